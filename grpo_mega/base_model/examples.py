@@ -1,0 +1,105 @@
+"""The worked examples that a tiny base model is taught on: a prompt's text and the completion's text.
+
+Part of them is flawed on purpose, afresh at every draw: an arithmetic answer with a mistake, a GSM8K answer without its
+format. The base then knows both ways, and GRPO has a difference to find. Everything random comes from the given
+generator.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from grpo_mega.data import arithmetic
+from grpo_mega.types import UserError
+
+Example = tuple[str, str]
+Draw = Callable[[random.Random], Example]
+
+_MAX_CALCULATION_CHARS = 32
+_CALCULATION = re.compile(r"<<([^<>]*)>>")
+
+
+def arithmetic_examples(flawed_fraction: float) -> Draw:
+    """Draws `("7+58=", "65")`, or with probability `flawed_fraction` a wrong answer, from the taught pairs."""
+    taught = arithmetic.pairs("taught")
+
+    def draw(rng: random.Random) -> Example:
+        pair = rng.choice(taught)
+        correct = arithmetic.answer(pair)
+        flawed = rng.random() < flawed_fraction
+        return arithmetic.question(pair), with_mistake(correct, rng) if flawed else correct
+
+    return draw
+
+
+def with_mistake(number: str, rng: random.Random) -> str:
+    """A wrong digit, a missing digit or a stray blank between digits; a number of one digit only gets a wrong one.
+
+    The result never has the value of `number`, also not for a reader who takes the blanks at its ends away.
+    """
+    kind = rng.choice(("digit", "missing", "blank")) if len(number) > 1 else "digit"
+    if kind == "blank":
+        at = rng.randrange(1, len(number))
+        return f"{number[:at]} {number[at:]}"
+    at = rng.randrange(len(number))
+    if kind == "missing":
+        return number[:at] + number[at + 1 :]
+    wrong = rng.choice([digit for digit in "0123456789" if digit != number[at]])
+    return number[:at] + wrong + number[at + 1 :]
+
+
+def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int) -> Draw:
+    r"""Draws from the first half of a GSM8K file: the question, and the solution's last calculation with the result.
+
+    The completion is "`\n48+24=72\n#### 72`", or with probability `flawed_fraction` "`\n48+24=72\n72`". Examples of
+    more than `max_bytes` bytes of UTF-8 are left out.
+
+    Raises:
+        UserError: the file is missing, a line is not `{"question", "answer"}` with a `####` line, or none is short
+            enough.
+    """
+    solved = _read_gsm8k(path)
+    solved = solved[: max(1, len(solved) // 2)]
+    kept = [row for row in solved if len("".join(row).encode()) + len("\n\n#### ") <= max_bytes]
+    if not kept:
+        raise UserError(
+            f"model.base.examples={path} has no example of at most {max_bytes} bytes; raise "
+            f"model.base.architecture.max_positions"
+        )
+
+    def draw(rng: random.Random) -> Example:
+        question, calculation, result = rng.choice(kept)
+        mark = "" if rng.random() < flawed_fraction else "#### "
+        return question, f"\n{calculation}\n{mark}{result}"
+
+    return draw
+
+
+def _read_gsm8k(path: Path) -> list[tuple[str, str, str]]:
+    """(question, last calculation, result) of every line."""
+    if not path.is_file():
+        raise UserError(
+            f"model.base.examples={path}: no such file; put GSM8K's train.jsonl there (grade_school_math/data/"
+            f"train.jsonl of openai/grade-school-math)"
+        )
+    rows: list[tuple[str, str, str]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            question, solution = str(record["question"]), str(record["answer"])
+            steps, result = solution.rsplit("####", 1)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}:{number}: not a GSM8K example ({error}); each line is "
+                f'{{"question": ..., "answer": "... #### 72"}}'
+            ) from error
+        calculations = _CALCULATION.findall(steps)
+        last = calculations[-1] if calculations else steps.strip().splitlines()[-1] if steps.strip() else result
+        rows.append((question, last.strip()[:_MAX_CALCULATION_CHARS], result.strip()))
+    if not rows:
+        raise UserError(f"model.base.examples={path} is empty; put GSM8K's train.jsonl there")
+    return rows

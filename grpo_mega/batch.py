@@ -1,0 +1,131 @@
+"""From the rollouts of a step to the microbatches of this rank: advantages, global denominators, packing.
+
+Pure arithmetic over what every rank has: all ranks compute the same plan and keep their own rows. Minibatches are cut
+by whole groups, each with its own denominators; within one, all rows of all ranks have the same length.
+Asserted by tests/unit/test_batch.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from grpo_mega.algorithm.advantage import group_advantages
+from grpo_mega.algorithm.aggregate import rollout_mean_weights
+from grpo_mega.config.schema import Config, TrainConfig
+from grpo_mega.data.pack import pack, plan_update, split_minibatches, unpack
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Microbatch, Reward
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step."""
+
+    minibatches: list[list[Microbatch]]
+    advantages: list[float]  # one per rollout of the step
+    rollouts_per_update: list[int]
+
+    def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
+        """Attach [T] per microbatch, in the order of `microbatches`."""
+        rows = iter(range(len(self.microbatches)))
+        filled = []
+        for minibatch in self.minibatches:
+            part = []
+            for microbatch in minibatch:
+                i = next(rows)
+                part.append(
+                    replace(
+                        microbatch,
+                        old_log_probs=old[i] if old is not None else microbatch.old_log_probs,
+                        ref_log_probs=ref[i] if ref is not None else microbatch.ref_log_probs,
+                    )
+                )
+            filled.append(part)
+        return replace(self, minibatches=filled)
+
+    @property
+    def microbatches(self) -> list[Microbatch]:
+        """All of them, one minibatch after the other."""
+        return [m for minibatch in self.minibatches for m in minibatch]
+
+    def completion_values(self, values: Sequence[Tensor]) -> dict[int, list[float]]:
+        """Rollout -> the values of its completion tokens, from [T] per microbatch."""
+        found: dict[int, list[float]] = {}
+        for row, microbatch in zip(values, self.microbatches, strict=True):
+            found |= unpack(row, microbatch)
+        return found
+
+
+def build_batch(
+    groups: SampledGroups, rewards: Sequence[float], train: TrainConfig, *, dp: int, dp_rank: int, row_multiple: int, pad_id: int
+) -> TrainBatch:
+    """Advantages, denominators and rows.
+
+    Args:
+        groups: all rollouts of the step.
+        rewards: one per rollout.
+        train: minibatches and the token budget of a row.
+        dp: data-parallel ranks.
+        dp_rank: this one.
+        row_multiple: rows are padded to a multiple of it (tp under sequence parallel).
+        pad_id: any token id.
+    """
+    size = groups.group_size
+    advantages = group_advantages(torch.tensor(rewards).view(-1, size)).flatten().tolist()
+    minibatches, counts = [], []
+    for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch):
+        ids = range(span.start * size, span.stop * size)
+        rollouts = [groups.rollouts[i] for i in ids]
+        weights = rollout_mean_weights([len(r.completion.token_ids) for r in rollouts], len(rollouts))
+        plan = plan_update([r.num_tokens for r in rollouts], dp, train.max_tokens_per_microbatch)
+        longest = max(sum(rollouts[i].num_tokens for i in row) for rank in plan for row in rank)
+        row_tokens = -(-longest // row_multiple) * row_multiple
+        minibatches.append(
+            [
+                pack(
+                    [(ids[i], rollouts[i]) for i in row],
+                    row_tokens=row_tokens,
+                    advantages=[advantages[ids[i]] for i in row],
+                    token_weights=[weights[i] for i in row],
+                    pad_id=pad_id,
+                )
+                for row in plan[dp_rank]
+            ]
+        )
+        counts.append(len(rollouts))
+    return TrainBatch(minibatches, advantages, counts)
+
+
+def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:
+    """The same rewards on other rollouts: what a run learns from them is not the task."""
+    values = [r.value for r in rewards]
+    random.Random(seed).shuffle(values)
+    return values
+
+
+def explain_batch(config: Config, topology: Topology) -> str:
+    """The arithmetic of a step in words, once at the start of a run."""
+    prompts, group, train = config.data.prompts_per_step, config.sampling.group_size, config.train
+    rollouts = prompts * group
+    updates = train.epochs_per_rollout * train.minibatches_per_epoch
+    spans = split_minibatches(prompts, train.minibatches_per_epoch)
+    sizes = sorted({(span.stop - span.start) * group for span in spans})
+    wave = config.sampling.prompts_per_wave or prompts
+    return "\n".join(
+        (
+            f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, "
+            f"{-(-prompts // wave)} wave(s) over {topology.num_replicas} engine replica(s) of {topology.engine_tp} rank(s)",
+            f"updates: {train.epochs_per_rollout} epoch(s) x {train.minibatches_per_epoch} minibatch(es) = {updates} "
+            f"optimizer step(s) a step, {updates * train.steps} in all",
+            f"an update: {' or '.join(str(s) for s in sizes)} rollouts over {topology.dp} data-parallel rank(s), in rows "
+            f"of at most {train.max_tokens_per_microbatch} tokens",
+            "its loss: mean over a rollout's completion tokens, then mean over the update's rollouts (denominator: "
+            f"{' or '.join(str(s) for s in sizes)}), the same for every layout",
+        )
+    )

@@ -1,0 +1,71 @@
+"""Writes the policy in Hugging Face format: sharded safetensors with an index, config and tokenizer of the base.
+
+Tensors are streamed whole, one bucket at a time; rank 0 writes a file when it is full. Written under a temporary name
+and renamed at the end. Asserted by tests/e2e/test_export.py: it loads in `transformers` with the same log-probs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grpo_mega.interfaces import Policy
+from grpo_mega.parallel.ranks import Ranks
+
+MAX_SHARD_BYTES = 5 * 1000**3
+_BUCKET_BYTES = 256 * 1024 * 1024
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def export_hf(policy: Policy, base: Path, folder: Path, ranks: Ranks, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Collective; replaces `folder` by the policy's present weights with the other files of `base`."""
+    writer = _Writer(folder.with_name(folder.name + ".tmp"), max_shard_bytes) if ranks.is_first else None
+    for name, tensor in policy.full_tensors(_BUCKET_BYTES):
+        if writer is not None:
+            writer.add(name, tensor)
+    if writer is not None:
+        writer.finish(base, folder)
+    dist.barrier()
+
+
+class _Writer:
+    def __init__(self, staging: Path, max_shard_bytes: int) -> None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        self._staging, self._limit = staging, max_shard_bytes
+        self._open: dict[str, Tensor] = {}
+        self._files: list[list[str]] = []
+        self._total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self._open and sum(t.nbytes for t in self._open.values()) + tensor.nbytes > self._limit:
+            self._flush()
+        self._open[name] = tensor.to("cpu", copy=True)  # a bucket is overwritten by the next
+        self._total_bytes += tensor.nbytes
+
+    def finish(self, base: Path, folder: Path) -> None:
+        self._flush()
+        count = len(self._files)
+        names = ["model.safetensors"] if count == 1 else []
+        names = names or [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        for i, name in enumerate(names):
+            (self._staging / f"{i}.part").rename(self._staging / name)
+        if count > 1:
+            weight_map = {t: file for file, tensors in zip(names, self._files, strict=True) for t in tensors}
+            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            (self._staging / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        for path in base.iterdir():
+            if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
+                shutil.copy2(path, self._staging)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._staging.rename(folder)
+
+    def _flush(self) -> None:
+        save_file(self._open, str(self._staging / f"{len(self._files)}.part"), metadata={"format": "pt"})
+        self._files.append(list(self._open))
+        self._open = {}

@@ -1,0 +1,93 @@
+"""Writes checkpoints of a run so that each is whole or not there, and keeps the newest few.
+
+A checkpoint is a directory `step_000020` in Megatron's `torch_dist` format, written under a temporary name, marked with
+a file `complete` and renamed: a kill at any moment leaves the previous one. It holds the policy's weights, the
+optimizer's state in a form that any layout can load, and the loop's counters. Nothing else moves: prompts, sampling and
+shuffles are functions of (run.seed, step).
+Asserted by tests/parallel/test_checkpoint.py and tests/e2e/test_resume.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+
+_COMPLETE = "complete"
+
+
+@dataclass(frozen=True)
+class LoopState:
+    """What the loop carries from one step to the next: steps done, and the optimizer updates behind the weights."""
+
+    step: int = 0
+    policy_version: int = 0
+
+
+class CheckpointedPolicy(Protocol):
+    """What a checkpoint needs of a policy."""
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        ...
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Collective: the reverse, at any layout; returns `extra`."""
+        ...
+
+
+class CheckpointManager:
+    """The folder `checkpoints/` of a run. Every rank constructs one; rank 0 touches names."""
+
+    def __init__(self, folder: Path, keep: int, *, is_first: bool) -> None:
+        self._folder, self._keep, self._is_first = folder, keep, is_first
+
+    def stage_if_due(
+        self, policy: CheckpointedPolicy, state: LoopState, every: int | None, last_step: int
+    ) -> Path | None:
+        """Collective; every `every` steps and at the last one, writes a checkpoint that is not visible yet."""
+        if state.step != last_step and (every is None or state.step % every):
+            return None
+        staged = self._folder / f"step_{state.step:06d}.tmp"
+
+        def make_room() -> None:
+            shutil.rmtree(staged, ignore_errors=True)
+            staged.mkdir(parents=True)
+
+        self._on_first(make_room)
+        policy.save(staged, asdict(state))
+        return staged
+
+    def publish(self, staged: Path) -> None:
+        """Collective; afterwards the checkpoint is whole and visible, and old ones are gone."""
+        self._on_first(lambda: self._rename(staged))
+
+    def load(self, policy: CheckpointedPolicy, checkpoint: Path) -> LoopState:
+        """Collective."""
+        return LoopState(**policy.load(checkpoint))
+
+    def _rename(self, staged: Path) -> None:
+        (staged / _COMPLETE).touch()
+        final = staged.with_suffix("")
+        if final.exists():
+            shutil.rmtree(final)
+        staged.rename(final)
+        for old in sorted(p.parent for p in self._folder.glob(f"step_*/{_COMPLETE}"))[: -self._keep]:
+            shutil.rmtree(old)
+
+    def _on_first(self, action: Callable[[], object]) -> None:
+        """Run on rank 0; what fails there fails on every rank instead of leaving the others waiting."""
+        message: list[str | None] = [None]
+        if self._is_first:
+            try:
+                action()
+            except OSError as error:
+                message[0] = f"{error}"
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(message, src=0)
+        if message[0] is not None:
+            raise RuntimeError(f"checkpoint in {self._folder}: {message[0]}")

@@ -1,0 +1,85 @@
+"""Rules between keys, checked before anything is started. Each is one small function; a broken one is a `UserError`.
+
+Rules that need the model's own config are in grpo_mega/preflight.py.
+"""
+
+from __future__ import annotations
+
+from grpo_mega.config.schema import Config
+from grpo_mega.types import UserError
+
+
+def check(config: Config) -> None:
+    """Raises UserError for the first broken rule."""
+    for rule in (
+        _one_model,
+        _group_size,
+        _layout_divides,
+        _engine_divides,
+        _sequence_parallel,
+        _row_holds_a_rollout,
+        _minibatches,
+        _evaluation,
+        _rewards,
+    ):
+        rule(config)
+
+
+def _one_model(config: Config) -> None:
+    if (config.model.path is None) == (config.model.base is None):
+        raise UserError("model: set exactly one of model.path (a Hugging Face folder) and model.base (a tiny recipe)")
+
+
+def _group_size(config: Config) -> None:
+    if config.sampling.group_size < 2:
+        raise UserError(
+            f"sampling.group_size={config.sampling.group_size}: an advantage is relative to its group; use 2 or more"
+        )
+
+
+def _layout_divides(config: Config) -> None:
+    world, parallel = config.run.world_size, config.parallel
+    size = parallel.tp * parallel.pp
+    if world is not None and world % size:
+        raise UserError(
+            f"run.world_size={world} is not a multiple of parallel.tp x parallel.pp = {parallel.tp} x {parallel.pp}; "
+            f"use a multiple of {size}"
+        )
+
+
+def _engine_divides(config: Config) -> None:
+    world = config.run.world_size
+    if world is not None and world % config.engine.tp:
+        raise UserError(f"run.world_size={world} is not a multiple of engine.tp={config.engine.tp}; use one that is")
+
+
+def _sequence_parallel(config: Config) -> None:
+    if config.parallel.sequence_parallel and config.parallel.tp == 1:
+        raise UserError("parallel.sequence_parallel=true does nothing with parallel.tp=1; raise tp or leave it out")
+
+
+def _row_holds_a_rollout(config: Config) -> None:
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    if config.train.max_tokens_per_microbatch < longest:
+        raise UserError(
+            f"train.max_tokens_per_microbatch={config.train.max_tokens_per_microbatch} is less than "
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest}; raise it to {longest} or more"
+        )
+
+
+def _minibatches(config: Config) -> None:
+    if config.train.minibatches_per_epoch > config.data.prompts_per_step:
+        raise UserError(
+            f"train.minibatches_per_epoch={config.train.minibatches_per_epoch} is more than "
+            f"data.prompts_per_step={config.data.prompts_per_step}; minibatches hold whole groups"
+        )
+
+
+def _evaluation(config: Config) -> None:
+    if config.evaluation.every is not None and config.data.eval is None:
+        raise UserError(f"evaluation.every={config.evaluation.every} does nothing without data.eval; set data.eval")
+
+
+def _rewards(config: Config) -> None:
+    if not config.reward.terms:
+        raise UserError("reward.terms is empty; name at least one reward, for example {name: exact}")

@@ -1,0 +1,103 @@
+"""From a YAML file and `section.key=value` overrides to a checked, frozen `Config`. Imports no torch: it must be quick."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from grpo_mega.config.check import check
+from grpo_mega.config.schema import Config
+from grpo_mega.types import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as text; here it is a number, as everybody means it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$|^[-+]?\d[\d_]*\.[\d_]*$|^[-+]?\.(inf|nan)$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of one run.
+
+    Raises:
+        UserError: the file is missing or malformed, a key is unknown (names the nearest), a value has the wrong type
+            or breaks a rule (config/check.py).
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near[0]}?" if near else "see configs/"))
+    try:
+        raw = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds {type(raw).__name__}, expected sections such as `model:` and `train:`")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(e) for e in error.errors()[:5])) from None
+    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run.dir or _run_dir(path)})})
+    check(config)
+    return config
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """Nested plain values, every default filled in: what `config.yaml` of a run holds."""
+    return config.model_dump(mode="json")
+
+
+def _run_dir(path: Path) -> str:
+    return f"runs/{path.stem}"
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
+        raise UserError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+    try:
+        value = yaml.load(text, _Loader)  # noqa: S506 - see above
+    except yaml.YAMLError:
+        raise UserError(f"{key}={text}: not a YAML value; quote text that holds : or [") from None
+    *sections, last = key.split(".")
+    node = raw
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}
+        node = node[section]
+    node[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as key, got, rule."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(where, _known_keys(Config), 1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else "; see grpo_mega/config/schema.py for the keys"
+        return f"{where}: unknown key{hint}"
+    if error["type"] == "missing":
+        return f"{where}: missing; every config sets it"
+    return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                keys += _known_keys(kind, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,218 @@
+"""The configuration: frozen pydantic models, one section each. Defaults live here and nowhere else.
+
+Unknown keys are errors (`load.py` names the nearest one). `None` means off, or derived where the line says so. Rules that
+touch two sections are in `check.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    dir: str | None = None
+    """Run folder; unset: `runs/<config name>`."""
+    seed: int = Field(0, ge=0)
+    """Moves prompts, sampling and updates; never the base model."""
+    world_size: int | None = Field(None, ge=1)
+    """All ranks, everywhere; unset: what the launcher says, else the GPUs found, else 1."""
+    deterministic: bool = False
+    """Refuse operations without a deterministic implementation (the CPU has only deterministic ones)."""
+    overwrite: bool = False
+    """Move an existing run folder aside and start afresh."""
+
+
+class ArchitectureConfig(Section):
+    """A tiny Qwen3 model. Sizes in elements."""
+
+    num_layers: int = Field(4, ge=1)
+    hidden_size: int = Field(128, ge=8)
+    ffn_size: int = Field(384, ge=8)
+    num_heads: int = Field(4, ge=1)
+    num_kv_heads: int = Field(2, ge=1)
+    head_dim: int = Field(32, ge=4)
+    max_positions: int = Field(512, ge=16)
+    tie_embeddings: bool = False
+
+
+class BaseConfig(Section):
+    """Recipe of a tiny base model that is taught on worked examples before the run, once, and cached under the digest
+    of this recipe."""
+
+    task: Literal["arithmetic", "gsm8k"]
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    tokenizer: Literal["char", "byte"] = "char"
+    examples: str | None = None
+    """gsm8k: the JSONL file whose first half is taught; unset: `data.train`."""
+    steps: int = Field(400, ge=1)
+    batch_size: int = Field(128, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    flawed_fraction: float = Field(0.5, ge=0, le=1)
+    """Share of the worked examples that carry a mistake (arithmetic) or lack the answer format (gsm8k)."""
+    seed: int = Field(0, ge=0)
+    cache_dir: str = "runs/bases"
+
+
+class ModelConfig(Section):
+    path: str | None = None
+    """Hugging Face folder: config.json, *.safetensors, tokenizer."""
+    base: BaseConfig | None = None
+    """Or: a tiny base to be taught first. Exactly one of the two."""
+
+
+class ParallelConfig(Section):
+    """Policy layout; dp = world / (tp * pp)."""
+
+    tp: int = Field(1, ge=1)
+    pp: int = Field(1, ge=1)
+    sequence_parallel: bool = False
+
+
+class EngineConfig(Section):
+    kind: Literal["vllm"] = "vllm"
+    tp: int = Field(1, ge=1)
+    """Ranks of one replica; replicas = world / tp."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Rollouts that one replica samples at the same time."""
+    kv_cache_tokens: int | None = Field(None, ge=16)
+    """Capacity of a replica's KV cache; unset: what max_num_seqs rollouts of full length need (on CUDA: what is left)."""
+
+
+class SamplingConfig(Section):
+    group_size: int = Field(8)
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int = Field(256, ge=1)
+    prompts_per_wave: int | None = Field(None, ge=1)
+    """Prompts that enter the engines together; unset: all of the step."""
+
+
+class DataConfig(Section):
+    train: str
+    """JSONL file, or `arithmetic:train`."""
+    eval: str | None = None
+    """JSONL file, or `arithmetic:heldout`; unset: no evaluation."""
+    prompts_per_step: int = Field(32, ge=1)
+    prompt_key: str | None = None
+    """Unset: `prompt`, else `question`."""
+    answer_key: str | None = None
+    """Unset: `answer`."""
+    template: Literal["chat", "plain"] = "chat"
+    system_prompt: str | None = None
+    max_prompt_tokens: int = Field(1024, ge=1)
+    overlong: Literal["error", "skip"] = "error"
+    """Prompts longer than the limit: stop, or leave out and count."""
+
+
+class RewardTerm(Section):
+    name: str
+    """`exact`, `gsm8k`, `format`, or a dotted path to a function."""
+    weight: float = 1.0
+    args: dict[str, Any] = {}
+
+
+class RewardConfig(Section):
+    terms: tuple[RewardTerm, ...] = Field(strict=False)
+    workers: int = Field(1, ge=1)
+    """Reward processes per engine replica."""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """Wall-clock limit of one scoring."""
+    shuffle: bool = False
+    """Permute the rewards over the step's rollouts: a control experiment that must not learn."""
+
+
+class AlgorithmConfig(Section):
+    name: Literal["grpo"] = "grpo"
+    kl_coef: float = Field(0.04, ge=0)
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay."""
+
+    lr: float = Field(1e-6, gt=0)
+    warmup_updates: int = Field(0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_grad: float = Field(1.0, gt=0)
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1)
+    """Rollout batches in all."""
+    epochs_per_rollout: int = Field(1, ge=1)
+    minibatches_per_epoch: int = Field(1, ge=1)
+    max_tokens_per_microbatch: int = Field(8192, ge=1)
+    """Tokens of one packed row; at least the longest prompt plus max_tokens."""
+
+
+class EvaluationConfig(Section):
+    every: int | None = Field(None, ge=1)
+    """Steps between evaluations; both ends are always evaluated when there is `data.eval`."""
+    temperature: float = Field(1.0, gt=0)
+    k: int = Field(4, ge=1)
+    """Samples per prompt."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Unset: `sampling.max_tokens`."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Unset: all of `data.eval`."""
+
+
+class PrecisionConfig(Section):
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Parameters and compute, policy and engine; master weights, main gradients and moments are always fp32."""
+
+
+class WeightSyncConfig(Section):
+    verify: Literal["every", "first", "off"] = "every"
+    bucket_bytes: int = Field(256 * 1024 * 1024, ge=1024)
+
+
+class CheckpointConfig(Section):
+    every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; unset: only the last one."""
+    keep: int = Field(2, ge=1)
+    resume: str = "auto"
+    """`auto`, `never`, or the path of a checkpoint."""
+    export_hf: bool = True
+    """Write the last checkpoint in Hugging Face format too."""
+
+
+class ObserveConfig(Section):
+    tensorboard: bool = True
+    rollouts_shown: int = Field(3, ge=0)
+    """Rollouts rendered as text in TensorBoard per step."""
+
+
+class GuardConfig(Section):
+    timeout_seconds: float = Field(600.0, gt=0)
+    """Limit of every wait between ranks."""
+
+
+class Config(Section):
+    """One run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    engine: EngineConfig = EngineConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    data: DataConfig
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    observe: ObserveConfig = ObserveConfig()
+    guard: GuardConfig = GuardConfig()

@@ -1,0 +1,80 @@
+"""From a question to the tokens that the engine gets: the tokenizer of a model folder, and the prompt template.
+
+`chat` writes the messages with the tokenizer's own template and opens the answer's turn; `plain` is the text itself.
+What is tokenised here is what is trained on: nothing downstream tokenises text again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from grpo_mega.types import UserError
+
+Template = Literal["chat", "plain"]
+Message = Mapping[str, str]
+PromptSource = str | Sequence[Message]
+
+# Any one of these holds a vocabulary; without one, transformers builds an empty tokenizer from config.json alone.
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face model folder.
+
+    Raises:
+        UserError: the folder does not exist, holds no tokenizer, or its tokenizer has no EOS token.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"model.path={path} is not a folder; give a Hugging Face model folder")
+    if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
+        raise UserError(
+            f"model.path={path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the tokenizer's "
+            f"files beside config.json"
+        )
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.path={path}: the tokenizer has no EOS token, which ends every completion; set eos_token in "
+            f"tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def render_prompt(
+    prompt: PromptSource,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    system_prompt: str | None,
+) -> tuple[str, tuple[int, ...]]:
+    """The prompt's text after the template, and its tokens.
+
+    Args:
+        prompt: a string (one user message) or a list of `{role, content}` messages.
+        tokenizer: of the model.
+        template: `chat` applies the tokenizer's chat template with the opening of the answer; `plain` joins the
+            contents with blank lines, so that a string stays as it is.
+        system_prompt: put before a prompt that has no system message of its own.
+
+    Raises:
+        UserError: `chat` with a tokenizer that has no chat template.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    if template == "plain":
+        text = "\n\n".join(message["content"] for message in messages)
+        return text, tuple(tokenizer.encode(text))
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "data.template=chat needs a tokenizer with a chat template, and this model's has none; "
+            "use data.template=plain"
+        )
+    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    # The template has already written BOS and the like.
+    return text, tuple(tokenizer.encode(text, add_special_tokens=False))

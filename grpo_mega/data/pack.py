@@ -1,0 +1,177 @@
+"""From rollouts to rows: which rank computes what, and several rollouts laid one behind the other in a row of T tokens.
+
+Pure: no process groups, no config; the same input gives the same plan on every rank. Invariants
+(tests/unit/test_pack.py): a plan holds every rollout once; all ranks have the same number of microbatches; no row is
+longer than the limit; labels are shifted inside each rollout, so no token predicts a token of its neighbour; the loss
+mask comes from lengths, never from the padding token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from grpo_mega.types import Microbatch, Rollout, UserError
+
+
+def split_minibatches(num_groups: int, minibatches: int) -> list[range]:
+    """Cut the groups of a step into minibatches of whole groups, in order; sizes differ by at most one.
+
+    Raises:
+        UserError: more minibatches than groups.
+    """
+    if minibatches > num_groups:
+        raise UserError(
+            f"train.minibatches_per_epoch={minibatches} is more than the {num_groups} groups of a step, and a "
+            f"minibatch holds whole groups; use at most {num_groups}, or raise data.prompts_per_step"
+        )
+    bounds = [i * num_groups // minibatches for i in range(minibatches + 1)]
+    return [range(begin, end) for begin, end in pairwise(bounds)]
+
+
+def plan_update(lengths: Sequence[int], dp: int, max_tokens: int) -> list[list[list[int]]]:
+    """Which rollouts each data-parallel rank computes, in which microbatches.
+
+    The longest rollout goes first to the rank with the fewest tokens (LPT), and in the same way to the rank's
+    microbatches, so that rows are of about one length.
+
+    Args:
+        lengths: tokens (prompt plus completion) of each rollout.
+        dp: ranks.
+        max_tokens: most tokens of one microbatch.
+
+    Returns:
+        plan[rank][microbatch] = ascending indices into `lengths`. Every rank has the same number of microbatches, at
+        least one; some may be empty.
+
+    Raises:
+        UserError: a rollout alone is longer than `max_tokens`.
+    """
+    if lengths and max(lengths) > max_tokens:
+        raise UserError(
+            f"train.max_tokens_per_microbatch={max_tokens} cannot hold a rollout of {max(lengths)} tokens; use at "
+            f"least {max(lengths)} (data.max_prompt_tokens + sampling.max_tokens always suffices)"
+        )
+    ranks = _spread(range(len(lengths)), lengths, dp)
+    num_microbatches = max(1, *(len(_first_fit(rank, lengths, max_tokens)) for rank in ranks))
+    plan = []
+    for rank in ranks:
+        bins = _spread(rank, lengths, num_microbatches)
+        if any(_total(rollouts, lengths) > max_tokens for rollouts in bins):
+            # Even rows do not always fit where the tight packing does.
+            bins = _first_fit(rank, lengths, max_tokens)
+            bins += [[] for _ in range(num_microbatches - len(bins))]
+        plan.append([sorted(rollouts) for rollouts in bins])
+    return plan
+
+
+def pack(
+    rollouts: Sequence[tuple[int, Rollout]],
+    *,
+    row_tokens: int,
+    advantages: Sequence[float],
+    token_weights: Sequence[float],
+    pad_id: int,
+) -> Microbatch:
+    """Lay rollouts one behind the other in a row, each a segment of its own; the rest of the row is a padding segment.
+
+    Args:
+        rollouts: (position in the step's list, rollout); may be empty, which gives a row without a loss token.
+        row_tokens: T, the length of the row.
+        advantages: one per rollout, put on its completion tokens.
+        token_weights: one per rollout, put on its completion tokens.
+        pad_id: token of the padding.
+
+    Raises:
+        ValueError: the rollouts have more than `row_tokens` tokens, or a completion's tokens and sampler log-probs
+            differ in number.
+    """
+    total = sum(rollout.num_tokens for _, rollout in rollouts)
+    if total > row_tokens:
+        raise ValueError(f"{len(rollouts)} rollouts of {total} tokens in all do not fit a row of {row_tokens}")
+    token_ids, labels = (torch.full((row_tokens,), pad_id, dtype=torch.int64) for _ in range(2))
+    loss_mask = torch.zeros(row_tokens, dtype=torch.bool)
+    position_ids = torch.zeros(row_tokens, dtype=torch.int64)
+    row_advantages, row_weights, sampler_log_probs = (torch.zeros(row_tokens) for _ in range(3))
+    bounds = [0]
+    for (_, rollout), advantage, weight in zip(rollouts, advantages, token_weights, strict=True):
+        tokens = torch.tensor([*rollout.prompt.token_ids, *rollout.completion.token_ids], dtype=torch.int64)
+        begin, end = bounds[-1], bounds[-1] + len(tokens)
+        token_ids[begin:end] = tokens
+        position_ids[begin:end] = torch.arange(len(tokens))
+        labels[begin : end - 1] = tokens[1:]
+        # Position t predicts token t + 1, so the first completion token belongs to the last prompt position.
+        predicting = slice(begin + len(rollout.prompt.token_ids) - 1, end - 1)
+        _check(rollout)
+        loss_mask[predicting] = True
+        row_advantages[predicting] = advantage
+        row_weights[predicting] = weight
+        sampler_log_probs[predicting] = torch.tensor(rollout.completion.sampler_log_probs, dtype=torch.float32)
+        bounds.append(end)
+    if total < row_tokens:
+        position_ids[total:] = torch.arange(row_tokens - total)
+        bounds.append(row_tokens)
+    return Microbatch(
+        rollout_ids=tuple(rollout_id for rollout_id, _ in rollouts),
+        token_ids=token_ids,
+        position_ids=position_ids,
+        labels=labels,
+        loss_mask=loss_mask,
+        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        advantages=row_advantages,
+        token_weights=row_weights,
+        sampler_log_probs=sampler_log_probs,
+    )
+
+
+def unpack(values: Tensor, microbatch: Microbatch) -> dict[int, list[float]]:
+    """The values [T] of each rollout's completion tokens, by the rollout's position in the step's list."""
+    bounds = microbatch.cu_seqlens.tolist()
+    completions: dict[int, list[float]] = {}
+    # Fewer rollouts than segments when the last one is padding.
+    for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
+        completions[rollout_id] = values[begin:end][microbatch.loss_mask[begin:end]].tolist()
+    return completions
+
+
+def _check(rollout: Rollout) -> None:
+    num_tokens, num_log_probs = len(rollout.completion.token_ids), len(rollout.completion.sampler_log_probs)
+    if num_tokens != num_log_probs:
+        raise ValueError(f"a completion has {num_tokens} tokens and {num_log_probs} sampler_log_probs")
+
+
+def _total(rollouts: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[i] for i in rollouts)
+
+
+def _longest_first(rollouts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(rollouts, key=lambda i: (-lengths[i], i))
+
+
+def _spread(rollouts: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Longest first, each to the bin with the fewest tokens (the first of several)."""
+    bins: list[list[int]] = [[] for _ in range(num_bins)]
+    totals = [0] * num_bins
+    for i in _longest_first(rollouts, lengths):
+        fewest = totals.index(min(totals))
+        bins[fewest].append(i)
+        totals[fewest] += lengths[i]
+    return bins
+
+
+def _first_fit(rollouts: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """As few bins of at most `max_tokens` as first-fit decreasing finds."""
+    bins: list[list[int]] = []
+    totals: list[int] = []
+    for i in _longest_first(rollouts, lengths):
+        fits = next((b for b, total in enumerate(totals) if total + lengths[i] <= max_tokens), None)
+        if fits is None:
+            bins.append([])
+            totals.append(0)
+            fits = len(bins) - 1
+        bins[fits].append(i)
+        totals[fits] += lengths[i]
+    return bins

@@ -1,0 +1,252 @@
+"""The vLLM engine inside the training process: sampling, residency, end.
+
+Every rank of the world constructs it together after torch.distributed; ranks [r * tp, (r + 1) * tp) are replica r and
+make the same calls in the same order. Sampling reads only the global generators, seeded from the request and put back
+afterwards, so the same seed and prompts give the same tokens; the prefix cache is empty at the start of each call.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from grpo_mega.engines.vllm_layout import engine_layout
+from grpo_mega.engines.vllm_sink import VllmSink
+from grpo_mega.engines.vllm_start import VllmSettings, keep_generators, read_json, start, stop
+from grpo_mega.interfaces import WeightSink
+from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
+
+logger = logging.getLogger(__name__)
+
+Resident = Literal["weights", "kv_cache"]
+_STOP_REASONS: dict[str, StopReason] = {"stop": "eos", "length": "length"}
+
+
+class VllmEngine:
+    """`Engine` with the real vLLM in this process. Starts awake with dummy weights: sync before the first `generate`.
+
+    Args:
+        config_dir: Hugging Face folder with config.json and the tokenizer; its weights are not read.
+        tp: ranks of one replica.
+        max_model_len: longest prompt plus completion, tokens.
+        max_num_seqs: rollouts that a replica samples at the same time.
+        kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
+
+    Raises:
+        UserError: the model has no layout table or no EOS token, or `tp` does not fit it.
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        config_dir: Path,
+        *,
+        dtype: Literal["fp32", "bf16"],
+        tp: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_tokens: int | None,
+        seed: int,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        config = read_json(config_dir / "config.json")
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
+        self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
+        self._max_model_len = max_model_len
+        self._on_cuda = torch.cuda.is_available()
+        settings = VllmSettings(config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed)
+        self._llm: Any = start(settings, config)
+        runner = self._llm.model_executor.driver_worker.worker.model_runner
+        regions = engine_layout(config, tp, dist.get_rank() % tp, packed_head=not self._on_cuda)
+        self._sink = VllmSink(runner.model, regions, self._drop_prefixes)
+        self._kv_cache = _KvStorage(runner.kv_caches)
+        self._asleep: set[Resident] = set()
+
+    @property
+    def policy_version(self) -> int:
+        """Updates behind the weights; -1 before the first sync."""
+        return self._sink.policy_version
+
+    @property
+    def sink(self) -> WeightSink:
+        return self._sink
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes that the KV cache holds on this rank at the moment."""
+        return self._kv_cache.num_bytes
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """G completions per prompt; `Engine.generate`.
+
+        Raises:
+            RuntimeError: asleep, in the middle of an update, or before the first sync.
+            ValueError: a prompt and its completion do not fit `max_model_len`.
+        """
+        self._check_ready(prompts, sampling)
+        self._drop_prefixes()
+        groups: list[list[Completion | None]] = [[None] * sampling.group_size for _ in prompts]
+        with _seeded(sampling.seed), _without_compilation(self._on_cuda):
+            for position, member, completion in self._rollouts(prompts, sampling):
+                groups[position][member] = completion
+                if on_completion is not None:
+                    on_completion(position, member, completion)
+        return [[member for member in group if member is not None] for group in groups]
+
+    def sleep(self) -> None:
+        """Release the KV cache, on CUDA the weights as well (the next sync brings them back)."""
+        if self._asleep:
+            return
+        if self._on_cuda:
+            self._llm.sleep(level=2)
+        else:
+            logger.info("the vLLM engine sleeps: the KV cache is released, the weights stay in host memory")
+            self._drop_prefixes()
+            self._kv_cache.release()
+        self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, what: Resident) -> None:
+        if what not in self._asleep:
+            return
+        if self._on_cuda:
+            self._llm.wake_up(tags=[what])
+        elif what == "kv_cache":
+            self._kv_cache.restore()
+        self._asleep.remove(what)
+
+    def close(self) -> None:
+        """Free the engine and its process groups; the default process group stays. A second call does nothing."""
+        if self._llm is not None:
+            self._kv_cache.release()
+            stop(self._llm)
+            self._llm = None
+
+    def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
+        if self._asleep:
+            raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
+        if self._sink.updating or self.policy_version < 0:
+            raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+        for prompt in prompts:
+            if len(prompt.token_ids) + sampling.max_tokens > self._max_model_len:
+                raise ValueError(
+                    f"prompt {prompt.index}: {len(prompt.token_ids)} tokens plus max_tokens={sampling.max_tokens} "
+                    f"exceed the engine's max_model_len={self._max_model_len}"
+                )
+
+    def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
+        """(prompt position, member, completion) in the order in which they are complete."""
+        from vllm import SamplingParams
+        from vllm.inputs import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(self._eos_ids),
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+        places: dict[str, tuple[int, int]] = {}
+        for position, prompt in enumerate(prompts):
+            for member in range(sampling.group_size):
+                # One request per rollout: a request with n=G reports only when the last of the G is complete.
+                request_id = f"{position}/{member}"
+                places[request_id] = (position, member)
+                self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
+        try:
+            while places:
+                for output in self._llm.step():
+                    position, member = places.pop(output.request_id)
+                    yield position, member, self._completion(output.outputs[0])
+        finally:
+            if places:  # an error on the way: the next call must not meet this one's requests
+                self._llm.abort_request(list(places))
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids, log_probs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
+        assert len(token_ids) == len(log_probs), f"{len(token_ids)} tokens with {len(log_probs)} log-probs"
+        return Completion(
+            token_ids=token_ids,
+            sampler_log_probs=log_probs,
+            stop_reason=_STOP_REASONS[output.finish_reason],
+            policy_version=self.policy_version,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+        )
+
+    def _drop_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests of an earlier call are still running")
+
+
+class _KvStorage:
+    """The memory under the KV cache's tensors, released and restored in place: the tensors stay the same objects."""
+
+    def __init__(self, caches: Sequence[torch.Tensor]) -> None:
+        # All layers of vLLM 0.32 are views of one storage; nothing here relies on that.
+        self._storages = {cache.untyped_storage()._cdata: cache.untyped_storage() for cache in caches}
+        self._sizes = {key: storage.nbytes() for key, storage in self._storages.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    def release(self) -> None:
+        for storage in self._storages.values():
+            storage.resize_(0)
+
+    def restore(self) -> None:
+        for key, storage in self._storages.items():
+            storage.resize_(self._sizes[key])
+            torch.empty(0, dtype=torch.uint8).set_(
+                storage
+            ).zero_()  # as vLLM allocates it: kernels read whole blocks, and 0 * NaN is NaN
+
+
+def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """Tokens that end a rollout: those of generation_config.json, else of config.json, else of the tokenizer.
+
+    Raises:
+        UserError: none of the three names one.
+    """
+    for source in ("generation_config.json", "config.json"):
+        found = read_json(config_dir / source).get("eos_token_id")
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    if tokenizer_eos is None:
+        raise UserError(
+            f"model.path={config_dir}: neither generation_config.json nor config.json nor the tokenizer names an EOS "
+            "token, so no rollout could end; set eos_token_id in generation_config.json"
+        )
+    return (tokenizer_eos,)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global generators from `seed` inside, as they were afterwards. (Per-request seeds fail on CPU in vLLM 0.32.)"""
+    with keep_generators():
+        torch.manual_seed(seed)  # CUDA's as well
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+
+
+def _without_compilation(on_cuda: bool) -> Any:
+    """On CPU vLLM's sampler would compile a C++ kernel for token ranks that nobody reads: 15 s in every process."""
+    return nullcontext() if on_cuda else torch.compiler.set_stance("force_eager")

@@ -1,0 +1,245 @@
+"""Starting and ending vLLM inside a training process: everything here exists because vLLM expects to own its process.
+
+What is changed around its construction is put back: generators, RANK and LOCAL_RANK, `torch.set_num_threads`. The
+default process group is never touched: vLLM's own shutdown destroys it, so `stop` does the rest of it by hand.
+Written against vLLM 0.32; tests/engine/test_vllm_engine.py asserts each effect.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import random
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from grpo_mega.engines.vllm_layout import architecture_of, check_tp, read_shape
+from grpo_mega.types import UserError
+
+BLOCK_TOKENS = 32  # the CPU kernels want multiples of 32; larger blocks waste cache on short rollouts
+_MAX_BATCHED_TOKENS = 8192  # prompt tokens of one engine step
+_CUDA_MEMORY_SHARE = 0.6  # of the device, when engine.kv_cache_tokens does not say; the policy has left it by then
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How one replica is built. Sizes in tokens and sequences; `kv_cache_tokens` None: what `max_num_seqs` rollouts of
+    `max_model_len` tokens need (on CUDA: a share of the device)."""
+
+    config_dir: Path
+    dtype: Literal["fp32", "bf16"]
+    tp: int
+    max_model_len: int
+    max_num_seqs: int
+    kv_cache_tokens: int | None
+    seed: int
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty if there is no such file."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
+def kv_cache_bytes(settings: VllmSettings, config: Mapping[str, Any]) -> int:
+    """Bytes of the KV cache on one rank: blocks * 2 * layers * KV heads per rank * head_dim * itemsize * BLOCK_TOKENS.
+
+    Raises:
+        UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
+    """
+    shape = read_shape(config)
+    per_rollout = -(-settings.max_model_len // BLOCK_TOKENS)
+    blocks = settings.max_num_seqs * per_rollout
+    if settings.kv_cache_tokens is not None:
+        blocks = settings.kv_cache_tokens // BLOCK_TOKENS
+        if blocks < per_rollout:
+            raise UserError(
+                f"engine.kv_cache_tokens={settings.kv_cache_tokens} does not hold one rollout of "
+                f"{settings.max_model_len} tokens; use at least {per_rollout * BLOCK_TOKENS}"
+            )
+    per_token = 2 * shape.num_layers * shape.local_kv_heads(settings.tp) * shape.head_dim
+    itemsize = 4 if settings.dtype == "fp32" else 2
+    return (blocks + 1) * BLOCK_TOKENS * per_token * itemsize  # vLLM keeps one block as a null block
+
+
+def start(settings: VllmSettings, config: Mapping[str, Any]) -> Any:
+    """The LLMEngine of vLLM on this rank, with dummy weights. Every rank of the world calls it.
+
+    Raises:
+        UserError: the model or the layout does not fit.
+        ImportError: vLLM is not installed.
+    """
+    world = dist.get_world_size()
+    if world % settings.tp:
+        raise UserError(f"engine.tp={settings.tp} does not divide the {world} ranks of the job; use a divisor")
+    check_tp(read_shape(config), settings.tp)
+    _set_environment()
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
+    try:
+        import vllm
+    except ImportError as error:
+        raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
+    if not torch.cuda.is_available():
+        _check_cpu_head(read_shape(config).head_dim)
+    with ExitStack() as stack:
+        stack.enter_context(keep_generators())
+        stack.enter_context(_environment_of_ranks())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", FutureWarning)  # vLLM walks over torch.distributed's deprecated names
+        if not torch.cuda.is_available():
+            stack.enter_context(_cpu_construction())
+        _register_model(architecture_of(config))
+        arguments = vllm.EngineArgs(**_engine_arguments(settings, config))
+        engine = vllm.LLMEngine.from_engine_args(arguments)
+    # The client's finalizer runs the full shutdown, default process group included, when it is collected.
+    engine.engine_core._finalizer.detach()
+    return engine
+
+
+def stop(engine: Any) -> None:
+    """The shutdown of vLLM, without destroying the default process group."""
+    from vllm.distributed import parallel_state
+
+    core = engine.engine_core.engine_core
+    core.structured_output_manager.clear_backend()
+    core.model_executor.shutdown()
+    core.scheduler.shutdown()
+    gc.unfreeze()
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = None
+    parallel_state._NODE_COUNT = None
+    gc.collect()
+
+
+@contextmanager
+def keep_generators() -> Iterator[None]:
+    """Put the global generators (torch, CUDA, Python, NumPy) back at the end."""
+    torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+
+
+def _set_environment() -> None:
+    """What vLLM reads while it is imported. It stays: vLLM reads some of it again later."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs in this process
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 samples from per-request seeds, not from the global generators
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and overrides kv_cache_memory_bytes
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # binding would pin all ranks to the same cores
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@contextmanager
+def _environment_of_ranks() -> Iterator[None]:
+    """The external launcher reads its rank from the environment, which a process that was forked does not have."""
+    missing = {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0"}
+    if torch.cuda.is_available():
+        missing["LOCAL_RANK"] = str(torch.cuda.current_device())
+    added = {key: value for key, value in missing.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
+@contextmanager
+def _cpu_construction() -> Iterator[None]:
+    """What must be different while vLLM builds its CPU worker.
+
+    - Linears keep their plain weight: model_executor/layers/linear.py would pack it for oneDNN and drop it.
+    - The shared memory of a group gets a name of this job: cpu_communicator.py derives it from `env://` and the ranks
+      alone, so that two jobs on one machine would share it.
+    - cpu_worker.py replaces `torch.set_num_threads`; the policy may still call it.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+    from vllm.model_executor.layers.linear import LinearBase
+
+    job = [uuid.uuid4().hex[:12]]
+    dist.broadcast_object_list(job, src=0)
+    group_name, set_num_threads = _CPUSHMDistributed.make_group_name, torch.set_num_threads
+
+    def name_of_job(communicator: Any) -> str:
+        return f"{job[0]}{group_name(communicator)}".replace("/", "")  # a name in shared memory has no slash inside
+
+    _CPUSHMDistributed.make_group_name = staticmethod(name_of_job)
+    LinearBase._cpu_skip_gemm_dispatch = True
+    try:
+        yield
+    finally:
+        del LinearBase._cpu_skip_gemm_dispatch
+        _CPUSHMDistributed.make_group_name = staticmethod(group_name)
+        torch.set_num_threads = set_num_threads
+
+
+def _check_cpu_head(head_dim: int) -> None:
+    """Refuse what would fail only at the first token, deep inside the kernels."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    sizes = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in sizes:
+        raise UserError(
+            f"model.path: head_dim={head_dim} of config.json: vLLM's attention on CPU takes heads of "
+            f"{', '.join(map(str, sizes))}; use one of them"
+        )
+
+
+def _register_model(architecture: str) -> None:
+    """Give vLLM the model's class: else it starts a second Python that imports all of vLLM to look at it."""
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+    from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
+
+    classes = {cls.__name__: cls for cls in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)}
+    if not isinstance(ModelRegistry.models.get(architecture), _RegisteredModel):
+        ModelRegistry.register_model(architecture, classes[architecture])
+
+
+def _engine_arguments(settings: VllmSettings, config: Mapping[str, Any]) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "model": str(settings.config_dir),
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
+        "load_format": "dummy",  # the first sync brings the weights
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # ignore the model's own sampling defaults
+        "logprobs_mode": "processed_logprobs",
+        "distributed_executor_backend": "external_launcher",
+        "tensor_parallel_size": settings.tp,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, settings.max_model_len, settings.max_num_seqs),
+        "block_size": BLOCK_TOKENS,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": settings.seed,
+    }
+    on_cuda = torch.cuda.is_available()
+    if settings.kv_cache_tokens is not None or not on_cuda:
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, config)
+    if on_cuda:
+        arguments |= {"gpu_memory_utilization": _CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
+    else:
+        arguments["enforce_eager"] = True
+    return arguments

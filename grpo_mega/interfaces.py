@@ -1,0 +1,146 @@
+"""What the loop, the phases and the weight sync know of a policy and of an engine.
+
+Nothing here imports an implementation. `WeightSource` and `WeightSink` are the two ends of a sync: a source lists the
+slices of Hugging Face tensors that its rank holds, a sink the regions of its parameters that such slices fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from grpo_mega.types import Completion, Microbatch, Placement, Prompt, SamplingRequest, TensorSlice, UpdateStats
+
+RegionKind = Literal["plain", "derived"]
+
+
+@dataclass(frozen=True)
+class HeldSlice:
+    """A slice of a Hugging Face tensor on this rank: `view` aliases the parameter, `global_shape` is the whole tensor."""
+
+    hf: TensorSlice
+    global_shape: tuple[int, ...]
+    view: Tensor
+
+
+@dataclass(frozen=True)
+class SinkRegion:
+    """A region of an engine parameter. `plain`: the kernels read these bytes, so their digest is the proof. `derived`:
+    the kernels read something computed from them, which `probe` must confirm beside the digest."""
+
+    placement: Placement
+    kind: RegionKind
+
+
+class WeightSource(Protocol):
+    """The policy's end of a sync."""
+
+    def shards(self) -> Sequence[HeldSlice]:
+        """Slices that this rank holds, exactly once over the model-parallel ranks (replicas hold the same slices)."""
+        ...
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of the checkpoint, in checkpoint order; the same on every rank."""
+        ...
+
+
+class WeightSink(Protocol):
+    """The engine's end of a sync, on one rank."""
+
+    def layout(self) -> Sequence[SinkRegion]:
+        """Every region that a sync must fill on this rank; covers each parameter element exactly once, but for the
+        padding of the vocabulary."""
+        ...
+
+    def begin_update(self) -> None: ...
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        """Copy `values`, shaped `hf.shape`, into the region of that slice."""
+        ...
+
+    def end_update(self, policy_version: int) -> None:
+        """Rebuild what is derived from the written weights, drop caches that depend on them, adopt the version."""
+        ...
+
+    def read(self, hf: TensorSlice) -> Tensor:
+        """The region's present bytes, read back from the engine, shaped `hf.shape`."""
+        ...
+
+    def probe(self) -> dict[str, float]:
+        """For each parameter with derived regions: max |kernel(x) - W x| / max |W x| on a fixed random x."""
+        ...
+
+
+class Engine(Protocol):
+    """An inference engine on this rank; every rank of one replica makes the same calls in the same order."""
+
+    @property
+    def policy_version(self) -> int: ...
+
+    @property
+    def sink(self) -> WeightSink: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """G completions per prompt, in the prompts' order.
+
+        `on_completion(prompt_position, member, completion)` is called as soon as a rollout is complete, while others
+        are still being sampled.
+        """
+        ...
+
+    def sleep(self) -> None:
+        """Release the KV cache (and, on a device, the weights)."""
+        ...
+
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TokenLoss(Protocol):
+    """An algorithm's loss, per token."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether microbatches must carry `ref_log_probs`."""
+        ...
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """log_probs, entropy: [T] float32 with gradient. Returns the loss per token [T] (before `token_weights`) and
+        per-token metrics [T] (detached)."""
+        ...
+
+
+class Policy(Protocol):
+    """The trained model on this rank."""
+
+    @property
+    def source(self) -> WeightSource: ...
+
+    def log_probs(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
+        """[T] per microbatch, without gradient, on every rank of the last pipeline stage; None elsewhere."""
+        ...
+
+    def update(
+        self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
+    ) -> tuple[UpdateStats, list[Tensor] | None]:
+        """One optimizer step on the given microbatches (all ranks bring the same number, of one row length). Also
+        returns the log-probs of before the step, as `log_probs` would."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the policy computes with the reference's weights."""
+        ...
+
+    def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Every HF tensor, whole, in checkpoint order, on every rank; at most one bucket is alive."""
+        ...

@@ -1,0 +1,220 @@
+"""Builds a `Job` from a checked config, runs it from its newest checkpoint to its end, and says what was gained."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.algorithm import make_loss
+from grpo_mega.base_model.teach import ensure_base
+from grpo_mega.batch import explain_batch
+from grpo_mega.checkpoint.export_hf import export_hf
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.config.load import resolved
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.engines.vllm_engine import VllmEngine
+from grpo_mega.evaluate import Evaluator
+from grpo_mega.interfaces import Engine
+from grpo_mega.loop import Job, push_weights, train
+from grpo_mega.observe.log import configure_logging, quiet_libraries
+from grpo_mega.observe.progress import Progress
+from grpo_mega.observe.run_folder import RunState, open_run
+from grpo_mega.observe.summary import Evaluation, render
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.observer import Observer
+from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.phases import Phases
+from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.rollout import Sampler
+from grpo_mega.weight_sync.push import WeightSync
+
+log = logging.getLogger("grpo_mega.job")
+
+PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative rounding of y = W x in the engine's dtype
+
+
+def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out: PromptDataset | None) -> None:
+    """Collective: every rank of the job calls it."""
+    rank = int(os.environ["RANK"])
+    coordinates = topology.describe(rank).partition(" | ")[2]
+    configure_logging(rank, coordinates)
+    folder = Path(config.model.path) if config.model.path else ensure_base(_recipe(config), config.data.train)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    ranks = init_ranks(topology, config.guard.timeout_seconds)
+    try:
+        run = agreed(lambda: _open(config), ranks)
+        if run.status == "finished":
+            _say_finished(run, ranks)
+            return
+        configure_logging(rank, coordinates, run.folder.logs)
+        with building(config, ranks, run, folder, prompts, held_out) as built:
+            built.run()
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class BuiltJob:
+    """A job with what it needs before and after the loop."""
+
+    job: Job
+    run_state: RunState
+    model_folder: Path
+    state: LoopState
+    policy: MegatronPolicy
+
+    def run(self) -> None:
+        """First sync and evaluation, the loop, last evaluation, export, summary."""
+        job, observer = self.job, self.job.observer
+        try:
+            first = push_weights(job, self.state)
+            known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
+            before = None if known or self.state.step else self._evaluate()
+            if observer is not None:
+                observer.started(first.policy_digest, before)
+            train(job, self.state)
+            after = self._evaluate()
+            if job.config.checkpoint.export_hf:
+                export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
+            if observer is not None:
+                observer.finished(after)
+        except BaseException as error:
+            if observer is not None:
+                observer.failed(error)
+            raise
+        if observer is not None:
+            log.info("%s", render(observer.summary, self.run_state.folder.path))
+
+    def _evaluate(self) -> Evaluation | None:
+        if self.job.evaluator is None:
+            return None
+        with self.job.phases.sampling(), self.job.timers.phase("evaluation"):
+            return self.job.evaluator.evaluate()
+
+
+@contextmanager
+def building(
+    config: Config,
+    ranks: Ranks,
+    run: RunState,
+    model_folder: Path,
+    prompts: PromptDataset,
+    held_out: PromptDataset | None,
+) -> Iterator[BuiltJob]:
+    """Everything that a rank needs, closed in the reverse order."""
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
+        timers = PhaseTimer(progress.phase if progress is not None else None)
+        with timers.phase("start"):
+            spec = read_spec(model_folder)
+            loss = make_loss(
+                config.algorithm.name,
+                kl_coef=config.algorithm.kl_coef,
+                clip_low=config.algorithm.clip_low,
+                clip_high=config.algorithm.clip_high,
+            )
+            scorer = None
+            if ranks.at.engine_tp_rank == 0:
+                pool = RewardPool(
+                    config.reward.terms, workers=config.reward.workers, timeout_seconds=config.reward.timeout_seconds
+                )
+                scorer = stack.enter_context(pool)
+            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=loss.needs_reference)
+            checkpoints = CheckpointManager(run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first)
+            state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
+            engine = make_engine(config, model_folder)
+            stack.callback(engine.close)
+            quiet_libraries()
+            sync = make_sync(config, policy, engine, ranks)
+        sampler = Sampler(engine, scorer, ranks, timers, config.sampling.prompts_per_wave)
+        answer = build_rewards(config.reward.terms)[0]
+        limit = config.evaluation.max_prompts
+        evaluator = Evaluator(
+            sampler, held_out.prompts[:limit] if held_out is not None else (), config, answer.name, answer.high
+        )
+        observer = None
+        if progress is not None:
+            observer = Observer(config, ranks.topology, run, timers, progress, evaluator.is_right)
+            stack.callback(observer.close)
+            progress.note(explain_batch(config, ranks.topology))
+        job = Job(
+            config=config,
+            ranks=ranks,
+            prompts=prompts,
+            pad_id=0,
+            policy=policy,
+            loss=loss,
+            sampler=sampler,
+            phases=Phases(engine, policy),
+            sync=sync,
+            checkpoints=checkpoints,
+            evaluator=evaluator if held_out is not None else None,
+            timers=timers,
+            observer=observer,
+        )
+        yield BuiltJob(job, run, model_folder, state, policy)
+
+
+def make_engine(config: Config, model_folder: Path) -> VllmEngine:
+    """The engine of `engine.kind` on this rank."""
+    max_tokens = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+    return VllmEngine(
+        model_folder,
+        dtype=config.precision.dtype,
+        tp=config.engine.tp,
+        max_model_len=config.data.max_prompt_tokens + max_tokens,
+        max_num_seqs=config.engine.max_num_seqs,
+        kv_cache_tokens=config.engine.kv_cache_tokens,
+        seed=config.run.seed,
+    )
+
+
+def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ranks) -> WeightSync:
+    """Connects the two ends; the groups of the engine replicas are made here, by all ranks in the same order."""
+    groups = [dist.new_group(ranks.topology.replica_ranks(i)) for i in range(ranks.topology.num_replicas)]
+    return WeightSync(
+        policy.source,
+        policy.full_tensors,
+        engine.sink,
+        source_group=policy.model_parallel_group,
+        replica_group=groups[ranks.at.replica],
+        bucket_bytes=config.weight_sync.bucket_bytes,
+        probe_tolerance=PROBE_TOLERANCE[config.precision.dtype],
+    )
+
+
+def _open(config: Config) -> RunState:
+    return open_run(
+        Path(str(config.run.dir)),
+        resolved(config),
+        overwrite=config.run.overwrite,
+        train_steps=config.train.steps,
+        resume=config.checkpoint.resume,
+    )
+
+
+def _say_finished(run: RunState, ranks: Ranks) -> None:
+    if ranks.is_first and run.previous is not None:
+        sys.stdout.write(render(run.previous, run.folder.path) + "\n")
+        sys.stdout.write(
+            f"{run.folder.path} is finished; run.overwrite=true starts it again and moves this folder aside, a higher "
+            "train.steps continues it\n"
+        )
+
+
+def _recipe(config: Config):  # type: ignore[no-untyped-def]
+    assert config.model.base is not None, "config/check.py: one of model.path and model.base is set"
+    return config.model.base

@@ -1,0 +1,245 @@
+"""Starts the ranks of a job: looks where it is, then becomes a worker, becomes `srun`, or starts and watches workers.
+
+What a rank learns from its launcher is set here: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT, OMP_NUM_THREADS. Imports no torch and reads no config itself (`grpo_mega.train --world-size` does), so a
+wrong argument is reported at once. Exit codes are those of the worker that failed first; its message is the last one on
+the screen. Tests: tests/unit/test_launch.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from grpo_mega.launch_agent import run_ranks
+from grpo_mega.types import UserError
+
+Place = Literal["worker", "slurm_step", "slurm_allocation", "machine"]
+
+# Slurm numbers the batch script's, the interactive shell's and other steps that are not started by srun from the top.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_DEFAULT_PORT = 29500  # torchrun's, for several machines that must agree without talking
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's part of the job: `num_ranks` ranks, the first of which is `node_rank * num_ranks`."""
+
+    num_nodes: int
+    node_rank: int
+    num_ranks: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.num_ranks
+
+    def rank_environment(self, local_rank: int) -> dict[str, str]:
+        """What rank `local_rank` of this machine finds in its environment."""
+        return {
+            "RANK": str(self.node_rank * self.num_ranks + local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.num_ranks),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(self.num_ranks))),
+        }
+
+
+def threads_per_rank(num_ranks: int) -> int:
+    """max(1, cores / ranks): with more threads than cores the ranks wait for each other inside every operation."""
+    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+def find_place(env: Mapping[str, str]) -> Place:
+    """Where this process runs, from what its launcher has put into the environment."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return "worker"
+    in_step = "SLURM_PROCID" in env and int(env.get("SLURM_STEP_ID", _FIRST_SPECIAL_STEP)) < _FIRST_SPECIAL_STEP
+    if in_step:
+        return "slurm_step"
+    return "slurm_allocation" if "SLURM_JOB_ID" in env else "machine"
+
+
+def positive_int(env: Mapping[str, str], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """An integer >= `least` from the environment.
+
+    Raises:
+        UserError: it is missing without a default, or is not such a number.
+    """
+    text = env.get(key, "" if default is None else str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{key}={text or '(unset)'} must be a whole number >= {least}; set it in the environment")
+    return int(text)
+
+
+def ranks_per_node(world_size: int, num_nodes: int) -> int:
+    """The ranks are spread evenly.
+
+    Raises:
+        UserError: world_size is not a multiple of num_nodes.
+    """
+    if world_size % num_nodes:
+        raise UserError(
+            f"run.world_size={world_size} cannot be spread evenly over {num_nodes} nodes; "
+            f"use a multiple of {num_nodes}, or another number of nodes"
+        )
+    return world_size // num_nodes
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on it. SO_REUSEADDR, as the rendezvous store itself sets it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def master_port(env: Mapping[str, str], default: int, *, hosted_here: bool) -> int:
+    """The user's MASTER_PORT, else `default`.
+
+    Raises:
+        UserError: it is no port, or this machine would host it and somebody listens there already.
+    """
+    port = positive_int(env, "MASTER_PORT", default)
+    if port > 65535:
+        raise UserError(f"MASTER_PORT={port} must be at most 65535; choose another, or leave it unset")
+    if hosted_here and not port_is_free(port):
+        raise UserError(f"MASTER_PORT={port} is in use on this machine; choose another, or leave it unset")
+    return port
+
+
+def machine_node(env: Mapping[str, str], world_size: int) -> Node:
+    """One machine, or one of several that the user starts by hand with NNODES, NODE_RANK and MASTER_ADDR."""
+    num_nodes = positive_int(env, "NNODES", 1)
+    node_rank = positive_int(env, "NODE_RANK", 0 if num_nodes == 1 else None, least=0)
+    if node_rank >= num_nodes:
+        raise UserError(f"NODE_RANK={node_rank} must be below NNODES={num_nodes}; the first machine is 0")
+    if num_nodes > 1 and not env.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR=(unset) must be set with NNODES={num_nodes}; use the address of machine 0")
+    address = env.get("MASTER_ADDR") or "127.0.0.1"
+    default = free_port() if num_nodes == 1 else _DEFAULT_PORT
+    port = master_port(env, default, hosted_here=node_rank == 0)
+    return Node(num_nodes, node_rank, ranks_per_node(world_size, num_nodes), address, port)
+
+
+def first_slurm_address(env: Mapping[str, str]) -> str:
+    """The address of the step's first node, as all its nodes can reach it."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    name = listed.stdout.split()[0]
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:  # a node's name need not be its host's name: Slurm knows its address
+        shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=True)
+        found = re.search(r"NodeAddr=(\S+)", shown.stdout)
+        return found.group(1) if found else name
+    return name
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """The same on every node of a step, another for the next step, below the range that systems hand out freely."""
+    return 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 10000
+
+
+def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | None]:
+    """This task's node inside a Slurm step, and its local rank; None when the task is the agent of its node.
+
+    One task per node means an agent, also where each node has one rank.
+    Raises:
+        UserError: the step has neither one task per node nor one per rank.
+    """
+    num_tasks = positive_int(env, "SLURM_STEP_NUM_TASKS", positive_int(env, "SLURM_NTASKS"))
+    num_nodes = positive_int(env, "SLURM_STEP_NUM_NODES", positive_int(env, "SLURM_NNODES"))
+    node_rank = positive_int(env, "SLURM_NODEID", 0, least=0)
+    if num_tasks not in (num_nodes, world_size):
+        raise UserError(
+            f"run.world_size={world_size}, but this Slurm step has {num_tasks} tasks on {num_nodes} nodes; "
+            f"start srun with --ntasks={world_size}, or with --ntasks-per-node=1"
+        )
+    address = env.get("MASTER_ADDR") or first_slurm_address(env)
+    port = master_port(env, slurm_port(env), hosted_here=positive_int(env, "SLURM_PROCID", least=0) == 0)
+    node = Node(num_nodes, node_rank, ranks_per_node(world_size, num_nodes), address, port)
+    return node, None if num_tasks == num_nodes else positive_int(env, "SLURM_LOCALID", least=0)
+
+
+def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str]) -> list[str]:
+    """One task per node of the allocation. `--cpu-bind=none`: the task's cores are for all ranks of the node."""
+    nodes = env.get("SLURM_JOB_NUM_NODES") or env["SLURM_NNODES"]
+    options = [
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=1",
+    ]
+    return ["srun", *options, script, *arguments]
+
+
+def ask_world_size(arguments: Sequence[str]) -> int:
+    """All ranks of the job, as the config and the machine say; a wrong config ends the program with its exit code."""
+    command = [sys.executable, "-m", "grpo_mega.train", "--world-size", *arguments]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if asked.returncode:
+        raise SystemExit(asked.returncode)
+    return int(asked.stdout.split()[-1])
+
+
+def become(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+    """Replaces this process, so that signals reach the command and its exit code is ours."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], list(command), dict(env))
+
+
+def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Starts what belongs to this place; returns the exit code where it does not become something else."""
+    worker = [sys.executable, "-m", "grpo_mega.train", *arguments]
+    place = find_place(env)
+    if place == "worker":
+        become(worker, env)
+    world_size = ask_world_size(arguments)
+    local_rank: int | None = None
+    if place == "slurm_allocation":
+        ranks_per_node(world_size, positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1)))
+        become(srun_command(env, script, arguments), env)
+    if place == "slurm_step":
+        node, local_rank = slurm_node(env, world_size)
+    else:
+        node = machine_node(env, world_size)
+    if node.num_ranks == 1 or local_rank is not None:
+        become(worker, {**env, **node.rank_environment(local_rank or 0)})
+    environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
+    return run_ranks(worker, environments)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`argv`: the path of launch/train.sh (what srun starts on the nodes), then CONFIG and overrides."""
+    try:
+        return start(argv[0], argv[1:], os.environ)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,160 @@
+"""The loop: sample, score, advantage, train, sync; on every rank the same program.
+
+Everything that differs between backends, precisions and algorithms is inside the objects of a `Job`. A step is a pure
+function of the weights, the optimizer's state, and (run.seed, step): that is what makes a resumed run the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.batch import TrainBatch, build_batch, shuffled_rewards
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.config.schema import Config, OptimizerConfig
+from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.evaluate import Evaluator
+from grpo_mega.interfaces import Policy, TokenLoss
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.observer import Observer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.phases import Phases
+from grpo_mega.rollout import SampledGroups, Sampler, derived_seed
+from grpo_mega.step_report import StepResult
+from grpo_mega.types import SamplingRequest, UpdateStats
+from grpo_mega.weight_sync.push import SyncReport, WeightSync
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run on this rank. `observer` is None but on rank 0, `evaluator` where nothing is held out."""
+
+    config: Config
+    ranks: Ranks
+    prompts: PromptDataset
+    pad_id: int
+    policy: Policy
+    loss: TokenLoss
+    sampler: Sampler
+    phases: Phases
+    sync: WeightSync
+    checkpoints: CheckpointManager
+    evaluator: Evaluator | None
+    timers: PhaseTimer
+    observer: Observer | None
+
+
+def train(job: Job, state: LoopState) -> LoopState:
+    """From `state` to `train.steps`; the engines must hold the policy's weights."""
+    config, timers = job.config, job.timers
+    for step in range(state.step + 1, config.train.steps + 1):
+        timers.start_step()
+        with job.phases.sampling(), timers.phase("rollout"):
+            groups = sample(job, step)
+        with job.phases.training():
+            batch = make_batch(job, groups, step)
+            with timers.phase("log_probs"):
+                batch = with_log_probs(job, batch)
+            with timers.phase("train"):
+                batch, updates = update(job, batch, state.policy_version)
+            old_log_probs = gather_by_rollout(job, batch, len(groups.rollouts))
+        state = LoopState(step, state.policy_version + len(updates))
+        synced = push_weights(job, state)
+        evaluate_if_due(job, step)
+        with timers.phase("checkpoint"):
+            staged = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
+        if job.observer is not None:
+            job.observer.step(StepResult(step, groups, batch, old_log_probs, updates, synced))
+        if staged is not None:
+            job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
+    return state
+
+
+def sample(job: Job, step: int) -> SampledGroups:
+    """G rollouts of each of the step's prompts, scored."""
+    sampling, seed = job.config.sampling, job.config.run.seed
+    prompts = job.prompts.batch(step - 1, job.config.data.prompts_per_step, seed)
+    request = SamplingRequest(sampling.group_size, sampling.temperature, sampling.max_tokens, seed=0)
+    return job.sampler.sample(prompts, request, ("train", seed, step))
+
+
+def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
+    """Advantages, global denominators, and this rank's packed rows."""
+    rewards = [r.reward for r in groups.rollouts]
+    shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
+    values = shuffled_rewards(rewards, shuffle_seed) if job.config.reward.shuffle else [r.value for r in rewards]
+    return build_batch(
+        groups,
+        values,
+        job.config.train,
+        dp=job.ranks.topology.dp,
+        dp_rank=job.ranks.at.dp_rank,
+        row_multiple=job.ranks.topology.tp if job.config.parallel.sequence_parallel else 1,
+        pad_id=job.pad_id,
+    )
+
+
+def with_log_probs(job: Job, batch: TrainBatch) -> TrainBatch:
+    """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
+    ref = None
+    if job.loss.needs_reference:
+        with job.policy.reference():
+            ref = job.policy.log_probs(batch.microbatches)
+    updates = job.config.train.epochs_per_rollout * len(batch.minibatches)
+    old = job.policy.log_probs(batch.microbatches) if updates > 1 else None
+    return batch.with_log_probs(old=old, ref=ref)
+
+
+def update(job: Job, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
+    """All optimizer steps on this batch; the batch comes back with its `old_log_probs`."""
+    stats: list[UpdateStats] = []
+    before: list[Tensor] | None = None
+    for _ in range(job.config.train.epochs_per_rollout):
+        for minibatch in batch.minibatches:
+            rate = learning_rate(job.config.optimizer, policy_version + len(stats))
+            stat, before = job.policy.update(minibatch, job.loss, rate)
+            stats.append(stat)
+    return (batch.with_log_probs(old=before, ref=None) if len(stats) == 1 else batch), stats
+
+
+def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
+    """Linear from lr / warmup_updates up to lr, then constant."""
+    return optimizer.lr * min(1.0, (updates_done + 1) / max(1, optimizer.warmup_updates))
+
+
+def push_weights(job: Job, state: LoopState) -> SyncReport:
+    """Bring the engines to `state.policy_version`, proven as `weight_sync.verify` says."""
+    verify = job.config.weight_sync.verify
+    with job.phases.syncing(), job.timers.phase("sync"):
+        return job.sync.push(state.policy_version, verify=verify == "every" or (verify == "first" and not job.sync.count))
+
+
+def evaluate_if_due(job: Job, step: int) -> None:
+    """Every `evaluation.every` steps; both ends of the run are evaluated outside of the loop."""
+    every = job.config.evaluation.every
+    if job.evaluator is not None and every is not None and step % every == 0 and step < job.config.train.steps:
+        with job.phases.sampling(), job.timers.phase("evaluation"):
+            evaluation = job.evaluator.evaluate()
+        if job.observer is not None:
+            job.observer.evaluated(evaluation)
+
+
+def gather_by_rollout(job: Job, batch: TrainBatch, num_rollouts: int) -> list[list[float]]:
+    """`old_log_probs` of every rollout, on every rank."""
+    mine: dict[int, list[float]] = {}
+    if job.ranks.is_last_stage and job.ranks.at.tp_rank == 0:
+        mine = batch.completion_values(_present([m.old_log_probs for m in batch.microbatches]))
+    parts: list[dict[int, list[float]]] = [mine]
+    if job.ranks.topology.world_size > 1:
+        parts = [{} for _ in range(job.ranks.topology.world_size)]
+        dist.all_gather_object(parts, mine)
+    found = {key: value for part in parts for key, value in part.items()}
+    return [found[i] for i in range(num_rollouts)]
+
+
+def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    assert all(v is not None for v in values), "the last stage has log-probs of every microbatch"
+    return [v for v in values if v is not None]

@@ -1,0 +1,80 @@
+"""`rollouts/step_000012.jsonl`: a row per rollout, with all that is needed to replay its part of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from grpo_mega.observe.files import to_json, write_atomically
+from grpo_mega.types import Rollout, StopReason
+
+
+class RolloutRow(TypedDict):
+    """One line. The log-probs have an entry per token of `completion_ids`; `old_log_probs` is None where the policy was
+    not asked, because its only update needs no earlier ones."""
+
+    prompt: str
+    completion: str
+    answer: str
+    reward: float
+    reward_components: dict[str, float]
+    reward_failures: list[str]
+    advantage: float
+    stop_reason: StopReason
+    policy_version: int
+    prompt_index: int
+    replica: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    sampler_log_probs: list[float]
+    old_log_probs: list[float] | None
+
+
+def rollout_rows(
+    rollouts: Sequence[Rollout], advantages: Sequence[float], old_log_probs: Sequence[Sequence[float]] | None
+) -> list[RolloutRow]:
+    """Rows in the order of `rollouts`.
+
+    Args:
+        advantages: One per rollout.
+        old_log_probs: One list per rollout, aligned to its `completion_ids`; or None.
+
+    Raises:
+        ValueError: lengths differ.
+    """
+    olds: Sequence[Sequence[float] | None] = [None] * len(rollouts) if old_log_probs is None else old_log_probs
+    return [_row(r, advantage, old) for r, advantage, old in zip(rollouts, advantages, olds, strict=True)]
+
+
+def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | None) -> RolloutRow:
+    prompt, completion = rollout.prompt, rollout.completion
+    for name, values in (("sampler_log_probs", completion.sampler_log_probs), ("old_log_probs", old_log_probs)):
+        if values is not None and len(values) != len(completion.token_ids):
+            raise ValueError(
+                f"{name} of a rollout of prompt {prompt.index} has {len(values)} entries for "
+                f"{len(completion.token_ids)} completion tokens; it must have one per token"
+            )
+    return RolloutRow(
+        prompt=prompt.text,
+        completion=completion.text,
+        answer=prompt.answer,
+        reward=rollout.reward.value,
+        reward_components=dict(rollout.reward.components),
+        reward_failures=list(rollout.reward.failures),
+        advantage=float(advantage),
+        stop_reason=completion.stop_reason,
+        policy_version=completion.policy_version,
+        prompt_index=prompt.index,
+        replica=rollout.replica,
+        prompt_ids=list(prompt.token_ids),
+        completion_ids=list(completion.token_ids),
+        sampler_log_probs=list(completion.sampler_log_probs),
+        old_log_probs=None if old_log_probs is None else [float(value) for value in old_log_probs],
+    )
+
+
+def write_rollouts(path: Path, rows: Sequence[RolloutRow]) -> None:
+    """A JSON object per line; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(f"{to_json(row)}\n" for row in rows))

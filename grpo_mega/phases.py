@@ -1,0 +1,67 @@
+"""Who holds the device when: the only caller of sleep, wake and offload.
+
+    phase      policy params   grads   optimizer   engine weights   engine KV cache
+    sampling   host            freed   host        device           device
+    training   device          device  device      asleep           asleep
+    syncing    device          freed   host        device           asleep
+
+An engine that slept has no weights until the next sync, so sampling after training without a sync is an error. On a
+machine without CUDA there is one memory: the policy stays where it is, the engine really releases its KV cache.
+Asserted by tests/unit/test_phases.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+from grpo_mega.interfaces import Engine
+
+Part = Literal["params", "grads", "optimizer"]
+
+
+class MovablePolicy(Protocol):
+    """What the phases need of a policy."""
+
+    def offload(self, *parts: Part) -> None:
+        """Free the device memory of these parts."""
+        ...
+
+    def reload(self, *parts: Part) -> None:
+        """Bring them back."""
+        ...
+
+
+class Phases:
+    """One engine and one policy that take turns on this rank's device."""
+
+    def __init__(self, engine: Engine, policy: MovablePolicy) -> None:
+        self._engine, self._policy = engine, policy
+        self._weights_current = False
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The engine owns the device."""
+        if not self._weights_current:
+            raise RuntimeError("sampling before a sync: the engine has not the policy's present weights")
+        self._policy.offload("grads", "optimizer", "params")
+        self._engine.wake("kv_cache")
+        yield
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """The policy owns the device: log-probs, reference, updates."""
+        self._engine.sleep()
+        self._weights_current = False
+        self._policy.reload("params", "grads", "optimizer")
+        yield
+
+    @contextmanager
+    def syncing(self) -> Iterator[None]:
+        """Weights of both, nothing else."""
+        self._policy.offload("grads", "optimizer")
+        self._policy.reload("params")
+        self._engine.wake("weights")
+        yield
+        self._weights_current = True

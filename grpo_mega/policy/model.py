@@ -1,0 +1,53 @@
+"""The trained module: Megatron's GPTModel up to the last hidden state, and the head that turns it into log-probs.
+
+The output layer is never called: full logits of a row do not exist (parallel/vocab.py).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from grpo_mega.parallel.vocab import vocab_parallel_log_probs
+from grpo_mega.policy import cpu
+
+cpu.prepare_import()
+
+from megatron.core.models.gpt import GPTModel  # noqa: E402 - only after prepare_import
+from megatron.core.tensor_parallel import (  # noqa: E402
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+
+class PolicyModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose last stage returns hidden states [T, H] instead of logits."""
+
+    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
+        if not self.post_process:
+            return hidden_states  # to the next stage, [T or T/tp, 1, H]
+        if self.config.sequence_parallel:
+            # each rank's head shard yields a part of the hidden state's gradient: backward is a reduce-scatter
+            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True).squeeze(1)
+        return copy_to_tensor_model_parallel_region(hidden_states).squeeze(1)  # backward is an all-reduce
+
+    def head_log_probs(
+        self, hidden: Tensor, labels: Tensor, *, temperature: float, vocab_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs of the labels and entropies, each [T] float32, of softmax(hidden head^T / temperature).
+
+        Args:
+            hidden: [T, H] from `forward` of the last stage.
+            labels: [T] int64.
+            temperature: the sampling temperature.
+            vocab_size: without the padding to a multiple of tp.
+        """
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
+        return vocab_parallel_log_probs(
+            hidden, weight, labels, temperature=temperature, vocab_size=vocab_size, group=self.pg_collection.tp
+        )

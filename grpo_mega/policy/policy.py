@@ -1,0 +1,180 @@
+"""The policy on this rank: log-probs, updates, the reference, and its weights as a source of syncs.
+
+Owns Megatron's schedules; never decides what is sampled or how it is scored. The loss of an update is the sum over all
+tokens of all microbatches on all ranks of token_loss * token_weights (types.Microbatch): nothing else divides it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.interfaces import TokenLoss
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.policy.build import MegatronParts, build_policy, init_groups
+from grpo_mega.policy.offload import Part, PolicyMemory
+from grpo_mega.policy.reference import Reference
+from grpo_mega.policy.reports import UpdateReport
+from grpo_mega.policy.state import load_state, save_state
+from grpo_mega.policy.weights import MegatronWeights
+from grpo_mega.types import Microbatch, UpdateStats
+
+from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
+from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+
+
+class MegatronPolicy:
+    """Built collectively: every rank constructs it with the same arguments."""
+
+    def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, *, with_reference: bool) -> None:
+        """Loads the weights of `folder`; they also become the reference, when one is asked for."""
+        init_groups(ranks, config.guard.timeout_seconds)
+        self.spec, self.ranks = spec, ranks
+        self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, config.optimizer, ranks)
+        self.temperature = config.sampling.temperature
+        self.model_parallel_group = parallel_state.get_model_parallel_group()
+        self.weights = MegatronWeights(self.parts.model, spec, ranks, self.model_parallel_group)
+        self.weights.load_from_hf(folder)
+        self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
+        self.dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._reference = Reference(self.parts.ddp, self.dp_group) if with_reference else None
+        self._memory = PolicyMemory(self.parts.ddp, self.parts.optimizer)
+
+    @property
+    def source(self) -> MegatronWeights:
+        """The end of a weight sync."""
+        return self.weights
+
+    def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Every HF tensor, whole, in checkpoint order, on every rank; at most one bucket is alive."""
+        return self.weights.full_tensors(bucket_bytes)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, `log_probs` are the reference's."""
+        assert self._reference is not None, "no reference was built: the loss does not need one"
+        return self._reference.active()
+
+    def log_probs(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
+        """[T] per microbatch, without gradient, on every rank of the last stage; None elsewhere."""
+
+        def keep(hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+            values, _ = self._head(hidden, microbatch)
+            return values.new_zeros(()), _NO_TOKENS, values
+
+        with torch.no_grad():
+            outputs = self._run_schedule(microbatches, keep, forward_only=True)
+        return outputs if self.ranks.is_last_stage else None
+
+    def update(
+        self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
+    ) -> tuple[UpdateStats, list[Tensor] | None]:
+        """One optimizer step; also returns the log-probs of before it, as `log_probs` would.
+
+        Raises:
+            RuntimeError: loss or gradient is not finite (names rank and microbatch); the weights are unchanged.
+        """
+        report = UpdateReport(self.ranks)
+
+        def token_losses(hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+            values, entropy = self._head(hidden, microbatch)
+            token_loss, metrics = loss(values, entropy, microbatch)
+            total = (token_loss * microbatch.token_weights).sum()
+            report.add(microbatch, total, token_loss, metrics)
+            return total, _NO_TOKENS, values.detach()
+
+        self.parts.ddp.zero_grad_buffer()
+        self.parts.optimizer.zero_grad()
+        outputs = self._run_schedule(microbatches, token_losses, forward_only=False)
+        sums, maxima = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
+        self.parts.optimizer.prepare_grads()
+        grad_norm = float(self.parts.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise RuntimeError(f"the gradient norm is {grad_norm} although every loss is finite; no update was made")
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.parts.optimizer.step()
+        return UpdateStats(grad_norm, learning_rate, sums, maxima), outputs if self.ranks.is_last_stage else None
+
+    def offload(self, *parts: Part) -> None:
+        """Free the device memory of these parts; without CUDA there is one memory and nothing to free."""
+        if self.ranks.device.type == "cuda":
+            self._memory.offload(*parts)
+
+    def reload(self, *parts: Part) -> None:
+        """Bring them back."""
+        if self.ranks.device.type == "cuda":
+            self._memory.reload(*parts)
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        save_state(self.parts, folder, extra)
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Collective: the reverse, at any layout; returns `extra`. The reference stays what it was."""
+        return load_state(self.parts, folder)
+
+    def _head(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+        return self.parts.model.head_log_probs(
+            hidden, microbatch.labels, temperature=self.temperature, vocab_size=self.spec.vocab_size
+        )
+
+    def _run_schedule(
+        self,
+        microbatches: Sequence[Microbatch],
+        last_stage: Callable[[Tensor, Microbatch], tuple[Tensor, Tensor, Tensor]],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Megatron's pipeline schedule; `last_stage(hidden, microbatch)` -> (loss, an int tensor, what to return)."""
+
+        def forward(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+            microbatch = next(iterator)
+            hidden = model(
+                microbatch.token_ids[None],
+                microbatch.position_ids[None],
+                None,
+                packed_seq_params=_packed_params(microbatch),
+            )
+            return hidden, lambda output: last_stage(output, microbatch)
+
+        outputs: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter([_to_device(m, self.ranks.device) for m in microbatches]),
+            model=self.parts.ddp,
+            num_microbatches=len(microbatches),
+            seq_length=len(microbatches[0].token_ids),  # one length for all rows: pipeline messages have one shape
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return outputs
+
+
+_NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron counts tokens to divide by them; we do not
+
+
+def _packed_params(microbatch: Microbatch) -> PackedSeqParams:
+    longest = int(microbatch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=microbatch.cu_seqlens,
+        cu_seqlens_kv=microbatch.cu_seqlens,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
+    if device.type == "cpu":
+        return microbatch
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(microbatch).items()}
+    return Microbatch(**moved)

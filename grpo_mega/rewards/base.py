@@ -1,0 +1,181 @@
+"""The contract of a reward, and how a config's terms become callables.
+
+A reward is a function `(prompt, completion, reference, **args) -> float` that declares its range with `@reward(low=...,
+high=...)`. It is named in the config by its short name (`exact`, `gsm8k`, `format`) or by a dotted path,
+`package.module:function` or `package.module.function`. Names, arguments and their values are checked before the run
+starts (tests/unit/test_rewards_base.py); a value that is no number or is out of range is found at each scoring.
+
+Nothing here imports torch: worker processes import this module and the rewards, and must start fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from grpo_mega.types import UserError
+
+BUILTIN_REWARDS: Mapping[str, str] = {
+    "exact": "grpo_mega.rewards.exact:exact",
+    "format": "grpo_mega.rewards.format:answer_format",
+    "gsm8k": "grpo_mega.rewards.gsm8k:gsm8k",
+}
+"""Short name -> where the function is; imported only when it is asked for."""
+
+_DECLARATION = "__reward_declaration__"
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Term(Protocol):
+    """One entry of `reward.terms`; the config's RewardTerm is one."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
+
+    @property
+    def args(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """The range that a reward promises; `low` is also the floor that a failed scoring gets."""
+
+    low: float
+    high: float
+    check_args: Callable[..., None] | None = None
+
+
+def reward(
+    *, low: float, high: float, check_args: Callable[..., None] | None = None
+) -> Callable[[_Function], _Function]:
+    """Declare that the decorated function is a reward with values in [low, high].
+
+    Args:
+        low: least value, finite; the floor of a scoring that fails.
+        high: greatest value, finite.
+        check_args: called with the term's `args` before the run starts; raises UserError for a bad value.
+
+    Raises:
+        ValueError: the range is empty or not finite.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"a reward's range must be finite with low < high, got low={low} high={high}")
+
+    def declare(function: _Function) -> _Function:
+        setattr(function, _DECLARATION, Declaration(low, high, check_args))
+        return function
+
+    return declare
+
+
+@dataclass(frozen=True)
+class RewardComponent:
+    """One resolved term. `name` is its key in `Reward.components`: unique, a repeated term gets `_2`, `_3`, ..."""
+
+    name: str
+    function: Callable[..., Any]
+    low: float
+    high: float
+    weight: float
+    args: Mapping[str, Any]
+
+    def __call__(self, prompt: str, completion: str, reference: str) -> float:
+        """The unweighted value, in [low, high].
+
+        Raises:
+            ValueError: the function returned something that is no number, is NaN, or is out of range.
+            Exception: whatever the function itself raises.
+        """
+        value = self.function(prompt, completion, reference, **self.args)
+        if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
+            raise ValueError(f"returned {type(value).__name__}, not a number")
+        number = float(value)
+        if not self.low <= number <= self.high:  # also true for NaN
+            raise ValueError(f"returned {number}, outside the declared range [{self.low}, {self.high}]")
+        return number
+
+
+def build_rewards(terms: Sequence[Term]) -> tuple[RewardComponent, ...]:
+    """Resolve and check the terms of a config, in order.
+
+    Raises:
+        UserError: no terms, an unknown name, a path that cannot be imported, a function without a declared range, an
+            argument that it does not take or a value that it refuses. Names the term.
+    """
+    if not terms:
+        raise UserError("reward.terms is empty, a run needs at least one; add for example {name: exact}")
+    seen: dict[str, int] = {}
+    components = []
+    for position, term in enumerate(terms):
+        where = f"reward.terms[{position}]"
+        if not math.isfinite(term.weight):
+            raise UserError(f"{where}.weight={term.weight} is not finite; give a number")
+        function = _resolve(where, term.name)
+        declaration = getattr(function, _DECLARATION, None)
+        if not isinstance(declaration, Declaration):
+            raise UserError(
+                f"{where}.name={term.name!r} declares no range; put `@grpo_mega.rewards.reward(low=..., high=...)` "
+                "above the function"
+            )
+        _check_args(where, term, function, declaration)
+        short = term.name.replace(":", ".").rsplit(".", 1)[-1]
+        seen[short] = seen.get(short, 0) + 1
+        name = short if seen[short] == 1 else f"{short}_{seen[short]}"
+        components.append(
+            RewardComponent(name, function, declaration.low, declaration.high, term.weight, dict(term.args))
+        )
+    return tuple(components)
+
+
+def _resolve(where: str, name: str) -> Callable[..., Any]:
+    path = BUILTIN_REWARDS.get(name, name)
+    module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
+    if not module_name or not attribute:
+        nearest = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"{where}.name={name!r} is no reward, did you mean {nearest!r}? "
+            f"Use one of {', '.join(sorted(BUILTIN_REWARDS))} or a path package.module:function"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may raise anything while it is imported
+        raise UserError(
+            f"{where}.name={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
+            "check the path and PYTHONPATH"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [n for n, value in vars(module).items() if hasattr(value, _DECLARATION)]
+        raise UserError(
+            f"{where}.name={name!r}: module {module_name!r} has no function {attribute!r}; "
+            f"its rewards: {', '.join(functions) or 'none'}"
+        )
+    return function  # type: ignore[no-any-return]
+
+
+def _check_args(where: str, term: Term, function: Callable[..., Any], declaration: Declaration) -> None:
+    signature = inspect.signature(function)
+    try:
+        signature.bind("", "", "", **term.args)
+    except TypeError as error:
+        known = list(signature.parameters)[3:]
+        unknown = [key for key in term.args if key not in known]
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0) if unknown else []
+        hint = f", did you mean {near[0]!r}?" if near else ";"
+        raise UserError(
+            f"{where}.args={dict(term.args)} does not fit {term.name!r} ({error}){hint} "
+            f"it takes: {', '.join(known) or 'no arguments'}"
+        ) from error
+    if declaration.check_args is not None:
+        try:
+            declaration.check_args(**term.args)
+        except UserError as error:
+            raise UserError(f"{where}.args: {error}") from error

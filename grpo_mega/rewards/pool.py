@@ -1,0 +1,287 @@
+"""Scores completions in worker processes while the caller goes on sampling.
+
+One thread of the caller's process owns the workers: it hands out jobs, reads answers and replaces workers that died.
+Invariants (tests/unit/test_reward_pool.py): every submitted key comes back from `collect`, whatever its reward did;
+`submit` never waits; no worker outlives its parent; the values do not depend on the number of workers.
+
+A scoring that times out, crashes, raises or returns a non-number scores its declared floor, is named in
+`Reward.failures`, counted in `failure_counts` and logged, one line per component and kind in each `collect`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Literal
+
+from grpo_mega.rewards.base import Term, build_rewards
+from grpo_mega.rewards.process import Job, RewardProcess
+from grpo_mega.types import Reward
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""Limit for a worker to start and import its rewards."""
+_START_ATTEMPTS = 3
+_TICK_SECONDS = 0.25
+_COALESCE_SECONDS = 0.002
+
+FailureKind = Literal["timed out", "crashed", "raised or returned no number"]
+
+
+class RewardPool:
+    """Worker processes that score completions; use as a context manager, or `close()` it.
+
+    Args:
+        terms: what to score; checked here, before a worker starts.
+        workers: number of processes, each one core.
+        timeout_seconds: wall-clock limit of one component of one completion; its process is then killed and replaced.
+
+    Raises:
+        UserError: a term is wrong (see `build_rewards`).
+        RuntimeError: the workers do not start on this machine.
+    """
+
+    def __init__(self, terms: Sequence[Term], *, workers: int, timeout_seconds: float) -> None:
+        self._components = build_rewards(terms)
+        self._setup: dict[str, object] = {
+            "terms": [[term.name, term.weight, dict(term.args)] for term in terms],
+            "timeout_seconds": timeout_seconds,
+        }
+        self._timeout_seconds = timeout_seconds
+        self.failure_counts: Counter[str] = Counter()
+        """Failed scorings per component since the start."""
+        self._changed = threading.Condition()  # guards the next six
+        self._queue: deque[Job] = deque()
+        self._pending: set[int] = set()
+        self._done: dict[int, Reward] = {}
+        self._problems: dict[tuple[str, FailureKind], list[str]] = {}
+        self._broken: BaseException | None = None
+        self._closing = False
+        self._ready_workers = 0  # written by the thread only, like everything below
+        self._processes: list[RewardProcess] = []
+        self._serials = itertools.count()
+        self._failed_starts = 0
+        self._selector = selectors.DefaultSelector()
+        self._wake_receiver, self._wake_sender = socket.socketpair()
+        self._wake_receiver.setblocking(False)
+        self._wake_sender.setblocking(False)
+        self._selector.register(self._wake_receiver, selectors.EVENT_READ)
+        # The workers are started by the thread: the kernel ties their life to the thread that started them.
+        self._thread = threading.Thread(target=self._serve, args=(workers,), name="rewards", daemon=True)
+        self._thread.start()
+        self._wait_until_ready(workers)
+
+    def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
+        """Queue one completion for scoring; returns at once.
+
+        Raises:
+            ValueError: `key` is already waiting for `collect`.
+            RuntimeError: the pool is closed or its workers cannot be restarted.
+        """
+        with self._changed:
+            self._check_alive()
+            if key in self._pending or key in self._done:
+                raise ValueError(f"key={key} was submitted twice since the last collect; keys must differ")
+            self._pending.add(key)
+            self._queue.append(Job(key, prompt, completion, reference, list(range(len(self._components)))))
+            was_empty = len(self._queue) == 1
+        if was_empty:
+            self._wake()
+
+    def collect(self) -> dict[int, Reward]:
+        """Wait for everything submitted since the last call; at most `timeout_seconds` per component and completion.
+
+        Raises:
+            RuntimeError: the pool is closed or its workers cannot be restarted.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: not self._pending or self._broken is not None or self._closing)
+            self._check_alive()
+            done, self._done = self._done, {}
+            problems, self._problems = self._problems, {}
+        for (name, kind), details in problems.items():
+            floor = next(component.low for component in self._components if component.name == name)
+            logger.warning(
+                "reward %s %s for %d of %d completions, which score its floor %g; the first: %s",
+                *(name, kind, len(details), len(done), floor, details[0]),
+            )
+        return done
+
+    def close(self) -> None:
+        """End the workers, whatever they are doing. A second call does nothing."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._wake()
+        self._thread.join()
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def worker_pids(self) -> tuple[int, ...]:
+        """The processes that score now."""
+        return tuple(process.pid for process in list(self._processes))
+
+    def _wait_until_ready(self, workers: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready_workers >= workers or self._broken is not None)
+            broken = self._broken
+        if broken is not None:
+            self.close()
+            raise RuntimeError(f"reward workers do not start: {broken}") from broken
+
+    def _check_alive(self) -> None:
+        if self._broken is not None:
+            raise RuntimeError(f"reward workers cannot be restarted: {self._broken}") from self._broken
+        if self._closing:
+            raise RuntimeError("the reward pool is closed; make a new one")
+
+    def _wake(self) -> None:
+        try:
+            self._wake_sender.send(b"x")
+        except OSError:
+            return  # full: the thread is awake already; closed: nobody is left to wake
+
+    # What follows runs in the thread.
+
+    def _serve(self, workers: int) -> None:
+        try:
+            for _ in range(workers):
+                self._start()
+            while not self._closing:
+                self._hand_out()
+                self._poll()
+        except BaseException as error:  # carried to the caller, who would otherwise wait for ever
+            with self._changed:
+                self._broken = error
+        finally:
+            for process in self._processes:
+                process.kill()
+            self._processes.clear()
+            self._selector.close()
+            self._wake_receiver.close()
+            self._wake_sender.close()
+            with self._changed:
+                self._changed.notify_all()
+
+    def _start(self) -> None:
+        process = RewardProcess(self._setup)
+        self._processes.append(process)
+        self._selector.register(process.connection, selectors.EVENT_READ, process)
+
+    def _hand_out(self) -> None:
+        """Give waiting jobs, one at a time, to the worker with the most room."""
+        while self._queue:
+            process = max(self._processes, key=lambda candidate: candidate.free_slots)
+            if process.free_slots <= 0:
+                return
+            with self._changed:
+                job = self._queue.popleft()
+            process.submit(next(self._serials), job)
+
+    def _poll(self) -> None:
+        for process in self._processes:
+            wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if process.backlog else 0)
+            self._selector.modify(process.connection, wanted, process)
+        events = self._selector.select(_TICK_SECONDS)
+        for key, mask in events:
+            if key.data is None:
+                self._drain_wake_ups()
+                continue
+            if mask & selectors.EVENT_WRITE:
+                key.data.flush()
+            if mask & selectors.EVENT_READ:
+                self._read(key.data)
+        for process in list(self._processes):
+            self._check_limits(process)
+        if sum(len(process.in_flight) for process in self._processes) > 2 * len(self._processes):
+            time.sleep(_COALESCE_SECONDS)  # fast rewards: read many answers at once, and leave the core to the caller
+
+    def _drain_wake_ups(self) -> None:
+        try:
+            self._wake_receiver.recv(4096)
+        except BlockingIOError:
+            return
+
+    def _check_limits(self, process: RewardProcess) -> None:
+        if process.is_overdue(self._timeout_seconds):
+            process.kill()
+            self._bury(process, "timed out", "")
+        elif not process.ready and time.monotonic() - process.started > START_SECONDS:
+            raise RuntimeError(f"a reward worker was not ready within {START_SECONDS:g} s")
+
+    def _read(self, process: RewardProcess) -> None:
+        was_ready = process.ready
+        answers, alive = process.receive()
+        for answer in answers:
+            serial, job = process.in_flight[0]
+            assert serial == answer.serial, (serial, answer)
+            if answer.value is None:
+                self._fail(job, answer.position, "raised or returned no number", answer.problem or "")
+            else:
+                job.components[answer.position] = answer.value
+                job.remaining.remove(answer.position)
+            if not job.remaining:
+                process.in_flight.popleft()
+                self._finish(job)
+        if process.setup_error is not None:
+            raise RuntimeError(process.setup_error)
+        if process.ready and not was_ready:
+            self._failed_starts = 0
+            with self._changed:
+                self._ready_workers += 1
+                self._changed.notify_all()
+        if not alive:
+            status = process.exit_status()
+            self._bury(process, "timed out" if status == -signal.SIGALRM else "crashed", f"exit status {status}")
+
+    def _bury(self, process: RewardProcess, kind: FailureKind, detail: str) -> None:
+        """Replace a dead worker; the scoring it was at has failed, its other jobs go back to the front of the queue."""
+        self._selector.unregister(process.connection)
+        self._processes.remove(process)
+        if not process.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= _START_ATTEMPTS:
+                raise RuntimeError(f"{_START_ATTEMPTS} reward workers in a row ended while starting, {detail}")
+        waiting = [job for _, job in process.in_flight]
+        if waiting:
+            self._fail(waiting[0], waiting[0].remaining[0], kind, detail)
+            if not waiting[0].remaining:
+                self._finish(waiting.pop(0))
+        with self._changed:
+            self._queue.extendleft(reversed(waiting))
+        self._start()
+
+    def _fail(self, job: Job, position: int, kind: FailureKind, detail: str) -> None:
+        component = self._components[position]
+        job.components[position] = component.low
+        job.failures.add(position)
+        job.remaining.remove(position)
+        with self._changed:
+            self.failure_counts[component.name] += 1
+            self._problems.setdefault((component.name, kind), []).append(f"key {job.key} {detail}".rstrip())
+
+    def _finish(self, job: Job) -> None:
+        values = {c.name: job.components[i] for i, c in enumerate(self._components)}
+        value = sum(c.weight * job.components[i] for i, c in enumerate(self._components))
+        failures = tuple(c.name for i, c in enumerate(self._components) if i in job.failures)
+        with self._changed:
+            self._done[job.key] = Reward(value=value, components=values, failures=failures)
+            self._pending.discard(job.key)
+            if not self._pending:
+                self._changed.notify_all()

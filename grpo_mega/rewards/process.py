@@ -1,0 +1,150 @@
+"""The parent's side of one reward process: starts it clean, talks to it without ever blocking, ends it for good.
+
+The child is a new program (`python -m grpo_mega.rewards.worker`), not a fork: it inherits no torch, no gloo socket, no
+engine state and no GPU, and none of the variables that make a process a rank. It leads its own session, so that what
+a reward starts is killed with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+_DROPPED_PREFIXES = ("CUDA_", "GLOO_", "LOCAL_", "MASTER_", "NCCL_", "PMI", "ROLE_", "SLURM_", "TORCH", "VLLM_")
+_DROPPED = frozenset(("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "LD_PRELOAD", "OMPI_COMM_WORLD_RANK"))
+_GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
+_KILL_SECONDS = 10.0
+_MAX_IN_FLIGHT = 64
+_PREFETCH_SECONDS = 0.02
+
+
+@dataclass
+class Job:
+    """One completion on its way: `remaining` are the positions of the terms that it has no value of yet."""
+
+    key: int
+    prompt: str
+    completion: str
+    reference: str
+    remaining: list[int]
+    components: dict[int, float] = field(default_factory=dict)
+    failures: set[int] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a worker says about one component of one job; `value` is None when it failed, for the reason `problem`."""
+
+    serial: int
+    position: int
+    value: float | None
+    problem: str | None
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of this process without ranks, launchers and devices; the import path is handed on as it is."""
+    kept = {k: v for k, v in os.environ.items() if k not in _DROPPED and not k.startswith(_DROPPED_PREFIXES)}
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class RewardProcess:
+    """One worker. The caller watches `connection`: for reading always, for writing while there is a `backlog`."""
+
+    def __init__(self, setup: dict[str, object]) -> None:
+        self.connection, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "grpo_mega.rewards.worker", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(),),
+                env=clean_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # a reward that prints must not mix with what the parent writes to stdout
+                start_new_session=True,
+            )
+        self.connection.setblocking(False)
+        self.pid = self._process.pid
+        self.ready = False
+        self.setup_error: str | None = None
+        self.started = self.last_progress = time.monotonic()
+        self.in_flight: deque[tuple[int, Job]] = deque()
+        self._mean_seconds = _PREFETCH_SECONDS
+        self._incoming = b""
+        self.backlog = bytearray()
+        self._write(setup)
+
+    @property
+    def free_slots(self) -> int:
+        """How many more jobs it should get: about 20 ms of work, at most 64, and only once it is ready."""
+        if not self.ready:
+            return 0
+        wanted = max(1, min(_MAX_IN_FLIGHT, int(_PREFETCH_SECONDS / max(self._mean_seconds, 1e-6))))
+        return wanted - len(self.in_flight)
+
+    def submit(self, serial: int, job: Job) -> None:
+        """Queue a job on this worker."""
+        self.in_flight.append((serial, job))
+        self._write([serial, job.remaining, job.prompt, job.completion, job.reference])
+
+    def flush(self) -> None:
+        """Write what the socket takes."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while self.backlog:
+                del self.backlog[: self.connection.send(self.backlog)]
+                self.last_progress = time.monotonic()  # what waits here has not reached the worker's clock yet
+
+    def receive(self) -> tuple[list[Answer], bool]:
+        """What has arrived, and whether the process is still there."""
+        alive, pieces = True, [self._incoming]
+        try:
+            while piece := self.connection.recv(1 << 16):
+                pieces.append(piece)
+            alive = False
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            alive = False
+        *lines, self._incoming = b"".join(pieces).split(b"\n")
+        answers = []
+        for line in lines:
+            self.last_progress = time.monotonic()
+            message = json.loads(line)
+            if isinstance(message, dict):
+                self.ready, self.setup_error = "ready" in message, message.get("error")
+                continue
+            serial, position, value, problem, seconds = message
+            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+            answers.append(Answer(serial, position, value, problem))
+        return answers, alive
+
+    def is_overdue(self, timeout_seconds: float) -> bool:
+        """Whether the scoring in progress has outlived the limit and the alarm that should have ended it."""
+        return bool(self.in_flight) and time.monotonic() - self.last_progress > timeout_seconds + _GRACE_SECONDS
+
+    def kill(self) -> int:
+        """End it and whatever it started; its exit status, negative for a signal."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.connection.close()
+        try:
+            return self._process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:  # stuck in the kernel; it ends when the kernel lets it
+            return -signal.SIGKILL
+
+    def exit_status(self, grace_seconds: float = 1.0) -> int:
+        """After the socket has ended: wait for the process to say how it died, then clean up."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_seconds)
+        return self.kill()
+
+    def _write(self, message: object) -> None:
+        self.backlog += json.dumps(message).encode("ascii") + b"\n"
+        self.flush()

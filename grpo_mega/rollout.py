@@ -1,0 +1,107 @@
+"""Samples the answers of one step on all engine replicas, has them scored meanwhile, and shares the result.
+
+Prompts are cut into waves; a wave's prompts are dealt to the replicas in turn. Every rank of a replica drives its
+engine with the same requests; the first of them submits finished completions to the reward processes, which never
+steers the engine. Afterwards every rank has all rollouts in the same order.
+Asserted by tests/e2e/test_quickstart.py (tokens per replica add up) and tests/engine/test_vllm_engine.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch.distributed as dist
+
+from grpo_mega.interfaces import Engine
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+
+
+class Scorer(Protocol):
+    """Reward processes (rewards/pool.py)."""
+
+    def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
+        """Start scoring; returns at once."""
+        ...
+
+    def collect(self) -> dict[int, Reward]:
+        """The rewards of everything submitted since the last call."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampledGroups:
+    """Rollouts of a step, the groups one after the other in the prompts' order; the same on every rank."""
+
+    rollouts: list[Rollout]
+    group_size: int
+
+    def tokens_per_replica(self, num_replicas: int) -> list[int]:
+        """Completion tokens that each replica sampled."""
+        totals = [0] * num_replicas
+        for rollout in self.rollouts:
+            totals[rollout.replica] += len(rollout.completion.token_ids)
+        return totals
+
+
+class Sampler:
+    """The engine replicas of a job and their reward processes, as one. `scorer` is None on ranks that do not score."""
+
+    def __init__(
+        self, engine: Engine, scorer: Scorer | None, ranks: Ranks, timers: PhaseTimer, prompts_per_wave: int | None
+    ) -> None:
+        self._engine, self._scorer, self._ranks, self._timers = engine, scorer, ranks, timers
+        self._prompts_per_wave = prompts_per_wave
+
+    def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
+        """Collective. `request.seed` is replaced: each wave and replica draws from its own, made of `seed_of`."""
+        group_size, replica = request.group_size, self._ranks.at.replica
+        mine: dict[int, tuple[Completion, int]] = {}
+        wave_size = self._prompts_per_wave or max(1, len(prompts))
+        for wave, start in enumerate(range(0, len(prompts), wave_size)):
+            positions = range(start, min(start + wave_size, len(prompts)))[replica :: self._ranks.topology.num_replicas]
+            chosen = [prompts[p] for p in positions]
+
+            def submit(
+                local: int,
+                member: int,
+                completion: Completion,
+                positions: range = positions,
+                chosen: list[Prompt] = chosen,
+            ) -> None:
+                key = positions[local] * group_size + member
+                mine[key] = (completion, replica)
+                if self._scorer is not None:
+                    self._scorer.submit(key, chosen[local].text, completion.text, chosen[local].answer)
+
+            seed = derived_seed(*seed_of, wave, replica)
+            self._engine.generate(chosen, replace(request, seed=seed), submit)
+        with self._timers.phase("reward"):  # what is left of it: most was scored during the sampling
+            return SampledGroups(self._share(prompts, group_size, mine), group_size)
+
+    def _share(
+        self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, tuple[Completion, int]]
+    ) -> list[Rollout]:
+        """Score what is left, then exchange: the first rank of each replica speaks for it."""
+        spoken = None
+        if self._scorer is not None:
+            rewards = self._scorer.collect()
+            spoken = {key: (completion, rewards[key], replica) for key, (completion, replica) in mine.items()}
+        heard: list[dict[int, tuple[Completion, Reward, int]] | None] = [spoken]
+        if self._ranks.topology.world_size > 1:
+            heard = [None] * self._ranks.topology.world_size
+            dist.all_gather_object(heard, spoken)
+        by_key = {key: value for part in heard if part is not None for key, value in part.items()}
+        expected = len(prompts) * group_size
+        if len(by_key) != expected:
+            raise RuntimeError(f"the engines returned {len(by_key)} rollouts of {expected}")
+        return [Rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
+
+
+def derived_seed(*parts: object) -> int:
+    """A 31-bit seed from (run.seed, purpose, step, wave, replica): the same in every run and process."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1

@@ -1,0 +1,98 @@
+"""The numbers of one step, from what the loop has in hand. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from grpo_mega.batch import TrainBatch
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Reward, Rollout, UpdateStats
+from grpo_mega.weight_sync.push import SyncReport
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, the same on every rank. `old_log_probs`: one list per rollout."""
+
+    step: int
+    groups: SampledGroups
+    batch: TrainBatch
+    old_log_probs: list[list[float]]
+    updates: list[UpdateStats]
+    sync: SyncReport
+
+    def metrics(self, num_replicas: int, is_right: Callable[[Reward], bool]) -> dict[str, float]:
+        """Everything but times; the names are those of observe/metrics.py."""
+        return {
+            **_rewards(self.groups, is_right),
+            **_lengths(self.groups, num_replicas),
+            **_updates(self.updates),
+            **mismatch(self.groups.rollouts, self.old_log_probs),
+            "train/num_loss_tokens": float(sum(len(r.completion.token_ids) for r in self.groups.rollouts)),
+            "sync/bytes": float(self.sync.received_bytes),
+            "sync/gb_per_second": self.sync.received_bytes / 1e9 / self.sync.seconds,
+        }
+
+
+def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[str, float]:
+    rewards = [r.reward for r in groups.rollouts]
+    values = [r.value for r in rewards]
+    in_groups = [values[i : i + groups.group_size] for i in range(0, len(values), groups.group_size)]
+    components = {name: [r.components[name] for r in rewards] for name in rewards[0].components}
+    return {
+        "reward/mean": statistics.fmean(values),
+        "reward/std": statistics.pstdev(values),
+        "reward/accuracy": statistics.fmean(is_right(r) for r in rewards),
+        "reward/failed_fraction": statistics.fmean(bool(r.failures) for r in rewards),
+        "group/degenerate_fraction": statistics.fmean(min(g) == max(g) for g in in_groups),
+        **{f"reward/component/{name}": statistics.fmean(v) for name, v in components.items()},
+    }
+
+
+def _lengths(groups: SampledGroups, num_replicas: int) -> dict[str, float]:
+    lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+    return {
+        "rollout/length_mean": statistics.fmean(lengths),
+        "rollout/length_max": float(max(lengths)),
+        "rollout/prompt_length_mean": statistics.fmean(len(r.prompt.token_ids) for r in groups.rollouts),
+        "rollout/truncated_fraction": statistics.fmean(r.completion.stop_reason == "length" for r in groups.rollouts),
+        "rollout/tokens": float(sum(lengths)),
+        **{f"rollout/tokens_per_replica/{i}": float(n) for i, n in enumerate(groups.tokens_per_replica(num_replicas))},
+    }
+
+
+def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Means over the step's updates, maxima over all of them."""
+    mean = {name: statistics.fmean(u.sums[name] for u in updates) for name in updates[0].sums}
+    found = {
+        "train/loss": mean["loss"],
+        "train/entropy": mean["entropy"],
+        "train/clip_fraction": mean["clip_fraction"],
+        "train/grad_norm": statistics.fmean(u.grad_norm for u in updates),
+        "train/learning_rate": updates[-1].learning_rate,
+        "train/ratio_max": max(u.maxima["ratio"] for u in updates),
+        "train/updates": float(len(updates)),
+    }
+    if "kl" in mean:
+        found["train/kl"] = mean["kl"]
+    return found
+
+
+def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:
+    """How far policy and sampler are apart on the same weights and tokens: m = old_log_probs - sampler_log_probs.
+
+    `mismatch_max` = max |m|; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
+    KL(sampler || policy).
+    """
+    differences = [
+        old - sampled
+        for rollout, olds in zip(rollouts, old_log_probs, strict=True)
+        for old, sampled in zip(olds, rollout.completion.sampler_log_probs, strict=True)
+    ]
+    return {
+        "train/mismatch_max": max(abs(m) for m in differences),
+        "train/mismatch_kl": statistics.fmean(math.expm1(m) - m for m in differences),
+    }

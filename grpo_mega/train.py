@@ -1,0 +1,111 @@
+"""The worker: one rank of a run. `python -m grpo_mega.train CONFIG [key=value ...]`, started by launch/train.sh, torchrun
+or srun; `--world-size` prints how many ranks the config wants.
+
+Exit code 0: done. 2: the input is wrong, one message. 1: a failure of ours or of the machine.
+What the user can have got wrong is checked in `prepare`, before the heavy imports and the first process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import Config
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import UserError
+
+if TYPE_CHECKING:
+    from grpo_mega.data.dataset import PromptDataset
+
+log = logging.getLogger("grpo_mega.train")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The user's input, found to be right."""
+
+    config: Config
+    topology: Topology
+    train_prompts: PromptDataset
+    eval_prompts: PromptDataset | None
+
+
+def main() -> None:
+    """Entry point of a rank."""
+    parser = argparse.ArgumentParser(prog="grpo_mega.train", description="One rank of a GRPO run.")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--world-size", action="store_true", help="print the number of ranks and leave")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if arguments.world_size:
+            sys.stdout.write(f"{wanted_world_size(config)}\n")
+            return
+        prepared = prepare(config)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    run_worker(prepared)
+
+
+def wanted_world_size(config: Config) -> int:
+    """`run.world_size`, else what the launcher says, else the GPUs of this machine times the nodes, else 1."""
+    launched = os.environ.get("WORLD_SIZE")
+    if config.run.world_size is not None:
+        if launched is not None and int(launched) != config.run.world_size:
+            raise UserError(
+                f"run.world_size={config.run.world_size}, but the launcher started {launched} ranks; leave "
+                "run.world_size out, or start as many"
+            )
+        return config.run.world_size
+    if launched is not None:
+        return int(launched)
+    gpus = Path("/proc/driver/nvidia/gpus")
+    found = len(list(gpus.iterdir())) if gpus.is_dir() else 0
+    return max(1, found) * int(os.environ.get("NNODES", "1"))
+
+
+def prepare(config: Config) -> Prepared:
+    """Check everything that can be wrong in the input; starts nothing and writes nothing.
+
+    Raises:
+        UserError: the first thing that is wrong.
+    """
+    from grpo_mega.base_model.teach import base_tokenizer
+    from grpo_mega.data.chat import load_tokenizer
+    from grpo_mega.data.dataset import load_prompts
+    from grpo_mega.preflight import check_model
+    from grpo_mega.rewards.base import build_rewards
+
+    topology = Topology(wanted_world_size(config), config.parallel.tp, config.parallel.pp, config.engine.tp)
+    check_model(config, topology)
+    build_rewards(config.reward.terms)
+    base, data = config.model.base, config.data
+    tokenizer = base_tokenizer(base) if base is not None else load_tokenizer(str(config.model.path))
+    train_prompts = load_prompts(data.train, tokenizer=tokenizer, config=data)
+    eval_prompts = load_prompts(data.eval, tokenizer=tokenizer, config=data) if data.eval is not None else None
+    return Prepared(config, topology, train_prompts, eval_prompts)
+
+
+def run_worker(prepared: Prepared) -> None:
+    """Join the job and run it to its end."""
+    from grpo_mega.job import run_job
+
+    try:
+        run_job(prepared.config, prepared.topology, prepared.train_prompts, prepared.eval_prompts)
+    except UserError as error:  # a port in use, a run folder with another config, a damaged checkpoint
+        if os.environ["RANK"] == "0":
+            sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

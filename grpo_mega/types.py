@@ -1,0 +1,157 @@
+"""The nouns that cross module borders. Every one is frozen, and none knows about a backend.
+
+Shapes: P prompts, G group, B rows or sequences, T packed tokens, V vocabulary, H hidden.
+Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:  # config and the launcher need UserError, and start without torch
+    from torch import Tensor
+
+StopReason = Literal["eos", "length"]
+
+
+class UserError(ValueError):
+    """The user's input is wrong: key, got, rule, remedy. Ends the program with exit code 2 and this message alone."""
+
+
+class WeightMismatchError(RuntimeError):
+    """An engine does not hold the policy's weights; names tensor, rank and slice. Raised before a token is sampled."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question, already turned into the tokens that the engine gets.
+
+    `index` is the row in its dataset, unique within it. `text` is what was tokenised (after the chat template).
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled answer, as the engine returns it.
+
+    `token_ids` ends with EOS exactly when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of
+    `token_ids`. `policy_version` is the number of updates behind the weights that sampled it.
+    """
+
+    token_ids: tuple[int, ...]
+    sampler_log_probs: tuple[float, ...]
+    stop_reason: StopReason
+    policy_version: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Reward:
+    """What one rollout earned: the weighted sum, and each component before its weight.
+
+    `failures` names the components that timed out, crashed or returned a non-number (and scored their floor).
+    """
+
+    value: float
+    components: dict[str, float] = field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One answer to one prompt with its reward: a row of `rollouts/*.jsonl`. The G rollouts of a prompt are a group."""
+
+    prompt: Prompt
+    completion: Completion
+    reward: Reward
+    replica: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt plus completion."""
+        return len(self.prompt.token_ids) + len(self.completion.token_ids)
+
+
+@dataclass(frozen=True)
+class SamplingRequest:
+    """How an engine samples: `seed` feeds its generators, equal on all ranks of an engine."""
+
+    group_size: int
+    temperature: float
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A box of a named tensor: `offsets[i] <= index[i] < offsets[i] + shape[i]` in every dimension."""
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """For `tensor[s.index]`."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.shape, strict=True))
+
+    def __str__(self) -> str:
+        return f"{self.name}[{', '.join(f'{o}:{o + n}' for o, n in zip(self.offsets, self.shape, strict=True))}]"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One rectangular correspondence: the slice `hf` of a Hugging Face tensor is the region `local` of a parameter.
+
+    Both boxes hold the same number of elements in the same order; `local.name` is the parameter on this rank.
+    """
+
+    hf: TensorSlice
+    local: TensorSlice
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Several rollouts packed into one row of T tokens, cut for one forward and backward pass.
+
+    Positions of padding belong to the last segment and have `loss_mask` False. `labels[t]` is the token that position
+    t predicts (shifted before anything is cut); log-probs and advantages are aligned to it. `token_weights[t]` is what
+    the token's loss is multiplied with: it already holds the global denominators, so losses add up over
+    microbatches and ranks.
+    """
+
+    rollout_ids: tuple[int, ...]  # positions in the step's list of rollouts, in the order of the segments
+    token_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, restarts at 0 in every segment
+    labels: Tensor  # [T] int64
+    loss_mask: Tensor  # [T] bool
+    cu_seqlens: Tensor  # [B + 1] int32, B segments; the last may be padding
+    advantages: Tensor  # [T] float32
+    token_weights: Tensor  # [T] float32, 0 where loss_mask is False
+    sampler_log_probs: Tensor  # [T] float32, 0 where loss_mask is False
+    old_log_probs: Tensor | None = None  # [T] float32
+    ref_log_probs: Tensor | None = None  # [T] float32
+
+    @property
+    def num_loss_tokens(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What one optimizer step reports, the same on every rank.
+
+    `sums` are global sums (over microbatches and ranks) of per-token quantities already multiplied with
+    `token_weights`; `maxima` are global maxima.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    sums: dict[str, float]
+    maxima: dict[str, float]

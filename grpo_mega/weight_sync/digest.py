@@ -1,0 +1,73 @@
+"""A position-dependent 64-bit digest of a tensor that adds up over disjoint slices.
+
+digest(X) = sum over elements of bits(x[r, c]) * a[r] * b[c] mod 2^64, where r numbers the rows of X (all leading
+dimensions flattened), c its last dimension, and a, b are fixed pseudo-random odd numbers. The digest of a slice uses
+the positions it has in the whole tensor, so the digests of shards that tile X add up to digest(X): nothing is gathered.
+A single flipped bit always changes it (odd factors are invertible); any other fixed corruption goes unnoticed with a
+chance of about 2^-63. It protects against errors, not against an adversary.
+Asserted by tests/unit/test_digest.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_mega.types import TensorSlice
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROWS_AT_ONCE = 1 << 20  # elements converted to 64 bits at a time
+
+
+def slice_digest(values: Tensor, hf: TensorSlice) -> int:
+    """Digest of `values` as the slice `hf`, in [-2^63, 2^63)."""
+    rows = values.detach().contiguous().reshape(-1, values.shape[-1]).view(_BITS[values.element_size()])
+    columns = _factors(1, hf.offsets[-1], hf.shape[-1]).to(values.device)
+    weights = _row_factors(hf).to(values.device)
+    step = max(1, _ROWS_AT_ONCE // rows.shape[1])
+    total = 0
+    for start in range(0, rows.shape[0], step):
+        part = rows[start : start + step].to(torch.int64)
+        total += int(((part * columns).sum(1) * weights[start : start + step]).sum())
+    return wrap(total)
+
+
+def wrap(number: int) -> int:
+    """Into the range of int64: digests add modulo 2^64."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def combined_digest(digests: dict[str, int]) -> str:
+    """One hexadecimal word for a whole model, independent of the order of its tensors."""
+    text = "\n".join(f"{name} {value}" for name, value in sorted(digests.items()))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _row_factors(hf: TensorSlice) -> Tensor:
+    if len(hf.shape) == 1:
+        return _factors(2, 0, 1)
+    if len(hf.shape) == 2:
+        return _factors(2, hf.offsets[0], hf.shape[0])
+    # stacked tensors: a leading dimension multiplies its own factors in
+    head = _row_factors(TensorSlice(hf.name, hf.offsets[1:], hf.shape[1:]))
+    return torch.outer(_factors(len(hf.shape), hf.offsets[0], hf.shape[0]), head).flatten()
+
+
+def _factors(stream: int, start: int, count: int) -> Tensor:
+    size = 1 << max(10, (start + count - 1).bit_length())
+    return _table(stream, size)[start : start + count]
+
+
+@functools.lru_cache(maxsize=16)
+def _table(stream: int, size: int) -> Tensor:
+    """Odd pseudo-random factors by the SplitMix64 generator (Steele, Lea, Flood 2014)."""
+    with np.errstate(over="ignore"):
+        z = (np.arange(size, dtype=np.uint64) + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = (z ^ (z >> np.uint64(31))) | np.uint64(1)
+    return torch.from_numpy(z.view(np.int64))

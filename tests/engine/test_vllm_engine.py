@@ -1,0 +1,447 @@
+"""The real vLLM inside gloo ranks, on CPU. One world of two ranks for the whole file; engines are opened on demand."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from grpo_mega.engines.vllm_engine import VllmEngine, eos_ids
+from grpo_mega.engines.vllm_start import VllmSettings, kv_cache_bytes, start
+from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
+from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.tiny_models import EOS, config_of, make_tiny_model
+
+SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
+SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
+# The last one fills two whole blocks of the KV cache, which the members of its group share.
+PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "qwen3": make_tiny_model(folder / "qwen3"),
+        "qwen3-other": make_tiny_model(folder / "qwen3-other", seed=1),
+        "qwen3-tied": make_tiny_model(folder / "qwen3-tied", tie=True),
+        "qwen2": make_tiny_model(folder / "qwen2", family="qwen2", vocab=70),
+        "llama": make_tiny_model(
+            folder / "llama", family="llama", attention_bias=True, mlp_bias=True, num_key_value_heads=1
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
+    with engine_ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def replicas(world: EngineRanks, models: dict[str, Path]) -> EngineRanks:
+    """Two replicas of one rank, with the weights of `qwen3`, version 0."""
+    world.open(models["qwen3"], tp=1, **SETTINGS)
+    world.call(push, models["qwen3"], 0)
+    return world
+
+
+# What runs on the ranks.
+
+
+def push(session: RankSession, folder: Path, version: int, end: bool = True) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    sink = session.engine.sink
+    sink.begin_update()
+    for region in sink.layout():
+        hf = region.placement.hf
+        sink.write(hf, tensors[hf.name][hf.index])
+    if end:
+        sink.end_update(version)
+
+
+def generate(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> list[list[Completion]]:
+    groups: list[list[Completion]] = session.engine.generate(prompts, sampling)
+    return groups
+
+
+def probe(session: RankSession) -> dict[str, float]:
+    errors: dict[str, float] = session.engine.sink.probe()
+    return errors
+
+
+# What is expected.
+
+
+def largest_log_prob_error(
+    folder: Path, prompts: list[Prompt], groups: list[list[Completion]], temperature: float
+) -> float:
+    """Against transformers in fp32: log_softmax(logits / temperature) of the sampled tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([prompt.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1]
+            log_probs = torch.log_softmax(logits / temperature, -1)
+            expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            worst = max(worst, float((expected - torch.tensor(completion.sampler_log_probs)).abs().max()))
+    return worst
+
+
+def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_log_probs_equal_transformers(
+    replicas: EngineRanks, models: dict[str, Path], temperature: float
+) -> None:
+    groups = replicas.call(generate, PROMPTS, replace(SAMPLING, temperature=temperature))[0]
+    assert [len(group) for group in groups] == [8] * len(PROMPTS)
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature) <= 2e-5
+    # The bound would notice the wrong temperature.
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature * 1.05) > 1e-3
+
+
+def test_log_probs_and_version_follow_the_weights(replicas: EngineRanks, models: dict[str, Path]) -> None:
+    before = replicas.call(generate, PROMPTS, SAMPLING)[0]
+    replicas.call(push, models["qwen3-other"], 7)
+    after = replicas.call(generate, PROMPTS, SAMPLING)[0]
+    assert largest_log_prob_error(models["qwen3-other"], PROMPTS, after, 1.0) <= 2e-5
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, after, 1.0) > 0.1
+    assert {c.policy_version for group in before for c in group} == {0}
+    assert {c.policy_version for group in after for c in group} == {7}
+
+
+def drops_prefixes(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> tuple[int, int, int]:
+    """Blocks with a cached prefix: after a call, after the next update, and when the next call samples."""
+    engine = session.engine
+    pool = engine._llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    counts = []
+
+    def count(*_: object) -> Iterator[Any]:
+        counts.append(len(pool.cached_block_hash_to_block))
+        return iter(())
+
+    engine.generate(prompts, sampling)
+    count()
+    engine.sink.begin_update()
+    engine.sink.end_update(1)
+    count()
+    engine.generate(prompts, sampling)
+    with mock.patch.object(engine, "_rollouts", count):
+        engine.generate(prompts, sampling)
+    after_call, after_update, at_next_call = counts
+    return after_call, after_update, at_next_call
+
+
+def test_prefix_cache_is_used_and_dropped_at_each_version_and_call(replicas: EngineRanks) -> None:
+    after_call, after_update, at_next_call = replicas.call(drops_prefixes, PROMPTS[-1:], SAMPLING)[0]
+    assert after_call >= 2
+    assert (after_update, at_next_call) == (0, 0)
+
+
+def test_rollouts_end_with_eos_or_at_max_tokens(replicas: EngineRanks) -> None:
+    rollouts = [c for group in replicas.call(generate, PROMPTS, SAMPLING)[0] for c in group]
+    assert {c.stop_reason for c in rollouts} == {"eos", "length"}
+    for completion in rollouts:
+        if completion.stop_reason == "eos":
+            assert completion.token_ids.index(EOS) == len(completion.token_ids) - 1
+        else:
+            assert EOS not in completion.token_ids
+            assert len(completion.token_ids) == SAMPLING.max_tokens
+        assert len(completion.sampler_log_probs) == len(completion.token_ids)
+        characters = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids if i > EOS)
+        assert completion.text == characters
+
+
+def disturbs_generators(session: RankSession) -> list[bool]:
+    def draw() -> tuple[float, float, float]:
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    equal = []
+    for action in (lambda: None, lambda: session.engine.generate(PROMPTS, SAMPLING)):
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+        action()
+        equal.append(draw())
+    return [a == b for a, b in zip(*equal, strict=True)]
+
+
+def test_seed_decides_the_tokens_and_global_generators_are_put_back(replicas: EngineRanks) -> None:
+    first, again, other = (
+        replicas.call(generate, PROMPTS, replace(SAMPLING, seed=seed))[0] for seed in (5, 5, 6)
+    )  # fmt: skip
+    assert first == again
+    assert tokens(first) != tokens(other)
+    assert replicas.call(disturbs_generators)[0] == [True, True, True]
+
+
+def callbacks(session: RankSession) -> tuple[list[tuple[int, int, int]], bool]:
+    seen: list[tuple[int, int, int]] = []
+    by_place: dict[tuple[int, int], Completion] = {}
+
+    def on_completion(position: int, member: int, completion: Completion) -> None:
+        unfinished = session.engine._llm.get_num_unfinished_requests()
+        seen.append((position, member, unfinished))
+        by_place[position, member] = completion
+
+    groups = session.engine.generate(PROMPTS, SAMPLING, on_completion)
+    same = all(by_place[p, m] is completion for p, group in enumerate(groups) for m, completion in enumerate(group))
+    return seen, same
+
+
+def test_each_rollout_is_reported_once_while_others_are_sampled(replicas: EngineRanks) -> None:
+    seen, same = replicas.call(callbacks)[0]
+    assert same
+    assert sorted((position, member) for position, member, _ in seen) == [(p, m) for p in range(5) for m in range(8)]
+    assert seen[0][2] > 20  # of 40
+    assert seen[-1][2] == 0
+
+
+def test_more_rollouts_than_sequences_and_no_prompts_are_fine(replicas: EngineRanks, models: dict[str, Path]) -> None:
+    sampling = replace(SAMPLING, group_size=12)  # 60 rollouts, 48 at a time
+    groups = replicas.call(generate, PROMPTS, sampling)[0]
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
+    assert replicas.call(generate, [], SAMPLING) == [[], []]
+
+
+def failing_callback(session: RankSession) -> tuple[bool, int]:
+    before = session.engine.generate(PROMPTS, SAMPLING)
+    with pytest.raises(KeyError, match="reward"):
+        session.engine.generate(PROMPTS, SAMPLING, mock.Mock(side_effect=KeyError("reward")))
+    left = session.engine._llm.get_num_unfinished_requests()
+    return session.engine.generate(PROMPTS, SAMPLING) == before, left
+
+
+def test_a_failing_callback_leaves_nothing_behind(replicas: EngineRanks) -> None:
+    assert replicas.call(failing_callback)[0] == (True, 0)
+
+
+def test_replicas_sample_their_own_prompts(replicas: EngineRanks) -> None:
+    first = replicas.call(generate, PROMPTS[:2], SAMPLING)[0]
+    shares = replicas.call(generate_share)
+    assert tokens(shares[0]) == tokens(first)
+    assert tokens(shares[1]) == tokens(replicas.call(generate, PROMPTS[2:], SAMPLING)[0])
+
+
+def generate_share(session: RankSession) -> list[list[Completion]]:
+    return generate(session, PROMPTS[:2] if session.rank == 0 else PROMPTS[2:], SAMPLING)
+
+
+def refusals(session: RankSession) -> None:
+    sink = session.engine.sink
+    norm = TensorSlice("model.norm.weight", (0,), (64,))
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight\[0:64\] outside of an update"):
+        sink.write(norm, torch.ones(64))
+    sink.begin_update()
+    with pytest.raises(ValueError, match=r"model\.norm\.weight\[0:63\] is not a slice"):
+        sink.write(TensorSlice("model.norm.weight", (0,), (63,)), torch.ones(63))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*float32 \[63\].*\[64\]"):
+        sink.write(norm, torch.ones(63))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*bfloat16"):
+        sink.write(norm, torch.ones(64, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="before the weights are complete"):
+        session.engine.generate(PROMPTS, SAMPLING)
+    sink.end_update(3)
+    with pytest.raises(
+        ValueError, match=r"prompt 4: 70 tokens plus max_tokens=27 exceed the engine's max_model_len=96"
+    ):
+        session.engine.generate(PROMPTS, replace(SAMPLING, max_tokens=27))
+
+
+def test_wrong_writes_and_early_or_long_requests_are_refused_by_name(replicas: EngineRanks) -> None:
+    replicas.call(refusals)
+
+
+def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the slices that do not read as written: after a push, and after one element of one was changed."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    sink = session.engine.sink
+
+    def wrong() -> list[str]:
+        slices = [region.placement.hf for region in sink.layout()]
+        return [hf.name for hf in slices if not torch.equal(sink.read(hf), tensors[hf.name][hf.index])]
+
+    before = wrong()
+    parameter = sink._parameters["model.layers.1.self_attn.qkv_proj.weight"]
+    parameter[4 * 32 + 5, 3] += 2**-20  # row 5 of the keys, below 4 query heads of 32
+    return before, wrong()
+
+
+def test_read_shows_one_flipped_element(replicas: EngineRanks, models: dict[str, Path]) -> None:
+    before, after = replicas.call(flip_one_element, models["qwen3"])[0]
+    assert before == []
+    assert after == ["model.layers.1.self_attn.k_proj.weight"]
+
+
+def sleeps(session: RankSession) -> dict[str, Any]:
+    engine = session.engine
+    seen: dict[str, Any] = {"awake": engine.kv_cache_bytes, "before": engine.generate(PROMPTS, SAMPLING)}
+    engine.sleep()
+    seen["asleep"] = engine.kv_cache_bytes
+    with pytest.raises(RuntimeError, match="generate while kv_cache and weights sleep"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.wake("weights")
+    seen["weights"] = engine.kv_cache_bytes
+    with pytest.raises(RuntimeError, match="generate while kv_cache sleep"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.wake("kv_cache")
+    seen["woken"], seen["after"] = engine.kv_cache_bytes, engine.generate(PROMPTS, SAMPLING)
+    return seen
+
+
+def test_sleep_releases_the_kv_cache_and_wake_restores_it(replicas: EngineRanks) -> None:
+    seen = replicas.call(sleeps)[0]
+    # 48 rollouts x 3 blocks of 32 tokens, and the null block; keys and values, 2 layers, 2 heads of 32, 4 bytes.
+    assert seen["awake"] == seen["woken"] == (48 * 3 + 1) * 32 * 2 * 2 * 2 * 32 * 4
+    assert seen["asleep"] == seen["weights"] == 0
+    assert seen["after"] == seen["before"]
+
+
+def test_tp_2_samples_the_tokens_of_tp_1(world: EngineRanks, models: dict[str, Path]) -> None:
+    answers = []
+    for tp in (1, 2):
+        world.open(models["qwen3"], tp=tp, **SETTINGS)
+        world.call(push, models["qwen3"], 0)
+        answers.append(world.call(generate, PROMPTS, SAMPLING)[0])
+    assert tokens(answers[0]) == tokens(answers[1])
+
+
+@pytest.mark.parametrize(("name", "head"), [
+    ("qwen3", "lm_head.weight"),
+    ("qwen3-tied", "model.embed_tokens.weight"),
+    ("qwen2", "lm_head.weight"),
+    ("llama", "lm_head.weight"),
+])  # fmt: skip
+def test_each_family_at_tp_2(world: EngineRanks, models: dict[str, Path], name: str, head: str) -> None:
+    """Both ranks give transformers' log-probs, and the probe sees a packed head that is older than the plain one."""
+    world.open(models[name], tp=2, **SETTINGS)
+    world.call(push, models[name], 0)
+    answers = world.call(generate, PROMPTS, SAMPLING)
+    assert answers[0] == answers[1]
+    assert largest_log_prob_error(models[name], PROMPTS, answers[0], 1.0) <= 2e-5
+    fresh = world.call(probe)
+    world.call(write_noise_to_head, head, False)
+    stale = world.call(probe)
+    world.call(write_noise_to_head, head, True)
+    rebuilt = world.call(probe)
+    # 20 tokens padded to 64, 32 rows a rank: the second rank has no row of the head, and nothing to probe.
+    ranks = [0, 1] if name == "qwen2" else [0]
+    for rank in ranks:
+        assert fresh[rank].keys() == {head}
+        assert fresh[rank][head] < 1e-5
+        assert stale[rank][head] > 0.1
+        assert rebuilt[rank][head] < 1e-5
+
+
+def write_noise_to_head(session: RankSession, head: str, end: bool) -> None:
+    sink = session.engine.sink
+    sink.begin_update()
+    for region in sink.layout():
+        hf = region.placement.hf
+        if hf.name == head:
+            sink.write(hf, torch.randn(hf.shape))
+    if end:
+        sink.end_update(1)
+
+
+def rank_after_close(session: RankSession, folder: Path) -> dict[str, Any]:
+    if session.engine is not None:
+        session.engine.close()
+    set_num_threads, environment = torch.set_num_threads, {k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK")}
+    torch.manual_seed(1)
+    expected = float(torch.rand(()))
+    torch.manual_seed(1)
+    engine = VllmEngine(folder, dtype="fp32", tp=1, seed=0, **SETTINGS)
+    drawn = float(torch.rand(()))
+    with pytest.raises(RuntimeError, match="before the weights are complete"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.close()
+    session.engine, session.opened = None, None
+    del engine
+    total = torch.tensor([session.rank + 1.0])
+    dist.all_reduce(total)
+    return {
+        "version before": drawn == expected,
+        "set_num_threads": torch.set_num_threads is set_num_threads,
+        "environment": environment == {k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK")},
+        "default group": float(total),
+    }
+
+
+def test_the_process_is_as_before_once_the_engine_is_closed(world: EngineRanks, models: dict[str, Path]) -> None:
+    for seen in world.call(rank_after_close, models["qwen3"]):
+        assert seen == {"version before": True, "set_num_threads": True, "environment": True, "default group": 3.0}
+
+
+def test_missing_vllm_says_what_to_install(models: dict[str, Path]) -> None:
+    settings = VllmSettings(models["qwen3"], "fp32", 1, 96, 8, None, 0)
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.dict(sys.modules, {"vllm": None}),
+        mock.patch.object(dist, "get_world_size", return_value=1),
+        pytest.raises(ImportError, match=r"engine\.kind=vllm needs vLLM: pip install 'grpo_mega\[vllm\]'"),
+    ):
+        start(settings, config_of(models["qwen3"]))
+
+
+def test_world_that_is_no_multiple_of_engine_tp_is_refused(models: dict[str, Path]) -> None:
+    settings = VllmSettings(models["qwen3"], "fp32", 2, 96, 8, None, 0)
+    with (
+        mock.patch.object(dist, "get_world_size", return_value=3),
+        pytest.raises(UserError, match=r"engine\.tp=2 does not divide the 3 ranks"),
+    ):
+        start(settings, config_of(models["qwen3"]))
+
+
+def test_kv_cache_tokens_bounds_the_bytes_and_must_hold_a_rollout(models: dict[str, Path]) -> None:
+    config = config_of(models["qwen3"])
+    per_block = 32 * 2 * 2 * 2 * 32  # tokens, keys and values, layers, KV heads, head_dim
+    settings = VllmSettings(models["qwen3"], "bf16", 1, 96, 8, 320, 0)
+    assert kv_cache_bytes(settings, config) == 11 * per_block * 2
+    assert kv_cache_bytes(replace(settings, tp=2, dtype="fp32"), config) == 11 * per_block // 2 * 4
+    with pytest.raises(UserError, match=r"engine\.kv_cache_tokens=95 does not hold.*96 tokens; use at least 96"):
+        kv_cache_bytes(replace(settings, kv_cache_tokens=95), config)
+
+
+def test_head_size_that_the_cpu_kernels_lack_is_refused_before_the_engine_starts(
+    world: EngineRanks, tmp_path: Path
+) -> None:
+    folder = make_tiny_model(tmp_path / "small-heads", head_dim=16)
+    assert all("head_dim=16" in message and "32, 64" in message for message in world.call(refused_start, folder))
+
+
+def refused_start(session: RankSession, folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        VllmEngine(folder, dtype="fp32", tp=1, seed=0, **SETTINGS)
+    return str(caught.value)
+
+
+def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.path=.*EOS"):
+        eos_ids(tmp_path, None)
+    assert eos_ids(tmp_path, 4) == (4,)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    assert eos_ids(tmp_path, 4) == (3,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert eos_ids(tmp_path, 4) == (1, 2)

@@ -1,0 +1,75 @@
+"""Tiny random models with a character tokenizer, as Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Family = Literal["qwen3", "qwen2", "llama"]
+PAD, EOS = 0, 1
+_CHARACTERS = string.digits + "+-*/= ?." + string.ascii_lowercase + string.ascii_uppercase
+
+
+def make_tiny_model(
+    folder: Path,
+    family: Family = "qwen3",
+    tie: bool = False,
+    vocab: int = 20,
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write config, fp32 weights and tokenizer of a random model to `folder`; `overrides` are keys of its config.
+
+    2 layers, 4 heads of 32 (vLLM's CPU attention takes no smaller ones), 2 KV heads, ffn 96; hidden 128, for qwen3 64,
+    so that code that derives head_dim from hidden goes wrong. Every tensor is random, norms and biases too, so that one
+    that is lost or swapped shows. Token 0 is padding, 1 EOS, the others are single characters.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+    configs = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig}
+    settings: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": 64 if family == "qwen3" else 128,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tie,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+    }
+    if family == "qwen3":
+        settings["head_dim"] = 32
+    model = AutoModelForCausalLM.from_config(configs[family](**(settings | overrides)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if "norm" in name else 0.0
+            parameter.copy_(centre + 0.15 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    make_char_tokenizer(folder, vocab)
+    return folder
+
+
+def make_char_tokenizer(folder: Path, vocab: int) -> None:
+    """A tokenizer of `vocab` tokens: <pad>, <eos>, then one character each."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    names = ["<pad>", "<eos>", *_CHARACTERS[: vocab - 2]]
+    names += [f"<unused{i}>" for i in range(len(names), vocab)]
+    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.save_pretrained(folder)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

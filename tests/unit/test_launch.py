@@ -1,0 +1,203 @@
+"""grpo_mega.launch and launch_agent: where a job starts, with which ranks, and how a failing rank ends it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from grpo_mega import launch
+from grpo_mega.launch_agent import run_ranks
+from grpo_mega.types import UserError
+
+STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
+
+
+def environments(num_ranks: int) -> list[dict[str, str]]:
+    return [{**os.environ, "RANK": str(rank)} for rank in range(num_ranks)]
+
+
+def test_place_is_found_from_what_the_launcher_has_set() -> None:
+    assert launch.find_place({"RANK": "0", "WORLD_SIZE": "2", **STEP}) == "worker"
+    assert launch.find_place(STEP) == "slurm_step"
+    assert launch.find_place({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) == "slurm_allocation"  # sbatch's own script
+    assert (
+        launch.find_place({**STEP, "SLURM_STEP_ID": "4294967290"}) == "slurm_allocation"
+    )  # salloc's interactive shell
+    assert launch.find_place({"RANK": "0"}) == "machine"
+
+
+def test_rank_environment_numbers_ranks_across_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(12)))
+    env = launch.Node(2, 1, 4, "host0", 29500).rank_environment(3)
+    assert env == {
+        "RANK": "7",
+        "WORLD_SIZE": "8",
+        "LOCAL_RANK": "3",
+        "LOCAL_WORLD_SIZE": "4",
+        "MASTER_ADDR": "host0",
+        "MASTER_PORT": "29500",
+        "OMP_NUM_THREADS": "3",
+    }
+    assert launch.threads_per_rank(24) == 1
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert launch.Node(1, 0, 4, "host0", 29500).rank_environment(0)["OMP_NUM_THREADS"] == "5"
+
+
+def test_a_master_port_in_use_is_named() -> None:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen(1)
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"MASTER_PORT={port} is in use"):
+            launch.machine_node({"MASTER_PORT": str(port)}, 2)
+        joined = launch.machine_node(
+            {"MASTER_PORT": str(port), "NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "host0"}, 2
+        )  # the second machine connects to that port, it does not listen on it
+    assert (joined.num_ranks, joined.master_port) == (1, port)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"NNODES": "3", "NODE_RANK": "0", "MASTER_ADDR": "a"}, "run.world_size=8 cannot be spread evenly over 3"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "a"}, "NODE_RANK=2 must be below NNODES=2"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, r"NODE_RANK=\(unset\)"),
+        ({"NNODES": "2", "NODE_RANK": "1"}, r"MASTER_ADDR=\(unset\)"),
+        ({"NNODES": "two"}, "NNODES=two must be a whole number >= 1"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 must be at most 65535"),
+    ],
+)
+def test_wrong_variables_of_several_machines_are_named(env: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        launch.machine_node(env, 8)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "world_size", "expected"),
+    [
+        (2, 2, 8, (4, None)),  # one task per node: an agent for four ranks
+        (2, 2, 2, (1, None)),  # both match: an agent
+        (8, 2, 8, (4, 0)),  # as many tasks as ranks: a worker
+    ],
+)
+def test_slurm_step_is_agent_or_worker(
+    tasks: int, nodes: int, world_size: int, expected: tuple[int, int | None]
+) -> None:
+    env = {**STEP, "SLURM_NTASKS": str(tasks), "SLURM_NNODES": str(nodes), "MASTER_ADDR": "host0"}
+    node, local_rank = launch.slurm_node(env, world_size)
+    assert (node.num_ranks, local_rank) == expected
+    assert (node.num_nodes, node.node_rank, node.master_addr) == (nodes, 1, "host0")
+    assert node.master_port == launch.slurm_node({**env, "SLURM_NODEID": "0"}, world_size)[0].master_port
+
+
+def test_slurm_step_with_another_number_of_tasks_is_refused() -> None:
+    env = {**STEP, "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "MASTER_ADDR": "host0"}
+    with pytest.raises(UserError, match=r"run\.world_size=8, but this Slurm step has 4 tasks on 2 nodes"):
+        launch.slurm_node(env, 8)
+
+
+def test_srun_starts_one_task_per_node_of_the_allocation() -> None:
+    command = launch.srun_command({"SLURM_JOB_NUM_NODES": "3"}, "launch/train.sh", ["a.yaml", "train.steps=2"])
+    assert command[0] == "srun"
+    assert {"--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--kill-on-bad-exit=1"} <= set(command)
+    assert command[-3:] == ["launch/train.sh", "a.yaml", "train.steps=2"]
+
+
+def test_all_ranks_returning_zero_is_zero() -> None:
+    assert run_ranks([sys.executable, "-S", "-c", "pass"], environments(2)) == 0
+
+
+FAILING = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    sys.stderr.write("rank 1: data.train=x is missing\\n")
+    sys.exit(CODE)
+try:
+    time.sleep(60)
+finally:
+    pass
+"""
+
+
+@pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (77, 1)])
+def test_first_failing_rank_ends_the_others_and_gives_the_exit_code(
+    code: int, expected: int, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    started = time.monotonic()
+    command = [sys.executable, "-S", "-c", FAILING.replace("CODE", str(code))]
+    assert run_ranks(command, environments(3)) == expected
+    assert time.monotonic() - started < 8
+    assert capfdbinary.readouterr().err == b"rank 1: data.train=x is missing\n"
+
+
+LATE_NOISE = """
+import os, signal, sys, time
+def noise(*_):
+    sys.stderr.write("connection closed by peer\\n")
+    sys.exit(1)
+signal.signal(signal.SIGTERM, noise)
+if os.environ["RANK"] == "0":
+    time.sleep(0.5)  # the other rank's handler is in place by then
+    sys.stderr.write("the cause\\n")
+    sys.exit(1)
+time.sleep(60)
+"""
+
+
+def test_message_of_the_first_failing_rank_ends_the_screen(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert run_ranks([sys.executable, "-S", "-c", LATE_NOISE], environments(2)) == 1
+    assert capfdbinary.readouterr().err.splitlines() == [
+        b"the cause",
+        b"connection closed by peer",
+        b"launch: the last lines of rank 0, which failed first:",
+        b"the cause",
+    ]
+
+
+def test_killed_rank_is_named_with_its_signal(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_ranks([sys.executable, "-S", "-c", suicide], environments(1)) == 1
+    assert b"launch: rank 0 was ended by SIGKILL" in capfdbinary.readouterr().err
+
+
+AGENT = """
+import os, sys
+from grpo_mega.launch_agent import run_ranks
+work = "import os, time; open(os.environ['PIDS'] + '/' + str(os.getpid()), 'w'); time.sleep(60)"
+sys.exit(run_ranks([sys.executable, "-S", "-c", work], [{**os.environ, "RANK": str(r)} for r in range(2)]))
+"""
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_no_rank_outlives_its_agent(tmp_path: Path, number: signal.Signals, expected: int) -> None:
+    agent = subprocess.Popen([sys.executable, "-c", AGENT], env={**os.environ, "PIDS": str(tmp_path)}, stderr=-3)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    agent.send_signal(number)
+    assert agent.wait(timeout=15) == expected
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_launcher_starts_without_torch() -> None:
+    code = "import sys, grpo_mega.launch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

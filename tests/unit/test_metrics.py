@@ -1,0 +1,126 @@
+"""Lines of metrics.jsonl, curves, and the contract of metric names."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from grpo_mega.observe.metrics import METRICS, MetricsWriter, require_known
+from grpo_mega.observe.run_folder import RunFolder
+
+# The names that scripts rely on; a change here breaks them.
+STABLE_NAMES = [
+    "reward/mean",
+    "reward/std",
+    "reward/accuracy",
+    "rollout/length_mean",
+    "rollout/truncated_fraction",
+    "group/degenerate_fraction",
+    "train/loss",
+    "train/kl",
+    "train/entropy",
+    "train/clip_fraction",
+    "train/grad_norm",
+    "train/mismatch_kl",
+    "time/rollout_seconds",
+    "time/reward_seconds",
+    "time/log_probs_seconds",
+    "time/train_seconds",
+    "time/sync_seconds",
+    "time/checkpoint_seconds",
+    "time/step_seconds",
+    "throughput/tokens_per_second",
+    "throughput/mfu",
+    "sync/bytes",
+    "sync/gb_per_second",
+    "memory/residual_bytes",
+    "gpu/power_watts",
+]
+
+
+def writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -> MetricsWriter:
+    return MetricsWriter(RunFolder(path), first_step=first_step, tensorboard=tensorboard, rollouts_shown=2)
+
+
+def curves(path: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(path / "tensorboard"), purge_orphaned_data=True)
+    accumulator.Reload()
+    return accumulator
+
+
+def test_the_stable_names_are_known_and_every_name_is_explained() -> None:
+    require_known(dict.fromkeys(STABLE_NAMES, 0.0))
+    assert all(meaning.strip() for meaning in METRICS.values())
+
+
+def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    with writer(tmp_path) as metrics, pytest.raises(ValueError, match=r"metric=reward/avg .* use reward/"):
+        metrics.write(1, {"reward/avg": 1.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_a_line_is_readable_at_once_with_step_first_and_every_metric(tmp_path: Path) -> None:
+    metrics = writer(tmp_path)
+    metrics.write(1, {"reward/mean": 0.25, "train/kl": 1e-9})
+    metrics.write(2, {"reward/mean": 1})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    metrics.close()
+    assert lines[0].startswith('{"step": 1, ')
+    assert [json.loads(line) for line in lines] == [
+        {"step": 1, "reward/mean": 0.25, "train/kl": 1e-9},
+        {"step": 2, "reward/mean": 1.0},
+    ]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    with writer(tmp_path) as metrics:
+        metrics.write(1, {"reward/mean": float("nan"), "train/loss": float("inf"), "train/kl": 0.5})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert json.loads(text) == {"step": 1, "reward/mean": None, "train/loss": None, "train/kl": 0.5}
+
+
+def test_a_step_is_written_once_and_a_continued_run_appends(tmp_path: Path) -> None:
+    with writer(tmp_path) as metrics:
+        metrics.write(1, {})
+        with pytest.raises(ValueError, match=r"step=1 .* the next is 2"):
+            metrics.write(1, {})
+    with writer(tmp_path, first_step=2) as metrics:
+        with pytest.raises(ValueError, match="step=1 "):
+            metrics.write(1, {})
+        metrics.write(2, {})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_curves_hold_every_point_and_those_without_a_line(tmp_path: Path) -> None:
+    with writer(tmp_path, tensorboard=True) as metrics:
+        metrics.write_curves(0, {"eval/accuracy": 0.5})
+        metrics.write(1, {"reward/mean": 0.25})
+        metrics.write(2, {"reward/mean": 0.75})
+    found = curves(tmp_path)
+    assert [(p.step, p.value) for p in found.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
+    assert [(p.step, p.value) for p in found.Scalars("eval/accuracy")] == [(0, 0.5)]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_continued_run_hides_the_points_it_writes_again(tmp_path: Path) -> None:
+    with writer(tmp_path, tensorboard=True) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, {"reward/mean": 0.0})
+    with writer(tmp_path, first_step=2, tensorboard=True) as metrics:
+        metrics.write(2, {"reward/mean": 1.0})
+    assert [(p.step, p.value) for p in curves(tmp_path).Scalars("reward/mean")] == [(1, 0.0), (2, 1.0)]
+
+
+def test_without_tensorboard_its_package_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with writer(tmp_path) as metrics:
+        metrics.write(1, {})
+    assert not (tmp_path / "tensorboard").exists()
+    with pytest.raises(ImportError, match=r"observe\.tensorboard=true needs tensorboard"):
+        writer(tmp_path, tensorboard=True)

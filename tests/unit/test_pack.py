@@ -1,0 +1,155 @@
+"""Packing rollouts into rows, and dealing rows out to ranks."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from grpo_mega.data.pack import pack, plan_update, split_minibatches, unpack
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
+
+
+def _rollout(prompt: Sequence[int], completion: Sequence[int], sampler_log_probs: Sequence[float] = ()) -> Rollout:
+    return Rollout(
+        prompt=Prompt(index=0, text="", token_ids=tuple(prompt), answer=""),
+        completion=Completion(
+            token_ids=tuple(completion),
+            sampler_log_probs=tuple(sampler_log_probs) or tuple(-0.5 for _ in completion),
+            stop_reason="eos",
+            policy_version=0,
+            text="",
+        ),
+        reward=Reward(0.0),
+        replica=0,
+    )
+
+
+HAND = [
+    (7, _rollout([11, 12, 13], [14, 15], [-1.0, -2.0])),
+    (3, _rollout([21], [22], [-3.0])),
+    (5, _rollout([31, 32], [33, 34, 35], [-4.0, -5.0, -6.0])),
+]
+
+
+def test_three_rollouts_packed_by_hand() -> None:
+    row = pack(HAND, row_tokens=15, advantages=[1.0, -2.0, 0.5], token_weights=[0.25, 0.5, 0.125], pad_id=9)
+    assert row.rollout_ids == (7, 3, 5)
+    assert row.token_ids.tolist() == [11, 12, 13, 14, 15, 21, 22, 31, 32, 33, 34, 35, 9, 9, 9]
+    assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4, 0, 1, 2]
+    assert row.labels.tolist() == [12, 13, 14, 15, 9, 22, 9, 32, 33, 34, 35, 9, 9, 9, 9]
+    mask = [0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0]
+    assert row.loss_mask.tolist() == [bool(m) for m in mask]
+    assert row.cu_seqlens.tolist() == [0, 5, 7, 12, 15]
+    assert row.advantages.tolist() == [0, 0, 1, 1, 0, -2, 0, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0]
+    assert row.token_weights.tolist() == [0, 0, 0.25, 0.25, 0, 0.5, 0, 0, 0.125, 0.125, 0.125, 0, 0, 0, 0]
+    assert row.sampler_log_probs.tolist() == [0, 0, -1, -2, 0, -3, 0, 0, -4, -5, -6, 0, 0, 0, 0]
+    assert row.num_loss_tokens == 6
+    dtypes = (row.token_ids.dtype, row.cu_seqlens.dtype, row.advantages.dtype, row.loss_mask.dtype)
+    assert dtypes == (torch.int64, torch.int32, torch.float32, torch.bool)
+
+
+def test_full_row_has_no_padding_segment() -> None:
+    row = pack(HAND, row_tokens=12, advantages=[0, 0, 0], token_weights=[1, 1, 1], pad_id=0)
+    assert row.cu_seqlens.tolist() == [0, 5, 7, 12]
+
+
+def test_row_without_rollouts_has_no_loss_token() -> None:
+    row = pack([], row_tokens=4, advantages=[], token_weights=[], pad_id=2)
+    assert row.token_ids.tolist() == [2, 2, 2, 2]
+    assert row.cu_seqlens.tolist() == [0, 4]
+    assert row.num_loss_tokens == 0
+    assert unpack(torch.ones(4), row) == {}
+
+
+def test_loss_mask_ignores_what_the_padding_token_is() -> None:
+    row = pack([(0, _rollout([1, 2], [2, 2]))], row_tokens=6, advantages=[1], token_weights=[1], pad_id=2)
+    assert row.loss_mask.tolist() == [False, True, True, False, False, False]
+
+
+def test_rollouts_that_do_not_fit_the_row_are_refused() -> None:
+    with pytest.raises(ValueError, match="12 tokens in all do not fit a row of 11"):
+        pack(HAND, row_tokens=11, advantages=[0, 0, 0], token_weights=[1, 1, 1], pad_id=0)
+
+
+def test_missing_sampler_log_probs_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 tokens and 1 sampler_log_probs"):
+        pack([(0, _rollout([1], [2, 3, 4], [-1.0]))], row_tokens=9, advantages=[0], token_weights=[1], pad_id=0)
+
+
+def test_unpack_gives_back_what_was_packed_for_random_rollouts() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        rollouts = []
+        for i in rng.sample(range(1000), rng.randrange(0, 6)):
+            completion = [rng.randrange(99) for _ in range(rng.randrange(1, 7))]
+            values = [float(-rng.randrange(1, 1000)) for _ in completion]
+            rollouts.append((i, _rollout([rng.randrange(99) for _ in range(rng.randrange(1, 9))], completion, values)))
+        total = sum(r.num_tokens for _, r in rollouts)
+        weights = [1.0] * len(rollouts)
+        row = pack(
+            rollouts, row_tokens=total + rng.randrange(1, 5), advantages=weights, token_weights=weights, pad_id=0
+        )
+        assert unpack(row.sampler_log_probs, row) == {i: list(r.completion.sampler_log_probs) for i, r in rollouts}
+        # What the marked positions predict are the completions' tokens.
+        predicted = unpack(row.labels.float(), row)
+        assert predicted == {i: [float(t) for t in r.completion.token_ids] for i, r in rollouts}
+        # Inside a segment the label is the next token; across segments nothing is marked.
+        marked = row.loss_mask.nonzero().flatten()
+        assert torch.equal(row.labels[marked], row.token_ids[marked + 1])
+        assert not row.loss_mask[row.cu_seqlens[1:].long() - 1].any()
+
+
+def test_plan_holds_every_rollout_once_within_the_limit_on_equal_numbers_of_microbatches() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        dp, limit = rng.randrange(1, 6), rng.randrange(20, 60)
+        lengths = [rng.randrange(1, limit + 1) for _ in range(rng.randrange(0, 40))]
+        plan = plan_update(lengths, dp, limit)
+        assert len(plan) == dp
+        assert len({len(rank) for rank in plan}) == 1
+        assert len(plan[0]) >= 1
+        assert sorted(i for rank in plan for row in rank for i in row) == list(range(len(lengths)))
+        assert max(sum(lengths[i] for i in row) for rank in plan for row in rank) <= limit
+        assert plan == plan_update(lengths, dp, limit)
+        totals = [sum(lengths[i] for row in rank for i in row) for rank in plan]
+        assert max(totals) - min(totals) <= max(lengths, default=0)
+
+
+def test_ranks_with_fewer_rollouts_get_empty_microbatches() -> None:
+    assert plan_update([10, 4, 4], dp=2, max_tokens=10) == [[[0]], [[1, 2]]]
+    assert plan_update([8, 5], dp=3, max_tokens=8) == [[[0]], [[1]], [[]]]
+    assert plan_update([9, 5, 5], dp=2, max_tokens=9) == [[[0], []], [[1], [2]]]
+
+
+def test_rows_are_evened_out_when_one_more_is_needed() -> None:
+    assert plan_update([6, 2, 2, 2], dp=1, max_tokens=10) == [[[0], [1, 2, 3]]]
+
+
+def test_tight_packing_wins_where_even_rows_do_not_fit() -> None:
+    # Longest to the emptiest gives 7 + 2 + 2 = 11 and 6 + 3 = 9.
+    assert plan_update([7, 6, 3, 2, 2], dp=1, max_tokens=10) == [[[0, 2], [1, 3, 4]]]
+
+
+def test_plan_without_rollouts_has_one_empty_microbatch_per_rank() -> None:
+    assert plan_update([], dp=3, max_tokens=8) == [[[]], [[]], [[]]]
+
+
+def test_rollout_longer_than_a_microbatch_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"train\.max_tokens_per_microbatch=8 cannot hold a rollout of 9 tokens"):
+        plan_update([3, 9], dp=1, max_tokens=8)
+
+
+def test_minibatches_cut_whole_groups_with_sizes_that_differ_by_at_most_one() -> None:
+    assert split_minibatches(8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
+    for groups in range(1, 30):
+        for minibatches in range(1, groups + 1):
+            cut = split_minibatches(groups, minibatches)
+            assert [i for part in cut for i in part] == list(range(groups))
+            assert len(cut) == minibatches
+            assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_more_minibatches_than_groups_names_the_key() -> None:
+    with pytest.raises(UserError, match=r"train\.minibatches_per_epoch=5 is more than the 4 groups"):
+        split_minibatches(4, 5)

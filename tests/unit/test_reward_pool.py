@@ -1,0 +1,264 @@
+"""The reward pool: every key comes back, whatever its reward does, and no process is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.types import Reward, UserError
+
+USER_REWARDS = '''
+import json, os, signal, sys, time
+from grpo_mega.rewards import reward
+
+@reward(low=-0.5, high=1.0)
+def obey(prompt, completion, reference):
+    """Does what the completion says."""
+    what, _, argument = completion.partition(" ")
+    if what == "sleep": time.sleep(float(argument))
+    if what == "spin":
+        while True: pass
+    if what == "deaf":
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        while True: pass
+    if what == "exit": os._exit(3)
+    if what == "segv": os.kill(os.getpid(), signal.SIGSEGV)
+    if what == "raise": raise KeyError("no such thing")
+    if what == "leave": sys.exit("leaving")
+    if what == "print": print("noise on stdout", flush=True)
+    return {"none": None, "text": "1.0", "nan": float("nan"), "high": 1.5}.get(what, 1.0)
+
+@reward(low=0.0, high=1.0)
+def is_clean(prompt, completion, reference):
+    ranks = [k for k in os.environ if k in ("RANK", "WORLD_SIZE") or k.startswith(("MASTER_", "VLLM_", "TORCH"))]
+    heavy = [m for m in ("torch", "vllm", "megatron", "pydantic") if m in sys.modules]
+    files = [f for f in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{f}")]
+    sockets = [f for f in files if os.readlink(f"/proc/self/fd/{f}").startswith("socket:") and int(f) > 2]
+    if ranks or heavy or len(sockets) != 1: raise RuntimeError(str((ranks, heavy, sockets)))
+    return 1.0
+'''
+
+
+@pytest.fixture(autouse=True)
+def user_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user_rewards.py").write_text(USER_REWARDS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+OBEY = RewardTerm(name="user_rewards:obey")
+
+
+def score_all(completions: list[str], *, terms: list[RewardTerm], workers: int = 1) -> dict[int, Reward]:
+    with RewardPool(terms, workers=workers, timeout_seconds=0.4) as pool:
+        for key, completion in enumerate(completions):
+            pool.submit(key, "prompt", completion, "7")
+        return pool.collect()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    limit = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_value_is_the_weighted_sum_of_the_components() -> None:
+    terms = [RewardTerm(name="gsm8k", weight=2.0), RewardTerm(name="format", weight=0.5)]
+    rewards = score_all(["#### 7", "it is 7", "#### 8", ""], terms=terms)
+    assert [rewards[key].value for key in range(4)] == [2.5, 2.0, 0.5, 0.0]
+    assert rewards[1] == Reward(value=2.0, components={"gsm8k": 1.0, "format": 0.0}, failures=())
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_reward_that_fails_in_any_way_scores_its_floor_and_spares_its_neighbours(
+    workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = ["sleep 30", "spin", "exit", "segv", "raise", "leave", "none", "text", "nan", "high"]
+    completions = [text for what in bad for text in (what, "fine", "#### 7")]
+    terms = [OBEY, RewardTerm(name="gsm8k", weight=0.25)]
+    with caplog.at_level(logging.WARNING):
+        rewards = score_all(completions, terms=terms, workers=workers)
+    assert sorted(rewards) == list(range(30))
+    for key, completion in enumerate(completions):
+        failed = completion in bad
+        assert rewards[key].failures == (("obey",) if failed else ()), completion
+        assert rewards[key].components["obey"] == (-0.5 if failed else 1.0)
+        assert rewards[key].components["gsm8k"] == float(completion == "#### 7")  # scored even after a crash
+        assert rewards[key].value == (-0.5 if failed else 1.0) + 0.25 * (completion == "#### 7")
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3  # one for each kind, however many failed
+    assert any("obey timed out for 2 of 30 completions, which score its floor -0.5" in line for line in lines)
+    assert any("obey crashed for 2 of 30" in line for line in lines)
+    assert any("obey raised or returned no number for 6 of 30" in line and "key 12 KeyError" in line for line in lines)
+
+
+def test_failures_are_counted_over_the_life_of_the_pool() -> None:
+    with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
+        for _ in range(2):
+            for key, completion in enumerate(["raise", "fine", "exit"]):
+                pool.submit(key, "", completion, "")
+            assert len(pool.collect()) == 3
+        assert pool.failure_counts == {"obey": 4}
+        assert pool.collect() == {}
+
+
+def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit() -> None:
+    started = time.monotonic()
+    terms = [RewardTerm(name="format", args={"pattern": "(a+)+b$"})]
+    rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms)
+    assert [rewards[key].failures for key in range(3)] == [("format",), (), ("format",)]
+    assert rewards[1].value == 1.0
+    assert 0.8 <= time.monotonic() - started < 2.7  # ended by the alarm; the parent alone would need 2 * 1.4 s
+
+
+def test_a_reward_that_disables_the_alarm_is_ended_by_the_parent() -> None:
+    rewards = score_all(["deaf", "fine"], terms=[OBEY])
+    assert rewards[0].failures == ("obey",)
+    assert rewards[1] == Reward(value=1.0, components={"obey": 1.0})
+
+
+def test_scoring_goes_on_while_the_caller_does_something_else() -> None:
+    with RewardPool([OBEY], workers=2, timeout_seconds=5.0) as pool:
+        for key in range(4):
+            started = time.monotonic()
+            pool.submit(key, "", "sleep 0.25", "")
+            assert time.monotonic() - started < 0.1
+        time.sleep(1.0)  # sampling
+        started = time.monotonic()
+        assert len(pool.collect()) == 4
+        assert time.monotonic() - started < 0.2
+
+
+def test_values_do_not_depend_on_the_number_of_workers() -> None:
+    completions = [f"step {i}\n#### {i % 9}" + "x" * (i % 7 * 20_000) for i in range(120)]
+    terms = [RewardTerm(name="gsm8k"), RewardTerm(name="format", weight=0.1)]
+    assert score_all(completions, terms=terms, workers=1) == score_all(completions, terms=terms, workers=3)
+
+
+def test_any_text_survives_the_way_to_the_worker() -> None:
+    texts = ["\0", "\ud800", "\u2028\n\r\n", "\U0001f600" * 1000, '"\\', "x" * 300_000]
+    with RewardPool([RewardTerm(name="exact")], workers=1, timeout_seconds=5.0) as pool:
+        for key, text in enumerate(texts):
+            pool.submit(key, text, text, text)
+        assert [reward.value for _, reward in sorted(pool.collect().items())] == [1.0] * len(texts)
+
+
+def test_workers_are_clean_of_ranks_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "VLLM_HOST_IP"):
+        monkeypatch.setenv(name, "1")
+    (reward,) = score_all(["fine"], terms=[RewardTerm(name="user_rewards:is_clean")]).values()
+    assert reward.value == 1.0
+
+
+def test_what_a_reward_prints_does_not_reach_the_parents_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+    (reward,) = score_all(["print"], terms=[OBEY]).values()
+    assert reward.value == 1.0
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "noise on stdout" in captured.err
+
+
+def test_a_worker_that_is_killed_while_idle_is_replaced_and_nothing_is_blamed() -> None:
+    with RewardPool([OBEY], workers=2, timeout_seconds=5.0) as pool:
+        victims = pool.worker_pids
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: len(pool.worker_pids) == 2 and not set(victims) & set(pool.worker_pids))
+        pool.submit(0, "", "fine", "")
+        assert pool.collect()[0].failures == ()
+
+
+def test_a_wrong_term_is_refused_before_a_worker_starts() -> None:
+    with pytest.raises(UserError, match="did you mean 'exact'"):
+        RewardPool([RewardTerm(name="exakt")], workers=1, timeout_seconds=1.0)
+
+
+def test_a_key_cannot_be_submitted_twice_and_a_closed_pool_says_so() -> None:
+    with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
+        pool.submit(5, "", "fine", "")
+        with pytest.raises(ValueError, match="key=5 was submitted twice"):
+            pool.submit(5, "", "fine", "")
+        pool.collect()
+        pool.submit(5, "", "fine", "")
+    pool.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(6, "", "fine", "")
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.collect()
+
+
+def test_a_module_that_cannot_be_imported_in_the_worker_stops_the_start(tmp_path: Path) -> None:
+    module = "import __main__\nif getattr(__main__, '__spec__', None) and 'worker' in __main__.__spec__.name: {}\n"
+    rest = "from grpo_mega.rewards import reward\n@reward(low=0.0, high=1.0)\ndef f(p, c, r): return 1.0\n"
+    (tmp_path / "raises_there.py").write_text("import os\n" + module.format("raise OSError('no disk')") + rest)
+    (tmp_path / "dies_there.py").write_text("import os\n" + module.format("os._exit(7)") + rest)
+    with pytest.raises(RuntimeError, match="no disk"):
+        RewardPool([RewardTerm(name="raises_there:f")], workers=1, timeout_seconds=1.0)
+    with pytest.raises(RuntimeError, match="3 reward workers in a row ended while starting, exit status 7"):
+        RewardPool([RewardTerm(name="dies_there:f")], workers=1, timeout_seconds=1.0)
+
+
+def test_close_ends_workers_in_the_middle_of_a_scoring() -> None:
+    pool = RewardPool([OBEY], workers=1, timeout_seconds=60.0)
+    pids = pool.worker_pids
+    pool.submit(0, "", "spin", "")
+    time.sleep(0.1)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 2.0
+    assert not any(is_running(pid) for pid in pids)
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """A program with one worker that spins, deaf to its alarm, and one that idles."""
+    script = (
+        f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "from grpo_mega.config.schema import RewardTerm\n"
+        "from grpo_mega.rewards.pool import RewardPool\n"
+        "pool = RewardPool([RewardTerm(name='user_rewards:obey')], workers=2, timeout_seconds=600.0)\n"
+        "pool.submit(0, '', 'deaf', '')\n"
+        "time.sleep(0.2)\n"
+        "import json; print(json.dumps(pool.worker_pids), flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    pids = json.loads(process.stdout.readline())
+    yield process, pids
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+def test_no_worker_outlives_a_parent_that_was_killed(parent: tuple[subprocess.Popen[str], list[int]]) -> None:
+    process, pids = parent
+    assert all(is_running(pid) for pid in pids)
+    process.kill()
+    process.wait()
+    assert wait_until(lambda: not any(is_running(pid) for pid in pids), seconds=3.0)

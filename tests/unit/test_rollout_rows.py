@@ -1,0 +1,88 @@
+"""Rows of rollouts/*.jsonl and their rendering as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from grpo_mega.observe.metrics import MetricsWriter
+from grpo_mega.observe.rollouts import rollout_rows, write_rollouts
+from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.observe.tensorboard import render_rollout
+from grpo_mega.types import Completion, Prompt, Reward, Rollout
+
+
+def rollout(reward: float = 1.0, text: str = "46") -> Rollout:
+    return Rollout(
+        prompt=Prompt(index=7, text="12+34=", token_ids=(1, 2), answer="46"),
+        completion=Completion((4, 6, 0), (-0.5, -0.25, -0.125), "eos", 3, text),
+        reward=Reward(reward, {"exact": reward}, ("format",)),
+        replica=1,
+    )
+
+
+def test_a_row_holds_what_a_script_and_a_replay_need() -> None:
+    (row,) = rollout_rows([rollout()], [0.5], [[-1.0, -2.0, -3.0]])
+    assert row == {
+        "prompt": "12+34=",
+        "completion": "46",
+        "answer": "46",
+        "reward": 1.0,
+        "reward_components": {"exact": 1.0},
+        "reward_failures": ["format"],
+        "advantage": 0.5,
+        "stop_reason": "eos",
+        "policy_version": 3,
+        "prompt_index": 7,
+        "replica": 1,
+        "prompt_ids": [1, 2],
+        "completion_ids": [4, 6, 0],
+        "sampler_log_probs": [-0.5, -0.25, -0.125],
+        "old_log_probs": [-1.0, -2.0, -3.0],
+    }
+
+
+def test_old_log_probs_may_be_absent() -> None:
+    assert [row["old_log_probs"] for row in rollout_rows([rollout(), rollout()], [0.0, 0.0], None)] == [None, None]
+
+
+def test_lists_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 2 entries for 3"):
+        rollout_rows([rollout()], [0.0], [[-1.0, -2.0]])
+    with pytest.raises(ValueError, match="zip"):
+        rollout_rows([rollout()], [0.0, 1.0], None)
+
+
+def test_a_file_is_a_json_object_per_line_whatever_a_completion_holds(tmp_path: Path) -> None:
+    texts = ["a\nb", "\ud800", "\u2028", "naïve \x00"]
+    rows = rollout_rows([rollout(text=text) for text in texts], [float("nan")] * 4, None)
+    path = tmp_path / "rollouts" / "step_000012.jsonl"
+    write_rollouts(path, rows)
+    read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [row["completion"] for row in read] == texts
+    assert read[0]["advantage"] is None
+    assert [p.name for p in path.parent.iterdir()] == ["step_000012.jsonl"]
+
+
+def test_text_cannot_leave_its_block() -> None:
+    text = "```\n# heading\n```` <b>"
+    (row,) = rollout_rows([rollout(text=text)], [0.5], None)
+    assert f"`````\n{text}\n`````" in render_rollout(row)
+
+
+def test_tensorboard_shows_the_best_and_the_worst_rollout(tmp_path: Path) -> None:
+    rows = rollout_rows([rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)], [0.0, -1.0, 1.0], None)
+    folder = RunFolder(tmp_path)
+    with MetricsWriter(folder, first_step=1, tensorboard=True, rollouts_shown=2) as metrics:
+        metrics.write_rollouts(4, rows)
+    assert len((tmp_path / "rollouts" / "step_000004.jsonl").read_text().splitlines()) == 3
+    found = EventAccumulator(str(folder.tensorboard))
+    found.Reload()
+    shown = [found.Tensors(f"rollouts/{i}/text_summary")[0] for i in (0, 1)]
+    assert [event.step for event in shown] == [4, 4]
+    assert b"text 1.0" in shown[0].tensor_proto.string_val[0]
+    assert b"text 0.0" in shown[1].tensor_proto.string_val[0]
+    assert "rollouts/2/text_summary" not in found.Tags()["tensors"]

