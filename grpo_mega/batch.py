@@ -63,7 +63,14 @@ class TrainBatch:
 
 
 def build_batch(
-    groups: SampledGroups, rewards: Sequence[float], train: TrainConfig, *, dp: int, dp_rank: int, row_multiple: int, pad_id: int
+    groups: SampledGroups,
+    rewards: Sequence[float],
+    train: TrainConfig,
+    *,
+    dp: int,
+    dp_rank: int,
+    row_multiple: int,
+    pad_id: int,
 ) -> TrainBatch:
     """Advantages, denominators and rows.
 
@@ -115,17 +122,17 @@ def explain_batch(config: Config, topology: Topology) -> str:
     rollouts = prompts * group
     updates = train.epochs_per_rollout * train.minibatches_per_epoch
     spans = split_minibatches(prompts, train.minibatches_per_epoch)
-    sizes = sorted({(span.stop - span.start) * group for span in spans})
+    sizes = " or ".join(str(size) for size in sorted({len(span) * group for span in spans}))
     wave = config.sampling.prompts_per_wave or prompts
     return "\n".join(
         (
-            f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, "
-            f"{-(-prompts // wave)} wave(s) over {topology.num_replicas} engine replica(s) of {topology.engine_tp} rank(s)",
+            f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, {-(-prompts // wave)} wave(s) over "
+            f"{topology.num_replicas} engine replica(s) of {topology.engine_tp} rank(s)",
             f"updates: {train.epochs_per_rollout} epoch(s) x {train.minibatches_per_epoch} minibatch(es) = {updates} "
             f"optimizer step(s) a step, {updates * train.steps} in all",
-            f"an update: {' or '.join(str(s) for s in sizes)} rollouts over {topology.dp} data-parallel rank(s), in rows "
+            f"an update: {sizes} rollouts over {topology.dp} data-parallel rank(s), in rows "
             f"of at most {train.max_tokens_per_microbatch} tokens",
             "its loss: mean over a rollout's completion tokens, then mean over the update's rollouts (denominator: "
-            f"{' or '.join(str(s) for s in sizes)}), the same for every layout",
+            f"{sizes}), the same for every layout",
         )
     )

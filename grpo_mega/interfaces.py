@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ RegionKind = Literal["plain", "derived"]
 
 @dataclass(frozen=True)
 class HeldSlice:
-    """A slice of a Hugging Face tensor on this rank: `view` aliases the parameter, `global_shape` is the whole tensor."""
+    """A slice of a Hugging Face tensor on this rank: `view` aliases the parameter, `global_shape` is the tensor's."""
 
     hf: TensorSlice
     global_shape: tuple[int, ...]
@@ -139,6 +140,14 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the policy computes with the reference's weights."""
+        ...
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        ...
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Collective: the reverse, at any layout; returns `extra`. The reference stays what it was."""
         ...
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:

@@ -19,7 +19,7 @@ from grpo_mega.batch import explain_batch
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.load import resolved
-from grpo_mega.config.schema import Config
+from grpo_mega.config.schema import BaseConfig, Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.vllm_engine import VllmEngine
@@ -215,6 +215,6 @@ def _say_finished(run: RunState, ranks: Ranks) -> None:
         )
 
 
-def _recipe(config: Config):  # type: ignore[no-untyped-def]
+def _recipe(config: Config) -> BaseConfig:
     assert config.model.base is not None, "config/check.py: one of model.path and model.base is set"
     return config.model.base

@@ -129,7 +129,9 @@ def push_weights(job: Job, state: LoopState) -> SyncReport:
     """Bring the engines to `state.policy_version`, proven as `weight_sync.verify` says."""
     verify = job.config.weight_sync.verify
     with job.phases.syncing(), job.timers.phase("sync"):
-        return job.sync.push(state.policy_version, verify=verify == "every" or (verify == "first" and not job.sync.count))
+        return job.sync.push(
+            state.policy_version, verify=verify == "every" or (verify == "first" and not job.sync.count)
+        )
 
 
 def evaluate_if_due(job: Job, step: int) -> None:

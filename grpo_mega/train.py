@@ -1,5 +1,5 @@
-"""The worker: one rank of a run. `python -m grpo_mega.train CONFIG [key=value ...]`, started by launch/train.sh, torchrun
-or srun; `--world-size` prints how many ranks the config wants.
+"""The worker: one rank of a run. `python -m grpo_mega.train CONFIG [key=value ...]`, started by launch/train.sh,
+torchrun or srun; `--world-size` prints how many ranks the config wants.
 
 Exit code 0: done. 2: the input is wrong, one message. 1: a failure of ours or of the machine.
 What the user can have got wrong is checked in `prepare`, before the heavy imports and the first process group.

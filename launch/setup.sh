@@ -145,9 +145,10 @@ touch "$building"
 rm -f "$marker"
 : >"$log"
 
+# A pip that outlives a killed setup.sh keeps the lock (descriptor 9), so nobody builds beside it.
 # --no-deps: the constraints files are complete where it is given. --no-compile: most of the modules are never imported.
 pip_install() {
-    "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --no-compile "$@" >>"$log" 2>&1 9>&-
+    "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --no-compile "$@" >>"$log" 2>&1
 }
 
 pins_of() { # pins_of FILE SECTION: the pins between "# [SECTION]" and the next such line; SECTION "" is the beginning

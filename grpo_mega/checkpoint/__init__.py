@@ -1,0 +1,1 @@
+"""Checkpoints of a run and the export to Hugging Face format."""

@@ -13,9 +13,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch.distributed as dist
+
+from grpo_mega.interfaces import Policy
 
 _COMPLETE = "complete"
 
@@ -28,27 +29,13 @@ class LoopState:
     policy_version: int = 0
 
 
-class CheckpointedPolicy(Protocol):
-    """What a checkpoint needs of a policy."""
-
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
-        ...
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`."""
-        ...
-
-
 class CheckpointManager:
     """The folder `checkpoints/` of a run. Every rank constructs one; rank 0 touches names."""
 
     def __init__(self, folder: Path, keep: int, *, is_first: bool) -> None:
         self._folder, self._keep, self._is_first = folder, keep, is_first
 
-    def stage_if_due(
-        self, policy: CheckpointedPolicy, state: LoopState, every: int | None, last_step: int
-    ) -> Path | None:
+    def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> Path | None:
         """Collective; every `every` steps and at the last one, writes a checkpoint that is not visible yet."""
         if state.step != last_step and (every is None or state.step % every):
             return None
@@ -66,7 +53,7 @@ class CheckpointManager:
         """Collective; afterwards the checkpoint is whole and visible, and old ones are gone."""
         self._on_first(lambda: self._rename(staged))
 
-    def load(self, policy: CheckpointedPolicy, checkpoint: Path) -> LoopState:
+    def load(self, policy: Policy, checkpoint: Path) -> LoopState:
         """Collective."""
         return LoopState(**policy.load(checkpoint))
 

@@ -1,4 +1,4 @@
-"""From a YAML file and `section.key=value` overrides to a checked, frozen `Config`. Imports no torch: it must be quick."""
+"""From a YAML file and `section.key=value` overrides to a checked, frozen `Config`. Imports no torch: to be quick."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near[0]}?" if near else "see configs/"))
     try:
-        raw = yaml.load(path.read_text(), _Loader)  # noqa: S506 - a SafeLoader with one more number format
+        raw = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from None
     if not isinstance(raw, dict):
@@ -68,7 +68,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not separator or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
         raise UserError(f"override {override!r}: expected section.key=value, for example train.steps=20")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - see above
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError:
         raise UserError(f"{key}={text}: not a YAML value; quote text that holds : or [") from None
     *sections, last = key.split(".")

@@ -1,7 +1,7 @@
 """The configuration: frozen pydantic models, one section each. Defaults live here and nowhere else.
 
-Unknown keys are errors (`load.py` names the nearest one). `None` means off, or derived where the line says so. Rules that
-touch two sections are in `check.py`.
+Unknown keys are errors (`load.py` names the nearest one). `None` means off, or derived where the line says so. Rules
+that touch two sections are in `check.py`.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class EngineConfig(Section):
     max_num_seqs: int = Field(256, ge=1)
     """Rollouts that one replica samples at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
-    """Capacity of a replica's KV cache; unset: what max_num_seqs rollouts of full length need (on CUDA: what is left)."""
+    """Capacity of a replica's KV cache; unset: what max_num_seqs full-length rollouts need (on CUDA: what is left)."""
 
 
 class SamplingConfig(Section):

@@ -38,7 +38,9 @@ def dense_table(spec: ModelSpec) -> dict[str, Rule]:
         "decoder.layers.{layer}.mlp.linear_fc1.weight": Stacked(
             (layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"), spec.ffn_size, hidden
         ),
-        "decoder.layers.{layer}.mlp.linear_fc2.weight": Copy(layer + "mlp.down_proj.weight", (hidden, spec.ffn_size), 1),
+        "decoder.layers.{layer}.mlp.linear_fc2.weight": Copy(
+            layer + "mlp.down_proj.weight", (hidden, spec.ffn_size), 1
+        ),
         "decoder.final_layernorm.weight": Copy("model.norm.weight", (hidden,), None),
     }
     if spec.qkv_bias:

@@ -84,7 +84,7 @@ class Stacked:
 
     def hf_shapes(self, spec: ModelSpec) -> dict[str, Shape]:
         """All of the same shape."""
-        return {name: (self.rows, self.columns) for name in self.hf}
+        return dict.fromkeys(self.hf, (self.rows, self.columns))
 
     def pieces(self, spec: ModelSpec, tp: int, tp_rank: int) -> Iterator[tuple[str, Shape, Shape, Shape]]:
         """One of each."""

@@ -1,0 +1,1 @@
+"""Inference engines; the only importers of vLLM and SGLang."""

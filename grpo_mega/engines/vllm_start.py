@@ -170,7 +170,8 @@ def _cpu_construction() -> Iterator[None]:
 
     - Linears keep their plain weight: model_executor/layers/linear.py would pack it for oneDNN and drop it.
     - The shared memory of a group gets a name of this job: cpu_communicator.py derives it from `env://` and the ranks
-      alone, so that two jobs on one machine would share it.
+      alone, so that two jobs on one machine would share it. Its files are unlinked at the end, or they would outlive a
+      job that is killed; the mappings stay, and a barrier of vLLM's has seen every rank of the group map them.
     - cpu_worker.py replaces `torch.set_num_threads`; the policy may still call it.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
@@ -180,8 +181,12 @@ def _cpu_construction() -> Iterator[None]:
     dist.broadcast_object_list(job, src=0)
     group_name, set_num_threads = _CPUSHMDistributed.make_group_name, torch.set_num_threads
 
+    names: set[str] = set()
+
     def name_of_job(communicator: Any) -> str:
-        return f"{job[0]}{group_name(communicator)}".replace("/", "")  # a name in shared memory has no slash inside
+        name = f"{job[0]}{group_name(communicator)}".replace("/", "")  # a name in shared memory has no slash inside
+        names.add(name)
+        return name
 
     _CPUSHMDistributed.make_group_name = staticmethod(name_of_job)
     LinearBase._cpu_skip_gemm_dispatch = True
@@ -191,6 +196,9 @@ def _cpu_construction() -> Iterator[None]:
         del LinearBase._cpu_skip_gemm_dispatch
         _CPUSHMDistributed.make_group_name = staticmethod(group_name)
         torch.set_num_threads = set_num_threads
+        for file in Path("/dev/shm").iterdir():
+            if file.name.rpartition("_")[0] in names:  # vLLM appends _<rank of the group>
+                file.unlink(missing_ok=True)  # the group's other ranks do the same
 
 
 def _check_cpu_head(head_dim: int) -> None:

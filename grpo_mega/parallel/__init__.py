@@ -1,0 +1,1 @@
+"""The rank grid, the process groups, and the vocabulary split over ranks."""

@@ -55,7 +55,7 @@ class Topology:
         return self.world_size // self.engine_tp
 
     def coordinates(self, rank: int) -> Coordinates:
-        """rank = tp_rank + tp * (dp_rank + dp * pp_rank)."""
+        """Inverse of rank = tp_rank + tp * (dp_rank + dp * pp_rank)."""
         return Coordinates(
             rank=rank,
             tp_rank=rank % self.tp,

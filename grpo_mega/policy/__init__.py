@@ -1,0 +1,1 @@
+"""The trained model; the only importer of Megatron."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,8 +29,11 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 @dataclass(frozen=True)
 class LengthBatch:
-    """Sequences of similar length: `index` [B, L] points into the row, places past a sequence's end repeat its last
-    token. `kept` [tokens] lists the places that are real, in flattened [B * L]; `targets` their positions in the row."""
+    """Sequences of similar length, B of at most L tokens.
+
+    `index` [B, L] points into the row; places past a sequence's end repeat its last token. `kept` lists the places that
+    are real, in flattened [B * L]; `targets` are their positions in the row.
+    """
 
     index: Tensor
     kept: Tensor
@@ -44,7 +48,7 @@ def length_batches(cu_seqlens: Tensor) -> tuple[LengthBatch, ...]:
 @functools.lru_cache(maxsize=16)  # all layers, q, k and v of a row, and its backward ask for the same one
 def _length_batches(cu_seqlens: tuple[int, ...]) -> tuple[LengthBatch, ...]:
     by_size: dict[int, list[tuple[int, int]]] = {}
-    for start, end in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True):
+    for start, end in pairwise(cu_seqlens):
         if end > start:
             by_size.setdefault((end - start).bit_length(), []).append((start, end))
     batches = []
@@ -77,12 +81,18 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     batches = length_batches(cu_seqlens)
     outputs = []
     for batch in batches:
-        # index_select: its backward adds rows in place, that of q[index] sorts the index first
-        rows = [x.index_select(0, batch.index.flatten()).unflatten(0, batch.index.shape).transpose(1, 2) for x in (q, k, v)]
-        out = torch.nn.functional.scaled_dot_product_attention(*rows, is_causal=True, scale=scale, enable_gqa=grouped)
+        qb, kb, vb = (_gather(x, batch.index).transpose(1, 2) for x in (q, k, v))  # [B, n, L, d]
+        out = torch.nn.functional.scaled_dot_product_attention(
+            qb, kb, vb, is_causal=True, scale=scale, enable_gqa=grouped
+        )
         outputs.append(out.transpose(1, 2).reshape(-1, heads, width)[batch.kept])
     order = torch.cat([b.targets for b in batches])
     return torch.empty(total, heads, width, dtype=q.dtype).index_copy(0, order, torch.cat(outputs))
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    # index_select: its backward adds rows in place, that of x[index] sorts the index first
+    return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
 
 class PackedAttention(torch.nn.Module):
@@ -125,7 +135,7 @@ class RMSNorm(torch.nn.Module):
         return torch.nn.functional.rms_norm(x.float(), (x.size(-1),), self.weight.float(), self.eps).to(x.dtype)
 
 
-class PackedSpecProvider(LocalSpecProvider):  # type: ignore[misc]
+class PackedSpecProvider(LocalSpecProvider):
     """Megatron's local modules with the two above."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:

@@ -236,4 +236,4 @@ def _replace_tensor_methods() -> None:
 
     tensor_type.answers_megatron = True  # type: ignore[attr-defined]
     Tensor.type = tensor_type  # type: ignore[method-assign, assignment]
-    Tensor.cuda = tensor_cuda  # type: ignore[method-assign]
+    Tensor.cuda = tensor_cuda  # type: ignore[method-assign, assignment]

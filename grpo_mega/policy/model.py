@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import (  # noqa: E402
 )
 
 
-class PolicyModel(GPTModel):  # type: ignore[misc]
+class PolicyModel(GPTModel):
     """GPTModel whose last stage returns hidden states [T, H] instead of logits."""
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
@@ -29,8 +29,10 @@ class PolicyModel(GPTModel):  # type: ignore[misc]
             return hidden_states  # to the next stage, [T or T/tp, 1, H]
         if self.config.sequence_parallel:
             # each rank's head shard yields a part of the hidden state's gradient: backward is a reduce-scatter
-            return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True).squeeze(1)
-        return copy_to_tensor_model_parallel_region(hidden_states).squeeze(1)  # backward is an all-reduce
+            whole: Tensor = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
+        else:
+            whole = copy_to_tensor_model_parallel_region(hidden_states)  # backward is an all-reduce
+        return whole.squeeze(1)
 
     def head_log_probs(
         self, hidden: Tensor, labels: Tensor, *, temperature: float, vocab_size: int

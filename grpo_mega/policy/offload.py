@@ -104,5 +104,4 @@ def _adams(optimizer: Any) -> list[Any]:
 
 
 def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload, no-any-return]
-
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

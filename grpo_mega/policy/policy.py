@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
@@ -176,5 +176,5 @@ def _packed_params(microbatch: Microbatch) -> PackedSeqParams:
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:
     if device.type == "cpu":
         return microbatch
-    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(microbatch).items()}
-    return Microbatch(**moved)
+    tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(microbatch).items() if isinstance(v, Tensor)}
+    return replace(microbatch, **tensors)

@@ -34,7 +34,7 @@ class HfCheckpoint:
             self._files = {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
         elif (folder / "model.safetensors").is_file():
             with _open(folder / "model.safetensors") as single:
-                self._files = {name: folder / "model.safetensors" for name in single.keys()}  # noqa: SIM118 - not a dict
+                self._files = dict.fromkeys(single.keys(), folder / "model.safetensors")
         else:
             raise UserError(f"model.path={folder} holds no model.safetensors; give a folder in safetensors format")
         self._open: dict[Path, Any] = {}
@@ -44,7 +44,9 @@ class HfCheckpoint:
         missing = sorted(shapes.keys() - self._files.keys())
         extra = sorted(self._files.keys() - shapes.keys() - {"lm_head.weight"})
         if missing or extra:
-            raise UserError(f"model.path: tensors missing {missing[:3]}, unknown {extra[:3]}; is config.json of this model?")
+            raise UserError(
+                f"model.path: tensors missing {missing[:3]}, unknown {extra[:3]}; is config.json of this model?"
+            )
         for name, shape in shapes.items():
             found = tuple(self._slice(name).get_shape())
             if found != shape:
@@ -149,5 +151,5 @@ def _named_globally(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
-            name = f"decoder.layers.{layers[int(local)].layer_number - 1}.{rest}"  # type: ignore[index, union-attr, operator]
+            name = f"decoder.layers.{layers[int(local)].layer_number - 1}.{rest}"  # type: ignore[index, union-attr]
         yield name, parameter

@@ -1,0 +1,1 @@
+"""Weights from the policy to the engines, with their proof."""

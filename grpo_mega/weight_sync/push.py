@@ -116,7 +116,9 @@ class WeightSync:
         findings = _gathered((suspects, faults))
         suspects = sorted({name for names, _ in findings for name in names})
         located = _gathered(self._locate(suspects, held)) if suspects else []
-        found = [fault for _, faults in findings for fault in faults] + [fault for faults in located for fault in faults]
+        found = [fault for _, faults in findings for fault in faults] + [
+            fault for faults in located for fault in faults
+        ]
         if suspects and not any(located):
             found.append(f"{suspects}: what the policy's shards hold is not what travels")
         if found:

@@ -389,6 +389,17 @@ def rank_after_close(session: RankSession, folder: Path) -> dict[str, Any]:
     }
 
 
+def mapped_shared_memory(session: RankSession) -> list[str]:
+    return [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line]
+
+
+def test_no_shared_memory_outlives_a_killed_job(world: EngineRanks, models: dict[str, Path]) -> None:
+    world.open(models["llama"], tp=2, **SETTINGS)
+    for mapped in world.call(mapped_shared_memory):
+        assert len(mapped) >= 2  # its own segment and the other rank's
+        assert all(name.endswith("(deleted)") for name in mapped)
+
+
 def test_the_process_is_as_before_once_the_engine_is_closed(world: EngineRanks, models: dict[str, Path]) -> None:
     for seen in world.call(rank_after_close, models["qwen3"]):
         assert seen == {"version before": True, "set_num_threads": True, "environment": True, "default group": 3.0}

@@ -114,6 +114,14 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_goes_on_to_its
     assert (state.status, state.step, state.previous) == ("continued", 20, left)
 
 
+def test_a_done_run_whose_later_checkpoints_were_removed_goes_on_from_what_is_left(tmp_path: Path) -> None:
+    folder = start(tmp_path / "run").folder
+    save_checkpoint(folder, 10)
+    write_summary(folder.summary, Summary(status="done", steps=20))
+    state = start(tmp_path / "run")
+    assert (state.status, state.step) == ("continued", 10)
+
+
 def test_a_different_config_is_refused_naming_each_key_with_both_values(tmp_path: Path) -> None:
     folder = start(tmp_path / "run").folder
     before = folder.config.read_bytes()
@@ -235,7 +243,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_resume_never_starts_only_where_no_run_is(tmp_path: Path) -> None:
     assert start(tmp_path / "run", resume="never").status == "fresh"
-    with pytest.raises(UserError, match=r"checkpoint\.resume=never"):
+    with pytest.raises(UserError, match=r"checkpoint\.resume=never, but .* holds a run at step 0"):
         start(tmp_path / "run", resume="never")
 
 

@@ -91,7 +91,7 @@ def test_bad_gsm8k_files_are_user_errors(tmp_path: Path) -> None:
 
 
 def test_batch_labels_the_completion_and_its_eos_alone() -> None:
-    tokenizer = teach._tokenizer(BaseConfig(task="arithmetic"))
+    tokenizer = teach.base_tokenizer(BaseConfig(task="arithmetic"))
     token_ids, labels = teach._batch([("1+2=", "3"), ("90+12=", "102")], tokenizer)
     none = teach.IGNORED
     assert token_ids.tolist() == [[3, 12, 4, 13, 5, 1, 0, 0, 0, 0], [11, 2, 12, 3, 4, 13, 3, 2, 4, 1]]

@@ -1,0 +1,159 @@
+"""Our side of tools/bench_step.py: the real job, one step of its own loop at each command.
+
+Everything that a run does in a step is in it: metrics, TensorBoard and the rollouts' file, the digests of every synced
+tensor; a checkpoint is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from protocol import Channel
+
+from grpo_mega.config.schema import Config
+from grpo_mega.rewards.base import reward
+
+if TYPE_CHECKING:
+    from grpo_mega.checkpoint.manager import LoopState
+    from grpo_mega.job import BuiltJob
+    from grpo_mega.loop import Job
+    from grpo_mega.rollout import SampledGroups
+
+MAX_STEPS = 10**6
+
+
+@reward(low=0.0, high=1.0)
+def short(prompt: str, completion: str, reference: str) -> float:
+    """Nearer to 1 the shorter the answer is."""
+    return 1 / (1 + len(completion))
+
+
+def config_of(settings: dict[str, Any]) -> Config:
+    """One update per step, no KL, the reward above."""
+    return Config.model_validate(
+        {
+            "run": {"dir": settings["run_dir"]},
+            "model": {"path": settings["model"]},
+            "engine": {"max_num_seqs": settings["num_prompts"] * settings["group_size"]},
+            "sampling": {"group_size": settings["group_size"], "max_tokens": settings["max_tokens"]},
+            "data": {
+                "train": settings["prompts"],
+                "prompts_per_step": settings["num_prompts"],
+                "template": "plain",
+                "max_prompt_tokens": settings["max_prompt_tokens"],
+            },
+            "reward": {"terms": [{"name": "our_side:short"}]},
+            "algorithm": {"kl_coef": 0.0},
+            "train": {"steps": MAX_STEPS, "max_tokens_per_microbatch": settings["max_tokens_per_microbatch"]},
+            "precision": {"dtype": "fp32"},
+        }
+    )
+
+
+class NoCheckpoints:
+    """In the place of the job's checkpoints: `train` saves at the end of every call, and a call is one step here."""
+
+    def stage_if_due(self, *_: object) -> None:
+        """Never due."""
+
+
+class OurSide:
+    """A built job and where it is."""
+
+    def __init__(self, built: BuiltJob) -> None:
+        from grpo_mega.loop import push_weights
+
+        self.job: Job = built.job
+        self.state: LoopState = built.state
+        self.folder = built.run_state.folder.path
+        first = push_weights(self.job, self.state)
+        assert self.job.observer is not None, "rank 0 observes"
+        self.job.observer.started(first.policy_digest, None)
+
+    def whole(self) -> dict[str, Any]:
+        """One step of loop.train."""
+        from grpo_mega.loop import train
+
+        steps = self.state.step + 1
+        config = self.job.config.model_copy(update={"train": self.job.config.train.model_copy(update={"steps": steps})})
+        job: Any = replace(self.job, config=config, checkpoints=NoCheckpoints())  # type: ignore[arg-type]
+        started = time.perf_counter()
+        self.state = train(job, self.state)
+        seconds = time.perf_counter() - started
+        phases = self.job.timers.step_seconds()
+        phases["other"] = 2 * phases.pop("step") - sum(phases.values())
+        return {"seconds": seconds, "phases": phases, "completions": self._completions(steps)}
+
+    def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
+        """Advantages, packing and the update on given completions; the sync after it is not timed."""
+        from grpo_mega.checkpoint.manager import LoopState
+        from grpo_mega.loop import make_batch, push_weights, update, with_log_probs
+
+        groups = self._groups(completions)
+        with self.job.phases.sampling():
+            pass
+        started = time.perf_counter()
+        with self.job.phases.training():
+            batch = with_log_probs(self.job, make_batch(self.job, groups, self.state.step))
+            _, updates = update(self.job, batch, self.state.policy_version)
+        seconds = time.perf_counter() - started
+        self.state = LoopState(self.state.step, self.state.policy_version + len(updates))
+        push_weights(self.job, self.state)
+        return {"seconds": seconds, "phases": {"train": seconds}, "completions": completions}
+
+    def _completions(self, step: int) -> list[list[int]]:
+        """What the step wrote to disk, in the order of the dataset's prompts."""
+        order = {prompt.text: prompt.index for prompt in self.job.prompts.prompts}
+        lines = (self.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = sorted((json.loads(line) for line in lines), key=lambda row: order[row["prompt"]])
+        return [row["completion_ids"] for row in rows]
+
+    def _groups(self, completions: list[list[int]]) -> SampledGroups:
+        from grpo_mega.rollout import SampledGroups
+        from grpo_mega.types import Completion, Reward, Rollout
+
+        size = self.job.config.sampling.group_size
+        rollouts = [
+            Rollout(
+                prompt=self.job.prompts.prompts[i // size],
+                completion=Completion(tuple(ids), (0.0,) * len(ids), "eos", self.state.policy_version, ""),
+                reward=Reward(1 / (1 + len(ids))),
+                replica=0,
+            )
+            for i, ids in enumerate(completions)
+        ]
+        return SampledGroups(rollouts, size)
+
+
+def main() -> None:
+    """Serves commands until the parent closes."""
+    channel, settings = Channel(), json.loads(sys.argv[1])
+    import torch
+
+    from grpo_mega.config.load import resolved
+    from grpo_mega.job import building
+    from grpo_mega.observe.run_folder import open_run
+    from grpo_mega.parallel.ranks import init_ranks
+    from grpo_mega.train import prepare
+
+    torch.set_num_threads(settings["threads"])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=settings["port"])
+    config = config_of(settings)
+    prepared = prepare(config)
+    ranks = init_ranks(prepared.topology, config.guard.timeout_seconds)
+    run = open_run(Path(settings["run_dir"]), resolved(config), overwrite=False, train_steps=MAX_STEPS)
+    with building(config, ranks, run, Path(settings["model"]), prepared.train_prompts, None) as built:
+        side = OurSide(built)
+        channel.send({"threads": torch.get_num_threads()})
+        while (command := channel.receive()) is not None:
+            channel.send(side.train_only(command["completions"]) if command["completions"] else side.whole())
+
+
+if __name__ == "__main__":
+    main()
