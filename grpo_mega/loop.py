@@ -121,8 +121,14 @@ def update(job: Job, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch
 
 
 def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
-    """Linear from lr / warmup_updates up to lr, then constant."""
-    return optimizer.lr * min(1.0, (updates_done + 1) / max(1, optimizer.warmup_updates))
+    """Linear from lr / warmup_updates up to lr, then constant or, with decay_updates, linear down to min_lr."""
+    warmup, decay = optimizer.warmup_updates, optimizer.decay_updates
+    if updates_done < warmup:
+        return optimizer.lr * (updates_done + 1) / warmup
+    if decay is None:
+        return optimizer.lr
+    remaining = max(0.0, (decay - updates_done) / (decay - warmup))
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
 
 
 def push_weights(job: Job, state: LoopState) -> SyncReport:

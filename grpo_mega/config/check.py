@@ -19,6 +19,7 @@ def check(config: Config) -> None:
         _sequence_parallel,
         _row_holds_a_rollout,
         _minibatches,
+        _learning_rate,
         _evaluation,
         _rewards,
     ):
@@ -72,6 +73,26 @@ def _minibatches(config: Config) -> None:
         raise UserError(
             f"train.minibatches_per_epoch={config.train.minibatches_per_epoch} is more than "
             f"data.prompts_per_step={config.data.prompts_per_step}; minibatches hold whole groups"
+        )
+
+
+def _learning_rate(config: Config) -> None:
+    optimizer, train = config.optimizer, config.train
+    decay = optimizer.decay_updates
+    if decay is None:
+        if optimizer.min_lr > 0:
+            raise UserError(f"optimizer.min_lr={optimizer.min_lr} does nothing without optimizer.decay_updates; set it")
+        return
+    if decay <= optimizer.warmup_updates:
+        raise UserError(
+            f"optimizer.decay_updates={decay} is not more than optimizer.warmup_updates={optimizer.warmup_updates}; "
+            "it counts from the first update"
+        )
+    updates = train.steps * train.epochs_per_rollout * train.minibatches_per_epoch
+    if updates > decay and optimizer.min_lr == 0:
+        raise UserError(
+            f"optimizer.decay_updates={decay}: the last {updates - decay} of {updates} updates would have a learning "
+            "rate of 0; raise decay_updates, or set optimizer.min_lr"
         )
 
 

@@ -138,6 +138,10 @@ class OptimizerConfig(Section):
 
     lr: float = Field(1e-6, gt=0)
     warmup_updates: int = Field(0, ge=0)
+    """Updates over which the rate rises linearly to lr."""
+    decay_updates: int | None = Field(None, ge=1)
+    """Updates, warm-up included, after which it has fallen linearly to min_lr, where it stays; unset: constant."""
+    min_lr: float = Field(0.0, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)

@@ -7,6 +7,7 @@ afterwards, so the same seed and prompts give the same tokens; the prefix cache 
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.vllm_layout import engine_layout
 from grpo_mega.engines.vllm_sink import VllmSink
-from grpo_mega.engines.vllm_start import VllmSettings, keep_generators, read_json, start, stop
+from grpo_mega.engines.vllm_start import VllmSettings, keep_generators, start, stop
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
 
@@ -58,15 +60,15 @@ class VllmEngine:
     ) -> None:
         from transformers import AutoTokenizer
 
-        config = read_json(config_dir / "config.json")
+        spec = read_spec(config_dir)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
         self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
         self._max_model_len = max_model_len
         self._on_cuda = torch.cuda.is_available()
         settings = VllmSettings(config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed)
-        self._llm: Any = start(settings, config)
+        self._llm: Any = start(settings, spec)
         runner = self._llm.model_executor.driver_worker.worker.model_runner
-        regions = engine_layout(config, tp, dist.get_rank() % tp, packed_head=not self._on_cuda)
+        regions = engine_layout(spec, tp, dist.get_rank() % tp, packed_head=not self._on_cuda)
         self._sink = VllmSink(runner.model, regions, self._drop_prefixes)
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
@@ -226,7 +228,8 @@ def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
         UserError: none of the three names one.
     """
     for source in ("generation_config.json", "config.json"):
-        found = read_json(config_dir / source).get("eos_token_id")
+        path = config_dir / source
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
         if found is not None:
             return tuple(found) if isinstance(found, list) else (int(found),)
     if tokenizer_eos is None:

@@ -8,13 +8,12 @@ Written against vLLM 0.32; tests/engine/test_vllm_engine.py asserts each effect.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import random
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from grpo_mega.engines.vllm_layout import architecture_of, check_tp, read_shape
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.engines.vllm_layout import check_tp, local_kv_heads
 from grpo_mega.types import UserError
 
 BLOCK_TOKENS = 32  # the CPU kernels want multiples of 32; larger blocks waste cache on short rollouts
@@ -46,18 +46,12 @@ class VllmSettings:
     seed: int
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty if there is no such file."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-
-
-def kv_cache_bytes(settings: VllmSettings, config: Mapping[str, Any]) -> int:
+def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
     """Bytes of the KV cache on one rank: blocks * 2 * layers * KV heads per rank * head_dim * itemsize * BLOCK_TOKENS.
 
     Raises:
         UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
     """
-    shape = read_shape(config)
     per_rollout = -(-settings.max_model_len // BLOCK_TOKENS)
     blocks = settings.max_num_seqs * per_rollout
     if settings.kv_cache_tokens is not None:
@@ -67,12 +61,12 @@ def kv_cache_bytes(settings: VllmSettings, config: Mapping[str, Any]) -> int:
                 f"engine.kv_cache_tokens={settings.kv_cache_tokens} does not hold one rollout of "
                 f"{settings.max_model_len} tokens; use at least {per_rollout * BLOCK_TOKENS}"
             )
-    per_token = 2 * shape.num_layers * shape.local_kv_heads(settings.tp) * shape.head_dim
+    per_token = 2 * spec.num_layers * local_kv_heads(spec, settings.tp) * spec.head_dim
     itemsize = 4 if settings.dtype == "fp32" else 2
     return (blocks + 1) * BLOCK_TOKENS * per_token * itemsize  # vLLM keeps one block as a null block
 
 
-def start(settings: VllmSettings, config: Mapping[str, Any]) -> Any:
+def start(settings: VllmSettings, spec: ModelSpec) -> Any:
     """The LLMEngine of vLLM on this rank, with dummy weights. Every rank of the world calls it.
 
     Raises:
@@ -82,7 +76,7 @@ def start(settings: VllmSettings, config: Mapping[str, Any]) -> Any:
     world = dist.get_world_size()
     if world % settings.tp:
         raise UserError(f"engine.tp={settings.tp} does not divide the {world} ranks of the job; use a divisor")
-    check_tp(read_shape(config), settings.tp)
+    check_tp(spec, settings.tp)
     _set_environment()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
     try:
@@ -90,7 +84,7 @@ def start(settings: VllmSettings, config: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
     if not torch.cuda.is_available():
-        _check_cpu_head(read_shape(config).head_dim)
+        _check_cpu_head(spec.head_dim)
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
         stack.enter_context(_environment_of_ranks())
@@ -98,8 +92,8 @@ def start(settings: VllmSettings, config: Mapping[str, Any]) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # vLLM walks over torch.distributed's deprecated names
         if not torch.cuda.is_available():
             stack.enter_context(_cpu_construction())
-        _register_model(architecture_of(config))
-        arguments = vllm.EngineArgs(**_engine_arguments(settings, config))
+        _register_model(spec.family)
+        arguments = vllm.EngineArgs(**_engine_arguments(settings, spec))
         engine = vllm.LLMEngine.from_engine_args(arguments)
     # The client's finalizer runs the full shutdown, default process group included, when it is collected.
     engine.engine_core._finalizer.detach()
@@ -213,19 +207,19 @@ def _check_cpu_head(head_dim: int) -> None:
         )
 
 
-def _register_model(architecture: str) -> None:
+def _register_model(family: str) -> None:
     """Give vLLM the model's class: else it starts a second Python that imports all of vLLM to look at it."""
     from vllm.model_executor.models.llama import LlamaForCausalLM
     from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
     from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
     from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
 
-    classes = {cls.__name__: cls for cls in (LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)}
-    if not isinstance(ModelRegistry.models.get(architecture), _RegisteredModel):
-        ModelRegistry.register_model(architecture, classes[architecture])
+    cls = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[family]
+    if not isinstance(ModelRegistry.models.get(cls.__name__), _RegisteredModel):
+        ModelRegistry.register_model(cls.__name__, cls)
 
 
-def _engine_arguments(settings: VllmSettings, config: Mapping[str, Any]) -> dict[str, Any]:
+def _engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": str(settings.config_dir),
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
@@ -245,7 +239,7 @@ def _engine_arguments(settings: VllmSettings, config: Mapping[str, Any]) -> dict
     }
     on_cuda = torch.cuda.is_available()
     if settings.kv_cache_tokens is not None or not on_cuda:
-        arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, config)
+        arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)
     if on_cuda:
         arguments |= {"gpu_memory_utilization": _CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
     else:

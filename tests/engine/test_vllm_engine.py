@@ -36,9 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen3-other": make_tiny_model(folder / "qwen3-other", seed=1),
         "qwen3-tied": make_tiny_model(folder / "qwen3-tied", tie=True),
         "qwen2": make_tiny_model(folder / "qwen2", family="qwen2", vocab=70),
-        "llama": make_tiny_model(
-            folder / "llama", family="llama", attention_bias=True, mlp_bias=True, num_key_value_heads=1
-        ),
+        "llama": make_tiny_model(folder / "llama", family="llama", num_key_value_heads=1),
     }
 
 

@@ -87,7 +87,8 @@ class OurSide:
         self.state = train(job, self.state)
         seconds = time.perf_counter() - started
         phases = self.job.timers.step_seconds()
-        phases["other"] = 2 * phases.pop("step") - sum(phases.values())
+        step_seconds = phases.pop("step")
+        phases["other"] = step_seconds - sum(phases.values())
         return {"seconds": seconds, "phases": phases, "completions": self._completions(steps)}
 
     def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
@@ -96,8 +97,6 @@ class OurSide:
         from grpo_mega.loop import make_batch, push_weights, update, with_log_probs
 
         groups = self._groups(completions)
-        with self.job.phases.sampling():
-            pass
         started = time.perf_counter()
         with self.job.phases.training():
             batch = with_log_probs(self.job, make_batch(self.job, groups, self.state.step))

@@ -1,0 +1,345 @@
+"""The sync from a real Megatron policy into a real vLLM in the same two ranks: the weights arrive, and the proof finds
+every way in which they could fail to. All in fp32 on tiny random models, whose 70 tokens are padded to 128 so that each
+rank of a split vocabulary has some rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.pack import pack, unpack
+from grpo_mega.interfaces import SinkRegion, WeightSink
+from grpo_mega.parallel.ranks import init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.phases import Phases
+from grpo_mega.types import Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
+from grpo_mega.weight_sync.digest import combined_digest, slice_digest
+from grpo_mega.weight_sync.push import SyncReport, WeightSync
+from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.tiny_models import Family, make_tiny_model
+
+SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
+PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 60 for j in range(n)), "") for i, n in enumerate([6, 1, 9])]
+PROBE_TOLERANCE = 1e-5
+BUCKET_BYTES = 64 * 1024  # several buckets, even for these models
+
+
+@dataclass(frozen=True)
+class Models:
+    """Per name, a folder with weights for the policy, and one without any for the engine."""
+
+    policy: dict[str, Path]
+    engine: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    root = tmp_path_factory.mktemp("models")
+    families: dict[str, tuple[Family, bool]] = {
+        "qwen3": ("qwen3", False),
+        "qwen3-tied": ("qwen3", True),
+        "qwen2": ("qwen2", False),
+    }
+    found = Models({}, {})
+    for name, (family, tie) in families.items():
+        found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=70)
+        ignore = shutil.ignore_patterns("*.safetensors")
+        found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
+    return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
+    with engine_ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
+        ranks.call(prepare_policy)
+        yield ranks
+
+
+# What runs on the ranks.
+
+
+def prepare_policy(session: RankSession) -> None:
+    """The policy's import comes first, as in a job: it prepares Megatron for a machine without CUDA."""
+    import os
+
+    import grpo_mega.policy.policy  # noqa: F401
+
+    os.environ.update(RANK=str(session.rank), WORLD_SIZE="2")
+
+
+def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int) -> None:
+    """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine."""
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    config = Config.model_validate(
+        {
+            "model": {"path": str(weights)},
+            "parallel": {"tp": tp, "pp": pp},
+            "data": {"train": "arithmetic:train"},
+            "reward": {"terms": [{"name": "exact"}]},
+            "train": {"steps": 1},
+            "precision": {"dtype": "fp32"},
+        }
+    )
+    topology = Topology(2, tp, pp, engine_tp)
+    ranks = init_ranks(topology, 60.0)
+    policy = MegatronPolicy(config, read_spec(weights), weights, ranks, with_reference=False)
+    groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
+    session.kept.update(policy=policy, groups=groups)
+    dist.barrier()
+    if session.rank == 0:
+        shutil.rmtree(weights)
+    dist.barrier()
+
+
+def connect(session: RankSession, sink: WeightSink) -> WeightSync:
+    policy = session.kept["policy"]
+    return WeightSync(
+        policy.source,
+        policy.full_tensors,
+        sink,
+        source_group=policy.model_parallel_group,
+        replica_group=session.kept["groups"][policy.ranks.at.replica],
+        bucket_bytes=BUCKET_BYTES,
+        probe_tolerance=PROBE_TOLERANCE,
+    )
+
+
+def push(session: RankSession, version: int) -> SyncReport:
+    return connect(session, session.engine.sink).push(version, verify=True)
+
+
+def noise(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """What `perturb` adds to a Hugging Face tensor, whole."""
+    digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return 0.03 * torch.randn(tuple(shape), generator=generator)
+
+
+def perturb(session: RankSession, seed: int) -> None:
+    """Other weights, the same model on all ranks: each piece of a parameter moves with the tensor that it is of."""
+    weights = session.kept["policy"].weights
+    with torch.no_grad():
+        for name, parameter in weights._parameters.items():
+            for placement in weights._placements(name):
+                hf = placement.hf
+                parameter[placement.local.index] += noise(hf.name, weights.hf_shapes()[hf.name], seed)[hf.index]
+
+
+def largest_mismatch(session: RankSession) -> float:
+    """Samples on every replica, each from its own seed, and lets the policy compute the same tokens' log-probs."""
+    policy, rank = session.kept["policy"], session.rank
+    sampling = SamplingRequest(4, 1.0, 8, seed=policy.ranks.at.replica)
+    groups = session.engine.generate(PROMPTS, sampling)
+    mine = [Rollout(p, c, Reward(0.0), rank) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
+    heard: list[Any] = [None, None]
+    dist.all_gather_object(heard, mine)
+    rollouts = [rollout for part in heard for rollout in part]
+    ones = [1.0] * len(rollouts)
+    row_tokens = sum(r.num_tokens for r in rollouts)
+    row = pack(list(enumerate(rollouts)), row_tokens=row_tokens, advantages=ones, token_weights=ones, pad_id=0)
+    worst = 0.0
+    outputs = policy.log_probs([row])
+    if outputs is not None:
+        olds = unpack(outputs[0], row)
+        worst = max(
+            abs(old - sampled)
+            for i, rollout in enumerate(rollouts)
+            for old, sampled in zip(olds[i], rollout.completion.sampler_log_probs, strict=True)
+        )
+    both: list[Any] = [None, None]
+    dist.all_gather_object(both, worst)
+    return max(both)
+
+
+# What is expected.
+
+
+def expected_digest(weights: Path, *seeds: int) -> str:
+    """Of the files plus the noise, without the policy."""
+    from safetensors.torch import load_file
+
+    digests = {}
+    for name, tensor in load_file(weights / "model.safetensors").items():
+        for seed in seeds:
+            tensor = tensor + noise(name, tensor.shape, seed)
+        digests[name] = slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
+    return combined_digest(digests)
+
+
+def start(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int) -> None:
+    world.open(models.engine[name], tp=engine_tp, **SETTINGS)
+    world.call(build, Path(shutil.copytree(models.policy[name], copy)), tp, pp, engine_tp)
+
+
+# Neighbours share an engine: opening one takes seconds.
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "engine_tp"),
+    [
+        pytest.param("qwen3-tied", 1, 2, 2, id="qwen3-tied-PP2-to-tp2"),
+        pytest.param("qwen2", 2, 1, 1, id="qwen2-TP2-to-2xtp1"),
+        pytest.param("qwen2", 1, 2, 2, id="qwen2-PP2-to-tp2", marks=pytest.mark.long),
+        pytest.param("qwen3", 1, 2, 2, id="qwen3-PP2-to-tp2"),
+        pytest.param("qwen3", 2, 1, 2, id="qwen3-TP2-to-tp2"),
+        pytest.param("qwen3", 2, 1, 1, id="qwen3-TP2-to-2xtp1", marks=pytest.mark.long),
+        pytest.param("qwen3", 1, 1, 1, id="qwen3-DP2-to-2xtp1"),
+        pytest.param("qwen3-tied", 2, 1, 1, id="qwen3-tied-TP2-to-2xtp1", marks=pytest.mark.long),
+    ],
+)
+def test_engines_follow_the_policy_without_its_checkpoint_and_the_digest_is_that_of_the_layout_free_weights(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
+) -> None:
+    start(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
+    assert not (tmp_path / "weights").exists()
+    first = world.call(push, 0)
+    assert world.call(largest_mismatch)[0] <= 1e-4
+    world.call(perturb, 1)
+    assert world.call(largest_mismatch)[0] > 1e-2  # the bound would notice weights that did not move
+    second = world.call(push, 1)
+    assert world.call(largest_mismatch)[0] <= 1e-4
+    assert {report.policy_digest for report in first} == {expected_digest(models.policy[name])}
+    assert {report.policy_digest for report in second} == {expected_digest(models.policy[name], 1)}
+
+
+# Faults: each is a sink that does one thing wrong, on one rank.
+
+
+class FaultySink:
+    """The engine's own sink but for one fault."""
+
+    def __init__(self, sink: Any) -> None:
+        self._sink = sink
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sink, name)
+
+    def layout(self) -> Sequence[SinkRegion]:
+        regions: Sequence[SinkRegion] = self._sink.layout()
+        return regions
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        self._sink.write(hf, values)
+
+    def end_update(self, policy_version: int) -> None:
+        self._sink.end_update(policy_version)
+
+
+class FlippedBit(FaultySink):
+    def end_update(self, policy_version: int) -> None:
+        super().end_update(policy_version)
+        parameter = self._sink._parameters["model.layers.1.mlp.down_proj.weight"]
+        parameter.view(torch.int32)[7, 5] ^= 1
+
+
+class SkippedWrite(FaultySink):
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        if hf.name != "model.layers.0.input_layernorm.weight":
+            super().write(hf, values)
+
+
+class SwappedSlices(FaultySink):
+    """Keys arrive as values and the other way round: the same bytes, at other places."""
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        key, value = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
+        name = {key: value, value: key}.get(hf.name, hf.name)
+        super().write(TensorSlice(name, hf.offsets, hf.shape), values)
+
+
+class StaleHead(FaultySink):
+    def end_update(self, policy_version: int) -> None:
+        with mock.patch.object(self._sink._head.quant_method, "process_weights_after_loading"):
+            super().end_update(policy_version)
+
+
+class LostUpdate(FaultySink):
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        pass
+
+
+def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, verify: bool) -> str | None:
+    """The message of the mismatch on this rank, as a job would see it: inside its phases."""
+    sink = session.engine.sink
+    chosen = fault(sink) if session.rank == at else sink
+    sync = connect(session, chosen)
+    phases = Phases(session.engine, session.kept["policy"])
+    message = None
+    try:
+        with phases.syncing():
+            sync.push(2, verify=verify)
+    except WeightMismatchError as error:
+        message = str(error)
+    if message is not None:
+        with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+            pytest.fail("a token could be sampled from weights that are known to be wrong")
+    return message
+
+
+Fault = Callable[[], None]
+HIDDEN, HEAD_DIM = 64, 32
+FAULTS = [
+    (FlippedBit, ["model.layers.1.mlp.down_proj.weight[0:64, 48:96] on rank 1"]),
+    (SkippedWrite, ["model.layers.0.input_layernorm.weight[0:64] on rank 1"]),
+    (
+        SwappedSlices,
+        [f"model.layers.1.self_attn.{x}_proj.weight[32:64, 0:64] on rank 1" for x in "kv"],
+    ),
+    (StaleHead, ["lm_head.weight[64:70, 0:64] on rank 1", "y = W x"]),
+]
+
+
+@pytest.fixture
+def pair(world: EngineRanks, models: Models, tmp_path: Path) -> EngineRanks:
+    """TP2 -> tp2, in step with each other; then the policy moves on."""
+    start(world, models, tmp_path / "weights", "qwen3", 2, 1, 2)
+    world.call(push, 0)
+    world.call(perturb, 1)
+    return world
+
+
+@pytest.mark.parametrize(("fault", "expected"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
+def test_a_fault_on_one_rank_stops_all_ranks_and_names_tensor_rank_and_slice(
+    pair: EngineRanks, fault: type[FaultySink], expected: list[str]
+) -> None:
+    messages = pair.call(push_with_fault, fault, 1, True)
+    assert messages[0] is not None
+    assert messages[0] == messages[1]
+    for words in expected:
+        assert words in messages[0]
+    others = messages[0].count(" on rank ") - sum(" on rank " in words for words in expected)
+    assert others == 0, f"names more than the fault: {messages[0]}"
+
+
+def test_without_the_proof_the_same_fault_goes_unnoticed_and_the_engine_samples_from_other_weights(
+    pair: EngineRanks,
+) -> None:
+    assert pair.call(push_with_fault, SkippedWrite, 1, False) == [None, None]
+    assert pair.call(largest_mismatch)[0] > 1e-3
+    assert all(message is not None for message in pair.call(push_with_fault, SkippedWrite, 1, True))
+
+
+def test_an_update_that_misses_one_of_two_replicas_is_found_and_names_only_that_one(
+    world: EngineRanks, models: Models, tmp_path: Path
+) -> None:
+    start(world, models, tmp_path / "weights", "qwen3", 1, 1, 1)
+    world.call(push, 0)
+    world.call(perturb, 1)
+    messages = world.call(push_with_fault, LostUpdate, 1, True)
+    assert messages[0] is not None
+    assert messages[0] == messages[1]
+    assert "model.embed_tokens.weight[0:70, 0:64] on rank 1" in messages[0]
+    assert "on rank 0" not in messages[0]
+    assert "(25 in all)" in messages[0]  # every tensor of the model

@@ -1,0 +1,161 @@
+"""Real gloo ranks for tests: processes forked after the heavy imports, started once and used by all tests of a run.
+
+pytest's own process never joins a process group and never imports Megatron. A failure on one rank, a rank that died or
+a call that took too long ends all ranks; the next call starts new ones.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+MAX_RANKS = 8
+_PRELOADED = [
+    "torch.distributed.checkpoint",
+    "grpo_mega.policy.policy",
+    "grpo_mega.batch",
+    "grpo_mega.checkpoint.manager",
+    "grpo_mega.weight_sync.digest",
+]
+_GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
+
+
+@dataclass(frozen=True)
+class _Rank:
+    process: BaseProcess
+    connection: Connection
+
+
+class RankPool:
+    """`call(world, f, *args)` runs the module-level function `f(rank, *args)` on ranks 0 to world - 1 of a fresh default
+    process group and returns what each returned."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` holds the stores through which the ranks of a call meet."""
+        self._folder = folder
+        self._ranks: list[_Rank] = []
+        self._num_calls = 0
+        # spawned ranks would import torch and Megatron each: seconds and 300 MB apiece
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_PRELOADED)
+
+    @property
+    def pids(self) -> list[int | None]:
+        """Of the ranks that run now."""
+        return [rank.process.pid for rank in self._ranks]
+
+    def call(self, world: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
+        """Results in the order of the ranks.
+
+        Raises:
+            AssertionError: a rank raised or died; holds every traceback that came, each with its rank.
+            TimeoutError: names the ranks that did not answer.
+        """
+        assert 1 <= world <= MAX_RANKS, f"world={world}; the pool has up to {MAX_RANKS} ranks"
+        while len(self._ranks) < world:
+            self._ranks.append(self._start())
+        self._num_calls += 1
+        store = self._folder / f"store_{self._num_calls}"
+        for rank, member in enumerate(self._ranks[:world]):
+            member.connection.send((rank, world, str(store), function, args, timeout_seconds))
+        answers, failures = self._collect(world, timeout_seconds)
+        silent = [rank for rank in range(world) if rank not in answers and rank not in failures]
+        if failures:
+            self.close(kill=True)
+            told = "\n".join(f"--- rank {rank} of {world}:\n{text}" for rank, text in sorted(failures.items()))
+            raise AssertionError(f"{function.__name__} failed (no answer from ranks {silent}):\n{told}")
+        if silent:
+            self.close(kill=True)
+            raise TimeoutError(f"{function.__name__}: ranks {silent} of {world} gave no answer in {timeout_seconds} s")
+        return [answers[rank] for rank in range(world)]
+
+    def close(self, *, kill: bool = False) -> None:
+        """End the ranks: they leave when their connection closes, or are killed."""
+        for rank in self._ranks:
+            rank.connection.close()
+            if kill:
+                rank.process.kill()
+        for rank in self._ranks:
+            rank.process.join(10)
+            if rank.process.is_alive():
+                rank.process.kill()
+                rank.process.join()
+        self._ranks = []
+
+    def _start(self) -> _Rank:
+        ours, theirs = self._context.Pipe()
+        # not a daemon: Megatron writes checkpoints from processes of its own, which a daemon may not have
+        process = self._context.Process(target=_serve, args=(theirs,))
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+            process.start()
+        theirs.close()
+        return _Rank(process, ours)
+
+    def _collect(self, world: int, timeout_seconds: float) -> tuple[dict[int, Any], dict[int, str]]:
+        waiting = {member.connection: rank for rank, member in enumerate(self._ranks[:world])}
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        end = time.monotonic() + timeout_seconds
+        while waiting and (left := end - time.monotonic()) > 0:
+            for ready in wait(list(waiting), left):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
+                try:
+                    failed, answer = ready.recv()
+                except EOFError:
+                    self._ranks[rank].process.join(5)
+                    failed, answer = True, f"ended with exit code {self._ranks[rank].process.exitcode}"
+                if failed:
+                    failures[rank] = answer
+                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+                else:
+                    answers[rank] = answer
+        return answers, failures
+
+
+def _serve(connection: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            rank, world, store, function, args, timeout_seconds = connection.recv()
+        except EOFError:
+            sys.stdout.flush()
+            os._exit(0)  # torch and Megatron take long to unload, and nothing here needs it
+        try:
+            answer = False, _run(rank, world, store, timeout_seconds, function, args)
+        except BaseException:  # whatever it is, the test shows it
+            answer = True, traceback.format_exc()
+        connection.send(answer)
+
+
+def _run(
+    rank: int, world: int, store: str, timeout_seconds: float, function: Callable[..., Any], args: tuple[Any, ...]
+) -> Any:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+    try:
+        return function(rank, *args)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
