@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from grpo_mega.launch_agent import run_ranks
+from grpo_mega.parallel.ports import free_port, port_is_free
 from grpo_mega.types import UserError
 
 Place = Literal["worker", "slurm_step", "slurm_allocation", "machine"]
@@ -93,25 +94,6 @@ def ranks_per_node(world_size: int, num_nodes: int) -> int:
             f"use a multiple of {num_nodes}, or another number of nodes"
         )
     return world_size // num_nodes
-
-
-def port_is_free(port: int) -> bool:
-    """Whether a server could listen on it. SO_REUSEADDR, as the rendezvous store itself sets it."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-            probe.listen(1)
-        except OSError:
-            return False
-    return True
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def master_port(env: Mapping[str, str], default: int, *, hosted_here: bool) -> int:

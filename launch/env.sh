@@ -5,6 +5,8 @@
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 # Models and tokenizers are read from folders; a mistyped path must fail at once, not after a search in the network.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+# Files are written in a moment; the bars of the libraries that write them would break up our own display.
+export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # The tokenizers' own threads deadlock when a process forks after using them, as checkpoint writers do.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # Megatron's tensor-parallel overlap relies on the order in which kernels reach a device: one queue.

@@ -55,6 +55,8 @@ def read_spec(folder: Path) -> ModelSpec:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); download the file again") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds a {type(raw).__name__}, a model's config is an object; download the file again")
     return spec_from_config(raw, str(path))
 
 
@@ -85,6 +87,8 @@ def spec_from_config(raw: dict[str, Any], where: str) -> ModelSpec:
         )
     except KeyError as error:
         raise UserError(f"{where}: the field {error} is missing; a {architecture} config has it") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: a size is not a number ({error}); download the file again") from None
 
 
 def _rope_theta(raw: dict[str, Any]) -> float:
@@ -96,6 +100,8 @@ def _refuse_unsupported(raw: dict[str, Any], family: str, where: str) -> None:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     sliding = raw.get("use_sliding_window", False) or "sliding_attention" in (raw.get("layer_types") or ())
+    # earlier versions of transformers have it beside the others, not inside
+    rotated = rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     found = {
         f"rope_type={rope_type}": rope_type != "default",
         "use_sliding_window=true": sliding,
@@ -103,7 +109,7 @@ def _refuse_unsupported(raw: dict[str, Any], family: str, where: str) -> None:
         "attention_bias=true": bool(raw.get("attention_bias")),
         "mlp_bias=true": bool(raw.get("mlp_bias")),
         "quantization_config": raw.get("quantization_config") is not None,
-        f"partial_rotary_factor={rope.get('partial_rotary_factor')}": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        f"partial_rotary_factor={rotated}": rotated != 1.0,
     }
     for field, present in found.items():
         if present:

@@ -72,6 +72,7 @@ class VllmEngine:
         self._sink = VllmSink(runner.model, regions, self._drop_prefixes)
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
+        self._told = False  # what sleeping means on this machine: said once
 
     @property
     def policy_version(self) -> int:
@@ -116,7 +117,9 @@ class VllmEngine:
         if self._on_cuda:
             self._llm.sleep(level=2)
         else:
-            logger.info("the vLLM engine sleeps: the KV cache is released, the weights stay in host memory")
+            if not self._told:
+                logger.info("without CUDA an engine asleep releases its KV cache; its weights stay in host memory")
+                self._told = True
             self._drop_prefixes()
             self._kv_cache.release()
         self._asleep = {"weights", "kv_cache"}

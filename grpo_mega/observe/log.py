@@ -69,7 +69,7 @@ def quiet_libraries() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-        logger.setLevel(logging.WARNING)
+        logger.setLevel(max(logger.level, logging.WARNING))  # one that is set to ERROR stays there
 
 
 class _ScreenHandler(logging.StreamHandler[TextIO]):

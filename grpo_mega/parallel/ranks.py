@@ -6,7 +6,6 @@ Everything is named and passed on; nothing here is global but torch.distributed'
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from grpo_mega.parallel.ports import port_is_free
 from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import UserError
 
@@ -58,18 +58,14 @@ def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
         device, backend = torch.device("cpu"), "gloo"
     if not dist.is_initialized():
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agent already listens there
-            _check_port_free(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+            _require_free(int(os.environ["MASTER_PORT"]))
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     return Ranks(topology, topology.coordinates(rank), device)
 
 
-def _check_port_free(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise UserError(f"MASTER_PORT={port} on {host} cannot be used ({error.strerror}); set a free one") from None
+def _require_free(port: int) -> None:
+    if not port_is_free(port):
+        raise UserError(f"MASTER_PORT={port} is in use on this machine; choose another")
 
 
 def agreed(action: Callable[[], T], ranks: Ranks) -> T:

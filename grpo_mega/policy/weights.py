@@ -31,7 +31,7 @@ class HfCheckpoint:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self._files = {k: folder / v for k, v in json.loads(index.read_text())["weight_map"].items()}
+            self._files = {name: folder / file for name, file in _weight_map(index).items()}
         elif (folder / "model.safetensors").is_file():
             with _open(folder / "model.safetensors") as single:
                 self._files = dict.fromkeys(single.keys(), folder / "model.safetensors")
@@ -61,7 +61,18 @@ class HfCheckpoint:
         path = self._files[name]
         if path not in self._open:
             self._open[path] = _open(path)
-        return self._open[path].get_slice(name)
+        try:
+            return self._open[path].get_slice(name)
+        except SafetensorError:
+            raise UserError(f"{path}: holds no {name}, which the index places there; use matching files") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        found = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of something else
+        raise UserError(f"{index}: is no index of safetensors files ({error!r}); download the file again") from None
 
 
 def _open(path: Path) -> Any:

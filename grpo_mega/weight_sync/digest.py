@@ -24,7 +24,9 @@ _ROWS_AT_ONCE = 1 << 20  # elements converted to 64 bits at a time
 
 
 def slice_digest(values: Tensor, hf: TensorSlice) -> int:
-    """Digest of `values` as the slice `hf`, in [-2^63, 2^63)."""
+    """Digest of `values` as the slice `hf`, in [-2^63, 2^63); 0 for an empty one."""
+    if not values.numel():
+        return 0
     rows = values.detach().contiguous().reshape(-1, values.shape[-1]).view(_BITS[values.element_size()])
     columns = _factors(1, hf.offsets[-1], hf.shape[-1]).to(values.device)
     weights = _row_factors(hf).to(values.device)

@@ -154,8 +154,9 @@ def _run(
         world_size=world,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    try:
-        return function(rank, *args)
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    # no `finally`: a call that failed ends its processes
+    answer = function(rank, *args)
+    dist.barrier()  # a rank that is done must not close connections while another still opens them
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    return answer

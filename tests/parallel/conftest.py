@@ -1,12 +1,72 @@
-"""One pool of ranks for the whole run."""
+"""One pool of ranks for the whole run; recorded batches, their oracles and what each layout made of them, each once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.helpers.ranks import RankPool
+from tests.helpers.tiny_models import make_tiny_model
+from tests.parallel.oracle import Expected, expect, perturbed_log_probs
+from tests.parallel.recorded import VOCAB, Layout, RankRecord, Recorded, measure, sample_groups
+
+# name -> family, tied head, sampling temperature
+MODELS: dict[str, tuple[Any, bool, float]] = {
+    "qwen3": ("qwen3", False, 1.0),
+    "qwen3-tied": ("qwen3", True, 1.0),
+    "qwen2": ("qwen2", False, 0.7),
+    "llama": ("llama", False, 1.0),
+}
+
+
+class Laboratory:
+    """Makes each thing when it is first asked for."""
+
+    def __init__(self, pool: RankPool, folder: Path) -> None:
+        self.pool = pool
+        self._folder = folder
+        self._recorded: dict[str, Recorded] = {}
+        self._expected: dict[str, Expected] = {}
+        self._runs: dict[tuple[str, Layout], list[RankRecord]] = {}
+
+    def recorded(self, name: str) -> Recorded:
+        """The model `name` of MODELS and rollouts for it."""
+        if name not in self._recorded:
+            family, tie, temperature = MODELS[name]
+            seed = list(MODELS).index(name)
+            model = make_tiny_model(self._folder / name, family, tie, VOCAB, seed)
+            _plant_negative_zeros(model)
+            groups, rewards = sample_groups(4, 4, seed)
+            old = perturbed_log_probs(groups, model, temperature, 0.01, seed + 10)
+            ref = perturbed_log_probs(groups, model, temperature, 0.02, seed + 20)
+            self._recorded[name] = Recorded(model, groups, rewards, old, ref, temperature)
+        return self._recorded[name]
+
+    def expected(self, name: str) -> Expected:
+        """The oracle's answer."""
+        if name not in self._expected:
+            self._expected[name] = expect(self.recorded(name))
+        return self._expected[name]
+
+    def run(self, name: str, layout: Layout) -> list[RankRecord]:
+        """What each rank measured."""
+        if (name, layout) not in self._runs:
+            self._runs[name, layout] = self.pool.call(layout.world, measure, self.recorded(name), layout)
+        return self._runs[name, layout]
+
+
+def _plant_negative_zeros(model: Path) -> None:
+    """In every tensor: a copy through arithmetic (x + 0) would lose their sign."""
+    from safetensors.torch import load_file, save_file
+
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    for tensor in tensors.values():
+        tensor.view(-1)[[1, -1]] = -0.0
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +74,8 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
     pool = RankPool(tmp_path_factory.mktemp("ranks"))
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def laboratory(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
+    return Laboratory(rank_pool, tmp_path_factory.mktemp("laboratory"))

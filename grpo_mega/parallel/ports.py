@@ -1,0 +1,24 @@
+"""TCP ports of this machine. Imports no torch: the launcher starts without it."""
+
+from __future__ import annotations
+
+import socket
+
+
+def port_is_free(port: int) -> bool:
+    """Whether a server could listen on it. SO_REUSEADDR, as the rendezvous store itself sets it."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+            probe.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

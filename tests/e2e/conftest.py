@@ -1,0 +1,57 @@
+"""Runs that several files look at, each made once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import QUICKSTART, SMALL, Ended, train_well
+
+QUICKSTART_STEPS = 15
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished command, its arguments and its folder."""
+
+    arguments: tuple[str, ...]
+    folder: Path
+    ended: Ended
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The quickstart with a quarter of its prompts and of its steps; the base model is taught if it is not cached."""
+    root = tmp_path_factory.mktemp("quickstart")
+    arguments = (
+        QUICKSTART,
+        f"train.steps={QUICKSTART_STEPS}",
+        "data.prompts_per_step=16",
+        "train.minibatches_per_epoch=4",
+        f"run.dir={root / 'run'}",
+    )
+    return Run(arguments, root / "run", train_well(*arguments, output=root / "first", timeout_seconds=420))
+
+
+REWARDS = "[{name: exact}, {name: 'tests.helpers.bad_rewards:crashes', weight: 0.5}, {name: 'tests.helpers.bad_rewards:sleeps'}]"
+
+
+@pytest.fixture(scope="session")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """TP2 x PP2 and two engine replicas of two ranks; two of its three rewards fail now and then."""
+    root = tmp_path_factory.mktemp("four_ranks")
+    arguments = (
+        *SMALL,
+        "run.world_size=4",
+        "parallel.tp=2",
+        "parallel.pp=2",
+        "engine.tp=2",
+        "train.steps=2",
+        "train.minibatches_per_epoch=1",
+        f"reward.terms={REWARDS}",
+        "reward.timeout_seconds=0.5",
+        f"run.dir={root / 'run'}",
+    )
+    return Run(arguments, root / "run", train_well(*arguments, output=root / "first"))

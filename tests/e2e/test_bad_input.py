@@ -1,0 +1,68 @@
+"""Wrong input through the command: exit code 2 and one message, soon; and rewards that fail, which stop nothing."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import Run
+from tests.helpers.bad_rewards import FLOOR, fails_for
+from tests.helpers.jobs import QUICKSTART, Ended, read_lines, rollouts_of, train
+
+
+def is_refusal(ended: Ended, *words: str) -> None:
+    assert ended.code == 2, ended.stderr
+    assert "Traceback" not in ended.stderr + ended.stdout
+    messages = [line for line in ended.stderr.splitlines() if any(word in line for word in words)]
+    assert len(messages) == 1, ended.stderr
+    for word in words:
+        assert word in messages[0]
+    assert ended.seconds <= 10.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm_files(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The limit of ten seconds is for a machine that has read the packages' files before."""
+    train(QUICKSTART, "run.world_size=0", output=tmp_path_factory.mktemp("warm") / "up")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+    ended = train(QUICKSTART, "train.stpes=3", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
+    is_refusal(ended, "train.stpes", "train.steps")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_port_in_use_is_refused_by_name(tmp_path: Path, world_size: int) -> None:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        server.listen(1)
+        port = str(server.getsockname()[1])
+        arguments = (QUICKSTART, f"run.world_size={world_size}", f"run.dir={tmp_path / 'run'}")
+        ended = train(*arguments, output=tmp_path / "log", env={"MASTER_PORT": port})
+    is_refusal(ended, f"MASTER_PORT={port}", "in use")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_of_another_config_is_refused_with_the_keys_that_differ(quickstart: Run, tmp_path: Path) -> None:
+    ended = train(*quickstart.arguments, "optimizer.lr=0.5", "run.seed=9", output=tmp_path / "log")
+    is_refusal(ended, "optimizer.lr", "run.seed", "run.overwrite=true")
+    assert "train.steps" not in ended.stderr
+
+
+def test_rewards_that_crash_or_hang_score_their_floor_and_are_counted(four_ranks: Run) -> None:
+    failed: dict[str | None, int] = {"crashes": 0, "sleeps": 0}
+    for line in read_lines(four_ranks.folder / "metrics.jsonl"):
+        rows = rollouts_of(four_ranks.folder, line["step"])
+        for row in rows:
+            name = fails_for(row["prompt"])
+            assert row["reward_failures"] == ([] if name is None else [name])
+            for term in ("crashes", "sleeps"):
+                assert row["reward_components"][term] == (FLOOR if term == name else 1.0)
+            if name is not None:
+                failed[name] += 1
+        fraction = sum(bool(row["reward_failures"]) for row in rows) / len(rows)
+        assert line["reward/failed_fraction"] == pytest.approx(fraction)
+    assert min(failed.values()) > 0, "the prompts of these two steps make neither fail: choose others"

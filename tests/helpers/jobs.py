@@ -1,0 +1,111 @@
+"""The main job as a user starts it: `launch/train.sh` in processes of its own, and what its run folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TRAIN = REPOSITORY / "launch" / "train.sh"
+QUICKSTART = "configs/quickstart.yaml"
+
+# A step of well under a second: 8 prompts x 4 rollouts, nothing evaluated.
+SMALL = (
+    QUICKSTART,
+    "data.prompts_per_step=8",
+    "sampling.group_size=4",
+    "train.minibatches_per_epoch=2",
+    "data.eval=null",
+)
+
+# What a test may not inherit: where somebody else's ranks are.
+_FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "NNODES", "NODE_RANK", "TORCHELASTIC_")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended, and how long it took."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+
+@contextmanager
+def started(arguments: Sequence[str], output: Path, env: Mapping[str, str] | None = None) -> Iterator[psutil.Popen]:
+    """`launch/train.sh ARGUMENTS` in the checkout's folder, where the base model is cached; nothing of it outlives the
+    block. Streams go to `output`.out and `output`.err."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+    own.setdefault("OMP_NUM_THREADS", "1")
+    with output.with_suffix(".out").open("wb") as stdout, output.with_suffix(".err").open("wb") as stderr:
+        process = psutil.Popen(
+            [str(TRAIN), *arguments],
+            cwd=REPOSITORY,
+            env={**own, **(env or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            kill(process)
+
+
+def kill(process: psutil.Popen) -> None:
+    """SIGKILL to the process and everything below it, by pid."""
+    tree = []
+    with suppress(psutil.NoSuchProcess):
+        tree = [*process.children(recursive=True), process]
+    for member in tree:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(tree, timeout=10)
+    process.wait(10)
+
+
+def train(
+    *arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0
+) -> Ended:
+    """Run to the end. Raises subprocess.TimeoutExpired (nothing is left running) when that takes too long."""
+    begin = time.monotonic()
+    with started(arguments, output, env) as process:
+        code = int(process.wait(timeout_seconds))
+    texts = [output.with_suffix(suffix).read_text(errors="replace") for suffix in (".out", ".err")]
+    return Ended(code, *texts, time.monotonic() - begin)
+
+
+def train_well(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> Ended:
+    """A run that must end with exit code 0; else its last lines are shown."""
+    ended = train(*arguments, output=output, timeout_seconds=timeout_seconds)
+    assert ended.code == 0, f"exit code {ended.code} of {' '.join(arguments)}\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"
+    return ended
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
+    return read_lines(run / "rollouts" / f"step_{step:06d}.jsonl")
+
+
+def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl without what a clock decides."""
+    timed = ("time/", "throughput/", "sync/gb_per_second", "memory/")
+    return {name: value for name, value in line.items() if not name.startswith(timed)}

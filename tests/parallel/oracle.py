@@ -1,0 +1,113 @@
+"""What training on the recorded rollouts must give: transformers, autograd and torch's AdamW in float64.
+
+Written from DeepSeekMath, arXiv:2402.03300, equations 3 and 4, rollout by rollout and without packing, padding, masks or
+weights; shares no code with the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.parallel.recorded import LOSS, NUM_UPDATES, OPTIMIZER, TEMPERATURES, Recorded
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Per update: loss, gradient norm (before clipping), share of clipped tokens, mean KL. Tensors after 0, 1, 2 and 3
+    updates. Log-probs and entropies are those before the first."""
+
+    log_probs: dict[float, list[list[float]]]
+    entropy: list[list[float]]
+    losses: list[float]
+    grad_norms: list[float]
+    clip_fractions: list[float]
+    kls: list[float]
+    tensors: list[dict[str, Tensor]]
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+
+
+def perturbed_log_probs(
+    recorded_groups: Any, folder: Path, temperature: float, scale: float, seed: int
+) -> list[list[float]]:
+    """Of the model with every weight moved a little, per rollout."""
+    model = load(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        return [_forward(model, rollout, temperature)[0].tolist() for rollout in recorded_groups.rollouts]
+
+
+def expect(recorded: Recorded) -> Expected:
+    """Three updates."""
+    model = load(recorded.model)
+    rollouts, temperature = recorded.groups.rollouts, recorded.temperature
+    with torch.no_grad():
+        log_probs = {t: [_forward(model, r, t)[0].tolist() for r in rollouts] for t in TEMPERATURES}
+        entropy = [_forward(model, r, temperature)[1].tolist() for r in rollouts]
+    adam = torch.optim.AdamW(
+        model.parameters(),
+        lr=OPTIMIZER.lr,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.eps,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    expected = Expected(log_probs, entropy, [], [], [], [], [_tensors(model)])
+    for _ in range(NUM_UPDATES):
+        adam.zero_grad()
+        loss, clipped, kl = _loss(model, recorded)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
+        adam.step()
+        expected.losses.append(float(loss.detach()))
+        expected.grad_norms.append(float(norm))
+        expected.clip_fractions.append(clipped)
+        expected.kls.append(kl)
+        expected.tensors.append(_tensors(model))
+    return expected
+
+
+def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
+    """-J of equation 3, averaged over prompts; the shares are means over tokens, then over rollouts."""
+    size = recorded.groups.group_size
+    total, clipped, divergence = torch.zeros((), dtype=torch.float64), 0.0, 0.0
+    for i, rollout in enumerate(recorded.groups.rollouts):
+        rewards = torch.tensor(recorded.rewards[i // size * size :][:size], dtype=torch.float64)
+        advantage = 0.0
+        if rewards.std() > 0:
+            advantage = float((recorded.rewards[i] - rewards.mean()) / (rewards.std() + 1e-6))
+        log_probs, _ = _forward(model, rollout, recorded.temperature)
+        ratio = (log_probs - torch.tensor(recorded.old[i])).exp()
+        bounded = ratio.clamp(1 - LOSS.clip_low, 1 + LOSS.clip_high)
+        objective = torch.minimum(ratio * advantage, bounded * advantage)
+        d = torch.tensor(recorded.ref[i]) - log_probs
+        kl = d.exp() - d - 1
+        total = total - (objective - LOSS.kl_coef * kl).mean()
+        clipped += float((bounded * advantage < ratio * advantage).double().mean())
+        divergence += float(kl.detach().mean())
+    count = len(recorded.groups.rollouts)
+    return total / count, clipped / count, divergence / count
+
+
+def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the completion's tokens."""
+    prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
+    ids = torch.tensor([[*prompt, *completion]])
+    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
+    every = torch.log_softmax(logits, -1)
+    chosen = every.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    return chosen, -(every.exp() * every).sum(-1)
+
+
+def _tensors(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}

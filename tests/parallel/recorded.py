@@ -1,0 +1,254 @@
+"""One step's rollouts, recorded once, and what a layout makes of them: log-probs, three updates, weights.
+
+The old and the reference policy are the same model with its weights perturbed, so that ratios are clipped and the KL is
+not zero. `measure` runs on a rank; everything else is plain data that travels to and from the ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_mega.algorithm.grpo import GrpoLoss
+from grpo_mega.batch import TrainBatch, build_batch
+from grpo_mega.config.schema import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RewardConfig,
+    TrainConfig,
+)
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
+
+if TYPE_CHECKING:  # pytest's own process stays free of Megatron
+    from grpo_mega.policy.policy import MegatronPolicy
+
+# 21: no tp but 3 and 7 divides it, so the head is padded
+VOCAB, EOS = 21, 1
+LOSS = GrpoLoss(clip_low=0.2, clip_high=0.25, kl_coef=0.1)
+# Adam's first step is g / (|g| + eps), a sign when eps is small: where a gradient is as small as its rounding error, the
+# step would be +lr in one layout and -lr in another. With eps = 1e-3 an error d of g moves a weight by at most lr d / eps.
+# clip_grad is below every norm that occurs, so that clipping takes part.
+OPTIMIZER = OptimizerConfig(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
+NUM_UPDATES = 3
+TEMPERATURES = (1.0, 0.7)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """world = tp * pp * dp."""
+
+    world: int = 1
+    tp: int = 1
+    pp: int = 1
+    sequence_parallel: bool = False
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(tp=self.tp, pp=self.pp, sequence_parallel=self.sequence_parallel)
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.world, self.tp, self.pp)
+
+    def __str__(self) -> str:
+        dp = self.world // (self.tp * self.pp)
+        return f"tp{self.tp}pp{self.pp}dp{dp}" + ("-sp" if self.sequence_parallel else "")
+
+
+ONE = Layout()
+LAYOUTS = (
+    ONE,
+    Layout(2, tp=2),
+    Layout(2, tp=2, sequence_parallel=True),
+    Layout(2, pp=2),
+    Layout(2),
+    Layout(8, tp=2, pp=2),
+)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What every layout trains on. `old` and `ref`: log-probs of each rollout's completion tokens."""
+
+    model: Path
+    groups: SampledGroups
+    rewards: list[float]
+    old: list[list[float]]
+    ref: list[list[float]]
+    temperature: float = 1.0
+    dtype: str = "fp32"
+    max_tokens: int = 40
+
+
+def sample_groups(num_prompts: int, group_size: int, seed: int) -> tuple[SampledGroups, list[float]]:
+    """Rollouts of ragged lengths with rewards; those of the last group are all equal."""
+    rng = random.Random(seed)
+    rollouts, rewards = [], []
+    for index in range(num_prompts):
+        prompt = Prompt(index, "", tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 7))), "")
+        for _ in range(group_size):
+            tokens = tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 13))) + (EOS,)
+            completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "")
+            rewards.append(1.0 if index == num_prompts - 1 else rng.random())
+            rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))
+    return SampledGroups(rollouts, group_size), rewards
+
+
+def make_config(recorded: Recorded, layout: Layout) -> Config:
+    """As a run would have it; the optimizer is ours."""
+    from grpo_mega.config.schema import SamplingConfig
+
+    return Config(
+        model=ModelConfig(path=str(recorded.model)),
+        data=DataConfig(train="arithmetic:train"),
+        reward=RewardConfig(terms=()),
+        parallel=layout.parallel,
+        optimizer=OPTIMIZER,
+        sampling=SamplingConfig(temperature=recorded.temperature),
+        train=TrainConfig(steps=1, max_tokens_per_microbatch=recorded.max_tokens),
+        precision=PrecisionConfig(dtype=recorded.dtype),  # type: ignore[arg-type]
+    )
+
+
+def ranks_of(rank: int, layout: Layout) -> Ranks:
+    return Ranks(layout.topology, layout.topology.coordinates(rank), torch.device("cpu"))
+
+
+def open_policy(rank: int, recorded: Recorded, layout: Layout, *, with_reference: bool = False) -> MegatronPolicy:
+    """On a rank: the real policy."""
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    config, ranks = make_config(recorded, layout), ranks_of(rank, layout)
+    return MegatronPolicy(config, read_spec(recorded.model), recorded.model, ranks, with_reference=with_reference)
+
+
+def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
+    """This rank's microbatches, without old and reference log-probs."""
+    return build_batch(
+        recorded.groups,
+        recorded.rewards,
+        TrainConfig(steps=1, max_tokens_per_microbatch=recorded.max_tokens),
+        dp=layout.topology.dp,
+        dp_rank=layout.topology.coordinates(rank).dp_rank,
+        row_multiple=layout.tp if layout.sequence_parallel else 1,
+        pad_id=0,
+    )
+
+
+def with_recorded(batch: TrainBatch, recorded: Recorded) -> TrainBatch:
+    """The rows with the recorded log-probs."""
+    return batch.with_log_probs(
+        old=[as_row(recorded.old, m) for m in batch.microbatches],
+        ref=[as_row(recorded.ref, m) for m in batch.microbatches],
+    )
+
+
+def as_row(values: list[list[float]], microbatch: Microbatch) -> Tensor:
+    """[T] from values per rollout; elsewhere a number that would show if it were used."""
+    row = torch.full((len(microbatch.token_ids),), 1e3)
+    row[microbatch.loss_mask] = torch.tensor([v for i in microbatch.rollout_ids for v in values[i]])
+    return row
+
+
+@dataclass
+class RankRecord:
+    """What one rank saw. Values per rollout are on the ranks of the last stage, whole tensors on rank 0 (after 0, 1, 2
+    and 3 updates)."""
+
+    is_last_stage: bool = False
+    log_probs: dict[float, dict[int, list[float]]] = field(default_factory=dict)
+    entropy: dict[int, list[float]] = field(default_factory=dict)
+    num_microbatches: int = 0
+    stats: list[Any] = field(default_factory=list)
+    tensors: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+    shard_digests: dict[str, int] = field(default_factory=dict)
+    small_buckets_equal: bool = False
+    param_bytes: int = 0
+    main_grad_bytes: int = 0
+    moment_bytes: int = 0
+
+
+class RecordingLoss(GrpoLoss):
+    """The loss of `LOSS` that keeps the entropies it is given."""
+
+    def __init__(self) -> None:
+        super().__init__(LOSS.clip_low, LOSS.clip_high, LOSS.kl_coef)
+        object.__setattr__(self, "seen", [])
+
+    def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        self.seen.append(entropy.detach().clone())  # type: ignore[attr-defined]
+        return super().__call__(log_probs, entropy, microbatch)
+
+
+def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
+    """On a rank: everything that the tests of updates and weights compare."""
+    policy = open_policy(rank, recorded, layout)
+    rows = make_rows(rank, recorded, layout)
+    batch = with_recorded(rows, recorded)
+    record = RankRecord(is_last_stage=policy.ranks.is_last_stage, num_microbatches=len(batch.microbatches))
+    for temperature in TEMPERATURES:
+        policy.temperature = temperature
+        values = policy.log_probs(rows.microbatches)
+        record.log_probs[temperature] = {} if values is None else rows.completion_values(values)
+    policy.temperature = recorded.temperature
+    record.shard_digests = shard_digests(policy)
+    whole = [(name, as_array(t)) for name, t in policy.full_tensors(1 << 28)]
+    small = [(name, as_array(t)) for name, t in policy.full_tensors(1024)]
+    record.small_buckets_equal = all(
+        n == m and np.array_equal(a.view(np.uint8), b.view(np.uint8)) for (n, a), (m, b) in zip(whole, small, strict=True)
+    )  # fmt: skip
+    loss = RecordingLoss()
+    for update in range(NUM_UPDATES + 1):
+        tensors = {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}
+        record.tensors.append(tensors if rank == 0 else {})
+        if update < NUM_UPDATES:
+            stats, _ = policy.update(batch.microbatches, loss, OPTIMIZER.lr)
+            record.stats.append(stats)
+    if policy.ranks.is_last_stage:
+        record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)])  # type: ignore[attr-defined]
+    record.param_bytes = sum(p.nbytes for p in policy.parts.model.parameters())
+    record.main_grad_bytes = sum(b.grad_data.nbytes for b in policy.parts.ddp.buffers)
+    record.moment_bytes = sum(m.nbytes for m in moments(policy))
+    return record
+
+
+def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A copy; bfloat16, which numpy lacks, as its bits."""
+    tensor = tensor.detach().clone()
+    return np.array((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
+
+
+def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
+    """Sum of the digests of this rank's slices of each tensor."""
+    from grpo_mega.weight_sync.digest import slice_digest, wrap
+
+    sums: dict[str, int] = {}
+    for held in policy.source.shards():
+        sums[held.hf.name] = wrap(sums.get(held.hf.name, 0) + slice_digest(held.view, held.hf))
+    return sums
+
+
+def adams(policy: MegatronPolicy) -> list[Any]:
+    """torch's optimizers under Megatron's."""
+    chain = getattr(policy.parts.optimizer, "chained_optimizers", [policy.parts.optimizer])
+    return [inner.optimizer for inner in chain]
+
+
+def moments(policy: MegatronPolicy) -> list[Tensor]:
+    """exp_avg and exp_avg_sq of this rank's shards."""
+    states = [state for adam in adams(policy) for state in adam.state.values()]
+    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]

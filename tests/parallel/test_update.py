@@ -1,0 +1,310 @@
+"""An update is the same in every layout, and the same as plain autograd and AdamW on the transformers model.
+
+Losses, gradient norms, log-probs, entropies and all weights over three updates; any split of the batch; bf16; losses
+that are not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_mega.data.pack import pack
+from grpo_mega.types import Microbatch, UpdateStats
+from tests.helpers.ranks import RankPool
+from tests.parallel.conftest import MODELS, Laboratory
+from tests.parallel.recorded import (
+    LAYOUTS,
+    LOSS,
+    ONE,
+    OPTIMIZER,
+    TEMPERATURES,
+    Layout,
+    RankRecord,
+    Recorded,
+    adams,
+    as_array,
+    make_rows,
+    moments,
+    open_policy,
+    shard_digests,
+    with_recorded,
+)
+
+every_model = pytest.mark.parametrize("model", MODELS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+def by_rollout(records: list[RankRecord], of: str, temperature: float = 1.0) -> list[dict[int, list[float]]]:
+    """What each rank of the last stage has, one dict of rollouts for each tensor-parallel rank."""
+    return [r.entropy if of == "entropy" else r.log_probs[temperature] for r in records if r.is_last_stage]
+
+
+def largest_difference(found: list[dict[int, list[float]]], expected: list[list[float]]) -> float:
+    assert {i for rank in found for i in rank} == set(range(len(expected))), "every rollout is on some rank"
+    return max(
+        float(np.abs(np.array(values) - np.array(expected[i])).max()) for rank in found for i, values in rank.items()
+    )
+
+
+@every_layout
+@every_model
+def test_log_probs_equal_those_of_transformers(laboratory: Laboratory, model: str, layout: Layout) -> None:
+    records, expected = laboratory.run(model, layout), laboratory.expected(model)
+    for temperature in TEMPERATURES:
+        found = by_rollout(records, "log_probs", temperature)
+        assert largest_difference(found, expected.log_probs[temperature]) <= 2e-5
+    cold, hot = (expected.log_probs[t][0] for t in (0.7, 1.0))
+    assert abs(cold[0] - hot[0]) > 1e-3, "the temperature does not matter here"
+
+
+@every_layout
+@every_model
+def test_entropies_equal_those_of_transformers(laboratory: Laboratory, model: str, layout: Layout) -> None:
+    records, expected = laboratory.run(model, layout), laboratory.expected(model)
+    assert largest_difference(by_rollout(records, "entropy"), expected.entropy) <= 2e-5
+
+
+@every_layout
+@every_model
+def test_losses_and_gradient_norms_equal_autograd_over_three_updates(
+    laboratory: Laboratory, model: str, layout: Layout
+) -> None:
+    expected = laboratory.expected(model)
+    for record in laboratory.run(model, layout):
+        for update, stats in enumerate(record.stats):
+            assert abs(stats.sums["loss"] - expected.losses[update]) <= 1e-5 * stats.sums["loss_magnitude"]
+            assert stats.grad_norm == pytest.approx(expected.grad_norms[update], rel=1e-5)
+            assert stats.grad_norm > OPTIMIZER.clip_grad, "clipping takes no part"
+            assert stats.sums["clip_fraction"] == pytest.approx(expected.clip_fractions[update], abs=1e-5)
+            assert stats.sums["kl"] == pytest.approx(expected.kls[update], rel=1e-5)
+            assert stats.sums["clip_fraction"] > 0.01
+            assert stats.sums["kl"] > 0.01
+            assert stats.learning_rate == OPTIMIZER.lr
+
+
+@every_layout
+@every_model
+def test_weights_equal_those_of_adamw_after_each_of_three_updates(
+    laboratory: Laboratory, model: str, layout: Layout
+) -> None:
+    tensors, expected = laboratory.run(model, layout)[0].tensors, laboratory.expected(model).tensors
+    one = laboratory.run(model, ONE)[0].tensors
+    for update in range(len(expected)):
+        assert tensors[update].keys() == expected[update].keys()
+        for name, wanted in expected[update].items():
+            # Weights are around 0.15 to 1, one rounding of which is 1e-8 to 6e-8; a step is up to 1e-2.
+            assert np.abs(tensors[update][name] - wanted.numpy()).max() <= 1e-6, (update, name)
+            assert np.abs(tensors[update][name] - one[update][name]).max() <= 1e-6, (update, name)
+            if update:
+                assert (expected[update][name] - expected[update - 1][name]).abs().max() > 1e-4, (update, name)
+
+
+@every_model
+def test_all_ranks_report_the_same_update(laboratory: Laboratory, model: str) -> None:
+    for layout in LAYOUTS:
+        records = laboratory.run(model, layout)
+        assert all(record.stats == records[0].stats for record in records), str(layout)
+        assert len({record.num_microbatches for record in records}) == 1
+
+
+def share_of_elements(shapes: dict[str, torch.Size], tied: bool, layout: Layout, pp_rank: int) -> int:
+    """Elements of a stage's share of the model, counted from Hugging Face's names and shapes."""
+    layers = 2 // layout.pp
+    first, last = pp_rank == 0, pp_rank == layout.pp - 1
+    padded_rows = math.ceil(21 / layout.tp)
+    total = 0
+    for name, shape in shapes.items():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            here = first if name == "model.embed_tokens.weight" else last
+            copies = 1 if here or (tied and last) else 0
+            total += copies * padded_rows * shape[1]
+        elif name == "model.norm.weight":
+            total += shape.numel() if last else 0
+        elif int(name.split(".")[2]) // layers == pp_rank:
+            total += shape.numel() // (1 if "norm" in name else layout.tp)
+    return total
+
+
+@every_layout
+@every_model
+def test_a_rank_holds_its_share_of_the_model_and_of_the_optimizer(
+    laboratory: Laboratory, model: str, layout: Layout
+) -> None:
+    shapes = {name: tensor.shape for name, tensor in laboratory.expected(model).tensors[0].items()}
+    dp = layout.topology.dp
+    for rank, record in enumerate(laboratory.run(model, layout)):
+        at = layout.topology.coordinates(rank)
+        elements = share_of_elements(shapes, MODELS[model][1], layout, at.pp_rank)
+        assert record.param_bytes == 4 * elements
+        padding = 4 * 1024  # Megatron rounds its flat buffers up
+        assert 4 * elements <= record.main_grad_bytes <= 4 * elements + padding
+        assert record.moment_bytes <= 8 * elements / dp + padding
+    moments_of_one_shard = sum(
+        record.moment_bytes
+        for rank, record in enumerate(laboratory.run(model, layout))
+        if layout.topology.coordinates(rank).tp_rank == 0
+    )
+    stages = [share_of_elements(shapes, MODELS[model][1], layout, stage) for stage in range(layout.pp)]
+    assert moments_of_one_shard == 8 * sum(stages), "each element has its two moments on exactly one data-parallel rank"
+
+
+def one_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[UpdateStats, dict[str, Any], int]:
+    policy = open_policy(rank, recorded, layout)
+    batch = with_recorded(make_rows(rank, recorded, layout), recorded)
+    stats, _ = policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)
+    return stats, {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}, len(batch.microbatches)
+
+
+def assert_same_update(found: tuple[UpdateStats, dict[str, Any]], wanted: RankRecord) -> None:
+    stats, tensors = found
+    assert abs(stats.sums["loss"] - wanted.stats[0].sums["loss"]) <= 1e-5 * stats.sums["loss_magnitude"]
+    assert stats.grad_norm == pytest.approx(wanted.stats[0].grad_norm, rel=1e-5)
+    for name, tensor in tensors.items():
+        assert np.abs(tensor - wanted.tensors[1][name]).max() <= 1e-6, name
+
+
+@pytest.mark.parametrize("layout", [ONE, Layout(2), Layout(2, pp=2)], ids=str)
+def test_the_token_budget_of_a_microbatch_does_not_change_the_gradient(laboratory: Laboratory, layout: Layout) -> None:
+    recorded, wanted = laboratory.recorded("qwen3"), laboratory.run("qwen3", ONE)[0]
+    counts = []
+    for max_tokens in (20, 4096):
+        stats, tensors, count = laboratory.pool.call(
+            layout.world, one_update, replace(recorded, max_tokens=max_tokens), layout
+        )[0]
+        assert_same_update((stats, tensors), wanted)
+        counts.append(count)
+    assert counts[0] >= 4
+    assert counts[1] == 1
+
+
+def uneven_rows(rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]) -> list[Microbatch]:
+    """`shares[dp_rank]` are the rollouts of each of its microbatches; weights and advantages as `build_batch` makes
+    them for the whole batch in one row."""
+    (whole,) = make_rows(0, replace(recorded, max_tokens=4096), ONE).microbatches
+    first = dict(zip(whole.rollout_ids, whole.cu_seqlens.tolist(), strict=False))
+    prompts = {i: len(recorded.groups.rollouts[i].prompt.token_ids) for i in whole.rollout_ids}
+    weight = {i: float(whole.token_weights[first[i] + prompts[i] - 1]) for i in whole.rollout_ids}
+    advantage = {i: float(whole.advantages[first[i] + prompts[i] - 1]) for i in whole.rollout_ids}
+    rows = []
+    for ids in shares[layout.topology.coordinates(rank).dp_rank]:
+        rollouts = [(i, recorded.groups.rollouts[i]) for i in ids]
+        rows.append(
+            pack(
+                rollouts,
+                row_tokens=len(whole.token_ids),
+                advantages=[advantage[i] for i in ids],
+                token_weights=[weight[i] for i in ids],
+                pad_id=0,
+            )
+        )
+    return rows
+
+
+def uneven_update(
+    rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]
+) -> tuple[UpdateStats, dict[str, Any], list[int]]:
+    policy = open_policy(rank, recorded, layout)
+    rows = uneven_rows(rank, recorded, layout, shares)
+    batch = with_recorded(replace(make_rows(rank, recorded, layout), minibatches=[rows]), recorded)
+    stats, _ = policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)
+    tokens = [m.num_loss_tokens for m in batch.microbatches]
+    return stats, {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}, tokens
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(4, pp=2)], ids=str)
+def test_ranks_with_five_and_two_microbatches_and_one_without_a_loss_token_give_the_same_update(
+    laboratory: Laboratory, layout: Layout
+) -> None:
+    recorded, wanted = laboratory.recorded("qwen3"), laboratory.run("qwen3", ONE)[0]
+    everything = list(range(16))
+    five_and_two = [[[0], [1, 2], [3], [4, 5, 6], [7, 8]], [[9, 10, 11], [12, 13, 14, 15], [], [], []]]
+    all_and_none = [[everything[:8], everything[8:]], [[], []]]
+    empty_rows = []
+    for shares in (five_and_two, all_and_none):
+        answers = laboratory.pool.call(layout.world, uneven_update, recorded, layout, shares)
+        for stats, tensors, _ in answers:
+            assert_same_update((stats, tensors), wanted)
+        empty_rows.append([tokens.count(0) for _, _, tokens in answers])
+    assert sorted(set(empty_rows[0])) == [0, 3]
+    assert sorted(set(empty_rows[1])) == [0, 2]
+
+
+def update_with_nan(rank: int, recorded: Recorded, layout: Layout, bad_dp_rank: int) -> dict[str, Any]:
+    policy = open_policy(rank, recorded, layout)
+    batch = with_recorded(make_rows(rank, recorded, layout), recorded)
+    good = batch.microbatches
+    poisoned = good[1].advantages.clone()
+    poisoned[good[1].loss_mask.nonzero()[0]] = math.nan
+    is_bad = policy.ranks.at.dp_rank == bad_dp_rank
+    bad = [good[0], replace(good[1], advantages=poisoned), *good[2:]] if is_bad else good
+    before = shard_digests(policy)
+    message = ""
+    try:
+        policy.update(bad, LOSS, OPTIMIZER.lr)
+    except RuntimeError as error:
+        message = str(error)
+    unchanged = shard_digests(policy) == before
+    stats, _ = policy.update(good, LOSS, OPTIMIZER.lr)
+    return {"message": message, "unchanged": unchanged, "stats": stats}
+
+
+@pytest.mark.parametrize("layout", [Layout(2), Layout(8, tp=2, pp=2)], ids=str)
+def test_a_loss_that_is_not_finite_stops_all_ranks_names_rank_and_microbatch_and_leaves_the_weights(
+    laboratory: Laboratory, layout: Layout
+) -> None:
+    answers = laboratory.pool.call(layout.world, update_with_nan, laboratory.recorded("qwen3"), layout, 1)
+    guilty = [
+        rank
+        for rank in range(layout.world)
+        if (at := layout.topology.coordinates(rank)).dp_rank == 1 and at.pp_rank == layout.pp - 1
+    ]
+    allowed = {
+        f"the loss of microbatch 1 on rank {rank} is not finite; no update was made" for rank in guilty
+    }
+    messages = {answer["message"] for answer in answers}
+    assert len(messages) <= layout.tp  # each tensor-parallel rank sees its own replica's
+    assert messages <= allowed
+    assert all(answer["unchanged"] for answer in answers)
+    wanted = laboratory.run("qwen3", layout)[0].stats[0]
+    assert all(answer["stats"] == wanted for answer in answers), "the next update is that of a policy that never failed"
+
+
+def bf16_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
+    policy = open_policy(rank, recorded, layout)
+    rows = make_rows(rank, recorded, layout)
+    values = policy.log_probs(rows.microbatches)
+    stats, _ = policy.update(with_recorded(rows, recorded).microbatches, LOSS, OPTIMIZER.lr)
+    masters = [p for adam in adams(policy) for group in adam.param_groups for p in group["params"]]
+    return {
+        "log_probs": {} if values is None else rows.completion_values(values),
+        "stats": stats,
+        "params": {p.dtype for p in policy.parts.model.parameters()},
+        "grads": {p.main_grad.dtype for p in policy.parts.model.parameters()},
+        "masters": {p.dtype for p in masters},
+        "moments": {m.dtype for m in moments(policy)},
+    }
+
+
+def test_bf16_keeps_gradients_masters_and_moments_in_fp32_and_agrees_between_layouts(laboratory: Laboratory) -> None:
+    recorded, expected = replace(laboratory.recorded("qwen3"), dtype="bf16"), laboratory.expected("qwen3")
+    losses = []
+    for layout in (ONE, Layout(4, tp=2, pp=2)):
+        answers = laboratory.pool.call(layout.world, bf16_run, recorded, layout)
+        for answer in answers:
+            assert answer["params"] == {torch.bfloat16}
+            assert answer["grads"] == answer["masters"] == answer["moments"] == {torch.float32}
+        losses.append(answers[0]["stats"].sums["loss"])
+        found = [answer["log_probs"] for answer in answers]
+        assert 1e-5 < largest_difference(found, expected.log_probs[1.0]) <= 0.1
+    assert abs(losses[0] - losses[1]) <= 5e-3
+
+
+def test_pytests_own_process_has_no_process_group(rank_pool: RankPool, laboratory: Laboratory) -> None:
+    laboratory.run("qwen3", ONE)
+    assert not torch.distributed.is_initialized()

@@ -1,0 +1,169 @@
+"""The additive digest: shards add up to the whole, and what a sync can corrupt changes it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.types import TensorSlice
+from grpo_mega.weight_sync.digest import combined_digest, slice_digest, wrap
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
+
+
+def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """All bit patterns, also those of NaN and infinity."""
+    rng = random.Random(seed)
+    return torch.frombuffer(bytearray(rng.randbytes(math.prod(shape) * dtype.itemsize)), dtype=dtype).view(shape)
+
+
+def whole_digest(values: Tensor) -> int:
+    return slice_digest(values, TensorSlice("w", (0,) * values.dim(), tuple(values.shape)))
+
+
+def random_tiling(shape: tuple[int, ...], rng: random.Random) -> Iterator[TensorSlice]:
+    """Boxes that cover `shape` once: each box is cut in two at a random place until no one wants to."""
+    boxes = [TensorSlice("w", (0,) * len(shape), shape)]
+    while boxes:
+        box = boxes.pop()
+        dim = rng.randrange(len(shape))
+        if box.shape[dim] == 1 or rng.random() < 0.2:
+            yield box
+            continue
+        at = rng.randrange(1, box.shape[dim])
+        for begin, size in ((0, at), (at, box.shape[dim] - at)):
+            offsets, sizes = list(box.offsets), list(box.shape)
+            offsets[dim], sizes[dim] = offsets[dim] + begin, size
+            boxes.append(TensorSlice("w", tuple(offsets), tuple(sizes)))
+
+
+def plain_digest(values: Tensor, hf: TensorSlice) -> int:
+    """The formula element by element in Python's integers."""
+
+    def factor(stream: int, i: int) -> int:
+        z = (i + (stream << 40)) * 0x9E3779B97F4A7C15 % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return (z ^ (z >> 31)) | 1
+
+    bits = values.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[values.element_size()])
+    total = 0
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in hf.shape)).view(-1, len(hf.shape)).tolist():
+        *rows, column = (o + i for o, i in zip(hf.offsets, index, strict=True))
+        weight = factor(1, column)
+        for stream, row in enumerate(reversed(rows or [0]), start=2):
+            weight *= factor(stream, row)
+        total += int(bits[tuple(index)]) * weight
+    return (total + 2**63) % 2**64 - 2**63
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offsets", [(5,), (3, 1022), (2, 7, 1)], ids=str)
+def test_digest_is_its_formula(dtype: torch.dtype, offsets: tuple[int, ...]) -> None:
+    hf = TensorSlice("w", offsets, (4, 3, 5)[: len(offsets)])
+    values = random_tensor(hf.shape, dtype)
+    assert slice_digest(values, hf) == plain_digest(values, hf)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(97,), (13, 29), (5, 11, 17)], ids=str)
+def test_digests_of_any_tiling_add_up_to_the_whole(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    values = random_tensor(shape, dtype)
+    whole = whole_digest(values)
+    for seed in range(8):
+        tiles = list(random_tiling(shape, random.Random(seed)))
+        assert wrap(sum(slice_digest(values[tile.index], tile) for tile in tiles)) == whole
+
+
+def test_parts_that_are_converted_one_after_the_other_add_up() -> None:
+    values = random_tensor((3, 700_001), torch.uint8)  # one row and less than two fill a part
+    whole = whole_digest(values)
+    rows = [slice_digest(values[i : i + 1], TensorSlice("w", (i, 0), (1, 700_001))) for i in range(3)]
+    assert wrap(sum(rows)) == whole
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_flipped_bit_changes_the_digest(dtype: torch.dtype) -> None:
+    rng = random.Random(0)
+    values = random_tensor((24, 40), dtype)
+    whole, raw = whole_digest(values), values.view(torch.uint8)
+    width = 8 * dtype.itemsize
+    positions = rng.sample(range(values.numel() * width), 170)
+    top = [width * element + width - 1 for element in (0, 3, 959)]  # sign bits
+    for bit in (*positions, *top):
+        byte, mask = divmod(bit, 8)[0], 1 << bit % 8
+        raw.view(-1)[byte] ^= mask
+        assert whole_digest(values) != whole, f"bit {bit}"
+        raw.view(-1)[byte] ^= mask
+    assert whole_digest(values) == whole
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_swapped_rows_columns_and_slices_change_the_digest(dim: int) -> None:
+    values = random_tensor((6, 10, 8), torch.bfloat16)
+    whole = whole_digest(values)
+    size = values.shape[dim]
+    for i in range(size):
+        order = list(range(size))
+        order[i], order[(i + 1) % size] = order[(i + 1) % size], order[i]
+        assert whole_digest(values.index_select(dim, torch.tensor(order))) != whole
+    assert whole_digest(values.roll(1, dim)) != whole
+
+
+def test_equal_bytes_at_other_offsets_have_another_digest() -> None:
+    values = random_tensor((4, 4), torch.float32)
+    digests = {slice_digest(values, TensorSlice("w", (r, c), (4, 4))) for r in range(0, 12, 4) for c in range(0, 12, 4)}
+    assert len(digests) == 9
+
+
+def test_a_view_with_strides_has_the_digest_of_its_copy() -> None:
+    values = random_tensor((9, 12), torch.float32)
+    assert whole_digest(values.t()) == whole_digest(values.t().contiguous())
+    assert whole_digest(values[::2, 1::3]) == whole_digest(values[::2, 1::3].clone())
+
+
+def test_zeros_of_either_sign_and_nans_of_other_bits_differ() -> None:
+    assert whole_digest(torch.tensor([0.0])) == 0
+    assert whole_digest(torch.tensor([-0.0])) != 0
+    nan = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
+    assert nan.isnan().all()
+    assert whole_digest(nan[:1]) == whole_digest(torch.tensor([math.nan]))
+    assert whole_digest(nan[:1]) != whole_digest(nan[1:])
+
+
+def test_rows_and_columns_far_out_add_up() -> None:
+    values = random_tensor((2, 2), torch.float32)
+    row, column = 1_000_000, 700_000
+    whole = slice_digest(values, TensorSlice("w", (row, column), (2, 2)))
+    cells = [
+        slice_digest(values[r : r + 1, c : c + 1], TensorSlice("w", (row + r, column + c), (1, 1)))
+        for r in range(2)
+        for c in range(2)
+    ]
+    assert wrap(sum(cells)) == whole
+    assert whole == plain_digest(values, TensorSlice("w", (row, column), (2, 2)))
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3)], ids=str)
+def test_an_empty_slice_adds_nothing(shape: tuple[int, ...]) -> None:
+    assert whole_digest(torch.empty(shape)) == 0
+
+
+def test_wrap_stays_within_64_bits() -> None:
+    assert wrap(2**63 - 1) == 2**63 - 1
+    assert wrap(2**63) == -(2**63)
+    assert wrap(-(2**63) - 1) == 2**63 - 1
+    assert wrap(3 * 2**64 + 5) == 5
+    assert wrap(wrap(2**63 - 1) + wrap(2**63 - 1)) == -2
+
+
+def test_combined_digest_depends_on_names_and_values_alone() -> None:
+    one = combined_digest({"a": 1, "b": -2})
+    assert one == combined_digest({"b": -2, "a": 1})
+    assert len({one, combined_digest({"a": -2, "b": 1}), combined_digest({"a": 1, "b": 2}), combined_digest({})}) == 4
+    assert len(one) == 16
