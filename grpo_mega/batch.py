@@ -1,7 +1,8 @@
 """From the rollouts of a step to the microbatches of this rank: advantages, global denominators, packing.
 
 Pure arithmetic over what every rank has: all ranks compute the same plan and keep their own rows. Minibatches are cut
-by whole groups, each with its own denominators; within one, all rows of all ranks have the same length.
+by whole groups, each with its own denominators; all rows of a step, on all ranks, have the same length (the messages
+between pipeline stages have one shape).
 Asserted by tests/unit/test_batch.py.
 """
 
@@ -29,7 +30,6 @@ class TrainBatch:
 
     minibatches: list[list[Microbatch]]
     advantages: list[float]  # one per rollout of the step
-    rollouts_per_update: list[int]
 
     def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
         """Attach [T] per microbatch, in the order of `microbatches`."""
@@ -85,28 +85,31 @@ def build_batch(
     """
     size = groups.group_size
     advantages = group_advantages(torch.tensor(rewards).view(-1, size)).flatten().tolist()
-    minibatches, counts = [], []
-    for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch):
-        ids = range(span.start * size, span.stop * size)
-        rollouts = [groups.rollouts[i] for i in ids]
-        weights = rollout_mean_weights([len(r.completion.token_ids) for r in rollouts], len(rollouts))
-        plan = plan_update([r.num_tokens for r in rollouts], dp, train.max_tokens_per_microbatch)
-        longest = max(sum(rollouts[i].num_tokens for i in row) for rank in plan for row in rank)
-        row_tokens = -(-longest // row_multiple) * row_multiple
+    lengths = [r.num_tokens for r in groups.rollouts]
+    spans = [
+        range(span.start * size, span.stop * size)
+        for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch)
+    ]
+    plans = [plan_update([lengths[i] for i in ids], dp, train.max_tokens_per_microbatch) for ids in spans]
+    rows = [[ids[i] for i in row] for ids, plan in zip(spans, plans, strict=True) for rank in plan for row in rank]
+    row_tokens = -(-max(sum(lengths[i] for i in row) for row in rows) // row_multiple) * row_multiple
+    minibatches = []
+    for ids, plan in zip(spans, plans, strict=True):
+        num_tokens = [len(groups.rollouts[i].completion.token_ids) for i in ids]
+        weights = dict(zip(ids, rollout_mean_weights(num_tokens, len(ids)), strict=True))
         minibatches.append(
             [
                 pack(
-                    [(ids[i], rollouts[i]) for i in row],
+                    [(ids[i], groups.rollouts[ids[i]]) for i in row],
                     row_tokens=row_tokens,
                     advantages=[advantages[ids[i]] for i in row],
-                    token_weights=[weights[i] for i in row],
+                    token_weights=[weights[ids[i]] for i in row],
                     pad_id=pad_id,
                 )
                 for row in plan[dp_rank]
             ]
         )
-        counts.append(len(rollouts))
-    return TrainBatch(minibatches, advantages, counts)
+    return TrainBatch(minibatches, advantages)
 
 
 def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:

@@ -40,7 +40,8 @@ PROMPT_TOKENS = range(24, 41)
 class StepTime:
     """One step of one side."""
 
-    seconds: float
+    seconds: float  # of the wall clock
+    cpu_seconds: float  # of the side's process, what other programs on the machine change least
     num_rollouts: int
     num_tokens: int  # of the completions
     phases: dict[str, float]
@@ -63,12 +64,20 @@ class Comparison:
         """Median seconds per completion token, TRL / ours."""
         return _median_per(self.trl, "num_tokens") / _median_per(self.ours, "num_tokens")
 
+    @property
+    def cpu_ratio(self) -> float:
+        """Median CPU seconds per rollout, TRL / ours."""
+        trl, ours = (statistics.median(s.cpu_seconds / s.num_rollouts for s in steps) for steps in (self.trl, self.ours))
+        return trl / ours
+
     def as_json(self) -> dict[str, Any]:
         """Ratios, and per side seconds and median phases."""
-        return {"ratio": self.ratio, "ratio_per_token": self.ratio_per_token} | {
+        ratios = {"ratio": self.ratio, "ratio_per_token": self.ratio_per_token, "cpu_ratio": self.cpu_ratio}
+        return ratios | {
             name: {
                 "seconds_median": statistics.median(s.seconds for s in steps),
                 "seconds_min": min(s.seconds for s in steps),
+                "cpu_seconds_median": statistics.median(s.cpu_seconds for s in steps),
                 "tokens": [s.num_tokens for s in steps],
                 "phases": {phase: statistics.median(s.phases[phase] for s in steps) for phase in steps[0].phases},
             }
@@ -142,7 +151,8 @@ class Side:
         self._process.stdin.flush()
         answer = self._answer()
         made = answer["completions"]
-        return StepTime(answer["seconds"], len(made), sum(len(ids) for ids in made), answer["phases"]), made
+        num_tokens = sum(len(ids) for ids in made)
+        return StepTime(answer["seconds"], answer["cpu_seconds"], len(made), num_tokens, answer["phases"]), made
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -180,7 +190,9 @@ def take_turns(sides: tuple[Side, Side], rounds: int, given: list[list[int]] | N
         for which in (0, 1) if i % 2 == 0 else (1, 0):
             step, _ = sides[which].step(given)
             times[which].append(step)
-            print(f"  {('ours', 'TRL')[which]:5} {step.seconds:7.2f} s {step.num_tokens:6} tokens", file=sys.stderr)
+            name = ("ours", "TRL")[which]
+            seconds = f"{step.seconds:7.2f} s ({step.cpu_seconds:7.2f} s CPU)"
+            print(f"  {name:5}{seconds} {step.num_tokens:6} tokens", file=sys.stderr)
     return Comparison(*times)
 
 
@@ -259,13 +271,12 @@ def measure(arguments: argparse.Namespace, trl_python: Path, work: Path) -> dict
 
 def table(result: dict[str, Any]) -> str:
     """The comparisons for a reader."""
-    lines = [f"{'':14} {'ours':>8} {'TRL':>8}  TRL / ours: per rollout, per token"]
+    lines = [f"{'':14} {'ours':>8} {'TRL':>8}  TRL / ours: per rollout, per token, CPU per rollout"]
     for kind in ("whole", "train_only", "equal_length"):
         found = result[kind]
         seconds = [found[side]["seconds_median"] for side in ("ours", "trl")]
-        lines.append(
-            f"{kind:14} {seconds[0]:6.2f} s {seconds[1]:6.2f} s  {found['ratio']:.2f}, {found['ratio_per_token']:.2f}"
-        )
+        ratios = ", ".join(f"{found[key]:.2f}" for key in ("ratio", "ratio_per_token", "cpu_ratio"))
+        lines.append(f"{kind:14} {seconds[0]:6.2f} s {seconds[1]:6.2f} s  {ratios}")
         for side in ("ours", "trl"):
             phases = ", ".join(f"{name} {value:.2f}" for name, value in found[side]["phases"].items())
             lines.append(f"    {side}: {phases}")

@@ -15,6 +15,7 @@ import functools
 import importlib
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,11 @@ def prepare_import() -> None:
     compiler = torch.compile
     torch.compile = _identity_decorator  # type: ignore[assignment]
     try:
-        for name in _MODULES:
-            importlib.import_module(name)
+        with warnings.catch_warnings():
+            # that Apex and Transformer Engine are missing is what this file is about; Megatron says it seven times
+            warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine)")
+            for name in _MODULES:
+                importlib.import_module(name)
     finally:
         torch.compile = compiler
 

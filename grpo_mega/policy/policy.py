@@ -147,12 +147,14 @@ class MegatronPolicy:
             )
             return hidden, lambda output: last_stage(output, microbatch)
 
+        row_tokens = {len(m.token_ids) for m in microbatches}
+        assert len(row_tokens) == 1, f"rows of {sorted(row_tokens)} tokens: pipeline messages have one shape"
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter([_to_device(m, self.ranks.device) for m in microbatches]),
             model=self.parts.ddp,
             num_microbatches=len(microbatches),
-            seq_length=len(microbatches[0].token_ids),  # one length for all rows: pipeline messages have one shape
+            seq_length=row_tokens.pop(),
             micro_batch_size=1,
             forward_only=forward_only,
         )

@@ -108,7 +108,7 @@ class WeightSync:
         dist.all_gather_object(everywhere, held, group=self._replica_group)
         suspects = differing_tensors(expected, everywhere)
         faults = [
-            f"{name} on rank {dist.get_rank()}: the kernel computes from other weights than it stores "
+            f"{self._derived(name)} on rank {dist.get_rank()}: the kernel computes from other weights than it stores "
             f"(relative error of y = W x: {error:.3g}, limit {self._probe_tolerance:g})"
             for name, error in self._sink.probe().items()
             if not error <= self._probe_tolerance
@@ -134,6 +134,11 @@ class WeightSync:
                     if slice_digest(tensor[hf.index], hf) != held[hf]:
                         faults.append(f"{hf} on rank {dist.get_rank()}: the engine holds other bytes than the policy")
         return faults
+
+    def _derived(self, parameter: str) -> str:
+        """The slices whose repacked copy `probe` looked at under this name."""
+        regions = (region for regions in self._regions.values() for region in regions if region.kind == "derived")
+        return ", ".join(str(r.placement.hf) for r in regions if r.placement.local.name == parameter)
 
     def _check_names(self) -> None:
         missing = sorted(self._shapes.keys() - self._regions.keys() - self._tied_head())

@@ -166,7 +166,7 @@ def test_the_export_is_the_final_policy_and_answers_alike_in_transformers(
 def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines: list[dict[str, Any]]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(quickstart.folder / "tensorboard"))
+    events = EventAccumulator(str(quickstart.folder / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
     for name in METRICS:
         points = {event.step: event.value for event in events.Scalars(name)}
@@ -175,9 +175,11 @@ def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines:
     (first, *others) = events.Tensors("rollouts/0/text_summary")
     assert len(others) == QUICKSTART_STEPS - 1
     text = first.tensor_proto.string_val[0].decode()
-    assert rollouts_of(quickstart.folder, 1)[0]["prompt"][-1] == "="
     assert "reward **1**" in text
-    assert "completion" in text
+    assert any(
+        f"```\n{row['prompt']}\n```\n\ncompletion\n\n```\n{row['completion']}\n```" in text
+        for row in rollouts_of(quickstart.folder, 1)
+    )
 
 
 def test_checkpoints_are_complete_and_the_log_and_config_are_there(quickstart: Run) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,25 +185,10 @@ def start(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp
     world.call(build, Path(shutil.copytree(models.policy[name], copy)), tp, pp, engine_tp)
 
 
-# Neighbours share an engine: opening one takes seconds.
-@pytest.mark.parametrize(
-    ("name", "tp", "pp", "engine_tp"),
-    [
-        pytest.param("qwen3-tied", 1, 2, 2, id="qwen3-tied-PP2-to-tp2"),
-        pytest.param("qwen2", 2, 1, 1, id="qwen2-TP2-to-2xtp1"),
-        pytest.param("qwen2", 1, 2, 2, id="qwen2-PP2-to-tp2", marks=pytest.mark.long),
-        pytest.param("qwen3", 1, 2, 2, id="qwen3-PP2-to-tp2"),
-        pytest.param("qwen3", 2, 1, 2, id="qwen3-TP2-to-tp2"),
-        pytest.param("qwen3", 2, 1, 1, id="qwen3-TP2-to-2xtp1", marks=pytest.mark.long),
-        pytest.param("qwen3", 1, 1, 1, id="qwen3-DP2-to-2xtp1"),
-        pytest.param("qwen3-tied", 2, 1, 1, id="qwen3-tied-TP2-to-2xtp1", marks=pytest.mark.long),
-    ],
-)
-def test_engines_follow_the_policy_without_its_checkpoint_and_the_digest_is_that_of_the_layout_free_weights(
-    world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
-) -> None:
-    start(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
-    assert not (tmp_path / "weights").exists()
+def follows(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int) -> None:
+    """Two pushes, the second of weights that only the policy has; digests against the layout-free weights."""
+    start(world, models, copy, name, tp, pp, engine_tp)
+    assert not copy.exists()
     first = world.call(push, 0)
     assert world.call(largest_mismatch)[0] <= 1e-4
     world.call(perturb, 1)
@@ -212,6 +197,25 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_the_digest_is_that
     assert world.call(largest_mismatch)[0] <= 1e-4
     assert {report.policy_digest for report in first} == {expected_digest(models.policy[name])}
     assert {report.policy_digest for report in second} == {expected_digest(models.policy[name], 1)}
+
+
+# The order spares engines, of which each takes seconds to open: neighbours share one, and so do the faults below.
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "engine_tp"),
+    [
+        pytest.param("qwen3", 2, 1, 1, id="qwen3-TP2-to-2xtp1", marks=pytest.mark.long),
+        pytest.param("qwen3-tied", 2, 1, 1, id="qwen3-tied-TP2-to-2xtp1", marks=pytest.mark.long),
+        pytest.param("qwen2", 1, 2, 2, id="qwen2-PP2-to-tp2", marks=pytest.mark.long),
+        pytest.param("qwen2", 2, 1, 1, id="qwen2-TP2-to-2xtp1"),
+        pytest.param("qwen3-tied", 1, 2, 2, id="qwen3-tied-PP2-to-tp2"),
+        pytest.param("qwen3", 1, 2, 2, id="qwen3-PP2-to-tp2"),
+        pytest.param("qwen3", 2, 1, 2, id="qwen3-TP2-to-tp2"),
+    ],
+)
+def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_of_the_whole_tensors(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
+) -> None:
+    follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
 
 
 # Faults: each is a sink that does one thing wrong, on one rank.
@@ -288,8 +292,6 @@ def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, veri
     return message
 
 
-Fault = Callable[[], None]
-HIDDEN, HEAD_DIM = 64, 32
 FAULTS = [
     (FlippedBit, ["model.layers.1.mlp.down_proj.weight[0:64, 48:96] on rank 1"]),
     (SkippedWrite, ["model.layers.0.input_layernorm.weight[0:64] on rank 1"]),
@@ -331,12 +333,11 @@ def test_without_the_proof_the_same_fault_goes_unnoticed_and_the_engine_samples_
     assert all(message is not None for message in pair.call(push_with_fault, SkippedWrite, 1, True))
 
 
-def test_an_update_that_misses_one_of_two_replicas_is_found_and_names_only_that_one(
+def test_two_replicas_of_a_data_parallel_policy_follow_it_and_an_update_that_misses_one_names_only_that_one(
     world: EngineRanks, models: Models, tmp_path: Path
 ) -> None:
-    start(world, models, tmp_path / "weights", "qwen3", 1, 1, 1)
-    world.call(push, 0)
-    world.call(perturb, 1)
+    follows(world, models, tmp_path / "weights", "qwen3", 1, 1, 1)
+    world.call(perturb, 2)
     messages = world.call(push_with_fault, LostUpdate, 1, True)
     assert messages[0] is not None
     assert messages[0] == messages[1]

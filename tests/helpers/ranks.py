@@ -38,8 +38,8 @@ class _Rank:
 
 
 class RankPool:
-    """`call(world, f, *args)` runs the module-level function `f(rank, *args)` on ranks 0 to world - 1 of a fresh default
-    process group and returns what each returned."""
+    """`call(world, f, *args)` runs the module-level function `f(rank, *args)` on ranks 0 to world - 1 of a fresh
+    default process group and returns what each returned."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` holds the stores through which the ranks of a call meet."""

@@ -1,7 +1,7 @@
 """What training on the recorded rollouts must give: transformers, autograd and torch's AdamW in float64.
 
-Written from DeepSeekMath, arXiv:2402.03300, equations 3 and 4, rollout by rollout and without packing, padding, masks or
-weights; shares no code with the package.
+Written from DeepSeekMath, arXiv:2402.03300, equations 3 and 4, rollout by rollout and without packing, padding, masks
+or weights; shares no code with the package.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from grpo_mega.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     RewardConfig,
+    SamplingConfig,
     TrainConfig,
 )
 from grpo_mega.convert.spec import read_spec
@@ -39,10 +40,10 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
 # 21: no tp but 3 and 7 divides it, so the head is padded
 VOCAB, EOS = 21, 1
 LOSS = GrpoLoss(clip_low=0.2, clip_high=0.25, kl_coef=0.1)
-# Adam's first step is g / (|g| + eps), a sign when eps is small: where a gradient is as small as its rounding error, the
-# step would be +lr in one layout and -lr in another. With eps = 1e-3 an error d of g moves a weight by at most lr d / eps.
-# clip_grad is below every norm that occurs, so that clipping takes part.
-OPTIMIZER = OptimizerConfig(lr=0.01, beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
+# Adam's first step is g / (|g| + eps), a sign when eps is small: where a gradient is as small as its rounding error, a
+# weight would move by +lr in one layout and by -lr in another. With eps = 1e-3 an error d of g moves it by at most
+# lr d / eps. clip_grad is below every norm that occurs, so that clipping takes part.
+OPTIMIZER = OptimizerConfig(lr=2e-3, beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
 NUM_UPDATES = 3
 TEMPERATURES = (1.0, 0.7)
 
@@ -101,7 +102,7 @@ def sample_groups(num_prompts: int, group_size: int, seed: int) -> tuple[Sampled
     for index in range(num_prompts):
         prompt = Prompt(index, "", tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 7))), "")
         for _ in range(group_size):
-            tokens = tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 13))) + (EOS,)
+            tokens = (*(rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 13))), EOS)
             completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "")
             rewards.append(1.0 if index == num_prompts - 1 else rng.random())
             rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))
@@ -109,9 +110,7 @@ def sample_groups(num_prompts: int, group_size: int, seed: int) -> tuple[Sampled
 
 
 def make_config(recorded: Recorded, layout: Layout) -> Config:
-    """As a run would have it; the optimizer is ours."""
-    from grpo_mega.config.schema import SamplingConfig
-
+    """As a run would have it."""
     return Config(
         model=ModelConfig(path=str(recorded.model)),
         data=DataConfig(train="arithmetic:train"),
@@ -208,9 +207,7 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
     record.shard_digests = shard_digests(policy)
     whole = [(name, as_array(t)) for name, t in policy.full_tensors(1 << 28)]
     small = [(name, as_array(t)) for name, t in policy.full_tensors(1024)]
-    record.small_buckets_equal = all(
-        n == m and np.array_equal(a.view(np.uint8), b.view(np.uint8)) for (n, a), (m, b) in zip(whole, small, strict=True)
-    )  # fmt: skip
+    record.small_buckets_equal = [(n, t.tobytes()) for n, t in small] == [(n, t.tobytes()) for n, t in whole]
     loss = RecordingLoss()
     for update in range(NUM_UPDATES + 1):
         tensors = {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}
@@ -243,7 +240,7 @@ def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
 
 
 def adams(policy: MegatronPolicy) -> list[Any]:
-    """torch's optimizers under Megatron's."""
+    """The torch optimizers under Megatron's."""
     chain = getattr(policy.parts.optimizer, "chained_optimizers", [policy.parts.optimizer])
     return [inner.optimizer for inner in chain]
 

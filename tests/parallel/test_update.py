@@ -264,9 +264,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_names_rank_and_microbatch_and
         for rank in range(layout.world)
         if (at := layout.topology.coordinates(rank)).dp_rank == 1 and at.pp_rank == layout.pp - 1
     ]
-    allowed = {
-        f"the loss of microbatch 1 on rank {rank} is not finite; no update was made" for rank in guilty
-    }
+    allowed = {f"the loss of microbatch 1 on rank {rank} is not finite; no update was made" for rank in guilty}
     messages = {answer["message"] for answer in answers}
     assert len(messages) <= layout.tp  # each tensor-parallel rank sees its own replica's
     assert messages <= allowed
@@ -303,8 +301,3 @@ def test_bf16_keeps_gradients_masters_and_moments_in_fp32_and_agrees_between_lay
         found = [answer["log_probs"] for answer in answers]
         assert 1e-5 < largest_difference(found, expected.log_probs[1.0]) <= 0.1
     assert abs(losses[0] - losses[1]) <= 5e-3
-
-
-def test_pytests_own_process_has_no_process_group(rank_pool: RankPool, laboratory: Laboratory) -> None:
-    laboratory.run("qwen3", ONE)
-    assert not torch.distributed.is_initialized()

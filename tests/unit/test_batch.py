@@ -107,7 +107,6 @@ def test_advantages_are_those_of_the_groups() -> None:
     batch = batches(groups, rewards, 1, 1000)[0]
     expected = group_advantages(torch.tensor(rewards).view(3, GROUP)).flatten()
     assert batch.advantages == expected.tolist()
-    assert batch.rollouts_per_update == [GROUP, 2 * GROUP]
     for minibatch in range(2):
         for rollout, _, _, advantage in loss_tokens(batch, minibatch):
             assert advantage == expected[rollout].item()

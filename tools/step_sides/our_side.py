@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from protocol import Channel
+from protocol import Channel, Stopwatch
 
 from grpo_mega.config.schema import Config
 from grpo_mega.rewards.base import reward
@@ -83,13 +82,13 @@ class OurSide:
         steps = self.state.step + 1
         config = self.job.config.model_copy(update={"train": self.job.config.train.model_copy(update={"steps": steps})})
         job: Any = replace(self.job, config=config, checkpoints=NoCheckpoints())  # type: ignore[arg-type]
-        started = time.perf_counter()
+        clock = Stopwatch()
         self.state = train(job, self.state)
-        seconds = time.perf_counter() - started
+        taken = clock.read()
         phases = self.job.timers.step_seconds()
         step_seconds = phases.pop("step")
         phases["other"] = step_seconds - sum(phases.values())
-        return {"seconds": seconds, "phases": phases, "completions": self._completions(steps)}
+        return {**taken, "phases": phases, "completions": self._completions(steps)}
 
     def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
         """Advantages, packing and the update on given completions; the sync after it is not timed."""
@@ -97,14 +96,14 @@ class OurSide:
         from grpo_mega.loop import make_batch, push_weights, update, with_log_probs
 
         groups = self._groups(completions)
-        started = time.perf_counter()
+        clock = Stopwatch()
         with self.job.phases.training():
             batch = with_log_probs(self.job, make_batch(self.job, groups, self.state.step))
             _, updates = update(self.job, batch, self.state.policy_version)
-        seconds = time.perf_counter() - started
+        taken = clock.read()
         self.state = LoopState(self.state.step, self.state.policy_version + len(updates))
         push_weights(self.job, self.state)
-        return {"seconds": seconds, "phases": {"train": seconds}, "completions": completions}
+        return {**taken, "phases": {"train": taken["seconds"]}, "completions": completions}
 
     def _completions(self, step: int) -> list[list[int]]:
         """What the step wrote to disk, in the order of the dataset's prompts."""

@@ -1,4 +1,5 @@
-"""How tools/bench_step.py talks with its two child processes: one JSON object per line, both ways, in turn.
+"""How tools/bench_step.py talks with its two child processes: one JSON object per line, both ways, in turn; and how
+both of them count seconds.
 
 Standard library only: the two sides live in different environments.
 """
@@ -9,6 +10,7 @@ import json
 import os
 import resource
 import sys
+import time
 from typing import Any
 
 
@@ -29,3 +31,14 @@ class Channel:
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self._answers.write(json.dumps(answer | {"peak_bytes": peak_bytes}) + "\n")
         self._answers.flush()
+
+
+class Stopwatch:
+    """Wall and CPU seconds of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict[str, float]:
+        """As an answer carries them."""
+        return {"seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from protocol import Channel
+from protocol import Channel, Stopwatch
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -83,7 +83,7 @@ class OnCommand(TrainerCallback):
     """Waits before each optimizer step, answers after it."""
 
     def __init__(self, channel: Channel) -> None:
-        self.channel, self.started = channel, 0.0
+        self.channel, self.watch = channel, Stopwatch()
         self.clock: Clock | None = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -93,14 +93,14 @@ class OnCommand(TrainerCallback):
             sys.exit(0)
         assert self.clock is not None
         self.clock.given, self.clock.phases = command["completions"] or [], {}
-        self.started = time.perf_counter()
+        self.watch = Stopwatch()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Called after the optimizer's step."""
         assert self.clock is not None
-        seconds = time.perf_counter() - self.started
-        phases = {**self.clock.phases, "train": seconds - sum(self.clock.phases.values())}
-        self.channel.send({"seconds": seconds, "phases": phases, "completions": self.clock.completions})
+        taken = self.watch.read()
+        phases = {**self.clock.phases, "train": taken["seconds"] - sum(self.clock.phases.values())}
+        self.channel.send({**taken, "phases": phases, "completions": self.clock.completions})
 
 
 def main() -> None:

@@ -1,0 +1,101 @@
+"""kill -9 and the same command again: the run is the uninterrupted one, to the last bit."""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.helpers.jobs import SMALL, kill, read_json, read_lines, started, train_well, without_times
+
+STEPS = 4
+ARGUMENTS = (
+    *SMALL,
+    "run.world_size=2",
+    "engine.tp=1",
+    f"train.steps={STEPS}",
+    "checkpoint.every=1",
+    "guard.timeout_seconds=120",
+)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two data-parallel ranks with an engine each."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    train_well(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
+    return root / "run"
+
+
+def is_the_same_run(run: Path, expected: Path) -> None:
+    lines = [without_times(line) for line in read_lines(run / "metrics.jsonl")]
+    assert lines == [without_times(line) for line in read_lines(expected / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    rollouts = sorted(path.name for path in (expected / "rollouts").iterdir())
+    assert sorted(path.name for path in (run / "rollouts").iterdir()) == rollouts
+    for name in rollouts:
+        assert (run / "rollouts" / name).read_bytes() == (expected / "rollouts" / name).read_bytes(), name
+    ours, theirs = (read_json(folder / "summary.json") for folder in (run, expected))
+    assert ours["status"] == theirs["status"] == "done"
+    assert ours["policy_digest"] == theirs["policy_digest"]
+    exported = Path("hf") / "model.safetensors"
+    assert (run / exported).read_bytes() == (expected / exported).read_bytes()
+
+
+def kill_when_complete(run: Path, step: int, output: Path) -> None:
+    """Start the run, and SIGKILL everything of it once the checkpoint of `step` is there: the next step has begun."""
+    complete = run / "checkpoints" / f"step_{step:06d}" / "complete"
+    with started([*ARGUMENTS, f"run.dir={run}"], output) as process:
+        deadline = time.monotonic() + 180
+        while not complete.exists():
+            assert process.poll() is None, output.with_suffix(".err").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        members = process.children(recursive=True)
+        kill(process)
+    assert [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    kill_when_complete(run, 2, tmp_path / "first")
+    assert not (run / "checkpoints" / f"step_{STEPS:06d}" / "complete").exists(), "it ended before it was killed"
+    assert read_json(run / "summary.json")["status"] == "interrupted"
+    # What a kill in the middle of the next step may leave as well.
+    (run / "rollouts" / f"step_{STEPS:06d}.jsonl").write_text("{}\n")
+    (run / "checkpoints" / "step_000003.tmp").mkdir(exist_ok=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "rew')
+    train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
+    is_the_same_run(run, uninterrupted)
+    continued = without_times(read_lines(run / "metrics.jsonl")[-1])
+    assert continued["train/grad_norm"] > 0  # there was something to be the same
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(5))
+def test_a_run_killed_at_random_moments_until_it_ends_is_the_uninterrupted_run(
+    uninterrupted: Path, tmp_path: Path, seed: int
+) -> None:
+    """Each attempt lives a little longer than the one before, so that the run ends."""
+    rng = random.Random(seed)
+    run, limit = tmp_path / "run", 10.0
+    kills = 0
+    while True:
+        with started([*ARGUMENTS, f"run.dir={run}"], tmp_path / f"attempt-{kills}") as process:
+            try:
+                code = process.wait(rng.uniform(limit / 2, limit))
+            except psutil.TimeoutExpired:
+                kill(process)
+                kills, limit = kills + 1, limit * 1.25
+                continue
+            assert code == 0, (tmp_path / f"attempt-{kills}.err").read_text()[-3000:]
+            break
+    assert kills > 0
+    is_the_same_run(run, uninterrupted)

@@ -1,0 +1,74 @@
+"""`Topology` says of each rank what Megatron's own process groups say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.helpers.ranks import RankPool
+from tests.parallel.recorded import Layout, ranks_of
+
+EIGHT = [Layout(8, tp, pp) for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (2, 4), (4, 2), (8, 1), (1, 8))]
+
+
+def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
+    """For each layout: ranks on the axes and members of this rank's groups."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from grpo_mega.policy.build import init_groups
+
+    places = []
+    for layout in layouts:
+        init_groups(ranks_of(rank, layout), 60.0)
+        places.append(
+            {
+                "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
+                "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
+                "dp_rank": parallel_state.get_data_parallel_rank(),
+                "tp_group": dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()),
+                "pp_group": dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
+                "dp_group": dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
+                "model_group": dist.get_process_group_ranks(parallel_state.get_model_parallel_group()),
+                "is_last_stage": parallel_state.is_pipeline_last_stage(),
+            }
+        )
+    return places
+
+
+@pytest.fixture(scope="module")
+def places(rank_pool: RankPool) -> list[list[dict[str, Any]]]:
+    """[rank][layout]."""
+    return rank_pool.call(8, megatron_places, EIGHT)
+
+
+@pytest.mark.parametrize("layout", EIGHT, ids=str)
+def test_coordinates_are_megatrons_ranks(places: list[list[dict[str, Any]]], layout: Layout) -> None:
+    for rank in range(8):
+        at, place = layout.topology.coordinates(rank), places[rank][EIGHT.index(layout)]
+        assert (at.tp_rank, at.pp_rank, at.dp_rank) == (place["tp_rank"], place["pp_rank"], place["dp_rank"]), rank
+        assert ranks_of(rank, layout).is_last_stage == place["is_last_stage"]
+
+
+@pytest.mark.parametrize("layout", EIGHT, ids=str)
+def test_ranks_that_share_the_other_axes_form_megatrons_groups(
+    places: list[list[dict[str, Any]]], layout: Layout
+) -> None:
+    at = [layout.topology.coordinates(rank) for rank in range(8)]
+    for rank in range(8):
+        place, me = places[rank][EIGHT.index(layout)], at[rank]
+        same = {
+            "tp_group": [o.rank for o in at if (o.pp_rank, o.dp_rank) == (me.pp_rank, me.dp_rank)],
+            "pp_group": [o.rank for o in at if (o.tp_rank, o.dp_rank) == (me.tp_rank, me.dp_rank)],
+            "dp_group": [o.rank for o in at if (o.tp_rank, o.pp_rank) == (me.tp_rank, me.pp_rank)],
+            "model_group": [o.rank for o in at if o.dp_rank == me.dp_rank],
+        }
+        assert same == {name: place[name] for name in same}, rank
+
+
+@pytest.mark.parametrize("layout", EIGHT, ids=str)
+def test_the_loss_rank_of_a_replica_is_on_its_last_stage(places: list[list[dict[str, Any]]], layout: Layout) -> None:
+    for dp_rank in range(layout.topology.dp):
+        place = places[layout.topology.loss_rank(dp_rank)][EIGHT.index(layout)]
+        assert (place["dp_rank"], place["tp_rank"], place["is_last_stage"]) == (dp_rank, 0, True)

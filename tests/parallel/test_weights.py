@@ -1,0 +1,157 @@
+"""Hugging Face -> Megatron -> Hugging Face is bit-equal in every layout, and broken folders are named for what they lack."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo_mega.types import TensorSlice, UserError
+from grpo_mega.weight_sync.digest import slice_digest, wrap
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny_models import make_tiny_model
+from tests.parallel.conftest import MODELS, Laboratory
+from tests.parallel.recorded import LAYOUTS, VOCAB, Layout, Recorded, as_array, open_policy
+
+every_model = pytest.mark.parametrize("model", MODELS)
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+
+
+def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:
+    tensors = load_file(folder / "model.safetensors")
+    if tied:
+        tensors.pop("lm_head.weight", None)
+    return tensors
+
+
+@every_layout
+@every_model
+def test_whole_tensors_are_the_files_bit_for_bit(laboratory: Laboratory, model: str, layout: Layout) -> None:
+    wanted = stored(laboratory.recorded(model).model, tied=MODELS[model][1])
+    assert VOCAB % 2 == 1, "the vocabulary is to be padded under tp=2"
+    (found, *_), small = (
+        laboratory.run(model, layout)[0].tensors,
+        [record.small_buckets_equal for record in laboratory.run(model, layout)],
+    )
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].shape == tuple(tensor.shape), name
+        assert found[name].tobytes() == tensor.numpy().tobytes(), name
+        assert np.signbit(found[name].flat[-1]), f"{name}: the planted -0.0 is gone"
+        assert found[name].flat[-1] == 0
+    assert all(small), "buckets of 1 KiB give other bytes than one bucket"
+
+
+@every_layout
+@every_model
+def test_digests_of_the_shards_add_up_to_that_of_the_whole_tensor(
+    laboratory: Laboratory, model: str, layout: Layout
+) -> None:
+    wanted = {
+        name: slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
+        for name, tensor in stored(laboratory.recorded(model).model, tied=MODELS[model][1]).items()
+    }
+    records = laboratory.run(model, layout)
+    for replica in range(layout.topology.dp):
+        sums = dict.fromkeys(wanted, 0)
+        for rank, record in enumerate(records):
+            if layout.topology.coordinates(rank).dp_rank == replica:
+                for name, digest in record.shard_digests.items():
+                    sums[name] = wrap(sums[name] + digest)
+        assert sums == wanted
+
+
+def stream(rank: int, recorded: Recorded, layout: Layout) -> dict[str, bytes]:
+    return {name: as_array(t).tobytes() for name, t in open_policy(rank, recorded, layout).full_tensors(4096)}
+
+
+@pytest.mark.parametrize("vocab", [20, 22, 23])
+def test_a_padded_or_even_vocabulary_and_bf16_come_back_bit_for_bit(
+    laboratory: Laboratory, tmp_path: Path, vocab: int
+) -> None:
+    folder = make_tiny_model(
+        tmp_path, "llama", tie=vocab == 23, vocab=vocab, seed=3, num_key_value_heads=4, num_hidden_layers=2
+    )
+    recorded = replace(laboratory.recorded("llama"), model=folder, dtype="bf16")
+    wanted = stored(folder, tied=vocab == 23)
+    for found in laboratory.pool.call(4, stream, recorded, Layout(4, tp=4)):
+        assert found == {name: as_array(t.bfloat16()).tobytes() for name, t in wanted.items()}
+
+
+def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def enlarge_ffn(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
+
+
+NORM, UP = "model.layers.1.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"
+BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "shape": (change_tensors(lambda t: t.update({UP: torch.zeros(96, 63)})), rf"{UP} has shape \(96, 63\).*\(96, 64\)"),
+    "missing": (change_tensors(lambda t: t.pop(NORM)), rf"missing \['{NORM}'\]"),
+    "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(2))), r"unknown \['extra'\]"),
+    "truncated": (truncate, r"model\.safetensors: cannot be read"),
+    "no file": (remove_weights, r"holds no model\.safetensors"),
+    "other config": (enlarge_ffn, r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \(96, 64\).*\(128, 64\)"),
+}
+
+
+def refusals(rank: int, recorded: Recorded, layout: Layout, folders: list[Path]) -> list[str]:
+    messages = []
+    for folder in folders:
+        try:
+            open_policy(rank, replace(recorded, model=folder), layout)
+            messages.append("")
+        except UserError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def refused(
+    rank_pool: RankPool, laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[str]]:
+    """What each rank said to each broken folder."""
+    root, recorded = tmp_path_factory.mktemp("broken"), laboratory.recorded("qwen3")
+    folders = []
+    for name, (breaking, _) in BROKEN.items():
+        folders.append(root / name)
+        shutil.copytree(recorded.model, folders[-1])
+        breaking(folders[-1])
+    answers = rank_pool.call(2, refusals, recorded, Layout(2, tp=2), folders)
+    return {name: [messages[i] for messages in answers] for i, name in enumerate(BROKEN)}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_folder_is_refused_on_every_rank_with_what_is_wrong(
+    refused: dict[str, list[str]], fault: str
+) -> None:
+    import re
+
+    for message in refused[fault]:
+        assert re.search(BROKEN[fault][1], message), message
+        assert ";" in message or "(" in message

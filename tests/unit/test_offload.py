@@ -1,0 +1,157 @@
+"""Moving storages away and back, on host tensors: the memory is freed, every view is valid again and equal."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_mega.policy.offload import Movable, Part, PolicyMemory
+
+
+def held_bytes(*tensors: Tensor) -> int:
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_storages_shrink_to_nothing_and_come_back_under_all_their_views() -> None:
+    flat = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    views = (flat[:6].view(2, 3), flat[6:], flat[::2])
+    other = torch.arange(5, dtype=torch.bfloat16)
+    copies = [t.clone() for t in (flat, *views, other)]
+    movable = Movable([*views, flat, other])
+    assert movable.num_bytes == 12 * 4 + 5 * 2
+    movable.offload()
+    assert held_bytes(flat, *views, other) == 0
+    movable.reload()
+    assert held_bytes(flat, *views, other) == 58
+    assert all(torch.equal(t, copy) for t, copy in zip((flat, *views, other), copies, strict=True))
+    views[0][0, 0] = 7.0
+    assert flat[0] == 7.0
+
+
+def test_bits_that_are_no_number_survive() -> None:
+    bits = torch.tensor([0x7FC00001, -(2**31), 1], dtype=torch.int32)
+    floats = bits.clone().view(torch.float32)
+    movable = Movable([floats])
+    movable.offload()
+    movable.reload()
+    assert torch.equal(floats.view(torch.int32), bits)
+
+
+def test_each_trip_keeps_the_content_of_its_own_time() -> None:
+    tensor = torch.ones(4)
+    movable = Movable([tensor])
+    for value in (2.0, 3.0):
+        tensor.fill_(value)
+        movable.offload()
+        movable.reload()
+        assert tensor.tolist() == [value] * 4
+
+
+def test_repeated_calls_do_nothing() -> None:
+    tensor = torch.arange(4.0)
+    movable = Movable([tensor])
+    movable.reload()
+    movable.offload()
+    movable.offload()
+    movable.reload()
+    movable.reload()
+    assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0]
+
+
+def test_content_that_is_not_kept_comes_back_as_zeros() -> None:
+    tensor = torch.ones(4)
+    movable = Movable([tensor], keep=False)
+    movable.offload()
+    movable.reload()
+    assert tensor.tolist() == [0.0] * 4
+
+
+class TinyPolicy:
+    """Two parameters in one buffer, their gradients in another, and AdamW on master weights."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.params = torch.arange(1.0, 7.0).to(dtype)
+        self.grads = torch.zeros(6)
+        # in fp32 the master weights are the parameters themselves
+        flat = self.params if dtype == torch.float32 else self.params.float()
+        self.masters = [torch.nn.Parameter(flat[:4]), torch.nn.Parameter(flat[4:])]
+        self.adam = torch.optim.AdamW(self.masters, lr=0.1)
+        buffer = SimpleNamespace(param_data=self.params, grad_data=self.grads)
+        ddp = SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[])
+        inner = SimpleNamespace(optimizer=self.adam)
+        self.memory = PolicyMemory(ddp, SimpleNamespace(chained_optimizers=[inner]))
+
+    def step(self) -> None:
+        for master, grad in zip(self.masters, (self.grads[:4], self.grads[4:]), strict=True):
+            master.grad = grad.clone()
+        self.adam.step()
+        for master in self.masters:
+            master.grad = None
+        if self.masters[0].untyped_storage().data_ptr() != self.params.untyped_storage().data_ptr():
+            self.params.copy_(torch.cat([m.detach() for m in self.masters]))
+
+    def moments(self) -> list[Tensor]:
+        return [state[name] for state in self.adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+
+    def content(self) -> list[Any]:
+        return [t.tolist() for t in (self.params, *self.masters, *self.moments())]
+
+
+def test_each_part_is_freed_alone_and_comes_back_equal() -> None:
+    policy = TinyPolicy(torch.bfloat16)
+    policy.grads.fill_(0.5)
+    policy.step()
+    before = policy.content()
+    tensors: dict[Part, list[Tensor]] = {
+        "params": [policy.params],
+        "grads": [policy.grads],
+        "optimizer": [m.data for m in policy.masters] + policy.moments(),
+    }
+    for part in tensors:
+        policy.memory.offload(part)
+        assert {name: held_bytes(*held) == 0 for name, held in tensors.items()} == {n: n == part for n in tensors}
+        policy.memory.reload(part)
+        assert all(held_bytes(*held) for held in tensors.values())
+    assert policy.content() == before
+    assert policy.grads.tolist() == [0.0] * 6
+
+
+def test_master_weights_that_are_the_parameters_move_with_them_alone() -> None:
+    policy = TinyPolicy(torch.float32)
+    policy.memory.offload("optimizer")
+    assert held_bytes(policy.params) == 24
+    policy.memory.offload("params")
+    assert held_bytes(policy.params, *policy.masters) == 0
+    policy.memory.reload("optimizer")
+    assert held_bytes(policy.params) == 0
+    policy.memory.reload("params")
+    assert policy.params.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert policy.masters[1].tolist() == [5.0, 6.0]
+
+
+def test_moments_are_moved_once_they_exist() -> None:
+    policy = TinyPolicy(torch.float32)
+    policy.memory.offload("grads", "optimizer")  # before the first update
+    policy.memory.reload("grads", "optimizer")
+    policy.grads.fill_(0.5)
+    policy.step()
+    before = policy.content()
+    policy.memory.offload("optimizer")
+    assert held_bytes(*policy.moments()) == 0
+    policy.memory.reload("optimizer")
+    assert policy.content() == before
+
+
+def test_training_with_trips_is_training_without_them() -> None:
+    policies = [TinyPolicy(torch.bfloat16), TinyPolicy(torch.bfloat16)]
+    for update in range(3):
+        for moves, policy in enumerate(policies):
+            if moves:
+                policy.memory.offload("grads", "optimizer", "params")
+                policy.memory.reload("params", "grads", "optimizer")
+            policy.grads.copy_(torch.arange(6.0) * (update + 1))
+            policy.step()
+    assert policies[0].content() == policies[1].content()

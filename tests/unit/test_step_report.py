@@ -1,0 +1,117 @@
+"""The numbers of a step, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from grpo_mega.batch import TrainBatch
+from grpo_mega.observe.metrics import require_known
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.step_report import StepResult, mismatch
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, StopReason, UpdateStats
+from grpo_mega.weight_sync.push import SyncReport
+
+
+def rollout(
+    sampler_log_probs: list[float],
+    value: float = 0.0,
+    *,
+    num_prompt_tokens: int = 2,
+    stop: StopReason = "eos",
+    replica: int = 0,
+    failures: tuple[str, ...] = (),
+) -> Rollout:
+    tokens = tuple(range(len(sampler_log_probs)))
+    return Rollout(
+        Prompt(0, "", (0,) * num_prompt_tokens, ""),
+        Completion(tokens, tuple(sampler_log_probs), stop, 0, ""),
+        Reward(value, {"exact": value, "format": 2 * value}, failures),
+        replica,
+    )
+
+
+def stats(loss: float, ratio: float, learning_rate: float, **more: float) -> UpdateStats:
+    return UpdateStats(
+        grad_norm=10 * loss,
+        learning_rate=learning_rate,
+        sums={"loss": loss, "entropy": 2 * loss, "clip_fraction": loss / 4, **more},
+        maxima={"ratio": ratio},
+    )
+
+
+def result(updates: list[UpdateStats]) -> StepResult:
+    rollouts = [
+        rollout([-1.0, -2.0], 1.0, num_prompt_tokens=3),
+        rollout([-1.0], 0.0, num_prompt_tokens=3, stop="length"),
+        rollout([-0.5, -0.5, -0.5], 0.5, num_prompt_tokens=5, replica=2, failures=("exact",)),
+        rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
+    ]
+    old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
+    sync = SyncReport(seconds=0.5, verify_seconds=0.1, received_bytes=3_000_000_000, policy_digest="")
+    return StepResult(4, SampledGroups(rollouts, 2), TrainBatch([], [], []), old, updates, sync)
+
+
+def test_all_numbers_of_a_step_by_hand() -> None:
+    found = result([stats(0.2, 1.5, 1e-4, kl=0.1), stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(3, lambda r: r.value == 1)
+    k3 = (math.exp(-0.5) + 0.5 - 1 + math.exp(0.25) - 0.25 - 1) / 8
+    assert found == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/std": math.sqrt(0.125),
+            "reward/accuracy": 0.25,
+            "reward/failed_fraction": 0.25,
+            "reward/component/exact": 0.5,
+            "reward/component/format": 1.0,
+            "group/degenerate_fraction": 0.5,
+            "rollout/length_mean": 2.0,
+            "rollout/length_max": 3.0,
+            "rollout/prompt_length_mean": 4.0,
+            "rollout/truncated_fraction": 0.25,
+            "rollout/tokens": 8.0,
+            "rollout/tokens_per_replica/0": 3.0,
+            "rollout/tokens_per_replica/1": 0.0,
+            "rollout/tokens_per_replica/2": 5.0,
+            "train/loss": 0.3,
+            "train/entropy": 0.6,
+            "train/clip_fraction": 0.075,
+            "train/kl": 0.2,
+            "train/grad_norm": 3.0,
+            "train/learning_rate": 2e-4,
+            "train/ratio_max": 1.5,
+            "train/updates": 2.0,
+            "train/mismatch_max": 0.5,
+            "train/mismatch_kl": k3,
+            "train/num_loss_tokens": 8.0,
+            "sync/bytes": 3e9,
+            "sync/gb_per_second": 6.0,
+        },
+        rel=1e-12,
+    )
+    require_known(found)
+
+
+def test_a_loss_without_a_reference_reports_no_kl() -> None:
+    assert "train/kl" not in result([stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
+
+
+def test_mismatch_by_hand() -> None:
+    rollouts = [rollout([-1.0, -2.0]), rollout([-3.0])]
+    assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == {"train/mismatch_max": 0.0, "train/mismatch_kl": 0.0}
+    found = mismatch(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
+    assert found["train/mismatch_max"] == pytest.approx(math.log(4), rel=1e-12)
+    # exp(m) - m - 1: 2 - ln 2 - 1, 0, 1/4 + ln 4 - 1
+    assert found["train/mismatch_kl"] == pytest.approx((1 - math.log(2) - 0.75 + math.log(4)) / 3, rel=1e-12)
+
+
+def test_mismatch_of_tiny_differences_is_not_lost_in_rounding() -> None:
+    found = mismatch([rollout([-1.0])], [[-1.0 + 2**-20]])
+    assert found["train/mismatch_kl"] == pytest.approx(2.0**-41, rel=1e-5)
+
+
+def test_log_probs_that_are_not_one_per_token_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        mismatch([rollout([-1.0, -2.0])], [[-1.0]])
+    with pytest.raises(ValueError, match="zip"):
+        mismatch([rollout([-1.0])], [])

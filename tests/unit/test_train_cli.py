@@ -1,0 +1,213 @@
+"""The worker's command line: how many ranks a config wants, and one message with exit code 2 for wrong input."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from grpo_mega import train
+from grpo_mega.config.load import load_config
+from grpo_mega.types import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "WORLD_SIZE", "NNODES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def wanted(*overrides: str) -> int:
+    return train.wanted_world_size(load_config(QUICKSTART, overrides))
+
+
+def test_world_size_of_the_config_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NNODES", "3")
+    assert wanted("run.world_size=4") == 4
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert wanted("run.world_size=4") == 4
+
+
+def test_world_size_is_else_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert wanted() == 6
+
+
+def test_a_launcher_with_another_number_of_ranks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        wanted("run.world_size=4")
+    assert str(caught.value) == (
+        "run.world_size=4, but the launcher started 2 ranks; leave run.world_size out, or start as many"
+    )
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="counts the GPUs of this machine")
+def test_world_size_without_gpus_is_one_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wanted() == 1
+    monkeypatch.setenv("NNODES", "3")
+    assert wanted() == 3
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "grpo_mega.train", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_world_size_option_prints_the_number_alone() -> None:
+    done = run(QUICKSTART, "run.world_size=8", "parallel.tp=2", "--world-size")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+
+
+def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message_in_time(tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": "1+2=", "answer": \n')
+    for override, said in (
+        ("parallel.tpp=2", "error: parallel.tpp: unknown key; did you mean parallel.tp?\n"),
+        (
+            f"data.train={questions}",
+            f"error: {questions}:3: not valid JSON (Expecting value: line 2 column 1 (char 30)); each line is one JSON "
+            "object\n",
+        ),
+    ):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run(QUICKSTART, override)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+        # of the processor: other tests may hold the machine
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+
+
+def exit_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[Any, str]:
+    """Exit code and stderr of `main`, which must not get as far as a process group."""
+
+    def reached(_: train.Prepared) -> NoReturn:
+        pytest.fail("the input was found to be right")
+
+    monkeypatch.setattr(train, "run_worker", reached)
+    monkeypatch.setattr(sys, "argv", ["grpo_mega.train", str(QUICKSTART), *overrides])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    return caught.value.code, capsys.readouterr().err
+
+
+def write_model(folder: Path, **files: str) -> Path:
+    folder.mkdir()
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 10,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["train.steps=many"], "train.steps='many': input should be a valid integer"),
+        (["sampling.group_size=1"], "sampling.group_size=1: an advantage is relative to its group; use 2 or more"),
+        (
+            ["parallel.tp=2"],
+            "parallel.tp=2 x parallel.pp=1 = 2 does not divide the 1 rank(s) of this job; set run.world_size to a "
+            "multiple of 2",
+        ),
+        (
+            ["parallel.tp=4", "run.world_size=4"],
+            "parallel.tp=4 does not divide the 2 key-value heads of model.base.architecture; use one of 1, 2",
+        ),
+        (
+            ["data.train=nothing.jsonl"],
+            "data.train=nothing.jsonl: no such file; give a JSONL file with a prompt and an answer per line, or "
+            "arithmetic:train / arithmetic:heldout",
+        ),
+        (
+            ["data.eval=nothing.jsonl"],
+            "data.eval=nothing.jsonl: no such file; give a JSONL file with a prompt and an answer per line, or "
+            "arithmetic:train / arithmetic:heldout",
+        ),
+    ],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+) -> None:
+    # where there are GPUs, a config that names no world size would want as many
+    monkeypatch.setattr(train, "wanted_world_size", lambda config: config.run.world_size or 1)
+    assert exit_of(monkeypatch, capsys, *overrides) == (2, f"error: {said}\n")
+
+
+def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "10+10=", "answer": "20"}\n')
+    code, said = exit_of(
+        monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1"
+    )
+    assert (code, said) == (
+        2,
+        f"error: {questions}:2: the prompt has 6 tokens, more than data.max_prompt_tokens=5; raise the limit, or set "
+        "data.overlong=skip\n",
+    )
+
+
+def test_a_model_folder_without_a_usable_tokenizer_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, files, rule in (
+        ("bare", {}, "holds no tokenizer (none of tokenizer.json, "),
+        ("damaged", {"tokenizer": "{"}, "its tokenizer cannot be read ("),
+    ):
+        folder = write_model(tmp_path / name, **files)
+        code, said = exit_of(monkeypatch, capsys, "model.base=null", f"model.path={folder}", "run.world_size=1")
+        assert code == 2
+        assert said.startswith(f"error: model.path={folder}")
+        assert rule in said
+        assert said.count("\n") == 1
+
+
+def test_an_unknown_reward_is_refused_before_prompts_are_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["reward.terms=[{name: exakt}]", "data.train=nothing.jsonl", "run.world_size=1"]
+    code, said = exit_of(monkeypatch, capsys, *overrides)
+    assert code == 2
+    assert said.startswith("error: reward.terms")
+    assert "exakt" in said
+
+
+def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert exit_of(monkeypatch, capsys, "train.steps=0") == (2, "")
+
+
+def test_preparing_right_input_gives_its_prompts_and_writes_nothing(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART, ["run.world_size=4", "parallel.tp=2", "engine.tp=2"])
+    prepared = train.prepare(config)
+    assert (prepared.topology.dp, prepared.topology.num_replicas) == (2, 2)
+    assert prepared.eval_prompts is not None
+    assert len(prepared.eval_prompts) >= 300
+    assert not {p.text for p in prepared.eval_prompts.prompts} & {p.text for p in prepared.train_prompts.prompts}
+    assert list(tmp_path.iterdir()) == []
