@@ -11,9 +11,10 @@ import argparse
 import logging
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from grpo_mega.data.dataset import PromptDataset
 
 log = logging.getLogger("grpo_mega.train")
+
+_FIRST_RANK_SPEAKS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,27 @@ def prepare(config: Config) -> Prepared:
 
 
 def run_worker(prepared: Prepared) -> None:
-    """Join the job and run it to its end."""
+    """Join the job and run it to its end. A failing rank leaves at once, so that whoever started it ends the others."""
     from grpo_mega.job import run_job
 
     try:
         run_job(prepared.config, prepared.topology, prepared.train_prompts, prepared.eval_prompts)
     except UserError as error:  # a port in use, a run folder with another config, a damaged checkpoint
-        if os.environ["RANK"] == "0":
-            sys.stderr.write(f"error: {error}\n")
-        sys.exit(2)
+        if os.environ["RANK"] != "0":
+            time.sleep(_FIRST_RANK_SPEAKS_SECONDS)  # most input is wrong on every rank: one message is enough
+        _leave(2, f"error: {error}\n")
+    except Exception:  # whatever it is, this rank's account of it must reach the screen and its log
+        log.exception("this rank failed")
+        _leave(1)
+
+
+def _leave(code: int, message: str = "") -> NoReturn:
+    """Without Python's own unwinding, where threads and process groups may wait for ranks that are gone."""
+    sys.stderr.write(message)
+    sys.stderr.flush()
+    sys.stdout.flush()
+    logging.shutdown()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,9 @@ class Comparison:
     @property
     def cpu_ratio(self) -> float:
         """Median CPU seconds per rollout, TRL / ours."""
-        trl, ours = (statistics.median(s.cpu_seconds / s.num_rollouts for s in steps) for steps in (self.trl, self.ours))
+        trl, ours = (
+            statistics.median(s.cpu_seconds / s.num_rollouts for s in steps) for steps in (self.trl, self.ours)
+        )
         return trl / ours
 
     def as_json(self) -> dict[str, Any]:
@@ -142,6 +144,7 @@ class Side:
         self.peak_bytes = 0
         started = self._answer()
         if started["threads"] != settings["threads"]:
+            self.close()
             raise RuntimeError(f"{script.name} computes with {started['threads']} threads, not {settings['threads']}")
 
     def step(self, completions: list[list[int]] | None = None) -> tuple[StepTime, list[list[int]]]:
@@ -290,9 +293,9 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
+    parser.add_argument("--threads", type=int, default=1, help="of each side")
     parser.add_argument("--max-tokens-per-microbatch", type=int, default=4096, help="ours")
-    parser.add_argument("--trl-microbatch", type=int, default=32, help="rollouts in one backward pass of TRL")
+    parser.add_argument("--trl-microbatch", type=int, default=8, help="rollouts in one backward pass of TRL")
     parser.add_argument("--json", action="store_true", help="only the last line")
     arguments = parser.parse_args()
     trl_python = ensure_trl(ROOT / "runs" / "bench" / "trl-venv")

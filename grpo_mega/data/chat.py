@@ -26,7 +26,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face model folder.
 
     Raises:
-        UserError: the folder does not exist, holds no tokenizer, or its tokenizer has no EOS token.
+        UserError: the folder does not exist, holds no tokenizer or a damaged one, or its tokenizer has no EOS token.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -36,7 +36,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"model.path={path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the tokenizer's "
             f"files beside config.json"
         )
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions of their own
+        reason = str(error).split("\n", 1)[0]
+        raise UserError(
+            f"model.path={path}: its tokenizer cannot be read ({reason}); copy the tokenizer's files again"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.path={path}: the tokenizer has no EOS token, which ends every completion; set eos_token in "

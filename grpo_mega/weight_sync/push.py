@@ -141,15 +141,16 @@ class WeightSync:
         return ", ".join(str(r.placement.hf) for r in regions if r.placement.local.name == parameter)
 
     def _check_names(self) -> None:
-        missing = sorted(self._shapes.keys() - self._regions.keys() - self._tied_head())
-        unknown = sorted(self._regions.keys() - self._shapes.keys())
+        """Over the whole replica: a rank may hold nothing of a small vocabulary."""
+        parts: list[set[str]] = [set() for _ in range(self._replica_group.size())]
+        dist.all_gather_object(parts, set(self._regions), group=self._replica_group)
+        asked = set().union(*parts)
+        missing = sorted(self._shapes.keys() - asked)
+        unknown = sorted(asked - self._shapes.keys())
         if missing or unknown:
             raise WeightMismatchError(
                 f"the engine has no place for {missing[:3]} and asks for {unknown[:3]}, which the policy does not have"
             )
-
-    def _tied_head(self) -> set[str]:
-        return {"lm_head.weight"} - self._regions.keys()
 
 
 def differing_tensors(expected: dict[str, int], held: list[dict[TensorSlice, int]]) -> list[str]:

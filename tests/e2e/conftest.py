@@ -35,7 +35,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(arguments, root / "run", train_well(*arguments, output=root / "first", timeout_seconds=420))
 
 
-REWARDS = "[{name: exact}, {name: 'tests.helpers.bad_rewards:crashes', weight: 0.5}, {name: 'tests.helpers.bad_rewards:sleeps'}]"
+REWARDS = "[{name: exact}, {name: tests.helpers.bad_rewards.crashes}, {name: tests.helpers.bad_rewards.sleeps}]"
 
 
 @pytest.fixture(scope="session")

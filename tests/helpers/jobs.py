@@ -75,9 +75,7 @@ def kill(process: psutil.Popen) -> None:
     process.wait(10)
 
 
-def train(
-    *arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0
-) -> Ended:
+def train(*arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0) -> Ended:
     """Run to the end. Raises subprocess.TimeoutExpired (nothing is left running) when that takes too long."""
     begin = time.monotonic()
     with started(arguments, output, env) as process:
@@ -89,7 +87,9 @@ def train(
 def train_well(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> Ended:
     """A run that must end with exit code 0; else its last lines are shown."""
     ended = train(*arguments, output=output, timeout_seconds=timeout_seconds)
-    assert ended.code == 0, f"exit code {ended.code} of {' '.join(arguments)}\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"
+    assert ended.code == 0, (
+        f"exit code {ended.code} of {' '.join(arguments)}\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"
+    )
     return ended
 
 

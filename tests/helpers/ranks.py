@@ -135,17 +135,18 @@ def _serve(connection: Connection) -> None:
             sys.stdout.flush()
             os._exit(0)  # torch and Megatron take long to unload, and nothing here needs it
         try:
-            answer = False, _run(rank, world, store, timeout_seconds, function, args)
+            _join(rank, world, store, timeout_seconds)
+            answer = False, function(rank, *args)
         except BaseException:  # whatever it is, the test shows it
             answer = True, traceback.format_exc()
+        failed = answer[0]
         connection.send(answer)
+        if not failed:  # a call that failed ends its processes
+            _leave()
 
 
-def _run(
-    rank: int, world: int, store: str, timeout_seconds: float, function: Callable[..., Any], args: tuple[Any, ...]
-) -> Any:
+def _join(rank: int, world: int, store: str, timeout_seconds: float) -> None:
     import torch.distributed as dist
-    from megatron.core import parallel_state
 
     dist.init_process_group(
         "gloo",
@@ -154,9 +155,12 @@ def _run(
         world_size=world,
         timeout=timedelta(seconds=timeout_seconds),
     )
-    # no `finally`: a call that failed ends its processes
-    answer = function(rank, *args)
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
     dist.barrier()  # a rank that is done must not close connections while another still opens them
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
-    return answer

@@ -16,7 +16,6 @@ import torch
 
 from grpo_mega.data.pack import pack
 from grpo_mega.types import Microbatch, UpdateStats
-from tests.helpers.ranks import RankPool
 from tests.parallel.conftest import MODELS, Laboratory
 from tests.parallel.recorded import (
     LAYOUTS,
@@ -301,3 +300,71 @@ def test_bf16_keeps_gradients_masters_and_moments_in_fp32_and_agrees_between_lay
         found = [answer["log_probs"] for answer in answers]
         assert 1e-5 < largest_difference(found, expected.log_probs[1.0]) <= 0.1
     assert abs(losses[0] - losses[1]) <= 5e-3
+
+
+def reference_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
+    policy = open_policy(rank, recorded, layout, with_reference=True)
+    rows = make_rows(rank, recorded, layout)
+
+    def reference_log_probs() -> list[torch.Tensor] | None:
+        with policy.reference():
+            return policy.log_probs(rows.microbatches)
+
+    def state() -> tuple[dict[str, int], list[int]]:
+        return shard_digests(policy), [p.data_ptr() for p in policy.parts.model.parameters()]
+
+    def update(old: list[torch.Tensor] | None) -> UpdateStats:
+        return policy.update(rows.with_log_probs(old=old, ref=ref).microbatches, LOSS, OPTIMIZER.lr)[0]
+
+    base, ref, old = policy.log_probs(rows.microbatches), reference_log_probs(), policy.log_probs(rows.microbatches)
+    if base is None:  # not on the last stage: nothing that its loss would read
+        ref = old = [torch.zeros_like(m.advantages) for m in rows.microbatches]
+    stats = [update(old), update(old)]
+    before = state()
+    later = reference_log_probs()
+    after = state()
+    failed = False
+    try:
+        with policy.reference():
+            inside = shard_digests(policy)
+            raise KeyError("while the reference is in")
+    except KeyError:
+        failed = state() == before
+    moved = policy.log_probs(rows.microbatches)
+    return {
+        "kl_max": [s.maxima["kl"] for s in stats],
+        "stats": [*stats, update(old)],
+        "exact": base is None or all(torch.equal(a, b) for a, b in zip(base, later, strict=True)),
+        "moved": base is None or not any(torch.equal(a, b) for a, b in zip(base, moved, strict=True)),
+        "swapped_in": inside != before[0],
+        "restored": before == after,
+        "restored_after_failure": failed,
+    }
+
+
+def run_without_swaps(rank: int, recorded: Recorded, layout: Layout) -> list[UpdateStats]:
+    """The same three updates of a policy whose reference log-probs were recorded: those before the first update."""
+    policy = open_policy(rank, recorded, layout)
+    rows = make_rows(rank, recorded, layout)
+    base = policy.log_probs(rows.microbatches) or [torch.zeros_like(m.advantages) for m in rows.microbatches]
+    batch = rows.with_log_probs(old=base, ref=base)
+    return [policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)[0] for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("layout", [ONE, Layout(4, tp=2)], ids=str)
+def test_the_reference_is_the_base_model_and_a_swap_leaves_no_trace(
+    laboratory: Laboratory, layout: Layout, dtype: str
+) -> None:
+    recorded = replace(laboratory.recorded("qwen3-tied"), dtype=dtype)
+    answers = laboratory.pool.call(layout.world, reference_run, recorded, layout)
+    for answer in answers:
+        assert answer["kl_max"][0] == 0.0, "before the first update the policy is its own reference"
+        assert answer["kl_max"][1] > 0
+        assert answer["exact"], "the reference's log-probs are not those of the base model"
+        assert answer["moved"]
+        assert answer["swapped_in"]
+        assert answer["restored"], "digests or addresses differ after the swap"
+        assert answer["restored_after_failure"]
+    unswapped = laboratory.pool.call(layout.world, run_without_swaps, recorded, layout)
+    assert [answer["stats"] for answer in answers] == unswapped

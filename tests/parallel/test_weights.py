@@ -1,8 +1,9 @@
-"""Hugging Face -> Megatron -> Hugging Face is bit-equal in every layout, and broken folders are named for what they lack."""
+"""Hugging Face -> Megatron -> Hugging Face is bit-equal in every layout; a broken folder is refused with its fault."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,17 +38,15 @@ def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:
 def test_whole_tensors_are_the_files_bit_for_bit(laboratory: Laboratory, model: str, layout: Layout) -> None:
     wanted = stored(laboratory.recorded(model).model, tied=MODELS[model][1])
     assert VOCAB % 2 == 1, "the vocabulary is to be padded under tp=2"
-    (found, *_), small = (
-        laboratory.run(model, layout)[0].tensors,
-        [record.small_buckets_equal for record in laboratory.run(model, layout)],
-    )
+    records = laboratory.run(model, layout)
+    found = records[0].tensors[0]
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].shape == tuple(tensor.shape), name
         assert found[name].tobytes() == tensor.numpy().tobytes(), name
         assert np.signbit(found[name].flat[-1]), f"{name}: the planted -0.0 is gone"
         assert found[name].flat[-1] == 0
-    assert all(small), "buckets of 1 KiB give other bytes than one bucket"
+    assert all(record.small_buckets_equal for record in records), "buckets of 1 KiB give other bytes than one bucket"
 
 
 @every_layout
@@ -147,11 +146,7 @@ def refused(
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_folder_is_refused_on_every_rank_with_what_is_wrong(
-    refused: dict[str, list[str]], fault: str
-) -> None:
-    import re
-
+def test_a_broken_folder_is_refused_on_every_rank_with_what_is_wrong(refused: dict[str, list[str]], fault: str) -> None:
     for message in refused[fault]:
         assert re.search(BROKEN[fault][1], message), message
         assert ";" in message or "(" in message

@@ -95,6 +95,13 @@ def test_each_rollout_counts_one_over_the_minibatch_s_rollouts(dp: int) -> None:
         assert all(counted[i] == len(groups.rollouts[i].completion.token_ids) for i in counted)
 
 
+def test_all_rows_of_a_step_have_one_length_on_all_ranks() -> None:
+    groups, rewards = random_groups(7)
+    rows = [row for part in batches(groups, rewards, 3, 64, minibatches=3) for row in part.microbatches]
+    assert len(rows) > 9
+    assert len({row.token_ids.numel() for row in rows}) == 1
+
+
 def test_weights_and_advantages_are_zero_where_nothing_is_trained() -> None:
     groups, rewards = random_groups(5)
     for row in batches(groups, rewards, 2, 64)[1].microbatches:

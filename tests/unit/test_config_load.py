@@ -101,7 +101,7 @@ def test_the_last_of_two_overrides_of_a_key_holds(minimal: Path) -> None:
     ("override", "said"),
     [
         ("train.step=3", "train.step: unknown key; did you mean train.steps?"),
-        ("sampling.temprature=1", "sampling.temprature: unknown key; did you mean sampling.temperature?"),
+        ("sampling.tempera=1", "sampling.tempera: unknown key; did you mean sampling.temperature?"),
         (
             "model.base.architecture.layers=2",
             "model.base.architecture.layers: unknown key; did you mean model.base.architecture.num_layers?",

@@ -1,4 +1,4 @@
-"""The tables between Hugging Face and Megatron: what a config says, what is refused, and that every byte has one place."""
+"""The tables between Hugging Face and Megatron: what a config says, what is refused, and one place for every byte."""
 
 from __future__ import annotations
 
@@ -122,7 +122,14 @@ def test_fields_at_their_plain_values_are_accepted() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "max_position_embeddings"],
+    [
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    ],
 )
 def test_a_missing_field_is_named(field: str) -> None:
     raw = raw_config()
@@ -179,7 +186,11 @@ def test_interleaved_query_key_value_by_hand() -> None:
     ]
     biases = Interleaved("q", "k", "v", bias=True)
     assert biases.hf_shapes(HAND) == {"q": (8,), "k": (4,), "v": (4,)}
-    assert list(biases.pieces(HAND, 2, 1)) == [("q", (4,), (0,), (4,)), ("k", (2,), (4,), (2,)), ("v", (2,), (6,), (2,))]
+    assert list(biases.pieces(HAND, 2, 1)) == [
+        ("q", (4,), (0,), (4,)),
+        ("k", (2,), (4,), (2,)),
+        ("v", (2,), (6,), (2,)),
+    ]
 
 
 def test_stacked_gate_and_up_by_hand() -> None:
@@ -263,7 +274,7 @@ def test_layers_are_told_apart_and_fused_norms_are_the_same_tensors() -> None:
 
 
 def test_a_parameter_that_the_table_lacks_is_an_error() -> None:
-    with pytest.raises(KeyError, match="linear_qkv.bias"):
+    with pytest.raises(KeyError, match=r"linear_qkv\.bias"):
         parameter_placements(spec_of("qwen3"), "decoder.layers.0.self_attention.linear_qkv.bias", 1, 0)
 
 

@@ -81,7 +81,7 @@ def test_only_megatron_s_own_modules_and_two_tensor_methods_are_replaced() -> No
 
 def _does_nothing_with_cuda() -> None:
     before = snapshot()
-    with mock.patch.object(torch.cuda, "is_available", lambda: True):
+    with mock.patch.object(torch.cuda, "is_available", return_value=True):
         cpu.install()
     after = snapshot()
     assert [name for name in after if after[name] is not before[name]] == []
@@ -131,7 +131,13 @@ def _factories() -> None:
     cpu.install()
     stand_in = parallel_state.torch
     assert stand_in is not torch
-    for name, args in (("zeros", (2,)), ("empty", (2,)), ("full", ((2,), 1.0)), ("tensor", ([1, 2],)), ("arange", (2,))):
+    for name, args in (
+        ("zeros", (2,)),
+        ("empty", (2,)),
+        ("full", ((2,), 1.0)),
+        ("tensor", ([1, 2],)),
+        ("arange", (2,)),
+    ):
         assert getattr(stand_in, name)(*args, device="cuda").device.type == "cpu"
         assert getattr(stand_in, name)(*args, device=torch.device("cuda", 1), pin_memory=True).device.type == "cpu"
         assert getattr(stand_in, name)(*args, device="meta").device.type == "meta"

@@ -33,7 +33,11 @@ def message_of(config: Config, topology: Topology) -> str:
     ("overrides", "topology", "said"),
     [
         ((), Topology(3, tp=3), f"parallel.tp=3 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4"),
-        ((), Topology(8, engine_tp=8), f"engine.tp=8 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4"),
+        (
+            (),
+            Topology(8, engine_tp=8),
+            f"engine.tp=8 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4",
+        ),
         (
             (SHAPE + "ffn_size=9",),
             Topology(2, tp=2),
@@ -49,14 +53,14 @@ def message_of(config: Config, topology: Topology) -> str:
         (
             ("sampling.max_tokens=49",),
             Topology(1),
-            f"data.max_prompt_tokens + the largest max_tokens = 65 is more than the 64 positions of {RECIPE}; lower one "
-            "of them",
+            f"data.max_prompt_tokens + the largest max_tokens = 65 is more than the 64 positions of {RECIPE}; lower "
+            "one of them",
         ),
         (
             ("evaluation.max_tokens=60",),
             Topology(1),
-            f"data.max_prompt_tokens + the largest max_tokens = 76 is more than the 64 positions of {RECIPE}; lower one "
-            "of them",
+            f"data.max_prompt_tokens + the largest max_tokens = 76 is more than the 64 positions of {RECIPE}; lower "
+            "one of them",
         ),
     ],
 )
@@ -96,4 +100,7 @@ def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
     assert message_of(config, Topology(2, tp=2)) == (
         f"parallel.tp=2 does not divide the 3 key-value heads of {folder}; use one of 1, 3"
     )
-    assert message_of(config, Topology(2, pp=2)) == f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5"
+    assert (
+        message_of(config, Topology(2, pp=2))
+        == f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5"
+    )

@@ -29,7 +29,9 @@ def test_a_wrong_slice_is_found() -> None:
     assert differing_tensors(EXPECTED, [{TOP: 10, NORM: 5}, {BOTTOM: 21, NORM: 5}]) == ["w"]
 
 
-@pytest.mark.parametrize("held", [[{TOP: 10, BOTTOM: 20, NORM: 5}, {NORM: 6}], [{TOP: 10, BOTTOM: 20, NORM: 6}, {NORM: 5}]])
+@pytest.mark.parametrize(
+    "held", [[{TOP: 10, BOTTOM: 20, NORM: 5}, {NORM: 6}], [{TOP: 10, BOTTOM: 20, NORM: 6}, {NORM: 5}]]
+)
 def test_copies_that_differ_are_found_whichever_rank_is_right(held: list[dict[TensorSlice, int]]) -> None:
     assert differing_tensors(EXPECTED, held) == ["norm"]
 

@@ -31,7 +31,10 @@ class ScriptedEngine:
         self._lost = lost
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingRequest, on_completion: Callable[[int, int, Completion], None]
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None],
     ) -> None:
         self.calls.append(([p.index for p in prompts], sampling))
         done = [(local, member) for local in range(len(prompts)) for member in range(sampling.group_size)]

@@ -50,7 +50,7 @@ def result(updates: list[UpdateStats]) -> StepResult:
     ]
     old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
     sync = SyncReport(seconds=0.5, verify_seconds=0.1, received_bytes=3_000_000_000, policy_digest="")
-    return StepResult(4, SampledGroups(rollouts, 2), TrainBatch([], [], []), old, updates, sync)
+    return StepResult(4, SampledGroups(rollouts, 2), TrainBatch([], []), old, updates, sync)
 
 
 def test_all_numbers_of_a_step_by_hand() -> None:

@@ -71,9 +71,7 @@ def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
 
 def test_missing_and_unknown_tensors_are_named(tmp_path: Path) -> None:
     write_single(tmp_path, {"a": TENSORS["a"], "c": torch.ones(1)})
-    assert message_of(tmp_path) == (
-        "model.path: tensors missing ['b'], unknown ['c']; is config.json of this model?"
-    )
+    assert message_of(tmp_path) == ("model.path: tensors missing ['b'], unknown ['c']; is config.json of this model?")
 
 
 def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path) -> None:

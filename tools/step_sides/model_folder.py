@@ -98,7 +98,7 @@ def _config(shape: Architecture, eos: int, pad: int) -> Qwen3Config:
 
 
 def _eos_weight(model: Qwen3ForCausalLM, eos: int, mean_length: float) -> float:
-    """w such that the mean over positions of p(EOS) = sigmoid(w * feature - logsumexp(others)) is 1 / mean_length."""
+    """The w for which the mean over positions of p(EOS) = sigmoid(w * feature - logsumexp(others)) is 1/mean_length."""
     token_ids = torch.randint(SPECIAL_TOKENS, model.config.vocab_size, (16, 128))
     hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden)

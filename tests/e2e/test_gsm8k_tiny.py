@@ -1,0 +1,40 @@
+"""The job on the real GSM8K file: it learns the answer's format; and what is said where the file is missing."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import read_json, read_lines, train, train_well
+
+CONFIG = "configs/gsm8k-tiny.yaml"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", [0, 1])
+def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Path, seed: int) -> None:
+    """Mean of the last three steps against the first three; the base is taught if it is not cached."""
+    arguments = (CONFIG, f"data.train={gsm8k_dir / 'train.jsonl'}", f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
+    train_well(*arguments, output=tmp_path / "log", timeout_seconds=580)
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    rewards = [line["reward/component/format"] for line in lines]
+    assert len(rewards) == 10
+    assert statistics.fmean(rewards[-3:]) >= statistics.fmean(rewards[:3]) + 0.10
+    assert max(line["train/mismatch_max"] for line in lines) <= 1e-4
+    summary = read_json(tmp_path / "run" / "summary.json")
+    assert summary["status"] == "done"
+    assert summary["eval_before"] is None  # the config holds nothing out
+    assert summary["eval_after"] is None
+
+
+def test_a_missing_gsm8k_file_says_what_to_put_where(tmp_path: Path) -> None:
+    missing = tmp_path / "gsm8k" / "train.jsonl"
+    ended = train(CONFIG, f"data.train={missing}", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
+    assert ended.code == 2
+    (message,) = [line for line in ended.stderr.splitlines() if "train.jsonl" in line]
+    assert f"data.train={missing}" in message
+    assert "put GSM8K's train.jsonl there" in message
+    assert "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()

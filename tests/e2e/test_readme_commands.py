@@ -1,0 +1,126 @@
+"""What README and the guides tell the reader to type and to open: it is there, and it is accepted.
+
+A command that trains for minutes goes through every check that the program makes before it starts anything; the runs
+themselves are in the other files here. A script is asked for its help.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo_mega.config.load import load_config
+from grpo_mega.train import prepare
+from tests.helpers.jobs import REPOSITORY
+
+GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+FOLDERS = ("launch", "tools", "configs", "docs", "tests", "docker", "constraints", "grpo_mega", ".ci")
+_BLOCK = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^ {4}(\S.*)$", re.MULTILINE)
+_PATH = re.compile(rf"(?<![\w./-])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*[\w/])")
+
+
+def commands() -> list[str]:
+    """Lines of code that start one of our scripts, without comments, prompts and variables in front of them."""
+    found = []
+    for guide in GUIDES:
+        text = guide.read_text(encoding="utf-8")
+        lines = [line for block in _BLOCK.findall(text) for line in block.splitlines()] + _INDENTED.findall(text)
+        for line in lines:
+            words = shlex.split(line, comments=True)
+            while words and (re.fullmatch(r"[A-Z_]+=.*", words[0]) or words[0] in ("python", "$")):
+                words.pop(0)
+            if words and words[0].startswith(("launch/", "tools/", ".ci/")):
+                found.append(shlex.join(words))
+    return sorted(set(found))
+
+
+def named_paths() -> list[tuple[str, str]]:
+    """(guide, path) of everything in our folders that a guide names."""
+    return sorted(
+        {
+            (str(guide.relative_to(REPOSITORY)), path)
+            for guide in GUIDES
+            for path in _PATH.findall(guide.read_text(encoding="utf-8"))
+        }
+    )
+
+
+def train_arguments(command: str) -> list[str]:
+    return shlex.split(command)[1:]
+
+
+def test_the_guides_hold_the_two_commands() -> None:
+    assert {"launch/train.sh", "launch/test.sh"} <= set(commands())
+    assert len(named_paths()) > 10
+
+
+def test_every_path_that_a_guide_names_exists() -> None:
+    assert [f"{guide}: {path}" for guide, path in named_paths() if not (REPOSITORY / path).exists()] == []
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if shlex.split(c)[0] == "launch/train.sh"])
+def test_every_training_command_passes_all_checks_that_come_before_the_start(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(REPOSITORY)
+    stand_in = tmp_path / "stand-in.jsonl"
+    stand_in.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}) + "\n")
+    arguments = [a.replace("FILE.jsonl", str(stand_in)) for a in train_arguments(command)]
+    config = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/quickstart.yaml"
+    prepared = prepare(load_config(Path(config), arguments))
+    assert len(prepared.train_prompts) > 0
+    for override in arguments:
+        key, _, value = override.partition("=")
+        found = functools.reduce(getattr, key.split("."), prepared.config)
+        assert found == yaml.safe_load(value), key
+
+
+def scripts() -> list[str]:
+    named = {shlex.split(command)[0] for command in commands()} | {path for _, path in named_paths()}
+    there = [name for name in named if name.startswith(("launch/", "tools/")) and (REPOSITORY / name).is_file()]
+    return sorted(name for name in there if name != "launch/env.sh")  # that one is sourced
+
+
+@pytest.mark.parametrize("script", scripts())
+def test_every_script_that_a_guide_names_explains_itself(script: str) -> None:
+    command = [sys.executable, script] if script.endswith(".py") else [script]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    shown = subprocess.run(
+        [*command, "--help"], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout + shown.stderr != ""
+    assert "usage: " in shown.stdout + shown.stderr
+    assert Path(script).name in shown.stdout + shown.stderr
+
+
+def test_the_command_that_scores_a_file_scores_it(tmp_path: Path) -> None:
+    """Run as docs/rewards.md has it."""
+    (command,) = [c for c in commands() if c.startswith("tools/score.py")]
+    row = {"prompt": "1+1?", "completion": "so it is 2\n#### 2", "answer": "1+1=2\n#### 2"}
+    (tmp_path / "completions.jsonl").write_text(json.dumps(row) + "\n")
+    script, *arguments = shlex.split(command)
+    arguments = arguments[: arguments.index(">")]
+    scored = subprocess.run(
+        [sys.executable, str(REPOSITORY / script), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout.splitlines()[0])["reward"] == 1.0
