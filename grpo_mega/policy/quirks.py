@@ -24,6 +24,9 @@ def install() -> None:
     setter = DistributedOptimizer._set_main_param_and_optimizer_states
     if not getattr(setter, "keeps_own_step", False):
         DistributedOptimizer._set_main_param_and_optimizer_states = _with_own_step(setter)
+    sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if not getattr(sharded, "counts_padding", False):
+        DistributedOptimizer.sharded_param_state_fully_reshardable = _counting_padding(sharded)
     if not getattr(mappings._reduce, "returns_the_sum", False):
         mappings._reduce = _reducing_contiguous(mappings._reduce)
 
@@ -58,6 +61,28 @@ def _with_own_step(setter: Any) -> Any:
 
     set_states.keeps_own_step = True  # type: ignore[attr-defined]
     return set_states
+
+
+def _counting_padding(sharded: Any) -> Any:
+    """distrib_optimizer.py:1113 joins buckets without the padding at their ends, :1501 cuts parameters out of the
+    result at offsets that count it: behind a padded bucket every parameter gets another's master weights and moments.
+    (A tied head under pipeline parallelism has a bucket of its own.) Inside, buckets say that none of them is padded.
+    """
+
+    @functools.wraps(sharded)
+    def state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sized = [(b, b.grad_data.numel()) for buffer in self.buffers for b in (buffer, *buffer.buckets)]
+        unpadded = [b.numel_unpadded for b, _ in sized]
+        for b, numel in sized:
+            b.numel_unpadded = numel
+        try:
+            return sharded(self, *args, **kwargs)
+        finally:
+            for (b, _), numel in zip(sized, unpadded, strict=True):
+                b.numel_unpadded = numel
+
+    state.counts_padding = True  # type: ignore[attr-defined]
+    return state
 
 
 def _reducing_contiguous(reduce: Any) -> Any:

@@ -19,7 +19,9 @@ def is_refusal(ended: Ended, *words: str) -> None:
     assert len(messages) == 1, ended.stderr
     for word in words:
         assert word in messages[0]
-    assert ended.seconds <= 10.0
+    # Ten seconds by the clock of a machine with nothing else to do; other tests may share this one.
+    assert ended.core_seconds <= 10.0
+    assert ended.seconds <= 40.0
 
 
 @pytest.fixture(scope="module", autouse=True)
