@@ -1,7 +1,7 @@
 """Writes the policy in Hugging Face format: sharded safetensors with an index, config and tokenizer of the base.
 
 Tensors are streamed whole, one bucket at a time; rank 0 writes a file when it is full. Written under a temporary name
-and renamed at the end. Asserted by tests/e2e/test_export.py: it loads in `transformers` with the same log-probs.
+and renamed at the end. Asserted by tests/e2e/test_quickstart.py: it loads in `transformers` with the same log-probs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One table per model family: Megatron parameter -> rule.
 
-A family is supported when its logits equal those of `transformers` in every layout (tests/parallel/test_parity.py).
+A family is supported when its logits equal those of `transformers` in every layout (tests/parallel/test_update.py).
 Names ending in `layer_norm_weight` are those of Transformer Engine's fused modules, the others those of Megatron's
 local ones; the checkpoint's side is the same.
 """

@@ -3,7 +3,7 @@
 `load_from_hf` reads from the safetensors files only the slices that the rank holds. `MegatronWeights` is the
 `WeightSource` of a sync. Streaming sums integer views of zero-filled buckets over the model-parallel ranks: exactly one
 rank contributes each byte, so the sum is a bit-exact copy (also of -0.0 and NaN).
-Asserted by tests/unit/test_weights.py and tests/parallel/test_parity.py.
+Asserted by tests/unit/test_weights.py and tests/parallel/test_weights.py.
 """
 
 from __future__ import annotations
