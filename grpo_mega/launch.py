@@ -1,7 +1,7 @@
 """Starts the ranks of a job: looks where it is, then becomes a worker, becomes `srun`, or starts and watches workers.
 
 What a rank learns from its launcher is set here: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT, OMP_NUM_THREADS. Imports no torch and reads no config itself (`grpo_mega.train --world-size` does), so a
+MASTER_PORT. Imports no torch and reads no config itself (`grpo_mega.train --world-size` does), so a
 wrong argument is reported at once. Exit codes are those of the worker that failed first; its message is the last one on
 the screen. Tests: tests/unit/test_launch.py.
 """
@@ -51,13 +51,7 @@ class Node:
             "LOCAL_WORLD_SIZE": str(self.num_ranks),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads_per_rank(self.num_ranks))),
         }
-
-
-def threads_per_rank(num_ranks: int) -> int:
-    """max(1, cores / ranks): with more threads than cores the ranks wait for each other inside every operation."""
-    return max(1, len(os.sched_getaffinity(0)) // num_ranks)
 
 
 def find_place(env: Mapping[str, str]) -> Place:

@@ -1,6 +1,9 @@
 # Sourced by the other scripts: the environment variables of every process of a job. What the user has set stays.
-# OMP_NUM_THREADS and the variables of a rank are set by grpo_mega/launch.py, which knows the ranks of this machine.
+# The variables of a rank are set by grpo_mega/launch.py, which knows the ranks of this machine.
 
+# One thread a rank, as torchrun does. On CPU the models are small: with two threads on two cores a quickstart step takes
+# 1.8 times as long as with one (docs/measurements/quickstart.md).
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # PyTorch's C++ warning about NUMA binding, once for every rank, says nothing that a user could change.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 # Models and tokenizers are read from folders; a mistyped path must fail at once, not after a search in the network.

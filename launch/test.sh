@@ -16,8 +16,6 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh"
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
-# Tests start several ranks on few cores; more threads than cores make each of them wait for the others.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 selection=(-m "not long")
 arguments=()

@@ -31,20 +31,6 @@ class ModelSpec:
     qkv_bias: bool
     qk_norm: bool
 
-    @property
-    def num_parameters(self) -> int:
-        """Of the checkpoint, a tied head counted once."""
-        from grpo_mega.convert.families import hf_shapes
-
-        return sum(_product(shape) for shape in hf_shapes(self).values())
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
-
 
 def read_spec(folder: Path) -> ModelSpec:
     """Raises UserError: no or malformed config.json, an architecture without a table, an unsupported field."""

@@ -294,7 +294,6 @@ def test_tensors_are_those_of_the_transformers_model(family: str, tied: bool) ->
     if tied:
         del expected["lm_head.weight"]
     assert hf_shapes(spec) == expected
-    assert spec.num_parameters == model.num_parameters()
 
 
 def test_tensors_are_in_the_order_of_the_forward_pass() -> None:
