@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from grpo_mega.config.load import load_config
+from grpo_mega.config.load import load_config, resolved
 from grpo_mega.config.schema import Config
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
@@ -82,17 +82,27 @@ def prepare(config: Config) -> Prepared:
     Raises:
         UserError: the first thing that is wrong.
     """
-    from grpo_mega.base_model.teach import base_tokenizer
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_prompts
+    from grpo_mega.data.rows import check_rows
+    from grpo_mega.observe.run_folder import check_run
     from grpo_mega.preflight import check_model
     from grpo_mega.rewards.base import build_rewards
 
     topology = Topology(wanted_world_size(config), config.parallel.tp, config.parallel.pp, config.engine.tp)
     check_model(config, topology)
     build_rewards(config.reward.terms)
+    check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
-    tokenizer = base_tokenizer(base) if base is not None else load_tokenizer(str(config.model.path))
+    for source in filter(None, (data.train, data.eval)):
+        check_rows(source, data)
+    # from here on with torch and transformers, which take seconds to load
+    if base is not None:
+        from grpo_mega.base_model.teach import base_tokenizer
+
+        tokenizer = base_tokenizer(base)
+    else:
+        tokenizer = load_tokenizer(str(config.model.path))
     train_prompts = load_prompts(data.train, tokenizer=tokenizer, config=data)
     eval_prompts = load_prompts(data.eval, tokenizer=tokenizer, config=data) if data.eval is not None else None
     return Prepared(config, topology, train_prompts, eval_prompts)

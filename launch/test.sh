@@ -23,4 +23,5 @@ for argument in "$@"; do
     if [[ $argument == --all ]]; then selection=(); else arguments+=("$argument"); fi
 done
 cd "$here/.."
-exec python -m pytest ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+# Two workers: the files of a group stay together (tests/conftest.py).
+exec python -m pytest --numprocesses=2 --dist=loadgroup ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

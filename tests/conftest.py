@@ -32,6 +32,14 @@ def gsm8k_dir(pytestconfig: pytest.Config) -> Path:
     pytest.skip("no GSM8K files: put train.jsonl and test.jsonl into data/gsm8k or name their folder by --gsm8k-dir")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers share the tests by these groups: what shares ranks, engines or finished runs stays together."""
+    for item in items:
+        tier, *rest = item.path.relative_to(REPOSITORY / "tests").parts
+        item.add_marker(pytest.mark.xdist_group(tier if tier in ("e2e", "parallel") else f"{tier}/{rest[0]}"))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("gpu")
     if marker is None:

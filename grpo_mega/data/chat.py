@@ -6,17 +6,16 @@ What is tokenised here is what is trained on: nothing downstream tokenises text 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
+from grpo_mega.data.rows import PromptSource
 from grpo_mega.types import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Template = Literal["chat", "plain"]
-Message = Mapping[str, str]
-PromptSource = str | Sequence[Message]
 
 # Any one of these holds a vocabulary; without one, transformers builds an empty tokenizer from config.json alone.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -36,6 +35,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"model.path={path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the tokenizer's "
             f"files beside config.json"
         )
+    from transformers import AutoTokenizer  # takes seconds: after the checks of the folder
+
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions of their own

@@ -7,26 +7,21 @@ again.
 
 from __future__ import annotations
 
-import json
 import logging
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from grpo_mega.config.schema import DataConfig
-from grpo_mega.data import arithmetic
-from grpo_mega.data.chat import PromptSource, render_prompt
+from grpo_mega.data.chat import render_prompt
+from grpo_mega.data.rows import PromptSource, read_rows, source_key
 from grpo_mega.types import Prompt, UserError
 
-log = logging.getLogger("grpo_mega.data")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-_ARITHMETIC = "arithmetic:"
-_PROMPT_KEYS = ("prompt", "question")
+log = logging.getLogger("grpo_mega.data")
 
 
 @dataclass(frozen=True)
@@ -66,11 +61,10 @@ def load_prompts(source: str, *, tokenizer: PreTrainedTokenizerBase, config: Dat
         UserError: the file is missing or empty, a line is malformed, lacks a key or holds a wrong type, a prompt
             cannot be encoded, or is too long under `data.overlong=error`. Names file and line.
     """
-    key = "data.eval" if source == config.eval and source != config.train else "data.train"
-    rows = _arithmetic_rows(source, key) if source.startswith(_ARITHMETIC) else _jsonl_rows(source, key, config)
+    key = source_key(source, config)
     prompts: list[Prompt] = []
     num_skipped = 0
-    for index, (where, prompt, answer) in enumerate(rows):
+    for index, (where, prompt, answer) in enumerate(read_rows(source, key, config)):
         text, token_ids = _render(where, prompt, tokenizer, config)
         if len(token_ids) <= config.max_prompt_tokens:
             prompts.append(Prompt(index=index, text=text, token_ids=token_ids, answer=answer))
@@ -119,88 +113,3 @@ def _render(
     if not token_ids:
         raise UserError(f"{where}: the prompt is empty; every prompt needs at least one token")
     return text, token_ids
-
-
-def _arithmetic_rows(source: str, key: str) -> Iterator[tuple[str, PromptSource, str]]:
-    name = source.removeprefix(_ARITHMETIC)
-    if name not in ("train", "heldout"):
-        raise UserError(f"{key}={source} is no set of the arithmetic task; use arithmetic:train or arithmetic:heldout")
-    for index, pair in enumerate(arithmetic.pairs("train" if name == "train" else "heldout")):
-        yield f"{source}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair)
-
-
-def _jsonl_rows(source: str, key: str, config: DataConfig) -> Iterator[tuple[str, PromptSource, str]]:
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(_missing(path, key))
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                record = _parse(where, line)
-                yield where, _prompt_of(where, record, config), _answer_of(where, record, config)
-
-
-def _missing(path: Path, key: str) -> str:
-    if path.exists():
-        return f"{key}={path} is not a file; give a JSONL file"
-    if "gsm8k" in path.parts and path.name in ("train.jsonl", "test.jsonl"):
-        return (
-            f"{key}={path}: no such file; put GSM8K's {path.name} there (grade_school_math/data/{path.name} of "
-            f"openai/grade-school-math), or set {key} to where it is"
-        )
-    return (
-        f"{key}={path}: no such file; give a JSONL file with a prompt and an answer per line, or arithmetic:train / "
-        f"arithmetic:heldout"
-    )
-
-
-def _parse(where: str, line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except ValueError as error:  # malformed JSON or UTF-8
-        raise UserError(f"{where}: not valid JSON ({error}); each line is one JSON object") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: got a {type(record).__name__}; each line is one JSON object")
-    return record
-
-
-def _prompt_of(where: str, record: dict[str, Any], config: DataConfig) -> PromptSource:
-    accepted = (config.prompt_key,) if config.prompt_key else _PROMPT_KEYS
-    name = next((name for name in accepted if name in record), None)
-    if name is None:
-        raise UserError(
-            f"{where}: no key {' or '.join(repr(name) for name in accepted)} among {sorted(record)}; set "
-            f"data.prompt_key to the one that holds the prompt"
-        )
-    value = record[name]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and value and all(_is_message(item) for item in value):
-        return value
-    raise UserError(
-        f"{where}: {name}={_short(value)} is neither a string nor a list of {{role, content}} messages; correct it"
-    )
-
-
-def _is_message(item: object) -> bool:
-    return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
-
-
-def _answer_of(where: str, record: dict[str, Any], config: DataConfig) -> str:
-    name = config.answer_key or "answer"
-    if name not in record:
-        raise UserError(
-            f"{where}: no key {name!r} among {sorted(record)}; set data.answer_key to the one that holds the answer"
-        )
-    value = record[name]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    raise UserError(f"{where}: {name}={_short(value)} is neither a string nor a number; correct it")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

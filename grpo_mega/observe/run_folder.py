@@ -156,6 +156,16 @@ def open_run(
     return RunState(folder, "continued", step, checkpoint, previous, None)
 
 
+def check_run(path: Path, resolved: Mapping[str, Any], *, overwrite: bool) -> None:
+    """What `open_run` would refuse for the config's sake, without touching the folder: any rank may ask, and early.
+
+    Raises:
+        UserError: as `open_run`.
+    """
+    if _holds_run(RunFolder(path)) and not overwrite:
+        _require_same_config(RunFolder(path), resolved, CHANGEABLE)
+
+
 def _holds_run(folder: RunFolder) -> bool:
     if folder.path.exists() and not folder.path.is_dir():
         raise UserError(f"run.dir={folder.path} is a file; name a folder, which is created")

@@ -116,8 +116,6 @@ def build_rewards(terms: Sequence[Term]) -> tuple[RewardComponent, ...]:
     components = []
     for position, term in enumerate(terms):
         where = f"reward.terms[{position}]"
-        if not math.isfinite(term.weight):
-            raise UserError(f"{where}.weight={term.weight} is not finite; give a number")
         function = _resolve(where, term.name)
         declaration = getattr(function, _DECLARATION, None)
         if not isinstance(declaration, Declaration):

@@ -19,15 +19,6 @@ def is_refusal(ended: Ended, *words: str) -> None:
     assert len(messages) == 1, ended.stderr
     for word in words:
         assert word in messages[0]
-    # Ten seconds by the clock of a machine with nothing else to do; other tests may share this one.
-    assert ended.core_seconds <= 10.0
-    assert ended.seconds <= 40.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm_files(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The limit of ten seconds is for a machine that has read the packages' files before."""
-    train(QUICKSTART, "run.world_size=0", output=tmp_path_factory.mktemp("warm") / "up")
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:

@@ -16,11 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.vllm_engine import VllmEngine, eos_ids
 from grpo_mega.engines.vllm_start import VllmSettings, kv_cache_bytes, start
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
-from tests.helpers.tiny_models import EOS, config_of, make_tiny_model
+from tests.helpers.tiny_models import EOS, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
@@ -411,7 +412,7 @@ def test_missing_vllm_says_what_to_install(models: dict[str, Path]) -> None:
         mock.patch.object(dist, "get_world_size", return_value=1),
         pytest.raises(ImportError, match=r"engine\.kind=vllm needs vLLM: pip install 'grpo_mega\[vllm\]'"),
     ):
-        start(settings, config_of(models["qwen3"]))
+        start(settings, read_spec(models["qwen3"]))
 
 
 def test_world_that_is_no_multiple_of_engine_tp_is_refused(models: dict[str, Path]) -> None:
@@ -420,17 +421,17 @@ def test_world_that_is_no_multiple_of_engine_tp_is_refused(models: dict[str, Pat
         mock.patch.object(dist, "get_world_size", return_value=3),
         pytest.raises(UserError, match=r"engine\.tp=2 does not divide the 3 ranks"),
     ):
-        start(settings, config_of(models["qwen3"]))
+        start(settings, read_spec(models["qwen3"]))
 
 
 def test_kv_cache_tokens_bounds_the_bytes_and_must_hold_a_rollout(models: dict[str, Path]) -> None:
-    config = config_of(models["qwen3"])
+    spec = read_spec(models["qwen3"])
     per_block = 32 * 2 * 2 * 2 * 32  # tokens, keys and values, layers, KV heads, head_dim
     settings = VllmSettings(models["qwen3"], "bf16", 1, 96, 8, 320, 0)
-    assert kv_cache_bytes(settings, config) == 11 * per_block * 2
-    assert kv_cache_bytes(replace(settings, tp=2, dtype="fp32"), config) == 11 * per_block // 2 * 4
+    assert kv_cache_bytes(settings, spec) == 11 * per_block * 2
+    assert kv_cache_bytes(replace(settings, tp=2, dtype="fp32"), spec) == 11 * per_block // 2 * 4
     with pytest.raises(UserError, match=r"engine\.kv_cache_tokens=95 does not hold.*96 tokens; use at least 96"):
-        kv_cache_bytes(replace(settings, kv_cache_tokens=95), config)
+        kv_cache_bytes(replace(settings, kv_cache_tokens=95), spec)
 
 
 def test_head_size_that_the_cpu_kernels_lack_is_refused_before_the_engine_starts(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,13 +33,12 @@ _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "NNODES", "NODE
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended, and how long it took: by the clock, and in seconds of a core (all its processes)."""
+    """A command that has ended, and how long it took."""
 
     code: int
     stdout: str
     stderr: str
     seconds: float
-    core_seconds: float
 
 
 @contextmanager
@@ -79,17 +77,11 @@ def kill(process: psutil.Popen) -> None:
 
 def train(*arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0) -> Ended:
     """Run to the end. Raises subprocess.TimeoutExpired (nothing is left running) when that takes too long."""
-    begin, cores = time.monotonic(), _core_seconds()
+    begin = time.monotonic()
     with started(arguments, output, env) as process:
         code = int(process.wait(timeout_seconds))
     texts = [output.with_suffix(suffix).read_text(errors="replace") for suffix in (".out", ".err")]
-    return Ended(code, *texts, time.monotonic() - begin, _core_seconds() - cores)
-
-
-def _core_seconds() -> float:
-    """Of all processes below this one that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
+    return Ended(code, *texts, time.monotonic() - begin)
 
 
 def train_well(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> Ended:
