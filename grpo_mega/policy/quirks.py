@@ -6,6 +6,7 @@ Asserted by tests/parallel/test_checkpoint.py (optimizer state), tests/parallel/
 from __future__ import annotations
 
 import functools
+import queue
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from grpo_mega.policy import cpu
 
 cpu.prepare_import()
 
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402 - only after prepare_import
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402 - only after prepare_import
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
 
 
@@ -27,6 +29,9 @@ def install() -> None:
     sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
     if not getattr(sharded, "counts_padding", False):
         DistributedOptimizer.sharded_param_state_fully_reshardable = _counting_padding(sharded)
+    # filesystem_async.py:54 spawns a server process for a queue that a synchronous save puts into and gets from in this
+    # process: seconds at the first save, 270 MB, and it outlives a rank that is killed
+    filesystem_async._get_write_results_queue = _results_of_this_process
     if not getattr(mappings._reduce, "returns_the_sum", False):
         mappings._reduce = _reducing_contiguous(mappings._reduce)
 
@@ -61,6 +66,11 @@ def _with_own_step(setter: Any) -> Any:
 
     set_states.keeps_own_step = True  # type: ignore[attr-defined]
     return set_states
+
+
+@functools.cache
+def _results_of_this_process() -> queue.Queue[Any]:
+    return queue.Queue()
 
 
 def _counting_padding(sharded: Any) -> Any:
