@@ -79,7 +79,8 @@ def test_every_training_command_passes_all_checks_that_come_before_the_start(
     stand_in.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}) + "\n")
     arguments = [a.replace("FILE.jsonl", str(stand_in)) for a in train_arguments(command)]
     config = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/quickstart.yaml"
-    prepared = prepare(load_config(Path(config), arguments))
+    own_folder = f"run.dir={tmp_path / 'run'}"  # a reader may have a run of another config in the default one
+    prepared = prepare(load_config(Path(config), [*arguments, own_folder]))
     assert len(prepared.train_prompts) > 0
     for override in arguments:
         key, _, value = override.partition("=")
