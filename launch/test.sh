@@ -23,5 +23,5 @@ for argument in "$@"; do
     if [[ $argument == --all ]]; then selection=(); else arguments+=("$argument"); fi
 done
 cd "$here/.."
-# Two workers: the files of a group stay together (tests/conftest.py).
-exec python -m pytest --numprocesses=2 --dist=loadgroup ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}
+# Two workers; which tests stay together, and in what order they start, is in tests/conftest.py.
+exec python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -32,12 +34,24 @@ def gsm8k_dir(pytestconfig: pytest.Config) -> Path:
     pytest.skip("no GSM8K files: put train.jsonl and test.jsonl into data/gsm8k or name their folder by --gsm8k-dir")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers share the tests by these groups: what shares ranks, engines or finished runs stays together."""
-    for item in items:
-        tier, *rest = item.path.relative_to(REPOSITORY / "tests").parts
-        item.add_marker(pytest.mark.xdist_group(tier if tier in ("e2e", "parallel") else f"{tier}/{rest[0]}"))
+class GroupScheduling(LoadScopeScheduling):
+    """What shares ranks, engines or finished runs stays on one worker; the largest groups come first.
+
+    xdist's own groups (`--dist=loadgroup`) rename tests, which pytest 9.2 ignores without a word.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = Path(nodeid.partition("::")[0])
+        tier = file.parts[1]
+        if tier == "parallel" or (tier == "e2e" and file.name != "test_resume.py"):
+            return tier
+        return str(file)
+
+
+@pytest.hookimpl(optionalhook=True)  # also without xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    """With --no-loadscope-reorder groups are taken in the order of collection: e2e, engine, parallel, unit."""
+    return GroupScheduling(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

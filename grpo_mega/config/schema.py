@@ -146,6 +146,7 @@ class OptimizerConfig(Section):
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    """Decoupled (AdamW); of matrices only: norms and biases do not decay."""
     clip_grad: float = Field(1.0, gt=0)
 
 

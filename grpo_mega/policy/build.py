@@ -141,6 +141,8 @@ def build_policy(
         [ddp],
         use_gloo_process_groups=False,
     )
+    for group in adam.param_groups:  # norms and biases have wd_mult 0, which only Megatron's own scheduler would apply
+        group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_without_division
     return MegatronParts(config, model, ddp, adam)
 

@@ -55,12 +55,12 @@ def expect(recorded: Recorded) -> Expected:
     with torch.no_grad():
         log_probs = {t: [_forward(model, r, t)[0].tolist() for r in rollouts] for t in TEMPERATURES}
         entropy = [_forward(model, r, temperature)[1].tolist() for r in rollouts]
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
     adam = torch.optim.AdamW(
-        model.parameters(),
+        [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=OPTIMIZER.lr,
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
         eps=OPTIMIZER.eps,
-        weight_decay=OPTIMIZER.weight_decay,
     )
     expected = Expected(log_probs, entropy, [], [], [], [], [_tensors(model)])
     for _ in range(NUM_UPDATES):
