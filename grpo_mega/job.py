@@ -29,6 +29,7 @@ from grpo_mega.loop import Job, push_weights, train
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunState, open_run
+from grpo_mega.observe.run_lock import run_lock
 from grpo_mega.observe.summary import Evaluation, render
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
@@ -55,13 +56,14 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
     torch.use_deterministic_algorithms(config.run.deterministic)
     ranks = init_ranks(topology, config.guard.timeout_seconds)
     try:
-        run = agreed(lambda: _open(config), ranks)
-        if run.status == "finished":
-            _say_finished(run, ranks)
-            return
-        configure_logging(rank, coordinates, run.folder.logs)
-        with building(config, ranks, run, folder, prompts, held_out) as built:
-            built.run()
+        with ExitStack() as held:
+            run = agreed(lambda: _open(config, held), ranks)
+            if run.status == "finished":
+                _say_finished(run, ranks)
+                return
+            configure_logging(rank, coordinates, run.folder.logs)
+            with building(config, ranks, run, folder, prompts, held_out) as built:
+                built.run()
     finally:
         dist.destroy_process_group()
 
@@ -196,7 +198,9 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
     )
 
 
-def _open(config: Config) -> RunState:
+def _open(config: Config, held: ExitStack) -> RunState:
+    """On rank 0; nobody else may write into the folder until `held` is closed."""
+    held.enter_context(run_lock(Path(str(config.run.dir))))
     return open_run(
         Path(str(config.run.dir)),
         resolved(config),

@@ -17,7 +17,19 @@ from grpo_mega.types import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; here it is a number, as everybody means it."""
+    """YAML 1.1 reads 1e-4 as text; here it is a number, as everybody means it. A key given twice is an error: the
+    first value would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                at = f"line {key.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(None, None, f"{at}: the key {key.value} is given twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

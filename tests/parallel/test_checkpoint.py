@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 
@@ -92,6 +93,19 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_to_rounding_at_a
         for found, wanted in zip(resumed, whole[0][0][SAVED_AFTER:], strict=True):
             assert abs(found.sums["loss"] - wanted.sums["loss"]) <= 1e-5 * wanted.sums["loss_magnitude"]
             assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
+
+
+def processes_left_by_a_save(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[str]:
+    policy = open_policy(rank, recorded, layout)
+    train_on(rank, policy, recorded, layout, RATES[:1])
+    before = set(psutil.Process().children(recursive=True))
+    policy.save(folder, {})
+    return [" ".join(child.cmdline()) for child in set(psutil.Process().children(recursive=True)) - before]
+
+
+def test_a_save_leaves_no_process_behind(laboratory: Laboratory, tmp_path: Path) -> None:
+    recorded = laboratory.recorded("qwen3")
+    assert laboratory.pool.call(2, processes_left_by_a_save, recorded, DP2, tmp_path) == [[], []]
 
 
 def reference_after_load(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path) -> bool:

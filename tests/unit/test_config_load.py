@@ -93,6 +93,15 @@ def test_exponents_in_the_file_are_numbers_too(tmp_path: Path) -> None:
     assert (optimizer.lr, optimizer.weight_decay, optimizer.eps) == (3e-5, 0.1, 1e-9)
 
 
+def test_a_key_that_a_file_gives_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "optimizer:\n  lr: 3e-5\n  lr: 1e-5\n")
+    line = len(path.read_text().splitlines())
+    assert message_of(path) == f"{path}: not valid YAML: line {line}: the key lr is given twice"
+    path.write_text(yaml.safe_dump(MINIMAL) + "train: {steps: 3}\n")
+    assert "the key train is given twice" in message_of(path)
+
+
 def test_the_last_of_two_overrides_of_a_key_holds(minimal: Path) -> None:
     assert load_config(minimal, ["train.steps=5", "train.steps=7"]).train.steps == 7
 
