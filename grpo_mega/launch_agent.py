@@ -18,9 +18,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a rank may be writing its last log line
+_LISTEN_SECONDS = 0.2  # a signal that comes just before a blocking wait is handled only when the wait ends
 _TAIL_LINES = 40  # of a rank's stderr, kept to be shown again
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -95,6 +97,12 @@ class _Ranks:
     def _wait(self, rank: int) -> None:
         self.exits.put((rank, self.processes[rank].wait()))
 
+    def next_exit(self) -> tuple[int, int]:
+        """(local rank, return code) of the next rank that ends."""
+        while True:
+            with suppress(queue.Empty):
+                return self.exits.get(timeout=_LISTEN_SECONDS)
+
     def send(self, number: int) -> None:
         """A signal to every rank that still runs, and to its children."""
         for process in self.processes:
@@ -148,17 +156,21 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
         0 when every rank returned 0, 130 after a signal, else that of the rank that failed first (`exit_code_of`).
     """
     received: list[int] = []
-    ranks = _Ranks(command, environments)
+    ranks: _Ranks | None = None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
         received.append(number)
-        # A rank that waits inside a collective hears nothing else: the second Ctrl-C means it.
-        ranks.send(number if len(received) == 1 else signal.SIGKILL)
+        if ranks is not None:
+            # A rank that waits inside a collective hears nothing else: the second Ctrl-C means it.
+            ranks.send(number if len(received) == 1 else signal.SIGKILL)
 
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
+        ranks = _Ranks(command, environments)
+        if received:  # while they were started
+            ranks.send(received[0])
         for _ in ranks.processes:
-            rank, return_code = ranks.exits.get()
+            rank, return_code = ranks.next_exit()
             if return_code != 0:
                 ranks.end()
                 if received:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -183,6 +184,20 @@ def test_no_rank_outlives_its_agent(tmp_path: Path, number: signal.Signals, expe
     while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [pid for pid in pids if is_running(pid)]
+
+
+def test_a_signal_while_the_ranks_are_started_still_reaches_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = subprocess.Popen
+
+    def interrupted(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
+        process = start(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    begin = time.monotonic()
+    assert run_ranks([sys.executable, "-S", "-c", "import time; time.sleep(60)"], environments(1)) == 130
+    assert time.monotonic() - begin < 30
 
 
 def is_running(pid: int) -> bool:
