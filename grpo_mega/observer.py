@@ -39,7 +39,8 @@ class Observer:
             rollouts_shown=config.observe.rollouts_shown,
         )
         self._held_out: dict[str, float] = {}
-        layout = {"world_size": topology.world_size, "tp": topology.tp, "pp": topology.pp, "dp": topology.dp}
+        axes = ("world_size", "tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp")
+        layout = {name: int(getattr(topology, name)) for name in axes}
         self.summary = Summary(
             status="interrupted",  # until the end says otherwise: a killed run cannot
             steps=run.step,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from grpo_mega.config.schema import ArchitectureConfig, Config
 from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
@@ -27,11 +28,10 @@ def check_model(config: Config, topology: Topology) -> None:
             f"parallel.tp={topology.tp} does not divide the {shape.num_kv_heads} key-value heads of {where}; "
             f"{_divisors(shape.num_kv_heads)}"
         )
-    if shape.num_layers % topology.pp:
-        raise UserError(
-            f"parallel.pp={topology.pp} does not divide the {shape.num_layers} layers of {where}; "
-            f"{_divisors(shape.num_layers)}"
-        )
+    for key, ranks in (("parallel.ep", topology.ep), ("parallel.etp", topology.etp)):
+        if ranks > 1:
+            raise UserError(f"{key}={ranks} does nothing: {where} has no experts; leave it out")
+    stage_layers(shape.num_layers, config.parallel, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > shape.max_positions:
         raise UserError(

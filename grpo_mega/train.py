@@ -89,7 +89,7 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.preflight import check_model
     from grpo_mega.rewards.base import build_rewards
 
-    topology = Topology(wanted_world_size(config), config.parallel.tp, config.parallel.pp, config.engine.tp)
+    topology = Topology.of(config, wanted_world_size(config))
     check_model(config, topology)
     build_rewards(config.reward.terms)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)

@@ -5,6 +5,8 @@ Rules that need the model's own config are in grpo_mega/preflight.py.
 
 from __future__ import annotations
 
+import math
+
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -15,6 +17,10 @@ def check(config: Config) -> None:
         _one_model,
         _group_size,
         _layout_divides,
+        _pipeline,
+        _not_yet,
+        _recompute,
+        _overlap,
         _engine_divides,
         _sequence_parallel,
         _row_holds_a_rollout,
@@ -40,11 +46,66 @@ def _group_size(config: Config) -> None:
 
 def _layout_divides(config: Config) -> None:
     world, parallel = config.run.world_size, config.parallel
-    size = parallel.tp * parallel.pp
-    if world is not None and world % size:
+    if world is not None:
+        require_whole_grids(world, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp)
+
+
+def require_whole_grids(world: int, *, tp: int, cp: int, pp: int, ep: int, etp: int) -> None:
+    """The ranks are whole replicas of the dense layers, and whole replicas of the experts.
+
+    Raises:
+        UserError: with the numbers of ranks that would do.
+    """
+    if world % (tp * cp * pp):
         raise UserError(
-            f"run.world_size={world} is not a multiple of parallel.tp x parallel.pp = {parallel.tp} x {parallel.pp}; "
-            f"use a multiple of {size}"
+            f"run.world_size={world} is not a multiple of parallel.tp x parallel.cp x parallel.pp = "
+            f"{tp} x {cp} x {pp}; use a multiple of {tp * cp * pp}"
+        )
+    if world % (etp * ep * pp):
+        raise UserError(
+            f"run.world_size={world} is not a multiple of parallel.etp x parallel.ep x parallel.pp = "
+            f"{etp} x {ep} x {pp}; use a multiple of {math.lcm(etp * ep * pp, tp * cp * pp)}"
+        )
+
+
+def _pipeline(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.pp == 1:
+        for key in ("num_layers_first_stage", "num_layers_last_stage", "pipeline_layout"):
+            if (got := getattr(parallel, key)) is not None:
+                raise UserError(f"parallel.{key}={got} does nothing with parallel.pp=1; raise pp or leave it out")
+        if parallel.vpp > 1:
+            raise UserError(f"parallel.vpp={parallel.vpp} needs a pipeline; raise parallel.pp=1 or leave vpp out")
+    uneven = parallel.num_layers_first_stage is not None or parallel.num_layers_last_stage is not None
+    if parallel.pipeline_layout is not None and uneven:
+        raise UserError(
+            f"parallel.pipeline_layout={parallel.pipeline_layout} says already how many layers each stage has; leave "
+            "parallel.num_layers_first_stage and parallel.num_layers_last_stage out"
+        )
+
+
+def _not_yet(config: Config) -> None:
+    for key in ("vpp", "cp"):
+        if (got := getattr(config.parallel, key)) > 1:
+            raise UserError(f"parallel.{key}={got} is not supported yet; use 1")
+
+
+def _recompute(config: Config) -> None:
+    parallel = config.parallel
+    if parallel.recompute_modules is not None and parallel.recompute != "selective":
+        raise UserError(
+            f"parallel.recompute_modules does nothing with parallel.recompute={parallel.recompute}; use selective, or "
+            "leave the modules out"
+        )
+    if parallel.recompute_modules == ():
+        raise UserError("parallel.recompute_modules=[] recomputes nothing; name a module, or use recompute=none")
+
+
+def _overlap(config: Config) -> None:
+    if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
+        raise UserError(
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true (Megatron gathers at the "
+            "buckets that it reduced); set both or none"
         )
 
 

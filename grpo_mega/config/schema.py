@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe"]
+
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
@@ -67,11 +69,32 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Policy layout; dp = world / (tp * pp)."""
+    """Policy layout; dp = world / (tp * cp * pp), and on the grid of the experts edp = world / (etp * ep * pp)."""
 
     tp: int = Field(1, ge=1)
     pp: int = Field(1, ge=1)
+    vpp: int = Field(1, ge=1)
+    """Model chunks of each pipeline rank (interleaved schedule)."""
+    cp: int = Field(1, ge=1)
+    """Ranks that share the tokens of a row."""
+    ep: int = Field(1, ge=1)
+    """Ranks that share the experts of a layer."""
+    etp: int = Field(1, ge=1)
+    """Ranks that share one expert."""
     sequence_parallel: bool = False
+    num_layers_first_stage: int | None = Field(None, ge=1)
+    """Layers of the first pipeline rank; unset: as many as the others."""
+    num_layers_last_stage: int | None = Field(None, ge=1)
+    pipeline_layout: str | None = None
+    """What each stage holds, first to last, as Megatron's pipeline_model_parallel_layout: `Et*3|(t*4|)*2t*3L`."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again: none, those of `recompute_modules`, or of whole layers."""
+    recompute_modules: tuple[RecomputeModule, ...] | None = Field(None, strict=False)
+    """Unset: core_attn."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass goes on."""
 
 
 class EngineConfig(Section):

@@ -1,7 +1,8 @@
 """The rank grid of a job, as arithmetic: who shares an axis with whom, and who forms an engine replica.
 
-Pure: no process group exists here. Order of the axes, fastest first: tp, dp, pp (Megatron's "tp-cp-ep-dp-pp" with one
-rank on the axes that are not named). Engine replicas are contiguous runs of `engine_tp` ranks.
+Pure: no process group exists here. Order of the axes, fastest first, is Megatron's "tp-cp-ep-dp-pp": the dense layers
+lie on tp, cp, dp, pp, the experts on etp, ep, edp, pp over the same ranks. Engine replicas are contiguous runs of
+`engine_tp` ranks.
 Asserted by tests/unit/test_topology.py, and against Megatron's own groups by tests/parallel.
 """
 
@@ -9,58 +10,90 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from grpo_mega.config.check import require_whole_grids
+from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """One rank's place on the grid."""
+    """One rank's place on the three grids: dense layers, experts, engines."""
 
     rank: int
     tp_rank: int
+    cp_rank: int
     dp_rank: int
     pp_rank: int
+    etp_rank: int
+    ep_rank: int
+    edp_rank: int
     replica: int
     engine_tp_rank: int
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the axes; `world_size == tp * dp * pp == num_replicas * engine_tp`."""
+    """Sizes of the axes; `world_size == tp * cp * dp * pp == etp * ep * edp * pp == num_replicas * engine_tp`."""
 
     world_size: int
     tp: int = 1
     pp: int = 1
     engine_tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 1
+    vpp: int = 1
 
     def __post_init__(self) -> None:
         """Raises UserError when the layout does not divide the ranks."""
-        if self.world_size % (self.tp * self.pp):
-            raise UserError(
-                f"parallel.tp={self.tp} x parallel.pp={self.pp} = {self.tp * self.pp} does not divide the "
-                f"{self.world_size} rank(s) of this job; set run.world_size to a multiple of {self.tp * self.pp}"
-            )
+        require_whole_grids(self.world_size, tp=self.tp, cp=self.cp, pp=self.pp, ep=self.ep, etp=self.etp)
         if self.world_size % self.engine_tp:
             raise UserError(
                 f"engine.tp={self.engine_tp} does not divide the {self.world_size} rank(s) of this job; "
                 f"use a divisor of {self.world_size}"
             )
 
+    @classmethod
+    def of(cls, config: Config, world_size: int) -> Topology:
+        """The layout of a config on so many ranks."""
+        axes = config.parallel
+        return cls(
+            world_size,
+            tp=axes.tp,
+            pp=axes.pp,
+            engine_tp=config.engine.tp,
+            cp=axes.cp,
+            ep=axes.ep,
+            etp=axes.etp,
+            vpp=axes.vpp,
+        )
+
     @property
     def dp(self) -> int:
-        return self.world_size // (self.tp * self.pp)
+        """Ranks with the same weights of the dense layers and different rollouts."""
+        return self.world_size // (self.tp * self.cp * self.pp)
+
+    @property
+    def edp(self) -> int:
+        """Ranks with the same experts."""
+        return self.world_size // (self.etp * self.ep * self.pp)
 
     @property
     def num_replicas(self) -> int:
         return self.world_size // self.engine_tp
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Inverse of rank = tp_rank + tp * (dp_rank + dp * pp_rank)."""
+        """Inverse of rank = tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
+        = etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank))."""
         return Coordinates(
             rank=rank,
             tp_rank=rank % self.tp,
-            dp_rank=rank // self.tp % self.dp,
-            pp_rank=rank // (self.tp * self.dp),
+            cp_rank=rank // self.tp % self.cp,
+            dp_rank=rank // (self.tp * self.cp) % self.dp,
+            pp_rank=rank // (self.tp * self.cp * self.dp),
+            etp_rank=rank % self.etp,
+            ep_rank=rank // self.etp % self.ep,
+            edp_rank=rank // (self.etp * self.ep) % self.edp,
             replica=rank // self.engine_tp,
             engine_tp_rank=rank % self.engine_tp,
         )
@@ -71,9 +104,12 @@ class Topology:
 
     def loss_rank(self, dp_rank: int) -> int:
         """The first rank of the last pipeline stage of one data-parallel replica: it has the log-probs."""
-        return self.tp * (dp_rank + self.dp * (self.pp - 1))
+        return self.tp * self.cp * (dp_rank + self.dp * (self.pp - 1))
 
     def describe(self, rank: int) -> str:
-        """For messages: `rank 5 | dp 1/2 pp 0/2 tp 1/2`."""
+        """For messages: `rank 5 | dp 1/2 pp 0/2 tp 1/2`; cp and ep where they are more than 1."""
         at = self.coordinates(rank)
-        return f"rank {rank} | dp {at.dp_rank}/{self.dp} pp {at.pp_rank}/{self.pp} tp {at.tp_rank}/{self.tp}"
+        axes = [("dp", at.dp_rank, self.dp), ("pp", at.pp_rank, self.pp), ("tp", at.tp_rank, self.tp)]
+        more = [("cp", at.cp_rank, self.cp), ("ep", at.ep_rank, self.ep)]
+        axes += [axis for axis in more if axis[2] > 1]
+        return f"rank {rank} | " + " ".join(f"{name} {place}/{size}" for name, place, size in axes)

@@ -55,6 +55,10 @@ def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
     parallel_state.initialize_model_parallel(
         ranks.topology.tp,
         ranks.topology.pp,
+        ranks.topology.vpp if ranks.topology.vpp > 1 else None,
+        context_parallel_size=ranks.topology.cp,
+        expert_model_parallel_size=ranks.topology.ep,
+        expert_tensor_parallel_size=ranks.topology.etp,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
     )
@@ -82,7 +86,14 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_first_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_last_stage,
+        pipeline_model_parallel_layout=parallel.pipeline_layout,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp,
         sequence_parallel=parallel.sequence_parallel,
+        **_recompute(parallel),
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -96,6 +107,15 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         calculate_per_token_loss=True,
         batch_p2p_comm=False,
     )
+
+
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = parallel.recompute_modules or ("core_attn",)
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
 
 
 def build_policy(
@@ -122,7 +142,12 @@ def build_policy(
     cpu.install()  # modules that were imported while the model was built
     ddp = DistributedDataParallel(
         config,
-        DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True),
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+        ),
         model,
     )
     adam = megatron_optimizer.get_megatron_optimizer(

@@ -19,8 +19,8 @@ def test_four_ranks_finish_and_say_their_layout(four_ranks: Run) -> None:
     summary = read_json(four_ranks.folder / "summary.json")
     assert summary["status"] == "done"
     assert summary["steps"] == 2
-    layout = {"world_size": 4, "tp": 2, "pp": 2, "dp": 1, "engine_tp": 2, "engine_replicas": 2}
-    assert summary["layout"] == layout
+    layout = {"world_size": 4, "tp": 2, "pp": 2, "vpp": 1, "cp": 1, "dp": 1, "engine_tp": 2, "engine_replicas": 2}
+    assert summary["layout"] == layout | {"ep": 1, "etp": 1, "edp": 2}
     assert (four_ranks.folder / "hf" / "model.safetensors").is_file()
     assert len(list((four_ranks.folder / "logs").glob("rank_*.log"))) == 4
 

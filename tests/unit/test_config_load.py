@@ -190,7 +190,44 @@ def test_config_is_frozen(minimal: Path) -> None:
         ),
         (
             ["run.world_size=6", "parallel.tp=2", "parallel.pp=2"],
-            "run.world_size=6 is not a multiple of parallel.tp x parallel.pp = 2 x 2; use a multiple of 4",
+            "run.world_size=6 is not a multiple of parallel.tp x parallel.cp x parallel.pp = 2 x 1 x 2; use a multiple "
+            "of 4",
+        ),
+        (
+            ["run.world_size=4", "parallel.ep=4", "parallel.etp=2"],
+            "run.world_size=4 is not a multiple of parallel.etp x parallel.ep x parallel.pp = 2 x 4 x 1; use a "
+            "multiple of 8",
+        ),
+        (
+            ["parallel.num_layers_last_stage=3"],
+            "parallel.num_layers_last_stage=3 does nothing with parallel.pp=1; raise pp or leave it out",
+        ),
+        (
+            ["parallel.pipeline_layout=EtL"],
+            "parallel.pipeline_layout=EtL does nothing with parallel.pp=1; raise pp or leave it out",
+        ),
+        (
+            ["parallel.vpp=2"],
+            "parallel.vpp=2 needs a pipeline; raise parallel.pp=1 or leave vpp out",
+        ),
+        (
+            ["parallel.pp=2", "parallel.pipeline_layout='Et|tL'", "parallel.num_layers_first_stage=1"],
+            "parallel.pipeline_layout=Et|tL says already how many layers each stage has; leave "
+            "parallel.num_layers_first_stage and parallel.num_layers_last_stage out",
+        ),
+        (
+            ["parallel.recompute=full", "parallel.recompute_modules=[mlp]"],
+            "parallel.recompute_modules does nothing with parallel.recompute=full; use selective, or leave the modules "
+            "out",
+        ),
+        (
+            ["parallel.recompute=selective", "parallel.recompute_modules=[]"],
+            "parallel.recompute_modules=[] recomputes nothing; name a module, or use recompute=none",
+        ),
+        (
+            ["parallel.overlap_param_gather=true"],
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true (Megatron gathers at the "
+            "buckets that it reduced); set both or none",
         ),
         (
             ["run.world_size=3", "engine.tp=2"],
@@ -229,6 +266,11 @@ def test_each_rule_between_keys_says_key_got_rule_and_remedy(minimal: Path, over
         ["model.base=null", "model.path=a"],
         ["sampling.group_size=2"],
         ["run.world_size=8", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "engine.tp=4"],
+        ["run.world_size=8", "parallel.tp=2", "parallel.ep=4", "parallel.etp=2"],
+        ["parallel.pp=2", "parallel.num_layers_first_stage=1"],
+        ["parallel.pp=2", "parallel.pipeline_layout='Et|tL'"],
+        ["parallel.recompute=selective", "parallel.recompute_modules=[mlp, core_attn]"],
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
         ["train.max_tokens_per_microbatch=1280"],
         ["train.minibatches_per_epoch=32"],
         ["evaluation.every=2", "data.eval=arithmetic:heldout"],

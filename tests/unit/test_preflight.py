@@ -49,7 +49,13 @@ def message_of(config: Config, topology: Topology) -> str:
             f"engine.tp=4 does not divide the 10 feed-forward size of {RECIPE}; use one of 1, 2, 5, 10",
         ),
         ((), Topology(4, tp=4), f"parallel.tp=4 does not divide the 2 key-value heads of {RECIPE}; use one of 1, 2"),
-        ((), Topology(3, pp=3), f"parallel.pp=3 does not divide the 4 layers of {RECIPE}; use one of 1, 2, 4"),
+        (
+            ("parallel.pp=3",),
+            Topology(3, pp=3),
+            f"parallel.pp=3 does not divide the 4 layers of {RECIPE}; use one of 1, 2, 4, or set "
+            "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout",
+        ),
+        ((), Topology(2, ep=2), f"parallel.ep=2 does nothing: {RECIPE} has no experts; leave it out"),
         (
             ("sampling.max_tokens=49",),
             Topology(1),
@@ -72,6 +78,7 @@ def test_what_does_not_fit_the_model_is_refused(overrides: tuple[str, ...], topo
     ("overrides", "topology"),
     [
         ((), Topology(1)),
+        (("parallel.pp=3", "parallel.num_layers_first_stage=2"), Topology(3, pp=3)),
         ((), Topology(8, tp=2, pp=4, engine_tp=4)),  # an engine's ranks may share a key-value head
         (("sampling.max_tokens=48", "evaluation.max_tokens=48"), Topology(1)),
     ],
@@ -96,11 +103,9 @@ def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
         "max_position_embeddings": 24,
     }
     (folder / "config.json").write_text(json.dumps(raw))
-    check_model(config, Topology(15, tp=3, pp=5, engine_tp=3))
+    check_model(config_of("model.base=null", f"model.path={folder}", "parallel.pp=5"), Topology(15, 3, 5, engine_tp=3))
     assert message_of(config, Topology(2, tp=2)) == (
         f"parallel.tp=2 does not divide the 3 key-value heads of {folder}; use one of 1, 3"
     )
-    assert (
-        message_of(config, Topology(2, pp=2))
-        == f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5"
-    )
+    said = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
+    assert said.startswith(f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5, or set ")

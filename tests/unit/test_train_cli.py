@@ -126,8 +126,8 @@ def write_model(folder: Path, **files: str) -> Path:
         (["sampling.group_size=1"], "sampling.group_size=1: an advantage is relative to its group; use 2 or more"),
         (
             ["parallel.tp=2"],
-            "parallel.tp=2 x parallel.pp=1 = 2 does not divide the 1 rank(s) of this job; set run.world_size to a "
-            "multiple of 2",
+            "run.world_size=1 is not a multiple of parallel.tp x parallel.cp x parallel.pp = 2 x 1 x 1; use a multiple "
+            "of 2",
         ),
         (
             ["parallel.tp=4", "run.world_size=4"],
