@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo_mega.algorithm.advantage import group_advantages
 from grpo_mega.algorithm.aggregate import rollout_mean_weights
 from grpo_mega.config.schema import Config, TrainConfig
-from grpo_mega.data.pack import pack, plan_update, split_minibatches, unpack
+from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Microbatch, Reward
@@ -69,7 +69,7 @@ def build_batch(
     *,
     dp: int,
     dp_rank: int,
-    row_multiple: int,
+    shape: RowShape,
     pad_id: int,
 ) -> TrainBatch:
     """Advantages, denominators and rows.
@@ -80,19 +80,23 @@ def build_batch(
         train: minibatches and the token budget of a row.
         dp: data-parallel ranks.
         dp_rank: this one.
-        row_multiple: rows are padded to a multiple of it (tp under sequence parallel).
+        shape: what the layout wants of rows.
         pad_id: any token id.
     """
     size = groups.group_size
     advantages = group_advantages(torch.tensor(rewards).view(-1, size)).flatten().tolist()
-    lengths = [r.num_tokens for r in groups.rollouts]
+    lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]
     spans = [
         range(span.start * size, span.stop * size)
         for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch)
     ]
-    plans = [plan_update([lengths[i] for i in ids], dp, train.max_tokens_per_microbatch) for ids in spans]
+    plans = [
+        plan_update([lengths[i] for i in ids], dp, train.max_tokens_per_microbatch, shape.microbatch_multiple)
+        for ids in spans
+    ]
     rows = [[ids[i] for i in row] for ids, plan in zip(spans, plans, strict=True) for rank in plan for row in rank]
-    row_tokens = -(-max(sum(lengths[i] for i in row) for row in rows) // row_multiple) * row_multiple
+    longest = max(sum(lengths[i] for i in row) for row in rows)
+    row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
     minibatches = []
     for ids, plan in zip(spans, plans, strict=True):
         num_tokens = [len(groups.rollouts[i].completion.token_ids) for i in ids]
@@ -105,6 +109,7 @@ def build_batch(
                     advantages=[advantages[ids[i]] for i in row],
                     token_weights=[weights[ids[i]] for i in row],
                     pad_id=pad_id,
+                    segment_multiple=shape.segment_multiple,
                 )
                 for row in plan[dp_rank]
             ]

@@ -16,6 +16,7 @@ from grpo_mega.batch import TrainBatch, build_batch, shuffled_rewards
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config, OptimizerConfig
 from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.data.pack import RowShape
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.interfaces import Policy, TokenLoss
 from grpo_mega.observe.timers import PhaseTimer
@@ -92,7 +93,7 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
         job.config.train,
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
-        row_multiple=job.ranks.topology.tp if job.config.parallel.sequence_parallel else 1,
+        shape=RowShape.of(job.config.parallel),
         pad_id=job.pad_id,
     )
 
@@ -153,7 +154,7 @@ def evaluate_if_due(job: Job, step: int) -> None:
 def gather_by_rollout(job: Job, batch: TrainBatch, num_rollouts: int) -> list[list[float]]:
     """`old_log_probs` of every rollout, on every rank."""
     mine: dict[int, list[float]] = {}
-    if job.ranks.is_last_stage and job.ranks.at.tp_rank == 0:
+    if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):
         mine = batch.completion_values(_present([m.old_log_probs for m in batch.microbatches]))
     parts: list[dict[int, list[float]]] = [mine]
     if job.ranks.topology.world_size > 1:

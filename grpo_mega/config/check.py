@@ -18,7 +18,6 @@ def check(config: Config) -> None:
         _group_size,
         _layout_divides,
         _pipeline,
-        _not_yet,
         _recompute,
         _overlap,
         _engine_divides,
@@ -84,12 +83,6 @@ def _pipeline(config: Config) -> None:
         )
 
 
-def _not_yet(config: Config) -> None:
-    for key in ("vpp", "cp"):
-        if (got := getattr(config.parallel, key)) > 1:
-            raise UserError(f"parallel.{key}={got} is not supported yet; use 1")
-
-
 def _recompute(config: Config) -> None:
     parallel = config.parallel
     if parallel.recompute_modules is not None and parallel.recompute != "selective":
@@ -121,11 +114,15 @@ def _sequence_parallel(config: Config) -> None:
 
 
 def _row_holds_a_rollout(config: Config) -> None:
+    parallel = config.parallel
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    if config.train.max_tokens_per_microbatch < longest:
+    chunks = 2 * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1) if parallel.cp > 1 else 1
+    padded = -(-longest // chunks) * chunks
+    if config.train.max_tokens_per_microbatch < padded:
+        why = f", padded to a multiple of {chunks} for parallel.cp={parallel.cp}," if chunks > 1 else ""
         raise UserError(
             f"train.max_tokens_per_microbatch={config.train.max_tokens_per_microbatch} is less than "
-            f"data.max_prompt_tokens + sampling.max_tokens = {longest}; raise it to {longest} or more"
+            f"data.max_prompt_tokens + sampling.max_tokens = {longest}{why}; raise it to {padded} or more"
         )
 
 

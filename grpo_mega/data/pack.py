@@ -1,6 +1,6 @@
 """From rollouts to rows: which rank computes what, and several rollouts laid one behind the other in a row of T tokens.
 
-Pure: no process groups, no config; the same input gives the same plan on every rank. Invariants
+Pure: no process groups; the same input gives the same plan on every rank. Invariants
 (tests/unit/test_pack.py): a plan holds every rollout once; all ranks have the same number of microbatches; no row is
 longer than the limit; labels are shifted inside each rollout, so no token predicts a token of its neighbour; the loss
 mask comes from lengths, never from the padding token.
@@ -9,11 +9,13 @@ mask comes from lengths, never from the padding token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from grpo_mega.config.schema import ParallelConfig
 from grpo_mega.types import Microbatch, Rollout, UserError
 
 
@@ -32,16 +34,41 @@ def split_minibatches(num_groups: int, minibatches: int) -> list[range]:
     return [range(begin, end) for begin, end in pairwise(bounds)]
 
 
-def plan_update(lengths: Sequence[int], dp: int, max_tokens: int) -> list[list[list[int]]]:
+@dataclass(frozen=True)
+class RowShape:
+    """What a layout wants of rows: T is a multiple of `row_multiple`, every segment of `segment_multiple` (its padding
+    is at its end), and a rank's number of microbatches of `microbatch_multiple`."""
+
+    row_multiple: int = 1
+    segment_multiple: int = 1
+    microbatch_multiple: int = 1
+
+    @classmethod
+    def of(cls, parallel: ParallelConfig) -> RowShape:
+        """Sequence parallelism cuts a row into tp parts, context parallelism each segment into 2 cp chunks; an
+        interleaved pipeline takes microbatches in groups of pp."""
+        row = parallel.tp if parallel.sequence_parallel else 1
+        segment = 2 * parallel.cp * row if parallel.cp > 1 else 1
+        return cls(max(row, segment), segment, parallel.pp if parallel.vpp > 1 else 1)
+
+    def padded(self, num_tokens: int) -> int:
+        """Tokens that a rollout of so many takes in a row."""
+        return -(-num_tokens // self.segment_multiple) * self.segment_multiple
+
+
+def plan_update(
+    lengths: Sequence[int], dp: int, max_tokens: int, microbatch_multiple: int = 1
+) -> list[list[list[int]]]:
     """Which rollouts each data-parallel rank computes, in which microbatches.
 
     The longest rollout goes first to the rank with the fewest tokens (LPT), and in the same way to the rank's
     microbatches, so that rows are of about one length.
 
     Args:
-        lengths: tokens (prompt plus completion) of each rollout.
+        lengths: tokens of each rollout (prompt plus completion, padded as its segment will be).
         dp: ranks.
         max_tokens: most tokens of one microbatch.
+        microbatch_multiple: the number of microbatches is a multiple of it.
 
     Returns:
         plan[rank][microbatch] = ascending indices into `lengths`. Every rank has the same number of microbatches, at
@@ -56,7 +83,8 @@ def plan_update(lengths: Sequence[int], dp: int, max_tokens: int) -> list[list[l
             f"least {max(lengths)} (data.max_prompt_tokens + sampling.max_tokens always suffices)"
         )
     ranks = _spread(range(len(lengths)), lengths, dp)
-    num_microbatches = max(1, *(len(_first_fit(rank, lengths, max_tokens)) for rank in ranks))
+    needed = max(1, *(len(_first_fit(rank, lengths, max_tokens)) for rank in ranks))
+    num_microbatches = -(-needed // microbatch_multiple) * microbatch_multiple
     plan = []
     for rank in ranks:
         bins = _spread(rank, lengths, num_microbatches)
@@ -75,6 +103,7 @@ def pack(
     advantages: Sequence[float],
     token_weights: Sequence[float],
     pad_id: int,
+    segment_multiple: int = 1,
 ) -> Microbatch:
     """Lay rollouts one behind the other in a row, each a segment of its own; the rest of the row is a padding segment.
 
@@ -84,12 +113,15 @@ def pack(
         advantages: one per rollout, put on its completion tokens.
         token_weights: one per rollout, put on its completion tokens.
         pad_id: token of the padding.
+        segment_multiple: every segment is padded to a multiple of it; attention is causal, so no token sees the padding
+            behind it.
 
     Raises:
         ValueError: the rollouts have more than `row_tokens` tokens, or a completion's tokens and sampler log-probs
             differ in number.
     """
-    total = sum(rollout.num_tokens for _, rollout in rollouts)
+    shape = RowShape(segment_multiple=segment_multiple)
+    total = sum(shape.padded(rollout.num_tokens) for _, rollout in rollouts)
     if total > row_tokens:
         raise ValueError(f"{len(rollouts)} rollouts of {total} tokens in all do not fit a row of {row_tokens}")
     token_ids, labels = (torch.full((row_tokens,), pad_id, dtype=torch.int64) for _ in range(2))
@@ -100,8 +132,9 @@ def pack(
     for (_, rollout), advantage, weight in zip(rollouts, advantages, token_weights, strict=True):
         tokens = torch.tensor([*rollout.prompt.token_ids, *rollout.completion.token_ids], dtype=torch.int64)
         begin, end = bounds[-1], bounds[-1] + len(tokens)
+        padded_end = begin + shape.padded(len(tokens))
         token_ids[begin:end] = tokens
-        position_ids[begin:end] = torch.arange(len(tokens))
+        position_ids[begin:padded_end] = torch.arange(padded_end - begin)
         labels[begin : end - 1] = tokens[1:]
         # Position t predicts token t + 1, so the first completion token belongs to the last prompt position.
         predicting = slice(begin + len(rollout.prompt.token_ids) - 1, end - 1)
@@ -110,7 +143,7 @@ def pack(
         row_advantages[predicting] = advantage
         row_weights[predicting] = weight
         sampler_log_probs[predicting] = torch.tensor(rollout.completion.sampler_log_probs, dtype=torch.float32)
-        bounds.append(end)
+        bounds.append(padded_end)
     if total < row_tokens:
         position_ids[total:] = torch.arange(row_tokens - total)
         bounds.append(row_tokens)

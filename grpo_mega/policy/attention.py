@@ -16,9 +16,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.policy import cpu
+from grpo_mega.policy.context_attention import context_attention
 
 cpu.prepare_import()
 
@@ -99,10 +101,12 @@ class PackedAttention(torch.nn.Module):
     """Megatron's core-attention module for packed rows; has no parameters."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
-    ) -> None:
+        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None,
+        pg_collection: Any = None, **__: Any,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.scale = softmax_scale
+        self.cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, _mask: Any = None, *_: Any,
@@ -110,7 +114,11 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:  # fmt: skip
         if packed_seq_params is None:
             raise AssertionError("the policy always packs; rows without packed_seq_params do not occur")
-        out = packed_attention(q, k, v, packed_seq_params.cu_seqlens_q, self.scale)
+        bounds = packed_seq_params.cu_seqlens_q
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            out = context_attention(q, k, v, bounds, self.scale, self.cp_group)
+        else:
+            out = packed_attention(q, k, v, bounds, self.scale)
         return out.flatten(1)
 
     def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:

@@ -38,12 +38,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class MegatronParts:
-    """What one rank trains with."""
+    """What one rank trains with. `models` are its model chunks in the order of the model (one but under interleaved
+    pipelining), `ddps` the same in their data-parallel wrappers."""
 
     config: TransformerConfig
-    model: PolicyModel
-    ddp: DistributedDataParallel
+    models: list[PolicyModel]
+    ddps: list[DistributedDataParallel]
     optimizer: Any  # megatron's optimizer, chained or not
+
+    @property
+    def buffers(self) -> list[Any]:
+        """The flat buffers that hold all parameters and gradients."""
+        return [b for ddp in self.ddps for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Of all model chunks."""
+        return [p for model in self.models for p in model.parameters()]
 
 
 def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
@@ -86,6 +97,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.num_layers_first_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_last_stage,
         pipeline_model_parallel_layout=parallel.pipeline_layout,
@@ -127,29 +139,22 @@ def build_policy(
 ) -> MegatronParts:
     """The model with weights yet to be loaded (policy/weights.py), its wrapper and its distributed optimizer."""
     config = transformer_config(spec, parallel, precision)
-    model = PolicyModel(
-        config,
-        _layer_spec(config),
-        vocab_size=padded_vocab(spec.vocab_size, parallel.tp),
-        max_sequence_length=spec.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        share_embeddings_and_output_weights=spec.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_base=spec.rope_theta,
-    ).to(ranks.device)
+    models = [_chunk(config, spec, parallel, chunk).to(ranks.device) for chunk in range(parallel.vpp)]
     cpu.install()  # modules that were imported while the model was built
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-        ),
-        model,
-    )
+    ddps = [
+        DistributedDataParallel(
+            config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+            ),
+            model,
+            disable_bucketing=chunk > 0,  # only the first chunk's reduction is waited for
+        )
+        for chunk, model in enumerate(models)
+    ]
     adam = megatron_optimizer.get_megatron_optimizer(
         megatron_optimizer.OptimizerConfig(
             optimizer="adam",
@@ -163,13 +168,34 @@ def build_policy(
             bf16=config.bf16,
             use_distributed_optimizer=True,
         ),
-        [ddp],
+        ddps,
         use_gloo_process_groups=False,
     )
     for group in adam.param_groups:  # norms and biases have wd_mult 0, which only Megatron's own scheduler would apply
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_without_division
-    return MegatronParts(config, model, ddp, adam)
+    if parallel.overlap_grad_reduce:
+        no_sync = [ddp.no_sync for ddp in ddps]  # until the last microbatch
+        config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+    return MegatronParts(config, models, ddps, adam)
+
+
+def _chunk(config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig, chunk: int) -> PolicyModel:
+    """Model chunk `chunk` of this rank's `vpp`."""
+    stage = chunk if parallel.vpp > 1 else None
+    return PolicyModel(
+        config,
+        _layer_spec(config, stage),
+        vocab_size=padded_vocab(spec.vocab_size, parallel.tp),
+        max_sequence_length=spec.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=spec.rope_theta,
+        vp_stage=stage,
+    )
 
 
 def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
@@ -178,12 +204,12 @@ def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs
     finalize_model_grads(model, None, **kwargs)
 
 
-def _layer_spec(config: TransformerConfig) -> Any:
+def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
     transformer_engine = torch.cuda.is_available()
     if not transformer_engine:
         # hard-coded at gpt_layer_specs.py:344 (layers) and :644 (final norm)
         gpt_layer_specs.LocalSpecProvider = PackedSpecProvider
         gpt_layer_specs.LNImpl = RMSNorm
     return gpt_layer_specs.get_gpt_decoder_block_spec(
-        config, use_transformer_engine=transformer_engine, normalization="RMSNorm"
+        config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
     )

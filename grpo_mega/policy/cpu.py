@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_mega.parallel.context import rank_index
+
 
 def prepare_import() -> None:
     """Call before the first import of `megatron`: on CPU `torch.compile` costs a compiler and minutes, and Megatron
@@ -184,11 +186,10 @@ def _replace_functions() -> None:
     # The baseline for packed rows loops over sequences in Python, in every layer, for q and k: a row of 500 short
     # rollouts spends most of its forward pass there. (With CUDA a fused kernel takes its place.)
     if rope_utils._apply_rotary_pos_emb_thd.__module__ == rope_utils.__name__:
-        rope_utils._apply_rotary_pos_emb_thd = functools.partial(_rotary_packed, rope_utils._apply_rotary_pos_emb_thd)
+        rope_utils._apply_rotary_pos_emb_thd = _rotary_packed
 
 
 def _rotary_packed(
-    per_sequence: Callable[..., Tensor],
     t: Tensor,
     cu_seqlens: Tensor,
     freqs: Tensor,
@@ -197,15 +198,15 @@ def _rotary_packed(
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> Tensor:
-    """Rotary embedding of a packed row [T, n, d] in one gather: position = index - start of its sequence."""
+    """Rotary embedding of a packed row, or of this rank's share of it, [T/cp, n, d] in one gather: position = place in
+    the row - start of its sequence."""
     from megatron.core.models.common.embeddings import rope_utils
 
-    if cp_group is not None and cp_group.size() > 1:
-        return per_sequence(
-            t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale=mscale, cp_group=cp_group
-        )
-    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=t.size(0))
-    positions = torch.arange(t.size(0), device=t.device) - starts
+    total = t.size(0) * (cp_group.size() if cp_group is not None else 1)
+    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=total)
+    positions = torch.arange(total, device=t.device) - starts
+    if total != t.size(0):
+        positions = positions[rank_index(cu_seqlens, cp_group.size(), cp_group.rank())]
     rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(
         t.unsqueeze(1),
         freqs[positions],

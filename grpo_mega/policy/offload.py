@@ -6,7 +6,7 @@ Asserted by tests/unit/test_offload.py on host tensors; what it frees on a devic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -60,9 +60,8 @@ class Movable:
 class PolicyMemory:
     """Parameters, gradients and optimizer state of one policy, each moved as a whole."""
 
-    def __init__(self, ddp: Any, optimizer: Any) -> None:
-        """Made while everything is on the device."""
-        buffers = (*ddp.buffers, *ddp.expert_parallel_buffers)
+    def __init__(self, buffers: Sequence[Any], optimizer: Any) -> None:
+        """`buffers`: Megatron's flat ones. Made while everything is on the device."""
         self._optimizer = optimizer
         params = [b.param_data for b in buffers]
         shared = {t.untyped_storage().data_ptr() for t in params}  # fp32 master weights are views of the parameters

@@ -2,6 +2,8 @@
 
 Owns Megatron's schedules; never decides what is sampled or how it is scored. The loss of an update is the sum over all
 tokens of all microbatches on all ranks of token_loss * token_weights (types.Microbatch): nothing else divides it.
+Rows are cut over context-parallel ranks on their way into the model, and log-probs are whole again before the loss:
+a loss sees whole rollouts in every layout.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from torch import Tensor
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import TokenLoss
+from grpo_mega.parallel.context import rank_index, whole_row
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy, init_groups
 from grpo_mega.policy.offload import Part, PolicyMemory
@@ -43,12 +46,14 @@ class MegatronPolicy:
         self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, config.optimizer, ranks)
         self.temperature = config.sampling.temperature
         self.model_parallel_group = parallel_state.get_model_parallel_group()
-        self.weights = MegatronWeights(self.parts.model, spec, ranks, self.model_parallel_group)
+        self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group)
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
-        self.dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._reference = Reference(self.parts.ddp, self.dp_group) if with_reference else None
-        self._memory = PolicyMemory(self.parts.ddp, self.parts.optimizer)
+        self.dp_group = parallel_state.get_data_parallel_group()
+        self.cp_group = parallel_state.get_context_parallel_group()
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        self._reference = Reference(self.parts.buffers, copies) if with_reference else None
+        self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
 
     @property
     def source(self) -> MegatronWeights:
@@ -92,7 +97,8 @@ class MegatronPolicy:
             report.add(microbatch, total, token_loss, metrics)
             return total, _NO_TOKENS, values.detach()
 
-        self.parts.ddp.zero_grad_buffer()
+        for ddp in self.parts.ddps:
+            ddp.zero_grad_buffer()
         self.parts.optimizer.zero_grad()
         outputs = self._run_schedule(microbatches, token_losses, forward_only=False)
         sums, maxima = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
@@ -124,9 +130,22 @@ class MegatronPolicy:
         return load_state(self.parts, folder)
 
     def _head(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        return self.parts.model.head_log_probs(
-            hidden, microbatch.labels, temperature=self.temperature, vocab_size=self.spec.vocab_size
-        )
+        """Log-probs and entropies of the whole row [T], on every rank of the last stage."""
+        found = self.parts.models[-1].head_log_probs(
+            hidden, self._share(microbatch.labels, microbatch), temperature=self.temperature,
+            vocab_size=self.spec.vocab_size,
+        )  # fmt: skip
+        if self.ranks.topology.cp == 1:
+            return found
+        log_probs, entropy = whole_row(torch.stack(found, 1), microbatch.cu_seqlens, self.cp_group).unbind(1)
+        return log_probs, entropy
+
+    def _share(self, values: Tensor, microbatch: Microbatch) -> Tensor:
+        """[T] -> those of the tokens that this context-parallel rank computes."""
+        cp = self.ranks.topology.cp
+        if cp == 1:
+            return values
+        return values[rank_index(microbatch.cu_seqlens, cp, self.ranks.at.cp_rank).to(values.device)]
 
     def _run_schedule(
         self,
@@ -140,8 +159,8 @@ class MegatronPolicy:
         def forward(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             microbatch = next(iterator)
             hidden = model(
-                microbatch.token_ids[None],
-                microbatch.position_ids[None],
+                self._share(microbatch.token_ids, microbatch)[None],
+                self._share(microbatch.position_ids, microbatch)[None],
                 None,
                 packed_seq_params=_packed_params(microbatch),
             )
@@ -149,10 +168,12 @@ class MegatronPolicy:
 
         row_tokens = {len(m.token_ids) for m in microbatches}
         assert len(row_tokens) == 1, f"rows of {sorted(row_tokens)} tokens: pipeline messages have one shape"
+        rows = [_to_device(m, self.ranks.device) for m in microbatches]
+        chunks = self.parts.ddps
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,
-            data_iterator=iter([_to_device(m, self.ranks.device) for m in microbatches]),
-            model=self.parts.ddp,
+            data_iterator=[iter(rows) for _ in chunks] if len(chunks) > 1 else iter(rows),
+            model=chunks if len(chunks) > 1 else chunks[0],
             num_microbatches=len(microbatches),
             seq_length=row_tokens.pop(),
             micro_batch_size=1,
@@ -170,6 +191,8 @@ def _packed_params(microbatch: Microbatch) -> PackedSeqParams:
         qkv_format="thd",
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
+        cu_seqlens_q_padded=microbatch.cu_seqlens,  # padding belongs to the sequence before it
+        cu_seqlens_kv_padded=microbatch.cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )

@@ -8,7 +8,7 @@ and in fp32 the KL before the first update is exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 
 class Reference:
-    """A snapshot of the weights that `ddp` has now."""
+    """A snapshot of the weights that `buffers`, Megatron's flat ones, hold now."""
 
-    def __init__(self, ddp: Any, dp_group: dist.ProcessGroup) -> None:
-        self._buffers: list[Tensor] = [b.param_data for b in (*ddp.buffers, *ddp.expert_parallel_buffers)]
+    def __init__(self, buffers: Sequence[Any], dp_group: dist.ProcessGroup) -> None:
+        self._buffers: list[Tensor] = [b.param_data for b in buffers]
         self._group = dp_group
         self._reference = self._own_parts()
 

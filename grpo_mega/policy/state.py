@@ -39,7 +39,8 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
     groups = [{k: g[k] for k in _FROM_CONFIG if k in g} for g in parts.optimizer.param_groups]
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
     state = dist_checkpointing.load(_sharded_state(parts, is_loading=True), str(folder), sharded_strategy=strategy)
-    parts.model.load_state_dict(state["model"], strict=False)
+    for chunk, model in enumerate(parts.models):
+        model.load_state_dict(state["model"][chunk], strict=False)
     with torch.no_grad():
         parts.optimizer.load_state_dict(state["optimizer"])
     for group, values in zip(parts.optimizer.param_groups, groups, strict=True):
@@ -50,9 +51,11 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
 
 def _sharded_state(parts: MegatronParts, *, is_loading: bool) -> dict[str, Any]:
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": _dp_group()}
-    model = parts.model.sharded_state_dict(metadata=metadata)
-    # modules' extra state (Transformer Engine's) is pickled; nothing that we need is in it
-    model = {name: value for name, value in model.items() if not name.endswith("_extra_state")}
+    model = {}
+    for chunk, module in enumerate(parts.models):
+        tensors = module.sharded_state_dict(metadata=metadata)
+        # modules' extra state (Transformer Engine's) is pickled; nothing that we need is in it
+        model[chunk] = {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
     optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 

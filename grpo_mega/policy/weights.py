@@ -85,10 +85,12 @@ def _open(path: Path) -> Any:
 class MegatronWeights:
     """Which slices of which Hugging Face tensors this rank's parameters are."""
 
-    def __init__(self, model: torch.nn.Module, spec: ModelSpec, ranks: Ranks, group: dist.ProcessGroup) -> None:
-        """`group`: the model-parallel ranks (tp x pp) of this data-parallel replica."""
+    def __init__(
+        self, models: Sequence[torch.nn.Module], spec: ModelSpec, ranks: Ranks, group: dist.ProcessGroup
+    ) -> None:
+        """`models`: this rank's model chunks; `group`: the model-parallel ranks (tp x pp) of this replica."""
         self._spec, self._ranks, self._group = spec, ranks, group
-        self._parameters = dict(_named_globally(model))
+        self._parameters = {name: p for model in models for name, p in _named_globally(model)}
         self._shapes = hf_shapes(spec)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,28 @@ import pytest
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_tiny_model
 from tests.parallel.oracle import Expected, expect, perturbed_log_probs
-from tests.parallel.recorded import VOCAB, Layout, RankRecord, Recorded, measure, sample_groups
+from tests.parallel.recorded import DEEP_LAYOUTS, LAYOUTS, VOCAB, Layout, RankRecord, Recorded, measure, sample_groups
 
-# name -> family, tied head, sampling temperature
-MODELS: dict[str, tuple[Any, bool, float]] = {
-    "qwen3": ("qwen3", False, 1.0),
-    "qwen3-tied": ("qwen3", True, 1.0),
-    "qwen2": ("qwen2", False, 0.7),
-    "llama": ("llama", False, 1.0),
+
+@dataclass(frozen=True)
+class Tiny:
+    """A tiny random model, and at which temperature it is sampled."""
+
+    family: Any
+    tied: bool = False
+    temperature: float = 1.0
+    num_layers: int = 2
+
+
+MODELS = {
+    "qwen3": Tiny("qwen3"),
+    "qwen3-tied": Tiny("qwen3", tied=True),
+    "qwen2": Tiny("qwen2", temperature=0.7),
+    "llama": Tiny("llama"),
+    "deep": Tiny("qwen3", tied=True, num_layers=4),
 }
+CASES = [(name, layout) for name in MODELS for layout in (DEEP_LAYOUTS if name == "deep" else LAYOUTS)]
+every_case = pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
 
 
 class Laboratory:
@@ -35,9 +49,9 @@ class Laboratory:
     def recorded(self, name: str) -> Recorded:
         """The model `name` of MODELS and rollouts for it."""
         if name not in self._recorded:
-            family, tie, temperature = MODELS[name]
-            seed = list(MODELS).index(name)
-            model = make_tiny_model(self._folder / name, family, tie, VOCAB, seed)
+            tiny, seed = MODELS[name], list(MODELS).index(name)
+            temperature, layers = tiny.temperature, tiny.num_layers
+            model = make_tiny_model(self._folder / name, tiny.family, tiny.tied, VOCAB, seed, num_hidden_layers=layers)
             _plant_negative_zeros(model)
             groups, rewards = sample_groups(4, 4, seed)
             old = perturbed_log_probs(groups, model, temperature, 0.01, seed + 10)

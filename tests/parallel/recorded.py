@@ -29,6 +29,7 @@ from grpo_mega.config.schema import (
     TrainConfig,
 )
 from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.pack import RowShape
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import SampledGroups
@@ -50,24 +51,36 @@ TEMPERATURES = (1.0, 0.7)
 
 @dataclass(frozen=True)
 class Layout:
-    """world = tp * pp * dp."""
+    """world = tp * cp * pp * dp. `more` are other keys of `parallel`, by name and value."""
 
     world: int = 1
     tp: int = 1
     pp: int = 1
     sequence_parallel: bool = False
+    cp: int = 1
+    vpp: int = 1
+    more: tuple[tuple[str, Any], ...] = ()
 
     @property
     def parallel(self) -> ParallelConfig:
-        return ParallelConfig(tp=self.tp, pp=self.pp, sequence_parallel=self.sequence_parallel)
+        return ParallelConfig(
+            tp=self.tp,
+            pp=self.pp,
+            cp=self.cp,
+            vpp=self.vpp,
+            sequence_parallel=self.sequence_parallel,
+            **dict(self.more),
+        )
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world, self.tp, self.pp)
+        return Topology(self.world, self.tp, self.pp, cp=self.cp, vpp=self.vpp)
 
     def __str__(self) -> str:
-        dp = self.world // (self.tp * self.pp)
-        return f"tp{self.tp}pp{self.pp}dp{dp}" + ("-sp" if self.sequence_parallel else "")
+        axes = [f"tp{self.tp}pp{self.pp}dp{self.topology.dp}"]
+        axes += [f"{name}{size}" for name, size in (("cp", self.cp), ("vpp", self.vpp)) if size > 1]
+        axes += ["sp"] if self.sequence_parallel else []
+        return "-".join([*axes, *(f"{key}={value}" for key, value in self.more)])
 
 
 ONE = Layout()
@@ -78,6 +91,22 @@ LAYOUTS = (
     Layout(2, pp=2),
     Layout(2),
     Layout(8, tp=2, pp=2),
+)
+OVERLAP = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
+# of a model of four layers
+DEEP_LAYOUTS = (
+    ONE,
+    Layout(2, pp=2, more=(("num_layers_first_stage", 1), ("recompute", "selective"))),
+    Layout(4, pp=4, more=(("pipeline_layout", "E|tt|t*2|L"),)),
+    Layout(2, pp=2, vpp=2),
+    Layout(
+        4, tp=2, pp=2, vpp=2, sequence_parallel=True, more=(("pipeline_layout", "Et|tt||tL"), ("recompute", "full"))
+    ),
+    Layout(2, cp=2),
+    Layout(4, tp=2, cp=2, sequence_parallel=True),
+    Layout(4, pp=2, cp=2, more=OVERLAP),
+    Layout(8, tp=2, pp=2, cp=2),
+    Layout(4, pp=2, vpp=2, more=OVERLAP),
 )
 
 
@@ -143,7 +172,7 @@ def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
         TrainConfig(steps=1, max_tokens_per_microbatch=recorded.max_tokens),
         dp=layout.topology.dp,
         dp_rank=layout.topology.coordinates(rank).dp_rank,
-        row_multiple=layout.tp if layout.sequence_parallel else 1,
+        shape=RowShape.of(layout.parallel),
         pad_id=0,
     )
 
@@ -217,8 +246,8 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
             record.stats.append(stats)
     if policy.ranks.is_last_stage:
         record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)])  # type: ignore[attr-defined]
-    record.param_bytes = sum(p.nbytes for p in policy.parts.model.parameters())
-    record.main_grad_bytes = sum(b.grad_data.nbytes for b in policy.parts.ddp.buffers)
+    record.param_bytes = sum(p.nbytes for p in policy.parts.parameters)
+    record.main_grad_bytes = sum(b.grad_data.nbytes for b in policy.parts.buffers)
     record.moment_bytes = sum(m.nbytes for m in moments(policy))
     return record
 

@@ -38,7 +38,7 @@ def state_bytes(policy: Any) -> list[bytes]:
     """Parameters, master weights, moments and step counters of this rank."""
     masters = [p for adam in adams(policy) for group in adam.param_groups for p in group["params"]]
     steps = [state["step"] for adam in adams(policy) for state in adam.state.values()]
-    tensors = [*policy.parts.model.parameters(), *masters, *moments(policy), *steps]
+    tensors = [*policy.parts.parameters, *masters, *moments(policy), *steps]
     return [as_array(t).tobytes() for t in tensors]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ import pytest
 import torch
 
 from grpo_mega.data.pack import pack
+from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.types import Microbatch, UpdateStats
-from tests.parallel.conftest import MODELS, Laboratory
+from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
 from tests.parallel.recorded import (
-    LAYOUTS,
     LOSS,
     ONE,
     OPTIMIZER,
@@ -35,9 +36,6 @@ from tests.parallel.recorded import (
     with_recorded,
 )
 
-every_model = pytest.mark.parametrize("model", MODELS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-
 
 def by_rollout(records: list[RankRecord], of: str, temperature: float = 1.0) -> list[dict[int, list[float]]]:
     """What each rank of the last stage has, one dict of rollouts for each tensor-parallel rank."""
@@ -51,8 +49,7 @@ def largest_difference(found: list[dict[int, list[float]]], expected: list[list[
     )
 
 
-@every_layout
-@every_model
+@every_case
 def test_log_probs_equal_those_of_transformers(laboratory: Laboratory, model: str, layout: Layout) -> None:
     records, expected = laboratory.run(model, layout), laboratory.expected(model)
     for temperature in TEMPERATURES:
@@ -62,15 +59,13 @@ def test_log_probs_equal_those_of_transformers(laboratory: Laboratory, model: st
     assert abs(cold[0] - hot[0]) > 1e-3, "the temperature does not matter here"
 
 
-@every_layout
-@every_model
+@every_case
 def test_entropies_equal_those_of_transformers(laboratory: Laboratory, model: str, layout: Layout) -> None:
     records, expected = laboratory.run(model, layout), laboratory.expected(model)
     assert largest_difference(by_rollout(records, "entropy"), expected.entropy) <= 2e-5
 
 
-@every_layout
-@every_model
+@every_case
 def test_losses_and_gradient_norms_equal_autograd_over_three_updates(
     laboratory: Laboratory, model: str, layout: Layout
 ) -> None:
@@ -87,8 +82,7 @@ def test_losses_and_gradient_norms_equal_autograd_over_three_updates(
             assert stats.learning_rate == OPTIMIZER.lr
 
 
-@every_layout
-@every_model
+@every_case
 def test_weights_equal_those_of_adamw_after_each_of_three_updates(
     laboratory: Laboratory, model: str, layout: Layout
 ) -> None:
@@ -104,17 +98,17 @@ def test_weights_equal_those_of_adamw_after_each_of_three_updates(
                 assert (expected[update][name] - expected[update - 1][name]).abs().max() > 1e-4, (update, name)
 
 
-@every_model
-def test_all_ranks_report_the_same_update(laboratory: Laboratory, model: str) -> None:
-    for layout in LAYOUTS:
+def test_all_ranks_report_the_same_update(laboratory: Laboratory) -> None:
+    for model, layout in CASES:
         records = laboratory.run(model, layout)
         assert all(record.stats == records[0].stats for record in records), str(layout)
         assert len({record.num_microbatches for record in records}) == 1
 
 
-def share_of_elements(shapes: dict[str, torch.Size], tied: bool, layout: Layout, pp_rank: int) -> int:
-    """Elements of a stage's share of the model, counted from Hugging Face's names and shapes."""
-    layers = 2 // layout.pp
+def share_of_elements(shapes: dict[str, torch.Size], model: str, layout: Layout, pp_rank: int) -> int:
+    """Elements of a pipeline rank's share of the model, counted from Hugging Face's names and shapes."""
+    tied, stages = MODELS[model].tied, stage_layers(MODELS[model].num_layers, layout.parallel, model)
+    layers = set(chain.from_iterable(stages[pp_rank :: layout.pp]))
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
     padded_rows = math.ceil(21 / layout.tp)
     total = 0
@@ -125,31 +119,30 @@ def share_of_elements(shapes: dict[str, torch.Size], tied: bool, layout: Layout,
             total += copies * padded_rows * shape[1]
         elif name == "model.norm.weight":
             total += shape.numel() if last else 0
-        elif int(name.split(".")[2]) // layers == pp_rank:
+        elif int(name.split(".")[2]) in layers:
             total += shape.numel() // (1 if "norm" in name else layout.tp)
     return total
 
 
-@every_layout
-@every_model
+@every_case
 def test_a_rank_holds_its_share_of_the_model_and_of_the_optimizer(
     laboratory: Laboratory, model: str, layout: Layout
 ) -> None:
     shapes = {name: tensor.shape for name, tensor in laboratory.expected(model).tensors[0].items()}
-    dp = layout.topology.dp
+    copies = layout.topology.dp * layout.cp  # of each weight; its optimizer state is spread over them
     for rank, record in enumerate(laboratory.run(model, layout)):
         at = layout.topology.coordinates(rank)
-        elements = share_of_elements(shapes, MODELS[model][1], layout, at.pp_rank)
+        elements = share_of_elements(shapes, model, layout, at.pp_rank)
         assert record.param_bytes == 4 * elements
         padding = 4 * 1024  # Megatron rounds its flat buffers up
         assert 4 * elements <= record.main_grad_bytes <= 4 * elements + padding
-        assert record.moment_bytes <= 8 * elements / dp + padding
+        assert record.moment_bytes <= 8 * elements / copies + padding
     moments_of_one_shard = sum(
         record.moment_bytes
         for rank, record in enumerate(laboratory.run(model, layout))
         if layout.topology.coordinates(rank).tp_rank == 0
     )
-    stages = [share_of_elements(shapes, MODELS[model][1], layout, stage) for stage in range(layout.pp)]
+    stages = [share_of_elements(shapes, model, layout, stage) for stage in range(layout.pp)]
     assert moments_of_one_shard == 8 * sum(stages), "each element has its two moments on exactly one data-parallel rank"
 
 
@@ -281,8 +274,8 @@ def bf16_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
     return {
         "log_probs": {} if values is None else rows.completion_values(values),
         "stats": stats,
-        "params": {p.dtype for p in policy.parts.model.parameters()},
-        "grads": {p.main_grad.dtype for p in policy.parts.model.parameters()},
+        "params": {p.dtype for p in policy.parts.parameters},
+        "grads": {p.main_grad.dtype for p in policy.parts.parameters},
         "masters": {p.dtype for p in masters},
         "moments": {m.dtype for m in moments(policy)},
     }
@@ -311,7 +304,7 @@ def reference_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, An
             return policy.log_probs(rows.microbatches)
 
     def state() -> tuple[dict[str, int], list[int]]:
-        return shard_digests(policy), [p.data_ptr() for p in policy.parts.model.parameters()]
+        return shard_digests(policy), [p.data_ptr() for p in policy.parts.parameters]
 
     def update(old: list[torch.Tensor] | None) -> UpdateStats:
         return policy.update(rows.with_log_probs(old=old, ref=ref).microbatches, LOSS, OPTIMIZER.lr)[0]

@@ -19,11 +19,8 @@ from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.digest import slice_digest, wrap
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_tiny_model
-from tests.parallel.conftest import MODELS, Laboratory
-from tests.parallel.recorded import LAYOUTS, VOCAB, Layout, Recorded, as_array, open_policy
-
-every_model = pytest.mark.parametrize("model", MODELS)
-every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+from tests.parallel.conftest import MODELS, Laboratory, every_case
+from tests.parallel.recorded import VOCAB, Layout, Recorded, as_array, open_policy
 
 
 def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:
@@ -33,10 +30,9 @@ def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     return tensors
 
 
-@every_layout
-@every_model
+@every_case
 def test_whole_tensors_are_the_files_bit_for_bit(laboratory: Laboratory, model: str, layout: Layout) -> None:
-    wanted = stored(laboratory.recorded(model).model, tied=MODELS[model][1])
+    wanted = stored(laboratory.recorded(model).model, tied=MODELS[model].tied)
     assert VOCAB % 2 == 1, "the vocabulary is to be padded under tp=2"
     records = laboratory.run(model, layout)
     found = records[0].tensors[0]
@@ -49,20 +45,20 @@ def test_whole_tensors_are_the_files_bit_for_bit(laboratory: Laboratory, model: 
     assert all(record.small_buckets_equal for record in records), "buckets of 1 KiB give other bytes than one bucket"
 
 
-@every_layout
-@every_model
+@every_case
 def test_digests_of_the_shards_add_up_to_that_of_the_whole_tensor(
     laboratory: Laboratory, model: str, layout: Layout
 ) -> None:
     wanted = {
         name: slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
-        for name, tensor in stored(laboratory.recorded(model).model, tied=MODELS[model][1]).items()
+        for name, tensor in stored(laboratory.recorded(model).model, tied=MODELS[model].tied).items()
     }
     records = laboratory.run(model, layout)
-    for replica in range(layout.topology.dp):
+    at = [layout.topology.coordinates(rank) for rank in range(layout.world)]
+    for copy in {(c.dp_rank, c.cp_rank) for c in at}:
         sums = dict.fromkeys(wanted, 0)
         for rank, record in enumerate(records):
-            if layout.topology.coordinates(rank).dp_rank == replica:
+            if (at[rank].dp_rank, at[rank].cp_rank) == copy:
                 for name, digest in record.shard_digests.items():
                     sums[name] = wrap(sums[name] + digest)
         assert sums == wanted

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 import random
 from itertools import pairwise
 from types import SimpleNamespace
@@ -134,38 +134,25 @@ def test_norm_is_its_formula_in_float32(dtype: torch.dtype, eps: float) -> None:
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("seed", range(4))
-def test_rotary_in_one_gather_is_megatron_s_function_per_sequence(interleaved: bool, seed: int) -> None:
-    from megatron.core.models.common.embeddings import rope_utils
-
-    per_sequence = rope_utils._apply_rotary_pos_emb_thd
-    if isinstance(per_sequence, functools.partial):  # an earlier test of this process has replaced it
-        per_sequence = per_sequence.args[0]
-    assert per_sequence.__module__ == rope_utils.__name__
-    bounds = bounds_of(random_lengths(seed))
-    total, alone = int(bounds[-1]), SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+@pytest.mark.parametrize("cp", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_rotary_in_one_gather_is_megatron_s_function_per_sequence(interleaved: bool, cp: int, seed: int) -> None:
+    # a copy of its own: that of this process may have our function in it
+    found = importlib.util.find_spec("megatron.core.models.common.embeddings.rope_utils")
+    assert found is not None
+    assert found.loader is not None
+    rope_utils = importlib.util.module_from_spec(found)
+    found.loader.exec_module(rope_utils)
+    bounds = bounds_of([n if cp == 1 else 2 * cp * n for n in random_lengths(seed)])
+    total = int(bounds[-1])
     generator = torch.Generator().manual_seed(seed)
-    row = torch.randn(total, 3, 10, generator=generator)  # 8 of 10 elements are rotated
     # not as long as the row, which Megatron would read as positions over the whole row
     freqs = torch.randn(total + 1, 1, 1, 8, generator=generator)
-    expected = per_sequence(row, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=alone)
-    found = _rotary_packed(_unused, row, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=alone)
-    assert torch.equal(found, expected)
-
-
-def test_rotary_with_context_parallelism_is_left_to_megatron() -> None:
-    row, freqs = torch.zeros(4, 1, 2), torch.zeros(4, 1, 1, 2)
-    pair = SimpleNamespace(size=lambda: 2)
-
-    def per_sequence(*args: Any, **kwargs: Any) -> Tensor:
-        assert args[3:] == (True, False)
-        assert kwargs == {"mscale": 2.0, "cp_group": pair}
-        return torch.full((1,), 9.0)
-
-    bounds = bounds_of([4])
-    found = _rotary_packed(per_sequence, row, bounds, freqs, rotary_interleaved=True, mscale=2.0, cp_group=pair)
-    assert found.item() == 9.0
-
-
-def _unused(*_: Any, **__: Any) -> Tensor:
-    raise AssertionError("one rank computes itself")
+    for rank in range(cp):
+        group = SimpleNamespace(size=lambda: cp, rank=lambda rank=rank: rank)
+        share = torch.randn(total // cp, 3, 10, generator=generator)  # 8 of 10 elements are rotated
+        expected = rope_utils._apply_rotary_pos_emb_thd(
+            share, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=group
+        )
+        ours = _rotary_packed(share, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=group)
+        assert torch.equal(ours, expected)

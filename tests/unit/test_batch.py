@@ -13,6 +13,7 @@ from grpo_mega.algorithm.advantage import group_advantages
 from grpo_mega.batch import TrainBatch, build_batch, explain_batch, shuffled_rewards
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import TrainConfig
+from grpo_mega.data.pack import RowShape
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
@@ -45,7 +46,7 @@ def batches(
     """One for each data-parallel rank."""
     train = TrainConfig(steps=1, minibatches_per_epoch=minibatches, max_tokens_per_microbatch=budget)
     return [
-        build_batch(groups, rewards, train, dp=dp, dp_rank=rank, row_multiple=row_multiple, pad_id=7)
+        build_batch(groups, rewards, train, dp=dp, dp_rank=rank, shape=RowShape(row_multiple=row_multiple), pad_id=7)
         for rank in range(dp)
     ]
 

@@ -80,9 +80,8 @@ class TinyPolicy:
         self.masters = [torch.nn.Parameter(flat[:4]), torch.nn.Parameter(flat[4:])]
         self.adam = torch.optim.AdamW(self.masters, lr=0.1)
         buffer = SimpleNamespace(param_data=self.params, grad_data=self.grads)
-        ddp = SimpleNamespace(buffers=[buffer], expert_parallel_buffers=[])
         inner = SimpleNamespace(optimizer=self.adam)
-        self.memory = PolicyMemory(ddp, SimpleNamespace(chained_optimizers=[inner]))
+        self.memory = PolicyMemory([buffer], SimpleNamespace(chained_optimizers=[inner]))
 
     def step(self) -> None:
         for master, grad in zip(self.masters, (self.grads[:4], self.grads[4:]), strict=True):
