@@ -43,10 +43,11 @@ class MegatronPolicy:
         """Loads the weights of `folder`; they also become the reference, when one is asked for."""
         init_groups(ranks, config.guard.timeout_seconds)
         self.spec, self.ranks = spec, ranks
+        self._gathers_later, self._gather_pending = config.parallel.overlap_param_gather, False
         self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, config.optimizer, ranks)
         self.temperature = config.sampling.temperature
         self.model_parallel_group = parallel_state.get_model_parallel_group()
-        self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group)
+        self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group, self._settle)
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
         self.dp_group = parallel_state.get_data_parallel_group()
@@ -67,6 +68,7 @@ class MegatronPolicy:
     def reference(self) -> AbstractContextManager[None]:
         """Inside, `log_probs` are the reference's."""
         assert self._reference is not None, "no reference was built: the loss does not need one"
+        self._settle()
         return self._reference.active()
 
     def log_probs(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
@@ -109,11 +111,13 @@ class MegatronPolicy:
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
         self.parts.optimizer.step()
+        self._gather_pending = self._gathers_later
         return UpdateStats(grad_norm, learning_rate, sums, maxima), outputs if self.ranks.is_last_stage else None
 
     def offload(self, *parts: Part) -> None:
         """Free the device memory of these parts; without CUDA there is one memory and nothing to free."""
         if self.ranks.device.type == "cuda":
+            self._settle()
             self._memory.offload(*parts)
 
     def reload(self, *parts: Part) -> None:
@@ -123,11 +127,20 @@ class MegatronPolicy:
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        self._settle()
         save_state(self.parts, folder, extra)
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Collective: the reverse, at any layout; returns `extra`. The reference stays what it was."""
+        self._settle()
         return load_state(self.parts, folder)
+
+    def _settle(self) -> None:
+        """Collective: finish what the last update left to the next forward pass, so that parameters can be read."""
+        if self._gather_pending:
+            for ddp in self.parts.ddps:
+                ddp.start_param_sync(force_sync=True)
+            self._gather_pending = False
 
     def _head(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """Log-probs and entropies of the whole row [T], on every rank of the last stage."""

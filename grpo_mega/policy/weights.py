@@ -9,7 +9,7 @@ Asserted by tests/unit/test_weights.py and tests/parallel/test_weights.py.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,16 @@ class MegatronWeights:
     """Which slices of which Hugging Face tensors this rank's parameters are."""
 
     def __init__(
-        self, models: Sequence[torch.nn.Module], spec: ModelSpec, ranks: Ranks, group: dist.ProcessGroup
+        self,
+        models: Sequence[torch.nn.Module],
+        spec: ModelSpec,
+        ranks: Ranks,
+        group: dist.ProcessGroup,
+        settle: Callable[[], None],
     ) -> None:
-        """`models`: this rank's model chunks; `group`: the model-parallel ranks (tp x pp) of this replica."""
-        self._spec, self._ranks, self._group = spec, ranks, group
+        """`models`: this rank's model chunks; `group`: the model-parallel ranks (tp x pp) of this replica; `settle` is
+        called before weights are read (an update may leave its last gather to the next forward pass)."""
+        self._spec, self._ranks, self._group, self._settle = spec, ranks, group, settle
         self._parameters = {name: p for model in models for name, p in _named_globally(model)}
         self._shapes = hf_shapes(spec)
 
@@ -109,6 +115,7 @@ class MegatronWeights:
 
     def shards(self) -> Sequence[HeldSlice]:
         """Views of this rank's parameters, every byte of the checkpoint once over the model-parallel ranks."""
+        self._settle()
         held = []
         tied_copy = "output_layer.weight" if self._spec.tie_embeddings else ""
         for name, parameter in self._parameters.items():

@@ -6,10 +6,12 @@ that are not finite.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from itertools import chain
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from tests.parallel.recorded import (
     LOSS,
     ONE,
     OPTIMIZER,
+    OVERLAP,
     TEMPERATURES,
     Layout,
     RankRecord,
@@ -361,3 +364,31 @@ def test_the_reference_is_the_base_model_and_a_swap_leaves_no_trace(
         assert answer["restored_after_failure"]
     unswapped = laboratory.pool.call(layout.world, run_without_swaps, recorded, layout)
     assert [answer["stats"] for answer in answers] == unswapped
+
+
+def updates_in_small_buckets(
+    rank: int, recorded: Recorded, layout: Layout
+) -> tuple[list[UpdateStats], list[dict[str, Any]], int]:
+    """As `measure` has them, with gradients and parameters in many buckets; nothing is read after the first update."""
+    from grpo_mega.policy import build
+
+    small = functools.partial(build.DistributedDataParallelConfig, bucket_size=3000)
+    with mock.patch.object(build, "DistributedDataParallelConfig", small):
+        policy = open_policy(rank, recorded, layout)
+    batch = with_recorded(make_rows(rank, recorded, layout), recorded)
+    stats = [policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)[0] for _ in range(2)]
+    read = [{name: as_array(t) for name, t in policy.full_tensors(1 << 28)} for _ in range(2)]
+    return stats, read, sum(len(b.buckets) for b in policy.parts.buffers)
+
+
+@pytest.mark.parametrize("model", ["qwen3", "qwen3-tied"])
+def test_gathers_and_reductions_that_overlap_in_many_buckets_change_nothing(laboratory: Laboratory, model: str) -> None:
+    recorded, wanted = laboratory.recorded(model), laboratory.run(model, ONE)[0]
+    layout = Layout(2, more=OVERLAP)
+    for stats, (tensors, again), buckets in laboratory.pool.call(2, updates_in_small_buckets, recorded, layout):
+        assert buckets >= 8
+        for update in range(2):
+            assert stats[update].grad_norm == pytest.approx(wanted.stats[update].grad_norm, rel=1e-5)
+        for name, tensor in tensors.items():
+            assert np.abs(tensor - wanted.tensors[2][name]).max() <= 1e-6, name
+            assert tensor.tobytes() == again[name].tobytes()
