@@ -18,6 +18,7 @@ from grpo_mega.config.schema import Config, OptimizerConfig
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.interfaces import Policy, TokenLoss
+from grpo_mega.objective import Objective
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks
@@ -37,6 +38,7 @@ class Job:
     prompts: PromptDataset
     pad_id: int
     policy: Policy
+    objective: Objective
     loss: TokenLoss
     sampler: Sampler
     phases: Phases
@@ -57,10 +59,10 @@ def train(job: Job, state: LoopState) -> LoopState:
         with job.phases.training():
             batch = make_batch(job, groups, step)
             with timers.phase("log_probs"):
-                batch = with_log_probs(job, batch)
+                batch = with_log_probs(job, batch, groups)
             with timers.phase("train"):
                 batch, updates = update(job, batch, state.policy_version)
-            old_log_probs = gather_by_rollout(job, batch, len(groups.rollouts))
+            old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
         state = LoopState(step, state.policy_version + len(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
@@ -90,6 +92,7 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
         groups,
         values,
         job.config.train,
+        job.objective,
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
         row_multiple=job.ranks.topology.tp if job.config.parallel.sequence_parallel else 1,
@@ -97,15 +100,22 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
     )
 
 
-def with_log_probs(job: Job, batch: TrainBatch) -> TrainBatch:
-    """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
+def with_log_probs(job: Job, batch: TrainBatch, groups: SampledGroups) -> TrainBatch:
+    """The policy's log-probs before the update (a single update has them anyway), the reference's, and the advantages
+    that need both."""
     ref = None
-    if job.loss.needs_reference:
+    if job.objective.needs_reference:
         with job.policy.reference():
             ref = job.policy.log_probs(batch.microbatches)
     updates = job.config.train.epochs_per_rollout * len(batch.minibatches)
-    old = job.policy.log_probs(batch.microbatches) if updates > 1 else None
-    return batch.with_log_probs(old=old, ref=ref)
+    old = None
+    if updates > 1 or job.objective.kl_in_reward:
+        old = job.policy.log_probs(batch.microbatches)
+    batch = batch.with_log_probs(old=old, ref=ref)
+    if not job.objective.kl_in_reward:
+        return batch
+    penalties = gather_by_rollout(job, batch, [job.objective.kl(m) for m in batch.microbatches])
+    return batch.with_advantages(job.objective.advantages(groups, batch.rewards, penalties))
 
 
 def update(job: Job, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
@@ -150,17 +160,17 @@ def evaluate_if_due(job: Job, step: int) -> None:
             job.observer.evaluated(evaluation)
 
 
-def gather_by_rollout(job: Job, batch: TrainBatch, num_rollouts: int) -> list[list[float]]:
-    """`old_log_probs` of every rollout, on every rank."""
+def gather_by_rollout(job: Job, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
+    """`values` [T] per microbatch as lists per rollout of the step, on every rank."""
     mine: dict[int, list[float]] = {}
     if job.ranks.is_last_stage and job.ranks.at.tp_rank == 0:
-        mine = batch.completion_values(_present([m.old_log_probs for m in batch.microbatches]))
+        mine = batch.completion_values(_present(values))
     parts: list[dict[int, list[float]]] = [mine]
     if job.ranks.topology.world_size > 1:
         parts = [{} for _ in range(job.ranks.topology.world_size)]
         dist.all_gather_object(parts, mine)
     found = {key: value for part in parts for key, value in part.items()}
-    return [found[i] for i in range(num_rollouts)]
+    return [found[i] for i in range(len(batch.advantages))]
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:

@@ -40,6 +40,12 @@ class SampledGroups:
     rollouts: list[Rollout]
     group_size: int
 
+    def is_degenerate(self, group: int) -> bool:
+        """Whether all rewards of a group are equal."""
+        first = group * self.group_size
+        values = {r.reward.value for r in self.rollouts[first : first + self.group_size]}
+        return len(values) == 1
+
     def tokens_per_replica(self, num_replicas: int) -> list[int]:
         """Completion tokens that each replica sampled."""
         totals = [0] * num_replicas

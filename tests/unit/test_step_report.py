@@ -50,7 +50,9 @@ def result(updates: list[UpdateStats]) -> StepResult:
     ]
     old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
     sync = SyncReport(seconds=0.5, verify_seconds=0.1, received_bytes=3_000_000_000, policy_digest="")
-    return StepResult(4, SampledGroups(rollouts, 2), TrainBatch([], []), old, updates, sync)
+    return StepResult(
+        4, SampledGroups(rollouts, 2), TrainBatch([], [], is_trained=[True, True, False, True]), old, updates, sync
+    )
 
 
 def test_all_numbers_of_a_step_by_hand() -> None:
@@ -83,7 +85,8 @@ def test_all_numbers_of_a_step_by_hand() -> None:
             "train/updates": 2.0,
             "train/mismatch_max": 0.5,
             "train/mismatch_kl": k3,
-            "train/num_loss_tokens": 8.0,
+            "train/num_loss_tokens": 5.0,
+            "train/unused_rollouts": 1.0,
             "sync/bytes": 3e9,
             "sync/gb_per_second": 6.0,
         },
