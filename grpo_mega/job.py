@@ -23,6 +23,7 @@ from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.evaluate import Evaluator
+from grpo_mega.groups import GroupSource
 from grpo_mega.interfaces import Engine
 from grpo_mega.loop import Job, push_weights, train
 from grpo_mega.objective import Objective
@@ -150,12 +151,11 @@ def building(
         job = Job(
             config=config,
             ranks=ranks,
-            prompts=prompts,
+            groups=GroupSource(sampler, prompts, config),
             pad_id=0,
             policy=policy,
             objective=objective,
             loss=objective.loss(),
-            sampler=sampler,
             phases=Phases(engine, policy),
             sync=sync,
             checkpoints=checkpoints,

@@ -15,17 +15,17 @@ from torch import Tensor
 from grpo_mega.batch import TrainBatch, build_batch, shuffled_rewards
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config, OptimizerConfig
-from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.evaluate import Evaluator
+from grpo_mega.groups import GroupSource
 from grpo_mega.interfaces import Policy, TokenLoss
 from grpo_mega.objective import Objective
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.phases import Phases
-from grpo_mega.rollout import SampledGroups, Sampler, derived_seed
+from grpo_mega.rollout import SampledGroups, derived_seed
 from grpo_mega.step_report import StepResult
-from grpo_mega.types import SamplingRequest, UpdateStats
+from grpo_mega.types import UpdateStats
 from grpo_mega.weight_sync.push import SyncReport, WeightSync
 
 
@@ -35,12 +35,11 @@ class Job:
 
     config: Config
     ranks: Ranks
-    prompts: PromptDataset
+    groups: GroupSource
     pad_id: int
     policy: Policy
     objective: Objective
     loss: TokenLoss
-    sampler: Sampler
     phases: Phases
     sync: WeightSync
     checkpoints: CheckpointManager
@@ -55,7 +54,7 @@ def train(job: Job, state: LoopState) -> LoopState:
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
         with job.phases.sampling(), timers.phase("rollout"):
-            groups = sample(job, step)
+            groups = job.groups.sample(step)
         with job.phases.training():
             batch = make_batch(job, groups, step)
             with timers.phase("log_probs"):
@@ -73,14 +72,6 @@ def train(job: Job, state: LoopState) -> LoopState:
         if staged is not None:
             job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
     return state
-
-
-def sample(job: Job, step: int) -> SampledGroups:
-    """G rollouts of each of the step's prompts, scored."""
-    sampling, seed = job.config.sampling, job.config.run.seed
-    prompts = job.prompts.batch(step - 1, job.config.data.prompts_per_step, seed)
-    request = SamplingRequest(sampling.group_size, sampling.temperature, sampling.max_tokens, seed=0)
-    return job.sampler.sample(prompts, request, ("train", seed, step))
 
 
 def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:

@@ -174,7 +174,7 @@ class Objective:
         return self.algorithm.overlong_filter and rollout.completion.stop_reason == "length"
 
     def _is_dropped(self, groups: SampledGroups, group: int) -> bool:
-        return self.algorithm.degenerate == "drop" and groups.is_degenerate(group)
+        return self.algorithm.degenerate != "keep" and groups.is_degenerate(group)
 
 
 def _surrogate(algorithm: AlgorithmConfig) -> Surrogate:

@@ -47,7 +47,9 @@ def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[
         "reward/std": statistics.pstdev(values),
         "reward/accuracy": statistics.fmean(is_right(r) for r in rewards),
         "reward/failed_fraction": statistics.fmean(bool(r.failures) for r in rewards),
-        "group/degenerate_fraction": statistics.fmean(min(g) == max(g) for g in in_groups),
+        "group/degenerate_fraction": (sum(min(g) == max(g) for g in in_groups) + groups.num_discarded)
+        / (len(in_groups) + groups.num_discarded),
+        "group/discarded": float(groups.num_discarded),
         **{f"reward/component/{name}": statistics.fmean(v) for name, v in components.items()},
     }
 

@@ -31,6 +31,7 @@ ALGORITHM_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "aggregation": "token_mean",
         "kl_coef": 0.0,
         "overlong_buffer_fraction": 0.2,
+        "degenerate": "refill",
     },
     "gspo": {"surrogate": "clipped_sequence_ratio", "clip_low": 3e-4, "clip_high": 4e-4, "kl_coef": 0.0},
     "cispo": {
@@ -82,8 +83,11 @@ CORRECTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+REFILL_ROUNDS = 8
+
+
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `algorithm` section with what its name and its correction stand for; what is set stays."""
-    named = ALGORITHM_DEFAULTS.get(str(values.get("name", "grpo")), {})
-    corrected = CORRECTION_DEFAULTS.get(str(values.get("correction")), {})
-    return {**named, **corrected, **values}
+    """The `algorithm` section with what its choices stand for; what is set stays."""
+    found = {**ALGORITHM_DEFAULTS.get(str(values.get("name", "grpo")), {}), **values}
+    found = {**CORRECTION_DEFAULTS.get(str(found.get("correction")), {}), **found}
+    return {"refill_rounds": REFILL_ROUNDS, **found} if found.get("degenerate") == "refill" else found

@@ -70,6 +70,12 @@ def _overlong(algorithm: AlgorithmConfig) -> None:
 
 
 def _degenerate(algorithm: AlgorithmConfig) -> None:
+    if (algorithm.refill_rounds is not None) != (algorithm.degenerate == "refill"):
+        rounds = "null" if algorithm.refill_rounds is None else algorithm.refill_rounds
+        raise UserError(
+            f"algorithm.refill_rounds={rounds} with algorithm.degenerate={algorithm.degenerate}: refill needs a number "
+            "of rounds, nothing else reads it; set it or leave it out"
+        )
     if algorithm.degenerate != "keep" and algorithm.advantage == "batch":
         raise UserError(
             f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage=batch: groups of equal rewards do "

@@ -173,8 +173,11 @@ class AlgorithmConfig(Section):
     """Last part of `sampling.max_tokens` in which the reward falls linearly; unset: no penalty."""
     overlong_penalty: float = Field(1.0, gt=0)
     """By how much it has fallen at `sampling.max_tokens`."""
-    degenerate: Literal["keep", "drop"] = "keep"
-    """Groups whose rewards are all equal: train on them, or leave them out of the denominators too."""
+    degenerate: Literal["keep", "drop", "refill"] = "keep"
+    """Groups whose rewards are all equal: train on them; leave them out of the denominators too; or, besides, sample
+    other prompts in their place."""
+    refill_rounds: int | None = Field(None, ge=1)
+    """refill: most times that a step samples again; unset: 8."""
 
     @model_validator(mode="before")
     @classmethod

@@ -87,7 +87,8 @@ def dr_grpo(data: Data) -> Tensor:
 
 
 def dapo(data: Data) -> Tensor:
-    """The buffer is a fifth of 20 tokens: a rollout of 17 tokens loses 1/4, one of 20 loses 1."""
+    """The buffer is a fifth of 20 tokens: a rollout of 17 tokens loses 1/4, one of 20 loses 1. The constraint on the
+    groups leaves the one of equal rewards out."""
     rewards = torch.tensor(REWARDS, dtype=torch.float64).flatten()
     for i, n in enumerate(LENGTHS):
         rewards[i] += 0 if n <= 16 else (16 - n) / 4
@@ -95,7 +96,7 @@ def dapo(data: Data) -> Tensor:
     std = groups.std(dim=1, keepdim=True)
     advantages = torch.where(std > 0, (groups - groups.mean(1, keepdim=True)) / (std + 1e-6), 0.0).flatten()
     parts = every(lambda i: clipped(data.differ(i).exp(), advantages[i], 0.2, 0.28).sum())
-    return -torch.stack(parts).sum() / sum(LENGTHS)
+    return -torch.stack(parts).sum() / sum(LENGTHS[:4] + LENGTHS[8:])
 
 
 def gspo(data: Data) -> Tensor:

@@ -76,6 +76,11 @@ def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
             "algorithm.degenerate=drop with algorithm.advantage=batch: groups of equal rewards do teach when "
             "advantages are relative to the batch; use degenerate=keep",
         ),
+        (
+            {"refill_rounds": 3},
+            "algorithm.refill_rounds=3 with algorithm.degenerate=keep: refill needs a number of rounds, nothing else "
+            "reads it; set it or leave it out",
+        ),
     ],
 )
 def test_each_rule_says_key_got_rule_and_remedy(keys: dict[str, object], said: str) -> None:

@@ -22,7 +22,7 @@ trl = pytest.importorskip("trl", reason="TRL is not installed; tools/bench_step.
 CASES: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
     "grpo": ("grpo", "token", True, {}),
     "dr_grpo": ("dr_grpo", "token", False, {}),
-    "dapo": ("dapo", "token", True, {"overlong_buffer_fraction": None}),
+    "dapo": ("dapo", "token", True, {"overlong_buffer_fraction": None, "degenerate": "keep"}),
     "gspo": ("grpo", "sequence", True, {}),
     "cispo": ("cispo", "token", True, {"aggregation": "token_mean"}),
     "sapo": ("sapo", "token", True, {}),
