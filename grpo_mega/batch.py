@@ -9,16 +9,16 @@ Asserted by tests/unit/test_batch.py.
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from grpo_mega.algorithm.advantage import group_advantages
-from grpo_mega.algorithm.aggregate import rollout_mean_weights
 from grpo_mega.config.schema import Config, TrainConfig
 from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
+from grpo_mega.objective import Advantage, Objective
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Microbatch, Reward
@@ -26,10 +26,20 @@ from grpo_mega.types import Microbatch, Reward
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step."""
+    """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step.
+
+    The lists have one entry per rollout of the step. `rewards` are what the advantages were made of.
+    """
 
     minibatches: list[list[Microbatch]]
-    advantages: list[float]  # one per rollout of the step
+    advantages: list[Advantage]
+    rewards: list[float] = field(default_factory=list)
+    is_trained: list[bool] = field(default_factory=list)
+
+    def with_advantages(self, advantages: Sequence[Advantage]) -> TrainBatch:
+        """Other advantages, one per rollout of the step, on the tokens of this rank's rows."""
+        minibatches = [[_with_advantages(m, advantages) for m in minibatch] for minibatch in self.minibatches]
+        return replace(self, minibatches=minibatches, advantages=list(advantages))
 
     def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
         """Attach [T] per microbatch, in the order of `microbatches`."""
@@ -50,6 +60,11 @@ class TrainBatch:
         return replace(self, minibatches=filled)
 
     @property
+    def mean_advantages(self) -> list[float]:
+        """One number per rollout."""
+        return [statistics.fmean(a) if isinstance(a, list) else a for a in self.advantages]
+
+    @property
     def microbatches(self) -> list[Microbatch]:
         """All of them, one minibatch after the other."""
         return [m for minibatch in self.minibatches for m in minibatch]
@@ -66,6 +81,7 @@ def build_batch(
     groups: SampledGroups,
     rewards: Sequence[float],
     train: TrainConfig,
+    objective: Objective,
     *,
     dp: int,
     dp_rank: int,
@@ -78,13 +94,15 @@ def build_batch(
         groups: all rollouts of the step.
         rewards: one per rollout.
         train: minibatches and the token budget of a row.
+        objective: makes advantages and weights. Advantages that need log-probs are set later (`with_advantages`).
         dp: data-parallel ranks.
         dp_rank: this one.
         shape: what the layout wants of rows.
         pad_id: any token id.
     """
     size = groups.group_size
-    advantages = group_advantages(torch.tensor(rewards).view(-1, size)).flatten().tolist()
+    shaped = objective.shaped(groups, rewards)
+    advantages = objective.advantages(groups, shaped)
     lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]
     spans = [
         range(span.start * size, span.stop * size)
@@ -99,8 +117,7 @@ def build_batch(
     row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
     minibatches = []
     for ids, plan in zip(spans, plans, strict=True):
-        num_tokens = [len(groups.rollouts[i].completion.token_ids) for i in ids]
-        weights = dict(zip(ids, rollout_mean_weights(num_tokens, len(ids)), strict=True))
+        weights = dict(zip(ids, objective.token_weights(groups, ids), strict=True))
         minibatches.append(
             [
                 pack(
@@ -114,7 +131,16 @@ def build_batch(
                 for row in plan[dp_rank]
             ]
         )
-    return TrainBatch(minibatches, advantages)
+    return TrainBatch(minibatches, advantages, shaped, objective.is_trained(groups))
+
+
+def _with_advantages(microbatch: Microbatch, advantages: Sequence[Advantage]) -> Microbatch:
+    values = torch.zeros_like(microbatch.advantages)
+    bounds = microbatch.cu_seqlens.tolist()
+    for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
+        positions = microbatch.loss_mask[begin:end].nonzero().squeeze(1) + begin
+        values[positions] = torch.tensor(advantages[rollout_id], dtype=values.dtype, device=values.device)
+    return replace(microbatch, advantages=values)
 
 
 def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:
@@ -140,7 +166,7 @@ def explain_batch(config: Config, topology: Topology) -> str:
             f"optimizer step(s) a step, {updates * train.steps} in all",
             f"an update: {sizes} rollouts over {topology.dp} data-parallel rank(s), in rows "
             f"of at most {train.max_tokens_per_microbatch} tokens",
-            "its loss: mean over a rollout's completion tokens, then mean over the update's rollouts (denominator: "
-            f"{sizes}), the same for every layout",
+            f"its loss: {Objective(config.algorithm, config.sampling.max_tokens).describe(sizes)}, the same for every "
+            "layout",
         )
     )

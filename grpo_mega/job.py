@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo_mega.algorithm import make_loss
 from grpo_mega.base_model.teach import ensure_base
 from grpo_mega.batch import explain_batch
 from grpo_mega.checkpoint.export_hf import export_hf
@@ -24,8 +23,10 @@ from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.evaluate import Evaluator
+from grpo_mega.groups import GroupSource
 from grpo_mega.interfaces import Engine
 from grpo_mega.loop import Job, push_weights, train
+from grpo_mega.objective import Objective
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunState, open_run
@@ -122,19 +123,14 @@ def building(
         timers = PhaseTimer(progress.phase if progress is not None else None)
         with timers.phase("start"):
             spec = read_spec(model_folder)
-            loss = make_loss(
-                config.algorithm.name,
-                kl_coef=config.algorithm.kl_coef,
-                clip_low=config.algorithm.clip_low,
-                clip_high=config.algorithm.clip_high,
-            )
+            objective = Objective(config.algorithm, config.sampling.max_tokens)
             scorer = None
             if ranks.at.engine_tp_rank == 0:
                 pool = RewardPool(
                     config.reward.terms, workers=config.reward.workers, timeout_seconds=config.reward.timeout_seconds
                 )
                 scorer = stack.enter_context(pool)
-            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=loss.needs_reference)
+            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=objective.needs_reference)
             checkpoints = CheckpointManager(run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             engine = make_engine(config, model_folder)
@@ -155,11 +151,11 @@ def building(
         job = Job(
             config=config,
             ranks=ranks,
-            prompts=prompts,
+            groups=GroupSource(sampler, prompts, config),
             pad_id=0,
             policy=policy,
-            loss=loss,
-            sampler=sampler,
+            objective=objective,
+            loss=objective.loss(),
             phases=Phases(engine, policy),
             sync=sync,
             checkpoints=checkpoints,

@@ -15,17 +15,18 @@ from torch import Tensor
 from grpo_mega.batch import TrainBatch, build_batch, shuffled_rewards
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config, OptimizerConfig
-from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.pack import RowShape
 from grpo_mega.evaluate import Evaluator
+from grpo_mega.groups import GroupSource
 from grpo_mega.interfaces import Policy, TokenLoss
+from grpo_mega.objective import Objective
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.phases import Phases
-from grpo_mega.rollout import SampledGroups, Sampler, derived_seed
+from grpo_mega.rollout import SampledGroups, derived_seed
 from grpo_mega.step_report import StepResult
-from grpo_mega.types import SamplingRequest, UpdateStats
+from grpo_mega.types import UpdateStats
 from grpo_mega.weight_sync.push import SyncReport, WeightSync
 
 
@@ -35,11 +36,11 @@ class Job:
 
     config: Config
     ranks: Ranks
-    prompts: PromptDataset
+    groups: GroupSource
     pad_id: int
     policy: Policy
+    objective: Objective
     loss: TokenLoss
-    sampler: Sampler
     phases: Phases
     sync: WeightSync
     checkpoints: CheckpointManager
@@ -54,14 +55,14 @@ def train(job: Job, state: LoopState) -> LoopState:
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
         with job.phases.sampling(), timers.phase("rollout"):
-            groups = sample(job, step)
+            groups = job.groups.sample(step)
         with job.phases.training():
             batch = make_batch(job, groups, step)
             with timers.phase("log_probs"):
-                batch = with_log_probs(job, batch)
+                batch = with_log_probs(job, batch, groups)
             with timers.phase("train"):
                 batch, updates = update(job, batch, state.policy_version)
-            old_log_probs = gather_by_rollout(job, batch, len(groups.rollouts))
+            old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
         state = LoopState(step, state.policy_version + len(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
@@ -74,14 +75,6 @@ def train(job: Job, state: LoopState) -> LoopState:
     return state
 
 
-def sample(job: Job, step: int) -> SampledGroups:
-    """G rollouts of each of the step's prompts, scored."""
-    sampling, seed = job.config.sampling, job.config.run.seed
-    prompts = job.prompts.batch(step - 1, job.config.data.prompts_per_step, seed)
-    request = SamplingRequest(sampling.group_size, sampling.temperature, sampling.max_tokens, seed=0)
-    return job.sampler.sample(prompts, request, ("train", seed, step))
-
-
 def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
     """Advantages, global denominators, and this rank's packed rows."""
     rewards = [r.reward for r in groups.rollouts]
@@ -91,6 +84,7 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
         groups,
         values,
         job.config.train,
+        job.objective,
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
         shape=RowShape.of(job.config.parallel),
@@ -98,15 +92,22 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
     )
 
 
-def with_log_probs(job: Job, batch: TrainBatch) -> TrainBatch:
-    """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
+def with_log_probs(job: Job, batch: TrainBatch, groups: SampledGroups) -> TrainBatch:
+    """The policy's log-probs before the update (a single update has them anyway), the reference's, and the advantages
+    that need both."""
     ref = None
-    if job.loss.needs_reference:
+    if job.objective.needs_reference:
         with job.policy.reference():
             ref = job.policy.log_probs(batch.microbatches)
     updates = job.config.train.epochs_per_rollout * len(batch.minibatches)
-    old = job.policy.log_probs(batch.microbatches) if updates > 1 else None
-    return batch.with_log_probs(old=old, ref=ref)
+    old = None
+    if updates > 1 or job.objective.kl_in_reward:
+        old = job.policy.log_probs(batch.microbatches)
+    batch = batch.with_log_probs(old=old, ref=ref)
+    if not job.objective.kl_in_reward:
+        return batch
+    penalties = gather_by_rollout(job, batch, [job.objective.kl(m) for m in batch.microbatches])
+    return batch.with_advantages(job.objective.advantages(groups, batch.rewards, penalties))
 
 
 def update(job: Job, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
@@ -151,17 +152,17 @@ def evaluate_if_due(job: Job, step: int) -> None:
             job.observer.evaluated(evaluation)
 
 
-def gather_by_rollout(job: Job, batch: TrainBatch, num_rollouts: int) -> list[list[float]]:
-    """`old_log_probs` of every rollout, on every rank."""
+def gather_by_rollout(job: Job, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
+    """`values` [T] per microbatch as lists per rollout of the step, on every rank."""
     mine: dict[int, list[float]] = {}
     if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):
-        mine = batch.completion_values(_present([m.old_log_probs for m in batch.microbatches]))
+        mine = batch.completion_values(_present(values))
     parts: list[dict[int, list[float]]] = [mine]
     if job.ranks.topology.world_size > 1:
         parts = [{} for _ in range(job.ranks.topology.world_size)]
         dist.all_gather_object(parts, mine)
     found = {key: value for part in parts for key, value in part.items()}
-    return [found[i] for i in range(num_rollouts)]
+    return [found[i] for i in range(len(batch.advantages))]
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:

@@ -62,7 +62,7 @@ class Observer:
 
     def step(self, result: StepResult) -> None:
         """Rollouts first, then the step's line: a line on disk means that its rollouts are there."""
-        rows = rollout_rows(result.groups.rollouts, result.batch.advantages, result.old_log_probs)
+        rows = rollout_rows(result.groups.rollouts, result.batch.mean_advantages, result.old_log_probs)
         self._metrics.write_rollouts(result.step, rows)
         metrics = result.metrics(self._topology.num_replicas, self._is_right)
         times = self._timers.step_metrics()

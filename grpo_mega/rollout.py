@@ -35,10 +35,20 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """Rollouts of a step, the groups one after the other in the prompts' order; the same on every rank."""
+    """Rollouts of a step, the groups one after the other in the prompts' order; the same on every rank.
+
+    `num_discarded` groups were sampled besides, and are degenerate.
+    """
 
     rollouts: list[Rollout]
     group_size: int
+    num_discarded: int = 0
+
+    def is_degenerate(self, group: int) -> bool:
+        """Whether all rewards of a group are equal."""
+        first = group * self.group_size
+        values = {r.reward.value for r in self.rollouts[first : first + self.group_size]}
+        return len(values) == 1
 
     def tokens_per_replica(self, num_replicas: int) -> list[int]:
         """Completion tokens that each replica sampled."""

@@ -31,7 +31,7 @@ class StepResult:
             **_lengths(self.groups, num_replicas),
             **_updates(self.updates),
             **mismatch(self.groups.rollouts, self.old_log_probs),
-            "train/num_loss_tokens": float(sum(len(r.completion.token_ids) for r in self.groups.rollouts)),
+            **_trained(self.groups, self.batch.is_trained),
             "sync/bytes": float(self.sync.received_bytes),
             "sync/gb_per_second": self.sync.received_bytes / 1e9 / self.sync.seconds,
         }
@@ -47,7 +47,9 @@ def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[
         "reward/std": statistics.pstdev(values),
         "reward/accuracy": statistics.fmean(is_right(r) for r in rewards),
         "reward/failed_fraction": statistics.fmean(bool(r.failures) for r in rewards),
-        "group/degenerate_fraction": statistics.fmean(min(g) == max(g) for g in in_groups),
+        "group/degenerate_fraction": (sum(min(g) == max(g) for g in in_groups) + groups.num_discarded)
+        / (len(in_groups) + groups.num_discarded),
+        "group/discarded": float(groups.num_discarded),
         **{f"reward/component/{name}": statistics.fmean(v) for name, v in components.items()},
     }
 
@@ -64,6 +66,14 @@ def _lengths(groups: SampledGroups, num_replicas: int) -> dict[str, float]:
     }
 
 
+def _trained(groups: SampledGroups, is_trained: Sequence[bool]) -> dict[str, float]:
+    lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+    return {
+        "train/num_loss_tokens": float(sum(n for n, used in zip(lengths, is_trained, strict=True) if used)),
+        "train/unused_rollouts": float(len(is_trained) - sum(is_trained)),
+    }
+
+
 def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
     """Means over the step's updates, maxima over all of them."""
     mean = {name: statistics.fmean(u.sums[name] for u in updates) for name in updates[0].sums}
@@ -76,8 +86,13 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "train/ratio_max": max(u.maxima["ratio"] for u in updates),
         "train/updates": float(len(updates)),
     }
-    if "kl" in mean:
-        found["train/kl"] = mean["kl"]
+    optional = {
+        "kl": "train/kl",
+        "correction": "train/correction_mean",
+        "masked": "train/masked_fraction",
+        "vetoed": "train/vetoed_fraction",
+    }
+    found |= {name: mean[key] for key, name in optional.items() if key in mean}
     return found
 
 

@@ -147,8 +147,8 @@ class Microbatch:
 class UpdateStats:
     """What one optimizer step reports, the same on every rank.
 
-    `sums` are global sums (over microbatches and ranks) of per-token quantities already multiplied with
-    `token_weights`; `maxima` are global maxima.
+    `sums` are global (over microbatches and ranks): `loss` the sum of what tokens contribute, each other quantity its
+    mean over tokens weighted with `token_weights`; `maxima` are global maxima.
     """
 
     grad_norm: float

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 
+from grpo_mega.config.check_algorithm import check_algorithm
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -29,6 +30,7 @@ def check(config: Config) -> None:
         _rewards,
     ):
         rule(config)
+    check_algorithm(config.algorithm)
 
 
 def _one_model(config: Config) -> None:
@@ -37,10 +39,11 @@ def _one_model(config: Config) -> None:
 
 
 def _group_size(config: Config) -> None:
-    if config.sampling.group_size < 2:
-        raise UserError(
-            f"sampling.group_size={config.sampling.group_size}: an advantage is relative to its group; use 2 or more"
-        )
+    size = config.sampling.group_size
+    if size < 1:
+        raise UserError(f"sampling.group_size={size}: a prompt needs an answer; use 1 or more")
+    if size < 2 and config.algorithm.advantage != "batch":
+        raise UserError(f"sampling.group_size={size}: an advantage is relative to its group; use 2 or more")
 
 
 def _layout_divides(config: Config) -> None:

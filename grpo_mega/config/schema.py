@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from grpo_mega.config.algorithms import AlgorithmName, with_defaults
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe"]
 
@@ -150,10 +152,60 @@ class RewardConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    name: Literal["grpo"] = "grpo"
+    """Defaults are those of `grpo`; another name changes some of them (config/algorithms.py)."""
+
+    name: AlgorithmName = "grpo"
+    surrogate: Literal[
+        "clipped_ratio",
+        "clipped_sequence_ratio",
+        "geometric_mean",
+        "clipped_weight",
+        "soft_gate",
+        "policy_gradient",
+    ] = "clipped_ratio"
+    """What is maximised per token (algorithm/surrogate.py)."""
+    clip_low: float | None = Field(0.2, gt=0, lt=1)
+    clip_high: float | None = Field(0.2, gt=0)
+    """The ratio is clamped to [1 - clip_low, 1 + clip_high]; geometric_mean: its log to [-clip_low, clip_high]."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Largest ratio that counts where the advantage is negative; unset: none."""
+    gate_positive: float | None = Field(None, gt=0)
+    gate_negative: float | None = Field(None, gt=0)
+    """soft_gate: tau of tokens with a positive and with a negative advantage."""
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch", "group_batch"] = "group_std"
+    """Reward minus the group's mean, over its std; without the std; minus the mean of the others; whitened over the
+    step's tokens; minus the group's mean, then whitened."""
+    aggregation: Literal["rollout_mean", "token_mean", "rollout_sum", "group_token_mean"] = "rollout_mean"
+    aggregation_length: float | None = Field(None, gt=0)
+    """rollout_sum: the constant, in tokens, that a rollout's sum is divided by; unset: `sampling.max_tokens`."""
     kl_coef: float = Field(0.04, ge=0)
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    clip_high: float = Field(0.2, gt=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_in: Literal["loss", "reward"] = "loss"
+    entropy_coef: float = Field(0.0, ge=0)
+    """Weight of the entropy bonus."""
+    correction: Literal["token_truncated", "sequence_truncated", "token_masked"] | None = None
+    """Of the mismatch between policy and engine (algorithm/correction.py); unset: none."""
+    correction_low: float | None = Field(None, gt=0, lt=1)
+    correction_high: float | None = Field(None, ge=1)
+    """Bounds of the probability ratio policy / engine; unset: those of the form."""
+    correction_veto: float | None = Field(None, gt=0, lt=1)
+    """Rollouts with a token whose ratio policy / engine is below are not trained on; unset: all are."""
+    overlong_filter: bool = False
+    """Do not train on truncated rollouts."""
+    overlong_buffer_fraction: float | None = Field(None, gt=0, le=1)
+    """Last part of `sampling.max_tokens` in which the reward falls linearly; unset: no penalty."""
+    overlong_penalty: float = Field(1.0, gt=0)
+    """By how much it has fallen at `sampling.max_tokens`."""
+    degenerate: Literal["keep", "drop", "refill"] = "keep"
+    """Groups whose rewards are all equal: train on them; leave them out of the denominators too; or, besides, sample
+    other prompts in their place."""
+    refill_rounds: int | None = Field(None, ge=1)
+    """refill: most times that a step samples again; unset: 8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_name(cls, values: Any) -> Any:
+        return with_defaults(values) if isinstance(values, dict) else values
 
 
 class OptimizerConfig(Section):

@@ -100,7 +100,7 @@ def pack(
     rollouts: Sequence[tuple[int, Rollout]],
     *,
     row_tokens: int,
-    advantages: Sequence[float],
+    advantages: Sequence[float | list[float]],
     token_weights: Sequence[float],
     pad_id: int,
     segment_multiple: int = 1,
@@ -110,7 +110,7 @@ def pack(
     Args:
         rollouts: (position in the step's list, rollout); may be empty, which gives a row without a loss token.
         row_tokens: T, the length of the row.
-        advantages: one per rollout, put on its completion tokens.
+        advantages: one per rollout, put on its completion tokens: a number for all of them, or one each.
         token_weights: one per rollout, put on its completion tokens.
         pad_id: token of the padding.
         segment_multiple: every segment is padded to a multiple of it; attention is causal, so no token sees the padding
@@ -140,7 +140,7 @@ def pack(
         predicting = slice(begin + len(rollout.prompt.token_ids) - 1, end - 1)
         _check(rollout)
         loss_mask[predicting] = True
-        row_advantages[predicting] = advantage
+        row_advantages[predicting] = torch.tensor(advantage, dtype=torch.float32)
         row_weights[predicting] = weight
         sampler_log_probs[predicting] = torch.tensor(rollout.completion.sampler_log_probs, dtype=torch.float32)
         bounds.append(padded_end)

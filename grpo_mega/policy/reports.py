@@ -10,13 +10,16 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import Microbatch
 
 _FINITE = 0.0
+_WEIGHT = "weight"
+_SUMMED = ("loss", "loss_magnitude")
 
 
 class UpdateReport:
     """Collects per-token metrics of the microbatches on the last stage.
 
-    `sums["name"]` is the sum of the metric times `token_weights` over all tokens; `sums["loss"]` is the loss itself,
-    `sums["loss_magnitude"]` the same with absolute values per rollout token. `maxima["name"]` is over loss tokens.
+    `sums["name"]` is the mean of the metric over all tokens, weighted with `token_weights` (0 if they are all 0);
+    `sums["loss"]` is the loss itself, `sums["loss_magnitude"]` the same with absolute values per rollout token: what
+    they sum up is in the weights. `maxima["name"]` is over loss tokens.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -31,6 +34,7 @@ class UpdateReport:
             self._first_bad = len(self._rows)
         weights, mask = microbatch.token_weights, microbatch.loss_mask
         row = {name: (values * weights).sum() for name, values in metrics.items()}
+        row[_WEIGHT] = weights.sum()
         row["loss"] = total.detach()
         row["loss_magnitude"] = (token_loss.detach().abs() * weights).sum()
         self._rows.append(row)
@@ -66,7 +70,7 @@ class UpdateReport:
         if tops[0] != _FINITE:
             rank, microbatch = divmod(int(tops[0]) - 1, 1 << 20)
             raise RuntimeError(f"the loss of microbatch {microbatch} on rank {rank} is not finite; no update was made")
-        return (
-            dict(zip(names[0], sums.tolist(), strict=True)),
-            dict(zip(names[1], tops[1:].tolist(), strict=True)),
-        )
+        found = dict(zip(names[0], sums.tolist(), strict=True))
+        weight = found.pop(_WEIGHT)
+        means = {n: v if n in _SUMMED else (v / weight if weight else 0.0) for n, v in found.items()}
+        return means, dict(zip(names[1], tops[1:].tolist(), strict=True))

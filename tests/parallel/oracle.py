@@ -1,7 +1,7 @@
 """What training on the recorded rollouts must give: transformers, autograd and torch's AdamW in float64.
 
-Written from DeepSeekMath, arXiv:2402.03300, equations 3 and 4, rollout by rollout and without packing, padding, masks
-or weights; shares no code with the package.
+Written from DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO" with equation 4 as its KL, rollout by rollout
+and without packing, padding, masks or weights; shares no code with the package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parallel.recorded import LOSS, NUM_UPDATES, OPTIMIZER, TEMPERATURES, Recorded
+from tests.parallel.recorded import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UPDATES, OPTIMIZER, TEMPERATURES, Recorded
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def expect(recorded: Recorded) -> Expected:
 
 
 def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
-    """-J of equation 3, averaged over prompts; the shares are means over tokens, then over rollouts."""
+    """-J of GRPO, averaged over prompts; the shares are means over tokens, then over rollouts."""
     size = recorded.groups.group_size
     total, clipped, divergence = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for i, rollout in enumerate(recorded.groups.rollouts):
@@ -88,11 +88,11 @@ def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
             advantage = float((recorded.rewards[i] - rewards.mean()) / (rewards.std() + 1e-6))
         log_probs, _ = _forward(model, rollout, recorded.temperature)
         ratio = (log_probs - torch.tensor(recorded.old[i])).exp()
-        bounded = ratio.clamp(1 - LOSS.clip_low, 1 + LOSS.clip_high)
+        bounded = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
         objective = torch.minimum(ratio * advantage, bounded * advantage)
         d = torch.tensor(recorded.ref[i]) - log_probs
         kl = d.exp() - d - 1
-        total = total - (objective - LOSS.kl_coef * kl).mean()
+        total = total - (objective - KL_COEF * kl).mean()
         clipped += float((bounded * advantage < ratio * advantage).double().mean())
         divergence += float(kl.detach().mean())
     count = len(recorded.groups.rollouts)

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_mega.algorithm.grpo import GrpoLoss
+from grpo_mega.algorithm.loss import PolicyLoss
+from grpo_mega.algorithm.surrogate import ClippedRatio
 from grpo_mega.batch import TrainBatch, build_batch
 from grpo_mega.config.schema import (
+    AlgorithmConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -30,6 +32,7 @@ from grpo_mega.config.schema import (
 )
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape
+from grpo_mega.objective import Objective
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import SampledGroups
@@ -40,7 +43,8 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
 
 # 21: no tp but 3 and 7 divides it, so the head is padded
 VOCAB, EOS = 21, 1
-LOSS = GrpoLoss(clip_low=0.2, clip_high=0.25, kl_coef=0.1)
+CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.25, 0.1
+LOSS = PolicyLoss(ClippedRatio(CLIP_LOW, CLIP_HIGH), kl_coef=KL_COEF)
 # Adam's first step is g / (|g| + eps), a sign when eps is small: where a gradient is as small as its rounding error, a
 # weight would move by +lr in one layout and by -lr in another. With eps = 1e-3 an error d of g moves it by at most
 # lr d / eps. clip_grad is below every norm that occurs, so that clipping takes part.
@@ -170,6 +174,7 @@ def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
         recorded.groups,
         recorded.rewards,
         TrainConfig(steps=1, max_tokens_per_microbatch=recorded.max_tokens),
+        Objective(AlgorithmConfig(), max_tokens=recorded.max_tokens),
         dp=layout.topology.dp,
         dp_rank=layout.topology.coordinates(rank).dp_rank,
         shape=RowShape.of(layout.parallel),
@@ -210,16 +215,17 @@ class RankRecord:
     moment_bytes: int = 0
 
 
-class RecordingLoss(GrpoLoss):
+class RecordingLoss:
     """The loss of `LOSS` that keeps the entropies it is given."""
 
+    needs_reference = True
+
     def __init__(self) -> None:
-        super().__init__(LOSS.clip_low, LOSS.clip_high, LOSS.kl_coef)
-        object.__setattr__(self, "seen", [])
+        self.seen: list[Tensor] = []
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        self.seen.append(entropy.detach().clone())  # type: ignore[attr-defined]
-        return super().__call__(log_probs, entropy, microbatch)
+        self.seen.append(entropy.detach().clone())
+        return LOSS(log_probs, entropy, microbatch)
 
 
 def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
@@ -245,7 +251,7 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
             stats, _ = policy.update(batch.microbatches, loss, OPTIMIZER.lr)
             record.stats.append(stats)
     if policy.ranks.is_last_stage:
-        record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)])  # type: ignore[attr-defined]
+        record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)])
     record.param_bytes = sum(p.nbytes for p in policy.parts.parameters)
     record.main_grad_bytes = sum(b.grad_data.nbytes for b in policy.parts.buffers)
     record.moment_bytes = sum(m.nbytes for m in moments(policy))

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from grpo_mega.algorithm.aggregate import rollout_mean_weights
+from grpo_mega.algorithm.aggregate import (
+    group_token_mean_weights,
+    rollout_mean_weights,
+    rollout_sum_weights,
+    token_mean_weights,
+)
 
 
 def test_weights_are_the_hand_computed_ones() -> None:
-    assert rollout_mean_weights([1, 2, 5], 4) == [1 / 4, 1 / 8, 1 / 20]
+    assert rollout_mean_weights([1, 2, 5, 0]) == [1 / 4, 1 / 8, 1 / 20, 0.0]
+    assert token_mean_weights([1, 2, 5, 0]) == [1 / 8, 1 / 8, 1 / 8, 0.0]
+    assert rollout_sum_weights([1, 2, 5, 0], constant=10) == [1 / 40, 1 / 40, 1 / 40, 0.0]
+    assert group_token_mean_weights([1, 2, 5, 0], group_size=2) == [1 / 6, 1 / 6, 1 / 10, 0.0]
 
 
-def test_a_rollout_without_loss_tokens_gets_zero_and_still_counts() -> None:
-    assert rollout_mean_weights([0, 3], 2) == [0.0, 1 / 6]
+@pytest.mark.parametrize(
+    "weights", [rollout_mean_weights, token_mean_weights, lambda n: group_token_mean_weights(n, 2)]
+)
+def test_a_constant_token_loss_gives_that_constant(weights: Callable[[list[int]], list[float]]) -> None:
+    lengths = [7, 1, 30, 12, 1, 1]
+    assert sum(w * n for w, n in zip(weights(lengths), lengths, strict=True)) == pytest.approx(1, rel=1e-15)
 
 
-def test_constant_token_loss_gives_that_constant_however_the_rollouts_are_split() -> None:
-    lengths = [7, 1, 30, 12]
-    parts = [rollout_mean_weights(lengths[:1], 4), rollout_mean_weights(lengths[1:], 4)]
-    weights = [weight for part in parts for weight in part]
-    assert weights == rollout_mean_weights(lengths, 4)
-    assert sum(weight * length for weight, length in zip(weights, lengths, strict=True)) == pytest.approx(1, rel=1e-15)
+def test_an_update_without_any_token_has_only_zeros() -> None:
+    for weights in (token_mean_weights([0, 0]), group_token_mean_weights([0, 0], 2), rollout_mean_weights([0, 0])):
+        assert weights == [0.0, 0.0]
+    assert rollout_mean_weights([]) == token_mean_weights([]) == rollout_sum_weights([], 8) == []
 
 
-def test_a_count_of_this_rank_alone_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"num_rollouts=1 .* 2 rollouts"):
-        rollout_mean_weights([3, 4], 1)
-
-
-def test_a_negative_length_is_named() -> None:
+def test_what_cannot_be_counted_is_named() -> None:
     with pytest.raises(ValueError, match="rollout 1 has -2"):
-        rollout_mean_weights([3, -2], 2)
+        token_mean_weights([3, -2])
+    with pytest.raises(ValueError, match=r"3 rollouts .* group_size=2"):
+        group_token_mean_weights([3, 2, 1], 2)
+    with pytest.raises(ValueError, match=r"constant=0; must be > 0"):
+        rollout_sum_weights([3], 0)

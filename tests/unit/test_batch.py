@@ -12,14 +12,16 @@ import torch
 from grpo_mega.algorithm.advantage import group_advantages
 from grpo_mega.batch import TrainBatch, build_batch, explain_batch, shuffled_rewards
 from grpo_mega.config.load import load_config
-from grpo_mega.config.schema import TrainConfig
+from grpo_mega.config.schema import AlgorithmConfig, TrainConfig
 from grpo_mega.data.pack import RowShape
+from grpo_mega.objective import Objective
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 GROUP = 4
+OBJECTIVE = Objective(AlgorithmConfig(), max_tokens=64)
 
 
 def random_groups(num_groups: int, seed: int = 0) -> tuple[SampledGroups, list[float]]:
@@ -46,7 +48,9 @@ def batches(
     """One for each data-parallel rank."""
     train = TrainConfig(steps=1, minibatches_per_epoch=minibatches, max_tokens_per_microbatch=budget)
     return [
-        build_batch(groups, rewards, train, dp=dp, dp_rank=rank, shape=RowShape(row_multiple=row_multiple), pad_id=7)
+        build_batch(
+            groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=RowShape(row_multiple=row_multiple), pad_id=7
+        )
         for rank in range(dp)
     ]
 

@@ -189,6 +189,11 @@ def test_config_is_frozen(minimal: Path) -> None:
             "sampling.group_size=1: an advantage is relative to its group; use 2 or more",
         ),
         (
+            ["algorithm.name=gspo", "algorithm.gate_positive=1.5"],
+            "algorithm.gate_positive=1.5 does nothing with algorithm.surrogate=clipped_sequence_ratio "
+            "(algorithm.name=gspo); set it to null",
+        ),
+        (
             ["run.world_size=6", "parallel.tp=2", "parallel.pp=2"],
             "run.world_size=6 is not a multiple of parallel.tp x parallel.cp x parallel.pp = 2 x 1 x 2; use a multiple "
             "of 4",

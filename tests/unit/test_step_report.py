@@ -50,7 +50,9 @@ def result(updates: list[UpdateStats]) -> StepResult:
     ]
     old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
     sync = SyncReport(seconds=0.5, verify_seconds=0.1, received_bytes=3_000_000_000, policy_digest="")
-    return StepResult(4, SampledGroups(rollouts, 2), TrainBatch([], []), old, updates, sync)
+    groups = SampledGroups(rollouts, 2, num_discarded=2)
+    batch = TrainBatch([], [], is_trained=[True, True, False, True])
+    return StepResult(4, groups, batch, old, updates, sync)
 
 
 def test_all_numbers_of_a_step_by_hand() -> None:
@@ -64,7 +66,8 @@ def test_all_numbers_of_a_step_by_hand() -> None:
             "reward/failed_fraction": 0.25,
             "reward/component/exact": 0.5,
             "reward/component/format": 1.0,
-            "group/degenerate_fraction": 0.5,
+            "group/degenerate_fraction": 0.75,
+            "group/discarded": 2.0,
             "rollout/length_mean": 2.0,
             "rollout/length_max": 3.0,
             "rollout/prompt_length_mean": 4.0,
@@ -83,7 +86,8 @@ def test_all_numbers_of_a_step_by_hand() -> None:
             "train/updates": 2.0,
             "train/mismatch_max": 0.5,
             "train/mismatch_kl": k3,
-            "train/num_loss_tokens": 8.0,
+            "train/num_loss_tokens": 5.0,
+            "train/unused_rollouts": 1.0,
             "sync/bytes": 3e9,
             "sync/gb_per_second": 6.0,
         },

@@ -1,0 +1,83 @@
+"""Rules between the keys of `algorithm`: what a choice needs is set, and what it does not read is not."""
+
+from __future__ import annotations
+
+from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.types import UserError
+
+# surrogate -> keys that it needs, keys that it can do without
+_BOUNDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "clipped_ratio": (("clip_low", "clip_high"), ("dual_clip",)),
+    "clipped_sequence_ratio": (("clip_low", "clip_high"), ("dual_clip",)),
+    "geometric_mean": (("clip_low", "clip_high"), ()),
+    "clipped_weight": (("clip_high",), ("clip_low",)),
+    "soft_gate": (("gate_positive", "gate_negative"), ()),
+    "policy_gradient": ((), ()),
+}
+
+
+def check_algorithm(algorithm: AlgorithmConfig) -> None:
+    """Raises UserError for the first broken rule."""
+    for rule in (_bounds, _aggregation_length, _correction, _overlong, _degenerate):
+        rule(algorithm)
+
+
+def _bounds(algorithm: AlgorithmConfig) -> None:
+    needed, optional = _BOUNDS[algorithm.surrogate]
+    for key in ("clip_low", "clip_high", "dual_clip", "gate_positive", "gate_negative"):
+        value = getattr(algorithm, key)
+        if value is None and key in needed:
+            raise UserError(
+                f"algorithm.{key}=null, but algorithm.surrogate={algorithm.surrogate} needs it; set it, or another "
+                "surrogate"
+            )
+        if value is not None and key not in (*needed, *optional):
+            raise UserError(
+                f"algorithm.{key}={value} does nothing with algorithm.surrogate={algorithm.surrogate} "
+                f"(algorithm.name={algorithm.name}); set it to null"
+            )
+
+
+def _aggregation_length(algorithm: AlgorithmConfig) -> None:
+    if algorithm.aggregation_length is not None and algorithm.aggregation != "rollout_sum":
+        raise UserError(
+            f"algorithm.aggregation_length={algorithm.aggregation_length} does nothing with "
+            f"algorithm.aggregation={algorithm.aggregation}; leave it out, or use aggregation=rollout_sum"
+        )
+
+
+def _correction(algorithm: AlgorithmConfig) -> None:
+    form = algorithm.correction
+    reads = {None: (), "token_masked": ("correction_low", "correction_high")}.get(form, ("correction_high",))
+    for key in ("correction_low", "correction_high"):
+        value = getattr(algorithm, key)
+        if value is not None and key not in reads:
+            raise UserError(
+                f"algorithm.{key}={value} does nothing with algorithm.correction={form or 'null'}; leave it out"
+                + ("" if form else ", or set algorithm.correction")
+            )
+        if value is None and key in reads:
+            raise UserError(f"algorithm.{key}=null, but algorithm.correction={form} needs it; leave it out or set it")
+
+
+def _overlong(algorithm: AlgorithmConfig) -> None:
+    default = type(algorithm).model_fields["overlong_penalty"].default
+    if algorithm.overlong_penalty != default and algorithm.overlong_buffer_fraction is None:
+        raise UserError(
+            f"algorithm.overlong_penalty={algorithm.overlong_penalty} does nothing without "
+            "algorithm.overlong_buffer_fraction; set it"
+        )
+
+
+def _degenerate(algorithm: AlgorithmConfig) -> None:
+    if (algorithm.refill_rounds is not None) != (algorithm.degenerate == "refill"):
+        rounds = "null" if algorithm.refill_rounds is None else algorithm.refill_rounds
+        raise UserError(
+            f"algorithm.refill_rounds={rounds} with algorithm.degenerate={algorithm.degenerate}: refill needs a number "
+            "of rounds, nothing else reads it; set it or leave it out"
+        )
+    if algorithm.degenerate != "keep" and algorithm.advantage == "batch":
+        raise UserError(
+            f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage=batch: groups of equal rewards do "
+            "teach when advantages are relative to the batch; use degenerate=keep"
+        )

@@ -1,0 +1,196 @@
+"""The section `algorithm` of a config as mathematics: advantages, token weights and the loss per token.
+
+Everything global is here: a step's rollouts are the same on every rank, so advantages and denominators are too, and are
+known before the first microbatch.
+Asserted by tests/unit/test_objective.py and tests/unit/test_algorithms.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_mega.algorithm.advantage import group_advantages, leave_one_out_advantages, token_returns, whitened
+from grpo_mega.algorithm.aggregate import (
+    group_token_mean_weights,
+    rollout_mean_weights,
+    rollout_sum_weights,
+    token_mean_weights,
+)
+from grpo_mega.algorithm.correction import Correction
+from grpo_mega.algorithm.kl import KL_ESTIMATORS
+from grpo_mega.algorithm.loss import PolicyLoss
+from grpo_mega.algorithm.surrogate import (
+    ClippedRatio,
+    ClippedSequenceRatio,
+    ClippedWeight,
+    GeometricMean,
+    PolicyGradient,
+    SoftGate,
+    Surrogate,
+)
+from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Microbatch, Rollout
+
+Advantage = float | list[float]
+"""Of one rollout: the same for all of its completion tokens, or one each."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`max_tokens` is the most that a completion can have."""
+
+    algorithm: AlgorithmConfig
+    max_tokens: int
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether advantages need the KL penalty of every token."""
+        return self.algorithm.kl_in == "reward" and self.algorithm.kl_coef > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether loss or reward compare with the reference."""
+        return self.algorithm.kl_coef > 0
+
+    def shaped(self, groups: SampledGroups, rewards: Sequence[float]) -> list[float]:
+        """Rewards with the soft penalty of overlong answers: 0 up to max_tokens - buffer tokens, from there linearly
+        down to -overlong_penalty at max_tokens.
+
+        Source: DAPO, arXiv:2503.14476, equation 13. Differs: an answer never exceeds max_tokens, so that the paper's
+            third case does not occur.
+        """
+        fraction = self.algorithm.overlong_buffer_fraction
+        if fraction is None:
+            return list(rewards)
+        buffer = fraction * self.max_tokens
+        lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+        return [
+            reward - self.algorithm.overlong_penalty * max(0.0, length - (self.max_tokens - buffer)) / buffer
+            for reward, length in zip(rewards, lengths, strict=True)
+        ]
+
+    def advantages(
+        self, groups: SampledGroups, rewards: Sequence[float], kl: Sequence[Sequence[float]] | None = None
+    ) -> list[Advantage]:
+        """One per rollout of the step.
+
+        Args:
+            groups: all rollouts of the step.
+            rewards: one per rollout, shaped.
+            kl: with `kl_in_reward`, the KL of each completion token: a rollout's reward is less by kl_coef times their
+                sum; under advantage=batch each token's by that of the tokens from it on.
+        """
+        penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
+        rule = self.algorithm.advantage
+        lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+        if rule == "batch":
+            rows = penalties if penalties is not None else [[0.0] * n for n in lengths]
+            return list(whitened([token_returns(r, row) for r, row in zip(rewards, rows, strict=True)]))
+        if penalties is not None:
+            rewards = [r - sum(row) for r, row in zip(rewards, penalties, strict=True)]
+        matrix = torch.tensor(rewards, dtype=torch.float32).view(-1, groups.group_size)
+        if rule == "leave_one_out":
+            return list(leave_one_out_advantages(matrix).flatten().tolist())
+        values = group_advantages(matrix, scale="std" if rule == "group_std" else "none").flatten().tolist()
+        if rule == "group_batch":
+            return list(whitened([[value] * n for value, n in zip(values, lengths, strict=True)]))
+        return list(values)
+
+    def kl(self, microbatch: Microbatch) -> Tensor | None:
+        """KL of the policy before the update to the reference, [T]; None where a stage has no log-probs."""
+        if microbatch.old_log_probs is None or microbatch.ref_log_probs is None:
+            return None
+        return KL_ESTIMATORS[self.algorithm.kl_estimator](microbatch.old_log_probs, microbatch.ref_log_probs)
+
+    def is_trained(self, groups: SampledGroups) -> list[bool]:
+        """Per rollout: neither filtered as overlong nor of a dropped group (judged by the rewards as they were given).
+
+        Source: overlong filtering and dynamic sampling: DAPO, arXiv:2503.14476, sections "Hide and Seek: Overlong
+            Reward Shaping" and "The More the Merrier: Dynamic Sampling".
+        """
+        return [
+            not self._is_filtered(rollout) and not self._is_dropped(groups, i // groups.group_size)
+            for i, rollout in enumerate(groups.rollouts)
+        ]
+
+    def token_weights(self, groups: SampledGroups, ids: Sequence[int]) -> list[float]:
+        """One per rollout of an update, whose rollouts are `ids` (whole groups, in order); 0 where nothing is trained.
+
+        Dropped groups are not counted; filtered rollouts are, with no token.
+        """
+        size = groups.group_size
+        kept = [i for i in ids if not self._is_dropped(groups, i // size)]
+        rollouts = [groups.rollouts[i] for i in kept]
+        counts = [0 if self._is_filtered(r) else len(r.completion.token_ids) for r in rollouts]
+        mode = self.algorithm.aggregation
+        if mode == "rollout_mean":
+            weights = rollout_mean_weights(counts)
+        elif mode == "token_mean":
+            weights = token_mean_weights(counts)
+        elif mode == "group_token_mean":
+            weights = group_token_mean_weights(counts, size)
+        else:
+            weights = rollout_sum_weights(counts, self.algorithm.aggregation_length or self.max_tokens)
+        found = dict(zip(kept, weights, strict=True))
+        return [found.get(i, 0.0) for i in ids]
+
+    def loss(self) -> PolicyLoss:
+        """The loss per token."""
+        algorithm = self.algorithm
+        correction = None
+        if algorithm.correction is not None or algorithm.correction_veto is not None:
+            correction = Correction(
+                algorithm.correction,
+                low=algorithm.correction_low or 0.0,
+                high=algorithm.correction_high or 1.0,
+                veto=algorithm.correction_veto,
+            )
+        return PolicyLoss(
+            _surrogate(algorithm),
+            kl_coef=algorithm.kl_coef if algorithm.kl_in == "loss" else 0.0,
+            kl_estimator=algorithm.kl_estimator,
+            entropy_coef=algorithm.entropy_coef,
+            correction=correction,
+        )
+
+    def describe(self, num_rollouts: str) -> str:
+        """The aggregation in words, with `num_rollouts` of an update."""
+        return {
+            "rollout_mean": "mean over a rollout's completion tokens, then mean over the update's rollouts "
+            f"(denominator: {num_rollouts})",
+            "token_mean": "mean over all completion tokens of the update",
+            "rollout_sum": "sum over a rollout's completion tokens divided by "
+            f"{self.algorithm.aggregation_length or self.max_tokens:g}, then mean over the update's rollouts "
+            f"(denominator: {num_rollouts})",
+            "group_token_mean": "mean over a group's completion tokens, then mean over the update's groups",
+        }[self.algorithm.aggregation]
+
+    def _is_filtered(self, rollout: Rollout) -> bool:
+        return self.algorithm.overlong_filter and rollout.completion.stop_reason == "length"
+
+    def _is_dropped(self, groups: SampledGroups, group: int) -> bool:
+        return self.algorithm.degenerate != "keep" and groups.is_degenerate(group)
+
+
+def _surrogate(algorithm: AlgorithmConfig) -> Surrogate:
+    kind, low, high = algorithm.surrogate, algorithm.clip_low, algorithm.clip_high
+    if kind == "policy_gradient":
+        return PolicyGradient()
+    if kind == "soft_gate":
+        positive, negative = algorithm.gate_positive, algorithm.gate_negative
+        assert positive is not None, "config/check_algorithm.py"
+        assert negative is not None, "config/check_algorithm.py"
+        return SoftGate(positive, negative)
+    assert high is not None, "config/check_algorithm.py"
+    if kind == "clipped_weight":
+        return ClippedWeight(low, high)
+    assert low is not None, "config/check_algorithm.py"
+    if kind == "geometric_mean":
+        return GeometricMean(low, high)
+    clip = ClippedRatio(low, high, algorithm.dual_clip)
+    return clip if kind == "clipped_ratio" else ClippedSequenceRatio(clip)

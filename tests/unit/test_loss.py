@@ -1,0 +1,188 @@
+"""The loss per token: hand-computed numbers of GRPO, masks, KL and entropy. The papers are in test_algorithms.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.algorithm.correction import Correction, CorrectionForm
+from grpo_mega.algorithm.loss import PolicyLoss
+from grpo_mega.algorithm.surrogate import (
+    ClippedRatio,
+    ClippedSequenceRatio,
+    ClippedWeight,
+    GeometricMean,
+    PolicyGradient,
+    SoftGate,
+    Surrogate,
+)
+from grpo_mega.types import Microbatch
+
+NAN, INF = float("nan"), float("inf")
+
+
+def row(
+    advantages: Tensor,
+    *,
+    loss_mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    sampler_log_probs: Tensor | None = None,
+    cu_seqlens: list[int] | None = None,
+) -> Microbatch:
+    """A microbatch of one segment, or of those of `cu_seqlens`; what is not given is zero."""
+    length = len(advantages)
+    tokens = torch.zeros(length, dtype=torch.int64)
+    return Microbatch(
+        rollout_ids=(0,),
+        token_ids=tokens,
+        position_ids=tokens,
+        labels=tokens,
+        loss_mask=torch.ones(length, dtype=torch.bool) if loss_mask is None else loss_mask,
+        cu_seqlens=torch.tensor(cu_seqlens or [0, length], dtype=torch.int32),
+        advantages=advantages,
+        token_weights=torch.ones(length) if token_weights is None else token_weights,
+        sampler_log_probs=torch.zeros(length) if sampler_log_probs is None else sampler_log_probs,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+    )
+
+
+def test_loss_of_six_tokens_is_the_hand_computed_one() -> None:
+    ratio = torch.tensor([1.5, 1.25, 0.5, 1.5, 0.75, 0.9])
+    log_probs = ratio.log().requires_grad_()
+    microbatch = row(torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0]), old_log_probs=torch.zeros(6))
+    loss, metrics = PolicyLoss(ClippedRatio(0.2, 0.3))(log_probs, torch.ones(6), microbatch)
+    # A > 0: min(1.5, 1.3) * 2, and 1.25 and 0.5 stay; A < 0: 1.5 stays, min(0.75 * -2, 0.8 * -2), and 0.9 stays
+    torch.testing.assert_close(loss, torch.tensor([-2.6, -2.5, -1.0, 3.0, 1.6, 1.8]), rtol=1e-6, atol=0)
+    assert metrics["clip_fraction"].tolist() == [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    torch.testing.assert_close(metrics["ratio"], ratio, rtol=1e-6, atol=0)
+    assert metrics["entropy"].tolist() == [1.0] * 6
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, -2.5, -1.0, 3.0, 0.0, 1.8]), rtol=1e-6, atol=0)
+
+
+SURROGATES: list[Surrogate] = [
+    ClippedRatio(0.2, 0.2),
+    ClippedRatio(0.2, 0.2, dual_clip=3.0),
+    ClippedSequenceRatio(ClippedRatio(0.2, 0.2)),
+    GeometricMean(0.4, 0.4),
+    ClippedWeight(None, 4.0),
+    ClippedWeight(0.2, 4.0),
+    SoftGate(1.0, 1.05),
+    PolicyGradient(),
+]
+CORRECTIONS = [None, *(Correction(f, low=0.5, high=5.0, veto=1e-4) for f in get_args(CorrectionForm))]
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
+def test_masked_garbage_gives_zero_loss_and_zero_gradient(
+    garbage: float, surrogate: Surrogate, correction: Correction | None
+) -> None:
+    values = torch.tensor([garbage, -1.0])
+    log_probs = values.clone().requires_grad_()
+    microbatch = row(
+        torch.tensor([garbage, 1.0]),
+        loss_mask=torch.tensor([False, True]),
+        old_log_probs=values.clone(),
+        sampler_log_probs=values.clone(),
+        ref_log_probs=values.flip(0).where(torch.tensor([True, False]), torch.tensor(-1.5)),
+    )
+    loss_of = PolicyLoss(surrogate, kl_coef=0.1, entropy_coef=0.1, correction=correction)
+    loss, metrics = loss_of(log_probs, torch.full((2,), garbage), microbatch)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert loss[0] == 0
+    assert gradient[0] == 0
+    assert torch.isfinite(gradient).all()
+    assert {name: value[0].item() for name, value in metrics.items()} == dict.fromkeys(metrics, 0.0)
+
+
+def test_without_old_log_probs_the_ratio_is_one_and_carries_the_policy_gradient() -> None:
+    log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
+    advantages = torch.tensor([0.5, -3.0])
+    loss, metrics = PolicyLoss(ClippedRatio(0.2, 0.2))(log_probs, torch.zeros(2), row(advantages))
+    assert loss.tolist() == [-0.5, 3.0]
+    assert metrics["ratio"].tolist() == [1.0, 1.0]
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert gradient.tolist() == [-0.5, 3.0]
+
+
+def test_extreme_log_ratios_give_the_clipped_value_and_no_nan() -> None:
+    log_probs = torch.tensor([0.0, 0.0, -500.0, -500.0], requires_grad=True)
+    old = torch.tensor([-500.0, -500.0, 0.0, 0.0])
+    microbatch = row(torch.tensor([1.0, 0.0, 1.0, -1.0]), old_log_probs=old)
+    loss, _ = PolicyLoss(ClippedRatio(0.2, 0.2))(log_probs, torch.zeros(4), microbatch)
+    torch.testing.assert_close(loss, torch.tensor([-1.2, 0.0, 0.0, 0.8]), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert gradient.tolist() == [0.0] * 4
+
+
+def test_an_infinite_loss_stays_infinite() -> None:
+    microbatch = row(torch.tensor([-1.0]), old_log_probs=torch.tensor([-500.0]))
+    loss, _ = PolicyLoss(ClippedRatio(0.2, 0.2))(torch.zeros(1), torch.zeros(1), microbatch)
+    assert loss.item() == INF
+
+
+def test_kl_is_added_with_its_coefficient_and_reported_without_it() -> None:
+    log_probs = torch.tensor([-1.0], requires_grad=True)
+    microbatch = row(torch.zeros(1), ref_log_probs=torch.tensor([-1.0 + math.log(2)]))
+    loss, metrics = PolicyLoss(ClippedRatio(0.2, 0.2), kl_coef=0.5)(log_probs, torch.zeros(1), microbatch)
+    assert loss.item() == pytest.approx(0.5 * (1 - math.log(2)), rel=1e-6)
+    assert metrics["kl"].item() == pytest.approx(1 - math.log(2), rel=1e-6)
+    assert not any(metric.requires_grad for metric in metrics.values())
+
+
+def test_a_reference_is_needed_exactly_when_the_coefficient_is_positive() -> None:
+    with_kl, without = PolicyLoss(ClippedRatio(0.2, 0.2), kl_coef=0.04), PolicyLoss(ClippedRatio(0.2, 0.2))
+    assert with_kl.needs_reference
+    assert not without.needs_reference
+    microbatch = row(torch.ones(1))
+    assert "kl" not in without(torch.zeros(1), torch.zeros(1), microbatch)[1]
+    with pytest.raises(ValueError, match="ref_log_probs"):
+        with_kl(torch.zeros(1), torch.zeros(1), microbatch)
+    with_kl(torch.zeros(1), torch.zeros(1), replace(microbatch, ref_log_probs=torch.zeros(1)))
+
+
+def test_a_kl_that_is_only_in_the_reward_is_reported_and_not_added() -> None:
+    log_probs = torch.tensor([-1.0], requires_grad=True)
+    microbatch = row(torch.zeros(1), ref_log_probs=torch.tensor([-3.0]))
+    loss, metrics = PolicyLoss(ClippedRatio(0.2, 0.2), kl_estimator="k1")(log_probs, torch.zeros(1), microbatch)
+    assert loss.item() == 0
+    assert metrics["kl"].item() == 2
+
+
+def test_the_entropy_bonus_lowers_the_loss_and_carries_gradient() -> None:
+    entropy = torch.tensor([2.0, 3.0], requires_grad=True)
+    microbatch = row(torch.zeros(2), loss_mask=torch.tensor([True, False]))
+    loss, _ = PolicyLoss(ClippedRatio(0.2, 0.2), entropy_coef=0.5)(torch.zeros(2), entropy, microbatch)
+    assert loss.tolist() == [-1.0, 0.0]
+    (gradient,) = torch.autograd.grad(loss.sum(), entropy)
+    assert gradient.tolist() == [-0.5, 0.0]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("log_ratio", [-500.0, 500.0])
+def test_an_extreme_ratio_of_a_good_rollout_gives_no_nan(surrogate: Surrogate, log_ratio: float) -> None:
+    log_probs = torch.tensor([log_ratio], requires_grad=True)
+    loss, _ = PolicyLoss(surrogate)(log_probs, torch.zeros(1), row(torch.ones(1), old_log_probs=torch.zeros(1)))
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert torch.isfinite(loss).all()
+    assert torch.isfinite(gradient).all()
+
+
+def test_a_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
+    log_probs = torch.tensor([4.0, 2.0, 0.5]).log().requires_grad_()
+    microbatch = row(torch.full((3,), -2.0), old_log_probs=torch.zeros(3))
+    loss, metrics = PolicyLoss(ClippedRatio(0.2, 0.2, dual_clip=3.0))(log_probs, torch.zeros(3), microbatch)
+    torch.testing.assert_close(loss, torch.tensor([6.0, 4.0, 1.6]), rtol=1e-6, atol=0)
+    assert metrics["clip_fraction"].tolist() == [1.0, 0.0, 1.0]
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 4.0, 0.0]), rtol=1e-6, atol=0)

@@ -1,0 +1,120 @@
+"""The section `algorithm`: names, rules between keys, shaped rewards, weights. Losses are in test_algorithms.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo_mega.config.algorithms import ALGORITHM_DEFAULTS
+from grpo_mega.config.check_algorithm import check_algorithm
+from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.objective import Objective
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
+
+
+def groups(lengths: list[int], rewards: list[float], size: int = 2) -> SampledGroups:
+    return SampledGroups(
+        [
+            Rollout(Prompt(i // size, "", (0,), ""), Completion((0,) * n, (0.0,) * n, "eos", 0, ""), Reward(r), 0)
+            for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
+        ],
+        size,
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHM_DEFAULTS)
+def test_every_name_passes_its_own_rules_and_survives_a_round_trip(name: str) -> None:
+    algorithm = AlgorithmConfig(name=name)
+    check_algorithm(algorithm)
+    assert AlgorithmConfig(**algorithm.model_dump()) == algorithm
+    for key, value in ALGORITHM_DEFAULTS[name].items():
+        assert getattr(algorithm, key) == value
+
+
+def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
+    algorithm = AlgorithmConfig(name="dapo", clip_high=0.3, correction="token_masked", correction_low=0.25)
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.aggregation) == (0.2, 0.3, "token_mean")
+    assert (algorithm.correction_low, algorithm.correction_high) == (0.25, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"name": "sapo", "clip_low": 0.2},
+            "algorithm.clip_low=0.2 does nothing with algorithm.surrogate=soft_gate (algorithm.name=sapo); set it to "
+            "null",
+        ),
+        (
+            {"clip_high": None},
+            "algorithm.clip_high=null, but algorithm.surrogate=clipped_ratio needs it; set it, or another surrogate",
+        ),
+        (
+            {"aggregation_length": 100.0},
+            "algorithm.aggregation_length=100.0 does nothing with algorithm.aggregation=rollout_mean; leave it out, or "
+            "use aggregation=rollout_sum",
+        ),
+        (
+            {"correction_high": 3.0},
+            "algorithm.correction_high=3.0 does nothing with algorithm.correction=null; leave it out, or set "
+            "algorithm.correction",
+        ),
+        (
+            {"correction": "token_truncated", "correction_low": 0.5},
+            "algorithm.correction_low=0.5 does nothing with algorithm.correction=token_truncated; leave it out",
+        ),
+        (
+            {"correction": "token_masked", "correction_low": None},
+            "algorithm.correction_low=null, but algorithm.correction=token_masked needs it; leave it out or set it",
+        ),
+        (
+            {"overlong_penalty": 2.0},
+            "algorithm.overlong_penalty=2.0 does nothing without algorithm.overlong_buffer_fraction; set it",
+        ),
+        (
+            {"name": "reinforce_plus_plus", "degenerate": "drop"},
+            "algorithm.degenerate=drop with algorithm.advantage=batch: groups of equal rewards do teach when "
+            "advantages are relative to the batch; use degenerate=keep",
+        ),
+        (
+            {"refill_rounds": 3},
+            "algorithm.refill_rounds=3 with algorithm.degenerate=keep: refill needs a number of rounds, nothing else "
+            "reads it; set it or leave it out",
+        ),
+    ],
+)
+def test_each_rule_says_key_got_rule_and_remedy(keys: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_algorithm(AlgorithmConfig(**keys))  # type: ignore[arg-type]
+    assert str(error.value) == said
+
+
+def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:
+    objective = Objective(AlgorithmConfig(overlong_buffer_fraction=0.25, overlong_penalty=2.0), max_tokens=16)
+    assert objective.shaped(groups([4, 12, 13, 16], [1.0] * 4), [1.0, 1.0, 1.0, 0.0]) == [1.0, 1.0, 0.5, -2.0]
+    assert Objective(AlgorithmConfig(), 16).shaped(groups([16, 16], [1.0, 0.0]), [1.0, 0.0]) == [1.0, 0.0]
+
+
+def test_a_group_is_degenerate_by_its_own_rewards_and_not_by_the_shaped_ones() -> None:
+    objective = Objective(AlgorithmConfig(degenerate="drop", overlong_buffer_fraction=0.5), max_tokens=16)
+    given = groups([4, 16, 4, 4], [1.0, 1.0, 1.0, 0.0])
+    assert objective.is_trained(given) == [False, False, True, True]
+    assert objective.token_weights(given, range(4)) == [0.0, 0.0, 1 / 8, 1 / 8]
+    assert objective.token_weights(given, range(2)) == [0.0, 0.0]
+
+
+def test_advantages_over_the_batch_need_no_group() -> None:
+    given = groups([1, 3], [4.0, 0.0], size=1)
+    algorithm = AlgorithmConfig(name="reinforce_plus_plus", kl_coef=0.0)
+    found = Objective(algorithm, 16).advantages(given, [4.0, 0.0])
+    assert found == [pytest.approx([3**0.5]), pytest.approx([-(3**-0.5)] * 3)]
+
+
+def test_the_reference_is_needed_for_kl_in_loss_and_reward_and_for_nothing_else() -> None:
+    assert Objective(AlgorithmConfig(), 16).needs_reference
+    assert not Objective(AlgorithmConfig(kl_coef=0.0), 16).needs_reference
+    in_reward = Objective(AlgorithmConfig(name="rloo"), 16)
+    assert in_reward.needs_reference
+    assert in_reward.kl_in_reward
+    assert not in_reward.loss().needs_reference
+    assert not Objective(AlgorithmConfig(name="rloo", kl_coef=0.0), 16).kl_in_reward
