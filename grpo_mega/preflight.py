@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from grpo_mega.config.schema import ArchitectureConfig, Config
@@ -54,7 +55,13 @@ class _Shape:
         folder = Path(str(config.model.path))
         if not folder.is_dir():
             raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
-        return cls(read_spec(folder))
+        spec = read_spec(folder)
+        if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
+            raise UserError(
+                f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
+                "give an unquantised checkpoint"
+            )
+        return cls(spec)
 
 
 def _divisors(number: int) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from grpo_mega.batch import TrainBatch, build_batch
 from grpo_mega.config.algorithms import ALGORITHM_DEFAULTS
 from grpo_mega.config.schema import AlgorithmConfig, TrainConfig
+from grpo_mega.data.pack import RowShape
 from grpo_mega.objective import Objective
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
@@ -213,9 +214,10 @@ def ours(
     loss_of = objective.loss()
     total = torch.zeros((), dtype=torch.float64)
     batches = []
+    shape = RowShape(row_multiple=row_multiple)
     for rank in range(dp):
         train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
-        batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, row_multiple=row_multiple, pad_id=7)
+        batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape, pad_id=7)
         if objective.kl_in_reward:
             kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)]
             batch = batch.with_advantages(objective.advantages(groups, batch.rewards, kl))
