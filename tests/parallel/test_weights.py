@@ -67,7 +67,7 @@ def test_digests_of_the_shards_add_up_to_that_of_the_whole_tensor(
 def count_bytes(rank: int, recorded: Recorded, layout: Layout) -> tuple[int, int]:
     """Read from the files by this rank, and held in its parameters."""
     policy = open_policy(rank, recorded, layout)
-    return policy.weights.load_from_hf(recorded.model), sum(p.nbytes for p in policy.parts.model.parameters())
+    return policy.weights.load_from_hf(recorded.model), sum(p.nbytes for p in policy.parts.parameters)
 
 
 @pytest.mark.parametrize("layout", [Layout(1), Layout(4, tp=2, pp=2)], ids=str)
