@@ -195,7 +195,7 @@ def as_row(values: list[list[float]], microbatch: Microbatch) -> Tensor:
 @dataclass
 class RankRecord:
     """What one rank saw. Values per rollout are on the ranks of the last stage, whole tensors on rank 0 (after 0, 1, 2
-    and 3 updates)."""
+    and 3 updates; gradients of the first)."""
 
     is_last_stage: bool = False
     log_probs: dict[float, dict[int, list[float]]] = field(default_factory=dict)
@@ -203,6 +203,7 @@ class RankRecord:
     num_microbatches: int = 0
     stats: list[Any] = field(default_factory=list)
     tensors: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+    gradients: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     shard_digests: dict[str, int] = field(default_factory=dict)
     small_buckets_equal: bool = False
     param_bytes: int = 0
@@ -237,6 +238,9 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
     whole = [(name, as_array(t)) for name, t in policy.full_tensors(1 << 28)]
     small = [(name, as_array(t)) for name, t in policy.full_tensors(1024)]
     record.small_buckets_equal = [(n, t.tobytes()) for n, t in small] == [(n, t.tobytes()) for n, t in whole]
+    policy.backward(batch.microbatches, LOSS)
+    gradients = {name: as_array(t) for name, t in policy.full_gradients(1 << 12)}
+    record.gradients = gradients if rank == 0 else {}
     loss = RecordingLoss()
     for update in range(NUM_UPDATES + 1):
         tensors = {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}

@@ -101,6 +101,15 @@ def test_weights_equal_those_of_adamw_after_each_of_three_updates(
                 assert (expected[update][name] - expected[update - 1][name]).abs().max() > 1e-4, (update, name)
 
 
+@every_case
+def test_the_gradient_of_every_tensor_equals_autograd(laboratory: Laboratory, model: str, layout: Layout) -> None:
+    found, expected = laboratory.run(model, layout)[0].gradients, laboratory.expected(model).gradients[0]
+    assert list(found) == list(laboratory.run(model, layout)[0].tensors[0])
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert np.linalg.norm(found[name] - wanted.numpy()) <= 1e-5 * np.linalg.norm(wanted.numpy()), name
+
+
 def test_all_ranks_report_the_same_update(laboratory: Laboratory) -> None:
     for model, layout in CASES:
         records = laboratory.run(model, layout)
