@@ -59,6 +59,8 @@ class Layout:
     sequence_parallel: bool = False
     cp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 1
     more: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -68,17 +70,20 @@ class Layout:
             pp=self.pp,
             cp=self.cp,
             vpp=self.vpp,
+            ep=self.ep,
+            etp=self.etp,
             sequence_parallel=self.sequence_parallel,
             **dict(self.more),
         )
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world, self.tp, self.pp, cp=self.cp, vpp=self.vpp)
+        return Topology(self.world, self.tp, self.pp, cp=self.cp, ep=self.ep, etp=self.etp, vpp=self.vpp)
 
     def __str__(self) -> str:
         axes = [f"tp{self.tp}pp{self.pp}dp{self.topology.dp}"]
-        axes += [f"{name}{size}" for name, size in (("cp", self.cp), ("vpp", self.vpp)) if size > 1]
+        more = (("cp", self.cp), ("vpp", self.vpp), ("ep", self.ep), ("etp", self.etp))
+        axes += [f"{name}{size}" for name, size in more if size > 1]
         axes += ["sp"] if self.sequence_parallel else []
         return "-".join([*axes, *(f"{key}={value}" for key, value in self.more)])
 
@@ -107,6 +112,16 @@ DEEP_LAYOUTS = (
     Layout(4, pp=2, cp=2, more=OVERLAP),
     Layout(8, tp=2, pp=2, cp=2),
     Layout(4, pp=2, vpp=2, more=OVERLAP),
+)
+MODULES = (("recompute", "selective"), ("recompute_modules", ("core_attn", "mlp", "layernorm")))
+LONG_LAYOUTS = (
+    Layout(4, cp=4),
+    Layout(6, cp=3, more=(("recompute", "full"),)),
+    Layout(8, tp=2, cp=2, more=(*OVERLAP, *MODULES)),
+    Layout(8, pp=2, vpp=2, cp=2, more=(*OVERLAP, *MODULES)),
+    Layout(8, tp=2, pp=2, vpp=2, cp=2, sequence_parallel=True, more=MODULES),
+    Layout(4, pp=4, more=(("num_layers_first_stage", 1), ("num_layers_last_stage", 1))),
+    Layout(8, pp=4, more=(("pipeline_layout", "E|tt|tt|L"), *OVERLAP)),
 )
 
 
