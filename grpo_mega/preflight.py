@@ -32,6 +32,9 @@ def check_model(config: Config, topology: Topology) -> None:
     for key, ranks in (("parallel.ep", topology.ep), ("parallel.etp", topology.etp)):
         if ranks > 1:
             raise UserError(f"{key}={ranks} does nothing: {where} has no experts; leave it out")
+    for module, needed in (("mla_up_proj", "latent attention"), ("moe", "experts")):
+        if module in (config.parallel.recompute_modules or ()):
+            raise UserError(f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}; leave it out")
     stage_layers(shape.num_layers, config.parallel, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > shape.max_positions:

@@ -122,7 +122,7 @@ def _row_holds_a_rollout(config: Config) -> None:
     chunks = 2 * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1) if parallel.cp > 1 else 1
     padded = -(-longest // chunks) * chunks
     if config.train.max_tokens_per_microbatch < padded:
-        why = f", padded to a multiple of {chunks} for parallel.cp={parallel.cp}," if chunks > 1 else ""
+        why = f" (to a multiple of {chunks} with parallel.cp={parallel.cp})" if chunks > 1 else ""
         raise UserError(
             f"train.max_tokens_per_microbatch={config.train.max_tokens_per_microbatch} is less than "
             f"data.max_prompt_tokens + sampling.max_tokens = {longest}{why}; raise it to {padded} or more"

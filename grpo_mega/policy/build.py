@@ -117,7 +117,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         apply_rope_fusion=cuda,
         persist_layer_norm=cuda,
         calculate_per_token_loss=True,
-        batch_p2p_comm=False,
+        **quirks.PIPELINE_MESSAGES,
     )
 
 

@@ -11,6 +11,7 @@ Asserted by tests/unit/test_policy_cpu.py and by every test in tests/parallel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -114,6 +115,18 @@ def _null_stream(*_: Any, **__: Any) -> _NullStream:
     return _NullStream()
 
 
+def _null_context(*_: Any, **__: Any) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
+
+
+class _NoFp8:
+    """Stands for Transformer Engine's FP8GlobalStateManager."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
 def _rng_state(*_: Any, **__: Any) -> Tensor:
     return torch.zeros(1, dtype=torch.uint8)
 
@@ -180,6 +193,10 @@ def _replace_functions() -> None:
     # random.py:422,447,457 read and set the CUDA generator through torch._C
     random._get_cuda_rng_state = _rng_state
     random._set_cuda_rng_state = _nothing
+    # random.py:589-592,660: a module that is computed again asks for the state of FP8, also where there is none (:636)
+    if not hasattr(random, "FP8GlobalStateManager"):
+        random.FP8GlobalStateManager = _NoFp8
+        random.activation_recompute_forward = random.fp8_autocast = _null_context
     # moe_utils.py:1192,1225: the name is only defined with Transformer Engine
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None

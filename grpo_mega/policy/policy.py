@@ -24,6 +24,7 @@ from grpo_mega.interfaces import TokenLoss
 from grpo_mega.parallel.context import rank_index, whole_row
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy, init_groups
+from grpo_mega.policy.gradients import gather_gradients, gradient_of
 from grpo_mega.policy.offload import Part, PolicyMemory
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.reports import UpdateReport
@@ -90,6 +91,19 @@ class MegatronPolicy:
         Raises:
             RuntimeError: loss or gradient is not finite (names rank and microbatch); the weights are unchanged.
         """
+        stats, outputs = self.backward(microbatches, loss)
+        for group in self.parts.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.parts.optimizer.step()
+        self._gather_pending = self._gathers_later
+        return replace(stats, learning_rate=learning_rate), outputs
+
+    def backward(self, microbatches: Sequence[Microbatch], loss: TokenLoss) -> tuple[UpdateStats, list[Tensor] | None]:
+        """The gradient of an update and what the update reports, without its step (and with learning rate 0).
+
+        Raises:
+            RuntimeError: as `update`.
+        """
         report = UpdateReport(self.ranks)
 
         def token_losses(hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,11 +122,13 @@ class MegatronPolicy:
         grad_norm = float(self.parts.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise RuntimeError(f"the gradient norm is {grad_norm} although every loss is finite; no update was made")
-        for group in self.parts.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.parts.optimizer.step()
-        self._gather_pending = self._gathers_later
-        return UpdateStats(grad_norm, learning_rate, sums, maxima), outputs if self.ranks.is_last_stage else None
+        return UpdateStats(grad_norm, 0.0, sums, maxima), outputs if self.ranks.is_last_stage else None
+
+    def full_gradients(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """After `backward`: the gradient of every HF tensor, float32, whole, in checkpoint order, on every rank."""
+        for buffer in self.parts.buffers:
+            gather_gradients(buffer)
+        return self.weights.mirrored(gradient_of).full_tensors(bucket_bytes)
 
     def offload(self, *parts: Part) -> None:
         """Free the device memory of these parts; without CUDA there is one memory and nothing to free."""

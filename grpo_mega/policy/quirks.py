@@ -1,6 +1,7 @@
 """Faults of Megatron-Core 0.16 that are repaired from outside, each with its line. Applied on every machine.
 
-Asserted by tests/parallel/test_checkpoint.py (optimizer state), tests/parallel/test_update.py (reductions).
+Asserted by tests/parallel/test_checkpoint.py (optimizer state), tests/parallel/test_update.py (reductions,
+pipeline messages).
 """
 
 from __future__ import annotations
@@ -19,6 +20,11 @@ cpu.prepare_import()
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402 - only after prepare_import
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
+
+# Of a pipeline's messages, for TransformerConfig. p2p_communication.py:28-47 posts send-previous, receive-previous,
+# send-next, receive-next on one group. With two stages previous and next are the same rank, where messages match in
+# order: an interleaved schedule takes a gradient for an activation.
+PIPELINE_MESSAGES = {"batch_p2p_comm": False}
 
 
 def install() -> None:

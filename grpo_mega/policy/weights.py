@@ -8,6 +8,7 @@ Asserted by tests/parallel/test_weights.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -37,12 +38,18 @@ class MegatronWeights:
         """`models`: this rank's model chunks; `group`: the model-parallel ranks (tp x pp) of this replica; `settle` is
         called before weights are read (an update may leave its last gather to the next forward pass)."""
         self._spec, self._ranks, self._group, self._settle = spec, ranks, group, settle
-        self._parameters = {name: p for model in models for name, p in _named_globally(model)}
+        self._parameters: dict[str, Tensor] = {name: p for model in models for name, p in _named_globally(model)}
         self._shapes = hf_shapes(spec)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of the checkpoint."""
         return self._shapes
+
+    def mirrored(self, tensor_of: Callable[[Tensor], Tensor]) -> MegatronWeights:
+        """The same slices of other tensors: `tensor_of` each parameter, of its shape and all of one dtype."""
+        other = copy.copy(self)
+        other._parameters = {name: tensor_of(parameter) for name, parameter in self._parameters.items()}
+        return other
 
     def load_from_hf(self, folder: Path) -> int:
         """Fill every parameter; the padding of the vocabulary becomes zero. Returns the bytes of weights read."""

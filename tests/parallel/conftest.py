@@ -12,7 +12,17 @@ import pytest
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_tiny_model
 from tests.parallel.oracle import Expected, expect, perturbed_log_probs
-from tests.parallel.recorded import DEEP_LAYOUTS, LAYOUTS, VOCAB, Layout, RankRecord, Recorded, measure, sample_groups
+from tests.parallel.recorded import (
+    DEEP_LAYOUTS,
+    LAYOUTS,
+    LONG_LAYOUTS,
+    VOCAB,
+    Layout,
+    RankRecord,
+    Recorded,
+    measure,
+    sample_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ MODELS = {
     "deep": Tiny("qwen3", tied=True, num_layers=4),
 }
 CASES = [(name, layout) for name in MODELS for layout in (DEEP_LAYOUTS if name == "deep" else LAYOUTS)]
-every_case = pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
+_LONG = [pytest.param("deep", layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS]
+every_case = pytest.mark.parametrize(("model", "layout"), [*CASES, *_LONG], ids=str)
 
 
 class Laboratory:

@@ -19,7 +19,7 @@ from tests.parallel.recorded import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UPDATES, O
 @dataclass(frozen=True)
 class Expected:
     """Per update: loss, gradient norm (before clipping), share of clipped tokens, mean KL. Tensors after 0, 1, 2 and 3
-    updates. Log-probs and entropies are those before the first."""
+    updates; gradients of each update, before clipping. Log-probs and entropies are those before the first."""
 
     log_probs: dict[float, list[list[float]]]
     entropy: list[list[float]]
@@ -28,6 +28,7 @@ class Expected:
     clip_fractions: list[float]
     kls: list[float]
     tensors: list[dict[str, Tensor]]
+    gradients: list[dict[str, Tensor]]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
@@ -62,11 +63,12 @@ def expect(recorded: Recorded) -> Expected:
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
         eps=OPTIMIZER.eps,
     )
-    expected = Expected(log_probs, entropy, [], [], [], [], [_tensors(model)])
+    expected = Expected(log_probs, entropy, [], [], [], [], [_tensors(model)], [])
     for _ in range(NUM_UPDATES):
         adam.zero_grad()
         loss, clipped, kl = _loss(model, recorded)
         loss.backward()
+        expected.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
         adam.step()
         expected.losses.append(float(loss.detach()))

@@ -63,6 +63,8 @@ class Layout:
     sequence_parallel: bool = False
     cp: int = 1
     vpp: int = 1
+    ep: int = 1
+    etp: int = 1
     more: tuple[tuple[str, Any], ...] = ()
 
     @property
@@ -72,17 +74,20 @@ class Layout:
             pp=self.pp,
             cp=self.cp,
             vpp=self.vpp,
+            ep=self.ep,
+            etp=self.etp,
             sequence_parallel=self.sequence_parallel,
             **dict(self.more),
         )
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world, self.tp, self.pp, cp=self.cp, vpp=self.vpp)
+        return Topology(self.world, self.tp, self.pp, cp=self.cp, ep=self.ep, etp=self.etp, vpp=self.vpp)
 
     def __str__(self) -> str:
         axes = [f"tp{self.tp}pp{self.pp}dp{self.topology.dp}"]
-        axes += [f"{name}{size}" for name, size in (("cp", self.cp), ("vpp", self.vpp)) if size > 1]
+        more = (("cp", self.cp), ("vpp", self.vpp), ("ep", self.ep), ("etp", self.etp))
+        axes += [f"{name}{size}" for name, size in more if size > 1]
         axes += ["sp"] if self.sequence_parallel else []
         return "-".join([*axes, *(f"{key}={value}" for key, value in self.more)])
 
@@ -111,6 +116,16 @@ DEEP_LAYOUTS = (
     Layout(4, pp=2, cp=2, more=OVERLAP),
     Layout(8, tp=2, pp=2, cp=2),
     Layout(4, pp=2, vpp=2, more=OVERLAP),
+)
+MODULES = (("recompute", "selective"), ("recompute_modules", ("core_attn", "mlp", "layernorm")))
+LONG_LAYOUTS = (
+    Layout(4, cp=4),
+    Layout(6, cp=3, more=(("recompute", "full"),)),
+    Layout(8, tp=2, cp=2, more=(*OVERLAP, *MODULES)),
+    Layout(8, pp=2, vpp=2, cp=2, more=(*OVERLAP, *MODULES)),
+    Layout(8, tp=2, pp=2, vpp=2, cp=2, sequence_parallel=True, more=MODULES),
+    Layout(4, pp=4, more=(("num_layers_first_stage", 1), ("num_layers_last_stage", 1))),
+    Layout(8, pp=4, more=(("pipeline_layout", "E|tt|tt|L"), *OVERLAP)),
 )
 
 
@@ -200,7 +215,7 @@ def as_row(values: list[list[float]], microbatch: Microbatch) -> Tensor:
 @dataclass
 class RankRecord:
     """What one rank saw. Values per rollout are on the ranks of the last stage, whole tensors on rank 0 (after 0, 1, 2
-    and 3 updates)."""
+    and 3 updates; gradients of the first)."""
 
     is_last_stage: bool = False
     log_probs: dict[float, dict[int, list[float]]] = field(default_factory=dict)
@@ -208,6 +223,7 @@ class RankRecord:
     num_microbatches: int = 0
     stats: list[Any] = field(default_factory=list)
     tensors: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+    gradients: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     shard_digests: dict[str, int] = field(default_factory=dict)
     small_buckets_equal: bool = False
     param_bytes: int = 0
@@ -243,6 +259,9 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
     whole = [(name, as_array(t)) for name, t in policy.full_tensors(1 << 28)]
     small = [(name, as_array(t)) for name, t in policy.full_tensors(1024)]
     record.small_buckets_equal = [(n, t.tobytes()) for n, t in small] == [(n, t.tobytes()) for n, t in whole]
+    policy.backward(batch.microbatches, LOSS)
+    gradients = {name: as_array(t) for name, t in policy.full_gradients(1 << 12)}
+    record.gradients = gradients if rank == 0 else {}
     loss = RecordingLoss()
     for update in range(NUM_UPDATES + 1):
         tensors = {name: as_array(t) for name, t in policy.full_tensors(1 << 28)}

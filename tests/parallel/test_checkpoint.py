@@ -31,6 +31,7 @@ from tests.parallel.recorded import (
 
 RATES = (2e-3, 1.5e-3, 1e-3, 2e-3)  # the rate of an update is the loop's, not the checkpoint's
 SAVED_AFTER = 2
+PP2VPP2, PP2, CP2 = Layout(2, pp=2, vpp=2), Layout(2, pp=2, more=(("num_layers_last_stage", 3),)), Layout(2, cp=2)
 TP2PP2, DP2, TP2 = Layout(4, tp=2, pp=2), Layout(2), Layout(2, tp=2)
 
 
@@ -71,12 +72,23 @@ def resume(
     return state, stats, state_bytes(policy)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("layout", "other"), [(TP2PP2, ONE), (DP2, TP2)], ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout", "other", "dtype"),
+    [
+        ("qwen3-tied", TP2PP2, ONE, "fp32"),
+        ("qwen3-tied", TP2PP2, ONE, "bf16"),
+        ("qwen3-tied", DP2, TP2, "fp32"),
+        ("qwen3-tied", DP2, TP2, "bf16"),
+        ("deep", PP2VPP2, PP2, "fp32"),
+        ("deep", PP2, PP2VPP2, "fp32"),
+        ("deep", CP2, ONE, "fp32"),
+    ],
+    ids=str,
+)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_to_rounding_at_another_layout(
-    laboratory: Laboratory, tmp_path: Path, layout: Layout, other: Layout, dtype: str
+    laboratory: Laboratory, tmp_path: Path, model: str, layout: Layout, other: Layout, dtype: str
 ) -> None:
-    recorded = replace(laboratory.recorded("qwen3-tied"), dtype=dtype)
+    recorded = replace(laboratory.recorded(model), dtype=dtype)
     checkpoints = RunFolder(tmp_path).checkpoints
     whole = laboratory.pool.call(layout.world, run_with_checkpoint, recorded, layout, checkpoints)
     (checkpoint,) = RunFolder(tmp_path).complete_checkpoints().values()

@@ -9,7 +9,13 @@ import pytest
 from tests.helpers.ranks import RankPool
 from tests.parallel.recorded import Layout, ranks_of
 
-EIGHT = [Layout(8, tp, pp) for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (2, 4), (4, 2), (8, 1), (1, 8))]
+EIGHT = [
+    *(Layout(8, tp, pp) for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (2, 4), (4, 2), (8, 1), (1, 8))),
+    Layout(8, cp=2),
+    Layout(8, tp=2, pp=2, cp=2),
+    Layout(8, tp=2, cp=2, ep=4),
+    Layout(8, cp=2, pp=2, ep=2, etp=2),
+]
 
 
 def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
@@ -26,10 +32,15 @@ def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
             {
                 "tp_rank": parallel_state.get_tensor_model_parallel_rank(),
                 "pp_rank": parallel_state.get_pipeline_model_parallel_rank(),
+                "cp_rank": parallel_state.get_context_parallel_rank(),
                 "dp_rank": parallel_state.get_data_parallel_rank(),
+                "ep_rank": parallel_state.get_expert_model_parallel_rank(),
+                "etp_rank": parallel_state.get_expert_tensor_parallel_rank(),
+                "edp_rank": parallel_state.get_expert_data_parallel_rank(),
                 "tp_group": dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group()),
                 "pp_group": dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group()),
                 "dp_group": dist.get_process_group_ranks(parallel_state.get_data_parallel_group()),
+                "cp_group": dist.get_process_group_ranks(parallel_state.get_context_parallel_group()),
                 "model_group": dist.get_process_group_ranks(parallel_state.get_model_parallel_group()),
                 "is_last_stage": parallel_state.is_pipeline_last_stage(),
             }
@@ -47,7 +58,8 @@ def places(rank_pool: RankPool) -> list[list[dict[str, Any]]]:
 def test_coordinates_are_megatrons_ranks(places: list[list[dict[str, Any]]], layout: Layout) -> None:
     for rank in range(8):
         at, place = layout.topology.coordinates(rank), places[rank][EIGHT.index(layout)]
-        assert (at.tp_rank, at.pp_rank, at.dp_rank) == (place["tp_rank"], place["pp_rank"], place["dp_rank"]), rank
+        for axis in ("tp", "cp", "pp", "dp", "ep", "etp", "edp"):
+            assert getattr(at, axis + "_rank") == place[axis + "_rank"], (rank, axis)
         assert ranks_of(rank, layout).is_last_stage == place["is_last_stage"]
 
 
@@ -59,10 +71,19 @@ def test_ranks_that_share_the_other_axes_form_megatrons_groups(
     for rank in range(8):
         place, me = places[rank][EIGHT.index(layout)], at[rank]
         same = {
-            "tp_group": [o.rank for o in at if (o.pp_rank, o.dp_rank) == (me.pp_rank, me.dp_rank)],
-            "pp_group": [o.rank for o in at if (o.tp_rank, o.dp_rank) == (me.tp_rank, me.dp_rank)],
-            "dp_group": [o.rank for o in at if (o.tp_rank, o.pp_rank) == (me.tp_rank, me.pp_rank)],
-            "model_group": [o.rank for o in at if o.dp_rank == me.dp_rank],
+            "tp_group": [
+                o.rank for o in at if (o.cp_rank, o.dp_rank, o.pp_rank) == (me.cp_rank, me.dp_rank, me.pp_rank)
+            ],
+            "pp_group": [
+                o.rank for o in at if (o.tp_rank, o.cp_rank, o.dp_rank) == (me.tp_rank, me.cp_rank, me.dp_rank)
+            ],
+            "dp_group": [
+                o.rank for o in at if (o.tp_rank, o.cp_rank, o.pp_rank) == (me.tp_rank, me.cp_rank, me.pp_rank)
+            ],
+            "cp_group": [
+                o.rank for o in at if (o.tp_rank, o.dp_rank, o.pp_rank) == (me.tp_rank, me.dp_rank, me.pp_rank)
+            ],
+            "model_group": [o.rank for o in at if (o.cp_rank, o.dp_rank) == (me.cp_rank, me.dp_rank)],
         }
         assert same == {name: place[name] for name in same}, rank
 

@@ -101,6 +101,15 @@ def test_weights_equal_those_of_adamw_after_each_of_three_updates(
                 assert (expected[update][name] - expected[update - 1][name]).abs().max() > 1e-4, (update, name)
 
 
+@every_case
+def test_the_gradient_of_every_tensor_equals_autograd(laboratory: Laboratory, model: str, layout: Layout) -> None:
+    found, expected = laboratory.run(model, layout)[0].gradients, laboratory.expected(model).gradients[0]
+    assert list(found) == list(laboratory.run(model, layout)[0].tensors[0])
+    assert found.keys() == expected.keys()
+    for name, wanted in expected.items():
+        assert np.linalg.norm(found[name] - wanted.numpy()) <= 1e-5 * np.linalg.norm(wanted.numpy()), name
+
+
 def test_all_ranks_report_the_same_update(laboratory: Laboratory) -> None:
     for model, layout in CASES:
         records = laboratory.run(model, layout)
@@ -347,12 +356,21 @@ def run_without_swaps(rank: int, recorded: Recorded, layout: Layout) -> list[Upd
     return [policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)[0] for _ in range(3)]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("layout", [ONE, Layout(4, tp=2)], ids=str)
+@pytest.mark.parametrize(
+    ("model", "layout", "dtype"),
+    [
+        ("qwen3-tied", ONE, "fp32"),
+        ("qwen3-tied", ONE, "bf16"),
+        ("qwen3-tied", Layout(4, tp=2), "fp32"),
+        ("qwen3-tied", Layout(4, tp=2), "bf16"),
+        ("deep", Layout(4, pp=2, vpp=2, cp=2, more=OVERLAP), "fp32"),
+    ],
+    ids=str,
+)
 def test_the_reference_is_the_base_model_and_a_swap_leaves_no_trace(
-    laboratory: Laboratory, layout: Layout, dtype: str
+    laboratory: Laboratory, model: str, layout: Layout, dtype: str
 ) -> None:
-    recorded = replace(laboratory.recorded("qwen3-tied"), dtype=dtype)
+    recorded = replace(laboratory.recorded(model), dtype=dtype)
     answers = laboratory.pool.call(layout.world, reference_run, recorded, layout)
     for answer in answers:
         assert answer["kl_max"][0] == 0.0, "before the first update the policy is its own reference"
@@ -392,3 +410,45 @@ def test_gathers_and_reductions_that_overlap_in_many_buckets_change_nothing(labo
         for name, tensor in tensors.items():
             assert np.abs(tensor - wanted.tensors[2][name]).max() <= 1e-6, name
             assert tensor.tobytes() == again[name].tobytes()
+
+
+def module_calls(rank: int, recorded: Recorded, parallel: dict[str, Any]) -> tuple[int, int, int, UpdateStats]:
+    """Calls of attention, feed-forward and norms in one update of one row."""
+    policy = open_policy(rank, recorded, Layout(more=tuple(parallel.items())))
+    batch = with_recorded(make_rows(rank, recorded, ONE), recorded)
+    calls = dict.fromkeys(("attention", "mlp", "norm"), 0)
+
+    def count(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            calls[name] += 1
+
+        return hook
+
+    (model,) = policy.parts.models
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.register_forward_pre_hook(count("attention"))
+        layer.mlp.linear_fc1.register_forward_pre_hook(count("mlp"))
+        layer.input_layernorm.register_forward_pre_hook(count("norm"))
+    stats, _ = policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)
+    return calls["attention"], calls["mlp"], calls["norm"], stats
+
+
+@pytest.mark.parametrize(
+    ("parallel", "times"),
+    [
+        ({"recompute": "selective"}, (2, 1, 1)),
+        ({"recompute": "selective", "recompute_modules": ("mlp",)}, (1, 2, 1)),
+        ({"recompute": "selective", "recompute_modules": ("layernorm",)}, (1, 1, 2)),
+        ({"recompute": "full"}, (2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_what_is_recomputed_runs_twice_and_gives_the_same_update(
+    laboratory: Laboratory, parallel: dict[str, Any], times: tuple[int, int, int]
+) -> None:
+    recorded = replace(laboratory.recorded("qwen3"), max_tokens=4096)
+    ((*once, plain),) = laboratory.pool.call(1, module_calls, recorded, {})
+    ((*calls, stats),) = laboratory.pool.call(1, module_calls, recorded, parallel)
+    assert once == [2, 2, 2]  # two layers, one row
+    assert calls == [2 * n for n in times]
+    assert stats == plain

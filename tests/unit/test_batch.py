@@ -43,15 +43,17 @@ def random_groups(num_groups: int, seed: int = 0) -> tuple[SampledGroups, list[f
 
 
 def batches(
-    groups: SampledGroups, rewards: list[float], dp: int, budget: int, minibatches: int = 2, row_multiple: int = 1
+    groups: SampledGroups,
+    rewards: list[float],
+    dp: int,
+    budget: int,
+    minibatches: int = 2,
+    shape: RowShape = RowShape(),  # noqa: B008 - frozen
 ) -> list[TrainBatch]:
     """One for each data-parallel rank."""
     train = TrainConfig(steps=1, minibatches_per_epoch=minibatches, max_tokens_per_microbatch=budget)
     return [
-        build_batch(
-            groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=RowShape(row_multiple=row_multiple), pad_id=7
-        )
-        for rank in range(dp)
+        build_batch(groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=shape, pad_id=7) for rank in range(dp)
     ]
 
 
@@ -66,21 +68,23 @@ def loss_tokens(batch: TrainBatch, minibatch: int) -> Counter[tuple[int, int, fl
     return found
 
 
-@pytest.mark.parametrize("row_multiple", [1, 8])
+@pytest.mark.parametrize("shape", [RowShape(), RowShape(8), RowShape(8, 8), RowShape(1, 1, 4), RowShape(6, 6, 3)])
 @pytest.mark.parametrize("dp", [1, 2, 3, 5])
 @pytest.mark.parametrize("budget", [48, 100, 10_000])
-def test_every_split_holds_the_same_tokens_weights_and_advantages(dp: int, budget: int, row_multiple: int) -> None:
+def test_every_split_holds_the_same_tokens_weights_and_advantages(dp: int, budget: int, shape: RowShape) -> None:
     groups, rewards = random_groups(7)
     whole = batches(groups, rewards, 1, 10_000)[0]
-    parts = batches(groups, rewards, dp, budget, row_multiple=row_multiple)
+    parts = batches(groups, rewards, dp, budget, shape=shape)
     for minibatch, rollouts in enumerate((range(12), range(12, 28))):
         tokens = sum((loss_tokens(part, minibatch) for part in parts), Counter())
         assert tokens == loss_tokens(whole, minibatch)
         assert {rollout for rollout, *_ in tokens} == set(rollouts)
         rows = [row for part in parts for row in part.minibatches[minibatch]]
         assert len({row.token_ids.numel() for row in rows}) == 1
-        assert rows[0].token_ids.numel() % row_multiple == 0
-        assert rows[0].token_ids.numel() < budget + row_multiple
+        assert rows[0].token_ids.numel() % shape.row_multiple == 0
+        assert rows[0].token_ids.numel() < budget + shape.row_multiple
+        assert all(int(n) % shape.segment_multiple == 0 for row in rows for n in row.cu_seqlens)
+        assert len(parts[0].minibatches[minibatch]) % shape.microbatch_multiple == 0
         assert len({len(part.minibatches[minibatch]) for part in parts}) == 1
 
 

@@ -248,6 +248,11 @@ def test_config_is_frozen(minimal: Path) -> None:
             "raise it to 1280 or more",
         ),
         (
+            ["train.max_tokens_per_microbatch=1280", "parallel.cp=3"],
+            "train.max_tokens_per_microbatch=1280 is less than data.max_prompt_tokens + sampling.max_tokens = 1280 (to "
+            "a multiple of 6 with parallel.cp=3); raise it to 1284 or more",
+        ),
+        (
             ["train.minibatches_per_epoch=33"],
             "train.minibatches_per_epoch=33 is more than data.prompts_per_step=32; minibatches hold whole groups",
         ),
@@ -277,6 +282,7 @@ def test_each_rule_between_keys_says_key_got_rule_and_remedy(minimal: Path, over
         ["parallel.recompute=selective", "parallel.recompute_modules=[mlp, core_attn]"],
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
         ["train.max_tokens_per_microbatch=1280"],
+        ["train.max_tokens_per_microbatch=1284", "parallel.cp=3"],
         ["train.minibatches_per_epoch=32"],
         ["evaluation.every=2", "data.eval=arithmetic:heldout"],
     ],

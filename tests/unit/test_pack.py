@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from grpo_mega.data.pack import pack, plan_update, split_minibatches, unpack
+from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 
 
@@ -47,6 +49,38 @@ def test_three_rollouts_packed_by_hand() -> None:
     assert row.num_loss_tokens == 6
     dtypes = (row.token_ids.dtype, row.cu_seqlens.dtype, row.advantages.dtype, row.loss_mask.dtype)
     assert dtypes == (torch.int64, torch.int32, torch.float32, torch.bool)
+
+
+def test_segments_padded_to_a_multiple_by_hand() -> None:
+    row = pack(
+        HAND, row_tokens=20, advantages=[1.0, -2.0, 0.5], token_weights=[0.25, 0.5, 0.125], pad_id=9, segment_multiple=4
+    )
+    ids = [11, 12, 13, 14, 15, 9, 9, 9, 21, 22, 9, 9, 31, 32, 33, 34, 35, 9, 9, 9]
+    assert row.token_ids.tolist() == ids
+    assert row.position_ids.tolist() == [*range(8), *range(4), *range(8)]
+    assert row.labels.tolist() == [12, 13, 14, 15, 9, 9, 9, 9, 22, 9, 9, 9, 32, 33, 34, 35, 9, 9, 9, 9]
+    assert row.loss_mask.nonzero().squeeze(1).tolist() == [2, 3, 8, 13, 14, 15]
+    assert row.cu_seqlens.tolist() == [0, 8, 12, 20]
+    assert unpack(row.sampler_log_probs, row) == {7: [-1.0, -2.0], 3: [-3.0], 5: [-4.0, -5.0, -6.0]}
+    with pytest.raises(ValueError, match="3 rollouts of 20 tokens in all do not fit a row of 16"):
+        pack(HAND, row_tokens=16, advantages=[0] * 3, token_weights=[1] * 3, pad_id=9, segment_multiple=4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "shape"),
+    [
+        ({}, RowShape(1, 1, 1)),
+        ({"tp": 4}, RowShape(1, 1, 1)),
+        ({"tp": 4, "sequence_parallel": True}, RowShape(4, 1, 1)),
+        ({"cp": 3}, RowShape(6, 6, 1)),
+        ({"cp": 2, "tp": 2}, RowShape(4, 4, 1)),
+        ({"cp": 2, "tp": 2, "sequence_parallel": True}, RowShape(8, 8, 1)),
+        ({"pp": 4}, RowShape(1, 1, 1)),
+        ({"pp": 4, "vpp": 2}, RowShape(1, 1, 4)),
+    ],
+)
+def test_what_each_axis_wants_of_rows(keys: dict[str, Any], shape: RowShape) -> None:
+    assert RowShape.of(ParallelConfig(**keys)) == shape
 
 
 def test_full_row_has_no_padding_segment() -> None:
@@ -120,6 +154,12 @@ def test_ranks_with_fewer_rollouts_get_empty_microbatches() -> None:
     assert plan_update([10, 4, 4], dp=2, max_tokens=10) == [[[0]], [[1, 2]]]
     assert plan_update([8, 5], dp=3, max_tokens=8) == [[[0]], [[1]], [[]]]
     assert plan_update([9, 5, 5], dp=2, max_tokens=9) == [[[0], []], [[1], [2]]]
+
+
+def test_the_number_of_microbatches_is_a_multiple_and_the_rows_are_evened_out_over_it() -> None:
+    assert plan_update([5, 4, 3, 2], dp=1, max_tokens=14) == [[[0, 1, 2, 3]]]
+    assert plan_update([5, 4, 3, 2], dp=1, max_tokens=14, microbatch_multiple=2) == [[[0, 3], [1, 2]]]
+    assert plan_update([5, 4, 3], dp=1, max_tokens=5, microbatch_multiple=4) == [[[0], [1], [2], []]]
 
 
 def test_rows_are_evened_out_when_one_more_is_needed() -> None:

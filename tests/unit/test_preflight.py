@@ -55,6 +55,11 @@ def message_of(config: Config, topology: Topology) -> str:
             f"parallel.pp=3 does not divide the 4 layers of {RECIPE}; use one of 1, 2, 4, or set "
             "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout",
         ),
+        (
+            ("parallel.recompute=selective", "parallel.recompute_modules=[mlp, moe]"),
+            Topology(1),
+            f"parallel.recompute_modules: moe does nothing: {RECIPE} has no experts; leave it out",
+        ),
         ((), Topology(2, ep=2), f"parallel.ep=2 does nothing: {RECIPE} has no experts; leave it out"),
         (
             ("sampling.max_tokens=49",),

@@ -1,0 +1,26 @@
+"""Whole gradients, for comparisons: the distributed optimizer leaves each rank only its share of a reduced gradient.
+
+Asserted by tests/parallel/test_update.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def gather_gradients(buffer: Any) -> None:
+    """Collective: every rank gets all reduced gradients of one of Megatron's flat buffers."""
+    group = buffer.data_parallel_group
+    for bucket in buffer.buckets:
+        own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+        dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """[shape of the parameter]; zeros for what is not trained by gradients."""
+    found: Tensor | None = getattr(parameter, "main_grad", None)
+    return torch.zeros_like(parameter, dtype=torch.float32) if found is None else found

@@ -1,0 +1,145 @@
+"""One rank of tools/compare_layouts.py: the gradient of the recorded batch, in the layout of its job file.
+
+The first job (one rank) also records what the batch needs of the model: old and reference log-probs, moved a little
+away from the model's own, so that ratios are not 1 and the divergence is not 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grpo_mega.algorithm import make_loss
+from grpo_mega.batch import TrainBatch, build_batch
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.pack import RowShape
+from grpo_mega.parallel.ranks import Ranks, init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
+
+NUM_PROMPTS, GROUP_SIZE = 4, 4  # of a batch that is made up
+NOISE = 0.1  # standard deviation of what is added to log-probs, in nats
+BUCKET_BYTES = 256 * 2**20
+
+
+def made_up(config: Config, folder: Path, vocab_size: int) -> SampledGroups:
+    """The config's first prompts with answers of random tokens and random rewards."""
+    from grpo_mega.data.chat import load_tokenizer
+    from grpo_mega.data.dataset import load_prompts
+
+    rng = random.Random(config.run.seed)
+    dataset = load_prompts(config.data.train, tokenizer=load_tokenizer(str(folder)), config=config.data)
+    rollouts = []
+    for prompt in dataset.prompts[:NUM_PROMPTS]:
+        for _ in range(GROUP_SIZE):
+            tokens = tuple(rng.randrange(vocab_size) for _ in range(rng.randint(1, config.sampling.max_tokens)))
+            completion = Completion(tokens, (-1.0,) * len(tokens), "length", 0, "")
+            rollouts.append(Rollout(prompt, completion, Reward(rng.random()), 0))
+    return SampledGroups(rollouts, GROUP_SIZE)
+
+
+def recorded(path: Path) -> SampledGroups:
+    """The rows of a run's rollouts/*.jsonl.
+
+    Raises:
+        UserError: a row lacks a key, or the groups are not of one size.
+    """
+    groups: dict[Any, list[Rollout]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            ids, log_probs = tuple(row["completion_ids"]), tuple(row["sampler_log_probs"])
+            prompt = Prompt(len(groups), row["prompt"], tuple(row["prompt_ids"]), "")
+            rollout = Rollout(prompt, Completion(ids, log_probs, "length", 0, ""), Reward(row["reward"]), 0)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number}: is no row of a run's rollouts ({error!r}); name such a file") from None
+        groups.setdefault(prompt.token_ids, []).append(rollout)
+    sizes = {len(group) for group in groups.values()}
+    if len(sizes) != 1:
+        raise UserError(f"{path}: prompts have {sorted(sizes)} rollouts; name the file of one whole step")
+    return SampledGroups([r for group in groups.values() for r in group], sizes.pop())
+
+
+def as_rows(values: list[list[float]], batch: TrainBatch) -> list[Tensor]:
+    """[T] per microbatch from values per rollout."""
+
+    def row(microbatch: Microbatch) -> Tensor:
+        found = torch.zeros(len(microbatch.token_ids))
+        found[microbatch.loss_mask] = torch.tensor([v for i in microbatch.rollout_ids for v in values[i]])
+        return found
+
+    return [row(microbatch) for microbatch in batch.microbatches]
+
+
+def moved(values: dict[int, list[float]], seed: int) -> list[list[float]]:
+    """Log-probs per rollout with noise on them."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy = [torch.tensor(values[i]) + NOISE * torch.randn(len(values[i]), generator=generator) for i in sorted(values)]
+    return [row.tolist() for row in noisy]
+
+
+def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
+    """Loss and gradient norm to the answer's file, gradients beside it."""
+    folder, topology = Path(job["model"]), ranks.topology
+    spec = read_spec(folder)
+    groups = recorded(Path(job["rollouts"])) if job["rollouts"] else made_up(config, folder, spec.vocab_size)
+    policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
+    batch = build_batch(
+        groups,
+        [r.reward.value for r in groups.rollouts],
+        config.train.model_copy(update={"minibatches_per_epoch": 1}),
+        dp=topology.dp,
+        dp_rank=ranks.at.dp_rank,
+        shape=RowShape.of(config.parallel),
+        pad_id=0,
+    )
+    record = Path(job["work"]) / "log_probs.json"
+    if not record.exists():
+        log_probs = policy.log_probs(batch.microbatches)
+        assert log_probs is not None, "the first job has one rank"
+        values = batch.completion_values(log_probs)
+        record.write_text(json.dumps({"old": moved(values, 1), "ref": moved(values, 2)}))
+    known = json.loads(record.read_text())
+    batch = batch.with_log_probs(old=as_rows(known["old"], batch), ref=as_rows(known["ref"], batch))
+    algorithm = config.algorithm
+    loss = make_loss(
+        algorithm.name, kl_coef=algorithm.kl_coef, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
+    )
+    stats, _ = policy.backward(batch.microbatches, loss)
+    gradients = {name: gradient.clone() for name, gradient in policy.full_gradients(BUCKET_BYTES) if ranks.is_first}
+    if ranks.is_first:
+        save_file(gradients, job["gradients"])
+        Path(job["gradients"]).with_suffix(".json").write_text(json.dumps(list(gradients)))
+        Path(job["answer"]).write_text(json.dumps({"loss": stats.sums["loss"], "grad_norm": stats.grad_norm}))
+
+
+def main() -> int:
+    """Exit code 2 where the input is wrong."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    config = Config.model_validate_json(json.dumps(job["config"]))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks = init_ranks(Topology.of(config, int(os.environ["WORLD_SIZE"])), config.guard.timeout_seconds)
+    try:
+        measure(job, config, ranks)
+    except UserError as error:
+        if ranks.is_first:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
