@@ -9,6 +9,8 @@ from typing import Any
 
 from grpo_mega.types import UserError
 
+FP8_BLOCK = 128  # rows and columns of a block of an FP8 weight that share a scale
+
 FAMILIES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
 
@@ -82,6 +84,13 @@ def _rope_theta(raw: dict[str, Any]) -> float:
     return float((raw.get("rope_parameters") or {}).get("rope_theta") or raw.get("rope_theta") or 10000.0)
 
 
+def _is_unquantised_or_block_fp8(raw: dict[str, Any]) -> bool:
+    found = raw.get("quantization_config")
+    if found is None:
+        return True
+    return found.get("quant_method") == "fp8" and found.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]
+
+
 def _refuse_unsupported(raw: dict[str, Any], family: str, where: str) -> None:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -94,7 +103,7 @@ def _refuse_unsupported(raw: dict[str, Any], family: str, where: str) -> None:
         f"hidden_act={raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         "attention_bias=true": bool(raw.get("attention_bias")),
         "mlp_bias=true": bool(raw.get("mlp_bias")),
-        "quantization_config": raw.get("quantization_config") is not None,
+        f"quantization_config={raw.get('quantization_config')}": not _is_unquantised_or_block_fp8(raw),
         f"partial_rotary_factor={rotated}": rotated != 1.0,
     }
     for field, present in found.items():

@@ -3,83 +3,24 @@
 `load_from_hf` reads from the safetensors files only the slices that the rank holds. `MegatronWeights` is the
 `WeightSource` of a sync. Streaming sums integer views of zero-filled buckets over the model-parallel ranks: exactly one
 rank contributes each byte, so the sum is a bit-exact copy (also of -0.0 and NaN).
-Asserted by tests/unit/test_weights.py and tests/parallel/test_weights.py.
+Asserted by tests/parallel/test_weights.py.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from grpo_mega.convert.families import hf_shapes, parameter_placements
+from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.types import Placement, UserError
-
-
-class HfCheckpoint:
-    """The tensors of a Hugging Face folder, by name, read slice by slice."""
-
-    def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            self._files = {name: folder / file for name, file in _weight_map(index).items()}
-        elif (folder / "model.safetensors").is_file():
-            with _open(folder / "model.safetensors") as single:
-                self._files = dict.fromkeys(single.keys(), folder / "model.safetensors")
-        else:
-            raise UserError(f"model.path={folder} holds no model.safetensors; give a folder in safetensors format")
-        self._open: dict[Path, Any] = {}
-
-    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Every tensor is there with its shape and none is left over (a tied head may be)."""
-        missing = sorted(shapes.keys() - self._files.keys())
-        extra = sorted(self._files.keys() - shapes.keys() - {"lm_head.weight"})
-        if missing or extra:
-            raise UserError(
-                f"model.path: tensors missing {missing[:3]}, unknown {extra[:3]}; is config.json of this model?"
-            )
-        for name, shape in shapes.items():
-            found = tuple(self._slice(name).get_shape())
-            if found != shape:
-                raise UserError(f"model.path: {name} has shape {found}, config.json says {shape}; use matching files")
-
-    def read(self, placement: Placement) -> Tensor:
-        """The slice `placement.hf`; only its bytes are read."""
-        tensor: Tensor = self._slice(placement.hf.name)[placement.hf.index]
-        return tensor
-
-    def _slice(self, name: str) -> Any:
-        path = self._files[name]
-        if path not in self._open:
-            self._open[path] = _open(path)
-        try:
-            return self._open[path].get_slice(name)
-        except SafetensorError:
-            raise UserError(f"{path}: holds no {name}, which the index places there; use matching files") from None
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text())["weight_map"]
-        return {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of something else
-        raise UserError(f"{index}: is no index of safetensors files ({error!r}); download the file again") from None
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); download the file again") from None
+from grpo_mega.types import Placement
 
 
 class MegatronWeights:
@@ -95,15 +36,17 @@ class MegatronWeights:
         """Name -> shape of every tensor of the checkpoint."""
         return self._shapes
 
-    def load_from_hf(self, folder: Path) -> None:
-        """Fill every parameter; the padding of the vocabulary becomes zero."""
-        checkpoint = HfCheckpoint(folder)
+    def load_from_hf(self, folder: Path) -> int:
+        """Fill every parameter; the padding of the vocabulary becomes zero. Returns the bytes of weights read."""
+        checkpoint = HfFiles(folder)
         checkpoint.check(self._shapes)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.zero_()
                 for placement in self._placements(name):
-                    parameter[placement.local.index].copy_(checkpoint.read(placement))
+                    parameter[placement.local.index].copy_(checkpoint.read(placement.hf))
+        checkpoint.close()
+        return checkpoint.bytes_read
 
     def shards(self) -> Sequence[HeldSlice]:
         """Views of this rank's parameters, every byte of the checkpoint once over the model-parallel ranks."""

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.convert.digest import combined_digest, slice_digest, wrap
 from grpo_mega.interfaces import SinkRegion, WeightSink, WeightSource
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.digest import combined_digest, slice_digest, wrap
 
 T = TypeVar("T")
 FullTensors = Callable[[int], Iterator[tuple[str, Tensor]]]

@@ -17,9 +17,9 @@ import yaml
 
 from grpo_mega.base_model.teach import ensure_base
 from grpo_mega.config.schema import Config
+from grpo_mega.convert.digest import combined_digest, slice_digest
 from grpo_mega.data.arithmetic import answer, pairs, question
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.digest import combined_digest, slice_digest
 from tests.e2e.conftest import QUICKSTART_STEPS, Run
 from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, train
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
+from grpo_mega.convert.digest import combined_digest, slice_digest
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import pack, unpack
 from grpo_mega.interfaces import SinkRegion, WeightSink
@@ -26,7 +27,6 @@ from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
 from grpo_mega.types import Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.digest import combined_digest, slice_digest
 from grpo_mega.weight_sync.push import SyncReport, WeightSync
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.tiny_models import Family, make_tiny_model

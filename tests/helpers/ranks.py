@@ -26,7 +26,7 @@ _PRELOADED = [
     "grpo_mega.policy.policy",
     "grpo_mega.batch",
     "grpo_mega.checkpoint.manager",
-    "grpo_mega.weight_sync.digest",
+    "grpo_mega.convert.digest",
 ]
 _GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
 

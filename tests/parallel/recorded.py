@@ -231,7 +231,7 @@ def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
     """Sum of the digests of this rank's slices of each tensor."""
-    from grpo_mega.weight_sync.digest import slice_digest, wrap
+    from grpo_mega.convert.digest import slice_digest, wrap
 
     sums: dict[str, int] = {}
     for held in policy.source.shards():

@@ -98,7 +98,14 @@ def test_sizes_that_a_config_may_leave_out_are_derived() -> None:
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"attention_bias": True}, "attention_bias=true"),
         ({"mlp_bias": True}, "mlp_bias=true"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        *(
+            ({"quantization_config": found}, f"quantization_config={found}")
+            for found in (
+                {"quant_method": "fp8"},
+                {"quant_method": "fp8", "weight_block_size": [64, 64]},
+                {"quant_method": "gptq", "weight_block_size": [128, 128]},
+            )
+        ),
     ],
 )
 def test_each_field_that_would_be_ignored_is_an_error_that_names_it(changes: dict[str, Any], field: str) -> None:
@@ -118,6 +125,7 @@ def test_fields_at_their_plain_values_are_accepted() -> None:
         "partial_rotary_factor": 1.0,
     }
     assert spec_of(**harmless) == spec_of()
+    assert spec_of(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}) == spec_of()
 
 
 @pytest.mark.parametrize(

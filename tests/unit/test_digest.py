@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_mega.convert.digest import combined_digest, digest_text, slice_digest, wrap
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.digest import combined_digest, slice_digest, wrap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 
@@ -167,3 +167,8 @@ def test_combined_digest_depends_on_names_and_values_alone() -> None:
     assert one == combined_digest({"b": -2, "a": 1})
     assert len({one, combined_digest({"a": -2, "b": 1}), combined_digest({"a": 1, "b": 2}), combined_digest({})}) == 4
     assert len(one) == 16
+
+
+@pytest.mark.parametrize(("digest", "text"), [(0, "0" * 16), (-1, "f" * 16), (2**63 - 1, "7" + "f" * 15)])
+def test_the_text_of_a_digest_has_sixteen_digits(digest: int, text: str) -> None:
+    assert digest_text(digest) == text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from grpo_mega.convert.digest import wrap
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.digest import wrap
 from grpo_mega.weight_sync.push import differing_tensors
 
 TOP, BOTTOM = TensorSlice("w", (0, 0), (2, 4)), TensorSlice("w", (2, 0), (2, 4))
