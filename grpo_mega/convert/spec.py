@@ -88,7 +88,7 @@ def _is_unquantised_or_block_fp8(raw: dict[str, Any]) -> bool:
     found = raw.get("quantization_config")
     if found is None:
         return True
-    return found.get("quant_method") == "fp8" and found.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]
+    return bool(found.get("quant_method") == "fp8" and found.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK])
 
 
 def _refuse_unsupported(raw: dict[str, Any], family: str, where: str) -> None:
