@@ -6,6 +6,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from grpo_mega.convert.copying import Piece, pieces_within
@@ -16,6 +17,7 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.convert.torch_dist import TorchDistFiles
 from grpo_mega.types import TensorSlice, UserError
 
+HF_SIDE = "hf"  # beside a converted checkpoint: config and tokenizer
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -97,3 +99,20 @@ class DistAsHf:
         if left:
             told = ", ".join(f"{key} of shape {self._files.tensors[key].shape}" for key in left[:3])
             raise UserError(f"{self.folder}: holds {told}, no part of the model; is config.json of this model?")
+
+
+def find_base(checkpoint: Path, folder: Path) -> Path:
+    """The folder with the config.json of the checkpoint: beside it, or the one that its run was started from.
+
+    Raises:
+        UserError: there is none.
+    """
+    for near in (checkpoint / HF_SIDE, folder.parent / HF_SIDE):
+        if (near / "config.json").is_file():
+            return near
+    run = folder.absolute().parent.parent / "config.yaml"  # RUN/checkpoints/step_000020
+    if run.is_file():
+        path = Path((yaml.safe_load(run.read_text()).get("model") or {}).get("path") or "")
+        if (path / "config.json").is_file():
+            return path
+    raise UserError(f"CKPT_DIR={checkpoint} does not say which model it is; name its Hugging Face folder by --base")

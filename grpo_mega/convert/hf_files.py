@@ -66,6 +66,7 @@ class HfFiles:
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
         self.scale_names = frozenset(n for n in self.stored if n.endswith(fp8.SCALE) and _scaled(n) in self.stored)
+        self.shapes = {name: tensor.shape for name, tensor in self.stored.items() if name not in self.scale_names}
         self._scales: dict[str, Tensor] = {}
         for name in self.scale_names:
             self._check_scale(name)

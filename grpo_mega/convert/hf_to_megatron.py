@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from grpo_mega.convert.copying import Conversion, check_space, copy_side_files, fresh_output, identity_of
 from grpo_mega.convert.digest import digest_text
+from grpo_mega.convert.dist_as_hf import HF_SIDE
 from grpo_mega.convert.families import hf_shapes
 from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.megatron_args import megatron_args
@@ -26,7 +27,7 @@ from grpo_mega.convert.torch_dist_write import DistPlan
 from grpo_mega.types import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RELEASE, HF_SIDE, SCALES_FILE = "release", "hf", "fp8_scales.safetensors"
+RELEASE, SCALES_FILE = "release", "fp8_scales.safetensors"
 FILE_BYTES = 1024**3
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 from grpo_mega.convert import fp8
@@ -28,10 +27,10 @@ from grpo_mega.convert.copying import (
     rows_at_once,
 )
 from grpo_mega.convert.digest import digest_text
-from grpo_mega.convert.dist_as_hf import DistAsHf
+from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
 from grpo_mega.convert.hf_files import DTYPES as STORED_DTYPES
 from grpo_mega.convert.hf_files import INDEX, SINGLE, HfFiles, StoredTensor, read_header
-from grpo_mega.convert.hf_to_megatron import DTYPES, HF_SIDE, SCALES_FILE, ConversionReport
+from grpo_mega.convert.hf_to_megatron import DTYPES, SCALES_FILE, ConversionReport
 from grpo_mega.convert.ranges import Shape, read_box
 from grpo_mega.convert.spec import FP8_BLOCK, read_spec
 from grpo_mega.convert.torch_dist import checkpoint_folder
@@ -72,7 +71,7 @@ def megatron_to_hf(
     folder = checkpoint_folder(checkpoint)
     if folder is None:
         raise UserError(f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt; name one")
-    base = base or _find_base(checkpoint, folder)
+    base = base or find_base(checkpoint, folder)
     source = DistAsHf(folder, read_spec(base))
     codec = _Fp8Codec(base) if to_fp8 else None
     dtypes = {
@@ -199,18 +198,6 @@ class _Fp8Codec:
 
 def _is_quantised(name: str, shape: Shape) -> bool:
     return len(shape) == 2 and ".layers." in name and _QUANTISED.search(name) is not None
-
-
-def _find_base(checkpoint: Path, folder: Path) -> Path:
-    for near in (checkpoint / HF_SIDE, folder.parent / HF_SIDE):
-        if (near / "config.json").is_file():
-            return near
-    run = folder.absolute().parent.parent / "config.yaml"  # RUN/checkpoints/step_000020
-    if run.is_file():
-        path = Path((yaml.safe_load(run.read_text()).get("model") or {}).get("path") or "")
-        if (path / "config.json").is_file():
-            return path
-    raise UserError(f"CKPT_DIR={checkpoint} does not say which model it is; name its Hugging Face folder by --base")
 
 
 def _rewrite_config(path: Path, dtype: torch.dtype, to_fp8: bool) -> None:

@@ -1,10 +1,10 @@
 """A stock Megatron-Core GPTModel on CPU: saves a random checkpoint, or loads one and writes its logits.
 
-    python stock_megatron.py save|logits CONFIG.json CHECKPOINT OUT [TP PP]
+    python stock_megatron.py save|load CONFIG.json CHECKPOINT OUT [TP PP]
 
 Imports nothing of grpo_mega: it stands for somebody else's Megatron. CONFIG.json is the `config.json` of a Hugging Face
-folder of a dense model. `save` writes CHECKPOINT with random weights (and OUT, nothing); `logits` loads CHECKPOINT by
-`dist_checkpointing.load` and writes OUT, the float32 logits [B, S, V] of `token_ids`, by torch.save.
+folder of a dense model. `save` writes CHECKPOINT with random weights; `load` loads CHECKPOINT by
+`dist_checkpointing.load` and saves it again as OUT.again. Both write OUT, the float32 logits [B, S, V] of `token_ids`.
 """
 
 from __future__ import annotations
@@ -127,16 +127,17 @@ def work(rank: int, arguments: list[str]) -> None:
     torch.manual_seed(rank)
     model = build(raw, tp, pp, -(-raw["vocab_size"] // tp) * tp)
     if action == "save":
-        Path(checkpoint).mkdir(parents=True, exist_ok=True)
-        dist.barrier()
         for name, parameter in model.named_parameters():
             parameter.data.normal_(float("norm" in name), 0.15)
-        dist_checkpointing.save({"model": model.sharded_state_dict()}, checkpoint)
+        written = Path(checkpoint)
     else:
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, checkpoint)
+        assert loaded["args"].hidden_size == raw["hidden_size"]
         model.load_state_dict(loaded["model"])
-        if rank == 0:
-            assert loaded["args"].hidden_size == raw["hidden_size"]
+        written = Path(out + ".again")
+    written.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    dist_checkpointing.save({"model": model.sharded_state_dict()}, str(written))
     with torch.no_grad():
         logits = logits_of(model, token_ids(raw["vocab_size"]), raw["hidden_size"])
     if logits is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
