@@ -124,11 +124,12 @@ def work(rank: int, arguments: list[str]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{out}.store", rank=rank, world_size=tp * pp)
     parallel_state.initialize_model_parallel(tp, pp, create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(rank)
     model = build(raw, tp, pp, -(-raw["vocab_size"] // tp) * tp)
     if action == "save":
-        for name, parameter in model.named_parameters():
-            parameter.data.normal_(float("norm" in name), 0.15)
+        for number, (name, parameter) in enumerate(model.named_parameters()):
+            split = getattr(parameter, "tensor_model_parallel", False)  # what is not split is the same on every rank
+            generator = torch.Generator().manual_seed(100 * number + (rank if split else 0))
+            parameter.data.normal_(float("norm" in name), 0.15, generator=generator)
         written = Path(checkpoint)
     else:
         loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, checkpoint)
