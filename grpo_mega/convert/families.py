@@ -8,6 +8,7 @@ local ones; the checkpoint's side is the same.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from grpo_mega.convert.rules import Copy, Interleaved, Rule, Shape, Stacked, Vocabulary, placements
 from grpo_mega.convert.spec import ModelSpec
@@ -71,6 +72,15 @@ def parameter_placements(spec: ModelSpec, parameter: str, tp: int, tp_rank: int)
     template = _LAYER.sub("decoder.layers.{layer}.", parameter)
     rule = _TABLES[spec.family](spec)[template]
     return placements(rule, spec, parameter, layer, tp, tp_rank)
+
+
+def parameter_names(spec: ModelSpec) -> Iterator[str]:
+    """Every name in the table, layers numbered from the model's first; several may be the same tensor."""
+    for name in _TABLES[spec.family](spec):
+        if "{layer}" in name:
+            yield from (name.format(layer=layer) for layer in range(spec.num_layers))
+        else:
+            yield name
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:

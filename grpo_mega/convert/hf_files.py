@@ -37,6 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -65,6 +66,7 @@ class HfFiles:
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
         self.scale_names = frozenset(n for n in self.stored if n.endswith(fp8.SCALE) and _scaled(n) in self.stored)
+        self.shapes = {name: tensor.shape for name, tensor in self.stored.items() if name not in self.scale_names}
         self._scales: dict[str, Tensor] = {}
         for name in self.scale_names:
             self._check_scale(name)
@@ -116,9 +118,14 @@ class HfFiles:
         """Fill `out`, of the slice's shape and any floating-point dtype."""
         stored = self.stored[box.name]
         if box.name + fp8.SCALE_SUFFIX in self.scale_names:
-            codes = torch.empty(box.shape, dtype=stored.dtype)
-            self._read(stored, box, codes)
-            out.copy_(fp8.dequantise(codes, self.scales(box.name), box.offsets))
+            rows, columns = box.shape
+            step = max(1, _ELEMENTS_AT_ONCE // max(1, columns))  # in float32 a whole weight would be four times itself
+            for row in range(0, rows, step):
+                at = (box.offsets[0] + row, box.offsets[1])
+                part = TensorSlice(box.name, at, (min(step, rows - row), columns))
+                codes = torch.empty(part.shape, dtype=stored.dtype)
+                self._read(stored, part, codes)
+                out[row : row + step].copy_(fp8.dequantise(codes, self.scales(box.name), at))
         elif stored.dtype == out.dtype:
             self._read(stored, box, out)
         else:

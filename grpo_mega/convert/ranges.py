@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+_WRITE_BYTES = 16 * 1024 * 1024  # one call with more has cost the kernel several times as much
 
 
 class ShortFileError(OSError):
@@ -51,7 +52,7 @@ def write_all(fd: int, data: memoryview | bytes, position: int) -> None:
     """Write every byte of `data` at `position`."""
     view = memoryview(data)
     while len(view):
-        count = os.pwrite(fd, view, position)
+        count = os.pwrite(fd, view[:_WRITE_BYTES], position)
         view, position = view[count:], position + count
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from grpo_mega.config.load import load_config
 from grpo_mega.train import prepare
 from tests.helpers.jobs import REPOSITORY
+from tests.helpers.tiny_models import make_tiny_model
 
 GUIDES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 FOLDERS = ("launch", "tools", "configs", "docs", "tests", "docker", "constraints", "grpo_mega", ".ci")
@@ -125,3 +127,26 @@ def test_the_command_that_scores_a_file_scores_it(tmp_path: Path) -> None:
     )
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout.splitlines()[0])["reward"] == 1.0
+
+
+def test_the_conversion_commands_convert_there_and_back(tmp_path: Path) -> None:
+    """Run as docs/convert.md and README.md have them, in this order."""
+    make_tiny_model(tmp_path / "HF_DIR", "llama")
+    ran = []
+    for tool in ("hf_to_megatron", "megatron_to_hf", "compare_checkpoints"):
+        for command in (c for c in commands() if c.startswith(f"tools/{tool}.py")):
+            script, *arguments = shlex.split(command)
+            shutil.rmtree(tmp_path / "HF_AGAIN" if tool == "megatron_to_hf" else tmp_path / "-", ignore_errors=True)
+            ended = subprocess.run(
+                [sys.executable, str(REPOSITORY / script), *arguments],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
+            assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
+            ran.append(tool)
+    assert set(ran) == {"hf_to_megatron", "megatron_to_hf", "compare_checkpoints"}
+    assert (tmp_path / "HF_AGAIN" / "digests.json").is_file()

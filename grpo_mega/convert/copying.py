@@ -1,0 +1,365 @@
+"""Writes files of tensors from slices of other files: streaming, in parallel, and able to go on after a kill.
+
+A conversion is a list of `PlannedFile`s: where each tensor's bytes will lie is known before anything is read. Workers
+fill chunks of at most 64 MiB, so memory does not grow with the model. Everything happens in `OUT.partial`; a file gets
+its name when its bytes are on disk, then a record of its digests. A second call checks what is complete by size and
+digest, keeps it, and does the rest; the caller renames the folder at the end.
+Asserted by tests/unit/test_copying.py and tests/e2e/test_convert_tools.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grpo_mega.convert.digest import slice_digest, wrap
+from grpo_mega.convert.ranges import Shape, ShortFileError, as_bytes, read_box, write_all
+from grpo_mega.types import TensorSlice, UserError
+
+CHUNK_BYTES = 64 * 1024 * 1024
+_FLUSH_BYTES = 256 * 1024 * 1024  # written to a file between two flushes: the disk works while we read and add up
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp")
+_PLAN, _DONE = "plan.sha256", ".done"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The slice `source` of a Hugging Face tensor is the box of the same shape at `at` of a chunk."""
+
+    source: TensorSlice
+    at: Shape
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Of the chunk."""
+        return tuple(slice(o, o + n) for o, n in zip(self.at, self.source.shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of one file that are a tensor, made of slices of Hugging Face tensors; what they leave free is zero.
+
+    `scales`, where not None, is the position of the block scales of an FP8 chunk (convert/fp8.py).
+    """
+
+    position: int
+    shape: Shape
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    scales: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """`fixed` are bytes that are known beforehand: (position, bytes)."""
+
+    name: str
+    num_bytes: int
+    chunks: tuple[Chunk, ...]
+    fixed: tuple[tuple[int, bytes], ...] = ()
+
+
+class TensorSource(Protocol):
+    """Where chunks are filled from; called by several threads."""
+
+    def read_into(self, box: TensorSlice, out: Tensor) -> None:
+        """Fill `out` with the slice, in the dtype of `out`."""
+        ...
+
+
+class ChunkCodec(Protocol):
+    """What the bytes of a chunk with scales are of its values."""
+
+    def encode(self, chunk: Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales."""
+        ...
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The values that a reader gets."""
+        ...
+
+    def scales_shape(self, shape: Shape) -> Shape:
+        """Of the scales of a chunk of `shape`."""
+        ...
+
+
+def pieces_within(pieces: Sequence[Piece], begin: Shape, shape: Shape) -> Iterator[Piece]:
+    """The parts of `pieces` inside the box at `begin`, in coordinates that start there."""
+    for piece in pieces:
+        low = tuple(max(a, b) for a, b in zip(piece.at, begin, strict=True))
+        high = tuple(min(a + n, b + m) for a, n, b, m in zip(piece.at, piece.source.shape, begin, shape, strict=True))
+        size = tuple(h - lo for lo, h in zip(low, high, strict=True))
+        if all(n > 0 for n in size):
+            shift = tuple(lo - a for lo, a in zip(low, piece.at, strict=True))
+            there = tuple(o + s for o, s in zip(piece.source.offsets, shift, strict=True))
+            here = tuple(lo - b for lo, b in zip(low, begin, strict=True))
+            yield Piece(TensorSlice(piece.source.name, there, size), here)
+
+
+def rows_at_once(shape: Shape, dtype: torch.dtype, multiple: int = 1) -> int:
+    """Rows (first dimension) of a chunk of at most CHUNK_BYTES, at least `multiple`."""
+    row = math.prod(shape[1:]) * dtype.itemsize
+    return min(shape[0], max(multiple, CHUNK_BYTES // max(1, row) // multiple * multiple))
+
+
+@dataclass
+class Conversion:
+    """One run of workers over `files` into the folder `staging`."""
+
+    files: Sequence[PlannedFile]
+    source: TensorSource
+    staging: Path
+    workers: int
+    identity: str  # of the input and the options: what is half done for another one is thrown away
+    codec: ChunkCodec | None = None
+    redone: list[str] = field(default_factory=list)  # names of the files that this call wrote
+    _digests: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _arena: threading.local = field(default_factory=threading.local)
+
+    def run(self) -> dict[str, int]:
+        """Digest of every Hugging Face tensor.
+
+        Raises:
+            UserError: the disk is full (names file, tensor and shape), or the source says so.
+        """
+        self._prepare()
+        with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(1) as flusher:
+            futures: list[Future[None]] = []
+            try:
+                todo = [f for f in self.files if not self._is_complete(f, pool)]
+                for planned in todo:
+                    open_file = _OpenFile(self.staging, planned, flusher)
+                    futures += [pool.submit(self._convert, open_file, chunk) for chunk in planned.chunks]
+                    self.redone.append(planned.name)
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                self._clean()
+                raise
+        return dict(self._digests)
+
+    def finish(self) -> None:
+        """Remove our records; the folder holds the result and nothing else."""
+        for path in [self.staging / _PLAN, *self.staging.rglob(f"*{_DONE}")]:
+            path.unlink(missing_ok=True)
+
+    def _prepare(self) -> None:
+        described = hashlib.sha256(f"{self.identity}\n{[(f.name, f.num_bytes) for f in self.files]}".encode())
+        plan = self.staging / _PLAN
+        if plan.is_file() and plan.read_text() == described.hexdigest():
+            return
+        shutil.rmtree(self.staging, ignore_errors=True)
+        for folder in {self.staging, *((self.staging / f.name).parent for f in self.files)}:
+            folder.mkdir(parents=True, exist_ok=True)
+        plan.write_text(described.hexdigest())
+
+    def _clean(self) -> None:
+        """Keep complete files only; with none of them, nothing."""
+        for path in self.staging.rglob("*.tmp"):
+            path.unlink(missing_ok=True)
+        if not any(self.staging.rglob(f"*{_DONE}")):
+            shutil.rmtree(self.staging, ignore_errors=True)
+
+    def _convert(self, target: _OpenFile, chunk: Chunk) -> None:
+        values = self._memory(chunk.shape, chunk.dtype if chunk.scales is None else torch.bfloat16)
+        if sum(math.prod(p.source.shape) for p in chunk.pieces) < values.numel():
+            values.zero_()  # the padding of a vocabulary
+        for piece in chunk.pieces:
+            self.source.read_into(piece.source, values[piece.index])
+        try:
+            if chunk.scales is None:
+                target.write(chunk.position, values)
+            else:
+                codes, scales = self._codec().encode(chunk, values)
+                target.write(chunk.position, codes)
+                target.write(chunk.scales, scales)
+                values = self._codec().decode(codes, scales)
+            self._end_chunk(target, _digests_of(chunk, values))
+        except OSError as error:
+            if error.errno not in _NO_SPACE:
+                raise
+            held = ", ".join(sorted({str(p.source) for p in chunk.pieces}))
+            raise UserError(
+                f"{self.staging}: no space left for {target.planned.name} ({error.strerror}) at {held[:300]}, which"
+                f" are a chunk of shape {chunk.shape}; free space and repeat the command: complete files are kept"
+            ) from None
+
+    def _end_chunk(self, target: _OpenFile, digests: dict[str, int]) -> None:
+        found = target.end_chunk(digests)
+        if found is not None:
+            with self._lock:
+                _add(self._digests, found)
+
+    def _is_complete(self, planned: PlannedFile, pool: ThreadPoolExecutor) -> bool:
+        """Whether the file is there with the digests of its record: read once more, chunk by chunk."""
+        path = self.staging / planned.name
+        record = path.with_name(path.name + _DONE)
+        if not record.is_file() or not path.is_file() or path.stat().st_size != planned.num_bytes:
+            return False
+        recorded: dict[str, int] = json.loads(record.read_text())
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found: dict[str, int] = defaultdict(int)
+            for digests in pool.map(lambda chunk: self._digests_on_disk(descriptor, chunk), planned.chunks):
+                _add(found, digests)
+        except ShortFileError:
+            return False
+        finally:
+            os.close(descriptor)
+        if dict(found) != recorded:
+            return False
+        _add(self._digests, recorded)
+        return True
+
+    def _digests_on_disk(self, descriptor: int, chunk: Chunk) -> dict[str, int]:
+        values = self._memory(chunk.shape, chunk.dtype)
+        read_box(descriptor, chunk.position, chunk.shape, (0,) * len(chunk.shape), values)
+        if chunk.scales is not None:
+            scales = torch.empty(self._codec().scales_shape(chunk.shape))
+            read_box(descriptor, chunk.scales, tuple(scales.shape), (0, 0), scales)
+            values = self._codec().decode(values, scales)
+        return _digests_of(chunk, values)
+
+    def _codec(self) -> ChunkCodec:
+        assert self.codec is not None, "a chunk with scales needs the codec that makes them"
+        return self.codec
+
+    def _memory(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """The worker's own buffer, used again for every chunk: fresh pages cost as much as copying."""
+        size = math.prod(shape) * dtype.itemsize
+        held: Tensor | None = getattr(self._arena, "bytes", None)
+        if held is None or held.numel() < size:
+            held = self._arena.bytes = torch.empty(size, dtype=torch.uint8)
+        return held[:size].view(dtype).view(shape)
+
+
+class _OpenFile:
+    """A file that is being written under a temporary name by several workers."""
+
+    def __init__(self, staging: Path, planned: PlannedFile, flusher: ThreadPoolExecutor) -> None:
+        self.planned, self._path, self._flusher = planned, staging / planned.name, flusher
+        self._temporary = self._path.with_name(self._path.name + ".tmp")
+        self._descriptor: int | None = None
+        self._left, self._unflushed = len(planned.chunks), 0
+        self._digests: dict[str, int] = defaultdict(int)
+        self._flushes: list[Future[None]] = []
+        self._lock = threading.Lock()
+
+    def write(self, position: int, values: Tensor) -> None:
+        descriptor = self._open()
+        write_all(descriptor, as_bytes(values), position)
+        with self._lock:
+            self._unflushed += values.nbytes
+            if self._unflushed < _FLUSH_BYTES:
+                return
+            self._unflushed = 0
+        self._flushes.append(self._flusher.submit(_flush, os.dup(descriptor)))
+
+    def end_chunk(self, digests: dict[str, int]) -> dict[str, int] | None:
+        """After the last chunk: the file is on disk under its name; its digests."""
+        with self._lock:
+            _add(self._digests, digests)
+            self._left -= 1
+            if self._left:
+                return None
+        descriptor = self._open()
+        for flush in self._flushes:
+            flush.result()  # an error of the disk is reported to one flush only
+        for position, data in self.planned.fixed:
+            write_all(descriptor, data, position)
+        os.ftruncate(descriptor, self.planned.num_bytes)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        self._temporary.rename(self._path)
+        write_text(self._path.with_name(self._path.name + _DONE), json.dumps(self._digests))
+        return self._digests
+
+    def _open(self) -> int:
+        with self._lock:
+            if self._descriptor is None:
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+                self._descriptor = os.open(self._temporary, flags, 0o666)
+            return self._descriptor
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def check_space(folder: Path, num_bytes: int, largest: str) -> None:
+    """Raises UserError when the file system of `folder` has less room than `num_bytes`."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: needs {num_bytes} bytes, its file system has {free} (largest tensor: {largest}); free space or"
+            " name a folder elsewhere"
+        )
+
+
+def _digests_of(chunk: Chunk, values: Tensor) -> dict[str, int]:
+    found: dict[str, int] = defaultdict(int)
+    for piece in chunk.pieces:
+        _add(found, {piece.source.name: slice_digest(values[piece.index], piece.source)})
+    return dict(found)
+
+
+def _add(total: dict[str, int], more: dict[str, int]) -> None:
+    for name, digest in more.items():
+        total[name] = wrap(total.get(name, 0) + digest)
+
+
+def _flush(descriptor: int) -> None:
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fresh_output(out: Path) -> Path:
+    """The folder to work in until everything is there; `out` gets its name by a rename.
+
+    Raises:
+        UserError: `out` holds something already.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists and is not empty; remove it or name another folder")
+    return out.with_name(out.name + ".partial")
+
+
+def copy_side_files(base: Path, folder: Path) -> None:
+    """Config, tokenizer and whatever else is no weight."""
+    for path in base.iterdir():
+        if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
+            shutil.copy2(path, folder)
+
+
+def identity_of(folder: Path, *options: object) -> str:
+    """Changes when a file of the input or an option does."""
+    files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
+    return repr((str(folder.absolute()), files, options))

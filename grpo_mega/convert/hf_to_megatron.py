@@ -1,0 +1,92 @@
+"""Hugging Face -> a standard Megatron `torch_dist` checkpoint, file by file, without a GPU or a process group.
+
+`OUT_DIR/release/` is what Megatron loads at any layout, `OUT_DIR/latest_checkpointed_iteration.txt` names it,
+`OUT_DIR/hf/` keeps config, tokenizer and, of an FP8 checkpoint, the block scales, for the way back.
+Asserted by tests/e2e/test_convert_tools.py: a stock GPTModel loads it and gives the logits of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from grpo_mega.convert.copying import Conversion, check_space, copy_side_files, fresh_output, identity_of
+from grpo_mega.convert.digest import digest_text
+from grpo_mega.convert.dist_as_hf import HF_SIDE
+from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.hf_files import HfFiles
+from grpo_mega.convert.megatron_args import megatron_args
+from grpo_mega.convert.megatron_keys import MegatronTensor, extra_state_keys, megatron_tensors
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.convert.torch_dist import LATEST
+from grpo_mega.convert.torch_dist_write import DistPlan
+from grpo_mega.types import UserError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RELEASE, SCALES_FILE = "release", "fp8_scales.safetensors"
+FILE_BYTES = 1024**3
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """`redone`: names of the files that this call wrote; the others were complete already."""
+
+    num_tensors: int
+    num_bytes: int
+    num_files: int
+    redone: tuple[str, ...]
+    digests: dict[str, str]
+
+
+def hf_to_megatron(
+    hf: Path, out: Path, *, dtype: str = "keep", file_bytes: int = FILE_BYTES, workers: int = 2
+) -> ConversionReport:
+    """Write `out`; it is whole or not there.
+
+    Args:
+        dtype: keep, bf16, fp16 or fp32; FP8 weights become bf16.
+        file_bytes: size from which a file is closed.
+    Raises:
+        UserError: `hf` is damaged or unsupported, `out` holds something, the disk is full.
+    """
+    staging = fresh_output(out)
+    spec = read_spec(hf)
+    source = HfFiles(hf, "HF_DIR")
+    source.check(hf_shapes(spec))
+    tensors = megatron_tensors(spec)
+    dtypes = [DTYPES.get(dtype) or _common_dtype(t, source) for t in tensors]
+    plan = DistPlan(RELEASE, file_bytes)
+    plan.add_object(extra_state_keys(spec, tensors), [None])
+    for tensor, chosen in zip(tensors, dtypes, strict=True):
+        plan.add(tensor, chosen)
+    files = plan.finish()
+    largest = max(source.stored.items(), key=lambda item: torch.Size(item[1].shape).numel())
+    total = sum(f.num_bytes for f in files)
+    if not staging.exists():
+        check_space(out, total, f"{largest[0]} of shape {largest[1].shape}")
+    conversion = Conversion(files, source, staging, workers, identity_of(hf, dtype, file_bytes))
+    digests = {name: digest_text(value) for name, value in sorted(conversion.run().items())}
+    plan.write_metadata(staging / RELEASE, megatron_args(spec, dtypes[0]))
+    (staging / LATEST).write_text(RELEASE)
+    (staging / HF_SIDE).mkdir(exist_ok=True)
+    copy_side_files(hf, staging / HF_SIDE)
+    if source.scale_names:
+        scales = {n: source.scales(n.removesuffix("_scale_inv")) for n in sorted(source.scale_names)}
+        save_file(scales, staging / HF_SIDE / SCALES_FILE)
+    (staging / "digests.json").write_text(json.dumps(digests, indent=1))
+    conversion.finish()
+    staging.rename(out)
+    source.close()
+    return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)
+
+
+def _common_dtype(tensor: MegatronTensor, source: HfFiles) -> torch.dtype:
+    found = {p.hf.name: source.dtype(p.hf.name) for p in tensor.placements}
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{name} of shape {source.stored[name].shape} {d}" for name, d in sorted(found.items()))
+        raise UserError(f"HF_DIR: {told} become one tensor and differ in dtype; choose one by --dtype")
+    return next(iter(found.values()))

@@ -1,0 +1,213 @@
+"""A Megatron `torch_dist` checkpoint of any layout -> Hugging Face, tensor slice by tensor slice.
+
+Reads what tools/hf_to_megatron.py wrote, what a training run saved and what Megatron-LM saved; never builds a model.
+Asserted by tests/e2e/test_convert_tools.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_mega.convert import fp8
+from grpo_mega.convert.copying import (
+    Chunk,
+    Conversion,
+    Piece,
+    PlannedFile,
+    check_space,
+    copy_side_files,
+    fresh_output,
+    identity_of,
+    rows_at_once,
+)
+from grpo_mega.convert.digest import digest_text
+from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
+from grpo_mega.convert.hf_files import DTYPES as STORED_DTYPES
+from grpo_mega.convert.hf_files import INDEX, SINGLE, HfFiles, StoredTensor, read_header
+from grpo_mega.convert.hf_to_megatron import DTYPES, SCALES_FILE, ConversionReport
+from grpo_mega.convert.ranges import Shape, read_box
+from grpo_mega.convert.spec import FP8_BLOCK, read_spec
+from grpo_mega.convert.torch_dist import checkpoint_folder
+from grpo_mega.types import TensorSlice, UserError
+
+SHARD_BYTES = 5 * 1000**3
+_DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+_QUANTISED = re.compile(r"\.(?!eh_)\w+_proj(_with_mqa)?\.weight$")
+_FP8_CONFIG = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+}
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    base: Path | None = None,
+    dtype: str = "keep",
+    to_fp8: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    workers: int = 2,
+) -> ConversionReport:
+    """Write `out`; it is whole or not there.
+
+    Args:
+        base: folder of the model's config.json and tokenizer; by default the one that the checkpoint came from.
+        dtype: keep, bf16, fp16 or fp32.
+        to_fp8: weights of linear layers as float8_e4m3fn with block scales, those of `base` where they still hold.
+        shard_bytes: largest file; a tensor is never split.
+    Raises:
+        UserError: the checkpoint is damaged or not of this model, `out` holds something, the disk is full.
+    """
+    staging = fresh_output(out)
+    folder = checkpoint_folder(checkpoint)
+    if folder is None:
+        raise UserError(f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt; name one")
+    base = base or find_base(checkpoint, folder)
+    source = DistAsHf(folder, read_spec(base))
+    codec = _Fp8Codec(base) if to_fp8 else None
+    dtypes = {
+        name: fp8.CODE if to_fp8 and _is_quantised(name, shape) else DTYPES.get(dtype) or source.dtype(name)
+        for name, shape in source.shapes.items()
+    }
+    files, index = plan_safetensors(source.shapes, dtypes, shard_bytes)
+    largest = max(source.shapes.items(), key=lambda item: torch.Size(item[1]).numel())
+    total = sum(f.num_bytes for f in files)
+    if not staging.exists():
+        check_space(out, total, f"{largest[0]} of shape {largest[1]}")
+    identity = identity_of(folder, dtype, to_fp8, shard_bytes, base)
+    conversion = Conversion(files, source, staging, workers, identity, codec)
+    digests = {name: digest_text(value) for name, value in sorted(conversion.run().items())}
+    copy_side_files(base, staging)
+    _rewrite_config(staging / "config.json", next(iter(dtypes.values())), to_fp8)
+    if index is not None:
+        (staging / INDEX).write_text(json.dumps(index, indent=2))
+    (staging / "digests.json").write_text(json.dumps(digests, indent=1))
+    conversion.finish()
+    staging.rename(out)
+    source.close()
+    return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)
+
+
+def plan_safetensors(
+    shapes: dict[str, Shape], dtypes: dict[str, torch.dtype], shard_bytes: int
+) -> tuple[list[PlannedFile], dict[str, Any] | None]:
+    """The files, and the index when there are several."""
+    groups: list[list[tuple[str, torch.dtype, Shape]]] = [[]]
+    filled = total = 0
+    for name, shape in shapes.items():
+        parts = _stored_parts(name, dtypes[name], shape)
+        size = sum(torch.Size(s).numel() * d.itemsize for _, d, s in parts)
+        if filled and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1] += parts
+        filled, total = filled + size, total + size
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    files = [_plan_file(name, group) for name, group in zip(names, groups, strict=True)]
+    if count == 1:
+        return files, None
+    placed = {part[0]: name for name, group in zip(names, groups, strict=True) for part in group}
+    return files, {"metadata": {"total_size": total}, "weight_map": placed}
+
+
+def _stored_parts(name: str, dtype: torch.dtype, shape: Shape) -> list[tuple[str, torch.dtype, Shape]]:
+    parts = [(name, dtype, shape)]
+    if dtype == fp8.CODE:
+        parts.append((name + fp8.SCALE_SUFFIX, torch.float32, tuple(-(-n // fp8.BLOCK) for n in shape)))
+    return parts
+
+
+def _plan_file(file: str, group: list[tuple[str, torch.dtype, Shape]]) -> PlannedFile:
+    # wide numbers first, so that every tensor starts at a multiple of its own size
+    ordered = sorted(group, key=lambda part: -part[1].itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in ordered:
+        begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    chunks: list[Chunk] = []
+    for name, dtype, shape in group:
+        if not name.endswith(fp8.SCALE):
+            scale = header.get(name + fp8.SCALE_SUFFIX) if dtype == fp8.CODE else None
+            scales_at = None if scale is None else data + scale["data_offsets"][0]
+            chunks += _chunks_of(name, dtype, shape, data + header[name]["data_offsets"][0], scales_at)
+    return PlannedFile(file, data + end, tuple(chunks), ((0, len(text).to_bytes(8, "little") + text),))
+
+
+def _chunks_of(name: str, dtype: torch.dtype, shape: Shape, position: int, scales_at: int | None) -> list[Chunk]:
+    multiple = 1 if scales_at is None else fp8.BLOCK
+    # quantising works in float32 and needs several copies
+    step = rows_at_once(shape, dtype if scales_at is None else torch.float64, multiple)
+    row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+    chunks = []
+    for row in range(0, shape[0], step):
+        part = (min(step, shape[0] - row), *shape[1:])
+        box = TensorSlice(name, (row, *(0,) * (len(shape) - 1)), part)
+        scale = None if scales_at is None else scales_at + row // fp8.BLOCK * -(-shape[1] // fp8.BLOCK) * 4
+        chunks.append(Chunk(position + row * row_bytes, part, dtype, (Piece(box, (0,) * len(shape)),), scale))
+    return chunks
+
+
+class _Fp8Codec:
+    """Codes with the scales of `base`'s checkpoint where they still hold."""
+
+    def __init__(self, base: Path) -> None:
+        """`base` may hold no scales: then every block is scaled by its largest value."""
+        self._stored: dict[str, StoredTensor] = {}
+        if (base / SCALES_FILE).is_file():
+            self._stored = read_header(base / SCALES_FILE)
+        elif (base / INDEX).is_file() or (base / SINGLE).is_file():
+            self._stored = HfFiles(base, "--base").stored
+
+    def encode(self, chunk: Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales of rows that start at a multiple of the block."""
+        box = chunk.pieces[0].source
+        stored = self._stored.get(box.name + fp8.SCALE_SUFFIX)
+        scales = None
+        if stored is not None:
+            scales = torch.empty(self.scales_shape(chunk.shape))
+            with stored.path.open("rb") as file:
+                at = (box.offsets[0] // fp8.BLOCK, 0)
+                read_box(file.fileno(), stored.position, stored.shape, at, scales)
+        try:
+            return fp8.quantise(values, scales)
+        except UserError as error:
+            raise UserError(f"{box}: {error}") from None
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """[r, c] bfloat16."""
+        return fp8.dequantise(codes, scales)
+
+    def scales_shape(self, shape: Shape) -> Shape:
+        """One for each block."""
+        return tuple(-(-n // fp8.BLOCK) for n in shape)
+
+
+def _is_quantised(name: str, shape: Shape) -> bool:
+    return len(shape) == 2 and ".layers." in name and _QUANTISED.search(name) is not None
+
+
+def _rewrite_config(path: Path, dtype: torch.dtype, to_fp8: bool) -> None:
+    raw = json.loads(path.read_text())
+    wanted = dict(raw)
+    if to_fp8:
+        wanted.setdefault("quantization_config", _FP8_CONFIG)
+    else:
+        wanted.pop("quantization_config", None)
+        name = str(dtype).removeprefix("torch.")
+        wanted |= {key: name for key in ("dtype", "torch_dtype") if key in raw}
+    if wanted != raw:
+        path.write_text(json.dumps(wanted, indent=2))

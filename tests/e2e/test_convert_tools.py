@@ -1,0 +1,358 @@
+"""Conversion both ways: bit-equal, standard, resumable; and what wrong input says."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo_mega.convert import fp8
+from grpo_mega.convert.compare import compare, open_checkpoint
+from grpo_mega.convert.digest import digest_text, slice_digest
+from grpo_mega.convert.hf_files import HfFiles
+from grpo_mega.convert.hf_to_megatron import hf_to_megatron
+from grpo_mega.convert.megatron_to_hf import megatron_to_hf
+from grpo_mega.types import TensorSlice, UserError
+from tests.helpers.jobs import REPOSITORY
+from tests.helpers.stock_megatron import token_ids
+from tests.helpers.tiny_models import make_tiny_model
+
+VOCAB = 21  # odd: under tp=2 it is padded
+MODELS: dict[str, tuple[Any, bool]] = {
+    "qwen3": ("qwen3", False),
+    "qwen2-tied": ("qwen2", True),
+    "llama": ("llama", False),
+}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """NAME/hf and NAME/megatron of every model."""
+    root = tmp_path_factory.mktemp("convert")
+    for seed, (name, (family, tie)) in enumerate(MODELS.items()):
+        make_tiny_model(root / name / "hf", family, tie, VOCAB, seed)
+        hf_to_megatron(root / name / "hf", root / name / "megatron")
+    return root
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
+
+
+def assert_same_tensors(found: Path, wanted: Path) -> None:
+    left, right = stored(found), stored(wanted)
+    assert left.keys() == right.keys()
+    for name, tensor in right.items():
+        assert left[name].dtype == tensor.dtype, name
+        assert torch.equal(left[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def run_stock(action: str, config: Path, checkpoint: Path, out: Path, tp: int, pp: int) -> Tensor:
+    command = [sys.executable, str(REPOSITORY / "tests/helpers/stock_megatron.py"), action]
+    command += [str(config), str(checkpoint), str(out), str(tp), str(pp)]
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
+    ended = subprocess.run(
+        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    logits: Tensor = torch.load(out)
+    return logits
+
+
+def hf_logits(folder: Path) -> Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        logits: Tensor = model(token_ids(VOCAB)).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back_is_bit_equal_with_index_digests_and_side_files(
+    folders: Path, tmp_path: Path, name: str
+) -> None:
+    hf = folders / name / "hf"
+    megatron_to_hf(folders / name / "megatron", tmp_path / "back", shard_bytes=100_000)
+    assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
+    assert_same_tensors(tmp_path / "back", hf)
+    HfFiles(tmp_path / "back").check({n: tuple(t.shape) for n, t in stored(hf).items()})
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (hf / file).read_bytes()
+    digests = {
+        n: digest_text(slice_digest(t, TensorSlice(n, (0,) * t.dim(), tuple(t.shape)))) for n, t in stored(hf).items()
+    }
+    for side in (folders / name / "megatron", tmp_path / "back"):
+        assert json.loads((side / "digests.json").read_text()) == digests
+    assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize(("name", "tp", "pp"), [("qwen3", 2, 1), ("qwen2-tied", 1, 2)])
+def test_a_stock_megatron_loads_it_at_another_layout_and_what_it_saves_converts_back(
+    folders: Path, tmp_path: Path, name: str, tp: int, pp: int
+) -> None:
+    config = folders / name / "hf" / "config.json"
+    found = run_stock("load", config, folders / name / "megatron" / "release", tmp_path / "logits", tp, pp)
+    assert float((found - hf_logits(folders / name / "hf")).abs().max()) <= 2e-5
+    megatron_to_hf(tmp_path / "logits.again", tmp_path / "back", base=folders / name / "hf")
+    assert_same_tensors(tmp_path / "back", folders / name / "hf")
+
+
+def test_weights_that_only_a_stock_megatron_ever_had_convert(folders: Path, tmp_path: Path) -> None:
+    config = folders / "llama" / "hf" / "config.json"
+    wanted = run_stock("save", config, tmp_path / "stock", tmp_path / "logits", 2, 1)
+    megatron_to_hf(tmp_path / "stock", tmp_path / "hf", base=folders / "llama" / "hf")
+    assert float((hf_logits(tmp_path / "hf") - wanted).abs().max()) <= 2e-5
+
+
+def test_the_checkpoint_has_the_files_and_arguments_that_megatron_lm_expects(folders: Path) -> None:
+    folder = folders / "qwen3" / "megatron"
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release"
+    names = {path.name for path in (folder / "release").iterdir()}
+    assert names == {".metadata", "metadata.json", "common.pt", "__0_0.distcp"}
+    args = torch.load(folder / "release" / "common.pt", weights_only=False)["args"]
+    assert (args.num_layers, args.kv_channels, args.num_query_groups, args.qk_layernorm) == (2, 32, 2, True)
+    assert (args.untie_embeddings_and_output_weights, args.swiglu, args.normalization) == (True, True, "RMSNorm")
+
+
+def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
+    hf = make_tiny_model(tmp_path / "hf", "llama", vocab=VOCAB, intermediate_size=200)
+    tensors, generator = {}, torch.Generator().manual_seed(0)
+    for name, tensor in stored(hf).items():
+        tensors[name] = tensor.bfloat16()
+        if name.endswith("_proj.weight"):
+            codes, scales = fp8.quantise(tensor)
+            scales = scales * (1 + torch.rand(scales.shape, generator=generator))
+            tensors |= {name: codes, name + fp8.SCALE_SUFFIX: scales}
+    save_file(tensors, hf / "model.safetensors")
+    config = json.loads((hf / "config.json").read_text())
+    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (hf / "config.json").write_text(json.dumps(config | quantised))
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "fp8", to_fp8=True)
+    assert_same_tensors(tmp_path / "fp8", hf)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
+    name = "model.layers.1.mlp.down_proj.weight"
+    values = fp8.dequantise(tensors[name], tensors[name + fp8.SCALE_SUFFIX])
+    assert torch.equal(stored(tmp_path / "bf16")[name], values)
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+    texts = {(tmp_path / side / "digests.json").read_text() for side in ("megatron", "fp8", "bf16")}
+    assert len(texts) == 1
+
+
+def die_after(num_reads: int, hf: Path, out: Path) -> None:
+    """A conversion that ends as by kill -9."""
+    read, left = HfFiles.read_into, iter(range(num_reads))
+
+    def counted(self: HfFiles, box: TensorSlice, values: Tensor) -> None:
+        if next(left, None) is None:
+            os._exit(9)
+        read(self, box, values)
+
+    HfFiles.read_into = counted  # type: ignore[method-assign]
+    hf_to_megatron(hf, out, file_bytes=60_000, workers=1)
+
+
+def test_a_killed_conversion_continues_and_keeps_only_what_is_whole(folders: Path, tmp_path: Path) -> None:
+    hf, out = folders / "llama" / "hf", tmp_path / "out"
+    child = multiprocessing.get_context("fork").Process(target=die_after, args=(20, hf, out))
+    child.start()
+    child.join()
+    assert child.exitcode == 9
+    assert not out.exists()
+    complete = sorted(path.name for path in (tmp_path / "out.partial/release").glob("*.distcp"))
+    assert len(complete) >= 2
+    damaged = tmp_path / "out.partial" / "release" / complete[1]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    report = hf_to_megatron(hf, out, file_bytes=60_000)
+    kept = {f"release/{name}" for name in complete} - {f"release/{damaged.name}"}
+    assert kept.isdisjoint(report.redone)
+    assert f"release/{damaged.name}" in report.redone
+    assert len(report.redone) == report.num_files - len(kept)
+    megatron_to_hf(out, tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", hf)
+    assert not [p for p in out.rglob("*") if p.suffix in (".done", ".tmp", ".sha256")]
+
+
+def test_what_was_begun_for_another_input_is_not_continued(folders: Path, tmp_path: Path) -> None:
+    child = multiprocessing.get_context("fork").Process(
+        target=die_after, args=(20, folders / "llama" / "hf", tmp_path / "out")
+    )
+    child.start()
+    child.join()
+    report = hf_to_megatron(folders / "qwen3" / "hf", tmp_path / "out", file_bytes=60_000)
+    assert len(report.redone) == report.num_files
+
+
+def test_a_full_disk_names_the_tensor_and_leaves_nothing(folders: Path, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(
+            UserError, match=r"no space left for model\.safetensors .*model\..*\[.*free space"
+        ) as caught:
+            megatron_to_hf(folders / "llama" / "megatron", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "of shape (" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_found_before_anything_is_written(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"its file system has 1000 \(largest tensor: .* of shape"):
+        hf_to_megatron(folders / "llama" / "hf", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, ("touch executed",)
+
+
+def change_metadata(folder: Path, change: Any) -> None:
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    (folder / ".metadata").write_bytes(pickle.dumps(change(found)))
+
+
+def without(key: str) -> Any:
+    def change(found: Any) -> Any:
+        found.state_dict_metadata.pop(key)
+        return found
+
+    return change
+
+
+def with_shape(key: str, shape: tuple[int, ...]) -> Any:
+    def change(found: Any) -> Any:
+        found.state_dict_metadata[key].size = torch.Size(shape)
+        return found
+
+    return change
+
+
+def renamed(key: str) -> Any:
+    def change(found: Any) -> Any:
+        found.state_dict_metadata["decoder.extra.weight"] = found.state_dict_metadata[key]
+        found.storage_data = dict(found.storage_data) | {
+            type(k)("decoder.extra.weight", k.offset): v for k, v in found.storage_data.items() if k.fqn == key
+        }
+        return found
+
+    return change
+
+
+FC2, NORM = "decoder.layers.mlp.linear_fc2.weight", "decoder.final_layernorm.weight"
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "truncated": (
+        lambda f: os.truncate(f / "__0_0.distcp", 90_000),
+        r"has 90000 bytes; \S+ of shape \(.*part of shape \(",
+    ),
+    "no file": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: is missing; \S+ of shape"),
+    "missing": (lambda f: change_metadata(f, without(FC2)), rf"holds no {FC2} of shape \(2, 128, 96\)"),
+    "shape": (
+        lambda f: change_metadata(f, with_shape(FC2, (2, 128, 95))),
+        rf"{FC2} has shape \(2, 128, 95\), config.json says \(2, 128, 96\)",
+    ),
+    "left over": (lambda f: change_metadata(f, renamed(NORM)), r"holds decoder.extra.weight of shape \(128,\)"),
+    "pickle": (lambda f: change_metadata(f, lambda _: Evil()), r"holds posix.system, which is no part of the format"),
+    "garbage": (lambda f: (f / ".metadata").write_bytes(b"x"), r"\.metadata: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_a_damaged_megatron_checkpoint_is_refused_with_what_is_wrong(
+    folders: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folders / "llama" / "megatron", tmp_path / "damaged")
+    DAMAGE[fault][0](tmp_path / "damaged" / "release")
+    with pytest.raises(UserError, match=DAMAGE[fault][1]):
+        megatron_to_hf(tmp_path / "damaged", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_bytes_that_are_no_saved_tensor_are_refused(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "llama" / "megatron", tmp_path / "damaged")
+    path = tmp_path / "damaged" / "release" / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(UserError, match=r"part of shape \(.*cannot be read"):
+        megatron_to_hf(tmp_path / "damaged", tmp_path / "out")
+    assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_an_output_folder_that_holds_something_is_left_alone(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("kept")
+    with pytest.raises(UserError, match="exists and is not empty"):
+        hf_to_megatron(folders / "llama" / "hf", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "tools" / tool), *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tools_end_with_the_exit_codes_of_their_help(folders: Path, tmp_path: Path) -> None:
+    hf = folders / "qwen3" / "hf"
+    done = run_tool("hf_to_megatron.py", hf, tmp_path / "megatron", "--json", "--dtype", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["tensors"] == len(stored(hf))
+    assert run_tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--dtype", "fp32").returncode == 0
+    told = run_tool("compare_checkpoints.py", hf, tmp_path / "megatron", "--json")
+    summary = json.loads(told.stdout.splitlines()[-1])
+    assert told.returncode == 1, told.stderr
+    assert 0 < summary["max_abs_difference"] < 0.01
+    assert {each["verdict"] for each in summary["different"]} == {"dtype"}
+    wrong = run_tool("hf_to_megatron.py", tmp_path, tmp_path / "out")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "holds no config.json" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_comparison_names_what_differs_across_formats(folders: Path, tmp_path: Path) -> None:
+    hf = tmp_path / "changed"
+    shutil.copytree(folders / "llama" / "hf", hf)
+    tensors = stored(hf)
+    up, down, norm = (f"model.layers.1.{n}.weight" for n in ("mlp.up_proj", "mlp.down_proj", "input_layernorm"))
+    tensors[up][95, 127] += 0.5
+    tensors[down] = tensors[down][:, :-1].clone()
+    del tensors[norm]
+    tensors["extra"] = torch.ones(1)
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    megatron = folders / "llama" / "megatron"
+    found = {
+        c.name: (c.verdict, c.max_abs_difference)
+        for c in compare(open_checkpoint(megatron, None, hf), open_checkpoint(hf, None, megatron))
+        if c.verdict != "equal"
+    }
+    assert found[up] == ("value", pytest.approx(0.5))
+    assert found | {up: 0} == {up: 0, down: ("shape", None), norm: ("only in A", None), "extra": ("only in B", None)}
+    same = compare(open_checkpoint(megatron, None, hf), open_checkpoint(folders / "llama" / "hf", None, hf))
+    assert {c.verdict for c in same} == {"equal"}
+
+
+def test_a_negative_zero_is_another_value(tmp_path: Path) -> None:
+    for name, value in (("a", 0.0), ("b", -0.0)):
+        (tmp_path / name).mkdir()
+        save_file({"x": torch.tensor([value])}, tmp_path / name / "model.safetensors")
+    (found,) = compare(HfFiles(tmp_path / "a"), HfFiles(tmp_path / "b"))
+    assert (found.verdict, found.max_abs_difference) == ("value", 0.0)

@@ -1,0 +1,65 @@
+"""What the two conversion tools share: options, the report, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from grpo_mega.convert.hf_to_megatron import DTYPES, ConversionReport
+from grpo_mega.types import UserError
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of both directions."""
+    parser.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="of the result (default: keep)")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads (default: up to 4)")
+    parser.add_argument("--json", action="store_true", help="a summary object as the last line")
+
+
+def parse_bytes(text: str) -> int:
+    """5GB, 512MiB or a number of bytes.
+
+    Raises:
+        UserError: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
+    size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+    if size < 1:
+        raise UserError(f"--shard-size={text} is no size above 0; write 5GB, 512MiB or a number of bytes")
+    return size
+
+
+def finish(convert: Callable[[], ConversionReport], args: argparse.Namespace) -> int:
+    """Run it, say what was done; returns the exit code."""
+    torch.set_num_threads(1)  # the workers are the parallelism
+    start = time.monotonic()
+    try:
+        if args.workers < 1:
+            raise UserError(f"--workers={args.workers}: at least one thread has to work; leave it out")
+        report = convert()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.monotonic() - start
+    if args.json:
+        summary = {
+            "tensors": report.num_tensors,
+            "bytes": report.num_bytes,
+            "files": report.num_files,
+            "files_written": len(report.redone),
+            "seconds": round(seconds, 3),
+        }
+        print(json.dumps(summary))
+    else:
+        gigabytes = report.num_bytes / 10**9
+        print(f"{args.out_dir}: {report.num_tensors} tensors, {gigabytes:.3f} GB in {report.num_files} files")
+    return 0
