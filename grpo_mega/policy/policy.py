@@ -24,7 +24,7 @@ from grpo_mega.policy.build import MegatronParts, build_policy, init_groups
 from grpo_mega.policy.offload import Part, PolicyMemory
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.reports import UpdateReport
-from grpo_mega.policy.state import load_state, save_state
+from grpo_mega.policy.state import load_state, load_weights, save_state, save_weights
 from grpo_mega.policy.weights import MegatronWeights
 from grpo_mega.types import Microbatch, UpdateStats
 
@@ -48,6 +48,7 @@ class MegatronPolicy:
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
         self.dp_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._reference = Reference(self.parts.ddp, self.dp_group) if with_reference else None
+        self._reference_moves = config.algorithm.ref_update_every > 0
         self._memory = PolicyMemory(self.parts.ddp, self.parts.optimizer)
 
     @property
@@ -115,12 +116,24 @@ class MegatronPolicy:
         if self.ranks.device.type == "cuda":
             self._memory.reload(*parts)
 
+    def update_reference(self) -> None:
+        """Collective: the present weights become the reference."""
+        assert self._reference is not None, "no reference was built: the loss does not need one"
+        self._reference.update()
+
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder; and the reference, where it
+        moves."""
         save_state(self.parts, folder, extra)
+        if self._reference_moves:
+            with self.reference():
+                save_weights(self.parts, folder / _REFERENCE, is_first=self.ranks.is_first)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`. The reference stays what it was."""
+        """Collective: the reverse, at any layout; returns `extra`. A reference that is frozen stays what it was."""
+        if self._reference_moves:
+            load_weights(self.parts, folder / _REFERENCE)
+            self.update_reference()
         return load_state(self.parts, folder)
 
     def _head(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
@@ -161,6 +174,7 @@ class MegatronPolicy:
         return outputs
 
 
+_REFERENCE = "reference"  # folder in a checkpoint
 _NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron counts tokens to divide by them; we do not
 
 
