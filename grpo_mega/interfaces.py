@@ -117,7 +117,8 @@ class TokenLoss(Protocol):
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         """log_probs, entropy: [T] float32 with gradient. Returns the loss per token [T] (before `token_weights`) and
-        per-token metrics [T] (detached)."""
+        per-token metrics [T] (detached). The microbatch holds whole rollouts: a row that is cut over ranks
+        is put together for its loss."""
         ...
 
 
@@ -142,12 +143,17 @@ class Policy(Protocol):
         """Inside, the policy computes with the reference's weights."""
         ...
 
+    def update_reference(self) -> None:
+        """Collective: the present weights become the reference."""
+        ...
+
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder; and the reference, where it
+        moves."""
         ...
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`. The reference stays what it was."""
+        """Collective: the reverse, at any layout; returns `extra`. A reference that is frozen stays what it was."""
         ...
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:

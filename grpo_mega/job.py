@@ -155,7 +155,6 @@ def building(
             pad_id=0,
             policy=policy,
             objective=objective,
-            loss=objective.loss(),
             phases=Phases(engine, policy),
             sync=sync,
             checkpoints=checkpoints,

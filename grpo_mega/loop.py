@@ -40,7 +40,6 @@ class Job:
     pad_id: int
     policy: Policy
     objective: Objective
-    loss: TokenLoss
     phases: Phases
     sync: WeightSync
     checkpoints: CheckpointManager
@@ -56,26 +55,30 @@ def train(job: Job, state: LoopState) -> LoopState:
         timers.start_step()
         with job.phases.sampling(), timers.phase("rollout"):
             groups = job.groups.sample(step)
+        objective = job.objective.at(state.kl_coef)
         with job.phases.training():
-            batch = make_batch(job, groups, step)
+            batch = make_batch(job, objective, groups, step)
             with timers.phase("log_probs"):
-                batch = with_log_probs(job, batch, groups)
+                batch = with_log_probs(job, objective, batch, groups)
             with timers.phase("train"):
-                batch, updates = update(job, batch, state.policy_version)
+                batch, updates = update(job, objective.loss(), batch, state.policy_version)
+                update_reference_if_due(job, step)
             old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
-        state = LoopState(step, state.policy_version + len(updates))
+        state = LoopState(step, state.policy_version + len(updates), objective.next_kl_coef(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
         with timers.phase("checkpoint"):
             staged = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
         if job.observer is not None:
-            job.observer.step(StepResult(step, groups, batch, old_log_probs, updates, synced))
+            job.observer.step(
+                StepResult(step, groups, batch, old_log_probs, updates, synced, objective.algorithm.kl_coef)
+            )
         if staged is not None:
             job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
     return state
 
 
-def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
+def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
     """Advantages, global denominators, and this rank's packed rows."""
     rewards = [r.reward for r in groups.rollouts]
     shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
@@ -84,7 +87,7 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
         groups,
         values,
         job.config.train,
-        job.objective,
+        objective,
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
         shape=RowShape.of(job.config.parallel),
@@ -92,34 +95,41 @@ def make_batch(job: Job, groups: SampledGroups, step: int) -> TrainBatch:
     )
 
 
-def with_log_probs(job: Job, batch: TrainBatch, groups: SampledGroups) -> TrainBatch:
+def with_log_probs(job: Job, objective: Objective, batch: TrainBatch, groups: SampledGroups) -> TrainBatch:
     """The policy's log-probs before the update (a single update has them anyway), the reference's, and the advantages
     that need both."""
     ref = None
-    if job.objective.needs_reference:
+    if objective.needs_reference:
         with job.policy.reference():
             ref = job.policy.log_probs(batch.microbatches)
     updates = job.config.train.epochs_per_rollout * len(batch.minibatches)
     old = None
-    if updates > 1 or job.objective.kl_in_reward:
+    if updates > 1 or objective.kl_in_reward:
         old = job.policy.log_probs(batch.microbatches)
     batch = batch.with_log_probs(old=old, ref=ref)
-    if not job.objective.kl_in_reward:
+    if not objective.kl_in_reward:
         return batch
-    penalties = gather_by_rollout(job, batch, [job.objective.kl(m) for m in batch.microbatches])
-    return batch.with_advantages(job.objective.advantages(groups, batch.rewards, penalties))
+    penalties = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
+    return batch.with_advantages(objective.advantages(groups, batch.rewards, penalties))
 
 
-def update(job: Job, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
+def update(job: Job, loss: TokenLoss, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
     """All optimizer steps on this batch; the batch comes back with its `old_log_probs`."""
     stats: list[UpdateStats] = []
     before: list[Tensor] | None = None
     for _ in range(job.config.train.epochs_per_rollout):
         for minibatch in batch.minibatches:
             rate = learning_rate(job.config.optimizer, policy_version + len(stats))
-            stat, before = job.policy.update(minibatch, job.loss, rate)
+            stat, before = job.policy.update(minibatch, loss, rate)
             stats.append(stat)
     return (batch.with_log_probs(old=before, ref=None) if len(stats) == 1 else batch), stats
+
+
+def update_reference_if_due(job: Job, step: int) -> None:
+    """Every `algorithm.ref_update_every` steps the policy becomes the reference."""
+    every = job.config.algorithm.ref_update_every
+    if every and step % every == 0:
+        job.policy.update_reference()
 
 
 def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:

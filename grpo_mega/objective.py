@@ -8,7 +8,7 @@ Asserted by tests/unit/test_objective.py and tests/unit/test_algorithms.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from grpo_mega.algorithm.aggregate import (
     rollout_sum_weights,
     token_mean_weights,
 )
+from grpo_mega.algorithm.controller import adapted_kl_coef
 from grpo_mega.algorithm.correction import Correction
 from grpo_mega.algorithm.kl import KL_ESTIMATORS
 from grpo_mega.algorithm.loss import PolicyLoss
@@ -34,7 +35,7 @@ from grpo_mega.algorithm.surrogate import (
 )
 from grpo_mega.config.schema import AlgorithmConfig
 from grpo_mega.rollout import SampledGroups
-from grpo_mega.types import Microbatch, Rollout
+from grpo_mega.types import Microbatch, Rollout, UpdateStats
 
 Advantage = float | list[float]
 """Of one rollout: the same for all of its completion tokens, or one each."""
@@ -46,6 +47,20 @@ class Objective:
 
     algorithm: AlgorithmConfig
     max_tokens: int
+
+    def at(self, kl_coef: float | None) -> Objective:
+        """With this KL coefficient; None: that of the config."""
+        if kl_coef is None:
+            return self
+        return replace(self, algorithm=self.algorithm.model_copy(update={"kl_coef": kl_coef}))
+
+    def next_kl_coef(self, updates: Sequence[UpdateStats]) -> float | None:
+        """The coefficient of the next step, from this step's updates; None: it does not move."""
+        target = self.algorithm.kl_target
+        if target is None:
+            return None
+        kl = sum(u.sums["kl"] for u in updates) / len(updates)
+        return adapted_kl_coef(self.algorithm.kl_coef, kl=kl, target=target)
 
     @property
     def kl_in_reward(self) -> bool:

@@ -23,6 +23,7 @@ class StepResult:
     old_log_probs: list[list[float]]
     updates: list[UpdateStats]
     sync: SyncReport
+    kl_coef: float
 
     def metrics(self, num_replicas: int, is_right: Callable[[Reward], bool]) -> dict[str, float]:
         """Everything but times; the names are those of observe/metrics.py."""
@@ -31,6 +32,7 @@ class StepResult:
             **_lengths(self.groups, num_replicas),
             **_updates(self.updates),
             **mismatch(self.groups.rollouts, self.old_log_probs),
+            "train/kl_coef": self.kl_coef,
             **_trained(self.groups, self.batch.is_trained),
             "sync/bytes": float(self.sync.received_bytes),
             "sync/gb_per_second": self.sync.received_bytes / 1e9 / self.sync.seconds,

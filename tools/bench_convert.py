@@ -4,8 +4,8 @@
 
 Every measurement is a fresh process (cp: plus fsync of its files); what it imports is not timed on either side. The
 source's pages are in memory, outputs are on disk when the clock stops (fsync), digests are on. The four ways take
-turns, the least of the rounds counts. transformers: from_pretrained, save_pretrained and fsync. Peak memory is the process's
-VmHWM, which counts the libraries and, for transformers, mapped pages of the source.
+turns, the least of the rounds counts. transformers: from_pretrained, save_pretrained and fsync. Peak memory is the
+process's VmHWM, which counts the libraries and, for transformers, mapped pages of the source.
 """
 
 from __future__ import annotations

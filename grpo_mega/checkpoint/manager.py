@@ -23,10 +23,12 @@ _COMPLETE = "complete"
 
 @dataclass(frozen=True)
 class LoopState:
-    """What the loop carries from one step to the next: steps done, and the optimizer updates behind the weights."""
+    """What the loop carries from one step to the next: steps done, the optimizer updates behind the weights, and the KL
+    coefficient where it is not the config's."""
 
     step: int = 0
     policy_version: int = 0
+    kl_coef: float | None = None
 
 
 class CheckpointManager:

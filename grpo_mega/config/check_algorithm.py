@@ -18,7 +18,7 @@ _BOUNDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def check_algorithm(algorithm: AlgorithmConfig) -> None:
     """Raises UserError for the first broken rule."""
-    for rule in (_bounds, _aggregation_length, _correction, _overlong, _degenerate):
+    for rule in (_bounds, _aggregation_length, _correction, _overlong, _reference, _degenerate):
         rule(algorithm)
 
 
@@ -66,6 +66,20 @@ def _overlong(algorithm: AlgorithmConfig) -> None:
         raise UserError(
             f"algorithm.overlong_penalty={algorithm.overlong_penalty} does nothing without "
             "algorithm.overlong_buffer_fraction; set it"
+        )
+
+
+def _reference(algorithm: AlgorithmConfig) -> None:
+    for key, value in (("kl_target", algorithm.kl_target), ("ref_update_every", algorithm.ref_update_every)):
+        if value and algorithm.kl_coef == 0:
+            raise UserError(
+                f"algorithm.{key}={value} does nothing with algorithm.kl_coef=0 (algorithm.name={algorithm.name}); "
+                "set kl_coef, or leave it out"
+            )
+    if algorithm.kl_target is not None and algorithm.kl_estimator == "k1":
+        raise UserError(
+            f"algorithm.kl_target={algorithm.kl_target} with algorithm.kl_estimator=k1: its mean may be negative; use "
+            "kl_estimator=k3"
         )
 
 

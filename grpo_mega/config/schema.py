@@ -181,6 +181,10 @@ class AlgorithmConfig(Section):
     kl_coef: float = Field(0.04, ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_in: Literal["loss", "reward"] = "loss"
+    kl_target: float | None = Field(None, gt=0)
+    """Nats per token that kl_coef is moved towards, from step to step; unset: kl_coef stays."""
+    ref_update_every: int = Field(0, ge=0)
+    """Steps after which the policy becomes the reference; 0: the reference is frozen."""
     entropy_coef: float = Field(0.0, ge=0)
     """Weight of the entropy bonus."""
     correction: Literal["token_truncated", "sequence_truncated", "token_masked"] | None = None

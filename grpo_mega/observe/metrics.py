@@ -34,6 +34,7 @@ METRICS: dict[str, str] = {
     "group/discarded": "degenerate groups that were sampled and gave their place to others; no other metric has them",
     "train/loss": "loss, mean over the step's updates",
     "train/kl": "KL divergence from the reference, in nats per token",
+    "train/kl_coef": "weight of the KL divergence in loss or reward",
     "train/entropy": "entropy of the policy, in nats per token",
     "train/clip_fraction": "share of tokens whose ratio was clipped",
     "train/ratio_max": "largest ratio of a token's probability, policy over policy before the update",

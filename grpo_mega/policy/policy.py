@@ -28,7 +28,7 @@ from grpo_mega.policy.gradients import gather_gradients, gradient_of
 from grpo_mega.policy.offload import Part, PolicyMemory
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.reports import UpdateReport
-from grpo_mega.policy.state import load_state, save_state
+from grpo_mega.policy.state import load_state, load_weights, save_state, save_weights
 from grpo_mega.policy.weights import MegatronWeights
 from grpo_mega.types import Microbatch, UpdateStats
 
@@ -55,6 +55,7 @@ class MegatronPolicy:
         self.cp_group = parallel_state.get_context_parallel_group()
         copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._reference = Reference(self.parts.buffers, copies) if with_reference else None
+        self._reference_moves = config.algorithm.ref_update_every > 0
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
 
     @property
@@ -141,14 +142,27 @@ class MegatronPolicy:
         if self.ranks.device.type == "cuda":
             self._memory.reload(*parts)
 
+    def update_reference(self) -> None:
+        """Collective: the present weights become the reference."""
+        assert self._reference is not None, "no reference was built: the loss does not need one"
+        self._settle()
+        self._reference.update()
+
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder; and the reference, where it
+        moves."""
         self._settle()
         save_state(self.parts, folder, extra)
+        if self._reference_moves:
+            with self.reference():
+                save_weights(self.parts, folder / _REFERENCE, is_first=self.ranks.is_first)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`. The reference stays what it was."""
+        """Collective: the reverse, at any layout; returns `extra`. A reference that is frozen stays what it was."""
         self._settle()
+        if self._reference_moves:
+            load_weights(self.parts, folder / _REFERENCE)
+            self.update_reference()
         return load_state(self.parts, folder)
 
     def _settle(self) -> None:
@@ -211,6 +225,7 @@ class MegatronPolicy:
         return outputs
 
 
+_REFERENCE = "reference"  # folder in a checkpoint
 _NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron counts tokens to divide by them; we do not
 
 

@@ -1,4 +1,4 @@
-"""The frozen reference: a second set of weights for the same modules.
+"""The reference: a second set of weights for the same modules.
 
 A swap copies whole parameter buffers and never rebinds `param.data`, which the distributed optimizer's views and
 pending gathers look at. Each data-parallel rank keeps 1/dp of every buffer on the host, in the policy's dtype; a swap
@@ -29,6 +29,10 @@ class Reference:
     def host_bytes(self) -> int:
         """Held by this rank between swaps."""
         return sum(part.nbytes for part in self._reference)
+
+    def update(self) -> None:
+        """The weights that the buffers hold now take the place of the snapshot."""
+        self._reference = self._own_parts()
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -24,6 +24,24 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isor
 _FROM_CONFIG = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
+def save_weights(parts: MegatronParts, folder: Path, *, is_first: bool) -> None:
+    """Collective: the parameters alone, into a folder that is made by the first rank."""
+    cpu.install()
+    if is_first:
+        folder.mkdir()
+    torch.distributed.barrier()
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
+    dist_checkpointing.save({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
+
+
+def load_weights(parts: MegatronParts, folder: Path) -> None:
+    """Collective: the reverse, at any layout. The optimizer keeps what it has."""
+    cpu.install()
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
+    state = dist_checkpointing.load({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
+    _fill_models(parts, state["model"])
+
+
 def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any]) -> None:
     """Collective; `extra` are plain values, equal on every rank."""
     cpu.install()
@@ -39,8 +57,7 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
     groups = [{k: g[k] for k in _FROM_CONFIG if k in g} for g in parts.optimizer.param_groups]
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
     state = dist_checkpointing.load(_sharded_state(parts, is_loading=True), str(folder), sharded_strategy=strategy)
-    for chunk, model in enumerate(parts.models):
-        model.load_state_dict(state["model"][chunk], strict=False)
+    _fill_models(parts, state["model"])
     with torch.no_grad():
         parts.optimizer.load_state_dict(state["optimizer"])
     for group, values in zip(parts.optimizer.param_groups, groups, strict=True):
@@ -49,15 +66,29 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
     return extra
 
 
-def _sharded_state(parts: MegatronParts, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": _dp_group()}
+def _sharded_weights(parts: MegatronParts) -> dict[int, Any]:
+    """One entry for each model chunk."""
     model = {}
     for chunk, module in enumerate(parts.models):
-        tensors = module.sharded_state_dict(metadata=metadata)
+        tensors = module.sharded_state_dict(metadata=_metadata())
         # modules' extra state (Transformer Engine's) is pickled; nothing that we need is in it
         model[chunk] = {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
-    optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return model
+
+
+def _fill_models(parts: MegatronParts, states: dict[int, Any]) -> None:
+    for chunk, model in enumerate(parts.models):
+        model.load_state_dict(states[chunk], strict=False)
+
+
+def _sharded_state(parts: MegatronParts, *, is_loading: bool) -> dict[str, Any]:
+    model = _sharded_weights(parts)
+    optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
     return {"model": model, "optimizer": optimizer}
+
+
+def _metadata() -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": _dp_group()}
 
 
 def _dp_group() -> Any:

@@ -175,11 +175,14 @@ def ranks_of(rank: int, layout: Layout) -> Ranks:
     return Ranks(layout.topology, layout.topology.coordinates(rank), torch.device("cpu"))
 
 
-def open_policy(rank: int, recorded: Recorded, layout: Layout, *, with_reference: bool = False) -> MegatronPolicy:
+def open_policy(
+    rank: int, recorded: Recorded, layout: Layout, *, with_reference: bool = False, ref_update_every: int = 0
+) -> MegatronPolicy:
     """On a rank: the real policy."""
     from grpo_mega.policy.policy import MegatronPolicy
 
-    config, ranks = make_config(recorded, layout), ranks_of(rank, layout)
+    algorithm = AlgorithmConfig(ref_update_every=ref_update_every)
+    config, ranks = make_config(recorded, layout).model_copy(update={"algorithm": algorithm}), ranks_of(rank, layout)
     return MegatronPolicy(config, read_spec(recorded.model), recorded.model, ranks, with_reference=with_reference)
 
 

@@ -132,6 +132,48 @@ def reference_after_load(rank: int, recorded: Recorded, layout: Layout, checkpoi
     return same and not any(torch.equal(a, b) for a, b in zip(base, loaded, strict=True))  # type: ignore[arg-type]
 
 
+def weights_of(policy: Any) -> dict[str, bytes]:
+    """Whole tensors."""
+    return {name: as_array(tensor).tobytes() for name, tensor in policy.full_tensors(1 << 28)}
+
+
+def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
+    """The weights after one update, when they become the reference, after another, and of the reference then."""
+    policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
+    train_on(rank, policy, recorded, layout, RATES[:1])
+    policy.update_reference()
+    found = [weights_of(policy)]
+    train_on(rank, policy, recorded, layout, RATES[1:2])
+    policy.save(folder, {})
+    found.append(weights_of(policy))
+    with policy.reference():
+        found.append(weights_of(policy))
+    return found
+
+
+def loaded_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
+    """The weights after a load, and those of the reference."""
+    policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
+    policy.load(folder)
+    found = [weights_of(policy)]
+    with policy.reference():
+        found.append(weights_of(policy))
+    return found
+
+
+@pytest.mark.parametrize("other", [TP2, ONE], ids=str)
+def test_a_reference_that_moves_is_part_of_a_checkpoint_at_any_layout(
+    laboratory: Laboratory, tmp_path: Path, other: Layout
+) -> None:
+    recorded = laboratory.recorded("qwen3")
+    first, second, reference = laboratory.pool.call(2, moving_reference, recorded, DP2, tmp_path)[0]
+    assert first == reference
+    assert first != second
+    for policy, loaded in laboratory.pool.call(other.world, loaded_reference, recorded, other, tmp_path):
+        assert policy == second
+        assert loaded == reference
+
+
 def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> dict[str, Any]:
     """What is visible at each moment; rank 0 looks."""
     policy = open_policy(rank, recorded, layout)

@@ -9,7 +9,7 @@ from grpo_mega.config.check_algorithm import check_algorithm
 from grpo_mega.config.schema import AlgorithmConfig
 from grpo_mega.objective import Objective
 from grpo_mega.rollout import SampledGroups
-from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, UpdateStats, UserError
 
 
 def groups(lengths: list[int], rewards: list[float], size: int = 2) -> SampledGroups:
@@ -77,6 +77,15 @@ def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
             "advantages are relative to the batch; use degenerate=keep",
         ),
         (
+            {"kl_coef": 0.0, "ref_update_every": 5},
+            "algorithm.ref_update_every=5 does nothing with algorithm.kl_coef=0 (algorithm.name=grpo); set kl_coef, or "
+            "leave it out",
+        ),
+        (
+            {"kl_target": 0.1, "kl_estimator": "k1"},
+            "algorithm.kl_target=0.1 with algorithm.kl_estimator=k1: its mean may be negative; use kl_estimator=k3",
+        ),
+        (
             {"refill_rounds": 3},
             "algorithm.refill_rounds=3 with algorithm.degenerate=keep: refill needs a number of rounds, nothing else "
             "reads it; set it or leave it out",
@@ -118,3 +127,16 @@ def test_the_reference_is_needed_for_kl_in_loss_and_reward_and_for_nothing_else(
     assert in_reward.kl_in_reward
     assert not in_reward.loss().needs_reference
     assert not Objective(AlgorithmConfig(name="rloo", kl_coef=0.0), 16).kl_in_reward
+
+
+@pytest.mark.parametrize(
+    ("kls", "factor"),
+    [((0.1, 0.1), 1.0), ((0.1, 0.12), 1.01), ((9.0, 9.0), 1.02), ((0.09, 0.09), 0.99), ((0.0, 0.0), 0.98)],
+)
+def test_the_kl_coefficient_follows_the_step_s_mean_kl(kls: tuple[float, float], factor: float) -> None:
+    updates = [UpdateStats(1.0, 1e-6, {"kl": kl}, {}) for kl in kls]
+    objective = Objective(AlgorithmConfig(kl_target=0.1), 16).at(0.5)
+    assert objective.next_kl_coef(updates) == pytest.approx(0.5 * factor, rel=1e-12)
+    assert objective.loss().kl_coef == 0.5
+    assert Objective(AlgorithmConfig(), 16).next_kl_coef(updates) is None
+    assert Objective(AlgorithmConfig(), 16).at(None).loss().kl_coef == 0.04

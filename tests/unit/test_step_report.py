@@ -52,7 +52,7 @@ def result(updates: list[UpdateStats]) -> StepResult:
     sync = SyncReport(seconds=0.5, verify_seconds=0.1, received_bytes=3_000_000_000, policy_digest="")
     groups = SampledGroups(rollouts, 2, num_discarded=2)
     batch = TrainBatch([], [], is_trained=[True, True, False, True])
-    return StepResult(4, groups, batch, old, updates, sync)
+    return StepResult(4, groups, batch, old, updates, sync, kl_coef=0.04)
 
 
 def test_all_numbers_of_a_step_by_hand() -> None:
@@ -80,6 +80,7 @@ def test_all_numbers_of_a_step_by_hand() -> None:
             "train/entropy": 0.6,
             "train/clip_fraction": 0.075,
             "train/kl": 0.2,
+            "train/kl_coef": 0.04,
             "train/grad_norm": 3.0,
             "train/learning_rate": 2e-4,
             "train/ratio_max": 1.5,
