@@ -88,7 +88,7 @@ class Comparison:
 
 
 def _median_per(steps: Sequence[StepTime], unit: str) -> float:
-    return statistics.median(step.seconds / getattr(step, unit) for step in steps)
+    return float(statistics.median(step.seconds / getattr(step, unit) for step in steps))
 
 
 def length_spread(lengths: Sequence[int]) -> dict[str, float]:
@@ -175,7 +175,7 @@ class Side:
 @contextmanager
 def both_sides(trl_python: Path, work: Path, settings: dict[str, Any]) -> Iterator[tuple[Side, Side]]:
     """Our side and TRL's, started one after the other."""
-    from grpo_mega.launch import free_port
+    from grpo_mega.parallel.ports import free_port
 
     with ExitStack() as stack:
         sides = []

@@ -26,7 +26,7 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--shard-size", default=str(FILE_BYTES), help="a file is closed at this size (default: 1 GiB)")
     args = parser.parse_args()
-    return finish(
+    code: int = finish(
         lambda: hf_to_megatron(
             args.hf_dir,
             args.out_dir,
@@ -36,6 +36,7 @@ def main() -> int:
         ),
         args,
     )
+    return code
 
 
 if __name__ == "__main__":

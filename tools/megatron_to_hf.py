@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--base", type=Path, help="folder of config.json and tokenizer (default: found if possible)")
     parser.add_argument("--fp8", action="store_true", help="linear weights as float8_e4m3fn in 128 x 128 blocks")
     args = parser.parse_args()
-    return finish(
+    code: int = finish(
         lambda: megatron_to_hf(
             args.ckpt_dir,
             args.out_dir,
@@ -41,6 +41,7 @@ def main() -> int:
         ),
         args,
     )
+    return code
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_mega.algorithm import make_loss
 from grpo_mega.batch import TrainBatch, build_batch
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape
+from grpo_mega.objective import Objective
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.policy import MegatronPolicy
@@ -89,21 +89,22 @@ def moved(values: dict[int, list[float]], seed: int) -> list[list[float]]:
     return [row.tolist() for row in noisy]
 
 
+def cut(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp_rank: int) -> TrainBatch:
+    """One minibatch of all groups, a data-parallel rank's share of it."""
+    train = config.train.model_copy(update={"minibatches_per_epoch": 1})
+    rewards = objective.shaped(groups, [r.reward.value for r in groups.rollouts])
+    shape = RowShape.of(config.parallel)
+    return build_batch(groups, rewards, train, objective, dp=dp, dp_rank=dp_rank, shape=shape, pad_id=0)
+
+
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     """Loss and gradient norm to the answer's file, gradients beside it."""
     folder, topology = Path(job["model"]), ranks.topology
     spec = read_spec(folder)
     groups = recorded(Path(job["rollouts"])) if job["rollouts"] else made_up(config, folder, spec.vocab_size)
     policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
-    batch = build_batch(
-        groups,
-        [r.reward.value for r in groups.rollouts],
-        config.train.model_copy(update={"minibatches_per_epoch": 1}),
-        dp=topology.dp,
-        dp_rank=ranks.at.dp_rank,
-        shape=RowShape.of(config.parallel),
-        pad_id=0,
-    )
+    objective = Objective(config.algorithm, config.sampling.max_tokens)
+    batch = cut(groups, config, objective, topology.dp, ranks.at.dp_rank)
     record = Path(job["work"]) / "log_probs.json"
     if not record.exists():
         log_probs = policy.log_probs(batch.microbatches)
@@ -112,11 +113,14 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
         record.write_text(json.dumps({"old": moved(values, 1), "ref": moved(values, 2)}))
     known = json.loads(record.read_text())
     batch = batch.with_log_probs(old=as_rows(known["old"], batch), ref=as_rows(known["ref"], batch))
-    algorithm = config.algorithm
-    loss = make_loss(
-        algorithm.name, kl_coef=algorithm.kl_coef, clip_low=algorithm.clip_low, clip_high=algorithm.clip_high
-    )
-    stats, _ = policy.backward(batch.microbatches, loss)
+    if objective.kl_in_reward:
+        whole = cut(groups, config, objective, 1, 0)
+        whole = whole.with_log_probs(old=as_rows(known["old"], whole), ref=as_rows(known["ref"], whole))
+        kl = [row for microbatch in whole.microbatches if (row := objective.kl(microbatch)) is not None]
+        penalties = whole.completion_values(kl)
+        ordered = [penalties[i] for i in range(len(groups.rollouts))]
+        batch = batch.with_advantages(objective.advantages(groups, batch.rewards, ordered))
+    stats, _ = policy.backward(batch.microbatches, objective.loss())
     gradients = {name: gradient.clone() for name, gradient in policy.full_gradients(BUCKET_BYTES) if ranks.is_first}
     if ranks.is_first:
         save_file(gradients, job["gradients"])

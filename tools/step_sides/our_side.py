@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from grpo_mega.job import BuiltJob
     from grpo_mega.loop import Job
     from grpo_mega.rollout import SampledGroups
+    from grpo_mega.types import Prompt
 
 MAX_STEPS = 10**6
 
@@ -65,10 +67,11 @@ class NoCheckpoints:
 class OurSide:
     """A built job and where it is."""
 
-    def __init__(self, built: BuiltJob) -> None:
+    def __init__(self, built: BuiltJob, prompts: Sequence[Prompt]) -> None:
         from grpo_mega.loop import push_weights
 
         self.job: Job = built.job
+        self.prompts = prompts
         self.state: LoopState = built.state
         self.folder = built.run_state.folder.path
         first = push_weights(self.job, self.state)
@@ -98,8 +101,10 @@ class OurSide:
         groups = self._groups(completions)
         clock = Stopwatch()
         with self.job.phases.training():
-            batch = with_log_probs(self.job, make_batch(self.job, groups, self.state.step))
-            _, updates = update(self.job, batch, self.state.policy_version)
+            objective = self.job.objective
+            batch = make_batch(self.job, objective, groups, self.state.step)
+            batch = with_log_probs(self.job, objective, batch, groups)
+            _, updates = update(self.job, objective.loss(), batch, self.state.policy_version)
         taken = clock.read()
         self.state = LoopState(self.state.step, self.state.policy_version + len(updates))
         push_weights(self.job, self.state)
@@ -107,7 +112,7 @@ class OurSide:
 
     def _completions(self, step: int) -> list[list[int]]:
         """What the step wrote to disk, in the order of the dataset's prompts."""
-        order = {prompt.text: prompt.index for prompt in self.job.prompts.prompts}
+        order = {prompt.text: prompt.index for prompt in self.prompts}
         lines = (self.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = sorted((json.loads(line) for line in lines), key=lambda row: order[row["prompt"]])
         return [row["completion_ids"] for row in rows]
@@ -119,7 +124,7 @@ class OurSide:
         size = self.job.config.sampling.group_size
         rollouts = [
             Rollout(
-                prompt=self.job.prompts.prompts[i // size],
+                prompt=self.prompts[i // size],
                 completion=Completion(tuple(ids), (0.0,) * len(ids), "eos", self.state.policy_version, ""),
                 reward=Reward(1 / (1 + len(ids))),
                 replica=0,
@@ -147,7 +152,7 @@ def main() -> None:
     ranks = init_ranks(prepared.topology, config.guard.timeout_seconds)
     run = open_run(Path(settings["run_dir"]), resolved(config), overwrite=False, train_steps=MAX_STEPS)
     with building(config, ranks, run, Path(settings["model"]), prepared.train_prompts, None) as built:
-        side = OurSide(built)
+        side = OurSide(built, prepared.train_prompts.prompts)
         channel.send({"threads": torch.get_num_threads()})
         while (command := channel.receive()) is not None:
             channel.send(side.train_only(command["completions"]) if command["completions"] else side.whole())
