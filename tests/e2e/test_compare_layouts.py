@@ -26,7 +26,8 @@ def test_layouts_of_a_users_model_and_a_tolerance_that_no_layout_keeps(tmp_path:
     arguments = ["--layouts", "tp=2,cp=2", "--tolerance", "1e-12", "--json", str(tmp_path / "mine.yaml")]
     command = [sys.executable, str(REPOSITORY / "tools" / "compare_layouts.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1 and done.stdout, done.stderr[-3000:]
+    assert done.returncode == 1, done.stderr[-3000:]
+    assert done.stdout, done.stderr[-3000:]
     one, other = json.loads(done.stdout.splitlines()[-1])
     assert (one["layout"], one["first_difference"]) == ("one rank", None)
     assert (other["layout"], other["world_size"]) == ("tp=2,cp=2", 4)
