@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from grpo_mega.config.schema import ArchitectureConfig, Config
+from grpo_mega.config.schema import ArchitectureConfig, Config, ParallelConfig
 from grpo_mega.convert.spec import ModelSpec, read_spec
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
@@ -19,52 +19,107 @@ def check_model(config: Config, topology: Topology) -> None:
         UserError: names the key, the model's number and what would do.
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
-    shape = _Shape.of(config)
-    for key, ranks in (("parallel.tp", topology.tp), ("engine.tp", topology.engine_tp)):
-        for name, number in (("attention heads", shape.num_heads), ("feed-forward size", shape.ffn_size)):
-            if number % ranks:
-                raise UserError(f"{key}={ranks} does not divide the {number} {name} of {where}; {_divisors(number)}")
-    if shape.num_kv_heads % topology.tp:
-        raise UserError(
-            f"parallel.tp={topology.tp} does not divide the {shape.num_kv_heads} key-value heads of {where}; "
-            f"{_divisors(shape.num_kv_heads)}"
-        )
-    for key, ranks in (("parallel.ep", topology.ep), ("parallel.etp", topology.etp)):
-        if ranks > 1:
-            raise UserError(f"{key}={ranks} does nothing: {where} has no experts; leave it out")
-    for module, needed in (("mla_up_proj", "latent attention"), ("moe", "experts")):
-        if module in (config.parallel.recompute_modules or ()):
-            raise UserError(f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}; leave it out")
-    stage_layers(shape.num_layers, config.parallel, where)
+    spec = _spec(config)
+    _check_sync(spec, config.engine.kind, where)
+    check_layout(spec, config.parallel, topology, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
-    if longest > shape.max_positions:
+    if longest > spec.max_positions:
         raise UserError(
-            f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {shape.max_positions} "
+            f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "
             f"positions of {where}; lower one of them"
         )
 
 
-class _Shape:
-    """The few sizes that matter here, from a checkpoint or from a recipe."""
+def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, where: str) -> None:
+    """Does the layout divide the model? `where` names the model in messages.
 
-    def __init__(self, source: ModelSpec | ArchitectureConfig) -> None:
-        self.num_heads, self.num_kv_heads = source.num_heads, source.num_kv_heads
-        self.ffn_size, self.num_layers, self.max_positions = source.ffn_size, source.num_layers, source.max_positions
+    Raises:
+        UserError: names the key, the model's number and what would do.
+    """
+    numbers = {"attention heads": spec.num_heads}
+    if spec.moe is None or not all(spec.moe.layers):
+        numbers["feed-forward size"] = spec.ffn_size
+    for key, ranks in (("parallel.tp", topology.tp), ("engine.tp", topology.engine_tp)):
+        for name, number in numbers.items():
+            _require_divisor(key, ranks, number, name, where)
+    _require_divisor("parallel.tp", topology.tp, spec.num_kv_heads, "key-value heads", where)
+    if spec.mla is not None:
+        _require_divisor("parallel.tp", topology.tp, spec.mla.q_rank or topology.tp, "q_lora_rank", where)
+        latent = spec.mla.kv_rank + spec.mla.rope_dim
+        _require_divisor("parallel.tp", topology.tp, latent, "kv_lora_rank + qk_rope_head_dim", where)
+    _check_experts(spec, parallel, topology, where)
+    parts = (("mla_up_proj", "latent attention", spec.mla), ("moe", "experts", spec.moe))
+    for module, needed, part in parts:
+        if module in (parallel.recompute_modules or ()) and part is None:
+            raise UserError(f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}; leave it out")
+    stage_layers(spec.num_layers, parallel, where)
 
-    @classmethod
-    def of(cls, config: Config) -> _Shape:
-        if config.model.base is not None:
-            return cls(config.model.base.architecture)
-        folder = Path(str(config.model.path))
-        if not folder.is_dir():
-            raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
-        spec = read_spec(folder)
-        if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
-            raise UserError(
-                f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
-                "give an unquantised checkpoint"
-            )
-        return cls(spec)
+
+def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, where: str) -> None:
+    moe = spec.moe
+    if moe is None:
+        for key, ranks in (("parallel.ep", topology.ep), ("parallel.etp", topology.etp)):
+            if ranks > 1:
+                raise UserError(f"{key}={ranks} does nothing: {where} has no experts; leave it out")
+        return
+    _require_divisor("parallel.ep", topology.ep, moe.num_experts, "experts", where)
+    _require_divisor("parallel.etp", topology.etp, moe.expert_ffn_size, "feed-forward size of each expert", where)
+    _require_divisor(
+        "parallel.tp", topology.tp, moe.shared_ffn_size or topology.tp, "feed-forward size of the shared expert", where
+    )
+    if topology.tp > 1 and not parallel.sequence_parallel:
+        raise UserError(
+            f"parallel.tp={topology.tp} with the experts of {where} needs sequence parallelism; "
+            "set parallel.sequence_parallel=true"
+        )
+
+
+def _check_sync(spec: ModelSpec, engine: str, where: str) -> None:
+    if spec.moe is not None or spec.mla is not None:
+        raise UserError(
+            f"engine.kind={engine}: weights of the family {spec.family} ({where}) cannot be synced to this engine yet; "
+            "use a model of Llama, Qwen2 or Qwen3"
+        )
+
+
+def _require_divisor(key: str, ranks: int, number: int, name: str, where: str) -> None:
+    if number % ranks:
+        raise UserError(f"{key}={ranks} does not divide the {number} {name} of {where}; {_divisors(number)}")
+
+
+def _spec(config: Config) -> ModelSpec:
+    """Of the checkpoint, or of the recipe."""
+    if config.model.base is not None:
+        return _recipe_spec(config.model.base.architecture)
+    folder = Path(str(config.model.path))
+    if not folder.is_dir():
+        raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
+    spec = read_spec(folder)
+    if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
+        raise UserError(
+            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
+            "give an unquantised checkpoint"
+        )
+    return spec
+
+
+def _recipe_spec(recipe: ArchitectureConfig) -> ModelSpec:
+    return ModelSpec(
+        family="qwen3",
+        num_layers=recipe.num_layers,
+        hidden_size=recipe.hidden_size,
+        ffn_size=recipe.ffn_size,
+        num_heads=recipe.num_heads,
+        num_kv_heads=recipe.num_kv_heads,
+        head_dim=recipe.head_dim,
+        vocab_size=1,  # the tokenizer's, which is not made yet
+        max_positions=recipe.max_positions,
+        rope_theta=10000.0,
+        norm_eps=1e-6,
+        tie_embeddings=recipe.tie_embeddings,
+        qkv_bias=False,
+        qk_norm=True,
+    )
 
 
 def _divisors(number: int) -> str:

@@ -1,98 +1,148 @@
-"""One table per model family: Megatron parameter -> rule.
+"""One table per model family: Megatron parameter -> rule. Loading, saving, weight sync and planning use the same.
 
-A family is supported when its logits equal those of `transformers` in every layout (tests/parallel/test_update.py).
-Names ending in `layer_norm_weight` are those of Transformer Engine's fused modules, the others those of Megatron's
-local ones; the checkpoint's side is the same.
+A family is supported when its logits equal those of `transformers` in every layout (tests/parallel/test_update.py and
+test_families.py).
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 
-from grpo_mega.convert.rules import Copy, Interleaved, Rule, Shape, Stacked, Vocabulary, placements
+from grpo_mega.convert.families_layers import (
+    LAYER,
+    Table,
+    dense_mlp,
+    experts,
+    grouped_query_attention,
+    latent_attention,
+    norms,
+)
+from grpo_mega.convert.rules import Copy, Rule, Shape, Vocabulary, placements
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.types import Placement
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
 
 
-def dense_table(spec: ModelSpec) -> dict[str, Rule]:
-    """Llama, Qwen2 and Qwen3: pre-norm attention with grouped queries and a gated feed-forward."""
-    layer, hidden = "model.layers.{layer}.", spec.hidden_size
-    attention = layer + "self_attn."
-    input_norm = Copy(layer + "input_layernorm.weight", (hidden,), None)
-    post_norm = Copy(layer + "post_attention_layernorm.weight", (hidden,), None)
-    query, key, value = (f"{attention}{x}_proj." for x in "qkv")
-    table: dict[str, Rule] = {
-        "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
-        "decoder.layers.{layer}.input_layernorm.weight": input_norm,
-        "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight": input_norm,
-        "decoder.layers.{layer}.self_attention.linear_qkv.weight": Interleaved(
-            query + "weight", key + "weight", value + "weight", bias=False
-        ),
-        "decoder.layers.{layer}.self_attention.linear_proj.weight": Copy(
-            attention + "o_proj.weight", (hidden, spec.num_heads * spec.head_dim), 1
-        ),
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight": post_norm,
-        "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight": post_norm,
-        "decoder.layers.{layer}.mlp.linear_fc1.weight": Stacked(
-            (layer + "mlp.gate_proj.weight", layer + "mlp.up_proj.weight"), spec.ffn_size, hidden
-        ),
-        "decoder.layers.{layer}.mlp.linear_fc2.weight": Copy(
-            layer + "mlp.down_proj.weight", (hidden, spec.ffn_size), 1
-        ),
-        "decoder.final_layernorm.weight": Copy("model.norm.weight", (hidden,), None),
-    }
-    if spec.qkv_bias:
-        table["decoder.layers.{layer}.self_attention.linear_qkv.bias"] = Interleaved(
-            query + "bias", key + "bias", value + "bias", bias=True
-        )
-    if spec.qk_norm:
-        for x in "qk":
-            table[f"decoder.layers.{{layer}}.self_attention.{x}_layernorm.weight"] = Copy(
-                f"{attention}{x}_norm.weight", (spec.head_dim,), None
-            )
-    # a tied head is a parameter of its own on the last of several pipeline stages
-    table["output_layer.weight"] = Vocabulary("model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight")
-    return table
+def parameter_placements(
+    spec: ModelSpec,
+    parameter: str,
+    tp: int,
+    tp_rank: int,
+    *,
+    etp: int = 1,
+    etp_rank: int = 0,
+    latent_split: bool = True,
+) -> list[Placement]:
+    """The pieces of `parameter` on a rank; layers and experts are numbered from the model's first one.
 
-
-_TABLES = {"llama": dense_table, "qwen2": dense_table, "qwen3": dense_table}
-
-
-def parameter_placements(spec: ModelSpec, parameter: str, tp: int, tp_rank: int) -> list[Placement]:
-    """The pieces of `parameter`, whose layer numbers count from the model's first layer.
+    Args:
+        spec: the model.
+        parameter: Megatron's name; the router's `expert_bias`, a buffer, counts as one.
+        tp: ranks that share a dense layer; tp_rank: which of them.
+        etp: ranks that share an expert; etp_rank: which of them.
+        latent_split: see `latent_attention`.
 
     Raises:
         KeyError: the family's table has no such parameter.
     """
     found = _LAYER.match(parameter)
-    layer = int(found[1]) if found else 0
-    template = _LAYER.sub("decoder.layers.{layer}.", parameter)
-    rule = _TABLES[spec.family](spec)[template]
-    return placements(rule, spec, parameter, layer, tp, tp_rank)
+    if found is None:
+        return placements(_outer_table(spec)[parameter], spec, parameter, tp, tp_rank)
+    layer, name = int(found[1]), parameter[found.end() :]
+    table = _layer_table(spec, spec.is_moe_layer(layer), latent_split)
+    numbered = _EXPERT.search("." + name)
+    if numbered is None:
+        return placements(table[name], spec, parameter, tp, tp_rank, layer=layer)
+    rule = table[_EXPERT.sub("{expert}", "." + name)[1:]]
+    return placements(rule, spec, parameter, etp, etp_rank, layer=layer, expert=int(numbered[0]))
 
 
 def parameter_names(spec: ModelSpec) -> Iterator[str]:
-    """Every name in the table, layers numbered from the model's first; several may be the same tensor."""
-    for name in _TABLES[spec.family](spec):
-        if "{layer}" in name:
-            yield from (name.format(layer=layer) for layer in range(spec.num_layers))
-        else:
-            yield name
+    """Every name in the table, layers and experts numbered from the model's first; several may be the same tensor."""
+    yield from _outer_table(spec)
+    for layer in range(spec.num_layers):
+        for name in _layer_table(spec, spec.is_moe_layer(layer), True):
+            count = spec.moe.num_experts if spec.moe is not None and "{expert}" in name else 1
+            for expert in range(count):
+                yield f"decoder.layers.{layer}.{name.format(expert=expert)}"
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Every tensor of the checkpoint: embedding, layers in order, final norm, head."""
+    """Every tensor of the checkpoint that is trained or used: embedding, layers in order, final norm, head."""
     shapes: dict[str, Shape] = {}
-    table = _TABLES[spec.family](spec)
-    per_layer = [rule for name, rule in table.items() if "{layer}" in name]
-    for name, rule in table.items():
+    for name, rule in _outer_table(spec).items():
         if name == "decoder.final_layernorm.weight":
             for layer in range(spec.num_layers):
-                for each in per_layer:
-                    shapes |= {k.format(layer=layer): v for k, v in each.hf_shapes(spec).items()}
-        if "{layer}" not in name:
-            shapes |= rule.hf_shapes(spec)
+                shapes |= _layer_shapes(spec, layer, moe=spec.is_moe_layer(layer))
+        shapes |= rule.hf_shapes(spec)
     return shapes
+
+
+def hf_shapes_aside(spec: ModelSpec) -> dict[str, Shape]:
+    """Tensors that a checkpoint may hold beside `hf_shapes`: the multi-token-prediction layers, each a layer with
+    embedding, two norms, a projection of both and a head (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
+    shapes: dict[str, Shape] = {}
+    hidden, vocabulary = (spec.hidden_size,), (spec.vocab_size, spec.hidden_size)
+    for layer in range(spec.num_layers, spec.num_layers + spec.num_mtp_layers):
+        prefix = LAYER.format(layer=layer)
+        shapes |= {
+            prefix + "embed_tokens.weight": vocabulary,
+            prefix + "enorm.weight": hidden,
+            prefix + "hnorm.weight": hidden,
+            prefix + "eh_proj.weight": (spec.hidden_size, 2 * spec.hidden_size),
+            **_layer_shapes(spec, layer, moe=spec.moe is not None),
+            prefix + "shared_head.norm.weight": hidden,
+            prefix + "shared_head.head.weight": vocabulary,
+        }
+    return shapes
+
+
+def keeps_float32(hf_name: str) -> bool:
+    """Is this tensor float32 in a checkpoint whatever the others are?"""
+    return hf_name.endswith(".e_score_correction_bias")
+
+
+def is_expert_parameter(parameter: str) -> bool:
+    """Does this parameter of Megatron belong to a routed expert?"""
+    return _EXPERT.search(parameter) is not None
+
+
+def number_expert(parameter: str, first: int) -> str:
+    """Megatron numbers a rank's experts from 0; here from the model's first one. Others stay as they are."""
+    return _EXPERT.sub(lambda found: str(int(found[0]) + first), parameter)
+
+
+@functools.lru_cache(maxsize=8)
+def _outer_table(spec: ModelSpec) -> Table:
+    return {
+        "embedding.word_embeddings.weight": Vocabulary("model.embed_tokens.weight"),
+        "decoder.final_layernorm.weight": Copy("model.norm.weight", (spec.hidden_size,), None),
+        # a tied head is a parameter of its own on the last of several pipeline stages
+        "output_layer.weight": Vocabulary("model.embed_tokens.weight" if spec.tie_embeddings else "lm_head.weight"),
+    }
+
+
+@functools.lru_cache(maxsize=32)
+def _layer_table(spec: ModelSpec, moe: bool, latent_split: bool) -> Table:
+    attention = grouped_query_attention(spec) if spec.mla is None else latent_attention(spec, latent_split=latent_split)
+    return norms(spec) | attention | (experts(spec) if moe else dense_mlp(spec))
+
+
+def _layer_shapes(spec: ModelSpec, layer: int, *, moe: bool) -> dict[str, Shape]:
+    shapes: dict[str, Shape] = {}
+    for name, rule in _layer_table(spec, moe, True).items():
+        if "{expert}" not in name:
+            shapes |= _filled(rule, spec, layer, 0)
+        elif "local_experts" in name and "linear_fc1" in name:  # once, and each expert's tensors together
+            down = _layer_table(spec, moe, True)[name.replace("linear_fc1", "linear_fc2")]
+            for expert in range(spec.moe.num_experts if spec.moe is not None else 0):
+                shapes |= _filled(rule, spec, layer, expert) | _filled(down, spec, layer, expert)
+    return shapes
+
+
+def _filled(rule: Rule, spec: ModelSpec, layer: int, expert: int) -> dict[str, Shape]:
+    return {name.format(layer=layer, expert=expert): shape for name, shape in rule.hf_shapes(spec).items()}

@@ -81,13 +81,14 @@ class HfFiles:
         """Of the values that `read` gives: bfloat16 for a block-scaled FP8 weight."""
         return torch.bfloat16 if name + fp8.SCALE_SUFFIX in self.scale_names else self.stored[name].dtype
 
-    def check(self, shapes: dict[str, Shape]) -> None:
+    def check(self, shapes: dict[str, Shape], aside: dict[str, Shape] | None = None) -> None:
         """Every tensor is there with its shape, holds floating-point numbers, and none is left over.
 
-        A tied head and the scales of FP8 weights may be beside them.
+        Those of `aside`, a tied head and the scales of FP8 weights may be beside them.
         """
+        aside = aside or {}
         missing = sorted(shapes.keys() - self.stored.keys())
-        extra = sorted(self.stored.keys() - shapes.keys() - {"lm_head.weight"} - self.scale_names)
+        extra = sorted(self.stored.keys() - shapes.keys() - aside.keys() - {"lm_head.weight"} - self.scale_names)
         if missing or extra:
             told = [f"{n} of shape {shapes[n]} missing" for n in missing[:3]]
             told += [f"{n} of shape {self.stored[n].shape} unknown" for n in extra[:3]]
@@ -96,7 +97,8 @@ class HfFiles:
                 f"{self._key}: tensors {', '.join(told)}{f' and {more} more' if more else ''};"
                 " is config.json of this model?"
             )
-        for name, shape in shapes.items():
+        present = {name: shape for name, shape in aside.items() if name in self.stored}
+        for name, shape in (shapes | present).items():
             found = self.stored[name]
             if found.shape != shape:
                 raise UserError(

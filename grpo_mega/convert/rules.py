@@ -18,7 +18,8 @@ Shape = tuple[int, ...]
 
 
 class Rule(Protocol):
-    """One parameter of Megatron. Names may hold `{layer}`."""
+    """One parameter of Megatron. Names may hold `{layer}` and `{expert}`; `tp` is the tensor parallelism of the layer:
+    for experts that of the experts."""
 
     def hf_shapes(self, spec: ModelSpec) -> dict[str, Shape]:
         """Template of the Hugging Face name -> shape."""
@@ -127,10 +128,14 @@ def padded_vocab(vocab_size: int, tp: int) -> int:
     return -(-vocab_size // tp) * tp
 
 
-def placements(rule: Rule, spec: ModelSpec, parameter: str, layer: int, tp: int, tp_rank: int) -> list[Placement]:
+def placements(
+    rule: Rule, spec: ModelSpec, parameter: str, tp: int, tp_rank: int, *, layer: int = 0, expert: int = 0
+) -> list[Placement]:
     """The pieces of one local parameter, with names filled in."""
     return [
-        Placement(TensorSlice(name.format(layer=layer), there, shape), TensorSlice(parameter, here, shape))
+        Placement(
+            TensorSlice(name.format(layer=layer, expert=expert), there, shape), TensorSlice(parameter, here, shape)
+        )
         for name, there, here, shape in rule.pieces(spec, tp, tp_rank)
     ]
 

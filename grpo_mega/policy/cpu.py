@@ -59,6 +59,9 @@ _MODULES = (
     "megatron.core.parallel_state",
     "megatron.core.models.gpt",
     "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.transformer.multi_latent_attention",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.distributed",
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
@@ -77,7 +80,7 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 class _NullStream:
     """Stands for Stream and Event: everything is done when it is called.
 
-    Needed by token_dispatcher.py:445,871,874; param_and_grad_buffer.py:417; shared_experts.py:123.
+    Needed by token_dispatcher.py:445,871,874,895; param_and_grad_buffer.py:417; shared_experts.py:123.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -94,6 +97,9 @@ class _NullStream:
         return 0
 
     def record(self, *_: Any) -> None: ...
+
+    def record_event(self, *_: Any) -> _NullStream:
+        return self
 
     def wait(self, *_: Any) -> None: ...
 
@@ -187,8 +193,9 @@ _TORCH = _StandIn(
 
 def _replace_functions() -> None:
     from megatron.core.models.common.embeddings import rope_utils
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.tensor_parallel import mappings, random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     # random.py:422,447,457 read and set the CUDA generator through torch._C
     random._get_cuda_rng_state = _rng_state
@@ -200,10 +207,50 @@ def _replace_functions() -> None:
     # moe_utils.py:1192,1225: the name is only defined with Transformer Engine
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # multi_latent_attention.py:62 takes a stub for Transformer Engine, and :185 then asks for an instance of None
+    multi_latent_attention.HAVE_TE = False
+    # moe_utils.py:1093 only turns tensors of a GPU into what all_to_all needs: lists of numbers
+    token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_numpy
+    # gloo gathers and scatters equal sizes only; experts cut by etp see as many tokens as were routed to them
+    if mappings._gather_along_first_dim.__module__ == mappings.__name__:
+        mappings._gather_along_first_dim = functools.partial(_gather_unequal, mappings._gather_along_first_dim)
+        mappings._reduce_scatter_along_first_dim = functools.partial(
+            _reduce_scatter_unequal, mappings._reduce_scatter_along_first_dim
+        )
     # The baseline for packed rows loops over sequences in Python, in every layer, for q and k: a row of 500 short
     # rollouts spends most of its forward pass there. (With CUDA a fused kernel takes its place.)
     if rope_utils._apply_rotary_pos_emb_thd.__module__ == rope_utils.__name__:
         rope_utils._apply_rotary_pos_emb_thd = _rotary_packed
+
+
+def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    del record_stream
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _gather_unequal(
+    gather: Callable[..., Tensor], input_: Tensor, group: Any, output_split_sizes: Any = None, **kwargs: Any
+) -> Tensor:
+    """mappings.py:150 with parts of different sizes: all padded to the largest, gathered and cut."""
+    if output_split_sizes is None or group.size() == 1:
+        return gather(input_, group, output_split_sizes, **kwargs)
+    sizes = [int(size) for size in output_split_sizes]
+    padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
+    padded[: len(input_)] = input_
+    whole = gather(padded, group, None, **kwargs)
+    return torch.cat([part[:size] for part, size in zip(whole.split(max(sizes)), sizes, strict=True)])
+
+
+def _reduce_scatter_unequal(
+    scatter: Callable[..., Tensor], input_: Tensor, group: Any, input_split_sizes: Any = None, **kwargs: Any
+) -> Tensor:
+    """mappings.py:193 with parts of different sizes: summed whole, of which each rank takes its part."""
+    if input_split_sizes is None or group.size() == 1:
+        return scatter(input_, group, input_split_sizes, **kwargs)
+    total = input_.contiguous().clone()
+    torch.distributed.all_reduce(total, group=group)
+    part: Tensor = total.split([int(size) for size in input_split_sizes])[group.rank()]
+    return part
 
 
 def _rotary_packed(

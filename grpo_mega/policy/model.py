@@ -1,12 +1,13 @@
 """The trained module: Megatron's GPTModel up to the last hidden state, and the head that turns it into log-probs.
 
-The output layer is never called: full logits of a row do not exist (parallel/vocab.py).
+The output layer is never called: in training, full logits of a row do not exist (parallel/vocab.py).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from grpo_mega.parallel.vocab import vocab_parallel_log_probs
@@ -18,6 +19,7 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402 - only after prepare
 from megatron.core.tensor_parallel import (  # noqa: E402
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
 )
 
 
@@ -45,15 +47,26 @@ class PolicyModel(GPTModel):
             temperature: the sampling temperature.
             vocab_size: without the padding to a multiple of tp.
         """
-        weight = (
+        return vocab_parallel_log_probs(
+            hidden,
+            self._head_weight(),
+            labels,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            group=self.pg_collection.tp,
+        )
+
+    def head_logits(self, hidden: Tensor, *, vocab_size: int) -> Tensor:
+        """[T, V] float32 on every tensor-parallel rank, without gradient: for comparisons of small models."""
+        with torch.no_grad():
+            local = hidden.float() @ self._head_weight().float().t()
+            whole: Tensor = gather_from_tensor_model_parallel_region(local, group=self.pg_collection.tp)
+        return whole[:, :vocab_size]
+
+    def _head_weight(self) -> Tensor:
+        weight: Tensor = (
             self.shared_embedding_or_output_weight()
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
-        if weight is self.output_layer.weight:
-            # read without calling its module: a gather of parameters that overlaps the forward pass waits in the hooks
-            for hook in self.output_layer._forward_pre_hooks.values():
-                hook(self.output_layer, ())
-        return vocab_parallel_log_probs(
-            hidden, weight, labels, temperature=temperature, vocab_size=vocab_size, group=self.pg_collection.tp
-        )
+        return weight

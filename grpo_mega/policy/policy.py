@@ -29,7 +29,7 @@ from grpo_mega.policy.offload import Part, PolicyMemory
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.reports import UpdateReport
 from grpo_mega.policy.state import load_state, load_weights, save_state, save_weights
-from grpo_mega.policy.weights import MegatronWeights
+from grpo_mega.policy.weights import MegatronWeights, weight_copy_group
 from grpo_mega.types import Microbatch, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
@@ -47,14 +47,13 @@ class MegatronPolicy:
         self._gathers_later, self._gather_pending = config.parallel.overlap_param_gather, False
         self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, config.optimizer, ranks)
         self.temperature = config.sampling.temperature
-        self.model_parallel_group = parallel_state.get_model_parallel_group()
+        self.model_parallel_group = weight_copy_group(ranks)
         self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group, self._settle)
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
         self.dp_group = parallel_state.get_data_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
-        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self._reference = Reference(self.parts.buffers, copies) if with_reference else None
+        self._reference = Reference(self.parts.buffers) if with_reference else None
         self._reference_moves = config.algorithm.ref_update_every > 0
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
 
@@ -78,6 +77,20 @@ class MegatronPolicy:
 
         def keep(hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
             values, _ = self._head(hidden, microbatch)
+            return values.new_zeros(()), _NO_TOKENS, values
+
+        with torch.no_grad():
+            outputs = self._run_schedule(microbatches, keep, forward_only=True)
+        return outputs if self.ranks.is_last_stage else None
+
+    def logits(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
+        """[T, V] float32 per microbatch, whole, on every rank of the last stage; None elsewhere. For comparisons: a row
+        of a large model's logits does not fit a device."""
+
+        def keep(hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+            values = self.parts.models[-1].head_logits(hidden, vocab_size=self.spec.vocab_size)
+            if self.ranks.topology.cp > 1:
+                values = whole_row(values, microbatch.cu_seqlens, self.cp_group)
             return values.new_zeros(()), _NO_TOKENS, values
 
         with torch.no_grad():

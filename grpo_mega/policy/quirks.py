@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.policy import cpu
 
 cpu.prepare_import()
@@ -20,6 +21,8 @@ cpu.prepare_import()
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402 - only after prepare_import
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
+from megatron.core.transformer import multi_latent_attention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
 # Of a pipeline's messages, for TransformerConfig. p2p_communication.py:28-47 posts send-previous, receive-previous,
 # send-next, receive-next on one group. With two stages previous and next are the same rank, where messages match in
@@ -40,6 +43,24 @@ def install() -> None:
     filesystem_async._get_write_results_queue = _results_of_this_process
     if not getattr(mappings._reduce, "returns_the_sum", False):
         mappings._reduce = _reducing_contiguous(mappings._reduce)
+    gather = multi_latent_attention.gather_from_tensor_model_parallel_region
+    if not getattr(gather, "sums_shared_key", False):
+        multi_latent_attention.gather_from_tensor_model_parallel_region = _summing_shared_key(gather)
+
+
+def fit_to(spec: ModelSpec) -> None:
+    """Before a model is built: moe_utils.py:548 scores a group by its topk // group_topk best experts. DeepSeek-V2
+    takes the best one, V3 the two best, whatever those numbers are."""
+    if spec.moe is not None:
+        moe_utils.group_limited_topk = functools.partial(_group_limited_topk, spec.moe.group_best)
+
+
+def mark_shared_keys(model: torch.nn.Module) -> None:
+    """After a model is built: latent attention's rotary key, which all heads share, is marked for `install`'s sum."""
+    for module in model.modules():
+        if isinstance(module, multi_latent_attention.MLASelfAttention):
+            widths = (module.config.kv_lora_rank, module.config.qk_pos_emb_head_dim)
+            module.linear_kv_down_proj.register_forward_hook(functools.partial(_mark, widths))
 
 
 def fill_optimizer_state(optimizer: Any) -> None:
@@ -110,3 +131,40 @@ def _reducing_contiguous(reduce: Any) -> Any:
 
     reduced.returns_the_sum = True  # type: ignore[attr-defined]
     return reduced
+
+
+def _mark(widths: tuple[int, int], module: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
+    del module, inputs
+    outputs[0].latent_and_key = widths  # type: ignore[attr-defined]
+
+
+def _summing_shared_key(gather: Any) -> Any:
+    """multi_latent_attention.py:607 gathers the latent vector and the rotary key; the backward pass only cuts. That is
+    right for the latent vector, whose gradient the up-projection has summed over the tensor-parallel ranks, but each
+    rank's heads yield only a part of the key's."""
+
+    @functools.wraps(gather)
+    def gathered(x: Tensor, group: Any = None) -> Tensor:
+        whole: Tensor = gather(x, group)
+        widths = getattr(x, "latent_and_key", None)
+        if widths is None:
+            return whole
+        latent, key = torch.split(whole, widths, dim=-1)
+        return torch.cat([latent, mappings.copy_to_tensor_model_parallel_region(key, group)], dim=-1)
+
+    gathered.sums_shared_key = True  # type: ignore[attr-defined]
+    return gathered
+
+
+def _group_limited_topk(
+    best: int, scores: Tensor, topk: int, num_tokens: int, num_experts: int, num_groups: int, group_topk: int
+) -> tuple[Tensor, Tensor]:
+    """The best `topk` scores [T, k] and their experts among the `group_topk` groups with the largest sum of their
+    `best` largest scores. Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2; V3, arXiv:2412.19437, section 2.1.2."""
+    size = num_experts // num_groups
+    group_scores = scores.view(num_tokens, num_groups, size).topk(best, dim=-1).values.sum(-1)
+    chosen = torch.zeros_like(group_scores, dtype=torch.bool)
+    chosen.scatter_(1, group_scores.topk(group_topk, dim=-1).indices, True)
+    masked = scores.masked_fill(~chosen.repeat_interleave(size, dim=1), float("-inf"))
+    values, experts = masked.topk(topk, dim=1)
+    return values, experts

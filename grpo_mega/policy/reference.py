@@ -18,11 +18,11 @@ from torch import Tensor
 
 
 class Reference:
-    """A snapshot of the weights that `buffers`, Megatron's flat ones, hold now."""
+    """A snapshot of the weights that Megatron's flat buffers hold now."""
 
-    def __init__(self, buffers: Sequence[Any], dp_group: dist.ProcessGroup) -> None:
-        self._buffers: list[Tensor] = [b.param_data for b in buffers]
-        self._group = dp_group
+    def __init__(self, buffers: Sequence[Any]) -> None:
+        # the ranks that hold the same experts are others than those that hold the same dense layers
+        self._buffers: list[tuple[Tensor, dist.ProcessGroup]] = [(b.param_data, b.data_parallel_group) for b in buffers]
         self._reference = self._own_parts()
 
     @property
@@ -45,13 +45,12 @@ class Reference:
             self._fill(policy)
 
     def _own_parts(self) -> list[Tensor]:
-        rank, size = self._group.rank(), self._group.size()
-        return [b.detach().view(size, -1)[rank].to("cpu", copy=True) for b in self._buffers]
+        return [b.detach().view(g.size(), -1)[g.rank()].to("cpu", copy=True) for b, g in self._buffers]
 
     def _fill(self, parts: list[Tensor]) -> None:
-        for buffer, part in zip(self._buffers, parts, strict=True):
-            if self._group.size() == 1:
+        for (buffer, group), part in zip(self._buffers, parts, strict=True):
+            if group.size() == 1:
                 buffer.copy_(part)
             else:
                 with torch.no_grad():
-                    dist.all_gather_into_tensor(buffer, part.to(buffer.device), group=self._group)
+                    dist.all_gather_into_tensor(buffer, part.to(buffer.device), group=group)

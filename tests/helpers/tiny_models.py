@@ -56,6 +56,30 @@ def make_tiny_model(
     return folder
 
 
+def make_family_model(folder: Path, config: dict[str, Any], seed: int = 0, router_scale: float = 0.3) -> Path:
+    """Write a random fp32 model of any family to `folder`, from the fields of its config.json.
+
+    Every tensor is random, norms, biases and routers' correction biases too. Routers are wide (`router_scale`), so that
+    the choice of experts differs between tokens and is not decided by rounding.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
+    defaults = {"pad_token_id": PAD, "bos_token_id": None, "eos_token_id": EOS}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **(defaults | settings)))
+    generator = torch.Generator().manual_seed(seed)
+    persistent = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *buffers):
+            centre = 1.0 if "norm" in name else 0.0
+            scale = router_scale if name.endswith(".gate.weight") else 0.1
+            tensor.copy_(centre + scale * torch.randn(tensor.shape, generator=generator))
+    model.save_pretrained(folder)
+    make_char_tokenizer(folder, config["vocab_size"])
+    return folder
+
+
 def make_char_tokenizer(folder: Path, vocab: int) -> None:
     """A tokenizer of `vocab` tokens: <pad>, <eos>, then one character each."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

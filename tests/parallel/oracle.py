@@ -19,7 +19,8 @@ from tests.parallel.recorded import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UPDATES, O
 @dataclass(frozen=True)
 class Expected:
     """Per update: loss, gradient norm (before clipping), share of clipped tokens, mean KL. Tensors after 0, 1, 2 and 3
-    updates; gradients of each update, before clipping. Log-probs and entropies are those before the first."""
+    updates; gradients of each update, before clipping. Log-probs and entropies are those before the first. Names are
+    those of the checkpoint."""
 
     log_probs: dict[float, list[list[float]]]
     entropy: list[list[float]]
@@ -34,7 +35,9 @@ class Expected:
 def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager"
+    )
 
 
 def perturbed_log_probs(
@@ -68,7 +71,7 @@ def expect(recorded: Recorded) -> Expected:
         adam.zero_grad()
         loss, clipped, kl = _loss(model, recorded)
         loss.backward()
-        expected.gradients.append({n: p.grad.clone() for n, p in model.named_parameters()})
+        expected.gradients.append(_checkpoint_names(model, {n: p.grad for n, p in model.named_parameters()}))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
         adam.step()
         expected.losses.append(float(loss.detach()))
@@ -112,4 +115,14 @@ def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tens
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return _checkpoint_names(model, dict(model.named_parameters()) | buffers)
+
+
+def _checkpoint_names(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Transformers stacks experts in memory; its own save conversion takes them apart."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return dict(revert_weight_conversion(model, copies))

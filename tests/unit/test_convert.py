@@ -73,7 +73,7 @@ def test_rope_theta_is_read_in_both_forms() -> None:
     del new["rope_theta"]
     neither = raw_config()
     del neither["rope_theta"]
-    both = raw_config(rope_theta=1.0, rope_parameters={"rope_theta": 8e5})
+    both = raw_config(rope_theta=8e5, rope_parameters={"rope_theta": 8e5})
     assert [spec_from_config(c, "").rope_theta for c in (old, new, neither, both)] == [7e5, 8e5, 1e4, 8e5]
 
 
@@ -88,9 +88,12 @@ def test_sizes_that_a_config_may_leave_out_are_derived() -> None:
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type=yarn"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type=llama3"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type=longrope"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 with rope_type=linear"),
+        ({"rope_parameters": {"mrope_section": [1]}}, "mrope_section=[1] with rope_type=default"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention (rotary settings of its own)"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
         ({"use_sliding_window": True}, "use_sliding_window=true"),
@@ -155,7 +158,8 @@ def test_an_unknown_architecture_is_answered_with_the_known_ones(architectures: 
     name = architectures[0] if architectures else "(none)"
     assert message_of(raw_config(architectures=architectures)) == (
         f"config.json: architectures={name} is not supported; use one of LlamaForCausalLM, Qwen2ForCausalLM, "
-        "Qwen3ForCausalLM"
+        "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, "
+        "Glm4MoeForCausalLM"
     )
 
 

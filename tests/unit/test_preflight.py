@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from grpo_mega.config.load import load_config
-from grpo_mega.config.schema import Config
+from grpo_mega.config.schema import Config, ParallelConfig
+from grpo_mega.convert.spec import spec_from_config
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.preflight import check_model
+from grpo_mega.preflight import check_layout, check_model
 from grpo_mega.types import UserError
+from tests.helpers.family_configs import raw_family_config
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 SHAPE = "model.base.architecture."
@@ -114,3 +117,77 @@ def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
     )
     said = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
     assert said.startswith(f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5, or set ")
+
+
+def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config(family, **changes)))
+    return load_config(QUICKSTART, ("model.base=null", f"model.path={tmp_path}"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_a_family_that_cannot_be_synced_ends_before_anything_starts(tmp_path: Path, family: str) -> None:
+    assert message_of(family_config(tmp_path, family), Topology(1)) == (
+        f"engine.kind=vllm: weights of the family {family} ({tmp_path}) cannot be synced to this engine yet; "
+        "use a model of Llama, Qwen2 or Qwen3"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_dense_families_pass(tmp_path: Path, family: str) -> None:
+    check_model(family_config(tmp_path, family), Topology(2, tp=2))
+
+
+SP = ParallelConfig(tp=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parallel", "topology", "said"),
+    [
+        ("qwen3_moe", {}, ParallelConfig(ep=3), Topology(3, ep=3), "parallel.ep=3 does not divide the 8 experts of M"),
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": 33},
+            ParallelConfig(etp=2),
+            Topology(2, etp=2),
+            "parallel.etp=2 does not divide the 33 feed-forward size of each expert of M",
+        ),
+        (
+            "deepseek_v3",
+            {"n_shared_experts": 1, "moe_intermediate_size": 33},
+            SP,
+            Topology(2, tp=2),
+            "parallel.tp=2 does not divide the 33 feed-forward size of the shared expert of M",
+        ),
+        ("deepseek_v3", {"q_lora_rank": 21}, SP, Topology(2, tp=2), "parallel.tp=2 does not divide the 21 q_lora_rank"),
+        (
+            "deepseek_v2",
+            {"kv_lora_rank": 25},
+            SP,
+            Topology(2, tp=2),
+            "parallel.tp=2 does not divide the 33 kv_lora_rank + qk_rope_head_dim of M",
+        ),
+        (
+            "mixtral",
+            {},
+            ParallelConfig(tp=2),
+            Topology(2, tp=2),
+            "parallel.tp=2 with the experts of M needs sequence parallelism; set parallel.sequence_parallel=true",
+        ),
+        ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), "parallel.ep=2 does nothing: M has no experts"),
+    ],
+)
+def test_experts_and_latent_attention_must_be_divided_by_the_layout(
+    family: str, changes: dict[str, Any], parallel: ParallelConfig, topology: Topology, said: str
+) -> None:
+    spec = spec_from_config(raw_family_config(family, **changes), "config.json")
+    with pytest.raises(UserError) as caught:
+        check_layout(spec, parallel, topology, "M")
+    assert str(caught.value).startswith(said)
+
+
+def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
+    spec = spec_from_config(raw_family_config("deepseek_v3", q_lora_rank=None), "config.json")
+    check_layout(spec, SP.model_copy(update={"ep": 2, "etp": 2}), Topology(4, tp=2, ep=2, etp=2), "M")
+    # every layer of this one has experts, and nothing has its dense size
+    sparse = spec_from_config(raw_family_config("qwen3_moe", mlp_only_layers=[], intermediate_size=9), "config.json")
+    check_layout(sparse, SP, Topology(2, tp=2), "M")

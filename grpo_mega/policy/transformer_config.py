@@ -1,0 +1,202 @@
+"""Megatron's description of a model, and the module built from it.
+
+Some of Megatron's settings only make sense while the model is built and do harm afterwards; `build_models` ends with
+them switched off (each says why). Asserted by tests/parallel/test_families.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.convert.rules import padded_vocab
+from grpo_mega.convert.spec import ModelSpec, MoeSpec
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.policy import cpu, quirks
+
+cpu.prepare_import()
+
+from megatron.core import parallel_state  # noqa: E402 - only after prepare_import
+from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
+
+from grpo_mega.policy.attention import PackedSpecProvider, RMSNorm  # noqa: E402
+from grpo_mega.policy.model import PolicyModel  # noqa: E402
+from grpo_mega.policy.rotary import megatron_mscale, set_frequencies  # noqa: E402
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
+    """Megatron's description of `spec`. On CUDA the fused kernels of Transformer Engine are used, elsewhere none."""
+    dtype, cuda = DTYPES[precision.dtype], torch.cuda.is_available()
+    yarn = spec.rope is not None and spec.rope.kind == "yarn"
+    settings: dict[str, Any] = {
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_size,
+        "num_attention_heads": spec.num_heads,
+        "num_query_groups": spec.num_kv_heads,
+        "kv_channels": spec.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": spec.norm_eps,
+        "qk_layernorm": spec.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": spec.qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_first_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_last_stage,
+        "pipeline_model_parallel_layout": parallel.pipeline_layout,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+        "sequence_parallel": parallel.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": not cuda,
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        # the fused kernel for packed rows knows no factor of cosine and sine (rope_utils.py:278)
+        "apply_rope_fusion": cuda and not (yarn and spec.mla is None),
+        "persist_layer_norm": cuda,
+        "calculate_per_token_loss": True,
+        **quirks.PIPELINE_MESSAGES,
+    }
+    settings |= _recompute(parallel)
+    if spec.moe is not None:
+        settings |= _moe_settings(spec.moe, cuda)
+    if spec.mla is not None:
+        settings |= _mla_settings(spec)
+        return MLATransformerConfig(**settings)
+    config = TransformerConfig(**settings)
+    if yarn and spec.rope is not None:
+        # no fields of the class: attention.py:1102 asks whether they are there
+        config.yarn_rotary_scaling_factor = spec.rope.factor
+        config.yarn_mscale, config.yarn_mscale_all_dim = megatron_mscale(spec), 0.0
+    return config
+
+
+def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
+    if parallel.recompute == "none":
+        return {}
+    if parallel.recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    modules = parallel.recompute_modules or ("core_attn",)
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+
+
+def _moe_settings(moe: MoeSpec, grouped: bool) -> dict[str, Any]:
+    limited = moe.top_groups < moe.num_groups
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.expert_ffn_size,
+        "moe_layer_freq": [int(has_experts) for has_experts in moe.layers],
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": moe.score,
+        # softmax over the chosen is softmax over all, renormalised over the chosen
+        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize,
+        "moe_router_num_groups": moe.num_groups if limited else None,
+        "moe_router_group_topk": moe.top_groups if limited else None,
+        "moe_router_topk_scaling_factor": None if moe.scaling == 1.0 else moe.scaling,
+        "moe_router_enable_expert_bias": moe.correction_bias,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": grouped,
+    }
+
+
+def _mla_settings(spec: ModelSpec) -> dict[str, Any]:
+    assert spec.mla is not None, "called for latent attention only"
+    settings: dict[str, Any] = {
+        "multi_latent_attention": True,
+        "qk_layernorm": True,  # the norms of the latent vectors
+        "q_lora_rank": spec.mla.q_rank,
+        "kv_lora_rank": spec.mla.kv_rank,
+        "qk_head_dim": spec.mla.nope_dim,
+        "qk_pos_emb_head_dim": spec.mla.rope_dim,
+        "v_head_dim": spec.mla.v_dim,
+        "rotary_base": spec.rope_theta,
+        "rope_type": "rope",
+        "mscale_all_dim": 0.0,  # leaves the logits alone
+    }
+    if spec.rope is not None:
+        settings |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": spec.rope.factor,
+            "original_max_position_embeddings": spec.rope.original_max_positions,
+            "beta_fast": spec.rope.beta_fast,
+            "beta_slow": spec.rope.beta_slow,
+            "mscale_all_dim": spec.rope.mscale_all_dim,
+        }
+    return settings
+
+
+def build_models(
+    spec: ModelSpec, config: TransformerConfig, parallel: ParallelConfig, ranks: Ranks
+) -> list[PolicyModel]:
+    """This rank's model chunks, one but under interleaved pipelining, with weights yet to be loaded."""
+    quirks.fit_to(spec)
+    models = [_chunk(config, spec, parallel, chunk).to(ranks.device) for chunk in range(parallel.vpp)]
+    cpu.install()  # modules that were imported while the model was built
+    for model in models:
+        quirks.mark_shared_keys(model)
+        for module in model.modules():
+            _fit_module(module, spec)
+    if spec.mla is not None:
+        # finalize_model_grads.py:354 takes these norms for those of single heads and sums what is complete already
+        config.qk_layernorm = False
+    # finalize_model_grads.py:476 would move the biases towards a balanced load, which is pre-training's business
+    config.moe_router_enable_expert_bias = False
+    return models
+
+
+def _fit_module(module: torch.nn.Module, spec: ModelSpec) -> None:
+    rotary = getattr(module, "rotary_pos_emb", None)
+    if rotary is not None:
+        set_frequencies(rotary, spec)
+    for name in ("q_layernorm", "kv_layernorm"):
+        if spec.mla is not None and hasattr(module, name):
+            getattr(module, name).eps = spec.mla.latent_norm_eps
+
+
+def _chunk(config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig, chunk: int) -> PolicyModel:
+    """Model chunk `chunk` of this rank's `vpp`."""
+    stage = chunk if parallel.vpp > 1 else None
+    return PolicyModel(
+        config,
+        _layer_spec(config, stage),
+        vocab_size=padded_vocab(spec.vocab_size, parallel.tp),
+        max_sequence_length=spec.max_positions,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+        parallel_output=True,
+        share_embeddings_and_output_weights=spec.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=spec.rotary_fraction,
+        rotary_base=spec.rope_theta,
+        vp_stage=stage,
+    )
+
+
+def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+    transformer_engine = torch.cuda.is_available()
+    if not transformer_engine:
+        # hard-coded at gpt_layer_specs.py:344 (layers) and :644 (final norm)
+        gpt_layer_specs.LocalSpecProvider = PackedSpecProvider
+        gpt_layer_specs.LNImpl = RMSNorm
+    return gpt_layer_specs.get_gpt_decoder_block_spec(
+        config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
+    )

@@ -1,0 +1,149 @@
+"""Tiny models of every family beyond the dense ones, their layouts, and what a rank measures of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny_models import make_family_model
+from tests.parallel.oracle import Expected, expect, perturbed_log_probs
+from tests.parallel.recorded import (
+    NUM_UPDATES,
+    ONE,
+    OPTIMIZER,
+    Layout,
+    Recorded,
+    RecordingLoss,
+    as_array,
+    make_rows,
+    open_policy,
+    sample_groups,
+    with_recorded,
+)
+
+if TYPE_CHECKING:  # pytest's own process stays free of Megatron
+    from grpo_mega.policy.policy import MegatronPolicy
+
+
+# positions of pre-training are few, so that rows of a dozen tokens reach the stretched frequencies
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64, "rope_theta": 1000.0}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0,
+        "rope_theta": 1000.0}  # fmt: skip
+
+# name -> config.json
+FAMILY_MODELS: dict[str, dict[str, Any]] = {
+    "llama3-rope": raw_family_config("llama", rope_parameters=LLAMA3),
+    "llama-linear-rope": raw_family_config("llama", rope_parameters=LINEAR),
+    "qwen2-yarn": raw_family_config("qwen2", rope_parameters=YARN),
+    "qwen3-moe": raw_family_config("qwen3_moe"),
+    "qwen3-moe-sparse": raw_family_config(
+        "qwen3_moe", norm_topk_prob=False, decoder_sparse_step=2, mlp_only_layers=[], num_experts_per_tok=3
+    ),
+    "mixtral": raw_family_config("mixtral"),
+    "deepseek-v2": raw_family_config("deepseek_v2", rope_parameters=YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}),
+    "deepseek-v2-lite": raw_family_config(
+        "deepseek_v2", q_lora_rank=None, topk_method="greedy", n_group=None, topk_group=None
+    ),
+    "deepseek-v3": raw_family_config(
+        "deepseek_v3", rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, num_experts_per_tok=4
+    ),
+    "glm4-moe": raw_family_config("glm4_moe"),
+}
+DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn")
+LATENT = ("deepseek-v2", "deepseek-v2-lite", "deepseek-v3")
+
+DENSE_LAYOUTS = (ONE, Layout(4, tp=2, pp=2))
+MOE_LAYOUTS = (
+    ONE,
+    Layout(2, ep=2),
+    Layout(2, tp=2, sequence_parallel=True),
+    Layout(4, tp=2, sequence_parallel=True, ep=2, etp=2),
+    Layout(4, tp=2, pp=2, sequence_parallel=True, ep=2),
+)
+
+
+@dataclass
+class FamilyRecord:
+    """What one rank saw of a family; gradients and tensors are whole, on rank 0."""
+
+    is_last_stage: bool = False
+    log_probs: dict[int, list[float]] = field(default_factory=dict)
+    stats: list[Any] = field(default_factory=list)
+    gradients: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+    tensors: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
+
+
+class FamilyLaboratory:
+    """Makes each model, its oracle and its run in a layout once, when it is first asked for."""
+
+    def __init__(self, pool: RankPool, folder: Path) -> None:
+        self.pool = pool
+        self._folder = folder
+        self._recorded: dict[str, Recorded] = {}
+        self._expected: dict[str, Expected] = {}
+        self._runs: dict[tuple[str, Layout], list[FamilyRecord]] = {}
+
+    def recorded(self, name: str) -> Recorded:
+        """The model `name` of FAMILY_MODELS and rollouts for it."""
+        if name not in self._recorded:
+            seed = 100 + list(FAMILY_MODELS).index(name)
+            model = make_family_model(self._folder / name, FAMILY_MODELS[name], seed)
+            groups, rewards = sample_groups(4, 4, seed)
+            old = perturbed_log_probs(groups, model, 1.0, 0.01, seed + 10)
+            ref = perturbed_log_probs(groups, model, 1.0, 0.02, seed + 20)
+            self._recorded[name] = Recorded(model, groups, rewards, old, ref)
+        return self._recorded[name]
+
+    def expected(self, name: str) -> Expected:
+        """The oracle's answer."""
+        if name not in self._expected:
+            self._expected[name] = expect(self.recorded(name))
+        return self._expected[name]
+
+    def run(self, name: str, layout: Layout) -> list[FamilyRecord]:
+        """What each rank measured."""
+        if (name, layout) not in self._runs:
+            self._runs[name, layout] = self.pool.call(layout.world, measure_family, self.recorded(name), layout)
+        return self._runs[name, layout]
+
+
+def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecord:
+    """On a rank: log-probs, then three updates with their gradients and weights."""
+    policy = open_policy(rank, recorded, layout)
+    rows = make_rows(rank, recorded, layout)
+    batch = with_recorded(rows, recorded)
+    record = FamilyRecord(is_last_stage=policy.ranks.is_last_stage)
+    values = policy.log_probs(rows.microbatches)
+    record.log_probs = {} if values is None else rows.completion_values(values)
+    loss = RecordingLoss()
+    for update in range(NUM_UPDATES + 1):
+        tensors = {name: as_array(t) for name, t in policy.full_tensors(4096)}
+        record.tensors.append(tensors if rank == 0 else {})
+        if update < NUM_UPDATES:
+            taken = take_gradients(policy)
+            stats, _ = policy.update(batch.microbatches, loss, OPTIMIZER.lr)
+            record.stats.append(stats)
+            record.gradients.append(taken if rank == 0 else {})
+    return record
+
+
+def take_gradients(policy: MegatronPolicy) -> dict[str, np.ndarray[Any, Any]]:
+    """Filled by the next update, before its step: every tensor's gradient, whole, by its name in the checkpoint."""
+    taken: dict[str, np.ndarray[Any, Any]] = {}
+    optimizer = policy.parts.optimizer
+
+    def prepare() -> Any:
+        answer = type(optimizer).prepare_grads(optimizer)
+        taken.update((name, as_array(t)) for name, t in policy.full_gradients(1 << 20))
+        del optimizer.prepare_grads
+        return answer
+
+    optimizer.prepare_grads = prepare
+    return taken

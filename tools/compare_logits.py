@@ -1,0 +1,149 @@
+"""Megatron's policy against transformers: the largest difference of logits and log-probs on random tokens, in fp32.
+
+    python tools/compare_logits.py HF_DIR --layout tp=2,pp=2 [--json]
+
+The layout is a list of keys of `parallel` (and `dp`); its ranks are started on this machine. The sequences have ragged
+lengths and are packed several to a row. Differences are absolute: logits at every position, log-probs of every token
+but the first of each sequence.
+
+Exit code 0: compared (and, with --tolerance, both differences are within it); 1: they are not, or a rank failed; 2: the
+input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from compare_layouts import parse_layout
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.launch_agent import run_ranks
+from grpo_mega.parallel.ports import free_port
+from grpo_mega.types import UserError
+
+NUM_SEQUENCES, LONGEST = 8, 48
+
+
+def config_of(folder: Path, spec: ModelSpec, layout: str, work: Path) -> Config:
+    """A run's config with this model and layout, with every rule of layouts checked."""
+    from grpo_mega.parallel.topology import Topology
+    from grpo_mega.preflight import check_layout
+
+    file = work / "config.yaml"
+    run = {
+        "model": {"path": str(folder)},
+        "precision": {"dtype": "fp32"},
+        "data": {"train": "arithmetic:train"},
+        "reward": {"terms": [{"name": "exact"}]},
+        "train": {"steps": 1},
+    }
+    file.write_text(yaml.safe_dump(run))
+    try:
+        config = load_config(file, parse_layout(layout).overrides)
+    except UserError as error:
+        raise UserError(str(error).replace("--layouts", "--layout")) from None
+    check_layout(spec, config.parallel, Topology.of(config, config.run.world_size or 1), str(folder))
+    return config
+
+
+def random_sequences(spec: ModelSpec, seed: int) -> list[list[int]]:
+    """Ragged; the longest has LONGEST tokens, or as many as the model has positions."""
+    rng, longest = random.Random(seed), min(LONGEST, spec.max_positions)
+    lengths = [longest, *(rng.randint(2, longest) for _ in range(NUM_SEQUENCES - 1))]
+    return [[rng.randrange(spec.vocab_size) for _ in range(length)] for length in lengths]
+
+
+def expect(folder: Path, sequences: Sequence[Sequence[int]], file: Path) -> None:
+    """Logits [T, V] of each sequence, by transformers, one sequence at a time."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    from grpo_mega.observe.log import quiet_libraries
+
+    quiet_libraries()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = {
+            str(i): model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0].float().contiguous()
+            for i, tokens in enumerate(sequences)
+        }
+    save_file(logits, file)
+
+
+def run_layout(config: Config, job: dict[str, Any], work: Path) -> dict[str, float]:
+    """Start the ranks; returns the two differences.
+
+    Raises:
+        RuntimeError: a rank failed; its message is on the screen.
+    """
+    world = config.run.world_size or 1
+    file, answer = work / "job.json", work / "answer.json"
+    file.write_text(json.dumps(job | {"config": config.model_dump(mode="json"), "answer": str(answer)}))
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    # libraries warn of what this machine lacks, once a rank
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+    ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+    command = [sys.executable, str(Path(__file__).resolve().parent / "logits" / "worker.py"), str(file)]
+    if run_ranks(command, ranks) != 0:
+        raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
+    found: dict[str, float] = json.loads(answer.read_text())
+    return found
+
+
+def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
+    """What --json prints."""
+    if not folder.is_dir():
+        raise UserError(f"HF_DIR={folder} is not a folder; give a Hugging Face model folder")
+    spec = read_spec(folder)
+    sequences = random_sequences(spec, seed)
+    with tempfile.TemporaryDirectory(prefix="compare_logits_") as name:
+        work = Path(name)
+        config = config_of(folder, spec, layout, work)
+        expected = work / "expected.safetensors"
+        expect(folder, sequences, expected)
+        job = {"model": str(folder.resolve()), "sequences": sequences, "expected": str(expected)}
+        return {"family": spec.family, "layout": layout, **run_layout(config, job, work)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="Hugging Face model folder")
+    parser.add_argument("--layout", default="", help='for example "tp=2,pp=2" (default: one rank)')
+    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
+    parser.add_argument("--tolerance", type=float, help="exit code 1 where a difference is larger")
+    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    args = parser.parse_args(argv)
+    try:
+        found = compare_logits(args.folder, args.layout, args.seed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    largest = max(found["max_abs_logit_diff"], found["max_abs_log_prob_diff"])
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"{found['family']}, {found['layout'] or 'one rank'}: largest difference of logits "
+            f"{found['max_abs_logit_diff']:.2e}, of log-probs {found['max_abs_log_prob_diff']:.2e}"
+        )
+    return int(args.tolerance is not None and not largest <= args.tolerance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

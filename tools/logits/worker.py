@@ -1,0 +1,91 @@
+"""One rank of tools/compare_logits.py: logits and log-probs of given sequences, against those of transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.pack import RowShape, pack
+from grpo_mega.parallel.ranks import Ranks, init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
+
+
+def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
+    """Every sequence once, half of them packed in each of two rows, or in as many as the schedule wants."""
+    shape = RowShape.of(config.parallel)
+    count = -(-2 // shape.microbatch_multiple) * shape.microbatch_multiple
+    bins = [list(range(i, len(sequences), count)) for i in range(count)]
+    longest = max(sum(shape.padded(len(sequences[i])) for i in ids) for ids in bins)
+    row_tokens = -(-(longest + 1) // shape.row_multiple) * shape.row_multiple  # with some padding
+    rows = []
+    for ids in bins:
+        rollouts = []
+        for i in ids:
+            tokens = tuple(sequences[i][1:])
+            completion = Completion(tokens, (0.0,) * len(tokens), "length", 0, "")
+            rollouts.append((i, Rollout(Prompt(i, "", (sequences[i][0],), ""), completion, Reward(0.0), 0)))
+        zeros = [0.0] * len(ids)
+        rows.append(
+            pack(
+                rollouts,
+                row_tokens=row_tokens,
+                advantages=zeros,
+                token_weights=zeros,
+                pad_id=0,
+                segment_multiple=shape.segment_multiple,
+            )
+        )
+    return rows
+
+
+def compare(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
+    """Every data-parallel rank computes the same rows; a rank of the last stage writes the largest differences."""
+    folder = Path(job["model"])
+    policy = MegatronPolicy(config, read_spec(folder), folder, ranks, with_reference=False)
+    rows = make_rows(job["sequences"], config)
+    logits, log_probs = policy.logits(rows), policy.log_probs(rows)
+    if logits is None or log_probs is None or ranks.rank != ranks.topology.loss_rank(0):
+        return
+    logit_diff = log_prob_diff = 0.0
+    with safe_open(job["expected"], framework="pt") as expected:
+        for row, found, values in zip(rows, logits, log_probs, strict=True):
+            for i, begin in zip(row.rollout_ids, row.cu_seqlens.tolist(), strict=False):
+                wanted = expected.get_tensor(str(i))  # [T, V]
+                tokens = torch.tensor(job["sequences"][i][1:])
+                end = begin + len(tokens)
+                logit_diff = max(logit_diff, float((found[begin : end + 1].cpu() - wanted).abs().max()))
+                chosen = torch.log_softmax(wanted[:-1], -1).gather(1, tokens[:, None])[:, 0]
+                log_prob_diff = max(log_prob_diff, float((values[begin:end].cpu() - chosen).abs().max()))
+    answer = {"max_abs_logit_diff": logit_diff, "max_abs_log_prob_diff": log_prob_diff}
+    Path(job["answer"]).write_text(json.dumps(answer))
+
+
+def main() -> int:
+    """Exit code 2 where the input is wrong."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    config = Config.model_validate_json(json.dumps(job["config"]))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks = init_ranks(Topology.of(config, int(os.environ["WORLD_SIZE"])), config.guard.timeout_seconds)
+    try:
+        compare(job, config, ranks)
+    except UserError as error:
+        if ranks.is_first:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
