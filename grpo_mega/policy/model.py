@@ -69,4 +69,8 @@ class PolicyModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
+        if weight is self.output_layer.weight:
+            # read without calling its module: a gather of parameters that overlaps the forward pass waits in the hooks
+            for hook in self.output_layer._forward_pre_hooks.values():
+                hook(self.output_layer, ())
         return weight
