@@ -132,6 +132,25 @@ def test_a_family_that_cannot_be_synced_ends_before_anything_starts(tmp_path: Pa
     )
 
 
+def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: Path) -> None:
+    config = family_config(
+        tmp_path, "llama", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
+    assert message_of(config, Topology(1)) == (
+        f"model.path={tmp_path} has a quantization_config, and the engine would quantise what the sync brings; "
+        "give an unquantised checkpoint"
+    )
+    check_model(config, Topology(1), with_engine=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe"])
+def test_every_family_passes_where_no_engine_takes_part(tmp_path: Path, family: str) -> None:
+    config = family_config(tmp_path, family)
+    check_model(config, Topology(1), with_engine=False)
+    with pytest.raises(UserError, match="does not divide the 4 attention heads"):
+        check_model(config, Topology(3, tp=3), with_engine=False)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_dense_families_pass(tmp_path: Path, family: str) -> None:
     check_model(family_config(tmp_path, family), Topology(2, tp=2))
