@@ -70,6 +70,11 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
         return
     _require_divisor("parallel.ep", topology.ep, moe.num_experts, "experts", where)
     _require_divisor("parallel.etp", topology.etp, moe.expert_ffn_size, "feed-forward size of each expert", where)
+    if moe.gate is not None and topology.etp > 1:
+        raise UserError(
+            f"parallel.etp={topology.etp}: the experts of {where} have biases, and such experts are not cut; "
+            "set parallel.etp=1 and use parallel.ep"
+        )
     _require_divisor(
         "parallel.tp", topology.tp, moe.shared_ffn_size or topology.tp, "feed-forward size of the shared expert", where
     )

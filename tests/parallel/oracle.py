@@ -61,7 +61,9 @@ def expect(recorded: Recorded) -> Expected:
         logits = [_logits(model, r) for r in rollouts]
         log_probs = {t: [_forward(model, r, t)[0].tolist() for r in rollouts] for t in TEMPERATURES}
         entropy = [_forward(model, r, temperature)[1].tolist() for r in rollouts]
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    # of stacked experts biases are matrices
+    decays = {name: p.dim() > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    matrices, vectors = ([p for n, p in model.named_parameters() if decays[n] == many] for many in (True, False))
     adam = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=OPTIMIZER.lr,
