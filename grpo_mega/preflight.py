@@ -12,15 +12,21 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 
-def check_model(config: Config, topology: Topology) -> None:
-    """Does the layout divide the model, and does a rollout fit its positions?
+def check_model(config: Config, topology: Topology, *, with_engine: bool = True) -> None:
+    """Does the layout divide the model, does a rollout fit its positions, and can the engine be given its weights?
+
+    Args:
+        config: the run's.
+        topology: its ranks.
+        with_engine: False where no engine takes part: its rules are left out.
 
     Raises:
         UserError: names the key, the model's number and what would do.
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
     spec = _spec(config)
-    _check_sync(spec, config.engine.kind, where)
+    if with_engine:
+        _check_sync(spec, config)
     check_layout(spec, config.parallel, topology, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > spec.max_positions:
@@ -64,6 +70,11 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
         return
     _require_divisor("parallel.ep", topology.ep, moe.num_experts, "experts", where)
     _require_divisor("parallel.etp", topology.etp, moe.expert_ffn_size, "feed-forward size of each expert", where)
+    if moe.gate is not None and topology.etp > 1:
+        raise UserError(
+            f"parallel.etp={topology.etp}: the experts of {where} have biases, and such experts are not cut; "
+            "set parallel.etp=1 and use parallel.ep"
+        )
     _require_divisor(
         "parallel.tp", topology.tp, moe.shared_ffn_size or topology.tp, "feed-forward size of the shared expert", where
     )
@@ -74,11 +85,19 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
         )
 
 
-def _check_sync(spec: ModelSpec, engine: str, where: str) -> None:
+def _check_sync(spec: ModelSpec, config: Config) -> None:
+    if config.model.base is not None:
+        return
+    folder = Path(str(config.model.path))
     if spec.moe is not None or spec.mla is not None:
         raise UserError(
-            f"engine.kind={engine}: weights of the family {spec.family} ({where}) cannot be synced to this engine yet; "
-            "use a model of Llama, Qwen2 or Qwen3"
+            f"engine.kind={config.engine.kind}: weights of the family {spec.family} ({folder}) cannot be synced to "
+            "this engine yet; use a model of Llama, Qwen2 or Qwen3"
+        )
+    if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
+        raise UserError(
+            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
+            "give an unquantised checkpoint"
         )
 
 
@@ -94,13 +113,7 @@ def _spec(config: Config) -> ModelSpec:
     folder = Path(str(config.model.path))
     if not folder.is_dir():
         raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
-    spec = read_spec(folder)
-    if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
-        raise UserError(
-            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
-            "give an unquantised checkpoint"
-        )
-    return spec
+    return read_spec(folder)
 
 
 def _recipe_spec(recipe: ArchitectureConfig) -> ModelSpec:

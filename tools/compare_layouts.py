@@ -96,7 +96,7 @@ def config_of(args: argparse.Namespace, layout: Layout) -> Config:
     plain = [f"parallel.{key}={json.dumps(value)}" for key, value in one.parallel.model_dump().items()]
     try:
         config = load_config(args.config, [*args.overrides, *plain, "engine.tp=1", *layout.overrides])
-        check_model(config, Topology.of(config, config.run.world_size or 1))
+        check_model(config, Topology.of(config, config.run.world_size or 1), with_engine=False)
     except UserError as error:
         raise UserError(f"--layouts: {layout.text or 'one rank'}: {error}") from None
     return config

@@ -2,9 +2,10 @@
 
     python tools/compare_logits.py HF_DIR --layout tp=2,pp=2 [--json]
 
-The layout is a list of keys of `parallel` (and `dp`); its ranks are started on this machine. The sequences have ragged
-lengths and are packed several to a row. Differences are absolute: logits at every position, log-probs of every token
-but the first of each sequence.
+The layout is a list of keys of `parallel` (and `dp`); its ranks are started on this machine. A model with experts needs
+sequence parallelism beside tp > 1: it is switched on where the layout does not speak of it. FP8 weights are compared as
+what they stand for. The sequences have ragged lengths and are packed several to a row. Differences are absolute: logits
+at every position, log-probs of every token but the first of each sequence.
 
 Exit code 0: compared (and, with --tolerance, both differences are within it); 1: they are not, or a rank failed; 2: the
 input is wrong.
@@ -50,7 +51,11 @@ def config_of(folder: Path, spec: ModelSpec, layout: str, work: Path) -> Config:
     }
     file.write_text(yaml.safe_dump(run))
     try:
-        config = load_config(file, parse_layout(layout).overrides)
+        overrides = list(parse_layout(layout).overrides)
+        if spec.moe is not None and "sequence_parallel" not in layout:
+            config = load_config(file, overrides)
+            overrides.append(f"parallel.sequence_parallel={json.dumps(config.parallel.tp > 1)}")
+        config = load_config(file, overrides)
     except UserError as error:
         raise UserError(str(error).replace("--layouts", "--layout")) from None
     check_layout(spec, config.parallel, Topology.of(config, config.run.world_size or 1), str(folder))
@@ -64,6 +69,29 @@ def random_sequences(spec: ModelSpec, seed: int) -> list[list[int]]:
     return [[rng.randrange(spec.vocab_size) for _ in range(length)] for length in lengths]
 
 
+def dequantised(folder: Path, work: Path) -> Path:
+    """`folder`, or a copy whose FP8 weights are bfloat16: transformers reads such files on a GPU only.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    raw = json.loads((folder / "config.json").read_text())
+    if raw.pop("quantization_config", None) is None:
+        return folder
+    from safetensors.torch import save_file
+
+    from grpo_mega.convert.hf_files import HfFiles
+    from grpo_mega.types import TensorSlice
+
+    copy, files = work / "dequantised", HfFiles(folder)
+    copy.mkdir()
+    (copy / "config.json").write_text(json.dumps(raw))
+    slices = [TensorSlice(name, (0,) * len(shape), shape) for name, shape in files.shapes.items()]
+    save_file({box.name: files.read(box) for box in slices}, copy / "model.safetensors", metadata={"format": "pt"})
+    files.close()
+    return copy
+
+
 def expect(folder: Path, sequences: Sequence[Sequence[int]], file: Path) -> None:
     """Logits [T, V] of each sequence, by transformers, one sequence at a time."""
     import torch
@@ -73,7 +101,12 @@ def expect(folder: Path, sequences: Sequence[Sequence[int]], file: Path) -> None
     from grpo_mega.observe.log import quiet_libraries
 
     quiet_libraries()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        dequantised(folder, file.parent),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ).eval()
     with torch.no_grad():
         logits = {
             str(i): model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0].float().contiguous()

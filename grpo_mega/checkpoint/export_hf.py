@@ -1,21 +1,28 @@
 """Writes the policy in Hugging Face format: sharded safetensors with an index, config and tokenizer of the base.
 
-Tensors are streamed whole, one bucket at a time; rank 0 writes a file when it is full. Written under a temporary name
-and renamed at the end. Asserted by tests/e2e/test_quickstart.py: it loads in `transformers` with the same log-probs.
+Tensors are streamed whole, one bucket at a time; rank 0 writes a file when it is full. Those of the base that are not
+trained (multi-token-prediction layers) follow as they are. Weights are never FP8: the config says nothing of it.
+Written under a temporary name and renamed at the end. Asserted by tests/e2e/test_quickstart.py (it loads in
+`transformers` with the same log-probs) and tests/unit/test_export_hf.py.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_mega.convert.families import hf_shapes_aside
+from grpo_mega.convert.hf_files import HfFiles
+from grpo_mega.convert.spec import read_spec
 from grpo_mega.interfaces import Policy
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.types import TensorSlice
 
 MAX_SHARD_BYTES = 5 * 1000**3
 _BUCKET_BYTES = 256 * 1024 * 1024
@@ -29,8 +36,22 @@ def export_hf(policy: Policy, base: Path, folder: Path, ranks: Ranks, max_shard_
         if writer is not None:
             writer.add(name, tensor)
     if writer is not None:
+        for name, tensor in _untrained(base):
+            writer.add(name, tensor)
         writer.finish(base, folder)
     dist.barrier()
+
+
+def _untrained(base: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the base that the policy does not hold."""
+    shapes = hf_shapes_aside(read_spec(base))
+    if not shapes:
+        return
+    files = HfFiles(base)
+    for name, shape in shapes.items():
+        if name in files.shapes:
+            yield name, files.read(TensorSlice(name, (0,) * len(shape), shape))
+    files.close()
 
 
 class _Writer:
@@ -62,6 +83,7 @@ class _Writer:
         for path in base.iterdir():
             if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
                 shutil.copy2(path, self._staging)
+        _drop_quantisation(self._staging / "config.json")
         shutil.rmtree(folder, ignore_errors=True)
         self._staging.rename(folder)
 
@@ -69,3 +91,9 @@ class _Writer:
         save_file(self._open, str(self._staging / f"{len(self._files)}.part"), metadata={"format": "pt"})
         self._files.append(list(self._open))
         self._open = {}
+
+
+def _drop_quantisation(config: Path) -> None:
+    raw = json.loads(config.read_text())
+    if raw.pop("quantization_config", None) is not None:
+        config.write_text(json.dumps(raw, indent=2))

@@ -25,6 +25,7 @@ from grpo_mega.types import Placement
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)\d+(?=\.)|(?<=\.experts\.linear_fc[12]\.weight)\d+$")
+_STACKED = re.compile(r"\.experts\.(gate_up|down)\.(weight|bias)$")
 
 
 def parameter_placements(
@@ -33,6 +34,8 @@ def parameter_placements(
     tp: int,
     tp_rank: int,
     *,
+    ep: int = 1,
+    ep_rank: int = 0,
     etp: int = 1,
     etp_rank: int = 0,
     latent_split: bool = True,
@@ -43,6 +46,7 @@ def parameter_placements(
         spec: the model.
         parameter: Megatron's name; the router's `expert_bias`, a buffer, counts as one.
         tp: ranks that share a dense layer; tp_rank: which of them.
+        ep: ranks that share the experts where one parameter holds them all; ep_rank: which of them.
         etp: ranks that share an expert; etp_rank: which of them.
         latent_split: see `latent_attention`.
 
@@ -56,7 +60,8 @@ def parameter_placements(
     table = _layer_table(spec, spec.is_moe_layer(layer), latent_split)
     numbered = _EXPERT.search("." + name)
     if numbered is None:
-        return placements(table[name], spec, parameter, tp, tp_rank, layer=layer)
+        shared = (ep, ep_rank) if _STACKED.search(parameter) else (tp, tp_rank)
+        return placements(table[name], spec, parameter, *shared, layer=layer)
     rule = table[_EXPERT.sub("{expert}", "." + name)[1:]]
     return placements(rule, spec, parameter, etp, etp_rank, layer=layer, expert=int(numbered[0]))
 
@@ -108,7 +113,7 @@ def keeps_float32(hf_name: str) -> bool:
 
 def is_expert_parameter(parameter: str) -> bool:
     """Does this parameter of Megatron belong to a routed expert?"""
-    return _EXPERT.search(parameter) is not None
+    return _EXPERT.search(parameter) is not None or _STACKED.search(parameter) is not None
 
 
 def number_expert(parameter: str, first: int) -> str:

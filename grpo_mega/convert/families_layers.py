@@ -8,7 +8,7 @@ checkpoint's side is the same.
 from __future__ import annotations
 
 from grpo_mega.convert.rules import Copy, Interleaved, Rule, Stacked
-from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.convert.spec import ModelSpec, MoeSpec
 
 LAYER = "model.layers.{layer}."
 Table = dict[str, Rule]
@@ -38,6 +38,10 @@ def grouped_query_attention(spec: ModelSpec) -> Table:
     }
     if spec.qkv_bias:
         table["self_attention.linear_qkv.bias"] = Interleaved(query + "bias", key + "bias", value + "bias", bias=True)
+    if spec.output_bias:
+        table["self_attention.linear_proj.bias"] = Copy(attention + "o_proj.bias", (spec.hidden_size,), None)
+    if spec.attention_sinks:
+        table["self_attention.core_attention.softmax_offset"] = Copy(attention + "sinks", (spec.num_heads,), 0)
     if spec.qk_norm:
         for x in "qk":
             table[f"self_attention.{x}_layernorm.weight"] = Copy(f"{attention}{x}_norm.weight", (spec.head_dim,), None)
@@ -84,6 +88,8 @@ def experts(spec: ModelSpec) -> Table:
     """Router, routed experts, and the shared one."""
     assert spec.moe is not None, "called for layers with experts only"
     moe, hidden = spec.moe, spec.hidden_size
+    if moe.gate is not None:
+        return _stacked_experts(moe, hidden)
     mixtral = spec.family == "mixtral"
     block = LAYER + ("block_sparse_moe." if mixtral else "mlp.")
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
@@ -98,6 +104,19 @@ def experts(spec: ModelSpec) -> Table:
         for name, rule in _gated(block + "shared_experts.", moe.shared_ffn_size, hidden).items():
             table[f"mlp.shared_experts.{name}"] = rule
     return table
+
+
+def _stacked_experts(moe: MoeSpec, hidden: int) -> Table:
+    """gpt-oss. The experts' tensors are cut along their first axis, by expert (policy/clamped_experts.py)."""
+    block, count, width = LAYER + "mlp.", moe.num_experts, moe.expert_ffn_size
+    return {
+        "mlp.router.weight": Copy(block + "router.weight", (count, hidden), None),
+        "mlp.router.bias": Copy(block + "router.bias", (count,), None),
+        "mlp.experts.gate_up.weight": Copy(block + "experts.gate_up_proj", (count, hidden, 2 * width), 0),
+        "mlp.experts.gate_up.bias": Copy(block + "experts.gate_up_proj_bias", (count, 2 * width), 0),
+        "mlp.experts.down.weight": Copy(block + "experts.down_proj", (count, width, hidden), 0),
+        "mlp.experts.down.bias": Copy(block + "experts.down_proj_bias", (count, hidden), 0),
+    }
 
 
 def _gated(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_mega.convert.spec_fields import Fields
-from grpo_mega.convert.spec_parts import FP8_BLOCK, MlaSpec, ModelSpec, MoeSpec
+from grpo_mega.convert.spec_parts import FP8_BLOCK, ClampedGate, MlaSpec, ModelSpec, MoeSpec
 from grpo_mega.convert.spec_rope import read_rope
 from grpo_mega.types import UserError
 
@@ -173,6 +173,37 @@ def read_glm4_moe(fields: Fields) -> ModelSpec:
     return ModelSpec(**common | {"moe": _sigmoid_moe(fields, common), "num_mtp_layers": _mtp(fields)})
 
 
+def read_gpt_oss(fields: Fields) -> ModelSpec:
+    """gpt-oss: every linear layer has a bias, attention has sinks, every other layer a window."""
+    fields.only("attention_bias", True)
+    fields.unused("initial_context_length")  # rope_scaling says it
+    common = _no_partial_rotary(fields, _common(fields, _SCALINGS, theta=150000.0, eps=1e-5))
+    window, kinds = fields.maybe_whole("sliding_window"), fields.take("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(common["num_layers"])]
+    if len(kinds) != common["num_layers"]:
+        raise UserError(
+            f"{fields.where}: layer_types has {len(kinds)} entries, num_hidden_layers={common['num_layers']}; "
+            "download it again"
+        )
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        fields.refuse(f"layer_types={sorted(unknown)}")
+    moe = MoeSpec(
+        layers=(True,) * common["num_layers"],
+        num_experts=fields.whole("num_local_experts", "num_experts"),
+        top_k=fields.whole("num_experts_per_tok", "experts_per_token"),
+        expert_ffn_size=common["ffn_size"],
+        score="softmax",
+        normalize=True,
+        gate=ClampedGate(fields.number("swiglu_alpha", default=1.702), fields.number("swiglu_limit", default=7.0)),
+    )
+    return ModelSpec(
+        **common
+        | {"qkv_bias": True, "output_bias": True, "attention_sinks": True, "moe": _checked(fields, moe)}
+        | {"sliding_window": window or 0, "windowed": tuple(bool(window) and k == "sliding_attention" for k in kinds)}
+    )
+
+
 def _latent_attention(fields: Fields) -> dict[str, Any]:
     fields.only("pretraining_tp", 1)
     _no_biases(fields)
@@ -258,4 +289,5 @@ READERS = {
     "DeepseekV2ForCausalLM": FamilyReader("deepseek_v2", read_deepseek_v2),
     "DeepseekV3ForCausalLM": FamilyReader("deepseek_v3", read_deepseek_v3),
     "Glm4MoeForCausalLM": FamilyReader("glm4_moe", read_glm4_moe),
+    "GptOssForCausalLM": FamilyReader("gpt_oss", read_gpt_oss),
 }

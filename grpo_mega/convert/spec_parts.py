@@ -40,6 +40,15 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 @dataclass(frozen=True)
+class ClampedGate:
+    """gate = min(gate, limit), up = clamp(up, -limit, limit), out = (up + 1) gate sigmoid(alpha gate), instead of
+    silu(gate) up. Source: gpt-oss, the released code."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True)
 class MoeSpec:
     """Routed experts. A router scores all experts, takes the best `top_k`, and adds up their outputs with weights.
 
@@ -63,6 +72,9 @@ class MoeSpec:
     group_best: int = 1
     correction_bias: bool = False
     """A bias per expert is added to the scores for the choice only. It is not trained by gradient."""
+    gate: ClampedGate | None = None
+    """Of experts whose tensors the checkpoint stacks, input by output, gate and up alternating in the columns; they and
+    the router have biases."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,14 @@ class ModelSpec:
     rope: RopeScaling | None = None
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
+    output_bias: bool = False
+    """The projection of the attention's output has a bias."""
+    attention_sinks: bool = False
+    """Each head has a number that takes part in the softmax over its logits and then gives no value."""
+    sliding_window: int = 0
+    """Tokens that a query of a `windowed` layer sees, itself included."""
+    windowed: tuple[bool, ...] = ()
+    """Which layers see no more than the window; () : none."""
     num_mtp_layers: int = 0
     """Multi-token-prediction layers behind the last one in the checkpoint: kept aside, neither used nor trained."""
 

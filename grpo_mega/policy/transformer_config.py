@@ -20,9 +20,10 @@ cpu.prepare_import()
 
 from megatron.core import parallel_state  # noqa: E402 - only after prepare_import
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
-from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig  # noqa: E402
 
 from grpo_mega.policy.attention import PackedSpecProvider, RMSNorm  # noqa: E402
+from grpo_mega.policy.clamped_experts import ClampedExperts  # noqa: E402
 from grpo_mega.policy.model import PolicyModel  # noqa: E402
 from grpo_mega.policy.rotary import megatron_mscale, set_frequencies  # noqa: E402
 
@@ -74,6 +75,15 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         **quirks.PIPELINE_MESSAGES,
     }
     settings |= _recompute(parallel)
+    if spec.output_bias:
+        settings["add_bias_linear"] = True
+    if spec.attention_sinks:
+        settings["softmax_type"] = "learnable"
+    if any(spec.windowed):
+        settings |= {
+            "window_size": (spec.sliding_window - 1, 0),
+            "window_attn_skip_freq": list(map(int, spec.windowed)),
+        }
     if spec.moe is not None:
         settings |= _moe_settings(spec.moe, cuda)
     if spec.mla is not None:
@@ -177,7 +187,7 @@ def _chunk(config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig,
     stage = chunk if parallel.vpp > 1 else None
     return PolicyModel(
         config,
-        _layer_spec(config, stage),
+        _layer_spec(config, spec, stage),
         vocab_size=padded_vocab(spec.vocab_size, parallel.tp),
         max_sequence_length=spec.max_positions,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -191,12 +201,17 @@ def _chunk(config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig,
     )
 
 
-def _layer_spec(config: TransformerConfig, vp_stage: int | None) -> Any:
+def _layer_spec(config: TransformerConfig, spec: ModelSpec, vp_stage: int | None) -> Any:
     transformer_engine = torch.cuda.is_available()
     if not transformer_engine:
         # hard-coded at gpt_layer_specs.py:344 (layers) and :644 (final norm)
         gpt_layer_specs.LocalSpecProvider = PackedSpecProvider
         gpt_layer_specs.LNImpl = RMSNorm
-    return gpt_layer_specs.get_gpt_decoder_block_spec(
+    block = gpt_layer_specs.get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
     )
+    if spec.moe is not None and spec.moe.gate is not None:
+        gate = {"alpha": spec.moe.gate.alpha, "limit": spec.moe.gate.limit}
+        for layer in block.layer_specs:
+            layer.submodules.mlp.submodules.experts = ModuleSpec(module=ClampedExperts, params=gate)
+    return block

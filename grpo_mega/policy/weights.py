@@ -161,6 +161,8 @@ class MegatronWeights:
             parameter,
             topology.tp,
             at.tp_rank,
+            ep=topology.ep,
+            ep_rank=at.ep_rank,
             etp=topology.etp,
             etp_rank=at.etp_rank,
             latent_split=not torch.cuda.is_available(),

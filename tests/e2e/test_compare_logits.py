@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_with_experts_in_two_ranks_has_the_logits_of_transformers(model: Path) -> None:
-    layout = "tp=2,ep=2,sequence_parallel=true"
+    layout = "tp=2,ep=2"
     done = compare(str(model), "--layout", layout, "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -46,7 +46,10 @@ def test_wrong_input_is_exit_code_2_and_one_line(model: Path, tmp_path: Path) ->
         ((str(tmp_path / "none"),), "is not a folder; give a Hugging Face model folder"),
         ((str(tmp_path),), "holds no config.json"),
         ((str(model), "--layout", "tp=3"), "parallel.tp=3 does not divide the 4 attention heads"),
-        ((str(model), "--layout", "tp=2"), "needs sequence parallelism; set parallel.sequence_parallel=true"),
+        (
+            (str(model), "--layout", "tp=2,sequence_parallel=false"),
+            "needs sequence parallelism; set parallel.sequence_parallel=true",
+        ),
         ((str(model), "--layout", "qp=2"), "--layout: 'qp=2'"),
     ):
         done = compare(*arguments)

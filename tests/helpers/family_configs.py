@@ -76,6 +76,27 @@ FAMILY_CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_nextn_predict_layers": 1,
         },
     ),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        "gpt_oss",
+        {
+            "head_dim": 32,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "swiglu_limit": 0.5,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+                "beta_fast": 4.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+            },
+        },
+    ),
 }
 
 

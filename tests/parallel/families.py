@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.random_families import random_case
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_family_model
 from tests.parallel.oracle import Expected, expect, perturbed_log_probs
@@ -16,6 +17,7 @@ from tests.parallel.recorded import (
     NUM_UPDATES,
     ONE,
     OPTIMIZER,
+    OVERLAP,
     Layout,
     Recorded,
     RecordingLoss,
@@ -27,6 +29,7 @@ from tests.parallel.recorded import (
 )
 
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
+    from grpo_mega.batch import TrainBatch
     from grpo_mega.policy.policy import MegatronPolicy
 
 
@@ -55,18 +58,52 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
         "deepseek_v3", rope_parameters=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}, num_experts_per_tok=4
     ),
     "glm4-moe": raw_family_config("glm4_moe"),
+    "gpt-oss": raw_family_config("gpt_oss"),
+    "qwen2-tied": raw_family_config("qwen2", tie_word_embeddings=True),
+    "qwen3-tied": raw_family_config("qwen3", tie_word_embeddings=True),
 }
-DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn")
-LATENT = ("deepseek-v2", "deepseek-v2-lite", "deepseek-v3")
+DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn", "qwen2-tied", "qwen3-tied")
 
-DENSE_LAYOUTS = (ONE, Layout(4, tp=2, pp=2))
-MOE_LAYOUTS = (
+SP = True
+# two layers over four model chunks
+SPREAD = ("pipeline_layout", "E|t|t|L")
+# together: tp, sequence parallelism, pp, ep; cp, dp, ep, etp, and an embedding that no rank shares
+QUICK_DENSE = (Layout(4, tp=2, pp=2),)
+QUICK_MOE = (Layout(4, tp=2, pp=2, sequence_parallel=SP, ep=2), Layout(4, cp=2, ep=2, etp=2))
+LONG_DENSE = (
+    ONE,
+    Layout(2),
+    Layout(2, tp=2),
+    Layout(2, tp=2, sequence_parallel=SP),
+    Layout(2, pp=2),
+    Layout(2, cp=2),
+    Layout(4, pp=2, vpp=2, more=(SPREAD, *OVERLAP)),
+    Layout(4, tp=2, cp=2, sequence_parallel=SP, more=(("recompute", "full"),)),
+    Layout(8, tp=2, pp=2),
+    Layout(8, tp=2, pp=2, cp=2),
+)
+LONG_MOE = (
     ONE,
     Layout(2, ep=2),
-    Layout(2, tp=2, sequence_parallel=True),
-    Layout(4, tp=2, sequence_parallel=True, ep=2, etp=2),
-    Layout(4, tp=2, pp=2, sequence_parallel=True, ep=2),
+    Layout(2, cp=2),
+    Layout(2, tp=2, sequence_parallel=SP),
+    Layout(4, etp=2),
+    Layout(4, ep=4, more=(("recompute", "selective"), ("recompute_modules", ("core_attn", "moe", "layernorm")))),
+    Layout(4, tp=2, sequence_parallel=SP, ep=2, etp=2),
+    Layout(4, pp=2, vpp=2, ep=2, more=(SPREAD, *OVERLAP)),
+    Layout(4, tp=2, cp=2, sequence_parallel=SP, ep=4, more=(("recompute", "full"),)),
+    Layout(8, tp=2, pp=2, sequence_parallel=SP, ep=2, etp=2),
+    Layout(8, tp=2, pp=2, cp=2, sequence_parallel=SP, ep=2),
 )
+
+
+def layouts_of(name: str, *, quick: bool) -> tuple[Layout, ...]:
+    """Those of the quick suite, or all others."""
+    if name in DENSE:
+        return QUICK_DENSE if quick else LONG_DENSE
+    found = QUICK_MOE if quick else LONG_MOE
+    # of gpt-oss experts are not cut
+    return found if name != "gpt-oss" else tuple(replace(layout, etp=1) for layout in found)
 
 
 @dataclass
@@ -74,6 +111,7 @@ class FamilyRecord:
     """What one rank saw of a family; gradients and tensors are whole, on rank 0."""
 
     is_last_stage: bool = False
+    logits: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     log_probs: dict[int, list[float]] = field(default_factory=dict)
     stats: list[Any] = field(default_factory=list)
     gradients: list[dict[str, np.ndarray[Any, Any]]] = field(default_factory=list)
@@ -94,11 +132,7 @@ class FamilyLaboratory:
         """The model `name` of FAMILY_MODELS and rollouts for it."""
         if name not in self._recorded:
             seed = 100 + list(FAMILY_MODELS).index(name)
-            model = make_family_model(self._folder / name, FAMILY_MODELS[name], seed)
-            groups, rewards = sample_groups(4, 4, seed)
-            old = perturbed_log_probs(groups, model, 1.0, 0.01, seed + 10)
-            ref = perturbed_log_probs(groups, model, 1.0, 0.02, seed + 20)
-            self._recorded[name] = Recorded(model, groups, rewards, old, ref)
+            self._recorded[name] = record_family(self._folder / name, FAMILY_MODELS[name], seed)
         return self._recorded[name]
 
     def expected(self, name: str) -> Expected:
@@ -110,8 +144,30 @@ class FamilyLaboratory:
     def run(self, name: str, layout: Layout) -> list[FamilyRecord]:
         """What each rank measured."""
         if (name, layout) not in self._runs:
-            self._runs[name, layout] = self.pool.call(layout.world, measure_family, self.recorded(name), layout)
+            self._runs[name, layout] = self.pool.call(
+                layout.world, measure_family, self.recorded(name), layout, timeout_seconds=900.0
+            )
         return self._runs[name, layout]
+
+
+def record_family(folder: Path, config: dict[str, Any], seed: int) -> Recorded:
+    """A random model, written to `folder`, and rollouts for it."""
+    model = make_family_model(folder, config, seed)
+    groups, rewards = sample_groups(4, 4, seed, config["vocab_size"])
+    old = perturbed_log_probs(groups, model, 1.0, 0.01, seed + 10)
+    ref = perturbed_log_probs(groups, model, 1.0, 0.02, seed + 20)
+    return Recorded(model, groups, rewards, old, ref)
+
+
+def measure_random(pool: RankPool, folder: Path, seed: int) -> Differences:
+    """A random model in a random layout."""
+    config, world, parallel = random_case(seed)
+    axes = {name: getattr(parallel, name) for name in ("tp", "pp", "sequence_parallel", "cp", "vpp", "ep", "etp")}
+    given = {name: value for name, value in parallel.model_dump(exclude_defaults=True).items() if name not in axes}
+    recorded = record_family(folder / f"seed_{seed}", config, seed)
+    layout = Layout(world, more=tuple(given.items()), **axes)
+    records = pool.call(world, measure_family, recorded, layout, timeout_seconds=900.0)
+    return differences(records, expect(recorded), every_tensor_is_used=False)
 
 
 def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecord:
@@ -122,6 +178,7 @@ def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecor
     record = FamilyRecord(is_last_stage=policy.ranks.is_last_stage)
     values = policy.log_probs(rows.microbatches)
     record.log_probs = {} if values is None else rows.completion_values(values)
+    record.logits = whole_logits(policy, rows)
     loss = RecordingLoss()
     for update in range(NUM_UPDATES + 1):
         tensors = {name: as_array(t) for name, t in policy.full_tensors(4096)}
@@ -132,6 +189,58 @@ def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecor
             record.stats.append(stats)
             record.gradients.append(taken if rank == 0 else {})
     return record
+
+
+def whole_logits(policy: MegatronPolicy, rows: TrainBatch) -> dict[int, np.ndarray[Any, Any]]:
+    """[T, V] per rollout of this rank, on the ranks of the last stage."""
+    found: dict[int, np.ndarray[Any, Any]] = {}
+    for microbatch, values in zip(rows.microbatches, policy.logits(rows.microbatches) or [], strict=False):
+        bounds = microbatch.cu_seqlens.tolist()
+        for i, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
+            found[i] = as_array(values[begin:end])  # with the padding at the end of the sequence
+    return found
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The largest ones to the oracle: absolute, of gradients |g - g'| / |g'| over tensors and updates."""
+
+    logits: float
+    log_probs: float
+    gradient: float
+    gradient_of: str
+    weights: float
+
+
+def differences(records: list[FamilyRecord], expected: Expected, *, every_tensor_is_used: bool = True) -> Differences:
+    """Every rollout, every tensor, every update; asserts that none is missing. Where a tensor may be unused (an expert
+    that no token chose), a gradient below 1e-4 of the whole one's norm counts as that large."""
+    count = len(expected.logits)
+    last = [record for record in records if record.is_last_stage]
+    for seen in ([r.logits for r in last], [r.log_probs for r in last]):
+        assert {i for values in seen for i in values} == set(range(count))
+    logits = max(float(np.abs(v[: len(w)] - w).max()) for r in last for i, v in r.logits.items()
+                 for w in [expected.logits[i].numpy()])  # fmt: skip
+    wanted = expected.log_probs[1.0]
+    log_probs = max(float(np.abs(np.array(v) - wanted[i]).max()) for r in last for i, v in r.log_probs.items())
+    gradient, of = 0.0, ""
+    for update, tensors in enumerate(expected.gradients):
+        found = records[0].gradients[update]
+        assert tensors.keys() == {name for name in found if not name.endswith("e_score_correction_bias")}
+        for name, tensor in tensors.items():
+            size = float(tensor.norm())
+            if every_tensor_is_used:
+                assert size > 1e-5, f"{name} has no gradient that could be wrong"
+            else:
+                size = max(size, 1e-4 * expected.grad_norms[update])
+            relative = float(np.linalg.norm(found[name] - tensor.numpy())) / size
+            gradient, of = max((gradient, of), (relative, f"{name}, update {update + 1}"))
+    weights = 0.0
+    for update, tensors in enumerate(expected.tensors):
+        assert tensors.keys() == records[0].tensors[update].keys()
+        for name, tensor in tensors.items():
+            weights = max(weights, float(np.abs(records[0].tensors[update][name] - tensor.numpy()).max()))
+    return Differences(logits, log_probs, gradient, of, weights)
 
 
 def take_gradients(policy: MegatronPolicy) -> dict[str, np.ndarray[Any, Any]]:

@@ -19,9 +19,10 @@ from tests.parallel.recorded import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UPDATES, O
 @dataclass(frozen=True)
 class Expected:
     """Per update: loss, gradient norm (before clipping), share of clipped tokens, mean KL. Tensors after 0, 1, 2 and 3
-    updates; gradients of each update, before clipping. Log-probs and entropies are those before the first. Names are
-    those of the checkpoint."""
+    updates; gradients of each update, before clipping. Logits [T, V] of each rollout, log-probs and entropies are those
+    before the first. Names are those of the checkpoint."""
 
+    logits: list[Tensor]
     log_probs: dict[float, list[list[float]]]
     entropy: list[list[float]]
     losses: list[float]
@@ -57,16 +58,19 @@ def expect(recorded: Recorded) -> Expected:
     model = load(recorded.model)
     rollouts, temperature = recorded.groups.rollouts, recorded.temperature
     with torch.no_grad():
+        logits = [_logits(model, r) for r in rollouts]
         log_probs = {t: [_forward(model, r, t)[0].tolist() for r in rollouts] for t in TEMPERATURES}
         entropy = [_forward(model, r, temperature)[1].tolist() for r in rollouts]
-    matrices, vectors = ([p for p in model.parameters() if (p.dim() > 1) == many] for many in (True, False))
+    # of stacked experts biases are matrices
+    decays = {name: p.dim() > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    matrices, vectors = ([p for n, p in model.named_parameters() if decays[n] == many] for many in (True, False))
     adam = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=OPTIMIZER.lr,
         betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
         eps=OPTIMIZER.eps,
     )
-    expected = Expected(log_probs, entropy, [], [], [], [], [_tensors(model)], [])
+    expected = Expected(logits, log_probs, entropy, [], [], [], [], [_tensors(model)], [])
     for _ in range(NUM_UPDATES):
         adam.zero_grad()
         loss, clipped, kl = _loss(model, recorded)
@@ -106,12 +110,17 @@ def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
 
 def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the completion's tokens."""
-    prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
-    ids = torch.tensor([[*prompt, *completion]])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
+    logits = _logits(model, rollout)[len(rollout.prompt.token_ids) - 1 : -1] / temperature
     every = torch.log_softmax(logits, -1)
-    chosen = every.gather(1, torch.tensor(completion)[:, None])[:, 0]
+    chosen = every.gather(1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
     return chosen, -(every.exp() * every).sum(-1)
+
+
+def _logits(model: Any, rollout: Any) -> Tensor:
+    """[T, V] of prompt and completion."""
+    ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.completion.token_ids]])
+    found: Tensor = model(input_ids=ids, use_cache=False).logits[0].double()
+    return found
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:

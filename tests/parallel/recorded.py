@@ -143,14 +143,16 @@ class Recorded:
     max_tokens: int = 40
 
 
-def sample_groups(num_prompts: int, group_size: int, seed: int) -> tuple[SampledGroups, list[float]]:
+def sample_groups(
+    num_prompts: int, group_size: int, seed: int, vocab: int = VOCAB
+) -> tuple[SampledGroups, list[float]]:
     """Rollouts of ragged lengths with rewards; those of the last group are all equal."""
     rng = random.Random(seed)
     rollouts, rewards = [], []
     for index in range(num_prompts):
-        prompt = Prompt(index, "", tuple(rng.randrange(2, VOCAB) for _ in range(rng.randint(2, 7))), "")
+        prompt = Prompt(index, "", tuple(rng.randrange(2, vocab) for _ in range(rng.randint(2, 7))), "")
         for _ in range(group_size):
-            tokens = (*(rng.randrange(2, VOCAB) for _ in range(rng.randint(0, 13))), EOS)
+            tokens = (*(rng.randrange(2, vocab) for _ in range(rng.randint(0, 13))), EOS)
             completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "")
             rewards.append(1.0 if index == num_prompts - 1 else rng.random())
             rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))

@@ -26,16 +26,23 @@ def random_lengths(seed: int) -> list[int]:
     return [1, *(rng.choice([1, 2, 3, 7, 8, 9, 30, 64]) for _ in range(rng.randrange(1, 12))), rng.randrange(1, 40)]
 
 
-def oracle(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> Tensor:
-    """softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64."""
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, sinks: Tensor | None = None, window: int = 0
+) -> Tensor:
+    """softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64. A sink is one more
+    logit, whose share of the softmax is dropped; with a window a query sees so many tokens, itself included."""
     out = torch.zeros(q.size(0), q.size(1), v.size(2), dtype=torch.float64)
     per_head = q.size(1) // k.size(1)
     for begin, end in pairwise(bounds.tolist()):
         future = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
+        if window:
+            future |= torch.ones_like(future).tril(-window)
         for head in range(q.size(1)):
             qh, kh, vh = q[begin:end, head], k[begin:end, head // per_head], v[begin:end, head // per_head]
             logits = (qh @ kh.T * scale).masked_fill(future, float("-inf"))
-            out[begin:end, head] = logits.softmax(-1) @ vh
+            if sinks is not None:
+                logits = torch.cat([logits, sinks[head].expand(len(logits), 1)], 1)
+            out[begin:end, head] = logits.softmax(-1)[:, : end - begin] @ vh
     return out
 
 
@@ -65,6 +72,30 @@ def test_packed_attention_is_attention_per_sequence_with_its_gradient(
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 1, 3, 500])
+@pytest.mark.parametrize("has_sinks", [True, False])
+@pytest.mark.parametrize(("heads", "kv_heads", "scale"), [(4, 4, None), (6, 2, 0.7)])
+def test_sinks_and_windows_are_those_of_the_formula_with_their_gradients(
+    heads: int, kv_heads: int, scale: float | None, has_sinks: bool, window: int
+) -> None:
+    bounds = bounds_of(random_lengths(3))
+    total, generator = int(bounds[-1]), torch.Generator().manual_seed(0)
+    shapes = ((total, heads, 8), (total, kv_heads, 8), (total, kv_heads, 12), (heads,))
+    exact = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    ours = [x.detach().float().requires_grad_() for x in exact]
+    upstream = torch.randn(total, heads, 12, generator=generator, dtype=torch.float64)
+    sinks = (exact[3], ours[3]) if has_sinks else (None, None)
+    expected = oracle(*exact[:3], bounds, scale if scale is not None else 8**-0.5, sinks[0], window)
+    found = packed_attention(*ours[:3], bounds, scale, sinks=sinks[1], window=window)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    expected.backward(upstream)
+    found.backward(upstream.float())
+    for x, y in zip(ours[: 3 + has_sinks], exact, strict=False):
+        assert x.grad is not None
+        assert y.grad is not None
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_of_one_sequence_see_nothing_of_another() -> None:
     bounds = bounds_of([5, 1, 9, 4])
     q, k, v = torch.randn(3, 19, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
@@ -87,7 +118,7 @@ def test_a_row_that_the_bounds_do_not_cover_is_refused() -> None:
 def test_module_gives_the_heads_side_by_side() -> None:
     x = torch.randn(6, 2, 4, generator=torch.Generator().manual_seed(0))
     packed: Any = SimpleNamespace(cu_seqlens_q=bounds_of([4, 2]))
-    config: Any = None
+    config: Any = SimpleNamespace(window_size=None, window_attn_skip_freq=None, softmax_type="vanilla")
     module = PackedAttention(config, 1)
     out = module(x, x, x, None, packed_seq_params=packed)
     assert torch.equal(out, packed_attention(x, x, x, packed.cu_seqlens_q, None).view(6, 8))

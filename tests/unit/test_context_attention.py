@@ -39,6 +39,7 @@ class Ranks:
 @pytest.mark.parametrize("mask_elements", [1, 500, 1 << 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "v_width"), [(4, 4, 8, 8), (4, 1, 16, 12)])
 @pytest.mark.parametrize(("cp", "scale"), [(2, None), (3, 0.7)])
+@pytest.mark.parametrize(("has_sinks", "window"), [(False, 0), (True, 5)])
 def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     monkeypatch: pytest.MonkeyPatch,
     heads: int,
@@ -47,6 +48,8 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     v_width: int,
     cp: int,
     scale: float | None,
+    has_sinks: bool,
+    window: int,
     mask_elements: int,
 ) -> None:
     monkeypatch.setattr(module, "MASK_ELEMENTS", mask_elements)
@@ -57,22 +60,31 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     shapes = ((heads, width), (kv_heads, width), (kv_heads, v_width))
     exact = [torch.randn(total, *s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     upstream = torch.randn(total, heads, v_width, generator=generator, dtype=torch.float64)
-    expected = oracle(*exact, bounds, scale if scale is not None else width**-0.5)
+    sinks = torch.randn(heads, generator=generator, dtype=torch.float64, requires_grad=True) if has_sinks else None
+    expected = oracle(*exact, bounds, scale if scale is not None else width**-0.5, sinks, window)
     expected.backward(upstream)
     q, k, v = (x.detach().float() for x in exact)
-    ranks = Ranks(monkeypatch, cp, k, v)
+    gathered = torch.cat([k, k.new_zeros(total, kv_heads, 1)], -1) if has_sinks else k  # of `add_sinks`
+    ranks = Ranks(monkeypatch, cp, gathered, v)
+    ours = None if sinks is None else sinks.detach().float().requires_grad_()
     for ranks.rank in range(cp):
         share = rank_index(bounds, cp, ranks.rank)
         mine = [x[share].requires_grad_() for x in (q, k, v)]
-        found = context_attention(*mine, bounds, scale, ranks.group)
+        found = context_attention(*mine, bounds, scale, ranks.group, sinks=ours, window=window)
         torch.testing.assert_close(found.double(), expected[share].detach(), rtol=1e-5, atol=1e-6)
         found.backward(upstream[share].float())
         assert exact[0].grad is not None
         torch.testing.assert_close(mine[0].grad.double(), exact[0].grad[share], rtol=1e-4, atol=1e-5)
     assert exact[1].grad is not None
     assert exact[2].grad is not None
-    wanted = torch.cat([exact[1].grad.flatten(1), exact[2].grad.flatten(1)], 1)
-    torch.testing.assert_close(ranks.grads.double(), wanted, rtol=1e-4, atol=1e-5)
+    found_keys, found_values = ranks.grads.double().split([gathered[0].numel(), v[0].numel()], 1)
+    found_keys = found_keys.view(total, kv_heads, -1)[:, :, :width]
+    torch.testing.assert_close(found_keys, exact[1].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found_values, exact[2].grad.flatten(1), rtol=1e-4, atol=1e-5)
+    if ours is not None:
+        assert ours.grad is not None
+        assert sinks is not None
+        torch.testing.assert_close(ours.grad.double(), sinks.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_holds_at_most_so_many_elements_and_no_key_is_taken_that_no_query_sees() -> None:

@@ -159,7 +159,7 @@ def test_an_unknown_architecture_is_answered_with_the_known_ones(architectures: 
     assert message_of(raw_config(architectures=architectures)) == (
         f"config.json: architectures={name} is not supported; use one of LlamaForCausalLM, Qwen2ForCausalLM, "
         "Qwen3ForCausalLM, Qwen3MoeForCausalLM, MixtralForCausalLM, DeepseekV2ForCausalLM, DeepseekV3ForCausalLM, "
-        "Glm4MoeForCausalLM"
+        "Glm4MoeForCausalLM, GptOssForCausalLM"
     )
 
 

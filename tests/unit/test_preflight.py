@@ -124,12 +124,31 @@ def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
     return load_config(QUICKSTART, ("model.base=null", f"model.path={tmp_path}"))
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"])
 def test_a_family_that_cannot_be_synced_ends_before_anything_starts(tmp_path: Path, family: str) -> None:
     assert message_of(family_config(tmp_path, family), Topology(1)) == (
         f"engine.kind=vllm: weights of the family {family} ({tmp_path}) cannot be synced to this engine yet; "
         "use a model of Llama, Qwen2 or Qwen3"
     )
+
+
+def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: Path) -> None:
+    config = family_config(
+        tmp_path, "llama", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
+    assert message_of(config, Topology(1)) == (
+        f"model.path={tmp_path} has a quantization_config, and the engine would quantise what the sync brings; "
+        "give an unquantised checkpoint"
+    )
+    check_model(config, Topology(1), with_engine=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"])
+def test_every_family_passes_where_no_engine_takes_part(tmp_path: Path, family: str) -> None:
+    config = family_config(tmp_path, family)
+    check_model(config, Topology(1), with_engine=False)
+    with pytest.raises(UserError, match="does not divide the 4 attention heads"):
+        check_model(config, Topology(3, tp=3), with_engine=False)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -172,6 +191,13 @@ SP = ParallelConfig(tp=2, sequence_parallel=True)
             ParallelConfig(tp=2),
             Topology(2, tp=2),
             "parallel.tp=2 with the experts of M needs sequence parallelism; set parallel.sequence_parallel=true",
+        ),
+        (
+            "gpt_oss",
+            {},
+            ParallelConfig(etp=2),
+            Topology(2, etp=2),
+            "parallel.etp=2: the experts of M have biases, and such experts are not cut; set parallel.etp=1 and use",
         ),
         ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), "parallel.ep=2 does nothing: M has no experts"),
     ],

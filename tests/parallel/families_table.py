@@ -1,0 +1,58 @@
+"""The table of docs/measurements/families.md: what the long tier's test_families.py checks, as numbers.
+
+    python -m tests.parallel.families_table [MODEL ...] [--quick] [--out FILE.json]
+
+Prints a row per model and layout as soon as it is measured; exit code 1 where a bar is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.helpers.ranks import RankPool
+from tests.parallel.families import FAMILY_MODELS, Differences, FamilyLaboratory, differences, layouts_of
+
+
+def is_within(found: Differences) -> bool:
+    """The bars of the tests."""
+    return max(found.logits, found.log_probs) <= 2e-5 and found.gradient <= 1e-5 and found.weights <= 1e-6
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: all of {', '.join(FAMILY_MODELS)}")
+    parser.add_argument("--quick", action="store_true", help="the layouts of the quick suite only")
+    parser.add_argument("--out", type=Path, help="rows measured before are kept, those of this call are added")
+    args = parser.parse_args()
+    rows = json.loads(args.out.read_text()) if args.out is not None and args.out.exists() else {}
+    print("| model | layout | logits | log-probs | gradient | weights | |\n|---|---|---|---|---|---|---|")
+    missed = 0
+    with tempfile.TemporaryDirectory(prefix="families_") as folder:
+        pool = RankPool(Path(folder))
+        laboratory = FamilyLaboratory(pool, Path(folder))
+        for name in args.models or FAMILY_MODELS:
+            for layout in (*layouts_of(name, quick=True), *(() if args.quick else layouts_of(name, quick=False))):
+                try:
+                    found = differences(laboratory.run(name, layout), laboratory.expected(name))
+                except AssertionError as error:
+                    missed += 1
+                    print(f"| {name} | {layout} | failed | | | | {error} |", flush=True)
+                    continue
+                missed += not is_within(found)
+                numbers = " | ".join(f"{x:.1e}" for x in (found.logits, found.log_probs, found.gradient, found.weights))
+                remark = "" if is_within(found) else f"missed: {found.gradient_of}"
+                print(f"| {name} | {layout} | {numbers} | {remark} |", flush=True)
+                rows[f"{name} {layout}"] = asdict(found)
+                if args.out is not None:
+                    args.out.write_text(json.dumps(rows, indent=1) + "\n")
+        pool.close()
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+"""Random models in random layouts against transformers, by seed.
+
+    python -m tests.parallel.random_sweep FIRST LAST
+
+Prints a row per seed; exit code 1 where a bar of test_random_families.py is missed.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from tests.helpers.random_families import random_case
+from tests.helpers.ranks import RankPool
+from tests.parallel.families import measure_random
+from tests.parallel.families_table import is_within
+
+
+def main() -> int:
+    """All seeds from FIRST to LAST."""
+    first, last = map(int, sys.argv[1:])
+    missed = []
+    with tempfile.TemporaryDirectory(prefix="sweep_") as folder:
+        pool = RankPool(Path(folder))
+        for seed in range(first, last + 1):
+            config, world, parallel = random_case(seed)
+            layout = ",".join(f"{k}={v}" for k, v in parallel.model_dump(exclude_defaults=True).items())
+            row = f"| {seed} | {config['model_type']} | {world} | {layout} |"
+            try:
+                found = measure_random(pool, Path(folder), seed)
+            except (AssertionError, TimeoutError):
+                missed.append(seed)
+                print(f"{row} failed |", flush=True)
+                traceback.print_exc()
+                continue
+            if not is_within(found):
+                missed.append(seed)
+            numbers = " | ".join(f"{x:.1e}" for x in (found.logits, found.log_probs, found.gradient, found.weights))
+            print(f"{row} {numbers} | {'' if is_within(found) else found.gradient_of} |", flush=True)
+        pool.close()
+    print(f"missed: {missed}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""Random models of each family in random layouts train as transformers does: the seeds of the long tier are fixed, any
+other is tried by `python -m tests.parallel.random_sweep SEED ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import RankPool
+from tests.parallel.families import measure_random
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(24))
+def test_a_random_model_in_a_random_layout_equals_transformers(rank_pool: RankPool, tmp_path: Path, seed: int) -> None:
+    found = measure_random(rank_pool, tmp_path, seed)
+    assert max(found.logits, found.log_probs) <= 2e-5
+    assert found.gradient <= 1e-5, found.gradient_of
+    assert found.weights <= 1e-6
