@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_mega.convert.copying import Piece, pieces_within
 from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.hf_files import WEIGHT_DTYPES
 from grpo_mega.convert.megatron_keys import MegatronTensor, megatron_tensors
 from grpo_mega.convert.ranges import Shape
 from grpo_mega.convert.spec import ModelSpec
@@ -73,6 +74,7 @@ class DistAsHf:
         for key, leading, sizes in candidates:
             if key in self._files.tensors:
                 self._check_shape(key, (*sizes, *tensor.shape))
+                self._files.check(key)
                 return key, leading
         names = sorted({p.hf.name for p in tensor.placements})
         raise UserError(
@@ -87,10 +89,10 @@ class DistAsHf:
             raise UserError(
                 f"{self.folder}: {key} has shape {found.shape}, config.json says {expected}; is it of this model?"
             )
-        if not found.dtype.is_floating_point:
+        if found.dtype not in WEIGHT_DTYPES:
             raise UserError(
                 f"{self.folder}: {key} of shape {found.shape} has dtype {found.dtype}, a weight of shape {expected} is"
-                " floating-point; is it a checkpoint of this model?"
+                " float32, bfloat16 or float16; is it a checkpoint of this model?"
             )
 
     def _check_left_over(self, known: set[str], *, tied: bool) -> None:
@@ -112,7 +114,14 @@ def find_base(checkpoint: Path, folder: Path) -> Path:
             return near
     run = folder.absolute().parent.parent / "config.yaml"  # RUN/checkpoints/step_000020
     if run.is_file():
-        path = Path((yaml.safe_load(run.read_text()).get("model") or {}).get("path") or "")
-        if (path / "config.json").is_file():
+        path = _model_of(run)
+        if path is not None and (path / "config.json").is_file():
             return path
     raise UserError(f"CKPT_DIR={checkpoint} does not say which model it is; name its Hugging Face folder by --base")
+
+
+def _model_of(run_config: Path) -> Path | None:
+    try:
+        return Path(yaml.safe_load(run_config.read_text())["model"]["path"])
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):  # the config of something else
+        return None

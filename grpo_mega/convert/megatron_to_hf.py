@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ from grpo_mega.convert.copying import (
     Conversion,
     Piece,
     PlannedFile,
-    check_space,
     copy_side_files,
-    fresh_output,
     identity_of,
     rows_at_once,
 )
@@ -34,6 +33,7 @@ from grpo_mega.convert.hf_to_megatron import DTYPES, SCALES_FILE, ConversionRepo
 from grpo_mega.convert.ranges import Shape, read_box
 from grpo_mega.convert.spec import FP8_BLOCK, read_spec
 from grpo_mega.convert.torch_dist import checkpoint_folder
+from grpo_mega.convert.workspace import Workspace, check_space
 from grpo_mega.types import TensorSlice, UserError
 
 SHARD_BYTES = 5 * 1000**3
@@ -67,33 +67,29 @@ def megatron_to_hf(
     Raises:
         UserError: the checkpoint is damaged or not of this model, `out` holds something, the disk is full.
     """
-    staging = fresh_output(out)
     folder = checkpoint_folder(checkpoint)
     if folder is None:
         raise UserError(f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt; name one")
     base = base or find_base(checkpoint, folder)
-    source = DistAsHf(folder, read_spec(base))
-    codec = _Fp8Codec(base) if to_fp8 else None
-    dtypes = {
-        name: fp8.CODE if to_fp8 and _is_quantised(name, shape) else DTYPES.get(dtype) or source.dtype(name)
-        for name, shape in source.shapes.items()
-    }
-    files, index = plan_safetensors(source.shapes, dtypes, shard_bytes)
-    largest = max(source.shapes.items(), key=lambda item: torch.Size(item[1]).numel())
-    total = sum(f.num_bytes for f in files)
-    if not staging.exists():
-        check_space(out, total, f"{largest[0]} of shape {largest[1]}")
-    identity = identity_of(folder, dtype, to_fp8, shard_bytes, base)
-    conversion = Conversion(files, source, staging, workers, identity, codec)
-    digests = {name: digest_text(value) for name, value in sorted(conversion.run().items())}
-    copy_side_files(base, staging)
-    _rewrite_config(staging / "config.json", next(iter(dtypes.values())), to_fp8)
-    if index is not None:
-        (staging / INDEX).write_text(json.dumps(index, indent=2))
-    (staging / "digests.json").write_text(json.dumps(digests, indent=1))
-    conversion.finish()
-    staging.rename(out)
-    source.close()
+    with Workspace(out, {"CKPT_DIR": checkpoint}) as workspace, closing(DistAsHf(folder, read_spec(base))) as source:
+        codec = _Fp8Codec(base) if to_fp8 else None
+        dtypes = {
+            name: fp8.CODE if to_fp8 and _is_quantised(name, shape) else DTYPES.get(dtype) or source.dtype(name)
+            for name, shape in source.shapes.items()
+        }
+        files, index = plan_safetensors(source.shapes, dtypes, shard_bytes)
+        largest = max(source.shapes.items(), key=lambda item: torch.Size(item[1]).numel())
+        total = sum(f.num_bytes for f in files)
+        check_space(workspace.out, total - workspace.num_bytes(), f"{largest[0]} of shape {largest[1]}")
+        conversion = Conversion(files, source, workspace, workers, codec)
+        found = conversion.run(identity_of(folder, dtype, to_fp8, shard_bytes, base))
+        digests = {name: digest_text(value) for name, value in sorted(found.items())}
+        copy_side_files(base, workspace.result)
+        _rewrite_config(workspace.result / "config.json", next(iter(dtypes.values())), to_fp8)
+        if index is not None:
+            (workspace.result / INDEX).write_text(json.dumps(index, indent=2))
+        (workspace.result / "digests.json").write_text(json.dumps(digests, indent=1))
+        workspace.publish()
     return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)
 
 
