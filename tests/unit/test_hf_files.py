@@ -93,7 +93,7 @@ HEADERS = {
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}': "too many values",
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}': "a of shape (1,), torch.float32, has bytes 4:8",
     b"[" * 200_000: "recursion",
-    b"\xff\xfe": "codec can't decode",
+    b'{"\xff': "codec can't decode",
 }
 
 
