@@ -36,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_COMPUTED = ".rotary_emb.inv_freq"  # old Llama checkpoints hold what everybody computes from config.json
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight
@@ -85,11 +86,12 @@ class HfFiles:
     def check(self, shapes: dict[str, Shape], aside: dict[str, Shape] | None = None) -> None:
         """Every tensor is there with its shape, holds floating-point numbers, and none is left over.
 
-        Those of `aside`, a tied head and the scales of FP8 weights may be beside them.
+        Those of `aside`, a tied head, the scales of FP8 weights and rotary frequencies may be beside them.
         """
         aside = aside or {}
         missing = sorted(shapes.keys() - self.stored.keys())
-        extra = sorted(self.stored.keys() - shapes.keys() - aside.keys() - {"lm_head.weight"} - self.scale_names)
+        known = shapes.keys() | aside.keys() | {"lm_head.weight"} | self.scale_names
+        extra = sorted(n for n in self.stored.keys() - known if not n.endswith(_COMPUTED))
         if missing or extra:
             told = [f"{n} of shape {shapes[n]} missing" for n in missing[:3]]
             told += [f"{n} of shape {self.stored[n].shape} unknown" for n in extra[:3]]

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from grpo_mega.convert.copying import Conversion, copy_side_files, identity_of
 from grpo_mega.convert.digest import digest_text
 from grpo_mega.convert.dist_as_hf import HF_SIDE
-from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.families import hf_shapes, hf_shapes_aside, keeps_float32
 from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.megatron_args import megatron_args
 from grpo_mega.convert.megatron_keys import MegatronTensor, extra_state_keys, megatron_tensors
@@ -57,9 +57,9 @@ def hf_to_megatron(
     """
     spec = read_spec(hf)
     with Workspace(out, {"HF_DIR": hf}) as workspace, closing(HfFiles(hf, "HF_DIR", hf_shapes(spec))) as source:
-        source.check(hf_shapes(spec))
-        tensors = megatron_tensors(spec)
-        dtypes = [DTYPES.get(dtype) or _common_dtype(t, source) for t in tensors]
+        source.check(hf_shapes(spec), hf_shapes_aside(spec))
+        tensors = [tensor for tensor in megatron_tensors(spec) if _is_there(tensor, source)]
+        dtypes = [stored_dtype(t.placements[0].hf.name, dtype) or _common_dtype(t, source) for t in tensors]
         plan = DistPlan(RELEASE, file_bytes)
         plan.add_object(extra_state_keys(spec, tensors), [None])
         for tensor, chosen in zip(tensors, dtypes, strict=True):
@@ -85,6 +85,24 @@ def _write_side(hf: Path, source: HfFiles, result: Path) -> None:
     if source.scale_names:
         scales = {n: source.scales(n.removesuffix("_scale_inv")) for n in sorted(source.scale_names)}
         save_file(scales, result / HF_SIDE / SCALES_FILE)
+
+
+def stored_dtype(hf_name: str, wanted: str) -> torch.dtype | None:
+    """Of a tensor under --dtype=`wanted`; None: as it is."""
+    return None if keeps_float32(hf_name) else DTYPES.get(wanted)
+
+
+def _is_there(tensor: MegatronTensor, source: HfFiles) -> bool:
+    names = sorted({p.hf.name for p in tensor.placements})
+    missing = [name for name in names if name not in source.stored]
+    if missing and len(missing) < len(names):
+        there = next(name for name in names if name not in missing)
+        shape = {p.hf.name: p.hf.shape for p in tensor.placements}[missing[0]]
+        raise UserError(
+            f"HF_DIR: {missing[0]} of shape {shape} is missing, {there} of shape {source.shapes[there]} is there; they"
+            " belong together: add it, or remove the whole multi-token-prediction layer"
+        )
+    return not missing
 
 
 def _common_dtype(tensor: MegatronTensor, source: HfFiles) -> torch.dtype:
