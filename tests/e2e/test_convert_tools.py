@@ -64,9 +64,9 @@ def assert_same_tensors(found: Path, wanted: Path) -> None:
         assert torch.equal(left[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-def run_stock(action: str, config: Path, checkpoint: Path, out: Path, tp: int, pp: int) -> Tensor:
+def run_stock(action: str, config: Path, checkpoint: Path, out: Path, tp: int, pp: int, ep: int = 1) -> Tensor:
     command = [sys.executable, str(REPOSITORY / "tests/helpers/stock_megatron.py"), action]
-    command += [str(config), str(checkpoint), str(out), str(tp), str(pp)]
+    command += [str(config), str(checkpoint), str(out), str(tp), str(pp), str(ep)]
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
     ended = subprocess.run(
         command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
