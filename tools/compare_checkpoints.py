@@ -15,6 +15,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from convert_options import exit_code
+
 from grpo_mega.convert.compare import TensorComparison, compare, open_checkpoint
 from grpo_mega.types import UserError
 
@@ -38,9 +40,8 @@ def main() -> int:
     try:
         left, right = open_checkpoint(args.a, args.base, args.b), open_checkpoint(args.b, args.base, args.a)
         found = list(compare(left, right))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return exit_code(error)
     different = [each for each in found if each.verdict != "equal"]
     for each in different:
         print(line_of(each))

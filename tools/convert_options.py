@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -15,6 +16,20 @@ import torch
 from grpo_mega.convert.hf_to_megatron import DTYPES, ConversionReport
 from grpo_mega.types import UserError
 
+# what somebody who repairs folders and disks can repair; other errors of the system are not the input's
+_WRONG_INPUT = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -38,6 +53,12 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def exit_code(error: UserError | OSError) -> int:
+    """Says what is wrong: 2 where the input is, 1 where the machine is."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2 if isinstance(error, UserError) or error.errno in _WRONG_INPUT else 1
+
+
 def finish(convert: Callable[[], ConversionReport], args: argparse.Namespace) -> int:
     """Run it, say what was done; returns the exit code."""
     torch.set_num_threads(1)  # the workers are the parallelism
@@ -46,9 +67,11 @@ def finish(convert: Callable[[], ConversionReport], args: argparse.Namespace) ->
         if args.workers < 1:
             raise UserError(f"--workers={args.workers}: at least one thread has to work; leave it out")
         report = convert()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, OSError) as error:
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return 1
     seconds = time.monotonic() - start
     if args.json:
         summary = {

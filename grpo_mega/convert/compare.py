@@ -18,7 +18,6 @@ from grpo_mega.convert.copying import rows_at_once
 from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
 from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.ranges import Shape
-from grpo_mega.convert.spec import read_spec
 from grpo_mega.convert.torch_dist import checkpoint_folder
 from grpo_mega.types import TensorSlice, UserError
 
@@ -69,7 +68,7 @@ def open_checkpoint(folder: Path, base: Path | None, other: Path) -> HfTensors:
             if not (other / "config.json").is_file():
                 raise
             base = other
-    return DistAsHf(dist, read_spec(base))
+    return DistAsHf(dist, base)
 
 
 def compare(a: HfTensors, b: HfTensors) -> Iterator[TensorComparison]:

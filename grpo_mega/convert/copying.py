@@ -1,9 +1,9 @@
 """Writes files of tensors from slices of other files: streaming, in parallel, and able to go on after a kill.
 
 A conversion is a list of `PlannedFile`s: where each tensor's bytes will lie is known before anything is read. Workers
-fill chunks of at most 64 MiB, so memory does not grow with the model. Everything happens in `OUT.partial`; a file gets
-its name when its bytes are on disk, then a record of its digests. A second call checks what is complete by size and
-digest, keeps it, and does the rest; the caller renames the folder at the end.
+fill chunks of at most 64 MiB, so memory does not grow with the model. Everything happens in a `Workspace`; a file gets
+its name when its bytes are on disk, then a record of its digests. A second call checks what is complete, byte by byte
+but for the padding, keeps it, and does the rest.
 Asserted by tests/unit/test_copying.py and tests/e2e/test_convert_tools.py.
 """
 
@@ -28,13 +28,13 @@ from torch import Tensor
 
 from grpo_mega.convert.digest import slice_digest, wrap
 from grpo_mega.convert.ranges import Shape, ShortFileError, as_bytes, read_box, write_all
+from grpo_mega.convert.workspace import Workspace, write_text
 from grpo_mega.types import TensorSlice, UserError
 
 CHUNK_BYTES = 64 * 1024 * 1024
 _FLUSH_BYTES = 256 * 1024 * 1024  # written to a file between two flushes: the disk works while we read and add up
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp")
-_PLAN, _DONE = "plan.sha256", ".done"
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp", ".h5", ".msgpack", ".onnx", ".npz")
 
 
 @dataclass(frozen=True)
@@ -123,64 +123,57 @@ def rows_at_once(shape: Shape, dtype: torch.dtype, multiple: int = 1) -> int:
 
 @dataclass
 class Conversion:
-    """One run of workers over `files` into the folder `staging`."""
+    """One run of workers over `files` into a workspace."""
 
     files: Sequence[PlannedFile]
     source: TensorSource
-    staging: Path
+    workspace: Workspace
     workers: int
-    identity: str  # of the input and the options: what is half done for another one is thrown away
     codec: ChunkCodec | None = None
     redone: list[str] = field(default_factory=list)  # names of the files that this call wrote
     _digests: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _arena: threading.local = field(default_factory=threading.local)
 
-    def run(self) -> dict[str, int]:
+    def run(self, identity: str) -> dict[str, int]:
         """Digest of every Hugging Face tensor.
+
+        Args:
+            identity: of the input and the options; what was begun for another one is thrown away.
 
         Raises:
             UserError: the disk is full (names file, tensor and shape), or the source says so.
         """
-        self._prepare()
+        self.workspace.begin(f"{identity}\n{self.plan_digest()}")
+        open_files: list[_OpenFile] = []
         with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(1) as flusher:
-            futures: list[Future[None]] = []
             try:
-                todo = [f for f in self.files if not self._is_complete(f, pool)]
-                for planned in todo:
-                    open_file = _OpenFile(self.staging, planned, flusher)
-                    futures += [pool.submit(self._convert, open_file, chunk) for chunk in planned.chunks]
+                for folder in {(self.workspace.result / f.name).parent for f in self.files}:
+                    folder.mkdir(parents=True, exist_ok=True)
+                futures: list[Future[None]] = []
+                for planned in [f for f in self.files if not self._is_complete(f, pool)]:
+                    open_files.append(_OpenFile(self.workspace, planned, flusher))
+                    futures += [pool.submit(self._convert, open_files[-1], chunk) for chunk in planned.chunks]
                     self.redone.append(planned.name)
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
                 for future in done:
                     future.result()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
-                self._clean()
+                for each in open_files:
+                    each.close()
+                self.workspace.abandon()
                 raise
         return dict(self._digests)
 
-    def finish(self) -> None:
-        """Remove our records; the folder holds the result and nothing else."""
-        for path in [self.staging / _PLAN, *self.staging.rglob(f"*{_DONE}")]:
-            path.unlink(missing_ok=True)
-
-    def _prepare(self) -> None:
-        described = hashlib.sha256(f"{self.identity}\n{[(f.name, f.num_bytes) for f in self.files]}".encode())
-        plan = self.staging / _PLAN
-        if plan.is_file() and plan.read_text() == described.hexdigest():
-            return
-        shutil.rmtree(self.staging, ignore_errors=True)
-        for folder in {self.staging, *((self.staging / f.name).parent for f in self.files)}:
-            folder.mkdir(parents=True, exist_ok=True)
-        plan.write_text(described.hexdigest())
-
-    def _clean(self) -> None:
-        """Keep complete files only; with none of them, nothing."""
-        for path in self.staging.rglob("*.tmp"):
-            path.unlink(missing_ok=True)
-        if not any(self.staging.rglob(f"*{_DONE}")):
-            shutil.rmtree(self.staging, ignore_errors=True)
+    def plan_digest(self) -> str:
+        """Of names, sizes and the bytes that are known beforehand."""
+        total = hashlib.sha256()
+        for planned in self.files:
+            total.update(repr((planned.name, planned.num_bytes)).encode())
+            for position, data in planned.fixed:
+                total.update(b"%d %d " % (position, len(data)) + data)
+        return total.hexdigest()
 
     def _convert(self, target: _OpenFile, chunk: Chunk) -> None:
         values = self._memory(chunk.shape, chunk.dtype if chunk.scales is None else torch.bfloat16)
@@ -202,8 +195,8 @@ class Conversion:
                 raise
             held = ", ".join(sorted({str(p.source) for p in chunk.pieces}))
             raise UserError(
-                f"{self.staging}: no space left for {target.planned.name} ({error.strerror}) at {held[:300]}, which"
-                f" are a chunk of shape {chunk.shape}; free space and repeat the command: complete files are kept"
+                f"{self.workspace.folder}: no space left for {target.planned.name} ({error.strerror}) at {held[:300]},"
+                f" which are a chunk of shape {chunk.shape}; free space and repeat the command: complete files are kept"
             ) from None
 
     def _end_chunk(self, target: _OpenFile, digests: dict[str, int]) -> None:
@@ -214,13 +207,14 @@ class Conversion:
 
     def _is_complete(self, planned: PlannedFile, pool: ThreadPoolExecutor) -> bool:
         """Whether the file is there with the digests of its record: read once more, chunk by chunk."""
-        path = self.staging / planned.name
-        record = path.with_name(path.name + _DONE)
+        path, record = self.workspace.result / planned.name, self.workspace.record(planned.name)
         if not record.is_file() or not path.is_file() or path.stat().st_size != planned.num_bytes:
             return False
         recorded: dict[str, int] = json.loads(record.read_text())
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            if any(os.pread(descriptor, len(data), position) != data for position, data in planned.fixed):
+                return False
             found: dict[str, int] = defaultdict(int)
             for digests in pool.map(lambda chunk: self._digests_on_disk(descriptor, chunk), planned.chunks):
                 _add(found, digests)
@@ -258,8 +252,9 @@ class Conversion:
 class _OpenFile:
     """A file that is being written under a temporary name by several workers."""
 
-    def __init__(self, staging: Path, planned: PlannedFile, flusher: ThreadPoolExecutor) -> None:
-        self.planned, self._path, self._flusher = planned, staging / planned.name, flusher
+    def __init__(self, workspace: Workspace, planned: PlannedFile, flusher: ThreadPoolExecutor) -> None:
+        self.planned, self._path, self._flusher = planned, workspace.result / planned.name, flusher
+        self._record = workspace.record(planned.name)
         self._temporary = self._path.with_name(self._path.name + ".tmp")
         self._descriptor: int | None = None
         self._left, self._unflushed = len(planned.chunks), 0
@@ -291,10 +286,16 @@ class _OpenFile:
             write_all(descriptor, data, position)
         os.ftruncate(descriptor, self.planned.num_bytes)
         os.fsync(descriptor)
-        os.close(descriptor)
+        self.close()
         self._temporary.rename(self._path)
-        write_text(self._path.with_name(self._path.name + _DONE), json.dumps(self._digests))
+        write_text(self._record, json.dumps(self._digests))
         return self._digests
+
+    def close(self) -> None:
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
 
     def _open(self) -> int:
         with self._lock:
@@ -302,24 +303,6 @@ class _OpenFile:
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
                 self._descriptor = os.open(self._temporary, flags, 0o666)
             return self._descriptor
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.rename(path)
-
-
-def check_space(folder: Path, num_bytes: int, largest: str) -> None:
-    """Raises UserError when the file system of `folder` has less room than `num_bytes`."""
-    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    free = shutil.disk_usage(there).free
-    if free < num_bytes:
-        raise UserError(
-            f"{folder}: needs {num_bytes} bytes, its file system has {free} (largest tensor: {largest}); free space or"
-            " name a folder elsewhere"
-        )
 
 
 def _digests_of(chunk: Chunk, values: Tensor) -> dict[str, int]:
@@ -341,22 +324,11 @@ def _flush(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def fresh_output(out: Path) -> Path:
-    """The folder to work in until everything is there; `out` gets its name by a rename.
-
-    Raises:
-        UserError: `out` holds something already.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists and is not empty; remove it or name another folder")
-    return out.with_name(out.name + ".partial")
-
-
 def copy_side_files(base: Path, folder: Path) -> None:
     """Config, tokenizer and whatever else is no weight."""
     for path in base.iterdir():
         if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
-            shutil.copy2(path, folder)
+            shutil.copyfile(path, folder / path.name)  # not its mode: we may have to change it
 
 
 def identity_of(folder: Path, *options: object) -> str:

@@ -88,22 +88,32 @@ def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def hf_shapes_aside(spec: ModelSpec) -> dict[str, Shape]:
-    """Tensors that a checkpoint may hold beside `hf_shapes`: the multi-token-prediction layers, each a layer with
-    embedding, two norms, a projection of both and a head (DeepSeek-V3, arXiv:2412.19437, section 2.2)."""
+    """Tensors that a checkpoint may hold beside `hf_shapes`: those of the multi-token-prediction layers."""
     shapes: dict[str, Shape] = {}
-    hidden, vocabulary = (spec.hidden_size,), (spec.vocab_size, spec.hidden_size)
     for layer in range(spec.num_layers, spec.num_layers + spec.num_mtp_layers):
-        prefix = LAYER.format(layer=layer)
-        shapes |= {
-            prefix + "embed_tokens.weight": vocabulary,
-            prefix + "enorm.weight": hidden,
-            prefix + "hnorm.weight": hidden,
-            prefix + "eh_proj.weight": (spec.hidden_size, 2 * spec.hidden_size),
-            **_layer_shapes(spec, layer, moe=spec.moe is not None),
-            prefix + "shared_head.norm.weight": hidden,
-            prefix + "shared_head.head.weight": vocabulary,
-        }
+        first, last = _mtp_tables(spec)
+        for rule in first.values():
+            shapes |= _filled(rule, spec, layer, 0)
+        shapes |= _layer_shapes(spec, layer, moe=spec.moe is not None)
+        for rule in last.values():
+            shapes |= _filled(rule, spec, layer, 0)
     return shapes
+
+
+def placements_aside(spec: ModelSpec) -> Iterator[tuple[str, list[Placement]]]:
+    """Megatron's parameter of a multi-token-prediction layer, whole, and its pieces; several may be the same tensor.
+
+    A stock Megatron has these names but for `embed_tokens` and `shared_head`: its layers share those of the model.
+    """
+    for depth in range(spec.num_mtp_layers):
+        layer, prefix = spec.num_layers + depth, f"mtp.layers.{depth}."
+        for table in _mtp_tables(spec):
+            for name, rule in table.items():
+                yield prefix + name, placements(rule, spec, prefix + name, 1, 0, layer=layer)
+        for name, rule in _layer_table(spec, spec.moe is not None, True).items():
+            for expert in range(spec.moe.num_experts if spec.moe is not None and "{expert}" in name else 1):
+                parameter = f"{prefix}transformer_layer.{name.format(expert=expert)}"
+                yield parameter, placements(rule, spec, parameter, 1, 0, layer=layer, expert=expert)
 
 
 def keeps_float32(hf_name: str) -> bool:
@@ -135,6 +145,23 @@ def _outer_table(spec: ModelSpec) -> Table:
 def _layer_table(spec: ModelSpec, moe: bool, latent_split: bool) -> Table:
     attention = grouped_query_attention(spec) if spec.mla is None else latent_attention(spec, latent_split=latent_split)
     return norms(spec) | attention | (experts(spec) if moe else dense_mlp(spec))
+
+
+def _mtp_tables(spec: ModelSpec) -> tuple[Table, Table]:
+    """Before and behind the layer itself. Source: DeepSeek-V3, arXiv:2412.19437, section 2.2."""
+    hidden = (spec.hidden_size,)
+    return (
+        {
+            "embed_tokens.weight": Vocabulary(LAYER + "embed_tokens.weight"),
+            "enorm.weight": Copy(LAYER + "enorm.weight", hidden, None),
+            "hnorm.weight": Copy(LAYER + "hnorm.weight", hidden, None),
+            "eh_proj.weight": Copy(LAYER + "eh_proj.weight", (spec.hidden_size, 2 * spec.hidden_size), 0),
+        },
+        {
+            "final_layernorm.weight": Copy(LAYER + "shared_head.norm.weight", hidden, None),
+            "shared_head.weight": Vocabulary(LAYER + "shared_head.head.weight"),
+        },
+    )
 
 
 def _layer_shapes(spec: ModelSpec, layer: int, *, moe: bool) -> dict[str, Shape]:

@@ -36,6 +36,8 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_COMPUTED = ".rotary_emb.inv_freq"  # old Llama checkpoints hold what everybody computes from config.json
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -54,14 +56,14 @@ class StoredTensor:
 class HfFiles:
     """The tensors of a folder by name. FP8 weights with block scales read as bfloat16."""
 
-    def __init__(self, folder: Path, key: str = "model.path") -> None:
-        """`key` is what the user set to `folder`, for messages.
+    def __init__(self, folder: Path, key: str = "model.path", expected: dict[str, Shape] | None = None) -> None:
+        """`key` is what the user set to `folder`, `expected` the shapes that config.json says: both for messages.
 
         Raises:
             UserError: no safetensors there, a file is missing, truncated or damaged, or the index says other than they.
         """
         self.folder, self._key = folder, key
-        self.stored = _open_folder(folder, key)
+        self.stored = _open_folder(folder, key, expected or {})
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
@@ -84,11 +86,12 @@ class HfFiles:
     def check(self, shapes: dict[str, Shape], aside: dict[str, Shape] | None = None) -> None:
         """Every tensor is there with its shape, holds floating-point numbers, and none is left over.
 
-        Those of `aside`, a tied head and the scales of FP8 weights may be beside them.
+        Those of `aside`, a tied head, the scales of FP8 weights and rotary frequencies may be beside them.
         """
         aside = aside or {}
         missing = sorted(shapes.keys() - self.stored.keys())
-        extra = sorted(self.stored.keys() - shapes.keys() - aside.keys() - {"lm_head.weight"} - self.scale_names)
+        known = shapes.keys() | aside.keys() | {"lm_head.weight"} | self.scale_names
+        extra = sorted(n for n in self.stored.keys() - known if not n.endswith(_COMPUTED))
         if missing or extra:
             told = [f"{n} of shape {shapes[n]} missing" for n in missing[:3]]
             told += [f"{n} of shape {self.stored[n].shape} unknown" for n in extra[:3]]
@@ -104,7 +107,7 @@ class HfFiles:
                 raise UserError(
                     f"{self._key}: {name} has shape {found.shape}, config.json says {shape}; use matching files"
                 )
-            if not self.dtype(name).is_floating_point or self.dtype(name).itemsize == 1:
+            if self.dtype(name) not in WEIGHT_DTYPES:
                 raise UserError(
                     f"{self._key}: {name} of shape {found.shape} has dtype {found.dtype}, a weight of shape {shape} is"
                     f" float32, bfloat16, float16, or float8_e4m3fn beside a {name}{fp8.SCALE_SUFFIX}; use such files"
@@ -177,24 +180,51 @@ def _scaled(scale: str) -> str:
     return scale.removesuffix(fp8.SCALE_SUFFIX)
 
 
-def _open_folder(folder: Path, key: str) -> dict[str, StoredTensor]:
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise UserError(f"{key}={folder} holds no {SINGLE}; give a folder in safetensors format")
+def _open_folder(folder: Path, key: str, expected: dict[str, Shape]) -> dict[str, StoredTensor]:
+    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
+    if not single and not index:
+        raise UserError(f"{key}={folder} holds no {SINGLE}; give a folder in safetensors format")
+    if not index:
         return read_header(folder / SINGLE)
     placed = _weight_map(folder / INDEX)
-    files = {file: read_header(folder / file) for file in sorted(set(placed.values()))}
+    if single and SINGLE not in placed.values():  # others read the single file
+        raise UserError(f"{key}={folder} holds {SINGLE} and {INDEX} of other files; remove the one that is outdated")
+    files: dict[str, dict[str, StoredTensor]] = {}
+    for file in sorted(set(placed.values())):
+        if not (folder / file).is_file():
+            names = [name for name, where in placed.items() if where == file]
+            told = ", ".join(f"{n} of shape {expected[n]}" if n in expected else n for n in names[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UserError(
+                f"{folder / file}: is missing, the index places {told}{more} there; download the file again"
+            )
+        files[file] = read_header(folder / file)
+    _check_places(folder, placed, files, expected)
+    return {name: files[file][name] for name, file in placed.items()}
+
+
+def _check_places(
+    folder: Path, placed: dict[str, str], files: dict[str, dict[str, StoredTensor]], expected: dict[str, Shape]
+) -> None:
     for name, file in placed.items():
         if name not in files[file]:
-            raise UserError(f"{folder / file}: holds no {name}, which the index places there; use matching files")
-    for file, tensors in files.items():
-        for name, stored in tensors.items():
-            if placed.get(name) != file:
+            others = [
+                f"{other} holds it with shape {files[other][name].shape}" for other in files if name in files[other]
+            ]
+            told = ", ".join(others) or "no file of the index does"
+            wanted = f"{name} of shape {expected[name]}" if name in expected else name
+            raise UserError(
+                f"{folder / file}: holds no {wanted}, which the index places there, {told}; use matching files"
+            )
+    for file, held in files.items():
+        for name, stored in held.items():
+            where = placed.get(name)
+            if where != file:
+                told = "no file" if where is None else f"{where} with shape {files[where][name].shape}"
                 raise UserError(
-                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in"
-                    f" {placed.get(name, 'no file')}; use matching files"
+                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in {told}; use"
+                    " matching files"
                 )
-    return {name: files[file][name] for name, file in placed.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -220,9 +250,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        return _checked_header(header, path, 8 + length)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            text = file.read(length)
+        if len(text) < length:
+            raise ValueError(f"its header of {length} bytes ends after {len(text)}")
+        return _checked_header(json.loads(text), path, 8 + length)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); download the file again") from None
 
 
@@ -232,14 +264,31 @@ def _checked_header(header: dict[str, Any], path: Path, data: int) -> dict[str, 
     for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
             raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(map(int, entry["shape"]))
-        begin, finish = map(int, entry["data_offsets"])
+        dtype, shape = DTYPES[entry["dtype"]], tuple(map(_size, entry["shape"]))
+        begin, finish = map(_size, entry["data_offsets"])
         size = math.prod(shape) * dtype.itemsize
-        if begin != end or finish - begin != size or any(n < 0 for n in shape):
+        if begin != end or finish - begin != size:
             raise ValueError(f"{name} of shape {shape}, {dtype}, has bytes {begin}:{finish}, {end}:{end + size} is due")
         tensors[name] = StoredTensor(path, dtype, shape, data + begin)
         end = finish
-    if path.stat().st_size != data + end:
-        last = f"; its last tensor is {name} of shape {shape}" if tensors else ""
-        raise ValueError(f"the file has {path.stat().st_size} bytes, its header says {data + end}{last}")
+    _check_length(path, tensors, data + end)
     return tensors
+
+
+def _size(number: Any) -> int:
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{number!r} is no size")
+    return number
+
+
+def _check_length(path: Path, tensors: dict[str, StoredTensor], expected: int) -> None:
+    found = path.stat().st_size
+    told = ""
+    for name, stored in tensors.items():
+        row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
+        if stored.position + math.prod(stored.shape) * stored.dtype.itemsize > found:
+            whole = max(0, found - stored.position) // max(1, row)
+            told = f"; of {name} of shape {stored.shape} there is {(whole, *stored.shape[1:])}"
+            break
+    if found != expected:
+        raise ValueError(f"the file has {found} bytes, its header says {expected}{told}")

@@ -8,22 +8,24 @@ Asserted by tests/e2e/test_convert_tools.py: a stock GPTModel loads it and gives
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from grpo_mega.convert.copying import Conversion, check_space, copy_side_files, fresh_output, identity_of
+from grpo_mega.convert.copying import Conversion, copy_side_files, identity_of
 from grpo_mega.convert.digest import digest_text
 from grpo_mega.convert.dist_as_hf import HF_SIDE
-from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.families import hf_shapes, hf_shapes_aside, keeps_float32
 from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.megatron_args import megatron_args
 from grpo_mega.convert.megatron_keys import MegatronTensor, extra_state_keys, megatron_tensors
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.convert.torch_dist import LATEST
 from grpo_mega.convert.torch_dist_write import DistPlan
+from grpo_mega.convert.workspace import Workspace, check_space
 from grpo_mega.types import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -53,35 +55,54 @@ def hf_to_megatron(
     Raises:
         UserError: `hf` is damaged or unsupported, `out` holds something, the disk is full.
     """
-    staging = fresh_output(out)
     spec = read_spec(hf)
-    source = HfFiles(hf, "HF_DIR")
-    source.check(hf_shapes(spec))
-    tensors = megatron_tensors(spec)
-    dtypes = [DTYPES.get(dtype) or _common_dtype(t, source) for t in tensors]
-    plan = DistPlan(RELEASE, file_bytes)
-    plan.add_object(extra_state_keys(spec, tensors), [None])
-    for tensor, chosen in zip(tensors, dtypes, strict=True):
-        plan.add(tensor, chosen)
-    files = plan.finish()
-    largest = max(source.stored.items(), key=lambda item: torch.Size(item[1].shape).numel())
-    total = sum(f.num_bytes for f in files)
-    if not staging.exists():
-        check_space(out, total, f"{largest[0]} of shape {largest[1].shape}")
-    conversion = Conversion(files, source, staging, workers, identity_of(hf, dtype, file_bytes))
-    digests = {name: digest_text(value) for name, value in sorted(conversion.run().items())}
-    plan.write_metadata(staging / RELEASE, megatron_args(spec, dtypes[0]))
-    (staging / LATEST).write_text(RELEASE)
-    (staging / HF_SIDE).mkdir(exist_ok=True)
-    copy_side_files(hf, staging / HF_SIDE)
+    with Workspace(out, {"HF_DIR": hf}) as workspace, closing(HfFiles(hf, "HF_DIR", hf_shapes(spec))) as source:
+        source.check(hf_shapes(spec), hf_shapes_aside(spec))
+        tensors = [tensor for tensor in megatron_tensors(spec) if _is_there(tensor, source)]
+        dtypes = [stored_dtype(t.placements[0].hf.name, dtype) or _common_dtype(t, source) for t in tensors]
+        plan = DistPlan(RELEASE, file_bytes)
+        plan.add_object(extra_state_keys(spec, tensors), [None])
+        for tensor, chosen in zip(tensors, dtypes, strict=True):
+            plan.add(tensor, chosen)
+        files = plan.finish()
+        largest = max(source.stored.items(), key=lambda item: torch.Size(item[1].shape).numel())
+        total = sum(f.num_bytes for f in files)
+        check_space(workspace.out, total - workspace.num_bytes(), f"{largest[0]} of shape {largest[1].shape}")
+        conversion = Conversion(files, source, workspace, workers)
+        found = conversion.run(identity_of(hf, dtype, file_bytes))
+        digests = {name: digest_text(value) for name, value in sorted(found.items())}
+        plan.write_metadata(workspace.result / RELEASE, megatron_args(spec, dtypes[0]), conversion.plan_digest())
+        _write_side(hf, source, workspace.result)
+        (workspace.result / "digests.json").write_text(json.dumps(digests, indent=1))
+        workspace.publish()
+    return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)
+
+
+def _write_side(hf: Path, source: HfFiles, result: Path) -> None:
+    (result / LATEST).write_text(RELEASE)
+    (result / HF_SIDE).mkdir(exist_ok=True)
+    copy_side_files(hf, result / HF_SIDE)
     if source.scale_names:
         scales = {n: source.scales(n.removesuffix("_scale_inv")) for n in sorted(source.scale_names)}
-        save_file(scales, staging / HF_SIDE / SCALES_FILE)
-    (staging / "digests.json").write_text(json.dumps(digests, indent=1))
-    conversion.finish()
-    staging.rename(out)
-    source.close()
-    return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)
+        save_file(scales, result / HF_SIDE / SCALES_FILE)
+
+
+def stored_dtype(hf_name: str, wanted: str) -> torch.dtype | None:
+    """Of a tensor under --dtype=`wanted`; None: as it is."""
+    return None if keeps_float32(hf_name) else DTYPES.get(wanted)
+
+
+def _is_there(tensor: MegatronTensor, source: HfFiles) -> bool:
+    names = sorted({p.hf.name for p in tensor.placements})
+    missing = [name for name in names if name not in source.stored]
+    if missing and len(missing) < len(names):
+        there = next(name for name in names if name not in missing)
+        shape = {p.hf.name: p.hf.shape for p in tensor.placements}[missing[0]]
+        raise UserError(
+            f"HF_DIR: {missing[0]} of shape {shape} is missing, {there} of shape {source.shapes[there]} is there; they"
+            " belong together: add it, or remove the whole multi-token-prediction layer"
+        )
+    return not missing
 
 
 def _common_dtype(tensor: MegatronTensor, source: HfFiles) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ from grpo_mega.convert.copying import (
     Conversion,
     Piece,
     PlannedFile,
-    check_space,
     copy_side_files,
-    fresh_output,
     identity_of,
     rows_at_once,
 )
@@ -30,15 +29,16 @@ from grpo_mega.convert.digest import digest_text
 from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
 from grpo_mega.convert.hf_files import DTYPES as STORED_DTYPES
 from grpo_mega.convert.hf_files import INDEX, SINGLE, HfFiles, StoredTensor, read_header
-from grpo_mega.convert.hf_to_megatron import DTYPES, SCALES_FILE, ConversionReport
+from grpo_mega.convert.hf_to_megatron import SCALES_FILE, ConversionReport, stored_dtype
 from grpo_mega.convert.ranges import Shape, read_box
-from grpo_mega.convert.spec import FP8_BLOCK, read_spec
+from grpo_mega.convert.spec import FP8_BLOCK
 from grpo_mega.convert.torch_dist import checkpoint_folder
+from grpo_mega.convert.workspace import Workspace, check_space
 from grpo_mega.types import TensorSlice, UserError
 
 SHARD_BYTES = 5 * 1000**3
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_QUANTISED = re.compile(r"\.(?!eh_)\w+_proj(_with_mqa)?\.weight$")
+_QUANTISED = re.compile(r"\.layers\..*\.((?!eh_)\w+_proj(_with_mqa)?|w[123])\.weight$")
 _FP8_CONFIG = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",
@@ -67,33 +67,31 @@ def megatron_to_hf(
     Raises:
         UserError: the checkpoint is damaged or not of this model, `out` holds something, the disk is full.
     """
-    staging = fresh_output(out)
     folder = checkpoint_folder(checkpoint)
     if folder is None:
         raise UserError(f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt; name one")
     base = base or find_base(checkpoint, folder)
-    source = DistAsHf(folder, read_spec(base))
-    codec = _Fp8Codec(base) if to_fp8 else None
-    dtypes = {
-        name: fp8.CODE if to_fp8 and _is_quantised(name, shape) else DTYPES.get(dtype) or source.dtype(name)
-        for name, shape in source.shapes.items()
-    }
-    files, index = plan_safetensors(source.shapes, dtypes, shard_bytes)
-    largest = max(source.shapes.items(), key=lambda item: torch.Size(item[1]).numel())
-    total = sum(f.num_bytes for f in files)
-    if not staging.exists():
-        check_space(out, total, f"{largest[0]} of shape {largest[1]}")
-    identity = identity_of(folder, dtype, to_fp8, shard_bytes, base)
-    conversion = Conversion(files, source, staging, workers, identity, codec)
-    digests = {name: digest_text(value) for name, value in sorted(conversion.run().items())}
-    copy_side_files(base, staging)
-    _rewrite_config(staging / "config.json", next(iter(dtypes.values())), to_fp8)
-    if index is not None:
-        (staging / INDEX).write_text(json.dumps(index, indent=2))
-    (staging / "digests.json").write_text(json.dumps(digests, indent=1))
-    conversion.finish()
-    staging.rename(out)
-    source.close()
+    with Workspace(out, {"CKPT_DIR": checkpoint}) as workspace, closing(DistAsHf(folder, base)) as source:
+        codec = _Fp8Codec(base) if to_fp8 else None
+        dtypes = {
+            name: fp8.CODE
+            if codec is not None and codec.is_quantised(name, shape)
+            else stored_dtype(name, dtype) or source.dtype(name)
+            for name, shape in source.shapes.items()
+        }
+        files, index = plan_safetensors(source.shapes, dtypes, shard_bytes)
+        largest = max(source.shapes.items(), key=lambda item: torch.Size(item[1]).numel())
+        total = sum(f.num_bytes for f in files)
+        check_space(workspace.out, total - workspace.num_bytes(), f"{largest[0]} of shape {largest[1]}")
+        conversion = Conversion(files, source, workspace, workers, codec)
+        found = conversion.run(identity_of(folder, dtype, to_fp8, shard_bytes, identity_of(base)))
+        digests = {name: digest_text(value) for name, value in sorted(found.items())}
+        copy_side_files(base, workspace.result)
+        _rewrite_config(workspace.result / "config.json", next(iter(dtypes.values())), to_fp8)
+        if index is not None:
+            (workspace.result / INDEX).write_text(json.dumps(index, indent=2))
+        (workspace.result / "digests.json").write_text(json.dumps(digests, indent=1))
+        workspace.publish()
     return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)
 
 
@@ -165,12 +163,32 @@ class _Fp8Codec:
     """Codes with the scales of `base`'s checkpoint where they still hold."""
 
     def __init__(self, base: Path) -> None:
-        """`base` may hold no scales: then every block is scaled by its largest value."""
+        """`base` may hold no scales: then every block is scaled by its largest value.
+
+        Raises:
+            UserError: its config wants scales that are not made here.
+        """
         self._stored: dict[str, StoredTensor] = {}
+        found = json.loads((base / "config.json").read_text()).get("quantization_config") or _FP8_CONFIG
+        if found.get("scale_fmt", "float") != "float":
+            raise UserError(
+                f"--fp8: {base / 'config.json'} has scale_fmt={found['scale_fmt']}; only float32 scales are made"
+            )
+        self._left_out = tuple(found.get("modules_to_not_convert") or ())
         if (base / SCALES_FILE).is_file():
             self._stored = read_header(base / SCALES_FILE)
         elif (base / INDEX).is_file() or (base / SINGLE).is_file():
-            self._stored = HfFiles(base, "--base").stored
+            with closing(HfFiles(base, "--base")) as files:
+                self._stored = {name: files.stored[name] for name in files.scale_names}
+
+    def is_quantised(self, name: str, shape: Shape) -> bool:
+        """The weights that have scales in `base`; where it has none, those of all linear layers that it does not list
+        as modules_to_not_convert."""
+        if self._stored:
+            return name + fp8.SCALE_SUFFIX in self._stored
+        module = name.removesuffix(".weight")
+        left_out = any(module == each or module.startswith(f"{each}.") for each in self._left_out)
+        return len(shape) == 2 and _QUANTISED.search(name) is not None and not left_out
 
     def encode(self, chunk: Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of rows that start at a multiple of the block."""
@@ -194,10 +212,6 @@ class _Fp8Codec:
     def scales_shape(self, shape: Shape) -> Shape:
         """One for each block."""
         return tuple(-(-n // fp8.BLOCK) for n in shape)
-
-
-def _is_quantised(name: str, shape: Shape) -> bool:
-    return len(shape) == 2 and ".layers." in name and _QUANTISED.search(name) is not None
 
 
 def _rewrite_config(path: Path, dtype: torch.dtype, to_fp8: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import io
+import math
 import os
 import pickle
 import threading
@@ -89,6 +90,30 @@ class TorchDistFiles:
             os.close(descriptor)
         self._descriptors = {}
 
+    def check(self, name: str) -> None:
+        """The parts of a tensor lie inside it, each at another place, and have as many numbers as it.
+
+        Raises:
+            UserError: they do not.
+        """
+        tensor = self.tensors[name]
+        rule = "copy the checkpoint again"
+        for chunk in tensor.chunks:
+            ends = [o + n for o, n in zip(chunk.offsets, chunk.shape, strict=True)]
+            if min((*chunk.offsets, *chunk.shape, chunk.begin, chunk.num_bytes)) < 0 or any(
+                end > size for end, size in zip(ends, tensor.shape, strict=True)
+            ):
+                raise UserError(
+                    f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has a part of shape {chunk.shape} at"
+                    f" {chunk.offsets}, outside of it; {rule}"
+                )
+        held, due = sum(math.prod(chunk.shape) for chunk in tensor.chunks), math.prod(tensor.shape)
+        if held != due or len({chunk.offsets for chunk in tensor.chunks}) != len(tensor.chunks):
+            raise UserError(
+                f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has {due} numbers, its parts of shapes"
+                f" {[c.shape for c in tensor.chunks[:3]]} (of {len(tensor.chunks)}) have {held}; {rule}"
+            )
+
     def read_into(self, box: TensorSlice, out: Tensor) -> None:
         """Fill `out`, of any floating-point dtype, with the slice.
 
@@ -144,11 +169,17 @@ class TorchDistFiles:
         if found is None:
             try:
                 found = _read_item(descriptor, chunk)
-            except (ValueError, KeyError, OSError, zipfile.BadZipFile, pickle.UnpicklingError, EOFError) as error:
+            except Exception as error:  # a damaged archive or pickle raises anything
                 raise UserError(
                     f"{chunk.path}: {name}, part of shape {chunk.shape} at byte {chunk.begin}, cannot be read"
-                    f" ({error}); copy the checkpoint again"
+                    f" ({type(error).__name__}: {error}); copy the checkpoint again"
                 ) from None
+            tensor = self.tensors[name]
+            if found.dtype != tensor.dtype:
+                raise UserError(
+                    f"{chunk.path}: {name}, part of shape {chunk.shape}, has dtype {found.dtype}, .metadata says"
+                    f" {tensor.dtype} for all of shape {tensor.shape}; copy the checkpoint again"
+                )
             with self._lock:
                 self._items[key] = found
         return found
@@ -160,7 +191,7 @@ def checkpoint_folder(folder: Path) -> Path | None:
         return folder
     if not (folder / LATEST).is_file():
         return None
-    latest = (folder / LATEST).read_text().strip()
+    latest = (folder / LATEST).read_bytes().decode(errors="replace").strip()
     named = folder / (latest if latest == "release" else f"iter_{int(latest) if latest.isdecimal() else 0:07d}")
     if not (named / ".metadata").is_file():
         raise UserError(f"{folder / LATEST}: names {latest}, but {named} holds no .metadata; copy the checkpoint again")
@@ -191,8 +222,9 @@ def _tensor_of(name: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, A
         path = folder / info.relative_path
         if path.parent != folder or info.transform_descriptors:
             raise UserError(f"{folder / '.metadata'}: {name} lies in {info.relative_path}, transformed or elsewhere")
-        chunks.append(StoredChunk(tuple(chunk.offsets), tuple(chunk.sizes), path, info.offset, info.length))
-    return DistTensor(entry.properties.dtype, tuple(entry.size), tuple(chunks))
+        box = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
+        chunks.append(StoredChunk(*box, path, int(info.offset), int(info.length)))
+    return DistTensor(entry.properties.dtype, tuple(map(int, entry.size)), tuple(chunks))
 
 
 class _Old:
@@ -279,9 +311,14 @@ def _read_item(descriptor: int, chunk: StoredChunk) -> _Item:
         raise ValueError(f"{count} numbers of {dtype} in {data.file_size} bytes")
     if shape != chunk.shape:
         raise ValueError(f"it has shape {shape}")
+    last = offset + sum(s * (n - 1) for s, n in zip(stride, shape, strict=True))
+    if offset < 0 or min(stride, default=0) < 0 or (math.prod(shape) and last >= count):
+        raise ValueError(f"shape {shape} and stride {stride} need more than {count} numbers")
     window.seek(data.header_offset)
     local = window.read(30)  # name and extra field may differ in length from those of the directory
     skip = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    if data.header_offset + skip + data.file_size > chunk.num_bytes:
+        raise ValueError("its numbers end after it")
     position = chunk.begin + data.header_offset + skip + offset * dtype.itemsize
     return _Item(position, dtype, _simplified(shape, stride), count - offset)
 

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import pickle
-import uuid
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,12 +73,12 @@ class DistPlan:
             self._close_file()
         return self.files
 
-    def write_metadata(self, folder: Path, args: Namespace) -> None:
-        """What lies beside the files: `.metadata`, `metadata.json` and `common.pt`."""
+    def write_metadata(self, folder: Path, args: Namespace, save_id: str) -> None:
+        """What lies beside the files: `.metadata`, `metadata.json` and `common.pt`; the same bytes every time."""
         meta = dcp.Metadata(
             state_dict_metadata=self._tensors,
             storage_data=self._storage,
-            storage_meta=dcp.StorageMeta(save_id=str(uuid.uuid4())),
+            storage_meta=dcp.StorageMeta(save_id=save_id),
         )
         (folder / ".metadata").write_bytes(pickle.dumps(meta))
         (folder / "metadata.json").write_text(json.dumps(_CONFIG))

@@ -6,10 +6,14 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +64,9 @@ def assert_same_tensors(found: Path, wanted: Path) -> None:
         assert torch.equal(left[name].view(torch.uint8), tensor.view(torch.uint8)), name
 
 
-def run_stock(action: str, config: Path, checkpoint: Path, out: Path, tp: int, pp: int) -> Tensor:
+def run_stock(action: str, config: Path, checkpoint: Path, out: Path, tp: int, pp: int, ep: int = 1) -> Tensor:
     command = [sys.executable, str(REPOSITORY / "tests/helpers/stock_megatron.py"), action]
-    command += [str(config), str(checkpoint), str(out), str(tp), str(pp)]
+    command += [str(config), str(checkpoint), str(out), str(tp), str(pp), str(ep)]
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
     ended = subprocess.run(
         command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
@@ -166,35 +170,69 @@ def die_after(num_reads: int, hf: Path, out: Path) -> None:
     hf_to_megatron(hf, out, file_bytes=60_000, workers=1)
 
 
+def killed(work: Callable[..., object], *arguments: object, after: float | None = None) -> bool:
+    """Whether SIGKILL came before the end; without `after`, `work` ends itself."""
+    child = multiprocessing.get_context("fork").Process(target=work, args=arguments)
+    child.start()
+    child.join(after)
+    child.kill()
+    child.join()
+    return child.exitcode != 0
+
+
 def test_a_killed_conversion_continues_and_keeps_only_what_is_whole(folders: Path, tmp_path: Path) -> None:
     hf, out = folders / "llama" / "hf", tmp_path / "out"
-    child = multiprocessing.get_context("fork").Process(target=die_after, args=(20, hf, out))
-    child.start()
-    child.join()
-    assert child.exitcode == 9
+    assert killed(die_after, 20, hf, out)
     assert not out.exists()
-    complete = sorted(path.name for path in (tmp_path / "out.partial/release").glob("*.distcp"))
-    assert len(complete) >= 2
-    damaged = tmp_path / "out.partial" / "release" / complete[1]
-    data = bytearray(damaged.read_bytes())
-    data[len(data) // 2] ^= 1
-    damaged.write_bytes(data)
+    complete = sorted((tmp_path / "out.partial/result/release").glob("*.distcp"))
+    assert len(complete) >= 3
+    damaged = complete[1:3]
+    for path, position in zip(damaged, (path.stat().st_size // 2 for path in damaged), strict=True):
+        data = bytearray(path.read_bytes())
+        data[position if path is damaged[0] else 5] ^= 1  # a number, and what is around the numbers
+        path.write_bytes(data)
     report = hf_to_megatron(hf, out, file_bytes=60_000)
-    kept = {f"release/{name}" for name in complete} - {f"release/{damaged.name}"}
-    assert kept.isdisjoint(report.redone)
-    assert f"release/{damaged.name}" in report.redone
+    kept = {f"release/{path.name}" for path in complete} - {f"release/{path.name}" for path in damaged}
+    assert set(report.redone).isdisjoint(kept)
     assert len(report.redone) == report.num_files - len(kept)
-    megatron_to_hf(out, tmp_path / "back")
-    assert_same_tensors(tmp_path / "back", hf)
-    assert not [p for p in out.rglob("*") if p.suffix in (".done", ".tmp", ".sha256")]
+    hf_to_megatron(hf, tmp_path / "uninterrupted", file_bytes=60_000)
+    assert_same_files(out, tmp_path / "uninterrupted")
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
+
+
+def assert_same_files(found: Path, wanted: Path) -> None:
+    left, right = ({p.relative_to(f): p for f in [side] for p in f.rglob("*")} for side in (found, wanted))
+    assert left.keys() == right.keys()
+    for name, path in right.items():
+        assert path.is_dir() or left[name].read_bytes() == path.read_bytes(), name
+
+
+def slowly(convert: Callable[..., object], *arguments: Path, **options: int) -> None:
+    write = os.pwrite
+    os.pwrite = lambda *a: (time.sleep(0.002), write(*a))[1]  # type: ignore[assignment]
+    convert(*arguments, **options)
+
+
+@pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
+def test_killed_at_any_moments_it_ends_with_the_same_bytes(folders: Path, tmp_path: Path, direction: str) -> None:
+    llama = folders / "llama"
+    convert: Callable[..., object] = hf_to_megatron if direction == "to_megatron" else megatron_to_hf
+    source = llama / ("hf" if direction == "to_megatron" else "megatron")
+    options = {"file_bytes" if direction == "to_megatron" else "shard_bytes": 60_000, "workers": 2}
+    convert(source, tmp_path / "wanted", **options)
+    moments, kills = random.Random(5), 0
+    while killed(
+        partial(slowly, convert, source, tmp_path / "out", **options), after=moments.uniform(0.02, 0.08 + 0.02 * kills)
+    ):
+        kills += 1
+        assert not (tmp_path / "out").exists() or not (tmp_path / "out.partial/result").exists()
+        assert kills < 200
+    assert kills >= 3
+    assert_same_files(tmp_path / "out", tmp_path / "wanted")
 
 
 def test_what_was_begun_for_another_input_is_not_continued(folders: Path, tmp_path: Path) -> None:
-    child = multiprocessing.get_context("fork").Process(
-        target=die_after, args=(20, folders / "llama" / "hf", tmp_path / "out")
-    )
-    child.start()
-    child.join()
+    assert killed(die_after, 20, folders / "llama" / "hf", tmp_path / "out")
     report = hf_to_megatron(folders / "qwen3" / "hf", tmp_path / "out", file_bytes=60_000)
     assert len(report.redone) == report.num_files
 

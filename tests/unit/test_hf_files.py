@@ -62,13 +62,59 @@ def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
     assert said == f"model.path={tmp_path} holds no model.safetensors; give a folder in safetensors format"
 
 
-@pytest.mark.parametrize("kept", [0, 4, 60, -8])
-def test_a_truncated_file_is_named(tmp_path: Path, kept: int) -> None:
+@pytest.mark.parametrize(("kept", "told"), [(0, "a header of 0 bytes"), (60, "ends after 52"), (-8, "48 bytes")])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: int, told: str) -> None:
     path = write_single(tmp_path, TENSORS) / SINGLE
     path.write_bytes(path.read_bytes()[:kept])
     said = message_of(tmp_path)
     assert said.startswith(f"{path}: cannot be read (")
     assert said.endswith("; download the file again")
+    assert told.split()[-1] in said
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"), [(8, "b of shape (2,) there is (0,)"), (20, "a of shape (3, 4) there is (2, 4)")]
+)
+def test_a_truncated_file_names_the_first_tensor_that_it_does_not_hold_with_both_shapes(
+    tmp_path: Path, lost: int, told: str
+) -> None:
+    path = write_single(tmp_path, TENSORS) / SINGLE
+    path.write_bytes(path.read_bytes()[:-lost])
+    assert f"; of {told}); download the file again" in message_of(tmp_path)
+
+
+HEADERS = {
+    b"x" * 40: "line 1 column 1",
+    b"[1, 2]": "no attribute 'items'",
+    b'{"a": 1}': "not subscriptable",
+    b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}': "a has dtype F99",
+    b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}': "1.0 is no size",
+    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}': "-1 is no size",
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}': "too many values",
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}': "a of shape (1,), torch.float32, has bytes 4:8",
+    b"[" * 200_000: "recursion",
+    b'{"\xff': "codec can't decode",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_a_header_of_garbage_is_named(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    assert HEADERS[header] in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("length", "told"), [(2**63, "a header of 9223372036854775808 bytes"), (10**8, "ends after 24")]
+)
+def test_a_header_that_claims_to_be_huge_is_named(tmp_path: Path, length: int, told: str) -> None:
+    (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + bytes(24))
+    assert told in message_of(tmp_path)
+
+
+def test_a_single_file_beside_an_index_of_others_is_ambiguous(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    write_single(tmp_path, TENSORS)
+    assert "and model.safetensors.index.json of other files; remove the one" in message_of(tmp_path)
 
 
 def test_missing_and_unknown_tensors_are_named(tmp_path: Path) -> None:
@@ -85,14 +131,27 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
 
 def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "three.safetensors"}})
-    said = message_of(tmp_path)
-    assert said.startswith(f"{tmp_path / 'three.safetensors'}: cannot be read (")
+    with pytest.raises(UserError) as caught:
+        HfFiles(tmp_path, expected=SHAPES)
+    said = (
+        f"{tmp_path / 'three.safetensors'}: is missing, the index places b of shape (2,) there; download the file again"
+    )
+    assert str(caught.value) == said
 
 
 def test_a_tensor_that_is_not_in_the_file_that_the_index_names_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}})
     path = tmp_path / "one.safetensors"
-    assert message_of(tmp_path) == f"{path}: holds no b, which the index places there; use matching files"
+    said = f"{path}: holds no b, which the index places there, no file of the index does; use matching files"
+    assert message_of(tmp_path) == said
+
+
+def test_an_index_that_swaps_files_is_answered_with_where_the_tensor_is(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}})
+    with pytest.raises(UserError) as caught:
+        HfFiles(tmp_path, expected=SHAPES)
+    said = f"{tmp_path / 'two.safetensors'}: holds no a of shape (3, 4), which the index places there, one.safetensors"
+    assert str(caught.value) == f"{said} holds it with shape (3, 4); use matching files"
 
 
 @pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": [1]}', b"\xff"])
@@ -106,8 +165,8 @@ def test_a_damaged_index_is_named(tmp_path: Path, index: bytes) -> None:
 def test_an_index_that_places_a_tensor_in_another_file_than_it_is_in_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     save_file(TENSORS, tmp_path / "one.safetensors")
-    said = f"{tmp_path / 'one.safetensors'}: holds b of shape (2,), which the index places in two.safetensors;"
-    assert message_of(tmp_path) == f"{said} use matching files"
+    said = f"{tmp_path / 'one.safetensors'}: holds b of shape (2,), which the index places in two.safetensors"
+    assert message_of(tmp_path) == f"{said} with shape (2,); use matching files"
 
 
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
@@ -115,9 +174,10 @@ def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     assert "places a in '../one.safetensors', which is no file of this folder" in message_of(tmp_path)
 
 
-def test_a_tensor_that_is_no_floating_point_number_is_named(tmp_path: Path) -> None:
-    write_single(tmp_path, TENSORS | {"b": torch.arange(2)})
-    assert "b of shape (2,) has dtype torch.int64, a weight of shape (2,) is float32" in message_of(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_a_tensor_of_a_dtype_that_no_weight_has_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_single(tmp_path, TENSORS | {"b": torch.arange(2).to(dtype)})
+    assert f"b of shape (2,) has dtype {dtype}, a weight of shape (2,) is float32" in message_of(tmp_path)
 
 
 def test_a_header_that_contradicts_its_shapes_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Every family through Megatron's format and back, bit for bit: bf16, FP8 blocks, multi-token-prediction layers."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_mega.convert import fp8
+from grpo_mega.convert.digest import digest_text, slice_digest
+from grpo_mega.convert.hf_to_megatron import hf_to_megatron
+from grpo_mega.convert.megatron_to_hf import megatron_to_hf
+from grpo_mega.types import TensorSlice, UserError
+from tests.e2e.test_convert_tools import assert_same_tensors, hf_logits, run_stock, stored
+from tests.helpers.family_checkpoints import make_published
+from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
+from tests.helpers.tiny_models import make_family_model
+
+# tp, pp, ep; and what makes Megatron's own group-limited router (topk // group_topk best experts) that of the family
+STOCK = {
+    "llama": (2, 2, 1, {}),
+    "qwen2": (1, 2, 1, {}),
+    "qwen3": (2, 1, 1, {}),
+    "qwen3_moe": (1, 2, 2, {}),
+    "mixtral": (1, 1, 2, {}),
+    "deepseek_v2": (1, 2, 1, {"num_experts_per_tok": 2}),
+    "deepseek_v3": (1, 2, 2, {"num_experts_per_tok": 4}),
+    "glm4_moe": (1, 1, 2, {"num_experts_per_tok": 4}),
+}
+
+
+def digests_of(folder: Path) -> dict[str, str]:
+    """From the tensors themselves, FP8 as the values that it stands for."""
+    tensors, found = stored(folder), {}
+    for name, tensor in tensors.items():
+        scales = tensors.get(name + fp8.SCALE_SUFFIX)
+        values = tensor if scales is None else fp8.dequantise(tensor, scales)
+        if not name.endswith(fp8.SCALE):
+            found[name] = digest_text(slice_digest(values, TensorSlice(name, (0,) * values.dim(), tuple(values.shape))))
+    return found
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+def test_every_family_comes_back_bit_for_bit_with_the_same_digests(
+    tmp_path: Path, family: str, quantised: bool
+) -> None:
+    sizes = {"intermediate_size": 200, "moe_intermediate_size": 136} if quantised else {}
+    known = raw_family_config(family)
+    hf = make_published(tmp_path / "hf", family, quantised=quantised, **{k: v for k, v in sizes.items() if k in known})
+    assert any(t.dtype == fp8.CODE for t in stored(hf).values()) == quantised
+    hf_to_megatron(hf, tmp_path / "megatron", file_bytes=200_000)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", to_fp8=quantised, shard_bytes=300_000)
+    assert_same_tensors(tmp_path / "back", hf)
+    for side in ("megatron", "back"):
+        assert json.loads((tmp_path / side / "digests.json").read_text()) == digests_of(hf)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [f if f == "deepseek_v3" else pytest.param(f, marks=pytest.mark.long) for f in STOCK],
+)
+def test_a_stock_megatron_loads_every_family_at_another_layout(tmp_path: Path, family: str) -> None:
+    tp, pp, ep, changes = STOCK[family]
+    hf = make_family_model(tmp_path / "hf", raw_family_config(family, **changes))
+    hf_to_megatron(hf, tmp_path / "megatron")
+    found = run_stock("load", hf / "config.json", tmp_path / "megatron" / "release", tmp_path / "logits", tp, pp, ep)
+    assert float((found - hf_logits(hf)).abs().max()) <= 2e-5
+    megatron_to_hf(tmp_path / "logits.again", tmp_path / "back", base=hf)
+    assert_same_tensors(tmp_path / "back", hf)
+
+
+def test_what_a_run_never_had_is_what_it_is_in_the_base(tmp_path: Path) -> None:
+    hf = make_published(tmp_path / "hf", "glm4_moe", quantised=True)
+    mtp = re.compile(r"model\.layers\.2\.")
+    without = tmp_path / "without"
+    make_published(without, "glm4_moe", quantised=True)
+    tensors = {name: tensor for name, tensor in stored(without).items() if not mtp.match(name)}
+    save_file(tensors, without / "model.safetensors")
+    hf_to_megatron(without, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", base=hf, to_fp8=True)
+    assert_same_tensors(tmp_path / "back", hf)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "alone", to_fp8=True)
+    assert_same_tensors(tmp_path / "alone", without)
+
+
+def test_half_a_multi_token_prediction_layer_is_refused(tmp_path: Path) -> None:
+    hf = make_published(tmp_path / "hf", "deepseek_v3")
+    tensors = load_file(hf / "model.safetensors")
+    del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
+    save_file(tensors, hf / "model.safetensors")
+    rule = r"model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight of shape \(32, 64\) is missing, .*gate_proj.* is there"
+    with pytest.raises(UserError, match=rule):
+        hf_to_megatron(hf, tmp_path / "megatron")
+
+
+def test_the_correction_bias_stays_float32_whatever_the_dtype_asked_for(tmp_path: Path) -> None:
+    hf = make_published(tmp_path / "hf", "deepseek_v3")
+    hf_to_megatron(hf, tmp_path / "megatron", dtype="fp16")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype="bf16")
+    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
+    assert torch.equal(stored(tmp_path / "back")[bias], stored(hf)[bias])
+    assert stored(tmp_path / "back")["model.norm.weight"].dtype == torch.bfloat16

@@ -1,0 +1,69 @@
+"""Checkpoints of every family as their makers publish them: bf16 with fp32 correction biases, multi-token-prediction
+layers, FP8 blocks. Names come from `transformers` and from the published index, not from our tables."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo_mega.convert import fp8
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.tiny_models import make_family_model
+
+LINEAR = re.compile(r"\.(\w+_proj|kv_a_proj_with_mqa|w[123])\.weight$")
+
+
+def make_published(folder: Path, family: str, *, quantised: bool = False, **changes: object) -> Path:
+    """Write the folder; `changes` are fields of its config."""
+    raw = raw_family_config(family, **changes)
+    make_family_model(folder, raw)
+    tensors = {
+        name: tensor if name.endswith("e_score_correction_bias") else tensor.bfloat16()
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    if raw.get("num_nextn_predict_layers"):
+        config["num_nextn_predict_layers"] = raw["num_nextn_predict_layers"]
+        tensors |= _mtp_layer(tensors, raw["num_hidden_layers"], raw["hidden_size"], raw["vocab_size"])
+    if quantised:
+        config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+        tensors = _quantised(tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _mtp_layer(tensors: dict[str, Tensor], layer: int, hidden: int, vocab: int) -> dict[str, Tensor]:
+    """As in model.safetensors.index.json of DeepSeek-V3: a layer like the last one, and what is around it."""
+    generator = torch.Generator().manual_seed(layer)
+    before, prefix = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
+    shapes = {
+        prefix + name.removeprefix(before): tensor.shape for name, tensor in tensors.items() if name.startswith(before)
+    }
+    shapes |= {
+        prefix + name: torch.Size((hidden,)) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
+    }
+    shapes |= {
+        prefix + name: torch.Size((vocab, hidden)) for name in ("embed_tokens.weight", "shared_head.head.weight")
+    }
+    shapes[prefix + "eh_proj.weight"] = torch.Size((hidden, 2 * hidden))
+    values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return {name: v if name.endswith("e_score_correction_bias") else v.bfloat16() for name, v in values.items()}
+
+
+def _quantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        found[name] = tensor
+        if LINEAR.search(name) and "eh_proj" not in name:
+            codes, scales = fp8.quantise(tensor)
+            # a maker's scales need not be those that quantise would choose
+            scales = scales * (1 + torch.rand(scales.shape, generator=generator))
+            found |= {name: codes, name + "_scale_inv": scales}
+    return found
