@@ -37,6 +37,7 @@ from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
+from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.rewards.pool import RewardPool
@@ -131,7 +132,10 @@ def building(
                 )
                 scorer = stack.enter_context(pool)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=objective.needs_reference)
-            checkpoints = CheckpointManager(run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first)
+            critic = MegatronCritic(config, spec, model_folder, ranks) if objective.needs_critic else None
+            checkpoints = CheckpointManager(
+                run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first, critic=critic
+            )
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             engine = make_engine(config, model_folder)
             stack.callback(engine.close)
@@ -154,8 +158,9 @@ def building(
             groups=GroupSource(sampler, prompts, config),
             pad_id=0,
             policy=policy,
+            critic=critic,
             objective=objective,
-            phases=Phases(engine, policy),
+            phases=Phases(engine, policy, critic),
             sync=sync,
             checkpoints=checkpoints,
             evaluator=evaluator if held_out is not None else None,

@@ -137,6 +137,8 @@ class Microbatch:
     sampler_log_probs: Tensor  # [T] float32, 0 where loss_mask is False
     old_log_probs: Tensor | None = None  # [T] float32
     ref_log_probs: Tensor | None = None  # [T] float32
+    old_values: Tensor | None = None  # [T] float32, the critic's, before the update
+    returns: Tensor | None = None  # [T] float32, what the critic should have said
 
     @property
     def num_loss_tokens(self) -> int:

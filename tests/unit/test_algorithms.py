@@ -30,12 +30,13 @@ REWARDS = [[1.0, 0.0, 0.25, 0.5], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 1.0, -0.5]]  
 
 @dataclass(frozen=True)
 class Data:
-    """Per rollout, float64; `log_probs` are leaves."""
+    """Per rollout, float64; `log_probs` are leaves. `values` are a critic's."""
 
     log_probs: list[Tensor]
     old: list[Tensor]
     ref: list[Tensor]
     sampler: list[Tensor]
+    values: list[Tensor]
 
     def differ(self, i: int) -> Tensor:
         """Log ratio of rollout i."""
@@ -48,7 +49,8 @@ def make_data(spread: float = 0.4) -> Data:
     old = [r + 0.3 * torch.randn_like(r) for r in ref]
     log_probs = [(o + spread * torch.randn_like(o)).requires_grad_() for o in old]
     sampler = [o + 0.5 * torch.randn_like(o) for o in old]
-    return Data(log_probs, old, ref, sampler)
+    values = [torch.randn_like(o) for o in old]
+    return Data(log_probs, old, ref, sampler, values)
 
 
 # --- the papers ---
@@ -166,6 +168,20 @@ def reinforce_plus_plus_baseline(data: Data) -> Tensor:
     return -torch.cat(parts).mean()
 
 
+def ppo(data: Data) -> Tensor:
+    """Advantages as the sum of equation 11 with the deltas of equation 12, whitened over the step's tokens."""
+    advantages = []
+    for i, n in enumerate(LENGTHS):
+        rewards = -0.02 * (data.old[i] - data.ref[i])
+        rewards[-1] += REWARDS[i // GROUP][i % GROUP]
+        following = torch.cat([data.values[i][1:], torch.zeros(1, dtype=torch.float64)])
+        delta = rewards + following - data.values[i]
+        advantages.append(torch.stack([sum(0.95 ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]))
+    flat = torch.cat(advantages)
+    norm = [(a - flat.mean()) / flat.std(correction=0) for a in advantages]
+    return -torch.cat(every(lambda i: clipped(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
+
+
 PAPERS: dict[str, Callable[[Data], Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
@@ -177,6 +193,7 @@ PAPERS: dict[str, Callable[[Data], Tensor]] = {
     "rloo": rloo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "ppo": ppo,
 }
 
 
@@ -218,8 +235,11 @@ def ours(
     for rank in range(dp):
         train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
         batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape, pad_id=7)
-        if objective.kl_in_reward:
-            kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)]
+        kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)] if objective.kl_in_reward else None
+        if objective.needs_critic:
+            values = [v.tolist() for v in data.values]
+            batch = batch.with_advantages(objective.estimates(groups, batch.rewards, values, kl).advantages)
+        elif kl is not None:
             batch = batch.with_advantages(objective.advantages(groups, batch.rewards, kl))
         batches.append(batch)
         for microbatch in batch.microbatches:
