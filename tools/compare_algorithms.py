@@ -78,7 +78,7 @@ def read(name: str, folder: Path) -> Result:
         return int(max(line.get(f"memory/peak_{phase}_bytes", 0) for line in steady))
 
     def usual(phase: str) -> float:
-        return statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in steady)
+        return float(statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in steady))
 
     return Result(
         algorithm=name,
