@@ -229,24 +229,24 @@ def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = 
 
 
 def _gather_unequal(
-    gather: Callable[..., Tensor], input_: Tensor, group: Any, output_split_sizes: Any = None, **kwargs: Any
+    gather: Callable[..., Tensor], input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any
 ) -> Tensor:
     """mappings.py:150 with parts of different sizes: all padded to the largest, gathered and cut."""
     if output_split_sizes is None or group.size() == 1:
-        return gather(input_, group, output_split_sizes, **kwargs)
+        return gather(input_, group, output_split_sizes, *args)
     sizes = [int(size) for size in output_split_sizes]
     padded = input_.new_zeros((max(sizes), *input_.shape[1:]))
     padded[: len(input_)] = input_
-    whole = gather(padded, group, None, **kwargs)
+    whole = gather(padded, group, None, *args)
     return torch.cat([part[:size] for part, size in zip(whole.split(max(sizes)), sizes, strict=True)])
 
 
 def _reduce_scatter_unequal(
-    scatter: Callable[..., Tensor], input_: Tensor, group: Any, input_split_sizes: Any = None, **kwargs: Any
+    scatter: Callable[..., Tensor], input_: Tensor, group: Any, input_split_sizes: Any = None, *args: Any
 ) -> Tensor:
     """mappings.py:193 with parts of different sizes: summed whole, of which each rank takes its part."""
     if input_split_sizes is None or group.size() == 1:
-        return scatter(input_, group, input_split_sizes, **kwargs)
+        return scatter(input_, group, input_split_sizes, *args)
     total = input_.contiguous().clone()
     torch.distributed.all_reduce(total, group=group)
     part: Tensor = total.split([int(size) for size in input_split_sizes])[group.rank()]
