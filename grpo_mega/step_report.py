@@ -37,6 +37,7 @@ class StepResult:
             **mismatch(self.groups.rollouts, self.old_log_probs),
             "train/kl_coef": self.kl_coef,
             **_critic(self.critic_updates, self.batch),
+            **_replay(self.groups.rollouts),
             **{f"memory/{name}_bytes": float(size) for name, size in self.state_bytes.items()},
             **_trained(self.groups, self.batch.is_trained),
             "sync/bytes": float(self.sync.received_bytes),
@@ -119,6 +120,18 @@ def _critic(updates: Sequence[UpdateStats], batch: TrainBatch) -> dict[str, floa
         "critic/return_mean": statistics.fmean(returns),
         "critic/explained_variance": 1.0 - missed / spread if spread else 0.0,
     }
+
+
+def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of the positions that are trained on, those whose experts the engine did not tell; nothing if it told none."""
+    if all(r.completion.expert_choices is None for r in rollouts):
+        return {}
+    told = 0
+    for rollout in rollouts:
+        if (choices := rollout.completion.expert_choices) is not None:
+            predicting = choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1]
+            told += int((predicting >= 0).flatten(1).any(1).sum())
+    return {"train/unreplayed_fraction": 1.0 - told / sum(len(r.completion.token_ids) for r in rollouts)}
 
 
 def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:

@@ -45,6 +45,7 @@ METRICS: dict[str, str] = {
     "train/correction_mean": "mean factor that corrects the mismatch between policy and sampler",
     "train/masked_fraction": "share of tokens taken out because policy and sampler differ too much on them",
     "train/vetoed_fraction": "share of tokens taken out with their rollout, of which a token is beyond the veto",
+    "train/unreplayed_fraction": "share of tokens whose experts the policy chose itself: the engine's are not known",
     "train/unused_rollouts": "rollouts of the step that are not trained on: overlong ones and those of dropped groups",
     "train/updates": "optimizer steps of the step",
     "train/num_loss_tokens": "tokens trained on, per epoch over the rollouts",

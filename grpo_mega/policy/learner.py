@@ -25,12 +25,12 @@ from grpo_mega.policy.gradients import gather_gradients, gradient_of
 from grpo_mega.policy.model import PolicyModel
 from grpo_mega.policy.offload import Part, PolicyMemory
 from grpo_mega.policy.reports import UpdateReport
+from grpo_mega.policy.routing import RowParams
 from grpo_mega.policy.state import load_state, save_state
 from grpo_mega.policy.weights import MegatronWeights
 from grpo_mega.types import Microbatch, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
-from megatron.core.packed_seq_params import PackedSeqParams  # isort: skip
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 LastStage = Callable[[Tensor, Microbatch], tuple[Tensor, Tensor, Tensor]]
@@ -49,6 +49,7 @@ class MegatronLearner:
     ) -> None:
         """The weights are yet to be loaded."""
         self.spec, self.ranks = spec, ranks
+        self._cuts_sequences = config.parallel.sequence_parallel
         self._gathers_later, self._gather_pending = config.parallel.overlap_param_gather, False
         self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, optimizer, ranks, model)
         self.dp_group = parallel_state.get_data_parallel_group()
@@ -151,6 +152,13 @@ class MegatronLearner:
             return values
         return values[rank_index(microbatch.cu_seqlens, cp, self.ranks.at.cp_rank).to(values.device)]
 
+    def _expert_choices(self, microbatch: Microbatch) -> Tensor | None:
+        """[T, L, K] -> those of the tokens whose experts this rank chooses."""
+        if microbatch.expert_choices is None:
+            return None
+        choices = self._share(microbatch.expert_choices, microbatch)
+        return choices.chunk(self.ranks.topology.tp)[self.ranks.at.tp_rank] if self._cuts_sequences else choices
+
     def _run_schedule(
         self,
         microbatches: Sequence[Microbatch],
@@ -166,7 +174,7 @@ class MegatronLearner:
                 self._share(microbatch.token_ids, microbatch)[None],
                 self._share(microbatch.position_ids, microbatch)[None],
                 None,
-                packed_seq_params=_packed_params(microbatch),
+                packed_seq_params=_row_params(microbatch, self._expert_choices(microbatch)),
             )
             return output, lambda last: last_stage(last, microbatch)
 
@@ -189,9 +197,9 @@ class MegatronLearner:
 _NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron counts tokens to divide by them; we do not
 
 
-def _packed_params(microbatch: Microbatch) -> PackedSeqParams:
+def _row_params(microbatch: Microbatch, expert_choices: Tensor | None) -> RowParams:
     longest = int(microbatch.cu_seqlens.diff().max())
-    return PackedSeqParams(
+    return RowParams(
         qkv_format="thd",
         cu_seqlens_q=microbatch.cu_seqlens,
         cu_seqlens_kv=microbatch.cu_seqlens,
@@ -199,6 +207,7 @@ def _packed_params(microbatch: Microbatch) -> PackedSeqParams:
         cu_seqlens_kv_padded=microbatch.cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
+        expert_choices=expert_choices,
     )
 
 

@@ -23,6 +23,7 @@ from grpo_mega.policy.build import init_groups
 from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.policy.model import PolicyModel
 from grpo_mega.policy.reference import Reference
+from grpo_mega.policy.routing import replay_routing
 from grpo_mega.policy.state import load_weights, save_weights
 from grpo_mega.policy.weights import MegatronWeights, weight_copy_group
 from grpo_mega.types import Microbatch, UpdateStats
@@ -35,6 +36,7 @@ class MegatronPolicy(MegatronLearner):
         """Loads the weights of `folder`; they also become the reference, when one is asked for."""
         init_groups(ranks, config.guard.timeout_seconds)
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
+        replay_routing(self.parts.models, config.parallel.recompute_modules or ())
         self.temperature = config.sampling.temperature
         self.model_parallel_group = weight_copy_group(ranks)
         self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group, self._settle)

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from grpo_mega.batch import TrainBatch
 from grpo_mega.observe.metrics import require_known
@@ -122,6 +123,19 @@ def test_a_critic_is_reported_by_hand() -> None:
             "memory/critic_params_bytes": 7.0,
         }
     )
+
+
+def test_tokens_without_a_record_of_their_experts_are_counted() -> None:
+    plain = result([stats(0.2, 1.5, 1e-4)])
+    assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
+    rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
+    for i, told in ((0, 4), (2, 5)):  # all that predict, and the first of three
+        choices = torch.zeros(told, 2, 2, dtype=torch.int16)
+        choices[0] = -1  # in the prompt: not trained on
+        rollouts[i] = replace(rollouts[i], completion=replace(rollouts[i].completion, expert_choices=choices))
+    found = replace(plain, groups=replace(plain.groups, rollouts=rollouts)).metrics(3, lambda _: True)
+    assert found["train/unreplayed_fraction"] == 1 - 3 / 8
+    require_known(found)
 
 
 def test_a_loss_without_a_reference_reports_no_kl() -> None:
