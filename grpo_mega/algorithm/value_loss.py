@@ -21,7 +21,8 @@ class ValueLoss:
     R is the return, V_old the value before the update. Means over tokens are in `token_weights`.
 
     Source: PPO, arXiv:1707.06347, equation 9 (the squared error); the clip: Engstrom et al., "Implementation Matters in
-        Deep Policy Gradients", arXiv:2005.12729, section on PPO's code-level optimisations. Differs: a factor 1/2.
+        Deep Policy Gradients", arXiv:2005.12729. Differs: the larger of the two errors, as in the code which that paper
+        studies (it prints the smaller); a factor 1/2.
     """
 
     clip: float | None
