@@ -28,18 +28,31 @@ from grpo_mega.types import Microbatch, Reward
 class TrainBatch:
     """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step.
 
-    The lists have one entry per rollout of the step. `rewards` are what the advantages were made of.
+    The lists have one entry per rollout of the step. `rewards` are what the advantages were made of; `values` and
+    `returns`, per completion token, are there with a critic.
     """
 
     minibatches: list[list[Microbatch]]
     advantages: list[Advantage]
     rewards: list[float] = field(default_factory=list)
     is_trained: list[bool] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)
+    returns: list[list[float]] = field(default_factory=list)
 
     def with_advantages(self, advantages: Sequence[Advantage]) -> TrainBatch:
         """Other advantages, one per rollout of the step, on the tokens of this rank's rows."""
-        minibatches = [[_with_advantages(m, advantages) for m in minibatch] for minibatch in self.minibatches]
+        minibatches = [
+            [replace(m, advantages=_on_tokens(m, advantages)) for m in minibatch] for minibatch in self.minibatches
+        ]
         return replace(self, minibatches=minibatches, advantages=list(advantages))
+
+    def with_values(self, values: Sequence[list[float]], returns: Sequence[list[float]]) -> TrainBatch:
+        """What the critic says and should have said, one number per completion token of each rollout of the step."""
+        minibatches = [
+            [replace(m, old_values=_on_tokens(m, values), returns=_on_tokens(m, returns)) for m in minibatch]
+            for minibatch in self.minibatches
+        ]
+        return replace(self, minibatches=minibatches, values=list(values), returns=list(returns))
 
     def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
         """Attach [T] per microbatch, in the order of `microbatches`."""
@@ -134,13 +147,14 @@ def build_batch(
     return TrainBatch(minibatches, advantages, shaped, objective.is_trained(groups))
 
 
-def _with_advantages(microbatch: Microbatch, advantages: Sequence[Advantage]) -> Microbatch:
+def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tensor:
+    """[T] from numbers per rollout of the step; 0 where there is no loss."""
     values = torch.zeros_like(microbatch.advantages)
     bounds = microbatch.cu_seqlens.tolist()
     for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
         positions = microbatch.loss_mask[begin:end].nonzero().squeeze(1) + begin
-        values[positions] = torch.tensor(advantages[rollout_id], dtype=values.dtype, device=values.device)
-    return replace(microbatch, advantages=values)
+        values[positions] = torch.tensor(per_rollout[rollout_id], dtype=values.dtype, device=values.device)
+    return values
 
 
 def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:

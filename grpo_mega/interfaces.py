@@ -122,6 +122,40 @@ class TokenLoss(Protocol):
         ...
 
 
+class TokenValueLoss(Protocol):
+    """A critic's loss, per token."""
+
+    def __call__(self, values: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """values: [T] float32 with gradient. Returns the loss per token [T] (before `token_weights`) and per-token
+        metrics [T] (detached)."""
+        ...
+
+
+class Critic(Protocol):
+    """A second trained model on this rank: what reward a rollout can expect before each of its tokens."""
+
+    def values(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
+        """[T] per microbatch, aligned to the predicted token, without gradient, on every rank of the last pipeline
+        stage; None elsewhere."""
+        ...
+
+    def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
+        """One optimizer step on the given microbatches, which carry `returns` and `old_values`."""
+        ...
+
+    def state_bytes(self) -> dict[str, int]:
+        """As `Policy.state_bytes`."""
+        ...
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        ...
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Collective: the reverse, at any layout; returns `extra`."""
+        ...
+
+
 class Policy(Protocol):
     """The trained model on this rank."""
 
@@ -145,6 +179,10 @@ class Policy(Protocol):
 
     def update_reference(self) -> None:
         """Collective: the present weights become the reference."""
+        ...
+
+    def state_bytes(self) -> dict[str, int]:
+        """What this rank trains with: bytes of `params`, `grads` and `optimizer` (master weights, moments)."""
         ...
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:

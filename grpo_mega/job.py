@@ -28,6 +28,7 @@ from grpo_mega.interfaces import Engine
 from grpo_mega.loop import Job, push_weights, train
 from grpo_mega.objective import Objective
 from grpo_mega.observe.log import configure_logging, quiet_libraries
+from grpo_mega.observe.memory import PhasePeaks, device_peak
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunState, open_run
 from grpo_mega.observe.run_lock import run_lock
@@ -37,6 +38,7 @@ from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
+from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.rewards.pool import RewardPool
@@ -120,7 +122,14 @@ def building(
     """Everything that a rank needs, closed in the reverse order."""
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
-        timers = PhaseTimer(progress.phase if progress is not None else None)
+        peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first else None)
+
+        def on_phase(name: str) -> None:
+            peaks.phase(name)
+            if progress is not None:
+                progress.phase(name)
+
+        timers = PhaseTimer(on_phase)
         with timers.phase("start"):
             spec = read_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)
@@ -131,7 +140,10 @@ def building(
                 )
                 scorer = stack.enter_context(pool)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=objective.needs_reference)
-            checkpoints = CheckpointManager(run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first)
+            critic = MegatronCritic(config, spec, model_folder, ranks) if objective.needs_critic else None
+            checkpoints = CheckpointManager(
+                run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first, critic=critic
+            )
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             engine = make_engine(config, model_folder)
             stack.callback(engine.close)
@@ -145,7 +157,7 @@ def building(
         )
         observer = None
         if progress is not None:
-            observer = Observer(config, ranks.topology, run, timers, progress, evaluator.is_right)
+            observer = Observer(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
             stack.callback(observer.close)
             progress.note(explain_batch(config, ranks.topology))
         job = Job(
@@ -154,8 +166,9 @@ def building(
             groups=GroupSource(sampler, prompts, config),
             pad_id=0,
             policy=policy,
+            critic=critic,
             objective=objective,
-            phases=Phases(engine, policy),
+            phases=Phases(engine, policy, critic),
             sync=sync,
             checkpoints=checkpoints,
             evaluator=evaluator if held_out is not None else None,

@@ -18,7 +18,7 @@ from grpo_mega.config.schema import Config, OptimizerConfig
 from grpo_mega.data.pack import RowShape
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.groups import GroupSource
-from grpo_mega.interfaces import Policy, TokenLoss
+from grpo_mega.interfaces import Critic, Policy, TokenLoss
 from grpo_mega.objective import Objective
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
@@ -32,13 +32,15 @@ from grpo_mega.weight_sync.push import SyncReport, WeightSync
 
 @dataclass(frozen=True)
 class Job:
-    """One run on this rank. `observer` is None but on rank 0, `evaluator` where nothing is held out."""
+    """One run on this rank. `observer` is None but on rank 0, `evaluator` where nothing is held out, `critic` where
+    advantages are relative to rollouts and not to what a model expects."""
 
     config: Config
     ranks: Ranks
     groups: GroupSource
     pad_id: int
     policy: Policy
+    critic: Critic | None
     objective: Objective
     phases: Phases
     sync: WeightSync
@@ -59,7 +61,8 @@ def train(job: Job, state: LoopState) -> LoopState:
         with job.phases.training():
             batch = make_batch(job, objective, groups, step)
             with timers.phase("log_probs"):
-                batch = with_log_probs(job, objective, batch, groups)
+                batch = with_log_probs(job, objective, batch)
+            batch, critic_updates = learn_values(job, objective, batch, groups, state.policy_version)
             with timers.phase("train"):
                 batch, updates = update(job, objective.loss(), batch, state.policy_version)
                 update_reference_if_due(job, step)
@@ -71,7 +74,17 @@ def train(job: Job, state: LoopState) -> LoopState:
             staged = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
         if job.observer is not None:
             job.observer.step(
-                StepResult(step, groups, batch, old_log_probs, updates, synced, objective.algorithm.kl_coef)
+                StepResult(
+                    step,
+                    groups,
+                    batch,
+                    old_log_probs,
+                    updates,
+                    synced,
+                    objective.algorithm.kl_coef,
+                    critic_updates,
+                    state_bytes(job),
+                )
             )
         if staged is not None:
             job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
@@ -95,9 +108,8 @@ def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int)
     )
 
 
-def with_log_probs(job: Job, objective: Objective, batch: TrainBatch, groups: SampledGroups) -> TrainBatch:
-    """The policy's log-probs before the update (a single update has them anyway), the reference's, and the advantages
-    that need both."""
+def with_log_probs(job: Job, objective: Objective, batch: TrainBatch) -> TrainBatch:
+    """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
     ref = None
     if objective.needs_reference:
         with job.policy.reference():
@@ -106,11 +118,39 @@ def with_log_probs(job: Job, objective: Objective, batch: TrainBatch, groups: Sa
     old = None
     if updates > 1 or objective.kl_in_reward:
         old = job.policy.log_probs(batch.microbatches)
-    batch = batch.with_log_probs(old=old, ref=ref)
-    if not objective.kl_in_reward:
-        return batch
-    penalties = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
-    return batch.with_advantages(objective.advantages(groups, batch.rewards, penalties))
+    return batch.with_log_probs(old=old, ref=ref)
+
+
+def learn_values(
+    job: Job, objective: Objective, batch: TrainBatch, groups: SampledGroups, policy_version: int
+) -> tuple[TrainBatch, list[UpdateStats]]:
+    """The advantages that need log-probs or values, and the critic's updates on this batch."""
+    kl = None
+    if objective.kl_in_reward:
+        kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
+    if job.critic is None:
+        return (batch if kl is None else batch.with_advantages(objective.advantages(groups, batch.rewards, kl))), []
+    with job.phases.valuing(), job.timers.phase("critic"):
+        values = gather_by_rollout(job, batch, job.critic.values(batch.microbatches) or ())
+        estimates = objective.estimates(groups, batch.rewards, values, kl)
+        batch = batch.with_advantages(estimates.advantages).with_values(values, estimates.returns)
+        loss, stats = objective.value_loss(), list[UpdateStats]()
+        for _ in range(job.config.train.epochs_per_rollout):
+            for minibatch in batch.minibatches:
+                rate = objective.critic_rate(learning_rate(job.config.optimizer, policy_version + len(stats)))
+                stats.append(job.critic.update(minibatch, loss, rate))
+    return batch, stats
+
+
+def state_bytes(job: Job) -> dict[str, int]:
+    """What this rank trains with, in bytes."""
+    learners = {"policy": job.policy, "critic": job.critic}
+    return {
+        f"{name}_{part}": size
+        for name, learner in learners.items()
+        if learner is not None
+        for part, size in learner.state_bytes().items()
+    }
 
 
 def update(job: Job, loss: TokenLoss, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:

@@ -22,6 +22,7 @@ from grpo_mega.algorithm.aggregate import (
 )
 from grpo_mega.algorithm.controller import adapted_kl_coef
 from grpo_mega.algorithm.correction import Correction
+from grpo_mega.algorithm.gae import generalized_advantages, token_rewards
 from grpo_mega.algorithm.kl import KL_ESTIMATORS
 from grpo_mega.algorithm.loss import PolicyLoss
 from grpo_mega.algorithm.surrogate import (
@@ -33,12 +34,21 @@ from grpo_mega.algorithm.surrogate import (
     SoftGate,
     Surrogate,
 )
+from grpo_mega.algorithm.value_loss import ValueLoss
 from grpo_mega.config.schema import AlgorithmConfig
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Microbatch, Rollout, UpdateStats
 
 Advantage = float | list[float]
 """Of one rollout: the same for all of its completion tokens, or one each."""
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Per rollout and completion token: how much better a token was than expected, and what the critic should say."""
+
+    advantages: list[Advantage]
+    returns: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,11 @@ class Objective:
         """Whether loss or reward compare with the reference."""
         return self.algorithm.kl_coef > 0
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether advantages are relative to what a critic expects (`estimates`)."""
+        return self.algorithm.advantage == "gae"
+
     def shaped(self, groups: SampledGroups, rewards: Sequence[float]) -> list[float]:
         """Rewards with the soft penalty of overlong answers: 0 up to max_tokens - buffer tokens, from there linearly
         down to -overlong_penalty at max_tokens.
@@ -99,10 +114,15 @@ class Objective:
             rewards: one per rollout, shaped.
             kl: with `kl_in_reward`, the KL of each completion token: a rollout's reward is less by kl_coef times their
                 sum; under advantage=batch each token's by that of the tokens from it on.
+
+        Returns:
+            Under advantage=gae zeros: `estimates` has them, once there are values.
         """
         penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
         rule = self.algorithm.advantage
         lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+        if rule == "gae":
+            return [0.0] * len(lengths)
         if rule == "batch":
             rows = penalties if penalties is not None else [[0.0] * n for n in lengths]
             return list(whitened([token_returns(r, row) for r, row in zip(rewards, rows, strict=True)]))
@@ -115,6 +135,42 @@ class Objective:
         if rule == "group_batch":
             return list(whitened([[value] * n for value, n in zip(values, lengths, strict=True)]))
         return list(values)
+
+    def estimates(
+        self,
+        groups: SampledGroups,
+        rewards: Sequence[float],
+        values: Sequence[Sequence[float]],
+        kl: Sequence[Sequence[float]] | None = None,
+    ) -> Estimates:
+        """Advantages over the critic's `values` (per completion token), whitened over the step's tokens; returns.
+
+        Args:
+            groups: all rollouts of the step.
+            rewards: one per rollout, shaped.
+            values: of each completion token, before it was sampled.
+            kl: with `kl_in_reward`, the KL of each completion token.
+
+        Source: PPO, arXiv:1707.06347, equations 11 and 12; the return is advantage plus value, before the whitening.
+        """
+        gamma, gae_lambda, coef = self.algorithm.gamma, self.algorithm.gae_lambda, self.algorithm.kl_coef
+        assert gamma is not None, "config/check_algorithm.py"
+        assert gae_lambda is not None, "config/check_algorithm.py"
+        advantages = []
+        for i, rollout in enumerate(groups.rollouts):
+            penalties = [coef * k for k in kl[i]] if kl is not None else [0.0] * len(rollout.completion.token_ids)
+            row = token_rewards(rewards[i], penalties)
+            advantages.append(generalized_advantages(row, values[i], gamma=gamma, gae_lambda=gae_lambda))
+        returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, values, strict=True)]
+        return Estimates(list(whitened(advantages)), returns)
+
+    def value_loss(self) -> ValueLoss:
+        """The critic's loss per token."""
+        return ValueLoss(self.algorithm.value_clip)
+
+    def critic_rate(self, learning_rate: float) -> float:
+        """The critic's learning rate where the policy's is `learning_rate`."""
+        return learning_rate * self.algorithm.critic_lr_factor
 
     def kl(self, microbatch: Microbatch) -> Tensor | None:
         """KL of the policy before the update to the reference, [T]; None where a stage has no log-probs."""

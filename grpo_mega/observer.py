@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_mega.config.schema import Config
+from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rollouts import rollout_rows
@@ -27,10 +28,11 @@ class Observer:
         topology: Topology,
         run: RunState,
         timers: PhaseTimer,
+        peaks: PhasePeaks,
         progress: Progress,
         is_right: Callable[[Reward], bool],
     ) -> None:
-        self._topology, self._run, self._timers = topology, run, timers
+        self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
         self._progress, self._is_right = progress, is_right
         self._metrics = MetricsWriter(
             run.folder,
@@ -71,7 +73,7 @@ class Observer:
             "throughput/tokens_per_second": tokens / times["time/step_seconds"],
             "throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"],
         }
-        line = {**metrics, **times, **speed, **self._held_out}
+        line = {**metrics, **times, **speed, **self._peaks.step_metrics(), **self._held_out}
         self._held_out = {}
         self._metrics.write(result.step, line)
         self._progress.step(result.step, line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from grpo_mega.batch import TrainBatch
 from grpo_mega.rollout import SampledGroups
@@ -15,7 +15,8 @@ from grpo_mega.weight_sync.push import SyncReport
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind, the same on every rank. `old_log_probs`: one list per rollout."""
+    """What a step leaves behind, the same on every rank but for `state_bytes`. `old_log_probs`: one list per
+    rollout. `critic_updates` is empty without a critic."""
 
     step: int
     groups: SampledGroups
@@ -24,6 +25,8 @@ class StepResult:
     updates: list[UpdateStats]
     sync: SyncReport
     kl_coef: float
+    critic_updates: list[UpdateStats] = field(default_factory=list)
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def metrics(self, num_replicas: int, is_right: Callable[[Reward], bool]) -> dict[str, float]:
         """Everything but times; the names are those of observe/metrics.py."""
@@ -33,6 +36,9 @@ class StepResult:
             **_updates(self.updates),
             **mismatch(self.groups.rollouts, self.old_log_probs),
             "train/kl_coef": self.kl_coef,
+            **_critic(self.critic_updates, self.batch),
+            **_replay(self.groups.rollouts),
+            **{f"memory/{name}_bytes": float(size) for name, size in self.state_bytes.items()},
             **_trained(self.groups, self.batch.is_trained),
             "sync/bytes": float(self.sync.received_bytes),
             "sync/gb_per_second": self.sync.received_bytes / 1e9 / self.sync.seconds,
@@ -96,6 +102,36 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
     }
     found |= {name: mean[key] for key, name in optional.items() if key in mean}
     return found
+
+
+def _critic(updates: Sequence[UpdateStats], batch: TrainBatch) -> dict[str, float]:
+    """Means over the step's updates; `explained_variance` = 1 - var(return - value) / var(return), over tokens."""
+    if not updates:
+        return {}
+    values, returns = ([v for row in rows for v in row] for rows in (batch.values, batch.returns))
+    spread = statistics.pvariance(returns)
+    missed = statistics.pvariance([r - v for r, v in zip(returns, values, strict=True)])
+    return {
+        "critic/loss": statistics.fmean(u.sums["loss"] for u in updates),
+        "critic/clip_fraction": statistics.fmean(u.sums["clip_fraction"] for u in updates),
+        "critic/grad_norm": statistics.fmean(u.grad_norm for u in updates),
+        "critic/learning_rate": updates[-1].learning_rate,
+        "critic/value_mean": statistics.fmean(values),
+        "critic/return_mean": statistics.fmean(returns),
+        "critic/explained_variance": 1.0 - missed / spread if spread else 0.0,
+    }
+
+
+def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of the positions that are trained on, those whose experts the engine did not tell; nothing if it told none."""
+    if all(r.completion.expert_choices is None for r in rollouts):
+        return {}
+    told = 0
+    for rollout in rollouts:
+        if (choices := rollout.completion.expert_choices) is not None:
+            predicting = choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1]
+            told += int((predicting >= 0).flatten(1).any(1).sum())
+    return {"train/unreplayed_fraction": 1.0 - told / sum(len(r.completion.token_ids) for r in rollouts)}
 
 
 def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:

@@ -41,7 +41,9 @@ class Completion:
     """One sampled answer, as the engine returns it.
 
     `token_ids` ends with EOS exactly when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of
-    `token_ids`. `policy_version` is the number of updates behind the weights that sampled it.
+    `token_ids`. `policy_version` is the number of updates behind the weights that sampled it. `expert_choices`, of an
+    engine that tells them, are the experts of the first N tokens of prompt and completion in each layer: [N, L, K]
+    small integers, -1 where there is no record.
     """
 
     token_ids: tuple[int, ...]
@@ -49,6 +51,7 @@ class Completion:
     stop_reason: StopReason
     policy_version: int
     text: str
+    expert_choices: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,9 @@ class Microbatch:
     sampler_log_probs: Tensor  # [T] float32, 0 where loss_mask is False
     old_log_probs: Tensor | None = None  # [T] float32
     ref_log_probs: Tensor | None = None  # [T] float32
+    old_values: Tensor | None = None  # [T] float32, the critic's, before the update
+    returns: Tensor | None = None  # [T] float32, what the critic should have said
+    expert_choices: Tensor | None = None  # [T, L, K] small integers: the engine's experts; -1: no record
 
     @property
     def num_loss_tokens(self) -> int:

@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step_000020` in Megatron's `torch_dist` format, written under a temporary name, marked with
 a file `complete` and renamed: a kill at any moment leaves the previous one. It holds the policy's weights, the
-optimizer's state in a form that any layout can load, and the loop's counters. Nothing else moves: prompts, sampling and
+optimizer's state in a form that any layout can load, those of the critic where there is one, and the loop's counters.
+Nothing else moves: prompts, sampling and
 shuffles are functions of (run.seed, step).
 Asserted by tests/parallel/test_checkpoint.py and tests/e2e/test_resume.py.
 """
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from grpo_mega.interfaces import Policy
+from grpo_mega.interfaces import Critic, Policy
 
 _COMPLETE = "complete"
+_CRITIC = "critic"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class LoopState:
 class CheckpointManager:
     """The folder `checkpoints/` of a run. Every rank constructs one; rank 0 touches names."""
 
-    def __init__(self, folder: Path, keep: int, *, is_first: bool) -> None:
-        self._folder, self._keep, self._is_first = folder, keep, is_first
+    def __init__(self, folder: Path, keep: int, *, is_first: bool, critic: Critic | None = None) -> None:
+        self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
 
     def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> Path | None:
         """Collective; every `every` steps and at the last one, writes a checkpoint that is not visible yet."""
@@ -49,6 +51,9 @@ class CheckpointManager:
 
         self._on_first(make_room)
         policy.save(staged, asdict(state))
+        if self._critic is not None:
+            self._on_first((staged / _CRITIC).mkdir)
+            self._critic.save(staged / _CRITIC, {})
         return staged
 
     def publish(self, staged: Path) -> None:
@@ -57,6 +62,8 @@ class CheckpointManager:
 
     def load(self, policy: Policy, checkpoint: Path) -> LoopState:
         """Collective."""
+        if self._critic is not None:
+            self._critic.load(checkpoint / _CRITIC)
         return LoopState(**policy.load(checkpoint))
 
     def _rename(self, staged: Path) -> None:

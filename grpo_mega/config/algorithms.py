@@ -21,6 +21,7 @@ AlgorithmName = Literal[
     "rloo",
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
+    "ppo",
 ]
 
 ALGORITHM_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -73,6 +74,16 @@ ALGORITHM_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "aggregation": "token_mean",
         "kl_coef": 0.001,
         "kl_estimator": "k2",
+    },
+    "ppo": {
+        "advantage": "gae",
+        "gamma": 1.0,
+        "gae_lambda": 0.95,
+        "value_clip": 0.2,
+        "aggregation": "token_mean",
+        "kl_coef": 0.02,
+        "kl_estimator": "k1",
+        "kl_in": "reward",
     },
 }
 

@@ -42,7 +42,7 @@ def _group_size(config: Config) -> None:
     size = config.sampling.group_size
     if size < 1:
         raise UserError(f"sampling.group_size={size}: a prompt needs an answer; use 1 or more")
-    if size < 2 and config.algorithm.advantage != "batch":
+    if size < 2 and config.algorithm.advantage not in ("batch", "gae"):
         raise UserError(f"sampling.group_size={size}: an advantage is relative to its group; use 2 or more")
 
 

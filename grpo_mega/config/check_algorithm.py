@@ -18,7 +18,7 @@ _BOUNDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def check_algorithm(algorithm: AlgorithmConfig) -> None:
     """Raises UserError for the first broken rule."""
-    for rule in (_bounds, _aggregation_length, _correction, _overlong, _reference, _degenerate):
+    for rule in (_bounds, _critic, _aggregation_length, _correction, _overlong, _reference, _degenerate):
         rule(algorithm)
 
 
@@ -35,6 +35,23 @@ def _bounds(algorithm: AlgorithmConfig) -> None:
             raise UserError(
                 f"algorithm.{key}={value} does nothing with algorithm.surrogate={algorithm.surrogate} "
                 f"(algorithm.name={algorithm.name}); set it to null"
+            )
+
+
+def _critic(algorithm: AlgorithmConfig) -> None:
+    gae = algorithm.advantage == "gae"
+    for key in ("gamma", "gae_lambda"):
+        value = getattr(algorithm, key)
+        if gae and value is None:
+            raise UserError(
+                f"algorithm.{key}=null, but algorithm.advantage=gae needs it; set it (1.0 and 0.95 are usual)"
+            )
+    for key in ("gamma", "gae_lambda", "value_clip", "critic_lr_factor"):
+        value = getattr(algorithm, key)
+        if not gae and value != type(algorithm).model_fields[key].default:
+            raise UserError(
+                f"algorithm.{key}={value} does nothing with algorithm.advantage={algorithm.advantage}: there is no "
+                "critic; leave it out, or use advantage=gae"
             )
 
 
@@ -90,8 +107,8 @@ def _degenerate(algorithm: AlgorithmConfig) -> None:
             f"algorithm.refill_rounds={rounds} with algorithm.degenerate={algorithm.degenerate}: refill needs a number "
             "of rounds, nothing else reads it; set it or leave it out"
         )
-    if algorithm.degenerate != "keep" and algorithm.advantage == "batch":
+    if algorithm.degenerate != "keep" and algorithm.advantage in ("batch", "gae"):
         raise UserError(
-            f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage=batch: groups of equal rewards do "
-            "teach when advantages are relative to the batch; use degenerate=keep"
+            f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage={algorithm.advantage}: groups of "
+            "equal rewards do teach when advantages are not relative to the group; use degenerate=keep"
         )

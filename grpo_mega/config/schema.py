@@ -172,9 +172,18 @@ class AlgorithmConfig(Section):
     gate_positive: float | None = Field(None, gt=0)
     gate_negative: float | None = Field(None, gt=0)
     """soft_gate: tau of tokens with a positive and with a negative advantage."""
-    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch", "group_batch"] = "group_std"
+    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch", "group_batch", "gae"] = "group_std"
     """Reward minus the group's mean, over its std; without the std; minus the mean of the others; whitened over the
-    step's tokens; minus the group's mean, then whitened."""
+    step's tokens; minus the group's mean, then whitened; over a critic's values (generalised advantage estimation),
+    then whitened."""
+    gamma: float | None = Field(None, gt=0, le=1)
+    """gae: discount per token."""
+    gae_lambda: float | None = Field(None, ge=0, le=1)
+    """gae: 0: one step of the critic's values; 1: the return minus the value."""
+    value_clip: float | None = Field(None, gt=0)
+    """gae: by how much a value may move from the one before the update; unset: not bounded."""
+    critic_lr_factor: float = Field(1.0, gt=0)
+    """gae: the critic's learning rate over the policy's, with the same warm-up and decay."""
     aggregation: Literal["rollout_mean", "token_mean", "rollout_sum", "group_token_mean"] = "rollout_mean"
     aggregation_length: float | None = Field(None, gt=0)
     """rollout_sum: the constant, in tokens, that a rollout's sum is divided by; unset: `sampling.max_tokens`."""

@@ -157,6 +157,7 @@ def pack(
         advantages=row_advantages,
         token_weights=row_weights,
         sampler_log_probs=sampler_log_probs,
+        expert_choices=_expert_choices([rollout for _, rollout in rollouts], bounds, row_tokens),
     )
 
 
@@ -168,6 +169,21 @@ def unpack(values: Tensor, microbatch: Microbatch) -> dict[int, list[float]]:
     for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
         completions[rollout_id] = values[begin:end][microbatch.loss_mask[begin:end]].tolist()
     return completions
+
+
+def _expert_choices(rollouts: Sequence[Rollout], bounds: Sequence[int], row_tokens: int) -> Tensor | None:
+    """[T, L, K] of a row, -1 where there is no record; None if no rollout has one."""
+    records = [rollout.completion.expert_choices for rollout in rollouts]
+    first = next((record for record in records if record is not None), None)
+    if first is None:
+        return None
+    row = torch.full((row_tokens, *first.shape[1:]), -1, dtype=torch.int16)
+    for record, begin, rollout in zip(records, bounds, rollouts, strict=False):  # one more segment: the padding
+        if record is not None:
+            if len(record) > rollout.num_tokens:
+                raise ValueError(f"expert choices of {len(record)} tokens for a rollout of {rollout.num_tokens}")
+            row[begin : begin + len(record)] = record
+    return row
 
 
 def _check(rollout: Rollout) -> None:

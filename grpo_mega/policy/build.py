@@ -78,10 +78,11 @@ def build_policy(
     precision: PrecisionConfig,
     optimizer: OptimizerConfig,
     ranks: Ranks,
+    model: type[PolicyModel] = PolicyModel,
 ) -> MegatronParts:
     """The model with weights yet to be loaded (policy/weights.py), its wrapper and its distributed optimizer."""
     config = transformer_config(spec, parallel, precision)
-    models = build_models(spec, config, parallel, ranks)
+    models = build_models(spec, config, parallel, ranks, model)
     ddps = [
         DistributedDataParallel(
             config,

@@ -73,6 +73,13 @@ class PolicyMemory:
         }
         self._has_moments = False
 
+    def num_bytes(self) -> dict[str, int]:
+        """Of each part when it is on the device; the moments appear with the first update."""
+        found: dict[str, int] = {part: sum(m.num_bytes for m in movables) for part, movables in self._parts.items()}
+        if not self._has_moments:
+            found["optimizer"] += Movable(_moments(self._optimizer)).num_bytes
+        return found
+
     def offload(self, *parts: Part) -> None:
         """Free these parts on the device."""
         if "optimizer" in parts and not self._has_moments and (moments := _moments(self._optimizer)):

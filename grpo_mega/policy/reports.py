@@ -22,8 +22,9 @@ class UpdateReport:
     they sum up is in the weights. `maxima["name"]` is over loss tokens.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, whose: str = "") -> None:
+        """`whose` loss it is, for messages."""
+        self._ranks, self._whose = ranks, whose
         self._rows: list[dict[str, Tensor]] = []
         self._tops: list[dict[str, Tensor]] = []
         self._first_bad = -1
@@ -69,7 +70,9 @@ class UpdateReport:
             dist.broadcast(tops, src=last, group=pp_group)
         if tops[0] != _FINITE:
             rank, microbatch = divmod(int(tops[0]) - 1, 1 << 20)
-            raise RuntimeError(f"the loss of microbatch {microbatch} on rank {rank} is not finite; no update was made")
+            raise RuntimeError(
+                f"the {self._whose}loss of microbatch {microbatch} on rank {rank} is not finite; no update was made"
+            )
         found = dict(zip(names[0], sums.tolist(), strict=True))
         weight = found.pop(_WEIGHT)
         means = {n: v if n in _SUMMED else (v / weight if weight else 0.0) for n, v in found.items()}

@@ -155,11 +155,15 @@ def _mla_settings(spec: ModelSpec) -> dict[str, Any]:
 
 
 def build_models(
-    spec: ModelSpec, config: TransformerConfig, parallel: ParallelConfig, ranks: Ranks
+    spec: ModelSpec,
+    config: TransformerConfig,
+    parallel: ParallelConfig,
+    ranks: Ranks,
+    model_type: type[PolicyModel] = PolicyModel,
 ) -> list[PolicyModel]:
     """This rank's model chunks, one but under interleaved pipelining, with weights yet to be loaded."""
     quirks.fit_to(spec)
-    models = [_chunk(config, spec, parallel, chunk).to(ranks.device) for chunk in range(parallel.vpp)]
+    models = [_chunk(model_type, config, spec, parallel, chunk).to(ranks.device) for chunk in range(parallel.vpp)]
     cpu.install()  # modules that were imported while the model was built
     for model in models:
         quirks.mark_shared_keys(model)
@@ -182,10 +186,12 @@ def _fit_module(module: torch.nn.Module, spec: ModelSpec) -> None:
             getattr(module, name).eps = spec.mla.latent_norm_eps
 
 
-def _chunk(config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig, chunk: int) -> PolicyModel:
+def _chunk(
+    model_type: type[PolicyModel], config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig, chunk: int
+) -> PolicyModel:
     """Model chunk `chunk` of this rank's `vpp`."""
     stage = chunk if parallel.vpp > 1 else None
-    return PolicyModel(
+    return model_type(
         config,
         _layer_spec(config, spec, stage),
         vocab_size=padded_vocab(spec.vocab_size, parallel.tp),

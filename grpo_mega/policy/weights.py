@@ -88,6 +88,12 @@ class MegatronWeights:
         other._parameters = {name: tensor_of(parameter) for name, parameter in self._parameters.items()}
         return other
 
+    def without(self, parameter: str) -> MegatronWeights:
+        """The same but for one parameter, which no checkpoint holds."""
+        other = copy.copy(self)
+        other._parameters = {name: p for name, p in self._parameters.items() if name != parameter}
+        return other
+
     def load_from_hf(self, folder: Path) -> int:
         """Fill every parameter; the padding of the vocabulary becomes zero. Returns the bytes of weights read."""
         checkpoint = HfFiles(folder)

@@ -25,6 +25,7 @@ def test_the_quickstart_ends_at_0_85(tmp_path: Path, name: str) -> None:
         ("algorithm.kl_target=0.01", "algorithm.ref_update_every=1"),
         ("algorithm.name=dapo", "algorithm.kl_coef=0.01"),  # steps of several rounds
         ("algorithm.name=reinforce_plus_plus",),
+        ("algorithm.name=ppo",),
     ],
 )
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, keys: tuple[str, ...]) -> None:
@@ -40,7 +41,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, keys: tuple[str, .
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("name", ["gspo", "dapo", "rloo", "reinforce_plus_plus"])
+@pytest.mark.parametrize("name", ["gspo", "dapo", "rloo", "reinforce_plus_plus", "ppo"])
 def test_a_step_is_the_same_on_two_ranks(tmp_path: Path, name: str) -> None:
     """The same rollouts, sampled by one engine of one rank and of two; the policy has two pipeline stages there."""
     lines = []

@@ -30,12 +30,14 @@ REWARDS = [[1.0, 0.0, 0.25, 0.5], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 1.0, -0.5]]  
 
 @dataclass(frozen=True)
 class Data:
-    """Per rollout, float64; `log_probs` are leaves."""
+    """Per rollout, float64; `log_probs` and `entropy` are leaves. `values` are a critic's."""
 
     log_probs: list[Tensor]
     old: list[Tensor]
     ref: list[Tensor]
     sampler: list[Tensor]
+    values: list[Tensor]
+    entropy: list[Tensor]
 
     def differ(self, i: int) -> Tensor:
         """Log ratio of rollout i."""
@@ -48,7 +50,9 @@ def make_data(spread: float = 0.4) -> Data:
     old = [r + 0.3 * torch.randn_like(r) for r in ref]
     log_probs = [(o + spread * torch.randn_like(o)).requires_grad_() for o in old]
     sampler = [o + 0.5 * torch.randn_like(o) for o in old]
-    return Data(log_probs, old, ref, sampler)
+    values = [torch.randn_like(o) for o in old]
+    entropy = [torch.rand_like(o).requires_grad_() for o in old]
+    return Data(log_probs, old, ref, sampler, values, entropy)
 
 
 # --- the papers ---
@@ -166,6 +170,20 @@ def reinforce_plus_plus_baseline(data: Data) -> Tensor:
     return -torch.cat(parts).mean()
 
 
+def ppo(data: Data) -> Tensor:
+    """Advantages as the sum of equation 11 with the deltas of equation 12, whitened over the step's tokens."""
+    advantages = []
+    for i, n in enumerate(LENGTHS):
+        rewards = -0.02 * (data.old[i] - data.ref[i])
+        rewards[-1] += REWARDS[i // GROUP][i % GROUP]
+        following = torch.cat([data.values[i][1:], torch.zeros(1, dtype=torch.float64)])
+        delta = rewards + following - data.values[i]
+        advantages.append(torch.stack([sum(0.95 ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]))
+    flat = torch.cat(advantages)
+    norm = [(a - flat.mean()) / flat.std(correction=0) for a in advantages]
+    return -torch.cat(every(lambda i: clipped(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
+
+
 PAPERS: dict[str, Callable[[Data], Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
@@ -177,6 +195,7 @@ PAPERS: dict[str, Callable[[Data], Tensor]] = {
     "rloo": rloo,
     "reinforce_plus_plus": reinforce_plus_plus,
     "reinforce_plus_plus_baseline": reinforce_plus_plus_baseline,
+    "ppo": ppo,
 }
 
 
@@ -218,8 +237,11 @@ def ours(
     for rank in range(dp):
         train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
         batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape, pad_id=7)
-        if objective.kl_in_reward:
-            kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)]
+        kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)] if objective.kl_in_reward else None
+        if objective.needs_critic:
+            values = [v.tolist() for v in data.values]
+            batch = batch.with_advantages(objective.estimates(groups, batch.rewards, values, kl).advantages)
+        elif kl is not None:
             batch = batch.with_advantages(objective.advantages(groups, batch.rewards, kl))
         batches.append(batch)
         for microbatch in batch.microbatches:
@@ -229,7 +251,7 @@ def ours(
                 ref_log_probs=fill(data.ref, microbatch),
                 sampler_log_probs=fill(data.sampler, microbatch),
             )
-            loss, _ = loss_of(fill(data.log_probs, row), torch.full(row.loss_mask.shape, math.nan), row)
+            loss, _ = loss_of(fill(data.log_probs, row), fill(data.entropy, row), row)
             total = total + (loss * row.token_weights).sum()
     return total, batches
 
@@ -264,6 +286,45 @@ def test_loss_and_gradient_are_the_same_for_every_split(name: str, dp: int, max_
     assert dp < 16 or any(not row.rollout_ids for row in rows)  # some ranks have nothing to do
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(gradient(parts, data), gradient(whole, data), rtol=1e-12, atol=1e-14)
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "dual clip": {"dual_clip": 1.3},
+    "sequence ratio with dual clip": {"name": "gspo", "clip_low": 0.1, "clip_high": 0.1, "dual_clip": 1.05},
+    "entropy bonus": {"entropy_coef": 0.1},
+    "truncated tokens": {"correction": "token_truncated"},
+    "truncated sequences": {"correction": "sequence_truncated"},
+    "IcePop": {"correction": "token_masked"},
+    "veto": {"correction_veto": 0.5},
+    "veto after IcePop": {"correction": "token_masked", "correction_veto": 0.4},
+    "overlong filter": {"overlong_filter": True},
+    "dropped groups": {"degenerate": "drop", "aggregation": "group_token_mean"},
+    "k1 in the loss": {"kl_estimator": "k1"},
+    "k2 in the reward": {"kl_estimator": "k2", "kl_in": "reward"},
+}
+
+
+@pytest.mark.parametrize(("dp", "max_tokens", "row_multiple"), [(1, 25, 1), (3, 60, 8), (16, 40, 1)])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_gives_the_same_for_every_split(option: str, dp: int, max_tokens: int, row_multiple: int) -> None:
+    data, keys = make_data(), OPTIONS[option]
+    plain, _ = ours(data, AlgorithmConfig(name=str(keys.get("name", "grpo"))))  # type: ignore[arg-type]
+    whole, _ = ours(data, AlgorithmConfig(**keys))  # type: ignore[arg-type]
+    parts, _ = ours(data, AlgorithmConfig(**keys), dp=dp, max_tokens=max_tokens, row_multiple=row_multiple)  # type: ignore[arg-type]
+    assert abs(whole - plain) > 1e-4, "the option does nothing here"
+    torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient(parts, data), gradient(whole, data), rtol=1e-12, atol=1e-14)
+
+
+def test_the_entropy_bonus_is_weighted_as_the_loss() -> None:
+    data = make_data()
+    with_bonus, _ = ours(data, AlgorithmConfig(entropy_coef=0.1))
+    without, _ = ours(data, AlgorithmConfig())
+    expected = -0.1 * torch.stack([e.mean() for e in data.entropy]).mean()
+    torch.testing.assert_close(with_bonus - without, expected, rtol=1e-6, atol=1e-7)
+    found = torch.cat(torch.autograd.grad(with_bonus, data.entropy))
+    wanted = torch.cat(torch.autograd.grad(expected, data.entropy))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_dual_clip_is_that_of_its_paper() -> None:

@@ -154,6 +154,21 @@ def test_log_probs_are_attached_to_their_own_rows() -> None:
     assert [row.ref_log_probs is ref[i] for i, row in enumerate(kept.microbatches)] == [True] * len(ref)
 
 
+def test_values_and_returns_are_on_the_tokens_of_their_rollouts() -> None:
+    groups, rewards = random_groups(6)
+    numbers = [[float(t) for t in r.completion.token_ids] for r in groups.rollouts]
+    halves = [[n / 2 for n in row] for row in numbers]
+    for part in batches(groups, rewards, 3, 64):
+        filled = part.with_values(numbers, halves)
+        assert filled.values == numbers
+        assert filled.returns == halves
+        for row in filled.microbatches:
+            assert row.old_values is not None
+            assert row.returns is not None
+            assert torch.equal(row.old_values, torch.where(row.loss_mask, row.labels.float(), 0.0))
+            assert torch.equal(row.returns, row.old_values / 2)
+
+
 def test_completion_values_over_all_ranks_are_those_of_each_rollout() -> None:
     groups, rewards = random_groups(6)
     found: dict[int, list[float]] = {}

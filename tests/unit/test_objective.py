@@ -74,7 +74,7 @@ def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
         (
             {"name": "reinforce_plus_plus", "degenerate": "drop"},
             "algorithm.degenerate=drop with algorithm.advantage=batch: groups of equal rewards do teach when "
-            "advantages are relative to the batch; use degenerate=keep",
+            "advantages are not relative to the group; use degenerate=keep",
         ),
         (
             {"kl_coef": 0.0, "ref_update_every": 5},
@@ -84,6 +84,20 @@ def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
         (
             {"kl_target": 0.1, "kl_estimator": "k1"},
             "algorithm.kl_target=0.1 with algorithm.kl_estimator=k1: its mean may be negative; use kl_estimator=k3",
+        ),
+        (
+            {"name": "ppo", "degenerate": "drop"},
+            "algorithm.degenerate=drop with algorithm.advantage=gae: groups of equal rewards do teach when "
+            "advantages are not relative to the group; use degenerate=keep",
+        ),
+        (
+            {"name": "ppo", "gamma": None},
+            "algorithm.gamma=null, but algorithm.advantage=gae needs it; set it (1.0 and 0.95 are usual)",
+        ),
+        (
+            {"value_clip": 0.2},
+            "algorithm.value_clip=0.2 does nothing with algorithm.advantage=group_std: there is no critic; leave it "
+            "out, or use advantage=gae",
         ),
         (
             {"refill_rounds": 3},
@@ -96,6 +110,23 @@ def test_each_rule_says_key_got_rule_and_remedy(keys: dict[str, object], said: s
     with pytest.raises(UserError) as error:
         check_algorithm(AlgorithmConfig(**keys))  # type: ignore[arg-type]
     assert str(error.value) == said
+
+
+def test_estimates_of_two_rollouts_by_hand() -> None:
+    algorithm = AlgorithmConfig(name="ppo", gae_lambda=1.0, kl_coef=0.5, critic_lr_factor=3.0)
+    objective = Objective(algorithm, max_tokens=16)
+    assert objective.needs_critic
+    assert not Objective(AlgorithmConfig(), 16).needs_critic
+    given = groups([2, 1], [1.0, 0.0])
+    assert objective.advantages(given, [1.0, 0.0]) == [0.0, 0.0]  # there are no values yet
+    found = objective.estimates(given, [1.0, 0.0], [[0.5, 0.75], [0.25]], kl=[[0.5, -0.5], [1.0]])
+    # returns: 1 + 0.25 - 0.25, 1 + 0.25, -0.5; less the values: 0.5, 0.5, -0.75, which have mean 1/12
+    assert found.returns == [[1.0, 1.25], [-0.5]]
+    std = ((2 * (5 / 12) ** 2 + (10 / 12) ** 2) / 3) ** 0.5
+    assert found.advantages[0] == pytest.approx([5 / 12 / std] * 2)
+    assert found.advantages[1] == pytest.approx([-10 / 12 / std])
+    assert objective.critic_rate(2e-6) == pytest.approx(6e-6)
+    assert objective.value_loss().clip == 0.2
 
 
 def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:

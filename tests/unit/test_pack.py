@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,22 @@ def test_rollouts_that_do_not_fit_the_row_are_refused() -> None:
 def test_missing_sampler_log_probs_are_refused() -> None:
     with pytest.raises(ValueError, match="3 tokens and 1 sampler_log_probs"):
         pack([(0, _rollout([1], [2, 3, 4], [-1.0]))], row_tokens=9, advantages=[0], token_weights=[1], pad_id=0)
+
+
+def test_expert_choices_lie_at_their_tokens_and_elsewhere_there_is_no_record() -> None:
+    told = _rollout([1, 2], [3, 4])
+    choices = torch.arange(12, dtype=torch.int16).view(3, 2, 2)  # of three tokens, two layers, two experts
+    told = replace(told, completion=replace(told.completion, expert_choices=choices))
+    rollouts = [(0, _rollout([5], [6])), (1, told)]
+    row = pack(rollouts, row_tokens=12, advantages=[0, 0], token_weights=[1, 1], pad_id=0, segment_multiple=4)
+    assert row.expert_choices is not None
+    assert row.expert_choices.dtype == torch.int16
+    assert torch.equal(row.expert_choices[4:7], choices)
+    assert row.expert_choices[[*range(4), *range(7, 12)]].eq(-1).all()
+    assert pack(HAND, row_tokens=12, advantages=[0] * 3, token_weights=[1] * 3, pad_id=0).expert_choices is None
+    long = replace(told, completion=replace(told.completion, expert_choices=choices.repeat(2, 1, 1)))
+    with pytest.raises(ValueError, match="expert choices of 6 tokens for a rollout of 4"):
+        pack([(0, long)], row_tokens=12, advantages=[0], token_weights=[1], pad_id=0)
 
 
 def test_unpack_gives_back_what_was_packed_for_random_rollouts() -> None:

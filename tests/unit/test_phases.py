@@ -56,6 +56,25 @@ def test_each_phase_frees_before_it_fills() -> None:
     ]
 
 
+def test_a_critic_is_on_the_device_inside_valuing_alone() -> None:
+    policy, critic = Recorder(), Recorder()
+    everything = {"params", "grads", "optimizer"}
+    phases = Phases(cast("Engine", Recorder()), policy, critic)
+    assert critic.calls == [("offload", everything)]
+    both: list[Any] = []
+    policy.calls = critic.calls = both
+    with phases.training(), phases.valuing():
+        both.append("value")
+    assert both == [
+        ("reload", everything),
+        ("offload", everything),
+        ("reload", everything),
+        "value",
+        ("offload", everything),
+        ("reload", everything),
+    ]
+
+
 def test_sampling_before_the_first_sync_is_refused_before_anything_moves() -> None:
     recorder, phases = recorded()
     with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 
 from grpo_mega.batch import TrainBatch
 from grpo_mega.observe.metrics import require_known
@@ -94,6 +96,45 @@ def test_all_numbers_of_a_step_by_hand() -> None:
         },
         rel=1e-12,
     )
+    require_known(found)
+
+
+def test_a_critic_is_reported_by_hand() -> None:
+    updates = [
+        UpdateStats(g, r, {"loss": v, "clip_fraction": c}, {}) for g, r, v, c in ((2, 0.1, 3, 0), (4, 0.2, 5, 1))
+    ]
+    plain = result([stats(0.2, 1.5, 1e-4)])
+    assert not any(name.startswith(("critic/", "memory/")) for name in plain.metrics(3, lambda _: True))
+    batch = replace(plain.batch, values=[[0.0, 1.0], [1.0]], returns=[[1.0, 1.0], [4.0]])
+    found = replace(plain, batch=batch, critic_updates=updates, state_bytes={"critic_params": 7}).metrics(
+        3, lambda _: True
+    )
+    require_known(found)
+    own = {name: value for name, value in found.items() if name.startswith(("critic/", "memory/"))}
+    assert own == pytest.approx(
+        {
+            "critic/loss": 4.0,
+            "critic/clip_fraction": 0.5,
+            "critic/grad_norm": 3.0,
+            "critic/learning_rate": 0.2,
+            "critic/value_mean": 2 / 3,
+            "critic/return_mean": 2.0,
+            "critic/explained_variance": 1 - (14 / 9) / 2,  # errors 1, 0, 3; returns 1, 1, 4
+            "memory/critic_params_bytes": 7.0,
+        }
+    )
+
+
+def test_tokens_without_a_record_of_their_experts_are_counted() -> None:
+    plain = result([stats(0.2, 1.5, 1e-4)])
+    assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
+    rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
+    for i, told in ((0, 4), (2, 5)):  # all that predict, and the first of three
+        choices = torch.zeros(told, 2, 2, dtype=torch.int16)
+        choices[0] = -1  # in the prompt: not trained on
+        rollouts[i] = replace(rollouts[i], completion=replace(rollouts[i].completion, expert_choices=choices))
+    found = replace(plain, groups=replace(plain.groups, rollouts=rollouts)).metrics(3, lambda _: True)
+    assert found["train/unreplayed_fraction"] == 1 - 3 / 8
     require_known(found)
 
 

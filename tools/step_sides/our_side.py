@@ -103,7 +103,7 @@ class OurSide:
         with self.job.phases.training():
             objective = self.job.objective
             batch = make_batch(self.job, objective, groups, self.state.step)
-            batch = with_log_probs(self.job, objective, batch, groups)
+            batch = with_log_probs(self.job, objective, batch)
             _, updates = update(self.job, objective.loss(), batch, self.state.policy_version)
         taken = clock.read()
         self.state = LoopState(self.state.step, self.state.policy_version + len(updates))

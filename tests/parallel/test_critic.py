@@ -1,0 +1,246 @@
+"""The critic in every layout: values, loss, gradient of every tensor and of the head equal autograd in float64 on the
+transformers model; a resumed critic is the uninterrupted one bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.algorithm.value_loss import ValueLoss
+from grpo_mega.batch import TrainBatch
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.types import UpdateStats
+from tests.parallel.conftest import MODELS, Laboratory
+from tests.parallel.oracle import load
+from tests.parallel.recorded import (
+    LOSS,
+    ONE,
+    OPTIMIZER,
+    Layout,
+    Recorded,
+    adams,
+    as_array,
+    make_config,
+    make_rows,
+    moments,
+    open_policy,
+    with_recorded,
+)
+
+CLIP = 0.3
+NUM_UPDATES = 2
+SHARED = (  # sequence parallelism and context parallelism cut what the head sees
+    ("qwen3-tied", Layout(2, tp=2, sequence_parallel=True)),
+    ("qwen3-tied", Layout(2, pp=2)),
+    ("qwen3", Layout(8, tp=2, pp=2)),
+    ("deep", Layout(4, tp=2, cp=2, sequence_parallel=True)),
+)
+LONG = (
+    ("qwen2", Layout(2, tp=2)),
+    ("llama", Layout(2)),
+    ("deep", Layout(2, cp=2)),
+    ("deep", Layout(2, pp=2, vpp=2, more=(("overlap_grad_reduce", True), ("overlap_param_gather", True)))),
+    ("deep", Layout(8, tp=2, pp=2, cp=2)),
+    ("deep", Layout(8, pp=2, vpp=2, cp=2, more=(("recompute", "full"),))),
+)
+CASES = [("qwen3-tied", ONE), *SHARED, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
+
+
+def numbers(recorded: Recorded, seed: int) -> list[list[float]]:
+    """One per completion token of each rollout."""
+    rng = random.Random(seed)
+    return [[rng.gauss(0, 0.5) for _ in r.completion.token_ids] for r in recorded.groups.rollouts]
+
+
+def head_weight(hidden_size: int) -> Tensor:
+    return 0.3 * torch.randn(1, hidden_size, generator=torch.Generator().manual_seed(7))
+
+
+def rows_with_values(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
+    return make_rows(rank, recorded, layout).with_values(numbers(recorded, 1), numbers(recorded, 2))
+
+
+def open_critic(rank: int, recorded: Recorded, layout: Layout, *, plant: bool = True) -> tuple[Any, Any]:
+    """The policy, whose groups a critic uses, and a critic with a head that is not zero."""
+    from grpo_mega.policy.critic import MegatronCritic
+
+    policy = open_policy(rank, recorded, layout)
+    critic = MegatronCritic(make_config(recorded, layout), policy.spec, recorded.model, policy.ranks)
+    if plant and policy.ranks.is_last_stage:
+        head = critic.parts.models[-1].output_layer.weight
+        with torch.no_grad():
+            assert not head.any(), "a head starts at zero"
+            head.copy_(head_weight(policy.spec.hidden_size))
+    critic.parts.optimizer.reload_model_params()
+    return policy, critic
+
+
+def measure(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
+    _, critic = open_critic(rank, recorded, layout)
+    batch = rows_with_values(rank, recorded, layout)
+    values = critic.values(batch.microbatches)
+    loss = ValueLoss(CLIP)
+    stats = critic.backward(batch.microbatches, loss)
+    gradients = {name: as_array(t) for name, t in critic.full_gradients(1 << 28)}
+    last = critic.ranks.is_last_stage
+    head = as_array(critic.parts.models[-1].output_layer.weight.main_grad) if last else None
+    updates = [critic.update(batch.microbatches, loss, OPTIMIZER.lr) for _ in range(NUM_UPDATES)]
+    return {
+        "values": {} if values is None else batch.completion_values(values),
+        "stats": stats,
+        "updates": updates,
+        "gradients": gradients if rank == 0 else {},
+        "head": head,
+        "bytes": critic.state_bytes(),
+        "parameters": sum(p.numel() for p in critic.parts.parameters),
+    }
+
+
+class Oracle:
+    """The same in float64: transformers' body, a head, autograd and torch's AdamW."""
+
+    def __init__(self, recorded: Recorded) -> None:
+        model = load(recorded.model)
+        self.head = torch.nn.Parameter(head_weight(model.config.hidden_size).double())
+        body = dict(model.named_parameters())
+        body.pop("lm_head.weight", None)
+        parameters = [*body.values(), self.head]
+        matrices, vectors = ([p for p in parameters if (p.dim() > 1) == many] for many in (True, False))
+        adam = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=OPTIMIZER.lr,
+            betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+            eps=OPTIMIZER.eps,
+        )
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        for update in range(NUM_UPDATES):
+            adam.zero_grad()
+            rows = [self._values(model, r) for r in recorded.groups.rollouts]
+            loss = self._loss(recorded, rows)
+            loss.backward()
+            if update == 0:
+                self.values = [row.tolist() for row in rows]
+                self.gradients = {name: p.grad.clone() for name, p in body.items()}  # type: ignore[union-attr]
+                self.head_gradient = self.head.grad.clone()  # type: ignore[union-attr]
+            self.losses.append(float(loss.detach()))
+            self.norms.append(float(torch.nn.utils.clip_grad_norm_(parameters, OPTIMIZER.clip_grad)))
+            adam.step()
+
+    def _values(self, model: Any, rollout: Any) -> Tensor:
+        prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
+        hidden = model.model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).last_hidden_state[0]
+        return (hidden[len(prompt) - 1 : -1] @ self.head.t())[:, 0]
+
+    @staticmethod
+    def _loss(recorded: Recorded, rows: list[Tensor]) -> Tensor:
+        """As the recorded rows are weighted: mean over a rollout's tokens, then over rollouts."""
+        parts = []
+        for values, old, returns in zip(rows, numbers(recorded, 1), numbers(recorded, 2), strict=True):
+            before, target = torch.tensor(old).double(), torch.tensor(returns).double()
+            kept = before + (values - before).clamp(-CLIP, CLIP)
+            parts.append(torch.maximum((values - target) ** 2, (kept - target) ** 2).mean() / 2)
+        return torch.stack(parts).mean()
+
+
+@pytest.fixture(scope="module")
+def oracle(laboratory: Laboratory) -> Any:
+    return functools.cache(lambda model: Oracle(laboratory.recorded(model)))
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES, ids=str)
+def test_values_loss_and_gradient_equal_autograd_in_float64(
+    laboratory: Laboratory, oracle: Any, model: str, layout: Layout
+) -> None:
+    wanted = oracle(model)
+    answers = laboratory.pool.call(layout.world, measure, laboratory.recorded(model), layout)
+    found: dict[int, list[float]] = {}
+    for answer in answers:
+        found |= answer["values"]
+        assert answer["stats"].sums == answers[0]["stats"].sums
+        assert answer["updates"] == answers[0]["updates"], "all ranks report the same"
+        if answer["head"] is not None and layout.topology.dp * layout.cp == 1:
+            np.testing.assert_allclose(answer["head"], wanted.head_gradient.numpy(), rtol=1e-4, atol=1e-6)
+    assert found.keys() == set(range(len(wanted.values)))
+    for i, row in enumerate(wanted.values):
+        np.testing.assert_allclose(found[i], row, atol=2e-5)
+    for update, stats in enumerate(answers[0]["updates"]):
+        assert stats.sums["loss"] == pytest.approx(wanted.losses[update], rel=1e-5)
+        assert stats.grad_norm == pytest.approx(wanted.norms[update], rel=1e-5)
+        assert 0.01 < stats.sums["clip_fraction"] < 0.99
+    for name, gradient in wanted.gradients.items():
+        difference = np.linalg.norm(answers[0]["gradients"][name] - gradient.numpy())
+        assert difference <= 1e-5 * np.linalg.norm(gradient.numpy()), name
+    assert MODELS[model].tied or not answers[0]["gradients"]["lm_head.weight"].any()
+
+
+def test_state_bytes_are_weights_gradients_and_two_moments(laboratory: Laboratory) -> None:
+    (answer,) = laboratory.pool.call(1, measure, laboratory.recorded("qwen3-tied"), ONE)
+    weights, padding = 4 * answer["parameters"], 4 * 1024  # Megatron rounds its flat buffers up
+    for part, factor in (("params", 1), ("grads", 1), ("optimizer", 2)):
+        assert factor * weights <= answer["bytes"][part] <= factor * weights + padding
+
+
+def state(learner: Any) -> list[bytes]:
+    """Parameters, master weights, moments and step counters of this rank."""
+    masters = [p for adam in adams(learner) for group in adam.param_groups for p in group["params"]]
+    steps = [state["step"] for adam in adams(learner) for state in adam.state.values()]
+    return [as_array(t).tobytes() for t in (*learner.parts.parameters, *masters, *moments(learner), *steps)]
+
+
+def both_learn(
+    rank: int, policy: Any, critic: Any, recorded: Recorded, layout: Layout, updates: int
+) -> list[tuple[UpdateStats, UpdateStats]]:
+    rows = rows_with_values(rank, recorded, layout).microbatches
+    batch = with_recorded(make_rows(rank, recorded, layout), recorded).microbatches
+    return [(policy.update(batch, LOSS, 1e-3)[0], critic.update(rows, ValueLoss(CLIP), 2e-3)) for _ in range(updates)]
+
+
+def whole_run(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[Any, list[bytes]]:
+    policy, critic = open_critic(rank, recorded, layout)
+    manager = CheckpointManager(folder, keep=2, is_first=rank == 0, critic=critic)
+    both_learn(rank, policy, critic, recorded, layout, 2)
+    staged = manager.stage_if_due(policy, LoopState(step=1, policy_version=2), every=1, last_step=9)
+    assert staged is not None
+    manager.publish(staged)
+    stats = both_learn(rank, policy, critic, recorded, layout, 2)
+    return stats, state(policy) + state(critic)
+
+
+def resumed_run(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path) -> tuple[Any, list[bytes]]:
+    policy, critic = open_critic(rank, recorded, layout, plant=False)
+    manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, critic=critic)
+    assert manager.load(policy, checkpoint) == LoopState(step=1, policy_version=2)
+    stats = both_learn(rank, policy, critic, recorded, layout, 2)
+    return stats, state(policy) + state(critic)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "other", "dtype"),
+    [
+        ("qwen3-tied", Layout(4, tp=2, pp=2, sequence_parallel=True), ONE, "fp32"),
+        ("qwen3", Layout(2), Layout(2, tp=2), "bf16"),
+    ],
+    ids=str,
+)
+def test_a_resumed_critic_is_the_uninterrupted_one(
+    laboratory: Laboratory, tmp_path: Path, model: str, layout: Layout, other: Layout, dtype: str
+) -> None:
+    recorded = replace(laboratory.recorded(model), dtype=dtype)
+    whole = laboratory.pool.call(layout.world, whole_run, recorded, layout, RunFolder(tmp_path).checkpoints)
+    (checkpoint,) = RunFolder(tmp_path).complete_checkpoints().values()
+    assert laboratory.pool.call(layout.world, resumed_run, recorded, layout, checkpoint) == whole
+    tolerance = 1e-5 if dtype == "fp32" else 3e-2
+    for stats, _ in laboratory.pool.call(other.world, resumed_run, recorded, other, checkpoint):
+        for found, wanted in zip(stats, whole[0][0], strict=True):
+            assert found[1].grad_norm == pytest.approx(wanted[1].grad_norm, rel=tolerance)
+            assert found[1].sums["loss"] == pytest.approx(wanted[1].sums["loss"], rel=tolerance)

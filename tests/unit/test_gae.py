@@ -1,0 +1,47 @@
+"""Generalised advantage estimation: by hand, its two ends, and the paper's sum."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from grpo_mega.algorithm.gae import generalized_advantages, token_rewards
+
+
+def test_three_tokens_by_hand() -> None:
+    # deltas with gamma 1/2: 0 + 4/2 - 1 = 1, 2 + 8/2 - 4 = 2, 10 - 8 = 2; gamma * lambda = 1/4
+    found = generalized_advantages([0.0, 2.0, 10.0], [1.0, 4.0, 8.0], gamma=0.5, gae_lambda=0.5)
+    assert found == [1 + 0.25 * (2 + 0.25 * 2), 2 + 0.25 * 2, 2.0]
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0)])
+def test_it_is_the_sum_of_the_paper(gamma: float, gae_lambda: float) -> None:
+    rng = random.Random(0)
+    for length in (1, 2, 17):
+        rewards, values = ([rng.gauss(0, 1) for _ in range(length)] for _ in range(2))
+        deltas = [rewards[t] + gamma * (values[t + 1] if t + 1 < length else 0.0) - values[t] for t in range(length)]
+        wanted = [
+            sum((gamma * gae_lambda) ** (later - t) * deltas[later] for later in range(t, length))
+            for t in range(length)
+        ]
+        found = generalized_advantages(rewards, values, gamma=gamma, gae_lambda=gae_lambda)
+        assert found == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def test_with_lambda_1_it_is_the_return_minus_the_value_and_with_0_one_step() -> None:
+    rewards, values = [0.5, -0.25, 1.0], [0.1, 0.2, 0.3]
+    assert generalized_advantages(rewards, values, gamma=1.0, gae_lambda=1.0) == pytest.approx([1.15, 0.55, 0.7])
+    assert generalized_advantages(rewards, values, gamma=1.0, gae_lambda=0.0) == pytest.approx([0.6, -0.15, 0.7])
+
+
+def test_a_rollout_without_tokens_has_no_advantages_and_lengths_must_agree() -> None:
+    assert generalized_advantages([], [], gamma=1.0, gae_lambda=0.95) == []
+    with pytest.raises(ValueError, match="zip"):
+        generalized_advantages([1.0], [1.0, 2.0], gamma=1.0, gae_lambda=0.95)
+
+
+def test_the_reward_belongs_to_the_last_token_and_each_token_pays_its_penalty() -> None:
+    assert token_rewards(1.0, [0.25, -0.5]) == [-0.25, 1.5]
+    assert token_rewards(1.0, [0.0]) == [1.0]
+    assert token_rewards(1.0, []) == []

@@ -1,0 +1,43 @@
+"""Peaks by phase: whose they are, and that the peak of a process is read and set back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.observe import memory
+from grpo_mega.observe.memory import PhasePeaks, device_peak
+from grpo_mega.observe.metrics import require_known
+
+
+def test_a_peak_belongs_to_the_phase_that_was_running() -> None:
+    taken = iter([1, 5, 7, 4, 3, 2])
+    peaks = PhasePeaks(lambda: next(taken))
+    peaks.phase("rollout")  # 1: before any phase
+    peaks.phase("reward")  # 5
+    peaks.phase("rollout")  # 7: of the reward; the rollout goes on
+    peaks.phase("train")  # 4 of the rollout, which had 5
+    found = peaks.step_metrics()  # 3
+    assert found == {"memory/peak_rollout_bytes": 5, "memory/peak_reward_bytes": 7, "memory/peak_train_bytes": 3}
+    require_known(found)
+    assert peaks.step_metrics() == {"memory/peak_train_bytes": 2}
+
+
+def test_the_peak_of_this_process_is_set_back_when_it_is_read() -> None:
+    take = device_peak("cpu")
+    assert take is not None
+    before = take()
+    block = bytearray(b"x" * (64 << 20))
+    del block
+    grown = take()
+    assert grown >= take() + (32 << 20)
+    assert 1 << 20 < before < 1 << 40
+
+
+def test_where_it_cannot_be_read_there_are_no_peaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing")
+    assert device_peak("cpu") is None
+    peaks = PhasePeaks(None)
+    peaks.phase("train")
+    assert peaks.step_metrics() == {}

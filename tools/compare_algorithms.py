@@ -1,0 +1,205 @@
+"""Trains one config with several algorithms, on the same prompts and with the same budget, and compares them.
+
+    python tools/compare_algorithms.py [CONFIG] [--algorithms grpo,dr_grpo,dapo,rloo,ppo] [--out DIR] [key=value ...]
+
+Each run is `launch/train.sh CONFIG algorithm.name=NAME key=value ...` in DIR/NAME; a run that is finished there is read
+and not repeated. Writes DIR/table.md and DIR/curves.png (which needs matplotlib, of the extra `dev`): held-out
+accuracy, bytes of trainable state (weights, gradients, optimizer; of policy and critic, on the first rank), peak memory
+of each phase, seconds of a step.
+
+Exit code 0: done; 1: a run failed; 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from grpo_mega.config.algorithms import AlgorithmName
+from grpo_mega.config.load import load_config
+from grpo_mega.types import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+ALGORITHMS = "grpo,dr_grpo,dapo,rloo,ppo"
+PHASES = ("rollout", "log_probs", "critic", "train", "sync")
+STATE = ("params", "grads", "optimizer")
+SMOOTHED = 5  # steps of a curve's running mean
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. `curve`: training accuracy of each step. `peak_bytes`: the most of any step but the first, which also
+    pays for what is made once. `discarded_groups` were sampled besides (dynamic sampling)."""
+
+    algorithm: str
+    accuracy_before: float
+    accuracy: float
+    greedy_accuracy: float | None
+    trainable_bytes: int
+    policy_bytes: dict[str, int]
+    critic_bytes: dict[str, int]
+    peak_bytes: dict[str, int]
+    step_seconds: float
+    phase_seconds: dict[str, float]
+    discarded_groups: int
+    curve: list[float]
+
+
+def run(name: str, arguments: Sequence[str], out: Path, *, quiet: bool) -> Path:
+    """Train, unless it is done; returns the run's folder.
+
+    Raises:
+        RuntimeError: the run failed; what it said is on the screen.
+    """
+    folder = out / name
+    command = [sys.executable, "-m", "grpo_mega.launch", str(ROOT / "launch" / "train.sh"), *arguments]
+    command += [f"algorithm.name={name}", f"run.dir={folder}"]
+    stream = subprocess.DEVNULL if quiet else None
+    if subprocess.run(command, cwd=ROOT, stdout=stream, check=False).returncode != 0:
+        raise RuntimeError(f"the run of algorithm.name={name} failed; its message is above")
+    return folder
+
+
+def read(name: str, folder: Path) -> Result:
+    """What a finished run left behind."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    last, steady = lines[-1], lines[1:] or lines
+    policy, critic = ({p: int(last.get(f"memory/{who}_{p}_bytes", 0)) for p in STATE} for who in ("policy", "critic"))
+
+    def largest(phase: str) -> int:
+        return int(max(line.get(f"memory/peak_{phase}_bytes", 0) for line in steady))
+
+    def usual(phase: str) -> float:
+        return float(statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in steady))
+
+    return Result(
+        algorithm=name,
+        accuracy_before=summary["eval_before"]["accuracy"],
+        accuracy=summary["eval_after"]["accuracy"],
+        greedy_accuracy=summary["eval_after"].get("greedy_accuracy"),
+        trainable_bytes=sum(policy.values()) + sum(critic.values()),
+        policy_bytes=policy,
+        critic_bytes=critic,
+        peak_bytes={phase: size for phase in PHASES if (size := largest(phase))},
+        step_seconds=usual("step"),
+        phase_seconds={phase: seconds for phase in PHASES if (seconds := usual(phase))},
+        discarded_groups=int(sum(line["group/discarded"] for line in lines)),
+        curve=[line["reward/accuracy"] for line in lines],
+    )
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown."""
+    phases = [p for p in PHASES if any(p in r.peak_bytes for r in results)]
+    head = ["algorithm", "before", "after", "greedy", "trainable MB", "over the first's", "s/step", "discarded groups"]
+    rows = [[*head, *(f"peak {p}, MiB" for p in phases)]]
+    for r in results:
+        greedy = "" if r.greedy_accuracy is None else f"{r.greedy_accuracy:.3f}"
+        rows.append(
+            [
+                f"`{r.algorithm}`",
+                f"{r.accuracy_before:.3f}",
+                f"{r.accuracy:.3f}",
+                greedy,
+                f"{r.trainable_bytes / 1e6:.2f}",
+                f"{r.trainable_bytes / results[0].trainable_bytes:.2f}",
+                f"{r.step_seconds:.2f}",
+                f"{r.discarded_groups}",
+                *(f"{r.peak_bytes[p] / 2**20:.0f}" if p in r.peak_bytes else "" for p in phases),
+            ]
+        )
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Training accuracy by step, and trainable state.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ModuleNotFoundError:
+        raise UserError("curves.png needs matplotlib, which is not installed: pip install 'grpo_mega[dev]'") from None
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(2, 1), layout="constrained")
+    for r in results:
+        window = [r.curve[max(0, i - SMOOTHED + 1) : i + 1] for i in range(len(r.curve))]
+        curves.plot(range(1, len(window) + 1), [statistics.fmean(w) for w in window], label=r.algorithm)
+    curves.set(xlabel="step", ylabel=f"training accuracy, mean of {SMOOTHED} steps")
+    curves.legend()
+    bottom = [0.0] * len(results)
+    for who in ("policy", "critic"):
+        for part in STATE:
+            sizes = [getattr(r, f"{who}_bytes")[part] / 1e6 for r in results]
+            bars.bar([r.algorithm for r in results], sizes, bottom=bottom, label=f"{who}: {part}")
+            bottom = [b + s for b, s in zip(bottom, sizes, strict=True)]
+    bars.set(ylabel="trainable state, MB")
+    bars.tick_params(axis="x", rotation=45)
+    bars.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def compare(args: argparse.Namespace) -> list[Result]:
+    """All runs, one after the other, and what is written of them.
+
+    Raises:
+        UserError: an unknown algorithm, nothing held out, or a wrong config: before anything is started.
+        RuntimeError: a run failed.
+    """
+    names = [name.strip() for name in args.algorithms.split(",") if name.strip()]
+    for name in names:
+        if name not in get_args(AlgorithmName):
+            raise UserError(f"--algorithms: {name!r} is not one of {', '.join(get_args(AlgorithmName))}")
+    if not names:
+        raise UserError(f"--algorithms={args.algorithms!r} names none; write for example {ALGORITHMS}")
+    for name in names:
+        config = load_config(args.config, [*args.overrides, f"algorithm.name={name}"])
+        if config.data.eval is None:
+            raise UserError("data.eval=null: algorithms are compared by held-out accuracy; set data.eval")
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = [read(name, run(name, [str(args.config), *args.overrides], args.out, quiet=args.json)) for name in names]
+    (args.out / "table.md").write_text(table(results), encoding="utf-8")
+    plot(results, args.out / "curves.png")
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "quickstart.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--algorithms", default=ALGORITHMS, help=f"default: {ALGORITHMS}")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_algorithms"), help="folder of the runs")
+    parser.add_argument("--json", action="store_true", help="the list of results as the last line")
+    args = parser.parse_intermixed_args(argv)
+    if "=" in str(args.config):  # no CONFIG, as with launch/train.sh
+        args.overrides, args.config = [str(args.config), *args.overrides], parser.get_default("config")
+    args.out = args.out.resolve()
+    try:
+        results = compare(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(results), end="")
+    if args.json:
+        print(json.dumps([asdict(result) for result in results]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
