@@ -24,6 +24,7 @@ BUILTIN_REWARDS: Mapping[str, str] = {
     "exact": "grpo_mega.rewards.exact:exact",
     "format": "grpo_mega.rewards.format:answer_format",
     "gsm8k": "grpo_mega.rewards.gsm8k:gsm8k",
+    "math": "grpo_mega.rewards.math:math",
 }
 """Short name -> where the function is; imported only when it is asked for."""
 
