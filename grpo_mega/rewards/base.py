@@ -21,9 +21,13 @@ from typing import Any, Protocol, TypeVar
 from grpo_mega.types import UserError
 
 BUILTIN_REWARDS: Mapping[str, str] = {
+    "countdown": "grpo_mega.rewards.countdown:countdown",
     "exact": "grpo_mega.rewards.exact:exact",
     "format": "grpo_mega.rewards.format:answer_format",
     "gsm8k": "grpo_mega.rewards.gsm8k:gsm8k",
+    "json_schema": "grpo_mega.rewards.structured:json_schema",
+    "language_consistency": "grpo_mega.rewards.language:language_consistency",
+    "length": "grpo_mega.rewards.length:length",
     "math": "grpo_mega.rewards.math:math",
 }
 """Short name -> where the function is; imported only when it is asked for."""
