@@ -91,7 +91,7 @@ def prepare(config: Config) -> Prepared:
 
     topology = Topology.of(config, wanted_world_size(config))
     check_model(config, topology)
-    build_rewards(config.reward.terms)
+    build_rewards(config.reward.terms, config.reward.timeout_seconds)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
     for source in filter(None, (data.train, data.eval)):

@@ -1,4 +1,4 @@
-"""Options and rules for all tests: where the GSM8K files are, and which tests this machine cannot run."""
+"""Options and rules for all tests: where real data is, and which tests this machine cannot run."""
 
 from __future__ import annotations
 
@@ -18,20 +18,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder with GSM8K's train.jsonl and test.jsonl (default: data/gsm8k, else ../shared/data/gsm8k)",
     )
+    parser.addoption(
+        "--math-dir",
+        type=Path,
+        default=None,
+        help="folder with college_math_300.jsonl (default: data/math, else ../shared/data/math)",
+    )
 
 
 @pytest.fixture(scope="session")
 def gsm8k_dir(pytestconfig: pytest.Config) -> Path:
     """The folder with GSM8K's train.jsonl; skips where there is none. A folder that was named must have it."""
-    named: Path | None = pytestconfig.getoption("--gsm8k-dir")
+    return _data_folder(pytestconfig, "gsm8k", "train.jsonl")
+
+
+@pytest.fixture(scope="session")
+def math_dir(pytestconfig: pytest.Config) -> Path:
+    """The folder with real answers in LaTeX, found like `gsm8k_dir`."""
+    return _data_folder(pytestconfig, "math", "college_math_300.jsonl")
+
+
+def _data_folder(config: pytest.Config, name: str, file: str) -> Path:
+    named: Path | None = config.getoption(f"--{name}-dir")
     if named is not None:
-        if not (named / "train.jsonl").is_file():
-            pytest.fail(f"--gsm8k-dir={named} holds no train.jsonl; name the folder that does")
+        if not (named / file).is_file():
+            pytest.fail(f"--{name}-dir={named} holds no {file}; name the folder that does")
         return named
-    for folder in (REPOSITORY / "data" / "gsm8k", REPOSITORY.parent / "shared" / "data" / "gsm8k"):
-        if (folder / "train.jsonl").is_file():
+    for folder in (REPOSITORY / "data" / name, REPOSITORY.parent / "shared" / "data" / name):
+        if (folder / file).is_file():
             return folder
-    pytest.skip("no GSM8K files: put train.jsonl and test.jsonl into data/gsm8k or name their folder by --gsm8k-dir")
+    pytest.skip(f"no {file}: put it into data/{name} or name its folder by --{name}-dir")
 
 
 class GroupScheduling(LoadScopeScheduling):

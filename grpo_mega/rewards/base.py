@@ -21,9 +21,15 @@ from typing import Any, Protocol, TypeVar
 from grpo_mega.types import UserError
 
 BUILTIN_REWARDS: Mapping[str, str] = {
+    "code": "grpo_mega.rewards.code:code",
+    "countdown": "grpo_mega.rewards.countdown:countdown",
     "exact": "grpo_mega.rewards.exact:exact",
     "format": "grpo_mega.rewards.format:answer_format",
     "gsm8k": "grpo_mega.rewards.gsm8k:gsm8k",
+    "json_schema": "grpo_mega.rewards.structured:json_schema",
+    "language_consistency": "grpo_mega.rewards.language:language_consistency",
+    "length": "grpo_mega.rewards.length:length",
+    "math": "grpo_mega.rewards.math:math",
 }
 """Short name -> where the function is; imported only when it is asked for."""
 
@@ -51,10 +57,15 @@ class Declaration:
     low: float
     high: float
     check_args: Callable[..., None] | None = None
+    seconds: Callable[..., float] | None = None
 
 
 def reward(
-    *, low: float, high: float, check_args: Callable[..., None] | None = None
+    *,
+    low: float,
+    high: float,
+    check_args: Callable[..., None] | None = None,
+    seconds: Callable[..., float] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Declare that the decorated function is a reward with values in [low, high].
 
@@ -62,6 +73,8 @@ def reward(
         low: least value, finite; the floor of a scoring that fails.
         high: greatest value, finite.
         check_args: called with the term's `args` before the run starts; raises UserError for a bad value.
+        seconds: called with the term's `args`, gives the limit that the function itself keeps to one scoring; it must
+            be less than `reward.timeout_seconds`, which ends the whole process.
 
     Raises:
         ValueError: the range is empty or not finite.
@@ -70,7 +83,7 @@ def reward(
         raise ValueError(f"a reward's range must be finite with low < high, got low={low} high={high}")
 
     def declare(function: _Function) -> _Function:
-        setattr(function, _DECLARATION, Declaration(low, high, check_args))
+        setattr(function, _DECLARATION, Declaration(low, high, check_args, seconds))
         return function
 
     return declare
@@ -103,8 +116,12 @@ class RewardComponent:
         return number
 
 
-def build_rewards(terms: Sequence[Term]) -> tuple[RewardComponent, ...]:
+def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -> tuple[RewardComponent, ...]:
     """Resolve and check the terms of a config, in order.
+
+    Args:
+        terms: of a config.
+        timeout_seconds: the limit of one scoring that they will run under; unset: not compared with their own.
 
     Raises:
         UserError: no terms, an unknown name, a path that cannot be imported, a function without a declared range, an
@@ -124,6 +141,13 @@ def build_rewards(terms: Sequence[Term]) -> tuple[RewardComponent, ...]:
                 "above the function"
             )
         _check_args(where, term, function, declaration)
+        if timeout_seconds is not None and declaration.seconds is not None:
+            own = declaration.seconds(**term.args)
+            if own >= timeout_seconds:
+                raise UserError(
+                    f"{where}: {term.name!r} allows itself {own:g} s and reward.timeout_seconds={timeout_seconds:g} "
+                    "would end its process first; raise reward.timeout_seconds or lower the limits in args"
+                )
         short = term.name.replace(":", ".").rsplit(".", 1)[-1]
         seen[short] = seen.get(short, 0) + 1
         name = short if seen[short] == 1 else f"{short}_{seen[short]}"

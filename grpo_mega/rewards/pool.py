@@ -51,7 +51,7 @@ class RewardPool:
     """
 
     def __init__(self, terms: Sequence[Term], *, workers: int, timeout_seconds: float) -> None:
-        self._components = build_rewards(terms)
+        self._components = build_rewards(terms, timeout_seconds)
         self._setup: dict[str, object] = {
             "terms": [[term.name, term.weight, dict(term.args)] for term in terms],
             "timeout_seconds": timeout_seconds,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.format import answer_format
+from grpo_mega.types import UserError
 
 
 @pytest.mark.parametrize("answer", ["72", "-72", "1,080", "12.5", "$5", "-$1,234.50", "\u22125"])
@@ -73,3 +78,52 @@ def test_a_pattern_is_searched_and_needs_no_kind() -> None:
     assert answer_format("", "a yes b", "", pattern=r"\byes\b") == 1.0
     assert answer_format("", "yesterday", "", pattern=r"\byes\b") == 0.0
     assert answer_format("", "yes", "", kind="regex", pattern="^yes$") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>2 + 2</think>It is 4.", 1.0),
+        ("\n<think>2 + 2</think>\n\n4\n", 1.0),
+        ("<think>2 + 2</think>", 0.0),
+        ("<think> </think>4", 0.0),
+        ("So <think>2 + 2</think>4", 0.0),
+        ("<think>2 <think> 2</think>4", 0.0),
+        ("<think>2</think>4<think>5</think>", 0.0),
+        ("2 + 2</think>4", 0.0),
+        ("4", 0.0),
+    ],
+)
+def test_think_is_a_thought_and_then_an_answer(completion: str, expected: float) -> None:
+    assert answer_format("", completion, "", kind="think") == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<plan>a</plan>\n<code>b</code>", 1.0),
+        ("<plan>a</plan> then <code>b</code>", 0.0),
+        ("<code>b</code><plan>a</plan>", 0.0),
+        ("<plan>a</plan>", 0.0),
+        ("<plan>a<code>b</code></plan>", 0.0),
+        ("<plan></plan><code>b</code>", 0.0),
+        ("<plan>a</plan><code>b</code><code>c</code>", 0.0),
+    ],
+)
+def test_tags_stand_once_each_in_their_order(completion: str, expected: float) -> None:
+    assert answer_format("", completion, "", kind="tags", tags=["plan", "code"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"kind": "tags"}, "kind='tags' with tags=None"),
+        ({"tags": ["a"]}, "kind=None with tags="),
+        ({"kind": "tags", "tags": "think"}, "tags='think' is no list of names"),
+        ({"kind": "tags", "tags": ["a b"]}, "is no list of names"),
+        ({"kind": "tags", "tags": ["a", "a"]}, "names one of them twice"),
+    ],
+)
+def test_bad_tags_are_refused_before_the_run(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_rewards([RewardTerm(name="format", args=args)])

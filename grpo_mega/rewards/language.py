@@ -1,0 +1,92 @@
+"""Reward `language_consistency`: the share of the words that are in the wished language, told by their script.
+
+Formulas, code and LaTeX commands are in no language and do not count. A run of letters is a word; in scripts that are
+written without spaces every character is one. Languages that share a script cannot be told apart.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+from collections.abc import Mapping
+
+from grpo_mega.rewards.base import reward
+from grpo_mega.types import UserError
+
+_LATIN = ("LATIN",)
+SCRIPTS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("en", "de", "es", "fr", "id", "it", "nl", "pl", "pt", "tr", "vi"), _LATIN),
+    "ar": ("ARABIC",),
+    "bn": ("BENGALI",),
+    "el": ("GREEK",),
+    "fa": ("ARABIC",),
+    "he": ("HEBREW",),
+    "hi": ("DEVANAGARI",),
+    "ja": ("CJK", "HIRAGANA", "KATAKANA"),
+    "ko": ("HANGUL",),
+    "ru": ("CYRILLIC",),
+    "ta": ("TAMIL",),
+    "th": ("THAI",),
+    "uk": ("CYRILLIC",),
+    "zh": ("CJK",),
+}
+"""Language -> first words of the Unicode names of its letters."""
+PARTS = ("all", "think")
+
+_NO_LANGUAGE = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+|</?[a-z]{1,20}>", re.DOTALL)
+_WORD = re.compile(r"[^\W\d_]+")
+_SPACELESS = frozenset(("CJK", "HIRAGANA", "KATAKANA", "THAI"))
+
+
+def check_language_args(language: str, part: str = "all") -> None:
+    """Refuse values that `language_consistency` cannot work with.
+
+    Raises:
+        UserError: an unknown language or part.
+    """
+    if language not in SCRIPTS:
+        raise UserError(f"language={language!r} is unknown; use one of {', '.join(sorted(SCRIPTS))}")
+    if part not in PARTS:
+        raise UserError(f"part={part!r} is unknown; use one of {', '.join(PARTS)}")
+
+
+@reward(low=0.0, high=1.0, check_args=check_language_args)
+def language_consistency(prompt: str, completion: str, reference: str, language: str, part: str = "all") -> float:
+    """Words in the wished language / all words; 0 without a word.
+
+    Args:
+        prompt: not looked at.
+        completion: judged.
+        reference: not looked at.
+        language: a two-letter code, see SCRIPTS.
+        part: `all`, or `think`: what stands between the first `<think>` and `</think>`.
+    Source: DeepSeek-R1, arXiv:2501.12948, section 2.3.2: the proportion of words in the target language.
+    Differs: languages are told by script.
+    """
+    if part == "think":
+        completion = completion.partition("<think>")[2].partition("</think>")[0]
+    wished, right, total = SCRIPTS[language], 0, 0
+    for run in _WORD.findall(_NO_LANGUAGE.sub(" ", completion)):
+        for script, number in _words_by_script(run):
+            total += number
+            right += number if script in wished else 0
+    return right / total if total else 0.0
+
+
+def _words_by_script(run: str) -> list[tuple[str, int]]:
+    """The words in a run of letters: neighbours of one script are one word, or one each (`_SPACELESS`)."""
+    words: list[tuple[str, int]] = []
+    for character in run:
+        script = _script(character)
+        if words and words[-1][0] == script:
+            if script in _SPACELESS:
+                words[-1] = (script, words[-1][1] + 1)
+        else:
+            words.append((script, 1))
+    return words
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _script(character: str) -> str:
+    return unicodedata.name(character, "UNKNOWN").split(" ", 1)[0].split("-", 1)[0]
