@@ -120,8 +120,9 @@ class SamplingConfig(Section):
 
 
 class RowFilter(Section):
-    """Keeps the rows whose value of `key` (a level, a pass rate) is within the bounds, or is one of `any_of`; `a.b` is key
-    b of the object a."""
+    """Keeps the rows whose value of `key` (a level, a pass rate) is within the bounds, or is one of `any_of`.
+
+    `a.b` is key b of the object a."""
 
     key: str
     min: float | None = None
