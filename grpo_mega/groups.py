@@ -65,7 +65,7 @@ class GroupSource:
     def _others(self, chosen: Sequence[Prompt], step: int) -> Iterator[Prompt]:
         """All other prompts, shuffled for this step."""
         taken = {prompt.index for prompt in chosen}
-        shuffled = self.prompts.batch(0, len(self.prompts.prompts), derived_seed("refill", self.config.run.seed, step))
+        shuffled = self.prompts.shuffled(derived_seed("refill", self.config.run.seed, step))
         return (prompt for prompt in shuffled if prompt.index not in taken)
 
 

@@ -55,7 +55,8 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
     rank = int(os.environ["RANK"])
     coordinates = topology.describe(rank).partition(" | ")[2]
     configure_logging(rank, coordinates)
-    folder = Path(config.model.path) if config.model.path else ensure_base(_recipe(config), config.data.train)
+    examples = config.data.train_sets[0].path
+    folder = Path(config.model.path) if config.model.path else ensure_base(_recipe(config), examples)
     torch.use_deterministic_algorithms(config.run.deterministic)
     ranks = init_ranks(topology, config.guard.timeout_seconds)
     try:
@@ -151,9 +152,14 @@ def building(
             sync = make_sync(config, policy, engine, ranks)
         sampler = Sampler(engine, scorer, ranks, timers, config.sampling.prompts_per_wave)
         answer = build_rewards(config.reward.terms)[0]
-        limit = config.evaluation.max_prompts
         evaluator = Evaluator(
-            sampler, held_out.prompts[:limit] if held_out is not None else (), config, answer.name, answer.high
+            sampler,
+            held_out.sets if held_out is not None else (),
+            config.evaluation,
+            config.evaluation.max_tokens or config.sampling.max_tokens,
+            config.run.seed,
+            answer.name,
+            answer.high,
         )
         observer = None
         if progress is not None:

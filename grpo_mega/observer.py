@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -101,10 +101,7 @@ class Observer:
 
 
 def _as_metrics(evaluation: Evaluation) -> dict[str, float]:
-    found: Mapping[str, float | None] = {
-        "eval/accuracy": evaluation.accuracy,
-        "eval/greedy_accuracy": evaluation.greedy_accuracy,
-        "eval/reward_mean": evaluation.reward_mean,
-        "eval/length_mean": evaluation.length_mean,
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    found = {f"eval/{name}": value for name, value in evaluation.numbers().items() if name != "num_prompts"}
+    for of_set, part in evaluation.sets.items():
+        found |= {f"eval/set/{of_set}/{name}": v for name, v in part.numbers().items() if name != "num_prompts"}
+    return found

@@ -83,7 +83,7 @@ def prepare(config: Config) -> Prepared:
         UserError: the first thing that is wrong.
     """
     from grpo_mega.data.chat import load_tokenizer
-    from grpo_mega.data.dataset import load_prompts
+    from grpo_mega.data.dataset import load_held_out, load_train
     from grpo_mega.data.rows import check_rows
     from grpo_mega.observe.run_folder import check_run
     from grpo_mega.preflight import check_model
@@ -94,8 +94,7 @@ def prepare(config: Config) -> Prepared:
     build_rewards(config.reward.terms, config.reward.timeout_seconds)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
-    for source in filter(None, (data.train, data.eval)):
-        check_rows(source, data)
+    check_rows(data)
     # from here on with torch and transformers, which take seconds to load
     if base is not None:
         from grpo_mega.base_model.teach import base_tokenizer
@@ -103,9 +102,7 @@ def prepare(config: Config) -> Prepared:
         tokenizer = base_tokenizer(base)
     else:
         tokenizer = load_tokenizer(str(config.model.path))
-    train_prompts = load_prompts(data.train, tokenizer=tokenizer, config=data)
-    eval_prompts = load_prompts(data.eval, tokenizer=tokenizer, config=data) if data.eval is not None else None
-    return Prepared(config, topology, train_prompts, eval_prompts)
+    return Prepared(config, topology, load_train(data, tokenizer), load_held_out(data, tokenizer))
 
 
 def run_worker(prepared: Prepared) -> None:

@@ -27,13 +27,15 @@ class WeightMismatchError(RuntimeError):
 class Prompt:
     """A question, already turned into the tokens that the engine gets.
 
-    `index` is the row in its dataset, unique within it. `text` is what was tokenised (after the chat template).
+    `index` is the row among all rows of the run's training (or held-out) sets. `text` is what was tokenised (after the
+    chat template). `data_set` is the name of its set.
     """
 
     index: int
     text: str
     token_ids: tuple[int, ...]
     answer: str
+    data_set: str = ""
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ def compare_layouts(args: argparse.Namespace) -> list[Result]:
     if args.rollouts is not None and not args.rollouts.is_file():
         raise UserError(f"--rollouts={args.rollouts}: no such file; a run writes rollouts/step_000001.jsonl")
     one = configs[0]
-    folder = ensure_base(one.model.base, one.data.train) if one.model.base else Path(str(one.model.path))
+    folder = ensure_base(one.model.base, one.data.train_sets[0].path) if one.model.base else Path(str(one.model.path))
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[one.precision.dtype]
     results = []
     with tempfile.TemporaryDirectory(prefix="compare_layouts_") as work:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 from grpo_mega.config.check_algorithm import check_algorithm
+from grpo_mega.config.check_data import check_data
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -30,6 +31,7 @@ def check(config: Config) -> None:
         _rewards,
     ):
         rule(config)
+    check_data(config.data)
     check_algorithm(config.algorithm)
 
 
@@ -158,8 +160,15 @@ def _learning_rate(config: Config) -> None:
 
 
 def _evaluation(config: Config) -> None:
-    if config.evaluation.every is not None and config.data.eval is None:
-        raise UserError(f"evaluation.every={config.evaluation.every} does nothing without data.eval; set data.eval")
+    evaluation = config.evaluation
+    if evaluation.every is not None and config.data.eval is None:
+        raise UserError(f"evaluation.every={evaluation.every} does nothing without data.eval; set data.eval")
+    wrong = [k for k in evaluation.report_k or () if not 1 <= k <= evaluation.k]
+    if wrong:
+        raise UserError(
+            f"evaluation.report_k: {wrong[0]} of evaluation.k={evaluation.k} samples; use numbers from 1 to "
+            f"{evaluation.k}, or raise evaluation.k"
+        )
 
 
 def _rewards(config: Config) -> None:

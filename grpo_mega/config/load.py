@@ -94,7 +94,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 def _explain(error: Any) -> str:
     """One pydantic error as key, got, rule."""
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # without a union's tags
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, _known_keys(Config), 1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else "; see grpo_mega/config/schema.py for the keys"
@@ -108,8 +108,13 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        kinds = (field.annotation, *getattr(field.annotation, "__args__", ()))
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _known_keys(kind, f"{prefix}{name}.")
+        for kind in _parts(field.annotation):
+            keys += _known_keys(kind, f"{prefix}{name}.")
     return keys
+
+
+def _parts(annotation: Any) -> list[type[BaseModel]]:
+    """The models inside of unions, tuples and annotations."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [kind for part in getattr(annotation, "__args__", ()) for kind in _parts(part)]

@@ -6,9 +6,11 @@ that touch two sections are in `check.py`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from grpo_mega.config.algorithms import AlgorithmName, with_defaults
 
@@ -53,7 +55,7 @@ class BaseConfig(Section):
     architecture: ArchitectureConfig = ArchitectureConfig()
     tokenizer: Literal["char", "byte"] = "char"
     examples: str | None = None
-    """gsm8k: the JSONL file whose first half is taught; unset: `data.train`."""
+    """gsm8k: the JSONL file whose first half is taught; unset: the first set of `data.train`."""
     steps: int = Field(400, ge=1)
     batch_size: int = Field(128, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
@@ -117,14 +119,57 @@ class SamplingConfig(Section):
     """Prompts that enter the engines together; unset: all of the step."""
 
 
+class RowFilter(Section):
+    """Keeps the rows whose value of `key` (a level, a pass rate) is within the bounds, or is one of `any_of`.
+
+    `a.b` is key b of the object a."""
+
+    key: str
+    min: float | None = None
+    max: float | None = None
+    any_of: tuple[str | int | float, ...] | None = Field(None, strict=False)
+
+
+class DataSource(Section):
+    """One set of prompts. What it does not say, the section `data` says for all sets."""
+
+    path: str
+    """JSONL or Parquet file, folder written by `datasets`, or `arithmetic:train`, `arithmetic:heldout`."""
+    name: str | None = None
+    """In metrics and messages; unset: the name of file or folder without its ending."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the training prompts, relative to the other sets; every set is shuffled and repeated by itself."""
+    split: str | None = None
+    """Of a folder that holds several."""
+    prompt_key: str | None = None
+    answer_key: str | None = None
+    min_prompt_tokens: int | None = Field(None, ge=1)
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Prompts outside are left out; `data.overlong` speaks of those beyond `data.max_prompt_tokens`."""
+    filters: tuple[RowFilter, ...] = Field((), strict=False)
+    """A row must pass all of them."""
+
+    @property
+    def label(self) -> str:
+        """`name`, or what stands for it."""
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(self.path).stem)
+
+
+DataSets = Annotated[
+    Annotated[str, Tag("(path)")] | Annotated[tuple[DataSource, ...], Field(strict=False), Tag("(list)")],
+    Discriminator(lambda value: "(list)" if isinstance(value, list | tuple) else "(path)"),
+]
+"""A path, or a list of sets. The tags stand in pydantic's error messages, and load.py takes them out."""
+
+
 class DataConfig(Section):
-    train: str
-    """JSONL file, or `arithmetic:train`."""
-    eval: str | None = None
-    """JSONL file, or `arithmetic:heldout`; unset: no evaluation."""
+    train: DataSets
+    """JSONL or Parquet file, folder written by `datasets`, `arithmetic:train`; or a list of sets."""
+    eval: DataSets | None = None
+    """The same, held out; unset: no evaluation."""
     prompts_per_step: int = Field(32, ge=1)
     prompt_key: str | None = None
-    """Unset: `prompt`, else `question`."""
+    """Unset: `prompt`, else `question`. `a.b` is key b of the object a."""
     answer_key: str | None = None
     """Unset: `answer`."""
     template: Literal["chat", "plain"] = "chat"
@@ -132,6 +177,16 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(1024, ge=1)
     overlong: Literal["error", "skip"] = "error"
     """Prompts longer than the limit: stop, or leave out and count."""
+
+    @property
+    def train_sets(self) -> tuple[DataSource, ...]:
+        """`train` as a list."""
+        return (DataSource(path=self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def eval_sets(self) -> tuple[DataSource, ...]:
+        """`eval` as a list; empty: none."""
+        return (DataSource(path=self.eval),) if isinstance(self.eval, str) else self.eval or ()
 
 
 class RewardTerm(Section):
@@ -253,10 +308,12 @@ class EvaluationConfig(Section):
     temperature: float = Field(1.0, gt=0)
     k: int = Field(4, ge=1)
     """Samples per prompt."""
+    report_k: tuple[int, ...] | None = Field(None, strict=False)
+    """The k of pass@k and maj@k, each at most `k`; unset: `k`."""
     max_tokens: int | None = Field(None, ge=1)
     """Unset: `sampling.max_tokens`."""
     max_prompts: int | None = Field(None, ge=1)
-    """Unset: all of `data.eval`."""
+    """Of each held-out set; unset: all."""
 
 
 class PrecisionConfig(Section):

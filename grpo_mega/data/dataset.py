@@ -1,8 +1,9 @@
 """The prompts of a run: read, checked and tokenised once, then dealt out step by step.
 
 Invariants (tests/unit/test_dataset.py): a malformed line ends the run with `file:line`; `batch` is a pure function of
-(seed, step), so a run continues at any step without replaying; in each epoch every prompt comes once before any comes
-again.
+(seed, step), so the step in a checkpoint is the position in the data, and a run continues there without replaying; in
+each epoch of a set every prompt comes once before any comes again; sets take turns in the ratio of their weights, exact
+over each pattern.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from grpo_mega.config.schema import DataConfig
+from grpo_mega.config.check_data import pattern_of
+from grpo_mega.config.schema import DataConfig, DataSource
 from grpo_mega.data.chat import render_prompt
-from grpo_mega.data.rows import PromptSource, read_rows, source_key
+from grpo_mega.data.rows import PromptSource, keyed_sets, read_rows
 from grpo_mega.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -25,75 +27,164 @@ log = logging.getLogger("grpo_mega.data")
 
 
 @dataclass(frozen=True)
-class PromptDataset:
-    """Prompts in the order of their source; `num_skipped` were longer than the limit and left out."""
+class DataSet:
+    """One named set. `num_skipped` prompts were longer than the limit, `num_filtered` rows were left out by the set's
+    own rules."""
 
-    source: str
+    name: str
     prompts: tuple[Prompt, ...]
+    weight: float = 1.0
     num_skipped: int = 0
+    num_filtered: int = 0
+
+
+@dataclass(frozen=True)
+class PromptDataset:
+    """Several sets, in the order of the config; `Prompt.index` is unique over all of them."""
+
+    sets: tuple[DataSet, ...]
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """Of all sets, one after the other."""
+        return tuple(prompt for part in self.sets for prompt in part.prompts)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return sum(len(part.prompts) for part in self.sets)
 
     def batch(self, step: int, num_prompts: int, seed: int) -> list[Prompt]:
-        """The prompts of one step: positions `step * num_prompts` and following of an endless stream of epochs.
+        """The prompts of one step: positions `step * num_prompts` and following of an endless stream.
 
-        Each epoch is a shuffle of all prompts of its own, so a step may hold the end of one epoch and the beginning
-        of the next.
+        The sets take turns in the ratio of their weights. Each set is a stream of epochs, each a shuffle of all its
+        prompts of its own, so a step may hold the end of one epoch and the beginning of the next.
 
         Args:
             step: counted from 0.
             num_prompts: prompts of a step; the same in every step of a run.
             seed: moves the shuffles.
         """
-        size = len(self.prompts)
-        positions = range(step * num_prompts, (step + 1) * num_prompts)
-        return [self.prompts[_epoch_order(size, seed, position // size)[position % size]] for position in positions]
+        counts = pattern_of([part.weight for part in self.sets])
+        turns = _pattern(counts)
+        found = []
+        for position in range(step * num_prompts, (step + 1) * num_prompts):
+            cycle, at = divmod(position, len(turns))
+            chosen, rank = turns[at]
+            found.append(self._prompt(chosen, cycle * counts[chosen] + rank, seed))
+        return found
+
+    def shuffled(self, seed: int) -> list[Prompt]:
+        """All prompts of all sets, each once."""
+        prompts = self.prompts
+        return [prompts[i] for i in _epoch_order(len(prompts), str(seed), 0)]
+
+    def _prompt(self, chosen: int, position: int, seed: int) -> Prompt:
+        """The prompt at a position of the stream of one set."""
+        prompts = self.sets[chosen].prompts
+        stream = str(seed) if len(self.sets) == 1 else f"{seed}/{chosen}"
+        epoch, at = divmod(position, len(prompts))
+        return prompts[_epoch_order(len(prompts), stream, epoch)[at]]
 
 
-def load_prompts(source: str, *, tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> PromptDataset:
-    """Read `source`: a JSONL file, or `arithmetic:train` / `arithmetic:heldout`.
-
-    Each line of a file is an object with a prompt (a string or a list of `{role, content}` messages) and an answer (a
-    string or a number); blank lines are passed over. GSM8K's `question` and `answer` are read as they are.
+def load_train(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+    """The sets of `data.train`.
 
     Raises:
-        UserError: the file is missing or empty, a line is malformed, lacks a key or holds a wrong type, a prompt
-            cannot be encoded, or is too long under `data.overlong=error`. Names file and line.
+        UserError: a file is missing or empty, a row is malformed, lacks a key or holds a wrong type, a prompt cannot be
+            encoded, or is too long under `data.overlong=error`. Names file and row.
     """
-    key = source_key(source, config)
+    return _load([(key, s) for key, s in keyed_sets(config) if key.startswith("data.train")], config, tokenizer)
+
+
+def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | None:
+    """The sets of `data.eval`, or None; raises what `load_train` raises."""
+    keyed = [(key, source) for key, source in keyed_sets(config) if key.startswith("data.eval")]
+    return _load(keyed, config, tokenizer) if keyed else None
+
+
+def _load(keyed: list[tuple[str, DataSource]], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+    sets: list[DataSet] = []
+    begin = 0
+    for key, source in keyed:
+        found, num_rows = _load_set(key, source, config, tokenizer, begin)
+        sets.append(found)
+        begin += num_rows
+    return PromptDataset(tuple(sets))
+
+
+def _load_set(
+    key: str, source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase, begin: int
+) -> tuple[DataSet, int]:
+    """The set, and its number of rows; their indices count from `begin`."""
     prompts: list[Prompt] = []
-    num_skipped = 0
-    for index, (where, prompt, answer) in enumerate(read_rows(source, key, config)):
-        text, token_ids = _render(where, prompt, tokenizer, config)
-        if len(token_ids) <= config.max_prompt_tokens:
-            prompts.append(Prompt(index=index, text=text, token_ids=token_ids, answer=answer))
+    num_skipped, num_filtered, num_rows = 0, 0, 0
+    for row in read_rows(source, key, config):
+        index, num_rows = begin + num_rows, num_rows + 1
+        if row is None:
+            num_filtered += 1
+            continue
+        text, token_ids = _render(row.where, row.prompt, tokenizer, config)
+        if not (source.min_prompt_tokens or 1) <= len(token_ids) <= (source.max_prompt_tokens or len(token_ids)):
+            num_filtered += 1
+        elif len(token_ids) <= config.max_prompt_tokens:
+            prompts.append(Prompt(index, text, token_ids, row.answer, source.label))
         elif config.overlong == "skip":
             num_skipped += 1
         else:
             raise UserError(
-                f"{where}: the prompt has {len(token_ids)} tokens, more than "
+                f"{row.where}: the prompt has {len(token_ids)} tokens, more than "
                 f"data.max_prompt_tokens={config.max_prompt_tokens}; raise the limit, or set data.overlong=skip"
             )
-    if num_skipped and not prompts:
-        raise UserError(
-            f"{key}={source}: all {num_skipped} prompts have more than data.max_prompt_tokens="
-            f"{config.max_prompt_tokens} tokens; raise the limit"
-        )
-    if not prompts:
-        raise UserError(f"{key}={source} is empty; put one JSON object per line there, with a prompt and an answer")
+    found = DataSet(source.label, tuple(prompts), source.weight, num_skipped, num_filtered)
+    _check_not_empty(key, source, found, config)
     if num_skipped:
         log.info(
             "%s: left out %d of %d prompts with more than data.max_prompt_tokens=%d tokens",
-            source, num_skipped, num_skipped + len(prompts), config.max_prompt_tokens,
+            source.path, num_skipped, num_rows - num_filtered, config.max_prompt_tokens,
         )  # fmt: skip
-    return PromptDataset(source=source, prompts=tuple(prompts), num_skipped=num_skipped)
+    if num_filtered:
+        log.info("%s: filters leave out %d of %d rows", source.path, num_filtered, num_rows)
+    return found, num_rows
+
+
+def _check_not_empty(key: str, source: DataSource, found: DataSet, config: DataConfig) -> None:
+    if found.prompts:
+        return
+    if found.num_filtered:
+        raise UserError(
+            f"{key}={source.path}: the filters of this set leave out {found.num_filtered} of "
+            f"{found.num_filtered + found.num_skipped} rows and nothing is left; widen them"
+        )
+    if found.num_skipped:
+        raise UserError(
+            f"{key}={source.path}: all {found.num_skipped} prompts have more than data.max_prompt_tokens="
+            f"{config.max_prompt_tokens} tokens; raise the limit"
+        )
+    raise UserError(f"{key}={source.path} is empty; put one JSON object per line there, with a prompt and an answer")
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(size: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _pattern(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Whose turn it is at each place of a pattern, and how many turns that set had before in it.
+
+    Smooth round robin: a set's credit grows by its count at every place; the largest pays the sum. After any number of
+    places no set is a whole turn off its share.
+    """
+    total = sum(counts)
+    credit, taken = [0] * len(counts), [0] * len(counts)
+    turns = []
+    for _ in range(total):
+        credit = [c + count for c, count in zip(credit, counts, strict=True)]
+        chosen = credit.index(max(credit))
+        credit[chosen] -= total
+        turns.append((chosen, taken[chosen]))
+        taken[chosen] += 1
+    return tuple(turns)
+
+
+@lru_cache(maxsize=64)  # two epochs of each of many sets
+def _epoch_order(size: int, stream: str, epoch: int) -> tuple[int, ...]:
     order = list(range(size))
-    random.Random(f"prompts/{seed}/{epoch}").shuffle(order)
+    random.Random(f"prompts/{stream}/{epoch}").shuffle(order)
     return tuple(order)
 
 

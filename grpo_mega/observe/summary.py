@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,18 +34,36 @@ _DISTRIBUTIONS = {
 @dataclass(frozen=True)
 class Evaluation:
     """One pass over held-out prompts. `accuracy` is pass@1, the mean over k samples at the evaluation's temperature;
-    `greedy_accuracy` takes the likeliest token each time. `length_mean` is in completion tokens."""
+    `greedy_accuracy` takes the likeliest token each time. `length_mean` is in completion tokens. `pass_at_k` and
+    `majority_at_k` have an entry per k; `sets` one per held-out set, where there are several."""
 
     accuracy: float
     reward_mean: float
     length_mean: float
     num_prompts: int
     greedy_accuracy: float | None = None
+    pass_at_k: dict[str, float] = field(default_factory=dict)
+    majority_at_k: dict[str, float] = field(default_factory=dict)
+    sets: dict[str, Evaluation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and not math.isfinite(value):
+        for name, value in self.numbers().items():
+            if not math.isfinite(value):
                 raise ValueError(f"Evaluation.{name}={value} is not finite; an evaluation needs at least one rollout")
+
+    def numbers(self) -> dict[str, float]:
+        """All numbers by their names, `pass_at_4` and the like included; of the sets only their own."""
+        single = {f.name: getattr(self, f.name) for f in fields(self) if not isinstance(getattr(self, f.name), dict)}
+        found = {name: value for name, value in single.items() if value is not None}
+        for prefix, by_k in (("pass_at", self.pass_at_k), ("majority_at", self.majority_at_k)):
+            found |= {f"{prefix}_{k}": value for k, value in by_k.items()}
+        return found
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any]) -> Evaluation:
+        """From what `asdict` made of one."""
+        sets = {name: cls.read(of_set) for name, of_set in values.get("sets", {}).items()}
+        return cls(**{**values, "sets": sets})
 
 
 @dataclass(frozen=True)
@@ -102,9 +120,9 @@ def read_summary(path: Path) -> Summary:
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         for name in ("eval_before", "eval_after"):
-            values[name] = None if values[name] is None else Evaluation(**values[name])
+            values[name] = None if values[name] is None else Evaluation.read(values[name])
         return Summary(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not the summary of a run ({error}); remove it, the run continues from its checkpoint"
         ) from error

@@ -129,7 +129,7 @@ def test_old_log_probs_of_the_first_step_are_those_of_the_base_in_transformers(q
     config = Config.model_validate(yaml.safe_load((quickstart.folder / "config.yaml").read_text()))
     assert config.model.base is not None
     recipe = config.model.base.model_copy(update={"cache_dir": str(REPOSITORY / config.model.base.cache_dir)})
-    model = transformers_model(ensure_base(recipe, config.data.train))
+    model = transformers_model(ensure_base(recipe, config.data.train_sets[0].path))
     worst = 0.0
     for row in rollouts_of(quickstart.folder, 1):
         ids = torch.tensor([row["prompt_ids"] + row["completion_ids"]])

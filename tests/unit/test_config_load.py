@@ -261,6 +261,14 @@ def test_config_is_frozen(minimal: Path) -> None:
             "evaluation.every=2 does nothing without data.eval; set data.eval",
         ),
         (
+            ["evaluation.report_k=[2, 8]"],
+            "evaluation.report_k: 8 of evaluation.k=4 samples; use numbers from 1 to 4, or raise evaluation.k",
+        ),
+        (
+            ["data.train=[{path: a, wieght: 2}]"],
+            "data.train.0.wieght: unknown key; did you mean data.train.weight?",
+        ),
+        (
             ["reward.terms=[]"],
             "reward.terms is empty; name at least one reward, for example {name: exact}",
         ),

@@ -10,7 +10,7 @@ import pytest
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.data.dataset import DataSet, PromptDataset
 from grpo_mega.groups import GroupSource
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
@@ -44,7 +44,7 @@ def config(*overrides: str) -> Config:
 
 def source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> GroupSource:
     prompts = tuple(Prompt(i, str(i), (i,), "") for i in range(num_prompts))
-    return GroupSource(recorder, PromptDataset("test", prompts), config(*overrides))
+    return GroupSource(recorder, PromptDataset((DataSet("test", prompts),)), config(*overrides))
 
 
 def indices(groups: SampledGroups) -> list[int]:

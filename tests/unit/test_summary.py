@@ -16,7 +16,9 @@ DONE = Summary(
     status="done",
     steps=105,
     eval_before=Evaluation(0.41, 0.4, 3.0, 300, 0.89),
-    eval_after=Evaluation(0.93, 0.92, 2.5, 300, 0.99),
+    eval_after=Evaluation(
+        0.93, 0.92, 2.5, 300, 0.99, {"1": 0.93, "4": 0.97}, {"4": 0.95}, {"easy": Evaluation(0.95, 0.9, 2.0, 100)}
+    ),
     seconds={"rollout": 61.0, "train": 100.0, "total": 200.4},
     layout={"tp": 2, "pp": 1, "dp": 1},
     versions={"torch": "2.13.0", "vllm": None},
@@ -42,7 +44,16 @@ def test_the_keys_that_scripts_read_are_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"status": "done"}', '{"eval_before": {"a": 1}, "eval_after": null}']
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"status": "done"}',
+        '{"eval_before": {"a": 1}, "eval_after": null}',
+        '{"eval_before": 1, "eval_after": null}',
+        '{"eval_before": {"sets": [1]}, "eval_after": null}',
+    ],
 )
 def test_a_broken_summary_is_a_user_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "summary.json").write_text(text)

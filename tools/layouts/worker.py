@@ -36,10 +36,10 @@ BUCKET_BYTES = 256 * 2**20
 def made_up(config: Config, folder: Path, vocab_size: int) -> SampledGroups:
     """The config's first prompts with answers of random tokens and random rewards."""
     from grpo_mega.data.chat import load_tokenizer
-    from grpo_mega.data.dataset import load_prompts
+    from grpo_mega.data.dataset import load_train
 
     rng = random.Random(config.run.seed)
-    dataset = load_prompts(config.data.train, tokenizer=load_tokenizer(str(folder)), config=config.data)
+    dataset = load_train(config.data, load_tokenizer(str(folder)))
     rollouts = []
     for prompt in dataset.prompts[:NUM_PROMPTS]:
         for _ in range(GROUP_SIZE):

@@ -1,0 +1,92 @@
+"""What tools/evaluate.py makes of its arguments, and what it says to wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.helpers.tiny_models import make_tiny_model
+from tools import evaluate
+
+DATA = ("--data", "arithmetic:heldout")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("evaluate") / "model", "qwen3")
+
+
+def make_run(folder: Path, model: Path, **sections: Any) -> Path:
+    values: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "data": {"train": "gone.jsonl", "template": "plain", "max_prompt_tokens": 16},
+        "sampling": {"max_tokens": 8},
+        "reward": {"terms": [{"name": "exact"}, {"name": "format"}]},
+        "train": {"steps": 9},
+        "evaluation": {"temperature": 0.7, "k": 2},
+        "engine": {"tp": 2},
+        "parallel": {"pp": 4},
+    }
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(values | sections))
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert evaluate.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere", *DATA), "CHECKPOINT=nowhere is not a folder"),
+        (("{model}", *DATA, "--k", "0"), "evaluation.k=0"),
+        (("{model}", *DATA, "--k", "8", "--samples", "4"), "evaluation.report_k: 8 of evaluation.k=4 samples"),
+        (("{model}", *DATA, "--temperature", "0"), "evaluation.temperature=0"),
+        (("{model}", *DATA, "--reward", "exakt"), "did you mean 'exact'"),
+        (("{model}", *DATA, "data.tempalte=plain"), "did you mean data.template"),
+        (("{model}", *DATA, "--max-tokens", "100000"), "more than the"),
+    ],
+)
+def test_wrong_arguments_are_told_apart(
+    model: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
+) -> None:
+    error = said(capsys, *(a.format(model=model) for a in arguments))
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_run_without_a_checkpoint_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", model)
+    assert "the run has no complete checkpoint" in said(capsys, str(run), *DATA)
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    (run / "config.yaml").write_text("model: 3")
+    assert "is not the config of a run" in said(capsys, str(run / "checkpoints" / "step_000001"), *DATA)
+
+
+def config_of(*arguments: str) -> tuple[Any, evaluate.Checkpoint]:
+    args = evaluate.parse_arguments(arguments)
+    checkpoint = evaluate.find_checkpoint(args.checkpoint, args.reward, args.data)
+    return evaluate.config_of(args, checkpoint), checkpoint
+
+
+def test_a_checkpoint_of_a_run_is_asked_as_the_run_asks(model: Path, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", model) / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    config, checkpoint = config_of(str(folder), *DATA, "--data", "b.jsonl", "--k", "1", "4")
+    assert (checkpoint.weights, checkpoint.model) == (folder, model)
+    assert (config.evaluation.temperature, config.evaluation.k, config.evaluation.report_k) == (0.7, 4, (1, 4))
+    assert [source.path for source in config.data.eval_sets] == ["arithmetic:heldout", "b.jsonl"]
+    assert (config.run.world_size, config.engine.tp, config.parallel.pp) == (2, 2, 1)
+    assert [term.name for term in config.reward.terms] == ["exact", "format"]
+    (folder / "complete").touch()
+    newest, run = config_of(str(tmp_path / "run"), *DATA, "--samples", "16", "--reward", "gsm8k", "run.world_size=4")
+    assert run.weights == folder
+    assert (newest.evaluation.k, newest.evaluation.report_k, newest.run.world_size) == (16, (4,), 4)
+    assert [term.name for term in newest.reward.terms] == ["gsm8k"]

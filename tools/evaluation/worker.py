@@ -1,0 +1,91 @@
+"""One rank of tools/evaluate.py: an engine with the weights of a checkpoint, and the evaluation of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.compare import HfTensors, open_checkpoint
+from grpo_mega.data.chat import load_tokenizer
+from grpo_mega.data.dataset import load_held_out
+from grpo_mega.evaluate import Evaluator
+from grpo_mega.interfaces import WeightSink
+from grpo_mega.job import make_engine
+from grpo_mega.observe.log import configure_logging, quiet_libraries
+from grpo_mega.observe.summary import Evaluation
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks, init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.rollout import Sampler
+from grpo_mega.types import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_weights(sink: WeightSink, checkpoint: HfTensors, dtype: torch.dtype) -> None:
+    """Every slice that this rank of the engine takes, read from the files where it lies."""
+    sink.begin_update()
+    for region in sink.layout():
+        hf = region.placement.hf
+        values = torch.empty(hf.shape, dtype=checkpoint.dtype(hf.name))
+        checkpoint.read_into(hf, values)
+        sink.write(hf, values.to(dtype))
+    sink.end_update(0)
+
+
+def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
+    """Collective."""
+    folder = Path(job["model"])
+    held_out = load_held_out(config.data, load_tokenizer(folder))
+    assert held_out is not None, "tools/evaluate.py sets data.eval"
+    with ExitStack() as stack:
+        scorer = None
+        if ranks.at.engine_tp_rank == 0:
+            reward = config.reward
+            pool = RewardPool(reward.terms, workers=reward.workers, timeout_seconds=reward.timeout_seconds)
+            scorer = stack.enter_context(pool)
+        engine = make_engine(config, folder)
+        stack.callback(engine.close)
+        quiet_libraries()
+        load_weights(engine.sink, open_checkpoint(Path(job["weights"]), folder, folder), DTYPES[config.precision.dtype])
+        answer = build_rewards(config.reward.terms)[0]
+        sampler = Sampler(engine, scorer, ranks, PhaseTimer(), config.sampling.prompts_per_wave)
+        limits = config.evaluation
+        max_tokens = limits.max_tokens or config.sampling.max_tokens
+        evaluator = Evaluator(sampler, held_out.sets, limits, max_tokens, config.run.seed, answer.name, answer.high)
+        return evaluator.evaluate()
+
+
+def main() -> int:
+    """Exit code 2 where the input is wrong."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    config = Config.model_validate_json(json.dumps(job["config"]))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    topology = Topology.of(config, int(os.environ["WORLD_SIZE"]))
+    configure_logging(int(os.environ["RANK"]), "")
+    ranks = init_ranks(topology, config.guard.timeout_seconds)
+    try:
+        found = measure(job, config, ranks)
+    except UserError as error:
+        if ranks.is_first:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    if ranks.is_first:
+        Path(job["answer"]).write_text(json.dumps(asdict(found)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
