@@ -265,8 +265,8 @@ def test_config_is_frozen(minimal: Path) -> None:
             "evaluation.report_k: 8 of evaluation.k=4 samples; use numbers from 1 to 4, or raise evaluation.k",
         ),
         (
-            ["data.train=[{path: a, wieght: 2}]"],
-            "data.train.0.wieght: unknown key; did you mean data.train.weight?",
+            ["data.train=[{path: a, wegiht: 2}]"],
+            "data.train.0.wegiht: unknown key; did you mean data.train.weight?",
         ),
         (
             ["reward.terms=[]"],

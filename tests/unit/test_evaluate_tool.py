@@ -50,7 +50,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("{model}", *DATA, "--k", "8", "--samples", "4"), "evaluation.report_k: 8 of evaluation.k=4 samples"),
         (("{model}", *DATA, "--temperature", "0"), "evaluation.temperature=0"),
         (("{model}", *DATA, "--reward", "exakt"), "did you mean 'exact'"),
-        (("{model}", *DATA, "data.tempalte=plain"), "did you mean data.template"),
+        (("{model}", *DATA, "data.tmplate=plain"), "did you mean data.template"),
         (("{model}", *DATA, "--max-tokens", "100000"), "more than the"),
     ],
 )
