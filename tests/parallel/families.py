@@ -62,6 +62,8 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": raw_family_config("qwen2", tie_word_embeddings=True),
     "qwen3-tied": raw_family_config("qwen3", tie_word_embeddings=True),
 }
+# where with the usual seed an expert is chosen by no token, and so has no gradient
+SEEDS = {"qwen3-moe-sparse": 200, "deepseek-v2": 200}
 DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn", "qwen2-tied", "qwen3-tied")
 
 SP = True
@@ -131,7 +133,7 @@ class FamilyLaboratory:
     def recorded(self, name: str) -> Recorded:
         """The model `name` of FAMILY_MODELS and rollouts for it."""
         if name not in self._recorded:
-            seed = 100 + list(FAMILY_MODELS).index(name)
+            seed = SEEDS.get(name, 100 + list(FAMILY_MODELS).index(name))
             self._recorded[name] = record_family(self._folder / name, FAMILY_MODELS[name], seed)
         return self._recorded[name]
 
