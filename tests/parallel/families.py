@@ -69,9 +69,10 @@ DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn", "qwen2-tied", "qwen3-
 SP = True
 # two layers over four model chunks
 SPREAD = ("pipeline_layout", "E|t|t|L")
-# together: tp, sequence parallelism, pp, ep; cp, dp, ep, etp, and an embedding that no rank shares
-QUICK_DENSE = (Layout(4, tp=2, pp=2),)
-QUICK_MOE = (Layout(4, tp=2, pp=2, sequence_parallel=SP, ep=2), Layout(4, cp=2, ep=2, etp=2))
+# together every axis but vpp: each family in the first, and those in the second that have all parts between them
+DEEP_DENSE, DEEP_MOE = Layout(4, tp=2, pp=2), Layout(4, tp=2, pp=2, sequence_parallel=SP, ep=2)
+WIDE_MOE = Layout(4, cp=2, ep=2, etp=2)
+QUICK_WIDE = ("mixtral", "deepseek-v3", "gpt-oss")
 LONG_DENSE = (
     ONE,
     Layout(2),
@@ -102,8 +103,9 @@ LONG_MOE = (
 def layouts_of(name: str, *, quick: bool) -> tuple[Layout, ...]:
     """Those of the quick suite, or all others."""
     if name in DENSE:
-        return QUICK_DENSE if quick else LONG_DENSE
-    found = QUICK_MOE if quick else LONG_MOE
+        return (DEEP_DENSE,) if quick else LONG_DENSE
+    wide = (WIDE_MOE,) if quick == (name in QUICK_WIDE) else ()
+    found = (DEEP_MOE, *wide) if quick else (*wide, *LONG_MOE)
     # of gpt-oss experts are not cut
     return found if name != "gpt-oss" else tuple(replace(layout, etp=1) for layout in found)
 
