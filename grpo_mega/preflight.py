@@ -78,7 +78,7 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
     _require_divisor(
         "parallel.tp", topology.tp, moe.shared_ffn_size or topology.tp, "feed-forward size of the shared expert", where
     )
-    if topology.tp > 1 and not parallel.sequence_parallel:
+    if topology.tp > 1 and any(moe.layers) and not parallel.sequence_parallel:
         raise UserError(
             f"parallel.tp={topology.tp} with the experts of {where} needs sequence parallelism; "
             "set parallel.sequence_parallel=true"

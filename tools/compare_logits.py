@@ -52,7 +52,7 @@ def config_of(folder: Path, spec: ModelSpec, layout: str, work: Path) -> Config:
     file.write_text(yaml.safe_dump(run))
     try:
         overrides = list(parse_layout(layout).overrides)
-        if spec.moe is not None and "sequence_parallel" not in layout:
+        if spec.moe is not None and any(spec.moe.layers) and "sequence_parallel" not in layout:
             config = load_config(file, overrides)
             overrides.append(f"parallel.sequence_parallel={json.dumps(config.parallel.tp > 1)}")
         config = load_config(file, overrides)

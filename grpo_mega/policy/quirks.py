@@ -1,7 +1,7 @@
 """Faults of Megatron-Core 0.16 that are repaired from outside, each with its line. Applied on every machine.
 
 Asserted by tests/parallel/test_checkpoint.py (optimizer state), tests/parallel/test_update.py (reductions,
-pipeline messages).
+pipeline messages) and tests/parallel/test_families.py (experts, latent attention).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_mega.convert.families import is_expert_parameter
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.policy import cpu
 
@@ -53,6 +54,24 @@ def fit_to(spec: ModelSpec) -> None:
     takes the best one, V3 the two best, whatever those numbers are."""
     if spec.moe is not None:
         moe_utils.group_limited_topk = functools.partial(_group_limited_topk, spec.moe.group_best)
+
+
+def separate_experts(model: torch.nn.Module) -> None:
+    """After a model is built: tensor_parallel/layers.py:886 counts experts among the dense layers where ep = 1. Where
+    their tensor parallelism is not that of those, other ranks hold the same ones, and their gradients would be summed
+    over too few ranks, or with those of other shards."""
+    for name, parameter in model.named_parameters():
+        if is_expert_parameter(name):
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def keep_after_build(config: Any) -> None:
+    """After all models are built: settings that finalize_model_grads.py reads again, with another meaning."""
+    if config.multi_latent_attention:
+        # :354 takes the norms of latent vectors for those of single heads and sums what is complete already
+        config.qk_layernorm = False
+    # :476 would move the routers' biases towards a balanced load, which is pre-training's business
+    config.moe_router_enable_expert_bias = False
 
 
 def mark_shared_keys(model: torch.nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Megatron's description of a model, and the module built from it.
 
 Some of Megatron's settings only make sense while the model is built and do harm afterwards; `build_models` ends with
-them switched off (each says why). Asserted by tests/parallel/test_families.py.
+them switched off (quirks.keep_after_build). Asserted by tests/parallel/test_families.py.
 """
 
 from __future__ import annotations
@@ -166,14 +166,11 @@ def build_models(
     models = [_chunk(model_type, config, spec, parallel, chunk).to(ranks.device) for chunk in range(parallel.vpp)]
     cpu.install()  # modules that were imported while the model was built
     for model in models:
+        quirks.separate_experts(model)
         quirks.mark_shared_keys(model)
         for module in model.modules():
             _fit_module(module, spec)
-    if spec.mla is not None:
-        # finalize_model_grads.py:354 takes these norms for those of single heads and sums what is complete already
-        config.qk_layernorm = False
-    # finalize_model_grads.py:476 would move the biases towards a balanced load, which is pre-training's business
-    config.moe_router_enable_expert_bias = False
+    quirks.keep_after_build(config)
     return models
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from safetensors.torch import load_file, save_file
 
-from tests.helpers.family_configs import raw_family_config
+from grpo_mega.convert import fp8
+from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 from tests.helpers.tiny_models import make_family_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,22 +41,58 @@ def test_a_model_with_experts_in_two_ranks_has_the_logits_of_transformers(model:
     assert 0 < found["max_abs_log_prob_diff"] <= 2e-5
 
 
+@pytest.mark.long
 def test_a_tolerance_that_is_not_met_is_exit_code_1(model: Path) -> None:
     assert compare(str(model), "--tolerance", "1e-12").returncode == 1
 
 
-def test_wrong_input_is_exit_code_2_and_one_line(model: Path, tmp_path: Path) -> None:
-    for arguments, said in (
-        ((str(tmp_path / "none"),), "is not a folder; give a Hugging Face model folder"),
-        ((str(tmp_path),), "holds no config.json"),
-        ((str(model), "--layout", "tp=3"), "parallel.tp=3 does not divide the 4 attention heads"),
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
+@pytest.mark.parametrize("layout", ["tp=2,pp=2", "cp=2,pp=2", "tp=2,dp=2"])
+def test_every_family_has_the_logits_of_transformers(tmp_path: Path, family: str, layout: str) -> None:
+    folder = make_family_model(tmp_path / family, raw_family_config(family), seed=2)
+    done = compare(str(folder), "--layout", layout, "--json", "--tolerance", "2e-5")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["family"] == family
+
+
+@pytest.mark.long
+def test_fp8_weights_are_compared_as_what_they_stand_for(model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name], tensors[name + fp8.SCALE_SUFFIX] = fp8.quantise(tensors[name])
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config("glm4_moe", quantization_config=quantised)))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    done = compare(str(tmp_path), "--json", "--tolerance", "2e-5")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("MODEL", "--layout", "tp=3"), "parallel.tp=3 does not divide the 4 attention heads"),
+        (("MODEL", "--layout", "ep=3"), "parallel.ep=3 does not divide the 8 experts"),
         (
-            (str(model), "--layout", "tp=2,sequence_parallel=false"),
+            ("MODEL", "--layout", "tp=2,sequence_parallel=false"),
             "needs sequence parallelism; set parallel.sequence_parallel=true",
         ),
-        ((str(model), "--layout", "qp=2"), "--layout: 'qp=2'"),
-    ):
-        done = compare(*arguments)
-        assert done.returncode == 2, done.stderr
-        assert said in done.stderr
-        assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+        (("MODEL", "--layout", "qp=2"), "--layout: 'qp=2'"),
+        (("EMPTY",), "holds no config.json"),
+        (("EMPTY/none",), "is not a folder; give a Hugging Face model folder"),
+    ],
+)
+def test_wrong_input_is_exit_code_2_and_one_line(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw_family_config("glm4_moe")))
+    paths = {"MODEL": "model", "EMPTY": "empty", "EMPTY/none": "empty/none"}
+    given = [str(tmp_path / paths[a]) if a in paths else a for a in arguments]
+    with patch.object(sys, "path", [str(REPOSITORY / "tools"), *sys.path]):
+        tool = importlib.import_module("compare_logits")
+    assert tool.main(given) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.strip().splitlines()) == 1, told

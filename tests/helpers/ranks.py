@@ -6,6 +6,7 @@ a call that took too long ends all ranks; the next call starts new ones.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -164,3 +165,4 @@ def _leave() -> None:
     dist.barrier()  # a rank that is done must not close connections while another still opens them
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+    gc.collect()  # modules in cycles hold their process groups, with two threads each

@@ -60,16 +60,22 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "glm4-moe": raw_family_config("glm4_moe"),
     "gpt-oss": raw_family_config("gpt_oss"),
     "qwen2-tied": raw_family_config("qwen2", tie_word_embeddings=True),
+    # with tp and without sequence parallelism, which experts need
+    "deepseek-dense": raw_family_config("deepseek_v2", first_k_dense_replace=2),
     "qwen3-tied": raw_family_config("qwen3", tie_word_embeddings=True),
 }
-DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn", "qwen2-tied", "qwen3-tied")
+# where with the usual seed an expert is chosen by no token, and so has no gradient
+SEEDS = {"qwen3-moe-sparse": 200, "deepseek-v2": 200}
+DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn", "qwen2-tied", "qwen3-tied", "deepseek-dense")
 
 SP = True
 # two layers over four model chunks
 SPREAD = ("pipeline_layout", "E|t|t|L")
-# together: tp, sequence parallelism, pp, ep; cp, dp, ep, etp, and an embedding that no rank shares
-QUICK_DENSE = (Layout(4, tp=2, pp=2),)
-QUICK_MOE = (Layout(4, tp=2, pp=2, sequence_parallel=SP, ep=2), Layout(4, cp=2, ep=2, etp=2))
+# each family in the first; in the second those that have all parts between them. Together every axis but vpp, and
+# experts that Megatron would take for dense layers (quirks.separate_experts)
+DEEP_DENSE, DEEP_MOE = Layout(4, tp=2, pp=2), Layout(4, tp=2, pp=2, sequence_parallel=SP, ep=2)
+WIDE_MOE = Layout(4, cp=2, etp=2)
+QUICK_WIDE = ("mixtral", "deepseek-v3", "gpt-oss")
 LONG_DENSE = (
     ONE,
     Layout(2),
@@ -87,7 +93,7 @@ LONG_MOE = (
     Layout(2, ep=2),
     Layout(2, cp=2),
     Layout(2, tp=2, sequence_parallel=SP),
-    Layout(4, etp=2),
+    Layout(4, cp=2, ep=2, etp=2),
     Layout(4, ep=4, more=(("recompute", "selective"), ("recompute_modules", ("core_attn", "moe", "layernorm")))),
     Layout(4, tp=2, sequence_parallel=SP, ep=2, etp=2),
     Layout(4, pp=2, vpp=2, ep=2, more=(SPREAD, *OVERLAP)),
@@ -100,8 +106,9 @@ LONG_MOE = (
 def layouts_of(name: str, *, quick: bool) -> tuple[Layout, ...]:
     """Those of the quick suite, or all others."""
     if name in DENSE:
-        return QUICK_DENSE if quick else LONG_DENSE
-    found = QUICK_MOE if quick else LONG_MOE
+        return (DEEP_DENSE,) if quick else LONG_DENSE
+    wide = (WIDE_MOE,) if quick == (name in QUICK_WIDE) else ()
+    found = (DEEP_MOE, *wide) if quick else (*wide, *LONG_MOE)
     # of gpt-oss experts are not cut
     return found if name != "gpt-oss" else tuple(replace(layout, etp=1) for layout in found)
 
@@ -131,7 +138,7 @@ class FamilyLaboratory:
     def recorded(self, name: str) -> Recorded:
         """The model `name` of FAMILY_MODELS and rollouts for it."""
         if name not in self._recorded:
-            seed = 100 + list(FAMILY_MODELS).index(name)
+            seed = SEEDS.get(name, 100 + list(FAMILY_MODELS).index(name))
             self._recorded[name] = record_family(self._folder / name, FAMILY_MODELS[name], seed)
         return self._recorded[name]
 
