@@ -105,13 +105,14 @@ def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
 
 
 def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the completion's tokens."""
+    """Log-probs and entropies of the completion's tokens that the policy sampled."""
     prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
     ids = torch.tensor([[*prompt, *completion]])
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].double() / temperature
     every = torch.log_softmax(logits, -1)
     chosen = every.gather(1, torch.tensor(completion)[:, None])[:, 0]
-    return chosen, -(every.exp() * every).sum(-1)
+    own = torch.tensor(rollout.completion.loss_mask or [True] * len(completion))
+    return chosen[own], -(every.exp() * every).sum(-1)[own]
 
 
 def _tensors(model: Any) -> dict[str, Tensor]:
