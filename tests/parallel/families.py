@@ -160,7 +160,7 @@ class FamilyLaboratory:
 def record_family(folder: Path, config: dict[str, Any], seed: int) -> Recorded:
     """A random model, written to `folder`, and rollouts for it."""
     model = make_family_model(folder, config, seed)
-    groups, rewards = sample_groups(4, 4, seed, config["vocab_size"])
+    groups, rewards = sample_groups(4, 4, seed, vocab=config["vocab_size"])
     old = perturbed_log_probs(groups, model, 1.0, 0.01, seed + 10)
     ref = perturbed_log_probs(groups, model, 1.0, 0.02, seed + 20)
     return Recorded(model, groups, rewards, old, ref)
