@@ -20,8 +20,8 @@ from grpo_mega.rewards.batched import Row
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
 
-LETTERS = "abcdefghtu "
-COMPLETIONS = ["a", "bcd", "", "hhhhhhhh", "the cabbage", "\ud800"]
+LETTERS = "abcdefghtu"
+COMPLETIONS = ["a", "bcd", "", "hhhhhhhh", "thecabbage", "\ud800"]
 
 
 @pytest.fixture(scope="module")
