@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from grpo_mega.rewards.base import BUILTIN_REWARDS, RewardComponent, build_rewards, reward
+from grpo_mega.rewards.base import BUILTIN_REWARDS, RewardComponent, batched_reward, build_rewards, reward
 
-__all__ = ["BUILTIN_REWARDS", "RewardComponent", "build_rewards", "reward"]
+__all__ = ["BUILTIN_REWARDS", "RewardComponent", "batched_reward", "build_rewards", "reward"]

@@ -1,8 +1,9 @@
 """The contract of a reward, and how a config's terms become callables.
 
 A reward is a function `(prompt, completion, reference, **args) -> float` that declares its range with `@reward(low=...,
-high=...)`. It is named in the config by its short name (`exact`, `gsm8k`, `format`) or by a dotted path,
-`package.module:function` or `package.module.function`. Names, arguments and their values are checked before the run
+high=...)`, or a factory `(**args) -> BatchScorer` that declares it with `@batched_reward` (batched.py). It is named in
+the config by its short name (`exact`, `gsm8k`, `format`) or by a dotted path, `package.module:function` or
+`package.module.function`. Names, arguments and their values are checked before the run
 starts (tests/unit/test_rewards_base.py); a value that is no number or is out of range is found at each scoring.
 
 Nothing here imports torch: worker processes import this module and the rewards, and must start fast.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from grpo_mega.rewards.batched import BatchScorer, Row
 from grpo_mega.types import UserError
 
 BUILTIN_REWARDS: Mapping[str, str] = {
@@ -29,7 +31,11 @@ BUILTIN_REWARDS: Mapping[str, str] = {
     "json_schema": "grpo_mega.rewards.structured:json_schema",
     "language_consistency": "grpo_mega.rewards.language:language_consistency",
     "length": "grpo_mega.rewards.length:length",
+    "judge": "grpo_mega.rewards.judge:judge",
     "math": "grpo_mega.rewards.math:math",
+    "proof": "grpo_mega.rewards.proof:proof",
+    "remote": "grpo_mega.rewards.remote:remote",
+    "reward_model": "grpo_mega.rewards.model:reward_model",
 }
 """Short name -> where the function is; imported only when it is asked for."""
 
@@ -58,6 +64,8 @@ class Declaration:
     high: float
     check_args: Callable[..., None] | None = None
     seconds: Callable[..., float] | None = None
+    is_batched: bool = False
+    range_of: Callable[..., tuple[float, float]] | None = None
 
 
 def reward(
@@ -79,11 +87,37 @@ def reward(
     Raises:
         ValueError: the range is empty or not finite.
     """
+    return _declared(Declaration(low, high, check_args, seconds))
+
+
+def batched_reward(
+    *,
+    low: float,
+    high: float,
+    check_args: Callable[..., None] | None = None,
+    range_of: Callable[..., tuple[float, float]] | None = None,
+) -> Callable[[_Function], _Function]:
+    """Declare that the decorated function makes a `BatchScorer` (batched.py) with values in [low, high].
+
+    Args:
+        low: least value, finite; the floor of a scoring that fails.
+        high: greatest value, finite.
+        check_args: as for `reward`.
+        range_of: called with the term's `args`, gives (low, high) where they depend on them.
+
+    Raises:
+        ValueError: the range is empty or not finite.
+    """
+    return _declared(Declaration(low, high, check_args, None, is_batched=True, range_of=range_of))
+
+
+def _declared(declaration: Declaration) -> Callable[[_Function], _Function]:
+    low, high = declaration.low, declaration.high
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"a reward's range must be finite with low < high, got low={low} high={high}")
 
     def declare(function: _Function) -> _Function:
-        setattr(function, _DECLARATION, Declaration(low, high, check_args, seconds))
+        setattr(function, _DECLARATION, declaration)
         return function
 
     return declare
@@ -99,6 +133,7 @@ class RewardComponent:
     high: float
     weight: float
     args: Mapping[str, Any]
+    is_batched: bool = False
 
     def __call__(self, prompt: str, completion: str, reference: str) -> float:
         """The unweighted value, in [low, high].
@@ -107,10 +142,33 @@ class RewardComponent:
             ValueError: the function returned something that is no number, is NaN, or is out of range.
             Exception: whatever the function itself raises.
         """
-        value = self.function(prompt, completion, reference, **self.args)
+        if not self.is_batched:
+            return self.checked(self.function(prompt, completion, reference, **self.args))
+        scorer = self.open()
+        try:
+            scorer.submit(0, Row(prompt, completion, reference))
+            return self.checked(scorer.collect()[0])
+        finally:
+            scorer.close()
+
+    def open(self) -> BatchScorer:
+        """A batched reward, ready to score. It holds a model, threads or connections until it is closed."""
+        assert self.is_batched, self.name
+        scorer: BatchScorer = self.function(**self.args)
+        return scorer
+
+    def checked(self, value: object) -> float:
+        """The value that was returned, as a float in [low, high].
+
+        Raises:
+            ValueError: it is no number, is NaN, or is out of range.
+            Exception: it is one itself: the reason why there is no value.
+        """
+        if isinstance(value, Exception):
+            raise value
         if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
             raise ValueError(f"returned {type(value).__name__}, not a number")
-        number = float(value)
+        number = float(value)  # type: ignore[arg-type]
         if not self.low <= number <= self.high:  # also true for NaN
             raise ValueError(f"returned {number}, outside the declared range [{self.low}, {self.high}]")
         return number
@@ -151,8 +209,11 @@ def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -
         short = term.name.replace(":", ".").rsplit(".", 1)[-1]
         seen[short] = seen.get(short, 0) + 1
         name = short if seen[short] == 1 else f"{short}_{seen[short]}"
+        low, high = declaration.low, declaration.high
+        if declaration.range_of is not None:
+            low, high = declaration.range_of(**term.args)
         components.append(
-            RewardComponent(name, function, declaration.low, declaration.high, term.weight, dict(term.args))
+            RewardComponent(name, function, low, high, term.weight, dict(term.args), declaration.is_batched)
         )
     return tuple(components)
 
@@ -185,10 +246,11 @@ def _resolve(where: str, name: str) -> Callable[..., Any]:
 
 def _check_args(where: str, term: Term, function: Callable[..., Any], declaration: Declaration) -> None:
     signature = inspect.signature(function)
+    texts = () if declaration.is_batched else ("", "", "")
     try:
-        signature.bind("", "", "", **term.args)
+        signature.bind(*texts, **term.args)
     except TypeError as error:
-        known = list(signature.parameters)[3:]
+        known = list(signature.parameters)[len(texts) :]
         unknown = [key for key in term.args if key not in known]
         near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0) if unknown else []
         hint = f", did you mean {near[0]!r}?" if near else ";"

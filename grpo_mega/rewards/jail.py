@@ -188,11 +188,12 @@ def _build_root(read_only: list[str]) -> None:
     folders = [p for i, p in enumerate(wanted) if not any(_is_inside(p, other) for other in wanted[:i])]
     trees = [(path, _tree(path, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)) for path in folders]
     trees += [(path, _tree(path, _ATTR_RDONLY | _ATTR_NOSUID)) for path in _DEVICES]
+    are_folders = {path for path in folders if os.path.isdir(path)}  # some may be hidden from here on
     new = "/tmp"  # any folder does: it is hidden, not used, and only in here
     _mount_memory(new, 1 << 20, "0755")
     for path, tree in trees:
         target = new + path
-        if os.path.isdir(path):
+        if path in are_folders:
             os.makedirs(target, exist_ok=True)
         else:
             os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -278,7 +279,7 @@ def _run(job: dict[str, Any], limits: dict[str, Any], program: bytes) -> dict[st
     child = os.fork()
     if child == 0:
         try:
-            _become(job["argv"], [given[0], writing, given[1]], limits, program)
+            _become(job, [given[0], writing, given[1]], limits, program)
         finally:
             os._exit(127)
     os.close(writing)
@@ -333,7 +334,7 @@ def _watch(child: int, reading: int, deadline: float, most: int) -> tuple[bytes,
         os.close(ended)
 
 
-def _become(argv: list[str], descriptors: list[int], limits: dict[str, Any], program: bytes) -> None:
+def _become(job: dict[str, Any], descriptors: list[int], limits: dict[str, Any], program: bytes) -> None:
     """Turn this process into the program: the given descriptors become 0, 1 and 3, nothing else stays open."""
     os.setsid()
     null = os.open("/dev/null", os.O_WRONLY)
@@ -369,7 +370,7 @@ def _become(argv: list[str], descriptors: list[int], limits: dict[str, Any], pro
         "HOME": WORK, "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "PYTHONHASHSEED": "0", "TMPDIR": WORK,
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    os.execve(argv[0], argv, environment)
+    os.execve(job["argv"][0], job["argv"], environment | job["environment"])
 
 
 def _filter() -> bytes:

@@ -4,6 +4,9 @@ One thread of the caller's process owns the workers: it hands out jobs, reads an
 Invariants (tests/unit/test_reward_pool.py): every submitted key comes back from `collect`, whatever its reward did;
 `submit` never waits; no worker outlives its parent; the values do not depend on the number of workers.
 
+Batched rewards (batched.py) are scored in this process instead, while the workers score the others; without any other
+there are no workers.
+
 A scoring that times out, crashes, raises or returns a non-number scores its declared floor, is named in
 `Reward.failures`, counted in `failure_counts` and logged, one line per component and kind in each `collect`.
 """
@@ -23,6 +26,7 @@ from types import TracebackType
 from typing import Literal
 
 from grpo_mega.rewards.base import Term, build_rewards
+from grpo_mega.rewards.batched import BatchScorer, Row
 from grpo_mega.rewards.process import Job, RewardProcess
 from grpo_mega.types import Reward
 
@@ -53,16 +57,22 @@ class RewardPool:
     def __init__(self, terms: Sequence[Term], *, workers: int, timeout_seconds: float) -> None:
         self._components = build_rewards(terms, timeout_seconds)
         self._setup: dict[str, object] = {
-            "terms": [[term.name, term.weight, dict(term.args)] for term in terms],
+            "terms": [
+                None if component.is_batched else [term.name, term.weight, dict(term.args)]
+                for term, component in zip(terms, self._components, strict=True)
+            ],
             "timeout_seconds": timeout_seconds,
         }
+        self._positions = [i for i, component in enumerate(self._components) if not component.is_batched]
+        self._batched = {i: component.open() for i, component in enumerate(self._components) if component.is_batched}
+        workers = workers if self._positions else 0
         self._timeout_seconds = timeout_seconds
         self.failure_counts: Counter[str] = Counter()
         """Failed scorings per component since the start."""
         self._changed = threading.Condition()  # guards the next six
         self._queue: deque[Job] = deque()
         self._pending: set[int] = set()
-        self._done: dict[int, Reward] = {}
+        self._done: dict[int, Job] = {}
         self._problems: dict[tuple[str, FailureKind], list[str]] = {}
         self._broken: BaseException | None = None
         self._closing = False
@@ -91,14 +101,21 @@ class RewardPool:
             self._check_alive()
             if key in self._pending or key in self._done:
                 raise ValueError(f"key={key} was submitted twice since the last collect; keys must differ")
-            self._pending.add(key)
-            self._queue.append(Job(key, prompt, completion, reference, list(range(len(self._components)))))
+            job = Job(key, prompt, completion, reference, list(self._positions))
+            if self._positions:
+                self._pending.add(key)
+                self._queue.append(job)
+            else:
+                self._done[key] = job
             was_empty = len(self._queue) == 1
+        for scorer in self._batched.values():
+            scorer.submit(key, Row(prompt, completion, reference))
         if was_empty:
             self._wake()
 
     def collect(self) -> dict[int, Reward]:
-        """Wait for everything submitted since the last call; at most `timeout_seconds` per component and completion.
+        """Wait for everything submitted since the last call: at most `timeout_seconds` per component and completion in
+        the workers, and as long as the batched rewards take.
 
         Raises:
             RuntimeError: the pool is closed or its workers cannot be restarted.
@@ -106,7 +123,11 @@ class RewardPool:
         with self._changed:
             self._changed.wait_for(lambda: not self._pending or self._broken is not None or self._closing)
             self._check_alive()
-            done, self._done = self._done, {}
+            jobs, self._done = self._done, {}
+        for position, scorer in self._batched.items():
+            self._take(position, scorer, jobs)
+        done = {key: self._reward(job) for key, job in jobs.items()}
+        with self._changed:
             problems, self._problems = self._problems, {}
         for (name, kind), details in problems.items():
             floor = next(component.low for component in self._components if component.name == name)
@@ -123,6 +144,8 @@ class RewardPool:
             self._changed.notify_all()
         self._wake()
         self._thread.join()
+        for scorer in self._batched.values():
+            scorer.close()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -136,6 +159,26 @@ class RewardPool:
     def worker_pids(self) -> tuple[int, ...]:
         """The processes that score now."""
         return tuple(process.pid for process in list(self._processes))
+
+    def _take(self, position: int, scorer: BatchScorer, jobs: dict[int, Job]) -> None:
+        """Enter the values of a batched reward into the jobs."""
+        component = self._components[position]
+        values: dict[int, float | Exception]
+        try:
+            values = scorer.collect()
+        except Exception as error:  # whatever it raises, the run goes on
+            values = dict.fromkeys(jobs, error)
+        for key, job in jobs.items():
+            try:
+                job.components[position] = component.checked(values.get(key, KeyError("no value came back")))
+            except Exception as error:  # the scorer's, or what is wrong with its value
+                self._fail(job, position, "raised or returned no number", f"{type(error).__name__}: {error}"[:500])
+
+    def _reward(self, job: Job) -> Reward:
+        values = {c.name: job.components[i] for i, c in enumerate(self._components)}
+        value = sum(c.weight * job.components[i] for i, c in enumerate(self._components))
+        failures = tuple(c.name for i, c in enumerate(self._components) if i in job.failures)
+        return Reward(value=value, components=values, failures=failures)
 
     def _wait_until_ready(self, workers: int) -> None:
         with self._changed:
@@ -271,17 +314,15 @@ class RewardPool:
         component = self._components[position]
         job.components[position] = component.low
         job.failures.add(position)
-        job.remaining.remove(position)
+        if position in job.remaining:
+            job.remaining.remove(position)
         with self._changed:
             self.failure_counts[component.name] += 1
             self._problems.setdefault((component.name, kind), []).append(f"key {job.key} {detail}".rstrip())
 
     def _finish(self, job: Job) -> None:
-        values = {c.name: job.components[i] for i, c in enumerate(self._components)}
-        value = sum(c.weight * job.components[i] for i, c in enumerate(self._components))
-        failures = tuple(c.name for i, c in enumerate(self._components) if i in job.failures)
         with self._changed:
-            self._done[job.key] = Reward(value=value, components=values, failures=failures)
+            self._done[job.key] = job
             self._pending.discard(job.key)
             if not self._pending:
                 self._changed.notify_all()

@@ -112,6 +112,7 @@ class Sandbox:
         stdin: str = "",
         source: str = "",
         files: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> Outcome:
         """Run one program to its end or to its limit.
 
@@ -121,12 +122,13 @@ class Sandbox:
             stdin: what it reads.
             source: what it finds at descriptor 3.
             files: name -> content, in `/work`.
+            environment: variables besides the few that every program gets.
 
         Raises:
             SandboxError: the isolation was lost.
         """
-        job = {"argv": [*argv], "seconds": seconds, "stdin": stdin, "source": source, "files": dict(files or {})}
-        self._send(job)
+        job = {"argv": [*argv], "seconds": seconds, "stdin": stdin, "source": source}
+        self._send(job | {"files": dict(files or {}), "environment": dict(environment or {})})
         answer = self._receive(seconds + START_SECONDS)
         if "error" in answer:
             raise SandboxError(f"the sandbox cannot start a program: {answer['error']}")

@@ -5,7 +5,8 @@ is known, so that the parent can tell which scoring a dying worker was at. The k
 takes too long: it needs neither the interpreter (a catastrophic regular expression never lets go of it) nor the
 parent. The process ends with its parent: at the end of the socket, and on Linux by the parent-death signal.
 
-Setup `{"terms": [[name, weight, args], ...], "timeout_seconds": s}` -> `{"ready": true}` or `{"error": "..."}`.
+Setup `{"terms": [[name, weight, args] or null, ...], "timeout_seconds": s}`, null for what is scored elsewhere ->
+`{"ready": true}` or `{"error": "..."}`.
 Job `[serial, positions of terms, prompt, completion, reference]` -> for each of the positions a line
 `[serial, position, value or null, problem or null, seconds]`.
 """
@@ -45,7 +46,9 @@ def main() -> None:
         if setup is None:
             return
         try:
-            components = build_rewards([WorkerTerm(*term) for term in setup["terms"]])
+            positions = [position for position, term in enumerate(setup["terms"]) if term is not None]
+            built = build_rewards([WorkerTerm(*setup["terms"][position]) for position in positions])
+            components = dict(zip(positions, built, strict=True))
         except Exception as error:  # whatever the import of a user's module raises is reported, not lost
             _send(connection, {"error": f"{type(error).__name__}: {error}"})
             return

@@ -1,0 +1,105 @@
+"""Rewards that score many completions at once: the contract, and threads that score while the engine samples.
+
+A batched reward is a factory, `factory(**args) -> BatchScorer`, that declares its range with `@batched_reward`. It is
+named in the config like any other and lives in the process of the rank: it may use its device (`reward_model`) or wait
+for a server (`judge`, `remote`). `reward.timeout_seconds` does not count there; each keeps a limit of its own.
+
+Invariants (tests/unit/test_rewards_batched.py): every submitted key comes back, as a number or as the reason why there
+is none; `submit` never waits; at most `concurrency` batches are under way; `close` does not wait for any of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a reward sees of one completion."""
+
+    prompt: str
+    completion: str
+    reference: str
+
+
+class BatchScorer(Protocol):
+    """What a factory of a batched reward returns."""
+
+    def submit(self, key: int, row: Row) -> None:
+        """Take a completion; returns at once."""
+        ...
+
+    def collect(self) -> dict[int, float | Exception]:
+        """A value, or why there is none, for everything submitted since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. A second call does nothing."""
+        ...
+
+
+class ThreadedScorer:
+    """Calls `score` with batches of rows from a few threads, as soon as there are rows.
+
+    Args:
+        score: rows -> one value, or reason, each; may wait, must end. What it raises is the reason for all of them.
+        batch_size: rows of one call, at most.
+        concurrency: threads.
+    """
+
+    def __init__(
+        self, score: Callable[[Sequence[Row]], Sequence[float | Exception]], *, batch_size: int, concurrency: int
+    ) -> None:
+        self._score, self._batch_size = score, batch_size
+        self._changed = threading.Condition()  # guards all that follows
+        self._waiting: deque[tuple[int, Row]] = deque()
+        self._num_pending = 0
+        self._done: dict[int, float | Exception] = {}
+        self._closed = False
+        for number in range(concurrency):
+            # daemons: a server that does not answer must not keep the program from ending
+            threading.Thread(target=self._serve, name=f"reward-{number}", daemon=True).start()
+
+    def submit(self, key: int, row: Row) -> None:
+        """Queue a row."""
+        with self._changed:
+            self._waiting.append((key, row))
+            self._num_pending += 1
+            self._changed.notify()
+
+    def collect(self) -> dict[int, float | Exception]:
+        """Wait for all rows since the last call."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._num_pending == 0 or self._closed)
+            done, self._done = self._done, {}
+            return done
+
+    def close(self) -> None:
+        """Let the threads end; those that wait for a server end when it answers."""
+        with self._changed:
+            self._closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
+                if self._closed:
+                    return
+                batch = [self._waiting.popleft() for _ in range(min(self._batch_size, len(self._waiting)))]
+            values: Sequence[float | Exception]
+            try:
+                values = self._score([row for _, row in batch])
+                if len(values) != len(batch):
+                    raise ValueError(f"{len(values)} values for {len(batch)} completions")
+            except Exception as error:  # whatever it is, the rows must come back
+                values = [error] * len(batch)
+            with self._changed:
+                self._done.update((key, value) for (key, _), value in zip(batch, values, strict=True))
+                self._num_pending -= len(batch)
+                self._changed.notify_all()

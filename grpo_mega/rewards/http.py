@@ -1,0 +1,146 @@
+"""One JSON request to a server, with a limit on all of it, and again with longer and longer waits when it fails.
+
+Uses the standard library alone. The limit holds for the whole exchange: a server that sends a byte now and then is cut
+off like one that sends nothing. What may go well the next time is tried again (no connection, 408, 429, 5xx, an answer
+that is not what was asked for); any other status is the request's fault and is not.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from grpo_mega.types import UserError
+
+_LARGEST_ANSWER = 16 << 20
+_LONGEST_WAIT = 30.0
+_CONNECT_SECONDS = 5.0
+_Result = TypeVar("_Result")
+
+
+class ServerError(RuntimeError):
+    """A server gave no usable answer; says what it did, and how often it was asked."""
+
+
+class _FinalError(ServerError):
+    """Asking again would not help."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where to send requests, and for how long."""
+
+    url: str
+    request_seconds: float
+    retries: int
+    backoff_seconds: float
+    api_key_env: str | None = None
+
+    def ask(self, path: str, body: Mapping[str, Any], read: Callable[[Any], _Result]) -> _Result:
+        """POST `body` to `url` + `path`; what `read` makes of the answer. `read` raises ValueError to ask again.
+
+        Raises:
+            ServerError: no attempt gave an answer.
+        """
+        text = json.dumps(body).encode("ascii")
+        for attempt in range(self.retries + 1):
+            try:
+                return read(json.loads(self._exchange(path, text)))
+            except _FinalError:
+                raise
+            except (OSError, http.client.HTTPException, ServerError, ValueError, RecursionError) as error:
+                reason = f"{type(error).__name__}: {error}"[:300]
+            except (KeyError, IndexError, TypeError, AttributeError) as error:
+                reason = f"the answer has another form ({type(error).__name__}: {error})"[:300]
+            if attempt < self.retries:
+                time.sleep(min(self.backoff_seconds * 2**attempt, _LONGEST_WAIT))
+        raise ServerError(f"{self.url}{path}: {self.retries + 1} attempts failed; the last: {reason}")
+
+    def _exchange(self, path: str, body: bytes) -> bytes:
+        parts = urlsplit(self.url + path)
+        assert parts.hostname is not None
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname, parts.port, timeout=self.request_seconds)
+        cut = threading.Event()
+        deadline = time.monotonic() + self.request_seconds
+        watch = threading.Timer(self.request_seconds, _cut_off, (connection, cut))
+        watch.daemon = True
+        watch.start()
+        try:
+            headers = {"Content-Type": "application/json", "Accept": "application/json"}
+            if self.api_key_env is not None:
+                headers["Authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+            connection.request("POST", parts.path or "/", body, headers)
+            response = connection.getresponse()
+            answer = response.read(_LARGEST_ANSWER + 1)
+        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
+            if cut.is_set() or time.monotonic() >= deadline:  # cut off by us, at whatever it was doing
+                raise ServerError(f"no answer within {self.request_seconds:g} s") from error
+            raise
+        finally:
+            watch.cancel()
+            connection.close()
+        if cut.is_set():
+            raise ServerError(f"no complete answer within {self.request_seconds:g} s")
+        if len(answer) > _LARGEST_ANSWER:
+            raise ServerError(f"an answer of more than {_LARGEST_ANSWER} bytes")
+        if response.status != 200:
+            said = answer[:200].decode("utf-8", "replace")
+            again = response.status in (408, 429) or response.status >= 500
+            raise (ServerError if again else _FinalError)(f"{self.url}{path}: status {response.status}: {said}")
+        return answer
+
+
+def _cut_off(connection: http.client.HTTPConnection, cut: threading.Event) -> None:
+    cut.set()
+    try:
+        if connection.sock is not None:
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    except OSError:  # it has ended meanwhile
+        return
+
+
+def check_server(server: Server, concurrency: int) -> None:
+    """Refuse settings that cannot work, and a server that is not there.
+
+    Raises:
+        UserError: names the argument.
+    """
+    parts = urlsplit(server.url) if isinstance(server.url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"url={server.url!r} is no address; write for example http://localhost:8000/v1")
+    for name, value, least in (("retries", server.retries, 0), ("concurrency", concurrency, 1)):
+        if type(value) is not int or not least <= value <= 1000:
+            raise UserError(f"{name}={value!r} is no whole number from {least} to 1000; correct it")
+    for name, seconds in (("request_seconds", server.request_seconds), ("backoff_seconds", server.backoff_seconds)):
+        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
+            raise UserError(f"{name}={seconds!r} is no number of seconds above 0; correct it")
+    if server.api_key_env is not None and not os.environ.get(server.api_key_env):
+        raise UserError(f"api_key_env={server.api_key_env!r}: this variable is not set; set it, or leave the key out")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    problem = _connection_problem(parts.hostname, port)
+    if problem is not None:
+        raise UserError(
+            f"url={server.url!r}: no connection to port {port} of {parts.hostname} ({problem}); start the server"
+        )
+
+
+def _connection_problem(host: str, port: int) -> str | None:
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def sendable(text: str, longest: int) -> str:
+    """The last `longest` characters; lone surrogates, which servers refuse, become question marks."""
+    return text[-longest:].encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,157 @@
+"""Reward `reward_model`: the output of a frozen Hugging Face sequence classifier with one label.
+
+The model waits in host memory and stands on the rank's device only while it scores, in the reward phase; where there is
+no GPU it is scored on the CPU. Its values do not depend on the batch size but for rounding. To have it served by an
+engine instead, see `remote`, protocol `classify`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.rewards.base import batched_reward
+from grpo_mega.rewards.batched import BatchScorer, Row
+from grpo_mega.types import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+_LONGEST_TEXT = 1_000_000  # characters; more is cut at its beginning before it is tokenised
+
+
+def check_reward_model_args(
+    path: str,
+    bound: float | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+    max_tokens: int = 4096,
+    dtype: str = "float32",
+) -> None:
+    """Refuse values that `reward_model` cannot work with.
+
+    Raises:
+        UserError: the folder is no classifier with one label, or a number is out of its range.
+    """
+    folder = Path(str(path))
+    try:
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"path={path!r} has no readable config.json ({error}); name a Hugging Face folder") from error
+    architectures = model.get("architectures") or []
+    if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
+        raise UserError(f"path={path!r} holds {architectures}; a reward model is a ...ForSequenceClassification")
+    labels = len(model.get("id2label") or ("LABEL_0", "LABEL_1"))
+    if labels != 1:
+        raise UserError(f"path={path!r} has {labels} labels; a reward model has one")
+    if bound is not None and (type(bound) not in (int, float) or not 0 < bound < math.inf):
+        raise UserError(f"bound={bound!r} is no finite number above 0; leave it out for the sigmoid")
+    if not isinstance(chat, bool):
+        raise UserError(f"chat={chat!r} is neither true nor false; use one of them")
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name}={value!r} is no whole number above 0; correct it")
+    longest = model.get("max_position_embeddings")
+    if longest is not None and max_tokens > longest:
+        raise UserError(f"max_tokens={max_tokens} is more than the {longest} positions of {path!r}; lower it")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+
+
+def declared_range(bound: float | None = None, **_: object) -> tuple[float, float]:
+    """[0, 1] for the sigmoid, else [-bound, bound]."""
+    return (0.0, 1.0) if bound is None else (-bound, bound)
+
+
+@batched_reward(low=0.0, high=1.0, check_args=check_reward_model_args, range_of=declared_range)
+def reward_model(
+    path: str,
+    bound: float | None = None,
+    chat: bool = False,
+    batch_size: int = 8,
+    max_tokens: int = 4096,
+    dtype: str = "float32",
+) -> BatchScorer:
+    """sigmoid(logit), or the logit cut to [-bound, bound].
+
+    Args:
+        path: folder with model and tokenizer.
+        bound: unset: the sigmoid.
+        chat: put prompt and completion into the model's own chat template; else they are read one after the other.
+        batch_size: completions of one forward pass.
+        max_tokens: of prompt and completion; what is longer loses its beginning.
+        dtype: of the weights and the computation.
+    """
+    return _ModelScorer(path, bound, chat, batch_size, max_tokens, dtype)
+
+
+class _ModelScorer:
+    def __init__(
+        self, path: str, bound: float | None, chat: bool, batch_size: int, max_tokens: int, dtype: str
+    ) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self._bound, self._chat, self._batch_size, self._max_tokens = bound, chat, batch_size, max_tokens
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._model: Any = AutoModelForSequenceClassification.from_pretrained(path, dtype=getattr(torch, dtype))
+        self._model.eval().requires_grad_(False)
+        known = (self._tokenizer.pad_token_id, self._model.config.pad_token_id, self._tokenizer.eos_token_id, 0)
+        self._pad_id = next(number for number in known if number is not None)
+        self._model.config.pad_token_id = self._pad_id  # where the model looks for a row's last token
+        self._rows: list[tuple[int, Row]] = []
+
+    def submit(self, key: int, row: Row) -> None:
+        self._rows.append((key, row))
+
+    def collect(self) -> dict[int, float | Exception]:
+        """Scores now, the longest first, so that a lack of memory shows in the first batch."""
+        import torch
+
+        rows, self._rows = self._rows, []
+        tokens = [(key, self._token_ids(row)) for key, row in rows]
+        tokens.sort(key=lambda item: -len(item[1]))
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        values: dict[int, float | Exception] = {}
+        self._model.to(device)
+        try:
+            with torch.inference_mode():
+                for start in range(0, len(tokens), self._batch_size):
+                    batch = tokens[start : start + self._batch_size]
+                    logits = self._logits([ids for _, ids in batch], device)
+                    values.update((key, self._value(logit)) for (key, _), logit in zip(batch, logits, strict=True))
+        finally:
+            self._model.to("cpu")
+        return values
+
+    def close(self) -> None:
+        self._rows = []
+
+    def _token_ids(self, row: Row) -> list[int]:
+        completion = row.completion[-_LONGEST_TEXT:].encode("utf-8", "replace").decode("utf-8")
+        if self._chat:
+            turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": completion}]
+            text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        else:
+            text = row.prompt + completion
+        ids: list[int] = self._tokenizer(text, add_special_tokens=not self._chat)["input_ids"]
+        return ids[-self._max_tokens :] or [self._pad_id]
+
+    def _logits(self, batch: list[list[int]], device: Any) -> list[float]:
+        import torch
+
+        width = max(len(ids) for ids in batch)
+        token_ids = torch.full((len(batch), width), self._pad_id)
+        mask = torch.zeros((len(batch), width), dtype=torch.long)
+        for index, ids in enumerate(batch):
+            token_ids[index, : len(ids)] = torch.tensor(ids)
+            mask[index, : len(ids)] = 1
+        output = self._model(input_ids=token_ids.to(device), attention_mask=mask.to(device))
+        return [float(logit) for logit in output.logits[:, 0].float().cpu()]
+
+    def _value(self, logit: float) -> float | Exception:
+        if not math.isfinite(logit):
+            return ValueError(f"the model gave {logit}")
+        if self._bound is not None:
+            return min(self._bound, max(-self._bound, logit))
+        return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else 1.0 - 1.0 / (1.0 + math.exp(logit))

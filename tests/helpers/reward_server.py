@@ -1,0 +1,89 @@
+"""A local HTTP server that answers as a test tells it to: well, late, never, or with garbage."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Request:
+    path: str
+    body: Any
+    headers: dict[str, str]
+
+
+@dataclass
+class RewardServer:
+    """`answer(request)` gives (status, body); a body of bytes is sent as it is, `None` is never sent."""
+
+    url: str
+    answer: Callable[[Request], tuple[int, Any]]
+    requests: list[Request] = field(default_factory=list)
+    under_way: int = 0
+    most_under_way: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def judged(text: str) -> dict[str, Any]:
+    """What an OpenAI-compatible server answers."""
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
+
+
+@contextmanager
+def serving(answer: Callable[[Request], tuple[int, Any]]) -> Iterator[RewardServer]:
+    """A server on a free port of this machine."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = Request(
+                self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))), dict(self.headers)
+            )
+            with server.lock:
+                server.requests.append(request)
+                server.under_way += 1
+                server.most_under_way = max(server.most_under_way, server.under_way)
+            try:
+                self.respond(*server.answer(request))
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            finally:
+                with server.lock:
+                    server.under_way -= 1
+
+        def respond(self, status: int, body: Any) -> None:
+            if body is None:  # stalls
+                server.stop.wait(60.0)
+                return
+            if body == "drip":
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+                while not server.stop.wait(0.05):
+                    self.wfile.write(b"X-Still: there\r\n")
+                return
+            data = body if isinstance(body, bytes) else json.dumps(body).encode("ascii")
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    server = RewardServer(f"http://127.0.0.1:{http.server_address[1]}", answer)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.stop.set()
+        http.shutdown()
+        http.server_close()
+        thread.join()

@@ -1,0 +1,157 @@
+"""Batched rewards: every completion comes back, whatever the scorer does; and the pool adds them to the others."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
+from grpo_mega.rewards.batched import Row, ThreadedScorer
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.types import Reward, UserError
+
+USER_REWARDS = """
+from grpo_mega.rewards import batched_reward
+
+class Scorer:
+    def __init__(self, factor):
+        self.factor, self.rows, self.closed = factor, {}, False
+    def submit(self, key, row):
+        self.rows[key] = row
+    def collect(self):
+        rows, self.rows = self.rows, {}
+        if any("explode" in row.completion for row in rows.values()):
+            raise RuntimeError("out of memory")
+        special = {"bad": ValueError("no idea"), "nan": float("nan"), "text": "1", "high": 99.0}
+        return {k: special.get(r.completion, len(r.completion) * self.factor) for k, r in rows.items()
+                if r.completion != "lost"}
+    def close(self):
+        self.closed = True
+
+@batched_reward(low=-1.0, high=10.0, range_of=lambda factor=1.0: (-1.0, 10.0 * factor))
+def size(factor=1.0):
+    return Scorer(factor)
+"""
+
+
+@pytest.fixture(autouse=True)
+def user_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "user_batched.py").write_text(USER_REWARDS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+SIZE = RewardTerm(name="user_batched:size", weight=0.5)
+
+
+def score_all(terms: list[RewardTerm], completions: list[str]) -> dict[int, Reward]:
+    with RewardPool(terms, workers=1, timeout_seconds=5.0) as pool:
+        for key, completion in enumerate(completions):
+            pool.submit(key, "prompt", completion, "7")
+        return pool.collect()
+
+
+def test_batched_and_other_rewards_add_up_in_the_order_of_the_terms() -> None:
+    rewards = score_all([SIZE, RewardTerm(name="gsm8k", weight=2.0)], ["#### 7", "8"])
+    assert rewards[0] == Reward(value=5.0, components={"size": 6.0, "gsm8k": 1.0}, failures=())
+    assert list(rewards[0].components) == ["size", "gsm8k"]
+    assert rewards[1] == Reward(value=0.5, components={"size": 1.0, "gsm8k": 0.0}, failures=())
+
+
+def test_without_other_rewards_there_are_no_workers() -> None:
+    with RewardPool([SIZE], workers=2, timeout_seconds=5.0) as pool:
+        assert pool.worker_pids == ()
+        for step in range(2):
+            pool.submit(0, "", "x" * step, "")
+            assert pool.collect() == {0: Reward(value=0.5 * step, components={"size": float(step)})}
+
+
+def test_whatever_has_no_value_scores_the_floor_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    completions = ["bad", "ok", "nan", "text", "high", "lost"]
+    with caplog.at_level(logging.WARNING):
+        rewards = score_all([SIZE, RewardTerm(name="exact")], completions)
+    assert [rewards[key].components["size"] for key in range(6)] == [-1.0, 2.0, -1.0, -1.0, -1.0, -1.0]
+    assert [rewards[key].failures for key in range(6)] == [("size",), (), *[("size",)] * 4]
+    assert [rewards[key].components["exact"] for key in range(6)] == [0.0] * 6
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "size raised or returned no number for 5 of 6 completions, which score its floor -1" in line
+    assert "key 0 ValueError: no idea" in line
+
+
+def test_a_scorer_that_raises_fails_for_all_and_the_run_goes_on() -> None:
+    rewards = score_all([SIZE], ["explode", "ok"])
+    assert [rewards[key].components["size"] for key in range(2)] == [-1.0, -1.0]
+    assert rewards[1].failures == ("size",)
+
+
+def test_the_range_may_depend_on_the_arguments() -> None:
+    (component,) = build_rewards([RewardTerm(name="user_batched:size", args={"factor": 3.0})])
+    assert (component.low, component.high, component.is_batched) == (-1.0, 30.0, True)
+    assert component("", "abc", "") == 9.0
+
+
+def test_an_unknown_argument_of_a_batched_reward_is_answered_with_those_there_are() -> None:
+    with pytest.raises(UserError, match=r"did you mean 'factor'\? it takes: factor"):
+        build_rewards([RewardTerm(name="user_batched:size", args={"facto": 3.0})])
+
+
+def test_rows_are_scored_in_batches_by_so_many_threads_and_submit_does_not_wait() -> None:
+    sizes, threads, most = [], set(), [0, 0]
+    lock, gate = threading.Lock(), threading.Event()
+
+    def score(rows: Sequence[Row]) -> list[float]:
+        with lock:
+            sizes.append(len(rows))
+            threads.add(threading.get_ident())
+            most[0] += 1
+            most[1] = max(most)
+        gate.wait(20.0)
+        with lock:
+            most[0] -= 1
+        return [float(len(row.completion)) for row in rows]
+
+    scorer = ThreadedScorer(score, batch_size=4, concurrency=2)
+    started = time.monotonic()
+    for key in range(20):
+        scorer.submit(key, Row("", "x" * key, ""))
+    assert time.monotonic() - started < 5.0
+    while most[0] < 2:
+        time.sleep(0.01)
+    gate.set()
+    assert scorer.collect() == {key: float(key) for key in range(20)}
+    assert max(sizes) == 4
+    assert (len(threads), most[1]) == (2, 2)
+    assert scorer.collect() == {}
+    scorer.close()
+
+
+def test_a_score_that_raises_or_counts_wrongly_gives_the_reason_to_its_rows() -> None:
+    def score(rows: Sequence[Row]) -> list[float]:
+        if rows[0].completion == "raise":
+            raise KeyError("gone")
+        return [1.0] * (len(rows) + (rows[0].completion == "more"))
+
+    scorer = ThreadedScorer(score, batch_size=1, concurrency=1)
+    for key, completion in enumerate(["raise", "more", "fine"]):
+        scorer.submit(key, Row("", completion, ""))
+    values = scorer.collect()
+    assert isinstance(values[0], KeyError)
+    assert str(values[1]) == "2 values for 1 completions"
+    assert values[2] == 1.0
+    scorer.close()
+
+
+def test_closing_does_not_wait_for_what_is_under_way() -> None:
+    never = threading.Event()
+    scorer = ThreadedScorer(lambda rows: [float(never.wait(60.0))] * len(rows), batch_size=1, concurrency=1)
+    scorer.submit(0, Row("", "", ""))
+    started = time.monotonic()
+    scorer.close()
+    assert scorer.collect() == {}
+    assert time.monotonic() - started < 5.0
+    never.set()

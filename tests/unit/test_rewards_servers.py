@@ -1,0 +1,220 @@
+"""`judge` and `remote` against a server that works, fails, stalls, drips and talks nonsense."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
+from grpo_mega.rewards.batched import BatchScorer, Row
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.types import UserError
+from tests.helpers.reward_server import Request, RewardServer, judged, serving
+
+QUICK = {"request_seconds": 0.5, "retries": 2, "backoff_seconds": 0.01}
+
+
+@pytest.fixture(scope="module")
+def one_server() -> Iterator[RewardServer]:
+    with serving(lambda request: (200, {})) as server:
+        yield server
+
+
+@pytest.fixture
+def server(one_server: RewardServer) -> RewardServer:
+    one_server.requests.clear()
+    one_server.most_under_way = 0
+    return one_server
+
+
+def opened(name: str, **args: Any) -> BatchScorer:
+    (component,) = build_rewards([RewardTerm(name=name, args=args)])
+    return component.open()
+
+
+def values(scorer: BatchScorer, *completions: str) -> list[float | Exception]:
+    for key, completion in enumerate(completions):
+        scorer.submit(key, Row("the question", completion, "the reference"))
+    done = scorer.collect()
+    scorer.close()
+    return [done[key] for key in range(len(completions))]
+
+
+def judge(server: RewardServer, *completions: str, **args: Any) -> list[float | Exception]:
+    return values(opened("judge", url=f"{server.url}/v1", model="m", **(QUICK | args)), *completions)
+
+
+def remote(server: RewardServer, *completions: str, **args: Any) -> list[float | Exception]:
+    return values(opened("remote", url=f"{server.url}/score", **(QUICK | args)), *completions)
+
+
+def test_the_judges_mark_is_put_on_zero_to_one(server: RewardServer) -> None:
+    server.answer = lambda request: (200, judged("Good.\nScore: 3, no: **Score: 7**\n" if request else ""))
+    assert judge(server, "an answer") == [6 / 9]
+    (request,) = server.requests
+    assert request.path == "/v1/chat/completions"
+    assert (request.body["model"], request.body["temperature"], request.body["max_tokens"]) == ("m", 0.0, 512)
+    text = request.body["messages"][0]["content"]
+    assert all(part in text for part in ("the question", "an answer", "the reference"))
+
+
+def test_the_judge_is_asked_in_the_users_words_and_on_his_scale(server: RewardServer) -> None:
+    server.answer = lambda request: (200, judged("<mark>-1</mark>"))
+    found = judge(
+        server, "{prompt} \ud800", template="{completion}|{prompt}", pattern="<mark>(.*?)</mark>", scale=[-2, 2]
+    )
+    assert found == [0.25]
+    assert server.requests[0].body["messages"][0]["content"] == "{prompt} ?|the question"  # filled in once
+
+
+def test_a_key_comes_from_the_environment(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "abc")
+    server.answer = lambda request: (200, judged("Score: 10"))
+    assert judge(server, "a", api_key_env="JUDGE_KEY") == [1.0]
+    assert server.requests[0].headers["Authorization"] == "Bearer abc"
+
+
+def test_remote_scores_many_completions_with_one_request_and_few_at_a_time(server: RewardServer) -> None:
+    def answer(request: Request) -> tuple[int, Any]:
+        time.sleep(0.05)
+        return 200, {"rewards": [len(row["completion"]) / 100 for row in request.body["rows"]]}
+
+    server.answer = answer
+    found = remote(server, *("x" * n for n in range(40)), batch_size=8, concurrency=2)
+    assert found == [n / 100 for n in range(40)]
+    assert 5 <= len(server.requests) < 15
+    assert max(len(request.body["rows"]) for request in server.requests) == 8
+    assert server.most_under_way == 2
+    assert server.requests[0].body["rows"][0] == {
+        "prompt": "the question",
+        "completion": "",
+        "reference": "the reference",
+    }
+
+
+def test_remote_reads_an_engines_classification(server: RewardServer) -> None:
+    data = [{"index": 1, "probs": [0.7, 0.3]}, {"index": 0, "probs": [0.2]}]
+    server.answer = lambda request: (200, {"data": data[: len(request.body["input"])][::-1] if request else []})
+    server.answer = lambda request: (200, {"data": data if len(request.body["input"]) == 2 else data[1:]})
+    scorer = opened("remote", url=f"{server.url}/classify", protocol="classify", model="rm", concurrency=1, **QUICK)
+    assert values(scorer, "a")[0] == 0.2
+    assert server.requests[0].body == {"model": "rm", "input": ["the questiona"]}
+
+
+@pytest.mark.parametrize("failure", [(500, {}), (429, {}), (200, b"no json"), (200, b""), (200, {"choices": []})])
+def test_what_may_go_well_later_is_tried_again(server: RewardServer, failure: tuple[int, Any]) -> None:
+    server.answer = lambda request: failure if len(server.requests) < 3 else (200, judged("Score: 10"))
+    assert judge(server, "a") == [1.0]
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "attempts", "reason"),
+    [
+        ((503, {"error": "busy"}), 3, "3 attempts failed; the last: ServerError: "),
+        ((400, {"error": "bad"}), 1, 'status 400: {"error": "bad"}'),
+        ((200, judged("I would rather not.")), 3, "no mark in 'I would rather not.'"),
+        ((200, judged("Score: 11")), 3, "mark 11 is not on the scale 1 to 10"),
+        ((200, [1, 2]), 3, "the answer has another form (TypeError"),
+        ((200, b"[" * 100_000), 3, "RecursionError"),
+        ((200, None), 3, "no answer within 0.5 s"),
+        ((200, "drip"), 3, "within 0.5 s"),
+    ],
+)
+def test_a_server_without_a_usable_answer_fails_within_its_limits(
+    server: RewardServer, answer: tuple[int, Any], attempts: int, reason: str
+) -> None:
+    server.answer = lambda request: answer
+    started = time.monotonic()
+    (found,) = judge(server, "a")
+    assert isinstance(found, Exception)
+    assert reason in str(found)
+    assert len(server.requests) == attempts
+    assert time.monotonic() - started < 15.0
+
+
+def test_waits_grow_from_attempt_to_attempt(server: RewardServer) -> None:
+    times: list[float] = []
+
+    def answer(request: Request) -> tuple[int, Any]:
+        times.append(time.monotonic())
+        return 500, {}
+
+    server.answer = answer
+    judge(server, "a", backoff_seconds=0.1)
+    first, second = times[1] - times[0], times[2] - times[1]
+    assert first >= 0.1
+    assert second >= 0.2
+
+
+def test_a_server_that_has_gone_scores_the_floor_and_stops_nothing() -> None:
+    with serving(lambda request: (200, {"rewards": [1.0] * len(request.body["rows"])})) as short_lived:
+        terms = [
+            RewardTerm(name="remote", args={"url": short_lived.url, "low": -3.0, **QUICK}),
+            RewardTerm(name="exact"),
+        ]
+        pool = RewardPool(terms, workers=1, timeout_seconds=5.0)
+        pool.submit(0, "", "7", "7")
+        assert pool.collect()[0].value == 2.0
+    pool.submit(1, "", "7", "7")
+    lost = pool.collect()[1]
+    pool.close()
+    assert (lost.value, lost.failures, lost.components["exact"]) == (-2.0, ("remote",), 1.0)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [{"rewards": [0.5]}, {"rewards": None}, {}, [], {"rewards": [0.5, 0.5, 0.5]}],
+)
+def test_a_batch_of_another_length_fails_for_all_of_it(server: RewardServer, answer: Any) -> None:
+    server.answer = lambda request: (200, answer)
+    scorer = opened("remote", url=server.url, **(QUICK | {"retries": 0}))
+    held = [Row("", "a", ""), Row("", "b", "")]
+    for key, row in enumerate(held):
+        scorer.submit(key, row)
+    done = scorer.collect()
+    scorer.close()
+    assert len(done) == 2
+    assert all(isinstance(value, Exception) or answer == {"rewards": [0.5]} for value in done.values())
+
+
+def test_single_values_that_are_no_numbers_fail_alone(server: RewardServer) -> None:
+    given = {"a": 0.5, "b": None, "c": "high", "d": True}
+    server.answer = lambda request: (200, {"rewards": [given[row["completion"]] for row in request.body["rows"]]})
+    found = remote(server, "a", "b", "c", "d")
+    assert found[0] == 0.5
+    assert all(isinstance(value, ValueError) for value in found[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("judge", {"model": ""}, "model='' is no name"),
+        ("judge", {"template": "Grade it."}, "template does not contain {completion}"),
+        ("judge", {"pattern": "("}, "pattern='(' is no regular expression"),
+        ("judge", {"pattern": "Score"}, "pattern='Score' has no group"),
+        ("judge", {"scale": [10, 1]}, "scale=[10, 1] is no [lowest, highest]"),
+        ("judge", {"url": "localhost:8000"}, "url='localhost:8000' is no address"),
+        ("judge", {"url": "http://127.0.0.1:1/v1"}, "no connection to port 1 of 127.0.0.1"),
+        ("judge", {"concurrency": 0}, "concurrency=0 is no whole number from 1"),
+        ("judge", {"retries": -1}, "retries=-1 is no whole number from 0"),
+        ("judge", {"request_seconds": 0}, "request_seconds=0 is no number of seconds"),
+        ("judge", {"api_key_env": "NOT_SET_ANYWHERE"}, "this variable is not set"),
+        ("remote", {"low": 1.0}, "low=1.0 high=1.0 is no range"),
+        ("remote", {"protocol": "grpc"}, "protocol='grpc' is unknown"),
+        ("remote", {"protocol": "classify"}, "classify needs the model's name"),
+        ("remote", {"batch_size": 0}, "batch_size=0 is no whole number"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_the_run(
+    server: RewardServer, name: str, args: dict[str, Any], message: str
+) -> None:
+    needed = {"url": server.url} | ({"model": "m"} if name == "judge" else {})
+    with pytest.raises(UserError) as caught:
+        build_rewards([RewardTerm(name=name, args=needed | args)])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("reward.terms[0].args: ")
