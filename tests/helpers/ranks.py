@@ -7,6 +7,7 @@ a call that took too long ends all ranks; the next call starts new ones.
 from __future__ import annotations
 
 import multiprocessing
+import gc
 import os
 import sys
 import time
@@ -162,5 +163,7 @@ def _leave() -> None:
     from megatron.core import parallel_state
 
     dist.barrier()  # a rank that is done must not close connections while another still opens them
+    # what a call built refers to itself in circles and keeps its process groups, with dozens of gloo threads each call
+    gc.collect()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
