@@ -6,8 +6,8 @@ a call that took too long ends all ranks; the next call starts new ones.
 
 from __future__ import annotations
 
-import multiprocessing
 import gc
+import multiprocessing
 import os
 import sys
 import time
