@@ -122,7 +122,8 @@ def building(
     """Everything that a rank needs, closed in the reverse order."""
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
-        peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first else None)
+        measured = ranks.is_first and config.observe.memory_peaks
+        peaks = PhasePeaks(device_peak(ranks.device.type) if measured else None)
 
         def on_phase(name: str) -> None:
             peaks.phase(name)

@@ -2,10 +2,10 @@
 
     python tools/compare_algorithms.py [CONFIG] [--algorithms grpo,dr_grpo,dapo,rloo,ppo] [--out DIR] [key=value ...]
 
-Each run is `launch/train.sh CONFIG algorithm.name=NAME key=value ...` in DIR/NAME; a run that is finished there is read
-and not repeated. Writes DIR/table.md and DIR/curves.png (which needs matplotlib, of the extra `dev`): held-out
-accuracy, bytes of trainable state (weights, gradients, optimizer; of policy and critic, on the first rank), peak memory
-of each phase, seconds of a step.
+Each run is `launch/train.sh CONFIG algorithm.name=NAME observe.memory_peaks=true key=value ...` in DIR/NAME; a run that
+is finished there is read and not repeated. Writes DIR/table.md and DIR/curves.png (which needs matplotlib, of the extra
+`dev`): held-out accuracy, bytes of trainable state (weights, gradients, optimizer; of policy and critic, on the first
+rank), peak memory of each phase, seconds of a step.
 
 Exit code 0: done; 1: a run failed; 2: the input is wrong.
 """
@@ -60,7 +60,7 @@ def run(name: str, arguments: Sequence[str], out: Path, *, quiet: bool) -> Path:
     """
     folder = out / name
     command = [sys.executable, "-m", "grpo_mega.launch", str(ROOT / "launch" / "train.sh"), *arguments]
-    command += [f"algorithm.name={name}", f"run.dir={folder}"]
+    command += ["observe.memory_peaks=true", f"algorithm.name={name}", f"run.dir={folder}"]
     stream = subprocess.DEVNULL if quiet else None
     if subprocess.run(command, cwd=ROOT, stdout=stream, check=False).returncode != 0:
         raise RuntimeError(f"the run of algorithm.name={name} failed; its message is above")

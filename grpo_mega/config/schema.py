@@ -359,6 +359,9 @@ class CheckpointConfig(Section):
 
 class ObserveConfig(Section):
     tensorboard: bool = True
+    memory_peaks: bool = False
+    """Measure the most memory that the first rank holds in each phase. Without CUDA this costs time: what is free is
+    given back to the system at every turn."""
     rollouts_shown: int = Field(3, ge=0)
     """Rollouts rendered as text in TensorBoard per step."""
 

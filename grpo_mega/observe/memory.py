@@ -5,11 +5,11 @@ Asserted by tests/unit/test_memory.py.
 
 from __future__ import annotations
 
-import logging
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
-log = logging.getLogger("grpo_mega.observe.memory")
+from grpo_mega.types import UserError
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -18,7 +18,7 @@ class PhasePeaks:
     """Peaks by phase. `phase` is told when one begins; what follows a phase until the next one counts to it.
 
     Args:
-        take_peak: Bytes at the peak since its last call; None: they cannot be told here, and there are no peaks.
+        take_peak: Bytes at the peak since its last call; None: there are no peaks.
     """
 
     def __init__(self, take_peak: Callable[[], int] | None) -> None:
@@ -46,15 +46,20 @@ class PhasePeaks:
             self._peaks[self._now] = max(peak, self._peaks.get(self._now, 0))
 
 
-def device_peak(device: str) -> Callable[[], int] | None:
-    """For `PhasePeaks`: of torch's allocator on a CUDA device, elsewhere of this process (Linux; else None)."""
+def device_peak(device: str) -> Callable[[], int]:
+    """For `PhasePeaks`: of torch's allocator on a CUDA device, elsewhere of this process.
+
+    Raises:
+        UserError: this system does not tell.
+    """
     if device == "cuda":
         return _cuda_peak
     try:
         _process_peak()
-    except OSError as error:
-        log.warning("no memory/peak_* metrics: %s", error)
-        return None
+    except (OSError, AttributeError) as error:
+        raise UserError(
+            f"observe.memory_peaks=true needs Linux with glibc, or CUDA ({error}); leave it out on this machine"
+        ) from None
     return _process_peak
 
 
@@ -67,7 +72,9 @@ def _cuda_peak() -> int:
 
 
 def _process_peak() -> int:
-    """VmHWM, which 5 in clear_refs sets back to what is resident now (proc(5))."""
+    """VmHWM, which 5 in clear_refs sets back to what is resident now (proc(5)). Freed memory stays with the process:
+    without malloc_trim that would be whatever was ever needed."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
+    ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")
     return int(line.split()[1]) * 1024

@@ -163,6 +163,8 @@ def _leave() -> None:
     from megatron.core import parallel_state
 
     dist.barrier()  # a rank that is done must not close connections while another still opens them
+    # what a call built refers to itself in circles and keeps its process groups, with dozens of gloo threads each call
+    gc.collect()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
     gc.collect()  # modules in cycles hold their process groups, with two threads each

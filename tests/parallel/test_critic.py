@@ -228,7 +228,7 @@ def resumed_run(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path)
     ("model", "layout", "other", "dtype"),
     [
         ("qwen3-tied", Layout(4, tp=2, pp=2, sequence_parallel=True), ONE, "fp32"),
-        ("qwen3", Layout(2), Layout(2, tp=2), "bf16"),
+        pytest.param("qwen3", Layout(2), Layout(2, tp=2), "bf16", marks=pytest.mark.long),
     ],
     ids=str,
 )
