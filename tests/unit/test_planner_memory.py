@@ -111,7 +111,7 @@ def test_an_engine_repeats_norms_and_few_key_heads() -> None:
 def test_the_cache_of_latent_attention_is_the_same_on_every_rank() -> None:
     spec = spec_of("deepseek_v3")
     assert [kv_bytes_per_token(spec, tp, 2) for tp in (1, 4)] == [2 * (24 + 8) * 2] * 2
-    assert [kv_bytes_per_token(spec_of(), tp, 2) for tp in (1, 2, 4)] == [2 * 2 * 2 * 16 * 2, 256, 256]
+    assert [kv_bytes_per_token(spec_of(), tp, 2) for tp in (1, 2, 4)] == [2 * 2 * 2 * 16 * 2, 128, 128]
 
 
 def test_the_engine_s_cache_is_what_vllm_would_allocate() -> None:
