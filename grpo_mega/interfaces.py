@@ -6,6 +6,7 @@ slices of Hugging Face tensors that its rank holds, a sink the regions of its pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,39 @@ class SinkRegion:
 
     placement: Placement
     kind: RegionKind
+
+
+@dataclass(frozen=True)
+class ParameterSize:
+    """A parameter as one rank holds it. `is_expert`: it belongs to a routed expert, on the grid of the experts."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_expert: bool
+
+    @property
+    def numel(self) -> int:
+        """Elements on the rank."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModuleSizes:
+    """What the policy's modules are made of on one rank of the tensor- and expert-parallel axes. A stage of a pipeline
+    is a choice of these; `moe_layer` and `dense_layer` are empty where a model has no such layer."""
+
+    embedding: tuple[ParameterSize, ...]
+    dense_layer: tuple[ParameterSize, ...]
+    moe_layer: tuple[ParameterSize, ...]
+    final_norm: tuple[ParameterSize, ...]
+    head: tuple[ParameterSize, ...]
+    """Of an untied head; a tied one on another stage than the embedding is a copy of the embedding."""
+
+
+class ModuleCounter(Protocol):
+    """Sizes of the real modules in a layout of the dense (tp) and the expert (ep, etp) axes; allocates nothing."""
+
+    def __call__(self, *, tp: int, ep: int, etp: int) -> ModuleSizes: ...
 
 
 class WeightSource(Protocol):

@@ -109,14 +109,15 @@ def _require_divisor(key: str, ranks: int, number: int, name: str, where: str) -
 def _spec(config: Config) -> ModelSpec:
     """Of the checkpoint, or of the recipe."""
     if config.model.base is not None:
-        return _recipe_spec(config.model.base.architecture)
+        return recipe_spec(config.model.base.architecture)
     folder = Path(str(config.model.path))
     if not folder.is_dir():
         raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
     return read_spec(folder)
 
 
-def _recipe_spec(recipe: ArchitectureConfig) -> ModelSpec:
+def recipe_spec(recipe: ArchitectureConfig, vocab_size: int = 1) -> ModelSpec:
+    """Of a base model that is yet to be made; the vocabulary is its tokenizer's, which rules do not look at."""
     return ModelSpec(
         family="qwen3",
         num_layers=recipe.num_layers,
@@ -125,7 +126,7 @@ def _recipe_spec(recipe: ArchitectureConfig) -> ModelSpec:
         num_heads=recipe.num_heads,
         num_kv_heads=recipe.num_kv_heads,
         head_dim=recipe.head_dim,
-        vocab_size=1,  # the tokenizer's, which is not made yet
+        vocab_size=vocab_size,
         max_positions=recipe.max_positions,
         rope_theta=10000.0,
         norm_eps=1e-6,

@@ -312,6 +312,8 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled (AdamW); of matrices only: norms and biases do not decay."""
     clip_grad: float = Field(1.0, gt=0)
+    host_fraction: float = Field(0.0, ge=0, le=1)
+    """Share of the master weights and moments that stay on the host and are updated there (CUDA only)."""
 
 
 class TrainConfig(Section):

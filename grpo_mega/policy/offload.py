@@ -96,6 +96,11 @@ class PolicyMemory:
                 movable.reload()
 
 
+def optimizer_tensors(optimizer: Any) -> list[Tensor]:
+    """Master weights and, after the first update, moments."""
+    return [*_masters(optimizer), *_moments(optimizer)]
+
+
 def _masters(optimizer: Any) -> list[Tensor]:
     return [p.data for adam in _adams(optimizer) for group in adam.param_groups for p in group["params"]]
 

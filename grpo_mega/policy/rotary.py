@@ -34,7 +34,8 @@ def rotary_frequencies(spec: ModelSpec) -> Tensor:
 
 def set_frequencies(rotary: Any, spec: ModelSpec) -> None:
     """Give Megatron's rotary module the frequencies of `spec`."""
-    frequencies = rotary_frequencies(spec).to(rotary.inv_freq.device)
+    with torch.device("cpu"):  # numbers, also where the module is built on the meta device
+        frequencies = rotary_frequencies(spec).to(rotary.inv_freq.device)
     rotary.inv_freq = frequencies
     if hasattr(rotary, "inv_freq_extra"):  # YarnRotaryEmbedding mixes these two; equal ones give themselves
         rotary.inv_freq_extra = rotary.inv_freq_inter = frequencies

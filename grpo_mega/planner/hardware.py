@@ -1,0 +1,137 @@
+"""What the planner assumes of machines and programs. Every number that is not counted from modules stands here.
+
+Vendors' data sheets give memory, FLOP/s and link speeds. Efficiencies and residues are what published runs reach:
+docs/measurements/planner.md says where each comes from and which were measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from grpo_mega.types import UserError
+
+GIB = 2**30
+Kernels = Literal["te", "local"]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device and its share of a node. Bytes, bytes per second and FLOP/s; link speeds are per direction."""
+
+    name: str
+    memory: float
+    """What a process can allocate, after the driver's own."""
+    bf16_flops: float
+    """Dense, without sparsity."""
+    memory_bandwidth: float
+    nvlink: float
+    network: float
+    """Of the device's own adapter."""
+    pcie: float
+    per_node: int
+    host_memory: float
+    """Of a node."""
+    kernels: Kernels = "te"
+    """Whose modules compute: Transformer Engine's, or the local ones of a machine without CUDA."""
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("a100-80g", 79.0 * GIB, 312e12, 2.0e12, 300e9, 25e9, 25e9, 8, 1.0e12),
+        Gpu("h100-80g", 79.1 * GIB, 989e12, 3.35e12, 450e9, 50e9, 55e9, 8, 2.0e12),
+        Gpu("h20-96g", 95.0 * GIB, 148e12, 4.0e12, 450e9, 50e9, 55e9, 8, 2.0e12),
+        Gpu("h200-141g", 139.0 * GIB, 989e12, 4.8e12, 450e9, 50e9, 55e9, 8, 2.0e12),
+        Gpu("b200-180g", 178.0 * GIB, 2250e12, 7.7e12, 900e9, 50e9, 55e9, 8, 2.0e12),
+        # a rank of a CPU job: its time is not predicted, its bytes are those of the local modules
+        Gpu("cpu", 16.0 * GIB, 1e11, 1e10, 1e9, 1e9, 1e10, 8, 128 * GIB, "local"),
+    )
+}
+
+
+def gpu_named(name: str) -> Gpu:
+    """Raises UserError with the names there are."""
+    if name not in GPUS:
+        raise UserError(f"--gpu={name}: not known; use one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """Shares are of the peak rate of the device or the link."""
+
+    dense_flops: float = 0.40
+    """Of bf16 FLOP/s in training and log-prob passes, without pipeline bubbles (Megatron-LM: 0.41 to 0.48)."""
+    expert_flops: float = 0.20
+    """The same for models with experts (published: 0.16 to 0.26 with forced balance)."""
+    decode_bandwidth: float = 0.60
+    """Of memory bandwidth while the engine decodes."""
+    prefill_flops: float = 0.45
+    link: float = 0.70
+    """Of NVLink and network speed in collectives."""
+    pcie: float = 0.80
+    collective_latency: float = 15e-6
+    """Seconds of one small all-reduce in a decode step."""
+    mean_length: float = 0.5
+    """Mean completion, as a share of sampling.max_tokens; the longest one reaches it."""
+    routing_imbalance: float = 1.25
+    """Tokens of the busiest expert-parallel rank over the mean."""
+    host_adam_bandwidth: float = 150e9
+    """Bytes per second that Adam on a node's processors reads and writes."""
+    checkpoint_bandwidth: float = 5e9
+    """Bytes per second that a node writes."""
+    context_bytes: float = 0.6 * GIB
+    """CUDA context and libraries of a process."""
+    nccl_bytes_per_group: float = 0.35 * GIB
+    """Buffers of one communicator of more than one rank."""
+    allocator_share: float = 0.04
+    """Of what a phase allocates: blocks that no request fits."""
+    policy_residue: float = 1.0 * GIB
+    """Left on the device of a policy that is offloaded."""
+    engine_residue: float = 1.0 * GIB
+    """Left on the device of an engine that sleeps."""
+    engine_workspace: float = 2.0 * GIB
+    """CUDA graphs and kernels' workspaces of an engine."""
+    engine_share: float = 0.6
+    """Of the device, for weights and KV cache, where engine.kv_cache_tokens does not say (engines/vllm_start.py)."""
+    process_host_bytes: float = 6.0 * GIB
+    """Host memory of one rank's process before any tensor."""
+
+    def described(self) -> dict[str, float]:
+        """Name -> value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+CPU_ASSUMPTIONS = Assumptions(
+    routing_imbalance=1.0,
+    context_bytes=0,
+    nccl_bytes_per_group=0,
+    allocator_share=0,
+    policy_residue=0,
+    engine_residue=0,
+    engine_workspace=0,
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """So many nodes of one kind of device."""
+
+    gpu: Gpu
+    num_ranks: int
+    assumptions: Assumptions
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.num_ranks // self.gpu.per_node)
+
+    def link_speed(self, ranks: int) -> float:
+        """Bytes per second and rank among so many consecutive ranks: NVLink inside a node, the network beyond."""
+        inside = ranks <= self.gpu.per_node
+        return (self.gpu.nvlink if inside else self.gpu.network) * self.assumptions.link
+
+
+def cluster_of(gpu: Gpu, num_ranks: int) -> Cluster:
+    """With the assumptions that go with the device."""
+    return Cluster(gpu, num_ranks, CPU_ASSUMPTIONS if gpu.kernels == "local" else Assumptions())

@@ -1,0 +1,266 @@
+"""Bytes on each pipeline rank in each phase, item by item (the phases: grpo_mega/phases.py).
+
+Pure arithmetic. Asserted by tests/unit/test_planner_memory.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.interfaces import ModuleSizes
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.activations import Activations
+from grpo_mega.planner.hardware import Cluster
+from grpo_mega.planner.schedule import peak_of_schedule
+from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_chunks, static_bytes
+
+PHASES = ("rollout", "log_probs", "train", "sync")
+BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
+_BATCHED_TOKENS = 8192  # prompt tokens of one engine step
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Of one step and one update, in rollouts of full length and of the assumed mean length."""
+
+    rollouts: int
+    updates: int
+    longest: int
+    mean: float
+    row_tokens: int
+    num_microbatches: int
+    """Of one update on one data-parallel rank, at worst."""
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Every rank of one pipeline rank: phase -> item -> bytes."""
+
+    pp_rank: int
+    static: StaticBytes
+    activations: float
+    phases: dict[str, dict[str, float]]
+
+    def peak(self, phase: str) -> float:
+        """Bytes of all items."""
+        return sum(self.phases[phase].values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the whole job."""
+
+    ranks: list[RankMemory]
+    engine_weights: float
+    kv_cache: float
+    kv_bytes_per_token: float
+    host: dict[str, float]
+    """Of one node, item by item."""
+    checkpoint: float
+
+    def fullest(self, phase: str) -> RankMemory:
+        """The pipeline rank with the most bytes."""
+        return max(self.ranks, key=lambda rank: rank.peak(phase))
+
+
+def workload_of(config: Config, topology: Topology, mean_length: float) -> Workload:
+    """Rows are as long as they may be, microbatches as many as full-length rollouts need."""
+    parallel, train = config.parallel, config.train
+    rollouts = config.data.prompts_per_step * config.sampling.group_size
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    per_row = max(1, train.max_tokens_per_microbatch // longest)
+    per_update = math.ceil(rollouts / train.minibatches_per_epoch / topology.dp)
+    microbatches = math.ceil(per_update / per_row)
+    if parallel.vpp > 1:
+        microbatches = math.ceil(microbatches / parallel.pp) * parallel.pp
+    return Workload(
+        rollouts=rollouts,
+        updates=train.epochs_per_rollout * train.minibatches_per_epoch,
+        longest=longest,
+        mean=mean_length * longest,
+        row_tokens=train.max_tokens_per_microbatch,
+        num_microbatches=microbatches,
+    )
+
+
+def plan_memory(
+    config: Config,
+    spec: ModelSpec,
+    sizes: ModuleSizes,
+    topology: Topology,
+    cluster: Cluster,
+    *,
+    total_parameters: int,
+    where: str,
+) -> Memory:
+    """The bytes of every phase.
+
+    Raises:
+        UserError: the layers cannot be split so.
+    """
+    work = workload_of(config, topology, cluster.assumptions.mean_length)
+    acts = Activations(
+        spec,
+        config,
+        cluster.gpu.kernels,
+        row_tokens=work.row_tokens,
+        longest=work.longest,
+        imbalance=cluster.assumptions.routing_imbalance,
+    )
+    engine = engine_weight_bytes(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
+    per_token = kv_bytes_per_token(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
+    cache = _kv_cache(config, cluster, work, engine, per_token)
+    ranks = []
+    for pp_rank, chunks in enumerate(model_chunks(spec, config, where)):
+        static = static_bytes(chunks, sizes, spec, config, topology)
+        kept = activation_bytes(acts, chunks, config.parallel.pp, pp_rank, work.num_microbatches)
+        phases = _phases(config, spec, topology, cluster, acts, chunks, static, kept, engine, cache)
+        ranks.append(RankMemory(pp_rank, static, kept, phases))
+    itemsize = ITEMSIZE[config.precision.dtype]
+    state = itemsize + 8 + (4 if itemsize < 4 else 0)
+    reference = itemsize if config.algorithm.ref_update_every else 0
+    return Memory(
+        ranks=ranks,
+        engine_weights=engine,
+        kv_cache=cache,
+        kv_bytes_per_token=per_token,
+        host=_host(config, ranks, topology, cluster),
+        checkpoint=float(total_parameters * (state + reference)),
+    )
+
+
+def activation_bytes(
+    acts: Activations, chunks: list[ModelChunk], pp: int, pp_rank: int, num_microbatches: int
+) -> float:
+    """What autograd keeps at most on one rank: of every microbatch in flight, and what is computed again beside it."""
+    kept, beside = zip(*(acts.chunk(chunk) for chunk in chunks), strict=True)
+    peak, _ = peak_of_schedule(kept, pp, pp_rank, num_microbatches)
+    return peak + float(max(beside))
+
+
+@functools.lru_cache(maxsize=64)
+def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int) -> float:
+    """Of one rank of an engine of `tp` ranks: matrices are cut, norms, routers and latent projections are not, and key
+    heads fewer than ranks are repeated."""
+    total = 0.0
+    for name, shape in hf_shapes(spec).items():
+        size = math.prod(shape)
+        if len(shape) == 1 or name.endswith((".mlp.gate.weight", "_a_proj.weight", "_a_proj_with_mqa.weight")):
+            total += size
+        elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
+            total += size / min(tp, spec.num_kv_heads)
+        else:
+            total += size / tp
+            if name.endswith(".kv_b_proj.weight"):
+                total += size / tp  # kept beside its absorbed form
+    return total * itemsize
+
+
+def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:
+    """Of one rank: keys and values of its heads, or the latent vector, which every rank has."""
+    if spec.mla is not None:
+        return spec.num_layers * (spec.mla.kv_rank + spec.mla.rope_dim) * itemsize
+    return spec.num_layers * 2 * max(1, spec.num_kv_heads // tp) * spec.head_dim * itemsize
+
+
+def _kv_cache(config: Config, cluster: Cluster, work: Workload, engine: float, per_token: float) -> float:
+    """As engines/vllm_start.py sizes it; less than one rollout is less than nothing (planner/plan.py says so)."""
+    per_rollout = -(-work.longest // BLOCK_TOKENS)
+    if config.engine.kv_cache_tokens is not None:
+        return (config.engine.kv_cache_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * per_token
+    if cluster.gpu.kernels == "local":
+        return (config.engine.max_num_seqs * per_rollout + 1) * BLOCK_TOKENS * per_token
+    assumed = cluster.assumptions
+    return max(0.0, assumed.engine_share * cluster.gpu.memory - engine - assumed.engine_workspace)
+
+
+def _phases(
+    config: Config,
+    spec: ModelSpec,
+    topology: Topology,
+    cluster: Cluster,
+    acts: Activations,
+    chunks: list[ModelChunk],
+    static: StaticBytes,
+    kept: float,
+    engine: float,
+    cache: float,
+) -> dict[str, dict[str, float]]:
+    has_head = any(chunk.has_head for chunk in chunks)
+    logits = acts.logits() if has_head else 0.0
+    messages = 2 * acts.message * topology.pp if topology.pp > 1 else 0.0
+    passing = max(acts.passing(chunk) for chunk in chunks) + messages
+    state = {"weights": static.weights, "gradients": static.gradients, "optimizer": static.optimizer}
+    widest = max((acts.layer(moe).kept for chunk in chunks for moe in set(chunk.moe_layers)), default=0.0)
+    bucket = max(config.weight_sync.bucket_bytes, largest_tensor(spec) * ITEMSIZE[config.precision.dtype])
+    assumed = cluster.assumptions
+    on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
+    engine_residue = {"engine asleep": assumed.engine_residue}
+    reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
+    phases: dict[str, dict[str, float]] = {
+        "rollout": {
+            "engine weights": engine,
+            "KV cache": cache,
+            **on_engine,
+            "policy offloaded": assumed.policy_residue,
+        },
+        "log_probs": {**state, "activations": widest, "logits": logits, "communication": passing + reference}
+        | engine_residue,
+        "train": {**state, "activations": kept, "logits": logits, "communication": passing} | engine_residue,
+        "sync": {"weights": static.weights, "engine weights": engine, "sync buckets": 2.0 * bucket},
+    }
+    nccl = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(topology)
+    for items in phases.values():
+        used = sum(items.values())
+        items["CUDA and NCCL"] = nccl
+        items["allocator"] = assumed.allocator_share * used
+    return phases
+
+
+def num_groups(topology: Topology) -> int:
+    """Communicators of more than one rank in which a rank takes part: the axes, their products, the engine's, all."""
+    axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
+    products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.engine_tp, topology.world_size)
+    return sum(size > 1 for size in (*axes, *products))
+
+
+def needs_reference(config: Config) -> bool:
+    """Does the loss, or the reward, look at the reference?"""
+    return config.algorithm.kl_coef > 0
+
+
+@functools.lru_cache(maxsize=16)
+def largest_tensor(spec: ModelSpec) -> int:
+    """Elements of the checkpoint's largest tensor: a bucket holds whole tensors."""
+    return max(math.prod(shape) for shape in hf_shapes(spec).values())
+
+
+def _engine_logits(config: Config, spec: ModelSpec) -> float:
+    """Float32 logits and probabilities of one decode step, and hidden states of one prefill step."""
+    hidden = 6.0 * _BATCHED_TOKENS * spec.hidden_size * 2
+    return 8.0 * config.engine.max_num_seqs * spec.vocab_size + hidden
+
+
+def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: Cluster) -> dict[str, float]:
+    """Of the fullest node: pinned copies of what leaves the device, the host's optimizer with its gradients, the
+    reference, and the processes. Without CUDA nothing leaves: there is one memory."""
+    per_node = min(cluster.gpu.per_node, topology.world_size)
+    fullest = max(ranks, key=lambda rank: rank.static.weights)
+    static = fullest.static
+    on_cuda = cluster.gpu.kernels != "local"
+    reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
+    # 12 bytes of state and 4 of gradient for each parameter that is updated here
+    updated = static.optimizer_on_host * 4 / 3
+    items = {
+        "processes": cluster.assumptions.process_host_bytes,
+        "offloaded weights": static.weights if on_cuda else 0.0,
+        "offloaded optimizer": static.optimizer if on_cuda else 0.0,
+        "optimizer on the host": updated,
+        "reference": 2 * reference,
+    }
+    return {name: per_node * size for name, size in items.items()}

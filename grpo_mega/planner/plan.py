@@ -1,0 +1,141 @@
+"""The plan of a run: memory, time and the verdict, as one object that is printed, drawn and searched over."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.interfaces import ModuleCounter, ModuleSizes
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.hardware import Cluster
+from grpo_mega.planner.memory import PHASES, Memory, Workload, plan_memory, workload_of
+from grpo_mega.planner.stages import chunk_parameters, model_chunks
+from grpo_mega.planner.time import StepTime, plan_time
+
+HOST_SHARE = 0.9  # of a node's memory: the rest is the system's and its file cache's
+_SECONDS_PER_DAY = 86400
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config needs on a cluster."""
+
+    config: Config
+    topology: Topology
+    cluster: Cluster
+    parameters: int
+    work: Workload
+    memory: Memory
+    time: StepTime
+
+    @cached_property
+    def problems(self) -> list[str]:
+        """Why it does not fit, one line each; empty: it fits."""
+        found = []
+        gib = 2**30
+        for phase in PHASES:
+            rank = self.memory.fullest(phase)
+            if rank.peak(phase) > self.cluster.gpu.memory:
+                found.append(
+                    f"{phase}: {rank.peak(phase) / gib:.1f} GiB on pipeline rank {rank.pp_rank}, the device has "
+                    f"{self.cluster.gpu.memory / gib:.1f}"
+                )
+        needed = self.work.longest * self.memory.kv_bytes_per_token
+        if self.memory.kv_cache < needed:
+            found.append(
+                f"rollout: the KV cache of {self.memory.kv_cache / gib:.1f} GiB does not hold one rollout of "
+                f"{self.work.longest} tokens ({needed / gib:.1f} GiB)"
+            )
+        host = sum(self.memory.host.values())
+        if host > HOST_SHARE * self.cluster.gpu.host_memory:
+            found.append(
+                f"host: {host / gib:.0f} GiB a node, {HOST_SHARE:.0%} of its {self.cluster.gpu.host_memory / gib:.0f} "
+                "may be used"
+            )
+        return found
+
+    @property
+    def fits(self) -> bool:
+        """On every rank, in every phase, and on every node."""
+        return not self.problems
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Trained tokens, prompts and completions, of the whole job."""
+        return self.time.tokens / self.time.seconds
+
+    @property
+    def mfu(self) -> float:
+        """Operations of the model in the update over the peak of all devices in the whole step."""
+        peak = self.topology.world_size * self.cluster.gpu.bf16_flops
+        return self.time.model_flops / self.time.seconds / peak
+
+    @property
+    def days(self) -> float:
+        """Of the whole run."""
+        return self.time.seconds * self.config.train.steps / _SECONDS_PER_DAY
+
+    @property
+    def sync_bytes(self) -> int:
+        """That enter the engines in one sync."""
+        return round(self.memory.engine_weights * self.topology.world_size)
+
+    def as_json(self, remedy: list[str] | None = None) -> dict[str, Any]:
+        """What `tools/plan.py --json` prints."""
+        return {
+            "fits": self.fits,
+            "remedy": remedy,
+            "problems": self.problems,
+            "ranks": self.topology.world_size,
+            "gpu": self.cluster.gpu.name,
+            "peak_bytes": {phase: round(self.memory.fullest(phase).peak(phase)) for phase in PHASES},
+            "device_bytes": round(self.cluster.gpu.memory),
+            "parameters": self.parameters,
+            "step_seconds": self.time.seconds,
+            "phase_seconds": self.time.phases,
+            "sync_bytes": self.sync_bytes,
+            "host_bytes_per_node": round(sum(self.memory.host.values())),
+            "host_items": {name: round(size) for name, size in self.memory.host.items()},
+            "checkpoint_bytes": round(self.memory.checkpoint),
+            "tokens_per_second": self.tokens_per_second,
+            "mfu": self.mfu,
+            "days": self.days,
+            "pipeline_ranks": [
+                {
+                    "pp_rank": rank.pp_rank,
+                    "parameters": rank.static.parameters,
+                    "phases": {p: {k: round(v) for k, v in items.items()} for p, items in rank.phases.items()},
+                }
+                for rank in self.memory.ranks
+            ],
+            "assumptions": self.cluster.assumptions.described(),
+        }
+
+
+def make_plan(config: Config, spec: ModelSpec, count: ModuleCounter, cluster: Cluster, where: str) -> Plan:
+    """`count` gives the sizes of the real modules.
+
+    Raises:
+        UserError: the layout does not divide the ranks, or the layers.
+    """
+    topology = Topology.of(config, cluster.num_ranks)
+    sizes = count(tp=topology.tp, ep=topology.ep, etp=topology.etp)
+    total = total_parameters(config, spec, count(tp=1, ep=1, etp=1), where)
+    memory = plan_memory(config, spec, sizes, topology, cluster, total_parameters=total, where=where)
+    work = workload_of(config, topology, cluster.assumptions.mean_length)
+    time = plan_time(config, spec, topology, cluster, memory, work, total)
+    return Plan(config, topology, cluster, total, work, memory, time)
+
+
+def total_parameters(config: Config, spec: ModelSpec, whole: ModuleSizes, where: str) -> int:
+    """Of the model, each once; `whole` are the sizes on a single rank."""
+    numel = 0
+    for chunks in model_chunks(spec, config, where):
+        for chunk in chunks:
+            numel += sum(p.numel for p in chunk_parameters(chunk, whole, spec.tie_embeddings))
+    if spec.tie_embeddings and config.parallel.pp > 1:  # the last stage's copy
+        numel -= sum(p.numel for p in whole.embedding)
+    return numel

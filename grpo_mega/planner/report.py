@@ -1,0 +1,115 @@
+"""A plan in words, and its memory per phase as a picture (one HTML file, no scripts, nothing fetched)."""
+
+from __future__ import annotations
+
+from html import escape
+
+from grpo_mega.planner.change import as_overrides
+from grpo_mega.planner.memory import PHASES
+from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.search import Found
+
+_GIB = 2**30
+_COLOURS = {
+    "weights": "#4e79a7",
+    "gradients": "#f28e2b",
+    "optimizer": "#e15759",
+    "activations": "#76b7b2",
+    "logits": "#59a14f",
+    "communication": "#edc948",
+    "engine weights": "#b07aa1",
+    "KV cache": "#ff9da7",
+    "engine workspace": "#9c755f",
+    "sync buckets": "#86bcb6",
+    "engine asleep": "#d4a6c8",
+    "policy offloaded": "#a0cbe8",
+    "CUDA and NCCL": "#bab0ac",
+    "allocator": "#79706e",
+}
+
+
+def in_words(plan: Plan, remedy: list[str] | None) -> str:
+    """For a terminal."""
+    topology, gpu = plan.topology, plan.cluster.gpu
+    lines = [
+        f"{plan.parameters / 1e9:.2f}B parameters on {topology.world_size} x {gpu.name} ({plan.cluster.num_nodes} "
+        f"node(s)): tp {topology.tp}, pp {topology.pp}, cp {topology.cp}, dp {topology.dp}, ep {topology.ep}, etp "
+        f"{topology.etp}; engine tp {topology.engine_tp}, {topology.num_replicas} replica(s)",
+        "",
+        f"GiB on the fullest rank of each phase, of {gpu.memory / _GIB:.1f}:",
+    ]
+    for phase in PHASES:
+        rank = plan.memory.fullest(phase)
+        items = sorted(rank.phases[phase].items(), key=lambda item: -item[1])
+        told = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in items if size >= 0.05 * _GIB)
+        lines.append(f"  {phase:<10} {rank.peak(phase) / _GIB:6.1f}  (pp {rank.pp_rank}) {told}")
+    host = ", ".join(f"{name} {size / _GIB:.0f}" for name, size in plan.memory.host.items() if size >= _GIB)
+    lines += [
+        f"  host       {sum(plan.memory.host.values()) / _GIB:6.0f}  a node, of {gpu.host_memory / _GIB:.0f}: {host}",
+        f"  disk       {plan.memory.checkpoint / _GIB:6.0f}  a checkpoint",
+        "",
+        "predicted seconds of a step: "
+        + ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.time.phases.items())
+        + f"; in all {plan.time.seconds:.1f}",
+        f"predicted: {plan.tokens_per_second:,.0f} tokens/s, MFU {plan.mfu:.1%}, {plan.days:.2f} days for "
+        f"{plan.config.train.steps} steps",
+    ]
+    if plan.fits:
+        return "\n".join([*lines, "", "fits"])
+    lines += ["", "does not fit:", *(f"  {problem}" for problem in plan.problems)]
+    lines.append("remedy: " + (" ".join(remedy) if remedy else "none found, up to 32 times as many devices"))
+    return "\n".join(lines)
+
+
+def search_in_words(found: list[Found], num_ranks: int) -> str:
+    """A line a layout."""
+    lines = [f"{num_ranks} devices:"]
+    for each in found:
+        plan, change = each.plan, {k: v for k, v in each.change.items() if v not in (None, 1, False, 0.0)}
+        change.pop("run.world_size", None)
+        peak = max(plan.memory.fullest(phase).peak(phase) for phase in PHASES)
+        lines.append(
+            f"  {plan.time.seconds:8.1f} s  {plan.tokens_per_second:10,.0f} tokens/s  MFU {plan.mfu:6.2%}  "
+            f"{peak / _GIB:5.1f} GiB  {' '.join(as_overrides(change))}"
+        )
+    return "\n".join(lines if found else [*lines, "  none fits"])
+
+
+def picture(plan: Plan, title: str) -> str:
+    """One bar a phase: the fullest rank's bytes, item by item, against the device's."""
+    width, left, height, gap = 760.0, 110.0, 34.0, 14.0
+    capacity = plan.cluster.gpu.memory
+    most = max(capacity, *(plan.memory.fullest(phase).peak(phase) for phase in PHASES))
+    scale = width / most
+    bars, used = [], []
+    for row, phase in enumerate(PHASES):
+        rank, y, x = plan.memory.fullest(phase), 10 + row * (height + gap), left
+        bars.append(f'<text x="4" y="{y + height * 0.65:.0f}">{phase}</text>')
+        for name, size in rank.phases[phase].items():
+            if size <= 0:
+                continue
+            used.append(name)
+            label = f"{name}: {size / _GIB:.2f} GiB on pipeline rank {rank.pp_rank}"
+            bars.append(
+                f'<rect x="{x:.1f}" y="{y:.0f}" width="{size * scale:.1f}" height="{height:.0f}" '
+                f'fill="{_COLOURS[name]}"><title>{escape(label)}</title></rect>'
+            )
+            x += size * scale
+        bars.append(f'<text x="{x + 6:.1f}" y="{y + height * 0.65:.0f}">{rank.peak(phase) / _GIB:.1f} GiB</text>')
+    bottom = 10 + len(PHASES) * (height + gap)
+    limit = left + capacity * scale
+    legend = "".join(
+        f'<span><i style="background:{_COLOURS[name]}"></i>{name}</span>' for name in _COLOURS if name in used
+    )
+    verdict = "fits" if plan.fits else "does not fit: " + "; ".join(plan.problems)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title><style>
+body {{ font: 14px sans-serif; margin: 24px }} span {{ margin-right: 14px; white-space: nowrap }}
+i {{ display: inline-block; width: 12px; height: 12px; margin-right: 4px }}
+</style></head><body>
+<h1>{escape(title)}</h1>
+<p>Memory of the fullest rank in each phase; the line is the device's {capacity / _GIB:.1f} GiB. {escape(verdict)}</p>
+<svg width="{left + width + 110:.0f}" height="{bottom + 10:.0f}">{"".join(bars)}
+<line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{bottom:.0f}" stroke="black" stroke-dasharray="4 3"/></svg>
+<p>{legend}</p></body></html>
+"""

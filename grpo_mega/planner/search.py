@@ -1,0 +1,102 @@
+"""Every reasonable layout of a model on a number of devices, planned; those that fit, fastest step first."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.planner.change import Change, Planner, changed, even_layout
+from grpo_mega.planner.plan import Plan
+from grpo_mega.types import UserError
+
+_ENGINE_CHOICES = 2  # engine layouts that are combined with every policy layout
+_MOST_STAGES = 64
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layout that fits."""
+
+    change: Change
+    plan: Plan
+
+
+def search(config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int) -> list[Found]:
+    """At most `keep` layouts of `num_ranks` devices, the fastest step first.
+
+    `planner` raises UserError for what cannot be.
+    """
+    found: list[Found] = []
+    for engine in _engines(config, planner, num_ranks):
+        for change in _layouts(spec, num_ranks, per_node):
+            whole = {"run.world_size": num_ranks} | engine | change
+            try:
+                plan = planner(changed(config, whole))
+            except UserError:
+                continue
+            if plan.fits:
+                found.append(Found(whole, plan))
+    return heapq.nsmallest(keep, found, key=lambda f: (f.plan.time.seconds, str(f.change)))
+
+
+def _engines(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
+    """Engine layouts that fit in the rollout phase, the fastest first."""
+    timed = []
+    tp = 1
+    while tp <= min(num_ranks, 64):
+        change: Change = {"engine.tp": tp}
+        try:
+            plan = planner(changed(config, _bare(num_ranks) | change))
+        except UserError:
+            pass
+        else:
+            rollout_fits = plan.memory.fullest("rollout").peak("rollout") <= plan.cluster.gpu.memory
+            holds_one = plan.memory.kv_cache >= plan.work.longest * plan.memory.kv_bytes_per_token
+            if rollout_fits and holds_one:
+                timed.append((plan.time.phases["rollout"], tp))
+        tp *= 2
+    return [{"engine.tp": tp} for _, tp in sorted(timed)[:_ENGINE_CHOICES]]
+
+
+def _bare(num_ranks: int) -> Change:
+    """No layout of the policy at all: its memory does not matter."""
+    return {"run.world_size": num_ranks} | _layout(1, 1, 1, None)
+
+
+def _layouts(spec: ModelSpec, num_ranks: int, per_node: int) -> Iterator[Change]:
+    experts = spec.moe.num_experts if spec.moe is not None else 1
+    for tp in (1, 2, 4, 8):
+        if tp > per_node or num_ranks % tp:
+            continue
+        pp = 1
+        while pp <= min(spec.num_layers, num_ranks // tp, _MOST_STAGES):
+            ep = 1
+            while ep <= min(experts, num_ranks // pp):
+                explicit = even_layout(spec.num_layers, pp) if spec.num_layers % pp else None
+                for recompute in ("none", "selective", "full"):
+                    for on_host in (0.0, 1.0):
+                        yield _layout(tp, pp, ep, explicit) | {
+                            "parallel.recompute": recompute,
+                            "parallel.recompute_modules": None,
+                            "optimizer.host_fraction": on_host,
+                        }
+                ep *= 2
+            pp *= 2
+
+
+def _layout(tp: int, pp: int, ep: int, pipeline_layout: str | None) -> Change:
+    return {
+        "parallel.tp": tp,
+        "parallel.pp": pp,
+        "parallel.ep": ep,
+        "parallel.etp": 1,
+        "parallel.cp": 1,
+        "parallel.vpp": 1,
+        "parallel.sequence_parallel": tp > 1,
+        "parallel.pipeline_layout": pipeline_layout,
+        "parallel.num_layers_first_stage": None,
+        "parallel.num_layers_last_stage": None,
+    }

@@ -1,0 +1,106 @@
+"""What each pipeline rank holds: its layers, its parameters, and the bytes of weights, gradients and optimizer state.
+
+Parameters are those of the real modules (interfaces.ModuleSizes), laid out as Megatron's buffers lay them out
+(param_and_grad_buffer.py:635-665 of 0.16: a parameter starts at a multiple of 64 elements, a bucket ends at one of
+lcm(dp, 128)). Asserted by tests/unit/test_planner_memory.py and, against real runs, by tests/parallel/test_planner.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.interfaces import ModuleSizes, ParameterSize
+from grpo_mega.parallel.stages import stage_layers
+from grpo_mega.parallel.topology import Topology
+
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+GRADIENT_BYTES = 4  # main gradients are float32
+_OVERLAP_BUCKET = 40_000_000  # distributed_data_parallel.py:65, elements
+
+
+@dataclass(frozen=True)
+class ModelChunk:
+    """What one pipeline rank computes between two messages: the kinds of its layers, and whether it has the ends."""
+
+    moe_layers: tuple[bool, ...]
+    has_embedding: bool
+    has_head: bool
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """On every rank of one pipeline rank. `optimizer` holds master weights, where they are not the weights, and both
+    moments; `optimizer_on_host` is the part of it that lives and is updated on the host."""
+
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    optimizer_on_host: int = 0
+
+
+def model_chunks(spec: ModelSpec, config: Config, where: str) -> list[list[ModelChunk]]:
+    """For each pipeline rank, its chunks in the order of the model.
+
+    Raises:
+        UserError: the layers cannot be split so.
+    """
+    pp, vpp = config.parallel.pp, config.parallel.vpp
+    stages = stage_layers(spec.num_layers, config.parallel, where)
+    chunks = [
+        ModelChunk(tuple(spec.is_moe_layer(i) for i in layers), number == 0, number == len(stages) - 1)
+        for number, layers in enumerate(stages)
+    ]
+    return [[chunks[chunk * pp + rank] for chunk in range(vpp)] for rank in range(pp)]
+
+
+def chunk_parameters(chunk: ModelChunk, sizes: ModuleSizes, tied: bool) -> list[ParameterSize]:
+    """All parameters of a chunk."""
+    found: list[ParameterSize] = list(sizes.embedding) if chunk.has_embedding else []
+    for is_moe in chunk.moe_layers:
+        found += sizes.moe_layer if is_moe else sizes.dense_layer
+    if chunk.has_head:
+        found += sizes.final_norm
+        if not tied:
+            found += sizes.head
+        elif not chunk.has_embedding:
+            found += sizes.embedding  # a tied head on another stage is a copy
+    return found
+
+
+def static_bytes(
+    chunks: Iterable[ModelChunk], sizes: ModuleSizes, spec: ModelSpec, config: Config, topology: Topology
+) -> StaticBytes:
+    """Of one pipeline rank."""
+    itemsize = ITEMSIZE[config.precision.dtype]
+    master = 4 if itemsize < 4 else 0  # in fp32 the weights are their own masters
+    copies = {False: topology.dp * topology.cp, True: topology.edp}
+    numel = buffer = shard = 0
+    for chunk in chunks:
+        parameters = chunk_parameters(chunk, sizes, spec.tie_embeddings)
+        numel += sum(p.numel for p in parameters)
+        for is_expert, ranks in copies.items():
+            size = _buffer_elements(
+                [p.numel for p in parameters if p.is_expert == is_expert], ranks, config.parallel.overlap_grad_reduce
+            )
+            buffer += size
+            shard += size // ranks
+    state = (master + 8) * shard
+    on_host = round(config.optimizer.host_fraction * state)
+    return StaticBytes(numel, itemsize * buffer, GRADIENT_BYTES * buffer, state - on_host, on_host)
+
+
+def _buffer_elements(numels: list[int], ranks: int, overlap: bool) -> int:
+    """Elements of the flat buffer that holds these parameters, over so many data-parallel ranks."""
+    end_multiple = math.lcm(ranks, 128)
+    limit = max(_OVERLAP_BUCKET, 1_000_000 * ranks) if overlap else None
+    at = begin = 0
+    for numel in numels:
+        at = -(-at // 64) * 64 + numel
+        if limit is not None and at - begin >= limit:
+            at = begin = -(-at // end_multiple) * end_multiple
+    return -(-at // end_multiple) * end_multiple

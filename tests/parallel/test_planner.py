@@ -1,0 +1,63 @@
+"""The planner's bytes are those of real runs: weights, gradients and optimizer within 3%, activations within 10%."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.ranks import RankPool
+from tools.memory.cases import CASES, Bytes, Case, make_model, measured, predicted
+
+if TYPE_CHECKING:  # pytest's own process stays free of Megatron
+    from grpo_mega.parallel.ranks import Ranks
+
+EXACT, ACTIVATIONS = 0.03, 0.10  # relative
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("memory_models")
+    for name in {case.model for case in CASES}:
+        make_model(folder / name, name)
+    return folder
+
+
+def on_rank(rank: int, case: Case, folder: Path) -> Bytes:
+    return measured(case, folder, _ranks(rank, case, folder))
+
+
+def on_planner(_rank: int, case: Case, folder: Path) -> list[Bytes]:
+    import torch.distributed as dist
+
+    dist.barrier()
+    dist.destroy_process_group()  # the planner counts in a group of its own
+    answer = predicted(case, folder)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return answer
+
+
+def _ranks(rank: int, case: Case, folder: Path) -> Ranks:
+    import torch
+
+    from grpo_mega.parallel.ranks import Ranks
+    from grpo_mega.parallel.topology import Topology
+
+    topology = Topology.of(case.config(folder), case.world)
+    return Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_predicted_bytes_are_those_of_a_real_run(case: Case, models: Path, rank_pool: RankPool) -> None:
+    folder = models / case.model
+    (stages,) = rank_pool.call(1, on_planner, case, folder)
+    ranks = rank_pool.call(case.world, on_rank, case, folder)
+    each = case.world // len(stages)
+    for pp_rank, wanted in enumerate(stages):
+        found = ranks[pp_rank * each : (pp_rank + 1) * each]
+        for name, tolerance in (("weights", EXACT), ("gradients", EXACT), ("optimizer", EXACT)):
+            worst = max(getattr(rank, name) for rank in found)
+            assert getattr(wanted, name) == pytest.approx(worst, rel=tolerance), f"{name} of pipeline rank {pp_rank}"
+        mean = sum(rank.activations for rank in found) / each  # experts get unequal shares of the tokens
+        assert wanted.activations == pytest.approx(mean, rel=ACTIVATIONS), f"activations of pipeline rank {pp_rank}"

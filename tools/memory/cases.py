@@ -1,0 +1,167 @@
+"""Tiny models and layouts in which the planner is held against real runs; what is measured of one, and predicted.
+
+Rows are full: each holds sequences of the longest length, which is what the planner assumes of memory.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from grpo_mega.parallel.ranks import Ranks
+    from grpo_mega.types import Microbatch
+
+PROMPT, COMPLETION = 16, 48
+ROW = 2 * (PROMPT + COMPLETION)
+_COMMON = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+_LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 40, "q_lora_rank": 48, "qk_nope_head_dim": 32,
+           "qk_rope_head_dim": 16, "v_head_dim": 32, "n_group": 1, "topk_group": 1, "norm_topk_prob": True}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"model_type": "qwen3", "head_dim": 32} | _COMMON,
+    "dense-bias": {"model_type": "qwen2"} | _COMMON,
+    "moe": {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64, "norm_topk_prob": True, "mlp_only_layers": [0]} | _COMMON,
+    "mla": {"model_type": "deepseek_v3", "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1,
+            "moe_intermediate_size": 64, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    | _COMMON | _LATENT,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """`parallel` are keys of that section."""
+
+    name: str
+    model: str
+    world: int
+    microbatches: int = 2
+    dtype: str = "fp32"
+    parallel: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, folder: Path) -> Config:
+        """Of a run that has this memory."""
+        rows = self.microbatches * (ROW // (PROMPT + COMPLETION)) * self._dp
+        raw = {
+            "run": {"world_size": self.world},
+            "model": {"path": str(folder)},
+            "parallel": self.parallel,
+            "sampling": {"group_size": 2, "max_tokens": COMPLETION},
+            "data": {"train": "unused", "prompts_per_step": rows // 2, "max_prompt_tokens": PROMPT},
+            "reward": {"terms": [{"name": "exact"}]},
+            "algorithm": {"kl_coef": 0.0},
+            "train": {"steps": 1, "max_tokens_per_microbatch": ROW},
+            "precision": {"dtype": self.dtype},
+        }
+        return Config.model_validate_json(json.dumps(raw))
+
+    @property
+    def _dp(self) -> int:
+        return self.world // (self.parallel.get("tp", 1) * self.parallel.get("pp", 1) * self.parallel.get("cp", 1))
+
+
+TP2 = {"tp": 2, "sequence_parallel": True}
+CASES = (
+    Case("dense tp2 sp", "dense", 2, parallel=TP2),
+    Case("dense pp2 dp2 bf16", "dense", 4, dtype="bf16", microbatches=4, parallel={"pp": 2}),
+    Case("dense pp2 vpp2", "dense-bias", 2, microbatches=4, parallel={"pp": 2, "vpp": 2}),
+    Case("dense cp2 bf16", "dense-bias", 2, dtype="bf16", parallel={"cp": 2}),
+    Case("dense tp2 pp2 full recompute", "dense", 4, parallel={**TP2, "pp": 2, "recompute": "full"}),
+    Case("MoE ep2 bf16", "moe", 2, dtype="bf16", parallel={"ep": 2}),
+    Case("MoE tp2 ep2 sp", "moe", 2, parallel={**TP2, "ep": 2}),
+    Case("MLA tp2 pp2 sp", "mla", 4, parallel={**TP2, "pp": 2}),
+    Case("MLA ep2 dp2 bf16", "mla", 2, dtype="bf16", parallel={"ep": 2}),
+)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """On one rank, or the mean over the ranks of one pipeline rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+
+
+def make_model(folder: Path, model: str) -> None:
+    """A random model of MODELS as a Hugging Face folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = dict(MODELS[model])
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).save_pretrained(
+        folder
+    )
+
+
+def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
+    """Collective: what this rank holds after an update, and what autograd holds at most during the next."""
+    from grpo_mega.policy.measure import held_bytes, saved_for_backward
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    spec = read_spec(folder)
+    policy = MegatronPolicy(case.config(folder), spec, folder, ranks, with_reference=False)
+    rows = [_row(spec.vocab_size, seed) for seed in range(case.microbatches)]
+    policy.update(rows, _loss, 1e-4)  # the moments appear with the first one
+    held = held_bytes(policy.parts)
+    with saved_for_backward(policy.parts.parameters) as saved:
+        policy.update(rows, _loss, 1e-4)
+    return Bytes(held.weights, held.gradients, held.optimizer, saved.peak)
+
+
+def predicted(case: Case, folder: Path) -> list[Bytes]:
+    """For each pipeline rank, what the planner says."""
+    from grpo_mega.planner.hardware import cluster_of, gpu_named
+    from grpo_mega.planner.plan import make_plan
+    from grpo_mega.policy.count import module_counter
+
+    spec = read_spec(folder)
+    plan = make_plan(
+        case.config(folder), spec, module_counter(spec), cluster_of(gpu_named("cpu"), case.world), str(folder)
+    )
+    return [
+        Bytes(rank.static.weights, rank.static.gradients, rank.static.optimizer, rank.activations)
+        for rank in plan.memory.ranks
+    ]
+
+
+def _row(vocab_size: int, seed: int) -> Microbatch:
+    import torch
+
+    from grpo_mega.types import Microbatch
+
+    length = PROMPT + COMPLETION
+    ids = torch.randint(0, vocab_size, (ROW,), generator=torch.Generator().manual_seed(seed))
+    return Microbatch(
+        rollout_ids=tuple(range(ROW // length)),
+        token_ids=ids,
+        position_ids=torch.arange(length).repeat(ROW // length),
+        labels=ids.roll(-1),
+        loss_mask=torch.ones(ROW, dtype=torch.bool),
+        cu_seqlens=torch.arange(0, ROW + 1, length, dtype=torch.int32),
+        advantages=torch.ones(ROW),
+        token_weights=torch.full((ROW,), 1 / ROW),
+        sampler_log_probs=torch.zeros(ROW),
+    )
+
+
+def _loss(log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
+    return -log_probs * microbatch.advantages, {}
