@@ -78,10 +78,8 @@ WIDE_MOE = Layout(4, cp=2, etp=2)
 QUICK_WIDE = ("mixtral", "deepseek-v3", "gpt-oss")
 LONG_DENSE = (
     ONE,
-    Layout(2),
     Layout(2, tp=2),
     Layout(2, tp=2, sequence_parallel=SP),
-    Layout(2, pp=2),
     Layout(2, cp=2),
     Layout(4, pp=2, vpp=2, more=(SPREAD, *OVERLAP)),
     Layout(4, tp=2, cp=2, sequence_parallel=SP, more=(("recompute", "full"),)),
@@ -91,24 +89,25 @@ LONG_DENSE = (
 LONG_MOE = (
     ONE,
     Layout(2, ep=2),
-    Layout(2, cp=2),
     Layout(2, tp=2, sequence_parallel=SP),
-    Layout(4, cp=2, ep=2, etp=2),
     Layout(4, ep=4, more=(("recompute", "selective"), ("recompute_modules", ("core_attn", "moe", "layernorm")))),
     Layout(4, tp=2, sequence_parallel=SP, ep=2, etp=2),
     Layout(4, pp=2, vpp=2, ep=2, more=(SPREAD, *OVERLAP)),
     Layout(4, tp=2, cp=2, sequence_parallel=SP, ep=4, more=(("recompute", "full"),)),
-    Layout(8, tp=2, pp=2, sequence_parallel=SP, ep=2, etp=2),
     Layout(8, tp=2, pp=2, cp=2, sequence_parallel=SP, ep=2),
 )
+# variants of a family that has all layouts: these of them
+VARIANTS = ("llama-linear-rope", "qwen2-tied", "qwen3-moe-sparse", "deepseek-dense")
+FEW_DENSE, FEW_MOE = LONG_DENSE[-3:], LONG_MOE[-3:]
 
 
 def layouts_of(name: str, *, quick: bool) -> tuple[Layout, ...]:
     """Those of the quick suite, or all others."""
+    few = name in VARIANTS
     if name in DENSE:
-        return (DEEP_DENSE,) if quick else LONG_DENSE
+        return (DEEP_DENSE,) if quick else FEW_DENSE if few else LONG_DENSE
     wide = (WIDE_MOE,) if quick == (name in QUICK_WIDE) else ()
-    found = (DEEP_MOE, *wide) if quick else (*wide, *LONG_MOE)
+    found = (DEEP_MOE, *wide) if quick else (*wide, *(FEW_MOE if few else LONG_MOE))
     # of gpt-oss experts are not cut
     return found if name != "gpt-oss" else tuple(replace(layout, etp=1) for layout in found)
 
