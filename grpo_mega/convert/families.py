@@ -78,6 +78,11 @@ def parameter_names(spec: ModelSpec) -> Iterator[str]:
 
 def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:
     """Every tensor of the checkpoint that is trained or used: embedding, layers in order, final norm, head."""
+    return dict(_shapes(spec))  # the caller's own: some add to it
+
+
+@functools.lru_cache(maxsize=4)
+def _shapes(spec: ModelSpec) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for name, rule in _outer_table(spec).items():
         if name == "decoder.final_layernorm.weight":

@@ -163,7 +163,7 @@ def build_models(
 ) -> list[PolicyModel]:
     """This rank's model chunks, one but under interleaved pipelining, with weights yet to be loaded."""
     quirks.fit_to(spec)
-    models = [_chunk(model_type, config, spec, parallel, chunk).to(ranks.device) for chunk in range(parallel.vpp)]
+    models = [model.to(ranks.device) for model in bare_models(spec, config, parallel, model_type)]
     cpu.install()  # modules that were imported while the model was built
     for model in models:
         quirks.separate_experts(model)
@@ -172,6 +172,13 @@ def build_models(
             _fit_module(module, spec)
     quirks.keep_after_build(config)
     return models
+
+
+def bare_models(
+    spec: ModelSpec, config: TransformerConfig, parallel: ParallelConfig, model_type: type[PolicyModel] = PolicyModel
+) -> list[PolicyModel]:
+    """Megatron's modules of this rank as they are built, on the default device: their parameters, not yet their use."""
+    return [_chunk(model_type, config, spec, parallel, chunk) for chunk in range(parallel.vpp)]
 
 
 def _fit_module(module: torch.nn.Module, spec: ModelSpec) -> None:
