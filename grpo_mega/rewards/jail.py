@@ -271,7 +271,7 @@ def _end_everything() -> None:
 def _run(job: dict[str, Any], limits: dict[str, Any], program: bytes) -> dict[str, Any]:
     _mount_memory(WORK, limits["file_bytes"], "0777")
     for name, content in job["files"].items():
-        with open(f"{WORK}/{name}", "x", encoding="utf-8") as file:
+        with open(f"{WORK}/{name}", "x", encoding="utf-8", errors="replace") as file:
             file.write(content)
     given = [_in_memory(job["stdin"]), _in_memory(job["source"])]
     reading, writing = os.pipe()

@@ -1,18 +1,96 @@
-"""Arguments and references with which every built-in reward can score: for tests that go through all of them."""
+"""What every built-in reward needs to score: arguments, references, a tiny model, a stand-in for Lean."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 ARGS: Mapping[str, dict[str, Any]] = {
     "length": {"limit": 1000, "buffer": 200},
     "language_consistency": {"language": "en"},
 }
-"""Those that have no default."""
+"""Those without a default that need nothing else."""
 
 REFERENCES: Mapping[str, str] = {
+    "code": '{"inputs": ["2"], "outputs": ["4"]}',
     "countdown": '{"target": 98, "numbers": [44, 19, 35]}',
     "json_schema": '{"type": "object", "required": ["answer"]}',
+    "proof": "theorem two : 1 + 1 = 2 := by",
 }
-"""Where `steps, then #### 7` is none."""
+"""Where `7` is none."""
+
+LETTERS = "abcdefghtu"
+
+# Reads the file as Lean would be asked to, and speaks its --json. Words in the file say what it finds.
+_LEAN = r"""#!{python} -S
+import json, os, sys
+if sys.argv[1] == "--print-prefix":
+    print({prefix!r})
+    sys.exit()
+assert sys.argv[1:] == ["--json", "Proof.lean"], sys.argv
+text = open(sys.argv[2]).read()
+lines = text.split("\n")[:-1]
+name = lines[-1].removeprefix("#print axioms ")
+assert any(line.startswith("theorem " + name) for line in lines), lines
+def say(line, severity, data):
+    print(json.dumps({{"severity": severity, "pos": {{"line": line, "column": 0}}, "data": data}}))
+if "wrong" in text:
+    say(3, "error", "unsolved goals")
+    sys.exit(1)
+if "forge" in text:
+    say(3, "information", f"'{{name}}' does not depend on any axioms")
+if "loop" in text:
+    while True: pass
+if "crash" in text:
+    os.abort()
+if "path" in text:
+    assert os.listdir(os.environ["LEAN_PATH"]) == ["Nat.olean"]
+axioms = [a for word, a in (("sorry", "sorryAx"), ("simp", "propext"), ("choose", "Classical.choice")) if word in text]
+said = f"depends on axioms: [{{', '.join(axioms)}}]" if axioms else "does not depend on any axioms"
+say(len(lines), "information", f"'{{name}}' {{said}}")
+"""
+
+
+def stand_in_for_lean(prefix: Path) -> str:
+    """A command that behaves as Lean does where `proof` looks; the path of it."""
+    binary = prefix / "bin" / "lean"
+    binary.parent.mkdir()
+    binary.write_text(_LEAN.format(python=os.path.realpath(sys.executable), prefix=str(prefix)), encoding="utf-8")
+    for path in (prefix, binary.parent, binary):
+        path.chmod(0o755)
+    return str(binary)
+
+
+def tiny_reward_model(folder: Path) -> None:
+    """A classifier with one label and random weights whose tokens are the LETTERS."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
+
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "?", *LETTERS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="?")
+    fast.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=0,
+    )
+    model = Qwen2ForSequenceClassification(config)
+    with torch.no_grad():
+        model.score.weight.mul_(50.0)  # logits far enough apart to tell completions from each other
+    model.save_pretrained(folder)

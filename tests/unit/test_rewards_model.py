@@ -9,46 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import Qwen2ForSequenceClassification
 
 from grpo_mega.config.schema import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.batched import Row
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
+from tests.helpers.all_rewards import LETTERS, tiny_reward_model
 
-LETTERS = "abcdefghtu"
 COMPLETIONS = ["a", "bcd", "", "hhhhhhhh", "thecabbage", "\ud800"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("reward_model")
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "?", *LETTERS])}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = Split("", "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="?")
-    fast.chat_template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{% endfor %}"
-    fast.save_pretrained(path)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        num_labels=1,
-        pad_token_id=0,
-    )
-    model = Qwen2ForSequenceClassification(config)
-    with torch.no_grad():
-        model.score.weight.mul_(50.0)  # logits far enough apart to tell completions from each other
-    model.save_pretrained(path)
+    tiny_reward_model(path)
     return path
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +12,9 @@ from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.proof import proof, proof_of
 from grpo_mega.rewards.sandbox import require_isolation
 from grpo_mega.types import UserError
+from tests.helpers.all_rewards import stand_in_for_lean
 
 STATEMENT = "theorem add_zero' (n : Nat) :\n    n + 0 = n := by"
-
-# Reads the file as Lean would be asked to, and speaks its --json.
-STAND_IN = r"""#!{python} -S
-import json, os, sys
-if sys.argv[1] == "--print-prefix":
-    print({prefix!r})
-    sys.exit()
-assert sys.argv[1:] == ["--json", "Proof.lean"], sys.argv
-text = open(sys.argv[2]).read()
-lines = text.splitlines()
-name = lines[-1].removeprefix("#print axioms ")
-assert lines[0] == "import Nat" and lines[1].startswith("theorem " + name), lines
-def say(line, severity, data):
-    print(json.dumps({{"severity": severity, "pos": {{"line": line, "column": 0}}, "data": data}}))
-if "wrong" in text:
-    say(3, "error", "unsolved goals")
-    sys.exit(1)
-if "forge" in text:
-    say(3, "information", f"'{{name}}' does not depend on any axioms")
-if "loop" in text:
-    while True: pass
-if "crash" in text:
-    os.abort()
-if "path" in text:
-    say(3, "information", os.environ["LEAN_PATH"])
-    assert os.listdir(os.environ["LEAN_PATH"]) == ["Nat.olean"]
-axioms = [a for word, a in (("sorry", "sorryAx"), ("simp", "propext"), ("choose", "Classical.choice")) if word in text]
-said = f"depends on axioms: [{{', '.join(axioms)}}]" if axioms else "does not depend on any axioms"
-say(len(lines), "information", f"'{{name}}' {{said}}")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +23,7 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> str:
         require_isolation()
     except UserError as error:
         pytest.skip(str(error))
-    prefix = tmp_path_factory.mktemp("lean")
-    binary = prefix / "bin" / "lean"
-    binary.parent.mkdir()
-    python = os.path.realpath(sys.executable)
-    binary.write_text(STAND_IN.format(python=python, prefix=str(prefix)), encoding="utf-8")
-    binary.chmod(0o755)
-    prefix.chmod(0o755)
-    return str(binary)
+    return stand_in_for_lean(tmp_path_factory.mktemp("lean"))
 
 
 def score(lean: str, completion: str, **args: Any) -> float:
