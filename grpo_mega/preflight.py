@@ -36,6 +36,15 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         )
 
 
+def _check_host_optimizer(config: Config) -> None:
+    """Raises UserError: there is no device that the host could relieve."""
+    if config.optimizer.host_fraction > 0 and not Path("/proc/driver/nvidia/gpus").is_dir():
+        raise UserError(
+            f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none; "
+            "leave it out"
+        )
+
+
 def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, where: str) -> None:
     """Does the layout divide the model? `where` names the model in messages.
 

@@ -85,6 +85,8 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_held_out, load_train
     from grpo_mega.data.rows import check_rows
+    from grpo_mega.doctor.examine import examine_start
+    from grpo_mega.doctor.finding import require
     from grpo_mega.environments.base import build_environment
     from grpo_mega.observe.run_folder import check_run
     from grpo_mega.preflight import check_model

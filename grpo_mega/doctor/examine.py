@@ -25,7 +25,7 @@ def examine_machine(num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, st
     on_cuda = gpus.num_driver_gpus() > 0
     return [
         *machine.check_versions(on_cuda=on_cuda),
-        *gpus.check_gpus(num_ranks),
+        *gpus.check_gpus(num_ranks, one_each="SLURM_PROCID" in env),
         *machine.check_environment(
             env,
             on_cuda=on_cuda,

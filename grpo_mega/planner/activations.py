@@ -71,7 +71,10 @@ class Activations:
         gathered = self._t * self._spec.hidden_size * self._b if self._parallel.sequence_parallel else 0.0
         passing = 2 * gathered + 3 * routed + 2 * self.message
         if self._parallel.recompute == "full":
-            return LayerActivations(self.message, whole, passing)
+            copied = (
+                self._local and self._b < 4
+            )  # the norm's float32 copy; else the norm keeps the layer's input itself
+            return LayerActivations(self.message, whole - (0.0 if copied else self.message), passing)
         if self._parallel.recompute == "none":
             return LayerActivations(whole, 0.0, passing)
         dropped = self._dropped(is_moe, norms, inner, core, feed)

@@ -65,14 +65,20 @@ def search_in_words(found: list[Found], num_ranks: int) -> str:
     """A line a layout."""
     lines = [f"{num_ranks} devices:"]
     for each in found:
-        plan, change = each.plan, {k: v for k, v in each.change.items() if v not in (None, 1, False, 0.0)}
-        change.pop("run.world_size", None)
+        plan, change = each.plan, {key: value for key, value in each.change.items() if _says_something(key, value)}
         peak = max(plan.memory.fullest(phase).peak(phase) for phase in PHASES)
         lines.append(
             f"  {plan.time.seconds:8.1f} s  {plan.tokens_per_second:10,.0f} tokens/s  MFU {plan.mfu:6.2%}  "
             f"{peak / _GIB:5.1f} GiB  {' '.join(as_overrides(change))}"
         )
     return "\n".join(lines if found else [*lines, "  none fits"])
+
+
+def _says_something(key: str, value: object) -> bool:
+    """Is this not how a config is without the key?"""
+    if key == "run.world_size" or value is None or value is False:
+        return False
+    return value not in ("none", 0.0) if isinstance(value, (str, float)) else value != 1
 
 
 def picture(plan: Plan, title: str) -> str:

@@ -109,6 +109,7 @@ def build_policy(
             params_dtype=config.params_dtype,
             bf16=config.bf16,
             use_distributed_optimizer=True,
+            **_on_host(optimizer),
         ),
         ddps,
         use_gloo_process_groups=False,
@@ -120,6 +121,19 @@ def build_policy(
         no_sync = [ddp.no_sync for ddp in ddps]  # until the last microbatch
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return MegatronParts(config, models, ddps, adam)
+
+
+def _on_host(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """Settings that keep a share of master weights and moments on the host and update them there. The hybrid optimizer
+    holds no second master weight on the device only with the precision-aware one."""
+    if optimizer.host_fraction == 0:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": optimizer.host_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        "use_precision_aware_optimizer": True,
+    }
 
 
 def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:

@@ -1,0 +1,145 @@
+"""tools/plan.py: published models fit or do not, a remedy planned again fits, and what it prints can be read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.load import load_config
+from grpo_mega.planner.change import even_layout
+from tools.plan import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = REPOSITORY / "configs"
+PRODUCTION = sorted(path.name for path in CONFIGS.glob("*n8g*.yaml"))
+# as their publishers count them: model cards and papers
+PUBLISHED_BILLIONS = {"qwen2.5-7b": 7.62, "qwen2.5-32b": 32.76, "llama-3.3-70b": 70.55, "qwen3-30b": 30.53,
+                      "qwen3-235b": 235.09, "deepseek-v3": 671.03}  # fmt: skip
+LLAMA = str(CONFIGS / "llama-3.3-70b-8n8g-tp8pp2-vllm.yaml")
+DEEPSEEK_64 = str(CONFIGS / "deepseek-v3-671b-8n8g-tp8pp8ep8-host-vllm.yaml")
+
+
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    code = main([*arguments, "--json"])
+    streams = capsys.readouterr()
+    return code, json.loads(streams.out.splitlines()[-1]), streams.err
+
+
+def test_there_is_a_config_for_each_published_size() -> None:
+    assert {name.split("-")[0] + "-" + name.split("-")[1] for name in PRODUCTION} >= {"qwen2.5-7b", "qwen2.5-32b"}
+    assert len(PRODUCTION) == 9
+
+
+@pytest.mark.parametrize("name", PRODUCTION)
+def test_each_production_config_loads_and_fits_on_the_devices_of_its_name(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = int(re.search(r"-(\d+)n8g-", name)[1])  # type: ignore[index]
+    assert load_config(CONFIGS / name).run.world_size == 8 * nodes
+    code, found, _ = plan(capsys, str(CONFIGS / name))
+    assert code == 0
+    assert found["fits"] is True
+    assert found["ranks"] == 8 * nodes
+    published = next(size for model, size in PUBLISHED_BILLIONS.items() if name.startswith(model))
+    assert found["parameters"] / 1e9 == pytest.approx(published, abs=0.01)
+    assert set(found["peak_bytes"]) == {"rollout", "log_probs", "train", "sync"}
+    assert max(found["peak_bytes"].values()) <= found["device_bytes"]
+    assert found["step_seconds"] == pytest.approx(sum(found["phase_seconds"].values()))
+    assert 0 < found["mfu"] < 0.5
+    for key in ("remedy", "sync_bytes", "host_bytes_per_node", "tokens_per_second", "days"):
+        assert key in found
+
+
+@pytest.mark.parametrize(
+    "misfit",
+    [
+        (LLAMA, "--nodes", "1", "parallel.pp=1"),
+        (DEEPSEEK_64, "optimizer.host_fraction=0"),
+        (str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), "parallel.recompute=none", "--gpu", "h100-80g", "engine.tp=1",
+         "train.max_tokens_per_microbatch=32768"),
+    ],
+    ids=["70B-full-Adam-on-8", "671B-full-optimizer-on-64", "7B-with-long-rows"],
+)  # fmt: skip
+def test_a_known_misfit_says_no_and_its_remedy_planned_again_says_yes(
+    misfit: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found, errors = plan(capsys, *misfit)
+    assert code == 2
+    assert found["fits"] is False
+    assert found["remedy"]
+    assert "does not fit" in errors
+    assert errors.startswith("error: ")
+    again, fitting, _ = plan(capsys, *misfit, *found["remedy"])
+    assert (again, fitting["fits"]) == (0, True)
+
+
+def test_the_host_s_optimizer_has_a_price_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = {
+        share: plan(capsys, DEEPSEEK_64, f"optimizer.host_fraction={share}")[1]["phase_seconds"]["optimizer"]
+        for share in ("0.0", "1.0")
+    }
+    assert seconds["1.0"] > 10 * seconds["0.0"]
+
+
+def test_search_lists_layouts_that_fit_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, _ = plan(capsys, str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), "--nodes", "1", "--search")
+    seconds = [layout["step_seconds"] for layout in found["layouts"]]
+    assert code == 0
+    assert len(seconds) == 5
+    assert seconds == sorted(seconds)
+    assert all(layout["fits"] for layout in found["layouts"])
+    best = found["layouts"][0]
+    assert plan(capsys, str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), *best["overrides"])[1]["fits"]
+
+
+def test_search_without_a_fit_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([LLAMA, "--nodes", "1", "--search", "--gpu", "h100-80g", "engine.kv_cache_tokens=100000000"]) == 2
+    assert "no layout fits on 8" in capsys.readouterr().err
+
+
+def test_the_picture_holds_every_phase_and_the_device_s_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "memory.html"
+    assert main([str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), "--html", str(path)]) == 0
+    text = path.read_text()
+    for phase in ("rollout", "log_probs", "train", "sync"):
+        assert f">{phase}</text>" in text
+    assert "79.1 GiB" in text
+    assert text.count("<rect") > 12
+    assert "<script" not in text
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--gpu", "h101"), "--gpu=h101: not known"),
+        (("--nodes", "0"), "--nodes=0"),
+        (("parallel.tp=3", "run.world_size=24"), "parallel.tp=3 does not divide the 64 attention heads"),
+        (("model.path=no/such",), "model.path=no/such holds no config.json"),
+    ],
+)
+def test_wrong_input_is_exit_2_with_one_message(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([LLAMA, *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_the_quickstart_can_be_planned_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, _ = plan(capsys, str(CONFIGS / "quickstart.yaml"), "--gpu", "cpu", "run.world_size=2")
+    assert code == 0
+    assert found["parameters"] == pytest.approx(0.8e6, rel=0.05)
+
+
+def test_an_even_layout_gives_the_first_stages_one_layer_more() -> None:
+    assert even_layout(7, 3) == "Et*3|tt|ttL"
+    assert even_layout(61, 8) == "Et*8|t*8|t*8|t*8|t*8|t*7|t*7|t*7L"
