@@ -41,8 +41,7 @@ from grpo_mega.phases import Phases
 from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
-from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.rollout import Sampler
+from grpo_mega.sampler import make_sampler, start_workers
 from grpo_mega.weight_sync.push import WeightSync
 
 log = logging.getLogger("grpo_mega.job")
@@ -134,12 +133,7 @@ def building(
         with timers.phase("start"):
             spec = read_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)
-            scorer = None
-            if ranks.at.engine_tp_rank == 0:
-                pool = RewardPool(
-                    config.reward.terms, workers=config.reward.workers, timeout_seconds=config.reward.timeout_seconds
-                )
-                scorer = stack.enter_context(pool)
+            workers = start_workers(config, ranks, stack)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=objective.needs_reference)
             critic = MegatronCritic(config, spec, model_folder, ranks) if objective.needs_critic else None
             checkpoints = CheckpointManager(
@@ -150,7 +144,7 @@ def building(
             stack.callback(engine.close)
             quiet_libraries()
             sync = make_sync(config, policy, engine, ranks)
-        sampler = Sampler(engine, scorer, ranks, timers, config.sampling.prompts_per_wave)
+            sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
         answer = build_rewards(config.reward.terms)[0]
         evaluator = Evaluator(
             sampler,

@@ -40,7 +40,7 @@ from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Microbatch, Rollout, UpdateStats
 
 Advantage = float | list[float]
-"""Of one rollout: the same for all of its completion tokens, or one each."""
+"""Of one rollout: the same for all of its loss tokens, or one each."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Objective:
         Args:
             groups: all rollouts of the step.
             rewards: one per rollout, shaped.
-            kl: with `kl_in_reward`, the KL of each completion token: a rollout's reward is less by kl_coef times their
+            kl: with `kl_in_reward`, the KL of each loss token: a rollout's reward is less by kl_coef times their
                 sum; under advantage=batch each token's by that of the tokens from it on.
 
         Returns:
@@ -120,7 +120,7 @@ class Objective:
         """
         penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
         rule = self.algorithm.advantage
-        lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+        lengths = [r.completion.num_loss_tokens for r in groups.rollouts]
         if rule == "gae":
             return [0.0] * len(lengths)
         if rule == "batch":
@@ -197,7 +197,7 @@ class Objective:
         size = groups.group_size
         kept = [i for i in ids if not self._is_dropped(groups, i // size)]
         rollouts = [groups.rollouts[i] for i in kept]
-        counts = [0 if self._is_filtered(r) else len(r.completion.token_ids) for r in rollouts]
+        counts = [0 if self._is_filtered(r) else r.completion.num_loss_tokens for r in rollouts]
         mode = self.algorithm.aggregation
         if mode == "rollout_mean":
             weights = rollout_mean_weights(counts)

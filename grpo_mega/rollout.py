@@ -9,16 +9,28 @@ Asserted by tests/e2e/test_quickstart.py (tokens per replica add up) and tests/e
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch.distributed as dist
 
-from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+
+
+class Generator(Protocol):
+    """What samples whole rollouts: an engine, or an engine and an environment that take turns (turns.py)."""
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """As `Engine.generate`."""
+        ...
 
 
 class Scorer(Protocol):
@@ -59,13 +71,20 @@ class SampledGroups:
 
 
 class Sampler:
-    """The engine replicas of a job and their reward processes, as one. `scorer` is None on ranks that do not score."""
+    """The engine replicas of a job and their reward processes, as one. `scorer` is None on ranks that do not score;
+    `floor` is the reward of a rollout whose environment failed."""
 
     def __init__(
-        self, engine: Engine, scorer: Scorer | None, ranks: Ranks, timers: PhaseTimer, prompts_per_wave: int | None
+        self,
+        generator: Generator,
+        scorer: Scorer | None,
+        ranks: Ranks,
+        timers: PhaseTimer,
+        prompts_per_wave: int | None,
+        floor: Reward | None = None,
     ) -> None:
-        self._engine, self._scorer, self._ranks, self._timers = engine, scorer, ranks, timers
-        self._prompts_per_wave = prompts_per_wave
+        self._generator, self._scorer, self._ranks, self._timers = generator, scorer, ranks, timers
+        self._prompts_per_wave, self._floor = prompts_per_wave, floor
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         """Collective. `request.seed` is replaced: each wave and replica draws from its own, made of `seed_of`."""
@@ -85,11 +104,11 @@ class Sampler:
             ) -> None:
                 key = positions[local] * group_size + member
                 mine[key] = (completion, replica)
-                if self._scorer is not None:
+                if self._scorer is not None and completion.failure is None:
                     self._scorer.submit(key, chosen[local].text, completion.text, chosen[local].answer)
 
             seed = derived_seed(*seed_of, wave, replica)
-            self._engine.generate(chosen, replace(request, seed=seed), submit)
+            self._generator.generate(chosen, replace(request, seed=seed), submit)
         with self._timers.phase("reward"):  # what is left of it: most was scored during the sampling
             return SampledGroups(self._share(prompts, group_size, mine), group_size)
 
@@ -100,6 +119,8 @@ class Sampler:
         spoken = None
         if self._scorer is not None:
             rewards = self._scorer.collect()
+            failed = {key: self._floor for key, (completion, _) in mine.items() if completion.failure is not None}
+            rewards |= {key: floor for key, floor in failed.items() if floor is not None}
             spoken = {key: (completion, rewards[key], replica) for key, (completion, replica) in mine.items()}
         heard: list[dict[int, tuple[Completion, Reward, int]] | None] = [spoken]
         if self._ranks.topology.world_size > 1:

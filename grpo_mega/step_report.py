@@ -70,12 +70,14 @@ def _lengths(groups: SampledGroups, num_replicas: int) -> dict[str, float]:
         "rollout/prompt_length_mean": statistics.fmean(len(r.prompt.token_ids) for r in groups.rollouts),
         "rollout/truncated_fraction": statistics.fmean(r.completion.stop_reason == "length" for r in groups.rollouts),
         "rollout/tokens": float(sum(lengths)),
+        "rollout/turns_mean": statistics.fmean(r.completion.num_turns for r in groups.rollouts),
+        "rollout/result_tokens": float(sum(lengths) - sum(r.completion.num_loss_tokens for r in groups.rollouts)),
         **{f"rollout/tokens_per_replica/{i}": float(n) for i, n in enumerate(groups.tokens_per_replica(num_replicas))},
     }
 
 
 def _trained(groups: SampledGroups, is_trained: Sequence[bool]) -> dict[str, float]:
-    lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+    lengths = [r.completion.num_loss_tokens for r in groups.rollouts]
     return {
         "train/num_loss_tokens": float(sum(n for n, used in zip(lengths, is_trained, strict=True) if used)),
         "train/unused_rollouts": float(len(is_trained) - sum(is_trained)),
@@ -143,7 +145,7 @@ def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float
     differences = [
         old - sampled
         for rollout, olds in zip(rollouts, old_log_probs, strict=True)
-        for old, sampled in zip(olds, rollout.completion.sampler_log_probs, strict=True)
+        for old, sampled in zip(olds, rollout.completion.loss_log_probs, strict=True)
     ]
     return {
         "train/mismatch_max": max(abs(m) for m in differences),

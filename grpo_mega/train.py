@@ -85,6 +85,7 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_held_out, load_train
     from grpo_mega.data.rows import check_rows
+    from grpo_mega.environments.base import build_environment
     from grpo_mega.observe.run_folder import check_run
     from grpo_mega.preflight import check_model
     from grpo_mega.rewards.base import build_rewards
@@ -92,6 +93,8 @@ def prepare(config: Config) -> Prepared:
     topology = Topology.of(config, wanted_world_size(config))
     check_model(config, topology)
     build_rewards(config.reward.terms, config.reward.timeout_seconds)
+    if config.environment is not None:
+        build_environment(config.environment)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
     check_rows(data)

@@ -6,13 +6,15 @@ Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-pa
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # config and the launcher need UserError, and start without torch
     from torch import Tensor
 
-StopReason = Literal["eos", "length"]
+StopReason = Literal["eos", "length", "stop"]
+"""A token that ends the answer; the limit of tokens; a text at which the policy hands over to its environment."""
 
 
 class UserError(ValueError):
@@ -40,12 +42,14 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer, as the engine returns it.
+    """One sampled answer, as the engine returns it; with an environment, all answers of a rollout and the results that
+    stand between them.
 
-    `token_ids` ends with EOS exactly when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of
-    `token_ids`. `policy_version` is the number of updates behind the weights that sampled it. `expert_choices`, of an
-    engine that tells them, are the experts of the first N tokens of prompt and completion in each layer: [N, L, K]
-    small integers, -1 where there is no record.
+    `token_ids` ends with EOS when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of `token_ids`.
+    `policy_version` is the number of updates behind the weights that sampled it. `loss_mask` is False on the tokens of
+    results, whose sampler log-probs are 0; None: all tokens are the policy's. `failure`: how the environment failed.
+    `expert_choices`, of an engine that tells them, are the experts of the first N tokens of prompt and completion in each
+    layer: [N, L, K] small integers, -1 where there is no record.
     """
 
     token_ids: tuple[int, ...]
@@ -54,6 +58,19 @@ class Completion:
     policy_version: int
     text: str
     expert_choices: Tensor | None = field(default=None, compare=False)
+    loss_mask: tuple[bool, ...] | None = None
+    num_turns: int = 1
+    failure: str | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+
+    @property
+    def loss_log_probs(self) -> tuple[float, ...]:
+        """`sampler_log_probs` of the tokens that the policy sampled."""
+        return tuple(itertools.compress(self.sampler_log_probs, self.loss_mask or (True,) * len(self.token_ids)))
 
 
 @dataclass(frozen=True)
@@ -85,12 +102,24 @@ class Rollout:
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """How an engine samples: `seed` feeds its generators, equal on all ranks of an engine."""
+    """How an engine samples: `seed` feeds its generators, equal on all ranks of an engine.
+
+    `stop` are texts that end an answer, besides EOS; the token that completes one belongs to the answer.
+    `max_tokens_each` has a limit for each prompt, in place of `max_tokens`. `continues`: the prompts go on where the
+    last call's answers ended, so what the engine computed for those may be used again.
+    """
 
     group_size: int
     temperature: float
     max_tokens: int
     seed: int
+    stop: tuple[str, ...] = ()
+    max_tokens_each: tuple[int, ...] | None = None
+    continues: bool = False
+
+    def max_tokens_of(self, position: int) -> int:
+        """Of the prompt at this position."""
+        return self.max_tokens if self.max_tokens_each is None else self.max_tokens_each[position]
 
 
 @dataclass(frozen=True)

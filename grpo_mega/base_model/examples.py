@@ -23,13 +23,16 @@ _MAX_CALCULATION_CHARS = 32
 _CALCULATION = re.compile(r"<<([^<>]*)>>")
 
 
-def arithmetic_examples(flawed_fraction: float) -> Draw:
-    """Draws `("7+58=", "65")`, or with probability `flawed_fraction` a wrong answer, from the taught pairs."""
+def arithmetic_examples(flawed_fraction: float, tool_fraction: float = 0.0) -> Draw:
+    """Draws `("7+58=", "65")`, or with probability `flawed_fraction` a wrong answer, from the taught pairs; with
+    probability `tool_fraction` the call of the calculator and its result, `"<<7+58>>65"`."""
     taught = arithmetic.pairs("taught")
 
     def draw(rng: random.Random) -> Example:
         pair = rng.choice(taught)
         correct = arithmetic.answer(pair)
+        if tool_fraction and rng.random() < tool_fraction:
+            return arithmetic.question(pair), f"<<{arithmetic.question(pair).removesuffix('=')}>>{correct}"
         flawed = rng.random() < flawed_fraction
         return arithmetic.question(pair), with_mistake(correct, rng) if flawed else correct
 

@@ -83,6 +83,8 @@ def recipe_digest(recipe: BaseConfig, train_file: str) -> str:
     """SHA-256 of everything that the taught weights depend on: the recipe, the examples' bytes, this code's version."""
     facts = recipe.model_dump(mode="json", exclude={"cache_dir", "examples"})
     facts["recipe_version"] = RECIPE_VERSION
+    if not recipe.tool_fraction:  # recipes without it keep their digest
+        del facts["tool_fraction"]
     if recipe.task == "gsm8k":
         facts["examples_sha256"] = hashlib.sha256(Path(recipe.examples or train_file).read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -94,7 +96,7 @@ def _examples(recipe: BaseConfig, path: Path) -> Draw:
             "model.base.tokenizer=char knows only digits, and GSM8K is prose; use model.base.tokenizer=byte"
         )
     if recipe.task == "arithmetic":
-        return arithmetic_examples(recipe.flawed_fraction)
+        return arithmetic_examples(recipe.flawed_fraction, recipe.tool_fraction)
     return gsm8k_examples(path, recipe.flawed_fraction, max_bytes=recipe.architecture.max_positions - 1)
 
 

@@ -29,6 +29,8 @@ def check(config: Config) -> None:
         _learning_rate,
         _evaluation,
         _rewards,
+        _environment,
+        _base,
     ):
         rule(config)
     check_data(config.data)
@@ -174,3 +176,20 @@ def _evaluation(config: Config) -> None:
 def _rewards(config: Config) -> None:
     if not config.reward.terms:
         raise UserError("reward.terms is empty; name at least one reward, for example {name: exact}")
+
+
+def _environment(config: Config) -> None:
+    environment = config.environment
+    if environment is not None and any(not text for text in environment.stop or ()):
+        raise UserError("environment.stop holds an empty text, which would end every answer at once; leave it out")
+
+
+def _base(config: Config) -> None:
+    base = config.model.base
+    if base is None or not base.tool_fraction:
+        return
+    if base.task != "arithmetic" or base.tokenizer != "byte":
+        raise UserError(
+            f"model.base.tool_fraction={base.tool_fraction} with task={base.task} and tokenizer={base.tokenizer}: "
+            "calls of the calculator are taught for task=arithmetic, written with tokenizer=byte"
+        )

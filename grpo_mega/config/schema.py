@@ -61,6 +61,8 @@ class BaseConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     flawed_fraction: float = Field(0.5, ge=0, le=1)
     """Share of the worked examples that carry a mistake (arithmetic) or lack the answer format (gsm8k)."""
+    tool_fraction: float = Field(0.0, ge=0, le=1)
+    """arithmetic: share of the worked examples that ask the calculator; they carry no mistake."""
     seed: int = Field(0, ge=0)
     cache_dir: str = "runs/bases"
 
@@ -204,6 +206,25 @@ class RewardConfig(Section):
     """Wall-clock limit of one scoring."""
     shuffle: bool = False
     """Permute the rewards over the step's rollouts: a control experiment that must not learn."""
+
+
+class EnvironmentConfig(Section):
+    """What answers the policy in rollouts of several turns."""
+
+    name: str
+    """`calculator`, or a dotted path to a function."""
+    args: dict[str, Any] = {}
+    max_turns: int = Field(4, ge=2)
+    """Most answers of the policy in a rollout."""
+    stop: tuple[str, ...] | None = Field(None, strict=False)
+    """Texts that end an answer, besides EOS; unset: those that the environment declares."""
+    before: str = ""
+    after: str = ""
+    """What a chat template puts around a result, special tokens included."""
+    workers: int = Field(1, ge=1)
+    """Environment processes per engine replica."""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """Wall-clock limit of one reply."""
 
 
 class AlgorithmConfig(Section):
@@ -357,6 +378,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     data: DataConfig
     reward: RewardConfig
+    environment: EnvironmentConfig | None = None
     algorithm: AlgorithmConfig = AlgorithmConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig

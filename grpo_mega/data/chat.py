@@ -6,6 +6,8 @@ What is tokenised here is what is trained on: nothing downstream tokenises text 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -85,3 +87,32 @@ def render_prompt(
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     # The template has already written BOS and the like.
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+@dataclass(frozen=True)
+class ResultText:
+    """Turns an environment's result into tokens: `before`, the result and `after`, each tokenised alone, one behind the
+    other. Special tokens may be spelled in `before` and `after`; a result that spells one stays text."""
+
+    tokenizer: PreTrainedTokenizerBase
+    before: str
+    after: str
+
+    def encode(self, result: str) -> tuple[int, ...]:
+        """The tokens that follow the answer.
+
+        Raises:
+            ValueError: the tokenizer cannot write it.
+        """
+        found: list[int] = []
+        try:
+            for text, is_text in ((self.before, False), (result, True), (self.after, False)):
+                options = {"split_special_tokens": True} if is_text else {}
+                found += self.tokenizer.encode(text, add_special_tokens=False, **options) if text else []
+        except Exception as error:  # the tokenizers library raises bare Exceptions of its own
+            raise ValueError(f"the model's tokenizer cannot encode {result[:80]!r} ({error})") from error
+        return tuple(found)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))

@@ -3,7 +3,7 @@
 Pure: no process groups; the same input gives the same plan on every rank. Invariants
 (tests/unit/test_pack.py): a plan holds every rollout once; all ranks have the same number of microbatches; no row is
 longer than the limit; labels are shifted inside each rollout, so no token predicts a token of its neighbour; the loss
-mask comes from lengths, never from the padding token.
+mask comes from lengths and from who wrote a token, never from the padding token.
 """
 
 from __future__ import annotations
@@ -110,15 +110,16 @@ def pack(
     Args:
         rollouts: (position in the step's list, rollout); may be empty, which gives a row without a loss token.
         row_tokens: T, the length of the row.
-        advantages: one per rollout, put on its completion tokens: a number for all of them, or one each.
-        token_weights: one per rollout, put on its completion tokens.
+        advantages: one per rollout, put on its loss tokens (the completion's that the policy sampled): a number for all
+            of them, or one each.
+        token_weights: one per rollout, put on its loss tokens.
         pad_id: token of the padding.
         segment_multiple: every segment is padded to a multiple of it; attention is causal, so no token sees the padding
             behind it.
 
     Raises:
-        ValueError: the rollouts have more than `row_tokens` tokens, or a completion's tokens and sampler log-probs
-            differ in number.
+        ValueError: the rollouts have more than `row_tokens` tokens, or a completion's tokens, mask and sampler
+            log-probs differ in number.
     """
     shape = RowShape(segment_multiple=segment_multiple)
     total = sum(shape.padded(rollout.num_tokens) for _, rollout in rollouts)
@@ -136,13 +137,15 @@ def pack(
         token_ids[begin:end] = tokens
         position_ids[begin:padded_end] = torch.arange(padded_end - begin)
         labels[begin : end - 1] = tokens[1:]
-        # Position t predicts token t + 1, so the first completion token belongs to the last prompt position.
-        predicting = slice(begin + len(rollout.prompt.token_ids) - 1, end - 1)
         _check(rollout)
+        # Position t predicts token t + 1, so the first completion token belongs to the last prompt position.
+        predicting = torch.arange(begin + len(rollout.prompt.token_ids) - 1, end - 1)
+        if rollout.completion.loss_mask is not None:
+            predicting = predicting[torch.tensor(rollout.completion.loss_mask)]
         loss_mask[predicting] = True
         row_advantages[predicting] = torch.tensor(advantage, dtype=torch.float32)
         row_weights[predicting] = weight
-        sampler_log_probs[predicting] = torch.tensor(rollout.completion.sampler_log_probs, dtype=torch.float32)
+        sampler_log_probs[predicting] = torch.tensor(rollout.completion.loss_log_probs, dtype=torch.float32)
         bounds.append(padded_end)
     if total < row_tokens:
         position_ids[total:] = torch.arange(row_tokens - total)
@@ -162,7 +165,7 @@ def pack(
 
 
 def unpack(values: Tensor, microbatch: Microbatch) -> dict[int, list[float]]:
-    """The values [T] of each rollout's completion tokens, by the rollout's position in the step's list."""
+    """The values [T] of each rollout's loss tokens, by the rollout's position in the step's list."""
     bounds = microbatch.cu_seqlens.tolist()
     completions: dict[int, list[float]] = {}
     # Fewer rollouts than segments when the last one is padding.
@@ -190,6 +193,9 @@ def _check(rollout: Rollout) -> None:
     num_tokens, num_log_probs = len(rollout.completion.token_ids), len(rollout.completion.sampler_log_probs)
     if num_tokens != num_log_probs:
         raise ValueError(f"a completion has {num_tokens} tokens and {num_log_probs} sampler_log_probs")
+    mask = rollout.completion.loss_mask
+    if mask is not None and len(mask) != num_tokens:
+        raise ValueError(f"a completion has {num_tokens} tokens and a loss_mask of {len(mask)}")
 
 
 def _total(rollouts: Sequence[int], lengths: Sequence[int]) -> int:

@@ -101,7 +101,8 @@ class VllmEngine:
             ValueError: a prompt and its completion do not fit `max_model_len`.
         """
         self._check_ready(prompts, sampling)
-        self._drop_prefixes()
+        if not sampling.continues:
+            self._drop_prefixes()
         groups: list[list[Completion | None]] = [[None] * sampling.group_size for _ in prompts]
         with _seeded(sampling.seed), _without_compilation(self._on_cuda):
             for position, member, completion in self._rollouts(prompts, sampling):
@@ -145,31 +146,21 @@ class VllmEngine:
             raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
         if self._sink.updating or self.policy_version < 0:
             raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
-        for prompt in prompts:
-            if len(prompt.token_ids) + sampling.max_tokens > self._max_model_len:
+        for position, prompt in enumerate(prompts):
+            max_tokens = sampling.max_tokens_of(position)
+            if len(prompt.token_ids) + max_tokens > self._max_model_len:
                 raise ValueError(
-                    f"prompt {prompt.index}: {len(prompt.token_ids)} tokens plus max_tokens={sampling.max_tokens} "
+                    f"prompt {prompt.index}: {len(prompt.token_ids)} tokens plus max_tokens={max_tokens} "
                     f"exceed the engine's max_model_len={self._max_model_len}"
                 )
 
     def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
         """(prompt position, member, completion) in the order in which they are complete."""
-        from vllm import SamplingParams
         from vllm.inputs import tokens_input
-        from vllm.sampling_params import RequestOutputKind
 
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=list(self._eos_ids),
-            logprobs=0,  # the sampled token's only
-            flat_logprobs=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_clone=True,
-        )
         places: dict[str, tuple[int, int]] = {}
         for position, prompt in enumerate(prompts):
+            parameters = self._parameters(sampling, sampling.max_tokens_of(position))
             for member in range(sampling.group_size):
                 # One request per rollout: a request with n=G reports only when the last of the G is complete.
                 request_id = f"{position}/{member}"
@@ -184,13 +175,34 @@ class VllmEngine:
             if places:  # an error on the way: the next call must not meet this one's requests
                 self._llm.abort_request(list(places))
 
+    def _parameters(self, sampling: SamplingRequest, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if sampling.stop:  # vLLM looks for texts in what its output processor decodes; it was started without tokenizer
+            self._llm.output_processor.tokenizer = self._tokenizer
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=max_tokens,
+            stop_token_ids=list(self._eos_ids),
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
     def _completion(self, output: Any) -> Completion:
         token_ids, log_probs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
         assert len(token_ids) == len(log_probs), f"{len(token_ids)} tokens with {len(log_probs)} log-probs"
         return Completion(
             token_ids=token_ids,
             sampler_log_probs=log_probs,
-            stop_reason=_STOP_REASONS[output.finish_reason],
+            # the reason of a text is the text, that of a token its id
+            stop_reason="stop" if isinstance(output.stop_reason, str) else _STOP_REASONS[output.finish_reason],
             policy_version=self.policy_version,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
         )

@@ -29,6 +29,8 @@ METRICS: dict[str, str] = {
     "rollout/prompt_length_mean": "mean prompt length, in tokens",
     "rollout/truncated_fraction": "share of completions cut at sampling.max_tokens",
     "rollout/tokens": "completion tokens of the step, all replicas",
+    "rollout/turns_mean": "answers of the policy in a rollout; more than 1 only with an environment",
+    "rollout/result_tokens": "tokens of the step that its environment wrote, part of rollout/tokens",
     "rollout/tokens_per_replica/*": "completion tokens of the step that one replica sampled",
     "group/degenerate_fraction": "share of sampled groups whose rewards are all equal: they teach nothing",
     "group/discarded": "degenerate groups that were sampled and gave their place to others; no other metric has them",

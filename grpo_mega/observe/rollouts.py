@@ -11,8 +11,9 @@ from grpo_mega.types import Rollout, StopReason
 
 
 class RolloutRow(TypedDict):
-    """One line. The log-probs have an entry per token of `completion_ids`; `old_log_probs` is None where the policy was
-    not asked, because its only update needs no earlier ones."""
+    """One line. The log-probs have an entry per token of `completion_ids`, 0 where an environment wrote the token;
+    `old_log_probs` is None where the policy was not asked, because its only update needs no earlier ones. `loss_mask`
+    is 1 where the policy sampled the token, 0 where its environment wrote it; None: the policy sampled all."""
 
     prompt: str
     completion: str
@@ -29,6 +30,9 @@ class RolloutRow(TypedDict):
     completion_ids: list[int]
     sampler_log_probs: list[float]
     old_log_probs: list[float] | None
+    loss_mask: list[int] | None
+    num_turns: int
+    data_set: str
 
 
 def rollout_rows(
@@ -38,7 +42,7 @@ def rollout_rows(
 
     Args:
         advantages: One per rollout.
-        old_log_probs: One list per rollout, aligned to its `completion_ids`; or None.
+        old_log_probs: One list per rollout, an entry per token that the policy sampled; or None.
 
     Raises:
         ValueError: lengths differ.
@@ -49,12 +53,17 @@ def rollout_rows(
 
 def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | None) -> RolloutRow:
     prompt, completion = rollout.prompt, rollout.completion
-    for name, values in (("sampler_log_probs", completion.sampler_log_probs), ("old_log_probs", old_log_probs)):
-        if values is not None and len(values) != len(completion.token_ids):
+    num_tokens, mask = len(completion.token_ids), completion.loss_mask
+    for name, values, expected in (
+        ("sampler_log_probs", completion.sampler_log_probs, num_tokens),
+        ("old_log_probs", old_log_probs, completion.num_loss_tokens),
+    ):
+        if values is not None and len(values) != expected:
             raise ValueError(
                 f"{name} of a rollout of prompt {prompt.index} has {len(values)} entries for "
-                f"{len(completion.token_ids)} completion tokens; it must have one per token"
+                f"{expected} completion tokens; it must have one per token"
             )
+    old = None if old_log_probs is None else iter(old_log_probs)
     return RolloutRow(
         prompt=prompt.text,
         completion=completion.text,
@@ -70,7 +79,12 @@ def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | No
         prompt_ids=list(prompt.token_ids),
         completion_ids=list(completion.token_ids),
         sampler_log_probs=list(completion.sampler_log_probs),
-        old_log_probs=None if old_log_probs is None else [float(value) for value in old_log_probs],
+        old_log_probs=None
+        if old is None
+        else [float(next(old)) if own else 0.0 for own in mask or (True,) * num_tokens],
+        loss_mask=None if mask is None else [int(own) for own in mask],
+        num_turns=completion.num_turns,
+        data_set=prompt.data_set,
     )
 
 

@@ -18,8 +18,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
-_DROPPED_PREFIXES = ("CUDA_", "GLOO_", "LOCAL_", "MASTER_", "NCCL_", "PMI", "ROLE_", "SLURM_", "TORCH", "VLLM_")
-_DROPPED = frozenset(("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "LD_PRELOAD", "OMPI_COMM_WORLD_RANK"))
+from grpo_mega.workers import clean_environment
+
 _GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
 _KILL_SECONDS = 10.0
 _MAX_IN_FLIGHT = 64
@@ -47,13 +47,6 @@ class Answer:
     position: int
     value: float | None
     problem: str | None
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment of this process without ranks, launchers and devices; the import path is handed on as it is."""
-    kept = {k: v for k, v in os.environ.items() if k not in _DROPPED and not k.startswith(_DROPPED_PREFIXES)}
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 class RewardProcess:

@@ -12,9 +12,7 @@ Job `[serial, positions of terms, prompt, completion, reference]` -> for each of
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import signal
 import socket
 import sys
@@ -23,8 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_mega.rewards.base import RewardComponent, build_rewards
-
-_PR_SET_PDEATHSIG = 1
+from grpo_mega.workers import die_with
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class WorkerTerm:
 def main() -> None:
     """Serve jobs until the parent closes the socket."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    _die_with(parent)
+    die_with(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     connection = socket.socket(fileno=descriptor)
     connection.setblocking(True)
@@ -78,13 +75,6 @@ def _score(
 
 def _send(connection: socket.socket, message: object) -> None:
     connection.sendall(json.dumps(message).encode("ascii") + b"\n")
-
-
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the line above
-        sys.exit(1)
 
 
 if __name__ == "__main__":

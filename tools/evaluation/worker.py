@@ -25,8 +25,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.base import build_rewards
-from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.rollout import Sampler
+from grpo_mega.sampler import make_sampler, start_workers
 from grpo_mega.types import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -49,17 +48,13 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
     held_out = load_held_out(config.data, load_tokenizer(folder))
     assert held_out is not None, "tools/evaluate.py sets data.eval"
     with ExitStack() as stack:
-        scorer = None
-        if ranks.at.engine_tp_rank == 0:
-            reward = config.reward
-            pool = RewardPool(reward.terms, workers=reward.workers, timeout_seconds=reward.timeout_seconds)
-            scorer = stack.enter_context(pool)
+        workers = start_workers(config, ranks, stack)
         engine = make_engine(config, folder)
         stack.callback(engine.close)
         quiet_libraries()
         load_weights(engine.sink, open_checkpoint(Path(job["weights"]), folder, folder), DTYPES[config.precision.dtype])
         answer = build_rewards(config.reward.terms)[0]
-        sampler = Sampler(engine, scorer, ranks, PhaseTimer(), config.sampling.prompts_per_wave)
+        sampler = make_sampler(config, engine, workers, ranks, PhaseTimer(), folder)
         limits = config.evaluation
         max_tokens = limits.max_tokens or config.sampling.max_tokens
         evaluator = Evaluator(sampler, held_out.sets, limits, max_tokens, config.run.seed, answer.name, answer.high)

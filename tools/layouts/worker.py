@@ -60,8 +60,10 @@ def recorded(path: Path) -> SampledGroups:
         try:
             row = json.loads(line)
             ids, log_probs = tuple(row["completion_ids"]), tuple(row["sampler_log_probs"])
+            mask = tuple(bool(own) for own in row["loss_mask"]) if row.get("loss_mask") else None
             prompt = Prompt(len(groups), row["prompt"], tuple(row["prompt_ids"]), "")
-            rollout = Rollout(prompt, Completion(ids, log_probs, "length", 0, ""), Reward(row["reward"]), 0)
+            completion = Completion(ids, log_probs, "length", 0, "", mask)
+            rollout = Rollout(prompt, completion, Reward(row["reward"]), 0)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: is no row of a run's rollouts ({error!r}); name such a file") from None
         groups.setdefault(prompt.token_ids, []).append(rollout)

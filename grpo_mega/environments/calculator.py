@@ -1,0 +1,112 @@
+"""Environment `calculator`: the policy writes `<<48/2>>` and reads `24` behind it.
+
+Only arithmetic is computed: numbers, + - * / // % ** and brackets, exactly, within bounds on length and size. Nothing
+is ever handed to Python's eval.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+from grpo_mega.environments.base import Turn, environment
+from grpo_mega.types import UserError
+
+OPEN, CLOSE = "<<", ">>"
+MAX_CHARACTERS = 200
+MAX_BITS = 1024
+ERROR = "error"
+
+_BINARY: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: lambda a, b: Fraction(a // b),
+    ast.Mod: operator.mod,
+}
+_SIGNS = str.maketrans({"×": "*", "x": "*", "÷": "/", "−": "-", "$": None, ",": None, "_": None})
+
+
+def check_calculator_args(digits: int = 4) -> None:
+    """Refuse a number of digits that is none.
+
+    Raises:
+        UserError: it is not a whole number from 0 to 20.
+    """
+    if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 20:
+        raise UserError(f"digits={digits!r} is no whole number from 0 to 20; leave it out for 4")
+
+
+@environment(stop=(CLOSE,), check_args=check_calculator_args)
+def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int = 4) -> str | None:
+    """The value of the last `<<expression>>`, which must end the answer; `error` where it has none.
+
+    Args:
+        prompt: not looked at.
+        turns: of the rollout; the last answer is read.
+        reference: not looked at.
+        digits: most digits behind the point; exact values have no more than they need.
+    """
+    answer = turns[-1].answer.rstrip()
+    begin = answer.rfind(OPEN)
+    if begin < 0 or not answer.endswith(CLOSE):
+        return None
+    try:
+        return as_text(value_of(answer[begin + len(OPEN) : -len(CLOSE)]), digits)
+    except (ValueError, ArithmeticError):
+        return ERROR
+
+
+def value_of(expression: str) -> Fraction:
+    """The exact value of an arithmetic expression.
+
+    Raises:
+        ValueError: it is none, or too large.
+        ArithmeticError: a division by zero.
+    """
+    if len(expression) > MAX_CHARACTERS:
+        raise ValueError(f"{len(expression)} characters are more than {MAX_CHARACTERS}")
+    plain = expression.replace("^", "**").translate(_SIGNS).strip()
+    try:
+        tree = ast.parse(plain, mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        raise ValueError(f"{expression!r} is no arithmetic") from error
+    return _value(tree)
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+        return _bounded(Fraction(repr(node.value)))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        value = _value(node.operand)
+        return value if isinstance(node.op, ast.UAdd) else -value
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        base, exponent = _value(node.left), _value(node.right)
+        if exponent.denominator != 1 or abs(exponent) > MAX_BITS or _bits(base) * abs(exponent) > MAX_BITS:
+            raise ValueError("an exponent is a small whole number")
+        return _bounded(Fraction(base ** int(exponent)))
+    if isinstance(node, ast.BinOp) and (apply := _BINARY.get(type(node.op))) is not None:
+        return _bounded(apply(_value(node.left), _value(node.right)))
+    raise ValueError(f"{type(node).__name__} is no arithmetic")
+
+
+def _bits(value: Fraction) -> int:
+    return max(value.numerator.bit_length(), value.denominator.bit_length())
+
+
+def _bounded(value: Fraction) -> Fraction:
+    if _bits(value) > MAX_BITS:
+        raise ValueError(f"a number has more than {MAX_BITS} bits")
+    return value
+
+
+def as_text(value: Fraction, digits: int) -> str:
+    """In decimals, rounded half up to at most `digits` behind the point."""
+    scaled = (abs(value) * 10**digits + Fraction(1, 2)).__floor__()
+    whole, behind = divmod(scaled, 10**digits)
+    fraction = f"{behind:0{digits}d}".rstrip("0") if digits else ""
+    sign = "-" if value < 0 and scaled else ""
+    return f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"
