@@ -85,7 +85,7 @@ def _value(node: ast.expr) -> Fraction:
         return value if isinstance(node.op, ast.UAdd) else -value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         base, exponent = _value(node.left), _value(node.right)
-        if exponent.denominator != 1 or abs(exponent) > MAX_BITS or _bits(base) * abs(exponent) > MAX_BITS:
+        if exponent.denominator != 1 or abs(exponent) > MAX_BITS or (_bits(base) - 1) * abs(exponent) > MAX_BITS:
             raise ValueError("an exponent is a small whole number")
         return _bounded(Fraction(base ** int(exponent)))
     if isinstance(node, ast.BinOp) and (apply := _BINARY.get(type(node.op))) is not None:

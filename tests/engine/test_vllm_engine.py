@@ -170,6 +170,60 @@ def test_rollouts_end_with_eos_or_at_max_tokens(replicas: EngineRanks) -> None:
         assert completion.text == characters
 
 
+def test_an_answer_ends_with_the_token_that_completes_a_stop_text(
+    replicas: EngineRanks, models: dict[str, Path]
+) -> None:
+    stopping = replace(SAMPLING, stop=("7", "+1"), max_tokens=16)
+    groups = replicas.call(generate, PROMPTS, stopping)[0]
+    rollouts = [c for group in groups for c in group]
+    assert {c.stop_reason for c in rollouts} == {"eos", "length", "stop"}
+    for completion in rollouts:
+        without_last = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids[:-1] if i > EOS)
+        assert "7" not in without_last
+        assert "+1" not in without_last
+        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "+1"))
+        assert (completion.stop_reason == "eos") == (completion.token_ids[-1] == EOS)
+        assert len(completion.sampler_log_probs) == len(completion.token_ids)
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
+    assert replicas.call(generate, PROMPTS, SAMPLING)[0] == replicas.call(generate, PROMPTS, SAMPLING)[0]
+
+
+def goes_on(session: RankSession) -> tuple[list[list[Completion]], list[Prompt], list[list[Completion]], int, int]:
+    """A second turn: the answers and one more token as prompts; cached tokens without and with `continues`."""
+    engine = session.engine
+    first = engine.generate(PROMPTS, SAMPLING)
+    prompts = [
+        replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids, 5))
+        for prompt, group in zip(PROMPTS, first, strict=True)
+        for completion in group
+    ]
+    limits = tuple(1 + i % 5 for i in range(len(prompts)))
+    request = replace(SAMPLING, group_size=1, seed=9, max_tokens_each=limits, continues=True)
+    pool = engine._llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    kept: list[int] = []
+    original = engine._rollouts
+
+    def rollouts(*arguments: Any) -> Iterator[Any]:
+        kept.append(len(pool.cached_block_hash_to_block))
+        yield from original(*arguments)
+
+    with mock.patch.object(engine, "_rollouts", rollouts):
+        second = engine.generate(prompts, request)
+        engine.generate(prompts, replace(request, continues=False))
+    return first, prompts, second, *kept
+
+
+def test_a_turn_that_continues_keeps_the_prefixes_and_each_rollouts_own_limit(
+    replicas: EngineRanks, models: dict[str, Path]
+) -> None:
+    _, prompts, second, kept, dropped = replicas.call(goes_on)[0]
+    assert (kept > 0, dropped) == (True, 0)
+    lengths = [(len(group[0].token_ids), group[0].stop_reason) for group in second]
+    assert all(n == 1 + i % 5 if reason == "length" else n <= 1 + i % 5 for i, (n, reason) in enumerate(lengths))
+    assert largest_log_prob_error(models["qwen3"], prompts, second, 1.0) <= 2e-5
+    assert replicas.call(goes_on)[0][2] == second
+
+
 def disturbs_generators(session: RankSession) -> list[bool]:
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())

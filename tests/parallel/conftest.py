@@ -27,12 +27,13 @@ from tests.parallel.recorded import (
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny random model, and at which temperature it is sampled."""
+    """A tiny random model, at which temperature it is sampled, and whether an environment wrote part of the tokens."""
 
     family: Any
     tied: bool = False
     temperature: float = 1.0
     num_layers: int = 2
+    with_results: bool = False
 
 
 MODELS = {
@@ -40,7 +41,7 @@ MODELS = {
     "qwen3-tied": Tiny("qwen3", tied=True),
     "qwen2": Tiny("qwen2", temperature=0.7),
     "llama": Tiny("llama"),
-    "deep": Tiny("qwen3", tied=True, num_layers=4),
+    "deep": Tiny("qwen3", tied=True, num_layers=4, with_results=True),
 }
 CASES = [(name, layout) for name in MODELS for layout in (DEEP_LAYOUTS if name == "deep" else LAYOUTS)]
 _LONG = [pytest.param("deep", layout, marks=pytest.mark.long) for layout in LONG_LAYOUTS]
@@ -64,7 +65,7 @@ class Laboratory:
             temperature, layers = tiny.temperature, tiny.num_layers
             model = make_tiny_model(self._folder / name, tiny.family, tiny.tied, VOCAB, seed, num_hidden_layers=layers)
             _plant_negative_zeros(model)
-            groups, rewards = sample_groups(4, 4, seed)
+            groups, rewards = sample_groups(4, 4, seed, with_results=tiny.with_results)
             old = perturbed_log_probs(groups, model, temperature, 0.01, seed + 10)
             ref = perturbed_log_probs(groups, model, temperature, 0.02, seed + 20)
             self._recorded[name] = Recorded(model, groups, rewards, old, ref, temperature)

@@ -109,11 +109,12 @@ def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
 
 
 def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the completion's tokens."""
+    """Log-probs and entropies of the completion's tokens that the policy sampled."""
     logits = _logits(model, rollout)[len(rollout.prompt.token_ids) - 1 : -1] / temperature
     every = torch.log_softmax(logits, -1)
     chosen = every.gather(1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
-    return chosen, -(every.exp() * every).sum(-1)
+    own = torch.tensor(rollout.completion.loss_mask or [True] * len(chosen))
+    return chosen[own], -(every.exp() * every).sum(-1)[own]
 
 
 def _logits(model: Any, rollout: Any) -> Tensor:

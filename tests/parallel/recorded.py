@@ -144,19 +144,29 @@ class Recorded:
 
 
 def sample_groups(
-    num_prompts: int, group_size: int, seed: int, vocab: int = VOCAB
+    num_prompts: int, group_size: int, seed: int, vocab: int = VOCAB, *, with_results: bool = False
 ) -> tuple[SampledGroups, list[float]]:
-    """Rollouts of ragged lengths with rewards; those of the last group are all equal."""
+    """Rollouts of ragged lengths with rewards; those of the last group are all equal. `with_results`: an environment
+    wrote tokens in the middle of those that are long enough."""
     rng = random.Random(seed)
     rollouts, rewards = [], []
     for index in range(num_prompts):
         prompt = Prompt(index, "", tuple(rng.randrange(2, vocab) for _ in range(rng.randint(2, 7))), "")
         for _ in range(group_size):
             tokens = (*(rng.randrange(2, vocab) for _ in range(rng.randint(0, 13))), EOS)
-            completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "")
+            mask = _mask_of(len(tokens), random.Random(len(rollouts))) if with_results else None
+            completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "", loss_mask=mask)
             rewards.append(1.0 if index == num_prompts - 1 else rng.random())
             rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))
     return SampledGroups(rollouts, group_size), rewards
+
+
+def _mask_of(num_tokens: int, rng: random.Random) -> tuple[bool, ...] | None:
+    """True at both ends, in between by chance."""
+    if num_tokens < 4:
+        return None
+    own = [True, *(rng.random() < 0.5 for _ in range(num_tokens - 2)), True]
+    return tuple(own)
 
 
 def make_config(recorded: Recorded, layout: Layout) -> Config:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from grpo_mega.config.algorithms import ALGORITHM_DEFAULTS
@@ -171,3 +173,34 @@ def test_the_kl_coefficient_follows_the_step_s_mean_kl(kls: tuple[float, float],
     assert objective.loss().kl_coef == 0.5
     assert Objective(AlgorithmConfig(), 16).next_kl_coef(updates) is None
     assert Objective(AlgorithmConfig(), 16).at(None).loss().kl_coef == 0.04
+
+
+def masked(found: SampledGroups, *masks: str) -> SampledGroups:
+    """An environment wrote the tokens where a mask has a 0."""
+    rollouts = [
+        replace(r, completion=replace(r.completion, loss_mask=tuple(own == "1" for own in mask)))
+        for r, mask in zip(found.rollouts, masks, strict=True)
+    ]
+    return replace(found, rollouts=rollouts)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("rollout_mean", [1 / (2 * 2), 1 / (3 * 2)]),
+        ("token_mean", [1 / 5, 1 / 5]),
+        ("group_token_mean", [1 / 5, 1 / 5]),
+        ("rollout_sum", [1 / (8 * 2), 1 / (8 * 2)]),
+    ],
+)
+def test_denominators_count_the_tokens_that_the_policy_sampled(aggregation: str, expected: list[float]) -> None:
+    found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
+    objective = Objective(AlgorithmConfig.model_validate({"aggregation": aggregation}), max_tokens=8)
+    assert objective.token_weights(found, [0, 1]) == pytest.approx(expected)
+
+
+def test_advantages_per_token_have_one_for_each_token_that_the_policy_sampled() -> None:
+    found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
+    for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        advantages = Objective(AlgorithmConfig.model_validate({"name": name}), 8).advantages(found, [1.0, 0.0])
+        assert [len(row) for row in advantages if isinstance(row, list)] == [2, 3]

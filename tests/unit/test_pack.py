@@ -52,6 +52,43 @@ def test_three_rollouts_packed_by_hand() -> None:
     assert dtypes == (torch.int64, torch.int32, torch.float32, torch.bool)
 
 
+def _with_results(rollout: Rollout, *mask: int) -> Rollout:
+    """An environment wrote the tokens where the mask is 0."""
+    return replace(rollout, completion=replace(rollout.completion, loss_mask=tuple(bool(own) for own in mask)))
+
+
+def test_tokens_of_an_environment_are_seen_and_not_trained_on_by_hand() -> None:
+    # prompt 11 12; the policy says 13 14, the environment 15 16, the policy 17
+    first = _with_results(_rollout([11, 12], [13, 14, 15, 16, 17], [-1.0, -2.0, 0.0, 0.0, -3.0]), 1, 1, 0, 0, 1)
+    second = _with_results(_rollout([21], [22, 23], [-4.0, 0.0]), 1, 0)
+    row = pack(
+        [(0, first), (1, second)],
+        row_tokens=12,
+        advantages=[[1.0, 2.0, 3.0], -1.0],
+        token_weights=[0.5, 0.25],
+        pad_id=9,
+    )
+    assert row.token_ids.tolist() == [11, 12, 13, 14, 15, 16, 17, 21, 22, 23, 9, 9]
+    assert row.labels.tolist() == [12, 13, 14, 15, 16, 17, 9, 22, 23, 9, 9, 9]
+    # the positions that predict 13, 14, 17 and 22
+    assert row.loss_mask.int().tolist() == [0, 1, 1, 0, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert row.advantages.tolist() == [0, 1, 2, 0, 0, 3, 0, -1, 0, 0, 0, 0]
+    assert row.token_weights.tolist() == [0, 0.5, 0.5, 0, 0, 0.5, 0, 0.25, 0, 0, 0, 0]
+    assert row.sampler_log_probs.tolist() == [0, -1, -2, 0, 0, -3, 0, -4, 0, 0, 0, 0]
+    assert unpack(torch.arange(12.0), row) == {0: [1.0, 2.0, 5.0], 1: [7.0]}
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="a completion has 2 tokens and a loss_mask of 3"):
+        pack(
+            [(0, _with_results(_rollout([1], [2, 3]), 1, 0, 1))],
+            row_tokens=8,
+            advantages=[0.0],
+            token_weights=[0.0],
+            pad_id=0,
+        )
+
+
 def test_segments_padded_to_a_multiple_by_hand() -> None:
     row = pack(
         HAND, row_tokens=20, advantages=[1.0, -2.0, 0.5], token_weights=[0.25, 0.5, 0.125], pad_id=9, segment_multiple=4

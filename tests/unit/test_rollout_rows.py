@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,19 @@ def test_a_row_holds_what_a_script_and_a_replay_need() -> None:
         "completion_ids": [4, 6, 0],
         "sampler_log_probs": [-0.5, -0.25, -0.125],
         "old_log_probs": [-1.0, -2.0, -3.0],
+        "loss_mask": None,
+        "num_turns": 1,
+        "data_set": "",
     }
+
+
+def test_a_row_with_an_environment_says_who_wrote_which_token() -> None:
+    several = replace(rollout().completion, loss_mask=(True, False, True), num_turns=2)
+    (row,) = rollout_rows([replace(rollout(), completion=several)], [0.0], [[-1.0, -3.0]])
+    assert (row["loss_mask"], row["num_turns"]) == ([1, 0, 1], 2)
+    assert row["old_log_probs"] == [-1.0, 0.0, -3.0]
+    with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 3 entries for 2"):
+        rollout_rows([replace(rollout(), completion=several)], [0.0], [[-1.0, -2.0, -3.0]])
 
 
 def test_old_log_probs_may_be_absent() -> None:

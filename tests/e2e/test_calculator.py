@@ -1,0 +1,100 @@
+"""A tool in the loop, as a user starts it: configs/calculator-tiny.yaml."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.data.tokenizers import byte_tokenizer
+from tests.helpers.jobs import read_json, read_lines, rollouts_of, train_well, without_times
+
+CONFIG = "configs/calculator-tiny.yaml"
+SHORT = (CONFIG, "train.steps=2", "data.prompts_per_step=8", "data.eval=null")
+
+
+def with_several_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["num_turns"] > 1]
+
+
+def check_rows(rows: list[dict[str, Any]]) -> None:
+    """Replies are the calculator's, tokenised alone; nobody trains on them; answers were sampled token by token."""
+    tokenizer = byte_tokenizer()
+    for row in rows:
+        assert len(row["completion_ids"]) <= 32
+        if row["loss_mask"] is None:
+            assert row["num_turns"] == 1 or "<<" in row["completion"]
+            continue
+        pieces: list[tuple[int, list[int]]] = []
+        for token, own, sampled, old in zip(
+            row["completion_ids"], row["loss_mask"], row["sampler_log_probs"], row["old_log_probs"], strict=True
+        ):
+            assert own or (sampled, old) == (0.0, 0.0)
+            if not pieces or pieces[-1][0] != own:
+                pieces.append((own, []))
+            pieces[-1][1].append(token)
+        assert [own for own, _ in pieces] == [1 - i % 2 for i in range(len(pieces))]
+        for (_, answer), (_, reply) in zip(pieces[::2], pieces[1::2], strict=False):
+            called = tokenizer.decode(answer, skip_special_tokens=True)
+            assert called.endswith(">>")
+            expression = called.rpartition("<<")[2].removesuffix(">>")
+            text = tokenizer.decode(reply)
+            assert reply == tokenizer.encode(text)
+            if expression.count("+") == 1 and all(
+                part.isdigit() and part == str(int(part)) for part in expression.split("+")
+            ):
+                first, second = expression.split("+")
+                assert text == str(int(first) + int(second))
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("calculator")
+    train_well(*SHORT, f"run.dir={root / 'run'}", output=root / "first", timeout_seconds=420)
+    return root / "run"
+
+
+def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(one_rank: Path) -> None:
+    rows = [row for step in (1, 2) for row in rollouts_of(one_rank, step)]
+    assert len(with_several_turns(rows)) >= len(rows) // 10
+    check_rows(rows)
+    for step, line in enumerate(read_lines(one_rank / "metrics.jsonl"), start=1):
+        rows = rollouts_of(one_rank, step)
+        result_tokens = sum(row["loss_mask"].count(0) for row in rows if row["loss_mask"])
+        assert line["rollout/result_tokens"] == result_tokens > 0
+        assert line["train/num_loss_tokens"] == line["rollout/tokens"] - result_tokens
+        assert line["rollout/turns_mean"] == sum(row["num_turns"] for row in rows) / len(rows)
+        # policy and sampler agree on the tokens behind a reply: the engine saw the same sequence
+        assert line["train/mismatch_max"] < 1e-3
+
+
+def test_two_replicas_of_two_ranks_take_turns_and_sample_the_same_again(tmp_path: Path) -> None:
+    layout = (
+        "run.world_size=4",
+        "engine.tp=2",
+        "parallel.tp=2",
+        "environment.workers=2",
+        "sampling.prompts_per_wave=4",
+    )
+    runs = []
+    for name in ("first", "second"):
+        train_well(*SHORT, *layout, "train.steps=1", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
+        runs.append(tmp_path / name)
+    rows = [rollouts_of(run, 1) for run in runs]
+    check_rows(rows[0])
+    assert {row["replica"] for row in with_several_turns(rows[0])} == {0, 1}
+    assert rows[0] == rows[1]
+    lines = [without_times(read_lines(run / "metrics.jsonl")[0]) for run in runs]
+    assert json.dumps(lines[0]) == json.dumps(lines[1])
+    assert lines[0]["train/mismatch_max"] < 1e-3
+
+
+@pytest.mark.long
+def test_it_learns_that_asking_pays(tmp_path: Path) -> None:
+    ended = train_well(CONFIG, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=900)
+    summary = read_json(tmp_path / "run" / "summary.json")
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["rollout/turns_mean"] > lines[0]["rollout/turns_mean"] + 0.3, ended.stdout
+    assert summary["eval_after"]["accuracy"] >= summary["eval_before"]["accuracy"] + 0.2

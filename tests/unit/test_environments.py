@@ -1,0 +1,137 @@
+"""The contract of environments, their processes, and the calculator."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.schema import EnvironmentConfig
+from grpo_mega.environments.base import Turn, build_environment
+from grpo_mega.environments.calculator import MAX_BITS, as_text, calculator, value_of
+from grpo_mega.environments.pool import EnvironmentPool, Reply
+from grpo_mega.types import UserError
+
+BAD = "tests.helpers.bad_environments"
+
+
+def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
+    return EnvironmentConfig(name=name, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("calculater", {}, r"environment\.name='calculater' is no environment, did you mean 'calculator'\?"),
+        ("nowhere.module:f", {}, r"cannot import 'nowhere\.module' \(ModuleNotFoundError"),
+        (f"{BAD}:obey", {}, r"has no function 'obey'; its environments: obeys"),
+        (f"{BAD}.undeclared", {}, r"is not declared; put `@grpo_mega\.environments\.environment"),
+        (f"{BAD}:obeys", {"loud": True}, r"environment\.args=.* does not fit .*; it takes: shout"),
+        ("calculator", {"digits": -1}, r"environment\.args: digits=-1 is no whole number from 0 to 20"),
+    ],
+)
+def test_wrong_environments_are_refused_by_name(name: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_environment(spec(name, args=args))
+
+
+def test_an_environment_sees_all_turns_and_its_args() -> None:
+    built = build_environment(spec(args={"shout": True}))
+    assert built.stop == ("!",)
+    assert built("q", [Turn("a!", "1"), Turn("b!")], "ref") == "Q|REF|A!>1;B!>NONE"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[EnvironmentPool]:
+    with EnvironmentPool(spec(), workers=2, timeout_seconds=1.0) as made:
+        yield made
+
+
+def test_every_key_comes_back_with_its_own_reply(pool: EnvironmentPool) -> None:
+    for key in range(40):
+        pool.submit(key, f"q{key}", [Turn("slow" if key == 0 else f"a{key}")], "r")
+    replies = pool.collect()
+    assert sorted(replies) == list(range(40))
+    assert all(replies[key] == Reply(f"q{key}|r|a{key}>None") for key in range(1, 40))
+    assert pool.collect() == {}
+    pool.submit(3, "q", [Turn("over")], "r")
+    with pytest.raises(ValueError, match="key=3 was submitted twice"):
+        pool.submit(3, "q", [Turn("over")], "r")
+    assert pool.collect() == {3: Reply()}
+
+
+def test_failures_cost_their_time_limit_and_no_other_turn(
+    pool: EnvironmentPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ["hang", "crash", "raise", "number", "fine", "fine", "over"]
+    begin = time.monotonic()
+    for key, answer in enumerate(asked):
+        pool.submit(key, "q", [Turn(answer)], "r")
+    replies = pool.collect()
+    assert time.monotonic() - begin < 40  # not the 60 s for which one of them sleeps
+    assert [replies[key].failure for key in range(4)] == [
+        "timed out",
+        "crashed, exit status 7",
+        "raised LookupError: as asked",
+        "raised ValueError: returned int, neither text nor None",
+    ]
+    assert [replies[key] for key in (4, 5, 6)] == [Reply("q|r|fine>None")] * 2 + [Reply()]
+    assert "failed in 4 of 7 turns, whose rollouts score the floor" in caplog.text
+    pool.submit(0, "q", [Turn("fine")], "r")  # by the processes that replaced the dead ones
+    assert pool.collect() == {0: Reply("q|r|fine>None")}
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("48/2", "24"),
+        ("48+24*2", "96"),
+        (" (1 + 2) * -3 ", "-9"),
+        ("1,200*0.5", "600"),
+        ("10/3", "3.3333"),
+        ("2/3", "0.6667"),
+        ("-2/3", "-0.6667"),
+        ("0.1+0.2", "0.3"),
+        ("7//2", "3"),
+        ("7%4", "3"),
+        ("2**10", "1024"),
+        ("2^3", "8"),
+        ("3×4÷2−1", "5"),
+        ("$15*3", "45"),
+        ("-1/100000", "0"),
+    ],
+)
+def test_the_calculator_computes_exactly_and_rounds_at_the_end(expression: str, value: str) -> None:
+    assert calculator("", [Turn(f"so <<1>> and <<{expression}>>")], "") == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        *("", "1/0", "1+", "a+b", "__import__('os')", "9**9**9", "2**-2000", "'a'*9", "True+1", "1 if 1 else 2", "[1]"),
+        *("(" * 300, "1" * 201, "1\0", "0**-1", "1.5**0.5", "f'{1}'", "1e999", "50%", "2**1025"),
+    ],
+)
+def test_what_is_no_arithmetic_is_an_error_and_soon(expression: str) -> None:
+    begin = time.monotonic()
+    assert calculator("", [Turn(f"<<{expression}>>")], "") == "error"
+    assert time.monotonic() - begin < 5
+
+
+def test_numbers_stay_within_their_bound() -> None:
+    assert value_of("2**1000 / 2**999") == 2
+    with pytest.raises(ValueError, match=f"more than {MAX_BITS} bits"):
+        value_of("2**1000 * 2**100")
+
+
+@pytest.mark.parametrize("answer", ["no call", "<<1+1>> is asked no more", "1+1>>", ""])
+def test_only_an_answer_that_ends_in_a_call_is_replied_to(answer: str) -> None:
+    assert calculator("", [Turn("<<1>>", "1"), Turn(answer)], "") is None
+
+
+def test_text_of_a_value_has_the_digits_that_were_asked_for() -> None:
+    assert [as_text(Fraction(1, 3), digits) for digits in (0, 2)] == ["0", "0.33"]
+    assert [as_text(Fraction(n, 2), 0) for n in (1, 3, -1)] == ["1", "2", "-1"]
