@@ -48,8 +48,8 @@ class Completion:
     `token_ids` ends with EOS when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of `token_ids`.
     `policy_version` is the number of updates behind the weights that sampled it. `loss_mask` is False on the tokens of
     results, whose sampler log-probs are 0; None: all tokens are the policy's. `failure`: how the environment failed.
-    `expert_choices`, of an engine that tells them, are the experts of the first N tokens of prompt and completion in each
-    layer: [N, L, K] small integers, -1 where there is no record.
+    `expert_choices`, of an engine that tells them, are the experts of the first N tokens of prompt and completion in
+    each layer: [N, L, K] small integers, -1 where there is no record.
     """
 
     token_ids: tuple[int, ...]
@@ -77,12 +77,16 @@ class Completion:
 class Reward:
     """What one rollout earned: the weighted sum, and each component before its weight.
 
+    `steps` are there if a component judged steps: (end, value), value weighted, `end` the position in the text of the
+    step's last character. A component with steps is their mean; one without is a step that ends with the completion.
+
     `failures` names the components that timed out, crashed or returned a non-number (and scored their floor).
     """
 
     value: float
     components: dict[str, float] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+    steps: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class Rollout:
     completion: Completion
     reward: Reward
     replica: int
+    steps: tuple[tuple[int, float], ...] | None = None
+    """(end_token, value) of every step that a process reward found: positions in the completion's tokens."""
 
     @property
     def num_tokens(self) -> int:
