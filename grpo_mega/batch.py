@@ -29,7 +29,7 @@ class TrainBatch:
     """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step.
 
     The lists have one entry per rollout of the step. `rewards` are what the advantages were made of; `values` and
-    `returns`, per completion token, are there with a critic.
+    `returns`, per loss token, are there with a critic.
     """
 
     minibatches: list[list[Microbatch]]
@@ -47,7 +47,7 @@ class TrainBatch:
         return replace(self, minibatches=minibatches, advantages=list(advantages))
 
     def with_values(self, values: Sequence[list[float]], returns: Sequence[list[float]]) -> TrainBatch:
-        """What the critic says and should have said, one number per completion token of each rollout of the step."""
+        """What the critic says and should have said, one number per loss token of each rollout of the step."""
         minibatches = [
             [replace(m, old_values=_on_tokens(m, values), returns=_on_tokens(m, returns)) for m in minibatch]
             for minibatch in self.minibatches
@@ -83,7 +83,7 @@ class TrainBatch:
         return [m for minibatch in self.minibatches for m in minibatch]
 
     def completion_values(self, values: Sequence[Tensor]) -> dict[int, list[float]]:
-        """Rollout -> the values of its completion tokens, from [T] per microbatch."""
+        """Rollout -> the values of its loss tokens, from [T] per microbatch."""
         found: dict[int, list[float]] = {}
         for row, microbatch in zip(values, self.microbatches, strict=True):
             found |= unpack(row, microbatch)

@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 from torch import Tensor
 
-from grpo_mega.algorithm.advantage import group_advantages, leave_one_out_advantages, token_returns, whitened
+from grpo_mega.algorithm.advantage import (
+    group_advantages,
+    leave_one_out_advantages,
+    process_advantages,
+    token_returns,
+    whitened,
+)
 from grpo_mega.algorithm.aggregate import (
     group_token_mean_weights,
     rollout_mean_weights,
@@ -45,7 +52,7 @@ Advantage = float | list[float]
 
 @dataclass(frozen=True)
 class Estimates:
-    """Per rollout and completion token: how much better a token was than expected, and what the critic should say."""
+    """Per rollout and loss token: how much better a token was than expected, and what the critic should say."""
 
     advantages: list[Advantage]
     returns: list[list[float]]
@@ -120,6 +127,8 @@ class Objective:
         """
         penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
         rule = self.algorithm.advantage
+        if rule == "process":
+            return self._process_advantages(groups, rewards)
         lengths = [r.completion.num_loss_tokens for r in groups.rollouts]
         if rule == "gae":
             return [0.0] * len(lengths)
@@ -136,6 +145,17 @@ class Objective:
             return list(whitened([[value] * n for value, n in zip(values, lengths, strict=True)]))
         return list(values)
 
+    def _process_advantages(self, groups: SampledGroups, rewards: Sequence[float]) -> list[Advantage]:
+        """A rollout without steps is one step, which ends with its completion."""
+        lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+        steps = [
+            rollout.steps if rollout.steps is not None else ((length - 1, reward),)
+            for rollout, length, reward in zip(groups.rollouts, lengths, rewards, strict=True)
+        ]
+        rows = process_advantages(steps, lengths, groups.group_size)
+        masks = [r.completion.loss_mask for r in groups.rollouts]
+        return [row if mask is None else list(compress(row, mask)) for row, mask in zip(rows, masks, strict=True)]
+
     def estimates(
         self,
         groups: SampledGroups,
@@ -143,13 +163,13 @@ class Objective:
         values: Sequence[Sequence[float]],
         kl: Sequence[Sequence[float]] | None = None,
     ) -> Estimates:
-        """Advantages over the critic's `values` (per completion token), whitened over the step's tokens; returns.
+        """Advantages over the critic's `values` (per loss token), whitened over the step's tokens; returns.
 
         Args:
             groups: all rollouts of the step.
             rewards: one per rollout, shaped.
-            values: of each completion token, before it was sampled.
-            kl: with `kl_in_reward`, the KL of each completion token.
+            values: of each loss token, before it was sampled.
+            kl: with `kl_in_reward`, the KL of each loss token.
 
         Source: PPO, arXiv:1707.06347, equations 11 and 12; the return is advantage plus value, before the whitening.
         """

@@ -9,6 +9,7 @@ Asserted by tests/e2e/test_quickstart.py (tokens per replica add up) and tests/e
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -57,9 +58,10 @@ class SampledGroups:
     num_discarded: int = 0
 
     def is_degenerate(self, group: int) -> bool:
-        """Whether all rewards of a group are equal."""
+        """Whether all rewards of a group, or of its steps, are equal."""
         first = group * self.group_size
-        values = {r.reward.value for r in self.rollouts[first : first + self.group_size]}
+        group = self.rollouts[first : first + self.group_size]
+        values = {value for r in group for _, value in r.steps or ((0, r.reward.value),)}
         return len(values) == 1
 
     def tokens_per_replica(self, num_replicas: int) -> list[int]:
@@ -70,9 +72,32 @@ class SampledGroups:
         return totals
 
 
+class StepEnds(Protocol):
+    """Where tokens end in the text that they spell (data/chat.py)."""
+
+    def __call__(self, token_ids: Sequence[int]) -> list[int]:
+        """Per token, the number of characters up to and with it."""
+        ...
+
+
+def located(reward: Reward, completion: Completion, ends_of: StepEnds) -> tuple[tuple[int, float], ...] | None:
+    """A reward's steps with the tokens in which they end: those that hold the steps' last characters.
+
+    A step that ends with the text ends with the completion, EOS included.
+    """
+    if reward.steps is None:
+        return None
+    ends, last = ends_of(completion.token_ids), len(completion.token_ids) - 1
+    return tuple(
+        (last if end >= len(completion.text) - 1 else min(bisect_right(ends, end), last), value)
+        for end, value in reward.steps
+    )
+
+
 class Sampler:
     """The engine replicas of a job and their reward processes, as one. `scorer` is None on ranks that do not score;
-    `floor` is the reward of a rollout whose environment failed."""
+    `floor` is the reward of a rollout whose environment failed, `ends_of` finds the tokens of a process reward's
+    steps."""
 
     def __init__(
         self,
@@ -82,9 +107,10 @@ class Sampler:
         timers: PhaseTimer,
         prompts_per_wave: int | None,
         floor: Reward | None = None,
+        ends_of: StepEnds | None = None,
     ) -> None:
         self._generator, self._scorer, self._ranks, self._timers = generator, scorer, ranks, timers
-        self._prompts_per_wave, self._floor = prompts_per_wave, floor
+        self._prompts_per_wave, self._floor, self._ends_of = prompts_per_wave, floor, ends_of
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         """Collective. `request.seed` is replaced: each wave and replica draws from its own, made of `seed_of`."""
@@ -130,7 +156,11 @@ class Sampler:
         expected = len(prompts) * group_size
         if len(by_key) != expected:
             raise RuntimeError(f"the engines returned {len(by_key)} rollouts of {expected}")
-        return [Rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
+        return [self._rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
+
+    def _rollout(self, prompt: Prompt, completion: Completion, reward: Reward, replica: int) -> Rollout:
+        steps = located(reward, completion, self._ends_of) if self._ends_of is not None else None
+        return Rollout(prompt, completion, reward, replica, steps)
 
 
 def derived_seed(*parts: object) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.chat import ResultText, load_tokenizer
+from grpo_mega.data.chat import ResultText, load_tokenizer, token_ends
 from grpo_mega.environments.base import build_environment
 from grpo_mega.environments.pool import EnvironmentPool
 from grpo_mega.interfaces import Engine
@@ -52,8 +53,11 @@ def make_sampler(
     generator: Generator = engine
     if config.environment is not None:
         generator = _turn_taking(config, engine, workers, ranks, model_folder)
+    ends_of = None
+    if config.algorithm.advantage == "process":
+        ends_of = partial(token_ends, load_tokenizer(model_folder))
     per_wave = config.sampling.prompts_per_wave
-    return Sampler(generator, workers.rewards, ranks, timers, per_wave, _floor(config))
+    return Sampler(generator, workers.rewards, ranks, timers, per_wave, _floor(config), ends_of)
 
 
 def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path) -> TurnTaking:

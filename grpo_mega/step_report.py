@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress, repeat
 
 from grpo_mega.batch import TrainBatch
 from grpo_mega.rollout import SampledGroups
@@ -132,8 +133,9 @@ def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
     for rollout in rollouts:
         if (choices := rollout.completion.expert_choices) is not None:
             predicting = choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1]
-            told += int((predicting >= 0).flatten(1).any(1).sum())
-    return {"train/unreplayed_fraction": 1.0 - told / sum(len(r.completion.token_ids) for r in rollouts)}
+            has_record = (predicting >= 0).flatten(1).any(1).tolist()
+            told += sum(compress(has_record, rollout.completion.loss_mask or repeat(True)))
+    return {"train/unreplayed_fraction": 1.0 - told / sum(r.completion.num_loss_tokens for r in rollouts)}
 
 
 def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:

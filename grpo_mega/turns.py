@@ -66,6 +66,7 @@ class _Rollout:
     stop_reason: StopReason = "length"
     policy_version: int = 0
     failure: str | None = None
+    expert_choices: Any = None
 
     def answered(self, completion: Completion) -> None:
         self.token_ids += completion.token_ids
@@ -73,6 +74,7 @@ class _Rollout:
         self.mask += [True] * len(completion.token_ids)
         self.turns.append(Turn(completion.text))
         self.stop_reason, self.policy_version = completion.stop_reason, completion.policy_version
+        self.expert_choices = completion.expert_choices  # of the whole sequence: this answer's prompt is all before it
 
     def replied(self, result: str, token_ids: Sequence[int]) -> None:
         self.token_ids += token_ids
@@ -90,6 +92,7 @@ class _Rollout:
             stop_reason=self.stop_reason,
             policy_version=self.policy_version,
             text=codec.decode(self.token_ids),
+            expert_choices=self.expert_choices,
             loss_mask=None if all(self.mask) else tuple(self.mask),
             num_turns=len(self.turns),
             failure=self.failure,

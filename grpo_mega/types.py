@@ -61,6 +61,19 @@ class Completion:
     num_turns: int = 1
     failure: str | None = None
     expert_choices: Tensor | None = field(default=None, compare=False)
+    loss_mask: tuple[bool, ...] | None = None
+    num_turns: int = 1
+    failure: str | None = None
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Tokens that the policy sampled."""
+        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
+
+    @property
+    def loss_log_probs(self) -> tuple[float, ...]:
+        """`sampler_log_probs` of the tokens that the policy sampled."""
+        return tuple(itertools.compress(self.sampler_log_probs, self.loss_mask or (True,) * len(self.token_ids)))
 
     @property
     def num_loss_tokens(self) -> int:
@@ -77,12 +90,16 @@ class Completion:
 class Reward:
     """What one rollout earned: the weighted sum, and each component before its weight.
 
+    `steps` are there if a component judged steps: (end, value), value weighted, `end` the position in the text of the
+    step's last character. A component with steps is their mean; one without is a step that ends with the completion.
+
     `failures` names the components that timed out, crashed or returned a non-number (and scored their floor).
     """
 
     value: float
     components: dict[str, float] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
+    steps: tuple[tuple[int, float], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +110,8 @@ class Rollout:
     completion: Completion
     reward: Reward
     replica: int
+    steps: tuple[tuple[int, float], ...] | None = None
+    """(end_token, value) of every step that a process reward found: positions in the completion's tokens."""
 
     @property
     def num_tokens(self) -> int:

@@ -29,6 +29,7 @@ def check(config: Config) -> None:
         _learning_rate,
         _evaluation,
         _rewards,
+        _shuffle,
         _environment,
         _base,
     ):
@@ -176,6 +177,13 @@ def _evaluation(config: Config) -> None:
 def _rewards(config: Config) -> None:
     if not config.reward.terms:
         raise UserError("reward.terms is empty; name at least one reward, for example {name: exact}")
+
+
+def _shuffle(config: Config) -> None:
+    if config.reward.shuffle and config.algorithm.advantage == "process":
+        raise UserError(
+            "reward.shuffle=true with algorithm.advantage=process: steps belong to their rollout; use another advantage"
+        )
 
 
 def _environment(config: Config) -> None:

@@ -18,7 +18,7 @@ _BOUNDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 def check_algorithm(algorithm: AlgorithmConfig) -> None:
     """Raises UserError for the first broken rule."""
-    for rule in (_bounds, _critic, _aggregation_length, _correction, _overlong, _reference, _degenerate):
+    for rule in (_bounds, _critic, _aggregation_length, _correction, _overlong, _reference, _degenerate, _process):
         rule(algorithm)
 
 
@@ -111,4 +111,19 @@ def _degenerate(algorithm: AlgorithmConfig) -> None:
         raise UserError(
             f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage={algorithm.advantage}: groups of "
             "equal rewards do teach when advantages are not relative to the group; use degenerate=keep"
+        )
+
+
+def _process(algorithm: AlgorithmConfig) -> None:
+    if algorithm.advantage != "process":
+        return
+    if algorithm.kl_in == "reward" and algorithm.kl_coef > 0:
+        raise UserError(
+            "algorithm.kl_in=reward with algorithm.advantage=process: its rewards are those of steps, not of tokens; "
+            "use kl_in=loss"
+        )
+    if algorithm.overlong_buffer_fraction is not None:
+        raise UserError(
+            f"algorithm.overlong_buffer_fraction={algorithm.overlong_buffer_fraction} with "
+            "algorithm.advantage=process: the penalty is of whole rollouts; set it to null"
         )

@@ -248,10 +248,12 @@ class AlgorithmConfig(Section):
     gate_positive: float | None = Field(None, gt=0)
     gate_negative: float | None = Field(None, gt=0)
     """soft_gate: tau of tokens with a positive and with a negative advantage."""
-    advantage: Literal["group_std", "group_mean", "leave_one_out", "batch", "group_batch", "gae"] = "group_std"
-    """Reward minus the group's mean, over its std; without the std; minus the mean of the others; whitened over the
-    step's tokens; minus the group's mean, then whitened; over a critic's values (generalised advantage estimation),
-    then whitened."""
+    advantage: Literal["group_std", "process", "group_mean", "leave_one_out", "batch", "group_batch", "gae"] = (
+        "group_std"
+    )
+    """Reward minus the group's mean, over its std; the same of every step of a process reward, added up from a token
+    on; without the std; minus the mean of the others; whitened over the step's tokens; minus the group's mean, then
+    whitened; over a critic's values (generalised advantage estimation), then whitened."""
     gamma: float | None = Field(None, gt=0, le=1)
     """gae: discount per token."""
     gae_lambda: float | None = Field(None, ge=0, le=1)

@@ -116,3 +116,15 @@ class ResultText:
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
+    """Per token, the number of characters of the text up to and with it. A character of several tokens counts with the
+    last of them; special tokens spell nothing."""
+    from tokenizers.decoders import DecodeStream
+
+    stream, length, ends = DecodeStream(skip_special_tokens=True), 0, []
+    for token_id in token_ids:
+        length += len(stream.step(tokenizer.backend_tokenizer, token_id) or "")
+        ends.append(length)
+    return ends

@@ -112,9 +112,8 @@ def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tens
     """Log-probs and entropies of the completion's tokens that the policy sampled."""
     logits = _logits(model, rollout)[len(rollout.prompt.token_ids) - 1 : -1] / temperature
     every = torch.log_softmax(logits, -1)
-    completion = rollout.completion
-    chosen = every.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-    own = torch.tensor(completion.loss_mask or [True] * len(completion.token_ids))
+    chosen = every.gather(1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
+    own = torch.tensor(rollout.completion.loss_mask or [True] * len(chosen))
     return chosen[own], -(every.exp() * every).sum(-1)[own]
 
 

@@ -144,7 +144,7 @@ class Recorded:
 
 
 def sample_groups(
-    num_prompts: int, group_size: int, seed: int, *, with_results: bool = False, vocab: int = VOCAB
+    num_prompts: int, group_size: int, seed: int, vocab: int = VOCAB, *, with_results: bool = False
 ) -> tuple[SampledGroups, list[float]]:
     """Rollouts of ragged lengths with rewards; those of the last group are all equal. `with_results`: an environment
     wrote tokens in the middle of those that are long enough."""
@@ -155,7 +155,7 @@ def sample_groups(
         for _ in range(group_size):
             tokens = (*(rng.randrange(2, vocab) for _ in range(rng.randint(0, 13))), EOS)
             mask = _mask_of(len(tokens), random.Random(len(rollouts))) if with_results else None
-            completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "", mask)
+            completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "", loss_mask=mask)
             rewards.append(1.0 if index == num_prompts - 1 else rng.random())
             rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))
     return SampledGroups(rollouts, group_size), rewards

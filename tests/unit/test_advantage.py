@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
-from grpo_mega.algorithm.advantage import group_advantages, leave_one_out_advantages, token_returns, whitened
+from grpo_mega.algorithm.advantage import (
+    group_advantages,
+    leave_one_out_advantages,
+    process_advantages,
+    token_returns,
+    whitened,
+)
 
 
 def test_one_right_of_four_gives_the_hand_computed_advantages() -> None:
@@ -82,3 +90,55 @@ def test_whitened_values_have_mean_zero_and_std_one_over_all_tokens() -> None:
 def test_token_returns_subtract_the_penalties_from_a_token_on() -> None:
     assert token_returns(10.0, [1.0, 2.0, 4.0]) == [3.0, 4.0, 6.0]
     assert token_returns(10.0, []) == []
+
+
+def process_oracle(steps: list[list[tuple[int, float]]], lengths: list[int]) -> list[list[float]]:
+    """DeepSeekMath's formula for one group, term by term in float64: R has the values of all steps of all outputs."""
+    every = [value for row in steps for _, value in row]
+    mean = sum(every) / len(every)
+    std = (sum((value - mean) ** 2 for value in every) / (len(every) - 1)) ** 0.5
+    return [
+        [sum((value - mean) / (std + 1e-6) for index, value in row if index >= t) for t in range(length)]
+        for row, length in zip(steps, lengths, strict=True)
+    ]
+
+
+def test_process_advantages_by_hand() -> None:
+    # values 1 0 | 0 1: mean 1/2, std 1/sqrt(3), each step counts +-sqrt(3)/2
+    steps = [[(1, 1.0), (3, 0.0)], [(0, 0.0), (2, 1.0)]]
+    h = 3**0.5 / 2
+    found = process_advantages(steps, [5, 3], 2, eps=0.0)
+    assert found[0] == pytest.approx([0.0, 0.0, -h, -h, 0.0])
+    assert found[1] == pytest.approx([0.0, h, h])
+
+
+def test_process_advantages_equal_the_papers_formula_on_random_groups() -> None:
+    rng = random.Random(0)
+    for _ in range(50):
+        lengths = [rng.randint(1, 12) for _ in range(6)]
+        steps = [[(rng.randrange(n), rng.gauss(0, 1)) for _ in range(rng.randint(0, 4))] for n in lengths]
+        steps[0] = [(0, 0.5)]
+        steps[1] = [(lengths[1] - 1, -0.5)]
+        found = process_advantages(steps + steps, lengths * 2, 6)
+        for row, wanted in zip(found, process_oracle(steps, lengths) * 2, strict=True):
+            assert row == pytest.approx(wanted, abs=1e-12)
+
+
+def test_one_step_per_rollout_is_outcome_supervision() -> None:
+    rewards = [0.3, 0.9, 0.1, 0.1]
+    expected = group_advantages(torch.tensor([rewards], dtype=torch.float64)).flatten().tolist()
+    found = process_advantages([[(4, value)] for value in rewards], [5] * 4, 4)
+    assert found == [pytest.approx([value] * 5, rel=1e-6) for value in expected]
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e30])
+def test_equal_values_of_all_steps_give_exactly_zero(value: float) -> None:
+    assert process_advantages([[(0, value), (2, value)], [(1, value)]], [3, 2], 2) == [[0.0] * 3, [0.0] * 2]
+    assert process_advantages([[], []], [2, 1], 2) == [[0.0] * 2, [0.0]]
+
+
+def test_a_step_outside_of_its_rollout_and_a_value_that_is_no_number_are_refused() -> None:
+    with pytest.raises(ValueError, match="a step ends at token 3 of a completion of 3 tokens"):
+        process_advantages([[(3, 1.0)], [(0, 0.0)]], [3, 3], 2)
+    with pytest.raises(ValueError, match="rollouts 0 to 1 is not finite"):
+        process_advantages([[(0, float("nan"))], [(0, 0.0)]], [3, 3], 2)

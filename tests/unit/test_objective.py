@@ -204,3 +204,29 @@ def test_advantages_per_token_have_one_for_each_token_that_the_policy_sampled() 
     for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
         advantages = Objective(AlgorithmConfig.model_validate({"name": name}), 8).advantages(found, [1.0, 0.0])
         assert [len(row) for row in advantages if isinstance(row, list)] == [2, 3]
+
+
+def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_the_whole_group() -> None:
+    found = masked(groups([4, 3], [0.5, 1.0]), "1001", "111")
+    first, second = found.rollouts
+    found = replace(found, rollouts=[replace(first, steps=((0, 1.0), (3, 0.0))), second])
+    objective = Objective(AlgorithmConfig(advantage="process"), 8)
+    # values 1, 0 and (the outcome of the second) 1: mean 2/3, std sqrt(1/3)
+    up, down = (1 / 3) / 3**-0.5, (-2 / 3) / 3**-0.5
+    first_row, second_row = objective.advantages(found, [0.5, 1.0])
+    assert first_row == pytest.approx([up + down, down], abs=1e-5)
+    assert second_row == pytest.approx([up] * 3, abs=1e-5)
+    assert not found.is_degenerate(0)
+    assert groups([4, 3], [0.5, 0.5]).is_degenerate(0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"kl_in": "reward"}, "algorithm.kl_in=reward with algorithm.advantage=process"),
+        ({"name": "dapo"}, "algorithm.overlong_buffer_fraction=0.2 with algorithm.advantage=process"),
+    ],
+)
+def test_process_supervision_refuses_rewards_that_are_not_of_steps(keys: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_algorithm(AlgorithmConfig.model_validate(keys | {"advantage": "process"}))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
 import torch
 
 from grpo_mega import rollout
+from grpo_mega.data.chat import token_ends
+from grpo_mega.data.tokenizers import byte_tokenizer
 from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout import SampledGroups, Sampler, derived_seed
+from grpo_mega.rollout import SampledGroups, Sampler, derived_seed, located
 from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
 
 REQUEST = SamplingRequest(group_size=3, temperature=0.5, max_tokens=9, seed=12345)
@@ -161,3 +165,45 @@ def test_derived_seed_is_the_same_in_every_process_and_fits_31_bits() -> None:
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert derived_seed("train", 1, 11) != derived_seed("train", 11, 1)
+
+
+def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = Reward(-1.0, {"exact": -1.0}, ("environment",))
+
+    class Failing(ScriptedEngine):
+        def generate(
+            self,
+            prompts: Sequence[Prompt],
+            sampling: SamplingRequest,
+            on_completion: Callable[[int, int, Completion], None],
+        ) -> None:
+            def heard(local: int, member: int, completion: Completion) -> None:
+                failure = "timed out" if member == 1 else None
+                on_completion(local, member, replace(completion, failure=failure))
+
+            super().generate(prompts, sampling, heard)
+
+    scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
+    sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, floor)
+    rollouts = sampler.sample(prompts_of(2), REQUEST, SEED_OF).rollouts
+    assert [r.reward for r in rollouts] == [Reward(0.0), floor, Reward(0.2), Reward(1.0), floor, Reward(1.2)]
+    assert sorted(key for key, *_ in scorer.submitted) == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "expected"),
+    [
+        ("ab cd", ((1, 0.5), (4, 1.0)), ((1, 0.5), (5, 1.0))),  # the last step ends with EOS
+        ("ab cd", ((0, 0.5), (99, 1.0)), ((0, 0.5), (5, 1.0))),
+        ("a\u00e9b", ((1, 0.5),), ((2, 0.5),)),  # two tokens spell one character
+        ("", ((0, 0.5),), ((0, 0.5),)),
+    ],
+)
+def test_steps_end_in_the_token_that_holds_their_last_character(
+    text: str, steps: tuple[tuple[int, float], ...], expected: tuple[tuple[int, float], ...]
+) -> None:
+    tokenizer = byte_tokenizer()
+    ids = (*tokenizer.encode(text), tokenizer.eos_token_id)
+    completion = Completion(ids, (0.0,) * len(ids), "eos", 0, text)
+    assert located(Reward(0.0, steps=steps), completion, partial(token_ends, tokenizer)) == expected
+    assert located(Reward(0.0), completion, partial(token_ends, tokenizer)) is None

@@ -75,6 +75,8 @@ def test_all_numbers_of_a_step_by_hand() -> None:
             "rollout/prompt_length_mean": 4.0,
             "rollout/truncated_fraction": 0.25,
             "rollout/tokens": 8.0,
+            "rollout/turns_mean": 1.0,
+            "rollout/result_tokens": 0.0,
             "rollout/tokens_per_replica/0": 3.0,
             "rollout/tokens_per_replica/1": 0.0,
             "rollout/tokens_per_replica/2": 5.0,

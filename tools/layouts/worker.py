@@ -62,7 +62,7 @@ def recorded(path: Path) -> SampledGroups:
             ids, log_probs = tuple(row["completion_ids"]), tuple(row["sampler_log_probs"])
             mask = tuple(bool(own) for own in row["loss_mask"]) if row.get("loss_mask") else None
             prompt = Prompt(len(groups), row["prompt"], tuple(row["prompt_ids"]), "")
-            completion = Completion(ids, log_probs, "length", 0, "", mask)
+            completion = Completion(ids, log_probs, "length", 0, "", loss_mask=mask)
             rollout = Rollout(prompt, completion, Reward(row["reward"]), 0)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}:{number}: is no row of a run's rollouts ({error!r}); name such a file") from None
