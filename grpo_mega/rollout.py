@@ -60,8 +60,8 @@ class SampledGroups:
     def is_degenerate(self, group: int) -> bool:
         """Whether all rewards of a group, or of its steps, are equal."""
         first = group * self.group_size
-        group = self.rollouts[first : first + self.group_size]
-        values = {value for r in group for _, value in r.steps or ((0, r.reward.value),)}
+        rollouts = self.rollouts[first : first + self.group_size]
+        values = {value for r in rollouts for _, value in r.steps or ((0, r.reward.value),)}
         return len(values) == 1
 
     def tokens_per_replica(self, num_replicas: int) -> list[int]:

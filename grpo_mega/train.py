@@ -107,6 +107,8 @@ def prepare(config: Config) -> Prepared:
         tokenizer = base_tokenizer(base)
     else:
         tokenizer = load_tokenizer(str(config.model.path))
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
+        require(examine_start(config, topology))
     return Prepared(config, topology, load_train(data, tokenizer), load_held_out(data, tokenizer))
 
 

@@ -57,23 +57,10 @@ class Completion:
     stop_reason: StopReason
     policy_version: int
     text: str
-    loss_mask: tuple[bool, ...] | None = None
-    num_turns: int = 1
-    failure: str | None = None
     expert_choices: Tensor | None = field(default=None, compare=False)
     loss_mask: tuple[bool, ...] | None = None
     num_turns: int = 1
     failure: str | None = None
-
-    @property
-    def num_loss_tokens(self) -> int:
-        """Tokens that the policy sampled."""
-        return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
-
-    @property
-    def loss_log_probs(self) -> tuple[float, ...]:
-        """`sampler_log_probs` of the tokens that the policy sampled."""
-        return tuple(itertools.compress(self.sampler_log_probs, self.loss_mask or (True,) * len(self.token_ids)))
 
     @property
     def num_loss_tokens(self) -> int:

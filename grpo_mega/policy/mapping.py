@@ -42,9 +42,11 @@ def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology)
             with meta:
                 config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
                 models = bare_models(spec, config, parallel)
+            world = dist.group.WORLD
+            assert world is not None, "set by init_process_group"
             for rank in stage:  # the ranks of a stage have the same modules
                 ranks = Ranks(topology, topology.coordinates(rank), meta)
-                weights = MegatronWeights(models, spec, ranks, dist.group.WORLD, lambda: None)
+                weights = MegatronWeights(models, spec, ranks, world, lambda: None)
                 yield from ((rank, held) for held in weights.shards())
         finally:
             dist.destroy_process_group()

@@ -25,7 +25,7 @@ def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("calculater", {}, r"environment\.name='calculater' is no environment, did you mean 'calculator'\?"),
+        ("calculaotr", {}, r"environment\.name='calculaotr' is no environment, did you mean 'calculator'\?"),
         ("nowhere.module:f", {}, r"cannot import 'nowhere\.module' \(ModuleNotFoundError"),
         (f"{BAD}:obey", {}, r"has no function 'obey'; its environments: obeys"),
         (f"{BAD}.undeclared", {}, r"is not declared; put `@grpo_mega\.environments\.environment"),
