@@ -50,16 +50,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "tensor_model_parallel_size": parallel.tp,
-        "pipeline_model_parallel_size": parallel.pp,
-        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
-        "num_layers_in_first_pipeline_stage": parallel.num_layers_first_stage,
-        "num_layers_in_last_pipeline_stage": parallel.num_layers_last_stage,
-        "pipeline_model_parallel_layout": parallel.pipeline_layout,
-        "context_parallel_size": parallel.cp,
-        "expert_model_parallel_size": parallel.ep,
-        "expert_tensor_parallel_size": parallel.etp,
-        "sequence_parallel": parallel.sequence_parallel,
+        **_split(parallel),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -75,15 +66,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         **quirks.PIPELINE_MESSAGES,
     }
     settings |= _recompute(parallel)
-    if spec.output_bias:
-        settings["add_bias_linear"] = True
-    if spec.attention_sinks:
-        settings["softmax_type"] = "learnable"
-    if any(spec.windowed):
-        settings |= {
-            "window_size": (spec.sliding_window - 1, 0),
-            "window_attn_skip_freq": list(map(int, spec.windowed)),
-        }
+    settings |= _attention_extras(spec)
     if spec.moe is not None:
         settings |= _moe_settings(spec.moe, cuda)
     if spec.mla is not None:
@@ -95,6 +78,37 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         config.yarn_rotary_scaling_factor = spec.rope.factor
         config.yarn_mscale, config.yarn_mscale_all_dim = megatron_mscale(spec), 0.0
     return config
+
+
+def _split(parallel: ParallelConfig) -> dict[str, Any]:
+    """Over which ranks what is cut."""
+    return {
+        "tensor_model_parallel_size": parallel.tp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_first_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_last_stage,
+        "pipeline_model_parallel_layout": parallel.pipeline_layout,
+        "context_parallel_size": parallel.cp,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp,
+        "sequence_parallel": parallel.sequence_parallel,
+    }
+
+
+def _attention_extras(spec: ModelSpec) -> dict[str, Any]:
+    """What only gpt-oss has."""
+    settings: dict[str, Any] = {}
+    if spec.output_bias:
+        settings["add_bias_linear"] = True
+    if spec.attention_sinks:
+        settings["softmax_type"] = "learnable"
+    if any(spec.windowed):
+        settings |= {
+            "window_size": (spec.sliding_window - 1, 0),
+            "window_attn_skip_freq": list(map(int, spec.windowed)),
+        }
+    return settings
 
 
 def _recompute(parallel: ParallelConfig) -> dict[str, Any]:

@@ -15,12 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.helpers.ranks import RankPool
-from tests.parallel.families import FAMILY_MODELS, Differences, FamilyLaboratory, differences, layouts_of
-
-
-def is_within(found: Differences) -> bool:
-    """The bars of the tests."""
-    return max(found.logits, found.log_probs) <= 2e-5 and found.gradient <= 1e-5 and found.weights <= 1e-6
+from tests.parallel.families import FAMILY_MODELS, FamilyLaboratory, differences, is_within, layouts_of
 
 
 def main() -> int:

@@ -53,9 +53,9 @@ def perturbed_log_probs(
         return [_forward(model, rollout, temperature)[0].tolist() for rollout in recorded_groups.rollouts]
 
 
-def expect(recorded: Recorded) -> Expected:
+def expect(recorded: Recorded, dtype: torch.dtype = torch.float64) -> Expected:
     """Three updates."""
-    model = load(recorded.model)
+    model = load(recorded.model, dtype)
     rollouts, temperature = recorded.groups.rollouts, recorded.temperature
     with torch.no_grad():
         logits = [_logits(model, r) for r in rollouts]

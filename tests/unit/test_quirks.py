@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,3 +69,19 @@ def test_experts_are_taken_apart_from_dense_layers() -> None:
 )
 def test_a_copy_of_the_weights_lies_on_the_fewest_neighbours(topology: Topology, copies: list[list[int]]) -> None:
     assert weight_copies(topology) == copies
+
+
+def test_an_optimizer_without_parameters_has_the_step_of_the_others_while_a_checkpoint_is_described() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    trained, without = torch.optim.AdamW([weight]), torch.optim.AdamW([{"params": []}])
+    weight.grad = torch.ones(3)
+    trained.step()
+    trained.step()
+    chain: Any = SimpleNamespace(
+        chained_optimizers=[SimpleNamespace(optimizer=trained), SimpleNamespace(optimizer=without)]
+    )
+    with quirks.lent_steps(chain):
+        for adam in (trained, without):  # as distrib_optimizer.py:641 asks
+            assert {state["step"].item() for state in adam.state_dict()["state"].values()} == {2.0}
+    assert without.state == {}
+    assert list(trained.state) == [weight]
