@@ -89,7 +89,8 @@ def main() -> int:
     try:
         found = check(args.hf_dir, args.layout)
     except (UserError, OSError) as error:
-        return exit_code(error)
+        code: int = exit_code(error)
+        return code
     for fault in found["faults"][:20]:
         print(fault)
     if args.json:

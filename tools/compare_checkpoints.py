@@ -41,7 +41,8 @@ def main() -> int:
         left, right = open_checkpoint(args.a, args.base, args.b), open_checkpoint(args.b, args.base, args.a)
         found = list(compare(left, right))
     except (UserError, OSError) as error:
-        return exit_code(error)
+        code: int = exit_code(error)
+        return code
     different = [each for each in found if each.verdict != "equal"]
     for each in different:
         print(line_of(each))
