@@ -3,7 +3,7 @@
 Such a folder has `.metadata` (a pickle: which chunk of which tensor lies in which file), `metadata.json`, `common.pt`
 and `*.distcp` files, in which every chunk is one `torch.save`. Chunks are read by byte ranges, so a slice costs its own
 bytes. `.metadata` is read by an unpickler that knows only the classes of that format: nothing in it is executed.
-Asserted by tests/unit/test_torch_dist.py.
+Asserted by tests/e2e/test_convert_tools.py and test_convert_bad_input.py.
 """
 
 from __future__ import annotations
@@ -107,8 +107,15 @@ class TorchDistFiles:
                     f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has a part of shape {chunk.shape} at"
                     f" {chunk.offsets}, outside of it; {rule}"
                 )
+        offsets = [chunk.offsets for chunk in tensor.chunks]
+        if len(set(offsets)) < len(offsets):
+            twice = collections.Counter(offsets).most_common(1)[0][0]
+            raise UserError(
+                f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has two parts at {twice}, of shape"
+                f" {tensor.chunks[offsets.index(twice)].shape}; {rule}"
+            )
         held, due = sum(math.prod(chunk.shape) for chunk in tensor.chunks), math.prod(tensor.shape)
-        if held != due or len({chunk.offsets for chunk in tensor.chunks}) != len(tensor.chunks):
+        if held != due:
             raise UserError(
                 f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has {due} numbers, its parts of shapes"
                 f" {[c.shape for c in tensor.chunks[:3]]} (of {len(tensor.chunks)}) have {held}; {rule}"

@@ -39,14 +39,14 @@ def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology)
         dist.init_process_group("fake", rank=stage[0], world_size=topology.world_size, store=FakeStore())
         try:
             init_groups(Ranks(topology, topology.coordinates(stage[0]), meta), 60)
+            everybody = dist.group.WORLD
+            assert everybody is not None, "made above"
             with meta:
                 config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
                 models = bare_models(spec, config, parallel)
-            world = dist.group.WORLD
-            assert world is not None, "set by init_process_group"
             for rank in stage:  # the ranks of a stage have the same modules
                 ranks = Ranks(topology, topology.coordinates(rank), meta)
-                weights = MegatronWeights(models, spec, ranks, world, lambda: None)
+                weights = MegatronWeights(models, spec, ranks, everybody, lambda: None)
                 yield from ((rank, held) for held in weights.shards())
         finally:
             dist.destroy_process_group()

@@ -298,6 +298,22 @@ def renamed(key: str) -> Any:
     return change
 
 
+def with_dtype(key: str, dtype: torch.dtype) -> Any:
+    def change(found: Any) -> Any:
+        found.state_dict_metadata[key].properties.dtype = dtype
+        return found
+
+    return change
+
+
+def with_parts(key: str, parts: Any) -> Any:
+    def change(found: Any) -> Any:
+        found.state_dict_metadata[key].chunks = parts(found.state_dict_metadata[key].chunks)
+        return found
+
+    return change
+
+
 FC2, NORM = "decoder.layers.mlp.linear_fc2.weight", "decoder.final_layernorm.weight"
 DAMAGE: dict[str, tuple[Any, str]] = {
     "truncated": (
@@ -309,6 +325,22 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "shape": (
         lambda f: change_metadata(f, with_shape(FC2, (2, 128, 95))),
         rf"{FC2} has shape \(2, 128, 95\), config.json says \(2, 128, 96\)",
+    ),
+    "dtype": (
+        lambda f: change_metadata(f, with_dtype(FC2, torch.bfloat16)),
+        rf"{FC2}, part of shape \(1, 128, 96\), has dtype torch.float32, .metadata says torch.bfloat16 for all of",
+    ),
+    "integers": (
+        lambda f: change_metadata(f, with_dtype(FC2, torch.int32)),
+        rf"{FC2} of shape \(2, 128, 96\) has dtype torch.int32, a weight of shape \(2, 128, 96\) is float32",
+    ),
+    "a part missing": (
+        lambda f: change_metadata(f, with_parts(FC2, lambda parts: parts[1:])),
+        rf"{FC2} of shape \(2, 128, 96\) has 24576 numbers, its parts of shapes \[\(1, 128, 96\)\] \(of 1\) have 12288",
+    ),
+    "a part twice": (
+        lambda f: change_metadata(f, with_parts(FC2, lambda parts: [parts[0], parts[0]])),
+        rf"{FC2} of shape \(2, 128, 96\) has two parts at \(0, 0, 0\), of shape \(1, 128, 96\)",
     ),
     "left over": (lambda f: change_metadata(f, renamed(NORM)), r"holds decoder.extra.weight of shape \(128,\)"),
     "pickle": (lambda f: change_metadata(f, lambda _: Evil()), r"holds posix.system, which is no part of the format"),

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_mega.convert.digest import combined_digest, digest_text, slice_digest, wrap
+from grpo_mega.convert.digest import (
+    _EXACT_COLUMNS,
+    _factors,
+    _sums_by_matrices,
+    _sums_by_vectors,
+    combined_digest,
+    digest_text,
+    slice_digest,
+    wrap,
+)
 from grpo_mega.types import TensorSlice
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
@@ -172,3 +181,14 @@ def test_combined_digest_depends_on_names_and_values_alone() -> None:
 @pytest.mark.parametrize(("digest", "text"), [(0, "0" * 16), (-1, "f" * 16), (2**63 - 1, "7" + "f" * 15)])
 def test_the_text_of_a_digest_has_sixteen_digits(digest: int, text: str) -> None:
     assert digest_text(digest) == text
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("columns", [1, 1000, _EXACT_COLUMNS])
+def test_matrices_of_float64_lose_nothing_of_the_largest_sums(dtype: torch.dtype, columns: int) -> None:
+    factors = torch.full((columns,), -1)
+    factors[::3] = _factors(1, 0, columns)[::3]
+    lowest = torch.full((1, columns), torch.iinfo(dtype).min, dtype=dtype)
+    highest = torch.full((1, columns), torch.iinfo(dtype).max, dtype=dtype)
+    rows = torch.cat([lowest, highest, random_tensor((3, columns), torch.float8_e4m3fn).view(torch.uint8).to(dtype)])
+    assert torch.equal(_sums_by_matrices(rows, factors), _sums_by_vectors(rows, factors))

@@ -1,0 +1,255 @@
+"""Wrong input to the conversion tools: exit code 2, the tensor and both shapes, no traceback, nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import runpy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from grpo_mega.convert.hf_to_megatron import hf_to_megatron
+from grpo_mega.convert.megatron_to_hf import megatron_to_hf
+from tests.helpers.jobs import REPOSITORY
+from tests.helpers.tiny_models import make_tiny_model
+
+INDEX = "model.safetensors.index.json"
+DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`hf` in several files, and `megatron`."""
+    root = tmp_path_factory.mktemp("sharded")
+    make_tiny_model(root / "single", "llama", vocab=21)
+    hf_to_megatron(root / "single", root / "megatron")
+    megatron_to_hf(root / "megatron", root / "hf", shard_bytes=150_000)
+    return root
+
+
+@pytest.fixture
+def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """A tool's command line in this process: what it would end with, and stderr. An exception is a traceback."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
+    threads = torch.get_num_threads()
+
+    def run(tool: str, *arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr("sys.argv", [tool, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code: int = runpy.run_path(str(REPOSITORY / "tools" / tool))["main"]()
+        finally:
+            torch.set_num_threads(threads)
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def place_of(folder: Path, name: str) -> Path:
+    return folder / str(json.loads((folder / INDEX).read_text())["weight_map"][name])
+
+
+def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def change_tensors(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    path = place_of(folder, name)
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def swap_files(placed: dict[str, str]) -> None:
+    other = next(file for file in placed.values() if file != placed[DOWN])
+    placed[DOWN] = other
+
+
+def drop(folder: Path) -> None:
+    change_tensors(folder, DOWN, lambda t: t.pop(DOWN))
+    change_index(folder, lambda placed: placed.pop(DOWN))
+
+
+def add_to_another_file(folder: Path) -> None:
+    tensor = load_file(place_of(folder, DOWN))[DOWN]
+    other = next(
+        name
+        for name in json.loads((folder / INDEX).read_text())["weight_map"]
+        if place_of(folder, name) != place_of(folder, DOWN)
+    )
+    change_tensors(folder, other, lambda t: t.update({DOWN: tensor}))
+
+
+def add_extra(folder: Path) -> None:
+    change_tensors(folder, DOWN, lambda t: t.update({"model.extra.weight": torch.ones(3, 2)}))
+    change_index(folder, lambda placed: placed.update({"model.extra.weight": placed[DOWN]}))
+
+
+def reshape(folder: Path) -> None:
+    change_tensors(folder, DOWN, lambda t: t.update({DOWN: t[DOWN][:, :-1].clone()}))
+
+
+def retype(folder: Path) -> None:
+    change_tensors(folder, DOWN, lambda t: t.update({DOWN: t[DOWN].long()}))
+
+
+def truncate(folder: Path) -> None:
+    path = place_of(folder, DOWN)
+    os.truncate(path, path.stat().st_size - 1000)
+
+
+def huge_header(folder: Path) -> None:
+    place_of(folder, DOWN).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
+
+
+def make_a_folder_of_it(folder: Path) -> None:
+    path = place_of(folder, DOWN)
+    path.unlink()
+    path.mkdir()
+
+
+DOWN_SHAPED = rf"{DOWN} of shape \(128, 96\)"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (truncate, r"bytes, its header says \d+; of \S+ of shape \(\d+.*\) there is \(\d+.*\)\); download"),
+    "missing shard": (lambda f: place_of(f, DOWN).unlink(), r"is missing, the index places model\.\S+ of shape \("),
+    "shape": (reshape, rf"{DOWN} has shape \(128, 95\), config.json says \(128, 96\)"),
+    "dtype": (retype, rf"{DOWN_SHAPED} has dtype torch.int64, a weight of shape \(128, 96\) is float32"),
+    "tensor missing": (drop, rf"tensors {DOWN_SHAPED} missing"),
+    "tensor left over": (add_extra, r"model.extra.weight of shape \(3, 2\) unknown"),
+    "index lies": (
+        lambda f: change_index(f, swap_files),
+        rf"holds no {DOWN_SHAPED}, which the index places there, .* holds it with shape \(128, 96\)",
+    ),
+    "in two files": (
+        add_to_another_file,
+        rf"holds {DOWN_SHAPED}, which the index places in model-\S+ with shape \(128, 96\)",
+    ),
+    "index garbage": (lambda f: (f / INDEX).write_text("{"), r"is no index of safetensors files"),
+    "header garbage": (
+        lambda f: place_of(f, DOWN).write_bytes(b"\xff" * 300),
+        r"cannot be read \(a header of \d+ bytes\)",
+    ),
+    "header huge": (huge_header, r"cannot be read \(a header of 4611686018427387904 bytes\)"),
+    "shard is a folder": (make_a_folder_of_it, r"is missing, the index places model\.\S+ of shape \("),
+    "config missing": (lambda f: (f / "config.json").unlink(), r"holds no config\.json"),
+    "config garbage": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), r"config\.json: not valid JSON"),
+    "config list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGE)
+def test_a_damaged_folder_is_refused_with_what_is_wrong(
+    sharded: Path, tmp_path: Path, fault: str, run_tool: Callable[..., tuple[int, str]]
+) -> None:
+    shutil.copytree(sharded / "hf", tmp_path / "damaged")
+    DAMAGE[fault][0](tmp_path / "damaged")
+    code, said = run_tool("hf_to_megatron.py", tmp_path / "damaged", tmp_path / "out")
+    assert code == 2
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert re.search(DAMAGE[fault][1], said), said
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_outputs_that_cannot_be_are_refused(
+    sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]]
+) -> None:
+    hf, megatron = sharded / "hf", sharded / "megatron"
+    before = sorted(sharded.rglob("*"))
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    for out, rule in {
+        tmp_path / "file": "exists and is not empty",
+        tmp_path / "full": "exists and is not empty",
+        tmp_path / "file" / "below": "Not a directory",
+        Path("/proc/nobody/writes/here"): "/proc/nobody",
+        tmp_path / ("x" * 300): "File name too long",
+    }.items():
+        for tool, source in (("hf_to_megatron.py", hf), ("megatron_to_hf.py", megatron)):
+            code, said = run_tool(tool, source, out)
+            assert (code, rule in said) == (2, True), said
+    for tool, source in (("hf_to_megatron.py", hf), ("megatron_to_hf.py", megatron)):
+        for out in (source, source / "deeper" / "out"):
+            code, said = run_tool(tool, source, out)
+            assert code == 2
+            assert "or lies in it; name a folder elsewhere" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    assert sorted(sharded.rglob("*")) == before
+
+
+@pytest.mark.parametrize("limit", [2_000, 60_000])
+@pytest.mark.parametrize(("tool", "source"), [("hf_to_megatron.py", "hf"), ("megatron_to_hf.py", "megatron")])
+def test_a_full_disk_ends_with_2_and_nothing_at_the_output(
+    sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], tool: str, source: str, limit: int
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code, said = run_tool(tool, sharded / source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert "no space left for" in said
+    assert "of shape (" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def fuzzed(data: bytes, rng: random.Random) -> bytes:
+    """Some bytes changed, cut or doubled."""
+    found = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(found))
+        kind = rng.randrange(4)
+        if kind == 0:
+            found[at] = rng.randrange(256)
+        elif kind == 1:
+            del found[at : at + rng.randint(1, 40)]
+        elif kind == 2:
+            found[at:at] = found[at : at + rng.randint(1, 40)]
+        else:
+            found[at : at + 1] = rng.choice([b"0", b"-", b"9999999999", b"null", b'"', b"}", b"[", b"\xff"])
+        found = found or bytearray(b"x")
+    return bytes(found)
+
+
+FILES = {
+    "hf/config.json": "hf_to_megatron.py",
+    f"hf/{INDEX}": "hf_to_megatron.py",
+    "hf/model-00002-of-00006.safetensors": "hf_to_megatron.py",
+    "megatron/release/.metadata": "megatron_to_hf.py",
+    "megatron/release/__0_0.distcp": "megatron_to_hf.py",
+    "megatron/latest_checkpointed_iteration.txt": "megatron_to_hf.py",
+    "megatron/hf/config.json": "megatron_to_hf.py",
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_damage_ends_in_a_traceback_or_a_half_result(
+    sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], name: str
+) -> None:
+    rng, source = random.Random(name), name.split("/")[0]
+    shutil.copytree(sharded / source, tmp_path / source)
+    whole = (tmp_path / name).read_bytes()
+    head = 3000 if name.endswith((".safetensors", ".distcp")) else len(whole)  # numbers are anybody's
+    refused = 0
+    for _ in range(12):
+        (tmp_path / name).write_bytes(fuzzed(whole[:head], rng) + whole[head:])
+        code, said = run_tool(FILES[name], tmp_path / source, tmp_path / "out")
+        assert code in (0, 2), said
+        assert (tmp_path / "out").exists() == (code == 0)
+        assert not (tmp_path / "out.partial").exists()
+        refused += code == 2
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert refused >= 3
