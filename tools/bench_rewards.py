@@ -60,7 +60,7 @@ HOSTILE = {
     "memory of processes": "import os\nos.fork()\nos.fork()\nx = b'x' * 10**7\nwhile True: x += x",
     "full disk": "f = open('big', 'wb')\nwhile True: f.write(bytes(10**6))",
     "killing the parent": "import os\nos.killpg(0, 9)\nos.kill(os.getppid(), 9)\nos.kill(-1, 9)",
-    "a detached process": "import os\nif not os.fork():\n    os.setsid()\n    while not os.fork() or True: pass",
+    "a detached process": "import os\nif not os.fork():\n os.setsid()\n if not os.fork():\n  while True: pass",
 }
 
 
