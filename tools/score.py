@@ -95,7 +95,7 @@ def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL")
-    parser.add_argument("--reward", required=True, help="exact, gsm8k, format, or package.module:function")
+    parser.add_argument("--reward", required=True, help="a name from docs/rewards.md, or package.module:function")
     parser.add_argument("--args", default="{}", help="the reward's arguments, a JSON object")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--timeout-seconds", type=float, default=5.0, help="limit of one scoring")

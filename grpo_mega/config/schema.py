@@ -193,7 +193,7 @@ class DataConfig(Section):
 
 class RewardTerm(Section):
     name: str
-    """`exact`, `gsm8k`, `format`, or a dotted path to a function."""
+    """One of those in docs/rewards.md, or a dotted path to a function."""
     weight: float = 1.0
     args: dict[str, Any] = {}
 
@@ -203,7 +203,7 @@ class RewardConfig(Section):
     workers: int = Field(1, ge=1)
     """Reward processes per engine replica."""
     timeout_seconds: float = Field(5.0, gt=0)
-    """Wall-clock limit of one scoring."""
+    """Wall-clock limit of one scoring; batched rewards (docs/rewards.md) keep limits of their own."""
     shuffle: bool = False
     """Permute the rewards over the step's rollouts: a control experiment that must not learn."""
 

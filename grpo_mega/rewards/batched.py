@@ -49,15 +49,22 @@ class ThreadedScorer:
         score: rows -> one value, or reason, each; may wait, must end. What it raises is the reason for all of them.
         batch_size: rows of one call, at most.
         concurrency: threads.
+        wait_seconds: how long `collect` waits; rows without a value then have failed.
     """
 
     def __init__(
-        self, score: Callable[[Sequence[Row]], Sequence[float | Exception]], *, batch_size: int, concurrency: int
+        self,
+        score: Callable[[Sequence[Row]], Sequence[float | Exception]],
+        *,
+        batch_size: int,
+        concurrency: int,
+        wait_seconds: float = 300.0,
     ) -> None:
-        self._score, self._batch_size = score, batch_size
+        self._score, self._batch_size, self._wait_seconds = score, batch_size, wait_seconds
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: deque[tuple[int, Row]] = deque()
-        self._num_pending = 0
+        self._pending: set[int] = set()
+        self._round = 0  # a value that comes after its collect belongs to nobody
         self._done: dict[int, float | Exception] = {}
         self._closed = False
         for number in range(concurrency):
@@ -68,14 +75,18 @@ class ThreadedScorer:
         """Queue a row."""
         with self._changed:
             self._waiting.append((key, row))
-            self._num_pending += 1
+            self._pending.add(key)
             self._changed.notify()
 
     def collect(self) -> dict[int, float | Exception]:
-        """Wait for all rows since the last call."""
+        """Wait for all rows since the last call, at most `wait_seconds`."""
         with self._changed:
-            self._changed.wait_for(lambda: self._num_pending == 0 or self._closed)
-            done, self._done = self._done, {}
+            self._changed.wait_for(lambda: not self._pending or self._closed, self._wait_seconds)
+            late = TimeoutError(f"no value within {self._wait_seconds:g} s of the end of sampling")
+            done = self._done | dict.fromkeys(self._pending, late)
+            self._round += 1
+            self._waiting.clear()
+            self._pending, self._done = set(), {}
             return done
 
     def close(self) -> None:
@@ -91,6 +102,7 @@ class ThreadedScorer:
                 self._changed.wait_for(lambda: bool(self._waiting) or self._closed)
                 if self._closed:
                     return
+                round_number = self._round
                 batch = [self._waiting.popleft() for _ in range(min(self._batch_size, len(self._waiting)))]
             values: Sequence[float | Exception]
             try:
@@ -100,6 +112,7 @@ class ThreadedScorer:
             except Exception as error:  # whatever it is, the rows must come back
                 values = [error] * len(batch)
             with self._changed:
-                self._done.update((key, value) for (key, _), value in zip(batch, values, strict=True))
-                self._num_pending -= len(batch)
-                self._changed.notify_all()
+                if round_number == self._round:
+                    self._done.update((key, value) for (key, _), value in zip(batch, values, strict=True))
+                    self._pending.difference_update(key for key, _ in batch)
+                    self._changed.notify_all()

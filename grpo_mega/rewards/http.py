@@ -108,7 +108,7 @@ def _cut_off(connection: http.client.HTTPConnection, cut: threading.Event) -> No
         return
 
 
-def check_server(server: Server, concurrency: int) -> None:
+def check_server(server: Server, concurrency: int, wait_seconds: float) -> None:
     """Refuse settings that cannot work, and a server that is not there.
 
     Raises:
@@ -120,7 +120,8 @@ def check_server(server: Server, concurrency: int) -> None:
     for name, value, least in (("retries", server.retries, 0), ("concurrency", concurrency, 1)):
         if type(value) is not int or not least <= value <= 1000:
             raise UserError(f"{name}={value!r} is no whole number from {least} to 1000; correct it")
-    for name, seconds in (("request_seconds", server.request_seconds), ("backoff_seconds", server.backoff_seconds)):
+    limits = {"request_seconds": server.request_seconds, "backoff_seconds": server.backoff_seconds}
+    for name, seconds in (limits | {"wait_seconds": wait_seconds}).items():
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
             raise UserError(f"{name}={seconds!r} is no number of seconds above 0; correct it")
     if server.api_key_env is not None and not os.environ.get(server.api_key_env):

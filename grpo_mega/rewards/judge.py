@@ -47,6 +47,7 @@ def check_judge_args(
     request_seconds: float = 30.0,
     retries: int = 3,
     backoff_seconds: float = 0.5,
+    wait_seconds: float = 300.0,
     api_key_env: str | None = None,
 ) -> None:
     """Refuse values that `judge` cannot work with, and a server that is not there.
@@ -69,7 +70,7 @@ def check_judge_args(
         raise UserError(f"scale={scale!r} is no [lowest, highest]; use for example [1, 10]")
     if type(max_tokens) is not int or max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens!r} is no whole number above 0; use for example 512")
-    check_server(Server(url, request_seconds, retries, backoff_seconds, api_key_env), concurrency)
+    check_server(Server(url, request_seconds, retries, backoff_seconds, api_key_env), concurrency, wait_seconds)
 
 
 @batched_reward(low=0.0, high=1.0, check_args=check_judge_args)
@@ -84,6 +85,7 @@ def judge(
     request_seconds: float = 30.0,
     retries: int = 3,
     backoff_seconds: float = 0.5,
+    wait_seconds: float = 300.0,
     api_key_env: str | None = None,
 ) -> BatchScorer:
     """(mark - scale[0]) / (scale[1] - scale[0]), in [0, 1].
@@ -99,6 +101,7 @@ def judge(
         request_seconds: limit of one request.
         retries: how often a failed request is sent again.
         backoff_seconds: wait before the first retry; it doubles each time, up to 30 s.
+        wait_seconds: how long a step waits after its sampling; completions without a value then have failed.
         api_key_env: the environment variable that holds the key, if the server wants one.
     """
     server = Server(url.rstrip("/"), request_seconds, retries, backoff_seconds, api_key_env)
@@ -129,4 +132,4 @@ def judge(
         except ServerError as error:
             return [error]
 
-    return ThreadedScorer(score, batch_size=1, concurrency=concurrency)
+    return ThreadedScorer(score, batch_size=1, concurrency=concurrency, wait_seconds=wait_seconds)

@@ -33,6 +33,7 @@ def check_remote_args(
     request_seconds: float = 30.0,
     retries: int = 3,
     backoff_seconds: float = 0.5,
+    wait_seconds: float = 300.0,
     api_key_env: str | None = None,
 ) -> None:
     """Refuse values that `remote` cannot work with, and a server that is not there.
@@ -51,7 +52,7 @@ def check_remote_args(
         )
     if type(batch_size) is not int or not 1 <= batch_size <= 10_000:
         raise UserError(f"batch_size={batch_size!r} is no whole number from 1 to 10000; use for example 16")
-    check_server(Server(url, request_seconds, retries, backoff_seconds, api_key_env), concurrency)
+    check_server(Server(url, request_seconds, retries, backoff_seconds, api_key_env), concurrency, wait_seconds)
 
 
 def declared_range(low: float = 0.0, high: float = 1.0, **_: object) -> tuple[float, float]:
@@ -71,6 +72,7 @@ def remote(
     request_seconds: float = 30.0,
     retries: int = 3,
     backoff_seconds: float = 0.5,
+    wait_seconds: float = 300.0,
     api_key_env: str | None = None,
 ) -> BatchScorer:
     """What the server says, in [low, high]; a value outside is a failed scoring.
@@ -86,6 +88,7 @@ def remote(
         request_seconds: limit of one request.
         retries: how often a failed request is sent again.
         backoff_seconds: wait before the first retry; it doubles each time, up to 30 s.
+        wait_seconds: how long a step waits after its sampling; completions without a value then have failed.
         api_key_env: the environment variable that holds the key, if the server wants one.
     """
     server = Server(url, request_seconds, retries, backoff_seconds, api_key_env)
@@ -94,7 +97,7 @@ def remote(
     def score(rows: Sequence[Row]) -> Sequence[float | Exception]:
         return server.ask("", make(rows, model), _with_length(read, len(rows)))
 
-    return ThreadedScorer(score, batch_size=batch_size, concurrency=concurrency)
+    return ThreadedScorer(score, batch_size=batch_size, concurrency=concurrency, wait_seconds=wait_seconds)
 
 
 def _with_length(

@@ -152,6 +152,29 @@ def test_closing_does_not_wait_for_what_is_under_way() -> None:
     scorer.submit(0, Row("", "", ""))
     started = time.monotonic()
     scorer.close()
-    assert scorer.collect() == {}
+    assert isinstance(scorer.collect()[0], TimeoutError)
     assert time.monotonic() - started < 5.0
     never.set()
+
+
+def test_what_comes_too_late_has_failed_and_is_not_taken_for_the_next_step() -> None:
+    gates = [threading.Event(), threading.Event()]
+
+    def score(rows: Sequence[Row]) -> list[float]:
+        gates[int(rows[0].reference)].wait(60.0)
+        return [float(rows[0].reference)] * len(rows)
+
+    scorer = ThreadedScorer(score, batch_size=1, concurrency=1, wait_seconds=0.2)
+    for key in range(3):
+        scorer.submit(key, Row("", "", "0"))
+    late = scorer.collect()
+    assert [str(late[key]) for key in range(3)] == ["no value within 0.2 s of the end of sampling"] * 3
+    gates[1].set()
+    scorer.submit(0, Row("", "", "1"))
+    gates[0].set()
+    limit = time.monotonic() + 20.0
+    while (found := scorer.collect()) == {} or isinstance(found[0], Exception):
+        assert time.monotonic() < limit
+        scorer.submit(0, Row("", "", "1"))
+    assert found == {0: 1.0}
+    scorer.close()

@@ -203,6 +203,7 @@ def test_single_values_that_are_no_numbers_fail_alone(server: RewardServer) -> N
         ("judge", {"concurrency": 0}, "concurrency=0 is no whole number from 1"),
         ("judge", {"retries": -1}, "retries=-1 is no whole number from 0"),
         ("judge", {"request_seconds": 0}, "request_seconds=0 is no number of seconds"),
+        ("remote", {"wait_seconds": -1}, "wait_seconds=-1 is no number of seconds"),
         ("judge", {"api_key_env": "NOT_SET_ANYWHERE"}, "this variable is not set"),
         ("remote", {"low": 1.0}, "low=1.0 high=1.0 is no range"),
         ("remote", {"protocol": "grpc"}, "protocol='grpc' is unknown"),
