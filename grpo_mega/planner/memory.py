@@ -130,7 +130,7 @@ def plan_memory(
         kv_cache=cache,
         kv_bytes_per_token=per_token,
         host=_host(config, ranks, topology, cluster),
-        checkpoint=float(total_parameters * (state + reference)),
+        checkpoint=float(total_parameters * ((state + reference) + (state if needs_critic(config) else 0))),
     )
 
 
@@ -214,6 +214,11 @@ def _phases(
         "train": {**state, "activations": kept, "logits": logits, "communication": passing} | engine_residue,
         "sync": {"weights": static.weights, "engine weights": engine, "sync buckets": 2.0 * bucket},
     }
+    if needs_critic(config) and cluster.gpu.kernels == "local":
+        # of the policy's size, a head less; on CUDA it has the device while the policy is away, and needs no more than
+        # the policy's training does
+        for items in phases.values():
+            items["critic"] = sum(state.values())
     nccl = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(topology)
     for items in phases.values():
         used = sum(items.values())
@@ -232,6 +237,11 @@ def num_groups(topology: Topology) -> int:
 def needs_reference(config: Config) -> bool:
     """Does the loss, or the reward, look at the reference?"""
     return config.algorithm.kl_coef > 0
+
+
+def needs_critic(config: Config) -> bool:
+    """Are advantages relative to what a critic expects?"""
+    return config.algorithm.advantage == "gae"
 
 
 @functools.lru_cache(maxsize=16)
@@ -263,4 +273,6 @@ def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: 
         "optimizer on the host": updated,
         "reference": 2 * reference,
     }
+    if needs_critic(config):
+        items["critic"] = updated + (static.weights + static.optimizer if on_cuda else 0.0)
     return {name: per_node * size for name, size in items.items()}
