@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,6 +97,22 @@ def fill_optimizer_state(optimizer: Any) -> None:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
+
+
+@contextmanager
+def lent_steps(optimizer: Any) -> Iterator[None]:
+    """distrib_optimizer.py:642 asserts that each of a rank's optimizers has parameters whose step it can read. That of
+    experts has none on a pipeline stage without them: inside, it has the step of the others."""
+    adams = [inner.optimizer for inner in getattr(optimizer, "chained_optimizers", [optimizer])]
+    steps = [state["step"].item() for adam in adams for state in adam.state.values()]
+    without = [adam for adam in adams if not adam.state]
+    for adam in without:
+        adam.state["lent"] = {"step": torch.tensor(max(steps, default=0.0))}
+    try:
+        yield
+    finally:
+        for adam in without:
+            del adam.state["lent"]
 
 
 def _with_own_step(setter: Any) -> Any:

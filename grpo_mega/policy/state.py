@@ -83,7 +83,8 @@ def _fill_models(parts: MegatronParts, states: dict[int, Any]) -> None:
 
 def _sharded_state(parts: MegatronParts, *, is_loading: bool) -> dict[str, Any]:
     model = _sharded_weights(parts)
-    optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
+    with quirks.lent_steps(parts.optimizer):
+        optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
     return {"model": model, "optimizer": optimizer}
 
 

@@ -40,11 +40,11 @@ def test_every_rank_reports_the_loss_and_the_gradient_norm_of_autograd(
     families: FamilyLaboratory, model: str, layout: Layout
 ) -> None:
     expected = families.expected(model)
+    assert max(expected.grad_norms) > OPTIMIZER.clip_grad, "clipping takes no part"
     for record in families.run(model, layout):
         for update, stats in enumerate(record.stats):
             assert abs(stats.sums["loss"] - expected.losses[update]) <= 1e-5 * stats.sums["loss_magnitude"]
             assert stats.grad_norm == pytest.approx(expected.grad_norms[update], rel=1e-5)
-            assert stats.grad_norm > OPTIMIZER.clip_grad, "clipping takes no part"
 
 
 @every_case
