@@ -143,22 +143,26 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-@functools.lru_cache(maxsize=64)
 def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int) -> float:
     """Of one rank of an engine of `tp` ranks: matrices are cut, norms, routers and latent projections are not, and key
     heads fewer than ranks are repeated."""
-    total = 0.0
+    cut, repeated, keys = _engine_elements(spec)
+    return (cut / tp + repeated + keys / min(tp, spec.num_kv_heads)) * itemsize
+
+
+@functools.lru_cache(maxsize=16)
+def _engine_elements(spec: ModelSpec) -> tuple[int, int, int]:
+    """Elements that are cut over all ranks, that every rank has, and that are cut over key heads."""
+    cut = repeated = keys = 0
     for name, shape in hf_shapes(spec).items():
         size = math.prod(shape)
         if len(shape) == 1 or name.endswith((".mlp.gate.weight", "_a_proj.weight", "_a_proj_with_mqa.weight")):
-            total += size
+            repeated += size
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
-            total += size / min(tp, spec.num_kv_heads)
-        else:
-            total += size / tp
-            if name.endswith(".kv_b_proj.weight"):
-                total += size / tp  # kept beside its absorbed form
-    return total * itemsize
+            keys += size
+        else:  # the last projection of latent attention is kept beside its absorbed form
+            cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
+    return cut, repeated, keys
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:

@@ -12,7 +12,7 @@ from grpo_mega.interfaces import ModuleCounter, ModuleSizes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
 from grpo_mega.planner.memory import PHASES, Memory, Workload, plan_memory, workload_of
-from grpo_mega.planner.stages import chunk_parameters, model_chunks
+from grpo_mega.planner.stages import chunk_parts, model_chunks
 from grpo_mega.planner.time import StepTime, plan_time
 
 HOST_SHARE = 0.9  # of a node's memory: the rest is the system's and its file cache's
@@ -135,7 +135,7 @@ def total_parameters(config: Config, spec: ModelSpec, whole: ModuleSizes, where:
     numel = 0
     for chunks in model_chunks(spec, config, where):
         for chunk in chunks:
-            numel += sum(p.numel for p in chunk_parameters(chunk, whole, spec.tie_embeddings))
+            numel += sum(whole.sums[part].numel for part in chunk_parts(chunk, spec.tie_embeddings))
     if spec.tie_embeddings and config.parallel.pp > 1:  # the last stage's copy
-        numel -= sum(p.numel for p in whole.embedding)
+        numel -= whole.sums["embedding"].numel
     return numel
