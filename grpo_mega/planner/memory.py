@@ -205,7 +205,9 @@ def _phases(
     assumed = cluster.assumptions
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
-    reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
+    copies = topology.dp * topology.cp
+    # a rank's part of the reference, on the device before it is gathered; a whole one is copied into its place
+    reference = static.weights / copies if needs_reference(config) and copies > 1 else 0.0
     phases: dict[str, dict[str, float]] = {
         "rollout": {
             "engine weights": engine,
