@@ -19,7 +19,7 @@ from grpo_mega.planner.hardware import Cluster
 from grpo_mega.planner.schedule import peak_of_schedule
 from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_chunks, static_bytes
 
-PHASES = ("rollout", "log_probs", "train", "sync")
+PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
 BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
@@ -62,6 +62,11 @@ class Memory:
     host: dict[str, float]
     """Of one node, item by item."""
     checkpoint: float
+
+    @property
+    def phases(self) -> list[str]:
+        """Their names."""
+        return list(self.ranks[0].phases)
 
     def fullest(self, phase: str) -> RankMemory:
         """The pipeline rank with the most bytes."""
@@ -130,7 +135,7 @@ def plan_memory(
         kv_cache=cache,
         kv_bytes_per_token=per_token,
         host=_host(config, ranks, topology, cluster),
-        checkpoint=float(total_parameters * (state + reference)),
+        checkpoint=float(total_parameters * (state * (2 if has_critic(config) else 1) + reference)),
     )
 
 
@@ -220,6 +225,9 @@ def _phases(
         "train": {**state, "activations": kept, "logits": logits, "communication": passing} | engine_residue,
         "sync": {"weights": static.weights, "engine weights": engine, "sync buckets": 2.0 * bucket},
     }
+    if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
+        phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
+        phases["value"] |= {"policy offloaded": assumed.policy_residue}
     nccl = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(topology)
     for items in phases.values():
         used = sum(items.values())
@@ -233,6 +241,11 @@ def num_groups(topology: Topology) -> int:
     axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
     products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.engine_tp, topology.world_size)
     return sum(size > 1 for size in (*axes, *products))
+
+
+def has_critic(config: Config) -> bool:
+    """Do advantages come from a critic's values?"""
+    return config.algorithm.advantage == "gae"
 
 
 def needs_reference(config: Config) -> bool:
@@ -260,13 +273,14 @@ def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: 
     static = fullest.static
     on_cuda = cluster.gpu.kernels != "local"
     reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
+    learners = 2 if has_critic(config) else 1
     # 12 bytes of state and 4 of gradient for each parameter that is updated here
     updated = static.optimizer_on_host * 4 / 3
     items = {
         "processes": cluster.assumptions.process_host_bytes,
-        "offloaded weights": static.weights if on_cuda else 0.0,
-        "offloaded optimizer": static.optimizer if on_cuda else 0.0,
-        "optimizer on the host": updated,
+        "offloaded weights": learners * static.weights if on_cuda else 0.0,
+        "offloaded optimizer": learners * static.optimizer if on_cuda else 0.0,
+        "optimizer on the host": learners * updated,
         "reference": 2 * reference,
     }
     return {name: per_node * size for name, size in items.items()}

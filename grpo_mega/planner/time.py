@@ -14,7 +14,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.memory import Memory, Workload, needs_reference
+from grpo_mega.planner.memory import Memory, Workload, has_critic, needs_reference
 from grpo_mega.planner.stages import ITEMSIZE, StaticBytes
 
 
@@ -95,6 +95,8 @@ def plan_time(
         / assumed.checkpoint_bandwidth
         / (config.checkpoint.every or config.train.steps),
     }
+    if has_critic(config):  # its values, its updates, and two more trips over PCIe
+        phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
     return StepTime(phases, tokens, 3 * tokens * costs.forward)
 
 
