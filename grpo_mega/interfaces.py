@@ -6,6 +6,8 @@ slices of Hugging Face tensors that its rank holds, a sink the regions of its pa
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -53,6 +55,22 @@ class ParameterSize:
 
 
 @dataclass(frozen=True)
+class SizeSums:
+    """Elements of some parameters; `dense_aligned` and `expert_aligned` with each rounded up to 64, as Megatron's flat
+    buffers lay them out (param_and_grad_buffer.py:658)."""
+
+    numel: int
+    dense_aligned: int
+    expert_aligned: int
+
+    @classmethod
+    def of(cls, parameters: Sequence[ParameterSize]) -> SizeSums:
+        """Of these."""
+        aligned = {kind: sum(-(-p.numel // 64) * 64 for p in parameters if p.is_expert == kind) for kind in (0, 1)}
+        return cls(sum(p.numel for p in parameters), aligned[0], aligned[1])
+
+
+@dataclass(frozen=True)
 class ModuleSizes:
     """What the policy's modules are made of on one rank of the tensor- and expert-parallel axes. A stage of a pipeline
     is a choice of these; `moe_layer` and `dense_layer` are empty where a model has no such layer."""
@@ -63,6 +81,11 @@ class ModuleSizes:
     final_norm: tuple[ParameterSize, ...]
     head: tuple[ParameterSize, ...]
     """Of an untied head; a tied one on another stage than the embedding is a copy of the embedding."""
+
+    @functools.cached_property
+    def sums(self) -> dict[str, SizeSums]:
+        """Field -> sums over its parameters, of which a layer of many experts has hundreds."""
+        return {field.name: SizeSums.of(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 class ModuleCounter(Protocol):

@@ -24,6 +24,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         UserError: names the key, the model's number and what would do.
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
+    _check_host_optimizer(config)
     spec = _spec(config)
     if with_engine:
         _check_sync(spec, config)

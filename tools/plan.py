@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
     gpu = gpu_named(args.gpu)
     if args.nodes is not None and args.nodes < 1:
         raise UserError(f"--nodes={args.nodes}: a job has 1 node or more")
+    if args.search:  # which tries numbers of devices, and layouts, of its own
+        config = load_config(args.config, args.overrides)
+        return run_search(args, config, model_of(config, gpu))
     overrides = list(args.overrides)
     if args.nodes is not None:
         overrides.append(f"run.world_size={args.nodes * gpu.per_node}")
@@ -83,8 +86,6 @@ def run(args: argparse.Namespace) -> int:
     if config.run.world_size is None:
         config = load_config(args.config, [*overrides, f"run.world_size={gpu.per_node}"])
     model = model_of(config, gpu)
-    if args.search:
-        return run_search(args, config, model)
     plan = model.plan(config)
     change = None if plan.fits else remedy(plan, model.plan, model.spec.num_layers)
     told = as_overrides(change) if change is not None else None

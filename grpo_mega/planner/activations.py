@@ -42,6 +42,7 @@ class Activations:
         self._s = self._t / parallel.tp if parallel.sequence_parallel else self._t
         self._longest, self._imbalance = min(longest, row_tokens), imbalance
         self._row_tokens = row_tokens
+        self._layers: dict[bool, LayerActivations] = {}
 
     @property
     def message(self) -> float:
@@ -63,6 +64,11 @@ class Activations:
 
     def layer(self, is_moe: bool) -> LayerActivations:
         """One layer, under the config's recomputation."""
+        if is_moe not in self._layers:
+            self._layers[is_moe] = self._layer(is_moe)
+        return self._layers[is_moe]
+
+    def _layer(self, is_moe: bool) -> LayerActivations:
         norms, inner, core = self._norms(), self._attention_inputs(), self._core_attention()
         feed = self._experts() if is_moe else self._mlp(self._spec.ffn_size / self._parallel.tp)
         whole = norms + inner + core + feed

@@ -19,7 +19,7 @@ from grpo_mega.planner.hardware import Cluster
 from grpo_mega.planner.schedule import peak_of_schedule
 from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_chunks, static_bytes
 
-PHASES = ("rollout", "log_probs", "train", "sync")
+PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
 BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
@@ -62,6 +62,11 @@ class Memory:
     host: dict[str, float]
     """Of one node, item by item."""
     checkpoint: float
+
+    @property
+    def phases(self) -> list[str]:
+        """Their names."""
+        return list(self.ranks[0].phases)
 
     def fullest(self, phase: str) -> RankMemory:
         """The pipeline rank with the most bytes."""
@@ -130,7 +135,7 @@ def plan_memory(
         kv_cache=cache,
         kv_bytes_per_token=per_token,
         host=_host(config, ranks, topology, cluster),
-        checkpoint=float(total_parameters * ((state + reference) + (state if needs_critic(config) else 0))),
+        checkpoint=float(total_parameters * (state * (2 if has_critic(config) else 1) + reference)),
     )
 
 
@@ -143,22 +148,26 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-@functools.lru_cache(maxsize=64)
 def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int) -> float:
     """Of one rank of an engine of `tp` ranks: matrices are cut, norms, routers and latent projections are not, and key
     heads fewer than ranks are repeated."""
-    total = 0.0
+    cut, repeated, keys = _engine_elements(spec)
+    return (cut / tp + repeated + keys / min(tp, spec.num_kv_heads)) * itemsize
+
+
+@functools.lru_cache(maxsize=16)
+def _engine_elements(spec: ModelSpec) -> tuple[int, int, int]:
+    """Elements that are cut over all ranks, that every rank has, and that are cut over key heads."""
+    cut = repeated = keys = 0
     for name, shape in hf_shapes(spec).items():
         size = math.prod(shape)
         if len(shape) == 1 or name.endswith((".mlp.gate.weight", "_a_proj.weight", "_a_proj_with_mqa.weight")):
-            total += size
+            repeated += size
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
-            total += size / min(tp, spec.num_kv_heads)
-        else:
-            total += size / tp
-            if name.endswith(".kv_b_proj.weight"):
-                total += size / tp  # kept beside its absorbed form
-    return total * itemsize
+            keys += size
+        else:  # the last projection of latent attention is kept beside its absorbed form
+            cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
+    return cut, repeated, keys
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:
@@ -201,7 +210,9 @@ def _phases(
     assumed = cluster.assumptions
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
-    reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
+    copies = topology.dp * topology.cp
+    # a rank's part of the reference, on the device before it is gathered; a whole one is copied into its place
+    reference = static.weights / copies if needs_reference(config) and copies > 1 else 0.0
     phases: dict[str, dict[str, float]] = {
         "rollout": {
             "engine weights": engine,
@@ -214,11 +225,9 @@ def _phases(
         "train": {**state, "activations": kept, "logits": logits, "communication": passing} | engine_residue,
         "sync": {"weights": static.weights, "engine weights": engine, "sync buckets": 2.0 * bucket},
     }
-    if needs_critic(config) and cluster.gpu.kernels == "local":
-        # of the policy's size, a head less; on CUDA it has the device while the policy is away, and needs no more than
-        # the policy's training does
-        for items in phases.values():
-            items["critic"] = sum(state.values())
+    if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
+        phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
+        phases["value"] |= {"policy offloaded": assumed.policy_residue}
     nccl = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(topology)
     for items in phases.values():
         used = sum(items.values())
@@ -234,14 +243,14 @@ def num_groups(topology: Topology) -> int:
     return sum(size > 1 for size in (*axes, *products))
 
 
+def has_critic(config: Config) -> bool:
+    """Do advantages come from a critic's values?"""
+    return config.algorithm.advantage == "gae"
+
+
 def needs_reference(config: Config) -> bool:
     """Does the loss, or the reward, look at the reference?"""
     return config.algorithm.kl_coef > 0
-
-
-def needs_critic(config: Config) -> bool:
-    """Are advantages relative to what a critic expects?"""
-    return config.algorithm.advantage == "gae"
 
 
 @functools.lru_cache(maxsize=16)
@@ -264,15 +273,14 @@ def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: 
     static = fullest.static
     on_cuda = cluster.gpu.kernels != "local"
     reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
+    learners = 2 if has_critic(config) else 1
     # 12 bytes of state and 4 of gradient for each parameter that is updated here
     updated = static.optimizer_on_host * 4 / 3
     items = {
         "processes": cluster.assumptions.process_host_bytes,
-        "offloaded weights": static.weights if on_cuda else 0.0,
-        "offloaded optimizer": static.optimizer if on_cuda else 0.0,
-        "optimizer on the host": updated,
+        "offloaded weights": learners * static.weights if on_cuda else 0.0,
+        "offloaded optimizer": learners * static.optimizer if on_cuda else 0.0,
+        "optimizer on the host": learners * updated,
         "reference": 2 * reference,
     }
-    if needs_critic(config):
-        items["critic"] = updated + (static.weights + static.optimizer if on_cuda else 0.0)
     return {name: per_node * size for name, size in items.items()}

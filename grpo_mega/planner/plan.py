@@ -11,8 +11,8 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleCounter, ModuleSizes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.memory import PHASES, Memory, Workload, plan_memory, workload_of
-from grpo_mega.planner.stages import chunk_parameters, model_chunks
+from grpo_mega.planner.memory import Memory, Workload, plan_memory, workload_of
+from grpo_mega.planner.stages import chunk_parts, model_chunks
 from grpo_mega.planner.time import StepTime, plan_time
 
 HOST_SHARE = 0.9  # of a node's memory: the rest is the system's and its file cache's
@@ -36,7 +36,7 @@ class Plan:
         """Why it does not fit, one line each; empty: it fits."""
         found = []
         gib = 2**30
-        for phase in PHASES:
+        for phase in self.memory.phases:
             rank = self.memory.fullest(phase)
             if rank.peak(phase) > self.cluster.gpu.memory:
                 found.append(
@@ -91,7 +91,7 @@ class Plan:
             "problems": self.problems,
             "ranks": self.topology.world_size,
             "gpu": self.cluster.gpu.name,
-            "peak_bytes": {phase: round(self.memory.fullest(phase).peak(phase)) for phase in PHASES},
+            "peak_bytes": {phase: round(self.memory.fullest(phase).peak(phase)) for phase in self.memory.phases},
             "device_bytes": round(self.cluster.gpu.memory),
             "parameters": self.parameters,
             "step_seconds": self.time.seconds,
@@ -135,7 +135,7 @@ def total_parameters(config: Config, spec: ModelSpec, whole: ModuleSizes, where:
     numel = 0
     for chunks in model_chunks(spec, config, where):
         for chunk in chunks:
-            numel += sum(p.numel for p in chunk_parameters(chunk, whole, spec.tie_embeddings))
+            numel += sum(whole.sums[part].numel for part in chunk_parts(chunk, spec.tie_embeddings))
     if spec.tie_embeddings and config.parallel.pp > 1:  # the last stage's copy
-        numel -= sum(p.numel for p in whole.embedding)
+        numel -= whole.sums["embedding"].numel
     return numel

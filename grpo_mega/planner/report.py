@@ -5,7 +5,6 @@ from __future__ import annotations
 from html import escape
 
 from grpo_mega.planner.change import as_overrides
-from grpo_mega.planner.memory import PHASES
 from grpo_mega.planner.plan import Plan
 from grpo_mega.planner.search import Found
 
@@ -38,7 +37,7 @@ def in_words(plan: Plan, remedy: list[str] | None) -> str:
         "",
         f"GiB on the fullest rank of each phase, of {gpu.memory / _GIB:.1f}:",
     ]
-    for phase in PHASES:
+    for phase in plan.memory.phases:
         rank = plan.memory.fullest(phase)
         items = sorted(rank.phases[phase].items(), key=lambda item: -item[1])
         told = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in items if size >= 0.05 * _GIB)
@@ -66,7 +65,7 @@ def search_in_words(found: list[Found], num_ranks: int) -> str:
     lines = [f"{num_ranks} devices:"]
     for each in found:
         plan, change = each.plan, {key: value for key, value in each.change.items() if _says_something(key, value)}
-        peak = max(plan.memory.fullest(phase).peak(phase) for phase in PHASES)
+        peak = max(plan.memory.fullest(phase).peak(phase) for phase in plan.memory.phases)
         lines.append(
             f"  {plan.time.seconds:8.1f} s  {plan.tokens_per_second:10,.0f} tokens/s  MFU {plan.mfu:6.2%}  "
             f"{peak / _GIB:5.1f} GiB  {' '.join(as_overrides(change))}"
@@ -85,10 +84,10 @@ def picture(plan: Plan, title: str) -> str:
     """One bar a phase: the fullest rank's bytes, item by item, against the device's."""
     width, left, height, gap = 760.0, 110.0, 34.0, 14.0
     capacity = plan.cluster.gpu.memory
-    most = max(capacity, *(plan.memory.fullest(phase).peak(phase) for phase in PHASES))
+    most = max(capacity, *(plan.memory.fullest(phase).peak(phase) for phase in plan.memory.phases))
     scale = width / most
     bars, used = [], []
-    for row, phase in enumerate(PHASES):
+    for row, phase in enumerate(plan.memory.phases):
         rank, y, x = plan.memory.fullest(phase), 10 + row * (height + gap), left
         bars.append(f'<text x="4" y="{y + height * 0.65:.0f}">{phase}</text>')
         for name, size in rank.phases[phase].items():
@@ -102,7 +101,7 @@ def picture(plan: Plan, title: str) -> str:
             )
             x += size * scale
         bars.append(f'<text x="{x + 6:.1f}" y="{y + height * 0.65:.0f}">{rank.peak(phase) / _GIB:.1f} GiB</text>')
-    bottom = 10 + len(PHASES) * (height + gap)
+    bottom = 10 + len(plan.memory.phases) * (height + gap)
     limit = left + capacity * scale
     legend = "".join(
         f'<span><i style="background:{_COLOURS[name]}"></i>{name}</span>' for name in _COLOURS if name in used

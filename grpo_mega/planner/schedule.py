@@ -23,9 +23,12 @@ def peak_of_schedule(
         num_microbatches: of one update; under vpp a multiple of pp.
     """
     vpp = len(chunk_bytes)
+    if vpp == 1:
+        alive_at_most = min(pp - pp_rank, num_microbatches)
+        return alive_at_most * chunk_bytes[0], [alive_at_most]
+    num_microbatches = min(num_microbatches, 4 * pp)  # by then every chunk has been at its most
     total = num_microbatches * vpp
-    ahead = pp - pp_rank - 1 if vpp == 1 else 2 * (pp - pp_rank - 1) + (vpp - 1) * pp
-    ahead = min(ahead, total)
+    ahead = min(2 * (pp - pp_rank - 1) + (vpp - 1) * pp, total)
     alive = [0] * vpp
     peak, at_peak = 0.0, list(alive)
 

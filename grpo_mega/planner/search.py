@@ -14,6 +14,11 @@ from grpo_mega.types import UserError
 
 _ENGINE_CHOICES = 2  # engine layouts that are combined with every policy layout
 _MOST_STAGES = 64
+_SAVINGS: tuple[Change, ...] = tuple(
+    {"parallel.recompute": recompute, "parallel.recompute_modules": None, "optimizer.host_fraction": on_host}
+    for on_host in (0.0, 1.0)
+    for recompute in ("none", "selective", "full")
+)
 
 
 @dataclass(frozen=True)
@@ -31,14 +36,16 @@ def search(config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, pe
     """
     found: list[Found] = []
     for engine in _engines(config, planner, num_ranks):
-        for change in _layouts(spec, num_ranks, per_node):
-            whole = {"run.world_size": num_ranks} | engine | change
-            try:
-                plan = planner(changed(config, whole))
-            except UserError:
-                continue
-            if plan.fits:
-                found.append(Found(whole, plan))
+        for layout in _layouts(spec, num_ranks, per_node):
+            for saving in _SAVINGS:  # those behind the first that fits are slower
+                whole = {"run.world_size": num_ranks} | engine | layout | saving
+                try:
+                    plan = planner(changed(config, whole))
+                except UserError:
+                    break
+                if plan.fits:
+                    found.append(Found(whole, plan))
+                    break
     return heapq.nsmallest(keep, found, key=lambda f: (f.plan.time.seconds, str(f.change)))
 
 
@@ -76,13 +83,7 @@ def _layouts(spec: ModelSpec, num_ranks: int, per_node: int) -> Iterator[Change]
             ep = 1
             while ep <= min(experts, num_ranks // pp):
                 explicit = even_layout(spec.num_layers, pp) if spec.num_layers % pp else None
-                for recompute in ("none", "selective", "full"):
-                    for on_host in (0.0, 1.0):
-                        yield _layout(tp, pp, ep, explicit) | {
-                            "parallel.recompute": recompute,
-                            "parallel.recompute_modules": None,
-                            "optimizer.host_fraction": on_host,
-                        }
+                yield _layout(tp, pp, ep, explicit)
                 ep *= 2
             pp *= 2
 

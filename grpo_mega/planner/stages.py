@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.interfaces import ModuleSizes, ParameterSize
+from grpo_mega.interfaces import ModuleSizes
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 
@@ -58,18 +58,17 @@ def model_chunks(spec: ModelSpec, config: Config, where: str) -> list[list[Model
     return [[chunks[chunk * pp + rank] for chunk in range(vpp)] for rank in range(pp)]
 
 
-def chunk_parameters(chunk: ModelChunk, sizes: ModuleSizes, tied: bool) -> list[ParameterSize]:
-    """All parameters of a chunk."""
-    found: list[ParameterSize] = list(sizes.embedding) if chunk.has_embedding else []
-    for is_moe in chunk.moe_layers:
-        found += sizes.moe_layer if is_moe else sizes.dense_layer
+def chunk_parts(chunk: ModelChunk, tied: bool) -> list[str]:
+    """Which fields of `ModuleSizes` a chunk is made of, one entry for each layer."""
+    parts = ["embedding"] if chunk.has_embedding else []
+    parts += ["moe_layer" if is_moe else "dense_layer" for is_moe in chunk.moe_layers]
     if chunk.has_head:
-        found += sizes.final_norm
+        parts.append("final_norm")
         if not tied:
-            found += sizes.head
+            parts.append("head")
         elif not chunk.has_embedding:
-            found += sizes.embedding  # a tied head on another stage is a copy
-    return found
+            parts.append("embedding")  # a tied head on another stage is a copy
+    return parts
 
 
 def static_bytes(
@@ -78,15 +77,14 @@ def static_bytes(
     """Of one pipeline rank."""
     itemsize = ITEMSIZE[config.precision.dtype]
     master = 4 if itemsize < 4 else 0  # in fp32 the weights are their own masters
-    copies = {False: topology.dp * topology.cp, True: topology.edp}
     numel = buffer = shard = 0
     for chunk in chunks:
-        parameters = chunk_parameters(chunk, sizes, spec.tie_embeddings)
-        numel += sum(p.numel for p in parameters)
-        for is_expert, ranks in copies.items():
-            size = _buffer_elements(
-                [p.numel for p in parameters if p.is_expert == is_expert], ranks, config.parallel.overlap_grad_reduce
-            )
+        sums = [sizes.sums[part] for part in chunk_parts(chunk, spec.tie_embeddings)]
+        numel += sum(s.numel for s in sums)
+        dense = [s.dense_aligned for s in sums], topology.dp * topology.cp
+        experts = [s.expert_aligned for s in sums], topology.edp
+        for elements, ranks in (dense, experts):
+            size = _buffer_elements(elements, ranks, config.parallel.overlap_grad_reduce)
             buffer += size
             shard += size // ranks
     state = (master + 8) * shard
@@ -94,13 +92,14 @@ def static_bytes(
     return StaticBytes(numel, itemsize * buffer, GRADIENT_BYTES * buffer, state - on_host, on_host)
 
 
-def _buffer_elements(numels: list[int], ranks: int, overlap: bool) -> int:
-    """Elements of the flat buffer that holds these parameters, over so many data-parallel ranks."""
+def _buffer_elements(elements: list[int], ranks: int, overlap: bool) -> int:
+    """Elements of the flat buffer of these parts, over so many data-parallel ranks: a bucket ends with the part that
+    makes it large enough."""
     end_multiple = math.lcm(ranks, 128)
     limit = max(_OVERLAP_BUCKET, 1_000_000 * ranks) if overlap else None
     at = begin = 0
-    for numel in numels:
-        at = -(-at // 64) * 64 + numel
+    for part in elements:
+        at += part
         if limit is not None and at - begin >= limit:
             at = begin = -(-at // end_multiple) * end_multiple
     return -(-at // end_multiple) * end_multiple

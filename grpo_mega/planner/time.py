@@ -14,7 +14,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.memory import Memory, Workload, needs_critic, needs_reference
+from grpo_mega.planner.memory import Memory, Workload, has_critic, needs_reference
 from grpo_mega.planner.stages import ITEMSIZE, StaticBytes
 
 
@@ -82,11 +82,11 @@ def plan_time(
     forward = tokens * costs.forward / rate * bubble + messages / 3
     passes = (1 if work.updates > 1 else 0) + (1 if needs_reference(config) else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
-    backward = (3 + again) * tokens * costs.forward / rate * bubble + messages
     phases = {
         "rollout": _rollout(config, spec, topology, cluster, memory, work, costs),
         "log_probs": passes * forward,
-        "train": epochs * backward + work.updates * _gradients(static, topology, cluster),
+        "train": epochs * ((3 + again) * tokens * costs.forward / rate * bubble + messages)
+        + work.updates * _gradients(static, topology, cluster),
         "optimizer": work.updates * _optimizer(static, cluster),
         "offload": 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie),
         "sync": _sync(topology, cluster, total_parameters * ITEMSIZE[config.precision.dtype]),
@@ -95,9 +95,8 @@ def plan_time(
         / assumed.checkpoint_bandwidth
         / (config.checkpoint.every or config.train.steps),
     }
-    if needs_critic(config):
-        phases["critic"] = forward + phases["train"] + phases["optimizer"]
-        phases["offload"] *= 3  # the critic comes and goes, and the policy once more
+    if has_critic(config):  # its values, its updates, and two more trips over PCIe
+        phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
     return StepTime(phases, tokens, 3 * tokens * costs.forward)
 
 

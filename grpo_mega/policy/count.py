@@ -28,15 +28,11 @@ from megatron.core import parallel_state  # isort: skip - after policy.build, wh
 
 
 def module_counter(spec: ModelSpec) -> ModuleCounter:
-    """A `ModuleCounter` of this model, which counts each layout once."""
-
-    @functools.cache
-    def count(*, tp: int, ep: int, etp: int) -> ModuleSizes:
-        return module_sizes(spec, tp=tp, ep=ep, etp=etp)
-
-    return count
+    """A `ModuleCounter` of this model."""
+    return functools.partial(module_sizes, spec)
 
 
+@functools.lru_cache(maxsize=256)
 def module_sizes(spec: ModelSpec, *, tp: int, ep: int, etp: int) -> ModuleSizes:
     """Of one rank; all ranks of the two grids hold the same sizes.
 
@@ -70,6 +66,7 @@ def meta_models(spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank
     ranks = Ranks(topology, topology.coordinates(rank), torch.device("meta"))
     with _fake_group(ranks), torch.device("meta"):
         config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
+        config.perform_initialization = False  # seconds of random numbers that nobody holds
         return build_models(spec, config, parallel, ranks)
 
 

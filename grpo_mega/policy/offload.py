@@ -72,17 +72,18 @@ class PolicyMemory:
             "optimizer": [Movable(masters)],
         }
         self._has_moments = False
+        self._device = params[0].device
 
     def num_bytes(self) -> dict[str, int]:
         """Of each part when it is on the device; the moments appear with the first update."""
         found: dict[str, int] = {part: sum(m.num_bytes for m in movables) for part, movables in self._parts.items()}
         if not self._has_moments:
-            found["optimizer"] += Movable(_moments(self._optimizer)).num_bytes
+            found["optimizer"] += Movable(self._moments_here()).num_bytes
         return found
 
     def offload(self, *parts: Part) -> None:
         """Free these parts on the device."""
-        if "optimizer" in parts and not self._has_moments and (moments := _moments(self._optimizer)):
+        if "optimizer" in parts and not self._has_moments and (moments := self._moments_here()):
             self._parts["optimizer"].append(Movable(moments))  # they appear with the first update
             self._has_moments = True
         for part in parts:
@@ -94,6 +95,10 @@ class PolicyMemory:
         for part in parts:
             for movable in self._parts[part]:
                 movable.reload()
+
+    def _moments_here(self) -> list[Tensor]:
+        """Without those that live on the host and are updated there (`optimizer.host_fraction`)."""
+        return [moment for moment in _moments(self._optimizer) if moment.device == self._device]
 
 
 def optimizer_tensors(optimizer: Any) -> list[Tensor]:

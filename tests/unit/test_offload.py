@@ -154,3 +154,28 @@ def test_training_with_trips_is_training_without_them() -> None:
             policy.grads.copy_(torch.arange(6.0) * (update + 1))
             policy.step()
     assert policies[0].content() == policies[1].content()
+
+
+def test_moments_that_live_elsewhere_stay_where_they_are() -> None:
+    policy = TinyPolicy(torch.float32)
+    policy.step()
+    elsewhere = torch.empty(6, device="meta")
+    adam = policy.memory._optimizer.chained_optimizers[0].optimizer
+    adam.state[policy.masters[0]]["exp_avg"] = elsewhere
+    with_it = policy.memory.num_bytes()["optimizer"]
+    policy.memory.offload("optimizer")
+    assert elsewhere.untyped_storage().nbytes() == 24
+    assert held_bytes(*[m for m in policy.moments() if m.device.type == "cpu"]) == 0
+    assert with_it == policy.memory.num_bytes()["optimizer"]
+
+
+def test_megatron_knows_the_settings_of_an_optimizer_on_the_host() -> None:
+    from dataclasses import fields
+
+    from grpo_mega.config.schema import OptimizerConfig
+    from grpo_mega.policy.build import _on_host, megatron_optimizer
+
+    assert _on_host(OptimizerConfig()) == {}
+    settings = _on_host(OptimizerConfig(host_fraction=0.5))
+    assert settings["optimizer_offload_fraction"] == 0.5
+    assert settings.keys() <= {field.name for field in fields(megatron_optimizer.OptimizerConfig)}

@@ -12,7 +12,7 @@ from grpo_mega.config.schema import Config, ParallelConfig
 from grpo_mega.convert.families import hf_shapes
 from grpo_mega.convert.spec import ModelSpec, read_spec, spec_from_config
 from grpo_mega.planner.plan import total_parameters
-from grpo_mega.planner.stages import chunk_parameters, model_chunks
+from grpo_mega.planner.stages import chunk_parts, model_chunks
 from grpo_mega.policy.count import meta_models, module_sizes
 from tests.helpers.family_configs import raw_family_config
 
@@ -53,7 +53,8 @@ def test_each_rank_s_parameters_are_those_of_its_real_modules(
     axes = config.parallel
     sizes = module_sizes(spec, tp=axes.tp, ep=axes.ep, etp=axes.etp)
     for pp_rank, chunks in enumerate(model_chunks(spec, config, "config.json")):
-        counted = [p.numel for chunk in chunks for p in chunk_parameters(chunk, sizes, spec.tie_embeddings)]
+        parts = [part for chunk in chunks for part in chunk_parts(chunk, spec.tie_embeddings)]
+        counted = [p.numel for part in parts for p in getattr(sizes, part)]
         models = meta_models(spec, axes, world, pp_rank * (world // axes.pp))
         real = [p.numel() for model in models for p in model.parameters()]
         assert sorted(counted) == sorted(real), f"pipeline rank {pp_rank}"

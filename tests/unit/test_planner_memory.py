@@ -150,6 +150,14 @@ def test_phases_hold_what_their_table_says() -> None:
     assert not {"gradients", "optimizer", "KV cache"} & held["sync"]
 
 
+def test_a_critic_has_a_phase_of_its_own_and_doubles_what_the_host_keeps() -> None:
+    plain, ppo = (memory_of(config_of(algorithm={"name": name}), spec_of(), 1) for name in ("grpo", "ppo"))
+    assert "value" not in plain.phases
+    assert {"weights", "gradients", "optimizer", "activations"} <= set(ppo.ranks[0].phases["value"])
+    assert "logits" not in ppo.ranks[0].phases["value"]
+    assert ppo.host["offloaded optimizer"] == 2 * plain.host["offloaded optimizer"] > 0
+
+
 def test_a_reference_costs_host_memory_only_where_the_loss_needs_one() -> None:
     with_kl = memory_of(config_of(), spec_of(), 1).host["reference"]
     without = memory_of(config_of(algorithm={"kl_coef": 0.0}), spec_of(), 1).host["reference"]

@@ -217,3 +217,9 @@ def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
     # every layer of this one has experts, and nothing has its dense size
     sparse = spec_from_config(raw_family_config("qwen3_moe", mlp_only_layers=[], intermediate_size=9), "config.json")
     check_layout(sparse, SP, Topology(2, tp=2), "M")
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has devices")
+def test_an_optimizer_on_the_host_needs_devices_to_relieve() -> None:
+    said = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
+    assert said == "optimizer.host_fraction=0.5 needs CUDA devices, and this machine has none; leave it out"

@@ -73,8 +73,8 @@ class Case:
 
     @property
     def _dp(self) -> int:
-        dp: int = self.world // (self.parallel.get("tp", 1) * self.parallel.get("pp", 1) * self.parallel.get("cp", 1))
-        return dp
+        tp, pp, cp = (int(self.parallel.get(axis, 1)) for axis in ("tp", "pp", "cp"))
+        return self.world // (tp * pp * cp)
 
 
 TP2 = {"tp": 2, "sequence_parallel": True}
@@ -165,6 +165,8 @@ def _row(vocab_size: int, seed: int) -> Microbatch:
 
 
 class _Loss:
+    """Any loss will do."""
+
     needs_reference = False
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:

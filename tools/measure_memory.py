@@ -1,0 +1,100 @@
+"""The planner's bytes against real runs: tiny models in nine layouts, on this machine's CPU and gloo.
+
+    python tools/measure_memory.py [--json]
+
+Weights, gradients and optimizer state are what the policy's buffers hold; activations are the distinct storages that
+autograd keeps at most during an update (saved-tensor hooks). Per pipeline rank: the fullest rank of each, for
+activations the mean, because experts get unequal shares of the tokens.
+
+Exit code 0: everything is within its bar (3%, activations 10%); 1: something is not, or a rank failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.launch_agent import run_ranks
+from grpo_mega.parallel.ports import free_port
+from tools.memory.cases import CASES, Bytes, Case, make_model, predicted
+
+BARS = {"weights": 0.03, "gradients": 0.03, "optimizer": 0.03, "activations": 0.10}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    args = parser.parse_args(argv)
+    warnings.simplefilter("ignore")  # libraries warn of what this machine lacks
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="measure_memory_") as work:
+        for name in sorted({case.model for case in CASES}):
+            make_model(Path(work) / name, name)
+        for number, case in enumerate(CASES):
+            folder = Path(work) / case.model
+            try:
+                found = run_case(number, folder, Path(work))
+            except RuntimeError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return 1
+            rows += compared(case, predicted(case, folder), found)
+            for row in rows[-(case.config(folder).parallel.pp) :]:
+                print(line_of(row), flush=True)
+    if args.json:
+        print(json.dumps({"bars": BARS, "rows": rows}))
+    return int(any(abs(row["ratio"][key] - 1) > bar for row in rows for key, bar in BARS.items()))
+
+
+def run_case(number: int, folder: Path, work: Path) -> list[Bytes]:
+    """What each rank measured.
+
+    Raises:
+        RuntimeError: a rank failed.
+    """
+    case = CASES[number]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(case.world)}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "tools.memory.worker", str(number), str(folder), str(work)]
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    ranks = [
+        {**os.environ, **common, "PYTHONPATH": path, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(case.world)
+    ]
+    if run_ranks(command, ranks) != 0:
+        raise RuntimeError(f"a rank of {case.name!r} failed; its message is above")
+    answers = [work / f"case_{number}_rank_{rank}.json" for rank in range(case.world)]
+    return [Bytes(**json.loads(answer.read_text())) for answer in answers]
+
+
+def compared(case: Case, stages: list[Bytes], ranks: list[Bytes]) -> list[dict[str, Any]]:
+    """A row for each pipeline rank."""
+    each = len(ranks) // len(stages)
+    rows = []
+    for pp_rank, wanted in enumerate(stages):
+        members = ranks[pp_rank * each : (pp_rank + 1) * each]
+        measured = {key: max(getattr(m, key) for m in members) for key in BARS}
+        measured["activations"] = sum(m.activations for m in members) / each
+        ratio = {key: getattr(wanted, key) / measured[key] for key in BARS}
+        rows.append(
+            {"case": case.name, "pp_rank": pp_rank, "measured": measured, "predicted": asdict(wanted), "ratio": ratio}
+        )
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """For a terminal, and for docs/measurements/planner.md."""
+    cells = [f"{row['measured'][key]:,.0f} ({row['ratio'][key] - 1:+.1%})" for key in BARS]
+    return f"| {row['case']} | {row['pp_rank']} | " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
