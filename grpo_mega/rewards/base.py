@@ -2,10 +2,10 @@
 
 A reward is a function `(prompt, completion, reference, **args) -> float` that declares its range with `@reward(low=...,
 high=...)`, or a factory `(**args) -> BatchScorer` that declares it with `@batched_reward` (batched.py). A process
-reward returns a list of steps (end, value) instead of the number. A reward is named in the config by its short name (`exact`,
-`gsm8k`, `format`) or by a dotted path, `package.module:function` or `package.module.function`. Names, arguments and
-their values are checked before the run starts (tests/unit/test_rewards_base.py); a value that is no number or is out of
-range is found at each scoring.
+reward returns a list of steps (end, value) instead of the number. A reward is named in the config by its short name
+(`exact`, `gsm8k`, `format`) or by a dotted path, `package.module:function` or `package.module.function`. Names,
+arguments and their values are checked before the run starts (tests/unit/test_rewards_base.py); a value that is no
+number or is out of range is found at each scoring.
 
 Nothing here imports torch: worker processes import this module and the rewards, and must start fast.
 """
