@@ -141,6 +141,7 @@ def building(
                 run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first, critic=critic
             )
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
+            state = state.over(prompts.digest, same_run=run.status == "continued")
             engine = make_engine(config, model_folder)
             stack.callback(engine.close)
             quiet_libraries()

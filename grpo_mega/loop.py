@@ -67,7 +67,7 @@ def train(job: Job, state: LoopState) -> LoopState:
                 batch, updates = update(job, objective.loss(), batch, state.policy_version)
                 update_reference_if_due(job, step)
             old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
-        state = LoopState(step, state.policy_version + len(updates), objective.next_kl_coef(updates))
+        state = state.after(step, len(updates), objective.next_kl_coef(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
         with timers.phase("checkpoint"):

@@ -49,15 +49,15 @@ class StepResult:
 def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[str, float]:
     rewards = [r.reward for r in groups.rollouts]
     values = [r.value for r in rewards]
-    in_groups = [values[i : i + groups.group_size] for i in range(0, len(values), groups.group_size)]
+    num_groups = len(values) // groups.group_size
+    num_degenerate = sum(groups.is_degenerate(group) for group in range(num_groups))
     components = {name: [r.components[name] for r in rewards] for name in rewards[0].components}
     return {
         "reward/mean": statistics.fmean(values),
         "reward/std": statistics.pstdev(values),
         "reward/accuracy": statistics.fmean(is_right(r) for r in rewards),
         "reward/failed_fraction": statistics.fmean(bool(r.failures) for r in rewards),
-        "group/degenerate_fraction": (sum(min(g) == max(g) for g in in_groups) + groups.num_discarded)
-        / (len(in_groups) + groups.num_discarded),
+        "group/degenerate_fraction": (num_degenerate + groups.num_discarded) / (num_groups + groups.num_discarded),
         "group/discarded": float(groups.num_discarded),
         **{f"reward/component/{name}": statistics.fmean(v) for name, v in components.items()},
     }

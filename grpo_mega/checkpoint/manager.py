@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from grpo_mega.interfaces import Critic, Policy
+from grpo_mega.types import UserError
 
 _COMPLETE = "complete"
 _CRITIC = "critic"
@@ -25,12 +26,31 @@ _CRITIC = "critic"
 
 @dataclass(frozen=True)
 class LoopState:
-    """What the loop carries from one step to the next: steps done, the optimizer updates behind the weights, and the KL
-    coefficient where it is not the config's."""
+    """What the loop carries from one step to the next: steps done, which is the position in the training prompts; the
+    optimizer updates behind the weights; the KL coefficient where it is not the config's; and the digest of the prompts
+    that the position is in."""
 
     step: int = 0
     policy_version: int = 0
     kl_coef: float | None = None
+    prompts_digest: str | None = None
+
+    def after(self, step: int, num_updates: int, kl_coef: float | None) -> LoopState:
+        """The state of the next step."""
+        return replace(self, step=step, policy_version=self.policy_version + num_updates, kl_coef=kl_coef)
+
+    def over(self, prompts_digest: str, *, same_run: bool) -> LoopState:
+        """The state of a run over these prompts; `same_run`: it goes on in its own folder.
+
+        Raises:
+            UserError: the run had other prompts so far, so that it would not get those that it has not seen.
+        """
+        if same_run and self.prompts_digest not in (None, prompts_digest):
+            raise UserError(
+                f"data.train holds other prompts than in the {self.step} steps so far, and a run that continues takes "
+                "up where it stopped in the same ones; put the files back, or start again with run.overwrite=true"
+            )
+        return replace(self, prompts_digest=prompts_digest)
 
 
 class CheckpointManager:

@@ -8,6 +8,7 @@ over each pattern.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import random
 from dataclasses import dataclass
@@ -51,6 +52,16 @@ class PromptDataset:
 
     def __len__(self) -> int:
         return sum(len(part.prompts) for part in self.sets)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that decides which prompt comes when, and of the answers."""
+        found = hashlib.sha256()
+        for part in self.sets:
+            found.update(repr((part.name, part.weight, len(part.prompts))).encode())
+            for prompt in part.prompts:
+                found.update(f"{len(prompt.text)} {prompt.text}{prompt.answer}".encode(errors="surrogatepass"))
+        return found.hexdigest()
 
     def batch(self, step: int, num_prompts: int, seed: int) -> list[Prompt]:
         """The prompts of one step: positions `step * num_prompts` and following of an endless stream.

@@ -13,7 +13,8 @@ from grpo_mega.types import Rollout, StopReason
 class RolloutRow(TypedDict):
     """One line. The log-probs have an entry per token of `completion_ids`, 0 where an environment wrote the token;
     `old_log_probs` is None where the policy was not asked, because its only update needs no earlier ones. `loss_mask`
-    is 1 where the policy sampled the token, 0 where its environment wrote it; None: the policy sampled all."""
+    is 1 where the policy sampled the token, 0 where its environment wrote it; None: the policy sampled all. `steps`:
+    (end_token, value) of each step of a process reward."""
 
     prompt: str
     completion: str
@@ -32,6 +33,7 @@ class RolloutRow(TypedDict):
     old_log_probs: list[float] | None
     loss_mask: list[int] | None
     num_turns: int
+    steps: list[tuple[int, float]] | None
     data_set: str
 
 
@@ -84,6 +86,7 @@ def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | No
         else [float(next(old)) if own else 0.0 for own in mask or (True,) * num_tokens],
         loss_mask=None if mask is None else [int(own) for own in mask],
         num_turns=completion.num_turns,
+        steps=None if rollout.steps is None else list(rollout.steps),
         data_set=prompt.data_set,
     )
 

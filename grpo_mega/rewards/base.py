@@ -1,10 +1,11 @@
 """The contract of a reward, and how a config's terms become callables.
 
 A reward is a function `(prompt, completion, reference, **args) -> float` that declares its range with `@reward(low=...,
-high=...)`, or a factory `(**args) -> BatchScorer` that declares it with `@batched_reward` (batched.py). It is named in
-the config by its short name (`exact`, `gsm8k`, `format`) or by a dotted path, `package.module:function` or
-`package.module.function`. Names, arguments and their values are checked before the run
-starts (tests/unit/test_rewards_base.py); a value that is no number or is out of range is found at each scoring.
+high=...)`, or a factory `(**args) -> BatchScorer` that declares it with `@batched_reward` (batched.py). A process
+reward returns a list of steps (end, value) instead of the number. A reward is named in the config by its short name
+(`exact`, `gsm8k`, `format`) or by a dotted path, `package.module:function` or `package.module.function`. Names,
+arguments and their values are checked before the run starts (tests/unit/test_rewards_base.py); a value that is no
+number or is out of range is found at each scoring.
 
 Nothing here imports torch: worker processes import this module and the rewards, and must start fast.
 """
@@ -38,6 +39,10 @@ BUILTIN_REWARDS: Mapping[str, str] = {
     "reward_model": "grpo_mega.rewards.model:reward_model",
 }
 """Short name -> where the function is; imported only when it is asked for."""
+
+Steps = tuple[tuple[int, float], ...]
+"""(end, value) of each step that a process reward judged; `end`: position of the step's last character in the text."""
+Value = float | Steps
 
 _DECLARATION = "__reward_declaration__"
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -135,11 +140,11 @@ class RewardComponent:
     args: Mapping[str, Any]
     is_batched: bool = False
 
-    def __call__(self, prompt: str, completion: str, reference: str) -> float:
-        """The unweighted value, in [low, high].
+    def __call__(self, prompt: str, completion: str, reference: str) -> Value:
+        """The unweighted value, in [low, high]; of a process reward that of every step.
 
         Raises:
-            ValueError: the function returned something that is no number, is NaN, or is out of range.
+            ValueError: the function returned something that is no number, is NaN, or is out of range, or no steps.
             Exception: whatever the function itself raises.
         """
         if not self.is_batched:
@@ -157,15 +162,28 @@ class RewardComponent:
         scorer: BatchScorer = self.function(**self.args)
         return scorer
 
-    def checked(self, value: object) -> float:
-        """The value that was returned, as a float in [low, high].
+    def checked(self, value: object) -> Value:
+        """The value that was returned, as a float in [low, high], or as steps with such values.
 
         Raises:
-            ValueError: it is no number, is NaN, or is out of range.
+            ValueError: it is no number, is NaN, or is out of range; or no list of steps.
             Exception: it is one itself: the reason why there is no value.
         """
         if isinstance(value, Exception):
             raise value
+        return self._steps(value) if isinstance(value, list | tuple) else self._number(value)
+
+    def _steps(self, value: Sequence[Any]) -> Steps:
+        found = []
+        for step in value:
+            if not (isinstance(step, list | tuple) and len(step) == 2 and type(step[0]) is int and step[0] >= 0):
+                raise ValueError(f"returned {step!r} among its steps, a step is (end, value) with end >= 0"[:200])
+            found.append((step[0], self._number(step[1])))
+        if not found:
+            raise ValueError("returned an empty list of steps; a completion has at least one")
+        return tuple(found)
+
+    def _number(self, value: object) -> float:
         if not (hasattr(value, "__float__") or hasattr(value, "__index__")):
             raise ValueError(f"returned {type(value).__name__}, not a number")
         number = float(value)  # type: ignore[arg-type]

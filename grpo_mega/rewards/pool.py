@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import selectors
 import signal
 import socket
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal
 
-from grpo_mega.rewards.base import Term, build_rewards
+from grpo_mega.rewards.base import Steps, Term, Value, build_rewards
 from grpo_mega.rewards.batched import BatchScorer, Row
 from grpo_mega.rewards.process import Job, RewardProcess
 from grpo_mega.types import Reward
@@ -175,10 +176,22 @@ class RewardPool:
                 self._fail(job, position, "raised or returned no number", f"{type(error).__name__}: {error}"[:500])
 
     def _reward(self, job: Job) -> Reward:
-        values = {c.name: job.components[i] for i, c in enumerate(self._components)}
-        value = sum(c.weight * job.components[i] for i, c in enumerate(self._components))
+        values = {c.name: _outcome(job.components[i]) for i, c in enumerate(self._components)}
+        value = sum(c.weight * values[c.name] for c in self._components)
         failures = tuple(c.name for i, c in enumerate(self._components) if i in job.failures)
-        return Reward(value=value, components=values, failures=failures)
+        return Reward(value=value, components=values, failures=failures, steps=self._steps(job))
+
+    def _steps(self, job: Job) -> Steps | None:
+        """Of all terms, weighted, if one judged steps; a number is a step that ends with the completion."""
+        if all(isinstance(found, float) for found in job.components.values()):
+            return None
+        last = max(0, len(job.completion) - 1)
+        steps = []
+        for i, component in enumerate(self._components):
+            found = job.components[i]
+            of_term = ((last, found),) if isinstance(found, float) else found
+            steps += [(end, component.weight * value) for end, value in of_term]
+        return tuple(steps)
 
     def _wait_until_ready(self, workers: int) -> None:
         with self._changed:
@@ -326,3 +339,8 @@ class RewardPool:
             self._pending.discard(job.key)
             if not self._pending:
                 self._changed.notify_all()
+
+
+def _outcome(value: Value) -> float:
+    """One number: of steps their mean, which is in the range of the reward."""
+    return value if isinstance(value, float) else math.fsum(of_step for _, of_step in value) / len(value)

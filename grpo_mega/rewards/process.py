@@ -18,6 +18,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from grpo_mega.rewards.base import Value
 from grpo_mega.workers import clean_environment
 
 _GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
@@ -35,7 +36,7 @@ class Job:
     completion: str
     reference: str
     remaining: list[int]
-    components: dict[int, float] = field(default_factory=dict)
+    components: dict[int, Value] = field(default_factory=dict)
     failures: set[int] = field(default_factory=set)
 
 
@@ -45,7 +46,7 @@ class Answer:
 
     serial: int
     position: int
-    value: float | None
+    value: Value | None
     problem: str | None
 
 
@@ -115,6 +116,8 @@ class RewardProcess:
                 continue
             serial, position, value, problem, seconds = message
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+            if isinstance(value, list):
+                value = tuple((end, of_step) for end, of_step in value)
             answers.append(Answer(serial, position, value, problem))
         return answers, alive
 

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_mega.rewards.base import RewardComponent, build_rewards
+from grpo_mega.rewards.base import RewardComponent, Value, build_rewards
 from grpo_mega.workers import die_with
 
 
@@ -62,11 +62,12 @@ def main() -> None:
 
 def _score(
     component: RewardComponent, prompt: str, completion: str, reference: str, timeout_seconds: float
-) -> tuple[float | None, str | None, float]:
+) -> tuple[Value | None, str | None, float]:
     started = time.monotonic()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # each time: a reward may have put its own handler there
     signal.setitimer(signal.ITIMER_REAL, timeout_seconds)
-    value, problem = None, None
+    value: Value | None = None
+    problem = None
     try:
         value = component(prompt, completion, reference)
     except (Exception, SystemExit) as error:  # anything that a reward raises is a failed scoring, never a dead worker

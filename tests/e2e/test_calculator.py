@@ -12,7 +12,8 @@ from grpo_mega.data.tokenizers import byte_tokenizer
 from tests.helpers.jobs import read_json, read_lines, rollouts_of, train_well, without_times
 
 CONFIG = "configs/calculator-tiny.yaml"
-SHORT = (CONFIG, "train.steps=2", "data.prompts_per_step=8", "data.eval=null")
+# a base that knows how a call looks, but not yet what to ask
+SHORT = (CONFIG, "train.steps=2", "data.prompts_per_step=8", "data.eval=null", "model.base.steps=100")
 
 
 def with_several_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,19 +50,15 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
                 assert text == str(int(first) + int(second))
 
 
-@pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("calculator")
-    train_well(*SHORT, f"run.dir={root / 'run'}", output=root / "first", timeout_seconds=420)
-    return root / "run"
-
-
-def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(one_rank: Path) -> None:
-    rows = [row for step in (1, 2) for row in rollouts_of(one_rank, step)]
+def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(tmp_path: Path) -> None:
+    layout = ("run.world_size=2", "engine.tp=2", "parallel.tp=2")
+    train_well(*SHORT, *layout, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=420)
+    run = tmp_path / "run"
+    rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
     assert len(with_several_turns(rows)) >= len(rows) // 10
     check_rows(rows)
-    for step, line in enumerate(read_lines(one_rank / "metrics.jsonl"), start=1):
-        rows = rollouts_of(one_rank, step)
+    for step, line in enumerate(read_lines(run / "metrics.jsonl"), start=1):
+        rows = rollouts_of(run, step)
         result_tokens = sum(row["loss_mask"].count(0) for row in rows if row["loss_mask"])
         assert line["rollout/result_tokens"] == result_tokens > 0
         assert line["train/num_loss_tokens"] == line["rollout/tokens"] - result_tokens
@@ -70,6 +67,7 @@ def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(one_ra
         assert line["train/mismatch_max"] < 1e-3
 
 
+@pytest.mark.long
 def test_two_replicas_of_two_ranks_take_turns_and_sample_the_same_again(tmp_path: Path) -> None:
     layout = (
         "run.world_size=4",

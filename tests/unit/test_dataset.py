@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.check_data import check_data
 from grpo_mega.config.schema import DataConfig
 from grpo_mega.data.arithmetic import ALPHABET
@@ -285,3 +286,18 @@ def test_filters_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
 def test_answers_that_no_file_should_hold_name_the_line(answer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:1: answer"):
         _load(_write(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer}))
+
+
+def test_a_run_does_not_continue_over_other_prompts() -> None:
+    dataset = _numbered(5, 12, weights=(3, 1))
+    assert dataset.digest == _numbered(5, 12, weights=(3, 1)).digest
+    others = [_numbered(5, 12, weights=(3, 2)), _numbered(5, 11, weights=(3, 1)), _numbered(12, 5, weights=(3, 1))]
+    assert len({other.digest for other in (dataset, *others)}) == 4
+    state = LoopState(step=7, policy_version=9, kl_coef=0.1).over(dataset.digest, same_run=True)
+    assert state == LoopState(7, 9, 0.1, dataset.digest)
+    assert state.after(8, 2, None) == LoopState(8, 11, None, dataset.digest)
+    assert state.over(dataset.digest, same_run=True) == state
+    with pytest.raises(UserError, match=r"data\.train holds other prompts than in the 7 steps so far"):
+        state.over(others[0].digest, same_run=True)
+    # a run that starts from another one's weights may have prompts of its own
+    assert state.over(others[0].digest, same_run=False).prompts_digest == others[0].digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +154,33 @@ def test_a_filter_on_something_else_than_numbers_names_the_row(value: Any, messa
         rows_of(tmp_path / "a.jsonl", filters=[{"key": "level", "max": 2}])
     with pytest.raises(UserError, match=r"a\.jsonl:1: no key 'lvl' among \['answer', 'level', 'prompt'\]; correct"):
         rows_of(tmp_path / "a.jsonl", filters=[{"key": "lvl", "max": 2}])
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """A few bytes changed, lost or added, or the end cut off."""
+    for _ in range(rng.randint(1, 5)):
+        at = rng.randrange(len(content) + 1)
+        noise = bytes(rng.randrange(256) for _ in range(rng.randint(1, 6)))
+        kept = rng.choice((content[at + len(noise) :], content[at + 30 :], content[at:], b""))
+        content = content[:at] + rng.choice((noise, b"")) + kept
+    return content
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_whatever_is_wrong_with_a_file_is_a_user_error_that_names_it(name: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}", "answer": str(i), "level": i} for i in range(20)]
+    path = tmp_path / name
+    if name.endswith("jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    said = []
+    for _ in range(300):
+        path.write_bytes(mutated(whole, rng))
+        try:
+            rows_of(path, filters=[{"key": "level", "max": 10}])
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) > 200
+    assert all(str(path) in message for message in said)

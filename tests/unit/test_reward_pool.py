@@ -38,6 +38,7 @@ def obey(prompt, completion, reference):
     if what == "raise": raise KeyError("no such thing")
     if what == "leave": sys.exit("leaving")
     if what == "print": print("noise on stdout", flush=True)
+    if what == "steps": return json.loads(argument)
     return {"none": None, "text": "1.0", "nan": float("nan"), "high": 1.5}.get(what, 1.0)
 
 @reward(low=0.0, high=1.0)
@@ -111,6 +112,29 @@ def test_a_reward_that_fails_in_any_way_scores_its_floor_and_spares_its_neighbou
     assert any("obey timed out for 2 of 30 completions, which score its floor -0.5" in line for line in lines)
     assert any("obey crashed for 2 of 30" in line for line in lines)
     assert any("obey raised or returned no number for 6 of 30" in line and "key 12 KeyError" in line for line in lines)
+
+
+def test_steps_come_back_weighted_and_a_number_beside_them_ends_with_the_completion() -> None:
+    text = "steps [[4, 0.5], [9, -0.25]]"
+    terms = [RewardTerm(name="user_rewards:obey", weight=2.0), RewardTerm(name="user_rewards:is_clean", weight=3.0)]
+    with RewardPool(terms, workers=1, timeout_seconds=5.0) as pool:
+        pool.submit(0, "", text, "")
+        pool.submit(1, "", "fine", "")
+        found = pool.collect()
+    assert found[0].steps == ((4, 1.0), (9, -0.5), (len(text) - 1, 3.0))
+    assert found[0].components == {"obey": 0.125, "is_clean": 1.0}
+    assert found[0].value == 2.0 * 0.125 + 3.0
+    assert found[1].steps is None
+
+
+@pytest.mark.parametrize(
+    "steps", ["[]", "[[1]]", "[[1, 2, 3]]", "[[-1, 0.5]]", "[[0.5, 0.5]]", "[[1, 2.0]]", "[[1, null]]"]
+)
+def test_steps_that_are_none_fail_like_any_other_value(steps: str) -> None:
+    with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
+        pool.submit(0, "", f"steps {steps}", "")
+        found = pool.collect()[0]
+    assert (found.value, found.failures, found.steps) == (-0.5, ("obey",), None)
 
 
 def test_failures_are_counted_over_the_life_of_the_pool() -> None:

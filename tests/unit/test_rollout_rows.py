@@ -45,13 +45,16 @@ def test_a_row_holds_what_a_script_and_a_replay_need() -> None:
         "old_log_probs": [-1.0, -2.0, -3.0],
         "loss_mask": None,
         "num_turns": 1,
+        "steps": None,
         "data_set": "",
     }
 
 
 def test_a_row_with_an_environment_says_who_wrote_which_token() -> None:
     several = replace(rollout().completion, loss_mask=(True, False, True), num_turns=2)
-    (row,) = rollout_rows([replace(rollout(), completion=several)], [0.0], [[-1.0, -3.0]])
+    of_steps = ((0, 0.5), (2, 1.0))
+    (row,) = rollout_rows([replace(rollout(), completion=several, steps=of_steps)], [0.0], [[-1.0, -3.0]])
+    assert row["steps"] == [(0, 0.5), (2, 1.0)]
     assert (row["loss_mask"], row["num_turns"]) == ([1, 0, 1], 2)
     assert row["old_log_probs"] == [-1.0, 0.0, -3.0]
     with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 3 entries for 2"):
