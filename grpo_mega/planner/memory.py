@@ -228,6 +228,9 @@ def _phases(
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= {"policy offloaded": assumed.policy_residue}
+        if cluster.gpu.kernels == "local":  # one memory: neither leaves it
+            for items in phases.values():
+                items["critic"] = sum(state.values())
     nccl = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(topology)
     for items in phases.values():
         used = sum(items.values())

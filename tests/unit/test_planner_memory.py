@@ -14,7 +14,6 @@ from grpo_mega.planner.hardware import Assumptions, Cluster, cluster_of, gpu_nam
 from grpo_mega.planner.memory import PHASES, engine_weight_bytes, kv_bytes_per_token, plan_memory, workload_of
 from grpo_mega.planner.schedule import peak_of_schedule
 from grpo_mega.planner.stages import ModelChunk, static_bytes
-from grpo_mega.planner.time import plan_time
 from grpo_mega.types import UserError
 from tests.helpers.family_configs import raw_family_config
 
@@ -164,29 +163,8 @@ def test_a_reference_costs_host_memory_only_where_the_loss_needs_one() -> None:
     assert with_kl > without == 0
 
 
-PPO = {"name": "ppo"}
-
-
-def test_a_critic_is_on_the_host_and_in_the_checkpoint_and_takes_time() -> None:
-    plain, ppo = config_of(algorithm={"kl_coef": 0.02}), config_of(algorithm=PPO)
-    without, with_critic = (memory_of(config, spec_of(), 1) for config in (plain, ppo))
-    static = without.ranks[0].static
-    assert "critic" not in without.host
-    assert with_critic.host["critic"] == static.weights + static.optimizer
-    assert with_critic.ranks[0].phases == without.ranks[0].phases, "a critic has the device to itself"
-    assert with_critic.checkpoint == 2 * without.checkpoint
-    seconds = []
-    for config, memory in ((plain, without), (ppo, with_critic)):
-        cluster, topology = cluster_of(gpu_named("h100-80g"), 1), Topology(1)
-        work = workload_of(config, topology, 0.5)
-        seconds.append(plan_time(config, spec_of(), topology, cluster, memory, work, 1000).phases)
-    assert "critic" not in seconds[0]
-    assert seconds[1]["critic"] > seconds[1]["train"] == seconds[0]["train"]
-    assert seconds[1]["offload"] == 3 * seconds[0]["offload"]
-
-
 def test_without_cuda_a_critic_is_there_in_every_phase() -> None:
-    (rank,) = memory_of(config_of(algorithm=PPO), spec_of(), 1, gpu="cpu").ranks
+    (rank,) = memory_of(config_of(algorithm={"name": "ppo"}), spec_of(), 1, gpu="cpu").ranks
     state = rank.static.weights + rank.static.gradients + rank.static.optimizer
     assert all(items["critic"] == state for items in rank.phases.values())
 
