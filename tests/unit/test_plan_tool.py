@@ -146,6 +146,14 @@ def test_the_picture_holds_every_phase_and_the_device_s_line(
     capsys.readouterr()
 
 
+def test_every_item_of_every_phase_has_a_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.html"
+    for gpu in ("cpu", "h100-80g"):
+        main([str(CONFIGS / "quickstart.yaml"), "--gpu", gpu, "algorithm.name=ppo", "--html", str(path)])
+        assert ">value</text>" in path.read_text()
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
