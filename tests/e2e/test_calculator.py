@@ -96,3 +96,16 @@ def test_it_learns_that_asking_pays(tmp_path: Path) -> None:
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["rollout/turns_mean"] > lines[0]["rollout/turns_mean"] + 0.3, ended.stdout
     assert summary["eval_after"]["accuracy"] >= summary["eval_before"]["accuracy"] + 0.2
+
+
+@pytest.mark.long
+def test_it_answers_on_the_gsm8k_file(gsm8k_dir: Path, tmp_path: Path) -> None:
+    config, data = "configs/gsm8k-calculator-tiny.yaml", f"data.train={gsm8k_dir / 'train.jsonl'}"
+    run = tmp_path / "run"
+    train_well(config, data, "train.steps=2", f"run.dir={run}", output=tmp_path / "log", timeout_seconds=600)
+    rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
+    assert len(with_several_turns(rows)) >= len(rows) // 4
+    for row in with_several_turns(rows):
+        own = row["loss_mask"] or []
+        assert own == [] or (own[0], 0 in own) == (1, True)
+    assert all(line["train/mismatch_max"] < 1e-3 for line in read_lines(run / "metrics.jsonl"))
