@@ -65,7 +65,7 @@ def run_alone(case: Case, folder: Path) -> Bytes:
     from grpo_mega.parallel.ranks import Ranks
     from grpo_mega.parallel.topology import Topology
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     try:
         topology = Topology(1)
         return measured(case, folder, Ranks(topology, topology.coordinates(0), torch.device("cpu")))

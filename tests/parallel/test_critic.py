@@ -56,9 +56,9 @@ CASES = [("qwen3-tied", ONE), *SHARED, *(pytest.param(*case, marks=pytest.mark.l
 
 
 def numbers(recorded: Recorded, seed: int) -> list[list[float]]:
-    """One per completion token of each rollout."""
+    """One per token of each rollout that the policy sampled."""
     rng = random.Random(seed)
-    return [[rng.gauss(0, 0.5) for _ in r.completion.token_ids] for r in recorded.groups.rollouts]
+    return [[rng.gauss(0, 0.5) for _ in range(r.completion.num_loss_tokens)] for r in recorded.groups.rollouts]
 
 
 def head_weight(hidden_size: int) -> Tensor:
