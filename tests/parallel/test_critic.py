@@ -139,7 +139,8 @@ class Oracle:
     def _values(self, model: Any, rollout: Any) -> Tensor:
         prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
         hidden = model.model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).last_hidden_state[0]
-        return (hidden[len(prompt) - 1 : -1] @ self.head.t())[:, 0]
+        values: Tensor = (hidden[len(prompt) - 1 : -1] @ self.head.t())[:, 0]
+        return values[torch.tensor(rollout.completion.loss_mask or [True] * len(completion))]
 
     @staticmethod
     def _loss(recorded: Recorded, rows: list[Tensor]) -> Tensor:
