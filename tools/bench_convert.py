@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from convert_options import default_workers
 
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
@@ -191,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=LAYERS, help="126 MB each (default: 2.1 GB in all)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads of the conversion")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="threads of the conversion")
     parser.add_argument("--dir", type=Path, help="where to work; needs 7 GB (default: the system's temporary folder)")
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "SOURCE", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="accepted: the last line is JSON anyway")
