@@ -7,6 +7,7 @@ Asserted by tests/unit/test_plan.py.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,20 +31,20 @@ class Demand:
     holders: Sequence[tuple[int, ...]]
     nodes: tuple[int, ...]
 
-    def choices(self) -> tuple[list[tuple[int, ...]], list[int]]:
+    @functools.cached_property
+    def choices(self) -> tuple[list[tuple[int, ...]], Ints]:
         """The groups of ranks that may send, and for each transfer the number of its group. (dst,) alone where the
         receiver holds the slice itself."""
+        alike: dict[tuple[int, ...], int] = {}
+        holder_numbers = np.asarray([alike.setdefault(h, len(alike)) for h in self.holders], np.int64)
+        ranks = len(self.nodes)
+        cases, case_of = np.unique(holder_numbers[self.source] * ranks + self.dst, return_inverse=True)
         numbers: dict[tuple[int, ...], int] = {}
-        known: dict[tuple[int, int], int] = {}
-        found = []
-        for source, dst in zip(self.source.tolist(), self.dst.tolist(), strict=True):
-            holders = self.holders[source]
-            key = (id(holders), dst)
-            if key not in known:
-                candidates = self._candidates(holders, dst)
-                known[key] = numbers.setdefault(candidates, len(numbers))
-            found.append(known[key])
-        return list(numbers), found
+        distinct_holders, found = list(alike), []
+        for case in cases.tolist():
+            candidates = self._candidates(distinct_holders[case // ranks], case % ranks)
+            found.append(numbers.setdefault(candidates, len(numbers)))
+        return list(numbers), np.asarray(found, np.int64)[case_of.ravel()]
 
     def _candidates(self, holders: tuple[int, ...], dst: int) -> tuple[int, ...]:
         if dst in holders:
@@ -54,11 +55,11 @@ class Demand:
 
 def choose_senders(demand: Demand) -> Ints:
     """The sender of each transfer: large ones first, each to the candidate that has least to send over that link."""
-    groups, group_of = demand.choices()
-    src = np.asarray([groups[g][0] for g in group_of], np.int64)
+    groups, group_of = demand.choices
+    src = np.asarray([group[0] for group in groups], np.int64)[group_of]
     nodes = np.asarray(demand.nodes, np.int64)
     across = nodes[src] != nodes[demand.dst]
-    alone = np.asarray([len(g) == 1 for g in groups], bool)[np.asarray(group_of, np.int64)]
+    alone = np.asarray([len(group) == 1 for group in groups], bool)[group_of]
     sends = alone & (src != demand.dst)
     load = [
         np.bincount(src[sends & of], demand.sizes[sends & of], len(nodes)).astype(np.int64).tolist()
@@ -66,12 +67,14 @@ def choose_senders(demand: Demand) -> Ints:
     ]
     shared = np.flatnonzero(~alone)
     order = shared[np.argsort(-demand.sizes[shared], kind="stable")]
-    sizes = demand.sizes[order].tolist()
-    for t, size, far in zip(order.tolist(), sizes, across[order].tolist(), strict=True):
+    columns = (demand.sizes[order].tolist(), across[order].tolist(), group_of[order].tolist())
+    chosen = []
+    for size, far, group in zip(*columns, strict=True):
         busy = load[far]
-        chosen = min(groups[group_of[t]], key=busy.__getitem__)
-        busy[chosen] += size
-        src[t] = chosen
+        sender = min(groups[group], key=busy.__getitem__)
+        busy[sender] += size
+        chosen.append(sender)
+    src[order] = chosen
     return src
 
 
@@ -82,8 +85,7 @@ def lower_bounds(demand: Demand) -> dict[Link, int]:
     members of S may send are at least demand(S) / |S| for one of them; S is each group of candidates that occurs,
     counting what its subgroups must send too, and all ranks together.
     """
-    groups, group_of = demand.choices()
-    numbers = np.asarray(group_of, np.int64)
+    groups, numbers = demand.choices
     first = np.asarray([g[0] for g in groups], np.int64)[numbers]
     nodes = np.asarray(demand.nodes, np.int64)
     across = nodes[first] != nodes[demand.dst]

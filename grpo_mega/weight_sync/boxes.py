@@ -56,13 +56,23 @@ class Holdings:
         return Holdings(self.tensors[index], self.starts[index], self.ends[index], self.ranks[index])
 
 
-def holdings(tensors: Mapping[str, WireTensor], slices: Iterable[TensorSlice], rank: int) -> Holdings:
-    """The slices of one rank. `tensors` gives the numbering.
+def numbering(tensors: Iterable[str]) -> dict[str, int]:
+    """Name -> number of each tensor, in checkpoint order."""
+    return {name: i for i, name in enumerate(tensors)}
+
+
+def holdings(
+    tensors: Mapping[str, WireTensor],
+    slices: Iterable[TensorSlice],
+    rank: int,
+    numbers: Mapping[str, int] | None = None,
+) -> Holdings:
+    """The slices of one rank; `numbers` is `numbering(tensors)`, for callers with many ranks.
 
     Raises:
         ValueError: a slice of an unknown tensor, or one that leaves its tensor.
     """
-    numbers = {name: i for i, name in enumerate(tensors)}
+    numbers = numbering(tensors) if numbers is None else numbers
     found, starts, ends = [], [], []
     for each in slices:
         if each.name not in numbers:

@@ -132,6 +132,14 @@ class Plan:
         for t in mine.tolist():
             yield int(self.bucket[t]), self.slice_of(int(self.piece[t])), int(self.src[t]), int(self.dst[t])
 
+    def transfers_of(self, names: set[str], rank: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """(piece, src, dst) of the transfers of some tensors; those that `rank` takes part in, or all."""
+        chosen = np.asarray([name in names for name in self.tensors])[self.pieces.tensors[self.piece]]
+        if rank is not None:
+            chosen &= (self.src == rank) | (self.dst == rank)
+        rows = np.flatnonzero(chosen)
+        yield from zip(self.piece[rows].tolist(), self.src[rows].tolist(), self.dst[rows].tolist(), strict=True)
+
     def _piece(self, piece: int) -> tuple[int, Ints, Ints]:
         return int(self.pieces.tensors[piece]), self.pieces.starts[piece], self.pieces.ends[piece]
 
