@@ -1,7 +1,7 @@
 """Which slices of a checkpoint each rank of a policy holds, by arithmetic: no model is built, no rank runs.
 
-The same tables and the same numbering as the policy itself (`policy/weights.py`); tests/parallel/test_weights.py
-compares the two for every layout.
+The same tables and the same numbering as the policy itself (`policy/weights.py`), which has the last word: a plan made
+of these is for a job that does not run yet.
 """
 
 from __future__ import annotations
