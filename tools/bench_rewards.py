@@ -105,7 +105,7 @@ def measure_gradings(path: Path | None, number: int) -> dict[str, Any]:
     num_right = sum(gsm8k("", completion, reference) for completion, reference in pairs)
     in_process = number / (time.perf_counter() - started)
     children = children_seconds()
-    with RewardPool([RewardTerm(name="gsm8k")], workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool([RewardTerm(name="gsm8k")], workers=1, timeout_seconds=600.0) as pool:
         started, started_cpu = time.perf_counter(), time.process_time()
         for key, (completion, reference) in enumerate(pairs):
             pool.submit(key, "a question of usual length " * 8, completion, reference)

@@ -1,6 +1,6 @@
-"""The planner's bytes against real runs: tiny models in nine layouts, on this machine's CPU and gloo.
+"""The planner's bytes against real runs of tiny models on CPU and gloo: nine layouts of several ranks, or one rank.
 
-    python tools/measure_memory.py [--json]
+    python tools/measure_memory.py [--one-rank] [--json]
 
 Weights, gradients and optimizer state are what the policy's buffers hold; activations are the distinct storages that
 autograd keeps at most during an update (saved-tensor hooks). Per pipeline rank: the fullest rank of each, for
@@ -24,7 +24,7 @@ from typing import Any
 
 from grpo_mega.launch_agent import run_ranks
 from grpo_mega.parallel.ports import free_port
-from tools.memory.cases import CASES, Bytes, Case, make_model, predicted
+from tools.memory.cases import CASES, ONE_RANK_CASES, Bytes, Case, make_model, measured, predicted
 
 BARS = {"weights": 0.03, "gradients": 0.03, "optimizer": 0.03, "activations": 0.10}
 
@@ -32,6 +32,9 @@ BARS = {"weights": 0.03, "gradients": 0.03, "optimizer": 0.03, "activations": 0.
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--one-rank", action="store_true", help="every family, precision and recomputation, in one rank"
+    )
     parser.add_argument("--json", action="store_true", help="one object as the last line")
     args = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # libraries warn of what this machine lacks
@@ -39,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="measure_memory_") as work:
         for name in sorted({case.model for case in CASES}):
             make_model(Path(work) / name, name)
-        for number, case in enumerate(CASES):
+        for number, case in enumerate(ONE_RANK_CASES if args.one_rank else CASES):
             folder = Path(work) / case.model
             try:
-                found = run_case(number, folder, Path(work))
+                found = [run_alone(case, folder)] if args.one_rank else run_case(number, folder, Path(work))
             except RuntimeError as error:
                 print(f"error: {error}", file=sys.stderr)
                 return 1
@@ -52,6 +55,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"bars": BARS, "rows": rows}))
     return int(any(abs(row["ratio"][key] - 1) > bar for row in rows for key, bar in BARS.items()))
+
+
+def run_alone(case: Case, folder: Path) -> Bytes:
+    """A job of one rank, in this process."""
+    import torch
+    import torch.distributed as dist
+
+    from grpo_mega.parallel.ranks import Ranks
+    from grpo_mega.parallel.topology import Topology
+
+    dist.init_process_group("gloo", store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
+    try:
+        topology = Topology(1)
+        return measured(case, folder, Ranks(topology, topology.coordinates(0), torch.device("cpu")))
+    finally:
+        dist.destroy_process_group()
 
 
 def run_case(number: int, folder: Path, work: Path) -> list[Bytes]:

@@ -55,11 +55,12 @@ def with_mistake(number: str, rng: random.Random) -> str:
     return number[:at] + wrong + number[at + 1 :]
 
 
-def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int) -> Draw:
+def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int, tool_fraction: float = 0.0) -> Draw:
     r"""Draws from the first half of a GSM8K file: the question, and the solution's last calculation with the result.
 
-    The completion is "`\n48+24=72\n#### 72`", or with probability `flawed_fraction` "`\n48+24=72\n72`". Examples of
-    more than `max_bytes` bytes of UTF-8 are left out.
+    The completion is "`\n48+24=72\n#### 72`", or with probability `flawed_fraction` "`\n48+24=72\n72`"; with
+    probability `tool_fraction` it asks the calculator, "`\n<<48+24>>72\n#### 72`". Examples of more than `max_bytes`
+    bytes of UTF-8 are left out.
 
     Raises:
         UserError: the file is missing, a line is not `{"question", "answer"}` with a `####` line, or none is short
@@ -77,6 +78,9 @@ def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int) -> Draw:
     def draw(rng: random.Random) -> Example:
         question, calculation, result = rng.choice(kept)
         mark = "" if rng.random() < flawed_fraction else "#### "
+        expression, equals, value = calculation.rpartition("=")
+        if tool_fraction and equals and rng.random() < tool_fraction:
+            calculation = f"<<{expression}>>{value}"
         return question, f"\n{calculation}\n{mark}{result}"
 
     return draw

@@ -97,7 +97,8 @@ def _examples(recipe: BaseConfig, path: Path) -> Draw:
         )
     if recipe.task == "arithmetic":
         return arithmetic_examples(recipe.flawed_fraction, recipe.tool_fraction)
-    return gsm8k_examples(path, recipe.flawed_fraction, max_bytes=recipe.architecture.max_positions - 1)
+    most = recipe.architecture.max_positions - 1 - (len("<<>>=") if recipe.tool_fraction else 0)
+    return gsm8k_examples(path, recipe.flawed_fraction, max_bytes=most, tool_fraction=recipe.tool_fraction)
 
 
 def base_tokenizer(recipe: BaseConfig) -> PreTrainedTokenizerBase:

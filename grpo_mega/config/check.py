@@ -201,8 +201,8 @@ def _base(config: Config) -> None:
     base = config.model.base
     if base is None or not base.tool_fraction:
         return
-    if base.task != "arithmetic" or base.tokenizer != "byte":
+    if base.tokenizer != "byte":
         raise UserError(
-            f"model.base.tool_fraction={base.tool_fraction} with task={base.task} and tokenizer={base.tokenizer}: "
-            "calls of the calculator are taught for task=arithmetic, written with tokenizer=byte"
+            f"model.base.tool_fraction={base.tool_fraction} with model.base.tokenizer={base.tokenizer}, which cannot "
+            "write a call of the calculator; use model.base.tokenizer=byte"
         )

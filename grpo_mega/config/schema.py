@@ -62,7 +62,7 @@ class BaseConfig(Section):
     flawed_fraction: float = Field(0.5, ge=0, le=1)
     """Share of the worked examples that carry a mistake (arithmetic) or lack the answer format (gsm8k)."""
     tool_fraction: float = Field(0.0, ge=0, le=1)
-    """arithmetic: share of the worked examples that ask the calculator; they carry no mistake."""
+    """Share of the worked examples that ask the calculator; those of arithmetic carry no mistake."""
     seed: int = Field(0, ge=0)
     cache_dir: str = "runs/bases"
 

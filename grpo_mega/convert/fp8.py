@@ -65,7 +65,9 @@ def quantise(values: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tens
 
 
 def _codes(values: Tensor, scales: Tensor) -> Tensor:
-    scaled = values.float() / _spread(scales, tuple(values.shape), (0, 0))
+    divisors = _spread(scales, tuple(values.shape), (0, 0))
+    # some makers give a block of zeros the scale 0; 0 / 0 would be no code
+    scaled = values.float() / torch.where(divisors == 0, 1.0, divisors)
     return scaled.clamp(-MAX_CODE, MAX_CODE).to(CODE)
 
 

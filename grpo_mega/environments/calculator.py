@@ -42,7 +42,8 @@ def check_calculator_args(digits: int = 4) -> None:
 
 @environment(stop=(CLOSE,), check_args=check_calculator_args)
 def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int = 4) -> str | None:
-    """The value of the last `<<expression>>`, which must end the answer; `error` where it has none.
+    """The value of the last `<<expression>>`, which must end the answer; `error` where it has none. In GSM8K's own
+    `<<48/2=24>>` it is what stands before the sign of equality.
 
     Args:
         prompt: not looked at.
@@ -55,7 +56,8 @@ def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int =
     if begin < 0 or not answer.endswith(CLOSE):
         return None
     try:
-        return as_text(value_of(answer[begin + len(OPEN) : -len(CLOSE)]), digits)
+        expression = answer[begin + len(OPEN) : -len(CLOSE)].partition("=")[0]
+        return as_text(value_of(expression), digits)
     except (ValueError, ArithmeticError):
         return ERROR
 

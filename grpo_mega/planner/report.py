@@ -22,6 +22,7 @@ _COLOURS = {
     "sync buckets": "#86bcb6",
     "engine asleep": "#d4a6c8",
     "policy offloaded": "#a0cbe8",
+    "critic": "#8cd17d",
     "CUDA and NCCL": "#bab0ac",
     "allocator": "#79706e",
 }

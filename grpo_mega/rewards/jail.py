@@ -89,6 +89,7 @@ def main() -> None:
     launcher = os.getpid()
     keeper = os.fork()
     if keeper == 0:
+        os.close(mapped[1])  # or it would wait for itself, should the launcher end here
         try:
             _keep(setup, launcher, mapped[0], entered[1])
         except SetupError as error:
@@ -157,13 +158,14 @@ def _is_mapped(number: int, kind: str) -> bool:
 
 
 def _keep(setup: dict[str, Any], launcher: int, mapped: int, entered: int) -> NoReturn:
+    _die_with_parent(launcher)
     os.setsid()  # a signal to the own process group must not reach the caller
     if _libc.unshare(_NAMESPACES) != 0:
         raise SetupError("user namespace", f"unshare: {os.strerror(ctypes.get_errno())}")
     os.write(entered, b"e")
     if not os.read(mapped, 1):
         os._exit(1)
-    _die_with_parent(launcher)
+    _die_with_parent(launcher)  # again: new rights undo it
     if os.getuid() not in (0, INNER_ID):
         raise SetupError("user namespace", "its map of ids has no effect")
     _build_root([str(path) for path in setup["read_only"]])

@@ -27,6 +27,7 @@ _TAIL = 1000  # characters at the end of a completion without a box that are sea
 _LONGEST_ANSWER = 1000  # characters; the longest real answer is well below
 _MAX_EXPONENT = 20_000
 _MAX_FACTORIAL = 2_000
+_DEEPEST_BRACKETS = 40
 _WORDS_OF_PROSE = 3
 
 _MATH = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)", re.DOTALL)
@@ -113,9 +114,26 @@ def _words(text: str) -> list[str]:
     return _NOISE.sub(" ", _COMMAND.sub("", text)).casefold().split()
 
 
+def _depth(answer: str) -> int:
+    """How many brackets are open at most: the parser's time grows with a power of it."""
+    depth = deepest = 0
+    for character in answer:
+        if character in "([{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in ")]}" and depth:
+            depth -= 1
+    return deepest
+
+
 def _explodes(answer: str) -> bool:
     """Whether evaluating it would take one operation that nothing can interrupt: `9^{9^9}`, `99999999!`."""
-    if len(answer) > 2 * _LONGEST_ANSWER or _DIGITS.search(answer) or _TOWER.search(answer):
+    if (
+        len(answer) > 2 * _LONGEST_ANSWER
+        or _depth(answer) > _DEEPEST_BRACKETS
+        or _DIGITS.search(answer)
+        or _TOWER.search(answer)
+    ):
         return True
     exponents = [int(exponent) for exponent in _POWER.findall(answer)]
     factorials = [int(operand) if operand.isdigit() else _MAX_FACTORIAL + 1 for operand in _FACTORIAL.findall(answer)]

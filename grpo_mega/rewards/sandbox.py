@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from grpo_mega.types import UserError
 
-START_SECONDS = 10.0
+START_SECONDS = 30.0
 """Limit for building the isolation, and past its own limit for an answer."""
 
 _MEGABYTE = 1 << 20

@@ -13,7 +13,14 @@ from tests.helpers.jobs import read_json, read_lines, rollouts_of, train_well, w
 
 CONFIG = "configs/calculator-tiny.yaml"
 # a base that knows how a call looks, but not yet what to ask
-SHORT = (CONFIG, "train.steps=2", "data.prompts_per_step=8", "data.eval=null", "model.base.steps=100")
+SHORT = (
+    CONFIG,
+    "train.steps=2",
+    "data.prompts_per_step=8",
+    "data.eval=null",
+    "model.base.steps=100",
+    "model.base.batch_size=32",
+)
 
 
 def with_several_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -51,8 +58,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(tmp_path: Path) -> None:
-    layout = ("run.world_size=2", "engine.tp=2", "parallel.tp=2")
-    train_well(*SHORT, *layout, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=420)
+    train_well(*SHORT, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=420)
     run = tmp_path / "run"
     rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
     assert len(with_several_turns(rows)) >= len(rows) // 10
@@ -96,3 +102,16 @@ def test_it_learns_that_asking_pays(tmp_path: Path) -> None:
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["rollout/turns_mean"] > lines[0]["rollout/turns_mean"] + 0.3, ended.stdout
     assert summary["eval_after"]["accuracy"] >= summary["eval_before"]["accuracy"] + 0.2
+
+
+@pytest.mark.long
+def test_it_answers_on_the_gsm8k_file(gsm8k_dir: Path, tmp_path: Path) -> None:
+    config, data = "configs/gsm8k-calculator-tiny.yaml", f"data.train={gsm8k_dir / 'train.jsonl'}"
+    run = tmp_path / "run"
+    train_well(config, data, "train.steps=2", f"run.dir={run}", output=tmp_path / "log", timeout_seconds=600)
+    rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
+    assert len(with_several_turns(rows)) >= len(rows) // 4
+    for row in with_several_turns(rows):
+        own = row["loss_mask"] or []
+        assert own == [] or (own[0], 0 in own) == (1, True)
+    assert all(line["train/mismatch_max"] < 1e-3 for line in read_lines(run / "metrics.jsonl"))

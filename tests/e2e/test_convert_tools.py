@@ -225,7 +225,8 @@ def test_killed_at_any_moments_it_ends_with_the_same_bytes(folders: Path, tmp_pa
         partial(slowly, convert, source, tmp_path / "out", **options), after=moments.uniform(0.02, 0.08 + 0.02 * kills)
     ):
         kills += 1
-        assert not (tmp_path / "out").exists() or not (tmp_path / "out.partial/result").exists()
+        if (tmp_path / "out").exists():  # killed after the last step, the renaming
+            break
         assert kills < 200
     assert kills >= 3
     assert_same_files(tmp_path / "out", tmp_path / "wanted")

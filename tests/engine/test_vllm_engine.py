@@ -174,15 +174,15 @@ def test_rollouts_end_with_eos_or_at_max_tokens(replicas: EngineRanks) -> None:
 def test_an_answer_ends_with_the_token_that_completes_a_stop_text(
     replicas: EngineRanks, models: dict[str, Path]
 ) -> None:
-    stopping = replace(SAMPLING, stop=("7", "+1"), max_tokens=16)
+    stopping = replace(SAMPLING, stop=("7", "="), max_tokens=16)
     groups = replicas.call(generate, PROMPTS, stopping)[0]
     rollouts = [c for group in groups for c in group]
     assert {c.stop_reason for c in rollouts} == {"eos", "length", "stop"}
     for completion in rollouts:
         without_last = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids[:-1] if i > EOS)
         assert "7" not in without_last
-        assert "+1" not in without_last
-        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "+1"))
+        assert "=" not in without_last
+        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "="))
         assert (completion.stop_reason == "eos") == (completion.token_ids[-1] == EOS)
         assert len(completion.sampler_log_probs) == len(completion.token_ids)
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5

@@ -56,9 +56,9 @@ CASES = [("qwen3-tied", ONE), *SHARED, *(pytest.param(*case, marks=pytest.mark.l
 
 
 def numbers(recorded: Recorded, seed: int) -> list[list[float]]:
-    """One per completion token of each rollout."""
+    """One per token of each rollout that the policy sampled."""
     rng = random.Random(seed)
-    return [[rng.gauss(0, 0.5) for _ in r.completion.token_ids] for r in recorded.groups.rollouts]
+    return [[rng.gauss(0, 0.5) for _ in range(r.completion.num_loss_tokens)] for r in recorded.groups.rollouts]
 
 
 def head_weight(hidden_size: int) -> Tensor:
@@ -139,7 +139,8 @@ class Oracle:
     def _values(self, model: Any, rollout: Any) -> Tensor:
         prompt, completion = rollout.prompt.token_ids, rollout.completion.token_ids
         hidden = model.model(input_ids=torch.tensor([[*prompt, *completion]]), use_cache=False).last_hidden_state[0]
-        return (hidden[len(prompt) - 1 : -1] @ self.head.t())[:, 0]
+        values: Tensor = (hidden[len(prompt) - 1 : -1] @ self.head.t())[:, 0]
+        return values[torch.tensor(rollout.completion.loss_mask or [True] * len(completion))]
 
     @staticmethod
     def _loss(recorded: Recorded, rows: list[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.parallel.ranks import Ranks
 
 EXACT, ACTIVATIONS = 0.03, 0.10  # relative
+SHORT = ("dense pp2 vpp2", "MoE tp2 ep2 sp", "MLA tp2 pp2 sp")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,13 @@ def _ranks(rank: int, case: Case, folder: Path) -> Ranks:
     return Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name.replace(" ", "-"), marks=() if case.name in SHORT else (pytest.mark.long,))
+        for case in CASES
+    ],
+)
 def test_predicted_bytes_are_those_of_a_real_run(case: Case, models: Path, rank_pool: RankPool) -> None:
     folder = models / case.model
     (stages,) = rank_pool.call(1, on_planner, case, folder)

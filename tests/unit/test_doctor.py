@@ -215,6 +215,26 @@ def test_the_start_of_a_job_passes_here_and_leaves_out_what_train_checks(model: 
     require(found)
 
 
+@pytest.mark.parametrize(("local_rank", "stops"), [("0", True), ("1", False)])
+def test_a_job_is_stopped_by_the_first_rank_of_a_machine(
+    local_rank: str, stops: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from grpo_mega import train
+
+    def too_small(*_: Any) -> Finding:
+        return Finding("shared memory", "fail", "too small", "enlarge it")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(machine, "check_shared_memory", too_small)
+    config = load_config(QUICKSTART)
+    if stops:
+        with pytest.raises(UserError, match="shared memory: too small; enlarge it"):
+            train.prepare(config)
+    else:
+        train.prepare(config)
+
+
 def test_a_failed_check_stops_with_its_remedy() -> None:
     with pytest.raises(UserError, match=r"disk: 1 GiB free; set run\.dir"):
         require([Finding("disk", "fail", "1 GiB free", "set run.dir"), Finding("x", "warn", "y", "z")])

@@ -88,6 +88,7 @@ def test_failures_cost_their_time_limit_and_no_other_turn(
     ("expression", "value"),
     [
         ("48/2", "24"),
+        ("48/2=25", "24"),
         ("48+24*2", "96"),
         (" (1 + 2) * -3 ", "-9"),
         ("1,200*0.5", "600"),

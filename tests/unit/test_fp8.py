@@ -32,6 +32,16 @@ def test_codes_and_scales_come_back_bit_for_bit_with_the_stored_scales(seed: int
     assert same_bits(kept, scales)
 
 
+def test_a_block_of_zeros_with_the_scale_0_comes_back() -> None:
+    codes, scales = torch.zeros(130, 3).to(fp8.CODE), torch.tensor([[0.0], [0.5]])
+    codes[5, 1] = torch.tensor(-0.0).to(fp8.CODE)
+    again, kept = fp8.quantise(fp8.dequantise(codes, scales), scales)
+    assert same_bits(again, codes)
+    assert same_bits(kept, scales)
+    values = torch.ones(130, 3, dtype=torch.bfloat16)
+    assert torch.equal(fp8.dequantise(*fp8.quantise(values, scales)), values)
+
+
 def test_without_the_stored_scales_they_cannot_come_back() -> None:
     """Why they are kept: this is what recomputing them would give."""
     scales = torch.tensor([[0.0123456]])

@@ -77,6 +77,37 @@ def test_a_known_misfit_says_no_and_its_remedy_planned_again_says_yes(
     assert (again, fitting["fits"]) == (0, True)
 
 
+DEEPSEEK = "deepseek-v3-671b-32n8g-tp2pp16ep16-vllm.yaml"
+QWEN_235 = "qwen3-235b-a22b-16n8g-tp2pp8ep16-vllm.yaml"
+QWEN_30 = "qwen3-30b-a3b-2n8g-ep8-vllm.yaml"
+# who runs it -> our config of the model, and their layout (NeMo-RL's performance summary r0.6.0; verl's docs/perf and
+# device tuning; slime's model pages); where they keep the optimizer on the host, so do we
+OTHERS: dict[str, tuple[str, ...]] = {
+    "NeMo-RL DeepSeek-V3 on 256": (
+        DEEPSEEK, "parallel.tp=1", "parallel.sequence_parallel=false", "sampling.max_tokens=512",
+        "train.max_tokens_per_microbatch=1536",
+    ),
+    "NeMo-RL Qwen3-235B on 128": (QWEN_235, "parallel.cp=2"),
+    "NeMo-RL Qwen3-30B-A3B on 32": (QWEN_30, "--nodes", "4"),
+    "NeMo-RL 32B dense on 32": ("qwen2.5-32b-4n8g-tp4pp2-vllm.yaml", "parallel.pp=4"),
+    "verl DeepSeek-V3 on 96 H20": (
+        DEEPSEEK, "--gpu", "h20-96g", "--nodes", "12", "parallel.tp=8", "parallel.pp=12", "parallel.ep=8",
+        f"parallel.pipeline_layout={even_layout(61, 12)}", "optimizer.host_fraction=1.0",
+    ),
+    "verl Qwen3-235B on 32 H20": (
+        QWEN_235, "--gpu", "h20-96g", "--nodes", "4", "parallel.tp=4", "parallel.ep=4", "optimizer.host_fraction=1.0",
+    ),
+    "slime Qwen3-30B-A3B on 8": (QWEN_30, "--nodes", "1", "optimizer.host_fraction=1.0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("who", OTHERS)
+def test_layouts_that_others_run_fit(who: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = OTHERS[who]
+    code, found, _ = plan(capsys, str(CONFIGS / name), *arguments)
+    assert (code, found["problems"]) == (0, [])
+
+
 def test_the_host_s_optimizer_has_a_price_in_time(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {
         share: plan(capsys, DEEPSEEK_64, f"optimizer.host_fraction={share}")[1]["phase_seconds"]["optimizer"]
@@ -112,6 +143,14 @@ def test_the_picture_holds_every_phase_and_the_device_s_line(
     assert "79.1 GiB" in text
     assert text.count("<rect") > 12
     assert "<script" not in text
+    capsys.readouterr()
+
+
+def test_every_item_of_every_phase_has_a_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.html"
+    for gpu in ("cpu", "h100-80g"):
+        main([str(CONFIGS / "quickstart.yaml"), "--gpu", gpu, "algorithm.name=ppo", "--html", str(path)])
+        assert ">value</text>" in path.read_text()
     capsys.readouterr()
 
 

@@ -22,15 +22,16 @@ FUNCTIONS = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "rand
 CUDA_FUNCTIONS = ("current_device", "synchronize", "Stream", "Event", "current_stream", "get_rng_state", "empty_cache")
 
 
-def in_child(function: Callable[[], None]) -> None:
-    """Run `function` in a fork, whose changes to torch and Megatron end with it."""
-    context = multiprocessing.get_context("fork")
+def in_child(function: Callable[[], None], start: str = "fork") -> None:
+    """Run `function` in a process whose changes to torch and Megatron end with it; one that is spawned also begins
+    without those that other tests made here."""
+    context = multiprocessing.get_context(start)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(function, theirs))
     process.start()
     theirs.close()
     try:
-        failure = ours.recv() if ours.poll(60) else "no answer in 60 s"
+        failure = ours.recv() if ours.poll(120) else "no answer in 120 s"
     finally:
         process.join(10)
         process.kill()
@@ -76,7 +77,7 @@ def _leaves_torch_alone() -> None:
 
 
 def test_only_megatron_s_own_modules_and_two_tensor_methods_are_replaced() -> None:
-    in_child(_leaves_torch_alone)
+    in_child(_leaves_torch_alone, "spawn")
 
 
 def _does_nothing_with_cuda() -> None:

@@ -95,7 +95,7 @@ def assert_a_number_each(name: str, args: dict[str, Any], number: int, workers: 
     reference = REFERENCES.get(name, "7")
     term = RewardTerm(name=name, args=args)
     (component,) = build_rewards([term])
-    with RewardPool([term], workers=workers, timeout_seconds=60.0) as pool:
+    with RewardPool([term], workers=workers, timeout_seconds=600.0) as pool:
         for key, completion in enumerate(strange_completions(number)):
             pool.submit(key, "a question", completion, reference)
         rewards = pool.collect()

@@ -134,6 +134,7 @@ def test_each_real_answer_equals_its_rewritings_and_differs_from_its_neighbour(a
         "2^{10000000}",
         "9" * 5000,
         "(" * 3000,
+        "[" * 900,
         r"\frac{" * 400,
         r"\sqrt{" * 400 + "2" + "}" * 400,
         r"\int_0^{10} x^{x^{x}} \sin(x^x) dx",

@@ -1,5 +1,6 @@
 """The tiny base models: their examples, and that one recipe gives one model."""
 
+import hashlib
 import json
 import multiprocessing
 import random
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from grpo_mega.base_model import ensure_base, teach
 from grpo_mega.base_model.examples import arithmetic_examples, gsm8k_examples, with_mistake
+from grpo_mega.base_model.teach import RECIPE_VERSION, recipe_digest
 from grpo_mega.config.schema import ArchitectureConfig, BaseConfig
 from grpo_mega.data import arithmetic
 from grpo_mega.data.chat import load_tokenizer
@@ -71,6 +73,28 @@ def test_gsm8k_examples_are_the_last_calculation_with_and_without_the_format(tmp
         ("Question 1?", "\n40+1=41\n#### 41"),
         ("Question 1?", "\n40+1=41\n41"),
     }, "the first half of the file, nothing else"
+
+
+def test_a_part_of_the_examples_asks_the_calculator(tmp_path: Path) -> None:
+    draw, rng = gsm8k_examples(_gsm8k(tmp_path / "t.jsonl"), 0.5, max_bytes=100, tool_fraction=0.5), random.Random(0)
+    drawn = [draw(rng)[1] for _ in range(400)]
+    assert {text for text in drawn if "<<" in text} == {
+        f"\n<<40+{i}>>4{i}\n{mark}4{i}" for i in (0, 1) for mark in ("", "#### ")
+    }
+    assert 150 < sum("<<" in text for text in drawn) < 250
+    sums, rng = arithmetic_examples(0.5, tool_fraction=0.5), random.Random(0)
+    for question, completion in (sums(rng) for _ in range(200)):
+        if completion.startswith("<<"):
+            called, _, result = completion.removeprefix("<<").partition(">>")
+            assert (called + "=", int(result)) == (question, sum(map(int, called.split("+"))))
+
+
+def test_the_digest_of_a_recipe_without_calls_is_what_it_was(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path / "c")
+    facts = recipe.model_dump(mode="json", exclude={"cache_dir", "examples", "tool_fraction"})
+    known = hashlib.sha256(json.dumps(facts | {"recipe_version": RECIPE_VERSION}, sort_keys=True).encode()).hexdigest()
+    assert recipe_digest(recipe, "") == known
+    assert recipe_digest(recipe.model_copy(update={"tool_fraction": 0.5}), "") != known
 
 
 def test_bad_gsm8k_files_are_user_errors(tmp_path: Path) -> None:

@@ -89,6 +89,13 @@ CASES = (
     Case("MLA tp2 pp2 sp", "mla", 4, parallel={**TP2, "pp": 2}),
     Case("MLA ep2 dp2 bf16", "mla", 2, dtype="bf16", parallel={"ep": 2}),
 )
+# every family, both precisions, every way to compute again; what several ranks add is in CASES
+ONE_RANK_CASES = tuple(
+    Case(f"{model} {dtype} recompute={recompute}", model, 1, 1, dtype, {"recompute": recompute})
+    for model in MODELS
+    for dtype in ("fp32", "bf16")
+    for recompute in ("none", "selective", "full")
+)
 
 
 @dataclass(frozen=True)
