@@ -148,7 +148,7 @@ def connect(
     """As a `WeightSync` does, without its agreements."""
     plan = make_plan(tensors, held, wanted, [0] * WORLD, BUCKET_BYTES)
     mine = rank_plan(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
-    return Execution(mine, make_transports(mine.turns, 300.0), plan.hash, sink)  # type: ignore[arg-type]
+    return Execution(mine, *make_transports(mine.turns, 300.0), plan.hash, sink)  # type: ignore[arg-type]
 
 
 def run_of(execution: Execution, shards: Sequence[HeldSlice]) -> Callable[[], object]:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.engines.vllm_experts import heed_expert_map
 from grpo_mega.engines.vllm_record import RECORDING, LoaderRecord, recording_load_format
 from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
 from grpo_mega.types import UserError
@@ -93,6 +94,8 @@ def start(settings: VllmSettings, spec: ModelSpec) -> tuple[Any, LoaderRecord | 
     if not torch.cuda.is_available():
         _check_cpu_head(spec.head_dim)
         _check_cpu_experts(settings, spec)
+        if settings.experts_spread:
+            heed_expert_map()
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
         stack.enter_context(_environment_of_ranks())

@@ -99,15 +99,14 @@ def _turns(plan: Plan, rank: int, kinds: dict[str, str]) -> dict[str, list[Turn]
 class Execution:
     """Carries a plan out, as often as asked."""
 
-    def __init__(self, mine: RankPlan, transports: dict[str, Transport], plan_hash: str, sink: WeightSink) -> None:
+    def __init__(
+        self, mine: RankPlan, transports: dict[str, Transport], buffer_bytes: int, plan_hash: str, sink: WeightSink
+    ) -> None:
+        """`buffer_bytes`: what this rank holds for its transports."""
         self._mine, self._transports, self._sink = mine, transports, sink
+        self.buffer_bytes = buffer_bytes
         self._plan_word = int(plan_hash, 16) - (1 << 63)
         self._faults: list[str] = []
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Bytes that this rank holds for its transports."""
-        return sum(transport.buffer_bytes for transport in self._transports.values())
 
     def run(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
         """Every rank calls it together. Returns what went wrong on this rank.
@@ -124,22 +123,21 @@ class Execution:
         num_turns = max((len(turns) for turns in self._mine.turns.values()), default=0)
         for n in range(num_turns + 1):
             if n < num_turns:
+                free = {kind: self._transports[kind].outgoing(turns[n]) for kind, turns in self._mine.turns.items()}
                 for kind, turns in self._mine.turns.items():
-                    self._pack(kind, turns[n], by_tensor, policy_version)
+                    self._pack(kind, free[kind], turns[n], by_tensor, policy_version)
             if n:
                 for kind, turns in self._mine.turns.items():
                     self._take_over(kind, turns[n - 1], policy_version)
         return self._faults
 
-    def _pack(self, kind: str, turn: Turn, by_tensor: dict[str, list[HeldSlice]], version: int) -> None:
-        transport = self._transports[kind]
-        buffer = transport.outgoing(turn)
+    def _pack(self, kind: str, buffer: Tensor, turn: Turn, by_tensor: dict[str, list[HeldSlice]], version: int) -> None:
         for message in turn.sends:
             part = buffer[message.start : message.start + message.num_bytes]
             part[:HEADER_BYTES].view(torch.int64).copy_(self._header(turn, message, version))
             for piece in self._mine.pieces[turn.number, self._mine.rank, message.peer]:
                 self._bytes_of(part, piece).copy_(view_of(by_tensor, piece.hf))
-        transport.start(turn)
+        self._transports[kind].start(turn)
 
     def _take_over(self, kind: str, turn: Turn, version: int) -> None:
         transport = self._transports[kind]

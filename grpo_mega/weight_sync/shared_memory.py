@@ -1,6 +1,6 @@
 """Buckets between processes of one machine: the sender packs into memory that its receivers have mapped.
 
-Each rank owns one segment with two send buffers and a row of counters. A sender publishes the number of turns that it
+Each rank owns one segment with its two buffers and a row of counters. A sender publishes the number of turns that it
 has filled; a receiver, in its own segment, how many it has taken over. So a byte is copied twice, into the segment and
 out of it, and a receiver has no buffer. A segment's file is gone from /dev/shm as soon as all have mapped it: nothing
 outlives a job that is killed.
@@ -39,14 +39,14 @@ def machine_id() -> str:
 class SharedMemoryTransport:
     """Collective: all ranks of `group` construct it; `turns` hold only messages between ranks of this machine."""
 
-    def __init__(self, turns: Sequence[Turn], group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, turns: Sequence[Turn], slot_bytes: int, group: dist.ProcessGroup, timeout: float) -> None:
+        """`slot_bytes`: of each of two buffers, of which the first `send_bytes` of a turn are this transport's."""
         self._timeout, self._rank = timeout, dist.get_rank()
-        self._slot_bytes = max((turn.send_bytes for turn in turns), default=0)
         self._readers = {turn.number: [m.peer for m in turn.sends] for turn in turns}
         self._past = 0  # turns of earlier syncs: counters only grow
         self._num_turns = max((turn.number for turn in turns), default=-1) + 1
         path = _FOLDER / f"grpo_mega_{uuid.uuid4().hex}"
-        self._memory = {self._rank: _create(path, _COUNTERS + 2 * self._slot_bytes)}
+        self._memory = {self._rank: _create(path, _COUNTERS + 2 * slot_bytes)}
         self._counters = {self._rank: self._memory[self._rank][:_COUNTERS].view(torch.int64)}
         self._counters[self._rank][_PROCESS] = os.getpid()
         everyone: list[tuple[int, str, str]] = [(0, "", "")] * group.size()
@@ -59,21 +59,22 @@ class SharedMemoryTransport:
         path.unlink()
 
     @property
-    def buffer_bytes(self) -> int:
-        return 2 * self._slot_bytes
+    def buffers(self) -> Sequence[Tensor]:
+        """This rank's two, whole: what is beyond the sends of a turn is free for other transports."""
+        return [self._slot(self._rank, number) for number in (0, 1)]
 
     def outgoing(self, turn: Turn) -> Tensor:
         earlier = turn.number - 2
         for peer in self._readers.get(earlier, ()) if earlier >= 0 else ():
             self._await(Turn(earlier, (), ()), Message(peer, 0, 0), _TAKEN, sends=True)
-        return self._slot(self._rank, turn)[: turn.send_bytes]
+        return self._slot(self._rank, turn.number)[: turn.send_bytes]
 
     def start(self, turn: Turn) -> None:
         self._counters[self._rank][_FILLED] = self._past + turn.number + 1
 
     def incoming(self, turn: Turn, message: Message) -> Tensor:
         self._await(turn, message, _FILLED, sends=False)
-        return self._slot(message.peer, turn)[message.start : message.start + message.num_bytes]
+        return self._slot(message.peer, turn.number)[message.start : message.start + message.num_bytes]
 
     def finish(self, turn: Turn) -> None:
         self._counters[self._rank][_TAKEN] = self._past + turn.number + 1
@@ -83,10 +84,10 @@ class SharedMemoryTransport:
                     self._await(Turn(earlier, (), ()), Message(peer, 0, 0), _TAKEN, sends=True)
             self._past += self._num_turns
 
-    def _slot(self, rank: int, turn: Turn) -> Tensor:
+    def _slot(self, rank: int, turn: int) -> Tensor:
         memory = self._memory[rank]
         size = (memory.numel() - _COUNTERS) // 2
-        start = _COUNTERS + turn.number % 2 * size
+        start = _COUNTERS + turn % 2 * size
         return memory[start : start + size]
 
     def _await(self, turn: Turn, message: Message, counter: int, *, sends: bool) -> None:

@@ -116,8 +116,8 @@ class WeightSync:
         rank = dist.get_rank()
         kinds = transport_kinds(self._settings.transport)
         mine = rank_plan(self.plan, rank, ends.dtypes, kinds)
-        transports = make_transports(mine.turns, self._settings.timeout_seconds)
-        self.execution = Execution(mine, transports, self.plan.hash, self._sink)
+        transports, buffer_bytes = make_transports(mine.turns, self._settings.timeout_seconds)
+        self.execution = Execution(mine, transports, buffer_bytes, self.plan.hash, self._sink)
         self._written_bytes = int(self.plan.transfer_bytes[self.plan.dst == rank].sum())
         self._received_bytes = int(self.plan.received_bytes()[rank])
 

@@ -2,8 +2,8 @@
 
 Same process: the source's view is copied into the engine's (`execute.py`; nothing here). `GroupTransport`: point to
 point over a process group, gloo on CPU, NCCL on GPUs. `shared_memory.py`: between processes of one machine without a
-GPU. A transport owns two send buffers and, where it needs them, two receive buffers; a turn uses one of each, and a
-buffer is used again two turns later.
+GPU. A rank has two buffers, whatever the number of its transports: each has its part of them, of a size that changes
+from turn to turn (`connect.py`). A turn uses one buffer, and a buffer is used again two turns later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -51,12 +50,10 @@ class TransportError(RuntimeError):
 
 
 class Transport(Protocol):
-    """Moves messages. Per turn: fill `outgoing`, `start`, `incoming` for each message received, `finish`."""
+    """Moves messages. Per turn: fill `outgoing`, `start`, `incoming` for each message received, `finish`.
 
-    @property
-    def buffer_bytes(self) -> int:
-        """Held by this rank for both turns."""
-        ...
+    `outgoing` waits until a buffer is free, and all transports of a rank are asked for it before one of them starts.
+    """
 
     def outgoing(self, turn: Turn) -> Tensor:
         """[send_bytes] uint8 to be filled; waits until the turn before last has left it."""
@@ -84,30 +81,22 @@ class Transport(Protocol):
 class GroupTransport:
     """Point to point over a process group (gloo; NCCL: written, never run)."""
 
-    def __init__(self, turns: Sequence[Turn], group: dist.ProcessGroup, device: torch.device, timeout: float) -> None:
+    def __init__(
+        self, buffers: Sequence[Tensor], starts: Sequence[int], group: dist.ProcessGroup, timeout: float
+    ) -> None:
+        """`starts[n]`: where its part of the buffer begins in turn n; its sends come first, then what it receives."""
+        self._buffers, self._starts = buffers, starts
         self._group, self._timeout, self._rank = group, timeout, dist.get_rank()
-        self._buffers = [
-            torch.empty(
-                max((t.send_bytes + t.receive_bytes for t in turns if t.number % 2 == slot), default=0),
-                dtype=torch.uint8,
-                device=device,
-            )
-            for slot in (0, 1)
-        ]
         self._waits: dict[tuple[int, int, bool], Any] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
 
-    @property
-    def buffer_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in self._buffers)
-
     def outgoing(self, turn: Turn) -> Tensor:
-        return self._buffers[turn.number % 2][: turn.send_bytes]
+        return self._part(turn)[: turn.send_bytes]
 
     def start(self, turn: Turn) -> None:
         if not turn.sends and not turn.receives:
             return
-        buffer, at = self._buffers[turn.number % 2], turn.send_bytes
+        buffer, at = self._part(turn), turn.send_bytes
         operations, keys = [], []
         for message in turn.sends:
             part = buffer[message.start : message.start + message.num_bytes]
@@ -130,6 +119,9 @@ class GroupTransport:
     def finish(self, turn: Turn) -> None:
         for message in turn.sends:
             self._wait(turn, message, sends=True)
+
+    def _part(self, turn: Turn) -> Tensor:
+        return self._buffers[turn.number % 2][self._starts[turn.number] :]
 
     def _wait(self, turn: Turn, message: Message, *, sends: bool) -> None:
         try:

@@ -65,8 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
-    with engine_ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
-        ranks.call(prepare_policy)
+    with engine_ranks(2, tmp_path_factory.mktemp("ranks"), prepare_policy) as ranks:
         yield ranks
 
 
