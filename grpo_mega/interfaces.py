@@ -15,29 +15,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from grpo_mega.types import Completion, Microbatch, Placement, Prompt, SamplingRequest, TensorSlice, UpdateStats
 
-RegionKind = Literal["plain", "derived"]
+RegionKind = Literal["plain", "permuted", "derived"]
 
 
 @dataclass(frozen=True)
 class HeldSlice:
-    """A slice of a Hugging Face tensor on this rank: `view` aliases the parameter, `global_shape` is the tensor's."""
+    """A slice of a Hugging Face tensor on this rank: `view` aliases the parameter, `global_shape` is the tensor's.
+
+    Of the ranks that hold one copy of the model, each byte is `counted` by exactly one (in digests, in whole tensors);
+    every holder may send it.
+    """
 
     hf: TensorSlice
     global_shape: tuple[int, ...]
     view: Tensor
+    counted: bool = True
 
 
 @dataclass(frozen=True)
 class SinkRegion:
-    """A region of an engine parameter. `plain`: the kernels read these bytes, so their digest is the proof. `derived`:
-    the kernels read something computed from them, which `probe` must confirm beside the digest."""
+    """A region of an engine parameter, in the engine's dtype. `plain`: the kernels read these bytes, so their digest is
+    the proof. `permuted`: they read the same numbers in another order; the digest is made after the inverse. `derived`:
+    they read something computed from these bytes, which `probe` must confirm beside the digest."""
 
     placement: Placement
     kind: RegionKind
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class WeightSource(Protocol):
     """The policy's end of a sync."""
 
     def shards(self) -> Sequence[HeldSlice]:
-        """Slices that this rank holds, exactly once over the model-parallel ranks (replicas hold the same slices)."""
+        """All slices that this rank holds, also those that other ranks hold as well."""
         ...
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -109,27 +117,41 @@ class WeightSource(Protocol):
 class WeightSink(Protocol):
     """The engine's end of a sync, on one rank."""
 
+    @property
+    def policy_version(self) -> int:
+        """Updates behind the weights; -1 before the first sync."""
+        ...
+
+    @property
+    def streams_because(self) -> str | None:
+        """Why this engine must be given whole tensors (`load`); None: it takes slices (`write`)."""
+        ...
+
     def layout(self) -> Sequence[SinkRegion]:
         """Every region that a sync must fill on this rank; covers each parameter element exactly once, but for the
-        padding of the vocabulary."""
+        padding of the vocabulary. Empty where tensors are streamed."""
         ...
 
     def begin_update(self) -> None: ...
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
-        """Copy `values`, shaped `hf.shape`, into the region of that slice."""
+        """Copy `values`, shaped `hf.shape`, to where that part of a region lies."""
+        ...
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        """Give a whole tensor to the engine's own loader."""
         ...
 
     def end_update(self, policy_version: int) -> None:
         """Rebuild what is derived from the written weights, drop caches that depend on them, adopt the version."""
         ...
 
-    def read(self, hf: TensorSlice) -> Tensor:
-        """The region's present bytes, read back from the engine, shaped `hf.shape`."""
+    def digest(self, hf: TensorSlice) -> int:
+        """`convert.digest.slice_digest` of that part of a region, remade from what the kernels read."""
         ...
 
-    def probe(self) -> dict[str, float]:
-        """For each parameter with derived regions: max |kernel(x) - W x| / max |W x| on a fixed random x."""
+    def probe(self) -> dict[str, str]:
+        """Parameters whose derived copy is not the one of their present weights -> what differs."""
         ...
 
 

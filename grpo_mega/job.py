@@ -42,11 +42,9 @@ from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.sampler import make_sampler, start_workers
-from grpo_mega.weight_sync.push import WeightSync
+from grpo_mega.weight_sync.sync import SyncSettings, WeightSync
 
 log = logging.getLogger("grpo_mega.job")
-
-PROBE_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}  # relative rounding of y = W x in the engine's dtype
 
 
 def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out: PromptDataset | None) -> None:
@@ -187,6 +185,7 @@ def make_engine(config: Config, model_folder: Path) -> VllmEngine:
         model_folder,
         dtype=config.precision.dtype,
         tp=config.engine.tp,
+        ep=config.engine.ep,
         max_model_len=config.data.max_prompt_tokens + max_tokens,
         max_num_seqs=config.engine.max_num_seqs,
         kv_cache_tokens=config.engine.kv_cache_tokens,
@@ -196,15 +195,18 @@ def make_engine(config: Config, model_folder: Path) -> VllmEngine:
 
 def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ranks) -> WeightSync:
     """Connects the two ends; the groups of the engine replicas are made here, by all ranks in the same order."""
-    groups = [dist.new_group(ranks.topology.replica_ranks(i)) for i in range(ranks.topology.num_replicas)]
+    replicas = [ranks.topology.replica_ranks(i) for i in range(ranks.topology.num_replicas)]
+    groups = [dist.new_group(members) for members in replicas]
+    settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
     return WeightSync(
         policy.source,
         policy.full_tensors,
         engine.sink,
         source_group=policy.model_parallel_group,
+        replicas=replicas,
         replica_group=groups[ranks.at.replica],
-        bucket_bytes=config.weight_sync.bucket_bytes,
-        probe_tolerance=PROBE_TOLERANCE[config.precision.dtype],
+        settings=settings,
+        where=ranks.topology.describe(ranks.rank),
     )
 
 

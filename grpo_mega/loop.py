@@ -27,7 +27,7 @@ from grpo_mega.phases import Phases
 from grpo_mega.rollout import SampledGroups, derived_seed
 from grpo_mega.step_report import StepResult
 from grpo_mega.types import UpdateStats
-from grpo_mega.weight_sync.push import SyncReport, WeightSync
+from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
+# Families whose sampled log-probs were compared with transformers' (docs/measurements/weight_sync.md).
+SYNCED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
+
 
 def check_model(config: Config, topology: Topology, *, with_engine: bool = True) -> None:
     """Does the layout divide the model, does a rollout fit its positions, and can the engine be given its weights?
@@ -99,11 +102,13 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
-    if spec.moe is not None or spec.mla is not None:
+    if spec.family not in SYNCED_FAMILIES:
         raise UserError(
-            f"engine.kind={config.engine.kind}: weights of the family {spec.family} ({folder}) cannot be synced to "
-            "this engine yet; use a model of Llama, Qwen2 or Qwen3"
+            f"engine.kind={config.engine.kind}: a sync of the family {spec.family} ({folder}) to this engine is not "
+            f"proven; use a model of {', '.join(SYNCED_FAMILIES)}"
         )
+    if config.engine.ep > 1 and spec.moe is None:
+        raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
     if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "

@@ -11,7 +11,7 @@ from itertools import compress, repeat
 from grpo_mega.batch import TrainBatch
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Reward, Rollout, UpdateStats
-from grpo_mega.weight_sync.push import SyncReport
+from grpo_mega.weight_sync.sync import SyncReport
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ class StepResult:
             **_replay(self.groups.rollouts),
             **{f"memory/{name}_bytes": float(size) for name, size in self.state_bytes.items()},
             **_trained(self.groups, self.batch.is_trained),
-            "sync/bytes": float(self.sync.received_bytes),
-            "sync/gb_per_second": self.sync.received_bytes / 1e9 / self.sync.seconds,
+            "sync/bytes": float(self.sync.written_bytes),
+            "sync/received_bytes": float(self.sync.received_bytes),
+            "sync/verify_seconds": self.sync.verify_seconds,
+            "sync/gb_per_second": self.sync.written_bytes / 1e9 / self.sync.seconds,
         }
 
 

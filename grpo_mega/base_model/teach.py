@@ -141,9 +141,11 @@ def _isolated(seed: int) -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def _build(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+def base_config(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
+    """The architecture of a recipe, which needs no taught model."""
     shape = recipe.architecture
-    config = Qwen3Config(
+    return Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_size,
@@ -161,7 +163,10 @@ def _build(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCa
         dtype="float32",
         attn_implementation="sdpa",
     )
-    return Qwen3ForCausalLM(config).float()
+
+
+def _build(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(base_config(recipe, tokenizer)).float()
 
 
 def _batch(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:

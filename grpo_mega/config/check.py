@@ -114,6 +114,11 @@ def _engine_divides(config: Config) -> None:
     world = config.run.world_size
     if world is not None and world % config.engine.tp:
         raise UserError(f"run.world_size={world} is not a multiple of engine.tp={config.engine.tp}; use one that is")
+    if config.engine.ep not in (1, config.engine.tp):
+        raise UserError(
+            f"engine.ep={config.engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or "
+            f"engine.tp={config.engine.tp}"
+        )
 
 
 def _sequence_parallel(config: Config) -> None:

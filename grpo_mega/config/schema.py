@@ -107,6 +107,8 @@ class EngineConfig(Section):
     kind: Literal["vllm"] = "vllm"
     tp: int = Field(1, ge=1)
     """Ranks of one replica; replicas = world / tp."""
+    ep: int = Field(1, ge=1)
+    """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp) or tp."""
     max_num_seqs: int = Field(256, ge=1)
     """Rollouts that one replica samples at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
@@ -348,7 +350,11 @@ class PrecisionConfig(Section):
 
 class WeightSyncConfig(Section):
     verify: Literal["every", "first", "off"] = "every"
+    """At which syncs the engines' weights are proven to be the policy's."""
     bucket_bytes: int = Field(256 * 1024 * 1024, ge=1024)
+    """What a rank sends and receives at a time; twice that is its extra memory."""
+    transport: Literal["auto", "gloo", "nccl", "shared_memory"] = "auto"
+    """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines."""
 
 
 class CheckpointConfig(Section):

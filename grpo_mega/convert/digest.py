@@ -32,7 +32,8 @@ def slice_digest(values: Tensor, hf: TensorSlice) -> int:
     """Digest of `values` as the slice `hf`, in [-2^63, 2^63); 0 for an empty one."""
     if not values.numel():
         return 0
-    rows = values.detach().contiguous().reshape(-1, values.shape[-1]).view(_BITS[values.element_size()])
+    # not made contiguous: a slice of columns would be copied whole
+    rows = values.detach().view(_BITS[values.element_size()]).reshape(-1, values.shape[-1])
     columns = _factors(1, hf.offsets[-1], hf.shape[-1]).to(values.device)
     weights = _row_factors(hf).to(values.device)
     if rows.device.type == "cpu" and rows.itemsize <= 2 and rows.shape[1] <= _EXACT_COLUMNS:

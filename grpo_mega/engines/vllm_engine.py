@@ -17,10 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.vllm_layout import engine_layout
 from grpo_mega.engines.vllm_sink import VllmSink
 from grpo_mega.engines.vllm_start import VllmSettings, keep_generators, start, stop
 from grpo_mega.interfaces import WeightSink
@@ -40,6 +38,7 @@ class VllmEngine:
         tp: ranks of one replica.
         max_model_len: longest prompt plus completion, tokens.
         max_num_seqs: rollouts that a replica samples at the same time.
+        ep: 1: experts are cut over the tp ranks; tp: each is whole on one of them.
         kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
 
     Raises:
@@ -53,6 +52,7 @@ class VllmEngine:
         *,
         dtype: Literal["fp32", "bf16"],
         tp: int,
+        ep: int = 1,
         max_model_len: int,
         max_num_seqs: int,
         kv_cache_tokens: int | None,
@@ -65,11 +65,11 @@ class VllmEngine:
         self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
         self._max_model_len = max_model_len
         self._on_cuda = torch.cuda.is_available()
-        settings = VllmSettings(config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed)
-        self._llm: Any = start(settings, spec)
+        settings = VllmSettings(config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, ep > 1)
+        started = start(settings, spec)
+        self._llm: Any = started[0]
         runner = self._llm.model_executor.driver_worker.worker.model_runner
-        regions = engine_layout(spec, tp, dist.get_rank() % tp, packed_head=not self._on_cuda)
-        self._sink = VllmSink(runner.model, regions, self._drop_prefixes)
+        self._sink = VllmSink(runner.model, started[1], self._drop_prefixes)
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
         self._told = False  # what sleeping means on this machine: said once

@@ -8,6 +8,7 @@ Written against vLLM 0.32; tests/engine/test_vllm_engine.py asserts each effect.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import random
@@ -23,11 +24,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.engines.vllm_layout import check_tp, local_kv_heads
+from grpo_mega.engines.vllm_experts import heed_expert_map
+from grpo_mega.engines.vllm_record import RECORDING, LoaderRecord, recording_load_format
+from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
 from grpo_mega.types import UserError
 
 BLOCK_TOKENS = 32  # the CPU kernels want multiples of 32; larger blocks waste cache on short rollouts
+_EXPERT_MULTIPLE = 32  # rows and columns, in cpu_moe.py
 _MAX_BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 _CUDA_MEMORY_SHARE = 0.6  # of the device, when engine.kv_cache_tokens does not say; the policy has left it by then
 
@@ -44,6 +49,8 @@ class VllmSettings:
     max_num_seqs: int
     kv_cache_tokens: int | None
     seed: int
+    experts_spread: bool = False
+    """Experts are whole on one rank each, not cut over all."""
 
 
 def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
@@ -66,8 +73,9 @@ def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
     return (blocks + 1) * BLOCK_TOKENS * per_token * itemsize  # vLLM keeps one block as a null block
 
 
-def start(settings: VllmSettings, spec: ModelSpec) -> Any:
-    """The LLMEngine of vLLM on this rank, with dummy weights. Every rank of the world calls it.
+def start(settings: VllmSettings, spec: ModelSpec) -> tuple[Any, LoaderRecord | str]:
+    """The LLMEngine of vLLM on this rank, with dummy weights, and the record of its loader, or why there is none. Every
+    rank of the world calls it.
 
     Raises:
         UserError: the model or the layout does not fit.
@@ -77,7 +85,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> Any:
     if world % settings.tp:
         raise UserError(f"engine.tp={settings.tp} does not divide the {world} ranks of the job; use a divisor")
     check_tp(spec, settings.tp)
-    _set_environment()
+    prepare_environment()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
     try:
         import vllm
@@ -85,6 +93,9 @@ def start(settings: VllmSettings, spec: ModelSpec) -> Any:
         raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
     if not torch.cuda.is_available():
         _check_cpu_head(spec.head_dim)
+        _check_cpu_experts(settings, spec)
+        if settings.experts_spread:
+            heed_expert_map()
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
         stack.enter_context(_environment_of_ranks())
@@ -92,12 +103,14 @@ def start(settings: VllmSettings, spec: ModelSpec) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # vLLM walks over torch.distributed's deprecated names
         if not torch.cuda.is_available():
             stack.enter_context(_cpu_construction())
-        _register_model(spec.family)
+        register_model(settings.config_dir)
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
+        records = recording_load_format(checkpoint_tensors(spec, dtype))
         arguments = vllm.EngineArgs(**_engine_arguments(settings, spec))
         engine = vllm.LLMEngine.from_engine_args(arguments)
     # The client's finalizer runs the full shutdown, default process group included, when it is collected.
     engine.engine_core._finalizer.detach()
-    return engine
+    return engine, records[-1]
 
 
 def stop(engine: Any) -> None:
@@ -132,7 +145,7 @@ def keep_generators() -> Iterator[None]:
             torch.cuda.set_rng_state(cuda_state)
 
 
-def _set_environment() -> None:
+def prepare_environment() -> None:
     """What vLLM reads while it is imported. It stays: vLLM reads some of it again later."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs in this process
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 samples from per-request seeds, not from the global generators
@@ -207,28 +220,46 @@ def _check_cpu_head(head_dim: int) -> None:
         )
 
 
-def _register_model(family: str) -> None:
-    """Give vLLM the model's class: else it starts a second Python that imports all of vLLM to look at it."""
-    from vllm.model_executor.models.llama import LlamaForCausalLM
-    from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-    from vllm.model_executor.models.registry import ModelRegistry, _RegisteredModel
+def _check_cpu_experts(settings: VllmSettings, spec: ModelSpec) -> None:
+    """Refuse what the kernel would pad: then the weights are not where the loader put them."""
+    ways = 1 if settings.experts_spread else settings.tp
+    if spec.moe is None:
+        return
+    if spec.moe.expert_ffn_size % (ways * _EXPERT_MULTIPLE) or spec.hidden_size % _EXPERT_MULTIPLE:
+        raise UserError(
+            f"engine.tp={settings.tp}, engine.ep={settings.tp // ways}: vLLM's kernel on CPU takes experts whose rows "
+            f"on a rank are a multiple of {_EXPERT_MULTIPLE}, here {spec.moe.expert_ffn_size} / {ways}; use engine.ep="
+            "engine.tp or a smaller engine.tp"
+        )
 
-    cls = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[family]
-    if not isinstance(ModelRegistry.models.get(cls.__name__), _RegisteredModel):
-        ModelRegistry.register_model(cls.__name__, cls)
+
+def checkpoint_tensors(spec: ModelSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> shape and dtype of every tensor that a sync brings."""
+    return {name: (shape, torch.float32 if keeps_float32(name) else dtype) for name, shape in hf_shapes(spec).items()}
+
+
+def register_model(config_dir: Path) -> None:
+    """Give vLLM the model's class: else it starts a second Python that imports all of vLLM to look at it."""
+    from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
+
+    config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
+    for architecture in config.get("architectures") or ():
+        known = ModelRegistry.models.get(architecture)
+        if isinstance(known, _LazyRegisteredModel):
+            ModelRegistry.register_model(architecture, known.load_model_cls())
 
 
 def _engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": str(settings.config_dir),
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
-        "load_format": "dummy",  # the first sync brings the weights
+        "load_format": RECORDING,  # the first sync brings the weights
         "skip_tokenizer_init": True,
         "generation_config": "vllm",  # ignore the model's own sampling defaults
         "logprobs_mode": "processed_logprobs",
         "distributed_executor_backend": "external_launcher",
         "tensor_parallel_size": settings.tp,
+        "enable_expert_parallel": settings.experts_spread,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, settings.max_model_len, settings.max_num_seqs),

@@ -28,7 +28,7 @@ from grpo_mega.types import TensorSlice
 
 
 def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology) -> Iterator[tuple[int, HeldSlice]]:
-    """(rank, what it holds) over the ranks of one copy of the model.
+    """(rank, what it counts of what it holds) over the ranks of one copy of the model.
 
     Call it in a process without process groups.
     """
@@ -47,7 +47,7 @@ def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology)
             for rank in stage:  # the ranks of a stage have the same modules
                 ranks = Ranks(topology, topology.coordinates(rank), meta)
                 weights = MegatronWeights(models, spec, ranks, everybody, lambda: None)
-                yield from ((rank, held) for held in weights.shards())
+                yield from ((rank, held) for held in weights.shards() if held.counted)
         finally:
             dist.destroy_process_group()
 

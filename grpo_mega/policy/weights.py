@@ -107,27 +107,28 @@ class MegatronWeights:
         return checkpoint.bytes_read
 
     def shards(self) -> Sequence[HeldSlice]:
-        """Views of this rank's parameters, every byte of the checkpoint once over the ranks of a copy."""
+        """Views of this rank's parameters. Of the ranks of one copy of the model each byte is counted by one: what
+        several of them hold by the first, a tied embedding where it embeds."""
         self._settle()
         topology, held = self._ranks.topology, []
         place = self._ranks.rank % (topology.world_size // topology.pp) % _copy_size(topology)
         tied_copy = "output_layer.weight" if self._spec.tie_embeddings else ""
         for name, parameter in self._parameters.items():
             cut = topology.etp * topology.ep if is_expert_parameter(name) else topology.tp
-            if name == tied_copy or place >= cut:
-                continue
             for placement in self._placements(name):
                 global_shape = self._shapes[placement.hf.name]
                 replicated = not is_expert_parameter(name) and placement.hf.shape == global_shape and topology.tp > 1
-                if not replicated or self._ranks.at.tp_rank == 0:
-                    held.append(HeldSlice(placement.hf, global_shape, parameter.data[placement.local.index]))
+                first = place < cut and (not replicated or self._ranks.at.tp_rank == 0)
+                view = parameter.data[placement.local.index]
+                held.append(HeldSlice(placement.hf, global_shape, view, first and name != tied_copy))
         return held
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the checkpoint, whole, in order, on every rank. A tensor is valid until the next bucket."""
         mine: dict[str, list[HeldSlice]] = {}
         for held in self.shards():
-            mine.setdefault(held.hf.name, []).append(held)
+            if held.counted:
+                mine.setdefault(held.hf.name, []).append(held)
         for names in self._buckets(bucket_bytes):
             bits = torch.zeros(sum(map(self._words, names)), dtype=torch.int64, device=self._ranks.device)
             views = {

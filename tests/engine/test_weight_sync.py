@@ -22,18 +22,18 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.digest import combined_digest, slice_digest
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import pack, unpack
-from grpo_mega.interfaces import SinkRegion, WeightSink
+from grpo_mega.interfaces import WeightSink
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
 from grpo_mega.types import Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.push import SyncReport, WeightSync
+from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
-from tests.helpers.tiny_models import Family, make_tiny_model
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9])]
-PROBE_TOLERANCE = 1e-5
 BUCKET_BYTES = 64 * 1024  # several buckets, even for these models
 
 
@@ -56,6 +56,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     found = Models({}, {})
     for name, (family, tie, vocab) in families.items():
         found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=vocab)
+    found.policy["qwen3_moe"] = make_family_model(root / "qwen3_moe", raw_family_config("qwen3_moe"))
+    for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
     return found
@@ -63,8 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
-    with engine_ranks(2, tmp_path_factory.mktemp("ranks")) as ranks:
-        ranks.call(prepare_policy)
+    with engine_ranks(2, tmp_path_factory.mktemp("ranks"), prepare_policy) as ranks:
         yield ranks
 
 
@@ -80,21 +81,21 @@ def prepare_policy(session: RankSession) -> None:
     os.environ.update(RANK=str(session.rank), WORLD_SIZE="2")
 
 
-def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int) -> None:
+def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int, ep: int = 1) -> None:
     """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine."""
     from grpo_mega.policy.policy import MegatronPolicy
 
     config = Config.model_validate(
         {
             "model": {"path": str(weights)},
-            "parallel": {"tp": tp, "pp": pp},
+            "parallel": {"tp": tp, "pp": pp, "ep": ep},
             "data": {"train": "arithmetic:train"},
             "reward": {"terms": [{"name": "exact"}]},
             "train": {"steps": 1},
             "precision": {"dtype": "fp32"},
         }
     )
-    topology = Topology(2, tp, pp, engine_tp)
+    topology = Topology(2, tp, pp, engine_tp, ep=ep)
     ranks = init_ranks(topology, 60.0)
     policy = MegatronPolicy(config, read_spec(weights), weights, ranks, with_reference=False)
     groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
@@ -107,14 +108,16 @@ def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int)
 
 def connect(session: RankSession, sink: WeightSink) -> WeightSync:
     policy = session.kept["policy"]
+    topology = policy.ranks.topology
     return WeightSync(
         policy.source,
         policy.full_tensors,
         sink,
         source_group=policy.model_parallel_group,
+        replicas=[topology.replica_ranks(i) for i in range(topology.num_replicas)],
         replica_group=session.kept["groups"][policy.ranks.at.replica],
-        bucket_bytes=BUCKET_BYTES,
-        probe_tolerance=PROBE_TOLERANCE,
+        settings=SyncSettings(BUCKET_BYTES, 60.0),
+        where=topology.describe(session.rank),
     )
 
 
@@ -218,6 +221,27 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
 
 
+@pytest.mark.parametrize("engine_ep", [1, 2], ids=["EP2-to-2xtp1", "EP2-to-tp2ep2"])
+def test_engines_with_experts_follow_a_policy_that_spreads_them(
+    world: EngineRanks, models: Models, tmp_path: Path, engine_ep: int
+) -> None:
+    """Packed experts are read back from where the kernel's packing puts them."""
+    world.open(models.engine["qwen3_moe"], tp=engine_ep, ep=engine_ep, **SETTINGS)
+    weights = Path(shutil.copytree(models.policy["qwen3_moe"], tmp_path / "weights"))
+    world.call(build, weights, 1, 1, engine_ep, 2)
+    assert "permuted" in world.call(kinds)[0]
+    for version in (0, 1):
+        reports = world.call(push, version)
+        assert world.call(largest_mismatch)[0] <= 1e-4
+        world.call(perturb, version)
+        assert world.call(largest_mismatch)[0] > 1e-3
+        assert len({report.policy_digest for report in reports}) == 1
+
+
+def kinds(session: RankSession) -> set[str]:
+    return {region.kind for region in session.engine.sink.layout()}
+
+
 # Faults: each is a sink that does one thing wrong, on one rank.
 
 
@@ -230,10 +254,6 @@ class FaultySink:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._sink, name)
 
-    def layout(self) -> Sequence[SinkRegion]:
-        regions: Sequence[SinkRegion] = self._sink.layout()
-        return regions
-
     def write(self, hf: TensorSlice, values: Tensor) -> None:
         self._sink.write(hf, values)
 
@@ -244,8 +264,8 @@ class FaultySink:
 class FlippedBit(FaultySink):
     def end_update(self, policy_version: int) -> None:
         super().end_update(policy_version)
-        parameter = self._sink._parameters["model.layers.1.mlp.down_proj.weight"]
-        parameter.view(torch.int32)[7, 5] ^= 1
+        parameter = dict(self._sink._model.named_parameters())["model.layers.1.mlp.down_proj.weight"]
+        parameter.data.view(torch.int32)[7, 5] ^= 1
 
 
 class SkippedWrite(FaultySink):
@@ -265,7 +285,7 @@ class SwappedSlices(FaultySink):
 
 class StaleHead(FaultySink):
     def end_update(self, policy_version: int) -> None:
-        with mock.patch.object(self._sink._head.quant_method, "process_weights_after_loading"):
+        with mock.patch.object(self._sink._regions, "rebuild"):
             super().end_update(policy_version)
 
 
@@ -293,13 +313,13 @@ def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, veri
 
 
 FAULTS = [
-    (FlippedBit, ["model.layers.1.mlp.down_proj.weight[0:64, 48:96] on rank 1"]),
+    (FlippedBit, ["model.layers.1.mlp.down_proj.weight[0:42, 48:96] on rank 1"]),  # the piece that travelled
     (SkippedWrite, ["model.layers.0.input_layernorm.weight[0:64] on rank 1"]),
     (
         SwappedSlices,
         [f"model.layers.1.self_attn.{x}_proj.weight[32:64, 0:64] on rank 1" for x in "kv"],
     ),
-    (StaleHead, ["lm_head.weight[64:70, 0:64] on rank 1", "y = W x"]),
+    (StaleHead, ["lm_head.weight[64:70, 0:64] on rank 1", "6 of 64 rows differ from the plain weight"]),
 ]
 
 
@@ -341,6 +361,6 @@ def test_two_replicas_of_a_data_parallel_policy_follow_it_and_an_update_that_mis
     messages = world.call(push_with_fault, LostUpdate, 1, True)
     assert messages[0] is not None
     assert messages[0] == messages[1]
-    assert "model.embed_tokens.weight[0:70, 0:64] on rank 1" in messages[0]
+    assert "model.embed_tokens.weight[0:32, 0:64] on rank 1" in messages[0]
     assert "on rank 0" not in messages[0]
-    assert "(25 in all)" in messages[0]  # every tensor of the model
+    assert "(59 in all)" in messages[0]  # every piece of every tensor of the model

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 _ANSWER_SECONDS = 120.0
+_GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
 
 
 @dataclass
@@ -30,50 +33,100 @@ class RankSession:
 
 
 class EngineRanks:
-    """A world of ranks. `call(f, *args)` runs the module-level function `f(session, *args)` on every rank."""
+    """A world of ranks. `call(f, *args)` runs the module-level function `f(session, *args)` on every rank.
 
-    def __init__(self, connections: list[Connection]) -> None:
-        self._connections = connections
+    A call that fails, on any rank and in any way, ends all of them; the next one starts new ranks, without an engine.
+    So one failure fails one test, and no answer is taken for that of another call.
+    """
 
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        for connection in self._connections:
+    def __init__(self, world: int, folder: Path, prepare: Callable[[RankSession], None] | None = None) -> None:
+        """`folder` holds the stores through which the ranks meet; `prepare` runs first on ranks that start."""
+        self._world, self._folder, self._prepare = world, folder, prepare
+        self._context = multiprocessing.get_context("spawn")
+        self._ranks: list[tuple[SpawnProcess, Connection]] = []
+        self._starts = 0
+
+    def call(self, function: Callable[..., Any], *args: Any, timeout_seconds: float = _ANSWER_SECONDS) -> list[Any]:
+        """Results in the order of the ranks.
+
+        Raises:
+            AssertionError: a rank raised or died (with its traceback), or did not answer in time.
+        """
+        if not self._ranks:
+            self._start()
+            if self._prepare is not None:
+                self.call(self._prepare)
+        for _, connection in self._ranks:
             connection.send((function, args))
-        answers = []
-        for rank, connection in enumerate(self._connections):
-            if not connection.poll(_ANSWER_SECONDS):
-                raise TimeoutError(f"rank {rank} did not answer {function.__name__} in {_ANSWER_SECONDS} s")
-            answers.append(connection.recv())
-        for rank, (failed, answer) in enumerate(answers):
-            if failed:
-                raise AssertionError(f"{function.__name__} failed on rank {rank}:\n{answer}")
-        return [answer for _, answer in answers]
+        answers, failures = self._collect(timeout_seconds)
+        silent = [rank for rank in range(self._world) if rank not in answers and rank not in failures]
+        if failures or silent:
+            self.close(kill=True)
+            told = "".join(f"\n--- rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
+            raise AssertionError(f"{function.__name__} failed; no answer from ranks {silent}{told}")
+        return [answers[rank] for rank in range(self._world)]
 
     def open(self, config_dir: Path, *, tp: int, **settings: Any) -> None:
         """Have this engine open on every rank: nothing to do if it is, else the present one is closed first."""
         self.call(_open, config_dir, tp, settings)
 
-
-@contextmanager
-def engine_ranks(world: int, folder: Path) -> Iterator[EngineRanks]:
-    """`world` gloo ranks with one thread each, ended on exit."""
-    context = multiprocessing.get_context("spawn")
-    connections, processes = [], []
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-        for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world, str(folder / "store")), daemon=True)
-            process.start()
-            connections.append(ours)
-            processes.append(process)
-    try:
-        yield EngineRanks(connections)
-    finally:
-        for connection in connections:
+    def close(self, *, kill: bool = False) -> None:
+        """End the ranks."""
+        for process, connection in self._ranks:
             connection.close()
-        for process in processes:
+            if kill:
+                process.kill()
+        for process, _ in self._ranks:
             process.join(10)
             if process.is_alive():
                 process.kill()
+                process.join()
+        self._ranks = []
+
+    def _start(self) -> None:
+        self._starts += 1
+        store = str(self._folder / f"store_{self._starts}")
+        with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
+            for rank in range(self._world):
+                ours, theirs = self._context.Pipe()
+                process = self._context.Process(target=_serve, args=(theirs, rank, self._world, store), daemon=True)
+                process.start()
+                theirs.close()  # or a rank that dies would not end the connection
+                self._ranks.append((process, ours))
+
+    def _collect(self, timeout_seconds: float) -> tuple[dict[int, Any], dict[int, str]]:
+        """Answers and failures by rank."""
+        waiting = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        end = time.monotonic() + timeout_seconds
+        while waiting and (left := end - time.monotonic()) > 0:
+            for ready in wait(list(waiting), left):
+                assert isinstance(ready, Connection)
+                rank = waiting.pop(ready)
+                try:
+                    failed, answer = ready.recv()
+                except EOFError:
+                    self._ranks[rank][0].join(5)
+                    failed, answer = True, f"ended with exit code {self._ranks[rank][0].exitcode}"
+                if failed:
+                    failures[rank] = answer
+                    end = min(end, time.monotonic() + _GRACE_SECONDS)
+                else:
+                    answers[rank] = answer
+        return answers, failures
+
+
+@contextmanager
+def engine_ranks(
+    world: int, folder: Path, prepare: Callable[[RankSession], None] | None = None
+) -> Iterator[EngineRanks]:
+    """`world` gloo ranks with one thread each, ended on exit."""
+    ranks = EngineRanks(world, folder, prepare)
+    try:
+        yield ranks
+    finally:
+        ranks.close()
 
 
 def _serve(connection: Connection, rank: int, world: int, store: str) -> None:

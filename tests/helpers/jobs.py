@@ -107,5 +107,5 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line of metrics.jsonl without what a clock decides."""
-    timed = ("time/", "throughput/", "sync/gb_per_second", "memory/")
+    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/")
     return {name: value for name, value in line.items() if not name.startswith(timed)}

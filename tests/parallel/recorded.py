@@ -304,6 +304,8 @@ def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
 
     sums: dict[str, int] = {}
     for held in policy.source.shards():
+        if not held.counted:
+            continue
         sums[held.hf.name] = wrap(sums.get(held.hf.name, 0) + slice_digest(held.view, held.hf))
     return sums
 

@@ -13,7 +13,7 @@ from grpo_mega.observe.metrics import require_known
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.step_report import StepResult, mismatch
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, StopReason, UpdateStats
-from grpo_mega.weight_sync.push import SyncReport
+from grpo_mega.weight_sync.sync import SyncReport
 
 
 def rollout(
@@ -51,7 +51,9 @@ def result(updates: list[UpdateStats]) -> StepResult:
         rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
     ]
     old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
-    sync = SyncReport(seconds=0.5, verify_seconds=0.1, received_bytes=3_000_000_000, policy_digest="")
+    sync = SyncReport(
+        seconds=0.5, verify_seconds=0.1, written_bytes=3_000_000_000, received_bytes=1_000_000_000, policy_digest=""
+    )
     groups = SampledGroups(rollouts, 2, num_discarded=2)
     batch = TrainBatch([], [], is_trained=[True, True, False, True])
     return StepResult(4, groups, batch, old, updates, sync, kl_coef=0.04)
@@ -94,6 +96,8 @@ def test_all_numbers_of_a_step_by_hand() -> None:
             "train/num_loss_tokens": 5.0,
             "train/unused_rollouts": 1.0,
             "sync/bytes": 3e9,
+            "sync/received_bytes": 1e9,
+            "sync/verify_seconds": 0.1,
             "sync/gb_per_second": 6.0,
         },
         rel=1e-12,

@@ -1,4 +1,4 @@
-"""The table of vLLM's weight layout: exactly-once coverage on a rank and over the ranks, and its refusals."""
+"""What vLLM cannot split is refused; the table that recorded layouts are compared with covers everything once."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 
 from grpo_mega.convert.spec import ModelSpec, spec_from_config
-from grpo_mega.engines.vllm_layout import engine_layout
-from grpo_mega.engines.vllm_sink import check_coverage
-from grpo_mega.interfaces import SinkRegion
-from grpo_mega.types import Placement, TensorSlice, UserError
+from grpo_mega.engines.vllm_splits import check_tp
+from grpo_mega.types import TensorSlice, UserError
+from tests.helpers.vllm_table import engine_layout
 
 VOCAB = 70  # padded to 128: at tp=4 rank 2 holds 6 rows and rank 3 none
 
@@ -110,7 +109,6 @@ def test_regions_of_each_rank_fill_its_parameters_once_but_for_vocabulary_paddin
         for parameter, index in whole - set(written):
             assert parameter in ("model.embed_tokens.weight", "lm_head.weight")
             assert index[0] >= real_rows
-        check_coverage(regions, shapes)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -170,31 +168,4 @@ def test_only_a_packed_head_is_derived(tied: bool, packed: bool, derived: set[st
 ])  # fmt: skip
 def test_what_vllm_cannot_hold_is_refused_with_its_key(changes: dict[str, Any], tp: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        engine_layout(spec_of(config(**changes)), tp, 0, packed_head=True)
-
-
-@pytest.mark.parametrize(("parameter", "shape", "message"), [
-    ("model.norm.weight", (9,), "8 of 9 rows.*model.norm.weight"),
-    ("model.norm.weight", (7,), "8 of 7 rows.*model.norm.weight"),
-    ("model.layers.1.mlp.down_proj.weight", (8, 13), "does not continue.*model.layers.1.mlp.down_proj.weight"),
-    ("lm_head.weight", (134, 8), "70 of 134 rows.*lm_head.weight"),
-    ("model.extra.weight", (4,), "0 of 4 rows.*model.extra.weight"),
-    ("lm_head.weight", None, "lm_head.weight, which is no parameter"),
-])  # fmt: skip
-def test_a_parameter_that_the_table_does_not_fill_is_named(
-    parameter: str, shape: tuple[int, ...] | None, message: str
-) -> None:
-    shapes = local_shapes(CONFIGS["qwen3"], 1)
-    if shape is None:
-        del shapes[parameter]
-    else:
-        shapes[parameter] = shape
-    with pytest.raises(RuntimeError, match=message):
-        check_coverage(engine_layout(spec_of(CONFIGS["qwen3"]), 1, 0, packed_head=True), shapes)
-
-
-def test_a_region_twice_is_an_error() -> None:
-    regions = engine_layout(spec_of(CONFIGS["qwen3"]), 1, 0, packed_head=True)
-    box = TensorSlice("model.norm.weight", (0,), (8,))
-    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
-        check_coverage([*regions, SinkRegion(Placement(box, box), "plain")], local_shapes(CONFIGS["qwen3"], 1))
+        check_tp(spec_of(config(**changes)), tp)

@@ -1,12 +1,11 @@
-"""Where vLLM keeps each slice of a Hugging Face checkpoint, for the dense families: a written table, pure.
+"""Where vLLM keeps each slice of a Hugging Face checkpoint, for the dense families: a table written by hand, to compare
+the recorded layout with.
 
 vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj`, splits those by output rows and `o_proj`,
 `down_proj` by input columns, pads the vocabulary to a multiple of 64 before it splits embedding and head, and gives
 each rank one whole KV head when there are fewer of them than ranks. Every local box spans whole rows of its parameter.
 
-Invariants (tests/unit/test_vllm_layout.py): a rank's regions cover its parameters exactly once, but for the padding of
-the vocabulary; over the ranks of an engine every element of the checkpoint is covered once, replicated ones `tp` times
-(a KV head: `tp / num_key_value_heads` times).
+Asserted by tests/unit/test_vllm_splits.py.
 """
 
 from __future__ import annotations
@@ -14,32 +13,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads, padded_vocab
 from grpo_mega.interfaces import RegionKind, SinkRegion
-from grpo_mega.types import Placement, TensorSlice, UserError
-
-VOCAB_PADDING = 64  # vLLM pads embedding and head to a multiple of this, whatever tp is
-
-
-def check_tp(spec: ModelSpec, tp: int) -> None:
-    """Can vLLM split this model over `tp` ranks?
-
-    Raises:
-        UserError: it cannot; names the size that does not divide.
-    """
-    sizes = {
-        "num_attention_heads": spec.num_heads,
-        "intermediate_size": spec.ffn_size,
-        f"the vocabulary padded to {VOCAB_PADDING}": _padded_vocab(spec),
-    }
-    for name, size in sizes.items():
-        if size % tp:
-            raise UserError(f"engine.tp={tp} does not divide {name}={size}; use a divisor of it")
-    if max(tp, spec.num_kv_heads) % min(tp, spec.num_kv_heads):
-        raise UserError(
-            f"engine.tp={tp} neither divides num_key_value_heads={spec.num_kv_heads} nor is a multiple of it; "
-            "use a divisor or a multiple"
-        )
+from grpo_mega.types import Placement, TensorSlice
 
 
 def engine_layout(spec: ModelSpec, tp: int, tp_rank: int, *, packed_head: bool) -> list[SinkRegion]:
@@ -75,7 +54,7 @@ class _Table:
 
     def vocab(self, name: str, spec: ModelSpec, kind: RegionKind) -> Iterator[SinkRegion]:
         """Embedding or head: this rank's share of the padded vocabulary, without the padding (maybe nothing)."""
-        rows = _padded_vocab(spec) // self.tp
+        rows = padded_vocab(spec) // self.tp
         start = self.tp_rank * rows
         count = min(rows, spec.vocab_size - start)
         if count > 0:
@@ -113,16 +92,7 @@ class _Table:
         """A linear split along its input."""
         name = f"{module}.weight"
         hf = TensorSlice(name, (0, self.tp_rank * columns), (rows, columns))
-        yield SinkRegion(Placement(hf, TensorSlice(name, (0, 0), (rows, columns))), "plain")
-
-
-def local_kv_heads(spec: ModelSpec, tp: int) -> int:
-    """KV heads on each rank of an engine."""
-    return max(1, spec.num_kv_heads // tp)
-
-
-def _padded_vocab(spec: ModelSpec) -> int:
-    return -(-spec.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+        yield SinkRegion(Placement(hf, TensorSlice(name, (0, 0), (rows, columns))), "plain", torch.float32)
 
 
 def _fused(
@@ -140,4 +110,4 @@ def _rows(hf: str, local: str, hf_start: int, local_start: int, shape: tuple[int
     """`shape[0]` whole rows, from row `hf_start` of the checkpoint's tensor to row `local_start` of the parameter."""
     zeros = (0,) * (len(shape) - 1)
     source, target = TensorSlice(hf, (hf_start, *zeros), shape), TensorSlice(local, (local_start, *zeros), shape)
-    return SinkRegion(Placement(source, target), kind)
+    return SinkRegion(Placement(source, target), kind, torch.float32)

@@ -1,0 +1,147 @@
+"""The layout of any rank of any vLLM engine, in one process: no other ranks, no weights, no device.
+
+The model is built for one rank of a process group that only pretends to exist, with its floating-point parameters on
+the meta device, and its loader is recorded (vllm_record.py). A process that did this cannot start an engine any more:
+planning tools call it, a job never does.
+Asserted by tests/engine/test_vllm_record.py.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+from grpo_mega.engines.vllm_record import LoaderRecord, Shape, record_loader
+from grpo_mega.engines.vllm_start import prepare_environment, register_model
+
+
+def record_ranks(
+    config_dir: Path,
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
+    *,
+    dtype: Literal["fp32", "bf16"],
+    tp: int,
+    ranks: Sequence[int],
+    experts_spread: bool = False,
+) -> list[LoaderRecord]:
+    """What vLLM's loader does on some ranks of an engine.
+
+    Args:
+        config_dir: folder with config.json.
+        tensors: shape and dtype of every tensor of the checkpoint.
+        dtype: of the engine.
+        tp: ranks of the engine.
+        ranks: which of them.
+        experts_spread: experts are whole on one rank each (expert parallel), not cut over all.
+
+    Raises:
+        CannotRecordError: the loader does something that is no copy of boxes.
+        ImportError: vLLM is not installed.
+    """
+    prepare_environment()
+    register_model(config_dir)
+    return [_record_rank(config_dir, tensors, dtype, tp, rank, experts_spread) for rank in ranks]
+
+
+def _record_rank(
+    config_dir: Path,
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
+    dtype: Literal["fp32", "bf16"],
+    tp: int,
+    rank: int,
+    experts_spread: bool,
+) -> LoaderRecord:
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(_pretended_ranks(tp, rank))
+        arguments: dict[str, Any] = {
+            "model": str(config_dir),
+            "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+            "tensor_parallel_size": tp,
+            "distributed_executor_backend": "external_launcher",
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "enable_expert_parallel": experts_spread,
+            "load_format": "dummy",
+            "max_model_len": 64,
+        }
+        config = EngineArgs(**arguments).create_engine_config()
+        stack.enter_context(set_current_vllm_config(config))
+        parallel_state.init_distributed_environment(
+            world_size=tp, rank=rank, local_rank=rank, distributed_init_method="env://", backend="fake"
+        )
+        parallel_state.initialize_model_parallel(tp)
+        try:
+            stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
+            with _FloatsOnMeta():
+                model = initialize_model(vllm_config=config)
+            return record_loader(model, tensors)
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+            parallel_state._NODE_COUNT = None
+
+
+@contextmanager
+def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
+    """A default process group of `world_size` in which only this process exists, and what vLLM asks of real ones."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.distributed import parallel_state
+    from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
+
+    new_group = dist.new_group
+
+    def pretended_group(*args: Any, **kwargs: Any) -> Any:
+        kwargs["backend"] = "fake"
+        return new_group(*args, **kwargs)
+
+    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    dist.init_process_group("fake", world_size=world_size, rank=rank, store=FakeStore())
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, variables))
+            stack.enter_context(mock.patch.object(dist, "new_group", pretended_group))
+            stack.enter_context(
+                mock.patch.object(parallel_state, "in_the_same_node_as", return_value=[True] * world_size)
+            )
+            stack.enter_context(
+                mock.patch.object(shm_broadcast.MessageQueue, "create_from_process_group", return_value=None)
+            )
+            stack.enter_context(
+                mock.patch.object(
+                    cpu_communicator.CpuCommunicator, "_all_group_ranks_share_shm_group_name", return_value=False
+                )
+            )
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _FloatsOnMeta(TorchFunctionMode):
+    """Floating-point factories make tensors without storage; integers keep theirs: an expert map has values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones):
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            if dtype.is_floating_point:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)

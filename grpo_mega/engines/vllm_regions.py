@@ -1,0 +1,280 @@
+"""What vLLM's kernels read of each parameter, once it is loaded: its plain bytes, other orders of them, or copies.
+
+vLLM processes weights after loading. Every parameter must come out as one that is known here: declaring nothing is an
+error. On CPU linears keep a plain weight (vllm_start.py sees to it). The head computes from a packed copy beside its
+plain weight, latent attention from turned copies of `kv_b_proj`: both are rebuilt at the end of an update and compared.
+Experts are packed in place: slices are written to where the packing puts them, and read back from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from grpo_mega.engines.vllm_record import LoaderRecord, RecordedCopy
+from grpo_mega.interfaces import RegionKind, SinkRegion
+from grpo_mega.types import Placement, TensorSlice
+
+_PROBE_COLUMNS = 16  # of the weight, read exactly through the kernel
+_PROBE_ROWS = 8  # random vectors
+_PROBE_SLICE = 8192  # rows of the weight that are held in float64 at a time
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative rounding of y = W x
+
+
+@dataclass
+class PackedHead:
+    """A layer that computes y = W x from a copy of its plain weight in the kernel's own layout."""
+
+    parameter: str
+    layer: Any
+    probes: int = 0
+
+    def rebuild(self) -> None:
+        """What vLLM itself does with a loaded head: packs a copy on CPU, nothing on CUDA."""
+        self.layer.quant_method.process_weights_after_loading(self.layer)
+
+    @torch.no_grad()
+    def difference(self) -> str | None:
+        """Is the copy the one of the present weight? Columns of W come out of the kernel exactly as y = W e; others at
+        each call, so that in time all are read. Random x, with rounding, reach all columns at every call."""
+        weight: Tensor = self.layer.weight
+        rows, columns = weight.shape
+        chosen = (torch.arange(_PROBE_COLUMNS) * (columns // _PROBE_COLUMNS + 1) + self.probes) % columns
+        self.probes += 1
+        units = torch.zeros(_PROBE_COLUMNS, columns).index_put_((torch.arange(_PROBE_COLUMNS), chosen), torch.ones(()))
+        x = torch.randn(_PROBE_ROWS, columns, generator=torch.Generator().manual_seed(self.probes))
+        computed: Tensor = self.layer.quant_method.apply(self.layer, torch.cat([units, x]).to(weight), bias=None)
+        exact, rounded = computed[:_PROBE_COLUMNS].T, computed[_PROBE_COLUMNS:]
+        different = int((exact != weight[:, chosen.to(weight.device)]).any(1).sum())
+        if different:
+            return f"{different} of {rows} rows differ from the plain weight"
+        error = scale = 0.0
+        for start in range(0, rows, _PROBE_SLICE):
+            expected = x.to(weight).double() @ weight[start : start + _PROBE_SLICE].double().T
+            error = max(error, float((rounded[:, start : start + _PROBE_SLICE] - expected).abs().max()))
+            scale = max(scale, float(expected.abs().max()))
+        limit = _TOLERANCE[weight.dtype]
+        if not error <= limit * scale:
+            return f"y = W x is off by {error / scale if scale else error:.3g}, more than {limit:g}"
+        return None
+
+
+@dataclass
+class AbsorbedProjection:
+    """Latent attention that multiplies with copies of its `kv_b_proj`, turned and split: `W_UV` and `W_UK_T`."""
+
+    parameter: str
+    attention: Any
+    dtype: torch.dtype
+
+    def rebuild(self) -> None:
+        """What vLLM itself does with a loaded layer."""
+        self.attention.process_weights_after_loading(self.dtype)
+
+    def difference(self) -> str | None:
+        """Are both copies those of the present weight? Copies of elements: equal bit for bit."""
+        layer = self.attention
+        nope, value = layer.qk_nope_head_dim, layer.v_head_dim
+        heads = layer.kv_b_proj.weight.detach().view(layer.num_heads, nope + value, layer.kv_lora_rank)
+        key, values = heads[:, :nope], heads[:, nope:].transpose(1, 2)  # [N, P, L], [N, L, V]
+        for name, expected in (("W_UK_T", key), ("W_UV", values)):
+            different = int((getattr(layer, name) != expected).sum())
+            if different:
+                return f"{different} of {expected.numel()} elements of {name} differ from kv_b_proj"
+        return None
+
+
+class DerivedCopy(Protocol):
+    """Something that kernels read in place of a parameter."""
+
+    parameter: str
+
+    def rebuild(self) -> None:
+        """Make it of the present parameter."""
+        ...
+
+    def difference(self) -> str | None:
+        """In what it differs from the one of the present parameter; None: in nothing."""
+        ...
+
+
+class Region(Protocol):
+    """The elements of one region, wherever they lie."""
+
+    def read(self, inside: tuple[slice, ...]) -> Tensor:
+        """A part, as the kernels see it now."""
+        ...
+
+    def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
+        """Copy into a part."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlainRegion:
+    """`view`: shaped as the slice of the checkpoint, aliasing the parameter."""
+
+    view: Tensor
+
+    def read(self, inside: tuple[slice, ...]) -> Tensor:
+        return self.view[inside]
+
+    def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
+        self.view[inside].copy_(values)
+
+
+@dataclass(frozen=True)
+class PermutedRegion:
+    """`places`: shaped as the slice of the checkpoint, where each element lies in `packed`, counted from `start`."""
+
+    packed: Tensor
+    start: int
+    places: Tensor
+
+    def read(self, inside: tuple[slice, ...]) -> Tensor:
+        return self.packed.view(-1)[self.places[inside] + self.start]
+
+    def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
+        self.packed.view(-1)[self.places[inside] + self.start] = values
+
+
+class Regions:
+    """The regions of one model, with what writes, reads, rebuilds and probes them."""
+
+    def __init__(self, regions: Sequence[SinkRegion], places: Sequence[Region], derived: Sequence[DerivedCopy]) -> None:
+        """`places[i]`: where the elements of region i lie."""
+        self.regions = tuple(regions)
+        self._places = {id(region): place for region, place in zip(self.regions, places, strict=True)}
+        self._derived = tuple(derived)
+
+    def write(self, region: SinkRegion, hf: TensorSlice, values: Tensor) -> None:
+        """Copy `values` into the part `hf` of a region."""
+        self._places[id(region)].write(_inside(region.placement.hf, hf), values)
+
+    def read(self, region: SinkRegion, hf: TensorSlice) -> Tensor:
+        """The part `hf` of a region, as the kernels see it now."""
+        return self._places[id(region)].read(_inside(region.placement.hf, hf))
+
+    def rebuild(self) -> None:
+        """Make what is derived of the present weights."""
+        for copy in self._derived:
+            copy.rebuild()
+
+    def probe(self) -> dict[str, str]:
+        """Parameter -> in what its derived copy differs from the one of its present bytes."""
+        found = ((copy.parameter, copy.difference()) for copy in self._derived)
+        return {name: difference for name, difference in found if difference is not None}
+
+
+def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
+    """The regions of a model that is loaded and processed; none without a record.
+
+    Raises:
+        RuntimeError: a parameter that was recorded is not what the kernels read, and nothing is known of it.
+    """
+    parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
+    derived: list[DerivedCopy] = [*packed_heads(model), *absorbed_projections(model)]
+    copied = {copy.parameter for copy in derived}
+    if record is None:
+        return Regions([], [], derived)
+    regions: list[SinkRegion] = []
+    places: list[Region] = []
+    orders: dict[tuple[object, ...], Tensor] = {}
+    for copy in record.copies:
+        name = copy.local.name
+        owner = parameters.get(name)
+        kind: RegionKind = "derived" if name in copied else "plain"
+        if owner is not None and owner.data_ptr() == record.addresses[name]:
+            places.append(PlainRegion(region_view(owner.detach(), copy)))
+        elif owner is not None and tuple(owner.shape) == record.shapes[name] and _is_packed_expert(model, name):
+            kind = "permuted"
+            places.append(_permuted(owner.detach(), copy, model, orders))
+        else:
+            raise RuntimeError(f"vLLM keeps {name} in a form of its own; what its kernels read is not known here")
+        regions.append(SinkRegion(Placement(copy.hf, copy.local), kind, copy.dtype))
+    return Regions(regions, places, derived)
+
+
+def absorbed_projections(model: nn.Module) -> list[AbsorbedProjection]:
+    """One for each layer of latent attention."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [
+        AbsorbedProjection(names[id(module.kv_b_proj.weight)], module, module.W_UV.dtype)  # type: ignore[union-attr, arg-type]
+        for module in model.modules()
+        if isinstance(getattr(module, "W_UV", None), Tensor)
+    ]
+
+
+def _is_packed_expert(model: nn.Module, parameter: str) -> bool:
+    """Is this a stack of experts [E, R, C] that vLLM's kernel for CPUs has packed, each expert for itself?"""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+    module = model.get_submodule(parameter.rpartition(".")[0])
+    kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
+    return isinstance(getattr(kernel, "fused_experts", None), CPUUnquantizedExperts)
+
+
+def _permuted(owner: Tensor, copy: RecordedCopy, model: nn.Module, orders: dict[tuple[object, ...], Tensor]) -> Region:
+    """Of one expert or several: only whole experts are stacked, so a region's first dimension is the expert's."""
+    experts: Any = model.get_submodule(copy.local.name.rpartition(".")[0])
+    isa = experts.quant_method.moe_kernel.fused_experts.isa
+    rows, columns = owner.shape[1:]
+    key = (rows, columns, owner.dtype, isa)
+    if key not in orders:
+        orders[key] = packed_order(rows, columns, owner.dtype, isa)
+    whole = RecordedCopy(
+        copy.hf, TensorSlice("", (0, *copy.local.offsets[1:]), copy.local.shape), copy.along, copy.dtype
+    )
+    assert copy.local.shape[0] == 1, f"{copy.local} is of several experts"
+    return PermutedRegion(owner, copy.local.offsets[0] * rows * columns, region_view(orders[key][None], whole))
+
+
+def packed_order(rows: int, columns: int, dtype: torch.dtype, isa: str) -> Tensor:
+    """[rows, columns]: where the kernel's packing of one expert puts each element; learned by packing the digits of the
+    elements' numbers, each small enough to be exact in `dtype`."""
+    from vllm._custom_ops import cpu_prepack_moe_weight
+
+    numbers = torch.arange(rows * columns).view(1, rows, columns)
+    found = torch.zeros(rows * columns, dtype=torch.int64)
+    for shift in range(0, max(1, (rows * columns - 1).bit_length()), 7):
+        digits = (numbers >> shift) & 127
+        found |= cpu_prepack_moe_weight(digits.to(dtype), isa).view(-1).to(torch.int64) << shift
+    order = torch.empty_like(found)
+    order[found] = torch.arange(rows * columns)
+    assert torch.equal(found.sort().values, numbers.view(-1)), "packing is no permutation"
+    return order.view(rows, columns)
+
+
+def packed_heads(model: nn.Module) -> list[PackedHead]:
+    """Layers that make logits from a packed copy.
+
+    Raises:
+        RuntimeError: another layer does.
+    """
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, PackedHead] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        kernel = getattr(module, "cpu_linear", None)
+        weight = getattr(module, "weight", None)
+        if kernel is None or kernel is nn.functional.linear or weight is None:
+            continue
+        if id(weight) not in names or not weight.numel():
+            raise RuntimeError(f"vLLM packed the weight of {name} and dropped the plain one; it cannot be written")
+        if name.rpartition(".")[2] == "lm_head":
+            found[names[id(weight)]] = PackedHead(names[id(weight)], module)
+    return list(found.values())
+
+
+def region_view(owner: Tensor, copy: RecordedCopy) -> Tensor:
+    """The elements of a region, shaped as its slice of the checkpoint."""
+    start = owner.storage_offset() + sum(o * s for o, s in zip(copy.local.offsets, owner.stride(), strict=True))
+    strides = [owner.stride(axis) if axis >= 0 else 1 for axis in copy.along]
+    return owner.as_strided(copy.hf.shape, strides, start)
+
+
+def _inside(outer: TensorSlice, inner: TensorSlice) -> tuple[slice, ...]:
+    return tuple(slice(i - o, i - o + n) for o, i, n in zip(outer.offsets, inner.offsets, inner.shape, strict=True))

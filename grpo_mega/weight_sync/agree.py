@@ -1,0 +1,141 @@
+"""What all ranks must agree on before and during a sync, and which of them is missing when one does not answer."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.interfaces import HeldSlice, SinkRegion
+from grpo_mega.types import WeightMismatchError
+from grpo_mega.weight_sync.boxes import Holdings, WireTensor, distinct, holdings, join, volumes
+
+T = TypeVar("T")
+
+
+class Attendance:
+    """Who has come how far, in the job's store: a rank that waits in vain says for whom."""
+
+    def __init__(self, name: str, where: list[str]) -> None:
+        """`where[r]` says who rank r is."""
+        self._name, self._where, self._phase = name, where, 0
+        self._store = dist.distributed_c10d._get_default_store()
+
+    def gather(self, value: T, what: str) -> list[T]:
+        """One object from every rank.
+
+        Raises:
+            RuntimeError: names the ranks that did not come within the time of the process group.
+        """
+        self._phase += 1
+        self._store.set(self._key(dist.get_rank()), what)
+        values: list[T | None] = [None] * dist.get_world_size()
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:
+            raise RuntimeError(f"weight sync, {what}: {self.absent()} ({error})") from error
+        return cast("list[T]", values)
+
+    def absent(self) -> str:
+        """For a message: the ranks that have not reached the present phase."""
+        try:
+            missing = [r for r in range(len(self._where)) if not self._store.check([self._key(r)])]
+        except RuntimeError:  # the store lives in rank 0
+            missing = [0]
+        names = ", ".join(f"rank {r} ({self._where[r]})" for r in missing) or "nobody, at the second look"
+        return f"rank {dist.get_rank()} ({self._where[dist.get_rank()]}) waited in vain for {names}"
+
+    def _key(self, rank: int) -> str:
+        return f"{self._name}/{self._phase}/{rank}"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Both ends of a sync over all ranks. `dtypes`: of each tensor as it travels, the engine's."""
+
+    tensors: dict[str, WireTensor]
+    dtypes: dict[str, torch.dtype]
+    held: Holdings
+    wanted: Holdings
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank tells the others; `fault` instead, where it cannot."""
+
+    held: Holdings
+    wanted: Holdings
+    dtypes: dict[str, torch.dtype]
+    fault: str | None = None
+
+
+def agree_on_ends(
+    shapes: dict[str, tuple[int, ...]],
+    shards: Sequence[HeldSlice],
+    regions: Sequence[SinkRegion],
+    replicas: Sequence[Sequence[int]],
+    attendance: Attendance,
+) -> Ends:
+    """Every rank's shards and regions, on every rank.
+
+    Args:
+        shapes: of every tensor of the checkpoint.
+        shards: of this rank.
+        regions: of this rank.
+        replicas: ranks of each engine.
+        attendance: of the job.
+
+    Raises:
+        WeightMismatchError: an engine asks for what the policy does not have, has no place for something, or wants a
+            tensor in two dtypes (names them).
+    """
+    dtypes = dict.fromkeys(shapes, torch.float32)
+    mine = _report(shapes, shards, regions)
+    reports = [pickle.loads(r) for r in attendance.gather(pickle.dumps(mine), "exchanging layouts")]
+    if faults := [report.fault for report in reports if report.fault]:
+        raise WeightMismatchError(f"the engine asks for what the policy does not have: {'; '.join(faults[:3])}")
+    for rank, report in enumerate(reports):
+        for name, dtype in report.dtypes.items():
+            if name in dtypes and any(name in r.dtypes and r.dtypes[name] != dtype for r in reports):
+                raise WeightMismatchError(f"engine ranks want {name} in several dtypes; rank {rank} in {dtype}")
+            dtypes[name] = dtype
+    tensors = {name: WireTensor(shape, dtypes[name].itemsize) for name, shape in shapes.items()}
+    ends = Ends(tensors, dtypes, join([r.held for r in reports]), join([r.wanted for r in reports]))
+    _check_complete(ends, replicas)
+    return ends
+
+
+def _report(shapes: dict[str, tuple[int, ...]], shards: Sequence[HeldSlice], regions: Sequence[SinkRegion]) -> _Report:
+    rank = dist.get_rank()
+    numbered = {name: WireTensor(shape, 1) for name, shape in shapes.items()}
+    empty = holdings(numbered, [], rank)
+    try:
+        return _Report(
+            holdings(numbered, [held.hf for held in shards], rank),
+            holdings(numbered, [region.placement.hf for region in regions], rank),
+            {region.placement.hf.name: region.dtype for region in regions},
+        )
+    except ValueError as error:
+        return _Report(empty, empty, {}, str(error))
+
+
+def _check_complete(ends: Ends, replicas: Sequence[Sequence[int]]) -> None:
+    """Each engine takes every element of every tensor somewhere."""
+    names = list(ends.tensors)
+    full = [int(torch.Size(tensor.shape).numel()) for tensor in ends.tensors.values()]
+    for ranks in replicas:
+        mine = torch.isin(torch.from_numpy(ends.wanted.ranks), torch.tensor(list(ranks))).numpy()
+        boxes, _ = distinct(ends.wanted.rows(mine))
+        taken = [0] * len(names)
+        for tensor, size in zip(boxes.tensors.tolist(), volumes(boxes.starts, boxes.ends).tolist(), strict=True):
+            taken[tensor] += size
+        missing = [f"{names[i]} ({taken[i]} of {full[i]} elements)" for i in range(len(names)) if taken[i] < full[i]]
+        if missing:
+            raise WeightMismatchError(
+                f"the engine of ranks {ranks[0]} to {ranks[-1]} has no place for {', '.join(missing[:3])} "
+                f"({len(missing)} tensors of the policy)"
+            )

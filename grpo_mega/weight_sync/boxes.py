@@ -1,0 +1,171 @@
+"""Boxes of named tensors as columns of numbers: what a plan computes with, for thousands of ranks at once.
+
+A `Holdings` lists which box of which tensor lies on which rank; both ends of a sync are one. Boxes have `DIMS`
+dimensions; those that a tensor lacks are `[0:1]` at the end. Pure; asserted by tests/unit/test_plan.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grpo_mega.types import TensorSlice
+
+DIMS = 4
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class WireTensor:
+    """A tensor of the checkpoint as it travels."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """Row i: the box `starts[i] : ends[i]` of tensor number `tensors[i]` is on rank `ranks[i]`.
+
+    `tensors`, `ranks`: [N]; `starts`, `ends`: [N, DIMS].
+    """
+
+    tensors: Ints
+    starts: Ints
+    ends: Ints
+    ranks: Ints
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def on(self, ranks: Sequence[int]) -> Holdings:
+        """The same boxes on each of `ranks`, whatever rank they are on here."""
+        times, n = len(ranks), len(self)
+        return Holdings(
+            np.tile(self.tensors, times),
+            np.tile(self.starts, (times, 1)),
+            np.tile(self.ends, (times, 1)),
+            np.repeat(np.asarray(ranks, np.int64), n),
+        )
+
+    def rows(self, index: NDArray[np.bool_] | Ints) -> Holdings:
+        """Some of the rows."""
+        return Holdings(self.tensors[index], self.starts[index], self.ends[index], self.ranks[index])
+
+
+def numbering(tensors: Iterable[str]) -> dict[str, int]:
+    """Name -> number of each tensor, in checkpoint order."""
+    return {name: i for i, name in enumerate(tensors)}
+
+
+def holdings(
+    tensors: Mapping[str, WireTensor],
+    slices: Iterable[TensorSlice],
+    rank: int,
+    numbers: Mapping[str, int] | None = None,
+) -> Holdings:
+    """The slices of one rank; `numbers` is `numbering(tensors)`, for callers with many ranks.
+
+    Raises:
+        ValueError: a slice of an unknown tensor, or one that leaves its tensor.
+    """
+    numbers = numbering(tensors) if numbers is None else numbers
+    found, starts, ends = [], [], []
+    for each in slices:
+        if each.name not in numbers:
+            raise ValueError(f"{each} on rank {rank} is a slice of no tensor of the policy")
+        whole = tensors[each.name].shape
+        stops = tuple(o + n for o, n in zip(each.offsets, each.shape, strict=True))
+        if len(whole) != len(stops) or any(stop > size for stop, size in zip(stops, whole, strict=True)):
+            raise ValueError(f"{each} on rank {rank} leaves its tensor of shape {list(whole)}")
+        tail = DIMS - len(stops)
+        found.append(numbers[each.name])
+        starts.append((*each.offsets, *(0,) * tail))
+        ends.append((*stops, *(1,) * tail))
+    return Holdings(
+        np.asarray(found, np.int64),
+        np.asarray(starts, np.int64).reshape(-1, DIMS),
+        np.asarray(ends, np.int64).reshape(-1, DIMS),
+        np.full(len(found), rank, np.int64),
+    )
+
+
+def join(parts: Sequence[Holdings]) -> Holdings:
+    """One after the other."""
+    return Holdings(
+        np.concatenate([p.tensors for p in parts]),
+        np.concatenate([p.starts for p in parts]),
+        np.concatenate([p.ends for p in parts]),
+        np.concatenate([p.ranks for p in parts]),
+    )
+
+
+def volumes(starts: Ints, ends: Ints) -> Ints:
+    """Elements of each box."""
+    product: Ints = (ends - starts).prod(1)
+    return product
+
+
+def distinct(boxes: Holdings) -> tuple[Holdings, Ints]:
+    """Each box once (on the first rank that has it), and for every row the number of its box."""
+    table = np.column_stack([boxes.tensors, boxes.starts, boxes.ends]).astype(np.uint64)
+    factors = np.random.default_rng(7).integers(1, 1 << 63, table.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
+    with np.errstate(over="ignore"):
+        words = (table * factors).sum(1, dtype=np.uint64)
+    _, first, inverse = np.unique(words, return_index=True, return_inverse=True)
+    assert (table[first[inverse]] == table).all(), "two boxes with one hash word"
+    order = np.argsort(first, kind="stable")  # numbers in the order of appearance, not of the hash
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    return boxes.rows(first[order].astype(np.int64)), place[inverse].astype(np.int64)
+
+
+def overlaps(left: Holdings, right: Holdings) -> tuple[Ints, Ints, Ints, Ints]:
+    """All pairs of boxes that share an element: (row of left, row of right, starts, ends of what they share)."""
+    order = np.argsort(right.tensors, kind="stable")
+    sorted_tensors = right.tensors[order]
+    begin = np.searchsorted(sorted_tensors, left.tensors, "left")
+    count = np.searchsorted(sorted_tensors, left.tensors, "right") - begin
+    i = np.repeat(np.arange(len(left)), count)
+    j = order[expand(begin, count)]
+    starts = np.maximum(left.starts[i], right.starts[j])
+    ends = np.minimum(left.ends[i], right.ends[j])
+    shared = (starts < ends).all(1)
+    return i[shared], j[shared], starts[shared], ends[shared]
+
+
+def expand(begin: Ints, count: Ints) -> Ints:
+    """begin[i], begin[i] + 1, ..., begin[i] + count[i] - 1, for one i after the other."""
+    total = int(count.sum())
+    before = np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(begin, count) + np.arange(total) - before
+
+
+def as_slice(
+    names: Sequence[str], tensors: Mapping[str, WireTensor], tensor: int, start: Ints, end: Ints
+) -> TensorSlice:
+    """A row as a slice of its tensor's own dimensions."""
+    name = names[tensor]
+    dims = len(tensors[name].shape)
+    offsets = tuple(int(x) for x in start[:dims])
+    return TensorSlice(name, offsets, tuple(int(e) - o for e, o in zip(end[:dims], offsets, strict=True)))
+
+
+def cut(
+    start: Sequence[int], end: Sequence[int], max_elements: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """A box as boxes of at most `max_elements`, in order: cut along its first dimension that is longer than 1."""
+    size = [e - s for s, e in zip(start, end, strict=True)]
+    total = int(np.prod(size))
+    if total <= max_elements:
+        yield tuple(start), tuple(end)
+        return
+    axis = next(i for i, n in enumerate(size) if n > 1)
+    step = max(1, max_elements // (total // size[axis]))
+    for at in range(start[axis], end[axis], step):
+        low, high = list(start), list(end)
+        low[axis], high[axis] = at, min(at + step, end[axis])
+        yield from cut(low, high, max_elements)

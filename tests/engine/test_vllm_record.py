@@ -1,0 +1,233 @@
+"""vLLM's loader recorded in one process, for any rank: the record equals the table written by hand, equals what the
+loader does with real weights, and is made for a model of which nothing is known here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.vllm_record import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
+from grpo_mega.engines.vllm_regions import region_view
+from grpo_mega.types import TensorSlice
+from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.vllm_table import engine_layout
+
+
+@pytest.fixture(scope="module")
+def recorder() -> Iterator[ProcessPoolExecutor]:
+    """A process of its own: it pretends to be ranks of engines."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield pool
+
+
+def run(recorder: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
+    return recorder.submit(_told, function, args).result(timeout=300)
+
+
+def _told(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    torch.set_num_threads(1)
+    try:
+        return function(*args)
+    except Exception:
+        raise AssertionError(traceback.format_exc()) from None
+
+
+def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
+    from grpo_mega.engines.vllm_offline import record_ranks
+    from grpo_mega.engines.vllm_start import checkpoint_tensors
+
+    tensors = checkpoint_tensors(read_spec(folder), torch.float32)
+    return record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=ranks)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "tp"), [("qwen3", False, 4), ("qwen3", True, 2), ("qwen2", False, 4), ("llama", False, 1)]
+)
+def test_the_record_of_every_rank_is_the_table(
+    recorder: ProcessPoolExecutor, tmp_path: Path, family: Any, tied: bool, tp: int
+) -> None:
+    """At tp 4 two ranks share a KV head, and of a vocabulary of 70, padded to 128, the last rank has nothing."""
+    folder = make_tiny_model(tmp_path, family, tied, vocab=70)
+    for rank, record in enumerate(run(recorder, recorded, folder, tp, list(range(tp)))):
+        table = engine_layout(read_spec(folder), tp, rank, packed_head=False)
+        assert {(c.hf, c.local) for c in record.copies} == {(r.placement.hf, r.placement.local) for r in table}
+
+
+# Architectures for which there is no table of families.
+
+
+def make_unknown_model(folder: Path, architecture: str) -> Path:
+    from transformers import MambaConfig, Phi3Config
+
+    sizes = {"vocab_size": 70, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 128}
+    if architecture == "Phi3ForCausalLM":
+        config: Any = Phi3Config(**sizes, num_key_value_heads=2, pad_token_id=0, bos_token_id=0, eos_token_id=1)
+    else:
+        config = MambaConfig(vocab_size=70, hidden_size=128, num_hidden_layers=2)
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    return folder
+
+
+def compare_with_loading(folder: Path, tp: int, rank: int) -> tuple[int, list[str]]:
+    """Load real weights into real parameters, and compare each recorded region with its slice of the checkpoint."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from grpo_mega.engines import vllm_offline
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    kept: list[nn.Module] = []
+
+    def keep(built: nn.Module, tensors: Any) -> LoaderRecord:
+        record = record_loader(built, tensors)
+        kept.append(built)
+        built.load_weights(iter(weights.items()))  # type: ignore[operator]
+        return record
+
+    with (
+        mock.patch.object(vllm_offline, "record_loader", keep),
+        mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
+    ):
+        (record,) = vllm_offline.record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=[rank])
+    parameters = dict(kept[0].named_parameters())
+    wrong = [
+        str(copy.hf)
+        for copy in record.copies
+        if not torch.equal(region_view(parameters[copy.local.name].data, copy), weights[copy.hf.name][copy.hf.index])
+    ]
+    return len(record.copies), wrong
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_model_without_a_table_is_recorded_as_its_loader_loads_it(
+    recorder: ProcessPoolExecutor, tmp_path: Path, rank: int
+) -> None:
+    """Phi3's checkpoint has q, k, v in one tensor and gate, up in another: its loader cuts them."""
+    folder = make_unknown_model(tmp_path, "Phi3ForCausalLM")
+    count, wrong = run(recorder, compare_with_loading, folder, 2, rank)
+    assert wrong == []
+    assert count == 2 * (3 + 1 + 2 + 1 + 2) + 3  # two layers; embedding, norm, head
+
+
+def record_unknown(folder: Path) -> str:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from grpo_mega.engines.vllm_offline import record_ranks
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    tensors = {name: (tuple(p.shape), torch.float32) for name, p in model.named_parameters()}
+    try:
+        record_ranks(folder, tensors, dtype="fp32", tp=1, ranks=[0])
+    except CannotRecordError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loader_that_computes_cannot_be_recorded_and_says_where(
+    recorder: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    message = run(recorder, record_unknown, make_unknown_model(tmp_path, "MambaForCausalLM"))
+    assert "mixer.A is written by" in message  # A = -exp(A_log)
+
+
+# Loaders of a few lines, recorded here.
+
+
+class Loader(nn.Module):
+    def __init__(self, load: Callable[[Any, dict[str, torch.Tensor]], None]) -> None:
+        super().__init__()
+        self.fused = nn.Parameter(torch.zeros(2, 6, 4), requires_grad=False)
+        self._load = load
+
+    def load_weights(self, weights: Any) -> None:
+        self._load(self.fused.data, dict(weights))
+
+
+TENSORS = {"a": ((3, 8), torch.float32), "b": ((4, 6), torch.float32)}
+
+
+def record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[RecordedCopy]:
+    with mock.patch("grpo_mega.engines.vllm_record.vocabulary_parameters", return_value=set()):
+        return record_loader(Loader(load), TENSORS).copies
+
+
+def halves_and_transposed(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[0, :3].copy_(w["a"].narrow(1, 4, 4))
+    fused[0, 3:].copy_(w["a"].chunk(2, 1)[0])
+    fused[1].copy_(w["b"].t())
+
+
+def test_halves_and_transposed_slices_are_boxes_with_their_dimensions() -> None:
+    copies = record_of(halves_and_transposed)
+    assert [(str(c.hf), str(c.local), c.along) for c in copies] == [
+        ("a[0:3, 4:8]", "fused[0:1, 0:3, 0:4]", (1, 2)),
+        ("a[0:3, 0:4]", "fused[0:1, 3:6, 0:4]", (1, 2)),
+        ("b[0:4, 0:6]", "fused[1:2, 0:6, 0:4]", (2, 1)),
+    ]
+    real = {"a": torch.arange(24.0).view(3, 8), "b": torch.arange(24.0).view(4, 6) + 100}
+    loaded = Loader(halves_and_transposed)
+    loaded.load_weights(real.items())
+    for copy in copies:
+        assert torch.equal(region_view(loaded.fused.data, copy), real[copy.hf.name][copy.hf.index])
+
+
+def incomplete(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[1].copy_(w["b"].t())
+
+
+def twice(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    halves_and_transposed(fused, w)
+    fused[0, 2:5].copy_(w["a"][:, :4])
+
+
+def computed(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[1].copy_(w["b"].t() * 2)
+
+
+def added(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[1].add_(torch.ones(6, 4))
+
+
+def every_other(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[0, :3].copy_(w["a"][:, ::2])
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [
+        (incomplete, r"24 of the 48 elements of fused \[2, 6, 4\] are filled"),
+        (twice, r"fused\[0:1, .* is filled twice"),
+        (computed, "fused is written by aten.copy_.default, from something that is no slice"),
+        (added, "fused is written by aten.add_.Tensor"),
+        (every_other, "fused is filled from a by no box"),
+    ],
+)
+def test_what_is_no_copy_of_boxes_is_refused_by_name(load: Callable[..., None], message: str) -> None:
+    with pytest.raises(CannotRecordError, match=message):
+        record_of(load)
+
+
+def test_a_parameter_with_padding_may_lack_its_last_rows_only() -> None:
+    def rows(fused: Any, w: dict[str, torch.Tensor]) -> None:
+        fused[0].copy_(w["b"].t())
+
+    with mock.patch("grpo_mega.engines.vllm_record.vocabulary_parameters", return_value={"fused"}):
+        (copy,) = record_loader(Loader(rows), TENSORS).copies
+        assert copy.local == TensorSlice("fused", (0, 0, 0), (1, 6, 4))
+        with pytest.raises(CannotRecordError, match="24 of the 48"):
+            record_loader(Loader(incomplete), TENSORS)

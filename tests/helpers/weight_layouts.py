@@ -1,0 +1,128 @@
+"""Layouts of a small model of every kind of tensor, written as arithmetic, apart from the tables of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from grpo_mega.parallel.topology import Coordinates, Topology
+from grpo_mega.types import TensorSlice
+from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join
+
+LAYERS, HIDDEN, FFN, EXPERTS, EXPERT_FFN, VOCAB, HEADS, KV_HEADS, HEAD = 12, 192, 576, 12, 96, 1000, 12, 6, 16
+MOE_LAYERS = range(6, 12)
+
+
+def tensors() -> dict[str, WireTensor]:
+    """bf16, but for a correction bias in fp32."""
+    shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
+    for layer in range(LAYERS):
+        shapes |= {
+            f"{layer}.norm": (HIDDEN,),
+            f"{layer}.q": (HEADS * HEAD, HIDDEN),
+            f"{layer}.k": (KV_HEADS * HEAD, HIDDEN),
+            f"{layer}.v": (KV_HEADS * HEAD, HIDDEN),
+            f"{layer}.o": (HIDDEN, HEADS * HEAD),
+        }
+        if layer in MOE_LAYERS:
+            shapes |= {f"{layer}.router": (EXPERTS, HIDDEN), f"{layer}.bias": (EXPERTS,)}
+            for e in range(EXPERTS):
+                shapes |= {f"{layer}.{e}.up": (EXPERT_FFN, HIDDEN), f"{layer}.{e}.down": (HIDDEN, EXPERT_FFN)}
+        else:
+            shapes |= {f"{layer}.up": (FFN, HIDDEN), f"{layer}.down": (HIDDEN, FFN)}
+    shapes |= {"norm": (HIDDEN,), "head": (VOCAB, HIDDEN)}
+    return {name: WireTensor(shape, 4 if name.endswith("bias") else 2) for name, shape in shapes.items()}
+
+
+TENSORS = tensors()
+VOCABULARY = ("embed", "head")
+
+
+def part(name: str, ways: int, index: int, axis: int) -> Iterator[TensorSlice]:
+    """One of equal parts; the vocabulary is padded first, and the last parts may be short or missing."""
+    shape = TENSORS[name].shape
+    size = -(-shape[axis] // ways)
+    assert name in VOCABULARY or shape[axis] % ways == 0, f"{ways} parts of {name} {shape}"
+    start, stop = index * size, min((index + 1) * size, shape[axis])
+    if start < stop:
+        offsets, extent = [0] * len(shape), list(shape)
+        offsets[axis], extent[axis] = start, stop - start
+        yield TensorSlice(name, tuple(offsets), tuple(extent))
+
+
+def whole(name: str) -> Iterator[TensorSlice]:
+    yield from part(name, 1, 0, 0)
+
+
+def policy(topology: Topology) -> Holdings:
+    """Megatron's: layers over pp, rows and columns over tp, experts over ep and etp; head by head where it is
+    interleaved."""
+    rows = []
+    for rank in range(topology.world_size):
+        at = topology.coordinates(rank)
+        rows.append(holdings(TENSORS, _policy_slices(topology, at), rank))
+    return join(rows)
+
+
+def _policy_slices(topology: Topology, at: Coordinates) -> Iterator[TensorSlice]:
+    per_stage = LAYERS // topology.pp
+    if at.pp_rank == 0:
+        yield from part("embed", topology.tp, at.tp_rank, 0)
+    for layer in range(at.pp_rank * per_stage, (at.pp_rank + 1) * per_stage):
+        yield from whole(f"{layer}.norm")
+        for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            mine = KV_HEADS // topology.tp
+            for kv_head in range(at.tp_rank * mine, (at.tp_rank + 1) * mine):
+                yield from part(f"{layer}.{x}", KV_HEADS, kv_head, 0)
+            assert heads % KV_HEADS == 0
+        yield from part(f"{layer}.o", topology.tp, at.tp_rank, 1)
+        if layer not in MOE_LAYERS:
+            yield from part(f"{layer}.up", topology.tp, at.tp_rank, 0)
+            yield from part(f"{layer}.down", topology.tp, at.tp_rank, 1)
+            continue
+        yield from whole(f"{layer}.router")
+        yield from whole(f"{layer}.bias")
+        experts = EXPERTS // topology.ep
+        for e in range(at.ep_rank * experts, (at.ep_rank + 1) * experts):
+            yield from part(f"{layer}.{e}.up", topology.etp, at.etp_rank, 0)
+            yield from part(f"{layer}.{e}.down", topology.etp, at.etp_rank, 1)
+    if at.pp_rank == topology.pp - 1:
+        yield from whole("norm")
+        yield from part("head", topology.tp, at.tp_rank, 0)
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """`ep`: experts are spread whole over all tp x dp ranks of an engine; else each is cut over its tp ranks."""
+
+    tp: int
+    dp: int = 1
+    ep: bool = False
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}dp{self.dp}{'ep' if self.ep else ''}"
+
+
+def engine(layout: EngineLayout, world_size: int, first_rank: int = 0) -> Holdings:
+    """vLLM's, for as many engines as `world_size` ranks hold, from `first_rank` on."""
+    size = layout.tp * layout.dp
+    one = [holdings(TENSORS, _engine_slices(layout, rank), rank) for rank in range(size)]
+    return join([one[rank % size].on([first_rank + rank]) for rank in range(world_size)])
+
+
+def _engine_slices(layout: EngineLayout, rank: int) -> Iterator[TensorSlice]:
+    tp, tp_rank = layout.tp, rank % layout.tp
+    for name in TENSORS:
+        kind = name.rpartition(".")[2]
+        if kind in ("norm", "router", "bias"):
+            yield from whole(name)
+        elif kind in VOCABULARY:
+            yield from part(name, tp, tp_rank, 0)
+        elif kind in "kv" and tp > KV_HEADS:
+            yield from part(name, KV_HEADS, tp_rank * KV_HEADS // tp, 0)
+        elif name.count(".") == 2 and layout.ep:
+            ranks = layout.tp * layout.dp
+            if int(name.split(".")[1]) // (EXPERTS // ranks) == rank:
+                yield from whole(name)
+        else:
+            yield from part(name, tp, tp_rank, 1 if kind in ("o", "down") else 0)

@@ -1,0 +1,329 @@
+"""A sync between real ranks, by each transport that a machine without a GPU has: what arrives, what it costs in
+memory, and that every fault is found and named on every rank before anything could be sampled."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import TensorSlice, WeightMismatchError
+from grpo_mega.weight_sync import connect
+from grpo_mega.weight_sync.connect import TransportKind
+from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport
+from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
+from grpo_mega.weight_sync.transport import Message, Turn
+from tests.helpers.memory_ends import MemorySink, MemorySource, values
+from tests.helpers.ranks import RankPool
+from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
+
+WORLD = 4
+TOPOLOGY = Topology(WORLD, tp=2, pp=2, engine_tp=2)
+BUCKET_BYTES = 128 * 1024  # many turns
+
+Layouts = tuple[dict[str, int], EngineLayout]
+TP2PP2: Layouts = ({"tp": 2, "pp": 2}, EngineLayout(2))
+EXPERTS: Layouts = ({"tp": 2, "ep": 4}, EngineLayout(4))
+DATA_PARALLEL: Layouts = ({}, EngineLayout(4))
+
+
+def open_sync(
+    rank: int,
+    sink: Any = None,
+    layouts: Layouts = TP2PP2,
+    transport: TransportKind = "shared_memory",
+    seconds: float = 30.0,
+    machines: int = 1,
+) -> tuple[MemorySource, Any, WeightSync]:
+    """Both ends of this rank and the sync between them; the machine counts as several."""
+    axes, layout = layouts
+    held, wanted = policy(Topology(WORLD, **axes)), engine(layout, WORLD)
+    source = MemorySource(held, rank)
+    sink = sink if sink is not None else MemorySink(wanted, rank)
+    size = layout.tp * layout.dp
+    replicas = [list(range(first, first + size)) for first in range(0, WORLD, size)]
+    groups = [dist.new_group(ranks) for ranks in replicas]
+    everyone = dist.new_group(range(WORLD))
+
+    def gather_machines(gather: Callable[[str, str], list[str]]) -> list[int]:
+        gather("", "")
+        return [r * machines // WORLD for r in range(WORLD)]
+
+    with mock.patch("grpo_mega.weight_sync.sync.node_numbers", gather_machines):
+        sync = WeightSync(
+            source,
+            lambda bucket_bytes: iter((name, values(name, 1)) for name in TENSORS),
+            sink,
+            source_group=everyone,
+            replicas=replicas,
+            replica_group=groups[rank // size],
+            settings=SyncSettings(BUCKET_BYTES, seconds, transport),
+            where=f"place {rank}",
+        )
+    return source, sink, sync
+
+
+def follow(rank: int, layouts: Layouts, transport: TransportKind, machines: int) -> dict[str, Any]:
+    source, sink, sync = open_sync(rank, None, layouts, transport, machines=machines)
+    reports: list[SyncReport] = []
+    wrong: list[str] = []
+    for version in (1, 2):
+        source.become(version)
+        reports.append(sync.push(version, verify=True))
+        wrong += [
+            str(hf) for hf, memory in sink.memory.items() if not torch.equal(memory, values(hf.name, version)[hf.index])
+        ]
+    bytes_stored = sum(memory.nbytes for memory in sink.memory.values())
+    return {
+        "reports": reports,
+        "wrong": wrong,
+        "stored": bytes_stored,
+        "buffers": sync.execution.buffer_bytes,
+        "links": sync.plan.bytes_by_link(),
+        "turns": sync.plan.num_buckets,
+        "mapped": [line for line in Path("/proc/self/maps").read_text().splitlines() if "/grpo_mega_" in line],
+    }
+
+
+@pytest.mark.parametrize(
+    ("layouts", "transport", "machines"),
+    [
+        (TP2PP2, "shared_memory", 1),
+        (TP2PP2, "gloo", 1),
+        (EXPERTS, "auto", 2),
+        (DATA_PARALLEL, "auto", 1),
+    ],
+    ids=["TP2PP2-shared_memory", "TP2PP2-gloo", "experts-two-machines", "same-process"],
+)
+def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memory(
+    rank_pool: RankPool, layouts: Layouts, transport: TransportKind, machines: int
+) -> None:
+    for seen in rank_pool.call(WORLD, follow, layouts, transport, machines):
+        assert seen["wrong"] == []
+        first, second = seen["reports"]
+        assert first.written_bytes == second.written_bytes == seen["stored"]
+        assert first.policy_digest != second.policy_digest
+        assert seen["buffers"] <= 2 * BUCKET_BYTES + 64 * WORLD * 2
+        assert all(line.endswith("(deleted)") for line in seen["mapped"]), "a killed job would leave its segments"
+        if layouts is DATA_PARALLEL:
+            assert seen["turns"] == seen["buffers"] == first.received_bytes == 0
+        else:
+            assert seen["turns"] > 3
+            assert (seen["links"]["across_nodes"] > 0) == (machines > 1)
+
+
+# Faults: each is done by one rank.
+
+
+def flip_bit(sink: MemorySink) -> None:
+    """After the update."""
+    sink.part(TensorSlice("3.down", (7, 300), (1, 1))).view(torch.int16)[0, 0] ^= 1
+
+
+class Spoiled(MemorySink):
+    """Does one thing wrong; `fault` says what."""
+
+    fault = ""
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        if self.fault == "stale" and hf.name == "0.norm":
+            return
+        if self.fault == "swapped" and hf.name in ("2.k", "2.v"):
+            hf = TensorSlice({"2.k": "2.v", "2.v": "2.k"}[hf.name], hf.offsets, hf.shape)
+        if self.fault == "refused" and hf.name == "5.up":
+            raise RuntimeError("no space left in the engine")
+        super().write(hf, values)
+
+    def end_update(self, policy_version: int) -> None:
+        before = self.packed
+        super().end_update(policy_version + (self.fault == "version"))
+        if self.fault == "flipped":
+            flip_bit(self)
+        if self.fault == "packed":
+            self.packed = before
+
+
+def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
+    """The receiver finds what lay in the buffer before."""
+    real = transport.incoming
+
+    def incoming(turn: Turn, message: Message) -> Tensor:
+        if turn.number == number:
+            stale: Tensor = real(turn, message).clone()
+            stale[16:24] = torch.tensor([number - 2], dtype=torch.int64).view(torch.uint8)
+            return stale
+        return real(turn, message)
+
+    return mock.patch.object(transport, "incoming", incoming)
+
+
+def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
+    """What each fault on rank 1 lets the push say on this rank; nothing for a push without one, before and after."""
+    sink = Spoiled(engine(TP2PP2[1], WORLD), rank)
+    source, _, sync = open_sync(rank, sink)
+    said: dict[str, str | None] = {}
+    for version, fault in enumerate(["", *faults, ""], 1):
+        sink.fault = fault if rank == 1 else ""
+        source.become(version)
+        lost = fault == "lost" and rank == 1
+        with lose_bucket(sync.execution._transports["shared_memory"], 2) if lost else mock.MagicMock():
+            try:
+                sync.push(version, verify=True)
+                said[f"{fault or 'none'} {version}"] = None
+            except WeightMismatchError as error:
+                said[fault] = str(error)
+    return said
+
+
+FAULTS = {
+    "flipped": ["3.down[", "on rank 1: the engine holds other bytes than the policy's rank"],
+    "stale": ["0.norm[0:192] on rank 1: the engine holds other bytes"],
+    "swapped": ["2.k[", "2.v[", "on rank 1"],
+    "packed": ["head[500:1000, 0:192] on rank 1", "the kernel computes from other weights than it stores"],
+    "version": ["the engine of rank 1 reports version", "the policy sent version"],
+    "refused": ["5.up[", "on rank 1: the engine refused it (no space left in the engine)"],
+    "lost": ["bucket 2 from rank", "did not reach rank 1: in its place is bucket 0"],
+}
+
+
+@pytest.fixture(scope="module")
+def said(rank_pool: RankPool) -> list[dict[str, str | None]]:
+    answers: list[dict[str, str | None]] = rank_pool.call(WORLD, messages, list(FAULTS))
+    return answers
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_on_one_rank_is_named_on_all_with_tensor_rank_and_slice(
+    said: list[dict[str, str | None]], fault: str
+) -> None:
+    heard = {answers[fault] for answers in said}
+    assert len(heard) == 1
+    message = heard.pop()
+    assert message is not None
+    for words in FAULTS[fault]:
+        assert words in message
+    others = [f"rank {rank}: the engine" for rank in (0, 2, 3)]
+    assert not any(words in message for words in others), f"names more than the fault: {message}"
+
+
+def test_pushes_without_a_fault_pass_before_and_after_one(said: list[dict[str, str | None]]) -> None:
+    for answers in said:
+        assert answers["none 1"] is None
+        assert answers[f"none {len(FAULTS) + 2}"] is None
+
+
+def absent_rank(rank: int) -> str:
+    """Rank 2 does not come to the second push."""
+    source, _, sync = open_sync(rank)
+    source.become(1)
+    sync.push(1, verify=True)
+    sync.execution._transports["shared_memory"]._timeout = 3.0  # type: ignore[attr-defined]
+    if rank == 2:
+        time.sleep(8.0)
+        return ""
+    try:
+        sync.push(2, verify=True)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_rank_that_stalls_is_named_by_those_that_wait_for_it(rank_pool: RankPool) -> None:
+    answers = rank_pool.call(WORLD, absent_rank)
+    waiting = [answers[rank] for rank in (0, 1, 3)]
+    assert any("rank 2" in answer and "did not arrive within 3 s" in answer for answer in waiting), waiting
+    assert all("nothing was raised" not in answer for answer in waiting)
+
+
+def dying_rank(rank: int) -> None:
+    source, _, sync = open_sync(rank, seconds=60.0)
+    source.become(1)
+    sync.push(1, verify=True)
+    if rank == 2:
+        os._exit(3)
+    sync.push(2, verify=True)
+
+
+def test_a_rank_that_dies_ends_the_others_at_once_with_its_name(rank_pool: RankPool) -> None:
+    start = time.monotonic()
+    with pytest.raises(AssertionError) as caught:
+        rank_pool.call(WORLD, dying_rank)
+    assert "ended with exit code 3" in str(caught.value)
+    assert "from rank 2" in str(caught.value)
+    assert "it has ended" in str(caught.value)
+    assert time.monotonic() - start < 50
+
+
+class Unrecordable(MemorySink):
+    streams_because = "its loader computes"
+
+    def layout(self) -> list[Any]:
+        return []
+
+
+def stream(rank: int) -> tuple[list[str], int]:
+    sink = Unrecordable(engine(EngineLayout(2), WORLD), rank)
+    with mock.patch("grpo_mega.weight_sync.sync.log") as log:
+        source, _, sync = open_sync(rank, sink)
+        source.become(1)
+        sync.push(1, verify=True)
+        sync.push(2, verify=True)
+    wrong = [str(hf) for hf, memory in sink.memory.items() if not torch.equal(memory, values(hf.name, 1)[hf.index])]
+    return wrong, log.warning.call_count
+
+
+def test_an_engine_whose_loader_cannot_be_recorded_gets_whole_tensors_and_it_is_said_once(rank_pool: RankPool) -> None:
+    assert rank_pool.call(WORLD, stream) == [([], 1)] * WORLD
+
+
+def misfits(rank: int, change: str) -> str:
+    wanted = engine(EngineLayout(2), WORLD)
+    numbers = {name: i for i, name in enumerate(TENSORS)}
+    if change == "missing":
+        wanted = wanted.rows((wanted.tensors != numbers["4.up"]) | (wanted.ranks != 1))
+    sink = MemorySink(wanted, rank)
+    if change == "unknown" and rank == 1:
+        sink.memory[TensorSlice("rotary", (0,), (8,))] = torch.zeros(8)
+    try:
+        open_sync(rank, sink)
+    except WeightMismatchError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("missing", "the engine of ranks 0 to 1 has no place for 4.up (55296 of 110592 elements)"),
+        ("unknown", "rotary[0:8] on rank 1 is a slice of no tensor of the policy"),
+    ],
+)
+def test_tensors_that_do_not_match_are_named_on_every_rank(rank_pool: RankPool, change: str, words: str) -> None:
+    for message in rank_pool.call(WORLD, misfits, change):
+        assert words in message
+
+
+def test_ranks_with_different_plans_or_versions_are_named() -> None:
+    with pytest.raises(RuntimeError, match="rank 0 made plan a, rank 2 plan b"):
+        check_same_plan(["a", "a", "b"])
+    with pytest.raises(WeightMismatchError, match="engine of rank 1 reports version 3, the policy sent version 4"):
+        check_versions([4, 3], 4)
+
+
+def test_a_transport_that_the_machine_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight_sync\.transport=nccl needs CUDA"):
+        connect.transport_kinds("nccl")
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=True),
+        pytest.raises(ValueError, match=r"weight_sync\.transport=gloo moves host memory"),
+    ):
+        connect.transport_kinds("gloo")

@@ -1,0 +1,56 @@
+"""The layout of all ranks from four of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo_mega.engines.layout_rule import NoRuleError, layouts_of_all, sampled_ranks
+from grpo_mega.types import TensorSlice
+
+SHAPES = {"q": (128, 4), "k": (32, 4), "norm": (4,), "embed": (121, 4)} | {f"experts.{e}": (6, 4) for e in range(64)}
+
+
+def rank_of_16(rank: int) -> list[TensorSlice]:
+    """Rows of q, a KV head that four ranks share, a norm, a padded vocabulary, four experts."""
+    rows = min(8, 121 - 8 * rank)
+    return [
+        TensorSlice("q", (8 * rank, 0), (8, 4)),
+        TensorSlice("k", (8 * (rank // 4), 0), (8, 4)),
+        TensorSlice("norm", (0,), (4,)),
+        TensorSlice("embed", (8 * rank, 0), (rows, 4)),
+        *(TensorSlice(f"experts.{4 * rank + i}", (0, 0), (6, 4)) for i in range(4)),
+    ]
+
+
+def test_columns_shared_heads_padding_and_experts_follow_from_four_ranks() -> None:
+    recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
+    assert len(recorded) == 4
+    assert layouts_of_all(recorded, SHAPES, 16) == [rank_of_16(rank) for rank in range(16)]
+
+
+def test_a_few_ranks_are_all_recorded() -> None:
+    assert sampled_ranks(8) == list(range(8))
+    recorded = {rank: rank_of_16(rank) for rank in range(8)}
+    assert layouts_of_all(recorded, SHAPES, 8) == [rank_of_16(rank) for rank in range(8)]
+
+
+def test_a_fourth_rank_that_breaks_the_rule_is_named() -> None:
+    recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
+    check = sorted(recorded)[2]
+    recorded[check][0] = TensorSlice("q", (0, 0), (8, 4))
+    with pytest.raises(NoRuleError, match=rf"rank {check} of the engine takes q\[0:8, 0:4\], the rule .*says q\[88:96"):
+        layouts_of_all(recorded, SHAPES, 16)
+
+
+def test_ranks_that_copy_other_tensors_have_no_rule() -> None:
+    recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
+    recorded[0] = recorded[0][::-1]
+    with pytest.raises(NoRuleError, match="copy different tensors, or in another order"):
+        layouts_of_all(recorded, SHAPES, 16)
+
+
+def test_numbers_that_do_not_grow_with_the_rank_have_no_rule() -> None:
+    recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
+    recorded[15][0] = TensorSlice("q", (64, 0), (8, 4))
+    with pytest.raises(NoRuleError, match=r"where q .*follows no rule"):
+        layouts_of_all(recorded, SHAPES, 16)

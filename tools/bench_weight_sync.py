@@ -1,0 +1,258 @@
+"""Seconds of a weight sync between ranks of this machine, next to what bounds it, in one run.
+
+    python tools/bench_weight_sync.py [--megabytes 1024] [--rounds 5] [--json]
+
+Four ranks hold a bf16 model by TP2 x PP2 and fill two engines of two ranks, by shared memory and by gloo. Beside each
+other in every round, the best of all rounds counts: a copy of the received bytes inside a process; the sync without its
+proof; the same transport and buckets when every rank is given every tensor whole and keeps its slices; the digest of
+both ends; reading the bytes once. Extra memory is what the process grew by while it synced.
+
+Exit code 0: measured; 2: the input is wrong; 1: a rank failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.convert.digest import slice_digest
+from grpo_mega.interfaces import HeldSlice
+from grpo_mega.types import TensorSlice, UserError
+from grpo_mega.weight_sync.boxes import Holdings, WireTensor, as_slice, holdings, join
+from grpo_mega.weight_sync.connect import TransportKind, make_transports, transport_kinds
+from grpo_mega.weight_sync.execute import Execution, rank_plan
+from grpo_mega.weight_sync.plan import make_plan
+
+WORLD, TP, PP = 4, 2, 2
+HIDDEN, FFN, VOCAB = 2048, 8192, 32000
+BUCKET_BYTES = 32 * 1024 * 1024
+LAYER = {"q": (HIDDEN, 0), "k": (HIDDEN // 4, 0), "v": (HIDDEN // 4, 0), "gate": (FFN, 0), "up": (FFN, 0)}
+LAYER_BYTES = 2 * (sum(rows for rows, _ in LAYER.values()) * HIDDEN + HIDDEN * HIDDEN + HIDDEN * FFN + 2 * HIDDEN)
+
+
+def model(megabytes: int) -> tuple[dict[str, WireTensor], int]:
+    """A dense model of about that size, and its layers (a multiple of the stages)."""
+    layers = max(PP, round((megabytes * 2**20 - 4 * VOCAB * HIDDEN) / LAYER_BYTES / PP) * PP)
+    shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
+    for i in range(layers):
+        shapes |= {f"{i}.{name}": (rows, HIDDEN) for name, (rows, _) in LAYER.items()}
+        shapes |= {f"{i}.o": (HIDDEN, HIDDEN), f"{i}.down": (HIDDEN, FFN), f"{i}.norm": (HIDDEN,)}
+    shapes |= {"norm": (HIDDEN,), "head": (VOCAB, HIDDEN)}
+    return {name: WireTensor(shape, 2) for name, shape in shapes.items()}, layers
+
+
+def shard(name: str, shape: tuple[int, ...], tp_rank: int) -> TensorSlice:
+    """Rows; columns of o and down; norms whole."""
+    if len(shape) == 1:
+        return TensorSlice(name, (0,), shape)
+    axis = 1 if name.rpartition(".")[2] in ("o", "down") else 0
+    size, offsets = list(shape), [0, 0]
+    size[axis] //= TP
+    offsets[axis] = tp_rank * size[axis]
+    return TensorSlice(name, tuple(offsets), tuple(size))
+
+
+def both_ends(tensors: dict[str, WireTensor], layers: int) -> tuple[Holdings, Holdings]:
+    """The policy's TP2 x PP2, the engines' TP2."""
+    held, wanted = [], []
+    for rank in range(WORLD):
+        stage = rank // TP
+        names = [n for n in tensors if stage_of(n, layers) == stage]
+        held.append(holdings(tensors, [shard(n, tensors[n].shape, rank % TP) for n in names], rank))
+        wanted.append(holdings(tensors, [shard(n, t.shape, rank % TP) for n, t in tensors.items()], rank))
+    return join(held), join(wanted)
+
+
+def stage_of(name: str, layers: int) -> int:
+    """The pipeline stage that holds a tensor."""
+    layer = name.partition(".")[0]
+    if layer.isdigit():
+        return int(layer) * PP // layers
+    return 0 if name == "embed" else PP - 1
+
+
+class Memory:
+    """The part of a `WeightSink` that is timed: values go to where they belong; what is not wanted is dropped."""
+
+    def __init__(self, slices: Sequence[TensorSlice]) -> None:
+        self.regions = {hf.name: (hf, torch.zeros(hf.shape, dtype=torch.bfloat16)) for hf in slices}
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        """Copy what both boxes share."""
+        region, memory = self.regions[hf.name]
+        ends = list(zip(hf.offsets, hf.shape, region.offsets, region.shape, strict=True))
+        low = [max(a, b) for a, _, b, _ in ends]
+        high = [min(a + n, b + m) for a, n, b, m in ends]
+        if all(a < b for a, b in zip(low, high, strict=True)):
+            there = tuple(slice(a - b, e - b) for a, e, b in zip(low, high, region.offsets, strict=True))
+            here = tuple(slice(a - b, e - b) for a, e, b in zip(low, high, hf.offsets, strict=True))
+            memory[there].copy_(values[here])
+
+
+def on_rank(rank: int, store: str, megabytes: int, rounds: int) -> dict[str, Any]:
+    """Everything that one rank measures."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=300)
+    )
+    tensors, layers = model(megabytes)
+    held, wanted = both_ends(tensors, layers)
+    everything = join([holdings(tensors, [whole(n, t) for n, t in tensors.items()], r) for r in range(WORLD)])
+    mine = held.rows(held.ranks == rank)
+    slices = [
+        as_slice(list(tensors), tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))
+    ]
+    shards = [HeldSlice(hf, tensors[hf.name].shape, torch.randn(hf.shape).bfloat16()) for hf in slices]
+    sink = Memory([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
+    received = int(make_plan(tensors, held, wanted, [0] * WORLD, BUCKET_BYTES).received_bytes()[rank])
+    actions: dict[str, Callable[[], object]] = {}
+    buffers: dict[str, int] = {}
+    for kind in ("shared_memory", "gloo"):
+        for name, ends in (("sync", wanted), ("gather", everything)):
+            execution = connect(tensors, held, ends, kind, rank, sink)
+            actions[f"{name} {kind}"] = run_of(execution, shards)
+            buffers[f"{name} {kind}"] = execution.buffer_bytes
+    source, target = torch.zeros(received, dtype=torch.uint8), torch.ones(received, dtype=torch.uint8)
+    actions["memcpy"] = lambda: target.copy_(source)
+    ours = [(held.view, held.hf) for held in shards] + [(memory, hf) for hf, memory in sink.regions.values()]
+    actions["digest"] = lambda: [slice_digest(values, hf) for values, hf in ours]
+    actions["read"] = lambda: [values.view(torch.int16).sum() for values, _ in ours]
+    seconds, growth = measure(actions, rounds)
+    wrong = [hf.name for hf, memory in sink.regions.values() if not bool(memory.any())]
+    dist.destroy_process_group()
+    return {"seconds": seconds, "growth": growth, "buffers": buffers, "received": received, "wrong": wrong}
+
+
+def whole(name: str, tensor: WireTensor) -> TensorSlice:
+    """All of it."""
+    return TensorSlice(name, (0,) * len(tensor.shape), tensor.shape)
+
+
+def connect(
+    tensors: dict[str, WireTensor], held: Holdings, wanted: Holdings, kind: TransportKind, rank: int, sink: Memory
+) -> Execution:
+    """As a `WeightSync` does, without its agreements."""
+    plan = make_plan(tensors, held, wanted, [0] * WORLD, BUCKET_BYTES)
+    mine = rank_plan(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
+    return Execution(mine, *make_transports(mine.turns, 300.0), plan.hash, sink)  # type: ignore[arg-type]
+
+
+def run_of(execution: Execution, shards: Sequence[HeldSlice]) -> Callable[[], object]:
+    """One sync, checked for what went wrong."""
+
+    def run() -> None:
+        faults = execution.run(shards, 1)
+        assert not faults, faults
+
+    return run
+
+
+def measure(actions: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Least seconds of each action, all ranks doing the same at the same time; and growth of the process, in bytes."""
+    best: dict[str, float] = {}
+    growth: dict[str, int] = {}
+    for number in range(rounds + 1):  # the first touches memory
+        for name, action in actions.items():
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            dist.barrier()
+            start = time.perf_counter()
+            action()
+            dist.barrier()
+            if number:
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+            growth[name] = max(growth.get(name, 0), resident("VmHWM") - before)
+    return best, growth
+
+
+def resident(key: str) -> int:
+    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def lines_of(results: list[dict[str, Any]], megabytes: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """One object per measured quantity."""
+    seconds = {name: max(r["seconds"][name] for r in results) for name in results[0]["seconds"]}
+    conditions = {
+        "megabytes": megabytes,
+        "rounds": rounds,
+        "ranks": WORLD,
+        "bucket_bytes": BUCKET_BYTES,
+        "received_bytes": max(r["received"] for r in results),
+        "cpus": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+    def line(name: str, measured: float, reference: float, unit: str) -> dict[str, Any]:
+        ratio = measured / reference if reference else 0.0
+        return {
+            "name": name,
+            "measured": measured,
+            "reference": reference,
+            "ratio": ratio,
+            "unit": unit,
+            "conditions": conditions,
+        }
+
+    for kind in ("shared_memory", "gloo"):
+        yield line(f"sync_{kind}_against_memcpy", seconds[f"sync {kind}"], seconds["memcpy"], "s")
+        yield line(f"sync_{kind}_against_gathering", seconds[f"sync {kind}"], seconds[f"gather {kind}"], "s")
+        most = max(r["growth"][f"sync {kind}"] for r in results)
+        yield line(
+            f"extra_memory_{kind}",
+            max(most, max(r["buffers"][f"sync {kind}"] for r in results)),
+            2 * BUCKET_BYTES,
+            "bytes",
+        )
+    yield line("digest_against_reading", seconds["digest"], seconds["read"], "s")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=1024, help="of the model")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    args = parser.parse_args(argv)
+    try:
+        if args.rounds < 1 or args.megabytes < 1:
+            raise UserError(f"--rounds={args.rounds} --megabytes={args.megabytes}: both are at least 1; raise them")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(WORLD) as pool:
+        work = [(rank, f"{folder}/store", args.megabytes, args.rounds) for rank in range(WORLD)]
+        results = pool.starmap(on_rank, work, chunksize=1)
+    if wrong := {name for result in results for name in result["wrong"]}:
+        print(f"error: nothing arrived in {sorted(wrong)[:3]}", file=sys.stderr)
+        return 1
+    found = list(lines_of(results, args.megabytes, args.rounds))
+    for each in found:
+        measured, reference = f"{each['measured']:.4g} {each['unit']}", f"{each['reference']:.4g}"
+        print(f"{each['name']}: {measured}, reference {reference}, ratio {each['ratio']:.3g}")
+    if args.json:
+        print(json.dumps(found[0] | {"all": found}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
