@@ -33,10 +33,15 @@ _WRONG_INPUT = (
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def default_workers() -> int:
+    """Threads of a conversion: two per core, for one of them waits for the disk; at most 8, each holds 64 MiB."""
+    return min(8, 2 * (os.cpu_count() or 1))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of both directions."""
     parser.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="of the result (default: keep)")
-    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1), help="threads (default: up to 4)")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="a summary object as the last line")
 
 

@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 
 from grpo_mega.convert.digest import slice_digest, wrap
-from grpo_mega.convert.ranges import Shape, ShortFileError, as_bytes, read_box, write_all
+from grpo_mega.convert.ranges import BLOCK_BYTES, Shape, ShortFileError, as_bytes, read_box, write_all, write_blocks
 from grpo_mega.convert.workspace import Workspace, write_text
 from grpo_mega.types import TensorSlice, UserError
 
 CHUNK_BYTES = 64 * 1024 * 1024
-_FLUSH_BYTES = 256 * 1024 * 1024  # written to a file between two flushes: the disk works while we read and add up
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".distcp", ".h5", ".msgpack", ".onnx", ".npz")
 
@@ -146,13 +145,13 @@ class Conversion:
         """
         self.workspace.begin(f"{identity}\n{self.plan_digest()}")
         open_files: list[_OpenFile] = []
-        with ThreadPoolExecutor(self.workers) as pool, ThreadPoolExecutor(1) as flusher:
+        with ThreadPoolExecutor(self.workers) as pool:
             try:
                 for folder in {(self.workspace.result / f.name).parent for f in self.files}:
                     folder.mkdir(parents=True, exist_ok=True)
                 futures: list[Future[None]] = []
                 for planned in [f for f in self.files if not self._is_complete(f, pool)]:
-                    open_files.append(_OpenFile(self.workspace, planned, flusher))
+                    open_files.append(_OpenFile(self.workspace, planned))
                     futures += [pool.submit(self._convert, open_files[-1], chunk) for chunk in planned.chunks]
                     self.redone.append(planned.name)
                 done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -176,7 +175,8 @@ class Conversion:
         return total.hexdigest()
 
     def _convert(self, target: _OpenFile, chunk: Chunk) -> None:
-        values = self._memory(chunk.shape, chunk.dtype if chunk.scales is None else torch.bfloat16)
+        dtype = chunk.dtype if chunk.scales is None else torch.bfloat16
+        values = self._memory(chunk.shape, dtype, chunk.position)
         if sum(math.prod(p.source.shape) for p in chunk.pieces) < values.numel():
             values.zero_()  # the padding of a vocabulary
         for piece in chunk.pieces:
@@ -240,37 +240,45 @@ class Conversion:
         assert self.codec is not None, "a chunk with scales needs the codec that makes them"
         return self.codec
 
-    def _memory(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """The worker's own buffer, used again for every chunk: fresh pages cost as much as copying."""
+    def _memory(self, shape: Shape, dtype: torch.dtype, position: int = 0) -> Tensor:
+        """The worker's own buffer, used again for every chunk: fresh pages cost as much as copying.
+
+        It starts as far behind the begin of a block of memory as `position` is behind that of a block of the file.
+        """
         size = math.prod(shape) * dtype.itemsize
         held: Tensor | None = getattr(self._arena, "bytes", None)
-        if held is None or held.numel() < size:
-            held = self._arena.bytes = torch.empty(size, dtype=torch.uint8)
-        return held[:size].view(dtype).view(shape)
+        if held is None or held.numel() < size + BLOCK_BYTES:
+            held = self._arena.bytes = torch.empty(size + BLOCK_BYTES, dtype=torch.uint8)
+        shift = (position - held.data_ptr()) % BLOCK_BYTES // dtype.itemsize * dtype.itemsize
+        return held[shift : shift + size].view(dtype).view(shape)
 
 
 class _OpenFile:
-    """A file that is being written under a temporary name by several workers."""
+    """A file that is being written under a temporary name by several workers.
 
-    def __init__(self, workspace: Workspace, planned: PlannedFile, flusher: ThreadPoolExecutor) -> None:
-        self.planned, self._path, self._flusher = planned, workspace.result / planned.name, flusher
+    Whole blocks go from a worker's memory to the disk, past the system's cache of files, where the file system lets
+    them: what is written here is not read again soon, pages for it cost more than the writing, and the caches of a
+    login node are kept for others. The bytes of a begun block go the usual way.
+    """
+
+    def __init__(self, workspace: Workspace, planned: PlannedFile) -> None:
+        self.planned, self._path = planned, workspace.result / planned.name
         self._record = workspace.record(planned.name)
         self._temporary = self._path.with_name(self._path.name + ".tmp")
         self._descriptor: int | None = None
-        self._left, self._unflushed = len(planned.chunks), 0
+        self._direct: int | None = None
+        self._left = len(planned.chunks)
         self._digests: dict[str, int] = defaultdict(int)
-        self._flushes: list[Future[None]] = []
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # in the kernel a second writer of a file waits in a busy loop
 
     def write(self, position: int, values: Tensor) -> None:
-        descriptor = self._open()
-        write_all(descriptor, as_bytes(values), position)
-        with self._lock:
-            self._unflushed += values.nbytes
-            if self._unflushed < _FLUSH_BYTES:
-                return
-            self._unflushed = 0
-        self._flushes.append(self._flusher.submit(_flush, os.dup(descriptor)))
+        usual, direct = self._open()
+        data = as_bytes(values)
+        begin, end = (0, 0) if direct is None else write_blocks(direct, data, values.data_ptr(), position)
+        with self._writing:
+            write_all(usual, data[:begin], position)
+            write_all(usual, data[end:], position + end)
 
     def end_chunk(self, digests: dict[str, int]) -> dict[str, int] | None:
         """After the last chunk: the file is on disk under its name; its digests."""
@@ -279,12 +287,9 @@ class _OpenFile:
             self._left -= 1
             if self._left:
                 return None
-        descriptor = self._open()
-        for flush in self._flushes:
-            flush.result()  # an error of the disk is reported to one flush only
+        descriptor, _ = self._open()
         for position, data in self.planned.fixed:
             write_all(descriptor, data, position)
-        os.ftruncate(descriptor, self.planned.num_bytes)
         os.fsync(descriptor)
         self.close()
         self._temporary.rename(self._path)
@@ -293,16 +298,27 @@ class _OpenFile:
 
     def close(self) -> None:
         with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
+            for descriptor in (self._descriptor, self._direct):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._descriptor = self._direct = None
 
-    def _open(self) -> int:
+    def _open(self) -> tuple[int, int | None]:
         with self._lock:
             if self._descriptor is None:
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
                 self._descriptor = os.open(self._temporary, flags, 0o666)
-            return self._descriptor
+                os.ftruncate(self._descriptor, self.planned.num_bytes)
+                self._direct = _open_direct(self._temporary)
+            return self._descriptor, self._direct
+
+
+def _open_direct(path: Path) -> int | None:
+    """For writing past the system's cache; None where the file system or the system has no such thing."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except (OSError, AttributeError):
+        return None
 
 
 def _digests_of(chunk: Chunk, values: Tensor) -> dict[str, int]:
@@ -315,13 +331,6 @@ def _digests_of(chunk: Chunk, values: Tensor) -> dict[str, int]:
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
     for name, digest in more.items():
         total[name] = wrap(total.get(name, 0) + digest)
-
-
-def _flush(descriptor: int) -> None:
-    try:
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def copy_side_files(base: Path, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-_WRITE_BYTES = 16 * 1024 * 1024  # one call with more has cost the kernel several times as much
+BLOCK_BYTES = 4096  # what every file system takes as a block of direct writing
+_WRITE_BYTES = 16 * 1024 * 1024  # a multiple of the block
 
 
 class ShortFileError(OSError):
@@ -54,6 +56,26 @@ def write_all(fd: int, data: memoryview | bytes, position: int) -> None:
     while len(view):
         count = os.pwrite(fd, view[:_WRITE_BYTES], position)
         view, position = view[count:], position + count
+
+
+def write_blocks(fd: int, data: memoryview, address: int, position: int) -> tuple[int, int]:
+    """Write the whole blocks among `data`, which lies at `address`, by a descriptor for direct writing.
+
+    Returns:
+        What is written: `data[begin:end]`; nothing where address and position differ in their distance to a block, or
+        where the file system asks for other blocks than these.
+    """
+    begin = min(-position % BLOCK_BYTES, len(data))
+    end = begin + (len(data) - begin) // BLOCK_BYTES * BLOCK_BYTES
+    if (address - position) % BLOCK_BYTES or begin == end:
+        return 0, 0
+    try:
+        write_all(fd, data[begin:end], position + begin)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0, 0
+    return begin, end
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

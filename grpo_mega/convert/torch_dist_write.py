@@ -20,6 +20,7 @@ from grpo_mega.convert.copying import Chunk, Piece, PlannedFile, pieces_within, 
 from grpo_mega.convert.megatron_keys import MegatronTensor
 from grpo_mega.convert.ranges import Shape
 
+_ALIGNMENT = 64  # of a record in its file; within a record `torch.save` puts numbers at a multiple of it
 _CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -101,8 +102,8 @@ class DistPlan:
         self._storage[dcp.MetadataIndex(key, chunk.offsets)] = info
 
     def _place(self, before: bytes, num_bytes: int, after: bytes) -> filesystem._StorageInfo:
-        begin = self._end
-        self._end += len(before) + num_bytes + len(after)
+        begin = -(-self._end // _ALIGNMENT) * _ALIGNMENT
+        self._end = begin + len(before) + num_bytes + len(after)
         self._fixed += [(begin, before), (self._end - len(after), after)]
         return filesystem._StorageInfo(self._name, begin, self._end - begin)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from grpo_mega.convert.copying import CHUNK_BYTES, Piece, copy_side_files, identity_of, pieces_within, rows_at_once
+from grpo_mega.convert.ranges import BLOCK_BYTES, as_bytes, write_all, write_blocks
 from grpo_mega.types import TensorSlice
 
 WHOLE = torch.arange(5 * 6).view(5, 6)
@@ -60,3 +63,32 @@ def test_an_input_that_changed_is_another_input(tmp_path: Path) -> None:
     assert identity_of(tmp_path, 5) == before != identity_of(tmp_path, 6)
     (tmp_path / "a").write_text("22")
     assert identity_of(tmp_path, 5) != before
+
+
+def test_whole_blocks_written_directly_and_the_rest_are_the_bytes(tmp_path: Path) -> None:
+    arena = torch.randint(256, (5 * BLOCK_BYTES,), dtype=torch.uint8)
+    base = -arena.data_ptr() % BLOCK_BYTES  # of the first whole block
+    for position, length in ((0, BLOCK_BYTES), (100, 3 * BLOCK_BYTES), (4000, 96), (8, 2 * BLOCK_BYTES), (1, 5)):
+        values = arena[base + position % BLOCK_BYTES :][:length]
+        path = tmp_path / f"{position}_{length}"
+        usual = os.open(path, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(usual, position + length)
+        direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+        begin, end = write_blocks(direct, as_bytes(values), values.data_ptr(), position)
+        assert (position + begin) % BLOCK_BYTES == 0 or begin == end
+        assert end - begin == max(0, (position + length) // BLOCK_BYTES - -(-position // BLOCK_BYTES)) * BLOCK_BYTES
+        write_all(usual, as_bytes(values)[:begin], position)
+        write_all(usual, as_bytes(values)[end:], position + end)
+        assert path.read_bytes() == bytes(position) + bytes(values.tolist())
+        os.close(usual)
+        os.close(direct)
+
+
+def test_memory_that_lies_otherwise_than_the_file_is_not_written_directly(tmp_path: Path) -> None:
+    arena = torch.ones(4 * BLOCK_BYTES, dtype=torch.uint8)
+    values = arena[-arena.data_ptr() % BLOCK_BYTES + 8 :]
+    descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
+    assert write_blocks(descriptor, as_bytes(values), values.data_ptr(), 0) == (0, 0)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_blocks(-1, as_bytes(values), values.data_ptr(), 8)  # an error that is none of alignment is told
+    os.close(descriptor)
