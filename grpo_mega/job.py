@@ -197,6 +197,7 @@ def make_engine(config: Config, model_folder: Path) -> VllmEngine:
         max_num_seqs=config.engine.max_num_seqs,
         kv_cache_tokens=config.engine.kv_cache_tokens,
         seed=config.run.seed,
+        tell_experts=config.algorithm.routing_replay,
     )
 
 

@@ -32,6 +32,8 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     spec = _spec(config)
     if with_engine:
         _check_sync(spec, config)
+    if config.algorithm.routing_replay and spec.moe is None:
+        raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)

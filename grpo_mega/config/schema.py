@@ -283,6 +283,9 @@ class AlgorithmConfig(Section):
     """Bounds of the probability ratio policy / engine; unset: those of the form."""
     correction_veto: float | None = Field(None, gt=0, lt=1)
     """Rollouts with a token whose ratio policy / engine is below are not trained on; unset: all are."""
+    routing_replay: bool = False
+    """Models with experts: every token is sent to the experts that the engine chose for it; `observe` keeps them beside
+    the rollouts."""
     overlong_filter: bool = False
     """Do not train on truncated rollouts."""
     overlong_buffer_fraction: float | None = Field(None, gt=0, le=1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_mega.config.fp8 import RECIPES
 from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.data.experts import widened
 from grpo_mega.types import Microbatch, Rollout, UserError
 
 
@@ -190,7 +191,7 @@ def _expert_choices(rollouts: Sequence[Rollout], bounds: Sequence[int], row_toke
         if record is not None:
             if len(record) > rollout.num_tokens:
                 raise ValueError(f"expert choices of {len(record)} tokens for a rollout of {rollout.num_tokens}")
-            row[begin : begin + len(record)] = record
+            row[begin : begin + len(record)] = widened(record)
     return row
 
 
