@@ -111,8 +111,8 @@ class MegatronWeights:
     def shards(self) -> Sequence[HeldSlice]:
         """Views of this rank's parameters, of those in FP8 copies: ask anew after an update.
 
-        Of the ranks of one copy of the model each byte is counted by one: what several of them hold by the first, a tied
-        embedding where it embeds.
+        Of the ranks of one copy of the model each byte is counted by one: what several of them hold by the first, a
+        tied embedding where it embeds.
         """
         self._settle()
         topology, held = self._ranks.topology, []
