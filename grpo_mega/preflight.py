@@ -12,7 +12,10 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 # Families whose sampled log-probs were compared with transformers' (docs/measurements/weight_sync.md).
-SYNCED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
+SYNCED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2", "deepseek_v3")
+
+# vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
+_ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 
 
 def check_model(config: Config, topology: Topology, *, with_engine: bool = True) -> None:
@@ -135,7 +138,14 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
         )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
-    if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
+    raw = json.loads((folder / "config.json").read_text())
+    missing = [f"{key}={value}" for key, value in _ROUTER_FIELDS.get(spec.family, {}).items() if raw.get(key) != value]
+    if missing:
+        raise UserError(
+            f"model.path={folder}: its config.json does not say {', '.join(missing)}, and vLLM would route otherwise "
+            f"than {spec.family} does; add it"
+        )
+    if raw.get("quantization_config") is not None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
             "give an unquantised checkpoint"
