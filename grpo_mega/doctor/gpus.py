@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,12 @@ class Device:
 def num_driver_gpus() -> int:
     """As the driver lists them; needs no library."""
     return len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
+
+
+def num_visible_gpus(env: Mapping[str, str]) -> int:
+    """Those of the driver that CUDA_VISIBLE_DEVICES, as Slurm and users set it, leaves to this process."""
+    found, shown = num_driver_gpus(), env.get("CUDA_VISIBLE_DEVICES")
+    return found if shown is None else min(found, len([name for name in shown.split(",") if name.strip()]))
 
 
 def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = False) -> list[Finding]:
