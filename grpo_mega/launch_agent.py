@@ -220,9 +220,7 @@ def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Meeting | Non
         if end.code == EXIT_CODE:  # all ranks have agreed on it: the others are about to end, too
             stopped = True
         elif end.code != 0:
-            ranks.readers[end.rank].join(
-                timeout=0.5
-            )  # its last lines before those of ranks that it takes along
+            ranks.readers[end.rank].join(timeout=0.5)  # its last lines before those of ranks that it takes along
             ranks.end()
             code = 130 if received else exit_code_of(end.code)
             text = f"launch: interrupted on {socket.gethostname()}\n"

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 CODE = """
-import os, signal, torch
-from grpo_mega.parallel.ranks import Ranks
+import os, signal
 from grpo_mega.parallel.stop import expect_stop, stop_wanted, take_stop
-from grpo_mega.parallel.topology import Topology
 expect_stop()
+import torch  # which starts threads
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
 topology = Topology(1)
 ranks = Ranks(topology, topology.coordinates(0), torch.device("cpu"))
 assert not stop_wanted(ranks)
