@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -214,6 +215,8 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
         return run_ranks(worker, environments)
     me = Machine(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
     with meet(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
+        # srun ends the other tasks when the first has failed; what they have learned of it stays their exit code
+        signal.signal(signal.SIGTERM, lambda *_: None)
         return run_ranks(worker, environments, meeting)
 
 

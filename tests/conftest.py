@@ -59,7 +59,7 @@ class GroupScheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.partition("::")[0])
         tier = file.parts[1]
-        if tier == "parallel" or (tier == "e2e" and file.name != "test_resume.py"):
+        if tier == "parallel" or (tier == "e2e" and file.name not in ("test_resume.py", "test_slurm.py")):
             return tier
         return str(file)
 
