@@ -66,6 +66,8 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
                 _say_finished(run, ranks)
                 return
             configure_logging(rank, coordinates, run.folder.logs)
+            if run.checkpoint is not None and run.status == "continued":
+                log.info("continuing from %s", run.checkpoint)
             with building(config, ranks, run, folder, prompts, held_out) as built:
                 try:
                     built.run()
