@@ -6,13 +6,15 @@ Here the ranks are stand-ins (tests/helpers/stand_in.py); the quickstart on this
 from __future__ import annotations
 
 import re
-import subprocess
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from grpo_mega.parallel.ports import free_port
 from tests.helpers import slurm as slurm_helper
+from tests.helpers.guides import blocks
 from tests.helpers.slurm import Slurm
 from tests.helpers.stand_in import environment, make_checkout, ranks_of
 
@@ -20,6 +22,10 @@ QUICKSTART = "configs/quickstart.yaml"
 ON_TWO_NODES = [
     {"RANK": r, "WORLD_SIZE": 4, "LOCAL_RANK": r % 2, "LOCAL_WORLD_SIZE": 2, "SLURM_NODEID": r // 2} for r in range(4)
 ]
+
+GUIDE = blocks("slurm.md")
+(STOP_BLOCK,) = [block for block in GUIDE if block.startswith("scancel")]
+(BY_HAND,) = [block for block in GUIDE if block.startswith("NNODES=")]
 
 pytestmark = pytest.mark.skipif(bool(slurm_helper.why_not()), reason=slurm_helper.why_not())
 
@@ -53,41 +59,6 @@ def screen(checkout: Path, job: str) -> str:
     return (checkout / f"job-{job}.out").read_text()
 
 
-def check(done: subprocess.CompletedProcess[str], tmp_path: Path) -> None:
-    assert done.returncode == 0, done.stderr
-    assert ranks_of(tmp_path / "run") == ON_TWO_NODES
-
-
-def test_sbatch_starts_an_agent_on_each_node_and_its_ranks(
-    cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    job = submitted(cluster, checkout, *arguments, "run.world_size=4")
-    cluster.wait(job, "COMPLETED", timeout=60)
-    assert ranks_of(tmp_path / "run") == ON_TWO_NODES, screen(checkout, job)
-
-
-def test_train_in_an_allocation_calls_srun_itself(
-    cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    command = ("salloc", "--nodes=2", "launch/train.sh", *arguments, "run.world_size=4")
-    check(cluster.run(*command, cwd=checkout, env=environment()), tmp_path)
-
-
-def test_srun_with_one_task_per_node_starts_agents(
-    cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    command = ("srun", "--nodes=2", "--ntasks-per-node=1", "launch/train.sh", *arguments, "run.world_size=4")
-    check(cluster.run(*command, cwd=checkout, env=environment()), tmp_path)
-
-
-def test_srun_with_one_task_per_rank_starts_workers(
-    cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
-) -> None:
-    """The number of ranks is that of the step's tasks; the config says none."""
-    command = ("srun", "--nodes=2", "--ntasks-per-node=2", "launch/train.sh", *arguments)
-    check(cluster.run(*command, cwd=checkout, env=environment()), tmp_path)
-
-
 def test_nodes_with_different_numbers_of_tasks_are_refused_with_the_reason(
     cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -118,12 +89,37 @@ def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
     cluster.wait(job, "RUNNING", timeout=60)
     slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 60)
     ranks_of(tmp_path / "run")
-    cluster.ask("scancel", "--batch", "--signal=USR1", job)
+    cluster.ask(*shlex.split(STOP_BLOCK))
     slurm_helper.wait_until(mark.exists, 30)
     shown = cluster.wait(job, "COMPLETED", timeout=90)
     assert shown["Restarts"] == "1", screen(checkout, job)
     assert "the time limit is near; the job goes back into the queue" in screen(checkout, job)
     assert ranks_of(tmp_path / "run") == [{**rank, "SLURM_RESTART_COUNT": 1} for rank in ON_TWO_NODES]
+
+
+def tries(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
+    """A block of the guide, until its jobs have ended; returns what it has printed."""
+    done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**environment(), **env})
+    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+    slurm_helper.wait_until(lambda: cluster.ask("squeue", "--noheader") == "", 60)
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [line for b in GUIDE if b not in (STOP_BLOCK, BY_HAND) for line in b.splitlines()])
+def test_a_command_of_the_guide_starts_four_ranks_on_two_nodes(cluster: Slurm, checkout: Path, command: str) -> None:
+    printed = tries(cluster, checkout, command)
+    if command.startswith("squeue"):
+        assert "JOBID" in printed
+    else:
+        assert ranks_of(checkout / "runs" / "quickstart") == ON_TWO_NODES
+
+
+def test_the_commands_of_the_guide_for_machines_without_slurm_start_four_ranks(cluster: Slurm, checkout: Path) -> None:
+    """Each line is typed on its own machine, so they run side by side; host0 is this one."""
+    together = "".join(f"{line} &\n" for line in BY_HAND.replace("host0", "127.0.0.1").splitlines())
+    tries(cluster, checkout, f"{together}wait -n\nwait -n\n", MASTER_PORT=str(free_port()))
+    places = [{key: rank[key] for key in rank if key != "SLURM_NODEID"} for rank in ON_TWO_NODES]
+    assert ranks_of(checkout / "runs" / "quickstart") == places
 
 
 def test_a_job_from_another_folder_is_told_where_to_submit_from(cluster: Slurm, checkout: Path, tmp_path: Path) -> None:

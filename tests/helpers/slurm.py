@@ -152,7 +152,7 @@ class Slurm:
         for process in lost:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(lost, timeout=10)
+        psutil.wait_procs(lost, timeout=2)  # of another parent: pid 1 may take longer to bury them
         return [process.pid for process in lost]
 
     def logs(self) -> str:
@@ -216,7 +216,7 @@ def _end(cluster: Slurm) -> None:
             members = [process, *process.children(recursive=True)]
             for member in members:
                 member.kill()  # slurmctld would take seconds to save a state that nobody reads
-            psutil.wait_procs(members, timeout=10)
+            psutil.wait_procs(members, timeout=2)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> None:

@@ -48,7 +48,8 @@ def main() -> None:
     expect_stop()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     meet_ranks(rank, world_size)
-    folder = Path(next(word for word in sys.argv if word.startswith("run.dir=")).partition("=")[2])
+    named = [word.partition("=")[2] for word in sys.argv if word.startswith("run.dir=")]
+    folder = Path(named[0] if named else f"runs/{Path(sys.argv[1]).stem}")
     folder.mkdir(parents=True, exist_ok=True)
     account = {name: int(os.environ[name]) for name in NAMES if name in os.environ}
     (folder / f"rank_{rank}.json").write_text(json.dumps(account))
