@@ -112,7 +112,7 @@ def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int)
         objective,
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
-        shape=RowShape.of(job.config.parallel),
+        shape=RowShape.of(job.config.parallel, job.config.precision),
         pad_id=job.pad_id,
     )
 
