@@ -38,10 +38,9 @@ def _texts(tree: ast.AST) -> list[str]:
 
 @cache
 def said() -> list[str]:
-    python = [
-        t for path in (REPOSITORY / "grpo_mega").rglob("*.py") for t in _texts(ast.parse(path.read_text("utf-8")))
-    ]
-    return python + [(REPOSITORY / "launch" / "setup.sh").read_text("utf-8")]
+    modules = [path.read_text("utf-8") for path in (REPOSITORY / "grpo_mega").rglob("*.py")]
+    script = (REPOSITORY / "launch" / "setup.sh").read_text("utf-8")
+    return [*(text for module in modules for text in _texts(ast.parse(module))), script]
 
 
 def test_the_guide_has_messages() -> None:
