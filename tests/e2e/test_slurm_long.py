@@ -25,7 +25,8 @@ BACK_AFTER_SECONDS = 30
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     slurm_helper.install()
-    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+    # A job must not start in the moment in which its node comes back: Slurm itself waits two minutes.
+    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster", requeue_seconds=60) as running:
         yield running
 
 
