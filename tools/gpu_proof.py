@@ -30,7 +30,8 @@ from grpo_mega.parallel.ports import free_port
 from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.types import UserError
 
-PARTS = {"bf16": "tools.proof.policy", "fp8": "tools.proof.policy", "engine": "tools.proof.engine"}
+PARTS = ("bf16", "fp8", "engine")
+PROGRAM = "tools.proof.run"
 SIZES = ("small", "1b")
 LIMIT_SECONDS = 1800.0
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -76,7 +77,7 @@ def run_part(part: str, size: str, gpu: str, out: Path) -> dict[str, Any]:
     """Runs one in a process of its own; its file says what was measured, or why not."""
     answer = out / f"gpu_{part}.json"
     answer.unlink(missing_ok=True)  # an older run's numbers must not stand for this one's
-    command = [sys.executable, "-m", PARTS[part], part, size, gpu, str(answer)]
+    command = [sys.executable, "-m", PROGRAM, part, size, gpu, str(answer)]
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     paths = f"{REPOSITORY}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -86,7 +87,7 @@ def run_part(part: str, size: str, gpu: str, out: Path) -> dict[str, Any]:
             command,
             cwd=REPOSITORY,
             env={**os.environ, **rank, **meeting, "PYTHONPATH": paths, "CUDA_DEVICE_MAX_CONNECTIONS": "1"},
-            stdout=sys.stderr,
+            stdout=subprocess.DEVNULL,  # the numbers are in the file
             stderr=subprocess.PIPE,
             text=True,
             timeout=LIMIT_SECONDS,

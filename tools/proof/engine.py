@@ -125,7 +125,3 @@ def slept(engine: VllmEngine, sync: WeightSync, phases: Phases) -> dict[str, Any
         "growth_bytes": asleep[-1] - asleep[1],
         "kv_cache_bytes": engine.kv_cache_bytes,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -164,7 +164,3 @@ def nccl() -> dict[str, float]:
     values = torch.ones(ALL_REDUCE_BYTES // 2, dtype=torch.bfloat16, device="cuda")
     dist.all_reduce(values)
     return {"all_reduce_seconds": subject.seconds_of(lambda: dist.all_reduce(values)), "bytes": ALL_REDUCE_BYTES}
-
-
-if __name__ == "__main__":
-    main()
