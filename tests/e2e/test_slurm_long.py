@@ -12,10 +12,11 @@ import pytest
 from tests.helpers import slurm as slurm_helper
 from tests.helpers.jobs import REPOSITORY, SMALL, read_json, read_lines
 from tests.helpers.slurm import Slurm, wait_until
-from tests.helpers.stand_in import environment
+from tests.helpers.stand_in import environment, make_checkout, ranks_of
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(bool(slurm_helper.why_not()), reason=slurm_helper.why_not()),
 ]
 STEPS = 8
@@ -25,7 +26,8 @@ BACK_AFTER_SECONDS = 30
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     slurm_helper.install()
-    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+    # A job must not start in the moment in which its node comes back: Slurm itself waits two minutes.
+    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster", requeue_seconds=60) as running:
         yield running
 
 
@@ -56,6 +58,32 @@ def test_a_step_of_the_quickstart_on_two_nodes(
 
 
 @pytest.mark.parametrize("lost", ["node2", "node1"])  # node1 holds the batch script, too
+def test_a_job_whose_node_is_lost_starts_again_on_both_when_it_is_back(
+    cluster: Slurm, tmp_path: Path, lost: str
+) -> None:
+    """With ranks that only wait (tests/helpers/stand_in.py): what Slurm and the job script do."""
+    checkout, mark, screen = make_checkout(tmp_path / "checkout"), tmp_path / "mark", tmp_path / "screen"
+    run = tmp_path / "run"
+    options = ("--requeue", "--nodes=2", f"--output={screen}", "launch/slurm.sbatch")
+    arguments = ("configs/quickstart.yaml", "run.world_size=4", f"run.dir={run}")
+    env = {**environment(), "STAND_IN_WAIT": str(mark)}
+    done = cluster.run("sbatch", *options, *arguments, cwd=checkout, env=env)
+    job = re.findall(r"\d+", done.stdout)[-1]
+    wait_until(lambda: len(list(run.glob("rank_*.json"))) == 4, 120)
+    ranks_of(run)
+    cluster.lose(lost)
+    mark.touch()  # the next start has nothing to wait for
+    time.sleep(BACK_AFTER_SECONDS)
+    cluster.start_node(lost)
+    shown = cluster.wait(job, "COMPLETED", "FAILED", timeout=300)
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), screen.read_text()
+    found = ranks_of(run)
+    assert [(r["RANK"], r["SLURM_NODEID"], r["SLURM_RESTART_COUNT"]) for r in found] == [
+        (rank, rank // 2, 1) for rank in range(4)
+    ]
+
+
+@pytest.mark.parametrize("lost", ["node2", "node1"])
 def test_a_lost_node_requeues_the_job_which_continues_from_its_last_checkpoint(
     cluster: Slurm, tmp_path: Path, lost: str
 ) -> None:

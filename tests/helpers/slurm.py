@@ -29,7 +29,7 @@ ClusterName=local
 SlurmctldHost=localhost
 AuthType=auth/munge
 # a requeued job waits until the credentials of its lost step have expired: two minutes, unless told otherwise
-AuthInfo=socket={folder}/munge/socket,cred_expire=5
+AuthInfo=socket={folder}/munge/socket,cred_expire={requeue_seconds}
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={ports[0]}
@@ -173,14 +173,14 @@ def _is_step_of(process: psutil.Process, node: str, folder: Path) -> bool:
 
 
 @contextmanager
-def slurm(folder: Path) -> Iterator[Slurm]:
-    """A cluster of two idle nodes; every process of it ends with the block."""
+def slurm(folder: Path, requeue_seconds: int = 5) -> Iterator[Slurm]:
+    """A cluster of two idle nodes; every process of it ends with the block. A requeued job waits `requeue_seconds`."""
     for name in ("state", "log", "munge", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
     ports: list[int] = []
     while len(ports) < 3:
         ports = sorted({*ports, free_port()})
-    (folder / "slurm.conf").write_text(_CONFIG.format(folder=folder, ports=ports))
+    (folder / "slurm.conf").write_text(_CONFIG.format(folder=folder, ports=ports, requeue_seconds=requeue_seconds))
     env = {**clean_environment(), "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
     cluster = Slurm(folder, env)
     try:
