@@ -91,7 +91,7 @@ class RoutingRecorder:
                 self._blocks.setdefault(key, block)
             elif (known := self._blocks.get(key)) is not None:
                 block[:] = np.where(block >= 0, block, known)
-        known_tokens = np.flatnonzero((choices >= 0).all(axis=(1, 2)))
+        known_tokens = np.flatnonzero(np.all(choices >= 0, axis=(1, 2)))
         end = int(known_tokens[-1]) + 1 if len(known_tokens) else 0
         return narrowed(torch.from_numpy(choices[:end].copy()), self._num_experts)
 

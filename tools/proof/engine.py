@@ -21,7 +21,7 @@ from grpo_mega.phases import Phases
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Reward, Rollout, SamplingRequest
-from grpo_mega.weight_sync.push import WeightSync
+from grpo_mega.weight_sync.sync import WeightSync
 from tools.proof import subject
 
 CYCLES = 5  # of sleep and wake
@@ -59,7 +59,7 @@ def synced(sync: WeightSync, phases: Phases) -> dict[str, float]:
     def push(verify: bool) -> int:
         nonlocal version
         version += 1
-        return sync.push(version, verify=verify).received_bytes
+        return sync.push(version, verify=verify).written_bytes
 
     with phases.syncing():
         num_bytes = push(True)
