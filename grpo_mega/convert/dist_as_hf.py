@@ -11,7 +11,8 @@ from torch import Tensor
 
 from grpo_mega.convert.copying import Piece, pieces_within
 from grpo_mega.convert.families import hf_shapes, hf_shapes_aside
-from grpo_mega.convert.hf_files import INDEX, SINGLE, WEIGHT_DTYPES, HfFiles
+from grpo_mega.convert.hf_files import WEIGHT_DTYPES, HfFiles
+from grpo_mega.convert.hf_headers import INDEX, SINGLE
 from grpo_mega.convert.megatron_keys import MegatronTensor, megatron_tensors
 from grpo_mega.convert.ranges import Shape
 from grpo_mega.convert.spec import read_spec

@@ -1,60 +1,40 @@
 """The tensors of a Hugging Face folder of safetensors files, read by byte ranges.
 
-Every header is checked when the folder is opened: sizes against shapes and against the file's length, the index
-against the files. Afterwards only the bytes of the slices that are asked for are read (`bytes_read` counts them).
-Safe to use from several threads. Asserted by tests/unit/test_hf_files.py.
+Only the bytes of the slices that are asked for are read (`bytes_read` counts them). Safe to use from several threads.
+Asserted by tests/unit/test_hf_files.py.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import itertools
 import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_mega.convert import fp8
+from grpo_mega.convert import fp8, mxfp4
+from grpo_mega.convert.hf_headers import StoredTensor, open_folder
 from grpo_mega.convert.ranges import Shape, ShortFileError, read_box
 from grpo_mega.types import TensorSlice, UserError
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 _COMPUTED = ".rotary_emb.inv_freq"  # old Llama checkpoints hold what everybody computes from config.json
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_ELEMENTS_AT_ONCE = 1 << 22  # of an FP8 weight
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_ELEMENTS_AT_ONCE = 1 << 22  # of a quantised weight
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies: `position` is the byte in the file at which its data starts."""
+class _Packed:
+    """The two tensors that an MXFP4 weight is stored as."""
 
-    path: Path
-    dtype: torch.dtype
-    shape: Shape
-    position: int
+    blocks: StoredTensor
+    scales: StoredTensor
 
 
 class HfFiles:
-    """The tensors of a folder by name. FP8 weights with block scales read as bfloat16."""
+    """The tensors of a folder by name. FP8 weights with block scales, and MXFP4 ones, read as bfloat16."""
 
     def __init__(self, folder: Path, key: str = "model.path", expected: dict[str, Shape] | None = None) -> None:
         """`key` is what the user set to `folder`, `expected` the shapes that config.json says: both for messages.
@@ -63,7 +43,8 @@ class HfFiles:
             UserError: no safetensors there, a file is missing, truncated or damaged, or the index says other than they.
         """
         self.folder, self._key = folder, key
-        self.stored = _open_folder(folder, key, expected or {})
+        self.stored = open_folder(folder, key, expected or {})
+        self._packed = _take_packed(self.stored, key)
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
@@ -122,7 +103,9 @@ class HfFiles:
     def read_into(self, box: TensorSlice, out: Tensor) -> None:
         """Fill `out`, of the slice's shape and any floating-point dtype."""
         stored = self.stored[box.name]
-        if box.name + fp8.SCALE_SUFFIX in self.scale_names:
+        if box.name in self._packed:
+            self._read_packed(self._packed[box.name], box, out)
+        elif box.name + fp8.SCALE_SUFFIX in self.scale_names:
             rows, columns = box.shape
             step = max(1, _ELEMENTS_AT_ONCE // max(1, columns))  # in float32 a whole weight would be four times itself
             for row in range(0, rows, step):
@@ -137,6 +120,21 @@ class HfFiles:
             values = torch.empty(box.shape, dtype=stored.dtype)
             self._read(stored, box, values)
             out.copy_(values)
+
+    def _read_packed(self, packed: _Packed, box: TensorSlice, out: Tensor) -> None:
+        """Expert by expert and some columns at a time: in float32 a whole weight would be eight times itself."""
+        experts, length, columns = box.shape
+        first, groups = mxfp4.groups_of(box.offsets[1], length)
+        begin = box.offsets[1] - first * mxfp4.BLOCK
+        step = max(1, _ELEMENTS_AT_ONCE // max(1, length))
+        for expert, column in itertools.product(range(experts), range(0, columns, step)):
+            count = min(step, columns - column)
+            at, shape = (box.offsets[0] + expert, box.offsets[2] + column, first), (1, count, groups)
+            blocks = torch.empty((*shape, packed.blocks.shape[3]), dtype=torch.uint8)
+            scales = torch.empty(shape, dtype=torch.uint8)
+            self._read(packed.blocks, TensorSlice(box.name, (*at, 0), tuple(blocks.shape)), blocks)
+            self._read(packed.scales, TensorSlice(box.name, at, shape), scales)
+            out[expert, :, column : column + count].copy_(mxfp4.dequantise(blocks, scales)[0, begin : begin + length])
 
     def scales(self, name: str) -> Tensor:
         """[ceil(R / 128), ceil(C / 128)] float32 of the FP8 weight `name`; read once."""
@@ -176,119 +174,25 @@ class HfFiles:
             )
 
 
+def _take_packed(stored: dict[str, StoredTensor], key: str) -> dict[str, _Packed]:
+    """Put each MXFP4 weight into `stored` in the place of what it is stored as; those, by the weight's name."""
+    packed = {}
+    for name in sorted(n.removesuffix(mxfp4.BLOCKS_SUFFIX) for n in stored if n.endswith(mxfp4.BLOCKS_SUFFIX)):
+        blocks, scales = stored.pop(name + mxfp4.BLOCKS_SUFFIX), stored.pop(name + mxfp4.SCALES_SUFFIX, None)
+        told = f"{key}: {name}{mxfp4.BLOCKS_SUFFIX} of shape {blocks.shape} and dtype {blocks.dtype}"
+        if scales is None or name in stored:
+            problem = f"has no {name}{mxfp4.SCALES_SUFFIX}" if scales is None else f"is there beside a {name}"
+            raise UserError(f"{told} {problem}; an MXFP4 weight is blocks and scales, use matching files")
+        shape = mxfp4.shape_of(blocks.shape, scales.shape)
+        if shape is None or {blocks.dtype, scales.dtype} != {torch.uint8}:
+            raise UserError(
+                f"{told} and {name}{mxfp4.SCALES_SUFFIX} of shape {scales.shape} and dtype {scales.dtype} are no MXFP4"
+                " weight: uint8 [E, N, K / 32, 16] and [E, N, K / 32]; use matching files"
+            )
+        packed[name] = _Packed(blocks, scales)
+        stored[name] = StoredTensor(blocks.path, torch.bfloat16, shape, blocks.position)
+    return packed
+
+
 def _scaled(scale: str) -> str:
     return scale.removesuffix(fp8.SCALE_SUFFIX)
-
-
-def _open_folder(folder: Path, key: str, expected: dict[str, Shape]) -> dict[str, StoredTensor]:
-    single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
-    if not single and not index:
-        raise UserError(f"{key}={folder} holds no {SINGLE}; give a folder in safetensors format")
-    if not index:
-        return read_header(folder / SINGLE)
-    placed = _weight_map(folder / INDEX)
-    if single and SINGLE not in placed.values():  # others read the single file
-        raise UserError(f"{key}={folder} holds {SINGLE} and {INDEX} of other files; remove the one that is outdated")
-    files: dict[str, dict[str, StoredTensor]] = {}
-    for file in sorted(set(placed.values())):
-        if not (folder / file).is_file():
-            names = [name for name, where in placed.items() if where == file]
-            told = ", ".join(f"{n} of shape {expected[n]}" if n in expected else n for n in names[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise UserError(
-                f"{folder / file}: is missing, the index places {told}{more} there; download the file again"
-            )
-        files[file] = read_header(folder / file)
-    _check_places(folder, placed, files, expected)
-    return {name: files[file][name] for name, file in placed.items()}
-
-
-def _check_places(
-    folder: Path, placed: dict[str, str], files: dict[str, dict[str, StoredTensor]], expected: dict[str, Shape]
-) -> None:
-    for name, file in placed.items():
-        if name not in files[file]:
-            others = [
-                f"{other} holds it with shape {files[other][name].shape}" for other in files if name in files[other]
-            ]
-            told = ", ".join(others) or "no file of the index does"
-            wanted = f"{name} of shape {expected[name]}" if name in expected else name
-            raise UserError(
-                f"{folder / file}: holds no {wanted}, which the index places there, {told}; use matching files"
-            )
-    for file, held in files.items():
-        for name, stored in held.items():
-            where = placed.get(name)
-            if where != file:
-                told = "no file" if where is None else f"{where} with shape {files[where][name].shape}"
-                raise UserError(
-                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in {told}; use"
-                    " matching files"
-                )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text())["weight_map"]
-        placed = {str(name): str(file) for name, file in found.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of something else
-        raise UserError(f"{index}: is no index of safetensors files ({error!r}); download the file again") from None
-    for name, file in placed.items():
-        if Path(file).name != file:
-            raise UserError(f"{index}: places {name} in {file!r}, which is no file of this folder; use matching files")
-    return placed
-
-
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
-
-    Raises:
-        UserError: it is not there, truncated, or its header contradicts itself or the file's length.
-    """
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= _MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            text = file.read(length)
-        if len(text) < length:
-            raise ValueError(f"its header of {length} bytes ends after {len(text)}")
-        return _checked_header(json.loads(text), path, 8 + length)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); download the file again") from None
-
-
-def _checked_header(header: dict[str, Any], path: Path, data: int) -> dict[str, StoredTensor]:
-    end, tensors = 0, {}
-    entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-    for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(map(_size, entry["shape"]))
-        begin, finish = map(_size, entry["data_offsets"])
-        size = math.prod(shape) * dtype.itemsize
-        if begin != end or finish - begin != size:
-            raise ValueError(f"{name} of shape {shape}, {dtype}, has bytes {begin}:{finish}, {end}:{end + size} is due")
-        tensors[name] = StoredTensor(path, dtype, shape, data + begin)
-        end = finish
-    _check_length(path, tensors, data + end)
-    return tensors
-
-
-def _size(number: Any) -> int:
-    if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no size")
-    return number
-
-
-def _check_length(path: Path, tensors: dict[str, StoredTensor], expected: int) -> None:
-    found = path.stat().st_size
-    told = ""
-    for name, stored in tensors.items():
-        row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
-        if stored.position + math.prod(stored.shape) * stored.dtype.itemsize > found:
-            whole = max(0, found - stored.position) // max(1, row)
-            told = f"; of {name} of shape {stored.shape} there is {(whole, *stored.shape[1:])}"
-            break
-    if found != expected:
-        raise ValueError(f"the file has {found} bytes, its header says {expected}{told}")

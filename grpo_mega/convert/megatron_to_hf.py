@@ -27,8 +27,9 @@ from grpo_mega.convert.copying import (
 )
 from grpo_mega.convert.digest import digest_text
 from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
-from grpo_mega.convert.hf_files import DTYPES as STORED_DTYPES
-from grpo_mega.convert.hf_files import INDEX, SINGLE, HfFiles, StoredTensor, read_header
+from grpo_mega.convert.hf_files import HfFiles
+from grpo_mega.convert.hf_headers import DTYPES as STORED_DTYPES
+from grpo_mega.convert.hf_headers import INDEX, SINGLE, StoredTensor, read_header
 from grpo_mega.convert.hf_to_megatron import SCALES_FILE, ConversionReport, stored_dtype
 from grpo_mega.convert.ranges import Shape, read_box
 from grpo_mega.convert.spec import FP8_BLOCK
@@ -170,6 +171,11 @@ class _Fp8Codec:
         """
         self._stored: dict[str, StoredTensor] = {}
         found = json.loads((base / "config.json").read_text()).get("quantization_config") or _FP8_CONFIG
+        if found.get("quant_method") != "fp8":
+            raise UserError(
+                f"--fp8: {base / 'config.json'} has quant_method={found.get('quant_method')}; only fp8 is written, for"
+                " bfloat16 leave --fp8 out"
+            )
         if found.get("scale_fmt", "float") != "float":
             raise UserError(
                 f"--fp8: {base / 'config.json'} has scale_fmt={found['scale_fmt']}; only float32 scales are made"

@@ -33,7 +33,7 @@ def _common(
     fields.only("hidden_act", "silu")
     fields.only("attention_dropout", 0, 0.0)
     quantised = fields.take("quantization_config")
-    if quantised is not None and not _is_block_fp8(quantised):
+    if quantised is not None and not _is_block_fp8(quantised) and not _is_mxfp4(quantised, fields.family):
         fields.refuse(f"quantization_config={quantised}")
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     max_positions = fields.whole("max_position_embeddings")
@@ -60,6 +60,10 @@ def _common(
 
 def _is_block_fp8(found: dict[str, Any]) -> bool:
     return bool(found.get("quant_method") == "fp8" and found.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK])
+
+
+def _is_mxfp4(found: dict[str, Any], family: str) -> bool:
+    return bool(found.get("quant_method") == "mxfp4" and family == "gpt_oss")  # what has it is seen in the files
 
 
 def _no_partial_rotary(fields: Fields, common: dict[str, Any]) -> dict[str, Any]:

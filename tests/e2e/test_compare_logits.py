@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from grpo_mega.convert import fp8
+from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 from tests.helpers.tiny_models import make_family_model
 
@@ -65,6 +66,13 @@ def test_fp8_weights_are_compared_as_what_they_stand_for(model: Path, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(raw_family_config("glm4_moe", quantization_config=quantised)))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     done = compare(str(tmp_path), "--json", "--tolerance", "2e-5")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.long
+def test_mxfp4_experts_are_compared_as_what_they_stand_for(tmp_path: Path) -> None:
+    folder = make_published_mxfp4(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    done = compare(str(folder), "--layout", "tp=2,ep=2", "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -22,13 +22,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_mega.convert import fp8
+from grpo_mega.convert import fp8, mxfp4
 from grpo_mega.convert.compare import compare, open_checkpoint
 from grpo_mega.convert.digest import digest_text, slice_digest
 from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
 from grpo_mega.types import TensorSlice, UserError
+from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.stock_megatron import token_ids
 from tests.helpers.tiny_models import make_tiny_model
@@ -155,6 +156,22 @@ def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
     texts = {(tmp_path / side / "digests.json").read_text() for side in ("megatron", "fp8", "bf16")}
     assert len(texts) == 1
+
+
+def test_mxfp4_experts_become_the_bf16_that_they_stand_for(tmp_path: Path) -> None:
+    hf = make_published_mxfp4(tmp_path / "hf", hidden_size=64, intermediate_size=96)
+    tensors = stored(hf)
+    packed = {n.removesuffix("_blocks"): n for n in tensors if n.endswith("_blocks")}
+    assert len(packed) == 4, "two weights of experts in each of two layers"
+    values = {n: mxfp4.dequantise(tensors.pop(p), tensors.pop(n + "_scales")) for n, p in packed.items()}
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
+    found = stored(tmp_path / "bf16")
+    assert found.keys() == tensors.keys() | values.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in (tensors | values).items())
+    assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
+    with pytest.raises(UserError, match=r"--fp8: .*quant_method=mxfp4"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "fp8", to_fp8=True)
 
 
 def die_after(num_reads: int, hf: Path, out: Path) -> None:

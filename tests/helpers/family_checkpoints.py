@@ -38,6 +38,24 @@ def make_published(folder: Path, family: str, *, quantised: bool = False, **chan
     return folder
 
 
+def make_published_mxfp4(folder: Path, **changes: object) -> Path:
+    """gpt-oss as it is published: its experts' weights, whose inner sizes are multiples of 32, in MXFP4."""
+    make_published(folder, "gpt_oss", **changes)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(2)
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, length, columns = tensors.pop(name).shape
+        shape = (experts, columns, length // 32)
+        tensors[name + "_blocks"] = torch.randint(256, (*shape, 16), dtype=torch.uint8, generator=generator)
+        tensors[name + "_scales"] = torch.randint(119, 125, shape, dtype=torch.uint8, generator=generator)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def _mtp_layer(tensors: dict[str, Tensor], layer: int, hidden: int, vocab: int) -> dict[str, Tensor]:
     """As in model.safetensors.index.json of DeepSeek-V3: a layer like the last one, and what is around it."""
     generator = torch.Generator().manual_seed(layer)
