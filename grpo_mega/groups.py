@@ -15,7 +15,7 @@ from typing import Protocol
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.rollout import SampledGroups, derived_seed
-from grpo_mega.types import Prompt, SamplingRequest
+from grpo_mega.types import Prompt, SamplingRequest, UserError
 
 
 class GroupSampler(Protocol):
@@ -41,14 +41,23 @@ class GroupSource:
         prompt, until all places are taken by groups that teach, `algorithm.refill_rounds` rounds are over or the
         prompts are. Places that stay degenerate are dropped from the loss.
 
+        Raises:
+            UserError: under `algorithm.routing_replay` the engine did not tell a rollout's experts.
+
         Source: dynamic sampling: DAPO, arXiv:2503.14476, section "The More the Merrier: Dynamic Sampling". Differs: a
             round samples as many prompts as places are open, the rounds are limited, and a prompt that fills a place
             comes again when it is its turn.
         """
         sampling, seed = self.config.sampling, self.config.run.seed
-        request = SamplingRequest(sampling.group_size, sampling.temperature, sampling.max_tokens, seed=0)
+        request = SamplingRequest(
+            sampling.group_size,
+            sampling.temperature,
+            sampling.max_tokens,
+            seed=0,
+            expert_choices=self.config.algorithm.routing_replay,
+        )
         chosen = self.prompts.batch(step - 1, self.config.data.prompts_per_step, seed)
-        groups = self.sampler.sample(chosen, request, ("train", seed, step))
+        groups = self._told(self.sampler.sample(chosen, request, ("train", seed, step)))
         rounds = self.config.algorithm.refill_rounds
         if rounds is None:  # config/check_algorithm.py: set exactly under degenerate=refill
             return groups
@@ -58,8 +67,18 @@ class GroupSource:
             spare = list(islice(others, len(places)))
             if not spare:
                 break
-            sampled = self.sampler.sample(spare, request, ("train", seed, step, "refill", refill))
+            sampled = self._told(self.sampler.sample(spare, request, ("train", seed, step, "refill", refill)))
             groups = _filled(groups, places, sampled)
+        return groups
+
+    def _told(self, groups: SampledGroups) -> SampledGroups:
+        silent = [r for r in groups.rollouts if r.completion.expert_choices is None]
+        if self.config.algorithm.routing_replay and silent:
+            raise UserError(
+                f"algorithm.routing_replay=true: engine.kind={self.config.engine.kind} told no experts for "
+                f"{len(silent)} of {len(groups.rollouts)} rollouts, the first of prompt {silent[0].prompt.index}; "
+                "use an engine that does, or set algorithm.routing_replay=false"
+            )
         return groups
 
     def _others(self, chosen: Sequence[Prompt], step: int) -> Iterator[Prompt]:

@@ -7,6 +7,7 @@ Asserted by tests/unit/test_objective.py and tests/unit/test_algorithms.py.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -165,6 +166,12 @@ class Objective:
     ) -> Estimates:
         """Advantages over the critic's `values` (per loss token), whitened over the step's tokens; returns.
 
+        An outcome reward is earned at the last loss token. Where a process reward judged the rollout, each step's value
+        is earned in full at the token that ends it, in place of the outcome: `Reward.value` holds the mean of the
+        steps, which is not added again; components without steps are a step that ends with the completion; what
+        `shaped` took off stays at the last token. A step that ends in a tool's result belongs to the last token that
+        the policy sampled before.
+
         Args:
             groups: all rollouts of the step.
             rewards: one per rollout, shaped.
@@ -179,7 +186,7 @@ class Objective:
         advantages = []
         for i, rollout in enumerate(groups.rollouts):
             penalties = [coef * k for k in kl[i]] if kl is not None else [0.0] * rollout.completion.num_loss_tokens
-            row = token_rewards(rewards[i], penalties)
+            row = _token_rewards(rollout, rewards[i], penalties)
             advantages.append(generalized_advantages(row, values[i], gamma=gamma, gae_lambda=gae_lambda))
         returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, values, strict=True)]
         return Estimates(list(whitened(advantages)), returns)
@@ -266,6 +273,16 @@ class Objective:
 
     def _is_dropped(self, groups: SampledGroups, group: int) -> bool:
         return self.algorithm.degenerate != "keep" and groups.is_degenerate(group)
+
+
+def _token_rewards(rollout: Rollout, reward: float, penalties: Sequence[float]) -> list[float]:
+    """Of each loss token; `reward` is the rollout's, shaped."""
+    if rollout.steps is None:
+        return token_rewards(reward, penalties)
+    mask = rollout.completion.loss_mask
+    sampled = [i for i in range(len(rollout.completion.token_ids)) if mask is None or mask[i]]
+    steps = [(bisect_right(sampled, end) - 1, value) for end, value in rollout.steps]
+    return token_rewards(reward - rollout.reward.value, penalties, steps)
 
 
 def _surrogate(algorithm: AlgorithmConfig) -> Surrogate:

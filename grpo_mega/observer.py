@@ -10,10 +10,11 @@ from grpo_mega.config.schema import Config
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
-from grpo_mega.observe.rollouts import rollout_rows
+from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, versions, write_summary
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.stop import Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.step_report import StepResult
 from grpo_mega.types import Reward
@@ -66,6 +67,7 @@ class Observer:
         """Rollouts first, then the step's line: a line on disk means that its rollouts are there."""
         rows = rollout_rows(result.groups.rollouts, result.batch.mean_advantages, result.old_log_probs)
         self._metrics.write_rollouts(result.step, rows)
+        write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
         metrics = result.metrics(self._topology.num_replicas, self._is_right)
         times = self._timers.step_metrics()
         tokens = sum(r.num_tokens for r in result.groups.rollouts)
@@ -87,7 +89,7 @@ class Observer:
 
     def failed(self, error: BaseException) -> None:
         """Keeps what is known; the summary says why it ended."""
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
         self._write(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:

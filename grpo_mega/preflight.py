@@ -31,10 +31,14 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
     _check_host_optimizer(config)
+    _check_fp8(config)
     spec = _spec(config)
     if with_engine:
         _check_sync(spec, config)
+    if config.algorithm.routing_replay and spec.moe is None:
+        raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
     check_layout(spec, config.parallel, topology, where)
+    _check_fp8_layers(spec, config, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > spec.max_positions:
         raise UserError(
@@ -75,6 +79,28 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
         if module in (parallel.recompute_modules or ()) and part is None:
             raise UserError(f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}; leave it out")
     stage_layers(spec.num_layers, parallel, where)
+
+
+def _check_fp8(config: Config) -> None:
+    """Raises UserError: there is no device that has FP8."""
+    if config.precision.fp8 is not None and not Path("/proc/driver/nvidia/gpus").is_dir():
+        raise UserError(
+            f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none; leave "
+            "precision.fp8 out"
+        )
+
+
+def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
+    """Megatron counts the layers that stay in bf16 within the first and the last stage."""
+    fp8, stage = config.precision.fp8, spec.num_layers // config.parallel.pp
+    if fp8 is None:
+        return
+    for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
+        if number > stage:
+            raise UserError(
+                f"precision.fp8.{key}={number} is more than the {stage} layers of a pipeline stage of {where}; use at "
+                f"most {stage}"
+            )
 
 
 def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, where: str) -> None:

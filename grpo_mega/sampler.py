@@ -54,7 +54,7 @@ def make_sampler(
     if config.environment is not None:
         generator = _turn_taking(config, engine, workers, ranks, model_folder)
     ends_of = None
-    if config.algorithm.advantage == "process":
+    if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled: values of rollouts
         ends_of = partial(token_ends, load_tokenizer(model_folder))
     per_wave = config.sampling.prompts_per_wave
     return Sampler(generator, workers.rewards, ranks, timers, per_wave, _floor(config), ends_of)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import compress, repeat
 
 from grpo_mega.batch import TrainBatch
+from grpo_mega.data.experts import widened
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Reward, Rollout, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
@@ -134,7 +135,7 @@ def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
     told = 0
     for rollout in rollouts:
         if (choices := rollout.completion.expert_choices) is not None:
-            predicting = choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1]
+            predicting = widened(choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1])
             has_record = (predicting >= 0).flatten(1).any(1).tolist()
             told += sum(compress(has_record, rollout.completion.loss_mask or repeat(True)))
     return {"train/unreplayed_fraction": 1.0 - told / sum(r.completion.num_loss_tokens for r in rollouts)}

@@ -48,8 +48,8 @@ class Completion:
     `token_ids` ends with EOS when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of `token_ids`.
     `policy_version` is the number of updates behind the weights that sampled it. `loss_mask` is False on the tokens of
     results, whose sampler log-probs are 0; None: all tokens are the policy's. `failure`: how the environment failed.
-    `expert_choices`, of an engine that tells them, are the experts of the first N tokens of prompt and completion in
-    each layer: [N, L, K] small integers, -1 where there is no record.
+    `expert_choices`, where the request asks for them, are the experts of the first N tokens of prompt and completion in
+    each layer: [N, L, K] small integers as in data/experts.py.
     """
 
     token_ids: tuple[int, ...]
@@ -112,7 +112,8 @@ class SamplingRequest:
 
     `stop` are texts that end an answer, besides EOS; the token that completes one belongs to the answer.
     `max_tokens_each` has a limit for each prompt, in place of `max_tokens`. `continues`: the prompts go on where the
-    last call's answers ended, so what the engine computed for those may be used again.
+    last call's answers ended, so what the engine computed for those may be used again. `expert_choices`: tell the
+    experts of every token (`Completion.expert_choices`).
     """
 
     group_size: int
@@ -122,6 +123,7 @@ class SamplingRequest:
     stop: tuple[str, ...] = ()
     max_tokens_each: tuple[int, ...] | None = None
     continues: bool = False
+    expert_choices: bool = False
 
     def max_tokens_of(self, position: int) -> int:
         """Of the prompt at this position."""

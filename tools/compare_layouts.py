@@ -118,7 +118,7 @@ def run_layout(config: Config, folder: Path, work: Path, rollouts: Path | None) 
     # libraries warn of what this machine lacks, once a rank
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-    command = [sys.executable, str(Path(__file__).resolve().parent / "layouts" / "worker.py"), str(job)]
+    command = [sys.executable, str(Path(__file__).resolve().parent / "rank.py"), "layouts", str(job)]
     if run_ranks(command, ranks) != 0:
         raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
     return json.loads(answer.read_text()), gradients

@@ -128,7 +128,7 @@ def run_layout(config: Config, job: dict[str, Any], work: Path) -> dict[str, flo
     # libraries warn of what this machine lacks, once a rank
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-    command = [sys.executable, str(Path(__file__).resolve().parent / "logits" / "worker.py"), str(file)]
+    command = [sys.executable, str(Path(__file__).resolve().parent / "rank.py"), "logits", str(file)]
     if run_ranks(command, ranks) != 0:
         raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
     found: dict[str, float] = json.loads(answer.read_text())

@@ -8,17 +8,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def token_rewards(reward: float, penalties: Sequence[float]) -> list[float]:
-    """r_t = -penalty_t, and the rollout's reward at its last token. Empty for a rollout without tokens.
+def token_rewards(reward: float, penalties: Sequence[float], steps: Sequence[tuple[int, float]] = ()) -> list[float]:
+    """r_t = -penalty_t + the values of the steps that end at t, and `reward` at the last token. Empty for a rollout
+    without tokens.
 
     Args:
-        reward: of the whole rollout.
-        penalties: one per completion token (kl_coef times its KL).
+        reward: what the rollout as a whole earns: all of it for an outcome reward, the rest for a process reward.
+        penalties: one per loss token (kl_coef times its KL).
+        steps: (position among the loss tokens, value), in any order; several may end at one token.
+
+    Raises:
+        ValueError: a step does not end within the rollout.
 
     Source: Ouyang et al., "Training language models to follow instructions", arXiv:2203.02155, equation 2, as the
-        reward of each token.
+        reward of each token; steps: Math-Shepherd, arXiv:2312.08935, whose PPO rewards a step where it ends.
     """
     rewards = [-penalty for penalty in penalties]
+    for end, value in steps:
+        if not 0 <= end < len(rewards):
+            raise ValueError(f"a step ends at loss token {end} of {len(rewards)}")
+        rewards[end] += value
     if rewards:
         rewards[-1] += reward
     return rewards

@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +20,9 @@ import numpy as np
 import torch
 
 from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.vllm_routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm_sink import VllmSink
-from grpo_mega.engines.vllm_start import VllmSettings, keep_generators, start, stop
+from grpo_mega.engines.vllm_start import BLOCK_TOKENS, VllmSettings, keep_generators, start, stop
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
 
@@ -40,9 +42,10 @@ class VllmEngine:
         max_num_seqs: rollouts that a replica samples at the same time.
         ep: 1: experts are cut over the tp ranks; tp: each is whole on one of them.
         kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
+        tell_experts: be able to answer requests with `expert_choices`.
 
     Raises:
-        UserError: the model has no layout table or no EOS token, or `tp` does not fit it.
+        UserError: the model has no layout table or no EOS token, `tp` does not fit it, or it cannot tell experts.
         ImportError: vLLM is not installed.
     """
 
@@ -57,6 +60,7 @@ class VllmEngine:
         max_num_seqs: int,
         kv_cache_tokens: int | None,
         seed: int,
+        tell_experts: bool = False,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -65,11 +69,18 @@ class VllmEngine:
         self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
         self._max_model_len = max_model_len
         self._on_cuda = torch.cuda.is_available()
-        settings = VllmSettings(config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, ep > 1)
+        settings = VllmSettings(
+            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, ep > 1, tell_experts
+        )
         started = start(settings, spec)
-        self._llm: Any = started[0]
+        self._llm: Any = started.llm
         runner = self._llm.model_executor.driver_worker.worker.model_runner
-        self._sink = VllmSink(runner.model, started[1], self._drop_prefixes)
+        self._routing: RoutingRecorder | None = None
+        if started.steps is not None:
+            assert spec.moe is not None, "bind_routers refuses a model without experts"
+            self._routing = RoutingRecorder(started.steps, num_experts=spec.moe.num_experts, block_tokens=BLOCK_TOKENS)
+            record_steps(runner, self._routing)
+        self._sink = VllmSink(runner.model, started.record, self._drop_prefixes)
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
         self._told = False  # what sleeping means on this machine: said once
@@ -98,7 +109,8 @@ class VllmEngine:
 
         Raises:
             RuntimeError: asleep, in the middle of an update, or before the first sync.
-            ValueError: a prompt and its completion do not fit `max_model_len`.
+            ValueError: a prompt and its completion do not fit `max_model_len`, or the engine was not built to tell
+                experts and is asked for them.
         """
         self._check_ready(prompts, sampling)
         if not sampling.continues:
@@ -146,6 +158,8 @@ class VllmEngine:
             raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
         if self._sink.updating or self.policy_version < 0:
             raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+        if sampling.expert_choices and self._routing is None:
+            raise ValueError("expert_choices of an engine that was built without tell_experts")
         for position, prompt in enumerate(prompts):
             max_tokens = sampling.max_tokens_of(position)
             if len(prompt.token_ids) + max_tokens > self._max_model_len:
@@ -165,12 +179,18 @@ class VllmEngine:
                 # One request per rollout: a request with n=G reports only when the last of the G is complete.
                 request_id = f"{position}/{member}"
                 places[request_id] = (position, member)
+                if self._routing is not None and sampling.expert_choices:
+                    self._routing.open(request_id, prompt.token_ids, sampling.max_tokens_of(position))
                 self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
         try:
             while places:
                 for output in self._llm.step():
                     position, member = places.pop(output.request_id)
-                    yield position, member, self._completion(output.outputs[0])
+                    completion = self._completion(output.outputs[0])
+                    if self._routing is not None and sampling.expert_choices:
+                        tokens = (*prompts[position].token_ids, *completion.token_ids)
+                        completion = replace(completion, expert_choices=self._routing.take(output.request_id, tokens))
+                    yield position, member, completion
         finally:
             if places:  # an error on the way: the next call must not meet this one's requests
                 self._llm.abort_request(list(places))
@@ -210,6 +230,8 @@ class VllmEngine:
     def _drop_prefixes(self) -> None:
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM kept its prefix cache: requests of an earlier call are still running")
+        if self._routing is not None:
+            self._routing.drop()
 
 
 class _KvStorage:

@@ -9,7 +9,7 @@ Asserted by tests/engine/test_vllm_record.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,10 +81,13 @@ def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dty
     return record
 
 
-def recording_load_format(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> list[LoaderRecord | str]:
+def recording_load_format(
+    tensors: Mapping[str, tuple[Shape, torch.dtype]], loaded: Callable[[nn.Module, Any], None] | None = None
+) -> list[LoaderRecord | str]:
     """Teach vLLM the load format RECORDING: random weights, as its own `dummy`, and the loader recorded on the model.
 
-    Returns a list to which each load appends its record, or why there is none.
+    `loaded` is called with each model when it is complete, and vLLM's config. Returns a list to which each load appends
+    its record, or why there is none.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -92,6 +95,12 @@ def recording_load_format(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> l
     records: list[LoaderRecord | str] = []
 
     class RecordingLoader(DummyModelLoader):
+        def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> nn.Module:
+            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+            if loaded is not None:
+                loaded(model, vllm_config)
+            return model
+
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             super().load_weights(model, model_config)
             try:

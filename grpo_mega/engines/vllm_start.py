@@ -28,6 +28,7 @@ from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.engines.vllm_cpu import correct_vllm
 from grpo_mega.engines.vllm_record import RECORDING, LoaderRecord, recording_load_format
+from grpo_mega.engines.vllm_routing import Steps, bind_routers
 from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
 from grpo_mega.types import UserError
 
@@ -52,6 +53,17 @@ class VllmSettings:
     seed: int
     experts_spread: bool = False
     """Experts are whole on one rank each, not cut over all."""
+    tell_experts: bool = False
+    """Take down which experts each token is sent to."""
+
+
+@dataclass(frozen=True)
+class StartedEngine:
+    """vLLM's LLMEngine, the record of its loader or why there is none, and, where asked for, what routers choose."""
+
+    llm: Any
+    record: LoaderRecord | str
+    steps: Steps | None
 
 
 def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
@@ -81,9 +93,8 @@ def cached_elements(spec: ModelSpec, tp: int) -> int:
     return 2 * local_kv_heads(spec, tp) * spec.head_dim
 
 
-def start(settings: VllmSettings, spec: ModelSpec) -> tuple[Any, LoaderRecord | str]:
-    """The LLMEngine of vLLM on this rank, with dummy weights, and the record of its loader, or why there is none. Every
-    rank of the world calls it.
+def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
+    """The engine on this rank, with dummy weights. Every rank of the world calls it.
 
     Raises:
         UserError: the model or the layout does not fit.
@@ -112,12 +123,16 @@ def start(settings: VllmSettings, spec: ModelSpec) -> tuple[Any, LoaderRecord | 
             stack.enter_context(_cpu_construction())
         register_model(settings.config_dir)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
-        records = recording_load_format(checkpoint_tensors(spec, dtype))
+        steps: list[Steps] = []
+        records = recording_load_format(
+            checkpoint_tensors(spec, dtype),
+            (lambda model, config: steps.append(bind_routers(model, config))) if settings.tell_experts else None,
+        )
         arguments = vllm.EngineArgs(**_engine_arguments(settings, spec))
         engine = vllm.LLMEngine.from_engine_args(arguments)
     # The client's finalizer runs the full shutdown, default process group included, when it is collected.
     engine.engine_core._finalizer.detach()
-    return engine, records[-1]
+    return StartedEngine(engine, records[-1], steps[-1] if steps else None)
 
 
 def stop(engine: Any) -> None:

@@ -11,13 +11,11 @@ Asserted by tests/unit/test_environments.py.
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from grpo_mega.config.named import Catalogue, check_args
 from grpo_mega.types import UserError
 
 BUILTIN_ENVIRONMENTS: Mapping[str, str] = {"calculator": "grpo_mega.environments.calculator:calculator"}
@@ -25,6 +23,7 @@ BUILTIN_ENVIRONMENTS: Mapping[str, str] = {"calculator": "grpo_mega.environments
 
 _KEY = "environment"
 _DECLARATION = "__environment_declaration__"
+_ENVIRONMENTS = Catalogue("environment", BUILTIN_ENVIRONMENTS, _DECLARATION)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -99,55 +98,12 @@ def build_environment(spec: EnvironmentSpec) -> Environment:
         UserError: an unknown name, a path that cannot be imported, a function that is not declared, an argument that it
             does not take or a value that it refuses.
     """
-    function = _resolve(spec.name)
+    function = _ENVIRONMENTS.find(_KEY, spec.name)
     declaration = getattr(function, _DECLARATION, None)
     if not isinstance(declaration, Declaration):
         raise UserError(
             f"{_KEY}.name={spec.name!r} is not declared; put `@grpo_mega.environments.environment(stop=(...,))` above "
             "the function"
         )
-    _check_args(spec, function, declaration)
+    check_args(_KEY, spec.name, spec.args, function, ("", (), ""), declaration.check_args)
     return Environment(function, declaration.stop, dict(spec.args))
-
-
-def _resolve(name: str) -> Callable[..., Any]:
-    path = BUILTIN_ENVIRONMENTS.get(name, name)
-    module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
-    if not module_name or not attribute:
-        nearest = difflib.get_close_matches(name, BUILTIN_ENVIRONMENTS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"{_KEY}.name={name!r} is no environment, did you mean {nearest!r}? "
-            f"Use one of {', '.join(sorted(BUILTIN_ENVIRONMENTS))} or a path package.module:function"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise UserError(
-            f"{_KEY}.name={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-            "check the path and PYTHONPATH"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        functions = [n for n, value in vars(module).items() if hasattr(value, _DECLARATION)]
-        raise UserError(
-            f"{_KEY}.name={name!r}: module {module_name!r} has no function {attribute!r}; "
-            f"its environments: {', '.join(functions) or 'none'}"
-        )
-    return function  # type: ignore[no-any-return]
-
-
-def _check_args(spec: EnvironmentSpec, function: Callable[..., Any], declaration: Declaration) -> None:
-    signature = inspect.signature(function)
-    try:
-        signature.bind("", (), "", **spec.args)
-    except TypeError as error:
-        known = list(signature.parameters)[3:]
-        raise UserError(
-            f"{_KEY}.args={dict(spec.args)} does not fit {spec.name!r} ({error}); it takes: "
-            f"{', '.join(known) or 'no arguments'}"
-        ) from error
-    if declaration.check_args is not None:
-        try:
-            declaration.check_args(**spec.args)
-        except UserError as error:
-            raise UserError(f"{_KEY}.args: {error}") from error

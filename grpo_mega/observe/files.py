@@ -1,4 +1,4 @@
-"""Text files that are never seen half written, and JSON that is always valid."""
+"""Files that are never seen half written, and JSON that is always valid."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 TEMPORARY_SUFFIX = ".tmp"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader, or a crash at any moment, sees the old file or the new one, whole."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content`: a reader, or a crash at any moment, sees the old file or the new one, whole."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

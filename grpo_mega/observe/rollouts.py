@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
+
+import numpy as np
 
 from grpo_mega.observe.files import to_json, write_atomically
 from grpo_mega.types import Rollout, StopReason
@@ -89,6 +92,22 @@ def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | No
         steps=None if rollout.steps is None else list(rollout.steps),
         data_set=prompt.data_set,
     )
+
+
+def write_experts(path: Path, rollouts: Sequence[Rollout]) -> None:
+    """`expert_choices` of the rollouts beside their rows, an .npz; none if no rollout has any. The file appears whole.
+
+    `choices` [sum of num_tokens, L, K], one rollout behind the other as the engine told them (data/experts.py), and
+    `num_tokens`, one per row.
+    """
+    records = [r.completion.expert_choices for r in rollouts]
+    told = [record.numpy() for record in records if record is not None]
+    if told:
+        counts = np.array([0 if record is None else len(record) for record in records], dtype=np.int32)
+        data = io.BytesIO()
+        np.savez(data, choices=np.concatenate(told), num_tokens=counts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data.getvalue())
 
 
 def write_rollouts(path: Path, rows: Sequence[RolloutRow]) -> None:

@@ -79,6 +79,10 @@ class RunFolder:
         """The rollouts of one step, a row each."""
         return self.rollouts / f"step_{step:06d}.jsonl"
 
+    def experts_of(self, step: int) -> Path:
+        """The experts of the tokens of these rollouts."""
+        return self.rollouts / f"step_{step:06d}.experts.npz"
+
     def checkpoint_of(self, step: int) -> Path:
         """The checkpoint taken after `step` steps."""
         return self.checkpoints / f"step_{step:06d}"

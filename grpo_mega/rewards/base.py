@@ -12,14 +12,12 @@ Nothing here imports torch: worker processes import this module and the rewards,
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from grpo_mega.config.named import Catalogue, check_args
 from grpo_mega.rewards.batched import BatchScorer, Row
 from grpo_mega.types import UserError
 
@@ -45,6 +43,7 @@ Steps = tuple[tuple[int, float], ...]
 Value = float | Steps
 
 _DECLARATION = "__reward_declaration__"
+_REWARDS = Catalogue("reward", BUILTIN_REWARDS, _DECLARATION)
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -209,14 +208,15 @@ def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -
     components = []
     for position, term in enumerate(terms):
         where = f"reward.terms[{position}]"
-        function = _resolve(where, term.name)
+        function = _REWARDS.find(where, term.name)
         declaration = getattr(function, _DECLARATION, None)
         if not isinstance(declaration, Declaration):
             raise UserError(
                 f"{where}.name={term.name!r} declares no range; put `@grpo_mega.rewards.reward(low=..., high=...)` "
                 "above the function"
             )
-        _check_args(where, term, function, declaration)
+        texts = () if declaration.is_batched else ("", "", "")
+        check_args(where, term.name, term.args, function, texts, declaration.check_args)
         if timeout_seconds is not None and declaration.seconds is not None:
             own = declaration.seconds(**term.args)
             if own >= timeout_seconds:
@@ -234,50 +234,3 @@ def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -
             RewardComponent(name, function, low, high, term.weight, dict(term.args), declaration.is_batched)
         )
     return tuple(components)
-
-
-def _resolve(where: str, name: str) -> Callable[..., Any]:
-    path = BUILTIN_REWARDS.get(name, name)
-    module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
-    if not module_name or not attribute:
-        nearest = difflib.get_close_matches(name, BUILTIN_REWARDS, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"{where}.name={name!r} is no reward, did you mean {nearest!r}? "
-            f"Use one of {', '.join(sorted(BUILTIN_REWARDS))} or a path package.module:function"
-        )
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        raise UserError(
-            f"{where}.name={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-            "check the path and PYTHONPATH"
-        ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        functions = [n for n, value in vars(module).items() if hasattr(value, _DECLARATION)]
-        raise UserError(
-            f"{where}.name={name!r}: module {module_name!r} has no function {attribute!r}; "
-            f"its rewards: {', '.join(functions) or 'none'}"
-        )
-    return function  # type: ignore[no-any-return]
-
-
-def _check_args(where: str, term: Term, function: Callable[..., Any], declaration: Declaration) -> None:
-    signature = inspect.signature(function)
-    texts = () if declaration.is_batched else ("", "", "")
-    try:
-        signature.bind(*texts, **term.args)
-    except TypeError as error:
-        known = list(signature.parameters)[len(texts) :]
-        unknown = [key for key in term.args if key not in known]
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0) if unknown else []
-        hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise UserError(
-            f"{where}.args={dict(term.args)} does not fit {term.name!r} ({error}){hint} "
-            f"it takes: {', '.join(known) or 'no arguments'}"
-        ) from error
-    if declaration.check_args is not None:
-        try:
-            declaration.check_args(**term.args)
-        except UserError as error:
-            raise UserError(f"{where}.args: {error}") from error

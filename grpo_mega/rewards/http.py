@@ -7,14 +7,16 @@ that is not what was asked for); any other status is the request's fault and is 
 
 from __future__ import annotations
 
+import functools
 import http.client
+import inspect
 import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -34,15 +36,23 @@ class _FinalError(ServerError):
     """Asking again would not help."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where to send requests, and for how long."""
+    """Where to send requests, how many at a time, and for how long: arguments of every reward that asks a server."""
 
     url: str
-    request_seconds: float
-    retries: int
-    backoff_seconds: float
+    concurrency: int
+    """Requests under way at the same time."""
+    request_seconds: float = 30.0
+    """Limit of one request."""
+    retries: int = 3
+    """How often a failed request is sent again."""
+    backoff_seconds: float = 0.5
+    """Wait before the first retry; it doubles each time, up to 30 s."""
+    wait_seconds: float = 300.0
+    """How long a step waits after its sampling; completions without a value then have failed."""
     api_key_env: str | None = None
+    """The environment variable that holds the key, if the server wants one."""
 
     def ask(self, path: str, body: Mapping[str, Any], read: Callable[[Any], _Result]) -> _Result:
         """POST `body` to `url` + `path`; what `read` makes of the answer. `read` raises ValueError to ask again.
@@ -108,7 +118,31 @@ def _cut_off(connection: http.client.HTTPConnection, cut: threading.Event) -> No
         return
 
 
-def check_server(server: Server, concurrency: int, wait_seconds: float) -> None:
+def asks_server(concurrency: int) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
+    """The decorated function gets a `Server` first; who calls it names the server's fields one by one among the other
+    arguments, as a config does. `concurrency` is the default of that field."""
+
+    def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
+        named, own = inspect.Parameter.KEYWORD_ONLY, list(inspect.signature(function).parameters.values())[1:]
+        defaults = {f.name: inspect.Parameter.empty if f.default is MISSING else f.default for f in fields(Server)}
+        defaults["concurrency"] = concurrency
+        of_server = [inspect.Parameter(name, named, default=default) for name, default in defaults.items()]
+        signature = inspect.Signature([of_server[0], *(p.replace(kind=named) for p in own), *of_server[1:]])
+
+        @functools.wraps(function)
+        def with_fields(**args: Any) -> _Result:
+            found = signature.bind(**args)
+            found.apply_defaults()
+            values = found.arguments
+            return function(Server(**{name: values.pop(name) for name in defaults}), **values)
+
+        with_fields.__signature__ = signature  # type: ignore[attr-defined]
+        return with_fields
+
+    return decorate
+
+
+def check_server(server: Server) -> None:
     """Refuse settings that cannot work, and a server that is not there.
 
     Raises:
@@ -117,11 +151,11 @@ def check_server(server: Server, concurrency: int, wait_seconds: float) -> None:
     parts = urlsplit(server.url) if isinstance(server.url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"url={server.url!r} is no address; write for example http://localhost:8000/v1")
-    for name, value, least in (("retries", server.retries, 0), ("concurrency", concurrency, 1)):
+    for name, value, least in (("retries", server.retries, 0), ("concurrency", server.concurrency, 1)):
         if type(value) is not int or not least <= value <= 1000:
             raise UserError(f"{name}={value!r} is no whole number from {least} to 1000; correct it")
-    limits = {"request_seconds": server.request_seconds, "backoff_seconds": server.backoff_seconds}
-    for name, seconds in (limits | {"wait_seconds": wait_seconds}).items():
+    for name in ("request_seconds", "backoff_seconds", "wait_seconds"):
+        seconds = getattr(server, name)
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
             raise UserError(f"{name}={seconds!r} is no number of seconds above 0; correct it")
     if server.api_key_env is not None and not os.environ.get(server.api_key_env):

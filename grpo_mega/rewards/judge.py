@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo_mega.rewards.base import batched_reward
 from grpo_mega.rewards.batched import BatchScorer, Row, ThreadedScorer
-from grpo_mega.rewards.http import Server, ServerError, check_server, sendable
+from grpo_mega.rewards.http import Server, ServerError, asks_server, check_server, sendable
 from grpo_mega.types import UserError
 
 TEMPLATE = """You grade an answer to a question.
@@ -34,21 +35,17 @@ PATTERN = r"Score:\s*\**\s*(-?[0-9]+(?:\.[0-9]+)?)"
 
 _PLACES = re.compile(r"\{(prompt|completion|reference)\}")
 _LONGEST_TEXT = 50_000
+_CONCURRENCY = 8
 
 
+@asks_server(concurrency=_CONCURRENCY)
 def check_judge_args(
-    url: str,
+    server: Server,
     model: str,
     template: str = TEMPLATE,
     pattern: str = PATTERN,
     scale: Sequence[float] = (1, 10),
     max_tokens: int = 512,
-    concurrency: int = 8,
-    request_seconds: float = 30.0,
-    retries: int = 3,
-    backoff_seconds: float = 0.5,
-    wait_seconds: float = 300.0,
-    api_key_env: str | None = None,
 ) -> None:
     """Refuse values that `judge` cannot work with, and a server that is not there.
 
@@ -70,41 +67,31 @@ def check_judge_args(
         raise UserError(f"scale={scale!r} is no [lowest, highest]; use for example [1, 10]")
     if type(max_tokens) is not int or max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens!r} is no whole number above 0; use for example 512")
-    check_server(Server(url, request_seconds, retries, backoff_seconds, api_key_env), concurrency, wait_seconds)
+    check_server(server)
 
 
 @batched_reward(low=0.0, high=1.0, check_args=check_judge_args)
+@asks_server(concurrency=_CONCURRENCY)
 def judge(
-    url: str,
+    server: Server,
     model: str,
     template: str = TEMPLATE,
     pattern: str = PATTERN,
     scale: Sequence[float] = (1, 10),
     max_tokens: int = 512,
-    concurrency: int = 8,
-    request_seconds: float = 30.0,
-    retries: int = 3,
-    backoff_seconds: float = 0.5,
-    wait_seconds: float = 300.0,
-    api_key_env: str | None = None,
 ) -> BatchScorer:
     """(mark - scale[0]) / (scale[1] - scale[0]), in [0, 1].
 
     Args:
-        url: of the API, for example http://localhost:8000/v1; requests go to its `/chat/completions`.
+        server: its `url` is that of the API, for example http://localhost:8000/v1; requests go to its
+            `/chat/completions`.
         model: the name of the judge on that server.
         template: what the judge is asked; `{prompt}`, `{reference}` and `{completion}` are filled in.
         pattern: its first group is the mark.
         scale: lowest and highest mark.
         max_tokens: of the judge's answer; it is sampled at temperature 0.
-        concurrency: requests under way at the same time.
-        request_seconds: limit of one request.
-        retries: how often a failed request is sent again.
-        backoff_seconds: wait before the first retry; it doubles each time, up to 30 s.
-        wait_seconds: how long a step waits after its sampling; completions without a value then have failed.
-        api_key_env: the environment variable that holds the key, if the server wants one.
     """
-    server = Server(url.rstrip("/"), request_seconds, retries, backoff_seconds, api_key_env)
+    server = replace(server, url=server.url.rstrip("/"))
     compiled, (lowest, highest) = re.compile(pattern), scale
 
     def mark_in(answer: Any) -> float:
@@ -132,4 +119,4 @@ def judge(
         except ServerError as error:
             return [error]
 
-    return ThreadedScorer(score, batch_size=1, concurrency=concurrency, wait_seconds=wait_seconds)
+    return ThreadedScorer(score, batch_size=1, concurrency=server.concurrency, wait_seconds=server.wait_seconds)

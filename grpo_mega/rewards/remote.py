@@ -14,27 +14,23 @@ from typing import Any
 
 from grpo_mega.rewards.base import batched_reward
 from grpo_mega.rewards.batched import BatchScorer, Row, ThreadedScorer
-from grpo_mega.rewards.http import Server, check_server, sendable
+from grpo_mega.rewards.http import Server, asks_server, check_server, sendable
 from grpo_mega.types import UserError
 
 PROTOCOLS = ("rewards", "classify")
 
 _LONGEST_TEXT = 200_000
+_CONCURRENCY = 4
 
 
+@asks_server(concurrency=_CONCURRENCY)
 def check_remote_args(
-    url: str,
+    server: Server,
     low: float = 0.0,
     high: float = 1.0,
     protocol: str = "rewards",
     model: str | None = None,
     batch_size: int = 16,
-    concurrency: int = 4,
-    request_seconds: float = 30.0,
-    retries: int = 3,
-    backoff_seconds: float = 0.5,
-    wait_seconds: float = 300.0,
-    api_key_env: str | None = None,
 ) -> None:
     """Refuse values that `remote` cannot work with, and a server that is not there.
 
@@ -52,7 +48,7 @@ def check_remote_args(
         )
     if type(batch_size) is not int or not 1 <= batch_size <= 10_000:
         raise UserError(f"batch_size={batch_size!r} is no whole number from 1 to 10000; use for example 16")
-    check_server(Server(url, request_seconds, retries, backoff_seconds, api_key_env), concurrency, wait_seconds)
+    check_server(server)
 
 
 def declared_range(low: float = 0.0, high: float = 1.0, **_: object) -> tuple[float, float]:
@@ -61,43 +57,33 @@ def declared_range(low: float = 0.0, high: float = 1.0, **_: object) -> tuple[fl
 
 
 @batched_reward(low=0.0, high=1.0, check_args=check_remote_args, range_of=declared_range)
+@asks_server(concurrency=_CONCURRENCY)
 def remote(
-    url: str,
+    server: Server,
     low: float = 0.0,
     high: float = 1.0,
     protocol: str = "rewards",
     model: str | None = None,
     batch_size: int = 16,
-    concurrency: int = 4,
-    request_seconds: float = 30.0,
-    retries: int = 3,
-    backoff_seconds: float = 0.5,
-    wait_seconds: float = 300.0,
-    api_key_env: str | None = None,
 ) -> BatchScorer:
     """What the server says, in [low, high]; a value outside is a failed scoring.
 
     Args:
-        url: requests are sent to it as it is.
+        server: requests are sent to its `url` as it is.
         low: least value.
         high: greatest value.
         protocol: `rewards` or `classify`.
         model: classify: the model's name on the server.
         batch_size: completions of one request, at most; a request goes out as soon as there is one.
-        concurrency: requests under way at the same time.
-        request_seconds: limit of one request.
-        retries: how often a failed request is sent again.
-        backoff_seconds: wait before the first retry; it doubles each time, up to 30 s.
-        wait_seconds: how long a step waits after its sampling; completions without a value then have failed.
-        api_key_env: the environment variable that holds the key, if the server wants one.
     """
-    server = Server(url, request_seconds, retries, backoff_seconds, api_key_env)
     make, read = (_classify_body, _classified) if protocol == "classify" else (_rewards_body, _rewarded)
 
     def score(rows: Sequence[Row]) -> Sequence[float | Exception]:
         return server.ask("", make(rows, model), _with_length(read, len(rows)))
 
-    return ThreadedScorer(score, batch_size=batch_size, concurrency=concurrency, wait_seconds=wait_seconds)
+    return ThreadedScorer(
+        score, batch_size=batch_size, concurrency=server.concurrency, wait_seconds=server.wait_seconds
+    )
 
 
 def _with_length(

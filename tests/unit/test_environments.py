@@ -29,7 +29,11 @@ def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
         ("nowhere.module:f", {}, r"cannot import 'nowhere\.module' \(ModuleNotFoundError"),
         (f"{BAD}:obey", {}, r"has no function 'obey'; its environments: obeys"),
         (f"{BAD}.undeclared", {}, r"is not declared; put `@grpo_mega\.environments\.environment"),
-        (f"{BAD}:obeys", {"loud": True}, r"environment\.args=.* does not fit .*; it takes: shout"),
+        (
+            f"{BAD}:obeys",
+            {"loud": True},
+            r"environment\.args=.* does not fit .*, did you mean 'shout'\? it takes: shout",
+        ),
         ("calculator", {"digits": -1}, r"environment\.args: digits=-1 is no whole number from 0 to 20"),
     ],
 )

@@ -45,3 +45,11 @@ def test_the_reward_belongs_to_the_last_token_and_each_token_pays_its_penalty() 
     assert token_rewards(1.0, [0.25, -0.5]) == [-0.25, 1.5]
     assert token_rewards(1.0, [0.0]) == [1.0]
     assert token_rewards(1.0, []) == []
+
+
+def test_a_step_is_earned_at_its_token_and_the_rest_at_the_end() -> None:
+    assert token_rewards(0.0, [0.5, 0.0, 0.0], [(2, 1.0), (0, 2.0), (2, 4.0)]) == [1.5, 0.0, 5.0]
+    assert token_rewards(-0.5, [0.0, 0.0], [(0, 1.0)]) == [1.0, -0.5]
+    for end in (-1, 2):
+        with pytest.raises(ValueError, match=f"a step ends at loss token {end} of 2"):
+            token_rewards(0.0, [0.0, 0.0], [(end, 1.0)])

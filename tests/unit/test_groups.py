@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import DataSet, PromptDataset
 from grpo_mega.groups import GroupSource
 from grpo_mega.rollout import SampledGroups
-from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 PER_STEP = 6
@@ -24,15 +25,20 @@ class Recorder:
     """Samples groups of two; the group of a prompt teaches if `teaches` says so."""
 
     teaches: Callable[[int], bool]
+    tells: bool = False
+    """The experts of all rollouts but the first."""
     calls: list[tuple[list[int], tuple[object, ...]]] = field(default_factory=list)
+    asked: list[bool] = field(default_factory=list)
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         self.calls.append(([p.index for p in prompts], tuple(seed_of)))
+        self.asked.append(request.expert_choices)
         assert request.group_size == 2
         rollouts = []
         for prompt in prompts:
             for reward in (0.0, float(self.teaches(prompt.index))):
-                completion = Completion((1,), (0.0,), "eos", 0, f"{seed_of}")
+                choices = torch.zeros(1, 1, 1, dtype=torch.uint8) if self.tells and rollouts else None
+                completion = Completion((1,), (0.0,), "eos", 0, f"{seed_of}", choices)
                 rollouts.append(Rollout(prompt, completion, Reward(reward), 0))
         return SampledGroups(rollouts, 2)
 
@@ -49,6 +55,22 @@ def source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> GroupS
 
 def indices(groups: SampledGroups) -> list[int]:
     return [groups.rollouts[i].prompt.index for i in range(0, len(groups.rollouts), 2)]
+
+
+def test_an_engine_that_tells_no_experts_is_named_when_they_are_to_be_replayed() -> None:
+    keys = "algorithm.routing_replay=true"
+    for count, told in ((12, False), (1, True)):
+        recorder = Recorder(lambda _: True, tells=told)
+        with pytest.raises(UserError) as error:
+            source(recorder, keys).sample(1)
+        assert str(error.value) == (
+            f"algorithm.routing_replay=true: engine.kind=vllm told no experts for {count} of 12 rollouts, the first of "
+            f"prompt {recorder.calls[0][0][0]}; use an engine that does, or set algorithm.routing_replay=false"
+        )
+        assert recorder.asked == [True]
+    plain = Recorder(lambda _: True)
+    source(plain).sample(1)
+    assert plain.asked == [False]
 
 
 @pytest.mark.parametrize("degenerate", ["keep", "drop"])

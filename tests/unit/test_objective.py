@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from grpo_mega.config.algorithms import ALGORITHM_DEFAULTS
 from grpo_mega.config.check_algorithm import check_algorithm
@@ -129,6 +130,30 @@ def test_estimates_of_two_rollouts_by_hand() -> None:
     assert found.advantages[1] == pytest.approx([-10 / 12 / std])
     assert objective.critic_rate(2e-6) == pytest.approx(6e-6)
     assert objective.value_loss().clip == 0.2
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
+def test_steps_of_a_process_reward_are_earned_where_they_end_as_in_the_sum_in_float64(
+    gamma: float, gae_lambda: float
+) -> None:
+    """One rollout with steps and a masked result (whose step counts for the token before it), one with an outcome."""
+    given = masked(groups([6, 4], [0.5, 1.0]), "110011", "1111")
+    first, second = given.rollouts
+    given = replace(given, rollouts=[replace(first, steps=((5, -0.5), (0, 1.0), (3, 0.75), (1, 0.25))), second])
+    values = torch.tensor([[0.3, -0.2, 0.7, 0.1], [0.2, 0.6, -0.4, 0.5]], dtype=torch.float64)
+    kl = torch.tensor([[0.1, 0.2, -0.1, 0.4], [0.3, 0.0, 0.2, -0.2]], dtype=torch.float64)
+    algorithm = AlgorithmConfig(name="ppo", gamma=gamma, gae_lambda=gae_lambda, kl_coef=0.5)
+    # the first is shaped by -0.125, as by an overlong penalty
+    found = Objective(algorithm, 16).estimates(given, [0.375, 1.0], values.tolist(), kl.tolist())
+
+    earned = torch.tensor([[1.0, 1.0, 0.0, -0.625], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64) - 0.5 * kl
+    deltas = earned + gamma * torch.cat([values[:, 1:], torch.zeros(2, 1, dtype=torch.float64)], 1) - values
+    distance = torch.arange(4)[None] - torch.arange(4)[:, None]
+    weights = torch.where(distance >= 0, (gamma * gae_lambda) ** distance.double(), 0.0)
+    wanted = deltas @ weights.T
+    torch.testing.assert_close(torch.tensor(found.returns, dtype=torch.float64), wanted + values, rtol=0, atol=1e-12)
+    whitened = (wanted - wanted.mean()) / (wanted.std(correction=0) + 1e-8)
+    torch.testing.assert_close(torch.tensor(found.advantages, dtype=torch.float64), whitened, rtol=0, atol=1e-12)
 
 
 def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:

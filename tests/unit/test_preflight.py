@@ -65,6 +65,11 @@ def message_of(config: Config, topology: Topology) -> str:
         ),
         ((), Topology(2, ep=2), f"parallel.ep=2 does nothing: {RECIPE} has no experts; leave it out"),
         (
+            ("algorithm.routing_replay=true",),
+            Topology(1),
+            f"algorithm.routing_replay=true does nothing: {RECIPE} has no experts; leave it out",
+        ),
+        (
             ("sampling.max_tokens=49",),
             Topology(1),
             f"data.max_prompt_tokens + the largest max_tokens = 65 is more than the 64 positions of {RECIPE}; lower "

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import process
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import Reward, UserError
 
@@ -28,6 +29,9 @@ def obey(prompt, completion, reference):
     """Does what the completion says."""
     what, _, argument = completion.partition(" ")
     if what == "sleep": time.sleep(float(argument))
+    if what == "await":
+        while not os.path.exists(argument): time.sleep(0.01)
+        open(f"{argument}.{reference}", "x").close()
     if what == "spin":
         while True: pass
     if what == "deaf":
@@ -147,13 +151,15 @@ def test_failures_are_counted_over_the_life_of_the_pool() -> None:
         assert pool.collect() == {}
 
 
-def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit() -> None:
-    started = time.monotonic()
+def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit_by_the_process_itself(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(process, "_GRACE_SECONDS", 60.0)  # on a busy machine an alarm may come late
     terms = [RewardTerm(name="format", args={"pattern": "(a+)+b$"})]
     rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms)
+    assert f"the first: key 0 exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent another signal
     assert [rewards[key].failures for key in range(3)] == [("format",), (), ("format",)]
     assert rewards[1].value == 1.0
-    assert 0.8 <= time.monotonic() - started < 2.7  # ended by the alarm; the parent alone would need 2 * 1.4 s
 
 
 def test_a_reward_that_disables_the_alarm_is_ended_by_the_parent() -> None:
@@ -162,16 +168,14 @@ def test_a_reward_that_disables_the_alarm_is_ended_by_the_parent() -> None:
     assert rewards[1] == Reward(value=1.0, components={"obey": 1.0})
 
 
-def test_scoring_goes_on_while_the_caller_does_something_else() -> None:
-    with RewardPool([OBEY], workers=2, timeout_seconds=5.0) as pool:
+def test_scoring_goes_on_while_the_caller_does_something_else(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with RewardPool([OBEY], workers=2, timeout_seconds=60.0) as pool:
         for key in range(4):
-            started = time.monotonic()
-            pool.submit(key, "", "sleep 0.25", "")
-            assert time.monotonic() - started < 0.1
-        time.sleep(1.0)  # sampling
-        started = time.monotonic()
-        assert len(pool.collect()) == 4
-        assert time.monotonic() - started < 0.2
+            pool.submit(key, "", f"await {gate}", str(key))
+        gate.touch()  # a submit that waits for its scoring would never get here
+        assert wait_until(lambda: len(list(tmp_path.glob("gate.*"))) == 4, seconds=60.0)  # before anyone collects
+        assert {reward.failures for reward in pool.collect().values()} == {()}
 
 
 def test_values_do_not_depend_on_the_number_of_workers() -> None:
@@ -244,13 +248,11 @@ def test_a_module_that_cannot_be_imported_in_the_worker_stops_the_start(tmp_path
 
 
 def test_close_ends_workers_in_the_middle_of_a_scoring() -> None:
-    pool = RewardPool([OBEY], workers=1, timeout_seconds=60.0)
+    pool = RewardPool([OBEY], workers=1, timeout_seconds=3600.0)  # to wait for the scoring is to run out of time
     pids = pool.worker_pids
     pool.submit(0, "", "spin", "")
     time.sleep(0.1)
-    started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 2.0
     assert not any(is_running(pid) for pid in pids)
 
 

@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_mega.observe.metrics import MetricsWriter
-from grpo_mega.observe.rollouts import rollout_rows, write_rollouts
+from grpo_mega.observe.rollouts import rollout_rows, write_experts, write_rollouts
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.tensorboard import render_rollout
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
@@ -81,6 +83,26 @@ def test_a_file_is_a_json_object_per_line_whatever_a_completion_holds(tmp_path: 
     assert [row["completion"] for row in read] == texts
     assert read[0]["advantage"] is None
     assert [p.name for p in path.parent.iterdir()] == ["step_000012.jsonl"]
+
+
+def test_experts_lie_beside_the_rows_one_rollout_behind_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "rollouts" / "step_000012.experts.npz"
+    write_experts(path, [rollout(), rollout()])
+    assert not path.parent.exists()
+    told = [torch.arange(n * 4, dtype=torch.uint8).view(n, 2, 2) for n in (3, 2)]
+    rollouts = [
+        replace(r, completion=replace(r.completion, expert_choices=c))
+        for r, c in zip((rollout(),) * 2, told, strict=True)
+    ]
+    write_experts(path, [rollouts[0], rollout(), rollouts[1]])
+    with np.load(path) as found:
+        assert found["num_tokens"].tolist() == [3, 0, 2]
+        assert found["choices"].dtype == np.uint8
+        np.testing.assert_array_equal(found["choices"], torch.cat(told))
+    first = path.read_bytes()
+    write_experts(path, [rollouts[0], rollout(), rollouts[1]])
+    assert path.read_bytes() == first  # a resumed run writes the same file
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_text_cannot_leave_its_block() -> None:

@@ -234,6 +234,44 @@ box.run([*python_command()[:-1], "import time; {marker}"], seconds=1000.0)
     wait_for(lambda: marker not in commands())
 
 
+LAUNCHER_ENDS = """
+import os, signal
+from grpo_mega.rewards import jail
+fork = os.fork
+def told():
+    child = fork()
+    if child:
+        os.write(2, b"%d" % child)
+        {at_fork}
+    return child
+os.fork = told
+jail._map_ids = lambda keeper: os.kill(os.getpid(), signal.SIGKILL)
+jail.main()
+"""
+
+
+@pytest.mark.parametrize("at_fork", ["os.kill(os.getpid(), signal.SIGKILL)", "pass"], ids=["fork", "map_of_ids"])
+def test_a_keeper_ends_whose_launcher_ended_before_the_sandbox_stood(sandbox: Sandbox, at_fork: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCHER_ENDS.format(at_fork=at_fork), str(os.getpid())],
+        input=b'{"read_only": []}\n',
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=SECONDS,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    keeper = int(ended.stderr)
+    wait_for(lambda: not runs(keeper))
+
+
+def runs(pid: int) -> bool:
+    """There, and not only waiting for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
 WITHOUT_NAMESPACES = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)

@@ -7,9 +7,7 @@ away from the model's own, so that ratios are not 1 and the divergence is not 0.
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape
 from grpo_mega.objective import Objective
-from grpo_mega.parallel.ranks import Ranks, init_ranks
-from grpo_mega.parallel.topology import Topology
+from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
@@ -95,7 +92,7 @@ def cut(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp
     """One minibatch of all groups, a data-parallel rank's share of it."""
     train = config.train.model_copy(update={"minibatches_per_epoch": 1})
     rewards = objective.shaped(groups, [r.reward.value for r in groups.rollouts])
-    shape = RowShape.of(config.parallel)
+    shape = RowShape.of(config.parallel, config.precision)
     return build_batch(groups, rewards, train, objective, dp=dp, dp_rank=dp_rank, shape=shape, pad_id=0)
 
 
@@ -128,24 +125,3 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
         save_file(gradients, job["gradients"])
         Path(job["gradients"]).with_suffix(".json").write_text(json.dumps(list(gradients)))
         Path(job["answer"]).write_text(json.dumps({"loss": stats.sums["loss"], "grad_norm": stats.grad_norm}))
-
-
-def main() -> int:
-    """Exit code 2 where the input is wrong."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    config = Config.model_validate_json(json.dumps(job["config"]))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ranks = init_ranks(Topology.of(config, int(os.environ["WORLD_SIZE"])), config.guard.timeout_seconds)
-    try:
-        measure(job, config, ranks)
-    except UserError as error:
-        if ranks.is_first:
-            sys.stderr.write(f"error: {error}\n")
-        return 2
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

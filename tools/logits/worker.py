@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,14 @@ from safetensors import safe_open
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape, pack
-from grpo_mega.parallel.ranks import Ranks, init_ranks
-from grpo_mega.parallel.topology import Topology
+from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
-from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 
 
 def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
     """Every sequence once, half of them packed in each of two rows, or in as many as the schedule wants."""
-    shape = RowShape.of(config.parallel)
+    shape = RowShape.of(config.parallel, config.precision)
     count = -(-2 // shape.microbatch_multiple) * shape.microbatch_multiple
     bins = [list(range(i, len(sequences), count)) for i in range(count)]
     longest = max(sum(shape.padded(len(sequences[i])) for i in ids) for ids in bins)
@@ -48,7 +45,7 @@ def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
     return rows
 
 
-def compare(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
+def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     """Every data-parallel rank computes the same rows; a rank of the last stage writes the largest differences."""
     folder = Path(job["model"])
     policy = MegatronPolicy(config, read_spec(folder), folder, ranks, with_reference=False)
@@ -68,24 +65,3 @@ def compare(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
                 log_prob_diff = max(log_prob_diff, float((values[begin:end].cpu() - chosen).abs().max()))
     answer = {"max_abs_logit_diff": logit_diff, "max_abs_log_prob_diff": log_prob_diff}
     Path(job["answer"]).write_text(json.dumps(answer))
-
-
-def main() -> int:
-    """Exit code 2 where the input is wrong."""
-    job = json.loads(Path(sys.argv[1]).read_text())
-    config = Config.model_validate_json(json.dumps(job["config"]))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ranks = init_ranks(Topology.of(config, int(os.environ["WORLD_SIZE"])), config.guard.timeout_seconds)
-    try:
-        compare(job, config, ranks)
-    except UserError as error:
-        if ranks.is_first:
-            sys.stderr.write(f"error: {error}\n")
-        return 2
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

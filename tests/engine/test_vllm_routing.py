@@ -1,0 +1,226 @@
+"""Experts that the real vLLM tells, against the routers of a Megatron policy with the same weights, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.experts import widened
+from grpo_mega.data.pack import pack
+from grpo_mega.parallel.ranks import init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError
+from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.tiny_models import make_family_model
+
+NUM_LAYERS = 3
+# family -> settings, and layers with experts
+FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "qwen3_moe": ({"mlp_only_layers": [1]}, [0, 2]),
+    "mixtral": ({}, [0, 1, 2]),
+    "glm4_moe": ({}, [1, 2]),
+}
+# The second and the third share two blocks of the prefix cache, and so do the members of each group.
+HEADER = tuple(2 + (3 * j + j * j) % 18 for j in range(70))
+PROMPTS = [
+    Prompt(i, "", tokens, "") for i, tokens in enumerate([(2, 5, 9), HEADER, (*HEADER[:64], 3, 4), HEADER[5:40]])
+]
+SAMPLING = SamplingRequest(group_size=4, temperature=1.0, max_tokens=24, seed=1, expert_choices=True)
+SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_tokens": None, "tell_experts": True}
+
+
+LONG = ("mixtral", "glm4_moe")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(f, marks=pytest.mark.long) if f in LONG else f for f in FAMILIES])
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def world(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
+    """A rank with policy and engine, synced."""
+    config = raw_family_config(family, num_hidden_layers=NUM_LAYERS, **FAMILIES[family][0])
+    model = make_family_model(tmp_path_factory.mktemp("models") / "moe", config)
+    with engine_ranks(1, tmp_path_factory.mktemp("ranks"), prepare_policy) as ranks:
+        ranks.open(model, tp=1, **SETTINGS)
+        ranks.call(build, model)
+        yield ranks
+
+
+# What runs on the rank.
+
+
+def prepare_policy(session: RankSession) -> None:
+    """The policy's import comes first, as in a job: it prepares Megatron for a machine without CUDA."""
+    import os
+
+    import grpo_mega.policy.policy  # noqa: F401
+
+    os.environ.update(RANK="0", WORLD_SIZE="1")
+
+
+def build(session: RankSession, model: Path) -> None:
+    from safetensors.torch import load_file
+
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    keys = {
+        "model": {"path": str(model)},
+        "data": {"train": "arithmetic:train"},
+        "reward": {"terms": [{"name": "exact"}]},
+        "train": {"steps": 1},
+        "precision": {"dtype": "fp32"},
+    }
+    ranks = init_ranks(Topology(1, 1, 1, 1), 60.0)
+    session.kept["policy"] = MegatronPolicy(
+        Config.model_validate(keys), read_spec(model), model, ranks, with_reference=False
+    )
+    tensors, sink = load_file(model / "model.safetensors"), session.engine.sink
+    sink.begin_update()
+    for region in sink.layout():
+        hf = region.placement.hf
+        sink.write(hf, tensors[hf.name][hf.index])
+    sink.end_update(0)
+
+
+def generate(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> list[list[Completion]]:
+    groups: list[list[Completion]] = session.engine.generate(prompts, sampling)
+    return groups
+
+
+def chosen(session: RankSession, rollouts: list[Rollout], noise: float) -> list[Tensor]:
+    """[N, L of experts, K] per rollout: where the policy's routers send its tokens, after `noise` on their weights."""
+    policy = session.kept["policy"]
+    ones, row_tokens = [1.0] * len(rollouts), sum(r.num_tokens for r in rollouts)
+    row = pack(list(enumerate(rollouts)), row_tokens=row_tokens, advantages=ones, token_weights=ones, pad_id=0)
+    seen: dict[int, Tensor] = {}
+    undo = []
+    for number, layer in enumerate(policy.parts.models[0].decoder.layers):
+        router = getattr(layer.mlp, "router", None)
+        if router is not None:
+            undo.append((router, router.router_replay.get_replay_topk, router.weight.detach().clone()))
+            generator = torch.Generator().manual_seed(number)
+            with torch.no_grad():
+                router.weight += noise * torch.randn(router.weight.shape, generator=generator)
+            router.router_replay.get_replay_topk = _noting(router.router_replay.get_replay_topk, seen, number)
+    policy.log_probs([row])
+    for router, found, weight in undo:
+        router.router_replay.get_replay_topk = found
+        with torch.no_grad():
+            router.weight.copy_(weight)
+    whole = torch.stack([seen[number] for number in sorted(seen)], 1)
+    return list(whole.split([r.num_tokens for r in rollouts]))
+
+
+def _noting(function: Any, seen: dict[int, Tensor], number: int) -> Any:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        seen[number] = found[1]
+        return found
+
+    return noted
+
+
+def refused(session: RankSession) -> str:
+    from grpo_mega.engines.vllm_routing import bind_routers
+
+    runner = session.engine._llm.model_executor.driver_worker.worker.model_runner
+    try:
+        bind_routers(torch.nn.Linear(2, 2), runner.vllm_config)
+    except UserError as error:
+        return str(error)
+    return "not refused"
+
+
+# What is expected.
+
+
+def with_choices(rollouts: list[Rollout], choices: list[Tensor | None]) -> list[Rollout]:
+    return [
+        replace(r, completion=replace(r.completion, expert_choices=c)) for r, c in zip(rollouts, choices, strict=True)
+    ]
+
+
+def rollouts_of(prompts: list[Prompt], groups: list[list[Completion]]) -> list[Rollout]:
+    return [Rollout(p, c, Reward(0.0), 0) for p, group in zip(prompts, groups, strict=True) for c in group]
+
+
+def told_of(rollout: Rollout, family: str) -> Tensor:
+    """[N, L of experts, K], sorted: every token but the last has a record."""
+    record = rollout.completion.expert_choices
+    assert record is not None
+    assert record.dtype == torch.uint8
+    assert tuple(record.shape[:2]) == (rollout.num_tokens - 1, NUM_LAYERS)
+    wide = widened(record)[:, FAMILIES[family][1]]
+    assert bool((wide >= 0).all())
+    return wide.long().sort(-1).values
+
+
+def differing(family: str, rollouts: list[Rollout], routed: list[Tensor]) -> tuple[int, int]:
+    """(choices of a token in a layer that are not as told, all of them)."""
+    wrong = total = 0
+    for rollout, own in zip(rollouts, routed, strict=True):
+        told = told_of(rollout, family)
+        assert told.shape[1:] == own.shape[1:]
+        wrong += int((told != own[: len(told)].sort(-1).values).any(-1).sum())
+        total += told.shape[0] * told.shape[1]
+    return wrong, total
+
+
+@pytest.fixture(scope="module")
+def rollouts(world: EngineRanks) -> list[Rollout]:
+    return rollouts_of(PROMPTS, world.call(generate, PROMPTS, SAMPLING)[0])
+
+
+def test_the_engine_tells_every_token_but_the_last_what_the_policys_routers_choose_with_equal_weights(
+    family: str, world: EngineRanks, rollouts: list[Rollout]
+) -> None:
+    plain = with_choices(rollouts, [None] * len(rollouts))
+    wrong, total = differing(family, rollouts, world.call(chosen, plain, 0.0)[0])
+    assert total > 1000
+    assert wrong <= total // 1000  # scores that are equal but for rounding
+    # the comparison is not one of constants
+    assert len(torch.cat([told_of(r, family).flatten() for r in rollouts]).unique()) >= 4
+
+
+def test_other_routers_follow_the_record_exactly_and_choose_otherwise_without_it(
+    family: str, world: EngineRanks, rollouts: list[Rollout]
+) -> None:
+    wrong, total = differing(family, rollouts, world.call(chosen, rollouts, 0.2)[0])
+    assert wrong == 0
+    plain = with_choices(rollouts, [None] * len(rollouts))
+    wrong, _ = differing(family, rollouts, world.call(chosen, plain, 0.2)[0])
+    assert wrong > total // 10
+
+
+def test_an_answer_that_continues_from_the_cache_has_the_record_of_the_whole_sequence(
+    family: str, world: EngineRanks
+) -> None:
+    (first,) = world.call(generate, PROMPTS[1:2], replace(SAMPLING, group_size=1))[0]
+    longer = [replace(PROMPTS[1], token_ids=(*PROMPTS[1].token_ids, *first[0].token_ids, 4, 7))]
+    again = replace(SAMPLING, group_size=2, max_tokens=8, continues=True)
+    found = rollouts_of(longer, world.call(generate, longer, again)[0])
+    wrong, total = differing(family, found, world.call(chosen, with_choices(found, [None] * 2), 0.0)[0])
+    assert wrong <= total // 1000
+
+
+def test_who_does_not_ask_is_not_told(world: EngineRanks) -> None:
+    (group, *_) = world.call(generate, PROMPTS[:1], replace(SAMPLING, expert_choices=False))[0]
+    assert all(completion.expert_choices is None for completion in group)
+
+
+def test_a_model_whose_routers_cannot_be_seen_is_refused(world: EngineRanks) -> None:
+    assert world.call(refused)[0].startswith(
+        "algorithm.routing_replay=true: engine.kind=vllm cannot tell the experts of Linear ("
+    )
