@@ -89,7 +89,7 @@ def plan_time(
         + work.updates * _gradients(static, topology, cluster),
         "optimizer": work.updates * _optimizer(static, cluster),
         "offload": 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie),
-        "sync": _sync(topology, cluster, total_parameters * ITEMSIZE[config.precision.dtype]),
+        "sync": _sync(topology, cluster, memory.engine_weights),
         "checkpoint": memory.checkpoint
         / cluster.num_nodes
         / assumed.checkpoint_bandwidth
@@ -173,10 +173,11 @@ def _optimizer(static: StaticBytes, cluster: Cluster) -> float:
     return on_device + moved + updated
 
 
-def _sync(topology: Topology, cluster: Cluster, total_bytes: float) -> float:
-    """Whole tensors summed over the ranks of a model replica (weight_sync/push.py): twice their bytes on every link."""
-    ranks = topology.tp * topology.pp
-    inside = total_bytes / (cluster.gpu.memory_bandwidth * cluster.assumptions.decode_bandwidth)
+def _sync(topology: Topology, cluster: Cluster, stored_bytes: float) -> float:
+    """What an engine rank stores, less its share of the policy, over one link, then written. The reshard plan
+    (weight_sync/plan.py) takes less time where a node holds a part of what its engine ranks lack."""
+    ranks = topology.tp * topology.pp * topology.ep
+    inside = stored_bytes / (cluster.gpu.memory_bandwidth * cluster.assumptions.decode_bandwidth)
     if ranks == 1:
         return inside
-    return 2 * total_bytes * (ranks - 1) / ranks / cluster.link_speed(ranks) + inside
+    return stored_bytes * (ranks - 1) / ranks / cluster.link_speed(ranks) + inside
