@@ -84,7 +84,7 @@ def test_machines_that_start_apart_meet_in_either_order(checkout: Path, tmp_path
     ordered = [envs[first], envs[1 - first]]
     with agents([command] * 2, checkout, tmp_path, ordered, apart=4) as both:
         for agent in both:
-            assert agent.code(60) == 0, agent.screen.read_text()
+            assert agent.code(180) == 0, agent.screen.read_text()
     ranks = ranks_of(tmp_path / "run")
     assert [(r["RANK"], r["LOCAL_RANK"], r["LOCAL_WORLD_SIZE"]) for r in ranks] == [(i, i % 2, 2) for i in range(4)]
 
@@ -93,7 +93,7 @@ def test_a_wrong_master_addr_ends_with_a_message_that_names_it(checkout: Path, t
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", "guard.timeout_seconds=3", f"run.dir={tmp_path}/run")
     envs = [{**machines(2)[1], "MASTER_ADDR": "no-such-machine.invalid"}]
     with agents([command], checkout, tmp_path, envs, apart=0) as (alone,):
-        assert alone.code(60) == 2
+        assert alone.code(180) == 2
     (said,) = alone.screen.read_text().splitlines()
     assert said.startswith("error: MASTER_ADDR=no-such-machine.invalid, port ")
     assert "machine 0 was not reached within 3 s" in said
@@ -103,7 +103,7 @@ def test_machines_with_different_numbers_of_ranks_are_refused_on_both(checkout: 
     commands = [("launch/train.sh", QUICKSTART, f"run.world_size={size}", f"run.dir={tmp_path}/run") for size in (2, 4)]
     with agents(commands, checkout, tmp_path, machines(2), apart=0) as both:
         for agent in both:
-            assert agent.code(60) == 2
+            assert agent.code(180) == 2
             assert "layouts need the same number on every machine" in agent.screen.read_text()
 
 
@@ -111,7 +111,7 @@ def test_a_rank_that_fails_ends_the_other_machine_too_with_its_code_and_words(ch
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
     with agents([command] * 2, checkout, tmp_path, machines(2, STAND_IN_EXIT="3:2"), apart=0) as both:
         for agent in both:
-            assert agent.code(40) == 2
+            assert agent.code(180) == 2
             assert agent.screen.read_text().splitlines()[-1] == "error: rank 3 says why"
     assert "rank 3 on " in both[0].screen.read_text()
 

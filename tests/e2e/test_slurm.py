@@ -73,7 +73,7 @@ def test_a_failing_rank_ends_the_job_with_its_code_and_its_words(
 ) -> None:
     """Rank 3 is on the other node than the script; srun would say 143, that of the agent it ends."""
     job = submitted(cluster, checkout, *arguments, "run.world_size=4", STAND_IN_EXIT="3:2")
-    shown = cluster.wait(job, "FAILED", timeout=60)
+    shown = cluster.wait(job, "FAILED", timeout=180)
     assert shown["ExitCode"] == "2:0"
     assert shown["Restarts"] == "0"
     said = [line for line in screen(checkout, job).splitlines() if not line.startswith("srun:")]
@@ -86,12 +86,12 @@ def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
     """Slurm counts time limits in minutes; the signal that it would send is sent by hand."""
     mark = tmp_path / "stopped"
     job = submitted(cluster, checkout, *arguments, "run.world_size=4", STAND_IN_WAIT=str(mark))
-    cluster.wait(job, "RUNNING", timeout=60)
-    slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 60)
+    cluster.wait(job, "RUNNING", timeout=180)
+    slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 180)
     ranks_of(tmp_path / "run")
     cluster.ask(*shlex.split(STOP_BLOCK))
-    slurm_helper.wait_until(mark.exists, 30)
-    shown = cluster.wait(job, "COMPLETED", timeout=90)
+    slurm_helper.wait_until(mark.exists, 120)
+    shown = cluster.wait(job, "COMPLETED", timeout=300)
     assert shown["Restarts"] == "1", screen(checkout, job)
     assert "the time limit is near; the job goes back into the queue" in screen(checkout, job)
     assert ranks_of(tmp_path / "run") == [{**rank, "SLURM_RESTART_COUNT": 1} for rank in ON_TWO_NODES]
@@ -101,7 +101,7 @@ def tries(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
     """A block of the guide, until its jobs have ended; returns what it has printed."""
     done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**environment(), **env})
     assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
-    slurm_helper.wait_until(lambda: cluster.ask("squeue", "--noheader") == "", 60)
+    slurm_helper.wait_until(lambda: cluster.ask("squeue", "--noheader") == "", 180)
     return done.stdout
 
 

@@ -157,15 +157,20 @@ def noise(*_):
     sys.exit(1)
 signal.signal(signal.SIGTERM, noise)
 if os.environ["RANK"] == "0":
-    time.sleep(0.5)  # the other rank's handler is in place by then
+    while not os.path.exists(os.environ["READY"]):
+        time.sleep(0.05)
     sys.stderr.write("the cause\\n")
     sys.exit(1)
+open(os.environ["READY"], "w").close()  # its handler is in place
 time.sleep(60)
 """
 
 
-def test_message_of_the_first_failing_rank_ends_the_screen(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    assert run_ranks([sys.executable, "-S", "-c", LATE_NOISE], environments(2)) == 1
+def test_message_of_the_first_failing_rank_ends_the_screen(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    ranks = [{**env, "READY": str(tmp_path / "ready")} for env in environments(2)]
+    assert run_ranks([sys.executable, "-S", "-c", LATE_NOISE], ranks) == 1
     assert capfdbinary.readouterr().err.splitlines() == [
         b"the cause",
         b"connection closed by peer",
