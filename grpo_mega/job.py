@@ -36,6 +36,7 @@ from grpo_mega.observe.summary import Evaluation, render
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
+from grpo_mega.parallel.stop import Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
 from grpo_mega.policy.critic import MegatronCritic
@@ -63,8 +64,14 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
                 _say_finished(run, ranks)
                 return
             configure_logging(rank, coordinates, run.folder.logs)
+            if run.checkpoint is not None and run.status == "continued":
+                log.info("continuing from %s", run.checkpoint)
             with building(config, ranks, run, folder, prompts, held_out) as built:
-                built.run()
+                try:
+                    built.run()
+                except Stopped:
+                    dist.barrier()  # rank 0's summary is on disk before the first rank leaves
+                    raise
     finally:
         dist.destroy_process_group()
 

@@ -1,15 +1,17 @@
 """Starts the ranks of a job: looks where it is, then becomes a worker, becomes `srun`, or starts and watches workers.
 
 What a rank learns from its launcher is set here: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT. Imports no torch and reads no config itself (`grpo_mega.train --world-size` does), so a
+MASTER_PORT. Imports no torch and reads no config itself (`grpo_mega.train --for-launcher` does), so a
 wrong argument is reported at once. Exit codes are those of the worker that failed first; its message is the last one on
 the screen. Tests: tests/unit/test_launch.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,13 +20,13 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from grpo_mega.launch_agent import run_ranks
+from grpo_mega.parallel.meeting import Machine, MeetingError, meet
 from grpo_mega.parallel.ports import free_port, port_is_free
+from grpo_mega.parallel.slurm import in_step, positive_int, slurm_step
 from grpo_mega.types import UserError
 
 Place = Literal["worker", "slurm_step", "slurm_allocation", "machine"]
 
-# Slurm numbers the batch script's, the interactive shell's and other steps that are not started by srun from the top.
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _DEFAULT_PORT = 29500  # torchrun's, for several machines that must agree without talking
 
 
@@ -58,22 +60,9 @@ def find_place(env: Mapping[str, str]) -> Place:
     """Where this process runs, from what its launcher has put into the environment."""
     if "RANK" in env and "WORLD_SIZE" in env:
         return "worker"
-    in_step = "SLURM_PROCID" in env and int(env.get("SLURM_STEP_ID", _FIRST_SPECIAL_STEP)) < _FIRST_SPECIAL_STEP
-    if in_step:
+    if in_step(env):
         return "slurm_step"
     return "slurm_allocation" if "SLURM_JOB_ID" in env else "machine"
-
-
-def positive_int(env: Mapping[str, str], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """An integer >= `least` from the environment.
-
-    Raises:
-        UserError: it is missing without a default, or is not such a number.
-    """
-    text = env.get(key, "" if default is None else str(default))
-    if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{key}={text or '(unset)'} must be a whole number >= {least}; set it in the environment")
-    return int(text)
 
 
 def ranks_per_node(world_size: int, num_nodes: int) -> int:
@@ -133,8 +122,10 @@ def first_slurm_address(env: Mapping[str, str]) -> str:
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """The same on every node of a step, another for the next step, below the range that systems hand out freely."""
-    return 20000 + (int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"])) % 10000
+    """The same on every node of a step, another for the next step and after a requeue; below the range that systems
+    hand out freely."""
+    start = int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"]) + 7 * int(env.get("SLURM_RESTART_COUNT", "0"))
+    return 20000 + start % 10000
 
 
 def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | None]:
@@ -142,20 +133,24 @@ def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | Non
 
     One task per node means an agent, also where each node has one rank.
     Raises:
-        UserError: the step has neither one task per node nor one per rank.
+        UserError: the step has neither one task per node nor one per rank, or not the same number on each node.
     """
-    num_tasks = positive_int(env, "SLURM_STEP_NUM_TASKS", positive_int(env, "SLURM_NTASKS"))
-    num_nodes = positive_int(env, "SLURM_STEP_NUM_NODES", positive_int(env, "SLURM_NNODES"))
-    node_rank = positive_int(env, "SLURM_NODEID", 0, least=0)
-    if num_tasks not in (num_nodes, world_size):
+    step = slurm_step(env)
+    if step.num_tasks not in (step.num_nodes, world_size):
         raise UserError(
-            f"run.world_size={world_size}, but this Slurm step has {num_tasks} tasks on {num_nodes} nodes; "
+            f"run.world_size={world_size}, but this Slurm step has {step.num_tasks} tasks on {step.num_nodes} nodes; "
             f"start srun with --ntasks={world_size}, or with --ntasks-per-node=1"
         )
+    if len(set(step.tasks_per_node)) > 1:
+        counts = ", ".join(map(str, step.tasks_per_node))
+        raise UserError(
+            f"this Slurm step has {counts} tasks on its nodes: layouts need the same number of ranks on every node; "
+            f"use --ntasks-per-node, and nodes with as many GPUs each"
+        )
     address = env.get("MASTER_ADDR") or first_slurm_address(env)
-    port = master_port(env, slurm_port(env), hosted_here=positive_int(env, "SLURM_PROCID", least=0) == 0)
-    node = Node(num_nodes, node_rank, ranks_per_node(world_size, num_nodes), address, port)
-    return node, None if num_tasks == num_nodes else positive_int(env, "SLURM_LOCALID", least=0)
+    port = master_port(env, slurm_port(env), hosted_here=step.task == 0)
+    node = Node(step.num_nodes, step.node_rank, ranks_per_node(world_size, step.num_nodes), address, port)
+    return node, None if step.one_task_per_node else step.local_task
 
 
 def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str]) -> list[str]:
@@ -171,13 +166,22 @@ def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str]) 
     return ["srun", *options, script, *arguments]
 
 
-def ask_world_size(arguments: Sequence[str]) -> int:
-    """All ranks of the job, as the config and the machine say; a wrong config ends the program with its exit code."""
-    command = [sys.executable, "-m", "grpo_mega.train", "--world-size", *arguments]
+@dataclass(frozen=True)
+class Wishes:
+    """What the config says to the launcher. `configured`: `world_size` is the config's own, not what is found here."""
+
+    world_size: int
+    configured: bool
+    timeout_seconds: float
+
+
+def ask_config(arguments: Sequence[str]) -> Wishes:
+    """A wrong config ends the program with its exit code; the message is on the screen already."""
+    command = [sys.executable, "-m", "grpo_mega.train", "--for-launcher", *arguments]
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if asked.returncode:
         raise SystemExit(asked.returncode)
-    return int(asked.stdout.split()[-1])
+    return Wishes(**json.loads(asked.stdout.splitlines()[-1]))
 
 
 def become(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
@@ -193,19 +197,27 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
     place = find_place(env)
     if place == "worker":
         become(worker, env)
-    world_size = ask_world_size(arguments)
+    wishes = ask_config(arguments)
     local_rank: int | None = None
     if place == "slurm_allocation":
-        ranks_per_node(world_size, positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1)))
+        if wishes.configured:  # else the nodes look for their GPUs themselves; this may be a login node without any
+            nodes = positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
+            ranks_per_node(wishes.world_size, nodes)
         become(srun_command(env, script, arguments), env)
     if place == "slurm_step":
-        node, local_rank = slurm_node(env, world_size)
+        node, local_rank = slurm_node(env, wishes.world_size)
     else:
-        node = machine_node(env, world_size)
-    if node.num_ranks == 1 or local_rank is not None:
+        node = machine_node(env, wishes.world_size)
+    if node.world_size == 1 or local_rank is not None:
         become(worker, {**env, **node.rank_environment(local_rank or 0)})
     environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
-    return run_ranks(worker, environments)
+    if node.num_nodes == 1:
+        return run_ranks(worker, environments)
+    me = Machine(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
+    with meet(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
+        # srun ends the other tasks when the first has failed; what they have learned of it stays their exit code
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        return run_ranks(worker, environments, meeting)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -213,8 +225,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         return start(argv[0], argv[1:], os.environ)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write(f"error: {error}\n")
         return 2
+    except MeetingError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:  # while it waited for other machines
+        return 130
 
 
 if __name__ == "__main__":

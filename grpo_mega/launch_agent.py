@@ -2,8 +2,9 @@
 
 torchrun is not used for this: it answers every failure with exit code 1 and a traceback of its own, and its
 TORCHELASTIC_* variables make an engine's child processes wait for a store that nobody hosts. Invariants, each with a
-test in tests/unit/test_launch.py: the exit code is the first failing rank's; that rank's last lines end the screen; no
-rank outlives this process.
+test in tests/unit/test_launch.py: the exit code is the first failing rank's, also where that is on another machine;
+that rank's last lines end the screen; no rank outlives this process; a wish to stop (grpo_mega/parallel/stop.py)
+reaches every rank and ends none.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,11 +21,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from types import FrameType
+
+from grpo_mega.parallel.meeting import Meeting
+from grpo_mega.parallel.stop import EXIT_CODE, STOP_SIGNAL, expect_stop, take_stop
 
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a rank may be writing its last log line
 _LISTEN_SECONDS = 0.2  # a signal that comes just before a blocking wait is handled only when the wait ends
 _TAIL_LINES = 40  # of a rank's stderr, kept to be shown again
+_MAX_TAIL_CHARACTERS = 20000  # of what other machines are told
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -59,15 +66,22 @@ class _Screen:
             sys.stderr.buffer.flush()
 
 
+@dataclass(frozen=True)
+class _End:
+    """A rank of this machine has ended with `code`; or, where `rank` is None, the job has failed elsewhere."""
+
+    rank: int | None
+    code: int
+    text: str = ""
+
+
 class _Ranks:
     """The processes of this machine's ranks. Each leads a process group, which holds its own children too."""
 
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         self.names = [env["RANK"] for env in environments]
         self.screen = _Screen(len(environments))
-        self.exits: queue.SimpleQueue[tuple[int, int]] = (
-            queue.SimpleQueue()
-        )  # (local rank, return code), as they happen
+        self.ends: queue.SimpleQueue[_End] = queue.SimpleQueue()  # as they happen
         self.processes = [
             subprocess.Popen(
                 command,
@@ -95,13 +109,17 @@ class _Ranks:
         self.screen.forward(rank, pipe.fileno())
 
     def _wait(self, rank: int) -> None:
-        self.exits.put((rank, self.processes[rank].wait()))
+        self.ends.put(_End(rank, self.processes[rank].wait()))
 
-    def next_exit(self) -> tuple[int, int]:
-        """(local rank, return code) of the next rank that ends."""
+    def next_end(self) -> _End:
+        """The next rank that ends; meanwhile a wish to stop is passed on to the ranks, not to their children."""
         while True:
+            if take_stop():
+                for process in self.processes:
+                    if process.returncode is None:
+                        process.send_signal(STOP_SIGNAL)
             with suppress(queue.Empty):
-                return self.exits.get(timeout=_LISTEN_SECONDS)
+                return self.ends.get(timeout=_LISTEN_SECONDS)
 
     def send(self, number: int) -> None:
         """A signal to every rank that still runs, and to its children."""
@@ -133,27 +151,40 @@ def exit_code_of(return_code: int) -> int:
     return return_code if return_code in (0, 2, 130) else 1
 
 
-def _report(ranks: _Ranks, failed: int, return_code: int) -> None:
-    """Makes the failed rank's own message the last thing on the screen."""
-    lines: list[str] = []
-    if ranks.screen.last_writer != failed and ranks.screen.tails[failed]:
-        lines.append(f"launch: the last lines of rank {ranks.names[failed]}, which failed first:")
-        lines.extend(line.decode(errors="replace") for line in ranks.screen.tails[failed])
+def _report(ranks: _Ranks, failed: int, return_code: int) -> str:
+    """Makes the failed rank's own message the last thing on the screen; returns it for the other machines."""
+    tail = [line.decode(errors="replace") for line in ranks.screen.tails[failed]]
+    cause: list[str] = []
     if return_code < 0:
         name = signal.Signals(-return_code).name
-        cause = " (the usual cause: out of memory)" if return_code == -signal.SIGKILL else ""
-        lines.append(f"launch: rank {ranks.names[failed]} was ended by {name}{cause}")
-    elif not ranks.screen.tails[failed]:
-        lines.append(f"launch: rank {ranks.names[failed]} ended with exit code {return_code} and no message")
-    sys.stderr.write("".join(f"{line}\n" for line in lines))
+        usual = " (the usual cause: out of memory)" if return_code == -signal.SIGKILL else ""
+        cause.append(f"launch: rank {ranks.names[failed]} was ended by {name}{usual}")
+    elif not tail:
+        cause.append(f"launch: rank {ranks.names[failed]} ended with exit code {return_code} and no message")
+    shown = cause
+    if ranks.screen.last_writer != failed and tail:
+        shown = [f"launch: the last lines of rank {ranks.names[failed]}, which failed first:", *tail, *cause]
+    _show("".join(f"{line}\n" for line in shown))
+    heading = f"launch: the last lines of rank {ranks.names[failed]} on {socket.gethostname()}, which failed first:"
+    return "".join(f"{line}\n" for line in [heading, *tail, *cause])[-_MAX_TAIL_CHARACTERS:]
+
+
+def _show(text: str) -> None:
+    sys.stderr.write(text)
     sys.stderr.flush()
 
 
-def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> int:
+def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]], meeting: Meeting | None = None) -> int:
     """Runs `command` once per environment and waits for all; the first that fails ends the others.
 
+    Args:
+        command: of a rank.
+        environments: one for each rank of this machine.
+        meeting: with the agents of the other machines, where there are any: what fails there ends the ranks here.
+
     Returns:
-        0 when every rank returned 0, 130 after a signal, else that of the rank that failed first (`exit_code_of`).
+        0 when every rank returned 0, 130 after a signal or a wish to stop, else that of the rank that failed first
+        (`exit_code_of`).
     """
     received: list[int] = []
     ranks: _Ranks | None = None
@@ -164,22 +195,40 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]])
             # A rank that waits inside a collective hears nothing else: the second Ctrl-C means it.
             ranks.send(number if len(received) == 1 else signal.SIGKILL)
 
+    expect_stop()
     previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         ranks = _Ranks(command, environments)
         if received:  # while they were started
             ranks.send(received[0])
-        for _ in ranks.processes:
-            rank, return_code = ranks.next_exit()
-            if return_code != 0:
-                ranks.end()
-                if received:
-                    return 130
-                _report(ranks, rank, return_code)
-                return exit_code_of(return_code)
-        for reader in ranks.readers:
-            reader.join(timeout=1.0)
-        return 0
+        if meeting is not None:
+            meeting.watch(lambda code, text: ranks.ends.put(_End(None, code, text)))
+        return _wait_for_all(ranks, received, meeting)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Meeting | None) -> int:
+    stopped = False
+    for _ in ranks.processes:
+        end = ranks.next_end()
+        if end.rank is None:
+            ranks.end()
+            _show(end.text)
+            return end.code
+        if end.code == EXIT_CODE:  # all ranks have agreed on it: the others are about to end, too
+            stopped = True
+        elif end.code != 0:
+            ranks.readers[end.rank].join(timeout=0.5)  # its last lines before those of ranks that it takes along
+            ranks.end()
+            code = 130 if received else exit_code_of(end.code)
+            text = f"launch: interrupted on {socket.gethostname()}\n"
+            if not received:
+                text = _report(ranks, end.rank, end.code)
+            if meeting is not None:
+                meeting.tell(code, text)
+            return code
+    for reader in ranks.readers:
+        reader.join(timeout=1.0)
+    return EXIT_CODE if stopped else 0

@@ -23,6 +23,7 @@ from grpo_mega.objective import Objective
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observer import Observer
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.stop import Stopped, stop_wanted
 from grpo_mega.phases import Phases
 from grpo_mega.rollout import SampledGroups, derived_seed
 from grpo_mega.step_report import StepResult
@@ -51,7 +52,11 @@ class Job:
 
 
 def train(job: Job, state: LoopState) -> LoopState:
-    """From `state` to `train.steps`; the engines must hold the policy's weights."""
+    """From `state` to `train.steps`; the engines must hold the policy's weights.
+
+    Raises:
+        Stopped: on every rank, after a step with its checkpoint, when one of them has been asked to stop.
+    """
     config, timers = job.config, job.timers
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
@@ -70,8 +75,10 @@ def train(job: Job, state: LoopState) -> LoopState:
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
+        stopping = step < config.train.steps and stop_wanted(job.ranks)
         with timers.phase("checkpoint"):
-            staged = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
+            every = 1 if stopping else config.checkpoint.every
+            staged = job.checkpoints.stage_if_due(job.policy, state, every, config.train.steps)
         if job.observer is not None:
             job.observer.step(
                 StepResult(
@@ -88,6 +95,8 @@ def train(job: Job, state: LoopState) -> LoopState:
             )
         if staged is not None:
             job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
+        if stopping:
+            raise Stopped(f"stopped after step {step}, whose checkpoint is complete; the same command continues")
     return state
 
 
@@ -103,7 +112,7 @@ def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int)
         objective,
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
-        shape=RowShape.of(job.config.parallel),
+        shape=RowShape.of(job.config.parallel, job.config.precision),
         pad_id=job.pad_id,
     )
 

@@ -14,6 +14,7 @@ from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, versions, write_summary
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.stop import Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.step_report import StepResult
 from grpo_mega.types import Reward
@@ -88,7 +89,7 @@ class Observer:
 
     def failed(self, error: BaseException) -> None:
         """Keeps what is known; the summary says why it ended."""
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
         self._write(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:

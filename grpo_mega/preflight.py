@@ -12,7 +12,10 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 # Families whose sampled log-probs were compared with transformers' (docs/measurements/weight_sync.md).
-SYNCED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
+SYNCED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2", "deepseek_v3")
+
+# vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
+_ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 
 
 def check_model(config: Config, topology: Topology, *, with_engine: bool = True) -> None:
@@ -28,12 +31,14 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
     _check_host_optimizer(config)
+    _check_fp8(config)
     spec = _spec(config)
     if with_engine:
         _check_sync(spec, config)
     if config.algorithm.routing_replay and spec.moe is None:
         raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
     check_layout(spec, config.parallel, topology, where)
+    _check_fp8_layers(spec, config, where)
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > spec.max_positions:
         raise UserError(
@@ -76,6 +81,28 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
     stage_layers(spec.num_layers, parallel, where)
 
 
+def _check_fp8(config: Config) -> None:
+    """Raises UserError: there is no device that has FP8."""
+    if config.precision.fp8 is not None and not Path("/proc/driver/nvidia/gpus").is_dir():
+        raise UserError(
+            f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none; leave "
+            "precision.fp8 out"
+        )
+
+
+def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
+    """Megatron counts the layers that stay in bf16 within the first and the last stage."""
+    fp8, stage = config.precision.fp8, spec.num_layers // config.parallel.pp
+    if fp8 is None:
+        return
+    for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
+        if number > stage:
+            raise UserError(
+                f"precision.fp8.{key}={number} is more than the {stage} layers of a pipeline stage of {where}; use at "
+                f"most {stage}"
+            )
+
+
 def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, where: str) -> None:
     moe = spec.moe
     if moe is None:
@@ -111,7 +138,14 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
         )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
-    if json.loads((folder / "config.json").read_text()).get("quantization_config") is not None:
+    raw = json.loads((folder / "config.json").read_text())
+    missing = [f"{key}={value}" for key, value in _ROUTER_FIELDS.get(spec.family, {}).items() if raw.get(key) != value]
+    if missing:
+        raise UserError(
+            f"model.path={folder}: its config.json does not say {', '.join(missing)}, and vLLM would route otherwise "
+            f"than {spec.family} does; add it"
+        )
+    if raw.get("quantization_config") is not None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
             "give an unquantised checkpoint"

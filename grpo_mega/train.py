@@ -1,13 +1,15 @@
 """The worker: one rank of a run. `python -m grpo_mega.train CONFIG [key=value ...]`, started by launch/train.sh,
-torchrun or srun; `--world-size` prints how many ranks the config wants.
+torchrun or srun; `--for-launcher` prints what the launcher has to know of the config.
 
-Exit code 0: done. 2: the input is wrong, one message. 1: a failure of ours or of the machine.
+Exit code 0: done. 2: the input is wrong, one message. 1: a failure of ours or of the machine. 130: stopped by SIGUSR1
+after a step, with its checkpoint.
 What the user can have got wrong is checked in `prepare`, before the heavy imports and the first process group.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -18,6 +20,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grpo_mega.config.load import load_config, resolved
 from grpo_mega.config.schema import Config
+from grpo_mega.doctor.gpus import num_visible_gpus
+from grpo_mega.parallel.slurm import in_step, positive_int, slurm_step
+from grpo_mega.parallel.stop import EXIT_CODE as STOPPED
+from grpo_mega.parallel.stop import Stopped, expect_stop
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
@@ -44,12 +50,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="grpo_mega.train", description="One rank of a GRPO run.")
     parser.add_argument("config", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--world-size", action="store_true", help="print the number of ranks and leave")
+    parser.add_argument("--for-launcher", action="store_true", help="print the number of ranks as JSON and leave")
     arguments = parser.parse_args()
+    expect_stop()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.world_size:
-            sys.stdout.write(f"{wanted_world_size(config)}\n")
+        if arguments.for_launcher:
+            sys.stdout.write(f"{json.dumps(for_launcher(config))}\n")
             return
         prepared = prepare(config)
     except UserError as error:
@@ -59,9 +66,19 @@ def main() -> None:
     run_worker(prepared)
 
 
+def for_launcher(config: Config) -> dict[str, object]:
+    """What grpo_mega/launch.py has to know; it reads no config itself."""
+    return {
+        "world_size": wanted_world_size(config),
+        "configured": config.run.world_size is not None,
+        "timeout_seconds": config.guard.timeout_seconds,
+    }
+
+
 def wanted_world_size(config: Config) -> int:
     """`run.world_size`, else what the launcher says, else the GPUs of this machine times the nodes, else 1."""
-    launched = os.environ.get("WORLD_SIZE")
+    env = os.environ
+    launched = env.get("WORLD_SIZE")
     if config.run.world_size is not None:
         if launched is not None and int(launched) != config.run.world_size:
             raise UserError(
@@ -71,9 +88,13 @@ def wanted_world_size(config: Config) -> int:
         return config.run.world_size
     if launched is not None:
         return int(launched)
-    gpus = Path("/proc/driver/nvidia/gpus")
-    found = len(list(gpus.iterdir())) if gpus.is_dir() else 0
-    return max(1, found) * int(os.environ.get("NNODES", "1"))
+    num_nodes = positive_int(env, "NNODES", 1)
+    if in_step(env):
+        step = slurm_step(env)
+        if not step.one_task_per_node:
+            return step.num_tasks
+        num_nodes = step.num_nodes
+    return max(1, num_visible_gpus(env)) * num_nodes
 
 
 def prepare(config: Config) -> Prepared:
@@ -118,6 +139,8 @@ def run_worker(prepared: Prepared) -> None:
 
     try:
         run_job(prepared.config, prepared.topology, prepared.train_prompts, prepared.eval_prompts)
+    except Stopped as stopped:
+        _leave(STOPPED, f"{stopped}\n" if os.environ["RANK"] == "0" else "")
     except UserError as error:  # a port in use, a run folder with another config, a damaged checkpoint
         if os.environ["RANK"] != "0":
             time.sleep(_FIRST_RANK_SPEAKS_SECONDS)  # most input is wrong on every rank: one message is enough

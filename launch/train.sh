@@ -11,9 +11,13 @@ are YAML. The number of ranks is run.world_size; unset, it is what the launcher 
 
   one machine        launch/train.sh CONFIG
   several machines   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/train.sh CONFIG     (NODE_RANK=1 on the second)
-  Slurm              sbatch or salloc, then launch/train.sh CONFIG                     (it calls srun itself)
+  Slurm              sbatch --nodes=2 launch/slurm.sbatch CONFIG                       (requeued when a node is lost)
+                     salloc --nodes=2, then launch/train.sh CONFIG                     (it calls srun itself)
                      srun launch/train.sh CONFIG                                       (one task per node or per rank)
   torchrun           torchrun --nproc-per-node=8 -m grpo_mega.train CONFIG
+
+Several machines may start in any order; they wait for each other as long as guard.timeout_seconds says. SIGUSR1 ends
+the run after its current step, with a checkpoint; the same command continues.
 
 Variables: GRPO_MEGA_VENV (the environment's folder), MASTER_PORT, OMP_NUM_THREADS, and those of launch/env.sh.
 Exit code: 0 done, 2 wrong input (one message says what to change), 1 a failure, 130 interrupted.

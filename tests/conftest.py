@@ -50,6 +50,9 @@ def _data_folder(config: pytest.Config, name: str, file: str) -> Path:
     pytest.skip(f"no {file}: put it into data/{name} or name its folder by --{name}-dir")
 
 
+_ALONE = ("test_resume.py", "test_slurm.py", "test_machines.py")  # files of e2e/ that share no finished run
+
+
 class GroupScheduling(LoadScopeScheduling):
     """What shares ranks, engines or finished runs stays on one worker; the largest groups come first.
 
@@ -59,7 +62,7 @@ class GroupScheduling(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = Path(nodeid.partition("::")[0])
         tier = file.parts[1]
-        if tier == "parallel" or (tier == "e2e" and file.name != "test_resume.py"):
+        if tier == "parallel" or (tier == "e2e" and file.name not in _ALONE):
             return tier
         return str(file)
 

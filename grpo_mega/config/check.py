@@ -9,6 +9,7 @@ import math
 
 from grpo_mega.config.check_algorithm import check_algorithm
 from grpo_mega.config.check_data import check_data
+from grpo_mega.config.fp8 import check_fp8
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -36,6 +37,7 @@ def check(config: Config) -> None:
         rule(config)
     check_data(config.data)
     check_algorithm(config.algorithm)
+    check_fp8(config)
 
 
 def _one_model(config: Config) -> None:

@@ -346,9 +346,27 @@ class EvaluationConfig(Section):
     """Of each held-out set; unset: all."""
 
 
+class Fp8Config(Section):
+    """Matrix products of the policy in FP8, by Transformer Engine, on GPUs that have them; unproven."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    """How numbers get their scales: grpo_mega/config/fp8.py."""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """hybrid: gradients in e5m2. Unset: hybrid where a tensor has one scale, e4m3 where a block has."""
+    params: bool = False
+    """Hold weights in FP8, and gather them so after an update."""
+    first_layers_bf16: int = Field(0, ge=0)
+    """Layers at the start that stay in bf16."""
+    last_layers_bf16: int = Field(0, ge=0)
+    amax_history: int | None = Field(None, ge=1)
+    """delayed: steps that a scale looks back at; unset: 1024."""
+
+
 class PrecisionConfig(Section):
     dtype: Literal["fp32", "bf16"] = "bf16"
     """Parameters and compute, policy and engine; master weights, main gradients and moments are always fp32."""
+    fp8: Fp8Config | None = None
+    """Unset: none."""
 
 
 class WeightSyncConfig(Section):

@@ -8,6 +8,7 @@ mask comes from lengths and from who wrote a token, never from the padding token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.fp8 import RECIPES
+from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
 from grpo_mega.data.experts import widened
 from grpo_mega.types import Microbatch, Rollout, UserError
 
@@ -45,12 +47,15 @@ class RowShape:
     microbatch_multiple: int = 1
 
     @classmethod
-    def of(cls, parallel: ParallelConfig) -> RowShape:
+    def of(cls, parallel: ParallelConfig, precision: PrecisionConfig | None = None) -> RowShape:
         """Sequence parallelism cuts a row into tp parts, context parallelism each segment into 2 cp chunks; an
-        interleaved pipeline takes microbatches in groups of pp."""
+        interleaved pipeline takes microbatches in groups of pp; products in FP8 take tokens in multiples."""
         row = parallel.tp if parallel.sequence_parallel else 1
         segment = 2 * parallel.cp * row if parallel.cp > 1 else 1
-        return cls(max(row, segment), segment, parallel.pp if parallel.vpp > 1 else 1)
+        multiple = max(row, segment)
+        if precision is not None and precision.fp8 is not None:
+            multiple = math.lcm(multiple, RECIPES[precision.fp8.recipe].token_multiple * parallel.cp * row)
+        return cls(multiple, segment, parallel.pp if parallel.vpp > 1 else 1)
 
     def padded(self, num_tokens: int) -> int:
         """Tokens that a rollout of so many takes in a row."""

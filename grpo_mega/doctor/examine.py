@@ -42,6 +42,8 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     local = int(env.get("LOCAL_WORLD_SIZE", str(topology.world_size)))
     nodes = max(1, topology.world_size // local)
     found = [*examine_machine(local, nodes, env), *_sizes(config, topology, nodes)]
+    if config.precision.fp8 is not None and gpus.num_driver_gpus():
+        found.append(gpus.check_recipe(config.precision.fp8.recipe, machine.installed("torch") or ""))
     if config.model.path is not None:
         found.append(inputs.check_checkpoint(Path(config.model.path)))
     return found

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.config.fp8 import check_generation
 from grpo_mega.doctor.finding import Finding, passed
 
 GIB = 2**30
 _USED_BY_OTHERS = 1 * GIB
 _MOST_LINKS = 18
+_UNKNOWN_CUDA = (99, 0)  # a torch that says nothing is believed
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
@@ -28,6 +32,12 @@ class Device:
 def num_driver_gpus() -> int:
     """As the driver lists them; needs no library."""
     return len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
+
+
+def num_visible_gpus(env: Mapping[str, str]) -> int:
+    """Those of the driver that CUDA_VISIBLE_DEVICES, as Slurm and users set it, leaves to this process."""
+    found, shown = num_driver_gpus(), env.get("CUDA_VISIBLE_DEVICES")
+    return found if shown is None else min(found, len([name for name in shown.split(",") if name.strip()]))
 
 
 def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = False) -> list[Finding]:
@@ -53,6 +63,27 @@ def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = Fals
     finally:
         nvml.nvmlShutdown()
     return [_number(devices, 1 if one_each else num_ranks), _kinds(devices), _empty(devices), _links(devices)]
+
+
+def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Finding:
+    """Do the GPUs, and the CUDA that torch is built for, have this FP8 recipe?"""
+    if nvml is None:
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return Finding("FP8", "warn", "the GPUs cannot be asked: no pynvml", "pip install nvidia-ml-py")
+    nvml.nvmlInit()
+    try:
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(0))
+    finally:
+        nvml.nvmlShutdown()
+    built = re.search(r"\+cu(\d+)(\d)$", torch_version)
+    cuda = (int(built[1]), int(built[2])) if built else _UNKNOWN_CUDA
+    problem = check_generation(recipe, (major, minor), cuda)
+    if problem:
+        message, _, remedy = problem.rpartition("; ")
+        return Finding("FP8", "fail", message, remedy)
+    return passed("FP8", f"{recipe} on compute capability {major}.{minor}; unproven")
 
 
 def _device(nvml: Any, index: int) -> Device:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.engines.vllm_experts import heed_expert_map
+from grpo_mega.engines.vllm_cpu import correct_vllm
 from grpo_mega.engines.vllm_record import RECORDING, LoaderRecord, recording_load_format
 from grpo_mega.engines.vllm_routing import Steps, bind_routers
 from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
@@ -34,6 +34,7 @@ from grpo_mega.types import UserError
 
 BLOCK_TOKENS = 32  # the CPU kernels want multiples of 32; larger blocks waste cache on short rollouts
 _EXPERT_MULTIPLE = 32  # rows and columns, in cpu_moe.py
+_CPU_LATENT = (512, 64)  # kv_lora_rank and qk_rope_head_dim, in csrc/cpu/mla_decode.cpp
 _MAX_BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 _CUDA_MEMORY_SHARE = 0.6  # of the device, when engine.kv_cache_tokens does not say; the policy has left it by then
 
@@ -66,7 +67,7 @@ class StartedEngine:
 
 
 def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
-    """Bytes of the KV cache on one rank: blocks * 2 * layers * KV heads per rank * head_dim * itemsize * BLOCK_TOKENS.
+    """Bytes of the KV cache on one rank: blocks * layers * elements per token * itemsize * BLOCK_TOKENS.
 
     Raises:
         UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
@@ -80,9 +81,16 @@ def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
                 f"engine.kv_cache_tokens={settings.kv_cache_tokens} does not hold one rollout of "
                 f"{settings.max_model_len} tokens; use at least {per_rollout * BLOCK_TOKENS}"
             )
-    per_token = 2 * spec.num_layers * local_kv_heads(spec, settings.tp) * spec.head_dim
+    per_token = spec.num_layers * cached_elements(spec, settings.tp)
     itemsize = 4 if settings.dtype == "fp32" else 2
     return (blocks + 1) * BLOCK_TOKENS * per_token * itemsize  # vLLM keeps one block as a null block
+
+
+def cached_elements(spec: ModelSpec, tp: int) -> int:
+    """Of one token in one layer on one rank: keys and values of its heads, or the latent that all heads share."""
+    if spec.mla is not None:
+        return spec.mla.kv_rank + spec.mla.rope_dim
+    return 2 * local_kv_heads(spec, tp) * spec.head_dim
 
 
 def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
@@ -103,10 +111,9 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
     except ImportError as error:
         raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
     if not torch.cuda.is_available():
-        _check_cpu_head(spec.head_dim)
+        _check_cpu_head(spec)
         _check_cpu_experts(settings, spec)
-        if settings.experts_spread:
-            heed_expert_map()
+        correct_vllm()
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
         stack.enter_context(_environment_of_ranks())
@@ -223,10 +230,18 @@ def _cpu_construction() -> Iterator[None]:
                 file.unlink(missing_ok=True)  # the group's other ranks do the same
 
 
-def _check_cpu_head(head_dim: int) -> None:
+def _check_cpu_head(spec: ModelSpec) -> None:
     """Refuse what would fail only at the first token, deep inside the kernels."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
+    if spec.mla is not None:
+        if (spec.mla.kv_rank, spec.mla.rope_dim) != _CPU_LATENT:
+            raise UserError(
+                f"model.path: kv_lora_rank={spec.mla.kv_rank}, qk_rope_head_dim={spec.mla.rope_dim} of config.json: "
+                f"vLLM's latent attention on CPU takes {_CPU_LATENT[0]} and {_CPU_LATENT[1]}; use these"
+            )
+        return
+    head_dim = spec.head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if head_dim not in sizes:
         raise UserError(
@@ -290,4 +305,6 @@ def _engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]
         arguments |= {"gpu_memory_utilization": _CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
     else:
         arguments["enforce_eager"] = True
+        if spec.mla is not None:  # with AMX vLLM would take a kernel that reads packed copies of its own
+            arguments["attention_backend"] = "CPU_MLA"
     return arguments

@@ -47,11 +47,13 @@ def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (gloo, or NCCL with CUDA).
 
     Raises:
-        UserError: MASTER_PORT is taken by another program.
+        UserError: MASTER_PORT is taken by another program, MASTER_ADDR leads nowhere, or the machines hold different
+            numbers of ranks.
     """
     rank = int(os.environ["RANK"])
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        device = torch.device("cuda", device_index(local_rank, torch.cuda.device_count()))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
@@ -59,8 +61,51 @@ def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
     if not dist.is_initialized():
         if rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun's agent already listens there
             _require_free(int(os.environ["MASTER_PORT"]))
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        _join(backend, timeout_seconds)
+    _require_even_machines(topology.world_size)
     return Ranks(topology, topology.coordinates(rank), device)
+
+
+def device_index(local_rank: int, num_devices: int) -> int:
+    """The device of a rank; Slurm may show each of its tasks one device alone, which is number 0 then.
+
+    Raises:
+        UserError: there is none for it.
+    """
+    if num_devices == 1:
+        return 0
+    if local_rank >= num_devices:
+        raise UserError(
+            f"LOCAL_RANK={local_rank}, but this machine shows {num_devices} GPUs; start one rank for each, or look at "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    return local_rank
+
+
+def _join(backend: str, timeout_seconds: float) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason = str(error).split(" - ")[0].splitlines()[0]
+        raise UserError(
+            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}: the ranks did "
+            f"not meet within {timeout_seconds:g} s ({reason}); set MASTER_ADDR to the address of the machine of rank "
+            "0 and start all ranks"
+        ) from error
+
+
+def _require_even_machines(world_size: int) -> None:
+    """Layouts place tensor-parallel and engine groups inside machines: all hold the same number of ranks."""
+    if world_size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
+        return
+    mine = int(os.environ["LOCAL_WORLD_SIZE"])
+    counts = [0] * world_size
+    dist.all_gather_object(counts, mine)
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"the machines of this job hold different numbers of ranks ({', '.join(map(str, sorted(set(counts))))}): "
+            "layouts need the same on each; use machines with as many GPUs, or set run.world_size to what all can hold"
+        )
 
 
 def _require_free(port: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from grpo_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.policy import cpu, quirks
+from grpo_mega.policy import cpu, fp8, quirks
 
 cpu.prepare_import()
 
@@ -91,6 +91,7 @@ def build_policy(
                 use_distributed_optimizer=True,
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
+                **fp8.ddp_fields(precision),
             ),
             model,
             disable_bucketing=chunk > 0,  # only the first chunk's reduction is waited for
@@ -109,6 +110,7 @@ def build_policy(
             params_dtype=config.params_dtype,
             bf16=config.bf16,
             use_distributed_optimizer=True,
+            **fp8.optimizer_fields(precision),
             **_on_host(optimizer),
         ),
         ddps,

@@ -14,7 +14,7 @@ from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
 from grpo_mega.convert.rules import padded_vocab
 from grpo_mega.convert.spec import ModelSpec, MoeSpec
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.policy import cpu, quirks
+from grpo_mega.policy import cpu, fp8, quirks
 
 cpu.prepare_import()
 
@@ -63,6 +63,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "apply_rope_fusion": cuda and not (yarn and spec.mla is None),
         "persist_layer_norm": cuda,
         "calculate_per_token_loss": True,
+        **fp8.transformer_fields(precision, has_experts=spec.moe is not None),
         **quirks.PIPELINE_MESSAGES,
     }
     settings |= _recompute(parallel)

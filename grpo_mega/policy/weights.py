@@ -30,6 +30,7 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy import fp8
 from grpo_mega.types import Placement
 
 
@@ -100,26 +101,31 @@ class MegatronWeights:
         checkpoint.check(self._shapes, hf_shapes_aside(self._spec))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.zero_()
+                values = fp8.room_for(parameter)
                 for placement in self._placements(name):
-                    parameter[placement.local.index].copy_(checkpoint.read(placement.hf))
+                    values[placement.local.index].copy_(checkpoint.read(placement.hf))
+                fp8.put(values, parameter)
         checkpoint.close()
         return checkpoint.bytes_read
 
     def shards(self) -> Sequence[HeldSlice]:
-        """Views of this rank's parameters. Of the ranks of one copy of the model each byte is counted by one: what
-        several of them hold by the first, a tied embedding where it embeds."""
+        """Views of this rank's parameters, of those in FP8 copies: ask anew after an update.
+
+        Of the ranks of one copy of the model each byte is counted by one: what several of them hold by the first, a
+        tied embedding where it embeds.
+        """
         self._settle()
         topology, held = self._ranks.topology, []
         place = self._ranks.rank % (topology.world_size // topology.pp) % _copy_size(topology)
         tied_copy = "output_layer.weight" if self._spec.tie_embeddings else ""
         for name, parameter in self._parameters.items():
             cut = topology.etp * topology.ep if is_expert_parameter(name) else topology.tp
+            values = fp8.values_of(parameter)
             for placement in self._placements(name):
                 global_shape = self._shapes[placement.hf.name]
                 replicated = not is_expert_parameter(name) and placement.hf.shape == global_shape and topology.tp > 1
                 first = place < cut and (not replicated or self._ranks.at.tp_rank == 0)
-                view = parameter.data[placement.local.index]
+                view = values[placement.local.index]
                 held.append(HeldSlice(placement.hf, global_shape, view, first and name != tied_copy))
         return held
 

@@ -1,8 +1,9 @@
-"""kill -9 and the same command again: the run is the uninterrupted one, to the last bit."""
+"""kill -9, or a wish to stop, and the same command again: the run is the uninterrupted one, to the last bit."""
 
 from __future__ import annotations
 
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
     is_the_same_run(run, uninterrupted)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # there was something to be the same
+
+
+@pytest.mark.long
+def test_a_run_that_is_asked_to_stop_leaves_after_its_step_and_continued_is_the_uninterrupted_run(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started([*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"], tmp_path / "first") as process:
+        deadline = time.monotonic() + 180
+        while not (run / "config.yaml").exists():
+            assert process.poll() is None, (tmp_path / "first.err").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)  # to the agent alone, which passes it on
+        code = process.wait(180)
+    said = (tmp_path / "first.err").read_text()
+    assert code == 130, said[-3000:]
+    assert "stopped after step 1, whose checkpoint is complete; the same command continues" in said
+    assert read_json(run / "summary.json")["status"] == "interrupted"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+    train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
+    is_the_same_run(run, uninterrupted)
 
 
 @pytest.mark.long

@@ -34,6 +34,14 @@ from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9])]
+LATENT: dict[str, Any] = {  # what vLLM's kernel on CPU takes, and what its router reads
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
 BUCKET_BYTES = 64 * 1024  # several buckets, even for these models
 
 
@@ -57,6 +65,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     for name, (family, tie, vocab) in families.items():
         found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=vocab)
     found.policy["qwen3_moe"] = make_family_model(root / "qwen3_moe", raw_family_config("qwen3_moe"))
+    found.policy["deepseek_v3"] = make_family_model(root / "deepseek_v3", raw_family_config("deepseek_v3", **LATENT))
     for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
@@ -221,13 +230,21 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
 
 
-@pytest.mark.parametrize("engine_ep", [1, 2], ids=["EP2-to-2xtp1", "EP2-to-tp2ep2"])
+@pytest.mark.parametrize(
+    ("name", "engine_ep"),
+    [
+        pytest.param("qwen3_moe", 1, id="EP2-to-2xtp1"),
+        pytest.param("qwen3_moe", 2, id="EP2-to-tp2ep2"),
+        pytest.param("deepseek_v3", 2, id="latent-EP2-to-tp2ep2"),
+        pytest.param("deepseek_v3", 1, id="latent-EP2-to-2xtp1", marks=pytest.mark.long),
+    ],
+)
 def test_engines_with_experts_follow_a_policy_that_spreads_them(
-    world: EngineRanks, models: Models, tmp_path: Path, engine_ep: int
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_ep: int
 ) -> None:
-    """Packed experts are read back from where the kernel's packing puts them."""
-    world.open(models.engine["qwen3_moe"], tp=engine_ep, ep=engine_ep, **SETTINGS)
-    weights = Path(shutil.copytree(models.policy["qwen3_moe"], tmp_path / "weights"))
+    """Packed experts are read back from where the kernel's packing puts them; latent attention from `kv_b_proj`."""
+    world.open(models.engine[name], tp=engine_ep, ep=engine_ep, **SETTINGS)
+    weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
     world.call(build, weights, 1, 1, engine_ep, 2)
     assert "permuted" in world.call(kinds)[0]
     for version in (0, 1):

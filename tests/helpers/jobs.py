@@ -41,17 +41,22 @@ class Ended:
     seconds: float
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's, without what says where somebody else's ranks are."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
+    own.setdefault("OMP_NUM_THREADS", "1")
+    return own
+
+
 @contextmanager
 def started(arguments: Sequence[str], output: Path, env: Mapping[str, str] | None = None) -> Iterator[psutil.Popen]:
     """`launch/train.sh ARGUMENTS` in the checkout's folder, where the base model is cached; nothing of it outlives the
     block. Streams go to `output`.out and `output`.err."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
-    own.setdefault("OMP_NUM_THREADS", "1")
     with output.with_suffix(".out").open("wb") as stdout, output.with_suffix(".err").open("wb") as stderr:
         process = psutil.Popen(
             [str(TRAIN), *arguments],
             cwd=REPOSITORY,
-            env={**own, **(env or {})},
+            env={**clean_environment(), **(env or {})},
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,

@@ -255,3 +255,10 @@ def test_the_tool_looks_at_the_machine_alone(capsys: pytest.CaptureFixture[str])
     assert "megatron-core" in capsys.readouterr().out
     assert main([]) == 2
     assert "CONFIG is missing" in capsys.readouterr().err
+
+
+def test_gpus_that_slurm_hides_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "num_driver_gpus", lambda: 8)
+    assert gpus.num_visible_gpus({}) == 8
+    assert gpus.num_visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 2
+    assert gpus.num_visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0

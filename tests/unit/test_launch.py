@@ -8,13 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Timer
 from typing import Any
 
 import pytest
 
 from grpo_mega import launch
 from grpo_mega.launch_agent import run_ranks
+from grpo_mega.parallel.meeting import Machine, meet
+from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
@@ -97,6 +102,18 @@ def test_slurm_step_with_another_number_of_tasks_is_refused() -> None:
     env = {**STEP, "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "MASTER_ADDR": "host0"}
     with pytest.raises(UserError, match=r"run\.world_size=8, but this Slurm step has 4 tasks on 2 nodes"):
         launch.slurm_node(env, 8)
+
+
+@pytest.mark.parametrize("tasks", ["2,1", "2(x2),1"])
+def test_a_slurm_step_with_unequal_nodes_is_refused_with_the_counts(tasks: str) -> None:
+    num_tasks, num_nodes = (3, 2) if tasks == "2,1" else (5, 3)
+    step = {"SLURM_NTASKS": str(num_tasks), "SLURM_NNODES": str(num_nodes), "SLURM_STEP_TASKS_PER_NODE": tasks}
+    with pytest.raises(UserError, match=r"2, 1 tasks on its nodes: .* --ntasks-per-node"):
+        launch.slurm_node({**STEP, **step, "MASTER_ADDR": "host0"}, num_tasks)
+
+
+def test_a_requeued_step_does_not_meet_at_the_port_of_the_lost_one() -> None:
+    assert launch.slurm_port(STEP) != launch.slurm_port({**STEP, "SLURM_RESTART_COUNT": "1"})
 
 
 def test_srun_starts_one_task_per_node_of_the_allocation() -> None:
@@ -198,6 +215,63 @@ def test_a_signal_while_the_ranks_are_started_still_reaches_them(monkeypatch: py
     begin = time.monotonic()
     assert run_ranks([sys.executable, "-S", "-c", "import time; time.sleep(60)"], environments(1)) == 130
     assert time.monotonic() - begin < 30
+
+
+STOPPING = """
+import os, signal, subprocess, sys, time
+child = subprocess.Popen(["sleep", "2"])  # a reward worker: it must live
+open(os.environ["PIDS"] + "/" + os.environ["RANK"], "w").close()
+while signal.SIGUSR1 not in signal.sigpending():
+    time.sleep(0.05)
+sys.exit(130 if child.wait() == 0 else 1)
+"""
+
+
+def test_a_wish_to_stop_reaches_every_rank_and_ends_no_child(tmp_path: Path) -> None:
+    code = f"""
+import os, sys
+from grpo_mega.launch_agent import run_ranks
+env = [{{**os.environ, "RANK": str(r)}} for r in range(2)]
+sys.exit(run_ranks([sys.executable, "-S", "-c", {STOPPING!r}], env))
+"""
+    agent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PIDS": str(tmp_path)}, stderr=-1)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    agent.send_signal(signal.SIGUSR1)
+    _, shown = agent.communicate(timeout=20)
+    assert (agent.returncode, shown) == (130, b"")
+
+
+def test_a_failure_on_another_machine_ends_the_ranks_here_with_its_code_and_words(
+    capfdbinary: pytest.CaptureFixture[bytes],
+) -> None:
+    port = free_port()
+    begin = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(meet, Machine(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
+        with meet(Machine(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
+            other = joining.result()
+            Timer(0.3, other.tell, (2, "rank 1: sampling.top_p=2 is wrong\n")).start()
+            sleeping = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+            assert run_ranks(sleeping, environments(1), meeting) == 2
+    assert capfdbinary.readouterr().err == b"rank 1: sampling.top_p=2 is wrong\n"
+    assert time.monotonic() - begin < 30
+
+
+def test_other_machines_are_told_what_failed_here() -> None:
+    port = free_port()
+    heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
+    with ThreadPoolExecutor(1) as pool:
+        joining = pool.submit(meet, Machine(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
+        with meet(Machine(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
+            joining.result().watch(lambda code, text: heard.put((code, text)))
+            failing = [sys.executable, "-S", "-c", "import sys; sys.exit('the cause')"]
+            assert run_ranks(failing, environments(1), meeting) == 1
+    code, text = heard.get(timeout=5)
+    assert code == 1
+    assert text.splitlines()[0].startswith("launch: the last lines of rank 0 on ")
+    assert text.splitlines()[-1] == "the cause"
 
 
 def is_running(pid: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
+SCRIPTS = sorted([*ROOT.glob("launch/*.s[hb]*"), ROOT / ".ci" / "run"])
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

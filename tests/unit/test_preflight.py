@@ -129,19 +129,34 @@ def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
     return load_config(QUICKSTART, ("model.base=null", f"model.path={tmp_path}"))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "gpt_oss"])
-def test_a_family_whose_sync_is_not_proven_ends_before_anything_starts(tmp_path: Path, family: str) -> None:
-    assert message_of(family_config(tmp_path, family), Topology(1)) == (
-        f"engine.kind=vllm: a sync of the family {family} ({tmp_path}) to this engine is not proven; "
-        "use a model of llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe"
+def test_a_family_whose_sync_is_not_proven_ends_before_anything_starts(tmp_path: Path) -> None:
+    assert message_of(family_config(tmp_path, "gpt_oss"), Topology(1)) == (
+        f"engine.kind=vllm: a sync of the family gpt_oss ({tmp_path}) to this engine is not proven; "
+        "use a model of llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe, deepseek_v2, deepseek_v3"
     )
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe"])
-def test_families_with_experts_that_are_proven_pass(tmp_path: Path, family: str) -> None:
-    config = family_config(tmp_path, family)
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen3_moe", {}),
+        ("mixtral", {}),
+        ("glm4_moe", {}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    ],
+)
+def test_families_with_experts_that_are_proven_pass(tmp_path: Path, family: str, fields: dict[str, str]) -> None:
+    config = family_config(tmp_path, family, **fields)
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
-    check_model(family_config(tmp_path, family, max_position_embeddings=2 * longest), Topology(1))
+    check_model(family_config(tmp_path, family, max_position_embeddings=2 * longest, **fields), Topology(1))
+
+
+def test_a_router_that_the_engine_would_guess_wrong_has_to_be_written_in_the_config(tmp_path: Path) -> None:
+    assert message_of(family_config(tmp_path, "deepseek_v3", scoring_func="sigmoid"), Topology(1)) == (
+        f"model.path={tmp_path}: its config.json does not say topk_method=noaux_tc, and vLLM would route "
+        "otherwise than deepseek_v3 does; add it"
+    )
 
 
 def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SECONDS = 10.0
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("RANK", "WORLD_SIZE", "NNODES"):
+    for name in ("RANK", "WORLD_SIZE", "NNODES", "SLURM_PROCID", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
@@ -52,6 +52,17 @@ def test_a_launcher_with_another_number_of_ranks_is_an_error(monkeypatch: pytest
     )
 
 
+def test_world_size_inside_a_slurm_step_is_its_tasks_or_a_rank_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "num_visible_gpus", lambda env: 4)
+    step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NNODES": "2"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_NTASKS", "6")
+    assert wanted() == 6
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert wanted() == 8  # an agent on each node, which starts a rank for each of its devices
+
+
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="counts the GPUs of this machine")
 def test_world_size_without_gpus_is_one_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert wanted() == 1
@@ -69,9 +80,10 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_world_size_option_prints_the_number_alone() -> None:
-    done = run(QUICKSTART, "run.world_size=8", "parallel.tp=2", "--world-size")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
+def test_the_launcher_is_told_what_the_config_wants() -> None:
+    done = run(QUICKSTART, "run.world_size=8", "parallel.tp=2", "guard.timeout_seconds=60", "--for-launcher")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"world_size": 8, "configured": True, "timeout_seconds": 60.0}
 
 
 def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_path: Path) -> None:

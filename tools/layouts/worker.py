@@ -92,7 +92,7 @@ def cut(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp
     """One minibatch of all groups, a data-parallel rank's share of it."""
     train = config.train.model_copy(update={"minibatches_per_epoch": 1})
     rewards = objective.shaped(groups, [r.reward.value for r in groups.rollouts])
-    shape = RowShape.of(config.parallel)
+    shape = RowShape.of(config.parallel, config.precision)
     return build_batch(groups, rewards, train, objective, dp=dp, dp_rank=dp_rank, shape=shape, pad_id=0)
 
 

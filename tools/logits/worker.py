@@ -19,7 +19,7 @@ from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 
 def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
     """Every sequence once, half of them packed in each of two rows, or in as many as the schedule wants."""
-    shape = RowShape.of(config.parallel)
+    shape = RowShape.of(config.parallel, config.precision)
     count = -(-2 // shape.microbatch_multiple) * shape.microbatch_multiple
     bins = [list(range(i, len(sequences), count)) for i in range(count)]
     longest = max(sum(shape.padded(len(sequences[i])) for i in ids) for ids in bins)

@@ -1,0 +1,65 @@
+"""What vLLM 0.32 computes wrongly on CPU, put right in this process. Each part can go when vLLM does it.
+
+- Experts spread over the ranks of an engine: the kernel (csrc/cpu/cpu_fused_moe.cpp) indexes the experts of this rank
+  with the ids of the whole model and reads beyond the last one: wrong numbers or a segmentation fault.
+  `CPUUnquantizedExperts.apply` (layers/fused_moe/experts/cpu_moe.py) is given the map between them and drops it.
+- Rotary positions of latent attention: layers/mla.py:228 gives a query [T, N, D], and `rotary_embedding` of
+  csrc/cpu/pos_encoding.cpp counts its rows as T * N tokens with one head each: every head after the first token's first
+  is turned by another token's position, or by what lies behind the positions in memory.
+Asserted by tests/engine/test_weight_sync.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor
+
+
+def correct_vllm() -> None:
+    """Once; later calls do nothing."""
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    if not hasattr(CPUUnquantizedExperts.apply, "__wrapped__"):
+        CPUUnquantizedExperts.apply = _with_own_experts(CPUUnquantizedExperts.apply)
+    if not hasattr(RotaryEmbedding.forward_cpu, "__wrapped__"):
+        RotaryEmbedding.forward_cpu = _with_heads(RotaryEmbedding.forward_cpu)
+
+
+def own_experts(weights: Tensor, ids: Tensor, expert_map: Tensor) -> tuple[Tensor, Tensor]:
+    """The picks of a router as one rank computes them; the sum over ranks is the layer's output.
+
+    Args:
+        weights: [T, K] of the picked experts.
+        ids: [T, K] of the picked experts in the model.
+        expert_map: [E] number on this rank, -1 where another rank has the expert.
+
+    Returns:
+        Weights that are zero for the experts of other ranks, and numbers on this rank (any valid one for those).
+    """
+    local = expert_map[ids.long()]
+    return weights * (local >= 0), local.clamp(min=0).to(ids.dtype)
+
+
+def _with_own_experts(apply: Any) -> Any:
+    @functools.wraps(apply)
+    def mapped(self: Any, *, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, **rest: Any) -> None:
+        if expert_map is not None:
+            # With weights on the input the kernel would add other ranks' experts unweighted.
+            assert not rest["apply_router_weight_on_input"], "weights on the input and experts spread over ranks"
+            topk_weights, topk_ids = own_experts(topk_weights, topk_ids, expert_map)
+        apply(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **rest)
+
+    return mapped
+
+
+def _with_heads(forward: Any) -> Any:
+    @functools.wraps(forward)
+    def by_head(self: Any, positions: Tensor, query: Tensor, key: Tensor | None = None) -> Any:
+        if query.dim() == positions.dim() + 1:
+            return forward(self, positions, query, key)
+        return self.forward_native(positions, query, key)
+
+    return by_head

@@ -1,0 +1,76 @@
+"""What Slurm tells a task about its step. Imports no torch: the launcher starts without it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grpo_mega.types import UserError
+
+# Slurm numbers the batch script's, the interactive shell's and other steps that are not started by srun from the top.
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
+
+
+def positive_int(env: Mapping[str, str], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """An integer >= `least` from the environment.
+
+    Raises:
+        UserError: it is missing without a default, or is not such a number.
+    """
+    text = env.get(key, "" if default is None else str(default))
+    if not text.isdecimal() or int(text) < least:
+        raise UserError(f"{key}={text or '(unset)'} must be a whole number >= {least}; set it in the environment")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class SlurmStep:
+    """A task of a step that srun has started: its numbers, and the tasks on each node."""
+
+    task: int
+    local_task: int
+    node_rank: int
+    num_tasks: int
+    num_nodes: int
+    tasks_per_node: tuple[int, ...]
+
+    @property
+    def one_task_per_node(self) -> bool:
+        """Then the task is the agent of its node; also where each node has one rank."""
+        return self.num_tasks == self.num_nodes
+
+
+def in_step(env: Mapping[str, str]) -> bool:
+    """Inside a step of srun's, not in a batch script or an interactive shell."""
+    return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_ID", _FIRST_SPECIAL_STEP)) < _FIRST_SPECIAL_STEP
+
+
+def slurm_step(env: Mapping[str, str]) -> SlurmStep:
+    """Reads the variables of a task.
+
+    Raises:
+        UserError: one that Slurm always sets is missing or is no number.
+    """
+    num_tasks = positive_int(env, "SLURM_STEP_NUM_TASKS", positive_int(env, "SLURM_NTASKS", 1))
+    num_nodes = positive_int(env, "SLURM_STEP_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
+    spread = env.get("SLURM_STEP_TASKS_PER_NODE") or f"{num_tasks // num_nodes}(x{num_nodes})"
+    return SlurmStep(
+        task=positive_int(env, "SLURM_PROCID", least=0),
+        local_task=positive_int(env, "SLURM_LOCALID", 0, least=0),
+        node_rank=positive_int(env, "SLURM_NODEID", 0, least=0),
+        num_tasks=num_tasks,
+        num_nodes=num_nodes,
+        tasks_per_node=tasks_per_node(spread),
+    )
+
+
+def tasks_per_node(text: str) -> tuple[int, ...]:
+    """`2(x3),1`, as Slurm shortens it, is (2, 2, 2, 1)."""
+    found: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
+        if match is None:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text} is not written as Slurm writes it, like 2(x3),1")
+        found += [int(match[1])] * int(match[2] or 1)
+    return tuple(found)

@@ -1,0 +1,82 @@
+"""FP8 as Megatron and Transformer Engine are told of it, and weights that are held in FP8.
+
+Never run on a GPU so far: unproven. What does not need one (the fields, the two ways between values and codes) is
+asserted by tests/unit/test_policy_fp8.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_mega.config.fp8 import RECIPES
+from grpo_mega.config.schema import PrecisionConfig
+from grpo_mega.policy import cpu
+
+cpu.prepare_import()
+
+from megatron.core import fp8_utils  # noqa: E402 - only after prepare_import
+
+_DEFAULT_HISTORY = 1024  # steps, Transformer Engine's own default for the delayed recipe
+
+
+def transformer_fields(precision: PrecisionConfig, *, has_experts: bool) -> dict[str, Any]:
+    """Of Megatron's TransformerConfig."""
+    fp8 = precision.fp8
+    if fp8 is None:
+        return {}
+    recipe = RECIPES[fp8.recipe]
+    fields: dict[str, Any] = {
+        "fp8": fp8.format or recipe.default_format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_param": fp8.params,
+    }
+    if fp8.recipe == "delayed":
+        fields |= {
+            "fp8_amax_history_len": fp8.amax_history or _DEFAULT_HISTORY,
+            "fp8_amax_compute_algo": "max",
+        }
+    if fp8.first_layers_bf16 or fp8.last_layers_bf16:
+        fields |= {
+            "first_last_layers_bf16": True,
+            "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
+            "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
+        }
+    if has_experts:  # an expert gets as many tokens as chance sends it; products of FP8 need multiples
+        fields["moe_router_padding_for_quantization"] = True
+    return fields
+
+
+def ddp_fields(precision: PrecisionConfig) -> dict[str, Any]:
+    """Of Megatron's DistributedDataParallelConfig: weights in FP8 are gathered in FP8."""
+    return {"fp8_param_gather": True} if precision.fp8 is not None and precision.fp8.params else {}
+
+
+def optimizer_fields(precision: PrecisionConfig) -> dict[str, Any]:
+    """Of Megatron's OptimizerConfig; master weights and moments stay fp32."""
+    fp8 = precision.fp8
+    return {"fp8_recipe": fp8.recipe} if fp8 is not None and fp8.params else {}
+
+
+def values_of(parameter: Tensor) -> Tensor:
+    """The numbers of a parameter: itself, or what its FP8 codes and scales say, computed anew."""
+    if fp8_utils.is_float8tensor(parameter):
+        values: Tensor = fp8_utils.dequantize_fp8_tensor(parameter)
+        return values.detach()
+    return parameter.data
+
+
+def room_for(parameter: Tensor) -> Tensor:
+    """Zeros to be filled with values: the parameter itself, or, for one in FP8, a tensor for `put`."""
+    if fp8_utils.is_float8tensor(parameter):
+        return torch.zeros(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
+    parameter.zero_()
+    return parameter
+
+
+def put(values: Tensor, parameter: Tensor) -> None:
+    """What `room_for` gave becomes the parameter's value; an FP8 parameter rounds it and finds its scales."""
+    if values is not parameter:
+        parameter.copy_(values)

@@ -1,0 +1,88 @@
+"""The guides' commands, run in the order of the text in a copy of the checkout; no guide with commands is without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.guides import blocks, guides
+from tests.helpers.jobs import REPOSITORY, clean_environment, read_json
+from tests.helpers.stand_in import environment
+
+# Where the commands of each guide are run. A guide that is not here has commands that nobody tries.
+TESTS = {
+    "algorithms.md": "tests/e2e/test_readme_commands.py",
+    "checkpoints.md": "tests/e2e/test_guides.py",
+    "convert.md": "tests/e2e/test_readme_commands.py",
+    "data.md": "tests/e2e/test_readme_commands.py",
+    "environments.md": "tests/e2e/test_readme_commands.py",
+    "first-run.md": "tests/e2e/test_guides.py",
+    "fp8.md": "tests/unit/test_guide_fp8.py",
+    "layouts.md": "tests/unit/test_layouts_guide.py",
+    "rewards.md": "tests/e2e/test_readme_commands.py",
+    "slurm.md": "tests/e2e/test_slurm.py",
+    "troubleshooting.md": "tests/unit/test_troubleshooting.py",
+}
+
+
+def test_every_guide_with_commands_has_a_test_that_runs_them() -> None:
+    assert {path.name for path in guides()} <= set(TESTS)
+    for guide, test in TESTS.items():
+        assert guide in (REPOSITORY / test).read_text() or "docs" in (REPOSITORY / test).read_text(), guide
+
+
+def copy_of_the_checkout(folder: Path) -> Path:
+    """What git would give somebody else, with this environment."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in listed.stdout.splitlines():
+        if (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    return folder
+
+
+def run_blocks(guide: str, checkout: Path, limit_seconds: float) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**clean_environment(), **environment(), "PATH": path, "PYTHONPATH": str(checkout)}
+    for block in blocks(guide):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=checkout,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=limit_seconds,
+            check=False,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_reader_of_the_first_guide_gets_what_it_promises(tmp_path: Path) -> None:
+    checkout = copy_of_the_checkout(tmp_path / "checkout")
+    run_blocks("first-run.md", checkout, limit_seconds=1200)
+    summary = read_json(checkout / "runs" / "quickstart" / "summary.json")
+    assert (summary["status"], summary["steps"]) == ("done", 54)
+    assert summary["eval_after"]["accuracy"] > 0.85
+    assert read_json(checkout / "runs" / "two-ranks" / "summary.json")["layout"]["tp"] == 2
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_reader_of_the_guide_to_checkpoints_continues_and_converts(tmp_path: Path) -> None:
+    checkout = copy_of_the_checkout(tmp_path / "checkout")
+    run_blocks("checkpoints.md", checkout, limit_seconds=600)
+    assert read_json(checkout / "runs" / "demo" / "summary.json")["steps"] == 6

@@ -1,0 +1,129 @@
+"""The four ways to start under a real Slurm of two nodes, its requeue and its signal; a rank that fails there.
+
+Here the ranks are stand-ins (tests/helpers/stand_in.py); the quickstart on this cluster is in test_slurm_long.py.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.parallel.ports import free_port
+from tests.helpers import slurm as slurm_helper
+from tests.helpers.guides import blocks
+from tests.helpers.slurm import Slurm
+from tests.helpers.stand_in import environment, make_checkout, ranks_of
+
+QUICKSTART = "configs/quickstart.yaml"
+ON_TWO_NODES = [
+    {"RANK": r, "WORLD_SIZE": 4, "LOCAL_RANK": r % 2, "LOCAL_WORLD_SIZE": 2, "SLURM_NODEID": r // 2} for r in range(4)
+]
+
+GUIDE = blocks("slurm.md")
+(STOP_BLOCK,) = [block for block in GUIDE if block.startswith("scancel")]
+(BY_HAND,) = [block for block in GUIDE if block.startswith("NNODES=")]
+
+pytestmark = pytest.mark.skipif(bool(slurm_helper.why_not()), reason=slurm_helper.why_not())
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    slurm_helper.install()
+    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkout(tmp_path_factory.mktemp("stand_in") / "checkout")
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> tuple[str, ...]:
+    return QUICKSTART, f"run.dir={tmp_path / 'run'}"
+
+
+def submitted(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
+    """The number of a job that `sbatch --nodes=2 ... launch/slurm.sbatch` has made."""
+    command = ("sbatch", "--nodes=2", f"--output={checkout}/job-%j.out", "launch/slurm.sbatch", *words)
+    done = cluster.run(*command, cwd=checkout, env={**environment(), **env})
+    assert done.returncode == 0, done.stderr
+    return re.findall(r"\d+", done.stdout)[-1]
+
+
+def screen(checkout: Path, job: str) -> str:
+    return (checkout / f"job-{job}.out").read_text()
+
+
+def test_nodes_with_different_numbers_of_tasks_are_refused_with_the_reason(
+    cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
+) -> None:
+    command = ("srun", "--nodes=2", "--ntasks=3", "launch/train.sh", *arguments)
+    done = cluster.run(*command, cwd=checkout, env=environment())
+    assert done.returncode == 2, done.stderr
+    assert "2, 1 tasks on its nodes: layouts need the same number of ranks on every node" in done.stderr
+
+
+def test_a_failing_rank_ends_the_job_with_its_code_and_its_words(
+    cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
+) -> None:
+    """Rank 3 is on the other node than the script; srun would say 143, that of the agent it ends."""
+    job = submitted(cluster, checkout, *arguments, "run.world_size=4", STAND_IN_EXIT="3:2")
+    shown = cluster.wait(job, "FAILED", timeout=60)
+    assert shown["ExitCode"] == "2:0"
+    assert shown["Restarts"] == "0"
+    said = [line for line in screen(checkout, job).splitlines() if not line.startswith("srun:")]
+    assert said[-1] == "error: rank 3 says why"
+
+
+def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
+    cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """Slurm counts time limits in minutes; the signal that it would send is sent by hand."""
+    mark = tmp_path / "stopped"
+    job = submitted(cluster, checkout, *arguments, "run.world_size=4", STAND_IN_WAIT=str(mark))
+    cluster.wait(job, "RUNNING", timeout=60)
+    slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 60)
+    ranks_of(tmp_path / "run")
+    cluster.ask(*shlex.split(STOP_BLOCK))
+    slurm_helper.wait_until(mark.exists, 30)
+    shown = cluster.wait(job, "COMPLETED", timeout=90)
+    assert shown["Restarts"] == "1", screen(checkout, job)
+    assert "the time limit is near; the job goes back into the queue" in screen(checkout, job)
+    assert ranks_of(tmp_path / "run") == [{**rank, "SLURM_RESTART_COUNT": 1} for rank in ON_TWO_NODES]
+
+
+def tries(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
+    """A block of the guide, until its jobs have ended; returns what it has printed."""
+    done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**environment(), **env})
+    assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
+    slurm_helper.wait_until(lambda: cluster.ask("squeue", "--noheader") == "", 60)
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [line for b in GUIDE if b not in (STOP_BLOCK, BY_HAND) for line in b.splitlines()])
+def test_a_command_of_the_guide_starts_four_ranks_on_two_nodes(cluster: Slurm, checkout: Path, command: str) -> None:
+    printed = tries(cluster, checkout, command)
+    if command.startswith("squeue"):
+        assert "JOBID" in printed
+    else:
+        assert ranks_of(checkout / "runs" / "quickstart") == ON_TWO_NODES
+
+
+def test_the_commands_of_the_guide_for_machines_without_slurm_start_four_ranks(cluster: Slurm, checkout: Path) -> None:
+    """Each line is typed on its own machine, so they run side by side; host0 is this one."""
+    together = "".join(f"{line} &\n" for line in BY_HAND.replace("host0", "127.0.0.1").splitlines())
+    tries(cluster, checkout, f"{together}wait -n\nwait -n\n", MASTER_PORT=str(free_port()))
+    places = [{key: rank[key] for key in rank if key != "SLURM_NODEID"} for rank in ON_TWO_NODES]
+    assert ranks_of(checkout / "runs" / "quickstart") == places
+
+
+def test_a_job_from_another_folder_is_told_where_to_submit_from(cluster: Slurm, checkout: Path, tmp_path: Path) -> None:
+    script = str(checkout / "launch" / "slurm.sbatch")
+    done = cluster.run("sbatch", "--wait", f"--output={tmp_path}/out", script, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "submit from the checkout, or set GRPO_MEGA_ROOT to it" in (tmp_path / "out").read_text()

@@ -1,0 +1,44 @@
+"""The GPU proof where there is a GPU: every part is measured, and its numbers are within what a run can live with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools import gpu_proof
+
+pytestmark = [pytest.mark.gpu(1), pytest.mark.timeout(3600)]
+
+
+def numbers_of(part: str, folder: Path) -> dict[str, Any]:
+    code = gpu_proof.main(["--parts", part, "--size", "small", "--out", str(folder)])
+    result = json.loads((folder / f"gpu_{part}.json").read_text())
+    assert code == 0, result.get("why")
+    numbers: dict[str, Any] = result["numbers"]
+    return numbers
+
+
+def test_a_step_in_bf16_leaves_the_device_and_comes_back_the_same(tmp_path: Path) -> None:
+    step = numbers_of("bf16", tmp_path)["bf16"]
+    assert step["offload"]["same_weights"]
+    assert step["offload"]["allocated_after_bytes"] < 0.1 * step["peak_allocated_bytes"]
+    assert 0.5 < step["peak_over_planned"] < 1.2
+
+
+def test_every_recipe_of_this_gpu_computes_about_what_bf16_does(tmp_path: Path) -> None:
+    recipes = numbers_of("fp8", tmp_path)["recipes"]
+    measured = {name: found for name, found in recipes.items() if found["status"] == "measured"}
+    assert {name: found["why"] for name, found in recipes.items() if found["status"] == "failed"} == {}
+    assert measured
+    assert all(found["log_prob_difference_mean"] < 0.1 for found in measured.values())
+
+
+def test_the_engine_sleeps_wakes_and_agrees_with_the_policy(tmp_path: Path) -> None:
+    found = numbers_of("engine", tmp_path)
+    assert found["sleep"]["growth_bytes"] < 256 * 2**20
+    assert max(found["sleep"]["used_in_training_bytes"]) > 0
+    assert found["mismatch"]["kl"] < 0.01
+    assert found["sync"]["bytes"] > 0

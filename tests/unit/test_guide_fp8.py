@@ -1,0 +1,50 @@
+"""docs/fp8.md: its config is one, its table is the program's, its commands say what it shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from grpo_mega.config.fp8 import GENERATIONS, RECIPES
+from grpo_mega.config.schema import PrecisionConfig
+from tests.helpers.guides import blocks
+from tests.helpers.jobs import REPOSITORY
+from tools import doctor, plan
+
+TEXT = (REPOSITORY / "docs" / "fp8.md").read_text(encoding="utf-8")
+
+
+def test_the_config_of_the_guide_is_valid() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)
+    fp8 = PrecisionConfig.model_validate(yaml.safe_load(text)["precision"]).fp8
+    assert fp8 is not None
+    assert fp8.recipe == "blockwise"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_table_of_the_guide_is_the_programs(name: str) -> None:
+    (line,) = [line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |")]
+    _, _, devices, cuda = (cell.strip() for cell in line.strip("|").split("|"))
+    recipe = RECIPES[name]
+    if devices != "the same":
+        assert devices == ", ".join(kinds for at, kinds in GENERATIONS.items() if recipe.least <= at < recipe.below)
+    assert cuda == f"{recipe.cuda[0]}.{recipe.cuda[1]}"
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="the guide shows a machine without GPUs")
+def test_the_commands_of_the_guide_say_what_it_shows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    asked, planned = (shlex.split(block) for block in blocks("fp8.md"))
+    (shown,) = re.findall(r"```text\n(.*?)\n```", TEXT, re.DOTALL)
+    assert asked[:2] == ["python", "tools/doctor.py"]
+    assert doctor.main(asked[2:]) == 2
+    assert shown in capsys.readouterr().err
+    assert planned[:2] == ["python", "tools/plan.py"]
+    assert plan.main(planned[2:]) == 0
+    assert "fits" in capsys.readouterr().out

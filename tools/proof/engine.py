@@ -1,0 +1,127 @@
+"""Part `engine` of tools/gpu_proof.py: vLLM beside the policy on one GPU, as a run has them."""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.vllm_engine import VllmEngine
+from grpo_mega.job import make_engine, make_sync
+from grpo_mega.parallel.ranks import init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.phases import Phases
+from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.rollout import SampledGroups
+from grpo_mega.types import Reward, Rollout, SamplingRequest
+from grpo_mega.weight_sync.sync import WeightSync
+from tools.proof import subject
+
+CYCLES = 5  # of sleep and wake
+
+
+def main() -> None:
+    """Measures and writes."""
+    job = subject.job_of(sys.argv[1:])
+    subject.require_cuda()
+    with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
+        folder = Path(work) / "model"
+        parameters = subject.make_subject(job, folder)
+        config, spec = subject.config_of(folder), read_spec(folder)
+        ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
+        policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
+        engine = make_engine(config, folder)
+        try:
+            sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
+            numbers = {
+                "parameters": parameters,
+                "sync": synced(sync, phases),
+                "mismatch": mismatch(engine, policy, phases, config, spec.vocab_size),
+                "sleep": slept(engine, sync, phases),
+            }
+        finally:
+            engine.close()
+        subject.write(job, numbers)
+        dist.destroy_process_group()
+
+
+def synced(sync: WeightSync, phases: Phases) -> dict[str, float]:
+    """The push, with and without the proof of every tensor, against a copy of as many bytes on the device."""
+    version = 0
+
+    def push(verify: bool) -> int:
+        nonlocal version
+        version += 1
+        return sync.push(version, verify=verify).written_bytes
+
+    with phases.syncing():
+        num_bytes = push(True)
+        plain, proven = subject.seconds_of(lambda: push(False)), subject.seconds_of(lambda: push(True))
+    source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copied = subject.seconds_of(lambda: target.copy_(source))
+    return {
+        "bytes": num_bytes,
+        "seconds": plain,
+        "seconds_with_digests": proven,
+        "gb_per_second": num_bytes / plain / 1e9,
+        "copy_gb_per_second": num_bytes / copied / 1e9,
+        "ratio": copied / plain,
+    }
+
+
+def mismatch(
+    engine: VllmEngine, policy: MegatronPolicy, phases: Phases, config: Config, vocab_size: int
+) -> dict[str, float]:
+    """Old - sampler, in nats, of tokens that the engine has drawn."""
+    request = SamplingRequest(
+        group_size=subject.GROUP_SIZE, temperature=1.0, max_tokens=subject.COMPLETION_TOKENS, seed=1
+    )
+    prompts = subject.prompts_of(vocab_size)
+    with phases.sampling():
+        groups = engine.generate(prompts, request)
+    rng = random.Random(2)
+    rollouts = [
+        Rollout(prompt, completion, Reward(rng.random()), 0)
+        for prompt, group in zip(prompts, groups, strict=True)
+        for completion in group
+    ]
+    batch, _ = subject.batch_of(SampledGroups(rollouts, subject.GROUP_SIZE), config)
+    with phases.training():
+        old = policy.log_probs(batch.microbatches)
+    assert old is not None, "one rank has every stage"
+    apart = torch.cat(
+        [
+            (row.float().cpu() - microbatch.sampler_log_probs)[microbatch.loss_mask]
+            for row, microbatch in zip(old, batch.microbatches, strict=True)
+        ]
+    )
+    # as `train/mismatch_kl` of a run
+    kl = float((apart.exp() - 1 - apart).mean())
+    return {"tokens": len(apart), "mean_abs": float(apart.abs().mean()), "max_abs": float(apart.abs().max()), "kl": kl}
+
+
+def slept(engine: VllmEngine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
+    """A run's turns: what the device holds in each, again and again; what grows is lost."""
+    asleep, awake = [], []
+    for cycle in range(CYCLES):
+        with phases.training():
+            torch.cuda.empty_cache()
+            asleep.append(subject.used_bytes())
+        with phases.syncing():
+            sync.push(1000 + cycle, verify=True)
+        with phases.sampling():
+            awake.append(subject.used_bytes())
+    return {
+        "used_in_training_bytes": asleep,
+        "used_in_sampling_bytes": awake,
+        "growth_bytes": asleep[-1] - asleep[1],
+        "kv_cache_bytes": engine.kv_cache_bytes,
+    }
