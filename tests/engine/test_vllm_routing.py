@@ -26,7 +26,6 @@ NUM_LAYERS = 3
 # family -> settings, and layers with experts
 FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
     "qwen3_moe": ({"mlp_only_layers": [1]}, [0, 2]),
-    "mixtral": ({}, [0, 1, 2]),
     "glm4_moe": ({}, [1, 2]),
 }
 # The second and the third share two blocks of the prefix cache, and so do the members of each group.
@@ -38,7 +37,7 @@ SAMPLING = SamplingRequest(group_size=4, temperature=1.0, max_tokens=24, seed=1,
 SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_tokens": None, "tell_experts": True}
 
 
-LONG = ("mixtral", "glm4_moe")
+LONG = ("glm4_moe",)
 
 
 @pytest.fixture(scope="module", params=[pytest.param(f, marks=pytest.mark.long) if f in LONG else f for f in FAMILIES])

@@ -1,0 +1,58 @@
+"""Routing replay through the command: experts of the real vLLM in the policy's updates, beside a run without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
+from tests.helpers.tiny_models import make_family_model
+
+STEPS = 2
+# many experts with scores that are close together, in bf16: engine and policy often choose differently
+CONFIG = raw_family_config("qwen3_moe", num_hidden_layers=3, num_experts=32, num_experts_per_tok=4, mlp_only_layers=[1])
+
+
+def run(model: Path, folder: Path, replay: bool) -> list[dict[str, float]]:
+    keys = [
+        *SMALL,
+        "model.base=null",
+        f"model.path={model}",
+        "precision.dtype=bf16",
+        "data.template=plain",
+        "sampling.max_tokens=16",
+        "optimizer.lr=1e-3",
+        "reward.terms=[{name: tests.helpers.plain_rewards:digits}]",
+        f"train.steps={STEPS}",
+        f"algorithm.routing_replay={str(replay).lower()}",
+        f"run.dir={folder}",
+    ]
+    train_well(*keys, output=folder.with_suffix(".log"), timeout_seconds=500)
+    assert read_json(folder / "summary.json")["status"] == "done"
+    return read_lines(folder / "metrics.jsonl")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_with_the_engines_experts_the_policy_is_nearer_to_the_sampler(tmp_path: Path) -> None:
+    model = make_family_model(tmp_path / "moe", CONFIG, router_scale=0.05)
+    own, told = (run(model, tmp_path / name, replay) for name, replay in (("own", False), ("told", True)))
+    first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("own", "told")]
+    assert first[0] == first[1]  # the same tokens: only the policy's routing differs
+    for plain, replayed in zip(own, told, strict=True):
+        assert replayed["train/mismatch_kl"] < 0.6 * plain["train/mismatch_kl"]
+        assert replayed["train/unreplayed_fraction"] == 0.0
+        assert replayed["train/grad_norm"] > 0
+        assert "train/unreplayed_fraction" not in plain
+    assert not list((tmp_path / "own" / "rollouts").glob("*.npz"))
+    for step in range(1, STEPS + 1):
+        rows = rollouts_of(tmp_path / "told", step)
+        with np.load(tmp_path / "told" / "rollouts" / f"step_{step:06d}.experts.npz") as found:
+            lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) - 1 for row in rows]
+            assert found["num_tokens"].tolist() == lengths
+            assert found["choices"].shape == (sum(lengths), 3, 4)
+            assert found["choices"].dtype == np.uint8
+            assert 16 < found["choices"][:, [0, 2]].max() < 32
