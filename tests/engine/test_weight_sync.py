@@ -235,7 +235,7 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
     [
         pytest.param("qwen3_moe", 1, id="EP2-to-2xtp1"),
         pytest.param("qwen3_moe", 2, id="EP2-to-tp2ep2"),
-        pytest.param("deepseek_v3", 2, id="latent-EP2-to-tp2ep2", marks=pytest.mark.long),
+        pytest.param("deepseek_v3", 2, id="latent-EP2-to-tp2ep2"),
         pytest.param("deepseek_v3", 1, id="latent-EP2-to-2xtp1", marks=pytest.mark.long),
     ],
 )
