@@ -1,7 +1,8 @@
 """Faults of Megatron-Core 0.16 that are repaired from outside, each with its line. Applied on every machine.
 
-Asserted by tests/parallel/test_checkpoint.py (optimizer state), tests/parallel/test_update.py (reductions,
-pipeline messages) and tests/parallel/test_families.py (experts, latent attention).
+Each repair has a test that fails without it: in tests/parallel/test_checkpoint.py (optimizer state, the queue),
+tests/parallel/test_update.py (pipeline messages), tests/parallel/test_families.py (reductions, experts, latent
+attention) and tests/unit/test_quirks.py (groups of experts, steps of optimizers).
 """
 
 from __future__ import annotations
@@ -84,25 +85,11 @@ def mark_shared_keys(model: torch.nn.Module) -> None:
             module.linear_kv_down_proj.register_forward_hook(functools.partial(_mark, widths))
 
 
-def fill_optimizer_state(optimizer: Any) -> None:
-    """Give torch's AdamW the state that a load writes into; before its first step it has none, and
-    distrib_optimizer.py:642 asserts that it has."""
-    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
-        adam = inner.optimizer
-        for group in adam.param_groups:
-            for parameter in group["params"]:
-                if not adam.state[parameter]:
-                    adam.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-
-
 @contextmanager
 def lent_steps(optimizer: Any) -> Iterator[None]:
     """distrib_optimizer.py:642 asserts that each of a rank's optimizers has parameters whose step it can read. That of
-    experts has none on a pipeline stage without them: inside, it has the step of the others."""
+    experts has none on a pipeline stage without them, and before the first step nobody has: inside, it has the step of
+    the others, or 0."""
     adams = [inner.optimizer for inner in getattr(optimizer, "chained_optimizers", [optimizer])]
     steps = [state["step"].item() for adam in adams for state in adam.state.values()]
     without = [adam for adam in adams if not adam.state]

@@ -53,7 +53,6 @@ def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any]) -> Non
 def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
     """Collective; returns `extra`."""
     cpu.install()
-    quirks.fill_optimizer_state(parts.optimizer)
     groups = [{k: g[k] for k in _FROM_CONFIG if k in g} for g in parts.optimizer.param_groups]
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
     state = dist_checkpointing.load(_sharded_state(parts, is_loading=True), str(folder), sharded_strategy=strategy)
