@@ -9,6 +9,7 @@ Asserted by tests/e2e/test_convert_tools.py and test_convert_bad_input.py.
 from __future__ import annotations
 
 import collections
+import enum
 import io
 import math
 import os
@@ -208,7 +209,7 @@ def checkpoint_folder(folder: Path) -> Path | None:
 def _read_metadata(folder: Path) -> dict[str, DistTensor]:
     path = folder / ".metadata"
     try:
-        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        found = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         return {
             name: _tensor_of(name, entry, found.storage_data, folder)
             for name, entry in found.state_dict_metadata.items()
@@ -238,6 +239,13 @@ class _Old:
     """Stands for Megatron's own classes in checkpoints of versions before 0.16: only their tensors matter."""
 
 
+def _enum_member(kind: Any, name: str) -> Any:
+    """What early releases of Python 3.11 pickle a member of an enumeration as: getattr(its class, its name)."""
+    if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
+        raise pickle.UnpicklingError(f"asks for {name!r} of {kind!r}, which is no part of the format")
+    return kind[name]
+
+
 _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     **{
         (dcp.__name__, name): getattr(dcp, name)
@@ -260,12 +268,15 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("builtins", "getattr"): _enum_member,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Old,
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Old,
 }
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class MetadataUnpickler(pickle.Unpickler):
+    """Calls nothing but the classes of the format."""
+
     def find_class(self, module: str, name: str) -> Any:
         known = _METADATA_CLASSES.get((module, name))
         if known is not None:
