@@ -17,7 +17,7 @@ def stage_layers(num_layers: int, parallel: ParallelConfig, where: str) -> list[
     """The layers of each of the pp * vpp stages; `where` names the model in messages.
 
     Raises:
-        UserError: the split does not come out even, or the explicit layout does not fit.
+        UserError: the split does not come out even, the explicit layout does not fit, or a rank has nothing.
     """
     if parallel.pipeline_layout is not None:
         counts = _explicit(parallel.pipeline_layout, num_layers, parallel, where)
@@ -30,6 +30,12 @@ def stage_layers(num_layers: int, parallel: ParallelConfig, where: str) -> list[
                     f"({num_layers} layers of {where}, pp={parallel.pp}); {_divisors(layers)}"
                 )
         counts = [layers // parallel.vpp for layers in per_rank] * parallel.vpp
+    for rank in range(1, parallel.pp - 1):  # the first has the embedding, the last the head
+        if not any(counts[rank :: parallel.pp]):
+            raise UserError(
+                f"parallel.pp={parallel.pp}: pipeline rank {rank} has none of the {num_layers} layers of {where}, and "
+                "nothing to compute; give it one in parallel.pipeline_layout, or use fewer stages"
+            )
     return [range(begin, end) for begin, end in pairwise([0, *accumulate(counts)])]
 
 

@@ -104,6 +104,18 @@ def test_explicit_layouts_read_as_megatron_reads_them(text: str) -> None:
             {"pp": 2, "pipeline_layout": "Et|tL"},
             "parallel.pipeline_layout=Et|tL has 2 layers (t), the model has 3; use as many",
         ),
+        *(
+            (
+                2,
+                {"pp": 3, **keys},
+                "parallel.pp=3: pipeline rank 1 has none of the 2 layers of the model, and nothing to compute; give it "
+                "one in parallel.pipeline_layout, or use fewer stages",
+            )
+            for keys in (
+                {"vpp": 2, "pipeline_layout": "E||tt|||L"},
+                {"num_layers_first_stage": 1, "num_layers_last_stage": 1},
+            )
+        ),
     ],
 )
 def test_a_split_that_does_not_come_out_is_refused(num_layers: int, keys: dict[str, Any], said: str) -> None:
