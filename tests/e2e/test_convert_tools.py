@@ -226,7 +226,7 @@ def assert_same_files(found: Path, wanted: Path) -> None:
 
 def slowly(convert: Callable[..., object], *arguments: Path, **options: int) -> None:
     write = os.pwrite
-    os.pwrite = lambda *a: (time.sleep(0.002), write(*a))[1]  # type: ignore[assignment]
+    os.pwrite = lambda *a: (time.sleep(0.005), write(*a))[1]  # type: ignore[assignment]
     convert(*arguments, **options)
 
 

@@ -161,13 +161,13 @@ def _join(rank: int, world: int, store: str, timeout_seconds: float) -> None:
 def _leave() -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
-    from megatron.core.distributed import DistributedDataParallel
 
     dist.barrier()  # a rank that is done must not close connections while another still opens them
     # what a call built refers to itself in circles and keeps its process groups, with dozens of gloo threads each call
     gc.collect()
     # and, where experts keep a tensor of the last step, in circles through the graph of autograd, which gc cannot see
-    for wrapper in [each for each in gc.get_objects() if type(each) is DistributedDataParallel]:
+    built = sys.modules.get("megatron.core.distributed.distributed_data_parallel")  # a call may have built nothing
+    for wrapper in [each for each in gc.get_objects() if built and type(each) is built.DistributedDataParallel]:
         vars(wrapper).clear()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
