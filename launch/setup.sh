@@ -183,7 +183,7 @@ modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch"
 if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.entrypoints.llm"; fi
 [[ $kind != cpu ]] || modules+=" vllm.v1.worker.cpu_worker"
 # Besides proving the installation this compiles, once and not in every rank of every job, what a job imports: also where
-# the environment says not to (PYTHONDONTWRITEBYTECODE; every start would then take half a minute more).
+# the environment says not to (PYTHONDONTWRITEBYTECODE; these imports then take every rank 22 s of a core, not 10).
 env -u PYTHONDONTWRITEBYTECODE VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "import importlib; [importlib.import_module(m) for m in '$modules'.split()]" \
     >>"$log" 2>&1 || failed "the import of $modules"
 echo "$kind $extras $digest" >"$marker.new"
