@@ -217,7 +217,9 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
     with meet(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
         # srun ends the other tasks when the first has failed; what they have learned of it stays their exit code
         signal.signal(signal.SIGTERM, lambda *_: None)
-        return run_ranks(worker, environments, meeting)
+        code = run_ranks(worker, environments, meeting)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it ends, Python gives handlers written in Python up
+    return code
 
 
 def main(argv: Sequence[str]) -> int:

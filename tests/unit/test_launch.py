@@ -279,6 +279,27 @@ def test_other_machines_are_told_what_failed_here() -> None:
     assert text.splitlines()[-1] == "the cause"
 
 
+LAST_MOMENT = """
+import os, signal, sys
+from grpo_mega import launch
+class Last:  # destroyed when Python has given its signal handlers up
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
+        kill(pid, number)
+sys.last = Last()
+launch.ask_config = lambda arguments: launch.Wishes(2, True, 10.0)
+launch.run_ranks = lambda *_: 2
+sys.exit(launch.main(["train.sh"]))
+"""
+
+
+def test_a_signal_in_the_last_moment_of_an_agent_does_not_change_its_exit_code() -> None:
+    """Slurm sends SIGTERM to all tasks when the first has ended with an error; the largest exit code is the job's."""
+    env = {**os.environ, "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-c", LAST_MOMENT]
+    agents = [subprocess.Popen(command, env={**env, "NODE_RANK": str(node)}) for node in range(2)]
+    assert [agent.wait(timeout=30) for agent in agents] == [2, 2]
+
+
 def is_running(pid: int) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
