@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from grpo_mega.engines.vllm_record import LoaderRecord, Shape, record_loader
+from grpo_mega.engines.record import LoaderRecord, Shape
+from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_start import prepare_environment, register_model
 
 
@@ -91,7 +92,7 @@ def _record_rank(
             stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
             with _FloatsOnMeta():
                 model = initialize_model(vllm_config=config)
-            return record_loader(model, tensors)
+            return record_vllm(model, tensors)
         finally:
             parallel_state.destroy_model_parallel()
             parallel_state._WORLD.destroy()
