@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from grpo_mega.convert.digest import slice_digest
 from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.vllm_engine import VllmEngine, eos_ids
+from grpo_mega.engines.sampling import eos_ids
+from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.engines.vllm_start import VllmSettings, kv_cache_bytes, start
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
