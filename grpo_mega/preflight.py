@@ -11,8 +11,11 @@ from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
-# Families whose sampled log-probs were compared with transformers' (docs/measurements/weight_sync.md).
-SYNCED_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2", "deepseek_v3")
+# Engine -> families whose sampled log-probs were compared with transformers' (docs/measurements/weight_sync.md).
+SYNCED_FAMILIES = {
+    "vllm": ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2", "deepseek_v3"),
+    "sglang": ("llama", "qwen2", "qwen3"),
+}
 
 # vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
 _ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
@@ -128,13 +131,15 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
 
 
 def _check_sync(spec: ModelSpec, config: Config) -> None:
+    if config.engine.kind == "sglang" and Path("/proc/driver/nvidia/gpus").is_dir():
+        raise UserError("engine.kind=sglang runs on machines without CUDA so far; use engine.kind=vllm")
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
-    if spec.family not in SYNCED_FAMILIES:
+    if spec.family not in SYNCED_FAMILIES[config.engine.kind]:
         raise UserError(
             f"engine.kind={config.engine.kind}: a sync of the family {spec.family} ({folder}) to this engine is not "
-            f"proven; use a model of {', '.join(SYNCED_FAMILIES)}"
+            f"proven; use a model of {', '.join(SYNCED_FAMILIES[config.engine.kind])}"
         )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
