@@ -6,7 +6,8 @@ The wheel imports three packages that it does not need on CPU, of which there ar
 - `torchvision`: srt/multimodal/internvl_utils.py:5, srt/configs/deepseek_ocr.py:7;
 - `sgl_kernel`: names taken under is_cpu() by kernels/ops/kvcache/cache_move.py:10, srt/mem_cache/allocation.py:46,
   kernels/ops/speculative/*.py and srt/layers/quantization/utils.py:27.
-Empty modules stand in for them. A call of something of sgl_kernel raises: nothing computes with a stand-in. Without the
+Empty modules stand in for them; vLLM, which it would import where it is there (layers/moe/moe_runner/triton_utils), for
+5 s of every process, is hidden. A call of something of sgl_kernel raises: nothing computes with a stand-in. Without the
 real kernels SGLang takes its torch implementations, also on processors with AMX, so parameters stay plain.
 
 They would be seen by everything in a process (torch, Megatron), so only the processes of an engine import this for its
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 _NAMES = frozenset({"sgl_kernel", "torchvision", "triton"})
+_HIDDEN = "vllm"
 _TRITON_VERSION = "3.7.1"
 # Functions that ask whether a package is there and must hear no: transformers/utils/import_utils.py:73 would import
 # image processors with torchvision, srt/utils/common.py would take kernels.
@@ -83,7 +85,10 @@ class _Finder:
     """Finds the missing packages and everything below them, but not for those who only ask."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in _NAMES or _is_asked_by_probe():
+        first = name.partition(".")[0]
+        if first == _HIDDEN:
+            raise ModuleNotFoundError(f"No module named {name!r} in the processes of SGLang", name=name)
+        if first not in _NAMES or _is_asked_by_probe():
             return None
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
