@@ -1,6 +1,6 @@
 """The end of a weight sync that every engine shares: writes and digests of parts of regions, versions, updates.
 
-Asserted by tests/engine/test_vllm_engine.py and test_sglang_engine.py.
+Asserted by tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ The first of these ranks starts the engine's process (sglang_process.py) and spe
 came back, in parts, so that no rank waits longer than a beat for another. Rank t of them writes the weights of SGLang's
 rank t. All requests of a call enter SGLang in one message, behind the seed of its generators, so the same seed and
 prompts give the same tokens; the prefix cache is empty at the start of each call.
-Written for SGLang 0.5.23 without CUDA. Asserted by tests/engine/test_sglang_engine.py.
+Written for SGLang 0.5.23 without CUDA. Asserted by tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Starts the process of one SGLang and talks to it: every wait has a limit; its end is an error with its last words.
 
-Asserted by tests/engine/test_sglang_engine.py.
+Asserted by tests/unit/test_sglang_process.py and tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from grpo_mega.engines.sglang_cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang_messages import HostSettings
 from grpo_mega.engines.sglang_worker import ANSWERS
 
+_HOST = "grpo_mega.engines.sglang_host"
 _START_SECONDS = 600.0  # imports and spawned processes, on a machine that many engines share
 _END_SECONDS = 20.0
 _LAST_LINES = 30  # of its log, in an error
@@ -46,7 +47,7 @@ class SglangProcess:
         ours, theirs = socket.socketpair()
         with theirs, self._log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "grpo_mega.engines.sglang_host", str(theirs.fileno())],
+                [sys.executable, "-m", _HOST, str(theirs.fileno())],
                 env=_environment(os.environ, self._folder, tp),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

@@ -5,7 +5,7 @@ those that SGLang's kernels read: without CUDA and without sgl_kernel it compute
 of every update each of its processes confirms that they are still where the rank writes. Where a loader could not be
 recorded, tensors are streamed through it, whole, once their names and shapes are known to be the model's: SGLang drops
 unknown names without a word, and a wrong shape ends its processes.
-Asserted by tests/engine/test_sglang_engine.py.
+Asserted by tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ go to a file, which sglang_host.py reads.
 - `adopt`: the weights are complete; are the parameters still where the rank writes?
 - `load`: gives whole tensors to the model's own loader, where it could not be recorded.
 - `seed`: of the generators that sampling reads.
-Asserted by tests/engine/test_sglang_engine.py.
+Asserted by tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 _ANSWER_SECONDS = 120.0
+_OPEN_SECONDS = 400.0  # an engine in processes of its own imports itself three times
 _GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
 
 
@@ -68,7 +69,7 @@ class EngineRanks:
 
     def open(self, config_dir: Path, *, tp: int, kind: str = "vllm", **settings: Any) -> None:
         """Have this engine open on every rank: nothing to do if it is, else the present one is closed first."""
-        self.call(_open, config_dir, kind, tp, settings)
+        self.call(_open, config_dir, kind, tp, settings, timeout_seconds=_OPEN_SECONDS)
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks."""
