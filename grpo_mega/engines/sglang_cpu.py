@@ -17,9 +17,12 @@ effect: sglang_host.py, which the processes that it spawns import first, too.
 from __future__ import annotations
 
 import importlib.machinery
+import importlib.util
+import json
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 _NAMES = frozenset({"sgl_kernel", "torchvision", "triton"})
@@ -40,6 +43,19 @@ def threads_of(tp: int) -> str:
     """SGLANG_CPU_OMP_THREADS_BIND. Without it srt/utils/numa_utils.py:463 refuses more ranks than NUMA nodes; the cores
     named in it are used only with sgl_kernel."""
     return "|".join(["0"] * tp)
+
+
+def other_models(config_dir: Path) -> str:
+    """SGLANG_DISABLED_MODEL_ARCHS: SGLang's model files that have no part in this model. Its registry imports all of
+    them, 250, in two processes: 10 s of a core. Empty where the model's class is in none of them."""
+    architectures = json.loads((config_dir / "config.json").read_text(encoding="utf-8")).get("architectures") or ()
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None, "check_sglang found it"
+    assert spec.submodule_search_locations is not None, "it is a package"
+    files = sorted(Path(spec.submodule_search_locations[0], "srt", "models").glob("*.py"))
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in files}
+    own = {name for name, text in texts.items() if any(f"class {each}(" in text for each in architectures)}
+    return ",".join(sorted(texts.keys() - own)) if own else ""
 
 
 def install_stand_ins() -> None:

@@ -223,7 +223,7 @@ _ARGUMENTS: dict[str, Any] = {
     "chunked_prefill_size": _PREFILL_TOKENS,
     "mem_fraction_static": 0.1,  # of host memory, for nothing: max_total_tokens says how much
     "stream_interval": 1 << 30,  # an answer is sent when it is complete
-    "log_level": "warning",
+    "log_level": "error",
 }
 
 

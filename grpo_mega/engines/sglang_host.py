@@ -18,9 +18,10 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.engines.sglang_cpu import install_stand_ins
+from grpo_mega.engines.sglang_cpu import install_stand_ins, other_models
 from grpo_mega.engines.sglang_messages import HostSettings, Sampled, SamplingBatch
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Host:
     """The Engine and what it is asked to do. Raises RuntimeError: SGLang refused (with its words)."""
 
     def __init__(self, settings: HostSettings, answer: Callable[[Any], None]) -> None:
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = other_models(Path(settings.arguments["model_path"]))
         import sglang
 
         self._settings, self._answer = settings, answer
@@ -47,9 +49,9 @@ class Host:
         path.write_bytes(pickle.dumps(tensors))
         return self._inside("share", {"tensors": str(path)})
 
-    def load(self, tensors: list[tuple[str, Tensor]]) -> None:
-        """Whole tensors for SGLang's own loader."""
-        self._inside("load", {}, tensors)
+    def load(self, tensors: bytes) -> None:
+        """Whole tensors for SGLang's own loader: a pickled list of names and tensors."""
+        self._inside("load", {}, pickle.loads(tensors))
 
     def adopt(self, version: int) -> None:
         """The weights are those of this version; what was computed with others is forgotten."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import pickle
 from collections.abc import Mapping
 
 import torch
@@ -84,7 +85,8 @@ class SglangSink(RegionSink):
 
     def _send_bucket(self) -> None:
         if self._bucket and self._process is not None:
-            self._process.call("load", self._bucket)
+            # by value: torch's pickler for processes hands over descriptors, to nobody but this process's own children
+            self._process.call("load", pickle.dumps(self._bucket))
         self._bucket = []
 
 
