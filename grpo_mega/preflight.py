@@ -11,11 +11,8 @@ from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
-# Engine -> families whose sampled log-probs were compared with transformers' (docs/measurements/weight_sync.md).
-SYNCED_FAMILIES = {
-    "vllm": ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe", "deepseek_v2", "deepseek_v3"),
-    "sglang": ("llama", "qwen2", "qwen3"),
-}
+# Families that SGLang was compared with transformers in (docs/measurements/weight_sync.md); vLLM was in all.
+SGLANG_FAMILIES = ("llama", "qwen2", "qwen3")
 
 # vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
 _ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
@@ -136,10 +133,10 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
-    if spec.family not in SYNCED_FAMILIES[config.engine.kind]:
+    if config.engine.kind == "sglang" and spec.family not in SGLANG_FAMILIES:
         raise UserError(
-            f"engine.kind={config.engine.kind}: a sync of the family {spec.family} ({folder}) to this engine is not "
-            f"proven; use a model of {', '.join(SYNCED_FAMILIES[config.engine.kind])}"
+            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
+            f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
         )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
@@ -150,11 +147,31 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
             f"model.path={folder}: its config.json does not say {', '.join(missing)}, and vLLM would route otherwise "
             f"than {spec.family} does; add it"
         )
+    if spec.family == "gpt_oss":
+        _check_gpt_oss(spec, folder)
     if raw.get("quantization_config") is not None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
             "give an unquantised checkpoint"
         )
+
+
+def _check_gpt_oss(spec: ModelSpec, folder: Path) -> None:
+    """What vLLM has written into its model, whatever config.json says (models/gpt_oss.py, cpu_fused_moe.cpp)."""
+    assert spec.moe is not None, "read_gpt_oss gives experts"
+    assert spec.moe.gate is not None, "read_gpt_oss gives their gate"
+    written = {
+        "rms_norm_eps": (spec.norm_eps, 1e-5),
+        "swiglu_alpha": (spec.moe.gate.alpha, 1.702),
+        "swiglu_limit": (spec.moe.gate.limit, 7.0),
+        "layers with a window": ([i for i, w in enumerate(spec.windowed) if w], list(range(0, spec.num_layers, 2))),
+    }
+    for what, (got, fixed) in written.items():
+        if got != fixed:
+            raise UserError(
+                f"model.path={folder}: its config.json says {what}={got}, and vLLM computes gpt_oss with {fixed} "
+                "whatever it says; use a model that has this"
+            )
 
 
 def _require_divisor(key: str, ranks: int, number: int, name: str, where: str) -> None:

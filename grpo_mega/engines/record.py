@@ -40,11 +40,13 @@ class RecordedCopy:
 
 @dataclass
 class LoaderRecord:
-    """What was recorded, and shape and address of all parameters before the engine processes them further."""
+    """What was recorded, and shape and address of all parameters before the engine processes them further. `zeros`:
+    boxes of parameters that hold zeros on this rank whatever the checkpoint says, as a bias that another rank adds."""
 
     shapes: dict[str, Shape]
     addresses: dict[str, int]
     copies: list[RecordedCopy] = field(default_factory=list)
+    zeros: list[TensorSlice] = field(default_factory=list)
 
 
 def stand_ins(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Tensor]:
@@ -94,6 +96,8 @@ class _Recorder(TorchDispatchMode):
         self._sources = {_storage(t): (name, t) for name, t in sources.items()}
         self._targets = {_storage(t): (name, t) for name, t in targets.items() if t.numel()}
         self._record = record
+        self._cloned: set[int] = set()
+        self._zeroed: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,11 +106,25 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._sources:
             return args[0]  # another device or dtype holds the same slice
+        if func is torch.ops.aten.clone.default and _storage(args[0]) in self._sources:
+            self._cloned.add(_storage(args[0]))
+            return args[0]  # so does a copy in another order, as `contiguous` makes it
         written = _written(func, args)
+        if written is not None and _storage(written) in self._sources:
+            return self._change(func, written)
         if written is not None and _storage(written) in self._targets and func not in _FILLS:
             name = self._targets[_storage(written)][0]
             raise CannotRecordError(f"{name} is written by {func}, from something that is no slice of the checkpoint")
         return func(*args, **kwargs)
+
+    def _change(self, func: Any, source: Tensor) -> Tensor:
+        """The loader writes into what it was given: it may turn a whole tensor into zeros before it uses it."""
+        storage = _storage(source)
+        name, whole = self._sources[storage]
+        if func is not torch.ops.aten.zero_.default or source.shape != whole.shape or storage in self._cloned:
+            raise CannotRecordError(f"{name} of the checkpoint is changed by {func}")
+        self._zeroed.add(storage)
+        return source
 
     def _note(self, target: Tensor, source: Tensor) -> None:
         if not target.numel():
@@ -129,6 +147,9 @@ class _Recorder(TorchDispatchMode):
             if hf_axis >= 0:
                 along[hf_axis] = axis
         hf, local = TensorSlice(name, *hf_box), TensorSlice(parameter, *box)
+        if _storage(source) in self._zeroed:
+            self._record.zeros.append(local)
+            return
         self._record.copies.append(RecordedCopy(hf, local, tuple(along), owner.dtype))
 
 
@@ -178,8 +199,8 @@ def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
         CannotRecordError: names the parameter.
     """
     boxes: dict[str, list[TensorSlice]] = {}
-    for copy in record.copies:
-        boxes.setdefault(copy.local.name, []).append(copy.local)
+    for local in [*(copy.local for copy in record.copies), *record.zeros]:
+        boxes.setdefault(local.name, []).append(local)
     for name, shape in record.shapes.items():
         found = sorted(boxes.get(name, []), key=lambda box: box.offsets)
         if twice := _shared(found):

@@ -13,6 +13,27 @@ from grpo_mega.interfaces import SinkRegion
 from grpo_mega.types import TensorSlice
 
 
+@dataclass
+class Zeros:
+    """A part that is zero on this rank, as a bias that is added once for all ranks. No sync brings it."""
+
+    parameter: str
+    view: Tensor
+
+    def rebuild(self) -> None:
+        """The engine may have slept since, and its memory with it."""
+        self.view.zero_()
+
+    def difference(self) -> str | None:
+        """Is it still zero?"""
+        different = int(self.view.count_nonzero())
+        return (
+            f"{different} of {self.view.numel()} elements that this rank must not add are not zero"
+            if different
+            else None
+        )
+
+
 class DerivedCopy(Protocol):
     """Something that kernels read in place of a parameter."""
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import json
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -37,6 +38,14 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # else the first tokens of an engine of two ranks wait 20 s for a compiler
     "OMP_NUM_THREADS": "1",
 }
+
+
+def import_sglang() -> None:
+    """Everything that its processes import, with the stand-ins, in this process: is the environment complete?"""
+    os.environ.update(ENVIRONMENT)
+    install_stand_ins()
+    for name in ("entrypoints.engine", "managers.scheduler", "managers.detokenizer_manager", "models.registry"):
+        importlib.import_module(f"sglang.srt.{name}")
 
 
 def threads_of(tp: int) -> str:
@@ -122,3 +131,7 @@ def _is_asked_by_probe() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+if __name__ == "__main__":  # launch/setup.sh
+    import_sglang()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grpo_mega.engines.record import Shape
 from grpo_mega.engines.region_sink import RegionSink
-from grpo_mega.engines.regions import PlainRegion, Regions, region_view
+from grpo_mega.engines.regions import PlainRegion, Regions, Zeros, region_view
 from grpo_mega.engines.sglang_process import SglangProcess
 from grpo_mega.engines.sglang_worker import SharedModel, place_of
 from grpo_mega.interfaces import SinkRegion
@@ -103,5 +103,5 @@ def _regions(shared: SharedModel) -> Regions:
     return Regions(
         [SinkRegion(Placement(copy.hf, copy.local), "plain", copy.dtype) for copy in copies],
         [PlainRegion(region_view(parameters[copy.local.name], copy)) for copy in copies],
-        [],
+        [Zeros(box.name, parameters[box.name][box.index]) for box in shared.record.zeros],
     )

@@ -95,7 +95,7 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
         return SharedModel(os.getpid(), -1, 0, {}, str(error))
     places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
     end = 0
-    filled = {copy.local.name for copy in record.copies}
+    filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
     owners = {name: t for name, t in _tensors_of(model).items() if name in filled}
     for name, tensor in owners.items():
         if not tensor.is_contiguous():

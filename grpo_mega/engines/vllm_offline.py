@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from grpo_mega.engines.record import LoaderRecord, Shape
 from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_start import prepare_environment, register_model
+from grpo_mega.types import UserError
 
 
 def record_ranks(
@@ -46,6 +47,7 @@ def record_ranks(
 
     Raises:
         CannotRecordError: the loader does something that is no copy of boxes.
+        UserError: vLLM has no kernel for the model in this layout.
         ImportError: vLLM is not installed.
     """
     prepare_environment()
@@ -90,8 +92,14 @@ def _record_rank(
         parallel_state.initialize_model_parallel(tp)
         try:
             stack.enter_context(set_default_torch_dtype(config.model_config.dtype))
-            with _FloatsOnMeta():
-                model = initialize_model(vllm_config=config)
+            try:
+                with _FloatsOnMeta():
+                    model = initialize_model(vllm_config=config)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"engine.tp={tp}: the vLLM of this machine has no kernel for this part of {config_dir} ({error}); "
+                    "choose another engine.tp, or engine.ep=engine.tp for a model with experts"
+                ) from None
             return record_vllm(model, tensors)
         finally:
             parallel_state.destroy_model_parallel()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_mega.engines.record import LoaderRecord, RecordedCopy
-from grpo_mega.engines.regions import DerivedCopy, PlainRegion, Region, Regions, region_view
+from grpo_mega.engines.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
 from grpo_mega.interfaces import RegionKind, SinkRegion
 from grpo_mega.types import Placement, TensorSlice
 
@@ -117,19 +117,55 @@ def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
     regions: list[SinkRegion] = []
     places: list[Region] = []
     orders: dict[tuple[object, ...], Tensor] = {}
+
+    def is_plain(name: str) -> bool:
+        return name in parameters and parameters[name].data_ptr() == record.addresses[name]
+
     for copy in record.copies:
         name = copy.local.name
+        if is_plain(name):
+            places.append(PlainRegion(region_view(parameters[name].detach(), copy)))
+            kind: RegionKind = "derived" if name in copied else "plain"
+            regions.append(SinkRegion(Placement(copy.hf, copy.local), kind, copy.dtype))
+            continue
         owner = parameters.get(name)
-        kind: RegionKind = "derived" if name in copied else "plain"
-        if owner is not None and owner.data_ptr() == record.addresses[name]:
-            places.append(PlainRegion(region_view(owner.detach(), copy)))
-        elif owner is not None and tuple(owner.shape) == record.shapes[name] and _is_packed_expert(model, name):
-            kind = "permuted"
-            places.append(_permuted(owner.detach(), copy, model, orders))
-        else:
-            raise RuntimeError(f"vLLM keeps {name} in a form of its own; what its kernels read is not known here")
-        regions.append(SinkRegion(Placement(copy.hf, copy.local), kind, copy.dtype))
+        if owner is None or tuple(owner.shape) != record.shapes[name] or not _is_packed_expert(model, name):
+            raise _unknown_form(name)
+        for part in by_expert(copy):
+            places.append(_permuted(owner.detach(), part, model, orders))
+            regions.append(SinkRegion(Placement(part.hf, part.local), "permuted", part.dtype))
+    for box in record.zeros:
+        if not is_plain(box.name):
+            raise _unknown_form(box.name)
+        derived.append(Zeros(box.name, parameters[box.name].detach()[box.index]))
     return Regions(regions, places, derived)
+
+
+def _unknown_form(name: str) -> RuntimeError:
+    return RuntimeError(f"vLLM keeps {name} in a form of its own; what its kernels read is not known here")
+
+
+def by_expert(copy: RecordedCopy) -> list[RecordedCopy]:
+    """A copy into a stack of experts [E, R, C], one for each of them: each is packed for itself."""
+    if copy.local.shape[0] == 1:
+        return [copy]
+    along = copy.along.index(0)  # the dimension of the checkpoint's tensor that counts experts
+    return [
+        RecordedCopy(
+            _narrow(copy.hf, along, i),
+            _narrow(copy.local, 0, i),
+            (*copy.along[:along], -1, *copy.along[along + 1 :]),
+            copy.dtype,
+        )
+        for i in range(copy.local.shape[0])
+    ]
+
+
+def _narrow(box: TensorSlice, dim: int, index: int) -> TensorSlice:
+    """Its part at one index of a dimension."""
+    offsets, shape = list(box.offsets), list(box.shape)
+    offsets[dim], shape[dim] = offsets[dim] + index, 1
+    return TensorSlice(box.name, tuple(offsets), tuple(shape))
 
 
 def absorbed_projections(model: nn.Module) -> list[AbsorbedProjection]:
@@ -152,7 +188,7 @@ def _is_packed_expert(model: nn.Module, parameter: str) -> bool:
 
 
 def _permuted(owner: Tensor, copy: RecordedCopy, model: nn.Module, orders: dict[tuple[object, ...], Tensor]) -> Region:
-    """Of one expert or several: only whole experts are stacked, so a region's first dimension is the expert's."""
+    """Of one expert: a stack's first dimension is the expert's."""
     experts: Any = model.get_submodule(copy.local.name.rpartition(".")[0])
     isa = experts.quant_method.moe_kernel.fused_experts.isa
     rows, columns = owner.shape[1:]
@@ -162,7 +198,6 @@ def _permuted(owner: Tensor, copy: RecordedCopy, model: nn.Module, orders: dict[
     whole = RecordedCopy(
         copy.hf, TensorSlice("", (0, *copy.local.offsets[1:]), copy.local.shape), copy.along, copy.dtype
     )
-    assert copy.local.shape[0] == 1, f"{copy.local} is of several experts"
     return PermutedRegion(owner, copy.local.offsets[0] * rows * columns, region_view(orders[key][None], whole))
 
 

@@ -183,7 +183,7 @@ class WeightSync:
     def _derived(self, parameter: str) -> str:
         """The slices whose derived copy `probe` looked at under this name."""
         regions = (r for r in self._sink.layout() if r.kind == "derived" and r.placement.local.name == parameter)
-        slices = ", ".join(str(r.placement.hf) for r in regions)
+        slices = ", ".join(str(r.placement.hf) for r in regions) or parameter
         return f"{slices} on rank {dist.get_rank()}: the kernel computes from other weights than it stores"
 
     def _stream(self, policy_version: int) -> SyncReport:

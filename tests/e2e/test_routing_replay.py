@@ -16,9 +16,10 @@ STEPS = 2
 CONFIG = raw_family_config("qwen3_moe", num_hidden_layers=3, num_experts=32, num_experts_per_tok=4, mlp_only_layers=[1])
 
 
-def run(model: Path, folder: Path, replay: bool) -> list[dict[str, float]]:
+def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> list[dict[str, float]]:
     keys = [
         *SMALL,
+        *layout,
         "model.base=null",
         f"model.path={model}",
         "precision.dtype=bf16",
@@ -37,9 +38,19 @@ def run(model: Path, folder: Path, replay: bool) -> list[dict[str, float]]:
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_with_the_engines_experts_the_policy_is_nearer_to_the_sampler(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param((), id="one-rank"),
+        pytest.param(("run.world_size=2", "parallel.ep=2", "engine.tp=2", "engine.ep=2"), id="ep2-and-tp2ep2"),
+        pytest.param(
+            ("run.world_size=2", "parallel.pp=2", "parallel.num_layers_first_stage=2"), id="pp2-and-two-engines"
+        ),
+    ],
+)
+def test_with_the_engines_experts_the_policy_is_nearer_to_the_sampler(tmp_path: Path, layout: tuple[str, ...]) -> None:
     model = make_family_model(tmp_path / "moe", CONFIG, router_scale=0.05)
-    own, told = (run(model, tmp_path / name, replay) for name, replay in (("own", False), ("told", True)))
+    own, told = (run(model, tmp_path / name, replay, layout) for name, replay in (("own", False), ("told", True)))
     first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("own", "told")]
     assert first[0] == first[1]  # the same tokens: only the policy's routing differs
     for plain, replayed in zip(own, told, strict=True):

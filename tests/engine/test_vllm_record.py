@@ -17,8 +17,9 @@ from torch import nn
 
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.record import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
-from grpo_mega.engines.regions import region_view
+from grpo_mega.engines.regions import Zeros, region_view
 from grpo_mega.engines.vllm_record import record_vllm
+from grpo_mega.engines.vllm_regions import by_expert
 from grpo_mega.types import TensorSlice
 from tests.helpers.tiny_models import make_tiny_model
 from tests.helpers.vllm_table import engine_layout
@@ -162,8 +163,12 @@ class Loader(nn.Module):
 TENSORS = {"a": ((3, 8), torch.float32), "b": ((4, 6), torch.float32)}
 
 
+def full_record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> LoaderRecord:
+    return record_loader(Loader(load), TENSORS, set())
+
+
 def record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[RecordedCopy]:
-    return record_loader(Loader(load), TENSORS, set()).copies
+    return full_record_of(load).copies
 
 
 def halves_and_transposed(fused: Any, w: dict[str, torch.Tensor]) -> None:
@@ -186,6 +191,48 @@ def test_halves_and_transposed_slices_are_boxes_with_their_dimensions() -> None:
         assert torch.equal(region_view(loaded.fused.data, copy), real[copy.hf.name][copy.hf.index])
 
 
+def in_another_order(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[0, :3].copy_(w["a"].narrow(1, 4, 4))
+    fused[0, 3:].copy_(w["a"].chunk(2, 1)[0])
+    fused[1].copy_(w["b"].permute(1, 0).contiguous())
+
+
+def test_a_slice_that_is_copied_before_it_is_loaded_is_that_slice() -> None:
+    assert record_of(in_another_order) == record_of(halves_and_transposed)
+
+
+def zeroed(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[0, :3].copy_(w["a"].narrow(1, 4, 4))
+    fused[0, 3:].copy_(w["a"].chunk(2, 1)[0])
+    fused[1].copy_(w["b"].zero_().t())
+
+
+def test_what_another_rank_adds_is_zero_here_and_comes_from_no_tensor() -> None:
+    record = full_record_of(zeroed)
+    assert [str(copy.hf) for copy in record.copies] == ["a[0:3, 4:8]", "a[0:3, 0:4]"]
+    assert [str(box) for box in record.zeros] == ["fused[1:2, 0:6, 0:4]"]
+
+
+def test_zeros_are_made_and_found_missing() -> None:
+    whole = torch.ones(2, 3)
+    zeros = Zeros("bias", whole[1])
+    assert zeros.difference() == "3 of 3 elements that this rank must not add are not zero"
+    zeros.rebuild()
+    assert whole.tolist() == [[1, 1, 1], [0, 0, 0]]
+    assert zeros.difference() is None
+
+
+def test_a_copy_into_several_experts_is_one_into_each() -> None:
+    """The checkpoint has [E, C, R], the engine [E, R, C]; this rank has experts 4 to 5 of 8."""
+    whole = RecordedCopy(
+        TensorSlice("w", (4, 0, 6), (2, 5, 3)), TensorSlice("p", (0, 0, 0), (2, 3, 5)), (0, 2, 1), torch.float32
+    )
+    assert [(str(c.hf), str(c.local), c.along) for c in by_expert(whole)] == [
+        ("w[4:5, 0:5, 6:9]", "p[0:1, 0:3, 0:5]", (-1, 2, 1)),
+        ("w[5:6, 0:5, 6:9]", "p[1:2, 0:3, 0:5]", (-1, 2, 1)),
+    ]
+
+
 def incomplete(fused: Any, w: dict[str, torch.Tensor]) -> None:
     fused[1].copy_(w["b"].t())
 
@@ -203,6 +250,18 @@ def added(fused: Any, w: dict[str, torch.Tensor]) -> None:
     fused[1].add_(torch.ones(6, 4))
 
 
+def partly_zeroed(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    w["b"][:2].zero_()
+    fused[1].copy_(w["b"].t())
+
+
+def zeroed_after_a_copy(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    """Here the copy would keep the values, or the tensor would if the copy were zeroed."""
+    kept = w["b"].clone()
+    w["b"].zero_()
+    fused[1].copy_(kept.t())
+
+
 def every_other(fused: Any, w: dict[str, torch.Tensor]) -> None:
     fused[0, :3].copy_(w["a"][:, ::2])
 
@@ -214,6 +273,8 @@ def every_other(fused: Any, w: dict[str, torch.Tensor]) -> None:
         (twice, r"fused\[0:1, .* is filled twice"),
         (computed, "fused is written by aten.copy_.default, from something that is no slice"),
         (added, "fused is written by aten.add_.Tensor"),
+        (partly_zeroed, "b of the checkpoint is changed by aten.zero_"),
+        (zeroed_after_a_copy, "b of the checkpoint is changed by aten.zero_"),
         (every_other, "fused is filled from a by no box"),
     ],
 )

@@ -34,13 +34,15 @@ from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9])]
-LATENT: dict[str, Any] = {  # what vLLM's kernel on CPU takes, and what its router reads
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
+# What vLLM's kernels on CPU take, what its router reads, and what it has written into its model.
+LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {},
+    "mixtral": {"head_dim": 32},
+    "glm4_moe": {},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "gpt_oss": {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0, "intermediate_size": 64},
 }
 BUCKET_BYTES = 64 * 1024  # several buckets, even for these models
 
@@ -60,12 +62,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         "qwen3": ("qwen3", False, 70),
         "qwen3-tied": ("qwen3", True, 70),
         "qwen2": ("qwen2", False, 20),
+        "llama": ("llama", False, 70),
     }
     found = Models({}, {})
     for name, (family, tie, vocab) in families.items():
         found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=vocab)
-    found.policy["qwen3_moe"] = make_family_model(root / "qwen3_moe", raw_family_config("qwen3_moe"))
-    found.policy["deepseek_v3"] = make_family_model(root / "deepseek_v3", raw_family_config("deepseek_v3", **LATENT))
+    for name, changes in EXPERTS.items():
+        found.policy[name] = make_family_model(root / name, raw_family_config(name, **changes))
     for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
@@ -217,6 +220,7 @@ def follows(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, 
     [
         pytest.param("qwen3", 2, 1, 1, id="qwen3-TP2-to-2xtp1", marks=pytest.mark.long),
         pytest.param("qwen2", 2, 1, 1, id="qwen2-TP2-to-2xtp1", marks=pytest.mark.long),
+        pytest.param("llama", 2, 1, 1, id="llama-TP2-to-2xtp1", marks=pytest.mark.long),
         pytest.param("qwen3-tied", 1, 2, 2, id="qwen3-tied-PP2-to-tp2", marks=pytest.mark.long),
         pytest.param("qwen3-tied", 2, 1, 1, id="qwen3-tied-TP2-to-2xtp1"),
         pytest.param("qwen2", 1, 2, 2, id="qwen2-PP2-to-tp2"),
@@ -231,21 +235,27 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
 
 
 @pytest.mark.parametrize(
-    ("name", "engine_ep"),
+    ("name", "engine_tp", "engine_ep"),
     [
-        pytest.param("qwen3_moe", 1, id="EP2-to-2xtp1"),
-        pytest.param("qwen3_moe", 2, id="EP2-to-tp2ep2"),
-        pytest.param("deepseek_v3", 2, id="latent-EP2-to-tp2ep2"),
-        pytest.param("deepseek_v3", 1, id="latent-EP2-to-2xtp1", marks=pytest.mark.long),
+        pytest.param("qwen3_moe", 1, 1, id="EP2-to-2xtp1"),
+        pytest.param("qwen3_moe", 2, 2, id="EP2-to-tp2ep2"),
+        pytest.param("deepseek_v3", 2, 2, id="latent-EP2-to-tp2ep2"),
+        pytest.param("deepseek_v3", 1, 1, id="latent-EP2-to-2xtp1", marks=pytest.mark.long),
+        pytest.param("deepseek_v2", 2, 2, id="latent-v2-EP2-to-tp2ep2", marks=pytest.mark.long),
+        pytest.param("mixtral", 2, 2, id="mixtral-EP2-to-tp2ep2", marks=pytest.mark.long),
+        pytest.param("glm4_moe", 2, 2, id="glm-EP2-to-tp2ep2", marks=pytest.mark.long),
+        pytest.param("gpt_oss", 2, 1, id="sinks-EP2-to-tp2"),  # one rank of the engine adds the experts' biases
+        pytest.param("gpt_oss", 2, 2, id="sinks-EP2-to-tp2ep2", marks=pytest.mark.long),
+        pytest.param("gpt_oss", 1, 1, id="sinks-EP2-to-2xtp1", marks=pytest.mark.long),
     ],
 )
 def test_engines_with_experts_follow_a_policy_that_spreads_them(
-    world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_ep: int
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int, engine_ep: int
 ) -> None:
     """Packed experts are read back from where the kernel's packing puts them; latent attention from `kv_b_proj`."""
-    world.open(models.engine[name], tp=engine_ep, ep=engine_ep, **SETTINGS)
+    world.open(models.engine[name], tp=engine_tp, ep=engine_ep, **SETTINGS)
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
-    world.call(build, weights, 1, 1, engine_ep, 2)
+    world.call(build, weights, 1, 1, engine_tp, 2)
     assert "permuted" in world.call(kinds)[0]
     for version in (0, 1):
         reports = world.call(push, version)

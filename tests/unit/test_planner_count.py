@@ -14,7 +14,7 @@ from grpo_mega.convert.spec import ModelSpec, read_spec, spec_from_config
 from grpo_mega.planner.plan import total_parameters
 from grpo_mega.planner.stages import chunk_parts, model_chunks
 from grpo_mega.policy.count import meta_models, module_sizes
-from tests.helpers.family_configs import raw_family_config
+from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "models"
 
@@ -43,8 +43,13 @@ def spec_of(family: str, **changes: Any) -> ModelSpec:
         (spec_of("deepseek_v3", num_hidden_layers=4), {"pp": 2, "ep": 2}, 4),
         (spec_of("deepseek_v3", num_hidden_layers=3), {"pp": 2, "num_layers_first_stage": 1, "ep": 2, "etp": 2,
                                                        "tp": 2, "sequence_parallel": True}, 8),
+        (spec_of("deepseek_v2", num_hidden_layers=4), {"tp": 2, "ep": 2, "sequence_parallel": True}, 4),
+        (spec_of("mixtral"), {"tp": 2, "ep": 2, "sequence_parallel": True}, 2),
+        (spec_of("glm4_moe", num_hidden_layers=4), {"pp": 2, "ep": 2}, 4),
+        (spec_of("gpt_oss"), {"tp": 2, "ep": 4, "sequence_parallel": True}, 4),
     ],
-    ids=["llama", "qwen3-tied-vpp", "qwen3_moe", "deepseek_v3", "deepseek_v3-etp"],
+    ids=["llama", "qwen3-tied-vpp", "qwen3_moe", "deepseek_v3", "deepseek_v3-etp", "deepseek_v2", "mixtral", "glm4_moe",
+         "gpt_oss"],
 )  # fmt: skip
 def test_each_rank_s_parameters_are_those_of_its_real_modules(
     spec: ModelSpec, parallel: dict[str, Any], world: int
@@ -60,7 +65,7 @@ def test_each_rank_s_parameters_are_those_of_its_real_modules(
         assert sorted(counted) == sorted(real), f"pipeline rank {pp_rank}"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_the_total_is_that_of_the_checkpoint_s_tensors(family: str) -> None:
     spec = spec_of(family)
     biases = sum(math.prod(s) for name, s in hf_shapes(spec).items() if name.endswith("e_score_correction_bias"))

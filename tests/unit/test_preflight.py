@@ -129,10 +129,31 @@ def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
     return load_config(QUICKSTART, ("model.base=null", f"model.path={tmp_path}"))
 
 
-def test_a_family_whose_sync_is_not_proven_ends_before_anything_starts(tmp_path: Path) -> None:
-    assert message_of(family_config(tmp_path, "gpt_oss"), Topology(1)) == (
-        f"engine.kind=vllm: a sync of the family gpt_oss ({tmp_path}) to this engine is not proven; "
-        "use a model of llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe, deepseek_v2, deepseek_v3"
+GPT_OSS: dict[str, Any] = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"swiglu_limit": 0.5}, "swiglu_limit=0.5, and vLLM computes gpt_oss with 7.0"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06, and vLLM computes gpt_oss with 1e-05"),
+        ({"swiglu_alpha": 1.0}, "swiglu_alpha=1.0, and vLLM computes gpt_oss with 1.702"),
+        ({"layer_types": ["full_attention"] * 2}, "layers with a window=[], and vLLM computes gpt_oss with [0]"),
+    ],
+)
+def test_what_the_engine_computes_otherwise_than_the_config_says_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    message = message_of(family_config(tmp_path, "gpt_oss", **GPT_OSS | changes), Topology(1))
+    assert message == f"model.path={tmp_path}: its config.json says {said} whatever it says; use a model that has this"
+
+
+def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:
+    config = family_config(tmp_path, "deepseek_v3")
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        f"engine.kind=sglang: a sync of the family deepseek_v3 ({tmp_path}) to this engine is not proven; use "
+        "engine.kind=vllm, or a model of llama, qwen2, qwen3"
     )
 
 
@@ -144,9 +165,10 @@ def test_a_family_whose_sync_is_not_proven_ends_before_anything_starts(tmp_path:
         ("glm4_moe", {}),
         ("deepseek_v2", {}),
         ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("gpt_oss", GPT_OSS),
     ],
 )
-def test_families_with_experts_that_are_proven_pass(tmp_path: Path, family: str, fields: dict[str, str]) -> None:
+def test_families_with_experts_pass(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
     config = family_config(tmp_path, family, **fields)
     longest = config.data.max_prompt_tokens + config.sampling.max_tokens
     check_model(family_config(tmp_path, family, max_position_embeddings=2 * longest, **fields), Topology(1))
