@@ -21,6 +21,7 @@ from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import BaseConfig, Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.engines.sglang_engine import SglangEngine
 from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.groups import GroupSource
@@ -147,7 +148,7 @@ def building(
             )
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(prompts.digest, same_run=run.status == "continued")
-            engine = make_engine(config, model_folder)
+            engine = make_engine(config, model_folder, run.folder.logs)
             stack.callback(engine.close)
             quiet_libraries()
             sync = make_sync(config, policy, engine, ranks)
@@ -185,9 +186,22 @@ def building(
         yield BuiltJob(job, run, model_folder, state, policy)
 
 
-def make_engine(config: Config, model_folder: Path) -> VllmEngine:
-    """The engine of `engine.kind` on this rank."""
+def make_engine(config: Config, model_folder: Path, logs: Path | None = None) -> Engine:
+    """The engine of `engine.kind` on this rank. `logs`: the folder for what engines in processes of their own print."""
     max_tokens = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+    if config.engine.kind == "sglang":
+        return SglangEngine(
+            model_folder,
+            dtype=config.precision.dtype,
+            tp=config.engine.tp,
+            max_model_len=config.data.max_prompt_tokens + max_tokens,
+            max_num_seqs=config.engine.max_num_seqs,
+            kv_cache_tokens=config.engine.kv_cache_tokens,
+            seed=config.run.seed,
+            stops_at_texts=config.environment is not None,
+            timeout_seconds=config.guard.timeout_seconds,
+            log=None if logs is None else logs / f"sglang_{dist.get_rank():05d}.log",
+        )
     return VllmEngine(
         model_folder,
         dtype=config.precision.dtype,

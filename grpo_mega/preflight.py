@@ -11,6 +11,9 @@ from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
+# Families that SGLang was compared with transformers in (docs/measurements/weight_sync.md); vLLM was in all.
+SGLANG_FAMILIES = ("llama", "qwen2", "qwen3")
+
 # vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
 _ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 
@@ -125,9 +128,16 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
 
 
 def _check_sync(spec: ModelSpec, config: Config) -> None:
+    if config.engine.kind == "sglang" and Path("/proc/driver/nvidia/gpus").is_dir():
+        raise UserError("engine.kind=sglang runs on machines without CUDA so far; use engine.kind=vllm")
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
+    if config.engine.kind == "sglang" and spec.family not in SGLANG_FAMILIES:
+        raise UserError(
+            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
+            f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
+        )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
     raw = json.loads((folder / "config.json").read_text())

@@ -12,6 +12,7 @@ is older than pyproject.toml or constraints/ is brought up to date. Needs Python
   --with sglang   adds the SGLang engine; on a CUDA machine it takes the place of vLLM
   --with vllm     the vLLM engine (the default)
   --with fp8      adds Transformer Engine (CUDA only)
+  --with tests    what launch/test.sh needs: without CUDA also SGLang
 
 Exit code: 0 done, 2 wrong arguments or a missing requirement, 1 an installation failed.
 TEXT
@@ -31,7 +32,7 @@ wanted=""
 while (($#)); do
     case $1 in
         --with)
-            [[ $# -ge 2 ]] || die 2 "--with needs a name: sglang, vllm or fp8"
+            [[ $# -ge 2 ]] || die 2 "--with needs a name: sglang, vllm, fp8 or tests"
             wanted+=",$2"
             shift 2
             ;;
@@ -49,10 +50,14 @@ done
 IFS=, read -ra names <<<"$wanted"
 for name in ${names[@]+"${names[@]}"}; do
     case $name in
-        "" | sglang | vllm | fp8) ;;
-        *) die 2 "--with $name: unknown name; use sglang, vllm or fp8" ;;
+        "" | sglang | vllm | fp8 | tests) ;;
+        *) die 2 "--with $name: unknown name; use sglang, vllm, fp8 or tests" ;;
     esac
 done
+
+without() { # the names of a list but for one
+    tr , '\n' <<<"$1" | sed "/^$2\$/d" | paste -sd, -
+}
 
 # The project's own images hold their environment already and say so with this file.
 [[ -e /opt/grpo_mega/environment ]] && exit 0
@@ -80,7 +85,10 @@ decide() { # sets kind, extras and digest from what is asked for and what is the
     extras=$(union "$wanted" "${built_extras/none/}")
     if [[ $machine == cpu ]]; then
         kind=${built_kind:-cpu} # built on a machine with a GPU and shared with this one: stays as it is
-        [[ $kind == cpu ]] && extras=$(tr , '\n' <<<"$extras" | sed '/^vllm$/d' | paste -sd, -)
+        if [[ $kind == cpu ]]; then
+            if has "$extras" tests; then extras=$(union "$extras" sglang); fi
+            extras=$(without "$extras" vllm)
+        fi
     else
         [[ $built_kind != cpu ]] ||
             die 2 "$venv was built for a machine without CUDA; remove it, or set GRPO_MEGA_VENV to another folder"
@@ -90,6 +98,7 @@ decide() { # sets kind, extras and digest from what is asked for and what is the
         fi
         if has "$extras" sglang; then kind=cuda-sglang; else kind=cuda-vllm extras=$(union "$extras" vllm); fi
     fi
+    extras=$(without "$extras" tests)
     extras=${extras:-none}
     digest=$(cat "$root/pyproject.toml" "$root/constraints/$kind.txt" "${BASH_SOURCE[0]}" | sha256sum)
     digest=${digest%% *}
@@ -186,6 +195,9 @@ if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.ent
 # the environment says not to (PYTHONDONTWRITEBYTECODE; these imports then take every rank 22 s of a core, not 10).
 env -u PYTHONDONTWRITEBYTECODE VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "import importlib; [importlib.import_module(m) for m in '$modules'.split()]" \
     >>"$log" 2>&1 || failed "the import of $modules"
+if [[ $kind == cpu ]] && has "$extras" sglang; then
+    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -m grpo_mega.engines.sglang_cpu >>"$log" 2>&1 || failed "the import of sglang"
+fi
 echo "$kind $extras $digest" >"$marker.new"
 mv "$marker.new" "$marker"
 rm -f "$building"

@@ -13,7 +13,7 @@ TEXT
 fi
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-"$here/setup.sh"
+"$here/setup.sh" --with tests
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
 

@@ -24,6 +24,7 @@ def check(config: Config) -> None:
         _recompute,
         _overlap,
         _engine_divides,
+        _sglang,
         _sequence_parallel,
         _row_holds_a_rollout,
         _minibatches,
@@ -120,6 +121,20 @@ def _engine_divides(config: Config) -> None:
         raise UserError(
             f"engine.ep={config.engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or "
             f"engine.tp={config.engine.tp}"
+        )
+
+
+def _sglang(config: Config) -> None:
+    if config.engine.kind != "sglang":
+        return
+    if config.engine.ep > 1:
+        raise UserError(
+            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
+            "engine.ep=1"
+        )
+    if config.algorithm.routing_replay:
+        raise UserError(
+            "algorithm.routing_replay=true with engine.kind=sglang, which tells no experts here; use engine.kind=vllm"
         )
 
 

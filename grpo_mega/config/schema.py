@@ -104,7 +104,9 @@ class ParallelConfig(Section):
 
 
 class EngineConfig(Section):
-    kind: Literal["vllm"] = "vllm"
+    kind: Literal["vllm", "sglang"] = "vllm"
+    """vllm: in the processes of the ranks; sglang: beside them, on machines without CUDA (launch/setup.sh --with
+    sglang)."""
     tp: int = Field(1, ge=1)
     """Ranks of one replica; replicas = world / tp."""
     ep: int = Field(1, ge=1)

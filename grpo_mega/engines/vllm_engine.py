@@ -7,7 +7,6 @@ afterwards, so the same seed and prompts give the same tokens; the prefix cache 
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +19,12 @@ import numpy as np
 import torch
 
 from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.sampling import check_lengths, eos_ids
 from grpo_mega.engines.vllm_routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm_sink import VllmSink
 from grpo_mega.engines.vllm_start import BLOCK_TOKENS, VllmSettings, keep_generators, start, stop
 from grpo_mega.interfaces import WeightSink
-from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
+from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
 logger = logging.getLogger(__name__)
 
@@ -160,13 +160,7 @@ class VllmEngine:
             raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
         if sampling.expert_choices and self._routing is None:
             raise ValueError("expert_choices of an engine that was built without tell_experts")
-        for position, prompt in enumerate(prompts):
-            max_tokens = sampling.max_tokens_of(position)
-            if len(prompt.token_ids) + max_tokens > self._max_model_len:
-                raise ValueError(
-                    f"prompt {prompt.index}: {len(prompt.token_ids)} tokens plus max_tokens={max_tokens} "
-                    f"exceed the engine's max_model_len={self._max_model_len}"
-                )
+        check_lengths(prompts, sampling, self._max_model_len)
 
     def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
         """(prompt position, member, completion) in the order in which they are complete."""
@@ -256,25 +250,6 @@ class _KvStorage:
             torch.empty(0, dtype=torch.uint8).set_(
                 storage
             ).zero_()  # as vLLM allocates it: kernels read whole blocks, and 0 * NaN is NaN
-
-
-def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Tokens that end a rollout: those of generation_config.json, else of config.json, else of the tokenizer.
-
-    Raises:
-        UserError: none of the three names one.
-    """
-    for source in ("generation_config.json", "config.json"):
-        path = config_dir / source
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
-    if tokenizer_eos is None:
-        raise UserError(
-            f"model.path={config_dir}: neither generation_config.json nor config.json nor the tokenizer names an EOS "
-            "token, so no rollout could end; set eos_token_id in generation_config.json"
-        )
-    return (tokenizer_eos,)
 
 
 @contextmanager

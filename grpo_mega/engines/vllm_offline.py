@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from grpo_mega.engines.vllm_record import LoaderRecord, Shape, record_loader
+from grpo_mega.engines.record import LoaderRecord, Shape
+from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_start import prepare_environment, register_model
 from grpo_mega.types import UserError
 
@@ -99,7 +100,7 @@ def _record_rank(
                     f"engine.tp={tp}: the vLLM of this machine has no kernel for this part of {config_dir} ({error}); "
                     "choose another engine.tp, or engine.ep=engine.tp for a model with experts"
                 ) from None
-            return record_loader(model, tensors)
+            return record_vllm(model, tensors)
         finally:
             parallel_state.destroy_model_parallel()
             parallel_state._WORLD.destroy()

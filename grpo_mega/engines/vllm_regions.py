@@ -8,14 +8,14 @@ Experts are packed in place: slices are written to where the packing puts them, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.engines.vllm_record import LoaderRecord, RecordedCopy
+from grpo_mega.engines.record import LoaderRecord, RecordedCopy
+from grpo_mega.engines.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
 from grpo_mega.interfaces import RegionKind, SinkRegion
 from grpo_mega.types import Placement, TensorSlice
 
@@ -88,66 +88,6 @@ class AbsorbedProjection:
         return None
 
 
-@dataclass
-class Zeros:
-    """A part that is zero on this rank, as a bias that is added once for all ranks. No sync brings it."""
-
-    parameter: str
-    view: Tensor
-
-    def rebuild(self) -> None:
-        """The engine may have slept since, and its memory with it."""
-        self.view.zero_()
-
-    def difference(self) -> str | None:
-        """Is it still zero?"""
-        different = int(self.view.count_nonzero())
-        return (
-            f"{different} of {self.view.numel()} elements that this rank must not add are not zero"
-            if different
-            else None
-        )
-
-
-class DerivedCopy(Protocol):
-    """Something that kernels read in place of a parameter."""
-
-    parameter: str
-
-    def rebuild(self) -> None:
-        """Make it of the present parameter."""
-        ...
-
-    def difference(self) -> str | None:
-        """In what it differs from the one of the present parameter; None: in nothing."""
-        ...
-
-
-class Region(Protocol):
-    """The elements of one region, wherever they lie."""
-
-    def read(self, inside: tuple[slice, ...]) -> Tensor:
-        """A part, as the kernels see it now."""
-        ...
-
-    def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
-        """Copy into a part."""
-        ...
-
-
-@dataclass(frozen=True)
-class PlainRegion:
-    """`view`: shaped as the slice of the checkpoint, aliasing the parameter."""
-
-    view: Tensor
-
-    def read(self, inside: tuple[slice, ...]) -> Tensor:
-        return self.view[inside]
-
-    def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
-        self.view[inside].copy_(values)
-
-
 @dataclass(frozen=True)
 class PermutedRegion:
     """`places`: shaped as the slice of the checkpoint, where each element lies in `packed`, counted from `start`."""
@@ -161,34 +101,6 @@ class PermutedRegion:
 
     def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
         self.packed.view(-1)[self.places[inside] + self.start] = values
-
-
-class Regions:
-    """The regions of one model, with what writes, reads, rebuilds and probes them."""
-
-    def __init__(self, regions: Sequence[SinkRegion], places: Sequence[Region], derived: Sequence[DerivedCopy]) -> None:
-        """`places[i]`: where the elements of region i lie."""
-        self.regions = tuple(regions)
-        self._places = {id(region): place for region, place in zip(self.regions, places, strict=True)}
-        self._derived = tuple(derived)
-
-    def write(self, region: SinkRegion, hf: TensorSlice, values: Tensor) -> None:
-        """Copy `values` into the part `hf` of a region."""
-        self._places[id(region)].write(_inside(region.placement.hf, hf), values)
-
-    def read(self, region: SinkRegion, hf: TensorSlice) -> Tensor:
-        """The part `hf` of a region, as the kernels see it now."""
-        return self._places[id(region)].read(_inside(region.placement.hf, hf))
-
-    def rebuild(self) -> None:
-        """Make what is derived of the present weights."""
-        for copy in self._derived:
-            copy.rebuild()
-
-    def probe(self) -> dict[str, str]:
-        """Parameter -> in what its derived copy differs from the one of its present bytes."""
-        found = ((copy.parameter, copy.difference()) for copy in self._derived)
-        return {name: difference for name, difference in found if difference is not None}
 
 
 def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
@@ -323,14 +235,3 @@ def packed_heads(model: nn.Module) -> list[PackedHead]:
         if name.rpartition(".")[2] == "lm_head":
             found[names[id(weight)]] = PackedHead(names[id(weight)], module)
     return list(found.values())
-
-
-def region_view(owner: Tensor, copy: RecordedCopy) -> Tensor:
-    """The elements of a region, shaped as its slice of the checkpoint."""
-    start = owner.storage_offset() + sum(o * s for o, s in zip(copy.local.offsets, owner.stride(), strict=True))
-    strides = [owner.stride(axis) if axis >= 0 else 1 for axis in copy.along]
-    return owner.as_strided(copy.hf.shape, strides, start)
-
-
-def _inside(outer: TensorSlice, inner: TensorSlice) -> tuple[slice, ...]:
-    return tuple(slice(i - o, i - o + n) for o, i, n in zip(outer.offsets, inner.offsets, inner.shape, strict=True))

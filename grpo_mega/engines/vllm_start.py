@@ -26,8 +26,9 @@ import torch.distributed as dist
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.vllm_cpu import correct_vllm
-from grpo_mega.engines.vllm_record import RECORDING, LoaderRecord, recording_load_format
+from grpo_mega.engines.vllm_record import RECORDING, recording_load_format
 from grpo_mega.engines.vllm_routing import Steps, bind_routers
 from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
 from grpo_mega.types import UserError

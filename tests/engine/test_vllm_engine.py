@@ -16,18 +16,22 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grpo_mega.convert.digest import slice_digest
 from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.vllm_engine import VllmEngine, eos_ids
+from grpo_mega.engines.sampling import eos_ids
+from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.engines.vllm_start import VllmSettings, kv_cache_bytes, start
-from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
+from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
+from tests.helpers.engine_contract import (
+    PROMPTS,
+    SAMPLING,
+    SETTINGS,
+    generate,
+    largest_log_prob_error,
+    push,
+    tokens,
+)
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
-from tests.helpers.tiny_models import EOS, make_tiny_model
-
-SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
-SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
-# The last one fills two whole blocks of the KV cache, which the members of its group share.
-PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
+from tests.helpers.tiny_models import make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -59,74 +63,9 @@ def replicas(world: EngineRanks, models: dict[str, Path]) -> EngineRanks:
 # What runs on the ranks.
 
 
-def push(session: RankSession, folder: Path, version: int, end: bool = True) -> None:
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    sink = session.engine.sink
-    sink.begin_update()
-    for region in sink.layout():
-        hf = region.placement.hf
-        sink.write(hf, tensors[hf.name][hf.index])
-    if end:
-        sink.end_update(version)
-
-
-def generate(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> list[list[Completion]]:
-    groups: list[list[Completion]] = session.engine.generate(prompts, sampling)
-    return groups
-
-
 def probe(session: RankSession) -> dict[str, str]:
     found: dict[str, str] = session.engine.sink.probe()
     return found
-
-
-# What is expected.
-
-
-def largest_log_prob_error(
-    folder: Path, prompts: list[Prompt], groups: list[list[Completion]], temperature: float
-) -> float:
-    """Against transformers in fp32: log_softmax(logits / temperature) of the sampled tokens."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    worst = 0.0
-    for prompt, group in zip(prompts, groups, strict=True):
-        for completion in group:
-            ids = torch.tensor([prompt.token_ids + completion.token_ids])
-            with torch.no_grad():
-                logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1]
-            log_probs = torch.log_softmax(logits / temperature, -1)
-            expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-            worst = max(worst, float((expected - torch.tensor(completion.sampler_log_probs)).abs().max()))
-    return worst
-
-
-def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
-    return [[completion.token_ids for completion in group] for group in groups]
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_sampler_log_probs_equal_transformers(
-    replicas: EngineRanks, models: dict[str, Path], temperature: float
-) -> None:
-    groups = replicas.call(generate, PROMPTS, replace(SAMPLING, temperature=temperature))[0]
-    assert [len(group) for group in groups] == [8] * len(PROMPTS)
-    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature) <= 2e-5
-    # The bound would notice the wrong temperature.
-    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature * 1.05) > 1e-3
-
-
-def test_log_probs_and_version_follow_the_weights(replicas: EngineRanks, models: dict[str, Path]) -> None:
-    before = replicas.call(generate, PROMPTS, SAMPLING)[0]
-    replicas.call(push, models["qwen3-other"], 7)
-    after = replicas.call(generate, PROMPTS, SAMPLING)[0]
-    assert largest_log_prob_error(models["qwen3-other"], PROMPTS, after, 1.0) <= 2e-5
-    assert largest_log_prob_error(models["qwen3"], PROMPTS, after, 1.0) > 0.1
-    assert {c.policy_version for group in before for c in group} == {0}
-    assert {c.policy_version for group in after for c in group} == {7}
 
 
 def drops_prefixes(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> tuple[int, int, int]:
@@ -155,38 +94,6 @@ def test_prefix_cache_is_used_and_dropped_at_each_version_and_call(replicas: Eng
     after_call, after_update, at_next_call = replicas.call(drops_prefixes, PROMPTS[-1:], SAMPLING)[0]
     assert after_call >= 2
     assert (after_update, at_next_call) == (0, 0)
-
-
-def test_rollouts_end_with_eos_or_at_max_tokens(replicas: EngineRanks) -> None:
-    rollouts = [c for group in replicas.call(generate, PROMPTS, SAMPLING)[0] for c in group]
-    assert {c.stop_reason for c in rollouts} == {"eos", "length"}
-    for completion in rollouts:
-        if completion.stop_reason == "eos":
-            assert completion.token_ids.index(EOS) == len(completion.token_ids) - 1
-        else:
-            assert EOS not in completion.token_ids
-            assert len(completion.token_ids) == SAMPLING.max_tokens
-        assert len(completion.sampler_log_probs) == len(completion.token_ids)
-        characters = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids if i > EOS)
-        assert completion.text == characters
-
-
-def test_an_answer_ends_with_the_token_that_completes_a_stop_text(
-    replicas: EngineRanks, models: dict[str, Path]
-) -> None:
-    stopping = replace(SAMPLING, stop=("7", "="), max_tokens=16)
-    groups = replicas.call(generate, PROMPTS, stopping)[0]
-    rollouts = [c for group in groups for c in group]
-    assert {c.stop_reason for c in rollouts} == {"eos", "length", "stop"}
-    for completion in rollouts:
-        without_last = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids[:-1] if i > EOS)
-        assert "7" not in without_last
-        assert "=" not in without_last
-        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "="))
-        assert (completion.stop_reason == "eos") == (completion.token_ids[-1] == EOS)
-        assert len(completion.sampler_log_probs) == len(completion.token_ids)
-    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
-    assert replicas.call(generate, PROMPTS, SAMPLING)[0] == replicas.call(generate, PROMPTS, SAMPLING)[0]
 
 
 def goes_on(session: RankSession) -> tuple[list[list[Completion]], list[Prompt], list[list[Completion]], int, int]:
@@ -270,13 +177,6 @@ def test_each_rollout_is_reported_once_while_others_are_sampled(replicas: Engine
     assert seen[-1][2] == 0
 
 
-def test_more_rollouts_than_sequences_and_no_prompts_are_fine(replicas: EngineRanks, models: dict[str, Path]) -> None:
-    sampling = replace(SAMPLING, group_size=12)  # 60 rollouts, 48 at a time
-    groups = replicas.call(generate, PROMPTS, sampling)[0]
-    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
-    assert replicas.call(generate, [], SAMPLING) == [[], []]
-
-
 def failing_callback(session: RankSession) -> tuple[bool, int]:
     before = session.engine.generate(PROMPTS, SAMPLING)
     with pytest.raises(KeyError, match="reward"):
@@ -298,54 +198,6 @@ def test_replicas_sample_their_own_prompts(replicas: EngineRanks) -> None:
 
 def generate_share(session: RankSession) -> list[list[Completion]]:
     return generate(session, PROMPTS[:2] if session.rank == 0 else PROMPTS[2:], SAMPLING)
-
-
-def refusals(session: RankSession) -> None:
-    sink = session.engine.sink
-    norm = TensorSlice("model.norm.weight", (0,), (64,))
-    with pytest.raises(RuntimeError, match=r"model\.norm\.weight\[0:64\] outside of an update"):
-        sink.write(norm, torch.ones(64))
-    sink.begin_update()
-    with pytest.raises(ValueError, match=r"model\.norm\.weight\[1:65\] is not inside a slice"):
-        sink.write(TensorSlice("model.norm.weight", (1,), (64,)), torch.ones(64))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight.*\[63\].*\[64\]"):
-        sink.write(norm, torch.ones(63))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight.*bfloat16"):
-        sink.write(norm, torch.ones(64, dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError, match="before the weights are complete"):
-        session.engine.generate(PROMPTS, SAMPLING)
-    sink.end_update(3)
-    with pytest.raises(
-        ValueError, match=r"prompt 4: 70 tokens plus max_tokens=27 exceed the engine's max_model_len=96"
-    ):
-        session.engine.generate(PROMPTS, replace(SAMPLING, max_tokens=27))
-
-
-def test_wrong_writes_and_early_or_long_requests_are_refused_by_name(replicas: EngineRanks) -> None:
-    replicas.call(refusals)
-
-
-def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the slices that do not read as written: after a push, and after one element of one was changed."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(folder / "model.safetensors")
-    sink = session.engine.sink
-
-    def wrong() -> list[str]:
-        slices = [region.placement.hf for region in sink.layout()]
-        return [hf.name for hf in slices if sink.digest(hf) != slice_digest(tensors[hf.name][hf.index], hf)]
-
-    before = wrong()
-    parameter = dict(sink._model.named_parameters())["model.layers.1.self_attn.qkv_proj.weight"].data
-    parameter[4 * 32 + 5, 3] += 2**-20  # row 5 of the keys, below 4 query heads of 32
-    return before, wrong()
-
-
-def test_the_digest_shows_one_flipped_element(replicas: EngineRanks, models: dict[str, Path]) -> None:
-    before, after = replicas.call(flip_one_element, models["qwen3"])[0]
-    assert before == []
-    assert after == ["model.layers.1.self_attn.k_proj.weight"]
 
 
 def sleeps(session: RankSession) -> dict[str, Any]:

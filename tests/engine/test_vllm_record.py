@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.vllm_record import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
-from grpo_mega.engines.vllm_regions import Zeros, by_expert, region_view
+from grpo_mega.engines.record import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
+from grpo_mega.engines.regions import Zeros, region_view
+from grpo_mega.engines.vllm_record import record_vllm
+from grpo_mega.engines.vllm_regions import by_expert
 from grpo_mega.types import TensorSlice
 from tests.helpers.tiny_models import make_tiny_model
 from tests.helpers.vllm_table import engine_layout
@@ -93,13 +95,13 @@ def compare_with_loading(folder: Path, tp: int, rank: int) -> tuple[int, list[st
     kept: list[nn.Module] = []
 
     def keep(built: nn.Module, tensors: Any) -> LoaderRecord:
-        record = record_loader(built, tensors)
+        record = record_vllm(built, tensors)
         kept.append(built)
         built.load_weights(iter(weights.items()))  # type: ignore[operator]
         return record
 
     with (
-        mock.patch.object(vllm_offline, "record_loader", keep),
+        mock.patch.object(vllm_offline, "record_vllm", keep),
         mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
     ):
         (record,) = vllm_offline.record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=[rank])
@@ -162,8 +164,7 @@ TENSORS = {"a": ((3, 8), torch.float32), "b": ((4, 6), torch.float32)}
 
 
 def full_record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> LoaderRecord:
-    with mock.patch("grpo_mega.engines.vllm_record.vocabulary_parameters", return_value=set()):
-        return record_loader(Loader(load), TENSORS)
+    return record_loader(Loader(load), TENSORS, set())
 
 
 def record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[RecordedCopy]:
@@ -286,8 +287,7 @@ def test_a_parameter_with_padding_may_lack_its_last_rows_only() -> None:
     def rows(fused: Any, w: dict[str, torch.Tensor]) -> None:
         fused[0].copy_(w["b"].t())
 
-    with mock.patch("grpo_mega.engines.vllm_record.vocabulary_parameters", return_value={"fused"}):
-        (copy,) = record_loader(Loader(rows), TENSORS).copies
-        assert copy.local == TensorSlice("fused", (0, 0, 0), (1, 6, 4))
-        with pytest.raises(CannotRecordError, match="24 of the 48"):
-            record_loader(Loader(incomplete), TENSORS)
+    (copy,) = record_loader(Loader(rows), TENSORS, {"fused"}).copies
+    assert copy.local == TensorSlice("fused", (0, 0, 0), (1, 6, 4))
+    with pytest.raises(CannotRecordError, match="24 of the 48"):
+        record_loader(Loader(incomplete), TENSORS, {"fused"})

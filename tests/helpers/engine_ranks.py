@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 _ANSWER_SECONDS = 120.0
+_OPEN_SECONDS = 400.0  # an engine in processes of its own imports itself three times
 _GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
 
 
@@ -66,9 +67,9 @@ class EngineRanks:
             raise AssertionError(f"{function.__name__} failed; no answer from ranks {silent}{told}")
         return [answers[rank] for rank in range(self._world)]
 
-    def open(self, config_dir: Path, *, tp: int, **settings: Any) -> None:
+    def open(self, config_dir: Path, *, tp: int, kind: str = "vllm", **settings: Any) -> None:
         """Have this engine open on every rank: nothing to do if it is, else the present one is closed first."""
-        self.call(_open, config_dir, tp, settings)
+        self.call(_open, config_dir, kind, tp, settings, timeout_seconds=_OPEN_SECONDS)
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks."""
@@ -145,13 +146,15 @@ def _serve(connection: Connection, rank: int, world: int, store: str) -> None:
         connection.send(answer)
 
 
-def _open(session: RankSession, config_dir: Path, tp: int, settings: dict[str, Any]) -> None:
+def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: dict[str, Any]) -> None:
+    from grpo_mega.engines.sglang_engine import SglangEngine
     from grpo_mega.engines.vllm_engine import VllmEngine
 
-    wanted = (config_dir, tp, *sorted(settings.items()))
+    wanted = (config_dir, kind, tp, *sorted(settings.items()))
     if session.opened != wanted:
         if session.engine is not None:
             session.engine.close()
         session.engine, session.opened = None, None
-        session.engine = VllmEngine(config_dir, dtype="fp32", tp=tp, seed=0, **settings)
+        engine: Any = {"vllm": VllmEngine, "sglang": SglangEngine}[kind]
+        session.engine = engine(config_dir, dtype="fp32", tp=tp, seed=0, **settings)
         session.opened = wanted

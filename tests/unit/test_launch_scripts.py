@@ -72,7 +72,7 @@ def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--with", "tensorrt"], "--with tensorrt: unknown name; use sglang, vllm or fp8"),
+        (["--with", "tensorrt"], "--with tensorrt: unknown name; use sglang, vllm, fp8 or tests"),
         (["--with"], "--with needs a name"),
         (["--fast"], "unknown argument --fast"),
         (["--with=sglang,fp8"], "Transformer Engine needs CUDA"),
@@ -114,7 +114,7 @@ def test_adding_the_second_engine_to_a_cuda_environment_is_refused(tmp_path: Pat
     assert tree(venv) == before
 
 
-@pytest.mark.parametrize("arguments", [[], ["--with", "sglang"], ["--with=vllm"]])
+@pytest.mark.parametrize("arguments", [[], ["--with", "sglang"], ["--with=vllm"], ["--with", "tests"]])
 def test_second_call_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
     venv = finished_environment(tmp_path / "venv", "cpu", "sglang")
     path = machine_without_gpu(tmp_path / "bin")
@@ -122,6 +122,13 @@ def test_second_call_changes_nothing(arguments: list[str], tmp_path: Path) -> No
     again = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(venv), PATH=path)
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
     assert tree(venv) == before
+
+
+def test_the_tests_of_a_cuda_environment_ask_for_no_second_engine(tmp_path: Path) -> None:
+    venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
+    path = machine_with_gpu(tmp_path / "bin")
+    again = run(ROOT / "launch/setup.sh", "--with", "tests", GRPO_MEGA_VENV=str(venv), PATH=path)
+    assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:

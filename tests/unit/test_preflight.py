@@ -148,6 +148,15 @@ def test_what_the_engine_computes_otherwise_than_the_config_says_is_refused(
     assert message == f"model.path={tmp_path}: its config.json says {said} whatever it says; use a model that has this"
 
 
+def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:
+    config = family_config(tmp_path, "deepseek_v3")
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        f"engine.kind=sglang: a sync of the family deepseek_v3 ({tmp_path}) to this engine is not proven; use "
+        "engine.kind=vllm, or a model of llama, qwen2, qwen3"
+    )
+
+
 @pytest.mark.parametrize(
     ("family", "fields"),
     [

@@ -101,7 +101,7 @@ def test_versions_name_what_is_installed_and_say_none_of_the_rest(monkeypatch: p
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = versions()
-    assert set(found) == {"torch", "megatron-core", "vllm", "transformers", "grpo_mega", "python"}
+    assert set(found) == {"torch", "megatron-core", "vllm", "sglang", "transformers", "grpo_mega", "python"}
     assert (found["torch"], found["vllm"], found["megatron-core"]) == ("2.13.0", "0.32.0", None)
     assert found["grpo_mega"]
     assert found["python"]

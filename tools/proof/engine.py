@@ -38,6 +38,7 @@ def main() -> None:
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
         engine = make_engine(config, folder)
+        assert isinstance(engine, VllmEngine), "what is proven is vLLM's"
         try:
             sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
             numbers = {

@@ -1,0 +1,39 @@
+"""What every engine checks of a request, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_mega.types import Prompt, SamplingRequest, UserError
+
+
+def check_lengths(prompts: Sequence[Prompt], sampling: SamplingRequest, max_model_len: int) -> None:
+    """Raises ValueError: a prompt and its completion do not fit (names the prompt)."""
+    for position, prompt in enumerate(prompts):
+        max_tokens = sampling.max_tokens_of(position)
+        if len(prompt.token_ids) + max_tokens > max_model_len:
+            raise ValueError(
+                f"prompt {prompt.index}: {len(prompt.token_ids)} tokens plus max_tokens={max_tokens} "
+                f"exceed the engine's max_model_len={max_model_len}"
+            )
+
+
+def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
+    """Tokens that end a rollout: those of generation_config.json, else of config.json, else of the tokenizer.
+
+    Raises:
+        UserError: none of the three names one.
+    """
+    for source in ("generation_config.json", "config.json"):
+        path = config_dir / source
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return tuple(found) if isinstance(found, list) else (int(found),)
+    if tokenizer_eos is None:
+        raise UserError(
+            f"model.path={config_dir}: neither generation_config.json nor config.json nor the tokenizer names an EOS "
+            "token, so no rollout could end; set eos_token_id in generation_config.json"
+        )
+    return (tokenizer_eos,)

@@ -1,0 +1,311 @@
+"""SGLang beside the training processes: one engine for the ranks [r * tp, (r + 1) * tp), in processes of its own.
+
+The first of these ranks starts the engine's process (sglang_process.py) and speaks to it; the others hear from it what
+came back, in parts, so that no rank waits longer than a beat for another. Rank t of them writes the weights of SGLang's
+rank t. All requests of a call enter SGLang in one message, behind the seed of its generators, so the same seed and
+prompts give the same tokens; the prefix cache is empty at the start of each call.
+Written for SGLang 0.5.23 without CUDA. Asserted by tests/engine/test_engine_contract.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.convert.families import hf_shapes, keeps_float32
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.sampling import check_lengths, eos_ids
+from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
+from grpo_mega.engines.sglang_process import SglangProcess
+from grpo_mega.engines.sglang_sink import SglangSink
+from grpo_mega.engines.sglang_worker import LOADER
+from grpo_mega.interfaces import WeightSink
+from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
+
+logger = logging.getLogger(__name__)
+
+Resident = Literal["weights", "kv_cache"]
+_SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
+_PREFILL_TOKENS = 8192  # prompt tokens of one engine step
+_MOST_BEAT_SECONDS = 10.0
+
+
+class SglangEngine:
+    """`Engine` with the real SGLang. Starts awake with dummy weights: sync before the first `generate`.
+
+    Args:
+        config_dir: Hugging Face folder with config.json and the tokenizer; its weights are not read.
+        tp: ranks of one replica.
+        max_model_len: longest prompt plus completion, tokens.
+        max_num_seqs: rollouts that a replica samples at the same time.
+        kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
+        seed: of SGLang's own dummy weights.
+        stops_at_texts: requests may have `stop`; SGLang reads the tokenizer then.
+        timeout_seconds: of its answers to everything but sampling.
+        log: where its processes write; None: a temporary file.
+
+    Raises:
+        UserError: SGLang is not installed, the machine has CUDA, or the model has no EOS token.
+        RuntimeError: SGLang did not start (with the end of its log), on all ranks of the replica.
+    """
+
+    def __init__(
+        self,
+        config_dir: Path,
+        *,
+        dtype: Literal["fp32", "bf16"],
+        tp: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_tokens: int | None,
+        seed: int,
+        stops_at_texts: bool = False,
+        timeout_seconds: float = 600.0,
+        log: Path | None = None,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        check_sglang()
+        spec = read_spec(config_dir)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
+        self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
+        self._max_model_len, self._stops_at_texts = max_model_len, stops_at_texts
+        wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+        tensors = {name: (shape, _dtype(name, wanted)) for name, shape in hf_shapes(spec).items()}
+        self._ranks = _EngineRanks(tp, timeout_seconds)
+        self._process: SglangProcess | None = None
+        if self._ranks.is_first:
+            arguments = {
+                "model_path": str(config_dir),
+                "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
+                "skip_tokenizer_init": not stops_at_texts,
+                "tp_size": tp,
+                "context_length": max_model_len + _SPARE_POSITIONS,
+                "max_running_requests": max_num_seqs,
+                "max_total_tokens": kv_cache_tokens or max_num_seqs * (max_model_len + _SPARE_POSITIONS),
+                "random_seed": seed,
+            }
+            self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
+        shared = self._ranks.same(self._started(tensors))
+        because = [each.record for each in shared if isinstance(each.record, str)]
+        mine = because[0] if because else shared[self._ranks.number]
+        self._sink = SglangSink(self._process, mine, tensors)
+        self._asleep: set[Resident] = set()
+        self._told = False  # what sleeping means on this machine: said once
+
+    @property
+    def policy_version(self) -> int:
+        """Updates behind the weights; -1 before the first sync."""
+        return self._sink.policy_version
+
+    @property
+    def sink(self) -> WeightSink:
+        return self._sink
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """G completions per prompt; `Engine.generate`.
+
+        Raises:
+            RuntimeError: asleep, in the middle of an update, before the first sync, or SGLang failed.
+            ValueError: a prompt and its completion do not fit `max_model_len`, or the engine was not built for `stop`,
+                or is asked for experts.
+        """
+        self._check_ready(prompts, sampling)
+        size = sampling.group_size
+        groups: list[list[Completion | None]] = [[None] * size for _ in prompts]
+        for sampled in self._ranks.all_hear(self._sampled(prompts, sampling)):
+            position, member = divmod(sampled.position, size)
+            completion = self._completion(sampled)
+            groups[position][member] = completion
+            if on_completion is not None:
+                on_completion(position, member, completion)
+        return [[member for member in group if member is not None] for group in groups]
+
+    def sleep(self) -> None:
+        """SGLang's order of release; without CUDA it keeps both in host memory."""
+        if self._asleep:
+            return
+        if not self._told:
+            logger.info("without CUDA SGLang releases nothing: KV cache and weights stay in host memory")
+            self._told = True
+        if self._process is not None:
+            self._process.call("release", ["kv_cache", "weights"])
+        self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, what: Resident) -> None:
+        if what not in self._asleep:
+            return
+        if self._process is not None:
+            self._process.call("resume", [what])
+        self._asleep.remove(what)
+
+    def close(self) -> None:
+        """End SGLang's processes. A second call does nothing."""
+        if self._process is not None:
+            self._process.close()
+            self._process = None
+
+    def _started(self, tensors: dict[str, Any]) -> Iterator[Any]:
+        if self._process is not None:
+            yield from self._process.started(self._ranks.beat_seconds)
+            yield self._process.call("share", tensors)
+
+    def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
+        if self._asleep:
+            raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
+        if self._sink.updating or self.policy_version < 0:
+            raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+        if sampling.expert_choices:
+            raise ValueError("expert_choices of an engine that does not tell them")
+        if sampling.stop and not self._stops_at_texts:
+            raise ValueError("stop of an engine that was built without stops_at_texts")
+        check_lengths(prompts, sampling, self._max_model_len)
+
+    def _sampled(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[Any]:
+        if self._process is None:
+            return
+        requests = [(p, position) for position, p in enumerate(prompts) for _ in range(sampling.group_size)]
+        batch = SamplingBatch(
+            [prompt.token_ids for prompt, _ in requests],
+            [self._parameters(sampling, sampling.max_tokens_of(position)) for _, position in requests],
+            sampling.seed,
+            sampling.continues,
+        )
+        yield from self._process.stream("sample", batch, beat_seconds=self._ranks.beat_seconds)
+
+    def _parameters(self, sampling: SamplingRequest, max_tokens: int) -> dict[str, Any]:
+        """All that the model's folder could set otherwise."""
+        return {
+            "temperature": sampling.temperature,
+            "max_new_tokens": max_tokens,
+            "stop_token_ids": list(self._eos_ids),
+            "stop": list(sampling.stop) or None,
+            "no_stop_trim": True,
+            "skip_special_tokens": False,
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+        }
+
+    def _completion(self, sampled: Sampled) -> Completion:
+        token_ids = sampled.token_ids
+        assert len(token_ids) == len(sampled.log_probs), f"{len(token_ids)} tokens, {len(sampled.log_probs)} log-probs"
+        return Completion(
+            token_ids=token_ids,
+            sampler_log_probs=sampled.log_probs,
+            stop_reason=_stop_reason(sampled.finish),
+            policy_version=self.policy_version,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+        )
+
+
+_ARGUMENTS: dict[str, Any] = {
+    "device": "cpu",
+    "load_format": "dummy",  # the first sync brings the weights
+    "custom_weight_loader": [LOADER],
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "sampling_defaults": "openai",  # ignore the model's own
+    "disable_cuda_graph": True,
+    "disable_overlap_schedule": True,  # the next step would start before the last one's tokens are known
+    "chunked_prefill_size": _PREFILL_TOKENS,
+    "mem_fraction_static": 0.1,  # of host memory, for nothing: max_total_tokens says how much
+    "stream_interval": 1 << 30,  # an answer is sent when it is complete
+    "log_level": "error",
+}
+
+
+def check_sglang() -> None:
+    """Is there a SGLang that this adapter can drive?
+
+    Raises:
+        UserError: it is not installed, or this machine has CUDA.
+    """
+    if torch.cuda.is_available():
+        raise UserError("engine.kind=sglang runs on machines without CUDA so far; use engine.kind=vllm")
+    if importlib.util.find_spec("sglang") is None:
+        raise UserError(
+            "engine.kind=sglang needs the package sglang, which is not installed; run launch/setup.sh --with sglang"
+        )
+
+
+def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if keeps_float32(name) else dtype
+
+
+def _stop_reason(finish: dict[str, Any]) -> StopReason:
+    """Of SGLang's finish_reason.
+
+    Raises:
+        RuntimeError: it gave up on the request.
+    """
+    if finish["type"] == "length":
+        return "length"
+    if finish["type"] == "stop":
+        return "stop" if isinstance(finish["matched"], str) else "eos"
+    raise RuntimeError(f"SGLang ended a rollout early: {finish}")
+
+
+class _EngineRanks:
+    """The ranks of this engine. What its first rank hears from SGLang, all of them hear, in the same order."""
+
+    def __init__(self, tp: int, timeout_seconds: float) -> None:
+        """Collective over all ranks of the job."""
+        world, rank = dist.get_world_size(), dist.get_rank()
+        if world % tp:
+            raise UserError(f"engine.tp={tp} does not divide the {world} ranks of the job; use a divisor")
+        groups = [dist.new_group(list(range(first, first + tp))) for first in range(0, world, tp)]
+        self.number = rank % tp
+        self.is_first = self.number == 0
+        self.beat_seconds = min(_MOST_BEAT_SECONDS, timeout_seconds / 4)
+        self._source, self._group = rank - self.number, groups[rank // tp] if tp > 1 else None
+
+    def same(self, told: Iterator[Any]) -> Any:
+        """The last value of the first rank's iterator, on all ranks."""
+        last = None
+        for value in self.all_hear(told):
+            last = value
+        return last
+
+    def all_hear(self, told: Iterator[Any]) -> Iterator[Any]:
+        """What the first rank is told, on all ranks; None is a sign of life only.
+
+        Raises:
+            RuntimeError: on all ranks, what the first one's iterator raised.
+        """
+        if self._group is None:
+            yield from (value for value in told if value is not None)
+            return
+        kind = "part"
+        while kind == "part":
+            kind, value = self._broadcast(self._next(told) if self.is_first else None)
+            if kind == "failed":
+                raise RuntimeError(value)
+            if kind == "part" and value is not None:
+                yield value
+
+    def _next(self, told: Iterator[Any]) -> tuple[str, Any]:
+        try:
+            return "part", next(told)
+        except StopIteration:
+            return "end", None
+        except RuntimeError as error:  # the other ranks of the engine would wait in vain
+            return "failed", str(error)
+
+    def _broadcast(self, message: tuple[str, Any] | None) -> tuple[str, Any]:
+        box = [message]
+        dist.broadcast_object_list(box, src=self._source, group=self._group)
+        assert box[0] is not None, "the first rank said something"
+        return box[0]

@@ -1,0 +1,37 @@
+"""What a rank and the process of its SGLang say to each other. Imports nothing: both sides need it before all else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """`arguments` of SGLang's Engine; `answers`: the folder through which its schedulers answer."""
+
+    arguments: dict[str, Any]
+    answers: Path
+    tp: int
+
+
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Requests that SGLang gets in one message: what follows is decided by them and `seed` alone. `stop` of each."""
+
+    prompts: Sequence[Sequence[int]]
+    parameters: Sequence[dict[str, Any]]
+    seed: int
+    keep_prefixes: bool
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The request at this position is complete. `finish`: SGLang's finish_reason."""
+
+    position: int
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finish: dict[str, Any]

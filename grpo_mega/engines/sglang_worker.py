@@ -1,0 +1,160 @@
+"""What runs inside SGLang's scheduler processes, one per tensor-parallel rank.
+
+SGLang calls `serve` as a custom weight loader (srt/model_executor/model_runner_components/weight_updater.py): it is the
+one way into those processes that gets the model. An exception there would end the whole engine, so answers and failures
+go to a file, which sglang_host.py reads.
+- `share`: records the model's own loader (record.py) and moves its parameters into memory that the training rank maps.
+  From then on the rank writes slices to where SGLang's kernels read them, and digests what they read; no bytes travel.
+- `adopt`: the weights are complete; are the parameters still where the rank writes?
+- `load`: gives whole tensors to the model's own loader, where it could not be recorded.
+- `seed`: of the generators that sampling reads.
+Asserted by tests/engine/test_engine_contract.py.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import pickle
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grpo_mega.engines.record import CannotRecordError, LoaderRecord, record_loader
+
+LOADER = f"{__name__}.serve"
+_ALIGNMENT = 64  # bytes, of a parameter in the shared memory
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """Where a rank finds the parameters of one scheduler process: in its memory file, at these bytes.
+
+    `record`: of the model's loader, or why there is none; then nothing is shared.
+    """
+
+    process: int
+    descriptor: int
+    num_bytes: int
+    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
+    record: LoaderRecord | str
+
+
+@dataclass
+class _Shared:
+    """Kept alive in this process: the mapping, and the address of each parameter in it."""
+
+    memory: Tensor
+    addresses: dict[str, int]
+
+
+_shared: _Shared | None = None
+
+
+def serve(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """The first name is the command, as JSON; the tensors of `load` follow."""
+    command: dict[str, Any] = json.loads(named_tensors[0][0])
+    try:
+        answer = _COMMANDS[command.pop("command")](model, named_tensors[1:], **command)
+    except Exception as error:  # whatever it is: SGLang would kill its processes, and nobody would know why
+        answer = error if isinstance(error, RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}")
+    path = answer_path(Path(os.environ[ANSWERS]), _tp_rank())
+    path.with_suffix(".new").write_bytes(pickle.dumps(answer))
+    path.with_suffix(".new").rename(path)
+
+
+ANSWERS = "GRPO_MEGA_SGLANG_ANSWERS"  # the folder for answers
+
+
+def answer_path(folder: Path, tp_rank: int) -> Path:
+    """Of one scheduler process."""
+    return folder / f"answer_{tp_rank}.pickle"
+
+
+def _tp_rank() -> int:
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_rank)
+
+
+def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> SharedModel:
+    """`tensors`: a file with shape and dtype of every tensor of the checkpoint."""
+    global _shared
+    assert _shared is None, "parameters are shared once"
+    expected = pickle.loads(Path(tensors).read_bytes())
+    try:
+        record = record_loader(model, expected, _padded(model))
+    except CannotRecordError as error:
+        return SharedModel(os.getpid(), -1, 0, {}, str(error))
+    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
+    end = 0
+    filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
+    owners = {name: t for name, t in _tensors_of(model).items() if name in filled}
+    for name, tensor in owners.items():
+        if not tensor.is_contiguous():
+            return SharedModel(os.getpid(), -1, 0, {}, f"{name} is not contiguous in SGLang's memory")
+        places[name] = (end, tuple(tensor.shape), tensor.dtype)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    descriptor = os.memfd_create("grpo_mega_weights")  # no name in a file system: nothing outlives the process
+    os.posix_fallocate(descriptor, 0, max(end, 1))
+    memory = torch.frombuffer(mmap.mmap(descriptor, max(end, 1)), dtype=torch.uint8)
+    addresses = {}
+    for name, tensor in owners.items():
+        moved = place_of(memory, *places[name])
+        moved.copy_(tensor)
+        tensor.data = moved
+        addresses[name] = moved.data_ptr()
+    _shared = _Shared(memory, addresses)
+    return SharedModel(os.getpid(), descriptor, max(end, 1), places, record)
+
+
+def place_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A parameter in the shared memory."""
+    num_bytes = torch.Size(shape).numel() * dtype.itemsize
+    return memory[start : start + num_bytes].view(dtype).view(shape)
+
+
+def _adopt(model: nn.Module, _: Sequence[tuple[str, Tensor]]) -> None:
+    if _shared is None:
+        return
+    now = {name: tensor.data_ptr() for name, tensor in _tensors_of(model).items()}
+    moved = [name for name, address in _shared.addresses.items() if now.get(name) != address]
+    if moved:
+        raise RuntimeError(f"SGLang put {', '.join(moved[:3])} elsewhere ({len(moved)} in all): it reads other weights")
+
+
+def _load(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    loader: Any = model
+    loader.load_weights(list(tensors))
+
+
+def _seed(_model: nn.Module, _: Sequence[tuple[str, Tensor]], seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+def _padded(model: nn.Module) -> set[str]:
+    """Parameters whose last rows may be padding: SGLang rounds a vocabulary up before it splits it."""
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+
+
+_COMMANDS: dict[str, Any] = {"share": _share, "adopt": _adopt, "load": _load, "seed": _seed}

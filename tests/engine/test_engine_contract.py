@@ -1,0 +1,343 @@
+"""What every engine must do, asked of the real vLLM and of the real SGLang, on CPU. One rank and one engine of each."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import psutil
+import pytest
+import torch
+
+from grpo_mega.convert.digest import slice_digest
+from grpo_mega.types import Completion, Prompt, TensorSlice
+from tests.helpers.engine_contract import (
+    PROMPTS,
+    SAMPLING,
+    SETTINGS,
+    generate,
+    largest_log_prob_error,
+    push,
+    tokens,
+)
+from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.tiny_models import EOS, make_tiny_model
+
+Kind = Literal["vllm", "sglang"]
+OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 60.0}}
+ONLY_SGLANG = pytest.mark.parametrize("opened", ["sglang"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """`config` has no weights: it is what the engines are built from."""
+    root = tmp_path_factory.mktemp("models")
+    found = {"qwen3": make_tiny_model(root / "qwen3"), "other": make_tiny_model(root / "other", seed=1)}
+    found["config"] = Path(
+        shutil.copytree(root / "qwen3", root / "config", ignore=shutil.ignore_patterns("*.safetensors"))
+    )
+    return found
+
+
+@pytest.fixture(scope="module", params=["vllm", "sglang"])
+def opened(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
+) -> Iterator[EngineRanks]:
+    kind: Kind = request.param
+    folder = tmp_path_factory.mktemp(f"{kind}-rank")
+
+    with engine_ranks(1, folder) as ranks:
+        ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **OF_KIND[kind])
+        yield ranks
+
+
+@pytest.fixture
+def engine(opened: EngineRanks, models: dict[str, Path]) -> EngineRanks:
+    """With the weights of `qwen3`, version 0."""
+    opened.call(push, models["qwen3"], 0)
+    return opened
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_sampler_log_probs_equal_transformers(engine: EngineRanks, models: dict[str, Path], temperature: float) -> None:
+    groups = engine.call(generate, PROMPTS, replace(SAMPLING, temperature=temperature))[0]
+    assert [len(group) for group in groups] == [8] * len(PROMPTS)
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature) <= 2e-5
+    # The bound would notice the wrong temperature.
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature * 1.05) > 1e-3
+
+
+def test_log_probs_and_version_follow_the_weights(engine: EngineRanks, models: dict[str, Path]) -> None:
+    before = engine.call(generate, PROMPTS, SAMPLING)[0]
+    engine.call(push, models["other"], 7)
+    after = engine.call(generate, PROMPTS, SAMPLING)[0]
+    assert largest_log_prob_error(models["other"], PROMPTS, after, 1.0) <= 2e-5
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, after, 1.0) > 0.1
+    assert {c.policy_version for group in before for c in group} == {0}
+    assert {c.policy_version for group in after for c in group} == {7}
+
+
+def test_rollouts_end_with_eos_or_at_max_tokens(engine: EngineRanks) -> None:
+    rollouts = [c for group in engine.call(generate, PROMPTS, SAMPLING)[0] for c in group]
+    assert {c.stop_reason for c in rollouts} == {"eos", "length"}
+    for completion in rollouts:
+        if completion.stop_reason == "eos":
+            assert completion.token_ids.index(EOS) == len(completion.token_ids) - 1
+        else:
+            assert EOS not in completion.token_ids
+            assert len(completion.token_ids) == SAMPLING.max_tokens
+        assert len(completion.sampler_log_probs) == len(completion.token_ids)
+        characters = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids if i > EOS)
+        assert completion.text == characters
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_text(engine: EngineRanks, models: dict[str, Path]) -> None:
+    stopping = replace(SAMPLING, stop=("7", "="), max_tokens=16)
+    groups = engine.call(generate, PROMPTS, stopping)[0]
+    rollouts = [c for group in groups for c in group]
+    assert {c.stop_reason for c in rollouts} == {"eos", "length", "stop"}
+    for completion in rollouts:
+        without_last = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids[:-1] if i > EOS)
+        assert "7" not in without_last
+        assert "=" not in without_last
+        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "="))
+        assert (completion.stop_reason == "eos") == (completion.token_ids[-1] == EOS)
+        assert len(completion.sampler_log_probs) == len(completion.token_ids)
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
+    assert engine.call(generate, PROMPTS, SAMPLING)[0] == engine.call(generate, PROMPTS, SAMPLING)[0]
+
+
+def test_more_rollouts_than_sequences_and_no_prompts_are_fine(engine: EngineRanks, models: dict[str, Path]) -> None:
+    sampling = replace(SAMPLING, group_size=12)  # 60 rollouts, 48 at a time
+    groups = engine.call(generate, PROMPTS, sampling)[0]
+    assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
+    assert engine.call(generate, [], SAMPLING) == [[]]
+
+
+def refusals(session: RankSession) -> None:
+    sink = session.engine.sink
+    norm = TensorSlice("model.norm.weight", (0,), (64,))
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight\[0:64\] outside of an update"):
+        sink.write(norm, torch.ones(64))
+    sink.begin_update()
+    with pytest.raises(ValueError, match=r"model\.norm\.weight\[1:65\] is not inside a slice"):
+        sink.write(TensorSlice("model.norm.weight", (1,), (64,)), torch.ones(64))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*\[63\].*\[64\]"):
+        sink.write(norm, torch.ones(63))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*bfloat16"):
+        sink.write(norm, torch.ones(64, dtype=torch.bfloat16))
+    with pytest.raises(RuntimeError, match="before the weights are complete"):
+        session.engine.generate(PROMPTS, SAMPLING)
+    sink.end_update(3)
+    with pytest.raises(
+        ValueError, match=r"prompt 4: 70 tokens plus max_tokens=27 exceed the engine's max_model_len=96"
+    ):
+        session.engine.generate(PROMPTS, replace(SAMPLING, max_tokens=27))
+
+
+def test_wrong_writes_and_early_or_long_requests_are_refused_by_name(engine: EngineRanks) -> None:
+    engine.call(refusals)
+
+
+def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], list[str]]:
+    """Names of the slices that do not read as written: after a push, and after one element of one was changed."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    sink = session.engine.sink
+
+    def wrong() -> list[str]:
+        slices = [region.placement.hf for region in sink.layout()]
+        return [hf.name for hf in slices if sink.digest(hf) != slice_digest(tensors[hf.name][hf.index], hf)]
+
+    before = wrong()
+    (region,) = [r for r in sink.layout() if r.placement.hf.name == "model.layers.1.self_attn.k_proj.weight"]
+    sink._regions.read(region, region.placement.hf)[5, 3] += 2**-20  # aliases the parameter
+    return before, wrong()
+
+
+def test_the_digest_shows_one_flipped_element(engine: EngineRanks, models: dict[str, Path]) -> None:
+    before, after = engine.call(flip_one_element, models["qwen3"])[0]
+    assert before == []
+    assert after == ["model.layers.1.self_attn.k_proj.weight"]
+
+
+def goes_on(session: RankSession) -> tuple[list[Prompt], list[list[Completion]]]:
+    """A second turn: the answers and one more token as prompts."""
+    first = session.engine.generate(PROMPTS, SAMPLING)
+    prompts = [
+        replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids, 5))
+        for prompt, group in zip(PROMPTS, first, strict=True)
+        for completion in group
+    ]
+    limits = tuple(1 + i % 5 for i in range(len(prompts)))
+    request = replace(SAMPLING, group_size=1, seed=9, max_tokens_each=limits, continues=True)
+    return prompts, session.engine.generate(prompts, request)
+
+
+def test_a_turn_that_continues_has_each_rollouts_own_limit(engine: EngineRanks, models: dict[str, Path]) -> None:
+    prompts, second = engine.call(goes_on)[0]
+    lengths = [(len(group[0].token_ids), group[0].stop_reason) for group in second]
+    assert all(n == 1 + i % 5 if reason == "length" else n <= 1 + i % 5 for i, (n, reason) in enumerate(lengths))
+    assert largest_log_prob_error(models["qwen3"], prompts, second, 1.0) <= 2e-5
+    assert engine.call(goes_on)[0][1] == second
+
+
+def test_the_seed_decides_the_tokens(engine: EngineRanks) -> None:
+    first, other, again = (engine.call(generate, PROMPTS, replace(SAMPLING, seed=seed))[0] for seed in (5, 6, 5))
+    assert first == again
+    assert tokens(first) != tokens(other)
+
+
+def callbacks(session: RankSession) -> tuple[list[tuple[int, int]], bool]:
+    seen: list[tuple[int, int]] = []
+    by_place: dict[tuple[int, int], Completion] = {}
+
+    def on_completion(position: int, member: int, completion: Completion) -> None:
+        seen.append((position, member))
+        by_place[position, member] = completion
+
+    groups = session.engine.generate(PROMPTS, SAMPLING, on_completion)
+    same = all(by_place[p, m] is completion for p, group in enumerate(groups) for m, completion in enumerate(group))
+    return seen, same
+
+
+def test_each_rollout_is_reported_once_and_the_short_ones_first(engine: EngineRanks) -> None:
+    groups = engine.call(generate, PROMPTS, SAMPLING)[0]
+    seen, same = engine.call(callbacks)[0]
+    assert same
+    assert sorted(seen) == [(position, member) for position in range(5) for member in range(8)]
+    lengths = [len(groups[position][member].token_ids) for position, member in seen]
+    assert lengths[0] < lengths[-1] == SAMPLING.max_tokens
+
+
+def failing_callback(session: RankSession) -> bool:
+    before = session.engine.generate(PROMPTS, SAMPLING)
+    with pytest.raises(KeyError, match="reward"):
+        session.engine.generate(PROMPTS, SAMPLING, mock.Mock(side_effect=KeyError("reward")))
+    return bool(session.engine.generate(PROMPTS, SAMPLING) == before)
+
+
+def test_a_failing_callback_leaves_nothing_behind(engine: EngineRanks) -> None:
+    assert engine.call(failing_callback) == [True]
+
+
+def sleeps(session: RankSession) -> bool:
+    engine = session.engine
+    before = engine.generate(PROMPTS, SAMPLING)
+    for _ in range(2):
+        engine.sleep()
+        engine.sleep()
+        with pytest.raises(RuntimeError, match="generate while kv_cache and weights sleep"):
+            engine.generate(PROMPTS, SAMPLING)
+        engine.wake("weights")
+        with pytest.raises(RuntimeError, match="generate while kv_cache sleep"):
+            engine.generate(PROMPTS, SAMPLING)
+        engine.wake("kv_cache")
+        engine.wake("kv_cache")
+    return bool(engine.generate(PROMPTS, SAMPLING) == before)
+
+
+def test_an_engine_that_slept_and_woke_samples_as_before(engine: EngineRanks) -> None:
+    assert engine.call(sleeps) == [True]
+
+
+# What is SGLang's alone: its processes, and whole tensors.
+
+
+def refused_tensors(session: RankSession, folder: Path, other: Path) -> None:
+    """A sink that is told to stream; what it refuses has not reached SGLang."""
+    from safetensors.torch import load_file
+
+    from grpo_mega.engines.sglang_sink import SglangSink
+
+    engine = session.engine
+    tensors = {name: (tuple(t.shape), t.dtype) for name, t in load_file(folder / "model.safetensors").items()}
+    engine._sink = sink = SglangSink(engine._process, "it is told to", tensors, bucket_bytes=64 * 1024)
+    with pytest.raises(RuntimeError, match=r"write of model\.norm\.weight outside of an update"):
+        sink.load("model.norm.weight", torch.ones(64))
+    sink.begin_update()
+    with pytest.raises(ValueError, match=r"model\.norm\.scale is no tensor of the engine's model"):
+        sink.load("model.norm.scale", torch.ones(64))
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: got a tensor of shape \[63\] for one of \[64\]"):
+        sink.load("model.norm.weight", torch.ones(63))
+    sink.load("model.norm.weight", torch.ones(64))
+    with pytest.raises(ValueError, match=r"the update lacks lm_head\.weight, .* \(24 tensors in all\)"):
+        sink.end_update(8)
+    with pytest.raises(RuntimeError, match="before the weights are complete"):
+        engine.generate(PROMPTS, SAMPLING)
+    sink.begin_update()
+    for name, tensor in load_file(other / "model.safetensors").items():
+        sink.load(name, tensor)
+    sink.end_update(9)
+
+
+@ONLY_SGLANG
+def test_whole_tensors_are_compared_before_they_are_sent_and_followed(
+    engine: EngineRanks, models: dict[str, Path]
+) -> None:
+    kept = engine.call(keep_sink)
+    engine.call(refused_tensors, models["qwen3"], models["other"])
+    groups = engine.call(generate, PROMPTS, SAMPLING)[0]
+    engine.call(restore_sink)
+    assert kept == [None]
+    assert largest_log_prob_error(models["other"], PROMPTS, groups, 1.0) <= 2e-5
+    assert {c.policy_version for group in groups for c in group} == {9}
+
+
+def keep_sink(session: RankSession) -> None:
+    session.kept["sink"] = session.engine._sink
+
+
+def restore_sink(session: RankSession) -> None:
+    session.engine._sink = session.kept["sink"]
+
+
+def seen_by_the_rank(session: RankSession) -> list[str]:
+    """Packages that only SGLang's processes may believe in."""
+    import importlib.util
+    import sys
+
+    return [name for name in ("sgl_kernel", "triton") if name in sys.modules or importlib.util.find_spec(name)]
+
+
+@ONLY_SGLANG
+def test_the_stand_ins_are_in_sglangs_processes_alone(engine: EngineRanks) -> None:
+    assert engine.call(seen_by_the_rank) == [[]]
+
+
+def dies_during_an_update(session: RankSession, folder: Path) -> tuple[list[str], list[int]]:
+    """Kills a scheduler between the last write and the end of the update. What is told, then and later; who is left."""
+    host = psutil.Process(session.engine._process.pid)
+    members = [host, *host.children(recursive=True)]
+    (scheduler,) = [each for each in members if "scheduler" in " ".join(each.cmdline())]
+    push(session, folder, 1, end=False)
+    scheduler.kill()
+    told = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as caught:
+            session.engine.sink.end_update(1)
+        told.append(str(caught.value))
+    with pytest.raises(RuntimeError, match="before the weights are complete"):
+        session.engine.generate(PROMPTS, SAMPLING)
+    psutil.wait_procs(members, timeout=10)
+    session.engine.close()
+    session.engine, session.opened = None, None
+    return told, [each.pid for each in members if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+@ONLY_SGLANG
+def test_sglang_that_dies_during_an_update_is_an_error_and_leaves_no_process(
+    engine: EngineRanks, models: dict[str, Path]
+) -> None:
+    """The last test: it ends the engine."""
+    ((told, left),) = engine.call(dies_during_an_update, models["other"])
+    assert left == []
+    for message in told:
+        assert "SGLang" in message
+    assert "has ended with exit code" in told[0]
+    assert "the end of " in told[0]

@@ -1,0 +1,63 @@
+"""Models, prompts and rank functions for tests of engines, whichever it is, and transformers' log-probs to compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_mega.types import Completion, Prompt, SamplingRequest
+from tests.helpers.engine_ranks import RankSession
+
+SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
+SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
+# The last one fills two whole blocks of vLLM's KV cache, which the members of its group share.
+PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
+
+
+# What runs on the ranks.
+
+
+def push(session: RankSession, folder: Path, version: int, end: bool = True) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    sink = session.engine.sink
+    sink.begin_update()
+    for region in sink.layout():
+        hf = region.placement.hf
+        sink.write(hf, tensors[hf.name][hf.index])
+    if end:
+        sink.end_update(version)
+
+
+def generate(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> list[list[Completion]]:
+    groups: list[list[Completion]] = session.engine.generate(prompts, sampling)
+    return groups
+
+
+# What is expected.
+
+
+def largest_log_prob_error(
+    folder: Path, prompts: list[Prompt], groups: list[list[Completion]], temperature: float
+) -> float:
+    """Against transformers in fp32: log_softmax(logits / temperature) of the sampled tokens."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    worst = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            ids = torch.tensor([prompt.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1]
+            log_probs = torch.log_softmax(logits / temperature, -1)
+            expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            worst = max(worst, float((expected - torch.tensor(completion.sampler_log_probs)).abs().max()))
+    return worst
+
+
+def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
