@@ -206,7 +206,6 @@ def _phases(
     passing = max(acts.passing(chunk) for chunk in chunks) + messages
     state = {"weights": static.weights, "gradients": static.gradients, "optimizer": static.optimizer}
     widest = max((acts.layer(moe).kept for chunk in chunks for moe in set(chunk.moe_layers)), default=0.0)
-    bucket = max(config.weight_sync.bucket_bytes, largest_tensor(spec) * ITEMSIZE[config.precision.dtype])
     assumed = cluster.assumptions
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
@@ -223,7 +222,11 @@ def _phases(
         "log_probs": {**state, "activations": widest, "logits": logits, "communication": passing + reference}
         | engine_residue,
         "train": {**state, "activations": kept, "logits": logits, "communication": passing} | engine_residue,
-        "sync": {"weights": static.weights, "engine weights": engine, "sync buckets": 2.0 * bucket},
+        "sync": {
+            "weights": static.weights,
+            "engine weights": engine,
+            "sync buckets": 2.0 * config.weight_sync.bucket_bytes,
+        },
     }
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
@@ -254,12 +257,6 @@ def has_critic(config: Config) -> bool:
 def needs_reference(config: Config) -> bool:
     """Does the loss, or the reward, look at the reference?"""
     return config.algorithm.kl_coef > 0
-
-
-@functools.lru_cache(maxsize=16)
-def largest_tensor(spec: ModelSpec) -> int:
-    """Elements of the checkpoint's largest tensor: a bucket holds whole tensors."""
-    return max(math.prod(shape) for shape in hf_shapes(spec).values())
 
 
 def _engine_logits(config: Config, spec: ModelSpec) -> float:
