@@ -26,7 +26,7 @@ from grpo_mega.interfaces import WeightSink
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
-from grpo_mega.types import Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
@@ -62,6 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         "qwen3": ("qwen3", False, 70),
         "qwen3-tied": ("qwen3", True, 70),
         "qwen2": ("qwen2", False, 20),
+        "llama": ("llama", False, 70),
         "llama": ("llama", False, 70),
     }
     found = Models({}, {})
@@ -195,14 +196,18 @@ def expected_digest(weights: Path, *seeds: int) -> str:
     return combined_digest(digests)
 
 
-def start(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int) -> None:
-    world.open(models.engine[name], tp=engine_tp, **SETTINGS)
+def start(
+    world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int, kind: str = "vllm"
+) -> None:
+    world.open(models.engine[name], tp=engine_tp, kind=kind, **SETTINGS)
     world.call(build, Path(shutil.copytree(models.policy[name], copy)), tp, pp, engine_tp)
 
 
-def follows(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int) -> None:
+def follows(
+    world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int, kind: str = "vllm"
+) -> None:
     """Two pushes, the second of weights that only the policy has; digests against the layout-free weights."""
-    start(world, models, copy, name, tp, pp, engine_tp)
+    start(world, models, copy, name, tp, pp, engine_tp, kind)
     assert not copy.exists()
     first = world.call(push, 0)
     assert world.call(largest_mismatch)[0] <= 1e-4
@@ -232,6 +237,31 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
     world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
 ) -> None:
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
+
+
+@pytest.mark.long  # an engine of SGLang imports itself in three or four processes
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "engine_tp"),
+    [
+        pytest.param("qwen3-tied", 2, 1, 1, id="qwen3-tied-TP2-to-2xtp1"),
+        pytest.param("qwen3", 2, 1, 2, id="qwen3-TP2-to-tp2"),
+        pytest.param("qwen2", 1, 2, 2, id="qwen2-PP2-to-tp2"),
+        pytest.param("llama", 1, 2, 2, id="llama-PP2-to-tp2"),
+    ],
+)
+def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear_the_same(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
+) -> None:
+    follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
+    first, second = world.call(sampled)
+    assert (first == second) == (engine_tp == 2)
+
+
+def sampled(session: RankSession) -> list[list[Completion]]:
+    """On every rank of an engine the same; engines have seeds of their own."""
+    seed = session.kept["policy"].ranks.at.replica
+    groups: list[list[Completion]] = session.engine.generate(PROMPTS, SamplingRequest(4, 1.0, 8, seed=seed))
+    return groups
 
 
 @pytest.mark.parametrize(
