@@ -63,7 +63,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         "qwen3-tied": ("qwen3", True, 70),
         "qwen2": ("qwen2", False, 20),
         "llama": ("llama", False, 70),
-        "llama": ("llama", False, 70),
     }
     found = Models({}, {})
     for name, (family, tie, vocab) in families.items():
