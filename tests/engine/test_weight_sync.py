@@ -69,6 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=vocab)
     for name, changes in EXPERTS.items():
         found.policy[name] = make_family_model(root / name, raw_family_config(name, **changes))
+    all_experts = raw_family_config("qwen3_moe", mlp_only_layers=[])
+    found.policy["sglang_moe"] = make_family_model(root / "sglang_moe", all_experts)
     for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
@@ -292,6 +294,22 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
         world.call(perturb, version)
         assert world.call(largest_mismatch)[0] > 1e-3
         assert len({report.policy_digest for report in reports}) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("mixtral", 2), ("glm4_moe", 2)])
+def test_sglang_with_experts_follows_a_policy_that_spreads_them(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int
+) -> None:
+    """SGLang gives every layer of Qwen3-MoE experts."""
+    world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
+    weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
+    world.call(build, weights, 1, 1, engine_tp, 2)
+    for version in (0, 1):
+        world.call(push, version)
+        assert world.call(largest_mismatch)[0] <= 1e-4
+        world.call(perturb, version)
+        assert world.call(largest_mismatch)[0] > 1e-3
 
 
 def kinds(session: RankSession) -> set[str]:
