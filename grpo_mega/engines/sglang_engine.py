@@ -91,7 +91,11 @@ class SglangEngine:
                 "random_seed": seed,
             }
             self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
-        shared = self._ranks.same(self._started(tensors))
+        try:
+            shared = self._ranks.same(self._started(tensors))
+        except RuntimeError:
+            self.close()
+            raise
         because = [each.record for each in shared if isinstance(each.record, str)]
         mine = because[0] if because else shared[self._ranks.number]
         self._sink = SglangSink(self._process, mine, tensors)

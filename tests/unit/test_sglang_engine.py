@@ -28,9 +28,7 @@ def test_a_missing_sglang_names_the_command_that_adds_it() -> None:
 def test_a_machine_with_cuda_is_refused() -> None:
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
-        pytest.raises(
-            UserError, match=r"engine\.kind=sglang runs on machines without CUDA so far; use"
-        ),
+        pytest.raises(UserError, match=r"engine\.kind=sglang runs on machines without CUDA so far; use"),
     ):
         check_sglang()
 
