@@ -65,17 +65,19 @@ class ParameterSize:
 @dataclass(frozen=True)
 class SizeSums:
     """Elements of some parameters; `dense_aligned` and `expert_aligned` with each rounded up to 64, as Megatron's flat
-    buffers lay them out (param_and_grad_buffer.py:658)."""
+    buffers lay them out (param_and_grad_buffer.py:658). `matrices`: of what layers multiply with, routers left out."""
 
     numel: int
     dense_aligned: int
     expert_aligned: int
+    matrices: int
 
     @classmethod
     def of(cls, parameters: Sequence[ParameterSize]) -> SizeSums:
         """Of these."""
         aligned = {kind: sum(-(-p.numel // 64) * 64 for p in parameters if p.is_expert == kind) for kind in (0, 1)}
-        return cls(sum(p.numel for p in parameters), aligned[0], aligned[1])
+        matrices = sum(p.numel for p in parameters if len(p.shape) > 1 and ".router." not in p.name)
+        return cls(sum(p.numel for p in parameters), aligned[0], aligned[1], matrices)
 
 
 @dataclass(frozen=True)

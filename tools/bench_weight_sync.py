@@ -112,7 +112,7 @@ def on_rank(rank: int, store: str, megabytes: int, rounds: int) -> dict[str, Any
     tensors, layers = model(megabytes)
     held, wanted = both_ends(tensors, layers)
     everything = join([holdings(tensors, [whole(n, t) for n, t in tensors.items()], r) for r in range(WORLD)])
-    mine = held.rows(held.ranks == rank)
+    mine = held.of([rank])
     slices = [
         as_slice(list(tensors), tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))
     ]

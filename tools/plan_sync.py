@@ -188,7 +188,8 @@ def summarise(plan: Plan, node_speed: float, network_speed: float) -> dict[str, 
     received = plan.received_bytes()
     return {
         "hash": plan.hash,
-        "transfers": len(plan.piece),
+        "transfers": plan.num_transfers,
+        "parcels": len(plan.parcel),
         "bytes": sum(by_link.values()),
         "bytes_by_link": by_link,
         "lower_bound_bytes": plan.bounds[slowest],  # type: ignore[index]

@@ -99,13 +99,13 @@ def _check_params(config: Config) -> None:
         )
 
 
-def check_generation(recipe: str, capability: Capability, cuda: Capability) -> str:
+def check_generation(recipe: str, capability: Capability, cuda: Capability | None = None) -> str:
     """Why a GPU cannot compute with this recipe; empty: it can.
 
     Args:
         recipe: its name.
         capability: of the device.
-        cuda: the version that torch is built for.
+        cuda: the version that torch is built for; None: not looked at.
     """
     needed = RECIPES[recipe]
     kinds = ", ".join(name for at, name in GENERATIONS.items() if needed.least <= at < needed.below)
@@ -115,7 +115,7 @@ def check_generation(recipe: str, capability: Capability, cuda: Capability) -> s
             f"precision.fp8.recipe={recipe} runs on {kinds}, and this GPU has compute capability "
             f"{capability[0]}.{capability[1]}; recipes that it has: {does}"
         )
-    if cuda < needed.cuda:
+    if cuda is not None and cuda < needed.cuda:
         return (
             f"precision.fp8.recipe={recipe} needs CUDA {needed.cuda[0]}.{needed.cuda[1]} or later, and torch is built "
             f"for {cuda[0]}.{cuda[1]}; use a newer build, or another recipe"

@@ -3,7 +3,8 @@
 Two tables of what modules save: `local`, the modules of a machine without CUDA, measured tensor by tensor
 (tests/parallel/test_planner.py holds it within 10%); `te`, Transformer Engine's fused modules, from reading them.
 Letters: t tokens of the row on this rank, s of them where sequence parallelism cuts a row, h hidden size, b bytes of
-an element, n and m heads of queries and of keys on this rank, d their size, f feed-forward size on this rank.
+an element and i of one that a product reads (one in FP8), n and m heads of queries and of keys on this rank, d their
+size, f feed-forward size on this rank.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.rules import padded_vocab
 from grpo_mega.convert.spec import MlaSpec, ModelSpec, MoeSpec
+from grpo_mega.planner.fp8 import INPUT_BYTES
 from grpo_mega.planner.hardware import Kernels
 from grpo_mega.planner.stages import ITEMSIZE, ModelChunk
 
@@ -42,7 +44,7 @@ class Activations:
         self._s = self._t / parallel.tp if parallel.sequence_parallel else self._t
         self._longest, self._imbalance = min(longest, row_tokens), imbalance
         self._row_tokens = row_tokens
-        self._layers: dict[bool, LayerActivations] = {}
+        self._layers: dict[tuple[bool, bool], LayerActivations] = {}
 
     @property
     def message(self) -> float:
@@ -51,7 +53,7 @@ class Activations:
 
     def chunk(self, chunk: ModelChunk) -> tuple[float, float]:
         """Kept of one microbatch by all of a chunk, and held beside it at worst while it is computed."""
-        layers = [self.layer(is_moe) for is_moe in chunk.moe_layers]
+        layers = [self.layer(is_moe, in_fp8) for is_moe, in_fp8 in chunk.layers]
         kept, beside = sum(layer.kept for layer in layers), max((x.again for x in layers), default=0.0)
         if chunk.has_head:
             tail = self.tail()
@@ -60,17 +62,20 @@ class Activations:
 
     def passing(self, chunk: ModelChunk) -> float:
         """Buffers of the widest layer."""
-        return max((self.layer(is_moe).passing for is_moe in chunk.moe_layers), default=0.0)
+        return max((self.layer(is_moe, in_fp8).passing for is_moe, in_fp8 in chunk.layers), default=0.0)
 
-    def layer(self, is_moe: bool) -> LayerActivations:
+    def layer(self, is_moe: bool, in_fp8: bool) -> LayerActivations:
         """One layer, under the config's recomputation."""
-        if is_moe not in self._layers:
-            self._layers[is_moe] = self._layer(is_moe)
-        return self._layers[is_moe]
+        key = is_moe, in_fp8
+        if key not in self._layers:
+            self._layers[key] = self._layer(is_moe, INPUT_BYTES if in_fp8 else self._b)
+        return self._layers[key]
 
-    def _layer(self, is_moe: bool) -> LayerActivations:
-        norms, inner, core = self._norms(), self._attention_inputs(), self._core_attention()
-        feed = self._experts() if is_moe else self._mlp(self._spec.ffn_size / self._parallel.tp)
+    def _layer(self, is_moe: bool, i: int) -> LayerActivations:
+        norms, inner, core = self._norms(i), self._attention_inputs(i), self._core_attention()
+        if i != self._b:
+            core += self._projected(i)  # the core keeps its output in bf16, the projection behind it in FP8
+        feed = self._experts(i) if is_moe else self._mlp(self._spec.ffn_size / self._parallel.tp, i)
         whole = norms + inner + core + feed
         moe = self._spec.moe
         routed = self._routed(moe) * self._spec.hidden_size * self._b if is_moe and moe is not None else 0.0
@@ -83,16 +88,16 @@ class Activations:
             return LayerActivations(self.message, whole - (0.0 if copied else self.message), passing)
         if self._parallel.recompute == "none":
             return LayerActivations(whole, 0.0, passing)
-        dropped = self._dropped(is_moe, norms, inner, core, feed)
+        dropped = self._dropped(is_moe, norms, inner, core, feed, i)
         return LayerActivations(whole - sum(dropped), max(dropped, default=0.0), passing)
 
-    def _dropped(self, is_moe: bool, norms: float, inner: float, core: float, feed: float) -> list[float]:
+    def _dropped(self, is_moe: bool, norms: float, inner: float, core: float, feed: float, i: int) -> list[float]:
         """What each recomputed module does not keep."""
         modules = self._parallel.recompute_modules or ("core_attn",)
-        output = self._s * self._spec.hidden_size * self._b
+        output = self._s * self._spec.hidden_size * i
         found = []
         if "core_attn" in modules:
-            found.append(core - self._core_inputs_and_output())
+            found.append(core - self._core_inputs_and_output() - (self._projected(i) if i != self._b else 0.0))
         if "mlp" in modules and not is_moe:
             found.append(feed)
         if "moe" in modules and is_moe:
@@ -100,21 +105,26 @@ class Activations:
         if "layernorm" in modules:
             found.append(norms - 2 * output)
         if "mla_up_proj" in modules:
-            found.append(inner - self._latents())
+            found.append(inner - self._latents(i))
         return [max(0.0, size) for size in found]
 
-    def _norms(self) -> float:
+    def _norms(self, i: int) -> float:
         """Two norms of hidden states. Both: input and output; local: input and normalised input in float32."""
-        per_element = 8 + self._b if self._local else 2 * self._b
+        per_element = 8 + self._b if self._local else self._b + i
         return 2 * self._s * self._spec.hidden_size * per_element + 8 * self._s
 
     def _heads(self) -> tuple[float, float]:
         return self._spec.num_heads / self._parallel.tp, self._spec.num_kv_heads / self._parallel.tp
 
-    def _attention_inputs(self) -> float:
+    def _projected(self, i: int) -> float:
+        """What the projection behind the core keeps of its input."""
+        size = self._spec.head_dim if self._spec.mla is None else self._spec.mla.v_dim
+        return self._t * self._heads()[0] * size * i
+
+    def _attention_inputs(self, i: int) -> float:
         """From the normed hidden state to rotated queries, keys and values, without these."""
         if self._spec.mla is not None:
-            return self._latents() + self._up_projections(self._spec.mla)
+            return self._latents(i) + self._up_projections(self._spec.mla)
         (n, m), d, b, t = self._heads(), self._spec.head_dim, self._b, self._t
         if not self._local:
             return t * (n + 2 * m) * d * b
@@ -125,7 +135,7 @@ class Activations:
             return rotary + t * d * (8 * n + 4 * m + 4 * (n + 2 * m)) + 4 * t * (n + m)
         return rotary + 8 * t * d * (n + m) + 4 * t * (n + m)
 
-    def _latents(self) -> float:
+    def _latents(self, i: int) -> float:
         """Latent vectors and their norms."""
         mla = self._spec.mla
         if mla is None:
@@ -133,7 +143,7 @@ class Activations:
         q, kv, rope, b = mla.q_rank or 0, mla.kv_rank, mla.rope_dim, self._b
         if self._local:
             return self._t * (q * (8 + b) + (kv + rope) * 4 + kv * (4 + b) + 4 * rope * b)
-        return self._s * b * (2 * q + 2 * kv + rope)
+        return self._s * ((b + i) * (q + kv) + b * rope)
 
     def _up_projections(self, mla: MlaSpec) -> float:
         """Keys and values of a head lie side by side; values are used where they lie."""
@@ -167,23 +177,23 @@ class Activations:
             return t * d * b * (2 * n + m + n + 2 * m)  # a value is a view of the whole projection
         return t * d * b * (2 * n + m + (0 if self._local else m))
 
-    def _mlp(self, f: float) -> float:
+    def _mlp(self, f: float, i: int) -> float:
         """[gate; up], silu(gate), up, product: Megatron's unfused gated unit."""
-        return 5 * f * self._t * self._b
+        return f * self._t * (4 * self._b + i)
 
     def _routed(self, moe: MoeSpec) -> float:
         """Tokens that this rank's experts see."""
         return self._s * moe.top_k * self._parallel.etp * self._imbalance
 
-    def _experts(self) -> float:
+    def _experts(self, i: int) -> float:
         """Routed experts, the shared one and the router."""
         moe, b = self._spec.moe, self._b
         assert moe is not None, "a layer of experts without experts"
         routed = self._routed(moe)
-        inner = 6 * moe.expert_ffn_size / self._parallel.etp
+        kept = self._spec.hidden_size * i + (5 * b + i) * moe.expert_ffn_size / self._parallel.etp
         router = self._s * (12 * moe.num_experts + 40 * moe.top_k)
-        shared = self._mlp(moe.shared_ffn_size / self._parallel.tp)
-        return routed * (self._spec.hidden_size + inner) * b + 8 * routed + router + shared
+        shared = self._mlp(moe.shared_ffn_size / self._parallel.tp, i)
+        return routed * (kept + 8) + router + shared
 
     def tail(self) -> float:
         """Behind the last layer: final norm, the hidden states that the head reads, log-probs and loss."""

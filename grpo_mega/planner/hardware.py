@@ -34,16 +34,18 @@ class Gpu:
     """Of a node."""
     kernels: Kernels = "te"
     """Whose modules compute: Transformer Engine's, or the local ones of a machine without CUDA."""
+    capability: tuple[int, int] = (0, 0)
+    """CUDA's number of the generation; 0: no CUDA."""
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-80g", 79.0 * GIB, 312e12, 2.0e12, 300e9, 25e9, 25e9, 8, 1.0e12),
-        Gpu("h100-80g", 79.1 * GIB, 989e12, 3.35e12, 450e9, 50e9, 55e9, 8, 2.0e12),
-        Gpu("h20-96g", 95.0 * GIB, 148e12, 4.0e12, 450e9, 50e9, 55e9, 8, 2.0e12),
-        Gpu("h200-141g", 139.0 * GIB, 989e12, 4.8e12, 450e9, 50e9, 55e9, 8, 2.0e12),
-        Gpu("b200-180g", 178.0 * GIB, 2250e12, 7.7e12, 900e9, 50e9, 55e9, 8, 2.0e12),
+        Gpu("a100-80g", 79.0 * GIB, 312e12, 2.0e12, 300e9, 25e9, 25e9, 8, 1.0e12, capability=(8, 0)),
+        Gpu("h100-80g", 79.1 * GIB, 989e12, 3.35e12, 450e9, 50e9, 55e9, 8, 2.0e12, capability=(9, 0)),
+        Gpu("h20-96g", 95.0 * GIB, 148e12, 4.0e12, 450e9, 50e9, 55e9, 8, 2.0e12, capability=(9, 0)),
+        Gpu("h200-141g", 139.0 * GIB, 989e12, 4.8e12, 450e9, 50e9, 55e9, 8, 2.0e12, capability=(9, 0)),
+        Gpu("b200-180g", 178.0 * GIB, 2250e12, 7.7e12, 900e9, 50e9, 55e9, 8, 2.0e12, capability=(10, 0)),
         # a rank of a CPU job: its time is not predicted, its bytes are those of the local modules
         Gpu("cpu", 16.0 * GIB, 1e11, 1e10, 1e9, 1e9, 1e10, 8, 128 * GIB, "local"),
     )
@@ -65,6 +67,8 @@ class Assumptions:
     """Of bf16 FLOP/s in training and log-prob passes, without pipeline bubbles (Megatron-LM: 0.41 to 0.48)."""
     expert_flops: float = 0.20
     """The same for models with experts (published: 0.16 to 0.26 with forced balance)."""
+    fp8_speedup: float = 1.3
+    """Of training and log-prob passes over those in bf16, end to end (published: 1.2 to 1.5)."""
     decode_bandwidth: float = 0.60
     """Of memory bandwidth while the engine decodes."""
     prefill_flops: float = 0.45

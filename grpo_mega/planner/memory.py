@@ -200,14 +200,19 @@ def _phases(
     engine: float,
     cache: float,
 ) -> dict[str, dict[str, float]]:
+    assumed = cluster.assumptions
     has_head = any(chunk.has_head for chunk in chunks)
     logits = acts.logits() if has_head else 0.0
     messages = 2 * acts.message * topology.pp if topology.pp > 1 else 0.0
     passing = max(acts.passing(chunk) for chunk in chunks) + messages
     state = {"weights": static.weights, "gradients": static.gradients, "optimizer": static.optimizer}
-    widest = max((acts.layer(moe).kept for chunk in chunks for moe in set(chunk.moe_layers)), default=0.0)
+    left = {"policy offloaded": assumed.policy_residue}
+    if static.fp8_copies:
+        state["FP8 copies"] = static.fp8_copies
+        if config.precision.fp8 is not None and config.precision.fp8.params:  # parts of the weights' own tensors
+            left["FP8 copies"] = static.fp8_copies
+    widest = max((acts.layer(*layer).kept for chunk in chunks for layer in set(chunk.layers)), default=0.0)
     bucket = max(config.weight_sync.bucket_bytes, largest_tensor(spec) * ITEMSIZE[config.precision.dtype])
-    assumed = cluster.assumptions
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
     copies = topology.dp * topology.cp
@@ -218,7 +223,7 @@ def _phases(
             "engine weights": engine,
             "KV cache": cache,
             **on_engine,
-            "policy offloaded": assumed.policy_residue,
+            **left,
         },
         "log_probs": {**state, "activations": widest, "logits": logits, "communication": passing + reference}
         | engine_residue,
@@ -227,7 +232,7 @@ def _phases(
     }
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
-        phases["value"] |= {"policy offloaded": assumed.policy_residue}
+        phases["value"] |= left
         if cluster.gpu.kernels == "local":  # one memory: neither leaves it
             for items in phases.values():
                 items["critic"] = sum(state.values())

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from grpo_mega.config.fp8 import check_generation
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleCounter, ModuleSizes
@@ -14,6 +15,7 @@ from grpo_mega.planner.hardware import Cluster
 from grpo_mega.planner.memory import Memory, Workload, plan_memory, workload_of
 from grpo_mega.planner.stages import chunk_parts, model_chunks
 from grpo_mega.planner.time import StepTime, plan_time
+from grpo_mega.types import UserError
 
 HOST_SHARE = 0.9  # of a node's memory: the rest is the system's and its file cache's
 _SECONDS_PER_DAY = 86400
@@ -119,8 +121,10 @@ def make_plan(config: Config, spec: ModelSpec, count: ModuleCounter, cluster: Cl
     """`count` gives the sizes of the real modules.
 
     Raises:
-        UserError: the layout does not divide the ranks, or the layers.
+        UserError: the layout does not divide the ranks, or the layers; the device has no such FP8.
     """
+    if (fp8 := config.precision.fp8) is not None and (why := check_generation(fp8.recipe, cluster.gpu.capability)):
+        raise UserError(f"--gpu={cluster.gpu.name}: {why}")
     topology = Topology.of(config, cluster.num_ranks)
     sizes = count(tp=topology.tp, ep=topology.ep, etp=topology.etp)
     total = total_parameters(config, spec, count(tp=1, ep=1, etp=1), where)

@@ -16,6 +16,7 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleSizes
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner import fp8
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 GRADIENT_BYTES = 4  # main gradients are float32
@@ -24,23 +25,32 @@ _OVERLAP_BUCKET = 40_000_000  # distributed_data_parallel.py:65, elements
 
 @dataclass(frozen=True)
 class ModelChunk:
-    """What one pipeline rank computes between two messages: the kinds of its layers, and whether it has the ends."""
+    """What one pipeline rank computes between two messages: the kinds of its layers, and whether it has the ends.
+    `fp8_layers`: which of them multiply in FP8; empty: none."""
 
     moe_layers: tuple[bool, ...]
     has_embedding: bool
     has_head: bool
+    fp8_layers: tuple[bool, ...] = ()
+
+    @property
+    def layers(self) -> list[tuple[bool, bool]]:
+        """Of each: has it experts, does it multiply in FP8."""
+        return list(zip(self.moe_layers, self.fp8_layers or (False,) * len(self.moe_layers), strict=True))
 
 
 @dataclass(frozen=True)
 class StaticBytes:
     """On every rank of one pipeline rank. `optimizer` holds master weights, where they are not the weights, and both
-    moments; `optimizer_on_host` is the part of it that lives and is updated on the host."""
+    moments; `optimizer_on_host` is the part of it that lives and is updated on the host. `fp8_copies` are weights once
+    more, as Transformer Engine's products read them."""
 
     parameters: int
     weights: int
     gradients: int
     optimizer: int
     optimizer_on_host: int = 0
+    fp8_copies: int = 0
 
 
 def model_chunks(spec: ModelSpec, config: Config, where: str) -> list[list[ModelChunk]]:
@@ -52,7 +62,12 @@ def model_chunks(spec: ModelSpec, config: Config, where: str) -> list[list[Model
     pp, vpp = config.parallel.pp, config.parallel.vpp
     stages = stage_layers(spec.num_layers, config.parallel, where)
     chunks = [
-        ModelChunk(tuple(spec.is_moe_layer(i) for i in layers), number == 0, number == len(stages) - 1)
+        ModelChunk(
+            tuple(spec.is_moe_layer(i) for i in layers),
+            number == 0,
+            number == len(stages) - 1,
+            tuple(fp8.is_fp8_layer(config, i, spec.num_layers) for i in layers),
+        )
         for number, layers in enumerate(stages)
     ]
     return [[chunks[chunk * pp + rank] for chunk in range(vpp)] for rank in range(pp)]
@@ -77,10 +92,13 @@ def static_bytes(
     """Of one pipeline rank."""
     itemsize = ITEMSIZE[config.precision.dtype]
     master = 4 if itemsize < 4 else 0  # in fp32 the weights are their own masters
-    numel = buffer = shard = 0
+    numel = buffer = shard = quantised = 0
     for chunk in chunks:
         sums = [sizes.sums[part] for part in chunk_parts(chunk, spec.tie_embeddings)]
         numel += sum(s.numel for s in sums)
+        quantised += sum(
+            sizes.sums["moe_layer" if is_moe else "dense_layer"].matrices for is_moe, in_fp8 in chunk.layers if in_fp8
+        )
         dense = [s.dense_aligned for s in sums], topology.dp * topology.cp
         experts = [s.expert_aligned for s in sums], topology.edp
         for elements, ranks in (dense, experts):
@@ -89,7 +107,10 @@ def static_bytes(
             shard += size // ranks
     state = (master + 8) * shard
     on_host = round(config.optimizer.host_fraction * state)
-    return StaticBytes(numel, itemsize * buffer, GRADIENT_BYTES * buffer, state - on_host, on_host)
+    weights = itemsize * buffer - fp8.saved_weight_bytes(config, quantised)
+    return StaticBytes(
+        numel, weights, GRADIENT_BYTES * buffer, state - on_host, on_host, fp8.copied_weight_bytes(config, quantised)
+    )
 
 
 def _buffer_elements(elements: list[int], ranks: int, overlap: bool) -> int:

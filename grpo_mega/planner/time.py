@@ -73,6 +73,7 @@ def plan_time(
     costs = token_costs(spec, total_parameters, work.mean)
     tokens = work.rollouts * work.mean
     share = assumed.expert_flops if spec.moe is not None else assumed.dense_flops
+    share *= assumed.fp8_speedup if config.precision.fp8 is not None else 1.0
     rate = topology.world_size * gpu.bf16_flops * share
     rows = math.ceil(tokens / config.train.minibatches_per_epoch / topology.dp / work.row_tokens)
     bubble = 1 + (topology.pp - 1) / (max(1, rows) * topology.vpp)

@@ -6,6 +6,7 @@ asserted by tests/unit/test_policy_fp8.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,6 +59,16 @@ def optimizer_fields(precision: PrecisionConfig) -> dict[str, Any]:
     """Of Megatron's OptimizerConfig; master weights and moments stay fp32."""
     fp8 = precision.fp8
     return {"fp8_recipe": fp8.recipe} if fp8 is not None and fp8.params else {}
+
+
+def forget_copies(model: Sequence[torch.nn.Module]) -> None:
+    """Frees the FP8 copies of bf16 weights that Transformer Engine's layers keep between microbatches; the next pass
+    makes them anew (module/base.py of 2.x: `get_weight_workspace`)."""
+    for chunk in model:
+        for module in chunk.modules():
+            copies = getattr(module, "_fp8_workspaces", None)
+            if copies is not None:
+                copies.clear()
 
 
 def values_of(parameter: Tensor) -> Tensor:

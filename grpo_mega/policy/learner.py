@@ -21,6 +21,7 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.parallel.context import rank_index
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy
+from grpo_mega.policy.fp8 import forget_copies
 from grpo_mega.policy.gradients import gather_gradients, gradient_of
 from grpo_mega.policy.model import PolicyModel
 from grpo_mega.policy.offload import Part, PolicyMemory
@@ -66,6 +67,8 @@ class MegatronLearner:
         """Free the device memory of these parts; without CUDA there is one memory and nothing to free."""
         if self.ranks.device.type == "cuda":
             self._settle()
+            if "params" in parts:
+                forget_copies(self.parts.models)
             self._memory.offload(*parts)
 
     def reload(self, *parts: Part) -> None:

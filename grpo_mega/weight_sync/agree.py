@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 
 from grpo_mega.interfaces import HeldSlice, SinkRegion
 from grpo_mega.types import WeightMismatchError
-from grpo_mega.weight_sync.boxes import Holdings, WireTensor, distinct, holdings, join, volumes
+from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join, merged, volumes
 
 T = TypeVar("T")
 
@@ -20,21 +21,25 @@ T = TypeVar("T")
 class Attendance:
     """Who has come how far, in the job's store: a rank that waits in vain says for whom."""
 
-    def __init__(self, name: str, where: list[str]) -> None:
+    def __init__(self, name: str, where: list[str], timeout_seconds: float) -> None:
         """`where[r]` says who rank r is."""
         self._name, self._where, self._phase = name, where, 0
+        self._timeout = timeout_seconds
         self._store = dist.distributed_c10d._get_default_store()
 
     def gather(self, value: T, what: str) -> list[T]:
         """One object from every rank.
 
         Raises:
-            RuntimeError: names the ranks that did not come within the time of the process group.
+            RuntimeError: names the ranks that did not come in time.
         """
         self._phase += 1
         self._store.set(self._key(dist.get_rank()), what)
         values: list[T | None] = [None] * dist.get_world_size()
         try:
+            # Before the collective: its own limit is that of the job's process group, and it would not say for whom.
+            everyone = [self._key(rank) for rank in range(len(self._where))]
+            self._store.wait(everyone, timedelta(seconds=self._timeout))
             dist.all_gather_object(values, value)
         except RuntimeError as error:
             raise RuntimeError(f"weight sync, {what}: {self.absent()} ({error})") from error
@@ -65,10 +70,11 @@ class Ends:
 
 @dataclass(frozen=True)
 class _Report:
-    """What one rank tells the others; `fault` instead, where it cannot."""
+    """What one rank tells the others; `fault` instead, where it cannot. `held` and `wanted` are pickled holdings of no
+    rank, the same bytes on ranks that hold and want the same."""
 
-    held: Holdings
-    wanted: Holdings
+    held: bytes
+    wanted: bytes
     dtypes: dict[str, torch.dtype]
     fault: str | None = None
 
@@ -95,7 +101,7 @@ def agree_on_ends(
     """
     dtypes = dict.fromkeys(shapes, torch.float32)
     mine = _report(shapes, shards, regions)
-    reports = [pickle.loads(r) for r in attendance.gather(pickle.dumps(mine), "exchanging layouts")]
+    reports = attendance.gather(mine, "exchanging layouts")
     if faults := [report.fault for report in reports if report.fault]:
         raise WeightMismatchError(f"the engine asks for what the policy does not have: {'; '.join(faults[:3])}")
     for rank, report in enumerate(reports):
@@ -104,7 +110,7 @@ def agree_on_ends(
                 raise WeightMismatchError(f"engine ranks want {name} in several dtypes; rank {rank} in {dtype}")
             dtypes[name] = dtype
     tensors = {name: WireTensor(shape, dtypes[name].itemsize) for name, shape in shapes.items()}
-    ends = Ends(tensors, dtypes, join([r.held for r in reports]), join([r.wanted for r in reports]))
+    ends = Ends(tensors, dtypes, _of_all([r.held for r in reports]), _of_all([r.wanted for r in reports]))
     _check_complete(ends, replicas)
     return ends
 
@@ -112,15 +118,24 @@ def agree_on_ends(
 def _report(shapes: dict[str, tuple[int, ...]], shards: Sequence[HeldSlice], regions: Sequence[SinkRegion]) -> _Report:
     rank = dist.get_rank()
     numbered = {name: WireTensor(shape, 1) for name, shape in shapes.items()}
-    empty = holdings(numbered, [], rank)
     try:
+        held = holdings(numbered, [held.hf for held in shards], rank)
+        wanted = holdings(numbered, [region.placement.hf for region in regions], rank)
         return _Report(
-            holdings(numbered, [held.hf for held in shards], rank),
-            holdings(numbered, [region.placement.hf for region in regions], rank),
+            pickle.dumps(held.on(())),
+            pickle.dumps(wanted.on(())),
             {region.placement.hf.name: region.dtype for region in regions},
         )
     except ValueError as error:
-        return _Report(empty, empty, {}, str(error))
+        return _Report(b"", b"", {}, str(error))
+
+
+def _of_all(pickled: Sequence[bytes]) -> Holdings:
+    """Rank r's holdings are `pickled[r]`; equal ones are read once."""
+    alike: dict[bytes, list[int]] = {}
+    for rank, each in enumerate(pickled):
+        alike.setdefault(each, []).append(rank)
+    return join([pickle.loads(each).on(ranks) for each, ranks in alike.items()])
 
 
 def _check_complete(ends: Ends, replicas: Sequence[Sequence[int]]) -> None:
@@ -128,8 +143,7 @@ def _check_complete(ends: Ends, replicas: Sequence[Sequence[int]]) -> None:
     names = list(ends.tensors)
     full = [int(torch.Size(tensor.shape).numel()) for tensor in ends.tensors.values()]
     for ranks in replicas:
-        mine = torch.isin(torch.from_numpy(ends.wanted.ranks), torch.tensor(list(ranks))).numpy()
-        boxes, _ = distinct(ends.wanted.rows(mine))
+        boxes = merged(ends.wanted.of(ranks))
         taken = [0] * len(names)
         for tensor, size in zip(boxes.tensors.tolist(), volumes(boxes.starts, boxes.ends).tolist(), strict=True):
             taken[tensor] += size

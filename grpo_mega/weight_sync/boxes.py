@@ -1,11 +1,13 @@
 """Boxes of named tensors as columns of numbers: what a plan computes with, for thousands of ranks at once.
 
-A `Holdings` lists which box of which tensor lies on which rank; both ends of a sync are one. Boxes have `DIMS`
-dimensions; those that a tensor lacks are `[0:1]` at the end. Pure; asserted by tests/unit/test_plan.py.
+A `Holdings` lists which box of which tensor lies on which ranks; both ends of a sync are one. Ranks with the same box
+share a row, so a job's replicas cost nothing. Boxes have `DIMS` dimensions; those that a tensor lacks are `[0:1]` at
+the end. Pure; asserted by tests/unit/test_plan.py and tests/unit/test_boxes.py.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from grpo_mega.types import TensorSlice
 
 DIMS = 4
 Ints = NDArray[np.int64]
+RankSet = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -27,33 +30,44 @@ class WireTensor:
 
 
 @dataclass(frozen=True)
-class Holdings:
-    """Row i: the box `starts[i] : ends[i]` of tensor number `tensors[i]` is on rank `ranks[i]`.
+class Boxes:
+    """Row i: the box `starts[i] : ends[i]` of tensor number `tensors[i]`.
 
-    `tensors`, `ranks`: [N]; `starts`, `ends`: [N, DIMS].
+    `tensors`: [N]; `starts`, `ends`: [N, DIMS].
     """
 
     tensors: Ints
     starts: Ints
     ends: Ints
-    ranks: Ints
 
     def __len__(self) -> int:
         return len(self.tensors)
 
+
+@dataclass(frozen=True)
+class Holdings(Boxes):
+    """Box i is on every rank of `rank_sets[rank_set[i]]`, which is sorted. `rank_set`: [N]."""
+
+    rank_set: Ints
+    rank_sets: tuple[RankSet, ...]
+
     def on(self, ranks: Sequence[int]) -> Holdings:
-        """The same boxes on each of `ranks`, whatever rank they are on here."""
-        times, n = len(ranks), len(self)
-        return Holdings(
-            np.tile(self.tensors, times),
-            np.tile(self.starts, (times, 1)),
-            np.tile(self.ends, (times, 1)),
-            np.repeat(np.asarray(ranks, np.int64), n),
-        )
+        """The same boxes on each of `ranks`, whatever ranks they are on here."""
+        here = (tuple(sorted(ranks)),)
+        return Holdings(self.tensors, self.starts, self.ends, np.zeros(len(self), np.int64), here)
 
     def rows(self, index: NDArray[np.bool_] | Ints) -> Holdings:
         """Some of the rows."""
-        return Holdings(self.tensors[index], self.starts[index], self.ends[index], self.ranks[index])
+        return Holdings(self.tensors[index], self.starts[index], self.ends[index], self.rank_set[index], self.rank_sets)
+
+    def of(self, ranks: Iterable[int]) -> Holdings:
+        """The rows that lie on at least one of `ranks`."""
+        wanted = frozenset(ranks)
+        return self.rows(np.asarray([not wanted.isdisjoint(each) for each in self.rank_sets], bool)[self.rank_set])
+
+    def a_rank_of(self, row: int) -> int:
+        """For messages: the lowest rank that has this box."""
+        return self.rank_sets[int(self.rank_set[row])][0]
 
 
 def numbering(tensors: Iterable[str]) -> dict[str, int]:
@@ -89,17 +103,24 @@ def holdings(
         np.asarray(found, np.int64),
         np.asarray(starts, np.int64).reshape(-1, DIMS),
         np.asarray(ends, np.int64).reshape(-1, DIMS),
-        np.full(len(found), rank, np.int64),
+        np.zeros(len(found), np.int64),
+        ((rank,),),
     )
 
 
 def join(parts: Sequence[Holdings]) -> Holdings:
     """One after the other."""
+    numbers: dict[RankSet, int] = {}
+    sets = []
+    for part in parts:
+        places = [numbers.setdefault(ranks, len(numbers)) for ranks in part.rank_sets]
+        sets.append(np.asarray(places, np.int64)[part.rank_set])
     return Holdings(
         np.concatenate([p.tensors for p in parts]),
         np.concatenate([p.starts for p in parts]),
         np.concatenate([p.ends for p in parts]),
-        np.concatenate([p.ranks for p in parts]),
+        np.concatenate(sets),
+        tuple(numbers),
     )
 
 
@@ -109,21 +130,30 @@ def volumes(starts: Ints, ends: Ints) -> Ints:
     return product
 
 
-def distinct(boxes: Holdings) -> tuple[Holdings, Ints]:
-    """Each box once (on the first rank that has it), and for every row the number of its box."""
-    table = np.column_stack([boxes.tensors, boxes.starts, boxes.ends]).astype(np.uint64)
-    factors = np.random.default_rng(7).integers(1, 1 << 63, table.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
-    with np.errstate(over="ignore"):
-        words = (table * factors).sum(1, dtype=np.uint64)
-    _, first, inverse = np.unique(words, return_index=True, return_inverse=True)
-    assert (table[first[inverse]] == table).all(), "two boxes with one hash word"
-    order = np.argsort(first, kind="stable")  # numbers in the order of appearance, not of the hash
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return boxes.rows(first[order].astype(np.int64)), place[inverse].astype(np.int64)
+def merged(held: Holdings) -> Holdings:
+    """Each box once, on all ranks that have it, sorted by tensor, start and end; equal sets of ranks are one."""
+    order = np.lexsort((*held.ends.T[::-1], *held.starts.T[::-1], held.tensors))
+    rows = held.rows(order)
+    first = np.ones(len(rows), bool)
+    for column in (rows.tensors[:, None], rows.starts, rows.ends):
+        first[1:] &= (column[1:] == column[:-1]).all(1)
+    first[1:] = ~first[1:]
+    begin = np.flatnonzero(first)
+    numbers: dict[RankSet, int] = {}
+    of_sets: dict[tuple[int, ...], int] = {}
+    found, sets = [], rows.rank_set.tolist()
+    for low, high in itertools.pairwise([*begin.tolist(), len(rows)]):
+        key = tuple(sets[low:high])
+        if key not in of_sets:
+            ranks = tuple(sorted({rank for each in key for rank in held.rank_sets[each]}))
+            of_sets[key] = numbers.setdefault(ranks, len(numbers))
+        found.append(of_sets[key])
+    return Holdings(
+        rows.tensors[begin], rows.starts[begin], rows.ends[begin], np.asarray(found, np.int64), tuple(numbers)
+    )
 
 
-def overlaps(left: Holdings, right: Holdings) -> tuple[Ints, Ints, Ints, Ints]:
+def overlaps(left: Boxes, right: Boxes) -> tuple[Ints, Ints, Ints, Ints]:
     """All pairs of boxes that share an element: (row of left, row of right, starts, ends of what they share)."""
     order = np.argsort(right.tensors, kind="stable")
     sorted_tensors = right.tensors[order]

@@ -2,7 +2,7 @@
 
 Buckets are turns that all ranks take together; what a rank sends and receives in one must fit its buffer. Transfers
 are taken in the order in which their senders would be done with them, so that all ranks are busy at the same time, and
-each goes into the first bucket in which sender and receiver both have room.
+each goes into the first bucket in which sender and receiver both have room, of the last WINDOW that they used.
 Asserted by tests/unit/test_plan.py.
 """
 
@@ -12,6 +12,10 @@ import numpy as np
 
 from grpo_mega.weight_sync.boxes import Ints
 
+WINDOW = 4
+"""Buckets before the last one that a rank used in which room is still looked for: more fill little better, and a plan
+of a million transfers would spend its time looking."""
+
 
 def fill_buckets(src: Ints, dst: Ints, sizes: Ints, num_ranks: int, bucket_bytes: int) -> Ints:
     """[transfers]: bucket of each, -1 where src is dst. A transfer is at most `bucket_bytes`."""
@@ -19,7 +23,7 @@ def fill_buckets(src: Ints, dst: Ints, sizes: Ints, num_ranks: int, bucket_bytes
     travels = np.flatnonzero(src != dst)
     order = travels[np.argsort(_progress(src[travels], dst[travels], sizes[travels], num_ranks), kind="stable")]
     fill: list[list[int]] = []  # [bucket][rank]
-    open_from = [0] * num_ranks  # buckets before are full
+    open_from = [0] * num_ranks  # where to look first
     found = []
     for s, d, size in zip(src[order].tolist(), dst[order].tolist(), sizes[order].tolist(), strict=True):
         at = max(open_from[s], open_from[d])
@@ -34,9 +38,7 @@ def fill_buckets(src: Ints, dst: Ints, sizes: Ints, num_ranks: int, bucket_bytes
         row[d] += size
         found.append(at)
         for end in (s, d):
-            # A bucket that is nearly full would be tried again and again by every later transfer.
-            while open_from[end] < len(fill) and fill[open_from[end]][end] > bucket_bytes * 15 // 16:
-                open_from[end] += 1
+            open_from[end] = max(open_from[end], at - WINDOW)
     bucket[order] = found
     return bucket
 

@@ -55,20 +55,20 @@ def rank_plan(plan: Plan, rank: int, dtypes: dict[str, torch.dtype], kinds: dict
     """
     pieces: dict[tuple[int, int, int], list[Piece]] = defaultdict(list)
     local = []
-    mine = np.flatnonzero((plan.src == rank) | (plan.dst == rank))
+    mine, piece_of = plan.pieces_of(np.flatnonzero((plan.src == rank) | (plan.dst == rank)))
     # Larger elements first: every piece of a message is aligned to its own elements.
     names = list(plan.tensors)
     itemsizes = np.asarray([plan.tensors[name].itemsize for name in names])
-    order = np.lexsort((plan.piece[mine], -itemsizes[plan.pieces.tensors[plan.piece[mine]]]))
-    for t in mine[order].tolist():
-        hf = plan.slice_of(int(plan.piece[t]))
+    order = np.lexsort((piece_of, -itemsizes[plan.pieces.tensors[piece_of]]))
+    for t, piece in zip(mine[order].tolist(), piece_of[order].tolist(), strict=True):
+        hf = plan.slice_of(piece)
         bucket, src, dst = int(plan.bucket[t]), int(plan.src[t]), int(plan.dst[t])
         if bucket == LOCAL:
             local.append((hf, dtypes[hf.name]))
             continue
         message = pieces[bucket, src, dst]
         start = message[-1].start + message[-1].num_bytes if message else HEADER_BYTES
-        message.append(Piece(hf, dtypes[hf.name], start, int(plan.transfer_bytes[t])))
+        message.append(Piece(hf, dtypes[hf.name], start, int(plan.piece_bytes[piece])))
     return RankPlan(rank, local, _turns(plan, rank, kinds), dict(pieces))
 
 

@@ -15,26 +15,27 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.balance import Demand, Link, choose_senders, lower_bounds
+from grpo_mega.weight_sync.balance import TRAVELS, Link, choose_senders, lower_bounds
 from grpo_mega.weight_sync.boxes import (
+    Boxes,
     Holdings,
     Ints,
     WireTensor,
     as_slice,
     cut,
-    distinct,
     expand,
+    merged,
     overlaps,
     volumes,
 )
 from grpo_mega.weight_sync.buckets import fill_buckets
+from grpo_mega.weight_sync.parcels import Classes
 
 LOCAL = -1
 """The bucket of a transfer inside one process: it moves nothing between ranks and needs no buffer."""
@@ -43,17 +44,19 @@ CUT = 8  # a transfer is at most this part of a bucket, so that buckets fill wel
 
 @dataclass(frozen=True)
 class Plan:
-    """Transfers, ordered by bucket, sender, receiver, tensor.
+    """Transfers, ordered by bucket, sender, receiver, parcel.
 
-    `pieces` are slices of tensors (`ranks` of this `Holdings` means nothing); transfer t brings piece `piece[t]` from
-    rank `src[t]` to `dst[t]` in bucket `bucket[t]`, LOCAL when both are the same process. `nodes[r]` is rank r's node.
+    `pieces` are slices of tensors; those from `first[p]` to `first[p + 1]` are parcel p and always travel together.
+    Transfer t brings parcel `parcel[t]` from rank `src[t]` to `dst[t]` in bucket `bucket[t]`, LOCAL when both are the
+    same process. `nodes[r]` is rank r's node.
     """
 
     tensors: dict[str, WireTensor]
     nodes: tuple[int, ...]
     bucket_bytes: int
-    pieces: Holdings
-    piece: Ints
+    pieces: Boxes
+    first: Ints
+    parcel: Ints
     src: Ints
     dst: Ints
     bucket: Ints
@@ -62,22 +65,27 @@ class Plan:
     @functools.cached_property
     def piece_bytes(self) -> Ints:
         """[pieces]."""
-        itemsizes = np.asarray([t.itemsize for t in self.tensors.values()], np.int64)
-        return volumes(self.pieces.starts, self.pieces.ends) * itemsizes[self.pieces.tensors]
+        return _bytes_of(self.tensors, self.pieces)
 
     @functools.cached_property
     def transfer_bytes(self) -> Ints:
         """[transfers]."""
-        return self.piece_bytes[self.piece]
+        return np.add.reduceat(np.append(self.piece_bytes, 0), self.first[:-1])[self.parcel]
 
     @functools.cached_property
     def hash(self) -> str:
         """Sixteen hexadecimal digits of everything that a rank acts on."""
         words = hashlib.sha256(repr((self.tensors, self.nodes, self.bucket_bytes)).encode())
-        for column in (self.pieces.tensors, self.pieces.starts, self.pieces.ends, self.piece, self.src, self.dst):
+        for column in (self.pieces.tensors, self.pieces.starts, self.pieces.ends, self.first):
             words.update(np.ascontiguousarray(column, np.int64).tobytes())
-        words.update(np.ascontiguousarray(self.bucket, np.int64).tobytes())
+        for column in (self.parcel, self.src, self.dst, self.bucket):
+            words.update(np.ascontiguousarray(column, np.int64).tobytes())
         return words.hexdigest()[:16]
+
+    @property
+    def num_transfers(self) -> int:
+        """Pieces that are brought to a rank."""
+        return int(np.diff(self.first)[self.parcel].sum())
 
     @property
     def num_buckets(self) -> int:
@@ -126,19 +134,28 @@ class Plan:
     def slice_of(self, piece: int) -> TensorSlice:
         return as_slice(self._names, self.tensors, *self._piece(piece))
 
+    def pieces_of(self, transfers: Ints) -> tuple[Ints, Ints]:
+        """(transfer, piece) for every piece of some transfers."""
+        begin = self.first[self.parcel[transfers]]
+        count = self.first[self.parcel[transfers] + 1] - begin
+        return np.repeat(transfers, count), expand(begin, count)
+
     def of_rank(self, rank: int) -> Iterator[tuple[int, TensorSlice, int, int]]:
-        """(bucket, slice, src, dst) of the transfers that `rank` takes part in, in order."""
-        mine = np.flatnonzero((self.src == rank) | (self.dst == rank))
-        for t in mine.tolist():
-            yield int(self.bucket[t]), self.slice_of(int(self.piece[t])), int(self.src[t]), int(self.dst[t])
+        """(bucket, slice, src, dst) of the pieces that `rank` sends or receives, in order."""
+        rows, pieces = self.pieces_of(np.flatnonzero((self.src == rank) | (self.dst == rank)))
+        for t, piece in zip(rows.tolist(), pieces.tolist(), strict=True):
+            yield int(self.bucket[t]), self.slice_of(piece), int(self.src[t]), int(self.dst[t])
 
     def transfers_of(self, names: set[str], rank: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """(piece, src, dst) of the transfers of some tensors; those that `rank` takes part in, or all."""
-        chosen = np.asarray([name in names for name in self.tensors])[self.pieces.tensors[self.piece]]
+        """(piece, src, dst) of the pieces of some tensors that travel; those that `rank` takes part in, or all."""
+        chosen = np.asarray([name in names for name in self.tensors])[self.pieces.tensors]
+        parcels = np.logical_or.reduceat(np.append(chosen, False), self.first[:-1])
+        taken = parcels[self.parcel]
         if rank is not None:
-            chosen &= (self.src == rank) | (self.dst == rank)
-        rows = np.flatnonzero(chosen)
-        yield from zip(self.piece[rows].tolist(), self.src[rows].tolist(), self.dst[rows].tolist(), strict=True)
+            taken &= (self.src == rank) | (self.dst == rank)
+        rows, pieces = self.pieces_of(np.flatnonzero(taken))
+        rows, pieces = rows[chosen[pieces]], pieces[chosen[pieces]]
+        yield from zip(pieces.tolist(), self.src[rows].tolist(), self.dst[rows].tolist(), strict=True)
 
     def _piece(self, piece: int) -> tuple[int, Ints, Ints]:
         return int(self.pieces.tensors[piece]), self.pieces.starts[piece], self.pieces.ends[piece]
@@ -148,7 +165,7 @@ class Plan:
         return list(self.tensors)
 
 
-LINKS: tuple[Link, ...] = ("same_process", "same_node", "across_nodes")
+LINKS: tuple[Link, ...] = ("same_process", *TRAVELS)
 
 
 def make_plan(
@@ -167,61 +184,45 @@ def make_plan(
         WeightMismatchError: shards overlap, or some wanted element is held nowhere (names tensor, slice and rank).
         ValueError: a bucket cannot hold one element.
     """
-    itemsizes = np.asarray([t.itemsize for t in tensors.values()], np.int64)
-    if bucket_bytes < CUT * int(itemsizes.max(initial=1)):
+    itemsize = max((tensor.itemsize for tensor in tensors.values()), default=1)
+    if bucket_bytes < CUT * itemsize:
         raise ValueError(f"weight_sync.bucket_bytes={bucket_bytes} is less than {CUT} elements; use more")
-    sources, source_of = distinct(held)
-    sinks, sink_of = distinct(wanted)
+    sources, sinks = merged(held), merged(wanted)
     _check_disjoint(tensors, sources)
     sink, source, starts, ends = overlaps(sinks, sources)
     _check_covered(tensors, sinks, sink, starts, ends)
     starts, ends, parent = _cut(tensors, sinks.tensors[sink], starts, ends, bucket_bytes // CUT)
     sink, source = sink[parent], source[parent]
-    pieces = Holdings(sinks.tensors[sink], starts, ends, np.zeros(len(sink), np.int64))
+    pieces = Boxes(sinks.tensors[sink], starts, ends)
+    sizes = _bytes_of(tensors, pieces)
+    takers = sinks.rank_set[sink]
+    classes = Classes.of(sizes, sources.rank_set[source], takers, sources.rank_sets, sinks.rank_sets, tuple(nodes))
 
-    piece, dst = _receivers(sink, sink_of, wanted.ranks)
-    piece_bytes = volumes(starts, ends) * itemsizes[pieces.tensors]
-    holders = _grouped(source_of, held.ranks, len(sources))
-    demand = Demand(piece_bytes[piece], source[piece], dst, holders, tuple(nodes))
-    src = choose_senders(demand)
-    bucket = fill_buckets(src, dst, piece_bytes[piece], len(nodes), bucket_bytes)
-    order = np.lexsort((piece, dst, src, bucket))
+    order, first = classes.parcels(sizes, bucket_bytes // CUT)
+    pieces = Boxes(pieces.tensors[order], starts[order], ends[order])
+    parcel_bytes = np.add.reduceat(np.append(sizes[order], 0), first[:-1])
+    parcel, flow = classes.transfers(classes.class_of[order[first[:-1]]])
+    dst = classes.flows.dst[flow]
+    src = choose_senders(classes.flows, flow, parcel_bytes[parcel])
+    bucket = fill_buckets(src, dst, parcel_bytes[parcel], len(nodes), bucket_bytes)
+    order = np.lexsort((parcel, dst, src, bucket))
     return Plan(
         dict(tensors),
         tuple(nodes),
         bucket_bytes,
         pieces,
-        piece[order],
+        first,
+        parcel[order],
         src[order],
         dst[order],
         bucket[order],
-        lower_bounds(demand),
+        lower_bounds(classes.flows),
     )
 
 
-def _receivers(sink: Ints, sink_of: Ints, ranks: Ints) -> tuple[Ints, Ints]:
-    """(piece, rank) for every piece and every rank that wants its sink box, each once."""
-    row_order = np.lexsort((ranks, sink_of))
-    boxes, takers = sink_of[row_order], ranks[row_order]
-    first = np.ones(len(boxes), bool)  # a rank that has two regions for one box receives it once
-    first[1:] = (boxes[1:] != boxes[:-1]) | (takers[1:] != takers[:-1])
-    boxes, takers = boxes[first], takers[first]
-    begin = np.searchsorted(boxes, sink, "left")
-    count = np.searchsorted(boxes, sink, "right") - begin
-    return np.repeat(np.arange(len(sink)), count), takers[expand(begin, count)]
-
-
-def _grouped(numbers: Ints, ranks: Ints, count: int) -> list[tuple[int, ...]]:
-    """For each of `count` boxes the sorted ranks that hold it; equal groups are one object."""
-    known: dict[tuple[int, ...], tuple[int, ...]] = {}
-    order = np.lexsort((ranks, numbers))
-    bounds = np.searchsorted(numbers[order], np.arange(count + 1)).tolist()
-    sorted_ranks = ranks[order].tolist()
-    groups = []
-    for low, high in itertools.pairwise(bounds):
-        group = tuple(dict.fromkeys(sorted_ranks[low:high]))
-        groups.append(known.setdefault(group, group))
-    return groups
+def _bytes_of(tensors: Mapping[str, WireTensor], boxes: Boxes) -> Ints:
+    itemsizes = np.asarray([t.itemsize for t in tensors.values()], np.int64)
+    return volumes(boxes.starts, boxes.ends) * itemsizes[boxes.tensors]
 
 
 def _check_disjoint(tensors: Mapping[str, WireTensor], sources: Holdings) -> None:
@@ -231,8 +232,8 @@ def _check_disjoint(tensors: Mapping[str, WireTensor], sources: Holdings) -> Non
         at = wrong[0]
         twice = as_slice(list(tensors), tensors, int(sources.tensors[i[at]]), starts[at], ends[at])
         raise WeightMismatchError(
-            f"rank {sources.ranks[i[at]]} and rank {sources.ranks[j[at]]} of the policy hold {twice} in shards that "
-            "differ; shards must be equal or disjoint"
+            f"rank {sources.a_rank_of(i[at])} and rank {sources.a_rank_of(j[at])} of the policy hold {twice} in shards "
+            "that differ; shards must be equal or disjoint"
         )
 
 
@@ -244,7 +245,7 @@ def _check_covered(tensors: Mapping[str, WireTensor], sinks: Holdings, sink: Int
         at = int(missing[0])
         box = as_slice(list(tensors), tensors, int(sinks.tensors[at]), sinks.starts[at], sinks.ends[at])
         raise WeightMismatchError(
-            f"{box}, wanted by rank {sinks.ranks[at]} of the engine: the policy's ranks hold {filled[at]} of its "
+            f"{box}, wanted by rank {sinks.a_rank_of(at)} of the engine: the policy's ranks hold {filled[at]} of its "
             f"{int(np.prod(box.shape))} elements ({len(missing)} slices are incomplete)"
         )
 

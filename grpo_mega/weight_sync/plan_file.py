@@ -2,11 +2,13 @@
 
     "model.norm.weight[0:64]": [[0, 0, -1], [0, 1, 2]],
 
-says: rank 0 keeps it in its own process (-1), and sends it to rank 1 in bucket 2.
+says: rank 0 keeps it in its own process (-1), and sends it to rank 1 in bucket 2. `parcels`: numbers of the slices with
+which a parcel begins (parcels.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -27,6 +29,7 @@ def write_plan(plan: Plan, path: Path, summary: Mapping[str, Any]) -> None:
         "bucket_bytes": plan.bucket_bytes,
         "nodes": plan.nodes,
         "bounds": plan.bounds,
+        "parcels": plan.first[:-1].tolist(),
         "tensors": {name: asdict(tensor) for name, tensor in plan.tensors.items()},
     }
     with path.open("w") as out:
@@ -36,12 +39,13 @@ def write_plan(plan: Plan, path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _lines(plan: Plan) -> Iterator[str]:
-    order = np.lexsort((plan.dst, plan.piece))
-    pieces = plan.piece[order]
-    bounds = np.searchsorted(pieces, np.arange(len(plan.pieces) + 1)).tolist()
-    columns = np.column_stack([plan.src[order], plan.dst[order], plan.bucket[order]]).tolist()
-    for piece in range(len(plan.pieces)):
-        yield f'  "{plan.slice_of(piece)}": {columns[bounds[piece] : bounds[piece + 1]]}'
+    order = np.lexsort((plan.dst, plan.parcel))
+    bounds = np.searchsorted(plan.parcel[order], np.arange(len(plan.first))).tolist()
+    columns = np.column_stack([plan.src[order], plan.dst[order], plan.bucket[order]])
+    for parcel, (low, high) in enumerate(itertools.pairwise(bounds)):
+        ways = str(columns[low:high].tolist())
+        for piece in range(int(plan.first[parcel]), int(plan.first[parcel + 1])):
+            yield f'  "{plan.slice_of(piece)}": {ways}'
 
 
 def read_plan(path: Path) -> Plan:
@@ -54,14 +58,16 @@ def read_plan(path: Path) -> Plan:
         raw = json.loads(path.read_text())
         tensors = {name: WireTensor(tuple(t["shape"]), t["itemsize"]) for name, t in raw["tensors"].items()}
         slices = [slice_from_text(text) for text in raw["transfers"]]
-        rows = [(i, *row) for i, each in enumerate(raw["transfers"].values()) for row in each]
+        ways = list(raw["transfers"].values())
+        rows = [(number, *row) for number, piece in enumerate(raw["parcels"]) for row in ways[piece]]
         pieces = holdings(tensors, slices, 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is no plan of tools/plan_sync.py ({error}); write it again") from None
-    piece, src, dst, bucket = np.asarray(rows, np.int64).reshape(-1, 4).T
-    order = np.lexsort((piece, dst, src, bucket))
-    columns = (piece[order], src[order], dst[order], bucket[order])
-    return Plan(tensors, tuple(raw["nodes"]), raw["bucket_bytes"], pieces, *columns, raw["bounds"])
+    parcel, src, dst, bucket = np.asarray(rows, np.int64).reshape(-1, 4).T
+    order = np.lexsort((parcel, dst, src, bucket))
+    columns = (parcel[order], src[order], dst[order], bucket[order])
+    first = np.asarray([*raw["parcels"], len(pieces)], np.int64)
+    return Plan(tensors, tuple(raw["nodes"]), raw["bucket_bytes"], pieces, first, *columns, raw["bounds"])
 
 
 def slice_from_text(text: str) -> TensorSlice:

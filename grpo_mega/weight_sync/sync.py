@@ -96,7 +96,7 @@ class WeightSync:
         self._source_group, self._replica_group, self._settings = source_group, replica_group, settings
         places: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(places, where)
-        self._attendance = Attendance("weight_sync", places)
+        self._attendance = Attendance("weight_sync", places, settings.timeout_seconds)
         self.count = 0
         """Pushes that succeeded."""
         reasons = [r for r in self._attendance.gather(sink.streams_because, "asking engines") if r is not None]

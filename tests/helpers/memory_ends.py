@@ -27,7 +27,7 @@ def values(name: str, version: int, tensors: Mapping[str, WireTensor] = TENSORS)
 
 
 def slices(boxes: Holdings, rank: int, tensors: Mapping[str, WireTensor] = TENSORS) -> list[TensorSlice]:
-    mine, names = boxes.rows(boxes.ranks == rank), list(tensors)
+    mine, names = boxes.of([rank]), list(tensors)
     return [as_slice(names, tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))]
 
 

@@ -56,7 +56,7 @@ def name_of(pair: Any) -> str:
 def elements(boxes: Holdings, rank: int) -> dict[str, np.ndarray[Any, Any]]:
     """How often `rank` lists each element of each tensor."""
     counts = {name: np.zeros(tensor.shape, np.int64) for name, tensor in TENSORS.items()}
-    mine = boxes.rows(boxes.ranks == rank)
+    mine = boxes.of([rank])
     for i in range(len(mine)):
         array = counts[list(TENSORS)[mine.tensors[i]]]
         array[tuple(slice(*ends) for ends in zip(mine.starts[i], mine.ends[i], strict=True))[: array.ndim]] += 1
@@ -135,8 +135,8 @@ def test_no_rank_has_more_than_one_bucket_in_flight_per_turn_and_turns_are_few(c
 def test_any_order_of_the_ranks_reports_gives_the_same_plan(case: Case) -> None:
     shuffled = []
     for boxes in (case.held, case.wanted):
-        ranks = np.random.default_rng(0).permutation(case.world)
-        shuffled.append(join([boxes.rows(boxes.ranks == rank) for rank in sorted(ranks)]))
+        ranks = np.random.default_rng(0).permutation(case.world).tolist()
+        shuffled.append(join([boxes.of([rank]).on([rank]) for rank in ranks]))
     again = make_plan(TENSORS, shuffled[0], shuffled[1], case.nodes, BUCKET_BYTES)
     assert again.hash == case.plan.hash
 

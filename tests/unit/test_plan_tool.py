@@ -31,7 +31,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
 
 def test_there_is_a_config_for_each_published_size() -> None:
     assert {name.split("-")[0] + "-" + name.split("-")[1] for name in PRODUCTION} >= {"qwen2.5-7b", "qwen2.5-32b"}
-    assert len(PRODUCTION) == 9
+    assert len(PRODUCTION) == 11
 
 
 @pytest.mark.parametrize("name", PRODUCTION)

@@ -112,7 +112,8 @@ def test_every_one_of_a_thousand_flipped_bits_is_found_and_named() -> None:
 def test_copies_of_the_policy_that_differ_are_named_with_both_ranks() -> None:
     held, wanted = policy(Topology(2)), engine(EngineLayout(1), 2, first_rank=2)
     plan = make_plan(TENSORS, held, wanted, (0,) * 4, 1 << 20)
-    piece = next(int(p) for p in plan.piece if len(set(plan.src[plan.piece == p].tolist())) == 2)
+    parcel = next(int(p) for p in plan.parcel if len(set(plan.src[plan.parcel == p].tolist())) == 2)
+    piece = int(plan.first[parcel])
     everywhere = [PieceDigests(dict.fromkeys(range(len(plan.pieces)), rank), {}) for rank in range(2)]
     everywhere += [PieceDigests({}, dict.fromkeys(range(len(plan.pieces)), 0)) for _ in range(2)]
     name = plan.slice_of(piece).name
