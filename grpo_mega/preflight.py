@@ -12,7 +12,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 # Families that SGLang was compared with transformers in (docs/measurements/weight_sync.md); vLLM was in all.
-SGLANG_FAMILIES = ("llama", "qwen2", "qwen3")
+SGLANG_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
 
 # vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
 _ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
@@ -137,6 +137,11 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
         raise UserError(
             f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
             f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
+        )
+    if config.engine.kind == "sglang" and spec.family == "qwen3_moe" and spec.moe and not all(spec.moe.layers):
+        raise UserError(
+            f"engine.kind=sglang: SGLang gives every layer of {folder} experts, whatever mlp_only_layers and "
+            "decoder_sparse_step of its config.json say; use engine.kind=vllm"
         )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")

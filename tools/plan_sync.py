@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.run.world_size is None:
         raise UserError("run.world_size is not set, and no GPU is looked for here; set it to the ranks of the job")
+    if config.engine.kind != "vllm":
+        raise UserError(f"engine.kind={config.engine.kind}: plans are made of vLLM's recorded loader; use vllm")
     for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be more than 0")

@@ -27,6 +27,10 @@ class CannotRecordError(RuntimeError):
     """The loader does something that is no copy of a box into a box; says what."""
 
 
+class UnfilledError(CannotRecordError):
+    """No tensor of the checkpoint fills some part of a parameter; says which."""
+
+
 @dataclass(frozen=True)
 class RecordedCopy:
     """The slice `hf` fills the box `local` of a parameter; dimension i of `hf` runs along dimension `along[i]` of the
@@ -196,7 +200,8 @@ def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
     """Each element of each parameter is filled once; but for the last rows of `padded` ones.
 
     Raises:
-        CannotRecordError: names the parameter.
+        CannotRecordError: an element is filled twice (names the parameter).
+        UnfilledError: an element is not filled (names the parameter).
     """
     boxes: dict[str, list[TensorSlice]] = {}
     for local in [*(copy.local for copy in record.copies), *record.zeros]:
@@ -210,7 +215,7 @@ def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
             continue
         rows = max((box.offsets[0] + box.shape[0] for box in found), default=0)
         if name not in padded or filled != rows * _volume(shape[1:]):
-            raise CannotRecordError(f"{filled} of the {_volume(shape)} elements of {name} {list(shape)} are filled")
+            raise UnfilledError(f"{filled} of the {_volume(shape)} elements of {name} {list(shape)} are filled")
 
 
 def _volume(shape: Iterable[int]) -> int:

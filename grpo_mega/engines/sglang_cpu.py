@@ -36,7 +36,6 @@ _PROBES = frozenset({"_is_package_available", "is_flashinfer_available"})
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",  # srt/utils/common.py:222; else is_cpu() is false
     "TORCHDYNAMO_DISABLE": "1",  # else the first tokens of an engine of two ranks wait 20 s for a compiler
-    "OMP_NUM_THREADS": "1",
 }
 
 

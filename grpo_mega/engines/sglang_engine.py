@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.sampling import check_lengths, eos_ids
 from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang_process import SglangProcess
+from grpo_mega.engines.sglang_ranks import EngineRanks
 from grpo_mega.engines.sglang_sink import SglangSink
 from grpo_mega.engines.sglang_worker import LOADER
 from grpo_mega.interfaces import WeightSink
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 Resident = Literal["weights", "kv_cache"]
 _SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
 _PREFILL_TOKENS = 8192  # prompt tokens of one engine step
-_MOST_BEAT_SECONDS = 10.0
 
 
 class SglangEngine:
@@ -78,7 +77,7 @@ class SglangEngine:
         self._max_model_len, self._stops_at_texts = max_model_len, stops_at_texts
         wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         tensors = {name: (shape, _dtype(name, wanted)) for name, shape in hf_shapes(spec).items()}
-        self._ranks = _EngineRanks(tp, timeout_seconds)
+        self._ranks = EngineRanks(tp, timeout_seconds)
         self._process: SglangProcess | None = None
         if self._ranks.is_first:
             arguments = {
@@ -92,7 +91,11 @@ class SglangEngine:
                 "random_seed": seed,
             }
             self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
-        shared = self._ranks.same(self._started(tensors))
+        try:
+            shared = self._ranks.same(self._started(tensors))
+        except RuntimeError:
+            self.close()
+            raise
         because = [each.record for each in shared if isinstance(each.record, str)]
         mine = because[0] if because else shared[self._ranks.number]
         self._sink = SglangSink(self._process, mine, tensors)
@@ -204,7 +207,7 @@ class SglangEngine:
         return Completion(
             token_ids=token_ids,
             sampler_log_probs=sampled.log_probs,
-            stop_reason=_stop_reason(sampled.finish),
+            stop_reason=stop_reason(sampled.finish),
             policy_version=self.policy_version,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
         )
@@ -245,7 +248,7 @@ def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if keeps_float32(name) else dtype
 
 
-def _stop_reason(finish: dict[str, Any]) -> StopReason:
+def stop_reason(finish: dict[str, Any]) -> StopReason:
     """Of SGLang's finish_reason.
 
     Raises:
@@ -256,56 +259,3 @@ def _stop_reason(finish: dict[str, Any]) -> StopReason:
     if finish["type"] == "stop":
         return "stop" if isinstance(finish["matched"], str) else "eos"
     raise RuntimeError(f"SGLang ended a rollout early: {finish}")
-
-
-class _EngineRanks:
-    """The ranks of this engine. What its first rank hears from SGLang, all of them hear, in the same order."""
-
-    def __init__(self, tp: int, timeout_seconds: float) -> None:
-        """Collective over all ranks of the job."""
-        world, rank = dist.get_world_size(), dist.get_rank()
-        if world % tp:
-            raise UserError(f"engine.tp={tp} does not divide the {world} ranks of the job; use a divisor")
-        groups = [dist.new_group(list(range(first, first + tp))) for first in range(0, world, tp)]
-        self.number = rank % tp
-        self.is_first = self.number == 0
-        self.beat_seconds = min(_MOST_BEAT_SECONDS, timeout_seconds / 4)
-        self._source, self._group = rank - self.number, groups[rank // tp] if tp > 1 else None
-
-    def same(self, told: Iterator[Any]) -> Any:
-        """The last value of the first rank's iterator, on all ranks."""
-        last = None
-        for value in self.all_hear(told):
-            last = value
-        return last
-
-    def all_hear(self, told: Iterator[Any]) -> Iterator[Any]:
-        """What the first rank is told, on all ranks; None is a sign of life only.
-
-        Raises:
-            RuntimeError: on all ranks, what the first one's iterator raised.
-        """
-        if self._group is None:
-            yield from (value for value in told if value is not None)
-            return
-        kind = "part"
-        while kind == "part":
-            kind, value = self._broadcast(self._next(told) if self.is_first else None)
-            if kind == "failed":
-                raise RuntimeError(value)
-            if kind == "part" and value is not None:
-                yield value
-
-    def _next(self, told: Iterator[Any]) -> tuple[str, Any]:
-        try:
-            return "part", next(told)
-        except StopIteration:
-            return "end", None
-        except RuntimeError as error:  # the other ranks of the engine would wait in vain
-            return "failed", str(error)
-
-    def _broadcast(self, message: tuple[str, Any] | None) -> tuple[str, Any]:
-        box = [message]
-        dist.broadcast_object_list(box, src=self._source, group=self._group)
-        assert box[0] is not None, "the first rank said something"
-        return box[0]

@@ -5,9 +5,11 @@ Asserted by tests/unit/test_sglang_process.py and tests/engine/test_engine_contr
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -45,6 +47,9 @@ class SglangProcess:
         self._log = log or self._folder / "sglang.log"
         self._timeout = timeout_seconds
         ours, theirs = socket.socketpair()
+        limit = struct.pack("@ll", math.ceil(timeout_seconds), 0)  # of a message whose other end stands still
+        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+            ours.setsockopt(socket.SOL_SOCKET, option, limit)
         with theirs, self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _HOST, str(theirs.fileno())],
@@ -120,8 +125,7 @@ class SglangProcess:
         while True:
             wait = beat_seconds if end is None else min(beat_seconds, end - time.monotonic())
             if wait <= 0:
-                self._kill()
-                raise RuntimeError(f"SGLang did not answer {command} within {limit:g} s{self._last_words()}")
+                raise self._stands_still(f"answer {command}", limit)
             kind, value = self._receive(command) if self._connection.poll(wait) else ("beat", None)
             if kind == "done":
                 self._owed = False
@@ -134,12 +138,18 @@ class SglangProcess:
             yield value
 
     def _send(self, message: Any) -> None:
-        with suppress(BrokenPipeError, ConnectionResetError):  # the answer says what happened
+        try:
             self._connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the answer says what happened
+        except BlockingIOError as error:
+            raise self._stands_still("take a message") from error
 
     def _receive(self, command: str) -> tuple[str, Any]:
         try:
             answer: tuple[str, Any] = self._connection.recv()
+        except BlockingIOError as error:
+            raise self._stands_still(f"complete its answer to {command}") from error
         except (EOFError, ConnectionResetError, BrokenPipeError) as error:
             self._kill()
             raise RuntimeError(
@@ -147,6 +157,11 @@ class SglangProcess:
                 f"{self._last_words()}"
             ) from error
         return answer
+
+    def _stands_still(self, what: str, limit: float | None = None) -> RuntimeError:
+        """Nothing can be expected of it any more."""
+        self._kill()
+        return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self._last_words()}")
 
     def _kill(self) -> None:
         """It and its children, by their numbers."""
@@ -172,6 +187,7 @@ def _environment(present: Mapping[str, str], answers: Path, tp: int) -> dict[str
         **ENVIRONMENT,
         "SGLANG_CPU_OMP_THREADS_BIND": threads_of(tp),
         "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions more than the model has, none of them used
+        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
         "HF_HUB_OFFLINE": kept.get("HF_HUB_OFFLINE", "1"),
         "PYTHONPATH": root + (f":{kept['PYTHONPATH']}" if kept.get("PYTHONPATH") else ""),
         ANSWERS: str(answers),

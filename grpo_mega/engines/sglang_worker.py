@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.engines.record import CannotRecordError, LoaderRecord, record_loader
+from grpo_mega.engines.record import CannotRecordError, LoaderRecord, UnfilledError, record_loader
 
 LOADER = f"{__name__}.serve"
 _ALIGNMENT = 64  # bytes, of a parameter in the shared memory
@@ -91,6 +91,8 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
     expected = pickle.loads(Path(tensors).read_bytes())
     try:
         record = record_loader(model, expected, _padded(model))
+    except UnfilledError as error:  # whole tensors would leave it unfilled, too
+        raise RuntimeError(f"SGLang's model is not the checkpoint's: {error}") from error
     except CannotRecordError as error:
         return SharedModel(os.getpid(), -1, 0, {}, str(error))
     places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}

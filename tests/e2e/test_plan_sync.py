@@ -51,6 +51,7 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_the_plan_of_
     [
         ([], "run.world_size is not set"),
         (["run.world_size=4", "--gpus-per-node", "0"], "--gpus-per-node=0 must be more than 0"),
+        (["run.world_size=4", "engine.kind=sglang"], "engine.kind=sglang: plans are made of vLLM's recorded loader"),
         (["run.world_size=4", "parallel.tp=3"], "run.world_size=4 is not a multiple of parallel.tp"),
     ],
 )

@@ -12,9 +12,9 @@ from tests.helpers.jobs import QUICKSTART, REPOSITORY, read_json, read_lines, tr
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_held_out_accuracy_ends_at_0_90_and_0_30_above_the_base(tmp_path: Path, seed: int) -> None:
-    arguments = (QUICKSTART, f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
+@pytest.mark.parametrize(("kind", "seed"), [("vllm", 0), ("vllm", 1), ("vllm", 2), ("sglang", 0)])
+def test_held_out_accuracy_ends_at_0_90_and_0_30_above_the_base(tmp_path: Path, kind: str, seed: int) -> None:
+    arguments = (QUICKSTART, f"engine.kind={kind}", f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
     train_well(*arguments, output=tmp_path / "log", timeout_seconds=580)
     summary = read_json(tmp_path / "run" / "summary.json")
     before, after = summary["eval_before"], summary["eval_after"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -46,11 +47,11 @@ def is_the_same_run(run: Path, expected: Path) -> None:
     assert (run / exported).read_bytes() == (expected / exported).read_bytes()
 
 
-def kill_when_complete(run: Path, step: int, output: Path) -> None:
+def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[str] = ARGUMENTS) -> None:
     """Start the run, and SIGKILL everything of it once the checkpoint of `step` is there: the next step has begun."""
     complete = run / "checkpoints" / f"step_{step:06d}" / "complete"
-    with started([*ARGUMENTS, f"run.dir={run}"], output) as process:
-        deadline = time.monotonic() + 180
+    with started([*arguments, f"run.dir={run}"], output) as process:
+        deadline = time.monotonic() + 300
         while not complete.exists():
             assert process.poll() is None, output.with_suffix(".err").read_text()[-3000:]
             assert time.monotonic() < deadline
@@ -77,6 +78,17 @@ def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
     is_the_same_run(run, uninterrupted)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # there was something to be the same
+
+
+@pytest.mark.long
+def test_a_run_with_sglang_killed_and_continued_is_the_uninterrupted_run_and_leaves_no_process(tmp_path: Path) -> None:
+    """One engine for both ranks, in processes that are no children of a rank that is gone."""
+    arguments = (*ARGUMENTS, "engine.kind=sglang", "engine.tp=2")
+    expected, run = tmp_path / "expected", tmp_path / "run"
+    train_well(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
+    kill_when_complete(run, 2, tmp_path / "first", arguments)
+    train_well(*arguments, f"run.dir={run}", output=tmp_path / "second", timeout_seconds=500)
+    is_the_same_run(run, expected)
 
 
 @pytest.mark.long

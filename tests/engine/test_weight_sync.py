@@ -26,7 +26,7 @@ from grpo_mega.interfaces import WeightSink
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
-from grpo_mega.types import Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
@@ -69,6 +69,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=vocab)
     for name, changes in EXPERTS.items():
         found.policy[name] = make_family_model(root / name, raw_family_config(name, **changes))
+    all_experts = raw_family_config("qwen3_moe", mlp_only_layers=[])
+    found.policy["sglang_moe"] = make_family_model(root / "sglang_moe", all_experts)
     for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
@@ -195,14 +197,18 @@ def expected_digest(weights: Path, *seeds: int) -> str:
     return combined_digest(digests)
 
 
-def start(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int) -> None:
-    world.open(models.engine[name], tp=engine_tp, **SETTINGS)
+def start(
+    world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int, kind: str = "vllm"
+) -> None:
+    world.open(models.engine[name], tp=engine_tp, kind=kind, **SETTINGS)
     world.call(build, Path(shutil.copytree(models.policy[name], copy)), tp, pp, engine_tp)
 
 
-def follows(world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int) -> None:
+def follows(
+    world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int, kind: str = "vllm"
+) -> None:
     """Two pushes, the second of weights that only the policy has; digests against the layout-free weights."""
-    start(world, models, copy, name, tp, pp, engine_tp)
+    start(world, models, copy, name, tp, pp, engine_tp, kind)
     assert not copy.exists()
     first = world.call(push, 0)
     assert world.call(largest_mismatch)[0] <= 1e-4
@@ -234,6 +240,31 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
 
 
+@pytest.mark.long  # an engine of SGLang imports itself in three or four processes
+@pytest.mark.parametrize(
+    ("name", "tp", "pp", "engine_tp"),
+    [
+        pytest.param("qwen3-tied", 2, 1, 1, id="qwen3-tied-TP2-to-2xtp1"),
+        pytest.param("qwen3", 2, 1, 2, id="qwen3-TP2-to-tp2"),
+        pytest.param("qwen2", 1, 2, 2, id="qwen2-PP2-to-tp2"),
+        pytest.param("llama", 1, 2, 2, id="llama-PP2-to-tp2"),
+    ],
+)
+def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear_the_same(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
+) -> None:
+    follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
+    first, second = world.call(sampled)
+    assert (first == second) == (engine_tp == 2)
+
+
+def sampled(session: RankSession) -> list[list[Completion]]:
+    """On every rank of an engine the same; engines have seeds of their own."""
+    seed = session.kept["policy"].ranks.at.replica
+    groups: list[list[Completion]] = session.engine.generate(PROMPTS, SamplingRequest(4, 1.0, 8, seed=seed))
+    return groups
+
+
 @pytest.mark.parametrize(
     ("name", "engine_tp", "engine_ep"),
     [
@@ -263,6 +294,22 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
         world.call(perturb, version)
         assert world.call(largest_mismatch)[0] > 1e-3
         assert len({report.policy_digest for report in reports}) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("mixtral", 2), ("glm4_moe", 2)])
+def test_sglang_with_experts_follows_a_policy_that_spreads_them(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int
+) -> None:
+    """SGLang gives every layer of Qwen3-MoE experts."""
+    world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
+    weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
+    world.call(build, weights, 1, 1, engine_tp, 2)
+    for version in (0, 1):
+        world.call(push, version)
+        assert world.call(largest_mismatch)[0] <= 1e-4
+        world.call(perturb, version)
+        assert world.call(largest_mismatch)[0] > 1e-3
 
 
 def kinds(session: RankSession) -> set[str]:

@@ -153,7 +153,13 @@ def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:
     sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
     assert message_of(sglang, Topology(1)) == (
         f"engine.kind=sglang: a sync of the family deepseek_v3 ({tmp_path}) to this engine is not proven; use "
-        "engine.kind=vllm, or a model of llama, qwen2, qwen3"
+        "engine.kind=vllm, or a model of llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe"
+    )
+    config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[1])
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        f"engine.kind=sglang: SGLang gives every layer of {tmp_path} experts, whatever mlp_only_layers and "
+        "decoder_sparse_step of its config.json say; use engine.kind=vllm"
     )
 
 

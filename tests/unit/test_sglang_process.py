@@ -92,6 +92,15 @@ def test_no_answer_within_the_limit_is_an_error_and_nothing_is_left(tmp_path: Pa
     process.close()
 
 
+def test_a_message_that_nobody_takes_is_an_error_within_the_limit(tmp_path: Path) -> None:
+    process = started(tmp_path / "log", timeout_seconds=1.0)
+    psutil.Process(process.pid).suspend()
+    with pytest.raises(RuntimeError, match="SGLang did not take a message within 1 s"):
+        process.call("child", bytes(64 * 2**20))
+    assert is_gone(process.pid)
+    process.close()
+
+
 def test_a_stream_has_beats_where_nothing_comes_and_what_is_left_of_it_disturbs_nobody(process: SglangProcess) -> None:
     parts = list(process.stream("count", 3, 0.3, beat_seconds=0.1))
     assert [part for part in parts if part is not None] == [0, 1, 2]
