@@ -132,7 +132,8 @@ def _weights_of(base: Path) -> HfFiles | None:
 
 
 def find_base(checkpoint: Path, folder: Path) -> Path:
-    """The folder with the config.json of the checkpoint: beside it, or the one that its run was started from.
+    """The folder with the config.json of the checkpoint: beside it, the one that its run was started from, or what the
+    run has exported.
 
     Raises:
         UserError: there is none.
@@ -140,11 +141,11 @@ def find_base(checkpoint: Path, folder: Path) -> Path:
     for near in (checkpoint / HF_SIDE, folder.parent / HF_SIDE):
         if (near / "config.json").is_file():
             return near
-    run = folder.absolute().parent.parent / "config.yaml"  # RUN/checkpoints/step_000020
-    if run.is_file():
-        path = _model_of(run)
-        if path is not None and (path / "config.json").is_file():
-            return path
+    run = folder.absolute().parent.parent  # of RUN/checkpoints/step_000020
+    if (run / "config.yaml").is_file():
+        for path in (_model_of(run / "config.yaml"), run / HF_SIDE):
+            if path is not None and (path / "config.json").is_file():
+                return path
     raise UserError(f"CKPT_DIR={checkpoint} does not say which model it is; name its Hugging Face folder by --base")
 
 
