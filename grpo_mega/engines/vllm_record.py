@@ -22,7 +22,14 @@ def record_vllm(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dtype
     Raises:
         CannotRecordError: see there.
     """
-    return record_loader(model, tensors, vocabulary_parameters(model))
+    return record_loader(model, tensors, vocabulary_parameters(model) | cache_scales(model))
+
+
+def cache_scales(model: nn.Module) -> set[str]:
+    """Scales of an attention's cache, which an FP8 model has as parameters; where the checkpoint has none, vLLM sets
+    them to 1 when it has loaded (layers/quantization/kv_cache.py)."""
+    names = ("q_scale", "k_scale", "v_scale", "prob_scale")
+    return {name for name, p in model.named_parameters() if p.dim() == 0 and name.rpartition(".")[2] in names}
 
 
 def recording_load_format(

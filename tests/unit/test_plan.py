@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
 BUCKET_BYTES = 256 * 1024
 NODE = 4  # ranks
+TABLE = Path(__file__).resolve().parents[2] / "docs" / "measurements" / "weight_sync.md"
 
 # (ranks, policy's tp pp cp ep etp, engine)
 PAIRS: list[tuple[int, dict[str, int], EngineLayout]] = [
@@ -67,12 +69,22 @@ def num_bytes(counts: dict[str, np.ndarray[Any, Any]]) -> int:
     return sum(int(array.sum()) * TENSORS[name].itemsize for name, array in counts.items())
 
 
+def row_of(case: Case) -> str:
+    """A line of docs/measurements/weight_sync.md."""
+    plan, received = case.plan, case.plan.received_bytes()
+    axes = " ".join(f"{axis.upper()}{size}" for axis, size in case.axes.items()) or "DP"
+    return (
+        f"| {case.world} | {axes} | {case.layout} | {received.min():,} - {received.max():,} | "
+        f"{plan.bytes_by_link()['across_nodes']:,} | {plan.busiest_link_ratio():.4f} | {plan.num_buckets} |"
+    )
+
+
 class Case:
     """Both ends of one pair, and the plan between them."""
 
     def __init__(self, pair: tuple[int, dict[str, int], EngineLayout]) -> None:
-        self.world, axes, layout = pair
-        self.held, self.wanted = policy(Topology(self.world, **axes)), engine(layout, self.world)
+        self.world, self.axes, self.layout = pair
+        self.held, self.wanted = policy(Topology(self.world, **self.axes)), engine(self.layout, self.world)
         self.nodes = tuple(rank // NODE for rank in range(self.world))
         self.plan = make_plan(TENSORS, self.held, self.wanted, self.nodes, BUCKET_BYTES)
         self.has = [elements(self.held, rank) for rank in range(self.world)]
@@ -119,6 +131,10 @@ def test_the_busiest_link_carries_at_most_1_05_times_the_lower_bound(case: Case)
     assert case.plan.busiest_link_ratio() <= 1.05
     busiest = case.plan.busiest()
     assert all(busiest[link] >= bound for link, bound in case.plan.bounds.items()), "the bound is none"
+
+
+def test_the_committed_table_has_a_line_for_the_pair_that_says_what_its_plan_costs(case: Case) -> None:
+    assert row_of(case) in TABLE.read_text().splitlines()
 
 
 def test_no_rank_has_more_than_one_bucket_in_flight_per_turn_and_turns_are_few(case: Case) -> None:
