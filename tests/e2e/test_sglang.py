@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
 
 
+@sglang_here
 def test_two_steps_with_sglang_are_sampled_by_the_newest_weights_and_agree_with_the_policy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_well(*SMALL, "engine.kind=sglang", "train.steps=2", f"run.dir={run}", output=tmp_path / "log")

@@ -22,6 +22,7 @@ from tests.helpers.engine_contract import (
     generate,
     largest_log_prob_error,
     push,
+    sglang_here,
     tokens,
 )
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
@@ -29,7 +30,8 @@ from tests.helpers.tiny_models import EOS, make_tiny_model
 
 Kind = Literal["vllm", "sglang"]
 OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 60.0}}
-ONLY_SGLANG = pytest.mark.parametrize("opened", ["sglang"], indirect=True, scope="module")
+_SGLANG = [pytest.param("sglang", marks=sglang_here)]
+ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="module", params=["vllm", "sglang"])
+@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here)])
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
 ) -> Iterator[EngineRanks]:

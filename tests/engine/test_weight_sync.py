@@ -28,6 +28,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
@@ -241,6 +242,7 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
 
 
 @pytest.mark.long  # an engine of SGLang imports itself in three or four processes
+@sglang_here
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "engine_tp"),
     [
@@ -297,6 +299,7 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
 
 
 @pytest.mark.long
+@sglang_here
 @pytest.mark.parametrize(("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("mixtral", 2), ("glm4_moe", 2)])
 def test_sglang_with_experts_follows_a_policy_that_spreads_them(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int
