@@ -36,6 +36,16 @@ class HeldSlice:
     view: Tensor
     counted: bool = True
 
+    def contains(self, hf: TensorSlice) -> bool:
+        """Is `hf`, a slice of the same tensor, inside this one?"""
+        ends = zip(hf.offsets, hf.shape, self.hf.offsets, self.hf.shape, strict=True)
+        return all(h <= o and o + n <= h + m for o, n, h, m in ends)
+
+    def part(self, hf: TensorSlice) -> Tensor:
+        """The values of `hf`, which is inside, as they travel but for their dtype."""
+        starts = [o - h for o, h in zip(hf.offsets, self.hf.offsets, strict=True)]
+        return self.view[tuple(slice(i, i + n) for i, n in zip(starts, hf.shape, strict=True))]
+
 
 @dataclass(frozen=True)
 class SinkRegion:

@@ -105,8 +105,11 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "correction": "train/correction_mean",
         "masked": "train/masked_fraction",
         "vetoed": "train/vetoed_fraction",
+        "fp8_cut": "train/fp8_cut_fraction",
     }
     found |= {name: mean[key] for key, name in optional.items() if key in mean}
+    if "fp8_amax" in updates[0].maxima:
+        found["train/fp8_amax"] = max(u.maxima["fp8_amax"] for u in updates)
     return found
 
 

@@ -1,6 +1,6 @@
 """Seconds of a weight sync between ranks of this machine, next to what bounds it, in one run.
 
-    python tools/bench_weight_sync.py [--megabytes 1024] [--rounds 5] [--json]
+    python tools/bench_weight_sync.py [--megabytes 1024] [--bucket-megabytes 32] [--rounds 5] [--json]
 
 Four ranks hold a bf16 model by TP2 x PP2 and fill two engines of two ranks, by shared memory and by gloo. Beside each
 other in every round, the best of all rounds counts: a copy of the received bytes inside a process; the sync without its
@@ -39,7 +39,6 @@ from grpo_mega.weight_sync.plan import make_plan
 
 WORLD, TP, PP = 4, 2, 2
 HIDDEN, FFN, VOCAB = 2048, 8192, 32000
-BUCKET_BYTES = 32 * 1024 * 1024
 LAYER = {"q": (HIDDEN, 0), "k": (HIDDEN // 4, 0), "v": (HIDDEN // 4, 0), "gate": (FFN, 0), "up": (FFN, 0)}
 LAYER_BYTES = 2 * (sum(rows for rows, _ in LAYER.values()) * HIDDEN + HIDDEN * HIDDEN + HIDDEN * FFN + 2 * HIDDEN)
 
@@ -103,7 +102,7 @@ class Memory:
             memory[there].copy_(values[here])
 
 
-def on_rank(rank: int, store: str, megabytes: int, rounds: int) -> dict[str, Any]:
+def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: int) -> dict[str, Any]:
     """Everything that one rank measures."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -118,19 +117,20 @@ def on_rank(rank: int, store: str, megabytes: int, rounds: int) -> dict[str, Any
     ]
     shards = [HeldSlice(hf, tensors[hf.name].shape, torch.randn(hf.shape).bfloat16()) for hf in slices]
     sink = Memory([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
-    received = int(make_plan(tensors, held, wanted, [0] * WORLD, BUCKET_BYTES).received_bytes()[rank])
+    received = int(make_plan(tensors, held, wanted, [0] * WORLD, bucket_bytes).received_bytes()[rank])
     actions: dict[str, Callable[[], object]] = {}
     buffers: dict[str, int] = {}
     for kind in ("shared_memory", "gloo"):
         for name, ends in (("sync", wanted), ("gather", everything)):
-            execution = connect(tensors, held, ends, kind, rank, sink)
+            execution = connect(tensors, held, ends, bucket_bytes, kind, rank, sink)
             actions[f"{name} {kind}"] = run_of(execution, shards)
             buffers[f"{name} {kind}"] = execution.buffer_bytes
     source, target = torch.zeros(received, dtype=torch.uint8), torch.ones(received, dtype=torch.uint8)
     actions["memcpy"] = lambda: target.copy_(source)
     ours = [(held.view, held.hf) for held in shards] + [(memory, hf) for hf, memory in sink.regions.values()]
     actions["digest"] = lambda: [slice_digest(values, hf) for values, hf in ours]
-    actions["read"] = lambda: [values.view(torch.int16).sum() for values, _ in ours]
+    # as words of 64 bits: a sum of narrow integers converts each of them first, which is slower than memory
+    actions["read"] = lambda: [values.view(torch.int64).sum() for values, _ in ours]
     seconds, growth = measure(actions, rounds)
     wrong = [hf.name for hf, memory in sink.regions.values() if not bool(memory.any())]
     dist.destroy_process_group()
@@ -143,10 +143,16 @@ def whole(name: str, tensor: WireTensor) -> TensorSlice:
 
 
 def connect(
-    tensors: dict[str, WireTensor], held: Holdings, wanted: Holdings, kind: TransportKind, rank: int, sink: Memory
+    tensors: dict[str, WireTensor],
+    held: Holdings,
+    wanted: Holdings,
+    bucket_bytes: int,
+    kind: TransportKind,
+    rank: int,
+    sink: Memory,
 ) -> Execution:
     """As a `WeightSync` does, without its agreements."""
-    plan = make_plan(tensors, held, wanted, [0] * WORLD, BUCKET_BYTES)
+    plan = make_plan(tensors, held, wanted, [0] * WORLD, bucket_bytes)
     mine = rank_plan(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
     return Execution(mine, *make_transports(mine.turns, 300.0), plan.hash, sink)  # type: ignore[arg-type]
 
@@ -185,14 +191,14 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def lines_of(results: list[dict[str, Any]], megabytes: int, rounds: int) -> Iterator[dict[str, Any]]:
+def lines_of(results: list[dict[str, Any]], megabytes: int, bucket_bytes: int, rounds: int) -> Iterator[dict[str, Any]]:
     """One object per measured quantity."""
     seconds = {name: max(r["seconds"][name] for r in results) for name in results[0]["seconds"]}
     conditions = {
         "megabytes": megabytes,
         "rounds": rounds,
         "ranks": WORLD,
-        "bucket_bytes": BUCKET_BYTES,
+        "bucket_bytes": bucket_bytes,
         "received_bytes": max(r["received"] for r in results),
         "cpus": os.cpu_count(),
         "load": os.getloadavg()[0],
@@ -219,7 +225,7 @@ def lines_of(results: list[dict[str, Any]], megabytes: int, rounds: int) -> Iter
         yield line(
             f"extra_memory_{kind}",
             max(most, max(r["buffers"][f"sync {kind}"] for r in results)),
-            2 * BUCKET_BYTES,
+            2 * bucket_bytes,
             "bytes",
         )
     yield line("digest_against_reading", seconds["digest"], seconds["read"], "s")
@@ -229,23 +235,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1024, help="of the model")
+    parser.add_argument("--bucket-megabytes", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one object as the last line")
     args = parser.parse_args(argv)
     try:
-        if args.rounds < 1 or args.megabytes < 1:
-            raise UserError(f"--rounds={args.rounds} --megabytes={args.megabytes}: both are at least 1; raise them")
+        for name in ("megabytes", "bucket_megabytes", "rounds"):
+            if getattr(args, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be at least 1")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     os.environ["OMP_NUM_THREADS"] = "1"
+    bucket_bytes = args.bucket_megabytes * 2**20
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(WORLD) as pool:
-        work = [(rank, f"{folder}/store", args.megabytes, args.rounds) for rank in range(WORLD)]
+        work = [(rank, f"{folder}/store", args.megabytes, bucket_bytes, args.rounds) for rank in range(WORLD)]
         results = pool.starmap(on_rank, work, chunksize=1)
     if wrong := {name for result in results for name in result["wrong"]}:
         print(f"error: nothing arrived in {sorted(wrong)[:3]}", file=sys.stderr)
         return 1
-    found = list(lines_of(results, args.megabytes, args.rounds))
+    found = list(lines_of(results, args.megabytes, bucket_bytes, args.rounds))
     for each in found:
         measured, reference = f"{each['measured']:.4g} {each['unit']}", f"{each['reference']:.4g}"
         print(f"{each['name']}: {measured}, reference {reference}, ratio {each['ratio']:.3g}")

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from grpo_mega.base_model.teach import base_config, base_tokenizer
@@ -36,10 +37,11 @@ from grpo_mega.engines.vllm_start import checkpoint_tensors
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.preflight import check_layout
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join, numbering
+from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join, numbering, of_columns
 from grpo_mega.weight_sync.plan import Plan, make_plan
 from grpo_mega.weight_sync.plan_file import difference, read_plan, write_plan
 
+MEASURED = ("seconds", "cpu_seconds", "peak_memory_bytes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         plan = plan_of(config, spec, folder, args.gpus_per_node, local_modules=args.cpu)
     summary = summarise(plan, args.node_gb_per_second, args.network_gb_per_second)
     summary["seconds"] = round(time.monotonic() - start, 1)
+    summary["cpu_seconds"] = round(time.process_time(), 1)
     summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(in_words(summary, config, args))
     if args.against is not None:
@@ -88,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(changed[:20]) or f"equal to {args.against}")
         summary["differences"] = len(changed)
     if args.out is not None:
-        write_plan(plan, args.out, {k: v for k, v in summary.items() if k not in ("seconds", "peak_memory_bytes")})
+        write_plan(plan, args.out, {k: v for k, v in summary.items() if k not in MEASURED})
         print(f"written to {args.out}")
     if args.json:
         print(json.dumps(summary))
@@ -171,9 +174,10 @@ def engine_holdings(
             recorded | record([r for r in range(num_ranks) if r not in recorded]), plain, num_ranks
         )
     numbers, parts = numbering(tensors), []
-    for rank, slices in enumerate(layouts):
-        ranks = list(range(rank, topology.world_size, num_ranks))
-        parts.append(holdings(tensors, slices, rank, numbers).on(ranks))
+    for rank, layout in enumerate(layouts):
+        ranks = tuple(range(rank, topology.world_size, num_ranks))
+        columns = np.asarray([numbers[name] for name in layout.names], np.int64)
+        parts.append(of_columns(columns, layout.starts, layout.ends, ranks))
     return join(parts)
 
 
@@ -218,7 +222,8 @@ def in_words(summary: dict[str, Any], config: Config, args: argparse.Namespace) 
         f"busiest link {summary['busiest_link_ratio']:.3f} times the lower bound; buffers "
         f"{summary['peak_buffer_bytes'] / 1e6:.0f} MB; {summary['predicted_seconds']:.3f} s predicted at "
         f"{args.node_gb_per_second:g} and {args.network_gb_per_second:g} GB/s\n"
-        f"planned in {summary['seconds']:.0f} s with {summary['peak_memory_bytes'] / 1e9:.1f} GB"
+        f"planned in {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} s of them on the processor, with "
+        f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"
     )
 
 

@@ -34,12 +34,13 @@ def dequantise(codes: Tensor, scales: Tensor, offsets: tuple[int, ...] = (0, 0))
     return (codes.float() * _spread(scales, tuple(codes.shape), offsets)).to(torch.bfloat16)
 
 
-def quantise(values: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantise(values: Tensor, stored: Tensor | None = None, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """Codes [R, C] and scales [ceil(R / 128), ceil(C / 128)] of a whole weight, or of rows from a multiple of 128.
 
     Args:
         values: [R, C] bfloat16 or float32.
         stored: the scales that the weight once was read with; kept where they reproduce the block's values.
+        power_of_two: see `scales_of`.
     Raises:
         UserError: a value is not finite, or `stored` has another shape.
     """
@@ -50,12 +51,11 @@ def quantise(values: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tens
     amax = _blocks(values.abs().float()).amax((1, 3))
     if not bool(torch.isfinite(amax).all()):
         raise UserError("a weight is not finite and has no FP8 code; write the checkpoint in bfloat16")
-    # an empty block has any scale; 1 keeps the division defined
-    scales = torch.where(amax > 0, amax / MAX_CODE, 1.0)
-    codes = _codes(values, scales)
+    scales = scales_of(amax, power_of_two=power_of_two)
+    codes = codes_of(values, scales)
     if stored is None:
         return codes, scales
-    kept = _codes(values, stored)
+    kept = codes_of(values, stored)
     back = dequantise(kept, stored).to(values.dtype)
     # compared by bits: a negative zero is a value of its own
     same = _blocks((_bits(back) == _bits(values)).float()).amin((1, 3)) > 0
@@ -64,8 +64,21 @@ def quantise(values: Tensor, stored: Tensor | None = None) -> tuple[Tensor, Tens
     return torch.where(chosen, kept.view(torch.uint8), codes.view(torch.uint8)).view(CODE), scales
 
 
-def _codes(values: Tensor, scales: Tensor) -> Tensor:
-    divisors = _spread(scales, tuple(values.shape), (0, 0))
+def scales_of(amax: Tensor, *, power_of_two: bool = False) -> Tensor:
+    """Scales amax / 448, or the least powers of two that are not below.
+
+    A block of zeros has any scale; 1 keeps the division defined.
+    """
+    scales = torch.where(amax > 0, amax / MAX_CODE, 1.0)
+    if not power_of_two:
+        return scales
+    fraction, exponent = torch.frexp(scales)  # fraction in [0.5, 1)
+    return torch.ldexp(torch.ones_like(scales), exponent - (fraction == 0.5).int())
+
+
+def codes_of(values: Tensor, scales: Tensor, offsets: tuple[int, ...] = (0, 0)) -> Tensor:
+    """Codes [r, c] of the box of values [r, c] that starts at `offsets` of a weight with these scales."""
+    divisors = _spread(scales, tuple(values.shape), offsets)
     # some makers give a block of zeros the scale 0; 0 / 0 would be no code
     scaled = values.float() / torch.where(divisors == 0, 1.0, divisors)
     return scaled.clamp(-MAX_CODE, MAX_CODE).to(CODE)
@@ -82,8 +95,8 @@ def _blocks(values: Tensor) -> Tensor:
 
 def _spread(scales: Tensor, shape: tuple[int, ...], offsets: tuple[int, ...]) -> Tensor:
     """Each element's scale, [r, c]."""
-    rows = torch.arange(offsets[0], offsets[0] + shape[0]) // BLOCK
-    columns = torch.arange(offsets[1], offsets[1] + shape[1]) // BLOCK
+    rows = torch.arange(offsets[0], offsets[0] + shape[0], device=scales.device) // BLOCK
+    columns = torch.arange(offsets[1], offsets[1] + shape[1], device=scales.device) // BLOCK
     return scales[rows][:, columns]
 
 

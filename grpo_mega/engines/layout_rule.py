@@ -9,7 +9,8 @@ Asserted by tests/unit/test_layout_rule.py; on every rank of a recorded engine b
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,34 @@ from grpo_mega.types import TensorSlice
 
 Ints = NDArray[np.int64]
 _NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Slice i is the box `starts[i] : ends[i]` of tensor `names[i]`, which has `dims[i]` dimensions; of others it says
+    [0:1]. `starts`, `ends`: [slices, D]."""
+
+    names: Sequence[str]
+    dims: Ints
+    starts: Ints
+    ends: Ints
+
+    @classmethod
+    def of(cls, slices: Sequence[TensorSlice]) -> RankLayout:
+        """Of these slices."""
+        dims = [len(each.shape) for each in slices]
+        starts, ends = np.zeros((len(slices), max(dims)), np.int64), np.ones((len(slices), max(dims)), np.int64)
+        for i, (each, width) in enumerate(zip(slices, dims, strict=True)):
+            starts[i, :width] = each.offsets
+            ends[i, :width] = [o + n for o, n in zip(each.offsets, each.shape, strict=True)]
+        return cls([each.name for each in slices], np.asarray(dims, np.int64), starts, ends)
+
+    def slices(self) -> list[TensorSlice]:
+        """One by one."""
+        columns = zip(
+            self.names, self.dims.tolist(), self.starts.tolist(), (self.ends - self.starts).tolist(), strict=True
+        )
+        return [TensorSlice(name, tuple(start[:width]), tuple(shape[:width])) for name, width, start, shape in columns]
 
 
 class NoRuleError(RuntimeError):
@@ -33,8 +62,8 @@ def sampled_ranks(num_ranks: int) -> list[int]:
 
 def layouts_of_all(
     recorded: Mapping[int, Sequence[TensorSlice]], shapes: Mapping[str, tuple[int, ...]], num_ranks: int
-) -> list[list[TensorSlice]]:
-    """The slices of each rank.
+) -> Iterator[RankLayout]:
+    """The layout of each rank, one after the other.
 
     Args:
         recorded: rank -> its slices, in the order in which the loader copied them; of `sampled_ranks`.
@@ -45,38 +74,36 @@ def layouts_of_all(
         NoRuleError: no rule fits (names a slice).
     """
     if len(recorded) == num_ranks:
-        return [list(recorded[rank]) for rank in range(num_ranks)]
+        return (RankLayout.of(recorded[rank]) for rank in range(num_ranks))
     ranks = sorted(recorded)
     fitted = [ranks[0], ranks[1], ranks[3]]
-    tables = {rank: _Table.of(recorded[rank], shapes) for rank in ranks}
-    rule = _Rule.fit([tables[rank] for rank in fitted], fitted, num_ranks)
+    rule = _Rule.fit([_Table.of(recorded[rank], shapes) for rank in fitted], fitted, num_ranks)
     check = ranks[2]
-    predicted = rule.slices(check)
-    for found, expected in zip(recorded[check], predicted, strict=True):
+    for found, expected in zip(recorded[check], rule.layout(check).slices(), strict=True):
         if found != expected:
             raise NoRuleError(f"rank {check} of the engine takes {found}, the rule of ranks {fitted} says {expected}")
-    return [list(recorded[rank]) if rank in recorded else rule.slices(rank) for rank in range(num_ranks)]
+    return (RankLayout.of(recorded[rank]) if rank in recorded else rule.layout(rank) for rank in range(num_ranks))
 
 
 class _Table:
     """Slices as words and numbers: [slices, numbers in the name + starts + ends], and the largest value of each."""
 
-    def __init__(self, words: list[tuple[str, ...]], dims: list[int], numbers: Ints, limits: Ints) -> None:
-        self.words, self.dims, self.numbers, self.limits = words, dims, numbers, limits
+    def __init__(self, words: list[tuple[str, ...]], layout: RankLayout, numbers: Ints, limits: Ints) -> None:
+        self.words, self.layout, self.numbers, self.limits = words, layout, numbers, limits
 
     @classmethod
     def of(cls, slices: Sequence[TensorSlice], shapes: Mapping[str, tuple[int, ...]]) -> _Table:
-        words, dims, rows, limits = [], [], [], []
-        width = max(len(_NUMBER.findall(s.name)) + 2 * len(s.shape) for s in slices)
-        for each in slices:
-            names = [int(n) for n in _NUMBER.findall(each.name)]
-            ends = [o + n for o, n in zip(each.offsets, each.shape, strict=True)]
-            pad = [0] * (width - len(names) - 2 * len(ends))
-            words.append(tuple(_NUMBER.split(each.name)))
-            dims.append(len(ends))
-            rows.append([*names, *each.offsets, *ends, *pad])
-            limits.append([1 << 62] * len(names) + list(shapes[each.name]) * 2 + pad)
-        return cls(words, dims, np.asarray(rows, np.int64), np.asarray(limits, np.int64))
+        layout = RankLayout.of(slices)
+        found = [[int(n) for n in _NUMBER.findall(name)] for name in layout.names]
+        width, dims = max(map(len, found)), layout.starts.shape[1]
+        names = np.asarray([numbers + [0] * (width - len(numbers)) for numbers in found], np.int64)
+        sizes = np.asarray([[*shapes[name], *[1] * (dims - len(shapes[name]))] for name in layout.names], np.int64)
+        return cls(
+            [tuple(_NUMBER.split(name)) for name in layout.names],
+            layout,
+            np.hstack([names, layout.starts, layout.ends]),
+            np.hstack([np.full_like(names, 1 << 62), sizes, sizes]),
+        )
 
 
 class _Rule:
@@ -107,13 +134,14 @@ class _Rule:
             raise NoRuleError(f"where {name} (or its like) lies on ranks {list(ranks)} of the engine follows no rule")
         return cls(first, base, step, period)
 
-    def slices(self, rank: int) -> list[TensorSlice]:
-        values = np.minimum(self._base + self._step * (rank // self._period[:, None]), self._table.limits).tolist()
+    def layout(self, rank: int) -> RankLayout:
+        """Of any rank."""
+        values = np.minimum(self._base + self._step * (rank // self._period[:, None]), self._table.limits)
+        like, dims = self._table.layout, self._table.layout.starts.shape[1]
+        names, starts, ends = values[:, : -2 * dims], values[:, -2 * dims : -dims], values[:, -dims:]
+        if not self._step[:, : -2 * dims].any():
+            return RankLayout(like.names, like.dims, starts, ends)
         found = []
-        for words, dims, numbers in zip(self._table.words, self._table.dims, values, strict=True):
-            names = numbers[: len(words) - 1]
-            name = words[0] + "".join(f"{n}{word}" for n, word in zip(names, words[1:], strict=True))
-            starts = numbers[len(names) : len(names) + dims]
-            ends = numbers[len(names) + dims : len(names) + 2 * dims]
-            found.append(TensorSlice(name, tuple(starts), tuple(e - s for s, e in zip(starts, ends, strict=True))))
-        return found
+        for words, numbers in zip(self._table.words, names.tolist(), strict=True):
+            found.append(words[0] + "".join(f"{n}{w}" for n, w in zip(numbers, words[1:], strict=False)))
+        return RankLayout(found, like.dims, starts, ends)

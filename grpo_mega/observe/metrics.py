@@ -47,6 +47,8 @@ METRICS: dict[str, str] = {
     "train/correction_mean": "mean factor that corrects the mismatch between policy and sampler",
     "train/masked_fraction": "share of tokens taken out because policy and sampler differ too much on them",
     "train/vetoed_fraction": "share of tokens taken out with their rollout, of which a token is beyond the veto",
+    "train/fp8_amax": "largest absolute value of a tensor that went into FP8, of the delayed recipe",
+    "train/fp8_cut_fraction": "share of FP8 tensors with values beyond their scale, cut there, of the delayed recipe",
     "train/unreplayed_fraction": "share of tokens whose experts the policy chose itself: the engine's are not known",
     "train/unused_rollouts": "rollouts of the step that are not trained on: overlong ones and those of dropped groups",
     "train/updates": "optimizer steps of the step",

@@ -212,7 +212,6 @@ def _phases(
         if config.precision.fp8 is not None and config.precision.fp8.params:  # parts of the weights' own tensors
             left["FP8 copies"] = static.fp8_copies
     widest = max((acts.layer(*layer).kept for chunk in chunks for layer in set(chunk.layers)), default=0.0)
-    bucket = max(config.weight_sync.bucket_bytes, largest_tensor(spec) * ITEMSIZE[config.precision.dtype])
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
     copies = topology.dp * topology.cp
@@ -228,7 +227,11 @@ def _phases(
         "log_probs": {**state, "activations": widest, "logits": logits, "communication": passing + reference}
         | engine_residue,
         "train": {**state, "activations": kept, "logits": logits, "communication": passing} | engine_residue,
-        "sync": {"weights": static.weights, "engine weights": engine, "sync buckets": 2.0 * bucket},
+        "sync": {
+            "weights": static.weights,
+            "engine weights": engine,
+            "sync buckets": 2.0 * config.weight_sync.bucket_bytes,
+        },
     }
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
@@ -259,12 +262,6 @@ def has_critic(config: Config) -> bool:
 def needs_reference(config: Config) -> bool:
     """Does the loss, or the reward, look at the reference?"""
     return config.algorithm.kl_coef > 0
-
-
-@functools.lru_cache(maxsize=16)
-def largest_tensor(spec: ModelSpec) -> int:
-    """Elements of the checkpoint's largest tensor: a bucket holds whole tensors."""
-    return max(math.prod(shape) for shape in hf_shapes(spec).values())
 
 
 def _engine_logits(config: Config, spec: ModelSpec) -> float:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config, OptimizerConfig
@@ -21,7 +22,7 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.parallel.context import rank_index
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy
-from grpo_mega.policy.fp8 import forget_copies
+from grpo_mega.policy.fp8 import delayed_scales, forget_copies
 from grpo_mega.policy.gradients import gather_gradients, gradient_of
 from grpo_mega.policy.model import PolicyModel
 from grpo_mega.policy.offload import Part, PolicyMemory
@@ -55,6 +56,7 @@ class MegatronLearner:
         self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, optimizer, ranks, model)
         self.dp_group = parallel_state.get_data_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
+        self._fp8 = config.precision.fp8
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
 
     def full_gradients(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
@@ -125,6 +127,12 @@ class MegatronLearner:
         self.parts.optimizer.zero_grad()
         outputs = self._run_schedule(microbatches, last_stage, forward_only=False)
         sums, maxima = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
+        if self._fp8 is not None and self._fp8.recipe == "delayed":
+            found = delayed_scales(self.parts.models, self._fp8, len(microbatches)).to(self.ranks.device)
+            dist.all_reduce(found[:1], op=dist.ReduceOp.MAX)
+            dist.all_reduce(found[1:])
+            maxima["fp8_amax"], cut, of = found.tolist()
+            sums["fp8_cut"] = cut / max(1.0, of)
         self.parts.optimizer.prepare_grads()
         grad_norm = float(self.parts.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):

@@ -99,13 +99,15 @@ def holdings(
         found.append(numbers[each.name])
         starts.append((*each.offsets, *(0,) * tail))
         ends.append((*stops, *(1,) * tail))
-    return Holdings(
-        np.asarray(found, np.int64),
-        np.asarray(starts, np.int64).reshape(-1, DIMS),
-        np.asarray(ends, np.int64).reshape(-1, DIMS),
-        np.zeros(len(found), np.int64),
-        ((rank,),),
-    )
+    rows = [np.asarray(columns, np.int64).reshape(-1, DIMS) for columns in (starts, ends)]
+    return of_columns(np.asarray(found, np.int64), rows[0], rows[1], (rank,))
+
+
+def of_columns(numbers: Ints, starts: Ints, ends: Ints, ranks: RankSet) -> Holdings:
+    """Boxes `starts` : `ends` ([N, at most DIMS]) of tensors `numbers` ([N]), on each of `ranks`."""
+    lacking = ((0, 0), (0, DIMS - starts.shape[1]))
+    starts, ends = np.pad(starts, lacking), np.pad(ends, lacking, constant_values=1)
+    return Holdings(numbers, starts, ends, np.zeros(len(numbers), np.int64), (ranks,))
 
 
 def join(parts: Sequence[Holdings]) -> Holdings:

@@ -170,7 +170,6 @@ class Execution:
 def view_of(by_tensor: dict[str, list[HeldSlice]], hf: TensorSlice) -> Tensor:
     """The policy's values of `hf`, which one of the shards contains."""
     for held in by_tensor[hf.name]:
-        inside = [o - h for o, h in zip(hf.offsets, held.hf.offsets, strict=True)]
-        if all(i >= 0 and i + n <= m for i, n, m in zip(inside, hf.shape, held.hf.shape, strict=True)):
-            return held.view[tuple(slice(i, i + n) for i, n in zip(inside, hf.shape, strict=True))]
+        if held.contains(hf):
+            return held.part(hf)
     raise AssertionError(f"the plan takes {hf} from a rank that does not hold it")

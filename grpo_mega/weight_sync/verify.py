@@ -7,7 +7,7 @@ Asserted by tests/unit/test_verify.py, tests/parallel/test_sync_ranks.py and tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,11 @@ from torch import Tensor
 from grpo_mega.convert.digest import slice_digest, wrap
 from grpo_mega.interfaces import HeldSlice, SinkRegion, WeightSink
 from grpo_mega.types import TensorSlice
+from grpo_mega.weight_sync.boxes import cut
 from grpo_mega.weight_sync.execute import view_of
 from grpo_mega.weight_sync.plan import Plan
+
+PART = 1 << 22  # elements
 
 
 def source_digests(
@@ -29,11 +32,21 @@ def source_digests(
     for held in shards:
         if held.counted:
             name = held.hf.name
-            sums[name] = wrap(sums[name] + slice_digest(held.view.to(dtypes[name]), held.hf))
+            for hf in parts_of(held.hf):
+                sums[name] = wrap(sums[name] + slice_digest(held.part(hf).to(dtypes[name]), hf))
     total = torch.tensor(list(sums.values()), dtype=torch.int64)
     if group.size() > 1:
         dist.all_reduce(total, group=group)  # int64 sums wrap, as digests do
     return dict(zip(sums, total.tolist(), strict=True))
+
+
+def parts_of(hf: TensorSlice) -> Iterator[TensorSlice]:
+    """In parts, so that one that has to be converted or quantised first never exists whole."""
+    if not hf.shape:
+        yield hf
+        return
+    for start, end in cut(hf.offsets, [o + n for o, n in zip(hf.offsets, hf.shape, strict=True)], PART):
+        yield TensorSlice(hf.name, start, tuple(e - s for s, e in zip(start, end, strict=True)))
 
 
 def sink_digests(sink: WeightSink, regions: Sequence[SinkRegion]) -> dict[TensorSlice, int]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,6 +20,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync import connect
 from grpo_mega.weight_sync.connect import TransportKind
+from grpo_mega.weight_sync.execute import Execution
 from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
 from grpo_mega.weight_sync.transport import Message, Turn
@@ -166,6 +168,26 @@ def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
     return mock.patch.object(transport, "incoming", incoming)
 
 
+def send_wrongly(execution: Execution, fault: str) -> Any:
+    """In turn 3 the sender's buffer is left as it was ("twice"), or filled for the version before ("older")."""
+    real = execution._pack
+
+    def pack(kind: str, buffer: Tensor, turn: Turn, by_tensor: Any, version: int) -> None:
+        if turn.number == 3 and fault == "twice":
+            execution._transports[kind].start(turn)
+        else:
+            real(kind, buffer, turn, by_tensor, version - (turn.number == 3 and fault == "older"))
+
+    return mock.patch.object(execution, "_pack", pack)
+
+
+def spoil(sync: WeightSync, fault: str) -> Any:
+    """What a fault of the transport does to this rank."""
+    if fault == "lost":
+        return lose_bucket(sync.execution._transports["shared_memory"], 2)  # type: ignore[arg-type]
+    return send_wrongly(sync.execution, fault) if fault in ("twice", "older") else nullcontext()
+
+
 def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
     """What each fault on rank 1 lets the push say on this rank; nothing for a push without one, before and after."""
     sink = Spoiled(engine(TP2PP2[1], WORLD), rank)
@@ -174,8 +196,7 @@ def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
     for version, fault in enumerate(["", *faults, ""], 1):
         sink.fault = fault if rank == 1 else ""
         source.become(version)
-        lost = fault == "lost" and rank == 1
-        with lose_bucket(sync.execution._transports["shared_memory"], 2) if lost else mock.MagicMock():
+        with spoil(sync, fault if rank == 1 else ""):
             try:
                 sync.push(version, verify=True)
                 said[f"{fault or 'none'} {version}"] = None
@@ -192,6 +213,8 @@ FAULTS = {
     "version": ["the engine of rank 1 reports version", "the policy sent version"],
     "refused": ["5.up[", "on rank 1: the engine refused it (no space left in the engine)"],
     "lost": ["bucket 2 from rank", "did not reach rank 1: in its place is bucket 0"],
+    "twice": ["bucket 3 from rank 1 did not reach rank 3: in its place is bucket 1 of version 9,"],
+    "older": ["bucket 3 from rank 1 did not reach rank 3: in its place is bucket 3 of version 9,"],
 }
 
 
@@ -243,6 +266,34 @@ def test_a_rank_that_stalls_is_named_by_those_that_wait_for_it(rank_pool: RankPo
     waiting = [answers[rank] for rank in (0, 1, 3)]
     assert any("rank 2" in answer and "did not arrive within 3 s" in answer for answer in waiting), waiting
     assert all("nothing was raised" not in answer for answer in waiting)
+
+
+def withheld_bucket(rank: int) -> tuple[str, int]:
+    """Rank 1 takes part, but never sends its bucket 3."""
+    source, sink, sync = open_sync(rank)
+    source.become(1)
+    sync.push(1, verify=True)
+    transport = sync.execution._transports["shared_memory"]
+    transport._timeout = sync._attendance._timeout = 3.0  # type: ignore[attr-defined]
+    start = transport.start
+    withheld = mock.patch.object(transport, "start", lambda turn: None if turn.number >= 3 else start(turn))
+    try:
+        with withheld if rank == 1 else nullcontext():
+            sync.push(2, verify=True)
+    except RuntimeError as error:
+        return str(error), sink.policy_version
+    return "nothing was raised", sink.policy_version
+
+
+def test_a_bucket_that_never_comes_is_named_with_both_ranks_and_its_receiver_keeps_the_version_of_before(
+    rank_pool: RankPool,
+) -> None:
+    answers = rank_pool.call(WORLD, withheld_bucket)
+    assert all("nothing was raised" not in said for said, _ in answers)
+    said, version = answers[3]
+    assert "bucket 3" in said
+    assert "from rank 1 to rank 3 did not arrive within 3 s" in said
+    assert version == 1
 
 
 def dying_rank(rank: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.engines.layout_rule import NoRuleError, layouts_of_all, sampled_ranks
+from grpo_mega.engines.layout_rule import NoRuleError, RankLayout, layouts_of_all, sampled_ranks
 from grpo_mega.types import TensorSlice
 
 SHAPES = {"q": (128, 4), "k": (32, 4), "norm": (4,), "embed": (121, 4)} | {f"experts.{e}": (6, 4) for e in range(64)}
@@ -25,13 +25,19 @@ def rank_of_16(rank: int) -> list[TensorSlice]:
 def test_columns_shared_heads_padding_and_experts_follow_from_four_ranks() -> None:
     recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
     assert len(recorded) == 4
-    assert layouts_of_all(recorded, SHAPES, 16) == [rank_of_16(rank) for rank in range(16)]
+    assert [each.slices() for each in layouts_of_all(recorded, SHAPES, 16)] == [rank_of_16(rank) for rank in range(16)]
+
+
+def test_a_layout_lists_the_slices_that_it_is_made_of() -> None:
+    layout = RankLayout.of(rank_of_16(3))
+    assert layout.slices() == rank_of_16(3)
+    assert (layout.starts[2].tolist(), layout.ends[2].tolist()) == ([0, 0], [4, 1])
 
 
 def test_a_few_ranks_are_all_recorded() -> None:
     assert sampled_ranks(8) == list(range(8))
     recorded = {rank: rank_of_16(rank) for rank in range(8)}
-    assert layouts_of_all(recorded, SHAPES, 8) == [rank_of_16(rank) for rank in range(8)]
+    assert [each.slices() for each in layouts_of_all(recorded, SHAPES, 8)] == [rank_of_16(rank) for rank in range(8)]
 
 
 def test_a_fourth_rank_that_breaks_the_rule_is_named() -> None:

@@ -147,6 +147,8 @@ def test_phases_hold_what_their_table_says() -> None:
     assert not {"weights", "gradients", "optimizer"} & held["rollout"]
     assert {"weights", "engine weights", "sync buckets"} <= held["sync"]
     assert not {"gradients", "optimizer", "KV cache"} & held["sync"]
+    bucket_bytes = config_of().weight_sync.bucket_bytes
+    assert rank.phases["sync"]["sync buckets"] == 2 * bucket_bytes, "tensors travel in pieces, two buckets at a time"
 
 
 def test_a_critic_has_a_phase_of_its_own_and_doubles_what_the_host_keeps() -> None:
