@@ -75,6 +75,7 @@ def test_sampler_log_probs_equal_transformers(engine: EngineRanks, models: dict[
 
 def test_log_probs_and_version_follow_the_weights(engine: EngineRanks, models: dict[str, Path]) -> None:
     before = engine.call(generate, PROMPTS, SAMPLING)[0]
+    assert engine.call(regions)[0] >= 25  # slices are written, not whole tensors streamed
     engine.call(push, models["other"], 7)
     after = engine.call(generate, PROMPTS, SAMPLING)[0]
     assert largest_log_prob_error(models["other"], PROMPTS, after, 1.0) <= 2e-5
@@ -118,6 +119,10 @@ def test_more_rollouts_than_sequences_and_no_prompts_are_fine(engine: EngineRank
     groups = engine.call(generate, PROMPTS, sampling)[0]
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
     assert engine.call(generate, [], SAMPLING) == [[]]
+
+
+def regions(session: RankSession) -> int:
+    return len(session.engine.sink.layout())
 
 
 def refusals(session: RankSession) -> None:

@@ -256,8 +256,14 @@ def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear
     world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
 ) -> None:
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
+    assert world.call(streams_because) == [None, None]
     first, second = world.call(sampled)
     assert (first == second) == (engine_tp == 2)
+
+
+def streams_because(session: RankSession) -> str | None:
+    because: str | None = session.engine.sink.streams_because
+    return because
 
 
 def sampled(session: RankSession) -> list[list[Completion]]:
@@ -306,6 +312,7 @@ def test_sglang_with_experts_follows_a_policy_that_spreads_them(
 ) -> None:
     """SGLang gives every layer of Qwen3-MoE experts."""
     world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
+    assert world.call(streams_because) == [None, None]
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
     world.call(build, weights, 1, 1, engine_tp, 2)
     for version in (0, 1):
