@@ -29,7 +29,7 @@ from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.tiny_models import EOS, make_tiny_model
 
 Kind = Literal["vllm", "sglang"]
-OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 60.0}}
+OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 200.0}}
 _SGLANG = [pytest.param("sglang", marks=sglang_here)]
 ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
 
