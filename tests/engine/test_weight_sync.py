@@ -72,6 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         found.policy[name] = make_family_model(root / name, raw_family_config(name, **changes))
     all_experts = raw_family_config("qwen3_moe", mlp_only_layers=[])
     found.policy["sglang_moe"] = make_family_model(root / "sglang_moe", all_experts)
+    found.policy["sglang_mixtral"] = make_family_model(root / "sglang_mixtral", raw_family_config("mixtral"))
     for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
@@ -306,11 +307,13 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
 
 @pytest.mark.long
 @sglang_here
-@pytest.mark.parametrize(("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("mixtral", 2), ("glm4_moe", 2)])
+@pytest.mark.parametrize(
+    ("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("sglang_mixtral", 2), ("glm4_moe", 2)]
+)
 def test_sglang_with_experts_follows_a_policy_that_spreads_them(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int
 ) -> None:
-    """SGLang gives every layer of Qwen3-MoE experts."""
+    """SGLang gives every layer of Qwen3-MoE experts, and Mixtral heads of hidden_size / heads."""
     world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
     assert world.call(streams_because) == [None, None]
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
