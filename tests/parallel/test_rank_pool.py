@@ -71,7 +71,7 @@ def test_a_failing_or_dying_rank_is_named_and_the_others_do_not_wait_for_it(
 def test_a_silent_rank_is_named_after_the_limit(rank_pool: RankPool) -> None:
     rank_pool.call(2, summed_ranks, 1)
     with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2"):
-        rank_pool.call(2, sleep_on_rank_zero, timeout_seconds=1.0)
+        rank_pool.call(2, sleep_on_rank_zero, timeout_seconds=5.0)
 
 
 def test_pytests_own_process_joins_no_process_group(rank_pool: RankPool) -> None:
