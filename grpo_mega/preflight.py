@@ -133,16 +133,8 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
-    if config.engine.kind == "sglang" and spec.family not in SGLANG_FAMILIES:
-        raise UserError(
-            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
-            f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
-        )
-    if config.engine.kind == "sglang" and spec.family == "qwen3_moe" and spec.moe and not all(spec.moe.layers):
-        raise UserError(
-            f"engine.kind=sglang: SGLang gives every layer of {folder} experts, whatever mlp_only_layers and "
-            "decoder_sparse_step of its config.json say; use engine.kind=vllm"
-        )
+    if config.engine.kind == "sglang":
+        _check_sglang(spec, folder)
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
     raw = json.loads((folder / "config.json").read_text())
@@ -158,6 +150,25 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
             "give an unquantised checkpoint"
+        )
+
+
+def _check_sglang(spec: ModelSpec, folder: Path) -> None:
+    """What SGLang 0.5.23 was compared in, and what of config.json its models do not read (models/*.py)."""
+    if spec.family not in SGLANG_FAMILIES:
+        raise UserError(
+            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
+            f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
+        )
+    if spec.family == "qwen3_moe" and spec.moe is not None and not all(spec.moe.layers):
+        raise UserError(
+            f"engine.kind=sglang: SGLang gives every layer of {folder} experts, whatever mlp_only_layers and "
+            "decoder_sparse_step of its config.json say; use engine.kind=vllm"
+        )
+    if spec.family == "mixtral" and spec.head_dim * spec.num_heads != spec.hidden_size:
+        raise UserError(
+            f"engine.kind=sglang: {folder} has {spec.num_heads} heads of head_dim={spec.head_dim}, and SGLang builds "
+            f"Mixtral with heads of {spec.hidden_size // spec.num_heads}; use engine.kind=vllm"
         )
 
 

@@ -90,8 +90,14 @@ def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dty
 @contextmanager
 def recording(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], record: LoaderRecord) -> Iterator[None]:
     """Inside, copies from `sources` into `targets` are noted instead of made."""
-    with _Recorder(sources, targets, record):
+    with _Recorder(sources, targets, record) as recorder:
         yield
+    filled: dict[str, list[TensorSlice]] = {}
+    for copy in record.copies:
+        filled.setdefault(copy.local.name, []).append(copy.local)
+    for box in dict.fromkeys(recorder.zeroed):
+        if not any(_overlap(box, other) for other in filled.get(box.name, ())):
+            record.zeros.append(box)
 
 
 class _Recorder(TorchDispatchMode):
@@ -102,6 +108,7 @@ class _Recorder(TorchDispatchMode):
         self._record = record
         self._cloned: set[int] = set()
         self._zeroed: set[int] = set()
+        self.zeroed: list[TensorSlice] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,6 +123,10 @@ class _Recorder(TorchDispatchMode):
         written = _written(func, args)
         if written is not None and _storage(written) in self._sources:
             return self._change(func, written)
+        if func is torch.ops.aten.zero_.default and _storage(written) in self._targets:
+            self._note_zeros(written)
+        if written is not None and not written.numel():
+            return func(*args, **kwargs)  # a rank that has nothing of a small tensor
         if written is not None and _storage(written) in self._targets and func not in _FILLS:
             name = self._targets[_storage(written)][0]
             raise CannotRecordError(f"{name} is written by {func}, from something that is no slice of the checkpoint")
@@ -129,6 +140,13 @@ class _Recorder(TorchDispatchMode):
             raise CannotRecordError(f"{name} of the checkpoint is changed by {func}")
         self._zeroed.add(storage)
         return source
+
+    def _note_zeros(self, target: Tensor) -> None:
+        """Padding, unless something is copied there after all."""
+        parameter, owner = self._targets[_storage(target)]
+        box = _box(target, owner)
+        if target.numel() and box is not None:
+            self.zeroed.append(TensorSlice(parameter, *box[0]))
 
     def _note(self, target: Tensor, source: Tensor) -> None:
         if not target.numel():
@@ -231,7 +249,11 @@ def _shared(boxes: Sequence[TensorSlice]) -> TensorSlice | None:
         for other in boxes[i + 1 :]:
             if other.offsets[0] >= box.offsets[0] + box.shape[0]:
                 break  # and so does every later one
-            pairs = zip(box.offsets, box.shape, other.offsets, other.shape, strict=True)
-            if all(a < d + m and d < a + n for a, n, d, m in pairs):
+            if _overlap(box, other):
                 return other
     return None
+
+
+def _overlap(box: TensorSlice, other: TensorSlice) -> bool:
+    pairs = zip(box.offsets, box.shape, other.offsets, other.shape, strict=True)
+    return all(a < d + m and d < a + n for a, n, d, m in pairs)

@@ -87,7 +87,7 @@ class SglangEngine:
                 "tp_size": tp,
                 "context_length": max_model_len + _SPARE_POSITIONS,
                 "max_running_requests": max_num_seqs,
-                "max_total_tokens": kv_cache_tokens or max_num_seqs * (max_model_len + _SPARE_POSITIONS),
+                "max_total_tokens": cached_tokens(kv_cache_tokens, max_num_seqs, max_model_len),
                 "random_seed": seed,
             }
             self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
@@ -242,6 +242,23 @@ def check_sglang() -> None:
         raise UserError(
             "engine.kind=sglang needs the package sglang, which is not installed; run launch/setup.sh --with sglang"
         )
+
+
+def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len: int) -> int:
+    """Of SGLang's KV cache.
+
+    Raises:
+        UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
+    """
+    per_rollout = max_model_len + _SPARE_POSITIONS
+    if kv_cache_tokens is None:
+        return max_num_seqs * per_rollout
+    if kv_cache_tokens < per_rollout:
+        raise UserError(
+            f"engine.kv_cache_tokens={kv_cache_tokens} does not hold one rollout of {max_model_len} tokens and the "
+            f"{_SPARE_POSITIONS} that SGLang keeps free; use at least {per_rollout}"
+        )
+    return kv_cache_tokens
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.config.load import load_config
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.jobs import QUICKSTART, REPOSITORY, read_json, read_lines, train_well
 
 pytestmark = pytest.mark.long
 
 
-@pytest.mark.parametrize(("kind", "seed"), [("vllm", 0), ("vllm", 1), ("vllm", 2), ("sglang", 0)])
+@pytest.mark.parametrize(
+    ("kind", "seed"), [("vllm", 0), ("vllm", 1), ("vllm", 2), pytest.param("sglang", 0, marks=sglang_here)]
+)
 def test_held_out_accuracy_ends_at_0_90_and_0_30_above_the_base(tmp_path: Path, kind: str, seed: int) -> None:
     arguments = (QUICKSTART, f"engine.kind={kind}", f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
     train_well(*arguments, output=tmp_path / "log", timeout_seconds=580)

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.jobs import SMALL, kill, read_json, read_lines, started, train_well, without_times
 
 STEPS = 4
@@ -81,6 +82,8 @@ def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1600)  # three starts of an engine of four processes
+@sglang_here
 def test_a_run_with_sglang_killed_and_continued_is_the_uninterrupted_run_and_leaves_no_process(tmp_path: Path) -> None:
     """One engine for both ranks, in processes that are no children of a rank that is gone."""
     arguments = (*ARGUMENTS, "engine.kind=sglang", "engine.tp=2")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
 
 
+@sglang_here
 def test_two_steps_with_sglang_are_sampled_by_the_newest_weights_and_agree_with_the_policy(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    train_well(*SMALL, "engine.kind=sglang", "train.steps=2", f"run.dir={run}", output=tmp_path / "log")
+    arguments = (*SMALL, "engine.kind=sglang", "train.steps=2", f"run.dir={run}")
+    train_well(*arguments, output=tmp_path / "log", timeout_seconds=500)
     summary = read_json(run / "summary.json")
     assert (summary["status"], summary["versions"]["sglang"]) == ("done", "0.5.23")
     lines = read_lines(run / "metrics.jsonl")

@@ -22,14 +22,16 @@ from tests.helpers.engine_contract import (
     generate,
     largest_log_prob_error,
     push,
+    sglang_here,
     tokens,
 )
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.tiny_models import EOS, make_tiny_model
 
 Kind = Literal["vllm", "sglang"]
-OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 60.0}}
-ONLY_SGLANG = pytest.mark.parametrize("opened", ["sglang"], indirect=True, scope="module")
+OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 200.0}}
+_SGLANG = [pytest.param("sglang", marks=sglang_here)]
+ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="module", params=["vllm", "sglang"])
+@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here)])
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
 ) -> Iterator[EngineRanks]:
@@ -73,6 +75,7 @@ def test_sampler_log_probs_equal_transformers(engine: EngineRanks, models: dict[
 
 def test_log_probs_and_version_follow_the_weights(engine: EngineRanks, models: dict[str, Path]) -> None:
     before = engine.call(generate, PROMPTS, SAMPLING)[0]
+    assert engine.call(regions)[0] >= 25  # slices are written, not whole tensors streamed
     engine.call(push, models["other"], 7)
     after = engine.call(generate, PROMPTS, SAMPLING)[0]
     assert largest_log_prob_error(models["other"], PROMPTS, after, 1.0) <= 2e-5
@@ -116,6 +119,10 @@ def test_more_rollouts_than_sequences_and_no_prompts_are_fine(engine: EngineRank
     groups = engine.call(generate, PROMPTS, sampling)[0]
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
     assert engine.call(generate, [], SAMPLING) == [[]]
+
+
+def regions(session: RankSession) -> int:
+    return len(session.engine.sink.layout())
 
 
 def refusals(session: RankSession) -> None:

@@ -261,6 +261,21 @@ def test_what_another_rank_adds_is_zero_here_and_comes_from_no_tensor() -> None:
     assert [str(box) for box in record.zeros] == ["fused[1:2, 0:6, 0:4]"]
 
 
+def padded_with_zeros(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused.zero_()  # what is copied over it is no padding
+    fused[0, :3].copy_(w["a"].narrow(1, 4, 4))
+    fused[0, 3:].copy_(w["a"].chunk(2, 1)[0])
+    fused[1, :4].copy_(w["b"].t()[:4])
+    fused[1, 4:].zero_()
+    fused[1, 6:].copy_(torch.zeros(0, 4))  # nothing, into nothing
+
+
+def test_padding_that_the_loader_zeroes_is_zero_and_comes_from_no_tensor() -> None:
+    record = full_record_of(padded_with_zeros)
+    assert [str(copy.local) for copy in record.copies][2:] == ["fused[1:2, 0:4, 0:4]"]
+    assert [str(box) for box in record.zeros] == ["fused[1:2, 4:6, 0:4]"]
+
+
 def test_zeros_are_made_and_found_missing() -> None:
     whole = torch.ones(2, 3)
     zeros = Zeros("bias", whole[1])

@@ -28,6 +28,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
@@ -71,6 +72,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         found.policy[name] = make_family_model(root / name, raw_family_config(name, **changes))
     all_experts = raw_family_config("qwen3_moe", mlp_only_layers=[])
     found.policy["sglang_moe"] = make_family_model(root / "sglang_moe", all_experts)
+    found.policy["sglang_mixtral"] = make_family_model(root / "sglang_mixtral", raw_family_config("mixtral"))
     for name in found.policy:
         ignore = shutil.ignore_patterns("*.safetensors")
         found.engine[name] = Path(shutil.copytree(root / name, root / f"{name}-config", ignore=ignore))
@@ -241,6 +243,7 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
 
 
 @pytest.mark.long  # an engine of SGLang imports itself in three or four processes
+@sglang_here
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "engine_tp"),
     [
@@ -254,8 +257,14 @@ def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear
     world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
 ) -> None:
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
+    assert world.call(streams_because) == [None, None]
     first, second = world.call(sampled)
     assert (first == second) == (engine_tp == 2)
+
+
+def streams_because(session: RankSession) -> str | None:
+    because: str | None = session.engine.sink.streams_because
+    return because
 
 
 def sampled(session: RankSession) -> list[list[Completion]]:
@@ -297,12 +306,16 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("mixtral", 2), ("glm4_moe", 2)])
+@sglang_here
+@pytest.mark.parametrize(
+    ("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("sglang_mixtral", 2), ("glm4_moe", 2)]
+)
 def test_sglang_with_experts_follows_a_policy_that_spreads_them(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int
 ) -> None:
-    """SGLang gives every layer of Qwen3-MoE experts."""
+    """SGLang gives every layer of Qwen3-MoE experts, and Mixtral heads of hidden_size / heads."""
     world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
+    assert world.call(streams_because) == [None, None]
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
     world.call(build, weights, 1, 1, engine_tp, 2)
     for version in (0, 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from grpo_mega.types import Completion, Prompt, SamplingRequest
@@ -14,6 +15,10 @@ SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_t
 SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
 # The last one fills two whole blocks of vLLM's KV cache, which the members of its group share.
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
+
+
+# Where CUDA is, the environment holds one engine, and the adapter refuses.
+sglang_here = pytest.mark.skipif(torch.cuda.is_available(), reason="engine.kind=sglang is for machines without CUDA")
 
 
 # What runs on the ranks.

@@ -161,6 +161,11 @@ def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:
         f"engine.kind=sglang: SGLang gives every layer of {tmp_path} experts, whatever mlp_only_layers and "
         "decoder_sparse_step of its config.json say; use engine.kind=vllm"
     )
+    config = family_config(tmp_path, "mixtral", head_dim=32)
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)).endswith(
+        "has 4 heads of head_dim=32, and SGLang builds Mixtral with heads of 16; use engine.kind=vllm"
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grpo_mega.engines import sglang_cpu
-from grpo_mega.engines.sglang_engine import check_sglang, stop_reason
+from grpo_mega.engines.sglang_engine import cached_tokens, check_sglang, stop_reason
 from grpo_mega.types import UserError
 
 
@@ -31,6 +31,13 @@ def test_a_machine_with_cuda_is_refused() -> None:
         pytest.raises(UserError, match=r"engine\.kind=sglang runs on machines without CUDA so far; use"),
     ):
         check_sglang()
+
+
+def test_kv_cache_tokens_must_hold_a_rollout() -> None:
+    assert cached_tokens(None, 48, 96) == 48 * 104
+    assert cached_tokens(104, 48, 96) == 104
+    with pytest.raises(UserError, match=r"engine\.kv_cache_tokens=103 does not hold.*96 tokens.*; use at least 104"):
+        cached_tokens(103, 48, 96)
 
 
 @pytest.mark.parametrize(
