@@ -1,4 +1,4 @@
-"""Which tensors differ between policy and engine, from digests alone; and a thousand flipped bits, each found."""
+"""Which tensors differ between policy and engine, from digests alone; and two thousand faults, each found."""
 
 from __future__ import annotations
 
@@ -79,10 +79,11 @@ class Job:
                     name = shard.hf.name
                     self.expected[name] = wrap(self.expected[name] + slice_digest(shard.view, shard.hf))
 
-    def found(self, rank: int, hf: TensorSlice) -> list[str]:
-        """What is said when only slice `hf` of this rank may have changed."""
+    def found(self, rank: int, *slices: TensorSlice) -> list[str]:
+        """What is said when only these slices of this rank may have changed."""
         replica = [dict(self.digests[r]) for r in ((0, 1), (2, 3))[rank // 2]]
-        replica[rank % 2][hf] = self.sinks[rank].digest(hf)
+        for hf in slices:
+            replica[rank % 2][hf] = self.sinks[rank].digest(hf)
         suspects = set(differing_tensors(self.expected, replica))
         if not suspects:
             return []
@@ -107,6 +108,52 @@ def test_every_one_of_a_thousand_flipped_bits_is_found_and_named() -> None:
         assert f"on rank {rank}: the engine holds other bytes" in fault
         words[place] ^= 1 << bit
         assert job.found(rank, hf) == []
+
+
+def assert_named(faults: list[str], rank: int, slices: set[TensorSlice]) -> None:
+    assert {fault.partition("[")[0] for fault in faults} == {hf.name for hf in slices}
+    assert all(f"on rank {rank}: the engine holds other bytes" in fault for fault in faults)
+
+
+def test_every_one_of_a_thousand_swapped_slices_and_stale_tensors_is_found_and_named() -> None:
+    job, choose = Job(), random.Random(1)
+    for i in range(1000):
+        rank = choose.randrange(WORLD)
+        hf = choose.choice(list(job.sinks[rank].memory))
+        memory = job.sinks[rank].memory[hf]
+        right = memory.clone()
+        if i % 2:
+            memory.copy_(values(hf.name, 0)[hf.index])  # of the version before
+        else:
+            flat, size = memory.view(-1), choose.randrange(1, memory.numel() // 2)
+            first = choose.randrange(memory.numel() - 2 * size + 1)
+            second = choose.randrange(first + size, memory.numel() - size + 1)
+            one = flat[first : first + size].clone()
+            flat[first : first + size] = flat[second : second + size]
+            flat[second : second + size] = one
+        assert not torch.equal(memory, right)
+        assert_named(job.found(rank, hf), rank, {hf})
+        memory.copy_(right)
+        assert job.found(rank, hf) == []
+
+
+def test_a_bucket_that_is_missing_is_found_by_every_tensor_in_it() -> None:
+    held, wanted = policy(Topology(WORLD, tp=2, pp=2)), engine(EngineLayout(2), WORLD)
+    job = Job()
+    job.plan = make_plan(TENSORS, held, wanted, (0,) * WORLD, 1 << 16)
+    missing = sorted({(int(b), int(d)) for b, d in zip(job.plan.bucket, job.plan.dst, strict=True) if b >= 0})
+    assert len(missing) > 100
+    for bucket, rank in missing[::8]:
+        sink, changed = job.sinks[rank], set()
+        for transfer in ((job.plan.bucket == bucket) & (job.plan.dst == rank)).nonzero()[0]:
+            parcel = int(job.plan.parcel[transfer])
+            for piece in range(int(job.plan.first[parcel]), int(job.plan.first[parcel + 1])):
+                hf = job.plan.slice_of(piece)
+                sink.write(hf, values(hf.name, 0)[hf.index])
+                changed |= {own for own in sink.memory if own.name == hf.name}
+        assert_named(job.found(rank, *changed), rank, changed)
+        for own in changed:
+            sink.memory[own].copy_(values(own.name, 1)[own.index])
 
 
 def test_copies_of_the_policy_that_differ_are_named_with_both_ranks() -> None:
