@@ -6,7 +6,8 @@ sandbox (sandbox.py). A proof counts when Lean ends without an error and says, f
 `axioms` was assumed: `sorry` is an axiom there. Words by which a text could define its own commands or tell Lean to
 run something are refused before.
 
-Asserted by tests/unit/test_rewards_proof.py with a stand-in for Lean; a real Lean has not been tried.
+Asserted by tests/unit/test_rewards_proof.py with a stand-in for Lean; docs/measurements/rewards.md says what
+a real one did.
 """
 
 from __future__ import annotations
