@@ -86,6 +86,8 @@ def test_delayed_scales_tell_what_went_beyond_the_largest_value_before() -> None
     assert fp8.delayed_scales([layer], settings, 1).tolist() == [600, 1, 2]
     assert fp8.delayed_scales([layer], settings, 2).tolist() == [600, 2, 4]
     assert fp8.delayed_scales([layer], settings, 100).tolist() == [600, 3, 6]
+    layer.passes([500.0, 600.0])  # as large as before: the scale holds it
+    assert fp8.delayed_scales([layer], settings, 1).tolist() == [600, 0, 2]
 
 
 def test_gradients_have_the_range_of_their_own_format() -> None:
