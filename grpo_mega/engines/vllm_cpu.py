@@ -9,7 +9,9 @@
 - Experts shared by data-parallel ranks: the tokens of all are gathered, and what each rank computes of them is added up
   and given back (device_communicators/all2all.py, AgRsAll2AllManager), by collectives of unequal numbers of rows. The
   communicator for CPUs has none.
-Asserted by tests/engine/test_weight_sync.py and test_vllm_dp.py.
+- Experts' numbers gathered over tp (layers/fused_moe/routed_experts_capturer.py, where each rank routes its part of the
+  tokens): `shm_all_gather` takes no int32.
+Asserted by tests/engine/test_weight_sync.py and test_vllm_dp.py; the last by tests/e2e/test_routing_replay.py.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 
 def correct_vllm() -> None:
     """Once; later calls do nothing."""
-    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
@@ -36,6 +38,8 @@ def correct_vllm() -> None:
     if "all_gatherv" not in vars(CpuCommunicator):
         CpuCommunicator.all_gatherv = _all_gatherv
         CpuCommunicator.reduce_scatterv = _reduce_scatterv
+    if not hasattr(_CPUSHMDistributed.all_gather_into_tensor, "__wrapped__"):
+        _CPUSHMDistributed.all_gather_into_tensor = _of_integers(_CPUSHMDistributed.all_gather_into_tensor)
 
 
 def own_experts(weights: Tensor, ids: Tensor, expert_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +77,16 @@ def _with_heads(forward: Any) -> Any:
         return self.forward_native(positions, query, key)
 
     return by_head
+
+
+def _of_integers(gather: Any) -> Any:
+    @functools.wraps(gather)
+    def gathered(self: Any, output: Tensor, input: Tensor, group: Any = None) -> None:
+        if input.dtype == torch.int32:  # the same bits, which are only moved
+            output, input = output.view(torch.float32), input.view(torch.float32)
+        gather(self, output, input, group)
+
+    return gathered
 
 
 def gathered_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:

@@ -105,10 +105,8 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
     """
     world = dist.get_world_size()
     if world % (settings.tp * settings.dp):
-        raise UserError(
-            f"engine.tp={settings.tp} x engine.dp={settings.dp} does not divide the {world} ranks of the job; use a "
-            "product that is a divisor"
-        )
+        keys = f"engine.tp={settings.tp}" + (f" x engine.dp={settings.dp}" if settings.dp > 1 else "")
+        raise UserError(f"{keys} does not divide the {world} ranks of the job; use a divisor")
     check_tp(spec, settings.tp)
     prepare_environment()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
