@@ -26,7 +26,7 @@ KEYS = (
     "optimizer.lr=1e-3",
     "reward.terms=[{name: tests.helpers.plain_rewards:digits}]",
 )
-TURNS = "environment={name: tests.helpers.plain_environments:asks_on, max_turns: 4, args: {pause: %s}}"
+TURNS = ("environment.name=tests.helpers.plain_environments:asks_on", "environment.max_turns=4")
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +67,9 @@ def test_a_job_trains_on_what_the_copies_sampled_and_goes_on_as_if_never_stopped
 
 
 def test_several_turns_are_taken_together_and_a_late_reply_changes_nothing(model: Path, tmp_path: Path) -> None:
-    rows = {}
-    for pause in (0.0, 0.3):
-        lines = run(model, tmp_path / f"{pause}", *COPIES, TURNS % pause, "train.steps=1")
+    for name, pause in (("prompt", 0.0), ("late", 0.3)):
+        pausing = f"environment.args={{pause: {pause}}}"
+        lines = run(model, tmp_path / name, *COPIES, *TURNS, pausing, "train.steps=1")
         assert lines[0]["train/mismatch_max"] <= 1e-4
-        rows[pause] = rollouts_of(tmp_path / f"{pause}", 1)
-    turns = [row["num_turns"] for row in rows[0.0]]
-    assert {1, 4} <= set(turns)
-    assert sampled(tmp_path / "0.3", 1) == sampled(tmp_path / "0.0", 1)
+    assert {1, 4} <= {row["num_turns"] for row in rollouts_of(tmp_path / "prompt", 1)}
+    assert sampled(tmp_path / "late", 1) == sampled(tmp_path / "prompt", 1)
