@@ -207,6 +207,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
         model_folder,
         dtype=config.precision.dtype,
         tp=config.engine.tp,
+        dp=config.engine.dp,
         ep=config.engine.ep,
         max_model_len=config.data.max_prompt_tokens + max_tokens,
         max_num_seqs=config.engine.max_num_seqs,

@@ -115,18 +115,26 @@ def _overlap(config: Config) -> None:
 
 def _engine_divides(config: Config) -> None:
     world = config.run.world_size
-    if world is not None and world % config.engine.tp:
-        raise UserError(f"run.world_size={world} is not a multiple of engine.tp={config.engine.tp}; use one that is")
-    if config.engine.ep not in (1, config.engine.tp):
+    engine = config.engine
+    ranks, keys = engine.tp, f"engine.tp={engine.tp}"
+    if engine.dp > 1:
+        ranks, keys = engine.tp * engine.dp, f"engine.tp x engine.dp = {engine.tp} x {engine.dp}"
+    if world is not None and world % ranks:
+        raise UserError(f"run.world_size={world} is not a multiple of {keys}; use one that is")
+    if engine.ep not in (1, ranks):
         raise UserError(
-            f"engine.ep={config.engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or "
-            f"engine.tp={config.engine.tp}"
+            f"engine.ep={engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or {keys}"
         )
 
 
 def _sglang(config: Config) -> None:
     if config.engine.kind != "sglang":
         return
+    if config.engine.dp > 1:
+        raise UserError(
+            f"engine.dp={config.engine.dp} with engine.kind=sglang, whose copies would share no experts without CUDA; "
+            "use engine.dp=1: every engine.tp ranks are a replica"
+        )
     if config.engine.ep > 1:
         raise UserError(
             f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
