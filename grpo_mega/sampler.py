@@ -64,7 +64,7 @@ def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks,
     environment, topology = config.environment, ranks.topology
     assert environment is not None
     group = None
-    if topology.engine_tp > 1:
+    if topology.engine_ranks > 1:
         groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
         group = groups[ranks.at.replica]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop

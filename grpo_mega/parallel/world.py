@@ -22,6 +22,13 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import (  # torch.distributed has these names, and its type hints do not
+    BroadcastOptions,
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    TCPStore,
+)
 
 T = TypeVar("T")
 
@@ -44,7 +51,7 @@ class World:
     for others looks there now and then."""
 
     group: dist.ProcessGroup
-    store: dist.Store
+    store: Store
     check_others: Callable[[], None] = _nobody_is_gone
 
     @property
@@ -71,7 +78,7 @@ class World:
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Collective: the tensor of rank `source`, into everybody's."""
-        options = dist.BroadcastOptions()
+        options = BroadcastOptions()
         options.rootRank = source
         self.group.broadcast([tensor], options).wait()
 
@@ -100,26 +107,22 @@ def job_world() -> World:
     return World(group, dist.distributed_c10d._get_default_store())
 
 
-def open_store(timeout_seconds: float) -> dist.TCPStore:
+def open_store(timeout_seconds: float) -> TCPStore:
     """On a port of its own, for all interfaces of this machine."""
-    return dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds)
-    )
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
 
-def find_store(address: str, port: int, timeout_seconds: float) -> dist.TCPStore:
+def find_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
     """One that another rank has opened.
 
     Raises:
         RuntimeError: nobody answers there.
     """
-    return dist.TCPStore(
-        address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds)
-    )
+    return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
 
 def join_world(
-    store: dist.Store,
+    store: Store,
     rank: int,
     names: Sequence[str],
     timeout_seconds: float,
@@ -148,18 +151,18 @@ def join_world(
     return World(_make_group(store, rank, len(names), timedelta(seconds=timeout_seconds)), store, check_others)
 
 
-def _make_group(store: dist.Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
+def _make_group(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
     """Gloo for what lies on the host, with CUDA NCCL for what lies on a device."""
-    group = dist.ProcessGroup(dist.PrefixStore("group", store), rank, size)
+    group = dist.ProcessGroup(PrefixStore("group", store), rank, size)
     kinds = dist.ProcessGroup.BackendType
-    gloo = dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), rank, size, timeout)
+    gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout)
     gloo._set_sequence_number_for_group()
     group._set_default_backend(kinds.GLOO)
     group._register_backend(torch.device("cpu"), kinds.GLOO, gloo)
     if torch.cuda.is_available():
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        nccl = dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), rank, size, options)
+        nccl = dist.ProcessGroupNCCL(PrefixStore("nccl", store), rank, size, options)
         nccl._set_sequence_number_for_group()
         group._register_backend(torch.device("cuda"), kinds.NCCL, nccl)
     return group

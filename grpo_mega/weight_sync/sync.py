@@ -44,8 +44,8 @@ log = logging.getLogger("grpo_mega.weight_sync")
 FullTensors = Callable[[int], Iterator[tuple[str, Tensor]]]
 
 
-def _nobody_to_tell(policy_version: int, verify: bool) -> None:
-    pass
+def nobody_to_tell(policy_version: int, verify: bool) -> None:
+    """All ranks are of one program."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class WeightSync:
         settings: SyncSettings,
         where: str,
         world: World | None = None,
-        announce: Callable[[int, bool], None] = _nobody_to_tell,
+        announce: Callable[[int, bool], None] = nobody_to_tell,
     ) -> None:
         """Collective.
 

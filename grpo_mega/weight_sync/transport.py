@@ -121,7 +121,7 @@ class GroupTransport:
         with dist.distributed_c10d._coalescing_manager(self._group, device, async_ops=True) as manager:
             for operation in operations:
                 operation()
-        return manager.works * len(operations)
+        return list(manager.works) * len(operations)
 
     def incoming(self, turn: Turn, message: Message) -> Tensor:
         self._wait(turn, message, sends=False)
