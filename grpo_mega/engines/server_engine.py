@@ -177,7 +177,12 @@ class ServerEngine:
         """What is wrong with this group's server."""
         try:
             self._link = ServerLink(
-                self._names[number], self._addresses[number], read_token(), facts, self._timeout * _CONNECT_SHARE
+                self._names[number],
+                self._addresses[number],
+                read_token(),
+                facts,
+                patience_seconds=self._timeout * _CONNECT_SHARE,
+                timeout_seconds=self._timeout,
             )
         except UserError as error:
             return str(error)

@@ -42,7 +42,14 @@ class ServerLink:
     """A server that serves this job until `close`."""
 
     def __init__(
-        self, name: str, address: Address, token: bytes, facts: Mapping[str, Any], timeout_seconds: float
+        self,
+        name: str,
+        address: Address,
+        token: bytes,
+        facts: Mapping[str, Any],
+        *,
+        patience_seconds: float,
+        timeout_seconds: float,
     ) -> None:
         """Waits until the server is there and free.
 
@@ -51,14 +58,15 @@ class ServerLink:
             address: where it listens.
             token: the secret; empty: none, which is for servers of this machine.
             facts: what it must have in common with this job (serving.py).
-            timeout_seconds: of every wait.
+            patience_seconds: for a server that is not there yet.
+            timeout_seconds: of every other wait.
 
         Raises:
             UserError: it does not come, serves another job, or has something otherwise.
         """
         self.name = name
         self._timeout = timeout_seconds
-        self._wire = _claimed(name, address, token, facts, timeout_seconds)
+        self._wire = _claimed(name, address, token, facts, patience_seconds)
         self._wire.set_timeout(timeout_seconds)
         self._owed = False  # the end of the answer to the last command
         self._steps = -1
@@ -159,7 +167,7 @@ def _greeted(name: str, address: Address, token: bytes) -> tuple[Wire, dict[str,
         )
 
 
-def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any], timeout_seconds: float) -> Wire:
+def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any], patience_seconds: float) -> Wire:
     start = told = time.monotonic()
     while True:
         waited = time.monotonic() - start
@@ -176,9 +184,9 @@ def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any]
                 return wire
             wire.close()
             why = f"serves another job ({answer.fields.get('who')})"
-            limit = timeout_seconds if answer.kind == "later" else min(_LEAVING_SECONDS, timeout_seconds)
+            limit = patience_seconds if answer.kind == "later" else min(_LEAVING_SECONDS, patience_seconds)
         except (OSError, WireError) as error:
-            why, limit = f"does not answer ({error})", timeout_seconds
+            why, limit = f"does not answer ({error})", patience_seconds
         if waited > limit:
             raise UserError(
                 f"{name}: no engine server was there for this job within {waited:.0f} s: it {why}; start "

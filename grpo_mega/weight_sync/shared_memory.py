@@ -95,10 +95,12 @@ class SharedMemoryTransport:
         while int(counters[counter]) < wanted:
             now = time.monotonic()
             if now > end:
-                raise TransportError(failed_wait(turn, message, self._rank, sends, self._timeout, "no answer"))
+                why = failed_wait(turn, message, self._rank, sends, self._timeout, "no answer")
+                raise TransportError(why, message.peer)
             if now > look:
                 if not _lives(int(counters[_PROCESS])):
-                    raise TransportError(failed_wait(turn, message, self._rank, sends, self._timeout, "it has ended"))
+                    why = failed_wait(turn, message, self._rank, sends, self._timeout, "it has ended")
+                    raise TransportError(why, message.peer)
                 look = now + _LOOK_SECONDS
             time.sleep(_POLL_SECONDS)
 

@@ -50,8 +50,9 @@ def nobody_to_tell(policy_version: int, verify: bool) -> None:
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One sync as this rank saw it. `written_bytes` went into its engine, `received_bytes` of them came from other
-    ranks. `policy_digest` is one word for all weights, the same for every layout."""
+    """One sync as this rank saw it. `written_bytes` went into its engine, or, where engines are servers, from this rank
+    into theirs; `received_bytes` of them came here from other ranks. `policy_digest` is one word for all weights, the
+    same for every layout."""
 
     seconds: float
     verify_seconds: float
@@ -108,7 +109,7 @@ class WeightSync:
         self._source_group, self._replica_group, self._settings = source_group, replica_group, settings
         self._world = world if world is not None else job_world()
         self._announce = announce
-        places = self._world.gather(where)
+        self._places = places = self._world.gather(where)
         self._attendance = Attendance("weight_sync", places, settings.timeout_seconds, self._world)
         self.count = 0
         """Pushes that succeeded."""
@@ -133,7 +134,8 @@ class WeightSync:
         mine = rank_plan(self.plan, rank, ends.dtypes, kinds)
         transports, buffer_bytes = make_transports(mine.turns, self._settings.timeout_seconds, self._world)
         self.execution = Execution(mine, transports, buffer_bytes, self.plan.hash, self._sink)
-        self._written_bytes = int(self.plan.transfer_bytes[self.plan.dst == rank].sum())
+        written = self.plan.dst == rank if regions else self.plan.src == rank
+        self._written_bytes = int(self.plan.transfer_bytes[written].sum())
         self._received_bytes = int(self.plan.received_bytes()[rank])
         self._holders = sorted({rank for each in np.unique(ends.held.rank_set) for rank in ends.held.rank_sets[each]})
 
@@ -171,7 +173,8 @@ class WeightSync:
             if not faults:
                 self._sink.end_update(policy_version)
         except TransportError as error:
-            raise RuntimeError(f"weight sync of version {policy_version}: {error}") from error
+            peer = f"rank {error.peer} is {self._places[error.peer]}"
+            raise RuntimeError(f"weight sync of version {policy_version}: {error}; {peer}") from error
         except (RuntimeError, ValueError) as error:  # the other ranks hear of it before they wait for this one
             return [f"the engine of rank {self._world.rank} failed: {error}"]
         return faults

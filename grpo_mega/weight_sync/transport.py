@@ -48,7 +48,11 @@ class Turn:
 
 
 class TransportError(RuntimeError):
-    """Bytes did not come or go in time; names both ranks."""
+    """Bytes did not come or go in time, between this rank and `peer`; names both."""
+
+    def __init__(self, text: str, peer: int) -> None:
+        super().__init__(text)
+        self.peer = peer
 
 
 class Transport(Protocol):
@@ -138,7 +142,8 @@ class GroupTransport:
         try:
             self._waits.pop((turn.number, message.peer, sends)).wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
-            raise TransportError(failed_wait(turn, message, self._rank, sends, self._timeout, str(error))) from error
+            why = failed_wait(turn, message, self._rank, sends, self._timeout, str(error))
+            raise TransportError(why, message.peer) from error
 
 
 def failed_wait(turn: Turn, message: Message, rank: int, sends: bool, seconds: float, why: str) -> str:
