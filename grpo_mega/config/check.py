@@ -167,10 +167,6 @@ def _sglang(config: Config) -> None:
             f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
             "engine.ep=1"
         )
-    if config.algorithm.routing_replay:
-        raise UserError(
-            "algorithm.routing_replay=true with engine.kind=sglang, which tells no experts here; use engine.kind=vllm"
-        )
 
 
 def _sequence_parallel(config: Config) -> None:

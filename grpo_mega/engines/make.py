@@ -38,6 +38,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
             kv_cache_tokens=config.engine.kv_cache_tokens,
             seed=config.run.seed,
             stops_at_texts=config.environment is not None,
+            tell_experts=config.algorithm.routing_replay,
             timeout_seconds=config.guard.timeout_seconds,
             log=None if logs is None else logs / f"sglang_{dist.get_rank():05d}.log",
         )

@@ -243,10 +243,6 @@ def test_config_is_frozen(minimal: Path) -> None:
             "engine.ep=2 with engine.kind=sglang: SGLang does not spread experts without CUDA; use engine.ep=1",
         ),
         (
-            ["engine.kind=sglang", "algorithm.routing_replay=true"],
-            "algorithm.routing_replay=true with engine.kind=sglang, which tells no experts here; use engine.kind=vllm",
-        ),
-        (
             ["parallel.sequence_parallel=true"],
             "parallel.sequence_parallel=true does nothing with parallel.tp=1; raise tp or leave it out",
         ),
