@@ -45,6 +45,16 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "gpt_oss": {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0, "intermediate_size": 64},
 }
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LATENT_YARN = YARN | {"beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5}
+# name -> family, its settings: positions far below the scaled ones are turned less far, all are multiplied
+SCALED: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-yarn": ("qwen2", {"hidden_size": 128, "rope_parameters": YARN}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 4.0}}),
+    "llama-llama3": ("llama", {"hidden_size": 128, "rope_parameters": LLAMA3}),
+    "latent-yarn": ("deepseek_v3", EXPERTS["deepseek_v3"] | {"rope_parameters": LATENT_YARN}),
+}
 BUCKET_BYTES = 64 * 1024  # several buckets, even for these models
 
 
@@ -70,6 +80,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         found.policy[name] = make_tiny_model(root / name, family=family, tie=tie, vocab=vocab)
     for name, changes in EXPERTS.items():
         found.policy[name] = make_family_model(root / name, raw_family_config(name, **changes))
+    for name, (of, changes) in SCALED.items():
+        found.policy[name] = make_family_model(root / name, raw_family_config(of, **changes))
     all_experts = raw_family_config("qwen3_moe", mlp_only_layers=[])
     found.policy["sglang_moe"] = make_family_model(root / "sglang_moe", all_experts)
     found.policy["sglang_mixtral"] = make_family_model(root / "sglang_mixtral", raw_family_config("mixtral"))
@@ -260,6 +272,21 @@ def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear
     assert world.call(streams_because) == [None, None]
     first, second = world.call(sampled)
     assert (first == second) == (engine_tp == 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("kind", ["vllm", pytest.param("sglang", marks=sglang_here)])
+def test_engines_turn_positions_as_the_policy_does(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, kind: str
+) -> None:
+    if kind == "sglang" and name == "latent-yarn":
+        pytest.skip("latent attention is refused with SGLang")
+    world.open(models.engine[name], tp=1, kind=kind, **SETTINGS)
+    tp, ep = (1, 2) if name == "latent-yarn" else (2, 1)
+    world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), tp, 1, 1, ep)
+    world.call(push, 0)
+    assert world.call(largest_mismatch)[0] <= 1e-4
 
 
 def streams_because(session: RankSession) -> str | None:
