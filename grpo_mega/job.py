@@ -25,7 +25,7 @@ from grpo_mega.engines.sglang_engine import SglangEngine
 from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.groups import GroupSource
-from grpo_mega.interfaces import Engine
+from grpo_mega.interfaces import Engine, WeightSource
 from grpo_mega.loop import Job, push_weights, train
 from grpo_mega.objective import Objective
 from grpo_mega.observe.log import configure_logging, quiet_libraries
@@ -44,7 +44,8 @@ from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.sampler import make_sampler, start_workers
-from grpo_mega.weight_sync.sync import SyncSettings, WeightSync
+from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
+from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync
 
 log = logging.getLogger("grpo_mega.job")
 
@@ -212,6 +213,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
         kv_cache_tokens=config.engine.kv_cache_tokens,
         seed=config.run.seed,
         tell_experts=config.algorithm.routing_replay,
+        fp8=config.engine.fp8 is not None,
     )
 
 
@@ -221,8 +223,7 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
     groups = [dist.new_group(members) for members in replicas]
     settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
     return WeightSync(
-        policy.source,
-        policy.full_tensors,
+        *policy_end(config, policy),
         engine.sink,
         source_group=policy.model_parallel_group,
         replicas=replicas,
@@ -230,6 +231,15 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
         settings=settings,
         where=ranks.topology.describe(ranks.rank),
     )
+
+
+def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, FullTensors]:
+    """What the policy gives to a sync, slice by slice and whole: its weights, or their FP8 codes and scales."""
+    if config.engine.fp8 is None:
+        return policy.source, policy.full_tensors
+    power_of_two = config.engine.fp8 == "scales_power_of_two"
+    coded = fp8_tensors(policy.full_tensors, power_of_two=power_of_two)
+    return Fp8Source(policy.source, power_of_two=power_of_two), coded
 
 
 def _open(config: Config, held: ExitStack) -> RunState:

@@ -25,6 +25,7 @@ def check(config: Config) -> None:
         _overlap,
         _engine_divides,
         _sglang,
+        _engine_fp8,
         _sequence_parallel,
         _row_holds_a_rollout,
         _minibatches,
@@ -135,6 +136,21 @@ def _sglang(config: Config) -> None:
     if config.algorithm.routing_replay:
         raise UserError(
             "algorithm.routing_replay=true with engine.kind=sglang, which tells no experts here; use engine.kind=vllm"
+        )
+
+
+def _engine_fp8(config: Config) -> None:
+    if config.engine.fp8 is None:
+        return
+    if config.engine.kind != "vllm":
+        raise UserError(
+            f"engine.fp8={config.engine.fp8} with engine.kind={config.engine.kind}: which of its kernels read codes as "
+            "they are stored is not known; use engine.kind=vllm, or leave engine.fp8 out"
+        )
+    if config.precision.dtype != "bf16":
+        raise UserError(
+            f"engine.fp8={config.engine.fp8} needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 "
+            "is bf16; set it"
         )
 
 

@@ -111,6 +111,9 @@ class EngineConfig(Section):
     """Ranks of one replica; replicas = world / tp."""
     ep: int = Field(1, ge=1)
     """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp) or tp."""
+    fp8: Literal["scales_fp32", "scales_power_of_two"] | None = None
+    """The engine holds its matrices as FP8 codes with a scale for each 128 x 128 block, made anew at every sync
+    (vllm, on GPUs that have FP8; unproven). Unset: in `precision.dtype`."""
     max_num_seqs: int = Field(256, ge=1)
     """Rollouts that one replica samples at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)

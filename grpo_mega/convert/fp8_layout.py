@@ -1,0 +1,92 @@
+"""Does a layout leave the 128 x 128 blocks of an FP8 engine's weights whole, on the policy's ranks and on the engine's?
+
+By arithmetic, before a run starts. The engine's rules are those of vLLM 0.32 (quantization/utils/fp8_utils.py,
+`validate_fp8_block_shape` and `validate_fp8_block_shape_moe`): of a matrix that is cut over ranks each part is whole
+blocks; of matrices that are fused on one rank all but the last are.
+Asserted by tests/unit/test_fp8_layout.py, against vLLM itself by tests/engine/test_vllm_fp8.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8_checkpoint import BLOCK, scale_slices
+from grpo_mega.convert.held import policy_slices
+from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import UserError
+
+
+def check_fp8_layout(
+    spec: ModelSpec,
+    parallel: ParallelConfig,
+    *,
+    engine_tp: int,
+    experts_spread: bool,
+    latent_split: bool,
+    where: str,
+) -> None:
+    """Of an engine whose key engine.fp8 is set.
+
+    Args:
+        spec: the model.
+        parallel: the policy's layout, which divides the model.
+        engine_tp: ranks of the engine, likewise.
+        experts_spread: experts are whole on one of them each.
+        latent_split: see `convert.families_layers.latent_attention`.
+        where: names the model in messages.
+
+    Raises:
+        UserError: names the key, the model's number and what would do.
+    """
+    if spec.moe is not None and spec.moe.gate is not None:
+        raise UserError(
+            f"engine.fp8: the experts of {where} are stacks with biases, which have no FP8 form; leave it out"
+        )
+    for name, rows, is_expert in _engine_rows(spec, engine_tp, experts_spread):
+        if rows % BLOCK:
+            remedy = "use a smaller engine.tp" if engine_tp > 1 else "leave engine.fp8 out"
+            if is_expert and not experts_spread and engine_tp > 1:
+                remedy += ", or engine.ep=engine.tp"
+            raise UserError(
+                f"engine.fp8 with engine.tp={engine_tp}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
+                f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block; {remedy}"
+            )
+    _check_policy(spec, parallel.tp, parallel.etp, latent_split)
+
+
+def _engine_rows(spec: ModelSpec, tp: int, experts_spread: bool) -> Iterator[tuple[str, int, bool]]:
+    """(what, its size on a rank, is it the experts') of everything that must be whole blocks."""
+    heads = spec.num_heads // tp
+    if spec.mla is not None:
+        if spec.mla.q_rank is not None:  # fused with the latent of keys and values
+            yield "q_lora_rank", spec.mla.q_rank, False
+        if tp > 1:
+            yield "query heads", heads * (spec.mla.nope_dim + spec.mla.rope_dim), False
+            yield "key and value heads", heads * (spec.mla.nope_dim + spec.mla.v_dim), False
+            yield "value heads", heads * spec.mla.v_dim, False
+    else:
+        yield "query heads", heads * spec.head_dim, False
+        yield "key-value heads", max(1, spec.num_kv_heads // tp) * spec.head_dim, False
+    if spec.moe is None or not all(spec.moe.layers):
+        yield "feed-forward size", spec.ffn_size // tp, False
+    if spec.moe is not None:
+        yield "feed-forward size of each expert", spec.moe.expert_ffn_size // (1 if experts_spread else tp), True
+        if spec.moe.shared_ffn_size:
+            yield "feed-forward size of the shared expert", spec.moe.shared_ffn_size // tp, False
+
+
+@functools.lru_cache(maxsize=64)
+def _check_policy(spec: ModelSpec, tp: int, etp: int, latent_split: bool) -> None:
+    """Stages and experts are alike but for their number: one stage with one expert a rank is looked at."""
+    experts = spec.moe.num_experts if spec.moe is not None else 1
+    one_stage = ParallelConfig(tp=tp, etp=etp, ep=experts)
+    ranks = Topology(tp * etp * experts, tp=tp, etp=etp, ep=experts)
+    shapes = hf_shapes(spec)
+    for rank in range(max(tp, etp)):
+        slices = policy_slices(spec, one_stage, ranks, ranks.coordinates(rank), latent_split=latent_split)
+        for _ in scale_slices(shapes, slices):
+            pass
