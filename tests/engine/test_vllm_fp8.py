@@ -3,7 +3,6 @@ sync makes, they are written to where its kernels read them, what cannot be decl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,7 @@ from grpo_mega.engines.vllm_regions import declare_regions
 from grpo_mega.engines.vllm_sink import VllmSink
 from grpo_mega.types import UserError
 from tests.helpers.fp8_models import build_fp8, fp8_tensors_of, fp8_weights, make_fp8_model, record_fp8
-from tests.helpers.one_process import one_process, run
-
-
-@pytest.fixture(scope="module")
-def recorder() -> Iterator[ProcessPoolExecutor]:
-    with one_process() as pool:
-        yield pool
-
+from tests.helpers.one_process import run
 
 MODELS = [
     ("llama", 1, False),

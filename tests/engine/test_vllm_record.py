@@ -3,7 +3,7 @@ loader does with real weights, and is made for a model of which nothing is known
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,9 @@ from grpo_mega.engines.regions import Zeros, region_view
 from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_regions import by_expert
 from grpo_mega.types import TensorSlice
-from tests.helpers.one_process import one_process, run
+from tests.helpers.one_process import run
 from tests.helpers.tiny_models import make_tiny_model
 from tests.helpers.vllm_table import engine_layout
-
-
-@pytest.fixture(scope="module")
-def recorder() -> Iterator[ProcessPoolExecutor]:
-    """It pretends to be ranks of engines."""
-    with one_process() as pool:
-        yield pool
 
 
 def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
