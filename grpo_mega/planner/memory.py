@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleSizes
 from grpo_mega.parallel.topology import Topology
@@ -21,6 +22,7 @@ from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_ch
 
 PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
 BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
+SCALE_BYTES = 4  # of a block of FP8 codes
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
 
@@ -117,8 +119,9 @@ def plan_memory(
         longest=work.longest,
         imbalance=cluster.assumptions.routing_imbalance,
     )
-    engine = engine_weight_bytes(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
-    per_token = kv_bytes_per_token(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
+    itemsize = ITEMSIZE[config.precision.dtype]
+    engine = engine_weight_bytes(spec, config.engine.tp, itemsize, fp8=config.engine.fp8 is not None)
+    per_token = kv_bytes_per_token(spec, config.engine.tp, itemsize)
     cache = _kv_cache(config, cluster, work, engine, per_token)
     ranks = []
     for pp_rank, chunks in enumerate(model_chunks(spec, config, where)):
@@ -126,7 +129,6 @@ def plan_memory(
         kept = activation_bytes(acts, chunks, config.parallel.pp, pp_rank, work.num_microbatches)
         phases = _phases(config, spec, topology, cluster, acts, chunks, static, kept, engine, cache)
         ranks.append(RankMemory(pp_rank, static, kept, phases))
-    itemsize = ITEMSIZE[config.precision.dtype]
     state = itemsize + 8 + (4 if itemsize < 4 else 0)
     reference = itemsize if config.algorithm.ref_update_every else 0
     return Memory(
@@ -148,25 +150,27 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int) -> float:
+def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int, *, fp8: bool = False) -> float:
     """Of one rank of an engine of `tp` ranks: matrices are cut, norms, routers and latent projections are not, and key
-    heads fewer than ranks are repeated."""
-    cut, repeated, keys = _engine_elements(spec)
-    return (cut / tp + repeated + keys / min(tp, spec.num_kv_heads)) * itemsize
+    heads fewer than ranks are repeated. `fp8`: a byte for each element of its matrices, and their scales."""
+    cut, repeated, keys = _engine_bytes(spec, itemsize, fp8)
+    return cut / tp + repeated + keys / min(tp, spec.num_kv_heads)
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_elements(spec: ModelSpec) -> tuple[int, int, int]:
-    """Elements that are cut over all ranks, that every rank has, and that are cut over key heads."""
+def _engine_bytes(spec: ModelSpec, itemsize: int, fp8: bool) -> tuple[int, int, int]:
+    """Of what is cut over all ranks, what every rank has, and what is cut over key heads."""
     cut = repeated = keys = 0
     for name, shape in hf_shapes(spec).items():
-        size = math.prod(shape)
+        size = itemsize * math.prod(shape)
+        if fp8 and is_coded(name, shape):
+            size = math.prod(shape) + SCALE_BYTES * math.prod(scales_shape(shape))
         if len(shape) == 1 or name.endswith((".mlp.gate.weight", "_a_proj.weight", "_a_proj_with_mqa.weight")):
             repeated += size
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
             keys += size
         else:  # the last projection of latent attention is kept beside its absorbed form
-            cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
+            cut += size + (itemsize * math.prod(shape) if name.endswith(".kv_b_proj.weight") else 0)
     return cut, repeated, keys
 
 
