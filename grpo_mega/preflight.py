@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from grpo_mega.config.schema import ArchitectureConfig, Config, ParallelConfig
-from grpo_mega.convert.fp8_layout import check_fp8_layout
+from grpo_mega.convert.fp8_layout import check_fp8_layout, check_policy_blocks
 from grpo_mega.convert.spec import ModelSpec, read_spec
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
@@ -43,7 +43,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     if with_engine:
-        check_engine_fp8(spec, config, where)
+        check_engine_fp8(spec, config, where, latent_split=not Path("/proc/driver/nvidia/gpus").is_dir())
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > spec.max_positions:
         raise UserError(
@@ -104,7 +104,8 @@ def _check_fp8_engine(config: Config) -> None:
 
 
 def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
-    """Do policy and engine leave FP8 blocks whole, where the engine has them? See `check_fp8_layout`."""
+    """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
+    `check_fp8_layout`."""
     if config.engine.fp8 is not None:
         check_fp8_layout(
             spec,
@@ -114,6 +115,8 @@ def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_spli
             latent_split=latent_split,
             where=where,
         )
+    elif config.weight_sync.fp8_report:
+        check_policy_blocks(spec, config.parallel.tp, config.parallel.etp, latent_split=latent_split)
 
 
 def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:

@@ -379,6 +379,8 @@ class WeightSyncConfig(Section):
     """At which syncs the engines' weights are proven to be the policy's."""
     bucket_bytes: int = Field(256 * 1024 * 1024, ge=1024)
     """What a rank sends and receives at a time; twice that is its extra memory."""
+    fp8_report: bool = False
+    """Write into fp8_report.json, at the start of a run, how far FP8 codes move each matrix of the policy."""
     transport: Literal["auto", "gloo", "nccl", "shared_memory"] = "auto"
     """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines."""
 

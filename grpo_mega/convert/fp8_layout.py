@@ -55,7 +55,7 @@ def check_fp8_layout(
                 f"engine.fp8 with engine.tp={engine_tp}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
                 f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block; {remedy}"
             )
-    _check_policy(spec, parallel.tp, parallel.etp, latent_split)
+    check_policy_blocks(spec, parallel.tp, parallel.etp, latent_split=latent_split)
 
 
 def _engine_rows(spec: ModelSpec, tp: int, experts_spread: bool) -> Iterator[tuple[str, int, bool]]:
@@ -80,8 +80,13 @@ def _engine_rows(spec: ModelSpec, tp: int, experts_spread: bool) -> Iterator[tup
 
 
 @functools.lru_cache(maxsize=64)
-def _check_policy(spec: ModelSpec, tp: int, etp: int, latent_split: bool) -> None:
-    """Stages and experts are alike but for their number: one stage with one expert a rank is looked at."""
+def check_policy_blocks(spec: ModelSpec, tp: int, etp: int, *, latent_split: bool) -> None:
+    """Of the policy's ranks alone; `latent_split` as in `check_fp8_layout`. Stages and experts are alike but for their
+    number: one stage with one expert a rank is looked at.
+
+    Raises:
+        UserError: a rank would hold a part of a block (names tensor and block).
+    """
     experts = spec.moe.num_experts if spec.moe is not None else 1
     one_stage = ParallelConfig(tp=tp, etp=etp, ep=experts)
     ranks = Topology(tp * etp * experts, tp=tp, etp=etp, ep=experts)

@@ -13,15 +13,13 @@ bit-equal to quantising whole tensors that have arrived.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.convert.fp8 import CODE, codes_of, dequantise, quantise, scales_of
+from grpo_mega.convert.fp8 import CODE, codes_of, quantise, scales_of
 from grpo_mega.convert.fp8_checkpoint import BLOCK, SCALE_SUFFIX, fp8_shapes, is_coded, scale_slices, scales_shape
 from grpo_mega.interfaces import HeldSlice, WeightSource
 from grpo_mega.types import TensorSlice, WeightMismatchError
@@ -118,34 +116,3 @@ def _block_amax(values: Tensor, hf: TensorSlice) -> tuple[tuple[slice, slice], T
     found = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK).amax((1, 3)).float()
     first = [offset // BLOCK for offset in hf.offsets]
     return (slice(first[0], first[0] + found.shape[0]), slice(first[1], first[1] + found.shape[1])), found
-
-
-def fp8_report(
-    source: WeightSource, group: dist.ProcessGroup | None, *, power_of_two: bool
-) -> dict[str, dict[str, float]]:
-    """What FP8 does to each layer: matrix -> `relative` |W - q(W)| / |W| (Frobenius) and `largest` |w - q(w)|.
-
-    Args:
-        source: the policy's, in its own dtype.
-        group: the ranks that hold one copy of the policy; None: this rank alone.
-        power_of_two: as in `Fp8Source`.
-    """
-    names = [name for name, shape in source.hf_shapes().items() if is_coded(name, shape)]
-    place = {name: i for i, name in enumerate(names)}
-    sums, largest = torch.zeros(len(names), 2, dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
-    for held in Fp8Source(source, power_of_two=power_of_two).shards():
-        if not isinstance(held, CodedSlice) or not held.counted:
-            continue
-        for hf in parts_of(held.hf):
-            values = HeldSlice.part(held, hf).bfloat16().double()
-            error = dequantise(held.part(hf), held.scales, hf.offsets).double() - values
-            i = place[hf.name]
-            sums[i] += torch.stack([error.square().sum(), values.square().sum()]).cpu()
-            largest[i] = max(float(largest[i]), float(error.abs().amax()))
-    if group is not None and group.size() > 1:
-        dist.all_reduce(sums, group=group)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    return {
-        name: {"relative": math.sqrt(sums[i, 0] / sums[i, 1]) if sums[i, 1] else 0.0, "largest": float(largest[i])}
-        for name, i in place.items()
-    }

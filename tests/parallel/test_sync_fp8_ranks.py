@@ -3,6 +3,7 @@ as vLLM's own FP8 loader fills them. What lies there is bit for bit the gathered
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.helpers.one_process import run
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_family_model
 from tests.parallel.recorded import Layout, Recorded, make_config
+from tools.fp8_report import report_of
 
 WORLD, ENGINE_TP, BUCKET_BYTES = 4, 2, 64 * 1024
 
@@ -217,6 +219,27 @@ def test_a_flipped_code_and_a_scale_of_the_version_before_are_named_on_every_ran
         assert "model.layers.0.self_attn.o_proj.weight_scale_inv[" in stale
         assert "on rank 1" in stale
         assert "rank 3: the engine" not in flipped + stale
+
+
+def report(rank: int, case: Case, folder: Path) -> None:
+    from grpo_mega.job import report_fp8
+    from grpo_mega.observe.run_folder import RunFolder
+
+    policy, _, _ = open_ends(rank, case)
+    config = SimpleNamespace(engine=SimpleNamespace(fp8="scales_power_of_two" if case.power_of_two else "scales_fp32"))
+    report_fp8(config, policy, RunFolder(folder), is_first=rank == 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_the_report_of_a_run_is_that_of_the_files_that_its_policy_was_read_from(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, name: str
+) -> None:
+    rank_pool.call(WORLD, report, cases[name], tmp_path)
+    found = json.loads((tmp_path / "fp8_report.json").read_text())
+    expected = report_of(cases[name].model, power_of_two=cases[name].power_of_two)
+    assert list(found) == list(expected)
+    for matrix, errors in expected.items():
+        assert found[matrix] == pytest.approx(errors, rel=1e-12), matrix
 
 
 def misfit(rank: int, case: Case, fp8: bool) -> str:
