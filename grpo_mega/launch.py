@@ -9,6 +9,7 @@ the screen. Tests: tests/unit/test_launch.py.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -153,8 +154,10 @@ def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | Non
     return node, None if step.one_task_per_node else step.local_task
 
 
-def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str]) -> list[str]:
-    """One task per node of the allocation. `--cpu-bind=none`: the task's cores are for all ranks of the node."""
+def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str], timeout_seconds: float) -> list[str]:
+    """One task per node of the allocation. `--cpu-bind=none`: the task's cores are for all ranks of the node. `--wait`,
+    from the end of the first task: nobody tells srun of a task that was lost with its node, when the node is back
+    before Slurm has missed it."""
     nodes = env.get("SLURM_JOB_NUM_NODES") or env["SLURM_NNODES"]
     options = [
         f"--nodes={nodes}",
@@ -162,6 +165,7 @@ def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str]) 
         "--ntasks-per-node=1",
         "--cpu-bind=none",
         "--kill-on-bad-exit=1",
+        f"--wait={math.ceil(timeout_seconds)}",
     ]
     return ["srun", *options, script, *arguments]
 
@@ -203,7 +207,7 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
         if wishes.configured:  # else the nodes look for their GPUs themselves; this may be a login node without any
             nodes = positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
             ranks_per_node(wishes.world_size, nodes)
-        become(srun_command(env, script, arguments), env)
+        become(srun_command(env, script, arguments, wishes.timeout_seconds), env)
     if place == "slurm_step":
         node, local_rank = slurm_node(env, wishes.world_size)
     else:

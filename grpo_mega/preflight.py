@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from grpo_mega.config.schema import ArchitectureConfig, Config, ParallelConfig
-from grpo_mega.convert.fp8_layout import check_fp8_layout, check_policy_blocks
+from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout, check_policy_blocks
 from grpo_mega.convert.spec import ModelSpec, read_spec
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
@@ -78,6 +78,11 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
         _require_divisor("parallel.tp", topology.tp, spec.mla.q_rank or topology.tp, "q_lora_rank", where)
         latent = spec.mla.kv_rank + spec.mla.rope_dim
         _require_divisor("parallel.tp", topology.tp, latent, "kv_lora_rank + qk_rope_head_dim", where)
+    if topology.engine_dp > 1 and spec.moe is None:
+        raise UserError(
+            f"engine.dp={topology.engine_dp}: {where} has no experts for the copies to share; leave it out, and every "
+            "engine.tp ranks are a replica of their own"
+        )
     _check_experts(spec, parallel, topology, where)
     parts = (("mla_up_proj", "latent attention", spec.mla), ("moe", "experts", spec.moe))
     for module, needed, part in parts:
@@ -96,7 +101,9 @@ def _check_fp8(config: Config) -> None:
 
 
 def _check_fp8_engine(config: Config) -> None:
-    """Raises UserError: there is no device on which vLLM computes with FP8 blocks."""
+    """Raises UserError: there is no device on which vLLM computes with FP8 blocks. Servers look at their own."""
+    if config.engine.placement == "server":
+        return
     if config.engine.fp8 is not None and not Path("/proc/driver/nvidia/gpus").is_dir():
         raise UserError(
             f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none; leave engine.fp8 out"
@@ -110,8 +117,7 @@ def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_spli
         check_fp8_layout(
             spec,
             config.parallel,
-            engine_tp=config.engine.tp,
-            experts_spread=config.engine.ep > 1,
+            EngineGrid(config.engine.tp, config.engine.dp, experts_spread=config.engine.ep > 1),
             latent_split=latent_split,
             where=where,
         )
@@ -164,6 +170,11 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
     folder = Path(str(config.model.path))
     if config.engine.kind == "sglang":
         _check_sglang(spec, folder)
+    if spec.moe is not None and config.engine.ep > spec.moe.num_experts:
+        raise UserError(
+            f"engine.ep={config.engine.ep}: {folder} has {spec.moe.num_experts} experts, and every rank needs one; use "
+            "fewer ranks, or engine.ep=1"
+        )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
     raw = json.loads((folder / "config.json").read_text())

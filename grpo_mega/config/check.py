@@ -23,6 +23,7 @@ def check(config: Config) -> None:
         _pipeline,
         _recompute,
         _overlap,
+        _servers,
         _engine_divides,
         _sglang,
         _engine_fp8,
@@ -114,28 +115,71 @@ def _overlap(config: Config) -> None:
         )
 
 
-def _engine_divides(config: Config) -> None:
-    world = config.run.world_size
-    if world is not None and world % config.engine.tp:
-        raise UserError(f"run.world_size={world} is not a multiple of engine.tp={config.engine.tp}; use one that is")
-    if config.engine.ep not in (1, config.engine.tp):
+def _servers(config: Config) -> None:
+    engine, world = config.engine, config.run.world_size
+    if engine.placement == "colocated":
+        if engine.urls:
+            raise UserError(
+                f"engine.urls={list(engine.urls)} does nothing with engine.placement=colocated; set "
+                "engine.placement=server, or leave it out"
+            )
+        return
+    if engine.kind != "vllm":
         raise UserError(
-            f"engine.ep={config.engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or "
-            f"engine.tp={config.engine.tp}"
+            f"engine.placement=server with engine.kind={engine.kind}, which runs beside the ranks only; use "
+            "engine.kind=vllm, or engine.placement=colocated"
+        )
+    if engine.dp > 1:
+        raise UserError(
+            f"engine.dp={engine.dp} with engine.placement=server: a server's ranks sample the same rollouts; use "
+            "engine.dp=1, and a server for each share of the prompts"
+        )
+    if not engine.urls:
+        raise UserError(
+            "engine.placement=server without engine.urls; start launch/serve.sh with this config on other devices, and "
+            "list the addresses that it prints: engine.urls=[host:port, ...]"
+        )
+    if len(set(engine.urls)) < len(engine.urls):
+        raise UserError(f"engine.urls={list(engine.urls)} names a server twice; a server is one replica")
+    if world is not None:
+        require_equal_parts(world, len(engine.urls))
+
+
+def require_equal_parts(world: int, num_servers: int) -> None:
+    """Raises UserError: the ranks cannot be cut into as many equal parts as there are servers."""
+    if world % num_servers:
+        raise UserError(
+            f"engine.urls names {num_servers} servers, which do not divide the {world} rank(s) of this job: each "
+            f"serves an equal part of them; use a number of servers that divides {world}"
+        )
+
+
+def _engine_divides(config: Config) -> None:
+    engine = config.engine
+    world = config.run.world_size if engine.placement == "colocated" else None
+    ranks, keys = engine.tp, f"engine.tp={engine.tp}"
+    if engine.dp > 1:
+        ranks, keys = engine.tp * engine.dp, f"engine.tp x engine.dp = {engine.tp} x {engine.dp}"
+    if world is not None and world % ranks:
+        raise UserError(f"run.world_size={world} is not a multiple of {keys}; use one that is")
+    if engine.ep not in (1, ranks):
+        raise UserError(
+            f"engine.ep={engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or {keys}"
         )
 
 
 def _sglang(config: Config) -> None:
     if config.engine.kind != "sglang":
         return
+    if config.engine.dp > 1:
+        raise UserError(
+            f"engine.dp={config.engine.dp} with engine.kind=sglang, whose copies would share no experts without CUDA; "
+            "use engine.dp=1: every engine.tp ranks are a replica"
+        )
     if config.engine.ep > 1:
         raise UserError(
             f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
             "engine.ep=1"
-        )
-    if config.algorithm.routing_replay:
-        raise UserError(
-            "algorithm.routing_replay=true with engine.kind=sglang, which tells no experts here; use engine.kind=vllm"
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from grpo_mega.config.schema import ParallelConfig
 from grpo_mega.convert.families import hf_shapes
@@ -20,22 +21,25 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 
+@dataclass(frozen=True)
+class EngineGrid:
+    """One engine: `tp` ranks cut each of `dp` copies of the attention. `experts_spread`: experts are whole on one rank
+    each, not cut over all."""
+
+    tp: int
+    dp: int = 1
+    experts_spread: bool = False
+
+
 def check_fp8_layout(
-    spec: ModelSpec,
-    parallel: ParallelConfig,
-    *,
-    engine_tp: int,
-    experts_spread: bool,
-    latent_split: bool,
-    where: str,
+    spec: ModelSpec, parallel: ParallelConfig, engine: EngineGrid, *, latent_split: bool, where: str
 ) -> None:
     """Of an engine whose key engine.fp8 is set.
 
     Args:
         spec: the model.
         parallel: the policy's layout, which divides the model.
-        engine_tp: ranks of the engine, likewise.
-        experts_spread: experts are whole on one of them each.
+        engine: its ranks, likewise.
         latent_split: see `convert.families_layers.latent_attention`.
         where: names the model in messages.
 
@@ -46,20 +50,22 @@ def check_fp8_layout(
         raise UserError(
             f"engine.fp8: the experts of {where} are stacks with biases, which have no FP8 form; leave it out"
         )
-    for name, rows, is_expert in _engine_rows(spec, engine_tp, experts_spread):
+    for name, rows, is_expert in _engine_rows(spec, engine):
         if rows % BLOCK:
-            remedy = "use a smaller engine.tp" if engine_tp > 1 else "leave engine.fp8 out"
-            if is_expert and not experts_spread and engine_tp > 1:
-                remedy += ", or engine.ep=engine.tp"
+            remedy = "use a smaller engine.tp" if engine.tp > 1 else "leave engine.fp8 out"
+            ranks = f"engine.tp={engine.tp}" + (f" and engine.dp={engine.dp}" if engine.dp > 1 else "")
+            if is_expert and not engine.experts_spread and engine.tp * engine.dp > 1:
+                remedy += f", or engine.ep={engine.tp * engine.dp}"
             raise UserError(
-                f"engine.fp8 with engine.tp={engine_tp}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
+                f"engine.fp8 with {ranks}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
                 f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block; {remedy}"
             )
     check_policy_blocks(spec, parallel.tp, parallel.etp, latent_split=latent_split)
 
 
-def _engine_rows(spec: ModelSpec, tp: int, experts_spread: bool) -> Iterator[tuple[str, int, bool]]:
+def _engine_rows(spec: ModelSpec, engine: EngineGrid) -> Iterator[tuple[str, int, bool]]:
     """(what, its size on a rank, is it the experts') of everything that must be whole blocks."""
+    tp = engine.tp
     heads = spec.num_heads // tp
     if spec.mla is not None:
         if spec.mla.q_rank is not None:  # fused with the latent of keys and values
@@ -74,9 +80,11 @@ def _engine_rows(spec: ModelSpec, tp: int, experts_spread: bool) -> Iterator[tup
     if spec.moe is None or not all(spec.moe.layers):
         yield "feed-forward size", spec.ffn_size // tp, False
     if spec.moe is not None:
-        yield "feed-forward size of each expert", spec.moe.expert_ffn_size // (1 if experts_spread else tp), True
-        if spec.moe.shared_ffn_size:
-            yield "feed-forward size of the shared expert", spec.moe.shared_ffn_size // tp, False
+        ways = 1 if engine.experts_spread else tp * engine.dp
+        yield "feed-forward size of each expert", spec.moe.expert_ffn_size // ways, True
+        if spec.moe.shared_ffn_size:  # which is not cut where copies with latent attention share the experts
+            whole = spec.mla is not None and engine.dp > 1 and engine.experts_spread
+            yield "feed-forward size of the shared expert", spec.moe.shared_ffn_size // (1 if whole else tp), False
 
 
 @functools.lru_cache(maxsize=64)

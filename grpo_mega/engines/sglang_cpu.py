@@ -9,6 +9,7 @@ The wheel imports three packages that it does not need on CPU, of which there ar
 Empty modules stand in for them; vLLM, which it would import where it is there (layers/moe/moe_runner/triton_utils), for
 5 s of every process, is hidden. A call of something of sgl_kernel raises: nothing computes with a stand-in. Without the
 real kernels SGLang takes its torch implementations, also on processors with AMX, so parameters stay plain.
+Its buffer for chosen experts is registered with CUDA (srt/mem_cache/pool_host/common.py:147), which does nothing here.
 
 They would be seen by everything in a process (torch, Megatron), so only the processes of an engine import this for its
 effect: sglang_host.py, which the processes that it spawns import first, too.
@@ -69,6 +70,10 @@ def other_models(config_dir: Path) -> str:
 def install_stand_ins() -> None:
     """Before the first import of SGLang."""
     sys.meta_path.insert(0, _Finder())
+    import torch
+
+    unchanged = types.SimpleNamespace(cudaHostRegister=_registered, cudaHostUnregister=_registered)
+    torch.cuda.cudart = lambda: unchanged
 
 
 class _Nothing:
@@ -99,6 +104,10 @@ class _StandIn(types.ModuleType):
         if len(args) == 1 and callable(args[0]) and not kwargs:
             return args[0]
         return _undecorated
+
+
+def _registered(*_: int) -> int:
+    return 0
 
 
 def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.experts import narrowed
+from grpo_mega.engines.engine_ranks import EngineRanks
 from grpo_mega.engines.sampling import check_lengths, eos_ids
 from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang_process import SglangProcess
-from grpo_mega.engines.sglang_ranks import EngineRanks
 from grpo_mega.engines.sglang_sink import SglangSink
 from grpo_mega.engines.sglang_worker import LOADER
 from grpo_mega.interfaces import WeightSink
@@ -46,11 +50,12 @@ class SglangEngine:
         kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
         seed: of SGLang's own dummy weights.
         stops_at_texts: requests may have `stop`; SGLang reads the tokenizer then.
+        tell_experts: be able to answer requests with `expert_choices`.
         timeout_seconds: of its answers to everything but sampling.
         log: where its processes write; None: a temporary file.
 
     Raises:
-        UserError: SGLang is not installed, the machine has CUDA, or the model has no EOS token.
+        UserError: SGLang is not installed, the machine has CUDA, or the model has no EOS token, or no experts to tell.
         RuntimeError: SGLang did not start (with the end of its log), on all ranks of the replica.
     """
 
@@ -65,6 +70,7 @@ class SglangEngine:
         kv_cache_tokens: int | None,
         seed: int,
         stops_at_texts: bool = False,
+        tell_experts: bool = False,
         timeout_seconds: float = 600.0,
         log: Path | None = None,
     ) -> None:
@@ -72,6 +78,9 @@ class SglangEngine:
 
         check_sglang()
         spec = read_spec(config_dir)
+        if tell_experts and spec.moe is None:
+            raise UserError(f"algorithm.routing_replay=true: {config_dir} has no experts to tell; set it to false")
+        self._spec, self._tells_experts = spec, tell_experts
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
         self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
         self._max_model_len, self._stops_at_texts = max_model_len, stops_at_texts
@@ -89,6 +98,7 @@ class SglangEngine:
                 "max_running_requests": max_num_seqs,
                 "max_total_tokens": cached_tokens(kv_cache_tokens, max_num_seqs, max_model_len),
                 "random_seed": seed,
+                "enable_return_routed_experts": tell_experts,
             }
             self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
         try:
@@ -122,14 +132,14 @@ class SglangEngine:
         Raises:
             RuntimeError: asleep, in the middle of an update, before the first sync, or SGLang failed.
             ValueError: a prompt and its completion do not fit `max_model_len`, or the engine was not built for `stop`,
-                or is asked for experts.
+                or not to tell experts and is asked for them.
         """
         self._check_ready(prompts, sampling)
         size = sampling.group_size
         groups: list[list[Completion | None]] = [[None] * size for _ in prompts]
         for sampled in self._ranks.all_hear(self._sampled(prompts, sampling)):
             position, member = divmod(sampled.position, size)
-            completion = self._completion(sampled)
+            completion = self._completion(sampled, prompts[position])
             groups[position][member] = completion
             if on_completion is not None:
                 on_completion(position, member, completion)
@@ -169,8 +179,8 @@ class SglangEngine:
             raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
         if self._sink.updating or self.policy_version < 0:
             raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
-        if sampling.expert_choices:
-            raise ValueError("expert_choices of an engine that does not tell them")
+        if sampling.expert_choices and not self._tells_experts:
+            raise ValueError("expert_choices of an engine that was built without tell_experts")
         if sampling.stop and not self._stops_at_texts:
             raise ValueError("stop of an engine that was built without stops_at_texts")
         check_lengths(prompts, sampling, self._max_model_len)
@@ -184,6 +194,7 @@ class SglangEngine:
             [self._parameters(sampling, sampling.max_tokens_of(position)) for _, position in requests],
             sampling.seed,
             sampling.continues,
+            sampling.expert_choices,
         )
         yield from self._process.stream("sample", batch, beat_seconds=self._ranks.beat_seconds)
 
@@ -201,7 +212,7 @@ class SglangEngine:
             "min_p": 0.0,
         }
 
-    def _completion(self, sampled: Sampled) -> Completion:
+    def _completion(self, sampled: Sampled, prompt: Prompt) -> Completion:
         token_ids = sampled.token_ids
         assert len(token_ids) == len(sampled.log_probs), f"{len(token_ids)} tokens, {len(sampled.log_probs)} log-probs"
         return Completion(
@@ -210,7 +221,19 @@ class SglangEngine:
             stop_reason=stop_reason(sampled.finish),
             policy_version=self.policy_version,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            expert_choices=self._experts(sampled, len(prompt.token_ids)),
         )
+
+    def _experts(self, sampled: Sampled, prompt_tokens: int) -> Tensor | None:
+        """[N, L, K] of all tokens but the last, which the engine has not read."""
+        if sampled.expert_choices is None:
+            return None
+        assert self._spec.moe is not None, "checked when the engine was built"
+        shape = (prompt_tokens + len(sampled.token_ids) - 1, self._spec.num_layers, self._spec.moe.top_k)
+        told = np.frombuffer(sampled.expert_choices, dtype=np.int32)
+        if told.size != math.prod(shape):
+            raise RuntimeError(f"SGLang told {told.size} experts of a rollout, not {' x '.join(map(str, shape))}")
+        return narrowed(torch.from_numpy(told.reshape(shape).astype(np.int16)), self._spec.moe.num_experts)
 
 
 _ARGUMENTS: dict[str, Any] = {

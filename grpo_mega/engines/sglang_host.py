@@ -10,6 +10,7 @@ of a pair of sockets. Requests are (command, arguments); answers ("part", value)
 
 from __future__ import annotations
 
+import base64
 import ctypes
 import json
 import os
@@ -66,13 +67,16 @@ class Host:
             input_ids=[list(ids) for ids in batch.prompts],
             sampling_params=list(batch.parameters),
             return_logprob=True,
+            return_routed_experts=batch.expert_choices,
             stream=True,
         )
         for part in parts:
             meta = part["meta_info"]
             if meta["finish_reason"] is not None:
                 log_probs = tuple(entry[0] for entry in meta["output_token_logprobs"])
-                self._answer(Sampled(part["index"], tuple(part["output_ids"]), log_probs, meta["finish_reason"]))
+                experts = base64.b64decode(meta["routed_experts"]) if batch.expert_choices else None
+                token_ids, finish = tuple(part["output_ids"]), meta["finish_reason"]
+                self._answer(Sampled(part["index"], token_ids, log_probs, finish, experts))
 
     def release(self, tags: list[str]) -> None:
         """SGLang's memory of these kinds."""

@@ -19,19 +19,23 @@ class HostSettings:
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Requests that SGLang gets in one message: what follows is decided by them and `seed` alone. `stop` of each."""
+    """Requests that SGLang gets in one message: what follows is decided by them and `seed` alone. `stop` of each.
+    `expert_choices`: tell the experts of every token."""
 
     prompts: Sequence[Sequence[int]]
     parameters: Sequence[dict[str, Any]]
     seed: int
     keep_prefixes: bool
+    expert_choices: bool
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The request at this position is complete. `finish`: SGLang's finish_reason."""
+    """The request at this position is complete. `finish`: SGLang's finish_reason. `expert_choices`: int32, of the N
+    tokens of prompt and answer but the last, of L layers, K experts each, one after another."""
 
     position: int
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish: dict[str, Any]
+    expert_choices: bytes | None

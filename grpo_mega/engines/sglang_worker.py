@@ -88,6 +88,7 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
     """`tensors`: a file with shape and dtype of every tensor of the checkpoint."""
     global _shared
     assert _shared is None, "parameters are shared once"
+    _mark_experts_unknown()
     expected = pickle.loads(Path(tensors).read_bytes())
     try:
         record = record_loader(model, expected, _padded(model))
@@ -115,6 +116,16 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
         addresses[name] = moved.data_ptr()
     _shared = _Shared(memory, addresses)
     return SharedModel(os.getpid(), descriptor, max(end, 1), places, record)
+
+
+def _mark_experts_unknown() -> None:
+    """SGLang's records of chosen experts begin as zeros, which are an expert's number: a layer whose router nobody asks
+    would seem to choose it."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    if (capturer := get_global_experts_capturer()) is not None:
+        capturer.host_cache.buffer.fill_(-1)
+        capturer.device_cache.buffer.fill_(-1)
 
 
 def place_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

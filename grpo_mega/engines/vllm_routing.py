@@ -8,7 +8,7 @@ CUDA graphs are captured, and read after each step of the first runner.
 A block of tokens that comes out of the prefix cache is not computed again: its record is that of the request which
 computed it, found by the tokens up to the block's end. What is left without a record is a request's last token, which
 the engine never reads.
-Asserted by tests/engine/test_vllm_routing.py and tests/unit/test_vllm_routing_records.py.
+Asserted by tests/engine/test_engine_routing.py and tests/unit/test_vllm_routing_records.py.
 """
 
 from __future__ import annotations

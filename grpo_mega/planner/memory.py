@@ -25,6 +25,14 @@ BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
 SCALE_BYTES = 4  # of a block of FP8 codes
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
+_ROUTERS_AND_LATENTS = (
+    ".mlp.gate.weight",
+    ".block_sparse_moe.gate.weight",
+    ".router.weight",
+    "_a_proj.weight",
+    "_a_proj_with_mqa.weight",
+)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -120,7 +128,8 @@ def plan_memory(
         imbalance=cluster.assumptions.routing_imbalance,
     )
     itemsize = ITEMSIZE[config.precision.dtype]
-    engine = engine_weight_bytes(spec, config.engine.tp, itemsize, fp8=config.engine.fp8 is not None)
+    spread, coded = config.engine.ep > 1, config.engine.fp8 is not None
+    engine = engine_weight_bytes(spec, topology, itemsize, spread=spread, fp8=coded)
     per_token = kv_bytes_per_token(spec, config.engine.tp, itemsize)
     cache = _kv_cache(config, cluster, work, engine, per_token)
     ranks = []
@@ -150,28 +159,51 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int, *, fp8: bool = False) -> float:
-    """Of one rank of an engine of `tp` ranks: matrices are cut, norms, routers and latent projections are not, and key
-    heads fewer than ranks are repeated. `fp8`: a byte for each element of its matrices, and their scales."""
-    cut, repeated, keys = _engine_bytes(spec, itemsize, fp8)
-    return cut / tp + repeated + keys / min(tp, spec.num_kv_heads)
+def engine_weight_bytes(
+    spec: ModelSpec, topology: Topology, itemsize: int, *, spread: bool, fp8: bool = False
+) -> float:
+    """Of one rank of an engine: experts are divided over all its ranks, other matrices cut over tp, norms, routers and
+    latent projections are not, and key heads fewer than ranks are repeated. `spread`: experts are whole. `fp8`: a byte
+    for each element of its matrices, and their scales."""
+    sizes, tp = _engine_sizes(spec, itemsize, fp8), topology.engine_tp
+    shared: float = sizes.shared
+    # where experts are spread and copies of several ranks share them, a rank has its own part of the tokens, and models
+    # with latent attention send it through the whole of the shared experts (models/deepseek_v2.py of vLLM)
+    if spec.mla is None or topology.engine_dp == 1 or not spread:
+        shared /= tp
+    dense = sizes.cut / tp + sizes.repeated + sizes.keys / min(tp, spec.num_kv_heads)
+    return dense + shared + sizes.experts / topology.engine_ranks
+
+
+@dataclass
+class _EngineSizes:
+    """Bytes of experts, of the shared ones, cut over tp, on every rank, and cut over key heads."""
+
+    experts: int = 0
+    shared: int = 0
+    cut: int = 0
+    repeated: int = 0
+    keys: int = 0
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_bytes(spec: ModelSpec, itemsize: int, fp8: bool) -> tuple[int, int, int]:
-    """Of what is cut over all ranks, what every rank has, and what is cut over key heads."""
-    cut = repeated = keys = 0
+def _engine_sizes(spec: ModelSpec, itemsize: int, fp8: bool) -> _EngineSizes:
+    found = _EngineSizes()
     for name, shape in hf_shapes(spec).items():
-        size = itemsize * math.prod(shape)
+        plain = size = itemsize * math.prod(shape)
         if fp8 and is_coded(name, shape):
             size = math.prod(shape) + SCALE_BYTES * math.prod(scales_shape(shape))
-        if len(shape) == 1 or name.endswith((".mlp.gate.weight", "_a_proj.weight", "_a_proj_with_mqa.weight")):
-            repeated += size
+        if ".experts." in name:
+            found.experts += size
+        elif ".shared_expert" in name:
+            found.shared += size
+        elif len(shape) == 1 or name.endswith(_ROUTERS_AND_LATENTS):
+            found.repeated += size
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
-            keys += size
+            found.keys += size
         else:  # the last projection of latent attention is kept beside its absorbed form
-            cut += size + (itemsize * math.prod(shape) if name.endswith(".kv_b_proj.weight") else 0)
-    return cut, repeated, keys
+            found.cut += size + (plain if name.endswith(".kv_b_proj.weight") else 0)
+    return found
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:
@@ -254,8 +286,9 @@ def _phases(
 def num_groups(topology: Topology) -> int:
     """Communicators of more than one rank in which a rank takes part: the axes, their products, the engine's, all."""
     axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
-    products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.engine_tp, topology.world_size)
-    return sum(size > 1 for size in (*axes, *products))
+    products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.world_size)
+    engine = (topology.engine_tp, topology.engine_dp, topology.engine_ranks if topology.engine_dp > 1 else 1)
+    return sum(size > 1 for size in (*axes, *products, *engine))
 
 
 def has_critic(config: Config) -> bool:

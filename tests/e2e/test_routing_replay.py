@@ -1,4 +1,4 @@
-"""Routing replay through the command: experts of the real vLLM in the policy's updates, beside a run without."""
+"""Routing replay through the command: experts of the real engines in the policy's updates, beside a run without."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
 from tests.helpers.tiny_models import make_family_model
@@ -14,6 +15,8 @@ from tests.helpers.tiny_models import make_family_model
 STEPS = 2
 # many experts with scores that are close together, in bf16: engine and policy often choose differently
 CONFIG = raw_family_config("qwen3_moe", num_hidden_layers=3, num_experts=32, num_experts_per_tok=4, mlp_only_layers=[1])
+ALL_EXPERTS = CONFIG | {"mlp_only_layers": []}  # as SGLang builds it
+SGLANG = "engine.kind=sglang"
 
 
 def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> list[dict[str, float]]:
@@ -43,13 +46,20 @@ def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> lis
     [
         pytest.param((), id="one-rank"),
         pytest.param(("run.world_size=2", "parallel.ep=2", "engine.tp=2", "engine.ep=2"), id="ep2-and-tp2ep2"),
+        pytest.param(("run.world_size=2", "parallel.ep=2", "engine.dp=2", "engine.ep=2"), id="ep2-and-dp2ep2"),
+        pytest.param(
+            ("run.world_size=4", "parallel.ep=2", "engine.tp=2", "engine.dp=2", "engine.ep=4"), id="ep2-and-tp2dp2ep4"
+        ),
         pytest.param(
             ("run.world_size=2", "parallel.pp=2", "parallel.num_layers_first_stage=2"), id="pp2-and-two-engines"
         ),
+        pytest.param((SGLANG,), id="one-rank-sglang", marks=sglang_here),
+        pytest.param((SGLANG, "run.world_size=2", "parallel.ep=2", "engine.tp=2"), id="ep2-sglang", marks=sglang_here),
     ],
 )
 def test_with_the_engines_experts_the_policy_is_nearer_to_the_sampler(tmp_path: Path, layout: tuple[str, ...]) -> None:
-    model = make_family_model(tmp_path / "moe", CONFIG, router_scale=0.05)
+    config = ALL_EXPERTS if SGLANG in layout else CONFIG
+    model = make_family_model(tmp_path / "moe", config, router_scale=0.05)
     own, told = (run(model, tmp_path / name, replay, layout) for name, replay in (("own", False), ("told", True)))
     first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("own", "told")]
     assert first[0] == first[1]  # the same tokens: only the policy's routing differs

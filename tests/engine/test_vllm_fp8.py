@@ -3,6 +3,7 @@ sync makes, they are written to where its kernels read them, what cannot be decl
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from grpo_mega.config.schema import ParallelConfig
 from grpo_mega.convert.digest import slice_digest
-from grpo_mega.convert.fp8_layout import check_fp8_layout
+from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.record import CannotRecordError
 from grpo_mega.engines.vllm_regions import declare_regions
@@ -48,6 +49,20 @@ def test_the_loader_takes_exactly_the_codes_and_scales_that_a_sync_makes_and_the
     for copy in copies:
         wanted = tensors[copy.hf.name][1]
         assert copy.dtype == wanted or "gate.weight" in copy.hf.name, copy.hf  # a router that computes in fp32
+
+
+def test_copies_that_share_experts_take_codes_and_scales_whole_of_their_own_and_of_what_is_not_cut(
+    recorder: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """The shared expert is whole on each of two copies of one rank, each routed expert on one of them."""
+    folder = make_fp8_model(tmp_path, "deepseek_v3")
+    records = run(recorder, record_fp8, folder, 1, [0, 1], True, 2)
+    times = Counter(copy.hf.name for record in records for copy in record.copies)
+    assert set(times) == set(fp8_tensors_of(folder))
+    for name, count in times.items():
+        assert count == (1 if ".mlp.experts." in name else 2), name
+    engine = EngineGrid(1, 2, experts_spread=True)
+    check_fp8_layout(read_spec(folder), ParallelConfig(), engine, latent_split=False, where="the model")
 
 
 def test_an_fp8_engine_cuts_codes_and_scales_alike(recorder: ProcessPoolExecutor, tmp_path: Path) -> None:
@@ -228,14 +243,8 @@ def test_a_layout_is_refused_in_words_where_vllm_would_not_build_or_load_it(
     folder = make_fp8_model(tmp_path, family, **changes)
     said = ""
     try:
-        check_fp8_layout(
-            read_spec(folder),
-            ParallelConfig(),
-            engine_tp=tp,
-            experts_spread=spread,
-            latent_split=False,
-            where="the model",
-        )
+        engine = EngineGrid(tp, experts_spread=spread)
+        check_fp8_layout(read_spec(folder), ParallelConfig(), engine, latent_split=False, where="the model")
     except UserError as error:
         said = str(error)
     assert run(recorder, vllm_refuses, folder, tp, spread) == bool(said)

@@ -70,12 +70,12 @@ def fp8_tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype
     return checkpoint_tensors(read_spec(folder), torch.bfloat16, fp8=True)
 
 
-def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool) -> list[LoaderRecord]:
+def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 1) -> list[LoaderRecord]:
     """Of vLLM's loader; in a process of its own."""
     from grpo_mega.engines.vllm_offline import record_ranks
 
     return record_ranks(
-        folder, fp8_tensors_of(folder), dtype="bf16", tp=tp, ranks=ranks, experts_spread=spread, fp8=True
+        folder, fp8_tensors_of(folder), dtype="bf16", tp=tp, dp=dp, ranks=ranks, experts_spread=spread, fp8=True
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from grpo_mega import preflight
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import ParallelConfig
-from grpo_mega.convert.fp8_layout import check_fp8_layout
+from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout
 from grpo_mega.convert.spec import ModelSpec, read_spec, spec_from_config
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.preflight import check_model
@@ -23,18 +23,17 @@ QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 DEEPSEEK = REPOSITORY / "configs" / "models" / "DeepSeek-V3"
 
 
+ONE = EngineGrid(1)
+
+
 def spec_of(family: str) -> ModelSpec:
     return spec_from_config(raw_family_config(family, **FP8_MODELS.get(family, {})), "config.json")
 
 
-def said(
-    spec: ModelSpec, policy: dict[str, int], engine_tp: int = 1, *, spread: bool = False, latent_split: bool = False
-) -> str:
+def said(spec: ModelSpec, policy: dict[str, int], engine: EngineGrid = ONE, *, latent_split: bool = False) -> str:
     layout = ParallelConfig(**policy)
     try:
-        check_fp8_layout(
-            spec, layout, engine_tp=engine_tp, experts_spread=spread, latent_split=latent_split, where="the model"
-        )
+        check_fp8_layout(spec, layout, engine, latent_split=latent_split, where="the model")
     except UserError as error:
         return str(error)
     return ""
@@ -68,11 +67,15 @@ def test_latent_projections_are_cut_by_the_modules_of_a_machine_without_a_gpu_al
     assert said(spec, {"tp": 1}, latent_split=True) == said(spec, {"tp": 2}) == ""
 
 
-def test_deepseek_v3_fits_sixteen_ranks_with_spread_experts_and_no_more() -> None:
+def test_deepseek_v3_fits_sixteen_ranks_or_copies_of_fewer_and_no_more() -> None:
     spec, policy = read_spec(DEEPSEEK), {"tp": 2, "ep": 16}
-    assert said(spec, policy, 16, spread=True) == ""
-    assert "the feed-forward size of the model is 576 on a rank" in said(spec, policy, 32, spread=True)
-    assert "or engine.ep=engine.tp" in said(spec_of("qwen3_moe"), {}, 4)
+    assert said(spec, policy, EngineGrid(16, experts_spread=True)) == said(spec, policy, EngineGrid(16)) == ""
+    assert said(spec, policy, EngineGrid(8, 4, experts_spread=True)) == ""
+    assert "the feed-forward size of the model is 576 on" in said(spec, policy, EngineGrid(32, experts_spread=True))
+    assert said(spec, policy, EngineGrid(8, 4)) == (
+        "engine.fp8 with engine.tp=8 and engine.dp=4: the feed-forward size of each expert of the model is 64 on a "
+        "rank of the engine, no multiple of the 128 of a block; use a smaller engine.tp, or engine.ep=32"
+    )
 
 
 def test_stacks_of_experts_are_refused() -> None:

@@ -97,12 +97,13 @@ def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_sc
     matrices, scales = 2 * (2 * 64 * 64 + 3 * 64 * 96), 2 * 5
     keys, key_scales = 2 * 2 * 32 * 64, 2 * 2
     whole = 2 * (outer + norms) + matrices + keys + 4 * (scales + key_scales)
-    assert engine_weight_bytes(spec_of(), 1, 2, fp8=True) == whole
-    assert engine_weight_bytes(spec_of(), 2, 2, fp8=True) == whole / 2 + norms
+    assert engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True) == whole
+    assert engine_weight_bytes(spec_of(), Topology(2, engine_tp=2), 2, spread=False, fp8=True) == whole / 2 + norms
 
 
 def test_the_last_latent_projection_is_kept_in_bf16_beside_its_codes() -> None:
-    plain, coded = (engine_weight_bytes(spec_of("deepseek_v3"), 1, 2, fp8=fp8) for fp8 in (False, True))
+    spec, one = spec_of("deepseek_v3"), Topology(1)
+    plain, coded = (engine_weight_bytes(spec, one, 2, spread=False, fp8=fp8) for fp8 in (False, True))
     shapes = {name: shape for name, shape in hf_shapes(spec_of("deepseek_v3")).items() if is_coded(name, shape)}
     blocks = sum(math.prod(scales_shape(shape)) for shape in shapes.values())
     assert plain - coded == sum(math.prod(shape) for shape in shapes.values()) - 4 * blocks
@@ -114,7 +115,7 @@ def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> 
         make_plan(each, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("h100-80g"), 1), "x")
         for each in (config_of(algorithm=NO_REFERENCE), config)
     )
-    engine = engine_weight_bytes(spec_of(), 1, 2, fp8=True)
+    engine = engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True)
     assert coded.sync_bytes == coded.memory.ranks[0].phases["sync"]["engine weights"] == engine < plain.sync_bytes
     assert coded.time.phases["sync"] < plain.time.phases["sync"]
     assert coded.time.phases["rollout"] < plain.time.phases["rollout"]

@@ -1,9 +1,10 @@
-"""Experts that the real vLLM tells, against the routers of a Megatron policy with the same weights, in one process."""
+"""Experts that the real vLLM and the real SGLang tell, against the routers of a Megatron policy with the same weights
+in the same process."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,32 @@ from grpo_mega.data.pack import pack
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError
+from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.tiny_models import make_family_model
 
 NUM_LAYERS = 3
-# family -> settings, and layers with experts
-FAMILIES: dict[str, tuple[dict[str, Any], list[int]]] = {
-    "qwen3_moe": ({"mlp_only_layers": [1]}, [0, 2]),
-    "glm4_moe": ({}, [1, 2]),
+
+
+@dataclass(frozen=True)
+class Case:
+    """`expert_layers`: those with experts. SGLang has experts in every layer of a Qwen3-MoE."""
+
+    kind: str
+    family: str
+    settings: dict[str, Any]
+    expert_layers: list[int]
+
+
+CASES = {
+    "vllm-qwen3_moe": Case("vllm", "qwen3_moe", {"mlp_only_layers": [1]}, [0, 2]),
+    "vllm-glm4_moe": Case("vllm", "glm4_moe", {}, [1, 2]),
+    "sglang-qwen3_moe": Case("sglang", "qwen3_moe", {"mlp_only_layers": []}, [0, 1, 2]),
+    "sglang-mixtral": Case("sglang", "mixtral", {}, [0, 1, 2]),
+    "sglang-glm4_moe": Case("sglang", "glm4_moe", {}, [1, 2]),
 }
+LONG = ("vllm-glm4_moe", "sglang-mixtral", "sglang-glm4_moe")
 # The second and the third share two blocks of the prefix cache, and so do the members of each group.
 HEADER = tuple(2 + (3 * j + j * j) % 18 for j in range(70))
 PROMPTS = [
@@ -37,22 +54,22 @@ SAMPLING = SamplingRequest(group_size=4, temperature=1.0, max_tokens=24, seed=1,
 SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_tokens": None, "tell_experts": True}
 
 
-LONG = ("glm4_moe",)
+def _marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.long] * (name in LONG) + [sglang_here] * (CASES[name].kind == "sglang")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(f, marks=pytest.mark.long) if f in LONG else f for f in FAMILIES])
-def family(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=_marks(name)) for name in CASES])
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
 
 
 @pytest.fixture(scope="module")
-def world(family: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
+def world(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
     """A rank with policy and engine, synced."""
-    config = raw_family_config(family, num_hidden_layers=NUM_LAYERS, **FAMILIES[family][0])
+    config = raw_family_config(case.family, num_hidden_layers=NUM_LAYERS, **case.settings)
     model = make_family_model(tmp_path_factory.mktemp("models") / "moe", config)
     with engine_ranks(1, tmp_path_factory.mktemp("ranks"), prepare_policy) as ranks:
-        ranks.open(model, tp=1, **SETTINGS)
+        ranks.open(model, tp=1, kind=case.kind, **SETTINGS)
         ranks.call(build, model)
         yield ranks
 
@@ -155,22 +172,22 @@ def rollouts_of(prompts: list[Prompt], groups: list[list[Completion]]) -> list[R
     return [Rollout(p, c, Reward(0.0), 0) for p, group in zip(prompts, groups, strict=True) for c in group]
 
 
-def told_of(rollout: Rollout, family: str) -> Tensor:
+def told_of(rollout: Rollout, case: Case) -> Tensor:
     """[N, L of experts, K], sorted: every token but the last has a record."""
     record = rollout.completion.expert_choices
     assert record is not None
     assert record.dtype == torch.uint8
     assert tuple(record.shape[:2]) == (rollout.num_tokens - 1, NUM_LAYERS)
-    wide = widened(record)[:, FAMILIES[family][1]]
+    wide = widened(record)[:, case.expert_layers]
     assert bool((wide >= 0).all())
     return wide.long().sort(-1).values
 
 
-def differing(family: str, rollouts: list[Rollout], routed: list[Tensor]) -> tuple[int, int]:
+def differing(case: Case, rollouts: list[Rollout], routed: list[Tensor]) -> tuple[int, int]:
     """(choices of a token in a layer that are not as told, all of them)."""
     wrong = total = 0
     for rollout, own in zip(rollouts, routed, strict=True):
-        told = told_of(rollout, family)
+        told = told_of(rollout, case)
         assert told.shape[1:] == own.shape[1:]
         wrong += int((told != own[: len(told)].sort(-1).values).any(-1).sum())
         total += told.shape[0] * told.shape[1]
@@ -183,34 +200,34 @@ def rollouts(world: EngineRanks) -> list[Rollout]:
 
 
 def test_the_engine_tells_every_token_but_the_last_what_the_policys_routers_choose_with_equal_weights(
-    family: str, world: EngineRanks, rollouts: list[Rollout]
+    case: Case, world: EngineRanks, rollouts: list[Rollout]
 ) -> None:
     plain = with_choices(rollouts, [None] * len(rollouts))
-    wrong, total = differing(family, rollouts, world.call(chosen, plain, 0.0)[0])
+    wrong, total = differing(case, rollouts, world.call(chosen, plain, 0.0)[0])
     assert total > 1000
     assert wrong <= total // 1000  # scores that are equal but for rounding
     # the comparison is not one of constants
-    assert len(torch.cat([told_of(r, family).flatten() for r in rollouts]).unique()) >= 4
+    assert len(torch.cat([told_of(r, case).flatten() for r in rollouts]).unique()) >= 4
 
 
 def test_other_routers_follow_the_record_exactly_and_choose_otherwise_without_it(
-    family: str, world: EngineRanks, rollouts: list[Rollout]
+    case: Case, world: EngineRanks, rollouts: list[Rollout]
 ) -> None:
-    wrong, total = differing(family, rollouts, world.call(chosen, rollouts, 0.2)[0])
+    wrong, total = differing(case, rollouts, world.call(chosen, rollouts, 0.2)[0])
     assert wrong == 0
     plain = with_choices(rollouts, [None] * len(rollouts))
-    wrong, _ = differing(family, rollouts, world.call(chosen, plain, 0.2)[0])
+    wrong, _ = differing(case, rollouts, world.call(chosen, plain, 0.2)[0])
     assert wrong > total // 10
 
 
 def test_an_answer_that_continues_from_the_cache_has_the_record_of_the_whole_sequence(
-    family: str, world: EngineRanks
+    case: Case, world: EngineRanks
 ) -> None:
     (first,) = world.call(generate, PROMPTS[1:2], replace(SAMPLING, group_size=1))[0]
     longer = [replace(PROMPTS[1], token_ids=(*PROMPTS[1].token_ids, *first[0].token_ids, 4, 7))]
     again = replace(SAMPLING, group_size=2, max_tokens=8, continues=True)
     found = rollouts_of(longer, world.call(generate, longer, again)[0])
-    wrong, total = differing(family, found, world.call(chosen, with_choices(found, [None] * 2), 0.0)[0])
+    wrong, total = differing(case, found, world.call(chosen, with_choices(found, [None] * 2), 0.0)[0])
     assert wrong <= total // 1000
 
 
@@ -219,6 +236,16 @@ def test_who_does_not_ask_is_not_told(world: EngineRanks) -> None:
     assert all(completion.expert_choices is None for completion in group)
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param("sglang-glm4_moe", marks=_marks("sglang-glm4_moe"))], indirect=True, scope="module"
+)
+def test_sglang_has_no_record_for_a_layer_without_a_router(case: Case, rollouts: list[Rollout]) -> None:
+    for rollout in rollouts:
+        assert rollout.completion.expert_choices is not None
+        assert bool((widened(rollout.completion.expert_choices)[:, 0] == -1).all())
+
+
+@pytest.mark.parametrize("case", ["vllm-qwen3_moe"], indirect=True, scope="module")
 def test_a_model_whose_routers_cannot_be_seen_is_refused(world: EngineRanks) -> None:
     assert world.call(refused)[0].startswith(
         "algorithm.routing_replay=true: engine.kind=vllm cannot tell the experts of Linear ("
