@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleSizes
 from grpo_mega.parallel.topology import Topology
@@ -21,6 +22,7 @@ from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_ch
 
 PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
 BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
+SCALE_BYTES = 4  # of a block of FP8 codes
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
 _ROUTERS_AND_LATENTS = (
@@ -125,8 +127,10 @@ def plan_memory(
         longest=work.longest,
         imbalance=cluster.assumptions.routing_imbalance,
     )
-    engine = engine_weight_bytes(spec, topology, ITEMSIZE[config.precision.dtype], spread=config.engine.ep > 1)
-    per_token = kv_bytes_per_token(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
+    itemsize = ITEMSIZE[config.precision.dtype]
+    spread, coded = config.engine.ep > 1, config.engine.fp8 is not None
+    engine = engine_weight_bytes(spec, topology, itemsize, spread=spread, fp8=coded)
+    per_token = kv_bytes_per_token(spec, config.engine.tp, itemsize)
     cache = _kv_cache(config, cluster, work, engine, per_token)
     ranks = []
     for pp_rank, chunks in enumerate(model_chunks(spec, config, where)):
@@ -134,7 +138,6 @@ def plan_memory(
         kept = activation_bytes(acts, chunks, config.parallel.pp, pp_rank, work.num_microbatches)
         phases = _phases(config, spec, topology, cluster, acts, chunks, static, kept, engine, cache)
         ranks.append(RankMemory(pp_rank, static, kept, phases))
-    itemsize = ITEMSIZE[config.precision.dtype]
     state = itemsize + 8 + (4 if itemsize < 4 else 0)
     reference = itemsize if config.algorithm.ref_update_every else 0
     return Memory(
@@ -156,22 +159,25 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-def engine_weight_bytes(spec: ModelSpec, topology: Topology, itemsize: int, *, spread: bool) -> float:
+def engine_weight_bytes(
+    spec: ModelSpec, topology: Topology, itemsize: int, *, spread: bool, fp8: bool = False
+) -> float:
     """Of one rank of an engine: experts are divided over all its ranks, other matrices cut over tp, norms, routers and
-    latent projections are not, and key heads fewer than ranks are repeated. `spread`: experts are whole."""
-    elements, tp = _engine_elements(spec), topology.engine_tp
-    shared: float = elements.shared
+    latent projections are not, and key heads fewer than ranks are repeated. `spread`: experts are whole. `fp8`: a byte
+    for each element of its matrices, and their scales."""
+    sizes, tp = _engine_sizes(spec, itemsize, fp8), topology.engine_tp
+    shared: float = sizes.shared
     # where experts are spread and copies of several ranks share them, a rank has its own part of the tokens, and models
     # with latent attention send it through the whole of the shared experts (models/deepseek_v2.py of vLLM)
     if spec.mla is None or topology.engine_dp == 1 or not spread:
         shared /= tp
-    dense = elements.cut / tp + elements.repeated + elements.keys / min(tp, spec.num_kv_heads)
-    return (dense + shared + elements.experts / topology.engine_ranks) * itemsize
+    dense = sizes.cut / tp + sizes.repeated + sizes.keys / min(tp, spec.num_kv_heads)
+    return dense + shared + sizes.experts / topology.engine_ranks
 
 
 @dataclass
-class _EngineElements:
-    """Those of experts, of the shared ones, cut over tp, on every rank, and cut over key heads."""
+class _EngineSizes:
+    """Bytes of experts, of the shared ones, cut over tp, on every rank, and cut over key heads."""
 
     experts: int = 0
     shared: int = 0
@@ -181,10 +187,12 @@ class _EngineElements:
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_elements(spec: ModelSpec) -> _EngineElements:
-    found = _EngineElements()
+def _engine_sizes(spec: ModelSpec, itemsize: int, fp8: bool) -> _EngineSizes:
+    found = _EngineSizes()
     for name, shape in hf_shapes(spec).items():
-        size = math.prod(shape)
+        plain = size = itemsize * math.prod(shape)
+        if fp8 and is_coded(name, shape):
+            size = math.prod(shape) + SCALE_BYTES * math.prod(scales_shape(shape))
         if ".experts." in name:
             found.experts += size
         elif ".shared_expert" in name:
@@ -194,7 +202,7 @@ def _engine_elements(spec: ModelSpec) -> _EngineElements:
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
             found.keys += size
         else:  # the last projection of latent attention is kept beside its absorbed form
-            found.cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
+            found.cut += size + (plain if name.endswith(".kv_b_proj.weight") else 0)
     return found
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from grpo_mega.config.fp8 import check_generation
+from grpo_mega.config.fp8 import check_engine_generation, check_generation
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleCounter, ModuleSizes
@@ -124,6 +124,8 @@ def make_plan(config: Config, spec: ModelSpec, count: ModuleCounter, cluster: Cl
         UserError: the layout does not divide the ranks, or the layers; the device has no such FP8.
     """
     if (fp8 := config.precision.fp8) is not None and (why := check_generation(fp8.recipe, cluster.gpu.capability)):
+        raise UserError(f"--gpu={cluster.gpu.name}: {why}")
+    if config.engine.fp8 is not None and (why := check_engine_generation(cluster.gpu.capability)):
         raise UserError(f"--gpu={cluster.gpu.name}: {why}")
     topology = Topology.of(config, cluster.num_ranks)
     sizes = count(tp=topology.tp, ep=topology.ep, etp=topology.etp)

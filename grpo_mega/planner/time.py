@@ -121,7 +121,7 @@ def _rollout(
     if spec.moe is not None:
         share = spec.moe.top_k / spec.moe.num_experts
         expert = sum(spec.moe.layers) * 3 * spec.hidden_size * spec.moe.expert_ffn_size * spec.moe.num_experts
-        experts = expert * ITEMSIZE[config.precision.dtype] / topology.engine_ranks
+        experts = expert * (1 if config.engine.fp8 else ITEMSIZE[config.precision.dtype]) / topology.engine_ranks
         weights -= experts * (1 - share) ** (at_once * topology.engine_dp)
     read = (weights + at_once * work.mean * memory.kv_bytes_per_token) / (
         gpu.memory_bandwidth * assumed.decode_bandwidth
