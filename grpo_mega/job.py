@@ -21,8 +21,8 @@ from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import BaseConfig, Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.dataset import PromptDataset
-from grpo_mega.engines.sglang_engine import SglangEngine
-from grpo_mega.engines.vllm_engine import VllmEngine
+from grpo_mega.engines.make import make_engine
+from grpo_mega.engines.server_engine import ServerEngine
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.groups import GroupSource
 from grpo_mega.interfaces import Engine
@@ -44,7 +44,7 @@ from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.sampler import make_sampler, start_workers
-from grpo_mega.weight_sync.sync import SyncSettings, WeightSync
+from grpo_mega.weight_sync.sync import SyncSettings, WeightSync, nobody_to_tell
 
 log = logging.getLogger("grpo_mega.job")
 
@@ -176,7 +176,7 @@ def building(
             policy=policy,
             critic=critic,
             objective=objective,
-            phases=Phases(engine, policy, critic),
+            phases=Phases(engine, policy, critic, engine_elsewhere=config.engine.placement == "server"),
             sync=sync,
             checkpoints=checkpoints,
             evaluator=evaluator if held_out is not None else None,
@@ -186,42 +186,17 @@ def building(
         yield BuiltJob(job, run, model_folder, state, policy)
 
 
-def make_engine(config: Config, model_folder: Path, logs: Path | None = None) -> Engine:
-    """The engine of `engine.kind` on this rank. `logs`: the folder for what engines in processes of their own print."""
-    max_tokens = max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
-    if config.engine.kind == "sglang":
-        return SglangEngine(
-            model_folder,
-            dtype=config.precision.dtype,
-            tp=config.engine.tp,
-            max_model_len=config.data.max_prompt_tokens + max_tokens,
-            max_num_seqs=config.engine.max_num_seqs,
-            kv_cache_tokens=config.engine.kv_cache_tokens,
-            seed=config.run.seed,
-            stops_at_texts=config.environment is not None,
-            tell_experts=config.algorithm.routing_replay,
-            timeout_seconds=config.guard.timeout_seconds,
-            log=None if logs is None else logs / f"sglang_{dist.get_rank():05d}.log",
-        )
-    return VllmEngine(
-        model_folder,
-        dtype=config.precision.dtype,
-        tp=config.engine.tp,
-        dp=config.engine.dp,
-        ep=config.engine.ep,
-        max_model_len=config.data.max_prompt_tokens + max_tokens,
-        max_num_seqs=config.engine.max_num_seqs,
-        kv_cache_tokens=config.engine.kv_cache_tokens,
-        seed=config.run.seed,
-        tell_experts=config.algorithm.routing_replay,
-    )
-
-
 def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ranks) -> WeightSync:
     """Connects the two ends; the groups of the engine replicas are made here, by all ranks in the same order."""
     replicas = [ranks.topology.replica_ranks(i) for i in range(ranks.topology.num_replicas)]
     groups = [dist.new_group(members) for members in replicas]
     settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
+    where, world, announce = ranks.topology.describe(ranks.rank), None, nobody_to_tell
+    if isinstance(engine, ServerEngine):
+        world = engine.meet(
+            policy.source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport
+        )
+        replicas, announce = engine.replicas, engine.announce
     return WeightSync(
         policy.source,
         policy.full_tensors,
@@ -230,7 +205,9 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
         replicas=replicas,
         replica_group=groups[ranks.at.replica],
         settings=settings,
-        where=ranks.topology.describe(ranks.rank),
+        where=where,
+        world=world,
+        announce=announce,
     )
 
 

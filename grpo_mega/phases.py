@@ -8,6 +8,9 @@
 A critic, where there is one, is on the device inside `valuing` alone, with its gradients and its optimizer; the policy
 is on the host then.
 
+An engine on other devices (`engine_elsewhere`) takes nothing from the policy, which stays as it is while sampling and
+syncing.
+
 An engine that slept has no weights until the next sync, so sampling after training without a sync is an error. On a
 machine without CUDA there is one memory: the policy stays where it is, the engine really releases its KV cache.
 Asserted by tests/unit/test_phases.py.
@@ -40,10 +43,17 @@ class MovableLearner(Protocol):
 class Phases:
     """One engine, one policy and perhaps a critic that take turns on this rank's device."""
 
-    def __init__(self, engine: Engine, policy: MovableLearner, critic: MovableLearner | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        policy: MovableLearner,
+        critic: MovableLearner | None = None,
+        *,
+        engine_elsewhere: bool = False,
+    ) -> None:
         """The critic leaves the device at once."""
         self._engine, self._policy, self._critic = engine, policy, critic
-        self._weights_current = False
+        self._makes_room, self._weights_current = not engine_elsewhere, False
         if critic is not None:
             critic.offload(*_ALL)
 
@@ -52,7 +62,8 @@ class Phases:
         """The engine owns the device."""
         if not self._weights_current:
             raise RuntimeError("sampling before a sync: the engine has not the policy's present weights")
-        self._policy.offload(*_ALL)
+        if self._makes_room:
+            self._policy.offload(*_ALL)
         self._engine.wake("kv_cache")
         yield
 
@@ -77,7 +88,8 @@ class Phases:
     @contextmanager
     def syncing(self) -> Iterator[None]:
         """Weights of both, nothing else."""
-        self._policy.offload("grads", "optimizer")
+        if self._makes_room:
+            self._policy.offload("grads", "optimizer")
         self._policy.reload("params")
         self._engine.wake("weights")
         yield

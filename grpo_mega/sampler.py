@@ -64,10 +64,10 @@ def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks,
     environment, topology = config.environment, ranks.topology
     assert environment is not None
     group = together = None
-    if topology.engine_tp > 1:
+    if topology.share_size > 1:
         groups = [dist.new_group(topology.share_ranks(i)) for i in range(topology.num_shares)]
         group = groups[ranks.at.share]
-    if topology.engine_dp > 1:
+    if topology.engine_ranks > topology.share_size:
         groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
         together = groups[ranks.at.replica]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from grpo_mega.convert.digest import slice_digest
 from grpo_mega.interfaces import HeldSlice
+from grpo_mega.parallel.world import job_world
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.boxes import Holdings, WireTensor, as_slice, holdings, join
 from grpo_mega.weight_sync.connect import TransportKind, make_transports, transport_kinds
@@ -154,7 +155,7 @@ def connect(
     """As a `WeightSync` does, without its agreements."""
     plan = make_plan(tensors, held, wanted, [0] * WORLD, bucket_bytes)
     mine = rank_plan(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
-    return Execution(mine, *make_transports(mine.turns, 300.0), plan.hash, sink)  # type: ignore[arg-type]
+    return Execution(mine, *make_transports(mine.turns, 300.0, job_world()), plan.hash, sink)  # type: ignore[arg-type]
 
 
 def run_of(execution: Execution, shards: Sequence[HeldSlice]) -> Callable[[], object]:

@@ -97,7 +97,8 @@ def _outside_of_runs(path: Path, reward: str, data: Sequence[str]) -> Checkpoint
 def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
     """One engine replica and one policy rank, unless overrides say otherwise; every rule checked."""
     values = dict(checkpoint.values)
-    engine_tp = (values.get("engine") or {}).get("tp", 1)
+    values["engine"] = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
+    engine_tp = values["engine"].get("tp", 1)
     values |= {"parallel": {}, "checkpoint": {}, "run": {"world_size": engine_tp, "seed": args.seed}}
     values["data"] = {**values["data"], "eval": [{"path": path} for path in args.data]}
     known = {

@@ -23,6 +23,7 @@ def check(config: Config) -> None:
         _pipeline,
         _recompute,
         _overlap,
+        _servers,
         _engine_divides,
         _sglang,
         _sequence_parallel,
@@ -113,9 +114,48 @@ def _overlap(config: Config) -> None:
         )
 
 
+def _servers(config: Config) -> None:
+    engine, world = config.engine, config.run.world_size
+    if engine.placement == "colocated":
+        if engine.urls:
+            raise UserError(
+                f"engine.urls={list(engine.urls)} does nothing with engine.placement=colocated; set "
+                "engine.placement=server, or leave it out"
+            )
+        return
+    if engine.kind != "vllm":
+        raise UserError(
+            f"engine.placement=server with engine.kind={engine.kind}, which runs beside the ranks only; use "
+            "engine.kind=vllm, or engine.placement=colocated"
+        )
+    if engine.dp > 1:
+        raise UserError(
+            f"engine.dp={engine.dp} with engine.placement=server: a server's ranks sample the same rollouts; use "
+            "engine.dp=1, and a server for each share of the prompts"
+        )
+    if not engine.urls:
+        raise UserError(
+            "engine.placement=server without engine.urls; start launch/serve.sh with this config on other devices, and "
+            "list the addresses that it prints: engine.urls=[host:port, ...]"
+        )
+    if len(set(engine.urls)) < len(engine.urls):
+        raise UserError(f"engine.urls={list(engine.urls)} names a server twice; a server is one replica")
+    if world is not None:
+        require_equal_parts(world, len(engine.urls))
+
+
+def require_equal_parts(world: int, num_servers: int) -> None:
+    """Raises UserError: the ranks cannot be cut into as many equal parts as there are servers."""
+    if world % num_servers:
+        raise UserError(
+            f"engine.urls names {num_servers} servers, which do not divide the {world} rank(s) of this job: each "
+            f"serves an equal part of them; use a number of servers that divides {world}"
+        )
+
+
 def _engine_divides(config: Config) -> None:
-    world = config.run.world_size
     engine = config.engine
+    world = config.run.world_size if engine.placement == "colocated" else None
     ranks, keys = engine.tp, f"engine.tp={engine.tp}"
     if engine.dp > 1:
         ranks, keys = engine.tp * engine.dp, f"engine.tp x engine.dp = {engine.tp} x {engine.dp}"

@@ -107,11 +107,16 @@ class EngineConfig(Section):
     kind: Literal["vllm", "sglang"] = "vllm"
     """vllm: in the processes of the ranks; sglang: beside them, on machines without CUDA (launch/setup.sh --with
     sglang)."""
+    placement: Literal["colocated", "server"] = "colocated"
+    """colocated: on the devices of the ranks, in turn with the policy; server: on others, started by launch/serve.sh;
+    engine.kind=vllm."""
+    urls: tuple[str, ...] = Field((), strict=False)
+    """server: host:port of each; one after the other they serve equal parts of the ranks."""
     tp: int = Field(1, ge=1)
     """Ranks over which one copy of the attention is cut; they sample the same rollouts."""
     dp: int = Field(1, ge=1)
     """Copies of the attention in one replica, which share its experts and sample rollouts of their own; for models with
-    experts, engine.kind=vllm. Replicas = world / (tp x dp)."""
+    experts, engine.kind=vllm. Replicas = world / (tp x dp), or the number of servers."""
     ep: int = Field(1, ge=1)
     """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp x dp) or tp x dp."""
     max_num_seqs: int = Field(256, ge=1)

@@ -72,7 +72,8 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     # each data-parallel replica has weights (without CUDA gradients and engine weights too), all of them one state
     on_cuda = gpus.num_driver_gpus() > 0
     copies = topology.dp * topology.cp
-    weights = itemsize * copies if on_cuda else (itemsize + 4) * copies + itemsize * topology.num_replicas
+    engines = 0 if topology.engine_servers else topology.num_replicas  # those of servers are elsewhere
+    weights = itemsize * copies if on_cuda else (itemsize + 4) * copies + itemsize * engines
     held = parameters * (weights + state)
     return [
         machine.check_memory(held / num_nodes),

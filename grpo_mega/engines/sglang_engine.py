@@ -23,10 +23,10 @@ from torch import Tensor
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.experts import narrowed
+from grpo_mega.engines.engine_ranks import EngineRanks
 from grpo_mega.engines.sampling import check_lengths, eos_ids
 from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang_process import SglangProcess
-from grpo_mega.engines.sglang_ranks import EngineRanks
 from grpo_mega.engines.sglang_sink import SglangSink
 from grpo_mega.engines.sglang_worker import LOADER
 from grpo_mega.interfaces import WeightSink

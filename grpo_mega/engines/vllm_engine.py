@@ -89,6 +89,8 @@ class VllmEngine:
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
         self._told = False  # what sleeping means on this machine: said once
+        self.steps = 0
+        """Engine steps so far: a sign of life."""
 
     @property
     def policy_version(self) -> int:
@@ -183,7 +185,9 @@ class VllmEngine:
                 self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
         try:
             while self._llm.has_unfinished_requests():
-                for output in self._llm.step():
+                outputs = self._llm.step()
+                self.steps += 1
+                for output in outputs:
                     position, member = places.pop(output.request_id)
                     completion = self._completion(output.outputs[0])
                     if self._routing is not None and sampling.expert_choices:

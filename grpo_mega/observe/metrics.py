@@ -72,7 +72,7 @@ METRICS: dict[str, str] = {
     "throughput/tokens_per_second": "prompt and completion tokens of the step per second of the step",
     "throughput/rollout_tokens_per_second": "completion tokens per second of sampling",
     "throughput/mfu": "share of the device's peak arithmetic that training used",
-    "sync/bytes": "bytes that the sync wrote into the engine of rank 0",
+    "sync/bytes": "bytes that the sync wrote into the engine of rank 0, or that rank 0 sent into servers",
     "sync/received_bytes": "of these, bytes that came from other ranks",
     "sync/verify_seconds": "seconds of the sync that its proof took",
     "sync/gb_per_second": "sync/bytes in gigabytes over the seconds of the sync",

@@ -31,6 +31,8 @@ CHANGEABLE = (
     "engine.tp",
     "engine.dp",
     "engine.ep",
+    "engine.placement",
+    "engine.urls",
 )
 """Keys (shell patterns) that may change between two commands of one run."""
 

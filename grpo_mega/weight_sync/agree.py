@@ -5,13 +5,12 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TypeVar, cast
 
 import torch
-import torch.distributed as dist
 
 from grpo_mega.interfaces import HeldSlice, SinkRegion
+from grpo_mega.parallel.world import World, read_plain
 from grpo_mega.types import WeightMismatchError
 from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join, merged, volumes
 
@@ -19,13 +18,16 @@ T = TypeVar("T")
 
 
 class Attendance:
-    """Who has come how far, in the job's store: a rank that waits in vain says for whom."""
+    """Who has come how far, in the ranks' store: a rank that waits in vain says for whom."""
 
-    def __init__(self, name: str, where: list[str], timeout_seconds: float) -> None:
+    def __init__(self, name: str, where: list[str], timeout_seconds: float, world: World) -> None:
         """`where[r]` says who rank r is."""
         self._name, self._where, self._phase = name, where, 0
-        self._timeout = timeout_seconds
-        self._store = dist.distributed_c10d._get_default_store()
+        self._timeout, self._world = timeout_seconds, world
+
+    @property
+    def rank(self) -> int:
+        return self._world.rank
 
     def gather(self, value: T, what: str) -> list[T]:
         """One object from every rank.
@@ -34,25 +36,23 @@ class Attendance:
             RuntimeError: names the ranks that did not come in time.
         """
         self._phase += 1
-        self._store.set(self._key(dist.get_rank()), what)
-        values: list[T | None] = [None] * dist.get_world_size()
         try:
-            # Before the collective: its own limit is that of the job's process group, and it would not say for whom.
-            everyone = [self._key(rank) for rank in range(len(self._where))]
-            self._store.wait(everyone, timedelta(seconds=self._timeout))
-            dist.all_gather_object(values, value)
+            self._world.store.set(self._key(self._world.rank), what)
+            # Before the collective: its own limit is that of the process group, and it would not say for whom.
+            self._world.await_keys([self._key(rank) for rank in range(len(self._where))], self._timeout)
+            return self._world.gather(value)
         except RuntimeError as error:
             raise RuntimeError(f"weight sync, {what}: {self.absent()} ({error})") from error
-        return cast("list[T]", values)
 
     def absent(self) -> str:
         """For a message: the ranks that have not reached the present phase."""
         try:
-            missing = [r for r in range(len(self._where)) if not self._store.check([self._key(r)])]
+            missing = [r for r in range(len(self._where)) if not self._world.store.check([self._key(r)])]
         except RuntimeError:  # the store lives in rank 0
             missing = [0]
         names = ", ".join(f"rank {r} ({self._where[r]})" for r in missing) or "nobody, at the second look"
-        return f"rank {dist.get_rank()} ({self._where[dist.get_rank()]}) waited in vain for {names}"
+        rank = self._world.rank
+        return f"rank {rank} ({self._where[rank]}) waited in vain for {names}"
 
     def _key(self, rank: int) -> str:
         return f"{self._name}/{self._phase}/{rank}"
@@ -100,7 +100,7 @@ def agree_on_ends(
             tensor in two dtypes (names them).
     """
     dtypes = dict.fromkeys(shapes, torch.float32)
-    mine = _report(shapes, shards, regions)
+    mine = _report(shapes, shards, regions, attendance.rank)
     reports = attendance.gather(mine, "exchanging layouts")
     if faults := [report.fault for report in reports if report.fault]:
         raise WeightMismatchError(f"the engine asks for what the policy does not have: {'; '.join(faults[:3])}")
@@ -115,8 +115,9 @@ def agree_on_ends(
     return ends
 
 
-def _report(shapes: dict[str, tuple[int, ...]], shards: Sequence[HeldSlice], regions: Sequence[SinkRegion]) -> _Report:
-    rank = dist.get_rank()
+def _report(
+    shapes: dict[str, tuple[int, ...]], shards: Sequence[HeldSlice], regions: Sequence[SinkRegion], rank: int
+) -> _Report:
     numbered = {name: WireTensor(shape, 1) for name, shape in shapes.items()}
     try:
         held = holdings(numbered, [held.hf for held in shards], rank)
@@ -135,7 +136,7 @@ def _of_all(pickled: Sequence[bytes]) -> Holdings:
     alike: dict[bytes, list[int]] = {}
     for rank, each in enumerate(pickled):
         alike.setdefault(each, []).append(rank)
-    return join([pickle.loads(each).on(ranks) for each, ranks in alike.items()])
+    return join([cast("Holdings", read_plain(each)).on(ranks) for each, ranks in alike.items()])
 
 
 def _check_complete(ends: Ends, replicas: Sequence[Sequence[int]]) -> None:

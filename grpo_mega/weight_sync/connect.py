@@ -8,8 +8,8 @@ from itertools import zip_longest
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
+from grpo_mega.parallel.world import World
 from grpo_mega.types import UserError
 from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport, machine_id
 from grpo_mega.weight_sync.transport import GroupTransport, Transport, Turn
@@ -33,15 +33,14 @@ def transport_kinds(kind: TransportKind) -> dict[str, str]:
     return {"same_node": "gloo" if kind == "gloo" else "shared_memory", "across_nodes": "gloo"}
 
 
-def make_transports(turns: dict[str, list[Turn]], timeout_seconds: float) -> tuple[dict[str, Transport], int]:
+def make_transports(
+    turns: dict[str, list[Turn]], timeout_seconds: float, world: World
+) -> tuple[dict[str, Transport], int]:
     """Those with at least one message somewhere, and the bytes of the two buffers that they share. Collective over all
     ranks; kinds that are not needed are taken out of `turns`."""
-    needed: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(needed, {kind for kind, each in turns.items() if any(t.sends for t in each)})
+    needed = world.gather({kind for kind, each in turns.items() if any(t.sends for t in each)})
     for kind in [kind for kind in turns if not any(kind in each for each in needed)]:
         del turns[kind]
-    group = dist.group.WORLD
-    assert group is not None, "the job's process group exists"
     in_segment = [turn.send_bytes for turn in turns.get("shared_memory", ())]
     others = [each for kind, each in turns.items() if kind != "shared_memory"]
     assert len(others) <= 1, f"{sorted(turns)}: one transport beside shared memory"
@@ -50,13 +49,13 @@ def make_transports(turns: dict[str, list[Turn]], timeout_seconds: float) -> tup
     made: dict[str, Transport] = {}
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if "shared_memory" in turns:
-        segment = SharedMemoryTransport(turns["shared_memory"], slot_bytes, group, timeout_seconds)
+        segment = SharedMemoryTransport(turns["shared_memory"], slot_bytes, world, timeout_seconds)
         made["shared_memory"], buffers = segment, segment.buffers
     else:
         buffers = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
     for kind in turns.keys() - {"shared_memory"}:
         starts = in_segment or [0] * len(turns[kind])
-        made[kind] = GroupTransport(buffers, starts, group, timeout_seconds)
+        made[kind] = GroupTransport(buffers, starts, world.group, timeout_seconds)
     return made, 2 * slot_bytes
 
 

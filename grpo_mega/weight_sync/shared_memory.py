@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.parallel.world import World
 from grpo_mega.types import UserError
 from grpo_mega.weight_sync.transport import Message, TransportError, Turn, failed_wait
 
@@ -31,17 +31,17 @@ _LOOK_SECONDS = 0.2  # between two looks whether a peer's process is alive
 
 
 def machine_id() -> str:
-    """The same for processes that can map each other's segments."""
+    """The same for processes that can map each other's segments: of one machine, one /dev/shm and one user."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot}/{_FOLDER.stat().st_dev}"
+    return f"{boot}/{_FOLDER.stat().st_dev}/{os.getuid()}"
 
 
 class SharedMemoryTransport:
-    """Collective: all ranks of `group` construct it; `turns` hold only messages between ranks of this machine."""
+    """Collective: all ranks of `world` construct it; `turns` hold only messages between ranks of this machine."""
 
-    def __init__(self, turns: Sequence[Turn], slot_bytes: int, group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, turns: Sequence[Turn], slot_bytes: int, world: World, timeout: float) -> None:
         """`slot_bytes`: of each of two buffers, of which the first `send_bytes` of a turn are this transport's."""
-        self._timeout, self._rank = timeout, dist.get_rank()
+        self._timeout, self._rank = timeout, world.rank
         self._readers = {turn.number: [m.peer for m in turn.sends] for turn in turns}
         self._past = 0  # turns of earlier syncs: counters only grow
         self._num_turns = max((turn.number for turn in turns), default=-1) + 1
@@ -49,13 +49,11 @@ class SharedMemoryTransport:
         self._memory = {self._rank: _create(path, _COUNTERS + 2 * slot_bytes)}
         self._counters = {self._rank: self._memory[self._rank][:_COUNTERS].view(torch.int64)}
         self._counters[self._rank][_PROCESS] = os.getpid()
-        everyone: list[tuple[int, str, str]] = [(0, "", "")] * group.size()
-        dist.all_gather_object(everyone, (self._rank, machine_id(), str(path)), group=group)
-        for rank, machine, other in everyone:
+        for rank, machine, other in world.gather((self._rank, machine_id(), str(path))):
             if rank != self._rank and machine == machine_id():
                 self._memory[rank] = _open(Path(other))
                 self._counters[rank] = self._memory[rank][:_COUNTERS].view(torch.int64)
-        dist.barrier(group=group)
+        world.gather(None)  # all have mapped it
         path.unlink()
 
     @property
@@ -97,10 +95,12 @@ class SharedMemoryTransport:
         while int(counters[counter]) < wanted:
             now = time.monotonic()
             if now > end:
-                raise TransportError(failed_wait(turn, message, self._rank, sends, self._timeout, "no answer"))
+                why = failed_wait(turn, message, self._rank, sends, self._timeout, "no answer")
+                raise TransportError(why, message.peer)
             if now > look:
                 if not _lives(int(counters[_PROCESS])):
-                    raise TransportError(failed_wait(turn, message, self._rank, sends, self._timeout, "it has ended"))
+                    why = failed_wait(turn, message, self._rank, sends, self._timeout, "it has ended")
+                    raise TransportError(why, message.peer)
                 look = now + _LOOK_SECONDS
             time.sleep(_POLL_SECONDS)
 

@@ -4,7 +4,8 @@ A plan is made once from both ends' layouts, on every rank, and its hash compare
 carries it out (execute.py), has the engine rebuild what it derives, and compares digests (verify.py). A failure on any
 rank is raised on all of them: nobody samples from weights that are wrong or half new.
 An engine whose loader cannot be recorded is given whole tensors, one bucket at a time, and that is said once.
-Knows policy and engine only through `WeightSource` and `WeightSink`.
+Knows policy and engine only through `WeightSource` and `WeightSink`. Where engines are servers, the ranks are those of
+the job, whose sinks are empty, and of the servers, whose sources are.
 Asserted by tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.py, with injected faults.
 """
 
@@ -15,11 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.convert.digest import combined_digest
 from grpo_mega.interfaces import HeldSlice, WeightSink, WeightSource
+from grpo_mega.parallel.world import World, job_world
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.agree import Attendance, Ends, agree_on_ends
 from grpo_mega.weight_sync.connect import TransportKind, make_transports, node_numbers, transport_kinds
@@ -40,10 +44,15 @@ log = logging.getLogger("grpo_mega.weight_sync")
 FullTensors = Callable[[int], Iterator[tuple[str, Tensor]]]
 
 
+def nobody_to_tell(policy_version: int, verify: bool) -> None:
+    """All ranks are of one program."""
+
+
 @dataclass(frozen=True)
 class SyncReport:
-    """One sync as this rank saw it. `written_bytes` went into its engine, `received_bytes` of them came from other
-    ranks. `policy_digest` is one word for all weights, the same for every layout."""
+    """One sync as this rank saw it. `written_bytes` went into its engine, or, where engines are servers, from this rank
+    into theirs; `received_bytes` of them came here from other ranks. `policy_digest` is one word for all weights, the
+    same for every layout."""
 
     seconds: float
     verify_seconds: float
@@ -75,6 +84,8 @@ class WeightSync:
         replica_group: dist.ProcessGroup,
         settings: SyncSettings,
         where: str,
+        world: World | None = None,
+        announce: Callable[[int, bool], None] = nobody_to_tell,
     ) -> None:
         """Collective.
 
@@ -84,9 +95,11 @@ class WeightSync:
             sink: the engine's end on this rank.
             source_group: the ranks that hold one copy of the policy.
             replicas: ranks of each engine.
-            replica_group: the ranks of this engine.
+            replica_group: the ranks of this engine in this program.
             settings: see there.
             where: this rank's coordinates, for messages.
+            world: all ranks of both ends; None: those of the job.
+            announce: has the ranks of other programs push the same version, with or without the proof.
 
         Raises:
             WeightMismatchError: the two ends do not fit (names tensors).
@@ -94,9 +107,10 @@ class WeightSync:
         """
         self._source, self._full_tensors, self._sink = source, full_tensors, sink
         self._source_group, self._replica_group, self._settings = source_group, replica_group, settings
-        places: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(places, where)
-        self._attendance = Attendance("weight_sync", places, settings.timeout_seconds)
+        self._world = world if world is not None else job_world()
+        self._announce = announce
+        self._places = places = self._world.gather(where)
+        self._attendance = Attendance("weight_sync", places, settings.timeout_seconds, self._world)
         self.count = 0
         """Pushes that succeeded."""
         reasons = [r for r in self._attendance.gather(sink.streams_because, "asking engines") if r is not None]
@@ -105,6 +119,8 @@ class WeightSync:
         self._ends: Ends | None = None
         if not reasons:
             self._prepare(replicas)
+        elif world is not None:
+            raise RuntimeError(f"engines that are servers get slices of tensors only, and these cannot: {reasons[0]}")
 
     def _prepare(self, replicas: Sequence[Sequence[int]]) -> None:
         regions = self._sink.layout()
@@ -113,13 +129,15 @@ class WeightSync:
         ends = self._ends
         self.plan: Plan = make_plan(ends.tensors, ends.held, ends.wanted, nodes, self._settings.bucket_bytes)
         check_same_plan(self._attendance.gather(self.plan.hash, "comparing plans"))
-        rank = dist.get_rank()
+        rank = self._world.rank
         kinds = transport_kinds(self._settings.transport)
         mine = rank_plan(self.plan, rank, ends.dtypes, kinds)
-        transports, buffer_bytes = make_transports(mine.turns, self._settings.timeout_seconds)
+        transports, buffer_bytes = make_transports(mine.turns, self._settings.timeout_seconds, self._world)
         self.execution = Execution(mine, transports, buffer_bytes, self.plan.hash, self._sink)
-        self._written_bytes = int(self.plan.transfer_bytes[self.plan.dst == rank].sum())
+        written = self.plan.dst == rank if regions else self.plan.src == rank
+        self._written_bytes = int(self.plan.transfer_bytes[written].sum())
         self._received_bytes = int(self.plan.received_bytes()[rank])
+        self._holders = sorted({rank for each in np.unique(ends.held.rank_set) for rank in ends.held.rank_sets[each]})
 
     def push(self, policy_version: int, *, verify: bool) -> SyncReport:
         """Every rank calls it together.
@@ -129,6 +147,7 @@ class WeightSync:
             RuntimeError: on every rank that can; a rank died, stalled or failed (names both sides).
         """
         start = time.perf_counter()
+        self._announce(policy_version, verify)
         if self._ends is None:
             return self._stream(policy_version)
         shards = self._source.shards()
@@ -137,7 +156,7 @@ class WeightSync:
         self._raise_faults([fault for found, _ in everyone for fault in found])
         check_versions([version for _, version in everyone], policy_version)
         loaded = time.perf_counter()
-        digests = source_digests(shards, self._ends.dtypes, self._source_group)
+        digests = self._told(source_digests(shards, self._ends.dtypes, self._source_group))
         if verify:
             self._verify(shards, digests)
         end = time.perf_counter()
@@ -154,10 +173,19 @@ class WeightSync:
             if not faults:
                 self._sink.end_update(policy_version)
         except TransportError as error:
-            raise RuntimeError(f"weight sync of version {policy_version}: {error}") from error
+            peer = f"rank {error.peer} is {self._places[error.peer]}"
+            raise RuntimeError(f"weight sync of version {policy_version}: {error}; {peer}") from error
         except (RuntimeError, ValueError) as error:  # the other ranks hear of it before they wait for this one
-            return [f"the engine of rank {dist.get_rank()} failed: {error}"]
+            return [f"the engine of rank {self._world.rank} failed: {error}"]
         return faults
+
+    def _told(self, digests: dict[str, int]) -> dict[str, int]:
+        """The policy's digests, on every rank."""
+        if len(self._holders) == self._world.size:
+            return digests
+        told = torch.tensor(list(digests.values()), dtype=torch.int64)
+        self._world.broadcast(told, self._holders[0])
+        return dict(zip(digests, told.tolist(), strict=True))
 
     def _verify(self, shards: Sequence[HeldSlice], expected: dict[str, int]) -> None:
         assert self._ends is not None, "there is a plan"
@@ -176,7 +204,7 @@ class WeightSync:
 
     def _locate(self, suspects: set[str], shards: Sequence[HeldSlice]) -> list[str]:
         assert self._ends is not None, "there is a plan"
-        mine = piece_digests(self.plan, dist.get_rank(), suspects, shards, self._sink, self._ends.dtypes)
+        mine = piece_digests(self.plan, self._world.rank, suspects, shards, self._sink, self._ends.dtypes)
         everywhere: list[PieceDigests] = self._attendance.gather(mine, "looking for the slice that differs")
         return located(self.plan, suspects, everywhere)
 
@@ -184,7 +212,7 @@ class WeightSync:
         """The slices whose derived copy `probe` looked at under this name."""
         regions = (r for r in self._sink.layout() if r.kind == "derived" and r.placement.local.name == parameter)
         slices = ", ".join(str(r.placement.hf) for r in regions) or parameter
-        return f"{slices} on rank {dist.get_rank()}: the kernel computes from other weights than it stores"
+        return f"{slices} on rank {self._world.rank}: the kernel computes from other weights than it stores"
 
     def _stream(self, policy_version: int) -> SyncReport:
         """Whole tensors through the engine's own loader. The digest is the policy's alone."""

@@ -8,11 +8,13 @@ from turn to turn (`connect.py`). A turn uses one buffer, and a buffer is used a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,7 +48,11 @@ class Turn:
 
 
 class TransportError(RuntimeError):
-    """Bytes did not come or go in time; names both ranks."""
+    """Bytes did not come or go in time, between this rank and `peer`; names both."""
+
+    def __init__(self, text: str, peer: int) -> None:
+        super().__init__(text)
+        self.peer = peer
 
 
 class Transport(Protocol):
@@ -86,7 +92,7 @@ class GroupTransport:
     ) -> None:
         """`starts[n]`: where its part of the buffer begins in turn n; its sends come first, then what it receives."""
         self._buffers, self._starts = buffers, starts
-        self._group, self._timeout, self._rank = group, timeout, dist.get_rank()
+        self._group, self._timeout, self._rank = group, timeout, group.rank()
         self._waits: dict[tuple[int, int, bool], Any] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
 
@@ -97,20 +103,29 @@ class GroupTransport:
         if not turn.sends and not turn.receives:
             return
         buffer, at = self._part(turn), turn.send_bytes
-        operations, keys = [], []
+        operations: list[Callable[[], Any]] = []
+        keys = []
         for message in turn.sends:
             part = buffer[message.start : message.start + message.num_bytes]
-            operations.append(dist.P2POp(dist.isend, part, message.peer, self._group, turn.number))
+            operations.append(partial(dist.isend, part, group=self._group, tag=turn.number, group_dst=message.peer))
             keys.append((turn.number, message.peer, True))
         for message in turn.receives:
             part = buffer[at : at + message.num_bytes]
             self._places[turn.number, message.peer] = part
-            operations.append(dist.P2POp(dist.irecv, part, message.peer, self._group, turn.number))
+            operations.append(partial(dist.irecv, part, group=self._group, tag=turn.number, group_src=message.peer))
             keys.append((turn.number, message.peer, False))
             at += aligned(message.num_bytes)
-        works = dist.batch_isend_irecv(operations)
-        works = works if len(works) == len(keys) else works * len(keys)  # NCCL makes one of all
-        self._waits.update(zip(keys, works, strict=True))
+        self._waits.update(zip(keys, self._started(operations, buffer.device), strict=True))
+
+    def _started(self, operations: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
+        if device.type == "cpu":
+            return [operation() for operation in operations]
+        # NCCL makes one of all; one after the other, two ranks that send to each other would wait forever. P2POp and
+        # batch_isend_irecv, which do the same, know registered groups only.
+        with dist.distributed_c10d._coalescing_manager(self._group, device, async_ops=True) as manager:
+            for operation in operations:
+                operation()
+        return list(manager.works) * len(operations)
 
     def incoming(self, turn: Turn, message: Message) -> Tensor:
         self._wait(turn, message, sends=False)
@@ -127,7 +142,8 @@ class GroupTransport:
         try:
             self._waits.pop((turn.number, message.peer, sends)).wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
-            raise TransportError(failed_wait(turn, message, self._rank, sends, self._timeout, str(error))) from error
+            why = failed_wait(turn, message, self._rank, sends, self._timeout, str(error))
+            raise TransportError(why, message.peer) from error
 
 
 def failed_wait(turn: Turn, message: Message, rank: int, sends: bool, seconds: float, why: str) -> str:

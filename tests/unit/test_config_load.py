@@ -253,6 +253,11 @@ def test_config_is_frozen(minimal: Path) -> None:
             "every engine.tp ranks are a replica",
         ),
         (
+            ["engine.placement=server", "engine.urls=[a:1]", "engine.dp=2"],
+            "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and a "
+            "server for each share of the prompts",
+        ),
+        (
             ["engine.kind=sglang", "engine.tp=2", "engine.ep=2"],
             "engine.ep=2 with engine.kind=sglang: SGLang does not spread experts without CUDA; use engine.ep=1",
         ),

@@ -16,9 +16,9 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.compare import HfTensors, open_checkpoint
 from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.data.dataset import load_held_out
+from grpo_mega.engines.make import make_engine
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.interfaces import WeightSink
-from grpo_mega.job import make_engine
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.make import make_engine
 from grpo_mega.engines.vllm_engine import VllmEngine
-from grpo_mega.job import make_engine, make_sync
+from grpo_mega.job import make_sync
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases

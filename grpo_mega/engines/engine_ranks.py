@@ -1,6 +1,8 @@
-"""What the first rank of an engine hears from the engine's process, all of its ranks hear, in the same order.
+"""What the first rank of an engine hears from another process, all of its ranks hear, in the same order.
 
-Asserted by tests/parallel/test_sglang_ranks.py.
+The process is SGLang's beside the ranks, an engine server elsewhere, or, in a server, the job that it serves.
+
+Asserted by tests/parallel/test_engine_ranks.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,230 @@
+"""Ranks of a job and engine servers: the weights that arrive, who is served, and that every fault ends in an error that
+names the server, on every rank, before anything could be sampled. The servers' weights are plain memory."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch.distributed as dist
+
+from grpo_mega.engines.server_engine import ServerEngine
+from grpo_mega.engines.server_link import look
+from grpo_mega.engines.wire import TOKEN_VARIABLE, Address
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import Prompt, SamplingRequest, UserError
+from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
+from tests.helpers.memory_ends import MemorySource
+from tests.helpers.ranks import RankPool
+from tests.helpers.stand_in_server import FACTS, TOKEN, StandIn, stand_in_server
+from tests.helpers.weight_layouts import TENSORS, policy
+
+BUCKET_BYTES = 128 * 1024
+MODEL_BYTES = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in TENSORS.values())
+Answers = list[tuple[tuple[int, ...], str, int]]
+PROMPTS = [Prompt(7, "", (1, 2, 3), ""), Prompt(8, "", (4,), "")]
+LIMIT = 3.0  # seconds of every wait, where one waits in vain
+
+
+@pytest.fixture(scope="module")
+def servers(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StandIn]]:
+    """Two of one rank, which no test may break."""
+    folder = tmp_path_factory.mktemp("servers")
+    rank_pool.call(1, nothing)  # the pool's imports are those of the servers
+    with stand_in_server(folder / "first") as first, stand_in_server(folder / "second") as second:
+        yield [first, second]
+
+
+def nothing(rank: int) -> None: ...
+
+
+def open_engine(
+    urls: list[str], tp: int = 1, seconds: float = 20.0, token: bytes = TOKEN, **facts: object
+) -> ServerEngine:
+    with mock.patch.dict("os.environ", {TOKEN_VARIABLE: token.decode()}):
+        return ServerEngine(
+            urls,
+            tp=tp,
+            facts={**FACTS, "engine.tp": tp, **facts},
+            max_model_len=64,
+            tell_experts=False,
+            timeout_seconds=seconds,
+        )
+
+
+def connect(
+    rank: int, engine: ServerEngine, transport: str = "auto", seconds: float = 20.0
+) -> tuple[MemorySource, WeightSync]:
+    size = dist.get_world_size()
+    source = MemorySource(policy(Topology(size, tp=size)), rank)
+    world = engine.meet(source.hf_shapes(), f"place {rank}", bucket_bytes=BUCKET_BYTES, transport=transport)
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    sync = WeightSync(
+        source,
+        lambda bucket_bytes: iter(()),
+        engine.sink,
+        source_group=everyone,
+        replicas=engine.replicas,
+        replica_group=everyone,
+        settings=SyncSettings(BUCKET_BYTES, seconds, transport),  # type: ignore[arg-type]
+        where=f"place {rank}",
+        world=world,
+        announce=engine.announce,
+    )
+    return source, sync
+
+
+def rollouts(engine: ServerEngine, seed: int) -> Answers:
+    request = SamplingRequest(2, 1.0, 4, seed=seed)
+    return [(c.token_ids, c.text, c.policy_version) for group in engine.generate(PROMPTS, request) for c in group]
+
+
+def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[Answers], list[SyncReport], list[int]]:
+    engine = open_engine(urls, tp)
+    source, sync = connect(rank, engine, transport)
+    told: list[Answers] = []
+    reports = []
+    for version in (1, 2):
+        source.become(version)
+        reports.append(sync.push(version, verify=True))
+        told.append(rollouts(engine, rank))
+    engine.close()
+    return told, reports, sync.plan.received_bytes().tolist()
+
+
+@pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
+def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
+    rank_pool: RankPool, servers: list[StandIn], transport: str
+) -> None:
+    found = rank_pool.call(2, follow, [server.url for server in servers], 1, transport)
+    for rank, (told, reports, received) in enumerate(found):
+        # each rank's own server answers, and nothing in its memory is another version's
+        answers = {version: [(*p.token_ids, rank) for p in PROMPTS for _ in range(2)] for version in (1, 2)}
+        text = told[0][0][1]
+        assert text.startswith("0 of ")
+        assert told == [[(ids, text, version) for ids in answers[version]] for version in (1, 2)]
+        assert received[:2] == [0, 0]
+        assert received[2:] == [MODEL_BYTES] * 2
+        assert [report.received_bytes for report in reports] == [0, 0]
+    assert sum(report.written_bytes for _, reports, _ in found for report in reports[:1]) == sum(found[0][2])
+    assert len({report.policy_digest for _, reports, _ in found for report in reports}) == 2
+
+
+def test_a_server_of_two_ranks_holds_each_slice_once(rank_pool: RankPool, tmp_path: Path) -> None:
+    with stand_in_server(tmp_path / "wide", tp=2) as server:
+        found = rank_pool.call(2, follow, [server.url], 2, "gloo")
+    for told, _, received in found:
+        assert [text for answers in told for _, text, _ in answers] == [told[0][0][1]] * 8
+        assert told[0][0][1].startswith("0 of ")
+        assert told == found[0][0]  # both ranks hear the same
+        assert received[:2] == [0, 0]
+        assert MODEL_BYTES < sum(received) < 1.1 * MODEL_BYTES  # both have the norms and the routers
+        assert received[2] == pytest.approx(received[3], rel=0.05)
+
+
+def is_refused(rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object]) -> str:
+    with pytest.raises(UserError) as caught:
+        open_engine(urls, 1, seconds, token, **facts)
+    return str(caught.value)
+
+
+def test_a_server_of_another_model_or_setting_is_refused_by_name(rank_pool: RankPool, servers: list[StandIn]) -> None:
+    urls = [server.url for server in servers]
+    different: dict[str, object] = {"config.json of the model": "fedcba9876543210", "precision.dtype": "fp32"}
+    first, second = rank_pool.call(2, is_refused, urls, 5.0, TOKEN, different)
+    assert first == second
+    assert first.splitlines()[1] == (
+        f"engine.urls[1]={urls[1]}: that engine server has config.json of the model=0123456789abcdef, here "
+        "fedcba9876543210; precision.dtype=bf16, here fp32; start it with this job's config"
+    )
+
+
+def test_another_secret_is_refused(rank_pool: RankPool, servers: list[StandIn]) -> None:
+    (told,) = rank_pool.call(1, is_refused, [servers[0].url], 5.0, b"another secret of a test", {})
+    assert told.startswith(f"engine.urls[0]={servers[0].url}: what listens there ")
+    assert told.endswith("; start launch/serve.sh there, with the same secret")
+
+
+def test_a_server_that_is_not_there_is_waited_for_and_named(rank_pool: RankPool) -> None:
+    told = rank_pool.call(2, is_refused, ["127.0.0.1:9"], 2.0, TOKEN, {})
+    assert told[0] == told[1]
+    assert told[0].startswith("engine.urls[0]=127.0.0.1:9: no engine server was there for this job within ")
+    assert "does not answer" in told[0]
+
+
+def two_jobs(rank: int, url: str) -> str | None:
+    """Both ranks are jobs of their own, of one rank each; the first is served."""
+    mine = dist.new_group([0]), dist.new_group([1])
+    with (
+        mock.patch.object(dist, "get_world_size", return_value=1),
+        mock.patch.object(dist, "get_rank", return_value=0),
+        mock.patch.object(dist, "all_gather_object", lambda into, value: into.__setitem__(0, value)),
+    ):
+        engine = open_engine([url]) if rank == 0 else None
+        dist.barrier()
+        told = is_refused(0, [url], 1.0, TOKEN, {}) if rank == 1 else None
+        dist.barrier()
+        if engine is not None:
+            engine.close()
+    del mine
+    return told
+
+
+def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[StandIn]) -> None:
+    address = Address.parse(servers[0].url, "")
+    assert look("", address, TOKEN)[1] is None
+    _, told = rank_pool.call(2, two_jobs, servers[0].url)
+    assert f"engine.urls[0]={servers[0].url}: no engine server was there for this job within " in told
+    assert "it serves another job (process " in told
+    end = time.monotonic() + 5
+    while look("", address, TOKEN)[1] is not None:  # and is free when that has ended
+        assert time.monotonic() < end
+
+
+def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, float]:
+    """The first sync is well; then the fault. What this rank is told, and after how many seconds."""
+    engine = open_engine(urls, seconds=LIMIT)
+    source, sync = connect(rank, engine, "gloo", seconds=LIMIT)
+    source.become(1)
+    sync.push(1, verify=True)
+    rollouts(engine, 0)
+    dist.barrier()
+    (folder / "fault").write_text(fault)
+    start = time.monotonic()
+    try:
+        source.become(2)
+        sync.push(2, verify=True)
+        rollouts(engine, 0)
+    except RuntimeError as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError(f"{fault}: rank {rank} was told nothing")
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("die in sampling", "{name} has ended its connection.* \\(sample\\)"),
+        ("die in a sync", "{name}"),
+        ("die in a proof", "{name}"),
+        ("stop in sampling", "{name} stands still: no answer and no engine step for 3 s \\(sample\\)"),
+        ("make no step in sampling", "{name} stands still: no answer and no engine step for 3 s \\(sample\\)"),
+        ("stop in a sync", "{name}"),
+        ("fail in sampling", "{name} failed \\(sample\\): RuntimeError: no more memory"),
+        ("fail in a sync", "the engine refused it \\(no more memory\\)"),
+    ],
+)
+def test_a_server_that_fails_ends_the_job_and_is_named(
+    rank_pool: RankPool, tmp_path: Path, fault: str, told: str
+) -> None:
+    with stand_in_server(tmp_path / "server") as server:
+        (found,) = rank_pool.call(1, fails, [server.url], server.folder, fault)
+    name = f"engine server engine.urls\\[0\\]={server.url}"
+    message, seconds = found
+    assert re.search(told.format(name=name), message), message
+    assert seconds < 3 * LIMIT
