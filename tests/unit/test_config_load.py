@@ -254,8 +254,8 @@ def test_config_is_frozen(minimal: Path) -> None:
         ),
         (
             ["engine.placement=server", "engine.urls=[a:1]", "engine.dp=2"],
-            "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and a "
-            "server for each share of the prompts",
+            "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and "
+            "a server for each share of the prompts",
         ),
         (
             ["engine.kind=sglang", "engine.tp=2", "engine.ep=2"],
