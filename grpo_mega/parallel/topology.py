@@ -89,6 +89,11 @@ class Topology:
         return self.world_size // self.engine_servers if self.engine_servers else self.engine_tp
 
     @property
+    def num_server_ranks(self) -> int:
+        """Devices beside those of this job: all ranks of all servers."""
+        return self.engine_servers * self.engine_tp
+
+    @property
     def num_replicas(self) -> int:
         return self.world_size // self.engine_ranks
 

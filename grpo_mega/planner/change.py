@@ -97,7 +97,7 @@ def _changes(plan: Plan, num_layers: int) -> Iterator[Change]:
     if engine.kv_cache_tokens is None or engine.kv_cache_tokens > tokens:
         yield {"engine.kv_cache_tokens": tokens}
     for factor in (2, 4, 8, 16, 32):
-        if plan.topology.world_size % (engine.tp * factor) == 0:
+        if plan.topology.engine_servers or plan.topology.world_size % (engine.tp * factor) == 0:
             yield {"engine.tp": engine.tp * factor}
     yield from _layouts(plan, num_layers)
     if config.optimizer.host_fraction < 1:
