@@ -31,7 +31,10 @@ def look(name: str, address: Address, token: bytes) -> tuple[dict[str, Any], str
     Raises:
         UserError: nobody listens there, or it is no engine server that knows the secret.
     """
-    wire, facts, serves = _greeted(name, address, token)
+    try:
+        wire, facts, serves = _greeted(name, address, token)
+    except OSError as error:
+        raise UserError(f"{name} does not answer ({error}); start launch/serve.sh there") from error
     with suppress(WireError):
         wire.send("look")
     wire.close()
