@@ -62,7 +62,7 @@ def opened(
             sizes = {key: SETTINGS[key] for key in ("max_model_len", "max_num_seqs")}
             config = write_config(folder / "config.yaml", models["config"], **sizes)
             server = stack.enter_context(serving([str(config)], folder / "server"))
-            ranks.open(models["config"], tp=1, kind=kind, url=server.url, config=config)
+            ranks.open(models["config"], tp=1, kind=kind, urls=(server.url,), config=config)
         else:
             ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **OF_KIND[kind])
         yield ranks

@@ -59,11 +59,11 @@ def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> I
         kill(process)
 
 
-def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: int) -> Path:
+def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: int, tp: int = 1) -> Path:
     """Of a run with this model, as far as servers look at it."""
     values = {
         "model": {"path": str(model)},
-        "engine": {"max_num_seqs": max_num_seqs},
+        "engine": {"max_num_seqs": max_num_seqs, "tp": tp},
         "sampling": {"max_tokens": 8},
         "data": {"train": "arithmetic:train", "max_prompt_tokens": max_model_len - 8},
         "reward": {"terms": [{"name": "exact"}]},
@@ -130,12 +130,12 @@ class Served:
         self._sync.push(version, verify=True)
 
 
-def open_served(config_dir: Path, *, url: str, config: Path) -> tuple[ServerEngine, Served]:
-    """The engine at `url` and the way of its weights. `config`: the file that it was started with."""
+def open_served(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tuple[ServerEngine, Served]:
+    """The engines at `urls` and the way of their weights. `config`: the file that they were started with."""
     from grpo_mega.config.load import load_config
     from grpo_mega.engines.make import make_engine
     from grpo_mega.engines.server_engine import ServerEngine
 
-    engine = make_engine(load_config(config, ["engine.placement=server", f"engine.urls=['{url}']"]), config_dir)
+    engine = make_engine(load_config(config, ["engine.placement=server", f"engine.urls={list(urls)}"]), config_dir)
     assert isinstance(engine, ServerEngine)
     return engine, Served(engine)
