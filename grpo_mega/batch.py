@@ -175,7 +175,7 @@ def explain_batch(config: Config, topology: Topology) -> str:
     return "\n".join(
         (
             f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, {-(-prompts // wave)} wave(s) over "
-            f"{topology.num_replicas} engine replica(s) of {topology.engine_tp} rank(s)",
+            f"{topology.num_replicas} engine replica(s) of {topology.engine_ranks} rank(s)",
             f"updates: {train.epochs_per_rollout} epoch(s) x {train.minibatches_per_epoch} minibatch(es) = {updates} "
             f"optimizer step(s) a step, {updates * train.steps} in all",
             f"an update: {sizes} rollouts over {topology.dp} data-parallel rank(s), in rows "

@@ -75,6 +75,11 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
         _require_divisor("parallel.tp", topology.tp, spec.mla.q_rank or topology.tp, "q_lora_rank", where)
         latent = spec.mla.kv_rank + spec.mla.rope_dim
         _require_divisor("parallel.tp", topology.tp, latent, "kv_lora_rank + qk_rope_head_dim", where)
+    if topology.engine_dp > 1 and spec.moe is None:
+        raise UserError(
+            f"engine.dp={topology.engine_dp}: {where} has no experts for the copies to share; leave it out, and every "
+            "engine.tp ranks are a replica of their own"
+        )
     _check_experts(spec, parallel, topology, where)
     parts = (("mla_up_proj", "latent attention", spec.mla), ("moe", "experts", spec.moe))
     for module, needed, part in parts:
@@ -137,6 +142,11 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
     folder = Path(str(config.model.path))
     if config.engine.kind == "sglang":
         _check_sglang(spec, folder)
+    if spec.moe is not None and config.engine.ep > spec.moe.num_experts:
+        raise UserError(
+            f"engine.ep={config.engine.ep}: {folder} has {spec.moe.num_experts} experts, and every rank needs one; use "
+            "fewer ranks, or engine.ep=1"
+        )
     if config.engine.ep > 1 and spec.moe is None:
         raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
     raw = json.loads((folder / "config.json").read_text())

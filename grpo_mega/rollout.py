@@ -1,6 +1,7 @@
 """Samples the answers of one step on all engine replicas, has them scored meanwhile, and shares the result.
 
-Prompts are cut into waves; a wave's prompts are dealt to the replicas in turn. Every rank of a replica drives its
+Prompts are cut into waves; a wave's prompts are dealt in turn to the shares (parallel/topology.py): a replica, or each
+of its data-parallel ranks, which call their engine together whatever they were dealt. Every rank of a share drives its
 engine with the same requests; the first of them submits finished completions to the reward processes, which never
 steers the engine. Afterwards every rank has all rollouts in the same order.
 Asserted by tests/e2e/test_quickstart.py (tokens per replica add up) and tests/engine/test_vllm_engine.py.
@@ -113,12 +114,12 @@ class Sampler:
         self._prompts_per_wave, self._floor, self._ends_of = prompts_per_wave, floor, ends_of
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
-        """Collective. `request.seed` is replaced: each wave and replica draws from its own, made of `seed_of`."""
-        group_size, replica = request.group_size, self._ranks.at.replica
+        """Collective. `request.seed` is replaced: each wave and share draws from its own, made of `seed_of`."""
+        group_size, at = request.group_size, self._ranks.at
         mine: dict[int, tuple[Completion, int]] = {}
         wave_size = self._prompts_per_wave or max(1, len(prompts))
         for wave, start in enumerate(range(0, len(prompts), wave_size)):
-            positions = range(start, min(start + wave_size, len(prompts)))[replica :: self._ranks.topology.num_replicas]
+            positions = range(start, min(start + wave_size, len(prompts)))[at.share :: self._ranks.topology.num_shares]
             chosen = [prompts[p] for p in positions]
 
             def submit(
@@ -129,11 +130,11 @@ class Sampler:
                 chosen: list[Prompt] = chosen,
             ) -> None:
                 key = positions[local] * group_size + member
-                mine[key] = (completion, replica)
+                mine[key] = (completion, at.replica)
                 if self._scorer is not None and completion.failure is None:
                     self._scorer.submit(key, chosen[local].text, completion.text, chosen[local].answer)
 
-            seed = derived_seed(*seed_of, wave, replica)
+            seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
         with self._timers.phase("reward"):  # what is left of it: most was scored during the sampling
             return SampledGroups(self._share(prompts, group_size, mine), group_size)
@@ -141,7 +142,7 @@ class Sampler:
     def _share(
         self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, tuple[Completion, int]]
     ) -> list[Rollout]:
-        """Score what is left, then exchange: the first rank of each replica speaks for it."""
+        """Score what is left, then exchange: the first rank of each share speaks for it."""
         spoken = None
         if self._scorer is not None:
             rewards = self._scorer.collect()
@@ -164,5 +165,5 @@ class Sampler:
 
 
 def derived_seed(*parts: object) -> int:
-    """A 31-bit seed from (run.seed, purpose, step, wave, replica): the same in every run and process."""
+    """A 31-bit seed from (run.seed, purpose, step, wave, share): the same in every run and process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1

@@ -19,13 +19,13 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.rollout import Generator, Sampler
-from grpo_mega.turns import TurnTaking, share_within
+from grpo_mega.turns import TurnTaking, any_within, share_within
 from grpo_mega.types import Reward
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes of one replica, on its first rank; None on the others, and without an environment."""
+    """The processes of one share of the prompts, on its first rank; None on the others, and without an environment."""
 
     rewards: RewardPool | None = None
     environments: EnvironmentPool | None = None
@@ -63,10 +63,13 @@ def make_sampler(
 def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path) -> TurnTaking:
     environment, topology = config.environment, ranks.topology
     assert environment is not None
-    group = None
-    if topology.engine_ranks > 1:
+    group = together = None
+    if topology.share_size > 1:
+        groups = [dist.new_group(topology.share_ranks(i)) for i in range(topology.num_shares)]
+        group = groups[ranks.at.share]
+    if topology.engine_ranks > topology.share_size:
         groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
-        group = groups[ranks.at.replica]
+        together = groups[ranks.at.replica]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop
     return TurnTaking(
         engine,
@@ -74,7 +77,8 @@ def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks,
         ResultText(load_tokenizer(model_folder), environment.before, environment.after),
         stop=stop,
         max_turns=environment.max_turns,
-        share=share_within(group, topology.replica_ranks(ranks.at.replica)[0]),
+        share=share_within(group, topology.share_ranks(ranks.at.share)[0]),
+        any_goes_on=any_within(together),
     )
 
 

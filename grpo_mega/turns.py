@@ -1,9 +1,10 @@
 """Rollouts of several turns on one engine replica: the policy answers, the environment replies, the policy goes on.
 
-All ranks of a replica make the same calls. The turns of a wave are taken together: when every open answer is complete,
-the first rank has the replies, they are broadcast, and all ranks apply them in the same order; nothing that only one
-rank knows (when a reply came, how long it took) reaches the engine. What was sampled stays as it is: a reply is
-tokenised alone and appended, and the next prompt is the sequence of tokens so far.
+All ranks of a share of the prompts make the same calls. The turns of a wave are taken together: when every open answer
+is complete, the first rank has the replies, they are broadcast, and all ranks apply them in the same order; nothing
+that only one rank knows (when a reply came, how long it took) reaches the engine. The data-parallel ranks of a replica
+step together: one with nothing left to ask calls its engine for as many turns as the others. What was sampled stays as
+it is: a reply is tokenised alone and appended, and the next prompt is the sequence of tokens so far.
 Asserted by tests/unit/test_turns.py and tests/e2e/test_calculator.py.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 
 from grpo_mega.environments.base import Turn
@@ -47,7 +49,7 @@ class Codec(Protocol):
 
 
 class Share(Protocol):
-    """Broadcast from the first rank of a replica to the others; it passes what it is given there, the others None."""
+    """Broadcast from the first rank of a share to the others; it passes what it is given there, the others None."""
 
     def __call__(self, value: Any) -> Any: ...
 
@@ -103,8 +105,9 @@ class _Rollout:
 class TurnTaking:
     """An engine and an environment as one sampler of whole rollouts.
 
-    `environments` is None but on the first rank of the replica; `codec` tokenises replies; `stop` are texts that end an
-    answer; `max_turns` is the most answers of a rollout; `share` broadcasts within the replica.
+    `environments` is None but on the first rank of the share; `codec` tokenises replies; `stop` are texts that end an
+    answer; `max_turns` is the most answers of a rollout; `share` broadcasts within the share; `any_goes_on` says
+    whether a rollout goes on anywhere in the replica.
     """
 
     engine: Engine
@@ -113,6 +116,7 @@ class TurnTaking:
     stop: tuple[str, ...]
     max_turns: int
     share: Share
+    any_goes_on: Callable[[bool], bool] = bool
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest, on_completion: OnCompletion | None = None
@@ -124,12 +128,12 @@ class TurnTaking:
         """
         wave = _Wave(self, prompts, sampling, on_completion)
         for turn in range(self.max_turns):
-            if not wave.take(turn):
+            if not self.any_goes_on(wave.take(turn)):
                 break
         return wave.completions()
 
     def replies(self) -> dict[int, Reply]:
-        """Of the first rank, on every rank of the replica; what fails there fails on all."""
+        """Of the first rank, on every rank of the share; what fails there fails on all."""
         outcome: dict[int, Reply] | Exception | None = None
         if self.environments is not None:
             try:
@@ -219,7 +223,7 @@ class _Wave:
 
 
 def share_within(group: dist.ProcessGroup | None, first_rank: int) -> Share:
-    """Broadcast over the ranks of a replica; without a group it has one rank."""
+    """Broadcast over the ranks of a share; without a group it has one rank."""
 
     def share(value: Any) -> Any:
         if group is None:
@@ -229,3 +233,16 @@ def share_within(group: dist.ProcessGroup | None, first_rank: int) -> Share:
         return box[0]
 
     return share
+
+
+def any_within(group: dist.ProcessGroup | None) -> Callable[[bool], bool]:
+    """Whether something holds on any rank of a group; without one, on this rank."""
+
+    def any_of(here: bool) -> bool:
+        if group is None:
+            return here
+        holds = torch.tensor([int(here)])
+        dist.all_reduce(holds, dist.ReduceOp.MAX, group=group)
+        return bool(holds.item())
+
+    return any_of

@@ -153,7 +153,7 @@ def engine_holdings(
     config: Config, folder: Path, topology: Topology, tensors: dict[str, WireTensor], shapes: dict[str, Any]
 ) -> Holdings:
     """Of all engines: one replica's loader recorded, the others are like it."""
-    num_ranks = config.engine.tp
+    tp, num_ranks = config.engine.tp, topology.engine_ranks
     plain = {name: tensor.shape for name, tensor in tensors.items()}
 
     def record(ranks: list[int]) -> dict[int, list[TensorSlice]]:
@@ -161,19 +161,20 @@ def engine_holdings(
             folder,
             shapes,
             dtype=config.precision.dtype,
-            tp=num_ranks,
+            tp=tp,
             ranks=ranks,
+            dp=config.engine.dp,
             experts_spread=config.engine.ep > 1,
         )
         return {rank: [copy.hf for copy in found.copies] for rank, found in zip(ranks, records, strict=True)}
 
-    recorded = record(sampled_ranks(num_ranks))
+    recorded = record(sampled_ranks(num_ranks, tp))
     try:
-        layouts = layouts_of_all(recorded, plain, num_ranks)
+        layouts = layouts_of_all(recorded, plain, num_ranks, tp)
     except NoRuleError as error:
         print(f"every rank of the engine is recorded: {error}", file=sys.stderr)
         layouts = layouts_of_all(
-            recorded | record([r for r in range(num_ranks) if r not in recorded]), plain, num_ranks
+            recorded | record([r for r in range(num_ranks) if r not in recorded]), plain, num_ranks, tp
         )
     numbers, parts = numbering(tensors), []
     for rank, layout in enumerate(layouts):

@@ -128,6 +128,11 @@ def _servers(config: Config) -> None:
             f"engine.placement=server with engine.kind={engine.kind}, which runs beside the ranks only; use "
             "engine.kind=vllm, or engine.placement=colocated"
         )
+    if engine.dp > 1:
+        raise UserError(
+            f"engine.dp={engine.dp} with engine.placement=server: a server's ranks sample the same rollouts; use "
+            "engine.dp=1, and a server for each share of the prompts"
+        )
     if not engine.urls:
         raise UserError(
             "engine.placement=server without engine.urls; start launch/serve.sh with this config on other devices, and "
@@ -149,19 +154,27 @@ def require_equal_parts(world: int, num_servers: int) -> None:
 
 
 def _engine_divides(config: Config) -> None:
-    world = config.run.world_size if config.engine.placement == "colocated" else None
-    if world is not None and world % config.engine.tp:
-        raise UserError(f"run.world_size={world} is not a multiple of engine.tp={config.engine.tp}; use one that is")
-    if config.engine.ep not in (1, config.engine.tp):
+    engine = config.engine
+    world = config.run.world_size if engine.placement == "colocated" else None
+    ranks, keys = engine.tp, f"engine.tp={engine.tp}"
+    if engine.dp > 1:
+        ranks, keys = engine.tp * engine.dp, f"engine.tp x engine.dp = {engine.tp} x {engine.dp}"
+    if world is not None and world % ranks:
+        raise UserError(f"run.world_size={world} is not a multiple of {keys}; use one that is")
+    if engine.ep not in (1, ranks):
         raise UserError(
-            f"engine.ep={config.engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or "
-            f"engine.tp={config.engine.tp}"
+            f"engine.ep={engine.ep}: experts are spread over all ranks of an engine or not at all; use 1 or {keys}"
         )
 
 
 def _sglang(config: Config) -> None:
     if config.engine.kind != "sglang":
         return
+    if config.engine.dp > 1:
+        raise UserError(
+            f"engine.dp={config.engine.dp} with engine.kind=sglang, whose copies would share no experts without CUDA; "
+            "use engine.dp=1: every engine.tp ranks are a replica"
+        )
     if config.engine.ep > 1:
         raise UserError(
             f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "

@@ -113,13 +113,17 @@ class EngineConfig(Section):
     urls: tuple[str, ...] = Field((), strict=False)
     """server: host:port of each; one after the other they serve equal parts of the ranks."""
     tp: int = Field(1, ge=1)
-    """Ranks of one replica; replicas = world / tp, or the number of servers."""
+    """Ranks over which one copy of the attention is cut; they sample the same rollouts."""
+    dp: int = Field(1, ge=1)
+    """Copies of the attention in one replica, which share its experts and sample rollouts of their own; for models with
+    experts, engine.kind=vllm. Replicas = world / (tp x dp), or the number of servers."""
     ep: int = Field(1, ge=1)
-    """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp) or tp."""
+    """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp x dp) or tp x dp."""
     max_num_seqs: int = Field(256, ge=1)
-    """Rollouts that one replica samples at the same time."""
+    """Rollouts that one replica, or each of its dp copies, samples at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
-    """Capacity of a replica's KV cache; unset: what max_num_seqs full-length rollouts need (on CUDA: what is left)."""
+    """Capacity of the KV cache of a replica, or of each of its dp copies; unset: what max_num_seqs full-length rollouts
+    need (on CUDA: what is left)."""
 
 
 class SamplingConfig(Section):

@@ -1,8 +1,9 @@
 """The layout of every rank of an engine from those of four: a rule fitted to three of them, asserted on the fourth.
 
 Ranks of one engine copy the same things in the same order; only numbers differ: where a slice starts and ends, and
-which expert it is of. Each such number is `base + step * (rank // period)` (a period above 1: ranks that share a KV
-head), at most the size of its dimension (the padded vocabulary). Pure.
+which expert it is of. Each such number is `base + step * (r // period)` (a period above 1: ranks that share a KV head),
+at most the size of its dimension (the padded vocabulary). `r` is the rank, or, where data-parallel ranks hold copies,
+the rank within its copy, `rank % tp`. Pure.
 Asserted by tests/unit/test_layout_rule.py; on every rank of a recorded engine by tests/engine/test_vllm_record.py.
 """
 
@@ -53,15 +54,24 @@ class NoRuleError(RuntimeError):
     """The recorded ranks follow no such rule; every rank has to be recorded."""
 
 
-def sampled_ranks(num_ranks: int) -> list[int]:
-    """All of a few ranks; of many the first, the last and two in between, the third of which checks the rule."""
+def sampled_ranks(num_ranks: int, tp: int | None = None) -> list[int]:
+    """All of a few ranks; of many the first, the last and two in between, the third of which checks the rule.
+
+    `tp`: ranks of one of several copies. The second is then of the first copy: no other choice tells for every number
+    of ranks whether something follows the rank or the rank within its copy.
+    """
     if num_ranks <= 8:
         return list(range(num_ranks))
-    return [0, num_ranks // 3, 2 * num_ranks // 3 + 1, num_ranks - 1]
+    if tp is None or tp in (1, num_ranks):
+        return [0, num_ranks // 3, 2 * num_ranks // 3 + 1, num_ranks - 1]
+    return [0, tp // 2, num_ranks // tp // 2 * tp + 3 * tp // 4, num_ranks - 1]
 
 
 def layouts_of_all(
-    recorded: Mapping[int, Sequence[TensorSlice]], shapes: Mapping[str, tuple[int, ...]], num_ranks: int
+    recorded: Mapping[int, Sequence[TensorSlice]],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_ranks: int,
+    tp: int | None = None,
 ) -> Iterator[RankLayout]:
     """The layout of each rank, one after the other.
 
@@ -69,6 +79,7 @@ def layouts_of_all(
         recorded: rank -> its slices, in the order in which the loader copied them; of `sampled_ranks`.
         shapes: of the tensors of the checkpoint.
         num_ranks: of the engine.
+        tp: those of one of its copies; None: it has one.
 
     Raises:
         NoRuleError: no rule fits (names a slice).
@@ -77,7 +88,7 @@ def layouts_of_all(
         return (RankLayout.of(recorded[rank]) for rank in range(num_ranks))
     ranks = sorted(recorded)
     fitted = [ranks[0], ranks[1], ranks[3]]
-    rule = _Rule.fit([_Table.of(recorded[rank], shapes) for rank in fitted], fitted, num_ranks)
+    rule = _Rule.fit([_Table.of(recorded[rank], shapes) for rank in fitted], fitted, num_ranks, tp or num_ranks)
     check = ranks[2]
     for found, expected in zip(recorded[check], rule.layout(check).slices(), strict=True):
         if found != expected:
@@ -107,36 +118,38 @@ class _Table:
 
 
 class _Rule:
-    """base + step * (rank // period), at most limit; all of them [slices, numbers]."""
+    """base + step * (rank % modulus // period), at most limit; all of them [slices, numbers]."""
 
-    def __init__(self, table: _Table, base: Ints, step: Ints, period: Ints) -> None:
-        self._table, self._base, self._step, self._period = table, base, step, period
+    def __init__(self, table: _Table, base: Ints, step: Ints, period: Ints, modulus: Ints) -> None:
+        self._table, self._base, self._step, self._period, self._modulus = table, base, step, period, modulus
 
     @classmethod
-    def fit(cls, tables: Sequence[_Table], ranks: Sequence[int], num_ranks: int) -> _Rule:
+    def fit(cls, tables: Sequence[_Table], ranks: Sequence[int], num_ranks: int, tp: int) -> _Rule:
         first, middle, last = tables
         if any(t.words != first.words for t in tables):
             raise NoRuleError(f"ranks {list(ranks)} of the engine copy different tensors, or in another order")
         base = first.numbers
-        step, period = np.zeros_like(base), np.zeros(len(base), np.int64)
-        for p in [p for p in range(1, num_ranks + 1) if num_ranks % p == 0]:
-            turns = (np.asarray(ranks) // p).tolist()
+        step, period, modulus = np.zeros_like(base), np.zeros(len(base), np.int64), np.ones(len(base), np.int64)
+        of = dict.fromkeys((num_ranks, tp))
+        for m, p in [(size, p) for size in of for p in range(1, size + 1) if size % p == 0]:
+            turns = (np.asarray(ranks) % m // p).tolist()
             if not turns[1]:
                 continue
             candidate = (middle.numbers - base) // turns[1]
             values = [np.minimum(base + candidate * turn, first.limits) for turn in turns]
             # all numbers of a slice follow one period: its end alone may fit a wrong one, cut at the tensor's size
             fits = ((values[1] == middle.numbers) & (values[2] == last.numbers)).all(1) & (period == 0)
-            step[fits], period[fits] = candidate[fits], p
+            step[fits], period[fits], modulus[fits] = candidate[fits], p, m
         if not period.all():
             row = int(np.flatnonzero(period == 0)[0])
             name = "0".join(first.words[row])
             raise NoRuleError(f"where {name} (or its like) lies on ranks {list(ranks)} of the engine follows no rule")
-        return cls(first, base, step, period)
+        return cls(first, base, step, period, modulus)
 
     def layout(self, rank: int) -> RankLayout:
         """Of any rank."""
-        values = np.minimum(self._base + self._step * (rank // self._period[:, None]), self._table.limits)
+        turns = rank % self._modulus // self._period
+        values = np.minimum(self._base + self._step * turns[:, None], self._table.limits)
         like, dims = self._table.layout, self._table.layout.starts.shape[1]
         names, starts, ends = values[:, : -2 * dims], values[:, -2 * dims : -dims], values[:, -dims:]
         if not self._step[:, : -2 * dims].any():

@@ -51,6 +51,7 @@ def make_vllm_engine(config: Config, model_folder: Path) -> VllmEngine:
         model_folder,
         dtype=config.precision.dtype,
         tp=config.engine.tp,
+        dp=config.engine.dp,
         ep=config.engine.ep,
         max_model_len=longest_rollout(config),
         max_num_seqs=config.engine.max_num_seqs,

@@ -1,8 +1,11 @@
 """The vLLM engine inside the training process: sampling, residency, end.
 
-Every rank of the world constructs it together after torch.distributed; ranks [r * tp, (r + 1) * tp) are replica r and
-make the same calls in the same order. Sampling reads only the global generators, seeded from the request and put back
-afterwards, so the same seed and prompts give the same tokens; the prefix cache is empty at the start of each call.
+Every rank of the world constructs it together after torch.distributed. Ranks [r * tp * dp, (r + 1) * tp * dp) are
+replica r; each run of tp of them makes the same calls in the same order. With dp > 1 these runs share the experts, so
+they call `generate` together, each with prompts of its own or none, and step together: one that is done takes part with
+dummy batches until all are. Whether any goes on is agreed at every step (vLLM's `has_unfinished_requests`).
+Sampling reads only the global generators, seeded from the request and put back afterwards, so the same seed and prompts
+give the same tokens; the prefix cache is empty at the start of each call.
 """
 
 from __future__ import annotations
@@ -37,11 +40,12 @@ class VllmEngine:
 
     Args:
         config_dir: Hugging Face folder with config.json and the tokenizer; its weights are not read.
-        tp: ranks of one replica.
+        tp: ranks over which one copy of the attention is cut.
+        dp: copies of the attention in a replica; they share its experts.
         max_model_len: longest prompt plus completion, tokens.
-        max_num_seqs: rollouts that a replica samples at the same time.
-        ep: 1: experts are cut over the tp ranks; tp: each is whole on one of them.
-        kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
+        max_num_seqs: rollouts that each copy samples at the same time.
+        ep: 1: experts are cut over the tp * dp ranks; tp * dp: each is whole on one of them.
+        kv_cache_tokens: capacity of the KV cache of each copy; None: `max_num_seqs` rollouts of `max_model_len`.
         tell_experts: be able to answer requests with `expert_choices`.
 
     Raises:
@@ -55,6 +59,7 @@ class VllmEngine:
         *,
         dtype: Literal["fp32", "bf16"],
         tp: int,
+        dp: int = 1,
         ep: int = 1,
         max_model_len: int,
         max_num_seqs: int,
@@ -70,7 +75,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._on_cuda = torch.cuda.is_available()
         settings = VllmSettings(
-            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, ep > 1, tell_experts
+            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, dp, ep > 1, tell_experts
         )
         started = start(settings, spec)
         self._llm: Any = started.llm
@@ -179,7 +184,7 @@ class VllmEngine:
                     self._routing.open(request_id, prompt.token_ids, sampling.max_tokens_of(position))
                 self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
         try:
-            while places:
+            while self._llm.has_unfinished_requests():
                 outputs = self._llm.step()
                 self.steps += 1
                 for output in outputs:

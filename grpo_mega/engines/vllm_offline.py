@@ -33,6 +33,7 @@ def record_ranks(
     dtype: Literal["fp32", "bf16"],
     tp: int,
     ranks: Sequence[int],
+    dp: int = 1,
     experts_spread: bool = False,
 ) -> list[LoaderRecord]:
     """What vLLM's loader does on some ranks of an engine.
@@ -41,8 +42,9 @@ def record_ranks(
         config_dir: folder with config.json.
         tensors: shape and dtype of every tensor of the checkpoint.
         dtype: of the engine.
-        tp: ranks of the engine.
-        ranks: which of them.
+        tp: ranks over which one copy of the attention is cut.
+        ranks: which of the engine's tp * dp.
+        dp: copies of the attention.
         experts_spread: experts are whole on one rank each (expert parallel), not cut over all.
 
     Raises:
@@ -52,7 +54,7 @@ def record_ranks(
     """
     prepare_environment()
     register_model(config_dir)
-    return [_record_rank(config_dir, tensors, dtype, tp, rank, experts_spread) for rank in ranks]
+    return [_record_rank(config_dir, tensors, dtype, tp, dp, rank, experts_spread) for rank in ranks]
 
 
 def _record_rank(
@@ -60,6 +62,7 @@ def _record_rank(
     tensors: Mapping[str, tuple[Shape, torch.dtype]],
     dtype: Literal["fp32", "bf16"],
     tp: int,
+    dp: int,
     rank: int,
     experts_spread: bool,
 ) -> LoaderRecord:
@@ -72,11 +75,12 @@ def _record_rank(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(_pretended_ranks(tp, rank))
+        stack.enter_context(_pretended_ranks(tp * dp, rank))
         arguments: dict[str, Any] = {
             "model": str(config_dir),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
             "tensor_parallel_size": tp,
+            "data_parallel_size": dp,
             "distributed_executor_backend": "external_launcher",
             "skip_tokenizer_init": True,
             "enforce_eager": True,
@@ -87,7 +91,7 @@ def _record_rank(
         config = EngineArgs(**arguments).create_engine_config()
         stack.enter_context(set_current_vllm_config(config))
         parallel_state.init_distributed_environment(
-            world_size=tp, rank=rank, local_rank=rank, distributed_init_method="env://", backend="fake"
+            world_size=tp * dp, rank=rank, local_rank=rank, distributed_init_method="env://", backend="fake"
         )
         parallel_state.initialize_model_parallel(tp)
         try:

@@ -52,6 +52,8 @@ class VllmSettings:
     max_num_seqs: int
     kv_cache_tokens: int | None
     seed: int
+    dp: int = 1
+    """Copies of the attention: the replica has tp * dp ranks, and the sizes are of each copy."""
     experts_spread: bool = False
     """Experts are whole on one rank each, not cut over all."""
     tell_experts: bool = False
@@ -102,8 +104,9 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         ImportError: vLLM is not installed.
     """
     world = dist.get_world_size()
-    if world % settings.tp:
-        raise UserError(f"engine.tp={settings.tp} does not divide the {world} ranks of the job; use a divisor")
+    if world % (settings.tp * settings.dp):
+        keys = f"engine.tp={settings.tp}" + (f" x engine.dp={settings.dp}" if settings.dp > 1 else "")
+        raise UserError(f"{keys} does not divide the {world} ranks of the job; use a divisor")
     check_tp(spec, settings.tp)
     prepare_environment()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
@@ -117,7 +120,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         correct_vllm()
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
-        stack.enter_context(_environment_of_ranks())
+        stack.enter_context(_environment_of_ranks(settings))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # vLLM walks over torch.distributed's deprecated names
         if not torch.cuda.is_available():
@@ -180,18 +183,26 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def _environment_of_ranks() -> Iterator[None]:
-    """The external launcher reads its rank from the environment, which a process that was forked does not have."""
-    missing = {"RANK": str(dist.get_rank()), "LOCAL_RANK": "0"}
-    if torch.cuda.is_available():
-        missing["LOCAL_RANK"] = str(torch.cuda.current_device())
-    added = {key: value for key, value in missing.items() if key not in os.environ}
-    os.environ.update(added)
+def _environment_of_ranks(settings: VllmSettings) -> Iterator[None]:
+    """The external launcher reads its rank from the environment, which a process that was forked does not have.
+
+    config/parallel.py takes RANK // tp for the data-parallel rank, as if all ranks were one replica: with several, it
+    is told the rank within the replica. (Groups are made from torch.distributed's ranks, right for any number.)
+    """
+    told = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK")}
+    if told["RANK"] is None or settings.dp > 1:
+        ranks = settings.tp * settings.dp
+        os.environ["RANK"] = str(dist.get_rank() % ranks if settings.dp > 1 else dist.get_rank())
+    if told["LOCAL_RANK"] is None:
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
+        for key, value in told.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 @contextmanager
@@ -253,14 +264,15 @@ def _check_cpu_head(spec: ModelSpec) -> None:
 
 def _check_cpu_experts(settings: VllmSettings, spec: ModelSpec) -> None:
     """Refuse what the kernel would pad: then the weights are not where the loader put them."""
-    ways = 1 if settings.experts_spread else settings.tp
+    ways = 1 if settings.experts_spread else settings.tp * settings.dp
     if spec.moe is None:
         return
     if spec.moe.expert_ffn_size % (ways * _EXPERT_MULTIPLE) or spec.hidden_size % _EXPERT_MULTIPLE:
+        ranks = settings.tp * settings.dp
         raise UserError(
-            f"engine.tp={settings.tp}, engine.ep={settings.tp // ways}: vLLM's kernel on CPU takes experts whose rows "
-            f"on a rank are a multiple of {_EXPERT_MULTIPLE}, here {spec.moe.expert_ffn_size} / {ways}; use engine.ep="
-            "engine.tp or a smaller engine.tp"
+            f"engine.tp={settings.tp}, engine.dp={settings.dp}, engine.ep={ranks // ways}: vLLM's kernel on CPU takes "
+            f"experts whose rows on a rank are a multiple of {_EXPERT_MULTIPLE}, here {spec.moe.expert_ffn_size} / "
+            f"{ways}; use engine.ep={ranks} or fewer ranks"
         )
 
 
@@ -290,6 +302,7 @@ def _engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]
         "logprobs_mode": "processed_logprobs",
         "distributed_executor_backend": "external_launcher",
         "tensor_parallel_size": settings.tp,
+        "data_parallel_size": settings.dp,
         "enable_expert_parallel": settings.experts_spread,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,

@@ -2,7 +2,8 @@
 
 Pure: no process group exists here. Order of the axes, fastest first, is Megatron's "tp-cp-ep-dp-pp": the dense layers
 lie on tp, cp, dp, pp, the experts on etp, ep, edp, pp over the same ranks. Engine replicas are contiguous runs of
-`engine_tp` ranks; or, where engines are servers elsewhere, each serves a contiguous run of `engine_ranks`.
+`engine_tp * engine_dp` ranks, tp fastest, that step together; each run of `engine_tp` ranks in it samples prompts of
+its own, a share. Where engines are servers elsewhere, each serves a contiguous run of `engine_ranks`, which is a share.
 Asserted by tests/unit/test_topology.py, and against Megatron's own groups by tests/parallel.
 """
 
@@ -29,11 +30,15 @@ class Coordinates:
     edp_rank: int
     replica: int
     engine_tp_rank: int
+    engine_dp_rank: int
+    share: int
+    """Which part of the prompts this rank samples, of `Topology.num_shares`."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the axes; `world_size == tp * cp * dp * pp == etp * ep * edp * pp == num_replicas * engine_tp`."""
+    """Sizes of the axes; `world_size` is `tp * cp * dp * pp`, `etp * ep * edp * pp`, and `num_replicas * engine_tp *
+    engine_dp`."""
 
     world_size: int
     tp: int = 1
@@ -43,6 +48,7 @@ class Topology:
     ep: int = 1
     etp: int = 1
     vpp: int = 1
+    engine_dp: int = 1
     engine_servers: int = 0
     """Engines elsewhere; 0: they are on these ranks."""
 
@@ -51,10 +57,12 @@ class Topology:
         require_whole_grids(self.world_size, tp=self.tp, cp=self.cp, pp=self.pp, ep=self.ep, etp=self.etp)
         if self.engine_servers:
             require_equal_parts(self.world_size, self.engine_servers)
-        elif self.world_size % self.engine_tp:
+        elif self.world_size % self.engine_ranks:
+            key, got, use = "engine.tp", f"{self.engine_tp}", "a divisor"
+            if self.engine_dp > 1:
+                key, got, use = f"{key} x engine.dp", f"{got} x {self.engine_dp}", "a product that is a divisor"
             raise UserError(
-                f"engine.tp={self.engine_tp} does not divide the {self.world_size} rank(s) of this job; "
-                f"use a divisor of {self.world_size}"
+                f"{key}={got} does not divide the {self.world_size} rank(s) of this job; use {use} of {self.world_size}"
             )
 
     @classmethod
@@ -70,6 +78,7 @@ class Topology:
             ep=axes.ep,
             etp=axes.etp,
             vpp=axes.vpp,
+            engine_dp=config.engine.dp,
             engine_servers=len(config.engine.urls) if config.engine.placement == "server" else 0,
         )
 
@@ -84,18 +93,33 @@ class Topology:
         return self.world_size // (self.etp * self.ep * self.pp)
 
     @property
+    def engine_size(self) -> int:
+        """Ranks of one engine replica, wherever they are."""
+        return self.engine_tp * self.engine_dp
+
+    @property
     def engine_ranks(self) -> int:
         """Ranks of this job that run one engine replica, or that one serves."""
-        return self.world_size // self.engine_servers if self.engine_servers else self.engine_tp
+        return self.world_size // self.engine_servers if self.engine_servers else self.engine_size
 
     @property
     def num_server_ranks(self) -> int:
         """Devices beside those of this job: all ranks of all servers."""
-        return self.engine_servers * self.engine_tp
+        return self.engine_servers * self.engine_size
 
     @property
     def num_replicas(self) -> int:
         return self.world_size // self.engine_ranks
+
+    @property
+    def share_size(self) -> int:
+        """Ranks that sample the same prompts."""
+        return self.engine_ranks if self.engine_servers else self.engine_tp
+
+    @property
+    def num_shares(self) -> int:
+        """Parts into which the engines divide the prompts."""
+        return self.world_size // self.share_size
 
     def coordinates(self, rank: int) -> Coordinates:
         """Inverse of rank = tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
@@ -110,12 +134,18 @@ class Topology:
             ep_rank=rank // self.etp % self.ep,
             edp_rank=rank // (self.etp * self.ep) % self.edp,
             replica=rank // self.engine_ranks,
-            engine_tp_rank=rank % self.engine_ranks,
+            engine_tp_rank=rank % self.share_size,
+            engine_dp_rank=rank % self.engine_ranks // self.share_size,
+            share=rank // self.share_size,
         )
 
     def replica_ranks(self, replica: int) -> list[int]:
-        """Ranks of one engine, in its tensor-parallel order; or those that it serves."""
+        """Ranks of one engine, in its own order: tensor-parallel ranks are neighbours; or those that it serves."""
         return list(range(replica * self.engine_ranks, (replica + 1) * self.engine_ranks))
+
+    def share_ranks(self, share: int) -> list[int]:
+        """Ranks that sample the same prompts, in their tensor-parallel order."""
+        return list(range(share * self.share_size, (share + 1) * self.share_size))
 
     def loss_rank(self, dp_rank: int) -> int:
         """The first rank of the last pipeline stage of one data-parallel replica: it has the log-probs."""

@@ -23,6 +23,14 @@ PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is
 BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
+_ROUTERS_AND_LATENTS = (
+    ".mlp.gate.weight",
+    ".block_sparse_moe.gate.weight",
+    ".router.weight",
+    "_a_proj.weight",
+    "_a_proj_with_mqa.weight",
+)
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -117,7 +125,7 @@ def plan_memory(
         longest=work.longest,
         imbalance=cluster.assumptions.routing_imbalance,
     )
-    engine = engine_weight_bytes(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
+    engine = engine_weight_bytes(spec, topology, ITEMSIZE[config.precision.dtype], spread=config.engine.ep > 1)
     per_token = kv_bytes_per_token(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
     cache = _kv_cache(config, cluster, work, engine, per_token)
     ranks = []
@@ -148,26 +156,46 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-def engine_weight_bytes(spec: ModelSpec, tp: int, itemsize: int) -> float:
-    """Of one rank of an engine of `tp` ranks: matrices are cut, norms, routers and latent projections are not, and key
-    heads fewer than ranks are repeated."""
-    cut, repeated, keys = _engine_elements(spec)
-    return (cut / tp + repeated + keys / min(tp, spec.num_kv_heads)) * itemsize
+def engine_weight_bytes(spec: ModelSpec, topology: Topology, itemsize: int, *, spread: bool) -> float:
+    """Of one rank of an engine: experts are divided over all its ranks, other matrices cut over tp, norms, routers and
+    latent projections are not, and key heads fewer than ranks are repeated. `spread`: experts are whole."""
+    elements, tp = _engine_elements(spec), topology.engine_tp
+    shared: float = elements.shared
+    # where experts are spread and copies of several ranks share them, a rank has its own part of the tokens, and models
+    # with latent attention send it through the whole of the shared experts (models/deepseek_v2.py of vLLM)
+    if spec.mla is None or topology.engine_dp == 1 or not spread:
+        shared /= tp
+    dense = elements.cut / tp + elements.repeated + elements.keys / min(tp, spec.num_kv_heads)
+    return (dense + shared + elements.experts / topology.engine_size) * itemsize
+
+
+@dataclass
+class _EngineElements:
+    """Those of experts, of the shared ones, cut over tp, on every rank, and cut over key heads."""
+
+    experts: int = 0
+    shared: int = 0
+    cut: int = 0
+    repeated: int = 0
+    keys: int = 0
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_elements(spec: ModelSpec) -> tuple[int, int, int]:
-    """Elements that are cut over all ranks, that every rank has, and that are cut over key heads."""
-    cut = repeated = keys = 0
+def _engine_elements(spec: ModelSpec) -> _EngineElements:
+    found = _EngineElements()
     for name, shape in hf_shapes(spec).items():
         size = math.prod(shape)
-        if len(shape) == 1 or name.endswith((".mlp.gate.weight", "_a_proj.weight", "_a_proj_with_mqa.weight")):
-            repeated += size
+        if ".experts." in name:
+            found.experts += size
+        elif ".shared_expert" in name:
+            found.shared += size
+        elif len(shape) == 1 or name.endswith(_ROUTERS_AND_LATENTS):
+            found.repeated += size
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
-            keys += size
+            found.keys += size
         else:  # the last projection of latent attention is kept beside its absorbed form
-            cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
-    return cut, repeated, keys
+            found.cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
+    return found
 
 
 def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:
@@ -258,9 +286,11 @@ def _phases(
 def num_groups(topology: Topology) -> int:
     """Communicators of more than one rank in which a rank takes part: the axes, their products, the engine's, all."""
     axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
-    engine = 1 if topology.engine_servers else topology.engine_tp
-    products = (topology.tp * topology.pp, topology.dp * topology.cp, engine, topology.world_size)
-    return sum(size > 1 for size in (*axes, *products))
+    products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.world_size)
+    engine = (topology.engine_tp, topology.engine_dp, topology.engine_ranks if topology.engine_dp > 1 else 1)
+    if topology.engine_servers:
+        engine = (1, 1, 1)
+    return sum(size > 1 for size in (*axes, *products, *engine))
 
 
 def has_critic(config: Config) -> bool:

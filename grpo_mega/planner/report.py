@@ -35,7 +35,9 @@ def in_words(plan: Plan, remedy: list[str] | None) -> str:
     lines = [
         f"{plan.parameters / 1e9:.2f}B parameters on {topology.world_size} x {gpu.name} ({plan.cluster.num_nodes} "
         f"node(s)): tp {topology.tp}, pp {topology.pp}, cp {topology.cp}, dp {topology.dp}, ep {topology.ep}, etp "
-        f"{topology.etp}; engine tp {topology.engine_tp}, {topology.num_replicas} replica(s){elsewhere}",
+        f"{topology.etp}; engine tp {topology.engine_tp}, "
+        + (f"dp {topology.engine_dp}, " if topology.engine_dp > 1 else "")
+        + f"{topology.num_replicas} replica(s){elsewhere}",
         "",
         f"GiB on the fullest rank of each phase, of {gpu.memory / _GIB:.1f}:",
     ]

@@ -55,17 +55,20 @@ def _engines(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
     tp = 1
     while tp <= min(num_ranks, 64):
         change: Change = {"engine.tp": tp}
+        if config.engine.ep > 1:
+            change["engine.ep"] = tp * config.engine.dp
         try:
             plan = planner(changed(config, _bare(num_ranks) | change))
         except UserError:
             pass
         else:
-            rollout_fits = plan.memory.fullest("rollout").peak("rollout") <= plan.cluster.gpu.memory
+            samples = "server" if plan.topology.engine_servers else "rollout"
+            rollout_fits = plan.memory.fullest(samples).peak(samples) <= plan.cluster.gpu.memory
             holds_one = plan.memory.kv_cache >= plan.work.longest * plan.memory.kv_bytes_per_token
             if rollout_fits and holds_one:
-                timed.append((plan.time.phases["rollout"], tp))
+                timed.append((plan.time.phases["rollout"], tp, change))
         tp *= 2
-    return [{"engine.tp": tp} for _, tp in sorted(timed)[:_ENGINE_CHOICES]]
+    return [change for _, _, change in sorted(timed, key=lambda each: each[:2])[:_ENGINE_CHOICES]]
 
 
 def _bare(num_ranks: int) -> Change:

@@ -114,21 +114,23 @@ def _rollout(
     """Prefill of each prompt once, then decode steps that read weights and cache; the last round lasts as long as its
     longest rollout."""
     assumed, gpu, tp = cluster.assumptions, cluster.gpu, config.engine.tp
-    of_replica = math.ceil(work.rollouts / topology.num_replicas)
+    of_share = math.ceil(work.rollouts / topology.num_shares)
     held = memory.kv_cache / (memory.kv_bytes_per_token * max(1.0, work.mean))
-    at_once = max(1.0, min(of_replica, config.engine.max_num_seqs, held))
-    rounds = math.ceil(of_replica / at_once)
+    at_once = max(1.0, min(of_share, config.engine.max_num_seqs, held))
+    rounds = math.ceil(of_share / at_once)
     weights = memory.engine_weights
     if spec.moe is not None:
         share = spec.moe.top_k / spec.moe.num_experts
         expert = sum(spec.moe.layers) * 3 * spec.hidden_size * spec.moe.expert_ffn_size * spec.moe.num_experts
-        experts = expert * ITEMSIZE[config.precision.dtype] / tp
-        weights -= experts * (1 - share) ** at_once
+        experts = expert * ITEMSIZE[config.precision.dtype] / topology.engine_size
+        weights -= experts * (1 - share) ** (at_once * topology.engine_dp)
     read = (weights + at_once * work.mean * memory.kv_bytes_per_token) / (
         gpu.memory_bandwidth * assumed.decode_bandwidth
     )
     computed = at_once * 2 * costs.active / tp / (gpu.bf16_flops * assumed.prefill_flops)
     latency = 2 * spec.num_layers * assumed.collective_latency if tp > 1 else 0.0
+    if spec.moe is not None and topology.engine_dp > 1:  # tokens gathered before the experts, their sums given back
+        latency += 2 * sum(spec.moe.layers) * assumed.collective_latency
     decode = max(read, computed) + latency
     steps = (rounds - 1) * assumed.mean_length * config.sampling.max_tokens + config.sampling.max_tokens
     prompts = config.data.prompts_per_step * config.data.max_prompt_tokens * assumed.mean_length

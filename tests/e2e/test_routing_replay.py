@@ -46,6 +46,10 @@ def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> lis
     [
         pytest.param((), id="one-rank"),
         pytest.param(("run.world_size=2", "parallel.ep=2", "engine.tp=2", "engine.ep=2"), id="ep2-and-tp2ep2"),
+        pytest.param(("run.world_size=2", "parallel.ep=2", "engine.dp=2", "engine.ep=2"), id="ep2-and-dp2ep2"),
+        pytest.param(
+            ("run.world_size=4", "parallel.ep=2", "engine.tp=2", "engine.dp=2", "engine.ep=4"), id="ep2-and-tp2dp2ep4"
+        ),
         pytest.param(
             ("run.world_size=2", "parallel.pp=2", "parallel.num_layers_first_stage=2"), id="pp2-and-two-engines"
         ),

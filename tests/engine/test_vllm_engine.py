@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,8 @@ from tests.helpers.engine_contract import (
     tokens,
 )
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
-from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.tiny_models import make_family_model, make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "qwen3-tied": make_tiny_model(folder / "qwen3-tied", tie=True),
         "qwen2": make_tiny_model(folder / "qwen2", family="qwen2", vocab=70),
         "llama": make_tiny_model(folder / "llama", family="llama", num_key_value_heads=1),
+        "experts": make_family_model(folder / "experts", raw_family_config("qwen3_moe", moe_intermediate_size=64)),
     }
 
 
@@ -231,6 +234,48 @@ def test_tp_2_samples_the_tokens_of_tp_1(world: EngineRanks, models: dict[str, P
         world.call(push, models["qwen3"], 0)
         answers.append(world.call(generate, PROMPTS, SAMPLING)[0])
     assert tokens(answers[0]) == tokens(answers[1])
+
+
+def sample_shares(
+    session: RankSession, shares: list[list[Prompt]], late: int | None
+) -> tuple[list[list[Completion]], int]:
+    """Each rank its share, the second in few long answers; `late`: a rank whose callback takes its time. Also returns
+    the number of dummy batches."""
+    request = replace(SAMPLING, group_size=4, seed=session.rank, max_tokens=(8, 24)[session.rank])
+    core = session.engine._llm.engine_core
+    with mock.patch.object(core, "execute_dummy_batch", wraps=core.execute_dummy_batch) as dummies:
+        groups = session.engine.generate(
+            shares[session.rank], request, lambda *_: time.sleep(0.05 if session.rank == late else 0.0)
+        )
+    return groups, dummies.call_count
+
+
+def restarts(session: RankSession) -> None:
+    session.engine.sleep()
+    session.engine.wake("weights")
+    session.engine.wake("kv_cache")
+
+
+@pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.long), 2])
+def test_data_parallel_ranks_share_experts_and_step_together_whatever_each_has_to_sample(
+    world: EngineRanks, models: dict[str, Path], ep: int
+) -> None:
+    """ep=1: each expert is cut over both ranks."""
+    world.open(models["experts"], tp=1, dp=2, ep=ep, **SETTINGS)
+    world.call(push, models["experts"], 0)
+    uneven, lonely = [PROMPTS[:4], PROMPTS[4:]], [PROMPTS[:2], []]
+    answers = world.call(sample_shares, uneven, None)
+    alone = world.call(sample_shares, lonely, None)
+    for share, (groups, _) in zip([*uneven, *lonely], [*answers, *alone], strict=True):
+        assert largest_log_prob_error(models["experts"], share, groups, 1.0) <= 2e-5
+    longest = [[max(len(c.token_ids) for group in found for c in group) if found else 0 for found, _ in two]
+               for two in (answers, alone)]  # fmt: skip
+    assert longest[0][1] > 8 >= longest[0][0]
+    assert [dummies for _, dummies in answers] == [longest[0][1] - longest[0][0], 0]
+    assert [dummies for _, dummies in alone] == [0, longest[1][0]]
+    world.call(restarts)
+    for late in (0, 1):
+        assert world.call(sample_shares, uneven, late) == answers
 
 
 @pytest.mark.parametrize(("name", "head"), [

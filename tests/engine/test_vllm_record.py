@@ -3,6 +3,7 @@ loader does with real weights, and is made for a model of which nothing is known
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import traceback
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from grpo_mega.engines.regions import Zeros, region_view
 from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_regions import by_expert
 from grpo_mega.types import TensorSlice
-from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.tiny_models import make_family_model, make_tiny_model
 from tests.helpers.vllm_table import engine_layout
 
 
@@ -63,6 +65,53 @@ def test_the_record_of_every_rank_is_the_table(
     for rank, record in enumerate(run(recorder, recorded, folder, tp, list(range(tp)))):
         table = engine_layout(read_spec(folder), tp, rank, packed_head=False)
         assert {(c.hf, c.local) for c in record.copies} == {(r.placement.hf, r.placement.local) for r in table}
+
+
+def recorded_copies(folder: Path, tp: int, dp: int, spread: bool) -> tuple[list[list[TensorSlice]], dict[str, Any]]:
+    from grpo_mega.engines.vllm_offline import record_ranks
+    from grpo_mega.engines.vllm_start import checkpoint_tensors
+
+    tensors = checkpoint_tensors(read_spec(folder), torch.float32)
+    ranks = list(range(tp * dp))
+    records = record_ranks(folder, tensors, dtype="fp32", tp=tp, dp=dp, ranks=ranks, experts_spread=spread)
+    return [[copy.hf for copy in record.copies] for record in records], tensors
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "dp", "spread"),
+    [
+        ("qwen3_moe", 2, 2, True),
+        ("qwen3_moe", 2, 2, False),
+        ("qwen3_moe", 2, 8, True),
+        ("qwen3_moe", 4, 4, True),
+        ("deepseek_v3", 2, 6, True),
+        ("deepseek_v3", 1, 16, True),
+    ],
+)
+def test_copies_share_the_experts_hold_the_rest_each_and_follow_from_four_ranks(
+    recorder: ProcessPoolExecutor, tmp_path: Path, family: str, tp: int, dp: int, spread: bool
+) -> None:
+    from grpo_mega.engines.layout_rule import layouts_of_all, sampled_ranks
+    from grpo_mega.parallel.topology import Topology
+    from grpo_mega.planner.memory import engine_weight_bytes
+
+    experts = {"deepseek_v3": {"n_routed_experts": 48, "topk_method": "noaux_tc"}, "qwen3_moe": {"num_experts": 16}}
+    config = raw_family_config(family, moe_intermediate_size=64, vocab_size=121, **experts[family])
+    folder = make_family_model(tmp_path, config)
+    found, tensors = run(recorder, recorded_copies, folder, tp, dp, spread)
+    held = [sum(math.prod(part.shape) for part in slices) for slices in found]
+    sizes = {name: math.prod(shape) for name, (shape, _) in tensors.items()}
+    for name, size in sizes.items():
+        times = sum(math.prod(p.shape) for slices in found for p in slices if p.name == name) / size
+        expected = (1,) if ".experts." in name else (dp, 2 * dp, tp * dp)  # cut over tp, or few key heads, or whole
+        assert times in expected, name
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    layouts = layouts_of_all({r: found[r] for r in sampled_ranks(tp * dp, tp)}, shapes, tp * dp, tp)
+    assert [layout.slices() for layout in layouts] == found
+    spec = read_spec(folder)
+    predicted = engine_weight_bytes(spec, Topology(tp * dp, engine_tp=tp, engine_dp=dp), 4, spread=spread) / 4
+    absorbed = sum(size for name, size in sizes.items() if name.endswith(".kv_b_proj.weight")) / tp
+    assert max(held) + absorbed == pytest.approx(predicted, rel=0.02)  # the vocabulary is no multiple of 64
 
 
 def recorded_fp8(folder: Path, tp: int) -> tuple[list[LoaderRecord], dict[str, Any]]:

@@ -263,6 +263,25 @@ def test_config_is_frozen(minimal: Path) -> None:
             "or engine.placement=colocated",
         ),
         (
+            ["run.world_size=6", "engine.tp=2", "engine.dp=2"],
+            "run.world_size=6 is not a multiple of engine.tp x engine.dp = 2 x 2; use one that is",
+        ),
+        (
+            ["engine.tp=2", "engine.dp=2", "engine.ep=2"],
+            "engine.ep=2: experts are spread over all ranks of an engine or not at all; use 1 or engine.tp x engine.dp "
+            "= 2 x 2",
+        ),
+        (
+            ["engine.kind=sglang", "engine.dp=2"],
+            "engine.dp=2 with engine.kind=sglang, whose copies would share no experts without CUDA; use engine.dp=1: "
+            "every engine.tp ranks are a replica",
+        ),
+        (
+            ["engine.placement=server", "engine.urls=[a:1]", "engine.dp=2"],
+            "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and "
+            "a server for each share of the prompts",
+        ),
+        (
             ["engine.kind=sglang", "engine.tp=2", "engine.ep=2"],
             "engine.ep=2 with engine.kind=sglang: SGLang does not spread experts without CUDA; use engine.ep=1",
         ),

@@ -77,6 +77,22 @@ def test_a_known_misfit_says_no_and_its_remedy_planned_again_says_yes(
     assert (again, fitting["fits"]) == (0, True)
 
 
+def test_copies_of_an_engine_hold_its_experts_once_and_its_attention_each(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3-30B-A3B in bf16 on eight ranks a replica: 48 layers of 128 experts of 3 x 2048 x 768."""
+    config = str(CONFIGS / QWEN_30)
+    layouts = {"tp4": ("engine.tp=4", "engine.ep=4"), "tp4dp2": ("engine.tp=4", "engine.dp=2", "engine.ep=8")}
+    held, seconds = {}, {}
+    for name, keys in layouts.items():
+        code, found, _ = plan(capsys, config, *keys)
+        assert code == 0
+        held[name] = found["pipeline_ranks"][0]["phases"]["sync"]["engine weights"]
+        seconds[name] = found["phase_seconds"]["rollout"]
+    assert held["tp4"] - held["tp4dp2"] == 2 * 48 * 128 * 3 * 2048 * 768 / 8
+    assert seconds["tp4dp2"] < seconds["tp4"]  # a rank reads fewer experts in a step
+    assert main([config, "engine.dp=3"]) == 2
+    assert "not a multiple of engine.tp x engine.dp" in capsys.readouterr().err
+
+
 DEEPSEEK = "deepseek-v3-671b-32n8g-tp2pp16ep16-vllm.yaml"
 QWEN_235 = "qwen3-235b-a22b-16n8g-tp2pp8ep16-vllm.yaml"
 QWEN_30 = "qwen3-30b-a3b-2n8g-ep8-vllm.yaml"

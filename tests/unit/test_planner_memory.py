@@ -104,8 +104,18 @@ def test_an_engine_repeats_norms_and_few_key_heads() -> None:
     # vocab 21, hidden 64, ffn 96, 2 layers, 4 heads and 2 key heads of 16
     matrices = 2 * 21 * 64 + 2 * (2 * 64 * 64 + 3 * 64 * 96)
     keys, norms = 2 * 2 * 32 * 64, 5 * 64
-    assert engine_weight_bytes(spec_of(), 1, 2) == 2 * (matrices + keys + norms)
-    assert engine_weight_bytes(spec_of(), 4, 2) == 2 * (matrices / 4 + keys / 2 + norms)
+    found = [engine_weight_bytes(spec_of(), Topology(4, engine_tp=tp), 2, spread=False) for tp in (1, 4)]
+    assert found == [2 * (matrices + keys + norms), 2 * (matrices / 4 + keys / 2 + norms)]
+
+
+def test_copies_of_an_engine_share_its_experts() -> None:
+    # Mixtral: 2 layers of 4 experts of 3 x 64 x 96, and a router of 4 x 64
+    experts, attention = 2 * 4 * 3 * 64 * 96, 2 * 21 * 64 + 2 * 2 * 64 * 64
+    keys, repeated = 2 * 2 * 32 * 64, 5 * 64 + 2 * 4 * 64
+    spec, topology = spec_of("mixtral", num_local_experts=4), Topology(8, engine_tp=2, engine_dp=4)
+    for spread in (True, False):
+        found = engine_weight_bytes(spec, topology, 2, spread=spread)
+        assert found == 2 * (experts / 8 + attention / 2 + keys / 2 + repeated)
 
 
 def test_the_cache_of_latent_attention_is_the_same_on_every_rank() -> None:

@@ -198,6 +198,18 @@ def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> 
     assert message_of(load_config(QUICKSTART, overrides), Topology(2, engine_tp=2)) == (
         f"engine.ep=2: {tmp_path} has no experts to spread; leave it out"
     )
+    assert message_of(load_config(QUICKSTART, ["engine.dp=2", "run.world_size=2"]), Topology(2, engine_dp=2)) == (
+        f"engine.dp=2: {RECIPE} has no experts for the copies to share; leave it out, and every engine.tp ranks are a "
+        "replica of their own"
+    )
+
+
+def test_more_ranks_than_experts_are_refused(tmp_path: Path) -> None:
+    family_config(tmp_path, "mixtral", vocab_size=160)
+    overrides = ("model.base=null", f"model.path={tmp_path}", "engine.dp=8", "engine.ep=8", "run.world_size=8")
+    assert message_of(load_config(QUICKSTART, overrides), Topology(8, engine_dp=8)) == (
+        f"engine.ep=8: {tmp_path} has 4 experts, and every rank needs one; use fewer ranks, or engine.ep=1"
+    )
 
 
 def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: Path) -> None:

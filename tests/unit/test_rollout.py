@@ -105,11 +105,12 @@ def sampled(
 
 
 @pytest.mark.parametrize("per_wave", [None, 1, 3, 4, 100])
-@pytest.mark.parametrize(("world", "engine_tp"), [(1, 1), (2, 1), (2, 2), (6, 2)])
+@pytest.mark.parametrize(("world", "engine_tp", "engine_dp"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (6, 2, 1), (8, 2, 2)])
 def test_all_ranks_get_all_groups_in_the_prompts_order(
-    monkeypatch: pytest.MonkeyPatch, world: int, engine_tp: int, per_wave: int | None
+    monkeypatch: pytest.MonkeyPatch, world: int, engine_tp: int, engine_dp: int, per_wave: int | None
 ) -> None:
-    results, engines, scorers = sampled(monkeypatch, Topology(world, engine_tp=engine_tp), 7, per_wave)
+    topology = Topology(world, engine_tp=engine_tp, engine_dp=engine_dp)
+    results, engines, scorers = sampled(monkeypatch, topology, 7, per_wave)
     assert all(result == results[0] for result in results)
     rollouts = results[0].rollouts
     assert [r.prompt for r in rollouts] == [p for p in prompts_of(7) for _ in range(3)]
@@ -120,7 +121,7 @@ def test_all_ranks_get_all_groups_in_the_prompts_order(
     assert submitted == [
         (3 * i + m, f"question {10 + i}", f"answer {m} to {10 + i}", str(i)) for i in range(7) for m in range(3)
     ]
-    for first in range(0, world, engine_tp):  # the ranks of a replica make the same calls
+    for first in range(0, world, engine_tp):  # the ranks of a share make the same calls
         assert all(engine.calls == engines[first].calls for engine in engines[first : first + engine_tp])
 
 
@@ -132,6 +133,18 @@ def test_waves_are_dealt_to_the_replicas_in_turn(monkeypatch: pytest.MonkeyPatch
     # member m has 3 (m + 1) tokens, so a group has 18
     assert results[0].tokens_per_replica(2) == [5 * 18, 2 * 18]
     assert results[0].tokens_per_replica(3) == [5 * 18, 2 * 18, 0]
+
+
+def test_data_parallel_ranks_of_a_replica_have_shares_and_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of them are called at every wave, with prompts or without."""
+    results, engines, _ = sampled(monkeypatch, Topology(4, engine_dp=2), 7, per_wave=3)
+    dealt = [[indices for indices, _ in engine.calls] for engine in engines]
+    assert dealt == [[[10], [13], [16]], [[11], [14], []], [[12], [15], []], [[], [], []]]
+    assert [r.replica for r in results[0].rollouts[::3]] == [0, 0, 1, 0, 0, 1, 0]
+    assert results[0].tokens_per_replica(2) == [5 * 18, 2 * 18]
+    seeds = [[request.seed for _, request in engine.calls] for engine in engines]
+    assert len({seed for of_rank in seeds for seed in of_rank}) == 12
+    assert seeds[3][2] == derived_seed(*SEED_OF, 2, 3)
 
 
 def test_without_a_wave_size_all_prompts_enter_together(monkeypatch: pytest.MonkeyPatch) -> None:

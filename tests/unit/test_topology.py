@@ -14,17 +14,17 @@ from tests.conftest import REPOSITORY
 
 def test_grid_of_tp2_dp2_pp2_with_replicas_of_two_ranks_by_hand() -> None:
     grid = Topology(8, tp=2, pp=2, engine_tp=2, ep=2)
-    assert (grid.dp, grid.edp, grid.num_replicas) == (2, 2, 4)
-    #             rank tp cp dp pp etp ep edp replica engine_tp
+    assert (grid.dp, grid.edp, grid.num_replicas, grid.num_shares) == (2, 2, 4, 4)
+    #             rank tp cp dp pp etp ep edp replica engine_tp engine_dp share
     assert [grid.coordinates(rank) for rank in range(8)] == [
-        Coordinates(0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
-        Coordinates(1, 1, 0, 0, 0, 0, 1, 0, 0, 1),
-        Coordinates(2, 0, 0, 1, 0, 0, 0, 1, 1, 0),
-        Coordinates(3, 1, 0, 1, 0, 0, 1, 1, 1, 1),
-        Coordinates(4, 0, 0, 0, 1, 0, 0, 0, 2, 0),
-        Coordinates(5, 1, 0, 0, 1, 0, 1, 0, 2, 1),
-        Coordinates(6, 0, 0, 1, 1, 0, 0, 1, 3, 0),
-        Coordinates(7, 1, 0, 1, 1, 0, 1, 1, 3, 1),
+        Coordinates(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+        Coordinates(1, 1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 0),
+        Coordinates(2, 0, 0, 1, 0, 0, 0, 1, 1, 0, 0, 1),
+        Coordinates(3, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1),
+        Coordinates(4, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 2),
+        Coordinates(5, 1, 0, 0, 1, 0, 1, 0, 2, 1, 0, 2),
+        Coordinates(6, 0, 0, 1, 1, 0, 0, 1, 3, 0, 0, 3),
+        Coordinates(7, 1, 0, 1, 1, 0, 1, 1, 3, 1, 0, 3),
     ]
     assert [grid.replica_ranks(replica) for replica in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert [grid.loss_rank(dp_rank) for dp_rank in range(2)] == [4, 6]
@@ -33,10 +33,22 @@ def test_grid_of_tp2_dp2_pp2_with_replicas_of_two_ranks_by_hand() -> None:
     assert Topology(8, tp=2, cp=2).describe(5) == "rank 5 | dp 1/2 pp 0/1 tp 1/2 cp 0/2"
 
 
+def test_replicas_of_tp2_dp2_have_two_shares_each() -> None:
+    grid = Topology(8, engine_tp=2, engine_dp=2)
+    assert (grid.engine_ranks, grid.num_replicas, grid.num_shares) == (4, 2, 4)
+    assert [grid.replica_ranks(replica) for replica in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [grid.share_ranks(share) for share in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    at = [grid.coordinates(rank) for rank in range(8)]
+    assert [c.replica for c in at] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [c.share for c in at] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert [c.engine_dp_rank for c in at] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [c.engine_tp_rank for c in at] == [0, 1] * 4
+
+
 GRIDS: list[dict[str, Any]] = [
     {"world_size": 1},
     {"world_size": 12, "tp": 3, "pp": 2, "engine_tp": 4},
-    {"world_size": 24, "tp": 2, "pp": 3, "engine_tp": 8},
+    {"world_size": 24, "tp": 2, "pp": 3, "engine_tp": 2, "engine_dp": 4},
     {"world_size": 16, "tp": 2, "cp": 2, "pp": 2},
     {"world_size": 16, "tp": 2, "cp": 2, "pp": 2, "ep": 4},
     {"world_size": 16, "tp": 1, "cp": 4, "pp": 2, "ep": 2, "etp": 4},
@@ -52,9 +64,10 @@ def test_coordinates_number_every_rank_once(sizes: dict[str, Any]) -> None:
     dense = [c.tp_rank + grid.tp * (c.cp_rank + grid.cp * (c.dp_rank + grid.dp * c.pp_rank)) for c in at]
     experts = [c.etp_rank + grid.etp * (c.ep_rank + grid.ep * (c.edp_rank + grid.edp * c.pp_rank)) for c in at]
     assert dense == experts == list(range(grid.world_size))
-    assert [c.replica * grid.engine_tp + c.engine_tp_rank for c in at] == list(range(grid.world_size))
+    engines = [c.engine_tp_rank + grid.engine_tp * (c.engine_dp_rank + grid.engine_dp * c.replica) for c in at]
+    assert engines == list(range(grid.world_size))
     for c in at:
-        for axis in ("tp", "cp", "dp", "pp", "etp", "ep", "edp", "engine_tp"):
+        for axis in ("tp", "cp", "dp", "pp", "etp", "ep", "edp", "engine_tp", "engine_dp"):
             assert 0 <= getattr(c, axis + "_rank") < getattr(grid, axis)
     for dp_rank in range(grid.dp):
         loss = grid.coordinates(grid.loss_rank(dp_rank))
@@ -105,13 +118,20 @@ def test_a_layout_that_does_not_divide_the_ranks_says_what_would() -> None:
     with pytest.raises(UserError) as caught:
         Topology(6, engine_tp=4)
     assert str(caught.value) == "engine.tp=4 does not divide the 6 rank(s) of this job; use a divisor of 6"
+    with pytest.raises(UserError) as caught:
+        Topology(6, engine_tp=2, engine_dp=2)
+    assert str(caught.value) == (
+        "engine.tp x engine.dp=2 x 2 does not divide the 6 rank(s) of this job; use a product that is a divisor of 6"
+    )
 
 
 def test_a_topology_has_every_axis_of_its_config() -> None:
-    config = load_config(REPOSITORY / "configs" / "quickstart.yaml", ["parallel.tp=2", "parallel.pp=3", "engine.tp=4"])
+    config = load_config(
+        REPOSITORY / "configs" / "quickstart.yaml", ["parallel.tp=2", "parallel.pp=3", "engine.tp=4", "engine.dp=3"]
+    )
     axes = config.parallel.model_copy(update={"cp": 5, "vpp": 6, "ep": 10, "etp": 1})
     grid = Topology.of(config.model_copy(update={"parallel": axes}), 60)
-    assert grid == Topology(60, tp=2, pp=3, engine_tp=4, cp=5, ep=10, etp=1, vpp=6)
+    assert grid == Topology(60, tp=2, pp=3, engine_tp=4, cp=5, ep=10, etp=1, vpp=6, engine_dp=3)
 
 
 def test_ranks_are_cut_into_as_many_runs_as_there_are_servers() -> None:

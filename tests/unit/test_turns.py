@@ -213,3 +213,42 @@ def test_what_breaks_on_the_first_rank_is_raised_on_all() -> None:
     with pytest.raises(RuntimeError, match="no workers"):
         take(ScriptedEngine("a!"), Broken(lambda *_: Reply()), share=share)
     assert isinstance(shared[0], RuntimeError)  # it was broadcast first
+
+
+def test_a_rank_without_open_rollouts_calls_its_engine_as_often_as_the_others_of_its_replica() -> None:
+    """A replica steps together: the first share has one turn, the second has none, the third takes three."""
+    engines = [ScriptedEngine("a", "b", "c"), ScriptedEngine("a", "b", "c"), ScriptedEngine("a!", "b!", "c")]
+    results: list[Any] = [None] * 3
+    meeting, told = threading.Barrier(3, timeout=20), [False] * 3
+
+    def any_goes_on(rank: int) -> Callable[[bool], bool]:
+        def agree(here: bool) -> bool:
+            told[rank] = here
+            meeting.wait()
+            there = any(told)
+            meeting.wait()
+            return there
+
+        return agree
+
+    def run(rank: int) -> None:
+        turns = TurnTaking(
+            cast("Engine", engines[rank]),
+            ScriptedEnvironment(lambda _, turns: Reply("r" if turns[-1].answer.endswith("!") else None)),
+            Letters(),
+            stop=("!",),
+            max_turns=5,
+            share=lambda value: value,
+            any_goes_on=any_goes_on(rank),
+        )
+        results[rank] = turns.generate(PROMPTS if rank != 1 else [], REQUEST)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[len(prompts) for prompts, _ in engine.calls] for engine in engines] == [[2, 0, 0], [0, 0, 0], [2, 4, 4]]
+    assert [[c.num_turns for c in group] for group in results[0]] == [[1, 1], [1, 1]]
+    assert results[1] == []
+    assert [[c.text for c in group] for group in results[2]] == [["a!rb!rc"] * 2] * 2

@@ -1,0 +1,75 @@
+"""Whole jobs whose engine's data-parallel ranks share experts: waves that leave a rank without prompts, evaluation,
+several turns, another run of the same, and one that goes on in another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
+from tests.helpers.tiny_models import make_family_model
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
+
+COPIES = ("run.world_size=2", "parallel.ep=2", "engine.dp=2", "engine.ep=2")
+KEYS = (
+    *SMALL,
+    "model.base=null",
+    "precision.dtype=fp32",
+    "data.template=plain",
+    "data.prompts_per_step=5",
+    "sampling.prompts_per_wave=3",
+    "sampling.max_tokens=24",
+    "optimizer.lr=1e-3",
+    "reward.terms=[{name: tests.helpers.plain_rewards:digits}]",
+)
+TURNS = ("environment.name=tests.helpers.plain_environments:asks_on", "environment.max_turns=4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_family_model(tmp_path_factory.mktemp("models") / "moe", raw_family_config("qwen3_moe"))
+
+
+def run(model: Path, folder: Path, *keys: str) -> list[dict[str, Any]]:
+    train_well(*KEYS, f"model.path={model}", f"run.dir={folder}", *keys, output=folder.with_suffix(".log"))
+    assert read_json(folder / "summary.json")["status"] == "done"
+    return read_lines(folder / "metrics.jsonl")
+
+
+def sampled(folder: Path, step: int) -> list[tuple[list[int], list[float]]]:
+    return [(row["completion_ids"], row["sampler_log_probs"]) for row in rollouts_of(folder, step)]
+
+
+def test_a_job_trains_on_what_the_copies_sampled_and_goes_on_as_if_never_stopped(model: Path, tmp_path: Path) -> None:
+    evaluation = ("data.eval=arithmetic:heldout", "evaluation.max_prompts=3")
+    lines = run(model, tmp_path / "whole", *COPIES, *evaluation, "train.steps=2", "checkpoint.every=1")
+    for line in lines:
+        assert line["train/mismatch_max"] <= 1e-4
+        assert line["train/grad_norm"] > 0
+        assert line["rollout/tokens_per_replica/0"] == line["rollout/tokens"]
+        assert "rollout/tokens_per_replica/1" not in line
+    assert read_json(tmp_path / "whole" / "summary.json")["eval_after"]["num_prompts"] == 3
+    assert len(rollouts_of(tmp_path / "whole", 2)) == 5 * 4
+    assert len({tuple(ids) for ids, _ in sampled(tmp_path / "whole", 1)}) > 15  # the copies have seeds of their own
+    for steps in (1, 2):
+        run(model, tmp_path / "parts", *COPIES, *evaluation, f"train.steps={steps}", "checkpoint.every=1")
+    assert [sampled(tmp_path / "parts", step) for step in (1, 2)] == [
+        sampled(tmp_path / "whole", step) for step in (1, 2)
+    ]
+    other = ("run.world_size=2", "parallel.ep=2", "engine.tp=2", "engine.ep=2")
+    lines = run(model, tmp_path / "parts", *other, *evaluation, "train.steps=3", "checkpoint.every=1")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["train/mismatch_max"] <= 1e-4
+
+
+def test_several_turns_are_taken_together_and_a_late_reply_changes_nothing(model: Path, tmp_path: Path) -> None:
+    for name, pause in (("prompt", 0.0), ("late", 0.3)):
+        pausing = f"environment.args={{pause: {pause}}}"
+        lines = run(model, tmp_path / name, *COPIES, *TURNS, pausing, "train.steps=1")
+        assert lines[0]["train/mismatch_max"] <= 1e-4
+    assert {1, 4} <= {row["num_turns"] for row in rollouts_of(tmp_path / "prompt", 1)}
+    assert sampled(tmp_path / "late", 1) == sampled(tmp_path / "prompt", 1)

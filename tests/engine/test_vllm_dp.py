@@ -1,0 +1,92 @@
+"""vLLM replicas whose data-parallel ranks share experts: synced from a Megatron policy, they sample what it says,
+though each rank has prompts of its own, another number of them, or none. All in fp32 on tiny random models."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.types import Prompt, Rollout, SamplingRequest
+from tests.helpers.engine_ranks import EngineRanks, engine_ranks
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.synced_engine import build, expected_digest, largest_mismatch, perturb, prepare_policy, push, sample
+from tests.helpers.tiny_models import make_family_model
+
+pytestmark = pytest.mark.long
+
+SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 8, "kv_cache_tokens": None}
+LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    # rows that the kernel can cut in four
+    "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 128}),
+    # with shared experts, which a replica of several data-parallel ranks does not cut
+    "deepseek_v3": ("deepseek_v3", LATENT | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+}
+TWO_ENGINES = {"tp": 2, "dp": 2, "ep": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: make_family_model(root / name, raw_family_config(family, **changes))
+        for name, (family, changes) in MODELS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
+    with engine_ranks(8, tmp_path_factory.mktemp("ranks"), prepare_policy) as ranks:
+        yield ranks
+
+
+def prompts(*lengths: int) -> list[Prompt]:
+    return [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate(lengths)]
+
+
+# The shares of two engines: one has nothing to sample, one has far more to sample than its neighbour.
+SHARES = (prompts(6, 1, 9), [], prompts(70, 3, 3, 12, 2), prompts(5))
+LIMITS = ((3, 40, 8), (), (20, 4, 9, 15, 7), (60,))
+SAMPLING = SamplingRequest(group_size=3, temperature=1.0, max_tokens=64, seed=3)
+
+
+def sampled(world: EngineRanks) -> list[list[Rollout]]:
+    """Of each share; the ranks of one have the same."""
+    heard: list[list[Rollout]] = world.call(sample, SHARES, SAMPLING, LIMITS)
+    assert heard[0::2] == heard[1::2]
+    assert [len(rollouts) for rollouts in heard[0::2]] == [3 * len(share) for share in SHARES]
+    return heard[0::2]
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "engine"),
+    [
+        pytest.param("qwen3_moe", {"tp": 2, "ep": 2, "sequence_parallel": True}, TWO_ENGINES, id="tp2ep2"),
+        pytest.param("qwen3_moe", {"pp": 2, "ep": 4}, TWO_ENGINES, id="pp2ep4"),
+        pytest.param("qwen3_moe", {"ep": 2}, {"tp": 2, "dp": 2, "ep": 1}, id="ep2-to-cut-experts"),
+        pytest.param("qwen3_moe", {"ep": 2}, {"tp": 2, "dp": 4, "ep": 8}, id="ep2-to-one-engine-of-eight"),
+        pytest.param("deepseek_v3", {"ep": 2}, TWO_ENGINES, id="latent-ep2"),
+    ],
+)
+def test_engines_of_several_data_parallel_ranks_follow_the_policy(
+    world: EngineRanks, models: dict[str, Path], tmp_path: Path, name: str, axes: dict[str, Any], engine: dict[str, int]
+) -> None:
+    world.open(models[name], **engine, **SETTINGS)
+    world.call(build, Path(shutil.copytree(models[name], tmp_path / "weights")), axes, engine)
+    first = world.call(push, 0)
+    sampled(world)
+    worst = [world.call(largest_mismatch)[0]]
+    assert worst[0] <= 1e-4
+    world.call(perturb, 1)
+    assert world.call(largest_mismatch)[0] > 1e-3  # the bound would notice weights that did not move
+    second = world.call(push, 1)
+    rollouts = sampled(world)
+    worst.append(world.call(largest_mismatch)[0])
+    assert worst[1] <= 1e-4
+    assert {r.completion.policy_version for share in rollouts for r in share} == {1}
+    assert {report.policy_digest for report in first} == {expected_digest(models[name])}
+    assert {report.policy_digest for report in second} == {expected_digest(models[name], 1)}

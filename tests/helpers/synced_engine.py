@@ -1,0 +1,148 @@
+"""What runs on ranks that hold a Megatron policy and an engine (engine_ranks.py): build, sync, perturb, compare."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.config.schema import Config
+from grpo_mega.convert.digest import combined_digest, slice_digest
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.data.pack import pack, unpack
+from grpo_mega.parallel.ranks import init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice
+from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
+from tests.helpers.engine_ranks import RankSession
+
+BUCKET_BYTES = 64 * 1024  # several buckets, even for tiny models
+
+
+def prepare_policy(session: RankSession) -> None:
+    """The policy's import comes first, as in a job: it prepares Megatron for a machine without CUDA."""
+    import grpo_mega.policy.policy  # noqa: F401
+
+    os.environ.update(RANK=str(session.rank), WORLD_SIZE=str(dist.get_world_size()))
+
+
+def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dict[str, int]) -> None:
+    """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine.
+
+    `axes` are the keys of the config's `parallel`, `engine` those of its `engine`.
+    """
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    config = Config.model_validate(
+        {
+            "model": {"path": str(weights)},
+            "parallel": axes,
+            "engine": engine,
+            "data": {"train": "arithmetic:train"},
+            "reward": {"terms": [{"name": "exact"}]},
+            "train": {"steps": 1},
+            "precision": {"dtype": "fp32"},
+        }
+    )
+    topology = Topology.of(config, dist.get_world_size())
+    ranks = init_ranks(topology, 60.0)
+    policy = MegatronPolicy(config, read_spec(weights), weights, ranks, with_reference=False)
+    groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
+    session.kept.update(policy=policy, groups=groups)
+    dist.barrier()
+    if session.rank == 0:
+        shutil.rmtree(weights)
+    dist.barrier()
+
+
+def push(session: RankSession, version: int) -> SyncReport:
+    """A plan and a proven sync of the policy's present weights."""
+    policy = session.kept["policy"]
+    topology = policy.ranks.topology
+    sync = WeightSync(
+        policy.source,
+        policy.full_tensors,
+        session.engine.sink,
+        source_group=policy.model_parallel_group,
+        replicas=[topology.replica_ranks(i) for i in range(topology.num_replicas)],
+        replica_group=session.kept["groups"][policy.ranks.at.replica],
+        settings=SyncSettings(BUCKET_BYTES, 60.0),
+        where=topology.describe(session.rank),
+    )
+    return sync.push(version, verify=True)
+
+
+def noise(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """What `perturb` adds to a Hugging Face tensor, whole."""
+    digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return 0.03 * torch.randn(tuple(shape), generator=generator)
+
+
+def perturb(session: RankSession, seed: int) -> None:
+    """Other weights, the same model on all ranks: each piece of a parameter moves with the tensor that it is of."""
+    weights = session.kept["policy"].weights
+    with torch.no_grad():
+        for name, parameter in weights._parameters.items():
+            for placement in weights._placements(name):
+                hf = placement.hf
+                parameter[placement.local.index] += noise(hf.name, weights.hf_shapes()[hf.name], seed)[hf.index]
+
+
+def sample(
+    session: RankSession,
+    shares: Sequence[Sequence[Prompt]],
+    sampling: SamplingRequest,
+    limits: Sequence[tuple[int, ...]],
+) -> list[Rollout]:
+    """The rollouts of this rank's share, each share from its own seed; `limits`: most tokens of each prompt's."""
+    share = session.kept["policy"].ranks.at.share
+    request = replace(sampling, seed=sampling.seed + share, max_tokens_each=limits[share])
+    groups: list[list[Completion]] = session.engine.generate(shares[share], request)
+    rollouts = [Rollout(p, c, Reward(0.0), share) for p, g in zip(shares[share], groups, strict=True) for c in g]
+    session.kept["rollouts"] = rollouts
+    return rollouts
+
+
+def largest_mismatch(session: RankSession) -> float:
+    """Of the rollouts that `sample` left on the ranks: the policy's log-probs of the tokens against the engines'."""
+    policy, world = session.kept["policy"], dist.get_world_size()
+    mine = session.kept["rollouts"] if policy.ranks.at.engine_tp_rank == 0 else []
+    heard: list[Any] = [None] * world
+    dist.all_gather_object(heard, mine)
+    rollouts = [rollout for part in heard for rollout in part]
+    ones = [1.0] * len(rollouts)
+    row_tokens = -(-sum(r.num_tokens for r in rollouts) // 8) * 8  # sequence parallel cuts rows over tp ranks
+    row = pack(list(enumerate(rollouts)), row_tokens=row_tokens, advantages=ones, token_weights=ones, pad_id=0)
+    worst = 0.0
+    outputs = policy.log_probs([row])
+    if outputs is not None:
+        olds = unpack(outputs[0], row)
+        worst = max(
+            abs(old - sampled)
+            for i, rollout in enumerate(rollouts)
+            for old, sampled in zip(olds[i], rollout.completion.sampler_log_probs, strict=True)
+        )
+    all_ranks: list[Any] = [None] * world
+    dist.all_gather_object(all_ranks, worst)
+    return max(all_ranks)
+
+
+def expected_digest(weights: Path, *seeds: int) -> str:
+    """Of the files plus the noise, without the policy."""
+    from safetensors.torch import load_file
+
+    digests = {}
+    for name, tensor in load_file(weights / "model.safetensors").items():
+        for seed in seeds:
+            tensor = tensor + noise(name, tensor.shape, seed)
+        digests[name] = slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
+    return combined_digest(digests)
