@@ -1,6 +1,6 @@
 """The job's end of the connection to an engine server, on the first rank of an engine: every wait has a limit.
 
-Asserted by tests/unit/test_server_link.py and tests/engine/test_server_engine.py.
+Asserted by tests/parallel/test_servers.py.
 """
 
 from __future__ import annotations

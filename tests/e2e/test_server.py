@@ -4,16 +4,21 @@ the two is gone."""
 from __future__ import annotations
 
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from grpo_mega.parallel.ports import free_port
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.guides import blocks
 from tests.helpers.jobs import (
     QUICKSTART,
+    REPOSITORY,
     SMALL,
+    clean_environment,
     kill,
     read_json,
     read_lines,
@@ -143,6 +148,25 @@ def test_a_server_of_another_config_is_wrong_input(server: Serving, tmp_path: Pa
         f"error: engine.urls[0]={server.url}: that engine server has data.max_prompt_tokens + the largest max_tokens="
         "24, here 25; start it with this job's config"
     )
+
+
+def test_the_commands_of_the_guide(tmp_path: Path) -> None:
+    (text,) = blocks("servers.md")
+    short = f" train.steps=2 data.eval=null run.dir={tmp_path / 'run'} engine.placement=server"
+    text = text.replace(" engine.placement=server", short).replace("7700", str(free_port()))
+    with (tmp_path / "told").open("w") as told:
+        script = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", f"{text}\nwait $!"],
+            cwd=REPOSITORY,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=told,
+            stderr=told,
+            timeout=600,
+            check=False,
+        )
+    assert script.returncode == 0, (tmp_path / "told").read_text()
+    assert read_json(tmp_path / "run" / "summary.json")["status"] == "done"
 
 
 def test_the_quickstart_learns_with_a_server(server: Serving, tmp_path: Path) -> None:
