@@ -390,8 +390,9 @@ class WeightSyncConfig(Section):
     """What a rank sends and receives at a time; twice that is its extra memory."""
     fp8_report: bool = False
     """Write into fp8_report.json, at the start of a run, how far FP8 codes move each matrix of the policy."""
-    transport: Literal["auto", "gloo", "nccl", "shared_memory"] = "auto"
-    """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines."""
+    transport: Literal["auto", "gloo", "nccl", "shared_memory", "cuda_ipc"] = "auto"
+    """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines. cuda_ipc: mapped
+    memory of GPUs inside a machine, for processes that share one; NCCL between machines."""
 
 
 class CheckpointConfig(Section):
