@@ -25,6 +25,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 128}),
     # with shared experts, which a replica of several data-parallel ranks does not cut
     "deepseek_v3": ("deepseek_v3", LATENT | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "glm4_moe": ("glm4_moe", {}),
+    "mixtral": ("mixtral", {"head_dim": 32}),
 }
 TWO_ENGINES = {"tp": 2, "dp": 2, "ep": 4}
 
@@ -70,6 +72,8 @@ def sampled(world: EngineRanks) -> list[list[Rollout]]:
         pytest.param("qwen3_moe", {"ep": 2}, {"tp": 2, "dp": 2, "ep": 1}, id="ep2-to-cut-experts"),
         pytest.param("qwen3_moe", {"ep": 2}, {"tp": 2, "dp": 4, "ep": 8}, id="ep2-to-one-engine-of-eight"),
         pytest.param("deepseek_v3", {"ep": 2}, TWO_ENGINES, id="latent-ep2"),
+        pytest.param("glm4_moe", {"ep": 2}, TWO_ENGINES, id="glm-ep2"),
+        pytest.param("mixtral", {"ep": 2}, TWO_ENGINES, id="mixtral-ep2"),
     ],
 )
 def test_engines_of_several_data_parallel_ranks_follow_the_policy(
