@@ -36,6 +36,11 @@ class HeldSlice:
     view: Tensor
     counted: bool = True
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what `part` gives."""
+        return self.view.dtype
+
     def contains(self, hf: TensorSlice) -> bool:
         """Is `hf`, a slice of the same tensor, inside this one?"""
         ends = zip(hf.offsets, hf.shape, self.hf.offsets, self.hf.shape, strict=True)

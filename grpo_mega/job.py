@@ -25,13 +25,14 @@ from grpo_mega.engines.make import make_engine
 from grpo_mega.engines.server_engine import ServerEngine
 from grpo_mega.evaluate import Evaluator
 from grpo_mega.groups import GroupSource
-from grpo_mega.interfaces import Engine
+from grpo_mega.interfaces import Engine, WeightSource
 from grpo_mega.loop import Job, push_weights, train
 from grpo_mega.objective import Objective
+from grpo_mega.observe.files import to_json, write_atomically
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
 from grpo_mega.observe.progress import Progress
-from grpo_mega.observe.run_folder import RunState, open_run
+from grpo_mega.observe.run_folder import RunFolder, RunState, open_run
 from grpo_mega.observe.run_lock import run_lock
 from grpo_mega.observe.summary import Evaluation, render
 from grpo_mega.observe.timers import PhaseTimer
@@ -44,7 +45,9 @@ from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.sampler import make_sampler, start_workers
-from grpo_mega.weight_sync.sync import SyncSettings, WeightSync, nobody_to_tell
+from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
+from grpo_mega.weight_sync.fp8_report import fp8_report, in_words
+from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync, nobody_to_tell
 
 log = logging.getLogger("grpo_mega.job")
 
@@ -152,6 +155,8 @@ def building(
             stack.callback(engine.close)
             quiet_libraries()
             sync = make_sync(config, policy, engine, ranks)
+            if config.weight_sync.fp8_report:
+                report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
         answer = build_rewards(config.reward.terms)[0]
         evaluator = Evaluator(
@@ -192,14 +197,13 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
     groups = [dist.new_group(members) for members in replicas]
     settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
     where, world, announce = ranks.topology.describe(ranks.rank), None, nobody_to_tell
+    source, full_tensors = policy_end(config, policy)
     if isinstance(engine, ServerEngine):
-        world = engine.meet(
-            policy.source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport
-        )
+        world = engine.meet(source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport)
         replicas, announce = engine.replicas, engine.announce
     return WeightSync(
-        policy.source,
-        policy.full_tensors,
+        source,
+        full_tensors,
         engine.sink,
         source_group=policy.model_parallel_group,
         replicas=replicas,
@@ -209,6 +213,24 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
         world=world,
         announce=announce,
     )
+
+
+def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, FullTensors]:
+    """What the policy gives to a sync, slice by slice and whole: its weights, or their FP8 codes and scales."""
+    if config.engine.fp8 is None:
+        return policy.source, policy.full_tensors
+    power_of_two = config.engine.fp8 == "scales_power_of_two"
+    coded = fp8_tensors(policy.full_tensors, power_of_two=power_of_two)
+    return Fp8Source(policy.source, power_of_two=power_of_two), coded
+
+
+def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_first: bool) -> None:
+    """Collective: fp8_report.json of the run, and a table in the log."""
+    power_of_two = config.engine.fp8 == "scales_power_of_two"
+    report = fp8_report(policy.source, policy.model_parallel_group, power_of_two=power_of_two)
+    if is_first:
+        write_atomically(folder.fp8_report, to_json(report, indent=2))
+        log.info("what FP8 does to the policy's matrices:\n%s", "\n".join(in_words(report)))
 
 
 def _open(config: Config, held: ExitStack) -> RunState:

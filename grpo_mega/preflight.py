@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from grpo_mega.config.schema import ArchitectureConfig, Config, ParallelConfig
+from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout, check_policy_blocks
 from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.engines.wire import Address, read_token, require_token
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
@@ -32,13 +34,18 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     where = "model.base.architecture" if config.model.base else str(config.model.path)
     _check_host_optimizer(config)
     _check_fp8(config)
+    if with_engine:
+        _check_fp8_engine(config)
     spec = _spec(config)
     if with_engine:
         _check_sync(spec, config)
+        _check_servers(config)
     if config.algorithm.routing_replay and spec.moe is None:
         raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
+    if with_engine:
+        check_engine_fp8(spec, config, where, latent_split=not Path("/proc/driver/nvidia/gpus").is_dir())
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > spec.max_positions:
         raise UserError(
@@ -93,6 +100,31 @@ def _check_fp8(config: Config) -> None:
             f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none; leave "
             "precision.fp8 out"
         )
+
+
+def _check_fp8_engine(config: Config) -> None:
+    """Raises UserError: there is no device on which vLLM computes with FP8 blocks. Servers look at their own."""
+    if config.engine.placement == "server":
+        return
+    if config.engine.fp8 is not None and not Path("/proc/driver/nvidia/gpus").is_dir():
+        raise UserError(
+            f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none; leave engine.fp8 out"
+        )
+
+
+def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
+    """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
+    `check_fp8_layout`."""
+    if config.engine.fp8 is not None:
+        check_fp8_layout(
+            spec,
+            config.parallel,
+            EngineGrid(config.engine.tp, config.engine.dp, experts_spread=config.engine.ep > 1),
+            latent_split=latent_split,
+            where=where,
+        )
+    elif config.weight_sync.fp8_report:
+        check_policy_blocks(spec, config.parallel.tp, config.parallel.etp, latent_split=latent_split)
 
 
 def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
@@ -156,11 +188,18 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
         )
     if spec.family == "gpt_oss":
         _check_gpt_oss(spec, folder)
-    if raw.get("quantization_config") is not None:
+    if raw.get("quantization_config") is not None and config.engine.fp8 is None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
-            "give an unquantised checkpoint"
+            "give an unquantised checkpoint, or set engine.fp8"
         )
+
+
+def _check_servers(config: Config) -> None:
+    """Raises UserError: an address is none, or a server of another machine is to be trusted without a secret."""
+    urls = config.engine.urls if config.engine.placement == "server" else ()
+    for i, url in enumerate(urls):
+        require_token(Address.parse(url, f"engine.urls[{i}]").host, read_token(), f"engine.urls[{i}]={url}")
 
 
 def _check_sglang(spec: ModelSpec, folder: Path) -> None:

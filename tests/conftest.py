@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ def _data_folder(config: pytest.Config, name: str, file: str) -> Path:
         if (folder / file).is_file():
             return folder
     pytest.skip(f"no {file}: put it into data/{name} or name its folder by --{name}-dir")
+
+
+@pytest.fixture(scope="session")
+def recorder() -> Iterator[ProcessPoolExecutor]:
+    """A process that pretends to be ranks of engines: vLLM is imported there once."""
+    from tests.helpers.one_process import one_process
+
+    with one_process() as pool:
+        yield pool
 
 
 _ALONE = ("test_resume.py", "test_slurm.py", "test_machines.py")  # files of e2e/ that share no finished run

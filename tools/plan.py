@@ -46,10 +46,11 @@ class Model:
     def plan(self, config: Config) -> Plan:
         """Raises UserError: the layout does not divide the model or the ranks."""
         from grpo_mega.parallel.topology import Topology
-        from grpo_mega.preflight import check_layout
+        from grpo_mega.preflight import check_engine_fp8, check_layout
 
         ranks = config.run.world_size or self.gpu.per_node
         check_layout(self.spec, config.parallel, Topology.of(config, ranks), self.where)
+        check_engine_fp8(self.spec, config, self.where)
         return make_plan(config, self.spec, self.count, cluster_of(self.gpu, ranks), self.where)
 
 

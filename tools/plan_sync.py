@@ -28,6 +28,8 @@ import torch
 from grpo_mega.base_model.teach import base_config, base_tokenizer
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
+from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX, scale_slices
 from grpo_mega.convert.held import policy_slices
 from grpo_mega.convert.spec import ModelSpec, read_spec
 from grpo_mega.engines.layout_rule import NoRuleError, layouts_of_all, sampled_ranks
@@ -35,7 +37,7 @@ from grpo_mega.engines.vllm_offline import record_ranks
 from grpo_mega.engines.vllm_splits import check_tp
 from grpo_mega.engines.vllm_start import checkpoint_tensors
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.preflight import check_layout
+from grpo_mega.preflight import check_engine_fp8, check_layout
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join, numbering, of_columns
 from grpo_mega.weight_sync.plan import Plan, make_plan
@@ -123,11 +125,14 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
     topology = Topology.of(config, config.run.world_size)
     check_layout(spec, config.parallel, topology, str(folder))
     check_tp(spec, config.engine.tp)
-    shapes = checkpoint_tensors(spec, DTYPES[config.precision.dtype])
+    check_engine_fp8(spec, config, str(folder), latent_split=local_modules)
+    shapes = checkpoint_tensors(spec, DTYPES[config.precision.dtype], fp8=config.engine.fp8 is not None)
     tensors = {name: WireTensor(shape, dtype.itemsize) for name, (shape, dtype) in shapes.items()}
     held = policy_holdings(config, spec, topology, tensors, local_modules=local_modules)
     wanted = engine_holdings(config, folder, topology, tensors, shapes)
     nodes = [rank // gpus_per_node for rank in range(topology.world_size)]
+    if topology.engine_servers:  # on nodes of their own, behind those of the job
+        nodes += [nodes[-1] + 1 + rank // gpus_per_node for rank in range(topology.num_server_ranks)]
     return make_plan(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
 
 
@@ -143,6 +148,8 @@ def policy_holdings(
     for ranks in alike.values():
         at = topology.coordinates(ranks[0])
         slices = policy_slices(spec, config.parallel, topology, at, latent_split=local_modules)
+        if config.engine.fp8 is not None:
+            slices += [box for _, box in scale_slices(hf_shapes(spec), slices)]
         parts.append(holdings(tensors, slices, ranks[0], numbers).on(ranks))
     return join(parts)
 
@@ -163,6 +170,7 @@ def engine_holdings(
             ranks=ranks,
             dp=config.engine.dp,
             experts_spread=config.engine.ep > 1,
+            fp8=config.engine.fp8 is not None,
         )
         return {rank: [copy.hf for copy in found.copies] for rank, found in zip(ranks, records, strict=True)}
 
@@ -176,7 +184,9 @@ def engine_holdings(
         )
     numbers, parts = numbering(tensors), []
     for rank, layout in enumerate(layouts):
-        ranks = tuple(range(rank, topology.world_size, num_ranks))
+        first = topology.world_size if topology.engine_servers else 0
+        end = first + (topology.num_server_ranks or topology.world_size)
+        ranks = tuple(range(first + rank, end, num_ranks))
         columns = np.asarray([numbers[name] for name in layout.names], np.int64)
         parts.append(of_columns(columns, layout.starts, layout.ends, ranks))
     return join(parts)
@@ -208,7 +218,9 @@ def summarise(plan: Plan, node_speed: float, network_speed: float) -> dict[str, 
         "predicted_seconds_by_link": seconds,
         "speeds_gb_per_second": {"same_node": node_speed, "across_nodes": network_speed},
         "ranks": len(plan.nodes),
-        "parameters": sum(int(torch.Size(t.shape).numel()) for t in plan.tensors.values()),
+        "parameters": sum(
+            int(torch.Size(t.shape).numel()) for name, t in plan.tensors.items() if not name.endswith(SCALE_SUFFIX)
+        ),
     }
 
 

@@ -26,6 +26,7 @@ def check(config: Config) -> None:
         _servers,
         _engine_divides,
         _sglang,
+        _engine_fp8,
         _sequence_parallel,
         _row_holds_a_rollout,
         _minibatches,
@@ -179,6 +180,21 @@ def _sglang(config: Config) -> None:
         raise UserError(
             f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
             "engine.ep=1"
+        )
+
+
+def _engine_fp8(config: Config) -> None:
+    if config.engine.fp8 is None:
+        return
+    if config.engine.kind != "vllm":
+        raise UserError(
+            f"engine.fp8={config.engine.fp8} with engine.kind={config.engine.kind}: which of its kernels read codes as "
+            "they are stored is not known; use engine.kind=vllm, or leave engine.fp8 out"
+        )
+    if config.precision.dtype != "bf16":
+        raise UserError(
+            f"engine.fp8={config.engine.fp8} needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 "
+            "is bf16; set it"
         )
 
 

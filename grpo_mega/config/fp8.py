@@ -1,4 +1,4 @@
-"""What goes together in FP8 training: recipes of Transformer Engine, generations of GPUs, and our other keys.
+"""What goes together in FP8: recipes of Transformer Engine, generations of GPUs, and our other keys.
 
 A table without torch and without Transformer Engine, so that a wrong combination is refused on any machine. Its names
 and numbers are checked against Transformer Engine's own source (tests/unit/test_fp8_recipes.py). Never run on a GPU so
@@ -34,6 +34,8 @@ class Recipe:
 
 
 _NONE_YET = (99, 0)
+ENGINE_LEAST: Capability = (8, 9)
+"""Of Triton's kernels for FP8 blocks in vLLM."""
 
 RECIPES = {
     # one scale for a tensor, from the largest value of earlier steps
@@ -121,3 +123,14 @@ def check_generation(recipe: str, capability: Capability, cuda: Capability | Non
             f"for {cuda[0]}.{cuda[1]}; use a newer build, or another recipe"
         )
     return ""
+
+
+def check_engine_generation(capability: Capability) -> str:
+    """Why an engine cannot compute with FP8 codes on a GPU; empty: it can (engine.fp8)."""
+    if capability >= ENGINE_LEAST:
+        return ""
+    kinds = ", ".join(GENERATIONS.values())
+    return (
+        f"engine.fp8 needs a GPU with FP8, as {kinds}, and this one has compute capability {capability[0]}."
+        f"{capability[1]}; leave engine.fp8 out"
+    )

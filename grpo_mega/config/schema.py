@@ -119,6 +119,9 @@ class EngineConfig(Section):
     experts, engine.kind=vllm. Replicas = world / (tp x dp), or the number of servers."""
     ep: int = Field(1, ge=1)
     """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp x dp) or tp x dp."""
+    fp8: Literal["scales_fp32", "scales_power_of_two"] | None = None
+    """The engine holds its matrices as FP8 codes with a scale for each 128 x 128 block, made anew at every sync
+    (vllm, on GPUs that have FP8; unproven). Unset: in `precision.dtype`."""
     max_num_seqs: int = Field(256, ge=1)
     """Rollouts that one replica, or each of its dp copies, samples at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
@@ -385,6 +388,8 @@ class WeightSyncConfig(Section):
     """At which syncs the engines' weights are proven to be the policy's."""
     bucket_bytes: int = Field(256 * 1024 * 1024, ge=1024)
     """What a rank sends and receives at a time; twice that is its extra memory."""
+    fp8_report: bool = False
+    """Write into fp8_report.json, at the start of a run, how far FP8 codes move each matrix of the policy."""
     transport: Literal["auto", "gloo", "nccl", "shared_memory"] = "auto"
     """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines."""
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_mega.convert.spec import FP8_BLOCK
+from grpo_mega.convert.fp8_checkpoint import BLOCK as BLOCK
+from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX as SCALE_SUFFIX
+from grpo_mega.convert.fp8_checkpoint import scales_shape
 from grpo_mega.types import UserError
 
-BLOCK = FP8_BLOCK
-SCALE_SUFFIX = "_scale_inv"
 SCALE = ".weight" + SCALE_SUFFIX
 CODE = torch.float8_e4m3fn
 MAX_CODE = 448.0
@@ -45,7 +45,7 @@ def quantise(values: Tensor, stored: Tensor | None = None, *, power_of_two: bool
         UserError: a value is not finite, or `stored` has another shape.
     """
     rows, columns = values.shape
-    grid = (-(-rows // BLOCK), -(-columns // BLOCK))
+    grid = scales_shape((rows, columns))
     if stored is not None and tuple(stored.shape) != grid:
         raise UserError(f"the stored scales have shape {tuple(stored.shape)}, {tuple(values.shape)} values need {grid}")
     amax = _blocks(values.abs().float()).amax((1, 3))

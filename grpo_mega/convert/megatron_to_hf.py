@@ -27,12 +27,12 @@ from grpo_mega.convert.copying import (
 )
 from grpo_mega.convert.digest import digest_text
 from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
+from grpo_mega.convert.fp8_checkpoint import FP8_SCHEME
 from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.hf_headers import DTYPES as STORED_DTYPES
 from grpo_mega.convert.hf_headers import INDEX, SINGLE, StoredTensor, read_header
 from grpo_mega.convert.hf_to_megatron import SCALES_FILE, ConversionReport, stored_dtype
 from grpo_mega.convert.ranges import Shape, read_box
-from grpo_mega.convert.spec import FP8_BLOCK
 from grpo_mega.convert.torch_dist import checkpoint_folder
 from grpo_mega.convert.workspace import Workspace, check_space
 from grpo_mega.types import TensorSlice, UserError
@@ -40,12 +40,6 @@ from grpo_mega.types import TensorSlice, UserError
 SHARD_BYTES = 5 * 1000**3
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 _QUANTISED = re.compile(r"\.layers\..*\.((?!eh_)\w+_proj(_with_mqa)?|w[123])\.weight$")
-_FP8_CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-}
 
 
 def megatron_to_hf(
@@ -170,7 +164,7 @@ class _Fp8Codec:
             UserError: its config wants scales that are not made here.
         """
         self._stored: dict[str, StoredTensor] = {}
-        found = json.loads((base / "config.json").read_text()).get("quantization_config") or _FP8_CONFIG
+        found = json.loads((base / "config.json").read_text()).get("quantization_config") or FP8_SCHEME
         if found.get("quant_method") != "fp8":
             raise UserError(
                 f"--fp8: {base / 'config.json'} has quant_method={found.get('quant_method')}; only fp8 is written, for"
@@ -224,7 +218,7 @@ def _rewrite_config(path: Path, dtype: torch.dtype, to_fp8: bool) -> None:
     raw = json.loads(path.read_text())
     wanted = dict(raw)
     if to_fp8:
-        wanted.setdefault("quantization_config", _FP8_CONFIG)
+        wanted.setdefault("quantization_config", FP8_SCHEME)
     else:
         wanted.pop("quantization_config", None)
         name = str(dtype).removeprefix("torch.")

@@ -46,6 +46,8 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     found = [*examine_machine(local, nodes, env, config.engine.kind), *_sizes(config, topology, nodes)]
     if config.precision.fp8 is not None and gpus.num_driver_gpus():
         found.append(gpus.check_recipe(config.precision.fp8.recipe, machine.installed("torch") or ""))
+    if config.engine.fp8 is not None and gpus.num_driver_gpus():
+        found.append(gpus.check_engine_fp8())
     if config.model.path is not None:
         found.append(inputs.check_checkpoint(Path(config.model.path)))
     return found
@@ -55,6 +57,7 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
     """Everything."""
     found = [inputs.check_layout(config, topology), inputs.check_rewards(config)]
     found += examine_start(config, topology, env)
+    found += inputs.check_servers(config)
     found += [_tokenizer(config), inputs.check_port(env)]
     return found
 

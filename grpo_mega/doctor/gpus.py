@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.config.fp8 import check_generation
+from grpo_mega.config.fp8 import check_engine_generation, check_generation
 from grpo_mega.doctor.finding import Finding, passed
 
 GIB = 2**30
@@ -67,6 +67,31 @@ def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = Fals
 
 def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Finding:
     """Do the GPUs, and the CUDA that torch is built for, have this FP8 recipe?"""
+    found = _capability(nvml)
+    if isinstance(found, Finding):
+        return found
+    built = re.search(r"\+cu(\d+)(\d)$", torch_version)
+    cuda = (int(built[1]), int(built[2])) if built else _UNKNOWN_CUDA
+    return _fp8_finding(check_generation(recipe, found, cuda), f"{recipe} on compute capability {found[0]}.{found[1]}")
+
+
+def check_engine_fp8(nvml: Any | None = None) -> Finding:
+    """Do the GPUs compute with the FP8 codes of an engine?"""
+    found = _capability(nvml)
+    if isinstance(found, Finding):
+        return found
+    return _fp8_finding(check_engine_generation(found), f"engine on compute capability {found[0]}.{found[1]}")
+
+
+def _fp8_finding(problem: str, fine: str) -> Finding:
+    if problem:
+        message, _, remedy = problem.rpartition("; ")
+        return Finding("FP8", "fail", message, remedy)
+    return passed("FP8", f"{fine}; unproven")
+
+
+def _capability(nvml: Any | None) -> tuple[int, int] | Finding:
+    """Of the first GPU; or why it cannot be asked."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
@@ -77,13 +102,7 @@ def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Fi
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(0))
     finally:
         nvml.nvmlShutdown()
-    built = re.search(r"\+cu(\d+)(\d)$", torch_version)
-    cuda = (int(built[1]), int(built[2])) if built else _UNKNOWN_CUDA
-    problem = check_generation(recipe, (major, minor), cuda)
-    if problem:
-        message, _, remedy = problem.rpartition("; ")
-        return Finding("FP8", "fail", message, remedy)
-    return passed("FP8", f"{recipe} on compute capability {major}.{minor}; unproven")
+    return major, minor
 
 
 def _device(nvml: Any, index: int) -> Device:

@@ -44,13 +44,15 @@ class RecordedCopy:
 
 @dataclass
 class LoaderRecord:
-    """What was recorded, and shape and address of all parameters before the engine processes them further. `zeros`:
-    boxes of parameters that hold zeros on this rank whatever the checkpoint says, as a bias that another rank adds."""
+    """What was recorded, and shape, address and strides of all parameters before the engine processes them further.
+    `zeros`: boxes of parameters that hold zeros on this rank whatever the checkpoint says, as a bias that another rank
+    adds."""
 
     shapes: dict[str, Shape]
     addresses: dict[str, int]
     copies: list[RecordedCopy] = field(default_factory=list)
     zeros: list[TensorSlice] = field(default_factory=list)
+    strides: dict[str, Shape] = field(default_factory=dict)
 
 
 def stand_ins(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Tensor]:
@@ -73,7 +75,9 @@ def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dty
     parameters = dict(model.named_parameters())
     targets = {**dict(model.named_buffers()), **parameters}
     record = LoaderRecord(
-        {name: tuple(p.shape) for name, p in parameters.items()}, {name: p.data_ptr() for name, p in targets.items()}
+        {name: tuple(p.shape) for name, p in parameters.items()},
+        {name: p.data_ptr() for name, p in targets.items()},
+        strides={name: p.stride() for name, p in targets.items()},
     )
     with recording(sources, targets, record):
         loader: Any = model

@@ -3,7 +3,7 @@
 The ranks of the job are cut into as many contiguous groups as there are servers. The first rank of a group speaks to
 its server; the others hear from it what came back, in parts, so that no rank waits longer than a beat for another. The
 weights go from every rank that holds them to every rank of the servers that lacks them, in a process group of both.
-Asserted by tests/engine/test_server_engine.py.
+Asserted by tests/parallel/test_servers.py, tests/engine/test_engine_contract.py and tests/e2e/test_server.py.
 """
 
 from __future__ import annotations

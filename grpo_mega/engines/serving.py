@@ -40,6 +40,7 @@ def serving_facts(config: Config, model_folder: Path) -> dict[str, Any]:
         "engine.kind": engine.kind,
         "engine.tp": engine.tp,
         "engine.ep": engine.ep,
+        "engine.fp8": engine.fp8,
         "engine.max_num_seqs": engine.max_num_seqs,
         "engine.kv_cache_tokens": engine.kv_cache_tokens,
         "data.max_prompt_tokens + the largest max_tokens": longest_rollout(config),

@@ -47,6 +47,7 @@ class VllmEngine:
         ep: 1: experts are cut over the tp * dp ranks; tp * dp: each is whole on one of them.
         kv_cache_tokens: capacity of the KV cache of each copy; None: `max_num_seqs` rollouts of `max_model_len`.
         tell_experts: be able to answer requests with `expert_choices`.
+        fp8: hold matrices as FP8 codes and scales, which a sync brings (on CUDA; unproven).
 
     Raises:
         UserError: the model has no layout table or no EOS token, `tp` does not fit it, or it cannot tell experts.
@@ -66,6 +67,7 @@ class VllmEngine:
         kv_cache_tokens: int | None,
         seed: int,
         tell_experts: bool = False,
+        fp8: bool = False,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -75,7 +77,7 @@ class VllmEngine:
         self._max_model_len = max_model_len
         self._on_cuda = torch.cuda.is_available()
         settings = VllmSettings(
-            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, dp, ep > 1, tell_experts
+            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, dp, ep > 1, tell_experts, fp8
         )
         started = start(settings, spec)
         self._llm: Any = started.llm

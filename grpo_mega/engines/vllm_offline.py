@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -20,7 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.record import LoaderRecord, Shape
+from grpo_mega.engines.vllm_fp8 import built_for_fp8, model_overrides
 from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_start import prepare_environment, register_model
 from grpo_mega.types import UserError
@@ -35,6 +37,7 @@ def record_ranks(
     ranks: Sequence[int],
     dp: int = 1,
     experts_spread: bool = False,
+    fp8: bool = False,
 ) -> list[LoaderRecord]:
     """What vLLM's loader does on some ranks of an engine.
 
@@ -46,6 +49,7 @@ def record_ranks(
         ranks: which of the engine's tp * dp.
         dp: copies of the attention.
         experts_spread: experts are whole on one rank each (expert parallel), not cut over all.
+        fp8: the engine holds matrices as codes and scales, which `tensors` lists; on any machine.
 
     Raises:
         CannotRecordError: the loader does something that is no copy of boxes.
@@ -54,7 +58,9 @@ def record_ranks(
     """
     prepare_environment()
     register_model(config_dir)
-    return [_record_rank(config_dir, tensors, dtype, tp, dp, rank, experts_spread) for rank in ranks]
+    overrides = model_overrides(read_spec(config_dir)) if fp8 else {}
+    with built_for_fp8() if fp8 else nullcontext():
+        return [_record_rank(config_dir, tensors, dtype, tp, dp, rank, experts_spread, overrides) for rank in ranks]
 
 
 def _record_rank(
@@ -65,6 +71,7 @@ def _record_rank(
     dp: int,
     rank: int,
     experts_spread: bool,
+    hf_overrides: dict[str, Any],
 ) -> LoaderRecord:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
@@ -87,6 +94,7 @@ def _record_rank(
             "enable_expert_parallel": experts_spread,
             "load_format": "dummy",
             "max_model_len": 64,
+            "hf_overrides": hf_overrides,
         }
         config = EngineArgs(**arguments).create_engine_config()
         stack.enter_context(set_current_vllm_config(config))

@@ -3,7 +3,8 @@
 vLLM processes weights after loading. Every parameter must come out as one that is known here: declaring nothing is an
 error. On CPU linears keep a plain weight (vllm_start.py sees to it). The head computes from a packed copy beside its
 plain weight, latent attention from turned copies of `kv_b_proj`: both are rebuilt at the end of an update and compared.
-Experts are packed in place: slices are written to where the packing puts them, and read back from there.
+Experts are packed in place: slices are written to where the packing puts them, and read back from there. Of FP8 codes
+and scales the kernel has to be known too (vllm_fp8.py): some read them through an order or scales of their own.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_mega.convert.fp8 import dequantise
+from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX
 from grpo_mega.engines.record import LoaderRecord, RecordedCopy
 from grpo_mega.engines.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
+from grpo_mega.engines.vllm_fp8 import unknown_kernel
 from grpo_mega.interfaces import RegionKind, SinkRegion
 from grpo_mega.types import Placement, TensorSlice
 
@@ -79,13 +83,18 @@ class AbsorbedProjection:
         """Are both copies those of the present weight? Copies of elements: equal bit for bit."""
         layer = self.attention
         nope, value = layer.qk_nope_head_dim, layer.v_head_dim
-        heads = layer.kv_b_proj.weight.detach().view(layer.num_heads, nope + value, layer.kv_lora_rank)
+        heads = self._projection().view(layer.num_heads, nope + value, layer.kv_lora_rank)
         key, values = heads[:, :nope], heads[:, nope:].transpose(1, 2)  # [N, P, L], [N, L, V]
         for name, expected in (("W_UK_T", key), ("W_UV", values)):
             different = int((getattr(layer, name) != expected).sum())
             if different:
                 return f"{different} of {expected.numel()} elements of {name} differ from kv_b_proj"
         return None
+
+    def _projection(self) -> Tensor:
+        """`kv_b_proj` as numbers."""
+        weight: Tensor = self.attention.kv_b_proj.weight.detach()
+        return dequantise(weight, self.attention.kv_b_proj.weight_scale_inv) if weight.itemsize == 1 else weight
 
 
 @dataclass(frozen=True)
@@ -119,13 +128,18 @@ def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
     orders: dict[tuple[object, ...], Tensor] = {}
 
     def is_plain(name: str) -> bool:
-        return name in parameters and parameters[name].data_ptr() == record.addresses[name]
+        if name not in parameters or parameters[name].data_ptr() != record.addresses[name]:
+            return False
+        return parameters[name].stride() == record.strides.get(name, parameters[name].stride())
 
     for copy in record.copies:
         name = copy.local.name
+        is_fp8 = copy.dtype.itemsize == 1 or name.endswith(SCALE_SUFFIX)
+        if is_fp8 and (kernel := unknown_kernel(model, name)) is not None:
+            raise RuntimeError(f"vLLM computes with {name} by {kernel}; whether it reads what was loaded is not known")
         if is_plain(name):
             places.append(PlainRegion(region_view(parameters[name].detach(), copy)))
-            kind: RegionKind = "derived" if name in copied else "plain"
+            kind: RegionKind = "derived" if name.removesuffix(SCALE_SUFFIX) in copied else "plain"
             regions.append(SinkRegion(Placement(copy.hf, copy.local), kind, copy.dtype))
             continue
         owner = parameters.get(name)

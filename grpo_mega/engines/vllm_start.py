@@ -28,6 +28,7 @@ from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.vllm_cpu import correct_vllm
+from grpo_mega.engines.vllm_fp8 import fp8_checkpoint_tensors, kernel_arguments, model_overrides
 from grpo_mega.engines.vllm_record import RECORDING, recording_load_format
 from grpo_mega.engines.vllm_routing import Steps, bind_routers
 from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
@@ -58,6 +59,8 @@ class VllmSettings:
     """Experts are whole on one rank each, not cut over all."""
     tell_experts: bool = False
     """Take down which experts each token is sent to."""
+    fp8: bool = False
+    """Hold matrices as FP8 codes and scales."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
     except ImportError as error:
         raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
     if not torch.cuda.is_available():
+        if settings.fp8:
+            raise UserError("engine.fp8 needs CUDA devices, and this machine has none; leave engine.fp8 out")
         _check_cpu_head(spec)
         _check_cpu_experts(settings, spec)
         correct_vllm()
@@ -129,7 +134,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         steps: list[Steps] = []
         records = recording_load_format(
-            checkpoint_tensors(spec, dtype),
+            checkpoint_tensors(spec, dtype, fp8=settings.fp8),
             (lambda model, config: steps.append(bind_routers(model, config))) if settings.tell_experts else None,
         )
         arguments = vllm.EngineArgs(**_engine_arguments(settings, spec))
@@ -276,9 +281,12 @@ def _check_cpu_experts(settings: VllmSettings, spec: ModelSpec) -> None:
         )
 
 
-def checkpoint_tensors(spec: ModelSpec, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> shape and dtype of every tensor that a sync brings."""
-    return {name: (shape, torch.float32 if keeps_float32(name) else dtype) for name, shape in hf_shapes(spec).items()}
+def checkpoint_tensors(
+    spec: ModelSpec, dtype: torch.dtype, *, fp8: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name -> shape and dtype of every tensor that a sync brings. `fp8`: matrices as codes and scales."""
+    plain = {name: (shape, torch.float32 if keeps_float32(name) else dtype) for name, shape in hf_shapes(spec).items()}
+    return fp8_checkpoint_tensors(plain) if fp8 else plain
 
 
 def register_model(config_dir: Path) -> None:
@@ -312,6 +320,8 @@ def _engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]
         "disable_log_stats": True,
         "seed": settings.seed,
     }
+    if settings.fp8:
+        arguments |= {"hf_overrides": model_overrides(spec)} | kernel_arguments()
     on_cuda = torch.cuda.is_available()
     if settings.kv_cache_tokens is not None or not on_cuda:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)

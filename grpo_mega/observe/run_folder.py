@@ -77,6 +77,10 @@ class RunFolder:
     def summary(self) -> Path:
         return self.path / "summary.json"
 
+    @property
+    def fp8_report(self) -> Path:
+        return self.path / "fp8_report.json"
+
     def rollouts_of(self, step: int) -> Path:
         """The rollouts of one step, a row each."""
         return self.rollouts / f"step_{step:06d}.jsonl"

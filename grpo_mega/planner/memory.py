@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleSizes
 from grpo_mega.parallel.topology import Topology
@@ -21,6 +22,7 @@ from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_ch
 
 PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
 BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
+SCALE_BYTES = 4  # of a block of FP8 codes
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
 _ROUTERS_AND_LATENTS = (
@@ -125,8 +127,10 @@ def plan_memory(
         longest=work.longest,
         imbalance=cluster.assumptions.routing_imbalance,
     )
-    engine = engine_weight_bytes(spec, topology, ITEMSIZE[config.precision.dtype], spread=config.engine.ep > 1)
-    per_token = kv_bytes_per_token(spec, config.engine.tp, ITEMSIZE[config.precision.dtype])
+    itemsize = ITEMSIZE[config.precision.dtype]
+    spread, coded = config.engine.ep > 1, config.engine.fp8 is not None
+    engine = engine_weight_bytes(spec, topology, itemsize, spread=spread, fp8=coded)
+    per_token = kv_bytes_per_token(spec, config.engine.tp, itemsize)
     cache = _kv_cache(config, cluster, work, engine, per_token)
     ranks = []
     for pp_rank, chunks in enumerate(model_chunks(spec, config, where)):
@@ -134,7 +138,6 @@ def plan_memory(
         kept = activation_bytes(acts, chunks, config.parallel.pp, pp_rank, work.num_microbatches)
         phases = _phases(config, spec, topology, cluster, acts, chunks, static, kept, engine, cache)
         ranks.append(RankMemory(pp_rank, static, kept, phases))
-    itemsize = ITEMSIZE[config.precision.dtype]
     state = itemsize + 8 + (4 if itemsize < 4 else 0)
     reference = itemsize if config.algorithm.ref_update_every else 0
     return Memory(
@@ -156,22 +159,25 @@ def activation_bytes(
     return peak + float(max(beside))
 
 
-def engine_weight_bytes(spec: ModelSpec, topology: Topology, itemsize: int, *, spread: bool) -> float:
+def engine_weight_bytes(
+    spec: ModelSpec, topology: Topology, itemsize: int, *, spread: bool, fp8: bool = False
+) -> float:
     """Of one rank of an engine: experts are divided over all its ranks, other matrices cut over tp, norms, routers and
-    latent projections are not, and key heads fewer than ranks are repeated. `spread`: experts are whole."""
-    elements, tp = _engine_elements(spec), topology.engine_tp
-    shared: float = elements.shared
+    latent projections are not, and key heads fewer than ranks are repeated. `spread`: experts are whole. `fp8`: a byte
+    for each element of its matrices, and their scales."""
+    sizes, tp = _engine_sizes(spec, itemsize, fp8), topology.engine_tp
+    shared: float = sizes.shared
     # where experts are spread and copies of several ranks share them, a rank has its own part of the tokens, and models
     # with latent attention send it through the whole of the shared experts (models/deepseek_v2.py of vLLM)
     if spec.mla is None or topology.engine_dp == 1 or not spread:
         shared /= tp
-    dense = elements.cut / tp + elements.repeated + elements.keys / min(tp, spec.num_kv_heads)
-    return (dense + shared + elements.experts / topology.engine_ranks) * itemsize
+    dense = sizes.cut / tp + sizes.repeated + sizes.keys / min(tp, spec.num_kv_heads)
+    return dense + shared + sizes.experts / topology.engine_size
 
 
 @dataclass
-class _EngineElements:
-    """Those of experts, of the shared ones, cut over tp, on every rank, and cut over key heads."""
+class _EngineSizes:
+    """Bytes of experts, of the shared ones, cut over tp, on every rank, and cut over key heads."""
 
     experts: int = 0
     shared: int = 0
@@ -181,10 +187,12 @@ class _EngineElements:
 
 
 @functools.lru_cache(maxsize=16)
-def _engine_elements(spec: ModelSpec) -> _EngineElements:
-    found = _EngineElements()
+def _engine_sizes(spec: ModelSpec, itemsize: int, fp8: bool) -> _EngineSizes:
+    found = _EngineSizes()
     for name, shape in hf_shapes(spec).items():
-        size = math.prod(shape)
+        plain = size = itemsize * math.prod(shape)
+        if fp8 and is_coded(name, shape):
+            size = math.prod(shape) + SCALE_BYTES * math.prod(scales_shape(shape))
         if ".experts." in name:
             found.experts += size
         elif ".shared_expert" in name:
@@ -194,7 +202,7 @@ def _engine_elements(spec: ModelSpec) -> _EngineElements:
         elif spec.mla is None and name.endswith((".k_proj.weight", ".v_proj.weight")):
             found.keys += size
         else:  # the last projection of latent attention is kept beside its absorbed form
-            found.cut += 2 * size if name.endswith(".kv_b_proj.weight") else size
+            found.cut += size + (plain if name.endswith(".kv_b_proj.weight") else 0)
     return found
 
 
@@ -242,6 +250,10 @@ def _phases(
     widest = max((acts.layer(*layer).kept for chunk in chunks for layer in set(chunk.layers)), default=0.0)
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
+    buckets = {"sync buckets": 2.0 * config.weight_sync.bucket_bytes}
+    served = topology.engine_servers > 0
+    if served:
+        engine_residue = {}
     copies = topology.dp * topology.cp
     # a rank's part of the reference, on the device before it is gathered; a whole one is copied into its place
     reference = static.weights / copies if needs_reference(config) and copies > 1 else 0.0
@@ -258,9 +270,13 @@ def _phases(
         "sync": {
             "weights": static.weights,
             "engine weights": engine,
-            "sync buckets": 2.0 * config.weight_sync.bucket_bytes,
+            **buckets,
         },
     }
+    if served:  # the policy stays where it is; `server` is a device of an engine server, where nothing ever sleeps
+        phases["server"] = {"engine weights": engine, "KV cache": cache, **on_engine, **buckets}
+        phases["rollout"] = dict(state)
+        phases["sync"] = {**state, **buckets}
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= left
@@ -280,6 +296,8 @@ def num_groups(topology: Topology) -> int:
     axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
     products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.world_size)
     engine = (topology.engine_tp, topology.engine_dp, topology.engine_ranks if topology.engine_dp > 1 else 1)
+    if topology.engine_servers:
+        engine = (1, 1, 1)
     return sum(size > 1 for size in (*axes, *products, *engine))
 
 
@@ -301,19 +319,19 @@ def _engine_logits(config: Config, spec: ModelSpec) -> float:
 
 def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: Cluster) -> dict[str, float]:
     """Of the fullest node: pinned copies of what leaves the device, the host's optimizer with its gradients, the
-    reference, and the processes. Without CUDA nothing leaves: there is one memory."""
+    reference, and the processes. Without CUDA nothing leaves: there is one memory; nor where engines are elsewhere."""
     per_node = min(cluster.gpu.per_node, topology.world_size)
     fullest = max(ranks, key=lambda rank: rank.static.weights)
     static = fullest.static
-    on_cuda = cluster.gpu.kernels != "local"
+    leaves = cluster.gpu.kernels != "local" and (not topology.engine_servers or has_critic(config))
     reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
     learners = 2 if has_critic(config) else 1
     # 12 bytes of state and 4 of gradient for each parameter that is updated here
     updated = static.optimizer_on_host * 4 / 3
     items = {
         "processes": cluster.assumptions.process_host_bytes,
-        "offloaded weights": learners * static.weights if on_cuda else 0.0,
-        "offloaded optimizer": learners * static.optimizer if on_cuda else 0.0,
+        "offloaded weights": learners * static.weights if leaves else 0.0,
+        "offloaded optimizer": learners * static.optimizer if leaves else 0.0,
         "optimizer on the host": learners * updated,
         "reference": 2 * reference,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
@@ -42,6 +42,7 @@ class Attendance:
             self._world.await_keys([self._key(rank) for rank in range(len(self._where))], self._timeout)
             return self._world.gather(value)
         except RuntimeError as error:
+            self._world.check_others()
             raise RuntimeError(f"weight sync, {what}: {self.absent()} ({error})") from error
 
     def absent(self) -> str:
@@ -76,6 +77,7 @@ class _Report:
     held: bytes
     wanted: bytes
     dtypes: dict[str, torch.dtype]
+    codes: dict[str, torch.dtype] = field(default_factory=dict)
     fault: str | None = None
 
 
@@ -96,8 +98,8 @@ def agree_on_ends(
         attendance: of the job.
 
     Raises:
-        WeightMismatchError: an engine asks for what the policy does not have, has no place for something, or wants a
-            tensor in two dtypes (names them).
+        WeightMismatchError: an engine asks for what the policy does not have, has no place for something, wants a
+            tensor in two dtypes, or FP8 codes as numbers (names them).
     """
     dtypes = dict.fromkeys(shapes, torch.float32)
     mine = _report(shapes, shards, regions, attendance.rank)
@@ -109,6 +111,7 @@ def agree_on_ends(
             if name in dtypes and any(name in r.dtypes and r.dtypes[name] != dtype for r in reports):
                 raise WeightMismatchError(f"engine ranks want {name} in several dtypes; rank {rank} in {dtype}")
             dtypes[name] = dtype
+    _check_codes(reports, dtypes)
     tensors = {name: WireTensor(shape, dtypes[name].itemsize) for name, shape in shapes.items()}
     ends = Ends(tensors, dtypes, _of_all([r.held for r in reports]), _of_all([r.wanted for r in reports]))
     _check_complete(ends, replicas)
@@ -126,9 +129,22 @@ def _report(
             pickle.dumps(held.on(())),
             pickle.dumps(wanted.on(())),
             {region.placement.hf.name: region.dtype for region in regions},
+            {held.hf.name: held.dtype for held in shards if held.dtype.itemsize == 1},
         )
     except ValueError as error:
-        return _Report(b"", b"", {}, str(error))
+        return _Report(b"", b"", {}, fault=str(error))
+
+
+def _check_codes(reports: Sequence[_Report], dtypes: dict[str, torch.dtype]) -> None:
+    """Codes mean nothing without their scales: they are not converted on the way, and nothing becomes codes by it."""
+    codes = {name: dtype for report in reports for name, dtype in report.codes.items()}
+    for name, dtype in dtypes.items():
+        if name in codes and dtype != codes[name]:
+            raise WeightMismatchError(
+                f"the policy has codes of {name} in {codes[name]}, the engine wants it in {dtype}"
+            )
+        if name not in codes and dtype.itemsize == 1:
+            raise WeightMismatchError(f"the engine wants {name} in codes of {dtype}, which the policy does not make")
 
 
 def _of_all(pickled: Sequence[bytes]) -> Holdings:

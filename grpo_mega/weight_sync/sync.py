@@ -224,7 +224,7 @@ class WeightSync:
             sent += tensor.nbytes
         self._sink.end_update(policy_version)
         shards = self._source.shards()
-        dtypes = {held.hf.name: held.view.dtype for held in shards}
+        dtypes = {held.hf.name: held.dtype for held in shards}
         heard: dict[str, object] = {}
         for part in self._attendance.gather(dtypes, "ending the update"):
             heard |= part

@@ -4,9 +4,7 @@ loader does with real weights, and is made for a model of which nothing is known
 from __future__ import annotations
 
 import math
-import multiprocessing
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,27 +21,9 @@ from grpo_mega.engines.vllm_record import record_vllm
 from grpo_mega.engines.vllm_regions import by_expert
 from grpo_mega.types import TensorSlice
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.one_process import run
 from tests.helpers.tiny_models import make_family_model, make_tiny_model
 from tests.helpers.vllm_table import engine_layout
-
-
-@pytest.fixture(scope="module")
-def recorder() -> Iterator[ProcessPoolExecutor]:
-    """A process of its own: it pretends to be ranks of engines."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
-
-
-def run(recorder: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
-    return recorder.submit(_told, function, args).result(timeout=300)
-
-
-def _told(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    torch.set_num_threads(1)
-    try:
-        return function(*args)
-    except Exception:
-        raise AssertionError(traceback.format_exc()) from None
 
 
 def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
@@ -112,54 +92,6 @@ def test_copies_share_the_experts_hold_the_rest_each_and_follow_from_four_ranks(
     predicted = engine_weight_bytes(spec, Topology(tp * dp, engine_tp=tp, engine_dp=dp), 4, spread=spread) / 4
     absorbed = sum(size for name, size in sizes.items() if name.endswith(".kv_b_proj.weight")) / tp
     assert max(held) + absorbed == pytest.approx(predicted, rel=0.02)  # the vocabulary is no multiple of 64
-
-
-def recorded_fp8(folder: Path, tp: int) -> tuple[list[LoaderRecord], dict[str, Any]]:
-    """The loader of vLLM's block-scaled FP8 model, built as if this machine had the instructions to compute it."""
-    import json
-
-    from grpo_mega.engines.vllm_offline import record_ranks
-    from grpo_mega.engines.vllm_start import checkpoint_tensors
-    from grpo_mega.weight_sync.fp8 import fp8_shapes, is_coded
-
-    plain = checkpoint_tensors(read_spec(folder), torch.bfloat16)
-    tensors: dict[str, Any] = {}
-    for name, shape in fp8_shapes({name: shape for name, (shape, _) in plain.items()}).items():
-        kept = plain[name][1] if name in plain else torch.float32
-        tensors[name] = (shape, torch.float8_e4m3fn if is_coded(name, shape) else kept)
-    config = json.loads((folder / "config.json").read_text())
-    scheme = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": scheme}))
-    with mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True):
-        return record_ranks(folder, tensors, dtype="bf16", tp=tp, ranks=list(range(tp))), tensors
-
-
-def make_fp8_model(folder: Path) -> Path:
-    from transformers import Qwen3Config
-
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 256}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
-    config = Qwen3Config(**sizes, **heads, max_position_embeddings=128, tie_word_embeddings=False)
-    config.architectures = ["Qwen3ForCausalLM"]
-    config.save_pretrained(folder)
-    return folder
-
-
-def test_an_fp8_engine_takes_the_codes_and_scales_that_a_sync_makes_and_the_rest_in_bf16(
-    recorder: ProcessPoolExecutor, tmp_path: Path
-) -> None:
-    records, tensors = run(recorder, recorded_fp8, make_fp8_model(tmp_path), 2)
-    for record in records:
-        assert {copy.hf.name for copy in record.copies} == set(tensors), "codes, scales and what is kept, and no more"
-        assert all(copy.dtype == tensors[copy.hf.name][1] for copy in record.copies)
-    down = "model.layers.0.mlp.down_proj.weight"
-    places = {str(copy.hf) for record in records for copy in record.copies if copy.hf.name.startswith(down)}
-    assert places == {
-        f"{down}[0:256, 0:256]",
-        f"{down}[0:256, 256:512]",
-        f"{down}_scale_inv[0:2, 0:2]",
-        f"{down}_scale_inv[0:2, 2:4]",
-    }
 
 
 # Architectures for which there is no table of families.

@@ -170,6 +170,13 @@ def test_the_doctor_finds_a_gpu_or_a_torch_that_lacks_the_recipe() -> None:
     assert gpus.check_recipe("blockwise", "2.13.0+cu128", Nvml((9, 0))).status == "fail"
 
 
+def test_the_doctor_finds_a_gpu_on_which_no_engine_computes_with_fp8() -> None:
+    assert gpus.check_engine_fp8(Nvml((8, 9))).status == "pass"
+    old = gpus.check_engine_fp8(Nvml((8, 0)))
+    assert (old.status, old.remedy) == ("fail", "leave engine.fp8 out")
+    assert "compute capability 8.0" in old.message
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
 from grpo_mega.planner.hardware import Cluster, cluster_of, gpu_named
-from grpo_mega.planner.memory import RankMemory, plan_memory
+from grpo_mega.planner.memory import RankMemory, engine_weight_bytes, plan_memory
 from grpo_mega.planner.plan import make_plan
 from grpo_mega.planner.stages import ModelChunk, static_bytes
 from grpo_mega.types import UserError
@@ -85,6 +88,38 @@ def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
 def test_a_device_without_the_recipe_is_refused() -> None:
     config = config_of(precision=fp8(), algorithm=NO_REFERENCE)
     with pytest.raises(UserError, match=r"^--gpu=a100-80g: precision.fp8.recipe=blockwise runs on H100, H200, H20"):
+        make_plan(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
+
+
+def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_scale_for_each_block() -> None:
+    # llama: vocab 21, hidden 64, ffn 96, 2 layers, 4 heads and 2 key heads of 16, every matrix within one block
+    outer, norms = 2 * 21 * 64, 5 * 64
+    matrices, scales = 2 * (2 * 64 * 64 + 3 * 64 * 96), 2 * 5
+    keys, key_scales = 2 * 2 * 32 * 64, 2 * 2
+    whole = 2 * (outer + norms) + matrices + keys + 4 * (scales + key_scales)
+    assert engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True) == whole
+    assert engine_weight_bytes(spec_of(), Topology(2, engine_tp=2), 2, spread=False, fp8=True) == whole / 2 + norms
+
+
+def test_the_last_latent_projection_is_kept_in_bf16_beside_its_codes() -> None:
+    spec, one = spec_of("deepseek_v3"), Topology(1)
+    plain, coded = (engine_weight_bytes(spec, one, 2, spread=False, fp8=fp8) for fp8 in (False, True))
+    shapes = {name: shape for name, shape in hf_shapes(spec_of("deepseek_v3")).items() if is_coded(name, shape)}
+    blocks = sum(math.prod(scales_shape(shape)) for shape in shapes.values())
+    assert plain - coded == sum(math.prod(shape) for shape in shapes.values()) - 4 * blocks
+
+
+def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> None:
+    config = config_of(engine={"fp8": "scales_fp32"}, algorithm=NO_REFERENCE)
+    plain, coded = (
+        make_plan(each, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("h100-80g"), 1), "x")
+        for each in (config_of(algorithm=NO_REFERENCE), config)
+    )
+    engine = engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True)
+    assert coded.sync_bytes == coded.memory.ranks[0].phases["sync"]["engine weights"] == engine < plain.sync_bytes
+    assert coded.time.phases["sync"] < plain.time.phases["sync"]
+    assert coded.time.phases["rollout"] < plain.time.phases["rollout"]
+    with pytest.raises(UserError, match=r"^--gpu=a100-80g: engine.fp8 needs a GPU with FP8, as L40S, .* 8\.0; leave"):
         make_plan(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 

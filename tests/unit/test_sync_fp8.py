@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from grpo_mega.convert.digest import slice_digest, wrap
-from grpo_mega.convert.fp8 import SCALE_SUFFIX, dequantise, quantise, scales_of
+from grpo_mega.convert.fp8 import CODE, SCALE_SUFFIX, quantise, scales_of
+from grpo_mega.convert.fp8_checkpoint import fp8_shapes, is_coded, quantization_config
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync import verify
-from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source, fp8_report, fp8_shapes, is_coded
+from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.verify import parts_of
 
 Q, O, DOWN, NORM = "0.q_proj.weight", "0.o_proj.weight", "0.down_proj.weight", "0.input_layernorm.weight"
@@ -79,7 +80,7 @@ def test_codes_and_scales_of_all_shards_are_those_of_the_whole_weights(power_of_
         assert source.hf_shapes() == {name: tuple(value.shape) for name, value in whole.items()}
         for held in source.shards():
             values = held.part(held.hf)
-            assert values.dtype == whole[held.hf.name].dtype
+            assert values.dtype == held.dtype == whole[held.hf.name].dtype
             assert torch.equal(bits(values), bits(whole[held.hf.name][held.hf.index])), held.hf
             seen[held.hf.name][held.hf.index] += held.counted
     assert all(bool((count == 1).all()) for count in seen.values()), "each element and each scale is counted once"
@@ -116,6 +117,17 @@ def test_scales_as_powers_of_two_are_the_least_that_hold_the_block() -> None:
     assert bool((torch.frexp(scales)[0] == 0.5).all())
 
 
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_whole_tensors_that_are_streamed_have_the_same_codes_and_scales(power_of_two: bool) -> None:
+    streamed = dict(fp8_tensors(lambda _: iter(weights().items()), power_of_two=power_of_two)(1))
+    whole = expected(power_of_two=power_of_two)
+    assert list(streamed) == list(fp8_shapes({name: tuple(value.shape) for name, value in weights().items()}))
+    for name, value in whole.items():
+        assert torch.equal(bits(streamed[name]), bits(value)), name
+        assert streamed[name].dtype == value.dtype
+    assert streamed[Q].dtype == CODE
+
+
 def test_a_block_that_no_rank_holds_whole_is_refused_with_its_place_and_a_remedy() -> None:
     slices = [(TensorSlice(Q, (0, 0), (320, 300)), True)]
     message = r"block of 0\.q_proj\.weight at \[256, 0\] .* holds 8192 elements; .* smaller parallel\.tp"
@@ -150,13 +162,17 @@ def test_matrices_of_layers_are_coded_and_nothing_else(name: str, shape: tuple[i
     assert len(fp8_shapes({name: shape})) == 1 + coded
 
 
-def test_the_report_says_how_far_each_matrix_is_moved() -> None:
-    whole = [(TensorSlice(name, (0, 0), tuple(weights()[name].shape)), True) for name in (Q, O, DOWN)]
-    report = fp8_report(Source(weights(), whole), None, power_of_two=False)
-    assert list(report) == [Q, O, DOWN]
-    for name, found in report.items():
-        value = weights()[name].bfloat16()
-        error = (dequantise(*quantise(value)).double() - value.double()).abs()
-        assert found["largest"] == float(error.max())
-        assert found["relative"] == pytest.approx(float(error.norm() / value.double().norm()), rel=1e-12)
-        assert 0.01 < found["relative"] < 0.04  # three bits of mantissa
+def test_the_config_of_the_checkpoint_names_the_matrices_that_stay() -> None:
+    shapes = {
+        "model.embed_tokens.weight": (256, 64),
+        "model.layers.0.mlp.gate.weight": (8, 64),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (64, 64),
+        "model.norm.weight": (64,),
+    }
+    assert quantization_config(shapes) == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["model.embed_tokens", "model.layers.0.mlp.gate"],
+    }

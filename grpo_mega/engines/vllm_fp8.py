@@ -1,0 +1,68 @@
+"""vLLM with FP8 weights: what it is told, what its loader takes, and of which kernels we know what they read.
+
+Its kernels for FP8 blocks are many, and most turn, pad or quantise again what was loaded (DeepGEMM makes other scales
+of it, Marlin and FlashInfer other orders). Two read codes and scales where the loader put them, on every GPU that has
+FP8: those of Triton and, of a linear layer, CUTLASS. The engine is told to take Triton's; any other is refused when it
+is built, by name, instead of being written into blindly. No GPU has run this: unproven.
+Written against vLLM 0.32; asserted by tests/engine/test_vllm_fp8.py, and on a GPU by tests/gpu/test_fp8_on_gpu.py.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from grpo_mega.convert.families import hf_shapes
+from grpo_mega.convert.fp8 import CODE
+from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
+from grpo_mega.convert.spec import ModelSpec
+
+Shape = tuple[int, ...]
+
+PLAIN_LINEAR = ("TritonFp8BlockScaledMMKernel", "CutlassFp8BlockScaledMMKernel")
+PLAIN_EXPERTS = ("TRITON", "BATCHED_TRITON")
+
+
+def fp8_checkpoint_tensors(
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
+) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Shape and dtype of every tensor of the FP8 checkpoint of one with these."""
+    found = {}
+    for name, shape in fp8_shapes({name: shape for name, (shape, _) in tensors.items()}).items():
+        kept = tensors[name][1] if name in tensors else torch.float32
+        found[name] = (shape, CODE if is_coded(name, shape) else kept)
+    return found
+
+
+def model_overrides(spec: ModelSpec) -> dict[str, Any]:
+    """`hf_overrides`: of what the model's config.json says, or does not say, of quantisation."""
+    return {"quantization_config": quantization_config(hf_shapes(spec))}
+
+
+def kernel_arguments() -> dict[str, Any]:
+    """Engine arguments that choose the kernels. Of layers that are not FP8 they choose nothing."""
+    os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # it would also make absorbed projections by a product, rounded otherwise
+    return {"linear_backend": "triton", "moe_backend": "triton"}
+
+
+def built_for_fp8() -> AbstractContextManager[object]:
+    """Inside, vLLM builds FP8 models on a CPU without AMX tiles, where it has no kernel to compute with them: to record
+    a loader, never to run."""
+    return mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True)
+
+
+def unknown_kernel(model: nn.Module, parameter: str) -> str | None:
+    """The kernel that computes with these codes or scales, unless it is known to read them as they were loaded."""
+    name = parameter.removesuffix(SCALE_SUFFIX)
+    method: Any = getattr(model.get_submodule(name.rpartition(".")[0]), "quant_method", None)
+    if hasattr(method, "fp8_linear"):
+        kernel = type(method.fp8_linear).__name__
+        return None if kernel in PLAIN_LINEAR else kernel
+    backend = getattr(getattr(method, "fp8_backend", None), "value", type(method).__name__)
+    return None if backend in PLAIN_EXPERTS else f"{backend} experts"

@@ -1,0 +1,154 @@
+"""Tiny models whose matrices are whole blocks of 128, and vLLM's FP8 models of them without the kernels to compute."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from grpo_mega.convert.fp8 import SCALE_SUFFIX, quantise
+from grpo_mega.convert.fp8_checkpoint import is_coded
+from grpo_mega.convert.spec import read_spec
+from grpo_mega.engines.record import LoaderRecord
+from tests.helpers.family_configs import raw_family_config
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+}
+_EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 256,
+    "n_shared_experts": 1,
+    "num_nextn_predict_layers": 0,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 128,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+}
+FP8_MODELS: dict[str, dict[str, Any]] = {
+    "llama": _SIZES,
+    "qwen2": _SIZES | {"hidden_size": 512},  # heads are of hidden_size / num_attention_heads
+    "qwen3": _SIZES,
+    "qwen3_moe": _SIZES | {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": _SIZES | {"intermediate_size": 256},
+    "glm4_moe": _SIZES | _EXPERTS,
+    "deepseek_v3": {k: v for k, v in _SIZES.items() if k != "head_dim"} | _EXPERTS | _LATENT,
+}
+
+
+def make_fp8_model(folder: Path, family: str, **changes: Any) -> Path:
+    """A folder with config.json alone, of bf16 weights; changes are of its fields."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = raw_family_config(family, **FP8_MODELS[family] | changes)
+    (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": 1, "bos_token_id": 0}))
+    return folder
+
+
+def fp8_tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    from grpo_mega.engines.vllm_start import checkpoint_tensors
+
+    return checkpoint_tensors(read_spec(folder), torch.bfloat16, fp8=True)
+
+
+def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 1) -> list[LoaderRecord]:
+    """Of vLLM's loader; in a process of its own."""
+    from grpo_mega.engines.vllm_offline import record_ranks
+
+    return record_ranks(
+        folder, fp8_tensors_of(folder), dtype="bf16", tp=tp, dp=dp, ranks=ranks, experts_spread=spread, fp8=True
+    )
+
+
+def fp8_weights(folder: Path, seed: int) -> dict[str, Tensor]:
+    """An FP8 checkpoint of random bf16 weights."""
+    from grpo_mega.engines.vllm_start import checkpoint_tensors
+
+    generator, found = torch.Generator().manual_seed(seed), {}
+    for name, (shape, dtype) in checkpoint_tensors(read_spec(folder), torch.bfloat16).items():
+        values = torch.randn(shape, generator=generator).to(dtype)
+        found[name] = values
+        if is_coded(name, shape):
+            found[name], found[name + SCALE_SUFFIX] = quantise(values)
+    return found
+
+
+@contextmanager
+def kernels_of_cuda() -> Iterator[None]:
+    """VLLM chooses Triton's kernels, as it is told to on a GPU, and builds what it computes with but for those of
+    experts. Nothing of it can compute here."""
+    from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+    from vllm.model_executor.layers.quantization import fp8
+    from vllm.platforms import PlatformEnum
+
+    triton = linear.TritonFp8BlockScaledMMKernel
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(linear._POSSIBLE_FP8_BLOCK_KERNELS, {PlatformEnum.CPU: [triton]}))
+        stack.enter_context(mock.patch.object(triton, "is_supported", return_value=(True, None)))
+        experts = mock.patch.object(fp8, "select_fp8_moe_backend", return_value=(Fp8MoeBackend.TRITON, None))
+        stack.enter_context(experts)
+        stack.enter_context(mock.patch.object(fp8.Fp8MoEMethod, "_init_moe_kernel"))
+        yield
+
+
+@contextmanager
+def _without_amx() -> Iterator[None]:
+    """AMX has a latent attention of its own, and vLLM remembers what it chose."""
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
+    with mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=False):
+        yield
+    selector._cached_get_attn_backend.cache_clear()
+
+
+def build_fp8(
+    folder: Path, tp: int, rank: int, *, spread: bool = False, loaded: dict[str, Tensor] | None = None
+) -> tuple[nn.Module, LoaderRecord]:
+    """VLLM's model of one rank in real memory, its loader recorded, `loaded` read by it, and processed as after
+    loading; and the record."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    from grpo_mega.engines import vllm_offline
+    from grpo_mega.engines.vllm_record import record_vllm
+
+    built: list[nn.Module] = []
+
+    def keep(model: Any, tensors: Any) -> LoaderRecord:
+        record = record_vllm(model, tensors)
+        model.load_weights(iter((loaded or {}).items()))
+        process_weights_after_loading(model, get_current_vllm_config().model_config, torch.device("cpu"))
+        built.append(model)
+        return record
+
+    with (
+        kernels_of_cuda(),
+        mock.patch.object(vllm_offline, "built_for_fp8", _without_amx),
+        mock.patch.object(LinearBase, "_cpu_skip_gemm_dispatch", True, create=True),  # as the engine does here
+        mock.patch.object(vllm_offline, "record_vllm", keep),
+        mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
+    ):
+        (record,) = record_fp8(folder, tp, [rank], spread)
+    return built[0], record

@@ -1,0 +1,273 @@
+"""FP8 rollouts between real ranks: Megatron policies of several layouts, connected as a job connects them, to regions
+as vLLM's own FP8 loader fills them. What lies there is bit for bit the gathered bf16 weights, quantised afterwards."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.config.schema import EngineConfig, WeightSyncConfig
+from grpo_mega.engines.record import LoaderRecord
+from grpo_mega.engines.region_sink import RegionSink
+from grpo_mega.engines.regions import PlainRegion, Regions, region_view
+from grpo_mega.interfaces import SinkRegion
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import Placement, TensorSlice, WeightMismatchError
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.fp8_models import FP8_MODELS, fp8_tensors_of, record_fp8
+from tests.helpers.one_process import run
+from tests.helpers.ranks import RankPool
+from tests.helpers.tiny_models import make_family_model
+from tests.parallel.recorded import Layout, Recorded, make_config
+from tools.fp8_report import report_of
+
+WORLD, ENGINE_TP, BUCKET_BYTES = 4, 2, 64 * 1024
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its policy's layout, and what vLLM's loader does on the two ranks of an engine."""
+
+    layout: Layout
+    spread: bool
+    power_of_two: bool
+    model: Path = Path()
+    records: tuple[LoaderRecord, ...] = ()
+    tensors: tuple[str, ...] = ()
+
+
+# without a GPU tensor parallelism cuts latent projections inside of blocks
+CASES: dict[str, Case] = {
+    "qwen3": Case(Layout(WORLD, tp=2, pp=2), False, False),
+    "qwen3_moe": Case(Layout(WORLD, tp=2, sequence_parallel=True, ep=2), False, True),
+    "deepseek_v3": Case(Layout(WORLD, pp=2, ep=2), True, False),
+}
+
+
+@pytest.fixture(scope="module")
+def cases(recorder: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
+    found = {}
+    for name, case in CASES.items():
+        folder = tmp_path_factory.mktemp(name)
+        make_family_model(folder, raw_family_config(name, **FP8_MODELS[name]))
+        records = run(recorder, record_fp8, folder, ENGINE_TP, list(range(ENGINE_TP)), case.spread)
+        found[name] = replace(case, model=folder, records=tuple(records), tensors=tuple(fp8_tensors_of(folder)))
+    return found
+
+
+class RecordedSink(RegionSink):
+    """vLLM's parameters of one rank in plain memory. `fault`: what it does wrong at the end of an update."""
+
+    def __init__(self, record: LoaderRecord, streams_because: str | None = None) -> None:
+        dtypes = {copy.local.name: copy.dtype for copy in record.copies}
+        self.parameters = {name: torch.zeros(record.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
+        self.copies, self.fault = record.copies, ""
+        regions = [SinkRegion(Placement(c.hf, c.local), "plain", c.dtype) for c in record.copies]
+        places = [PlainRegion(region_view(self.parameters[c.local.name], c)) for c in record.copies]
+        streamed = streams_because is not None
+        super().__init__(Regions([], [], []) if streamed else Regions(regions, places, []), streams_because)
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        if not (self.fault == "stale" and hf.name.endswith("0.self_attn.o_proj.weight_scale_inv")):
+            super().write(hf, values)
+
+    def load(self, name: str, tensor: Tensor) -> None:
+        for copy in self.copies:
+            if copy.hf.name == name:
+                region_view(self.parameters[copy.local.name], copy).copy_(tensor[copy.hf.index])
+
+    def _adopt(self, policy_version: int) -> None:
+        if self.fault == "flipped":
+            bits(self.parameters["model.layers.1.self_attn.o_proj.weight"])[5] ^= 1
+
+    def differing(self, expected: dict[str, Tensor]) -> list[str]:
+        """Regions that hold other bits than these whole tensors."""
+        return [
+            str(copy.hf)
+            for copy in self.copies
+            if not torch.equal(
+                bits(region_view(self.parameters[copy.local.name], copy).contiguous()),
+                bits(expected[copy.hf.name][copy.hf.index].to(copy.dtype).contiguous()),
+            )
+        ]
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.view(-1).view(torch.uint8)
+
+
+def open_ends(rank: int, case: Case, fp8: bool = True, **sink: Any) -> tuple[Any, RecordedSink, Any]:
+    """The policy of a job, an engine's end, and the sync that the job makes of them."""
+    from grpo_mega.convert.spec import read_spec
+    from grpo_mega.job import make_sync
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    scales = "scales_power_of_two" if case.power_of_two else "scales_fp32"
+    recorded = Recorded(case.model, None, [], [], [], dtype="bf16")  # type: ignore[arg-type]
+    engine = EngineConfig(tp=ENGINE_TP, ep=ENGINE_TP if case.spread else 1, fp8=scales if fp8 else None)  # type: ignore[arg-type]
+    sections = {"engine": engine, "weight_sync": WeightSyncConfig(bucket_bytes=BUCKET_BYTES)}
+    config = make_config(recorded, case.layout).model_copy(update=sections)
+    topology = Topology.of(config, WORLD)
+    ranks = Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
+    policy = MegatronPolicy(config, read_spec(case.model), case.model, ranks, with_reference=False)
+    end = RecordedSink(case.records[rank % ENGINE_TP], **sink)
+    return policy, end, make_sync(config, policy, SimpleNamespace(sink=end), ranks)  # type: ignore[arg-type]
+
+
+def quantised_after(policy: Any, case: Case) -> dict[str, Tensor]:
+    """The FP8 checkpoint of the bf16 weights, gathered whole; by the definition of its blocks."""
+    found: dict[str, Tensor] = {}
+    for name, values in policy.full_tensors(1 << 24):
+        found[name] = values.clone()
+        if name + "_scale_inv" not in case.tensors:
+            continue
+        rows, columns = values.shape
+        scales = torch.empty(-(-rows // 128), -(-columns // 128))
+        codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                box = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                block = values[box].float()
+                scale = block.abs().max() / 448.0
+                scales[i, j] = 2.0 ** torch.log2(scale).ceil() if case.power_of_two else scale
+                codes[box] = (block / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        found[name], found[name + "_scale_inv"] = codes, scales
+    return found
+
+
+def follow(rank: int, case: Case) -> dict[str, Any]:
+    policy, sink, sync = open_ends(rank, case)
+    reports, wrong, scales = [], [], []
+    for version in (1, 2):
+        reports.append(sync.push(version, verify=True))
+        wrong += sink.differing(quantised_after(policy, case))
+        scales.append(next(p for name, p in sink.parameters.items() if "scale_inv" in name).clone())
+        for parameter in policy.parts.parameters:
+            parameter.data.mul_(1.37)
+    return {
+        "wrong": wrong,
+        "reports": reports,
+        "stored": sum(p.nbytes for p in sink.parameters.values()),
+        "filled": sum(region_view(sink.parameters[c.local.name], c).nbytes for c in sink.copies),
+        "remade": not torch.equal(*scales),
+        "received": int(sync.plan.received_bytes()[rank]),
+        "codes": sum(p.itemsize == 1 for p in sink.parameters.values()),
+    }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_engines_hold_the_gathered_weights_quantised_afterwards_at_each_version(
+    rank_pool: RankPool, cases: dict[str, Case], name: str
+) -> None:
+    for seen in rank_pool.call(WORLD, follow, cases[name]):
+        assert seen["wrong"] == []
+        assert seen["codes"] >= 6
+        assert seen["remade"], "scales are those of the version before"
+        first, second = seen["reports"]
+        assert first.policy_digest != second.policy_digest
+        assert first.written_bytes == second.written_bytes == seen["filled"] == seen["stored"]
+        assert 0 < first.received_bytes == seen["received"] < first.written_bytes
+
+
+def stream(rank: int, case: Case) -> tuple[int, list[str]]:
+    """Pushes, and what the engine does not hold after them."""
+    policy, sink, sync = open_ends(rank, case, streams_because="its loader computes")
+    sync.push(1, verify=True)
+    return sync.count, sink.differing(quantised_after(policy, case))
+
+
+def test_an_engine_that_is_streamed_to_is_given_the_same_codes_and_scales(
+    rank_pool: RankPool, cases: dict[str, Case]
+) -> None:
+    assert rank_pool.call(WORLD, stream, cases["qwen3"]) == [(1, [])] * WORLD
+
+
+def messages(rank: int, case: Case) -> list[str]:
+    _, sink, sync = open_ends(rank, case)
+    said = []
+    for version, fault in enumerate(["", "flipped", "stale", ""], 1):
+        sink.fault = fault if rank == 1 else ""
+        if fault == "stale":
+            for parameter in sync._source._source._parameters.values():
+                parameter.data.mul_(1.37)
+        try:
+            sync.push(version, verify=True)
+            said.append("")
+        except WeightMismatchError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_flipped_code_and_a_scale_of_the_version_before_are_named_on_every_rank(
+    rank_pool: RankPool, cases: dict[str, Case]
+) -> None:
+    for fine, flipped, stale, after in rank_pool.call(WORLD, messages, cases["qwen3"]):
+        assert fine == after == ""
+        assert "model.layers.1.self_attn.o_proj.weight[" in flipped
+        assert "on rank 1: the engine holds other bytes than the policy's rank" in flipped
+        assert "model.layers.0.self_attn.o_proj.weight_scale_inv[" in stale
+        assert "on rank 1" in stale
+        assert "rank 3: the engine" not in flipped + stale
+
+
+def report(rank: int, case: Case, folder: Path) -> None:
+    from grpo_mega.job import report_fp8
+    from grpo_mega.observe.run_folder import RunFolder
+
+    policy, _, _ = open_ends(rank, case)
+    config = SimpleNamespace(engine=SimpleNamespace(fp8="scales_power_of_two" if case.power_of_two else "scales_fp32"))
+    report_fp8(config, policy, RunFolder(folder), is_first=rank == 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
+def test_the_report_of_a_run_is_that_of_the_files_that_its_policy_was_read_from(
+    rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, name: str
+) -> None:
+    rank_pool.call(WORLD, report, cases[name], tmp_path)
+    found = json.loads((tmp_path / "fp8_report.json").read_text())
+    expected = report_of(cases[name].model, power_of_two=cases[name].power_of_two)
+    assert list(found) == list(expected)
+    for matrix, errors in expected.items():
+        assert found[matrix] == pytest.approx(errors, rel=1e-12), matrix
+
+
+def misfit(rank: int, case: Case, fp8: bool) -> str:
+    record = case.records[rank % ENGINE_TP]
+    if fp8:  # a policy with codes, an engine that takes them for numbers
+        copies = [
+            mock.Mock(hf=c.hf, local=c.local, along=c.along, dtype=torch.bfloat16 if c.dtype.itemsize == 1 else c.dtype)
+            for c in record.copies
+        ]
+        record = LoaderRecord(record.shapes, record.addresses, copies)  # type: ignore[arg-type]
+    try:
+        open_ends(rank, replace(case, records=(record,) * ENGINE_TP), fp8=fp8)
+    except WeightMismatchError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("fp8", "words"),
+    [
+        (True, "in torch.float8_e4m3fn, the engine wants it in torch.bfloat16"),
+        (False, "_scale_inv[0:2, 0:2] on rank 0 is a slice of no tensor of the policy"),
+    ],
+)
+def test_codes_on_one_side_alone_are_refused_before_anything_moves(
+    rank_pool: RankPool, cases: dict[str, Case], fp8: bool, words: str
+) -> None:
+    for said in rank_pool.call(WORLD, misfit, cases["qwen3"], fp8):
+        assert words in said
