@@ -52,6 +52,14 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "
             f"positions of {where}; lower one of them"
         )
+    rope = spec.rope
+    if with_engine and rope is not None and rope.kind == "yarn" and longest > rope.original_max_positions * rope.factor:
+        # engines compute that many positions at their start, and read behind the last one without a word
+        raise UserError(
+            f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than "
+            f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
+            "and engines know no positions behind them; lower one of the keys"
+        )
 
 
 def _check_host_optimizer(config: Config) -> None:
