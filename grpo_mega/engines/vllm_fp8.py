@@ -4,7 +4,7 @@ Its kernels for FP8 blocks are many, and most turn, pad or quantise again what w
 of it, Marlin and FlashInfer other orders). Two read codes and scales where the loader put them, on every GPU that has
 FP8: those of Triton and, of a linear layer, CUTLASS. The engine is told to take Triton's; any other is refused when it
 is built, by name, instead of being written into blindly. No GPU has run this: unproven.
-Written against vLLM 0.32; asserted by tests/engine/test_vllm_fp8.py, and on a GPU by tests/gpu/test_fp8_on_gpu.py.
+Written against vLLM 0.32; asserted by tests/engine/test_vllm_fp8.py, and on a GPU by tests/gpu/test_proof_on_gpu.py.
 """
 
 from __future__ import annotations
