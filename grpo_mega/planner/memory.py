@@ -206,6 +206,16 @@ def _engine_sizes(spec: ModelSpec, itemsize: int, fp8: bool) -> _EngineSizes:
     return found
 
 
+def largest_layer_bytes(spec: ModelSpec, itemsize: int) -> float:
+    """Of all tensors of one layer, whole."""
+    layers: dict[str, int] = {}
+    for name, shape in hf_shapes(spec).items():
+        if ".layers." in name:
+            layer = name.split(".layers.")[1].split(".")[0]
+            layers[layer] = layers.get(layer, 0) + math.prod(shape)
+    return float(itemsize * max(layers.values()))
+
+
 def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:
     """Of one rank: keys and values of its heads, or the latent vector, which every rank has."""
     if spec.mla is not None:
@@ -269,6 +279,8 @@ def _phases(
             "sync buckets": 2.0 * config.weight_sync.bucket_bytes,
         },
     }
+    if config.engine.fp8 == "own_loader":  # which keeps whole tensors until it has those of a layer
+        phases["sync"]["whole tensors"] = largest_layer_bytes(spec, ITEMSIZE[config.precision.dtype])
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= left

@@ -90,7 +90,7 @@ def plan_time(
         + work.updates * _gradients(static, topology, cluster),
         "optimizer": work.updates * _optimizer(static, cluster),
         "offload": 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie),
-        "sync": _sync(topology, cluster, memory.engine_weights),
+        "sync": _sync(topology, cluster, brought_bytes(config, memory, total_parameters)),
         "checkpoint": memory.checkpoint
         / cluster.num_nodes
         / assumed.checkpoint_bandwidth
@@ -99,6 +99,13 @@ def plan_time(
     if has_critic(config):  # its values, its updates, and two more trips over PCIe
         phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
     return StepTime(phases, tokens, 3 * tokens * costs.forward)
+
+
+def brought_bytes(config: Config, memory: Memory, total_parameters: int) -> float:
+    """To each rank of an engine by a sync: what it stores, or every tensor whole for its own loader to quantise."""
+    if config.engine.fp8 == "own_loader":
+        return float(total_parameters * ITEMSIZE[config.precision.dtype])
+    return memory.engine_weights
 
 
 def _rollout(
