@@ -8,6 +8,7 @@ from pathlib import Path
 from grpo_mega.config.schema import ArchitectureConfig, Config, ParallelConfig
 from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout, check_policy_blocks
 from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.engines.wire import Address, read_token, require_token
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
@@ -38,6 +39,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     spec = _spec(config)
     if with_engine:
         _check_sync(spec, config)
+        _check_servers(config)
     if config.algorithm.routing_replay and spec.moe is None:
         raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
     check_layout(spec, config.parallel, topology, where)
@@ -193,6 +195,13 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
             "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
         )
+
+
+def _check_servers(config: Config) -> None:
+    """Raises UserError: an address is none, or a server of another machine is to be trusted without a secret."""
+    urls = config.engine.urls if config.engine.placement == "server" else ()
+    for i, url in enumerate(urls):
+        require_token(Address.parse(url, f"engine.urls[{i}]").host, read_token(), f"engine.urls[{i}]={url}")
 
 
 def _check_sglang(spec: ModelSpec, folder: Path) -> None:

@@ -7,7 +7,7 @@ ends on SIGTERM. All ranks carry out what the first one hears: `meet` (make this
 part in one) and `sample`. What goes wrong in a sync leaves a server that refuses to sample until the next one.
 
 Exit code 0: asked to end. 2: the input is wrong, one message. 1: a failure.
-Asserted by tests/engine/test_server_engine.py and tests/e2e/test_server.py.
+Asserted by tests/parallel/test_servers.py and tests/e2e/test_server.py.
 """
 
 from __future__ import annotations

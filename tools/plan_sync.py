@@ -133,6 +133,8 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
     held = policy_holdings(config, spec, topology, tensors, local_modules=local_modules)
     wanted = engine_holdings(config, folder, topology, tensors, shapes)
     nodes = [rank // gpus_per_node for rank in range(topology.world_size)]
+    if topology.engine_servers:  # on nodes of their own, behind those of the job
+        nodes += [nodes[-1] + 1 + rank // gpus_per_node for rank in range(topology.num_server_ranks)]
     return make_plan(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
 
 
@@ -184,7 +186,9 @@ def engine_holdings(
         )
     numbers, parts = numbering(tensors), []
     for rank, layout in enumerate(layouts):
-        ranks = tuple(range(rank, topology.world_size, num_ranks))
+        first = topology.world_size if topology.engine_servers else 0
+        end = first + (topology.num_server_ranks or topology.world_size)
+        ranks = tuple(range(first + rank, end, num_ranks))
         columns = np.asarray([numbers[name] for name in layout.names], np.int64)
         parts.append(of_columns(columns, layout.starts, layout.ends, ranks))
     return join(parts)

@@ -223,7 +223,7 @@ class RewardTerm(Section):
 class RewardConfig(Section):
     terms: tuple[RewardTerm, ...] = Field(strict=False)
     workers: int = Field(1, ge=1)
-    """Reward processes per engine replica."""
+    """Reward processes per engine replica, or per copy in it (engine.dp)."""
     timeout_seconds: float = Field(5.0, gt=0)
     """Wall-clock limit of one scoring; batched rewards (docs/rewards.md) keep limits of their own."""
     shuffle: bool = False
@@ -244,7 +244,7 @@ class EnvironmentConfig(Section):
     after: str = ""
     """What a chat template puts around a result, special tokens included."""
     workers: int = Field(1, ge=1)
-    """Environment processes per engine replica."""
+    """Environment processes per engine replica, or per copy in it (engine.dp)."""
     timeout_seconds: float = Field(5.0, gt=0)
     """Wall-clock limit of one reply."""
 

@@ -57,6 +57,7 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
     """Everything."""
     found = [inputs.check_layout(config, topology), inputs.check_rewards(config)]
     found += examine_start(config, topology, env)
+    found += inputs.check_servers(config)
     found += [_tokenizer(config), inputs.check_port(env)]
     return found
 

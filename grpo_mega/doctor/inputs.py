@@ -57,6 +57,30 @@ def check_rewards(config: Config) -> Finding:
     return tried("rewards", check)
 
 
+def check_servers(config: Config) -> list[Finding]:
+    """Engine servers answer, have what this config needs, and are free."""
+    from grpo_mega.engines.server_link import look
+    from grpo_mega.engines.serving import differences, serving_facts
+    from grpo_mega.engines.wire import Address, read_token
+
+    found = []
+    for i, url in enumerate(config.engine.urls if config.engine.placement == "server" else ()):
+        name = f"engine.urls[{i}]"
+
+        def check(name: str = name, url: str = url) -> str:
+            facts, serves = look(f"{name}={url}", Address.parse(url, name), read_token())
+            # of a tiny base there is no folder before a job has taught it
+            wanted = serving_facts(config, Path(config.model.path)) if config.model.path is not None else facts
+            if different := differences(wanted, facts):
+                raise UserError(f"{url} has {', '.join(different)}; start it with this config")
+            if serves is not None:
+                raise UserError(f"{url} serves another job ({serves}); wait for its end, or name another server")
+            return f"{url} is an engine server of version {facts['version of grpo_mega']}, and free"
+
+        found.append(tried(name, check))
+    return found
+
+
 def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Finding:
     """The prompt of a conversation is the beginning of the longer conversation, opens an answer, and is the same today
     and tomorrow: else what the engine continues is not what a later turn, or a resumed run, reads."""

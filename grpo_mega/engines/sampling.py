@@ -1,12 +1,35 @@
-"""What every engine checks of a request, and the tokens that end an answer."""
+"""What every engine checks of a request, how its answers are collected, and the tokens that end one."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
-from grpo_mega.types import Prompt, SamplingRequest, UserError
+from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
+
+
+def require_ready(asleep: Collection[str], *, updating: bool, policy_version: int) -> None:
+    """Raises RuntimeError: something of the engine sleeps, or its weights are not those of a version."""
+    if asleep:
+        raise RuntimeError(f"generate while {' and '.join(sorted(asleep))} sleep; wake them first")
+    if updating or policy_version < 0:
+        raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+
+
+def in_groups(
+    rollouts: Iterable[tuple[int, int, Completion]],
+    num_prompts: int,
+    group_size: int,
+    on_completion: Callable[[int, int, Completion], None] | None,
+) -> list[list[Completion]]:
+    """(prompt position, member, completion) in any order -> groups in the prompts' order, as `Engine.generate`."""
+    groups: list[list[Completion | None]] = [[None] * group_size for _ in range(num_prompts)]
+    for position, member, completion in rollouts:
+        groups[position][member] = completion
+        if on_completion is not None:
+            on_completion(position, member, completion)
+    return [[member for member in group if member is not None] for group in groups]
 
 
 def check_lengths(prompts: Sequence[Prompt], sampling: SamplingRequest, max_model_len: int) -> None:

@@ -2,7 +2,7 @@
 
 Whoever connects is greeted in a thread of its own; the commands of the job that is served are read by the thread that
 carries them out. A job that ends, dies or is cut off frees the server.
-Asserted by tests/unit/test_server_link.py.
+Asserted by tests/parallel/test_servers.py.
 """
 
 from __future__ import annotations

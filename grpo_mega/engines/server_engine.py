@@ -3,7 +3,7 @@
 The ranks of the job are cut into as many contiguous groups as there are servers. The first rank of a group speaks to
 its server; the others hear from it what came back, in parts, so that no rank waits longer than a beat for another. The
 weights go from every rank that holds them to every rank of the servers that lacks them, in a process group of both.
-Asserted by tests/engine/test_server_engine.py.
+Asserted by tests/parallel/test_servers.py, tests/engine/test_engine_contract.py and tests/e2e/test_server.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.engines.engine_ranks import EngineRanks
-from grpo_mega.engines.sampling import check_lengths
+from grpo_mega.engines.sampling import check_lengths, in_groups, require_ready
 from grpo_mega.engines.server_link import ServerLink
 from grpo_mega.engines.serving import read_rollout, sample_command
 from grpo_mega.engines.wire import Address, Message, read_token
@@ -148,17 +148,7 @@ class ServerEngine:
             ValueError: a prompt and its completion do not fit `max_model_len`, or the servers tell no experts.
         """
         self._check_ready(prompts, sampling)
-        groups: list[list[Completion | None]] = [[None] * sampling.group_size for _ in prompts]
-        for position, member, completion in self._ranks.all_hear(self._sampled(prompts, sampling)):
-            if completion.policy_version != self.policy_version:
-                raise RuntimeError(
-                    f"an engine server sampled with weights of version {completion.policy_version}, the policy has "
-                    f"sent version {self.policy_version}"
-                )
-            groups[position][member] = completion
-            if on_completion is not None:
-                on_completion(position, member, completion)
-        return [[member for member in group if member is not None] for group in groups]
+        return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
         """Releases nothing: nobody else wants the server's devices."""
@@ -193,13 +183,19 @@ class ServerEngine:
             self._link.check()
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
-        if self._asleep:
-            raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
-        if self._sink.updating or self.policy_version < 0:
-            raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+        require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
         if sampling.expert_choices and not self._tell_experts:
             raise ValueError("expert_choices of servers that were started without algorithm.routing_replay")
         check_lengths(prompts, sampling, self._max_model_len)
+
+    def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
+        for position, member, completion in self._ranks.all_hear(self._sampled(prompts, sampling)):
+            if completion.policy_version != self.policy_version:
+                raise RuntimeError(
+                    f"an engine server sampled with weights of version {completion.policy_version}, the policy has "
+                    f"sent version {self.policy_version}"
+                )
+            yield position, member, completion
 
     def _sampled(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest

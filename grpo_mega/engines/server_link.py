@@ -1,6 +1,6 @@
 """The job's end of the connection to an engine server, on the first rank of an engine: every wait has a limit.
 
-Asserted by tests/unit/test_server_link.py and tests/engine/test_server_engine.py.
+Asserted by tests/parallel/test_servers.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from grpo_mega.engines.serving import differences
-from grpo_mega.engines.wire import Address, Message, Wire, WireError, require_token
+from grpo_mega.engines.wire import Address, Message, Wire, WireError, WrongPeerError, require_token
 from grpo_mega.types import UserError
 
 log = logging.getLogger("grpo_mega.engines")
@@ -31,7 +31,10 @@ def look(name: str, address: Address, token: bytes) -> tuple[dict[str, Any], str
     Raises:
         UserError: nobody listens there, or it is no engine server that knows the secret.
     """
-    wire, facts, serves = _greeted(name, address, token)
+    try:
+        wire, facts, serves = _greeted(name, address, token)
+    except (OSError, WireError) as error:
+        raise UserError(f"{name} does not answer ({error}); start launch/serve.sh there") from error
     with suppress(WireError):
         wire.send("look")
     wire.close()
@@ -153,18 +156,21 @@ class ServerLink:
 
 
 def _greeted(name: str, address: Address, token: bytes) -> tuple[Wire, dict[str, Any], str | None]:
-    """Raises UserError: it is no engine server that knows the secret; OSError: nobody is there."""
+    """Raises UserError: it is no engine server that knows the secret; OSError, WireError: it is not there yet."""
     require_token(address.host, token, name)
     wire = Wire(socket.create_connection((address.host, address.port), _GREETING_SECONDS), "job", _GREETING_SECONDS)
     try:
         wire.greet(token)
         told = wire.receive().fields
         return wire, dict(told["facts"]), told["serves"]
-    except (WireError, KeyError, TypeError) as error:
+    except (WrongPeerError, KeyError, TypeError) as error:
         wire.close()
         raise UserError(f"{name}: what listens there {error}; start launch/serve.sh there, with the same secret") from (
             error
         )
+    except WireError:
+        wire.close()
+        raise
 
 
 def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any], patience_seconds: float) -> Wire:

@@ -24,7 +24,7 @@ from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.experts import narrowed
 from grpo_mega.engines.engine_ranks import EngineRanks
-from grpo_mega.engines.sampling import check_lengths, eos_ids
+from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
 from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang_process import SglangProcess
 from grpo_mega.engines.sglang_sink import SglangSink
@@ -135,15 +135,7 @@ class SglangEngine:
                 or not to tell experts and is asked for them.
         """
         self._check_ready(prompts, sampling)
-        size = sampling.group_size
-        groups: list[list[Completion | None]] = [[None] * size for _ in prompts]
-        for sampled in self._ranks.all_hear(self._sampled(prompts, sampling)):
-            position, member = divmod(sampled.position, size)
-            completion = self._completion(sampled, prompts[position])
-            groups[position][member] = completion
-            if on_completion is not None:
-                on_completion(position, member, completion)
-        return [[member for member in group if member is not None] for group in groups]
+        return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
         """SGLang's order of release; without CUDA it keeps both in host memory."""
@@ -175,15 +167,17 @@ class SglangEngine:
             yield self._process.call("share", tensors)
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
-        if self._asleep:
-            raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
-        if self._sink.updating or self.policy_version < 0:
-            raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+        require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
         if sampling.expert_choices and not self._tells_experts:
             raise ValueError("expert_choices of an engine that was built without tell_experts")
         if sampling.stop and not self._stops_at_texts:
             raise ValueError("stop of an engine that was built without stops_at_texts")
         check_lengths(prompts, sampling, self._max_model_len)
+
+    def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
+        for sampled in self._ranks.all_hear(self._sampled(prompts, sampling)):
+            position, member = divmod(sampled.position, sampling.group_size)
+            yield position, member, self._completion(sampled, prompts[position])
 
     def _sampled(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[Any]:
         if self._process is None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.sampling import check_lengths, eos_ids
+from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
 from grpo_mega.engines.vllm_fp8 import Fp8Weights, Requantisation
 from grpo_mega.engines.vllm_routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm_sink import VllmSink
@@ -127,13 +127,8 @@ class VllmEngine:
         self._check_ready(prompts, sampling)
         if not sampling.continues:
             self._drop_prefixes()
-        groups: list[list[Completion | None]] = [[None] * sampling.group_size for _ in prompts]
         with _seeded(sampling.seed), _without_compilation(self._on_cuda):
-            for position, member, completion in self._rollouts(prompts, sampling):
-                groups[position][member] = completion
-                if on_completion is not None:
-                    on_completion(position, member, completion)
-        return [[member for member in group if member is not None] for group in groups]
+            return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
         """Release the KV cache, on CUDA the weights as well (the next sync brings them back)."""
@@ -166,10 +161,7 @@ class VllmEngine:
             self._llm = None
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
-        if self._asleep:
-            raise RuntimeError(f"generate while {' and '.join(sorted(self._asleep))} sleep; wake them first")
-        if self._sink.updating or self.policy_version < 0:
-            raise RuntimeError("generate before the weights are complete; begin_update .. end_update must have run")
+        require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
         if sampling.expert_choices and self._routing is None:
             raise ValueError("expert_choices of an engine that was built without tell_experts")
         check_lengths(prompts, sampling, self._max_model_len)

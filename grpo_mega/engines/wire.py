@@ -43,6 +43,10 @@ class WireError(RuntimeError):
     """The other side is gone, stands still, or is not who it should be."""
 
 
+class WrongPeerError(WireError):
+    """The other side answers, and will never be who it should be."""
+
+
 @dataclass(frozen=True)
 class Message:
     """`kind` says what the fields are."""
@@ -153,15 +157,18 @@ class Wire:
         """Both sides call it first.
 
         Raises:
-            WireError: the other side speaks another protocol, or does not know the same secret.
+            WrongPeerError: the other side speaks another protocol, or does not know the same secret.
+            WireError: it is gone, or stands still.
         """
         mine = secrets.token_hex(16)
         self.send("greeting", {"program": "grpo_mega engines", "protocol": PROTOCOL, "nonce": mine})
         theirs = self.receive()
         if theirs.kind != "greeting" or theirs.fields.get("program") != "grpo_mega engines":
-            raise WireError("is no engine server of this program")
+            raise WrongPeerError("is no engine server of this program")
         if theirs.fields.get("protocol") != PROTOCOL:
-            raise WireError(f"speaks version {theirs.fields.get('protocol')} of the protocol, this side {PROTOCOL}")
+            raise WrongPeerError(
+                f"speaks version {theirs.fields.get('protocol')} of the protocol, this side {PROTOCOL}"
+            )
         nonces = {self._side: mine, self._other: str(theirs.fields.get("nonce"))}
         both = f"{nonces['job']} {nonces['server']}"
 
@@ -171,7 +178,7 @@ class Wire:
         self.send("proof", {"proof": code(self._side).hex()})
         proof = str(self.receive().fields.get("proof"))
         if not hmac.compare_digest(proof.encode(), code(self._other).hex().encode()):
-            raise WireError("does not know the same secret")
+            raise WrongPeerError("does not know the same secret")
         self._keys = {"job": code("from job"), "server": code("from server")}
         self._sent = self._received = 0
         self._most_bytes = _MOST_BYTES
@@ -204,11 +211,11 @@ class Wire:
         head = self._read(_SIZES.size)
         num_text, num_blobs = _SIZES.unpack(head)
         if num_text + num_blobs > self._most_bytes:
-            raise WireError(f"sends a message of {num_text + num_blobs} bytes, which is more than is taken")
+            raise WrongPeerError(f"sends a message of {num_text + num_blobs} bytes, which is more than is taken")
         body = self._read(num_text + num_blobs + _CODE_BYTES)
         code = body[-_CODE_BYTES:]
         if not hmac.compare_digest(code, self._code(self._other, self._received, head + body[:-_CODE_BYTES])):
-            raise WireError("sent a message that was changed on its way, or is not its own")
+            raise WrongPeerError("sent a message that was changed on its way, or is not its own")
         self._received += 1
         try:
             told = json.loads(body[:num_text])

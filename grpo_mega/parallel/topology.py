@@ -93,9 +93,19 @@ class Topology:
         return self.world_size // (self.etp * self.ep * self.pp)
 
     @property
+    def engine_size(self) -> int:
+        """Ranks of one engine replica, wherever they are."""
+        return self.engine_tp * self.engine_dp
+
+    @property
     def engine_ranks(self) -> int:
         """Ranks of this job that run one engine replica, or that one serves."""
-        return self.world_size // self.engine_servers if self.engine_servers else self.engine_tp * self.engine_dp
+        return self.world_size // self.engine_servers if self.engine_servers else self.engine_size
+
+    @property
+    def num_server_ranks(self) -> int:
+        """Devices beside those of this job: all ranks of all servers."""
+        return self.engine_servers * self.engine_size
 
     @property
     def num_replicas(self) -> int:

@@ -97,8 +97,8 @@ def _changes(plan: Plan, num_layers: int) -> Iterator[Change]:
     if engine.kv_cache_tokens is None or engine.kv_cache_tokens > tokens:
         yield {"engine.kv_cache_tokens": tokens}
     for factor in (2, 4, 8, 16, 32):
-        ranks = plan.topology.engine_ranks * factor
-        if plan.topology.world_size % ranks == 0:
+        ranks = plan.topology.engine_size * factor
+        if plan.topology.engine_servers or plan.topology.world_size % ranks == 0:
             yield {"engine.tp": engine.tp * factor} | ({"engine.ep": ranks} if engine.ep > 1 else {})
     yield from _layouts(plan, num_layers)
     if config.optimizer.host_fraction < 1:

@@ -172,7 +172,7 @@ def engine_weight_bytes(
     if spec.mla is None or topology.engine_dp == 1 or not spread:
         shared /= tp
     dense = sizes.cut / tp + sizes.repeated + sizes.keys / min(tp, spec.num_kv_heads)
-    return dense + shared + sizes.experts / topology.engine_ranks
+    return dense + shared + sizes.experts / topology.engine_size
 
 
 @dataclass
@@ -260,6 +260,10 @@ def _phases(
     widest = max((acts.layer(*layer).kept for chunk in chunks for layer in set(chunk.layers)), default=0.0)
     on_engine = {"engine workspace": assumed.engine_workspace + _engine_logits(config, spec)}
     engine_residue = {"engine asleep": assumed.engine_residue}
+    buckets = {"sync buckets": 2.0 * config.weight_sync.bucket_bytes}
+    served = topology.engine_servers > 0
+    if served:
+        engine_residue = {}
     copies = topology.dp * topology.cp
     # a rank's part of the reference, on the device before it is gathered; a whole one is copied into its place
     reference = static.weights / copies if needs_reference(config) and copies > 1 else 0.0
@@ -276,11 +280,15 @@ def _phases(
         "sync": {
             "weights": static.weights,
             "engine weights": engine,
-            "sync buckets": 2.0 * config.weight_sync.bucket_bytes,
+            **buckets,
         },
     }
     if config.engine.fp8 == "own_loader":  # which keeps whole tensors until it has those of a layer
         phases["sync"]["whole tensors"] = largest_layer_bytes(spec, ITEMSIZE[config.precision.dtype])
+    if served:  # the policy stays where it is; `server` is a device of an engine server, where nothing ever sleeps
+        phases["server"] = {"engine weights": engine, "KV cache": cache, **on_engine, **buckets}
+        phases["rollout"] = dict(state)
+        phases["sync"] = {**state, **buckets}
     if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= left
@@ -300,6 +308,8 @@ def num_groups(topology: Topology) -> int:
     axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
     products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.world_size)
     engine = (topology.engine_tp, topology.engine_dp, topology.engine_ranks if topology.engine_dp > 1 else 1)
+    if topology.engine_servers:
+        engine = (1, 1, 1)
     return sum(size > 1 for size in (*axes, *products, *engine))
 
 
@@ -321,19 +331,19 @@ def _engine_logits(config: Config, spec: ModelSpec) -> float:
 
 def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: Cluster) -> dict[str, float]:
     """Of the fullest node: pinned copies of what leaves the device, the host's optimizer with its gradients, the
-    reference, and the processes. Without CUDA nothing leaves: there is one memory."""
+    reference, and the processes. Without CUDA nothing leaves: there is one memory; nor where engines are elsewhere."""
     per_node = min(cluster.gpu.per_node, topology.world_size)
     fullest = max(ranks, key=lambda rank: rank.static.weights)
     static = fullest.static
-    on_cuda = cluster.gpu.kernels != "local"
+    leaves = cluster.gpu.kernels != "local" and (not topology.engine_servers or has_critic(config))
     reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
     learners = 2 if has_critic(config) else 1
     # 12 bytes of state and 4 of gradient for each parameter that is updated here
     updated = static.optimizer_on_host * 4 / 3
     items = {
         "processes": cluster.assumptions.process_host_bytes,
-        "offloaded weights": learners * static.weights if on_cuda else 0.0,
-        "offloaded optimizer": learners * static.optimizer if on_cuda else 0.0,
+        "offloaded weights": learners * static.weights if leaves else 0.0,
+        "offloaded optimizer": learners * static.optimizer if leaves else 0.0,
         "optimizer on the host": learners * updated,
         "reference": 2 * reference,
     }

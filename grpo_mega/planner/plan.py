@@ -41,8 +41,9 @@ class Plan:
         for phase in self.memory.phases:
             rank = self.memory.fullest(phase)
             if rank.peak(phase) > self.cluster.gpu.memory:
+                where = "a server" if phase == "server" else f"pipeline rank {rank.pp_rank}"
                 found.append(
-                    f"{phase}: {rank.peak(phase) / gib:.1f} GiB on pipeline rank {rank.pp_rank}, the device has "
+                    f"{phase}: {rank.peak(phase) / gib:.1f} GiB on {where}, the device has "
                     f"{self.cluster.gpu.memory / gib:.1f}"
                 )
         needed = self.work.longest * self.memory.kv_bytes_per_token
@@ -72,7 +73,8 @@ class Plan:
     @property
     def mfu(self) -> float:
         """Operations of the model in the update over the peak of all devices in the whole step."""
-        peak = self.topology.world_size * self.cluster.gpu.bf16_flops
+        devices = self.topology.world_size + self.topology.num_server_ranks
+        peak = devices * self.cluster.gpu.bf16_flops
         return self.time.model_flops / self.time.seconds / peak
 
     @property
@@ -83,7 +85,8 @@ class Plan:
     @property
     def sync_bytes(self) -> int:
         """That enter the engines in one sync."""
-        return round(brought_bytes(self.config, self.memory, self.parameters) * self.topology.world_size)
+        ranks = self.topology.num_server_ranks or self.topology.world_size
+        return round(brought_bytes(self.config, self.memory, self.parameters) * ranks)
 
     def as_json(self, remedy: list[str] | None = None) -> dict[str, Any]:
         """What `tools/plan.py --json` prints."""
@@ -92,6 +95,7 @@ class Plan:
             "remedy": remedy,
             "problems": self.problems,
             "ranks": self.topology.world_size,
+            "server_ranks": self.topology.num_server_ranks,
             "gpu": self.cluster.gpu.name,
             "peak_bytes": {phase: round(self.memory.fullest(phase).peak(phase)) for phase in self.memory.phases},
             "device_bytes": round(self.cluster.gpu.memory),

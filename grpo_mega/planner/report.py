@@ -31,12 +31,13 @@ _COLOURS = {
 def in_words(plan: Plan, remedy: list[str] | None) -> str:
     """For a terminal."""
     topology, gpu = plan.topology, plan.cluster.gpu
+    elsewhere = f" on {topology.num_server_ranks} more" if topology.engine_servers else ""
     lines = [
         f"{plan.parameters / 1e9:.2f}B parameters on {topology.world_size} x {gpu.name} ({plan.cluster.num_nodes} "
         f"node(s)): tp {topology.tp}, pp {topology.pp}, cp {topology.cp}, dp {topology.dp}, ep {topology.ep}, etp "
         f"{topology.etp}; engine tp {topology.engine_tp}, "
         + (f"dp {topology.engine_dp}, " if topology.engine_dp > 1 else "")
-        + f"{topology.num_replicas} replica(s)",
+        + f"{topology.num_replicas} replica(s){elsewhere}",
         "",
         f"GiB on the fullest rank of each phase, of {gpu.memory / _GIB:.1f}:",
     ]
@@ -44,7 +45,8 @@ def in_words(plan: Plan, remedy: list[str] | None) -> str:
         rank = plan.memory.fullest(phase)
         items = sorted(rank.phases[phase].items(), key=lambda item: -item[1])
         told = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in items if size >= 0.05 * _GIB)
-        lines.append(f"  {phase:<10} {rank.peak(phase) / _GIB:6.1f}  (pp {rank.pp_rank}) {told}")
+        place = "" if phase == "server" else f"(pp {rank.pp_rank}) "
+        lines.append(f"  {phase:<10} {rank.peak(phase) / _GIB:6.1f}  {place}{told}")
     host = ", ".join(f"{name} {size / _GIB:.0f}" for name, size in plan.memory.host.items() if size >= _GIB)
     lines += [
         f"  host       {sum(plan.memory.host.values()) / _GIB:6.0f}  a node, of {gpu.host_memory / _GIB:.0f}: {host}",

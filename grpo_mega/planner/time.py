@@ -83,13 +83,14 @@ def plan_time(
     forward = tokens * costs.forward / rate * bubble + messages / 3
     passes = (1 if work.updates > 1 else 0) + (1 if needs_reference(config) else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
+    stays = topology.engine_servers > 0 and not has_critic(config)  # nothing leaves the policy's devices
     phases = {
         "rollout": _rollout(config, spec, topology, cluster, memory, work, costs),
         "log_probs": passes * forward,
         "train": epochs * ((3 + again) * tokens * costs.forward / rate * bubble + messages)
         + work.updates * _gradients(static, topology, cluster),
         "optimizer": work.updates * _optimizer(static, cluster),
-        "offload": 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie),
+        "offload": 0.0 if stays else 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie),
         "sync": _sync(topology, cluster, brought_bytes(config, memory, total_parameters)),
         "checkpoint": memory.checkpoint
         / cluster.num_nodes
@@ -128,7 +129,7 @@ def _rollout(
     if spec.moe is not None:
         share = spec.moe.top_k / spec.moe.num_experts
         expert = sum(spec.moe.layers) * 3 * spec.hidden_size * spec.moe.expert_ffn_size * spec.moe.num_experts
-        experts = expert * (1 if config.engine.fp8 else ITEMSIZE[config.precision.dtype]) / topology.engine_ranks
+        experts = expert * (1 if config.engine.fp8 else ITEMSIZE[config.precision.dtype]) / topology.engine_size
         weights -= experts * (1 - share) ** (at_once * topology.engine_dp)
     read = (weights + at_once * work.mean * memory.kv_bytes_per_token) / (
         gpu.memory_bandwidth * assumed.decode_bandwidth
@@ -140,7 +141,8 @@ def _rollout(
     decode = max(read, computed) + latency
     steps = (rounds - 1) * assumed.mean_length * config.sampling.max_tokens + config.sampling.max_tokens
     prompts = config.data.prompts_per_step * config.data.max_prompt_tokens * assumed.mean_length
-    prefill = prompts * costs.forward / (topology.world_size * gpu.bf16_flops * assumed.prefill_flops)
+    devices = topology.num_server_ranks or topology.world_size
+    prefill = prompts * costs.forward / (devices * gpu.bf16_flops * assumed.prefill_flops)
     return steps * decode + prefill
 
 
@@ -188,6 +190,9 @@ def _sync(topology: Topology, cluster: Cluster, stored_bytes: float) -> float:
     (weight_sync/plan.py) takes less time where a node holds a part of what its engine ranks lack."""
     ranks = topology.tp * topology.pp * topology.ep
     inside = stored_bytes / (cluster.gpu.memory_bandwidth * cluster.assumptions.decode_bandwidth)
+    if topology.engine_servers:  # all of it travels, from all ranks of the policy, between nodes
+        sent = max(1.0, topology.num_server_ranks / topology.world_size) * stored_bytes
+        return sent / cluster.link_speed(cluster.gpu.per_node + 1) + inside
     if ranks == 1:
         return inside
     return stored_bytes * (ranks - 1) / ranks / cluster.link_speed(ranks) + inside

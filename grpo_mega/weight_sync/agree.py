@@ -42,6 +42,7 @@ class Attendance:
             self._world.await_keys([self._key(rank) for rank in range(len(self._where))], self._timeout)
             return self._world.gather(value)
         except RuntimeError as error:
+            self._world.check_others()
             raise RuntimeError(f"weight sync, {what}: {self.absent()} ({error})") from error
 
     def absent(self) -> str:

@@ -25,6 +25,7 @@ TESTS = {
     "fp8.md": "tests/unit/test_guide_fp8.py",
     "layouts.md": "tests/unit/test_layouts_guide.py",
     "rewards.md": "tests/e2e/test_readme_commands.py",
+    "servers.md": "tests/e2e/test_server.py",
     "slurm.md": "tests/e2e/test_slurm.py",
     "troubleshooting.md": "tests/unit/test_troubleshooting.py",
 }

@@ -1,9 +1,11 @@
-"""What every engine must do, asked of the real vLLM and of the real SGLang, on CPU. One rank and one engine of each."""
+"""What every engine must do, asked of the real vLLM, of the real SGLang and of a vLLM that is a
+server, on CPU. One rank and one engine of each."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,11 +28,13 @@ from tests.helpers.engine_contract import (
     tokens,
 )
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
+from tests.helpers.servers import serving, write_config
 from tests.helpers.tiny_models import EOS, make_tiny_model
 
-Kind = Literal["vllm", "sglang"]
+Kind = Literal["vllm", "sglang", "server"]
 OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 200.0}}
 _SGLANG = [pytest.param("sglang", marks=sglang_here)]
+BESIDE_THE_POLICY = pytest.mark.parametrize("opened", ["vllm", *_SGLANG], indirect=True, scope="module")
 ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
 
 
@@ -45,15 +49,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here)])
+@pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here), "server"])
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
 ) -> Iterator[EngineRanks]:
     kind: Kind = request.param
     folder = tmp_path_factory.mktemp(f"{kind}-rank")
 
-    with engine_ranks(1, folder) as ranks:
-        ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **OF_KIND[kind])
+    with ExitStack() as stack:
+        ranks = stack.enter_context(engine_ranks(1, folder))
+        if kind == "server":
+            sizes = {key: SETTINGS[key] for key in ("max_model_len", "max_num_seqs")}
+            config = write_config(folder / "config.yaml", models["config"], **sizes)
+            server = stack.enter_context(serving([str(config)], folder / "server"))
+            ranks.open(models["config"], tp=1, kind=kind, urls=(server.url,), config=config)
+        else:
+            ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **OF_KIND[kind])
         yield ranks
 
 
@@ -122,6 +133,8 @@ def test_more_rollouts_than_sequences_and_no_prompts_are_fine(engine: EngineRank
 
 
 def regions(session: RankSession) -> int:
+    if "served" in session.kept:
+        return len(session.kept["served"].transfers)
     return len(session.engine.sink.layout())
 
 
@@ -146,6 +159,7 @@ def refusals(session: RankSession) -> None:
         session.engine.generate(PROMPTS, replace(SAMPLING, max_tokens=27))
 
 
+@BESIDE_THE_POLICY
 def test_wrong_writes_and_early_or_long_requests_are_refused_by_name(engine: EngineRanks) -> None:
     engine.call(refusals)
 
@@ -167,6 +181,7 @@ def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], lis
     return before, wrong()
 
 
+@BESIDE_THE_POLICY
 def test_the_digest_shows_one_flipped_element(engine: EngineRanks, models: dict[str, Path]) -> None:
     before, after = engine.call(flip_one_element, models["qwen3"])[0]
     assert before == []

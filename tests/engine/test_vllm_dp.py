@@ -4,7 +4,7 @@ though each rank has prompts of its own, another number of them, or none. All in
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,13 @@ def sampled(world: EngineRanks) -> list[list[Rollout]]:
     ],
 )
 def test_engines_of_several_data_parallel_ranks_follow_the_policy(
-    world: EngineRanks, models: dict[str, Path], tmp_path: Path, name: str, axes: dict[str, Any], engine: dict[str, int]
+    world: EngineRanks,
+    models: dict[str, Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
+    name: str,
+    axes: dict[str, Any],
+    engine: dict[str, int],
 ) -> None:
     world.open(models[name], **engine, **SETTINGS)
     world.call(build, Path(shutil.copytree(models[name], tmp_path / "weights")), axes, engine)
@@ -87,6 +93,8 @@ def test_engines_of_several_data_parallel_ranks_follow_the_policy(
     rollouts = sampled(world)
     worst.append(world.call(largest_mismatch)[0])
     assert worst[1] <= 1e-4
+    record_property("largest_mismatch", max(worst))
+    record_property("received_bytes", [report.received_bytes for report in second])
     assert {r.completion.policy_version for share in rollouts for r in share} == {1}
     assert {report.policy_digest for report in first} == {expected_digest(models[name])}
     assert {report.policy_digest for report in second} == {expected_digest(models[name], 1)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.servers import serving, write_config
 from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
@@ -109,7 +111,7 @@ def prepare_policy(session: RankSession) -> None:
     os.environ.update(RANK=str(session.rank), WORLD_SIZE="2")
 
 
-def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int, ep: int = 1) -> None:
+def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int, ep: int = 1, servers: int = 0) -> None:
     """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine."""
     from grpo_mega.policy.policy import MegatronPolicy
 
@@ -123,7 +125,7 @@ def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int,
             "precision": {"dtype": "fp32"},
         }
     )
-    topology = Topology(2, tp, pp, engine_tp, ep=ep)
+    topology = Topology(2, tp, pp, engine_tp, ep=ep, engine_servers=servers)
     ranks = init_ranks(topology, 60.0)
     policy = MegatronPolicy(config, read_spec(weights), weights, ranks, with_reference=False)
     groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
@@ -135,17 +137,23 @@ def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int,
 
 
 def connect(session: RankSession, sink: WeightSink) -> WeightSync:
-    policy = session.kept["policy"]
+    policy, engine = session.kept["policy"], session.engine
     topology = policy.ranks.topology
+    replicas, more = [topology.replica_ranks(i) for i in range(topology.num_replicas)], dict[str, Any]()
+    if topology.engine_servers:
+        where, replicas = topology.describe(session.rank), engine.replicas
+        world = engine.meet(policy.source.hf_shapes(), where, bucket_bytes=BUCKET_BYTES, transport="auto")
+        more = {"world": world, "announce": engine.announce}
     return WeightSync(
         policy.source,
         policy.full_tensors,
         sink,
         source_group=policy.model_parallel_group,
-        replicas=[topology.replica_ranks(i) for i in range(topology.num_replicas)],
+        replicas=replicas,
         replica_group=session.kept["groups"][policy.ranks.at.replica],
         settings=SyncSettings(BUCKET_BYTES, 60.0),
         where=topology.describe(session.rank),
+        **more,
     )
 
 
@@ -287,6 +295,30 @@ def test_engines_turn_positions_as_the_policy_does(
     world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), tp, 1, 1, ep)
     world.call(push, 0)
     assert world.call(largest_mismatch)[0] <= 1e-4
+
+
+@pytest.mark.long  # a server imports vLLM for itself
+@pytest.mark.parametrize(("name", "servers", "tp"), [("qwen3", 2, 1), ("qwen3-tied", 1, 2)])
+def test_servers_follow_the_policy_without_its_checkpoint(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str, servers: int, tp: int
+) -> None:
+    folder = models.engine[name]
+    config = write_config(tmp_path / "config.yaml", folder, max_model_len=96, max_num_seqs=48, tp=tp)
+    with ExitStack() as stack:
+        started = [stack.enter_context(serving([str(config)], tmp_path / f"server_{i}")) for i in range(servers)]
+        world.open(folder, tp=tp, kind="server", urls=tuple(server.url for server in started), config=config)
+        world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), 2, 1, tp, 1, servers)
+        first = world.call(push, 0)
+        assert world.call(largest_mismatch)[0] <= 1e-4
+        world.call(perturb, 1)
+        assert world.call(largest_mismatch)[0] > 1e-2
+        second = world.call(push, 1)
+        assert world.call(largest_mismatch)[0] <= 1e-4
+        digests = expected_digest(models.policy[name]), expected_digest(models.policy[name], 1)
+        assert [{r.policy_digest for r in reports} for reports in (first, second)] == [{each} for each in digests]
+        answers = world.call(sampled)
+        assert (answers[0] == answers[1]) == (servers == 1)
+        world.close()
 
 
 def streams_because(session: RankSession) -> str | None:

@@ -149,12 +149,16 @@ def _serve(connection: Connection, rank: int, world: int, store: str) -> None:
 def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: dict[str, Any]) -> None:
     from grpo_mega.engines.sglang_engine import SglangEngine
     from grpo_mega.engines.vllm_engine import VllmEngine
+    from tests.helpers.servers import open_served
 
     wanted = (config_dir, kind, tp, *sorted(settings.items()))
     if session.opened != wanted:
         if session.engine is not None:
             session.engine.close()
         session.engine, session.opened = None, None
-        engine: Any = {"vllm": VllmEngine, "sglang": SglangEngine}[kind]
-        session.engine = engine(config_dir, dtype="fp32", tp=tp, seed=0, **settings)
+        if kind == "server":
+            session.engine, session.kept["served"] = open_served(config_dir, **settings)
+        else:
+            engine: Any = {"vllm": VllmEngine, "sglang": SglangEngine}[kind]
+            session.engine = engine(config_dir, dtype="fp32", tp=tp, seed=0, **settings)
         session.opened = wanted

@@ -98,7 +98,7 @@ def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[An
     return told, reports, sync.plan.received_bytes().tolist()
 
 
-@pytest.mark.parametrize("transport", ["gloo", "shared_memory"])
+@pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.long)])
 def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
     rank_pool: RankPool, servers: list[StandIn], transport: str
 ) -> None:
@@ -211,11 +211,17 @@ def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, fl
     [
         ("die in sampling", "{name} has ended its connection.* \\(sample\\)"),
         ("die in a sync", "{name}"),
-        ("die in a proof", "{name}"),
+        pytest.param("die in a proof", "{name}", marks=pytest.mark.long),
         ("stop in sampling", "{name} stands still: no answer and no engine step for 3 s \\(sample\\)"),
-        ("make no step in sampling", "{name} stands still: no answer and no engine step for 3 s \\(sample\\)"),
-        ("stop in a sync", "{name}"),
-        ("fail in sampling", "{name} failed \\(sample\\): RuntimeError: no more memory"),
+        pytest.param(
+            "make no step in sampling",
+            "{name} stands still: no answer and no engine step for 3 s \\(sample\\)",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("stop in a sync", "{name}", marks=pytest.mark.long),
+        pytest.param(
+            "fail in sampling", "{name} failed \\(sample\\): RuntimeError: no more memory", marks=pytest.mark.long
+        ),
         ("fail in a sync", "the engine refused it \\(no more memory\\)"),
     ],
 )

@@ -239,6 +239,30 @@ def test_config_is_frozen(minimal: Path) -> None:
             "run.world_size=3 is not a multiple of engine.tp=2; use one that is",
         ),
         (
+            ["engine.urls=['a:1']"],
+            "engine.urls=['a:1'] does nothing with engine.placement=colocated; set engine.placement=server, or leave "
+            "it out",
+        ),
+        (
+            ["engine.placement=server"],
+            "engine.placement=server without engine.urls; start launch/serve.sh with this config on other devices, and "
+            "list the addresses that it prints: engine.urls=[host:port, ...]",
+        ),
+        (
+            ["engine.placement=server", "engine.urls=['a:1', 'a:1']"],
+            "engine.urls=['a:1', 'a:1'] names a server twice; a server is one replica",
+        ),
+        (
+            ["engine.placement=server", "engine.urls=['a:1', 'a:2']", "run.world_size=3"],
+            "engine.urls names 2 servers, which do not divide the 3 rank(s) of this job: each serves an equal part of "
+            "them; use a number of servers that divides 3",
+        ),
+        (
+            ["engine.placement=server", "engine.urls=['a:1']", "engine.kind=sglang"],
+            "engine.placement=server with engine.kind=sglang, which runs beside the ranks only; use engine.kind=vllm, "
+            "or engine.placement=colocated",
+        ),
+        (
             ["run.world_size=6", "engine.tp=2", "engine.dp=2"],
             "run.world_size=6 is not a multiple of engine.tp x engine.dp = 2 x 2; use one that is",
         ),
@@ -254,8 +278,8 @@ def test_config_is_frozen(minimal: Path) -> None:
         ),
         (
             ["engine.placement=server", "engine.urls=[a:1]", "engine.dp=2"],
-            "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and a "
-            "server for each share of the prompts",
+            "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and "
+            "a server for each share of the prompts",
         ),
         (
             ["engine.kind=sglang", "engine.tp=2", "engine.ep=2"],
@@ -308,6 +332,7 @@ def test_each_rule_between_keys_says_key_got_rule_and_remedy(minimal: Path, over
         ["sampling.group_size=2"],
         ["run.world_size=8", "parallel.tp=2", "parallel.pp=2", "parallel.sequence_parallel=true", "engine.tp=4"],
         ["run.world_size=8", "parallel.tp=2", "parallel.ep=4", "parallel.etp=2"],
+        ["run.world_size=2", "engine.placement=server", "engine.urls=['a:1', 'a:2']", "engine.tp=4"],
         ["parallel.pp=2", "parallel.num_layers_first_stage=1"],
         ["parallel.pp=2", "parallel.pipeline_layout='Et|tL'"],
         ["parallel.recompute=selective", "parallel.recompute_modules=[mlp, core_attn]"],

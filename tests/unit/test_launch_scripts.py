@@ -61,7 +61,7 @@ def test_script_is_valid_bash(script: Path) -> None:
     assert run("bash", "-n", script).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["setup.sh", "train.sh", "test.sh", "tensorboard.sh"])
+@pytest.mark.parametrize("name", ["setup.sh", "train.sh", "serve.sh", "test.sh", "tensorboard.sh"])
 def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None:
     shown = run(ROOT / "launch" / name, "--help", GRPO_MEGA_VENV=str(tmp_path / "venv"))
     assert shown.returncode == 0

@@ -108,3 +108,17 @@ def test_a_sync_that_fails_leaves_nothing_to_sample_from() -> None:
         raise ValueError("lost")
     with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
         pass
+
+
+def test_a_policy_stays_where_it_is_while_an_engine_elsewhere_samples() -> None:
+    recorder = Recorder()
+    phases = Phases(cast("Engine", recorder), recorder, engine_elsewhere=True)
+    with phases.syncing():
+        recorder.calls.append("sync")
+    with phases.sampling():
+        recorder.calls.append("sample")
+    with phases.training():
+        recorder.calls.append("train")
+    assert [call for call in recorder.calls if "offload" in call] == []
+    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+        pass

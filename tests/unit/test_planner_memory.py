@@ -148,6 +148,21 @@ def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g"
     )  # fmt: skip
 
 
+def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
+    urls: dict[str, Any] = {"placement": "server", "urls": ("a:1", "a:2"), "tp": 2}
+    beside = memory_of(config_of(engine={"tp": 2}), spec_of(), 4)
+    elsewhere = memory_of(config_of(engine=urls), spec_of(), 4)
+    (rank,), (other,) = elsewhere.ranks, beside.ranks
+    assert set(rank.phases) - set(other.phases) == {"server"}
+    assert {"engine weights", "KV cache", "engine workspace"} <= set(rank.phases["server"])
+    assert elsewhere.engine_weights == beside.engine_weights
+    for phase, items in rank.phases.items():
+        if phase != "server":
+            assert not {"engine weights", "KV cache", "engine asleep", "policy offloaded"} & set(items)
+            assert {"weights", "gradients", "optimizer"} <= set(items)  # which never leave
+    assert elsewhere.host["offloaded optimizer"] == 0 < beside.host["offloaded optimizer"]
+
+
 def test_phases_hold_what_their_table_says() -> None:
     (rank,) = memory_of(config_of(), spec_of(), 1).ranks
     held = {phase: set(rank.phases[phase]) for phase in PHASES}

@@ -132,3 +132,15 @@ def test_a_topology_has_every_axis_of_its_config() -> None:
     axes = config.parallel.model_copy(update={"cp": 5, "vpp": 6, "ep": 10, "etp": 1})
     grid = Topology.of(config.model_copy(update={"parallel": axes}), 60)
     assert grid == Topology(60, tp=2, pp=3, engine_tp=4, cp=5, ep=10, etp=1, vpp=6, engine_dp=3)
+
+
+def test_ranks_are_cut_into_as_many_runs_as_there_are_servers() -> None:
+    grid = Topology(8, tp=2, engine_tp=4, engine_servers=2)
+    assert (grid.num_replicas, grid.engine_ranks, grid.num_server_ranks) == (2, 4, 8)
+    assert [grid.replica_ranks(i) for i in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [(at.replica, at.engine_tp_rank) for at in map(grid.coordinates, range(8))] == [
+        (rank // 4, rank % 4) for rank in range(8)
+    ]
+    assert Topology(1, engine_tp=8, engine_servers=1).replica_ranks(0) == [0]  # a server may be larger than the job
+    with pytest.raises(UserError, match=r"engine\.urls names 3 servers, which do not divide the 8 rank\(s\)"):
+        Topology(8, engine_servers=3)

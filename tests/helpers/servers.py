@@ -1,0 +1,141 @@
+"""Engine servers as a user starts them, and a job's end that has whole tensors instead of a policy."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch.distributed as dist
+import yaml
+from torch import Tensor
+
+from grpo_mega.interfaces import HeldSlice
+from grpo_mega.types import TensorSlice
+from tests.helpers.jobs import REPOSITORY, clean_environment, kill
+
+if TYPE_CHECKING:
+    from grpo_mega.engines.server_engine import ServerEngine
+    from grpo_mega.weight_sync.sync import WeightSync
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that listens."""
+
+    process: psutil.Popen
+    url: str
+    log: Path
+
+
+@contextmanager
+def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> Iterator[Serving]:
+    """`python -m grpo_mega.serve ARGUMENTS`, once it listens; nothing of it outlives the block."""
+    out, err = output.with_suffix(".out"), output.with_suffix(".err")
+    with out.open("wb") as stdout, err.open("wb") as stderr:
+        process = psutil.Popen(
+            [sys.executable, "-m", "grpo_mega.serve", *arguments],
+            cwd=REPOSITORY,
+            env={**clean_environment(), "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    try:
+        end = time.monotonic() + seconds
+        while not (told := out.read_text()).endswith("\n"):
+            assert process.poll() is None, err.read_text()
+            assert time.monotonic() < end, f"the server does not listen within {seconds} s: {err.read_text()}"
+            time.sleep(0.1)
+        yield Serving(process, told.strip().removeprefix("listening at "), err)
+    finally:
+        kill(process)
+
+
+def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: int, tp: int = 1) -> Path:
+    """Of a run with this model, as far as servers look at it."""
+    values = {
+        "model": {"path": str(model)},
+        "engine": {"max_num_seqs": max_num_seqs, "tp": tp},
+        "sampling": {"max_tokens": 8},
+        "data": {"train": "arithmetic:train", "max_prompt_tokens": max_model_len - 8},
+        "reward": {"terms": [{"name": "exact"}]},
+        "train": {"steps": 1},
+        "precision": {"dtype": "fp32"},
+        "guard": {"timeout_seconds": 60.0},
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+class WholeTensors:
+    """`WeightSource` of one rank that holds a checkpoint."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+        self.tensors: dict[str, Tensor] = {}
+
+    def shards(self) -> list[HeldSlice]:
+        return [
+            HeldSlice(TensorSlice(name, (0,) * len(shape), shape), shape, self.tensors[name])
+            for name, shape in self._shapes.items()
+        ]
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+
+class Served:
+    """The job's end of the sync to one server; made at the first push."""
+
+    def __init__(self, engine: ServerEngine) -> None:
+        self._engine = engine
+        self._sync: WeightSync | None = None
+
+    @property
+    def transfers(self) -> list[int]:
+        """Size in bytes of each."""
+        assert self._sync is not None, "push first"
+        return [int(size) for size in self._sync.plan.transfer_bytes]
+
+    def push(self, tensors: dict[str, Tensor], version: int) -> None:
+        from grpo_mega.weight_sync.sync import SyncSettings, WeightSync
+
+        if self._sync is None:
+            self._source = WholeTensors({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            self._source.tensors = tensors
+            world = self._engine.meet(self._source.hf_shapes(), "the test", bucket_bytes=65536, transport="auto")
+            group = dist.group.WORLD
+            assert group is not None
+            self._sync = WeightSync(
+                self._source,
+                lambda bucket_bytes: iter(()),
+                self._engine.sink,
+                source_group=group,
+                replicas=self._engine.replicas,
+                replica_group=group,
+                settings=SyncSettings(65536, 60.0),
+                where="the test",
+                world=world,
+                announce=self._engine.announce,
+            )
+        self._source.tensors = tensors
+        self._sync.push(version, verify=True)
+
+
+def open_served(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tuple[ServerEngine, Served]:
+    """The engines at `urls` and the way of their weights. `config`: the file that they were started with."""
+    from grpo_mega.config.load import load_config
+    from grpo_mega.engines.make import make_engine
+    from grpo_mega.engines.server_engine import ServerEngine
+
+    engine = make_engine(load_config(config, ["engine.placement=server", f"engine.urls={list(urls)}"]), config_dir)
+    assert isinstance(engine, ServerEngine)
+    return engine, Served(engine)
