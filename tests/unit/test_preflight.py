@@ -228,7 +228,7 @@ def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: 
     )
     assert message_of(config, Topology(1)) == (
         f"model.path={tmp_path} has a quantization_config, and the engine would quantise what the sync brings; "
-        "give an unquantised checkpoint, or set engine.fp8"
+        "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
     )
     check_model(config, Topology(1), with_engine=False)
 
