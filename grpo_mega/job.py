@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from grpo_mega.base_model.teach import ensure_base
+from grpo_mega.base_model.teach import model_folder_of
 from grpo_mega.batch import explain_batch
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.load import resolved
-from grpo_mega.config.schema import BaseConfig, Config
+from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.make import make_engine
@@ -57,8 +57,7 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
     rank = int(os.environ["RANK"])
     coordinates = topology.describe(rank).partition(" | ")[2]
     configure_logging(rank, coordinates)
-    examples = config.data.train_sets[0].path
-    folder = Path(config.model.path) if config.model.path else ensure_base(_recipe(config), examples)
+    folder = model_folder_of(config)
     torch.use_deterministic_algorithms(config.run.deterministic)
     ranks = init_ranks(topology, config.guard.timeout_seconds)
     try:
@@ -252,8 +251,3 @@ def _say_finished(run: RunState, ranks: Ranks) -> None:
             f"{run.folder.path} is finished; run.overwrite=true starts it again and moves this folder aside, a higher "
             "train.steps continues it\n"
         )
-
-
-def _recipe(config: Config) -> BaseConfig:
-    assert config.model.base is not None, "config/check.py: one of model.path and model.base is set"
-    return config.model.base

@@ -90,6 +90,7 @@ def serve(config: Config, host: str, port: int) -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     listener = _bound(host, port) if os.environ["RANK"] == "0" else None
     # from here on with torch, which takes seconds to load
+    from grpo_mega.base_model.teach import model_folder_of
     from grpo_mega.engines.engine_ranks import EngineRanks
     from grpo_mega.engines.make import make_vllm_engine
     from grpo_mega.engines.server_door import Door
@@ -101,7 +102,7 @@ def serve(config: Config, host: str, port: int) -> None:
 
     tp = config.engine.tp
     configure_logging(int(os.environ["RANK"]), "server")
-    folder = _model_folder(config)
+    folder = model_folder_of(config)  # of a tiny base the engine reads all but the weights
     # longer than any wait of a job: the ranks of a server wait for each other while one of them waits for the job
     limit = 2 * config.guard.timeout_seconds + 60
     init_ranks(Topology(tp, engine_tp=tp), limit)
@@ -116,16 +117,6 @@ def serve(config: Config, host: str, port: int) -> None:
         sys.stdout.write(f"listening at {f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}\n")
         sys.stdout.flush()
     Server(engine, ranks, door).run()
-
-
-def _model_folder(config: Config) -> Path:
-    """As the job finds it; of a tiny base the engine reads all but the weights."""
-    if config.model.path is not None:
-        return Path(config.model.path)
-    from grpo_mega.base_model.teach import ensure_base
-
-    assert config.model.base is not None, "config/check.py: one of model.path and model.base is set"
-    return ensure_base(config.model.base, config.data.train_sets[0].path)
 
 
 class Server:

@@ -143,7 +143,7 @@ def compare(found: Path, wanted: Path, tolerance: float) -> tuple[str | None, fl
 
 def compare_layouts(args: argparse.Namespace) -> list[Result]:
     """One rank first, then each layout."""
-    from grpo_mega.base_model.teach import ensure_base
+    from grpo_mega.base_model.teach import model_folder_of
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in args.layouts.split(";") if text.strip())]
     if len(layouts) == 1:
@@ -152,7 +152,7 @@ def compare_layouts(args: argparse.Namespace) -> list[Result]:
     if args.rollouts is not None and not args.rollouts.is_file():
         raise UserError(f"--rollouts={args.rollouts}: no such file; a run writes rollouts/step_000001.jsonl")
     one = configs[0]
-    folder = ensure_base(one.model.base, one.data.train_sets[0].path) if one.model.base else Path(str(one.model.path))
+    folder = model_folder_of(one)
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[one.precision.dtype]
     results = []
     with tempfile.TemporaryDirectory(prefix="compare_layouts_") as work:

@@ -120,7 +120,10 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(values, file)
         file.flush()
-        return load_config(Path(file.name), args.overrides)
+        config = load_config(Path(file.name), args.overrides)
+    if config.engine.placement == "server":
+        raise UserError("engine.placement=server: a checkpoint is evaluated by an engine of this command; leave it out")
+    return config
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from grpo_mega.base_model.examples import Draw, Example, arithmetic_examples, gsm8k_examples
-from grpo_mega.config.schema import BaseConfig
+from grpo_mega.config.schema import BaseConfig, Config
 from grpo_mega.data import arithmetic
 from grpo_mega.data.tokenizers import byte_tokenizer, char_tokenizer
 from grpo_mega.types import UserError
@@ -43,6 +43,17 @@ CLIP_GRAD = 1.0
 IGNORED = -100
 LOG_SECONDS = 5.0
 LOCK_TIMEOUT_SECONDS = 900.0
+
+
+def model_folder_of(config: Config) -> Path:
+    """`model.path`, or the folder of the base that `model.base` describes, taught if it is not there.
+
+    Raises:
+        UserError, RuntimeError: as `ensure_base`.
+    """
+    if config.model.base is None:
+        return Path(str(config.model.path))
+    return ensure_base(config.model.base, config.data.train_sets[0].path)
 
 
 def ensure_base(recipe: BaseConfig, train_file: str) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,25 +112,30 @@ class Door:
 
     def _accept(self) -> None:
         while True:
-            connection, address = self._listener.accept()
+            try:
+                connection, address = self._listener.accept()
+            except OSError as error:  # a caller that is gone already, or no descriptors left
+                log.warning("nobody could be let in: %s", error)
+                time.sleep(_BEAT_SECONDS)
+                continue
             if self._guests.acquire(blocking=False):
                 threading.Thread(target=self._receive, args=(connection, str(address[0])), daemon=True).start()
             else:
                 connection.close()
 
     def _receive(self, connection: socket.socket, peer: str) -> None:
-        wire = Wire(connection, "server", _GREETING_SECONDS)
         stays = False
         try:
+            wire = Wire(connection, "server", _GREETING_SECONDS)
             wire.greet(self._token)
             wire.send("facts", {"facts": dict(self._facts), "serves": self._who if self._job is not None else None})
             stays = self._claimed(wire, wire.receive(), peer)
-        except WireError as error:
+        except (WireError, OSError) as error:
             log.warning("who called from %s %s", peer, error)
         finally:
             self._guests.release()
             if not stays:
-                wire.close()
+                connection.close()
 
     def _claimed(self, wire: Wire, wish: Message, peer: str) -> bool:
         if wish.kind != "claim":

@@ -34,7 +34,13 @@ _SIZES = struct.Struct(">IQ")  # bytes of the JSON, of all blobs
 _CODE_BYTES = hashlib.sha256().digest_size
 _GREETING_BYTES = 4096  # of a message of somebody who has not proven to know the secret
 _MOST_BYTES = 1 << 32
-_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 20), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 4))  # a lost machine: 1 min
+# A lost machine is noticed within a minute: the first three where nothing is said, the last where nothing is confirmed.
+_KEEP_ALIVE = (
+    (socket.TCP_KEEPIDLE, 20),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 4),
+    (socket.TCP_USER_TIMEOUT, 60_000),
+)
 
 Side = Literal["job", "server"]
 

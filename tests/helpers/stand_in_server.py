@@ -81,6 +81,8 @@ class StandInEngine:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif what == f"make no step {where}":
             time.sleep(600)
+        elif what == f"dawdle {where}":
+            time.sleep(1.0)
         elif what == f"fail {where}":
             raise RuntimeError("no more memory")
 

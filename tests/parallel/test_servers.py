@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from grpo_mega.engines.server_engine import ServerEngine
 from grpo_mega.engines.server_link import look
+from grpo_mega.engines.serving import sample_command
 from grpo_mega.engines.wire import TOKEN_VARIABLE, Address
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Prompt, SamplingRequest, UserError
@@ -234,3 +235,46 @@ def test_a_server_that_fails_ends_the_job_and_is_named(
     message, seconds = found
     assert re.search(told.format(name=name), message), message
     assert seconds < 3 * LIMIT
+
+
+def leaves_in_the_middle(rank: int, url: str, folder: Path, of: str) -> tuple[str, float, Answers]:
+    """A job that is cut off while its server works for it; then another. What that has to wait, and what it is told."""
+    first = open_engine([url], seconds=LIMIT)
+    source, sync = connect(rank, first, "gloo", seconds=LIMIT)
+    link = first._link
+    assert link is not None
+    if of == "sampling":
+        source.become(1)
+        sync.push(1, verify=True)
+        (folder / "fault").write_text("dawdle in sampling")
+        link.start("sample", sample_command(PROMPTS, SamplingRequest(2, 1.0, 4, seed=0), 1))
+    else:
+        first.announce(1, True)  # and sends nothing of it
+    time.sleep(0.2)
+    link._wire.close()
+    start = time.monotonic()
+    second = open_engine([url], seconds=20.0)
+    waited = time.monotonic() - start
+    (folder / "fault").write_text("")
+    second._sink.policy_version = 1
+    with pytest.raises(RuntimeError) as caught:
+        rollouts(second, 0)
+    source, sync = connect(rank, second, "gloo")
+    source.become(5)
+    sync.push(5, verify=True)
+    answers = rollouts(second, 0)
+    second.close()
+    return str(caught.value), waited, answers
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("of", ["sampling", "a sync"])
+def test_a_job_that_is_cut_off_leaves_a_server_that_wants_a_sync_first(
+    rank_pool: RankPool, tmp_path: Path, of: str
+) -> None:
+    with stand_in_server(tmp_path / "server") as server:
+        ((told, waited, answers),) = rank_pool.call(1, leaves_in_the_middle, server.url, server.folder, of)
+    assert told.endswith("failed (sample): ValueError: rollouts before a sync that succeeded")
+    assert waited > 1.0  # for the server to come to the end of what it does
+    assert [version for _, _, version in answers] == [5] * 4
+    assert {text.startswith("0 of ") for _, text, _ in answers} == {True}

@@ -14,6 +14,8 @@ from grpo_mega.config.load import load_config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
 from grpo_mega.doctor.finding import Finding, require
+from grpo_mega.engines.server_door import Door
+from grpo_mega.engines.serving import serving_facts
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 from tests.helpers.tiny_models import make_tiny_model
@@ -272,3 +274,20 @@ def test_gpus_that_slurm_hides_are_not_counted(monkeypatch: pytest.MonkeyPatch) 
     assert gpus.num_visible_gpus({}) == 8
     assert gpus.num_visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 2
     assert gpus.num_visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+
+
+def test_servers_answer_fit_and_are_free(model: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"127.0.0.1:{listener.getsockname()[1]}"
+    config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")
+    facts = serving_facts(config, model)
+    Door(listener, b"", facts, 5.0).open()
+    found, gone = inputs.check_servers(config)
+    assert (found.status, found.message) == (
+        "pass",
+        f"{url} is an engine server of version {facts['version of grpo_mega']}, and free",
+    )
+    assert gone.status == "fail"
+    assert "engine.urls[1]=127.0.0.1:9 does not answer (" in gone.message
+    other = config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": "bf16"})})
+    assert inputs.check_servers(other)[0].message == f"{url} has precision.dtype=fp32, here bf16"

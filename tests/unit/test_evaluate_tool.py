@@ -90,3 +90,17 @@ def test_a_checkpoint_of_a_run_is_asked_as_the_run_asks(model: Path, tmp_path: P
     assert run.weights == folder
     assert (newest.evaluation.k, newest.evaluation.report_k, newest.run.world_size) == (16, (4,), 4)
     assert [term.name for term in newest.reward.terms] == ["gsm8k"]
+
+
+def test_a_run_with_servers_is_evaluated_without_them(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = {"placement": "server", "urls": ["gone:7"], "tp": 2}
+    folder = make_run(tmp_path / "run", model, engine=engine) / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    config, _ = config_of(str(folder), *DATA)
+    assert (config.engine.placement, config.engine.tp, config.run.world_size) == ("colocated", 2, 2)
+    wished = "engine.placement=server", "engine.urls=['here:7']"
+    assert "engine.placement=server: a checkpoint is evaluated by an engine" in said(
+        capsys, str(folder), *DATA, *wished
+    )
