@@ -52,6 +52,14 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "
             f"positions of {where}; lower one of them"
         )
+    rope = spec.rope
+    if with_engine and rope is not None and rope.kind == "yarn" and longest > rope.original_max_positions * rope.factor:
+        # engines compute that many positions at their start, and read behind the last one without a word
+        raise UserError(
+            f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than "
+            f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
+            "and engines know no positions behind them; lower one of the keys"
+        )
 
 
 def _check_host_optimizer(config: Config) -> None:
@@ -115,7 +123,9 @@ def _check_fp8_engine(config: Config) -> None:
 def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
     """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
     `check_fp8_layout`."""
-    if config.engine.fp8 is not None:
+    if config.engine.fp8 == "own_loader" and spec.moe is not None and spec.moe.gate is not None:
+        raise UserError(f"engine.fp8=own_loader: the experts of {where} are stacks with biases; leave engine.fp8 out")
+    if config.engine.fp8_weights == "codes":
         check_fp8_layout(
             spec,
             config.parallel,
@@ -188,10 +198,10 @@ def _check_sync(spec: ModelSpec, config: Config) -> None:
         )
     if spec.family == "gpt_oss":
         _check_gpt_oss(spec, folder)
-    if raw.get("quantization_config") is not None and config.engine.fp8 is None:
+    if raw.get("quantization_config") is not None and config.engine.fp8_weights != "codes":
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
-            "give an unquantised checkpoint, or set engine.fp8"
+            "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
         )
 
 

@@ -3,9 +3,10 @@
     python tools/bench_weight_sync.py [--megabytes 1024] [--bucket-megabytes 32] [--rounds 5] [--json]
 
 Four ranks hold a bf16 model by TP2 x PP2 and fill two engines of two ranks, by shared memory and by gloo. Beside each
-other in every round, the best of all rounds counts: a copy of the received bytes inside a process; the sync without its
-proof; the same transport and buckets when every rank is given every tensor whole and keeps its slices; the digest of
-both ends; reading the bytes once. Extra memory is what the process grew by while it synced.
+other in every round, the best of all rounds counts: a copy of the received bytes inside a process, and one of all bytes
+that an engine rank stores, of which a part was on its rank already; the sync without its proof; the same transport and
+buckets when every rank is given every tensor whole and keeps its slices; the digest of both ends; reading the bytes
+once. Extra memory is what the process grew by while it synced.
 
 Exit code 0: measured; 2: the input is wrong; 1: a rank failed.
 """
@@ -126,8 +127,10 @@ def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: in
             execution = connect(tensors, held, ends, bucket_bytes, kind, rank, sink)
             actions[f"{name} {kind}"] = run_of(execution, shards)
             buffers[f"{name} {kind}"] = execution.buffer_bytes
-    source, target = torch.zeros(received, dtype=torch.uint8), torch.ones(received, dtype=torch.uint8)
-    actions["memcpy"] = lambda: target.copy_(source)
+    stored = sum(memory.nbytes for _, memory in sink.regions.values())
+    source, target = torch.zeros(stored, dtype=torch.uint8), torch.ones(stored, dtype=torch.uint8)
+    actions["memcpy"] = lambda: target[:received].copy_(source[:received])
+    actions["memcpy of all"] = lambda: target.copy_(source)
     ours = [(held.view, held.hf) for held in shards] + [(memory, hf) for hf, memory in sink.regions.values()]
     actions["digest"] = lambda: [slice_digest(values, hf) for values, hf in ours]
     # as words of 64 bits: a sum of narrow integers converts each of them first, which is slower than memory
@@ -221,6 +224,7 @@ def lines_of(results: list[dict[str, Any]], megabytes: int, bucket_bytes: int, r
 
     for kind in ("shared_memory", "gloo"):
         yield line(f"sync_{kind}_against_memcpy", seconds[f"sync {kind}"], seconds["memcpy"], "s")
+        yield line(f"sync_{kind}_against_memcpy_of_all", seconds[f"sync {kind}"], seconds["memcpy of all"], "s")
         yield line(f"sync_{kind}_against_gathering", seconds[f"sync {kind}"], seconds[f"gather {kind}"], "s")
         most = max(r["growth"][f"sync {kind}"] for r in results)
         yield line(

@@ -74,7 +74,7 @@ def folder_of(args: argparse.Namespace) -> tuple[Path, str]:
     config = load_config(args.model, args.overrides)
     if config.model.path is None:
         raise UserError(f"{args.model} has a model.base, which is taught when the run starts; give its folder")
-    return Path(config.model.path), (config.engine.fp8 or "scales_fp32").removeprefix("scales_")
+    return Path(config.model.path), "power_of_two" if config.engine.fp8 == "scales_power_of_two" else "fp32"
 
 
 def report_of(folder: Path, *, power_of_two: bool) -> Report:

@@ -1,11 +1,13 @@
 """What has to be measured on a GPU, in one command on a machine with one; no network is needed.
 
-    python tools/gpu_proof.py [--parts bf16,fp8,engine] [--size small|1b] [--gpu h100-80g] [--out gpu-proof] [--json]
+    python tools/gpu_proof.py [--parts bf16,fp8,engine,engine_fp8] [--size small|1b] [--gpu h100-80g]
+                              [--out gpu-proof] [--json]
 
   bf16     Megatron's step: seconds, MFU, peak memory against the planner's, offload and what it leaves behind, NCCL
   fp8      the same for every recipe of Transformer Engine that this GPU has, and how far its log-probs are from bf16's
   engine   vLLM: sleep and wake and what they leave behind, the sync's GB/s against a device-to-device copy, the
            mismatch of its log-probs with the policy's
+  engine_fp8  the same with weights that the engine holds in FP8, and how far these are from the policy's
 
 Each part is a process of its own and writes OUT/gpu_PART.json, with the machine, the versions and the command: a
 missing package or a failure in one leaves the others whole. The files belong into docs/measurements/.
@@ -30,7 +32,7 @@ from grpo_mega.parallel.ports import free_port
 from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.types import UserError
 
-PARTS = ("bf16", "fp8", "engine")
+PARTS = ("bf16", "fp8", "engine", "engine_fp8")
 PROGRAM = "tools.proof.run"
 SIZES = ("small", "1b")
 LIMIT_SECONDS = 1800.0

@@ -119,14 +119,20 @@ class EngineConfig(Section):
     experts, engine.kind=vllm. Replicas = world / (tp x dp), or the number of servers."""
     ep: int = Field(1, ge=1)
     """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp x dp) or tp x dp."""
-    fp8: Literal["scales_fp32", "scales_power_of_two"] | None = None
-    """The engine holds its matrices as FP8 codes with a scale for each 128 x 128 block, made anew at every sync
-    (vllm, on GPUs that have FP8; unproven). Unset: in `precision.dtype`."""
+    fp8: Literal["scales_fp32", "scales_power_of_two", "own_loader"] | None = None
+    """The engine holds its matrices as FP8 codes with a scale for each 128 x 128 block, made anew at every sync by the
+    policy's ranks; own_loader: by the engine, of whole bf16 tensors (vllm, on GPUs that have FP8; unproven). Unset: in
+    `precision.dtype`."""
     max_num_seqs: int = Field(256, ge=1)
     """Rollouts that one replica, or each of its dp copies, samples at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
     """Capacity of the KV cache of a replica, or of each of its dp copies; unset: what max_num_seqs full-length rollouts
     need (on CUDA: what is left)."""
+
+    @property
+    def fp8_weights(self) -> Literal["codes", "own_loader"] | None:
+        """What a sync brings for an engine in FP8: codes and scales, or what its own loader makes them of."""
+        return self.fp8 if self.fp8 in (None, "own_loader") else "codes"
 
 
 class SamplingConfig(Section):
@@ -390,8 +396,9 @@ class WeightSyncConfig(Section):
     """What a rank sends and receives at a time; twice that is its extra memory."""
     fp8_report: bool = False
     """Write into fp8_report.json, at the start of a run, how far FP8 codes move each matrix of the policy."""
-    transport: Literal["auto", "gloo", "nccl", "shared_memory"] = "auto"
-    """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines."""
+    transport: Literal["auto", "gloo", "nccl", "shared_memory", "cuda_ipc"] = "auto"
+    """auto: NCCL with CUDA; without it shared memory inside a machine, gloo between machines. cuda_ipc: mapped
+    memory of GPUs inside a machine, for processes that share one; NCCL between machines."""
 
 
 class CheckpointConfig(Section):

@@ -58,5 +58,5 @@ def make_vllm_engine(config: Config, model_folder: Path) -> VllmEngine:
         kv_cache_tokens=config.engine.kv_cache_tokens,
         seed=config.run.seed,
         tell_experts=config.algorithm.routing_replay,
-        fp8=config.engine.fp8 is not None,
+        fp8=config.engine.fp8_weights,
     )

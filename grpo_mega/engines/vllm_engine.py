@@ -23,6 +23,7 @@ import torch
 
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
+from grpo_mega.engines.vllm_fp8 import Fp8Weights, Requantisation
 from grpo_mega.engines.vllm_routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm_sink import VllmSink
 from grpo_mega.engines.vllm_start import BLOCK_TOKENS, VllmSettings, keep_generators, start, stop
@@ -47,7 +48,8 @@ class VllmEngine:
         ep: 1: experts are cut over the tp * dp ranks; tp * dp: each is whole on one of them.
         kv_cache_tokens: capacity of the KV cache of each copy; None: `max_num_seqs` rollouts of `max_model_len`.
         tell_experts: be able to answer requests with `expert_choices`.
-        fp8: hold matrices as FP8 codes and scales, which a sync brings (on CUDA; unproven).
+        fp8: hold matrices as FP8 codes and scales: those that a sync brings, or of the loader's own making (on CUDA;
+            unproven).
 
     Raises:
         UserError: the model has no layout table or no EOS token, `tp` does not fit it, or it cannot tell experts.
@@ -67,7 +69,7 @@ class VllmEngine:
         kv_cache_tokens: int | None,
         seed: int,
         tell_experts: bool = False,
-        fp8: bool = False,
+        fp8: Fp8Weights | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
@@ -87,7 +89,8 @@ class VllmEngine:
             assert spec.moe is not None, "bind_routers refuses a model without experts"
             self._routing = RoutingRecorder(started.steps, num_experts=spec.moe.num_experts, block_tokens=BLOCK_TOKENS)
             record_steps(runner, self._routing)
-        self._sink = VllmSink(runner.model, started.record, self._drop_prefixes)
+        again = Requantisation(runner.model, runner.model_config) if fp8 == "own_loader" else None
+        self._sink = VllmSink(runner.model, started.record, self._drop_prefixes, again)
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
         self._told = False  # what sleeping means on this machine: said once

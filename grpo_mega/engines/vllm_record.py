@@ -33,11 +33,14 @@ def cache_scales(model: nn.Module) -> set[str]:
 
 
 def recording_load_format(
-    tensors: Mapping[str, tuple[Shape, torch.dtype]], loaded: Callable[[nn.Module, Any], None] | None = None
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
+    loaded: Callable[[nn.Module, Any], None] | None = None,
+    streams_because: str | None = None,
 ) -> list[LoaderRecord | str]:
     """Teach vLLM the load format RECORDING: random weights, as its own `dummy`, and the loader recorded on the model.
 
-    `loaded` is called with each model when it is complete, and vLLM's config. Returns a list to which each load appends
+    `loaded` is called with each model when it is complete, and vLLM's config. `streams_because`: why no record would be
+    of use. Returns a list to which each load appends
     its record, or why there is none.
     """
     from vllm.model_executor.model_loader import register_model_loader
@@ -54,6 +57,9 @@ def recording_load_format(
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             super().load_weights(model, model_config)
+            if streams_because is not None:
+                records.append(streams_because)
+                return
             try:
                 records.append(record_vllm(model, tensors))
             except CannotRecordError as error:

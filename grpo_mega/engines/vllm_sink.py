@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.region_sink import RegionSink
+from grpo_mega.engines.vllm_fp8 import Requantisation
 from grpo_mega.engines.vllm_regions import declare_regions
 
 
@@ -24,16 +25,33 @@ class VllmSink(RegionSink):
         model: loaded and processed.
         record: of its loader; or why there is none.
         drop_caches: forgets what was computed with the weights of before.
+        requantisation: of a model that quantises what it loads.
 
     Raises:
         RuntimeError: vLLM made something of a parameter that is not known here (names it).
     """
 
-    def __init__(self, model: nn.Module, record: LoaderRecord | str, drop_caches: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        record: LoaderRecord | str,
+        drop_caches: Callable[[], None],
+        requantisation: Requantisation | None = None,
+    ) -> None:
         because = record if isinstance(record, str) else None
         super().__init__(declare_regions(model, None if isinstance(record, str) else record), because)
         self._model: Any = model
-        self._drop_caches = drop_caches
+        self._drop_caches, self._requantisation = drop_caches, requantisation
+
+    def begin_update(self) -> None:
+        super().begin_update()
+        if self._requantisation is not None:
+            self._requantisation.begin()
+
+    def end_update(self, policy_version: int) -> None:
+        if self._requantisation is not None:
+            self._requantisation.end()
+        super().end_update(policy_version)
 
     def load(self, name: str, tensor: Tensor) -> None:
         """Give a whole tensor to vLLM's loader.

@@ -28,7 +28,7 @@ from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.vllm_cpu import correct_vllm
-from grpo_mega.engines.vllm_fp8 import fp8_checkpoint_tensors, kernel_arguments, model_overrides
+from grpo_mega.engines.vllm_fp8 import OWN_LOADER, Fp8Weights, fp8_arguments, fp8_checkpoint_tensors
 from grpo_mega.engines.vllm_record import RECORDING, recording_load_format
 from grpo_mega.engines.vllm_routing import Steps, bind_routers
 from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
@@ -59,8 +59,8 @@ class VllmSettings:
     """Experts are whole on one rank each, not cut over all."""
     tell_experts: bool = False
     """Take down which experts each token is sent to."""
-    fp8: bool = False
-    """Hold matrices as FP8 codes and scales."""
+    fp8: Fp8Weights | None = None
+    """Hold matrices as FP8 codes and scales: those that a sync brings, or of the loader's making."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,9 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         steps: list[Steps] = []
         records = recording_load_format(
-            checkpoint_tensors(spec, dtype, fp8=settings.fp8),
+            checkpoint_tensors(spec, dtype, fp8=settings.fp8 == "codes"),
             (lambda model, config: steps.append(bind_routers(model, config))) if settings.tell_experts else None,
+            OWN_LOADER if settings.fp8 == "own_loader" else None,
         )
         arguments = vllm.EngineArgs(**_engine_arguments(settings, spec))
         engine = vllm.LLMEngine.from_engine_args(arguments)
@@ -320,8 +321,8 @@ def _engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]
         "disable_log_stats": True,
         "seed": settings.seed,
     }
-    if settings.fp8:
-        arguments |= {"hf_overrides": model_overrides(spec)} | kernel_arguments()
+    if settings.fp8 is not None:
+        arguments |= fp8_arguments(settings.fp8, spec)
     on_cuda = torch.cuda.is_available()
     if settings.kv_cache_tokens is not None or not on_cuda:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)

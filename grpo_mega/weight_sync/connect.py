@@ -8,13 +8,16 @@ from itertools import zip_longest
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from grpo_mega.parallel.world import World
 from grpo_mega.types import UserError
+from grpo_mega.weight_sync.cuda_ipc import DeviceSlots
 from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport, machine_id
 from grpo_mega.weight_sync.transport import GroupTransport, Transport, Turn
 
-TransportKind = Literal["auto", "gloo", "nccl", "shared_memory"]
+TransportKind = Literal["auto", "gloo", "nccl", "shared_memory", "cuda_ipc"]
+_SEGMENTS = ("shared_memory", "cuda_ipc")  # of which a machine has one
 
 
 def transport_kinds(kind: TransportKind) -> dict[str, str]:
@@ -24,12 +27,14 @@ def transport_kinds(kind: TransportKind) -> dict[str, str]:
         UserError: the machine has no such transport.
     """
     cuda = torch.cuda.is_available()
-    if kind == "nccl" and not cuda:
-        raise UserError("weight_sync.transport=nccl needs CUDA; use auto")
+    if kind in ("nccl", "cuda_ipc") and not cuda:
+        raise UserError(f"weight_sync.transport={kind} needs CUDA; use auto")
     if kind in ("gloo", "shared_memory") and cuda:
         raise UserError(f"weight_sync.transport={kind} moves host memory, the weights are on CUDA devices; use auto")
     if kind == "nccl" or (kind == "auto" and cuda):
         return {"same_node": "nccl", "across_nodes": "nccl"}
+    if kind == "cuda_ipc":
+        return {"same_node": "cuda_ipc", "across_nodes": "nccl"}
     return {"same_node": "gloo" if kind == "gloo" else "shared_memory", "across_nodes": "gloo"}
 
 
@@ -41,19 +46,22 @@ def make_transports(
     needed = world.gather({kind for kind, each in turns.items() if any(t.sends for t in each)})
     for kind in [kind for kind in turns if not any(kind in each for each in needed)]:
         del turns[kind]
-    in_segment = [turn.send_bytes for turn in turns.get("shared_memory", ())]
-    others = [each for kind, each in turns.items() if kind != "shared_memory"]
-    assert len(others) <= 1, f"{sorted(turns)}: one transport beside shared memory"
+    segments = [kind for kind in _SEGMENTS if kind in turns]
+    in_segment = [turn.send_bytes for kind in segments for turn in turns[kind]]
+    others = [each for kind, each in turns.items() if kind not in segments]
+    assert max(len(segments), len(others)) <= 1, f"{sorted(turns)}: one transport inside a machine, one between them"
     grouped = [turn.send_bytes + turn.receive_bytes for each in others for turn in each]
     slot_bytes = max(map(sum, zip_longest(in_segment, grouped, fillvalue=0)), default=0)
     made: dict[str, Transport] = {}
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    if "shared_memory" in turns:
-        segment = SharedMemoryTransport(turns["shared_memory"], slot_bytes, world, timeout_seconds)
-        made["shared_memory"], buffers = segment, segment.buffers
-    else:
+    buffers: Sequence[Tensor] = ()
+    for kind in segments:
+        slots = DeviceSlots(2 * slot_bytes, device) if kind == "cuda_ipc" else None
+        segment = SharedMemoryTransport(turns[kind], slot_bytes, world, timeout_seconds, slots)
+        made[kind], buffers = segment, segment.buffers
+    if not segments:
         buffers = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-    for kind in turns.keys() - {"shared_memory"}:
+    for kind in turns.keys() - set(segments):
         starts = in_segment or [0] * len(turns[kind])
         made[kind] = GroupTransport(buffers, starts, world.group, timeout_seconds)
     return made, 2 * slot_bytes

@@ -1,8 +1,9 @@
 """Buckets between processes of one machine: the sender packs into memory that its receivers have mapped.
 
-Each rank owns one segment with its two buffers and a row of counters. A sender publishes the number of turns that it
-has filled; a receiver, in its own segment, how many it has taken over. So a byte is copied twice, into the segment and
-out of it, and a receiver has no buffer. A segment's file is gone from /dev/shm as soon as all have mapped it: nothing
+Each rank owns one segment with its two buffers and a row of counters; with `DeviceSlots` (cuda_ipc.py) the buffers are
+on its GPU, and only the counters here. A sender publishes the number of turns that it has filled; a receiver, in its
+own segment, how many it has taken over. So a byte is copied twice, into a buffer and out of it, and a receiver has no
+buffer. A segment's file is gone from /dev/shm as soon as all have mapped it: nothing
 outlives a job that is killed.
 Asserted by tests/parallel/test_sync_ranks.py.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from grpo_mega.parallel.world import World
 from grpo_mega.types import UserError
+from grpo_mega.weight_sync.cuda_ipc import DeviceSlots
 from grpo_mega.weight_sync.transport import Message, TransportError, Turn, failed_wait
 
 _FOLDER = Path("/dev/shm")
@@ -39,20 +41,31 @@ def machine_id() -> str:
 class SharedMemoryTransport:
     """Collective: all ranks of `world` construct it; `turns` hold only messages between ranks of this machine."""
 
-    def __init__(self, turns: Sequence[Turn], slot_bytes: int, world: World, timeout: float) -> None:
+    def __init__(
+        self,
+        turns: Sequence[Turn],
+        slot_bytes: int,
+        world: World,
+        timeout: float,
+        device_slots: DeviceSlots | None = None,
+    ) -> None:
         """`slot_bytes`: of each of two buffers, of which the first `send_bytes` of a turn are this transport's."""
         self._timeout, self._rank = timeout, world.rank
         self._readers = {turn.number: [m.peer for m in turn.sends] for turn in turns}
         self._past = 0  # turns of earlier syncs: counters only grow
         self._num_turns = max((turn.number for turn in turns), default=-1) + 1
         path = _FOLDER / f"grpo_mega_{uuid.uuid4().hex}"
-        self._memory = {self._rank: _create(path, _COUNTERS + 2 * slot_bytes)}
-        self._counters = {self._rank: self._memory[self._rank][:_COUNTERS].view(torch.int64)}
+        segment = _create(path, _COUNTERS + (2 * slot_bytes if device_slots is None else 0))
+        self._counters = {self._rank: segment[:_COUNTERS].view(torch.int64)}
         self._counters[self._rank][_PROCESS] = os.getpid()
-        for rank, machine, other in world.gather((self._rank, machine_id(), str(path))):
+        self._slots = {self._rank: segment[_COUNTERS:] if device_slots is None else device_slots.own}
+        self._settle = _settled if device_slots is None else device_slots.settle
+        told = None if device_slots is None else device_slots.told
+        for rank, machine, other, theirs in world.gather((self._rank, machine_id(), str(path), told)):
             if rank != self._rank and machine == machine_id():
-                self._memory[rank] = _open(Path(other))
-                self._counters[rank] = self._memory[rank][:_COUNTERS].view(torch.int64)
+                segment = _open(Path(other))
+                self._counters[rank] = segment[:_COUNTERS].view(torch.int64)
+                self._slots[rank] = segment[_COUNTERS:] if device_slots is None else device_slots.map(theirs, rank)
         world.gather(None)  # all have mapped it
         path.unlink()
 
@@ -68,6 +81,7 @@ class SharedMemoryTransport:
         return self._slot(self._rank, turn.number)[: turn.send_bytes]
 
     def start(self, turn: Turn) -> None:
+        self._settle()
         self._counters[self._rank][_FILLED] = self._past + turn.number + 1
 
     def incoming(self, turn: Turn, message: Message) -> Tensor:
@@ -75,6 +89,7 @@ class SharedMemoryTransport:
         return self._slot(message.peer, turn.number)[message.start : message.start + message.num_bytes]
 
     def finish(self, turn: Turn) -> None:
+        self._settle()
         self._counters[self._rank][_TAKEN] = self._past + turn.number + 1
         if turn.number == self._num_turns - 1:  # the next sync starts with free buffers
             for earlier in range(max(0, turn.number - 1), self._num_turns):
@@ -83,10 +98,10 @@ class SharedMemoryTransport:
             self._past += self._num_turns
 
     def _slot(self, rank: int, turn: int) -> Tensor:
-        memory = self._memory[rank]
-        size = (memory.numel() - _COUNTERS) // 2
-        start = _COUNTERS + turn % 2 * size
-        return memory[start : start + size]
+        both = self._slots[rank]
+        size = both.numel() // 2
+        start = turn % 2 * size
+        return both[start : start + size]
 
     def _await(self, turn: Turn, message: Message, counter: int, *, sends: bool) -> None:
         counters, wanted = self._counters[message.peer], self._past + turn.number + 1
@@ -103,6 +118,10 @@ class SharedMemoryTransport:
                     raise TransportError(why, message.peer)
                 look = now + _LOOK_SECONDS
             time.sleep(_POLL_SECONDS)
+
+
+def _settled() -> None:
+    """What a CPU has copied is there."""
 
 
 def _create(path: Path, num_bytes: int) -> Tensor:

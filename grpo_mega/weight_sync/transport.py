@@ -1,9 +1,10 @@
 """How the bytes of a bucket get from rank to rank: one small interface, three ways.
 
 Same process: the source's view is copied into the engine's (`execute.py`; nothing here). `GroupTransport`: point to
-point over a process group, gloo on CPU, NCCL on GPUs. `shared_memory.py`: between processes of one machine without a
-GPU. A rank has two buffers, whatever the number of its transports: each has its part of them, of a size that changes
-from turn to turn (`connect.py`). A turn uses one buffer, and a buffer is used again two turns later.
+point over a process group, gloo on CPU, NCCL on GPUs. `shared_memory.py`: between processes of one machine, with
+buffers of the host, or of a GPU (`cuda_ipc.py`). A rank has two buffers, whatever the number of its transports: each
+has its part of them, of a size that changes from turn to turn (`connect.py`). A turn uses one buffer, and a buffer is
+used again two turns later.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Whole jobs whose engine's data-parallel ranks share experts: waves that leave a rank without prompts, evaluation,
-several turns, another run of the same, and one that goes on in another layout."""
+several turns, a run that goes on in another layout; and policies with experts that learn."""
 
 from __future__ import annotations
 
@@ -73,3 +73,19 @@ def test_several_turns_are_taken_together_and_a_late_reply_changes_nothing(model
         assert lines[0]["train/mismatch_max"] <= 1e-4
     assert {1, 4} <= {row["num_turns"] for row in rollouts_of(tmp_path / "prompt", 1)}
     assert sampled(tmp_path / "late", 1) == sampled(tmp_path / "prompt", 1)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(("engine.tp=2", "engine.ep=2"), id="tp2ep2"),
+        pytest.param(("engine.dp=2", "engine.ep=2"), id="dp2ep2"),
+    ],
+)
+def test_a_policy_with_spread_experts_learns(model: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    """To write digits, of which there are as many as other characters."""
+    keys = ("run.world_size=2", "parallel.ep=2", *engine, "train.steps=12", "data.prompts_per_step=16")
+    lines = run(model, tmp_path / "learns", *keys, "sampling.group_size=8", "sampling.prompts_per_wave=16")
+    assert lines[0]["reward/mean"] < 0.65
+    assert lines[-1]["reward/mean"] > 0.9
+    assert max(line["train/mismatch_max"] for line in lines) <= 1e-4

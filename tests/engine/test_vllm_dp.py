@@ -25,6 +25,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"moe_intermediate_size": 128}),
     # with shared experts, which a replica of several data-parallel ranks does not cut
     "deepseek_v3": ("deepseek_v3", LATENT | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+    "glm4_moe": ("glm4_moe", {}),
+    "mixtral": ("mixtral", {"head_dim": 32}),
+    # one of the ranks over which an expert is cut adds its bias
+    "gpt_oss": ("gpt_oss", {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0, "intermediate_size": 128}),
 }
 TWO_ENGINES = {"tp": 2, "dp": 2, "ep": 4}
 
@@ -32,10 +36,14 @@ TWO_ENGINES = {"tp": 2, "dp": 2, "ep": 4}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {
-        name: make_family_model(root / name, raw_family_config(family, **changes))
-        for name, (family, changes) in MODELS.items()
-    }
+    found = {}
+    for name, (family, changes) in MODELS.items():
+        config = raw_family_config(family, **changes)
+        if family == "gpt_oss":
+            rope = config["rope_parameters"]  # 16 x 4 positions: fewer than the engine's
+            config["rope_parameters"] = rope | {"original_max_position_embeddings": 32}
+        found[name] = make_family_model(root / name, config)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,10 @@ def sampled(world: EngineRanks) -> list[list[Rollout]]:
         pytest.param("qwen3_moe", {"ep": 2}, {"tp": 2, "dp": 2, "ep": 1}, id="ep2-to-cut-experts"),
         pytest.param("qwen3_moe", {"ep": 2}, {"tp": 2, "dp": 4, "ep": 8}, id="ep2-to-one-engine-of-eight"),
         pytest.param("deepseek_v3", {"ep": 2}, TWO_ENGINES, id="latent-ep2"),
+        pytest.param("glm4_moe", {"ep": 2}, TWO_ENGINES, id="glm-ep2"),
+        pytest.param("mixtral", {"ep": 2}, TWO_ENGINES, id="mixtral-ep2"),
+        pytest.param("gpt_oss", {"ep": 2}, TWO_ENGINES, id="sinks-ep2"),
+        pytest.param("gpt_oss", {"ep": 2}, {"tp": 2, "dp": 2, "ep": 1}, id="sinks-ep2-to-cut-experts"),
     ],
 )
 def test_engines_of_several_data_parallel_ranks_follow_the_policy(

@@ -42,3 +42,12 @@ def test_the_engine_sleeps_wakes_and_agrees_with_the_policy(tmp_path: Path) -> N
     assert max(found["sleep"]["used_in_training_bytes"]) > 0
     assert found["mismatch"]["kl"] < 0.01
     assert found["sync"]["bytes"] > 0
+
+
+def test_an_engine_in_fp8_is_given_its_codes_and_scales_and_samples_about_as_the_policy_would(tmp_path: Path) -> None:
+    """Every sync is with the proof of every code and scale; a kernel that reads something else would sample noise."""
+    plain, found = numbers_of("engine", tmp_path), numbers_of("engine_fp8", tmp_path)
+    assert 0.5 < found["sync"]["bytes"] / plain["sync"]["bytes"] < 0.7  # embedding and head stay in bf16
+    assert 0.01 < found["fp8_error"] < 0.04
+    assert plain["mismatch"]["kl"] < found["mismatch"]["kl"] < 0.1
+    assert found["sleep"]["growth_bytes"] < 256 * 2**20

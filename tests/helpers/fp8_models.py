@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -79,15 +80,21 @@ def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 
     )
 
 
-def fp8_weights(folder: Path, seed: int) -> dict[str, Tensor]:
-    """An FP8 checkpoint of random bf16 weights."""
+def bf16_weights(folder: Path, seed: int) -> dict[str, Tensor]:
+    """Random."""
     from grpo_mega.engines.vllm_start import checkpoint_tensors
 
-    generator, found = torch.Generator().manual_seed(seed), {}
-    for name, (shape, dtype) in checkpoint_tensors(read_spec(folder), torch.bfloat16).items():
-        values = torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = checkpoint_tensors(read_spec(folder), torch.bfloat16)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in tensors.items()}
+
+
+def fp8_weights(folder: Path, seed: int) -> dict[str, Tensor]:
+    """An FP8 checkpoint of `bf16_weights`."""
+    found = {}
+    for name, values in bf16_weights(folder, seed).items():
         found[name] = values
-        if is_coded(name, shape):
+        if is_coded(name, tuple(values.shape)):
             found[name], found[name + SCALE_SUFFIX] = quantise(values)
     return found
 
@@ -97,17 +104,24 @@ def kernels_of_cuda() -> Iterator[None]:
     """VLLM chooses Triton's kernels, as it is told to on a GPU, and builds what it computes with but for those of
     experts. Nothing of it can compute here."""
     from vllm.model_executor.kernels import linear
+    from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
+    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.layers.quantization import fp8
+    from vllm.model_executor.layers.quantization.online import fp8 as online
     from vllm.platforms import PlatformEnum
 
     triton = linear.TritonFp8BlockScaledMMKernel
     with ExitStack() as stack:
+        # as the engine does here: bf16 matrices stay plain
+        stack.enter_context(mock.patch.object(LinearBase, "_cpu_skip_gemm_dispatch", True, create=True))
         stack.enter_context(mock.patch.dict(linear._POSSIBLE_FP8_BLOCK_KERNELS, {PlatformEnum.CPU: [triton]}))
         stack.enter_context(mock.patch.object(triton, "is_supported", return_value=(True, None)))
-        experts = mock.patch.object(fp8, "select_fp8_moe_backend", return_value=(Fp8MoeBackend.TRITON, None))
-        stack.enter_context(experts)
+        for module in (fp8, online):
+            chosen = mock.patch.object(module, "select_fp8_moe_backend", return_value=(Fp8MoeBackend.TRITON, object))
+            stack.enter_context(chosen)
         stack.enter_context(mock.patch.object(fp8.Fp8MoEMethod, "_init_moe_kernel"))
+        stack.enter_context(mock.patch.object(oracle, "make_fp8_moe_kernel"))
         yield
 
 
@@ -128,7 +142,6 @@ def build_fp8(
     """VLLM's model of one rank in real memory, its loader recorded, `loaded` read by it, and processed as after
     loading; and the record."""
     from vllm.config import get_current_vllm_config
-    from vllm.model_executor.layers.linear import LinearBase
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     from grpo_mega.engines import vllm_offline
@@ -146,9 +159,48 @@ def build_fp8(
     with (
         kernels_of_cuda(),
         mock.patch.object(vllm_offline, "built_for_fp8", _without_amx),
-        mock.patch.object(LinearBase, "_cpu_skip_gemm_dispatch", True, create=True),  # as the engine does here
         mock.patch.object(vllm_offline, "record_vllm", keep),
         mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
     ):
         (record,) = record_fp8(folder, tp, [rank], spread)
     return built[0], record
+
+
+def build_quantising(folder: Path) -> tuple[nn.Module, Any, list[Any]]:
+    """VLLM's model that quantises bf16 tensors when it loads them, as its loader RECORDING leaves it; vLLM's config of
+    it, and what was recorded."""
+    from vllm.config import get_current_vllm_config
+    from vllm.config.load import LoadConfig
+    from vllm.engine import arg_utils
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
+    from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+    from grpo_mega.engines import vllm_offline
+    from grpo_mega.engines.vllm_fp8 import OWN_LOADER, fp8_arguments
+    from grpo_mega.engines.vllm_record import RECORDING, recording_load_format
+    from grpo_mega.engines.vllm_start import checkpoint_tensors
+
+    spec = read_spec(folder)
+    tensors = checkpoint_tensors(spec, torch.bfloat16)
+    records = recording_load_format(tensors, None, OWN_LOADER)
+    built: list[Any] = []
+
+    def keep(model: Any, tensors: Any) -> LoaderRecord:
+        config = get_current_vllm_config().model_config
+        get_model_loader(LoadConfig(load_format=RECORDING)).load_weights(model, config)
+        finalize_layerwise_processing(model, config)
+        process_weights_after_loading(model, config, torch.device("cpu"))
+        built.extend([model, config])
+        return LoaderRecord({}, {})
+
+    arguments = functools.partial(arg_utils.EngineArgs, **fp8_arguments("own_loader", spec))
+    with (
+        kernels_of_cuda(),
+        _without_amx(),
+        mock.patch.object(vllm_offline, "record_vllm", keep),
+        mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
+        mock.patch.object(arg_utils, "EngineArgs", arguments),
+    ):
+        vllm_offline.record_ranks(folder, tensors, dtype="bf16", tp=1, ranks=[0])
+    return built[0], built[1], records

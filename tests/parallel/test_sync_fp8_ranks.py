@@ -73,6 +73,7 @@ class RecordedSink(RegionSink):
         dtypes = {copy.local.name: copy.dtype for copy in record.copies}
         self.parameters = {name: torch.zeros(record.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
         self.copies, self.fault = record.copies, ""
+        self.loaded: dict[str, torch.dtype] = {}
         regions = [SinkRegion(Placement(c.hf, c.local), "plain", c.dtype) for c in record.copies]
         places = [PlainRegion(region_view(self.parameters[c.local.name], c)) for c in record.copies]
         streamed = streams_because is not None
@@ -83,6 +84,7 @@ class RecordedSink(RegionSink):
             super().write(hf, values)
 
     def load(self, name: str, tensor: Tensor) -> None:
+        self.loaded[name] = tensor.dtype
         for copy in self.copies:
             if copy.hf.name == name:
                 region_view(self.parameters[copy.local.name], copy).copy_(tensor[copy.hf.index])
@@ -107,15 +109,16 @@ def bits(values: Tensor) -> Tensor:
     return values.view(-1).view(torch.uint8)
 
 
-def open_ends(rank: int, case: Case, fp8: bool = True, **sink: Any) -> tuple[Any, RecordedSink, Any]:
-    """The policy of a job, an engine's end, and the sync that the job makes of them."""
+def open_ends(rank: int, case: Case, fp8: str | None = "scales", **sink: Any) -> tuple[Any, RecordedSink, Any]:
+    """The policy of a job, an engine's end, and the sync that the job makes of them. `fp8`: scales: the case's."""
     from grpo_mega.convert.spec import read_spec
     from grpo_mega.job import make_sync
     from grpo_mega.policy.policy import MegatronPolicy
 
-    scales = "scales_power_of_two" if case.power_of_two else "scales_fp32"
+    if fp8 == "scales":
+        fp8 = "scales_power_of_two" if case.power_of_two else "scales_fp32"
     recorded = Recorded(case.model, None, [], [], [], dtype="bf16")  # type: ignore[arg-type]
-    engine = EngineConfig(tp=ENGINE_TP, ep=ENGINE_TP if case.spread else 1, fp8=scales if fp8 else None)  # type: ignore[arg-type]
+    engine = EngineConfig(tp=ENGINE_TP, ep=ENGINE_TP if case.spread else 1, fp8=fp8)  # type: ignore[arg-type]
     sections = {"engine": engine, "weight_sync": WeightSyncConfig(bucket_bytes=BUCKET_BYTES)}
     config = make_config(recorded, case.layout).model_copy(update=sections)
     topology = Topology.of(config, WORLD)
@@ -180,17 +183,28 @@ def test_engines_hold_the_gathered_weights_quantised_afterwards_at_each_version(
         assert 0 < first.received_bytes == seen["received"] < first.written_bytes
 
 
-def stream(rank: int, case: Case) -> tuple[int, list[str]]:
-    """Pushes, and what the engine does not hold after them."""
-    policy, sink, sync = open_ends(rank, case, streams_because="its loader computes")
+def stream(rank: int, case: Case, fp8: str) -> tuple[int, list[str], dict[str, torch.dtype]]:
+    """Pushes, what the engine does not hold after them, and what it was given."""
+    policy, sink, sync = open_ends(rank, case, fp8, streams_because="its loader computes")
     sync.push(1, verify=True)
-    return sync.count, sink.differing(quantised_after(policy, case))
+    return sync.count, sink.differing(quantised_after(policy, case)), sink.loaded
 
 
 def test_an_engine_that_is_streamed_to_is_given_the_same_codes_and_scales(
     rank_pool: RankPool, cases: dict[str, Case]
 ) -> None:
-    assert rank_pool.call(WORLD, stream, cases["qwen3"]) == [(1, [])] * WORLD
+    for count, wrong, loaded in rank_pool.call(WORLD, stream, cases["qwen3"], "scales"):
+        assert (count, wrong) == (1, [])
+        assert list(loaded) == list(cases["qwen3"].tensors)
+
+
+def test_an_engine_that_quantises_itself_is_given_every_tensor_whole_in_bf16(
+    rank_pool: RankPool, cases: dict[str, Case]
+) -> None:
+    names = [name for name in cases["qwen3"].tensors if not name.endswith("_scale_inv")]
+    for count, _, loaded in rank_pool.call(WORLD, stream, cases["qwen3"], "own_loader"):
+        assert count == 1
+        assert loaded == dict.fromkeys(names, torch.bfloat16)
 
 
 def messages(rank: int, case: Case) -> list[str]:
@@ -242,7 +256,7 @@ def test_the_report_of_a_run_is_that_of_the_files_that_its_policy_was_read_from(
         assert found[matrix] == pytest.approx(errors, rel=1e-12), matrix
 
 
-def misfit(rank: int, case: Case, fp8: bool) -> str:
+def misfit(rank: int, case: Case, fp8: str | None) -> str:
     record = case.records[rank % ENGINE_TP]
     if fp8:  # a policy with codes, an engine that takes them for numbers
         copies = [
@@ -262,12 +276,12 @@ def misfit(rank: int, case: Case, fp8: bool) -> str:
 @pytest.mark.parametrize(
     ("fp8", "words"),
     [
-        (True, "in torch.float8_e4m3fn, the engine wants it in torch.bfloat16"),
-        (False, "_scale_inv[0:2, 0:2] on rank 0 is a slice of no tensor of the policy"),
+        ("scales", "in torch.float8_e4m3fn, the engine wants it in torch.bfloat16"),
+        (None, "_scale_inv[0:2, 0:2] on rank 0 is a slice of no tensor of the policy"),
     ],
 )
 def test_codes_on_one_side_alone_are_refused_before_anything_moves(
-    rank_pool: RankPool, cases: dict[str, Case], fp8: bool, words: str
+    rank_pool: RankPool, cases: dict[str, Case], fp8: str | None, words: str
 ) -> None:
     for said in rank_pool.call(WORLD, misfit, cases["qwen3"], fp8):
         assert words in said

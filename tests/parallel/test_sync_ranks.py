@@ -24,6 +24,7 @@ from grpo_mega.weight_sync.execute import Execution
 from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
 from grpo_mega.weight_sync.transport import Message, Turn
+from tests.helpers.exchange import exchange
 from tests.helpers.memory_ends import MemorySink, MemorySource, values
 from tests.helpers.ranks import RankPool
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
@@ -371,9 +372,43 @@ def test_ranks_with_different_plans_or_versions_are_named() -> None:
         check_versions([4, 3], 4)
 
 
+class LateSlots:
+    """Buffers as a GPU's are: what was copied into them is seen by others once it has been waited for."""
+
+    def __init__(self, num_bytes: int, _device: torch.device) -> None:
+        self.own = torch.zeros(num_bytes, dtype=torch.uint8)
+        path = Path("/dev/shm", f"grpo_mega_late_{os.getpid()}")
+        self.told = (str(path), num_bytes)
+        self._seen = self.map(self.told, 0)
+
+    def map(self, told: tuple[str, int], _rank: int) -> Tensor:
+        return torch.from_file(told[0], shared=True, size=told[1], dtype=torch.uint8)
+
+    def settle(self) -> None:
+        self._seen.copy_(self.own)
+
+
+def exchange_by_device(rank: int) -> list[str]:
+    with mock.patch.object(connect, "DeviceSlots", LateSlots):
+        wrong = exchange(rank, "cuda_ipc")
+    Path("/dev/shm", f"grpo_mega_late_{os.getpid()}").unlink()
+    return wrong
+
+
+@pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
+def test_every_byte_of_every_turn_arrives(rank_pool: RankPool, kind: str) -> None:
+    assert rank_pool.call(2, exchange, kind) == [[], []]
+
+
+def test_buffers_on_a_device_are_read_when_they_are_filled(rank_pool: RankPool) -> None:
+    """With memory that shows what was copied into it as late as a GPU's may; the real one is in tests/gpu."""
+    assert rank_pool.call(2, exchange_by_device) == [[], []]
+
+
 def test_a_transport_that_the_machine_does_not_have_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight_sync\.transport=nccl needs CUDA"):
-        connect.transport_kinds("nccl")
+    for kind in ("nccl", "cuda_ipc"):
+        with pytest.raises(ValueError, match=rf"weight_sync\.transport={kind} needs CUDA"):
+            connect.transport_kinds(kind)  # type: ignore[arg-type]
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         pytest.raises(ValueError, match=r"weight_sync\.transport=gloo moves host memory"),

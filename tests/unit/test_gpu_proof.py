@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo_mega.config.schema import ArchitectureConfig
+from grpo_mega.preflight import check_engine_fp8, recipe_spec
 from tests.helpers.jobs import REPOSITORY
 from tools import gpu_proof
 from tools.proof import subject
@@ -50,7 +52,7 @@ def test_no_helper_measures_a_cpu(measure: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "bf16,fp16"], "--parts=bf16,fp16: fp16 is no part; use bf16, fp8, engine"),
+        (["--parts", "bf16,fp16"], "--parts=bf16,fp16: fp16 is no part; use bf16, fp8, engine, engine_fp8"),
         (["--parts", ""], "--parts=: nothing is no part"),
         (["--gpu", "h101"], "--gpu=h101: not known; use one of a100-80g"),
     ],
@@ -83,6 +85,7 @@ def test_a_part_that_fails_says_why_in_its_file_and_leaves_the_others_whole(
         "bf16": "measured",
         "fp8": "failed",
         "engine": "measured",
+        "engine_fp8": "measured",
     }
     assert "no transformer_engine" in json.loads((out / "gpu_fp8.json").read_text())["why"]
 
@@ -97,3 +100,13 @@ def test_the_batch_of_the_proof_is_full_and_valid(tmp_path: Path) -> None:
     assert sum(tokens) == subject.NUM_PROMPTS * subject.GROUP_SIZE * (subject.PROMPT_TOKENS + subject.COMPLETION_TOKENS)
     assert set(tokens) == {config.train.max_tokens_per_microbatch}
     assert all(count % 32 == 0 for count in tokens)
+
+
+@pytest.mark.parametrize("size", subject.SHAPES)
+def test_models_of_the_proof_can_be_held_in_fp8(size: str, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = subject.config_of(tmp_path / "model", "engine.fp8=scales_fp32")
+    shape = {
+        name: value for name, value in vars(subject.SHAPES[size]).items() if name in ArchitectureConfig.model_fields
+    }
+    check_engine_fp8(recipe_spec(ArchitectureConfig(**shape)), config, "the model")

@@ -204,6 +204,16 @@ def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> 
     )
 
 
+def test_positions_behind_the_last_that_an_engine_stretches_to_are_refused(tmp_path: Path) -> None:
+    fields = raw_family_config("gpt_oss", **GPT_OSS)
+    rope = fields["rope_parameters"] | {"factor": 1.4375}  # 16 x 1.4375 = 23, and the quickstart takes 16 + 8
+    config = family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope)
+    assert "= 24 is more than original_max_position_embeddings x factor = 16 x 1.4375 of " in message_of(
+        config, Topology(1)
+    )
+    check_model(family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope | {"factor": 1.5}), Topology(1))
+
+
 def test_more_ranks_than_experts_are_refused(tmp_path: Path) -> None:
     family_config(tmp_path, "mixtral", vocab_size=160)
     overrides = ("model.base=null", f"model.path={tmp_path}", "engine.dp=8", "engine.ep=8", "run.world_size=8")
@@ -218,7 +228,7 @@ def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: 
     )
     assert message_of(config, Topology(1)) == (
         f"model.path={tmp_path} has a quantization_config, and the engine would quantise what the sync brings; "
-        "give an unquantised checkpoint, or set engine.fp8"
+        "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
     )
     check_model(config, Topology(1), with_engine=False)
 

@@ -1,4 +1,5 @@
-"""Part `engine` of tools/gpu_proof.py: vLLM beside the policy on one GPU, as a run has them."""
+"""Parts `engine` and `engine_fp8` of tools/gpu_proof.py: vLLM beside the policy on one GPU, as a run has them; its
+weights in bf16, or as FP8 codes and scales."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ from grpo_mega.phases import Phases
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout import SampledGroups
 from grpo_mega.types import Reward, Rollout, SamplingRequest
+from grpo_mega.weight_sync.fp8_report import fp8_report
 from grpo_mega.weight_sync.sync import WeightSync
 from tools.proof import subject
 
@@ -35,19 +37,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
         folder = Path(work) / "model"
         parameters = subject.make_subject(job, folder)
-        config, spec = subject.config_of(folder), read_spec(folder)
+        overrides = ["engine.fp8=scales_fp32"] if job.part == "engine_fp8" else []
+        config, spec = subject.config_of(folder, *overrides), read_spec(folder)
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
         engine = make_engine(config, folder)
         assert isinstance(engine, VllmEngine), "what is proven is vLLM's"
         try:
             sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
-            numbers = {
+            numbers: dict[str, Any] = {
                 "parameters": parameters,
                 "sync": synced(sync, phases),
                 "mismatch": mismatch(engine, policy, phases, config, spec.vocab_size),
                 "sleep": slept(engine, sync, phases),
             }
+            if config.engine.fp8 is not None:
+                report = fp8_report(policy.source, None, power_of_two=False)
+                numbers["fp8_error"] = max(each["relative"] for each in report.values())
         finally:
             engine.close()
         subject.write(job, numbers)

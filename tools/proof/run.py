@@ -9,7 +9,12 @@ import sys
 
 from grpo_mega.doctor.gpus import num_visible_gpus
 
-MODULES = {"bf16": "tools.proof.policy", "fp8": "tools.proof.policy", "engine": "tools.proof.engine"}
+MODULES = {
+    "bf16": "tools.proof.policy",
+    "fp8": "tools.proof.policy",
+    "engine": "tools.proof.engine",
+    "engine_fp8": "tools.proof.engine",
+}
 
 
 def main() -> None:
