@@ -5,9 +5,8 @@ every way in which they could fail to. All in fp32 on tiny random models. vLLM p
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.digest import combined_digest, slice_digest
 from grpo_mega.convert.spec import read_spec
-from grpo_mega.data.pack import pack, unpack
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
@@ -33,6 +30,7 @@ from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.servers import serving, write_config
+from tests.helpers.synced_engine import BUCKET_BYTES, expected_digest, largest_difference, perturb, prepare_policy
 from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
@@ -57,7 +55,6 @@ SCALED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-llama3": ("llama", {"hidden_size": 128, "rope_parameters": LLAMA3}),
     "latent-yarn": ("deepseek_v3", EXPERTS["deepseek_v3"] | {"rope_parameters": LATENT_YARN}),
 }
-BUCKET_BYTES = 64 * 1024  # several buckets, even for these models
 
 
 @dataclass(frozen=True)
@@ -100,15 +97,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
 
 
 # What runs on the ranks.
-
-
-def prepare_policy(session: RankSession) -> None:
-    """The policy's import comes first, as in a job: it prepares Megatron for a machine without CUDA."""
-    import os
-
-    import grpo_mega.policy.policy  # noqa: F401
-
-    os.environ.update(RANK=str(session.rank), WORLD_SIZE="2")
 
 
 def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int, ep: int = 1, servers: int = 0) -> None:
@@ -161,62 +149,16 @@ def push(session: RankSession, version: int) -> SyncReport:
     return connect(session, session.engine.sink).push(version, verify=True)
 
 
-def noise(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """What `perturb` adds to a Hugging Face tensor, whole."""
-    digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-    return 0.03 * torch.randn(tuple(shape), generator=generator)
-
-
-def perturb(session: RankSession, seed: int) -> None:
-    """Other weights, the same model on all ranks: each piece of a parameter moves with the tensor that it is of."""
-    weights = session.kept["policy"].weights
-    with torch.no_grad():
-        for name, parameter in weights._parameters.items():
-            for placement in weights._placements(name):
-                hf = placement.hf
-                parameter[placement.local.index] += noise(hf.name, weights.hf_shapes()[hf.name], seed)[hf.index]
-
-
 def largest_mismatch(session: RankSession) -> float:
     """Samples on every replica, each from its own seed, and lets the policy compute the same tokens' log-probs."""
     policy, rank = session.kept["policy"], session.rank
     sampling = SamplingRequest(4, 1.0, 8, seed=policy.ranks.at.replica)
     groups = session.engine.generate(PROMPTS, sampling)
     mine = [Rollout(p, c, Reward(0.0), rank) for p, group in zip(PROMPTS, groups, strict=True) for c in group]
-    heard: list[Any] = [None, None]
-    dist.all_gather_object(heard, mine)
-    rollouts = [rollout for part in heard for rollout in part]
-    ones = [1.0] * len(rollouts)
-    row_tokens = sum(r.num_tokens for r in rollouts)
-    row = pack(list(enumerate(rollouts)), row_tokens=row_tokens, advantages=ones, token_weights=ones, pad_id=0)
-    worst = 0.0
-    outputs = policy.log_probs([row])
-    if outputs is not None:
-        olds = unpack(outputs[0], row)
-        worst = max(
-            abs(old - sampled)
-            for i, rollout in enumerate(rollouts)
-            for old, sampled in zip(olds[i], rollout.completion.sampler_log_probs, strict=True)
-        )
-    both: list[Any] = [None, None]
-    dist.all_gather_object(both, worst)
-    return max(both)
+    return largest_difference(policy, mine)
 
 
 # What is expected.
-
-
-def expected_digest(weights: Path, *seeds: int) -> str:
-    """Of the files plus the noise, without the policy."""
-    from safetensors.torch import load_file
-
-    digests = {}
-    for name, tensor in load_file(weights / "model.safetensors").items():
-        for seed in seeds:
-            tensor = tensor + noise(name, tensor.shape, seed)
-        digests[name] = slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
-    return combined_digest(digests)
 
 
 def start(

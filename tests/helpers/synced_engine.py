@@ -114,10 +114,15 @@ def sample(
 
 def largest_mismatch(session: RankSession) -> float:
     """Of the rollouts that `sample` left on the ranks: the policy's log-probs of the tokens against the engines'."""
-    policy, world = session.kept["policy"], dist.get_world_size()
-    mine = session.kept["rollouts"] if policy.ranks.at.engine_tp_rank == 0 else []
+    policy = session.kept["policy"]
+    return largest_difference(policy, session.kept["rollouts"] if policy.ranks.at.engine_tp_rank == 0 else [])
+
+
+def largest_difference(policy: Any, mine: Sequence[Rollout]) -> float:
+    """Collective: of all ranks' rollouts, between the policy's log-probs of the tokens and the engines'."""
+    world = dist.get_world_size()
     heard: list[Any] = [None] * world
-    dist.all_gather_object(heard, mine)
+    dist.all_gather_object(heard, list(mine))
     rollouts = [rollout for part in heard for rollout in part]
     ones = [1.0] * len(rollouts)
     row_tokens = -(-sum(r.num_tokens for r in rollouts) // 8) * 8  # sequence parallel cuts rows over tp ranks
