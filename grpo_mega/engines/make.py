@@ -33,6 +33,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
             model_folder,
             dtype=config.precision.dtype,
             tp=config.engine.tp,
+            ep=config.engine.ep,
             max_model_len=longest_rollout(config),
             max_num_seqs=config.engine.max_num_seqs,
             kv_cache_tokens=config.engine.kv_cache_tokens,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
@@ -18,17 +19,19 @@ def require_ready(asleep: Collection[str], *, updating: bool, policy_version: in
 
 
 def in_groups(
-    rollouts: Iterable[tuple[int, int, Completion]],
+    rollouts: Generator[tuple[int, int, Completion], None, None],
     num_prompts: int,
     group_size: int,
     on_completion: Callable[[int, int, Completion], None] | None,
 ) -> list[list[Completion]]:
-    """(prompt position, member, completion) in any order -> groups in the prompts' order, as `Engine.generate`."""
+    """(prompt position, member, completion) in any order -> groups in the prompts' order, as `Engine.generate`. An
+    error ends the rollouts before it leaves."""
     groups: list[list[Completion | None]] = [[None] * group_size for _ in range(num_prompts)]
-    for position, member, completion in rollouts:
-        groups[position][member] = completion
-        if on_completion is not None:
-            on_completion(position, member, completion)
+    with closing(rollouts):
+        for position, member, completion in rollouts:
+            groups[position][member] = completion
+            if on_completion is not None:
+                on_completion(position, member, completion)
     return [[member for member in group if member is not None] for group in groups]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -188,7 +188,9 @@ class ServerEngine:
             raise ValueError("expert_choices of servers that were started without algorithm.routing_replay")
         check_lengths(prompts, sampling, self._max_model_len)
 
-    def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest
+    ) -> Generator[tuple[int, int, Completion], None, None]:
         for position, member, completion in self._ranks.all_hear(self._sampled(prompts, sampling)):
             if completion.policy_version != self.policy_version:
                 raise RuntimeError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,8 @@ class SglangEngine:
     Args:
         config_dir: Hugging Face folder with config.json and the tokenizer; its weights are not read.
         tp: ranks of one replica.
+        ep: 1: experts are cut over the tp ranks; tp: each is whole on one of them, which without CUDA takes weights and
+            proves them, and cannot sample.
         max_model_len: longest prompt plus completion, tokens.
         max_num_seqs: rollouts that a replica samples at the same time.
         kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
@@ -65,6 +67,7 @@ class SglangEngine:
         *,
         dtype: Literal["fp32", "bf16"],
         tp: int,
+        ep: int = 1,
         max_model_len: int,
         max_num_seqs: int,
         kv_cache_tokens: int | None,
@@ -94,6 +97,7 @@ class SglangEngine:
                 "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
                 "skip_tokenizer_init": not stops_at_texts,
                 "tp_size": tp,
+                "ep_size": ep,
                 "context_length": max_model_len + _SPARE_POSITIONS,
                 "max_running_requests": max_num_seqs,
                 "max_total_tokens": cached_tokens(kv_cache_tokens, max_num_seqs, max_model_len),
@@ -174,7 +178,9 @@ class SglangEngine:
             raise ValueError("stop of an engine that was built without stops_at_texts")
         check_lengths(prompts, sampling, self._max_model_len)
 
-    def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest
+    ) -> Generator[tuple[int, int, Completion], None, None]:
         for sampled in self._ranks.all_hear(self._sampled(prompts, sampling)):
             position, member = divmod(sampled.position, sampling.group_size)
             yield position, member, self._completion(sampled, prompts[position])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +166,9 @@ class VllmEngine:
             raise ValueError("expert_choices of an engine that was built without tell_experts")
         check_lengths(prompts, sampling, self._max_model_len)
 
-    def _rollouts(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> Iterator[tuple[int, int, Completion]]:
+    def _rollouts(
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest
+    ) -> Generator[tuple[int, int, Completion], None, None]:
         """(prompt position, member, completion) in the order in which they are complete."""
         from vllm.inputs import tokens_input
 

@@ -326,6 +326,36 @@ def test_sglang_with_experts_follows_a_policy_that_spreads_them(
         assert world.call(largest_mismatch)[0] > 1e-3
 
 
+@pytest.mark.long
+@sglang_here
+@pytest.mark.parametrize("name", ["sglang_moe", "glm4_moe"])
+def test_sglang_with_spread_experts_holds_the_policys_weights(
+    world: EngineRanks, models: Models, tmp_path: Path, name: str
+) -> None:
+    """Without CUDA SGLang 0.5.23 takes and holds spread experts, and cannot compute with them (fused_moe_native.py)."""
+    world.open(models.engine[name], tp=2, ep=2, kind="sglang", **SETTINGS)
+    assert world.call(streams_because) == [None, None]
+    world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), 2, 1, 2)
+    assert world.call(experts_held) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    for version in (0, 1):
+        reports = world.call(push, version)
+        digests = {report.policy_digest for report in reports}
+        assert digests == {expected_digest(models.policy[name], *range(version))}
+        world.call(perturb, version)
+
+
+def experts_held(session: RankSession) -> set[int]:
+    """Those of which this rank of the engine has something, all of them whole."""
+    held = set()
+    for region in session.engine.sink.layout():
+        hf = region.placement.hf
+        if ".experts." in hf.name:
+            assert hf.offsets == (0, 0)
+            assert set(hf.shape) == {32, 64}
+            held.add(int(hf.name.partition(".experts.")[2].partition(".")[0]))
+    return held
+
+
 def kinds(session: RankSession) -> set[str]:
     return {region.kind for region in session.engine.sink.layout()}
 
