@@ -77,9 +77,12 @@ def drops_prefixes(session: RankSession, prompts: list[Prompt], sampling: Sampli
     pool = engine._llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     counts = []
 
-    def count(*_: object) -> Iterator[Any]:
+    def count() -> None:
         counts.append(len(pool.cached_block_hash_to_block))
-        return iter(())
+
+    def no_rollouts(*_: object) -> Iterator[Any]:
+        count()
+        yield from ()
 
     engine.generate(prompts, sampling)
     count()
@@ -87,7 +90,7 @@ def drops_prefixes(session: RankSession, prompts: list[Prompt], sampling: Sampli
     engine.sink.end_update(1)
     count()
     engine.generate(prompts, sampling)
-    with mock.patch.object(engine, "_rollouts", count):
+    with mock.patch.object(engine, "_rollouts", no_rollouts):
         engine.generate(prompts, sampling)
     after_call, after_update, at_next_call = counts
     return after_call, after_update, at_next_call
