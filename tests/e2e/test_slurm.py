@@ -119,8 +119,9 @@ def test_a_command_of_the_guide_starts_four_ranks_on_two_nodes(cluster: Slurm, c
 
 def test_the_commands_of_the_guide_for_machines_without_slurm_start_four_ranks(cluster: Slurm, checkout: Path) -> None:
     """Each line is typed on its own machine, so they run side by side; host0 is this one."""
-    together = "".join(f"{line} &\n" for line in BY_HAND.replace("host0", "127.0.0.1").splitlines())
-    tries(cluster, checkout, f"{together}wait -n\nwait -n\n", MASTER_PORT=str(free_port()))
+    together = "".join(f"{line} &\nstarted+=($!)\n" for line in BY_HAND.replace("host0", "127.0.0.1").splitlines())
+    each = 'for machine in "${started[@]}"; do wait "$machine"; done\n'  # one that has ended already, too
+    tries(cluster, checkout, together + each, MASTER_PORT=str(free_port()))
     places = [{key: rank[key] for key in rank if key != "SLURM_NODEID"} for rank in ON_TWO_NODES]
     assert ranks_of(checkout / "runs" / "quickstart") == places
 
