@@ -18,23 +18,28 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.experts import narrowed
 from grpo_mega.engines.engine_ranks import EngineRanks
+from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
+from grpo_mega.engines.sglang_door import DoorLink
 from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang_process import SglangProcess
 from grpo_mega.engines.sglang_sink import SglangSink
-from grpo_mega.engines.sglang_worker import LOADER
+from grpo_mega.engines.sglang_worker import LOADER, SharedModel
+from grpo_mega.engines.staging import Staging
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
 
 logger = logging.getLogger(__name__)
 
 Resident = Literal["weights", "kv_cache"]
+STAGING_BYTES = 16 * 2**20  # beside the buckets of a sync; a larger one is not faster
 _SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
 _PREFILL_TOKENS = 8192  # prompt tokens of one engine step
 
@@ -54,6 +59,7 @@ class SglangEngine:
         stops_at_texts: requests may have `stop`; SGLang reads the tokenizer then.
         tell_experts: be able to answer requests with `expert_choices`.
         timeout_seconds: of its answers to everything but sampling.
+        staging_bytes: of the buffer through which a rank writes into SGLang's memory.
         log: where its processes write; None: a temporary file.
 
     Raises:
@@ -75,6 +81,7 @@ class SglangEngine:
         stops_at_texts: bool = False,
         tell_experts: bool = False,
         timeout_seconds: float = 600.0,
+        staging_bytes: int = STAGING_BYTES,
         log: Path | None = None,
     ) -> None:
         from transformers import AutoTokenizer
@@ -83,6 +90,7 @@ class SglangEngine:
         spec = read_spec(config_dir)
         if tell_experts and spec.moe is None:
             raise UserError(f"algorithm.routing_replay=true: {config_dir} has no experts to tell; set it to false")
+        self._on_cuda = torch.cuda.is_available()
         self._spec, self._tells_experts = spec, tell_experts
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
         self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
@@ -105,14 +113,14 @@ class SglangEngine:
                 "enable_return_routed_experts": tell_experts,
             }
             self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
+        self._door: DoorLink | None = None
         try:
-            shared = self._ranks.same(self._started(tensors))
+            shared: list[SharedModel] = self._ranks.same(self._started(tensors))
+            opened = self._opened(shared, staging_bytes, timeout_seconds)
         except RuntimeError:
             self.close()
             raise
-        because = [each.record for each in shared if isinstance(each.record, str)]
-        mine = because[0] if because else shared[self._ranks.number]
-        self._sink = SglangSink(self._process, mine, tensors)
+        self._sink = SglangSink(self._process, opened, tensors)
         self._asleep: set[Resident] = set()
         self._told = False  # what sleeping means on this machine: said once
 
@@ -161,6 +169,8 @@ class SglangEngine:
 
     def close(self) -> None:
         """End SGLang's processes. A second call does nothing."""
+        if self._door is not None:
+            self._door.close()
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -169,6 +179,21 @@ class SglangEngine:
         if self._process is not None:
             yield from self._process.started(self._ranks.beat_seconds)
             yield self._process.call("share", tensors)
+
+    def _opened(
+        self, shared: list[SharedModel], staging_bytes: int, timeout_seconds: float
+    ) -> tuple[DoorLink, LoaderRecord] | str:
+        """This rank's door; or why there is none."""
+        because = [each.record for each in shared if isinstance(each.record, str)]
+        if because:
+            return because[0]
+        door, record = shared[self._ranks.number].door, shared[self._ranks.number].record
+        assert door is not None, "a record has a door"
+        assert not isinstance(record, str), "looked at above"
+        device = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
+        words = self._process.last_words if self._process is not None else str
+        self._door = DoorLink(door, Staging(staging_bytes, device), dist.get_rank(), timeout_seconds, words)
+        return self._door, record
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
         require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
@@ -248,6 +273,7 @@ _ARGUMENTS: dict[str, Any] = {
     "disable_overlap_schedule": True,  # the next step would start before the last one's tokens are known
     "chunked_prefill_size": _PREFILL_TOKENS,
     "mem_fraction_static": 0.1,  # of host memory, for nothing: max_total_tokens says how much
+    "sleep_on_idle": True,  # an idle scheduler would take the interpreter away from its door
     "stream_interval": 1 << 30,  # an answer is sent when it is complete
     "log_level": "error",
 }

@@ -5,11 +5,9 @@ Asserted by tests/unit/test_sglang_process.py and tests/engine/test_engine_contr
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,7 +22,7 @@ import psutil
 
 import grpo_mega
 from grpo_mega.engines.sglang_cpu import ENVIRONMENT, threads_of
-from grpo_mega.engines.sglang_messages import HostSettings
+from grpo_mega.engines.sglang_messages import HostSettings, with_limit
 from grpo_mega.engines.sglang_worker import ANSWERS
 
 _HOST = "grpo_mega.engines.sglang_host"
@@ -47,9 +45,7 @@ class SglangProcess:
         self._log = log or self._folder / "sglang.log"
         self._timeout = timeout_seconds
         ours, theirs = socket.socketpair()
-        limit = struct.pack("@ll", math.ceil(timeout_seconds), 0)  # of a message whose other end stands still
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        with_limit(ours, timeout_seconds)
         with theirs, self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _HOST, str(theirs.fileno())],
@@ -134,7 +130,7 @@ class SglangProcess:
                 return
             if kind == "failed":
                 self._owed = False
-                raise RuntimeError(f"SGLang: {value}{self._last_words()}")
+                raise RuntimeError(f"SGLang: {value}{self.last_words()}")
             yield value
 
     def _send(self, message: Any) -> None:
@@ -154,14 +150,14 @@ class SglangProcess:
             self._kill()
             raise RuntimeError(
                 f"SGLang's process {self.pid} has ended with exit code {self._process.returncode} ({command})"
-                f"{self._last_words()}"
+                f"{self.last_words()}"
             ) from error
         return answer
 
     def _stands_still(self, what: str, limit: float | None = None) -> RuntimeError:
         """Nothing can be expected of it any more."""
         self._kill()
-        return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self._last_words()}")
+        return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self.last_words()}")
 
     def _kill(self) -> None:
         """It and its children, by their numbers."""
@@ -174,7 +170,8 @@ class SglangProcess:
                 member.kill()
         self._process.wait()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of what it printed, to be appended to an error."""
         lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
         return "\n".join([f"; the end of {self._log}:", *lines]) if lines else ""
 

@@ -3,6 +3,7 @@ server, on CPU. One rank and one engine of each."""
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -173,11 +174,18 @@ def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], lis
 
     def wrong() -> list[str]:
         slices = [region.placement.hf for region in sink.layout()]
-        return [hf.name for hf in slices if sink.digest(hf) != slice_digest(tensors[hf.name][hf.index], hf)]
+        held = zip(slices, sink.digests(slices), strict=True)
+        return [hf.name for hf, digest in held if digest != slice_digest(tensors[hf.name][hf.index], hf)]
 
     before = wrong()
-    (region,) = [r for r in sink.layout() if r.placement.hf.name == "model.layers.1.self_attn.k_proj.weight"]
-    sink._regions.read(region, region.placement.hf)[5, 3] += 2**-20  # aliases the parameter
+    name = "model.layers.1.self_attn.k_proj.weight"
+    if hasattr(session.engine, "_process"):  # by SGLang's own loader, past the door
+        tensors[name][5, 3] += 2**-20
+        session.engine._process.call("load", pickle.dumps([(name, tensors[name])]))
+        tensors[name][5, 3] -= 2**-20
+    else:
+        (region,) = [r for r in sink.layout() if r.placement.hf.name == name]
+        sink._regions.read(region, region.placement.hf)[5, 3] += 2**-20  # aliases the parameter
     return before, wrong()
 
 
@@ -361,5 +369,6 @@ def test_sglang_that_dies_during_an_update_is_an_error_and_leaves_no_process(
     assert left == []
     for message in told:
         assert "SGLang" in message
-    assert "has ended with exit code" in told[0]
+        assert "has ended" in message
+        assert "rank 0" in message
     assert "the end of " in told[0]
