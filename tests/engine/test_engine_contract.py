@@ -340,6 +340,27 @@ def test_the_stand_ins_are_in_sglangs_processes_alone(engine: EngineRanks) -> No
     assert engine.call(seen_by_the_rank) == [[]]
 
 
+def buffer_that_changes(session: RankSession, folder: Path) -> list[str]:
+    """What does not read as sent, after a bit of a whole update was changed between its writes and its end."""
+    from safetensors.torch import load_file
+
+    tensors, sink = load_file(folder / "model.safetensors"), session.engine.sink
+    push(session, folder, 4, end=False)
+    (start,) = [start for hf, _, start in session.engine._door._noted if hf.name == "model.layers.0.mlp.up_proj.weight"]
+    session.engine._door._staging.memory[start + 9] ^= 4
+    sink.end_update(4)
+    slices = [region.placement.hf for region in sink.layout()]
+    held = zip(slices, sink.digests(slices), strict=True)
+    return [hf.name for hf, digest in held if digest != slice_digest(tensors[hf.name][hf.index], hf)]
+
+
+@ONLY_SGLANG
+def test_a_bit_that_changes_between_rank_and_scheduler_is_named_by_the_digest(
+    engine: EngineRanks, models: dict[str, Path]
+) -> None:
+    assert engine.call(buffer_that_changes, models["other"]) == [["model.layers.0.mlp.up_proj.weight"]]
+
+
 def dies_during_an_update(session: RankSession, folder: Path) -> tuple[list[str], list[int]]:
     """Kills a scheduler between the last write and the end of the update. What is told, then and later; who is left."""
     host = psutil.Process(session.engine._process.pid)
