@@ -161,9 +161,11 @@ def test_writes_outside_of_an_update_are_refused_on_both_sides(make: Make) -> No
 
 def test_what_an_update_left_in_the_buffer_is_not_part_of_the_next_one(make: Make) -> None:
     ends = make()
-    ends.push(0, end=False)
-    ends.tensors = {name: tensor + 1 for name, tensor in ends.tensors.items()}
-    ends.push(1)
+    ends.push(0)
+    ends.sink.begin_update()
+    ends.sink.write(TensorSlice("key", (0, 0), (2, 6)), torch.ones(2, 6))
+    ends.sink.begin_update()
+    ends.sink.end_update(1)
     assert ends.wrong() == []
 
 
