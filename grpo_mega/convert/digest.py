@@ -89,10 +89,9 @@ def _weighted_by_bytes(rows: Tensor, first_column: int, weights: Tensor) -> int:
         torch.bitwise_xor(part, flip, out=flipped)
         sums[start : start + step] = torch._int_mm(flipped.view(torch.int8), digits)
     by_digit: list[int] = (sums.long() * weights[:, None]).sum(0).tolist()
-    added = 128 * sum(256**i for i, byte in enumerate(_flipped(itemsize)) if byte)
+    added = 128 * sum(1 << (8 * i) for i, byte in enumerate(_flipped(itemsize)) if byte)
     factors = int(_factors(1, first_column, width).sum()) * int(weights.sum())
-    total: int = sum(number << (8 * i) for i, number in enumerate(by_digit))
-    return total + added * factors
+    return sum(number << (8 * i) for i, number in enumerate(by_digit)) + added * factors
 
 
 def _flipped(itemsize: int) -> bytes:
