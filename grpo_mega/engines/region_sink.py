@@ -51,6 +51,16 @@ class SliceSink:
                 raise ValueError(f"{hf}: got values of {values.dtype} for a region of {region.dtype}")
         self._put(regions, hf, values)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """None: everything is written.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
+        self.require_update(hf)
+        self._around(hf)
+        return None
+
     def end_update(self, policy_version: int) -> None:
         self._adopt(policy_version)
         self.policy_version = policy_version
@@ -82,6 +92,16 @@ class RegionSink(SliceSink):
     def __init__(self, regions: Regions, streams_because: str | None) -> None:
         super().__init__(regions.regions, streams_because)
         self._regions = regions
+
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """Where `hf` lies, if it does so once and as it travels.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
+        self.require_update(hf)
+        first, *others = self._around(hf)
+        return None if others else self._regions.memory_of(first, hf)
 
     def end_update(self, policy_version: int) -> None:
         self._regions.rebuild()
