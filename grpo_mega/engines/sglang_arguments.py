@@ -23,6 +23,7 @@ Asserted by tests/unit/test_sglang_engine.py.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from grpo_mega.types import UserError
 _SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
 _PREFILL_TOKENS = 8192  # prompt tokens of one engine step
 _CUDA_MEMORY_SHARE = 0.6  # of the device, for weights and KV cache; as vllm_start.py and the planner
+_LONGEST_TMPDIR = 70  # of 107 characters that the path of a socket may have
 _NEEDED_ON_CUDA = ("sgl_kernel", "torch_memory_saver", "triton")
 # Where this rank is, which an engine of its own must not take for where it is itself.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "TORCH_NCCL_")
@@ -207,7 +209,7 @@ def check_sglang(*, on_cuda: bool) -> None:
     """Is there a SGLang that this adapter can drive?
 
     Raises:
-        UserError: it, or what it needs on CUDA, is not installed.
+        UserError: it, or what it needs on CUDA, is not installed; or the temporary folder is nowhere to meet.
     """
     needed = ("sglang", *_NEEDED_ON_CUDA) if on_cuda else ("sglang",)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -215,6 +217,11 @@ def check_sglang(*, on_cuda: bool) -> None:
         raise UserError(
             f"engine.kind=sglang needs the package {missing[0]}, which is not installed; run launch/setup.sh --with "
             "sglang"
+        )
+    if len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
+        raise UserError(
+            f"TMPDIR={tempfile.gettempdir()}: SGLang's processes have sockets there, whose paths cannot be that long; "
+            f"set it to a folder of at most {_LONGEST_TMPDIR} characters"
         )
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,15 @@ def test_a_missing_package_names_the_command_that_adds_it(on_cuda: bool, missing
 
 def test_what_is_needed_on_cuda_alone_is_not_asked_for_elsewhere() -> None:
     with mock.patch.object(importlib.util, "find_spec", side_effect=lambda name: {"sglang": 1}.get(name)):
+        check_sglang(on_cuda=False)
+
+
+def test_a_temporary_folder_whose_sockets_would_have_too_long_paths_is_refused() -> None:
+    with (
+        mock.patch.object(importlib.util, "find_spec", return_value=object()),
+        mock.patch.object(tempfile, "gettempdir", return_value="/" + "x" * 70),
+        pytest.raises(UserError, match=r"TMPDIR=/x+: .* sockets there.* at most 70 characters"),
+    ):
         check_sglang(on_cuda=False)
 
 
