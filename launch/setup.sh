@@ -189,7 +189,7 @@ say "grpo_mega itself"
 pip_install --no-deps --no-build-isolation -e "$root" || failed "installing grpo_mega"
 say "checking that the packages can be imported"
 modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch"
-if [[ $kind == cuda-sglang ]]; then modules+=" sglang torch_memory_saver"; else modules+=" vllm.entrypoints.llm"; fi
+if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.entrypoints.llm"; fi
 [[ $kind != cpu ]] || modules+=" vllm.v1.worker.cpu_worker"
 # Besides proving the installation this compiles, once and not in every rank of every job, what a job imports: also where
 # the environment says not to (PYTHONDONTWRITEBYTECODE; these imports then take every rank 22 s of a core, not 10).

@@ -340,6 +340,31 @@ def test_the_stand_ins_are_in_sglangs_processes_alone(engine: EngineRanks) -> No
     assert engine.call(seen_by_the_rank) == [[]]
 
 
+def sleeps_as_on_cuda(session: RankSession, folder: Path) -> bool:
+    """There SGLang's weights are gone; only what a rank makes of that can be looked at here."""
+    engine = session.engine
+    push(session, folder, 3)
+    before = engine.generate(PROMPTS, SAMPLING)
+    with mock.patch.object(engine, "_on_cuda", True):
+        engine.sleep()
+        engine.wake("weights")
+        engine.wake("kv_cache")
+        with pytest.raises(RuntimeError, match="before the weights are complete"):
+            engine.generate(PROMPTS, SAMPLING)
+        engine.sleep()
+        engine.wake("weights")
+        push(session, folder, 3)
+        engine.wake("kv_cache")
+    return bool(engine.generate(PROMPTS, SAMPLING) == before)
+
+
+@ONLY_SGLANG
+def test_an_engine_whose_weights_were_released_refuses_to_sample_before_a_sync(
+    engine: EngineRanks, models: dict[str, Path]
+) -> None:
+    assert engine.call(sleeps_as_on_cuda, models["qwen3"]) == [True]
+
+
 def buffer_that_changes(session: RankSession, folder: Path) -> list[str]:
     """What does not read as sent, after a bit of a whole update was changed between its writes and its end."""
     from safetensors.torch import load_file

@@ -151,7 +151,7 @@ def sleeps(session: RankSession, folder: Path) -> dict[str, Any]:
         free.append(torch.cuda.mem_get_info()[0])
         engine.wake("weights")
         engine.wake("kv_cache")
-        with pytest.raises(RuntimeError, match="before the first sync"):
+        with pytest.raises(RuntimeError, match="before the weights are complete"):
             engine.generate(PROMPTS, SAMPLING)  # what came back is not what was released
         engine.sleep()
         engine.wake("weights")

@@ -231,13 +231,13 @@ def test_a_door_that_stalls_is_an_error_within_the_limit_and_its_late_answer_is_
 def behind_the_door(folder: str, connection: Connection) -> None:
     model = Toy()
     record = recorded(model)
-    connection.send((opened(model, record, Path(folder), lambda: None), record))
+    connection.send((opened(model, record, Path(folder), lambda: os._exit(3)), record))
     connection.recv()
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[tuple[Any, DoorAddress, LoaderRecord]]:
-    """A door in a process of its own."""
+    """A door in a process of its own, which ends when it is asked for digests."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=behind_the_door, args=(str(tmp_path), theirs), daemon=True)
@@ -266,6 +266,17 @@ def test_a_scheduler_that_dies_during_an_update_is_an_error_that_names_both_and_
             sink.end_update(1)
     assert sink.updating
     assert sink.policy_version == -1
+    link.close()
+
+
+def test_a_scheduler_that_dies_before_its_answer_is_an_error_that_names_both(
+    elsewhere: tuple[Any, DoorAddress, LoaderRecord],
+) -> None:
+    _, address, record = elsewhere
+    link = DoorLink(address, Staging(96, torch.device("cpu")), 3, 20.0)
+    sink = SglangSink(None, (link, record), SHAPES)
+    with pytest.raises(DoorError, match=r"process \d+\) has ended while rank 3 waited for digests"):
+        sink.digests([TensorSlice("key", (0, 0), (2, 6))])
     link.close()
 
 
