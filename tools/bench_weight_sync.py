@@ -36,8 +36,9 @@ from grpo_mega.parallel.world import job_world
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.boxes import Holdings, WireTensor, as_slice, holdings, join
 from grpo_mega.weight_sync.connect import TransportKind, make_transports, transport_kinds
-from grpo_mega.weight_sync.execute import Execution, rank_plan
+from grpo_mega.weight_sync.execute import Execution
 from grpo_mega.weight_sync.plan import make_plan
+from grpo_mega.weight_sync.rank_plan import rank_plan
 
 WORLD, TP, PP = 4, 2, 2
 HIDDEN, FFN, VOCAB = 2048, 8192, 32000

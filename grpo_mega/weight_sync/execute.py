@@ -3,7 +3,8 @@
 While bucket n is on its way, bucket n + 1 is packed; then n is written into the engine. Each message begins with a
 header (plan, version, bucket, bytes), so that a bucket that comes twice, late or not at all is noticed before its bytes
 are written. To a rank that can read this one's memory a message says where the bytes are instead: they are copied once,
-from the policy's parameters to the engine's, and stay as they are until all turns are over.
+from the policy's parameters to the engine's, and stay as they are until all turns are over. Gloo reads and fills large
+pieces there, too; so one in the wrong place is noticed after it was written, and before anything is sampled from it.
 What goes wrong on one rank is kept until all turns are over: the others must not be left waiting.
 Asserted by tests/parallel/test_sync_ranks.py, with injected faults.
 """
@@ -12,92 +13,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, WeightSink
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.plan import LOCAL, Plan
+from grpo_mega.weight_sync.rank_plan import HEADER_BYTES, Piece, RankPlan
 from grpo_mega.weight_sync.remote_memory import PLACE_BYTES, Neighbours, Runs, fits, put_places, take_places
-from grpo_mega.weight_sync.transport import ALIGNMENT, Message, Transport, TransportError, Turn, aligned
+from grpo_mega.weight_sync.transport import Message, Transport, TransportError, Turn
 
-HEADER_BYTES = 2 * ALIGNMENT  # five words of 64 bits, the last says which of these follow
-_BYTES, _PLACES = 0, 1
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One transfer as a rank sees it: where in its message the bytes are."""
-
-    hf: TensorSlice
-    dtype: torch.dtype
-    start: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """`turns`: what goes over one kind of link in each bucket; `pieces` of each message by (bucket, src, dst)."""
-
-    rank: int
-    local: Sequence[tuple[TensorSlice, torch.dtype]]
-    turns: dict[str, list[Turn]]
-    pieces: dict[tuple[int, int, int], list[Piece]]
-
-
-def rank_plan(plan: Plan, rank: int, dtypes: dict[str, torch.dtype], kinds: dict[str, str]) -> RankPlan:
-    """The part of `rank`.
-
-    Args:
-        plan: the whole plan.
-        rank: whose part.
-        dtypes: of each tensor as it travels.
-        kinds: link -> name of the transport that serves it.
-    """
-    pieces: dict[tuple[int, int, int], list[Piece]] = defaultdict(list)
-    local = []
-    mine, piece_of = plan.pieces_of(np.flatnonzero((plan.src == rank) | (plan.dst == rank)))
-    # Larger elements first: every piece of a message is aligned to its own elements.
-    names = list(plan.tensors)
-    itemsizes = np.asarray([plan.tensors[name].itemsize for name in names])
-    order = np.lexsort((piece_of, -itemsizes[plan.pieces.tensors[piece_of]]))
-    for t, piece in zip(mine[order].tolist(), piece_of[order].tolist(), strict=True):
-        hf = plan.slice_of(piece)
-        bucket, src, dst = int(plan.bucket[t]), int(plan.src[t]), int(plan.dst[t])
-        if bucket == LOCAL:
-            local.append((hf, dtypes[hf.name]))
-            continue
-        message = pieces[bucket, src, dst]
-        start = message[-1].start + message[-1].num_bytes if message else HEADER_BYTES
-        message.append(Piece(hf, dtypes[hf.name], start, int(plan.piece_bytes[piece])))
-    return RankPlan(rank, local, _turns(plan, rank, kinds), dict(pieces))
-
-
-def _turns(plan: Plan, rank: int, kinds: dict[str, str]) -> dict[str, list[Turn]]:
-    """Messages of every bucket, with their places in the senders' buffers."""
-    travels = np.flatnonzero(plan.bucket != LOCAL)
-    keys = np.column_stack([plan.bucket[travels], plan.src[travels], plan.dst[travels]])
-    groups, inverse = np.unique(keys, axis=0, return_inverse=True)
-    sizes = np.bincount(inverse.ravel(), plan.transfer_bytes[travels], len(groups)).astype(np.int64)
-    starts: dict[tuple[str, int, int], int] = defaultdict(int)
-    sends: dict[tuple[str, int], list[Message]] = defaultdict(list)
-    receives: dict[tuple[str, int], list[Message]] = defaultdict(list)
-    for (bucket, src, dst), size in zip(groups.tolist(), sizes.tolist(), strict=True):
-        kind = kinds["same_node" if plan.nodes[src] == plan.nodes[dst] else "across_nodes"]
-        num_bytes = HEADER_BYTES + size
-        start = starts[kind, bucket, src]
-        starts[kind, bucket, src] += aligned(num_bytes)
-        if src == rank:
-            sends[kind, bucket].append(Message(dst, start, num_bytes))
-        if dst == rank:
-            receives[kind, bucket].append(Message(src, start, num_bytes))
-    return {
-        kind: [Turn(n, sends.get((kind, n), []), receives.get((kind, n), [])) for n in range(plan.num_buckets)]
-        for kind in sorted(set(kinds.values()))
-    }
+_BYTES, _PLACES = 0, 1  # what follows a header, by its last word
 
 
 class Execution:
@@ -111,6 +37,7 @@ class Execution:
         self.buffer_bytes = buffer_bytes
         self._plan_word = int(plan_hash, 16) - (1 << 63)
         self._faults: list[str] = []
+        self._in_place: set[tuple[int, int, int]] = set()
 
     def run(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
         """Every rank calls it together. Returns what went wrong on this rank.
@@ -119,6 +46,7 @@ class Execution:
             TransportError: bytes did not come or go in time.
         """
         self._faults = []
+        self._in_place.clear()
         by_tensor: dict[str, list[HeldSlice]] = defaultdict(list)
         for held in shards:
             by_tensor[held.hf.name].append(held)
@@ -147,8 +75,20 @@ class Execution:
                 put_places(part[HEADER_BYTES:], places)
                 continue
             for piece in pieces:
-                self._bytes_of(part, piece).copy_(view_of(by_tensor, piece.hf))
+                memory = holder_of(by_tensor, piece.hf).memory_of(piece.hf) if message.large else None
+                memory = memory if memory is not None and memory.dtype == piece.dtype else None
+                if memory is None or not transport.lend(turn, message, piece.start, memory, sends=True):
+                    self._bytes_of(part, piece).copy_(view_of(by_tensor, piece.hf))
+        self._lend_engine(transport, turn)
         transport.start(turn)
+
+    def _lend_engine(self, transport: Transport, turn: Turn) -> None:
+        """Its memory, for what is large."""
+        for message in turn.receives:
+            for piece in self._mine.pieces[turn.number, message.peer, self._mine.rank] if message.large else ():
+                memory = self._memory_of(piece)
+                if memory is not None and transport.lend(turn, message, piece.start, memory, sends=False):
+                    self._in_place.add((turn.number, message.peer, piece.start))
 
     def _take_over(self, kind: str, turn: Turn, version: int) -> None:
         transport = self._transports[kind]
@@ -167,7 +107,8 @@ class Execution:
                     self._fetch(transport, message.peer, piece, place)
             else:
                 for piece in pieces:
-                    self._write(piece.hf, self._bytes_of(part, piece))
+                    if (turn.number, message.peer, piece.start) not in self._in_place:
+                        self._write(piece.hf, self._bytes_of(part, piece))
         transport.finish(turn)
 
     def _fetch(self, transport: Transport, peer: int, piece: Piece, theirs: Runs) -> None:

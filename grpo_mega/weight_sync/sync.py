@@ -27,8 +27,9 @@ from grpo_mega.parallel.world import World, job_world
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.agree import Attendance, Ends, agree_on_ends
 from grpo_mega.weight_sync.connect import TransportKind, make_transports, node_numbers, transport_kinds
-from grpo_mega.weight_sync.execute import Execution, rank_plan
+from grpo_mega.weight_sync.execute import Execution
 from grpo_mega.weight_sync.plan import Plan, make_plan
+from grpo_mega.weight_sync.rank_plan import rank_plan
 from grpo_mega.weight_sync.transport import TransportError
 from grpo_mega.weight_sync.verify import (
     PieceDigests,

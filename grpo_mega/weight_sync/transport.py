@@ -9,7 +9,7 @@ used again two turns later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,11 +26,25 @@ ALIGNMENT = 32  # bytes; of a message in a buffer, and the size of its header
 
 @dataclass(frozen=True)
 class Message:
-    """`num_bytes` of one bucket between this rank and `peer`, at byte `start` of the sender's send buffer."""
+    """`num_bytes` of one bucket between this rank and `peer`, at byte `start` of the sender's send buffer.
+
+    `large`: (start in the message, bytes) of what may be lent (`Transport.lend`); the same at both ends.
+    """
 
     peer: int
     start: int
     num_bytes: int
+    large: tuple[tuple[int, int], ...] = ()
+
+    def parts(self) -> Iterator[tuple[int, int]]:
+        """(start, bytes) of all that is sent for itself, in order: what is large, and what lies between."""
+        at = 0
+        for start, num_bytes in (*self.large, (self.num_bytes, 0)):
+            if start > at:
+                yield at, start - at
+            if num_bytes:
+                yield start, num_bytes
+            at = start + num_bytes
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,11 @@ class Transport(Protocol):
         """[send_bytes] uint8 to be filled; waits until the turn before last has left it."""
         ...
 
+    def lend(self, turn: Turn, message: Message, start: int, memory: Tensor, *, sends: bool) -> bool:
+        """Before `start`: the bytes from `start` of a message are sent out of this memory, or received into it, and not
+        copied through the buffer. False: this transport has no use for it."""
+        ...
+
     def start(self, turn: Turn) -> None: ...
 
     def incoming(self, turn: Turn, message: Message) -> Tensor:
@@ -102,11 +121,18 @@ class GroupTransport:
         """`starts[n]`: where its part of the buffer begins in turn n; its sends come first, then what it receives."""
         self._buffers, self._starts = buffers, starts
         self._group, self._timeout, self._rank = group, timeout, group.rank()
-        self._waits: dict[tuple[int, int, bool], Any] = {}
+        self._waits: dict[tuple[int, int, bool], list[Any]] = {}
         self._places: dict[tuple[int, int], Tensor] = {}
+        self._lent: dict[tuple[int, int, bool, int], Tensor] = {}
 
     def outgoing(self, turn: Turn) -> Tensor:
         return self._part(turn)[: turn.send_bytes]
+
+    def lend(self, turn: Turn, message: Message, start: int, memory: Tensor, *, sends: bool) -> bool:
+        lends = memory.device.type == "cpu" and memory.is_contiguous() and any(start == at for at, _ in message.large)
+        if lends:
+            self._lent[turn.number, message.peer, sends, start] = memory.view(-1).view(torch.uint8)
+        return lends
 
     def start(self, turn: Turn) -> None:
         if not turn.sends and not turn.receives:
@@ -115,16 +141,25 @@ class GroupTransport:
         operations: list[Callable[[], Any]] = []
         keys = []
         for message in turn.sends:
-            part = buffer[message.start : message.start + message.num_bytes]
-            operations.append(partial(dist.isend, part, group=self._group, tag=turn.number, group_dst=message.peer))
-            keys.append((turn.number, message.peer, True))
+            place = buffer[message.start : message.start + message.num_bytes]
+            for part in self._parts(turn, message, place, sends=True):
+                operations.append(partial(dist.isend, part, group=self._group, tag=turn.number, group_dst=message.peer))
+                keys.append((turn.number, message.peer, True))
         for message in turn.receives:
-            part = buffer[at : at + message.num_bytes]
-            self._places[turn.number, message.peer] = part
-            operations.append(partial(dist.irecv, part, group=self._group, tag=turn.number, group_src=message.peer))
-            keys.append((turn.number, message.peer, False))
+            place = buffer[at : at + message.num_bytes]
+            self._places[turn.number, message.peer] = place
+            for part in self._parts(turn, message, place, sends=False):
+                operations.append(partial(dist.irecv, part, group=self._group, tag=turn.number, group_src=message.peer))
+                keys.append((turn.number, message.peer, False))
             at += aligned(message.num_bytes)
-        self._waits.update(zip(keys, self._started(operations, buffer.device), strict=True))
+        for key, work in zip(keys, self._started(operations, buffer.device), strict=True):
+            self._waits.setdefault(key, []).append(work)
+
+    def _parts(self, turn: Turn, message: Message, place: Tensor, *, sends: bool) -> Iterator[Tensor]:
+        """What is lent, and of the buffer the rest; both ends cut a message alike."""
+        for start, num_bytes in message.parts():
+            lent = self._lent.pop((turn.number, message.peer, sends, start), None)
+            yield place[start : start + num_bytes] if lent is None else lent
 
     def _started(self, operations: Sequence[Callable[[], Any]], device: torch.device) -> list[Any]:
         if device.type == "cpu":
@@ -149,7 +184,8 @@ class GroupTransport:
 
     def _wait(self, turn: Turn, message: Message, *, sends: bool) -> None:
         try:
-            self._waits.pop((turn.number, message.peer, sends)).wait(timedelta(seconds=self._timeout))
+            for work in self._waits.pop((turn.number, message.peer, sends)):
+                work.wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
             why = failed_wait(turn, message, self._rank, sends, self._timeout, str(error))
             raise TransportError(why, message.peer) from error

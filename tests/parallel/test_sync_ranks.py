@@ -18,9 +18,10 @@ from torch import Tensor
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync import connect
+from grpo_mega.weight_sync import connect, remote_memory
 from grpo_mega.weight_sync.connect import TransportKind
 from grpo_mega.weight_sync.execute import Execution
+from grpo_mega.weight_sync.remote_memory import Runs
 from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
 from grpo_mega.weight_sync.transport import Message, Turn
@@ -46,6 +47,7 @@ def open_sync(
     transport: TransportKind = "shared_memory",
     seconds: float = 30.0,
     machines: int = 1,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[MemorySource, Any, WeightSync]:
     """Both ends of this rank and the sync between them; the machine counts as several."""
     axes, layout = layouts
@@ -69,14 +71,16 @@ def open_sync(
             source_group=everyone,
             replicas=replicas,
             replica_group=groups[rank // size],
-            settings=SyncSettings(BUCKET_BYTES, seconds, transport),
+            settings=SyncSettings(bucket_bytes, seconds, transport),
             where=f"place {rank}",
         )
     return source, sink, sync
 
 
-def follow(rank: int, layouts: Layouts, transport: TransportKind, machines: int) -> dict[str, Any]:
-    source, sink, sync = open_sync(rank, None, layouts, transport, machines=machines)
+def follow(
+    rank: int, layouts: Layouts, transport: TransportKind, machines: int, bucket_bytes: int = BUCKET_BYTES
+) -> dict[str, Any]:
+    source, sink, sync = open_sync(rank, None, layouts, transport, machines=machines, bucket_bytes=bucket_bytes)
     reports: list[SyncReport] = []
     wrong: list[str] = []
     for version in (1, 2):
@@ -93,6 +97,7 @@ def follow(rank: int, layouts: Layouts, transport: TransportKind, machines: int)
         "buffers": sync.execution.buffer_bytes,
         "links": sync.plan.bytes_by_link(),
         "turns": sync.plan.num_buckets,
+        "in_place": len(sync.execution._in_place),
         "mapped": [line for line in Path("/proc/self/maps").read_text().splitlines() if "/grpo_mega_" in line],
     }
 
@@ -122,6 +127,40 @@ def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memor
         else:
             assert seen["turns"] > 3
             assert (seen["links"]["across_nodes"] > 0) == (machines > 1)
+
+
+def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
+    """What is wrong, and how often this rank read another's memory; a container may forbid it to rank 2."""
+    forbidden = rank == 2 and not allowed
+    real, count = remote_memory.read_runs, 0
+
+    def read_runs(process: int, theirs: Runs, ours: Runs) -> None:
+        nonlocal count
+        if forbidden:
+            raise PermissionError("forbidden by this test")
+        count += 1
+        real(process, theirs, ours)
+
+    with mock.patch.object(remote_memory, "read_runs", read_runs):
+        seen = follow(rank, TP2PP2, "shared_memory", 1)
+    return seen["wrong"], count
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_ranks_that_may_read_each_others_memory_do_and_the_others_get_the_same_bytes(
+    rank_pool: RankPool, allowed: bool
+) -> None:
+    wrong, counts = zip(*rank_pool.call(WORLD, follow_counting_reads, allowed), strict=True)
+    assert list(wrong) == [[]] * WORLD
+    probes = WORLD - 1
+    assert all(count > probes + 20 for rank, count in enumerate(counts) if allowed or rank != 2), counts
+    assert allowed or counts[2] == 0
+
+
+def test_gloo_sends_large_pieces_out_of_the_policys_memory_into_the_engines(rank_pool: RankPool) -> None:
+    for seen in rank_pool.call(WORLD, follow, TP2PP2, "gloo", 1, 1 << 22):
+        assert seen["wrong"] == []
+        assert seen["in_place"] > 0
 
 
 # Faults: each is done by one rank.
