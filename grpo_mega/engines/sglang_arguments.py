@@ -42,7 +42,10 @@ _NEEDED_ON_CUDA = ("sgl_kernel", "torch_memory_saver", "triton")
 # Where this rank is, which an engine of its own must not take for where it is itself.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "TORCH_NCCL_")
 _OF_CPU = ("SGLANG_USE_CPU_ENGINE", "SGLANG_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE")
-_OF_POLICY = ("CUDA_DEVICE_MAX_CONNECTIONS",)  # one queue is Megatron's wish
+_ON_CUDA = {
+    "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "0",  # see above
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # stages of the policy leave different amounts of their GPUs free
+}
 
 
 @dataclass(frozen=True)
@@ -180,13 +183,13 @@ def process_environment(
         tp: of its ranks.
         gpus: of its ranks, in their order, as CUDA_VISIBLE_DEVICES names them; None without CUDA.
     """
-    left_out = _OF_RANKS if gpus is None else (*_OF_RANKS, *_OF_CPU, *_OF_POLICY)
+    left_out = _OF_RANKS if gpus is None else (*_OF_RANKS, *_OF_CPU)
     kept = {key: value for key, value in present.items() if not key.startswith(left_out)}
     root = str(Path(grpo_mega.__file__).parents[1])
     machine = (
         {**ENVIRONMENT, "SGLANG_CPU_OMP_THREADS_BIND": threads_of(tp)}
         if gpus is None
-        else {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "0"}
+        else {**_ON_CUDA, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     )
     return {
         **kept,
