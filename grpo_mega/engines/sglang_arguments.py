@@ -2,13 +2,13 @@
 
 What differs on CUDA, of SGLang 0.5.23 (paths inside sglang/srt; read, not run: nothing here has been run on a GPU):
 - `enable_memory_saver`: weights and KV cache lie in memory of torch_memory_saver, which `release` gives back and
-  `resume` takes again at the same addresses (managers/scheduler_components/weight_updater.py:340-410), so CUDA graphs
+  `resume` takes again at the same addresses (managers/scheduler_components/weight_updater.py:337-420), so CUDA graphs
   stay valid. What was released comes back undefined: buffers are put back by SGLang (there, 478), parameters by the
   next sync.
 - The MoE runner is `triton`, the one that reads experts as they are loaded: flashinfer_trtllm packs them into blocks
-  (layers/quantization/unquant.py:976, the default of some models on Blackwell: arg_groups/overrides.py:812), and
+  (layers/quantization/unquant.py:976, the default of some models on Blackwell: arg_groups/overrides.py:823), and
   SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED (there, 936) would mix the rows of gate and up. Linears, embeddings and heads in
-  bf16 have no step after loading on CUDA (there, 551); should one rewrite a parameter after all, the digests of the
+  bf16 have no step after loading on CUDA (there, 568); should one rewrite a parameter after all, the digests of the
   first sync differ, and one that is put elsewhere is named.
 - Attention is SGLang's choice for the GPU; it has no weights of its own.
 - The KV cache is `kv_cache_tokens`, else what the share of the device that vLLM gets leaves beside the weights.
@@ -16,7 +16,7 @@ What differs on CUDA, of SGLang 0.5.23 (paths inside sglang/srt; read, not run: 
 Same seed, same tokens: tokens are drawn from the generators that each call seeds (sampling_backend pytorch), and all
 requests of a call arrive together, so that the same requests share the same steps. SGLang promises equal results only
 for equal steps: not across releases, GPUs, engine.tp, or other batches of the same prompts (that is its
-enable_deterministic_inference, which fixes its kernels' order of sums for a third of the speed; it is off).
+enable_deterministic_inference, which fixes the order of its kernels' sums at the price of speed; it is off).
 Asserted by tests/unit/test_sglang_engine.py.
 """
 
@@ -139,7 +139,7 @@ def _on_cuda(settings: SglangSettings, memory: GpuMemory) -> dict[str, Any]:
 
 
 def static_fraction(memory: GpuMemory) -> float:
-    """mem_fraction_static: SGLang takes it of what is free at its start (mem_cache/kv_cache_configurator.py:2990), here
+    """mem_fraction_static: SGLang takes it of what is free at its start (mem_cache/kv_cache_configurator.py:3007), here
     it is a share of the device, as the planner and vLLM understand it.
 
     Raises:
