@@ -3,12 +3,12 @@
 What differs on CUDA, of SGLang 0.5.23 (paths inside sglang/srt; read, not run: nothing here has been run on a GPU):
 - `enable_memory_saver`: weights and KV cache lie in memory of torch_memory_saver, which `release` gives back and
   `resume` takes again at the same addresses (managers/scheduler_components/weight_updater.py:337-420), so CUDA graphs
-  stay valid. What was released comes back undefined: buffers are put back by SGLang (there, 478), parameters by the
+  stay valid. What was released comes back undefined: buffers are put back by SGLang (there, :478), parameters by the
   next sync.
 - The MoE runner is `triton`, the one that reads experts as they are loaded: flashinfer_trtllm packs them into blocks
   (layers/quantization/unquant.py:976, the default of some models on Blackwell: arg_groups/overrides.py:823), and
-  SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED (there, 936) would mix the rows of gate and up. Linears, embeddings and heads in
-  bf16 have no step after loading on CUDA (there, 568); should one rewrite a parameter after all, the digests of the
+  SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED (unquant.py:936) would mix the rows of gate and up. Linears, embeddings and heads
+  in bf16 have no step after loading on CUDA (unquant.py:568); should one rewrite a parameter after all, the digests of the
   first sync differ, and one that is put elsewhere is named.
 - Attention is SGLang's choice for the GPU; it has no weights of its own.
 - The KV cache is `kv_cache_tokens`, else what the share of the device that vLLM gets leaves beside the weights.
