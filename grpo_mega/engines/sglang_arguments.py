@@ -8,8 +8,8 @@ What differs on CUDA, of SGLang 0.5.23 (paths inside sglang/srt; read, not run: 
 - The MoE runner is `triton`, the one that reads experts as they are loaded: flashinfer_trtllm packs them into blocks
   (layers/quantization/unquant.py:976, the default of some models on Blackwell: arg_groups/overrides.py:823), and
   SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED (unquant.py:936) would mix the rows of gate and up. Linears, embeddings and heads
-  in bf16 have no step after loading on CUDA (unquant.py:568); should one rewrite a parameter after all, the digests of the
-  first sync differ, and one that is put elsewhere is named.
+  in bf16 have no step after loading on CUDA (unquant.py:568); should one rewrite a parameter after all, the digests
+  of the first sync differ, and one that is put elsewhere is named.
 - Attention is SGLang's choice for the GPU; it has no weights of its own.
 - The KV cache is `kv_cache_tokens`, else what the share of the device that vLLM gets leaves beside the weights.
 
