@@ -68,3 +68,12 @@ def not_divided(_: int) -> str:
 def test_a_world_that_is_no_multiple_of_engine_tp_is_refused(rank_pool: RankPool) -> None:
     message = "engine.tp=2 does not divide the 3 ranks of the job; use a divisor"
     assert rank_pool.call(3, not_divided) == [message] * 3
+
+
+def gathered(rank: int, tp: int) -> list[str]:
+    return EngineRanks(tp, 60.0).gather(f"of {rank}")
+
+
+def test_ranks_of_an_engine_and_only_they_know_of_each_other(rank_pool: RankPool) -> None:
+    assert rank_pool.call(4, gathered, 2) == [["of 0", "of 1"]] * 2 + [["of 2", "of 3"]] * 2
+    assert rank_pool.call(2, gathered, 1) == [["of 0"], ["of 1"]]
