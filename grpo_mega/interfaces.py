@@ -171,8 +171,8 @@ class WeightSink(Protocol):
         """Rebuild what is derived from the written weights, drop caches that depend on them, adopt the version."""
         ...
 
-    def digest(self, hf: TensorSlice) -> int:
-        """`convert.digest.slice_digest` of that part of a region, remade from what the kernels read."""
+    def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
+        """`convert.digest.slice_digest` of these parts of regions, remade from what the kernels read."""
         ...
 
     def probe(self) -> dict[str, str]:

@@ -16,6 +16,8 @@ from grpo_mega.types import UserError
 # Families that SGLang was compared with transformers in (docs/measurements/weight_sync.md); vLLM was in all.
 SGLANG_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
 
+_DRIVER = Path("/proc/driver/nvidia/gpus")  # there where CUDA is
+
 # vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
 _ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 
@@ -45,7 +47,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     if with_engine:
-        check_engine_fp8(spec, config, where, latent_split=not Path("/proc/driver/nvidia/gpus").is_dir())
+        check_engine_fp8(spec, config, where, latent_split=not _DRIVER.is_dir())
     longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
     if longest > spec.max_positions:
         raise UserError(
@@ -64,7 +66,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
 
 def _check_host_optimizer(config: Config) -> None:
     """Raises UserError: there is no device that the host could relieve."""
-    if config.optimizer.host_fraction > 0 and not Path("/proc/driver/nvidia/gpus").is_dir():
+    if config.optimizer.host_fraction > 0 and not _DRIVER.is_dir():
         raise UserError(
             f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none; "
             "leave it out"
@@ -103,7 +105,7 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
 
 def _check_fp8(config: Config) -> None:
     """Raises UserError: there is no device that has FP8."""
-    if config.precision.fp8 is not None and not Path("/proc/driver/nvidia/gpus").is_dir():
+    if config.precision.fp8 is not None and not _DRIVER.is_dir():
         raise UserError(
             f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none; leave "
             "precision.fp8 out"
@@ -114,7 +116,7 @@ def _check_fp8_engine(config: Config) -> None:
     """Raises UserError: there is no device on which vLLM computes with FP8 blocks. Servers look at their own."""
     if config.engine.placement == "server":
         return
-    if config.engine.fp8 is not None and not Path("/proc/driver/nvidia/gpus").is_dir():
+    if config.engine.fp8 is not None and not _DRIVER.is_dir():
         raise UserError(
             f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none; leave engine.fp8 out"
         )
@@ -175,8 +177,8 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
 
 
 def _check_sync(spec: ModelSpec, config: Config) -> None:
-    if config.engine.kind == "sglang" and Path("/proc/driver/nvidia/gpus").is_dir():
-        raise UserError("engine.kind=sglang runs on machines without CUDA so far; use engine.kind=vllm")
+    if config.engine.kind == "sglang":
+        _check_sglang_here(config)
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
@@ -210,6 +212,20 @@ def _check_servers(config: Config) -> None:
     urls = config.engine.urls if config.engine.placement == "server" else ()
     for i, url in enumerate(urls):
         require_token(Address.parse(url, f"engine.urls[{i}]").host, read_token(), f"engine.urls[{i}]={url}")
+
+
+def _check_sglang_here(config: Config) -> None:
+    """Raises UserError: SGLang computes otherwise on this machine."""
+    if config.engine.ep > 1 and not _DRIVER.is_dir():
+        raise UserError(
+            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
+            "engine.ep=1"
+        )
+    if config.precision.dtype == "fp32" and _DRIVER.is_dir():
+        raise UserError(
+            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits; use "
+            "precision.dtype=bf16, or engine.kind=vllm"
+        )
 
 
 def _check_sglang(spec: ModelSpec, folder: Path) -> None:

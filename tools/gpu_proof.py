@@ -1,6 +1,6 @@
 """What has to be measured on a GPU, in one command on a machine with one; no network is needed.
 
-    python tools/gpu_proof.py [--parts bf16,fp8,engine,engine_fp8] [--size small|1b] [--gpu h100-80g]
+    python tools/gpu_proof.py [--parts bf16,fp8,engine,engine_fp8|engine_sglang] [--size small|1b] [--gpu h100-80g]
                               [--out gpu-proof] [--json]
 
   bf16     Megatron's step: seconds, MFU, peak memory against the planner's, offload and what it leaves behind, NCCL
@@ -8,6 +8,8 @@
   engine   vLLM: sleep and wake and what they leave behind, the sync's GB/s against a device-to-device copy, the
            mismatch of its log-probs with the policy's
   engine_fp8  the same with weights that the engine holds in FP8, and how far these are from the policy's
+  engine_sglang  as `engine`, with SGLang: only where it is named, in an environment of its own (launch/setup.sh --with
+           sglang)
 
 Each part is a process of its own and writes OUT/gpu_PART.json, with the machine, the versions and the command: a
 missing package or a failure in one leaves the others whole. The files belong into docs/measurements/.
@@ -32,7 +34,8 @@ from grpo_mega.parallel.ports import free_port
 from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.types import UserError
 
-PARTS = ("bf16", "fp8", "engine", "engine_fp8")
+PARTS = ("bf16", "fp8", "engine", "engine_fp8", "engine_sglang")
+UNLESS_NAMED = PARTS[:4]  # a CUDA environment has one engine
 PROGRAM = "tools.proof.run"
 SIZES = ("small", "1b")
 LIMIT_SECONDS = 1800.0
@@ -42,7 +45,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="names, separated by commas")
+    parser.add_argument("--parts", default=",".join(UNLESS_NAMED), help="names, separated by commas")
     parser.add_argument("--size", choices=SIZES, default="1b", help="of the random model")
     parser.add_argument("--gpu", default="h100-80g", help="as tools/plan.py calls it: its peak speed and its memory")
     parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="folder of the JSON files")

@@ -169,17 +169,10 @@ def _engine_divides(config: Config) -> None:
 
 
 def _sglang(config: Config) -> None:
-    if config.engine.kind != "sglang":
-        return
-    if config.engine.dp > 1:
+    if config.engine.kind == "sglang" and config.engine.dp > 1:
         raise UserError(
-            f"engine.dp={config.engine.dp} with engine.kind=sglang, whose copies would share no experts without CUDA; "
-            "use engine.dp=1: every engine.tp ranks are a replica"
-        )
-    if config.engine.ep > 1:
-        raise UserError(
-            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
-            "engine.ep=1"
+            f"engine.dp={config.engine.dp} with engine.kind=sglang, whose copies of the attention would share no "
+            "experts; use engine.dp=1: every engine.tp ranks are a replica"
         )
 
 

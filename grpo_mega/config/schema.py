@@ -105,8 +105,7 @@ class ParallelConfig(Section):
 
 class EngineConfig(Section):
     kind: Literal["vllm", "sglang"] = "vllm"
-    """vllm: in the processes of the ranks; sglang: beside them, on machines without CUDA (launch/setup.sh --with
-    sglang)."""
+    """vllm: in the processes of the ranks; sglang: beside them (launch/setup.sh --with sglang; on CUDA unproven)."""
     placement: Literal["colocated", "server"] = "colocated"
     """colocated: on the devices of the ranks, in turn with the policy; server: on others, started by launch/serve.sh;
     engine.kind=vllm."""
@@ -118,7 +117,8 @@ class EngineConfig(Section):
     """Copies of the attention in one replica, which share its experts and sample rollouts of their own; for models with
     experts, engine.kind=vllm. Replicas = world / (tp x dp), or the number of servers."""
     ep: int = Field(1, ge=1)
-    """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp x dp) or tp x dp."""
+    """Ranks that share the experts, each of them whole on one rank: 1 (experts are cut over tp x dp) or tp x dp; with
+    engine.kind=sglang on CUDA only."""
     fp8: Literal["scales_fp32", "scales_power_of_two", "own_loader"] | None = None
     """The engine holds its matrices as FP8 codes with a scale for each 128 x 128 block, made anew at every sync by the
     policy's ranks; own_loader: by the engine, of whole bf16 tensors (vllm, on GPUs that have FP8; unproven). Unset: in

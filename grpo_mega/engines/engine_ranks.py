@@ -31,6 +31,14 @@ class EngineRanks:
         self.beat_seconds = min(_MOST_BEAT_SECONDS, timeout_seconds / 4)
         self._source, self._group = rank - self.number, groups[rank // tp] if tp > 1 else None
 
+    def gather(self, value: Any) -> list[Any]:
+        """Of every rank of the engine, in their order."""
+        if self._group is None:
+            return [value]
+        told = [None] * self._group.size()
+        dist.all_gather_object(told, value, group=self._group)
+        return told
+
     def same(self, told: Iterator[Any]) -> Any:
         """The last value of the first rank's iterator, on all ranks."""
         last = None

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.server_engine import ServerEngine
 from grpo_mega.engines.serving import longest_rollout, serving_facts
-from grpo_mega.engines.sglang_engine import SglangEngine
+from grpo_mega.engines.sglang_engine import STAGING_BYTES, SglangEngine
 from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.interfaces import Engine
 
@@ -41,6 +41,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
             stops_at_texts=config.environment is not None,
             tell_experts=config.algorithm.routing_replay,
             timeout_seconds=config.guard.timeout_seconds,
+            staging_bytes=min(config.weight_sync.bucket_bytes, STAGING_BYTES),
             log=None if logs is None else logs / f"sglang_{dist.get_rank():05d}.log",
         )
     return make_vllm_engine(config, model_folder)

@@ -1,4 +1,4 @@
-"""The end of a weight sync that every engine shares: writes and digests of parts of regions, versions, updates.
+"""The end of a weight sync that every engine shares: slices that are refused or taken, versions, updates.
 
 Asserted by tests/engine/test_engine_contract.py.
 """
@@ -6,7 +6,7 @@ Asserted by tests/engine/test_engine_contract.py.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -16,21 +16,21 @@ from grpo_mega.interfaces import SinkRegion
 from grpo_mega.types import TensorSlice
 
 
-class RegionSink:
-    """`WeightSink` but for `load`; an engine says how it adopts them."""
+class SliceSink:
+    """`WeightSink` but for `load`, `digests` and `probe`; an engine says where slices go and how it adopts them."""
 
-    def __init__(self, regions: Regions, streams_because: str | None) -> None:
+    def __init__(self, regions: Sequence[SinkRegion], streams_because: str | None) -> None:
         """`streams_because`: why there are no regions."""
         self.streams_because = streams_because
-        self._regions = regions
+        self._layout = tuple(regions)
         self._by_tensor: dict[str, list[SinkRegion]] = defaultdict(list)
-        for region in regions.regions:
+        for region in self._layout:
             self._by_tensor[region.placement.hf.name].append(region)
         self.policy_version = -1
         self.updating = False
 
     def layout(self) -> Sequence[SinkRegion]:
-        return self._regions.regions
+        return self._layout
 
     def begin_update(self) -> None:
         self.updating = True
@@ -45,10 +45,53 @@ class RegionSink:
         self.require_update(hf)
         if tuple(values.shape) != hf.shape:
             raise ValueError(f"{hf}: got values of shape {list(values.shape)} for a slice of {list(hf.shape)}")
-        for region in self._around(hf):
+        regions = self._around(hf)
+        for region in regions:
             if values.dtype != region.dtype:
                 raise ValueError(f"{hf}: got values of {values.dtype} for a region of {region.dtype}")
-            self._regions.write(region, hf, values)
+        self._put(regions, hf, values)
+
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """None: everything is written.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
+        self.require_update(hf)
+        self._around(hf)
+        return None
+
+    def end_update(self, policy_version: int) -> None:
+        self._adopt(policy_version)
+        self.policy_version = policy_version
+        self.updating = False
+
+    def require_update(self, what: object) -> None:
+        """Raises RuntimeError: weights come outside of an update."""
+        if not self.updating:
+            raise RuntimeError(f"write of {what} outside of an update; call begin_update first")
+
+    def _put(self, regions: Sequence[SinkRegion], hf: TensorSlice, values: Tensor) -> None:
+        """Copy values that fit into every one of these regions, which are all that hold `hf`."""
+        raise NotImplementedError
+
+    def _adopt(self, policy_version: int) -> None:
+        """Have the engine compute from what was written, and forget what it computed before."""
+        raise NotImplementedError
+
+    def _around(self, hf: TensorSlice) -> list[SinkRegion]:
+        inside = [region for region in self._by_tensor[hf.name] if contains(region.placement.hf, hf)]
+        if not inside:
+            raise ValueError(f"{hf} is not inside a slice that this engine rank takes; its layout() lists them")
+        return inside
+
+
+class RegionSink(SliceSink):
+    """Over parameters of this process."""
+
+    def __init__(self, regions: Regions, streams_because: str | None) -> None:
+        super().__init__(regions.regions, streams_because)
+        self._regions = regions
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
         """Where `hf` lies, if it does so once and as it travels.
@@ -62,36 +105,26 @@ class RegionSink:
 
     def end_update(self, policy_version: int) -> None:
         self._regions.rebuild()
-        self._adopt(policy_version)
-        self.policy_version = policy_version
-        self.updating = False
+        super().end_update(policy_version)
 
-    def _adopt(self, policy_version: int) -> None:
-        """Have the engine compute from what was written, and forget what it computed before."""
-        raise NotImplementedError
-
-    def digest(self, hf: TensorSlice) -> int:
-        """Where several regions hold that part, their common digest; some other number if they differ.
+    def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
+        """Where several regions hold a part, their common digest; some other number if they differ.
 
         Raises:
-            ValueError: `hf` is not inside a region of the layout.
+            ValueError: one is not inside a region of the layout.
         """
-        first, *others = (slice_digest(self._regions.read(region, hf), hf) for region in self._around(hf))
-        return first if all(other == first for other in others) else wrap(first + 1)
+        return [self._digest(hf) for hf in slices]
 
     def probe(self) -> dict[str, str]:
         return self._regions.probe()
 
-    def require_update(self, what: object) -> None:
-        """Raises RuntimeError: weights come outside of an update."""
-        if not self.updating:
-            raise RuntimeError(f"write of {what} outside of an update; call begin_update first")
+    def _put(self, regions: Sequence[SinkRegion], hf: TensorSlice, values: Tensor) -> None:
+        for region in regions:
+            self._regions.write(region, hf, values)
 
-    def _around(self, hf: TensorSlice) -> Iterator[SinkRegion]:
-        inside = [region for region in self._by_tensor[hf.name] if contains(region.placement.hf, hf)]
-        if not inside:
-            raise ValueError(f"{hf} is not inside a slice that this engine rank takes; its layout() lists them")
-        yield from inside
+    def _digest(self, hf: TensorSlice) -> int:
+        first, *others = (slice_digest(self._regions.read(region, hf), hf) for region in self._around(hf))
+        return first if all(other == first for other in others) else wrap(first + 1)
 
 
 def contains(outer: TensorSlice, inner: TensorSlice) -> bool:

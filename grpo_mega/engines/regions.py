@@ -91,15 +91,15 @@ class Regions:
 
     def write(self, region: SinkRegion, hf: TensorSlice, values: Tensor) -> None:
         """Copy `values` into the part `hf` of a region."""
-        self._places[id(region)].write(_inside(region.placement.hf, hf), values)
+        self._places[id(region)].write(inside(region.placement.hf, hf), values)
 
     def memory_of(self, region: SinkRegion, hf: TensorSlice) -> Tensor | None:
         """Where the part `hf` of a region can be put, if it needs no `write`."""
-        return self._places[id(region)].memory_of(_inside(region.placement.hf, hf))
+        return self._places[id(region)].memory_of(inside(region.placement.hf, hf))
 
     def read(self, region: SinkRegion, hf: TensorSlice) -> Tensor:
         """The part `hf` of a region, as the kernels see it now."""
-        return self._places[id(region)].read(_inside(region.placement.hf, hf))
+        return self._places[id(region)].read(inside(region.placement.hf, hf))
 
     def rebuild(self) -> None:
         """Make what is derived of the present weights."""
@@ -119,5 +119,6 @@ def region_view(owner: Tensor, copy: RecordedCopy) -> Tensor:
     return owner.as_strided(copy.hf.shape, strides, start)
 
 
-def _inside(outer: TensorSlice, inner: TensorSlice) -> tuple[slice, ...]:
+def inside(outer: TensorSlice, inner: TensorSlice) -> tuple[slice, ...]:
+    """Where `inner` lies in values of `outer`, a slice of the same tensor."""
     return tuple(slice(i - o, i - o + n) for o, i, n in zip(outer.offsets, inner.offsets, inner.shape, strict=True))

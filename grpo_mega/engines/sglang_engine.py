@@ -4,39 +4,52 @@ The first of these ranks starts the engine's process (sglang_process.py) and spe
 came back, in parts, so that no rank waits longer than a beat for another. Rank t of them writes the weights of SGLang's
 rank t. All requests of a call enter SGLang in one message, behind the seed of its generators, so the same seed and
 prompts give the same tokens; the prefix cache is empty at the start of each call.
-Written for SGLang 0.5.23 without CUDA. Asserted by tests/engine/test_engine_contract.py.
+Written for SGLang 0.5.23. Without CUDA asserted by tests/engine/test_engine_contract.py; with it written, never run
+(tests/gpu/test_sglang_on_gpu.py).
 """
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.experts import narrowed
 from grpo_mega.engines.engine_ranks import EngineRanks
+from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
+from grpo_mega.engines.sglang_arguments import (
+    GpuMemory,
+    SglangSettings,
+    check_one_machine,
+    check_sglang,
+    engine_arguments,
+    visible_gpu,
+)
+from grpo_mega.engines.sglang_door import DoorLink
 from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang_process import SglangProcess
 from grpo_mega.engines.sglang_sink import SglangSink
-from grpo_mega.engines.sglang_worker import LOADER
+from grpo_mega.engines.sglang_worker import SharedModel
+from grpo_mega.engines.staging import Staging
 from grpo_mega.interfaces import WeightSink
+from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError
 
 logger = logging.getLogger(__name__)
 
 Resident = Literal["weights", "kv_cache"]
-_SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
-_PREFILL_TOKENS = 8192  # prompt tokens of one engine step
+STAGING_BYTES = 16 * 2**20  # beside the buckets of a sync; a larger one is not faster
 
 
 class SglangEngine:
@@ -49,15 +62,18 @@ class SglangEngine:
             proves them, and cannot sample.
         max_model_len: longest prompt plus completion, tokens.
         max_num_seqs: rollouts that a replica samples at the same time.
-        kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len`.
+        kv_cache_tokens: capacity of a replica's KV cache; None: `max_num_seqs` rollouts of `max_model_len` (on CUDA: a
+            share of the device).
         seed: of SGLang's own dummy weights.
         stops_at_texts: requests may have `stop`; SGLang reads the tokenizer then.
         tell_experts: be able to answer requests with `expert_choices`.
         timeout_seconds: of its answers to everything but sampling.
+        staging_bytes: of the buffer through which a rank writes into SGLang's memory.
         log: where its processes write; None: a temporary file.
 
     Raises:
-        UserError: SGLang is not installed, the machine has CUDA, or the model has no EOS token, or no experts to tell.
+        UserError: SGLang is not installed, it does not fit on the GPU, or the model has no EOS token, or no experts to
+            tell.
         RuntimeError: SGLang did not start (with the end of its log), on all ranks of the replica.
     """
 
@@ -75,11 +91,13 @@ class SglangEngine:
         stops_at_texts: bool = False,
         tell_experts: bool = False,
         timeout_seconds: float = 600.0,
+        staging_bytes: int = STAGING_BYTES,
         log: Path | None = None,
     ) -> None:
         from transformers import AutoTokenizer
 
-        check_sglang()
+        self._on_cuda = torch.cuda.is_available()
+        check_sglang(on_cuda=self._on_cuda)
         spec = read_spec(config_dir)
         if tell_experts and spec.moe is None:
             raise UserError(f"algorithm.routing_replay=true: {config_dir} has no experts to tell; set it to false")
@@ -91,28 +109,22 @@ class SglangEngine:
         tensors = {name: (shape, _dtype(name, wanted)) for name, shape in hf_shapes(spec).items()}
         self._ranks = EngineRanks(tp, timeout_seconds)
         self._process: SglangProcess | None = None
+        gpus, memory = self._own_devices()
+        settings = SglangSettings(
+            config_dir, dtype, tp, ep, max_model_len, max_num_seqs, kv_cache_tokens, seed, stops_at_texts,
+            tell_experts, free_port(),
+        )  # fmt: skip
+        arguments = engine_arguments(settings, memory)  # on every rank: what is refused is refused by all
         if self._ranks.is_first:
-            arguments = {
-                "model_path": str(config_dir),
-                "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
-                "skip_tokenizer_init": not stops_at_texts,
-                "tp_size": tp,
-                "ep_size": ep,
-                "context_length": max_model_len + _SPARE_POSITIONS,
-                "max_running_requests": max_num_seqs,
-                "max_total_tokens": cached_tokens(kv_cache_tokens, max_num_seqs, max_model_len),
-                "random_seed": seed,
-                "enable_return_routed_experts": tell_experts,
-            }
-            self._process = SglangProcess({**_ARGUMENTS, **arguments}, tp=tp, log=log, timeout_seconds=timeout_seconds)
+            self._process = SglangProcess(arguments, tp=tp, gpus=gpus, log=log, timeout_seconds=timeout_seconds)
+        self._door: DoorLink | None = None
         try:
-            shared = self._ranks.same(self._started(tensors))
+            shared: list[SharedModel] = self._ranks.same(self._started(tensors))
+            opened = self._opened(shared, staging_bytes, timeout_seconds)
         except RuntimeError:
             self.close()
             raise
-        because = [each.record for each in shared if isinstance(each.record, str)]
-        mine = because[0] if because else shared[self._ranks.number]
-        self._sink = SglangSink(self._process, mine, tensors)
+        self._sink = SglangSink(self._process, opened, tensors)
         self._asleep: set[Resident] = set()
         self._told = False  # what sleeping means on this machine: said once
 
@@ -142,17 +154,21 @@ class SglangEngine:
         return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
-        """SGLang's order of release; without CUDA it keeps both in host memory."""
+        """SGLang's order of release. On CUDA the weights are gone until a sync has brought all of them; without it both
+        stay in host memory."""
         if self._asleep:
             return
-        if not self._told:
+        if not self._on_cuda and not self._told:
             logger.info("without CUDA SGLang releases nothing: KV cache and weights stay in host memory")
             self._told = True
         if self._process is not None:
             self._process.call("release", ["kv_cache", "weights"])
         self._asleep = {"weights", "kv_cache"}
+        if self._on_cuda:
+            self._sink.forget()
 
     def wake(self, what: Resident) -> None:
+        """SGLang's order: weights, which a sync then brings, before the KV cache."""
         if what not in self._asleep:
             return
         if self._process is not None:
@@ -161,6 +177,8 @@ class SglangEngine:
 
     def close(self) -> None:
         """End SGLang's processes. A second call does nothing."""
+        if self._door is not None:
+            self._door.close()
         if self._process is not None:
             self._process.close()
             self._process = None
@@ -169,6 +187,34 @@ class SglangEngine:
         if self._process is not None:
             yield from self._process.started(self._ranks.beat_seconds)
             yield self._process.call("share", tensors)
+
+    def _own_devices(self) -> tuple[list[str] | None, GpuMemory | None]:
+        """GPUs of this engine's ranks, and the memory of the fullest; None without CUDA. Collective over them."""
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        gpu, memory = None, None
+        if self._on_cuda:
+            gpu = visible_gpu(os.environ, torch.cuda.current_device())
+            memory = GpuMemory(*torch.cuda.mem_get_info())
+        told = self._ranks.gather((machine, gpu, memory))
+        check_one_machine([each for each, _, _ in told], len(told))
+        if not self._on_cuda:
+            return None, None
+        return [name for _, name, _ in told], min((each for _, _, each in told), key=lambda each: each.free)
+
+    def _opened(
+        self, shared: list[SharedModel], staging_bytes: int, timeout_seconds: float
+    ) -> tuple[DoorLink, LoaderRecord] | str:
+        """This rank's door; or why there is none."""
+        because = [each.record for each in shared if isinstance(each.record, str)]
+        if because:
+            return because[0]
+        door, record = shared[self._ranks.number].door, shared[self._ranks.number].record
+        assert door is not None, "a record has a door"
+        assert not isinstance(record, str), "looked at above"
+        device = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
+        words = self._process.last_words if self._process is not None else str
+        self._door = DoorLink(door, Staging(staging_bytes, device), dist.get_rank(), timeout_seconds, words)
+        return self._door, record
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
         require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
@@ -234,54 +280,6 @@ class SglangEngine:
         if told.size != math.prod(shape):
             raise RuntimeError(f"SGLang told {told.size} experts of a rollout, not {' x '.join(map(str, shape))}")
         return narrowed(torch.from_numpy(told.reshape(shape).astype(np.int16)), self._spec.moe.num_experts)
-
-
-_ARGUMENTS: dict[str, Any] = {
-    "device": "cpu",
-    "load_format": "dummy",  # the first sync brings the weights
-    "custom_weight_loader": [LOADER],
-    "attention_backend": "torch_native",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-    "sampling_defaults": "openai",  # ignore the model's own
-    "disable_cuda_graph": True,
-    "disable_overlap_schedule": True,  # the next step would start before the last one's tokens are known
-    "chunked_prefill_size": _PREFILL_TOKENS,
-    "mem_fraction_static": 0.1,  # of host memory, for nothing: max_total_tokens says how much
-    "stream_interval": 1 << 30,  # an answer is sent when it is complete
-    "log_level": "error",
-}
-
-
-def check_sglang() -> None:
-    """Is there a SGLang that this adapter can drive?
-
-    Raises:
-        UserError: it is not installed, or this machine has CUDA.
-    """
-    if torch.cuda.is_available():
-        raise UserError("engine.kind=sglang runs on machines without CUDA so far; use engine.kind=vllm")
-    if importlib.util.find_spec("sglang") is None:
-        raise UserError(
-            "engine.kind=sglang needs the package sglang, which is not installed; run launch/setup.sh --with sglang"
-        )
-
-
-def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len: int) -> int:
-    """Of SGLang's KV cache.
-
-    Raises:
-        UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
-    """
-    per_rollout = max_model_len + _SPARE_POSITIONS
-    if kv_cache_tokens is None:
-        return max_num_seqs * per_rollout
-    if kv_cache_tokens < per_rollout:
-        raise UserError(
-            f"engine.kv_cache_tokens={kv_cache_tokens} does not hold one rollout of {max_model_len} tokens and the "
-            f"{_SPARE_POSITIONS} that SGLang keeps free; use at least {per_rollout}"
-        )
-    return kv_cache_tokens
 
 
 def _dtype(name: str, dtype: torch.dtype) -> torch.dtype:

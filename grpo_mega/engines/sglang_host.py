@@ -22,13 +22,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.engines.sglang_cpu import install_stand_ins, other_models
+from grpo_mega.engines.sglang_cpu import ENVIRONMENT, install_stand_ins, other_models
 from grpo_mega.engines.sglang_messages import HostSettings, Sampled, SamplingBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-if __name__ in ("__main__", "__mp_main__"):  # this process, and those that SGLang spawns from it: before their imports
+# This process, and those that SGLang spawns from it: before their imports.
+if __name__ in ("__main__", "__mp_main__") and ENVIRONMENT.items() <= os.environ.items():
     install_stand_ins()
 
 _PR_SET_PDEATHSIG = 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,3 +42,10 @@ class Sampled:
     log_probs: tuple[float, ...]
     finish: dict[str, Any]
     expert_choices: bytes | None
+
+
+def with_limit(end: socket.socket, seconds: float) -> None:
+    """A message whose other end stands still is a BlockingIOError after that time."""
+    limit = struct.pack("@ll", math.ceil(seconds), 0)
+    for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+        end.setsockopt(socket.SOL_SOCKET, option, limit)

@@ -5,16 +5,14 @@ Asserted by tests/unit/test_sglang_process.py and tests/engine/test_engine_contr
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,38 +20,45 @@ from typing import Any
 
 import psutil
 
-import grpo_mega
-from grpo_mega.engines.sglang_cpu import ENVIRONMENT, threads_of
-from grpo_mega.engines.sglang_messages import HostSettings
-from grpo_mega.engines.sglang_worker import ANSWERS
+from grpo_mega.engines.sglang_arguments import process_environment
+from grpo_mega.engines.sglang_messages import HostSettings, with_limit
 
 _HOST = "grpo_mega.engines.sglang_host"
 _START_SECONDS = 600.0  # imports and spawned processes, on a machine that many engines share
 _END_SECONDS = 20.0
 _LAST_LINES = 30  # of its log, in an error
-# Where this rank is, which an engine of its own must not take for where it is itself.
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "TORCH_NCCL_")
 
 
 class SglangProcess:
     """sglang_host.py in a child of this process. What it prints goes to `log`."""
 
-    def __init__(self, arguments: dict[str, Any], *, tp: int, log: Path | None, timeout_seconds: float) -> None:
-        """`arguments` of SGLang's Engine. `timeout_seconds`: of an answer that does not wait for sampling.
+    def __init__(
+        self,
+        arguments: dict[str, Any],
+        *,
+        tp: int,
+        log: Path | None,
+        timeout_seconds: float,
+        gpus: Sequence[str] | None = None,
+    ) -> None:
+        """Returns at once; `started` waits.
 
-        Returns at once; `started` waits.
+        Args:
+            arguments: of SGLang's Engine.
+            tp: its ranks.
+            log: see above; None: a temporary file.
+            timeout_seconds: of an answer that does not wait for sampling.
+            gpus: of its ranks, as CUDA_VISIBLE_DEVICES names them; None without CUDA.
         """
         self._folder = Path(tempfile.mkdtemp(prefix="grpo_mega_sglang_"))
         self._log = log or self._folder / "sglang.log"
         self._timeout = timeout_seconds
         ours, theirs = socket.socketpair()
-        limit = struct.pack("@ll", math.ceil(timeout_seconds), 0)  # of a message whose other end stands still
-        for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-            ours.setsockopt(socket.SOL_SOCKET, option, limit)
+        with_limit(ours, timeout_seconds)
         with theirs, self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", _HOST, str(theirs.fileno())],
-                env=_environment(os.environ, self._folder, tp),
+                env=process_environment(os.environ, self._folder, tp, gpus),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -134,7 +139,7 @@ class SglangProcess:
                 return
             if kind == "failed":
                 self._owed = False
-                raise RuntimeError(f"SGLang: {value}{self._last_words()}")
+                raise RuntimeError(f"SGLang: {value}{self.last_words()}")
             yield value
 
     def _send(self, message: Any) -> None:
@@ -154,14 +159,14 @@ class SglangProcess:
             self._kill()
             raise RuntimeError(
                 f"SGLang's process {self.pid} has ended with exit code {self._process.returncode} ({command})"
-                f"{self._last_words()}"
+                f"{self.last_words()}"
             ) from error
         return answer
 
     def _stands_still(self, what: str, limit: float | None = None) -> RuntimeError:
         """Nothing can be expected of it any more."""
         self._kill()
-        return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self._last_words()}")
+        return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self.last_words()}")
 
     def _kill(self) -> None:
         """It and its children, by their numbers."""
@@ -174,21 +179,7 @@ class SglangProcess:
                 member.kill()
         self._process.wait()
 
-    def _last_words(self) -> str:
+    def last_words(self) -> str:
+        """The end of what it printed, to be appended to an error."""
         lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
         return "\n".join([f"; the end of {self._log}:", *lines]) if lines else ""
-
-
-def _environment(present: Mapping[str, str], answers: Path, tp: int) -> dict[str, str]:
-    kept = {key: value for key, value in present.items() if not key.startswith(_OF_RANKS)}
-    root = str(Path(grpo_mega.__file__).parents[1])
-    return {
-        **kept,
-        **ENVIRONMENT,
-        "SGLANG_CPU_OMP_THREADS_BIND": threads_of(tp),
-        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions more than the model has, none of them used
-        "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
-        "HF_HUB_OFFLINE": kept.get("HF_HUB_OFFLINE", "1"),
-        "PYTHONPATH": root + (f":{kept['PYTHONPATH']}" if kept.get("PYTHONPATH") else ""),
-        ANSWERS: str(answers),
-    }

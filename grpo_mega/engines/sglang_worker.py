@@ -3,9 +3,9 @@
 SGLang calls `serve` as a custom weight loader (srt/model_executor/model_runner_components/weight_updater.py): it is the
 one way into those processes that gets the model. An exception there would end the whole engine, so answers and failures
 go to a file, which sglang_host.py reads.
-- `share`: records the model's own loader (record.py) and moves its parameters into memory that the training rank maps.
-  From then on the rank writes slices to where SGLang's kernels read them, and digests what they read; no bytes travel.
-- `adopt`: the weights are complete; are the parameters still where the rank writes?
+- `share`: records the model's own loader (record.py) and opens the door (sglang_door.py) through which the training
+  rank writes slices to where SGLang's kernels read, and hears digests of what they read.
+- `adopt`: the weights are complete; are the parameters still where the door writes?
 - `load`: gives whole tensors to the model's own loader, where it could not be recorded.
 - `seed`: of the generators that sampling reads.
 Asserted by tests/engine/test_engine_contract.py.
@@ -14,7 +14,6 @@ Asserted by tests/engine/test_engine_contract.py.
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import pickle
 import random
@@ -28,34 +27,20 @@ import torch
 from torch import Tensor, nn
 
 from grpo_mega.engines.record import CannotRecordError, LoaderRecord, UnfilledError, record_loader
+from grpo_mega.engines.sglang_door import Door, DoorAddress
 
 LOADER = f"{__name__}.serve"
-_ALIGNMENT = 64  # bytes, of a parameter in the shared memory
 
 
 @dataclass(frozen=True)
 class SharedModel:
-    """Where a rank finds the parameters of one scheduler process: in its memory file, at these bytes.
+    """The door of one scheduler process, and the record of its model's loader; or why there is none."""
 
-    `record`: of the model's loader, or why there is none; then nothing is shared.
-    """
-
-    process: int
-    descriptor: int
-    num_bytes: int
-    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]]
+    door: DoorAddress | None
     record: LoaderRecord | str
 
 
-@dataclass
-class _Shared:
-    """Kept alive in this process: the mapping, and the address of each parameter in it."""
-
-    memory: Tensor
-    addresses: dict[str, int]
-
-
-_shared: _Shared | None = None
+_addresses: dict[str, int] = {}  # of what the door writes to
 
 
 def serve(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -86,8 +71,7 @@ def _tp_rank() -> int:
 
 def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> SharedModel:
     """`tensors`: a file with shape and dtype of every tensor of the checkpoint."""
-    global _shared
-    assert _shared is None, "parameters are shared once"
+    assert not _addresses, "one door is opened"
     _mark_experts_unknown()
     expected = pickle.loads(Path(tensors).read_bytes())
     try:
@@ -95,27 +79,12 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
     except UnfilledError as error:  # whole tensors would leave it unfilled, too
         raise RuntimeError(f"SGLang's model is not the checkpoint's: {error}") from error
     except CannotRecordError as error:
-        return SharedModel(os.getpid(), -1, 0, {}, str(error))
-    places: dict[str, tuple[int, tuple[int, ...], torch.dtype]] = {}
-    end = 0
+        return SharedModel(None, str(error))
     filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
-    owners = {name: t for name, t in _tensors_of(model).items() if name in filled}
-    for name, tensor in owners.items():
-        if not tensor.is_contiguous():
-            return SharedModel(os.getpid(), -1, 0, {}, f"{name} is not contiguous in SGLang's memory")
-        places[name] = (end, tuple(tensor.shape), tensor.dtype)
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    descriptor = os.memfd_create("grpo_mega_weights")  # no name in a file system: nothing outlives the process
-    os.posix_fallocate(descriptor, 0, max(end, 1))
-    memory = torch.frombuffer(mmap.mmap(descriptor, max(end, 1)), dtype=torch.uint8)
-    addresses = {}
-    for name, tensor in owners.items():
-        moved = place_of(memory, *places[name])
-        moved.copy_(tensor)
-        tensor.data = moved
-        addresses[name] = moved.data_ptr()
-    _shared = _Shared(memory, addresses)
-    return SharedModel(os.getpid(), descriptor, max(end, 1), places, record)
+    owners = {name: tensor for name, tensor in _tensors_of(model).items() if name in filled}
+    _addresses.update({name: tensor.data_ptr() for name, tensor in owners.items()})
+    door = Door(record, owners, lambda: _require_places(model))
+    return SharedModel(door.open(Path(os.environ[ANSWERS]), _tp_rank(), os.getpid()), record)
 
 
 def _mark_experts_unknown() -> None:
@@ -128,17 +97,13 @@ def _mark_experts_unknown() -> None:
         capturer.device_cache.buffer.fill_(-1)
 
 
-def place_of(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A parameter in the shared memory."""
-    num_bytes = torch.Size(shape).numel() * dtype.itemsize
-    return memory[start : start + num_bytes].view(dtype).view(shape)
-
-
 def _adopt(model: nn.Module, _: Sequence[tuple[str, Tensor]]) -> None:
-    if _shared is None:
-        return
+    _require_places(model)
+
+
+def _require_places(model: nn.Module) -> None:
     now = {name: tensor.data_ptr() for name, tensor in _tensors_of(model).items()}
-    moved = [name for name, address in _shared.addresses.items() if now.get(name) != address]
+    moved = [name for name, address in _addresses.items() if now.get(name) != address]
     if moved:
         raise RuntimeError(f"SGLang put {', '.join(moved[:3])} elsewhere ({len(moved)} in all): it reads other weights")
 

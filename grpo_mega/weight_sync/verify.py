@@ -51,7 +51,8 @@ def parts_of(hf: TensorSlice) -> Iterator[TensorSlice]:
 
 def sink_digests(sink: WeightSink, regions: Sequence[SinkRegion]) -> dict[TensorSlice, int]:
     """Slice -> digest of what this rank's kernels read."""
-    return {hf: sink.digest(hf) for hf in dict.fromkeys(region.placement.hf for region in regions)}
+    slices = list(dict.fromkeys(region.placement.hf for region in regions))
+    return dict(zip(slices, sink.digests(slices), strict=True))
 
 
 def differing_tensors(expected: dict[str, int], held: Sequence[dict[TensorSlice, int]]) -> list[str]:
@@ -95,14 +96,15 @@ def piece_digests(
     for each in shards:
         by_tensor.setdefault(each.hf.name, []).append(each)
     sent: dict[int, int] = {}
-    held: dict[int, int] = {}
+    here: list[int] = []
     for piece, src, dst in plan.transfers_of(suspects, rank):
         hf = plan.slice_of(piece)
         if src == rank and piece not in sent:
             values: Tensor = view_of(by_tensor, hf).to(dtypes[hf.name])
             sent[piece] = slice_digest(values, hf)
         if dst == rank:
-            held[piece] = sink.digest(hf)
+            here.append(piece)
+    held = dict(zip(here, sink.digests([plan.slice_of(piece) for piece in here]), strict=True))
     return PieceDigests(sent, held)
 
 

@@ -117,7 +117,11 @@ def compare_with_loading(folder: Path, tp: int, spread: bool) -> dict[str, Any]:
     return {
         "wrong": [name for name in names if not torch.equal(bits(expected[name]), bits(found[name]))],
         "codes": sum(expected[name].itemsize == 1 for name in names),
-        "digests": [str(hf) for hf in as_stored if sink.digest(hf) != slice_digest(weights[hf.name][hf.index], hf)],
+        "digests": [
+            str(hf)
+            for hf, digest in zip(as_stored, sink.digests(as_stored), strict=True)
+            if digest != slice_digest(weights[hf.name][hf.index], hf)
+        ],
         "stale": sink.probe(),
         "absorbed": [name for name, m in model.named_modules() if isinstance(getattr(m, "W_UV", None), torch.Tensor)],
         "absorbed_wrong": [
@@ -152,7 +156,7 @@ def spoil(folder: Path) -> dict[str, Any]:
         before = values.clone()
         bits_of = values.view(-1).view(torch.uint8)
         bits_of[7] ^= 1
-        said[what] = sink.digest(hf) == slice_digest(weights[hf.name][hf.index], hf)
+        said[what] = sink.digests([hf])[0] == slice_digest(weights[hf.name][hf.index], hf)
         values.copy_(before)
     latent = next(m for m in model.modules() if isinstance(getattr(m, "W_UV", None), torch.Tensor))
     latent.kv_b_proj.weight_scale_inv.data.view(-1)[0] *= 2  # type: ignore[union-attr]

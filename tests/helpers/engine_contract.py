@@ -17,8 +17,10 @@ SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
 
 
-# Where CUDA is, the environment holds one engine, and the adapter refuses.
-sglang_here = pytest.mark.skipif(torch.cuda.is_available(), reason="engine.kind=sglang is for machines without CUDA")
+# Where CUDA is, the environment holds one engine, and SGLang computes in 16 bits.
+sglang_here = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="compares SGLang in fp32; tests/gpu/test_sglang_on_gpu.py is for CUDA"
+)
 
 
 # What runs on the ranks.

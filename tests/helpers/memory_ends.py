@@ -101,8 +101,8 @@ class MemorySink:
         self.packed = {hf: memory.clone() for hf, memory in self.memory.items() if hf.name == "head"}
         self.policy_version = policy_version
 
-    def digest(self, hf: TensorSlice) -> int:
-        return slice_digest(self.part(hf), hf)
+    def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
+        return [slice_digest(self.part(hf), hf) for hf in slices]
 
     def probe(self) -> dict[str, str]:
         return {

@@ -273,17 +273,13 @@ def test_config_is_frozen(minimal: Path) -> None:
         ),
         (
             ["engine.kind=sglang", "engine.dp=2"],
-            "engine.dp=2 with engine.kind=sglang, whose copies would share no experts without CUDA; use engine.dp=1: "
-            "every engine.tp ranks are a replica",
+            "engine.dp=2 with engine.kind=sglang, whose copies of the attention would share no experts; use "
+            "engine.dp=1: every engine.tp ranks are a replica",
         ),
         (
             ["engine.placement=server", "engine.urls=[a:1]", "engine.dp=2"],
             "engine.dp=2 with engine.placement=server: a server's ranks sample the same rollouts; use engine.dp=1, and "
             "a server for each share of the prompts",
-        ),
-        (
-            ["engine.kind=sglang", "engine.tp=2", "engine.ep=2"],
-            "engine.ep=2 with engine.kind=sglang: SGLang does not spread experts without CUDA; use engine.ep=1",
         ),
         (
             ["parallel.sequence_parallel=true"],

@@ -72,6 +72,29 @@ def test_the_engine_of_the_config_is_the_one_that_must_be_there(found: str | Non
 
 
 @pytest.mark.parametrize(
+    ("torch", "saver", "status", "said"),
+    [
+        ("2.14.1+cu130", "1", "pass", "torch 2.14.1"),
+        ("2.13.0+cu130", "1", "fail", "built for torch 2.14.1, installed is 2.13.0"),
+        ("2.14.1+cu130", None, "fail", "torch-memory-saver is not installed"),
+    ],
+)
+def test_sglang_on_cuda_has_the_torch_that_it_is_built_for_and_can_sleep(
+    monkeypatch: pytest.MonkeyPatch, torch: str, saver: str | None, status: str, said: str
+) -> None:
+    there = {"sglang": "0.5.23", "torch": torch, "torch-memory-saver": saver}
+
+    def version(name: str) -> str | None:
+        return there[name] if name in there else machine.installed(name)
+
+    monkeypatch.setattr(machine, "pinned_torch", {"sglang": "2.14.1"}.get)
+    findings = machine.check_versions(version, on_cuda=True, engine_kind="sglang")
+    (finding,) = [each for each in findings if each.check in ("engine", "torch and engine")]
+    assert finding.status == status
+    assert said in finding.message
+
+
+@pytest.mark.parametrize(
     ("env", "check", "status"),
     [
         ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "allocator", "fail"),

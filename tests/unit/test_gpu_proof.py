@@ -52,7 +52,10 @@ def test_no_helper_measures_a_cpu(measure: object) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--parts", "bf16,fp16"], "--parts=bf16,fp16: fp16 is no part; use bf16, fp8, engine, engine_fp8"),
+        (
+            ["--parts", "bf16,fp16"],
+            "--parts=bf16,fp16: fp16 is no part; use bf16, fp8, engine, engine_fp8, engine_sglang",
+        ),
         (["--parts", ""], "--parts=: nothing is no part"),
         (["--gpu", "h101"], "--gpu=h101: not known; use one of a100-80g"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from grpo_mega import preflight
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config, ParallelConfig
 from grpo_mega.convert.spec import spec_from_config
@@ -146,6 +147,32 @@ def test_what_the_engine_computes_otherwise_than_the_config_says_is_refused(
 ) -> None:
     message = message_of(family_config(tmp_path, "gpt_oss", **GPT_OSS | changes), Topology(1))
     assert message == f"model.path={tmp_path}: its config.json says {said} whatever it says; use a model that has this"
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_sglang_spreads_experts_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool) -> None:
+    monkeypatch.setattr(preflight, "_DRIVER", tmp_path if on_cuda else tmp_path / "nothing")
+    config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[])
+    precision = config.precision.model_copy(update={"dtype": "bf16"})
+    for ep in (1, 2):
+        engine = config.engine.model_copy(update={"kind": "sglang", "tp": 2, "ep": ep})
+        changed = config.model_copy(update={"engine": engine, "precision": precision})
+        if ep == 1 or on_cuda:
+            check_model(changed, Topology(2, engine_tp=2))
+        else:
+            assert message_of(changed, Topology(2, engine_tp=2)) == (
+                "engine.ep=2 with engine.kind=sglang: SGLang does not spread experts without CUDA; use engine.ep=1"
+            )
+
+
+def test_sglang_on_cuda_computes_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "_DRIVER", tmp_path)
+    config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[])
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits; use "
+        "precision.dtype=bf16, or engine.kind=vllm"
+    )
 
 
 def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ class Job:
             source.become(1)
             for hf, memory in sink.memory.items():
                 memory.copy_(values(hf.name, 1)[hf.index])
-        self.digests = [{hf: sink.digest(hf) for hf in sink.memory} for sink in self.sinks]
+        self.digests = [dict(zip(sink.memory, sink.digests(list(sink.memory)), strict=True)) for sink in self.sinks]
         self.expected = dict.fromkeys(TENSORS, 0)
         for source in self.sources:
             for shard in source.shards():
@@ -83,7 +83,7 @@ class Job:
         """What is said when only these slices of this rank may have changed."""
         replica = [dict(self.digests[r]) for r in ((0, 1), (2, 3))[rank // 2]]
         for hf in slices:
-            replica[rank % 2][hf] = self.sinks[rank].digest(hf)
+            (replica[rank % 2][hf],) = self.sinks[rank].digests([hf])
         suspects = set(differing_tensors(self.expected, replica))
         if not suspects:
             return []

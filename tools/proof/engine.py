@@ -1,5 +1,5 @@
-"""Parts `engine` and `engine_fp8` of tools/gpu_proof.py: vLLM beside the policy on one GPU, as a run has them; its
-weights in bf16, or as FP8 codes and scales."""
+"""Parts `engine`, `engine_fp8` and `engine_sglang` of tools/gpu_proof.py: an engine beside the policy on one GPU, as a
+run has them; vLLM with weights in bf16, or as FP8 codes and scales, or SGLang with weights in bf16."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.make import make_engine
 from grpo_mega.engines.vllm_engine import VllmEngine
+from grpo_mega.interfaces import Engine
 from grpo_mega.job import make_sync
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
@@ -28,6 +29,7 @@ from grpo_mega.weight_sync.sync import WeightSync
 from tools.proof import subject
 
 CYCLES = 5  # of sleep and wake
+_OVERRIDES = {"engine_fp8": ["engine.fp8=scales_fp32"], "engine_sglang": ["engine.kind=sglang"]}
 
 
 def main() -> None:
@@ -37,12 +39,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
         folder = Path(work) / "model"
         parameters = subject.make_subject(job, folder)
-        overrides = ["engine.fp8=scales_fp32"] if job.part == "engine_fp8" else []
+        overrides = _OVERRIDES.get(job.part, [])
         config, spec = subject.config_of(folder, *overrides), read_spec(folder)
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
         engine = make_engine(config, folder)
-        assert isinstance(engine, VllmEngine), "what is proven is vLLM's"
         try:
             sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
             numbers: dict[str, Any] = {
@@ -86,7 +87,7 @@ def synced(sync: WeightSync, phases: Phases) -> dict[str, float]:
 
 
 def mismatch(
-    engine: VllmEngine, policy: MegatronPolicy, phases: Phases, config: Config, vocab_size: int
+    engine: Engine, policy: MegatronPolicy, phases: Phases, config: Config, vocab_size: int
 ) -> dict[str, float]:
     """Old - sampler, in nats, of tokens that the engine has drawn."""
     request = SamplingRequest(
@@ -116,7 +117,7 @@ def mismatch(
     return {"tokens": len(apart), "mean_abs": float(apart.abs().mean()), "max_abs": float(apart.abs().max()), "kl": kl}
 
 
-def slept(engine: VllmEngine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
+def slept(engine: Engine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
     """A run's turns: what the device holds in each, again and again; what grows is lost."""
     asleep, awake = [], []
     for cycle in range(CYCLES):
@@ -127,9 +128,9 @@ def slept(engine: VllmEngine, sync: WeightSync, phases: Phases) -> dict[str, Any
             sync.push(1000 + cycle, verify=True)
         with phases.sampling():
             awake.append(subject.used_bytes())
-    return {
+    found = {
         "used_in_training_bytes": asleep,
         "used_in_sampling_bytes": awake,
         "growth_bytes": asleep[-1] - asleep[1],
-        "kv_cache_bytes": engine.kv_cache_bytes,
     }
+    return found | ({"kv_cache_bytes": engine.kv_cache_bytes} if isinstance(engine, VllmEngine) else {})

@@ -14,6 +14,7 @@ MODULES = {
     "fp8": "tools.proof.policy",
     "engine": "tools.proof.engine",
     "engine_fp8": "tools.proof.engine",
+    "engine_sglang": "tools.proof.engine",
 }
 
 

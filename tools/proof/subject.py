@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PROMPT_TOKENS, COMPLETION_TOKENS = 64, 448
 NUM_PROMPTS, GROUP_SIZE = 8, 4
 WARM_UP, REPEATS = 3, 7
-_PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "transformers", "nvidia-nccl-cu13")
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "vllm", "sglang", "transformers", "nvidia-nccl-cu13")
 SHAPES = {
     "small": Architecture(num_layers=8, hidden_size=1024, ffn_size=3072, num_heads=16, num_kv_heads=8, head_dim=64,
                           vocab_size=8192, max_positions=1024),
