@@ -46,6 +46,10 @@ class HeldSlice:
         ends = zip(hf.offsets, hf.shape, self.hf.offsets, self.hf.shape, strict=True)
         return all(h <= o and o + n <= h + m for o, n, h, m in ends)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """The parameter's own memory of `hf`, which is inside; None where `part` computes something."""
+        return self.part(hf)
+
     def part(self, hf: TensorSlice) -> Tensor:
         """The values of `hf`, which is inside, as they travel but for their dtype."""
         starts = [o - h for o, h in zip(hf.offsets, self.hf.offsets, strict=True)]
@@ -153,6 +157,10 @@ class WeightSink(Protocol):
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
         """Copy `values`, shaped `hf.shape`, to where that part of a region lies."""
+        ...
+
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """Where the values of that part of a region can be put without `write`; None where only `write` can."""
         ...
 
     def load(self, name: str, tensor: Tensor) -> None:

@@ -92,6 +92,14 @@ class Memory:
     def __init__(self, slices: Sequence[TensorSlice]) -> None:
         self.regions = {hf.name: (hf, torch.zeros(hf.shape, dtype=torch.bfloat16)) for hf in slices}
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """Where `hf` belongs; None for what is wanted in part, or not at all."""
+        region, memory = self.regions[hf.name]
+        starts = [a - b for a, b in zip(hf.offsets, region.offsets, strict=True)]
+        if any(a < 0 or a + n > m for a, n, m in zip(starts, hf.shape, region.shape, strict=True)):
+            return None
+        return memory[tuple(slice(a, a + n) for a, n in zip(starts, hf.shape, strict=True))]
+
     def write(self, hf: TensorSlice, values: Tensor) -> None:
         """Copy what both boxes share."""
         region, memory = self.regions[hf.name]

@@ -50,6 +50,16 @@ class RegionSink:
                 raise ValueError(f"{hf}: got values of {values.dtype} for a region of {region.dtype}")
             self._regions.write(region, hf, values)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """Where `hf` lies, if it does so once and as it travels.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
+        self.require_update(hf)
+        first, *others = self._around(hf)
+        return None if others else self._regions.memory_of(first, hf)
+
     def end_update(self, policy_version: int) -> None:
         self._regions.rebuild()
         self._adopt(policy_version)

@@ -51,6 +51,10 @@ class DerivedCopy(Protocol):
 class Region(Protocol):
     """The elements of one region, wherever they lie."""
 
+    def memory_of(self, inside: tuple[slice, ...]) -> Tensor | None:
+        """A part, where values can be put; None where they must be written."""
+        ...
+
     def read(self, inside: tuple[slice, ...]) -> Tensor:
         """A part, as the kernels see it now."""
         ...
@@ -65,6 +69,9 @@ class PlainRegion:
     """`view`: shaped as the slice of the checkpoint, aliasing the parameter."""
 
     view: Tensor
+
+    def memory_of(self, inside: tuple[slice, ...]) -> Tensor | None:
+        return self.view[inside]
 
     def read(self, inside: tuple[slice, ...]) -> Tensor:
         return self.view[inside]
@@ -85,6 +92,10 @@ class Regions:
     def write(self, region: SinkRegion, hf: TensorSlice, values: Tensor) -> None:
         """Copy `values` into the part `hf` of a region."""
         self._places[id(region)].write(_inside(region.placement.hf, hf), values)
+
+    def memory_of(self, region: SinkRegion, hf: TensorSlice) -> Tensor | None:
+        """Where the part `hf` of a region can be put, if it needs no `write`."""
+        return self._places[id(region)].memory_of(_inside(region.placement.hf, hf))
 
     def read(self, region: SinkRegion, hf: TensorSlice) -> Tensor:
         """The part `hf` of a region, as the kernels see it now."""

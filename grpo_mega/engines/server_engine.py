@@ -228,6 +228,9 @@ class ServedSink:
         """Raises AssertionError: nothing is written here."""
         raise AssertionError(f"{hf} on a rank without regions")
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return None
+
     def load(self, name: str, tensor: Tensor) -> None:
         """Raises AssertionError: nothing is streamed here."""
         raise AssertionError(f"{name} on a rank without an engine")

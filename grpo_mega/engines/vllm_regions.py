@@ -105,6 +105,9 @@ class PermutedRegion:
     start: int
     places: Tensor
 
+    def memory_of(self, inside: tuple[slice, ...]) -> Tensor | None:
+        return None
+
     def read(self, inside: tuple[slice, ...]) -> Tensor:
         return self.packed.view(-1)[self.places[inside] + self.start]
 

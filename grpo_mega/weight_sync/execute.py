@@ -2,7 +2,9 @@
 
 While bucket n is on its way, bucket n + 1 is packed; then n is written into the engine. Each message begins with a
 header (plan, version, bucket, bytes), so that a bucket that comes twice, late or not at all is noticed before its bytes
-are written. What goes wrong on one rank is kept until all turns are over: the others must not be left waiting.
+are written. To a rank that can read this one's memory a message says where the bytes are instead: they are copied once,
+from the policy's parameters to the engine's, and stay as they are until all turns are over.
+What goes wrong on one rank is kept until all turns are over: the others must not be left waiting.
 Asserted by tests/parallel/test_sync_ranks.py, with injected faults.
 """
 
@@ -19,9 +21,11 @@ from torch import Tensor
 from grpo_mega.interfaces import HeldSlice, WeightSink
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.plan import LOCAL, Plan
-from grpo_mega.weight_sync.transport import ALIGNMENT, Message, Transport, Turn, aligned
+from grpo_mega.weight_sync.remote_memory import PLACE_BYTES, Neighbours, Runs, fits, put_places, take_places
+from grpo_mega.weight_sync.transport import ALIGNMENT, Message, Transport, TransportError, Turn, aligned
 
-HEADER_BYTES = ALIGNMENT  # four words of 64 bits
+HEADER_BYTES = 2 * ALIGNMENT  # five words of 64 bits, the last says which of these follow
+_BYTES, _PLACES = 0, 1
 
 
 @dataclass(frozen=True)
@@ -132,30 +136,66 @@ class Execution:
         return self._faults
 
     def _pack(self, kind: str, buffer: Tensor, turn: Turn, by_tensor: dict[str, list[HeldSlice]], version: int) -> None:
+        transport = self._transports[kind]
         for message in turn.sends:
             part = buffer[message.start : message.start + message.num_bytes]
-            part[:HEADER_BYTES].view(torch.int64).copy_(self._header(turn, message, version))
-            for piece in self._mine.pieces[turn.number, self._mine.rank, message.peer]:
+            pieces = self._mine.pieces[turn.number, self._mine.rank, message.peer]
+            places = _places_of(pieces, by_tensor, message) if _reads(transport.neighbours, message.peer) else None
+            words = [*self._header(turn, message, version), _BYTES if places is None else _PLACES]
+            part[:HEADER_BYTES].view(torch.int64)[: len(words)] = torch.tensor(words)
+            if places is not None:
+                put_places(part[HEADER_BYTES:], places)
+                continue
+            for piece in pieces:
                 self._bytes_of(part, piece).copy_(view_of(by_tensor, piece.hf))
-        self._transports[kind].start(turn)
+        transport.start(turn)
 
     def _take_over(self, kind: str, turn: Turn, version: int) -> None:
         transport = self._transports[kind]
         for message in turn.receives:
             part = transport.incoming(turn, message)
-            found, expected = part[:HEADER_BYTES].view(torch.int64), self._header(turn, message, version)
-            if not torch.equal(found.cpu(), expected):
+            *found, form = part[:HEADER_BYTES].view(torch.int64)[:5].tolist()
+            if found != self._header(turn, message, version):
                 self._faults.append(
                     f"bucket {turn.number} from rank {message.peer} did not reach rank {self._mine.rank}: in its place "
-                    f"is bucket {int(found[2])} of version {int(found[1])}, {int(found[3])} bytes"
+                    f"is bucket {found[2]} of version {found[1]}, {found[3]} bytes"
                 )
                 continue
-            for piece in self._mine.pieces[turn.number, message.peer, self._mine.rank]:
-                self._write(piece.hf, self._bytes_of(part, piece))
+            pieces = self._mine.pieces[turn.number, message.peer, self._mine.rank]
+            if form == _PLACES:
+                for piece, place in zip(pieces, take_places(part[HEADER_BYTES:], len(pieces)), strict=True):
+                    self._fetch(transport, message.peer, piece, place)
+            else:
+                for piece in pieces:
+                    self._write(piece.hf, self._bytes_of(part, piece))
         transport.finish(turn)
 
-    def _header(self, turn: Turn, message: Message, version: int) -> Tensor:
-        return torch.tensor([self._plan_word, version, turn.number, message.num_bytes], dtype=torch.int64)
+    def _fetch(self, transport: Transport, peer: int, piece: Piece, theirs: Runs) -> None:
+        """From the memory of `peer` to the engine's, or by way of a buffer to where only its `write` knows."""
+        assert transport.neighbours is not None, "it was told where bytes are"
+        memory = self._memory_of(piece)
+        ours = None if memory is None else Runs.of(memory)
+        values = None
+        if ours is None or not fits(theirs, ours):
+            values = torch.empty(piece.hf.shape, dtype=piece.dtype)
+            ours = Runs.of(values)
+            assert ours is not None, "it has no gaps"
+        try:
+            transport.neighbours.read(peer, theirs, ours)
+        except OSError as error:
+            raise TransportError(f"{piece.hf} from rank {peer} to rank {self._mine.rank}: {error}", peer) from error
+        if values is not None:
+            self._write(piece.hf, values)
+
+    def _memory_of(self, piece: Piece) -> Tensor | None:
+        try:
+            memory = self._sink.memory_of(piece.hf)
+        except (RuntimeError, ValueError):
+            return None  # `write` says so
+        return memory if memory is not None and memory.dtype == piece.dtype else None
+
+    def _header(self, turn: Turn, message: Message, version: int) -> list[int]:
+        return [self._plan_word, version, turn.number, message.num_bytes]
 
     def _bytes_of(self, message: Tensor, piece: Piece) -> Tensor:
         return message[piece.start : piece.start + piece.num_bytes].view(piece.dtype).view(piece.hf.shape)
@@ -167,9 +207,32 @@ class Execution:
             self._faults.append(f"{hf} on rank {self._mine.rank}: the engine refused it ({error})")
 
 
+def _reads(neighbours: Neighbours | None, peer: int) -> bool:
+    return neighbours is not None and neighbours.is_read_by(peer)
+
+
+def _places_of(pieces: Sequence[Piece], by_tensor: dict[str, list[HeldSlice]], message: Message) -> list[Runs] | None:
+    """Where another process finds all pieces of a message; None where one is computed first, or in too many parts."""
+    if PLACE_BYTES * len(pieces) > message.num_bytes - HEADER_BYTES:
+        return None
+    places = []
+    for piece in pieces:
+        memory = holder_of(by_tensor, piece.hf).memory_of(piece.hf)
+        place = Runs.of(memory) if memory is not None and memory.dtype == piece.dtype else None
+        if place is None:
+            return None
+        places.append(place)
+    return places
+
+
 def view_of(by_tensor: dict[str, list[HeldSlice]], hf: TensorSlice) -> Tensor:
     """The policy's values of `hf`, which one of the shards contains."""
+    return holder_of(by_tensor, hf).part(hf)
+
+
+def holder_of(by_tensor: dict[str, list[HeldSlice]], hf: TensorSlice) -> HeldSlice:
+    """The shard that contains `hf`."""
     for held in by_tensor[hf.name]:
         if held.contains(hf):
-            return held.part(hf)
+            return held
     raise AssertionError(f"the plan takes {hf} from a rank that does not hold it")

@@ -38,6 +38,9 @@ class CodedSlice(HeldSlice):
     def dtype(self) -> torch.dtype:
         return CODE
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return None
+
     def part(self, hf: TensorSlice) -> Tensor:
         """Codes of the values rounded to bfloat16, which is what would travel without FP8."""
         return codes_of(super().part(hf).bfloat16(), self.scales, hf.offsets)

@@ -3,8 +3,8 @@
 Each rank owns one segment with its two buffers and a row of counters; with `DeviceSlots` (cuda_ipc.py) the buffers are
 on its GPU, and only the counters here. A sender publishes the number of turns that it has filled; a receiver, in its
 own segment, how many it has taken over. So a byte is copied twice, into a buffer and out of it, and a receiver has no
-buffer. A segment's file is gone from /dev/shm as soon as all have mapped it: nothing
-outlives a job that is killed.
+buffer; or once, where the machine lets ranks read each other's memory (remote_memory.py), which is tried. A segment's
+file is gone from /dev/shm as soon as all have mapped it: nothing outlives a job that is killed.
 Asserted by tests/parallel/test_sync_ranks.py.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from grpo_mega.parallel.world import World
 from grpo_mega.types import UserError
 from grpo_mega.weight_sync.cuda_ipc import DeviceSlots
+from grpo_mega.weight_sync.remote_memory import Neighbours
 from grpo_mega.weight_sync.transport import Message, TransportError, Turn, failed_wait
 
 _FOLDER = Path("/dev/shm")
@@ -68,6 +69,8 @@ class SharedMemoryTransport:
                 self._slots[rank] = segment[_COUNTERS:] if device_slots is None else device_slots.map(theirs, rank)
         world.gather(None)  # all have mapped it
         path.unlink()
+        processes = {rank: int(each[_PROCESS]) for rank, each in self._counters.items() if rank != self._rank}
+        self.neighbours = Neighbours(world, processes) if device_slots is None else None
 
     @property
     def buffers(self) -> Sequence[Tensor]:

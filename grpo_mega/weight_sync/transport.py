@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.weight_sync.remote_memory import Neighbours
+
 ALIGNMENT = 32  # bytes; of a message in a buffer, and the size of its header
 
 
@@ -59,8 +61,12 @@ class TransportError(RuntimeError):
 class Transport(Protocol):
     """Moves messages. Per turn: fill `outgoing`, `start`, `incoming` for each message received, `finish`.
 
+    `neighbours`: ranks that read each other's memory; to them a message may say where bytes are. None: there are none.
+
     `outgoing` waits until a buffer is free, and all transports of a rank are asked for it before one of them starts.
     """
+
+    neighbours: Neighbours | None
 
     def outgoing(self, turn: Turn) -> Tensor:
         """[send_bytes] uint8 to be filled; waits until the turn before last has left it."""
@@ -87,6 +93,8 @@ class Transport(Protocol):
 
 class GroupTransport:
     """Point to point over a process group (gloo; NCCL: written, never run)."""
+
+    neighbours: Neighbours | None = None
 
     def __init__(
         self, buffers: Sequence[Tensor], starts: Sequence[int], group: dist.ProcessGroup, timeout: float

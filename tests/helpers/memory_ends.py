@@ -89,6 +89,9 @@ class MemorySink:
         assert part.dtype == values.dtype
         part.copy_(values)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return self.part(hf)
+
     def load(self, name: str, tensor: Tensor) -> None:
         for hf, memory in self.memory.items():
             if hf.name == name:

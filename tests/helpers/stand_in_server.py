@@ -40,6 +40,9 @@ class StandInSink(MemorySink):
         self._happens("in a sync")
         super().write(hf, values)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return None  # so that everything is written
+
     def digest(self, hf: TensorSlice) -> int:
         self._happens("in a proof")
         return super().digest(hf)

@@ -83,6 +83,9 @@ class RecordedSink(RegionSink):
         if not (self.fault == "stale" and hf.name.endswith("0.self_attn.o_proj.weight_scale_inv")):
             super().write(hf, values)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return None if self.fault == "stale" else super().memory_of(hf)
+
     def load(self, name: str, tensor: Tensor) -> None:
         self.loaded[name] = tensor.dtype
         for copy in self.copies:

@@ -146,6 +146,9 @@ class Spoiled(MemorySink):
             raise RuntimeError("no space left in the engine")
         super().write(hf, values)
 
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return None if self.fault in ("stale", "swapped", "refused") else super().memory_of(hf)
+
     def end_update(self, policy_version: int) -> None:
         before = self.packed
         super().end_update(policy_version + (self.fault == "version"))

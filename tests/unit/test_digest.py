@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from grpo_mega.convert.digest import (
-    _EXACT_COLUMNS,
+    _EXACT_ROW_BYTES,
+    _adds_bytes_exactly,
     _factors,
-    _sums_by_matrices,
+    _row_factors,
     _sums_by_vectors,
+    _takes_bytes,
+    _weighted_by_bytes,
     combined_digest,
     digest_text,
     slice_digest,
@@ -183,12 +186,46 @@ def test_the_text_of_a_digest_has_sixteen_digits(digest: int, text: str) -> None
     assert digest_text(digest) == text
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8], ids=str)
-@pytest.mark.parametrize("columns", [1, 1000, _EXACT_COLUMNS])
-def test_matrices_of_float64_lose_nothing_of_the_largest_sums(dtype: torch.dtype, columns: int) -> None:
-    factors = torch.full((columns,), -1)
-    factors[::3] = _factors(1, 0, columns)[::3]
-    lowest = torch.full((1, columns), torch.iinfo(dtype).min, dtype=dtype)
-    highest = torch.full((1, columns), torch.iinfo(dtype).max, dtype=dtype)
-    rows = torch.cat([lowest, highest, random_tensor((3, columns), torch.float8_e4m3fn).view(torch.uint8).to(dtype)])
-    assert torch.equal(_sums_by_matrices(rows, factors), _sums_by_vectors(rows, factors))
+def by_vectors(rows: Tensor, hf: TensorSlice) -> int:
+    columns = _factors(1, hf.offsets[1], hf.shape[1])
+    return wrap(int((_sums_by_vectors(rows, columns) * _row_factors(hf)).sum()))
+
+
+@pytest.mark.skipif(not _adds_bytes_exactly(), reason="this processor has no exact sums of 8-bit products")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 1000, 4096, -1])
+def test_a_product_of_bytes_loses_nothing_of_the_largest_sums(dtype: torch.dtype, columns: int) -> None:
+    if columns < 0:
+        columns = _EXACT_ROW_BYTES // dtype.itemsize - 1
+    ends = [torch.full((1, columns), value, dtype=dtype) for value in (torch.iinfo(dtype).min, torch.iinfo(dtype).max)]
+    noise = random_tensor((5, columns * dtype.itemsize), torch.uint8).view(dtype)
+    rows, hf = torch.cat([*ends, noise]), TensorSlice("w", (11, 3), (7, columns))
+    assert wrap(_weighted_by_bytes(rows, 3, _row_factors(hf))) == by_vectors(rows, hf)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize(("start", "end", "step"), [(0, 512, 1), (1, 510, 1), (8, 508, 1), (3, 512, 4)])
+def test_columns_cut_anywhere_are_read_where_they_lie(dtype: torch.dtype, start: int, end: int, step: int) -> None:
+    whole = random_tensor((300, 512 * dtype.itemsize), torch.uint8).view(dtype)
+    rows = whole[1::2, start:end:step]
+    hf = TensorSlice("w", (0, start), tuple(rows.shape))
+    assert slice_digest(rows, hf) == by_vectors(rows, hf)
+
+
+def test_a_large_slice_goes_by_bytes_where_the_processor_adds_them_exactly() -> None:
+    rows = torch.zeros(256, 64, dtype=torch.int16)
+    assert _takes_bytes(rows, 64) == _adds_bytes_exactly()
+    assert not _takes_bytes(rows[:1], 64)
+    assert not _takes_bytes(torch.zeros(1, _EXACT_ROW_BYTES, dtype=torch.uint8), _EXACT_ROW_BYTES)
+
+
+def test_a_processor_that_saturates_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturating(rows: Tensor, factors: Tensor) -> Tensor:
+        """Pairs of products are added in 16 bits, as by vpmaddubsw."""
+        products = rows[:, :, None].int() * factors[None].int()
+        return products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1).sum(1).int()
+
+    _adds_bytes_exactly.cache_clear()
+    monkeypatch.setattr(torch, "_int_mm", saturating)
+    assert not _adds_bytes_exactly()
+    _adds_bytes_exactly.cache_clear()

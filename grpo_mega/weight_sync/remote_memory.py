@@ -1,0 +1,161 @@
+"""Reading what another process of this machine holds, with no buffer between: Linux's process_vm_readv.
+
+A tensor is told as runs of bytes, so that another process can read it into a tensor of its own with one copy. The
+kernel allows it between processes of one user; where Yama restricts that to debuggers (ptrace_scope=1), a process may
+name who may read it, and names everybody of its user, as a kernel without Yama does. A container may forbid it all:
+whether it works is tried.
+Asserted by tests/unit/test_remote_memory.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_mega.parallel.world import World
+
+LEAST_RUN = 1024  # bytes; the kernel looks a page up for each run: shorter ones are copied faster through a buffer
+_MOST_RUNS = 1024  # IOV_MAX, of one call
+_PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.process_vm_readv.restype = ctypes.c_ssize_t
+_libc.process_vm_readv.argtypes = [
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_void_p,
+    ctypes.c_ulong,
+    ctypes.c_ulong,
+]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """`count` runs of `num_bytes`, each `stride` bytes behind the one before, the first at `address`."""
+
+    address: int
+    count: int
+    num_bytes: int
+    stride: int
+
+    @classmethod
+    def of(cls, values: Tensor) -> Runs | None:
+        """Those of a tensor of the host; None where they are too short, or not evenly spaced."""
+        if values.device.type != "cpu" or not values.numel():
+            return None
+        run, size = values.itemsize, values.dim()
+        while size and (values.shape[size - 1] == 1 or values.stride(size - 1) * values.itemsize == run):
+            size -= 1
+            run *= values.shape[size]
+        rest = [(n, stride * values.itemsize) for n, stride in zip(values.shape, values.stride(), strict=True)][:size]
+        rest = [(n, stride) for n, stride in rest if n > 1]
+        count, stride = 1, run
+        for n, each in reversed(rest):
+            if count > 1 and each != count * stride:
+                return None
+            count, stride = count * n, stride if count > 1 else each
+        return cls(values.data_ptr(), count, run, stride) if count == 1 or run >= LEAST_RUN else None
+
+    @property
+    def total_bytes(self) -> int:
+        return self.count * self.num_bytes
+
+    def cut(self, num_bytes: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
+        """[runs, 2] uint64: address and length (`struct iovec`) of all, cut into runs of `num_bytes`."""
+        starts = self.address + self.stride * np.arange(self.count, dtype=np.int64)
+        parts = starts[:, None] + np.arange(0, self.num_bytes, num_bytes, dtype=np.int64)
+        table = np.empty((parts.size, 2), np.uint64)
+        table[:, 0], table[:, 1] = parts.ravel().astype(np.uint64), num_bytes
+        return table
+
+
+def allow_reading() -> None:
+    """Other processes of this user may read this one, also where Yama asks for it."""
+    _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)  # without Yama: EINVAL, and nothing to allow
+
+
+def read_runs(process: int, theirs: Runs, ours: Runs) -> None:
+    """Copies what `theirs` are in the memory of a process into `ours`, both of one size.
+
+    Raises:
+        OSError: it is gone, or may not be read; names both.
+    """
+    unit = min(theirs.num_bytes, ours.num_bytes)
+    assert theirs.total_bytes == ours.total_bytes, f"{theirs.total_bytes} bytes for {ours.total_bytes}"
+    assert fits(theirs, ours), f"runs of {theirs.num_bytes} bytes into runs of {ours.num_bytes}"
+    sources, targets = theirs.cut(unit), ours.cut(unit)
+    for start in range(0, len(sources), _MOST_RUNS):
+        source, target = sources[start : start + _MOST_RUNS], targets[start : start + _MOST_RUNS]
+        wanted = unit * len(source)
+        done = _libc.process_vm_readv(process, target.ctypes.data, len(target), source.ctypes.data, len(source), 0)
+        if done != wanted:
+            why = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {wanted} bytes"
+            raise OSError(f"process {os.getpid()} could not read process {process}: {why}")
+
+
+def fits(theirs: Runs, ours: Runs) -> bool:
+    """Do the runs of one side divide those of the other?"""
+    longer, shorter = max(theirs.num_bytes, ours.num_bytes), min(theirs.num_bytes, ours.num_bytes)
+    return longer % shorter == 0
+
+
+PLACE_BYTES = 32  # four words of 64 bits
+
+
+def put_places(table: Tensor, places: list[Runs]) -> None:
+    """Into bytes that another process reads."""
+    words = torch.tensor([astuple(place) for place in places], dtype=torch.int64)
+    table[: words.nbytes].view(torch.int64).copy_(words.flatten())
+
+
+def take_places(table: Tensor, count: int) -> list[Runs]:
+    """What `put_places` has put there."""
+    words = table[: count * PLACE_BYTES].view(torch.int64).view(count, -1)
+    return [Runs(*row) for row in words.tolist()]
+
+
+class Neighbours:
+    """The ranks of this machine whose memory this one can read, and those that can read its own."""
+
+    def __init__(self, world: World, processes: Mapping[int, int]) -> None:
+        """Collective: each rank tries.
+
+        Args:
+            world: all ranks.
+            processes: rank -> process, of the other ranks of this machine.
+        """
+        allow_reading()
+        self._processes = processes
+        self._word = torch.tensor([secrets.randbits(62)])  # what others must find here
+        told = world.gather((_runs(self._word), int(self._word)))
+        self._readable = {rank for rank in processes if self._reads(rank, *told[rank])}
+        self._readers = {rank for rank, readable in enumerate(world.gather(self._readable)) if world.rank in readable}
+
+    def is_read_by(self, rank: int) -> bool:
+        """May it be told where bytes are, instead of the bytes?"""
+        return rank in self._readers
+
+    def read(self, rank: int, theirs: Runs, ours: Runs) -> None:
+        """`read_runs` from that rank's process; raises as that does."""
+        read_runs(self._processes[rank], theirs, ours)
+
+    def _reads(self, rank: int, place: Runs, word: int) -> bool:
+        found = torch.zeros(1, dtype=torch.int64)
+        try:
+            self.read(rank, place, _runs(found))
+        except OSError:
+            return False
+        return int(found) == word  # else it is another process of that number
+
+
+def _runs(whole: Tensor) -> Runs:
+    """Of a tensor without gaps."""
+    return Runs(whole.data_ptr(), 1, whole.nbytes, whole.nbytes)
