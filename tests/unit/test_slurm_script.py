@@ -77,7 +77,7 @@ BACK = "scontrol requeue 7"
 )
 def test_a_job_that_failed_is_put_back_if_a_slurmd_is_younger_than_it(cluster: Cluster, nodes: str, back: bool) -> None:
     cluster.ended(1, nodes=nodes)
-    assert cluster.said() == [PROBE, BACK] if back else [PROBE]
+    assert cluster.said() == [PROBE] + [BACK] * back
 
 
 def test_a_job_that_failed_on_nodes_that_stayed_ends_with_its_own_code(cluster: Cluster) -> None:
