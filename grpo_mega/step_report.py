@@ -106,6 +106,7 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "masked": "train/masked_fraction",
         "vetoed": "train/vetoed_fraction",
         "fp8_cut": "train/fp8_cut_fraction",
+        "fp8_zero": "train/fp8_zero_fraction",
     }
     found |= {name: mean[key] for key, name in optional.items() if key in mean}
     if "fp8_amax" in updates[0].maxima:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
+import subprocess
 import sys
 
 _DROPPED_PREFIXES = ("CUDA_", "GLOO_", "LOCAL_", "MASTER_", "NCCL_", "PMI", "ROLE_", "SLURM_", "TORCH", "VLLM_")
@@ -17,6 +19,21 @@ def clean_environment() -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in _DROPPED and not k.startswith(_DROPPED_PREFIXES)}
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start_worker(module: str, connection: socket.socket) -> subprocess.Popen[bytes]:
+    """`python -m module`, told the descriptor of its end of the connection and its parent's number.
+
+    It leads a session of its own, and what it prints goes to stderr: stdout is for what the parent writes.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, str(connection.fileno()), str(os.getpid())],
+        pass_fds=(connection.fileno(),),
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        start_new_session=True,
+    )
 
 
 def die_with(parent: int) -> None:

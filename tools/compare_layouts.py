@@ -102,6 +102,21 @@ def config_of(args: argparse.Namespace, layout: Layout) -> Config:
     return config
 
 
+def measure_on_ranks(folder: str, job: Path, world: int) -> None:
+    """Start `rank.py folder job` as so many ranks of this machine, and wait for them.
+
+    Raises:
+        RuntimeError: a rank failed; its message is on the screen.
+    """
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+    # libraries warn of what this machine lacks, once a rank
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+    ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+    command = [sys.executable, str(Path(__file__).resolve().parent / "rank.py"), folder, str(job)]
+    if run_ranks(command, ranks) != 0:
+        raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
+
+
 def run_layout(config: Config, folder: Path, work: Path, rollouts: Path | None) -> tuple[dict[str, Any], Path]:
     """Start the ranks of one layout; returns what rank 0 wrote: loss and norm, and the file of gradients.
 
@@ -114,13 +129,7 @@ def run_layout(config: Config, folder: Path, work: Path, rollouts: Path | None) 
     job = job.with_suffix(".json")
     settings = {"config": config.model_dump(mode="json"), "model": str(folder), "rollouts": str(rollouts or "")}
     job.write_text(json.dumps(settings | {"answer": str(answer), "gradients": str(gradients), "work": str(work)}))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    # libraries warn of what this machine lacks, once a rank
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
-    ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-    command = [sys.executable, str(Path(__file__).resolve().parent / "rank.py"), "layouts", str(job)]
-    if run_ranks(command, ranks) != 0:
-        raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
+    measure_on_ranks("layouts", job, world)
     return json.loads(answer.read_text()), gradients
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
@@ -24,13 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from compare_layouts import parse_layout
+from compare_layouts import measure_on_ranks, parse_layout
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.convert.spec import ModelSpec, read_spec
-from grpo_mega.launch_agent import run_ranks
-from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
 NUM_SEQUENCES, LONGEST = 8, 48
@@ -121,16 +118,9 @@ def run_layout(config: Config, job: dict[str, Any], work: Path) -> dict[str, flo
     Raises:
         RuntimeError: a rank failed; its message is on the screen.
     """
-    world = config.run.world_size or 1
     file, answer = work / "job.json", work / "answer.json"
     file.write_text(json.dumps(job | {"config": config.model_dump(mode="json"), "answer": str(answer)}))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    # libraries warn of what this machine lacks, once a rank
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
-    ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-    command = [sys.executable, str(Path(__file__).resolve().parent / "rank.py"), "logits", str(file)]
-    if run_ranks(command, ranks) != 0:
-        raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
+    measure_on_ranks("logits", file, config.run.world_size or 1)
     found: dict[str, float] = json.loads(answer.read_text())
     return found
 

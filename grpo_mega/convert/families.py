@@ -21,6 +21,7 @@ from grpo_mega.convert.families_layers import (
 )
 from grpo_mega.convert.rules import Copy, Rule, Shape, Vocabulary, placements
 from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import Placement
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -31,13 +32,9 @@ _STACKED = re.compile(r"\.experts\.(gate_up|down)\.(weight|bias)$")
 def parameter_placements(
     spec: ModelSpec,
     parameter: str,
-    tp: int,
-    tp_rank: int,
+    topology: Topology,
+    at: Coordinates,
     *,
-    ep: int = 1,
-    ep_rank: int = 0,
-    etp: int = 1,
-    etp_rank: int = 0,
     latent_split: bool = True,
 ) -> list[Placement]:
     """The pieces of `parameter` on a rank; layers and experts are numbered from the model's first one.
@@ -45,9 +42,8 @@ def parameter_placements(
     Args:
         spec: the model.
         parameter: Megatron's name; the router's `expert_bias`, a buffer, counts as one.
-        tp: ranks that share a dense layer; tp_rank: which of them.
-        ep: ranks that share the experts where one parameter holds them all; ep_rank: which of them.
-        etp: ranks that share an expert; etp_rank: which of them.
+        topology: tp ranks share a dense layer, etp an expert, ep the experts where one parameter holds them all.
+        at: which of them.
         latent_split: see `latent_attention`.
 
     Raises:
@@ -55,15 +51,15 @@ def parameter_placements(
     """
     found = _LAYER.match(parameter)
     if found is None:
-        return placements(_outer_table(spec)[parameter], spec, parameter, tp, tp_rank)
+        return placements(_outer_table(spec)[parameter], spec, parameter, topology.tp, at.tp_rank)
     layer, name = int(found[1]), parameter[found.end() :]
     table = _layer_table(spec, spec.is_moe_layer(layer), latent_split)
     numbered = _EXPERT.search("." + name)
     if numbered is None:
-        shared = (ep, ep_rank) if _STACKED.search(parameter) else (tp, tp_rank)
+        shared = (topology.ep, at.ep_rank) if _STACKED.search(parameter) else (topology.tp, at.tp_rank)
         return placements(table[name], spec, parameter, *shared, layer=layer)
     rule = table[_EXPERT.sub("{expert}", "." + name)[1:]]
-    return placements(rule, spec, parameter, etp, etp_rank, layer=layer, expert=int(numbered[0]))
+    return placements(rule, spec, parameter, topology.etp, at.etp_rank, layer=layer, expert=int(numbered[0]))
 
 
 def parameter_names(spec: ModelSpec) -> Iterator[str]:

@@ -35,17 +35,7 @@ def policy_slices(
     """
     found: dict[TensorSlice, None] = {}
     for name in _names_of_rank(spec, parallel, topology, at):
-        pieces = parameter_placements(
-            spec,
-            name,
-            topology.tp,
-            at.tp_rank,
-            ep=topology.ep,
-            ep_rank=at.ep_rank,
-            etp=topology.etp,
-            etp_rank=at.etp_rank,
-            latent_split=latent_split,
-        )
+        pieces = parameter_placements(spec, name, topology, at, latent_split=latent_split)
         found.update(dict.fromkeys(piece.hf for piece in pieces))
     return list(found)
 

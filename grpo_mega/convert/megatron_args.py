@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.convert.spec import MlaSpec, ModelSpec, MoeSpec
 
 
 def megatron_args(spec: ModelSpec, dtype: torch.dtype, iteration: int = 0) -> Namespace:
@@ -75,18 +75,15 @@ def megatron_args(spec: ModelSpec, dtype: torch.dtype, iteration: int = 0) -> Na
     )
 
 
-def _moe_args(spec: ModelSpec) -> dict[str, Any]:
-    moe = spec.moe
-    if moe is None:
-        return {"num_experts": None}
+def expert_settings(moe: MoeSpec) -> dict[str, Any]:
+    """Of experts and their router, where Megatron-LM's arguments and Megatron-Core's configs have the same names."""
     limited = moe.top_groups < moe.num_groups
     return {
-        "num_experts": moe.num_experts,
-        "moe_layer_freq": 1 if all(moe.layers) else [int(has_experts) for has_experts in moe.layers],
         "moe_ffn_hidden_size": moe.expert_ffn_size,
         "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": moe.score,
+        # softmax over the chosen is softmax over all, renormalised over the chosen
         "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize,
         "moe_router_num_groups": moe.num_groups if limited else None,
         "moe_router_group_topk": moe.top_groups if limited else None,
@@ -94,8 +91,30 @@ def _moe_args(spec: ModelSpec) -> dict[str, Any]:
         "moe_router_enable_expert_bias": moe.correction_bias,
         "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
-        "moe_aux_loss_coeff": 0.0,
         "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def latent_settings(mla: MlaSpec) -> dict[str, Any]:
+    """Sizes of latent attention, likewise."""
+    return {
+        "q_lora_rank": mla.q_rank,
+        "kv_lora_rank": mla.kv_rank,
+        "qk_head_dim": mla.nope_dim,
+        "qk_pos_emb_head_dim": mla.rope_dim,
+        "v_head_dim": mla.v_dim,
+    }
+
+
+def _moe_args(spec: ModelSpec) -> dict[str, Any]:
+    moe = spec.moe
+    if moe is None:
+        return {"num_experts": None}
+    return {
+        **expert_settings(moe),
+        "num_experts": moe.num_experts,
+        "moe_layer_freq": 1 if all(moe.layers) else [int(has_experts) for has_experts in moe.layers],
+        "moe_aux_loss_coeff": 0.0,
         "moe_grouped_gemm": True,
     }
 
@@ -104,14 +123,7 @@ def _mla_args(spec: ModelSpec) -> dict[str, Any]:
     mla = spec.mla
     if mla is None:
         return {"multi_latent_attention": False}
-    return {
-        "multi_latent_attention": True,
-        "q_lora_rank": mla.q_rank,
-        "kv_lora_rank": mla.kv_rank,
-        "qk_head_dim": mla.nope_dim,
-        "qk_pos_emb_head_dim": mla.rope_dim,
-        "v_head_dim": mla.v_dim,
-    }
+    return {"multi_latent_attention": True, **latent_settings(mla)}
 
 
 def _rope_args(spec: ModelSpec) -> dict[str, Any]:

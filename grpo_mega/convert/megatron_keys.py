@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from grpo_mega.convert.families import parameter_names, parameter_placements, placements_aside
 from grpo_mega.convert.ranges import Shape
 from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Placement
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
@@ -45,7 +46,9 @@ class MegatronTensor:
 def megatron_tensors(spec: ModelSpec) -> list[MegatronTensor]:
     """What a checkpoint of `spec` holds: every Hugging Face tensor exactly once (a tied head is the embedding)."""
     names = (n for n in parameter_names(spec) if not (spec.tie_embeddings and n == "output_layer.weight"))
-    named = [(name, parameter_placements(spec, name, 1, 0)) for name in names if not _GROUPED_EXPERT.search(name)]
+    alone = Topology(1)
+    at = alone.coordinates(0)
+    named = [(name, parameter_placements(spec, name, alone, at)) for name in names if not _GROUPED_EXPERT.search(name)]
     aside = [(name, placed) for name, placed in placements_aside(spec) if not _GROUPED_EXPERT.search(name)]
     alike = len({spec.is_moe_layer(layer) for layer in range(spec.num_layers)}) == 1
     found: dict[tuple[Placement, ...], list[str]] = {}

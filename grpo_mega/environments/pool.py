@@ -15,14 +15,13 @@ import queue
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from grpo_mega.environments.base import EnvironmentSpec, Turn, build_environment
-from grpo_mega.workers import clean_environment
+from grpo_mega.workers import start_worker
 
 logger = logging.getLogger(__name__)
 
@@ -152,14 +151,7 @@ class _Process:
         self._timeout_seconds = float(str(setup["timeout_seconds"]))
         self._connection, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "grpo_mega.environments.worker", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(),),
-                env=clean_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # an environment that prints must not mix with what the parent writes to stdout
-                start_new_session=True,
-            )
+            self._process = start_worker("grpo_mega.environments.worker", theirs)
         self.is_alive = True
         self._incoming = b""
         self._connection.sendall(json.dumps(setup).encode("ascii") + b"\n")

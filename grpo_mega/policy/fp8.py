@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.fp8 import RECIPES
-from grpo_mega.config.schema import Fp8Config, PrecisionConfig
+from grpo_mega.config.schema import PrecisionConfig
 from grpo_mega.policy import cpu
 
 cpu.prepare_import()
@@ -59,34 +59,6 @@ def optimizer_fields(precision: PrecisionConfig) -> dict[str, Any]:
     """Of Megatron's OptimizerConfig; master weights and moments stay fp32."""
     fp8 = precision.fp8
     return {"fp8_recipe": fp8.recipe} if fp8 is not None and fp8.params else {}
-
-
-def delayed_scales(model: Iterable[torch.nn.Module], fp8: Fp8Config, passes: int) -> Tensor:
-    """How the scales of the delayed recipe held in the last `passes` passes: float64 [3] of the largest absolute value
-    of any tensor, of tensors in a pass that went beyond what their scale could say (and were cut there), and of all.
-
-    A scale is that of the largest value of earlier passes (1 before the first), so a tensor is cut when its largest
-    value is larger than those before it. `amax_history` [H, tensors] has the newest pass in its last row and the one
-    to come in its first (Transformer Engine 2.x, quantization.py: `_update_amax_history`).
-    """
-    largest = {"scaling_fwd": 448.0, "scaling_bwd": 57344.0 if fp8.format in (None, "hybrid") else 448.0}
-    found = torch.zeros(3, dtype=torch.float64)
-    for module in (each for chunk in model for each in chunk.modules()):
-        for key, limit in largest.items():
-            state = getattr(module, "fp8_meta", {}).get(key)
-            if state is not None and state.amax_history.shape[0] > 1:
-                _add_history(found, state.amax_history[1:].detach().cpu().double(), limit, passes)
-    return found
-
-
-def _add_history(found: Tensor, rows: Tensor, limit: float, passes: int) -> None:
-    """`rows`: [passes, tensors], the oldest first; 0 where there was none."""
-    before = torch.cat([torch.zeros_like(rows[:1]), rows.cummax(0).values[:-1]])
-    before = torch.where(before > 0, before, torch.full_like(before, limit))
-    new, before = rows[-passes:], before[-passes:]
-    found[0] = max(float(found[0]), float(new.max()))
-    found[1] += (new > before).sum()
-    found[2] += (new > 0).sum()
 
 
 def forget_copies(model: Iterable[torch.nn.Module]) -> None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config, OptimizerConfig
@@ -22,7 +21,8 @@ from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.parallel.context import rank_index
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy
-from grpo_mega.policy.fp8 import delayed_scales, forget_copies
+from grpo_mega.policy.fp8 import forget_copies
+from grpo_mega.policy.fp8_scales import reported_scales
 from grpo_mega.policy.gradients import gather_gradients, gradient_of
 from grpo_mega.policy.model import PolicyModel
 from grpo_mega.policy.offload import Part, PolicyMemory
@@ -127,12 +127,9 @@ class MegatronLearner:
         self.parts.optimizer.zero_grad()
         outputs = self._run_schedule(microbatches, last_stage, forward_only=False)
         sums, maxima = report.reduce(self.dp_group, parallel_state.get_pipeline_model_parallel_group())
-        if self._fp8 is not None and self._fp8.recipe == "delayed":
-            found = delayed_scales(self.parts.models, self._fp8, len(microbatches)).to(self.ranks.device)
-            dist.all_reduce(found[:1], op=dist.ReduceOp.MAX)
-            dist.all_reduce(found[1:])
-            maxima["fp8_amax"], cut, of = found.tolist()
-            sums["fp8_cut"] = cut / max(1.0, of)
+        if self._fp8 is not None:
+            means, largest = reported_scales(self.parts.models, self._fp8, len(microbatches), self.ranks.device)
+            sums, maxima = sums | means, maxima | largest
         self.parts.optimizer.prepare_grads()
         grad_norm = float(self.parts.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):

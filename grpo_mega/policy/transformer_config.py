@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.convert.megatron_args import expert_settings, latent_settings
 from grpo_mega.convert.rules import padded_vocab
 from grpo_mega.convert.spec import ModelSpec, MoeSpec
 from grpo_mega.parallel.ranks import Ranks
@@ -122,23 +123,10 @@ def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _moe_settings(moe: MoeSpec, grouped: bool) -> dict[str, Any]:
-    limited = moe.top_groups < moe.num_groups
     return {
+        **expert_settings(moe),
         "num_moe_experts": moe.num_experts,
-        "moe_ffn_hidden_size": moe.expert_ffn_size,
         "moe_layer_freq": [int(has_experts) for has_experts in moe.layers],
-        "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
-        "moe_router_topk": moe.top_k,
-        "moe_router_score_function": moe.score,
-        # softmax over the chosen is softmax over all, renormalised over the chosen
-        "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize,
-        "moe_router_num_groups": moe.num_groups if limited else None,
-        "moe_router_group_topk": moe.top_groups if limited else None,
-        "moe_router_topk_scaling_factor": None if moe.scaling == 1.0 else moe.scaling,
-        "moe_router_enable_expert_bias": moe.correction_bias,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": grouped,
     }
 
@@ -148,11 +136,7 @@ def _mla_settings(spec: ModelSpec) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "multi_latent_attention": True,
         "qk_layernorm": True,  # the norms of the latent vectors
-        "q_lora_rank": spec.mla.q_rank,
-        "kv_lora_rank": spec.mla.kv_rank,
-        "qk_head_dim": spec.mla.nope_dim,
-        "qk_pos_emb_head_dim": spec.mla.rope_dim,
-        "v_head_dim": spec.mla.v_dim,
+        **latent_settings(spec.mla),
         "rotary_base": spec.rope_theta,
         "rope_type": "rope",
         "mscale_all_dim": 0.0,  # leaves the logits alone

@@ -168,18 +168,8 @@ class MegatronWeights:
         return torch.float32 if keeps_float32(name) else next(iter(self._parameters.values())).dtype
 
     def _placements(self, parameter: str) -> list[Placement]:
-        topology, at = self._ranks.topology, self._ranks.at
-        return parameter_placements(
-            self._spec,
-            parameter,
-            topology.tp,
-            at.tp_rank,
-            ep=topology.ep,
-            ep_rank=at.ep_rank,
-            etp=topology.etp,
-            etp_rank=at.etp_rank,
-            latent_split=not torch.cuda.is_available(),
-        )
+        split = not torch.cuda.is_available()
+        return parameter_placements(self._spec, parameter, self._ranks.topology, self._ranks.at, latent_split=split)
 
 
 def _named_globally(model: torch.nn.Module, first_expert: int) -> Iterator[tuple[str, Tensor]]:

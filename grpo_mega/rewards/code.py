@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from grpo_mega.rewards.base import reward
-from grpo_mega.rewards.sandbox import Limits, Outcome, Sandbox, python_command, require_isolation
+from grpo_mega.rewards.sandbox import Limits, Outcome, Sandbox, check_limits, python_command, require_isolation
 from grpo_mega.types import UserError
 
 _FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*(\w*)[ \t]*\r?$", re.MULTILINE)
@@ -76,12 +76,7 @@ def check_code_args(
     """
     if not isinstance(partial, bool):
         raise UserError(f"partial={partial!r} is neither true nor false; use one of them")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.1 <= seconds <= 3600:
-        raise UserError(f"seconds={seconds!r} is no number of seconds from 0.1 to 3600; use for example 4.0")
-    limits = {"memory_mb": memory_mb, "file_mb": file_mb, "output_kb": output_kb, "processes": processes}
-    for name, value in limits.items():
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0; leave it out or correct it")
+    check_limits(seconds, 4.0, memory_mb=memory_mb, file_mb=file_mb, output_kb=output_kb, processes=processes)
     if memory_mb < 64:
         raise UserError(f"memory_mb={memory_mb} is too little for Python to start; use 64 or more")
     require_isolation()

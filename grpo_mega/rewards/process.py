@@ -13,13 +13,12 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass, field
 
 from grpo_mega.rewards.base import Value
-from grpo_mega.workers import clean_environment
+from grpo_mega.workers import start_worker
 
 _GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
 _KILL_SECONDS = 10.0
@@ -56,14 +55,7 @@ class RewardProcess:
     def __init__(self, setup: dict[str, object]) -> None:
         self.connection, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "grpo_mega.rewards.worker", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=(theirs.fileno(),),
-                env=clean_environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # a reward that prints must not mix with what the parent writes to stdout
-                start_new_session=True,
-            )
+            self._process = start_worker("grpo_mega.rewards.worker", theirs)
         self.connection.setblocking(False)
         self.pid = self._process.pid
         self.ready = False

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.rewards.base import reward
-from grpo_mega.rewards.sandbox import Limits, Sandbox, require_isolation
+from grpo_mega.rewards.sandbox import Limits, Sandbox, check_limits, require_isolation
 from grpo_mega.types import UserError
 
 AXIOMS = ("propext", "Classical.choice", "Quot.sound")
@@ -59,11 +59,7 @@ def check_proof_args(
     """
     if not isinstance(header, str):
         raise UserError(f"header={header!r} is no text; write for example 'import Mathlib'")
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.1 <= seconds <= 3600:
-        raise UserError(f"seconds={seconds!r} is no number of seconds from 0.1 to 3600; use for example 60.0")
-    for name, value in (("memory_mb", memory_mb), ("processes", processes)):
-        if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0; leave it out or correct it")
+    check_limits(seconds, 60.0, memory_mb=memory_mb, processes=processes)
     for name, texts in (("lean_path", lean_path), ("axioms", axioms)):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError(f"{name}={texts!r} is no list of texts; write it as one")

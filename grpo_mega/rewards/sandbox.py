@@ -179,6 +179,19 @@ class Sandbox:
         return answer
 
 
+def check_limits(seconds: float, usual: float, **numbers: int) -> None:
+    """Of a reward that runs programs; `usual` seconds are its own default, `numbers` go by the names of its arguments.
+
+    Raises:
+        UserError: names the argument.
+    """
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.1 <= seconds <= 3600:
+        raise UserError(f"seconds={seconds!r} is no number of seconds from 0.1 to 3600; use for example {usual}")
+    for name, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"{name}={value!r} is no whole number above 0; leave it out or correct it")
+
+
 @functools.cache
 def require_isolation() -> None:
     """Run a harmless program in a sandbox, once per process.

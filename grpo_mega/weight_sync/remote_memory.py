@@ -10,6 +10,7 @@ Asserted by tests/unit/test_remote_memory.py.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 
 from grpo_mega.parallel.world import World
+
+log = logging.getLogger("grpo_mega.weight_sync")
 
 LEAST_RUN = 1024  # bytes; the kernel looks a page up for each run: shorter ones are copied faster through a buffer
 _MOST_RUNS = 1024  # IOV_MAX, of one call
@@ -137,6 +140,9 @@ class Neighbours:
         self._word = torch.tensor([secrets.randbits(62)])  # what others must find here
         told = world.gather((_runs(self._word), int(self._word)))
         self._readable = {rank for rank in processes if self._reads(rank, *told[rank])}
+        if len(self._readable) < len(processes):
+            closed = sorted(processes.keys() - self._readable)
+            log.info("this machine lets rank %d not read ranks %s: they pack what they send it", world.rank, closed)
         self._readers = {rank for rank, readable in enumerate(world.gather(self._readable)) if world.rank in readable}
 
     def is_read_by(self, rank: int) -> bool:

@@ -45,23 +45,27 @@ def sampled(folder: Path, step: int) -> list[tuple[list[int], list[float]]]:
 
 
 def test_a_job_trains_on_what_the_copies_sampled_and_goes_on_as_if_never_stopped(model: Path, tmp_path: Path) -> None:
-    evaluation = ("data.eval=arithmetic:heldout", "evaluation.max_prompts=3")
-    lines = run(model, tmp_path / "whole", *COPIES, *evaluation, "train.steps=2", "checkpoint.every=1")
+    (tmp_path / "alike.jsonl").write_text('{"prompt": "2+3=", "answer": "5"}\n' * 10)
+    # four prompts in waves of three: the last one leaves the second copy without any
+    keys = (f"data.train={tmp_path / 'alike.jsonl'}", "data.eval=arithmetic:heldout", "evaluation.max_prompts=4")
+    lines = run(model, tmp_path / "whole", *COPIES, *keys, "train.steps=2", "checkpoint.every=1")
     for line in lines:
         assert line["train/mismatch_max"] <= 1e-4
         assert line["train/grad_norm"] > 0
         assert line["rollout/tokens_per_replica/0"] == line["rollout/tokens"]
         assert "rollout/tokens_per_replica/1" not in line
-    assert read_json(tmp_path / "whole" / "summary.json")["eval_after"]["num_prompts"] == 3
+    assert read_json(tmp_path / "whole" / "summary.json")["eval_after"]["num_prompts"] == 4
     assert len(rollouts_of(tmp_path / "whole", 2)) == 5 * 4
-    assert len({tuple(ids) for ids, _ in sampled(tmp_path / "whole", 1)}) > 15  # the copies have seeds of their own
+    answers = [ids for ids, _ in sampled(tmp_path / "whole", 1)]
+    assert len({tuple(ids) for ids in answers}) > 15
+    assert answers[12:16] != answers[16:]  # of one prompt for each copy, which are alike: seeds are their own
     for steps in (1, 2):
-        run(model, tmp_path / "parts", *COPIES, *evaluation, f"train.steps={steps}", "checkpoint.every=1")
+        run(model, tmp_path / "parts", *COPIES, *keys, f"train.steps={steps}", "checkpoint.every=1")
     assert [sampled(tmp_path / "parts", step) for step in (1, 2)] == [
         sampled(tmp_path / "whole", step) for step in (1, 2)
     ]
     other = ("run.world_size=2", "parallel.ep=2", "engine.tp=2", "engine.ep=2")
-    lines = run(model, tmp_path / "parts", *other, *evaluation, "train.steps=3", "checkpoint.every=1")
+    lines = run(model, tmp_path / "parts", *other, *keys, "train.steps=3", "checkpoint.every=1")
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[-1]["train/mismatch_max"] <= 1e-4
 

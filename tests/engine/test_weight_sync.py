@@ -15,22 +15,23 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.interfaces import WeightSink
-from grpo_mega.parallel.ranks import init_ranks
-from grpo_mega.parallel.topology import Topology
 from grpo_mega.phases import Phases
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.servers import serving, write_config
-from tests.helpers.synced_engine import BUCKET_BYTES, expected_digest, largest_difference, perturb, prepare_policy
+from tests.helpers.synced_engine import (
+    build,
+    connect,
+    expected_digest,
+    largest_difference,
+    perturb,
+    prepare_policy,
+    push,
+)
 from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
@@ -99,56 +100,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
 # What runs on the ranks.
 
 
-def build(session: RankSession, weights: Path, tp: int, pp: int, engine_tp: int, ep: int = 1, servers: int = 0) -> None:
-    """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine."""
-    from grpo_mega.policy.policy import MegatronPolicy
-
-    config = Config.model_validate(
-        {
-            "model": {"path": str(weights)},
-            "parallel": {"tp": tp, "pp": pp, "ep": ep},
-            "data": {"train": "arithmetic:train"},
-            "reward": {"terms": [{"name": "exact"}]},
-            "train": {"steps": 1},
-            "precision": {"dtype": "fp32"},
-        }
-    )
-    topology = Topology(2, tp, pp, engine_tp, ep=ep, engine_servers=servers)
-    ranks = init_ranks(topology, 60.0)
-    policy = MegatronPolicy(config, read_spec(weights), weights, ranks, with_reference=False)
-    groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
-    session.kept.update(policy=policy, groups=groups)
-    dist.barrier()
-    if session.rank == 0:
-        shutil.rmtree(weights)
-    dist.barrier()
-
-
-def connect(session: RankSession, sink: WeightSink) -> WeightSync:
-    policy, engine = session.kept["policy"], session.engine
-    topology = policy.ranks.topology
-    replicas, more = [topology.replica_ranks(i) for i in range(topology.num_replicas)], dict[str, Any]()
-    if topology.engine_servers:
-        where, replicas = topology.describe(session.rank), engine.replicas
-        world = engine.meet(policy.source.hf_shapes(), where, bucket_bytes=BUCKET_BYTES, transport="auto")
-        more = {"world": world, "announce": engine.announce}
-    return WeightSync(
-        policy.source,
-        policy.full_tensors,
-        sink,
-        source_group=policy.model_parallel_group,
-        replicas=replicas,
-        replica_group=session.kept["groups"][policy.ranks.at.replica],
-        settings=SyncSettings(BUCKET_BYTES, 60.0),
-        where=topology.describe(session.rank),
-        **more,
-    )
-
-
-def push(session: RankSession, version: int) -> SyncReport:
-    return connect(session, session.engine.sink).push(version, verify=True)
-
-
 def largest_mismatch(session: RankSession) -> float:
     """Samples on every replica, each from its own seed, and lets the policy compute the same tokens' log-probs."""
     policy, rank = session.kept["policy"], session.rank
@@ -165,7 +116,7 @@ def start(
     world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int, kind: str = "vllm"
 ) -> None:
     world.open(models.engine[name], tp=engine_tp, kind=kind, **SETTINGS)
-    world.call(build, Path(shutil.copytree(models.policy[name], copy)), tp, pp, engine_tp)
+    world.call(build, Path(shutil.copytree(models.policy[name], copy)), {"tp": tp, "pp": pp}, {"tp": engine_tp})
 
 
 def follows(
@@ -235,8 +186,8 @@ def test_engines_turn_positions_as_the_policy_does(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, kind: str
 ) -> None:
     world.open(models.engine[name], tp=1, kind=kind, **SETTINGS)
-    tp, ep = (1, 2) if name == "latent-yarn" else (2, 1)
-    world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), tp, 1, 1, ep)
+    axes = {"ep": 2} if name == "latent-yarn" else {"tp": 2}
+    world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), axes, {})
     world.call(push, 0)
     assert world.call(largest_mismatch)[0] <= 1e-4
 
@@ -250,8 +201,10 @@ def test_servers_follow_the_policy_without_its_checkpoint(
     config = write_config(tmp_path / "config.yaml", folder, max_model_len=96, max_num_seqs=48, tp=tp)
     with ExitStack() as stack:
         started = [stack.enter_context(serving([str(config)], tmp_path / f"server_{i}")) for i in range(servers)]
-        world.open(folder, tp=tp, kind="server", urls=tuple(server.url for server in started), config=config)
-        world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), 2, 1, tp, 1, servers)
+        urls = tuple(server.url for server in started)
+        world.open(folder, tp=tp, kind="server", urls=urls, config=config)
+        weights, engine = tmp_path / "weights", {"tp": tp, "placement": "server", "urls": urls}
+        world.call(build, Path(shutil.copytree(models.policy[name], weights)), {"tp": 2}, engine)
         first = world.call(push, 0)
         assert world.call(largest_mismatch)[0] <= 1e-4
         world.call(perturb, 1)
@@ -298,7 +251,7 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
     """Packed experts are read back from where the kernel's packing puts them; latent attention from `kv_b_proj`."""
     world.open(models.engine[name], tp=engine_tp, ep=engine_ep, **SETTINGS)
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
-    world.call(build, weights, 1, 1, engine_tp, 2)
+    world.call(build, weights, {"ep": 2}, {"tp": engine_tp})
     assert "permuted" in world.call(kinds)[0]
     for version in (0, 1):
         reports = world.call(push, version)
@@ -320,7 +273,7 @@ def test_sglang_with_experts_follows_a_policy_that_spreads_them(
     world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
     assert world.call(streams_because) == [None, None]
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
-    world.call(build, weights, 1, 1, engine_tp, 2)
+    world.call(build, weights, {"ep": 2}, {"tp": engine_tp})
     for version in (0, 1):
         world.call(push, version)
         assert world.call(largest_mismatch)[0] <= 1e-4
@@ -337,7 +290,7 @@ def test_sglang_with_spread_experts_holds_the_policys_weights(
     """Without CUDA SGLang 0.5.23 takes and holds spread experts, and cannot compute with them (fused_moe_native.py)."""
     world.open(models.engine[name], tp=2, ep=2, kind="sglang", **SETTINGS)
     assert world.call(streams_because) == [None, None]
-    world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), 2, 1, 2)
+    world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), {"tp": 2}, {"tp": 2})
     assert world.call(experts_held) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     for version in (0, 1):
         reports = world.call(push, version)

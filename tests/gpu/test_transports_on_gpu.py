@@ -1,4 +1,4 @@
-"""Two processes on one GPU, which NCCL refuses: buckets go through memory that both have mapped."""
+"""The ways of buckets between GPUs: memory that two processes have mapped, which one GPU suffices for, and NCCL."""
 
 from __future__ import annotations
 
@@ -11,17 +11,26 @@ import torch.multiprocessing as mp
 
 from tests.helpers.exchange import exchange
 
-pytestmark = [pytest.mark.gpu(1), pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 
-def on_rank(rank: int, store: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    torch.cuda.set_device(0)
-    wrong = exchange(rank, "cuda_ipc")
+def on_rank(rank: int, kind: str, gpus: int, store: str, folder: str) -> None:
+    torch.cuda.set_device(rank % gpus)
+    backend = "cpu:gloo,cuda:nccl" if kind == "nccl" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
+    wrong = exchange(rank, kind)
     Path(folder, f"rank_{rank}").write_text("\n".join(wrong))
     dist.destroy_process_group()
 
 
-def test_every_byte_of_every_turn_arrives_by_cuda_ipc(tmp_path: Path) -> None:
-    mp.spawn(on_rank, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize(
+    ("kind", "gpus"),
+    [
+        pytest.param("cuda_ipc", 1, marks=pytest.mark.gpu(1)),  # NCCL refuses a GPU that comes twice
+        pytest.param("cuda_ipc", 2, marks=pytest.mark.gpu(2)),
+        pytest.param("nccl", 2, marks=pytest.mark.gpu(2)),
+    ],
+)
+def test_every_byte_of_every_turn_arrives(tmp_path: Path, kind: str, gpus: int) -> None:
+    mp.spawn(on_rank, (kind, gpus, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["", ""]

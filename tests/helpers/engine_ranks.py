@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,9 +16,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from tests.helpers.rank_processes import RankProcess, collect, end
+
 _ANSWER_SECONDS = 120.0
 _OPEN_SECONDS = 400.0  # an engine in processes of its own imports itself three times
-_GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
 
 
 @dataclass
@@ -44,7 +43,7 @@ class EngineRanks:
         """`folder` holds the stores through which the ranks meet; `prepare` runs first on ranks that start."""
         self._world, self._folder, self._prepare = world, folder, prepare
         self._context = multiprocessing.get_context("spawn")
-        self._ranks: list[tuple[SpawnProcess, Connection]] = []
+        self._ranks: list[RankProcess] = []
         self._starts = 0
 
     def call(self, function: Callable[..., Any], *args: Any, timeout_seconds: float = _ANSWER_SECONDS) -> list[Any]:
@@ -57,15 +56,14 @@ class EngineRanks:
             self._start()
             if self._prepare is not None:
                 self.call(self._prepare)
-        for _, connection in self._ranks:
-            connection.send((function, args))
-        answers, failures = self._collect(timeout_seconds)
-        silent = [rank for rank in range(self._world) if rank not in answers and rank not in failures]
-        if failures or silent:
+        for rank in self._ranks:
+            rank.connection.send((function, args))
+        heard = collect(self._ranks, timeout_seconds)
+        if heard.failures or heard.silent:
             self.close(kill=True)
-            told = "".join(f"\n--- rank {rank}:\n{text}" for rank, text in sorted(failures.items()))
-            raise AssertionError(f"{function.__name__} failed; no answer from ranks {silent}{told}")
-        return [answers[rank] for rank in range(self._world)]
+            told = "".join(f"\n--- rank {rank}:\n{text}" for rank, text in sorted(heard.failures.items()))
+            raise AssertionError(f"{function.__name__} failed; no answer from ranks {heard.silent}{told}")
+        return [heard.results[rank] for rank in range(self._world)]
 
     def open(self, config_dir: Path, *, tp: int, kind: str = "vllm", **settings: Any) -> None:
         """Have this engine open on every rank: nothing to do if it is, else the present one is closed first."""
@@ -73,15 +71,7 @@ class EngineRanks:
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks."""
-        for process, connection in self._ranks:
-            connection.close()
-            if kill:
-                process.kill()
-        for process, _ in self._ranks:
-            process.join(10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        end(self._ranks, kill=kill)
         self._ranks = []
 
     def _start(self) -> None:
@@ -93,29 +83,7 @@ class EngineRanks:
                 process = self._context.Process(target=_serve, args=(theirs, rank, self._world, store), daemon=True)
                 process.start()
                 theirs.close()  # or a rank that dies would not end the connection
-                self._ranks.append((process, ours))
-
-    def _collect(self, timeout_seconds: float) -> tuple[dict[int, Any], dict[int, str]]:
-        """Answers and failures by rank."""
-        waiting = {connection: rank for rank, (_, connection) in enumerate(self._ranks)}
-        answers: dict[int, Any] = {}
-        failures: dict[int, str] = {}
-        end = time.monotonic() + timeout_seconds
-        while waiting and (left := end - time.monotonic()) > 0:
-            for ready in wait(list(waiting), left):
-                assert isinstance(ready, Connection)
-                rank = waiting.pop(ready)
-                try:
-                    failed, answer = ready.recv()
-                except EOFError:
-                    self._ranks[rank][0].join(5)
-                    failed, answer = True, f"ended with exit code {self._ranks[rank][0].exitcode}"
-                if failed:
-                    failures[rank] = answer
-                    end = min(end, time.monotonic() + _GRACE_SECONDS)
-                else:
-                    answers[rank] = answer
-        return answers, failures
+                self._ranks.append(RankProcess(process, ours))
 
 
 @contextmanager

@@ -10,16 +10,15 @@ import gc
 import multiprocessing
 import os
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from tests.helpers.rank_processes import RankProcess, collect, end
 
 MAX_RANKS = 8
 _PRELOADED = [
@@ -29,13 +28,6 @@ _PRELOADED = [
     "grpo_mega.checkpoint.manager",
     "grpo_mega.convert.digest",
 ]
-_GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
-
-
-@dataclass(frozen=True)
-class _Rank:
-    process: BaseProcess
-    connection: Connection
 
 
 class RankPool:
@@ -45,7 +37,7 @@ class RankPool:
     def __init__(self, folder: Path) -> None:
         """`folder` holds the stores through which the ranks of a call meet."""
         self._folder = folder
-        self._ranks: list[_Rank] = []
+        self._ranks: list[RankProcess] = []
         self._num_calls = 0
         # spawned ranks would import torch and Megatron each: seconds and 300 MB apiece
         self._context = multiprocessing.get_context("forkserver")
@@ -70,59 +62,31 @@ class RankPool:
         store = self._folder / f"store_{self._num_calls}"
         for rank, member in enumerate(self._ranks[:world]):
             member.connection.send((rank, world, str(store), function, args, timeout_seconds))
-        answers, failures = self._collect(world, timeout_seconds)
-        silent = [rank for rank in range(world) if rank not in answers and rank not in failures]
-        if failures:
+        heard = collect(self._ranks[:world], timeout_seconds)
+        if heard.failures:
             self.close(kill=True)
-            told = "\n".join(f"--- rank {rank} of {world}:\n{text}" for rank, text in sorted(failures.items()))
-            raise AssertionError(f"{function.__name__} failed (no answer from ranks {silent}):\n{told}")
-        if silent:
+            told = "\n".join(f"--- rank {rank} of {world}:\n{text}" for rank, text in sorted(heard.failures.items()))
+            raise AssertionError(f"{function.__name__} failed (no answer from ranks {heard.silent}):\n{told}")
+        if heard.silent:
             self.close(kill=True)
-            raise TimeoutError(f"{function.__name__}: ranks {silent} of {world} gave no answer in {timeout_seconds} s")
-        return [answers[rank] for rank in range(world)]
+            raise TimeoutError(
+                f"{function.__name__}: ranks {heard.silent} of {world} gave no answer in {timeout_seconds} s"
+            )
+        return [heard.results[rank] for rank in range(world)]
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks: they leave when their connection closes, or are killed."""
-        for rank in self._ranks:
-            rank.connection.close()
-            if kill:
-                rank.process.kill()
-        for rank in self._ranks:
-            rank.process.join(10)
-            if rank.process.is_alive():
-                rank.process.kill()
-                rank.process.join()
+        end(self._ranks, kill=kill)
         self._ranks = []
 
-    def _start(self) -> _Rank:
+    def _start(self) -> RankProcess:
         ours, theirs = self._context.Pipe()
         # not a daemon: Megatron writes checkpoints from processes of its own, which a daemon may not have
         process = self._context.Process(target=_serve, args=(theirs,))
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             process.start()
         theirs.close()
-        return _Rank(process, ours)
-
-    def _collect(self, world: int, timeout_seconds: float) -> tuple[dict[int, Any], dict[int, str]]:
-        waiting = {member.connection: rank for rank, member in enumerate(self._ranks[:world])}
-        answers: dict[int, Any] = {}
-        failures: dict[int, str] = {}
-        end = time.monotonic() + timeout_seconds
-        while waiting and (left := end - time.monotonic()) > 0:
-            for ready in wait(list(waiting), left):
-                assert isinstance(ready, Connection)
-                rank = waiting.pop(ready)
-                try:
-                    failed, answer = ready.recv()
-                except EOFError:
-                    self._ranks[rank].process.join(5)
-                    failed, answer = True, f"ended with exit code {self._ranks[rank].process.exitcode}"
-                if failed:
-                    failures[rank] = answer
-                    end = min(end, time.monotonic() + _GRACE_SECONDS)
-                else:
-                    answers[rank] = answer
-        return answers, failures
+        return RankProcess(process, ours)
 
 
 def _serve(connection: Connection) -> None:

@@ -18,6 +18,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.digest import combined_digest, slice_digest
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import pack, unpack
+from grpo_mega.interfaces import WeightSink
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice
@@ -34,7 +35,7 @@ def prepare_policy(session: RankSession) -> None:
     os.environ.update(RANK=str(session.rank), WORLD_SIZE=str(dist.get_world_size()))
 
 
-def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dict[str, int]) -> None:
+def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dict[str, Any]) -> None:
     """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine.
 
     `axes` are the keys of the config's `parallel`, `engine` those of its `engine`.
@@ -63,21 +64,31 @@ def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dic
     dist.barrier()
 
 
-def push(session: RankSession, version: int) -> SyncReport:
-    """A plan and a proven sync of the policy's present weights."""
-    policy = session.kept["policy"]
+def connect(session: RankSession, sink: WeightSink) -> WeightSync:
+    """A plan for the policy's present weights and this sink, which is the engine's own or passes on to it."""
+    policy, engine = session.kept["policy"], session.engine
     topology = policy.ranks.topology
-    sync = WeightSync(
+    replicas, more = [topology.replica_ranks(i) for i in range(topology.num_replicas)], dict[str, Any]()
+    if topology.engine_servers:
+        where, replicas = topology.describe(session.rank), engine.replicas
+        world = engine.meet(policy.source.hf_shapes(), where, bucket_bytes=BUCKET_BYTES, transport="auto")
+        more = {"world": world, "announce": engine.announce}
+    return WeightSync(
         policy.source,
         policy.full_tensors,
-        session.engine.sink,
+        sink,
         source_group=policy.model_parallel_group,
-        replicas=[topology.replica_ranks(i) for i in range(topology.num_replicas)],
+        replicas=replicas,
         replica_group=session.kept["groups"][policy.ranks.at.replica],
         settings=SyncSettings(BUCKET_BYTES, 60.0),
         where=topology.describe(session.rank),
+        **more,
     )
-    return sync.push(version, verify=True)
+
+
+def push(session: RankSession, version: int) -> SyncReport:
+    """A plan and a proven sync of the policy's present weights."""
+    return connect(session, session.engine.sink).push(version, verify=True)
 
 
 def noise(name: str, shape: Sequence[int], seed: int) -> Tensor:

@@ -14,9 +14,11 @@ import torch
 from grpo_mega.convert.families import hf_shapes, parameter_placements
 from grpo_mega.convert.rules import Interleaved, Stacked, padded_vocab
 from grpo_mega.convert.spec import ModelSpec, read_spec, spec_from_config
+from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ALONE = Topology(1), Topology(1).coordinates(0)
 VOCAB = 5  # at tp=4 two rows per rank: rank 2 holds one and a padding row, rank 3 padding alone
 
 
@@ -244,13 +246,13 @@ def local_shapes(spec: ModelSpec, tp: int) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_every_element_has_one_place_over_the_tensor_parallel_ranks(family: str, tied: bool, tp: int) -> None:
     spec = spec_of(family, tie_word_embeddings=tied)
-    whole = hf_shapes(spec)
+    whole, ranks = hf_shapes(spec), Topology(tp, tp=tp)
     readers: Counter[str] = Counter()
     for parameter, shape in local_shapes(spec, tp).items():
         found: dict[str, np.ndarray] = {}
         for rank in range(tp):
             filled = np.zeros(shape, dtype=int)
-            for placement in parameter_placements(spec, parameter, tp, rank):
+            for placement in parameter_placements(spec, parameter, ranks, ranks.coordinates(rank)):
                 hf, local = placement.hf, placement.local
                 assert local.name == parameter
                 assert hf.shape == local.shape
@@ -279,7 +281,7 @@ def test_layers_are_told_apart_and_fused_norms_are_the_same_tensors() -> None:
         ("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"),
     ):
         placed = [
-            [p.hf for p in parameter_placements(spec, f"decoder.layers.1.{name}", 1, 0)] for name in (fused, local)
+            [p.hf for p in parameter_placements(spec, f"decoder.layers.1.{name}", *ALONE)] for name in (fused, local)
         ]
         assert placed[0] == placed[1]
         assert placed[0][0].name.startswith("model.layers.1.")
@@ -287,7 +289,7 @@ def test_layers_are_told_apart_and_fused_norms_are_the_same_tensors() -> None:
 
 def test_a_parameter_that_the_table_lacks_is_an_error() -> None:
     with pytest.raises(KeyError, match=r"linear_qkv\.bias"):
-        parameter_placements(spec_of("qwen3"), "decoder.layers.0.self_attention.linear_qkv.bias", 1, 0)
+        parameter_placements(spec_of("qwen3"), "decoder.layers.0.self_attention.linear_qkv.bias", *ALONE)
 
 
 @pytest.mark.parametrize("tied", [False, True])

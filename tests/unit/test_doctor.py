@@ -15,7 +15,9 @@ from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
 from grpo_mega.doctor.finding import Finding, require
 from grpo_mega.engines.server_door import Door
+from grpo_mega.engines.server_link import ServerLink
 from grpo_mega.engines.serving import serving_facts
+from grpo_mega.engines.wire import Address
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 from tests.helpers.tiny_models import make_tiny_model
@@ -305,12 +307,20 @@ def test_servers_answer_fit_and_are_free(model: Path) -> None:
     config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")
     facts = serving_facts(config, model)
     Door(listener, b"", facts, 5.0).open()
-    found, gone = inputs.check_servers(config)
+    first, second = (f"engine.urls[{i}]" for i in range(2))
+    findings = examine(config, Topology.of(config, 2), {})
+    found, gone = only(findings, first), only(findings, second)
     assert (found.status, found.message) == (
         "pass",
         f"{url} is an engine server of version {facts['version of grpo_mega']}, and free",
     )
     assert gone.status == "fail"
-    assert "engine.urls[1]=127.0.0.1:9 does not answer (" in gone.message
+    assert f"{second}=127.0.0.1:9 does not answer (" in gone.message
     other = config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": "bf16"})})
     assert inputs.check_servers(other)[0].message == f"{url} has precision.dtype=fp32, here bf16"
+    address = Address.parse(url, first)
+    job = ServerLink(first, address, b"", facts, patience_seconds=5.0, timeout_seconds=5.0)
+    busy = inputs.check_servers(config)[0]
+    job.close()
+    assert (busy.status, busy.remedy) == ("fail", "wait for its end, or name another server")
+    assert busy.message.startswith(f"{url} serves another job (")

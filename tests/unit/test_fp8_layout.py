@@ -126,6 +126,8 @@ def test_a_machine_without_cuda_is_told_the_key_and_the_remedy() -> None:
     assert message_of("engine.fp8=scales_fp32") == (
         "engine.fp8=scales_fp32 needs CUDA devices, and this machine has none; leave engine.fp8 out"
     )
+    elsewhere = message_of("engine.fp8=scales_fp32", "engine.placement=server", "engine.urls=['localhost:7']")
+    assert elsewhere.startswith("engine.fp8 with engine.tp=1: ")  # which its server will look for
 
 
 def test_where_there_are_gpus_the_layout_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

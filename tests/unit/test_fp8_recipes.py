@@ -4,6 +4,7 @@ is refused with its reason, on any machine."""
 from __future__ import annotations
 
 import ast
+import math
 import re
 import subprocess
 import sys
@@ -25,6 +26,18 @@ from grpo_mega.types import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+STORAGE = "pytorch/tensor/storage"
+MEMBERS = (
+    "common/recipe/__init__.py",
+    "pytorch/__init__.py",
+    "pytorch/constants.py",
+    "pytorch/module/base.py",
+    "pytorch/quantization.py",
+    "pytorch/tensor/float8_blockwise_tensor.py",
+    f"{STORAGE}/float8_tensor_storage.py",
+    f"{STORAGE}/float8_blockwise_tensor_storage.py",
+    f"{STORAGE}/mxfp8_tensor_storage.py",
+)
 BLOCKWISE = ("precision.dtype=bf16", "precision.fp8.recipe=blockwise")
 
 
@@ -58,10 +71,7 @@ def source(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
             pytest.skip(f"the package index is not reachable: {done.stderr.strip().splitlines()[-1]}")
     (wheel,) = folder.glob(f"{name}-*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        return {
-            member: ast.parse(archive.read(f"transformer_engine/{member}"))
-            for member in ("common/recipe/__init__.py", "pytorch/quantization.py", "pytorch/__init__.py")
-        }
+        return {member: ast.parse(archive.read(f"transformer_engine/{member}")) for member in MEMBERS}
 
 
 def classes(tree: ast.Module) -> dict[str, dict[str, ast.expr | None]]:
@@ -129,6 +139,56 @@ def test_the_functions_that_megatron_enters_fp8_by_are_there(source: Any) -> Non
         if isinstance(n, ast.FunctionDef) and n.name == "fp8_model_init"
     ]
     assert {"enabled", "recipe", "preserve_high_precision_init_val"} <= {a.arg for a in init.args.args}
+
+
+def assigned(tree: ast.Module) -> dict[str, str]:
+    """What is assigned anywhere to a name or an attribute -> the last value, as source."""
+    return {
+        ast.unparse(target): ast.unparse(node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    }
+
+
+def test_weights_in_fp8_keep_what_fp8_scales_reads(source: Any) -> None:
+    of_a_tensor = classes(source[f"{STORAGE}/float8_tensor_storage.py"])["Float8TensorStorage"]
+    assert {"_data", "_transpose", "_scale_inv"} <= set(of_a_tensor)
+    orders = {"_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv"}
+    for module, name in (("float8_blockwise", "Float8BlockwiseQTensorStorage"), ("mxfp8", "MXFP8TensorStorage")):
+        found = set(classes(source[f"{STORAGE}/{module}_tensor_storage.py"])[name])
+        assert orders <= found, name
+        assert "_scale_inv" not in found, name
+    assert assigned(source["pytorch/tensor/float8_blockwise_tensor.py"])["self.block_len"] == "128"
+    assert assigned(source["pytorch/constants.py"])["MXFP8_BLOCK_SCALING_SIZE"] == "32"
+    assert "self._fp8_workspaces" in assigned(source["pytorch/module/base.py"])
+
+
+def test_the_scales_of_blocks_of_a_weight_are_padded_at_the_end_and_transposed_with_it(source: Any) -> None:
+    tree = source["pytorch/tensor/float8_blockwise_tensor.py"]
+    scope: dict[str, Any] = {"math": math, "round_up_to_nearest_multiple": lambda value, of: -(-value // of) * of}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name in ("get_scale_shape", "get_columnwise_shape"):
+            exec("from __future__ import annotations\n" + ast.unparse(node), scope)
+    quantizer = SimpleNamespace(block_scaling_dim=2, block_len=128, all_gather_usage=False)
+    assert scope["get_scale_shape"](quantizer, (300, 640), False) == (3, 8)  # 3 x 5 blocks
+    assert scope["get_columnwise_shape"](quantizer, (300, 640)) == (640, 300)
+    assert scope["get_scale_shape"](quantizer, (300, 640), True) == (5, 4)
+
+
+def test_the_forward_pass_is_in_e4m3_in_either_format(source: Any) -> None:
+    (found,) = [
+        node
+        for node in source["pytorch/quantization.py"].body
+        if isinstance(node, ast.FunctionDef) and node.name == "get_fp8_te_dtype"
+    ]
+    types = SimpleNamespace(DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2"))
+    formats = SimpleNamespace(E4M3="E4M3", HYBRID="HYBRID")
+    scope: dict[str, Any] = {"tex": types, "Format": formats}
+    exec("from __future__ import annotations\n" + ast.unparse(found), scope)
+    for name in ("E4M3", "HYBRID"):
+        assert scope["get_fp8_te_dtype"](SimpleNamespace(fp8_format=name)) == "e4m3"
+    assert scope["get_fp8_te_dtype"](SimpleNamespace(fp8_format="HYBRID"), False) == "e5m2"
 
 
 def test_the_table_holds_the_recipes_of_the_config() -> None:

@@ -117,9 +117,9 @@ def test_a_requeued_step_does_not_meet_at_the_port_of_the_lost_one() -> None:
 
 
 def test_srun_starts_one_task_per_node_of_the_allocation() -> None:
-    command = launch.srun_command({"SLURM_JOB_NUM_NODES": "3"}, "launch/train.sh", ["a.yaml", "train.steps=2"], 0.5)
+    command = launch.srun_command({"SLURM_JOB_NUM_NODES": "3"}, "launch/train.sh", ["a.yaml", "train.steps=2"], 12.5)
     assert command[0] == "srun"
-    assert {"--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=1"} <= set(command)
+    assert {"--nodes=3", "--ntasks=3", "--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=13"} <= set(command)
     assert command[-3:] == ["launch/train.sh", "a.yaml", "train.steps=2"]
 
 

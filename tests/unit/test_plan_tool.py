@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from grpo_mega.config.load import load_config
-from grpo_mega.planner.change import even_layout
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.change import even_layout, remedy
+from grpo_mega.planner.hardware import cluster_of, gpu_named
+from grpo_mega.planner.plan import Plan
 from tools.plan import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -19,6 +23,8 @@ PRODUCTION = sorted(path.name for path in CONFIGS.glob("*n8g*.yaml"))
 # as their publishers count them: model cards and papers
 PUBLISHED_BILLIONS = {"qwen2.5-7b": 7.62, "qwen2.5-32b": 32.76, "llama-3.3-70b": 70.55, "qwen3-30b": 30.53,
                       "qwen3-235b": 235.09, "deepseek-v3": 671.03}  # fmt: skip
+QWEN = str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml")
+QWEN32 = str(next(CONFIGS.glob("qwen2.5-32b-4n8g-*.yaml")))
 LLAMA = str(CONFIGS / "llama-3.3-70b-8n8g-tp8pp2-vllm.yaml")
 DEEPSEEK_64 = str(CONFIGS / "deepseek-v3-671b-8n8g-tp8pp8ep8-host-vllm.yaml")
 
@@ -59,7 +65,7 @@ def test_each_production_config_loads_and_fits_on_the_devices_of_its_name(
     [
         (LLAMA, "--nodes", "1", "parallel.pp=1"),
         (DEEPSEEK_64, "optimizer.host_fraction=0"),
-        (str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), "parallel.recompute=none", "--gpu", "h100-80g", "engine.tp=1",
+        (QWEN, "parallel.recompute=none", "--gpu", "h100-80g", "engine.tp=1",
          "train.max_tokens_per_microbatch=32768"),
     ],
     ids=["70B-full-Adam-on-8", "671B-full-optimizer-on-64", "7B-with-long-rows"],
@@ -133,14 +139,14 @@ def test_the_host_s_optimizer_has_a_price_in_time(capsys: pytest.CaptureFixture[
 
 
 def test_search_lists_layouts_that_fit_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, _ = plan(capsys, str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), "--nodes", "1", "--search")
+    code, found, _ = plan(capsys, QWEN, "--nodes", "1", "--search")
     seconds = [layout["step_seconds"] for layout in found["layouts"]]
     assert code == 0
     assert len(seconds) == 5
     assert seconds == sorted(seconds)
     assert all(layout["fits"] for layout in found["layouts"])
     best = found["layouts"][0]
-    assert plan(capsys, str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), *best["overrides"])[1]["fits"]
+    assert plan(capsys, QWEN, *best["overrides"])[1]["fits"]
 
 
 def test_search_without_a_fit_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +158,7 @@ def test_the_picture_holds_every_phase_and_the_device_s_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "memory.html"
-    assert main([str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml"), "--html", str(path)]) == 0
+    assert main([QWEN, "--html", str(path)]) == 0
     text = path.read_text()
     for phase in ("rollout", "log_probs", "train", "sync"):
         assert f">{phase}</text>" in text
@@ -187,6 +193,64 @@ def test_wrong_input_is_exit_2_with_one_message(
     assert errors.startswith("error: ")
     assert message in errors
     assert "Traceback" not in errors
+
+
+def served(number: int) -> tuple[str, str]:
+    return "engine.placement=server", f"engine.urls={[f'host{i}:1' for i in range(number)]}"
+
+
+def test_servers_are_devices_beside_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    _, beside, _ = plan(capsys, QWEN, "engine.tp=2")
+    _, two, _ = plan(capsys, QWEN, "engine.tp=2", *served(2))
+    assert (two["ranks"], two["server_ranks"], beside["server_ranks"]) == (8, 4, 0)
+    assert two["sync_bytes"] * 2 == beside["sync_bytes"]  # four ranks store an engine, where eight did
+    assert two["mfu"] * two["step_seconds"] * 12 == pytest.approx(beside["mfu"] * beside["step_seconds"] * 8)
+
+
+def test_a_step_with_servers_moves_nothing_off_the_devices_and_samples_on_theirs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    served_by = {n: plan(capsys, QWEN, "engine.tp=2", *served(n))[1] for n in (2, 4, 8)}
+    seconds = {n: found["phase_seconds"] for n, found in served_by.items()}
+    on_four = plan(capsys, QWEN, "engine.tp=2", "run.world_size=4")[1]["phase_seconds"]
+    assert seconds[2]["offload"] == 0 < on_four["offload"]
+    assert seconds[2]["rollout"] == on_four["rollout"]  # two engines of two ranks, too
+    # All of the weights cross the network; from 16 ranks of servers on, twice of it leaves each of the 8 of the job.
+    between_nodes = cluster_of(gpu_named("h100-80g"), 8).link_speed(9)
+    once = served_by[8]["sync_bytes"] / 16 / between_nodes
+    assert seconds[8]["sync"] - seconds[4]["sync"] == pytest.approx(once, rel=1e-6)
+    assert seconds[4]["sync"] == seconds[2]["sync"] > once
+
+
+def test_what_does_not_fit_on_a_server_is_told_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([QWEN, *served(2), "engine.kv_cache_tokens=2000000"]) == 2
+    words = capsys.readouterr().out
+    assert "2 replica(s) on 2 more" in words
+    assert re.search(r"^  server: [0-9.]+ GiB on a server, the device has 79\.1$", words, re.MULTILINE)
+    assert re.search(r"^  server +[0-9.]+  KV cache ", words, re.MULTILINE)
+    assert re.search(r"^  train +[0-9.]+  \(pp 0\) ", words, re.MULTILINE)
+
+
+def test_search_looks_for_servers_that_fit_whatever_the_whole_policy_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, _ = plan(capsys, QWEN32, "--nodes", "4", "--search", *served(2))
+    assert code == 0
+    assert all(layout["fits"] for layout in found["layouts"])
+
+
+def test_a_server_may_be_given_more_ranks_than_divide_those_of_the_job() -> None:
+    def remedy_of(*overrides: str) -> Any:
+        config = load_config(
+            Path(QWEN), ["run.world_size=6", "parallel.tp=1", "parallel.sequence_parallel=false", *overrides]
+        )
+        topology = Topology.of(config, 6)
+        here = SimpleNamespace(
+            config=config, topology=topology, work=SimpleNamespace(longest=1), cluster=cluster_of(gpu_named("cpu"), 6)
+        )
+        # one that fits as soon as an engine has four ranks
+        return remedy(cast(Plan, here), lambda c: cast(Plan, SimpleNamespace(fits=c.engine.tp == 4, **vars(here))), 28)
+
+    assert remedy_of(*served(2)) == {"engine.tp": 4}
+    assert remedy_of() != {"engine.tp": 4}
 
 
 def test_the_quickstart_can_be_planned_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,14 @@ from grpo_mega.convert.spec import ModelSpec, spec_from_config
 from grpo_mega.interfaces import ModuleSizes, ParameterSize
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, cluster_of, gpu_named
-from grpo_mega.planner.memory import PHASES, engine_weight_bytes, kv_bytes_per_token, plan_memory, workload_of
+from grpo_mega.planner.memory import (
+    PHASES,
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    num_groups,
+    plan_memory,
+    workload_of,
+)
 from grpo_mega.planner.schedule import peak_of_schedule
 from grpo_mega.planner.stages import ModelChunk, static_bytes
 from grpo_mega.types import UserError
@@ -154,7 +161,8 @@ def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
     elsewhere = memory_of(config_of(engine=urls), spec_of(), 4)
     (rank,), (other,) = elsewhere.ranks, beside.ranks
     assert set(rank.phases) - set(other.phases) == {"server"}
-    assert {"engine weights", "KV cache", "engine workspace"} <= set(rank.phases["server"])
+    assert {"engine weights", "KV cache", "engine workspace", "sync buckets"} <= set(rank.phases["server"])
+    assert num_groups(Topology(4, engine_tp=2)) == num_groups(Topology(4, engine_tp=2, engine_servers=2)) + 1
     assert elsewhere.engine_weights == beside.engine_weights
     for phase, items in rank.phases.items():
         if phase != "server":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,46 +59,6 @@ def test_experts_get_tokens_in_multiples() -> None:
     assert fields["moe_router_padding_for_quantization"] is True
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert set(fields) <= names
-
-
-class Recorded(torch.nn.Module):
-    """A layer as Transformer Engine's delayed recipe leaves it: one row of the history for each pass."""
-
-    def __init__(self, length: int, tensors: int) -> None:
-        super().__init__()
-        self.state = SimpleNamespace(amax_history=torch.zeros(length, tensors))
-        self.fp8_meta = {"scaling_fwd": self.state}
-
-    def passes(self, *largest: list[float]) -> None:
-        """Values are collected in row 0, then rows are rolled and row 0 is emptied."""
-        for values in largest:
-            self.state.amax_history[0] = torch.tensor(values)
-            self.state.amax_history.copy_(self.state.amax_history.roll(-1, 0))
-            self.state.amax_history[0] = 0
-
-
-def test_delayed_scales_tell_what_went_beyond_the_largest_value_before() -> None:
-    layer, settings = Recorded(8, 2), Fp8Config(recipe="delayed")
-    layer.passes([500.0, 400.0])  # the first scale is 1: up to 448
-    assert fp8.delayed_scales([layer], settings, 1).tolist() == [500, 1, 2]
-    layer.passes([100.0, 401.0], [499.0, 600.0])
-    assert fp8.delayed_scales([layer], settings, 1).tolist() == [600, 1, 2]
-    assert fp8.delayed_scales([layer], settings, 2).tolist() == [600, 2, 4]
-    assert fp8.delayed_scales([layer], settings, 100).tolist() == [600, 3, 6]
-    layer.passes([500.0, 600.0])  # as large as before: the scale holds it
-    assert fp8.delayed_scales([layer], settings, 1).tolist() == [600, 0, 2]
-
-
-def test_gradients_have_the_range_of_their_own_format() -> None:
-    layer = Recorded(4, 1)
-    layer.fp8_meta = {"scaling_bwd": layer.state}
-    layer.passes([1000.0])
-    assert fp8.delayed_scales([layer], Fp8Config(recipe="delayed"), 1)[1] == 0
-    assert fp8.delayed_scales([layer], Fp8Config(recipe="delayed", format="e4m3"), 1)[1] == 1
-
-
-def test_layers_without_scales_of_their_own_tell_nothing() -> None:
-    assert fp8.delayed_scales([torch.nn.Linear(2, 2)], Fp8Config(recipe="delayed"), 1).tolist() == [0, 0, 0]
 
 
 class Codes:

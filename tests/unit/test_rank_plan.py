@@ -37,7 +37,7 @@ def plans(kind: str) -> list[RankPlan]:
         ),
         engine(EngineLayout(2), WORLD),
     )
-    plan = make_plan(TENSORS, held, wanted, [0, 0, 1, 1], 1 << 22)
+    plan = make_plan(TENSORS, held, wanted, [0, 1, 0, 2], 1 << 22)
     dtypes: dict[str, torch.dtype] = {name: dtype_of(name) for name in TENSORS}
     return [rank_plan(plan, rank, dtypes, {"same_node": kind, "across_nodes": "gloo"}) for rank in range(WORLD)]
 

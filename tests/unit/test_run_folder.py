@@ -155,6 +155,8 @@ def test_a_different_config_is_refused_on_a_finished_run_too(tmp_path: Path) -> 
         {"engine__tp": 2},
         {"engine__dp": 2},
         {"engine__ep": 2},
+        {"engine__placement": "server"},
+        {"engine__urls": ["127.0.0.1:7700"]},
         {"run__dir": "elsewhere"},
         {"run__overwrite": True},
     ],

@@ -145,11 +145,15 @@ def test_tokens_without_a_record_of_their_experts_are_counted() -> None:
 
 
 def test_fp8_scales_are_reported_where_there_are_any() -> None:
-    updates = [stats(0.2, 1.5, 1e-4, fp8_cut=0.25), stats(0.2, 1.5, 1e-4, fp8_cut=0.75)]
+    updates = [stats(0.2, 1.5, 1e-4, fp8_cut=cut, fp8_zero=cut / 2) for cut in (0.25, 0.75)]
     for update, amax in zip(updates, (3.0, 2.0), strict=True):
         update.maxima["fp8_amax"] = amax
     found = result(updates).metrics(3, lambda _: True)
-    assert (found["train/fp8_cut_fraction"], found["train/fp8_amax"]) == (0.5, 3.0)
+    assert (found["train/fp8_cut_fraction"], found["train/fp8_zero_fraction"], found["train/fp8_amax"]) == (
+        0.5,
+        0.25,
+        3.0,
+    )
     require_known(found)
     assert not [name for name in result([stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True) if "fp8" in name]
 

@@ -1,0 +1,138 @@
+"""What an update says of its FP8 scales, read from what Transformer Engine's layers keep.
+
+The delayed recipe keeps a history of the largest values of weights, inputs and gradients. The other recipes find a
+scale from the tensor that it scales, so nothing goes beyond one; of inputs and gradients they keep nothing once the
+pass is over, of a weight the codes and scales. There a value may be too small beside the largest of its block: its code
+is 0.
+
+Names and layouts are asserted against Transformer Engine's source by tests/unit/test_fp8_recipes.py, the numbers by
+tests/unit/test_policy_fp8_scales.py. Never run on a GPU so far: unproven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo_mega.config.schema import Fp8Config
+
+_MAGNITUDE = 0x7F  # of a code: all but its sign
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """A weight in e4m3, as the forward pass has it in either format.
+
+    `codes`: uint8 [R, C]. `scales`: what the codes of a block of `block` = (rows, columns) are multiplied by, float32,
+    or uint8 exponents of 2 with bias 127; padded at the end of both dimensions. One scale for all: `block` is [R, C].
+    """
+
+    codes: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+
+    def largest(self) -> Tensor:
+        """The largest absolute value that codes and scales say, float64 scalar."""
+        rows, columns = self.block
+        magnitude = self.codes & _MAGNITUDE
+        if self.codes.shape[0] % rows or self.codes.shape[1] % columns:
+            magnitude = F.pad(magnitude, (0, -magnitude.shape[1] % columns, 0, -magnitude.shape[0] % rows))
+        down, across = magnitude.shape[0] // rows, magnitude.shape[1] // columns
+        of_block = magnitude.view(down, rows, across, columns).amax((1, 3))  # larger bits say larger values
+        scales = self.scales.view(-1, self.scales.shape[-1])[:down, :across].double()
+        if self.scales.dtype == torch.uint8:
+            scales = torch.exp2(scales - 127)
+        return (of_block.view(torch.float8_e4m3fn).double() * scales).amax()
+
+    def zeros(self) -> Tensor:
+        """Codes of 0, also of -0."""
+        return ((self.codes & _MAGNITUDE) == 0).sum()
+
+
+def weight_codes(model: Iterable[torch.nn.Module]) -> Iterator[WeightCodes]:
+    """Of each weight that the matrix products of a pass took in FP8: the parameter itself, or the copy that its layer
+    keeps beside it (Transformer Engine 2.x, module/base.py: `get_weight_workspace`)."""
+    for module in (each for chunk in model for each in chunk.modules()):
+        for weight in (*module.parameters(recurse=False), *getattr(module, "_fp8_workspaces", {}).values()):
+            if hasattr(weight, "_scale_inv"):
+                codes = weight._data if weight._data is not None else weight._transpose
+                codes = codes.view(-1, codes.shape[-1])
+                yield WeightCodes(codes, weight._scale_inv, (codes.shape[0], codes.shape[1]))
+            elif hasattr(weight, "_rowwise_scale_inv"):
+                yield _of_blocks(weight)
+
+
+def _of_blocks(weight: Any) -> WeightCodes:
+    """128 x 128 with float32 scales, or 32 along the dimension that a product sums over (MXFP8). Either order of a
+    weight will do; `_columnwise_data` is the transpose of a weight with 128 x 128, and is not of one with 32."""
+    by_row = weight._rowwise_data is not None
+    codes = weight._rowwise_data if by_row else weight._columnwise_data
+    scales = weight._rowwise_scale_inv if by_row else weight._columnwise_scale_inv
+    block = (128, 128) if scales.dtype != torch.uint8 else (1, 32) if by_row else (32, 1)
+    return WeightCodes(codes.view(-1, codes.shape[-1]), scales, block)
+
+
+def weight_range(model: Iterable[torch.nn.Module]) -> Tensor:
+    """float64 [3] of the largest absolute value of an FP8 weight, of FP8 weights that are 0, and of all FP8 weights."""
+    found = torch.zeros(3, dtype=torch.float64)
+    for weight in weight_codes(model):
+        found[0] = max(float(found[0]), float(weight.largest()))
+        found[1] += int(weight.zeros())
+        found[2] += weight.codes.numel()
+    return found
+
+
+def delayed_scales(model: Iterable[torch.nn.Module], fp8: Fp8Config, passes: int) -> Tensor:
+    """How the scales of the delayed recipe held in the last `passes` passes: float64 [3] of the largest absolute value
+    of any tensor, of tensors in a pass that went beyond what their scale could say (and were cut there), and of all.
+
+    A scale is that of the largest value of earlier passes (1 before the first), so a tensor is cut when its largest
+    value is larger than those before it. `amax_history` [H, tensors] has the newest pass in its last row and the one
+    to come in its first (Transformer Engine 2.x, quantization.py: `_update_amax_history`).
+    """
+    largest = {"scaling_fwd": 448.0, "scaling_bwd": 57344.0 if fp8.format in (None, "hybrid") else 448.0}
+    found = torch.zeros(3, dtype=torch.float64)
+    for module in (each for chunk in model for each in chunk.modules()):
+        for key, limit in largest.items():
+            state = getattr(module, "fp8_meta", {}).get(key)
+            if state is not None and state.amax_history.shape[0] > 1:
+                _add_history(found, state.amax_history[1:].detach().cpu().double(), limit, passes)
+    return found
+
+
+def _add_history(found: Tensor, rows: Tensor, limit: float, passes: int) -> None:
+    """`rows`: [passes, tensors], the oldest first; 0 where there was none."""
+    before = torch.cat([torch.zeros_like(rows[:1]), rows.cummax(0).values[:-1]])
+    before = torch.where(before > 0, before, torch.full_like(before, limit))
+    new, before = rows[-passes:], before[-passes:]
+    found[0] = max(float(found[0]), float(new.max()))
+    found[1] += (new > before).sum()
+    found[2] += (new > 0).sum()
+
+
+def reported_scales(
+    models: Sequence[torch.nn.Module], fp8: Fp8Config, passes: int, device: torch.device
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Collective: (means, maxima) over all ranks for `UpdateStats`, after the passes of an update.
+
+    `fp8_amax`: the largest absolute value, of any tensor with the delayed recipe, of weights with the others.
+    `fp8_cut`: share of the tensors in a pass that were cut, with the delayed recipe only: with the others it would
+    always be 0. `fp8_zero`: share of FP8 weights whose code is 0. What no layer keeps anything of is absent, not 0.
+    """
+    weights = weight_range(models)
+    delayed = delayed_scales(models, fp8, passes) if fp8.recipe == "delayed" else torch.zeros_like(weights)
+    largest = torch.maximum(weights[:1], delayed[:1]).to(device)
+    counts = torch.cat([weights[1:], delayed[1:]]).to(device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(counts)
+    zeros, codes, cut, tensors = counts.tolist()
+    means = {"fp8_zero": zeros / codes} if codes else {}
+    if tensors:
+        means["fp8_cut"] = cut / tensors
+    return means, {"fp8_amax": float(largest)} if means else {}
