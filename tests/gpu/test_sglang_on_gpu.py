@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 _START_SECONDS = 600.0  # kernels are compiled and CUDA graphs are captured
-_CLOSE, _FAR = 0.05, 0.2  # nats, mean over tokens: bf16 of the same weights, other weights
+_CLOSE, _FAR = 0.2, 1.0  # nats, mean over tokens: same weights in bf16 (0.06 at most without CUDA), other weights
 # Heads and rows that every attention and expert kernel takes.
 DENSE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 EXPERTS = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "mlp_only_layers": []}
