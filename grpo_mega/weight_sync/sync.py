@@ -190,18 +190,27 @@ class WeightSync:
 
     def _verify(self, shards: Sequence[HeldSlice], expected: dict[str, int]) -> None:
         assert self._ends is not None, "there is a plan"
-        held = sink_digests(self._sink, self._sink.layout())
+        held, stale, failed = self._held()
         replica: list[dict[TensorSlice, int]] = [{} for _ in range(self._replica_group.size())]
         dist.all_gather_object(replica, held, group=self._replica_group)
-        stale = [f"{self._derived(name)}: {what}" for name, what in self._sink.probe().items()]
-        findings = self._attendance.gather((differing_tensors(expected, replica), stale), "comparing digests")
-        suspects = {name for names, _ in findings for name in names}
-        faults = [fault for _, stales in findings for fault in stales]
+        findings = self._attendance.gather((differing_tensors(expected, replica), stale, failed), "comparing digests")
+        self._raise_faults([fault for _, _, found in findings for fault in found])
+        suspects = {name for names, _, _ in findings for name in names}
+        faults = [fault for _, stales, _ in findings for fault in stales]
         if suspects:
             faults += self._locate(suspects, shards) or [
                 f"{sorted(suspects)}: what the policy's shards hold is not what travels"
             ]
         self._raise_faults(faults)
+
+    def _held(self) -> tuple[dict[TensorSlice, int], list[str], list[str]]:
+        """Digests of what this rank's engine holds, what it computes from older weights, and why it cannot say."""
+        try:
+            held = sink_digests(self._sink, self._sink.layout())
+            stale = [f"{self._derived(name)}: {what}" for name, what in self._sink.probe().items()]
+        except RuntimeError as error:  # the other ranks hear of it before they wait for this one
+            return {}, [], [f"the engine of rank {self._world.rank} failed in the proof: {error}"]
+        return held, stale, []
 
     def _locate(self, suspects: set[str], shards: Sequence[HeldSlice]) -> list[str]:
         assert self._ends is not None, "there is a plan"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,11 @@ class Spoiled(MemorySink):
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
         return None if self.fault in ("stale", "swapped", "refused") else super().memory_of(hf)
 
+    def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
+        if self.fault == "silent":
+            raise RuntimeError("its process has ended")
+        return super().digests(slices)
+
     def end_update(self, policy_version: int) -> None:
         before = self.packed
         super().end_update(policy_version + (self.fault == "version"))
@@ -258,6 +263,7 @@ FAULTS = {
     "lost": ["bucket 2 from rank", "did not reach rank 1: in its place is bucket 0"],
     "twice": ["bucket 3 from rank 1 did not reach rank 3: in its place is bucket 1 of version 9,"],
     "older": ["bucket 3 from rank 1 did not reach rank 3: in its place is bucket 3 of version 9,"],
+    "silent": ["the engine of rank 1 failed in the proof: its process has ended"],
 }
 
 
