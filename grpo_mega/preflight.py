@@ -8,7 +8,7 @@ from pathlib import Path
 from grpo_mega.config.schema import ArchitectureConfig, Config, ParallelConfig
 from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout, check_policy_blocks
 from grpo_mega.convert.spec import ModelSpec, read_spec
-from grpo_mega.engines.wire import Address, read_token, require_token
+from grpo_mega.engines.server.wire import Address, read_token, require_token
 from grpo_mega.parallel.stages import stage_layers
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError

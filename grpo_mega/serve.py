@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from grpo_mega.engines.engine_ranks import EngineRanks
-    from grpo_mega.engines.server_door import Door
+    from grpo_mega.engines.server.door import Door
+    from grpo_mega.engines.server.wire import Message
     from grpo_mega.engines.vllm_engine import VllmEngine
-    from grpo_mega.engines.wire import Message
     from grpo_mega.interfaces import HeldSlice
     from grpo_mega.weight_sync.sync import WeightSync
 
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, [*args.overrides, "engine.placement=server", _any_url(args.host)])
-        from grpo_mega.engines.wire import read_token, require_token
+        from grpo_mega.engines.server.wire import read_token, require_token
 
         require_token(args.host, read_token(), f"--host={args.host}")
         if "RANK" not in os.environ and config.engine.tp > 1:
@@ -93,9 +93,9 @@ def serve(config: Config, host: str, port: int) -> None:
     from grpo_mega.base_model.teach import model_folder_of
     from grpo_mega.engines.engine_ranks import EngineRanks
     from grpo_mega.engines.make import make_vllm_engine
-    from grpo_mega.engines.server_door import Door
-    from grpo_mega.engines.serving import serving_facts
-    from grpo_mega.engines.wire import read_token
+    from grpo_mega.engines.server.door import Door
+    from grpo_mega.engines.server.serving import serving_facts
+    from grpo_mega.engines.server.wire import read_token
     from grpo_mega.observe.log import configure_logging, quiet_libraries
     from grpo_mega.parallel.ranks import init_ranks
     from grpo_mega.parallel.topology import Topology
@@ -129,7 +129,7 @@ class Server:
 
     def run(self) -> None:
         """Until the process ends."""
-        from grpo_mega.engines.server_door import FREED
+        from grpo_mega.engines.server.door import FREED
 
         told = self._door.commands(self._ranks.beat_seconds) if self._door is not None else iter(())
         for message in self._ranks.all_hear(told):
@@ -188,7 +188,7 @@ class Server:
         self._sound = True
 
     def _sample(self, told: dict[str, Any]) -> None:
-        from grpo_mega.engines.serving import read_sample, rollout_part
+        from grpo_mega.engines.server.serving import read_sample, rollout_part
         from grpo_mega.types import Completion
 
         prompts, request = read_sample(told)

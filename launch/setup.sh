@@ -196,7 +196,7 @@ if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.ent
 env -u PYTHONDONTWRITEBYTECODE VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "import importlib; [importlib.import_module(m) for m in '$modules'.split()]" \
     >>"$log" 2>&1 || failed "the import of $modules"
 if [[ $kind == cpu ]] && has "$extras" sglang; then
-    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -m grpo_mega.engines.sglang_cpu >>"$log" 2>&1 || failed "the import of sglang"
+    env -u PYTHONDONTWRITEBYTECODE "$venv/bin/python" -m grpo_mega.engines.sglang.cpu >>"$log" 2>&1 || failed "the import of sglang"
 fi
 echo "$kind $extras $digest" >"$marker.new"
 mv "$marker.new" "$marker"

@@ -33,9 +33,9 @@ from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX, scale_slices
 from grpo_mega.convert.held import policy_slices
 from grpo_mega.convert.spec import ModelSpec, read_spec
 from grpo_mega.engines.layout_rule import NoRuleError, layouts_of_all, sampled_ranks
-from grpo_mega.engines.vllm_offline import record_ranks
-from grpo_mega.engines.vllm_splits import check_tp
-from grpo_mega.engines.vllm_start import checkpoint_tensors
+from grpo_mega.engines.vllm.offline import record_ranks
+from grpo_mega.engines.vllm.splits import check_tp
+from grpo_mega.engines.vllm.start import checkpoint_tensors
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.preflight import check_engine_fp8, check_layout
 from grpo_mega.types import TensorSlice, UserError

@@ -59,9 +59,9 @@ def check_rewards(config: Config) -> Finding:
 
 def check_servers(config: Config) -> list[Finding]:
     """Engine servers answer, have what this config needs, and are free."""
-    from grpo_mega.engines.server_link import look
-    from grpo_mega.engines.serving import differences, serving_facts
-    from grpo_mega.engines.wire import Address, read_token
+    from grpo_mega.engines.server.link import look
+    from grpo_mega.engines.server.serving import differences, serving_facts
+    from grpo_mega.engines.server.wire import Address, read_token
 
     found = []
     for i, url in enumerate(config.engine.urls if config.engine.placement == "server" else ()):

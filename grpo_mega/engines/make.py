@@ -7,8 +7,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from grpo_mega.config.schema import Config
+from grpo_mega.engines.server.serving import longest_rollout, serving_facts
 from grpo_mega.engines.server_engine import ServerEngine
-from grpo_mega.engines.serving import longest_rollout, serving_facts
 from grpo_mega.engines.sglang_engine import STAGING_BYTES, SglangEngine
 from grpo_mega.engines.vllm_engine import VllmEngine
 from grpo_mega.interfaces import Engine

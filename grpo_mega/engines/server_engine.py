@@ -18,9 +18,9 @@ from torch import Tensor
 
 from grpo_mega.engines.engine_ranks import EngineRanks
 from grpo_mega.engines.sampling import check_lengths, in_groups, require_ready
-from grpo_mega.engines.server_link import ServerLink
-from grpo_mega.engines.serving import read_rollout, sample_command
-from grpo_mega.engines.wire import Address, Message, read_token
+from grpo_mega.engines.server.link import ServerLink
+from grpo_mega.engines.server.serving import read_rollout, sample_command
+from grpo_mega.engines.server.wire import Address, Message, read_token
 from grpo_mega.interfaces import SinkRegion, WeightSink
 from grpo_mega.parallel.world import World, find_store, join_world, open_store
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
@@ -34,7 +34,7 @@ class ServerEngine:
     Args:
         urls: of the servers, in the order of the groups of ranks that they serve.
         tp: ranks of each server.
-        facts: what a server must have in common with this job (serving.py).
+        facts: what a server must have in common with this job (server/serving.py).
         max_model_len: longest prompt plus completion, tokens.
         tell_experts: the servers can answer requests with `expert_choices`.
         timeout_seconds: of every wait.

@@ -1,6 +1,6 @@
 """SGLang beside the training processes: one engine for the ranks [r * tp, (r + 1) * tp), in processes of its own.
 
-The first of these ranks starts the engine's process (sglang_process.py) and speaks to it; the others hear from it what
+The first of these ranks starts the engine's process (sglang/process.py) and speaks to it; the others hear from it what
 came back, in parts, so that no rank waits longer than a beat for another. Rank t of them writes the weights of SGLang's
 rank t. All requests of a call enter SGLang in one message, behind the seed of its generators, so the same seed and
 prompts give the same tokens; the prefix cache is empty at the start of each call.
@@ -28,7 +28,7 @@ from grpo_mega.data.experts import narrowed
 from grpo_mega.engines.engine_ranks import EngineRanks
 from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
-from grpo_mega.engines.sglang_arguments import (
+from grpo_mega.engines.sglang.arguments import (
     GpuMemory,
     SglangSettings,
     check_one_machine,
@@ -36,12 +36,12 @@ from grpo_mega.engines.sglang_arguments import (
     engine_arguments,
     visible_gpu,
 )
-from grpo_mega.engines.sglang_door import DoorLink
-from grpo_mega.engines.sglang_messages import Sampled, SamplingBatch
-from grpo_mega.engines.sglang_process import SglangProcess
-from grpo_mega.engines.sglang_sink import SglangSink
-from grpo_mega.engines.sglang_worker import SharedModel
-from grpo_mega.engines.staging import Staging
+from grpo_mega.engines.sglang.door import DoorLink
+from grpo_mega.engines.sglang.messages import Sampled, SamplingBatch
+from grpo_mega.engines.sglang.process import SglangProcess
+from grpo_mega.engines.sglang.sink import SglangSink
+from grpo_mega.engines.sglang.staging import Staging
+from grpo_mega.engines.sglang.worker import SharedModel
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason, UserError

@@ -23,10 +23,10 @@ import torch
 
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.sampling import check_lengths, eos_ids, in_groups, require_ready
-from grpo_mega.engines.vllm_fp8 import Fp8Weights, Requantisation
-from grpo_mega.engines.vllm_routing import RoutingRecorder, record_steps
-from grpo_mega.engines.vllm_sink import VllmSink
-from grpo_mega.engines.vllm_start import BLOCK_TOKENS, VllmSettings, keep_generators, start, stop
+from grpo_mega.engines.vllm.fp8 import Fp8Weights, Requantisation
+from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps
+from grpo_mega.engines.vllm.sink import VllmSink
+from grpo_mega.engines.vllm.start import BLOCK_TOKENS, VllmSettings, keep_generators, start, stop
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 

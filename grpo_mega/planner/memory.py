@@ -21,7 +21,7 @@ from grpo_mega.planner.schedule import peak_of_schedule
 from grpo_mega.planner.stages import ITEMSIZE, ModelChunk, StaticBytes, model_chunks, static_bytes
 
 PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
-BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm_start.py)
+BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm/start.py)
 SCALE_BYTES = 4  # of a block of FP8 codes
 _BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
@@ -224,7 +224,7 @@ def kv_bytes_per_token(spec: ModelSpec, tp: int, itemsize: int) -> float:
 
 
 def _kv_cache(config: Config, cluster: Cluster, work: Workload, engine: float, per_token: float) -> float:
-    """As engines/vllm_start.py sizes it; less than one rollout is less than nothing (planner/plan.py says so)."""
+    """As engines/vllm/start.py sizes it; less than one rollout is less than nothing (planner/plan.py says so)."""
     per_rollout = -(-work.longest // BLOCK_TOKENS)
     if config.engine.kv_cache_tokens is not None:
         return (config.engine.kv_cache_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * per_token

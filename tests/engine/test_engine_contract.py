@@ -283,7 +283,7 @@ def refused_tensors(session: RankSession, folder: Path, other: Path) -> None:
     """A sink that is told to stream; what it refuses has not reached SGLang."""
     from safetensors.torch import load_file
 
-    from grpo_mega.engines.sglang_sink import SglangSink
+    from grpo_mega.engines.sglang.sink import SglangSink
 
     engine = session.engine
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in load_file(folder / "model.safetensors").items()}

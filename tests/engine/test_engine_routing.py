@@ -149,7 +149,7 @@ def _noting(function: Any, seen: dict[int, Tensor], number: int) -> Any:
 
 
 def refused(session: RankSession) -> str:
-    from grpo_mega.engines.vllm_routing import bind_routers
+    from grpo_mega.engines.vllm.routing import bind_routers
 
     runner = session.engine._llm.model_executor.driver_worker.worker.model_runner
     try:

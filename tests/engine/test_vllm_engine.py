@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.sampling import eos_ids
+from grpo_mega.engines.vllm.start import VllmSettings, kv_cache_bytes, start
 from grpo_mega.engines.vllm_engine import VllmEngine
-from grpo_mega.engines.vllm_start import VllmSettings, kv_cache_bytes, start
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
 from tests.helpers.engine_contract import (
     PROMPTS,

@@ -17,9 +17,9 @@ from grpo_mega.convert.digest import slice_digest
 from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.record import CannotRecordError
-from grpo_mega.engines.vllm_fp8 import Requantisation
-from grpo_mega.engines.vllm_regions import declare_regions
-from grpo_mega.engines.vllm_sink import VllmSink
+from grpo_mega.engines.vllm.fp8 import Requantisation
+from grpo_mega.engines.vllm.regions import declare_regions
+from grpo_mega.engines.vllm.sink import VllmSink
 from grpo_mega.types import UserError
 from tests.helpers.fp8_models import (
     bf16_weights,

@@ -17,8 +17,8 @@ from torch import nn
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.record import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
 from grpo_mega.engines.regions import Zeros, region_view
-from grpo_mega.engines.vllm_record import record_vllm
-from grpo_mega.engines.vllm_regions import by_expert
+from grpo_mega.engines.vllm.record import record_vllm
+from grpo_mega.engines.vllm.regions import by_expert
 from grpo_mega.types import TensorSlice
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.one_process import run
@@ -27,8 +27,8 @@ from tests.helpers.vllm_table import engine_layout
 
 
 def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
-    from grpo_mega.engines.vllm_offline import record_ranks
-    from grpo_mega.engines.vllm_start import checkpoint_tensors
+    from grpo_mega.engines.vllm.offline import record_ranks
+    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     tensors = checkpoint_tensors(read_spec(folder), torch.float32)
     return record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=ranks)
@@ -48,8 +48,8 @@ def test_the_record_of_every_rank_is_the_table(
 
 
 def recorded_copies(folder: Path, tp: int, dp: int, spread: bool) -> tuple[list[list[TensorSlice]], dict[str, Any]]:
-    from grpo_mega.engines.vllm_offline import record_ranks
-    from grpo_mega.engines.vllm_start import checkpoint_tensors
+    from grpo_mega.engines.vllm.offline import record_ranks
+    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     tensors = checkpoint_tensors(read_spec(folder), torch.float32)
     ranks = list(range(tp * dp))
@@ -115,7 +115,7 @@ def compare_with_loading(folder: Path, tp: int, rank: int) -> tuple[int, list[st
     """Load real weights into real parameters, and compare each recorded region with its slice of the checkpoint."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from grpo_mega.engines import vllm_offline
+    from grpo_mega.engines.vllm import offline
 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
@@ -130,10 +130,10 @@ def compare_with_loading(folder: Path, tp: int, rank: int) -> tuple[int, list[st
         return record
 
     with (
-        mock.patch.object(vllm_offline, "record_vllm", keep),
-        mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
+        mock.patch.object(offline, "record_vllm", keep),
+        mock.patch.object(offline, "_FloatsOnMeta", mock.MagicMock),
     ):
-        (record,) = vllm_offline.record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=[rank])
+        (record,) = offline.record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=[rank])
     parameters = dict(kept[0].named_parameters())
     wrong = [
         str(copy.hf)
@@ -157,7 +157,7 @@ def test_a_model_without_a_table_is_recorded_as_its_loader_loads_it(
 def record_unknown(folder: Path) -> str:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from grpo_mega.engines.vllm_offline import record_ranks
+    from grpo_mega.engines.vllm.offline import record_ranks
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))

@@ -66,14 +66,14 @@ def make_fp8_model(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def fp8_tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    from grpo_mega.engines.vllm_start import checkpoint_tensors
+    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     return checkpoint_tensors(read_spec(folder), torch.bfloat16, fp8=True)
 
 
 def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 1) -> list[LoaderRecord]:
     """Of vLLM's loader; in a process of its own."""
-    from grpo_mega.engines.vllm_offline import record_ranks
+    from grpo_mega.engines.vllm.offline import record_ranks
 
     return record_ranks(
         folder, fp8_tensors_of(folder), dtype="bf16", tp=tp, dp=dp, ranks=ranks, experts_spread=spread, fp8=True
@@ -82,7 +82,7 @@ def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 
 
 def bf16_weights(folder: Path, seed: int) -> dict[str, Tensor]:
     """Random."""
-    from grpo_mega.engines.vllm_start import checkpoint_tensors
+    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     generator = torch.Generator().manual_seed(seed)
     tensors = checkpoint_tensors(read_spec(folder), torch.bfloat16)
@@ -144,8 +144,8 @@ def build_fp8(
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-    from grpo_mega.engines import vllm_offline
-    from grpo_mega.engines.vllm_record import record_vllm
+    from grpo_mega.engines.vllm import offline
+    from grpo_mega.engines.vllm.record import record_vllm
 
     built: list[nn.Module] = []
 
@@ -158,9 +158,9 @@ def build_fp8(
 
     with (
         kernels_of_cuda(),
-        mock.patch.object(vllm_offline, "built_for_fp8", _without_amx),
-        mock.patch.object(vllm_offline, "record_vllm", keep),
-        mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
+        mock.patch.object(offline, "built_for_fp8", _without_amx),
+        mock.patch.object(offline, "record_vllm", keep),
+        mock.patch.object(offline, "_FloatsOnMeta", mock.MagicMock),
     ):
         (record,) = record_fp8(folder, tp, [rank], spread)
     return built[0], record
@@ -176,10 +176,10 @@ def build_quantising(folder: Path) -> tuple[nn.Module, Any, list[Any]]:
     from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-    from grpo_mega.engines import vllm_offline
-    from grpo_mega.engines.vllm_fp8 import OWN_LOADER, fp8_arguments
-    from grpo_mega.engines.vllm_record import RECORDING, recording_load_format
-    from grpo_mega.engines.vllm_start import checkpoint_tensors
+    from grpo_mega.engines.vllm import offline
+    from grpo_mega.engines.vllm.fp8 import OWN_LOADER, fp8_arguments
+    from grpo_mega.engines.vllm.record import RECORDING, recording_load_format
+    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     spec = read_spec(folder)
     tensors = checkpoint_tensors(spec, torch.bfloat16)
@@ -198,9 +198,9 @@ def build_quantising(folder: Path) -> tuple[nn.Module, Any, list[Any]]:
     with (
         kernels_of_cuda(),
         _without_amx(),
-        mock.patch.object(vllm_offline, "record_vllm", keep),
-        mock.patch.object(vllm_offline, "_FloatsOnMeta", mock.MagicMock),
+        mock.patch.object(offline, "record_vllm", keep),
+        mock.patch.object(offline, "_FloatsOnMeta", mock.MagicMock),
         mock.patch.object(arg_utils, "EngineArgs", arguments),
     ):
-        vllm_offline.record_ranks(folder, tensors, dtype="bf16", tp=1, ranks=[0])
+        offline.record_ranks(folder, tensors, dtype="bf16", tp=1, ranks=[0])
     return built[0], built[1], records

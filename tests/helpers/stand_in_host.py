@@ -1,4 +1,4 @@
-"""Speaks the protocol of engines/sglang_host.py without SGLang; what its settings say goes wrong, does."""
+"""Speaks the protocol of engines/sglang/host.py without SGLang; what its settings say goes wrong, does."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def stand_in_server(folder: Path, tp: int = 1) -> Iterator[StandIn]:
 
 def _serve(folder: Path, tp: int, rank: int) -> None:
     from grpo_mega.engines.engine_ranks import EngineRanks
-    from grpo_mega.engines.server_door import Door
+    from grpo_mega.engines.server.door import Door
     from grpo_mega.serve import Server
 
     torch.set_num_threads(1)

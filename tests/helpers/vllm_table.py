@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads, padded_vocab
+from grpo_mega.engines.vllm.splits import check_tp, local_kv_heads, padded_vocab
 from grpo_mega.interfaces import RegionKind, SinkRegion
 from grpo_mega.types import Placement, TensorSlice
 

@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
+from grpo_mega.engines.server.link import look
+from grpo_mega.engines.server.serving import sample_command
+from grpo_mega.engines.server.wire import TOKEN_VARIABLE, Address
 from grpo_mega.engines.server_engine import ServerEngine
-from grpo_mega.engines.server_link import look
-from grpo_mega.engines.serving import sample_command
-from grpo_mega.engines.wire import TOKEN_VARIABLE, Address
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Prompt, SamplingRequest, UserError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync

@@ -14,10 +14,10 @@ from grpo_mega.config.load import load_config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
 from grpo_mega.doctor.finding import Finding, require
-from grpo_mega.engines.server_door import Door
-from grpo_mega.engines.server_link import ServerLink
-from grpo_mega.engines.serving import serving_facts
-from grpo_mega.engines.wire import Address
+from grpo_mega.engines.server.door import Door
+from grpo_mega.engines.server.link import ServerLink
+from grpo_mega.engines.server.serving import serving_facts
+from grpo_mega.engines.server.wire import Address
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 from tests.helpers.tiny_models import make_tiny_model

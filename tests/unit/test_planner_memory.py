@@ -132,7 +132,7 @@ def test_the_cache_of_latent_attention_is_the_same_on_every_rank() -> None:
 
 
 def test_the_engine_s_cache_is_what_vllm_would_allocate() -> None:
-    from grpo_mega.engines.vllm_start import VllmSettings, kv_cache_bytes
+    from grpo_mega.engines.vllm.start import VllmSettings, kv_cache_bytes
 
     config, spec = config_of(engine={"kv_cache_tokens": 4096}), spec_of()
     settings = VllmSettings(

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from grpo_mega.convert.digest import slice_digest
 from grpo_mega.engines.record import LoaderRecord, record_loader
-from grpo_mega.engines.sglang_door import Door, DoorAddress, DoorError, DoorLink
-from grpo_mega.engines.sglang_sink import SglangSink
-from grpo_mega.engines.staging import Staging, StagingPlace, parts_that_fit
+from grpo_mega.engines.sglang.door import Door, DoorAddress, DoorError, DoorLink
+from grpo_mega.engines.sglang.sink import SglangSink
+from grpo_mega.engines.sglang.staging import Staging, StagingPlace, parts_that_fit
 from grpo_mega.types import TensorSlice
 
 SHAPES = {"query": ((4, 6), torch.float32), "key": ((2, 6), torch.float32), "table": ((5, 4), torch.bfloat16)}

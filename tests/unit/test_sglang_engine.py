@@ -14,8 +14,8 @@ from unittest import mock
 
 import pytest
 
-from grpo_mega.engines import sglang_cpu
-from grpo_mega.engines.sglang_arguments import (
+from grpo_mega.engines.sglang import cpu as cpu_side
+from grpo_mega.engines.sglang.arguments import (
     GpuMemory,
     SglangSettings,
     cached_tokens,
@@ -130,11 +130,11 @@ def test_processes_on_cuda_see_the_gpus_of_their_ranks_and_no_stand_ins() -> Non
     present = {"RANK": "3", "SGLANG_USE_CPU_ENGINE": "1", "KEPT": "yes"}
     cpu = process_environment(present, Path("answers"), 2, None)
     cuda = process_environment(present, Path("answers"), 2, ["4", "GPU-5"])
-    assert sglang_cpu.ENVIRONMENT.items() <= cpu.items()
+    assert cpu_side.ENVIRONMENT.items() <= cpu.items()
     assert cpu["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0"
     assert cuda["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
     assert cuda["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] == "0"
-    assert not {"RANK", "SGLANG_CPU_OMP_THREADS_BIND", *sglang_cpu.ENVIRONMENT} & cuda.keys()
+    assert not {"RANK", "SGLANG_CPU_OMP_THREADS_BIND", *cpu_side.ENVIRONMENT} & cuda.keys()
     assert cpu["KEPT"] == cuda["KEPT"] == "yes"
 
 
@@ -171,7 +171,7 @@ def test_a_rollout_that_sglang_gave_up_is_an_error() -> None:
 def test_stand_ins_can_be_imported_called_as_decorators_and_are_hidden_from_probes() -> None:
     """In modules that are thrown away afterwards."""
     with mock.patch.dict(sys.modules), mock.patch.object(sys, "meta_path", list(sys.meta_path)):
-        sglang_cpu.install_stand_ins()
+        cpu_side.install_stand_ins()
         importlib.import_module("triton.language.extra")
         triton = importlib.import_module("triton")
         assert triton.jit(len) is len
@@ -199,4 +199,4 @@ def test_only_the_model_files_of_the_model_are_imported(tmp_path: Path) -> None:
         sys.modules.pop("sglang", None)
         for architecture, others in (("TwoForCausalLM", "one,three"), ("NewForCausalLM", "")):
             (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-            assert sglang_cpu.other_models(tmp_path) == others
+            assert cpu_side.other_models(tmp_path) == others

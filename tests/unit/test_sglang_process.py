@@ -9,13 +9,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_mega.engines import sglang_process
-from grpo_mega.engines.sglang_process import SglangProcess
+from grpo_mega.engines.sglang import process as process_module
+from grpo_mega.engines.sglang.process import SglangProcess
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_process, "_HOST", "tests.helpers.stand_in_host")
+    monkeypatch.setattr(process_module, "_HOST", "tests.helpers.stand_in_host")
 
 
 def started(log: Path, fault: str = "none", timeout_seconds: float = 30.0) -> SglangProcess:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.data.experts import widened
-from grpo_mega.engines.vllm_routing import RoutingRecorder, Span
+from grpo_mega.engines.vllm.routing import RoutingRecorder, Span
 
 BLOCK = 4
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_mega.convert.spec import ModelSpec, spec_from_config
-from grpo_mega.engines.vllm_splits import check_tp
+from grpo_mega.engines.vllm.splits import check_tp
 from grpo_mega.types import TensorSlice, UserError
 from tests.helpers.vllm_table import engine_layout
 

@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 
-from grpo_mega.engines import wire
-from grpo_mega.engines.wire import Address, Wire, WireError, read_token, require_token
+from grpo_mega.engines.server import wire
+from grpo_mega.engines.server.wire import Address, Wire, WireError, read_token, require_token
 from grpo_mega.types import UserError
 
 SECRET = b"a secret of this test"

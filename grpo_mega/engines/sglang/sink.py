@@ -1,7 +1,7 @@
 """The end of a weight sync on one rank of SGLang, whose parameters are in one of SGLang's own processes.
 
-The layout is the record of SGLang's own loader (sglang_worker.py). What this rank writes goes through the door of its
-scheduler (sglang_door.py) to where SGLang's kernels read, and digests are made there, of what they read: bf16 and fp32
+The layout is the record of SGLang's own loader (sglang/worker.py). What this rank writes goes through the door of its
+scheduler (sglang/door.py) to where SGLang's kernels read, and digests are made there, of what they read: bf16 and fp32
 models are computed from plain parameters (docs/decisions/sglang.md), and with every digest that process confirms that
 they are still where the door writes. Where a loader could not be recorded, tensors are streamed through it, whole, once
 their names and shapes are known to be the model's: SGLang drops unknown names without a word, and a wrong shape ends
@@ -20,9 +20,9 @@ from torch import Tensor
 from grpo_mega.engines.record import LoaderRecord, Shape
 from grpo_mega.engines.region_sink import SliceSink
 from grpo_mega.engines.regions import inside
-from grpo_mega.engines.sglang_door import DoorLink, recorded_regions
-from grpo_mega.engines.sglang_process import SglangProcess
-from grpo_mega.engines.staging import parts_that_fit
+from grpo_mega.engines.sglang.door import DoorLink, recorded_regions
+from grpo_mega.engines.sglang.process import SglangProcess
+from grpo_mega.engines.sglang.staging import parts_that_fit
 from grpo_mega.interfaces import SinkRegion
 from grpo_mega.types import TensorSlice
 

@@ -2,8 +2,8 @@
 
 SGLang calls `serve` as a custom weight loader (srt/model_executor/model_runner_components/weight_updater.py): it is the
 one way into those processes that gets the model. An exception there would end the whole engine, so answers and failures
-go to a file, which sglang_host.py reads.
-- `share`: records the model's own loader (record.py) and opens the door (sglang_door.py) through which the training
+go to a file, which sglang/host.py reads.
+- `share`: records the model's own loader (record.py) and opens the door (sglang/door.py) through which the training
   rank writes slices to where SGLang's kernels read, and hears digests of what they read.
 - `adopt`: the weights are complete; are the parameters still where the door writes?
 - `load`: gives whole tensors to the model's own loader, where it could not be recorded.
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_mega.engines.record import CannotRecordError, LoaderRecord, UnfilledError, record_loader
-from grpo_mega.engines.sglang_door import Door, DoorAddress
+from grpo_mega.engines.sglang.door import Door, DoorAddress
 
 LOADER = f"{__name__}.serve"
 

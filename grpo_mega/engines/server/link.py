@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from grpo_mega.engines.serving import differences
-from grpo_mega.engines.wire import Address, Message, Wire, WireError, WrongPeerError, require_token
+from grpo_mega.engines.server.serving import differences
+from grpo_mega.engines.server.wire import Address, Message, Wire, WireError, WrongPeerError, require_token
 from grpo_mega.types import UserError
 
 log = logging.getLogger("grpo_mega.engines")

@@ -1,10 +1,10 @@
 """What vLLM's kernels read of each parameter, once it is loaded: its plain bytes, other orders of them, or copies.
 
 vLLM processes weights after loading. Every parameter must come out as one that is known here: declaring nothing is an
-error. On CPU linears keep a plain weight (vllm_start.py sees to it). The head computes from a packed copy beside its
+error. On CPU linears keep a plain weight (vllm/start.py sees to it). The head computes from a packed copy beside its
 plain weight, latent attention from turned copies of `kv_b_proj`: both are rebuilt at the end of an update and compared.
 Experts are packed in place: slices are written to where the packing puts them, and read back from there. Of FP8 codes
-and scales the kernel has to be known too (vllm_fp8.py): some read them through an order or scales of their own.
+and scales the kernel has to be known too (vllm/fp8.py): some read them through an order or scales of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from grpo_mega.convert.fp8 import dequantise
 from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX
 from grpo_mega.engines.record import LoaderRecord, RecordedCopy
 from grpo_mega.engines.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
-from grpo_mega.engines.vllm_fp8 import unknown_kernel
+from grpo_mega.engines.vllm.fp8 import unknown_kernel
 from grpo_mega.interfaces import RegionKind, SinkRegion
 from grpo_mega.types import Placement, TensorSlice
 

@@ -20,17 +20,17 @@ from typing import Any
 
 import psutil
 
-from grpo_mega.engines.sglang_arguments import process_environment
-from grpo_mega.engines.sglang_messages import HostSettings, with_limit
+from grpo_mega.engines.sglang.arguments import process_environment
+from grpo_mega.engines.sglang.messages import HostSettings, with_limit
 
-_HOST = "grpo_mega.engines.sglang_host"
+_HOST = "grpo_mega.engines.sglang.host"
 _START_SECONDS = 600.0  # imports and spawned processes, on a machine that many engines share
 _END_SECONDS = 20.0
 _LAST_LINES = 30  # of its log, in an error
 
 
 class SglangProcess:
-    """sglang_host.py in a child of this process. What it prints goes to `log`."""
+    """sglang/host.py in a child of this process. What it prints goes to `log`."""
 
     def __init__(
         self,

@@ -27,11 +27,11 @@ import torch.distributed as dist
 from grpo_mega.convert.families import hf_shapes, keeps_float32
 from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.engines.record import LoaderRecord
-from grpo_mega.engines.vllm_cpu import correct_vllm
-from grpo_mega.engines.vllm_fp8 import OWN_LOADER, Fp8Weights, fp8_arguments, fp8_checkpoint_tensors
-from grpo_mega.engines.vllm_record import RECORDING, recording_load_format
-from grpo_mega.engines.vllm_routing import Steps, bind_routers
-from grpo_mega.engines.vllm_splits import check_tp, local_kv_heads
+from grpo_mega.engines.vllm.cpu import correct_vllm
+from grpo_mega.engines.vllm.fp8 import OWN_LOADER, Fp8Weights, fp8_arguments, fp8_checkpoint_tensors
+from grpo_mega.engines.vllm.record import RECORDING, recording_load_format
+from grpo_mega.engines.vllm.routing import Steps, bind_routers
+from grpo_mega.engines.vllm.splits import check_tp, local_kv_heads
 from grpo_mega.types import UserError
 
 BLOCK_TOKENS = 32  # the CPU kernels want multiples of 32; larger blocks waste cache on short rollouts

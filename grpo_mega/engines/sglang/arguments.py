@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import grpo_mega
-from grpo_mega.engines.sglang_cpu import ENVIRONMENT, threads_of
-from grpo_mega.engines.sglang_worker import ANSWERS, LOADER
+from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
+from grpo_mega.engines.sglang.worker import ANSWERS, LOADER
 from grpo_mega.types import UserError
 
 _SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
 _PREFILL_TOKENS = 8192  # prompt tokens of one engine step
-_CUDA_MEMORY_SHARE = 0.6  # of the device, for weights and KV cache; as vllm_start.py and the planner
+_CUDA_MEMORY_SHARE = 0.6  # of the device, for weights and KV cache; as vllm/start.py and the planner
 _LONGEST_TMPDIR = 70  # of 107 characters that the path of a socket may have
 _NEEDED_ON_CUDA = ("sgl_kernel", "torch_memory_saver", "triton")
 # Where this rank is, which an engine of its own must not take for where it is itself.

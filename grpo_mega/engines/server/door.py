@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from grpo_mega.engines.wire import Message, Wire, WireError
+from grpo_mega.engines.server.wire import Message, Wire, WireError
 
 log = logging.getLogger("grpo_mega.engines")
 

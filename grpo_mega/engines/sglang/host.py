@@ -1,6 +1,6 @@
-"""The process that owns SGLang's Engine for one engine of the job; sglang_process.py starts it and talks to it.
+"""The process that owns SGLang's Engine for one engine of the job; sglang/process.py starts it and talks to it.
 
-    python -m grpo_mega.engines.sglang_host DESCRIPTOR
+    python -m grpo_mega.engines.sglang.host DESCRIPTOR
 
 The Engine spawns schedulers and a detokenizer, installs signal handlers, waits for a store of torchrun's that is not
 there, and on any error of a child kills the whole process tree: no training rank may own it. The descriptor is one end
@@ -22,8 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.engines.sglang_cpu import ENVIRONMENT, install_stand_ins, other_models
-from grpo_mega.engines.sglang_messages import HostSettings, Sampled, SamplingBatch
+from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stand_ins, other_models
+from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,11 +100,11 @@ class Host:
         version: int | None = None,
         flush: bool = False,
     ) -> list[Any]:
-        """Runs a command of sglang_worker.py in every scheduler process; their answers."""
+        """Runs a command of sglang/worker.py in every scheduler process; their answers."""
         import torch
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
-        from grpo_mega.engines.sglang_worker import LOADER, answer_path
+        from grpo_mega.engines.sglang.worker import LOADER, answer_path
 
         paths = [answer_path(self._settings.answers, rank) for rank in range(self._settings.tp)]
         for path in paths:

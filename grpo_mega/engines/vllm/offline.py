@@ -1,7 +1,7 @@
 """The layout of any rank of any vLLM engine, in one process: no other ranks, no weights, no device.
 
 The model is built for one rank of a process group that only pretends to exist, with its floating-point parameters on
-the meta device, and its loader is recorded (vllm_record.py). A process that did this cannot start an engine any more:
+the meta device, and its loader is recorded (vllm/record.py). A process that did this cannot start an engine any more:
 planning tools call it, a job never does.
 Asserted by tests/engine/test_vllm_record.py.
 """
@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from grpo_mega.convert.spec import read_spec
 from grpo_mega.engines.record import LoaderRecord, Shape
-from grpo_mega.engines.vllm_fp8 import built_for_fp8, model_overrides
-from grpo_mega.engines.vllm_record import record_vllm
-from grpo_mega.engines.vllm_start import prepare_environment, register_model
+from grpo_mega.engines.vllm.fp8 import built_for_fp8, model_overrides
+from grpo_mega.engines.vllm.record import record_vllm
+from grpo_mega.engines.vllm.start import prepare_environment, register_model
 from grpo_mega.types import UserError
 
 

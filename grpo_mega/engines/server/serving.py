@@ -16,7 +16,7 @@ import torch
 
 import grpo_mega
 from grpo_mega.config.schema import Config
-from grpo_mega.engines.wire import Message
+from grpo_mega.engines.server.wire import Message
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 # What an engine reads of a model's folder; its weights are none of it.

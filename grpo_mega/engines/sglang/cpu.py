@@ -12,7 +12,7 @@ real kernels SGLang takes its torch implementations, also on processors with AMX
 Its buffer for chosen experts is registered with CUDA (srt/mem_cache/pool_host/common.py:147), which does nothing here.
 
 They would be seen by everything in a process (torch, Megatron), so only the processes of an engine import this for its
-effect: sglang_host.py, which the processes that it spawns import first, too.
+effect: sglang/host.py, which the processes that it spawns import first, too.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ from torch import Tensor
 from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.region_sink import RegionSink
 from grpo_mega.engines.regions import PlainRegion, Regions, Zeros, region_view
-from grpo_mega.engines.sglang_messages import with_limit
-from grpo_mega.engines.staging import Staging, mapped_staging, settle, staged_at
+from grpo_mega.engines.sglang.messages import with_limit
+from grpo_mega.engines.sglang.staging import Staging, mapped_staging, settle, staged_at
 from grpo_mega.interfaces import SinkRegion
 from grpo_mega.types import Placement, TensorSlice
 
@@ -122,7 +122,7 @@ class _ModelSink(RegionSink):
         super().__init__(Regions(recorded_regions(record), places, zeros), None)
 
     def _adopt(self, policy_version: int) -> None:
-        """Kernels read the parameters themselves; caches go with the prefix cache (sglang_worker.py)."""
+        """Kernels read the parameters themselves; caches go with the prefix cache (sglang/worker.py)."""
 
 
 class DoorError(RuntimeError):

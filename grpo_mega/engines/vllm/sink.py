@@ -1,7 +1,7 @@
 """The end of a weight sync on one rank of vLLM: writes slices where its kernels read them, and proves what they read.
 
-The layout is the record of vLLM's own loader (vllm_record.py) plus what vLLM makes of the loaded parameters
-(vllm_regions.py). Where the loader could not be recorded, tensors are streamed through it, whole.
+The layout is the record of vLLM's own loader (vllm/record.py) plus what vLLM makes of the loaded parameters
+(vllm/regions.py). Where the loader could not be recorded, tensors are streamed through it, whole.
 Asserted by tests/engine/test_vllm_engine.py (a stale packed head) and test_weight_sync.py.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from grpo_mega.engines.record import LoaderRecord
 from grpo_mega.engines.region_sink import RegionSink
-from grpo_mega.engines.vllm_fp8 import Requantisation
-from grpo_mega.engines.vllm_regions import declare_regions
+from grpo_mega.engines.vllm.fp8 import Requantisation
+from grpo_mega.engines.vllm.regions import declare_regions
 
 
 class VllmSink(RegionSink):

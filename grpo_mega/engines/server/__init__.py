@@ -1,0 +1,1 @@
+"""Engines that are servers: the job's side and theirs."""

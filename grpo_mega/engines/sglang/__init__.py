@@ -1,0 +1,1 @@
+"""What drives SGLang in processes of its own, behind sglang_engine.py."""

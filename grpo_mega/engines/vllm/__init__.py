@@ -1,0 +1,1 @@
+"""What drives vLLM, behind vllm_engine.py."""
