@@ -103,30 +103,32 @@ class Execution:
                 continue
             pieces = self._mine.pieces[turn.number, message.peer, self._mine.rank]
             if form == _PLACES:
-                for piece, place in zip(pieces, take_places(part[HEADER_BYTES:], len(pieces)), strict=True):
-                    self._fetch(transport, message.peer, piece, place)
+                places = take_places(part[HEADER_BYTES:], len(pieces))
+                self._fetch(transport, message.peer, list(zip(pieces, places, strict=True)))
             else:
                 for piece in pieces:
                     if (turn.number, message.peer, piece.start) not in self._in_place:
                         self._write(piece.hf, self._bytes_of(part, piece))
         transport.finish(turn)
 
-    def _fetch(self, transport: Transport, peer: int, piece: Piece, theirs: Runs) -> None:
-        """From the memory of `peer` to the engine's, or by way of a buffer to where only its `write` knows."""
+    def _fetch(self, transport: Transport, peer: int, found: Sequence[tuple[Piece, Runs]]) -> None:
+        """From the memory of `peer` to the engine's; one after another by way of a buffer where only `write` knows."""
         assert transport.neighbours is not None, "it was told where bytes are"
-        memory = self._memory_of(piece)
-        ours = None if memory is None else Runs.of(memory)
-        values = None
-        if ours is None or not fits(theirs, ours):
-            values = torch.empty(piece.hf.shape, dtype=piece.dtype)
-            ours = Runs.of(values)
-            assert ours is not None, "it has no gaps"
+        pairs: list[tuple[Runs, Runs]] = []
         try:
-            transport.neighbours.read(peer, theirs, ours)
+            for piece, theirs in found:
+                memory = self._memory_of(piece)
+                ours = None if memory is None else Runs.of(memory)
+                if ours is not None and fits(theirs, ours):
+                    pairs.append((theirs, ours))
+                    continue
+                values = torch.empty(piece.hf.shape, dtype=piece.dtype)
+                transport.neighbours.read(peer, [(theirs, Runs.whole(values))])
+                self._write(piece.hf, values)
+            transport.neighbours.read(peer, pairs)
         except OSError as error:
-            raise TransportError(f"{piece.hf} from rank {peer} to rank {self._mine.rank}: {error}", peer) from error
-        if values is not None:
-            self._write(piece.hf, values)
+            names = ", ".join(dict.fromkeys(piece.hf.name for piece, _ in found[:3]))
+            raise TransportError(f"{names} from rank {peer} to rank {self._mine.rank}: {error}", peer) from error
 
     def _memory_of(self, piece: Piece) -> Tensor | None:
         try:

@@ -13,7 +13,7 @@ import ctypes
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from grpo_mega.parallel.world import World
 log = logging.getLogger("grpo_mega.weight_sync")
 
 LEAST_RUN = 1024  # bytes; the kernel looks a page up for each run: shorter ones are copied faster through a buffer
-_MOST_RUNS = 1024  # IOV_MAX, of one call
+_MOST_RUNS, _MOST_BYTES = 1024, 1 << 30  # of one call: IOV_MAX, and less than the 2 GiB that it ends at
 _PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -67,17 +67,20 @@ class Runs:
             count, stride = count * n, stride if count > 1 else each
         return cls(values.data_ptr(), count, run, stride) if count == 1 or run >= LEAST_RUN else None
 
+    @classmethod
+    def whole(cls, values: Tensor) -> Runs:
+        """The one of a tensor without gaps."""
+        return cls(values.data_ptr(), 1, values.nbytes, values.nbytes)
+
     @property
     def total_bytes(self) -> int:
         return self.count * self.num_bytes
 
-    def cut(self, num_bytes: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint64]]:
-        """[runs, 2] uint64: address and length (`struct iovec`) of all, cut into runs of `num_bytes`."""
-        starts = self.address + self.stride * np.arange(self.count, dtype=np.int64)
-        parts = starts[:, None] + np.arange(0, self.num_bytes, num_bytes, dtype=np.int64)
-        table = np.empty((parts.size, 2), np.uint64)
-        table[:, 0], table[:, 1] = parts.ravel().astype(np.uint64), num_bytes
-        return table
+    def cut(self, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """(address, length) of all, in runs of `num_bytes`."""
+        for start in range(self.address, self.address + self.count * self.stride, self.stride):
+            for at in range(start, start + self.num_bytes, num_bytes):
+                yield at, num_bytes
 
 
 def allow_reading() -> None:
@@ -85,23 +88,37 @@ def allow_reading() -> None:
     _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)  # without Yama: EINVAL, and nothing to allow
 
 
-def read_runs(process: int, theirs: Runs, ours: Runs) -> None:
-    """Copies what `theirs` are in the memory of a process into `ours`, both of one size.
+def read_runs(process: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
+    """Copies what the first of each pair are in the memory of a process into the second, in few calls.
 
     Raises:
         OSError: it is gone, or may not be read; names both.
     """
-    unit = min(theirs.num_bytes, ours.num_bytes)
-    assert theirs.total_bytes == ours.total_bytes, f"{theirs.total_bytes} bytes for {ours.total_bytes}"
-    assert fits(theirs, ours), f"runs of {theirs.num_bytes} bytes into runs of {ours.num_bytes}"
-    sources, targets = theirs.cut(unit), ours.cut(unit)
-    for start in range(0, len(sources), _MOST_RUNS):
-        source, target = sources[start : start + _MOST_RUNS], targets[start : start + _MOST_RUNS]
-        wanted = unit * len(source)
-        done = _libc.process_vm_readv(process, target.ctypes.data, len(target), source.ctypes.data, len(source), 0)
-        if done != wanted:
-            why = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {wanted} bytes"
-            raise OSError(f"process {os.getpid()} could not read process {process}: {why}")
+    sources: list[tuple[int, int]] = []  # `struct iovec`: address, length
+    targets: list[tuple[int, int]] = []
+    for theirs, ours in pairs:
+        assert theirs.total_bytes == ours.total_bytes, f"{theirs.total_bytes} bytes for {ours.total_bytes}"
+        assert fits(theirs, ours), f"runs of {theirs.num_bytes} bytes into runs of {ours.num_bytes}"
+        unit = min(theirs.num_bytes, ours.num_bytes)
+        sources += theirs.cut(unit)
+        targets += ours.cut(unit)
+    start, num_bytes = 0, 0
+    for i, (_, size) in enumerate(sources):
+        if i - start == _MOST_RUNS or (i > start and num_bytes + size > _MOST_BYTES):
+            _read(process, sources[start:i], targets[start:i])
+            start, num_bytes = i, 0
+        num_bytes += size
+    if sources:
+        _read(process, sources[start:], targets[start:])
+
+
+def _read(process: int, sources: list[tuple[int, int]], targets: list[tuple[int, int]]) -> None:
+    source, target = np.asarray(sources, np.uint64), np.asarray(targets, np.uint64)
+    wanted = int(source[:, 1].sum())
+    done = _libc.process_vm_readv(process, target.ctypes.data, len(target), source.ctypes.data, len(source), 0)
+    if done != wanted:
+        why = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {wanted} bytes"
+        raise OSError(f"process {os.getpid()} could not read process {process}: {why}")
 
 
 def fits(theirs: Runs, ours: Runs) -> bool:
@@ -138,7 +155,7 @@ class Neighbours:
         allow_reading()
         self._processes = processes
         self._word = torch.tensor([secrets.randbits(62)])  # what others must find here
-        told = world.gather((_runs(self._word), int(self._word)))
+        told = world.gather((Runs.whole(self._word), int(self._word)))
         self._readable = {rank for rank in processes if self._reads(rank, *told[rank])}
         if len(self._readable) < len(processes):
             closed = sorted(processes.keys() - self._readable)
@@ -149,19 +166,14 @@ class Neighbours:
         """May it be told where bytes are, instead of the bytes?"""
         return rank in self._readers
 
-    def read(self, rank: int, theirs: Runs, ours: Runs) -> None:
+    def read(self, rank: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
         """`read_runs` from that rank's process; raises as that does."""
-        read_runs(self._processes[rank], theirs, ours)
+        read_runs(self._processes[rank], pairs)
 
     def _reads(self, rank: int, place: Runs, word: int) -> bool:
         found = torch.zeros(1, dtype=torch.int64)
         try:
-            self.read(rank, place, _runs(found))
+            self.read(rank, [(place, Runs.whole(found))])
         except OSError:
             return False
         return int(found) == word  # else it is another process of that number
-
-
-def _runs(whole: Tensor) -> Runs:
-    """Of a tensor without gaps."""
-    return Runs(whole.data_ptr(), 1, whole.nbytes, whole.nbytes)

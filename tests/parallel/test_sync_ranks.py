@@ -134,12 +134,12 @@ def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
     forbidden = rank == 2 and not allowed
     real, count = remote_memory.read_runs, 0
 
-    def read_runs(process: int, theirs: Runs, ours: Runs) -> None:
+    def read_runs(process: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
         nonlocal count
         if forbidden:
             raise PermissionError("forbidden by this test")
-        count += 1
-        real(process, theirs, ours)
+        count += len(pairs)
+        real(process, pairs)
 
     with mock.patch.object(remote_memory, "read_runs", read_runs):
         seen = follow(rank, TP2PP2, "shared_memory", 1)

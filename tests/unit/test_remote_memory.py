@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_mega.weight_sync import remote_memory
 from grpo_mega.weight_sync.remote_memory import (
     LEAST_RUN,
     PLACE_BYTES,
@@ -77,7 +78,7 @@ def test_a_view_of_another_process_arrives(fork: Callable[[], int], theirs: str,
     target = torch.zeros_like(expected) if ours == "without gaps" else view(whole)
     place = Runs.of(view(held))
     assert place is not None
-    read_runs(process, place, runs(target))
+    read_runs(process, [(place, runs(target))])
     assert torch.equal(target, expected)
     if ours == "as theirs":
         assert whole.count_nonzero() == expected.count_nonzero(), "nothing else was touched"
@@ -88,8 +89,24 @@ def test_more_runs_than_one_call_takes_arrive_in_order(fork: Callable[[], int]) 
     process = fork()
     expected, target = held[:, :WIDTH].clone(), torch.zeros(2500, WIDTH)
     held.zero_()
-    read_runs(process, runs(held[:, :WIDTH]), runs(target))
+    read_runs(process, [(runs(held[:, :WIDTH]), runs(target))])
     assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("most", [1 << 30, 5 * LEAST_RUN, 1])
+def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
+    fork: Callable[[], int], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(remote_memory, "_MOST_BYTES", most)
+    held = numbers(12, 2 * WIDTH)
+    process = fork()
+    expected = [held[:4].clone(), held[5:9, :WIDTH].clone(), held[11:, 3:5].clone()]
+    places = [runs(held[:4]), runs(held[5:9, :WIDTH]), runs(held[11:, 3:5])]
+    held.zero_()
+    targets = [torch.zeros_like(each) for each in expected]
+    read_runs(process, [(place, runs(target)) for place, target in zip(places, targets, strict=True)])
+    for target, each in zip(targets, expected, strict=True):
+        assert torch.equal(target, each)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +144,6 @@ def test_a_process_that_is_gone_and_memory_that_is_not_there_are_errors() -> Non
     os.waitpid(process, 0)
     values = numbers(16)
     with pytest.raises(OSError, match=f"could not read process {process}: No such process"):
-        read_runs(process, runs(values), runs(torch.zeros(16)))
+        read_runs(process, [(runs(values), runs(torch.zeros(16)))])
     with pytest.raises(OSError, match="Bad address"):
-        read_runs(os.getpid(), Runs(4096, 1, 64, 64), runs(torch.zeros(16)))
+        read_runs(os.getpid(), [(Runs(4096, 1, 64, 64), runs(torch.zeros(16)))])
