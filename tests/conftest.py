@@ -64,6 +64,20 @@ def recorder() -> Iterator[ProcessPoolExecutor]:
 _ALONE = ("test_resume.py", "test_slurm.py", "test_machines.py")  # files of e2e/ that share no finished run
 
 
+_LONGEST = ("e2e", "parallel")  # groups that one worker is busy with for most of a run
+
+
+def _group_of(nodeid: str) -> str:
+    file = Path(nodeid.partition("::")[0])
+    tier = file.parts[1]
+    return tier if tier == "parallel" or (tier == "e2e" and file.name not in _ALONE) else str(file)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups come first: a worker that began one last would be alone with it at the end."""
+    items.sort(key=lambda item: _group_of(item.nodeid) not in _LONGEST)
+
+
 class GroupScheduling(LoadScopeScheduling):
     """What shares ranks, engines or finished runs stays on one worker; the largest groups come first.
 
@@ -71,16 +85,12 @@ class GroupScheduling(LoadScopeScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.partition("::")[0])
-        tier = file.parts[1]
-        if tier == "parallel" or (tier == "e2e" and file.name not in _ALONE):
-            return tier
-        return str(file)
+        return _group_of(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)  # also without xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
-    """With --no-loadscope-reorder groups are taken in the order of collection: e2e, engine, parallel, unit."""
+    """With --no-loadscope-reorder groups are taken in the order of collection."""
     return GroupScheduling(config, log)
 
 
