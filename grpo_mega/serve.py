@@ -32,10 +32,10 @@ from grpo_mega.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grpo_mega.engines.engine_ranks import EngineRanks
-    from grpo_mega.engines.server.door import Door
-    from grpo_mega.engines.server.wire import Message
-    from grpo_mega.engines.vllm_engine import VllmEngine
+    from grpo_mega.engines.replica_broadcast import EngineRanks
+    from grpo_mega.engines.server.listener import Door
+    from grpo_mega.engines.server.protocol import Message
+    from grpo_mega.engines.vllm.engine import VllmEngine
     from grpo_mega.interfaces import HeldSlice
     from grpo_mega.weight_sync.sync import WeightSync
 
@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, [*args.overrides, "engine.placement=server", _any_url(args.host)])
-        from grpo_mega.engines.server.wire import read_token, require_token
+        from grpo_mega.engines.server.protocol import read_token, require_token
 
         require_token(args.host, read_token(), f"--host={args.host}")
         if "RANK" not in os.environ and config.engine.tp > 1:
@@ -71,7 +71,7 @@ def _any_url(host: str) -> str:
 
 
 def _start_ranks(num_ranks: int) -> int:
-    from grpo_mega.launch_agent import run_ranks
+    from grpo_mega.launch.supervisor import run_ranks
 
     shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     shared |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
@@ -90,15 +90,15 @@ def serve(config: Config, host: str, port: int) -> None:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     listener = _bound(host, port) if os.environ["RANK"] == "0" else None
     # from here on with torch, which takes seconds to load
-    from grpo_mega.base_model.teach import model_folder_of
-    from grpo_mega.engines.engine_ranks import EngineRanks
-    from grpo_mega.engines.make import make_vllm_engine
-    from grpo_mega.engines.server.door import Door
-    from grpo_mega.engines.server.serving import serving_facts
-    from grpo_mega.engines.server.wire import read_token
+    from grpo_mega.engines.factory import make_vllm_engine
+    from grpo_mega.engines.replica_broadcast import EngineRanks
+    from grpo_mega.engines.server.listener import Door
+    from grpo_mega.engines.server.messages import serving_facts
+    from grpo_mega.engines.server.protocol import read_token
     from grpo_mega.observe.log import configure_logging, quiet_libraries
     from grpo_mega.parallel.ranks import init_ranks
     from grpo_mega.parallel.topology import Topology
+    from grpo_mega.tiny_base.train import model_folder_of
 
     tp = config.engine.tp
     configure_logging(int(os.environ["RANK"]), "server")
@@ -129,7 +129,7 @@ class Server:
 
     def run(self) -> None:
         """Until the process ends."""
-        from grpo_mega.engines.server.door import FREED
+        from grpo_mega.engines.server.listener import FREED
 
         told = self._door.commands(self._ranks.beat_seconds) if self._door is not None else iter(())
         for message in self._ranks.all_hear(told):
@@ -158,7 +158,7 @@ class Server:
     def _meet(self, told: dict[str, Any]) -> None:
         import torch.distributed as dist
 
-        from grpo_mega.parallel.world import find_store, join_world
+        from grpo_mega.parallel.peer_group import find_store, join_world
         from grpo_mega.weight_sync.sync import SyncSettings, WeightSync
 
         timeout, rank = told["timeout_seconds"], told["first_rank"] + dist.get_rank()
@@ -188,7 +188,7 @@ class Server:
         self._sound = True
 
     def _sample(self, told: dict[str, Any]) -> None:
-        from grpo_mega.engines.server.serving import read_sample, rollout_part
+        from grpo_mega.engines.server.messages import read_sample, rollout_part
         from grpo_mega.types import Completion
 
         prompts, request = read_sample(told)

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grpo_mega.config.load import load_config, resolved
 from grpo_mega.config.schema import Config
-from grpo_mega.doctor.gpus import num_visible_gpus
-from grpo_mega.parallel.slurm import in_step, positive_int, slurm_step
-from grpo_mega.parallel.stop import EXIT_CODE as STOPPED
-from grpo_mega.parallel.stop import Stopped, expect_stop
+from grpo_mega.launch.slurm import in_step, positive_int, slurm_step
+from grpo_mega.parallel.devices import num_visible_gpus
+from grpo_mega.parallel.stop_signal import EXIT_CODE as STOPPED
+from grpo_mega.parallel.stop_signal import Stopped, expect_stop
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def for_launcher(config: Config) -> dict[str, object]:
-    """What grpo_mega/launch.py has to know; it reads no config itself."""
+    """What grpo_mega/launch/main.py has to know; it reads no config itself."""
     return {
         "world_size": wanted_world_size(config),
         "configured": config.run.world_size is not None,
@@ -108,9 +108,9 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.data.rows import check_rows
     from grpo_mega.doctor.examine import examine_start
     from grpo_mega.doctor.finding import require
+    from grpo_mega.doctor.model_rules import check_model
     from grpo_mega.environments.base import build_environment
     from grpo_mega.observe.run_folder import check_run
-    from grpo_mega.preflight import check_model
     from grpo_mega.rewards.base import build_rewards
 
     topology = Topology.of(config, wanted_world_size(config))
@@ -123,7 +123,7 @@ def prepare(config: Config) -> Prepared:
     check_rows(data)
     # from here on with torch and transformers, which take seconds to load
     if base is not None:
-        from grpo_mega.base_model.teach import base_tokenizer
+        from grpo_mega.tiny_base.train import base_tokenizer
 
         tokenizer = base_tokenizer(base)
     else:
@@ -135,7 +135,7 @@ def prepare(config: Config) -> Prepared:
 
 def run_worker(prepared: Prepared) -> None:
     """Join the job and run it to its end. A failing rank leaves at once, so that whoever started it ends the others."""
-    from grpo_mega.job import run_job
+    from grpo_mega.trainer.run import run_job
 
     try:
         run_job(prepared.config, prepared.topology, prepared.train_prompts, prepared.eval_prompts)

@@ -49,7 +49,7 @@ class Completion:
     `policy_version` is the number of updates behind the weights that sampled it. `loss_mask` is False on the tokens of
     results, whose sampler log-probs are 0; None: all tokens are the policy's. `failure`: how the environment failed.
     `expert_choices`, where the request asks for them, are the experts of the first N tokens of prompt and completion in
-    each layer: [N, L, K] small integers as in data/experts.py.
+    each layer: [N, L, K] small integers as in data/expert_records.py.
     """
 
     token_ids: tuple[int, ...]

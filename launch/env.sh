@@ -1,5 +1,5 @@
 # Sourced by the other scripts: the environment variables of every process of a job. What the user has set stays.
-# The variables of a rank are set by grpo_mega/launch.py, which knows the ranks of this machine.
+# The variables of a rank are set by grpo_mega/launch/main.py, which knows the ranks of this machine.
 
 # One thread a rank, as torchrun does. On CPU the models are small: with two threads on two cores a quickstart step takes
 # 1.8 times as long as with one (docs/measurements/quickstart.md).

@@ -188,7 +188,7 @@ if [[ $kind == cpu ]]; then install_cpu; else install_cuda; fi
 say "grpo_mega itself"
 pip_install --no-deps --no-build-isolation -e "$root" || failed "installing grpo_mega"
 say "checking that the packages can be imported"
-modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch"
+modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch.main"
 if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.entrypoints.llm"; fi
 [[ $kind != cpu ]] || modules+=" vllm.v1.worker.cpu_worker"
 # Besides proving the installation this compiles, once and not in every rank of every job, what a job imports: also where

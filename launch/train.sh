@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job: builds the environment if there is none, then trains. grpo_mega/launch.py decides what starts here.
+# The main job: builds the environment if there is none, then trains. grpo_mega/launch/main.py decides what starts here.
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then

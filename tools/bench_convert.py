@@ -31,7 +31,7 @@ from convert_options import default_workers
 
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
-from grpo_mega.convert.spec import read_spec
+from grpo_mega.models.config_readers import read_spec
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 8192, 15, 16, 8, 128, 32000
 SHARD_BYTES = 10**9
@@ -43,7 +43,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     """A random bf16 Llama in shards of 1 GB, written by the package's own planner."""
     from safetensors.torch import save_file
 
-    from grpo_mega.convert.families import hf_shapes
+    from grpo_mega.models.parameter_tables import hf_shapes
 
     folder.mkdir()
     config = {

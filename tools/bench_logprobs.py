@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_mega.parallel.vocab import vocab_parallel_log_probs
+from grpo_mega.parallel.vocab_parallel import vocab_parallel_log_probs
 
 MIB = 2**20
 LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -30,15 +30,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.convert.digest import slice_digest
 from grpo_mega.interfaces import HeldSlice
-from grpo_mega.parallel.world import job_world
+from grpo_mega.models.digest import slice_digest
+from grpo_mega.parallel.peer_group import job_world
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.boxes import Holdings, WireTensor, as_slice, holdings, join
-from grpo_mega.weight_sync.connect import TransportKind, make_transports, transport_kinds
-from grpo_mega.weight_sync.execute import Execution
+from grpo_mega.weight_sync.executor import Execution
 from grpo_mega.weight_sync.plan import make_plan
-from grpo_mega.weight_sync.rank_plan import rank_plan
+from grpo_mega.weight_sync.rank_schedule import rank_plan
+from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, as_slice, holdings, join
+from grpo_mega.weight_sync.transports.factory import TransportKind, make_transports, transport_kinds
 
 WORLD, TP, PP = 4, 2, 2
 HIDDEN, FFN, VOCAB = 2048, 8192, 32000

@@ -26,10 +26,11 @@ from typing import Any
 from compare_logits import config_of
 from convert_options import exit_code
 
-from grpo_mega.convert.families import hf_shapes, hf_shapes_aside
-from grpo_mega.convert.hf_files import HfFiles
-from grpo_mega.convert.megatron_keys import megatron_tensors
-from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.formats.megatron_keys import megatron_tensors
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
 
@@ -51,8 +52,8 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
     """The summary; `faults` is empty where all is well."""
     warnings.filterwarnings("ignore", module="megatron")  # of its own fields and of Transformer Engine
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.policy.mapping import faults_of_mapping, held_by_ranks
-    from grpo_mega.policy.weights import weight_copies
+    from grpo_mega.policy.inspect.slice_mapping import faults_of_mapping, held_by_ranks
+    from grpo_mega.policy.weight_source import weight_copies
 
     start = time.monotonic()
     spec = read_spec(folder)

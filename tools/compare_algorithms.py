@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from grpo_mega.config.algorithms import AlgorithmName
+from grpo_mega.config.algorithm_presets import AlgorithmName
 from grpo_mega.config.load import load_config
 from grpo_mega.types import UserError
 

@@ -27,7 +27,7 @@ import yaml
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config, ParallelConfig
-from grpo_mega.launch_agent import run_ranks
+from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
@@ -88,8 +88,8 @@ def parse_layout(text: str) -> Layout:
 
 def config_of(args: argparse.Namespace, layout: Layout) -> Config:
     """The run's config in this layout, with every rule checked. The engine, which is not used, has one rank."""
+    from grpo_mega.doctor.model_rules import check_model
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.preflight import check_model
 
     base = load_config(args.config, args.overrides)
     one = base.model_copy(update={"parallel": ParallelConfig()})
@@ -152,7 +152,7 @@ def compare(found: Path, wanted: Path, tolerance: float) -> tuple[str | None, fl
 
 def compare_layouts(args: argparse.Namespace) -> list[Result]:
     """One rank first, then each layout."""
-    from grpo_mega.base_model.teach import model_folder_of
+    from grpo_mega.tiny_base.train import model_folder_of
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in args.layouts.split(";") if text.strip())]
     if len(layouts) == 1:

@@ -27,7 +27,8 @@ from compare_layouts import measure_on_ranks, parse_layout
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
 NUM_SEQUENCES, LONGEST = 8, 48
@@ -35,8 +36,8 @@ NUM_SEQUENCES, LONGEST = 8, 48
 
 def config_of(folder: Path, spec: ModelSpec, layout: str, work: Path) -> Config:
     """A run's config with this model and layout, with every rule of layouts checked."""
+    from grpo_mega.models.layout_rules import check_layout
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.preflight import check_layout
 
     file = work / "config.yaml"
     run = {
@@ -77,7 +78,7 @@ def dequantised(folder: Path, work: Path) -> Path:
         return folder
     from safetensors.torch import save_file
 
-    from grpo_mega.convert.hf_files import HfFiles
+    from grpo_mega.formats.safetensors_reader import HfFiles
     from grpo_mega.types import TensorSlice
 
     copy, files = work / "dequantised", HfFiles(folder)

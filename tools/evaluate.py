@@ -26,11 +26,11 @@ import yaml
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.launch_agent import run_ranks
+from grpo_mega.doctor.model_rules import check_model
+from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.preflight import check_model
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.types import UserError
 
@@ -85,8 +85,8 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
 
 
 def _outside_of_runs(path: Path, reward: str, data: Sequence[str]) -> Checkpoint:
-    from grpo_mega.convert.dist_as_hf import find_base
-    from grpo_mega.convert.torch_dist import checkpoint_folder
+    from grpo_mega.formats.torch_dist_as_hf import find_base
+    from grpo_mega.formats.torch_dist_reader import checkpoint_folder
 
     dist = checkpoint_folder(path)
     model = path if dist is None else find_base(path, dist)
@@ -140,9 +140,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     check_model(config, Topology.of(config, world))
     folder = checkpoint.model
     if folder is None:
-        from grpo_mega.base_model.teach import ensure_base
+        from grpo_mega.tiny_base.train import ensure_base
 
-        assert config.model.base is not None, "config/check.py: one of model.path and model.base is set"
+        assert config.model.base is not None, "config/rules.py: one of model.path and model.base is set"
         folder = ensure_base(config.model.base, config.data.train_sets[0].path)
     with tempfile.TemporaryDirectory(prefix="evaluate_") as work:
         job, answer = Path(work) / "job.json", Path(work) / "answer.json"

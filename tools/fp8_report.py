@@ -22,11 +22,11 @@ from pathlib import Path
 from torch import Tensor
 
 from grpo_mega.config.load import load_config
-from grpo_mega.convert.families import hf_shapes, hf_shapes_aside
-from grpo_mega.convert.fp8_checkpoint import is_coded
-from grpo_mega.convert.hf_files import HfFiles
-from grpo_mega.convert.spec import read_spec
+from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.interfaces import HeldSlice
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
+from grpo_mega.quantization.fp8_checkpoint import is_coded
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, in_words
 

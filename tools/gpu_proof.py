@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.doctor.gpus import num_visible_gpus
+from grpo_mega.parallel.devices import num_visible_gpus
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.types import UserError

@@ -22,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.launch_agent import run_ranks
+from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from tools.memory.cases import CASES, ONE_RANK_CASES, Bytes, Case, make_model, measured, predicted
 

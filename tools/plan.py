@@ -22,10 +22,10 @@ from typing import Any
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.planner.change import as_overrides, remedy
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import GPUS, Gpu, cluster_of, gpu_named
 from grpo_mega.planner.plan import Plan, make_plan
+from grpo_mega.planner.remedies import as_overrides, remedy
 from grpo_mega.planner.report import in_words, picture, search_in_words
 from grpo_mega.planner.search import Found, search
 from grpo_mega.types import UserError
@@ -45,8 +45,9 @@ class Model:
 
     def plan(self, config: Config) -> Plan:
         """Raises UserError: the layout does not divide the model or the ranks."""
+        from grpo_mega.engines.engine_rules import check_engine_fp8
+        from grpo_mega.models.layout_rules import check_layout
         from grpo_mega.parallel.topology import Topology
-        from grpo_mega.preflight import check_engine_fp8, check_layout
 
         ranks = config.run.world_size or self.gpu.per_node
         check_layout(self.spec, config.parallel, Topology.of(config, ranks), self.where)
@@ -122,12 +123,12 @@ def model_of(config: Config, gpu: Gpu) -> Model:
     """Raises UserError: no config.json, or a model without a table."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore")  # libraries warn of what this machine lacks
-    from grpo_mega.convert.spec import read_spec
-    from grpo_mega.policy.count import module_counter
-    from grpo_mega.preflight import recipe_spec
+    from grpo_mega.models.config_readers import read_spec
+    from grpo_mega.models.tiny_recipe import recipe_spec
+    from grpo_mega.policy.inspect.module_sizes import module_counter
 
     if config.model.base is not None:
-        from grpo_mega.base_model.teach import base_tokenizer
+        from grpo_mega.tiny_base.train import base_tokenizer
 
         vocab_size = len(base_tokenizer(config.model.base))
         spec, where = recipe_spec(config.model.base.architecture, vocab_size), "model.base.architecture"

@@ -25,23 +25,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo_mega.base_model.teach import base_config, base_tokenizer
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.families import hf_shapes
-from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX, scale_slices
-from grpo_mega.convert.held import policy_slices
-from grpo_mega.convert.spec import ModelSpec, read_spec
-from grpo_mega.engines.layout_rule import NoRuleError, layouts_of_all, sampled_ranks
+from grpo_mega.engines.engine_rules import check_engine_fp8
+from grpo_mega.engines.vllm.arguments import checkpoint_tensors
+from grpo_mega.engines.vllm.layout_extrapolation import NoRuleError, layouts_of_all, sampled_ranks
 from grpo_mega.engines.vllm.offline import record_ranks
-from grpo_mega.engines.vllm.splits import check_tp
-from grpo_mega.engines.vllm.start import checkpoint_tensors
+from grpo_mega.engines.vllm.tp_rules import check_tp
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.layout_rules import check_layout
+from grpo_mega.models.parameter_tables import hf_shapes
+from grpo_mega.models.rank_slices import policy_slices
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.preflight import check_engine_fp8, check_layout
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, scale_slices
+from grpo_mega.tiny_base.train import base_config, base_tokenizer
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join, numbering, of_columns
 from grpo_mega.weight_sync.plan import Plan, make_plan
 from grpo_mega.weight_sync.plan_file import difference, read_plan, write_plan
+from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, numbering, of_columns
 
 MEASURED = ("seconds", "cpu_seconds", "peak_memory_bytes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

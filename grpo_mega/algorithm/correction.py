@@ -3,7 +3,7 @@
 The engine sampled from its own probabilities q, the loss assumes those of the policy before the update, p. The factor
 is a bounded form of p / q = exp(mismatch), mismatch = old_log_probs - sampler_log_probs. It never touches KL and
 entropy.
-Asserted by tests/unit/test_correction.py.
+Asserted by tests/unit/algorithm/test_correction.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Advantages over what a critic expects: generalised advantage estimation, one rollout at a time. Pure.
 
-Asserted by tests/unit/test_gae.py by hand and against the paper's sum.
+Asserted by tests/unit/algorithm/test_gae.py by hand and against the paper's sum.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A loss always sees whole rollouts: all loss tokens of a rollout are in one row, 
 parts of a row (context parallelism), the policy brings the row's log-probs and entropies together before it calls the
 loss, two float32 numbers per token. Nothing here carries gradient: every sequence-level factor is a constant in front
 of a token's own ratio (surrogate.py).
-Asserted by tests/unit/test_segments.py.
+Asserted by tests/unit/algorithm/test_segments.py.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ no gradient because of a bound [T] bool. ratio = exp(log_ratio), log_ratio = log
 on log_ratio, and a token whose gradient is zero never enters exp: where exp overflows, zero times it would be nan.
 Infinity that is left (A < 0 and log_ratio above 88 in float32) stays, and the update's check for non-finite losses
 reports it.
-Asserted by tests/unit/test_loss.py by hand and by tests/unit/test_algorithms.py against the papers.
+Asserted by tests/unit/algorithm/test_loss.py by hand and by tests/unit/algorithm/test_algorithms.py against the papers.
 """
 
 from __future__ import annotations

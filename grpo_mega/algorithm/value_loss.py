@@ -1,7 +1,7 @@
 """The critic's loss per token. Pure.
 
 Invariant: a position with `loss_mask` False has loss 0, gradient 0 and metrics 0, whatever its inputs hold.
-Asserted by tests/unit/test_value_loss.py.
+Asserted by tests/unit/algorithm/test_value_loss.py.
 """
 
 from __future__ import annotations

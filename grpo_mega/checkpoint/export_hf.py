@@ -3,7 +3,7 @@
 Tensors are streamed whole, one bucket at a time; rank 0 writes a file when it is full. Those of the base that are not
 trained (multi-token-prediction layers) follow as they are. Weights are never FP8: the config says nothing of it.
 Written under a temporary name and renamed at the end. Asserted by tests/e2e/test_quickstart.py (it loads in
-`transformers` with the same log-probs) and tests/unit/test_export_hf.py.
+`transformers` with the same log-probs) and tests/unit/checkpoint/test_export_hf.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_mega.convert.families import hf_shapes_aside
-from grpo_mega.convert.hf_files import HfFiles
-from grpo_mega.convert.spec import read_spec
+from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.interfaces import Policy
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.parameter_tables import hf_shapes_aside
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import TensorSlice
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from grpo_mega.config.check import check
+from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -44,7 +44,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: the file is missing or malformed, a key is unknown (names the nearest), a value has the wrong type
-            or breaks a rule (config/check.py).
+            or breaks a rule (config/rules.py).
     """
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from grpo_mega.config.algorithms import AlgorithmName, with_defaults
+from grpo_mega.config.algorithm_presets import AlgorithmName, with_defaults
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe"]
 
@@ -250,7 +250,7 @@ class EnvironmentConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """Defaults are those of `grpo`; another name changes some of them (config/algorithms.py)."""
+    """Defaults are those of `grpo`; another name changes some of them (config/algorithm_presets.py)."""
 
     name: AlgorithmName = "grpo"
     surrogate: Literal[
@@ -370,7 +370,7 @@ class Fp8Config(Section):
     """Matrix products of the policy in FP8, by Transformer Engine, on GPUs that have them; unproven."""
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
-    """How numbers get their scales: grpo_mega/config/fp8.py."""
+    """How numbers get their scales: grpo_mega/config/fp8_rules.py."""
     format: Literal["e4m3", "hybrid"] | None = None
     """hybrid: gradients in e5m2. Unset: hybrid where a tensor has one scale, e4m3 where a block has."""
     params: bool = False

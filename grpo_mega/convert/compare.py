@@ -14,11 +14,11 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from grpo_mega.convert.copying import rows_at_once
-from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
-from grpo_mega.convert.hf_files import HfFiles
-from grpo_mega.convert.ranges import Shape
-from grpo_mega.convert.torch_dist import checkpoint_folder
+from grpo_mega.formats.byte_ranges import Shape
+from grpo_mega.formats.planned_files import rows_at_once
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.torch_dist_as_hf import DistAsHf, find_base
+from grpo_mega.formats.torch_dist_reader import checkpoint_folder
 from grpo_mega.types import TensorSlice, UserError
 
 Verdict = Literal["equal", "value", "dtype", "shape", "only in A", "only in B"]

@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from grpo_mega.convert.copying import Conversion, copy_side_files, identity_of
-from grpo_mega.convert.digest import digest_text
-from grpo_mega.convert.dist_as_hf import HF_SIDE
-from grpo_mega.convert.families import hf_shapes, hf_shapes_aside, keeps_float32
-from grpo_mega.convert.hf_files import HfFiles
-from grpo_mega.convert.megatron_args import megatron_args
-from grpo_mega.convert.megatron_keys import MegatronTensor, extra_state_keys, megatron_tensors
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.convert.torch_dist import LATEST
-from grpo_mega.convert.torch_dist_write import DistPlan
-from grpo_mega.convert.workspace import Workspace, check_space
+from grpo_mega.convert.resumable_output import Workspace, check_space
+from grpo_mega.convert.streaming_copy import Conversion, copy_side_files, identity_of
+from grpo_mega.formats.megatron_args import megatron_args
+from grpo_mega.formats.megatron_keys import MegatronTensor, extra_state_keys, megatron_tensors
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.torch_dist_as_hf import HF_SIDE
+from grpo_mega.formats.torch_dist_reader import LATEST
+from grpo_mega.formats.torch_dist_writer import DistPlan
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.digest import digest_text
+from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside, keeps_float32
 from grpo_mega.types import UserError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

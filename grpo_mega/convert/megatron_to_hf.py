@@ -15,26 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.convert import fp8
-from grpo_mega.convert.copying import (
-    Chunk,
-    Conversion,
-    Piece,
-    PlannedFile,
-    copy_side_files,
-    identity_of,
-    rows_at_once,
-)
-from grpo_mega.convert.digest import digest_text
-from grpo_mega.convert.dist_as_hf import DistAsHf, find_base
-from grpo_mega.convert.fp8_checkpoint import FP8_SCHEME
-from grpo_mega.convert.hf_files import HfFiles
-from grpo_mega.convert.hf_headers import DTYPES as STORED_DTYPES
-from grpo_mega.convert.hf_headers import INDEX, SINGLE, StoredTensor, read_header
 from grpo_mega.convert.hf_to_megatron import SCALES_FILE, ConversionReport, stored_dtype
-from grpo_mega.convert.ranges import Shape, read_box
-from grpo_mega.convert.torch_dist import checkpoint_folder
-from grpo_mega.convert.workspace import Workspace, check_space
+from grpo_mega.convert.resumable_output import Workspace, check_space
+from grpo_mega.convert.streaming_copy import Conversion, copy_side_files, identity_of
+from grpo_mega.formats.byte_ranges import Shape, read_box
+from grpo_mega.formats.planned_files import Chunk, Piece, PlannedFile, rows_at_once
+from grpo_mega.formats.safetensors_headers import DTYPES as STORED_DTYPES
+from grpo_mega.formats.safetensors_headers import INDEX, SINGLE, StoredTensor, read_header
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.torch_dist_as_hf import DistAsHf, find_base
+from grpo_mega.formats.torch_dist_reader import checkpoint_folder
+from grpo_mega.models.digest import digest_text
+from grpo_mega.quantization import block_fp8
+from grpo_mega.quantization.fp8_checkpoint import FP8_SCHEME
 from grpo_mega.types import TensorSlice, UserError
 
 SHARD_BYTES = 5 * 1000**3
@@ -69,7 +62,7 @@ def megatron_to_hf(
     with Workspace(out, {"CKPT_DIR": checkpoint}) as workspace, closing(DistAsHf(folder, base)) as source:
         codec = _Fp8Codec(base) if to_fp8 else None
         dtypes = {
-            name: fp8.CODE
+            name: block_fp8.CODE
             if codec is not None and codec.is_quantised(name, shape)
             else stored_dtype(name, dtype) or source.dtype(name)
             for name, shape in source.shapes.items()
@@ -115,8 +108,8 @@ def plan_safetensors(
 
 def _stored_parts(name: str, dtype: torch.dtype, shape: Shape) -> list[tuple[str, torch.dtype, Shape]]:
     parts = [(name, dtype, shape)]
-    if dtype == fp8.CODE:
-        parts.append((name + fp8.SCALE_SUFFIX, torch.float32, tuple(-(-n // fp8.BLOCK) for n in shape)))
+    if dtype == block_fp8.CODE:
+        parts.append((name + block_fp8.SCALE_SUFFIX, torch.float32, tuple(-(-n // block_fp8.BLOCK) for n in shape)))
     return parts
 
 
@@ -133,15 +126,15 @@ def _plan_file(file: str, group: list[tuple[str, torch.dtype, Shape]]) -> Planne
     data = 8 + len(text)
     chunks: list[Chunk] = []
     for name, dtype, shape in group:
-        if not name.endswith(fp8.SCALE):
-            scale = header.get(name + fp8.SCALE_SUFFIX) if dtype == fp8.CODE else None
+        if not name.endswith(block_fp8.SCALE):
+            scale = header.get(name + block_fp8.SCALE_SUFFIX) if dtype == block_fp8.CODE else None
             scales_at = None if scale is None else data + scale["data_offsets"][0]
             chunks += _chunks_of(name, dtype, shape, data + header[name]["data_offsets"][0], scales_at)
     return PlannedFile(file, data + end, tuple(chunks), ((0, len(text).to_bytes(8, "little") + text),))
 
 
 def _chunks_of(name: str, dtype: torch.dtype, shape: Shape, position: int, scales_at: int | None) -> list[Chunk]:
-    multiple = 1 if scales_at is None else fp8.BLOCK
+    multiple = 1 if scales_at is None else block_fp8.BLOCK
     # quantising works in float32 and needs several copies
     step = rows_at_once(shape, dtype if scales_at is None else torch.float64, multiple)
     row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
@@ -149,7 +142,7 @@ def _chunks_of(name: str, dtype: torch.dtype, shape: Shape, position: int, scale
     for row in range(0, shape[0], step):
         part = (min(step, shape[0] - row), *shape[1:])
         box = TensorSlice(name, (row, *(0,) * (len(shape) - 1)), part)
-        scale = None if scales_at is None else scales_at + row // fp8.BLOCK * -(-shape[1] // fp8.BLOCK) * 4
+        scale = None if scales_at is None else scales_at + row // block_fp8.BLOCK * -(-shape[1] // block_fp8.BLOCK) * 4
         chunks.append(Chunk(position + row * row_bytes, part, dtype, (Piece(box, (0,) * len(shape)),), scale))
     return chunks
 
@@ -185,7 +178,7 @@ class _Fp8Codec:
         """The weights that have scales in `base`; where it has none, those of all linear layers that it does not list
         as modules_to_not_convert."""
         if self._stored:
-            return name + fp8.SCALE_SUFFIX in self._stored
+            return name + block_fp8.SCALE_SUFFIX in self._stored
         module = name.removesuffix(".weight")
         left_out = any(module == each or module.startswith(f"{each}.") for each in self._left_out)
         return len(shape) == 2 and _QUANTISED.search(name) is not None and not left_out
@@ -193,25 +186,25 @@ class _Fp8Codec:
     def encode(self, chunk: Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of rows that start at a multiple of the block."""
         box = chunk.pieces[0].source
-        stored = self._stored.get(box.name + fp8.SCALE_SUFFIX)
+        stored = self._stored.get(box.name + block_fp8.SCALE_SUFFIX)
         scales = None
         if stored is not None:
             scales = torch.empty(self.scales_shape(chunk.shape))
             with stored.path.open("rb") as file:
-                at = (box.offsets[0] // fp8.BLOCK, 0)
+                at = (box.offsets[0] // block_fp8.BLOCK, 0)
                 read_box(file.fileno(), stored.position, stored.shape, at, scales)
         try:
-            return fp8.quantise(values, scales)
+            return block_fp8.quantise(values, scales)
         except UserError as error:
             raise UserError(f"{box}: {error}") from None
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """[r, c] bfloat16."""
-        return fp8.dequantise(codes, scales)
+        return block_fp8.dequantise(codes, scales)
 
     def scales_shape(self, shape: Shape) -> Shape:
         """One for each block."""
-        return tuple(-(-n // fp8.BLOCK) for n in shape)
+        return tuple(-(-n // block_fp8.BLOCK) for n in shape)
 
 
 def _rewrite_config(path: Path, dtype: torch.dtype, to_fp8: bool) -> None:

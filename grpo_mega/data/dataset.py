@@ -1,9 +1,9 @@
 """The prompts of a run: read, checked and tokenised once, then dealt out step by step.
 
-Invariants (tests/unit/test_dataset.py): a malformed line ends the run with `file:line`; `batch` is a pure function of
-(seed, step), so the step in a checkpoint is the position in the data, and a run continues there without replaying; in
-each epoch of a set every prompt comes once before any comes again; sets take turns in the ratio of their weights, exact
-over each pattern.
+Invariants (tests/unit/data/test_dataset.py): a malformed line ends the run with `file:line`; `batch` is a pure function
+of (seed, step), so the step in a checkpoint is the position in the data, and a run continues there without replaying;
+in each epoch of a set every prompt comes once before any comes again; sets take turns in the ratio of their weights,
+exact over each pattern.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from grpo_mega.config.check_data import pattern_of
+from grpo_mega.config.data_rules import pattern_of
 from grpo_mega.config.schema import DataConfig, DataSource
 from grpo_mega.data.chat import render_prompt
 from grpo_mega.data.rows import PromptSource, keyed_sets, read_rows

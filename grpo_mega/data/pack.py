@@ -1,9 +1,9 @@
 """From rollouts to rows: which rank computes what, and several rollouts laid one behind the other in a row of T tokens.
 
 Pure: no process groups; the same input gives the same plan on every rank. Invariants
-(tests/unit/test_pack.py): a plan holds every rollout once; all ranks have the same number of microbatches; no row is
-longer than the limit; labels are shifted inside each rollout, so no token predicts a token of its neighbour; the loss
-mask comes from lengths and from who wrote a token, never from the padding token.
+(tests/unit/data/test_pack.py): a plan holds every rollout once; all ranks have the same number of microbatches; no row
+is longer than the limit; labels are shifted inside each rollout, so no token predicts a token of its neighbour; the
+loss mask comes from lengths and from who wrote a token, never from the padding token.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from grpo_mega.config.fp8 import RECIPES
+from grpo_mega.config.fp8_rules import RECIPES
 from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
-from grpo_mega.data.experts import widened
+from grpo_mega.data.expert_records import widened
 from grpo_mega.types import Microbatch, Rollout, UserError
 
 

@@ -2,7 +2,7 @@
 
 Records come one after the other, whatever the size of the file. pyarrow is imported only where a set needs it; the
 package `datasets` never is: the folders of its `save_to_disk` are Arrow streams with a list of their names.
-Asserted by tests/unit/test_records.py.
+Asserted by tests/unit/data/test_records.py.
 """
 
 from __future__ import annotations

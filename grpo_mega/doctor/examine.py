@@ -15,6 +15,7 @@ import psutil
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.finding import Finding, passed, tried
+from grpo_mega.parallel.devices import num_driver_gpus
 from grpo_mega.parallel.topology import Topology
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -24,7 +25,7 @@ def examine_machine(
     num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, str] = os.environ, engine_kind: str = "vllm"
 ) -> list[Finding]:
     """What concerns no config but for its engine. `num_ranks`: on this machine."""
-    on_cuda = gpus.num_driver_gpus() > 0
+    on_cuda = num_driver_gpus() > 0
     return [
         *machine.check_versions(on_cuda=on_cuda, engine_kind=engine_kind),
         *gpus.check_gpus(num_ranks, one_each="SLURM_PROCID" in env),
@@ -44,9 +45,9 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     local = int(env.get("LOCAL_WORLD_SIZE", str(topology.world_size)))
     nodes = max(1, topology.world_size // local)
     found = [*examine_machine(local, nodes, env, config.engine.kind), *_sizes(config, topology, nodes)]
-    if config.precision.fp8 is not None and gpus.num_driver_gpus():
+    if config.precision.fp8 is not None and num_driver_gpus():
         found.append(gpus.check_recipe(config.precision.fp8.recipe, machine.installed("torch") or ""))
-    if config.engine.fp8 is not None and gpus.num_driver_gpus():
+    if config.engine.fp8 is not None and num_driver_gpus():
         found.append(gpus.check_engine_fp8())
     if config.model.path is not None:
         found.append(inputs.check_checkpoint(Path(config.model.path)))
@@ -66,14 +67,14 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     """Host memory and disk, from the number of parameters; a tiny base model needs next to nothing."""
     if config.model.path is None or not (Path(config.model.path) / "config.json").is_file():
         return []
-    from grpo_mega.convert.families import hf_shapes
-    from grpo_mega.convert.spec import read_spec
+    from grpo_mega.models.config_readers import read_spec
+    from grpo_mega.models.parameter_tables import hf_shapes
 
     parameters = sum(math.prod(shape) for shape in hf_shapes(read_spec(Path(config.model.path))).values())
     itemsize = _BYTES[config.precision.dtype]
     state = 8 + (4 if itemsize < 4 else 0)
     # each data-parallel replica has weights (without CUDA gradients and engine weights too), all of them one state
-    on_cuda = gpus.num_driver_gpus() > 0
+    on_cuda = num_driver_gpus() > 0
     copies = topology.dp * topology.cp
     engines = 0 if topology.engine_servers else topology.num_replicas  # those of servers are elsewhere
     weights = itemsize * copies if on_cuda else (itemsize + 4) * copies + itemsize * engines

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from grpo_mega.config.fp8 import check_engine_generation, check_generation
+from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
 from grpo_mega.doctor.finding import Finding, passed
+from grpo_mega.parallel.devices import num_driver_gpus
 
 GIB = 2**30
 _USED_BY_OTHERS = 1 * GIB
 _MOST_LINKS = 18
 _UNKNOWN_CUDA = (99, 0)  # a torch that says nothing is believed
-_DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
@@ -27,17 +25,6 @@ class Device:
     total: int
     used: int
     links: int | None
-
-
-def num_driver_gpus() -> int:
-    """As the driver lists them; needs no library."""
-    return len(list(_DRIVER.iterdir())) if _DRIVER.is_dir() else 0
-
-
-def num_visible_gpus(env: Mapping[str, str]) -> int:
-    """Those of the driver that CUDA_VISIBLE_DEVICES, as Slurm and users set it, leaves to this process."""
-    found, shown = num_driver_gpus(), env.get("CUDA_VISIBLE_DEVICES")
-    return found if shown is None else min(found, len([name for name in shown.split(",") if name.strip()]))
 
 
 def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = False) -> list[Finding]:

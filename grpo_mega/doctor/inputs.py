@@ -19,8 +19,8 @@ _QUESTION = "What is 2 + 3?"
 
 
 def check_layout(config: Config, topology: Topology) -> Finding:
-    """The layout divides the model (grpo_mega/preflight.py)."""
-    from grpo_mega.preflight import check_model
+    """The layout divides the model (grpo_mega/doctor/model_rules.py)."""
+    from grpo_mega.doctor.model_rules import check_model
 
     def check() -> str:
         check_model(config, topology)
@@ -31,9 +31,9 @@ def check_layout(config: Config, topology: Topology) -> Finding:
 
 def check_checkpoint(folder: Path) -> Finding:
     """The safetensors headers hold every tensor that the model's config.json promises, in its shape."""
-    from grpo_mega.convert.families import hf_shapes, hf_shapes_aside
-    from grpo_mega.convert.hf_files import HfFiles
-    from grpo_mega.convert.spec import read_spec
+    from grpo_mega.formats.safetensors_reader import HfFiles
+    from grpo_mega.models.config_readers import read_spec
+    from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 
     def check() -> str:
         spec = read_spec(folder)
@@ -59,9 +59,9 @@ def check_rewards(config: Config) -> Finding:
 
 def check_servers(config: Config) -> list[Finding]:
     """Engine servers answer, have what this config needs, and are free."""
-    from grpo_mega.engines.server.link import look
-    from grpo_mega.engines.server.serving import differences, serving_facts
-    from grpo_mega.engines.server.wire import Address, read_token
+    from grpo_mega.engines.server.client import look
+    from grpo_mega.engines.server.messages import differences, serving_facts
+    from grpo_mega.engines.server.protocol import Address, read_token
 
     found = []
     for i, url in enumerate(config.engine.urls if config.engine.placement == "server" else ()):

@@ -6,7 +6,7 @@ is in the turns, so that a process that died can be replaced, and the same answe
 the texts that end an answer with `@environment(stop=(...,))`.
 
 Nothing here imports torch: worker processes import this module and the environments, and must start fast.
-Asserted by tests/unit/test_environments.py.
+Asserted by tests/unit/environments/test_pool.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from grpo_mega.config.named import Catalogue, check_args
+from grpo_mega.config.plugins import Catalogue, check_args
 from grpo_mega.types import UserError
 
 BUILTIN_ENVIRONMENTS: Mapping[str, str] = {"calculator": "grpo_mega.environments.calculator:calculator"}

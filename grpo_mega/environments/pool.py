@@ -1,8 +1,9 @@
 """Answers policies in worker processes while the engine goes on sampling.
 
 Each worker has a thread of the caller's process, which hands it one job at a time and waits no longer than the limit.
-Invariants (tests/unit/test_environments.py): every submitted key comes back from `collect`; an environment that hangs,
-crashes or raises costs its time limit and that rollout's reward, and nothing else; no worker outlives its parent.
+Invariants (tests/unit/environments/test_pool.py): every submitted key comes back from `collect`; an environment that
+hangs, crashes or raises costs its time limit and that rollout's reward, and nothing else; no worker outlives its
+parent.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from grpo_mega.environments.base import EnvironmentSpec, Turn, build_environment
-from grpo_mega.workers import start_worker
+from grpo_mega.workers.process import start_worker
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_mega.environments.base import Turn, build_environment
-from grpo_mega.workers import die_with
+from grpo_mega.workers.process import die_with
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The most memory that a rank held in each phase of a step. One reader for each kind of machine; the rest counts.
 
-Asserted by tests/unit/test_memory.py.
+Asserted by tests/unit/observe/test_memory.py.
 """
 
 from __future__ import annotations

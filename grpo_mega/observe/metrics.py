@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from grpo_mega.observe.files import to_json
+from grpo_mega.observe.atomic_files import to_json
 from grpo_mega.observe.rollouts import RolloutRow, write_rollouts
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.observe.tensorboard import TensorBoardWriter

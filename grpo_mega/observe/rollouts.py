@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 
-from grpo_mega.observe.files import to_json, write_atomically
+from grpo_mega.observe.atomic_files import to_json, write_atomically
 from grpo_mega.types import Rollout, StopReason
 
 
@@ -97,8 +97,8 @@ def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | No
 def write_experts(path: Path, rollouts: Sequence[Rollout]) -> None:
     """`expert_choices` of the rollouts beside their rows, an .npz; none if no rollout has any. The file appears whole.
 
-    `choices` [sum of num_tokens, L, K], one rollout behind the other as the engine told them (data/experts.py), and
-    `num_tokens`, one per row.
+    `choices` [sum of num_tokens, L, K], one rollout behind the other as the engine told them (data/expert_records.py),
+    and `num_tokens`, one per row.
     """
     records = [r.completion.expert_choices for r in rollouts]
     told = [record.numpy() for record in records if record is not None]

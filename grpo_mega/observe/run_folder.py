@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from grpo_mega.observe.files import TEMPORARY_SUFFIX, write_atomically
+from grpo_mega.observe.atomic_files import TEMPORARY_SUFFIX, write_atomically
 from grpo_mega.observe.summary import Summary, read_summary
 from grpo_mega.types import UserError
 

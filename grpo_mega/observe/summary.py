@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_mega import __version__
-from grpo_mega.observe.files import to_json, write_atomically
+from grpo_mega.observe.atomic_files import to_json, write_atomically
 from grpo_mega.types import UserError
 
 Status = Literal["done", "failed", "interrupted"]

@@ -4,14 +4,14 @@ Pure: no process group exists here. Order of the axes, fastest first, is Megatro
 lie on tp, cp, dp, pp, the experts on etp, ep, edp, pp over the same ranks. Engine replicas are contiguous runs of
 `engine_tp * engine_dp` ranks, tp fastest, that step together; each run of `engine_tp` ranks in it samples prompts of
 its own, a share. Where engines are servers elsewhere, each serves a contiguous run of `engine_ranks`, which is a share.
-Asserted by tests/unit/test_topology.py, and against Megatron's own groups by tests/parallel.
+Asserted by tests/unit/parallel/test_topology.py, and against Megatron's own groups by tests/parallel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_mega.config.check import require_equal_parts, require_whole_grids
+from grpo_mega.config.rules import require_equal_parts, require_whole_grids
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.rules import padded_vocab
-from grpo_mega.convert.spec import MlaSpec, ModelSpec, MoeSpec
+from grpo_mega.models.placement_rules import padded_vocab
+from grpo_mega.models.spec import MlaSpec, ModelSpec, MoeSpec
 from grpo_mega.planner.fp8 import INPUT_BYTES
 from grpo_mega.planner.hardware import Kernels
-from grpo_mega.planner.stages import ITEMSIZE, ModelChunk
+from grpo_mega.planner.static_memory import ITEMSIZE, ModelChunk
 
-SLICE_BYTES = 128 * 2**20  # of logits (parallel/vocab.py)
+SLICE_BYTES = 128 * 2**20  # of logits (parallel/vocab_parallel.py)
 
 
 @dataclass(frozen=True)

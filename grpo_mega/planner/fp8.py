@@ -4,7 +4,7 @@ A product of FP8 matrices takes its operands in one order only, so a weight is h
 where bf16 has two. Without `precision.fp8.params` they stand beside the bf16 weight, made anew once an update
 (module/base.py, `_fp8_workspaces`); with it one of the two is the weight. Inputs of products are kept for the backward
 pass in one byte. Scales, a 64th of a byte to a 32nd for blocks, are left out. Unproven: nothing of it has run.
-Asserted, by hand, by tests/unit/test_planner_fp8.py.
+Asserted, by hand, by tests/unit/planner/test_fp8.py.
 """
 
 from __future__ import annotations

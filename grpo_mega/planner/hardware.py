@@ -98,7 +98,7 @@ class Assumptions:
     engine_workspace: float = 2.0 * GIB
     """CUDA graphs and kernels' workspaces of an engine."""
     engine_share: float = 0.6
-    """Of the device, for weights and KV cache, where engine.kv_cache_tokens does not say (engines/vllm/start.py,
+    """Of the device, for weights and KV cache, where engine.kv_cache_tokens does not say (engines/vllm/lifecycle.py,
     engines/sglang/arguments.py)."""
     process_host_bytes: float = 6.0 * GIB
     """Host memory of one rank's process before any tensor."""

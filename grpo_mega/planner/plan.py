@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from grpo_mega.config.fp8 import check_engine_generation, check_generation
+from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import ModuleCounter, ModuleSizes
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.memory import Memory, Workload, plan_memory, workload_of
-from grpo_mega.planner.stages import chunk_parts, model_chunks
-from grpo_mega.planner.time import StepTime, brought_bytes, plan_time
+from grpo_mega.planner.phase_memory import Memory, Workload, plan_memory, workload_of
+from grpo_mega.planner.static_memory import chunk_parts, model_chunks
+from grpo_mega.planner.step_time import StepTime, brought_bytes, plan_time
 from grpo_mega.types import UserError
 
 HOST_SHARE = 0.9  # of a node's memory: the rest is the system's and its file cache's

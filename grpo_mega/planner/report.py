@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from grpo_mega.planner.change import as_overrides
 from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.remedies import as_overrides
 from grpo_mega.planner.search import Found
 
 _GIB = 2**30

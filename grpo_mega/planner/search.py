@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.planner.change import Change, Planner, changed, even_layout
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.remedies import Change, Planner, changed, even_layout
 from grpo_mega.types import UserError
 
 _ENGINE_CHOICES = 2  # engine layouts that are combined with every policy layout

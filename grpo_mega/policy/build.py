@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from grpo_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
-from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.policy import cpu, fp8, quirks
+from grpo_mega.policy import fp8
+from grpo_mega.policy.megatron_patches import cpu, fixes
 
 cpu.prepare_import()
 
@@ -28,7 +29,7 @@ from megatron.core.distributed import (  # noqa: E402
 )
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
-from grpo_mega.policy.model import PolicyModel  # noqa: E402
+from grpo_mega.policy.modules.policy_model import PolicyModel  # noqa: E402
 from grpo_mega.policy.transformer_config import build_models, transformer_config  # noqa: E402
 
 
@@ -56,7 +57,7 @@ class MegatronParts:
 def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
     """Megatron's process groups for the layout of `ranks`; they are Megatron's own globals."""
     cpu.install()
-    quirks.install()
+    fixes.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -80,7 +81,7 @@ def build_policy(
     ranks: Ranks,
     model: type[PolicyModel] = PolicyModel,
 ) -> MegatronParts:
-    """The model with weights yet to be loaded (policy/weights.py), its wrapper and its distributed optimizer."""
+    """The model with weights yet to be loaded (policy/weight_source.py), its wrapper and its distributed optimizer."""
     config = transformer_config(spec, parallel, precision)
     models = build_models(spec, config, parallel, ranks, model)
     ddps = [

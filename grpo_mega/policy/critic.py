@@ -12,13 +12,13 @@ from pathlib import Path
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import TokenValueLoss
-from grpo_mega.parallel.context import whole_row
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.context_parallel import whole_row
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.learner import MegatronLearner
-from grpo_mega.policy.value_model import HEAD, ValueModel
-from grpo_mega.policy.weights import MegatronWeights, weight_copy_group
+from grpo_mega.policy.modules.value_head import HEAD, ValueModel
+from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
 from grpo_mega.types import Microbatch, UpdateStats
 
 

@@ -1,7 +1,7 @@
 """FP8 as Megatron and Transformer Engine are told of it, and weights that are held in FP8.
 
 Never run on a GPU so far: unproven. What does not need one (the fields, the two ways between values and codes) is
-asserted by tests/unit/test_policy_fp8.py.
+asserted by tests/unit/policy/test_fp8.py.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.config.fp8 import RECIPES
+from grpo_mega.config.fp8_rules import RECIPES
 from grpo_mega.config.schema import PrecisionConfig
-from grpo_mega.policy import cpu
+from grpo_mega.policy.megatron_patches import cpu
 
 cpu.prepare_import()
 

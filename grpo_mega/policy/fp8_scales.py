@@ -5,8 +5,8 @@ scale from the tensor that it scales, so nothing goes beyond one; of inputs and 
 pass is over, of a weight the codes and scales. There a value may be too small beside the largest of its block: its code
 is 0.
 
-Names and layouts are asserted against Transformer Engine's source by tests/unit/test_fp8_recipes.py, the numbers by
-tests/unit/test_policy_fp8_scales.py. Never run on a GPU so far: unproven.
+Names and layouts are asserted against Transformer Engine's source by tests/unit/config/test_fp8_rules.py, the numbers
+by tests/unit/policy/test_fp8_scales.py. Never run on a GPU so far: unproven.
 """
 
 from __future__ import annotations

@@ -17,19 +17,19 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.schema import Config, OptimizerConfig
-from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.parallel.context import rank_index
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy
 from grpo_mega.policy.fp8 import forget_copies
 from grpo_mega.policy.fp8_scales import reported_scales
-from grpo_mega.policy.gradients import gather_gradients, gradient_of
-from grpo_mega.policy.model import PolicyModel
+from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
+from grpo_mega.policy.modules.policy_model import PolicyModel
+from grpo_mega.policy.modules.routing_replay import RowParams
 from grpo_mega.policy.offload import Part, PolicyMemory
-from grpo_mega.policy.reports import UpdateReport
-from grpo_mega.policy.routing import RowParams
-from grpo_mega.policy.state import load_state, save_state
-from grpo_mega.policy.weights import MegatronWeights
+from grpo_mega.policy.sharded_state import load_state, save_state
+from grpo_mega.policy.update_metrics import UpdateReport
+from grpo_mega.policy.weight_source import MegatronWeights
 from grpo_mega.types import Microbatch, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import

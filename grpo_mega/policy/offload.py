@@ -1,7 +1,7 @@
 """Moves a group of tensors between the device and the host by their storages, so that every view of them stays valid.
 
 Tensors are addressed by storage: parameters and the distributed optimizer's shards are views into a few flat buffers.
-Asserted by tests/unit/test_offload.py on host tensors; what it frees on a device is in tests/gpu.
+Asserted by tests/unit/policy/test_offload.py on host tensors; what it frees on a device is in tests/gpu.
 """
 
 from __future__ import annotations

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import ModelSpec
 from grpo_mega.interfaces import TokenLoss
-from grpo_mega.parallel.context import whole_row
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.context_parallel import whole_row
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import init_groups
 from grpo_mega.policy.learner import MegatronLearner
-from grpo_mega.policy.model import PolicyModel
+from grpo_mega.policy.modules.policy_model import PolicyModel
+from grpo_mega.policy.modules.routing_replay import replay_routing
 from grpo_mega.policy.reference import Reference
-from grpo_mega.policy.routing import replay_routing
-from grpo_mega.policy.state import load_weights, save_weights
-from grpo_mega.policy.weights import MegatronWeights, weight_copy_group
+from grpo_mega.policy.sharded_state import load_weights, save_weights
+from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
 from grpo_mega.types import Microbatch, UpdateStats
 
 

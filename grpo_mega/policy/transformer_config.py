@@ -1,7 +1,7 @@
 """Megatron's description of a model, and the module built from it.
 
 Some of Megatron's settings only make sense while the model is built and do harm afterwards; `build_models` ends with
-them switched off (quirks.keep_after_build). Asserted by tests/parallel/test_families.py.
+them switched off (fixes.keep_after_build). Asserted by tests/parallel/test_families.py.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
-from grpo_mega.convert.megatron_args import expert_settings, latent_settings
-from grpo_mega.convert.rules import padded_vocab
-from grpo_mega.convert.spec import ModelSpec, MoeSpec
+from grpo_mega.formats.megatron_args import expert_settings, latent_settings
+from grpo_mega.models.placement_rules import padded_vocab
+from grpo_mega.models.spec import ModelSpec, MoeSpec
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.policy import cpu, fp8, quirks
+from grpo_mega.policy import fp8
+from grpo_mega.policy.megatron_patches import cpu, fixes
 
 cpu.prepare_import()
 
@@ -23,10 +24,10 @@ from megatron.core import parallel_state  # noqa: E402 - only after prepare_impo
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig  # noqa: E402
 
-from grpo_mega.policy.attention import PackedSpecProvider, RMSNorm  # noqa: E402
-from grpo_mega.policy.clamped_experts import ClampedExperts  # noqa: E402
-from grpo_mega.policy.model import PolicyModel  # noqa: E402
-from grpo_mega.policy.rotary import megatron_mscale, set_frequencies  # noqa: E402
+from grpo_mega.policy.modules.clamped_experts import ClampedExperts  # noqa: E402
+from grpo_mega.policy.modules.packed_attention import PackedSpecProvider, RMSNorm  # noqa: E402
+from grpo_mega.policy.modules.policy_model import PolicyModel  # noqa: E402
+from grpo_mega.policy.modules.rotary import megatron_mscale, set_frequencies  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -65,7 +66,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "persist_layer_norm": cuda,
         "calculate_per_token_loss": True,
         **fp8.transformer_fields(precision, has_experts=spec.moe is not None),
-        **quirks.PIPELINE_MESSAGES,
+        **fixes.PIPELINE_MESSAGES,
     }
     settings |= _recompute(parallel)
     settings |= _attention_extras(spec)
@@ -161,15 +162,15 @@ def build_models(
     model_type: type[PolicyModel] = PolicyModel,
 ) -> list[PolicyModel]:
     """This rank's model chunks, one but under interleaved pipelining, with weights yet to be loaded."""
-    quirks.fit_to(spec)
+    fixes.fit_to(spec)
     models = [model.to(ranks.device) for model in bare_models(spec, config, parallel, model_type)]
     cpu.install()  # modules that were imported while the model was built
     for model in models:
-        quirks.separate_experts(model)
-        quirks.mark_shared_keys(model)
+        fixes.separate_experts(model)
+        fixes.mark_shared_keys(model)
         for module in model.modules():
             _fit_module(module, spec)
-    quirks.keep_after_build(config)
+    fixes.keep_after_build(config)
     return models
 
 

@@ -4,7 +4,7 @@ A reward is a function `(prompt, completion, reference, **args) -> float` that d
 high=...)`, or a factory `(**args) -> BatchScorer` that declares it with `@batched_reward` (batched.py). A process
 reward returns a list of steps (end, value) instead of the number. A reward is named in the config by its short name
 (`exact`, `gsm8k`, `format`) or by a dotted path, `package.module:function` or `package.module.function`. Names,
-arguments and their values are checked before the run starts (tests/unit/test_rewards_base.py); a value that is no
+arguments and their values are checked before the run starts (tests/unit/rewards/test_base.py); a value that is no
 number or is out of range is found at each scoring.
 
 Nothing here imports torch: worker processes import this module and the rewards, and must start fast.
@@ -17,24 +17,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from grpo_mega.config.named import Catalogue, check_args
+from grpo_mega.config.plugins import Catalogue, check_args
 from grpo_mega.rewards.batched import BatchScorer, Row
 from grpo_mega.types import UserError
 
 BUILTIN_REWARDS: Mapping[str, str] = {
-    "code": "grpo_mega.rewards.code:code",
-    "countdown": "grpo_mega.rewards.countdown:countdown",
-    "exact": "grpo_mega.rewards.exact:exact",
-    "format": "grpo_mega.rewards.format:answer_format",
-    "gsm8k": "grpo_mega.rewards.gsm8k:gsm8k",
-    "json_schema": "grpo_mega.rewards.structured:json_schema",
-    "language_consistency": "grpo_mega.rewards.language:language_consistency",
-    "length": "grpo_mega.rewards.length:length",
-    "judge": "grpo_mega.rewards.judge:judge",
-    "math": "grpo_mega.rewards.math:math",
-    "proof": "grpo_mega.rewards.proof:proof",
-    "remote": "grpo_mega.rewards.remote:remote",
-    "reward_model": "grpo_mega.rewards.model:reward_model",
+    "code": "grpo_mega.rewards.builtin.code:code",
+    "countdown": "grpo_mega.rewards.builtin.countdown:countdown",
+    "exact": "grpo_mega.rewards.builtin.exact:exact",
+    "format": "grpo_mega.rewards.builtin.format:answer_format",
+    "gsm8k": "grpo_mega.rewards.builtin.gsm8k:gsm8k",
+    "json_schema": "grpo_mega.rewards.builtin.json_schema:json_schema",
+    "language_consistency": "grpo_mega.rewards.builtin.language:language_consistency",
+    "length": "grpo_mega.rewards.builtin.length:length",
+    "judge": "grpo_mega.rewards.builtin.judge:judge",
+    "math": "grpo_mega.rewards.builtin.math:math",
+    "proof": "grpo_mega.rewards.builtin.lean_proof:proof",
+    "remote": "grpo_mega.rewards.builtin.remote:remote",
+    "reward_model": "grpo_mega.rewards.builtin.reward_model:reward_model",
 }
 """Short name -> where the function is; imported only when it is asked for."""
 

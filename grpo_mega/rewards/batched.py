@@ -4,7 +4,7 @@ A batched reward is a factory, `factory(**args) -> BatchScorer`, that declares i
 named in the config like any other and lives in the process of the rank: it may use its device (`reward_model`) or wait
 for a server (`judge`, `remote`). `reward.timeout_seconds` does not count there; each keeps a limit of its own.
 
-Invariants (tests/unit/test_rewards_batched.py): every submitted key comes back, as a number or as the reason why there
+Invariants (tests/unit/rewards/test_batched.py): every submitted key comes back, as a number or as the reason why there
 is none; `submit` never waits; at most `concurrency` batches are under way; `close` does not wait for any of them.
 """
 

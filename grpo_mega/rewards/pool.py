@@ -1,7 +1,7 @@
 """Scores completions in worker processes while the caller goes on sampling.
 
 One thread of the caller's process owns the workers: it hands out jobs, reads answers and replaces workers that died.
-Invariants (tests/unit/test_reward_pool.py): every submitted key comes back from `collect`, whatever its reward did;
+Invariants (tests/unit/rewards/test_pool.py): every submitted key comes back from `collect`, whatever its reward did;
 `submit` never waits; no worker outlives its parent; the values do not depend on the number of workers.
 
 Batched rewards (batched.py) are scored in this process instead, while the workers score the others; without any other

@@ -18,7 +18,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from grpo_mega.rewards.base import Value
-from grpo_mega.workers import start_worker
+from grpo_mega.workers.process import start_worker
 
 _GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
 _KILL_SECONDS = 10.0

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_mega.rewards.base import RewardComponent, Value, build_rewards
-from grpo_mega.workers import die_with
+from grpo_mega.workers.process import die_with
 
 
 @dataclass(frozen=True)

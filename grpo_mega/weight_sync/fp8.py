@@ -1,14 +1,14 @@
 """FP8 rollouts: the policy's matrices as e4m3 codes and scales, made by the sender before anything travels.
 
-`Fp8Source` shows another `WeightSource` as the FP8 checkpoint of its weights (convert/fp8_checkpoint.py), which the
-loaders of FP8 engines read. So plan, transports and proof treat codes and scales as any other tensors, and one byte
+`Fp8Source` shows another `WeightSource` as the FP8 checkpoint of its weights (quantization/fp8_checkpoint.py), which
+the loaders of FP8 engines read. So plan, transports and proof treat codes and scales as any other tensors, and one byte
 travels where bf16 has two.
 
 Scales are made anew for every push, from all slices of a block that the rank holds: a fused projection may cut one.
 Codes are made piece by piece, when a bucket is packed, and never exist whole. A block that no rank holds whole is
 refused instead of exchanging its amax: engines refuse such a split too, their kernels take whole blocks.
-Pure of engines; asserted by tests/unit/test_sync_fp8.py and, between real ranks, tests/parallel/test_sync_fp8_ranks.py:
-bit-equal to quantising whole tensors that have arrived.
+Pure of engines; asserted by tests/unit/weight_sync/test_fp8.py and, between real ranks,
+tests/parallel/test_sync_fp8_ranks.py: bit-equal to quantising whole tensors that have arrived.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_mega.convert.fp8 import CODE, codes_of, quantise, scales_of
-from grpo_mega.convert.fp8_checkpoint import BLOCK, SCALE_SUFFIX, fp8_shapes, is_coded, scale_slices, scales_shape
 from grpo_mega.interfaces import HeldSlice, WeightSource
+from grpo_mega.quantization.block_fp8 import CODE, codes_of, quantise, scales_of
+from grpo_mega.quantization.fp8_checkpoint import BLOCK, SCALE_SUFFIX, fp8_shapes, is_coded, scale_slices, scales_shape
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.sync import FullTensors
 from grpo_mega.weight_sync.verify import parts_of

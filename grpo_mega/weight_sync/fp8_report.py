@@ -1,6 +1,6 @@
 """What FP8 does to a model's weights: of each matrix, and layer by layer.
 
-Asserted by tests/unit/test_fp8_report.py.
+Asserted by tests/unit/weight_sync/test_fp8_report.py.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from grpo_mega.convert.fp8 import dequantise
-from grpo_mega.convert.fp8_checkpoint import is_coded
 from grpo_mega.interfaces import HeldSlice, WeightSource
+from grpo_mega.quantization.block_fp8 import dequantise
+from grpo_mega.quantization.fp8_checkpoint import is_coded
 from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source
 from grpo_mega.weight_sync.verify import parts_of
 

@@ -1,8 +1,8 @@
 """The reshard plan: which rank sends which slice of which tensor to which rank, in which bucket. Pure.
 
 A plan is made of all source shards and all sink layouts, so every rank makes the same one (its hash is exchanged before
-the first use). What each line promises, and the test in tests/unit/test_plan.py that asserts it for 24 pairs of
-layouts:
+the first use). What each line promises, and the test in tests/unit/weight_sync/test_plan.py that asserts it for 24
+pairs of layouts:
 
 - every byte that an engine stores is filled exactly once, from shards that do not overlap: checked while it is made;
 - a rank receives only what it stores and does not hold; what it holds is copied inside its process;
@@ -21,8 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.balance import TRAVELS, Link, choose_senders, lower_bounds
-from grpo_mega.weight_sync.boxes import (
+from grpo_mega.weight_sync.bucketing import fill_buckets
+from grpo_mega.weight_sync.coalescing import Classes
+from grpo_mega.weight_sync.sender_choice import TRAVELS, Link, choose_senders, lower_bounds
+from grpo_mega.weight_sync.slice_table import (
     Boxes,
     Holdings,
     Ints,
@@ -34,8 +36,6 @@ from grpo_mega.weight_sync.boxes import (
     overlaps,
     volumes,
 )
-from grpo_mega.weight_sync.buckets import fill_buckets
-from grpo_mega.weight_sync.parcels import Classes
 
 LOCAL = -1
 """The bucket of a transfer inside one process: it moves nothing between ranks and needs no buffer."""

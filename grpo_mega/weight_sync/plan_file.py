@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.boxes import WireTensor, holdings
 from grpo_mega.weight_sync.plan import Plan
+from grpo_mega.weight_sync.slice_table import WireTensor, holdings
 
 
 def write_plan(plan: Plan, path: Path, summary: Mapping[str, Any]) -> None:

@@ -21,16 +21,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.convert.digest import combined_digest
 from grpo_mega.interfaces import HeldSlice, WeightSink, WeightSource
-from grpo_mega.parallel.world import World, job_world
+from grpo_mega.models.digest import combined_digest
+from grpo_mega.parallel.peer_group import World, job_world
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.agree import Attendance, Ends, agree_on_ends
-from grpo_mega.weight_sync.connect import TransportKind, make_transports, node_numbers, transport_kinds
-from grpo_mega.weight_sync.execute import Execution
+from grpo_mega.weight_sync.executor import Execution
+from grpo_mega.weight_sync.handshake import Attendance, Ends, agree_on_ends
 from grpo_mega.weight_sync.plan import Plan, make_plan
-from grpo_mega.weight_sync.rank_plan import rank_plan
-from grpo_mega.weight_sync.transport import TransportError
+from grpo_mega.weight_sync.rank_schedule import rank_plan
+from grpo_mega.weight_sync.transports.base import TransportError
+from grpo_mega.weight_sync.transports.factory import TransportKind, make_transports, node_numbers, transport_kinds
 from grpo_mega.weight_sync.verify import (
     PieceDigests,
     differing_tensors,

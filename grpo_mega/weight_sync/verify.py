@@ -2,7 +2,8 @@
 
 A digest adds up over disjoint slices, so nothing is gathered but one number per tensor; and nothing here looks at what
 travelled. Only when a tensor differs are its pieces compared one by one, to name the slice, its rank and its sender.
-Asserted by tests/unit/test_verify.py, tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.py.
+Asserted by tests/unit/weight_sync/test_verify.py, tests/parallel/test_sync_ranks.py and
+tests/engine/test_weight_sync.py.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.convert.digest import slice_digest, wrap
 from grpo_mega.interfaces import HeldSlice, SinkRegion, WeightSink
+from grpo_mega.models.digest import slice_digest, wrap
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.boxes import cut
-from grpo_mega.weight_sync.execute import view_of
+from grpo_mega.weight_sync.executor import view_of
 from grpo_mega.weight_sync.plan import Plan
+from grpo_mega.weight_sync.slice_table import cut
 
 PART = 1 << 22  # elements
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.algorithms import ALGORITHM_DEFAULTS
+from grpo_mega.config.algorithm_presets import ALGORITHM_DEFAULTS
 from tests.helpers.jobs import QUICKSTART, SMALL, read_json, read_lines, train_well, without_times
 
 pytestmark = pytest.mark.long

@@ -83,7 +83,7 @@ def held(name: str, rank: int, begin: int, rows: int, local_rows: int | None = N
 def test_every_way_of_not_covering_a_tensor_once_is_a_fault(
     slices: list[tuple[str, int, int, int]], faults: list[str]
 ) -> None:
-    from grpo_mega.policy.mapping import faults_of_mapping
+    from grpo_mega.policy.inspect.slice_mapping import faults_of_mapping
 
     assert set(faults) <= set(found := faults_of_mapping({"a": (4, 3)}, [held(*each) for each in slices]))
     assert bool(found) == bool(faults)

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 from safetensors.torch import load_file, save_file
 
-from grpo_mega.convert import fp8
+from grpo_mega.quantization import block_fp8
 from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 from tests.helpers.tiny_models import make_family_model
@@ -61,7 +61,7 @@ def test_every_family_has_the_logits_of_transformers(tmp_path: Path, family: str
 def test_fp8_weights_are_compared_as_what_they_stand_for(model: Path, tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        tensors[name], tensors[name + fp8.SCALE_SUFFIX] = fp8.quantise(tensors[name])
+        tensors[name], tensors[name + block_fp8.SCALE_SUFFIX] = block_fp8.quantise(tensors[name])
     quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "config.json").write_text(json.dumps(raw_family_config("glm4_moe", quantization_config=quantised)))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})

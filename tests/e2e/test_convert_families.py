@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from grpo_mega.convert import fp8
-from grpo_mega.convert.digest import digest_text, slice_digest
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
+from grpo_mega.models.digest import digest_text, slice_digest
+from grpo_mega.quantization import block_fp8
 from grpo_mega.types import TensorSlice, UserError
 from tests.e2e.test_convert_tools import assert_same_tensors, hf_logits, run_stock, stored
 from tests.helpers.family_checkpoints import make_published
@@ -37,9 +37,9 @@ def digests_of(folder: Path) -> dict[str, str]:
     """From the tensors themselves, FP8 as the values that it stands for."""
     tensors, found = stored(folder), {}
     for name, tensor in tensors.items():
-        scales = tensors.get(name + fp8.SCALE_SUFFIX)
-        values = tensor if scales is None else fp8.dequantise(tensor, scales)
-        if not name.endswith(fp8.SCALE):
+        scales = tensors.get(name + block_fp8.SCALE_SUFFIX)
+        values = tensor if scales is None else block_fp8.dequantise(tensor, scales)
+        if not name.endswith(block_fp8.SCALE):
             found[name] = digest_text(slice_digest(values, TensorSlice(name, (0,) * values.dim(), tuple(values.shape))))
     return found
 
@@ -52,7 +52,7 @@ def test_every_family_comes_back_bit_for_bit_with_the_same_digests(
     sizes = {"intermediate_size": 200, "moe_intermediate_size": 136} if quantised else {}
     known = raw_family_config(family)
     hf = make_published(tmp_path / "hf", family, quantised=quantised, **{k: v for k, v in sizes.items() if k in known})
-    assert any(t.dtype == fp8.CODE for t in stored(hf).values()) == quantised
+    assert any(t.dtype == block_fp8.CODE for t in stored(hf).values()) == quantised
     hf_to_megatron(hf, tmp_path / "megatron", file_bytes=200_000)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", to_fp8=quantised, shard_bytes=300_000)
     assert_same_tensors(tmp_path / "back", hf)

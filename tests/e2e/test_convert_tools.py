@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_mega.convert import fp8, mxfp4
 from grpo_mega.convert.compare import compare, open_checkpoint
-from grpo_mega.convert.digest import digest_text, slice_digest
-from grpo_mega.convert.hf_files import HfFiles
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.models.digest import digest_text, slice_digest
+from grpo_mega.quantization import block_fp8, mxfp4
 from grpo_mega.types import TensorSlice, UserError
 from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.jobs import REPOSITORY
@@ -139,9 +139,9 @@ def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
     for name, tensor in stored(hf).items():
         tensors[name] = tensor.bfloat16()
         if name.endswith("_proj.weight"):
-            codes, scales = fp8.quantise(tensor)
+            codes, scales = block_fp8.quantise(tensor)
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
-            tensors |= {name: codes, name + fp8.SCALE_SUFFIX: scales}
+            tensors |= {name: codes, name + block_fp8.SCALE_SUFFIX: scales}
     save_file(tensors, hf / "model.safetensors")
     config = json.loads((hf / "config.json").read_text())
     quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
@@ -151,7 +151,7 @@ def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "fp8", hf)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
     name = "model.layers.1.mlp.down_proj.weight"
-    values = fp8.dequantise(tensors[name], tensors[name + fp8.SCALE_SUFFIX])
+    values = block_fp8.dequantise(tensors[name], tensors[name + block_fp8.SCALE_SUFFIX])
     assert torch.equal(stored(tmp_path / "bf16")[name], values)
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
     texts = {(tmp_path / side / "digests.json").read_text() for side in ("megatron", "fp8", "bf16")}

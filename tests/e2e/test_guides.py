@@ -12,7 +12,7 @@ import pytest
 
 from tests.helpers.guides import blocks, guides
 from tests.helpers.jobs import REPOSITORY, clean_environment, read_json
-from tests.helpers.stand_in import environment
+from tests.helpers.stub_checkout import environment
 
 # Where the commands of each guide are run. A guide that is not here has commands that nobody tries.
 TESTS = {
@@ -22,12 +22,12 @@ TESTS = {
     "data.md": "tests/e2e/test_readme_commands.py",
     "environments.md": "tests/e2e/test_readme_commands.py",
     "first-run.md": "tests/e2e/test_guides.py",
-    "fp8.md": "tests/unit/test_guide_fp8.py",
-    "layouts.md": "tests/unit/test_layouts_guide.py",
+    "fp8.md": "tests/unit/docs/test_fp8_guide.py",
+    "layouts.md": "tests/unit/docs/test_layouts_guide.py",
     "rewards.md": "tests/e2e/test_readme_commands.py",
     "servers.md": "tests/e2e/test_server.py",
     "slurm.md": "tests/e2e/test_slurm.py",
-    "troubleshooting.md": "tests/unit/test_troubleshooting.py",
+    "troubleshooting.md": "tests/unit/docs/test_troubleshooting.py",
 }
 
 

@@ -1,7 +1,7 @@
 """Several machines without Slurm: their agents meet in any order, a wrong address is named, one failure ends all.
 
-Both machines are this one. In the quick tier the ranks are stand-ins (tests/helpers/stand_in.py); in the long tier they
-train, started by `launch/train.sh` and by torchrun.
+Both machines are this one. In the quick tier the ranks are stand-ins (tests/helpers/stub_checkout.py); in the long tier
+they train, started by `launch/train.sh` and by torchrun.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 
 from grpo_mega.parallel.ports import free_port
 from tests.helpers.jobs import REPOSITORY, SMALL, clean_environment, kill, read_json
-from tests.helpers.stand_in import environment, make_checkout, ranks_of
+from tests.helpers.stub_checkout import environment, make_checkout, ranks_of
 
 QUICKSTART = "configs/quickstart.yaml"
 APART_SECONDS = 60

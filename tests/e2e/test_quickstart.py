@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 
-from grpo_mega.base_model.teach import ensure_base
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.digest import combined_digest, slice_digest
 from grpo_mega.data.arithmetic import answer, pairs, question
+from grpo_mega.models.digest import combined_digest, slice_digest
+from grpo_mega.tiny_base.train import ensure_base
 from grpo_mega.types import TensorSlice
 from tests.e2e.conftest import QUICKSTART_STEPS, Run
 from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, train

@@ -1,6 +1,6 @@
 """The four ways to start under a real Slurm of two nodes, its requeue and its signal; a rank that fails there.
 
-Here the ranks are stand-ins (tests/helpers/stand_in.py); the quickstart on this cluster is in test_slurm_long.py.
+Here the ranks are stand-ins (tests/helpers/stub_checkout.py); the quickstart on this cluster is in test_slurm_long.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grpo_mega.parallel.ports import free_port
 from tests.helpers import slurm as slurm_helper
 from tests.helpers.guides import blocks
 from tests.helpers.slurm import Slurm
-from tests.helpers.stand_in import environment, make_checkout, ranks_of
+from tests.helpers.stub_checkout import environment, make_checkout, ranks_of
 
 QUICKSTART = "configs/quickstart.yaml"
 ON_TWO_NODES = [

@@ -12,7 +12,7 @@ import pytest
 from tests.helpers import slurm as slurm_helper
 from tests.helpers.jobs import REPOSITORY, SMALL, read_json, read_lines
 from tests.helpers.slurm import Slurm, wait_until
-from tests.helpers.stand_in import environment, make_checkout, ranks_of
+from tests.helpers.stub_checkout import environment, make_checkout, ranks_of
 
 pytestmark = [
     pytest.mark.long,
@@ -65,7 +65,7 @@ def test_a_step_of_the_quickstart_on_two_nodes(
 def test_a_job_whose_node_is_lost_starts_again_on_both_when_it_is_back(
     cluster: Slurm, tmp_path: Path, lost: str, seconds: float
 ) -> None:
-    """With ranks that only wait (tests/helpers/stand_in.py): what Slurm and the job script do."""
+    """With ranks that only wait (tests/helpers/stub_checkout.py): what Slurm and the job script do."""
     checkout, mark, screen = make_checkout(tmp_path / "checkout"), tmp_path / "mark", tmp_path / "screen"
     run = tmp_path / "run"
     options = ("--requeue", "--nodes=2", f"--output={screen}", "launch/slurm.sbatch")

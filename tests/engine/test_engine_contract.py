@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 
-from grpo_mega.convert.digest import slice_digest
+from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import Completion, Prompt, TensorSlice
 from tests.helpers.engine_contract import (
     PROMPTS,

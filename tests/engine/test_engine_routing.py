@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.data.experts import widened
+from grpo_mega.data.expert_records import widened
 from grpo_mega.data.pack import pack
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError

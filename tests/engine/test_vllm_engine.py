@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.sampling import eos_ids
-from grpo_mega.engines.vllm.start import VllmSettings, kv_cache_bytes, start
-from grpo_mega.engines.vllm_engine import VllmEngine
+from grpo_mega.engines.request_checks import eos_ids
+from grpo_mega.engines.vllm.arguments import VllmSettings, kv_cache_bytes
+from grpo_mega.engines.vllm.engine import VllmEngine
+from grpo_mega.engines.vllm.lifecycle import start
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
 from tests.helpers.engine_contract import (
     PROMPTS,

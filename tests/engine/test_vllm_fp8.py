@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from grpo_mega.config.schema import ParallelConfig
-from grpo_mega.convert.digest import slice_digest
-from grpo_mega.convert.fp8_layout import EngineGrid, check_fp8_layout
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.record import CannotRecordError
 from grpo_mega.engines.vllm.fp8 import Requantisation
 from grpo_mega.engines.vllm.regions import declare_regions
 from grpo_mega.engines.vllm.sink import VllmSink
+from grpo_mega.engines.weights.loader_recording import CannotRecordError
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.digest import slice_digest
+from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout
 from grpo_mega.types import UserError
 from tests.helpers.fp8_models import (
     bf16_weights,

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.record import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
-from grpo_mega.engines.regions import Zeros, region_view
 from grpo_mega.engines.vllm.record import record_vllm
 from grpo_mega.engines.vllm.regions import by_expert
+from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
+from grpo_mega.engines.weights.regions import Zeros, region_view
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.types import TensorSlice
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.one_process import run
@@ -27,8 +27,8 @@ from tests.helpers.vllm_table import engine_layout
 
 
 def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
+    from grpo_mega.engines.vllm.arguments import checkpoint_tensors
     from grpo_mega.engines.vllm.offline import record_ranks
-    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     tensors = checkpoint_tensors(read_spec(folder), torch.float32)
     return record_ranks(folder, tensors, dtype="fp32", tp=tp, ranks=ranks)
@@ -48,8 +48,8 @@ def test_the_record_of_every_rank_is_the_table(
 
 
 def recorded_copies(folder: Path, tp: int, dp: int, spread: bool) -> tuple[list[list[TensorSlice]], dict[str, Any]]:
+    from grpo_mega.engines.vllm.arguments import checkpoint_tensors
     from grpo_mega.engines.vllm.offline import record_ranks
-    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     tensors = checkpoint_tensors(read_spec(folder), torch.float32)
     ranks = list(range(tp * dp))
@@ -71,9 +71,9 @@ def recorded_copies(folder: Path, tp: int, dp: int, spread: bool) -> tuple[list[
 def test_copies_share_the_experts_hold_the_rest_each_and_follow_from_four_ranks(
     recorder: ProcessPoolExecutor, tmp_path: Path, family: str, tp: int, dp: int, spread: bool
 ) -> None:
-    from grpo_mega.engines.layout_rule import layouts_of_all, sampled_ranks
+    from grpo_mega.engines.vllm.layout_extrapolation import layouts_of_all, sampled_ranks
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.planner.memory import engine_weight_bytes
+    from grpo_mega.planner.phase_memory import engine_weight_bytes
 
     experts = {"deepseek_v3": {"n_routed_experts": 48, "topk_method": "noaux_tc"}, "qwen3_moe": {"num_experts": 16}}
     config = raw_family_config(family, moe_intermediate_size=64, vocab_size=121, **experts[family])

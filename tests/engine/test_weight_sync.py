@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_mega.phases import Phases
+from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks

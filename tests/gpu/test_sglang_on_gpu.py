@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_mega.convert.digest import slice_digest
+from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import Completion
 from tests.helpers.engine_contract import PROMPTS, SAMPLING, generate, tokens
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
@@ -54,7 +54,7 @@ def take_device(session: RankSession) -> None:
 
 
 def start(session: RankSession, folder: Path, tp: int, ep: int) -> None:
-    from grpo_mega.engines.sglang_engine import SglangEngine
+    from grpo_mega.engines.sglang.engine import SglangEngine
 
     if session.engine is not None:
         session.engine.close()

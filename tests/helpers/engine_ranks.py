@@ -115,8 +115,8 @@ def _serve(connection: Connection, rank: int, world: int, store: str) -> None:
 
 
 def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: dict[str, Any]) -> None:
-    from grpo_mega.engines.sglang_engine import SglangEngine
-    from grpo_mega.engines.vllm_engine import VllmEngine
+    from grpo_mega.engines.sglang.engine import SglangEngine
+    from grpo_mega.engines.vllm.engine import VllmEngine
     from tests.helpers.servers import open_served
 
     wanted = (config_dir, kind, tp, *sorted(settings.items()))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from grpo_mega.parallel.world import job_world
-from grpo_mega.weight_sync.connect import make_transports
-from grpo_mega.weight_sync.transport import Message, Turn
+from grpo_mega.parallel.peer_group import job_world
+from grpo_mega.weight_sync.transports.base import Message, Turn
+from grpo_mega.weight_sync.transports.factory import make_transports
 
 NUM_TURNS, SYNCS = 7, 2
 NUM_BYTES = 1 << 20

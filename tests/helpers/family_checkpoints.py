@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_mega.convert import fp8
+from grpo_mega.quantization import block_fp8
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.tiny_models import make_family_model
 
@@ -80,7 +80,7 @@ def _quantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         found[name] = tensor
         if LINEAR.search(name) and "eh_proj" not in name:
-            codes, scales = fp8.quantise(tensor)
+            codes, scales = block_fp8.quantise(tensor)
             # a maker's scales need not be those that quantise would choose
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
             found |= {name: codes, name + "_scale_inv": scales}

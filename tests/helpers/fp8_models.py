@@ -13,10 +13,10 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.convert.fp8 import SCALE_SUFFIX, quantise
-from grpo_mega.convert.fp8_checkpoint import is_coded
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.record import LoaderRecord
+from grpo_mega.engines.weights.loader_recording import LoaderRecord
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.quantization.block_fp8 import quantise
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, is_coded
 from tests.helpers.family_configs import raw_family_config
 
 _SIZES: dict[str, Any] = {
@@ -66,7 +66,7 @@ def make_fp8_model(folder: Path, family: str, **changes: Any) -> Path:
 
 
 def fp8_tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    from grpo_mega.engines.vllm.start import checkpoint_tensors
+    from grpo_mega.engines.vllm.arguments import checkpoint_tensors
 
     return checkpoint_tensors(read_spec(folder), torch.bfloat16, fp8=True)
 
@@ -82,7 +82,7 @@ def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 
 
 def bf16_weights(folder: Path, seed: int) -> dict[str, Tensor]:
     """Random."""
-    from grpo_mega.engines.vllm.start import checkpoint_tensors
+    from grpo_mega.engines.vllm.arguments import checkpoint_tensors
 
     generator = torch.Generator().manual_seed(seed)
     tensors = checkpoint_tensors(read_spec(folder), torch.bfloat16)
@@ -177,9 +177,9 @@ def build_quantising(folder: Path) -> tuple[nn.Module, Any, list[Any]]:
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     from grpo_mega.engines.vllm import offline
+    from grpo_mega.engines.vllm.arguments import checkpoint_tensors
     from grpo_mega.engines.vllm.fp8 import OWN_LOADER, fp8_arguments
     from grpo_mega.engines.vllm.record import RECORDING, recording_load_format
-    from grpo_mega.engines.vllm.start import checkpoint_tensors
 
     spec = read_spec(folder)
     tensors = checkpoint_tensors(spec, torch.bfloat16)

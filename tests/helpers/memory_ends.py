@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from grpo_mega.convert.digest import slice_digest
 from grpo_mega.interfaces import HeldSlice, SinkRegion
+from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import Placement, TensorSlice
-from grpo_mega.weight_sync.boxes import Holdings, WireTensor, as_slice
+from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, as_slice
 from tests.helpers.weight_layouts import TENSORS
 
 

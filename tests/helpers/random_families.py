@@ -8,9 +8,10 @@ from itertools import pairwise
 from typing import Any
 
 from grpo_mega.config.schema import ParallelConfig
-from grpo_mega.convert.spec import ModelSpec, spec_from_config
+from grpo_mega.models.config_readers import spec_from_config
+from grpo_mega.models.layout_rules import check_layout
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.preflight import check_layout
 from grpo_mega.types import UserError
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 

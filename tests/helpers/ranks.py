@@ -24,9 +24,9 @@ MAX_RANKS = 8
 _PRELOADED = [
     "torch.distributed.checkpoint",
     "grpo_mega.policy.policy",
-    "grpo_mega.batch",
+    "grpo_mega.trainer.batch",
     "grpo_mega.checkpoint.manager",
-    "grpo_mega.convert.digest",
+    "grpo_mega.models.digest",
 ]
 
 

@@ -21,7 +21,7 @@ from grpo_mega.types import TensorSlice
 from tests.helpers.jobs import REPOSITORY, clean_environment, kill
 
 if TYPE_CHECKING:
-    from grpo_mega.engines.server_engine import ServerEngine
+    from grpo_mega.engines.server.engine import ServerEngine
     from grpo_mega.weight_sync.sync import WeightSync
 
 
@@ -133,8 +133,8 @@ class Served:
 def open_served(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tuple[ServerEngine, Served]:
     """The engines at `urls` and the way of their weights. `config`: the file that they were started with."""
     from grpo_mega.config.load import load_config
-    from grpo_mega.engines.make import make_engine
-    from grpo_mega.engines.server_engine import ServerEngine
+    from grpo_mega.engines.factory import make_engine
+    from grpo_mega.engines.server.engine import ServerEngine
 
     engine = make_engine(load_config(config, ["engine.placement=server", f"engine.urls={list(urls)}"]), config_dir)
     assert isinstance(engine, ServerEngine)

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.digest import combined_digest, slice_digest
-from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import pack, unpack
 from grpo_mega.interfaces import WeightSink
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.digest import combined_digest, slice_digest
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice

@@ -5,7 +5,7 @@ vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj`, splits thos
 `down_proj` by input columns, pads the vocabulary to a multiple of 64 before it splits embedding and head, and gives
 each rank one whole KV head when there are fewer of them than ranks. Every local box spans whole rows of its parameter.
 
-Asserted by tests/unit/test_vllm_splits.py.
+Asserted by tests/unit/engines/vllm/test_tp_rules.py.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_mega.convert.spec import ModelSpec
-from grpo_mega.engines.vllm.splits import check_tp, local_kv_heads, padded_vocab
+from grpo_mega.engines.vllm.tp_rules import check_tp, padded_vocab
 from grpo_mega.interfaces import RegionKind, SinkRegion
+from grpo_mega.models.kv_cache import local_kv_heads
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import Placement, TensorSlice
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.boxes import Holdings, WireTensor, holdings, join
+from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join
 
 LAYERS, HIDDEN, FFN, EXPERTS, EXPERT_FFN, VOCAB, HEADS, KV_HEADS, HEAD = 12, 192, 576, 12, 96, 1000, 12, 6, 16
 MOE_LAYERS = range(6, 12)

@@ -30,8 +30,8 @@ from tests.parallel.recorded import (
 )
 
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
-    from grpo_mega.batch import TrainBatch
     from grpo_mega.policy.policy import MegatronPolicy
+    from grpo_mega.trainer.batch import TrainBatch
 
 
 # positions of pre-training are few, so that rows of a dozen tokens reach the stretched frequencies

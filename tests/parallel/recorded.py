@@ -17,7 +17,6 @@ from torch import Tensor
 
 from grpo_mega.algorithm.loss import PolicyLoss
 from grpo_mega.algorithm.surrogate import ClippedRatio
-from grpo_mega.batch import TrainBatch, build_batch
 from grpo_mega.config.schema import (
     AlgorithmConfig,
     Config,
@@ -30,12 +29,13 @@ from grpo_mega.config.schema import (
     SamplingConfig,
     TrainConfig,
 )
-from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape
-from grpo_mega.objective import Objective
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rollout import SampledGroups
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
@@ -300,7 +300,7 @@ def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
     """Sum of the digests of this rank's slices of each tensor."""
-    from grpo_mega.convert.digest import slice_digest, wrap
+    from grpo_mega.models.digest import slice_digest, wrap
 
     sums: dict[str, int] = {}
     for held in policy.source.shards():

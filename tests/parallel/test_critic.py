@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.value_loss import ValueLoss
-from grpo_mega.batch import TrainBatch
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.types import UpdateStats
 from tests.parallel.conftest import MODELS, Laboratory
 from tests.parallel.oracle import load

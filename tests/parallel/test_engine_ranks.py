@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from grpo_mega.engines.engine_ranks import EngineRanks
+from grpo_mega.engines.replica_broadcast import EngineRanks
 from grpo_mega.types import UserError
 from tests.helpers.ranks import RankPool
 

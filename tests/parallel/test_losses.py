@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from grpo_mega.config.schema import AlgorithmConfig
-from grpo_mega.objective import Objective
+from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import UpdateStats
 from tests.parallel.conftest import Laboratory
 from tests.parallel.recorded import ONE, Layout, Recorded, as_array, as_row, make_rows, open_policy, with_recorded

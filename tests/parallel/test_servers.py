@@ -13,16 +13,16 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from grpo_mega.engines.server.link import look
-from grpo_mega.engines.server.serving import sample_command
-from grpo_mega.engines.server.wire import TOKEN_VARIABLE, Address
-from grpo_mega.engines.server_engine import ServerEngine
+from grpo_mega.engines.server.client import look
+from grpo_mega.engines.server.engine import ServerEngine
+from grpo_mega.engines.server.messages import sample_command
+from grpo_mega.engines.server.protocol import TOKEN_VARIABLE, Address
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import Prompt, SamplingRequest, UserError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.memory_ends import MemorySource
 from tests.helpers.ranks import RankPool
-from tests.helpers.stand_in_server import FACTS, TOKEN, StandIn, stand_in_server
+from tests.helpers.stub_server import FACTS, TOKEN, StandIn, stand_in_server
 from tests.helpers.weight_layouts import TENSORS, policy
 
 BUCKET_BYTES = 128 * 1024

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.config.schema import EngineConfig, WeightSyncConfig
-from grpo_mega.engines.record import LoaderRecord
-from grpo_mega.engines.region_sink import RegionSink
-from grpo_mega.engines.regions import PlainRegion, Regions, region_view
+from grpo_mega.engines.weights.loader_recording import LoaderRecord
+from grpo_mega.engines.weights.regions import PlainRegion, Regions, region_view
+from grpo_mega.engines.weights.sink import RegionSink
 from grpo_mega.interfaces import SinkRegion
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
@@ -114,9 +114,9 @@ def bits(values: Tensor) -> Tensor:
 
 def open_ends(rank: int, case: Case, fp8: str | None = "scales", **sink: Any) -> tuple[Any, RecordedSink, Any]:
     """The policy of a job, an engine's end, and the sync that the job makes of them. `fp8`: scales: the case's."""
-    from grpo_mega.convert.spec import read_spec
-    from grpo_mega.job import make_sync
+    from grpo_mega.models.config_readers import read_spec
     from grpo_mega.policy.policy import MegatronPolicy
+    from grpo_mega.trainer.build import make_sync
 
     if fp8 == "scales":
         fp8 = "scales_power_of_two" if case.power_of_two else "scales_fp32"
@@ -239,8 +239,8 @@ def test_a_flipped_code_and_a_scale_of_the_version_before_are_named_on_every_ran
 
 
 def report(rank: int, case: Case, folder: Path) -> None:
-    from grpo_mega.job import report_fp8
     from grpo_mega.observe.run_folder import RunFolder
+    from grpo_mega.trainer.build import report_fp8
 
     policy, _, _ = open_ends(rank, case)
     config = SimpleNamespace(engine=SimpleNamespace(fp8="scales_power_of_two" if case.power_of_two else "scales_fp32"))

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync import connect, remote_memory
-from grpo_mega.weight_sync.connect import TransportKind
-from grpo_mega.weight_sync.execute import Execution
-from grpo_mega.weight_sync.remote_memory import Runs
-from grpo_mega.weight_sync.shared_memory import SharedMemoryTransport
+from grpo_mega.weight_sync.executor import Execution
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
-from grpo_mega.weight_sync.transport import Message, Turn
+from grpo_mega.weight_sync.transports import factory, process_vm_readv
+from grpo_mega.weight_sync.transports.base import Message, Turn
+from grpo_mega.weight_sync.transports.factory import TransportKind
+from grpo_mega.weight_sync.transports.process_vm_readv import Runs
+from grpo_mega.weight_sync.transports.shared_memory import SharedMemoryTransport
 from tests.helpers.exchange import exchange
 from tests.helpers.memory_ends import MemorySink, MemorySource, values
 from tests.helpers.ranks import RankPool
@@ -132,7 +132,7 @@ def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memor
 def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
     """What is wrong, and how often this rank read another's memory; a container may forbid it to rank 2."""
     forbidden = rank == 2 and not allowed
-    real, count = remote_memory.read_runs, 0
+    real, count = process_vm_readv.read_runs, 0
 
     def read_runs(process: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
         nonlocal count
@@ -141,7 +141,7 @@ def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
         count += len(pairs)
         real(process, pairs)
 
-    with mock.patch.object(remote_memory, "read_runs", read_runs):
+    with mock.patch.object(process_vm_readv, "read_runs", read_runs):
         seen = follow(rank, TP2PP2, "shared_memory", 1)
     return seen["wrong"], count
 
@@ -437,7 +437,7 @@ class LateSlots:
 
 
 def exchange_by_device(rank: int) -> list[str]:
-    with mock.patch.object(connect, "DeviceSlots", LateSlots):
+    with mock.patch.object(factory, "DeviceSlots", LateSlots):
         wrong = exchange(rank, "cuda_ipc")
     Path("/dev/shm", f"grpo_mega_late_{os.getpid()}").unlink()
     return wrong
@@ -456,9 +456,9 @@ def test_buffers_on_a_device_are_read_when_they_are_filled(rank_pool: RankPool) 
 def test_a_transport_that_the_machine_does_not_have_is_refused() -> None:
     for kind in ("nccl", "cuda_ipc"):
         with pytest.raises(ValueError, match=rf"weight_sync\.transport={kind} needs CUDA"):
-            connect.transport_kinds(kind)  # type: ignore[arg-type]
+            factory.transport_kinds(kind)  # type: ignore[arg-type]
     with (
         mock.patch.object(torch.cuda, "is_available", return_value=True),
         pytest.raises(ValueError, match=r"weight_sync\.transport=gloo moves host memory"),
     ):
-        connect.transport_kinds("gloo")
+        factory.transport_kinds("gloo")

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from grpo_mega.data.pack import pack
-from grpo_mega.parallel.stages import stage_layers
+from grpo_mega.parallel.pipeline_split import stage_layers
 from grpo_mega.types import Microbatch, UpdateStats
 from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
 from tests.parallel.recorded import (

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_mega.convert.digest import slice_digest, wrap
+from grpo_mega.models.digest import slice_digest, wrap
 from grpo_mega.types import TensorSlice, UserError
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_tiny_model

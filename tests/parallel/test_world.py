@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from grpo_mega.parallel.peer_group import find_store, join_world, open_store, read_plain
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.parallel.world import find_store, join_world, open_store, read_plain
 from tests.helpers.ranks import RankPool
 
 

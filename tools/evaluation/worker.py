@@ -16,8 +16,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.convert.compare import HfTensors, open_checkpoint
 from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.data.dataset import load_held_out
-from grpo_mega.engines.make import make_engine
-from grpo_mega.evaluate import Evaluator
+from grpo_mega.engines.factory import make_engine
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.summary import Evaluation
@@ -25,7 +24,8 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.base import build_rewards
-from grpo_mega.sampler import make_sampler, start_workers
+from grpo_mega.rollout.evaluator import Evaluator
+from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.types import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_mega.batch import TrainBatch, build_batch
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape
-from grpo_mega.objective import Objective
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
-from grpo_mega.rollout import SampledGroups
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
 
 NUM_PROMPTS, GROUP_SIZE = 4, 4  # of a batch that is made up

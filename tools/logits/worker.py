@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import read_spec
 from grpo_mega.data.pack import RowShape, pack
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout

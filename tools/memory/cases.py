@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import read_spec
+from grpo_mega.models.config_readers import read_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,7 +122,7 @@ def make_model(folder: Path, model: str) -> None:
 
 def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
     """Collective: what this rank holds after an update, and what autograd holds at most during the next."""
-    from grpo_mega.policy.measure import held_bytes, saved_for_backward
+    from grpo_mega.policy.inspect.memory_use import held_bytes, saved_for_backward
     from grpo_mega.policy.policy import MegatronPolicy
 
     spec = read_spec(folder)
@@ -139,7 +139,7 @@ def predicted(case: Case, folder: Path) -> list[Bytes]:
     """For each pipeline rank, what the planner says."""
     from grpo_mega.planner.hardware import cluster_of, gpu_named
     from grpo_mega.planner.plan import make_plan
-    from grpo_mega.policy.count import module_counter
+    from grpo_mega.policy.inspect.module_sizes import module_counter
 
     spec = read_spec(folder)
     plan = make_plan(

@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.make import make_engine
-from grpo_mega.engines.vllm_engine import VllmEngine
+from grpo_mega.engines.factory import make_engine
+from grpo_mega.engines.vllm.engine import VllmEngine
 from grpo_mega.interfaces import Engine
-from grpo_mega.job import make_sync
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.phases import Phases
 from grpo_mega.policy.policy import MegatronPolicy
-from grpo_mega.rollout import SampledGroups
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.build import make_sync
+from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Reward, Rollout, SamplingRequest
 from grpo_mega.weight_sync.fp8_report import fp8_report
 from grpo_mega.weight_sync.sync import WeightSync

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from grpo_mega.batch import TrainBatch
-from grpo_mega.config.fp8 import RECIPES, check_generation
+from grpo_mega.config.fp8_rules import RECIPES, check_generation
 from grpo_mega.config.schema import Config
-from grpo_mega.convert.digest import slice_digest
-from grpo_mega.convert.spec import ModelSpec, read_spec
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.digest import slice_digest
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.plan import make_plan
-from grpo_mega.policy.count import module_counter
+from grpo_mega.policy.inspect.module_sizes import module_counter
 from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.trainer.batch import TrainBatch
 from tools.proof import subject
 
 LEARNING_RATE = 1e-6

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from grpo_mega.doctor.gpus import num_visible_gpus
+from grpo_mega.parallel.devices import num_visible_gpus
 
 MODULES = {
     "bf16": "tools.proof.policy",

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from grpo_mega.batch import TrainBatch, build_batch
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
-from grpo_mega.objective import Objective
-from grpo_mega.rollout import SampledGroups
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 from tools.step_sides.model_folder import Architecture, make_model
 

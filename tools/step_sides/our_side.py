@@ -21,9 +21,9 @@ from grpo_mega.rewards.base import reward
 
 if TYPE_CHECKING:
     from grpo_mega.checkpoint.manager import LoopState
-    from grpo_mega.job import BuiltJob
-    from grpo_mega.loop import Job
-    from grpo_mega.rollout import SampledGroups
+    from grpo_mega.rollout.sampler import SampledGroups
+    from grpo_mega.trainer.build import BuiltJob
+    from grpo_mega.trainer.loop import Job
     from grpo_mega.types import Prompt
 
 MAX_STEPS = 10**6
@@ -68,7 +68,7 @@ class OurSide:
     """A built job and where it is."""
 
     def __init__(self, built: BuiltJob, prompts: Sequence[Prompt]) -> None:
-        from grpo_mega.loop import push_weights
+        from grpo_mega.trainer.loop import push_weights
 
         self.job: Job = built.job
         self.prompts = prompts
@@ -80,7 +80,7 @@ class OurSide:
 
     def whole(self) -> dict[str, Any]:
         """One step of loop.train."""
-        from grpo_mega.loop import train
+        from grpo_mega.trainer.loop import train
 
         steps = self.state.step + 1
         config = self.job.config.model_copy(update={"train": self.job.config.train.model_copy(update={"steps": steps})})
@@ -96,7 +96,7 @@ class OurSide:
     def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
         """Advantages, packing and the update on given completions; the sync after it is not timed."""
         from grpo_mega.checkpoint.manager import LoopState
-        from grpo_mega.loop import make_batch, push_weights, update, with_log_probs
+        from grpo_mega.trainer.loop import make_batch, push_weights, update, with_log_probs
 
         groups = self._groups(completions)
         clock = Stopwatch()
@@ -118,7 +118,7 @@ class OurSide:
         return [row["completion_ids"] for row in rows]
 
     def _groups(self, completions: list[list[int]]) -> SampledGroups:
-        from grpo_mega.rollout import SampledGroups
+        from grpo_mega.rollout.sampler import SampledGroups
         from grpo_mega.types import Completion, Reward, Rollout
 
         size = self.job.config.sampling.group_size
@@ -140,10 +140,10 @@ def main() -> None:
     import torch
 
     from grpo_mega.config.load import resolved
-    from grpo_mega.job import building
     from grpo_mega.observe.run_folder import open_run
     from grpo_mega.parallel.ranks import init_ranks
     from grpo_mega.train import prepare
+    from grpo_mega.trainer.build import building
 
     torch.set_num_threads(settings["threads"])
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=settings["port"])

@@ -17,7 +17,7 @@ Same seed, same tokens: tokens are drawn from the generators that each call seed
 requests of a call arrive together, so that the same requests share the same steps. SGLang promises equal results only
 for equal steps: not across releases, GPUs, engine.tp, or other batches of the same prompts (that is its
 enable_deterministic_inference, which fixes the order of its kernels' sums at the price of speed; it is off).
-Asserted by tests/unit/test_sglang_engine.py.
+Asserted by tests/unit/engines/sglang/test_engine.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, Literal
 
 import grpo_mega
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
-from grpo_mega.engines.sglang.worker import ANSWERS, LOADER
+from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
 from grpo_mega.types import UserError
 
 _SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive

@@ -17,12 +17,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from grpo_mega.engines.record import LoaderRecord, Shape
-from grpo_mega.engines.region_sink import SliceSink
-from grpo_mega.engines.regions import inside
-from grpo_mega.engines.sglang.door import DoorLink, recorded_regions
-from grpo_mega.engines.sglang.process import SglangProcess
+from grpo_mega.engines.sglang.engine_client import SglangProcess
 from grpo_mega.engines.sglang.staging import parts_that_fit
+from grpo_mega.engines.sglang.weight_client import DoorLink
+from grpo_mega.engines.sglang.weight_server import recorded_regions
+from grpo_mega.engines.weights.loader_recording import LoaderRecord, Shape
+from grpo_mega.engines.weights.regions import inside
+from grpo_mega.engines.weights.sink import SliceSink
 from grpo_mega.interfaces import SinkRegion
 from grpo_mega.types import TensorSlice
 

@@ -2,7 +2,7 @@
 
 Without CUDA it is a memory file without a name, which nothing outlives; with CUDA memory of this rank's device, which
 the driver lets another process map (cudaIpc).
-Asserted by tests/unit/test_sglang_door.py; on a device by tests/gpu/test_sglang_on_gpu.py.
+Asserted by tests/unit/engines/sglang/test_weight_server.py; on a device by tests/gpu/test_sglang_on_gpu.py.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ from unittest import mock
 import torch
 from torch import nn
 
-from grpo_mega.convert.families import hf_shapes
-from grpo_mega.convert.fp8 import CODE
-from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
-from grpo_mega.convert.spec import ModelSpec
+from grpo_mega.models.parameter_tables import hf_shapes
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.quantization.block_fp8 import CODE
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
 
 Shape = tuple[int, ...]
 

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
-from grpo_mega.convert.spec import read_spec
-from grpo_mega.engines.record import LoaderRecord, Shape
 from grpo_mega.engines.vllm.fp8 import built_for_fp8, model_overrides
+from grpo_mega.engines.vllm.lifecycle import prepare_environment, register_model
 from grpo_mega.engines.vllm.record import record_vllm
-from grpo_mega.engines.vllm.start import prepare_environment, register_model
+from grpo_mega.engines.weights.loader_recording import LoaderRecord, Shape
+from grpo_mega.models.config_readers import read_spec
 from grpo_mega.types import UserError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_mega.engines.record import CannotRecordError, LoaderRecord, Shape, record_loader
+from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, Shape, record_loader
 
 RECORDING = "grpo_mega_recording"  # the load format
 

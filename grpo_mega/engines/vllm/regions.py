@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.convert.fp8 import dequantise
-from grpo_mega.convert.fp8_checkpoint import SCALE_SUFFIX
-from grpo_mega.engines.record import LoaderRecord, RecordedCopy
-from grpo_mega.engines.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
 from grpo_mega.engines.vllm.fp8 import unknown_kernel
+from grpo_mega.engines.weights.loader_recording import LoaderRecord, RecordedCopy
+from grpo_mega.engines.weights.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
 from grpo_mega.interfaces import RegionKind, SinkRegion
+from grpo_mega.quantization.block_fp8 import dequantise
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX
 from grpo_mega.types import Placement, TensorSlice
 
 _PROBE_COLUMNS = 16  # of the weight, read exactly through the kernel

@@ -8,7 +8,7 @@ CUDA graphs are captured, and read after each step of the first runner.
 A block of tokens that comes out of the prefix cache is not computed again: its record is that of the request which
 computed it, found by the tokens up to the block's end. What is left without a record is a request's last token, which
 the engine never reads.
-Asserted by tests/engine/test_engine_routing.py and tests/unit/test_vllm_routing_records.py.
+Asserted by tests/engine/test_engine_routing.py and tests/unit/engines/vllm/test_routing.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.data.experts import narrowed
+from grpo_mega.data.expert_records import narrowed
 from grpo_mega.types import UserError
 
 _MAX_PENDING = 64  # steps whose choices are on the device
@@ -81,7 +81,7 @@ class RoutingRecorder:
     def take(self, request: str, tokens: Sequence[int]) -> Tensor:
         """The record [N, L, K] of a request that is complete; `tokens` are its prompt and its answer.
 
-        N is up to the last token that has one; a token in between without one is marked (data/experts.py).
+        N is up to the last token that has one; a token in between without one is marked (data/expert_records.py).
         """
         self._settle()
         choices, size = self._open.pop(request).choices[: len(tokens)], self._block_tokens

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grpo_mega.engines.record import LoaderRecord
-from grpo_mega.engines.region_sink import RegionSink
 from grpo_mega.engines.vllm.fp8 import Requantisation
 from grpo_mega.engines.vllm.regions import declare_regions
+from grpo_mega.engines.weights.loader_recording import LoaderRecord
+from grpo_mega.engines.weights.sink import RegionSink
 
 
 class VllmSink(RegionSink):

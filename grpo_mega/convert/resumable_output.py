@@ -1,0 +1,144 @@
+"""The folder in which a result grows until it is whole.
+
+`OUT.partial` holds the result so far, a record for each complete file and a lock; the last step is one rename to `OUT`.
+What a kill leaves behind is continued by the same command, and thrown away by another one. A folder of that name that
+is nobody's workspace is left alone, and two processes never share one.
+Asserted by tests/unit/convert/test_resumable_output.py and tests/e2e/test_convert_tools.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from grpo_mega.types import UserError
+
+_PLAN, _LOCK, _RESULT, _RECORDS = "plan.sha256", "lock", "result", "records"
+_OURS = frozenset((_PLAN, _LOCK, _RESULT, _RECORDS))
+_log = logging.getLogger(__name__)
+
+
+class Workspace:
+    """`result` is the folder that becomes `out`. A context: at its end the lock is released."""
+
+    def __init__(self, out: Path, inputs: Mapping[str, Path]) -> None:
+        """Looks, and writes nothing. `inputs`: folders that are read, by the names that the user knows them by.
+
+        Raises:
+            UserError: `out` holds something or lies in an input, its workspace is somebody else's.
+        """
+        self.out = Path(os.path.realpath(out))
+        for key, folder in inputs.items():
+            if self.out.is_relative_to(os.path.realpath(folder)):
+                raise UserError(f"OUT_DIR={out} is {key}={folder} or lies in it; name a folder elsewhere")
+        self._check_free()
+        self.folder = self.out.with_name(self.out.name + ".partial")
+        self.result, self._records = self.folder / _RESULT, self.folder / _RECORDS
+        self._lock: int | None = None
+        foreign = sorted({p.name for p in self.folder.iterdir()} - _OURS) if self.folder.is_dir() else []
+        if foreign or (self.folder.exists() and not self.folder.is_dir()):
+            told = f" (it holds {foreign[0]})" if foreign else ""
+            raise UserError(f"{self.folder}: is needed to work in and not of a conversion{told}; move it away")
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def begin(self, identity: str) -> None:
+        """Make the folder, or continue the one that was begun for the same `identity`.
+
+        Raises:
+            UserError: another process works in it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._take_lock()
+        self._check_free()
+        wanted = hashlib.sha256(identity.encode()).hexdigest()
+        plan = self.folder / _PLAN
+        if not plan.is_file() or plan.read_text() != wanted:
+            for folder in (self.result, self._records):
+                shutil.rmtree(folder, ignore_errors=True)
+            plan.write_text(wanted)
+        for folder in (self.result, self._records):
+            folder.mkdir(exist_ok=True)
+
+    def record(self, name: str) -> Path:
+        """Where the record of the file `name` of the result is kept."""
+        return self._records / (name.replace("/", "--") + ".json")
+
+    def num_bytes(self) -> int:
+        """Of the result so far."""
+        return sum(path.stat().st_size for path in self.result.rglob("*") if path.is_file())
+
+    def abandon(self) -> None:
+        """After an error: keep complete files; with none of them, nothing."""
+        for path in (*self.result.rglob("*.tmp"), *self._records.rglob("*.tmp")):
+            path.unlink(missing_ok=True)
+        if not any(self._records.iterdir()):
+            shutil.rmtree(self.folder)
+
+    def publish(self) -> None:
+        """The result gets its name, whole and on disk."""
+        for path in self.result.rglob("*"):
+            sync_path(path)
+        sync_path(self.result)
+        self.result.rename(self.out)
+        sync_path(self.out.parent)
+        shutil.rmtree(self.folder)
+
+    def _check_free(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"{self.out}: exists and is not empty; remove it or name another folder")
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.folder}: another process works in it; wait for it or name another OUT_DIR"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            _log.warning("%s: this file system has no locks; start one conversion to it at a time", self.folder)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def sync_path(path: Path) -> None:
+    """The file, or the names in the folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.rename(path)
+
+
+def check_space(folder: Path, num_bytes: int, largest: str) -> None:
+    """Raises UserError when the file system of `folder` has less room than `num_bytes`."""
+    there = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
+    free = shutil.disk_usage(there).free
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: needs {num_bytes} bytes, its file system has {free} (largest tensor: {largest}); free space or"
+            " name a folder elsewhere"
+        )

@@ -1,0 +1,103 @@
+"""Rules between the config and the model's config.json, checked before weights are read or process groups exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo_mega.config.schema import Config
+from grpo_mega.engines.engine_rules import (
+    check_engine_fp8,
+    check_engine_fp8_device,
+    check_engine_model,
+    check_server_addresses,
+)
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.layout_rules import check_layout
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.models.tiny_recipe import recipe_spec
+from grpo_mega.parallel.devices import has_cuda_driver
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import UserError
+
+
+def check_model(config: Config, topology: Topology, *, with_engine: bool = True) -> None:
+    """Does the layout divide the model, does a rollout fit its positions, and can the engine be given its weights?
+
+    Args:
+        config: the run's.
+        topology: its ranks.
+        with_engine: False where no engine takes part: its rules are left out.
+
+    Raises:
+        UserError: names the key, the model's number and what would do.
+    """
+    where = "model.base.architecture" if config.model.base else str(config.model.path)
+    _check_host_optimizer(config)
+    _check_fp8(config)
+    if with_engine:
+        check_engine_fp8_device(config)
+    spec = _spec(config)
+    if with_engine:
+        check_engine_model(spec, config)
+        check_server_addresses(config)
+    if config.algorithm.routing_replay and spec.moe is None:
+        raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
+    check_layout(spec, config.parallel, topology, where)
+    _check_fp8_layers(spec, config, where)
+    if with_engine:
+        check_engine_fp8(spec, config, where, latent_split=not has_cuda_driver())
+    longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+    if longest > spec.max_positions:
+        raise UserError(
+            f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "
+            f"positions of {where}; lower one of them"
+        )
+    rope = spec.rope
+    if with_engine and rope is not None and rope.kind == "yarn" and longest > rope.original_max_positions * rope.factor:
+        # engines compute that many positions at their start, and read behind the last one without a word
+        raise UserError(
+            f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than "
+            f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
+            "and engines know no positions behind them; lower one of the keys"
+        )
+
+
+def _check_host_optimizer(config: Config) -> None:
+    """Raises UserError: there is no device that the host could relieve."""
+    if config.optimizer.host_fraction > 0 and not has_cuda_driver():
+        raise UserError(
+            f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none; "
+            "leave it out"
+        )
+
+
+def _check_fp8(config: Config) -> None:
+    """Raises UserError: there is no device that has FP8."""
+    if config.precision.fp8 is not None and not has_cuda_driver():
+        raise UserError(
+            f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none; leave "
+            "precision.fp8 out"
+        )
+
+
+def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
+    """Megatron counts the layers that stay in bf16 within the first and the last stage."""
+    fp8, stage = config.precision.fp8, spec.num_layers // config.parallel.pp
+    if fp8 is None:
+        return
+    for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
+        if number > stage:
+            raise UserError(
+                f"precision.fp8.{key}={number} is more than the {stage} layers of a pipeline stage of {where}; use at "
+                f"most {stage}"
+            )
+
+
+def _spec(config: Config) -> ModelSpec:
+    """Of the checkpoint, or of the recipe."""
+    if config.model.base is not None:
+        return recipe_spec(config.model.base.architecture)
+    folder = Path(str(config.model.path))
+    if not folder.is_dir():
+        raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
+    return read_spec(folder)

@@ -1,0 +1,137 @@
+"""Rules of the engines: model families, FP8, routers and server addresses that an engine accepts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from grpo_mega.config.schema import Config
+from grpo_mega.engines.server.protocol import Address, read_token, require_token
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.devices import has_cuda_driver
+from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout, check_policy_blocks
+from grpo_mega.types import UserError
+
+# Families that SGLang was compared with transformers in (docs/measurements/weight_sync.md); vLLM was in all.
+SGLANG_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
+
+
+# vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
+_ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
+
+
+def check_engine_fp8_device(config: Config) -> None:
+    """Raises UserError: there is no device on which vLLM computes with FP8 blocks. Servers look at their own."""
+    if config.engine.placement == "server":
+        return
+    if config.engine.fp8 is not None and not has_cuda_driver():
+        raise UserError(
+            f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none; leave engine.fp8 out"
+        )
+
+
+def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
+    """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
+    `check_fp8_layout`."""
+    if config.engine.fp8 == "own_loader" and spec.moe is not None and spec.moe.gate is not None:
+        raise UserError(f"engine.fp8=own_loader: the experts of {where} are stacks with biases; leave engine.fp8 out")
+    if config.engine.fp8_weights == "codes":
+        check_fp8_layout(
+            spec,
+            config.parallel,
+            EngineGrid(config.engine.tp, config.engine.dp, experts_spread=config.engine.ep > 1),
+            latent_split=latent_split,
+            where=where,
+        )
+    elif config.weight_sync.fp8_report:
+        check_policy_blocks(spec, config.parallel.tp, config.parallel.etp, latent_split=latent_split)
+
+
+def check_engine_model(spec: ModelSpec, config: Config) -> None:
+    """Raises UserError: the engine cannot compute this model, or would compute it differently from the policy."""
+    if config.engine.kind == "sglang":
+        _check_sglang_here(config)
+    if config.model.base is not None:
+        return
+    folder = Path(str(config.model.path))
+    if config.engine.kind == "sglang":
+        _check_sglang(spec, folder)
+    if spec.moe is not None and config.engine.ep > spec.moe.num_experts:
+        raise UserError(
+            f"engine.ep={config.engine.ep}: {folder} has {spec.moe.num_experts} experts, and every rank needs one; use "
+            "fewer ranks, or engine.ep=1"
+        )
+    if config.engine.ep > 1 and spec.moe is None:
+        raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
+    raw = json.loads((folder / "config.json").read_text())
+    missing = [f"{key}={value}" for key, value in _ROUTER_FIELDS.get(spec.family, {}).items() if raw.get(key) != value]
+    if missing:
+        raise UserError(
+            f"model.path={folder}: its config.json does not say {', '.join(missing)}, and vLLM would route otherwise "
+            f"than {spec.family} does; add it"
+        )
+    if spec.family == "gpt_oss":
+        _check_gpt_oss(spec, folder)
+    if raw.get("quantization_config") is not None and config.engine.fp8_weights != "codes":
+        raise UserError(
+            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
+            "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
+        )
+
+
+def check_server_addresses(config: Config) -> None:
+    """Raises UserError: an address is none, or a server of another machine is to be trusted without a secret."""
+    urls = config.engine.urls if config.engine.placement == "server" else ()
+    for i, url in enumerate(urls):
+        require_token(Address.parse(url, f"engine.urls[{i}]").host, read_token(), f"engine.urls[{i}]={url}")
+
+
+def _check_sglang_here(config: Config) -> None:
+    """Raises UserError: SGLang computes otherwise on this machine."""
+    if config.engine.ep > 1 and not has_cuda_driver():
+        raise UserError(
+            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
+            "engine.ep=1"
+        )
+    if config.precision.dtype == "fp32" and has_cuda_driver():
+        raise UserError(
+            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits; use "
+            "precision.dtype=bf16, or engine.kind=vllm"
+        )
+
+
+def _check_sglang(spec: ModelSpec, folder: Path) -> None:
+    """What SGLang 0.5.23 was compared in, and what of config.json its models do not read (models/*.py)."""
+    if spec.family not in SGLANG_FAMILIES:
+        raise UserError(
+            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
+            f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
+        )
+    if spec.family == "qwen3_moe" and spec.moe is not None and not all(spec.moe.layers):
+        raise UserError(
+            f"engine.kind=sglang: SGLang gives every layer of {folder} experts, whatever mlp_only_layers and "
+            "decoder_sparse_step of its config.json say; use engine.kind=vllm"
+        )
+    if spec.family == "mixtral" and spec.head_dim * spec.num_heads != spec.hidden_size:
+        raise UserError(
+            f"engine.kind=sglang: {folder} has {spec.num_heads} heads of head_dim={spec.head_dim}, and SGLang builds "
+            f"Mixtral with heads of {spec.hidden_size // spec.num_heads}; use engine.kind=vllm"
+        )
+
+
+def _check_gpt_oss(spec: ModelSpec, folder: Path) -> None:
+    """What vLLM has written into its model, whatever config.json says (models/gpt_oss.py, cpu_fused_moe.cpp)."""
+    assert spec.moe is not None, "read_gpt_oss gives experts"
+    assert spec.moe.gate is not None, "read_gpt_oss gives their gate"
+    written = {
+        "rms_norm_eps": (spec.norm_eps, 1e-5),
+        "swiglu_alpha": (spec.moe.gate.alpha, 1.702),
+        "swiglu_limit": (spec.moe.gate.limit, 7.0),
+        "layers with a window": ([i for i, w in enumerate(spec.windowed) if w], list(range(0, spec.num_layers, 2))),
+    }
+    for what, (got, fixed) in written.items():
+        if got != fixed:
+            raise UserError(
+                f"model.path={folder}: its config.json says {what}={got}, and vLLM computes gpt_oss with {fixed} "
+                "whatever it says; use a model that has this"
+            )

@@ -1,0 +1,161 @@
+"""The process that owns SGLang's Engine for one engine of the job; sglang/process.py starts it and talks to it.
+
+    python -m grpo_mega.engines.sglang.engine_process DESCRIPTOR
+
+The Engine spawns schedulers and a detokenizer, installs signal handlers, waits for a store of torchrun's that is not
+there, and on any error of a child kills the whole process tree: no training rank may own it. The descriptor is one end
+of a pair of sockets. Requests are (command, arguments); answers ("part", value) any number of times, then
+("done", value) or ("failed", text). When the other end is closed, everything here ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import json
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stand_ins, other_models
+from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# This process, and those that SGLang spawns from it: before their imports.
+if __name__ in ("__main__", "__mp_main__") and ENVIRONMENT.items() <= os.environ.items():
+    install_stand_ins()
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Host:
+    """The Engine and what it is asked to do. Raises RuntimeError: SGLang refused (with its words)."""
+
+    def __init__(self, settings: HostSettings, answer: Callable[[Any], None]) -> None:
+        os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = other_models(Path(settings.arguments["model_path"]))
+        import sglang
+
+        self._settings, self._answer = settings, answer
+        self._engine: Any = sglang.Engine(**settings.arguments)
+
+    def share(self, tensors: dict[str, Any]) -> list[Any]:
+        """The `SharedModel` of each scheduler process."""
+        path = self._settings.answers / "tensors.pickle"
+        path.write_bytes(pickle.dumps(tensors))
+        return self._inside("share", {"tensors": str(path)})
+
+    def load(self, tensors: bytes) -> None:
+        """Whole tensors for SGLang's own loader: a pickled list of names and tensors."""
+        self._inside("load", {}, pickle.loads(tensors))
+
+    def adopt(self, version: int) -> None:
+        """The weights are those of this version; what was computed with others is forgotten."""
+        self._inside("adopt", {}, version=version, flush=True)
+
+    def sample(self, batch: SamplingBatch) -> None:
+        """Sends a `Sampled` as soon as it is complete."""
+        self._inside("seed", {"seed": batch.seed}, flush=not batch.keep_prefixes)
+        if not batch.prompts:
+            return
+        parts = self._engine.generate(
+            input_ids=[list(ids) for ids in batch.prompts],
+            sampling_params=list(batch.parameters),
+            return_logprob=True,
+            return_routed_experts=batch.expert_choices,
+            stream=True,
+        )
+        for part in parts:
+            meta = part["meta_info"]
+            if meta["finish_reason"] is not None:
+                log_probs = tuple(entry[0] for entry in meta["output_token_logprobs"])
+                experts = base64.b64decode(meta["routed_experts"]) if batch.expert_choices else None
+                token_ids, finish = tuple(part["output_ids"]), meta["finish_reason"]
+                self._answer(Sampled(part["index"], token_ids, log_probs, finish, experts))
+
+    def release(self, tags: list[str]) -> None:
+        """SGLang's memory of these kinds."""
+        self._engine.release_memory_occupation(tags)
+
+    def resume(self, tags: list[str]) -> None:
+        """It back."""
+        self._engine.resume_memory_occupation(tags)
+
+    def end(self) -> None:
+        """SGLang's own processes first."""
+        self._engine.shutdown()
+
+    def _inside(
+        self,
+        command: str,
+        arguments: dict[str, Any],
+        tensors: Sequence[tuple[str, Tensor]] = (),
+        *,
+        version: int | None = None,
+        flush: bool = False,
+    ) -> list[Any]:
+        """Runs a command of sglang/worker.py in every scheduler process; their answers."""
+        import torch
+        from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
+
+        from grpo_mega.engines.sglang.scheduler_hooks import LOADER, answer_path
+
+        paths = [answer_path(self._settings.answers, rank) for rank in range(self._settings.tp)]
+        for path in paths:
+            path.unlink(missing_ok=True)
+        first = (json.dumps({"command": command, **arguments}), torch.zeros(()))
+        payload = pickle.dumps([first, *tensors])  # by value: SGLang's own serializer is for one reader only
+        request = UpdateWeightsFromTensorReqInput(
+            serialized_named_tensors=[payload] * self._settings.tp,
+            load_format=LOADER,
+            flush_cache=flush,
+            weight_version=None if version is None else str(version),
+        )
+        engine = self._engine
+        self._require(command, engine.begin_weight_update())
+        told = engine.loop.run_until_complete(engine.tokenizer_manager.update_weights_from_tensor(request, None))
+        self._require(command, engine.end_weight_update())
+        self._require(command, told)
+        answers = [pickle.loads(path.read_bytes()) for path in paths]
+        for rank, answer in enumerate(answers):
+            if isinstance(answer, Exception):
+                raise RuntimeError(f"SGLang's rank {rank}, {command}: {answer}")
+        return answers
+
+    def _require(self, command: str, told: tuple[bool, str]) -> None:
+        if not told[0]:
+            raise RuntimeError(f"SGLang refused {command}: {told[1]}")
+
+
+def main(descriptor: int) -> None:
+    """Serves until the other end says `end` or is gone."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank that is killed closes nothing in order
+    connection = Connection(descriptor)
+    settings: HostSettings = connection.recv()
+    host = Host(settings, lambda value: connection.send(("part", value)))
+    connection.send(("done", None))
+    command = ""
+    while command != "end":
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            command, arguments = "end", ()
+        try:
+            answer = "done", getattr(host, command)(*arguments)
+        except (RuntimeError, ValueError, AssertionError) as error:
+            answer = "failed", f"{type(error).__name__}: {error}"
+        try:
+            connection.send(answer)
+        except (BrokenPipeError, ConnectionResetError):
+            command = "end"
+    os._exit(0)  # what SGLang registered for the exit of the interpreter has nothing left to do
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

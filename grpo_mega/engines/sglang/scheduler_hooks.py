@@ -1,0 +1,138 @@
+"""What runs inside SGLang's scheduler processes, one per tensor-parallel rank.
+
+SGLang calls `serve` as a custom weight loader (srt/model_executor/model_runner_components/weight_updater.py): it is the
+one way into those processes that gets the model. An exception there would end the whole engine, so answers and failures
+go to a file, which sglang/host.py reads.
+- `share`: records the model's own loader (record.py) and opens the door (sglang/door.py) through which the training
+  rank writes slices to where SGLang's kernels read, and hears digests of what they read.
+- `adopt`: the weights are complete; are the parameters still where the door writes?
+- `load`: gives whole tensors to the model's own loader, where it could not be recorded.
+- `seed`: of the generators that sampling reads.
+Asserted by tests/engine/test_engine_contract.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from grpo_mega.engines.sglang.weight_server import Door, DoorAddress
+from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, UnfilledError, record_loader
+
+LOADER = f"{__name__}.serve"
+
+
+@dataclass(frozen=True)
+class SharedModel:
+    """The door of one scheduler process, and the record of its model's loader; or why there is none."""
+
+    door: DoorAddress | None
+    record: LoaderRecord | str
+
+
+_addresses: dict[str, int] = {}  # of what the door writes to
+
+
+def serve(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """The first name is the command, as JSON; the tensors of `load` follow."""
+    command: dict[str, Any] = json.loads(named_tensors[0][0])
+    try:
+        answer = _COMMANDS[command.pop("command")](model, named_tensors[1:], **command)
+    except Exception as error:  # whatever it is: SGLang would kill its processes, and nobody would know why
+        answer = error if isinstance(error, RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}")
+    path = answer_path(Path(os.environ[ANSWERS]), _tp_rank())
+    path.with_suffix(".new").write_bytes(pickle.dumps(answer))
+    path.with_suffix(".new").rename(path)
+
+
+ANSWERS = "GRPO_MEGA_SGLANG_ANSWERS"  # the folder for answers
+
+
+def answer_path(folder: Path, tp_rank: int) -> Path:
+    """Of one scheduler process."""
+    return folder / f"answer_{tp_rank}.pickle"
+
+
+def _tp_rank() -> int:
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(get_parallel().tp_rank)
+
+
+def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> SharedModel:
+    """`tensors`: a file with shape and dtype of every tensor of the checkpoint."""
+    assert not _addresses, "one door is opened"
+    _mark_experts_unknown()
+    expected = pickle.loads(Path(tensors).read_bytes())
+    try:
+        record = record_loader(model, expected, _padded(model))
+    except UnfilledError as error:  # whole tensors would leave it unfilled, too
+        raise RuntimeError(f"SGLang's model is not the checkpoint's: {error}") from error
+    except CannotRecordError as error:
+        return SharedModel(None, str(error))
+    filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
+    owners = {name: tensor for name, tensor in _tensors_of(model).items() if name in filled}
+    _addresses.update({name: tensor.data_ptr() for name, tensor in owners.items()})
+    door = Door(record, owners, lambda: _require_places(model))
+    return SharedModel(door.open(Path(os.environ[ANSWERS]), _tp_rank(), os.getpid()), record)
+
+
+def _mark_experts_unknown() -> None:
+    """SGLang's records of chosen experts begin as zeros, which are an expert's number: a layer whose router nobody asks
+    would seem to choose it."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    if (capturer := get_global_experts_capturer()) is not None:
+        capturer.host_cache.buffer.fill_(-1)
+        capturer.device_cache.buffer.fill_(-1)
+
+
+def _adopt(model: nn.Module, _: Sequence[tuple[str, Tensor]]) -> None:
+    _require_places(model)
+
+
+def _require_places(model: nn.Module) -> None:
+    now = {name: tensor.data_ptr() for name, tensor in _tensors_of(model).items()}
+    moved = [name for name, address in _addresses.items() if now.get(name) != address]
+    if moved:
+        raise RuntimeError(f"SGLang put {', '.join(moved[:3])} elsewhere ({len(moved)} in all): it reads other weights")
+
+
+def _load(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> None:
+    loader: Any = model
+    loader.load_weights(list(tensors))
+
+
+def _seed(_model: nn.Module, _: Sequence[tuple[str, Tensor]], seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+
+def _padded(model: nn.Module) -> set[str]:
+    """Parameters whose last rows may be padding: SGLang rounds a vocabulary up before it splits it."""
+    from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, VocabParallelEmbedding)
+        for own, _ in module.named_parameters(recurse=False)
+    }
+
+
+_COMMANDS: dict[str, Any] = {"share": _share, "adopt": _adopt, "load": _load, "seed": _seed}

@@ -1,0 +1,276 @@
+"""The vLLM engine inside the training process: sampling, residency, end.
+
+Every rank of the world constructs it together after torch.distributed. Ranks [r * tp * dp, (r + 1) * tp * dp) are
+replica r; each run of tp of them makes the same calls in the same order. With dp > 1 these runs share the experts, so
+they call `generate` together, each with prompts of its own or none, and step together: one that is done takes part with
+dummy batches until all are. Whether any goes on is agreed at every step (vLLM's `has_unfinished_requests`).
+Sampling reads only the global generators, seeded from the request and put back afterwards, so the same seed and prompts
+give the same tokens; the prefix cache is empty at the start of each call.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from grpo_mega.engines.request_checks import check_lengths, eos_ids, in_groups, require_ready
+from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
+from grpo_mega.engines.vllm.fp8 import Fp8Weights, Requantisation
+from grpo_mega.engines.vllm.lifecycle import keep_generators, start, stop
+from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps
+from grpo_mega.engines.vllm.sink import VllmSink
+from grpo_mega.interfaces import WeightSink
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
+
+logger = logging.getLogger(__name__)
+
+Resident = Literal["weights", "kv_cache"]
+_STOP_REASONS: dict[str, StopReason] = {"stop": "eos", "length": "length"}
+
+
+class VllmEngine:
+    """`Engine` with the real vLLM in this process. Starts awake with dummy weights: sync before the first `generate`.
+
+    Args:
+        config_dir: Hugging Face folder with config.json and the tokenizer; its weights are not read.
+        tp: ranks over which one copy of the attention is cut.
+        dp: copies of the attention in a replica; they share its experts.
+        max_model_len: longest prompt plus completion, tokens.
+        max_num_seqs: rollouts that each copy samples at the same time.
+        ep: 1: experts are cut over the tp * dp ranks; tp * dp: each is whole on one of them.
+        kv_cache_tokens: capacity of the KV cache of each copy; None: `max_num_seqs` rollouts of `max_model_len`.
+        tell_experts: be able to answer requests with `expert_choices`.
+        fp8: hold matrices as FP8 codes and scales: those that a sync brings, or of the loader's own making (on CUDA;
+            unproven).
+
+    Raises:
+        UserError: the model has no layout table or no EOS token, `tp` does not fit it, or it cannot tell experts.
+        ImportError: vLLM is not installed.
+    """
+
+    def __init__(
+        self,
+        config_dir: Path,
+        *,
+        dtype: Literal["fp32", "bf16"],
+        tp: int,
+        dp: int = 1,
+        ep: int = 1,
+        max_model_len: int,
+        max_num_seqs: int,
+        kv_cache_tokens: int | None,
+        seed: int,
+        tell_experts: bool = False,
+        fp8: Fp8Weights | None = None,
+    ) -> None:
+        from transformers import AutoTokenizer
+
+        spec = read_spec(config_dir)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
+        self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
+        self._max_model_len = max_model_len
+        self._on_cuda = torch.cuda.is_available()
+        settings = VllmSettings(
+            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, dp, ep > 1, tell_experts, fp8
+        )
+        started = start(settings, spec)
+        self._llm: Any = started.llm
+        runner = self._llm.model_executor.driver_worker.worker.model_runner
+        self._routing: RoutingRecorder | None = None
+        if started.steps is not None:
+            assert spec.moe is not None, "bind_routers refuses a model without experts"
+            self._routing = RoutingRecorder(started.steps, num_experts=spec.moe.num_experts, block_tokens=BLOCK_TOKENS)
+            record_steps(runner, self._routing)
+        again = Requantisation(runner.model, runner.model_config) if fp8 == "own_loader" else None
+        self._sink = VllmSink(runner.model, started.record, self._drop_prefixes, again)
+        self._kv_cache = _KvStorage(runner.kv_caches)
+        self._asleep: set[Resident] = set()
+        self._told = False  # what sleeping means on this machine: said once
+        self.steps = 0
+        """Engine steps so far: a sign of life."""
+
+    @property
+    def policy_version(self) -> int:
+        """Updates behind the weights; -1 before the first sync."""
+        return self._sink.policy_version
+
+    @property
+    def sink(self) -> WeightSink:
+        return self._sink
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes that the KV cache holds on this rank at the moment."""
+        return self._kv_cache.num_bytes
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """G completions per prompt; `Engine.generate`.
+
+        Raises:
+            RuntimeError: asleep, in the middle of an update, or before the first sync.
+            ValueError: a prompt and its completion do not fit `max_model_len`, or the engine was not built to tell
+                experts and is asked for them.
+        """
+        self._check_ready(prompts, sampling)
+        if not sampling.continues:
+            self._drop_prefixes()
+        with _seeded(sampling.seed), _without_compilation(self._on_cuda):
+            return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
+
+    def sleep(self) -> None:
+        """Release the KV cache, on CUDA the weights as well (the next sync brings them back)."""
+        if self._asleep:
+            return
+        if self._on_cuda:
+            self._llm.sleep(level=2)
+        else:
+            if not self._told:
+                logger.info("without CUDA an engine asleep releases its KV cache; its weights stay in host memory")
+                self._told = True
+            self._drop_prefixes()
+            self._kv_cache.release()
+        self._asleep = {"weights", "kv_cache"}
+
+    def wake(self, what: Resident) -> None:
+        if what not in self._asleep:
+            return
+        if self._on_cuda:
+            self._llm.wake_up(tags=[what])
+        elif what == "kv_cache":
+            self._kv_cache.restore()
+        self._asleep.remove(what)
+
+    def close(self) -> None:
+        """Free the engine and its process groups; the default process group stays. A second call does nothing."""
+        if self._llm is not None:
+            self._kv_cache.release()
+            stop(self._llm)
+            self._llm = None
+
+    def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
+        require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
+        if sampling.expert_choices and self._routing is None:
+            raise ValueError("expert_choices of an engine that was built without tell_experts")
+        check_lengths(prompts, sampling, self._max_model_len)
+
+    def _rollouts(
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest
+    ) -> Generator[tuple[int, int, Completion], None, None]:
+        """(prompt position, member, completion) in the order in which they are complete."""
+        from vllm.inputs import tokens_input
+
+        places: dict[str, tuple[int, int]] = {}
+        for position, prompt in enumerate(prompts):
+            parameters = self._parameters(sampling, sampling.max_tokens_of(position))
+            for member in range(sampling.group_size):
+                # One request per rollout: a request with n=G reports only when the last of the G is complete.
+                request_id = f"{position}/{member}"
+                places[request_id] = (position, member)
+                if self._routing is not None and sampling.expert_choices:
+                    self._routing.open(request_id, prompt.token_ids, sampling.max_tokens_of(position))
+                self._llm.add_request(request_id, tokens_input(list(prompt.token_ids)), parameters)
+        try:
+            while self._llm.has_unfinished_requests():
+                outputs = self._llm.step()
+                self.steps += 1
+                for output in outputs:
+                    position, member = places.pop(output.request_id)
+                    completion = self._completion(output.outputs[0])
+                    if self._routing is not None and sampling.expert_choices:
+                        tokens = (*prompts[position].token_ids, *completion.token_ids)
+                        completion = replace(completion, expert_choices=self._routing.take(output.request_id, tokens))
+                    yield position, member, completion
+        finally:
+            if places:  # an error on the way: the next call must not meet this one's requests
+                self._llm.abort_request(list(places))
+
+    def _parameters(self, sampling: SamplingRequest, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        if sampling.stop:  # vLLM looks for texts in what its output processor decodes; it was started without tokenizer
+            self._llm.output_processor.tokenizer = self._tokenizer
+        return SamplingParams(
+            temperature=sampling.temperature,
+            max_tokens=max_tokens,
+            stop_token_ids=list(self._eos_ids),
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0,  # the sampled token's only
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids, log_probs = tuple(output.token_ids), tuple(output.logprobs.logprobs)
+        assert len(token_ids) == len(log_probs), f"{len(token_ids)} tokens with {len(log_probs)} log-probs"
+        return Completion(
+            token_ids=token_ids,
+            sampler_log_probs=log_probs,
+            # the reason of a text is the text, that of a token its id
+            stop_reason="stop" if isinstance(output.stop_reason, str) else _STOP_REASONS[output.finish_reason],
+            policy_version=self.policy_version,
+            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+        )
+
+    def _drop_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache: requests of an earlier call are still running")
+        if self._routing is not None:
+            self._routing.drop()
+
+
+class _KvStorage:
+    """The memory under the KV cache's tensors, released and restored in place: the tensors stay the same objects."""
+
+    def __init__(self, caches: Sequence[torch.Tensor]) -> None:
+        # All layers of vLLM 0.32 are views of one storage; nothing here relies on that.
+        self._storages = {cache.untyped_storage()._cdata: cache.untyped_storage() for cache in caches}
+        self._sizes = {key: storage.nbytes() for key, storage in self._storages.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    def release(self) -> None:
+        for storage in self._storages.values():
+            storage.resize_(0)
+
+    def restore(self) -> None:
+        for key, storage in self._storages.items():
+            storage.resize_(self._sizes[key])
+            torch.empty(0, dtype=torch.uint8).set_(
+                storage
+            ).zero_()  # as vLLM allocates it: kernels read whole blocks, and 0 * NaN is NaN
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Global generators from `seed` inside, as they were afterwards. (Per-request seeds fail on CPU in vLLM 0.32.)"""
+    with keep_generators():
+        torch.manual_seed(seed)  # CUDA's as well
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        yield
+
+
+def _without_compilation(on_cuda: bool) -> Any:
+    """On CPU vLLM's sampler would compile a C++ kernel for token ranks that nobody reads: 15 s in every process."""
+    return nullcontext() if on_cuda else torch.compiler.set_stance("force_eager")

@@ -1,0 +1,34 @@
+"""What vLLM can split over the ranks of an engine, checked before it starts: its own refusals come late and deep."""
+
+from __future__ import annotations
+
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.types import UserError
+
+VOCAB_PADDING = 64  # vLLM pads embedding and head to a multiple of this, whatever tp is
+
+
+def check_tp(spec: ModelSpec, tp: int) -> None:
+    """Can vLLM split this model over `tp` ranks?
+
+    Raises:
+        UserError: it cannot; names the size that does not divide.
+    """
+    sizes = {
+        "num_attention_heads": spec.num_heads,
+        "intermediate_size": spec.ffn_size,
+        f"the vocabulary padded to {VOCAB_PADDING}": padded_vocab(spec),
+    }
+    for name, size in sizes.items():
+        if size % tp:
+            raise UserError(f"engine.tp={tp} does not divide {name}={size}; use a divisor of it")
+    if max(tp, spec.num_kv_heads) % min(tp, spec.num_kv_heads):
+        raise UserError(
+            f"engine.tp={tp} neither divides num_key_value_heads={spec.num_kv_heads} nor is a multiple of it; "
+            "use a divisor or a multiple"
+        )
+
+
+def padded_vocab(spec: ModelSpec) -> int:
+    """Rows of embedding and head over all ranks."""
+    return -(-spec.vocab_size // VOCAB_PADDING) * VOCAB_PADDING

@@ -1,0 +1,135 @@
+"""The end of a weight sync that every engine shares: slices that are refused or taken, versions, updates.
+
+Asserted by tests/engine/test_engine_contract.py.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from grpo_mega.engines.weights.regions import Regions
+from grpo_mega.interfaces import SinkRegion
+from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.types import TensorSlice
+
+
+class SliceSink:
+    """`WeightSink` but for `load`, `digests` and `probe`; an engine says where slices go and how it adopts them."""
+
+    def __init__(self, regions: Sequence[SinkRegion], streams_because: str | None) -> None:
+        """`streams_because`: why there are no regions."""
+        self.streams_because = streams_because
+        self._layout = tuple(regions)
+        self._by_tensor: dict[str, list[SinkRegion]] = defaultdict(list)
+        for region in self._layout:
+            self._by_tensor[region.placement.hf.name].append(region)
+        self.policy_version = -1
+        self.updating = False
+
+    def layout(self) -> Sequence[SinkRegion]:
+        return self._layout
+
+    def begin_update(self) -> None:
+        self.updating = True
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        """Copy `values` to where `hf` lies.
+
+        Raises:
+            ValueError: `hf` is not inside a region of the layout; `values` has another shape or dtype.
+            RuntimeError: outside of begin_update .. end_update.
+        """
+        self.require_update(hf)
+        if tuple(values.shape) != hf.shape:
+            raise ValueError(f"{hf}: got values of shape {list(values.shape)} for a slice of {list(hf.shape)}")
+        regions = self._around(hf)
+        for region in regions:
+            if values.dtype != region.dtype:
+                raise ValueError(f"{hf}: got values of {values.dtype} for a region of {region.dtype}")
+        self._put(regions, hf, values)
+
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """None: everything is written.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
+        self.require_update(hf)
+        self._around(hf)
+        return None
+
+    def end_update(self, policy_version: int) -> None:
+        self._adopt(policy_version)
+        self.policy_version = policy_version
+        self.updating = False
+
+    def require_update(self, what: object) -> None:
+        """Raises RuntimeError: weights come outside of an update."""
+        if not self.updating:
+            raise RuntimeError(f"write of {what} outside of an update; call begin_update first")
+
+    def _put(self, regions: Sequence[SinkRegion], hf: TensorSlice, values: Tensor) -> None:
+        """Copy values that fit into every one of these regions, which are all that hold `hf`."""
+        raise NotImplementedError
+
+    def _adopt(self, policy_version: int) -> None:
+        """Have the engine compute from what was written, and forget what it computed before."""
+        raise NotImplementedError
+
+    def _around(self, hf: TensorSlice) -> list[SinkRegion]:
+        inside = [region for region in self._by_tensor[hf.name] if contains(region.placement.hf, hf)]
+        if not inside:
+            raise ValueError(f"{hf} is not inside a slice that this engine rank takes; its layout() lists them")
+        return inside
+
+
+class RegionSink(SliceSink):
+    """Over parameters of this process."""
+
+    def __init__(self, regions: Regions, streams_because: str | None) -> None:
+        super().__init__(regions.regions, streams_because)
+        self._regions = regions
+
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """Where `hf` lies, if it does so once and as it travels.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
+        self.require_update(hf)
+        first, *others = self._around(hf)
+        return None if others else self._regions.memory_of(first, hf)
+
+    def end_update(self, policy_version: int) -> None:
+        self._regions.rebuild()
+        super().end_update(policy_version)
+
+    def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
+        """Where several regions hold a part, their common digest; some other number if they differ.
+
+        Raises:
+            ValueError: one is not inside a region of the layout.
+        """
+        return [self._digest(hf) for hf in slices]
+
+    def probe(self) -> dict[str, str]:
+        return self._regions.probe()
+
+    def _put(self, regions: Sequence[SinkRegion], hf: TensorSlice, values: Tensor) -> None:
+        for region in regions:
+            self._regions.write(region, hf, values)
+
+    def _digest(self, hf: TensorSlice) -> int:
+        first, *others = (slice_digest(self._regions.read(region, hf), hf) for region in self._around(hf))
+        return first if all(other == first for other in others) else wrap(first + 1)
+
+
+def contains(outer: TensorSlice, inner: TensorSlice) -> bool:
+    """Is `inner` a part of `outer`? Both are slices of one tensor."""
+    return all(
+        o <= i and i + m <= o + n
+        for o, n, i, m in zip(outer.offsets, outer.shape, inner.offsets, inner.shape, strict=True)
+    )

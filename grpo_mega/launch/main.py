@@ -1,0 +1,240 @@
+"""Starts the ranks of a job: looks where it is, then becomes a worker, becomes `srun`, or starts and watches workers.
+
+What a rank learns from its launcher is set here: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT. Imports no torch and reads no config itself (`grpo_mega.train --for-launcher` does), so a
+wrong argument is reported at once. Exit codes are those of the worker that failed first; its message is the last one on
+the screen. Tests: tests/unit/launch/test_main.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from grpo_mega.launch.rendezvous import Machine, MeetingError, meet
+from grpo_mega.launch.slurm import in_step, positive_int, slurm_step
+from grpo_mega.launch.supervisor import run_ranks
+from grpo_mega.parallel.ports import free_port, port_is_free
+from grpo_mega.types import UserError
+
+Place = Literal["worker", "slurm_step", "slurm_allocation", "machine"]
+
+_DEFAULT_PORT = 29500  # torchrun's, for several machines that must agree without talking
+
+
+@dataclass(frozen=True)
+class Node:
+    """This machine's part of the job: `num_ranks` ranks, the first of which is `node_rank * num_ranks`."""
+
+    num_nodes: int
+    node_rank: int
+    num_ranks: int
+    master_addr: str
+    master_port: int
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.num_ranks
+
+    def rank_environment(self, local_rank: int) -> dict[str, str]:
+        """What rank `local_rank` of this machine finds in its environment."""
+        return {
+            "RANK": str(self.node_rank * self.num_ranks + local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(self.num_ranks),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def find_place(env: Mapping[str, str]) -> Place:
+    """Where this process runs, from what its launcher has put into the environment."""
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return "worker"
+    if in_step(env):
+        return "slurm_step"
+    return "slurm_allocation" if "SLURM_JOB_ID" in env else "machine"
+
+
+def ranks_per_node(world_size: int, num_nodes: int) -> int:
+    """The ranks are spread evenly.
+
+    Raises:
+        UserError: world_size is not a multiple of num_nodes.
+    """
+    if world_size % num_nodes:
+        raise UserError(
+            f"run.world_size={world_size} cannot be spread evenly over {num_nodes} nodes; "
+            f"use a multiple of {num_nodes}, or another number of nodes"
+        )
+    return world_size // num_nodes
+
+
+def master_port(env: Mapping[str, str], default: int, *, hosted_here: bool) -> int:
+    """The user's MASTER_PORT, else `default`.
+
+    Raises:
+        UserError: it is no port, or this machine would host it and somebody listens there already.
+    """
+    port = positive_int(env, "MASTER_PORT", default)
+    if port > 65535:
+        raise UserError(f"MASTER_PORT={port} must be at most 65535; choose another, or leave it unset")
+    if hosted_here and not port_is_free(port):
+        raise UserError(f"MASTER_PORT={port} is in use on this machine; choose another, or leave it unset")
+    return port
+
+
+def machine_node(env: Mapping[str, str], world_size: int) -> Node:
+    """One machine, or one of several that the user starts by hand with NNODES, NODE_RANK and MASTER_ADDR."""
+    num_nodes = positive_int(env, "NNODES", 1)
+    node_rank = positive_int(env, "NODE_RANK", 0 if num_nodes == 1 else None, least=0)
+    if node_rank >= num_nodes:
+        raise UserError(f"NODE_RANK={node_rank} must be below NNODES={num_nodes}; the first machine is 0")
+    if num_nodes > 1 and not env.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR=(unset) must be set with NNODES={num_nodes}; use the address of machine 0")
+    address = env.get("MASTER_ADDR") or "127.0.0.1"
+    default = free_port() if num_nodes == 1 else _DEFAULT_PORT
+    port = master_port(env, default, hosted_here=node_rank == 0)
+    return Node(num_nodes, node_rank, ranks_per_node(world_size, num_nodes), address, port)
+
+
+def first_slurm_address(env: Mapping[str, str]) -> str:
+    """The address of the step's first node, as all its nodes can reach it."""
+    nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    name = listed.stdout.split()[0]
+    try:
+        socket.getaddrinfo(name, None)
+    except OSError:  # a node's name need not be its host's name: Slurm knows its address
+        shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=True)
+        found = re.search(r"NodeAddr=(\S+)", shown.stdout)
+        return found.group(1) if found else name
+    return name
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """The same on every node of a step, another for the next step and after a requeue; below the range that systems
+    hand out freely."""
+    start = int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"]) + 7 * int(env.get("SLURM_RESTART_COUNT", "0"))
+    return 20000 + start % 10000
+
+
+def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | None]:
+    """This task's node inside a Slurm step, and its local rank; None when the task is the agent of its node.
+
+    One task per node means an agent, also where each node has one rank.
+    Raises:
+        UserError: the step has neither one task per node nor one per rank, or not the same number on each node.
+    """
+    step = slurm_step(env)
+    if step.num_tasks not in (step.num_nodes, world_size):
+        raise UserError(
+            f"run.world_size={world_size}, but this Slurm step has {step.num_tasks} tasks on {step.num_nodes} nodes; "
+            f"start srun with --ntasks={world_size}, or with --ntasks-per-node=1"
+        )
+    if len(set(step.tasks_per_node)) > 1:
+        counts = ", ".join(map(str, step.tasks_per_node))
+        raise UserError(
+            f"this Slurm step has {counts} tasks on its nodes: layouts need the same number of ranks on every node; "
+            f"use --ntasks-per-node, and nodes with as many GPUs each"
+        )
+    address = env.get("MASTER_ADDR") or first_slurm_address(env)
+    port = master_port(env, slurm_port(env), hosted_here=step.task == 0)
+    node = Node(step.num_nodes, step.node_rank, ranks_per_node(world_size, step.num_nodes), address, port)
+    return node, None if step.one_task_per_node else step.local_task
+
+
+def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str], timeout_seconds: float) -> list[str]:
+    """One task per node of the allocation. `--cpu-bind=none`: the task's cores are for all ranks of the node. `--wait`,
+    from the end of the first task: nobody tells srun of a task that was lost with its node, when the node is back
+    before Slurm has missed it."""
+    nodes = env.get("SLURM_JOB_NUM_NODES") or env["SLURM_NNODES"]
+    options = [
+        f"--nodes={nodes}",
+        f"--ntasks={nodes}",
+        "--ntasks-per-node=1",
+        "--cpu-bind=none",
+        "--kill-on-bad-exit=1",
+        f"--wait={math.ceil(timeout_seconds)}",
+    ]
+    return ["srun", *options, script, *arguments]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the config says to the launcher. `configured`: `world_size` is the config's own, not what is found here."""
+
+    world_size: int
+    configured: bool
+    timeout_seconds: float
+
+
+def ask_config(arguments: Sequence[str]) -> Wishes:
+    """A wrong config ends the program with its exit code; the message is on the screen already."""
+    command = [sys.executable, "-m", "grpo_mega.train", "--for-launcher", *arguments]
+    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if asked.returncode:
+        raise SystemExit(asked.returncode)
+    return Wishes(**json.loads(asked.stdout.splitlines()[-1]))
+
+
+def become(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+    """Replaces this process, so that signals reach the command and its exit code is ours."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execvpe(command[0], list(command), dict(env))
+
+
+def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
+    """Starts what belongs to this place; returns the exit code where it does not become something else."""
+    worker = [sys.executable, "-m", "grpo_mega.train", *arguments]
+    place = find_place(env)
+    if place == "worker":
+        become(worker, env)
+    wishes = ask_config(arguments)
+    local_rank: int | None = None
+    if place == "slurm_allocation":
+        if wishes.configured:  # else the nodes look for their GPUs themselves; this may be a login node without any
+            nodes = positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
+            ranks_per_node(wishes.world_size, nodes)
+        become(srun_command(env, script, arguments, wishes.timeout_seconds), env)
+    if place == "slurm_step":
+        node, local_rank = slurm_node(env, wishes.world_size)
+    else:
+        node = machine_node(env, wishes.world_size)
+    if node.world_size == 1 or local_rank is not None:
+        become(worker, {**env, **node.rank_environment(local_rank or 0)})
+    environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
+    if node.num_nodes == 1:
+        return run_ranks(worker, environments)
+    me = Machine(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
+    with meet(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
+        # srun ends the other tasks when the first has failed; what they have learned of it stays their exit code
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        code = run_ranks(worker, environments, meeting)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it ends, Python gives handlers written in Python up
+    return code
+
+
+def main(argv: Sequence[str]) -> int:
+    """`argv`: the path of launch/train.sh (what srun starts on the nodes), then CONFIG and overrides."""
+    try:
+        return start(argv[0], argv[1:], os.environ)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except MeetingError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:  # while it waited for other machines
+        return 130

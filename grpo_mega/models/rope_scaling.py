@@ -1,0 +1,121 @@
+"""Rotary embeddings as a `config.json` describes them: `rope_theta` and `rope_scaling` (transformers 4) or
+`rope_parameters` (transformers 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_mega.models.config_fields import Fields
+from grpo_mega.models.spec import RopeScaling, yarn_mscale
+from grpo_mega.types import UserError
+
+_KNOWN = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "attention_factor",
+        "truncate",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Base of the frequencies, the share of a head that is rotated, and the scaling, if any."""
+
+    theta: float
+    fraction: float
+    scaling: RopeScaling | None
+
+
+def read_rope(
+    fields: Fields, max_positions: int, kinds: Collection[str], *, theta: float = 10000.0, fraction: float = 1.0
+) -> Rope:
+    """`kinds` are the scalings that the family may have here; `theta` and `fraction` hold where the config is silent.
+
+    Raises:
+        UserError: a kind of another sort, a setting that it does not have or lacks, or two places that contradict.
+    """
+    given = _merged(fields)
+    kind = given.pop("rope_type", "default")
+    theta = _number(fields, "rope_theta", given.pop("rope_theta", theta))
+    fraction = _number(fields, "partial_rotary_factor", given.pop("partial_rotary_factor", fraction))
+    if kind == "default":
+        _refuse_rest(fields, kind, given, set())
+        return Rope(theta, fraction, None)
+    if kind not in kinds:
+        fields.refuse(f"rope_type={kind}")
+    _refuse_rest(fields, kind, given, _KNOWN[kind])
+    return Rope(theta, fraction, _scaling(fields, kind, given, max_positions))
+
+
+def _merged(fields: Fields) -> dict[str, Any]:
+    """The settings of all places; a setting that two of them give differently is an error."""
+    places = {name: fields.take(name, default={}) for name in ("rope_parameters", "rope_scaling")}
+    for name, found in places.items():
+        if not isinstance(found, dict):
+            raise UserError(f"{fields.where}: {name}={found} is not an object; download the file again")
+        for key, value in found.items():
+            if isinstance(value, dict):
+                fields.refuse(f"{name}.{key} (rotary settings of its own)")
+    outer = ("rope_theta", "partial_rotary_factor")
+    places["config"] = {name: fields.take(name) for name in outer}
+    merged: dict[str, Any] = {}
+    for found in places.values():
+        for spelling, value in found.items():
+            key = "rope_type" if spelling == "type" else spelling
+            if value is not None and merged.setdefault(key, value) != value:
+                raise UserError(
+                    f"{fields.where}: {key}={merged[key]} and {key}={value} contradict each other (in rope_parameters, "
+                    "rope_scaling or beside them); remove one of them"
+                )
+    return merged
+
+
+def _scaling(fields: Fields, kind: str, given: dict[str, Any], max_positions: int) -> RopeScaling:
+    name = "original_max_position_embeddings"
+    original = int(_number(fields, name, given.get(name, max_positions)))
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    for name in needed:
+        if name not in given:
+            raise UserError(f"{fields.where}: rope_type={kind} has no {name}; download the file again")
+    factor = _number(fields, "factor", given["factor"])
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    if kind == "llama3":
+        low, high = (_number(fields, key, given[key]) for key in needed[1:])
+        return RopeScaling("llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
+    mscale, all_dim = (_number(fields, key, given.get(key) or 0.0) for key in ("mscale", "mscale_all_dim"))
+    attention = given.get("attention_factor")
+    if attention is None:
+        both = mscale and all_dim
+        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, all_dim) if both else yarn_mscale(factor, 1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original,
+        beta_fast=_number(fields, "beta_fast", given.get("beta_fast") or 32.0),
+        beta_slow=_number(fields, "beta_slow", given.get("beta_slow") or 1.0),
+        mscale_all_dim=all_dim,
+        attention_factor=_number(fields, "attention_factor", attention),
+        truncate=bool(given.get("truncate", True)),
+    )
+
+
+def _refuse_rest(fields: Fields, kind: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in sorted(given.keys() - known):
+        fields.refuse(f"{name}={given[name]} with rope_type={kind}")
+
+
+def _number(fields: Fields, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{fields.where}: a size is not a number ({name}={value}); download the file again")
+    return float(value)

@@ -1,0 +1,26 @@
+"""The `ModelSpec` of a tiny base model that is described by the config instead of a folder."""
+
+from __future__ import annotations
+
+from grpo_mega.config.schema import ArchitectureConfig
+from grpo_mega.models.spec import ModelSpec
+
+
+def recipe_spec(recipe: ArchitectureConfig, vocab_size: int = 1) -> ModelSpec:
+    """Of a base model that is yet to be made; the vocabulary is its tokenizer's, which rules do not look at."""
+    return ModelSpec(
+        family="qwen3",
+        num_layers=recipe.num_layers,
+        hidden_size=recipe.hidden_size,
+        ffn_size=recipe.ffn_size,
+        num_heads=recipe.num_heads,
+        num_kv_heads=recipe.num_kv_heads,
+        head_dim=recipe.head_dim,
+        vocab_size=vocab_size,
+        max_positions=recipe.max_positions,
+        rope_theta=10000.0,
+        norm_eps=1e-6,
+        tie_embeddings=recipe.tie_embeddings,
+        qkv_bias=False,
+        qk_norm=True,
+    )

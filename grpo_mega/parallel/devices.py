@@ -1,0 +1,24 @@
+"""GPUs of this machine as the NVIDIA driver lists them; needs neither torch nor NVML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+DRIVER_FOLDER = Path("/proc/driver/nvidia/gpus")  # exists where the NVIDIA driver is loaded
+
+
+def has_cuda_driver() -> bool:
+    """Return whether the NVIDIA driver is loaded on this machine."""
+    return DRIVER_FOLDER.is_dir()
+
+
+def num_driver_gpus() -> int:
+    """Return the number of GPUs that the driver lists, 0 without a driver."""
+    return len(list(DRIVER_FOLDER.iterdir())) if DRIVER_FOLDER.is_dir() else 0
+
+
+def num_visible_gpus(env: Mapping[str, str]) -> int:
+    """Return the number of GPUs left by CUDA_VISIBLE_DEVICES, which Slurm and users set."""
+    found, shown = num_driver_gpus(), env.get("CUDA_VISIBLE_DEVICES")
+    return found if shown is None else min(found, len([name for name in shown.split(",") if name.strip()]))

@@ -1,0 +1,103 @@
+"""Sizes of the policy's modules, counted from the modules themselves, on the meta device: nothing is allocated.
+
+A process without a process group builds, in a "fake" one, the smallest model that has every kind of layer of the real
+one. Asserted by tests/unit/policy/inspect/test_module_sizes.py, against the modules of whole models.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.interfaces import ModuleCounter, ModuleSizes, ParameterSize
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.build import init_groups
+from grpo_mega.policy.modules.policy_model import PolicyModel
+from grpo_mega.policy.transformer_config import build_models, transformer_config
+
+from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
+
+
+def module_counter(spec: ModelSpec) -> ModuleCounter:
+    """A `ModuleCounter` of this model."""
+    return functools.partial(module_sizes, spec)
+
+
+@functools.lru_cache(maxsize=256)
+def module_sizes(spec: ModelSpec, *, tp: int, ep: int, etp: int) -> ModuleSizes:
+    """Of one rank; all ranks of the two grids hold the same sizes.
+
+    Raises:
+        AssertionError: this process is a rank of a job.
+    """
+    sample, dense, experts = _sample(spec)
+    parallel = ParallelConfig(tp=tp, ep=ep, etp=etp, sequence_parallel=tp > 1)
+    (model,) = meta_models(sample, parallel, math.lcm(tp, ep * etp), 0)
+    found: dict[str, list[ParameterSize]] = {}
+    for name, parameter in model.named_parameters():
+        part, name = _part(name)
+        is_expert = not getattr(parameter, "allreduce", True)
+        found.setdefault(part, []).append(ParameterSize(name, tuple(parameter.shape), is_expert))
+    layers = {kind: tuple(found[f"layer {i}"]) for i, kind in enumerate(dense + experts)}
+    return ModuleSizes(
+        embedding=tuple(found["embedding"]),
+        dense_layer=layers.get("dense", ()),
+        moe_layer=layers.get("moe", ()),
+        final_norm=tuple(found["norm"]),
+        head=tuple(found.get("head", ())),
+    )
+
+
+def meta_models(spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank: int) -> list[PolicyModel]:
+    """The model chunks of one rank of a job, without memory."""
+    axes = parallel
+    topology = Topology(
+        world_size, tp=axes.tp, pp=axes.pp, cp=axes.cp, ep=axes.ep, etp=axes.etp, vpp=axes.vpp
+    )  # fmt: skip
+    ranks = Ranks(topology, topology.coordinates(rank), torch.device("meta"))
+    with _fake_group(ranks), torch.device("meta"):
+        config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
+        config.perform_initialization = False  # seconds of random numbers that nobody holds
+        return build_models(spec, config, parallel, ranks)
+
+
+def _sample(spec: ModelSpec) -> tuple[ModelSpec, list[str], list[str]]:
+    """A model with one layer of each kind, and the kinds."""
+    if spec.moe is None:
+        return replace(spec, num_layers=1), ["dense"], []
+    dense, experts = [["dense"], []][all(spec.moe.layers)], ["moe"]
+    layers = (False,) * len(dense) + (True,)
+    return replace(spec, num_layers=len(layers), moe=replace(spec.moe, layers=layers)), dense, experts
+
+
+def _part(name: str) -> tuple[str, str]:
+    """`decoder.layers.0.mlp.x` -> (layer 0, mlp.x)."""
+    if name.startswith("decoder.layers."):
+        _, _, layer, rest = name.split(".", 3)
+        return f"layer {layer}", rest
+    return {"embedding": "embedding", "decoder": "norm", "output_layer": "head"}[name.split(".")[0]], name
+
+
+@contextmanager
+def _fake_group(ranks: Ranks) -> Iterator[None]:
+    """Megatron's groups in a job of which this process plays one rank."""
+    # registers the backend "fake"
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "counting needs a process that is no rank of a job"
+    dist.init_process_group("fake", store=FakeStore(), rank=ranks.rank, world_size=ranks.topology.world_size)
+    try:
+        init_groups(ranks, 60.0)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,86 @@
+"""Which slice of which Hugging Face tensor every rank of a layout holds, from Megatron's real modules and no numbers.
+
+The modules of each pipeline stage are built on the meta device in a group of ranks that talk to nobody, so hundreds of
+ranks take seconds. What they hold is what `MegatronWeights` says, which loads, saves and syncs with it.
+Asserted by tests/e2e/test_check_mapping.py for DeepSeek-V3 on 512 ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.interfaces import HeldSlice
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.build import init_groups
+from grpo_mega.policy.transformer_config import bare_models, transformer_config
+from grpo_mega.policy.weight_source import MegatronWeights, weight_copies
+from grpo_mega.types import TensorSlice
+
+
+def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology) -> Iterator[tuple[int, HeldSlice]]:
+    """(rank, what it counts of what it holds) over the ranks of one copy of the model.
+
+    Call it in a process without process groups.
+    """
+    meta = torch.device("meta")
+    copy = weight_copies(topology)[0]
+    size = len(copy) // topology.pp
+    for stage in (copy[i : i + size] for i in range(0, len(copy), size)):
+        dist.init_process_group("fake", rank=stage[0], world_size=topology.world_size, store=FakeStore())
+        try:
+            init_groups(Ranks(topology, topology.coordinates(stage[0]), meta), 60)
+            everybody = dist.group.WORLD
+            assert everybody is not None, "made above"
+            with meta:
+                config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
+                models = bare_models(spec, config, parallel)
+            for rank in stage:  # the ranks of a stage have the same modules
+                ranks = Ranks(topology, topology.coordinates(rank), meta)
+                weights = MegatronWeights(models, spec, ranks, everybody, lambda: None)
+                yield from ((rank, held) for held in weights.shards() if held.counted)
+        finally:
+            dist.destroy_process_group()
+
+
+def faults_of_mapping(shapes: Mapping[str, tuple[int, ...]], held: Iterable[tuple[int, HeldSlice]]) -> list[str]:
+    """What keeps the slices from covering every element of every tensor exactly once; empty: nothing."""
+    boxes: dict[str, list[tuple[int, TensorSlice]]] = defaultdict(list)
+    faults: list[str] = []
+    for rank, each in held:
+        boxes[each.hf.name].append((rank, each.hf))
+        if tuple(each.view.shape) != each.hf.shape:
+            faults.append(f"{each.hf} is a region of shape {tuple(each.view.shape)} of a parameter on rank {rank}")
+    faults += [
+        f"{name} of no tensor of the checkpoint is on rank {boxes[name][0][0]}" for name in boxes.keys() - shapes
+    ]
+    for name, shape in shapes.items():
+        covered = sum(math.prod(box.shape) for _, box in boxes[name])
+        if covered != math.prod(shape):
+            faults.append(f"{name} of shape {shape} has {math.prod(shape)} elements, ranks hold {covered}")
+        faults += [f"{a} on rank {i} and {b} on rank {j} overlap" for i, a, j, b in _overlaps(boxes[name])]
+        inside = all(
+            o + n <= size for _, box in boxes[name] for o, n, size in zip(box.offsets, box.shape, shape, strict=True)
+        )
+        if not inside:
+            faults.append(f"{name} of shape {shape} is smaller than what ranks hold of it")
+    return faults
+
+
+def _overlaps(boxes: list[tuple[int, TensorSlice]]) -> Iterator[tuple[int, TensorSlice, int, TensorSlice]]:
+    """Pairs of neighbours in the order of offsets are enough: boxes of one tensor are cut along one axis."""
+    ordered = sorted(boxes, key=lambda item: item[1].offsets)
+    for (i, a), (j, b) in itertools.pairwise(ordered):
+        if all(
+            max(x, y) < min(x + m, y + n) for x, m, y, n in zip(a.offsets, a.shape, b.offsets, b.shape, strict=True)
+        ):
+            yield i, a, j, b

@@ -1,0 +1,95 @@
+"""The policy's state in Megatron's distributed checkpoint format, loadable at any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_mega.policy.build import MegatronParts
+from grpo_mega.policy.megatron_patches import cpu, fixes
+
+from megatron.core import dist_checkpointing, parallel_state  # isort: skip - after policy.build prepares the import
+from megatron.core.dist_checkpointing.serialization import (  # isort: skip
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isort: skip
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+
+# what `OptimizerConfig.load` overwrites and what belongs to the command, not to the checkpoint
+_FROM_CONFIG = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
+
+
+def save_weights(parts: MegatronParts, folder: Path, *, is_first: bool) -> None:
+    """Collective: the parameters alone, into a folder that is made by the first rank."""
+    cpu.install()
+    if is_first:
+        folder.mkdir()
+    torch.distributed.barrier()
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
+    dist_checkpointing.save({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
+
+
+def load_weights(parts: MegatronParts, folder: Path) -> None:
+    """Collective: the reverse, at any layout. The optimizer keeps what it has."""
+    cpu.install()
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
+    state = dist_checkpointing.load({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
+    _fill_models(parts, state["model"])
+
+
+def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any]) -> None:
+    """Collective; `extra` are plain values, equal on every rank."""
+    cpu.install()
+    state = _sharded_state(parts, is_loading=False) | {"extra": extra}
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
+    dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+
+
+def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
+    """Collective; returns `extra`."""
+    cpu.install()
+    groups = [{k: g[k] for k in _FROM_CONFIG if k in g} for g in parts.optimizer.param_groups]
+    strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
+    state = dist_checkpointing.load(_sharded_state(parts, is_loading=True), str(folder), sharded_strategy=strategy)
+    _fill_models(parts, state["model"])
+    with torch.no_grad():
+        parts.optimizer.load_state_dict(state["optimizer"])
+    for group, values in zip(parts.optimizer.param_groups, groups, strict=True):
+        group.update(values)
+    extra: dict[str, Any] = state["extra"]
+    return extra
+
+
+def _sharded_weights(parts: MegatronParts) -> dict[int, Any]:
+    """One entry for each model chunk."""
+    model = {}
+    for chunk, module in enumerate(parts.models):
+        tensors = module.sharded_state_dict(metadata=_metadata())
+        # modules' extra state (Transformer Engine's) is pickled; nothing that we need is in it
+        model[chunk] = {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
+    return model
+
+
+def _fill_models(parts: MegatronParts, states: dict[int, Any]) -> None:
+    for chunk, model in enumerate(parts.models):
+        model.load_state_dict(states[chunk], strict=False)
+
+
+def _sharded_state(parts: MegatronParts, *, is_loading: bool) -> dict[str, Any]:
+    model = _sharded_weights(parts)
+    with fixes.lent_steps(parts.optimizer):
+        optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
+    return {"model": model, "optimizer": optimizer}
+
+
+def _metadata() -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": "fully_reshardable", "dp_cp_group": _dp_group()}
+
+
+def _dp_group() -> Any:
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)

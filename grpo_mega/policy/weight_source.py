@@ -1,0 +1,184 @@
+"""The policy's weights as slices of Hugging Face tensors: loading them from files, listing them, streaming them whole.
+
+`load_from_hf` reads from the safetensors files only the slices that the rank holds. `MegatronWeights` is the
+`WeightSource` of a sync. Streaming sums integer views of zero-filled buckets over the ranks that hold one copy of the
+model: exactly one of them contributes each byte, so the sum is a bit-exact copy (also of -0.0 and NaN).
+Asserted by tests/parallel/test_weights.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.interfaces import HeldSlice
+from grpo_mega.models.parameter_tables import (
+    hf_shapes,
+    hf_shapes_aside,
+    is_expert_parameter,
+    keeps_float32,
+    number_expert,
+    parameter_placements,
+)
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy import fp8
+from grpo_mega.types import Placement
+
+
+def weight_copies(topology: Topology) -> list[list[int]]:
+    """The ranks of each copy of the whole model: of every pipeline stage, as few neighbours as hold all its dense
+    layers (tp ranks) and all its experts (etp x ep ranks)."""
+    stage, size = topology.world_size // topology.pp, _copy_size(topology)
+    return [
+        [pp_rank * stage + first + i for pp_rank in range(topology.pp) for i in range(size)]
+        for first in range(0, stage, size)
+    ]
+
+
+def weight_copy_group(ranks: Ranks) -> dist.ProcessGroup:
+    """Collective over all ranks: the group of this rank's copy of the model."""
+    mine: dist.ProcessGroup | None = None
+    for members in weight_copies(ranks.topology):
+        group: dist.ProcessGroup = dist.new_group(members)
+        if ranks.rank in members:
+            mine = group
+    assert mine is not None, "every rank belongs to one copy"
+    return mine
+
+
+def _copy_size(topology: Topology) -> int:
+    return math.lcm(topology.tp, topology.etp * topology.ep)
+
+
+class MegatronWeights:
+    """Which slices of which Hugging Face tensors this rank's parameters are."""
+
+    def __init__(
+        self,
+        models: Sequence[torch.nn.Module],
+        spec: ModelSpec,
+        ranks: Ranks,
+        group: dist.ProcessGroup,
+        settle: Callable[[], None],
+    ) -> None:
+        """`models`: this rank's chunks; `group`: the ranks of its copy of the model (`weight_copies`); `settle` is
+        called before weights are read (an update may leave its last gather to the next forward pass)."""
+        self._spec, self._ranks, self._group, self._settle = spec, ranks, group, settle
+        experts = spec.moe.num_experts // ranks.topology.ep if spec.moe is not None else 0
+        self._parameters: dict[str, Tensor] = {
+            name: p for model in models for name, p in _named_globally(model, ranks.at.ep_rank * experts)
+        }
+        self._shapes = hf_shapes(spec)
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor of the checkpoint."""
+        return self._shapes
+
+    def mirrored(self, tensor_of: Callable[[Tensor], Tensor]) -> MegatronWeights:
+        """The same slices of other tensors: `tensor_of` each parameter, of its shape and all of one dtype."""
+        other = copy.copy(self)
+        other._parameters = {name: tensor_of(parameter) for name, parameter in self._parameters.items()}
+        return other
+
+    def without(self, parameter: str) -> MegatronWeights:
+        """The same but for one parameter, which no checkpoint holds."""
+        other = copy.copy(self)
+        other._parameters = {name: p for name, p in self._parameters.items() if name != parameter}
+        return other
+
+    def load_from_hf(self, folder: Path) -> int:
+        """Fill every parameter; the padding of the vocabulary becomes zero. Returns the bytes of weights read."""
+        checkpoint = HfFiles(folder)
+        checkpoint.check(self._shapes, hf_shapes_aside(self._spec))
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                values = fp8.room_for(parameter)
+                for placement in self._placements(name):
+                    values[placement.local.index].copy_(checkpoint.read(placement.hf))
+                fp8.put(values, parameter)
+        checkpoint.close()
+        return checkpoint.bytes_read
+
+    def shards(self) -> Sequence[HeldSlice]:
+        """Views of this rank's parameters, of those in FP8 copies: ask anew after an update.
+
+        Of the ranks of one copy of the model each byte is counted by one: what several of them hold by the first, a
+        tied embedding where it embeds.
+        """
+        self._settle()
+        topology, held = self._ranks.topology, []
+        place = self._ranks.rank % (topology.world_size // topology.pp) % _copy_size(topology)
+        tied_copy = "output_layer.weight" if self._spec.tie_embeddings else ""
+        for name, parameter in self._parameters.items():
+            cut = topology.etp * topology.ep if is_expert_parameter(name) else topology.tp
+            values = fp8.values_of(parameter)
+            for placement in self._placements(name):
+                global_shape = self._shapes[placement.hf.name]
+                replicated = not is_expert_parameter(name) and placement.hf.shape == global_shape and topology.tp > 1
+                first = place < cut and (not replicated or self._ranks.at.tp_rank == 0)
+                view = values[placement.local.index]
+                held.append(HeldSlice(placement.hf, global_shape, view, first and name != tied_copy))
+        return held
+
+    def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the checkpoint, whole, in order, on every rank. A tensor is valid until the next bucket."""
+        mine: dict[str, list[HeldSlice]] = {}
+        for held in self.shards():
+            if held.counted:
+                mine.setdefault(held.hf.name, []).append(held)
+        for names in self._buckets(bucket_bytes):
+            bits = torch.zeros(sum(map(self._words, names)), dtype=torch.int64, device=self._ranks.device)
+            views = {
+                name: part.view(self._dtype_of(name))[: math.prod(self._shapes[name])].view(self._shapes[name])
+                for name, part in zip(names, bits.split([self._words(n) for n in names]), strict=True)
+            }
+            for name, view in views.items():
+                for held in mine.get(name, ()):
+                    view[held.hf.index].copy_(held.view)
+            if self._group.size() > 1:
+                dist.all_reduce(bits, group=self._group)
+            yield from views.items()
+
+    def _buckets(self, bucket_bytes: int) -> Iterator[list[str]]:
+        names: list[str] = []
+        filled = 0
+        for name in self._shapes:
+            size = 8 * self._words(name)
+            if names and filled + size > bucket_bytes:
+                yield names
+                names, filled = [], 0
+            names.append(name)
+            filled += size
+        yield names
+
+    def _words(self, name: str) -> int:
+        """Of 8 bytes: tensors start at whole ones."""
+        return -(-math.prod(self._shapes[name]) * self._dtype_of(name).itemsize // 8)
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if keeps_float32(name) else next(iter(self._parameters.values())).dtype
+
+    def _placements(self, parameter: str) -> list[Placement]:
+        split = not torch.cuda.is_available()
+        return parameter_placements(self._spec, parameter, self._ranks.topology, self._ranks.at, latent_split=split)
+
+
+def _named_globally(model: torch.nn.Module, first_expert: int) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and the routers' correction biases. Megatron numbers layers from 0 on every stage and experts from 0
+    on every rank; here both are counted from the model's first."""
+    layers = model.decoder.layers  # type: ignore[union-attr]
+    biases = ((name, bias) for name, bias in model.named_buffers() if name.endswith(".router.expert_bias"))
+    for name, parameter in (*model.named_parameters(), *biases):
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{layers[int(local)].layer_number - 1}.{rest}"  # type: ignore[index, union-attr]
+        yield number_expert(name, first_expert), parameter

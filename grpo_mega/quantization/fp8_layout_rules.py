@@ -1,0 +1,105 @@
+"""Does a layout leave the 128 x 128 blocks of an FP8 engine's weights whole, on the policy's ranks and on the engine's?
+
+By arithmetic, before a run starts. The engine's rules are those of vLLM 0.32 (quantization/utils/fp8_utils.py,
+`validate_fp8_block_shape` and `validate_fp8_block_shape_moe`): of a matrix that is cut over ranks each part is whole
+blocks; of matrices that are fused on one rank all but the last are.
+Asserted by tests/unit/quantization/test_fp8_layout_rules.py, against vLLM itself by tests/engine/test_vllm_fp8.py.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.models.parameter_tables import hf_shapes
+from grpo_mega.models.rank_slices import policy_slices
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.quantization.fp8_checkpoint import BLOCK, scale_slices
+from grpo_mega.types import UserError
+
+
+@dataclass(frozen=True)
+class EngineGrid:
+    """One engine: `tp` ranks cut each of `dp` copies of the attention. `experts_spread`: experts are whole on one rank
+    each, not cut over all."""
+
+    tp: int
+    dp: int = 1
+    experts_spread: bool = False
+
+
+def check_fp8_layout(
+    spec: ModelSpec, parallel: ParallelConfig, engine: EngineGrid, *, latent_split: bool, where: str
+) -> None:
+    """Of an engine whose key engine.fp8 is set.
+
+    Args:
+        spec: the model.
+        parallel: the policy's layout, which divides the model.
+        engine: its ranks, likewise.
+        latent_split: see `convert.families_layers.latent_attention`.
+        where: names the model in messages.
+
+    Raises:
+        UserError: names the key, the model's number and what would do.
+    """
+    if spec.moe is not None and spec.moe.gate is not None:
+        raise UserError(
+            f"engine.fp8: the experts of {where} are stacks with biases, which have no FP8 form; leave it out"
+        )
+    for name, rows, is_expert in _engine_rows(spec, engine):
+        if rows % BLOCK:
+            remedy = "use a smaller engine.tp" if engine.tp > 1 else "leave engine.fp8 out"
+            ranks = f"engine.tp={engine.tp}" + (f" and engine.dp={engine.dp}" if engine.dp > 1 else "")
+            if is_expert and not engine.experts_spread and engine.tp * engine.dp > 1:
+                remedy += f", or engine.ep={engine.tp * engine.dp}"
+            raise UserError(
+                f"engine.fp8 with {ranks}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
+                f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block; {remedy}"
+            )
+    check_policy_blocks(spec, parallel.tp, parallel.etp, latent_split=latent_split)
+
+
+def _engine_rows(spec: ModelSpec, engine: EngineGrid) -> Iterator[tuple[str, int, bool]]:
+    """(what, its size on a rank, is it the experts') of everything that must be whole blocks."""
+    tp = engine.tp
+    heads = spec.num_heads // tp
+    if spec.mla is not None:
+        if spec.mla.q_rank is not None:  # fused with the latent of keys and values
+            yield "q_lora_rank", spec.mla.q_rank, False
+        if tp > 1:
+            yield "query heads", heads * (spec.mla.nope_dim + spec.mla.rope_dim), False
+            yield "key and value heads", heads * (spec.mla.nope_dim + spec.mla.v_dim), False
+            yield "value heads", heads * spec.mla.v_dim, False
+    else:
+        yield "query heads", heads * spec.head_dim, False
+        yield "key-value heads", max(1, spec.num_kv_heads // tp) * spec.head_dim, False
+    if spec.moe is None or not all(spec.moe.layers):
+        yield "feed-forward size", spec.ffn_size // tp, False
+    if spec.moe is not None:
+        ways = 1 if engine.experts_spread else tp * engine.dp
+        yield "feed-forward size of each expert", spec.moe.expert_ffn_size // ways, True
+        if spec.moe.shared_ffn_size:  # which is not cut where copies with latent attention share the experts
+            whole = spec.mla is not None and engine.dp > 1 and engine.experts_spread
+            yield "feed-forward size of the shared expert", spec.moe.shared_ffn_size // (1 if whole else tp), False
+
+
+@functools.lru_cache(maxsize=64)
+def check_policy_blocks(spec: ModelSpec, tp: int, etp: int, *, latent_split: bool) -> None:
+    """Of the policy's ranks alone; `latent_split` as in `check_fp8_layout`. Stages and experts are alike but for their
+    number: one stage with one expert a rank is looked at.
+
+    Raises:
+        UserError: a rank would hold a part of a block (names tensor and block).
+    """
+    experts = spec.moe.num_experts if spec.moe is not None else 1
+    one_stage = ParallelConfig(tp=tp, etp=etp, ep=experts)
+    ranks = Topology(tp * etp * experts, tp=tp, etp=etp, ep=experts)
+    shapes = hf_shapes(spec)
+    for rank in range(max(tp, etp)):
+        slices = policy_slices(spec, one_stage, ranks, ranks.coordinates(rank), latent_split=latent_split)
+        for _ in scale_slices(shapes, slices):
+            pass

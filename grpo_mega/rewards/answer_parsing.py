@@ -1,0 +1,167 @@
+r"""Numbers in prose and LaTeX, read exactly: `$1,234.50` is 2469/2, never a float.
+
+Owns what a number looks like (docs/rewards.md lists the forms; tests/unit/rewards/builtin/test_gsm8k.py holds one test
+per form). Knows nothing about where in a completion the answer stands: that is `gsm8k.py`. All patterns are linear in
+the length of the text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+MAX_DIGITS = 100
+"""A longer run of digits is no answer: Python refuses to read thousands of digits, and no question asks for them."""
+
+BOXED_START = r"\boxed{"
+
+_CHARACTERS = str.maketrans(
+    {chr(0xFF10 + digit): str(digit) for digit in range(10)}  # fullwidth digits
+    | dict.fromkeys("\u2212\ufe63\uff0d", "-")  # minus signs
+    | dict.fromkeys("\u00a0\u2007\u2009\u202f", "\u2009")  # spaces that group digits: one of them stands for all
+    | dict.fromkeys("\u200b\u2060\ufeff", "")  # characters without width
+    | {"\uff0c": ",", "\uff0e": ".", "\uff0b": "+", "\u2044": "/", "\u00d7": "*", "\u22c5": "*", "\u2248": "="}
+    | {"\u00bd": " 1/2", "\u00bc": " 1/4", "\u00be": " 3/4", "\u2153": " 1/3", "\u2154": " 2/3"}
+    | {"\u2155": " 1/5", "\u2156": " 2/5", "\u2157": " 3/5", "\u2158": " 4/5", "\u215b": " 1/8"}
+)
+_LATEX: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"<<[^<>\n]*>>"), ""),  # GSM8K's calculator annotations
+    (re.compile(r"\\[dtc]?frac\s?\{([^{}]{1,40})\}\s?\{([^{}]{1,40})\}"), r" \1/\2"),
+    (re.compile(r"\\[dtc]?frac\s?([0-9])([0-9])"), r" \1/\2"),
+    (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|bf|rm)\b\s?"), ""),
+    (re.compile(r"\\(?:times|cdot)\b"), "*"),
+    (re.compile(r"\\(?:approx|equiv)\b"), "="),
+    (re.compile(r"\\(?:left|right|displaystyle)\b|\\!|\^\{?\\circ\}?|\u00b0"), ""),
+    (re.compile(r"\\[,;:>]|\\thinspace\b"), "\u2009"),
+    (re.compile(r"\\([$%#&_{} ])"), r"\1"),
+    (re.compile(r"\\[()\[\]]"), " "),
+)
+_MARKS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\*\*|__|`|~|\}|(?<![\^_])\{"), " "),  # markdown, and what LaTeX leaves over
+)
+_THIN_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:\u2009[0-9]{3})+(?![0-9])")
+_SPACED_GROUPS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])")
+_CURRENCY = r"(?:[$\u20ac\u00a3\u00a5\u20b9]|(?:USD|EUR|GBP|Rs\.?)(?=[\s0-9]))"
+_NOT_INSIDE = r"(?<![0-9A-Za-z^])(?<![0-9A-Za-z]_)(?<!\^\{)"  # no part of a word, an index or an exponent
+_RUN = rf"(?:{_NOT_INSIDE}(?<!\.)\.|{_NOT_INSIDE})[0-9][0-9.,:'\u2019_]*"
+_NUMBER = re.compile(
+    r"(?=[-+\u2013.0-9$\u20ac\u00a3\u00a5\u20b9UEGR])"  # what it can begin with: most positions end here
+    rf"(?P<sign>[-+\u2013][ ]?)?(?P<currency>{_CURRENCY}\s?)?(?P<inner_sign>[-+])?(?P<run>{_RUN})"
+    r"(?P<exponent>[eE][-+]?[0-9]{1,2}(?![0-9A-Za-z.])|\s?\*\s?10\s?\^\s?\{?\s?(?P<power>-?[0-9]{1,2})(?![0-9]))?"
+    rf"(?:(?P<mixed>[ ]{{1,2}}[0-9]{{1,9}}/[0-9]{{1,9}}(?![0-9.,/]))|\s?/\s?(?P<denominator>{_RUN}))?"
+)
+_SHAPE = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?")
+_SCALE = re.compile(r"\s{0,2}(?:(thousand|million|billion|trillion)s?\b|(k)\b)", re.IGNORECASE)
+_SCALES = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_GLUED = re.compile(r"\s?(?:[\^\u00b2\u00b3\u00b9!]|[eE][-+]?[0-9]|[-+*/\u00f7\u2013x]\s?[$\u20ac\u00a3]?\.?[0-9])")
+
+
+@dataclass(frozen=True)
+class FoundNumber:
+    """A number in a normalised text: `values` holds what it may mean, empty when its form is no number (`5:30`, `1/0`).
+
+    `4 million` may mean 4 (of the millions asked for) and 4,000,000.
+    """
+
+    start: int
+    end: int
+    values: frozenset[Fraction]
+
+
+def normalise(text: str) -> str:
+    """Unicode and LaTeX spellings turned into plain ASCII ones; digits grouped by thin spaces joined."""
+    if not text.isascii():
+        text = text.translate(_CHARACTERS)
+    for pattern, replacement in _LATEX if "\\" in text else _LATEX[:1]:
+        text = pattern.sub(replacement, text)
+    for pattern, replacement in _MARKS:
+        text = pattern.sub(replacement, text)
+    if "\u2009" in text:
+        text = _THIN_GROUPS.sub(lambda match: match.group().replace("\u2009", ""), text).replace("\u2009", " ")
+    return text
+
+
+def join_spaced_groups(text: str) -> str:
+    """`1 234 567` -> `1234567`. Only for a text that holds one answer: in prose, two numbers may stand side by side."""
+    return _SPACED_GROUPS.sub(lambda match: match.group().replace(" ", ""), text)
+
+
+def find_numbers(text: str, last: int | None = None) -> list[FoundNumber]:
+    """The numbers of a normalised text, from left to right; with `last`, only that many from its end."""
+    matches = list(_NUMBER.finditer(text))
+    return [_read(match, text) for match in (matches if last is None else matches[-last:])]
+
+
+def are_one_list(first: FoundNumber, second: FoundNumber, text: str) -> bool:
+    """Whether `second` follows so closely that both are one answer with two numbers (`3, 4`, `3 or 4`, `3 4`)."""
+    between = text[first.end : second.start].strip(" $")
+    return between in ("", ",", ";", "&", "or", "and", "to", "-", "\u2013", ", or", ", and", "/", ":")
+
+
+def boxed_contents(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}`, braces balanced; None when there is none or it is not closed."""
+    start = text.rfind(BOXED_START)
+    if start < 0:
+        return None
+    begin, depth = start + len(BOXED_START), 1
+    for match in re.compile(r"\\?[{}]").finditer(text, begin):
+        if match.group() == "{":
+            depth += 1
+        elif match.group() == "}":
+            depth -= 1
+            if depth == 0:
+                return text[begin : match.start()]
+    return None
+
+
+def _read(match: re.Match[str], text: str) -> FoundNumber:
+    run = match["run"].rstrip(".,:'\u2019_")
+    end = match.end() if match["denominator"] or match["mixed"] or match["exponent"] else match.start("run") + len(run)
+    sign_is_operator = match["sign"] is not None and _ends_a_term(text, match.start())
+    start = match.end("sign") if sign_is_operator else match.start()
+    none = FoundNumber(start, end, frozenset())
+    value = _plain(run)
+    if value is None or (_GLUED.match(text, end) is not None):
+        return none
+    if match["power"]:
+        value *= Fraction(10) ** int(match["power"])
+    elif match["exponent"]:
+        value *= Fraction(10) ** int(match["exponent"][1:])
+    if match["mixed"]:
+        numerator, denominator = (int(part) for part in match["mixed"].split("/"))
+        if denominator == 0 or value.denominator != 1:
+            return none
+        value += Fraction(numerator, denominator)
+    elif match["denominator"]:
+        stripped = match["denominator"].rstrip(".,:'\u2019_")
+        end -= len(match["denominator"]) - len(stripped)
+        divisor = _plain(stripped)
+        if not divisor or _GLUED.match(text, end) is not None:
+            return none
+        value /= divisor
+    outer = None if sign_is_operator or match["sign"] is None else match["sign"].strip()
+    if (outer in ("-", "\u2013")) != (match["inner_sign"] == "-"):
+        value = -value
+    scale = _SCALE.match(text, end)
+    if scale is None:
+        return FoundNumber(start, end, frozenset((value,)))
+    factor = _SCALES[(scale[1] or scale[2]).lower()]
+    return FoundNumber(start, scale.end(), frozenset((value, value * factor)))
+
+
+def _ends_a_term(text: str, position: int) -> bool:
+    """Whether what stands before `position` is an operand or a word, so that a sign there joins and negates nothing."""
+    before = text[max(0, position - 2) : position]
+    if not before.strip():
+        return False
+    glued = before[-1]
+    return glued.isalnum() or glued in ")]%" or (glued == " " and (before.strip()[-1:].isdigit() or before[0] in ")]"))
+
+
+def _plain(run: str) -> Fraction | None:
+    """`1,234.50`, `.5`, `007`; None for anything else (`1.2.3`, `5:30`, `12,34`)."""
+    if len(run) > MAX_DIGITS or _SHAPE.fullmatch(run) is None or not run:
+        return None
+    return Fraction(run.replace(",", ""))

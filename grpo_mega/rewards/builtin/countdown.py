@@ -1,0 +1,141 @@
+"""Reward `countdown`: an arithmetic expression over given numbers that makes the target.
+
+The reference is JSON, `{"target": 98, "numbers": [44, 19, 35]}`. The expression is read from the last
+`<answer>...</answer>`, else the last box, else the last line; what follows its `=` is dropped. It is evaluated here, in
+exact fractions, and never by Python: only numbers, `+ - * /`, their signs `x ÷ −` and brackets count.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections import Counter
+from fractions import Fraction
+
+from grpo_mega.rewards.answer_parsing import boxed_contents
+from grpo_mega.rewards.base import reward
+from grpo_mega.types import UserError
+
+_LONGEST_EXPRESSION = 300
+_DEEPEST_BRACKETS = 50
+_TOKEN = re.compile(r"\s*(?:([0-9]{1,12})|([-+*/()]))")
+_SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
+_LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", ""))
+
+
+def check_countdown_args(use_all: bool = True, valid_score: float = 0.0) -> None:
+    """Refuse values that `countdown` cannot work with.
+
+    Raises:
+        UserError: `use_all` is neither true nor false, or `valid_score` is not in [0, 1].
+    """
+    if not isinstance(use_all, bool):
+        raise UserError(f"use_all={use_all!r} is neither true nor false; use one of them")
+    if isinstance(valid_score, bool) or not isinstance(valid_score, int | float) or not 0 <= valid_score <= 1:
+        raise UserError(f"valid_score={valid_score!r} is not in [0, 1]; use for example 0.1")
+
+
+@reward(low=0.0, high=1.0, check_args=check_countdown_args)
+def countdown(prompt: str, completion: str, reference: str, use_all: bool = True, valid_score: float = 0.0) -> float:
+    """1 when the expression makes the target, `valid_score` when it only keeps to the numbers, else 0.
+
+    Args:
+        prompt: not looked at.
+        completion: its expression is extracted.
+        reference: JSON with `target` and `numbers`, whole numbers.
+        use_all: each number must be used exactly once; false: at most once.
+        valid_score: for an expression that uses the numbers as asked and makes something else.
+
+    Raises:
+        ValueError: the reference is no such JSON.
+    """
+    target, numbers = _task(reference)
+    expression = _expression(completion)
+    used = Counter(int(token) for token in re.findall(r"[0-9]{1,12}", expression))
+    if used != numbers if use_all else not used or used - numbers:
+        return 0.0
+    value = evaluate(expression)
+    if value is None:
+        return 0.0
+    return 1.0 if value == target else float(valid_score)
+
+
+def evaluate(expression: str) -> Fraction | None:
+    """Its value, exactly; None when it is no expression or divides by 0."""
+    tokens, position = [], 0
+    text = expression.rstrip()
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        if match is None:
+            return None
+        tokens.append(match[1] or match[2])
+        position = match.end()
+    try:
+        value, end = _sum(tokens, 0, 0)
+    except (IndexError, ValueError, ZeroDivisionError):
+        return None
+    return value if end == len(tokens) else None
+
+
+def _sum(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    value, at = _product(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in "+-":
+        operand, end = _product(tokens, at + 1, depth)
+        value, at = (value + operand if tokens[at] == "+" else value - operand), end
+    return value, at
+
+
+def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    value, at = _operand(tokens, at, depth)
+    while at < len(tokens) and tokens[at] in "*/":
+        operand, end = _operand(tokens, at + 1, depth)
+        value, at = (value * operand if tokens[at] == "*" else value / operand), end
+    return value, at
+
+
+def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
+    if depth > _DEEPEST_BRACKETS:
+        raise ValueError("too deep")
+    if tokens[at] in "+-":
+        value, end = _operand(tokens, at + 1, depth + 1)
+        return (-value if tokens[at] == "-" else value), end
+    if tokens[at] != "(":
+        return Fraction(int(tokens[at])), at + 1
+    value, end = _sum(tokens, at + 1, depth + 1)
+    if tokens[end] != ")":
+        raise ValueError("not closed")
+    return value, end + 1
+
+
+def _expression(completion: str) -> str:
+    """What is meant as the expression, in plain signs; empty when it is too long to be one."""
+    _, tag, tail = completion.rpartition("<answer>")
+    boxed = boxed_contents(completion)
+    if tag:
+        text = tail.partition("</answer>")[0]
+    elif boxed is not None:
+        text = boxed
+    else:
+        text = completion[-2 * _LONGEST_EXPRESSION :].rstrip().rpartition("\n")[2]
+    text = text.strip()[: 2 * _LONGEST_EXPRESSION].partition("=")[0]
+    for latex, plain in _LATEX:
+        text = text.replace(latex, plain)
+    return text.translate(_SIGNS) if len(text) <= _LONGEST_EXPRESSION else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _task(reference: str) -> tuple[int, Counter[int]]:
+    try:
+        task = json.loads(reference)
+        target, numbers = task["target"], task["numbers"]
+        whole = all(type(number) is int for number in (target, *numbers))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f'the reference {reference[:80]!r} is not {{"target": .., "numbers": [..]}}; correct the data'
+        ) from error
+    if not whole or not numbers:
+        raise ValueError(
+            f"the reference {reference[:80]!r} has a target or numbers that are not whole; correct the data"
+        )
+    return target, Counter(numbers)

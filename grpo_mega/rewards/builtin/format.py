@@ -1,0 +1,108 @@
+r"""Reward `format`: the completion has the shape that was asked for, whatever its answer is worth.
+
+Kinds: `gsm8k` (the last non-empty line is `#### <number>`, and there is no other `####`), `boxed` (exactly one
+`\boxed{...}`, closed and not empty), `think_answer` (`<think>...</think><answer>...</answer>` and nothing else),
+`think` (`<think>...</think>`, then an answer without tags), `tags` (the named ones in their order, and nothing around
+them), `regex` (`pattern` is found in the completion).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+
+from grpo_mega.rewards.answer_parsing import BOXED_START, boxed_contents
+from grpo_mega.rewards.base import reward
+from grpo_mega.types import UserError
+
+KINDS = ("gsm8k", "boxed", "think_answer", "think", "tags", "regex")
+
+_GSM8K_LINE = re.compile(r"#### [-+\u2212]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z")
+_TAG_NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
+
+
+def check_format_args(kind: str | None = None, pattern: str | None = None, tags: Sequence[str] | None = None) -> None:
+    """Refuse argument values that `answer_format` cannot work with.
+
+    Raises:
+        UserError: an unknown kind; a pattern or tags missing, superfluous or malformed.
+    """
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+    if (kind == "tags") != (tags is not None):
+        raise UserError(f"kind={kind!r} with tags={tags!r}; give both kind: tags and tags: [think, answer], or neither")
+    if tags is not None and (isinstance(tags, str) or not tags or not all(_is_tag_name(tag) for tag in tags)):
+        raise UserError(f"tags={tags!r} is no list of names; use for example [think, answer]")
+    if tags is not None and len(set(tags)) < len(tags):
+        raise UserError(f"tags={tags!r} names one of them twice; each stands in a completion exactly once")
+    if pattern is None:
+        if kind == "regex":
+            raise UserError("kind='regex' has no pattern; add pattern: <regular expression>")
+        return
+    if kind not in (None, "regex"):
+        raise UserError(f"pattern={pattern!r} would do nothing with kind={kind!r}; leave one of them out")
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise UserError(f"pattern={pattern!r} is no regular expression ({error}); correct it") from error
+
+
+@reward(low=0.0, high=1.0, check_args=check_format_args)
+def answer_format(
+    prompt: str,
+    completion: str,
+    reference: str,
+    kind: str | None = None,
+    pattern: str | None = None,
+    tags: Sequence[str] | None = None,
+) -> float:
+    """1 when the completion has the asked shape, else 0.
+
+    Args:
+        prompt: not looked at.
+        completion: judged.
+        reference: not looked at.
+        kind: `gsm8k`, `boxed`, `think_answer`, `think`, `tags` or `regex`; unset: `regex` with a pattern, `gsm8k`
+            without.
+        pattern: searched for anywhere in the completion; `^ $ .` as in Python's re (`(?s)`, `(?m)` work).
+        tags: names, for `tags`: `<a>...</a><b>...</b>`, each once, not empty, only white space between.
+    """
+    if pattern is not None:
+        return float(_compiled(pattern).search(completion) is not None)
+    if kind == "boxed":
+        contents = boxed_contents(completion)
+        return float(completion.count(BOXED_START) == 1 and contents is not None and contents.strip() != "")
+    if kind == "think_answer":
+        return float(_is_tagged(completion, ("think", "answer")))
+    if kind == "think":
+        thought, end, answer = completion.partition("</think>")
+        return float(_is_tagged(thought + end, ("think",)) and answer.strip() != "" and "think>" not in answer)
+    if tags is not None:
+        return float(_is_tagged(completion, tags))
+    lines = completion.rstrip().rsplit("\n", 1)
+    return float(completion.count("####") == 1 and _GSM8K_LINE.match(lines[-1].strip()) is not None)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+def _is_tag_name(tag: object) -> bool:
+    return isinstance(tag, str) and _TAG_NAME.fullmatch(tag) is not None
+
+
+def _is_tagged(completion: str, tags: Sequence[str]) -> bool:
+    """Whether it is these elements one after the other, none empty, with white space at most around them."""
+    rest = completion.strip()
+    if any(rest.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):
+        return False
+    for tag in tags:
+        if not rest.startswith(f"<{tag}>"):
+            return False
+        content, _, rest = rest.removeprefix(f"<{tag}>").partition(f"</{tag}>")
+        if not content.strip() or any(f"<{other}>" in content for other in tags):
+            return False
+        rest = rest.lstrip()
+    return rest == ""

@@ -1,0 +1,151 @@
+r"""Reward `gsm8k`: the completion's final answer is numerically the reference's.
+
+The final answer is, in this order: the last `#### x`; the last `\boxed{x}`; and, unless `strict`, the last
+"answer is x", else the last number of the completion. Values are compared as fractions, exactly: 0.5 is 1/2, 33.33 is
+not 100/3. What counts as a number is in `numbers.py`; a hedge (`#### 3 or 4`) is no answer.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from fractions import Fraction
+
+from grpo_mega.rewards.answer_parsing import (
+    BOXED_START,
+    are_one_list,
+    boxed_contents,
+    find_numbers,
+    join_spaced_groups,
+    normalise,
+)
+from grpo_mega.rewards.base import reward
+from grpo_mega.types import UserError
+
+MARKER = "####"
+
+_WINDOW = 160  # characters on either side of the last digit that are read in prose: more than a number is long
+_LEAD_IN = re.compile(
+    r"[\s*_$({\[\"':]*(?:(?:so|thus|the|final|correct|answer|is|are|total|=|:)[\s:*]+){0,6}[\s*_$({\[\"']*",
+    re.IGNORECASE,
+)
+_LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
+_ANSWER_PHRASE = re.compile(
+    r"(?:\b(?:the|final)|^\W{0,4})(?:\W{1,4}final| correct)?\s{0,2}answer(?: is\b|:)", re.I | re.M
+)
+_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
+_HEDGES = ("or", "-", "\u2013")
+_NO_ANSWER: frozenset[Fraction] = frozenset()
+
+
+def check_gsm8k_args(strict: bool = False) -> None:
+    """Refuse a `strict` that is neither true nor false.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if not isinstance(strict, bool):
+        raise UserError(f"strict={strict!r} is neither true nor false; use one of them")
+
+
+@reward(low=0.0, high=1.0, check_args=check_gsm8k_args)
+def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) -> float:
+    """1 when the final answers of completion and reference are numerically equal, else 0.
+
+    Args:
+        prompt: not looked at.
+        completion: its final answer is extracted.
+        reference: a worked solution that ends in `#### x`, or a bare answer.
+        strict: demand `#### x` or a box; a number in prose is then no answer.
+
+    Raises:
+        ValueError: the reference holds no number.
+    Source: the answer convention of GSM8K, arXiv:2110.14168.
+    Differs: also reads boxes and prose, and compares values, not strings.
+    """
+    expected = reference_values(reference)
+    return float(not expected.isdisjoint(final_values(completion, strict=strict)))
+
+
+@functools.lru_cache(maxsize=4096)
+def reference_values(reference: str) -> frozenset[Fraction]:
+    """What the reference's answer may mean, never empty.
+
+    Raises:
+        ValueError: it holds no number.
+    """
+    values = final_values(reference, strict=True) or _isolated(reference, words_may_lead=True)
+    if not values:
+        raise ValueError(f"the reference {reference[-80:]!r} ends in no number; correct the data or its answer_key")
+    return values
+
+
+def final_values(text: str, *, strict: bool) -> frozenset[Fraction]:
+    """What the final answer of `text` may mean; empty when it has none."""
+    marked = _after_last_marker(text)
+    if marked is not None:
+        return marked
+    if BOXED_START in text:
+        contents = boxed_contents(text)
+        if contents is not None:
+            return _isolated(contents, words_may_lead=True)
+    return _NO_ANSWER if strict else _in_prose(text)
+
+
+def _after_last_marker(text: str) -> frozenset[Fraction] | None:
+    """The values of the last `#### x`; None when every marker is a heading or stands alone."""
+    end = len(text)
+    while (start := text.rfind(MARKER, 0, end)) >= 0:
+        end = start
+        if start > 0 and text[start - 1] == "#":
+            continue
+        rest = text[start + len(MARKER) :][:2000].lstrip("#")
+        line, _, below = rest.lstrip().partition("\n")
+        if _LIST_HEADING.match(line) is not None and below.strip():
+            continue
+        answer = _marked(line, is_last_line=not below.strip())
+        if answer is not None:
+            return answer
+    return None
+
+
+def _marked(line: str, *, is_last_line: bool) -> frozenset[Fraction] | None:
+    plain = join_spaced_groups(normalise(line))
+    if _number_leads(plain) or (find_numbers(plain) and ("=" in plain or is_last_line)):
+        return _isolated(line, words_may_lead=is_last_line)
+    return None
+
+
+def _isolated(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
+    """The values of a text that is meant to hold the answer alone: a number, then perhaps a unit or a remark."""
+    plain = join_spaced_groups(normalise(text)).rpartition("=")[2]
+    numbers = find_numbers(plain)
+    if not numbers or (len(numbers) > 1 and are_one_list(numbers[0], numbers[1], plain)):
+        return _NO_ANSWER
+    if _LEAD_IN.fullmatch(plain, 0, numbers[0].start) is None and not (words_may_lead and len(numbers) == 1):
+        return _NO_ANSWER
+    return numbers[0].values
+
+
+def _in_prose(text: str) -> frozenset[Fraction]:
+    """The number of the last "answer is x", else the last number."""
+    phrases = [match.end() for match in _ANSWER_PHRASE.finditer(text)]
+    if phrases:
+        sentence = _SENTENCE_END.split(text[phrases[-1] : phrases[-1] + _WINDOW], maxsplit=1)[0]
+        if _number_leads(join_spaced_groups(normalise(sentence))):
+            return _isolated(sentence, words_may_lead=False)
+    if not text.isascii():
+        text = normalise(text)
+    last = max(text.rfind(digit) for digit in "0123456789")
+    if last < 0:
+        return _NO_ANSWER
+    plain = normalise(text[max(0, last - _WINDOW) : last + _WINDOW])
+    numbers = find_numbers(plain, last=2)
+    if not numbers or (len(numbers) > 1 and plain[numbers[-2].end : numbers[-1].start].strip(" $") in _HEDGES):
+        return _NO_ANSWER
+    return numbers[-1].values
+
+
+def _number_leads(plain: str) -> bool:
+    numbers = find_numbers(plain)
+    return bool(numbers) and _LEAD_IN.fullmatch(plain, 0, numbers[0].start) is not None

@@ -1,0 +1,188 @@
+"""Reward `proof`: Lean accepts the completion as a proof of the reference's statement.
+
+The reference is the statement up to and with its `:=` (or `:= by`); the completion's last fenced Lean block, else all
+of it, is the proof, with or without the statement repeated before it. Lean runs code while it checks, so it runs in the
+sandbox (sandbox.py). A proof counts when Lean ends without an error and says, for this theorem, that nothing but
+`axioms` was assumed: `sorry` is an axiom there. Words by which a text could define its own commands or tell Lean to
+run something are refused before.
+
+Asserted by tests/unit/rewards/builtin/test_lean_proof.py with a stand-in for Lean; docs/measurements/rewards.md says
+what a real one did.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.rewards.base import reward
+from grpo_mega.sandbox.sandbox import Limits, Sandbox, check_limits, require_isolation
+from grpo_mega.types import UserError
+
+AXIOMS = ("propext", "Classical.choice", "Quot.sound")
+"""Those of Lean's own logic."""
+
+_FILE = "Proof.lean"
+_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*(\w*)[ \t]*\r?$", re.MULTILINE)
+_NAME = re.compile(r"\b(?:theorem|lemma)\s+([^\s:({\[⦃]+)")
+_REFUSED = re.compile(
+    r"#|\b(?:abbrev|attribute|axiom|builtin_initialize|by_elab|class|constant|declare_syntax_cat|def|elab|elab_rules|end|"
+    r"eval|example|export|extern|implemented_by|import|include_str|inductive|infix|infixl|infixr|initialize|instance|IO|"
+    r"lemma|macro|macro_rules|mutual|namespace|native_decide|notation|opaque|postfix|prefix|run_cmd|run_elab|run_meta|"
+    r"run_tac|section|set_option|structure|syntax|theorem|universe|unsafe|variable)\b"
+)
+_LONGEST_PROOF = 50_000
+_MEGABYTE = 1 << 20
+
+
+def check_proof_args(
+    header: str = "",
+    lean: str = "lean",
+    lean_path: Sequence[str] = (),
+    axioms: Sequence[str] = AXIOMS,
+    seconds: float = 60.0,
+    memory_mb: int = 8192,
+    processes: int = 32,
+) -> None:
+    """Refuse values that `proof` cannot work with, and a machine without Lean or without isolation.
+
+    Raises:
+        UserError: names the argument, or what is missing.
+    """
+    if not isinstance(header, str):
+        raise UserError(f"header={header!r} is no text; write for example 'import Mathlib'")
+    check_limits(seconds, 60.0, memory_mb=memory_mb, processes=processes)
+    for name, texts in (("lean_path", lean_path), ("axioms", axioms)):
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{name}={texts!r} is no list of texts; write it as one")
+    for folder in lean_path:
+        if not os.path.isdir(folder):
+            raise UserError(f"lean_path: {folder!r} is no folder; name folders of compiled modules (.olean)")
+    try:
+        _toolchain(lean)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    require_isolation()
+
+
+def longest_seconds(seconds: float = 60.0, **_: object) -> float:
+    """How long one scoring may take by its own limit."""
+    return seconds
+
+
+@reward(low=0.0, high=1.0, check_args=check_proof_args, seconds=longest_seconds)
+def proof(
+    prompt: str,
+    completion: str,
+    reference: str,
+    header: str = "",
+    lean: str = "lean",
+    lean_path: Sequence[str] = (),
+    axioms: Sequence[str] = AXIOMS,
+    seconds: float = 60.0,
+    memory_mb: int = 8192,
+    processes: int = 32,
+) -> float:
+    """1 when Lean accepts the proof, else 0.
+
+    Args:
+        prompt: not looked at.
+        completion: its proof is extracted.
+        reference: the statement, a theorem with a name.
+        header: what stands before the statement: imports, open namespaces, definitions.
+        lean: the command, by name or path.
+        lean_path: folders of compiled modules that the header imports.
+        axioms: what may be assumed.
+        seconds: wall clock.
+        memory_mb: address space; Lean maps the modules that it imports.
+        processes: threads at the same time.
+
+    Raises:
+        ValueError: the reference names no theorem.
+        SandboxError: the isolation was lost; nothing was run.
+    """
+    name = _NAME.search(reference)
+    if name is None:
+        raise ValueError(f"the reference {reference[:80]!r} states no theorem; correct the data or its answer_key")
+    body = proof_of(completion, reference)
+    if not body.strip() or len(body) > _LONGEST_PROOF or _REFUSED.search(body):
+        return 0.0
+    indented = "\n".join("  " + line for line in body.strip("\n").splitlines())
+    before = f"{header}\n{reference.rstrip()}\n{indented}\n"
+    prefix = _toolchain(lean)
+    limits = Limits(cpu_seconds=math.ceil(seconds) * processes, memory_bytes=memory_mb * _MEGABYTE, processes=processes)
+    folders = [os.path.realpath(folder) for folder in lean_path]
+    with Sandbox(limits, [prefix, *folders]) as sandbox:
+        outcome = sandbox.run(
+            [f"{prefix}/bin/lean", "--json", _FILE],
+            seconds=seconds,
+            files={_FILE: f"{before}#print axioms {name[1]}\n"},
+            environment={"LEAN_PATH": os.pathsep.join(folders)},
+        )
+    line_number = before.count("\n") + 1
+    return float(outcome.succeeded and _assumes_only(outcome.stdout, line_number, name[1], frozenset(axioms)))
+
+
+def proof_of(completion: str, statement: str) -> str:
+    """The last fenced block of Lean, else everything; without the statement, if that is repeated."""
+    fences = list(_FENCE.finditer(completion))
+    text = completion
+    for opening, closing in zip(reversed(fences[:-1]), reversed(fences[1:]), strict=True):
+        if opening[1].lower() in ("", "lean", "lean4") and not closing[1]:
+            text = completion[opening.end() : closing.start()]
+            break
+    words = r"\s+".join(re.escape(word) for word in statement.split())
+    repeated = re.search(words, text)
+    return text[repeated.end() :] if repeated is not None else text
+
+
+def _assumes_only(output: str, line_number: int, name: str, axioms: frozenset[str]) -> bool:
+    """Whether the message at the last line says that the theorem follows from `axioms`."""
+    for line in output.splitlines():
+        try:
+            message: dict[str, Any] = json.loads(line)
+            said = str(message["data"]).strip()
+            if message["severity"] == "error":
+                return False
+            if message["pos"]["line"] != line_number:
+                continue
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return False
+        if said == f"'{name}' does not depend on any axioms":
+            return True
+        found = re.fullmatch(re.escape(f"'{name}' depends on axioms:") + r"\s*\[([^\]]*)\]", said)
+        if found is not None:
+            return {axiom.strip() for axiom in found[1].split(",")} <= axioms
+    return False
+
+
+@functools.cache
+def _toolchain(lean: str) -> str:
+    """The folder of the Lean that a command stands for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = shutil.which(lean) if isinstance(lean, str) else None
+    if found is None:
+        raise ValueError(
+            f"lean={lean!r} is no command on this machine; install Lean 4 (elan), or give the path of `lean`"
+        )
+    try:
+        said = subprocess.run([found, "--print-prefix"], capture_output=True, text=True, timeout=120, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ValueError(
+            f"lean={found!r} does not tell its folder ({error}); check that `lean --version` works"
+        ) from error
+    prefix = os.path.realpath(said.strip())
+    if not (Path(prefix) / "bin" / "lean").is_file():
+        raise ValueError(f"lean={found!r} says that it lives in {prefix!r}, which has no bin/lean; check the toolchain")
+    return prefix

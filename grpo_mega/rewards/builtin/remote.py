@@ -1,0 +1,122 @@
+"""Reward `remote`: values from a server of your own, many completions in one request.
+
+Two protocols. `rewards`: POST `{"rows": [{"prompt", "completion", "reference"}, ...]}`, answer `{"rewards": [0.5,
+...]}` in the same order, null where there is none. `classify`: a reward model that an engine serves in its pooling mode
+(vLLM's `/classify`): POST `{"model", "input": [prompt + completion, ...]}`, answer `{"data": [{"index", "probs": [..]},
+...]}`, of which the last probability counts (for two classes: of the second, for one: of the only one).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo_mega.rewards.base import batched_reward
+from grpo_mega.rewards.batched import BatchScorer, Row, ThreadedScorer
+from grpo_mega.rewards.http_client import Server, asks_server, check_server, sendable
+from grpo_mega.types import UserError
+
+PROTOCOLS = ("rewards", "classify")
+
+_LONGEST_TEXT = 200_000
+_CONCURRENCY = 4
+
+
+@asks_server(concurrency=_CONCURRENCY)
+def check_remote_args(
+    server: Server,
+    low: float = 0.0,
+    high: float = 1.0,
+    protocol: str = "rewards",
+    model: str | None = None,
+    batch_size: int = 16,
+) -> None:
+    """Refuse values that `remote` cannot work with, and a server that is not there.
+
+    Raises:
+        UserError: names the argument.
+    """
+    numbers = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
+    if not numbers or not low < high:
+        raise UserError(f"low={low!r} high={high!r} is no range; give two finite numbers with low < high")
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol={protocol!r} is unknown; use one of {', '.join(PROTOCOLS)}")
+    if (protocol == "classify") != (model is not None):
+        raise UserError(
+            f"protocol={protocol!r} with model={model!r}; classify needs the model's name, rewards has none"
+        )
+    if type(batch_size) is not int or not 1 <= batch_size <= 10_000:
+        raise UserError(f"batch_size={batch_size!r} is no whole number from 1 to 10000; use for example 16")
+    check_server(server)
+
+
+def declared_range(low: float = 0.0, high: float = 1.0, **_: object) -> tuple[float, float]:
+    """The range that the arguments promise."""
+    return low, high
+
+
+@batched_reward(low=0.0, high=1.0, check_args=check_remote_args, range_of=declared_range)
+@asks_server(concurrency=_CONCURRENCY)
+def remote(
+    server: Server,
+    low: float = 0.0,
+    high: float = 1.0,
+    protocol: str = "rewards",
+    model: str | None = None,
+    batch_size: int = 16,
+) -> BatchScorer:
+    """What the server says, in [low, high]; a value outside is a failed scoring.
+
+    Args:
+        server: requests are sent to its `url` as it is.
+        low: least value.
+        high: greatest value.
+        protocol: `rewards` or `classify`.
+        model: classify: the model's name on the server.
+        batch_size: completions of one request, at most; a request goes out as soon as there is one.
+    """
+    make, read = (_classify_body, _classified) if protocol == "classify" else (_rewards_body, _rewarded)
+
+    def score(rows: Sequence[Row]) -> Sequence[float | Exception]:
+        return server.ask("", make(rows, model), _with_length(read, len(rows)))
+
+    return ThreadedScorer(
+        score, batch_size=batch_size, concurrency=server.concurrency, wait_seconds=server.wait_seconds
+    )
+
+
+def _with_length(
+    read: Callable[[Any], list[float | Exception]], number: int
+) -> Callable[[Any], list[float | Exception]]:
+    def checked(answer: Any) -> list[float | Exception]:
+        values = read(answer)
+        if len(values) != number:
+            raise ValueError(f"{len(values)} values for {number} completions")
+        return values
+
+    return checked
+
+
+def _rewards_body(rows: Sequence[Row], model: str | None) -> dict[str, Any]:
+    names = ("prompt", "completion", "reference")
+    return {"rows": [{name: sendable(getattr(row, name), _LONGEST_TEXT) for name in names} for row in rows]}
+
+
+def _rewarded(answer: Any) -> list[float | Exception]:
+    return [_number(value) for value in answer["rewards"]]
+
+
+def _classify_body(rows: Sequence[Row], model: str | None) -> dict[str, Any]:
+    return {"model": model, "input": [sendable(row.prompt + row.completion, _LONGEST_TEXT) for row in rows]}
+
+
+def _classified(answer: Any) -> list[float | Exception]:
+    ordered = sorted(answer["data"], key=lambda item: item["index"])
+    return [_number(item["probs"][-1]) for item in ordered]
+
+
+def _number(value: object) -> float | Exception:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ValueError(f"the server gave {value!r}, no number")
+    return float(value)

@@ -1,0 +1,86 @@
+"""How often answers are right, from n samples per prompt: pass@1, pass@k and maj@k. Pure.
+
+Asserted by tests/unit/rollout/test_pass_at_k.py, against enumeration of all subsets in exact fractions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from grpo_mega.rewards.answer_parsing import boxed_contents
+from grpo_mega.rewards.builtin.gsm8k import final_values
+
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_MARKER = "####"
+_VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples, drawn without replacement, hold a right one.
+
+    Unbiased for the chance that one of k fresh samples is right, for every k <= n.
+
+    Raises:
+        ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+
+    Source: Chen et al., "Evaluating Large Language Models Trained on Code", arXiv:2107.03374, equation 1.
+    """
+    if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
+        raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} of them right, is not defined")
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def majority_at_k(answers: Sequence[Hashable | None], is_right: Sequence[bool], k: int) -> float:
+    """The chance that the most frequent answer of k samples is right: the mean over the n // k disjoint runs of k.
+
+    Unbiased: every run holds fresh samples of its own. A sample without an answer (None) has no vote. Where several
+    answers are equally frequent, each is chosen with the same chance; an answer is right as often as the samples that
+    gave it.
+
+    Args:
+        answers: the final answer of each sample, comparable by ==.
+        is_right: what the reward says of each.
+        k: votes, 1 <= k <= n.
+
+    Raises:
+        ValueError: k is out of range.
+
+    Source: self-consistency: Wang et al., arXiv:2203.11171.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"maj@{k} of {len(answers)} samples is not defined")
+    runs = [range(begin, begin + k) for begin in range(0, len(answers) - k + 1, k)]
+    return math.fsum(_majority([(answers[i], is_right[i]) for i in run]) for run in runs) / len(runs)
+
+
+def _majority(votes: Sequence[tuple[Hashable | None, bool]]) -> float:
+    counts = Counter(answer for answer, _ in votes if answer is not None)
+    if not counts:
+        return 0.0
+    most = max(counts.values())
+    chosen = [answer for answer, count in counts.items() if count == most]
+    return math.fsum(sum(right for answer, right in votes if answer == c) / most for c in chosen) / len(chosen)
+
+
+def final_answer(completion: str) -> Hashable | None:
+    r"""What a completion says in the end, for counting votes: what stands in its last `\boxed{x}`, else behind its last
+    `#### x`, else between its last <answer> tags; else its last number; else all of it; None when empty.
+
+    Numbers are compared by value, everything else as text. An expression with a variable is text.
+    """
+    marked = boxed_contents(completion)
+    if marked is None and _MARKER in completion:
+        marked = completion.rpartition(_MARKER)[2].partition("\n")[0]
+    if marked is None and (tagged := _ANSWER_TAG.findall(completion)):
+        marked = tagged[-1]
+    if marked is None:
+        return final_values(completion, strict=False) or _text(completion)
+    numbers = final_values(f"{_MARKER} {marked}", strict=True) if _VARIABLE.search(marked) is None else None
+    return numbers or _text(marked)
+
+
+def _text(answer: str) -> str | None:
+    return " ".join(answer.split()) or None

@@ -1,0 +1,4 @@
+"""Runs untrusted programs with limits on time, memory, files, network and system calls.
+
+Raises where isolation is unavailable; it never runs a program without it. Start reading at `sandbox.py`.
+"""

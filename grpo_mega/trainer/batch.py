@@ -1,0 +1,186 @@
+"""From the rollouts of a step to the microbatches of this rank: advantages, global denominators, packing.
+
+Pure arithmetic over what every rank has: all ranks compute the same plan and keep their own rows. Minibatches are cut
+by whole groups, each with its own denominators; all rows of a step, on all ranks, have the same length (the messages
+between pipeline stages have one shape).
+Asserted by tests/unit/trainer/test_batch.py.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from grpo_mega.config.schema import Config, TrainConfig
+from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.objective import Advantage, Objective
+from grpo_mega.types import Microbatch, Reward
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step.
+
+    The lists have one entry per rollout of the step. `rewards` are what the advantages were made of; `values` and
+    `returns`, per loss token, are there with a critic.
+    """
+
+    minibatches: list[list[Microbatch]]
+    advantages: list[Advantage]
+    rewards: list[float] = field(default_factory=list)
+    is_trained: list[bool] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)
+    returns: list[list[float]] = field(default_factory=list)
+
+    def with_advantages(self, advantages: Sequence[Advantage]) -> TrainBatch:
+        """Other advantages, one per rollout of the step, on the tokens of this rank's rows."""
+        minibatches = [
+            [replace(m, advantages=_on_tokens(m, advantages)) for m in minibatch] for minibatch in self.minibatches
+        ]
+        return replace(self, minibatches=minibatches, advantages=list(advantages))
+
+    def with_values(self, values: Sequence[list[float]], returns: Sequence[list[float]]) -> TrainBatch:
+        """What the critic says and should have said, one number per loss token of each rollout of the step."""
+        minibatches = [
+            [replace(m, old_values=_on_tokens(m, values), returns=_on_tokens(m, returns)) for m in minibatch]
+            for minibatch in self.minibatches
+        ]
+        return replace(self, minibatches=minibatches, values=list(values), returns=list(returns))
+
+    def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
+        """Attach [T] per microbatch, in the order of `microbatches`."""
+        rows = iter(range(len(self.microbatches)))
+        filled = []
+        for minibatch in self.minibatches:
+            part = []
+            for microbatch in minibatch:
+                i = next(rows)
+                part.append(
+                    replace(
+                        microbatch,
+                        old_log_probs=old[i] if old is not None else microbatch.old_log_probs,
+                        ref_log_probs=ref[i] if ref is not None else microbatch.ref_log_probs,
+                    )
+                )
+            filled.append(part)
+        return replace(self, minibatches=filled)
+
+    @property
+    def mean_advantages(self) -> list[float]:
+        """One number per rollout."""
+        return [statistics.fmean(a) if isinstance(a, list) else a for a in self.advantages]
+
+    @property
+    def microbatches(self) -> list[Microbatch]:
+        """All of them, one minibatch after the other."""
+        return [m for minibatch in self.minibatches for m in minibatch]
+
+    def completion_values(self, values: Sequence[Tensor]) -> dict[int, list[float]]:
+        """Rollout -> the values of its loss tokens, from [T] per microbatch."""
+        found: dict[int, list[float]] = {}
+        for row, microbatch in zip(values, self.microbatches, strict=True):
+            found |= unpack(row, microbatch)
+        return found
+
+
+def build_batch(
+    groups: SampledGroups,
+    rewards: Sequence[float],
+    train: TrainConfig,
+    objective: Objective,
+    *,
+    dp: int,
+    dp_rank: int,
+    shape: RowShape,
+    pad_id: int,
+) -> TrainBatch:
+    """Advantages, denominators and rows.
+
+    Args:
+        groups: all rollouts of the step.
+        rewards: one per rollout.
+        train: minibatches and the token budget of a row.
+        objective: makes advantages and weights. Advantages that need log-probs are set later (`with_advantages`).
+        dp: data-parallel ranks.
+        dp_rank: this one.
+        shape: what the layout wants of rows.
+        pad_id: any token id.
+    """
+    size = groups.group_size
+    shaped = objective.shaped(groups, rewards)
+    advantages = objective.advantages(groups, shaped)
+    lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]
+    spans = [
+        range(span.start * size, span.stop * size)
+        for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch)
+    ]
+    plans = [
+        plan_update([lengths[i] for i in ids], dp, train.max_tokens_per_microbatch, shape.microbatch_multiple)
+        for ids in spans
+    ]
+    rows = [[ids[i] for i in row] for ids, plan in zip(spans, plans, strict=True) for rank in plan for row in rank]
+    longest = max(sum(lengths[i] for i in row) for row in rows)
+    row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
+    minibatches = []
+    for ids, plan in zip(spans, plans, strict=True):
+        weights = dict(zip(ids, objective.token_weights(groups, ids), strict=True))
+        minibatches.append(
+            [
+                pack(
+                    [(ids[i], groups.rollouts[ids[i]]) for i in row],
+                    row_tokens=row_tokens,
+                    advantages=[advantages[ids[i]] for i in row],
+                    token_weights=[weights[ids[i]] for i in row],
+                    pad_id=pad_id,
+                    segment_multiple=shape.segment_multiple,
+                )
+                for row in plan[dp_rank]
+            ]
+        )
+    return TrainBatch(minibatches, advantages, shaped, objective.is_trained(groups))
+
+
+def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tensor:
+    """[T] from numbers per rollout of the step; 0 where there is no loss."""
+    values = torch.zeros_like(microbatch.advantages)
+    bounds = microbatch.cu_seqlens.tolist()
+    for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
+        positions = microbatch.loss_mask[begin:end].nonzero().squeeze(1) + begin
+        values[positions] = torch.tensor(per_rollout[rollout_id], dtype=values.dtype, device=values.device)
+    return values
+
+
+def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:
+    """The same rewards on other rollouts: what a run learns from them is not the task."""
+    values = [r.value for r in rewards]
+    random.Random(seed).shuffle(values)
+    return values
+
+
+def explain_batch(config: Config, topology: Topology) -> str:
+    """The arithmetic of a step in words, once at the start of a run."""
+    prompts, group, train = config.data.prompts_per_step, config.sampling.group_size, config.train
+    rollouts = prompts * group
+    updates = train.epochs_per_rollout * train.minibatches_per_epoch
+    spans = split_minibatches(prompts, train.minibatches_per_epoch)
+    sizes = " or ".join(str(size) for size in sorted({len(span) * group for span in spans}))
+    wave = config.sampling.prompts_per_wave or prompts
+    return "\n".join(
+        (
+            f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, {-(-prompts // wave)} wave(s) over "
+            f"{topology.num_replicas} engine replica(s) of {topology.engine_ranks} rank(s)",
+            f"updates: {train.epochs_per_rollout} epoch(s) x {train.minibatches_per_epoch} minibatch(es) = {updates} "
+            f"optimizer step(s) a step, {updates * train.steps} in all",
+            f"an update: {sizes} rollouts over {topology.dp} data-parallel rank(s), in rows "
+            f"of at most {train.max_tokens_per_microbatch} tokens",
+            f"its loss: {Objective(config.algorithm, config.sampling.max_tokens).describe(sizes)}, the same for every "
+            "layout",
+        )
+    )

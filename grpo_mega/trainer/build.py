@@ -1,0 +1,197 @@
+"""Builds the training job: policy, engine, weight sync, rewards and reporter of this rank."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from grpo_mega.checkpoint.export_hf import export_hf
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.config.schema import Config
+from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.engines.factory import make_engine
+from grpo_mega.engines.server.engine import ServerEngine
+from grpo_mega.interfaces import Engine, WeightSource
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.observe.atomic_files import to_json, write_atomically
+from grpo_mega.observe.log import quiet_libraries
+from grpo_mega.observe.memory import PhasePeaks, device_peak
+from grpo_mega.observe.progress import Progress
+from grpo_mega.observe.run_folder import RunFolder, RunState
+from grpo_mega.observe.summary import Evaluation, render
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.policy.critic import MegatronCritic
+from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rollout.dynamic_sampling import GroupSource
+from grpo_mega.rollout.evaluator import Evaluator
+from grpo_mega.trainer.batch import explain_batch
+from grpo_mega.trainer.build_rollout import make_sampler, start_workers
+from grpo_mega.trainer.loop import Job, push_weights, train
+from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.phases import Phases
+from grpo_mega.trainer.reporter import Observer
+from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
+from grpo_mega.weight_sync.fp8_report import fp8_report, in_words
+from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync, nobody_to_tell
+
+log = logging.getLogger("grpo_mega.trainer.run")
+
+
+@dataclass(frozen=True)
+class BuiltJob:
+    """A job with what it needs before and after the loop."""
+
+    job: Job
+    run_state: RunState
+    model_folder: Path
+    state: LoopState
+    policy: MegatronPolicy
+
+    def run(self) -> None:
+        """First sync and evaluation, the loop, last evaluation, export, summary."""
+        job, observer = self.job, self.job.observer
+        try:
+            first = push_weights(job, self.state)
+            known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
+            before = None if known or self.state.step else self._evaluate()
+            if observer is not None:
+                observer.started(first.policy_digest, before)
+            train(job, self.state)
+            after = self._evaluate()
+            if job.config.checkpoint.export_hf:
+                export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
+            if observer is not None:
+                observer.finished(after)
+        except BaseException as error:
+            if observer is not None:
+                observer.failed(error)
+            raise
+        if observer is not None:
+            log.info("%s", render(observer.summary, self.run_state.folder.path))
+
+    def _evaluate(self) -> Evaluation | None:
+        if self.job.evaluator is None:
+            return None
+        with self.job.phases.sampling(), self.job.timers.phase("evaluation"):
+            return self.job.evaluator.evaluate()
+
+
+@contextmanager
+def building(
+    config: Config,
+    ranks: Ranks,
+    run: RunState,
+    model_folder: Path,
+    prompts: PromptDataset,
+    held_out: PromptDataset | None,
+) -> Iterator[BuiltJob]:
+    """Everything that a rank needs, closed in the reverse order."""
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
+        measured = ranks.is_first and config.observe.memory_peaks
+        peaks = PhasePeaks(device_peak(ranks.device.type) if measured else None)
+
+        def on_phase(name: str) -> None:
+            peaks.phase(name)
+            if progress is not None:
+                progress.phase(name)
+
+        timers = PhaseTimer(on_phase)
+        with timers.phase("start"):
+            spec = read_spec(model_folder)
+            objective = Objective(config.algorithm, config.sampling.max_tokens)
+            workers = start_workers(config, ranks, stack)
+            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=objective.needs_reference)
+            critic = MegatronCritic(config, spec, model_folder, ranks) if objective.needs_critic else None
+            checkpoints = CheckpointManager(
+                run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first, critic=critic
+            )
+            state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
+            state = state.over(prompts.digest, same_run=run.status == "continued")
+            engine = make_engine(config, model_folder, run.folder.logs)
+            stack.callback(engine.close)
+            quiet_libraries()
+            sync = make_sync(config, policy, engine, ranks)
+            if config.weight_sync.fp8_report:
+                report_fp8(config, policy, run.folder, is_first=ranks.is_first)
+            sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
+        answer = build_rewards(config.reward.terms)[0]
+        evaluator = Evaluator(
+            sampler,
+            held_out.sets if held_out is not None else (),
+            config.evaluation,
+            config.evaluation.max_tokens or config.sampling.max_tokens,
+            config.run.seed,
+            answer.name,
+            answer.high,
+        )
+        observer = None
+        if progress is not None:
+            observer = Observer(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
+            stack.callback(observer.close)
+            progress.note(explain_batch(config, ranks.topology))
+        job = Job(
+            config=config,
+            ranks=ranks,
+            groups=GroupSource(sampler, prompts, config),
+            pad_id=0,
+            policy=policy,
+            critic=critic,
+            objective=objective,
+            phases=Phases(engine, policy, critic, engine_elsewhere=config.engine.placement == "server"),
+            sync=sync,
+            checkpoints=checkpoints,
+            evaluator=evaluator if held_out is not None else None,
+            timers=timers,
+            observer=observer,
+        )
+        yield BuiltJob(job, run, model_folder, state, policy)
+
+
+def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ranks) -> WeightSync:
+    """Connects the two ends; the groups of the engine replicas are made here, by all ranks in the same order."""
+    replicas = [ranks.topology.replica_ranks(i) for i in range(ranks.topology.num_replicas)]
+    groups = [dist.new_group(members) for members in replicas]
+    settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
+    where, world, announce = ranks.topology.describe(ranks.rank), None, nobody_to_tell
+    source, full_tensors = policy_end(config, policy)
+    if isinstance(engine, ServerEngine):
+        world = engine.meet(source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport)
+        replicas, announce = engine.replicas, engine.announce
+    return WeightSync(
+        source,
+        full_tensors,
+        engine.sink,
+        source_group=policy.model_parallel_group,
+        replicas=replicas,
+        replica_group=groups[ranks.at.replica],
+        settings=settings,
+        where=where,
+        world=world,
+        announce=announce,
+    )
+
+
+def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, FullTensors]:
+    """What the policy gives to a sync, slice by slice and whole: its weights, or their FP8 codes and scales."""
+    if config.engine.fp8_weights != "codes":
+        return policy.source, policy.full_tensors
+    power_of_two = config.engine.fp8 == "scales_power_of_two"
+    coded = fp8_tensors(policy.full_tensors, power_of_two=power_of_two)
+    return Fp8Source(policy.source, power_of_two=power_of_two), coded
+
+
+def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_first: bool) -> None:
+    """Collective: fp8_report.json of the run, and a table in the log."""
+    power_of_two = config.engine.fp8 == "scales_power_of_two"
+    report = fp8_report(policy.source, policy.model_parallel_group, power_of_two=power_of_two)
+    if is_first:
+        write_atomically(folder.fp8_report, to_json(report, indent=2))
+        log.info("what FP8 does to the policy's matrices:\n%s", "\n".join(in_words(report)))

@@ -1,0 +1,89 @@
+"""Puts the sampling side of a job together: reward and environment processes, the engine, and who speaks for whom."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+
+from grpo_mega.config.schema import Config
+from grpo_mega.data.chat import ResultText, load_tokenizer, token_ends
+from grpo_mega.environments.base import build_environment
+from grpo_mega.environments.pool import EnvironmentPool
+from grpo_mega.interfaces import Engine
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.rollout.multi_turn import TurnTaking, any_within, share_within
+from grpo_mega.rollout.sampler import Generator, Sampler
+from grpo_mega.types import Reward
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The processes of one share of the prompts, on its first rank; None on the others, and without an environment."""
+
+    rewards: RewardPool | None = None
+    environments: EnvironmentPool | None = None
+
+
+def start_workers(config: Config, ranks: Ranks, stack: ExitStack) -> Workers:
+    """Before the engine takes the memory; `stack` ends them."""
+    if ranks.at.engine_tp_rank != 0:
+        return Workers()
+    reward, environment = config.reward, config.environment
+    rewards = RewardPool(reward.terms, workers=reward.workers, timeout_seconds=reward.timeout_seconds)
+    stack.enter_context(rewards)
+    if environment is None:
+        return Workers(rewards)
+    environments = EnvironmentPool(
+        environment, workers=environment.workers, timeout_seconds=environment.timeout_seconds
+    )
+    return Workers(rewards, stack.enter_context(environments))
+
+
+def make_sampler(
+    config: Config, engine: Engine, workers: Workers, ranks: Ranks, timers: PhaseTimer, model_folder: Path
+) -> Sampler:
+    """Collective, where replicas have several ranks and an environment answers."""
+    generator: Generator = engine
+    if config.environment is not None:
+        generator = _turn_taking(config, engine, workers, ranks, model_folder)
+    ends_of = None
+    if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled: values of rollouts
+        ends_of = partial(token_ends, load_tokenizer(model_folder))
+    per_wave = config.sampling.prompts_per_wave
+    return Sampler(generator, workers.rewards, ranks, timers, per_wave, _floor(config), ends_of)
+
+
+def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path) -> TurnTaking:
+    environment, topology = config.environment, ranks.topology
+    assert environment is not None
+    group = together = None
+    if topology.share_size > 1:
+        groups = [dist.new_group(topology.share_ranks(i)) for i in range(topology.num_shares)]
+        group = groups[ranks.at.share]
+    if topology.engine_ranks > topology.share_size:
+        groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
+        together = groups[ranks.at.replica]
+    stop = environment.stop if environment.stop is not None else build_environment(environment).stop
+    return TurnTaking(
+        engine,
+        workers.environments,
+        ResultText(load_tokenizer(model_folder), environment.before, environment.after),
+        stop=stop,
+        max_turns=environment.max_turns,
+        share=share_within(group, topology.share_ranks(ranks.at.share)[0]),
+        any_goes_on=any_within(together),
+    )
+
+
+def _floor(config: Config) -> Reward:
+    """What a rollout earns whose environment failed: the least of every term."""
+    terms = build_rewards(config.reward.terms)
+    value = sum(term.weight * term.low for term in terms)  # as a reward counts that fails
+    return Reward(value, {term.name: term.low for term in terms}, ("environment",))

@@ -1,0 +1,229 @@
+"""The loop: sample, score, advantage, train, sync; on every rank the same program.
+
+Everything that differs between backends, precisions and algorithms is inside the objects of a `Job`. A step is a pure
+function of the weights, the optimizer's state, and (run.seed, step): that is what makes a resumed run the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.config.schema import Config, OptimizerConfig
+from grpo_mega.data.pack import RowShape
+from grpo_mega.interfaces import Critic, Policy, TokenLoss
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.stop_signal import Stopped, stop_wanted
+from grpo_mega.rollout.dynamic_sampling import GroupSource
+from grpo_mega.rollout.evaluator import Evaluator
+from grpo_mega.rollout.sampler import SampledGroups, derived_seed
+from grpo_mega.trainer.batch import TrainBatch, build_batch, shuffled_rewards
+from grpo_mega.trainer.objective import Objective
+from grpo_mega.trainer.phases import Phases
+from grpo_mega.trainer.reporter import Observer
+from grpo_mega.trainer.step_metrics import StepResult
+from grpo_mega.types import UpdateStats
+from grpo_mega.weight_sync.sync import SyncReport, WeightSync
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run on this rank. `observer` is None but on rank 0, `evaluator` where nothing is held out, `critic` where
+    advantages are relative to rollouts and not to what a model expects."""
+
+    config: Config
+    ranks: Ranks
+    groups: GroupSource
+    pad_id: int
+    policy: Policy
+    critic: Critic | None
+    objective: Objective
+    phases: Phases
+    sync: WeightSync
+    checkpoints: CheckpointManager
+    evaluator: Evaluator | None
+    timers: PhaseTimer
+    observer: Observer | None
+
+
+def train(job: Job, state: LoopState) -> LoopState:
+    """From `state` to `train.steps`; the engines must hold the policy's weights.
+
+    Raises:
+        Stopped: on every rank, after a step with its checkpoint, when one of them has been asked to stop.
+    """
+    config, timers = job.config, job.timers
+    for step in range(state.step + 1, config.train.steps + 1):
+        timers.start_step()
+        with job.phases.sampling(), timers.phase("rollout"):
+            groups = job.groups.sample(step)
+        objective = job.objective.at(state.kl_coef)
+        with job.phases.training():
+            batch = make_batch(job, objective, groups, step)
+            with timers.phase("log_probs"):
+                batch = with_log_probs(job, objective, batch)
+            batch, critic_updates = learn_values(job, objective, batch, groups, state.policy_version)
+            with timers.phase("train"):
+                batch, updates = update(job, objective.loss(), batch, state.policy_version)
+                update_reference_if_due(job, step)
+            old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
+        state = state.after(step, len(updates), objective.next_kl_coef(updates))
+        synced = push_weights(job, state)
+        evaluate_if_due(job, step)
+        stopping = step < config.train.steps and stop_wanted(job.ranks)
+        with timers.phase("checkpoint"):
+            every = 1 if stopping else config.checkpoint.every
+            staged = job.checkpoints.stage_if_due(job.policy, state, every, config.train.steps)
+        if job.observer is not None:
+            job.observer.step(
+                StepResult(
+                    step,
+                    groups,
+                    batch,
+                    old_log_probs,
+                    updates,
+                    synced,
+                    objective.algorithm.kl_coef,
+                    critic_updates,
+                    state_bytes(job),
+                )
+            )
+        if staged is not None:
+            job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
+        if stopping:
+            raise Stopped(f"stopped after step {step}, whose checkpoint is complete; the same command continues")
+    return state
+
+
+def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
+    """Advantages, global denominators, and this rank's packed rows."""
+    rewards = [r.reward for r in groups.rollouts]
+    shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
+    values = shuffled_rewards(rewards, shuffle_seed) if job.config.reward.shuffle else [r.value for r in rewards]
+    return build_batch(
+        groups,
+        values,
+        job.config.train,
+        objective,
+        dp=job.ranks.topology.dp,
+        dp_rank=job.ranks.at.dp_rank,
+        shape=RowShape.of(job.config.parallel, job.config.precision),
+        pad_id=job.pad_id,
+    )
+
+
+def with_log_probs(job: Job, objective: Objective, batch: TrainBatch) -> TrainBatch:
+    """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
+    ref = None
+    if objective.needs_reference:
+        with job.policy.reference():
+            ref = job.policy.log_probs(batch.microbatches)
+    updates = job.config.train.epochs_per_rollout * len(batch.minibatches)
+    old = None
+    if updates > 1 or objective.kl_in_reward:
+        old = job.policy.log_probs(batch.microbatches)
+    return batch.with_log_probs(old=old, ref=ref)
+
+
+def learn_values(
+    job: Job, objective: Objective, batch: TrainBatch, groups: SampledGroups, policy_version: int
+) -> tuple[TrainBatch, list[UpdateStats]]:
+    """The advantages that need log-probs or values, and the critic's updates on this batch."""
+    kl = None
+    if objective.kl_in_reward:
+        kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
+    if job.critic is None:
+        return (batch if kl is None else batch.with_advantages(objective.advantages(groups, batch.rewards, kl))), []
+    with job.phases.valuing(), job.timers.phase("critic"):
+        values = gather_by_rollout(job, batch, job.critic.values(batch.microbatches) or ())
+        estimates = objective.estimates(groups, batch.rewards, values, kl)
+        batch = batch.with_advantages(estimates.advantages).with_values(values, estimates.returns)
+        loss, stats = objective.value_loss(), list[UpdateStats]()
+        for _ in range(job.config.train.epochs_per_rollout):
+            for minibatch in batch.minibatches:
+                rate = objective.critic_rate(learning_rate(job.config.optimizer, policy_version + len(stats)))
+                stats.append(job.critic.update(minibatch, loss, rate))
+    return batch, stats
+
+
+def state_bytes(job: Job) -> dict[str, int]:
+    """What this rank trains with, in bytes."""
+    learners = {"policy": job.policy, "critic": job.critic}
+    return {
+        f"{name}_{part}": size
+        for name, learner in learners.items()
+        if learner is not None
+        for part, size in learner.state_bytes().items()
+    }
+
+
+def update(job: Job, loss: TokenLoss, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
+    """All optimizer steps on this batch; the batch comes back with its `old_log_probs`."""
+    stats: list[UpdateStats] = []
+    before: list[Tensor] | None = None
+    for _ in range(job.config.train.epochs_per_rollout):
+        for minibatch in batch.minibatches:
+            rate = learning_rate(job.config.optimizer, policy_version + len(stats))
+            stat, before = job.policy.update(minibatch, loss, rate)
+            stats.append(stat)
+    return (batch.with_log_probs(old=before, ref=None) if len(stats) == 1 else batch), stats
+
+
+def update_reference_if_due(job: Job, step: int) -> None:
+    """Every `algorithm.ref_update_every` steps the policy becomes the reference."""
+    every = job.config.algorithm.ref_update_every
+    if every and step % every == 0:
+        job.policy.update_reference()
+
+
+def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
+    """Linear from lr / warmup_updates up to lr, then constant or, with decay_updates, linear down to min_lr."""
+    warmup, decay = optimizer.warmup_updates, optimizer.decay_updates
+    if updates_done < warmup:
+        return optimizer.lr * (updates_done + 1) / warmup
+    if decay is None:
+        return optimizer.lr
+    remaining = max(0.0, (decay - updates_done) / (decay - warmup))
+    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
+
+
+def push_weights(job: Job, state: LoopState) -> SyncReport:
+    """Bring the engines to `state.policy_version`, proven as `weight_sync.verify` says."""
+    verify = job.config.weight_sync.verify
+    with job.phases.syncing(), job.timers.phase("sync"):
+        return job.sync.push(
+            state.policy_version, verify=verify == "every" or (verify == "first" and not job.sync.count)
+        )
+
+
+def evaluate_if_due(job: Job, step: int) -> None:
+    """Every `evaluation.every` steps; both ends of the run are evaluated outside of the loop."""
+    every = job.config.evaluation.every
+    if job.evaluator is not None and every is not None and step % every == 0 and step < job.config.train.steps:
+        with job.phases.sampling(), job.timers.phase("evaluation"):
+            evaluation = job.evaluator.evaluate()
+        if job.observer is not None:
+            job.observer.evaluated(evaluation)
+
+
+def gather_by_rollout(job: Job, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
+    """`values` [T] per microbatch as lists per rollout of the step, on every rank."""
+    mine: dict[int, list[float]] = {}
+    if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):
+        mine = batch.completion_values(_present(values))
+    parts: list[dict[int, list[float]]] = [mine]
+    if job.ranks.topology.world_size > 1:
+        parts = [{} for _ in range(job.ranks.topology.world_size)]
+        dist.all_gather_object(parts, mine)
+    found = {key: value for part in parts for key, value in part.items()}
+    return [found[i] for i in range(len(batch.advantages))]
+
+
+def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
+    assert all(v is not None for v in values), "the last stage has log-probs of every microbatch"
+    return [v for v in values if v is not None]

@@ -1,0 +1,72 @@
+"""Builds a `Job` from a checked config, runs it from its newest checkpoint to its end, and says what was gained."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.config.load import resolved
+from grpo_mega.config.schema import Config
+from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.observe.log import configure_logging
+from grpo_mega.observe.run_folder import RunState, open_run
+from grpo_mega.observe.run_lock import run_lock
+from grpo_mega.observe.summary import render
+from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
+from grpo_mega.parallel.stop_signal import Stopped
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.tiny_base.train import model_folder_of
+from grpo_mega.trainer.build import building, log
+
+
+def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out: PromptDataset | None) -> None:
+    """Collective: every rank of the job calls it."""
+    rank = int(os.environ["RANK"])
+    coordinates = topology.describe(rank).partition(" | ")[2]
+    configure_logging(rank, coordinates)
+    folder = model_folder_of(config)
+    torch.use_deterministic_algorithms(config.run.deterministic)
+    ranks = init_ranks(topology, config.guard.timeout_seconds)
+    try:
+        with ExitStack() as held:
+            run = agreed(lambda: _open(config, held), ranks)
+            if run.status == "finished":
+                _say_finished(run, ranks)
+                return
+            configure_logging(rank, coordinates, run.folder.logs)
+            if run.checkpoint is not None and run.status == "continued":
+                log.info("continuing from %s", run.checkpoint)
+            with building(config, ranks, run, folder, prompts, held_out) as built:
+                try:
+                    built.run()
+                except Stopped:
+                    dist.barrier()  # rank 0's summary is on disk before the first rank leaves
+                    raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _open(config: Config, held: ExitStack) -> RunState:
+    """On rank 0; nobody else may write into the folder until `held` is closed."""
+    held.enter_context(run_lock(Path(str(config.run.dir))))
+    return open_run(
+        Path(str(config.run.dir)),
+        resolved(config),
+        overwrite=config.run.overwrite,
+        train_steps=config.train.steps,
+        resume=config.checkpoint.resume,
+    )
+
+
+def _say_finished(run: RunState, ranks: Ranks) -> None:
+    if ranks.is_first and run.previous is not None:
+        sys.stdout.write(render(run.previous, run.folder.path) + "\n")
+        sys.stdout.write(
+            f"{run.folder.path} is finished; run.overwrite=true starts it again and moves this folder aside, a higher "
+            "train.steps continues it\n"
+        )

@@ -1,0 +1,162 @@
+"""The numbers of one step, from what the loop has in hand. Pure."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import compress, repeat
+
+from grpo_mega.data.expert_records import widened
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.types import Reward, Rollout, UpdateStats
+from grpo_mega.weight_sync.sync import SyncReport
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves behind, the same on every rank but for `state_bytes`. `old_log_probs`: one list per
+    rollout. `critic_updates` is empty without a critic."""
+
+    step: int
+    groups: SampledGroups
+    batch: TrainBatch
+    old_log_probs: list[list[float]]
+    updates: list[UpdateStats]
+    sync: SyncReport
+    kl_coef: float
+    critic_updates: list[UpdateStats] = field(default_factory=list)
+    state_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def metrics(self, num_replicas: int, is_right: Callable[[Reward], bool]) -> dict[str, float]:
+        """Everything but times; the names are those of observe/metrics.py."""
+        return {
+            **_rewards(self.groups, is_right),
+            **_lengths(self.groups, num_replicas),
+            **_updates(self.updates),
+            **mismatch(self.groups.rollouts, self.old_log_probs),
+            "train/kl_coef": self.kl_coef,
+            **_critic(self.critic_updates, self.batch),
+            **_replay(self.groups.rollouts),
+            **{f"memory/{name}_bytes": float(size) for name, size in self.state_bytes.items()},
+            **_trained(self.groups, self.batch.is_trained),
+            "sync/bytes": float(self.sync.written_bytes),
+            "sync/received_bytes": float(self.sync.received_bytes),
+            "sync/verify_seconds": self.sync.verify_seconds,
+            "sync/gb_per_second": self.sync.written_bytes / 1e9 / self.sync.seconds,
+        }
+
+
+def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[str, float]:
+    rewards = [r.reward for r in groups.rollouts]
+    values = [r.value for r in rewards]
+    num_groups = len(values) // groups.group_size
+    num_degenerate = sum(groups.is_degenerate(group) for group in range(num_groups))
+    components = {name: [r.components[name] for r in rewards] for name in rewards[0].components}
+    return {
+        "reward/mean": statistics.fmean(values),
+        "reward/std": statistics.pstdev(values),
+        "reward/accuracy": statistics.fmean(is_right(r) for r in rewards),
+        "reward/failed_fraction": statistics.fmean(bool(r.failures) for r in rewards),
+        "group/degenerate_fraction": (num_degenerate + groups.num_discarded) / (num_groups + groups.num_discarded),
+        "group/discarded": float(groups.num_discarded),
+        **{f"reward/component/{name}": statistics.fmean(v) for name, v in components.items()},
+    }
+
+
+def _lengths(groups: SampledGroups, num_replicas: int) -> dict[str, float]:
+    lengths = [len(r.completion.token_ids) for r in groups.rollouts]
+    return {
+        "rollout/length_mean": statistics.fmean(lengths),
+        "rollout/length_max": float(max(lengths)),
+        "rollout/prompt_length_mean": statistics.fmean(len(r.prompt.token_ids) for r in groups.rollouts),
+        "rollout/truncated_fraction": statistics.fmean(r.completion.stop_reason == "length" for r in groups.rollouts),
+        "rollout/tokens": float(sum(lengths)),
+        "rollout/turns_mean": statistics.fmean(r.completion.num_turns for r in groups.rollouts),
+        "rollout/result_tokens": float(sum(lengths) - sum(r.completion.num_loss_tokens for r in groups.rollouts)),
+        **{f"rollout/tokens_per_replica/{i}": float(n) for i, n in enumerate(groups.tokens_per_replica(num_replicas))},
+    }
+
+
+def _trained(groups: SampledGroups, is_trained: Sequence[bool]) -> dict[str, float]:
+    lengths = [r.completion.num_loss_tokens for r in groups.rollouts]
+    return {
+        "train/num_loss_tokens": float(sum(n for n, used in zip(lengths, is_trained, strict=True) if used)),
+        "train/unused_rollouts": float(len(is_trained) - sum(is_trained)),
+    }
+
+
+def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Means over the step's updates, maxima over all of them."""
+    mean = {name: statistics.fmean(u.sums[name] for u in updates) for name in updates[0].sums}
+    found = {
+        "train/loss": mean["loss"],
+        "train/entropy": mean["entropy"],
+        "train/clip_fraction": mean["clip_fraction"],
+        "train/grad_norm": statistics.fmean(u.grad_norm for u in updates),
+        "train/learning_rate": updates[-1].learning_rate,
+        "train/ratio_max": max(u.maxima["ratio"] for u in updates),
+        "train/updates": float(len(updates)),
+    }
+    optional = {
+        "kl": "train/kl",
+        "correction": "train/correction_mean",
+        "masked": "train/masked_fraction",
+        "vetoed": "train/vetoed_fraction",
+        "fp8_cut": "train/fp8_cut_fraction",
+        "fp8_zero": "train/fp8_zero_fraction",
+    }
+    found |= {name: mean[key] for key, name in optional.items() if key in mean}
+    if "fp8_amax" in updates[0].maxima:
+        found["train/fp8_amax"] = max(u.maxima["fp8_amax"] for u in updates)
+    return found
+
+
+def _critic(updates: Sequence[UpdateStats], batch: TrainBatch) -> dict[str, float]:
+    """Means over the step's updates; `explained_variance` = 1 - var(return - value) / var(return), over tokens."""
+    if not updates:
+        return {}
+    values, returns = ([v for row in rows for v in row] for rows in (batch.values, batch.returns))
+    spread = statistics.pvariance(returns)
+    missed = statistics.pvariance([r - v for r, v in zip(returns, values, strict=True)])
+    return {
+        "critic/loss": statistics.fmean(u.sums["loss"] for u in updates),
+        "critic/clip_fraction": statistics.fmean(u.sums["clip_fraction"] for u in updates),
+        "critic/grad_norm": statistics.fmean(u.grad_norm for u in updates),
+        "critic/learning_rate": updates[-1].learning_rate,
+        "critic/value_mean": statistics.fmean(values),
+        "critic/return_mean": statistics.fmean(returns),
+        "critic/explained_variance": 1.0 - missed / spread if spread else 0.0,
+    }
+
+
+def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Of the positions that are trained on, those whose experts the engine did not tell; nothing if it told none."""
+    if all(r.completion.expert_choices is None for r in rollouts):
+        return {}
+    told = 0
+    for rollout in rollouts:
+        if (choices := rollout.completion.expert_choices) is not None:
+            predicting = widened(choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1])
+            has_record = (predicting >= 0).flatten(1).any(1).tolist()
+            told += sum(compress(has_record, rollout.completion.loss_mask or repeat(True)))
+    return {"train/unreplayed_fraction": 1.0 - told / sum(r.completion.num_loss_tokens for r in rollouts)}
+
+
+def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:
+    """How far policy and sampler are apart on the same weights and tokens: m = old_log_probs - sampler_log_probs.
+
+    `mismatch_max` = max |m|; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
+    KL(sampler || policy).
+    """
+    differences = [
+        old - sampled
+        for rollout, olds in zip(rollouts, old_log_probs, strict=True)
+        for old, sampled in zip(olds, rollout.completion.loss_log_probs, strict=True)
+    ]
+    return {
+        "train/mismatch_max": max(abs(m) for m in differences),
+        "train/mismatch_kl": statistics.fmean(math.expm1(m) - m for m in differences),
+    }

@@ -1,0 +1,148 @@
+"""Engine servers without an engine: the real door, commands and weight sync around weights in plain memory.
+
+A file `fault` in its folder says what goes wrong when: `die in sampling`, `stop in a sync`, ...
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice
+from tests.helpers.memory_ends import MemorySink, values
+from tests.helpers.weight_layouts import EngineLayout, engine
+
+FACTS = {"config.json of the model": "0123456789abcdef", "engine.tp": 1, "precision.dtype": "bf16"}
+TOKEN = b"the secret of these tests"
+
+
+class StandInSink(MemorySink):
+    """In whose updates something can go wrong."""
+
+    def __init__(self, tp: int, rank: int, happens: Callable[[str], None]) -> None:
+        super().__init__(engine(EngineLayout(tp), tp), rank)
+        self._happens = happens
+
+    def write(self, hf: TensorSlice, values: Tensor) -> None:
+        self._happens("in a sync")
+        super().write(hf, values)
+
+    def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        return None  # so that everything is written
+
+    def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
+        self._happens("in a proof")
+        return super().digests(slices)
+
+
+class StandInEngine:
+    """Answers with the seed, and with how much of its memory is not that of the policy's version."""
+
+    def __init__(self, tp: int, rank: int, folder: Path) -> None:
+        self.sink = StandInSink(tp, rank, self._happens)
+        self.steps = 0
+        self._fault = folder / "fault"
+
+    @property
+    def policy_version(self) -> int:
+        return self.sink.policy_version
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None],
+    ) -> None:
+        version = self.policy_version
+        wrong = sum(not torch.equal(m, values(hf.name, version)[hf.index]) for hf, m in self.sink.memory.items())
+        for position, prompt in enumerate(prompts):
+            for member in range(sampling.group_size):
+                self.steps += 1
+                ids = (*prompt.token_ids, sampling.seed)
+                told = Completion(ids, (-0.1,) * len(ids), "eos", version, f"{wrong} of {len(self.sink.memory)}")
+                on_completion(position, member, told)
+                self._happens("in sampling")
+
+    def _happens(self, where: str) -> None:
+        what = self._fault.read_text() if self._fault.exists() else ""
+        if what == f"die {where}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif what == f"stop {where}":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif what == f"make no step {where}":
+            time.sleep(600)
+        elif what == f"dawdle {where}":
+            time.sleep(1.0)
+        elif what == f"fail {where}":
+            raise RuntimeError("no more memory")
+
+
+@dataclass
+class StandIn:
+    """A server with its ranks. Its folder holds faults."""
+
+    folder: Path
+    processes: list[ForkServerProcess] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        end = time.monotonic() + 30
+        while not (self.folder / "url").exists():
+            assert time.monotonic() < end, "the server does not listen"
+            time.sleep(0.02)
+        return (self.folder / "url").read_text()
+
+    def fault(self, what: str) -> None:
+        """From now on; empty: none."""
+        (self.folder / "fault").write_text(what)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join(10)
+
+
+@contextmanager
+def stand_in_server(folder: Path, tp: int = 1) -> Iterator[StandIn]:
+    """Ended on exit."""
+    folder.mkdir(parents=True)
+    context = multiprocessing.get_context("forkserver")
+    server = StandIn(folder)
+    for rank in range(tp):
+        server.processes.append(context.Process(target=_serve, args=(folder, tp, rank), daemon=True))
+        server.processes[-1].start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def _serve(folder: Path, tp: int, rank: int) -> None:
+    from grpo_mega.engines.replica_broadcast import EngineRanks
+    from grpo_mega.engines.server.listener import Door
+    from grpo_mega.serve import Server
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=tp)
+    ranks, door = EngineRanks(tp, 20.0), None
+    if rank == 0:
+        listener = socket.create_server(("127.0.0.1", 0))
+        door = Door(listener, TOKEN, {**FACTS, "engine.tp": tp}, 20.0)
+        door.open()
+        (folder / "url.tmp").write_text(f"127.0.0.1:{listener.getsockname()[1]}")
+        (folder / "url.tmp").rename(folder / "url")
+    stand_in: Any = StandInEngine(tp, rank, folder)
+    Server(stand_in, ranks, door).run()

@@ -1,0 +1,68 @@
+"""Factors that correct the mismatch between policy and engine, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_mega.algorithm.correction import Correction, CorrectionForm
+from grpo_mega.algorithm.loss import PolicyLoss
+from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.surrogate import ClippedRatio
+from tests.unit.algorithm.test_loss import row
+
+# two rollouts of three tokens: policy over engine per token, whose products are 3 and 0.02
+K = torch.tensor([0.25, 2.0, 6.0, 1.0, 0.4, 0.05])
+SEGMENTS = Segments.of(row(torch.zeros(6), cu_seqlens=[0, 3, 6]))
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("token_truncated", [0.25, 2.0, 4.0, 1.0, 0.4, 0.05]),
+        ("sequence_truncated", [3.0, 3.0, 3.0, 0.02, 0.02, 0.02]),
+        ("token_masked", [0.0, 2.0, 0.0, 1.0, 0.0, 0.0]),
+        (None, [1.0] * 6),
+    ],
+)
+def test_factors_are_the_hand_computed_ones(form: CorrectionForm | None, expected: list[float]) -> None:
+    factor, masked, vetoed = Correction(form, low=0.5, high=4.0, veto=None).factors(K.log(), SEGMENTS)
+    torch.testing.assert_close(factor, torch.tensor(expected), rtol=1e-5, atol=0)
+    assert masked.tolist() == ([1.0, 0.0, 1.0, 0.0, 1.0, 1.0] if form == "token_masked" else [0.0] * 6)
+    assert vetoed.tolist() == [0.0] * 6
+
+
+def test_a_sequence_factor_is_truncated_at_the_bound() -> None:
+    factor, _, _ = Correction("sequence_truncated", low=0.0, high=2.0, veto=None).factors(K.log(), SEGMENTS)
+    torch.testing.assert_close(factor[:3], torch.full((3,), 2.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("form", ["token_truncated", "sequence_truncated", "token_masked", None])
+def test_one_token_below_the_veto_takes_out_its_rollout(form: CorrectionForm | None) -> None:
+    factor, _, vetoed = Correction(form, low=0.5, high=4.0, veto=0.1).factors(K.log(), SEGMENTS)
+    assert vetoed.tolist() == [0.0] * 3 + [1.0] * 3
+    assert factor[3:].tolist() == [0.0] * 3
+    assert factor[:3].sum() > 0
+
+
+def test_equal_probabilities_leave_the_loss_as_it_is() -> None:
+    old = torch.tensor([-1.0, -2.0])
+    microbatch = row(torch.tensor([1.0, -1.0]), old_log_probs=old, sampler_log_probs=old)
+    plain, _ = PolicyLoss(ClippedRatio(0.2, 0.2))(old + 0.1, torch.zeros(2), microbatch)
+    for form in ("token_truncated", "sequence_truncated", "token_masked"):
+        correction = Correction(form, low=0.5, high=2.0, veto=0.1)
+        found, metrics = PolicyLoss(ClippedRatio(0.2, 0.2), correction=correction)(
+            old + 0.1, torch.zeros(2), microbatch
+        )
+        assert torch.equal(found, plain)
+        assert metrics["correction"].tolist() == [1.0, 1.0]
+
+
+def test_what_is_taken_out_has_no_gradient_however_far_it_is() -> None:
+    log_probs = torch.tensor([500.0], requires_grad=True)
+    microbatch = row(-torch.ones(1), old_log_probs=torch.zeros(1), sampler_log_probs=torch.tensor([50.0]))
+    loss_of = PolicyLoss(ClippedRatio(0.2, 0.2), correction=Correction("token_masked", low=0.5, high=5.0, veto=None))
+    loss, metrics = loss_of(log_probs, torch.zeros(1), microbatch)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    assert loss.item() == gradient.item() == 0
+    assert metrics["masked"].item() == 1

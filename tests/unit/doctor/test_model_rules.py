@@ -1,0 +1,359 @@
+"""Does the layout divide the model, and does a rollout fit it: each answer names key, number and remedy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import Config, ParallelConfig
+from grpo_mega.doctor.model_rules import check_model
+from grpo_mega.models.config_readers import spec_from_config
+from grpo_mega.models.layout_rules import check_layout
+from grpo_mega.parallel import devices
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import UserError
+from tests.helpers.family_configs import raw_family_config
+
+QUICKSTART = Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml"
+SHAPE = "model.base.architecture."
+RECIPE = "model.base.architecture"
+
+
+def config_of(*overrides: str) -> Config:
+    """4 heads, 2 key-value heads, ffn 384, 4 layers, 64 positions, prompts of 16 and answers of 8 tokens."""
+    return load_config(QUICKSTART, overrides)
+
+
+def message_of(config: Config, topology: Topology) -> str:
+    with pytest.raises(UserError) as caught:
+        check_model(config, topology)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "topology", "said"),
+    [
+        ((), Topology(3, tp=3), f"parallel.tp=3 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4"),
+        (
+            (),
+            Topology(8, engine_tp=8),
+            f"engine.tp=8 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4",
+        ),
+        (
+            (SHAPE + "ffn_size=9",),
+            Topology(2, tp=2),
+            f"parallel.tp=2 does not divide the 9 feed-forward size of {RECIPE}; use one of 1, 3, 9",
+        ),
+        (
+            (SHAPE + "ffn_size=10",),
+            Topology(4, engine_tp=4),
+            f"engine.tp=4 does not divide the 10 feed-forward size of {RECIPE}; use one of 1, 2, 5, 10",
+        ),
+        ((), Topology(4, tp=4), f"parallel.tp=4 does not divide the 2 key-value heads of {RECIPE}; use one of 1, 2"),
+        (
+            ("parallel.pp=3",),
+            Topology(3, pp=3),
+            f"parallel.pp=3 does not divide the 4 layers of {RECIPE}; use one of 1, 2, 4, or set "
+            "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout",
+        ),
+        (
+            ("parallel.recompute=selective", "parallel.recompute_modules=[mlp, moe]"),
+            Topology(1),
+            f"parallel.recompute_modules: moe does nothing: {RECIPE} has no experts; leave it out",
+        ),
+        ((), Topology(2, ep=2), f"parallel.ep=2 does nothing: {RECIPE} has no experts; leave it out"),
+        (
+            ("algorithm.routing_replay=true",),
+            Topology(1),
+            f"algorithm.routing_replay=true does nothing: {RECIPE} has no experts; leave it out",
+        ),
+        (
+            ("sampling.max_tokens=49",),
+            Topology(1),
+            f"data.max_prompt_tokens + the largest max_tokens = 65 is more than the 64 positions of {RECIPE}; lower "
+            "one of them",
+        ),
+        (
+            ("evaluation.max_tokens=60",),
+            Topology(1),
+            f"data.max_prompt_tokens + the largest max_tokens = 76 is more than the 64 positions of {RECIPE}; lower "
+            "one of them",
+        ),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused(overrides: tuple[str, ...], topology: Topology, said: str) -> None:
+    assert message_of(config_of(*overrides), topology) == said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "topology"),
+    [
+        ((), Topology(1)),
+        (("parallel.pp=3", "parallel.num_layers_first_stage=2"), Topology(3, pp=3)),
+        ((), Topology(8, tp=2, pp=4, engine_tp=4)),  # an engine's ranks may share a key-value head
+        (("sampling.max_tokens=48", "evaluation.max_tokens=48"), Topology(1)),
+    ],
+)
+def test_what_fits_is_accepted(overrides: tuple[str, ...], topology: Topology) -> None:
+    check_model(config_of(*overrides), topology)
+
+
+def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    config = config_of("model.base=null", f"model.path={folder}")
+    assert message_of(config, Topology(1)) == f"model.path={folder} is not a folder; give a Hugging Face model folder"
+    folder.mkdir()
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 24,
+        "intermediate_size": 12,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "vocab_size": 10,
+        "max_position_embeddings": 24,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    check_model(config_of("model.base=null", f"model.path={folder}", "parallel.pp=5"), Topology(15, 3, 5, engine_tp=3))
+    assert message_of(config, Topology(2, tp=2)) == (
+        f"parallel.tp=2 does not divide the 3 key-value heads of {folder}; use one of 1, 3"
+    )
+    said = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
+    assert said.startswith(f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5, or set ")
+
+
+def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config(family, **changes)))
+    return load_config(QUICKSTART, ("model.base=null", f"model.path={tmp_path}"))
+
+
+GPT_OSS: dict[str, Any] = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"swiglu_limit": 0.5}, "swiglu_limit=0.5, and vLLM computes gpt_oss with 7.0"),
+        ({"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06, and vLLM computes gpt_oss with 1e-05"),
+        ({"swiglu_alpha": 1.0}, "swiglu_alpha=1.0, and vLLM computes gpt_oss with 1.702"),
+        ({"layer_types": ["full_attention"] * 2}, "layers with a window=[], and vLLM computes gpt_oss with [0]"),
+    ],
+)
+def test_what_the_engine_computes_otherwise_than_the_config_says_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    message = message_of(family_config(tmp_path, "gpt_oss", **GPT_OSS | changes), Topology(1))
+    assert message == f"model.path={tmp_path}: its config.json says {said} whatever it says; use a model that has this"
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_sglang_spreads_experts_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool) -> None:
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path if on_cuda else tmp_path / "nothing")
+    config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[])
+    precision = config.precision.model_copy(update={"dtype": "bf16"})
+    for ep in (1, 2):
+        engine = config.engine.model_copy(update={"kind": "sglang", "tp": 2, "ep": ep})
+        changed = config.model_copy(update={"engine": engine, "precision": precision})
+        if ep == 1 or on_cuda:
+            check_model(changed, Topology(2, engine_tp=2))
+        else:
+            assert message_of(changed, Topology(2, engine_tp=2)) == (
+                "engine.ep=2 with engine.kind=sglang: SGLang does not spread experts without CUDA; use engine.ep=1"
+            )
+
+
+def test_sglang_on_cuda_computes_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path)
+    config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[])
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits; use "
+        "precision.dtype=bf16, or engine.kind=vllm"
+    )
+
+
+def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:
+    config = family_config(tmp_path, "deepseek_v3")
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        f"engine.kind=sglang: a sync of the family deepseek_v3 ({tmp_path}) to this engine is not proven; use "
+        "engine.kind=vllm, or a model of llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe"
+    )
+    config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[1])
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)) == (
+        f"engine.kind=sglang: SGLang gives every layer of {tmp_path} experts, whatever mlp_only_layers and "
+        "decoder_sparse_step of its config.json say; use engine.kind=vllm"
+    )
+    config = family_config(tmp_path, "mixtral", head_dim=32)
+    sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
+    assert message_of(sglang, Topology(1)).endswith(
+        "has 4 heads of head_dim=32, and SGLang builds Mixtral with heads of 16; use engine.kind=vllm"
+    )
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("qwen3_moe", {}),
+        ("mixtral", {}),
+        ("glm4_moe", {}),
+        ("deepseek_v2", {}),
+        ("deepseek_v3", {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}),
+        ("gpt_oss", GPT_OSS),
+    ],
+)
+def test_families_with_experts_pass(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
+    config = family_config(tmp_path, family, **fields)
+    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    check_model(family_config(tmp_path, family, max_position_embeddings=2 * longest, **fields), Topology(1))
+
+
+def test_a_router_that_the_engine_would_guess_wrong_has_to_be_written_in_the_config(tmp_path: Path) -> None:
+    assert message_of(family_config(tmp_path, "deepseek_v3", scoring_func="sigmoid"), Topology(1)) == (
+        f"model.path={tmp_path}: its config.json does not say topk_method=noaux_tc, and vLLM would route "
+        "otherwise than deepseek_v3 does; add it"
+    )
+
+
+def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> None:
+    family_config(tmp_path, "llama")
+    overrides = ("model.base=null", f"model.path={tmp_path}", "engine.tp=2", "engine.ep=2", "run.world_size=2")
+    assert message_of(load_config(QUICKSTART, overrides), Topology(2, engine_tp=2)) == (
+        f"engine.ep=2: {tmp_path} has no experts to spread; leave it out"
+    )
+    assert message_of(load_config(QUICKSTART, ["engine.dp=2", "run.world_size=2"]), Topology(2, engine_dp=2)) == (
+        f"engine.dp=2: {RECIPE} has no experts for the copies to share; leave it out, and every engine.tp ranks are a "
+        "replica of their own"
+    )
+
+
+def test_positions_behind_the_last_that_an_engine_stretches_to_are_refused(tmp_path: Path) -> None:
+    fields = raw_family_config("gpt_oss", **GPT_OSS)
+    rope = fields["rope_parameters"] | {"factor": 1.4375}  # 16 x 1.4375 = 23, and the quickstart takes 16 + 8
+    config = family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope)
+    assert "= 24 is more than original_max_position_embeddings x factor = 16 x 1.4375 of " in message_of(
+        config, Topology(1)
+    )
+    check_model(family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope | {"factor": 1.5}), Topology(1))
+
+
+def test_more_ranks_than_experts_are_refused(tmp_path: Path) -> None:
+    family_config(tmp_path, "mixtral", vocab_size=160)
+    overrides = ("model.base=null", f"model.path={tmp_path}", "engine.dp=8", "engine.ep=8", "run.world_size=8")
+    assert message_of(load_config(QUICKSTART, overrides), Topology(8, engine_dp=8)) == (
+        f"engine.ep=8: {tmp_path} has 4 experts, and every rank needs one; use fewer ranks, or engine.ep=1"
+    )
+
+
+def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: Path) -> None:
+    config = family_config(
+        tmp_path, "llama", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
+    assert message_of(config, Topology(1)) == (
+        f"model.path={tmp_path} has a quantization_config, and the engine would quantise what the sync brings; "
+        "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
+    )
+    check_model(config, Topology(1), with_engine=False)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"])
+def test_every_family_passes_where_no_engine_takes_part(tmp_path: Path, family: str) -> None:
+    config = family_config(tmp_path, family)
+    check_model(config, Topology(1), with_engine=False)
+    with pytest.raises(UserError, match="does not divide the 4 attention heads"):
+        check_model(config, Topology(3, tp=3), with_engine=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_dense_families_pass(tmp_path: Path, family: str) -> None:
+    check_model(family_config(tmp_path, family), Topology(2, tp=2))
+
+
+SP = ParallelConfig(tp=2, sequence_parallel=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "parallel", "topology", "said"),
+    [
+        ("qwen3_moe", {}, ParallelConfig(ep=3), Topology(3, ep=3), "parallel.ep=3 does not divide the 8 experts of M"),
+        (
+            "qwen3_moe",
+            {"moe_intermediate_size": 33},
+            ParallelConfig(etp=2),
+            Topology(2, etp=2),
+            "parallel.etp=2 does not divide the 33 feed-forward size of each expert of M",
+        ),
+        (
+            "deepseek_v3",
+            {"n_shared_experts": 1, "moe_intermediate_size": 33},
+            SP,
+            Topology(2, tp=2),
+            "parallel.tp=2 does not divide the 33 feed-forward size of the shared expert of M",
+        ),
+        ("deepseek_v3", {"q_lora_rank": 21}, SP, Topology(2, tp=2), "parallel.tp=2 does not divide the 21 q_lora_rank"),
+        (
+            "deepseek_v2",
+            {"kv_lora_rank": 25},
+            SP,
+            Topology(2, tp=2),
+            "parallel.tp=2 does not divide the 33 kv_lora_rank + qk_rope_head_dim of M",
+        ),
+        (
+            "mixtral",
+            {},
+            ParallelConfig(tp=2),
+            Topology(2, tp=2),
+            "parallel.tp=2 with the experts of M needs sequence parallelism; set parallel.sequence_parallel=true",
+        ),
+        (
+            "gpt_oss",
+            {},
+            ParallelConfig(etp=2),
+            Topology(2, etp=2),
+            "parallel.etp=2: the experts of M have biases, and such experts are not cut; set parallel.etp=1 and use",
+        ),
+        ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), "parallel.ep=2 does nothing: M has no experts"),
+    ],
+)
+def test_experts_and_latent_attention_must_be_divided_by_the_layout(
+    family: str, changes: dict[str, Any], parallel: ParallelConfig, topology: Topology, said: str
+) -> None:
+    spec = spec_from_config(raw_family_config(family, **changes), "config.json")
+    with pytest.raises(UserError) as caught:
+        check_layout(spec, parallel, topology, "M")
+    assert str(caught.value).startswith(said)
+
+
+def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
+    spec = spec_from_config(raw_family_config("deepseek_v3", q_lora_rank=None), "config.json")
+    check_layout(spec, SP.model_copy(update={"ep": 2, "etp": 2}), Topology(4, tp=2, ep=2, etp=2), "M")
+    # every layer of this one has experts, and nothing has its dense size
+    sparse = spec_from_config(raw_family_config("qwen3_moe", mlp_only_layers=[], intermediate_size=9), "config.json")
+    check_layout(sparse, SP, Topology(2, tp=2), "M")
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has devices")
+def test_an_optimizer_on_the_host_needs_devices_to_relieve() -> None:
+    said = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
+    assert said == "optimizer.host_fraction=0.5 needs CUDA devices, and this machine has none; leave it out"
+
+
+def test_a_server_of_another_machine_needs_a_secret_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPO_MEGA_SERVER_TOKEN", raising=False)
+    monkeypatch.delenv("GRPO_MEGA_SERVER_TOKEN_FILE", raising=False)
+    config = config_of("engine.placement=server", "engine.urls=['localhost:7', 'node3:7']")
+    topology = Topology(2, engine_servers=2)
+    assert message_of(config, topology) == (
+        "engine.urls[1]=node3:7 is reached from other machines and there is no secret; set GRPO_MEGA_SERVER_TOKEN, or "
+        "GRPO_MEGA_SERVER_TOKEN_FILE to the path of a file, to the same on both sides"
+    )
+    monkeypatch.setenv("GRPO_MEGA_SERVER_TOKEN", "0123456789abcdef")
+    check_model(config, topology)
+    assert message_of(config_of("engine.placement=server", "engine.urls=[node3]"), topology) == (
+        "engine.urls[0]=node3 is no address; write host:port, as the server prints it"
+    )

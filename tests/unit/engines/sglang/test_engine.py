@@ -1,0 +1,202 @@
+"""What is refused before SGLang is started, what it is started with, and how its ends of rollouts are understood."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from grpo_mega.engines.sglang import cpu as cpu_side
+from grpo_mega.engines.sglang.arguments import (
+    GpuMemory,
+    SglangSettings,
+    cached_tokens,
+    check_one_machine,
+    check_sglang,
+    engine_arguments,
+    process_environment,
+    visible_gpu,
+)
+from grpo_mega.engines.sglang.engine import stop_reason
+from grpo_mega.types import UserError
+
+SETTINGS = SglangSettings(
+    config_dir=Path("model"),
+    dtype="bf16",
+    tp=2,
+    ep=2,
+    max_model_len=96,
+    max_num_seqs=48,
+    kv_cache_tokens=None,
+    seed=7,
+    stops_at_texts=False,
+    tell_experts=True,
+    port=1234,
+)
+H100 = GpuMemory(free=60 * 2**30, total=80 * 2**30)
+
+
+@pytest.mark.parametrize(("on_cuda", "missing"), [(False, "sglang"), (True, "torch_memory_saver")])
+def test_a_missing_package_names_the_command_that_adds_it(on_cuda: bool, missing: str) -> None:
+    def find_spec(name: str) -> object:
+        return None if name == missing else object()
+
+    with (
+        mock.patch.object(importlib.util, "find_spec", side_effect=find_spec),
+        pytest.raises(UserError, match=rf"engine\.kind=sglang needs the package {missing}, .* launch/setup\.sh"),
+    ):
+        check_sglang(on_cuda=on_cuda)
+
+
+def test_what_is_needed_on_cuda_alone_is_not_asked_for_elsewhere() -> None:
+    with mock.patch.object(importlib.util, "find_spec", side_effect=lambda name: {"sglang": 1}.get(name)):
+        check_sglang(on_cuda=False)
+
+
+def test_a_temporary_folder_whose_sockets_would_have_too_long_paths_is_refused() -> None:
+    with (
+        mock.patch.object(importlib.util, "find_spec", return_value=object()),
+        mock.patch.object(tempfile, "gettempdir", return_value="/" + "x" * 70),
+        pytest.raises(UserError, match=r"TMPDIR=/x+: .* sockets there.* at most 70 characters"),
+    ):
+        check_sglang(on_cuda=False)
+
+
+def test_both_machines_are_given_the_same_but_for_device_memory_and_kernels() -> None:
+    cpu, cuda = engine_arguments(SETTINGS, None), engine_arguments(SETTINGS, H100)
+    differ = {key for key in cpu | cuda if cpu.get(key) != cuda.get(key)}
+    assert differ == {
+        "device", "attention_backend", "disable_cuda_graph", "mem_fraction_static", "max_total_tokens",
+        "enable_memory_saver", "moe_runner_backend",
+    }  # fmt: skip
+    assert cpu["device"] == "cpu"
+    assert (cuda["device"], cuda["enable_memory_saver"], cuda["moe_runner_backend"]) == ("cuda", True, "triton")
+    both = {"tp_size": 2, "ep_size": 2, "random_seed": 7, "nccl_port": 1234, "context_length": 104, "dtype": "bfloat16"}
+    assert both.items() <= cuda.items()
+
+
+def test_sglang_knows_every_argument_and_choice() -> None:
+    """As far as its source says so: the real one takes those without CUDA in tests/engine."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        pytest.skip("SGLang is not installed here")
+    folder = Path(spec.origin).parent / "srt" / "arg_groups"
+    fields = "\n".join(file.read_text() for file in (folder / "fields").glob("*.py"))
+    for name in engine_arguments(SETTINGS, H100):
+        assert re.search(rf"^    {name}: A\[$|^    {name}: A\[\w", fields, re.MULTILINE), name
+    runners = (folder / "choices.py").read_text().partition("MOE_RUNNER_BACKEND_CHOICES = [")[2].partition("]")[0]
+    assert '"triton"' in runners
+    variables = (folder.parent / "environ.py").read_text()
+    for name in process_environment({}, Path("answers"), 1, ["0"]).keys() - process_environment(
+        {}, Path("answers"), 1, None
+    ):
+        assert name == "CUDA_VISIBLE_DEVICES" or f"    {name} = Env" in variables, name
+
+
+def test_the_share_of_the_device_is_the_same_whatever_else_is_on_it() -> None:
+    """SGLang takes its fraction of what is free when it starts."""
+    for free in (50, 60, 80):
+        memory = GpuMemory(free * 2**30, 80 * 2**30)
+        assert engine_arguments(SETTINGS, memory)["mem_fraction_static"] * free == pytest.approx(48, abs=0.01)
+    with pytest.raises(UserError, match=r"48\.0 GiB of a GPU are free .* 0\.6 of its 80\.0 GiB; cut the policy"):
+        engine_arguments(SETTINGS, GpuMemory(48 * 2**30, 80 * 2**30))
+
+
+def test_kv_cache_tokens_must_hold_a_rollout() -> None:
+    assert cached_tokens(None, 48, 96) == 48 * 104
+    assert cached_tokens(104, 48, 96) == 104
+    assert engine_arguments(SETTINGS, None)["max_total_tokens"] == 48 * 104
+    assert "max_total_tokens" not in engine_arguments(SETTINGS, H100)
+    assert engine_arguments(replace(SETTINGS, kv_cache_tokens=200), H100)["max_total_tokens"] == 200
+    with pytest.raises(UserError, match=r"engine\.kv_cache_tokens=103 does not hold.*96 tokens.*; use at least 104"):
+        cached_tokens(103, 48, 96)
+
+
+def test_fp32_on_cuda_is_refused() -> None:
+    with pytest.raises(UserError, match=r"precision\.dtype=fp32 with engine\.kind=sglang: .* use precision"):
+        engine_arguments(replace(SETTINGS, dtype="fp32"), H100)
+    assert engine_arguments(replace(SETTINGS, dtype="fp32"), None)["dtype"] == "float32"
+
+
+def test_processes_on_cuda_see_the_gpus_of_their_ranks_and_no_stand_ins() -> None:
+    present = {"RANK": "3", "SGLANG_USE_CPU_ENGINE": "1", "KEPT": "yes"}
+    cpu = process_environment(present, Path("answers"), 2, None)
+    cuda = process_environment(present, Path("answers"), 2, ["4", "GPU-5"])
+    assert cpu_side.ENVIRONMENT.items() <= cpu.items()
+    assert cpu["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0"
+    assert cuda["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
+    assert cuda["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] == "0"
+    assert not {"RANK", "SGLANG_CPU_OMP_THREADS_BIND", *cpu_side.ENVIRONMENT} & cuda.keys()
+    assert cpu["KEPT"] == cuda["KEPT"] == "yes"
+
+
+def test_a_device_is_named_as_other_processes_know_it() -> None:
+    assert visible_gpu({}, 3) == "3"
+    assert visible_gpu({"CUDA_VISIBLE_DEVICES": "6, GPU-8a"}, 1) == "GPU-8a"
+
+
+def test_an_engine_over_two_machines_is_refused() -> None:
+    check_one_machine(["a", "a"], 2)
+    with pytest.raises(
+        UserError, match=r"engine\.tp=2: the ranks of an engine are on 2 machines, .* divides the ranks"
+    ):
+        check_one_machine(["a", "b"], 2)
+
+
+@pytest.mark.parametrize(
+    ("finish", "expected"),
+    [
+        ({"type": "length", "length": 8}, "length"),
+        ({"type": "stop", "matched": 1}, "eos"),
+        ({"type": "stop", "matched": "="}, "stop"),
+    ],
+)
+def test_ends_of_rollouts(finish: dict[str, Any], expected: str) -> None:
+    assert stop_reason(finish) == expected
+
+
+def test_a_rollout_that_sglang_gave_up_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"SGLang ended a rollout early: .*out of memory"):
+        stop_reason({"type": "abort", "message": "out of memory"})
+
+
+def test_stand_ins_can_be_imported_called_as_decorators_and_are_hidden_from_probes() -> None:
+    """In modules that are thrown away afterwards."""
+    with mock.patch.dict(sys.modules), mock.patch.object(sys, "meta_path", list(sys.meta_path)):
+        cpu_side.install_stand_ins()
+        importlib.import_module("triton.language.extra")
+        triton = importlib.import_module("triton")
+        assert triton.jit(len) is len
+        assert triton.autotune(configs=[], key=[])(len) is len
+        assert isinstance(triton.Config({}), triton.Config)
+        kernels = importlib.import_module("sgl_kernel.elementwise")
+        with pytest.raises(NotImplementedError, match=r"sgl_kernel\.elementwise\.rmsnorm is not there without CUDA"):
+            kernels.rmsnorm(1)
+        with pytest.raises(ModuleNotFoundError, match="vllm"):
+            importlib.import_module("vllm.no_such_module")
+
+        def is_flashinfer_available() -> bool:
+            return importlib.util.find_spec("sgl_kernel.flash") is not None
+
+        assert not is_flashinfer_available()
+
+
+def test_only_the_model_files_of_the_model_are_imported(tmp_path: Path) -> None:
+    models = tmp_path / "sglang" / "srt" / "models"
+    models.mkdir(parents=True)
+    for name, model in (("one", "OneForCausalLM"), ("two", "TwoForCausalLM"), ("three", "ThreeForCausalLM")):
+        (models / f"{name}.py").write_text(f"class {model}(Module): ...\n")
+    (tmp_path / "sglang" / "__init__.py").write_text("")
+    with mock.patch.object(sys, "path", [str(tmp_path)]), mock.patch.dict(sys.modules):
+        sys.modules.pop("sglang", None)
+        for architecture, others in (("TwoForCausalLM", "one,three"), ("NewForCausalLM", "")):
+            (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+            assert cpu_side.other_models(tmp_path) == others

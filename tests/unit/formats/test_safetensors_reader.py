@@ -1,0 +1,234 @@
+"""Damaged and mismatched Hugging Face folders: each is named, none ends in a traceback of safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.quantization import block_fp8
+from grpo_mega.types import TensorSlice, UserError
+
+TENSORS = {"a": torch.arange(12.0).view(3, 4), "b": torch.arange(2.0)}
+SHAPES = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def write_single(folder: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, folder / SINGLE)
+    return folder
+
+
+def write_sharded(folder: Path, weight_map: object) -> Path:
+    save_file({"a": TENSORS["a"]}, folder / "one.safetensors")
+    save_file({"b": TENSORS["b"]}, folder / "two.safetensors")
+    (folder / INDEX).write_text(json.dumps(weight_map))
+    return folder
+
+
+def message_of(folder: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> str:
+    with pytest.raises(UserError) as caught:
+        HfFiles(folder).check(shapes)
+    return str(caught.value)
+
+
+def assert_reads(folder: Path) -> None:
+    checkpoint = HfFiles(folder)
+    checkpoint.check(SHAPES)
+    box = TensorSlice("a", (1, 2), (2, 2))
+    assert checkpoint.read(box).tolist() == [[6.0, 7.0], [10.0, 11.0]]
+
+
+def test_slices_are_read_from_one_file_and_from_several(tmp_path: Path) -> None:
+    (tmp_path / "single").mkdir()
+    assert_reads(write_single(tmp_path / "single", TENSORS))
+    (tmp_path / "several").mkdir()
+    weight_map = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    assert_reads(write_sharded(tmp_path / "several", weight_map))
+
+
+def test_the_head_of_a_tied_model_may_be_left_over(tmp_path: Path) -> None:
+    HfFiles(write_single(tmp_path, TENSORS | {"lm_head.weight": torch.ones(2)})).check(SHAPES)
+
+
+def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
+    said = message_of(tmp_path)
+    assert said == f"model.path={tmp_path} holds no model.safetensors; give a folder in safetensors format"
+
+
+@pytest.mark.parametrize(("kept", "told"), [(0, "a header of 0 bytes"), (60, "ends after 52"), (-8, "48 bytes")])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: int, told: str) -> None:
+    path = write_single(tmp_path, TENSORS) / SINGLE
+    path.write_bytes(path.read_bytes()[:kept])
+    said = message_of(tmp_path)
+    assert said.startswith(f"{path}: cannot be read (")
+    assert said.endswith("; download the file again")
+    assert told.split()[-1] in said
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"), [(8, "b of shape (2,) there is (0,)"), (20, "a of shape (3, 4) there is (2, 4)")]
+)
+def test_a_truncated_file_names_the_first_tensor_that_it_does_not_hold_with_both_shapes(
+    tmp_path: Path, lost: int, told: str
+) -> None:
+    path = write_single(tmp_path, TENSORS) / SINGLE
+    path.write_bytes(path.read_bytes()[:-lost])
+    assert f"; of {told}); download the file again" in message_of(tmp_path)
+
+
+HEADERS = {
+    b"x" * 40: "line 1 column 1",
+    b"[1, 2]": "no attribute 'items'",
+    b'{"a": 1}': "not subscriptable",
+    b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}': "a has dtype F99",
+    b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}': "1.0 is no size",
+    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}': "-1 is no size",
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}': "too many values",
+    b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}': "a of shape (1,), torch.float32, has bytes 4:8",
+    b"[" * 200_000: "recursion",
+    b'{"\xff': "codec can't decode",
+}
+
+
+@pytest.mark.parametrize("header", HEADERS, ids=range(len(HEADERS)))
+def test_a_header_of_garbage_is_named(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    assert HEADERS[header] in message_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("length", "told"), [(2**63, "a header of 9223372036854775808 bytes"), (10**8, "ends after 24")]
+)
+def test_a_header_that_claims_to_be_huge_is_named(tmp_path: Path, length: int, told: str) -> None:
+    (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + bytes(24))
+    assert told in message_of(tmp_path)
+
+
+def test_a_single_file_beside_an_index_of_others_is_ambiguous(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    write_single(tmp_path, TENSORS)
+    assert "and model.safetensors.index.json of other files; remove the one" in message_of(tmp_path)
+
+
+def test_missing_and_unknown_tensors_are_named(tmp_path: Path) -> None:
+    write_single(tmp_path, {"a": TENSORS["a"], "c": torch.ones(1)})
+    assert message_of(tmp_path) == (
+        "model.path: tensors b of shape (2,) missing, c of shape (1,) unknown; is config.json of this model?"
+    )
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
+    write_single(tmp_path, TENSORS | {"a": torch.ones(4, 3)})
+    assert message_of(tmp_path) == "model.path: a has shape (4, 3), config.json says (3, 4); use matching files"
+
+
+def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "three.safetensors"}})
+    with pytest.raises(UserError) as caught:
+        HfFiles(tmp_path, expected=SHAPES)
+    said = (
+        f"{tmp_path / 'three.safetensors'}: is missing, the index places b of shape (2,) there; download the file again"
+    )
+    assert str(caught.value) == said
+
+
+def test_a_tensor_that_is_not_in_the_file_that_the_index_names_is_named(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}})
+    path = tmp_path / "one.safetensors"
+    said = f"{path}: holds no b, which the index places there, no file of the index does; use matching files"
+    assert message_of(tmp_path) == said
+
+
+def test_an_index_that_swaps_files_is_answered_with_where_the_tensor_is(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}})
+    with pytest.raises(UserError) as caught:
+        HfFiles(tmp_path, expected=SHAPES)
+    said = f"{tmp_path / 'two.safetensors'}: holds no a of shape (3, 4), which the index places there, one.safetensors"
+    assert str(caught.value) == f"{said} holds it with shape (3, 4); use matching files"
+
+
+@pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": [1]}', b"\xff"])
+def test_a_damaged_index_is_named(tmp_path: Path, index: bytes) -> None:
+    (tmp_path / INDEX).write_bytes(index)
+    said = message_of(tmp_path)
+    assert said.startswith(f"{tmp_path / INDEX}: is no index of safetensors files (")
+    assert said.endswith("; download the file again")
+
+
+def test_an_index_that_places_a_tensor_in_another_file_than_it_is_in_is_named(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    save_file(TENSORS, tmp_path / "one.safetensors")
+    said = f"{tmp_path / 'one.safetensors'}: holds b of shape (2,), which the index places in two.safetensors"
+    assert message_of(tmp_path) == f"{said} with shape (2,); use matching files"
+
+
+def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"weight_map": {"a": "../one.safetensors", "b": "two.safetensors"}})
+    assert "places a in '../one.safetensors', which is no file of this folder" in message_of(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
+def test_a_tensor_of_a_dtype_that_no_weight_has_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_single(tmp_path, TENSORS | {"b": torch.arange(2).to(dtype)})
+    assert f"b of shape (2,) has dtype {dtype}, a weight of shape (2,) is float32" in message_of(tmp_path)
+
+
+def test_a_header_that_contradicts_its_shapes_is_named(tmp_path: Path) -> None:
+    path = write_single(tmp_path, TENSORS) / SINGLE
+    path.write_bytes(path.read_bytes().replace(b'"shape":[3,4]', b'"shape":[3,5]'))
+    assert "a of shape (3, 5), torch.float32, has bytes 0:48, 0:60 is due" in message_of(tmp_path)
+
+
+BOXES = [((0, 0), (3, 4)), ((1, 0), (2, 4)), ((1, 2), (2, 2)), ((0, 3), (3, 1)), ((2, 1), (1, 0))]
+
+
+@pytest.mark.parametrize(("offsets", "shape"), BOXES)
+def test_only_the_bytes_of_a_slice_are_read(
+    tmp_path: Path, offsets: tuple[int, int], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where the operating system is asked, against our own count."""
+    checkpoint = HfFiles(write_single(tmp_path, TENSORS))
+    asked, read = [], os.preadv
+
+    def counted(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        asked.append(sum(map(len, buffers)))
+        return read(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", counted)
+    box = TensorSlice("a", offsets, shape)
+    assert torch.equal(checkpoint.read(box), TENSORS["a"][box.index])
+    assert checkpoint.bytes_read == sum(asked) == 4 * shape[0] * shape[1]
+
+
+def test_a_slice_goes_into_a_view_of_another_layout_and_dtype(tmp_path: Path) -> None:
+    checkpoint = HfFiles(write_single(tmp_path, TENSORS))
+    out = torch.zeros(4, 3, dtype=torch.bfloat16)
+    checkpoint.read_into(TensorSlice("a", (0, 0), (3, 4)), out.t())
+    assert torch.equal(out.t().float(), TENSORS["a"])
+
+
+def test_block_scaled_weights_read_as_bfloat16_at_any_offset(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = (torch.randn(200, 300, generator=generator) * 50).to(torch.float8_e4m3fn)
+    scales = torch.rand(2, 3, generator=generator) + 0.5
+    checkpoint = HfFiles(write_single(tmp_path, {"x.weight": codes, "x.weight_scale_inv": scales}))
+    checkpoint.check({"x.weight": (200, 300)})
+    whole = block_fp8.dequantise(codes, scales)
+    box = TensorSlice("x.weight", (100, 250), (60, 50))
+    assert torch.equal(checkpoint.read(box), whole[box.index])
+    assert whole[130, 260] == (codes[130, 260].float() * scales[1, 2]).bfloat16()
+
+
+def test_scales_of_another_shape_than_the_weight_needs_are_named(tmp_path: Path) -> None:
+    codes = torch.zeros(200, 300).to(torch.float8_e4m3fn)
+    write_single(tmp_path, {"x.weight": codes, "x.weight_scale_inv": torch.ones(2, 2)})
+    said = message_of(tmp_path, {"x.weight": (200, 300)})
+    assert "x.weight_scale_inv has shape (2, 2)" in said
+    assert "needs float32 scales of shape (2, 3)" in said

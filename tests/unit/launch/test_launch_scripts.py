@@ -1,0 +1,188 @@
+"""launch/*.sh and .ci/run as a shell sees them: arguments, exit codes, and an environment that is built once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SCRIPTS = sorted([*ROOT.glob("launch/*.s[hb]*"), ROOT / ".ci" / "run"])
+
+
+def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def finished_environment(folder: Path, kind: str, extras: str) -> Path:
+    """What a finished build leaves behind: the marker alone, so a second call that does anything must fail."""
+    files = [ROOT / "pyproject.toml", ROOT / "constraints" / f"{kind}.txt", ROOT / "launch" / "setup.sh"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    folder.mkdir()
+    (folder / ".grpo_mega-complete").write_text(f"{kind} {extras} {digest}\n")
+    return folder
+
+
+def machine_with_gpu(folder: Path) -> str:
+    """A PATH on which nvidia-smi answers."""
+    folder.mkdir()
+    smi = folder / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU 0'\n")
+    smi.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def machine_without_gpu(folder: Path) -> str:
+    """A PATH on which nvidia-smi finds nothing."""
+    path = machine_with_gpu(folder)
+    (folder / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    return path
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_valid_bash(script: Path) -> None:
+    assert run("bash", "-n", script).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["setup.sh", "train.sh", "serve.sh", "test.sh", "tensorboard.sh"])
+def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None:
+    shown = run(ROOT / "launch" / name, "--help", GRPO_MEGA_VENV=str(tmp_path / "venv"))
+    assert shown.returncode == 0
+    assert f"usage: launch/{name}" in shown.stdout + shown.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--with", "tensorrt"], "--with tensorrt: unknown name; use sglang, vllm, fp8 or tests"),
+        (["--with"], "--with needs a name"),
+        (["--fast"], "unknown argument --fast"),
+        (["--with=sglang,fp8"], "Transformer Engine needs CUDA"),
+    ],
+)
+def test_setup_refuses_wrong_arguments_before_it_builds(arguments: list[str], message: str, tmp_path: Path) -> None:
+    path = machine_without_gpu(tmp_path / "bin")
+    refused = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_both_engines_in_one_cuda_environment_are_refused_with_the_reason(tmp_path: Path) -> None:
+    path = machine_with_gpu(tmp_path / "bin")
+    refused = run(ROOT / "launch/setup.sh", "--with", "sglang,vllm", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
+    assert refused.returncode == 2
+    assert "torch 2.13.0" in refused.stderr
+    assert "torch 2.14.1" in refused.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_reason_names_the_versions_of_the_constraints() -> None:
+    script = (ROOT / "launch/setup.sh").read_text()
+    for kind, engine in (("vllm", "vLLM"), ("sglang", "SGLang")):
+        lines = (ROOT / f"constraints/cuda-{kind}.txt").read_text().splitlines()
+        pins = dict(line.split("#")[0].strip().split("==") for line in lines if "==" in line)
+        assert f"{engine} {pins[kind]} needs torch {pins['torch']}" in script
+
+
+def test_adding_the_second_engine_to_a_cuda_environment_is_refused(tmp_path: Path) -> None:
+    venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
+    path = machine_with_gpu(tmp_path / "bin")
+    before = tree(venv)
+    assert run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(venv), PATH=path).returncode == 0
+    refused = run(ROOT / "launch/setup.sh", "--with", "sglang", GRPO_MEGA_VENV=str(venv), PATH=path)
+    assert refused.returncode == 2
+    assert "one CUDA environment" in refused.stderr
+    assert tree(venv) == before
+
+
+@pytest.mark.parametrize("arguments", [[], ["--with", "sglang"], ["--with=vllm"], ["--with", "tests"]])
+def test_second_call_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
+    venv = finished_environment(tmp_path / "venv", "cpu", "sglang")
+    path = machine_without_gpu(tmp_path / "bin")
+    before = tree(venv)
+    again = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(venv), PATH=path)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
+    assert tree(venv) == before
+
+
+def test_the_tests_of_a_cuda_environment_ask_for_no_second_engine(tmp_path: Path) -> None:
+    venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
+    path = machine_with_gpu(tmp_path / "bin")
+    again = run(ROOT / "launch/setup.sh", "--with", "tests", GRPO_MEGA_VENV=str(venv), PATH=path)
+    assert (again.returncode, again.stderr) == (0, "")
+
+
+def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    path = machine_without_gpu(tmp_path.with_name(tmp_path.name + "-bin"))
+    refused = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path), PATH=path)
+    assert refused.returncode == 2
+    assert "no Python environment" in refused.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [("version", "no Python 3.11 found"), ("venv", "has no venv module")],
+)
+def test_a_missing_python_is_named(modules: str, message: str, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "cat", "cut", "dirname", "ls", "paste", "sed", "sha256sum", "sort", "tr"):
+        found = shutil.which(name)
+        assert found
+        (tools / name).symlink_to(found)
+    for name in ("python3.11", "python3"):  # answers "no" to the question of this name
+        (tools / name).write_text(f'#!/bin/sh\ncase "$2" in *{modules}*) exit 1 ;; esac\n')
+        (tools / name).chmod(0o755)
+    refused = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=str(tools))
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_tensorboard_names_a_missing_run_folder(tmp_path: Path) -> None:
+    refused = run(ROOT / "launch/tensorboard.sh", tmp_path / "none")
+    assert refused.returncode == 2
+    assert "is no folder" in refused.stderr
+
+
+def test_cpu_lock_pins_every_line_and_none_of_the_cuda_builds() -> None:
+    lines = (ROOT / "constraints/cpu.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(line.count("==") == 1 for line in pins)
+    names = {line.split("==")[0].lower() for line in pins}
+    assert not names & {"torch", "torchvision", "torchaudio", "torchcodec", "triton", "apex"}
+
+
+def test_every_tool_of_the_dev_extra_is_in_each_constraints_file() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split("[<>=]", each)[0] for each in project["optional-dependencies"]["dev"]]
+    wanted = {name.lower().replace("-", "_") for name in names}
+    for file in sorted((ROOT / "constraints").iterdir()):
+        pinned = {line.split("==")[0].lower().replace("-", "_") for line in file.read_text().splitlines()}
+        assert wanted <= pinned, file.name
+
+
+def test_env_keeps_what_the_user_has_set() -> None:
+    script = f'source "{ROOT}/launch/env.sh" && echo "$HF_HUB_OFFLINE $VLLM_CPU_KVCACHE_SPACE"'
+    assert run("bash", "-c", script, HF_HUB_OFFLINE="0", VLLM_CPU_KVCACHE_SPACE="7").stdout == "0 7\n"

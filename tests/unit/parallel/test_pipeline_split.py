@@ -1,0 +1,124 @@
+"""Which layers each stage holds, by hand; each refusal says key, got, rule and remedy."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.parallel.pipeline_split import stage_layers
+from grpo_mega.types import UserError
+
+
+def stages(num_layers: int, **keys: Any) -> list[range]:
+    return stage_layers(num_layers, ParallelConfig(**keys), "the model")
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "keys", "counts"),
+    [
+        (3, {}, [3]),
+        (6, {"pp": 3}, [2, 2, 2]),
+        (8, {"pp": 2, "vpp": 2}, [2, 2, 2, 2]),
+        (6, {"pp": 2, "num_layers_first_stage": 2, "num_layers_last_stage": 4}, [2, 4]),
+        (5, {"pp": 2, "num_layers_first_stage": 1}, [1, 4]),
+        (7, {"pp": 4, "num_layers_first_stage": 1, "num_layers_last_stage": 2}, [1, 2, 2, 2]),
+        (6, {"pp": 2, "vpp": 2, "num_layers_last_stage": 2}, [2, 1, 2, 1]),
+        (5, {"pp": 4, "pipeline_layout": "Ett|t|tt|L"}, [2, 1, 2, 0]),
+        (4, {"pp": 2, "vpp": 2, "pipeline_layout": "E,t|(t,|)*2,tL"}, [1, 1, 1, 1]),
+        (61, {"pp": 16, "pipeline_layout": "Et*4|(t*4|)*14tL"}, [4] * 15 + [1]),
+    ],
+)
+def test_counts_by_hand(num_layers: int, keys: dict[str, Any], counts: list[int]) -> None:
+    found = stages(num_layers, **keys)
+    assert [len(layers) for layers in found] == counts
+    assert list(chain.from_iterable(found)) == list(range(num_layers))
+
+
+@pytest.mark.parametrize(
+    "text", ["Ett|t|tt|tL", "E|(t|)*6L", "Et*2|(tt|t|)*2L", "E,t|t*3|t,t|L", "Ettttttt|L", "(E)*1t|(t|)*2tt*2L"]
+)
+def test_explicit_layouts_read_as_megatron_reads_them(text: str) -> None:
+    from grpo_mega.policy.megatron_patches import cpu
+
+    cpu.prepare_import()
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    theirs = [sum(x.name == "decoder" for x in s) for s in PipelineParallelLayerLayout.parse_str_to_list(text)]
+    found = stages(sum(theirs), pp=len(theirs), pipeline_layout=text)
+    assert [len(layers) for layers in found] == theirs
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "keys", "said"),
+    [
+        (
+            6,
+            {"pp": 4},
+            "parallel.pp=4 does not divide the 6 layers of the model; use one of 1, 2, 3, 6, or set "
+            "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout",
+        ),
+        (
+            6,
+            {"pp": 2, "vpp": 2},
+            "parallel.vpp=2 does not divide the 3 layers of a pipeline rank (6 layers of the model, pp=2); use one of "
+            "1, 3",
+        ),
+        (
+            6,
+            {"pp": 3, "num_layers_first_stage": 1},
+            "parallel.num_layers_first_stage=1 leave 5 of the 6 layers of the model to 2 other pipeline rank(s); "
+            "change them so that the rest divides",
+        ),
+        (
+            6,
+            {"pp": 2, "num_layers_first_stage": 1, "num_layers_last_stage": 4},
+            "parallel.num_layers_first_stage=1, parallel.num_layers_last_stage=4 leave 1 of the 6 layers of the model "
+            "to 0 other pipeline rank(s); change them so that the rest divides",
+        ),
+        (
+            6,
+            {"pp": 2, "num_layers_last_stage": 7},
+            "parallel.num_layers_last_stage=7 leave -1 of the 6 layers of the model to 1 other pipeline rank(s); "
+            "change them so that the rest divides",
+        ),
+        (
+            2,
+            {"pp": 2, "pipeline_layout": "Et|mtL"},
+            "parallel.pipeline_layout=Et|mtL holds 'm'; use E, t, L, | and repetitions such as t*3 and (t|)*3",
+        ),
+        (
+            3,
+            {"pp": 2, "pipeline_layout": "Et|t|tL"},
+            "parallel.pipeline_layout=Et|t|tL has 3 stages, parallel.pp x parallel.vpp = 2 x 1; change one of them",
+        ),
+        (
+            2,
+            {"pp": 2, "pipeline_layout": "tE|tL"},
+            "parallel.pipeline_layout=tE|tL must begin with its only E (embedding) and end with its only L (head)",
+        ),
+        (
+            3,
+            {"pp": 2, "pipeline_layout": "Et|tL"},
+            "parallel.pipeline_layout=Et|tL has 2 layers (t), the model has 3; use as many",
+        ),
+        *(
+            (
+                2,
+                {"pp": 3, **keys},
+                "parallel.pp=3: pipeline rank 1 has none of the 2 layers of the model, and nothing to compute; give it "
+                "one in parallel.pipeline_layout, or use fewer stages",
+            )
+            for keys in (
+                {"vpp": 2, "pipeline_layout": "E||tt|||L"},
+                {"num_layers_first_stage": 1, "num_layers_last_stage": 1},
+            )
+        ),
+    ],
+)
+def test_a_split_that_does_not_come_out_is_refused(num_layers: int, keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        stages(num_layers, **keys)
+    assert str(caught.value) == said

@@ -1,0 +1,157 @@
+"""What FP8 does to the planner's bytes and seconds, by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from grpo_mega.models.parameter_tables import hf_shapes
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.activations import Activations
+from grpo_mega.planner.hardware import Cluster, cluster_of, gpu_named
+from grpo_mega.planner.phase_memory import RankMemory, engine_weight_bytes, plan_memory
+from grpo_mega.planner.plan import make_plan
+from grpo_mega.planner.static_memory import ModelChunk, static_bytes
+from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
+from grpo_mega.types import UserError
+from tests.unit.planner.test_phase_memory import SIZES, config_of, spec_of
+
+MATRIX, EXPERT = 200, 300  # elements of a layer of SIZES that are multiplied with
+NO_REFERENCE: dict[str, Any] = {"kl_coef": 0.0}
+
+
+def fp8(**keys: Any) -> dict[str, Any]:
+    return {"fp8": {"recipe": "blockwise", **keys}}
+
+
+def fullest_rank(gpu: str = "h100-80g", **sections: dict[str, Any]) -> RankMemory:
+    config = config_of(algorithm=NO_REFERENCE, **sections)
+    cluster = Cluster(gpu_named(gpu), 1, cluster_of(gpu_named(gpu), 1).assumptions)
+    return plan_memory(config, spec_of(), SIZES, Topology(1), cluster, total_parameters=1, where="x").ranks[0]
+
+
+def test_a_weight_is_held_in_two_orders_beside_the_bf16_one() -> None:
+    chunk = ModelChunk((False, True, True), False, False, (False, True, True))
+    plain = static_bytes([chunk], SIZES, spec_of(), config_of(), Topology(1))
+    copied = static_bytes([chunk], SIZES, spec_of(), config_of(precision=fp8()), Topology(1))
+    assert copied.fp8_copies == 2 * 2 * EXPERT  # the first layer stays in bf16
+    assert (copied.weights, copied.optimizer) == (plain.weights, plain.optimizer)
+
+
+def test_a_weight_in_fp8_is_one_of_its_two_orders() -> None:
+    chunk = ModelChunk((False,), False, False, (True,))
+    plain = static_bytes([chunk], SIZES, spec_of(), config_of(), Topology(1))
+    held = static_bytes([chunk], SIZES, spec_of(), config_of(precision=fp8(params=True)), Topology(1))
+    assert (held.weights, held.fp8_copies) == (plain.weights - MATRIX, MATRIX)
+    assert held.gradients == plain.gradients
+
+
+def test_copies_stay_on_the_device_of_an_offloaded_policy_only_where_they_are_parts_of_the_weights() -> None:
+    copied, held = fullest_rank(precision=fp8()), fullest_rank(precision=fp8(params=True))
+    assert copied.phases["train"]["FP8 copies"] == 2 * 2 * MATRIX
+    assert "FP8 copies" not in copied.phases["rollout"]
+    assert held.phases["rollout"]["FP8 copies"] == held.phases["train"]["FP8 copies"] == 2 * MATRIX
+    assert "FP8 copies" not in fullest_rank().phases["train"]
+
+
+@pytest.mark.parametrize(("first", "last", "layers"), [(0, 0, 2), (1, 0, 1), (1, 1, 0)])
+def test_layers_at_the_ends_can_stay_in_bf16(first: int, last: int, layers: int) -> None:
+    found = fullest_rank(precision=fp8(first_layers_bf16=first, last_layers_bf16=last))
+    assert found.phases["train"].get("FP8 copies", 0) == 2 * MATRIX * layers
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
+    """llama: two normed states and the attention's output (kept twice: the core keeps it too) of 64, and the product of
+    96, per token; of qwen3_moe the input of the experts and their product instead, for two experts a token."""
+    spec = spec_of(family)
+    is_moe = spec.is_moe_layer(0)
+    kinds = {}
+    for name, precision in (("bf16", {}), ("fp8", fp8())):
+        config = config_of(precision=precision, parallel={"recompute": "none"})
+        acts = Activations(spec, config, "te", row_tokens=100, longest=100, imbalance=1.0)
+        kinds[name] = acts.layer(is_moe, name == "fp8").kept
+    h, attended = spec.hidden_size, spec.num_heads * spec.head_dim
+    saved = 2 * h
+    if is_moe:
+        assert spec.moe is not None
+        saved += spec.moe.top_k * (h + spec.moe.expert_ffn_size)
+    else:
+        saved += spec.ffn_size
+    assert kinds["bf16"] - kinds["fp8"] == pytest.approx(100 * (saved - attended))
+
+
+def test_a_device_without_the_recipe_is_refused() -> None:
+    config = config_of(precision=fp8(), algorithm=NO_REFERENCE)
+    with pytest.raises(UserError, match=r"^--gpu=a100-80g: precision.fp8.recipe=blockwise runs on H100, H200, H20"):
+        make_plan(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
+
+
+def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_scale_for_each_block() -> None:
+    # llama: vocab 21, hidden 64, ffn 96, 2 layers, 4 heads and 2 key heads of 16, every matrix within one block
+    outer, norms = 2 * 21 * 64, 5 * 64
+    matrices, scales = 2 * (2 * 64 * 64 + 3 * 64 * 96), 2 * 5
+    keys, key_scales = 2 * 2 * 32 * 64, 2 * 2
+    whole = 2 * (outer + norms) + matrices + keys + 4 * (scales + key_scales)
+    assert engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True) == whole
+    assert engine_weight_bytes(spec_of(), Topology(2, engine_tp=2), 2, spread=False, fp8=True) == whole / 2 + norms
+
+
+def test_the_last_latent_projection_is_kept_in_bf16_beside_its_codes() -> None:
+    spec, one = spec_of("deepseek_v3"), Topology(1)
+    plain, coded = (engine_weight_bytes(spec, one, 2, spread=False, fp8=fp8) for fp8 in (False, True))
+    shapes = {name: shape for name, shape in hf_shapes(spec_of("deepseek_v3")).items() if is_coded(name, shape)}
+    blocks = sum(math.prod(scales_shape(shape)) for shape in shapes.values())
+    assert plain - coded == sum(math.prod(shape) for shape in shapes.values()) - 4 * blocks
+
+
+def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> None:
+    config = config_of(engine={"fp8": "scales_fp32"}, algorithm=NO_REFERENCE)
+    plain, coded = (
+        make_plan(each, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("h100-80g"), 1), "x")
+        for each in (config_of(algorithm=NO_REFERENCE), config)
+    )
+    engine = engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True)
+    assert coded.sync_bytes == coded.memory.ranks[0].phases["sync"]["engine weights"] == engine < plain.sync_bytes
+    assert coded.time.phases["sync"] < plain.time.phases["sync"]
+    assert coded.time.phases["rollout"] < plain.time.phases["rollout"]
+    with pytest.raises(UserError, match=r"^--gpu=a100-80g: engine.fp8 needs a GPU with FP8, as L40S, .* 8\.0; leave"):
+        make_plan(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
+
+
+def test_an_engine_that_quantises_itself_is_brought_every_tensor_whole() -> None:
+    config, cluster = (
+        config_of(engine={"fp8": "own_loader"}, algorithm=NO_REFERENCE),
+        cluster_of(gpu_named("h100-80g"), 2),
+    )
+    plan = make_plan(config, spec_of(), lambda **_: SIZES, cluster, "x")
+    assert plan.sync_bytes == 2 * 2 * plan.parameters
+    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64
+    assert plan.memory.ranks[0].phases["sync"]["whole tensors"] == 2 * layer
+    assert plan.memory.engine_weights == engine_weight_bytes(spec_of(), Topology(2), 2, spread=False, fp8=True)
+
+
+def test_passes_in_fp8_take_less_time() -> None:
+    cluster = cluster_of(gpu_named("h100-80g"), 1)
+    plain, fast = (
+        make_plan(
+            config_of(precision=p, algorithm=NO_REFERENCE), spec_of(), lambda **_: SIZES, cluster, "x"
+        ).time.phases
+        for p in ({}, fp8())
+    )
+    assert plain["train"] / fast["train"] == pytest.approx(cluster.assumptions.fp8_speedup)
+    assert plain["rollout"] == fast["rollout"]
+
+
+def test_copies_between_microbatches_are_forgotten() -> None:
+    from grpo_mega.policy.fp8 import forget_copies
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    inner: Any = model[1]
+    inner[0]._fp8_workspaces = {"weight": torch.zeros(2, 2)}
+    forget_copies([model])
+    assert inner[0]._fp8_workspaces == {}

@@ -1,0 +1,230 @@
+"""The planner's arithmetic, by hand: schedules, buffers, engine weights, phases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.schema import Config
+from grpo_mega.interfaces import ModuleSizes, ParameterSize
+from grpo_mega.models.config_readers import spec_from_config
+from grpo_mega.models.kv_cache import kv_bytes_per_token
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.hardware import Assumptions, Cluster, cluster_of, gpu_named
+from grpo_mega.planner.phase_memory import PHASES, engine_weight_bytes, num_groups, plan_memory, workload_of
+from grpo_mega.planner.pipeline_schedule import peak_of_schedule
+from grpo_mega.planner.static_memory import ModelChunk, static_bytes
+from grpo_mega.types import UserError
+from tests.helpers.family_configs import raw_family_config
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    raw: dict[str, Any] = {
+        "model": {"path": "unused"},
+        "data": {"train": "unused", "prompts_per_step": 8, "max_prompt_tokens": 64},
+        "sampling": {"group_size": 4, "max_tokens": 64},
+        "reward": {"terms": [{"name": "exact"}]},
+        "train": {"steps": 1, "max_tokens_per_microbatch": 256},
+    }
+    for name, keys in sections.items():
+        raw[name] = raw.get(name, {}) | keys
+    return Config.model_validate(raw)
+
+
+def spec_of(family: str = "llama", **changes: Any) -> ModelSpec:
+    return spec_from_config(raw_family_config(family, **changes), "config.json")
+
+
+def one(name: str, *shape: int, is_expert: bool = False) -> ParameterSize:
+    return ParameterSize(name, shape, is_expert)
+
+
+SIZES = ModuleSizes(
+    embedding=(one("embedding", 10, 10),),
+    dense_layer=(one("norm", 10), one("matrix", 10, 20)),
+    moe_layer=(one("router", 10), one("expert", 10, 30, is_expert=True)),
+    final_norm=(one("final", 10),),
+    head=(one("head", 10, 10),),
+)
+
+
+def test_1f1b_holds_as_many_microbatches_as_stages_follow() -> None:
+    held = [peak_of_schedule([1.0], 4, rank, 8)[0] for rank in range(4)]
+    assert held == [4, 3, 2, 1]
+
+
+def test_a_pipeline_holds_no_more_microbatches_than_there_are() -> None:
+    assert peak_of_schedule([1.0], 4, 0, 2)[0] == 2
+
+
+def test_an_interleaved_pipeline_holds_chunks_as_megatron_runs_ahead() -> None:
+    # rank 0 of 2, 2 chunks: 2 (2 - 0 - 1) + (2 - 1) 2 = 4 passes ahead, and the one of the steady state
+    peak, alive = peak_of_schedule([1.0, 10.0], 2, 0, 4)
+    assert alive == [3, 2]
+    assert peak == 23
+
+
+def test_buffers_are_padded_as_megatron_pads_them() -> None:
+    # starts at multiples of 64: norm at 0, matrix at 64, end 264; of 4 ranks and 128: 384
+    chunk = ModelChunk((False,), has_embedding=False, has_head=False)
+    found = static_bytes([chunk], SIZES, spec_of(), config_of(), Topology(4))
+    assert (found.parameters, found.weights, found.gradients) == (210, 2 * 384, 4 * 384)
+    assert found.optimizer == 12 * 384 // 4
+
+
+def test_fp32_weights_are_their_own_masters() -> None:
+    chunk = ModelChunk((False,), has_embedding=False, has_head=False)
+    found = static_bytes([chunk], SIZES, spec_of(), config_of(precision={"dtype": "fp32"}), Topology(1))
+    assert (found.weights, found.optimizer) == (4 * 384, 8 * 384)
+
+
+def test_experts_are_sharded_over_their_own_replicas() -> None:
+    chunk = ModelChunk((True,), has_embedding=False, has_head=False)
+    # experts: 300 -> 384 elements over edp = 4 / 4 = 1 rank; router: 10 -> 128 over dp = 4
+    found = static_bytes([chunk], SIZES, spec_of(), config_of(parallel={"ep": 4}), Topology(4, ep=4))
+    assert found.optimizer == 12 * (384 + 128 // 4)
+
+
+def test_a_tied_head_is_a_copy_only_on_another_stage() -> None:
+    first = ModelChunk((), has_embedding=True, has_head=False)
+    last = ModelChunk((), has_embedding=False, has_head=True)
+    both = ModelChunk((), has_embedding=True, has_head=True)
+    spec = spec_of(tie_word_embeddings=True)
+    numels = [static_bytes([c], SIZES, spec, config_of(), Topology(1)).parameters for c in (first, last, both)]
+    assert numels == [100, 110, 110]
+
+
+def test_the_host_takes_its_share_of_the_optimizer() -> None:
+    chunk = ModelChunk((False,), has_embedding=False, has_head=False)
+    found = static_bytes([chunk], SIZES, spec_of(), config_of(optimizer={"host_fraction": 0.75}), Topology(1))
+    assert (found.optimizer, found.optimizer_on_host) == (12 * 384 // 4, 12 * 384 * 3 // 4)
+
+
+def test_an_engine_repeats_norms_and_few_key_heads() -> None:
+    # vocab 21, hidden 64, ffn 96, 2 layers, 4 heads and 2 key heads of 16
+    matrices = 2 * 21 * 64 + 2 * (2 * 64 * 64 + 3 * 64 * 96)
+    keys, norms = 2 * 2 * 32 * 64, 5 * 64
+    found = [engine_weight_bytes(spec_of(), Topology(4, engine_tp=tp), 2, spread=False) for tp in (1, 4)]
+    assert found == [2 * (matrices + keys + norms), 2 * (matrices / 4 + keys / 2 + norms)]
+
+
+def test_copies_of_an_engine_share_its_experts() -> None:
+    # Mixtral: 2 layers of 4 experts of 3 x 64 x 96, and a router of 4 x 64
+    experts, attention = 2 * 4 * 3 * 64 * 96, 2 * 21 * 64 + 2 * 2 * 64 * 64
+    keys, repeated = 2 * 2 * 32 * 64, 5 * 64 + 2 * 4 * 64
+    spec, topology = spec_of("mixtral", num_local_experts=4), Topology(8, engine_tp=2, engine_dp=4)
+    for spread in (True, False):
+        found = engine_weight_bytes(spec, topology, 2, spread=spread)
+        assert found == 2 * (experts / 8 + attention / 2 + keys / 2 + repeated)
+
+
+def test_the_cache_of_latent_attention_is_the_same_on_every_rank() -> None:
+    spec = spec_of("deepseek_v3")
+    assert [kv_bytes_per_token(spec, tp, 2) for tp in (1, 4)] == [2 * (24 + 8) * 2] * 2
+    assert [kv_bytes_per_token(spec_of(), tp, 2) for tp in (1, 2, 4)] == [2 * 2 * 2 * 16 * 2, 128, 128]
+
+
+def test_the_engine_s_cache_is_what_vllm_would_allocate() -> None:
+    from grpo_mega.engines.vllm.arguments import VllmSettings, kv_cache_bytes
+
+    config, spec = config_of(engine={"kv_cache_tokens": 4096}), spec_of()
+    settings = VllmSettings(
+        config_dir=__file__,  # type: ignore[arg-type]
+        dtype="bf16",
+        tp=2,
+        max_model_len=128,
+        max_num_seqs=8,
+        kv_cache_tokens=4096,
+        seed=0,
+    )
+    memory = memory_of(config.model_copy(update={"engine": config.engine.model_copy(update={"tp": 2})}), spec, 2)
+    assert memory.kv_cache == kv_cache_bytes(settings, spec)
+
+
+def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g") -> Any:
+    return plan_memory(
+        config, spec, SIZES, Topology.of(config, world), cluster_of(gpu_named(gpu), world), total_parameters=1000,
+        where="config.json",
+    )  # fmt: skip
+
+
+def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
+    urls: dict[str, Any] = {"placement": "server", "urls": ("a:1", "a:2"), "tp": 2}
+    beside = memory_of(config_of(engine={"tp": 2}), spec_of(), 4)
+    elsewhere = memory_of(config_of(engine=urls), spec_of(), 4)
+    (rank,), (other,) = elsewhere.ranks, beside.ranks
+    assert set(rank.phases) - set(other.phases) == {"server"}
+    assert {"engine weights", "KV cache", "engine workspace", "sync buckets"} <= set(rank.phases["server"])
+    assert num_groups(Topology(4, engine_tp=2)) == num_groups(Topology(4, engine_tp=2, engine_servers=2)) + 1
+    assert elsewhere.engine_weights == beside.engine_weights
+    for phase, items in rank.phases.items():
+        if phase != "server":
+            assert not {"engine weights", "KV cache", "engine asleep", "policy offloaded"} & set(items)
+            assert {"weights", "gradients", "optimizer"} <= set(items)  # which never leave
+    assert elsewhere.host["offloaded optimizer"] == 0 < beside.host["offloaded optimizer"]
+
+
+def test_phases_hold_what_their_table_says() -> None:
+    (rank,) = memory_of(config_of(), spec_of(), 1).ranks
+    held = {phase: set(rank.phases[phase]) for phase in PHASES}
+    assert {"weights", "gradients", "optimizer", "activations"} <= held["train"]
+    assert "engine weights" not in held["train"] | held["log_probs"]
+    assert {"engine weights", "KV cache"} <= held["rollout"]
+    assert not {"weights", "gradients", "optimizer"} & held["rollout"]
+    assert {"weights", "engine weights", "sync buckets"} <= held["sync"]
+    assert not {"gradients", "optimizer", "KV cache"} & held["sync"]
+    bucket_bytes = config_of().weight_sync.bucket_bytes
+    assert rank.phases["sync"]["sync buckets"] == 2 * bucket_bytes, "tensors travel in pieces, two buckets at a time"
+
+
+def test_a_critic_has_a_phase_of_its_own_and_doubles_what_the_host_keeps() -> None:
+    plain, ppo = (memory_of(config_of(algorithm={"name": name}), spec_of(), 1) for name in ("grpo", "ppo"))
+    assert "value" not in plain.phases
+    assert {"weights", "gradients", "optimizer", "activations"} <= set(ppo.ranks[0].phases["value"])
+    assert "logits" not in ppo.ranks[0].phases["value"]
+    assert ppo.host["offloaded optimizer"] == 2 * plain.host["offloaded optimizer"] > 0
+
+
+def test_a_reference_costs_host_memory_only_where_the_loss_needs_one() -> None:
+    with_kl = memory_of(config_of(), spec_of(), 1).host["reference"]
+    without = memory_of(config_of(algorithm={"kl_coef": 0.0}), spec_of(), 1).host["reference"]
+    assert with_kl > without == 0
+
+
+def test_without_cuda_a_critic_is_there_in_every_phase() -> None:
+    (rank,) = memory_of(config_of(algorithm={"name": "ppo"}), spec_of(), 1, gpu="cpu").ranks
+    state = rank.static.weights + rank.static.gradients + rank.static.optimizer
+    assert all(items["critic"] == state for items in rank.phases.values())
+
+
+def test_recomputation_keeps_less_and_sequence_parallelism_cuts_it() -> None:
+    spec = spec_of(num_hidden_layers=4)
+    plain, selective, full = (
+        memory_of(config_of(parallel={"recompute": how}), spec, 1).ranks[0].activations
+        for how in ("none", "selective", "full")
+    )
+    assert full < selective < plain
+    tp, cut = (
+        memory_of(config_of(parallel={"tp": 2, "sequence_parallel": sp}), spec, 2).ranks[0].activations
+        for sp in (False, True)
+    )
+    assert cut < tp < plain
+
+
+def test_the_workload_counts_microbatches_of_full_length() -> None:
+    # 32 rollouts of 128 tokens, 2 a row, on 2 ranks: 8; under vpp a multiple of pp
+    assert workload_of(config_of(), Topology(2), 0.5).num_microbatches == 8
+    interleaved = config_of(parallel={"pp": 3, "vpp": 2})
+    assert workload_of(interleaved, Topology(6, pp=3, vpp=2), 0.5).num_microbatches == 9
+
+
+def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--gpu=h101: not known; use one of .*h100-80g"):
+        gpu_named("h101")
+
+
+def test_links_beyond_a_node_are_those_of_the_network() -> None:
+    cluster = Cluster(gpu_named("h100-80g"), 16, Assumptions(link=1.0))
+    assert (cluster.link_speed(8), cluster.link_speed(16)) == (450e9, 50e9)

@@ -1,0 +1,156 @@
+"""Which layouts leave the blocks of FP8 weights whole, and what is said of a config that cannot have them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.doctor.model_rules import check_model
+from grpo_mega.models.config_readers import read_spec, spec_from_config
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel import devices
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout
+from grpo_mega.types import UserError
+from tests.helpers.family_configs import raw_family_config
+from tests.helpers.fp8_models import FP8_MODELS, make_fp8_model
+from tests.helpers.jobs import REPOSITORY
+
+QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
+DEEPSEEK = REPOSITORY / "configs" / "models" / "DeepSeek-V3"
+
+
+ONE = EngineGrid(1)
+
+
+def spec_of(family: str) -> ModelSpec:
+    return spec_from_config(raw_family_config(family, **FP8_MODELS.get(family, {})), "config.json")
+
+
+def said(spec: ModelSpec, policy: dict[str, int], engine: EngineGrid = ONE, *, latent_split: bool = False) -> str:
+    layout = ParallelConfig(**policy)
+    try:
+        check_fp8_layout(spec, layout, engine, latent_split=latent_split, where="the model")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("family", "policy", "message"),
+    [
+        ("qwen3", {"tp": 2}, ""),
+        ("qwen3_moe", {"etp": 2}, ""),
+        ("qwen3_moe", {"etp": 4}, "block of model.layers.0.mlp.experts.0.gate_proj.weight at [0, 0] a rank of the"),
+        ("deepseek_v3", {"tp": 2}, ""),
+        (
+            "deepseek_v3",
+            {"tp": 4},
+            "block of model.layers.0.self_attn.kv_b_proj.weight at [128, 0] a rank",
+        ),
+    ],
+)
+def test_a_policy_that_cuts_blocks_is_refused_with_the_tensor(
+    family: str, policy: dict[str, int], message: str
+) -> None:
+    found = said(spec_of(family), policy)
+    assert bool(found) == bool(message)
+    assert message in found
+
+
+def test_latent_projections_are_cut_by_the_modules_of_a_machine_without_a_gpu_alone() -> None:
+    spec = spec_of("deepseek_v3")
+    assert "kv_a_proj_with_mqa.weight at [0, 0]" in said(spec, {"tp": 2}, latent_split=True)
+    assert said(spec, {"tp": 1}, latent_split=True) == said(spec, {"tp": 2}) == ""
+
+
+def test_deepseek_v3_fits_sixteen_ranks_or_copies_of_fewer_and_no_more() -> None:
+    spec, policy = read_spec(DEEPSEEK), {"tp": 2, "ep": 16}
+    assert said(spec, policy, EngineGrid(16, experts_spread=True)) == said(spec, policy, EngineGrid(16)) == ""
+    assert said(spec, policy, EngineGrid(8, 4, experts_spread=True)) == ""
+    assert "the feed-forward size of the model is 576 on" in said(spec, policy, EngineGrid(32, experts_spread=True))
+    assert said(spec, policy, EngineGrid(8, 4)) == (
+        "engine.fp8 with engine.tp=8 and engine.dp=4: the feed-forward size of each expert of the model is 64 on a "
+        "rank of the engine, no multiple of the 128 of a block; use a smaller engine.tp, or engine.ep=32"
+    )
+
+
+def test_stacks_of_experts_are_refused() -> None:
+    assert "experts of the model are stacks with biases" in said(spec_of("gpt_oss"), {})
+
+
+# Configs
+
+
+def message_of(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        check_model(load_config(QUICKSTART, ["precision.dtype=bf16", *overrides]), Topology(1))
+    return str(caught.value)
+
+
+def on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", Path("/"))  # which is there
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["engine.fp8=scales_fp32", "engine.kind=sglang"],
+            "engine.fp8=scales_fp32 with engine.kind=sglang: which of its kernels read codes as they are stored is not "
+            "known; use engine.kind=vllm, or leave engine.fp8 out",
+        ),
+        (
+            ["engine.fp8=scales_power_of_two", "precision.dtype=fp32"],
+            "engine.fp8=scales_power_of_two needs precision.dtype=bf16, not fp32: what is not FP8 is bf16; set it",
+        ),
+        (
+            ["engine.fp8=own_loader", "engine.placement=server", "engine.urls=['a:1']"],
+            "engine.fp8=own_loader with engine.placement=server: servers take slices, and this loader whole tensors; "
+            "use engine.fp8=scales_fp32",
+        ),
+        (
+            ["engine.fp8=e4m3"],
+            "engine.fp8='e4m3': input should be 'scales_fp32', 'scales_power_of_two' or 'own_loader'",
+        ),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
+    assert message_of(*overrides) == message
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has GPUs")
+def test_a_machine_without_cuda_is_told_the_key_and_the_remedy() -> None:
+    assert message_of("engine.fp8=scales_fp32") == (
+        "engine.fp8=scales_fp32 needs CUDA devices, and this machine has none; leave engine.fp8 out"
+    )
+    elsewhere = message_of("engine.fp8=scales_fp32", "engine.placement=server", "engine.urls=['localhost:7']")
+    assert elsewhere.startswith("engine.fp8 with engine.tp=1: ")  # which its server will look for
+
+
+def test_where_there_are_gpus_the_layout_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine_with_gpus(monkeypatch)
+    assert message_of("engine.fp8=scales_fp32") == (
+        "engine.fp8 with engine.tp=1: the key-value heads of model.base.architecture are 64 on a rank of the engine, "
+        "no multiple of the 128 of a block; leave engine.fp8 out"
+    )
+
+
+def test_an_engine_that_quantises_itself_needs_no_whole_blocks_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_machine_with_gpus(monkeypatch)
+    check_model(load_config(QUICKSTART, ["precision.dtype=bf16", "engine.fp8=own_loader"]), Topology(1))
+
+
+def test_an_fp8_checkpoint_may_be_given_where_the_engine_holds_fp8(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    on_a_machine_with_gpus(monkeypatch)
+    scheme = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    folder = make_fp8_model(tmp_path, "deepseek_v3", quantization_config=scheme)
+    given = ["model.base=null", f"model.path={folder}", "precision.dtype=bf16"]
+    check_model(load_config(QUICKSTART, [*given, "engine.fp8=scales_fp32"]), Topology(1))
+    assert "has a quantization_config" in message_of(*given)
+    assert "has a quantization_config" in message_of(*given, "engine.fp8=own_loader")

@@ -1,0 +1,170 @@
+"""`code`: programs are judged by their tests, in both forms, and hostile ones cost their own time limit alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
+from grpo_mega.rewards.builtin.code import code, program_of, same_output
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.sandbox.sandbox import require_isolation
+from grpo_mega.types import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def isolation() -> None:
+    try:
+        require_isolation()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+SQUARES = json.dumps({"inputs": ["2\n", "3\n", "10\n"], "outputs": ["4\n", "9\n", "100\n"]})
+ADD = json.dumps({"tests": ["assert add(1, 2) == 3", "assert add(-1, 1) == zero"], "setup": "zero = 0"})
+
+
+def fenced(program: str) -> str:
+    return f"This should do it:\n\n```python\n{program}\n```\n\nIt squares."
+
+
+@pytest.mark.parametrize(
+    ("program", "whole", "share"),
+    [
+        ("print(int(input()) ** 2)", 1.0, 1.0),
+        ("print(int(input()) * 2)", 0.0, 1 / 3),
+        ("print(float(input()) ** 2)", 1.0, 1.0),
+        ("n = int(input())\nprint(n * n)\nraise SystemExit(1)", 0.0, 0.0),
+        ("n = int(input()\n", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_a_program_is_judged_by_what_it_writes(program: str, whole: float, share: float) -> None:
+    assert code("", fenced(program), SQUARES, seconds=60.0) == whole
+    assert code("", fenced(program), SQUARES, seconds=60.0, partial=True) == share
+
+
+@pytest.mark.parametrize(
+    ("program", "whole", "share"),
+    [
+        ("def add(a, b):\n    return a + b", 1.0, 1.0),
+        ("def add(a, b):\n    return abs(a) + b", 0.0, 0.5),
+        ("print('noise')\ndef add(a, b):\n    print(a)\n    return a + b", 1.0, 1.0),
+        ("def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    exit(1)", 1.0, 1.0),
+        ("import os\nos._exit(0)", 0.0, 0.0),
+        ("raise SystemExit(0)", 0.0, 0.0),
+        ("print('0\\n1\\npassed')\ndef add(a, b): exit(0)", 0.0, 0.0),
+        ("def add(a, b):\n    raise KeyboardInterrupt", 0.0, 0.0),
+    ],
+)
+def test_a_program_is_judged_by_the_statements_that_hold(program: str, whole: float, share: float) -> None:
+    assert code("", fenced(program), ADD, seconds=60.0) == whole
+    assert code("", fenced(program), ADD, seconds=60.0, partial=True) == share
+
+
+def test_a_reference_that_is_python_is_one_test() -> None:
+    tests = "def check(f):\n    assert f(2) == 4\n\ncheck(square)"
+    assert code("", fenced("def square(x): return x * x"), tests, seconds=60.0) == 1.0
+    assert code("", fenced("def square(x): return x + 1"), tests, seconds=60.0) == 0.0
+
+
+def test_programs_do_not_see_what_an_earlier_test_of_theirs_has_written() -> None:
+    program = "import os\nprint(int(input()) ** 2 if not os.listdir('.') else 'seen')\nopen('left', 'w').close()"
+    assert code("", fenced(program), SQUARES, seconds=60.0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "program"),
+    [
+        ("```python\nfirst\n```\nbetter:\n```py\nsecond\n```", "second\n"),
+        ("```\nplain\n```", "plain\n"),
+        ("```python\nprogram\n```\nand its output:\n```text\n4\n```", "program\n"),
+        ("just = 1", "just = 1"),
+        ("```python\nnever closed", "```python\nnever closed"),
+    ],
+)
+def test_the_program_is_the_last_block_of_python(completion: str, program: str) -> None:
+    assert program_of(completion) == program
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected", "same"),
+    [
+        ("1 2\n", "1 2", True),
+        ("1 2  \n\n", "1 2\n", True),
+        ("1.0 2", "1 2", True),
+        ("1\n2", "1 2", False),
+        ("1 2 3", "1 2", False),
+        ("yes", "Yes", False),
+        ("nan", "NaN", False),
+        ("", "", True),
+        ("1e999999999", "1e999999998", False),
+    ],
+)
+def test_output_is_compared_by_lines_and_numbers(printed: str, expected: str, same: bool) -> None:
+    assert same_output(expected, printed) is same
+
+
+HOSTILE = [
+    "while True: pass",
+    "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "print(len('a' * 10**10))",
+    "print(9**9**9)",
+    "import re\nre.match('(a+)+b', 'a' * 100)",
+    "print(open('/etc/passwd').read(), open('/root/.ssh/id_rsa').read())",
+    "import socket\nsocket.create_connection(('127.0.0.1', 22))",
+    "while True: print('x' * 10**6)",
+    "import os, signal\nos.killpg(0, signal.SIGKILL)\nos.kill(os.getppid(), signal.SIGKILL)",
+    "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        while True: pass",
+]
+
+
+def test_hostile_programs_cost_their_own_time_and_nothing_else(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("4")
+    programs = [*HOSTILE, f"open({str(secret)!r}, 'w').write('mine')", f"print(open({str(secret)!r}).read())"]
+    terms = [RewardTerm(name="code", args={"seconds": 2.0})]
+    with RewardPool(terms, workers=1, timeout_seconds=60.0) as pool:
+        before = pool.worker_pids
+        for key, program in enumerate(programs):
+            pool.submit(key, "", fenced(program), '{"inputs": ["2"], "outputs": ["4"]}')
+        rewards = pool.collect()
+        assert pool.worker_pids == before
+    assert [rewards[key].value for key in range(len(programs))] == [0.0] * len(programs)
+    assert not any(reward.failures for reward in rewards.values())
+    assert secret.read_text() == "4"
+    assert code("", fenced("print(int(input()) ** 2)"), SQUARES, seconds=60.0) == 1.0
+
+
+@pytest.mark.parametrize("reference", ["", "{}", '{"inputs": ["1"], "outputs": []}', '{"tests": [1]}', '{"tests": 7}'])
+def test_a_reference_without_tests_is_an_error_of_the_data(reference: str) -> None:
+    with pytest.raises(ValueError, match="the reference"):
+        code("", "print(1)", reference)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"partial": 1}, "partial=1 is neither true nor false"),
+        ({"seconds": 0}, "seconds=0 is no number of seconds"),
+        ({"memory_mb": 10}, "memory_mb=10 is too little for Python"),
+        ({"processes": 0}, "processes=0 is no whole number above 0"),
+        ({"file_mb": 1.5}, "file_mb=1.5 is no whole number above 0"),
+        ({"seconds": 5}, "'code' allows itself 5 s and reward.timeout_seconds=5"),
+    ],
+)
+def test_a_bad_argument_is_refused_before_the_run(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_rewards([RewardTerm(name="code", args=args)], 5.0)
+    assert message in str(caught.value)
+
+
+def test_the_environment_of_the_run_is_not_handed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "SECRET_TOKEN", "4")
+    tests = json.dumps({"inputs": [""], "outputs": ["None"]})
+    assert code("", fenced("import os\nprint(os.environ.get('SECRET_TOKEN'))"), tests, seconds=60.0) == 1.0

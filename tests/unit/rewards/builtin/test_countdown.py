@@ -1,0 +1,84 @@
+"""`countdown`: exact arithmetic over the given numbers, each used as often as it was given."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
+from grpo_mega.rewards.builtin.countdown import countdown, evaluate
+from grpo_mega.types import UserError
+
+TASK = '{"target": 98, "numbers": [44, 19, 35]}'
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>44 + 19 is 63</think><answer>44 + 19 + 35</answer>",
+        "<answer>(44+19)+35 = 98</answer>",
+        r"so \boxed{35 + 44 + 19}",
+        "I try.\n44 - (-19) + 35",
+        "<answer> [44 + 19] + 35 </answer>",
+        "<answer>1</answer> no: <answer>44+19+35</answer>",
+    ],
+)
+def test_an_expression_that_makes_the_target_scores_one(completion: str) -> None:
+    assert countdown("", completion, TASK) == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "98",
+        "<answer>98</answer>",
+        "<answer>44 + 19 + 35 + 0</answer>",
+        "<answer>44 + 54</answer>",
+        "<answer>44 + 19 + 35 + 35 - 35</answer>",
+        "<answer>44 + 19 + 35)</answer>",
+        "<answer>(44 + 19 + 35</answer>",
+        "<answer>44 19 + 35</answer>",
+        "<answer>__import__('os').getpid() * 0 + 44 + 19 + 35</answer>",
+        "<answer>44 ** 19 + 35</answer>",
+        "<answer>44 / (19 - 19) + 35</answer>",
+        "<answer>" + "(" * 200 + "44+19+35" + ")" * 200 + "</answer>",
+        "<answer>" + "-" * 290 + "44+19+35</answer>",
+    ],
+)
+def test_anything_else_scores_zero(completion: str) -> None:
+    assert countdown("", completion, TASK) == 0.0
+
+
+def test_a_valid_expression_with_another_value_scores_what_was_asked_for() -> None:
+    assert countdown("", "<answer>44 + 19 - 35</answer>", TASK, valid_score=0.1) == 0.1
+    assert countdown("", "<answer>44 + 54</answer>", TASK, valid_score=0.1) == 0.0
+
+
+def test_numbers_may_be_left_out_when_not_all_must_be_used() -> None:
+    task = '{"target": 63, "numbers": [44, 19, 35]}'
+    assert countdown("", "<answer>44 + 19</answer>", task) == 0.0
+    assert countdown("", "<answer>44 + 19</answer>", task, use_all=False) == 1.0
+    assert countdown("", "<answer>44 + 19 + 19 - 19</answer>", task, use_all=False) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [("2+3*4", 14), ("(2+3)*4", 20), ("8/3/2", Fraction(4, 3)), ("8-3-2", 3), ("-2*-3", 6), ("1/0", None), ("", None)],
+)
+def test_expressions_have_their_exact_value(expression: str, value: Fraction | None) -> None:
+    assert evaluate(expression) == value
+
+
+@pytest.mark.parametrize("reference", ["98", "{}", '{"target": 9.5, "numbers": [1]}', '{"target": 9, "numbers": []}'])
+def test_a_reference_that_is_no_task_is_an_error_of_the_data(reference: str) -> None:
+    with pytest.raises(ValueError, match="the reference"):
+        countdown("", "<answer>1</answer>", reference)
+
+
+@pytest.mark.parametrize(("name", "value"), [("use_all", 1), ("valid_score", 2), ("valid_score", True)])
+def test_a_bad_argument_is_refused_before_the_run(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{name}={value}"):
+        build_rewards([RewardTerm(name="countdown", args={name: value})])

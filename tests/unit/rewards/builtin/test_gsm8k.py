@@ -1,0 +1,252 @@
+"""`gsm8k` against labels written by hand, and against every reference of GSM8K itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.rewards.builtin.gsm8k import final_values, gsm8k, reference_values
+
+NINES = "9" * 5000
+
+# (completion, reference): what a careful reader would mark as right. One row per form of a number or of an ending.
+RIGHT = [
+    ("The final answer is: 72 for 3 people.", "72"),
+    ("Final answer: 72 (for 3 people)", "72"),
+    ("**Answer:** 72 for 3 people", "72"),
+    ("answer: 72, as 3 * 24 = 72", "72"),
+    ("24 answers * 2 points/answer = 48. She has 64", "64"),
+    ("5 + 5 = 10.\n\n####   10  \n", "10"),
+    ("#### 1\u00a0234", "1234"),
+    ("#### 1\u202f234.5", "1234.5"),
+    ("#### 4.5e2", "450"),
+    ("#### 3 \u00d7 10^{4}", "30000"),
+    ("#### \u2013 5", "-5"),
+    ("#### -\u00bd", "-1/2"),
+    ("#### 2,520,000 miles", "2520000"),
+    ("It is 2.5 million.", "2500000"),
+    ("#### 3rd floor", "3"),
+    ("the area is 5 m^2", "5"),
+    ("the area is 5 m^{2}", "5"),
+    ("_72_", "72"),
+    ("#### 72", "72"),
+    ("#### $1,234.50", "1234.5"),
+    ("#### 50%", "50"),
+    ("#### 5 km", "5"),
+    ("#### \u22125", "-5"),
+    ("#### +5", "5"),
+    ("#### 72.", "72"),
+    ("#### **72**", "72"),
+    ("**#### 72**", "72"),
+    (r"#### \$18", "18"),
+    ("#### -$5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### 1 234", "1234"),
+    ("#### 007", "7"),
+    ("#### 1e3", "1000"),
+    (r"#### 1.5 \times 10^3", "1500"),
+    ("#### 1/2", "0.5"),
+    ("#### 2 1/2", "2.5"),
+    ("#### 2\xbd", "2.5"),
+    (r"\boxed{\frac{1}{2}}", "0.5"),
+    (r"\boxed{-\frac{1}{2}}", "-1/2"),
+    (r"\boxed{1\frac12}", "1.5"),
+    (r"\boxed{72\text{ apples}}", "72"),
+    (r"\boxed{\text{72 apples}}", "72"),
+    (r"\boxed{1{,}234}", "1234"),
+    (r"\boxed{1\,234}", "1234"),
+    (r"$\boxed{\$18}$.", "18"),
+    (r"\boxed{50\%}", "50"),
+    ("The answer is 72.", "72"),
+    ("So 10 - 5 = 5.", "5"),
+    ("she has 72 apples.", "72"),
+    ("The total is **$1,234.50**.", "1234.5"),
+    ("the answer is 72 for 3 people.", "72"),
+    ("#### Step 1: add\nfoo 3\n#### Step 2: mul\n\\boxed{9}", "9"),
+    ("#### 1. Add\nfoo\n#### 2. Mul\n7", "7"),
+    ("#### 4 million", "4000000"),
+    ("#### $4 million", "4"),
+    ("#### 3 + 4 = 7", "7"),
+    ("#### x = 5", "5"),
+    ("####72", "72"),
+    ("#### \n72", "72"),
+    ("#### Janet makes $18 per day.", "18"),
+    ("#### 2. ", "2"),
+    (r"#### \frac{3}{4}", "0.75"),
+    ("#### $72$", "72"),
+    (r"#### \(72\)", "72"),
+    ("#### 72 apples (6 dozen)", "72"),
+    ("#### 1,00,000", "100000"),
+    ("...72", "72"),
+    ("#### .5", "0.5"),
+    ("x is 5^2 = 25", "25"),
+    ("#### <<9*2=18>>18", "18"),
+    ("Answer: 72 km/h", "72"),
+    (r"\boxed{5 m^2}", "5"),
+    ("#### 5 m\xb2", "5"),
+    ("#### 72\n\nQuestion: foo 5", "72"),
+    ("#### 5\n#### 6", "6"),
+    (r"The answer is $10\,000$", "10000"),
+    (r"#### 90^\circ", "90"),
+    ("#### 90\xb0", "90"),
+    ("#### \uff17\uff12", "72"),
+    ("72\n####", "72"),
+    ("#### 10 000 000", "10000000"),
+    ("#### the answer is 72", "72"),
+    (r"the final answer is: $\boxed{72}$", "72"),
+    ("#### 72 days.", "72"),
+    ("#### 1-bedroom", "1"),
+    ("It costs -$5", "-5"),
+    ("x=-5", "-5"),
+    ("#### 12:", "12"),
+    ("I think it is 5, not 6. #### 5", "5"),
+    ("#### 2nd", "2"),
+    ("cost: 5\u20ac", "5"),
+    ("#### \xa35", "5"),
+    ("#### 72 </s>", "72"),
+    ("####  72<|endoftext|>", "72"),
+    ("#### 6 x 3 = 18 eggs", "18"),
+    ("So Tom has 5 apples, i.e. 5.", "5"),
+    ("#### 30%.", "30"),
+    ("#### USD 30", "30"),
+    ("#### 30 USD", "30"),
+    ("#### US$30", "30"),
+    (r"\boxed{\textbf{72}}", "72"),
+    (r"\boxed{\mathbf{72}}", "72"),
+    (r"\[ \boxed{72} \]", "72"),
+]
+
+# What a careful reader would mark as wrong: another number, a hedge, an unfinished expression, no number at all.
+WRONG = [
+    ("The answer is 5-7.", "7"),
+    ("maybe 3 or 4", "4"),
+    ("#### 1e99999", "1"),
+    ("#### 72 or 73", "72"),
+    ("#### 72, 73", "72"),
+    ("#### 72 73", "72"),
+    ("#### 5:30", "5"),
+    ("#### 1,23", "1"),
+    ("#### 12,34", "12"),
+    ("#### 7", "72"),
+    (r"\boxed{72, 73}", "72"),
+    (r"\boxed{72", "73"),
+    ("#### 5-7", "5"),
+    ("#### 3 + 4", "3"),
+    ("#### 1/0", "1"),
+    (f"#### {NINES}", "9"),
+    ("", "0"),
+    ("#### 5^2", "5"),
+    ("no", "1"),
+    ("#### 72 + x = ", "72"),
+    ("#### 5\xb2", "5"),
+    ("#### 7.2", "72"),
+    ("#### -72", "72"),
+    ("it is 3 million", "7"),
+    ("#### 1.234.567", "1.234"),
+]
+
+
+@pytest.mark.parametrize(("completion", "reference"), RIGHT)
+def test_a_right_answer_scores_one_in_any_spelling(completion: str, reference: str) -> None:
+    assert gsm8k("", completion, reference) == 1.0
+    assert gsm8k("", completion, f"Some <<1+1=2>>2 steps.\n#### {reference}") == 1.0
+
+
+@pytest.mark.parametrize(("completion", "reference"), RIGHT)
+def test_a_right_answer_to_another_question_scores_zero(completion: str, reference: str) -> None:
+    (value,) = reference_values(reference)
+    assert gsm8k("", completion, str(value + 1)) == 0.0
+    assert gsm8k("", completion, str(value * 10 + 7)) == 0.0
+
+
+@pytest.mark.parametrize(("completion", "reference"), WRONG)
+def test_a_wrong_or_hedged_answer_scores_zero(completion: str, reference: str) -> None:
+    assert gsm8k("", completion, reference) == 0.0
+
+
+def test_the_marker_is_preferred_to_the_box_and_the_box_to_the_last_number() -> None:
+    assert gsm8k("", r"#### 5, as \boxed{6} says; 7", "5") == 1.0
+    assert gsm8k("", r"it is \boxed{6}; 7", "6") == 1.0
+    assert gsm8k("", "it is 6; 7", "7") == 1.0
+
+
+def test_strict_takes_no_number_from_prose() -> None:
+    assert gsm8k("", "The answer is 72.", "72", strict=True) == 0.0
+    assert gsm8k("", "#### 72", "72", strict=True) == 1.0
+    assert gsm8k("", r"\boxed{72}", "72", strict=True) == 1.0
+
+
+def test_values_are_compared_exactly_never_as_floats() -> None:
+    assert gsm8k("", "#### 0.1", "1/10") == 1.0
+    assert gsm8k("", "#### 0.30000000000000004", "0.3") == 0.0
+    assert gsm8k("", "#### 9007199254740993", "9007199254740992") == 0.0
+    assert gsm8k("", "#### 33.33", "100/3") == 0.0
+
+
+@pytest.mark.parametrize("reference", ["", "no number", "#### none", "5:30"])
+def test_a_reference_without_a_number_is_an_error_in_the_data(reference: str) -> None:
+    with pytest.raises(ValueError, match="ends in no number"):
+        gsm8k("", "#### 5", reference)
+
+
+def gsm8k_references(folder: Path) -> list[str]:
+    files = [folder / name for name in ("train.jsonl", "test.jsonl") if (folder / name).is_file()]
+    return [json.loads(line)["answer"] for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+REWRITINGS = (
+    "#### {answer}",
+    "So it is clear.\n#### ${answer}",
+    "#### {answer} apples",
+    "#### {answer}.",
+    "#### **{answer}**",
+    "**#### {answer}**",
+    "####{answer}\n\n",
+    "#### {answer}.00",
+    "#### {commas}",
+    "#### {plain}%",
+    "Thus 3 + 4 = 7.\n$$\\boxed{{{answer}}}$$",
+    "\\boxed{{\\${latex}}}",
+    "\\boxed{{{answer}\\text{{ apples}}}} after 3 days.",
+    "After 3 days, the answer is {answer} apples.",
+    "**Final Answer:** ${commas}",
+    "Adding 1 and 2, she has **{plain}** of them.",
+)
+
+
+def test_every_gsm8k_reference_is_right_in_every_rewriting_and_wrong_for_its_neighbour(gsm8k_dir: Path) -> None:
+    references = gsm8k_references(gsm8k_dir)
+    assert len(references) > 1000
+    wrong = []
+    for index, reference in enumerate(references):
+        answer = reference.rpartition("####")[2].strip()
+        neighbour = next(
+            r for r in references[index - 1 :: -1] + references if r.rpartition("####")[2].strip() != answer
+        )
+        plain = answer.replace(",", "")
+        commas = f"{int(plain):,}"
+        assert gsm8k("", reference, reference) == 1.0
+        assert gsm8k("", neighbour, reference) == 0.0
+        # one rewriting each, all of them over the file, every one for the answers with a comma or a sign
+        rewritings = REWRITINGS if not answer.isdigit() or index < 100 else REWRITINGS[index % len(REWRITINGS) :][:1]
+        for form in rewritings:
+            text = form.format(answer=answer, plain=plain, commas=commas, latex=commas.replace(",", "{,}"))
+            if gsm8k("", text, reference) != 1.0 or gsm8k("", text, neighbour) != 0.0:
+                wrong.append((text, answer))
+    assert wrong == []
+
+
+def test_a_whole_solution_without_its_marker_still_ends_in_the_answer(gsm8k_dir: Path) -> None:
+    references = gsm8k_references(gsm8k_dir)
+    agreeing = sum(
+        gsm8k("", f"{solution}\nSo the result is {answer.strip()}.", reference)
+        for reference in references
+        for solution, _, answer in [reference.partition("####")]
+    )
+    assert agreeing == len(references)
+
+
+def test_four_million_may_answer_a_question_in_millions_or_in_units() -> None:
+    assert final_values("#### $4 million", strict=True) == {4, 4_000_000}

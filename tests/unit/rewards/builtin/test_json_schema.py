@@ -1,0 +1,67 @@
+"""`json_schema`: JSON and nothing else, valid under a schema of the term or of the prompt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
+from grpo_mega.rewards.builtin.json_schema import json_schema
+from grpo_mega.types import UserError
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"$ref": "#/$defs/age"}},
+    "required": ["name"],
+    "additionalProperties": False,
+    "$defs": {"age": {"type": "integer", "minimum": 0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ('{"name": "Ann", "age": 3}', 1.0),
+        (' \n{"name": "Ann"}\n', 1.0),
+        ('Here:\n```json\n{"name": "Ann"}\n```\nDone.', 1.0),
+        ('```\n{"name": "Ann"}\n```', 1.0),
+        ('{"name": "Ann", "age": -3}', 0.0),
+        ('{"name": "Ann", "age": 1e400}', 0.0),
+        ('{"name": "Ann", "age": NaN}', 0.0),
+        ('{"age": 3}', 0.0),
+        ('{"name": "Ann"} and more', 0.0),
+        ('```json\n{"name": "Ann"}\n```\n```json\n{}\n```', 0.0),
+        ("", 0.0),
+        ("[" * 100_000, 0.0),
+        ("9" * 100_000, 0.0),
+    ],
+)
+def test_only_json_that_fits_the_schema_scores_one(completion: str, expected: float) -> None:
+    assert json_schema("", completion, "", schema=SCHEMA) == expected
+    assert json_schema("", completion, json.dumps(SCHEMA)) == expected
+
+
+def test_a_number_that_no_float_holds_is_judged_without_a_crash() -> None:
+    assert json_schema("", "1" + "0" * 400, "", schema={"multipleOf": 0.01}) in (0.0, 1.0)
+
+
+def test_a_reference_that_is_no_schema_is_an_error_of_the_data() -> None:
+    for reference in ("", "7", '{"type": "thing"}'):
+        with pytest.raises(ValueError, match=r"thing|no JSON schema"):
+            json_schema("", "{}", reference)
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"type": "thing"}, "'thing' is not valid"),
+        ({"$ref": "https://example.org/schema.json"}, r"\$ref 'https://example.org/schema.json' leads nowhere"),
+        ({"$ref": "#/$defs/missing"}, "leads nowhere"),
+        ("{}", "schema='{}' is str"),
+    ],
+)
+def test_a_schema_that_cannot_be_used_is_refused_before_the_run(schema: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_rewards([RewardTerm(name="json_schema", args={"schema": schema})])

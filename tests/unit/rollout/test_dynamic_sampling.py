@@ -1,0 +1,134 @@
+"""The groups of a step, and how places of degenerate ones are filled again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import Config
+from grpo_mega.data.dataset import DataSet, PromptDataset
+from grpo_mega.rollout.dynamic_sampling import GroupSource
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, UserError
+
+QUICKSTART = Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml"
+PER_STEP = 6
+
+
+@dataclass
+class Recorder:
+    """Samples groups of two; the group of a prompt teaches if `teaches` says so."""
+
+    teaches: Callable[[int], bool]
+    tells: bool = False
+    """The experts of all rollouts but the first."""
+    calls: list[tuple[list[int], tuple[object, ...]]] = field(default_factory=list)
+    asked: list[bool] = field(default_factory=list)
+
+    def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
+        self.calls.append(([p.index for p in prompts], tuple(seed_of)))
+        self.asked.append(request.expert_choices)
+        assert request.group_size == 2
+        rollouts = []
+        for prompt in prompts:
+            for reward in (0.0, float(self.teaches(prompt.index))):
+                choices = torch.zeros(1, 1, 1, dtype=torch.uint8) if self.tells and rollouts else None
+                completion = Completion((1,), (0.0,), "eos", 0, f"{seed_of}", choices)
+                rollouts.append(Rollout(prompt, completion, Reward(reward), 0))
+        return SampledGroups(rollouts, 2)
+
+
+def config(*overrides: str) -> Config:
+    keys = (f"data.prompts_per_step={PER_STEP}", "train.minibatches_per_epoch=1", "sampling.group_size=2")
+    return load_config(QUICKSTART, [*keys, *overrides])
+
+
+def source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> GroupSource:
+    prompts = tuple(Prompt(i, str(i), (i,), "") for i in range(num_prompts))
+    return GroupSource(recorder, PromptDataset((DataSet("test", prompts),)), config(*overrides))
+
+
+def indices(groups: SampledGroups) -> list[int]:
+    return [groups.rollouts[i].prompt.index for i in range(0, len(groups.rollouts), 2)]
+
+
+def test_an_engine_that_tells_no_experts_is_named_when_they_are_to_be_replayed() -> None:
+    keys = "algorithm.routing_replay=true"
+    for count, told in ((12, False), (1, True)):
+        recorder = Recorder(lambda _: True, tells=told)
+        with pytest.raises(UserError) as error:
+            source(recorder, keys).sample(1)
+        assert str(error.value) == (
+            f"algorithm.routing_replay=true: engine.kind=vllm told no experts for {count} of 12 rollouts, the first of "
+            f"prompt {recorder.calls[0][0][0]}; use an engine that does, or set algorithm.routing_replay=false"
+        )
+        assert recorder.asked == [True]
+    plain = Recorder(lambda _: True)
+    source(plain).sample(1)
+    assert plain.asked == [False]
+
+
+@pytest.mark.parametrize("degenerate", ["keep", "drop"])
+def test_without_refill_a_step_samples_its_own_prompts_once(degenerate: str) -> None:
+    recorder = Recorder(lambda _: False)
+    groups = source(recorder, f"algorithm.degenerate={degenerate}").sample(3)
+    assert [seed for _, seed in recorder.calls] == [("train", 0, 3)]
+    assert indices(groups) == recorder.calls[0][0]
+    assert groups.num_discarded == 0
+
+
+def test_refill_replaces_degenerate_groups_where_they_stand_until_none_is_left() -> None:
+    recorder = Recorder(lambda index: index % 3 == 0)
+    groups = source(recorder, "algorithm.degenerate=refill").sample(3)
+    own = recorder.calls[0][0]
+    found = indices(groups)
+    assert all(index % 3 == 0 for index in found)
+    assert len(found) == len(set(found)) == PER_STEP
+    assert all(found[place] == index for place, index in enumerate(own) if index % 3 == 0)
+    asked = [index for round_, _ in recorder.calls for index in round_]
+    assert len(asked) == len(set(asked))  # no prompt twice in a step
+    open_places = [sum(index % 3 != 0 for index in own)]
+    for indices_of_round, _ in recorder.calls[1:]:
+        assert len(indices_of_round) == open_places[-1]
+        open_places.append(open_places[-1] - sum(index % 3 == 0 for index in indices_of_round))
+    assert open_places[-1] == 0
+    assert groups.num_discarded == len(asked) - PER_STEP
+    assert all(groups.rollouts[i].prompt == groups.rollouts[i + 1].prompt for i in range(0, 2 * PER_STEP, 2))
+
+
+def test_every_round_and_step_has_seeds_and_prompts_of_its_own_and_the_same_again() -> None:
+    def calls(step: int) -> list[tuple[list[int], tuple[object, ...]]]:
+        recorder = Recorder(lambda index: index % 5 == 0)
+        source(recorder, "algorithm.degenerate=refill").sample(step)
+        return recorder.calls
+
+    first = calls(1)
+    assert first == calls(1)
+    assert len(first) > 2
+    assert [seed for _, seed in first] == [
+        ("train", 0, 1),
+        *(("train", 0, 1, "refill", i) for i in range(len(first) - 1)),
+    ]
+    assert first[1][0][:1] != calls(2)[1][0][:1]
+
+
+def test_refill_ends_with_its_rounds_or_its_prompts() -> None:
+    never = Recorder(lambda _: False)
+    groups = source(never, "algorithm.degenerate=refill", "algorithm.refill_rounds=2").sample(1)
+    assert [len(asked) for asked, _ in never.calls] == [PER_STEP] * 3
+    assert indices(groups) == never.calls[0][0]
+    assert groups.num_discarded == 2 * PER_STEP
+    few = Recorder(lambda _: False)
+    source(few, "algorithm.degenerate=refill", num_prompts=10).sample(1)
+    assert [len(asked) for asked, _ in few.calls] == [PER_STEP, 4]
+
+
+def test_a_step_whose_groups_all_teach_samples_once() -> None:
+    recorder = Recorder(lambda _: True)
+    source(recorder, "algorithm.degenerate=refill").sample(1)
+    assert len(recorder.calls) == 1

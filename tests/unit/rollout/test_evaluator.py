@@ -1,0 +1,66 @@
+"""What an evaluation reports, from scripted samples of two held-out sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from grpo_mega.config.schema import EvaluationConfig
+from grpo_mega.data.dataset import DataSet
+from grpo_mega.observe.summary import Evaluation
+from grpo_mega.rollout.evaluator import Evaluator
+from grpo_mega.rollout.sampler import SampledGroups, Sampler
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+
+# answers to each prompt: those of the samples, then the greedy one; "7" is right
+ANSWERS = {0: "7787" + "7", 1: "8897" + "8", 2: "9999" + "9"}
+
+
+class ScriptedSampler:
+    def __init__(self) -> None:
+        self.seeds: list[Sequence[object]] = []
+
+    def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
+        self.seeds.append(seed_of)
+        rollouts = []
+        for prompt in prompts:
+            answers = ANSWERS[prompt.index][4:] if request.temperature == 0 else ANSWERS[prompt.index][:4]
+            for text in answers[: request.group_size]:
+                right = float(text == "7")
+                completion = Completion((1,) * int(text), (0.0,) * int(text), "eos", 0, text)
+                rollouts.append(Rollout(prompt, completion, Reward(right / 2, {"exact": right}), 0))
+        return SampledGroups(rollouts, request.group_size)
+
+
+def evaluate(sets: list[DataSet], **config: Any) -> Evaluation:
+    sampler = cast("Sampler", ScriptedSampler())
+    return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, "exact", 1.0).evaluate()
+
+
+def prompts(*indices: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(i, "q", (1,), "7") for i in indices)
+
+
+def test_one_set_reports_pass_at_1_k_and_majority() -> None:
+    found = evaluate([DataSet("easy", prompts(0, 1))], k=4, report_k=(1, 2, 4))
+    assert (found.accuracy, found.greedy_accuracy, found.num_prompts) == (4 / 8, 1 / 2, 2)
+    assert found.reward_mean == 4 / 16
+    assert found.length_mean == (7 + 7 + 8 + 7 + 8 + 8 + 9 + 7) / 8
+    # prompt 0 has 3 right of 4, prompt 1 has 1: pass@2 = 1 - C(1, 2) / C(4, 2) and 1 - C(3, 2) / C(4, 2)
+    assert found.pass_at_k == {"1": (3 / 4 + 1 / 4) / 2, "2": (1 + 1 / 2) / 2, "4": 1.0}
+    # runs of two: (7 7)(8 7) and (8 8)(9 7)
+    assert found.majority_at_k == {"1": 1 / 2, "2": ((1 + 1 / 2) / 2 + (0 + 1 / 2) / 2) / 2, "4": 1 / 2}
+    assert found.sets == {}
+
+
+def test_several_sets_are_reported_together_and_by_name() -> None:
+    easy, hard = DataSet("easy", prompts(0, 1)), DataSet("hard", prompts(2))
+    both = evaluate([easy, hard], k=4)
+    assert both.sets == {"easy": evaluate([easy], k=4), "hard": evaluate([hard], k=4)}
+    assert (both.accuracy, both.num_prompts) == (4 / 12, 3)
+    assert (both.sets["hard"].accuracy, both.sets["hard"].pass_at_k) == (0.0, {"4": 0.0})
+
+
+def test_the_limit_of_prompts_holds_for_each_set() -> None:
+    found = evaluate([DataSet("easy", prompts(0, 1)), DataSet("hard", prompts(2))], k=4, max_prompts=1)
+    assert {name: part.num_prompts for name, part in found.sets.items()} == {"easy": 1, "hard": 1}

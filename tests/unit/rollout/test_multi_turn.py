@@ -1,0 +1,254 @@
+"""Turns between a scripted engine and a scripted environment: tokens, masks, budgets, order and seeds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import pytest
+
+from grpo_mega.environments.base import Turn
+from grpo_mega.environments.pool import Reply
+from grpo_mega.interfaces import Engine
+from grpo_mega.rollout.multi_turn import TurnTaking
+from grpo_mega.rollout.sampler import derived_seed
+from grpo_mega.types import Completion, Prompt, SamplingRequest
+
+EOS = 1
+REQUEST = SamplingRequest(group_size=2, temperature=0.5, max_tokens=12, seed=77)
+
+
+class ScriptedEngine:
+    """Says `answers[turn]` to every rollout, one token per character; the last rollout is done first."""
+
+    def __init__(self, *answers: str) -> None:
+        self._answers = answers
+        self.calls: list[tuple[list[tuple[int, ...]], SamplingRequest]] = []
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest, heard: Callable[[int, int, Completion], None]
+    ) -> None:
+        text = self._answers[len(self.calls)]
+        self.calls.append(([p.token_ids for p in prompts], sampling))
+        places = [(i, member) for i in range(len(prompts)) for member in range(sampling.group_size)]
+        for position, member in reversed(places):
+            limit = sampling.max_tokens_of(position)
+            tokens = tuple(ord(c) for c in text)
+            reason: Any = "stop" if text.endswith("!") else "eos"
+            if len(tokens) > limit:
+                tokens, reason = tokens[:limit], "length"
+            log_probs = tuple(-float(len(self.calls)) for _ in tokens)
+            heard(position, member, Completion(tokens, log_probs, reason, 4, Letters().decode(tokens)))
+
+
+class Letters:
+    """One token per character, two for a capital: what is tokenised again would be noticed."""
+
+    def encode(self, result: str) -> tuple[int, ...]:
+        if "?" in result:
+            raise ValueError("no token for ?")
+        return tuple(t for c in result for t in ([ord("^"), ord(c.lower())] if c.isupper() else [ord(c)]))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(chr, token_ids))
+
+
+class ScriptedEnvironment:
+    """Replies by function of (prompt, turns); collects in the reverse order of asking."""
+
+    def __init__(self, reply: Callable[[str, list[Turn]], Reply]) -> None:
+        self._reply = reply
+        self.asked: list[tuple[int, str, list[Turn], str]] = []
+        self._open: list[int] = []
+
+    def submit(self, key: int, prompt: str, turns: Sequence[Turn], reference: str) -> None:
+        self._open.append(len(self.asked))
+        self.asked.append((key, prompt, list(turns), reference))
+
+    def collect(self) -> dict[int, Reply]:
+        replies = {self.asked[i][0]: self._reply(self.asked[i][1], self.asked[i][2]) for i in reversed(self._open)}
+        self._open = []
+        return replies
+
+
+PROMPTS = [Prompt(10, "first", (5, 6), "ref1"), Prompt(11, "second", (7,), "ref2")]
+
+
+def take(
+    engine: ScriptedEngine,
+    environment: ScriptedEnvironment,
+    max_turns: int = 3,
+    request: SamplingRequest = REQUEST,
+    share: Callable[[Any], Any] = lambda value: value,
+) -> tuple[list[list[Completion]], list[tuple[int, int]]]:
+    heard: list[tuple[int, int]] = []
+    turns = TurnTaking(cast("Engine", engine), environment, Letters(), stop=("!",), max_turns=max_turns, share=share)
+    found = turns.generate(PROMPTS, request, lambda position, member, _: heard.append((position, member)))
+    return found, heard
+
+
+def test_a_rollout_is_the_sequence_of_what_was_sampled_and_what_was_replied() -> None:
+    engine = ScriptedEngine("ab!", "cd")
+    found, _ = take(engine, ScriptedEnvironment(lambda _, turns: Reply("Xy" if len(turns) == 1 else None)))
+    completion = found[1][0]
+    assert completion.text == "ab!^xycd"
+    assert completion.token_ids == tuple(map(ord, "ab!^xycd"))
+    assert completion.loss_mask == (True, True, True, False, False, False, True, True)
+    assert completion.sampler_log_probs == (-1.0, -1.0, -1.0, 0.0, 0.0, 0.0, -2.0, -2.0)
+    assert completion.loss_log_probs == (-1.0, -1.0, -1.0, -2.0, -2.0)
+    assert (completion.num_turns, completion.num_loss_tokens, completion.stop_reason) == (2, 5, "eos")
+    # the second prompt is the first one and the tokens so far, each rollout with what is left of its budget
+    prompts, request = engine.calls[1]
+    assert prompts == [(*p.token_ids, *map(ord, "ab!^xy")) for p in PROMPTS for _ in range(2)]
+    assert (request.group_size, request.max_tokens_each, request.continues) == (1, (6,) * 4, True)
+    assert request.seed == derived_seed(77, 1)
+    first = engine.calls[0][1]
+    assert (first.group_size, first.seed, first.stop, first.continues) == (2, 77, ("!",), False)
+
+
+def test_the_environment_sees_each_answer_with_prompt_reference_and_history() -> None:
+    environment = ScriptedEnvironment(lambda _, turns: Reply("r" if len(turns) == 1 else None))
+    take(ScriptedEngine("a!", "b"), environment)
+    assert environment.asked[3] == (0, "first", [Turn("a!")], "ref1")
+    assert environment.asked[4] == (3, "second", [Turn("a!", "r"), Turn("b")], "ref2")
+
+
+def test_rollouts_that_are_over_leave_the_others_in_their_order() -> None:
+    engine = ScriptedEngine("a!", "b!", "c!")
+    found, heard = take(engine, ScriptedEnvironment(lambda prompt, _: Reply("r" if prompt == "second" else None)))
+    assert [len(prompts) for prompts, _ in engine.calls] == [2, 2, 2]  # two groups of two, then one of them
+    assert [[c.num_turns for c in group] for group in found] == [[1, 1], [3, 3]]
+    assert [[c.text for c in group] for group in found] == [["a!"] * 2, ["a!rb!rc!"] * 2]
+    assert sorted(heard) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert found[0][0].loss_mask is None
+    assert {c.stop_reason for group in found for c in group} == {"stop"}
+
+
+def test_one_answer_without_a_reply_is_the_engines_own_completion() -> None:
+    found, _ = take(ScriptedEngine("ab"), ScriptedEnvironment(lambda *_: Reply()))
+    expected = Completion(tuple(map(ord, "ab")), (-1.0, -1.0), "eos", 4, "ab")
+    assert found == [[expected] * 2] * 2
+
+
+def test_answers_and_replies_share_the_limit_of_tokens() -> None:
+    # 12 tokens: "abcd!" and "rrr" leave 4
+    found, _ = take(ScriptedEngine("abcd!", "efghi"), ScriptedEnvironment(lambda *_: Reply("rrr")))
+    assert (found[0][0].text, found[0][0].stop_reason) == ("abcd!rrrefgh", "length")
+    # a reply that leaves no token for an answer is left out
+    full, _ = take(ScriptedEngine("abcd!"), ScriptedEnvironment(lambda *_: Reply("r" * 7)))
+    assert (full[0][0].text, full[0][0].stop_reason, full[0][0].loss_mask) == ("abcd!", "length", None)
+    just, _ = take(
+        ScriptedEngine("abcd!", "e"), ScriptedEnvironment(lambda _, t: Reply("r" * 6 if len(t) < 2 else None))
+    )
+    assert just[0][0].text == "abcd!rrrrrre"
+
+
+def test_an_answer_that_was_cut_asks_nothing() -> None:
+    environment = ScriptedEnvironment(lambda *_: Reply("r"))
+    found, _ = take(ScriptedEngine("a" * 20), environment)
+    assert environment.asked == []
+    assert {c.stop_reason for group in found for c in group} == {"length"}
+
+
+@pytest.mark.parametrize("reply", [Reply(failure="timed out"), Reply("what?")])
+def test_a_failure_ends_its_rollout_and_is_told(reply: Reply) -> None:
+    def replies(prompt: str, turns: list[Turn]) -> Reply:
+        if prompt == "first":
+            return reply
+        return Reply("r" if len(turns) == 1 else None)
+
+    found, _ = take(ScriptedEngine("a!", "b"), ScriptedEnvironment(replies))
+    assert [c.failure for c in found[0]] == [reply.failure or "no token for ?"] * 2
+    assert [c.text for c in found[0]] == ["a!"] * 2
+    assert [c.failure for c in found[1]] == [None] * 2
+
+
+def test_ranks_of_a_replica_make_the_same_calls_whatever_the_first_rank_waited_for() -> None:
+    engines = [ScriptedEngine("a!", "b!", "c") for _ in range(2)]
+    results: list[Any] = [None, None]
+    meeting, box = threading.Barrier(2, timeout=20), [None]
+
+    def share(rank: int) -> Callable[[Any], Any]:
+        def broadcast(value: Any) -> Any:
+            if rank == 0:
+                box[0] = value
+            meeting.wait()
+            heard = box[0]
+            meeting.wait()
+            return heard
+
+        return broadcast
+
+    replies = ScriptedEnvironment(lambda _, turns: Reply("r" if len(turns) < 3 else None))
+
+    def run(rank: int) -> None:
+        environments = replies if rank == 0 else None
+        turns = TurnTaking(
+            cast("Engine", engines[rank]), environments, Letters(), stop=("!",), max_turns=4, share=share(rank)
+        )
+        results[rank] = turns.generate(PROMPTS, REQUEST)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[0] == results[1]
+    assert engines[0].calls == engines[1].calls
+    assert [len(calls) for calls, _ in engines[0].calls] == [2, 4, 4]
+
+
+def test_what_breaks_on_the_first_rank_is_raised_on_all() -> None:
+    shared: list[Any] = []
+
+    class Broken(ScriptedEnvironment):
+        def collect(self) -> dict[int, Reply]:
+            raise RuntimeError("no workers")
+
+    def share(value: Any) -> Any:
+        shared.append(value)
+        return value
+
+    with pytest.raises(RuntimeError, match="no workers"):
+        take(ScriptedEngine("a!"), Broken(lambda *_: Reply()), share=share)
+    assert isinstance(shared[0], RuntimeError)  # it was broadcast first
+
+
+def test_a_rank_without_open_rollouts_calls_its_engine_as_often_as_the_others_of_its_replica() -> None:
+    """A replica steps together: the first share has one turn, the second has none, the third takes three."""
+    engines = [ScriptedEngine("a", "b", "c"), ScriptedEngine("a", "b", "c"), ScriptedEngine("a!", "b!", "c")]
+    results: list[Any] = [None] * 3
+    meeting, told = threading.Barrier(3, timeout=20), [False] * 3
+
+    def any_goes_on(rank: int) -> Callable[[bool], bool]:
+        def agree(here: bool) -> bool:
+            told[rank] = here
+            meeting.wait()
+            there = any(told)
+            meeting.wait()
+            return there
+
+        return agree
+
+    def run(rank: int) -> None:
+        turns = TurnTaking(
+            cast("Engine", engines[rank]),
+            ScriptedEnvironment(lambda _, turns: Reply("r" if turns[-1].answer.endswith("!") else None)),
+            Letters(),
+            stop=("!",),
+            max_turns=5,
+            share=lambda value: value,
+            any_goes_on=any_goes_on(rank),
+        )
+        results[rank] = turns.generate(PROMPTS if rank != 1 else [], REQUEST)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[len(prompts) for prompts, _ in engine.calls] for engine in engines] == [[2, 0, 0], [0, 0, 0], [2, 4, 4]]
+    assert [[c.num_turns for c in group] for group in results[0]] == [[1, 1], [1, 1]]
+    assert results[1] == []
+    assert [[c.text for c in group] for group in results[2]] == [["a!rb!rc"] * 2] * 2

@@ -1,0 +1,222 @@
+"""Sampling over replicas with a scripted engine: waves, dealing, order, seeds, and who scores what."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import pytest
+import torch
+
+from grpo_mega.data.chat import token_ends
+from grpo_mega.data.tokenizers import byte_tokenizer
+from grpo_mega.interfaces import Engine
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout import sampler
+from grpo_mega.rollout.sampler import SampledGroups, Sampler, derived_seed, located
+from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
+
+REQUEST = SamplingRequest(group_size=3, temperature=0.5, max_tokens=9, seed=12345)
+SEED_OF = ("train", 0, 4)
+GOLDEN = 227108348  # derived_seed("train", 0, 1, 0, 0)
+
+
+class ScriptedEngine:
+    """Answers prompt p, member m with the tokens (p, m, seed) m + 1 times over; the last rollout is done first."""
+
+    def __init__(self, lost: int = 0) -> None:
+        self.calls: list[tuple[list[int], SamplingRequest]] = []
+        self._lost = lost
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None],
+    ) -> None:
+        self.calls.append(([p.index for p in prompts], sampling))
+        done = [(local, member) for local in range(len(prompts)) for member in range(sampling.group_size)]
+        for local, member in reversed(done[self._lost :]):
+            tokens = (prompts[local].index, member, sampling.seed) * (member + 1)
+            text = f"answer {member} to {prompts[local].index}"
+            on_completion(local, member, Completion(tokens, (-1.0,) * len(tokens), "eos", 2, text))
+
+
+class ScriptedScorer:
+    """The reward is the number in the prompt's reference plus the member in the completion's text."""
+
+    def __init__(self) -> None:
+        self.submitted: list[tuple[int, str, str, str]] = []
+
+    def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
+        self.submitted.append((key, prompt, completion, reference))
+
+    def collect(self) -> dict[int, Reward]:
+        return {key: Reward(float(ref) + int(text.split()[1]) / 10) for key, _, text, ref in self.submitted}
+
+
+def prompts_of(count: int) -> list[Prompt]:
+    return [Prompt(10 + i, f"question {10 + i}", (i,), str(i)) for i in range(count)]
+
+
+def sampled(
+    monkeypatch: pytest.MonkeyPatch, topology: Topology, count: int, per_wave: int | None, lost: int = 0
+) -> tuple[list[SampledGroups], list[ScriptedEngine], list[ScriptedScorer | None]]:
+    """What each rank of the job gets; ranks are threads, and meet where the processes would."""
+    world = topology.world_size
+    spoken: list[Any] = [None] * world
+    meeting = threading.Barrier(world, timeout=10)
+    rank_of = threading.local()
+
+    def all_gather_object(heard: list[Any], value: Any) -> None:
+        spoken[rank_of.rank] = value
+        meeting.wait()
+        heard[:] = spoken
+
+    monkeypatch.setattr(sampler.dist, "all_gather_object", all_gather_object)
+    engines = [ScriptedEngine(lost) for _ in range(world)]
+    scorers = [ScriptedScorer() if not topology.coordinates(r).engine_tp_rank else None for r in range(world)]
+    results: list[Any] = [None] * world
+
+    def run(rank: int) -> None:
+        rank_of.rank = rank
+        ranks = Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
+        sampler = Sampler(cast("Engine", engines[rank]), scorers[rank], ranks, PhaseTimer(), per_wave)
+        try:
+            results[rank] = sampler.sample(prompts_of(count), REQUEST, SEED_OF)
+        except Exception as error:  # raised again below
+            results[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results, engines, scorers
+
+
+@pytest.mark.parametrize("per_wave", [None, 1, 3, 4, 100])
+@pytest.mark.parametrize(("world", "engine_tp", "engine_dp"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (6, 2, 1), (8, 2, 2)])
+def test_all_ranks_get_all_groups_in_the_prompts_order(
+    monkeypatch: pytest.MonkeyPatch, world: int, engine_tp: int, engine_dp: int, per_wave: int | None
+) -> None:
+    topology = Topology(world, engine_tp=engine_tp, engine_dp=engine_dp)
+    results, engines, scorers = sampled(monkeypatch, topology, 7, per_wave)
+    assert all(result == results[0] for result in results)
+    rollouts = results[0].rollouts
+    assert [r.prompt for r in rollouts] == [p for p in prompts_of(7) for _ in range(3)]
+    assert [r.completion.text for r in rollouts] == [f"answer {m} to {10 + i}" for i in range(7) for m in range(3)]
+    assert [r.completion.token_ids[:2] for r in rollouts] == [(10 + i, m) for i in range(7) for m in range(3)]
+    assert [r.reward.value for r in rollouts] == [i + m / 10 for i in range(7) for m in range(3)]
+    submitted = sorted(entry for scorer in scorers if scorer is not None for entry in scorer.submitted)
+    assert submitted == [
+        (3 * i + m, f"question {10 + i}", f"answer {m} to {10 + i}", str(i)) for i in range(7) for m in range(3)
+    ]
+    for first in range(0, world, engine_tp):  # the ranks of a share make the same calls
+        assert all(engine.calls == engines[first].calls for engine in engines[first : first + engine_tp])
+
+
+def test_waves_are_dealt_to_the_replicas_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, engines, _ = sampled(monkeypatch, Topology(2), 7, per_wave=3)
+    dealt = [[indices for indices, _ in engine.calls] for engine in engines]
+    assert dealt == [[[10, 12], [13, 15], [16]], [[11], [14], []]]
+    assert [r.replica for r in results[0].rollouts[::3]] == [0, 1, 0, 0, 1, 0, 0]
+    # member m has 3 (m + 1) tokens, so a group has 18
+    assert results[0].tokens_per_replica(2) == [5 * 18, 2 * 18]
+    assert results[0].tokens_per_replica(3) == [5 * 18, 2 * 18, 0]
+
+
+def test_data_parallel_ranks_of_a_replica_have_shares_and_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of them are called at every wave, with prompts or without."""
+    results, engines, _ = sampled(monkeypatch, Topology(4, engine_dp=2), 7, per_wave=3)
+    dealt = [[indices for indices, _ in engine.calls] for engine in engines]
+    assert dealt == [[[10], [13], [16]], [[11], [14], []], [[12], [15], []], [[], [], []]]
+    assert [r.replica for r in results[0].rollouts[::3]] == [0, 0, 1, 0, 0, 1, 0]
+    assert results[0].tokens_per_replica(2) == [5 * 18, 2 * 18]
+    seeds = [[request.seed for _, request in engine.calls] for engine in engines]
+    assert len({seed for of_rank in seeds for seed in of_rank}) == 12
+    assert seeds[3][2] == derived_seed(*SEED_OF, 2, 3)
+
+
+def test_without_a_wave_size_all_prompts_enter_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, engines, _ = sampled(monkeypatch, Topology(1), 7, per_wave=None)
+    assert [indices for indices, _ in engines[0].calls] == [list(range(10, 17))]
+
+
+def test_each_wave_and_replica_draws_from_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, engines, _ = sampled(monkeypatch, Topology(2), 7, per_wave=3)
+    requests = [request for engine in engines for _, request in engine.calls]
+    assert len({request.seed for request in requests}) == 6
+    assert {(r.group_size, r.temperature, r.max_tokens) for r in requests} == {(3, 0.5, 9)}
+    seeds = [[request.seed for _, request in engine.calls] for engine in engines]
+    assert seeds == [[derived_seed("train", 0, 4, wave, replica) for wave in range(3)] for replica in range(2)]
+
+
+def test_rollouts_that_an_engine_did_not_return_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="the engines returned 19 rollouts of 21"):
+        sampled(monkeypatch, Topology(1), 7, per_wave=None, lost=2)
+
+
+def test_no_prompts_give_no_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    results, _, _ = sampled(monkeypatch, Topology(1), 0, per_wave=None)
+    assert results[0].rollouts == []
+
+
+def test_derived_seed_is_the_same_in_every_process_and_fits_31_bits() -> None:
+    text = b"('train', 0, 1, 0, 0)"  # Python's hash() would differ between processes
+    assert derived_seed("train", 0, 1, 0, 0) == int(hashlib.sha256(text).hexdigest()[:8], 16) // 2 == GOLDEN
+    seeds = {derived_seed("train", 0, step, 0, 0) for step in range(1000)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert derived_seed("train", 1, 11) != derived_seed("train", 11, 1)
+
+
+def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = Reward(-1.0, {"exact": -1.0}, ("environment",))
+
+    class Failing(ScriptedEngine):
+        def generate(
+            self,
+            prompts: Sequence[Prompt],
+            sampling: SamplingRequest,
+            on_completion: Callable[[int, int, Completion], None],
+        ) -> None:
+            def heard(local: int, member: int, completion: Completion) -> None:
+                failure = "timed out" if member == 1 else None
+                on_completion(local, member, replace(completion, failure=failure))
+
+            super().generate(prompts, sampling, heard)
+
+    scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
+    sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, floor)
+    rollouts = sampler.sample(prompts_of(2), REQUEST, SEED_OF).rollouts
+    assert [r.reward for r in rollouts] == [Reward(0.0), floor, Reward(0.2), Reward(1.0), floor, Reward(1.2)]
+    assert sorted(key for key, *_ in scorer.submitted) == [0, 2, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps", "expected"),
+    [
+        ("ab cd", ((1, 0.5), (4, 1.0)), ((1, 0.5), (5, 1.0))),  # the last step ends with EOS
+        ("ab cd", ((0, 0.5), (99, 1.0)), ((0, 0.5), (5, 1.0))),
+        ("a\u00e9b", ((1, 0.5),), ((2, 0.5),)),  # two tokens spell one character
+        ("", ((0, 0.5),), ((0, 0.5),)),
+    ],
+)
+def test_steps_end_in_the_token_that_holds_their_last_character(
+    text: str, steps: tuple[tuple[int, float], ...], expected: tuple[tuple[int, float], ...]
+) -> None:
+    tokenizer = byte_tokenizer()
+    ids = (*tokenizer.encode(text), tokenizer.eos_token_id)
+    completion = Completion(ids, (0.0,) * len(ids), "eos", 0, text)
+    assert located(Reward(0.0, steps=steps), completion, partial(token_ends, tokenizer)) == expected
+    assert located(Reward(0.0), completion, partial(token_ends, tokenizer)) is None

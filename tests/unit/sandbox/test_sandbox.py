@@ -1,0 +1,347 @@
+"""The sandbox holds: programs that use too much, look or reach outside, or stay, cost only themselves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.sandbox.sandbox import Limits, Outcome, Sandbox, SandboxError, require_isolation
+from grpo_mega.types import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LIMITS = Limits(cpu_seconds=2, memory_bytes=256 << 20, file_bytes=1 << 20, output_bytes=10_000, processes=6)
+SECONDS = 60.0
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    try:
+        require_isolation()
+    except UserError as error:
+        pytest.skip(str(error))
+    with Sandbox(LIMITS) as box:
+        yield box
+
+
+def run(sandbox: Sandbox, source: str, stdin: str = "") -> Outcome:
+    return sandbox.run_python(source, seconds=SECONDS, stdin=stdin)
+
+
+def says(sandbox: Sandbox, expression: str) -> str:
+    """What the expression is worth inside; the name of what it raises otherwise."""
+    source = f"""
+import ctypes, glob, os, signal, socket, subprocess, sys
+try:
+    print(({expression}))
+except BaseException as error:
+    print(type(error).__name__, getattr(error, "errno", ""))
+"""
+    outcome = run(sandbox, source)
+    assert outcome.succeeded, outcome
+    return outcome.stdout.strip()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 120.0
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def commands() -> str:
+    """The command lines of all processes of this machine."""
+    texts = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            texts.append(process.read_bytes().decode("utf-8", "replace"))
+    return "\n".join(texts)
+
+
+def test_a_program_reads_its_input_and_its_output_is_returned(sandbox: Sandbox) -> None:
+    outcome = run(sandbox, "print(sum(map(int, input().split())), 'é')", stdin="1 2 3\n")
+    assert (outcome.reason, outcome.status, outcome.stdout) == ("ended", 0, "6 é\n")
+    assert run(sandbox, "raise SystemExit(3)").status == 3
+    assert run(sandbox, "def").status == 1
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "while True: pass",
+        "import time\ntime.sleep(1000)",
+        "9**9**9",
+        "import re\nre.match('(a+)+b', 'a' * 100)",
+        "import signal\nfor n in range(1, 65):\n  try: signal.signal(n, signal.SIG_IGN)\n  except Exception: pass\n"
+        "while True: pass",
+        "import os\nos.close(0); os.close(1); os.close(2)\nwhile True: pass",
+    ],
+)
+def test_a_program_that_does_not_end_is_ended_at_its_time(sandbox: Sandbox, source: str) -> None:
+    outcome = sandbox.run_python(source, seconds=0.5)
+    assert (outcome.reason, outcome.status) == ("time", -signal.SIGKILL)
+
+
+def test_processor_time_is_limited_besides(sandbox: Sandbox) -> None:
+    outcome = sandbox.run_python("while True: pass", seconds=60.0)
+    assert outcome.reason == "ended"
+    assert outcome.status in (-signal.SIGXCPU, -signal.SIGKILL)
+
+
+def test_memory_is_limited(sandbox: Sandbox) -> None:
+    assert says(sandbox, "len('a' * 10**10)") == "MemoryError"
+    assert says(sandbox, "len('a' * 10**6)") == "1000000"
+
+
+def test_a_fork_bomb_gets_no_more_than_its_processes(sandbox: Sandbox) -> None:
+    source = """
+import os, time
+started = 0
+for _ in range(100):
+    try:
+        if os.fork() == 0:
+            time.sleep(100)
+        started += 1
+    except OSError:
+        break
+print(started)
+"""
+    assert run(sandbox, source).stdout.strip() == str(LIMITS.processes - 1)
+    bomb = sandbox.run_python("import os\nwhile True:\n try: os.fork()\n except OSError: pass", seconds=0.5)
+    assert bomb.reason == "time"
+    assert run(sandbox, "print('the next one works')").succeeded
+
+
+def test_files_are_limited_and_stand_in_an_empty_folder_that_the_next_program_does_not_see(sandbox: Sandbox) -> None:
+    assert says(sandbox, "os.listdir('.'), os.getcwd(), open('a', 'w').write('x' * 1000)") == "([], '/work', 1000)"
+    assert says(sandbox, "os.listdir('.')") == "[]"
+    assert says(sandbox, "open('a', 'wb').write(b'x' * 10**7)") in ("OSError 27", "OSError 28")
+    assert says(sandbox, "[open(str(n), 'w').close() for n in range(10**5)]") == "OSError 28"
+
+
+def test_output_is_cut_at_its_limit(sandbox: Sandbox) -> None:
+    outcome = run(sandbox, "while True: print('x' * 1000)")
+    assert (outcome.reason, len(outcome.stdout)) == ("output", LIMITS.output_bytes)
+
+
+@pytest.mark.parametrize(
+    ("expression", "answer"),
+    [
+        ("open('/etc/passwd').read()", "FileNotFoundError 2"),
+        ("os.listdir('/home')", "FileNotFoundError 2"),
+        ("os.listdir('/proc')", "FileNotFoundError 2"),
+        ("os.listdir('/tmp')", "FileNotFoundError 2"),
+        (f"os.listdir({str(REPOSITORY)!r})", "FileNotFoundError 2"),
+        ("sorted(os.listdir('/dev'))", "['null', 'urandom', 'zero']"),
+        ("open('/x', 'w')", "OSError 30"),
+        ("open('/usr/lib/x', 'w')", "OSError 30"),
+        ("os.access(os.__file__, os.R_OK), os.access(os.__file__, os.W_OK)", "(True, False)"),
+        ("os.mkdir('/work/../x')", "OSError 30"),
+        ("os.getuid(), os.getgid(), os.getgroups()", "(65534, 65534, [])"),
+        ("os.environ['HOME'], sorted(os.environ)[:3]", "('/work', ['HOME', 'LANG', 'OMP_NUM_THREADS'])"),
+        ("os.getppid()", "1"),
+    ],
+)
+def test_nothing_of_the_host_can_be_read_or_written(sandbox: Sandbox, expression: str, answer: str) -> None:
+    assert says(sandbox, expression) == answer
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "socket.socket()",
+        "socket.socket(socket.AF_UNIX)",
+        "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)",
+        "os.memfd_create('x')",
+        "socket.if_nameindex()[1:] and 'a device'",
+    ],
+)
+def test_there_is_no_network(sandbox: Sandbox, expression: str) -> None:
+    assert says(sandbox, expression) == "PermissionError 1"
+
+
+def test_rights_cannot_be_gained(sandbox: Sandbox) -> None:
+    failed = "(-1, 1)"
+    call = "(ctypes.CDLL(None, use_errno=True).{}, ctypes.get_errno())"
+    assert says(sandbox, call.format("unshare(0x10000000)")) == failed
+    assert says(sandbox, call.format("mount(b'x', b'/work', b'tmpfs', 0, None)")) == failed
+    assert says(sandbox, call.format("umount2(b'/work', 2)")) == failed
+    assert says(sandbox, call.format("ptrace(16, 1, 0, 0)")) == failed
+    assert says(sandbox, call.format("syscall(321, 0, 0, 0)")) == failed  # bpf
+    assert says(sandbox, "os.setuid(0)") in ("PermissionError 1", "OSError 22")
+    assert says(sandbox, "os.chroot('.')") == "PermissionError 1"
+    assert says(sandbox, "os.kill(1, 9)") in ("PermissionError 1", "None")  # process 1 does not hear it
+    assert run(sandbox, "print('process 1 is there')").succeeded
+
+
+def test_killing_everybody_reaches_nobody_outside(sandbox: Sandbox) -> None:
+    source = (
+        "import os, signal\nfor pid in (0, -1, os.getppid()):\n  try: os.kill(pid, signal.SIGKILL)\n  except OSError: 0"
+    )
+    run(sandbox, source)
+    assert run(sandbox, "print(1)").succeeded
+
+
+def test_a_process_that_detaches_itself_ends_with_its_program(sandbox: Sandbox) -> None:
+    source = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open("alive", "w").close()
+        while True:
+            time.sleep(0.01)
+    os._exit(0)
+while not os.path.exists("alive"):
+    time.sleep(0.01)
+print("left", flush=True)
+os._exit(0)
+"""
+    assert run(sandbox, source).stdout == "left\n"
+    others = "[n for n in range(2, 400) if n != os.getpid() and ctypes.CDLL(None).getsid(n) >= 0]"
+    assert says(sandbox, others) == "[]"
+
+
+def test_what_one_program_was_given_is_closed_to_the_next(sandbox: Sandbox) -> None:
+    assert says(sandbox, "[n for n in range(200) if ctypes.CDLL(None).fcntl(n, 1) >= 0]") == "[0, 1, 2]"
+
+
+def test_everything_inside_ends_with_the_one_who_started_it(sandbox: Sandbox) -> None:
+    marker = f"time.sleep(1000) # {os.getpid()}"
+    source = f"""
+import subprocess, sys
+from grpo_mega.sandbox.sandbox import Limits, Sandbox, python_command
+box = Sandbox(Limits())
+print("ready", flush=True)
+box.run([*python_command()[:-1], "import time; {marker}"], seconds=1000.0)
+"""
+    starter = subprocess.Popen(
+        [sys.executable, "-c", source], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    )
+    assert starter.stdout is not None
+    assert starter.stdout.readline() == b"ready\n"
+    wait_for(lambda: marker in commands())
+    starter.kill()
+    starter.wait()
+    starter.stdout.close()
+    wait_for(lambda: marker not in commands())
+
+
+LAUNCHER_ENDS = """
+import os, signal
+from grpo_mega.rewards import jail
+fork = os.fork
+def told():
+    child = fork()
+    if child:
+        os.write(2, b"%d" % child)
+        {at_fork}
+    return child
+os.fork = told
+jail._map_ids = lambda keeper: os.kill(os.getpid(), signal.SIGKILL)
+jail.main()
+"""
+
+
+@pytest.mark.parametrize("at_fork", ["os.kill(os.getpid(), signal.SIGKILL)", "pass"], ids=["fork", "map_of_ids"])
+def test_a_keeper_ends_whose_launcher_ended_before_the_sandbox_stood(sandbox: Sandbox, at_fork: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LAUNCHER_ENDS.format(at_fork=at_fork), str(os.getpid())],
+        input=b'{"read_only": []}\n',
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        timeout=SECONDS,
+    )
+    assert ended.returncode == -signal.SIGKILL
+    keeper = int(ended.stderr)
+    wait_for(lambda: not runs(keeper))
+
+
+def runs(pid: int) -> bool:
+    """There, and not only waiting for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+WITHOUT_NAMESPACES = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+user, group = os.getuid(), os.getgid()
+assert libc.unshare(0x10000000) == 0
+for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(text)
+with open("/proc/sys/user/max_user_namespaces", "w") as file:
+    file.write("0")
+"""
+
+
+def test_a_machine_without_namespaces_is_refused_with_what_is_missing(sandbox: Sandbox) -> None:
+    source = f"""{WITHOUT_NAMESPACES}
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards import build_rewards
+from grpo_mega.sandbox.sandbox import Limits, Sandbox, SandboxError
+from grpo_mega.types import UserError
+try:
+    Sandbox(Limits())
+except SandboxError as error:
+    print("SandboxError", error)
+try:
+    build_rewards([RewardTerm(name="code")])
+except UserError as error:
+    print("UserError", error)
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    first, second = found.stdout.splitlines()
+    assert first.startswith("SandboxError user namespace (unshare: No space left on device); allow user namespaces: ")
+    assert second.startswith(
+        "UserError reward.terms[0].args: programs run in a sandbox only, and this machine gives none"
+    )
+    assert "kernel.apparmor_restrict_unprivileged_userns=0" in second
+
+
+def test_an_ordinary_user_gets_the_same_isolation(sandbox: Sandbox) -> None:
+    python = Path("/usr/bin/python3")
+    if os.geteuid() != 0 or not python.exists() or not os.access(REPOSITORY / "grpo_mega", os.R_OK):
+        pytest.skip("needs root, to become somebody else, and /usr/bin/python3")
+    source = """
+import os
+os.setgroups([]); os.setgid(12345); os.setuid(12345)
+from grpo_mega.sandbox.sandbox import Limits, Sandbox
+bomb = (
+    "import os, time\\nn = 0\\n"
+    "try:\\n  while os.fork(): n += 1\\n  time.sleep(9)\\nexcept OSError: print(n, os.getuid())"
+)
+with Sandbox(Limits(processes=6)) as box:
+    print(box.run_python(bomb, seconds=5.0).stdout, end="")
+    print(box.run_python("open('/etc/passwd')", seconds=5.0).status)
+    print(box.run_python("import socket; socket.socket()", seconds=5.0).status)
+"""
+    found = subprocess.run(
+        [str(python), "-c", source], env={"PYTHONPATH": str(REPOSITORY)}, cwd="/", capture_output=True, text=True
+    )
+    if found.returncode != 0 and "No module named" in found.stderr:
+        pytest.skip(f"{python} is too old")
+    assert found.stdout.splitlines() == ["5 65534", "1", "1"], found.stderr
+
+
+def test_a_lost_sandbox_is_an_error_and_never_an_outcome() -> None:
+    with Sandbox(LIMITS) as box:
+        box.close()
+        with pytest.raises(SandboxError, match="the sandbox has ended"):
+            box.run_python("print(1)", seconds=1.0)

@@ -1,0 +1,85 @@
+"""tools/score.py: rows in, rows with `reward` out; bad input ends with exit 2, file and line."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[3] / "tools" / "score.py"
+
+
+def score(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(TOOL), "--workers", "1", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_rows_keep_order_and_keys_and_get_a_reward(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "q", "completion": "#### 7", "answer": "steps #### 7", "id": "a"},
+        {"prompt": "q", "completion": "it is 7", "answer": 7},
+        {"prompt": "q", "completion": "\ud800", "answer": "7"},
+        {"prompt": "q", "completion": "#### 7", "answer": "nothing"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = score("--reward", "gsm8k", "--args", '{"strict": true}', "--json", "rows.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    *scored, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert scored == [row | {"reward": value} for row, value in zip(rows, [1.0, 0.0, 0.0, 0.0], strict=True)]
+    assert summary == {"reward_name": "gsm8k", "num_rows": 4, "reward_mean": 0.25, "num_failures": 1}
+    assert "ends in no number" in done.stderr
+
+
+def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> None:
+    code = "from grpo_mega.rewards import reward\n@reward(low=0, high=9)\ndef f(p, c, r, n=1): return len(c) * n\n"
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "", "completion": "abc", "answer": ""}\n', encoding="utf-8")
+    done = score("--reward", "mine:f", "--args", '{"n": 2}', "rows.jsonl", cwd=tmp_path)
+    assert json.loads(done.stdout)["reward"] == 6.0
+
+
+@pytest.mark.parametrize(
+    ("line", "arguments", "fragment"),
+    [
+        (b"{not json", ("--reward", "exact"), "rows.jsonl:2: b'{not json' is no JSON"),
+        (b"\xff\xfe", ("--reward", "exact"), "rows.jsonl:2: "),
+        (b"[1]", ("--reward", "exact"), "rows.jsonl:2: got list"),
+        (b'{"prompt": "a", "answer": "b"}', ("--reward", "exact"), "rows.jsonl:2: 'completion' is missing"),
+        (
+            b'{"prompt": 1, "completion": "", "answer": "b"}',
+            ("--reward", "exact"),
+            "rows.jsonl:2: prompt=1 is no string",
+        ),
+        (b'{"prompt": "", "completion": "", "answer": true}', ("--reward", "exact"), "rows.jsonl:2: answer=true"),
+        (b"", ("--reward", "exakt"), "did you mean 'exact'"),
+        (b"", ("--reward", "exact", "--args", "[1]"), "--args=[1] is no JSON object"),
+        (b"", ("--reward", "exact", "--args", "{"), "--args={ is no JSON"),
+        (b"", ("--reward", "exact", "--timeout-seconds", "0"), "both must be positive"),
+    ],
+)
+def test_wrong_input_is_exit_2_with_one_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: bytes,
+    arguments: tuple[str, ...],
+    fragment: str,
+) -> None:
+    good = b'{"prompt": "", "completion": "", "answer": ""}\n'
+    (tmp_path / "rows.jsonl").write_bytes(good + line + b"\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["score.py", "--workers", "1", *arguments, "rows.jsonl"])
+    assert runpy.run_path(str(TOOL))["main"]() == 2  # in this process: a fresh one each costs more than all else
+    message = capsys.readouterr().err
+    assert fragment in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_missing_file_is_exit_2(tmp_path: Path) -> None:
+    done = score("--reward", "exact", "absent.jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stderr.startswith("error: absent.jsonl: No such file")) == (2, True)

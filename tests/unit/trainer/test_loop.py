@@ -1,0 +1,108 @@
+"""The critic's part of a step: what it is asked, in which order, and what the batch carries afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.config.schema import AlgorithmConfig, OptimizerConfig, TrainConfig
+from grpo_mega.data.pack import RowShape
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import build_batch
+from grpo_mega.trainer.loop import Job, learn_values, state_bytes
+from grpo_mega.trainer.objective import Objective
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats
+
+TRAIN = TrainConfig(steps=1, epochs_per_rollout=2, minibatches_per_epoch=2, max_tokens_per_microbatch=20)
+
+
+class FakeCritic:
+    """Says of each token its number; remembers what it was updated on."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def values(self, microbatches: list[Microbatch]) -> list[Tensor]:
+        self.calls.append(("values", len(microbatches)))
+        return [m.labels.float() for m in microbatches]
+
+    def update(self, microbatches: list[Microbatch], loss: Any, learning_rate: float) -> UpdateStats:
+        self.calls.append((tuple(i for m in microbatches for i in m.rollout_ids), learning_rate))
+        for m in microbatches:
+            assert m.old_values is not None
+            assert m.returns is not None
+            assert torch.equal(m.old_values, torch.where(m.loss_mask, m.labels.float(), 0.0))
+            loss(m.old_values, m)
+        return UpdateStats(1.0, learning_rate, {}, {})
+
+    def state_bytes(self) -> dict[str, int]:
+        return {"params": 5}
+
+
+def job_of(critic: FakeCritic | None) -> Job:
+    @contextmanager
+    def valuing() -> Iterator[None]:
+        assert critic is not None
+        critic.calls.append("device")
+        yield
+        critic.calls.append("host")
+
+    topology = Topology(1)
+    optimizer = OptimizerConfig(lr=1.0, decay_updates=10)
+    return cast(
+        "Job",
+        SimpleNamespace(
+            critic=critic,
+            policy=SimpleNamespace(state_bytes=lambda: {"params": 3, "grads": 4}),
+            phases=SimpleNamespace(valuing=valuing),
+            timers=PhaseTimer(),
+            config=SimpleNamespace(train=TRAIN, optimizer=optimizer),
+            ranks=Ranks(topology, topology.coordinates(0), torch.device("cpu")),
+        ),
+    )
+
+
+def step_of(algorithm: AlgorithmConfig) -> tuple[Objective, SampledGroups, Any]:
+    rollouts = [
+        Rollout(Prompt(i // 2, "", (1, 2), ""), Completion((3,) * n, (0.0,) * n, "eos", 0, ""), Reward(float(i % 2)), 0)
+        for i, n in enumerate([1, 3, 2, 2])
+    ]
+    groups, objective = SampledGroups(rollouts, 2), Objective(algorithm, max_tokens=8)
+    rewards = [r.reward.value for r in rollouts]
+    batch = build_batch(groups, rewards, TRAIN, objective, dp=1, dp_rank=0, shape=RowShape(), pad_id=0)
+    return objective, groups, batch
+
+
+def test_the_critic_gives_values_and_learns_from_them_while_it_has_the_device() -> None:
+    critic = FakeCritic()
+    objective, groups, batch = step_of(AlgorithmConfig(name="ppo", kl_coef=0.0, critic_lr_factor=2.0))
+    batch, updates = learn_values(job_of(critic), objective, batch, groups, policy_version=2)
+    minibatches = [(0, 1), (2, 3)]  # two epochs of two
+    rates = pytest.approx([1.6, 1.4, 1.2, 1.0])  # twice the policy's, which falls by a tenth with each update
+    assert critic.calls[:2] == ["device", ("values", 2)]
+    assert critic.calls[-1] == "host"
+    assert [ids for ids, _ in critic.calls[2:-1]] == minibatches * 2
+    assert [u.learning_rate for u in updates] == rates
+    assert batch.values == [[3.0] * n for n in (1, 3, 2, 2)]
+    assert batch.returns[0] == pytest.approx([0.0])
+    assert sum(a for row in batch.advantages for a in row) == pytest.approx(0.0, abs=1e-6)
+    assert batch.microbatches[0].advantages[batch.microbatches[0].loss_mask].abs().min() > 0
+
+
+def test_without_a_critic_nothing_changes() -> None:
+    objective, groups, batch = step_of(AlgorithmConfig())
+    assert learn_values(job_of(None), objective, batch, groups, policy_version=0) == (batch, [])
+
+
+def test_bytes_of_all_that_is_trained() -> None:
+    assert state_bytes(job_of(None)) == {"policy_params": 3, "policy_grads": 4}
+    assert state_bytes(job_of(FakeCritic())) == {"policy_params": 3, "policy_grads": 4, "critic_params": 5}

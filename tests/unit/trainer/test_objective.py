@@ -1,0 +1,257 @@
+"""The section `algorithm`: names, rules between keys, shaped rewards, weights. Losses are in test_algorithms.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo_mega.config.algorithm_presets import ALGORITHM_DEFAULTS
+from grpo_mega.config.algorithm_rules import check_algorithm
+from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.objective import Objective
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, UpdateStats, UserError
+
+
+def groups(lengths: list[int], rewards: list[float], size: int = 2) -> SampledGroups:
+    return SampledGroups(
+        [
+            Rollout(Prompt(i // size, "", (0,), ""), Completion((0,) * n, (0.0,) * n, "eos", 0, ""), Reward(r), 0)
+            for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))
+        ],
+        size,
+    )
+
+
+@pytest.mark.parametrize("name", ALGORITHM_DEFAULTS)
+def test_every_name_passes_its_own_rules_and_survives_a_round_trip(name: str) -> None:
+    algorithm = AlgorithmConfig(name=name)
+    check_algorithm(algorithm)
+    assert AlgorithmConfig(**algorithm.model_dump()) == algorithm
+    for key, value in ALGORITHM_DEFAULTS[name].items():
+        assert getattr(algorithm, key) == value
+
+
+def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
+    algorithm = AlgorithmConfig(name="dapo", clip_high=0.3, correction="token_masked", correction_low=0.25)
+    assert (algorithm.clip_low, algorithm.clip_high, algorithm.aggregation) == (0.2, 0.3, "token_mean")
+    assert (algorithm.correction_low, algorithm.correction_high) == (0.25, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"name": "sapo", "clip_low": 0.2},
+            "algorithm.clip_low=0.2 does nothing with algorithm.surrogate=soft_gate (algorithm.name=sapo); set it to "
+            "null",
+        ),
+        (
+            {"clip_high": None},
+            "algorithm.clip_high=null, but algorithm.surrogate=clipped_ratio needs it; set it, or another surrogate",
+        ),
+        (
+            {"aggregation_length": 100.0},
+            "algorithm.aggregation_length=100.0 does nothing with algorithm.aggregation=rollout_mean; leave it out, or "
+            "use aggregation=rollout_sum",
+        ),
+        (
+            {"correction_high": 3.0},
+            "algorithm.correction_high=3.0 does nothing with algorithm.correction=null; leave it out, or set "
+            "algorithm.correction",
+        ),
+        (
+            {"correction": "token_truncated", "correction_low": 0.5},
+            "algorithm.correction_low=0.5 does nothing with algorithm.correction=token_truncated; leave it out",
+        ),
+        (
+            {"correction": "token_masked", "correction_low": None},
+            "algorithm.correction_low=null, but algorithm.correction=token_masked needs it; leave it out or set it",
+        ),
+        (
+            {"overlong_penalty": 2.0},
+            "algorithm.overlong_penalty=2.0 does nothing without algorithm.overlong_buffer_fraction; set it",
+        ),
+        (
+            {"name": "reinforce_plus_plus", "degenerate": "drop"},
+            "algorithm.degenerate=drop with algorithm.advantage=batch: groups of equal rewards do teach when "
+            "advantages are not relative to the group; use degenerate=keep",
+        ),
+        (
+            {"kl_coef": 0.0, "ref_update_every": 5},
+            "algorithm.ref_update_every=5 does nothing with algorithm.kl_coef=0 (algorithm.name=grpo); set kl_coef, or "
+            "leave it out",
+        ),
+        (
+            {"kl_target": 0.1, "kl_estimator": "k1"},
+            "algorithm.kl_target=0.1 with algorithm.kl_estimator=k1: its mean may be negative; use kl_estimator=k3",
+        ),
+        (
+            {"name": "ppo", "degenerate": "drop"},
+            "algorithm.degenerate=drop with algorithm.advantage=gae: groups of equal rewards do teach when "
+            "advantages are not relative to the group; use degenerate=keep",
+        ),
+        (
+            {"name": "ppo", "gamma": None},
+            "algorithm.gamma=null, but algorithm.advantage=gae needs it; set it (1.0 and 0.95 are usual)",
+        ),
+        (
+            {"value_clip": 0.2},
+            "algorithm.value_clip=0.2 does nothing with algorithm.advantage=group_std: there is no critic; leave it "
+            "out, or use advantage=gae",
+        ),
+        (
+            {"refill_rounds": 3},
+            "algorithm.refill_rounds=3 with algorithm.degenerate=keep: refill needs a number of rounds, nothing else "
+            "reads it; set it or leave it out",
+        ),
+    ],
+)
+def test_each_rule_says_key_got_rule_and_remedy(keys: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_algorithm(AlgorithmConfig(**keys))  # type: ignore[arg-type]
+    assert str(error.value) == said
+
+
+def test_estimates_of_two_rollouts_by_hand() -> None:
+    algorithm = AlgorithmConfig(name="ppo", gae_lambda=1.0, kl_coef=0.5, critic_lr_factor=3.0)
+    objective = Objective(algorithm, max_tokens=16)
+    assert objective.needs_critic
+    assert not Objective(AlgorithmConfig(), 16).needs_critic
+    given = groups([2, 1], [1.0, 0.0])
+    assert objective.advantages(given, [1.0, 0.0]) == [0.0, 0.0]  # there are no values yet
+    found = objective.estimates(given, [1.0, 0.0], [[0.5, 0.75], [0.25]], kl=[[0.5, -0.5], [1.0]])
+    # returns: 1 + 0.25 - 0.25, 1 + 0.25, -0.5; less the values: 0.5, 0.5, -0.75, which have mean 1/12
+    assert found.returns == [[1.0, 1.25], [-0.5]]
+    std = ((2 * (5 / 12) ** 2 + (10 / 12) ** 2) / 3) ** 0.5
+    assert found.advantages[0] == pytest.approx([5 / 12 / std] * 2)
+    assert found.advantages[1] == pytest.approx([-10 / 12 / std])
+    assert objective.critic_rate(2e-6) == pytest.approx(6e-6)
+    assert objective.value_loss().clip == 0.2
+
+
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
+def test_steps_of_a_process_reward_are_earned_where_they_end_as_in_the_sum_in_float64(
+    gamma: float, gae_lambda: float
+) -> None:
+    """One rollout with steps and a masked result (whose step counts for the token before it), one with an outcome."""
+    given = masked(groups([6, 4], [0.5, 1.0]), "110011", "1111")
+    first, second = given.rollouts
+    given = replace(given, rollouts=[replace(first, steps=((5, -0.5), (0, 1.0), (3, 0.75), (1, 0.25))), second])
+    values = torch.tensor([[0.3, -0.2, 0.7, 0.1], [0.2, 0.6, -0.4, 0.5]], dtype=torch.float64)
+    kl = torch.tensor([[0.1, 0.2, -0.1, 0.4], [0.3, 0.0, 0.2, -0.2]], dtype=torch.float64)
+    algorithm = AlgorithmConfig(name="ppo", gamma=gamma, gae_lambda=gae_lambda, kl_coef=0.5)
+    # the first is shaped by -0.125, as by an overlong penalty
+    found = Objective(algorithm, 16).estimates(given, [0.375, 1.0], values.tolist(), kl.tolist())
+
+    earned = torch.tensor([[1.0, 1.0, 0.0, -0.625], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64) - 0.5 * kl
+    deltas = earned + gamma * torch.cat([values[:, 1:], torch.zeros(2, 1, dtype=torch.float64)], 1) - values
+    distance = torch.arange(4)[None] - torch.arange(4)[:, None]
+    weights = torch.where(distance >= 0, (gamma * gae_lambda) ** distance.double(), 0.0)
+    wanted = deltas @ weights.T
+    torch.testing.assert_close(torch.tensor(found.returns, dtype=torch.float64), wanted + values, rtol=0, atol=1e-12)
+    whitened = (wanted - wanted.mean()) / (wanted.std(correction=0) + 1e-8)
+    torch.testing.assert_close(torch.tensor(found.advantages, dtype=torch.float64), whitened, rtol=0, atol=1e-12)
+
+
+def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:
+    objective = Objective(AlgorithmConfig(overlong_buffer_fraction=0.25, overlong_penalty=2.0), max_tokens=16)
+    assert objective.shaped(groups([4, 12, 13, 16], [1.0] * 4), [1.0, 1.0, 1.0, 0.0]) == [1.0, 1.0, 0.5, -2.0]
+    assert Objective(AlgorithmConfig(), 16).shaped(groups([16, 16], [1.0, 0.0]), [1.0, 0.0]) == [1.0, 0.0]
+
+
+def test_a_group_is_degenerate_by_its_own_rewards_and_not_by_the_shaped_ones() -> None:
+    objective = Objective(AlgorithmConfig(degenerate="drop", overlong_buffer_fraction=0.5), max_tokens=16)
+    given = groups([4, 16, 4, 4], [1.0, 1.0, 1.0, 0.0])
+    assert objective.is_trained(given) == [False, False, True, True]
+    assert objective.token_weights(given, range(4)) == [0.0, 0.0, 1 / 8, 1 / 8]
+    assert objective.token_weights(given, range(2)) == [0.0, 0.0]
+
+
+def test_advantages_over_the_batch_need_no_group() -> None:
+    given = groups([1, 3], [4.0, 0.0], size=1)
+    algorithm = AlgorithmConfig(name="reinforce_plus_plus", kl_coef=0.0)
+    found = Objective(algorithm, 16).advantages(given, [4.0, 0.0])
+    assert found == [pytest.approx([3**0.5]), pytest.approx([-(3**-0.5)] * 3)]
+
+
+def test_the_reference_is_needed_for_kl_in_loss_and_reward_and_for_nothing_else() -> None:
+    assert Objective(AlgorithmConfig(), 16).needs_reference
+    assert not Objective(AlgorithmConfig(kl_coef=0.0), 16).needs_reference
+    in_reward = Objective(AlgorithmConfig(name="rloo"), 16)
+    assert in_reward.needs_reference
+    assert in_reward.kl_in_reward
+    assert not in_reward.loss().needs_reference
+    assert not Objective(AlgorithmConfig(name="rloo", kl_coef=0.0), 16).kl_in_reward
+
+
+@pytest.mark.parametrize(
+    ("kls", "factor"),
+    [((0.1, 0.1), 1.0), ((0.1, 0.12), 1.01), ((9.0, 9.0), 1.02), ((0.09, 0.09), 0.99), ((0.0, 0.0), 0.98)],
+)
+def test_the_kl_coefficient_follows_the_step_s_mean_kl(kls: tuple[float, float], factor: float) -> None:
+    updates = [UpdateStats(1.0, 1e-6, {"kl": kl}, {}) for kl in kls]
+    objective = Objective(AlgorithmConfig(kl_target=0.1), 16).at(0.5)
+    assert objective.next_kl_coef(updates) == pytest.approx(0.5 * factor, rel=1e-12)
+    assert objective.loss().kl_coef == 0.5
+    assert Objective(AlgorithmConfig(), 16).next_kl_coef(updates) is None
+    assert Objective(AlgorithmConfig(), 16).at(None).loss().kl_coef == 0.04
+
+
+def masked(found: SampledGroups, *masks: str) -> SampledGroups:
+    """An environment wrote the tokens where a mask has a 0."""
+    rollouts = [
+        replace(r, completion=replace(r.completion, loss_mask=tuple(own == "1" for own in mask)))
+        for r, mask in zip(found.rollouts, masks, strict=True)
+    ]
+    return replace(found, rollouts=rollouts)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("rollout_mean", [1 / (2 * 2), 1 / (3 * 2)]),
+        ("token_mean", [1 / 5, 1 / 5]),
+        ("group_token_mean", [1 / 5, 1 / 5]),
+        ("rollout_sum", [1 / (8 * 2), 1 / (8 * 2)]),
+    ],
+)
+def test_denominators_count_the_tokens_that_the_policy_sampled(aggregation: str, expected: list[float]) -> None:
+    found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
+    objective = Objective(AlgorithmConfig.model_validate({"aggregation": aggregation}), max_tokens=8)
+    assert objective.token_weights(found, [0, 1]) == pytest.approx(expected)
+
+
+def test_advantages_per_token_have_one_for_each_token_that_the_policy_sampled() -> None:
+    found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
+    for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
+        advantages = Objective(AlgorithmConfig.model_validate({"name": name}), 8).advantages(found, [1.0, 0.0])
+        assert [len(row) for row in advantages if isinstance(row, list)] == [2, 3]
+
+
+def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_the_whole_group() -> None:
+    found = masked(groups([4, 3], [0.5, 1.0]), "1001", "111")
+    first, second = found.rollouts
+    found = replace(found, rollouts=[replace(first, steps=((0, 1.0), (3, 0.0))), second])
+    objective = Objective(AlgorithmConfig(advantage="process"), 8)
+    # values 1, 0 and (the outcome of the second) 1: mean 2/3, std sqrt(1/3)
+    up, down = (1 / 3) / 3**-0.5, (-2 / 3) / 3**-0.5
+    first_row, second_row = objective.advantages(found, [0.5, 1.0])
+    assert first_row == pytest.approx([up + down, down], abs=1e-5)
+    assert second_row == pytest.approx([up] * 3, abs=1e-5)
+    assert not found.is_degenerate(0)
+    assert groups([4, 3], [0.5, 0.5]).is_degenerate(0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"kl_in": "reward"}, "algorithm.kl_in=reward with algorithm.advantage=process"),
+        ({"name": "dapo"}, "algorithm.overlong_buffer_fraction=0.2 with algorithm.advantage=process"),
+    ],
+)
+def test_process_supervision_refuses_rewards_that_are_not_of_steps(keys: dict[str, str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        check_algorithm(AlgorithmConfig.model_validate(keys | {"advantage": "process"}))

@@ -1,0 +1,124 @@
+"""Turns on the device: the order of calls, and that nothing is sampled from weights that are not the policy's."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+
+from grpo_mega.interfaces import Engine
+from grpo_mega.trainer.phases import Part, Phases
+
+
+class Recorder:
+    """Engine and policy in one: writes down what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def sleep(self) -> None:
+        self.calls.append("sleep")
+
+    def wake(self, what: str) -> None:
+        self.calls.append(f"wake {what}")
+
+    def offload(self, *parts: Part) -> None:
+        self.calls.append(("offload", set(parts)))
+
+    def reload(self, *parts: Part) -> None:
+        self.calls.append(("reload", set(parts)))
+
+
+def recorded() -> tuple[Recorder, Phases]:
+    recorder = Recorder()
+    return recorder, Phases(cast("Engine", recorder), recorder)
+
+
+def test_each_phase_frees_before_it_fills() -> None:
+    recorder, phases = recorded()
+    with phases.syncing():
+        recorder.calls.append("sync")
+    with phases.sampling():
+        recorder.calls.append("sample")
+    with phases.training():
+        recorder.calls.append("train")
+    assert recorder.calls == [
+        ("offload", {"grads", "optimizer"}),
+        ("reload", {"params"}),
+        "wake weights",
+        "sync",
+        ("offload", {"grads", "optimizer", "params"}),
+        "wake kv_cache",
+        "sample",
+        "sleep",
+        ("reload", {"params", "grads", "optimizer"}),
+        "train",
+    ]
+
+
+def test_a_critic_is_on_the_device_inside_valuing_alone() -> None:
+    policy, critic = Recorder(), Recorder()
+    everything = {"params", "grads", "optimizer"}
+    phases = Phases(cast("Engine", Recorder()), policy, critic)
+    assert critic.calls == [("offload", everything)]
+    both: list[Any] = []
+    policy.calls = critic.calls = both
+    with phases.training(), phases.valuing():
+        both.append("value")
+    assert both == [
+        ("reload", everything),
+        ("offload", everything),
+        ("reload", everything),
+        "value",
+        ("offload", everything),
+        ("reload", everything),
+    ]
+
+
+def test_sampling_before_the_first_sync_is_refused_before_anything_moves() -> None:
+    recorder, phases = recorded()
+    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+        pass
+    assert recorder.calls == []
+
+
+def test_sampling_after_training_without_a_sync_is_refused() -> None:
+    _, phases = recorded()
+    with phases.syncing():
+        pass
+    with phases.training():
+        pass
+    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+        pass
+
+
+def test_one_sync_serves_several_samplings() -> None:
+    recorder, phases = recorded()
+    with phases.syncing():
+        pass
+    for _ in range(2):
+        with phases.sampling():
+            pass
+    assert recorder.calls.count("wake kv_cache") == 2
+
+
+def test_a_sync_that_fails_leaves_nothing_to_sample_from() -> None:
+    _, phases = recorded()
+    with pytest.raises(ValueError, match="lost"), phases.syncing():
+        raise ValueError("lost")
+    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+        pass
+
+
+def test_a_policy_stays_where_it_is_while_an_engine_elsewhere_samples() -> None:
+    recorder = Recorder()
+    phases = Phases(cast("Engine", recorder), recorder, engine_elsewhere=True)
+    with phases.syncing():
+        recorder.calls.append("sync")
+    with phases.sampling():
+        recorder.calls.append("sample")
+    with phases.training():
+        recorder.calls.append("train")
+    assert [call for call in recorder.calls if "offload" in call] == []
+    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+        pass

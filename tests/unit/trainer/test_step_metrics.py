@@ -1,0 +1,183 @@
+"""The numbers of a step, by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from grpo_mega.observe.metrics import require_known
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.step_metrics import StepResult, mismatch
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, StopReason, UpdateStats
+from grpo_mega.weight_sync.sync import SyncReport
+
+
+def rollout(
+    sampler_log_probs: list[float],
+    value: float = 0.0,
+    *,
+    num_prompt_tokens: int = 2,
+    stop: StopReason = "eos",
+    replica: int = 0,
+    failures: tuple[str, ...] = (),
+) -> Rollout:
+    tokens = tuple(range(len(sampler_log_probs)))
+    return Rollout(
+        Prompt(0, "", (0,) * num_prompt_tokens, ""),
+        Completion(tokens, tuple(sampler_log_probs), stop, 0, ""),
+        Reward(value, {"exact": value, "format": 2 * value}, failures),
+        replica,
+    )
+
+
+def stats(loss: float, ratio: float, learning_rate: float, **more: float) -> UpdateStats:
+    return UpdateStats(
+        grad_norm=10 * loss,
+        learning_rate=learning_rate,
+        sums={"loss": loss, "entropy": 2 * loss, "clip_fraction": loss / 4, **more},
+        maxima={"ratio": ratio},
+    )
+
+
+def result(updates: list[UpdateStats]) -> StepResult:
+    rollouts = [
+        rollout([-1.0, -2.0], 1.0, num_prompt_tokens=3),
+        rollout([-1.0], 0.0, num_prompt_tokens=3, stop="length"),
+        rollout([-0.5, -0.5, -0.5], 0.5, num_prompt_tokens=5, replica=2, failures=("exact",)),
+        rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
+    ]
+    old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
+    sync = SyncReport(
+        seconds=0.5, verify_seconds=0.1, written_bytes=3_000_000_000, received_bytes=1_000_000_000, policy_digest=""
+    )
+    groups = SampledGroups(rollouts, 2, num_discarded=2)
+    batch = TrainBatch([], [], is_trained=[True, True, False, True])
+    return StepResult(4, groups, batch, old, updates, sync, kl_coef=0.04)
+
+
+def test_all_numbers_of_a_step_by_hand() -> None:
+    found = result([stats(0.2, 1.5, 1e-4, kl=0.1), stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(3, lambda r: r.value == 1)
+    k3 = (math.exp(-0.5) + 0.5 - 1 + math.exp(0.25) - 0.25 - 1) / 8
+    assert found == pytest.approx(
+        {
+            "reward/mean": 0.5,
+            "reward/std": math.sqrt(0.125),
+            "reward/accuracy": 0.25,
+            "reward/failed_fraction": 0.25,
+            "reward/component/exact": 0.5,
+            "reward/component/format": 1.0,
+            "group/degenerate_fraction": 0.75,
+            "group/discarded": 2.0,
+            "rollout/length_mean": 2.0,
+            "rollout/length_max": 3.0,
+            "rollout/prompt_length_mean": 4.0,
+            "rollout/truncated_fraction": 0.25,
+            "rollout/tokens": 8.0,
+            "rollout/turns_mean": 1.0,
+            "rollout/result_tokens": 0.0,
+            "rollout/tokens_per_replica/0": 3.0,
+            "rollout/tokens_per_replica/1": 0.0,
+            "rollout/tokens_per_replica/2": 5.0,
+            "train/loss": 0.3,
+            "train/entropy": 0.6,
+            "train/clip_fraction": 0.075,
+            "train/kl": 0.2,
+            "train/kl_coef": 0.04,
+            "train/grad_norm": 3.0,
+            "train/learning_rate": 2e-4,
+            "train/ratio_max": 1.5,
+            "train/updates": 2.0,
+            "train/mismatch_max": 0.5,
+            "train/mismatch_kl": k3,
+            "train/num_loss_tokens": 5.0,
+            "train/unused_rollouts": 1.0,
+            "sync/bytes": 3e9,
+            "sync/received_bytes": 1e9,
+            "sync/verify_seconds": 0.1,
+            "sync/gb_per_second": 6.0,
+        },
+        rel=1e-12,
+    )
+    require_known(found)
+
+
+def test_a_critic_is_reported_by_hand() -> None:
+    updates = [
+        UpdateStats(g, r, {"loss": v, "clip_fraction": c}, {}) for g, r, v, c in ((2, 0.1, 3, 0), (4, 0.2, 5, 1))
+    ]
+    plain = result([stats(0.2, 1.5, 1e-4)])
+    assert not any(name.startswith(("critic/", "memory/")) for name in plain.metrics(3, lambda _: True))
+    batch = replace(plain.batch, values=[[0.0, 1.0], [1.0]], returns=[[1.0, 1.0], [4.0]])
+    found = replace(plain, batch=batch, critic_updates=updates, state_bytes={"critic_params": 7}).metrics(
+        3, lambda _: True
+    )
+    require_known(found)
+    own = {name: value for name, value in found.items() if name.startswith(("critic/", "memory/"))}
+    assert own == pytest.approx(
+        {
+            "critic/loss": 4.0,
+            "critic/clip_fraction": 0.5,
+            "critic/grad_norm": 3.0,
+            "critic/learning_rate": 0.2,
+            "critic/value_mean": 2 / 3,
+            "critic/return_mean": 2.0,
+            "critic/explained_variance": 1 - (14 / 9) / 2,  # errors 1, 0, 3; returns 1, 1, 4
+            "memory/critic_params_bytes": 7.0,
+        }
+    )
+
+
+def test_tokens_without_a_record_of_their_experts_are_counted() -> None:
+    plain = result([stats(0.2, 1.5, 1e-4)])
+    assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
+    rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
+    for i, told in ((0, 4), (2, 5)):  # all that predict, and the first of three
+        choices = torch.zeros(told, 2, 2, dtype=torch.int16)
+        choices[0] = -1  # in the prompt: not trained on
+        rollouts[i] = replace(rollouts[i], completion=replace(rollouts[i].completion, expert_choices=choices))
+    found = replace(plain, groups=replace(plain.groups, rollouts=rollouts)).metrics(3, lambda _: True)
+    assert found["train/unreplayed_fraction"] == 1 - 3 / 8
+    require_known(found)
+
+
+def test_fp8_scales_are_reported_where_there_are_any() -> None:
+    updates = [stats(0.2, 1.5, 1e-4, fp8_cut=cut, fp8_zero=cut / 2) for cut in (0.25, 0.75)]
+    for update, amax in zip(updates, (3.0, 2.0), strict=True):
+        update.maxima["fp8_amax"] = amax
+    found = result(updates).metrics(3, lambda _: True)
+    assert (found["train/fp8_cut_fraction"], found["train/fp8_zero_fraction"], found["train/fp8_amax"]) == (
+        0.5,
+        0.25,
+        3.0,
+    )
+    require_known(found)
+    assert not [name for name in result([stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True) if "fp8" in name]
+
+
+def test_a_loss_without_a_reference_reports_no_kl() -> None:
+    assert "train/kl" not in result([stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
+
+
+def test_mismatch_by_hand() -> None:
+    rollouts = [rollout([-1.0, -2.0]), rollout([-3.0])]
+    assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == {"train/mismatch_max": 0.0, "train/mismatch_kl": 0.0}
+    found = mismatch(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
+    assert found["train/mismatch_max"] == pytest.approx(math.log(4), rel=1e-12)
+    # exp(m) - m - 1: 2 - ln 2 - 1, 0, 1/4 + ln 4 - 1
+    assert found["train/mismatch_kl"] == pytest.approx((1 - math.log(2) - 0.75 + math.log(4)) / 3, rel=1e-12)
+
+
+def test_mismatch_of_tiny_differences_is_not_lost_in_rounding() -> None:
+    found = mismatch([rollout([-1.0])], [[-1.0 + 2**-20]])
+    assert found["train/mismatch_kl"] == pytest.approx(2.0**-41, rel=1e-5)
+
+
+def test_log_probs_that_are_not_one_per_token_are_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        mismatch([rollout([-1.0, -2.0])], [[-1.0]])
+    with pytest.raises(ValueError, match="zip"):
+        mismatch([rollout([-1.0])], [])

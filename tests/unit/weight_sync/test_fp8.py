@@ -1,0 +1,178 @@
+"""FP8 on the way: what leaves the policy's ranks is bit for bit what quantising the whole weights would give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.interfaces import HeldSlice
+from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.quantization.block_fp8 import CODE, quantise, scales_of
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
+from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
+from grpo_mega.weight_sync import verify
+from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source, fp8_tensors
+from grpo_mega.weight_sync.verify import parts_of
+
+Q, O, DOWN, NORM = "0.q_proj.weight", "0.o_proj.weight", "0.down_proj.weight", "0.input_layernorm.weight"
+
+
+def weights() -> dict[str, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = {Q: (512, 300), O: (300, 512), DOWN: (200, 130), NORM: (300,), "lm_head.weight": (64, 300)}
+    made = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    made[Q][128:256, :128] = 0.0  # a block without a value
+    made[O] *= torch.logspace(-6, 6, 512)  # scales of every size
+    return made
+
+
+def boxes(rank: int) -> list[tuple[TensorSlice, bool]]:
+    """Of two: q in heads of 64 rows that alternate with those of another tensor, o by columns, the rest copied."""
+    heads = [TensorSlice(Q, (256 * rank + 64 * i, 0), (64, 300)) for i in range(4)]
+    columns = TensorSlice(O, (0, 256 * rank), (300, 256))
+    copies = [TensorSlice(DOWN, (0, 0), (200, 130)), TensorSlice(NORM, (0,), (300,))]
+    head = TensorSlice("lm_head.weight", (0, 0), (64, 300))
+    return [(hf, True) for hf in (*heads, columns)] + [(hf, rank == 0) for hf in (*copies, head)]
+
+
+class Source:
+    def __init__(self, values: dict[str, Tensor], slices: list[tuple[TensorSlice, bool]]) -> None:
+        self._values, self._slices = values, slices
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(value.shape) for name, value in self._values.items()}
+
+    def shards(self) -> list[HeldSlice]:
+        values = self._values
+        return [HeldSlice(hf, tuple(values[hf.name].shape), values[hf.name][hf.index], c) for hf, c in self._slices]
+
+
+def sources(*, power_of_two: bool = False) -> list[Fp8Source]:
+    return [Fp8Source(Source(weights(), boxes(rank)), power_of_two=power_of_two) for rank in range(2)]
+
+
+def expected(*, power_of_two: bool = False) -> dict[str, Tensor]:
+    """As if the bf16 weights had travelled, and were quantised whole."""
+    found: dict[str, Tensor] = {}
+    for name, value in weights().items():
+        if name in (Q, O, DOWN):
+            found[name], found[name + SCALE_SUFFIX] = quantise(value.bfloat16(), power_of_two=power_of_two)
+        else:
+            found[name] = value
+    return found
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.uint8)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "PART", 5000)  # of a few rows: what is quantised in parts is quantised alike
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_codes_and_scales_of_all_shards_are_those_of_the_whole_weights(power_of_two: bool) -> None:
+    whole = expected(power_of_two=power_of_two)
+    seen = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in whole.items()}
+    for source in sources(power_of_two=power_of_two):
+        assert source.hf_shapes() == {name: tuple(value.shape) for name, value in whole.items()}
+        for held in source.shards():
+            values = held.part(held.hf)
+            assert values.dtype == held.dtype == whole[held.hf.name].dtype
+            assert torch.equal(bits(values), bits(whole[held.hf.name][held.hf.index])), held.hf
+            seen[held.hf.name][held.hf.index] += held.counted
+    assert all(bool((count == 1).all()) for count in seen.values()), "each element and each scale is counted once"
+
+
+@pytest.mark.parametrize("box", [((100, 7), (30, 200)), ((127, 128), (2, 1)), ((64, 0), (64, 300))])
+def test_a_piece_that_an_engine_cuts_anywhere_has_the_codes_of_its_place(
+    box: tuple[tuple[int, int], tuple[int, int]],
+) -> None:
+    piece, whole = TensorSlice(Q, *box), expected()
+    held = HeldSlice(TensorSlice(Q, (0, 0), (512, 300)), (512, 300), weights()[Q])
+    ((coded), *_) = Fp8Source(Source({Q: weights()[Q]}, [(held.hf, True)]), power_of_two=False).shards()
+    assert isinstance(coded, CodedSlice)
+    assert torch.equal(bits(coded.part(piece)), bits(whole[Q][piece.index]))
+
+
+def test_digests_of_the_shards_add_up_to_those_of_the_quantised_whole() -> None:
+    sums = dict.fromkeys(expected(), 0)
+    for source in sources():
+        for held in source.shards():
+            if held.counted:
+                for hf in parts_of(held.hf):
+                    sums[hf.name] = wrap(sums[hf.name] + slice_digest(held.part(hf), hf))
+    for name, value in expected().items():
+        assert sums[name] == slice_digest(value, TensorSlice(name, (0,) * value.dim(), tuple(value.shape))), name
+
+
+def test_scales_as_powers_of_two_are_the_least_that_hold_the_block() -> None:
+    amax = torch.tensor([0.0, 448.0, 449.0, 896.0, 3.5, 1e-30])
+    scales = scales_of(amax, power_of_two=True)
+    assert scales.tolist()[:5] == [1.0, 1.0, 2.0, 2.0, 1 / 128]
+    assert bool((amax / scales <= 448).all())
+    assert bool((amax[1:] / (scales[1:] / 2) > 448).all())
+    assert bool((torch.frexp(scales)[0] == 0.5).all())
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_whole_tensors_that_are_streamed_have_the_same_codes_and_scales(power_of_two: bool) -> None:
+    streamed = dict(fp8_tensors(lambda _: iter(weights().items()), power_of_two=power_of_two)(1))
+    whole = expected(power_of_two=power_of_two)
+    assert list(streamed) == list(fp8_shapes({name: tuple(value.shape) for name, value in weights().items()}))
+    for name, value in whole.items():
+        assert torch.equal(bits(streamed[name]), bits(value)), name
+        assert streamed[name].dtype == value.dtype
+    assert streamed[Q].dtype == CODE
+
+
+def test_a_block_that_no_rank_holds_whole_is_refused_with_its_place_and_a_remedy() -> None:
+    slices = [(TensorSlice(Q, (0, 0), (320, 300)), True)]
+    message = r"block of 0\.q_proj\.weight at \[256, 0\] .* holds 8192 elements; .* smaller parallel\.tp"
+    with pytest.raises(UserError, match=message):
+        Fp8Source(Source({Q: weights()[Q]}, slices), power_of_two=False).shards()
+
+
+def test_a_value_that_is_not_finite_is_refused() -> None:
+    broken = weights()
+    broken[DOWN][3, 4] = float("inf")
+    with pytest.raises(WeightMismatchError, match=r"0\.down_proj\.weight has a value that is not finite"):
+        Fp8Source(Source(broken, boxes(0)), power_of_two=False).shards()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "coded"),
+    [
+        ("model.layers.3.self_attn.q_proj.weight", (64, 64), True),
+        ("model.layers.3.mlp.experts.7.down_proj.weight", (64, 64), True),
+        ("model.layers.3.mlp.shared_experts.gate_proj.weight", (64, 64), True),
+        ("model.layers.3.self_attn.kv_a_proj_with_mqa.weight", (64, 64), True),
+        ("model.layers.3.mlp.gate.weight", (64, 64), False),
+        ("model.layers.3.block_sparse_moe.gate.weight", (64, 64), False),
+        ("model.layers.3.self_attn.q_norm.weight", (64,), False),
+        ("model.layers.3.self_attn.q_proj.bias", (64,), False),
+        ("model.embed_tokens.weight", (64, 64), False),
+        ("lm_head.weight", (64, 64), False),
+    ],
+)
+def test_matrices_of_layers_are_coded_and_nothing_else(name: str, shape: tuple[int, ...], coded: bool) -> None:
+    assert is_coded(name, shape) == coded
+    assert len(fp8_shapes({name: shape})) == 1 + coded
+
+
+def test_the_config_of_the_checkpoint_names_the_matrices_that_stay() -> None:
+    shapes = {
+        "model.embed_tokens.weight": (256, 64),
+        "model.layers.0.mlp.gate.weight": (8, 64),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (64, 64),
+        "model.norm.weight": (64,),
+    }
+    assert quantization_config(shapes) == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["model.embed_tokens", "model.layers.0.mlp.gate"],
+    }

@@ -1,0 +1,60 @@
+"""The messages of one rank: how they are cut, the same at both ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.weight_sync.plan import make_plan
+from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankPlan, rank_plan
+from grpo_mega.weight_sync.transports.base import Message
+from tests.helpers.memory_ends import dtype_of
+from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
+
+WORLD = 4
+
+
+@pytest.mark.parametrize(
+    ("large", "parts"),
+    [
+        ((), [(0, 100)]),
+        (((64, 36),), [(0, 64), (64, 36)]),
+        (((10, 20), (30, 40)), [(0, 10), (10, 20), (30, 40), (70, 30)]),
+        (((10, 20), (50, 50)), [(0, 10), (10, 20), (30, 20), (50, 50)]),
+    ],
+)
+def test_a_message_is_cut_around_what_is_large(
+    large: tuple[tuple[int, int], ...], parts: list[tuple[int, int]]
+) -> None:
+    assert list(Message(1, 0, 100, large).parts()) == parts
+
+
+def plans(kind: str) -> list[RankPlan]:
+    held, wanted = (
+        policy(
+            Topology(WORLD, tp=2, pp=2),
+        ),
+        engine(EngineLayout(2), WORLD),
+    )
+    plan = make_plan(TENSORS, held, wanted, [0, 1, 0, 2], 1 << 22)
+    dtypes: dict[str, torch.dtype] = {name: dtype_of(name) for name in TENSORS}
+    return [rank_plan(plan, rank, dtypes, {"same_node": kind, "across_nodes": "gloo"}) for rank in range(WORLD)]
+
+
+@pytest.mark.parametrize("kind", ["gloo", "shared_memory"])
+def test_both_ends_of_a_message_cut_it_alike_and_only_gloo_does(kind: str) -> None:
+    ranks = plans(kind)
+    cut = dict.fromkeys(("gloo", "shared_memory"), 0)
+    for mine in ranks:
+        for each, turns in mine.turns.items():
+            for turn in turns:
+                for sent in turn.sends:
+                    (received,) = [m for m in ranks[sent.peer].turns[each][turn.number].receives if m.peer == mine.rank]
+                    assert received == Message(mine.rank, sent.start, sent.num_bytes, sent.large)
+                    pieces = mine.pieces[turn.number, mine.rank, sent.peer]
+                    assert sent.num_bytes == HEADER_BYTES + sum(piece.num_bytes for piece in pieces)
+                    assert set(sent.large) <= {(piece.start, piece.num_bytes) for piece in pieces}
+                    cut[each] += len(sent.large)
+    assert cut["gloo"] > 0
+    assert cut["shared_memory"] == 0

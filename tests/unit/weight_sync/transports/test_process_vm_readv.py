@@ -1,0 +1,149 @@
+"""Tensors as runs of bytes, and reading them from another process."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from grpo_mega.weight_sync.transports import process_vm_readv
+from grpo_mega.weight_sync.transports.process_vm_readv import (
+    LEAST_RUN,
+    PLACE_BYTES,
+    Runs,
+    allow_reading,
+    fits,
+    put_places,
+    read_runs,
+    take_places,
+)
+
+WIDTH = LEAST_RUN // 4  # elements of float32 in the shortest run
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
+
+
+def runs(values: Tensor) -> Runs:
+    found = Runs.of(values)
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def fork() -> Iterator[Callable[[], int]]:
+    """Starts a process that holds what this one holds, at the same addresses, and does nothing."""
+    children: list[int] = []
+
+    def start() -> int:
+        process = os.fork()
+        if process == 0:
+            allow_reading()
+            signal.pause()
+            os._exit(0)
+        children.append(process)
+        return process
+
+    yield start
+    for process in children:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+VIEWS = {
+    "whole": lambda x: x,
+    "rows": lambda x: x[1:3],
+    "columns": lambda x: x[..., WIDTH : 2 * WIDTH],
+    "every other row": lambda x: x[..., ::2, :],
+    "one row": lambda x: x[..., 2, :],
+    "one element": lambda x: x[1, 2, 5:6],
+    "columns of every plane": lambda x: x[:2, :, WIDTH:],
+}
+
+
+@pytest.mark.parametrize("theirs", VIEWS)
+@pytest.mark.parametrize("ours", ["without gaps", "as theirs"])
+def test_a_view_of_another_process_arrives(fork: Callable[[], int], theirs: str, ours: str) -> None:
+    view = VIEWS[theirs]
+    held = numbers(4, 6, 3 * WIDTH)
+    process = fork()
+    expected = view(held).clone()
+    held.zero_()  # here, not there
+    whole = torch.zeros_like(held)
+    target = torch.zeros_like(expected) if ours == "without gaps" else view(whole)
+    place = Runs.of(view(held))
+    assert place is not None
+    read_runs(process, [(place, runs(target))])
+    assert torch.equal(target, expected)
+    if ours == "as theirs":
+        assert whole.count_nonzero() == expected.count_nonzero(), "nothing else was touched"
+
+
+def test_more_runs_than_one_call_takes_arrive_in_order(fork: Callable[[], int]) -> None:
+    held = numbers(2500, 2 * WIDTH)
+    process = fork()
+    expected, target = held[:, :WIDTH].clone(), torch.zeros(2500, WIDTH)
+    held.zero_()
+    read_runs(process, [(runs(held[:, :WIDTH]), runs(target))])
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("most", [1 << 30, 5 * LEAST_RUN, 1])
+def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
+    fork: Callable[[], int], monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(process_vm_readv, "_MOST_BYTES", most)
+    held = numbers(12, 2 * WIDTH)
+    process = fork()
+    expected = [held[:4].clone(), held[5:9, :WIDTH].clone(), held[11:, 3:5].clone()]
+    places = [runs(held[:4]), runs(held[5:9, :WIDTH]), runs(held[11:, 3:5])]
+    held.zero_()
+    targets = [torch.zeros_like(each) for each in expected]
+    read_runs(process, [(place, runs(target)) for place, target in zip(places, targets, strict=True)])
+    for target, each in zip(targets, expected, strict=True):
+        assert torch.equal(target, each)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        numbers(8, WIDTH)[:, : WIDTH - 1],
+        numbers(4, 4, 2 * WIDTH)[:, :3, :WIDTH],
+        numbers(8, WIDTH).t(),
+        torch.zeros(0, 4),
+    ],
+    ids=["short runs", "not evenly spaced", "turned", "empty"],
+)
+def test_what_is_no_evenly_spaced_long_runs_has_no_place(values: Tensor) -> None:
+    assert Runs.of(values) is None
+
+
+def test_runs_that_do_not_divide_each_other_do_not_fit() -> None:
+    two, three = (runs(numbers(6, 7 * WIDTH)[:, : n * WIDTH]) for n in (2, 3))
+    assert fits(two, two)
+    assert fits(runs(numbers(12 * WIDTH)), two)
+    assert not fits(two, three)
+
+
+def test_a_table_of_places_says_what_was_put_into_it() -> None:
+    places = [runs(numbers(3, 2 * WIDTH)[:, :WIDTH]), Runs(2**47 - 8, 1, 3, 3)]
+    table = torch.zeros(2 * PLACE_BYTES + 8, dtype=torch.uint8)
+    put_places(table, places)
+    assert take_places(table, 2) == places
+
+
+def test_a_process_that_is_gone_and_memory_that_is_not_there_are_errors() -> None:
+    process = os.fork()
+    if process == 0:
+        os._exit(0)
+    os.waitpid(process, 0)
+    values = numbers(16)
+    with pytest.raises(OSError, match=f"could not read process {process}: No such process"):
+        read_runs(process, [(runs(values), runs(torch.zeros(16)))])
+    with pytest.raises(OSError, match="Bad address"):
+        read_runs(os.getpid(), [(Runs(4096, 1, 64, 64), runs(torch.zeros(16)))])
