@@ -32,9 +32,9 @@ from grpo_mega.types import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from grpo_mega.engines.replica_broadcast import EngineRanks
-    from grpo_mega.engines.server.listener import Door
-    from grpo_mega.engines.server.protocol import Message
+    from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
+    from grpo_mega.engines.server.listener import ServerListener
+    from grpo_mega.engines.server.protocol import ServerMessage
     from grpo_mega.engines.vllm.engine import VllmEngine
     from grpo_mega.interfaces import HeldSlice
     from grpo_mega.weight_sync.sync import WeightSync
@@ -91,8 +91,8 @@ def serve(config: Config, host: str, port: int) -> None:
     listener = _bound(host, port) if os.environ["RANK"] == "0" else None
     # from here on with torch, which takes seconds to load
     from grpo_mega.engines.factory import make_vllm_engine
-    from grpo_mega.engines.replica_broadcast import EngineRanks
-    from grpo_mega.engines.server.listener import Door
+    from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
+    from grpo_mega.engines.server.listener import ServerListener
     from grpo_mega.engines.server.messages import serving_facts
     from grpo_mega.engines.server.protocol import read_token
     from grpo_mega.observe.log import configure_logging, quiet_libraries
@@ -106,12 +106,12 @@ def serve(config: Config, host: str, port: int) -> None:
     # longer than any wait of a job: the ranks of a server wait for each other while one of them waits for the job
     limit = 2 * config.guard.timeout_seconds + 60
     init_ranks(Topology(tp, engine_tp=tp), limit)
-    ranks = EngineRanks(tp, config.guard.timeout_seconds)
+    ranks = ReplicaBroadcast(tp, config.guard.timeout_seconds)
     engine = make_vllm_engine(config, folder)
     quiet_libraries()
     door = None
     if listener is not None:
-        door = Door(listener, read_token(), serving_facts(config, folder), config.guard.timeout_seconds)
+        door = ServerListener(listener, read_token(), serving_facts(config, folder), config.guard.timeout_seconds)
         door.open()
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
         sys.stdout.write(f"listening at {f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}\n")
@@ -122,7 +122,7 @@ def serve(config: Config, host: str, port: int) -> None:
 class Server:
     """One rank of a server. `door` is None but on the first."""
 
-    def __init__(self, engine: VllmEngine, ranks: EngineRanks, door: Door | None) -> None:
+    def __init__(self, engine: VllmEngine, ranks: ReplicaBroadcast, door: ServerListener | None) -> None:
         self._engine, self._ranks, self._door = engine, ranks, door
         self._sync: WeightSync | None = None
         self._sound = False  # the last sync has succeeded
@@ -132,7 +132,7 @@ class Server:
         from grpo_mega.engines.server.listener import FREED
 
         told = self._door.commands(self._ranks.beat_seconds) if self._door is not None else iter(())
-        for message in self._ranks.all_hear(told):
+        for message in self._ranks.broadcast_stream(told):
             if message.kind == FREED:
                 self._sync, self._sound = None, False
                 continue
@@ -144,7 +144,7 @@ class Server:
                 logging.shutdown()
                 os._exit(1)
 
-    def obey(self, message: Message) -> None:
+    def obey(self, message: ServerMessage) -> None:
         """Carry a command out and say how it went."""
         commands = {"meet": self._meet, "push": self._push, "sample": self._sample}
         with self._door.beating(lambda: self._engine.steps) if self._door is not None else nullcontext():
@@ -262,9 +262,9 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         with suppress(OSError):
             listener.close()
-        raise UserError(f"--host={host} --port={port}: cannot listen there ({error.strerror}); choose another") from (
-            error
-        )
+        raise UserError(
+            f"--host={host} --port={port}: cannot listen there ({error.strerror})", remedy="choose another"
+        ) from (error)
     return listener
 
 

@@ -82,8 +82,8 @@ def wanted_world_size(config: Config) -> int:
     if config.run.world_size is not None:
         if launched is not None and int(launched) != config.run.world_size:
             raise UserError(
-                f"run.world_size={config.run.world_size}, but the launcher started {launched} ranks; leave "
-                "run.world_size out, or start as many"
+                f"run.world_size={config.run.world_size}, but the launcher started {launched} ranks",
+                remedy="leave run.world_size out, or start as many",
             )
         return config.run.world_size
     if launched is not None:

@@ -18,7 +18,19 @@ StopReason = Literal["eos", "length", "stop"]
 
 
 class UserError(ValueError):
-    """The user's input is wrong: key, got, rule, remedy. Ends the program with exit code 2 and this message alone."""
+    """The user's input is wrong. Ends the program with exit code 2 and this text alone, without a traceback.
+
+    Args:
+        message: what is wrong, beginning with the key and the value it got, then the rule that it breaks.
+        remedy: what to do about it; printed after the message, and shown on a line of its own by the doctor.
+    """
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(message, remedy)
+        self.message, self.remedy = message, remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
 
 
 class WeightMismatchError(RuntimeError):

@@ -89,7 +89,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}; give a JSONL file") from error
+        raise UserError(f"{path}: {error}", remedy="give a JSONL file") from error
 
 
 def children_seconds() -> float:
@@ -186,7 +186,9 @@ def measure_labels(path: Path) -> dict[str, Any]:
             if bool(gsm8k("", answer["solution"], reference)) != bool(answer["is_correct"]):
                 different.append({"model": model, "end": answer["solution"][-80:], "reference": reference})
     if not total:
-        raise UserError(f"{path}: no row has answers with solution and is_correct; give example_model_solutions.jsonl")
+        raise UserError(
+            f"{path}: no row has answers with solution and is_correct", remedy="give example_model_solutions.jsonl"
+        )
     agreement = 1 - len(different) / total
     return {
         "measured": agreement,
@@ -207,7 +209,7 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "hostile":
         return measure_hostile(args.limit_seconds)
     if args.labels is None:
-        raise UserError("--measure labels has no --labels; name a file of labelled answers")
+        raise UserError("--measure labels has no --labels", remedy="name a file of labelled answers")
     return measure_labels(args.labels)
 
 

@@ -37,7 +37,7 @@ PROMPT_TOKENS = range(24, 41)
 
 
 @dataclass(frozen=True)
-class StepTime:
+class SideTime:
     """One step of one side."""
 
     seconds: float  # of the wall clock
@@ -51,8 +51,8 @@ class StepTime:
 class Comparison:
     """The steps of both sides at one kind of work, in the order in which they ran."""
 
-    ours: Sequence[StepTime]
-    trl: Sequence[StepTime]
+    ours: Sequence[SideTime]
+    trl: Sequence[SideTime]
 
     @property
     def ratio(self) -> float:
@@ -87,7 +87,7 @@ class Comparison:
         }
 
 
-def _median_per(steps: Sequence[StepTime], unit: str) -> float:
+def _median_per(steps: Sequence[SideTime], unit: str) -> float:
     return float(statistics.median(step.seconds / getattr(step, unit) for step in steps))
 
 
@@ -147,7 +147,7 @@ class Side:
             self.close()
             raise RuntimeError(f"{script.name} computes with {started['threads']} threads, not {settings['threads']}")
 
-    def step(self, completions: list[list[int]] | None = None) -> tuple[StepTime, list[list[int]]]:
+    def step(self, completions: list[list[int]] | None = None) -> tuple[SideTime, list[list[int]]]:
         """A whole step; with `completions`, all of it but the sampling."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"completions": completions}) + "\n")
@@ -155,7 +155,7 @@ class Side:
         answer = self._answer()
         made = answer["completions"]
         num_tokens = sum(len(ids) for ids in made)
-        return StepTime(answer["seconds"], answer["cpu_seconds"], len(made), num_tokens, answer["phases"]), made
+        return SideTime(answer["seconds"], answer["cpu_seconds"], len(made), num_tokens, answer["phases"]), made
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -188,7 +188,7 @@ def both_sides(trl_python: Path, work: Path, settings: dict[str, Any]) -> Iterat
 
 def take_turns(sides: tuple[Side, Side], rounds: int, given: list[list[int]] | None = None) -> Comparison:
     """`rounds` steps of each side; who is first changes every round."""
-    times: tuple[list[StepTime], list[StepTime]] = ([], [])
+    times: tuple[list[SideTime], list[SideTime]] = ([], [])
     for i in range(rounds):
         for which in (0, 1) if i % 2 == 0 else (1, 0):
             step, _ = sides[which].step(given)

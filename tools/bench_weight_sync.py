@@ -32,11 +32,11 @@ from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.digest import slice_digest
-from grpo_mega.parallel.peer_group import job_world
+from grpo_mega.parallel.peer_group import job_peer_group
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.executor import Execution
-from grpo_mega.weight_sync.plan import make_plan
-from grpo_mega.weight_sync.rank_schedule import rank_plan
+from grpo_mega.weight_sync.plan import plan_reshard
+from grpo_mega.weight_sync.rank_schedule import schedule_of_rank
 from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, as_slice, holdings, join
 from grpo_mega.weight_sync.transports.factory import TransportKind, make_transports, transport_kinds
 
@@ -87,7 +87,7 @@ def stage_of(name: str, layers: int) -> int:
     return 0 if name == "embed" else PP - 1
 
 
-class Memory:
+class PeakMemory:
     """The part of a `WeightSink` that is timed: values go to where they belong; what is not wanted is dropped."""
 
     def __init__(self, slices: Sequence[TensorSlice]) -> None:
@@ -127,8 +127,8 @@ def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: in
         as_slice(list(tensors), tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))
     ]
     shards = [HeldSlice(hf, tensors[hf.name].shape, torch.randn(hf.shape).bfloat16()) for hf in slices]
-    sink = Memory([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
-    received = int(make_plan(tensors, held, wanted, [0] * WORLD, bucket_bytes).received_bytes()[rank])
+    sink = PeakMemory([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
+    received = int(plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes).received_bytes()[rank])
     actions: dict[str, Callable[[], object]] = {}
     buffers: dict[str, int] = {}
     for kind in ("shared_memory", "gloo"):
@@ -162,12 +162,12 @@ def connect(
     bucket_bytes: int,
     kind: TransportKind,
     rank: int,
-    sink: Memory,
+    sink: PeakMemory,
 ) -> Execution:
     """As a `WeightSync` does, without its agreements."""
-    plan = make_plan(tensors, held, wanted, [0] * WORLD, bucket_bytes)
-    mine = rank_plan(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
-    return Execution(mine, *make_transports(mine.turns, 300.0, job_world()), plan.hash, sink)  # type: ignore[arg-type]
+    plan = plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes)
+    mine = schedule_of_rank(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
+    return Execution(mine, *make_transports(mine.turns, 300.0, job_peer_group()), plan.hash, sink)  # type: ignore[arg-type]
 
 
 def run_of(execution: Execution, shards: Sequence[HeldSlice]) -> Callable[[], object]:

@@ -34,7 +34,7 @@ SMOOTHED = 5  # steps of a curve's running mean
 
 
 @dataclass(frozen=True)
-class Result:
+class AlgorithmResult:
     """One run. `curve`: training accuracy of each step. `peak_bytes`: the most of any step but the first, which also
     pays for what is made once. `discarded_groups` were sampled besides (dynamic sampling)."""
 
@@ -67,7 +67,7 @@ def run(name: str, arguments: Sequence[str], out: Path, *, quiet: bool) -> Path:
     return folder
 
 
-def read(name: str, folder: Path) -> Result:
+def read(name: str, folder: Path) -> AlgorithmResult:
     """What a finished run left behind."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -80,7 +80,7 @@ def read(name: str, folder: Path) -> Result:
     def usual(phase: str) -> float:
         return float(statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in steady))
 
-    return Result(
+    return AlgorithmResult(
         algorithm=name,
         accuracy_before=summary["eval_before"]["accuracy"],
         accuracy=summary["eval_after"]["accuracy"],
@@ -96,7 +96,7 @@ def read(name: str, folder: Path) -> Result:
     )
 
 
-def table(results: Sequence[Result]) -> str:
+def table(results: Sequence[AlgorithmResult]) -> str:
     """Markdown."""
     phases = [p for p in PHASES if any(p in r.peak_bytes for r in results)]
     head = ["algorithm", "before", "after", "greedy", "trainable MB", "over the first's", "s/step", "discarded groups"]
@@ -120,7 +120,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(results: Sequence[AlgorithmResult], path: Path) -> None:
     """Training accuracy by step, and trainable state.
 
     Raises:
@@ -151,7 +151,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def compare(args: argparse.Namespace) -> list[Result]:
+def compare(args: argparse.Namespace) -> list[AlgorithmResult]:
     """All runs, one after the other, and what is written of them.
 
     Raises:
@@ -163,11 +163,11 @@ def compare(args: argparse.Namespace) -> list[Result]:
         if name not in get_args(AlgorithmName):
             raise UserError(f"--algorithms: {name!r} is not one of {', '.join(get_args(AlgorithmName))}")
     if not names:
-        raise UserError(f"--algorithms={args.algorithms!r} names none; write for example {ALGORITHMS}")
+        raise UserError(f"--algorithms={args.algorithms!r} names none", remedy=f"write for example {ALGORITHMS}")
     for name in names:
         config = load_config(args.config, [*args.overrides, f"algorithm.name={name}"])
         if config.data.eval is None:
-            raise UserError("data.eval=null: algorithms are compared by held-out accuracy; set data.eval")
+            raise UserError("data.eval=null: algorithms are compared by held-out accuracy", remedy="set data.eval")
     args.out.mkdir(parents=True, exist_ok=True)
     results = [read(name, run(name, [str(args.config), *args.overrides], args.out, quiet=args.json)) for name in names]
     (args.out / "table.md").write_text(table(results), encoding="utf-8")

@@ -44,7 +44,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Result:
+class LayoutResult:
     """What one layout gave; the differences are to one rank."""
 
     layout: str
@@ -68,7 +68,7 @@ def parse_layout(text: str) -> Layout:
         known = sorted({*ParallelConfig.model_fields, "dp"})
         if not equals or key not in known:
             raise UserError(
-                f"--layouts: {part!r} in {text!r} is not one of {', '.join(known)} with a value; write tp=2"
+                f"--layouts: {part!r} in {text!r} is not one of {', '.join(known)} with a value", remedy="write tp=2"
             )
         try:
             keys[key] = yaml.safe_load(value)
@@ -150,16 +150,16 @@ def compare(found: Path, wanted: Path, tolerance: float) -> tuple[str | None, fl
     return first, largest, largest_of
 
 
-def compare_layouts(args: argparse.Namespace) -> list[Result]:
+def compare_layouts(args: argparse.Namespace) -> list[LayoutResult]:
     """One rank first, then each layout."""
     from grpo_mega.tiny_base.train import model_folder_of
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in args.layouts.split(";") if text.strip())]
     if len(layouts) == 1:
-        raise UserError(f"--layouts={args.layouts!r} names no layout; write for example 'tp=2;pp=2,cp=2'")
+        raise UserError(f"--layouts={args.layouts!r} names no layout", remedy="write for example 'tp=2;pp=2,cp=2'")
     configs = [config_of(args, layout) for layout in layouts]
     if args.rollouts is not None and not args.rollouts.is_file():
-        raise UserError(f"--rollouts={args.rollouts}: no such file; a run writes rollouts/step_000001.jsonl")
+        raise UserError(f"--rollouts={args.rollouts}: no such file", remedy="a run writes rollouts/step_000001.jsonl")
     one = configs[0]
     folder = model_folder_of(one)
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[one.precision.dtype]
@@ -171,7 +171,7 @@ def compare_layouts(args: argparse.Namespace) -> list[Result]:
             reference = reference or gradients
             first, largest, largest_of = compare(gradients, reference, tolerance)
             text, world = layout.text or "one rank", config.run.world_size or 1
-            results.append(Result(text, world, answer["loss"], answer["grad_norm"], first, largest, largest_of))
+            results.append(LayoutResult(text, world, answer["loss"], answer["grad_norm"], first, largest, largest_of))
             if not args.json:
                 print(line_of(results[-1]), flush=True)
             if gradients != reference:
@@ -179,7 +179,7 @@ def compare_layouts(args: argparse.Namespace) -> list[Result]:
     return results
 
 
-def line_of(result: Result) -> str:
+def line_of(result: LayoutResult) -> str:
     """For a terminal."""
     verdict = "same" if result.first_difference is None else f"differs first at {result.first_difference}"
     if result.layout != "one rank":

@@ -129,7 +129,7 @@ def run_layout(config: Config, job: dict[str, Any], work: Path) -> dict[str, flo
 def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
     """What --json prints."""
     if not folder.is_dir():
-        raise UserError(f"HF_DIR={folder} is not a folder; give a Hugging Face model folder")
+        raise UserError(f"HF_DIR={folder} is not a folder", remedy="give a Hugging Face model folder")
     spec = read_spec(folder)
     sequences = random_sequences(spec, seed)
     with tempfile.TemporaryDirectory(prefix="compare_logits_") as name:

@@ -54,7 +54,7 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
     if size < 1:
-        raise UserError(f"--shard-size={text} is no size above 0; write 5GB, 512MiB or a number of bytes")
+        raise UserError(f"--shard-size={text} is no size above 0", remedy="write 5GB, 512MiB or a number of bytes")
     return size
 
 
@@ -70,7 +70,7 @@ def finish(convert: Callable[[], ConversionReport], args: argparse.Namespace) ->
     start = time.monotonic()
     try:
         if args.workers < 1:
-            raise UserError(f"--workers={args.workers}: at least one thread has to work; leave it out")
+            raise UserError(f"--workers={args.workers}: at least one thread has to work", remedy="leave it out")
         report = convert()
     except (UserError, OSError) as error:
         return exit_code(error)

@@ -53,7 +53,7 @@ def diagnose(args: argparse.Namespace) -> list[Finding]:
     if args.machine:
         return examine_machine()
     if args.config is None:
-        raise UserError("CONFIG is missing; name a config, or use --machine")
+        raise UserError("CONFIG is missing", remedy="name a config, or use --machine")
     config = load_config(args.config, args.overrides)
     return examine(config, Topology.of(config, wanted_world_size(config)))
 

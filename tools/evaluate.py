@@ -60,7 +60,9 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
         UserError: nothing of the kinds above.
     """
     if not path.is_dir():
-        raise UserError(f"CHECKPOINT={path} is not a folder; name a run, its checkpoint or a Hugging Face folder")
+        raise UserError(
+            f"CHECKPOINT={path} is not a folder", remedy="name a run, its checkpoint or a Hugging Face folder"
+        )
     absolute = path.absolute()
     run = absolute if (path / "config.yaml").is_file() else absolute.parent.parent
     if not (run / "config.yaml").is_file():
@@ -69,7 +71,9 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
     if run == absolute:
         checkpoints = RunFolder(path).complete_checkpoints()
         if not checkpoints:
-            raise UserError(f"CHECKPOINT={path}: the run has no complete checkpoint; wait for one, or name its base")
+            raise UserError(
+                f"CHECKPOINT={path}: the run has no complete checkpoint", remedy="wait for one, or name its base"
+            )
         weights = checkpoints[max(checkpoints)]
     try:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
@@ -77,7 +81,7 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
         values["reward"]["terms"] = [{"name": reward}] if reward else values["reward"]["terms"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
-            f"{run / 'config.yaml'} is not the config of a run ({error}); name a Hugging Face folder"
+            f"{run / 'config.yaml'} is not the config of a run ({error})", remedy="name a Hugging Face folder"
         ) from None
     exported = run / "hf"
     model = exported if (exported / "config.json").is_file() else Path(named) if named else None
@@ -122,7 +126,9 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
         file.flush()
         config = load_config(Path(file.name), args.overrides)
     if config.engine.placement == "server":
-        raise UserError("engine.placement=server: a checkpoint is evaluated by an engine of this command; leave it out")
+        raise UserError(
+            "engine.placement=server: a checkpoint is evaluated by an engine of this command", remedy="leave it out"
+        )
     return config
 
 

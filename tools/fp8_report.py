@@ -69,11 +69,13 @@ def folder_of(args: argparse.Namespace) -> tuple[Path, str]:
     """
     if args.model.suffix not in (".yaml", ".yml"):
         if args.overrides:
-            raise UserError(f"{args.overrides[0]} overrides a key of a config, and {args.model} is none; leave it out")
+            raise UserError(
+                f"{args.overrides[0]} overrides a key of a config, and {args.model} is none", remedy="leave it out"
+            )
         return args.model, "fp32"
     config = load_config(args.model, args.overrides)
     if config.model.path is None:
-        raise UserError(f"{args.model} has a model.base, which is taught when the run starts; give its folder")
+        raise UserError(f"{args.model} has a model.base, which is taught when the run starts", remedy="give its folder")
     return Path(config.model.path), "power_of_two" if config.engine.fp8 == "scales_power_of_two" else "fp32"
 
 
@@ -94,7 +96,7 @@ def report_of(folder: Path, *, power_of_two: bool) -> Report:
                 whole = TensorSlice(name, (0, 0), shape)
                 report |= fp8_report(OneTensor(whole, files.read(whole)), None, power_of_two=power_of_two)
     if not report:
-        raise UserError(f"{folder} has no matrices that an engine would hold in FP8; give another model")
+        raise UserError(f"{folder} has no matrices that an engine would hold in FP8", remedy="give another model")
     return report
 
 

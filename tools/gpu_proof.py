@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parts = wanted(args.parts)
         gpu_named(args.gpu)
         if not num_visible_gpus(os.environ):
-            raise UserError("tools/gpu_proof.py measures on a GPU, and this machine has none; run it where one is")
+            raise UserError(
+                "tools/gpu_proof.py measures on a GPU, and this machine has none", remedy="run it where one is"
+            )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,7 +76,9 @@ def wanted(parts: str) -> list[str]:
     names = [name for name in parts.split(",") if name]
     unknown = [name for name in names if name not in PARTS]
     if unknown or not names:
-        raise UserError(f"--parts={parts}: {', '.join(unknown) or 'nothing'} is no part; use {', '.join(PARTS)}")
+        raise UserError(
+            f"--parts={parts}: {', '.join(unknown) or 'nothing'} is no part", remedy=f"use {', '.join(PARTS)}"
+        )
     return names
 
 

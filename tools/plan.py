@@ -24,7 +24,7 @@ from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import GPUS, Gpu, cluster_of, gpu_named
-from grpo_mega.planner.plan import Plan, make_plan
+from grpo_mega.planner.plan import ResourcePlan, plan_resources
 from grpo_mega.planner.remedies import as_overrides, remedy
 from grpo_mega.planner.report import in_words, picture, search_in_words
 from grpo_mega.planner.search import Found, search
@@ -43,7 +43,7 @@ class Model:
     where: str
     count: Any
 
-    def plan(self, config: Config) -> Plan:
+    def plan(self, config: Config) -> ResourcePlan:
         """Raises UserError: the layout does not divide the model or the ranks."""
         from grpo_mega.engines.engine_rules import check_engine_fp8
         from grpo_mega.models.layout_rules import check_layout
@@ -52,7 +52,7 @@ class Model:
         ranks = config.run.world_size or self.gpu.per_node
         check_layout(self.spec, config.parallel, Topology.of(config, ranks), self.where)
         check_engine_fp8(self.spec, config, self.where)
-        return make_plan(config, self.spec, self.count, cluster_of(self.gpu, ranks), self.where)
+        return plan_resources(config, self.spec, self.count, cluster_of(self.gpu, ranks), self.where)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

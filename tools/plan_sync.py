@@ -41,7 +41,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, scale_slices
 from grpo_mega.tiny_base.train import base_config, base_tokenizer
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.plan import Plan, make_plan
+from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
 from grpo_mega.weight_sync.plan_file import difference, read_plan, write_plan
 from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, numbering, of_columns
 
@@ -76,11 +76,17 @@ def run(args: argparse.Namespace) -> int:
     start = time.monotonic()
     config = load_config(args.config, args.overrides)
     if config.run.world_size is None:
-        raise UserError("run.world_size is not set, and no GPU is looked for here; set it to the ranks of the job")
+        raise UserError(
+            "run.world_size is not set, and no GPU is looked for here", remedy="set it to the ranks of the job"
+        )
     if config.engine.kind != "vllm":
-        raise UserError(f"engine.kind={config.engine.kind}: plans are made of vLLM's recorded loader; use vllm")
+        raise UserError(
+            f"engine.kind={config.engine.kind}: plans are made of vLLM's recorded loader", remedy="use vllm"
+        )
     if config.engine.fp8 == "own_loader":
-        raise UserError("engine.fp8=own_loader: engines get whole tensors, without a plan; use engine.fp8=scales_fp32")
+        raise UserError(
+            "engine.fp8=own_loader: engines get whole tensors, without a plan", remedy="use engine.fp8=scales_fp32"
+        )
     for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be more than 0")
@@ -119,7 +125,7 @@ def model_of(config: Config, work: Path) -> tuple[Path, ModelSpec]:
     return folder, read_spec(folder)
 
 
-def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *, local_modules: bool) -> Plan:
+def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *, local_modules: bool) -> ReshardPlan:
     """Both ends of every rank, and the plan between them.
 
     Raises:
@@ -137,7 +143,7 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
     nodes = [rank // gpus_per_node for rank in range(topology.world_size)]
     if topology.engine_servers:  # on nodes of their own, behind those of the job
         nodes += [nodes[-1] + 1 + rank // gpus_per_node for rank in range(topology.num_server_ranks)]
-    return make_plan(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
+    return plan_reshard(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
 
 
 def policy_holdings(
@@ -196,7 +202,7 @@ def engine_holdings(
     return join(parts)
 
 
-def summarise(plan: Plan, node_speed: float, network_speed: float) -> dict[str, Any]:
+def summarise(plan: ReshardPlan, node_speed: float, network_speed: float) -> dict[str, Any]:
     """The object of --json. Speeds in GB/s."""
     busiest, by_link = plan.busiest(), plan.bytes_by_link()
     seconds = {

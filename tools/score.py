@@ -37,7 +37,9 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield parse_row(f"{path}:{number}", line)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a JSONL file of {{prompt, completion, answer}}") from error
+        raise UserError(
+            f"{path}: {error.strerror}", remedy="give a JSONL file of {prompt, completion, answer}"
+        ) from error
 
 
 def parse_row(where: str, line: bytes) -> dict[str, Any]:
@@ -49,15 +51,17 @@ def parse_row(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: {line.strip()[:60]!r} is no JSON ({error}); write one object per line") from error
+        raise UserError(
+            f"{where}: {line.strip()[:60]!r} is no JSON ({error})", remedy="write one object per line"
+        ) from error
     if not isinstance(row, dict):
         raise UserError(f"{where}: got {type(row).__name__}, a row is an object with prompt, completion and answer")
     for key in ("prompt", "completion", "answer"):
         if key not in row:
-            raise UserError(f"{where}: {key!r} is missing, the row has {', '.join(row) or 'no keys'}; add it")
+            raise UserError(f"{where}: {key!r} is missing, the row has {', '.join(row) or 'no keys'}", remedy="add it")
         is_number = key == "answer" and isinstance(row[key], int | float) and not isinstance(row[key], bool)
         if not isinstance(row[key], str) and not is_number:
-            raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} is no string; write one")
+            raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} is no string", remedy="write one")
     return row
 
 
@@ -66,12 +70,15 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
     try:
         reward_args = json.loads(args.args)
     except ValueError as error:
-        raise UserError(f"--args={args.args} is no JSON ({error}); write an object, for example '{{}}'") from error
+        raise UserError(
+            f"--args={args.args} is no JSON ({error})", remedy="write an object, for example '{}'"
+        ) from error
     if not isinstance(reward_args, dict):
-        raise UserError(f"--args={args.args} is no JSON object; write for example '{{\"strict\": true}}'")
+        raise UserError(f"--args={args.args} is no JSON object", remedy="write for example '{\"strict\": true}'")
     if args.timeout_seconds <= 0 or args.workers < 1:
         raise UserError(
-            f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive; leave them out"
+            f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive",
+            remedy="leave them out",
         )
     term = RewardTerm(name=args.reward, args=reward_args)
     num_rows, total, failures = 0, 0.0, 0

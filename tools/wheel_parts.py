@@ -60,7 +60,7 @@ def cut(wheels: Path, out: Path, max_bytes: int) -> dict[str, Any]:
     """Raises UserError: there are no wheels, or no size."""
     found = sorted(wheels.glob("*.whl"))
     if not found:
-        raise UserError(f"{wheels} holds no wheels; fill it with pip download")
+        raise UserError(f"{wheels} holds no wheels", remedy="fill it with pip download")
     if max_bytes < 1:
         raise UserError("--max-mib must be 1 or more")
     out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def join(folder: Path, *, remove: bool) -> tuple[list[str], dict[str, Any]]:
         UserError: the folder has no list of parts.
     """
     if not (folder / LIST).is_file():
-        raise UserError(f"{folder} holds no {LIST}; send the one that `cut` has written, too")
+        raise UserError(f"{folder} holds no {LIST}", remedy="send the one that `cut` has written, too")
     listed: dict[str, Any] = json.loads((folder / LIST).read_text(encoding="utf-8"))
     problems = []
     for name, wheel in listed.items():

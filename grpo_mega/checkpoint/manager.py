@@ -48,7 +48,8 @@ class LoopState:
         if same_run and self.prompts_digest not in (None, prompts_digest):
             raise UserError(
                 f"data.train holds other prompts than in the {self.step} steps so far, and a run that continues takes "
-                "up where it stopped in the same ones; put the files back, or start again with run.overwrite=true"
+                "up where it stopped in the same ones",
+                remedy="put the files back, or start again with run.overwrite=true",
             )
         return replace(self, prompts_digest=prompts_digest)
 

@@ -28,13 +28,14 @@ def _bounds(algorithm: AlgorithmConfig) -> None:
         value = getattr(algorithm, key)
         if value is None and key in needed:
             raise UserError(
-                f"algorithm.{key}=null, but algorithm.surrogate={algorithm.surrogate} needs it; set it, or another "
-                "surrogate"
+                f"algorithm.{key}=null, but algorithm.surrogate={algorithm.surrogate} needs it",
+                remedy="set it, or another surrogate",
             )
         if value is not None and key not in (*needed, *optional):
             raise UserError(
                 f"algorithm.{key}={value} does nothing with algorithm.surrogate={algorithm.surrogate} "
-                f"(algorithm.name={algorithm.name}); set it to null"
+                f"(algorithm.name={algorithm.name})",
+                remedy="set it to null",
             )
 
 
@@ -44,14 +45,15 @@ def _critic(algorithm: AlgorithmConfig) -> None:
         value = getattr(algorithm, key)
         if gae and value is None:
             raise UserError(
-                f"algorithm.{key}=null, but algorithm.advantage=gae needs it; set it (1.0 and 0.95 are usual)"
+                f"algorithm.{key}=null, but algorithm.advantage=gae needs it", remedy="set it (1.0 and 0.95 are usual)"
             )
     for key in ("gamma", "gae_lambda", "value_clip", "critic_lr_factor"):
         value = getattr(algorithm, key)
         if not gae and value != type(algorithm).model_fields[key].default:
             raise UserError(
                 f"algorithm.{key}={value} does nothing with algorithm.advantage={algorithm.advantage}: there is no "
-                "critic; leave it out, or use advantage=gae"
+                "critic",
+                remedy="leave it out, or use advantage=gae",
             )
 
 
@@ -59,7 +61,8 @@ def _aggregation_length(algorithm: AlgorithmConfig) -> None:
     if algorithm.aggregation_length is not None and algorithm.aggregation != "rollout_sum":
         raise UserError(
             f"algorithm.aggregation_length={algorithm.aggregation_length} does nothing with "
-            f"algorithm.aggregation={algorithm.aggregation}; leave it out, or use aggregation=rollout_sum"
+            f"algorithm.aggregation={algorithm.aggregation}",
+            remedy="leave it out, or use aggregation=rollout_sum",
         )
 
 
@@ -74,7 +77,9 @@ def _correction(algorithm: AlgorithmConfig) -> None:
                 + ("" if form else ", or set algorithm.correction")
             )
         if value is None and key in reads:
-            raise UserError(f"algorithm.{key}=null, but algorithm.correction={form} needs it; leave it out or set it")
+            raise UserError(
+                f"algorithm.{key}=null, but algorithm.correction={form} needs it", remedy="leave it out or set it"
+            )
 
 
 def _overlong(algorithm: AlgorithmConfig) -> None:
@@ -82,7 +87,8 @@ def _overlong(algorithm: AlgorithmConfig) -> None:
     if algorithm.overlong_penalty != default and algorithm.overlong_buffer_fraction is None:
         raise UserError(
             f"algorithm.overlong_penalty={algorithm.overlong_penalty} does nothing without "
-            "algorithm.overlong_buffer_fraction; set it"
+            "algorithm.overlong_buffer_fraction",
+            remedy="set it",
         )
 
 
@@ -90,13 +96,13 @@ def _reference(algorithm: AlgorithmConfig) -> None:
     for key, value in (("kl_target", algorithm.kl_target), ("ref_update_every", algorithm.ref_update_every)):
         if value and algorithm.kl_coef == 0:
             raise UserError(
-                f"algorithm.{key}={value} does nothing with algorithm.kl_coef=0 (algorithm.name={algorithm.name}); "
-                "set kl_coef, or leave it out"
+                f"algorithm.{key}={value} does nothing with algorithm.kl_coef=0 (algorithm.name={algorithm.name})",
+                remedy="set kl_coef, or leave it out",
             )
     if algorithm.kl_target is not None and algorithm.kl_estimator == "k1":
         raise UserError(
-            f"algorithm.kl_target={algorithm.kl_target} with algorithm.kl_estimator=k1: its mean may be negative; use "
-            "kl_estimator=k3"
+            f"algorithm.kl_target={algorithm.kl_target} with algorithm.kl_estimator=k1: its mean may be negative",
+            remedy="use kl_estimator=k3",
         )
 
 
@@ -105,12 +111,14 @@ def _degenerate(algorithm: AlgorithmConfig) -> None:
         rounds = "null" if algorithm.refill_rounds is None else algorithm.refill_rounds
         raise UserError(
             f"algorithm.refill_rounds={rounds} with algorithm.degenerate={algorithm.degenerate}: refill needs a number "
-            "of rounds, nothing else reads it; set it or leave it out"
+            "of rounds, nothing else reads it",
+            remedy="set it or leave it out",
         )
     if algorithm.degenerate != "keep" and algorithm.advantage in ("batch", "gae"):
         raise UserError(
             f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage={algorithm.advantage}: groups of "
-            "equal rewards do teach when advantages are not relative to the group; use degenerate=keep"
+            "equal rewards do teach when advantages are not relative to the group",
+            remedy="use degenerate=keep",
         )
 
 
@@ -119,11 +127,12 @@ def _process(algorithm: AlgorithmConfig) -> None:
         return
     if algorithm.kl_in == "reward" and algorithm.kl_coef > 0:
         raise UserError(
-            "algorithm.kl_in=reward with algorithm.advantage=process: its rewards are those of steps, not of tokens; "
-            "use kl_in=loss"
+            "algorithm.kl_in=reward with algorithm.advantage=process: its rewards are those of steps, not of tokens",
+            remedy="use kl_in=loss",
         )
     if algorithm.overlong_buffer_fraction is not None:
         raise UserError(
             f"algorithm.overlong_buffer_fraction={algorithm.overlong_buffer_fraction} with "
-            "algorithm.advantage=process: the penalty is of whole rollouts; set it to null"
+            "algorithm.advantage=process: the penalty is of whole rollouts",
+            remedy="set it to null",
         )

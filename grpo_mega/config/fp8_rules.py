@@ -63,25 +63,29 @@ def check_fp8(config: Config) -> None:
     recipe = RECIPES[fp8.recipe]
     if config.precision.dtype != "bf16":
         raise UserError(
-            f"precision.fp8 needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 is bf16; set it"
+            f"precision.fp8 needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 is bf16",
+            remedy="set it",
         )
     if not recipe.layers_differ:
         for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
             if number:
                 raise UserError(
                     f"precision.fp8.{key}={number} with recipe={fp8.recipe}: its scales are reduced over all layers at "
-                    "once; use another recipe, or 0"
+                    "once",
+                    remedy="use another recipe, or 0",
                 )
         again = {"layernorm", "moe_act"} & set(config.parallel.recompute_modules or ())
         if again:
             raise UserError(
                 f"parallel.recompute_modules holds {sorted(again)[0]}, which precision.fp8.recipe={fp8.recipe} cannot "
-                "compute again; use another recipe, or leave it out"
+                "compute again",
+                remedy="use another recipe, or leave it out",
             )
     if fp8.recipe != "delayed" and fp8.amax_history is not None:
         raise UserError(
             f"precision.fp8.amax_history={fp8.amax_history} does nothing with recipe={fp8.recipe}, which looks at no "
-            "earlier step; leave it out"
+            "earlier step",
+            remedy="leave it out",
         )
     if fp8.params:
         _check_params(config)
@@ -92,12 +96,14 @@ def _check_params(config: Config) -> None:
     if config.algorithm.kl_coef > 0:
         raise UserError(
             f"precision.fp8.params=true with algorithm.kl_coef={config.algorithm.kl_coef}: the reference is swapped in "
-            "as whole buffers, without the scales of FP8 weights; set algorithm.kl_coef=0, or params=false"
+            "as whole buffers, without the scales of FP8 weights",
+            remedy="set algorithm.kl_coef=0, or params=false",
         )
     if config.optimizer.host_fraction > 0:
         raise UserError(
             f"precision.fp8.params=true with optimizer.host_fraction={config.optimizer.host_fraction}: the optimizer "
-            "on the host cannot write FP8 weights; leave one of them out"
+            "on the host cannot write FP8 weights",
+            remedy="leave one of them out",
         )
 
 

@@ -82,7 +82,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
-        raise UserError(f"{key}={text}: not a YAML value; quote text that holds : or [") from None
+        raise UserError(f"{key}={text}: not a YAML value", remedy="quote text that holds : or [") from None
     *sections, last = key.split(".")
     node = raw
     for section in sections:

@@ -43,15 +43,15 @@ class Catalogue:
             module = importlib.import_module(module_name)
         except Exception as error:  # a user's module may raise anything while it is imported
             raise UserError(
-                f"{where}.name={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error}); "
-                "check the path and PYTHONPATH"
+                f"{where}.name={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error})",
+                remedy="check the path and PYTHONPATH",
             ) from error
         function = getattr(module, attribute, None)
         if not callable(function):
             functions = [n for n, value in vars(module).items() if hasattr(value, self.declaration)]
             raise UserError(
-                f"{where}.name={name!r}: module {module_name!r} has no function {attribute!r}; "
-                f"its {self.what}s: {', '.join(functions) or 'none'}"
+                f"{where}.name={name!r}: module {module_name!r} has no function {attribute!r}",
+                remedy=f"its {self.what}s: {', '.join(functions) or 'none'}",
             )
         return function  # type: ignore[no-any-return]
 

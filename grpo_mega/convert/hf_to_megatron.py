@@ -99,8 +99,8 @@ def _is_there(tensor: MegatronTensor, source: HfFiles) -> bool:
         there = next(name for name in names if name not in missing)
         shape = {p.hf.name: p.hf.shape for p in tensor.placements}[missing[0]]
         raise UserError(
-            f"HF_DIR: {missing[0]} of shape {shape} is missing, {there} of shape {source.shapes[there]} is there; they"
-            " belong together: add it, or remove the whole multi-token-prediction layer"
+            f"HF_DIR: {missing[0]} of shape {shape} is missing, {there} of shape {source.shapes[there]} is there",
+            remedy="they belong together: add it, or remove the whole multi-token-prediction layer",
         )
     return not missing
 
@@ -109,5 +109,5 @@ def _common_dtype(tensor: MegatronTensor, source: HfFiles) -> torch.dtype:
     found = {p.hf.name: source.dtype(p.hf.name) for p in tensor.placements}
     if len(set(found.values())) > 1:
         told = ", ".join(f"{name} of shape {source.stored[name].shape} {d}" for name, d in sorted(found.items()))
-        raise UserError(f"HF_DIR: {told} become one tensor and differ in dtype; choose one by --dtype")
+        raise UserError(f"HF_DIR: {told} become one tensor and differ in dtype", remedy="choose one by --dtype")
     return next(iter(found.values()))

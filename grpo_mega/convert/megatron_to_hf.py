@@ -19,7 +19,7 @@ from grpo_mega.convert.hf_to_megatron import SCALES_FILE, ConversionReport, stor
 from grpo_mega.convert.resumable_output import Workspace, check_space
 from grpo_mega.convert.streaming_copy import Conversion, copy_side_files, identity_of
 from grpo_mega.formats.byte_ranges import Shape, read_box
-from grpo_mega.formats.planned_files import Chunk, Piece, PlannedFile, rows_at_once
+from grpo_mega.formats.planned_files import Chunk, CopyPiece, PlannedFile, rows_at_once
 from grpo_mega.formats.safetensors_headers import DTYPES as STORED_DTYPES
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE, StoredTensor, read_header
 from grpo_mega.formats.safetensors_reader import HfFiles
@@ -57,7 +57,9 @@ def megatron_to_hf(
     """
     folder = checkpoint_folder(checkpoint)
     if folder is None:
-        raise UserError(f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt; name one")
+        raise UserError(
+            f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt", remedy="name one"
+        )
     base = base or find_base(checkpoint, folder)
     with Workspace(out, {"CKPT_DIR": checkpoint}) as workspace, closing(DistAsHf(folder, base)) as source:
         codec = _Fp8Codec(base) if to_fp8 else None
@@ -143,7 +145,7 @@ def _chunks_of(name: str, dtype: torch.dtype, shape: Shape, position: int, scale
         part = (min(step, shape[0] - row), *shape[1:])
         box = TensorSlice(name, (row, *(0,) * (len(shape) - 1)), part)
         scale = None if scales_at is None else scales_at + row // block_fp8.BLOCK * -(-shape[1] // block_fp8.BLOCK) * 4
-        chunks.append(Chunk(position + row * row_bytes, part, dtype, (Piece(box, (0,) * len(shape)),), scale))
+        chunks.append(Chunk(position + row * row_bytes, part, dtype, (CopyPiece(box, (0,) * len(shape)),), scale))
     return chunks
 
 
@@ -160,12 +162,13 @@ class _Fp8Codec:
         found = json.loads((base / "config.json").read_text()).get("quantization_config") or FP8_SCHEME
         if found.get("quant_method") != "fp8":
             raise UserError(
-                f"--fp8: {base / 'config.json'} has quant_method={found.get('quant_method')}; only fp8 is written, for"
-                " bfloat16 leave --fp8 out"
+                f"--fp8: {base / 'config.json'} has quant_method={found.get('quant_method')}",
+                remedy="only fp8 is written, for bfloat16 leave --fp8 out",
             )
         if found.get("scale_fmt", "float") != "float":
             raise UserError(
-                f"--fp8: {base / 'config.json'} has scale_fmt={found['scale_fmt']}; only float32 scales are made"
+                f"--fp8: {base / 'config.json'} has scale_fmt={found['scale_fmt']}",
+                remedy="only float32 scales are made",
             )
         self._left_out = tuple(found.get("modules_to_not_convert") or ())
         if (base / SCALES_FILE).is_file():

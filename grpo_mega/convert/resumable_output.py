@@ -36,7 +36,7 @@ class Workspace:
         self.out = Path(os.path.realpath(out))
         for key, folder in inputs.items():
             if self.out.is_relative_to(os.path.realpath(folder)):
-                raise UserError(f"OUT_DIR={out} is {key}={folder} or lies in it; name a folder elsewhere")
+                raise UserError(f"OUT_DIR={out} is {key}={folder} or lies in it", remedy="name a folder elsewhere")
         self._check_free()
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.result, self._records = self.folder / _RESULT, self.folder / _RECORDS
@@ -44,7 +44,7 @@ class Workspace:
         foreign = sorted({p.name for p in self.folder.iterdir()} - _OURS) if self.folder.is_dir() else []
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
             told = f" (it holds {foreign[0]})" if foreign else ""
-            raise UserError(f"{self.folder}: is needed to work in and not of a conversion{told}; move it away")
+            raise UserError(f"{self.folder}: is needed to work in and not of a conversion{told}", remedy="move it away")
 
     def __enter__(self) -> Workspace:
         return self
@@ -96,7 +96,7 @@ class Workspace:
 
     def _check_free(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{self.out}: exists and is not empty; remove it or name another folder")
+            raise UserError(f"{self.out}: exists and is not empty", remedy="remove it or name another folder")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -104,7 +104,7 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.folder}: another process works in it; wait for it or name another OUT_DIR"
+                f"{self.folder}: another process works in it", remedy="wait for it or name another OUT_DIR"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
@@ -139,6 +139,6 @@ def check_space(folder: Path, num_bytes: int, largest: str) -> None:
     free = shutil.disk_usage(there).free
     if free < num_bytes:
         raise UserError(
-            f"{folder}: needs {num_bytes} bytes, its file system has {free} (largest tensor: {largest}); free space or"
-            " name a folder elsewhere"
+            f"{folder}: needs {num_bytes} bytes, its file system has {free} (largest tensor: {largest})",
+            remedy="free space or name a folder elsewhere",
         )

@@ -119,7 +119,8 @@ class Conversion:
             held = ", ".join(sorted({str(p.source) for p in chunk.pieces}))
             raise UserError(
                 f"{self.workspace.folder}: no space left for {target.planned.name} ({error.strerror}) at {held[:300]},"
-                f" which are a chunk of shape {chunk.shape}; free space and repeat the command: complete files are kept"
+                f" which are a chunk of shape {chunk.shape}",
+                remedy="free space and repeat the command: complete files are kept",
             ) from None
 
     def _end_chunk(self, target: _OpenFile, digests: dict[str, int]) -> None:

@@ -31,11 +31,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"model.path={path} is not a folder; give a Hugging Face model folder")
+        raise UserError(f"model.path={path} is not a folder", remedy="give a Hugging Face model folder")
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
-            f"model.path={path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)}); copy the tokenizer's "
-            f"files beside config.json"
+            f"model.path={path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})",
+            remedy="copy the tokenizer's files beside config.json",
         )
     from transformers import AutoTokenizer  # takes seconds: after the checks of the folder
 
@@ -44,12 +44,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # transformers and tokenizers raise bare Exceptions of their own
         reason = str(error).split("\n", 1)[0]
         raise UserError(
-            f"model.path={path}: its tokenizer cannot be read ({reason}); copy the tokenizer's files again"
+            f"model.path={path}: its tokenizer cannot be read ({reason})", remedy="copy the tokenizer's files again"
         ) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"model.path={path}: the tokenizer has no EOS token, which ends every completion; set eos_token in "
-            f"tokenizer_config.json"
+            f"model.path={path}: the tokenizer has no EOS token, which ends every completion",
+            remedy="set eos_token in tokenizer_config.json",
         )
     return tokenizer
 
@@ -81,8 +81,8 @@ def render_prompt(
         return text, tuple(tokenizer.encode(text))
     if tokenizer.chat_template is None:
         raise UserError(
-            "data.template=chat needs a tokenizer with a chat template, and this model's has none; "
-            "use data.template=plain"
+            "data.template=chat needs a tokenizer with a chat template, and this model's has none",
+            remedy="use data.template=plain",
         )
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     # The template has already written BOS and the like.

@@ -143,7 +143,8 @@ def _load_set(
         else:
             raise UserError(
                 f"{row.where}: the prompt has {len(token_ids)} tokens, more than "
-                f"data.max_prompt_tokens={config.max_prompt_tokens}; raise the limit, or set data.overlong=skip"
+                f"data.max_prompt_tokens={config.max_prompt_tokens}",
+                remedy="raise the limit, or set data.overlong=skip",
             )
     found = DataSet(source.label, tuple(prompts), source.weight, num_skipped, num_filtered)
     _check_not_empty(key, source, found, config)
@@ -163,14 +164,18 @@ def _check_not_empty(key: str, source: DataSource, found: DataSet, config: DataC
     if found.num_filtered:
         raise UserError(
             f"{key}={source.path}: the filters of this set leave out {found.num_filtered} of "
-            f"{found.num_filtered + found.num_skipped} rows and nothing is left; widen them"
+            f"{found.num_filtered + found.num_skipped} rows and nothing is left",
+            remedy="widen them",
         )
     if found.num_skipped:
         raise UserError(
             f"{key}={source.path}: all {found.num_skipped} prompts have more than data.max_prompt_tokens="
-            f"{config.max_prompt_tokens} tokens; raise the limit"
+            f"{config.max_prompt_tokens} tokens",
+            remedy="raise the limit",
         )
-    raise UserError(f"{key}={source.path} is empty; put one JSON object per line there, with a prompt and an answer")
+    raise UserError(
+        f"{key}={source.path} is empty", remedy="put one JSON object per line there, with a prompt and an answer"
+    )
 
 
 @lru_cache(maxsize=4)
@@ -210,8 +215,9 @@ def _render(
         raise
     except Exception as error:  # the tokenizers library and chat templates raise bare Exceptions of their own
         raise UserError(
-            f"{where}: the model's tokenizer cannot encode the prompt ({error}); change the prompt or the model"
+            f"{where}: the model's tokenizer cannot encode the prompt ({error})",
+            remedy="change the prompt or the model",
         ) from error
     if not token_ids:
-        raise UserError(f"{where}: the prompt is empty; every prompt needs at least one token")
+        raise UserError(f"{where}: the prompt is empty", remedy="every prompt needs at least one token")
     return text, token_ids

@@ -31,7 +31,8 @@ def split_minibatches(num_groups: int, minibatches: int) -> list[range]:
     if minibatches > num_groups:
         raise UserError(
             f"train.minibatches_per_epoch={minibatches} is more than the {num_groups} groups of a step, and a "
-            f"minibatch holds whole groups; use at most {num_groups}, or raise data.prompts_per_step"
+            f"minibatch holds whole groups",
+            remedy=f"use at most {num_groups}, or raise data.prompts_per_step",
         )
     bounds = [i * num_groups // minibatches for i in range(minibatches + 1)]
     return [range(begin, end) for begin, end in pairwise(bounds)]
@@ -85,8 +86,8 @@ def plan_update(
     """
     if lengths and max(lengths) > max_tokens:
         raise UserError(
-            f"train.max_tokens_per_microbatch={max_tokens} cannot hold a rollout of {max(lengths)} tokens; use at "
-            f"least {max(lengths)} (data.max_prompt_tokens + sampling.max_tokens always suffices)"
+            f"train.max_tokens_per_microbatch={max_tokens} cannot hold a rollout of {max(lengths)} tokens",
+            remedy=f"use at least {max(lengths)} (data.max_prompt_tokens + sampling.max_tokens always suffices)",
         )
     ranks = _spread(range(len(lengths)), lengths, dp)
     needed = max(1, *(len(_first_fit(rank, lengths, max_tokens)) for rank in ranks))

@@ -31,7 +31,7 @@ def read_records(path: Path, key: str, split: str | None) -> Iterator[Record]:
         yield from _folder_records(path, key, split)
         return
     if split is not None:
-        raise UserError(f"{key}: split={split} does nothing with the file {path}; leave it out")
+        raise UserError(f"{key}: split={split} does nothing with the file {path}", remedy="leave it out")
     if not path.is_file():
         raise UserError(_missing(path, key))
     yield from _parquet_records(path, key) if path.suffix == ".parquet" else _jsonl_records(path, key)
@@ -58,16 +58,16 @@ def _jsonl_records(path: Path, key: str) -> Iterator[Record]:
                 if line.strip():
                     yield f"{path}:{number}", _parse(f"{path}:{number}", line)
     except OSError as error:
-        raise UserError(f"{key}={path} cannot be read ({error.strerror}); make it readable") from error
+        raise UserError(f"{key}={path} cannot be read ({error.strerror})", remedy="make it readable") from error
 
 
 def _parse(where: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8; nested without end
-        raise UserError(f"{where}: not valid JSON ({error}); each line is one JSON object") from error
+        raise UserError(f"{where}: not valid JSON ({error})", remedy="each line is one JSON object") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: got a {type(record).__name__}; each line is one JSON object")
+        raise UserError(f"{where}: got a {type(record).__name__}", remedy="each line is one JSON object")
     return record
 
 
@@ -80,7 +80,7 @@ def _parquet_records(path: Path, key: str) -> Iterator[Record]:
             yield from _batches_as_records(path, file.iter_batches(batch_size=_ROWS_AT_A_TIME))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{key}={path} is not a Parquet file that can be read ({_first_line(error)}); write it again"
+            f"{key}={path} is not a Parquet file that can be read ({_first_line(error)})", remedy="write it again"
         ) from (error)
 
 
@@ -89,7 +89,7 @@ def _folder_records(folder: Path, key: str, split: str | None) -> Iterator[Recor
     if (folder / "dataset_dict.json").is_file():
         folder, split = _split_folder(folder, key, split), None
     if split is not None:
-        raise UserError(f"{key}: split={split} does nothing, {folder} holds one set; leave it out")
+        raise UserError(f"{key}: split={split} does nothing, {folder} holds one set", remedy="leave it out")
     if (folder / "state.json").is_file():
         names = [entry["filename"] for entry in _listed(folder / "state.json", key, "_data_files")]
         for name in names:
@@ -98,8 +98,8 @@ def _folder_records(folder: Path, key: str, split: str | None) -> Iterator[Recor
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise UserError(
-            f"{key}={folder} holds neither state.json nor dataset_dict.json nor *.parquet; give a folder that "
-            "`datasets` wrote with save_to_disk, a folder of Parquet files, or a file"
+            f"{key}={folder} holds neither state.json nor dataset_dict.json nor *.parquet",
+            remedy="give a folder that `datasets` wrote with save_to_disk, a folder of Parquet files, or a file",
         )
     for path in files:
         yield from _parquet_records(path, key)
@@ -111,7 +111,9 @@ def _split_folder(folder: Path, key: str, split: str | None) -> Path:
         split = splits[0]
     if split not in splits:
         asked = f"split={split} is not one of" if split is not None else "say which split of"
-        raise UserError(f"{key}={folder}: {asked} {', '.join(splits)}; write [{{path: {folder}, split: {splits[0]}}}]")
+        raise UserError(
+            f"{key}={folder}: {asked} {', '.join(splits)}", remedy=f"write [{{path: {folder}, split: {splits[0]}}}]"
+        )
     return folder / str(split)
 
 
@@ -121,7 +123,7 @@ def _listed(path: Path, key: str, name: str) -> list[Any]:
         if not (isinstance(found, list) and found):
             raise ValueError(f"{name} is {found!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{key}: {path} is damaged ({error}); save the dataset again") from error
+        raise UserError(f"{key}: {path} is damaged ({error})", remedy="save the dataset again") from error
     return found
 
 
@@ -133,7 +135,8 @@ def _arrow_records(path: Path, key: str) -> Iterator[Record]:
             yield from _batches_as_records(path, stream)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{key}: {path} is not an Arrow stream that can be read ({_first_line(error)}); save the dataset again"
+            f"{key}: {path} is not an Arrow stream that can be read ({_first_line(error)})",
+            remedy="save the dataset again",
         ) from error
 
 

@@ -23,7 +23,7 @@ _MISSING = object()
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """`where` it stands (`file:line`), the prompt and the answer."""
 
     where: str
@@ -42,7 +42,7 @@ def keyed_sets(config: DataConfig) -> list[tuple[str, DataSource]]:
     return found
 
 
-def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[Row | None]:
+def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[PromptRow | None]:
     """The rows of a set, None where a filter leaves one out; `key` is for messages.
 
     Raises:
@@ -56,7 +56,7 @@ def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[Row 
     answer_key = source.answer_key or config.answer_key or "answer"
     for where, record in read_records(Path(source.path), key, source.split):
         if all(_passes(where, record, row_filter) for row_filter in source.filters):
-            yield Row(where, _prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key))
+            yield PromptRow(where, _prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key))
         else:
             yield None
 
@@ -68,17 +68,17 @@ def check_rows(config: DataConfig) -> None:
             pass
 
 
-def _arithmetic_rows(source: DataSource, key: str) -> Iterator[Row]:
+def _arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
     name = source.path.removeprefix(_ARITHMETIC)
     if name not in ("train", "heldout"):
         raise UserError(
-            f"{key}={source.path} is no set of the arithmetic task; use arithmetic:train or arithmetic:heldout"
+            f"{key}={source.path} is no set of the arithmetic task", remedy="use arithmetic:train or arithmetic:heldout"
         )
     for field in ("split", "prompt_key", "answer_key", "filters"):
         if getattr(source, field):
-            raise UserError(f"{key}={source.path}: {field} does nothing with a generated set; leave it out")
+            raise UserError(f"{key}={source.path}: {field} does nothing with a generated set", remedy="leave it out")
     for index, pair in enumerate(arithmetic.pairs("train" if name == "train" else "heldout")):
-        yield Row(f"{source.path}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair))
+        yield PromptRow(f"{source.path}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair))
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
@@ -93,13 +93,15 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
 def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
     value = _value(record, row_filter.key)
     if value is _MISSING:
-        raise UserError(f"{where}: no key {row_filter.key!r} among {sorted(record)}; correct the filter or the data")
+        raise UserError(
+            f"{where}: no key {row_filter.key!r} among {sorted(record)}", remedy="correct the filter or the data"
+        )
     if row_filter.any_of is not None:
         return value in row_filter.any_of
     if not _is_number(value):
         raise UserError(
-            f"{where}: {row_filter.key}={_short(value)} is no finite number, and a filter compares with min and max; "
-            "correct it, or use any_of"
+            f"{where}: {row_filter.key}={_short(value)} is no finite number, and a filter compares with min and max",
+            remedy="correct it, or use any_of",
         )
     low, high = row_filter.min, row_filter.max
     return (low is None or value >= low) and (high is None or value <= high)
@@ -110,8 +112,8 @@ def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> Pr
     name = next((name for name in accepted if _value(record, name) is not _MISSING), None)
     if name is None:
         raise UserError(
-            f"{where}: no key {' or '.join(repr(name) for name in accepted)} among {sorted(record)}; set "
-            f"data.prompt_key to the one that holds the prompt"
+            f"{where}: no key {' or '.join(repr(name) for name in accepted)} among {sorted(record)}",
+            remedy="set data.prompt_key to the one that holds the prompt",
         )
     value = _value(record, name)
     if isinstance(value, str):
@@ -119,7 +121,8 @@ def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> Pr
     if isinstance(value, list) and value and all(_is_message(item) for item in value):
         return value
     raise UserError(
-        f"{where}: {name}={_short(value)} is neither a string nor a list of {{role, content}} messages; correct it"
+        f"{where}: {name}={_short(value)} is neither a string nor a list of {{role, content}} messages",
+        remedy="correct it",
     )
 
 
@@ -131,16 +134,19 @@ def _answer_of(where: str, record: dict[str, Any], name: str) -> str:
     value = _value(record, name)
     if value is _MISSING:
         raise UserError(
-            f"{where}: no key {name!r} among {sorted(record)}; set data.answer_key to the one that holds the answer"
+            f"{where}: no key {name!r} among {sorted(record)}",
+            remedy="set data.answer_key to the one that holds the answer",
         )
     if _is_number(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}={_short(value)} is neither a string nor a number; correct it")
+        raise UserError(f"{where}: {name}={_short(value)} is neither a string nor a number", remedy="correct it")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a character
-        raise UserError(f"{where}: {name} holds half of a surrogate pair ({error.reason}); correct it") from error
+        raise UserError(
+            f"{where}: {name} holds half of a surrogate pair ({error.reason})", remedy="correct it"
+        ) from error
     return value
 
 

@@ -35,8 +35,7 @@ def tried(check: str, action: Callable[[], str]) -> Finding:
     try:
         return passed(check, action())
     except UserError as error:
-        message, _, remedy = str(error).rpartition("; ")
-        return Finding(check, "fail", message or str(error), remedy if message else "change it")
+        return Finding(check, "fail", error.message, error.remedy or "change it")
 
 
 def require(findings: Sequence[Finding]) -> None:

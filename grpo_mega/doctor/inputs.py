@@ -59,7 +59,7 @@ def check_rewards(config: Config) -> Finding:
 
 def check_servers(config: Config) -> list[Finding]:
     """Engine servers answer, have what this config needs, and are free."""
-    from grpo_mega.engines.server.client import look
+    from grpo_mega.engines.server.client import inspect_server
     from grpo_mega.engines.server.messages import differences, serving_facts
     from grpo_mega.engines.server.protocol import Address, read_token
 
@@ -68,13 +68,15 @@ def check_servers(config: Config) -> list[Finding]:
         name = f"engine.urls[{i}]"
 
         def check(name: str = name, url: str = url) -> str:
-            facts, serves = look(f"{name}={url}", Address.parse(url, name), read_token())
+            facts, serves = inspect_server(f"{name}={url}", Address.parse(url, name), read_token())
             # of a tiny base there is no folder before a job has taught it
             wanted = serving_facts(config, Path(config.model.path)) if config.model.path is not None else facts
             if different := differences(wanted, facts):
-                raise UserError(f"{url} has {', '.join(different)}; start it with this config")
+                raise UserError(f"{url} has {', '.join(different)}", remedy="start it with this config")
             if serves is not None:
-                raise UserError(f"{url} serves another job ({serves}); wait for its end, or name another server")
+                raise UserError(
+                    f"{url} serves another job ({serves})", remedy="wait for its end, or name another server"
+                )
             return f"{url} is an engine server of version {facts['version of grpo_mega']}, and free"
 
         found.append(tried(name, check))
@@ -97,8 +99,7 @@ def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Findin
         short, again = text(("user", _QUESTION)), text(("user", _QUESTION))
         longer = text(("user", _QUESTION), ("assistant", "5"), ("user", "And 3 + 4?"))
     except UserError as error:
-        message, _, remedy = str(error).rpartition("; ")
-        return Finding("chat template", "fail", message, remedy)
+        return Finding("chat template", "fail", error.message, error.remedy)
     except Exception as error:  # templates are programs: whatever one raises is its fault
         return Finding("chat template", "fail", f"cannot be applied: {error}", "repair chat_template of the tokenizer")
     if short != again:

@@ -41,7 +41,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         check_engine_model(spec, config)
         check_server_addresses(config)
     if config.algorithm.routing_replay and spec.moe is None:
-        raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts; leave it out")
+        raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts", remedy="leave it out")
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     if with_engine:
@@ -50,7 +50,8 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     if longest > spec.max_positions:
         raise UserError(
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "
-            f"positions of {where}; lower one of them"
+            f"positions of {where}",
+            remedy="lower one of them",
         )
     rope = spec.rope
     if with_engine and rope is not None and rope.kind == "yarn" and longest > rope.original_max_positions * rope.factor:
@@ -58,7 +59,8 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         raise UserError(
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than "
             f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
-            "and engines know no positions behind them; lower one of the keys"
+            "and engines know no positions behind them",
+            remedy="lower one of the keys",
         )
 
 
@@ -66,8 +68,8 @@ def _check_host_optimizer(config: Config) -> None:
     """Raises UserError: there is no device that the host could relieve."""
     if config.optimizer.host_fraction > 0 and not has_cuda_driver():
         raise UserError(
-            f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none; "
-            "leave it out"
+            f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none",
+            remedy="leave it out",
         )
 
 
@@ -75,8 +77,8 @@ def _check_fp8(config: Config) -> None:
     """Raises UserError: there is no device that has FP8."""
     if config.precision.fp8 is not None and not has_cuda_driver():
         raise UserError(
-            f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none; leave "
-            "precision.fp8 out"
+            f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none",
+            remedy="leave precision.fp8 out",
         )
 
 
@@ -88,8 +90,8 @@ def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
     for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
         if number > stage:
             raise UserError(
-                f"precision.fp8.{key}={number} is more than the {stage} layers of a pipeline stage of {where}; use at "
-                f"most {stage}"
+                f"precision.fp8.{key}={number} is more than the {stage} layers of a pipeline stage of {where}",
+                remedy=f"use at most {stage}",
             )
 
 
@@ -99,5 +101,5 @@ def _spec(config: Config) -> ModelSpec:
         return recipe_spec(config.model.base.architecture)
     folder = Path(str(config.model.path))
     if not folder.is_dir():
-        raise UserError(f"model.path={folder} is not a folder; give a Hugging Face model folder")
+        raise UserError(f"model.path={folder} is not a folder", remedy="give a Hugging Face model folder")
     return read_spec(folder)

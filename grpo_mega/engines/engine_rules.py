@@ -26,7 +26,8 @@ def check_engine_fp8_device(config: Config) -> None:
         return
     if config.engine.fp8 is not None and not has_cuda_driver():
         raise UserError(
-            f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none; leave engine.fp8 out"
+            f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none",
+            remedy="leave engine.fp8 out",
         )
 
 
@@ -34,7 +35,9 @@ def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_spli
     """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
     `check_fp8_layout`."""
     if config.engine.fp8 == "own_loader" and spec.moe is not None and spec.moe.gate is not None:
-        raise UserError(f"engine.fp8=own_loader: the experts of {where} are stacks with biases; leave engine.fp8 out")
+        raise UserError(
+            f"engine.fp8=own_loader: the experts of {where} are stacks with biases", remedy="leave engine.fp8 out"
+        )
     if config.engine.fp8_weights == "codes":
         check_fp8_layout(
             spec,
@@ -58,24 +61,25 @@ def check_engine_model(spec: ModelSpec, config: Config) -> None:
         _check_sglang(spec, folder)
     if spec.moe is not None and config.engine.ep > spec.moe.num_experts:
         raise UserError(
-            f"engine.ep={config.engine.ep}: {folder} has {spec.moe.num_experts} experts, and every rank needs one; use "
-            "fewer ranks, or engine.ep=1"
+            f"engine.ep={config.engine.ep}: {folder} has {spec.moe.num_experts} experts, and every rank needs one",
+            remedy="use fewer ranks, or engine.ep=1",
         )
     if config.engine.ep > 1 and spec.moe is None:
-        raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread; leave it out")
+        raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread", remedy="leave it out")
     raw = json.loads((folder / "config.json").read_text())
     missing = [f"{key}={value}" for key, value in _ROUTER_FIELDS.get(spec.family, {}).items() if raw.get(key) != value]
     if missing:
         raise UserError(
             f"model.path={folder}: its config.json does not say {', '.join(missing)}, and vLLM would route otherwise "
-            f"than {spec.family} does; add it"
+            f"than {spec.family} does",
+            remedy="add it",
         )
     if spec.family == "gpt_oss":
         _check_gpt_oss(spec, folder)
     if raw.get("quantization_config") is not None and config.engine.fp8_weights != "codes":
         raise UserError(
-            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings; "
-            "give an unquantised checkpoint, or set engine.fp8=scales_fp32"
+            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings",
+            remedy="give an unquantised checkpoint, or set engine.fp8=scales_fp32",
         )
 
 
@@ -90,13 +94,13 @@ def _check_sglang_here(config: Config) -> None:
     """Raises UserError: SGLang computes otherwise on this machine."""
     if config.engine.ep > 1 and not has_cuda_driver():
         raise UserError(
-            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA; use "
-            "engine.ep=1"
+            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA",
+            remedy="use engine.ep=1",
         )
     if config.precision.dtype == "fp32" and has_cuda_driver():
         raise UserError(
-            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits; use "
-            "precision.dtype=bf16, or engine.kind=vllm"
+            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits",
+            remedy="use precision.dtype=bf16, or engine.kind=vllm",
         )
 
 
@@ -104,18 +108,20 @@ def _check_sglang(spec: ModelSpec, folder: Path) -> None:
     """What SGLang 0.5.23 was compared in, and what of config.json its models do not read (models/*.py)."""
     if spec.family not in SGLANG_FAMILIES:
         raise UserError(
-            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven; use "
-            f"engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}"
+            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven",
+            remedy=f"use engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}",
         )
     if spec.family == "qwen3_moe" and spec.moe is not None and not all(spec.moe.layers):
         raise UserError(
             f"engine.kind=sglang: SGLang gives every layer of {folder} experts, whatever mlp_only_layers and "
-            "decoder_sparse_step of its config.json say; use engine.kind=vllm"
+            "decoder_sparse_step of its config.json say",
+            remedy="use engine.kind=vllm",
         )
     if spec.family == "mixtral" and spec.head_dim * spec.num_heads != spec.hidden_size:
         raise UserError(
             f"engine.kind=sglang: {folder} has {spec.num_heads} heads of head_dim={spec.head_dim}, and SGLang builds "
-            f"Mixtral with heads of {spec.hidden_size // spec.num_heads}; use engine.kind=vllm"
+            f"Mixtral with heads of {spec.hidden_size // spec.num_heads}",
+            remedy="use engine.kind=vllm",
         )
 
 
@@ -133,5 +139,6 @@ def _check_gpt_oss(spec: ModelSpec, folder: Path) -> None:
         if got != fixed:
             raise UserError(
                 f"model.path={folder}: its config.json says {what}={got}, and vLLM computes gpt_oss with {fixed} "
-                "whatever it says; use a model that has this"
+                "whatever it says",
+                remedy="use a model that has this",
             )

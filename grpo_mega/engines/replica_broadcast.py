@@ -17,14 +17,14 @@ from grpo_mega.types import UserError
 _MOST_BEAT_SECONDS = 10.0
 
 
-class EngineRanks:
+class ReplicaBroadcast:
     """The ranks of this engine."""
 
     def __init__(self, tp: int, timeout_seconds: float) -> None:
         """Collective over all ranks of the job."""
         world, rank = dist.get_world_size(), dist.get_rank()
         if world % tp:
-            raise UserError(f"engine.tp={tp} does not divide the {world} ranks of the job; use a divisor")
+            raise UserError(f"engine.tp={tp} does not divide the {world} ranks of the job", remedy="use a divisor")
         groups = [dist.new_group(list(range(first, first + tp))) for first in range(0, world, tp)]
         self.number = rank % tp
         self.is_first = self.number == 0
@@ -39,14 +39,14 @@ class EngineRanks:
         dist.all_gather_object(told, value, group=self._group)
         return told
 
-    def same(self, told: Iterator[Any]) -> Any:
+    def broadcast_last(self, told: Iterator[Any]) -> Any:
         """The last value of the first rank's iterator, on all ranks."""
         last = None
-        for value in self.all_hear(told):
+        for value in self.broadcast_stream(told):
             last = value
         return last
 
-    def all_hear(self, told: Iterator[Any]) -> Iterator[Any]:
+    def broadcast_stream(self, told: Iterator[Any]) -> Iterator[Any]:
         """What the first rank is told, on all ranks; None is a sign of life only.
 
         Raises:

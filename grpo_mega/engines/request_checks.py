@@ -60,6 +60,7 @@ def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     if tokenizer_eos is None:
         raise UserError(
             f"model.path={config_dir}: neither generation_config.json nor config.json nor the tokenizer names an EOS "
-            "token, so no rollout could end; set eos_token_id in generation_config.json"
+            "token, so no rollout could end",
+            remedy="set eos_token_id in generation_config.json",
         )
     return (tokenizer_eos,)

@@ -46,7 +46,7 @@ class EnvironmentSpec(Protocol):
 
 
 @dataclass(frozen=True)
-class Declaration:
+class EnvironmentDeclaration:
     """`stop` are the texts at which the policy hands over."""
 
     stop: tuple[str, ...]
@@ -64,7 +64,7 @@ def environment(
     """
 
     def declare(function: _Function) -> _Function:
-        setattr(function, _DECLARATION, Declaration(tuple(stop), check_args))
+        setattr(function, _DECLARATION, EnvironmentDeclaration(tuple(stop), check_args))
         return function
 
     return declare
@@ -100,10 +100,10 @@ def build_environment(spec: EnvironmentSpec) -> Environment:
     """
     function = _ENVIRONMENTS.find(_KEY, spec.name)
     declaration = getattr(function, _DECLARATION, None)
-    if not isinstance(declaration, Declaration):
+    if not isinstance(declaration, EnvironmentDeclaration):
         raise UserError(
-            f"{_KEY}.name={spec.name!r} is not declared; put `@grpo_mega.environments.environment(stop=(...,))` above "
-            "the function"
+            f"{_KEY}.name={spec.name!r} is not declared",
+            remedy="put `@grpo_mega.environments.environment(stop=(...,))` above the function",
         )
     check_args(_KEY, spec.name, spec.args, function, ("", (), ""), declaration.check_args)
     return Environment(function, declaration.stop, dict(spec.args))

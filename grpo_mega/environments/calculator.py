@@ -37,7 +37,7 @@ def check_calculator_args(digits: int = 4) -> None:
         UserError: it is not a whole number from 0 to 20.
     """
     if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 20:
-        raise UserError(f"digits={digits!r} is no whole number from 0 to 20; leave it out for 4")
+        raise UserError(f"digits={digits!r} is no whole number from 0 to 20", remedy="leave it out for 4")
 
 
 @environment(stop=(CLOSE,), check_args=check_calculator_args)

@@ -19,7 +19,7 @@ CHUNK_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Piece:
+class CopyPiece:
     """The slice `source` of a Hugging Face tensor is the box of the same shape at `at` of a chunk."""
 
     source: TensorSlice
@@ -41,7 +41,7 @@ class Chunk:
     position: int
     shape: Shape
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[CopyPiece, ...]
     scales: int | None = None
 
     @property
@@ -83,7 +83,7 @@ class ChunkCodec(Protocol):
         ...
 
 
-def pieces_within(pieces: Sequence[Piece], begin: Shape, shape: Shape) -> Iterator[Piece]:
+def pieces_within(pieces: Sequence[CopyPiece], begin: Shape, shape: Shape) -> Iterator[CopyPiece]:
     """The parts of `pieces` inside the box at `begin`, in coordinates that start there."""
     for piece in pieces:
         low = tuple(max(a, b) for a, b in zip(piece.at, begin, strict=True))
@@ -93,7 +93,7 @@ def pieces_within(pieces: Sequence[Piece], begin: Shape, shape: Shape) -> Iterat
             shift = tuple(lo - a for lo, a in zip(low, piece.at, strict=True))
             there = tuple(o + s for o, s in zip(piece.source.offsets, shift, strict=True))
             here = tuple(lo - b for lo, b in zip(low, begin, strict=True))
-            yield Piece(TensorSlice(piece.source.name, there, size), here)
+            yield CopyPiece(TensorSlice(piece.source.name, there, size), here)
 
 
 def rows_at_once(shape: Shape, dtype: torch.dtype, multiple: int = 1) -> int:

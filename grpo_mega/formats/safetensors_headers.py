@@ -54,12 +54,14 @@ def open_folder(folder: Path, key: str, expected: dict[str, Shape]) -> dict[str,
     """
     single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
     if not single and not index:
-        raise UserError(f"{key}={folder} holds no {SINGLE}; give a folder in safetensors format")
+        raise UserError(f"{key}={folder} holds no {SINGLE}", remedy="give a folder in safetensors format")
     if not index:
         return read_header(folder / SINGLE)
     placed = _weight_map(folder / INDEX)
     if single and SINGLE not in placed.values():  # others read the single file
-        raise UserError(f"{key}={folder} holds {SINGLE} and {INDEX} of other files; remove the one that is outdated")
+        raise UserError(
+            f"{key}={folder} holds {SINGLE} and {INDEX} of other files", remedy="remove the one that is outdated"
+        )
     files: dict[str, dict[str, StoredTensor]] = {}
     for file in sorted(set(placed.values())):
         if not (folder / file).is_file():
@@ -67,7 +69,7 @@ def open_folder(folder: Path, key: str, expected: dict[str, Shape]) -> dict[str,
             told = ", ".join(f"{n} of shape {expected[n]}" if n in expected else n for n in names[:3])
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(
-                f"{folder / file}: is missing, the index places {told}{more} there; download the file again"
+                f"{folder / file}: is missing, the index places {told}{more} there", remedy="download the file again"
             )
         files[file] = read_header(folder / file)
     _check_places(folder, placed, files, expected)
@@ -85,7 +87,7 @@ def _check_places(
             told = ", ".join(others) or "no file of the index does"
             wanted = f"{name} of shape {expected[name]}" if name in expected else name
             raise UserError(
-                f"{folder / file}: holds no {wanted}, which the index places there, {told}; use matching files"
+                f"{folder / file}: holds no {wanted}, which the index places there, {told}", remedy="use matching files"
             )
     for file, held in files.items():
         for name, stored in held.items():
@@ -93,8 +95,8 @@ def _check_places(
             if where != file:
                 told = "no file" if where is None else f"{where} with shape {files[where][name].shape}"
                 raise UserError(
-                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in {told}; use"
-                    " matching files"
+                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in {told}",
+                    remedy="use matching files",
                 )
 
 
@@ -103,10 +105,14 @@ def _weight_map(index: Path) -> dict[str, str]:
         found = json.loads(index.read_text())["weight_map"]
         placed = {str(name): str(file) for name, file in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of something else
-        raise UserError(f"{index}: is no index of safetensors files ({error!r}); download the file again") from None
+        raise UserError(
+            f"{index}: is no index of safetensors files ({error!r})", remedy="download the file again"
+        ) from None
     for name, file in placed.items():
         if Path(file).name != file:
-            raise UserError(f"{index}: places {name} in {file!r}, which is no file of this folder; use matching files")
+            raise UserError(
+                f"{index}: places {name} in {file!r}, which is no file of this folder", remedy="use matching files"
+            )
     return placed
 
 
@@ -126,7 +132,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise ValueError(f"its header of {length} bytes ends after {len(text)}")
         return _checked_header(json.loads(text), path, 8 + length)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); download the file again") from None
+        raise UserError(f"{path}: cannot be read ({error})", remedy="download the file again") from None
 
 
 def _checked_header(header: dict[str, Any], path: Path, data: int) -> dict[str, StoredTensor]:

@@ -80,21 +80,22 @@ class HfFiles:
             told += [f"{n} of shape {self.stored[n].shape} unknown" for n in extra[:3]]
             more = len(missing) + len(extra) - len(told)
             raise UserError(
-                f"{self._key}: tensors {', '.join(told)}{f' and {more} more' if more else ''};"
-                " is config.json of this model?"
+                f"{self._key}: tensors {', '.join(told)}{f' and {more} more' if more else ''}",
+                remedy=" is config.json of this model?",
             )
         present = {name: shape for name, shape in aside.items() if name in self.stored}
         for name, shape in (shapes | present).items():
             found = self.stored[name]
             if found.shape != shape:
                 raise UserError(
-                    f"{self._key}: {name} has shape {found.shape}, config.json says {shape}; use matching files"
+                    f"{self._key}: {name} has shape {found.shape}, config.json says {shape}",
+                    remedy="use matching files",
                 )
             if self.dtype(name) not in WEIGHT_DTYPES:
                 raise UserError(
                     f"{self._key}: {name} of shape {found.shape} has dtype {found.dtype}, a weight of shape {shape} is"
-                    f" float32, bfloat16, float16, or float8_e4m3fn beside a {name}{block_fp8.SCALE_SUFFIX}; "
-                    "use such files"
+                    f" float32, bfloat16, float16, or float8_e4m3fn beside a {name}{block_fp8.SCALE_SUFFIX}",
+                    remedy="use such files",
                 )
 
     def read(self, box: TensorSlice) -> Tensor:
@@ -156,7 +157,9 @@ class HfFiles:
         try:
             count = read_box(self._descriptor(stored.path), stored.position, stored.shape, box.offsets, out)
         except ShortFileError as error:
-            raise UserError(f"{stored.path}: {box.name} cannot be read ({error}); download the file again") from None
+            raise UserError(
+                f"{stored.path}: {box.name} cannot be read ({error})", remedy="download the file again"
+            ) from None
         with self._lock:
             self.bytes_read += count
 
@@ -173,7 +176,8 @@ class HfFiles:
             raise UserError(
                 f"{self._key}: {name} has shape {scale.shape} and dtype {scale.dtype}, {_scaled(name)} of shape"
                 f" {weight.shape} and dtype {weight.dtype} needs float32 scales of shape {expected} for float8_e4m3fn"
-                f" blocks of {block_fp8.BLOCK} x {block_fp8.BLOCK}; use matching files"
+                f" blocks of {block_fp8.BLOCK} x {block_fp8.BLOCK}",
+                remedy="use matching files",
             )
 
 
@@ -185,12 +189,13 @@ def _take_packed(stored: dict[str, StoredTensor], key: str) -> dict[str, _Packed
         told = f"{key}: {name}{mxfp4.BLOCKS_SUFFIX} of shape {blocks.shape} and dtype {blocks.dtype}"
         if scales is None or name in stored:
             problem = f"has no {name}{mxfp4.SCALES_SUFFIX}" if scales is None else f"is there beside a {name}"
-            raise UserError(f"{told} {problem}; an MXFP4 weight is blocks and scales, use matching files")
+            raise UserError(f"{told} {problem}", remedy="an MXFP4 weight is blocks and scales, use matching files")
         shape = mxfp4.shape_of(blocks.shape, scales.shape)
         if shape is None or {blocks.dtype, scales.dtype} != {torch.uint8}:
             raise UserError(
                 f"{told} and {name}{mxfp4.SCALES_SUFFIX} of shape {scales.shape} and dtype {scales.dtype} are no MXFP4"
-                " weight: uint8 [E, N, K / 32, 16] and [E, N, K / 32]; use matching files"
+                " weight: uint8 [E, N, K / 32, 16] and [E, N, K / 32]",
+                remedy="use matching files",
             )
         packed[name] = _Packed(blocks, scales)
         stored[name] = StoredTensor(blocks.path, torch.bfloat16, shape, blocks.position)

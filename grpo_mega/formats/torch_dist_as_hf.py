@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_mega.formats.byte_ranges import Shape
 from grpo_mega.formats.megatron_keys import MegatronTensor, megatron_tensors
-from grpo_mega.formats.planned_files import Piece, pieces_within
+from grpo_mega.formats.planned_files import CopyPiece, pieces_within
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE
 from grpo_mega.formats.safetensors_reader import WEIGHT_DTYPES, HfFiles
 from grpo_mega.formats.torch_dist_reader import TorchDistFiles
@@ -36,7 +36,7 @@ class DistAsHf:
         """
         spec = read_spec(base)
         self.folder, self._files = folder, TorchDistFiles(folder)
-        self._sources: dict[str, list[Piece]] = defaultdict(list)
+        self._sources: dict[str, list[CopyPiece]] = defaultdict(list)
         shapes, shapes_aside = hf_shapes(spec), hf_shapes_aside(spec)
         known: set[str] = set()
         for tensor in megatron_tensors(spec):
@@ -49,7 +49,7 @@ class DistAsHf:
                 ones = (1,) * len(leading)
                 there = TensorSlice(key, (*leading, *placed.local.offsets), (*ones, *placed.local.shape))
                 # within the Hugging Face tensor, its box is where the piece of the key lies
-                self._sources[placed.hf.name].append(Piece(there, (0,) * len(ones) + placed.hf.offsets))
+                self._sources[placed.hf.name].append(CopyPiece(there, (0,) * len(ones) + placed.hf.offsets))
         self._check_left_over(known, tied=spec.tie_embeddings)
         self._aside = _weights_of(base) if shapes_aside.keys() - self._sources.keys() else None
         held = set(self._sources)
@@ -103,7 +103,8 @@ class DistAsHf:
         names = sorted({p.hf.name for p in tensor.placements})
         raise UserError(
             f"{self.folder}: holds no {tensor.key} of shape {(*tensor.leading_sizes, *tensor.shape)}, which"
-            f" {', '.join(names[:3])} are made of; is config.json of this model?"
+            f" {', '.join(names[:3])} are made of",
+            remedy="is config.json of this model?",
         )
 
     def _check_shape(self, key: str, expected: Shape) -> None:
@@ -111,12 +112,14 @@ class DistAsHf:
         padded = key in _VOCABULARY and found.shape[1:] == expected[1:] and found.shape[0] >= expected[0]
         if found.shape != expected and not padded:
             raise UserError(
-                f"{self.folder}: {key} has shape {found.shape}, config.json says {expected}; is it of this model?"
+                f"{self.folder}: {key} has shape {found.shape}, config.json says {expected}",
+                remedy="is it of this model?",
             )
         if found.dtype not in WEIGHT_DTYPES:
             raise UserError(
                 f"{self.folder}: {key} of shape {found.shape} has dtype {found.dtype}, a weight of shape {expected} is"
-                " float32, bfloat16 or float16; is it a checkpoint of this model?"
+                " float32, bfloat16 or float16",
+                remedy="is it a checkpoint of this model?",
             )
 
     def _check_left_over(self, known: set[str], *, tied: bool) -> None:
@@ -124,7 +127,9 @@ class DistAsHf:
         left = sorted(set(mine) - known - ({"output_layer.weight"} if tied else set()))
         if left:
             told = ", ".join(f"{key} of shape {self._files.tensors[key].shape}" for key in left[:3])
-            raise UserError(f"{self.folder}: holds {told}, no part of the model; is config.json of this model?")
+            raise UserError(
+                f"{self.folder}: holds {told}, no part of the model", remedy="is config.json of this model?"
+            )
 
 
 def _weights_of(base: Path) -> HfFiles | None:
@@ -146,7 +151,9 @@ def find_base(checkpoint: Path, folder: Path) -> Path:
         for path in (_model_of(run / "config.yaml"), run / HF_SIDE):
             if path is not None and (path / "config.json").is_file():
                 return path
-    raise UserError(f"CKPT_DIR={checkpoint} does not say which model it is; name its Hugging Face folder by --base")
+    raise UserError(
+        f"CKPT_DIR={checkpoint} does not say which model it is", remedy="name its Hugging Face folder by --base"
+    )
 
 
 def _model_of(run_config: Path) -> Path | None:

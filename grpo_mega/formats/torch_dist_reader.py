@@ -82,7 +82,8 @@ class TorchDistFiles:
                     found = "is missing" if ends[chunk.path] < 0 else f"has {ends[chunk.path]} bytes"
                     raise UserError(
                         f"{chunk.path}: {found}; {name} of shape {tensor.shape} has its part of shape {chunk.shape} at"
-                        f" bytes {chunk.begin}:{chunk.begin + chunk.num_bytes}; copy the checkpoint again"
+                        f" bytes {chunk.begin}:{chunk.begin + chunk.num_bytes}",
+                        remedy="copy the checkpoint again",
                     )
 
     def close(self) -> None:
@@ -106,20 +107,23 @@ class TorchDistFiles:
             ):
                 raise UserError(
                     f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has a part of shape {chunk.shape} at"
-                    f" {chunk.offsets}, outside of it; {rule}"
+                    f" {chunk.offsets}, outside of it",
+                    remedy=f"{rule}",
                 )
         offsets = [chunk.offsets for chunk in tensor.chunks]
         if len(set(offsets)) < len(offsets):
             twice = collections.Counter(offsets).most_common(1)[0][0]
             raise UserError(
                 f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has two parts at {twice}, of shape"
-                f" {tensor.chunks[offsets.index(twice)].shape}; {rule}"
+                f" {tensor.chunks[offsets.index(twice)].shape}",
+                remedy=f"{rule}",
             )
         held, due = sum(math.prod(chunk.shape) for chunk in tensor.chunks), math.prod(tensor.shape)
         if held != due:
             raise UserError(
                 f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has {due} numbers, its parts of shapes"
-                f" {[c.shape for c in tensor.chunks[:3]]} (of {len(tensor.chunks)}) have {held}; {rule}"
+                f" {[c.shape for c in tensor.chunks[:3]]} (of {len(tensor.chunks)}) have {held}",
+                remedy=f"{rule}",
             )
 
     def read_into(self, box: TensorSlice, out: Tensor) -> None:
@@ -143,7 +147,8 @@ class TorchDistFiles:
         if filled != out.numel():
             raise UserError(
                 f"{self.folder}: of {box.name} {tensor.shape} the chunks hold {filled} of the {out.numel()} numbers at"
-                f" {box}; copy the checkpoint again"
+                f" {box}",
+                remedy="copy the checkpoint again",
             )
 
     def _read_chunk(self, name: str, chunk: StoredChunk, offsets: Shape, out: Tensor) -> None:
@@ -160,7 +165,9 @@ class TorchDistFiles:
                 whole = flat.as_strided(chunk.shape, item.stride)
                 values = whole[tuple(slice(o, o + n) for o, n in zip(offsets, out.shape, strict=True))]
         except ShortFileError as error:
-            raise UserError(f"{chunk.path}: {name} cannot be read ({error}); copy the checkpoint again") from None
+            raise UserError(
+                f"{chunk.path}: {name} cannot be read ({error})", remedy="copy the checkpoint again"
+            ) from None
         if values is not out:
             out.copy_(values)
 
@@ -180,13 +187,15 @@ class TorchDistFiles:
             except Exception as error:  # a damaged archive or pickle raises anything
                 raise UserError(
                     f"{chunk.path}: {name}, part of shape {chunk.shape} at byte {chunk.begin}, cannot be read"
-                    f" ({type(error).__name__}: {error}); copy the checkpoint again"
+                    f" ({type(error).__name__}: {error})",
+                    remedy="copy the checkpoint again",
                 ) from None
             tensor = self.tensors[name]
             if found.dtype != tensor.dtype:
                 raise UserError(
                     f"{chunk.path}: {name}, part of shape {chunk.shape}, has dtype {found.dtype}, .metadata says"
-                    f" {tensor.dtype} for all of shape {tensor.shape}; copy the checkpoint again"
+                    f" {tensor.dtype} for all of shape {tensor.shape}",
+                    remedy="copy the checkpoint again",
                 )
             with self._lock:
                 self._items[key] = found
@@ -202,7 +211,9 @@ def checkpoint_folder(folder: Path) -> Path | None:
     latest = (folder / LATEST).read_bytes().decode(errors="replace").strip()
     named = folder / (latest if latest == "release" else f"iter_{int(latest) if latest.isdecimal() else 0:07d}")
     if not (named / ".metadata").is_file():
-        raise UserError(f"{folder / LATEST}: names {latest}, but {named} holds no .metadata; copy the checkpoint again")
+        raise UserError(
+            f"{folder / LATEST}: names {latest}, but {named} holds no .metadata", remedy="copy the checkpoint again"
+        )
     return named
 
 
@@ -219,7 +230,7 @@ def _read_metadata(folder: Path) -> dict[str, DistTensor]:
         raise
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); copy the checkpoint again"
+            f"{path}: cannot be read ({type(error).__name__}: {error})", remedy="copy the checkpoint again"
         ) from None
 
 

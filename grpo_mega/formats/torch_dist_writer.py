@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from grpo_mega.formats.byte_ranges import Shape
 from grpo_mega.formats.megatron_keys import MegatronTensor
-from grpo_mega.formats.planned_files import Chunk, Piece, PlannedFile, pieces_within, rows_at_once
+from grpo_mega.formats.planned_files import Chunk, CopyPiece, PlannedFile, pieces_within, rows_at_once
 
 _ALIGNMENT = 64  # of a record in its file; within a record `torch.save` puts numbers at a multiple of it
 _CONFIG = {
@@ -53,7 +53,7 @@ class DistPlan:
 
     def add(self, tensor: MegatronTensor, dtype: torch.dtype) -> None:
         """All of it, in chunks of rows."""
-        pieces = [Piece(p.hf, p.local.offsets) for p in tensor.placements]
+        pieces = [CopyPiece(p.hf, p.local.offsets) for p in tensor.placements]
         step = rows_at_once(tensor.shape, dtype)
         for row in range(0, tensor.shape[0], step):
             shape = (min(step, tensor.shape[0] - row), *tensor.shape[1:])

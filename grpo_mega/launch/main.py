@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NoReturn
 
-from grpo_mega.launch.rendezvous import Machine, MeetingError, meet
+from grpo_mega.launch.rendezvous import NodeInfo, RendezvousError, rendezvous
 from grpo_mega.launch.slurm import in_step, positive_int, slurm_step
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port, port_is_free
@@ -74,8 +74,8 @@ def ranks_per_node(world_size: int, num_nodes: int) -> int:
     """
     if world_size % num_nodes:
         raise UserError(
-            f"run.world_size={world_size} cannot be spread evenly over {num_nodes} nodes; "
-            f"use a multiple of {num_nodes}, or another number of nodes"
+            f"run.world_size={world_size} cannot be spread evenly over {num_nodes} nodes",
+            remedy=f"use a multiple of {num_nodes}, or another number of nodes",
         )
     return world_size // num_nodes
 
@@ -88,9 +88,9 @@ def master_port(env: Mapping[str, str], default: int, *, hosted_here: bool) -> i
     """
     port = positive_int(env, "MASTER_PORT", default)
     if port > 65535:
-        raise UserError(f"MASTER_PORT={port} must be at most 65535; choose another, or leave it unset")
+        raise UserError(f"MASTER_PORT={port} must be at most 65535", remedy="choose another, or leave it unset")
     if hosted_here and not port_is_free(port):
-        raise UserError(f"MASTER_PORT={port} is in use on this machine; choose another, or leave it unset")
+        raise UserError(f"MASTER_PORT={port} is in use on this machine", remedy="choose another, or leave it unset")
     return port
 
 
@@ -99,9 +99,11 @@ def machine_node(env: Mapping[str, str], world_size: int) -> Node:
     num_nodes = positive_int(env, "NNODES", 1)
     node_rank = positive_int(env, "NODE_RANK", 0 if num_nodes == 1 else None, least=0)
     if node_rank >= num_nodes:
-        raise UserError(f"NODE_RANK={node_rank} must be below NNODES={num_nodes}; the first machine is 0")
+        raise UserError(f"NODE_RANK={node_rank} must be below NNODES={num_nodes}", remedy="the first machine is 0")
     if num_nodes > 1 and not env.get("MASTER_ADDR"):
-        raise UserError(f"MASTER_ADDR=(unset) must be set with NNODES={num_nodes}; use the address of machine 0")
+        raise UserError(
+            f"MASTER_ADDR=(unset) must be set with NNODES={num_nodes}", remedy="use the address of machine 0"
+        )
     address = env.get("MASTER_ADDR") or "127.0.0.1"
     default = free_port() if num_nodes == 1 else _DEFAULT_PORT
     port = master_port(env, default, hosted_here=node_rank == 0)
@@ -139,14 +141,14 @@ def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | Non
     step = slurm_step(env)
     if step.num_tasks not in (step.num_nodes, world_size):
         raise UserError(
-            f"run.world_size={world_size}, but this Slurm step has {step.num_tasks} tasks on {step.num_nodes} nodes; "
-            f"start srun with --ntasks={world_size}, or with --ntasks-per-node=1"
+            f"run.world_size={world_size}, but this Slurm step has {step.num_tasks} tasks on {step.num_nodes} nodes",
+            remedy=f"start srun with --ntasks={world_size}, or with --ntasks-per-node=1",
         )
     if len(set(step.tasks_per_node)) > 1:
         counts = ", ".join(map(str, step.tasks_per_node))
         raise UserError(
-            f"this Slurm step has {counts} tasks on its nodes: layouts need the same number of ranks on every node; "
-            f"use --ntasks-per-node, and nodes with as many GPUs each"
+            f"this Slurm step has {counts} tasks on its nodes: layouts need the same number of ranks on every node",
+            remedy="use --ntasks-per-node, and nodes with as many GPUs each",
         )
     address = env.get("MASTER_ADDR") or first_slurm_address(env)
     port = master_port(env, slurm_port(env), hosted_here=step.task == 0)
@@ -171,7 +173,7 @@ def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str], 
 
 
 @dataclass(frozen=True)
-class Wishes:
+class LaunchRequest:
     """What the config says to the launcher. `configured`: `world_size` is the config's own, not what is found here."""
 
     world_size: int
@@ -179,13 +181,13 @@ class Wishes:
     timeout_seconds: float
 
 
-def ask_config(arguments: Sequence[str]) -> Wishes:
+def ask_config(arguments: Sequence[str]) -> LaunchRequest:
     """A wrong config ends the program with its exit code; the message is on the screen already."""
     command = [sys.executable, "-m", "grpo_mega.train", "--for-launcher", *arguments]
     asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if asked.returncode:
         raise SystemExit(asked.returncode)
-    return Wishes(**json.loads(asked.stdout.splitlines()[-1]))
+    return LaunchRequest(**json.loads(asked.stdout.splitlines()[-1]))
 
 
 def become(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
@@ -217,8 +219,8 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
     environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
     if node.num_nodes == 1:
         return run_ranks(worker, environments)
-    me = Machine(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
-    with meet(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
+    me = NodeInfo(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
+    with rendezvous(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
         # srun ends the other tasks when the first has failed; what they have learned of it stays their exit code
         signal.signal(signal.SIGTERM, lambda *_: None)
         code = run_ranks(worker, environments, meeting)
@@ -233,7 +235,7 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except MeetingError as error:
+    except RendezvousError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except KeyboardInterrupt:  # while it waited for other machines

@@ -32,12 +32,12 @@ _KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP
 OnFailure = Callable[[int, str], None]
 
 
-class MeetingError(RuntimeError):
+class RendezvousError(RuntimeError):
     """Not all machines came, and nothing says that the user's input is wrong."""
 
 
 @dataclass(frozen=True)
-class Machine:
+class NodeInfo:
     """One of the job's, as it introduces itself."""
 
     node_rank: int
@@ -49,7 +49,7 @@ class Machine:
         return f"machine {self.node_rank} ({self.host})"
 
 
-class Line:
+class JsonSocket:
     """JSON objects over a connection."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -100,15 +100,15 @@ class Line:
         self._connection.close()
 
 
-class Meeting:
+class Rendezvous:
     """All machines are there. Machine 0 holds a connection to each of the others, the others one to machine 0."""
 
-    def __init__(self, lines: Mapping[Machine, Line]) -> None:
+    def __init__(self, lines: Mapping[NodeInfo, JsonSocket]) -> None:
         self._lines = dict(lines)
         self._lock = threading.Lock()
         self._over = False
 
-    def __enter__(self) -> Meeting:
+    def __enter__(self) -> Rendezvous:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -125,7 +125,7 @@ class Meeting:
         """This machine has failed; only the first failure of a job is passed on."""
         self._spread({"failed": code, "text": text})
 
-    def _spread(self, message: Mapping[str, Any], source: Machine | None = None) -> bool:
+    def _spread(self, message: Mapping[str, Any], source: NodeInfo | None = None) -> bool:
         """To all but `source`; False when this machine has said its last word already."""
         with self._lock:
             if self._over:
@@ -137,7 +137,7 @@ class Meeting:
                         line.send(message)
             return True
 
-    def _listen(self, machine: Machine, on_failure: OnFailure) -> None:
+    def _listen(self, machine: NodeInfo, on_failure: OnFailure) -> None:
         try:
             message = self._lines[machine].receive(None)
         except OSError:
@@ -149,7 +149,7 @@ class Meeting:
             on_failure(int(message["failed"]), str(message["text"]))
 
 
-def meet(me: Machine, address: str, port: int, limit_seconds: float) -> Meeting:
+def rendezvous(me: NodeInfo, address: str, port: int, limit_seconds: float) -> Rendezvous:
     """Waits for the others.
 
     Args:
@@ -160,7 +160,7 @@ def meet(me: Machine, address: str, port: int, limit_seconds: float) -> Meeting:
 
     Raises:
         UserError: MASTER_ADDR does not lead to machine 0, or the machines do not go together.
-        MeetingError: some did not come in time.
+        RendezvousError: some did not come in time.
     """
     deadline = time.monotonic() + limit_seconds
     if me.node_rank == 0:
@@ -168,28 +168,28 @@ def meet(me: Machine, address: str, port: int, limit_seconds: float) -> Meeting:
     return _join(me, address, port, deadline, limit_seconds)
 
 
-def _host(me: Machine, address: str, port: int, deadline: float, limit: float) -> Meeting:
-    arrived: dict[Machine, Line] = {}
+def _host(me: NodeInfo, address: str, port: int, deadline: float, limit: float) -> Rendezvous:
+    arrived: dict[NodeInfo, JsonSocket] = {}
     reminder = _Reminder()
     with _server(port) as server:
         try:
             while len(arrived) < me.num_nodes - 1:
                 missing = sorted(set(range(1, me.num_nodes)) - {machine.node_rank for machine in arrived})
                 if time.monotonic() >= deadline:
-                    raise MeetingError(
+                    raise RendezvousError(
                         f"NODE_RANK {', '.join(map(str, missing))} of {me.num_nodes} machines did not come to "
                         f"MASTER_ADDR={address}, port {port} ({me.host}) within {limit:g} s; start them with the same "
                         "MASTER_ADDR and MASTER_PORT, and see that the port is open"
                     )
                 reminder.say(f"waiting on port {port} for NODE_RANK {', '.join(map(str, missing))}")
                 _receive(me, server, arrived)
-        except (UserError, MeetingError) as error:
+        except (UserError, RendezvousError) as error:
             for line in arrived.values():
                 with suppress(OSError):
                     line.send({"refused": str(error), "input": isinstance(error, UserError)})
                 line.close()
             raise
-    meeting = Meeting(arrived)
+    meeting = Rendezvous(arrived)
     for line in arrived.values():
         with suppress(OSError):  # noticed by the thread that listens to it
             line.send({"go": True})
@@ -202,14 +202,14 @@ def _server(port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=1024)
 
 
-def _receive(me: Machine, server: socket.socket, arrived: dict[Machine, Line]) -> None:
+def _receive(me: NodeInfo, server: socket.socket, arrived: dict[NodeInfo, JsonSocket]) -> None:
     """One machine, if there is one at the door."""
     server.settimeout(_RETRY_SECONDS)
     try:
         connection, _ = server.accept()
-        line = Line(connection)
+        line = JsonSocket(connection)
         message = line.receive(_ANSWER_SECONDS)
-        other = Machine(**message) if message is not None else None
+        other = NodeInfo(**message) if message is not None else None
     except (OSError, TypeError):  # nobody, or a port scanner
         return
     if other is None:
@@ -223,7 +223,7 @@ def _receive(me: Machine, server: socket.socket, arrived: dict[Machine, Line]) -
     line.send({"welcome": me.host})
 
 
-def _problem(me: Machine, other: Machine, arrived: Mapping[Machine, Line]) -> str:
+def _problem(me: NodeInfo, other: NodeInfo, arrived: Mapping[NodeInfo, JsonSocket]) -> str:
     if other.num_nodes != me.num_nodes:
         return f"NNODES={me.num_nodes} on {me}, but NNODES={other.num_nodes} on {other}; set the same on all"
     twins = [m for m in (me, *arrived) if m.node_rank == other.node_rank]
@@ -237,11 +237,11 @@ def _problem(me: Machine, other: Machine, arrived: Mapping[Machine, Line]) -> st
     return ""
 
 
-def _join(me: Machine, address: str, port: int, deadline: float, limit: float) -> Meeting:
+def _join(me: NodeInfo, address: str, port: int, deadline: float, limit: float) -> Rendezvous:
     reminder = _Reminder()
     while True:
         try:
-            line = Line(socket.create_connection((address, port), timeout=_ANSWER_SECONDS))
+            line = JsonSocket(socket.create_connection((address, port), timeout=_ANSWER_SECONDS))
             line.send(asdict(me))
             host = _welcome(line)
         except OSError as error:
@@ -250,15 +250,16 @@ def _join(me: Machine, address: str, port: int, deadline: float, limit: float) -
             return _wait_for_all(me, line, host, deadline, limit)
         if time.monotonic() >= deadline:
             raise UserError(
-                f"MASTER_ADDR={address}, port {port}: machine 0 was not reached within {limit:g} s ({reason}); set "
+                f"MASTER_ADDR={address}, port {port}: machine 0 was not reached within {limit:g} s ({reason})",
+                remedy="set "
                 "MASTER_ADDR to the address of the machine with NODE_RANK=0, start that one, and see that its port is "
-                "open"
+                "open",
             )
         reminder.say(f"MASTER_ADDR={address}, port {port}: {reason}; trying again")
         time.sleep(min(_RETRY_SECONDS, max(0.0, deadline - time.monotonic())))
 
 
-def _welcome(line: Line) -> str:
+def _welcome(line: JsonSocket) -> str:
     answer = line.receive(_ANSWER_SECONDS)
     if answer is None:
         raise OSError("the connection was closed")
@@ -269,16 +270,16 @@ def _welcome(line: Line) -> str:
     return str(answer["welcome"])
 
 
-def _wait_for_all(me: Machine, line: Line, host: str, deadline: float, limit: float) -> Meeting:
+def _wait_for_all(me: NodeInfo, line: JsonSocket, host: str, deadline: float, limit: float) -> Rendezvous:
     try:
         answer = line.receive(max(_ANSWER_SECONDS, deadline - time.monotonic() + _ANSWER_SECONDS))
     except OSError:
         answer = {"refused": f"not all of {me.num_nodes} machines came within {limit:g} s; start them all"}
     if answer is None:
-        raise MeetingError(f"machine 0 ({host}) has ended before all machines had come; its own screen says why")
+        raise RendezvousError(f"machine 0 ({host}) has ended before all machines had come; its own screen says why")
     if "refused" in answer:
-        raise (UserError if answer.get("input") else MeetingError)(str(answer["refused"]))
-    return Meeting({Machine(0, me.num_nodes, me.num_ranks, host): line})
+        raise (UserError if answer.get("input") else RendezvousError)(str(answer["refused"]))
+    return Rendezvous({NodeInfo(0, me.num_nodes, me.num_ranks, host): line})
 
 
 class _Reminder:

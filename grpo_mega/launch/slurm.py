@@ -20,7 +20,9 @@ def positive_int(env: Mapping[str, str], key: str, default: int | None = None, *
     """
     text = env.get(key, "" if default is None else str(default))
     if not text.isdecimal() or int(text) < least:
-        raise UserError(f"{key}={text or '(unset)'} must be a whole number >= {least}; set it in the environment")
+        raise UserError(
+            f"{key}={text or '(unset)'} must be a whole number >= {least}", remedy="set it in the environment"
+        )
     return int(text)
 
 

@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 
-from grpo_mega.launch.rendezvous import Meeting
+from grpo_mega.launch.rendezvous import Rendezvous
 from grpo_mega.parallel.stop_signal import EXIT_CODE, STOP_SIGNAL, expect_stop, take_stop
 
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a rank may be writing its last log line
@@ -174,7 +174,9 @@ def _show(text: str) -> None:
     sys.stderr.flush()
 
 
-def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]], meeting: Meeting | None = None) -> int:
+def run_ranks(
+    command: Sequence[str], environments: Sequence[Mapping[str, str]], meeting: Rendezvous | None = None
+) -> int:
     """Runs `command` once per environment and waits for all; the first that fails ends the others.
 
     Args:
@@ -209,7 +211,7 @@ def run_ranks(command: Sequence[str], environments: Sequence[Mapping[str, str]],
             signal.signal(number, handler)
 
 
-def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Meeting | None) -> int:
+def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Rendezvous | None) -> int:
     stopped = False
     for _ in ranks.processes:
         end = ranks.next_end()

@@ -43,7 +43,8 @@ class Fields:
         for name, other in others:
             if other != value:
                 raise UserError(
-                    f"{self.where}: {first}={value} and {name}={other} contradict each other; remove one of them"
+                    f"{self.where}: {first}={value} and {name}={other} contradict each other",
+                    remedy="remove one of them",
                 )
         return value
 
@@ -65,7 +66,9 @@ class Fields:
         """A truth value."""
         value = self.take(*names, default=default)
         if not isinstance(value, bool):
-            raise UserError(f"{self.where}: {names[0]}={value} is neither true nor false; download the file again")
+            raise UserError(
+                f"{self.where}: {names[0]}={value} is neither true nor false", remedy="download the file again"
+            )
         return value
 
     def only(self, name: str, *allowed: Any) -> None:
@@ -81,27 +84,33 @@ class Fields:
 
     def refuse(self, what: str) -> None:
         """Raises UserError: the field has no counterpart here."""
-        raise UserError(f"{self.where}: {what} is not supported for {self.family}; use a checkpoint without it")
+        raise UserError(
+            f"{self.where}: {what} is not supported for {self.family}", remedy="use a checkpoint without it"
+        )
 
     def finish(self) -> None:
         """Raises UserError for a field that no reader took."""
         for name in sorted(name for name, value in self._left.items() if value is not None):
             raise UserError(
-                f"{self.where}: the field {name} is not known for {self.family} and would be ignored; "
-                "remove it if it does not change what the model computes"
+                f"{self.where}: the field {name} is not known for {self.family} and would be ignored",
+                remedy="remove it if it does not change what the model computes",
             )
 
     def _required(self, names: Sequence[str]) -> Any:
         present = any(name in self._left for name in names)
         value = self.take(*names)
         if value is None and not present:
-            raise UserError(f"{self.where}: the field '{names[0]}' is missing; a {self.architecture} config has it")
+            raise UserError(
+                f"{self.where}: the field '{names[0]}' is missing", remedy=f"a {self.architecture} config has it"
+            )
         return value
 
     def _checked(self, name: str, value: Any, number: type) -> Any:
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and number(value) == value
         if not ok:
-            raise UserError(f"{self.where}: a size is not a number ({name}={_json(value)}); download the file again")
+            raise UserError(
+                f"{self.where}: a size is not a number ({name}={_json(value)})", remedy="download the file again"
+            )
         return value
 
 

@@ -189,8 +189,8 @@ def read_gpt_oss(fields: Fields) -> ModelSpec:
         kinds = ["full_attention" if i % 2 else "sliding_attention" for i in range(common["num_layers"])]
     if len(kinds) != common["num_layers"]:
         raise UserError(
-            f"{fields.where}: layer_types has {len(kinds)} entries, num_hidden_layers={common['num_layers']}; "
-            "download it again"
+            f"{fields.where}: layer_types has {len(kinds)} entries, num_hidden_layers={common['num_layers']}",
+            remedy="download it again",
         )
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         fields.refuse(f"layer_types={sorted(unknown)}")
@@ -268,7 +268,9 @@ def _checked(fields: Fields, moe: MoeSpec) -> MoeSpec:
     """Raises UserError for numbers that contradict each other."""
     where = fields.where
     if not 1 <= moe.top_k <= moe.num_experts:
-        raise UserError(f"{where}: num_experts_per_tok={moe.top_k} of {moe.num_experts} experts; download it again")
+        raise UserError(
+            f"{where}: num_experts_per_tok={moe.top_k} of {moe.num_experts} experts", remedy="download it again"
+        )
     if moe.top_k == 1 and moe.normalize:
         # Megatron leaves a single weight as it is, transformers makes it 1
         fields.refuse("num_experts_per_tok=1 with normalised weights")
@@ -276,12 +278,14 @@ def _checked(fields: Fields, moe: MoeSpec) -> MoeSpec:
     if moe.num_groups > 1 and (rest or group_size < moe.group_best):
         raise UserError(
             f"{where}: n_group={moe.num_groups} does not cut n_routed_experts={moe.num_experts} into groups of "
-            f"{moe.group_best} or more; download it again"
+            f"{moe.group_best} or more",
+            remedy="download it again",
         )
     if not 1 <= moe.top_groups <= moe.num_groups or moe.top_groups * group_size < moe.top_k:
         raise UserError(
             f"{where}: topk_group={moe.top_groups} of n_group={moe.num_groups} groups hold fewer than "
-            f"num_experts_per_tok={moe.top_k} experts; download it again"
+            f"num_experts_per_tok={moe.top_k} experts",
+            remedy="download it again",
         )
     return moe
 
@@ -305,13 +309,15 @@ def read_spec(folder: Path) -> ModelSpec:
     """Raises UserError: no or malformed config.json, an architecture without a table, an unsupported field."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"model.path={folder} holds no config.json; give a Hugging Face model folder")
+        raise UserError(f"model.path={folder} holds no config.json", remedy="give a Hugging Face model folder")
     try:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download the file again") from None
+        raise UserError(f"{path}: not valid JSON ({error})", remedy="download the file again") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a {type(raw).__name__}, a model's config is an object; download the file again")
+        raise UserError(
+            f"{path}: holds a {type(raw).__name__}, a model's config is an object", remedy="download the file again"
+        )
     return spec_from_config(raw, str(path))
 
 
@@ -319,7 +325,9 @@ def spec_from_config(raw: dict[str, Any], where: str) -> ModelSpec:
     """From the fields of a `config.json`; `where` is its path for messages."""
     architecture = (raw.get("architectures") or ["(none)"])[0]
     if architecture not in READERS:
-        raise UserError(f"{where}: architectures={architecture} is not supported; use one of {', '.join(READERS)}")
+        raise UserError(
+            f"{where}: architectures={architecture} is not supported", remedy=f"use one of {', '.join(READERS)}"
+        )
     reader = READERS[architecture]
     fields = Fields(raw, where, architecture, reader.family)
     spec = reader.read(fields)

@@ -28,14 +28,16 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
         _require_divisor("parallel.tp", topology.tp, latent, "kv_lora_rank + qk_rope_head_dim", where)
     if topology.engine_dp > 1 and spec.moe is None:
         raise UserError(
-            f"engine.dp={topology.engine_dp}: {where} has no experts for the copies to share; leave it out, and every "
-            "engine.tp ranks are a replica of their own"
+            f"engine.dp={topology.engine_dp}: {where} has no experts for the copies to share",
+            remedy="leave it out, and every engine.tp ranks are a replica of their own",
         )
     _check_experts(spec, parallel, topology, where)
     parts = (("mla_up_proj", "latent attention", spec.mla), ("moe", "experts", spec.moe))
     for module, needed, part in parts:
         if module in (parallel.recompute_modules or ()) and part is None:
-            raise UserError(f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}; leave it out")
+            raise UserError(
+                f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}", remedy="leave it out"
+            )
     stage_layers(spec.num_layers, parallel, where)
 
 
@@ -44,28 +46,28 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
     if moe is None:
         for key, ranks in (("parallel.ep", topology.ep), ("parallel.etp", topology.etp)):
             if ranks > 1:
-                raise UserError(f"{key}={ranks} does nothing: {where} has no experts; leave it out")
+                raise UserError(f"{key}={ranks} does nothing: {where} has no experts", remedy="leave it out")
         return
     _require_divisor("parallel.ep", topology.ep, moe.num_experts, "experts", where)
     _require_divisor("parallel.etp", topology.etp, moe.expert_ffn_size, "feed-forward size of each expert", where)
     if moe.gate is not None and topology.etp > 1:
         raise UserError(
-            f"parallel.etp={topology.etp}: the experts of {where} have biases, and such experts are not cut; "
-            "set parallel.etp=1 and use parallel.ep"
+            f"parallel.etp={topology.etp}: the experts of {where} have biases, and such experts are not cut",
+            remedy="set parallel.etp=1 and use parallel.ep",
         )
     _require_divisor(
         "parallel.tp", topology.tp, moe.shared_ffn_size or topology.tp, "feed-forward size of the shared expert", where
     )
     if topology.tp > 1 and any(moe.layers) and not parallel.sequence_parallel:
         raise UserError(
-            f"parallel.tp={topology.tp} with the experts of {where} needs sequence parallelism; "
-            "set parallel.sequence_parallel=true"
+            f"parallel.tp={topology.tp} with the experts of {where} needs sequence parallelism",
+            remedy="set parallel.sequence_parallel=true",
         )
 
 
 def _require_divisor(key: str, ranks: int, number: int, name: str, where: str) -> None:
     if number % ranks:
-        raise UserError(f"{key}={ranks} does not divide the {number} {name} of {where}; {_divisors(number)}")
+        raise UserError(f"{key}={ranks} does not divide the {number} {name} of {where}", remedy=f"{_divisors(number)}")
 
 
 def _divisors(number: int) -> str:

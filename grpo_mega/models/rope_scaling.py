@@ -62,7 +62,7 @@ def _merged(fields: Fields) -> dict[str, Any]:
     places = {name: fields.take(name, default={}) for name in ("rope_parameters", "rope_scaling")}
     for name, found in places.items():
         if not isinstance(found, dict):
-            raise UserError(f"{fields.where}: {name}={found} is not an object; download the file again")
+            raise UserError(f"{fields.where}: {name}={found} is not an object", remedy="download the file again")
         for key, value in found.items():
             if isinstance(value, dict):
                 fields.refuse(f"{name}.{key} (rotary settings of its own)")
@@ -75,7 +75,8 @@ def _merged(fields: Fields) -> dict[str, Any]:
             if value is not None and merged.setdefault(key, value) != value:
                 raise UserError(
                     f"{fields.where}: {key}={merged[key]} and {key}={value} contradict each other (in rope_parameters, "
-                    "rope_scaling or beside them); remove one of them"
+                    "rope_scaling or beside them)",
+                    remedy="remove one of them",
                 )
     return merged
 
@@ -86,7 +87,7 @@ def _scaling(fields: Fields, kind: str, given: dict[str, Any], max_positions: in
     needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     for name in needed:
         if name not in given:
-            raise UserError(f"{fields.where}: rope_type={kind} has no {name}; download the file again")
+            raise UserError(f"{fields.where}: rope_type={kind} has no {name}", remedy="download the file again")
     factor = _number(fields, "factor", given["factor"])
     if kind == "linear":
         return RopeScaling("linear", factor)
@@ -117,5 +118,5 @@ def _refuse_rest(fields: Fields, kind: str, given: dict[str, Any], known: set[st
 
 def _number(fields: Fields, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{fields.where}: a size is not a number ({name}={value}); download the file again")
+        raise UserError(f"{fields.where}: a size is not a number ({name}={value})", remedy="download the file again")
     return float(value)

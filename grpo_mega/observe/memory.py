@@ -58,7 +58,8 @@ def device_peak(device: str) -> Callable[[], int]:
         _process_peak()
     except (OSError, AttributeError) as error:
         raise UserError(
-            f"observe.memory_peaks=true needs Linux with glibc, or CUDA ({error}); leave it out on this machine"
+            f"observe.memory_peaks=true needs Linux with glibc, or CUDA ({error})",
+            remedy="leave it out on this machine",
         ) from None
     return _process_peak
 

@@ -178,7 +178,7 @@ def check_run(path: Path, resolved: Mapping[str, Any], *, overwrite: bool) -> No
 
 def _holds_run(folder: RunFolder) -> bool:
     if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"run.dir={folder.path} is a file; name a folder, which is created")
+        raise UserError(f"run.dir={folder.path} is a file", remedy="name a folder, which is created")
     if folder.config.is_file():
         return True
     if not folder.path.exists():
@@ -186,7 +186,8 @@ def _holds_run(folder: RunFolder) -> bool:
     foreign = sorted(entry.name for entry in folder.path.iterdir() if entry.name not in _NOT_YET_A_RUN)
     if foreign:
         raise UserError(
-            f"run.dir={folder.path} holds {foreign[0]} but no config.yaml, so it is not a run; name a new folder"
+            f"run.dir={folder.path} holds {foreign[0]} but no config.yaml, so it is not a run",
+            remedy="name a new folder",
         )
     return False
 
@@ -197,7 +198,9 @@ def _start(folder: RunFolder, resolved: Mapping[str, Any], resume: str, moved_to
         folder.path.mkdir(parents=True, exist_ok=True)
         _write_config(folder, resolved)
     except OSError as error:
-        raise UserError(f"run.dir={folder.path} cannot be written: {error.strerror}; name a writable folder") from error
+        raise UserError(
+            f"run.dir={folder.path} cannot be written: {error.strerror}", remedy="name a writable folder"
+        ) from error
     return RunState(folder, "fresh", step, checkpoint, None, moved_to)
 
 
@@ -210,7 +213,8 @@ def _given_checkpoint(resume: str, moved_to: Path | None = None, folder: RunFold
     if step is None:
         raise UserError(
             f"checkpoint.resume={resume} is not a complete checkpoint (a folder step_NNNNNN that holds the file "
-            f"`{_COMPLETE_MARK}`); use auto, never, or the path of one"
+            f"`{_COMPLETE_MARK}`)",
+            remedy="use auto, never, or the path of one",
         )
     return step, path
 
@@ -224,14 +228,14 @@ def _require_resumable(folder: RunFolder, step: int, resume: str) -> None:
     """A run continues from its own newest checkpoint, so that the same command twice never loses a step."""
     if resume == "never":
         raise UserError(
-            f"checkpoint.resume=never, but run.dir={folder.path} holds a run at step {step}; use another run.dir, "
-            "checkpoint.resume=auto to continue it, or run.overwrite=true to move it aside"
+            f"checkpoint.resume=never, but run.dir={folder.path} holds a run at step {step}",
+            remedy="use another run.dir, checkpoint.resume=auto to continue it, or run.overwrite=true to move it aside",
         )
     own = Path(resume).absolute().parent == folder.checkpoints.absolute()
     if own and Path(resume).absolute() != folder.checkpoint_of(step).absolute():
         raise UserError(
-            f"checkpoint.resume={resume} is not the newest complete checkpoint of its run, which is at step {step}; to "
-            "go back, remove the later checkpoints and use auto, or start in another run.dir"
+            f"checkpoint.resume={resume} is not the newest complete checkpoint of its run, which is at step {step}",
+            remedy="to go back, remove the later checkpoints and use auto, or start in another run.dir",
         )
 
 
@@ -259,8 +263,8 @@ def _require_same_config(folder: RunFolder, resolved: Mapping[str, Any], changea
     ]
     if differences:
         raise UserError(
-            f"run.dir={folder.path} holds a run with a different config: {', '.join(differences)}; use another "
-            "run.dir, the values of that run to continue it, or run.overwrite=true to move it aside"
+            f"run.dir={folder.path} holds a run with a different config: {', '.join(differences)}",
+            remedy="use another run.dir, the values of that run to continue it, or run.overwrite=true to move it aside",
         )
 
 
@@ -270,9 +274,11 @@ def _read_config(folder: RunFolder) -> dict[str, Any]:
         config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"run.dir={folder.path}: its config.yaml cannot be read ({reason}); {remedy}") from error
+        raise UserError(
+            f"run.dir={folder.path}: its config.yaml cannot be read ({reason})", remedy=f"{remedy}"
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"run.dir={folder.path}: its config.yaml holds no sections; {remedy}")
+        raise UserError(f"run.dir={folder.path}: its config.yaml holds no sections", remedy=f"{remedy}")
     return config
 
 
@@ -312,5 +318,5 @@ def _line_step(folder: RunFolder, lines: Sequence[str], number: int) -> float:
         if number == len(lines) - 1:
             return float("inf")
         raise UserError(
-            f"{folder.metrics}:{number + 1} is not a JSON object with a key `step`; repair or remove the line"
+            f"{folder.metrics}:{number + 1} is not a JSON object with a key `step`", remedy="repair or remove the line"
         ) from error

@@ -26,7 +26,9 @@ def run_lock(folder: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     except OSError as error:
-        raise UserError(f"run.dir={folder} cannot be written: {error.strerror}; name a writable folder") from error
+        raise UserError(
+            f"run.dir={folder} cannot be written: {error.strerror}", remedy="name a writable folder"
+        ) from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -34,7 +36,7 @@ def run_lock(folder: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise UserError(
-                f"run.dir={folder} is in use by {holder}; wait for it, end it, or name another folder"
+                f"run.dir={folder} is in use by {holder}", remedy="wait for it, end it, or name another folder"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -125,7 +125,7 @@ def read_summary(path: Path) -> Summary:
         return Summary(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not the summary of a run ({error}); remove it, the run continues from its checkpoint"
+            f"{path} is not the summary of a run ({error})", remedy="remove it, the run continues from its checkpoint"
         ) from error
 
 

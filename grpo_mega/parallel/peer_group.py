@@ -1,10 +1,9 @@
 """Ranks that speak with each other: those of the job, or those of the job and of its engine servers together.
 
-`job_world` is torch.distributed's default group. `join_world` makes a group beside it, over a store that one of its
-ranks has opened, so that programs that each have a default group of their own can meet; it touches neither.
-What ranks tell each other is pickled, but nothing that is read can call anything: only plain values and the project's
-own dataclasses, arrays of numbers and dtypes are made.
-Asserted by tests/parallel/test_world.py.
+`job_peer_group` is torch.distributed's default group. `join_world` makes a group beside it, over a store that one of
+its ranks has opened, so that programs that each have a default group of their own can meet; it touches neither. What
+ranks tell each other is pickled, but nothing that is read can call anything: only plain values and the project's own
+dataclasses, arrays of numbers and dtypes are made. Asserted by tests/parallel/test_world.py.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def _nobody_is_gone() -> None:
 
 
 @dataclass(frozen=True)
-class World:
+class PeerGroup:
     """Some ranks, this one among them. `check_others` raises RuntimeError when a rank is known to be gone; every wait
     for others looks there now and then."""
 
@@ -100,11 +99,11 @@ class World:
                     raise
 
 
-def job_world() -> World:
+def job_peer_group() -> PeerGroup:
     """All ranks of this program."""
     group = dist.group.WORLD
     assert group is not None, "the job's process group exists"
-    return World(group, dist.distributed_c10d._get_default_store())
+    return PeerGroup(group, dist.distributed_c10d._get_default_store())
 
 
 def open_store(timeout_seconds: float) -> TCPStore:
@@ -127,7 +126,7 @@ def join_world(
     names: Sequence[str],
     timeout_seconds: float,
     check_others: Callable[[], None] = _nobody_is_gone,
-) -> World:
+) -> PeerGroup:
     """Collective over `len(names)` ranks of any programs.
 
     Args:
@@ -135,20 +134,20 @@ def join_world(
         rank: of this one.
         names: who each of them is, for messages.
         timeout_seconds: of every wait.
-        check_others: as in `World`.
+        check_others: as in `PeerGroup`.
 
     Raises:
         RuntimeError: names who did not come.
     """
     keys = [f"here/{each}" for each in range(len(names))]
     store.set(keys[rank], "")
-    meeting = World(cast("dist.ProcessGroup", None), store, check_others)
+    meeting = PeerGroup(cast("dist.ProcessGroup", None), store, check_others)
     try:
         meeting.await_keys(keys, timeout_seconds)
     except dist.DistStoreError as error:
         absent = ", ".join(name for name, key in zip(names, keys, strict=True) if not store.check([key]))
         raise RuntimeError(f"{names[rank]} waited in vain for {absent or 'nobody, at the second look'}") from error
-    return World(_make_group(store, rank, len(names), timedelta(seconds=timeout_seconds)), store, check_others)
+    return PeerGroup(_make_group(store, rank, len(names), timedelta(seconds=timeout_seconds)), store, check_others)
 
 
 def _make_group(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:

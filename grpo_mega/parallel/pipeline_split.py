@@ -27,14 +27,16 @@ def stage_layers(num_layers: int, parallel: ParallelConfig, where: str) -> list[
             if layers % parallel.vpp:
                 raise UserError(
                     f"parallel.vpp={parallel.vpp} does not divide the {layers} layers of a pipeline rank "
-                    f"({num_layers} layers of {where}, pp={parallel.pp}); {_divisors(layers)}"
+                    f"({num_layers} layers of {where}, pp={parallel.pp})",
+                    remedy=f"{_divisors(layers)}",
                 )
         counts = [layers // parallel.vpp for layers in per_rank] * parallel.vpp
     for rank in range(1, parallel.pp - 1):  # the first has the embedding, the last the head
         if not any(counts[rank :: parallel.pp]):
             raise UserError(
                 f"parallel.pp={parallel.pp}: pipeline rank {rank} has none of the {num_layers} layers of {where}, and "
-                "nothing to compute; give it one in parallel.pipeline_layout, or use fewer stages"
+                "nothing to compute",
+                remedy="give it one in parallel.pipeline_layout, or use fewer stages",
             )
     return [range(begin, end) for begin, end in pairwise([0, *accumulate(counts)])]
 
@@ -46,8 +48,9 @@ def _per_rank(num_layers: int, parallel: ParallelConfig, where: str) -> list[int
     left, ranks = num_layers - sum(ends), pp - len(ends)
     if not ends and num_layers % pp:
         raise UserError(
-            f"parallel.pp={pp} does not divide the {num_layers} layers of {where}; {_divisors(num_layers)}, or set "
-            "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout"
+            f"parallel.pp={pp} does not divide the {num_layers} layers of {where}",
+            remedy=f"{_divisors(num_layers)}, or set "
+            "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout",
         )
     if left < 0 or (left % ranks if ranks else left):
         keys = ", ".join(
@@ -56,8 +59,8 @@ def _per_rank(num_layers: int, parallel: ParallelConfig, where: str) -> list[int
             if n is not None
         )
         raise UserError(
-            f"{keys} leave {left} of the {num_layers} layers of {where} to {ranks} other pipeline rank(s); "
-            "change them so that the rest divides"
+            f"{keys} leave {left} of the {num_layers} layers of {where} to {ranks} other pipeline rank(s)",
+            remedy="change them so that the rest divides",
         )
     middle = [left // ranks] * ranks if ranks else []
     return ([first] if first is not None else []) + middle + ([last] if last is not None else [])
@@ -71,18 +74,20 @@ def _explicit(text: str, num_layers: int, parallel: ParallelConfig, where: str) 
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"([Et|L])\*(\d+)"):
         flat = re.sub(pattern, lambda match: match.group(1) * int(match.group(2)), flat)
     if wrong := re.search(r"[^Et|L]", flat):
-        raise UserError(f"{key} holds {wrong.group()!r}; use E, t, L, | and repetitions such as t*3 and (t|)*3")
+        raise UserError(
+            f"{key} holds {wrong.group()!r}", remedy="use E, t, L, | and repetitions such as t*3 and (t|)*3"
+        )
     stages = flat.split("|")
     wanted = parallel.pp * parallel.vpp
     if len(stages) != wanted:
         raise UserError(
-            f"{key} has {len(stages)} stages, parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp}; "
-            "change one of them"
+            f"{key} has {len(stages)} stages, parallel.pp x parallel.vpp = {parallel.pp} x {parallel.vpp}",
+            remedy="change one of them",
         )
     if not re.fullmatch(r"E[t|]*L", flat):
         raise UserError(f"{key} must begin with its only E (embedding) and end with its only L (head)")
     if flat.count("t") != num_layers:
-        raise UserError(f"{key} has {flat.count('t')} layers (t), {where} has {num_layers}; use as many")
+        raise UserError(f"{key} has {flat.count('t')} layers (t), {where} has {num_layers}", remedy="use as many")
     return [stage.count("t") for stage in stages]
 
 

@@ -76,8 +76,8 @@ def device_index(local_rank: int, num_devices: int) -> int:
         return 0
     if local_rank >= num_devices:
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but this machine shows {num_devices} GPUs; start one rank for each, or look at "
-            "CUDA_VISIBLE_DEVICES"
+            f"LOCAL_RANK={local_rank}, but this machine shows {num_devices} GPUs",
+            remedy="start one rank for each, or look at CUDA_VISIBLE_DEVICES",
         )
     return local_rank
 
@@ -89,8 +89,8 @@ def _join(backend: str, timeout_seconds: float) -> None:
         reason = str(error).split(" - ")[0].splitlines()[0]
         raise UserError(
             f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}: the ranks did "
-            f"not meet within {timeout_seconds:g} s ({reason}); set MASTER_ADDR to the address of the machine of rank "
-            "0 and start all ranks"
+            f"not meet within {timeout_seconds:g} s ({reason})",
+            remedy="set MASTER_ADDR to the address of the machine of rank 0 and start all ranks",
         ) from error
 
 
@@ -104,13 +104,14 @@ def _require_even_machines(world_size: int) -> None:
     if len(set(counts)) > 1:
         raise UserError(
             f"the machines of this job hold different numbers of ranks ({', '.join(map(str, sorted(set(counts))))}): "
-            "layouts need the same on each; use machines with as many GPUs, or set run.world_size to what all can hold"
+            "layouts need the same on each",
+            remedy="use machines with as many GPUs, or set run.world_size to what all can hold",
         )
 
 
 def _require_free(port: int) -> None:
     if not port_is_free(port):
-        raise UserError(f"MASTER_PORT={port} is in use on this machine; choose another")
+        raise UserError(f"MASTER_PORT={port} is in use on this machine", remedy="choose another")
 
 
 def agreed(action: Callable[[], T], ranks: Ranks) -> T:

@@ -62,7 +62,8 @@ class Topology:
             if self.engine_dp > 1:
                 key, got, use = f"{key} x engine.dp", f"{got} x {self.engine_dp}", "a product that is a divisor"
             raise UserError(
-                f"{key}={got} does not divide the {self.world_size} rank(s) of this job; use {use} of {self.world_size}"
+                f"{key}={got} does not divide the {self.world_size} rank(s) of this job",
+                remedy=f"use {use} of {self.world_size}",
             )
 
     @classmethod

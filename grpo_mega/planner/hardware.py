@@ -55,7 +55,7 @@ GPUS = {
 def gpu_named(name: str) -> Gpu:
     """Raises UserError with the names there are."""
     if name not in GPUS:
-        raise UserError(f"--gpu={name}: not known; use one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu={name}: not known", remedy=f"use one of {', '.join(GPUS)}")
     return GPUS[name]
 
 

@@ -63,7 +63,7 @@ class RankMemory:
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryPlan:
     """Of the whole job."""
 
     ranks: list[RankMemory]
@@ -113,7 +113,7 @@ def plan_memory(
     *,
     total_parameters: int,
     where: str,
-) -> Memory:
+) -> MemoryPlan:
     """The bytes of every phase.
 
     Raises:
@@ -141,7 +141,7 @@ def plan_memory(
         ranks.append(RankMemory(pp_rank, static, kept, phases))
     state = itemsize + 8 + (4 if itemsize < 4 else 0)
     reference = itemsize if config.algorithm.ref_update_every else 0
-    return Memory(
+    return MemoryPlan(
         ranks=ranks,
         engine_weights=engine,
         kv_cache=cache,

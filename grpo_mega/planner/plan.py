@@ -12,7 +12,7 @@ from grpo_mega.interfaces import ModuleCounter, ModuleSizes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.phase_memory import Memory, Workload, plan_memory, workload_of
+from grpo_mega.planner.phase_memory import MemoryPlan, Workload, plan_memory, workload_of
 from grpo_mega.planner.static_memory import chunk_parts, model_chunks
 from grpo_mega.planner.step_time import StepTime, brought_bytes, plan_time
 from grpo_mega.types import UserError
@@ -22,7 +22,7 @@ _SECONDS_PER_DAY = 86400
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResourcePlan:
     """What a config needs on a cluster."""
 
     config: Config
@@ -30,7 +30,7 @@ class Plan:
     cluster: Cluster
     parameters: int
     work: Workload
-    memory: Memory
+    memory: MemoryPlan
     time: StepTime
 
     @cached_property
@@ -121,7 +121,7 @@ class Plan:
         }
 
 
-def make_plan(config: Config, spec: ModelSpec, count: ModuleCounter, cluster: Cluster, where: str) -> Plan:
+def plan_resources(config: Config, spec: ModelSpec, count: ModuleCounter, cluster: Cluster, where: str) -> ResourcePlan:
     """`count` gives the sizes of the real modules.
 
     Raises:
@@ -137,7 +137,7 @@ def make_plan(config: Config, spec: ModelSpec, count: ModuleCounter, cluster: Cl
     memory = plan_memory(config, spec, sizes, topology, cluster, total_parameters=total, where=where)
     work = workload_of(config, topology, cluster.assumptions.mean_length)
     time = plan_time(config, spec, topology, cluster, memory, work, total)
-    return Plan(config, topology, cluster, total, work, memory, time)
+    return ResourcePlan(config, topology, cluster, total, work, memory, time)
 
 
 def total_parameters(config: Config, spec: ModelSpec, whole: ModuleSizes, where: str) -> int:

@@ -9,11 +9,11 @@ from typing import Any
 
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
-from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.types import UserError
 
 Change = dict[str, Any]  # `section.key` -> value
-Planner = Callable[[Config], Plan]
+Planner = Callable[[Config], ResourcePlan]
 """Raises UserError for a config that cannot be."""
 
 _MOST_CHANGES = 4
@@ -48,7 +48,7 @@ def even_layout(num_layers: int, pp: int) -> str:
     return "E" + "|".join(_repeated(stage) for stage in stages) + "L"
 
 
-def remedy(plan: Plan, planner: Planner, num_layers: int) -> Change | None:
+def remedy(plan: ResourcePlan, planner: Planner, num_layers: int) -> Change | None:
     """The fewest changes that make it fit; more devices only when nothing else does. None: nothing found."""
     here = list(_changes(plan, num_layers))
     for found in _fitting(plan.config, planner, here):
@@ -81,7 +81,7 @@ def _fitting(config: Config, planner: Planner, changes: list[Change]) -> Iterato
                 continue
 
 
-def _changes(plan: Plan, num_layers: int) -> Iterator[Change]:
+def _changes(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
     """Cheapest first: memory for a little time, then engine, layout, and the host's time."""
     config, parallel, engine = plan.config, plan.config.parallel, plan.config.engine
     if parallel.tp > 1 and not parallel.sequence_parallel:
@@ -105,7 +105,7 @@ def _changes(plan: Plan, num_layers: int) -> Iterator[Change]:
         yield {"optimizer.host_fraction": 1.0}
 
 
-def _layouts(plan: Plan, num_layers: int) -> Iterator[Change]:
+def _layouts(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
     parallel, per_node = plan.config.parallel, plan.cluster.gpu.per_node
     tp = 2 * parallel.tp
     while tp <= per_node:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import as_overrides
 from grpo_mega.planner.search import Found
 
@@ -28,7 +28,7 @@ _COLOURS = {
 }
 
 
-def in_words(plan: Plan, remedy: list[str] | None) -> str:
+def in_words(plan: ResourcePlan, remedy: list[str] | None) -> str:
     """For a terminal."""
     topology, gpu = plan.topology, plan.cluster.gpu
     elsewhere = f" on {topology.num_server_ranks} more" if topology.engine_servers else ""
@@ -85,7 +85,7 @@ def _says_something(key: str, value: object) -> bool:
     return value not in ("none", 0.0) if isinstance(value, (str, float)) else value != 1
 
 
-def picture(plan: Plan, title: str) -> str:
+def picture(plan: ResourcePlan, title: str) -> str:
     """One bar a phase: the fullest rank's bytes, item by item, against the device's."""
     width, left, height, gap = 760.0, 110.0, 34.0, 14.0
     capacity = plan.cluster.gpu.memory

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import Change, Planner, changed, even_layout
 from grpo_mega.types import UserError
 
@@ -26,7 +26,7 @@ class Found:
     """A layout that fits."""
 
     change: Change
-    plan: Plan
+    plan: ResourcePlan
 
 
 def search(config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int) -> list[Found]:

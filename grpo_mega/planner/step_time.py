@@ -14,7 +14,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.phase_memory import Memory, Workload, has_critic, needs_reference
+from grpo_mega.planner.phase_memory import MemoryPlan, Workload, has_critic, needs_reference
 from grpo_mega.planner.static_memory import ITEMSIZE, StaticBytes
 
 
@@ -64,7 +64,7 @@ def plan_time(
     spec: ModelSpec,
     topology: Topology,
     cluster: Cluster,
-    memory: Memory,
+    memory: MemoryPlan,
     work: Workload,
     total_parameters: int,
 ) -> StepTime:
@@ -102,7 +102,7 @@ def plan_time(
     return StepTime(phases, tokens, 3 * tokens * costs.forward)
 
 
-def brought_bytes(config: Config, memory: Memory, total_parameters: int) -> float:
+def brought_bytes(config: Config, memory: MemoryPlan, total_parameters: int) -> float:
     """To each rank of an engine by a sync: what it stores, or every tensor whole for its own loader to quantise."""
     if config.engine.fp8 == "own_loader":
         return float(total_parameters * ITEMSIZE[config.precision.dtype])
@@ -114,7 +114,7 @@ def _rollout(
     spec: ModelSpec,
     topology: Topology,
     cluster: Cluster,
-    memory: Memory,
+    memory: MemoryPlan,
     work: Workload,
     costs: Costs,
 ) -> float:

@@ -50,7 +50,7 @@ def quantise(values: Tensor, stored: Tensor | None = None, *, power_of_two: bool
         raise UserError(f"the stored scales have shape {tuple(stored.shape)}, {tuple(values.shape)} values need {grid}")
     amax = _blocks(values.abs().float()).amax((1, 3))
     if not bool(torch.isfinite(amax).all()):
-        raise UserError("a weight is not finite and has no FP8 code; write the checkpoint in bfloat16")
+        raise UserError("a weight is not finite and has no FP8 code", remedy="write the checkpoint in bfloat16")
     scales = scales_of(amax, power_of_two=power_of_two)
     codes = codes_of(values, scales)
     if stored is None:

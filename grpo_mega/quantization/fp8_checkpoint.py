@@ -95,8 +95,9 @@ def _whole_blocks(held: Sequence[TensorSlice], shape: Shape) -> NDArray[np.bool_
         row, column = cut[0].tolist()
         raise UserError(
             f"FP8: of the {BLOCK} x {BLOCK} block of {held[0].name} at [{row * BLOCK}, {column * BLOCK}] a rank "
-            f"of the policy holds {filled[row, column]} elements; a block must be whole on a rank: use a smaller "
-            "parallel.tp or parallel.etp, or leave engine.fp8 and weight_sync.fp8_report out"
+            f"of the policy holds {filled[row, column]} elements",
+            remedy="a block must be whole on a rank: use a smaller "
+            "parallel.tp or parallel.etp, or leave engine.fp8 and weight_sync.fp8_report out",
         )
     return whole
 

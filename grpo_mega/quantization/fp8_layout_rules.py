@@ -48,7 +48,7 @@ def check_fp8_layout(
     """
     if spec.moe is not None and spec.moe.gate is not None:
         raise UserError(
-            f"engine.fp8: the experts of {where} are stacks with biases, which have no FP8 form; leave it out"
+            f"engine.fp8: the experts of {where} are stacks with biases, which have no FP8 form", remedy="leave it out"
         )
     for name, rows, is_expert in _engine_rows(spec, engine):
         if rows % BLOCK:
@@ -58,7 +58,8 @@ def check_fp8_layout(
                 remedy += f", or engine.ep={engine.tp * engine.dp}"
             raise UserError(
                 f"engine.fp8 with {ranks}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
-                f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block; {remedy}"
+                f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block",
+                remedy=f"{remedy}",
             )
     check_policy_blocks(spec, parallel.tp, parallel.etp, latent_split=latent_split)
 

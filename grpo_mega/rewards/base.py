@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from grpo_mega.config.plugins import Catalogue, check_args
-from grpo_mega.rewards.batched import BatchScorer, Row
+from grpo_mega.rewards.batched import BatchScorer, ScoringRow
 from grpo_mega.types import UserError
 
 BUILTIN_REWARDS: Mapping[str, str] = {
@@ -61,7 +61,7 @@ class Term(Protocol):
 
 
 @dataclass(frozen=True)
-class Declaration:
+class RewardDeclaration:
     """The range that a reward promises; `low` is also the floor that a failed scoring gets."""
 
     low: float
@@ -91,7 +91,7 @@ def reward(
     Raises:
         ValueError: the range is empty or not finite.
     """
-    return _declared(Declaration(low, high, check_args, seconds))
+    return _declared(RewardDeclaration(low, high, check_args, seconds))
 
 
 def batched_reward(
@@ -112,10 +112,10 @@ def batched_reward(
     Raises:
         ValueError: the range is empty or not finite.
     """
-    return _declared(Declaration(low, high, check_args, None, is_batched=True, range_of=range_of))
+    return _declared(RewardDeclaration(low, high, check_args, None, is_batched=True, range_of=range_of))
 
 
-def _declared(declaration: Declaration) -> Callable[[_Function], _Function]:
+def _declared(declaration: RewardDeclaration) -> Callable[[_Function], _Function]:
     low, high = declaration.low, declaration.high
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"a reward's range must be finite with low < high, got low={low} high={high}")
@@ -150,7 +150,7 @@ class RewardComponent:
             return self.checked(self.function(prompt, completion, reference, **self.args))
         scorer = self.open()
         try:
-            scorer.submit(0, Row(prompt, completion, reference))
+            scorer.submit(0, ScoringRow(prompt, completion, reference))
             return self.checked(scorer.collect()[0])
         finally:
             scorer.close()
@@ -203,17 +203,17 @@ def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -
             argument that it does not take or a value that it refuses. Names the term.
     """
     if not terms:
-        raise UserError("reward.terms is empty, a run needs at least one; add for example {name: exact}")
+        raise UserError("reward.terms is empty, a run needs at least one", remedy="add for example {name: exact}")
     seen: dict[str, int] = {}
     components = []
     for position, term in enumerate(terms):
         where = f"reward.terms[{position}]"
         function = _REWARDS.find(where, term.name)
         declaration = getattr(function, _DECLARATION, None)
-        if not isinstance(declaration, Declaration):
+        if not isinstance(declaration, RewardDeclaration):
             raise UserError(
-                f"{where}.name={term.name!r} declares no range; put `@grpo_mega.rewards.reward(low=..., high=...)` "
-                "above the function"
+                f"{where}.name={term.name!r} declares no range",
+                remedy="put `@grpo_mega.rewards.reward(low=..., high=...)` above the function",
             )
         texts = () if declaration.is_batched else ("", "", "")
         check_args(where, term.name, term.args, function, texts, declaration.check_args)
@@ -222,7 +222,8 @@ def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -
             if own >= timeout_seconds:
                 raise UserError(
                     f"{where}: {term.name!r} allows itself {own:g} s and reward.timeout_seconds={timeout_seconds:g} "
-                    "would end its process first; raise reward.timeout_seconds or lower the limits in args"
+                    "would end its process first",
+                    remedy="raise reward.timeout_seconds or lower the limits in args",
                 )
         short = term.name.replace(":", ".").rsplit(".", 1)[-1]
         seen[short] = seen.get(short, 0) + 1

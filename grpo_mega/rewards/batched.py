@@ -18,7 +18,7 @@ from typing import Protocol
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoringRow:
     """What a reward sees of one completion."""
 
     prompt: str
@@ -29,7 +29,7 @@ class Row:
 class BatchScorer(Protocol):
     """What a factory of a batched reward returns."""
 
-    def submit(self, key: int, row: Row) -> None:
+    def submit(self, key: int, row: ScoringRow) -> None:
         """Take a completion; returns at once."""
         ...
 
@@ -54,7 +54,7 @@ class ThreadedScorer:
 
     def __init__(
         self,
-        score: Callable[[Sequence[Row]], Sequence[float | Exception]],
+        score: Callable[[Sequence[ScoringRow]], Sequence[float | Exception]],
         *,
         batch_size: int,
         concurrency: int,
@@ -62,7 +62,7 @@ class ThreadedScorer:
     ) -> None:
         self._score, self._batch_size, self._wait_seconds = score, batch_size, wait_seconds
         self._changed = threading.Condition()  # guards all that follows
-        self._waiting: deque[tuple[int, Row]] = deque()
+        self._waiting: deque[tuple[int, ScoringRow]] = deque()
         self._pending: set[int] = set()
         self._round = 0  # a value that comes after its collect belongs to nobody
         self._done: dict[int, float | Exception] = {}
@@ -71,7 +71,7 @@ class ThreadedScorer:
             # daemons: a server that does not answer must not keep the program from ending
             threading.Thread(target=self._serve, name=f"reward-{number}", daemon=True).start()
 
-    def submit(self, key: int, row: Row) -> None:
+    def submit(self, key: int, row: ScoringRow) -> None:
         """Queue a row."""
         with self._changed:
             self._waiting.append((key, row))

@@ -37,7 +37,7 @@ class _FinalError(ServerError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Server:
+class RewardServer:
     """Where to send requests, how many at a time, and for how long: arguments of every reward that asks a server."""
 
     url: str
@@ -119,12 +119,14 @@ def _cut_off(connection: http.client.HTTPConnection, cut: threading.Event) -> No
 
 
 def asks_server(concurrency: int) -> Callable[[Callable[..., _Result]], Callable[..., _Result]]:
-    """The decorated function gets a `Server` first; who calls it names the server's fields one by one among the other
-    arguments, as a config does. `concurrency` is the default of that field."""
+    """The decorated function gets a `RewardServer` first; who calls it names the server's fields one by one among the
+    other arguments, as a config does. `concurrency` is the default of that field."""
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., _Result]:
         named, own = inspect.Parameter.KEYWORD_ONLY, list(inspect.signature(function).parameters.values())[1:]
-        defaults = {f.name: inspect.Parameter.empty if f.default is MISSING else f.default for f in fields(Server)}
+        defaults = {
+            f.name: inspect.Parameter.empty if f.default is MISSING else f.default for f in fields(RewardServer)
+        }
         defaults["concurrency"] = concurrency
         of_server = [inspect.Parameter(name, named, default=default) for name, default in defaults.items()]
         signature = inspect.Signature([of_server[0], *(p.replace(kind=named) for p in own), *of_server[1:]])
@@ -134,7 +136,7 @@ def asks_server(concurrency: int) -> Callable[[Callable[..., _Result]], Callable
             found = signature.bind(**args)
             found.apply_defaults()
             values = found.arguments
-            return function(Server(**{name: values.pop(name) for name in defaults}), **values)
+            return function(RewardServer(**{name: values.pop(name) for name in defaults}), **values)
 
         with_fields.__signature__ = signature  # type: ignore[attr-defined]
         return with_fields
@@ -142,7 +144,7 @@ def asks_server(concurrency: int) -> Callable[[Callable[..., _Result]], Callable
     return decorate
 
 
-def check_server(server: Server) -> None:
+def check_server(server: RewardServer) -> None:
     """Refuse settings that cannot work, and a server that is not there.
 
     Raises:
@@ -150,21 +152,24 @@ def check_server(server: Server) -> None:
     """
     parts = urlsplit(server.url) if isinstance(server.url, str) else None
     if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"url={server.url!r} is no address; write for example http://localhost:8000/v1")
+        raise UserError(f"url={server.url!r} is no address", remedy="write for example http://localhost:8000/v1")
     for name, value, least in (("retries", server.retries, 0), ("concurrency", server.concurrency, 1)):
         if type(value) is not int or not least <= value <= 1000:
-            raise UserError(f"{name}={value!r} is no whole number from {least} to 1000; correct it")
+            raise UserError(f"{name}={value!r} is no whole number from {least} to 1000", remedy="correct it")
     for name in ("request_seconds", "backoff_seconds", "wait_seconds"):
         seconds = getattr(server, name)
         if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds <= 3600:
-            raise UserError(f"{name}={seconds!r} is no number of seconds above 0; correct it")
+            raise UserError(f"{name}={seconds!r} is no number of seconds above 0", remedy="correct it")
     if server.api_key_env is not None and not os.environ.get(server.api_key_env):
-        raise UserError(f"api_key_env={server.api_key_env!r}: this variable is not set; set it, or leave the key out")
+        raise UserError(
+            f"api_key_env={server.api_key_env!r}: this variable is not set", remedy="set it, or leave the key out"
+        )
     port = parts.port or (443 if parts.scheme == "https" else 80)
     problem = _connection_problem(parts.hostname, port)
     if problem is not None:
         raise UserError(
-            f"url={server.url!r}: no connection to port {port} of {parts.hostname} ({problem}); start the server"
+            f"url={server.url!r}: no connection to port {port} of {parts.hostname} ({problem})",
+            remedy="start the server",
         )
 
 

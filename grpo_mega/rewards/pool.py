@@ -27,8 +27,8 @@ from types import TracebackType
 from typing import Literal
 
 from grpo_mega.rewards.base import Steps, Term, Value, build_rewards
-from grpo_mega.rewards.batched import BatchScorer, Row
-from grpo_mega.rewards.process import Job, RewardProcess
+from grpo_mega.rewards.batched import BatchScorer, ScoringRow
+from grpo_mega.rewards.process import RewardProcess, ScoringJob
 from grpo_mega.types import Reward
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,9 @@ class RewardPool:
         self.failure_counts: Counter[str] = Counter()
         """Failed scorings per component since the start."""
         self._changed = threading.Condition()  # guards the next six
-        self._queue: deque[Job] = deque()
+        self._queue: deque[ScoringJob] = deque()
         self._pending: set[int] = set()
-        self._done: dict[int, Job] = {}
+        self._done: dict[int, ScoringJob] = {}
         self._problems: dict[tuple[str, FailureKind], list[str]] = {}
         self._broken: BaseException | None = None
         self._closing = False
@@ -102,7 +102,7 @@ class RewardPool:
             self._check_alive()
             if key in self._pending or key in self._done:
                 raise ValueError(f"key={key} was submitted twice since the last collect; keys must differ")
-            job = Job(key, prompt, completion, reference, list(self._positions))
+            job = ScoringJob(key, prompt, completion, reference, list(self._positions))
             if self._positions:
                 self._pending.add(key)
                 self._queue.append(job)
@@ -110,7 +110,7 @@ class RewardPool:
                 self._done[key] = job
             was_empty = len(self._queue) == 1
         for scorer in self._batched.values():
-            scorer.submit(key, Row(prompt, completion, reference))
+            scorer.submit(key, ScoringRow(prompt, completion, reference))
         if was_empty:
             self._wake()
 
@@ -161,7 +161,7 @@ class RewardPool:
         """The processes that score now."""
         return tuple(process.pid for process in list(self._processes))
 
-    def _take(self, position: int, scorer: BatchScorer, jobs: dict[int, Job]) -> None:
+    def _take(self, position: int, scorer: BatchScorer, jobs: dict[int, ScoringJob]) -> None:
         """Enter the values of a batched reward into the jobs."""
         component = self._components[position]
         values: dict[int, float | Exception]
@@ -175,13 +175,13 @@ class RewardPool:
             except Exception as error:  # the scorer's, or what is wrong with its value
                 self._fail(job, position, "raised or returned no number", f"{type(error).__name__}: {error}"[:500])
 
-    def _reward(self, job: Job) -> Reward:
+    def _reward(self, job: ScoringJob) -> Reward:
         values = {c.name: _outcome(job.components[i]) for i, c in enumerate(self._components)}
         value = sum(c.weight * values[c.name] for c in self._components)
         failures = tuple(c.name for i, c in enumerate(self._components) if i in job.failures)
         return Reward(value=value, components=values, failures=failures, steps=self._steps(job))
 
-    def _steps(self, job: Job) -> Steps | None:
+    def _steps(self, job: ScoringJob) -> Steps | None:
         """Of all terms, weighted, if one judged steps; a number is a step that ends with the completion."""
         if all(isinstance(found, float) for found in job.components.values()):
             return None
@@ -323,7 +323,7 @@ class RewardPool:
             self._queue.extendleft(reversed(waiting))
         self._start()
 
-    def _fail(self, job: Job, position: int, kind: FailureKind, detail: str) -> None:
+    def _fail(self, job: ScoringJob, position: int, kind: FailureKind, detail: str) -> None:
         component = self._components[position]
         job.components[position] = component.low
         job.failures.add(position)
@@ -333,7 +333,7 @@ class RewardPool:
             self.failure_counts[component.name] += 1
             self._problems.setdefault((component.name, kind), []).append(f"key {job.key} {detail}".rstrip())
 
-    def _finish(self, job: Job) -> None:
+    def _finish(self, job: ScoringJob) -> None:
         with self._changed:
             self._done[job.key] = job
             self._pending.discard(job.key)

@@ -27,7 +27,7 @@ _PREFETCH_SECONDS = 0.02
 
 
 @dataclass
-class Job:
+class ScoringJob:
     """One completion on its way: `remaining` are the positions of the terms that it has no value of yet."""
 
     key: int
@@ -61,7 +61,7 @@ class RewardProcess:
         self.ready = False
         self.setup_error: str | None = None
         self.started = self.last_progress = time.monotonic()
-        self.in_flight: deque[tuple[int, Job]] = deque()
+        self.in_flight: deque[tuple[int, ScoringJob]] = deque()
         self._mean_seconds = _PREFETCH_SECONDS
         self._incoming = b""
         self.backlog = bytearray()
@@ -75,7 +75,7 @@ class RewardProcess:
         wanted = max(1, min(_MAX_IN_FLIGHT, int(_PREFETCH_SECONDS / max(self._mean_seconds, 1e-6))))
         return wanted - len(self.in_flight)
 
-    def submit(self, serial: int, job: Job) -> None:
+    def submit(self, serial: int, job: ScoringJob) -> None:
         """Queue a job on this worker."""
         self.in_flight.append((serial, job))
         self._write([serial, job.remaining, job.prompt, job.completion, job.reference])

@@ -76,8 +76,8 @@ class GroupSource:
         if self.config.algorithm.routing_replay and silent:
             raise UserError(
                 f"algorithm.routing_replay=true: engine.kind={self.config.engine.kind} told no experts for "
-                f"{len(silent)} of {len(groups.rollouts)} rollouts, the first of prompt {silent[0].prompt.index}; "
-                "use an engine that does, or set algorithm.routing_replay=false"
+                f"{len(silent)} of {len(groups.rollouts)} rollouts, the first of prompt {silent[0].prompt.index}",
+                remedy="use an engine that does, or set algorithm.routing_replay=false",
             )
         return groups
 

@@ -48,7 +48,7 @@ class Codec(Protocol):
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
-class Share(Protocol):
+class Broadcast(Protocol):
     """Broadcast from the first rank of a share to the others; it passes what it is given there, the others None."""
 
     def __call__(self, value: Any) -> Any: ...
@@ -102,11 +102,11 @@ class _Rollout:
 
 
 @dataclass(frozen=True)
-class TurnTaking:
+class MultiTurnGenerator:
     """An engine and an environment as one sampler of whole rollouts.
 
     `environments` is None but on the first rank of the share; `codec` tokenises replies; `stop` are texts that end an
-    answer; `max_turns` is the most answers of a rollout; `share` broadcasts within the share; `any_goes_on` says
+    answer; `max_turns` is the most answers of a rollout; `share` broadcasts within the share; `any_unfinished` says
     whether a rollout goes on anywhere in the replica.
     """
 
@@ -115,8 +115,8 @@ class TurnTaking:
     codec: Codec
     stop: tuple[str, ...]
     max_turns: int
-    share: Share
-    any_goes_on: Callable[[bool], bool] = bool
+    share: Broadcast
+    any_unfinished: Callable[[bool], bool] = bool
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest, on_completion: OnCompletion | None = None
@@ -128,7 +128,7 @@ class TurnTaking:
         """
         wave = _Wave(self, prompts, sampling, on_completion)
         for turn in range(self.max_turns):
-            if not self.any_goes_on(wave.take(turn)):
+            if not self.any_unfinished(wave.take(turn)):
                 break
         return wave.completions()
 
@@ -151,7 +151,11 @@ class _Wave:
     """The rollouts of one call; those that are open keep the order of their prompts."""
 
     def __init__(
-        self, owner: TurnTaking, prompts: Sequence[Prompt], sampling: SamplingRequest, report: OnCompletion | None
+        self,
+        owner: MultiTurnGenerator,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        report: OnCompletion | None,
     ) -> None:
         self._owner, self._prompts, self._sampling, self._report = owner, prompts, sampling, report
         self._size = sampling.group_size
@@ -222,7 +226,7 @@ class _Wave:
             self._report(rollout.position, rollout.member, completion)
 
 
-def share_within(group: dist.ProcessGroup | None, first_rank: int) -> Share:
+def share_within(group: dist.ProcessGroup | None, first_rank: int) -> Broadcast:
     """Broadcast over the ranks of a share; without a group it has one rank."""
 
     def share(value: Any) -> Any:

@@ -81,7 +81,9 @@ class StepEnds(Protocol):
         ...
 
 
-def located(reward: Reward, completion: Completion, ends_of: StepEnds) -> tuple[tuple[int, float], ...] | None:
+def locate_step_tokens(
+    reward: Reward, completion: Completion, ends_of: StepEnds
+) -> tuple[tuple[int, float], ...] | None:
     """A reward's steps with the tokens in which they end: those that hold the steps' last characters.
 
     A step that ends with the text ends with the completion, EOS included.
@@ -137,9 +139,9 @@ class Sampler:
             seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
         with self._timers.phase("reward"):  # what is left of it: most was scored during the sampling
-            return SampledGroups(self._share(prompts, group_size, mine), group_size)
+            return SampledGroups(self._gather_rollouts(prompts, group_size, mine), group_size)
 
-    def _share(
+    def _gather_rollouts(
         self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, tuple[Completion, int]]
     ) -> list[Rollout]:
         """Score what is left, then exchange: the first rank of each share speaks for it."""
@@ -160,7 +162,7 @@ class Sampler:
         return [self._rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
 
     def _rollout(self, prompt: Prompt, completion: Completion, reward: Reward, replica: int) -> Rollout:
-        steps = located(reward, completion, self._ends_of) if self._ends_of is not None else None
+        steps = locate_step_tokens(reward, completion, self._ends_of) if self._ends_of is not None else None
         return Rollout(prompt, completion, reward, replica, steps)
 
 

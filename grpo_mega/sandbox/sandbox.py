@@ -186,10 +186,12 @@ def check_limits(seconds: float, usual: float, **numbers: int) -> None:
         UserError: names the argument.
     """
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0.1 <= seconds <= 3600:
-        raise UserError(f"seconds={seconds!r} is no number of seconds from 0.1 to 3600; use for example {usual}")
+        raise UserError(
+            f"seconds={seconds!r} is no number of seconds from 0.1 to 3600", remedy=f"use for example {usual}"
+        )
     for name, value in numbers.items():
         if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0; leave it out or correct it")
+            raise UserError(f"{name}={value!r} is no whole number above 0", remedy="leave it out or correct it")
 
 
 @functools.cache
@@ -200,7 +202,7 @@ def require_isolation() -> None:
         UserError: names what this machine does not give, and how to get it.
     """
     if sys.platform != "linux":
-        raise UserError(f"programs run in a sandbox only, and there is none for {sys.platform}; use Linux")
+        raise UserError(f"programs run in a sandbox only, and there is none for {sys.platform}", remedy="use Linux")
     try:
         with Sandbox(Limits()) as sandbox:
             outcome = sandbox.run_python(_PROBE, seconds=START_SECONDS)
@@ -208,8 +210,8 @@ def require_isolation() -> None:
         raise UserError(f"programs run in a sandbox only, and this machine gives none: {error}") from error
     if not outcome.succeeded or outcome.stdout.strip() != _PROBED:
         raise UserError(
-            f"programs run in a sandbox only, and the one of this machine cannot run Python: {outcome}; the user "
-            f"65534 must be able to read {', '.join(python_folders())}"
+            f"programs run in a sandbox only, and the one of this machine cannot run Python: {outcome}",
+            remedy=f"the user 65534 must be able to read {', '.join(python_folders())}",
         )
 
 

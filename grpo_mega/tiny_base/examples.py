@@ -71,8 +71,8 @@ def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int, tool_frac
     kept = [row for row in solved if len("".join(row).encode()) + len("\n\n#### ") <= max_bytes]
     if not kept:
         raise UserError(
-            f"model.base.examples={path} has no example of at most {max_bytes} bytes; raise "
-            f"model.base.architecture.max_positions"
+            f"model.base.examples={path} has no example of at most {max_bytes} bytes",
+            remedy="raise model.base.architecture.max_positions",
         )
 
     def draw(rng: random.Random) -> Example:
@@ -90,8 +90,8 @@ def _read_gsm8k(path: Path) -> list[tuple[str, str, str]]:
     """(question, last calculation, result) of every line."""
     if not path.is_file():
         raise UserError(
-            f"model.base.examples={path}: no such file; put GSM8K's train.jsonl there (grade_school_math/data/"
-            f"train.jsonl of openai/grade-school-math)"
+            f"model.base.examples={path}: no such file",
+            remedy="put GSM8K's train.jsonl there (grade_school_math/data/train.jsonl of openai/grade-school-math)",
         )
     rows: list[tuple[str, str, str]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -101,12 +101,12 @@ def _read_gsm8k(path: Path) -> list[tuple[str, str, str]]:
             steps, result = solution.rsplit("####", 1)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{number}: not a GSM8K example ({error}); each line is "
-                f'{{"question": ..., "answer": "... #### 72"}}'
+                f"{path}:{number}: not a GSM8K example ({error})",
+                remedy='each line is {"question": ..., "answer": "... #### 72"}',
             ) from error
         calculations = _CALCULATION.findall(steps)
         last = calculations[-1] if calculations else steps.strip().splitlines()[-1] if steps.strip() else result
         rows.append((question, last.strip()[:_MAX_CALCULATION_CHARS], result.strip()))
     if not rows:
-        raise UserError(f"model.base.examples={path} is empty; put GSM8K's train.jsonl there")
+        raise UserError(f"model.base.examples={path} is empty", remedy="put GSM8K's train.jsonl there")
     return rows

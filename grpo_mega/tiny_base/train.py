@@ -104,7 +104,7 @@ def recipe_digest(recipe: BaseConfig, train_file: str) -> str:
 def _examples(recipe: BaseConfig, path: Path) -> Draw:
     if recipe.task == "gsm8k" and recipe.tokenizer == "char":
         raise UserError(
-            "model.base.tokenizer=char knows only digits, and GSM8K is prose; use model.base.tokenizer=byte"
+            "model.base.tokenizer=char knows only digits, and GSM8K is prose", remedy="use model.base.tokenizer=byte"
         )
     if recipe.task == "arithmetic":
         return arithmetic_examples(recipe.flawed_fraction, recipe.tool_fraction)

@@ -33,13 +33,13 @@ from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.trainer.batch import explain_batch
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
-from grpo_mega.trainer.loop import Job, push_weights, train
+from grpo_mega.trainer.loop import TrainerState, push_weights, train
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, in_words
-from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync, nobody_to_tell
+from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync, no_remote_ranks
 
 log = logging.getLogger("grpo_mega.trainer.run")
 
@@ -48,7 +48,7 @@ log = logging.getLogger("grpo_mega.trainer.run")
 class BuiltJob:
     """A job with what it needs before and after the loop."""
 
-    job: Job
+    job: TrainerState
     run_state: RunState
     model_folder: Path
     state: LoopState
@@ -137,7 +137,7 @@ def building(
             observer = Observer(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
             stack.callback(observer.close)
             progress.note(explain_batch(config, ranks.topology))
-        job = Job(
+        job = TrainerState(
             config=config,
             ranks=ranks,
             groups=GroupSource(sampler, prompts, config),
@@ -160,7 +160,7 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
     replicas = [ranks.topology.replica_ranks(i) for i in range(ranks.topology.num_replicas)]
     groups = [dist.new_group(members) for members in replicas]
     settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
-    where, world, announce = ranks.topology.describe(ranks.rank), None, nobody_to_tell
+    where, world, announce = ranks.topology.describe(ranks.rank), None, no_remote_ranks
     source, full_tensors = policy_end(config, policy)
     if isinstance(engine, ServerEngine):
         world = engine.meet(source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport)

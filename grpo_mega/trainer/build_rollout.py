@@ -18,7 +18,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.rollout.multi_turn import TurnTaking, any_within, share_within
+from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_within, share_within
 from grpo_mega.rollout.sampler import Generator, Sampler
 from grpo_mega.types import Reward
 
@@ -60,7 +60,9 @@ def make_sampler(
     return Sampler(generator, workers.rewards, ranks, timers, per_wave, _floor(config), ends_of)
 
 
-def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path) -> TurnTaking:
+def _turn_taking(
+    config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path
+) -> MultiTurnGenerator:
     environment, topology = config.environment, ranks.topology
     assert environment is not None
     group = together = None
@@ -71,14 +73,14 @@ def _turn_taking(config: Config, engine: Engine, workers: Workers, ranks: Ranks,
         groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
         together = groups[ranks.at.replica]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop
-    return TurnTaking(
+    return MultiTurnGenerator(
         engine,
         workers.environments,
         ResultText(load_tokenizer(model_folder), environment.before, environment.after),
         stop=stop,
         max_turns=environment.max_turns,
         share=share_within(group, topology.share_ranks(ranks.at.share)[0]),
-        any_goes_on=any_within(together),
+        any_unfinished=any_within(together),
     )
 
 

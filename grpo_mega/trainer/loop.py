@@ -1,7 +1,8 @@
 """The loop: sample, score, advantage, train, sync; on every rank the same program.
 
-Everything that differs between backends, precisions and algorithms is inside the objects of a `Job`. A step is a pure
-function of the weights, the optimizer's state, and (run.seed, step): that is what makes a resumed run the same run.
+Everything that differs between backends, precisions and algorithms is inside the objects of a `TrainerState`. A step is
+a pure function of the weights, the optimizer's state, and (run.seed, step): that is what makes a resumed run the same
+run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainerState:
     """One run on this rank. `observer` is None but on rank 0, `evaluator` where nothing is held out, `critic` where
     advantages are relative to rollouts and not to what a model expects."""
 
@@ -51,7 +52,7 @@ class Job:
     observer: Observer | None
 
 
-def train(job: Job, state: LoopState) -> LoopState:
+def train(job: TrainerState, state: LoopState) -> LoopState:
     """From `state` to `train.steps`; the engines must hold the policy's weights.
 
     Raises:
@@ -67,7 +68,7 @@ def train(job: Job, state: LoopState) -> LoopState:
             batch = make_batch(job, objective, groups, step)
             with timers.phase("log_probs"):
                 batch = with_log_probs(job, objective, batch)
-            batch, critic_updates = learn_values(job, objective, batch, groups, state.policy_version)
+            batch, critic_updates = update_critic(job, objective, batch, groups, state.policy_version)
             with timers.phase("train"):
                 batch, updates = update(job, objective.loss(), batch, state.policy_version)
                 update_reference_if_due(job, step)
@@ -100,7 +101,7 @@ def train(job: Job, state: LoopState) -> LoopState:
     return state
 
 
-def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
+def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
     """Advantages, global denominators, and this rank's packed rows."""
     rewards = [r.reward for r in groups.rollouts]
     shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
@@ -117,7 +118,7 @@ def make_batch(job: Job, objective: Objective, groups: SampledGroups, step: int)
     )
 
 
-def with_log_probs(job: Job, objective: Objective, batch: TrainBatch) -> TrainBatch:
+def with_log_probs(job: TrainerState, objective: Objective, batch: TrainBatch) -> TrainBatch:
     """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
     ref = None
     if objective.needs_reference:
@@ -130,8 +131,8 @@ def with_log_probs(job: Job, objective: Objective, batch: TrainBatch) -> TrainBa
     return batch.with_log_probs(old=old, ref=ref)
 
 
-def learn_values(
-    job: Job, objective: Objective, batch: TrainBatch, groups: SampledGroups, policy_version: int
+def update_critic(
+    job: TrainerState, objective: Objective, batch: TrainBatch, groups: SampledGroups, policy_version: int
 ) -> tuple[TrainBatch, list[UpdateStats]]:
     """The advantages that need log-probs or values, and the critic's updates on this batch."""
     kl = None
@@ -151,7 +152,7 @@ def learn_values(
     return batch, stats
 
 
-def state_bytes(job: Job) -> dict[str, int]:
+def state_bytes(job: TrainerState) -> dict[str, int]:
     """What this rank trains with, in bytes."""
     learners = {"policy": job.policy, "critic": job.critic}
     return {
@@ -162,7 +163,9 @@ def state_bytes(job: Job) -> dict[str, int]:
     }
 
 
-def update(job: Job, loss: TokenLoss, batch: TrainBatch, policy_version: int) -> tuple[TrainBatch, list[UpdateStats]]:
+def update(
+    job: TrainerState, loss: TokenLoss, batch: TrainBatch, policy_version: int
+) -> tuple[TrainBatch, list[UpdateStats]]:
     """All optimizer steps on this batch; the batch comes back with its `old_log_probs`."""
     stats: list[UpdateStats] = []
     before: list[Tensor] | None = None
@@ -174,7 +177,7 @@ def update(job: Job, loss: TokenLoss, batch: TrainBatch, policy_version: int) ->
     return (batch.with_log_probs(old=before, ref=None) if len(stats) == 1 else batch), stats
 
 
-def update_reference_if_due(job: Job, step: int) -> None:
+def update_reference_if_due(job: TrainerState, step: int) -> None:
     """Every `algorithm.ref_update_every` steps the policy becomes the reference."""
     every = job.config.algorithm.ref_update_every
     if every and step % every == 0:
@@ -192,7 +195,7 @@ def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
 
 
-def push_weights(job: Job, state: LoopState) -> SyncReport:
+def push_weights(job: TrainerState, state: LoopState) -> SyncReport:
     """Bring the engines to `state.policy_version`, proven as `weight_sync.verify` says."""
     verify = job.config.weight_sync.verify
     with job.phases.syncing(), job.timers.phase("sync"):
@@ -201,7 +204,7 @@ def push_weights(job: Job, state: LoopState) -> SyncReport:
         )
 
 
-def evaluate_if_due(job: Job, step: int) -> None:
+def evaluate_if_due(job: TrainerState, step: int) -> None:
     """Every `evaluation.every` steps; both ends of the run are evaluated outside of the loop."""
     every = job.config.evaluation.every
     if job.evaluator is not None and every is not None and step % every == 0 and step < job.config.train.steps:
@@ -211,7 +214,7 @@ def evaluate_if_due(job: Job, step: int) -> None:
             job.observer.evaluated(evaluation)
 
 
-def gather_by_rollout(job: Job, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
+def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
     """`values` [T] per microbatch as lists per rollout of the step, on every rank."""
     mine: dict[int, list[float]] = {}
     if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):

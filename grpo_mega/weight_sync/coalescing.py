@@ -19,7 +19,7 @@ SHARE = 128  # a parcel is at most this part of the lower bound of every link th
 
 
 @dataclass(frozen=True)
-class Classes:
+class TransferClasses:
     """Pieces by who holds and who wants them. `class_of`: [pieces]; class c goes to `count[c]` ranks, which are the
     rows of `flows` from `begin[c]` on."""
 
@@ -37,7 +37,7 @@ class Classes:
         holders: tuple[RankSet, ...],
         takers: tuple[RankSet, ...],
         nodes: tuple[int, ...],
-    ) -> Classes:
+    ) -> TransferClasses:
         """Of pieces of `sizes` bytes, held by `holders[holder[p]]`, wanted by `takers[taker[p]]`."""
         pairs, class_of = np.unique(holder * len(takers) + taker, return_inverse=True)
         class_of = class_of.ravel().astype(np.int64)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, WeightSink
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, Piece, RankPlan
-from grpo_mega.weight_sync.transports.base import Message, Transport, TransportError, Turn
+from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankPlan, TransferPiece
+from grpo_mega.weight_sync.transports.base import BucketMessage, Round, Transport, TransportError
 from grpo_mega.weight_sync.transports.process_vm_readv import (
     PLACE_BYTES,
-    Neighbours,
-    Runs,
+    PeerMemory,
+    StridedRange,
     fits,
     put_places,
     take_places,
@@ -70,12 +70,14 @@ class Execution:
                     self._take_over(kind, turns[n - 1], policy_version)
         return self._faults
 
-    def _pack(self, kind: str, buffer: Tensor, turn: Turn, by_tensor: dict[str, list[HeldSlice]], version: int) -> None:
+    def _pack(
+        self, kind: str, buffer: Tensor, turn: Round, by_tensor: dict[str, list[HeldSlice]], version: int
+    ) -> None:
         transport = self._transports[kind]
         for message in turn.sends:
             part = buffer[message.start : message.start + message.num_bytes]
             pieces = self._mine.pieces[turn.number, self._mine.rank, message.peer]
-            places = _places_of(pieces, by_tensor, message) if _reads(transport.neighbours, message.peer) else None
+            places = _places_of(pieces, by_tensor, message) if _reads(transport.peer_memory, message.peer) else None
             words = [*self._header(turn, message, version), _BYTES if places is None else _PLACES]
             part[:HEADER_BYTES].view(torch.int64)[: len(words)] = torch.tensor(words)
             if places is not None:
@@ -84,20 +86,24 @@ class Execution:
             for piece in pieces:
                 memory = holder_of(by_tensor, piece.hf).memory_of(piece.hf) if message.large else None
                 memory = memory if memory is not None and memory.dtype == piece.dtype else None
-                if memory is None or not transport.lend(turn, message, piece.start, memory, sends=True):
+                if memory is None or not transport.send_or_receive_in_place(
+                    turn, message, piece.start, memory, sends=True
+                ):
                     self._bytes_of(part, piece).copy_(view_of(by_tensor, piece.hf))
-        self._lend_engine(transport, turn)
+        self._receive_in_place(transport, turn)
         transport.start(turn)
 
-    def _lend_engine(self, transport: Transport, turn: Turn) -> None:
+    def _receive_in_place(self, transport: Transport, turn: Round) -> None:
         """Its memory, for what is large."""
         for message in turn.receives:
             for piece in self._mine.pieces[turn.number, message.peer, self._mine.rank] if message.large else ():
                 memory = self._memory_of(piece)
-                if memory is not None and transport.lend(turn, message, piece.start, memory, sends=False):
+                if memory is not None and transport.send_or_receive_in_place(
+                    turn, message, piece.start, memory, sends=False
+                ):
                     self._in_place.add((turn.number, message.peer, piece.start))
 
-    def _take_over(self, kind: str, turn: Turn, version: int) -> None:
+    def _take_over(self, kind: str, turn: Round, version: int) -> None:
         transport = self._transports[kind]
         for message in turn.receives:
             part = transport.incoming(turn, message)
@@ -118,36 +124,36 @@ class Execution:
                         self._write(piece.hf, self._bytes_of(part, piece))
         transport.finish(turn)
 
-    def _fetch(self, transport: Transport, peer: int, found: Sequence[tuple[Piece, Runs]]) -> None:
+    def _fetch(self, transport: Transport, peer: int, found: Sequence[tuple[TransferPiece, StridedRange]]) -> None:
         """From the memory of `peer` to the engine's; one after another by way of a buffer where only `write` knows."""
-        assert transport.neighbours is not None, "it was told where bytes are"
-        pairs: list[tuple[Runs, Runs]] = []
+        assert transport.peer_memory is not None, "it was told where bytes are"
+        pairs: list[tuple[StridedRange, StridedRange]] = []
         try:
             for piece, theirs in found:
                 memory = self._memory_of(piece)
-                ours = None if memory is None else Runs.of(memory)
+                ours = None if memory is None else StridedRange.of(memory)
                 if ours is not None and fits(theirs, ours):
                     pairs.append((theirs, ours))
                     continue
                 values = torch.empty(piece.hf.shape, dtype=piece.dtype)
-                transport.neighbours.read(peer, [(theirs, Runs.whole(values))])
+                transport.peer_memory.read(peer, [(theirs, StridedRange.whole(values))])
                 self._write(piece.hf, values)
-            transport.neighbours.read(peer, pairs)
+            transport.peer_memory.read(peer, pairs)
         except OSError as error:
             names = ", ".join(dict.fromkeys(piece.hf.name for piece, _ in found[:3]))
             raise TransportError(f"{names} from rank {peer} to rank {self._mine.rank}: {error}", peer) from error
 
-    def _memory_of(self, piece: Piece) -> Tensor | None:
+    def _memory_of(self, piece: TransferPiece) -> Tensor | None:
         try:
             memory = self._sink.memory_of(piece.hf)
         except (RuntimeError, ValueError):
             return None  # `write` says so
         return memory if memory is not None and memory.dtype == piece.dtype else None
 
-    def _header(self, turn: Turn, message: Message, version: int) -> list[int]:
+    def _header(self, turn: Round, message: BucketMessage, version: int) -> list[int]:
         return [self._plan_word, version, turn.number, message.num_bytes]
 
-    def _bytes_of(self, message: Tensor, piece: Piece) -> Tensor:
+    def _bytes_of(self, message: Tensor, piece: TransferPiece) -> Tensor:
         return message[piece.start : piece.start + piece.num_bytes].view(piece.dtype).view(piece.hf.shape)
 
     def _write(self, hf: TensorSlice, values: Tensor) -> None:
@@ -157,18 +163,20 @@ class Execution:
             self._faults.append(f"{hf} on rank {self._mine.rank}: the engine refused it ({error})")
 
 
-def _reads(neighbours: Neighbours | None, peer: int) -> bool:
-    return neighbours is not None and neighbours.is_read_by(peer)
+def _reads(peer_memory: PeerMemory | None, peer: int) -> bool:
+    return peer_memory is not None and peer_memory.is_read_by(peer)
 
 
-def _places_of(pieces: Sequence[Piece], by_tensor: dict[str, list[HeldSlice]], message: Message) -> list[Runs] | None:
+def _places_of(
+    pieces: Sequence[TransferPiece], by_tensor: dict[str, list[HeldSlice]], message: BucketMessage
+) -> list[StridedRange] | None:
     """Where another process finds all pieces of a message; None where one is computed first, or in too many parts."""
     if PLACE_BYTES * len(pieces) > message.num_bytes - HEADER_BYTES:
         return None
     places = []
     for piece in pieces:
         memory = holder_of(by_tensor, piece.hf).memory_of(piece.hf)
-        place = Runs.of(memory) if memory is not None and memory.dtype == piece.dtype else None
+        place = StridedRange.of(memory) if memory is not None and memory.dtype == piece.dtype else None
         if place is None:
             return None
         places.append(place)

@@ -54,7 +54,7 @@ def fp8_report(source: WeightSource, group: dist.ProcessGroup | None, *, power_o
 
 
 @dataclass(frozen=True)
-class LayerError:
+class LayerDeviation:
     """Of the matrices of one layer: the median and the worst of their relative errors, and whose it is."""
 
     layer: int
@@ -65,7 +65,7 @@ class LayerError:
     largest: float
 
 
-def by_layer(report: Mapping[str, Mapping[str, float]]) -> list[LayerError]:
+def by_layer(report: Mapping[str, Mapping[str, float]]) -> list[LayerDeviation]:
     """One entry for each layer of a model, in their order."""
     layers: dict[int, list[str]] = {}
     for name in report:
@@ -74,9 +74,9 @@ def by_layer(report: Mapping[str, Mapping[str, float]]) -> list[LayerError]:
     return [_layer_error(layer, {name: report[name] for name in names}) for layer, names in sorted(layers.items())]
 
 
-def _layer_error(layer: int, report: Mapping[str, Mapping[str, float]]) -> LayerError:
+def _layer_error(layer: int, report: Mapping[str, Mapping[str, float]]) -> LayerDeviation:
     worst = max(report, key=lambda name: report[name]["relative"])
-    return LayerError(
+    return LayerDeviation(
         layer=layer,
         matrices=len(report),
         median=statistics.median(each["relative"] for each in report.values()),

@@ -10,17 +10,17 @@ from typing import TypeVar, cast
 import torch
 
 from grpo_mega.interfaces import HeldSlice, SinkRegion
-from grpo_mega.parallel.peer_group import World, read_plain
+from grpo_mega.parallel.peer_group import PeerGroup, read_plain
 from grpo_mega.types import WeightMismatchError
 from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, merged, volumes
 
 T = TypeVar("T")
 
 
-class Attendance:
+class StragglerBarrier:
     """Who has come how far, in the ranks' store: a rank that waits in vain says for whom."""
 
-    def __init__(self, name: str, where: list[str], timeout_seconds: float, world: World) -> None:
+    def __init__(self, name: str, where: list[str], timeout_seconds: float, world: PeerGroup) -> None:
         """`where[r]` says who rank r is."""
         self._name, self._where, self._phase = name, where, 0
         self._timeout, self._world = timeout_seconds, world
@@ -43,9 +43,9 @@ class Attendance:
             return self._world.gather(value)
         except RuntimeError as error:
             self._world.check_others()
-            raise RuntimeError(f"weight sync, {what}: {self.absent()} ({error})") from error
+            raise RuntimeError(f"weight sync, {what}: {self.missing_ranks()} ({error})") from error
 
-    def absent(self) -> str:
+    def missing_ranks(self) -> str:
         """For a message: the ranks that have not reached the present phase."""
         try:
             missing = [r for r in range(len(self._where)) if not self._world.store.check([self._key(r)])]
@@ -60,7 +60,7 @@ class Attendance:
 
 
 @dataclass(frozen=True)
-class Ends:
+class SyncEnds:
     """Both ends of a sync over all ranks. `dtypes`: of each tensor as it travels, the engine's."""
 
     tensors: dict[str, WireTensor]
@@ -86,8 +86,8 @@ def agree_on_ends(
     shards: Sequence[HeldSlice],
     regions: Sequence[SinkRegion],
     replicas: Sequence[Sequence[int]],
-    attendance: Attendance,
-) -> Ends:
+    attendance: StragglerBarrier,
+) -> SyncEnds:
     """Every rank's shards and regions, on every rank.
 
     Args:
@@ -113,7 +113,7 @@ def agree_on_ends(
             dtypes[name] = dtype
     _check_codes(reports, dtypes)
     tensors = {name: WireTensor(shape, dtypes[name].itemsize) for name, shape in shapes.items()}
-    ends = Ends(tensors, dtypes, _of_all([r.held for r in reports]), _of_all([r.wanted for r in reports]))
+    ends = SyncEnds(tensors, dtypes, _of_all([r.held for r in reports]), _of_all([r.wanted for r in reports]))
     _check_complete(ends, replicas)
     return ends
 
@@ -155,7 +155,7 @@ def _of_all(pickled: Sequence[bytes]) -> Holdings:
     return join([cast("Holdings", read_plain(each)).on(ranks) for each, ranks in alike.items()])
 
 
-def _check_complete(ends: Ends, replicas: Sequence[Sequence[int]]) -> None:
+def _check_complete(ends: SyncEnds, replicas: Sequence[Sequence[int]]) -> None:
     """Each engine takes every element of every tensor somewhere."""
     names = list(ends.tensors)
     full = [int(torch.Size(tensor.shape).numel()) for tensor in ends.tensors.values()]

@@ -22,7 +22,7 @@ import numpy as np
 
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.bucketing import fill_buckets
-from grpo_mega.weight_sync.coalescing import Classes
+from grpo_mega.weight_sync.coalescing import TransferClasses
 from grpo_mega.weight_sync.sender_choice import TRAVELS, Link, choose_senders, lower_bounds
 from grpo_mega.weight_sync.slice_table import (
     Boxes,
@@ -43,7 +43,7 @@ CUT = 8  # a transfer is at most this part of a bucket, so that buckets fill wel
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReshardPlan:
     """Transfers, ordered by bucket, sender, receiver, parcel.
 
     `pieces` are slices of tensors; those from `first[p]` to `first[p + 1]` are parcel p and always travel together.
@@ -168,9 +168,9 @@ class Plan:
 LINKS: tuple[Link, ...] = ("same_process", *TRAVELS)
 
 
-def make_plan(
+def plan_reshard(
     tensors: Mapping[str, WireTensor], held: Holdings, wanted: Holdings, nodes: Sequence[int], bucket_bytes: int
-) -> Plan:
+) -> ReshardPlan:
     """The plan that brings every box of `wanted` to its rank.
 
     Args:
@@ -178,7 +178,7 @@ def make_plan(
         held: what each rank has, copies on several ranks included.
         wanted: what each rank needs; a box that a rank wants twice travels once.
         nodes: [ranks] node of each.
-        bucket_bytes: see `Plan`.
+        bucket_bytes: see `ReshardPlan`.
 
     Raises:
         WeightMismatchError: shards overlap, or some wanted element is held nowhere (names tensor, slice and rank).
@@ -196,7 +196,9 @@ def make_plan(
     pieces = Boxes(sinks.tensors[sink], starts, ends)
     sizes = _bytes_of(tensors, pieces)
     takers = sinks.rank_set[sink]
-    classes = Classes.of(sizes, sources.rank_set[source], takers, sources.rank_sets, sinks.rank_sets, tuple(nodes))
+    classes = TransferClasses.of(
+        sizes, sources.rank_set[source], takers, sources.rank_sets, sinks.rank_sets, tuple(nodes)
+    )
 
     order, first = classes.parcels(sizes, bucket_bytes // CUT)
     pieces = Boxes(pieces.tensors[order], starts[order], ends[order])
@@ -206,7 +208,7 @@ def make_plan(
     src = choose_senders(classes.flows, flow, parcel_bytes[parcel])
     bucket = fill_buckets(src, dst, parcel_bytes[parcel], len(nodes), bucket_bytes)
     order = np.lexsort((parcel, dst, src, bucket))
-    return Plan(
+    return ReshardPlan(
         dict(tensors),
         tuple(nodes),
         bucket_bytes,

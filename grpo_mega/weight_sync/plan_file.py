@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.plan import Plan
+from grpo_mega.weight_sync.plan import ReshardPlan
 from grpo_mega.weight_sync.slice_table import WireTensor, holdings
 
 
-def write_plan(plan: Plan, path: Path, summary: Mapping[str, Any]) -> None:
+def write_plan(plan: ReshardPlan, path: Path, summary: Mapping[str, Any]) -> None:
     """`summary` comes first; it is for readers, and not read again."""
     head = {
         "summary": dict(summary),
@@ -38,7 +38,7 @@ def write_plan(plan: Plan, path: Path, summary: Mapping[str, Any]) -> None:
         out.write("\n }\n}\n")
 
 
-def _lines(plan: Plan) -> Iterator[str]:
+def _lines(plan: ReshardPlan) -> Iterator[str]:
     order = np.lexsort((plan.dst, plan.parcel))
     bounds = np.searchsorted(plan.parcel[order], np.arange(len(plan.first))).tolist()
     columns = np.column_stack([plan.src[order], plan.dst[order], plan.bucket[order]])
@@ -48,7 +48,7 @@ def _lines(plan: Plan) -> Iterator[str]:
             yield f'  "{plan.slice_of(piece)}": {ways}'
 
 
-def read_plan(path: Path) -> Plan:
+def read_plan(path: Path) -> ReshardPlan:
     """The reverse of `write_plan`.
 
     Raises:
@@ -62,12 +62,12 @@ def read_plan(path: Path) -> Plan:
         rows = [(number, *row) for number, piece in enumerate(raw["parcels"]) for row in ways[piece]]
         pieces = holdings(tensors, slices, 0)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is no plan of tools/plan_sync.py ({error}); write it again") from None
+        raise UserError(f"{path}: is no plan of tools/plan_sync.py ({error})", remedy="write it again") from None
     parcel, src, dst, bucket = np.asarray(rows, np.int64).reshape(-1, 4).T
     order = np.lexsort((parcel, dst, src, bucket))
     columns = (parcel[order], src[order], dst[order], bucket[order])
     first = np.asarray([*raw["parcels"], len(pieces)], np.int64)
-    return Plan(tensors, tuple(raw["nodes"]), raw["bucket_bytes"], pieces, first, *columns, raw["bounds"])
+    return ReshardPlan(tensors, tuple(raw["nodes"]), raw["bucket_bytes"], pieces, first, *columns, raw["bounds"])
 
 
 def slice_from_text(text: str) -> TensorSlice:
@@ -77,7 +77,7 @@ def slice_from_text(text: str) -> TensorSlice:
     return TensorSlice(name, tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
 
 
-def difference(left: Plan, right: Plan) -> list[str]:
+def difference(left: ReshardPlan, right: ReshardPlan) -> list[str]:
     """One line per slice that two plans treat differently."""
     ours, theirs = dict(_pairs(left)), dict(_pairs(right))
     found = []
@@ -87,7 +87,7 @@ def difference(left: Plan, right: Plan) -> list[str]:
     return found
 
 
-def _pairs(plan: Plan) -> Iterator[tuple[str, str]]:
+def _pairs(plan: ReshardPlan) -> Iterator[tuple[str, str]]:
     for line in _lines(plan):
         key, _, rest = line.strip().rpartition(": ")
         yield key.strip('"'), rest

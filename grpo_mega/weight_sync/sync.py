@@ -23,18 +23,18 @@ from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, WeightSink, WeightSource
 from grpo_mega.models.digest import combined_digest
-from grpo_mega.parallel.peer_group import World, job_world
+from grpo_mega.parallel.peer_group import PeerGroup, job_peer_group
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.executor import Execution
-from grpo_mega.weight_sync.handshake import Attendance, Ends, agree_on_ends
-from grpo_mega.weight_sync.plan import Plan, make_plan
-from grpo_mega.weight_sync.rank_schedule import rank_plan
+from grpo_mega.weight_sync.handshake import StragglerBarrier, SyncEnds, agree_on_ends
+from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
+from grpo_mega.weight_sync.rank_schedule import schedule_of_rank
 from grpo_mega.weight_sync.transports.base import TransportError
 from grpo_mega.weight_sync.transports.factory import TransportKind, make_transports, node_numbers, transport_kinds
 from grpo_mega.weight_sync.verify import (
     PieceDigests,
     differing_tensors,
-    located,
+    localize_mismatches,
     piece_digests,
     sink_digests,
     source_digests,
@@ -45,7 +45,7 @@ log = logging.getLogger("grpo_mega.weight_sync")
 FullTensors = Callable[[int], Iterator[tuple[str, Tensor]]]
 
 
-def nobody_to_tell(policy_version: int, verify: bool) -> None:
+def no_remote_ranks(policy_version: int, verify: bool) -> None:
     """All ranks are of one program."""
 
 
@@ -85,8 +85,8 @@ class WeightSync:
         replica_group: dist.ProcessGroup,
         settings: SyncSettings,
         where: str,
-        world: World | None = None,
-        announce: Callable[[int, bool], None] = nobody_to_tell,
+        world: PeerGroup | None = None,
+        announce: Callable[[int, bool], None] = no_remote_ranks,
     ) -> None:
         """Collective.
 
@@ -108,16 +108,16 @@ class WeightSync:
         """
         self._source, self._full_tensors, self._sink = source, full_tensors, sink
         self._source_group, self._replica_group, self._settings = source_group, replica_group, settings
-        self._world = world if world is not None else job_world()
+        self._world = world if world is not None else job_peer_group()
         self._announce = announce
         self._places = places = self._world.gather(where)
-        self._attendance = Attendance("weight_sync", places, settings.timeout_seconds, self._world)
+        self._attendance = StragglerBarrier("weight_sync", places, settings.timeout_seconds, self._world)
         self.count = 0
         """Pushes that succeeded."""
         reasons = [r for r in self._attendance.gather(sink.streams_because, "asking engines") if r is not None]
         if reasons:
             log.warning("engines get whole tensors, and what they hold is not proven: %s", reasons[0])
-        self._ends: Ends | None = None
+        self._ends: SyncEnds | None = None
         if not reasons:
             self._prepare(replicas)
         elif world is not None:
@@ -128,11 +128,11 @@ class WeightSync:
         self._ends = agree_on_ends(self._source.hf_shapes(), self._source.shards(), regions, replicas, self._attendance)
         nodes = node_numbers(self._attendance.gather)
         ends = self._ends
-        self.plan: Plan = make_plan(ends.tensors, ends.held, ends.wanted, nodes, self._settings.bucket_bytes)
+        self.plan: ReshardPlan = plan_reshard(ends.tensors, ends.held, ends.wanted, nodes, self._settings.bucket_bytes)
         check_same_plan(self._attendance.gather(self.plan.hash, "comparing plans"))
         rank = self._world.rank
         kinds = transport_kinds(self._settings.transport)
-        mine = rank_plan(self.plan, rank, ends.dtypes, kinds)
+        mine = schedule_of_rank(self.plan, rank, ends.dtypes, kinds)
         transports, buffer_bytes = make_transports(mine.turns, self._settings.timeout_seconds, self._world)
         self.execution = Execution(mine, transports, buffer_bytes, self.plan.hash, self._sink)
         written = self.plan.dst == rank if regions else self.plan.src == rank
@@ -157,7 +157,7 @@ class WeightSync:
         self._raise_faults([fault for found, _ in everyone for fault in found])
         check_versions([version for _, version in everyone], policy_version)
         loaded = time.perf_counter()
-        digests = self._told(source_digests(shards, self._ends.dtypes, self._source_group))
+        digests = self._broadcast_digests(source_digests(shards, self._ends.dtypes, self._source_group))
         if verify:
             self._verify(shards, digests)
         end = time.perf_counter()
@@ -180,7 +180,7 @@ class WeightSync:
             return [f"the engine of rank {self._world.rank} failed: {error}"]
         return faults
 
-    def _told(self, digests: dict[str, int]) -> dict[str, int]:
+    def _broadcast_digests(self, digests: dict[str, int]) -> dict[str, int]:
         """The policy's digests, on every rank."""
         if len(self._holders) == self._world.size:
             return digests
@@ -190,7 +190,7 @@ class WeightSync:
 
     def _verify(self, shards: Sequence[HeldSlice], expected: dict[str, int]) -> None:
         assert self._ends is not None, "there is a plan"
-        held, stale, failed = self._held()
+        held, stale, failed = self._sink_digests()
         replica: list[dict[TensorSlice, int]] = [{} for _ in range(self._replica_group.size())]
         dist.all_gather_object(replica, held, group=self._replica_group)
         findings = self._attendance.gather((differing_tensors(expected, replica), stale, failed), "comparing digests")
@@ -203,7 +203,7 @@ class WeightSync:
             ]
         self._raise_faults(faults)
 
-    def _held(self) -> tuple[dict[TensorSlice, int], list[str], list[str]]:
+    def _sink_digests(self) -> tuple[dict[TensorSlice, int], list[str], list[str]]:
         """Digests of what this rank's engine holds, what it computes from older weights, and why it cannot say."""
         try:
             held = sink_digests(self._sink, self._sink.layout())
@@ -216,7 +216,7 @@ class WeightSync:
         assert self._ends is not None, "there is a plan"
         mine = piece_digests(self.plan, self._world.rank, suspects, shards, self._sink, self._ends.dtypes)
         everywhere: list[PieceDigests] = self._attendance.gather(mine, "looking for the slice that differs")
-        return located(self.plan, suspects, everywhere)
+        return localize_mismatches(self.plan, suspects, everywhere)
 
     def _derived(self, parameter: str) -> str:
         """The slices whose derived copy `probe` looked at under this name."""

@@ -19,7 +19,7 @@ from grpo_mega.interfaces import HeldSlice, SinkRegion, WeightSink
 from grpo_mega.models.digest import slice_digest, wrap
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.executor import view_of
-from grpo_mega.weight_sync.plan import Plan
+from grpo_mega.weight_sync.plan import ReshardPlan
 from grpo_mega.weight_sync.slice_table import cut
 
 PART = 1 << 22  # elements
@@ -85,7 +85,7 @@ class PieceDigests:
 
 
 def piece_digests(
-    plan: Plan,
+    plan: ReshardPlan,
     rank: int,
     suspects: set[str],
     shards: Sequence[HeldSlice],
@@ -109,7 +109,7 @@ def piece_digests(
     return PieceDigests(sent, held)
 
 
-def located(plan: Plan, suspects: set[str], everywhere: Sequence[PieceDigests]) -> list[str]:
+def localize_mismatches(plan: ReshardPlan, suspects: set[str], everywhere: Sequence[PieceDigests]) -> list[str]:
     """One line per piece that an engine holds otherwise than its sender, or that senders hold differently."""
     faults = []
     first: dict[int, tuple[int, int]] = {}

@@ -54,7 +54,7 @@ say(len(lines), "information", f"'{{name}}' {{said}}")
 """
 
 
-def stand_in_for_lean(prefix: Path) -> str:
+def stub_lean(prefix: Path) -> str:
     """A command that behaves as Lean does where `proof` looks; the path of it."""
     binary = prefix / "bin" / "lean"
     binary.parent.mkdir()

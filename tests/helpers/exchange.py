@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from grpo_mega.parallel.peer_group import job_world
-from grpo_mega.weight_sync.transports.base import Message, Turn
+from grpo_mega.parallel.peer_group import job_peer_group
+from grpo_mega.weight_sync.transports.base import BucketMessage, Round
 from grpo_mega.weight_sync.transports.factory import make_transports
 
 NUM_TURNS, SYNCS = 7, 2
@@ -22,9 +22,9 @@ def pattern(sender: int, sync: int, turn: int) -> torch.Tensor:
 def exchange(rank: int, kind: str) -> list[str]:
     """On both ranks; the turns in which a rank found something else."""
     other = 1 - rank
-    messages = [Message(other, 0, NUM_BYTES - 64 * n) for n in range(NUM_TURNS)]
-    turns = [Turn(n, [message], [message]) for n, message in enumerate(messages)]
-    transports, _ = make_transports({kind: turns}, 60.0, job_world())
+    messages = [BucketMessage(other, 0, NUM_BYTES - 64 * n) for n in range(NUM_TURNS)]
+    turns = [Round(n, [message], [message]) for n, message in enumerate(messages)]
+    transports, _ = make_transports({kind: turns}, 60.0, job_peer_group())
     transport, wrong = transports[kind], []
     for sync in range(SYNCS):
         for n in range(NUM_TURNS + 1):

@@ -48,7 +48,7 @@ class StandInSink(MemorySink):
         return super().digests(slices)
 
 
-class StandInEngine:
+class StubEngine:
     """Answers with the seed, and with how much of its memory is not that of the policy's version."""
 
     def __init__(self, tp: int, rank: int, folder: Path) -> None:
@@ -91,7 +91,7 @@ class StandInEngine:
 
 
 @dataclass
-class StandIn:
+class StubServer:
     """A server with its ranks. Its folder holds faults."""
 
     folder: Path
@@ -116,11 +116,11 @@ class StandIn:
 
 
 @contextmanager
-def stand_in_server(folder: Path, tp: int = 1) -> Iterator[StandIn]:
+def stub_server(folder: Path, tp: int = 1) -> Iterator[StubServer]:
     """Ended on exit."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
-    server = StandIn(folder)
+    server = StubServer(folder)
     for rank in range(tp):
         server.processes.append(context.Process(target=_serve, args=(folder, tp, rank), daemon=True))
         server.processes[-1].start()
@@ -131,18 +131,18 @@ def stand_in_server(folder: Path, tp: int = 1) -> Iterator[StandIn]:
 
 
 def _serve(folder: Path, tp: int, rank: int) -> None:
-    from grpo_mega.engines.replica_broadcast import EngineRanks
-    from grpo_mega.engines.server.listener import Door
+    from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
+    from grpo_mega.engines.server.listener import ServerListener
     from grpo_mega.serve import Server
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=tp)
-    ranks, door = EngineRanks(tp, 20.0), None
+    ranks, door = ReplicaBroadcast(tp, 20.0), None
     if rank == 0:
         listener = socket.create_server(("127.0.0.1", 0))
-        door = Door(listener, TOKEN, {**FACTS, "engine.tp": tp}, 20.0)
+        door = ServerListener(listener, TOKEN, {**FACTS, "engine.tp": tp}, 20.0)
         door.open()
         (folder / "url.tmp").write_text(f"127.0.0.1:{listener.getsockname()[1]}")
         (folder / "url.tmp").rename(folder / "url")
-    stand_in: Any = StandInEngine(tp, rank, folder)
+    stand_in: Any = StubEngine(tp, rank, folder)
     Server(stand_in, ranks, door).run()

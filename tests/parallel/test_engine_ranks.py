@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch.distributed as dist
 
-from grpo_mega.engines.replica_broadcast import EngineRanks
+from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.types import UserError
 from tests.helpers.ranks import RankPool
 
@@ -24,11 +24,11 @@ def told(rank: int, fails: bool) -> Iterator[str | None]:
 
 
 def hear(rank: int, fails: bool) -> tuple[list[str], str, int, bool]:
-    ranks = EngineRanks(2, 60.0)
+    ranks = ReplicaBroadcast(2, 60.0)
     heard: list[str] = []
     error = ""
     try:
-        heard.extend(ranks.all_hear(told(rank, fails)))
+        heard.extend(ranks.broadcast_stream(told(rank, fails)))
     except RuntimeError as caught:
         error = str(caught)
     return heard, error, ranks.number, ranks.is_first
@@ -51,8 +51,8 @@ def slow(rank: int, beat_seconds: float) -> Iterator[str | None]:
 
 
 def waits_longer_than_a_collective(_: int) -> tuple[list[str], float]:
-    ranks = EngineRanks(2, 4.0)
-    return list(ranks.all_hear(slow(dist.get_rank(), 0.1))), ranks.beat_seconds
+    ranks = ReplicaBroadcast(2, 4.0)
+    return list(ranks.broadcast_stream(slow(dist.get_rank(), 0.1))), ranks.beat_seconds
 
 
 def test_beats_are_shorter_than_the_limit_and_are_not_heard(rank_pool: RankPool) -> None:
@@ -61,7 +61,7 @@ def test_beats_are_shorter_than_the_limit_and_are_not_heard(rank_pool: RankPool)
 
 def not_divided(_: int) -> str:
     with pytest.raises(UserError) as caught:
-        EngineRanks(2, 60.0)
+        ReplicaBroadcast(2, 60.0)
     return str(caught.value)
 
 
@@ -71,7 +71,7 @@ def test_a_world_that_is_no_multiple_of_engine_tp_is_refused(rank_pool: RankPool
 
 
 def gathered(rank: int, tp: int) -> list[str]:
-    return EngineRanks(tp, 60.0).gather(f"of {rank}")
+    return ReplicaBroadcast(tp, 60.0).gather(f"of {rank}")
 
 
 def test_ranks_of_an_engine_and_only_they_know_of_each_other(rank_pool: RankPool) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from grpo_mega.engines.server.client import look
+from grpo_mega.engines.server.client import inspect_server
 from grpo_mega.engines.server.engine import ServerEngine
 from grpo_mega.engines.server.messages import sample_command
 from grpo_mega.engines.server.protocol import TOKEN_VARIABLE, Address
@@ -22,7 +22,7 @@ from grpo_mega.types import Prompt, SamplingRequest, UserError
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync
 from tests.helpers.memory_ends import MemorySource
 from tests.helpers.ranks import RankPool
-from tests.helpers.stub_server import FACTS, TOKEN, StandIn, stand_in_server
+from tests.helpers.stub_server import FACTS, TOKEN, StubServer, stub_server
 from tests.helpers.weight_layouts import TENSORS, policy
 
 BUCKET_BYTES = 128 * 1024
@@ -33,11 +33,11 @@ LIMIT = 3.0  # seconds of every wait, where one waits in vain
 
 
 @pytest.fixture(scope="module")
-def servers(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StandIn]]:
+def servers(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StubServer]]:
     """Two of one rank, which no test may break."""
     folder = tmp_path_factory.mktemp("servers")
     rank_pool.call(1, nothing)  # the pool's imports are those of the servers
-    with stand_in_server(folder / "first") as first, stand_in_server(folder / "second") as second:
+    with stub_server(folder / "first") as first, stub_server(folder / "second") as second:
         yield [first, second]
 
 
@@ -101,7 +101,7 @@ def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[An
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.long)])
 def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
-    rank_pool: RankPool, servers: list[StandIn], transport: str
+    rank_pool: RankPool, servers: list[StubServer], transport: str
 ) -> None:
     found = rank_pool.call(2, follow, [server.url for server in servers], 1, transport)
     for rank, (told, reports, received) in enumerate(found):
@@ -118,7 +118,7 @@ def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
 
 
 def test_a_server_of_two_ranks_holds_each_slice_once(rank_pool: RankPool, tmp_path: Path) -> None:
-    with stand_in_server(tmp_path / "wide", tp=2) as server:
+    with stub_server(tmp_path / "wide", tp=2) as server:
         found = rank_pool.call(2, follow, [server.url], 2, "gloo")
     for told, _, received in found:
         assert [text for answers in told for _, text, _ in answers] == [told[0][0][1]] * 8
@@ -135,7 +135,9 @@ def is_refused(rank: int, urls: list[str], seconds: float, token: bytes, facts: 
     return str(caught.value)
 
 
-def test_a_server_of_another_model_or_setting_is_refused_by_name(rank_pool: RankPool, servers: list[StandIn]) -> None:
+def test_a_server_of_another_model_or_setting_is_refused_by_name(
+    rank_pool: RankPool, servers: list[StubServer]
+) -> None:
     urls = [server.url for server in servers]
     different: dict[str, object] = {"config.json of the model": "fedcba9876543210", "precision.dtype": "fp32"}
     first, second = rank_pool.call(2, is_refused, urls, 5.0, TOKEN, different)
@@ -146,7 +148,7 @@ def test_a_server_of_another_model_or_setting_is_refused_by_name(rank_pool: Rank
     )
 
 
-def test_another_secret_is_refused(rank_pool: RankPool, servers: list[StandIn]) -> None:
+def test_another_secret_is_refused(rank_pool: RankPool, servers: list[StubServer]) -> None:
     (told,) = rank_pool.call(1, is_refused, [servers[0].url], 5.0, b"another secret of a test", {})
     assert told.startswith(f"engine.urls[0]={servers[0].url}: what listens there ")
     assert told.endswith("; start launch/serve.sh there, with the same secret")
@@ -177,14 +179,14 @@ def two_jobs(rank: int, url: str) -> str | None:
     return told
 
 
-def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[StandIn]) -> None:
+def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[StubServer]) -> None:
     address = Address.parse(servers[0].url, "")
-    assert look("", address, TOKEN)[1] is None
+    assert inspect_server("", address, TOKEN)[1] is None
     _, told = rank_pool.call(2, two_jobs, servers[0].url)
     assert f"engine.urls[0]={servers[0].url}: no engine server was there for this job within " in told
     assert "it serves another job (process " in told
     end = time.monotonic() + 5
-    while look("", address, TOKEN)[1] is not None:  # and is free when that has ended
+    while inspect_server("", address, TOKEN)[1] is not None:  # and is free when that has ended
         assert time.monotonic() < end
 
 
@@ -229,7 +231,7 @@ def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, fl
 def test_a_server_that_fails_ends_the_job_and_is_named(
     rank_pool: RankPool, tmp_path: Path, fault: str, told: str
 ) -> None:
-    with stand_in_server(tmp_path / "server") as server:
+    with stub_server(tmp_path / "server") as server:
         (found,) = rank_pool.call(1, fails, [server.url], server.folder, fault)
     name = f"engine server engine.urls\\[0\\]={server.url}"
     message, seconds = found
@@ -272,7 +274,7 @@ def leaves_in_the_middle(rank: int, url: str, folder: Path, of: str) -> tuple[st
 def test_a_job_that_is_cut_off_leaves_a_server_that_wants_a_sync_first(
     rank_pool: RankPool, tmp_path: Path, of: str
 ) -> None:
-    with stand_in_server(tmp_path / "server") as server:
+    with stub_server(tmp_path / "server") as server:
         ((told, waited, answers),) = rank_pool.call(1, leaves_in_the_middle, server.url, server.folder, of)
     assert told.endswith("failed (sample): ValueError: rollouts before a sync that succeeded")
     assert waited > 1.0  # for the server to come to the end of what it does

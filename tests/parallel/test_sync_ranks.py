@@ -21,9 +21,9 @@ from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.executor import Execution
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
 from grpo_mega.weight_sync.transports import factory, process_vm_readv
-from grpo_mega.weight_sync.transports.base import Message, Turn
+from grpo_mega.weight_sync.transports.base import BucketMessage, Round
 from grpo_mega.weight_sync.transports.factory import TransportKind
-from grpo_mega.weight_sync.transports.process_vm_readv import Runs
+from grpo_mega.weight_sync.transports.process_vm_readv import StridedRange
 from grpo_mega.weight_sync.transports.shared_memory import SharedMemoryTransport
 from tests.helpers.exchange import exchange
 from tests.helpers.memory_ends import MemorySink, MemorySource, values
@@ -132,16 +132,16 @@ def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memor
 def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
     """What is wrong, and how often this rank read another's memory; a container may forbid it to rank 2."""
     forbidden = rank == 2 and not allowed
-    real, count = process_vm_readv.read_runs, 0
+    real, count = process_vm_readv.read_ranges, 0
 
-    def read_runs(process: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
+    def read_runs(process: int, pairs: Sequence[tuple[StridedRange, StridedRange]]) -> None:
         nonlocal count
         if forbidden:
             raise PermissionError("forbidden by this test")
         count += len(pairs)
         real(process, pairs)
 
-    with mock.patch.object(process_vm_readv, "read_runs", read_runs):
+    with mock.patch.object(process_vm_readv, "read_ranges", read_runs):
         seen = follow(rank, TP2PP2, "shared_memory", 1)
     return seen["wrong"], count
 
@@ -206,7 +206,7 @@ def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
     """The receiver finds what lay in the buffer before."""
     real = transport.incoming
 
-    def incoming(turn: Turn, message: Message) -> Tensor:
+    def incoming(turn: Round, message: BucketMessage) -> Tensor:
         if turn.number == number:
             stale: Tensor = real(turn, message).clone()
             stale[16:24] = torch.tensor([number - 2], dtype=torch.int64).view(torch.uint8)
@@ -220,7 +220,7 @@ def send_wrongly(execution: Execution, fault: str) -> Any:
     """In turn 3 the sender's buffer is left as it was ("twice"), or filled for the version before ("older")."""
     real = execution._pack
 
-    def pack(kind: str, buffer: Tensor, turn: Turn, by_tensor: Any, version: int) -> None:
+    def pack(kind: str, buffer: Tensor, turn: Round, by_tensor: Any, version: int) -> None:
         if turn.number == 3 and fault == "twice":
             execution._transports[kind].start(turn)
         else:

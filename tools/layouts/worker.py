@@ -62,11 +62,13 @@ def recorded(path: Path) -> SampledGroups:
             completion = Completion(ids, log_probs, "length", 0, "", loss_mask=mask)
             rollout = Rollout(prompt, completion, Reward(row["reward"]), 0)
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number}: is no row of a run's rollouts ({error!r}); name such a file") from None
+            raise UserError(
+                f"{path}:{number}: is no row of a run's rollouts ({error!r})", remedy="name such a file"
+            ) from None
         groups.setdefault(prompt.token_ids, []).append(rollout)
     sizes = {len(group) for group in groups.values()}
     if len(sizes) != 1:
-        raise UserError(f"{path}: prompts have {sorted(sizes)} rollouts; name the file of one whole step")
+        raise UserError(f"{path}: prompts have {sorted(sizes)} rollouts", remedy="name the file of one whole step")
     return SampledGroups([r for group in groups.values() for r in group], sizes.pop())
 
 

@@ -138,11 +138,11 @@ def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
 def predicted(case: Case, folder: Path) -> list[Bytes]:
     """For each pipeline rank, what the planner says."""
     from grpo_mega.planner.hardware import cluster_of, gpu_named
-    from grpo_mega.planner.plan import make_plan
+    from grpo_mega.planner.plan import plan_resources
     from grpo_mega.policy.inspect.module_sizes import module_counter
 
     spec = read_spec(folder)
-    plan = make_plan(
+    plan = plan_resources(
         case.config(folder), spec, module_counter(spec), cluster_of(gpu_named("cpu"), case.world), str(folder)
     )
     return [

@@ -19,7 +19,7 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import cluster_of, gpu_named
-from grpo_mega.planner.plan import make_plan
+from grpo_mega.planner.plan import plan_resources
 from grpo_mega.policy.inspect.module_sizes import module_counter
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.trainer.batch import TrainBatch
@@ -85,7 +85,7 @@ def _step(config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, gpu: str)
 
 def speed(config: Config, spec: ModelSpec, batch: TrainBatch, seconds: float, gpu: str) -> dict[str, float]:
     """MFU counts the model's own operations, forward and backward, without what is computed again."""
-    plan = make_plan(config, spec, module_counter(spec), cluster_of(gpu_named(gpu), 1), "model")
+    plan = plan_resources(config, spec, module_counter(spec), cluster_of(gpu_named(gpu), 1), "model")
     tokens = sum(len(microbatch.token_ids) for microbatch in batch.microbatches)
     flops = plan.time.model_flops * tokens / plan.time.tokens
     return {
@@ -99,7 +99,7 @@ def speed(config: Config, spec: ModelSpec, batch: TrainBatch, seconds: float, gp
 def planned(config: Config, spec: ModelSpec, folder: Path, gpu: str) -> dict[str, float]:
     """The planner's memory of the phase `train`; what the allocator cannot see (CUDA, NCCL, a sleeping engine, its own
     fragments) apart."""
-    plan = make_plan(config, spec, module_counter(spec), cluster_of(gpu_named(gpu), 1), str(folder))
+    plan = plan_resources(config, spec, module_counter(spec), cluster_of(gpu_named(gpu), 1), str(folder))
     items = plan.memory.ranks[0].phases["train"]
     outside = ("CUDA and NCCL", "allocator", "engine asleep")
     return {

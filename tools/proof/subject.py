@@ -43,7 +43,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Job:
+class ProofJob:
     """The arguments of a part."""
 
     part: str
@@ -52,10 +52,10 @@ class Job:
     answer: Path
 
 
-def job_of(argv: list[str]) -> Job:
+def job_of(argv: list[str]) -> ProofJob:
     """From the command line that tools/gpu_proof.py writes."""
     part, size, gpu, answer = argv
-    return Job(part, size, gpu, Path(answer))
+    return ProofJob(part, size, gpu, Path(answer))
 
 
 def require_cuda() -> None:
@@ -87,13 +87,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def write(job: Job, numbers: dict[str, Any]) -> None:
+def write(job: ProofJob, numbers: dict[str, Any]) -> None:
     """The part's file."""
     answer = {"part": job.part, "status": "measured", "size": job.size, "conditions": conditions(), "numbers": numbers}
     job.answer.write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
 
 
-def make_subject(job: Job, folder: Path) -> int:
+def make_subject(job: ProofJob, folder: Path) -> int:
     """Writes the model; returns the number of its parameters."""
     return make_model(folder, SHAPES[job.size], mean_length=None)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from grpo_mega.checkpoint.manager import LoopState
     from grpo_mega.rollout.sampler import SampledGroups
     from grpo_mega.trainer.build import BuiltJob
-    from grpo_mega.trainer.loop import Job
+    from grpo_mega.trainer.loop import TrainerState
     from grpo_mega.types import Prompt
 
 MAX_STEPS = 10**6
@@ -70,7 +70,7 @@ class OurSide:
     def __init__(self, built: BuiltJob, prompts: Sequence[Prompt]) -> None:
         from grpo_mega.trainer.loop import push_weights
 
-        self.job: Job = built.job
+        self.job: TrainerState = built.job
         self.prompts = prompts
         self.state: LoopState = built.state
         self.folder = built.run_state.folder.path

@@ -14,7 +14,14 @@ from contextlib import suppress
 from typing import Any
 
 from grpo_mega.engines.server.messages import differences
-from grpo_mega.engines.server.protocol import Address, Message, Wire, WireError, WrongPeerError, require_token
+from grpo_mega.engines.server.protocol import (
+    Address,
+    Connection,
+    ConnectionFailedError,
+    ServerMessage,
+    WrongPeerError,
+    require_token,
+)
 from grpo_mega.types import UserError
 
 log = logging.getLogger("grpo_mega.engines")
@@ -25,7 +32,7 @@ _TELL_SECONDS = 20.0  # between two lines that say who is waited for
 _LEAVING_SECONDS = 5.0  # until a server has noticed that its last job is gone
 
 
-def look(name: str, address: Address, token: bytes) -> tuple[dict[str, Any], str | None]:
+def inspect_server(name: str, address: Address, token: bytes) -> tuple[dict[str, Any], str | None]:
     """What a server says of itself, and which job it serves.
 
     Raises:
@@ -33,15 +40,15 @@ def look(name: str, address: Address, token: bytes) -> tuple[dict[str, Any], str
     """
     try:
         wire, facts, serves = _greeted(name, address, token)
-    except (OSError, WireError) as error:
-        raise UserError(f"{name} does not answer ({error}); start launch/serve.sh there") from error
-    with suppress(WireError):
+    except (OSError, ConnectionFailedError) as error:
+        raise UserError(f"{name} does not answer ({error})", remedy="start launch/serve.sh there") from error
+    with suppress(ConnectionFailedError):
         wire.send("look")
     wire.close()
     return facts, serves
 
 
-class ServerLink:
+class ServerClient:
     """A server that serves this job until `close`."""
 
     def __init__(
@@ -86,10 +93,10 @@ class ServerLink:
         self._progress, self._owed = time.monotonic(), True
         try:
             self._wire.send(command, fields)
-        except WireError as error:
+        except ConnectionFailedError as error:
             raise self._gone(command, error) from error
 
-    def stream(self, command: str, fields: Mapping[str, Any], beat_seconds: float) -> Iterator[Message | None]:
+    def stream(self, command: str, fields: Mapping[str, Any], beat_seconds: float) -> Iterator[ServerMessage | None]:
         """The parts of its answer as they come, and None at least every `beat_seconds`.
 
         Raises:
@@ -106,7 +113,7 @@ class ServerLink:
 
     def close(self) -> None:
         """The server is free for other jobs. A second call does nothing."""
-        with suppress(WireError):
+        with suppress(ConnectionFailedError):
             self._wire.send("end")
         self._wire.close()
 
@@ -115,7 +122,7 @@ class ServerLink:
         """This machine's address, as the server reaches it."""
         return self._wire.here
 
-    def _parts(self, command: str, beat_seconds: float) -> Iterator[Message | None]:
+    def _parts(self, command: str, beat_seconds: float) -> Iterator[ServerMessage | None]:
         while self._owed:
             left = self._progress + self._timeout - time.monotonic()
             if left <= 0:
@@ -131,11 +138,11 @@ class ServerLink:
         except (OSError, ValueError) as error:  # its socket is closed
             raise self._gone(command, error) from error
 
-    def _read(self, command: str) -> Message | None:
+    def _read(self, command: str) -> ServerMessage | None:
         """A part; None for what is none."""
         try:
             message = self._wire.receive()
-        except WireError as error:
+        except ConnectionFailedError as error:
             raise self._gone(command, error) from error
         if message.kind == "beat":
             if message.fields.get("steps") != self._steps:
@@ -155,25 +162,30 @@ class ServerLink:
         return RuntimeError(f"engine server {self.name} {error} ({command})")
 
 
-def _greeted(name: str, address: Address, token: bytes) -> tuple[Wire, dict[str, Any], str | None]:
-    """Raises UserError: it is no engine server that knows the secret; OSError, WireError: it is not there yet."""
+def _greeted(name: str, address: Address, token: bytes) -> tuple[Connection, dict[str, Any], str | None]:
+    """Raises UserError: it is no engine server that knows the secret; OSError, ConnectionFailedError: it is not there
+    yet."""
     require_token(address.host, token, name)
-    wire = Wire(socket.create_connection((address.host, address.port), _GREETING_SECONDS), "job", _GREETING_SECONDS)
+    wire = Connection(
+        socket.create_connection((address.host, address.port), _GREETING_SECONDS), "job", _GREETING_SECONDS
+    )
     try:
-        wire.greet(token)
+        wire.handshake(token)
         told = wire.receive().fields
         return wire, dict(told["facts"]), told["serves"]
     except (WrongPeerError, KeyError, TypeError) as error:
         wire.close()
-        raise UserError(f"{name}: what listens there {error}; start launch/serve.sh there, with the same secret") from (
-            error
-        )
-    except WireError:
+        raise UserError(
+            f"{name}: what listens there {error}", remedy="start launch/serve.sh there, with the same secret"
+        ) from (error)
+    except ConnectionFailedError:
         wire.close()
         raise
 
 
-def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any], patience_seconds: float) -> Wire:
+def _claimed(
+    name: str, address: Address, token: bytes, facts: Mapping[str, Any], patience_seconds: float
+) -> Connection:
     start = told = time.monotonic()
     while True:
         waited = time.monotonic() - start
@@ -182,7 +194,7 @@ def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any]
             if different := differences(dict(facts), theirs):
                 wire.close()
                 raise UserError(
-                    f"{name}: that engine server has {'; '.join(different)}; start it with this job's config"
+                    f"{name}: that engine server has {'; '.join(different)}", remedy="start it with this job's config"
                 )
             wire.send("claim", {"who": f"process {os.getpid()} of {socket.gethostname()}"})
             answer = wire.receive()
@@ -191,12 +203,12 @@ def _claimed(name: str, address: Address, token: bytes, facts: Mapping[str, Any]
             wire.close()
             why = f"serves another job ({answer.fields.get('who')})"
             limit = patience_seconds if answer.kind == "later" else min(_LEAVING_SECONDS, patience_seconds)
-        except (OSError, WireError) as error:
+        except (OSError, ConnectionFailedError) as error:
             why, limit = f"does not answer ({error})", patience_seconds
         if waited > limit:
             raise UserError(
-                f"{name}: no engine server was there for this job within {waited:.0f} s: it {why}; start "
-                "launch/serve.sh there, or name another"
+                f"{name}: no engine server was there for this job within {waited:.0f} s: it {why}",
+                remedy="start launch/serve.sh there, or name another",
             )
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.engines.replica_broadcast import EngineRanks
+from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
-from grpo_mega.engines.server.client import ServerLink
+from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.messages import read_rollout, sample_command
-from grpo_mega.engines.server.protocol import Address, Message, read_token
+from grpo_mega.engines.server.protocol import Address, ServerMessage, read_token
 from grpo_mega.interfaces import SinkRegion, WeightSink
-from grpo_mega.parallel.peer_group import World, find_store, join_world, open_store
+from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_world, open_store
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 
 _CONNECT_SHARE = 0.8  # of the limit of a wait: the ranks that wait meanwhile have the whole of it
@@ -60,8 +60,8 @@ class ServerEngine:
         self._addresses = [Address.parse(url, f"engine.urls[{i}]") for i, url in enumerate(urls)]
         self._tp, self._max_model_len, self._tell_experts = tp, max_model_len, tell_experts
         self._timeout = timeout_seconds
-        self._ranks = EngineRanks(world // len(urls), timeout_seconds)
-        self._link: ServerLink | None = None
+        self._ranks = ReplicaBroadcast(world // len(urls), timeout_seconds)
+        self._link: ServerClient | None = None
         served_by = rank // (world // len(urls))
         fault = self._connect(served_by, facts) if self._ranks.is_first else None
         faults: list[str | None] = [None] * world
@@ -88,7 +88,7 @@ class ServerEngine:
         first = dist.get_world_size()
         return [list(range(first + i * self._tp, first + (i + 1) * self._tp)) for i in range(len(self._names))]
 
-    def meet(self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str) -> World:
+    def meet(self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str) -> PeerGroup:
         """Collective: the ranks of the job and of all servers, which make their end of the weight sync meanwhile.
 
         Args:
@@ -166,7 +166,7 @@ class ServerEngine:
     def _connect(self, number: int, facts: dict[str, Any]) -> str | None:
         """What is wrong with this group's server."""
         try:
-            self._link = ServerLink(
+            self._link = ServerClient(
                 self._names[number],
                 self._addresses[number],
                 read_token(),
@@ -191,7 +191,7 @@ class ServerEngine:
     def _rollouts(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest
     ) -> Generator[tuple[int, int, Completion], None, None]:
-        for position, member, completion in self._ranks.all_hear(self._sampled(prompts, sampling)):
+        for position, member, completion in self._ranks.broadcast_stream(self._sampled(prompts, sampling)):
             if completion.policy_version != self.policy_version:
                 raise RuntimeError(
                     f"an engine server sampled with weights of version {completion.policy_version}, the policy has "
@@ -206,7 +206,7 @@ class ServerEngine:
             return
         command = sample_command(prompts, sampling, self.policy_version)
         for part in self._link.stream("sample", command, self._ranks.beat_seconds):
-            yield read_rollout(part) if isinstance(part, Message) else None
+            yield read_rollout(part) if isinstance(part, ServerMessage) else None
 
 
 class ServedSink:

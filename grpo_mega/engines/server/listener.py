@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from grpo_mega.engines.server.protocol import Message, Wire, WireError
+from grpo_mega.engines.server.protocol import Connection, ConnectionFailedError, ServerMessage
 
 log = logging.getLogger("grpo_mega.engines")
 
@@ -26,7 +26,7 @@ _MOST_GUESTS = 32  # who are greeted at the same time
 _BEAT_SECONDS = 1.0
 
 
-class Door:
+class ServerListener:
     """On the first rank of a server."""
 
     def __init__(self, listener: socket.socket, token: bytes, facts: Mapping[str, Any], timeout_seconds: float) -> None:
@@ -40,7 +40,7 @@ class Door:
         """
         self._listener, self._token, self._facts, self._timeout = listener, token, facts, timeout_seconds
         self._state = threading.Condition()
-        self._job: Wire | None = None
+        self._job: Connection | None = None
         self._who = ""
         self._gone = False  # the job is, and the server has not yet come to the end of what it asked for
         self._guests = threading.Semaphore(_MOST_GUESTS)
@@ -50,7 +50,7 @@ class Door:
         self._listener.listen()
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def commands(self, beat_seconds: float) -> Iterator[Message | None]:
+    def commands(self, beat_seconds: float) -> Iterator[ServerMessage | None]:
         """What jobs ask for, one job after the other without end; `FREED` behind each job, and None at least every
         `beat_seconds`."""
         while True:
@@ -67,12 +67,12 @@ class Door:
                     yield None
                     continue
                 message = job.receive()
-            except WireError as error:
-                message = Message("end", {"why": str(error)})
+            except ConnectionFailedError as error:
+                message = ServerMessage("end", {"why": str(error)})
             if message.kind == "end":
                 log.info("free: the job of %s %s", self._who, message.fields.get("why", "has ended"))
                 job.close()
-                yield Message(FREED)
+                yield ServerMessage(FREED)
                 with self._state:
                     self._job, self._gone = None, False
             else:
@@ -84,14 +84,14 @@ class Door:
             return
         try:
             self._job.send(kind, fields, blobs)
-        except WireError as error:
+        except ConnectionFailedError as error:
             log.warning("the job of %s %s", self._who, error)
             self._gone = True
 
     def check_job(self) -> None:
-        """Raises WireError if the job is known to be gone."""
+        """Raises ConnectionFailedError if the job is known to be gone."""
         if self._gone:
-            raise WireError("is gone")
+            raise ConnectionFailedError("is gone")
 
     @contextmanager
     def beating(self, steps: Callable[[], int]) -> Iterator[None]:
@@ -126,18 +126,18 @@ class Door:
     def _receive(self, connection: socket.socket, peer: str) -> None:
         stays = False
         try:
-            wire = Wire(connection, "server", _GREETING_SECONDS)
-            wire.greet(self._token)
+            wire = Connection(connection, "server", _GREETING_SECONDS)
+            wire.handshake(self._token)
             wire.send("facts", {"facts": dict(self._facts), "serves": self._who if self._job is not None else None})
             stays = self._claimed(wire, wire.receive(), peer)
-        except (WireError, OSError) as error:
+        except (ConnectionFailedError, OSError) as error:
             log.warning("who called from %s %s", peer, error)
         finally:
             self._guests.release()
             if not stays:
                 connection.close()
 
-    def _claimed(self, wire: Wire, wish: Message, peer: str) -> bool:
+    def _claimed(self, wire: Connection, wish: ServerMessage, peer: str) -> bool:
         if wish.kind != "claim":
             return False
         with self._state:

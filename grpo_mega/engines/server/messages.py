@@ -16,7 +16,7 @@ import torch
 
 import grpo_mega
 from grpo_mega.config.schema import Config
-from grpo_mega.engines.server.protocol import Message
+from grpo_mega.engines.server.protocol import ServerMessage
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 # What an engine reads of a model's folder; its weights are none of it.
@@ -100,7 +100,7 @@ def rollout_part(position: int, member: int, completion: Completion) -> tuple[di
     return fields, [experts.contiguous().view(torch.uint8).numpy().tobytes()]
 
 
-def read_rollout(message: Message) -> tuple[int, int, Completion]:
+def read_rollout(message: ServerMessage) -> tuple[int, int, Completion]:
     """(position of the prompt, member, completion)."""
     told = message.fields
     experts = None

@@ -45,16 +45,16 @@ _KEEP_ALIVE = (
 Side = Literal["job", "server"]
 
 
-class WireError(RuntimeError):
+class ConnectionFailedError(RuntimeError):
     """The other side is gone, stands still, or is not who it should be."""
 
 
-class WrongPeerError(WireError):
+class WrongPeerError(ConnectionFailedError):
     """The other side answers, and will never be who it should be."""
 
 
 @dataclass(frozen=True)
-class Message:
+class ServerMessage:
     """`kind` says what the fields are."""
 
     kind: str
@@ -79,7 +79,7 @@ class Address:
         host, _, port = url.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(f"{key}={url} is no address; write host:port, as the server prints it")
+            raise UserError(f"{key}={url} is no address", remedy="write host:port, as the server prints it")
         return cls(host, int(port))
 
     @property
@@ -101,20 +101,20 @@ def read_token(env: Mapping[str, str] = os.environ) -> bytes:
     """
     path, token = env.get(TOKEN_FILE_VARIABLE), env.get(TOKEN_VARIABLE)
     if path and token:
-        raise UserError(f"{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE} are both set; use one of them")
+        raise UserError(f"{TOKEN_VARIABLE} and {TOKEN_FILE_VARIABLE} are both set", remedy="use one of them")
     if path:
         try:
             token = Path(path).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"{TOKEN_FILE_VARIABLE}={path} cannot be read ({error}); name a file that holds the secret"
+                f"{TOKEN_FILE_VARIABLE}={path} cannot be read ({error})", remedy="name a file that holds the secret"
             ) from error
     if not token:
         return b""
     if len(token) < _LEAST_TOKEN_CHARACTERS:
         raise UserError(
-            f"the secret of {TOKEN_VARIABLE} or its file has {len(token)} characters; use at least "
-            f"{_LEAST_TOKEN_CHARACTERS}, for example of: openssl rand -hex 32"
+            f"the secret of {TOKEN_VARIABLE} or its file has {len(token)} characters",
+            remedy=f"use at least {_LEAST_TOKEN_CHARACTERS}, for example of: openssl rand -hex 32",
         )
     return token.encode()
 
@@ -123,12 +123,12 @@ def require_token(host: str, token: bytes, what: str) -> None:
     """Raises UserError: `what` is reached from other machines, and there is no secret."""
     if not token and not is_loopback(host):
         raise UserError(
-            f"{what} is reached from other machines and there is no secret; set {TOKEN_VARIABLE}, or "
-            f"{TOKEN_FILE_VARIABLE} to the path of a file, to the same on both sides"
+            f"{what} is reached from other machines and there is no secret",
+            remedy=f"set {TOKEN_VARIABLE}, or {TOKEN_FILE_VARIABLE} to the path of a file, to the same on both sides",
         )
 
 
-class Wire:
+class Connection:
     """One side of a connection. Sending is for any thread, receiving for one."""
 
     def __init__(self, connection: socket.socket, side: Side, timeout_seconds: float) -> None:
@@ -159,12 +159,12 @@ class Wire:
         self._timeout = seconds
         self._socket.settimeout(seconds)
 
-    def greet(self, token: bytes) -> None:
+    def handshake(self, token: bytes) -> None:
         """Both sides call it first.
 
         Raises:
             WrongPeerError: the other side speaks another protocol, or does not know the same secret.
-            WireError: it is gone, or stands still.
+            ConnectionFailedError: it is gone, or stands still.
         """
         mine = secrets.token_hex(16)
         self.send("greeting", {"program": "grpo_mega engines", "protocol": PROTOCOL, "nonce": mine})
@@ -190,16 +190,16 @@ class Wire:
         self._most_bytes = _MOST_BYTES
 
     def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[bytes] = ()) -> None:
-        """Raises WireError: the other side is gone, or takes nothing."""
+        """Raises ConnectionFailedError: the other side is gone, or takes nothing."""
         text = json.dumps({"kind": kind, "fields": dict(fields or {}), "blobs": [len(blob) for blob in blobs]}).encode()
         body = _SIZES.pack(len(text), sum(map(len, blobs))) + text + b"".join(blobs)
         with self._sending:
             try:
                 self._socket.sendall(body + self._code(self._side, self._sent, body))
             except TimeoutError as error:
-                raise WireError(f"took no message for {self._timeout:g} s") from error
+                raise ConnectionFailedError(f"took no message for {self._timeout:g} s") from error
             except OSError as error:
-                raise WireError(f"has ended its connection ({error})") from error
+                raise ConnectionFailedError(f"has ended its connection ({error})") from error
             self._sent += 1
 
     def waits(self, seconds: float) -> bool:
@@ -208,11 +208,12 @@ class Wire:
         poller.register(self._socket, select.POLLIN)
         return bool(poller.poll(max(0.0, seconds) * 1000))
 
-    def receive(self) -> Message:
+    def receive(self) -> ServerMessage:
         """The next message.
 
         Raises:
-            WireError: the connection has ended, the message does not come to its end, or is not the other side's.
+            ConnectionFailedError: the connection has ended, the message does not come to its end, or is not the other
+            side's.
         """
         head = self._read(_SIZES.size)
         num_text, num_blobs = _SIZES.unpack(head)
@@ -227,14 +228,14 @@ class Wire:
             told = json.loads(body[:num_text])
             kind, fields, sizes = str(told["kind"]), dict(told["fields"]), [int(size) for size in told["blobs"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise WireError("sent something that is no message") from error
+            raise ConnectionFailedError("sent something that is no message") from error
         if sum(sizes) != num_blobs or min(sizes, default=0) < 0:
-            raise WireError("sent something that is no message")
+            raise ConnectionFailedError("sent something that is no message")
         blobs, at = [], num_text
         for size in sizes:
             blobs.append(body[at : at + size])
             at += size
-        return Message(kind, fields, tuple(blobs))
+        return ServerMessage(kind, fields, tuple(blobs))
 
     def close(self) -> None:
         """A second call does nothing."""
@@ -255,10 +256,12 @@ class Wire:
             try:
                 part = self._socket.recv(min(1 << 20, num_bytes - len(found)))
             except TimeoutError as error:
-                raise WireError(f"stands still: no message came to its end within {self._timeout:g} s") from error
+                raise ConnectionFailedError(
+                    f"stands still: no message came to its end within {self._timeout:g} s"
+                ) from error
             except OSError as error:
-                raise WireError(f"has ended its connection ({error})") from error
+                raise ConnectionFailedError(f"has ended its connection ({error})") from error
             if not part:
-                raise WireError("has ended its connection")
+                raise ConnectionFailedError("has ended its connection")
             found += part
         return bytes(found)

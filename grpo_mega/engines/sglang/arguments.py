@@ -122,8 +122,8 @@ def _on_cpu(settings: SglangSettings) -> dict[str, Any]:
 def _on_cuda(settings: SglangSettings, memory: GpuMemory) -> dict[str, Any]:
     if settings.dtype == "fp32":
         raise UserError(
-            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits; use "
-            "precision.dtype=bf16, or engine.kind=vllm"
+            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits",
+            remedy="use precision.dtype=bf16, or engine.kind=vllm",
         )
     arguments = {
         "device": "cuda",
@@ -149,8 +149,8 @@ def static_fraction(memory: GpuMemory) -> float:
     if wanted >= memory.free:
         raise UserError(
             f"engine.kind=sglang: {memory.free / 2**30:.1f} GiB of a GPU are free at the start of the engine, and it "
-            f"takes {_CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB; cut the policy over more ranks "
-            "(parallel.tp, parallel.pp), or end what else is on the GPU"
+            f"takes {_CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB",
+            remedy="cut the policy over more ranks (parallel.tp, parallel.pp), or end what else is on the GPU",
         )
     return round(wanted / memory.free, 4)
 
@@ -167,7 +167,8 @@ def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len:
     if kv_cache_tokens < per_rollout:
         raise UserError(
             f"engine.kv_cache_tokens={kv_cache_tokens} does not hold one rollout of {max_model_len} tokens and the "
-            f"{_SPARE_POSITIONS} that SGLang keeps free; use at least {per_rollout}"
+            f"{_SPARE_POSITIONS} that SGLang keeps free",
+            remedy=f"use at least {per_rollout}",
         )
     return kv_cache_tokens
 
@@ -218,13 +219,13 @@ def check_sglang(*, on_cuda: bool) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"engine.kind=sglang needs the package {missing[0]}, which is not installed; run launch/setup.sh --with "
-            "sglang"
+            f"engine.kind=sglang needs the package {missing[0]}, which is not installed",
+            remedy="run launch/setup.sh --with sglang",
         )
     if len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
         raise UserError(
-            f"TMPDIR={tempfile.gettempdir()}: SGLang's processes have sockets there, whose paths cannot be that long; "
-            f"set it to a folder of at most {_LONGEST_TMPDIR} characters"
+            f"TMPDIR={tempfile.gettempdir()}: SGLang's processes have sockets there, whose paths cannot be that long",
+            remedy=f"set it to a folder of at most {_LONGEST_TMPDIR} characters",
         )
 
 
@@ -233,5 +234,6 @@ def check_one_machine(machines: Sequence[str], tp: int) -> None:
     if len(set(machines)) > 1:
         raise UserError(
             f"engine.tp={tp}: the ranks of an engine are on {len(set(machines))} machines, and SGLang's processes are "
-            "on one; use an engine.tp that divides the ranks of a machine"
+            "on one",
+            remedy="use an engine.tp that divides the ranks of a machine",
         )

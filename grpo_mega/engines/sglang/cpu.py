@@ -43,7 +43,7 @@ ENVIRONMENT = {
 def import_sglang() -> None:
     """Everything that its processes import, with the stand-ins, in this process: is the environment complete?"""
     os.environ.update(ENVIRONMENT)
-    install_stand_ins()
+    install_stubs()
     for name in ("entrypoints.engine", "managers.scheduler", "managers.detokenizer_manager", "models.registry"):
         importlib.import_module(f"sglang.srt.{name}")
 
@@ -67,7 +67,7 @@ def other_models(config_dir: Path) -> str:
     return ",".join(sorted(texts.keys() - own)) if own else ""
 
 
-def install_stand_ins() -> None:
+def install_stubs() -> None:
     """Before the first import of SGLang."""
     sys.meta_path.insert(0, _Finder())
     import torch
@@ -83,7 +83,7 @@ class _Nothing:
         pass
 
 
-class _StandIn(types.ModuleType):
+class _StubModule(types.ModuleType):
     """A module in which every name is there: a capitalised one is a class, any other a module that can be called."""
 
     __path__: ClassVar[list[str]] = []  # type: ignore[misc]  # it has submodules
@@ -93,7 +93,7 @@ class _StandIn(types.ModuleType):
             return _TRITON_VERSION
         if name.startswith("__"):
             raise AttributeError(name)
-        made: Any = type(name, (_Nothing,), {}) if name[0].isupper() else _StandIn(f"{self.__name__}.{name}")
+        made: Any = type(name, (_Nothing,), {}) if name[0].isupper() else _StubModule(f"{self.__name__}.{name}")
         setattr(self, name, made)
         return made
 
@@ -126,7 +126,7 @@ class _Finder:
         return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _StandIn(spec.name)
+        return _StubModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass

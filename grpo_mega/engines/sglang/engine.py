@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.data.expert_records import narrowed
-from grpo_mega.engines.replica_broadcast import EngineRanks
+from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, eos_ids, in_groups, require_ready
 from grpo_mega.engines.sglang.arguments import (
     GpuMemory,
@@ -38,7 +38,7 @@ from grpo_mega.engines.sglang.messages import Sampled, SamplingBatch
 from grpo_mega.engines.sglang.scheduler_hooks import SharedModel
 from grpo_mega.engines.sglang.sink import SglangSink
 from grpo_mega.engines.sglang.staging import Staging
-from grpo_mega.engines.sglang.weight_client import DoorLink
+from grpo_mega.engines.sglang.weight_client import WeightClient
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.models.config_readers import read_spec
@@ -100,14 +100,16 @@ class SglangEngine:
         check_sglang(on_cuda=self._on_cuda)
         spec = read_spec(config_dir)
         if tell_experts and spec.moe is None:
-            raise UserError(f"algorithm.routing_replay=true: {config_dir} has no experts to tell; set it to false")
+            raise UserError(
+                f"algorithm.routing_replay=true: {config_dir} has no experts to tell", remedy="set it to false"
+            )
         self._spec, self._tells_experts = spec, tell_experts
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
         self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
         self._max_model_len, self._stops_at_texts = max_model_len, stops_at_texts
         wanted = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
         tensors = {name: (shape, _dtype(name, wanted)) for name, shape in hf_shapes(spec).items()}
-        self._ranks = EngineRanks(tp, timeout_seconds)
+        self._ranks = ReplicaBroadcast(tp, timeout_seconds)
         self._process: SglangProcess | None = None
         gpus, memory = self._own_devices()
         settings = SglangSettings(
@@ -117,9 +119,9 @@ class SglangEngine:
         arguments = engine_arguments(settings, memory)  # on every rank: what is refused is refused by all
         if self._ranks.is_first:
             self._process = SglangProcess(arguments, tp=tp, gpus=gpus, log=log, timeout_seconds=timeout_seconds)
-        self._door: DoorLink | None = None
+        self._door: WeightClient | None = None
         try:
-            shared: list[SharedModel] = self._ranks.same(self._started(tensors))
+            shared: list[SharedModel] = self._ranks.broadcast_last(self._started(tensors))
             opened = self._opened(shared, staging_bytes, timeout_seconds)
         except RuntimeError:
             self.close()
@@ -203,7 +205,7 @@ class SglangEngine:
 
     def _opened(
         self, shared: list[SharedModel], staging_bytes: int, timeout_seconds: float
-    ) -> tuple[DoorLink, LoaderRecord] | str:
+    ) -> tuple[WeightClient, LoaderRecord] | str:
         """This rank's door; or why there is none."""
         because = [each.record for each in shared if isinstance(each.record, str)]
         if because:
@@ -213,7 +215,7 @@ class SglangEngine:
         assert not isinstance(record, str), "looked at above"
         device = torch.device("cuda", torch.cuda.current_device()) if self._on_cuda else torch.device("cpu")
         words = self._process.last_words if self._process is not None else str
-        self._door = DoorLink(door, Staging(staging_bytes, device), dist.get_rank(), timeout_seconds, words)
+        self._door = WeightClient(door, Staging(staging_bytes, device), dist.get_rank(), timeout_seconds, words)
         return self._door, record
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
@@ -227,7 +229,7 @@ class SglangEngine:
     def _rollouts(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest
     ) -> Generator[tuple[int, int, Completion], None, None]:
-        for sampled in self._ranks.all_hear(self._sampled(prompts, sampling)):
+        for sampled in self._ranks.broadcast_stream(self._sampled(prompts, sampling)):
             position, member = divmod(sampled.position, sampling.group_size)
             yield position, member, self._completion(sampled, prompts[position])
 

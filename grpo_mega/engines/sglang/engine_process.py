@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stand_ins, other_models
+from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stubs, other_models
 from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # This process, and those that SGLang spawns from it: before their imports.
 if __name__ in ("__main__", "__mp_main__") and ENVIRONMENT.items() <= os.environ.items():
-    install_stand_ins()
+    install_stubs()
 
 _PR_SET_PDEATHSIG = 1
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.engines.sglang.weight_server import Door, DoorAddress
+from grpo_mega.engines.sglang.weight_server import WeightServer, WeightServerAddress
 from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, UnfilledError, record_loader
 
 LOADER = f"{__name__}.serve"
@@ -36,7 +36,7 @@ LOADER = f"{__name__}.serve"
 class SharedModel:
     """The door of one scheduler process, and the record of its model's loader; or why there is none."""
 
-    door: DoorAddress | None
+    door: WeightServerAddress | None
     record: LoaderRecord | str
 
 
@@ -83,7 +83,7 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
     filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
     owners = {name: tensor for name, tensor in _tensors_of(model).items() if name in filled}
     _addresses.update({name: tensor.data_ptr() for name, tensor in owners.items()})
-    door = Door(record, owners, lambda: _require_places(model))
+    door = WeightServer(record, owners, lambda: _require_places(model))
     return SharedModel(door.open(Path(os.environ[ANSWERS]), _tp_rank(), os.getpid()), record)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo_mega.engines.sglang.engine_client import SglangProcess
 from grpo_mega.engines.sglang.staging import parts_that_fit
-from grpo_mega.engines.sglang.weight_client import DoorLink
+from grpo_mega.engines.sglang.weight_client import WeightClient
 from grpo_mega.engines.sglang.weight_server import recorded_regions
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, Shape
 from grpo_mega.engines.weights.regions import inside
@@ -41,7 +41,7 @@ class SglangSink(SliceSink):
     def __init__(
         self,
         process: SglangProcess | None,
-        door: tuple[DoorLink, LoaderRecord] | str,
+        door: tuple[WeightClient, LoaderRecord] | str,
         tensors: Mapping[str, tuple[Shape, torch.dtype]],
         bucket_bytes: int = 64 * 2**20,
     ) -> None:

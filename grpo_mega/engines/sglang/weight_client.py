@@ -13,20 +13,20 @@ from torch import Tensor
 
 from grpo_mega.engines.sglang.messages import with_limit
 from grpo_mega.engines.sglang.staging import Staging
-from grpo_mega.engines.sglang.weight_server import DoorAddress
+from grpo_mega.engines.sglang.weight_server import WeightServerAddress
 from grpo_mega.types import TensorSlice
 
 
-class DoorError(RuntimeError):
+class SchedulerGoneError(RuntimeError):
     """The scheduler behind a door is gone, silent, or of another version: nothing can be expected of it any more."""
 
 
-class DoorLink:
+class WeightClient:
     """A training rank's side: every wait has a limit and names both."""
 
     def __init__(
         self,
-        address: DoorAddress,
+        address: WeightServerAddress,
         staging: Staging,
         rank: int,
         timeout_seconds: float,
@@ -35,7 +35,7 @@ class DoorLink:
         """`last_words`: of the processes behind the door, for errors.
 
         Raises:
-            DoorError: nobody answers.
+            SchedulerGoneError: nobody answers.
             RuntimeError: the buffer cannot be mapped there.
         """
         self._timeout, self._last_words, self._broken = timeout_seconds, last_words, ""
@@ -80,11 +80,11 @@ class DoorLink:
         """The answer.
 
         Raises:
-            DoorError: none in time, or its process has ended.
+            SchedulerGoneError: none in time, or its process has ended.
             RuntimeError: refused, with its words.
         """
         if self._broken:
-            raise DoorError(self._broken)
+            raise SchedulerGoneError(self._broken)
         try:
             self._send(command, *arguments)
         except BlockingIOError as error:
@@ -94,7 +94,7 @@ class DoorLink:
         return self._received(command)
 
     def require_version(self, found: int, expected: int) -> None:
-        """Raises DoorError: the scheduler answers for other weights than this rank's."""
+        """Raises SchedulerGoneError: the scheduler answers for other weights than this rank's."""
         if found != expected:
             raise self._end(f"answers with version {found} of the weights, and {self._here} sent version {expected}")
 
@@ -118,12 +118,12 @@ class DoorLink:
             raise RuntimeError(f"{self._there}, {command} of {self._here}: {value}")
         return value
 
-    def _end(self, what: str) -> DoorError:
+    def _end(self, what: str) -> SchedulerGoneError:
         self._broken = f"{self._there} {what}{self._last_words()}"
-        return DoorError(self._broken)
+        return SchedulerGoneError(self._broken)
 
 
-def _connected(address: DoorAddress, timeout_seconds: float) -> Connection:
+def _connected(address: WeightServerAddress, timeout_seconds: float) -> Connection:
     """As multiprocessing's `Client`, with a limit for every wait."""
     with socket.socket(socket.AF_UNIX) as plain:
         with_limit(plain, timeout_seconds)

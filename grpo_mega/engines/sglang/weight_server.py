@@ -33,7 +33,7 @@ from grpo_mega.types import Placement, TensorSlice
 
 
 @dataclass(frozen=True)
-class DoorAddress:
+class WeightServerAddress:
     """Of the scheduler with this rank and process number."""
 
     rank: int
@@ -47,7 +47,7 @@ def recorded_regions(record: LoaderRecord) -> list[SinkRegion]:
     return [SinkRegion(Placement(copy.hf, copy.local), "plain", copy.dtype) for copy in record.copies]
 
 
-class Door:
+class WeightServer:
     """Opened in the scheduler's process; answers for as long as that lives.
 
     Args:
@@ -69,9 +69,9 @@ class Door:
             "probe": self._sink.probe,
         }
 
-    def open(self, folder: Path, rank: int, process: int) -> DoorAddress:
+    def open(self, folder: Path, rank: int, process: int) -> WeightServerAddress:
         """Starts the thread. A path in `folder` is the socket's."""
-        address = DoorAddress(rank, process, str(folder / f"door_{rank}"), secrets.token_bytes(32))
+        address = WeightServerAddress(rank, process, str(folder / f"door_{rank}"), secrets.token_bytes(32))
         listener = Listener(address.path, family="AF_UNIX", authkey=address.key)
         threading.Thread(target=self._serve, args=(listener,), name="grpo_mega_door", daemon=True).start()
         return address

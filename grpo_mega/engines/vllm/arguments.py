@@ -65,7 +65,8 @@ def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
         if blocks < per_rollout:
             raise UserError(
                 f"engine.kv_cache_tokens={settings.kv_cache_tokens} does not hold one rollout of "
-                f"{settings.max_model_len} tokens; use at least {per_rollout * BLOCK_TOKENS}"
+                f"{settings.max_model_len} tokens",
+                remedy=f"use at least {per_rollout * BLOCK_TOKENS}",
             )
     per_token = spec.num_layers * cached_elements(spec, settings.tp)
     itemsize = 4 if settings.dtype == "fp32" else 2
@@ -80,7 +81,8 @@ def check_cpu_head(spec: ModelSpec) -> None:
         if (spec.mla.kv_rank, spec.mla.rope_dim) != _CPU_LATENT:
             raise UserError(
                 f"model.path: kv_lora_rank={spec.mla.kv_rank}, qk_rope_head_dim={spec.mla.rope_dim} of config.json: "
-                f"vLLM's latent attention on CPU takes {_CPU_LATENT[0]} and {_CPU_LATENT[1]}; use these"
+                f"vLLM's latent attention on CPU takes {_CPU_LATENT[0]} and {_CPU_LATENT[1]}",
+                remedy="use these",
             )
         return
     head_dim = spec.head_dim
@@ -88,7 +90,8 @@ def check_cpu_head(spec: ModelSpec) -> None:
     if head_dim not in sizes:
         raise UserError(
             f"model.path: head_dim={head_dim} of config.json: vLLM's attention on CPU takes heads of "
-            f"{', '.join(map(str, sizes))}; use one of them"
+            f"{', '.join(map(str, sizes))}",
+            remedy="use one of them",
         )
 
 
@@ -102,7 +105,8 @@ def check_cpu_experts(settings: VllmSettings, spec: ModelSpec) -> None:
         raise UserError(
             f"engine.tp={settings.tp}, engine.dp={settings.dp}, engine.ep={ranks // ways}: vLLM's kernel on CPU takes "
             f"experts whose rows on a rank are a multiple of {_EXPERT_MULTIPLE}, here {spec.moe.expert_ffn_size} / "
-            f"{ways}; use engine.ep={ranks} or fewer ranks"
+            f"{ways}",
+            remedy=f"use engine.ep={ranks} or fewer ranks",
         )
 
 

@@ -60,7 +60,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
     world = dist.get_world_size()
     if world % (settings.tp * settings.dp):
         keys = f"engine.tp={settings.tp}" + (f" x engine.dp={settings.dp}" if settings.dp > 1 else "")
-        raise UserError(f"{keys} does not divide the {world} ranks of the job; use a divisor")
+        raise UserError(f"{keys} does not divide the {world} ranks of the job", remedy="use a divisor")
     check_tp(spec, settings.tp)
     prepare_environment()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
@@ -70,7 +70,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
     if not torch.cuda.is_available():
         if settings.fp8:
-            raise UserError("engine.fp8 needs CUDA devices, and this machine has none; leave engine.fp8 out")
+            raise UserError("engine.fp8 needs CUDA devices, and this machine has none", remedy="leave engine.fp8 out")
         check_cpu_head(spec)
         check_cpu_experts(settings, spec)
         correct_vllm()

@@ -109,8 +109,8 @@ def _record_rank(
                     model = initialize_model(vllm_config=config)
             except NotImplementedError as error:
                 raise UserError(
-                    f"engine.tp={tp}: the vLLM of this machine has no kernel for this part of {config_dir} ({error}); "
-                    "choose another engine.tp, or engine.ep=engine.tp for a model with experts"
+                    f"engine.tp={tp}: the vLLM of this machine has no kernel for this part of {config_dir} ({error})",
+                    remedy="choose another engine.tp, or engine.ep=engine.tp for a model with experts",
                 ) from None
             return record_vllm(model, tensors)
         finally:

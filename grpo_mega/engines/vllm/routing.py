@@ -146,7 +146,8 @@ def bind_routers(model: nn.Module, config: Any) -> Steps:
     except ValueError as error:
         raise UserError(
             f"algorithm.routing_replay=true: engine.kind=vllm cannot tell the experts of {type(model).__name__} "
-            f"({error}); set algorithm.routing_replay=false"
+            f"({error})",
+            remedy="set algorithm.routing_replay=false",
         ) from error
     steps: Steps = capturer
     return steps

@@ -21,11 +21,11 @@ def check_tp(spec: ModelSpec, tp: int) -> None:
     }
     for name, size in sizes.items():
         if size % tp:
-            raise UserError(f"engine.tp={tp} does not divide {name}={size}; use a divisor of it")
+            raise UserError(f"engine.tp={tp} does not divide {name}={size}", remedy="use a divisor of it")
     if max(tp, spec.num_kv_heads) % min(tp, spec.num_kv_heads):
         raise UserError(
-            f"engine.tp={tp} neither divides num_key_value_heads={spec.num_kv_heads} nor is a multiple of it; "
-            "use a divisor or a multiple"
+            f"engine.tp={tp} neither divides num_key_value_heads={spec.num_kv_heads} nor is a multiple of it",
+            remedy="use a divisor or a multiple",
         )
 
 

@@ -55,7 +55,7 @@ class LoaderRecord:
     strides: dict[str, Shape] = field(default_factory=dict)
 
 
-def stand_ins(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Tensor]:
+def recording_tensors(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Tensor]:
     """The checkpoint's tensors without their bytes."""
     return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
 
@@ -71,7 +71,7 @@ def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dty
     Raises:
         CannotRecordError: see there.
     """
-    sources = stand_ins(tensors)
+    sources = recording_tensors(tensors)
     parameters = dict(model.named_parameters())
     targets = {**dict(model.named_buffers()), **parameters}
     record = LoaderRecord(

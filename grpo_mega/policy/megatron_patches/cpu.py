@@ -158,7 +158,7 @@ _CUDA_ENTRIES: dict[str, Any] = {
 }
 
 
-class _StandIn(types.ModuleType):
+class _TorchOnCpu(types.ModuleType):
     """A module that answers with `entries` first and with the real module otherwise."""
 
     def __init__(self, real: types.ModuleType, entries: dict[str, Any]) -> None:
@@ -185,9 +185,10 @@ def _without_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like")
-_TORCH = _StandIn(
+_TORCH = _TorchOnCpu(
     torch,
-    {name: _without_cuda(getattr(torch, name)) for name in _FACTORIES} | {"cuda": _StandIn(torch.cuda, _CUDA_ENTRIES)},
+    {name: _without_cuda(getattr(torch, name)) for name in _FACTORIES}
+    | {"cuda": _TorchOnCpu(torch.cuda, _CUDA_ENTRIES)},
 )
 
 

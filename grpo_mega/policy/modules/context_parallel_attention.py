@@ -80,13 +80,13 @@ def context_attention(
     """
     if sinks is not None:
         q, k, scale = add_sinks(q, k, sinks, scale)
-    row = Row(cu_seqlens, scale, group, sinks is not None, window)
+    row = RowLayout(cu_seqlens, scale, group, sinks is not None, window)
     out: Tensor = _ContextAttention.apply(q, k, v, row)  # type: ignore[no-untyped-call]
     return out
 
 
 @dataclass(frozen=True)
-class Row:
+class RowLayout:
     """What holds for all tokens of a row, as `context_attention` has it."""
 
     cu_seqlens: Tensor
@@ -150,7 +150,7 @@ def _query_batches(cu_seqlens: tuple[int, ...], cp: int, cp_rank: int) -> tuple[
 
 class _ContextAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: RowLayout) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.row = row
         cu_seqlens, group = row.cu_seqlens, row.group
@@ -169,7 +169,7 @@ class _ContextAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        row: Row = ctx.row
+        row: RowLayout = ctx.row
         cu_seqlens, group = row.cu_seqlens, row.group
         key_row, value_row = _gathered(k, v, cu_seqlens, group)
         grad_q = torch.zeros_like(q)

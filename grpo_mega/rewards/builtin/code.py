@@ -75,10 +75,10 @@ def check_code_args(
         UserError: a limit is not positive, `partial` is neither true nor false, or a program cannot be isolated here.
     """
     if not isinstance(partial, bool):
-        raise UserError(f"partial={partial!r} is neither true nor false; use one of them")
+        raise UserError(f"partial={partial!r} is neither true nor false", remedy="use one of them")
     check_limits(seconds, 4.0, memory_mb=memory_mb, file_mb=file_mb, output_kb=output_kb, processes=processes)
     if memory_mb < 64:
-        raise UserError(f"memory_mb={memory_mb} is too little for Python to start; use 64 or more")
+        raise UserError(f"memory_mb={memory_mb} is too little for Python to start", remedy="use 64 or more")
     require_isolation()
 
 

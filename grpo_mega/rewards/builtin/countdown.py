@@ -31,9 +31,9 @@ def check_countdown_args(use_all: bool = True, valid_score: float = 0.0) -> None
         UserError: `use_all` is neither true nor false, or `valid_score` is not in [0, 1].
     """
     if not isinstance(use_all, bool):
-        raise UserError(f"use_all={use_all!r} is neither true nor false; use one of them")
+        raise UserError(f"use_all={use_all!r} is neither true nor false", remedy="use one of them")
     if isinstance(valid_score, bool) or not isinstance(valid_score, int | float) or not 0 <= valid_score <= 1:
-        raise UserError(f"valid_score={valid_score!r} is not in [0, 1]; use for example 0.1")
+        raise UserError(f"valid_score={valid_score!r} is not in [0, 1]", remedy="use for example 0.1")
 
 
 @reward(low=0.0, high=1.0, check_args=check_countdown_args)

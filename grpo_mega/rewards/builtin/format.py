@@ -29,23 +29,25 @@ def check_format_args(kind: str | None = None, pattern: str | None = None, tags:
         UserError: an unknown kind; a pattern or tags missing, superfluous or malformed.
     """
     if kind is not None and kind not in KINDS:
-        raise UserError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+        raise UserError(f"kind={kind!r} is unknown", remedy=f"use one of {', '.join(KINDS)}")
     if (kind == "tags") != (tags is not None):
-        raise UserError(f"kind={kind!r} with tags={tags!r}; give both kind: tags and tags: [think, answer], or neither")
+        raise UserError(
+            f"kind={kind!r} with tags={tags!r}", remedy="give both kind: tags and tags: [think, answer], or neither"
+        )
     if tags is not None and (isinstance(tags, str) or not tags or not all(_is_tag_name(tag) for tag in tags)):
-        raise UserError(f"tags={tags!r} is no list of names; use for example [think, answer]")
+        raise UserError(f"tags={tags!r} is no list of names", remedy="use for example [think, answer]")
     if tags is not None and len(set(tags)) < len(tags):
-        raise UserError(f"tags={tags!r} names one of them twice; each stands in a completion exactly once")
+        raise UserError(f"tags={tags!r} names one of them twice", remedy="each stands in a completion exactly once")
     if pattern is None:
         if kind == "regex":
-            raise UserError("kind='regex' has no pattern; add pattern: <regular expression>")
+            raise UserError("kind='regex' has no pattern", remedy="add pattern: <regular expression>")
         return
     if kind not in (None, "regex"):
-        raise UserError(f"pattern={pattern!r} would do nothing with kind={kind!r}; leave one of them out")
+        raise UserError(f"pattern={pattern!r} would do nothing with kind={kind!r}", remedy="leave one of them out")
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise UserError(f"pattern={pattern!r} is no regular expression ({error}); correct it") from error
+        raise UserError(f"pattern={pattern!r} is no regular expression ({error})", remedy="correct it") from error
 
 
 @reward(low=0.0, high=1.0, check_args=check_format_args)

@@ -45,7 +45,7 @@ def check_gsm8k_args(strict: bool = False) -> None:
         UserError: it is something else.
     """
     if not isinstance(strict, bool):
-        raise UserError(f"strict={strict!r} is neither true nor false; use one of them")
+        raise UserError(f"strict={strict!r} is neither true nor false", remedy="use one of them")
 
 
 @reward(low=0.0, high=1.0, check_args=check_gsm8k_args)

@@ -36,11 +36,11 @@ def check_json_schema_args(schema: Mapping[str, Any] | None = None) -> None:
     if schema is None:
         return
     if not isinstance(schema, Mapping):
-        raise UserError(f"schema={schema!r} is {type(schema).__name__}; give a JSON schema, an object")
+        raise UserError(f"schema={schema!r} is {type(schema).__name__}", remedy="give a JSON schema, an object")
     try:
         _validator(json.dumps(schema))
     except (ValueError, TypeError) as error:
-        raise UserError(f"schema is no JSON schema ({error}); correct it") from error
+        raise UserError(f"schema is no JSON schema ({error})", remedy="correct it") from error
 
 
 @reward(low=0.0, high=1.0, check_args=check_json_schema_args)

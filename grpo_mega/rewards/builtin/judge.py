@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from grpo_mega.rewards.base import batched_reward
-from grpo_mega.rewards.batched import BatchScorer, Row, ThreadedScorer
-from grpo_mega.rewards.http_client import Server, ServerError, asks_server, check_server, sendable
+from grpo_mega.rewards.batched import BatchScorer, ScoringRow, ThreadedScorer
+from grpo_mega.rewards.http_client import RewardServer, ServerError, asks_server, check_server, sendable
 from grpo_mega.types import UserError
 
 TEMPLATE = """You grade an answer to a question.
@@ -40,7 +40,7 @@ _CONCURRENCY = 8
 
 @asks_server(concurrency=_CONCURRENCY)
 def check_judge_args(
-    server: Server,
+    server: RewardServer,
     model: str,
     template: str = TEMPLATE,
     pattern: str = PATTERN,
@@ -53,27 +53,29 @@ def check_judge_args(
         UserError: names the argument.
     """
     if not isinstance(model, str) or not model:
-        raise UserError(f"model={model!r} is no name; give the name under which the server knows its model")
+        raise UserError(f"model={model!r} is no name", remedy="give the name under which the server knows its model")
     if not isinstance(template, str) or "{completion}" not in template:
-        raise UserError("template does not contain {completion}, so all answers would get the same mark; add it")
+        raise UserError(
+            "template does not contain {completion}, so all answers would get the same mark", remedy="add it"
+        )
     try:
         groups = re.compile(pattern).groups
     except (re.error, TypeError) as error:
-        raise UserError(f"pattern={pattern!r} is no regular expression ({error}); correct it") from error
+        raise UserError(f"pattern={pattern!r} is no regular expression ({error})", remedy="correct it") from error
     if groups < 1:
-        raise UserError(f"pattern={pattern!r} has no group; put brackets around the number")
+        raise UserError(f"pattern={pattern!r} has no group", remedy="put brackets around the number")
     numbers = isinstance(scale, Sequence) and all(type(end) in (int, float) for end in scale)
     if not numbers or len(scale) != 2 or not -1e9 <= scale[0] < scale[1] <= 1e9:
-        raise UserError(f"scale={scale!r} is no [lowest, highest]; use for example [1, 10]")
+        raise UserError(f"scale={scale!r} is no [lowest, highest]", remedy="use for example [1, 10]")
     if type(max_tokens) is not int or max_tokens < 1:
-        raise UserError(f"max_tokens={max_tokens!r} is no whole number above 0; use for example 512")
+        raise UserError(f"max_tokens={max_tokens!r} is no whole number above 0", remedy="use for example 512")
     check_server(server)
 
 
 @batched_reward(low=0.0, high=1.0, check_args=check_judge_args)
 @asks_server(concurrency=_CONCURRENCY)
 def judge(
-    server: Server,
+    server: RewardServer,
     model: str,
     template: str = TEMPLATE,
     pattern: str = PATTERN,
@@ -104,7 +106,7 @@ def judge(
             raise ValueError(f"mark {mark:g} is not on the scale {lowest:g} to {highest:g}")
         return (mark - lowest) / (highest - lowest)
 
-    def score(rows: Sequence[Row]) -> list[float | Exception]:
+    def score(rows: Sequence[ScoringRow]) -> list[float | Exception]:
         (row,) = rows
         texts = {name: sendable(getattr(row, name), _LONGEST_TEXT) for name in ("prompt", "completion", "reference")}
         question = _PLACES.sub(lambda place: texts[place[1]], template)

@@ -46,9 +46,9 @@ def check_language_args(language: str, part: str = "all") -> None:
         UserError: an unknown language or part.
     """
     if language not in SCRIPTS:
-        raise UserError(f"language={language!r} is unknown; use one of {', '.join(sorted(SCRIPTS))}")
+        raise UserError(f"language={language!r} is unknown", remedy=f"use one of {', '.join(sorted(SCRIPTS))}")
     if part not in PARTS:
-        raise UserError(f"part={part!r} is unknown; use one of {', '.join(PARTS)}")
+        raise UserError(f"part={part!r} is unknown", remedy=f"use one of {', '.join(PARTS)}")
 
 
 @reward(low=0.0, high=1.0, check_args=check_language_args)

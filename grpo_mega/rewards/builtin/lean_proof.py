@@ -58,14 +58,14 @@ def check_proof_args(
         UserError: names the argument, or what is missing.
     """
     if not isinstance(header, str):
-        raise UserError(f"header={header!r} is no text; write for example 'import Mathlib'")
+        raise UserError(f"header={header!r} is no text", remedy="write for example 'import Mathlib'")
     check_limits(seconds, 60.0, memory_mb=memory_mb, processes=processes)
     for name, texts in (("lean_path", lean_path), ("axioms", axioms)):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{name}={texts!r} is no list of texts; write it as one")
+            raise UserError(f"{name}={texts!r} is no list of texts", remedy="write it as one")
     for folder in lean_path:
         if not os.path.isdir(folder):
-            raise UserError(f"lean_path: {folder!r} is no folder; name folders of compiled modules (.olean)")
+            raise UserError(f"lean_path: {folder!r} is no folder", remedy="name folders of compiled modules (.olean)")
     try:
         _toolchain(lean)
     except ValueError as error:

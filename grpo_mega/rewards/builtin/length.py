@@ -27,21 +27,27 @@ def check_length_args(
         UserError: an unknown kind or unit, a limit or buffer that makes no penalty, a tokenizer missing or superfluous.
     """
     if kind not in KINDS:
-        raise UserError(f"kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
+        raise UserError(f"kind={kind!r} is unknown", remedy=f"use one of {', '.join(KINDS)}")
     if unit not in UNITS:
-        raise UserError(f"unit={unit!r} is unknown; use one of {', '.join(UNITS)}")
+        raise UserError(f"unit={unit!r} is unknown", remedy=f"use one of {', '.join(UNITS)}")
     for name, value in (("limit", limit), ("buffer", buffer)):
         if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0; give a number of {unit}")
+            raise UserError(f"{name}={value!r} is no whole number above 0", remedy=f"give a number of {unit}")
     if kind == "overlong" and buffer > limit:
-        raise UserError(f"buffer={buffer} is more than limit={limit}: an empty completion would be penalised; lower it")
+        raise UserError(
+            f"buffer={buffer} is more than limit={limit}: an empty completion would be penalised", remedy="lower it"
+        )
     if (unit == "tokens") != (tokenizer is not None):
-        raise UserError(f"unit={unit!r} with tokenizer={tokenizer!r}; give both unit: tokens and tokenizer, or neither")
+        raise UserError(
+            f"unit={unit!r} with tokenizer={tokenizer!r}", remedy="give both unit: tokens and tokenizer, or neither"
+        )
     if tokenizer is not None:
         try:
             _tokenizer(tokenizer)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"tokenizer={tokenizer!r} cannot be read ({error}); name a tokenizer.json") from error
+            raise UserError(
+                f"tokenizer={tokenizer!r} cannot be read ({error})", remedy="name a tokenizer.json"
+            ) from error
 
 
 @reward(low=-1.0, high=0.0, check_args=check_length_args)

@@ -55,9 +55,9 @@ def check_math_args(strict: bool = False, cpu_seconds: float = 2.0) -> None:
         UserError: `strict` is neither true nor false, or `cpu_seconds` is not positive.
     """
     if not isinstance(strict, bool):
-        raise UserError(f"strict={strict!r} is neither true nor false; use one of them")
+        raise UserError(f"strict={strict!r} is neither true nor false", remedy="use one of them")
     if isinstance(cpu_seconds, bool) or not isinstance(cpu_seconds, int | float) or not 0 < cpu_seconds < 3600:
-        raise UserError(f"cpu_seconds={cpu_seconds!r} is no number of seconds above 0; use for example 2.0")
+        raise UserError(f"cpu_seconds={cpu_seconds!r} is no number of seconds above 0", remedy="use for example 2.0")
 
 
 @reward(low=0.0, high=1.0, check_args=check_math_args)

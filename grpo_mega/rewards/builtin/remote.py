@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_mega.rewards.base import batched_reward
-from grpo_mega.rewards.batched import BatchScorer, Row, ThreadedScorer
-from grpo_mega.rewards.http_client import Server, asks_server, check_server, sendable
+from grpo_mega.rewards.batched import BatchScorer, ScoringRow, ThreadedScorer
+from grpo_mega.rewards.http_client import RewardServer, asks_server, check_server, sendable
 from grpo_mega.types import UserError
 
 PROTOCOLS = ("rewards", "classify")
@@ -25,7 +25,7 @@ _CONCURRENCY = 4
 
 @asks_server(concurrency=_CONCURRENCY)
 def check_remote_args(
-    server: Server,
+    server: RewardServer,
     low: float = 0.0,
     high: float = 1.0,
     protocol: str = "rewards",
@@ -39,15 +39,15 @@ def check_remote_args(
     """
     numbers = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
     if not numbers or not low < high:
-        raise UserError(f"low={low!r} high={high!r} is no range; give two finite numbers with low < high")
+        raise UserError(f"low={low!r} high={high!r} is no range", remedy="give two finite numbers with low < high")
     if protocol not in PROTOCOLS:
-        raise UserError(f"protocol={protocol!r} is unknown; use one of {', '.join(PROTOCOLS)}")
+        raise UserError(f"protocol={protocol!r} is unknown", remedy=f"use one of {', '.join(PROTOCOLS)}")
     if (protocol == "classify") != (model is not None):
         raise UserError(
-            f"protocol={protocol!r} with model={model!r}; classify needs the model's name, rewards has none"
+            f"protocol={protocol!r} with model={model!r}", remedy="classify needs the model's name, rewards has none"
         )
     if type(batch_size) is not int or not 1 <= batch_size <= 10_000:
-        raise UserError(f"batch_size={batch_size!r} is no whole number from 1 to 10000; use for example 16")
+        raise UserError(f"batch_size={batch_size!r} is no whole number from 1 to 10000", remedy="use for example 16")
     check_server(server)
 
 
@@ -59,7 +59,7 @@ def declared_range(low: float = 0.0, high: float = 1.0, **_: object) -> tuple[fl
 @batched_reward(low=0.0, high=1.0, check_args=check_remote_args, range_of=declared_range)
 @asks_server(concurrency=_CONCURRENCY)
 def remote(
-    server: Server,
+    server: RewardServer,
     low: float = 0.0,
     high: float = 1.0,
     protocol: str = "rewards",
@@ -78,7 +78,7 @@ def remote(
     """
     make, read = (_classify_body, _classified) if protocol == "classify" else (_rewards_body, _rewarded)
 
-    def score(rows: Sequence[Row]) -> Sequence[float | Exception]:
+    def score(rows: Sequence[ScoringRow]) -> Sequence[float | Exception]:
         return server.ask("", make(rows, model), _with_length(read, len(rows)))
 
     return ThreadedScorer(
@@ -98,7 +98,7 @@ def _with_length(
     return checked
 
 
-def _rewards_body(rows: Sequence[Row], model: str | None) -> dict[str, Any]:
+def _rewards_body(rows: Sequence[ScoringRow], model: str | None) -> dict[str, Any]:
     names = ("prompt", "completion", "reference")
     return {"rows": [{name: sendable(getattr(row, name), _LONGEST_TEXT) for name in names} for row in rows]}
 
@@ -107,7 +107,7 @@ def _rewarded(answer: Any) -> list[float | Exception]:
     return [_number(value) for value in answer["rewards"]]
 
 
-def _classify_body(rows: Sequence[Row], model: str | None) -> dict[str, Any]:
+def _classify_body(rows: Sequence[ScoringRow], model: str | None) -> dict[str, Any]:
     return {"model": model, "input": [sendable(row.prompt + row.completion, _LONGEST_TEXT) for row in rows]}
 
 

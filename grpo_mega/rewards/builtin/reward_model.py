@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.rewards.base import batched_reward
-from grpo_mega.rewards.batched import BatchScorer, Row
+from grpo_mega.rewards.batched import BatchScorer, ScoringRow
 from grpo_mega.types import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,25 +37,29 @@ def check_reward_model_args(
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"path={path!r} has no readable config.json ({error}); name a Hugging Face folder") from error
+        raise UserError(
+            f"path={path!r} has no readable config.json ({error})", remedy="name a Hugging Face folder"
+        ) from error
     architectures = model.get("architectures") or []
     if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
-        raise UserError(f"path={path!r} holds {architectures}; a reward model is a ...ForSequenceClassification")
+        raise UserError(
+            f"path={path!r} holds {architectures}", remedy="a reward model is a ...ForSequenceClassification"
+        )
     labels = len(model.get("id2label") or ("LABEL_0", "LABEL_1"))
     if labels != 1:
-        raise UserError(f"path={path!r} has {labels} labels; a reward model has one")
+        raise UserError(f"path={path!r} has {labels} labels", remedy="a reward model has one")
     if bound is not None and (type(bound) not in (int, float) or not 0 < bound < math.inf):
-        raise UserError(f"bound={bound!r} is no finite number above 0; leave it out for the sigmoid")
+        raise UserError(f"bound={bound!r} is no finite number above 0", remedy="leave it out for the sigmoid")
     if not isinstance(chat, bool):
-        raise UserError(f"chat={chat!r} is neither true nor false; use one of them")
+        raise UserError(f"chat={chat!r} is neither true nor false", remedy="use one of them")
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0; correct it")
+            raise UserError(f"{name}={value!r} is no whole number above 0", remedy="correct it")
     longest = model.get("max_position_embeddings")
     if longest is not None and max_tokens > longest:
-        raise UserError(f"max_tokens={max_tokens} is more than the {longest} positions of {path!r}; lower it")
+        raise UserError(f"max_tokens={max_tokens} is more than the {longest} positions of {path!r}", remedy="lower it")
     if dtype not in DTYPES:
-        raise UserError(f"dtype={dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={dtype!r} is unknown", remedy=f"use one of {', '.join(DTYPES)}")
 
 
 def declared_range(bound: float | None = None, **_: object) -> tuple[float, float]:
@@ -99,9 +103,9 @@ class _ModelScorer:
         known = (self._tokenizer.pad_token_id, self._model.config.pad_token_id, self._tokenizer.eos_token_id, 0)
         self._pad_id = next(number for number in known if number is not None)
         self._model.config.pad_token_id = self._pad_id  # where the model looks for a row's last token
-        self._rows: list[tuple[int, Row]] = []
+        self._rows: list[tuple[int, ScoringRow]] = []
 
-    def submit(self, key: int, row: Row) -> None:
+    def submit(self, key: int, row: ScoringRow) -> None:
         self._rows.append((key, row))
 
     def collect(self) -> dict[int, float | Exception]:
@@ -127,7 +131,7 @@ class _ModelScorer:
     def close(self) -> None:
         self._rows = []
 
-    def _token_ids(self, row: Row) -> list[int]:
+    def _token_ids(self, row: ScoringRow) -> list[int]:
         completion = row.completion[-_LONGEST_TEXT:].encode("utf-8", "replace").decode("utf-8")
         if self._chat:
             turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": completion}]

@@ -8,14 +8,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from grpo_mega.weight_sync.transports.process_vm_readv import Neighbours
+from grpo_mega.weight_sync.transports.process_vm_readv import PeerMemory
 
 
 @dataclass(frozen=True)
-class Message:
+class BucketMessage:
     """`num_bytes` of one bucket between this rank and `peer`, at byte `start` of the sender's send buffer.
 
-    `large`: (start in the message, bytes) of what may be lent (`Transport.lend`); the same at both ends.
+    `large`: (start in the message, bytes) of what may be lent (`Transport.send_or_receive_in_place`); the same at both
+    ends.
     """
 
     peer: int
@@ -35,12 +36,12 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Round:
     """What a rank sends and receives of one bucket, each sorted by peer."""
 
     number: int
-    sends: Sequence[Message]
-    receives: Sequence[Message]
+    sends: Sequence[BucketMessage]
+    receives: Sequence[BucketMessage]
 
     @property
     def send_bytes(self) -> int:
@@ -54,25 +55,27 @@ class Turn:
 class Transport(Protocol):
     """Moves messages. Per turn: fill `outgoing`, `start`, `incoming` for each message received, `finish`.
 
-    `neighbours`: ranks that read each other's memory; to them a message may say where bytes are. None: there are none.
+    `peer_memory`: ranks that read each other's memory; to them a message may say where bytes are. None: there are none.
 
     `outgoing` waits until a buffer is free, and all transports of a rank are asked for it before one of them starts.
     """
 
-    neighbours: Neighbours | None
+    peer_memory: PeerMemory | None
 
-    def outgoing(self, turn: Turn) -> Tensor:
+    def outgoing(self, turn: Round) -> Tensor:
         """[send_bytes] uint8 to be filled; waits until the turn before last has left it."""
         ...
 
-    def lend(self, turn: Turn, message: Message, start: int, memory: Tensor, *, sends: bool) -> bool:
+    def send_or_receive_in_place(
+        self, turn: Round, message: BucketMessage, start: int, memory: Tensor, *, sends: bool
+    ) -> bool:
         """Before `start`: the bytes from `start` of a message are sent out of this memory, or received into it, and not
         copied through the buffer. False: this transport has no use for it."""
         ...
 
-    def start(self, turn: Turn) -> None: ...
+    def start(self, turn: Round) -> None: ...
 
-    def incoming(self, turn: Turn, message: Message) -> Tensor:
+    def incoming(self, turn: Round, message: BucketMessage) -> Tensor:
         """[num_bytes] uint8 of one message, once it is there; valid until `finish`.
 
         Raises:
@@ -80,7 +83,7 @@ class Transport(Protocol):
         """
         ...
 
-    def finish(self, turn: Turn) -> None:
+    def finish(self, turn: Round) -> None:
         """Everything of this turn was taken over.
 
         Raises:
@@ -100,7 +103,7 @@ class TransportError(RuntimeError):
         self.peer = peer
 
 
-def failed_wait(turn: Turn, message: Message, rank: int, sends: bool, seconds: float, why: str) -> str:
+def failed_wait(turn: Round, message: BucketMessage, rank: int, sends: bool, seconds: float, why: str) -> str:
     """One sentence with both ranks."""
     ends = f"rank {rank} to rank {message.peer}" if sends else f"rank {message.peer} to rank {rank}"
     return f"bucket {turn.number}: {message.num_bytes} bytes from {ends} did not arrive within {seconds:g} s ({why})"

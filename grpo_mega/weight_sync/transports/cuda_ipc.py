@@ -37,8 +37,8 @@ class DeviceSlots:
             storage = torch.UntypedStorage._new_shared_cuda(*told)
         except RuntimeError as error:
             raise UserError(
-                f"weight_sync.transport=cuda_ipc: rank {rank}'s GPU {told[0]} cannot be mapped here ({error}); make "
-                "all GPUs of the machine visible to each rank, or use weight_sync.transport=auto"
+                f"weight_sync.transport=cuda_ipc: rank {rank}'s GPU {told[0]} cannot be mapped here ({error})",
+                remedy="make all GPUs of the machine visible to each rank, or use weight_sync.transport=auto",
             ) from error
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo_mega.parallel.peer_group import World
+from grpo_mega.parallel.peer_group import PeerGroup
 from grpo_mega.types import UserError
-from grpo_mega.weight_sync.transports.base import Transport, Turn
+from grpo_mega.weight_sync.transports.base import Round, Transport
 from grpo_mega.weight_sync.transports.cuda_ipc import DeviceSlots
 from grpo_mega.weight_sync.transports.process_group import GroupTransport
 from grpo_mega.weight_sync.transports.shared_memory import SharedMemoryTransport, machine_id
@@ -29,9 +29,11 @@ def transport_kinds(kind: TransportKind) -> dict[str, str]:
     """
     cuda = torch.cuda.is_available()
     if kind in ("nccl", "cuda_ipc") and not cuda:
-        raise UserError(f"weight_sync.transport={kind} needs CUDA; use auto")
+        raise UserError(f"weight_sync.transport={kind} needs CUDA", remedy="use auto")
     if kind in ("gloo", "shared_memory") and cuda:
-        raise UserError(f"weight_sync.transport={kind} moves host memory, the weights are on CUDA devices; use auto")
+        raise UserError(
+            f"weight_sync.transport={kind} moves host memory, the weights are on CUDA devices", remedy="use auto"
+        )
     if kind == "nccl" or (kind == "auto" and cuda):
         return {"same_node": "nccl", "across_nodes": "nccl"}
     if kind == "cuda_ipc":
@@ -40,7 +42,7 @@ def transport_kinds(kind: TransportKind) -> dict[str, str]:
 
 
 def make_transports(
-    turns: dict[str, list[Turn]], timeout_seconds: float, world: World
+    turns: dict[str, list[Round]], timeout_seconds: float, world: PeerGroup
 ) -> tuple[dict[str, Transport], int]:
     """Those with at least one message somewhere, and the bytes of the two buffers that they share. Collective over all
     ranks; kinds that are not needed are taken out of `turns`."""

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.weight_sync.transports.base import Message, TransportError, Turn, aligned, failed_wait
-from grpo_mega.weight_sync.transports.process_vm_readv import Neighbours
+from grpo_mega.weight_sync.transports.base import BucketMessage, Round, TransportError, aligned, failed_wait
+from grpo_mega.weight_sync.transports.process_vm_readv import PeerMemory
 
 
 class GroupTransport:
     """Point to point over a process group (gloo; NCCL: written, never run)."""
 
-    neighbours: Neighbours | None = None
+    peer_memory: PeerMemory | None = None
 
     def __init__(
         self, buffers: Sequence[Tensor], starts: Sequence[int], group: dist.ProcessGroup, timeout: float
@@ -37,16 +37,18 @@ class GroupTransport:
         self._places: dict[tuple[int, int], Tensor] = {}
         self._lent: dict[tuple[int, int, bool, int], Tensor] = {}
 
-    def outgoing(self, turn: Turn) -> Tensor:
+    def outgoing(self, turn: Round) -> Tensor:
         return self._part(turn)[: turn.send_bytes]
 
-    def lend(self, turn: Turn, message: Message, start: int, memory: Tensor, *, sends: bool) -> bool:
+    def send_or_receive_in_place(
+        self, turn: Round, message: BucketMessage, start: int, memory: Tensor, *, sends: bool
+    ) -> bool:
         lends = memory.device.type == "cpu" and memory.is_contiguous() and any(start == at for at, _ in message.large)
         if lends:
             self._lent[turn.number, message.peer, sends, start] = memory.view(-1).view(torch.uint8)
         return lends
 
-    def start(self, turn: Turn) -> None:
+    def start(self, turn: Round) -> None:
         if not turn.sends and not turn.receives:
             return
         buffer, at = self._part(turn), turn.send_bytes
@@ -67,7 +69,7 @@ class GroupTransport:
         for key, work in zip(keys, self._started(operations, buffer.device), strict=True):
             self._waits.setdefault(key, []).append(work)
 
-    def _parts(self, turn: Turn, message: Message, place: Tensor, *, sends: bool) -> Iterator[Tensor]:
+    def _parts(self, turn: Round, message: BucketMessage, place: Tensor, *, sends: bool) -> Iterator[Tensor]:
         """What is lent, and of the buffer the rest; both ends cut a message alike."""
         for start, num_bytes in message.parts():
             lent = self._lent.pop((turn.number, message.peer, sends, start), None)
@@ -83,18 +85,18 @@ class GroupTransport:
                 operation()
         return list(manager.works) * len(operations)
 
-    def incoming(self, turn: Turn, message: Message) -> Tensor:
+    def incoming(self, turn: Round, message: BucketMessage) -> Tensor:
         self._wait(turn, message, sends=False)
         return self._places.pop((turn.number, message.peer))
 
-    def finish(self, turn: Turn) -> None:
+    def finish(self, turn: Round) -> None:
         for message in turn.sends:
             self._wait(turn, message, sends=True)
 
-    def _part(self, turn: Turn) -> Tensor:
+    def _part(self, turn: Round) -> Tensor:
         return self._buffers[turn.number % 2][self._starts[turn.number] :]
 
-    def _wait(self, turn: Turn, message: Message, *, sends: bool) -> None:
+    def _wait(self, turn: Round, message: BucketMessage, *, sends: bool) -> None:
         try:
             for work in self._waits.pop((turn.number, message.peer, sends)):
                 work.wait(timedelta(seconds=self._timeout))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_mega.parallel.peer_group import World
+from grpo_mega.parallel.peer_group import PeerGroup
 
 log = logging.getLogger("grpo_mega.weight_sync")
 
@@ -41,7 +41,7 @@ _libc.process_vm_readv.argtypes = [
 
 
 @dataclass(frozen=True)
-class Runs:
+class StridedRange:
     """`count` runs of `num_bytes`, each `stride` bytes behind the one before, the first at `address`."""
 
     address: int
@@ -50,7 +50,7 @@ class Runs:
     stride: int
 
     @classmethod
-    def of(cls, values: Tensor) -> Runs | None:
+    def of(cls, values: Tensor) -> StridedRange | None:
         """Those of a tensor of the host; None where they are too short, or not evenly spaced."""
         if values.device.type != "cpu" or not values.numel():
             return None
@@ -68,7 +68,7 @@ class Runs:
         return cls(values.data_ptr(), count, run, stride) if count == 1 or run >= LEAST_RUN else None
 
     @classmethod
-    def whole(cls, values: Tensor) -> Runs:
+    def whole(cls, values: Tensor) -> StridedRange:
         """The one of a tensor without gaps."""
         return cls(values.data_ptr(), 1, values.nbytes, values.nbytes)
 
@@ -88,7 +88,7 @@ def allow_reading() -> None:
     _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)  # without Yama: EINVAL, and nothing to allow
 
 
-def read_runs(process: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
+def read_ranges(process: int, pairs: Sequence[tuple[StridedRange, StridedRange]]) -> None:
     """Copies what the first of each pair are in the memory of a process into the second, in few calls.
 
     Raises:
@@ -121,7 +121,7 @@ def _read(process: int, sources: list[tuple[int, int]], targets: list[tuple[int,
         raise OSError(f"process {os.getpid()} could not read process {process}: {why}")
 
 
-def fits(theirs: Runs, ours: Runs) -> bool:
+def fits(theirs: StridedRange, ours: StridedRange) -> bool:
     """Do the runs of one side divide those of the other?"""
     longer, shorter = max(theirs.num_bytes, ours.num_bytes), min(theirs.num_bytes, ours.num_bytes)
     return longer % shorter == 0
@@ -130,22 +130,22 @@ def fits(theirs: Runs, ours: Runs) -> bool:
 PLACE_BYTES = 32  # four words of 64 bits
 
 
-def put_places(table: Tensor, places: list[Runs]) -> None:
+def put_places(table: Tensor, places: list[StridedRange]) -> None:
     """Into bytes that another process reads."""
     words = torch.tensor([astuple(place) for place in places], dtype=torch.int64)
     table[: words.nbytes].view(torch.int64).copy_(words.flatten())
 
 
-def take_places(table: Tensor, count: int) -> list[Runs]:
+def take_places(table: Tensor, count: int) -> list[StridedRange]:
     """What `put_places` has put there."""
     words = table[: count * PLACE_BYTES].view(torch.int64).view(count, -1)
-    return [Runs(*row) for row in words.tolist()]
+    return [StridedRange(*row) for row in words.tolist()]
 
 
-class Neighbours:
+class PeerMemory:
     """The ranks of this machine whose memory this one can read, and those that can read its own."""
 
-    def __init__(self, world: World, processes: Mapping[int, int]) -> None:
+    def __init__(self, world: PeerGroup, processes: Mapping[int, int]) -> None:
         """Collective: each rank tries.
 
         Args:
@@ -155,7 +155,7 @@ class Neighbours:
         allow_reading()
         self._processes = processes
         self._word = torch.tensor([secrets.randbits(62)])  # what others must find here
-        told = world.gather((Runs.whole(self._word), int(self._word)))
+        told = world.gather((StridedRange.whole(self._word), int(self._word)))
         self._readable = {rank for rank in processes if self._reads(rank, *told[rank])}
         if len(self._readable) < len(processes):
             closed = sorted(processes.keys() - self._readable)
@@ -166,14 +166,14 @@ class Neighbours:
         """May it be told where bytes are, instead of the bytes?"""
         return rank in self._readers
 
-    def read(self, rank: int, pairs: Sequence[tuple[Runs, Runs]]) -> None:
-        """`read_runs` from that rank's process; raises as that does."""
-        read_runs(self._processes[rank], pairs)
+    def read(self, rank: int, pairs: Sequence[tuple[StridedRange, StridedRange]]) -> None:
+        """`read_ranges` from that rank's process; raises as that does."""
+        read_ranges(self._processes[rank], pairs)
 
-    def _reads(self, rank: int, place: Runs, word: int) -> bool:
+    def _reads(self, rank: int, place: StridedRange, word: int) -> bool:
         found = torch.zeros(1, dtype=torch.int64)
         try:
-            self.read(rank, [(place, Runs.whole(found))])
+            self.read(rank, [(place, StridedRange.whole(found))])
         except OSError:
             return False
         return int(found) == word  # else it is another process of that number

@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_mega.parallel.peer_group import World
+from grpo_mega.parallel.peer_group import PeerGroup
 from grpo_mega.types import UserError
-from grpo_mega.weight_sync.transports.base import Message, TransportError, Turn, failed_wait
+from grpo_mega.weight_sync.transports.base import BucketMessage, Round, TransportError, failed_wait
 from grpo_mega.weight_sync.transports.cuda_ipc import DeviceSlots
-from grpo_mega.weight_sync.transports.process_vm_readv import Neighbours
+from grpo_mega.weight_sync.transports.process_vm_readv import PeerMemory
 
 _FOLDER = Path("/dev/shm")
 _COUNTERS = 4096  # bytes: turns filled, turns taken over, process id
@@ -44,9 +44,9 @@ class SharedMemoryTransport:
 
     def __init__(
         self,
-        turns: Sequence[Turn],
+        turns: Sequence[Round],
         slot_bytes: int,
-        world: World,
+        world: PeerGroup,
         timeout: float,
         device_slots: DeviceSlots | None = None,
     ) -> None:
@@ -70,37 +70,39 @@ class SharedMemoryTransport:
         world.gather(None)  # all have mapped it
         path.unlink()
         processes = {rank: int(each[_PROCESS]) for rank, each in self._counters.items() if rank != self._rank}
-        self.neighbours = Neighbours(world, processes) if device_slots is None else None
+        self.peer_memory = PeerMemory(world, processes) if device_slots is None else None
 
     @property
     def buffers(self) -> Sequence[Tensor]:
         """This rank's two, whole: what is beyond the sends of a turn is free for other transports."""
         return [self._slot(self._rank, number) for number in (0, 1)]
 
-    def outgoing(self, turn: Turn) -> Tensor:
+    def outgoing(self, turn: Round) -> Tensor:
         earlier = turn.number - 2
         for peer in self._readers.get(earlier, ()) if earlier >= 0 else ():
-            self._await(Turn(earlier, (), ()), Message(peer, 0, 0), _TAKEN, sends=True)
+            self._await(Round(earlier, (), ()), BucketMessage(peer, 0, 0), _TAKEN, sends=True)
         return self._slot(self._rank, turn.number)[: turn.send_bytes]
 
-    def lend(self, turn: Turn, message: Message, start: int, memory: Tensor, *, sends: bool) -> bool:
+    def send_or_receive_in_place(
+        self, turn: Round, message: BucketMessage, start: int, memory: Tensor, *, sends: bool
+    ) -> bool:
         return False
 
-    def start(self, turn: Turn) -> None:
+    def start(self, turn: Round) -> None:
         self._settle()
         self._counters[self._rank][_FILLED] = self._past + turn.number + 1
 
-    def incoming(self, turn: Turn, message: Message) -> Tensor:
+    def incoming(self, turn: Round, message: BucketMessage) -> Tensor:
         self._await(turn, message, _FILLED, sends=False)
         return self._slot(message.peer, turn.number)[message.start : message.start + message.num_bytes]
 
-    def finish(self, turn: Turn) -> None:
+    def finish(self, turn: Round) -> None:
         self._settle()
         self._counters[self._rank][_TAKEN] = self._past + turn.number + 1
         if turn.number == self._num_turns - 1:  # the next sync starts with free buffers
             for earlier in range(max(0, turn.number - 1), self._num_turns):
                 for peer in self._readers.get(earlier, ()):
-                    self._await(Turn(earlier, (), ()), Message(peer, 0, 0), _TAKEN, sends=True)
+                    self._await(Round(earlier, (), ()), BucketMessage(peer, 0, 0), _TAKEN, sends=True)
             self._past += self._num_turns
 
     def _slot(self, rank: int, turn: int) -> Tensor:
@@ -109,7 +111,7 @@ class SharedMemoryTransport:
         start = turn % 2 * size
         return both[start : start + size]
 
-    def _await(self, turn: Turn, message: Message, counter: int, *, sends: bool) -> None:
+    def _await(self, turn: Round, message: BucketMessage, counter: int, *, sends: bool) -> None:
         counters, wanted = self._counters[message.peer], self._past + turn.number + 1
         end = time.monotonic() + self._timeout
         look = time.monotonic() + _LOOK_SECONDS
@@ -138,8 +140,8 @@ def _create(path: Path, num_bytes: int) -> Tensor:
         os.close(descriptor)
         path.unlink()
         raise UserError(
-            f"weight_sync.transport=shared_memory: {_FOLDER} has no room for {num_bytes} bytes ({error.strerror}); "
-            "use a smaller weight_sync.bucket_bytes, or weight_sync.transport=gloo"
+            f"weight_sync.transport=shared_memory: {_FOLDER} has no room for {num_bytes} bytes ({error.strerror})",
+            remedy="use a smaller weight_sync.bucket_bytes, or weight_sync.transport=gloo",
         ) from error
     return _map(descriptor)
 

@@ -11,13 +11,13 @@ import torch
 
 from grpo_mega.convert.streaming_copy import copy_side_files, identity_of
 from grpo_mega.formats.byte_ranges import BLOCK_BYTES, as_bytes, write_all, write_blocks
-from grpo_mega.formats.planned_files import CHUNK_BYTES, Piece, pieces_within, rows_at_once
+from grpo_mega.formats.planned_files import CHUNK_BYTES, CopyPiece, pieces_within, rows_at_once
 from grpo_mega.types import TensorSlice
 
 WHOLE = torch.arange(5 * 6).view(5, 6)
 # the tensor in four boxes, moved by (1, 2) in a larger one
 PIECES = [
-    Piece(TensorSlice("x", (r, c), (rows, columns)), (r + 1, c + 2))
+    CopyPiece(TensorSlice("x", (r, c), (rows, columns)), (r + 1, c + 2))
     for r, rows in ((0, 3), (3, 2))
     for c, columns in ((0, 1), (1, 5))
 ]

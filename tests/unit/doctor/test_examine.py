@@ -14,8 +14,8 @@ from grpo_mega.config.load import load_config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
 from grpo_mega.doctor.finding import Finding, require
-from grpo_mega.engines.server.client import ServerLink
-from grpo_mega.engines.server.listener import Door
+from grpo_mega.engines.server.client import ServerClient
+from grpo_mega.engines.server.listener import ServerListener
 from grpo_mega.engines.server.messages import serving_facts
 from grpo_mega.engines.server.protocol import Address
 from grpo_mega.parallel import devices
@@ -307,7 +307,7 @@ def test_servers_answer_fit_and_are_free(model: Path) -> None:
     url = f"127.0.0.1:{listener.getsockname()[1]}"
     config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")
     facts = serving_facts(config, model)
-    Door(listener, b"", facts, 5.0).open()
+    ServerListener(listener, b"", facts, 5.0).open()
     first, second = (f"engine.urls[{i}]" for i in range(2))
     findings = examine(config, Topology.of(config, 2), {})
     found, gone = only(findings, first), only(findings, second)
@@ -320,7 +320,7 @@ def test_servers_answer_fit_and_are_free(model: Path) -> None:
     other = config.model_copy(update={"precision": config.precision.model_copy(update={"dtype": "bf16"})})
     assert inputs.check_servers(other)[0].message == f"{url} has precision.dtype=fp32, here bf16"
     address = Address.parse(url, first)
-    job = ServerLink(first, address, b"", facts, patience_seconds=5.0, timeout_seconds=5.0)
+    job = ServerClient(first, address, b"", facts, patience_seconds=5.0, timeout_seconds=5.0)
     busy = inputs.check_servers(config)[0]
     job.close()
     assert (busy.status, busy.remedy) == ("fail", "wait for its end, or name another server")

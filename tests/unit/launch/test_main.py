@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from grpo_mega.launch import main
-from grpo_mega.launch.rendezvous import Machine, meet
+from grpo_mega.launch.rendezvous import NodeInfo, rendezvous
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
@@ -252,8 +252,8 @@ def test_a_failure_on_another_machine_ends_the_ranks_here_with_its_code_and_word
     port = free_port()
     begin = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(meet, Machine(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
-        with meet(Machine(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
+        joining = pool.submit(rendezvous, NodeInfo(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
+        with rendezvous(NodeInfo(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
             other = joining.result()
             Timer(0.3, other.tell, (2, "rank 1: sampling.top_p=2 is wrong\n")).start()
             sleeping = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -266,8 +266,8 @@ def test_other_machines_are_told_what_failed_here() -> None:
     port = free_port()
     heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(meet, Machine(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
-        with meet(Machine(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
+        joining = pool.submit(rendezvous, NodeInfo(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
+        with rendezvous(NodeInfo(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
             joining.result().watch(lambda code, text: heard.put((code, text)))
             failing = [sys.executable, "-S", "-c", "import sys; sys.exit('the cause')"]
             assert run_ranks(failing, environments(1), meeting) == 1
@@ -284,7 +284,7 @@ class Last:  # destroyed when Python has given its signal handlers up
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
         kill(pid, number)
 sys.last = Last()
-main.ask_config = lambda arguments: main.Wishes(2, True, 10.0)
+main.ask_config = lambda arguments: main.LaunchRequest(2, True, 10.0)
 main.run_ranks = lambda *_: 2
 sys.exit(main.main(["train.sh"]))
 """

@@ -11,20 +11,20 @@ from concurrent.futures import Future
 
 import pytest
 
-from grpo_mega.launch.rendezvous import Line, Machine, Meeting, MeetingError, meet
+from grpo_mega.launch.rendezvous import JsonSocket, NodeInfo, Rendezvous, RendezvousError, rendezvous
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
 HERE = "127.0.0.1"
 
 
-def machine(node_rank: int, num_nodes: int = 2, num_ranks: int = 2) -> Machine:
-    return Machine(node_rank, num_nodes, num_ranks, f"host{node_rank}")
+def machine(node_rank: int, num_nodes: int = 2, num_ranks: int = 2) -> NodeInfo:
+    return NodeInfo(node_rank, num_nodes, num_ranks, f"host{node_rank}")
 
 
-def later(action: Callable[[], Meeting], delay: float = 0.0) -> Future[Meeting]:
+def later(action: Callable[[], Rendezvous], delay: float = 0.0) -> Future[Rendezvous]:
     """Runs in a thread of its own, after a while."""
-    future: Future[Meeting] = Future()
+    future: Future[Rendezvous] = Future()
 
     def run() -> None:
         time.sleep(delay)
@@ -37,9 +37,9 @@ def later(action: Callable[[], Meeting], delay: float = 0.0) -> Future[Meeting]:
     return future
 
 
-def all_of(*machines: Machine, limit: float = 10.0, delay: float = 0.0) -> list[Future[Meeting]]:
+def all_of(*machines: NodeInfo, limit: float = 10.0, delay: float = 0.0) -> list[Future[Rendezvous]]:
     port = free_port()
-    return [later(lambda m=m: meet(m, HERE, port, limit), delay * i) for i, m in enumerate(machines)]  # type: ignore[misc]
+    return [later(lambda m=m: rendezvous(m, HERE, port, limit), delay * i) for i, m in enumerate(machines)]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
@@ -50,7 +50,7 @@ def test_machines_meet_in_any_order(order: tuple[int, ...]) -> None:
             pass
 
 
-def failures_of(meeting: Meeting) -> queue.SimpleQueue[tuple[int, str]]:
+def failures_of(meeting: Rendezvous) -> queue.SimpleQueue[tuple[int, str]]:
     heard: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
     meeting.watch(lambda code, text: heard.put((code, text)))
     return heard
@@ -84,10 +84,10 @@ def test_a_machine_that_ends_well_is_no_failure_and_one_that_vanishes_is() -> No
 def test_a_wrong_master_addr_is_named_when_the_limit_has_passed() -> None:
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid, port 29500: .* within 1 s .*NODE_RANK=0"):
-        meet(machine(1), "no-such-host.invalid", 29500, 1.0)
+        rendezvous(machine(1), "no-such-host.invalid", 29500, 1.0)
     port = free_port()
     with pytest.raises(UserError, match=rf"MASTER_ADDR={HERE}, port {port}: .*Connection refused"):
-        meet(machine(1), HERE, port, 1.0)
+        rendezvous(machine(1), HERE, port, 1.0)
     assert time.monotonic() - begin < 30
 
 
@@ -101,13 +101,13 @@ def test_another_program_at_the_address_is_told_apart() -> None:
     with socket.create_server((HERE, 0)) as server:
         threading.Thread(target=answer, args=(server,), daemon=True).start()
         with pytest.raises(UserError, match="another program answers there"):
-            meet(machine(1), HERE, server.getsockname()[1], 0.5)
+            rendezvous(machine(1), HERE, server.getsockname()[1], 0.5)
 
 
 def test_machine_0_names_those_that_did_not_come() -> None:
     port = free_port()
-    with pytest.raises(MeetingError, match=rf"NODE_RANK 1, 2 of 3 machines .* MASTER_ADDR=host0, port {port}"):
-        meet(machine(0, 3), "host0", port, 1.0)
+    with pytest.raises(RendezvousError, match=rf"NODE_RANK 1, 2 of 3 machines .* MASTER_ADDR=host0, port {port}"):
+        rendezvous(machine(0, 3), "host0", port, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_machine_0_names_those_that_did_not_come() -> None:
         (machine(1, num_nodes=3), "NNODES=2 on machine 0 .* but NNODES=3 on machine 1"),
     ],
 )
-def test_machines_that_do_not_go_together_are_refused_on_the_host(other: Machine, message: str) -> None:
+def test_machines_that_do_not_go_together_are_refused_on_the_host(other: NodeInfo, message: str) -> None:
     port = free_port()
-    host = later(lambda: meet(machine(0), HERE, port, 10.0))
+    host = later(lambda: rendezvous(machine(0), HERE, port, 10.0))
     deadline = time.monotonic() + 5
     while True:
         try:
-            line = Line(socket.create_connection((HERE, port)))
+            line = JsonSocket(socket.create_connection((HERE, port)))
             break
         except OSError:
             assert time.monotonic() < deadline

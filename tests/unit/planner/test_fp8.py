@@ -14,7 +14,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
 from grpo_mega.planner.hardware import Cluster, cluster_of, gpu_named
 from grpo_mega.planner.phase_memory import RankMemory, engine_weight_bytes, plan_memory
-from grpo_mega.planner.plan import make_plan
+from grpo_mega.planner.plan import plan_resources
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.types import UserError
@@ -88,7 +88,7 @@ def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
 def test_a_device_without_the_recipe_is_refused() -> None:
     config = config_of(precision=fp8(), algorithm=NO_REFERENCE)
     with pytest.raises(UserError, match=r"^--gpu=a100-80g: precision.fp8.recipe=blockwise runs on H100, H200, H20"):
-        make_plan(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
+        plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 
 def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_scale_for_each_block() -> None:
@@ -112,7 +112,7 @@ def test_the_last_latent_projection_is_kept_in_bf16_beside_its_codes() -> None:
 def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> None:
     config = config_of(engine={"fp8": "scales_fp32"}, algorithm=NO_REFERENCE)
     plain, coded = (
-        make_plan(each, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("h100-80g"), 1), "x")
+        plan_resources(each, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("h100-80g"), 1), "x")
         for each in (config_of(algorithm=NO_REFERENCE), config)
     )
     engine = engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True)
@@ -120,7 +120,7 @@ def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> 
     assert coded.time.phases["sync"] < plain.time.phases["sync"]
     assert coded.time.phases["rollout"] < plain.time.phases["rollout"]
     with pytest.raises(UserError, match=r"^--gpu=a100-80g: engine.fp8 needs a GPU with FP8, as L40S, .* 8\.0; leave"):
-        make_plan(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
+        plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 
 def test_an_engine_that_quantises_itself_is_brought_every_tensor_whole() -> None:
@@ -128,7 +128,7 @@ def test_an_engine_that_quantises_itself_is_brought_every_tensor_whole() -> None
         config_of(engine={"fp8": "own_loader"}, algorithm=NO_REFERENCE),
         cluster_of(gpu_named("h100-80g"), 2),
     )
-    plan = make_plan(config, spec_of(), lambda **_: SIZES, cluster, "x")
+    plan = plan_resources(config, spec_of(), lambda **_: SIZES, cluster, "x")
     assert plan.sync_bytes == 2 * 2 * plan.parameters
     layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64
     assert plan.memory.ranks[0].phases["sync"]["whole tensors"] == 2 * layer
@@ -138,7 +138,7 @@ def test_an_engine_that_quantises_itself_is_brought_every_tensor_whole() -> None
 def test_passes_in_fp8_take_less_time() -> None:
     cluster = cluster_of(gpu_named("h100-80g"), 1)
     plain, fast = (
-        make_plan(
+        plan_resources(
             config_of(precision=p, algorithm=NO_REFERENCE), spec_of(), lambda **_: SIZES, cluster, "x"
         ).time.phases
         for p in ({}, fp8())

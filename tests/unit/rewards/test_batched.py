@@ -12,7 +12,7 @@ import pytest
 
 from grpo_mega.config.schema import RewardTerm
 from grpo_mega.rewards import build_rewards
-from grpo_mega.rewards.batched import Row, ThreadedScorer
+from grpo_mega.rewards.batched import ScoringRow, ThreadedScorer
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import Reward, UserError
 
@@ -104,7 +104,7 @@ def test_rows_are_scored_in_batches_by_so_many_threads_and_submit_does_not_wait(
     sizes, threads, most = [], set(), [0, 0]
     lock, gate = threading.Lock(), threading.Event()
 
-    def score(rows: Sequence[Row]) -> list[float]:
+    def score(rows: Sequence[ScoringRow]) -> list[float]:
         with lock:
             sizes.append(len(rows))
             threads.add(threading.get_ident())
@@ -118,7 +118,7 @@ def test_rows_are_scored_in_batches_by_so_many_threads_and_submit_does_not_wait(
     scorer = ThreadedScorer(score, batch_size=4, concurrency=2)
     started = time.monotonic()
     for key in range(20):
-        scorer.submit(key, Row("", "x" * key, ""))
+        scorer.submit(key, ScoringRow("", "x" * key, ""))
     assert time.monotonic() - started < 5.0
     while most[0] < 2:
         time.sleep(0.01)
@@ -131,14 +131,14 @@ def test_rows_are_scored_in_batches_by_so_many_threads_and_submit_does_not_wait(
 
 
 def test_a_score_that_raises_or_counts_wrongly_gives_the_reason_to_its_rows() -> None:
-    def score(rows: Sequence[Row]) -> list[float]:
+    def score(rows: Sequence[ScoringRow]) -> list[float]:
         if rows[0].completion == "raise":
             raise KeyError("gone")
         return [1.0] * (len(rows) + (rows[0].completion == "more"))
 
     scorer = ThreadedScorer(score, batch_size=1, concurrency=1)
     for key, completion in enumerate(["raise", "more", "fine"]):
-        scorer.submit(key, Row("", completion, ""))
+        scorer.submit(key, ScoringRow("", completion, ""))
     values = scorer.collect()
     assert isinstance(values[0], KeyError)
     assert str(values[1]) == "2 values for 1 completions"
@@ -149,7 +149,7 @@ def test_a_score_that_raises_or_counts_wrongly_gives_the_reason_to_its_rows() ->
 def test_closing_does_not_wait_for_what_is_under_way() -> None:
     never = threading.Event()
     scorer = ThreadedScorer(lambda rows: [float(never.wait(60.0))] * len(rows), batch_size=1, concurrency=1)
-    scorer.submit(0, Row("", "", ""))
+    scorer.submit(0, ScoringRow("", "", ""))
     started = time.monotonic()
     scorer.close()
     assert isinstance(scorer.collect()[0], TimeoutError)
@@ -160,21 +160,21 @@ def test_closing_does_not_wait_for_what_is_under_way() -> None:
 def test_what_comes_too_late_has_failed_and_is_not_taken_for_the_next_step() -> None:
     gates = [threading.Event(), threading.Event()]
 
-    def score(rows: Sequence[Row]) -> list[float]:
+    def score(rows: Sequence[ScoringRow]) -> list[float]:
         gates[int(rows[0].reference)].wait(60.0)
         return [float(rows[0].reference)] * len(rows)
 
     scorer = ThreadedScorer(score, batch_size=1, concurrency=1, wait_seconds=0.2)
     for key in range(3):
-        scorer.submit(key, Row("", "", "0"))
+        scorer.submit(key, ScoringRow("", "", "0"))
     late = scorer.collect()
     assert [str(late[key]) for key in range(3)] == ["no value within 0.2 s of the end of sampling"] * 3
     gates[1].set()
-    scorer.submit(0, Row("", "", "1"))
+    scorer.submit(0, ScoringRow("", "", "1"))
     gates[0].set()
     limit = time.monotonic() + 20.0
     while (found := scorer.collect()) == {} or isinstance(found[0], Exception):
         assert time.monotonic() < limit
-        scorer.submit(0, Row("", "", "1"))
+        scorer.submit(0, ScoringRow("", "", "1"))
     assert found == {0: 1.0}
     scorer.close()

@@ -13,7 +13,7 @@ from grpo_mega.config.schema import RewardTerm
 from grpo_mega.rewards import BUILTIN_REWARDS, build_rewards
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
-from tests.helpers.all_rewards import ARGS, REFERENCES, stand_in_for_lean, tiny_reward_model
+from tests.helpers.all_rewards import ARGS, REFERENCES, stub_lean, tiny_reward_model
 from tests.helpers.reward_server import Request, judged, serving
 
 PIECES = (
@@ -79,7 +79,7 @@ def expensive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, di
 
     model = tmp_path_factory.mktemp("model")
     tiny_reward_model(model)
-    lean = stand_in_for_lean(tmp_path_factory.mktemp("lean"))
+    lean = stub_lean(tmp_path_factory.mktemp("lean"))
     with serving(answer) as server:
         yield {
             "code": {"seconds": 5.0},

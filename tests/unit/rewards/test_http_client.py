@@ -10,7 +10,7 @@ import pytest
 
 from grpo_mega.config.schema import RewardTerm
 from grpo_mega.rewards import build_rewards
-from grpo_mega.rewards.batched import BatchScorer, Row
+from grpo_mega.rewards.batched import BatchScorer, ScoringRow
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
 from tests.helpers.reward_server import Request, RewardServer, judged, serving
@@ -38,7 +38,7 @@ def opened(name: str, **args: Any) -> BatchScorer:
 
 def values(scorer: BatchScorer, *completions: str) -> list[float | Exception]:
     for key, completion in enumerate(completions):
-        scorer.submit(key, Row("the question", completion, "the reference"))
+        scorer.submit(key, ScoringRow("the question", completion, "the reference"))
     done = scorer.collect()
     scorer.close()
     return [done[key] for key in range(len(completions))]
@@ -170,7 +170,7 @@ def test_a_server_that_has_gone_scores_the_floor_and_stops_nothing() -> None:
 def test_a_batch_of_another_length_fails_for_all_of_it(server: RewardServer, answer: Any) -> None:
     server.answer = lambda request: (200, answer)
     scorer = opened("remote", url=server.url, **(QUICK | {"retries": 0}))
-    held = [Row("", "a", ""), Row("", "b", "")]
+    held = [ScoringRow("", "a", ""), ScoringRow("", "b", "")]
     for key, row in enumerate(held):
         scorer.submit(key, row)
     done = scorer.collect()

@@ -11,7 +11,7 @@ import pytest
 from grpo_mega.environments.base import Turn
 from grpo_mega.environments.pool import Reply
 from grpo_mega.interfaces import Engine
-from grpo_mega.rollout.multi_turn import TurnTaking
+from grpo_mega.rollout.multi_turn import MultiTurnGenerator
 from grpo_mega.rollout.sampler import derived_seed
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 
@@ -83,7 +83,9 @@ def take(
     share: Callable[[Any], Any] = lambda value: value,
 ) -> tuple[list[list[Completion]], list[tuple[int, int]]]:
     heard: list[tuple[int, int]] = []
-    turns = TurnTaking(cast("Engine", engine), environment, Letters(), stop=("!",), max_turns=max_turns, share=share)
+    turns = MultiTurnGenerator(
+        cast("Engine", engine), environment, Letters(), stop=("!",), max_turns=max_turns, share=share
+    )
     found = turns.generate(PROMPTS, request, lambda position, member, _: heard.append((position, member)))
     return found, heard
 
@@ -184,7 +186,7 @@ def test_ranks_of_a_replica_make_the_same_calls_whatever_the_first_rank_waited_f
 
     def run(rank: int) -> None:
         environments = replies if rank == 0 else None
-        turns = TurnTaking(
+        turns = MultiTurnGenerator(
             cast("Engine", engines[rank]), environments, Letters(), stop=("!",), max_turns=4, share=share(rank)
         )
         results[rank] = turns.generate(PROMPTS, REQUEST)
@@ -221,7 +223,7 @@ def test_a_rank_without_open_rollouts_calls_its_engine_as_often_as_the_others_of
     results: list[Any] = [None] * 3
     meeting, told = threading.Barrier(3, timeout=20), [False] * 3
 
-    def any_goes_on(rank: int) -> Callable[[bool], bool]:
+    def any_unfinished(rank: int) -> Callable[[bool], bool]:
         def agree(here: bool) -> bool:
             told[rank] = here
             meeting.wait()
@@ -232,14 +234,14 @@ def test_a_rank_without_open_rollouts_calls_its_engine_as_often_as_the_others_of
         return agree
 
     def run(rank: int) -> None:
-        turns = TurnTaking(
+        turns = MultiTurnGenerator(
             cast("Engine", engines[rank]),
             ScriptedEnvironment(lambda _, turns: Reply("r" if turns[-1].answer.endswith("!") else None)),
             Letters(),
             stop=("!",),
             max_turns=5,
             share=lambda value: value,
-            any_goes_on=any_goes_on(rank),
+            any_unfinished=any_unfinished(rank),
         )
         results[rank] = turns.generate(PROMPTS if rank != 1 else [], REQUEST)
 

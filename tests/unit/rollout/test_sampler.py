@@ -19,7 +19,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout import sampler
-from grpo_mega.rollout.sampler import SampledGroups, Sampler, derived_seed, located
+from grpo_mega.rollout.sampler import SampledGroups, Sampler, derived_seed, locate_step_tokens
 from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
 
 REQUEST = SamplingRequest(group_size=3, temperature=0.5, max_tokens=9, seed=12345)
@@ -218,5 +218,5 @@ def test_steps_end_in_the_token_that_holds_their_last_character(
     tokenizer = byte_tokenizer()
     ids = (*tokenizer.encode(text), tokenizer.eos_token_id)
     completion = Completion(ids, (0.0,) * len(ids), "eos", 0, text)
-    assert located(Reward(0.0, steps=steps), completion, partial(token_ends, tokenizer)) == expected
-    assert located(Reward(0.0), completion, partial(token_ends, tokenizer)) is None
+    assert locate_step_tokens(Reward(0.0, steps=steps), completion, partial(token_ends, tokenizer)) == expected
+    assert locate_step_tokens(Reward(0.0), completion, partial(token_ends, tokenizer)) is None

@@ -13,7 +13,7 @@ import pytest
 from grpo_mega.config.load import load_config
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import cluster_of, gpu_named
-from grpo_mega.planner.plan import Plan
+from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import even_layout, remedy
 from tools.plan import main
 
@@ -247,7 +247,11 @@ def test_a_server_may_be_given_more_ranks_than_divide_those_of_the_job() -> None
             config=config, topology=topology, work=SimpleNamespace(longest=1), cluster=cluster_of(gpu_named("cpu"), 6)
         )
         # one that fits as soon as an engine has four ranks
-        return remedy(cast(Plan, here), lambda c: cast(Plan, SimpleNamespace(fits=c.engine.tp == 4, **vars(here))), 28)
+        return remedy(
+            cast(ResourcePlan, here),
+            lambda c: cast(ResourcePlan, SimpleNamespace(fits=c.engine.tp == 4, **vars(here))),
+            28,
+        )
 
     assert remedy_of(*served(2)) == {"engine.tp": 4}
     assert remedy_of() != {"engine.tp": 4}

@@ -18,7 +18,7 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import build_batch
-from grpo_mega.trainer.loop import Job, learn_values, state_bytes
+from grpo_mega.trainer.loop import TrainerState, state_bytes, update_critic
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats
 
@@ -48,7 +48,7 @@ class FakeCritic:
         return {"params": 5}
 
 
-def job_of(critic: FakeCritic | None) -> Job:
+def job_of(critic: FakeCritic | None) -> TrainerState:
     @contextmanager
     def valuing() -> Iterator[None]:
         assert critic is not None
@@ -59,7 +59,7 @@ def job_of(critic: FakeCritic | None) -> Job:
     topology = Topology(1)
     optimizer = OptimizerConfig(lr=1.0, decay_updates=10)
     return cast(
-        "Job",
+        "TrainerState",
         SimpleNamespace(
             critic=critic,
             policy=SimpleNamespace(state_bytes=lambda: {"params": 3, "grads": 4}),
@@ -85,7 +85,7 @@ def step_of(algorithm: AlgorithmConfig) -> tuple[Objective, SampledGroups, Any]:
 def test_the_critic_gives_values_and_learns_from_them_while_it_has_the_device() -> None:
     critic = FakeCritic()
     objective, groups, batch = step_of(AlgorithmConfig(name="ppo", kl_coef=0.0, critic_lr_factor=2.0))
-    batch, updates = learn_values(job_of(critic), objective, batch, groups, policy_version=2)
+    batch, updates = update_critic(job_of(critic), objective, batch, groups, policy_version=2)
     minibatches = [(0, 1), (2, 3)]  # two epochs of two
     rates = pytest.approx([1.6, 1.4, 1.2, 1.0])  # twice the policy's, which falls by a tenth with each update
     assert critic.calls[:2] == ["device", ("values", 2)]
@@ -100,7 +100,7 @@ def test_the_critic_gives_values_and_learns_from_them_while_it_has_the_device() 
 
 def test_without_a_critic_nothing_changes() -> None:
     objective, groups, batch = step_of(AlgorithmConfig())
-    assert learn_values(job_of(None), objective, batch, groups, policy_version=0) == (batch, [])
+    assert update_critic(job_of(None), objective, batch, groups, policy_version=0) == (batch, [])
 
 
 def test_bytes_of_all_that_is_trained() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.plan import LOCAL, Plan, make_plan
+from grpo_mega.weight_sync.plan import LOCAL, ReshardPlan, plan_reshard
 from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, cut, holdings, join
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
@@ -86,7 +86,7 @@ class Case:
         self.world, self.axes, self.layout = pair
         self.held, self.wanted = policy(Topology(self.world, **self.axes)), engine(self.layout, self.world)
         self.nodes = tuple(rank // NODE for rank in range(self.world))
-        self.plan = make_plan(TENSORS, self.held, self.wanted, self.nodes, BUCKET_BYTES)
+        self.plan = plan_reshard(TENSORS, self.held, self.wanted, self.nodes, BUCKET_BYTES)
         self.has = [elements(self.held, rank) for rank in range(self.world)]
         self.stores = [elements(self.wanted, rank) for rank in range(self.world)]
 
@@ -153,14 +153,14 @@ def test_any_order_of_the_ranks_reports_gives_the_same_plan(case: Case) -> None:
     for boxes in (case.held, case.wanted):
         ranks = np.random.default_rng(0).permutation(case.world).tolist()
         shuffled.append(join([boxes.of([rank]).on([rank]) for rank in ranks]))
-    again = make_plan(TENSORS, shuffled[0], shuffled[1], case.nodes, BUCKET_BYTES)
+    again = plan_reshard(TENSORS, shuffled[0], shuffled[1], case.nodes, BUCKET_BYTES)
     assert again.hash == case.plan.hash
 
 
-def small_plan(**changes: Any) -> Plan:
+def small_plan(**changes: Any) -> ReshardPlan:
     held = policy(Topology(2, tp=2))
     arguments = {"held": held, "wanted": engine(EngineLayout(2), 2), "nodes": (0, 0), "bucket_bytes": BUCKET_BYTES}
-    return make_plan(TENSORS, **(arguments | changes))
+    return plan_reshard(TENSORS, **(arguments | changes))
 
 
 def test_equal_layouts_move_nothing_but_what_another_padding_of_the_vocabulary_asks_for() -> None:
@@ -178,8 +178,8 @@ def test_hash_changes_with_bucket_bytes_nodes_layout_and_dtype() -> None:
     ]
     assert len({small_plan().hash, *(plan.hash for plan in others)}) == 4
     wider = {name: replace(tensor, itemsize=4) for name, tensor in TENSORS.items()}
-    assert make_plan(wider, policy(Topology(1)), engine(EngineLayout(1), 1), (0,), BUCKET_BYTES).hash != (
-        make_plan(TENSORS, policy(Topology(1)), engine(EngineLayout(1), 1), (0,), BUCKET_BYTES).hash
+    assert plan_reshard(wider, policy(Topology(1)), engine(EngineLayout(1), 1), (0,), BUCKET_BYTES).hash != (
+        plan_reshard(TENSORS, policy(Topology(1)), engine(EngineLayout(1), 1), (0,), BUCKET_BYTES).hash
     )
 
 
@@ -200,12 +200,12 @@ def boxes(rank: int, *rows: tuple[int, int]) -> Holdings:
 
 def test_an_element_that_no_rank_holds_is_named_with_who_wants_it() -> None:
     with pytest.raises(WeightMismatchError, match=r"w\[2:8, 0:4\], wanted by rank 3 .*hold 20 of its 24 elements"):
-        make_plan(W, join([boxes(0, (0, 4)), boxes(1, (5, 8))]), boxes(3, (2, 8)), (0,) * 4, 1024)
+        plan_reshard(W, join([boxes(0, (0, 4)), boxes(1, (5, 8))]), boxes(3, (2, 8)), (0,) * 4, 1024)
 
 
 def test_shards_that_overlap_without_being_equal_are_named_with_their_ranks() -> None:
     with pytest.raises(WeightMismatchError, match=r"rank 0 and rank 1 .* w\[3:4, 0:4\]"):
-        make_plan(W, join([boxes(0, (0, 4)), boxes(1, (3, 8))]), boxes(0, (0, 8)), (0, 0), 1024)
+        plan_reshard(W, join([boxes(0, (0, 4)), boxes(1, (3, 8))]), boxes(0, (0, 8)), (0, 0), 1024)
 
 
 @pytest.mark.parametrize(
@@ -222,13 +222,13 @@ def test_a_slice_that_the_policy_does_not_have_is_named(box: TensorSlice, messag
 
 
 def test_a_box_that_a_rank_wants_twice_travels_once() -> None:
-    plan = make_plan(W, boxes(0, (0, 8)), join([boxes(1, (0, 8)), boxes(1, (0, 8))]), (0, 0), 1024)
+    plan = plan_reshard(W, boxes(0, (0, 8)), join([boxes(1, (0, 8)), boxes(1, (0, 8))]), (0, 0), 1024)
     assert plan.received_bytes().tolist() == [0, 64]
 
 
 def test_a_bucket_smaller_than_eight_elements_is_refused() -> None:
     with pytest.raises(ValueError, match=r"weight_sync\.bucket_bytes=15"):
-        make_plan(W, boxes(0, (0, 8)), boxes(1, (0, 8)), (0, 0), 15)
+        plan_reshard(W, boxes(0, (0, 8)), boxes(1, (0, 8)), (0, 0), 15)
 
 
 def test_cut_gives_disjoint_parts_within_the_limit_that_fill_the_box() -> None:

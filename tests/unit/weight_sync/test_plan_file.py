@@ -9,13 +9,13 @@ import pytest
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.plan import Plan, make_plan
+from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
 from grpo_mega.weight_sync.plan_file import difference, read_plan, slice_from_text, write_plan
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
 
-def plan_to(layout: EngineLayout) -> Plan:
-    return make_plan(TENSORS, policy(Topology(4, tp=2, pp=2)), engine(layout, 4), (0, 0, 1, 1), 1 << 18)
+def plan_to(layout: EngineLayout) -> ReshardPlan:
+    return plan_reshard(TENSORS, policy(Topology(4, tp=2, pp=2)), engine(layout, 4), (0, 0, 1, 1), 1 << 18)
 
 
 def test_a_plan_that_was_written_is_read_back_as_the_same_plan(tmp_path: Path) -> None:

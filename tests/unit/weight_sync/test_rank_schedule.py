@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.weight_sync.plan import make_plan
-from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankPlan, rank_plan
-from grpo_mega.weight_sync.transports.base import Message
+from grpo_mega.weight_sync.plan import plan_reshard
+from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankPlan, schedule_of_rank
+from grpo_mega.weight_sync.transports.base import BucketMessage
 from tests.helpers.memory_ends import dtype_of
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
@@ -27,7 +27,7 @@ WORLD = 4
 def test_a_message_is_cut_around_what_is_large(
     large: tuple[tuple[int, int], ...], parts: list[tuple[int, int]]
 ) -> None:
-    assert list(Message(1, 0, 100, large).parts()) == parts
+    assert list(BucketMessage(1, 0, 100, large).parts()) == parts
 
 
 def plans(kind: str) -> list[RankPlan]:
@@ -37,9 +37,9 @@ def plans(kind: str) -> list[RankPlan]:
         ),
         engine(EngineLayout(2), WORLD),
     )
-    plan = make_plan(TENSORS, held, wanted, [0, 1, 0, 2], 1 << 22)
+    plan = plan_reshard(TENSORS, held, wanted, [0, 1, 0, 2], 1 << 22)
     dtypes: dict[str, torch.dtype] = {name: dtype_of(name) for name in TENSORS}
-    return [rank_plan(plan, rank, dtypes, {"same_node": kind, "across_nodes": "gloo"}) for rank in range(WORLD)]
+    return [schedule_of_rank(plan, rank, dtypes, {"same_node": kind, "across_nodes": "gloo"}) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shared_memory"])
@@ -51,7 +51,7 @@ def test_both_ends_of_a_message_cut_it_alike_and_only_gloo_does(kind: str) -> No
             for turn in turns:
                 for sent in turn.sends:
                     (received,) = [m for m in ranks[sent.peer].turns[each][turn.number].receives if m.peer == mine.rank]
-                    assert received == Message(mine.rank, sent.start, sent.num_bytes, sent.large)
+                    assert received == BucketMessage(mine.rank, sent.start, sent.num_bytes, sent.large)
                     pieces = mine.pieces[turn.number, mine.rank, sent.peer]
                     assert sent.num_bytes == HEADER_BYTES + sum(piece.num_bytes for piece in pieces)
                     assert set(sent.large) <= {(piece.start, piece.num_bytes) for piece in pieces}

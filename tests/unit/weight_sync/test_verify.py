@@ -10,8 +10,8 @@ import torch
 from grpo_mega.models.digest import slice_digest, wrap
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.plan import Plan, make_plan
-from grpo_mega.weight_sync.verify import PieceDigests, differing_tensors, located, piece_digests
+from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
+from grpo_mega.weight_sync.verify import PieceDigests, differing_tensors, localize_mismatches, piece_digests
 from tests.helpers.memory_ends import MemorySink, MemorySource, dtype_of, values
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
@@ -64,7 +64,7 @@ class Job:
 
     def __init__(self) -> None:
         held, wanted = policy(Topology(WORLD, tp=2, pp=2)), engine(EngineLayout(2), WORLD)
-        self.plan: Plan = make_plan(TENSORS, held, wanted, (0,) * WORLD, 1 << 20)
+        self.plan: ReshardPlan = plan_reshard(TENSORS, held, wanted, (0,) * WORLD, 1 << 20)
         self.sources = [MemorySource(held, rank) for rank in range(WORLD)]
         self.sinks = [MemorySink(wanted, rank) for rank in range(WORLD)]
         for source, sink in zip(self.sources, self.sinks, strict=True):
@@ -91,7 +91,7 @@ class Job:
         everywhere: list[PieceDigests] = [
             piece_digests(self.plan, r, suspects, self.sources[r].shards(), self.sinks[r], dtypes) for r in range(WORLD)
         ]
-        return located(self.plan, suspects, everywhere)
+        return localize_mismatches(self.plan, suspects, everywhere)
 
 
 def test_every_one_of_a_thousand_flipped_bits_is_found_and_named() -> None:
@@ -140,7 +140,7 @@ def test_every_one_of_a_thousand_swapped_slices_and_stale_tensors_is_found_and_n
 def test_a_bucket_that_is_missing_is_found_by_every_tensor_in_it() -> None:
     held, wanted = policy(Topology(WORLD, tp=2, pp=2)), engine(EngineLayout(2), WORLD)
     job = Job()
-    job.plan = make_plan(TENSORS, held, wanted, (0,) * WORLD, 1 << 16)
+    job.plan = plan_reshard(TENSORS, held, wanted, (0,) * WORLD, 1 << 16)
     missing = sorted({(int(b), int(d)) for b, d in zip(job.plan.bucket, job.plan.dst, strict=True) if b >= 0})
     assert len(missing) > 100
     for bucket, rank in missing[::8]:
@@ -158,10 +158,13 @@ def test_a_bucket_that_is_missing_is_found_by_every_tensor_in_it() -> None:
 
 def test_copies_of_the_policy_that_differ_are_named_with_both_ranks() -> None:
     held, wanted = policy(Topology(2)), engine(EngineLayout(1), 2, first_rank=2)
-    plan = make_plan(TENSORS, held, wanted, (0,) * 4, 1 << 20)
+    plan = plan_reshard(TENSORS, held, wanted, (0,) * 4, 1 << 20)
     parcel = next(int(p) for p in plan.parcel if len(set(plan.src[plan.parcel == p].tolist())) == 2)
     piece = int(plan.first[parcel])
     everywhere = [PieceDigests(dict.fromkeys(range(len(plan.pieces)), rank), {}) for rank in range(2)]
     everywhere += [PieceDigests({}, dict.fromkeys(range(len(plan.pieces)), 0)) for _ in range(2)]
     name = plan.slice_of(piece).name
-    assert any("rank 0 and rank 1 of the policy hold different copies" in f for f in located(plan, {name}, everywhere))
+    assert any(
+        "rank 0 and rank 1 of the policy hold different copies" in f
+        for f in localize_mismatches(plan, {name}, everywhere)
+    )

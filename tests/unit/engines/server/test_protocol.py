@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 from grpo_mega.engines.server import protocol
-from grpo_mega.engines.server.protocol import Address, Wire, WireError, read_token, require_token
+from grpo_mega.engines.server.protocol import Address, Connection, ConnectionFailedError, read_token, require_token
 from grpo_mega.types import UserError
 
 SECRET = b"a secret of this test"
@@ -34,20 +34,22 @@ def sockets() -> Iterator[Sockets]:
         yield both
 
 
-def greeted(sockets: Sockets, job: bytes = SECRET, server: bytes = SECRET) -> tuple[Wire, Wire, dict[str, str]]:
+def greeted(
+    sockets: Sockets, job: bytes = SECRET, server: bytes = SECRET
+) -> tuple[Connection, Connection, dict[str, str]]:
     """Both sides after their greeting, and what each said of the other."""
-    sides = Wire(sockets.job, "job", 5.0), Wire(sockets.server, "server", 5.0)
+    sides = Connection(sockets.job, "job", 5.0), Connection(sockets.server, "server", 5.0)
     told: dict[str, str] = {}
 
-    def greet(name: str, side: Wire, secret: bytes) -> None:
+    def handshake(name: str, side: Connection, secret: bytes) -> None:
         try:
-            side.greet(secret)
-        except WireError as error:
+            side.handshake(secret)
+        except ConnectionFailedError as error:
             told[name] = str(error)
 
-    thread = threading.Thread(target=greet, args=("server", sides[1], server))
+    thread = threading.Thread(target=handshake, args=("server", sides[1], server))
     thread.start()
-    greet("job", sides[0], job)
+    handshake("job", sides[0], job)
     thread.join()
     return *sides, told
 
@@ -66,7 +68,7 @@ def test_what_is_sent_arrives_whole_and_in_order(sockets: Sockets) -> None:
     sender.join()
     server.send("done")
     assert job.waits(5.0)
-    assert job.receive() == protocol.Message("done")
+    assert job.receive() == protocol.ServerMessage("done")
     assert not job.waits(0.0)
 
 
@@ -77,13 +79,13 @@ def test_another_secret_is_noticed_by_both_sides(sockets: Sockets) -> None:
 
 def test_the_secret_does_not_travel(sockets: Sockets) -> None:
     sent: list[bytes] = []
-    real = Wire._read
+    real = Connection._read
 
-    def heard(self: Wire, num_bytes: int) -> bytes:
+    def heard(self: Connection, num_bytes: int) -> bytes:
         sent.append(real(self, num_bytes))
         return sent[-1]
 
-    with mock.patch.object(Wire, "_read", heard):
+    with mock.patch.object(Connection, "_read", heard):
         greeted(sockets)
     assert sum(map(len, sent)) > 300
     assert not any(SECRET in part or SECRET.hex().encode() in part for part in sent)
@@ -103,15 +105,15 @@ def test_a_stranger_on_the_way_is_noticed(sockets: Sockets, fault: str) -> None:
     else:
         sockets.job.sendall(parts[0] + parts[0])
         assert server.receive().fields == {"version": 3}
-    with pytest.raises(WireError, match="changed on its way, or is not its own"):
+    with pytest.raises(ConnectionFailedError, match="changed on its way, or is not its own"):
         server.receive()
 
 
 def test_strangers_are_not_listened_to_for_long(sockets: Sockets) -> None:
-    server = Wire(sockets.server, "server", 0.2)
+    server = Connection(sockets.server, "server", 0.2)
     sockets.job.sendall(b"GET / HTTP/1.1\r\nHost: engine\r\n\r\n")
-    with pytest.raises(WireError, match="which is more than is taken"):
-        server.greet(SECRET)
+    with pytest.raises(ConnectionFailedError, match="which is more than is taken"):
+        server.handshake(SECRET)
 
 
 def test_silence_and_the_end_are_told_apart(sockets: Sockets) -> None:
@@ -119,19 +121,21 @@ def test_silence_and_the_end_are_told_apart(sockets: Sockets) -> None:
     server._timeout = 0.1
     sockets.server.settimeout(0.1)
     sockets.job.sendall(b"\0")
-    with pytest.raises(WireError, match=r"stands still: no message came to its end within 0\.1 s"):
+    with pytest.raises(ConnectionFailedError, match=r"stands still: no message came to its end within 0\.1 s"):
         server.receive()
     job.close()
-    with pytest.raises(WireError, match="has ended its connection"):
+    with pytest.raises(ConnectionFailedError, match="has ended its connection"):
         server.receive()
 
 
 def test_another_protocol_is_named(sockets: Sockets) -> None:
-    server = Wire(sockets.server, "server", 5.0)
+    server = Connection(sockets.server, "server", 5.0)
     with mock.patch.object(protocol, "PROTOCOL", 7):
-        Wire(sockets.job, "job", 5.0).send("greeting", {"program": "grpo_mega engines", "protocol": 7, "nonce": ""})
-    with pytest.raises(WireError, match="speaks version 7 of the protocol, this side 1"):
-        server.greet(SECRET)
+        Connection(sockets.job, "job", 5.0).send(
+            "greeting", {"program": "grpo_mega engines", "protocol": 7, "nonce": ""}
+        )
+    with pytest.raises(ConnectionFailedError, match="speaks version 7 of the protocol, this side 1"):
+        server.handshake(SECRET)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_a_rollout_that_sglang_gave_up_is_an_error() -> None:
 def test_stand_ins_can_be_imported_called_as_decorators_and_are_hidden_from_probes() -> None:
     """In modules that are thrown away afterwards."""
     with mock.patch.dict(sys.modules), mock.patch.object(sys, "meta_path", list(sys.meta_path)):
-        cpu_side.install_stand_ins()
+        cpu_side.install_stubs()
         importlib.import_module("triton.language.extra")
         triton = importlib.import_module("triton")
         assert triton.jit(len) is len

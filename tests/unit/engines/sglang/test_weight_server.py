@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from grpo_mega.engines.sglang.sink import SglangSink
 from grpo_mega.engines.sglang.staging import Staging, StagingPlace, parts_that_fit
-from grpo_mega.engines.sglang.weight_client import DoorError, DoorLink
-from grpo_mega.engines.sglang.weight_server import Door, DoorAddress
+from grpo_mega.engines.sglang.weight_client import SchedulerGoneError, WeightClient
+from grpo_mega.engines.sglang.weight_server import WeightServer, WeightServerAddress
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, record_loader
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import TensorSlice
@@ -51,16 +51,16 @@ def recorded(model: Toy) -> LoaderRecord:
     return record_loader(model, SHAPES, {"table"})
 
 
-def opened(model: Toy, record: LoaderRecord, folder: Path, require_place: Callable[[], None]) -> DoorAddress:
-    return Door(record, dict(model.named_parameters()), require_place).open(folder, 1, os.getpid())
+def opened(model: Toy, record: LoaderRecord, folder: Path, require_place: Callable[[], None]) -> WeightServerAddress:
+    return WeightServer(record, dict(model.named_parameters()), require_place).open(folder, 1, os.getpid())
 
 
 @dataclass
 class Ends:
     model: Toy
-    link: DoorLink
+    link: WeightClient
     sink: SglangSink
-    address: DoorAddress
+    address: WeightServerAddress
     tensors: dict[str, Tensor]
     stays: mock.Mock
 
@@ -89,7 +89,7 @@ def make(tmp_path: Path) -> Iterator[Make]:
             model, stays = Toy(), mock.Mock()
             record = recorded(model)
             address = opened(model, record, tmp_path, stays)
-            link = DoorLink(address, Staging(num_bytes, torch.device("cpu")), 3, timeout_seconds)
+            link = WeightClient(address, Staging(num_bytes, torch.device("cpu")), 3, timeout_seconds)
             stack.callback(link.close)
             generator = torch.Generator().manual_seed(1)
             tensors = {
@@ -176,7 +176,9 @@ def test_a_door_with_another_version_of_the_weights_is_an_error(make: Make) -> N
     ends.link.call("begin")
     ends.link.call("end", 9)
     for _ in range(2):
-        with pytest.raises(DoorError, match=r"SGLang's rank 1 \(.*\) answers with version 9 .* rank 3 sent version 2"):
+        with pytest.raises(
+            SchedulerGoneError, match=r"SGLang's rank 1 \(.*\) answers with version 9 .* rank 3 sent version 2"
+        ):
             ends.wrong()
 
 
@@ -192,9 +194,11 @@ def test_a_stranger_without_the_key_is_refused_and_the_rank_gets_in_afterwards(m
     ends = make()
     ends.link.close()
     staging = Staging(64, torch.device("cpu"))
-    with pytest.raises(DoorError, match=r"SGLang's rank 1 \(.*\) opens no door to rank 3 \(AuthenticationError"):
-        DoorLink(replace(ends.address, key=b"another"), staging, 3, 5.0)
-    link = DoorLink(ends.address, staging, 3, 5.0)
+    with pytest.raises(
+        SchedulerGoneError, match=r"SGLang's rank 1 \(.*\) opens no door to rank 3 \(AuthenticationError"
+    ):
+        WeightClient(replace(ends.address, key=b"another"), staging, 3, 5.0)
+    link = WeightClient(ends.address, staging, 3, 5.0)
     assert link.call("probe") == {}
     link.close()
 
@@ -202,8 +206,8 @@ def test_a_stranger_without_the_key_is_refused_and_the_rank_gets_in_afterwards(m
 def test_a_door_that_is_not_there_is_an_error(make: Make) -> None:
     ends = make()
     gone = replace(ends.address, path=ends.address.path + "_gone")
-    with pytest.raises(DoorError, match=r"opens no door to rank 3 \(FileNotFoundError"):
-        DoorLink(gone, Staging(64, torch.device("cpu")), 3, 5.0)
+    with pytest.raises(SchedulerGoneError, match=r"opens no door to rank 3 \(FileNotFoundError"):
+        WeightClient(gone, Staging(64, torch.device("cpu")), 3, 5.0)
 
 
 def test_a_buffer_on_another_device_than_the_engines_is_refused(make: Make) -> None:
@@ -212,7 +216,7 @@ def test_a_buffer_on_another_device_than_the_engines_is_refused(make: Make) -> N
     staging = Staging(64, torch.device("cpu"))
     staging._place, staging._descriptor = StagingPlace(64, "of-another-machine", ()), -1
     with pytest.raises(RuntimeError, match="writes on GPU of-another-machine, and this process computes on cpu"):
-        DoorLink(ends.address, staging, 3, 5.0)
+        WeightClient(ends.address, staging, 3, 5.0)
 
 
 def test_a_door_that_stalls_is_an_error_within_the_limit_and_its_late_answer_is_nobodys(make: Make) -> None:
@@ -221,11 +225,11 @@ def test_a_door_that_stalls_is_an_error_within_the_limit_and_its_late_answer_is_
     ends.stays.side_effect = lambda: time.sleep(2)
     start = time.monotonic()
     late = r"SGLang's rank 1 \(.*\) did not answer digests of rank 3 within 1 s"
-    with pytest.raises(DoorError, match=late):
+    with pytest.raises(SchedulerGoneError, match=late):
         ends.wrong()
     assert time.monotonic() - start < 2
     time.sleep(2)
-    with pytest.raises(DoorError, match=late):
+    with pytest.raises(SchedulerGoneError, match=late):
         ends.sink.probe()
 
 
@@ -237,7 +241,7 @@ def behind_the_door(folder: str, connection: Connection) -> None:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path) -> Iterator[tuple[Any, DoorAddress, LoaderRecord]]:
+def elsewhere(tmp_path: Path) -> Iterator[tuple[Any, WeightServerAddress, LoaderRecord]]:
     """A door in a process of its own, which ends when it is asked for digests."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -250,10 +254,10 @@ def elsewhere(tmp_path: Path) -> Iterator[tuple[Any, DoorAddress, LoaderRecord]]
 
 
 def test_a_scheduler_that_dies_during_an_update_is_an_error_that_names_both_and_has_its_last_words(
-    elsewhere: tuple[Any, DoorAddress, LoaderRecord],
+    elsewhere: tuple[Any, WeightServerAddress, LoaderRecord],
 ) -> None:
     process, address, record = elsewhere
-    link = DoorLink(address, Staging(96, torch.device("cpu")), 3, 20.0, lambda: "; the end of its log")
+    link = WeightClient(address, Staging(96, torch.device("cpu")), 3, 20.0, lambda: "; the end of its log")
     sink = SglangSink(None, (link, record), SHAPES)
     sink.begin_update()
     sink.write(TensorSlice("query", (0, 0), (4, 6)), torch.ones(4, 6))
@@ -262,7 +266,7 @@ def test_a_scheduler_that_dies_during_an_update_is_an_error_that_names_both_and_
     process.join()
     for _ in range(2):
         with pytest.raises(
-            DoorError, match=r"SGLang's rank 1 \(process \d+\) has ended .*rank 3.*; the end of its log"
+            SchedulerGoneError, match=r"SGLang's rank 1 \(process \d+\) has ended .*rank 3.*; the end of its log"
         ):
             sink.end_update(1)
     assert sink.updating
@@ -271,12 +275,12 @@ def test_a_scheduler_that_dies_during_an_update_is_an_error_that_names_both_and_
 
 
 def test_a_scheduler_that_dies_before_its_answer_is_an_error_that_names_both(
-    elsewhere: tuple[Any, DoorAddress, LoaderRecord],
+    elsewhere: tuple[Any, WeightServerAddress, LoaderRecord],
 ) -> None:
     _, address, record = elsewhere
-    link = DoorLink(address, Staging(96, torch.device("cpu")), 3, 20.0)
+    link = WeightClient(address, Staging(96, torch.device("cpu")), 3, 20.0)
     sink = SglangSink(None, (link, record), SHAPES)
-    with pytest.raises(DoorError, match=r"process \d+\) has ended while rank 3 waited for digests"):
+    with pytest.raises(SchedulerGoneError, match=r"process \d+\) has ended while rank 3 waited for digests"):
         sink.digests([TensorSlice("key", (0, 0), (2, 6))])
     link.close()
 

@@ -12,7 +12,7 @@ from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.lean_proof import proof, proof_of
 from grpo_mega.sandbox.sandbox import require_isolation
 from grpo_mega.types import UserError
-from tests.helpers.all_rewards import stand_in_for_lean
+from tests.helpers.all_rewards import stub_lean
 
 STATEMENT = "theorem add_zero' (n : Nat) :\n    n + 0 = n := by"
 
@@ -23,7 +23,7 @@ def lean(tmp_path_factory: pytest.TempPathFactory) -> str:
         require_isolation()
     except UserError as error:
         pytest.skip(str(error))
-    return stand_in_for_lean(tmp_path_factory.mktemp("lean"))
+    return stub_lean(tmp_path_factory.mktemp("lean"))
 
 
 def score(lean: str, completion: str, **args: Any) -> float:

@@ -13,7 +13,7 @@ from transformers import Qwen2ForSequenceClassification
 
 from grpo_mega.config.schema import RewardTerm
 from grpo_mega.rewards import build_rewards
-from grpo_mega.rewards.batched import Row
+from grpo_mega.rewards.batched import ScoringRow
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
 from tests.helpers.all_rewards import LETTERS, tiny_reward_model
@@ -32,7 +32,7 @@ def scored(folder: Path, **args: Any) -> list[float]:
     (component,) = build_rewards([RewardTerm(name="reward_model", args={"path": str(folder), "max_tokens": 32} | args)])
     scorer = component.open()
     for key, completion in enumerate(COMPLETIONS):
-        scorer.submit(key, Row("ab", completion, ""))
+        scorer.submit(key, ScoringRow("ab", completion, ""))
     values = scorer.collect()
     assert scorer.collect() == {}
     scorer.close()

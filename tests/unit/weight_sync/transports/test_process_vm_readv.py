@@ -14,11 +14,11 @@ from grpo_mega.weight_sync.transports import process_vm_readv
 from grpo_mega.weight_sync.transports.process_vm_readv import (
     LEAST_RUN,
     PLACE_BYTES,
-    Runs,
+    StridedRange,
     allow_reading,
     fits,
     put_places,
-    read_runs,
+    read_ranges,
     take_places,
 )
 
@@ -29,8 +29,8 @@ def numbers(*shape: int) -> Tensor:
     return torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
 
 
-def runs(values: Tensor) -> Runs:
-    found = Runs.of(values)
+def runs(values: Tensor) -> StridedRange:
+    found = StridedRange.of(values)
     assert found is not None
     return found
 
@@ -76,9 +76,9 @@ def test_a_view_of_another_process_arrives(fork: Callable[[], int], theirs: str,
     held.zero_()  # here, not there
     whole = torch.zeros_like(held)
     target = torch.zeros_like(expected) if ours == "without gaps" else view(whole)
-    place = Runs.of(view(held))
+    place = StridedRange.of(view(held))
     assert place is not None
-    read_runs(process, [(place, runs(target))])
+    read_ranges(process, [(place, runs(target))])
     assert torch.equal(target, expected)
     if ours == "as theirs":
         assert whole.count_nonzero() == expected.count_nonzero(), "nothing else was touched"
@@ -89,7 +89,7 @@ def test_more_runs_than_one_call_takes_arrive_in_order(fork: Callable[[], int]) 
     process = fork()
     expected, target = held[:, :WIDTH].clone(), torch.zeros(2500, WIDTH)
     held.zero_()
-    read_runs(process, [(runs(held[:, :WIDTH]), runs(target))])
+    read_ranges(process, [(runs(held[:, :WIDTH]), runs(target))])
     assert torch.equal(target, expected)
 
 
@@ -104,7 +104,7 @@ def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
     places = [runs(held[:4]), runs(held[5:9, :WIDTH]), runs(held[11:, 3:5])]
     held.zero_()
     targets = [torch.zeros_like(each) for each in expected]
-    read_runs(process, [(place, runs(target)) for place, target in zip(places, targets, strict=True)])
+    read_ranges(process, [(place, runs(target)) for place, target in zip(places, targets, strict=True)])
     for target, each in zip(targets, expected, strict=True):
         assert torch.equal(target, each)
 
@@ -120,7 +120,7 @@ def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
     ids=["short runs", "not evenly spaced", "turned", "empty"],
 )
 def test_what_is_no_evenly_spaced_long_runs_has_no_place(values: Tensor) -> None:
-    assert Runs.of(values) is None
+    assert StridedRange.of(values) is None
 
 
 def test_runs_that_do_not_divide_each_other_do_not_fit() -> None:
@@ -131,7 +131,7 @@ def test_runs_that_do_not_divide_each_other_do_not_fit() -> None:
 
 
 def test_a_table_of_places_says_what_was_put_into_it() -> None:
-    places = [runs(numbers(3, 2 * WIDTH)[:, :WIDTH]), Runs(2**47 - 8, 1, 3, 3)]
+    places = [runs(numbers(3, 2 * WIDTH)[:, :WIDTH]), StridedRange(2**47 - 8, 1, 3, 3)]
     table = torch.zeros(2 * PLACE_BYTES + 8, dtype=torch.uint8)
     put_places(table, places)
     assert take_places(table, 2) == places
@@ -144,6 +144,6 @@ def test_a_process_that_is_gone_and_memory_that_is_not_there_are_errors() -> Non
     os.waitpid(process, 0)
     values = numbers(16)
     with pytest.raises(OSError, match=f"could not read process {process}: No such process"):
-        read_runs(process, [(runs(values), runs(torch.zeros(16)))])
+        read_ranges(process, [(runs(values), runs(torch.zeros(16)))])
     with pytest.raises(OSError, match="Bad address"):
-        read_runs(os.getpid(), [(Runs(4096, 1, 64, 64), runs(torch.zeros(16)))])
+        read_ranges(os.getpid(), [(StridedRange(4096, 1, 64, 64), runs(torch.zeros(16)))])
