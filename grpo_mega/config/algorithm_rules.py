@@ -40,16 +40,15 @@ def _bounds(algorithm: AlgorithmConfig) -> None:
 
 
 def _critic(algorithm: AlgorithmConfig) -> None:
-    gae = algorithm.advantage == "gae"
     for key in ("gamma", "gae_lambda"):
         value = getattr(algorithm, key)
-        if gae and value is None:
+        if algorithm.needs_critic and value is None:
             raise UserError(
                 f"algorithm.{key}=null, but algorithm.advantage=gae needs it", remedy="set it (1.0 and 0.95 are usual)"
             )
     for key in ("gamma", "gae_lambda", "value_clip", "critic_lr_factor"):
         value = getattr(algorithm, key)
-        if not gae and value != type(algorithm).model_fields[key].default:
+        if not algorithm.needs_critic and value != type(algorithm).model_fields[key].default:
             raise UserError(
                 f"algorithm.{key}={value} does nothing with algorithm.advantage={algorithm.advantage}: there is no "
                 "critic",

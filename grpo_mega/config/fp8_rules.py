@@ -93,7 +93,7 @@ def check_fp8(config: Config) -> None:
 
 def _check_params(config: Config) -> None:
     """Weights that are held in FP8."""
-    if config.algorithm.kl_coef > 0:
+    if config.algorithm.needs_reference:
         raise UserError(
             f"precision.fp8.params=true with algorithm.kl_coef={config.algorithm.kl_coef}: the reference is swapped in "
             "as whole buffers, without the scales of FP8 weights",

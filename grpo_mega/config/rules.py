@@ -219,7 +219,7 @@ def _sequence_parallel(config: Config) -> None:
 
 def _row_holds_a_rollout(config: Config) -> None:
     parallel = config.parallel
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    longest = config.longest_training_rollout
     chunks = 2 * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1) if parallel.cp > 1 else 1
     padded = -(-longest // chunks) * chunks
     if config.train.max_tokens_per_microbatch < padded:

@@ -318,9 +318,19 @@ class AlgorithmConfig(Section):
     refill_rounds: int | None = Field(None, ge=1)
     """refill: most times that a step samples again; unset: 8."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss or the reward has a KL penalty against a reference model."""
+        return self.kl_coef > 0
+
+    @property
+    def needs_critic(self) -> bool:
+        """True if advantages are computed from the values of a critic (`advantage: gae`)."""
+        return self.advantage == "gae"
+
     @model_validator(mode="before")
     @classmethod
-    def _of_the_name(cls, values: Any) -> Any:
+    def _fill_in_preset(cls, values: Any) -> Any:
         return with_defaults(values) if isinstance(values, dict) else values
 
 
@@ -445,3 +455,13 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     observe: ObserveConfig = ObserveConfig()
     guard: GuardConfig = GuardConfig()
+
+    @property
+    def longest_training_rollout(self) -> int:
+        """Most tokens of a prompt and its completion in a training batch: a microbatch row must hold them."""
+        return self.data.max_prompt_tokens + self.sampling.max_tokens
+
+    @property
+    def longest_rollout(self) -> int:
+        """Most tokens of a prompt and its completion, training and evaluation: the engine must hold them."""
+        return self.data.max_prompt_tokens + max(self.sampling.max_tokens, self.evaluation.max_tokens or 0)

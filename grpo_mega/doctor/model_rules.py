@@ -46,7 +46,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     _check_fp8_layers(spec, config, where)
     if with_engine:
         check_engine_fp8(spec, config, where, latent_split=not has_cuda_driver())
-    longest = config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
+    longest = config.longest_rollout
     if longest > spec.max_positions:
         raise UserError(
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "

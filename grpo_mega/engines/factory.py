@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.server.engine import ServerEngine
-from grpo_mega.engines.server.messages import longest_rollout, serving_facts
+from grpo_mega.engines.server.messages import serving_facts
 from grpo_mega.engines.sglang.engine import STAGING_BYTES, SglangEngine
 from grpo_mega.engines.vllm.engine import VllmEngine
 from grpo_mega.interfaces import Engine
@@ -24,7 +24,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
             config.engine.urls,
             tp=config.engine.tp,
             facts=serving_facts(config, model_folder),
-            max_model_len=longest_rollout(config),
+            max_model_len=config.longest_rollout,
             tell_experts=config.algorithm.routing_replay,
             timeout_seconds=config.guard.timeout_seconds,
         )
@@ -34,7 +34,7 @@ def make_engine(config: Config, model_folder: Path, logs: Path | None = None) ->
             dtype=config.precision.dtype,
             tp=config.engine.tp,
             ep=config.engine.ep,
-            max_model_len=longest_rollout(config),
+            max_model_len=config.longest_rollout,
             max_num_seqs=config.engine.max_num_seqs,
             kv_cache_tokens=config.engine.kv_cache_tokens,
             seed=config.run.seed,
@@ -55,7 +55,7 @@ def make_vllm_engine(config: Config, model_folder: Path) -> VllmEngine:
         tp=config.engine.tp,
         dp=config.engine.dp,
         ep=config.engine.ep,
-        max_model_len=longest_rollout(config),
+        max_model_len=config.longest_rollout,
         max_num_seqs=config.engine.max_num_seqs,
         kv_cache_tokens=config.engine.kv_cache_tokens,
         seed=config.run.seed,

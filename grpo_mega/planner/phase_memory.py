@@ -42,6 +42,7 @@ class Workload:
     rollouts: int
     updates: int
     longest: int
+    """Tokens of the longest rollout of a training batch."""
     mean: float
     row_tokens: int
     num_microbatches: int
@@ -88,7 +89,7 @@ def workload_of(config: Config, topology: Topology, mean_length: float) -> Workl
     """Rows are as long as they may be, microbatches as many as full-length rollouts need."""
     parallel, train = config.parallel, config.train
     rollouts = config.data.prompts_per_step * config.sampling.group_size
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    longest = config.longest_training_rollout
     per_row = max(1, train.max_tokens_per_microbatch // longest)
     per_update = math.ceil(rollouts / train.minibatches_per_epoch / topology.dp)
     microbatches = math.ceil(per_update / per_row)
@@ -132,7 +133,7 @@ def plan_memory(
     spread, coded = config.engine.ep > 1, config.engine.fp8 is not None
     engine = engine_weight_bytes(spec, topology, itemsize, spread=spread, fp8=coded)
     per_token = kv_bytes_per_token(spec, config.engine.tp, itemsize)
-    cache = _kv_cache(config, cluster, work, engine, per_token)
+    cache = _kv_cache(config, cluster, engine, per_token)
     ranks = []
     for pp_rank, chunks in enumerate(model_chunks(spec, config, where)):
         static = static_bytes(chunks, sizes, spec, config, topology)
@@ -147,7 +148,7 @@ def plan_memory(
         kv_cache=cache,
         kv_bytes_per_token=per_token,
         host=_host(config, ranks, topology, cluster),
-        checkpoint=float(total_parameters * (state * (2 if has_critic(config) else 1) + reference)),
+        checkpoint=float(total_parameters * (state * (2 if config.algorithm.needs_critic else 1) + reference)),
     )
 
 
@@ -217,9 +218,9 @@ def largest_layer_bytes(spec: ModelSpec, itemsize: int) -> float:
     return float(itemsize * max(layers.values()))
 
 
-def _kv_cache(config: Config, cluster: Cluster, work: Workload, engine: float, per_token: float) -> float:
+def _kv_cache(config: Config, cluster: Cluster, engine: float, per_token: float) -> float:
     """As engines/vllm/lifecycle.py sizes it; less than one rollout is less than nothing (planner/plan.py says so)."""
-    per_rollout = -(-work.longest // BLOCK_TOKENS)
+    per_rollout = -(-config.longest_rollout // BLOCK_TOKENS)
     if config.engine.kv_cache_tokens is not None:
         return (config.engine.kv_cache_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * per_token
     if cluster.gpu.kernels == "local":
@@ -260,7 +261,7 @@ def _phases(
         engine_residue = {}
     copies = topology.dp * topology.cp
     # a rank's part of the reference, on the device before it is gathered; a whole one is copied into its place
-    reference = static.weights / copies if needs_reference(config) and copies > 1 else 0.0
+    reference = static.weights / copies if config.algorithm.needs_reference and copies > 1 else 0.0
     phases: dict[str, dict[str, float]] = {
         "rollout": {
             "engine weights": engine,
@@ -283,7 +284,7 @@ def _phases(
         phases["server"] = {"engine weights": engine, "KV cache": cache, **on_engine, **buckets}
         phases["rollout"] = dict(state)
         phases["sync"] = {**state, **buckets}
-    if has_critic(config):  # the policy's modules with a head of one row, which is counted as the policy's
+    if config.algorithm.needs_critic:  # the policy's modules with a head of one row, which is counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= left
         if cluster.gpu.kernels == "local":  # one memory: neither leaves it
@@ -307,16 +308,6 @@ def num_groups(topology: Topology) -> int:
     return sum(size > 1 for size in (*axes, *products, *engine))
 
 
-def has_critic(config: Config) -> bool:
-    """Do advantages come from a critic's values?"""
-    return config.algorithm.advantage == "gae"
-
-
-def needs_reference(config: Config) -> bool:
-    """Does the loss, or the reward, look at the reference?"""
-    return config.algorithm.kl_coef > 0
-
-
 def _engine_logits(config: Config, spec: ModelSpec) -> float:
     """Float32 logits and probabilities of one decode step, and hidden states of one prefill step."""
     hidden = 6.0 * _BATCHED_TOKENS * spec.hidden_size * 2
@@ -329,9 +320,9 @@ def _host(config: Config, ranks: list[RankMemory], topology: Topology, cluster: 
     per_node = min(cluster.gpu.per_node, topology.world_size)
     fullest = max(ranks, key=lambda rank: rank.static.weights)
     static = fullest.static
-    leaves = cluster.gpu.kernels != "local" and (not topology.engine_servers or has_critic(config))
-    reference = static.weights / (topology.dp * topology.cp) if needs_reference(config) else 0.0
-    learners = 2 if has_critic(config) else 1
+    leaves = cluster.gpu.kernels != "local" and (not topology.engine_servers or config.algorithm.needs_critic)
+    reference = static.weights / (topology.dp * topology.cp) if config.algorithm.needs_reference else 0.0
+    learners = 2 if config.algorithm.needs_critic else 1
     # 12 bytes of state and 4 of gradient for each parameter that is updated here
     updated = static.optimizer_on_host * 4 / 3
     items = {

@@ -46,11 +46,11 @@ class ResourcePlan:
                     f"{phase}: {rank.peak(phase) / gib:.1f} GiB on {where}, the device has "
                     f"{self.cluster.gpu.memory / gib:.1f}"
                 )
-        needed = self.work.longest * self.memory.kv_bytes_per_token
+        needed = self.config.longest_rollout * self.memory.kv_bytes_per_token
         if self.memory.kv_cache < needed:
             found.append(
                 f"rollout: the KV cache of {self.memory.kv_cache / gib:.1f} GiB does not hold one rollout of "
-                f"{self.work.longest} tokens ({needed / gib:.1f} GiB)"
+                f"{self.config.longest_rollout} tokens ({needed / gib:.1f} GiB)"
             )
         host = sum(self.memory.host.values())
         if host > HOST_SHARE * self.cluster.gpu.host_memory:

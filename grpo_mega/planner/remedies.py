@@ -93,7 +93,7 @@ def _changes(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
     row = _shortest_row(config)
     if row < config.train.max_tokens_per_microbatch:
         yield {"train.max_tokens_per_microbatch": row}
-    tokens = _ROLLOUTS_IN_CACHE * plan.work.longest
+    tokens = _ROLLOUTS_IN_CACHE * config.longest_rollout
     if engine.kv_cache_tokens is None or engine.kv_cache_tokens > tokens:
         yield {"engine.kv_cache_tokens": tokens}
     for factor in (2, 4, 8, 16, 32):
@@ -126,7 +126,7 @@ def _layouts(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
 def _shortest_row(config: Config) -> int:
     """Tokens of a row that holds the longest rollout and divides as the layout wants."""
     parallel = config.parallel
-    longest = config.data.max_prompt_tokens + config.sampling.max_tokens
+    longest = config.longest_training_rollout
     multiple = math.lcm(2 * parallel.cp, parallel.tp) if parallel.cp > 1 else parallel.tp
     multiple *= parallel.tp if parallel.cp > 1 else 1
     return -(-longest // multiple) * multiple

@@ -64,7 +64,7 @@ def _engines(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
         else:
             samples = "server" if plan.topology.engine_servers else "rollout"
             rollout_fits = plan.memory.fullest(samples).peak(samples) <= plan.cluster.gpu.memory
-            holds_one = plan.memory.kv_cache >= plan.work.longest * plan.memory.kv_bytes_per_token
+            holds_one = plan.memory.kv_cache >= config.longest_rollout * plan.memory.kv_bytes_per_token
             if rollout_fits and holds_one:
                 timed.append((plan.time.phases["rollout"], tp, change))
         tp *= 2

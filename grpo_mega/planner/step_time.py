@@ -14,7 +14,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
-from grpo_mega.planner.phase_memory import MemoryPlan, Workload, has_critic, needs_reference
+from grpo_mega.planner.phase_memory import MemoryPlan, Workload
 from grpo_mega.planner.static_memory import ITEMSIZE, StaticBytes
 
 
@@ -81,9 +81,9 @@ def plan_time(
     again = 1 / 3 if config.parallel.recompute == "full" else 0.0
     messages = _messages(config, spec, topology, cluster, tokens / topology.dp)
     forward = tokens * costs.forward / rate * bubble + messages / 3
-    passes = (1 if work.updates > 1 else 0) + (1 if needs_reference(config) else 0)
+    passes = (1 if work.updates > 1 else 0) + (1 if config.algorithm.needs_reference else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
-    stays = topology.engine_servers > 0 and not has_critic(config)  # nothing leaves the policy's devices
+    stays = topology.engine_servers > 0 and not config.algorithm.needs_critic  # nothing leaves the policy's devices
     phases = {
         "rollout": _rollout(config, spec, topology, cluster, memory, work, costs),
         "log_probs": passes * forward,
@@ -97,7 +97,7 @@ def plan_time(
         / assumed.checkpoint_bandwidth
         / (config.checkpoint.every or config.train.steps),
     }
-    if has_critic(config):  # its values, its updates, and two more trips over PCIe
+    if config.algorithm.needs_critic:  # its values, its updates, and two more trips over PCIe
         phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
     return StepTime(phases, tokens, 3 * tokens * costs.forward)
 

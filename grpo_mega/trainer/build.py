@@ -108,8 +108,8 @@ def building(
             spec = read_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)
             workers = start_workers(config, ranks, stack)
-            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=objective.needs_reference)
-            critic = MegatronCritic(config, spec, model_folder, ranks) if objective.needs_critic else None
+            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.algorithm.needs_reference)
+            critic = MegatronCritic(config, spec, model_folder, ranks) if config.algorithm.needs_critic else None
             checkpoints = CheckpointManager(
                 run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first, critic=critic
             )

@@ -121,7 +121,7 @@ def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, s
 def with_log_probs(job: TrainerState, objective: Objective, batch: TrainBatch) -> TrainBatch:
     """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
     ref = None
-    if objective.needs_reference:
+    if objective.algorithm.needs_reference:
         with job.policy.reference():
             ref = job.policy.log_probs(batch.microbatches)
     updates = job.config.train.epochs_per_rollout * len(batch.minibatches)

@@ -83,17 +83,7 @@ class Objective:
     @property
     def kl_in_reward(self) -> bool:
         """Whether advantages need the KL penalty of every token."""
-        return self.algorithm.kl_in == "reward" and self.algorithm.kl_coef > 0
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether loss or reward compare with the reference."""
-        return self.algorithm.kl_coef > 0
-
-    @property
-    def needs_critic(self) -> bool:
-        """Whether advantages are relative to what a critic expects (`estimates`)."""
-        return self.algorithm.advantage == "gae"
+        return self.algorithm.kl_in == "reward" and self.algorithm.needs_reference
 
     def shaped(self, groups: SampledGroups, rewards: Sequence[float]) -> list[float]:
         """Rewards with the soft penalty of overlong answers: 0 up to max_tokens - buffer tokens, from there linearly

@@ -24,11 +24,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 _MODEL_FILES = ("config.json", "generation_config.json")
 
 
-def longest_rollout(config: Config) -> int:
-    """Tokens of the longest prompt plus the longest completion: the engine's `max_model_len`."""
-    return config.data.max_prompt_tokens + max(config.sampling.max_tokens, config.evaluation.max_tokens or 0)
-
-
 def serving_facts(config: Config, model_folder: Path) -> dict[str, Any]:
     """What must be the same in a server and in its job, for its rollouts to be those of an engine beside the policy."""
     engine = config.engine
@@ -43,7 +38,7 @@ def serving_facts(config: Config, model_folder: Path) -> dict[str, Any]:
         "engine.fp8": engine.fp8,
         "engine.max_num_seqs": engine.max_num_seqs,
         "engine.kv_cache_tokens": engine.kv_cache_tokens,
-        "data.max_prompt_tokens + the largest max_tokens": longest_rollout(config),
+        "data.max_prompt_tokens + the largest max_tokens": config.longest_rollout,
         "algorithm.routing_replay": config.algorithm.routing_replay,
     }
 

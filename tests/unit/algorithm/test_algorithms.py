@@ -238,7 +238,7 @@ def ours(
         train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
         batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape, pad_id=7)
         kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)] if objective.kl_in_reward else None
-        if objective.needs_critic:
+        if objective.algorithm.needs_critic:
             values = [v.tolist() for v in data.values]
             batch = batch.with_advantages(objective.estimates(groups, batch.rewards, values, kl).advantages)
         elif kl is not None:

@@ -143,6 +143,14 @@ def test_the_engine_s_cache_is_what_vllm_would_allocate() -> None:
     assert memory.kv_cache == kv_cache_bytes(settings, spec)
 
 
+def test_the_engine_s_cache_holds_the_completions_of_an_evaluation() -> None:
+    sizes = [
+        memory_of(config_of(evaluation={"max_tokens": most}), spec_of(), 1, "cpu").kv_cache for most in (None, 32, 192)
+    ]
+    assert sizes[0] == sizes[1]  # prompts of 64 tokens and completions of 64
+    assert sizes[2] / sizes[0] == pytest.approx(2, rel=1e-3)
+
+
 def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g") -> Any:
     return plan_memory(
         config, spec, SIZES, Topology.of(config, world), cluster_of(gpu_named(gpu), world), total_parameters=1000,

@@ -99,7 +99,7 @@ def test_the_batch_of_the_proof_is_full_and_valid(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     config = subject.config_of(tmp_path / "model", "precision.fp8.recipe=mxfp8")
     batch, objective = subject.batch_of(subject.random_groups(vocab_size=100), config)
-    assert not objective.needs_reference
+    assert not objective.algorithm.needs_reference
     tokens = [len(microbatch.token_ids) for microbatch in batch.microbatches]
     assert sum(tokens) == subject.NUM_PROMPTS * subject.GROUP_SIZE * (subject.PROMPT_TOKENS + subject.COMPLETION_TOKENS)
     assert set(tokens) == {config.train.max_tokens_per_microbatch}

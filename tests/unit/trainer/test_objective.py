@@ -118,8 +118,6 @@ def test_each_rule_says_key_got_rule_and_remedy(keys: dict[str, object], said: s
 def test_estimates_of_two_rollouts_by_hand() -> None:
     algorithm = AlgorithmConfig(name="ppo", gae_lambda=1.0, kl_coef=0.5, critic_lr_factor=3.0)
     objective = Objective(algorithm, max_tokens=16)
-    assert objective.needs_critic
-    assert not Objective(AlgorithmConfig(), 16).needs_critic
     given = groups([2, 1], [1.0, 0.0])
     assert objective.advantages(given, [1.0, 0.0]) == [0.0, 0.0]  # there are no values yet
     found = objective.estimates(given, [1.0, 0.0], [[0.5, 0.75], [0.25]], kl=[[0.5, -0.5], [1.0]])
@@ -177,11 +175,8 @@ def test_advantages_over_the_batch_need_no_group() -> None:
     assert found == [pytest.approx([3**0.5]), pytest.approx([-(3**-0.5)] * 3)]
 
 
-def test_the_reference_is_needed_for_kl_in_loss_and_reward_and_for_nothing_else() -> None:
-    assert Objective(AlgorithmConfig(), 16).needs_reference
-    assert not Objective(AlgorithmConfig(kl_coef=0.0), 16).needs_reference
+def test_a_kl_penalty_in_the_reward_is_not_in_the_loss() -> None:
     in_reward = Objective(AlgorithmConfig(name="rloo"), 16)
-    assert in_reward.needs_reference
     assert in_reward.kl_in_reward
     assert not in_reward.loss().needs_reference
     assert not Objective(AlgorithmConfig(name="rloo", kl_coef=0.0), 16).kl_in_reward
