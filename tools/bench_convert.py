@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from convert_options import default_workers
 
+from grpo_mega.cli.convert_options import default_workers
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
 from grpo_mega.models.config_readers import read_spec

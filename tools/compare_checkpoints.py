@@ -1,65 +1,8 @@
-"""Compare two checkpoints tensor by tensor by Hugging Face's names, in any formats and layouts.
+"""Command line of `grpo_mega.cli.compare_checkpoints`; `--help` describes it."""
 
-    python tools/compare_checkpoints.py A B
-
-A and B are Hugging Face folders, torch_dist checkpoints or checkpoints of a run. Tensors that differ are listed: in
-value (with the largest absolute difference), dtype, shape, or being in one of them only. Exit code 0: equal bit for
-bit; 1: different; 2: the input is wrong.
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
 import sys
-from dataclasses import asdict
-from pathlib import Path
 
-from convert_options import exit_code
-
-from grpo_mega.convert.compare import TensorComparison, compare, open_checkpoint
-from grpo_mega.types import UserError
-
-
-def line_of(found: TensorComparison) -> str:
-    """What differs, on one line."""
-    pairs = zip(found.shapes, found.dtypes, strict=True)
-    sides = ["missing" if shape is None else f"{shape} {dtype}" for shape, dtype in pairs]
-    gap = "" if found.max_abs_difference is None else f", max abs difference {found.max_abs_difference:.6g}"
-    return f"{found.name}: {found.verdict}: {sides[0]} | {sides[1]}{gap}"
-
-
-def main() -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a", type=Path)
-    parser.add_argument("b", type=Path)
-    parser.add_argument("--base", type=Path, help="folder of config.json, for a torch_dist checkpoint without one")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
-    args = parser.parse_args()
-    try:
-        left, right = open_checkpoint(args.a, args.base, args.b), open_checkpoint(args.b, args.base, args.a)
-        found = list(compare(left, right))
-    except (UserError, OSError) as error:
-        code: int = exit_code(error)
-        return code
-    different = [each for each in found if each.verdict != "equal"]
-    for each in different:
-        print(line_of(each))
-    if args.json:
-        gaps = [each.max_abs_difference for each in found if each.max_abs_difference is not None]
-        summary = {
-            "equal": not different,
-            "num_tensors": len(found),
-            "num_different": len(different),
-            "max_abs_difference": max(gaps, default=0.0),
-            "different": [asdict(each) for each in different],
-        }
-        print(json.dumps(summary))
-    else:
-        print(f"{len(found) - len(different)} of {len(found)} tensors are equal")
-    return 1 if different else 0
-
+from grpo_mega.cli.compare_checkpoints import main
 
 if __name__ == "__main__":
     sys.exit(main())

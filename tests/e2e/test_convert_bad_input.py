@@ -39,7 +39,6 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """A tool's command line in this process: what it would end with, and stderr. An exception is a traceback."""
-    monkeypatch.syspath_prepend(str(REPOSITORY / "tools"))
     threads = torch.get_num_threads()
 
     def run(tool: str, *arguments: object) -> tuple[int, str]:

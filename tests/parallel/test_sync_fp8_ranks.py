@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.cli.fp8_report import report_of
 from grpo_mega.config.schema import EngineConfig, WeightSyncConfig
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.engines.weights.regions import PlainRegion, Regions, region_view
@@ -30,7 +31,6 @@ from tests.helpers.one_process import run
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_family_model
 from tests.parallel.recorded import Layout, Recorded, make_config
-from tools.fp8_report import report_of
 
 WORLD, ENGINE_TP, BUCKET_BYTES = 4, 2, 64 * 1024
 

@@ -10,12 +10,12 @@ from typing import get_args
 import pytest
 import yaml
 
+from grpo_mega.cli import doctor, fp8_report, plan
 from grpo_mega.config.fp8_rules import GENERATIONS, RECIPES
 from grpo_mega.config.schema import EngineConfig, PrecisionConfig
 from tests.helpers.guides import blocks
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
-from tools import doctor, fp8_report, plan
 
 TEXT = (REPOSITORY / "docs" / "fp8.md").read_text(encoding="utf-8")
 

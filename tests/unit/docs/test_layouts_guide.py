@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import doctor, plan
+from grpo_mega.cli import doctor, plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 GUIDE = (REPOSITORY / "docs" / "layouts.md").read_text()

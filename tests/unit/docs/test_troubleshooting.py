@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo_mega.cli import doctor
 from tests.helpers.guides import blocks
 from tests.helpers.jobs import REPOSITORY
-from tools import doctor
 
 TEXT = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from grpo_mega.cli.doctor import main
 from grpo_mega.config.load import load_config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
@@ -22,7 +23,6 @@ from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 from tests.helpers.tiny_models import make_tiny_model
-from tools.doctor import main
 
 GIB = 2**30
 REPOSITORY = Path(__file__).resolve().parents[3]

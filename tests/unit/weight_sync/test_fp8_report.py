@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from grpo_mega.cli import fp8_report as tool
 from grpo_mega.quantization.block_fp8 import dequantise, quantise
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.fp8_report import by_layer, fp8_report, in_words
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
 from tests.unit.weight_sync.test_fp8 import DOWN, O, Q, Source, weights
-from tools import fp8_report as tool
 
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 

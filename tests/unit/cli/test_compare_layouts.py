@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from grpo_mega.cli.compare_layouts import compare, main, parse_layout
 from grpo_mega.types import UserError
 from tests.conftest import REPOSITORY
-from tools.compare_layouts import compare, main, parse_layout
 
 QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
 

@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytest
 
+from grpo_mega.cli.plan import main
 from grpo_mega.config.load import load_config
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import even_layout, remedy
-from tools.plan import main
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "configs"

@@ -1,6 +1,6 @@
-"""One rank of a tool that compares layouts: `rank.py FOLDER JOB` calls `measure` of FOLDER/worker.py, beside this file.
+"""One rank of a command that compares layouts: `python -m grpo_mega.cli.rank WORKER JOB` calls `measure` of WORKER.
 
-The job file holds the config and what the worker wants to know.
+WORKER is a module; the job file (JSON) holds the config and the inputs of the worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from grpo_mega.types import UserError
 
 def main() -> int:
     """Exit code 2 where the input is wrong."""
-    worker = importlib.import_module(f"{sys.argv[1]}.worker")
+    worker = importlib.import_module(sys.argv[1])
     job = json.loads(Path(sys.argv[2]).read_text())
     config = Config.model_validate_json(json.dumps(job["config"]))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

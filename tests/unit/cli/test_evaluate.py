@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
+from grpo_mega.cli import evaluate
 from tests.helpers.tiny_models import make_tiny_model
-from tools import evaluate
 
 DATA = ("--data", "arithmetic:heldout")
 

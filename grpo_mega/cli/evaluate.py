@@ -1,0 +1,211 @@
+"""pass@1, pass@k, maj@k and mean length of a checkpoint on held-out prompts, sampled with the engine.
+
+    python tools/evaluate.py CHECKPOINT --data FILE [--k 1 4 16] [section.key=value ...]
+
+CHECKPOINT is a run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder, or what
+tools/hf_to_megatron.py wrote. Of a run's checkpoint, template, rewards, temperature and precision are those of its
+config.yaml; else they have their defaults, with --reward gsm8k. Overrides are those of a run: `engine.tp=2`,
+`data.template=plain`, `run.world_size=4` (engine replicas share the prompts).
+
+Exit code 0: done; 1: a rank failed; 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import Config
+from grpo_mega.doctor.model_rules import check_model
+from grpo_mega.launch.supervisor import run_ranks
+from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.parallel.ports import free_port
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.rewards.base import build_rewards
+from grpo_mega.types import UserError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`weights` are read, `values` is the config of the run or what stands for it, `model` the folder of config.json
+    and tokenizer; None: the base of the run's recipe."""
+
+    weights: Path
+    values: dict[str, Any]
+    model: Path | None
+
+
+class RankFailedError(RuntimeError):
+    """A rank has said what is wrong and left with this exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("a rank failed; its message is above")
+        self.code = code
+
+
+def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Checkpoint:
+    """What CHECKPOINT names.
+
+    Raises:
+        UserError: nothing of the kinds above.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"CHECKPOINT={path} is not a folder", remedy="name a run, its checkpoint or a Hugging Face folder"
+        )
+    absolute = path.absolute()
+    run = absolute if (path / "config.yaml").is_file() else absolute.parent.parent
+    if not (run / "config.yaml").is_file():
+        return _outside_of_runs(path, reward or "gsm8k", data)
+    weights = path
+    if run == absolute:
+        checkpoints = RunFolder(path).complete_checkpoints()
+        if not checkpoints:
+            raise UserError(
+                f"CHECKPOINT={path}: the run has no complete checkpoint", remedy="wait for one, or name its base"
+            )
+        weights = checkpoints[max(checkpoints)]
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        named = values["model"]["path"]
+        values["reward"]["terms"] = [{"name": reward}] if reward else values["reward"]["terms"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{run / 'config.yaml'} is not the config of a run ({error})", remedy="name a Hugging Face folder"
+        ) from None
+    exported = run / "hf"
+    model = exported if (exported / "config.json").is_file() else Path(named) if named else None
+    return Checkpoint(weights, values, model)
+
+
+def _outside_of_runs(path: Path, reward: str, data: Sequence[str]) -> Checkpoint:
+    from grpo_mega.formats.torch_dist_as_hf import find_base
+    from grpo_mega.formats.torch_dist_reader import checkpoint_folder
+
+    dist = checkpoint_folder(path)
+    model = path if dist is None else find_base(path, dist)
+    values = {"model": {"path": str(model)}, "data": {"train": data[0]}, "train": {"steps": 1}}
+    return Checkpoint(path, values | {"reward": {"terms": [{"name": reward}]}}, model)
+
+
+def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
+    """One engine replica and one policy rank, unless overrides say otherwise; every rule checked."""
+    values = dict(checkpoint.values)
+    values["engine"] = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
+    engine_tp = values["engine"].get("tp", 1)
+    values |= {"parallel": {}, "checkpoint": {}, "run": {"world_size": engine_tp, "seed": args.seed}}
+    values["data"] = {**values["data"], "eval": [{"path": path} for path in args.data]}
+    known = {
+        "k": args.samples or max(args.k),
+        "report_k": sorted(set(args.k)),
+        "max_prompts": args.max_prompts,
+        "every": None,
+    }
+    values["evaluation"] = {**(values.get("evaluation") or {}), **known}
+    if args.temperature is not None:
+        values["evaluation"]["temperature"] = args.temperature
+    if args.max_tokens is not None:
+        values["evaluation"]["max_tokens"] = args.max_tokens
+        values["sampling"] = {**(values.get("sampling") or {}), "max_tokens": args.max_tokens}
+    # the row of a training batch, which nobody makes here, must not limit max_tokens
+    values["train"] = {**values["train"], "max_tokens_per_microbatch": 2**31}
+    if checkpoint.model is not None:
+        values["model"] = {"path": str(checkpoint.model)}
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(values, file)
+        file.flush()
+        config = load_config(Path(file.name), args.overrides)
+    if config.engine.placement == "server":
+        raise UserError(
+            "engine.placement=server: a checkpoint is evaluated by an engine of this command", remedy="leave it out"
+        )
+    return config
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """The numbers of one checkpoint.
+
+    Raises:
+        UserError: the input is wrong.
+        RankFailedError: a rank failed; its message is on the screen.
+    """
+    checkpoint = find_checkpoint(args.checkpoint, args.reward, args.data)
+    config = config_of(args, checkpoint)
+    world = config.run.world_size or 1
+    build_rewards(config.reward.terms)
+    check_model(config, Topology.of(config, world))
+    folder = checkpoint.model
+    if folder is None:
+        from grpo_mega.tiny_base.train import ensure_base
+
+        assert config.model.base is not None, "config/rules.py: one of model.path and model.base is set"
+        folder = ensure_base(config.model.base, config.data.train_sets[0].path)
+    with tempfile.TemporaryDirectory(prefix="evaluate_") as work:
+        job, answer = Path(work) / "job.json", Path(work) / "answer.json"
+        settings = {"config": config.model_dump(mode="json"), "model": str(folder), "weights": str(checkpoint.weights)}
+        job.write_text(json.dumps(settings | {"answer": str(answer)}))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+        ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
+        code = run_ranks([sys.executable, "-m", "grpo_mega.cli.evaluate_worker", str(job)], ranks)
+        if code != 0:
+            raise RankFailedError(code)
+        found = json.loads(answer.read_text())
+    sampling = {"samples": config.evaluation.k, "temperature": config.evaluation.temperature}
+    return {"checkpoint": str(checkpoint.weights), "data": args.data, **sampling, **found}
+
+
+def lines_of(found: dict[str, Any]) -> list[str]:
+    """For a terminal."""
+    lines = [f"{found['checkpoint']}: {found['samples']} samples at temperature {found['temperature']:g}"]
+    for name, part in ({"all": found} | found["sets"] if found["sets"] else {"": found}).items():
+        label = f"{name}: " if name else ""
+        lines.append(f"  {label}{part['num_prompts']} prompts, pass@1 {part['accuracy']:.4f}, greedy "
+                     f"{part['greedy_accuracy']:.4f}, mean length {part['length_mean']:.1f} tokens")  # fmt: skip
+        for k, value in part["pass_at_k"].items():
+            lines.append(f"    pass@{k} {value:.4f}   maj@{k} {part['majority_at_k'][k]:.4f}")
+    return lines
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's words."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--data", action="append", required=True, help="what data.eval can name; may be repeated")
+    parser.add_argument("--k", type=int, nargs="+", default=[4], help="of pass@k and maj@k (default: 4)")
+    parser.add_argument("--samples", type=int, help="answers per prompt, at least the largest k (default: as many)")
+    parser.add_argument("--temperature", type=float, help="default: that of the run's evaluations, else 1")
+    parser.add_argument("--max-tokens", type=int, help="of an answer (default: the run's, else 256)")
+    parser.add_argument("--max-prompts", type=int, help="the first so many of each file (default: all)")
+    parser.add_argument("--reward", help="which says that an answer is right (default: the run's, else gsm8k)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="the numbers as an object on the last line")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    args = parse_arguments(argv)
+    try:
+        found = evaluate(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RankFailedError as error:
+        if error.code == 2:
+            return 2
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(found) if args.json else "\n".join(lines_of(found)))
+    return 0

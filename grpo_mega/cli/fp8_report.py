@@ -1,0 +1,115 @@
+"""How far FP8 codes move the weights of a model, layer by layer: before a run holds its engines in FP8.
+
+    python tools/fp8_report.py HF_DIR|CONFIG [section.key=value ...] [--scales fp32|power_of_two] [--json]
+
+Reads the safetensors of a Hugging Face folder, or of a config's `model.path`, matrix by matrix; needs no GPU. `median`
+and `worst` are of |W - q(W)| / |W| (Frobenius), `largest` of |w - q(w)|. A run writes the same of its policy into
+fp8_report.json when `weight_sync.fp8_report` is set.
+
+Exit code 0: done; 2: the input is wrong; 1: a failure of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from torch import Tensor
+
+from grpo_mega.config.load import load_config
+from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.interfaces import HeldSlice
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
+from grpo_mega.quantization.fp8_checkpoint import is_coded
+from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
+from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, in_words
+
+SCALES = ("fp32", "power_of_two")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, metavar="HF_DIR|CONFIG", help="a folder with weights, or a run's YAML")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a config")
+    parser.add_argument("--scales", choices=SCALES, help="default: those of the config's engine.fp8, else fp32")
+    parser.add_argument("--json", action="store_true", help="one object as the last line, with every matrix")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return run(args)
+    except (UserError, WeightMismatchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises UserError: the input is wrong. WeightMismatchError: a weight is not finite."""
+    folder, scales = folder_of(args)
+    scales = args.scales or scales
+    report = report_of(folder, power_of_two=scales == "power_of_two")
+    print(f"{folder}: e4m3 codes, {scales} scales of 128 x 128 blocks")
+    print("\n".join(in_words(report)))
+    if args.json:
+        layers = [dataclasses.asdict(layer) for layer in by_layer(report)]
+        print(json.dumps({"model": str(folder), "scales": scales, "layers": layers, "tensors": report}))
+    return 0
+
+
+def folder_of(args: argparse.Namespace) -> tuple[Path, str]:
+    """The model's folder, and the kind of scales that goes with it.
+
+    Raises:
+        UserError: a config whose model is yet to be taught; overrides of no config.
+    """
+    if args.model.suffix not in (".yaml", ".yml"):
+        if args.overrides:
+            raise UserError(
+                f"{args.overrides[0]} overrides a key of a config, and {args.model} is none", remedy="leave it out"
+            )
+        return args.model, "fp32"
+    config = load_config(args.model, args.overrides)
+    if config.model.path is None:
+        raise UserError(f"{args.model} has a model.base, which is taught when the run starts", remedy="give its folder")
+    return Path(config.model.path), "power_of_two" if config.engine.fp8 == "scales_power_of_two" else "fp32"
+
+
+def report_of(folder: Path, *, power_of_two: bool) -> Report:
+    """Matrix by matrix: no two of them are in memory.
+
+    Raises:
+        UserError: the folder is no whole checkpoint, or has no matrix that an FP8 engine would hold as codes.
+        WeightMismatchError: a weight is not finite.
+    """
+    spec = read_spec(folder)
+    shapes = hf_shapes(spec)
+    report: Report = {}
+    with closing(HfFiles(folder)) as files:
+        files.check(shapes, hf_shapes_aside(spec))
+        for name, shape in shapes.items():
+            if is_coded(name, shape):
+                whole = TensorSlice(name, (0, 0), shape)
+                report |= fp8_report(OneTensor(whole, files.read(whole)), None, power_of_two=power_of_two)
+    if not report:
+        raise UserError(f"{folder} has no matrices that an engine would hold in FP8", remedy="give another model")
+    return report
+
+
+class OneTensor:
+    """`WeightSource` of a single tensor."""
+
+    def __init__(self, hf: TensorSlice, values: Tensor) -> None:
+        self._held = HeldSlice(hf, hf.shape, values)
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the one."""
+        return {self._held.hf.name: self._held.hf.shape}
+
+    def shards(self) -> list[HeldSlice]:
+        """Whole."""
+        return [self._held]

@@ -1,0 +1,43 @@
+"""Convert a Megatron torch_dist checkpoint of any layout to a Hugging Face folder, without a GPU.
+
+    python tools/megatron_to_hf.py CKPT_DIR OUT_DIR
+
+CKPT_DIR is what tools/hf_to_megatron.py wrote, a checkpoint of a run (RUN/checkpoints/step_000020) or one that
+Megatron-LM saved; then --base names the Hugging Face folder of its config and tokenizer. OUT_DIR appears when it is
+whole; until then OUT_DIR.partial holds the work, and the same command again continues it.
+Exit code 0: done; 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from grpo_mega.cli.convert_options import add_options, finish, parse_bytes
+from grpo_mega.convert.megatron_to_hf import SHARD_BYTES, megatron_to_hf
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ckpt_dir", type=Path, help="folder with .metadata or latest_checkpointed_iteration.txt")
+    parser.add_argument("out_dir", type=Path, help="must not exist, or be empty")
+    add_options(parser)
+    parser.add_argument("--shard-size", default=str(SHARD_BYTES), help="largest file (default: 5 GB)")
+    parser.add_argument("--base", type=Path, help="folder of config.json and tokenizer (default: found if possible)")
+    parser.add_argument("--fp8", action="store_true", help="linear weights as float8_e4m3fn in 128 x 128 blocks")
+    args = parser.parse_args(argv)
+    code: int = finish(
+        lambda: megatron_to_hf(
+            args.ckpt_dir,
+            args.out_dir,
+            base=args.base,
+            dtype=args.dtype,
+            to_fp8=args.fp8,
+            shard_bytes=parse_bytes(args.shard_size),
+            workers=args.workers,
+        ),
+        args,
+    )
+    return code

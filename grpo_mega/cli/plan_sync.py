@@ -1,0 +1,254 @@
+"""The reshard plan of a run, on any machine: who sends which slice of the policy's weights to which engine rank.
+
+    python tools/plan_sync.py CONFIG [section.key=value ...] [--out plan.json] [--against plan.json] [--json]
+
+Needs the model's config.json, no weights, no GPU and no other process: the policy's shards are arithmetic, the engine's
+layout is its own weight loader, recorded. `run.world_size` says how many ranks; where `model.path` is no folder here,
+configs/models/<its name> is taken. Predicted seconds are those of the busiest link at the stated speeds, nothing else.
+
+Exit code 0: planned; 2: the input is wrong; 1: a failure of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from grpo_mega.config.load import load_config
+from grpo_mega.config.schema import Config
+from grpo_mega.config.shipped import shipped_model_folder
+from grpo_mega.engines.engine_rules import check_engine_fp8
+from grpo_mega.engines.vllm.arguments import checkpoint_tensors
+from grpo_mega.engines.vllm.layout_extrapolation import NoRuleError, layouts_of_all, sampled_ranks
+from grpo_mega.engines.vllm.offline import record_ranks
+from grpo_mega.engines.vllm.tp_rules import check_tp
+from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.layout_rules import check_layout
+from grpo_mega.models.parameter_tables import hf_shapes
+from grpo_mega.models.rank_slices import policy_slices
+from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, scale_slices
+from grpo_mega.tiny_base.train import base_config, base_tokenizer
+from grpo_mega.types import TensorSlice, UserError
+from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
+from grpo_mega.weight_sync.plan_file import difference, read_plan, write_plan
+from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, numbering, of_columns
+
+MEASURED = ("seconds", "cpu_seconds", "peak_memory_bytes")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="YAML of a run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--out", type=Path, help="write the plan, one line per slice")
+    parser.add_argument("--against", type=Path, help="say what differs from a plan that was written before")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--node-gb-per-second", type=float, default=450.0, help="of a rank, each way, inside a node")
+    parser.add_argument("--network-gb-per-second", type=float, default=50.0, help="of a rank, each way, between nodes")
+    parser.add_argument(
+        "--cpu", action="store_true", help="the job's machines have no GPU: other modules compute there"
+    )
+    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Raises UserError: the input is wrong."""
+    start = time.monotonic()
+    config = load_config(args.config, args.overrides)
+    if config.run.world_size is None:
+        raise UserError(
+            "run.world_size is not set, and no GPU is looked for here", remedy="set it to the ranks of the job"
+        )
+    if config.engine.kind != "vllm":
+        raise UserError(
+            f"engine.kind={config.engine.kind}: plans are made of vLLM's recorded loader", remedy="use vllm"
+        )
+    if config.engine.fp8 == "own_loader":
+        raise UserError(
+            "engine.fp8=own_loader: engines get whole tensors, without a plan", remedy="use engine.fp8=scales_fp32"
+        )
+    for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be more than 0")
+    with tempfile.TemporaryDirectory() as work:
+        folder, spec = model_of(config, Path(work))
+        plan = plan_of(config, spec, folder, args.gpus_per_node, local_modules=args.cpu)
+    summary = summarise(plan, args.node_gb_per_second, args.network_gb_per_second)
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    summary["cpu_seconds"] = round(time.process_time(), 1)
+    summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(in_words(summary, config, args))
+    if args.against is not None:
+        changed = difference(read_plan(args.against), plan)
+        print("\n".join(changed[:20]) or f"equal to {args.against}")
+        summary["differences"] = len(changed)
+    if args.out is not None:
+        write_plan(plan, args.out, {k: v for k, v in summary.items() if k not in MEASURED})
+        print(f"written to {args.out}")
+    if args.json:
+        print(json.dumps(summary))
+    return 0
+
+
+def model_of(config: Config, work: Path) -> tuple[Path, ModelSpec]:
+    """The folder with the model's config.json.
+
+    Raises:
+        UserError: there is none.
+    """
+    if config.model.base is not None:
+        base_config(config.model.base, base_tokenizer(config.model.base)).save_pretrained(work)
+        return work, read_spec(work)
+    folder = shipped_model_folder(Path(str(config.model.path)))
+    return folder, read_spec(folder)
+
+
+def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *, local_modules: bool) -> ReshardPlan:
+    """Both ends of every rank, and the plan between them.
+
+    Raises:
+        UserError: a layout does not fit the model.
+    """
+    assert config.run.world_size is not None, "checked by run()"
+    topology = Topology.of(config, config.run.world_size)
+    check_layout(spec, config.parallel, topology, str(folder))
+    check_tp(spec, config.engine.tp)
+    check_engine_fp8(spec, config, str(folder), latent_split=local_modules)
+    shapes = checkpoint_tensors(spec, DTYPES[config.precision.dtype], fp8=config.engine.fp8_weights == "codes")
+    tensors = {name: WireTensor(shape, dtype.itemsize) for name, (shape, dtype) in shapes.items()}
+    held = policy_holdings(config, spec, topology, tensors, local_modules=local_modules)
+    wanted = engine_holdings(config, folder, topology, tensors, shapes)
+    nodes = [rank // gpus_per_node for rank in range(topology.world_size)]
+    if topology.engine_servers:  # on nodes of their own, behind those of the job
+        nodes += [nodes[-1] + 1 + rank // gpus_per_node for rank in range(topology.num_server_ranks)]
+    return plan_reshard(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
+
+
+def policy_holdings(
+    config: Config, spec: ModelSpec, topology: Topology, tensors: dict[str, WireTensor], *, local_modules: bool
+) -> Holdings:
+    """Of all ranks; those that hold the same are computed once."""
+    numbers, parts = numbering(tensors), []
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(topology.world_size):
+        at = topology.coordinates(rank)
+        alike.setdefault((at.pp_rank, at.tp_rank, at.ep_rank, at.etp_rank), []).append(rank)
+    for ranks in alike.values():
+        at = topology.coordinates(ranks[0])
+        slices = policy_slices(spec, config.parallel, topology, at, latent_split=local_modules)
+        if config.engine.fp8_weights == "codes":
+            slices += [box for _, box in scale_slices(hf_shapes(spec), slices)]
+        parts.append(holdings(tensors, slices, ranks[0], numbers).on(ranks))
+    return join(parts)
+
+
+def engine_holdings(
+    config: Config, folder: Path, topology: Topology, tensors: dict[str, WireTensor], shapes: dict[str, Any]
+) -> Holdings:
+    """Of all engines: one replica's loader recorded, the others are like it."""
+    tp, num_ranks = config.engine.tp, topology.engine_ranks
+    plain = {name: tensor.shape for name, tensor in tensors.items()}
+
+    def record(ranks: list[int]) -> dict[int, list[TensorSlice]]:
+        records = record_ranks(
+            folder,
+            shapes,
+            dtype=config.precision.dtype,
+            tp=tp,
+            ranks=ranks,
+            dp=config.engine.dp,
+            experts_spread=config.engine.ep > 1,
+            fp8=config.engine.fp8_weights == "codes",
+        )
+        return {rank: [copy.hf for copy in found.copies] for rank, found in zip(ranks, records, strict=True)}
+
+    recorded = record(sampled_ranks(num_ranks, tp))
+    try:
+        layouts = layouts_of_all(recorded, plain, num_ranks, tp)
+    except NoRuleError as error:
+        print(f"every rank of the engine is recorded: {error}", file=sys.stderr)
+        layouts = layouts_of_all(
+            recorded | record([r for r in range(num_ranks) if r not in recorded]), plain, num_ranks, tp
+        )
+    numbers, parts = numbering(tensors), []
+    for rank, layout in enumerate(layouts):
+        first = topology.world_size if topology.engine_servers else 0
+        end = first + (topology.num_server_ranks or topology.world_size)
+        ranks = tuple(range(first + rank, end, num_ranks))
+        columns = np.asarray([numbers[name] for name in layout.names], np.int64)
+        parts.append(of_columns(columns, layout.starts, layout.ends, ranks))
+    return join(parts)
+
+
+def summarise(plan: ReshardPlan, node_speed: float, network_speed: float) -> dict[str, Any]:
+    """The object of --json. Speeds in GB/s."""
+    busiest, by_link = plan.busiest(), plan.bytes_by_link()
+    seconds = {
+        "same_node": busiest["same_node"] / node_speed / 1e9,
+        "across_nodes": busiest["across_nodes"] / network_speed / 1e9,
+    }
+    slowest = max(seconds, key=lambda link: seconds[link])
+    received = plan.received_bytes()
+    return {
+        "hash": plan.hash,
+        "transfers": plan.num_transfers,
+        "parcels": len(plan.parcel),
+        "bytes": sum(by_link.values()),
+        "bytes_by_link": by_link,
+        "lower_bound_bytes": plan.bounds[slowest],  # type: ignore[index]
+        "lower_bound_bytes_by_link": plan.bounds,
+        "busiest_link_bytes": busiest,
+        "busiest_link_ratio": plan.busiest_link_ratio(),
+        "received_bytes_per_rank": {"least": int(received.min()), "most": int(received.max())},
+        "buckets": plan.num_buckets,
+        "peak_buffer_bytes": plan.peak_buffer_bytes(),
+        "predicted_seconds": max(seconds.values()),
+        "predicted_seconds_by_link": seconds,
+        "speeds_gb_per_second": {"same_node": node_speed, "across_nodes": network_speed},
+        "ranks": len(plan.nodes),
+        "parameters": sum(
+            int(torch.Size(t.shape).numel()) for name, t in plan.tensors.items() if not name.endswith(SCALE_SUFFIX)
+        ),
+    }
+
+
+def in_words(summary: dict[str, Any], config: Config, args: argparse.Namespace) -> str:
+    """What a reader wants to know first."""
+    links, gb = summary["bytes_by_link"], 1e9
+    return (
+        f"plan {summary['hash']}: {summary['transfers']:,} transfers in {summary['buckets']} buckets of "
+        f"{config.weight_sync.bucket_bytes:,} bytes, {summary['ranks']} ranks\n"
+        f"in the same process {links['same_process'] / gb:.1f} GB, inside nodes {links['same_node'] / gb:.1f} GB, "
+        f"between nodes {links['across_nodes'] / gb:.1f} GB\n"
+        f"busiest link {summary['busiest_link_ratio']:.3f} times the lower bound; buffers "
+        f"{summary['peak_buffer_bytes'] / 1e6:.0f} MB; {summary['predicted_seconds']:.3f} s predicted at "
+        f"{args.node_gb_per_second:g} and {args.network_gb_per_second:g} GB/s\n"
+        f"planned in {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} s of them on the processor, with "
+        f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"
+    )
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Score a file of completions with any reward: rows of {prompt, completion, answer} come out with `reward` added.
+
+    python tools/score.py --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
+
+Rows keep their order and their other keys. Every row goes through the worker processes that a run uses, with the same
+time limit; a failed scoring gets the reward's floor and is counted. Exit code 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.config.schema import RewardTerm
+from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.types import UserError
+
+ROWS_AT_A_TIME = 2000
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file; empty lines are skipped.
+
+    Raises:
+        UserError: a line is no JSON object or lacks a key (names file and line), or the file cannot be read.
+    """
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield parse_row(f"{path}:{number}", line)
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}", remedy="give a JSONL file of {prompt, completion, answer}"
+        ) from error
+
+
+def parse_row(where: str, line: bytes) -> dict[str, Any]:
+    """One checked row; an answer that is a JSON number is accepted.
+
+    Raises:
+        UserError: names `where`.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: {line.strip()[:60]!r} is no JSON ({error})", remedy="write one object per line"
+        ) from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: got {type(row).__name__}, a row is an object with prompt, completion and answer")
+    for key in ("prompt", "completion", "answer"):
+        if key not in row:
+            raise UserError(f"{where}: {key!r} is missing, the row has {', '.join(row) or 'no keys'}", remedy="add it")
+        is_number = key == "answer" and isinstance(row[key], int | float) and not isinstance(row[key], bool)
+        if not isinstance(row[key], str) and not is_number:
+            raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} is no string", remedy="write one")
+    return row
+
+
+def score(args: argparse.Namespace) -> dict[str, Any]:
+    """Write the scored rows to stdout; return the summary."""
+    try:
+        reward_args = json.loads(args.args)
+    except ValueError as error:
+        raise UserError(
+            f"--args={args.args} is no JSON ({error})", remedy="write an object, for example '{}'"
+        ) from error
+    if not isinstance(reward_args, dict):
+        raise UserError(f"--args={args.args} is no JSON object", remedy="write for example '{\"strict\": true}'")
+    if args.timeout_seconds <= 0 or args.workers < 1:
+        raise UserError(
+            f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive",
+            remedy="leave them out",
+        )
+    term = RewardTerm(name=args.reward, args=reward_args)
+    num_rows, total, failures = 0, 0.0, 0
+    with RewardPool([term], workers=args.workers, timeout_seconds=args.timeout_seconds) as pool:
+        rows = rows_of(args.file)
+        while batch := list(islice(rows, ROWS_AT_A_TIME)):
+            for key, row in enumerate(batch):
+                answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"])
+                pool.submit(key, row["prompt"], row["completion"], answer)
+            rewards = pool.collect()
+            for key, row in enumerate(batch):
+                print(json.dumps(row | {"reward": rewards[key].value}))
+                total += rewards[key].value
+                failures += bool(rewards[key].failures)
+            num_rows += len(batch)
+    mean = total / num_rows if num_rows else None
+    return {"reward_name": args.reward, "num_rows": num_rows, "reward_mean": mean, "num_failures": failures}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="JSONL")
+    parser.add_argument("--reward", required=True, help="a name from docs/rewards.md, or package.module:function")
+    parser.add_argument("--args", default="{}", help="the reward's arguments, a JSON object")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--timeout-seconds", type=float, default=5.0, help="limit of one scoring")
+    parser.add_argument("--json", action="store_true", help="a summary object as the last line")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    sys.path.insert(0, os.getcwd())  # a dotted path means what it means to `python -m`
+    try:
+        summary = score(args)
+        if args.json:
+            print(json.dumps(summary))
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
