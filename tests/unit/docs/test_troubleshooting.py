@@ -23,15 +23,24 @@ def messages() -> list[str]:
     return [cell.strip("`").replace("` … `", " … ") for cell in cells]
 
 
+def _text(node: ast.expr) -> str | None:
+    """Return the text of a string literal, with `…` for each filled-in part; None for any other expression."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values)
+    return None
+
+
 def _texts(tree: ast.AST) -> list[str]:
-    """Every string of a module; what is filled in is `…`."""
+    """Return every string of a module; a UserError's message and remedy as one text."""
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.append(node.value)
-        elif isinstance(node, ast.JoinedStr):
-            parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
-            found.append("".join(parts))
+        if isinstance(node, ast.expr) and (text := _text(node)) is not None:
+            found.append(text)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+            parts = [_text(value) for value in (*node.args, *(k.value for k in node.keywords))]
+            found.append("; ".join(part or "…" for part in parts))
     return found
 
 
