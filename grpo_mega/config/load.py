@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
+from grpo_mega.config.shipped import find_config
 from grpo_mega.types import UserError
 
 
@@ -46,6 +47,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file is missing or malformed, a key is unknown (names the nearest), a value has the wrong type
             or breaks a rule (config/rules.py).
     """
+    path = find_config(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near[0]}?" if near else "see configs/"))

@@ -1,0 +1,75 @@
+"""The console script `grpo-mega`: one subcommand per module of this package.
+
+`grpo-mega plan ...` and `python tools/plan.py ...` call the same function. Modules are imported when their subcommand
+is called, so `grpo-mega --help` needs neither torch nor an engine.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grpo_mega import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: the module whose `main` it calls, and its line in `grpo-mega --help`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train", "train: CONFIG [section.key=value ...]"),
+    "serve": Command("serve", "start an engine server for jobs with engine.placement=server"),
+    "plan": Command("plan", "memory and time per phase before a run; does it fit"),
+    "plan-sync": Command("plan_sync", "the reshard plan of a weight sync, without a GPU"),
+    "doctor": Command("doctor", "every check that can be made before a run starts"),
+    "configs": Command("configs", "list the configs shipped with the package"),
+    "convert": Command("convert", "convert checkpoints: to-megatron, to-hf"),
+    "compare": Command("compare", "compare checkpoints, logits, layouts, or check a mapping"),
+    "evaluate": Command("evaluate", "pass@1, pass@k and mean length of a checkpoint"),
+    "score": Command("score", "score a file of completions with a reward"),
+    "fp8-report": Command("fp8_report", "how far FP8 rollouts move a model's weights"),
+    "report": Command("report", "the summary of a run folder"),
+}
+
+
+def usage(commands: dict[str, Command] = COMMANDS, prog: str = "grpo-mega") -> str:
+    """Return the help text: one line per subcommand."""
+    width = max(map(len, commands))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in commands.items()]
+    return "\n".join(
+        [f"usage: {prog} COMMAND [arguments]", "", *lines, "", f"`{prog} COMMAND --help` describes a command."]
+    )
+
+
+def dispatch(arguments: Sequence[str], commands: dict[str, Command], prog: str) -> int:
+    """Call the subcommand that `arguments` begin with; returns its exit code, 2 for an unknown name."""
+    name, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
+    if name in ("-h", "--help"):
+        print(usage(commands, prog))
+        return 0
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
+        problem = f"{name!r} is not a command" if name else "a command is missing"
+        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(commands)}"
+        print(f"error: {prog}: {problem}; {hint}", file=sys.stderr)
+        return 2
+    sys.argv = [f"{prog} {name}", *rest]  # argparse prints the first word of it as the program's name
+    module = importlib.import_module(f"grpo_mega.cli.{commands[name].module}")
+    code: int = module.main(rest)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(__version__)
+        return 0
+    return dispatch(arguments, COMMANDS, "grpo-mega")
