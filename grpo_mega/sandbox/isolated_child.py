@@ -1,4 +1,4 @@
-"""The inside of the sandbox (sandbox.py): a program of its own, `python -I -S jail.py`, standard library only.
+"""The inside of the sandbox (sandbox.py): `python -I -S isolated_child.py`, with the standard library only.
 
 Three processes. The *launcher* is the caller's child. The *keeper* enters new user, mount, process, network, IPC, host
 name and cgroup namespaces and builds a root of read-only folders. *Init* is process 1 in there: it runs one program at

@@ -1,7 +1,7 @@
 """Runs programs that nobody has read, or refuses: there is no way here to run one outside of the sandbox.
 
-The isolation is built by `jail.py`, from what Linux offers to any user: namespaces, limits and a filter of system
-calls. A `Sandbox` holds one set of namespaces; each `run` in it starts with an empty `/work` and ends with no process.
+The isolation is built by `isolated_child.py`, from what Linux offers to any user: namespaces, limits and a filter of
+system calls. A `Sandbox` holds one set of namespaces; each `run` starts with an empty `/work` and ends with no process.
 
 Invariants (tests/unit/sandbox/test_sandbox.py): a program sees no network, no file of the host but the interpreter and
 its libraries, and writes to `/work` alone; no limit can be passed; nothing outlives its run; no signal reaches the
@@ -85,9 +85,9 @@ class Sandbox:
     """
 
     def __init__(self, limits: Limits, read_only: Sequence[str] = ()) -> None:
-        jail = Path(__file__).with_name("jail.py")
+        child = Path(__file__).with_name("isolated_child.py")
         self._process = subprocess.Popen(
-            [_python(), "-I", "-S", "-B", str(jail), str(os.getpid())],
+            [_python(), "-I", "-S", "-B", str(child), str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

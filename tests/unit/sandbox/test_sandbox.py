@@ -236,17 +236,17 @@ box.run([*python_command()[:-1], "import time; {marker}"], seconds=1000.0)
 
 LAUNCHER_ENDS = """
 import os, signal
-from grpo_mega.rewards import jail
+from grpo_mega.sandbox import isolated_child
 fork = os.fork
-def told():
+def reporting_fork():
     child = fork()
     if child:
         os.write(2, b"%d" % child)
         {at_fork}
     return child
-os.fork = told
-jail._map_ids = lambda keeper: os.kill(os.getpid(), signal.SIGKILL)
-jail.main()
+os.fork = reporting_fork
+isolated_child._map_ids = lambda keeper: os.kill(os.getpid(), signal.SIGKILL)
+isolated_child.main()
 """
 
 
