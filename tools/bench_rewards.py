@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards.builtin.gsm8k import gsm8k
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError

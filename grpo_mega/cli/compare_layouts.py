@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 from grpo_mega.config.load import load_config
-from grpo_mega.config.schema import Config, ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
+from grpo_mega.config.schema import Config
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.types import UserError
 
 # surrogate -> keys that it needs, keys that it can do without

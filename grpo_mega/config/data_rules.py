@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from fractions import Fraction
 
-from grpo_mega.config.schema import DataConfig, DataSource, RowFilter
+from grpo_mega.config.data_sections import DataConfig, DataSource, RowFilter
 from grpo_mega.types import UserError
 
 MAX_PATTERN = 100_000

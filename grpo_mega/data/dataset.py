@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from grpo_mega.config.data_rules import pattern_of
-from grpo_mega.config.schema import DataConfig, DataSource
+from grpo_mega.config.data_sections import DataConfig, DataSource
 from grpo_mega.data.chat import render_prompt
 from grpo_mega.data.rows import PromptSource, keyed_sets, read_rows
 from grpo_mega.types import Prompt, UserError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.fp8_rules import RECIPES
-from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
 from grpo_mega.data.expert_records import widened
 from grpo_mega.types import Microbatch, Rollout, UserError
 

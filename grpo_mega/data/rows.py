@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo_mega.config.schema import DataConfig, DataSource, RowFilter
+from grpo_mega.config.data_sections import DataConfig, DataSource, RowFilter
 from grpo_mega.data import arithmetic
 from grpo_mega.data.records import read_records
 from grpo_mega.types import UserError

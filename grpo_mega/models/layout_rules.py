@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.pipeline_split import stage_layers
 from grpo_mega.parallel.topology import Topology

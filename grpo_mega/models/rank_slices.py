@@ -10,7 +10,7 @@ import functools
 import re
 from collections.abc import Iterator
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.parameter_tables import parameter_names, parameter_placements
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.pipeline_split import stage_layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_mega.config.schema import ArchitectureConfig
+from grpo_mega.config.model_sections import ArchitectureConfig
 from grpo_mega.models.spec import ModelSpec
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from itertools import accumulate, pairwise
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.types import UserError
 
 

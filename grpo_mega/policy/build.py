@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from grpo_mega.config.schema import OptimizerConfig, ParallelConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.fp8_rules import RECIPES
-from grpo_mega.config.schema import PrecisionConfig
+from grpo_mega.config.policy_sections import PrecisionConfig
 from grpo_mega.policy.megatron_patches import cpu
 
 cpu.prepare_import()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from grpo_mega.config.schema import Fp8Config
+from grpo_mega.config.policy_sections import Fp8Config
 
 _MAGNITUDE = 0x7F  # of a code: all but its sign
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.config.schema import Config, OptimizerConfig
+from grpo_mega.config.policy_sections import OptimizerConfig
+from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.parallel.ranks import Ranks

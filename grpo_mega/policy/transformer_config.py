@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
 from grpo_mega.formats.megatron_args import expert_settings, latent_settings
 from grpo_mega.models.placement_rules import padded_vocab
 from grpo_mega.models.spec import ModelSpec, MoeSpec

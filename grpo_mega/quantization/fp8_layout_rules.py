@@ -12,7 +12,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.rank_slices import policy_slices
 from grpo_mega.models.spec import ModelSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from grpo_mega.config.schema import EvaluationConfig
+from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.data.dataset import DataSet
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rollout.pass_at_k import final_answer, majority_at_k, pass_at_k

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from grpo_mega.config.schema import BaseConfig, Config
+from grpo_mega.config.model_sections import BaseConfig
+from grpo_mega.config.schema import Config
 from grpo_mega.data import arithmetic
 from grpo_mega.data.tokenizers import byte_tokenizer, char_tokenizer
 from grpo_mega.tiny_base.examples import Draw, Example, arithmetic_examples, gsm8k_examples

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
-from grpo_mega.config.schema import Config, OptimizerConfig
+from grpo_mega.config.policy_sections import OptimizerConfig
+from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
 from grpo_mega.interfaces import Critic, Policy, TokenLoss
 from grpo_mega.observe.timers import PhaseTimer

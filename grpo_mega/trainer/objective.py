@@ -43,7 +43,7 @@ from grpo_mega.algorithm.surrogate import (
     Surrogate,
 )
 from grpo_mega.algorithm.value_loss import ValueLoss
-from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.types import Microbatch, Rollout, UpdateStats
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.engines.vllm.fp8 import Requantisation
 from grpo_mega.engines.vllm.regions import declare_regions
 from grpo_mega.engines.vllm.sink import VllmSink

@@ -7,7 +7,7 @@ import random
 from itertools import pairwise
 from typing import Any
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.layout_rules import check_layout
 from grpo_mega.models.spec import ModelSpec

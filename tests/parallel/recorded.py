@@ -17,18 +17,12 @@ from torch import Tensor
 
 from grpo_mega.algorithm.loss import PolicyLoss
 from grpo_mega.algorithm.surrogate import ClippedRatio
-from grpo_mega.config.schema import (
-    AlgorithmConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    PrecisionConfig,
-    RewardConfig,
-    SamplingConfig,
-    TrainConfig,
-)
+from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.data_sections import DataConfig
+from grpo_mega.config.model_sections import ModelConfig
+from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
+from grpo_mega.config.rollout_sections import RewardConfig, SamplingConfig
+from grpo_mega.config.schema import Config, TrainConfig
 from grpo_mega.data.pack import RowShape
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import Ranks

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import UpdateStats
 from tests.parallel.conftest import Laboratory

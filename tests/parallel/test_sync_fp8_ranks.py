@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.cli.fp8_report import report_of
-from grpo_mega.config.schema import EngineConfig, WeightSyncConfig
+from grpo_mega.config.rollout_sections import EngineConfig
+from grpo_mega.config.schema import WeightSyncConfig
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.engines.weights.regions import PlainRegion, Regions, region_view
 from grpo_mega.engines.weights.sink import RegionSink

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
 from grpo_mega.interfaces import ModuleCounter, ModuleSizes, ParameterSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from grpo_mega.config.schema import ParallelConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks

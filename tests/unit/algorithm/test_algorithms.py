@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.algorithm_presets import ALGORITHM_DEFAULTS
-from grpo_mega.config.schema import AlgorithmConfig, TrainConfig
+from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.pack import RowShape
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import AlgorithmConfig, Config
+from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.schema import Config
 
 
 def config_of(**sections: dict[str, Any]) -> Config:

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.data_rules import check_data
-from grpo_mega.config.schema import DataConfig
+from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.data.arithmetic import ALPHABET
 from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.data.dataset import DataSet, PromptDataset, load_held_out, load_train

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UserError
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grpo_mega.config.schema import DataConfig
+from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.data.records import read_records
 from grpo_mega.data.rows import check_rows, read_rows
 from grpo_mega.types import UserError

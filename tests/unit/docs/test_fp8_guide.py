@@ -12,7 +12,8 @@ import yaml
 
 from grpo_mega.cli import doctor, fp8_report, plan
 from grpo_mega.config.fp8_rules import GENERATIONS, RECIPES
-from grpo_mega.config.schema import EngineConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import PrecisionConfig
+from grpo_mega.config.rollout_sections import EngineConfig
 from tests.helpers.guides import blocks
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from grpo_mega.config.load import load_config
-from grpo_mega.config.schema import Config, ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
+from grpo_mega.config.schema import Config
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.layout_rules import check_layout

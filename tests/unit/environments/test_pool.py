@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import EnvironmentConfig
+from grpo_mega.config.rollout_sections import EnvironmentConfig
 from grpo_mega.environments.base import Turn, build_environment
 from grpo_mega.environments.calculator import MAX_BITS, as_text, calculator, value_of
 from grpo_mega.environments.pool import EnvironmentPool, Reply

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.parallel.pipeline_split import stage_layers
 from grpo_mega.types import UserError
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_mega.config.schema import Fp8Config, PrecisionConfig
+from grpo_mega.config.policy_sections import Fp8Config, PrecisionConfig
 from grpo_mega.policy import fp8
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip - after policy prepares the import

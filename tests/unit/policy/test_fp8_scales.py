@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_mega.config.schema import Fp8Config
+from grpo_mega.config.policy_sections import Fp8Config
 from grpo_mega.policy.fp8_scales import delayed_scales, reported_scales, weight_range
 
 

@@ -172,7 +172,7 @@ def test_moments_that_live_elsewhere_stay_where_they_are() -> None:
 def test_megatron_knows_the_settings_of_an_optimizer_on_the_host() -> None:
     from dataclasses import fields
 
-    from grpo_mega.config.schema import OptimizerConfig
+    from grpo_mega.config.policy_sections import OptimizerConfig
     from grpo_mega.policy.build import _on_host, megatron_optimizer
 
     assert _on_host(OptimizerConfig()) == {}

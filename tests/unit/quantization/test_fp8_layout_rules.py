@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.config.load import load_config
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.models.config_readers import read_spec, spec_from_config
 from grpo_mega.models.spec import ModelSpec

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import BUILTIN_REWARDS, RewardComponent, build_rewards, reward
 from grpo_mega.types import UserError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.batched import ScoringRow, ThreadedScorer
 from grpo_mega.rewards.pool import RewardPool

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.batched import BatchScorer, ScoringRow
 from grpo_mega.rewards.pool import RewardPool

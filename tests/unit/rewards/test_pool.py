@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import process
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import Reward, UserError

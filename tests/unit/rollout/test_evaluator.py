@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from grpo_mega.config.schema import EvaluationConfig
+from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.data.dataset import DataSet
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rollout.evaluator import Evaluator

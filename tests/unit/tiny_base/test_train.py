@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from grpo_mega.config.schema import ArchitectureConfig, BaseConfig
+from grpo_mega.config.model_sections import ArchitectureConfig, BaseConfig
 from grpo_mega.data import arithmetic
 from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.tiny_base import ensure_base, train

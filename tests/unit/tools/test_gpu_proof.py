@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.schema import ArchitectureConfig
+from grpo_mega.config.model_sections import ArchitectureConfig
 from grpo_mega.engines.engine_rules import check_engine_fp8
 from grpo_mega.models.tiny_recipe import recipe_spec
 from tests.helpers.jobs import REPOSITORY

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from grpo_mega.algorithm.advantage import group_advantages
+from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.load import load_config
-from grpo_mega.config.schema import AlgorithmConfig, TrainConfig
+from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.pack import RowShape
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_mega.config.schema import AlgorithmConfig, OptimizerConfig, TrainConfig
+from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.policy_sections import OptimizerConfig
+from grpo_mega.config.schema import TrainConfig
 from grpo_mega.data.pack import RowShape
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks

@@ -9,7 +9,7 @@ import torch
 
 from grpo_mega.config.algorithm_presets import ALGORITHM_DEFAULTS
 from grpo_mega.config.algorithm_rules import check_algorithm
-from grpo_mega.config.schema import AlgorithmConfig
+from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UpdateStats, UserError

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import Config, ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
+from grpo_mega.config.schema import Config
 from grpo_mega.models.config_readers import read_spec, spec_from_config
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.code import code, program_of, same_output
 from grpo_mega.rewards.pool import RewardPool

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.countdown import countdown, evaluate
 from grpo_mega.types import UserError

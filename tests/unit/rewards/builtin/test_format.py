@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.format import answer_format
 from grpo_mega.types import UserError

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.json_schema import json_schema
 from grpo_mega.types import UserError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.language import SCRIPTS, language_consistency
 from grpo_mega.types import UserError

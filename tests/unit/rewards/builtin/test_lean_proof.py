@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.lean_proof import proof, proof_of
 from grpo_mega.sandbox.sandbox import require_isolation

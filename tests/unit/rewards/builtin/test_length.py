@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import CharDelimiterSplit
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.length import length
 from grpo_mega.types import UserError

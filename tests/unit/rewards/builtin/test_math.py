@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.math import is_prose, math
 from grpo_mega.rewards.pool import RewardPool

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import Qwen2ForSequenceClassification
 
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.batched import ScoringRow
 from grpo_mega.rewards.pool import RewardPool

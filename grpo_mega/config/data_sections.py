@@ -1,0 +1,97 @@
+"""Config section `data`: sets of training and held-out prompts (docs/data.md)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePath
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag
+
+from grpo_mega.config.section import Section
+
+
+class RowFilter(Section):
+    """A condition on one value of a row, such as its difficulty level or pass rate.
+
+    Either bounds (`min`, `max` or both) or `any_of` must be set.
+    """
+
+    key: str
+    """Key of the value; `a.b` is key b of the object a."""
+    min: float | None = None
+    """Smallest value that is kept. null: no lower bound."""
+    max: float | None = None
+    """Largest value that is kept. null: no upper bound."""
+    any_of: tuple[str | int | float, ...] | None = Field(None, strict=False)
+    """Values that are kept. null: use the bounds."""
+
+
+class DataSource(Section):
+    """One set of prompts. Keys that are null take the value of the same key of `data`."""
+
+    path: str
+    """JSONL or Parquet file, folder written by the package `datasets`, `arithmetic:train` or `arithmetic:heldout`."""
+    name: str | None = None
+    """Name in metrics and messages. null: the name of the file or folder without its extension."""
+    weight: float = Field(1.0, gt=0)
+    """Fraction of the training prompts, relative to the other sets. Each set is shuffled and repeated separately."""
+    split: str | None = None
+    """Split of a folder that holds several. null: the folder holds one."""
+    prompt_key: str | None = None
+    """Key of the prompt in a row. null: `data.prompt_key`."""
+    answer_key: str | None = None
+    """Key of the answer in a row. null: `data.answer_key`."""
+    min_prompt_tokens: int | None = Field(None, ge=1)
+    """Shortest prompt that is kept, in tokens after the template. null: no lower bound."""
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    """Longest prompt that is kept, in tokens after the template. null: only `data.max_prompt_tokens` applies, with
+    `data.overlong`."""
+    filters: tuple[RowFilter, ...] = Field((), strict=False)
+    """Conditions that a row must all meet to be kept."""
+
+    @property
+    def label(self) -> str:
+        """Return `name`, or the name that is derived from `path`."""
+        return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(self.path).stem)
+
+
+# The tags appear in the locations of pydantic's errors; load.py removes them.
+DataSets = Annotated[
+    Annotated[str, Tag("(path)")] | Annotated[tuple[DataSource, ...], Field(strict=False), Tag("(list)")],
+    Discriminator(lambda value: "(list)" if isinstance(value, list | tuple) else "(path)"),
+]
+
+
+class DataConfig(Section):
+    """Prompts of training and evaluation."""
+
+    train: DataSets
+    """Training prompts: a path (see `data.train[].path`), or a list of sets."""
+    eval: DataSets | None = None
+    """Held-out prompts: a path, or a list of sets. null: no evaluation."""
+    prompts_per_step: int = Field(32, ge=1)
+    """Prompts per step; a step samples `sampling.group_size` rollouts of each."""
+    prompt_key: str | None = None
+    """Key of the prompt in a row; `a.b` is key b of the object a. null: `prompt`, or `question` if there is no
+    `prompt`."""
+    answer_key: str | None = None
+    """Key of the reference answer in a row. null: `answer`."""
+    template: Literal["chat", "plain"] = "chat"
+    """`chat`: the model's chat template. `plain`: the contents of the messages, joined by blank lines."""
+    system_prompt: str | None = None
+    """System message of every prompt that has none of its own. null: none."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Longest prompt of all sets, in tokens after the template."""
+    overlong: Literal["error", "skip"] = "error"
+    """Handling of prompts longer than `max_prompt_tokens`: stop with an error, or skip them and log their number."""
+
+    @property
+    def train_sets(self) -> tuple[DataSource, ...]:
+        """Return `train` as a list."""
+        return (DataSource(path=self.train),) if isinstance(self.train, str) else self.train
+
+    @property
+    def eval_sets(self) -> tuple[DataSource, ...]:
+        """Return `eval` as a list, which is empty when there is no evaluation."""
+        return (DataSource(path=self.eval),) if isinstance(self.eval, str) else self.eval or ()

@@ -1,0 +1,100 @@
+"""Config sections `parallel`, `optimizer` and `precision`: the Megatron side of the policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from grpo_mega.config.section import Section
+
+RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe"]
+
+
+class ParallelConfig(Section):
+    """Parallel layout of the policy.
+
+    Dense layers have dp = world_size / (tp * cp * pp) replicas, experts have edp = world_size / (etp * ep * pp).
+    """
+
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel ranks: each holds a shard of every matrix."""
+    pp: int = Field(1, ge=1)
+    """Pipeline-parallel ranks: each holds some of the layers."""
+    vpp: int = Field(1, ge=1)
+    """Virtual pipeline size: model chunks per pipeline rank (interleaved 1F1B schedule)."""
+    cp: int = Field(1, ge=1)
+    """Context-parallel ranks: each holds a part of the tokens of every row."""
+    ep: int = Field(1, ge=1)
+    """Expert-parallel ranks: each holds some of the experts of every layer."""
+    etp: int = Field(1, ge=1)
+    """Expert tensor-parallel ranks: each holds a shard of every matrix of an expert."""
+    sequence_parallel: bool = False
+    """Shard the activations between tensor-parallel layers over the `tp` ranks."""
+    num_layers_first_stage: int | None = Field(None, ge=1)
+    """Layers on the first pipeline rank. null: the same number as on the others."""
+    num_layers_last_stage: int | None = Field(None, ge=1)
+    """Layers on the last pipeline rank. null: the same number as on the others."""
+    pipeline_layout: str | None = None
+    """Content of each pipeline stage, first to last, in the syntax of Megatron's pipeline_model_parallel_layout: `E`
+    embedding, `t` layer, `L` loss, as in `Et*3|(t*4|)*2t*3L`. null: even stages."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass recomputes: none, those of `recompute_modules`, or those of whole layers."""
+    recompute_modules: tuple[RecomputeModule, ...] | None = Field(None, strict=False)
+    """Modules whose activations `recompute: selective` recomputes. null: `[core_attn]`."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients over the data-parallel ranks while the backward pass is still running."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass is already running. Needs `overlap_grad_reduce`."""
+
+
+class OptimizerConfig(Section):
+    """Adam with decoupled weight decay (AdamW)."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Learning rate after the warm-up."""
+    warmup_updates: int = Field(0, ge=0)
+    """Updates over which the learning rate rises linearly to `lr`."""
+    decay_updates: int | None = Field(None, ge=1)
+    """Update, counted from the first and warm-up included, at which a linear decay reaches `min_lr`; the rate stays
+    there. null: the rate stays at `lr`."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate after the decay."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay rate of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of the second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Term added to the denominator of Adam."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices. Norms and biases do not decay."""
+    clip_grad: float = Field(1.0, gt=0)
+    """Largest global gradient norm; larger gradients are scaled down to it."""
+    host_fraction: float = Field(0.0, ge=0, le=1)
+    """Fraction of the master weights and moments that stay in host memory and are updated there (CUDA only)."""
+
+
+class Fp8Config(Section):
+    """FP8 matrix products of the policy, by Transformer Engine. Not yet verified on a GPU."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    """Granularity and source of the scales (docs/fp8.md)."""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """`e4m3`, or `hybrid` with gradients in e5m2. null: `hybrid` for one scale per tensor, `e4m3` for one per block."""
+    params: bool = False
+    """Store weights in FP8, and gather them in FP8 after an update."""
+    first_layers_bf16: int = Field(0, ge=0)
+    """Number of layers at the start of the model that compute in bf16."""
+    last_layers_bf16: int = Field(0, ge=0)
+    """Number of layers at the end of the model that compute in bf16."""
+    amax_history: int | None = Field(None, ge=1)
+    """Length of the amax history of the `delayed` recipe, in steps. null: 1024."""
+
+
+class PrecisionConfig(Section):
+    """Number formats of the policy and of the engine."""
+
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    """Parameters and compute of policy and engine. Master weights, main gradients and moments are always fp32."""
+    fp8: Fp8Config | None = None
+    """FP8 matrix products in the policy. null: none."""

@@ -1,0 +1,122 @@
+"""Config sections of sampling: `engine`, `sampling`, `reward`, `environment` and `evaluation`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from grpo_mega.config.section import Section
+
+
+class EngineConfig(Section):
+    """Inference engine that samples the rollouts.
+
+    The number of replicas is world_size / (tp * dp), or the number of `urls`.
+    """
+
+    kind: Literal["vllm", "sglang"] = "vllm"
+    """`vllm` runs inside the processes of the ranks, `sglang` in processes beside them (launch/setup.sh --with sglang;
+    not yet verified on CUDA)."""
+    placement: Literal["colocated", "server"] = "colocated"
+    """`colocated`: engine and policy share the devices of the ranks and use them in alternation. `server`: engines run
+    on other devices, started by launch/serve.sh (docs/servers.md); needs `engine.kind=vllm`."""
+    urls: tuple[str, ...] = Field((), strict=False)
+    """Addresses `host:port` of the engine servers. Each server serves an equal, contiguous part of the ranks."""
+    tp: int = Field(1, ge=1)
+    """Tensor-parallel ranks of the engine. They sample the same rollouts."""
+    dp: int = Field(1, ge=1)
+    """Copies of the attention layers in one replica. They share the experts and sample different rollouts; for
+    mixture-of-experts models with `engine.kind=vllm`."""
+    ep: int = Field(1, ge=1)
+    """Expert-parallel ranks of the engine: 1 (experts are sharded over tp * dp ranks) or tp * dp (each expert is whole
+    on one rank). With `engine.kind=sglang` on CUDA only."""
+    fp8: Literal["scales_fp32", "scales_power_of_two", "own_loader"] | None = None
+    """Format of the scales when the engine stores its matrices as FP8 values with one scale per 128 x 128 block. The
+    policy's ranks quantize at every sync; with `own_loader` the engine quantizes whole bf16 tensors (vLLM, on GPUs with
+    FP8; not yet verified). null: the engine stores `precision.dtype`."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Most rollouts that a replica, or each of its `dp` copies, decodes at the same time."""
+    kv_cache_tokens: int | None = Field(None, ge=16)
+    """KV-cache capacity of a replica, or of each of its `dp` copies, in tokens. null: enough for `max_num_seqs`
+    rollouts of full length, or the free device memory on CUDA."""
+
+    @property
+    def fp8_weights(self) -> Literal["codes", "own_loader"] | None:
+        """What a sync sends to an FP8 engine: quantized values and scales, or whole tensors for the engine's loader."""
+        return self.fp8 if self.fp8 in (None, "own_loader") else "codes"
+
+
+class SamplingConfig(Section):
+    """Sampling of training rollouts."""
+
+    group_size: int = Field(8)
+    """Rollouts per prompt: at least 2, or at least 1 for advantages that are not relative to the group."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature of the engine. The policy computes its log-probabilities at the same temperature."""
+    max_tokens: int = Field(256, ge=1)
+    """Most tokens of a completion; longer completions are truncated."""
+    prompts_per_wave: int | None = Field(None, ge=1)
+    """Prompts that are submitted to the engines together. null: all prompts of the step."""
+
+
+class RewardTerm(Section):
+    """One reward function. The reward of a rollout is the weighted sum of its terms."""
+
+    name: str
+    """Name of a built-in reward (docs/rewards.md), or `package.module:function`."""
+    weight: float = 1.0
+    """Factor of this term in the sum."""
+    args: dict[str, Any] = Field({})
+    """Keyword arguments of the reward."""
+
+
+class RewardConfig(Section):
+    """Rewards and the processes that compute them."""
+
+    terms: tuple[RewardTerm, ...] = Field(strict=False)
+    """Reward functions, at least one. The first decides whether an evaluation sample is right."""
+    workers: int = Field(1, ge=1)
+    """Reward processes per engine replica, or per attention copy in it (engine.dp)."""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """Wall-clock limit for scoring one rollout, in seconds. Batched rewards have their own limits (docs/rewards.md)."""
+    shuffle: bool = False
+    """Permute the rewards over the rollouts of a step: a control experiment in which nothing can be learned."""
+
+
+class EnvironmentConfig(Section):
+    """Environment that replies to the policy in multi-turn rollouts (docs/environments.md)."""
+
+    name: str
+    """`calculator`, or `package.module:function`."""
+    args: dict[str, Any] = Field({})
+    """Keyword arguments of the environment."""
+    max_turns: int = Field(4, ge=2)
+    """Most turns of the policy in one rollout."""
+    stop: tuple[str, ...] | None = Field(None, strict=False)
+    """Texts that end a turn of the policy, besides EOS. null: the stop texts that the environment declares."""
+    before: str = ""
+    """Text of the chat template before a reply of the environment, special tokens included."""
+    after: str = ""
+    """Text of the chat template after a reply of the environment, special tokens included."""
+    workers: int = Field(1, ge=1)
+    """Environment processes per engine replica, or per attention copy in it (engine.dp)."""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """Wall-clock limit of one reply, in seconds."""
+
+
+class EvaluationConfig(Section):
+    """Evaluation on `data.eval`, before the first step and after the last one, and every `every` steps."""
+
+    every: int | None = Field(None, ge=1)
+    """Steps between evaluations. null: only before the first step and after the last one."""
+    temperature: float = Field(1.0, gt=0)
+    """Softmax temperature of the samples. The greedy accuracy is reported as well."""
+    k: int = Field(4, ge=1)
+    """Samples per prompt. Accuracy is pass@1, the mean over the samples."""
+    report_k: tuple[int, ...] | None = Field(None, strict=False)
+    """Values of k for which pass@k and maj@k are reported, each at most `evaluation.k`. null: `evaluation.k` alone."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Most tokens of a completion. null: `sampling.max_tokens`."""
+    max_prompts: int | None = Field(None, ge=1)
+    """Prompts of each held-out set, from its start. null: all."""
