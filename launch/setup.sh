@@ -7,7 +7,8 @@ usage() {
 usage: launch/setup.sh [--with NAME[,NAME...]]
 
 Builds the Python environment once, in .venv or $GRPO_MEGA_VENV; further calls return at once, and an environment that
-is older than pyproject.toml or constraints/ is brought up to date. Needs Python 3.11 with its venv module.
+is older than pyproject.toml or constraints/ is brought up to date. Needs Python 3.11, 3.12 or 3.13 with its venv module; 3.11 is
+taken where there are several, because the tests run on it.
 
   --with sglang   adds the SGLang engine; on a CUDA machine it takes the place of vLLM
   --with vllm     the vLLM engine (the default)
@@ -109,17 +110,21 @@ is_complete() { decide && [[ $built == "$kind $extras $digest" ]]; }
 
 is_complete && exit 0
 
-find_python() { # prints a Python 3.11 that can make environments
+is_supported() { # is_supported PYTHON: is it one of the versions that the pinned packages have wheels for?
+    "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
+find_python() { # prints a supported Python that can make environments, 3.11 before the others
     local candidate found=""
-    for candidate in $(type -ap python3.11 python3); do
-        "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || continue
+    for candidate in $(type -ap python3.11 python3.12 python3.13 python3); do
+        is_supported "$candidate" || continue
         found=$candidate
         "$candidate" -c 'import ensurepip, venv' 2>/dev/null || continue
         echo "$candidate"
         return
     done
-    [[ -z $found ]] || die 2 "$found has no venv module; install it (Debian and Ubuntu: apt install python3.11-venv)"
-    die 2 "no Python 3.11 found as python3.11 or python3; the pinned packages are built for it: install it and try again"
+    [[ -z $found ]] || die 2 "$found has no venv module; install it (Debian and Ubuntu: apt install python3-venv)"
+    die 2 "no Python 3.11, 3.12 or 3.13 was found on PATH; the pinned packages are built for these: install one and try again"
 }
 
 if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $venv/.setup.lock && -n $(ls -A "$venv") ]]; then
@@ -143,7 +148,7 @@ failed() {
     exit 1
 }
 
-if [[ -e $building ]] || ! "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+if [[ -e $building ]] || ! is_supported "$venv/bin/python"; then
     [[ ! -e $building ]] || say "an earlier build of $venv was ended half way; starting afresh"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .setup.lock -exec rm -rf {} +
     touch "$building"

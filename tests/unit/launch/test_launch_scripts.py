@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("modules", "message"),
-    [("version", "no Python 3.11 found"), ("venv", "has no venv module")],
+    [("version", "no Python 3.11, 3.12 or 3.13 was found"), ("venv", "has no venv module")],
 )
 def test_a_missing_python_is_named(modules: str, message: str, tmp_path: Path) -> None:
     tools = tmp_path / "bin"
@@ -151,7 +151,7 @@ def test_a_missing_python_is_named(modules: str, message: str, tmp_path: Path) -
         found = shutil.which(name)
         assert found
         (tools / name).symlink_to(found)
-    for name in ("python3.11", "python3"):  # answers "no" to the question of this name
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):  # answers "no" to the question of this name
         (tools / name).write_text(f'#!/bin/sh\ncase "$2" in *{modules}*) exit 1 ;; esac\n')
         (tools / name).chmod(0o755)
     refused = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=str(tools))
