@@ -23,6 +23,7 @@ from typing import Any
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
+from grpo_mega.models.kv_cache import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import GPUS, Gpu, cluster_of, gpu_named
 from grpo_mega.planner.plan import ResourcePlan, plan_resources
@@ -81,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--nodes={args.nodes}: a job has 1 node or more")
     if args.search:  # which tries numbers of devices, and layouts, of its own
         config = load_config(args.config, args.overrides)
+        KvCacheSize.from_config(config).check()  # no layout changes it
         return run_search(args, config, model_of(config, gpu))
     overrides = list(args.overrides)
     if args.nodes is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from grpo_mega.models.kv_cache import CUDA_MEMORY_SHARE
 from grpo_mega.types import UserError
 
 GIB = 2**30
@@ -97,9 +98,8 @@ class Assumptions:
     """Left on the device of an engine that sleeps."""
     engine_workspace: float = 2.0 * GIB
     """CUDA graphs and kernels' workspaces of an engine."""
-    engine_share: float = 0.6
-    """Of the device, for weights and KV cache, where engine.kv_cache_tokens does not say (engines/vllm/lifecycle.py,
-    engines/sglang/arguments.py)."""
+    engine_share: float = CUDA_MEMORY_SHARE
+    """Fraction of the device for the engine's weights and KV cache, when engine.kv_cache_tokens is not set."""
     process_host_bytes: float = 6.0 * GIB
     """Host memory of one rank's process before any tensor."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.interfaces import ModuleSizes
-from grpo_mega.models.kv_cache import kv_bytes_per_token
+from grpo_mega.models.kv_cache import KvCacheSize, kv_bytes_per_token
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
@@ -22,9 +22,7 @@ from grpo_mega.planner.static_memory import ITEMSIZE, ModelChunk, StaticBytes, m
 from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
 
 PHASES = ("rollout", "log_probs", "train", "sync")  # and "value" where there is a critic
-BLOCK_TOKENS = 32  # of the engine's cache (engines/vllm/lifecycle.py)
 SCALE_BYTES = 4  # of a block of FP8 codes
-_BATCHED_TOKENS = 8192  # prompt tokens of one engine step
 
 _ROUTERS_AND_LATENTS = (
     ".mlp.gate.weight",
@@ -133,7 +131,7 @@ def plan_memory(
     spread, coded = config.engine.ep > 1, config.engine.fp8 is not None
     engine = engine_weight_bytes(spec, topology, itemsize, spread=spread, fp8=coded)
     per_token = kv_bytes_per_token(spec, config.engine.tp, itemsize)
-    cache = _kv_cache(config, cluster, engine, per_token)
+    cache = _kv_cache(config, spec, cluster, engine)
     ranks = []
     for pp_rank, chunks in enumerate(model_chunks(spec, config, where)):
         static = static_bytes(chunks, sizes, spec, config, topology)
@@ -218,13 +216,15 @@ def largest_layer_bytes(spec: ModelSpec, itemsize: int) -> float:
     return float(itemsize * max(layers.values()))
 
 
-def _kv_cache(config: Config, cluster: Cluster, engine: float, per_token: float) -> float:
-    """As engines/vllm/lifecycle.py sizes it; less than one rollout is less than nothing (planner/plan.py says so)."""
-    per_rollout = -(-config.longest_rollout // BLOCK_TOKENS)
-    if config.engine.kv_cache_tokens is not None:
-        return (config.engine.kv_cache_tokens // BLOCK_TOKENS + 1) * BLOCK_TOKENS * per_token
-    if cluster.gpu.kernels == "local":
-        return (config.engine.max_num_seqs * per_rollout + 1) * BLOCK_TOKENS * per_token
+def _kv_cache(config: Config, spec: ModelSpec, cluster: Cluster, engine: float) -> float:
+    """Return the bytes of the KV cache on one rank of an engine.
+
+    Raises:
+        UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
+    """
+    if config.engine.kv_cache_tokens is not None or cluster.gpu.kernels == "local":
+        itemsize = ITEMSIZE[config.precision.dtype]
+        return KvCacheSize.from_config(config).num_bytes(spec, config.engine.tp, itemsize)
     assumed = cluster.assumptions
     return max(0.0, assumed.engine_share * cluster.gpu.memory - engine - assumed.engine_workspace)
 
@@ -310,7 +310,7 @@ def num_groups(topology: Topology) -> int:
 
 def _engine_logits(config: Config, spec: ModelSpec) -> float:
     """Float32 logits and probabilities of one decode step, and hidden states of one prefill step."""
-    hidden = 6.0 * _BATCHED_TOKENS * spec.hidden_size * 2
+    hidden = 6.0 * KvCacheSize.from_config(config).batched_tokens * spec.hidden_size * 2
     return 8.0 * config.engine.max_num_seqs * spec.vocab_size + hidden
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
 from grpo_mega.config.schema import Config
 from grpo_mega.interfaces import ModuleCounter, ModuleSizes
+from grpo_mega.models.kv_cache import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
@@ -46,7 +47,7 @@ class ResourcePlan:
                     f"{phase}: {rank.peak(phase) / gib:.1f} GiB on {where}, the device has "
                     f"{self.cluster.gpu.memory / gib:.1f}"
                 )
-        needed = self.config.longest_rollout * self.memory.kv_bytes_per_token
+        needed = KvCacheSize.from_config(self.config).tokens_per_rollout * self.memory.kv_bytes_per_token
         if self.memory.kv_cache < needed:
             found.append(
                 f"rollout: the KV cache of {self.memory.kv_cache / gib:.1f} GiB does not hold one rollout of "

@@ -9,6 +9,7 @@ from typing import Any
 
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
+from grpo_mega.models.kv_cache import KvCacheSize
 from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.types import UserError
 
@@ -93,7 +94,7 @@ def _changes(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
     row = _shortest_row(config)
     if row < config.train.max_tokens_per_microbatch:
         yield {"train.max_tokens_per_microbatch": row}
-    tokens = _ROLLOUTS_IN_CACHE * config.longest_rollout
+    tokens = _ROLLOUTS_IN_CACHE * KvCacheSize.from_config(config).tokens_per_rollout
     if engine.kv_cache_tokens is None or engine.kv_cache_tokens > tokens:
         yield {"engine.kv_cache_tokens": tokens}
     for factor in (2, 4, 8, 16, 32):

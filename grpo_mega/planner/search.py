@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
+from grpo_mega.models.kv_cache import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import Change, Planner, changed, even_layout
@@ -64,8 +65,8 @@ def _engines(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
         else:
             samples = "server" if plan.topology.engine_servers else "rollout"
             rollout_fits = plan.memory.fullest(samples).peak(samples) <= plan.cluster.gpu.memory
-            holds_one = plan.memory.kv_cache >= config.longest_rollout * plan.memory.kv_bytes_per_token
-            if rollout_fits and holds_one:
+            one_rollout = KvCacheSize.from_config(config).tokens_per_rollout * plan.memory.kv_bytes_per_token
+            if rollout_fits and plan.memory.kv_cache >= one_rollout:
                 timed.append((plan.time.phases["rollout"], tp, change))
         tp *= 2
     return [change for _, _, change in sorted(timed, key=lambda each: each[:2])[:_ENGINE_CHOICES]]

@@ -32,11 +32,9 @@ from typing import Any, Literal
 import grpo_mega
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
+from grpo_mega.models.kv_cache import BATCHED_TOKENS, CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.types import UserError
 
-_SPARE_POSITIONS = 8  # srt/managers/scheduler.py keeps six of the context, and its limits are exclusive
-_PREFILL_TOKENS = 8192  # prompt tokens of one engine step
-_CUDA_MEMORY_SHARE = 0.6  # of the device, for weights and KV cache; as vllm/start.py and the planner
 _LONGEST_TMPDIR = 70  # of 107 characters that the path of a socket may have
 _NEEDED_ON_CUDA = ("sgl_kernel", "torch_memory_saver", "triton")
 # Where this rank is, which an engine of its own must not take for where it is itself.
@@ -93,7 +91,7 @@ def engine_arguments(settings: SglangSettings, memory: GpuMemory | None) -> dict
         "tp_size": settings.tp,
         "ep_size": settings.ep,
         "nccl_port": settings.port,
-        "context_length": settings.max_model_len + _SPARE_POSITIONS,
+        "context_length": settings.max_model_len + CACHE_FORMATS["sglang"].spare_tokens,
         "max_running_requests": settings.max_num_seqs,
         "random_seed": settings.seed,
         "enable_return_routed_experts": settings.tell_experts,
@@ -101,7 +99,7 @@ def engine_arguments(settings: SglangSettings, memory: GpuMemory | None) -> dict
         "grammar_backend": "none",
         "sampling_defaults": "openai",  # ignore the model's own
         "disable_overlap_schedule": True,  # the next step would start before the last one's tokens are known
-        "chunked_prefill_size": _PREFILL_TOKENS,
+        "chunked_prefill_size": BATCHED_TOKENS,
         "sleep_on_idle": True,  # an idle scheduler would take the interpreter away from its door
         "stream_interval": 1 << 30,  # an answer is sent when it is complete
         "log_level": "error",
@@ -145,32 +143,23 @@ def static_fraction(memory: GpuMemory) -> float:
     Raises:
         UserError: so much is not free.
     """
-    wanted = _CUDA_MEMORY_SHARE * memory.total
+    wanted = CUDA_MEMORY_SHARE * memory.total
     if wanted >= memory.free:
         raise UserError(
             f"engine.kind=sglang: {memory.free / 2**30:.1f} GiB of a GPU are free at the start of the engine, and it "
-            f"takes {_CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB",
+            f"takes {CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB",
             remedy="cut the policy over more ranks (parallel.tp, parallel.pp), or end what else is on the GPU",
         )
     return round(wanted / memory.free, 4)
 
 
 def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len: int) -> int:
-    """Of SGLang's KV cache.
+    """Return the tokens of SGLang's KV cache (models/kv_cache.py).
 
     Raises:
         UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
     """
-    per_rollout = max_model_len + _SPARE_POSITIONS
-    if kv_cache_tokens is None:
-        return max_num_seqs * per_rollout
-    if kv_cache_tokens < per_rollout:
-        raise UserError(
-            f"engine.kv_cache_tokens={kv_cache_tokens} does not hold one rollout of {max_model_len} tokens and the "
-            f"{_SPARE_POSITIONS} that SGLang keeps free",
-            remedy=f"use at least {per_rollout}",
-        )
-    return kv_cache_tokens
+    return KvCacheSize("sglang", max_model_len, max_num_seqs, kv_cache_tokens).num_tokens
 
 
 def process_environment(

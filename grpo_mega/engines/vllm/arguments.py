@@ -10,24 +10,18 @@ import torch
 
 from grpo_mega.engines.vllm.fp8 import Fp8Weights, fp8_arguments, fp8_checkpoint_tensors
 from grpo_mega.engines.vllm.record import RECORDING
-from grpo_mega.models.kv_cache import cached_elements
+from grpo_mega.models.kv_cache import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
-BLOCK_TOKENS = 32  # the CPU kernels want multiples of 32; larger blocks waste cache on short rollouts
+BLOCK_TOKENS = CACHE_FORMATS["vllm"].block_tokens
 
 
 _EXPERT_MULTIPLE = 32  # rows and columns, in cpu_moe.py
 
 
 _CPU_LATENT = (512, 64)  # kv_lora_rank and qk_rope_head_dim, in csrc/cpu/mla_decode.cpp
-
-
-_MAX_BATCHED_TOKENS = 8192  # prompt tokens of one engine step
-
-
-_CUDA_MEMORY_SHARE = 0.6  # of the device, when engine.kv_cache_tokens does not say; the policy has left it by then
 
 
 @dataclass(frozen=True)
@@ -52,25 +46,18 @@ class VllmSettings:
     """Hold matrices as FP8 codes and scales: those that a sync brings, or of the loader's making."""
 
 
+def kv_cache_size(settings: VllmSettings) -> KvCacheSize:
+    """Return the size of the KV cache of one copy of the attention."""
+    return KvCacheSize("vllm", settings.max_model_len, settings.max_num_seqs, settings.kv_cache_tokens)
+
+
 def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
-    """Bytes of the KV cache on one rank: blocks * layers * elements per token * itemsize * BLOCK_TOKENS.
+    """Return the bytes of the KV cache on one rank (models/kv_cache.py).
 
     Raises:
         UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.
     """
-    per_rollout = -(-settings.max_model_len // BLOCK_TOKENS)
-    blocks = settings.max_num_seqs * per_rollout
-    if settings.kv_cache_tokens is not None:
-        blocks = settings.kv_cache_tokens // BLOCK_TOKENS
-        if blocks < per_rollout:
-            raise UserError(
-                f"engine.kv_cache_tokens={settings.kv_cache_tokens} does not hold one rollout of "
-                f"{settings.max_model_len} tokens",
-                remedy=f"use at least {per_rollout * BLOCK_TOKENS}",
-            )
-    per_token = spec.num_layers * cached_elements(spec, settings.tp)
-    itemsize = 4 if settings.dtype == "fp32" else 2
-    return (blocks + 1) * BLOCK_TOKENS * per_token * itemsize  # vLLM keeps one block as a null block
+    return kv_cache_size(settings).num_bytes(spec, settings.tp, 4 if settings.dtype == "fp32" else 2)
 
 
 def check_cpu_head(spec: ModelSpec) -> None:
@@ -133,7 +120,7 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
         "enable_expert_parallel": settings.experts_spread,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": max(_MAX_BATCHED_TOKENS, settings.max_model_len, settings.max_num_seqs),
+        "max_num_batched_tokens": kv_cache_size(settings).batched_tokens,
         "block_size": BLOCK_TOKENS,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -145,7 +132,7 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
     if settings.kv_cache_tokens is not None or not on_cuda:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)
     if on_cuda:
-        arguments |= {"gpu_memory_utilization": _CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
+        arguments |= {"gpu_memory_utilization": CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
     else:
         arguments["enforce_eager"] = True
         if spec.mla is not None:  # with AMX vLLM would take a kernel that reads packed copies of its own

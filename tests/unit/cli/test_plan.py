@@ -183,6 +183,8 @@ def test_every_item_of_every_phase_has_a_colour(tmp_path: Path, capsys: pytest.C
         (("--nodes", "0"), "--nodes=0"),
         (("parallel.tp=3", "run.world_size=24"), "parallel.tp=3 does not divide the 64 attention heads"),
         (("model.path=no/such",), "model.path=no/such holds no config.json"),
+        (("engine.kv_cache_tokens=32",), "; use at least "),
+        (("engine.kv_cache_tokens=32", "--search"), "; use at least "),
     ],
 )
 def test_wrong_input_is_exit_2_with_one_message(
@@ -266,3 +268,9 @@ def test_the_quickstart_can_be_planned_for_the_cpu(capsys: pytest.CaptureFixture
 def test_an_even_layout_gives_the_first_stages_one_layer_more() -> None:
     assert even_layout(7, 3) == "Et*3|tt|ttL"
     assert even_layout(61, 8) == "Et*8|t*8|t*8|t*8|t*8|t*7|t*7|t*7L"
+
+
+def test_a_cache_that_the_engine_would_reject_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("run.world_size=1", "engine.kv_cache_tokens=32", "evaluation.max_tokens=40")
+    assert main([str(CONFIGS / "quickstart.yaml"), "--gpu", "cpu", *sizes]) == 2
+    assert re.search(r"error: engine\.kv_cache_tokens=32 .* tokens; use at least \d+", capsys.readouterr().err)

@@ -9,7 +9,6 @@ import pytest
 from grpo_mega.config.schema import Config
 from grpo_mega.interfaces import ModuleSizes, ParameterSize
 from grpo_mega.models.config_readers import spec_from_config
-from grpo_mega.models.kv_cache import kv_bytes_per_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, cluster_of, gpu_named
@@ -118,29 +117,6 @@ def test_copies_of_an_engine_share_its_experts() -> None:
     for spread in (True, False):
         found = engine_weight_bytes(spec, topology, 2, spread=spread)
         assert found == 2 * (experts / 8 + attention / 2 + keys / 2 + repeated)
-
-
-def test_the_cache_of_latent_attention_is_the_same_on_every_rank() -> None:
-    spec = spec_of("deepseek_v3")
-    assert [kv_bytes_per_token(spec, tp, 2) for tp in (1, 4)] == [2 * (24 + 8) * 2] * 2
-    assert [kv_bytes_per_token(spec_of(), tp, 2) for tp in (1, 2, 4)] == [2 * 2 * 2 * 16 * 2, 128, 128]
-
-
-def test_the_engine_s_cache_is_what_vllm_would_allocate() -> None:
-    from grpo_mega.engines.vllm.arguments import VllmSettings, kv_cache_bytes
-
-    config, spec = config_of(engine={"kv_cache_tokens": 4096}), spec_of()
-    settings = VllmSettings(
-        config_dir=__file__,  # type: ignore[arg-type]
-        dtype="bf16",
-        tp=2,
-        max_model_len=128,
-        max_num_seqs=8,
-        kv_cache_tokens=4096,
-        seed=0,
-    )
-    memory = memory_of(config.model_copy(update={"engine": config.engine.model_copy(update={"tp": 2})}), spec, 2)
-    assert memory.kv_cache == kv_cache_bytes(settings, spec)
 
 
 def test_the_engine_s_cache_holds_the_completions_of_an_evaluation() -> None:
