@@ -138,4 +138,4 @@ def model_of(config: Config, gpu: Gpu) -> Model:
     else:
         folder = shipped_model_folder(Path(str(config.model.path)))
         spec, where = read_spec(folder), str(folder)
-    return Model(spec, gpu, where, module_counter(spec))
+    return Model(spec, gpu, where, module_counter(spec, config.parallel.megatron))

@@ -79,7 +79,7 @@ def _run_dir(path: Path) -> str:
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not re.fullmatch(r"[a-z_0-9]+(\.[a-z_0-9]+)+", key):
+    if not separator or not re.fullmatch(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)+", key):
         raise UserError(f"override {override!r}: expected section.key=value, for example train.steps=20")
     try:
         value = yaml.load(text, _Loader)

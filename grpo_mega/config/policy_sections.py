@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -46,6 +46,10 @@ class ParallelConfig(Section):
     """Reduce gradients over the data-parallel ranks while the backward pass is still running."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass is already running. Needs `overlap_grad_reduce`."""
+    megatron: dict[str, Any] = Field({})
+    """Fields of Megatron-Core's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, by name. Names
+    that several of them declare need the prefix `transformer.`, `ddp.` or `optimizer.`. Fields that other keys set, or
+    that are not supported, are errors."""
 
 
 class OptimizerConfig(Section):

@@ -44,6 +44,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts", remedy="leave it out")
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
+    _check_megatron_arguments(spec, config)
     if with_engine:
         check_engine_fp8(spec, config, where, latent_split=not has_cuda_driver())
     longest = config.longest_rollout
@@ -62,6 +63,14 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
             "and engines know no positions behind them",
             remedy="lower one of the keys",
         )
+
+
+def _check_megatron_arguments(spec: ModelSpec, config: Config) -> None:
+    """Raise UserError if Megatron would not accept the fields of `parallel.megatron`."""
+    if config.parallel.megatron:
+        from grpo_mega.policy.transformer_config import transformer_config  # imports Megatron: seconds
+
+        transformer_config(spec, config.parallel, config.precision)
 
 
 def _check_host_optimizer(config: Config) -> None:

@@ -16,6 +16,7 @@ from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, Pr
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
+from grpo_mega.policy.megatron_arguments import split_arguments
 from grpo_mega.policy.megatron_patches import cpu, fixes
 
 cpu.prepare_import()
@@ -30,7 +31,7 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 from grpo_mega.policy.modules.policy_model import PolicyModel  # noqa: E402
-from grpo_mega.policy.transformer_config import build_models, transformer_config  # noqa: E402
+from grpo_mega.policy.transformer_config import DTYPES, build_models, transformer_config  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -82,38 +83,21 @@ def build_policy(
     model: type[PolicyModel] = PolicyModel,
 ) -> MegatronParts:
     """The model with weights yet to be loaded (policy/weight_source.py), its wrapper and its distributed optimizer."""
+    passed = split_arguments(parallel.megatron)
     config = transformer_config(spec, parallel, precision)
     models = build_models(spec, config, parallel, ranks, model)
+    ddp_config = DistributedDataParallelConfig(**(ddp_fields(parallel, precision) | passed.ddp))
     ddps = [
         DistributedDataParallel(
             config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=parallel.overlap_grad_reduce,
-                overlap_param_gather=parallel.overlap_param_gather,
-                **fp8.ddp_fields(precision),
-            ),
+            ddp_config,
             model,
             disable_bucketing=chunk > 0,  # only the first chunk's reduction is waited for
         )
         for chunk, model in enumerate(models)
     ]
     adam = megatron_optimizer.get_megatron_optimizer(
-        megatron_optimizer.OptimizerConfig(
-            optimizer="adam",
-            lr=optimizer.lr,
-            weight_decay=optimizer.weight_decay,
-            adam_beta1=optimizer.beta1,
-            adam_beta2=optimizer.beta2,
-            adam_eps=optimizer.eps,
-            clip_grad=optimizer.clip_grad,
-            params_dtype=config.params_dtype,
-            bf16=config.bf16,
-            use_distributed_optimizer=True,
-            **fp8.optimizer_fields(precision),
-            **_on_host(optimizer),
-        ),
+        megatron_optimizer.OptimizerConfig(**(optimizer_fields(optimizer, precision) | passed.optimizer)),
         ddps,
         use_gloo_process_groups=False,
     )
@@ -124,6 +108,36 @@ def build_policy(
         no_sync = [ddp.no_sync for ddp in ddps]  # until the last microbatch
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return MegatronParts(config, models, ddps, adam)
+
+
+def ddp_fields(parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    """Return the fields of Megatron's DistributedDataParallelConfig that the program sets."""
+    return {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": parallel.overlap_grad_reduce,
+        "overlap_param_gather": parallel.overlap_param_gather,
+        **fp8.ddp_fields(precision),
+    }
+
+
+def optimizer_fields(optimizer: OptimizerConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    """Return the fields of Megatron's OptimizerConfig that the program sets."""
+    dtype = DTYPES[precision.dtype]
+    return {
+        "optimizer": "adam",
+        "lr": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_eps": optimizer.eps,
+        "clip_grad": optimizer.clip_grad,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_distributed_optimizer": True,
+        **fp8.optimizer_fields(precision),
+        **_on_host(optimizer),
+    }
 
 
 def _on_host(optimizer: OptimizerConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from grpo_mega.models.placement_rules import padded_vocab
 from grpo_mega.models.spec import ModelSpec, MoeSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
+from grpo_mega.policy.megatron_arguments import split_arguments
 from grpo_mega.policy.megatron_patches import cpu, fixes
 
 cpu.prepare_import()
@@ -28,12 +29,42 @@ from grpo_mega.policy.modules.clamped_experts import ClampedExperts  # noqa: E40
 from grpo_mega.policy.modules.packed_attention import PackedSpecProvider, RMSNorm  # noqa: E402
 from grpo_mega.policy.modules.policy_model import PolicyModel  # noqa: E402
 from grpo_mega.policy.modules.rotary import megatron_mscale, set_frequencies  # noqa: E402
+from grpo_mega.types import UserError  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
-    """Megatron's description of `spec`. On CUDA the fused kernels of Transformer Engine are used, elsewhere none."""
+    """Return Megatron's description of `spec`, with the fields of `parallel.megatron`.
+
+    Raises:
+        UserError: Megatron rejects a combination of fields that `parallel.megatron` is a part of, or one of the fields
+            is not accepted (`split_arguments`).
+    """
+    passed = split_arguments(parallel.megatron).transformer
+    settings = transformer_fields(spec, parallel, precision) | passed
+    kind = TransformerConfig if spec.mla is None else MLATransformerConfig
+    try:
+        config = kind(**settings)
+    except (ValueError, AssertionError, TypeError) as error:
+        if not passed:
+            raise
+        raise UserError(
+            f"parallel.megatron={passed}: Megatron's TransformerConfig rejects it: {error}",
+            remedy="remove the field that the message names",
+        ) from error
+    if spec.mla is None and spec.rope is not None and spec.rope.kind == "yarn":
+        # not declared by the class: attention.py:1102 reads them with hasattr
+        config.yarn_rotary_scaling_factor = spec.rope.factor
+        config.yarn_mscale, config.yarn_mscale_all_dim = megatron_mscale(spec), 0.0
+    return config
+
+
+def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig that the program sets.
+
+    On CUDA the model uses the fused kernels of Transformer Engine, elsewhere none.
+    """
     dtype, cuda = DTYPES[precision.dtype], torch.cuda.is_available()
     yarn = spec.rope is not None and spec.rope.kind == "yarn"
     settings: dict[str, Any] = {
@@ -74,13 +105,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         settings |= _moe_settings(spec.moe, cuda)
     if spec.mla is not None:
         settings |= _mla_settings(spec)
-        return MLATransformerConfig(**settings)
-    config = TransformerConfig(**settings)
-    if yarn and spec.rope is not None:
-        # no fields of the class: attention.py:1102 asks whether they are there
-        config.yarn_rotary_scaling_factor = spec.rope.factor
-        config.yarn_mscale, config.yarn_mscale_all_dim = megatron_mscale(spec), 0.0
-    return config
+    return settings
 
 
 def _split(parallel: ParallelConfig) -> dict[str, Any]:

@@ -6,12 +6,10 @@ that are not finite.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import replace
 from itertools import chain
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -387,12 +385,8 @@ def test_the_reference_is_the_base_model_and_a_swap_leaves_no_trace(
 def updates_in_small_buckets(
     rank: int, recorded: Recorded, layout: Layout
 ) -> tuple[list[UpdateStats], list[dict[str, Any]], int]:
-    """As `measure` has them, with gradients and parameters in many buckets; nothing is read after the first update."""
-    from grpo_mega.policy import build
-
-    small = functools.partial(build.DistributedDataParallelConfig, bucket_size=3000)
-    with mock.patch.object(build, "DistributedDataParallelConfig", small):
-        policy = open_policy(rank, recorded, layout)
+    """Return what `measure` returns, of a layout with many buckets; nothing is read after the first update."""
+    policy = open_policy(rank, recorded, layout)
     batch = with_recorded(make_rows(rank, recorded, layout), recorded)
     stats = [policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)[0] for _ in range(2)]
     read = [{name: as_array(t) for name, t in policy.full_tensors(1 << 28)} for _ in range(2)]
@@ -402,7 +396,7 @@ def updates_in_small_buckets(
 @pytest.mark.parametrize("model", ["qwen3", "qwen3-tied"])
 def test_gathers_and_reductions_that_overlap_in_many_buckets_change_nothing(laboratory: Laboratory, model: str) -> None:
     recorded, wanted = laboratory.recorded(model), laboratory.run(model, ONE)[0]
-    layout = Layout(2, more=OVERLAP)
+    layout = Layout(2, more=(*OVERLAP, ("megatron", {"ddp.bucket_size": 3000})))
     for stats, (tensors, again), buckets in laboratory.pool.call(2, updates_in_small_buckets, recorded, layout):
         assert buckets >= 8
         for update in range(2):

@@ -7,10 +7,13 @@ one. Asserted by tests/unit/policy/inspect/test_module_sizes.py, against the mod
 from __future__ import annotations
 
 import functools
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,20 +30,28 @@ from grpo_mega.policy.transformer_config import build_models, transformer_config
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
 
 
-def module_counter(spec: ModelSpec) -> ModuleCounter:
-    """A `ModuleCounter` of this model."""
-    return functools.partial(module_sizes, spec)
+def module_counter(spec: ModelSpec, megatron: Mapping[str, Any] = MappingProxyType({})) -> ModuleCounter:
+    """Return the `ModuleCounter` of this model. `megatron` is the config's `parallel.megatron`."""
+    return functools.partial(module_sizes, spec, json.dumps(dict(megatron)))
 
 
 @functools.lru_cache(maxsize=256)
-def module_sizes(spec: ModelSpec, *, tp: int, ep: int, etp: int) -> ModuleSizes:
-    """Of one rank; all ranks of the two grids hold the same sizes.
+def module_sizes(spec: ModelSpec, megatron: str = "{}", *, tp: int, ep: int, etp: int) -> ModuleSizes:
+    """Return the parameter sizes of one rank; they are the same on all ranks of the dense and the expert grid.
+
+    Args:
+        spec: the model.
+        megatron: `parallel.megatron` as JSON, which is hashable.
+        tp: tensor-parallel size of the dense layers.
+        ep: expert-parallel size.
+        etp: tensor-parallel size of the experts.
 
     Raises:
         AssertionError: this process is a rank of a job.
+        UserError: a field of `parallel.megatron` is not accepted.
     """
     sample, dense, experts = _sample(spec)
-    parallel = ParallelConfig(tp=tp, ep=ep, etp=etp, sequence_parallel=tp > 1)
+    parallel = ParallelConfig(tp=tp, ep=ep, etp=etp, sequence_parallel=tp > 1, megatron=json.loads(megatron))
     (model,) = meta_models(sample, parallel, math.lcm(tp, ep * etp), 0)
     found: dict[str, list[ParameterSize]] = {}
     for name, parameter in model.named_parameters():

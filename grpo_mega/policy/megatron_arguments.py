@@ -1,0 +1,262 @@
+"""Arguments of `parallel.megatron`: fields of Megatron-Core's own configs that the program passes through.
+
+A name reaches `TransformerConfig` (`MLATransformerConfig` for latent attention), `DistributedDataParallelConfig` or
+`OptimizerConfig`, whichever declares it. A prefix (`transformer.`, `ddp.` or `optimizer.`) selects the class when
+several declare the name. Fields that the program sets itself, and fields that it does not support, are rejected.
+Asserted by tests/unit/policy/test_megatron_arguments.py.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from grpo_mega.config.pass_through import check_arguments, dataclass_types
+from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.types import UserError
+
+cpu.prepare_import()
+
+from megatron.core.distributed import DistributedDataParallelConfig  # noqa: E402 - only after prepare_import
+from megatron.core.optimizer import OptimizerConfig  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig  # noqa: E402
+
+KEY = "parallel.megatron"
+CLASSES: Mapping[str, type[Any]] = {
+    "transformer": MLATransformerConfig,  # a subclass of TransformerConfig that adds latent attention
+    "ddp": DistributedDataParallelConfig,
+    "optimizer": OptimizerConfig,
+}
+
+
+@dataclass(frozen=True)
+class MegatronArguments:
+    """Checked fields for each of Megatron's configs."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+
+
+def split_arguments(given: Mapping[str, Any]) -> MegatronArguments:
+    """Check the value of `parallel.megatron` and return its fields by class.
+
+    Args:
+        given: names, with or without a prefix, and their values. A prefix may hold a mapping: `ddp: {bucket_size: 1}`.
+
+    Raises:
+        UserError: a field is unknown (names the nearest), is set by the program (names the config key), is not
+            supported, has the wrong type, or is declared by several classes and has no prefix.
+    """
+    found = MegatronArguments()
+    for name, value in _flattened(given):
+        prefix, _, field_name = name.rpartition(".")
+        if prefix and prefix not in CLASSES:
+            raise UserError(
+                f"{KEY}.{name}: {prefix!r} is not a prefix", remedy=f"use one of {', '.join(f'{s}.' for s in CLASSES)}"
+            )
+        section = prefix or _section_of(name, value)
+        _check_field(section, field_name, value)
+        kind = _ENUMS.get((section, field_name))
+        getattr(found, section)[field_name] = value if kind is None else kind[value]
+    return found
+
+
+def _flattened(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    for name, value in given.items():
+        if name in CLASSES and isinstance(value, Mapping):  # from parallel.megatron.ddp.bucket_size=1
+            yield from ((f"{name}.{short}", each) for short, each in value.items())
+        else:
+            yield name, value
+
+
+def _section_of(name: str, value: Any) -> str:
+    """Return the class that declares a name without a prefix."""
+    declaring = [section for section in CLASSES if name in _TYPES[section]]
+    if not declaring:
+        every_type = {each: kind for fields in _TYPES.values() for each, kind in fields.items()}
+        check_arguments(KEY, {name: value}, every_type, {}, " and ".join(map(_class_name, CLASSES)))
+    if len(declaring) > 1 and any(name not in OWNED[s] and name not in NOT_SUPPORTED[s] for s in declaring):
+        raise UserError(
+            f"{KEY}.{name}: Megatron's {' and '.join(map(_class_name, declaring))} both declare this field",
+            remedy="write " + " or ".join(f"{section}.{name}" for section in declaring),
+        )
+    return declaring[0]
+
+
+def _check_field(section: str, name: str, value: Any) -> None:
+    if name in NOT_SUPPORTED[section]:
+        raise UserError(
+            f"{KEY}.{name}={value!r} is not supported: {NOT_SUPPORTED[section][name]}", remedy=f"remove {KEY}.{name}"
+        )
+    check_arguments(KEY, {name: value}, _TYPES[section], OWNED[section], f"Megatron's {_class_name(section)}")
+
+
+def _class_name(section: str) -> str:
+    return "TransformerConfig" if section == "transformer" else CLASSES[section].__name__
+
+
+def _by_name(table: Mapping[str, str]) -> dict[str, str]:
+    """Invert config key -> names, separated by spaces, into name -> config key."""
+    return {name: key for key, names in table.items() for name in names.split()}
+
+
+OWNED: Mapping[str, Mapping[str, str]] = {
+    "transformer": _by_name(
+        {
+            "": """calculate_per_token_loss use_cpu_initialization perform_initialization gradient_accumulation_fusion
+            bias_activation_fusion bias_dropout_fusion masked_softmax_fusion apply_rope_fusion persist_layer_norm
+            moe_grouped_gemm moe_router_dtype moe_router_load_balancing_type moe_token_dispatcher_type batch_p2p_comm
+            hidden_dropout attention_dropout finalize_model_grads_func no_sync_func grad_scale_func grad_sync_func
+            param_sync_func timers init_method output_layer_init_method embedding_init_method _cpu_offloading_context
+            transformer_impl""",
+            "parallel.tp": "tensor_model_parallel_size",
+            "parallel.pp": "pipeline_model_parallel_size",
+            "parallel.vpp": "virtual_pipeline_model_parallel_size",
+            "parallel.cp": "context_parallel_size",
+            "parallel.ep": "expert_model_parallel_size",
+            "parallel.etp": "expert_tensor_parallel_size",
+            "parallel.sequence_parallel": "sequence_parallel",
+            "parallel.num_layers_first_stage": "num_layers_in_first_pipeline_stage",
+            "parallel.num_layers_last_stage": "num_layers_in_last_pipeline_stage",
+            "parallel.pipeline_layout": """pipeline_model_parallel_layout account_for_embedding_in_pipeline_split
+            account_for_loss_in_pipeline_split""",
+            "parallel.recompute": """recompute_granularity recompute_method recompute_num_layers
+            distribute_saved_activations moe_layer_recompute num_microbatches_with_partial_activation_checkpoints""",
+            "parallel.recompute_modules": "recompute_modules",
+            "precision.dtype": "params_dtype pipeline_dtype bf16 fp16 enable_autocast autocast_dtype",
+            "precision.fp8": """fp8 fp8_quantizer_factory fp8_margin fp8_interval fp8_amax_compute_algo fp8_wgrad
+            fp8_dot_product_attention fp8_multi_head_attention tp_only_amax_red first_last_layers_bf16
+            moe_router_padding_for_quantization moe_router_padding_for_fp8 activation_func_fp8_input_store""",
+            "precision.fp8.recipe": "fp8_recipe",
+            "precision.fp8.params": "fp8_param",
+            "precision.fp8.amax_history": "fp8_amax_history_len",
+            "precision.fp8.first_layers_bf16": "num_layers_at_start_in_bf16",
+            "precision.fp8.last_layers_bf16": "num_layers_at_end_in_bf16",
+            "algorithm.routing_replay": "moe_enable_routing_replay",
+            "model.path": """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
+            normalization layernorm_epsilon qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias
+            softmax_type softmax_scale window_size window_attn_skip_freq num_moe_experts moe_layer_freq
+            moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk
+            moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk
+            moe_router_topk_limited_devices moe_router_topk_scaling_factor moe_router_enable_expert_bias
+            moe_router_bias_update_rate moe_latent_size moe_apply_probs_on_input multi_latent_attention q_lora_rank
+            kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_base rotary_percent
+            rotary_interleaved rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale
+            mscale_all_dim no_rope_freq mrope_section qk_l2_norm attention_output_gate glu_linear_offset
+            activation_func_clamp_value layernorm_zero_centered_gamma apply_residual_connection_post_layernorm
+            apply_query_key_layer_scaling""",
+        }
+    ),
+    "ddp": _by_name(
+        {
+            "": "grad_reduce_in_fp32 use_distributed_optimizer average_in_collective gradient_reduce_div_fusion",
+            "parallel.overlap_grad_reduce": "overlap_grad_reduce",
+            "parallel.overlap_param_gather": "overlap_param_gather",
+            "precision.fp8.params": "fp8_param_gather reuse_grad_buf_for_mxfp8_param_ag keep_fp8_transpose_cache",
+        }
+    ),
+    "optimizer": _by_name(
+        {
+            "": "optimizer use_distributed_optimizer decoupled_weight_decay timers",
+            "optimizer.lr": "lr decoupled_lr",
+            "optimizer.min_lr": "min_lr decoupled_min_lr",
+            "optimizer.weight_decay": "weight_decay",
+            "optimizer.beta1": "adam_beta1",
+            "optimizer.beta2": "adam_beta2",
+            "optimizer.eps": "adam_eps",
+            "optimizer.clip_grad": "clip_grad",
+            "optimizer.host_fraction": """optimizer_cpu_offload optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d
+            use_precision_aware_optimizer use_torch_optimizer_for_cpu_offload""",
+            "parallel.overlap_param_gather": "overlap_param_gather overlap_param_gather_with_optimizer_step",
+            "precision.dtype": "params_dtype bf16 fp16",
+            "precision.fp8.recipe": "fp8_recipe",
+            "precision.fp8.params": "reuse_grad_buf_for_mxfp8_param_ag",
+        }
+    ),
+}
+"""Class -> field -> config key that sets it; an empty key where the program always sets the same value."""
+
+_MEMORY = "the planner does not count how it changes memory"
+_MODEL = "no supported model family has such modules"
+_LOSS = "Megatron scales router losses for a division by the number of tokens that this program does not make"
+_ENGINE = "the engine would not compute the same function as the policy"
+_UNUSED = "it has no effect in this program"
+_SHARDS = "weight sync and checkpoints read the buffers of Megatron's plain distributed optimizer"
+
+NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
+    "transformer": _by_name(
+        {
+            _MEMORY: """cpu_offloading cpu_offloading_num_layers cpu_offloading_activations cpu_offloading_weights
+            cpu_offloading_double_buffering fine_grained_activation_offloading offload_modules
+            min_offloaded_tensor_size fp32_residual_connection memory_efficient_layer_norm
+            enable_cuda_graph cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
+            external_cuda_graph cuda_graph_impl cuda_graph_scope init_model_with_meta_device
+            overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release delay_wgrad_compute
+            defer_embedding_wgrad_compute wgrad_deferral_limit
+            deallocate_pipeline_outputs microbatch_group_size_per_vp_stage""",
+            _MODEL: """mtp_num_layers mtp_loss_scaling_factor mtp_standalone experimental_attention_variant
+            dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff
+            dsa_indexer_use_sparse_loss linear_attention_freq linear_conv_kernel_dim linear_key_head_dim
+            linear_value_head_dim linear_num_key_heads linear_num_value_heads is_hybrid_model mamba_state_dim
+            mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path heterogeneous_block_specs
+            hetereogenous_dist_checkpoint moe_use_legacy_grouped_gemm""",
+            _LOSS: "moe_aux_loss_coeff moe_z_loss_coeff",
+            _ENGINE: """moe_input_jitter_eps moe_token_dropping moe_expert_capacity_factor moe_token_drop_policy
+            moe_pad_expert_input_to_capacity moe_router_force_load_balancing qk_clip qk_clip_alpha qk_clip_threshold
+            fp4 fp4_recipe fp4_param fp4_quantizer_factory quant_recipe use_kitchen use_kitchen_attention
+            kitchen_attention_backend test_mode""",
+            _UNUSED: """init_method_std embedding_init_method_std cross_entropy_loss_fusion cross_entropy_fusion_impl
+            flash_decode cache_mla_latents inference_rng_tracker inference_sampling_seed use_inference_optimized_layers
+            inference_fuse_tp_communication mlp_chunks_for_prefill symmetric_ar_type moe_extended_tp
+            moe_per_layer_logging log_max_attention_logit use_fused_weighted_squared_relu
+            pipeline_model_parallel_comm_backend""",
+            "the program does not create the user buffers of Transformer Engine": """tp_comm_overlap tp_comm_bulk_wgrad
+            tp_comm_bulk_dgrad tp_comm_overlap_ag tp_comm_overlap_rs tp_comm_overlap_rs_dgrad tp_comm_split_ag
+            tp_comm_atomic_ag tp_comm_split_rs tp_comm_atomic_rs tp_comm_overlap_disable_qkv
+            tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend""",
+            "the program creates Megatron's own random-number trackers": "use_te_rng_tracker",
+            "it needs the token dispatcher `flex`, and the program uses `alltoall`": """moe_enable_deepep
+            moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms""",
+            "the packing of rows assumes the plain context-parallel layout": """hierarchical_context_parallel_sizes
+            hybrid_context_parallel max_seqlen_per_dp_cp_rank variable_seq_lengths""",
+        }
+    ),
+    "ddp": _by_name(
+        {
+            _SHARDS: """use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy preserve_fp32_weights
+            suggested_communication_unit_size fsdp_double_buffer outer_dp_sharding_strategy fsdp_manual_registration
+            num_distributed_optimizer_instances""",
+            _MEMORY: "nccl_ub disable_symmetric_registration delay_wgrad_compute",
+        }
+    ),
+    "optimizer": _by_name(
+        {
+            _MEMORY: "main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype store_param_remainders",
+            _UNUSED: """log_num_zeros_in_grad loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
+            sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec muon_num_ns_steps
+            muon_tp_mode muon_extra_scale_factor""",
+        }
+    ),
+}
+"""Class -> field -> reason. A field that changes memory is here unless the planner counts it."""
+
+_ENUMS: dict[tuple[str, str], type[enum.Enum]] = {}
+_TYPES: dict[str, dict[str, Any]] = {}
+
+
+def _read_types() -> None:
+    """Fill the tables of field types; a field of an enumeration takes the name of a member."""
+    from typing import Literal
+
+    for section, target in CLASSES.items():
+        _TYPES[section] = dataclass_types(target)
+        for name, kind in _TYPES[section].items():
+            if isinstance(kind, type) and issubclass(kind, enum.Enum):
+                _ENUMS[section, name] = kind
+                _TYPES[section][name] = Literal[tuple(kind.__members__)]
+
+
+_read_types()
