@@ -236,8 +236,8 @@ NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
         {
             _MEMORY: "main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype store_param_remainders",
             _UNUSED: """log_num_zeros_in_grad loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
-            sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec muon_num_ns_steps
-            muon_tp_mode muon_extra_scale_factor""",
+            sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
+            muon_num_ns_steps muon_tp_mode muon_extra_scale_factor""",
         }
     ),
 }
