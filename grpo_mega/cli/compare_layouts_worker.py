@@ -93,9 +93,9 @@ def moved(values: dict[int, list[float]], seed: int) -> list[list[float]]:
 def cut(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp_rank: int) -> TrainBatch:
     """One minibatch of all groups, a data-parallel rank's share of it."""
     train = config.train.model_copy(update={"minibatches_per_epoch": 1})
-    rewards = objective.shaped(groups, [r.reward.value for r in groups.rollouts])
+    rewards = [r.reward.value for r in groups.rollouts]
     shape = RowShape.of(config.parallel, config.precision)
-    return build_batch(groups, rewards, train, objective, dp=dp, dp_rank=dp_rank, shape=shape, pad_id=0)
+    return build_batch(groups, rewards, train, objective, dp=dp, dp_rank=dp_rank, shape=shape)
 
 
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
@@ -120,7 +120,7 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
         kl = [row for microbatch in whole.microbatches if (row := objective.kl(microbatch)) is not None]
         penalties = whole.completion_values(kl)
         ordered = [penalties[i] for i in range(len(groups.rollouts))]
-        batch = batch.with_advantages(objective.advantages(groups, batch.rewards, ordered))
+        batch = batch.with_advantages(objective.credit(groups, batch.rewards, ordered).advantages)
     stats, _ = policy.backward(batch.microbatches, objective.loss())
     gradients = {name: gradient.clone() for name, gradient in policy.full_gradients(BUCKET_BYTES) if ranks.is_first}
     if ranks.is_first:

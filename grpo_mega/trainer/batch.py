@@ -23,6 +23,8 @@ from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.objective import Advantage, Objective
 from grpo_mega.types import Microbatch, Reward
 
+_PAD_ID = 0  # any valid token id: positions of padding have no loss and attend to nothing
+
 
 @dataclass(frozen=True)
 class TrainBatch:
@@ -99,7 +101,6 @@ def build_batch(
     dp: int,
     dp_rank: int,
     shape: RowShape,
-    pad_id: int,
 ) -> TrainBatch:
     """Advantages, denominators and rows.
 
@@ -111,16 +112,14 @@ def build_batch(
         dp: data-parallel ranks.
         dp_rank: this one.
         shape: what the layout wants of rows.
-        pad_id: any token id.
     """
     size = groups.group_size
-    shaped = objective.shaped(groups, rewards)
-    advantages = objective.advantages(groups, shaped)
     lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]
     spans = [
         range(span.start * size, span.stop * size)
         for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch)
     ]
+    credit = objective.credit(groups, rewards, minibatches=spans)
     plans = [
         plan_update([lengths[i] for i in ids], dp, train.max_tokens_per_microbatch, shape.microbatch_multiple)
         for ids in spans
@@ -130,21 +129,20 @@ def build_batch(
     row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
     minibatches = []
     for ids, plan in zip(spans, plans, strict=True):
-        weights = dict(zip(ids, objective.token_weights(groups, ids), strict=True))
         minibatches.append(
             [
                 pack(
                     [(ids[i], groups.rollouts[ids[i]]) for i in row],
                     row_tokens=row_tokens,
-                    advantages=[advantages[ids[i]] for i in row],
-                    token_weights=[weights[ids[i]] for i in row],
-                    pad_id=pad_id,
+                    advantages=[credit.advantages[ids[i]] for i in row],
+                    token_weights=[credit.token_weights[ids[i]] for i in row],
+                    pad_id=_PAD_ID,
                     segment_multiple=shape.segment_multiple,
                 )
                 for row in plan[dp_rank]
             ]
         )
-    return TrainBatch(minibatches, advantages, shaped, objective.is_trained(groups))
+    return TrainBatch(minibatches, credit.advantages, list(rewards), credit.is_trained)
 
 
 def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tensor:

@@ -23,7 +23,7 @@ from grpo_mega.observe.log import quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.run_folder import RunFolder, RunState
-from grpo_mega.observe.summary import Evaluation, render
+from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.critic import MegatronCritic
@@ -36,7 +36,7 @@ from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.loop import TrainerState, push_weights, train
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
-from grpo_mega.trainer.reporter import Observer
+from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, in_words
 from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync, no_remote_ranks
@@ -61,20 +61,15 @@ class BuiltJob:
             first = push_weights(job, self.state)
             known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
             before = None if known or self.state.step else self._evaluate()
-            if observer is not None:
-                observer.started(first.policy_digest, before)
+            observer.started(first.policy_digest, before)
             train(job, self.state)
             after = self._evaluate()
             if job.config.checkpoint.export_hf:
                 export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
-            if observer is not None:
-                observer.finished(after)
+            observer.finished(after)
         except BaseException as error:
-            if observer is not None:
-                observer.failed(error)
+            observer.failed(error)
             raise
-        if observer is not None:
-            log.info("%s", render(observer.summary, self.run_state.folder.path))
 
     def _evaluate(self) -> Evaluation | None:
         if self.job.evaluator is None:
@@ -132,16 +127,15 @@ def building(
             answer.name,
             answer.high,
         )
-        observer = None
+        observer: Observer = NullObserver()
         if progress is not None:
-            observer = Observer(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
-            stack.callback(observer.close)
+            observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
+            stack.callback(reporter.close)
             progress.note(explain_batch(config, ranks.topology))
         job = TrainerState(
             config=config,
             ranks=ranks,
             groups=GroupSource(sampler, prompts, config),
-            pad_id=0,
             policy=policy,
             critic=critic,
             objective=objective,

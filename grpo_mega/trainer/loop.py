@@ -35,13 +35,14 @@ from grpo_mega.weight_sync.sync import SyncReport, WeightSync
 
 @dataclass(frozen=True)
 class TrainerState:
-    """One run on this rank. `observer` is None but on rank 0, `evaluator` where nothing is held out, `critic` where
-    advantages are relative to rollouts and not to what a model expects."""
+    """Objects of one run on this rank.
+
+    `evaluator` is None without held-out prompts. `critic` is None unless `algorithm.advantage` is gae.
+    """
 
     config: Config
     ranks: Ranks
     groups: GroupSource
-    pad_id: int
     policy: Policy
     critic: Critic | None
     objective: Objective
@@ -50,7 +51,7 @@ class TrainerState:
     checkpoints: CheckpointManager
     evaluator: Evaluator | None
     timers: PhaseTimer
-    observer: Observer | None
+    observer: Observer
 
 
 def train(job: TrainerState, state: LoopState) -> LoopState:
@@ -81,20 +82,11 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         with timers.phase("checkpoint"):
             every = 1 if stopping else config.checkpoint.every
             staged = job.checkpoints.stage_if_due(job.policy, state, every, config.train.steps)
-        if job.observer is not None:
-            job.observer.step(
-                StepResult(
-                    step,
-                    groups,
-                    batch,
-                    old_log_probs,
-                    updates,
-                    synced,
-                    objective.algorithm.kl_coef,
-                    critic_updates,
-                    state_bytes(job),
-                )
-            )
+        kl_coef = objective.algorithm.kl_coef
+        result = StepResult(
+            step, groups, batch, old_log_probs, updates, synced, kl_coef, critic_updates, state_bytes(job)
+        )
+        job.observer.step(result)
         if staged is not None:
             job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
         if stopping:
@@ -115,7 +107,6 @@ def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, s
         dp=job.ranks.topology.dp,
         dp_rank=job.ranks.at.dp_rank,
         shape=RowShape.of(job.config.parallel, job.config.precision),
-        pad_id=job.pad_id,
     )
 
 
@@ -140,11 +131,13 @@ def update_critic(
     if objective.kl_in_reward:
         kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
     if job.critic is None:
-        return (batch if kl is None else batch.with_advantages(objective.advantages(groups, batch.rewards, kl))), []
+        return (
+            batch if kl is None else batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
+        ), []
     with job.phases.valuing(), job.timers.phase("critic"):
         values = gather_by_rollout(job, batch, job.critic.values(batch.microbatches) or ())
-        estimates = objective.estimates(groups, batch.rewards, values, kl)
-        batch = batch.with_advantages(estimates.advantages).with_values(values, estimates.returns)
+        credit = objective.credit(groups, batch.rewards, kl, values)
+        batch = batch.with_advantages(credit.advantages).with_values(values, credit.returns)
         loss, stats = objective.value_loss(), list[UpdateStats]()
         for _ in range(job.config.train.epochs_per_rollout):
             for minibatch in batch.minibatches:
@@ -211,8 +204,7 @@ def evaluate_if_due(job: TrainerState, step: int) -> None:
     if job.evaluator is not None and every is not None and step % every == 0 and step < job.config.train.steps:
         with job.phases.sampling(), job.timers.phase("evaluation"):
             evaluation = job.evaluator.evaluate()
-        if job.observer is not None:
-            job.observer.evaluated(evaluation)
+        job.observer.evaluated(evaluation)
 
 
 def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:

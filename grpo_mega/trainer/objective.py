@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import compress
 
 import torch
@@ -52,11 +52,21 @@ Advantage = float | list[float]
 
 
 @dataclass(frozen=True)
-class Estimates:
-    """Per rollout and loss token: how much better a token was than expected, and what the critic should say."""
+class Credit:
+    """Training signal of a step: what every rollout contributes to the updates. Each list has one entry per rollout.
+
+    Attributes:
+        advantages: a number for all loss tokens of the rollout, or one number per loss token.
+        token_weights: factor of the loss of each token of the rollout, which contains all denominators of its update;
+            0 where nothing is trained.
+        is_trained: False for filtered rollouts and for rollouts of dropped groups.
+        returns: targets of the critic, one number per loss token; empty without `values`.
+    """
 
     advantages: list[Advantage]
-    returns: list[list[float]]
+    token_weights: list[float]
+    is_trained: list[bool]
+    returns: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,58 @@ class Objective:
         """Whether advantages need the KL penalty of every token."""
         return self.algorithm.kl_in == "reward" and self.algorithm.needs_reference
 
-    def shaped(self, groups: SampledGroups, rewards: Sequence[float]) -> list[float]:
-        """Rewards with the soft penalty of overlong answers: 0 up to max_tokens - buffer tokens, from there linearly
-        down to -overlong_penalty at max_tokens.
+    def credit(
+        self,
+        groups: SampledGroups,
+        rewards: Sequence[float],
+        kl: Sequence[Sequence[float]] | None = None,
+        values: Sequence[Sequence[float]] | None = None,
+        *,
+        minibatches: Sequence[range] | None = None,
+    ) -> Credit:
+        """Return the advantages, token weights and returns of a step. Every rank computes the same result.
 
-        Source: DAPO, arXiv:2503.14476, equation 13. Differs: an answer never exceeds max_tokens, so that the paper's
-            third case does not occur.
+        The order is: overlong penalty on the rewards, advantages, token weights of each update.
+
+        Args:
+            groups: all rollouts of the step.
+            rewards: one per rollout, before the overlong penalty.
+            kl: with `kl_in_reward`, the KL divergence of each loss token, in nats. kl_coef times their sum is
+                subtracted from the reward of the rollout; advantage=batch and advantage=gae subtract it token by token.
+                None before the log-probs are known.
+            values: with a critic, the value of each loss token before the token was sampled. Until they are known the
+                advantages of advantage=gae are 0.
+            minibatches: the rollouts of each update, whole groups in order; None: one update of all rollouts.
+
+        Raises:
+            ValueError: a reward, a step value or an advantage is not finite.
+        """
+        shaped = self._shape(groups, rewards)
+        returns: list[list[float]] = []
+        if values is None:
+            advantages = self._advantages(groups, shaped, kl)
+        else:
+            advantages, returns = self._advantages_over_values(groups, shaped, values, kl)
+        updates = minibatches if minibatches is not None else [range(len(groups.rollouts))]
+        weights = {i: w for ids in updates for i, w in zip(ids, self._token_weights(groups, ids), strict=True)}
+        return Credit(
+            advantages,
+            [weights[i] for i in range(len(groups.rollouts))],
+            [
+                not self._is_filtered(rollout) and not self._is_dropped(groups, i // groups.group_size)
+                for i, rollout in enumerate(groups.rollouts)
+            ],
+            returns,
+        )
+
+    def _shape(self, groups: SampledGroups, rewards: Sequence[float]) -> list[float]:
+        """Return the rewards minus the soft overlong penalty.
+
+        The penalty is 0 up to max_tokens - buffer tokens. From there it rises linearly to overlong_penalty at
+        max_tokens.
+
+        Source: DAPO, arXiv:2503.14476, equation 13. Differs: a completion never exceeds max_tokens, so that the third
+            case of the paper does not occur.
         """
         fraction = self.algorithm.overlong_buffer_fraction
         if fraction is None:
@@ -102,20 +158,9 @@ class Objective:
             for reward, length in zip(rewards, lengths, strict=True)
         ]
 
-    def advantages(
-        self, groups: SampledGroups, rewards: Sequence[float], kl: Sequence[Sequence[float]] | None = None
+    def _advantages(
+        self, groups: SampledGroups, rewards: Sequence[float], kl: Sequence[Sequence[float]] | None
     ) -> list[Advantage]:
-        """One per rollout of the step.
-
-        Args:
-            groups: all rollouts of the step.
-            rewards: one per rollout, shaped.
-            kl: with `kl_in_reward`, the KL of each loss token: a rollout's reward is less by kl_coef times their
-                sum; under advantage=batch each token's by that of the tokens from it on.
-
-        Returns:
-            Under advantage=gae zeros: `estimates` has them, once there are values.
-        """
         penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
         rule = self.algorithm.advantage
         if rule == "process":
@@ -147,26 +192,20 @@ class Objective:
         masks = [r.completion.loss_mask for r in groups.rollouts]
         return [row if mask is None else list(compress(row, mask)) for row, mask in zip(rows, masks, strict=True)]
 
-    def estimates(
+    def _advantages_over_values(
         self,
         groups: SampledGroups,
         rewards: Sequence[float],
         values: Sequence[Sequence[float]],
-        kl: Sequence[Sequence[float]] | None = None,
-    ) -> Estimates:
-        """Advantages over the critic's `values` (per loss token), whitened over the step's tokens; returns.
+        kl: Sequence[Sequence[float]] | None,
+    ) -> tuple[list[Advantage], list[list[float]]]:
+        """Return the advantages over the critic's values, whitened over the tokens of the step, and the returns.
 
-        An outcome reward is earned at the last loss token. Where a process reward judged the rollout, each step's value
-        is earned in full at the token that ends it, in place of the outcome: `Reward.value` holds the mean of the
-        steps, which is not added again; components without steps are a step that ends with the completion; what
-        `shaped` took off stays at the last token. A step that ends in a tool's result belongs to the last token that
-        the policy sampled before.
-
-        Args:
-            groups: all rollouts of the step.
-            rewards: one per rollout, shaped.
-            values: of each loss token, before it was sampled.
-            kl: with `kl_in_reward`, the KL of each loss token.
+        An outcome reward is earned at the last loss token. If a process reward judged the rollout, each step's value is
+        earned in full at the token that ends the step, in place of the outcome: `Reward.value` holds the mean of the
+        steps, which is not added again. Components without steps are a step that ends with the completion. The overlong
+        penalty stays at the last token. A step that ends in a tool's result belongs to the last token that the policy
+        sampled before it.
 
         Source: PPO, arXiv:1707.06347, equations 11 and 12; the return is advantage plus value, before the whitening.
         """
@@ -179,7 +218,7 @@ class Objective:
             row = _token_rewards(rollout, rewards[i], penalties)
             advantages.append(generalized_advantages(row, values[i], gamma=gamma, gae_lambda=gae_lambda))
         returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, values, strict=True)]
-        return Estimates(list(whitened(advantages)), returns)
+        return list(whitened(advantages)), returns
 
     def value_loss(self) -> ValueLoss:
         """The critic's loss per token."""
@@ -194,38 +233,6 @@ class Objective:
         if microbatch.old_log_probs is None or microbatch.ref_log_probs is None:
             return None
         return KL_ESTIMATORS[self.algorithm.kl_estimator](microbatch.old_log_probs, microbatch.ref_log_probs)
-
-    def is_trained(self, groups: SampledGroups) -> list[bool]:
-        """Per rollout: neither filtered as overlong nor of a dropped group (judged by the rewards as they were given).
-
-        Source: overlong filtering and dynamic sampling: DAPO, arXiv:2503.14476, sections "Hide and Seek: Overlong
-            Reward Shaping" and "The More the Merrier: Dynamic Sampling".
-        """
-        return [
-            not self._is_filtered(rollout) and not self._is_dropped(groups, i // groups.group_size)
-            for i, rollout in enumerate(groups.rollouts)
-        ]
-
-    def token_weights(self, groups: SampledGroups, ids: Sequence[int]) -> list[float]:
-        """One per rollout of an update, whose rollouts are `ids` (whole groups, in order); 0 where nothing is trained.
-
-        Dropped groups are not counted; filtered rollouts are, with no token.
-        """
-        size = groups.group_size
-        kept = [i for i in ids if not self._is_dropped(groups, i // size)]
-        rollouts = [groups.rollouts[i] for i in kept]
-        counts = [0 if self._is_filtered(r) else r.completion.num_loss_tokens for r in rollouts]
-        mode = self.algorithm.aggregation
-        if mode == "rollout_mean":
-            weights = rollout_mean_weights(counts)
-        elif mode == "token_mean":
-            weights = token_mean_weights(counts)
-        elif mode == "group_token_mean":
-            weights = group_token_mean_weights(counts, size)
-        else:
-            weights = rollout_sum_weights(counts, self.algorithm.aggregation_length or self.max_tokens)
-        found = dict(zip(kept, weights, strict=True))
-        return [found.get(i, 0.0) for i in ids]
 
     def loss(self) -> PolicyLoss:
         """The loss per token."""
@@ -257,6 +264,30 @@ class Objective:
             f"(denominator: {num_rollouts})",
             "group_token_mean": "mean over a group's completion tokens, then mean over the update's groups",
         }[self.algorithm.aggregation]
+
+    def _token_weights(self, groups: SampledGroups, ids: Sequence[int]) -> list[float]:
+        """Return one weight per rollout of an update that consists of the rollouts `ids`.
+
+        Dropped groups are not counted by the denominators. Filtered rollouts are counted, with 0 tokens.
+
+        Source: overlong filtering and dynamic sampling: DAPO, arXiv:2503.14476, sections "Hide and Seek: Overlong
+            Reward Shaping" and "The More the Merrier: Dynamic Sampling".
+        """
+        size = groups.group_size
+        kept = [i for i in ids if not self._is_dropped(groups, i // size)]
+        rollouts = [groups.rollouts[i] for i in kept]
+        counts = [0 if self._is_filtered(r) else r.completion.num_loss_tokens for r in rollouts]
+        mode = self.algorithm.aggregation
+        if mode == "rollout_mean":
+            weights = rollout_mean_weights(counts)
+        elif mode == "token_mean":
+            weights = token_mean_weights(counts)
+        elif mode == "group_token_mean":
+            weights = group_token_mean_weights(counts, size)
+        else:
+            weights = rollout_sum_weights(counts, self.algorithm.aggregation_length or self.max_tokens)
+        found = dict(zip(kept, weights, strict=True))
+        return [found.get(i, 0.0) for i in ids]
 
     def _is_filtered(self, rollout: Rollout) -> bool:
         return self.algorithm.overlong_filter and rollout.completion.stop_reason == "length"

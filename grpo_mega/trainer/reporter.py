@@ -1,10 +1,11 @@
-"""Rank 0's account of a run: the display, the lines of metrics, the rollouts on disk and the summary."""
+"""Reports a run on rank 0: progress display, metrics, rollouts on disk and the summary. Other ranks report nothing."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from grpo_mega.config.schema import Config
 from grpo_mega.observe.memory import PhasePeaks
@@ -12,16 +13,61 @@ from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
-from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, versions, write_summary
+from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.types import Reward
 
+log = logging.getLogger(__name__)
 
-class Observer:
-    """Exists on rank 0 only. `is_right` says whether a reward means a right answer."""
+
+class Observer(Protocol):
+    """Receiver of a run's events, in this order: started, then per step evaluated (if due) and step, then finished."""
+
+    def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
+        """The first weight sync and the first evaluation are complete; None: no evaluation was made."""
+        ...
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """An evaluation during the current step is complete."""
+        ...
+
+    def step(self, result: StepResult) -> None:
+        """A step is complete."""
+        ...
+
+    def finished(self, evaluation: Evaluation | None) -> None:
+        """The run has reached its last step; `evaluation` is the last one."""
+        ...
+
+    def failed(self, error: BaseException) -> None:
+        """The run ends with this exception."""
+        ...
+
+
+class NullObserver:
+    """Observer of all ranks but rank 0: ignores every event."""
+
+    def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
+        """Ignore the event."""
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Ignore the event."""
+
+    def step(self, result: StepResult) -> None:
+        """Ignore the event."""
+
+    def finished(self, evaluation: Evaluation | None) -> None:
+        """Ignore the event."""
+
+    def failed(self, error: BaseException) -> None:
+        """Ignore the event."""
+
+
+class RunReporter:
+    """Observer of rank 0. `is_right` returns True if a reward means a right answer."""
 
     def __init__(
         self,
@@ -45,7 +91,7 @@ class Observer:
         axes = ("world_size", "tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp")
         layout = {name: int(getattr(topology, name)) for name in axes}
         self.summary = Summary(
-            status="interrupted",  # until the end says otherwise: a killed run cannot
+            status="interrupted",  # replaced at the end of the run; a killed run cannot replace it
             steps=run.step,
             eval_before=run.previous.eval_before if run.previous else None,
             layout={**layout, "engine_tp": topology.engine_tp, "engine_replicas": topology.num_replicas},
@@ -53,18 +99,18 @@ class Observer:
         )
 
     def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
-        """The first sync is done and the base is evaluated."""
+        """Write the first evaluation and the policy's digest."""
         if eval_before is not None:
             self._metrics.write_curves(self._run.step, _as_metrics(eval_before))
             self._progress.note(f"held-out accuracy before training: {eval_before.accuracy:.3f}")
         self._write(eval_before=eval_before or self.summary.eval_before, policy_digest=policy_digest)
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """Its numbers go into the line of the present step."""
+        """Keep the evaluation's numbers for the metrics line of the current step."""
         self._held_out = _as_metrics(evaluation)
 
     def step(self, result: StepResult) -> None:
-        """Rollouts first, then the step's line: a line on disk means that its rollouts are there."""
+        """Write the rollouts, then the metrics line: if the line is on disk, so are its rollouts."""
         rows = rollout_rows(result.groups.rollouts, result.batch.mean_advantages, result.old_log_probs)
         self._metrics.write_rollouts(result.step, rows)
         write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
@@ -82,18 +128,19 @@ class Observer:
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 
     def finished(self, evaluation: Evaluation | None) -> None:
-        """The run has reached its last step."""
+        """Write the last evaluation and the final summary, and log the summary."""
         if evaluation is not None:
             self._metrics.write_curves(self.summary.steps, _as_metrics(evaluation))
         self._write(status="done", eval_after=evaluation)
+        log.info("%s", render(self.summary, self._run.folder.path))
 
     def failed(self, error: BaseException) -> None:
-        """Keeps what is known; the summary says why it ended."""
+        """Write a summary with the status and the exception."""
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
         self._write(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")
 
     def close(self) -> None:
-        """Flush curves."""
+        """Flush the TensorBoard curves."""
         self._metrics.close()
 
     def _write(self, **changes: Any) -> None:

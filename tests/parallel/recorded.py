@@ -202,7 +202,6 @@ def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
         dp=layout.topology.dp,
         dp_rank=layout.topology.coordinates(rank).dp_rank,
         shape=RowShape.of(layout.parallel),
-        pad_id=0,
     )
 
 

@@ -145,7 +145,7 @@ def batch_of(groups: SampledGroups, config: Config) -> tuple[TrainBatch, Objecti
     objective = Objective(config.algorithm, config.sampling.max_tokens)
     values = [rollout.reward.value for rollout in groups.rollouts]
     shape = RowShape.of(config.parallel, config.precision)
-    return build_batch(groups, values, config.train, objective, dp=1, dp_rank=0, shape=shape, pad_id=0), objective
+    return build_batch(groups, values, config.train, objective, dp=1, dp_rank=0, shape=shape), objective
 
 
 def seconds_of(action: Callable[[], object]) -> float:

@@ -237,13 +237,13 @@ def ours(
     shape = RowShape(row_multiple=row_multiple)
     for rank in range(dp):
         train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
-        batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape, pad_id=7)
+        batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape)
         kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)] if objective.kl_in_reward else None
         if objective.algorithm.needs_critic:
             values = [v.tolist() for v in data.values]
-            batch = batch.with_advantages(objective.estimates(groups, batch.rewards, values, kl).advantages)
+            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl, values).advantages)
         elif kl is not None:
-            batch = batch.with_advantages(objective.advantages(groups, batch.rewards, kl))
+            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
         batches.append(batch)
         for microbatch in batch.microbatches:
             row = replace(

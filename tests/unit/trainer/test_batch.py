@@ -53,9 +53,7 @@ def batches(
 ) -> list[TrainBatch]:
     """One for each data-parallel rank."""
     train = TrainConfig(steps=1, minibatches_per_epoch=minibatches, max_tokens_per_microbatch=budget)
-    return [
-        build_batch(groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=shape, pad_id=7) for rank in range(dp)
-    ]
+    return [build_batch(groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=shape) for rank in range(dp)]
 
 
 def loss_tokens(batch: TrainBatch, minibatch: int) -> Counter[tuple[int, int, float, float]]:

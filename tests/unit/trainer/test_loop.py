@@ -80,7 +80,7 @@ def step_of(algorithm: AlgorithmConfig) -> tuple[Objective, SampledGroups, Any]:
     ]
     groups, objective = SampledGroups(rollouts, 2), Objective(algorithm, max_tokens=8)
     rewards = [r.reward.value for r in rollouts]
-    batch = build_batch(groups, rewards, TRAIN, objective, dp=1, dp_rank=0, shape=RowShape(), pad_id=0)
+    batch = build_batch(groups, rewards, TRAIN, objective, dp=1, dp_rank=0, shape=RowShape())
     return objective, groups, batch
 
 

@@ -119,8 +119,8 @@ def test_estimates_of_two_rollouts_by_hand() -> None:
     algorithm = AlgorithmConfig(name="ppo", gae_lambda=1.0, kl_coef=0.5, critic_lr_factor=3.0)
     objective = Objective(algorithm, max_tokens=16)
     given = groups([2, 1], [1.0, 0.0])
-    assert objective.advantages(given, [1.0, 0.0]) == [0.0, 0.0]  # there are no values yet
-    found = objective.estimates(given, [1.0, 0.0], [[0.5, 0.75], [0.25]], kl=[[0.5, -0.5], [1.0]])
+    assert objective.credit(given, [1.0, 0.0]).advantages == [0.0, 0.0]  # the values are not known yet
+    found = objective.credit(given, [1.0, 0.0], kl=[[0.5, -0.5], [1.0]], values=[[0.5, 0.75], [0.25]])
     # returns: 1 + 0.25 - 0.25, 1 + 0.25, -0.5; less the values: 0.5, 0.5, -0.75, which have mean 1/12
     assert found.returns == [[1.0, 1.25], [-0.5]]
     std = ((2 * (5 / 12) ** 2 + (10 / 12) ** 2) / 3) ** 0.5
@@ -141,8 +141,8 @@ def test_steps_of_a_process_reward_are_earned_where_they_end_as_in_the_sum_in_fl
     values = torch.tensor([[0.3, -0.2, 0.7, 0.1], [0.2, 0.6, -0.4, 0.5]], dtype=torch.float64)
     kl = torch.tensor([[0.1, 0.2, -0.1, 0.4], [0.3, 0.0, 0.2, -0.2]], dtype=torch.float64)
     algorithm = AlgorithmConfig(name="ppo", gamma=gamma, gae_lambda=gae_lambda, kl_coef=0.5)
-    # the first is shaped by -0.125, as by an overlong penalty
-    found = Objective(algorithm, 16).estimates(given, [0.375, 1.0], values.tolist(), kl.tolist())
+    # the reward of the first is 0.125 below the mean of its steps, as after an overlong penalty
+    found = Objective(algorithm, 16).credit(given, [0.375, 1.0], kl.tolist(), values.tolist())
 
     earned = torch.tensor([[1.0, 1.0, 0.0, -0.625], [0.0, 0.0, 0.0, 1.0]], dtype=torch.float64) - 0.5 * kl
     deltas = earned + gamma * torch.cat([values[:, 1:], torch.zeros(2, 1, dtype=torch.float64)], 1) - values
@@ -155,23 +155,29 @@ def test_steps_of_a_process_reward_are_earned_where_they_end_as_in_the_sum_in_fl
 
 
 def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:
-    objective = Objective(AlgorithmConfig(overlong_buffer_fraction=0.25, overlong_penalty=2.0), max_tokens=16)
-    assert objective.shaped(groups([4, 12, 13, 16], [1.0] * 4), [1.0, 1.0, 1.0, 0.0]) == [1.0, 1.0, 0.5, -2.0]
-    assert Objective(AlgorithmConfig(), 16).shaped(groups([16, 16], [1.0, 0.0]), [1.0, 0.0]) == [1.0, 0.0]
+    keys = {"advantage": "group_mean", "overlong_penalty": 2.0, "overlong_buffer_fraction": 0.25}
+    objective = Objective(AlgorithmConfig.model_validate(keys), max_tokens=16)
+    given = groups([4, 12, 13, 16], [1.0] * 4, size=4)
+    # the rewards become 1, 1, 0.5 and -2: their mean is 0.125
+    assert objective.credit(given, [1.0, 1.0, 1.0, 0.0]).advantages == [0.875, 0.875, 0.375, -2.125]
+    without = Objective(AlgorithmConfig(advantage="group_mean"), 16)
+    assert without.credit(groups([16, 16], [1.0, 0.0]), [1.0, 0.0]).advantages == [0.5, -0.5]
 
 
 def test_a_group_is_degenerate_by_its_own_rewards_and_not_by_the_shaped_ones() -> None:
     objective = Objective(AlgorithmConfig(degenerate="drop", overlong_buffer_fraction=0.5), max_tokens=16)
     given = groups([4, 16, 4, 4], [1.0, 1.0, 1.0, 0.0])
-    assert objective.is_trained(given) == [False, False, True, True]
-    assert objective.token_weights(given, range(4)) == [0.0, 0.0, 1 / 8, 1 / 8]
-    assert objective.token_weights(given, range(2)) == [0.0, 0.0]
+    rewards = [r.reward.value for r in given.rollouts]
+    whole = objective.credit(given, rewards)
+    assert whole.is_trained == [False, False, True, True]
+    assert whole.token_weights == [0.0, 0.0, 1 / 8, 1 / 8]
+    assert objective.credit(given, rewards, minibatches=[range(2), range(2, 4)]).token_weights == whole.token_weights
 
 
 def test_advantages_over_the_batch_need_no_group() -> None:
     given = groups([1, 3], [4.0, 0.0], size=1)
     algorithm = AlgorithmConfig(name="reinforce_plus_plus", kl_coef=0.0)
-    found = Objective(algorithm, 16).advantages(given, [4.0, 0.0])
+    found = Objective(algorithm, 16).credit(given, [4.0, 0.0]).advantages
     assert found == [pytest.approx([3**0.5]), pytest.approx([-(3**-0.5)] * 3)]
 
 
@@ -216,13 +222,13 @@ def masked(found: SampledGroups, *masks: str) -> SampledGroups:
 def test_denominators_count_the_tokens_that_the_policy_sampled(aggregation: str, expected: list[float]) -> None:
     found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
     objective = Objective(AlgorithmConfig.model_validate({"aggregation": aggregation}), max_tokens=8)
-    assert objective.token_weights(found, [0, 1]) == pytest.approx(expected)
+    assert objective.credit(found, [1.0, 0.0]).token_weights == pytest.approx(expected)
 
 
 def test_advantages_per_token_have_one_for_each_token_that_the_policy_sampled() -> None:
     found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
     for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
-        advantages = Objective(AlgorithmConfig.model_validate({"name": name}), 8).advantages(found, [1.0, 0.0])
+        advantages = Objective(AlgorithmConfig.model_validate({"name": name}), 8).credit(found, [1.0, 0.0]).advantages
         assert [len(row) for row in advantages if isinstance(row, list)] == [2, 3]
 
 
@@ -233,7 +239,7 @@ def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_
     objective = Objective(AlgorithmConfig(advantage="process"), 8)
     # values 1, 0 and (the outcome of the second) 1: mean 2/3, std sqrt(1/3)
     up, down = (1 / 3) / 3**-0.5, (-2 / 3) / 3**-0.5
-    first_row, second_row = objective.advantages(found, [0.5, 1.0])
+    first_row, second_row = objective.credit(found, [0.5, 1.0]).advantages
     assert first_row == pytest.approx([up + down, down], abs=1e-5)
     assert second_row == pytest.approx([up] * 3, abs=1e-5)
     assert not found.is_degenerate(0)
