@@ -1,7 +1,10 @@
-"""What the loop, the phases and the weight sync know of a policy and of an engine.
+"""Interfaces between training, policy, engines and weight sync.
 
-Nothing here imports an implementation. `WeightSource` and `WeightSink` are the two ends of a sync: a source lists the
-slices of Hugging Face tensors that its rank holds, a sink the regions of its parameters that such slices fill.
+Nothing here imports an implementation. `WeightSource` and `WeightSink` are the two ends of a weight sync. A source
+lists the slices of Hugging Face tensors that its rank holds. A sink lists the regions of engine parameters that such
+slices fill.
+
+Every implementation of `Engine` passes tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations
@@ -13,22 +16,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from grpo_mega.types import Completion, Microbatch, Placement, Prompt, SamplingRequest, TensorSlice, UpdateStats
 
+if TYPE_CHECKING:
+    from grpo_mega.parallel.peer_group import PeerGroup
+
 RegionKind = Literal["plain", "permuted", "derived"]
+LearnerState = Literal["params", "grads", "optimizer"]
+"""The parts of a learner's memory: weights in the compute dtype, gradients, and master weights with moments."""
 
 
 @dataclass(frozen=True)
 class HeldSlice:
-    """A slice of a Hugging Face tensor on this rank: `view` aliases the parameter, `global_shape` is the tensor's.
+    """A slice of a Hugging Face tensor that this rank holds.
 
-    Of the ranks that hold one copy of the model, each byte is `counted` by exactly one (in digests, in whole tensors);
-    every holder may send it.
+    `view` aliases the parameter, and `global_shape` is the shape of the whole tensor. Every rank that holds the slice
+    may send it. Among the ranks of one copy of the model, exactly one slice has `counted` set for each byte; digests
+    and whole tensors use that one.
     """
 
     hf: TensorSlice
@@ -38,29 +47,37 @@ class HeldSlice:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what `part` gives."""
+        """Dtype of the tensors that `part` returns."""
         return self.view.dtype
 
     def contains(self, hf: TensorSlice) -> bool:
-        """Is `hf`, a slice of the same tensor, inside this one?"""
+        """Return True if `hf`, a slice of the same tensor, lies inside this slice."""
         ends = zip(hf.offsets, hf.shape, self.hf.offsets, self.hf.shape, strict=True)
         return all(h <= o and o + n <= h + m for o, n, h, m in ends)
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """The parameter's own memory of `hf`, which is inside; None where `part` computes something."""
+        """Return the parameter's own memory of `hf`, shaped `hf.shape`, or None if `part` computes its values.
+
+        `hf` must lie inside this slice.
+        """
         return self.part(hf)
 
     def part(self, hf: TensorSlice) -> Tensor:
-        """The values of `hf`, which is inside, as they travel but for their dtype."""
+        """Return the values of `hf`, shaped `hf.shape`, in `dtype`. `hf` must lie inside this slice."""
         starts = [o - h for o, h in zip(hf.offsets, self.hf.offsets, strict=True)]
         return self.view[tuple(slice(i, i + n) for i, n in zip(starts, hf.shape, strict=True))]
 
 
 @dataclass(frozen=True)
 class SinkRegion:
-    """A region of an engine parameter, in the engine's dtype. `plain`: the kernels read these bytes, so their digest is
-    the proof. `permuted`: they read the same numbers in another order; the digest is made after the inverse. `derived`:
-    they read something computed from these bytes, which `probe` must confirm beside the digest."""
+    """A region of an engine parameter, in the engine's dtype.
+
+    `kind` states how the kernels use the region:
+
+    - `plain`: the kernels read these bytes, so their digest verifies the region.
+    - `permuted`: the kernels read the same numbers in another order; the digest is computed after the inverse.
+    - `derived`: the kernels read values computed from these bytes; `WeightSink.probe` must confirm those values.
+    """
 
     placement: Placement
     kind: RegionKind
@@ -69,7 +86,10 @@ class SinkRegion:
 
 @dataclass(frozen=True)
 class ParameterSize:
-    """A parameter as one rank holds it. `is_expert`: it belongs to a routed expert, on the grid of the experts."""
+    """Name and shape of a parameter as one rank holds it.
+
+    `is_expert` is True for a parameter of a routed expert, which is sharded over the expert axes (ep, etp).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -77,14 +97,17 @@ class ParameterSize:
 
     @property
     def numel(self) -> int:
-        """Elements on the rank."""
+        """Number of elements on the rank."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class SizeSums:
-    """Elements of some parameters; `dense_aligned` and `expert_aligned` with each rounded up to 64, as Megatron's flat
-    buffers lay them out (param_and_grad_buffer.py:658). `matrices`: of what layers multiply with, routers left out."""
+    """Numbers of elements, summed over some parameters.
+
+    `dense_aligned` and `expert_aligned` round each parameter up to 64 elements, as Megatron's flat buffers do
+    (param_and_grad_buffer.py:658). `matrices` counts the parameters that layers multiply with, without routers.
+    """
 
     numel: int
     dense_aligned: int
@@ -93,7 +116,7 @@ class SizeSums:
 
     @classmethod
     def of(cls, parameters: Sequence[ParameterSize]) -> SizeSums:
-        """Of these."""
+        """Sum the sizes of `parameters`."""
         aligned = {kind: sum(-(-p.numel // 64) * 64 for p in parameters if p.is_expert == kind) for kind in (0, 1)}
         matrices = sum(p.numel for p in parameters if len(p.shape) > 1 and ".router." not in p.name)
         return cls(sum(p.numel for p in parameters), aligned[0], aligned[1], matrices)
@@ -101,93 +124,168 @@ class SizeSums:
 
 @dataclass(frozen=True)
 class ModuleSizes:
-    """What the policy's modules are made of on one rank of the tensor- and expert-parallel axes. A stage of a pipeline
-    is a choice of these; `moe_layer` and `dense_layer` are empty where a model has no such layer."""
+    """Parameters of the policy's modules on one rank of the tensor and expert axes.
+
+    A pipeline stage consists of some of these modules. `moe_layer` and `dense_layer` are empty if the model has no such
+    layer.
+    """
 
     embedding: tuple[ParameterSize, ...]
     dense_layer: tuple[ParameterSize, ...]
     moe_layer: tuple[ParameterSize, ...]
     final_norm: tuple[ParameterSize, ...]
     head: tuple[ParameterSize, ...]
-    """Of an untied head; a tied one on another stage than the embedding is a copy of the embedding."""
+    """Parameters of an untied head. A tied head on another stage than the embedding is a copy of the embedding."""
 
     @functools.cached_property
     def sums(self) -> dict[str, SizeSums]:
-        """Field -> sums over its parameters, of which a layer of many experts has hundreds."""
+        """Field name -> sums over its parameters. Cached, because a layer of many experts has hundreds."""
         return {field.name: SizeSums.of(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 class ModuleCounter(Protocol):
-    """Sizes of the real modules in a layout of the dense (tp) and the expert (ep, etp) axes; allocates nothing."""
+    """Function that returns the sizes of the real modules for a layout of the axes tp, ep and etp.
 
-    def __call__(self, *, tp: int, ep: int, etp: int) -> ModuleSizes: ...
+    It allocates no parameter memory.
+    """
+
+    def __call__(self, *, tp: int, ep: int, etp: int) -> ModuleSizes:
+        """Return the module sizes on one rank of this layout."""
+        ...
 
 
 class WeightSource(Protocol):
-    """The policy's end of a sync."""
+    """The policy's end of a weight sync, on one rank."""
 
     def shards(self) -> Sequence[HeldSlice]:
-        """All slices that this rank holds, also those that other ranks hold as well."""
+        """Return all slices that this rank holds, including slices that other ranks hold too."""
         ...
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the checkpoint, in checkpoint order; the same on every rank."""
+        """Return name -> shape of every tensor of the checkpoint, in checkpoint order; the same on every rank."""
         ...
 
 
 class WeightSink(Protocol):
-    """The engine's end of a sync, on one rank."""
+    """The engine's end of a weight sync, on one rank.
+
+    One update is `begin_update`, then `write` (or `load`) for all weights, then `end_update`.
+    """
 
     @property
     def policy_version(self) -> int:
-        """Updates behind the weights; -1 before the first sync."""
+        """Number of updates behind the weights; -1 before the first sync."""
         ...
 
     @property
-    def streams_because(self) -> str | None:
-        """Why this engine must be given whole tensors (`load`); None: it takes slices (`write`)."""
+    def supports_slices(self) -> bool:
+        """True if the engine takes slices (`write`); False if it needs whole tensors (`load`)."""
+        ...
+
+    @property
+    def streaming_reason(self) -> str:
+        """The reason why the engine needs whole tensors; empty if it supports slices."""
         ...
 
     def layout(self) -> Sequence[SinkRegion]:
-        """Every region that a sync must fill on this rank; covers each parameter element exactly once, but for the
-        padding of the vocabulary. Empty where tensors are streamed."""
+        """Return every region that a sync must fill on this rank.
+
+        The regions cover each parameter element exactly once, except for the padding of the vocabulary. The result is
+        empty if the engine does not support slices.
+        """
         ...
 
-    def begin_update(self) -> None: ...
+    def begin_update(self) -> None:
+        """Start an update. Until `end_update`, the engine does not sample."""
+        ...
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
-        """Copy `values`, shaped `hf.shape`, to where that part of a region lies."""
+        """Copy `values`, shaped `hf.shape` and in the region's dtype, to every region that contains `hf`.
+
+        Raises:
+            ValueError: `hf` is not inside a region, or the shape or dtype is wrong.
+            RuntimeError: no update has begun, or the engine failed.
+        """
         ...
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """Where the values of that part of a region can be put without `write`; None where only `write` can."""
+        """Return memory, shaped `hf.shape`, into which the values of `hf` can be copied instead of calling `write`.
+
+        Return None if only `write` can store them.
+
+        Raises:
+            ValueError, RuntimeError: as `write`.
+        """
         ...
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Give a whole tensor to the engine's own loader."""
+        """Pass a whole tensor to the engine's own loader."""
         ...
 
     def end_update(self, policy_version: int) -> None:
-        """Rebuild what is derived from the written weights, drop caches that depend on them, adopt the version."""
+        """Recompute values derived from the weights, drop caches that depend on them, and set `policy_version`."""
         ...
 
     def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
-        """`convert.digest.slice_digest` of these parts of regions, remade from what the kernels read."""
+        """Return `models.digest.slice_digest` of each slice, computed from what the kernels read.
+
+        Raises:
+            ValueError: a slice is not inside a region.
+            RuntimeError: the engine failed.
+        """
         ...
 
     def probe(self) -> dict[str, str]:
-        """Parameters whose derived copy is not the one of their present weights -> what differs."""
+        """Return parameter -> difference, for parameters whose derived values do not match their present weights."""
         ...
 
 
+@dataclass(frozen=True)
+class SyncPeers:
+    """Ranks outside of this job that take part in its weight syncs: those of the engine servers.
+
+    Args:
+        group: the ranks of the job, followed by the ranks of all servers.
+        replicas: for each engine, its ranks in `group`.
+        announce: `announce(policy_version, verify)` starts the servers' part of a push, and returns at once.
+    """
+
+    group: PeerGroup
+    replicas: Sequence[Sequence[int]]
+    announce: Callable[[int, bool], None]
+
+
 class Engine(Protocol):
-    """An inference engine on this rank; every rank of one replica makes the same calls in the same order."""
+    """An inference engine on this rank. Every rank of one replica makes the same calls in the same order."""
 
     @property
-    def policy_version(self) -> int: ...
+    def policy_version(self) -> int:
+        """Number of updates behind the weights; -1 before the first sync."""
+        ...
 
     @property
-    def sink(self) -> WeightSink: ...
+    def sink(self) -> WeightSink:
+        """The engine's end of a weight sync on this rank."""
+        ...
+
+    def sync_peers(
+        self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str
+    ) -> SyncPeers | None:
+        """Collective: connect the ranks of the job with the ranks of engine servers.
+
+        Args:
+            shapes: `WeightSource.hf_shapes` of the policy.
+            where: this rank's coordinates, for messages.
+            bucket_bytes: `weight_sync.bucket_bytes`.
+            transport: `weight_sync.transport`.
+
+        Returns:
+            None if the engine's weights are on the ranks of this job.
+
+        Raises:
+            RuntimeError: a server did not connect in time (names it).
+        """
+        ...
 
     def generate(
         self,
@@ -195,20 +293,28 @@ class Engine(Protocol):
         sampling: SamplingRequest,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """G completions per prompt, in the prompts' order.
+        """Sample G completions per prompt and return them in the prompts' order.
 
         `on_completion(prompt_position, member, completion)` is called as soon as a rollout is complete, while others
         are still being sampled.
+
+        Raises:
+            RuntimeError: the engine is asleep, is being updated, or has no weights yet.
+            ValueError: a prompt and its completion exceed the engine's maximum length.
         """
         ...
 
     def sleep(self) -> None:
-        """Release the KV cache (and, on a device, the weights)."""
+        """Release the KV cache and, on a device, the weights."""
         ...
 
-    def wake(self, what: Literal["weights", "kv_cache"]) -> None: ...
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        """Allocate the memory that `sleep` released. The weights are undefined until the next sync."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free all resources. A second call does nothing."""
+        ...
 
 
 class TokenLoss(Protocol):
@@ -216,13 +322,20 @@ class TokenLoss(Protocol):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether microbatches must carry `ref_log_probs`."""
+        """True if microbatches must carry `ref_log_probs`."""
         ...
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """log_probs, entropy: [T] float32 with gradient. Returns the loss per token [T] (before `token_weights`) and
-        per-token metrics [T] (detached). The microbatch holds whole rollouts: a row that is cut over ranks
-        is put together for its loss."""
+        """Compute the loss of each token.
+
+        Args:
+            log_probs: [T] float32 with gradient, nats.
+            entropy: [T] float32 with gradient, nats.
+            microbatch: whole rollouts. A row that is sharded over context-parallel ranks is gathered first.
+
+        Returns:
+            The loss per token [T] before `token_weights`, and per-token metrics [T], detached.
+        """
         ...
 
 
@@ -230,33 +343,50 @@ class TokenValueLoss(Protocol):
     """A critic's loss, per token."""
 
     def __call__(self, values: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """values: [T] float32 with gradient. Returns the loss per token [T] (before `token_weights`) and per-token
-        metrics [T] (detached)."""
+        """Compute the loss of each token.
+
+        Args:
+            values: [T] float32 with gradient.
+            microbatch: whole rollouts.
+
+        Returns:
+            The loss per token [T] before `token_weights`, and per-token metrics [T], detached.
+        """
         ...
 
 
 class Critic(Protocol):
-    """A second trained model on this rank: what reward a rollout can expect before each of its tokens."""
+    """A second trained model on this rank. It estimates the expected reward before each token of a rollout."""
 
     def values(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
-        """[T] per microbatch, aligned to the predicted token, without gradient, on every rank of the last pipeline
-        stage; None elsewhere."""
+        """Return [T] float32 per microbatch, aligned to the predicted token and without gradient.
+
+        The result is on every rank of the last pipeline stage, and None elsewhere.
+        """
         ...
 
     def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
-        """One optimizer step on the given microbatches, which carry `returns` and `old_values`."""
+        """Take one optimizer step on the microbatches, which carry `returns` and `old_values`."""
+        ...
+
+    def offload(self, *parts: LearnerState) -> None:
+        """Move these parts from the device to host memory. Gradients are discarded: they are zero after `reload`."""
+        ...
+
+    def reload(self, *parts: LearnerState) -> None:
+        """Bring these parts back to the device."""
         ...
 
     def state_bytes(self) -> dict[str, int]:
-        """As `Policy.state_bytes`."""
+        """Return the bytes on this rank of `params`, `grads` and `optimizer` (master weights, moments)."""
         ...
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        """Collective: write weights, optimizer state and `extra` into an existing, empty folder."""
         ...
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`."""
+        """Collective: read what `save` wrote, from any layout, and return `extra`."""
         ...
 
 
@@ -264,40 +394,60 @@ class Policy(Protocol):
     """The trained model on this rank."""
 
     @property
-    def source(self) -> WeightSource: ...
+    def source(self) -> WeightSource:
+        """The policy's end of a weight sync on this rank."""
+        ...
 
     def log_probs(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
-        """[T] per microbatch, without gradient, on every rank of the last pipeline stage; None elsewhere."""
+        """Return [T] float32 log-probs, in nats, per microbatch and without gradient.
+
+        The result is on every rank of the last pipeline stage, and None elsewhere.
+        """
         ...
 
     def update(
         self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
     ) -> tuple[UpdateStats, list[Tensor] | None]:
-        """One optimizer step on the given microbatches (all ranks bring the same number, of one row length). Also
-        returns the log-probs of before the step, as `log_probs` would."""
+        """Take one optimizer step. All ranks pass the same number of microbatches, of one row length.
+
+        Also returns the log-probs before the step, as `log_probs` returns them.
+        """
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, the policy computes with the reference's weights."""
+        """Return a context in which the policy computes with the reference's weights."""
         ...
 
     def update_reference(self) -> None:
-        """Collective: the present weights become the reference."""
+        """Collective: make the present weights the reference."""
+        ...
+
+    def offload(self, *parts: LearnerState) -> None:
+        """Move these parts from the device to host memory. Gradients are discarded: they are zero after `reload`."""
+        ...
+
+    def reload(self, *parts: LearnerState) -> None:
+        """Bring these parts back to the device."""
         ...
 
     def state_bytes(self) -> dict[str, int]:
-        """What this rank trains with: bytes of `params`, `grads` and `optimizer` (master weights, moments)."""
+        """Return the bytes on this rank of `params`, `grads` and `optimizer` (master weights, moments)."""
         ...
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder; and the reference, where it
-        moves."""
+        """Collective: write weights, optimizer state and `extra` into an existing, empty folder.
+
+        A reference that is updated during training is saved too.
+        """
         ...
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`. A reference that is frozen stays what it was."""
+        """Collective: read what `save` wrote, from any layout, and return `extra`. A frozen reference is unchanged."""
         ...
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Every HF tensor, whole, in checkpoint order, on every rank; at most one bucket is alive."""
+        """Yield (name, whole tensor) of every Hugging Face tensor in checkpoint order, on every rank.
+
+        At most one bucket of `bucket_bytes` is alive at a time.
+        """
         ...

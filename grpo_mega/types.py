@@ -1,4 +1,4 @@
-"""The nouns that cross module borders. Every one is frozen, and none knows about a backend.
+"""Data types shared by all packages. Every one is a frozen dataclass, and none depends on a backend.
 
 Shapes: P prompts, G group, B rows or sequences, T packed tokens, V vocabulary, H hidden.
 Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-padded vocabulary.
@@ -10,19 +10,20 @@ import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-if TYPE_CHECKING:  # config and the launcher need UserError, and start without torch
+if TYPE_CHECKING:  # config and the launcher import UserError and must start without torch
     from torch import Tensor
 
 StopReason = Literal["eos", "length", "stop"]
-"""A token that ends the answer; the limit of tokens; a text at which the policy hands over to its environment."""
+"""Reason why sampling stopped: `eos` is an end-of-sequence token, `length` the token limit, `stop` a stop string at
+which the environment takes its turn."""
 
 
 class UserError(ValueError):
-    """The user's input is wrong. Ends the program with exit code 2 and this text alone, without a traceback.
+    """Invalid user input. A program ends with exit code 2 and prints this text without a traceback.
 
     Args:
-        message: what is wrong, beginning with the key and the value it got, then the rule that it breaks.
-        remedy: what to do about it; printed after the message, and shown on a line of its own by the doctor.
+        message: the key and the value it got, then the rule that the value breaks.
+        remedy: what the user should do. It is printed after the message; the doctor shows it on a line of its own.
     """
 
     def __init__(self, message: str, remedy: str = "") -> None:
@@ -34,15 +35,18 @@ class UserError(ValueError):
 
 
 class WeightMismatchError(RuntimeError):
-    """An engine does not hold the policy's weights; names tensor, rank and slice. Raised before a token is sampled."""
+    """The weights of an engine differ from the policy's. Names tensor, rank and slice.
+
+    Raised on every rank, before a token is sampled.
+    """
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, already turned into the tokens that the engine gets.
+    """A question, tokenized for the engine.
 
-    `index` is the row among all rows of the run's training (or held-out) sets. `text` is what was tokenised (after the
-    chat template). `data_set` is the name of its set.
+    `index` is the row among all rows of the run's training (or held-out) data sets. `text` is the tokenized text, after
+    the chat template. `data_set` is the name of the data set.
     """
 
     index: int
@@ -54,14 +58,16 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled answer, as the engine returns it; with an environment, all answers of a rollout and the results that
-    stand between them.
+    """One sampled answer as the engine returns it.
 
-    `token_ids` ends with EOS when `stop_reason == "eos"`; `sampler_log_probs` has one entry per token of `token_ids`.
-    `policy_version` is the number of updates behind the weights that sampled it. `loss_mask` is False on the tokens of
-    results, whose sampler log-probs are 0; None: all tokens are the policy's. `failure`: how the environment failed.
-    `expert_choices`, where the request asks for them, are the experts of the first N tokens of prompt and completion in
-    each layer: [N, L, K] small integers as in data/expert_records.py.
+    With an environment, it holds all answers of a rollout and the environment's results between them.
+
+    `token_ids` ends with EOS when `stop_reason == "eos"`. `sampler_log_probs` has one entry per token of `token_ids`,
+    in nats. `policy_version` is the number of updates behind the weights that sampled the answer. `loss_mask` is False
+    on the tokens of environment results, whose sampler log-probs are 0; None means that the policy sampled all tokens.
+    `failure` describes how the environment failed. `expert_choices` is present when the request asks for it: the
+    experts of the first N tokens of prompt and completion in each layer, [N, L, K] small integers as in
+    data/expert_records.py.
     """
 
     token_ids: tuple[int, ...]
@@ -76,23 +82,24 @@ class Completion:
 
     @property
     def num_loss_tokens(self) -> int:
-        """Tokens that the policy sampled."""
+        """Number of tokens that the policy sampled."""
         return len(self.token_ids) if self.loss_mask is None else sum(self.loss_mask)
 
     @property
     def loss_log_probs(self) -> tuple[float, ...]:
-        """`sampler_log_probs` of the tokens that the policy sampled."""
+        """Sampler log-probs, in nats, of the tokens that the policy sampled."""
         return tuple(itertools.compress(self.sampler_log_probs, self.loss_mask or (True,) * len(self.token_ids)))
 
 
 @dataclass(frozen=True)
 class Reward:
-    """What one rollout earned: the weighted sum, and each component before its weight.
+    """The reward of one rollout: the weighted sum in `value`, and each component before its weight.
 
-    `steps` are there if a component judged steps: (end, value), value weighted, `end` the position in the text of the
-    step's last character. A component with steps is their mean; one without is a step that ends with the completion.
+    `steps` is present if a component scored steps: pairs (end, weighted value), where `end` is the position of the
+    step's last character in the text. The value of a component with steps is their mean. A component without steps
+    counts as one step that ends with the completion.
 
-    `failures` names the components that timed out, crashed or returned a non-number (and scored their floor).
+    `failures` names the components that timed out, crashed or returned a non-number, and so scored their floor.
     """
 
     value: float
@@ -103,28 +110,29 @@ class Reward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to one prompt with its reward: a row of `rollouts/*.jsonl`. The G rollouts of a prompt are a group."""
+    """One answer to one prompt with its reward; a row of `rollouts/*.jsonl`. The G rollouts of a prompt form a
+    group."""
 
     prompt: Prompt
     completion: Completion
     reward: Reward
     replica: int
     steps: tuple[tuple[int, float], ...] | None = None
-    """(end_token, value) of every step that a process reward found: positions in the completion's tokens."""
+    """(end_token, value) of every step that a process reward scored; `end_token` is a position in the completion."""
 
     @property
     def num_tokens(self) -> int:
-        """Prompt plus completion."""
+        """Number of tokens of prompt and completion together."""
         return len(self.prompt.token_ids) + len(self.completion.token_ids)
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """How an engine samples: `seed` feeds its generators, equal on all ranks of an engine.
+    """Sampling parameters of one engine call. `seed` seeds the generators and is equal on all ranks of an engine.
 
-    `stop` are texts that end an answer, besides EOS; the token that completes one belongs to the answer.
-    `max_tokens_each` has a limit for each prompt, in place of `max_tokens`. `continues`: the prompts go on where the
-    last call's answers ended, so what the engine computed for those may be used again. `expert_choices`: tell the
+    `stop` lists texts that end an answer, besides EOS; the token that completes such a text belongs to the answer.
+    `max_tokens_each` gives a limit for each prompt, in place of `max_tokens`. `continues` states that the prompts
+    extend the answers of the previous call, so the engine may reuse its prefix cache. `expert_choices` asks for the
     experts of every token (`Completion.expert_choices`).
     """
 
@@ -138,13 +146,13 @@ class SamplingRequest:
     expert_choices: bool = False
 
     def max_tokens_of(self, position: int) -> int:
-        """Of the prompt at this position."""
+        """Return the token limit of the prompt at `position`."""
         return self.max_tokens if self.max_tokens_each is None else self.max_tokens_each[position]
 
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A box of a named tensor: `offsets[i] <= index[i] < offsets[i] + shape[i]` in every dimension."""
+    """A rectangular slice of a named tensor: `offsets[i] <= index[i] < offsets[i] + shape[i]` in every dimension."""
 
     name: str
     offsets: tuple[int, ...]
@@ -152,7 +160,7 @@ class TensorSlice:
 
     @property
     def index(self) -> tuple[slice, ...]:
-        """For `tensor[s.index]`."""
+        """Index expression of this slice: `tensor[s.index]`."""
         return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.shape, strict=True))
 
     def __str__(self) -> str:
@@ -161,9 +169,9 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Placement:
-    """One rectangular correspondence: the slice `hf` of a Hugging Face tensor is the region `local` of a parameter.
+    """A correspondence between the slice `hf` of a Hugging Face tensor and the region `local` of a parameter.
 
-    Both boxes hold the same number of elements in the same order; `local.name` is the parameter on this rank.
+    Both have the same number of elements in the same order. `local.name` is the parameter on this rank.
     """
 
     hf: TensorSlice
@@ -172,12 +180,11 @@ class Placement:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Several rollouts packed into one row of T tokens, cut for one forward and backward pass.
+    """Several rollouts packed into one row of T tokens, for one forward and backward pass.
 
-    Positions of padding belong to the last segment and have `loss_mask` False. `labels[t]` is the token that position
-    t predicts (shifted before anything is cut); log-probs and advantages are aligned to it. `token_weights[t]` is what
-    the token's loss is multiplied with: it already holds the global denominators, so losses add up over
-    microbatches and ranks.
+    Padding belongs to the last segment and has `loss_mask` False. `labels[t]` is the token that position t predicts. It
+    is shifted before the row is split over ranks; log-probs and advantages are aligned to it. `token_weights[t]` is the
+    factor of the token's loss. It includes the global denominators, so losses add up over microbatches and ranks.
     """
 
     rollout_ids: tuple[int, ...]  # positions in the step's list of rollouts, in the order of the segments
@@ -192,20 +199,21 @@ class Microbatch:
     old_log_probs: Tensor | None = None  # [T] float32
     ref_log_probs: Tensor | None = None  # [T] float32
     old_values: Tensor | None = None  # [T] float32, the critic's, before the update
-    returns: Tensor | None = None  # [T] float32, what the critic should have said
-    expert_choices: Tensor | None = None  # [T, L, K] small integers: the engine's experts; -1: no record
+    returns: Tensor | None = None  # [T] float32, the critic's targets
+    expert_choices: Tensor | None = None  # [T, L, K] small integers: the engine's experts; -1: not recorded
 
     @property
     def num_loss_tokens(self) -> int:
+        """Number of tokens of this row that are trained on."""
         return int(self.loss_mask.sum())
 
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """What one optimizer step reports, the same on every rank.
+    """Statistics of one optimizer step, the same on every rank.
 
-    `sums` are global (over microbatches and ranks): `loss` the sum of what tokens contribute, each other quantity its
-    mean over tokens weighted with `token_weights`; `maxima` are global maxima.
+    `sums` are global, over microbatches and ranks: `loss` is the sum of the tokens' weighted losses; each other
+    quantity is its mean over tokens, weighted with `token_weights`. `maxima` are global maxima.
     """
 
     grad_norm: float

@@ -15,7 +15,6 @@ from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.factory import make_engine
-from grpo_mega.engines.server.engine import ServerEngine
 from grpo_mega.interfaces import Engine, WeightSource
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.observe.atomic_files import to_json, write_atomically
@@ -39,7 +38,7 @@ from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, in_words
-from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync, no_remote_ranks
+from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync
 
 log = logging.getLogger("grpo_mega.trainer.run")
 
@@ -150,26 +149,29 @@ def building(
 
 
 def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ranks) -> WeightSync:
-    """Connects the two ends; the groups of the engine replicas are made here, by all ranks in the same order."""
+    """Collective: connect the policy with its engines.
+
+    All ranks create the process groups of all engine replicas here, in the same order.
+    """
     replicas = [ranks.topology.replica_ranks(i) for i in range(ranks.topology.num_replicas)]
     groups = [dist.new_group(members) for members in replicas]
     settings = SyncSettings(config.weight_sync.bucket_bytes, config.guard.timeout_seconds, config.weight_sync.transport)
-    where, world, announce = ranks.topology.describe(ranks.rank), None, no_remote_ranks
+    where = ranks.topology.describe(ranks.rank)
     source, full_tensors = policy_end(config, policy)
-    if isinstance(engine, ServerEngine):
-        world = engine.meet(source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport)
-        replicas, announce = engine.replicas, engine.announce
+    peers = engine.sync_peers(
+        source.hf_shapes(), where, bucket_bytes=settings.bucket_bytes, transport=settings.transport
+    )
     return WeightSync(
         source,
         full_tensors,
         engine.sink,
         source_group=policy.model_parallel_group,
-        replicas=replicas,
+        replicas=replicas if peers is None else peers.replicas,
         replica_group=groups[ranks.at.replica],
         settings=settings,
         where=where,
-        world=world,
-        announce=announce,
+        world=None if peers is None else peers.group,
+        announce=None if peers is None else peers.announce,
     )
 
 

@@ -45,10 +45,6 @@ log = logging.getLogger("grpo_mega.weight_sync")
 FullTensors = Callable[[int], Iterator[tuple[str, Tensor]]]
 
 
-def no_remote_ranks(policy_version: int, verify: bool) -> None:
-    """All ranks are of one program."""
-
-
 @dataclass(frozen=True)
 class SyncReport:
     """One sync as this rank saw it. `written_bytes` went into its engine, or, where engines are servers, from this rank
@@ -86,7 +82,7 @@ class WeightSync:
         settings: SyncSettings,
         where: str,
         world: PeerGroup | None = None,
-        announce: Callable[[int, bool], None] = no_remote_ranks,
+        announce: Callable[[int, bool], None] | None = None,
     ) -> None:
         """Collective.
 
@@ -100,7 +96,8 @@ class WeightSync:
             settings: see there.
             where: this rank's coordinates, for messages.
             world: all ranks of both ends; None: those of the job.
-            announce: has the ranks of other programs push the same version, with or without the proof.
+            announce: starts the push of a version on ranks of other programs (`SyncPeers.announce`); None: there are
+            none.
 
         Raises:
             WeightMismatchError: the two ends do not fit (names tensors).
@@ -114,7 +111,8 @@ class WeightSync:
         self._attendance = StragglerBarrier("weight_sync", places, settings.timeout_seconds, self._world)
         self.count = 0
         """Pushes that succeeded."""
-        reasons = [r for r in self._attendance.gather(sink.streams_because, "asking engines") if r is not None]
+        offers = self._attendance.gather((sink.supports_slices, sink.streaming_reason), "asking engines")
+        reasons = [reason for supported, reason in offers if not supported]
         if reasons:
             log.warning("engines get whole tensors, and what they hold is not proven: %s", reasons[0])
         self._ends: SyncEnds | None = None
@@ -148,7 +146,8 @@ class WeightSync:
             RuntimeError: on every rank that can; a rank died, stalled or failed (names both sides).
         """
         start = time.perf_counter()
-        self._announce(policy_version, verify)
+        if self._announce is not None:
+            self._announce(policy_version, verify)
         if self._ends is None:
             return self._stream(policy_version)
         shards = self._source.shards()

@@ -195,7 +195,7 @@ def requantised(folder: Path) -> dict[str, Any]:
                 elif bool(different.any()):
                     seen["wrong"].append(name)
             seen["addresses"].append([p.data_ptr() for p in parameters.values()])
-    seen |= {"streams": sink.streams_because, "layout": len(sink.layout()), "stale": sink.probe()}
+    seen |= {"streams": sink.streaming_reason, "layout": len(sink.layout()), "stale": sink.probe()}
     seen |= {"compared": len(seen["apart"]), "version": sink.policy_version}
     return seen
 

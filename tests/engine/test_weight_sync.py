@@ -170,7 +170,7 @@ def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear
     world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
 ) -> None:
     follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
-    assert world.call(streams_because) == [None, None]
+    assert world.call(supports_slices) == [True, True]
     first, second = world.call(sampled)
     assert (first == second) == (engine_tp == 2)
 
@@ -218,9 +218,9 @@ def test_servers_follow_the_policy_without_its_checkpoint(
         world.close()
 
 
-def streams_because(session: RankSession) -> str | None:
-    because: str | None = session.engine.sink.streams_because
-    return because
+def supports_slices(session: RankSession) -> bool:
+    supported: bool = session.engine.sink.supports_slices
+    return supported
 
 
 def sampled(session: RankSession) -> list[list[Completion]]:
@@ -271,7 +271,7 @@ def test_sglang_with_experts_follows_a_policy_that_spreads_them(
 ) -> None:
     """SGLang gives every layer of Qwen3-MoE experts, and Mixtral heads of hidden_size / heads."""
     world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
-    assert world.call(streams_because) == [None, None]
+    assert world.call(supports_slices) == [True, True]
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
     world.call(build, weights, {"ep": 2}, {"tp": engine_tp})
     for version in (0, 1):
@@ -289,7 +289,7 @@ def test_sglang_with_spread_experts_holds_the_policys_weights(
 ) -> None:
     """Without CUDA SGLang 0.5.23 takes and holds spread experts, and cannot compute with them (fused_moe_native.py)."""
     world.open(models.engine[name], tp=2, ep=2, kind="sglang", **SETTINGS)
-    assert world.call(streams_because) == [None, None]
+    assert world.call(supports_slices) == [True, True]
     world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), {"tp": 2}, {"tp": 2})
     assert world.call(experts_held) == [{0, 1, 2, 3}, {4, 5, 6, 7}]
     for version in (0, 1):

@@ -59,7 +59,8 @@ class MemorySource:
 class MemorySink:
     """`WeightSink`. Each region is a tensor of its own; `packed` is computed from the one tensor that is derived."""
 
-    streams_because: str | None = None
+    supports_slices: bool = True
+    streaming_reason: str = ""
 
     def __init__(self, boxes: Holdings, rank: int, tensors: Mapping[str, WireTensor] = TENSORS) -> None:
         self.memory = {

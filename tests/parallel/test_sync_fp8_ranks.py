@@ -70,15 +70,15 @@ def cases(recorder: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactor
 class RecordedSink(RegionSink):
     """vLLM's parameters of one rank in plain memory. `fault`: what it does wrong at the end of an update."""
 
-    def __init__(self, record: LoaderRecord, streams_because: str | None = None) -> None:
+    def __init__(self, record: LoaderRecord, streaming_reason: str | None = None) -> None:
         dtypes = {copy.local.name: copy.dtype for copy in record.copies}
         self.parameters = {name: torch.zeros(record.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
         self.copies, self.fault = record.copies, ""
         self.loaded: dict[str, torch.dtype] = {}
         regions = [SinkRegion(Placement(c.hf, c.local), "plain", c.dtype) for c in record.copies]
         places = [PlainRegion(region_view(self.parameters[c.local.name], c)) for c in record.copies]
-        streamed = streams_because is not None
-        super().__init__(Regions([], [], []) if streamed else Regions(regions, places, []), streams_because)
+        streamed = streaming_reason is not None
+        super().__init__(Regions([], [], []) if streamed else Regions(regions, places, []), streaming_reason)
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
         if not (self.fault == "stale" and hf.name.endswith("0.self_attn.o_proj.weight_scale_inv")):
@@ -129,7 +129,11 @@ def open_ends(rank: int, case: Case, fp8: str | None = "scales", **sink: Any) ->
     ranks = Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
     policy = MegatronPolicy(config, read_spec(case.model), case.model, ranks, with_reference=False)
     end = RecordedSink(case.records[rank % ENGINE_TP], **sink)
-    return policy, end, make_sync(config, policy, SimpleNamespace(sink=end), ranks)  # type: ignore[arg-type]
+    return (
+        policy,
+        end,
+        make_sync(config, policy, SimpleNamespace(sink=end, sync_peers=lambda *_args, **_settings: None), ranks),
+    )  # type: ignore[arg-type]
 
 
 def quantised_after(policy: Any, case: Case) -> dict[str, Tensor]:
@@ -189,7 +193,7 @@ def test_engines_hold_the_gathered_weights_quantised_afterwards_at_each_version(
 
 def stream(rank: int, case: Case, fp8: str) -> tuple[int, list[str], dict[str, torch.dtype]]:
     """Pushes, what the engine does not hold after them, and what it was given."""
-    policy, sink, sync = open_ends(rank, case, fp8, streams_because="its loader computes")
+    policy, sink, sync = open_ends(rank, case, fp8, streaming_reason="its loader computes")
     sync.push(1, verify=True)
     return sync.count, sink.differing(quantised_after(policy, case)), sink.loaded
 

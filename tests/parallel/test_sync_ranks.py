@@ -365,7 +365,8 @@ def test_a_rank_that_dies_ends_the_others_at_once_with_its_name(rank_pool: RankP
 
 
 class Unrecordable(MemorySink):
-    streams_because = "its loader computes"
+    supports_slices = False
+    streaming_reason = "its loader computes"
 
     def layout(self) -> list[Any]:
         return []

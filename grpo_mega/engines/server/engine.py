@@ -21,7 +21,7 @@ from grpo_mega.engines.request_checks import check_lengths, in_groups, require_r
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.messages import read_rollout, sample_command
 from grpo_mega.engines.server.protocol import Address, ServerMessage, read_token
-from grpo_mega.interfaces import SinkRegion, WeightSink
+from grpo_mega.interfaces import SinkRegion, SyncPeers, WeightSink
 from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_world, open_store
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 
@@ -134,6 +134,17 @@ class ServerEngine:
         if self._link is not None:
             self._link.start("push", {"policy_version": policy_version, "verify": verify})
 
+    def sync_peers(
+        self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str
+    ) -> SyncPeers:
+        """Collective: connect with the ranks of all servers (`Engine.sync_peers`).
+
+        Raises:
+            RuntimeError: a server did not connect in time (names it).
+        """
+        group = self.meet(shapes, where, bucket_bytes=bucket_bytes, transport=transport)
+        return SyncPeers(group, self.replicas, self.announce)
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -212,7 +223,8 @@ class ServerEngine:
 class ServedSink:
     """`WeightSink` of a rank whose engine's weights are elsewhere: it has no region, and only counts the versions."""
 
-    streams_because: str | None = None
+    supports_slices = True
+    streaming_reason = ""
 
     def __init__(self) -> None:
         self.policy_version = -1

@@ -139,6 +139,9 @@ class SglangEngine:
     def sink(self) -> WeightSink:
         return self._sink
 
+    def sync_peers(self, *_args: object, **_settings: object) -> None:
+        """Return None: the weights of this engine are on the ranks of the job (`Engine.sync_peers`)."""
+
     def generate(
         self,
         prompts: Sequence[Prompt],

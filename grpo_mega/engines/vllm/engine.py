@@ -112,6 +112,9 @@ class VllmEngine:
         """Bytes that the KV cache holds on this rank at the moment."""
         return self._kv_cache.num_bytes
 
+    def sync_peers(self, *_args: object, **_settings: object) -> None:
+        """Return None: the weights of this engine are on the ranks of the job (`Engine.sync_peers`)."""
+
     def generate(
         self,
         prompts: Sequence[Prompt],

@@ -35,13 +35,12 @@ def cache_scales(model: nn.Module) -> set[str]:
 def recording_load_format(
     tensors: Mapping[str, tuple[Shape, torch.dtype]],
     loaded: Callable[[nn.Module, Any], None] | None = None,
-    streams_because: str | None = None,
+    streaming_reason: str | None = None,
 ) -> list[LoaderRecord | str]:
     """Teach vLLM the load format RECORDING: random weights, as its own `dummy`, and the loader recorded on the model.
 
-    `loaded` is called with each model when it is complete, and vLLM's config. `streams_because`: why no record would be
-    of use. Returns a list to which each load appends
-    its record, or why there is none.
+    `loaded` is called with each complete model and vLLM's config. A `streaming_reason` states why a record would be of
+    no use. Returns a list to which each load appends its record, or the reason why there is none.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -57,8 +56,8 @@ def recording_load_format(
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             super().load_weights(model, model_config)
-            if streams_because is not None:
-                records.append(streams_because)
+            if streaming_reason is not None:
+                records.append(streaming_reason)
                 return
             try:
                 records.append(record_vllm(model, tensors))

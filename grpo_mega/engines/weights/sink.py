@@ -19,9 +19,12 @@ from grpo_mega.types import TensorSlice
 class SliceSink:
     """`WeightSink` but for `load`, `digests` and `probe`; an engine says where slices go and how it adopts them."""
 
-    def __init__(self, regions: Sequence[SinkRegion], streams_because: str | None) -> None:
-        """`streams_because`: why there are no regions."""
-        self.streams_because = streams_because
+    def __init__(self, regions: Sequence[SinkRegion], streaming_reason: str | None) -> None:
+        """Args:
+        regions: every region of this rank; empty if the engine needs whole tensors.
+        streaming_reason: the reason why it does; None if it takes slices.
+        """
+        self.supports_slices, self.streaming_reason = streaming_reason is None, streaming_reason or ""
         self._layout = tuple(regions)
         self._by_tensor: dict[str, list[SinkRegion]] = defaultdict(list)
         for region in self._layout:
@@ -89,8 +92,8 @@ class SliceSink:
 class RegionSink(SliceSink):
     """Over parameters of this process."""
 
-    def __init__(self, regions: Regions, streams_because: str | None) -> None:
-        super().__init__(regions.regions, streams_because)
+    def __init__(self, regions: Regions, streaming_reason: str | None) -> None:
+        super().__init__(regions.regions, streaming_reason)
         self._regions = regions
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
