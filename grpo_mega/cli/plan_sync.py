@@ -84,10 +84,6 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"engine.kind={config.engine.kind}: plans are made of vLLM's recorded loader", remedy="use vllm"
         )
-    if config.engine.fp8 == "own_loader":
-        raise UserError(
-            "engine.fp8=own_loader: engines get whole tensors, without a plan", remedy="use engine.fp8=scales_fp32"
-        )
     for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be more than 0")
@@ -135,7 +131,7 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
     check_layout(spec, config.parallel, topology, str(folder))
     check_tp(spec, config.engine.tp)
     check_engine_fp8(spec, config, str(folder), latent_split=local_modules)
-    shapes = checkpoint_tensors(spec, DTYPES[config.precision.dtype], fp8=config.engine.fp8_weights == "codes")
+    shapes = checkpoint_tensors(spec, DTYPES[config.precision.dtype], fp8=config.engine.fp8 is not None)
     tensors = {name: WireTensor(shape, dtype.itemsize) for name, (shape, dtype) in shapes.items()}
     held = policy_holdings(config, spec, topology, tensors, local_modules=local_modules)
     wanted = engine_holdings(config, folder, topology, tensors, shapes)
@@ -157,7 +153,7 @@ def policy_holdings(
     for ranks in alike.values():
         at = topology.coordinates(ranks[0])
         slices = policy_slices(spec, config.parallel, topology, at, latent_split=local_modules)
-        if config.engine.fp8_weights == "codes":
+        if config.engine.fp8 is not None:
             slices += [box for _, box in scale_slices(hf_shapes(spec), slices)]
         parts.append(holdings(tensors, slices, ranks[0], numbers).on(ranks))
     return join(parts)
@@ -179,7 +175,7 @@ def engine_holdings(
             ranks=ranks,
             dp=config.engine.dp,
             experts_spread=config.engine.ep > 1,
-            fp8=config.engine.fp8_weights == "codes",
+            fp8=config.engine.fp8 is not None,
         )
         return {rank: [copy.hf for copy in found.copies] for rank, found in zip(ranks, records, strict=True)}
 

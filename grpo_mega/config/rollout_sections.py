@@ -31,20 +31,17 @@ class EngineConfig(Section):
     ep: int = Field(1, ge=1)
     """Expert-parallel ranks of the engine: 1 (experts are sharded over tp * dp ranks) or tp * dp (each expert is whole
     on one rank). With `engine.kind=sglang` on CUDA only."""
-    fp8: Literal["scales_fp32", "scales_power_of_two", "own_loader"] | None = None
+    fp8: Literal["scales_fp32", "scales_power_of_two"] | None = None
     """Format of the scales when the engine stores its matrices as FP8 values with one scale per 128 x 128 block. The
-    policy's ranks quantize at every sync; with `own_loader` the engine quantizes whole bf16 tensors (vLLM, on GPUs with
-    FP8; not yet verified). null: the engine stores `precision.dtype`."""
+    policy's ranks quantize at every sync. null: the engine stores `precision.dtype`."""
     max_num_seqs: int = Field(256, ge=1)
     """Most rollouts that a replica, or each of its `dp` copies, decodes at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
     """KV-cache capacity of a replica, or of each of its `dp` copies, in tokens. null: enough for `max_num_seqs`
     rollouts of full length, or the free device memory on CUDA."""
-
-    @property
-    def fp8_weights(self) -> Literal["codes", "own_loader"] | None:
-        """What a sync sends to an FP8 engine: quantized values and scales, or whole tensors for the engine's loader."""
-        return self.fp8 if self.fp8 in (None, "own_loader") else "codes"
+    args: dict[str, Any] = Field({})
+    """Further arguments of the engine, name -> value: fields of vLLM's `EngineArgs` or SGLang's `ServerArgs`, by
+    `engine.kind`. Fields that this program sets itself are rejected."""
 
 
 class SamplingConfig(Section):

@@ -197,11 +197,6 @@ def _engine_fp8(config: Config) -> None:
             "they are stored is not known",
             remedy="use engine.kind=vllm, or leave engine.fp8 out",
         )
-    if config.engine.fp8 == "own_loader" and config.engine.placement == "server":
-        raise UserError(
-            "engine.fp8=own_loader with engine.placement=server: servers take slices, and this loader whole tensors",
-            remedy="use engine.fp8=scales_fp32",
-        )
     if config.precision.dtype != "bf16":
         raise UserError(
             f"engine.fp8={config.engine.fp8} needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 "

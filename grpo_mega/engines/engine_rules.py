@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from grpo_mega.config.schema import Config
+from grpo_mega.engines.pass_through import check_engine_args
 from grpo_mega.engines.server.protocol import Address, read_token, require_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.devices import has_cuda_driver
@@ -34,11 +35,7 @@ def check_engine_fp8_device(config: Config) -> None:
 def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
     """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
     `check_fp8_layout`."""
-    if config.engine.fp8 == "own_loader" and spec.moe is not None and spec.moe.gate is not None:
-        raise UserError(
-            f"engine.fp8=own_loader: the experts of {where} are stacks with biases", remedy="leave engine.fp8 out"
-        )
-    if config.engine.fp8_weights == "codes":
+    if config.engine.fp8 is not None:
         check_fp8_layout(
             spec,
             config.parallel,
@@ -52,6 +49,7 @@ def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_spli
 
 def check_engine_model(spec: ModelSpec, config: Config) -> None:
     """Raises UserError: the engine cannot compute this model, or would compute it differently from the policy."""
+    check_engine_args(config)
     if config.engine.kind == "sglang":
         _check_sglang_here(config)
     if config.model.base is not None:
@@ -76,7 +74,7 @@ def check_engine_model(spec: ModelSpec, config: Config) -> None:
         )
     if spec.family == "gpt_oss":
         _check_gpt_oss(spec, folder)
-    if raw.get("quantization_config") is not None and config.engine.fp8_weights != "codes":
+    if raw.get("quantization_config") is not None and config.engine.fp8 is None:
         raise UserError(
             f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings",
             remedy="give an unquantised checkpoint, or set engine.fp8=scales_fp32",

@@ -206,16 +206,6 @@ def _engine_sizes(spec: ModelSpec, itemsize: int, fp8: bool) -> _EngineSizes:
     return found
 
 
-def largest_layer_bytes(spec: ModelSpec, itemsize: int) -> float:
-    """Of all tensors of one layer, whole."""
-    layers: dict[str, int] = {}
-    for name, shape in hf_shapes(spec).items():
-        if ".layers." in name:
-            layer = name.split(".layers.")[1].split(".")[0]
-            layers[layer] = layers.get(layer, 0) + math.prod(shape)
-    return float(itemsize * max(layers.values()))
-
-
 def _kv_cache(config: Config, spec: ModelSpec, cluster: Cluster, engine: float) -> float:
     """Return the bytes of the KV cache on one rank of an engine.
 
@@ -278,8 +268,6 @@ def _phases(
             **buckets,
         },
     }
-    if config.engine.fp8 == "own_loader":  # which keeps whole tensors until it has those of a layer
-        phases["sync"]["whole tensors"] = largest_layer_bytes(spec, ITEMSIZE[config.precision.dtype])
     if served:  # the policy stays where it is; `server` is a device of an engine server, where nothing ever sleeps
         phases["server"] = {"engine weights": engine, "KV cache": cache, **on_engine, **buckets}
         phases["rollout"] = dict(state)

@@ -15,7 +15,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Cluster
 from grpo_mega.planner.phase_memory import MemoryPlan, Workload, plan_memory, workload_of
 from grpo_mega.planner.static_memory import chunk_parts, model_chunks
-from grpo_mega.planner.step_time import StepTime, brought_bytes, plan_time
+from grpo_mega.planner.step_time import StepTime, plan_time
 from grpo_mega.types import UserError
 
 HOST_SHARE = 0.9  # of a node's memory: the rest is the system's and its file cache's
@@ -87,7 +87,7 @@ class ResourcePlan:
     def sync_bytes(self) -> int:
         """That enter the engines in one sync."""
         ranks = self.topology.num_server_ranks or self.topology.world_size
-        return round(brought_bytes(self.config, self.memory, self.parameters) * ranks)
+        return round(self.memory.engine_weights * ranks)
 
     def as_json(self, remedy: list[str] | None = None) -> dict[str, Any]:
         """What `tools/plan.py --json` prints."""

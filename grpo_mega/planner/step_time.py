@@ -91,7 +91,7 @@ def plan_time(
         + work.updates * _gradients(static, topology, cluster),
         "optimizer": work.updates * _optimizer(static, cluster),
         "offload": 0.0 if stays else 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie),
-        "sync": _sync(topology, cluster, brought_bytes(config, memory, total_parameters)),
+        "sync": _sync(topology, cluster, memory.engine_weights),
         "checkpoint": memory.checkpoint
         / cluster.num_nodes
         / assumed.checkpoint_bandwidth
@@ -100,13 +100,6 @@ def plan_time(
     if config.algorithm.needs_critic:  # its values, its updates, and two more trips over PCIe
         phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
     return StepTime(phases, tokens, 3 * tokens * costs.forward)
-
-
-def brought_bytes(config: Config, memory: MemoryPlan, total_parameters: int) -> float:
-    """To each rank of an engine by a sync: what it stores, or every tensor whole for its own loader to quantise."""
-    if config.engine.fp8 == "own_loader":
-        return float(total_parameters * ITEMSIZE[config.precision.dtype])
-    return memory.engine_weights
 
 
 def _rollout(

@@ -177,7 +177,7 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
 
 def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, FullTensors]:
     """What the policy gives to a sync, slice by slice and whole: its weights, or their FP8 codes and scales."""
-    if config.engine.fp8_weights != "codes":
+    if config.engine.fp8 is None:
         return policy.source, policy.full_tensors
     power_of_two = config.engine.fp8 == "scales_power_of_two"
     coded = fp8_tensors(policy.full_tensors, power_of_two=power_of_two)

@@ -33,7 +33,7 @@ from tests.helpers.servers import serving, write_config
 from tests.helpers.tiny_models import EOS, make_tiny_model
 
 Kind = Literal["vllm", "sglang", "server"]
-OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stops_at_texts": True, "timeout_seconds": 200.0}}
+OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stop_texts": True, "timeout_seconds": 200.0}}
 _SGLANG = [pytest.param("sglang", marks=sglang_here)]
 BESIDE_THE_POLICY = pytest.mark.parametrize("opened", ["vllm", *_SGLANG], indirect=True, scope="module")
 ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
@@ -371,8 +371,10 @@ def buffer_that_changes(session: RankSession, folder: Path) -> list[str]:
 
     tensors, sink = load_file(folder / "model.safetensors"), session.engine.sink
     push(session, folder, 4, end=False)
-    (start,) = [start for hf, _, start in session.engine._door._noted if hf.name == "model.layers.0.mlp.up_proj.weight"]
-    session.engine._door._staging.memory[start + 9] ^= 4
+    (start,) = [
+        start for hf, _, start in session.engine._client._noted if hf.name == "model.layers.0.mlp.up_proj.weight"
+    ]
+    session.engine._client._staging.memory[start + 9] ^= 4
     sink.end_update(4)
     slices = [region.placement.hf for region in sink.layout()]
     held = zip(slices, sink.digests(slices), strict=True)

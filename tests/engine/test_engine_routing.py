@@ -51,7 +51,7 @@ PROMPTS = [
     Prompt(i, "", tokens, "") for i, tokens in enumerate([(2, 5, 9), HEADER, (*HEADER[:64], 3, 4), HEADER[5:40]])
 ]
 SAMPLING = SamplingRequest(group_size=4, temperature=1.0, max_tokens=24, seed=1, expert_choices=True)
-SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_tokens": None, "tell_experts": True}
+SETTINGS: dict[str, Any] = {"max_model_len": 128, "max_num_seqs": 8, "kv_cache_tokens": None, "return_experts": True}
 
 
 def _marks(name: str) -> list[pytest.MarkDecorator]:

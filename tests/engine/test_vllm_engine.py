@@ -326,17 +326,20 @@ def rank_after_close(session: RankSession, folder: Path) -> dict[str, Any]:
     torch.manual_seed(1)
     expected = float(torch.rand(()))
     torch.manual_seed(1)
-    engine = VllmEngine(folder, dtype="fp32", tp=1, seed=0, **SETTINGS)
+    settings = VllmSettings(folder, dtype="fp32", tp=1, seed=0, args={"disable_cascade_attn": True}, **SETTINGS)
+    engine = VllmEngine(settings)
     drawn = float(torch.rand(()))
     with pytest.raises(RuntimeError, match="before the weights are complete"):
         engine.generate(PROMPTS, SAMPLING)
+    engine_args = engine._llm.vllm_config.model_config.disable_cascade_attn
     engine.close()
     session.engine, session.opened = None, None
     del engine
     total = torch.tensor([session.rank + 1.0])
     dist.all_reduce(total)
     return {
-        "version before": drawn == expected,
+        "engine.args": engine_args,
+        "generators": drawn == expected,
         "set_num_threads": torch.set_num_threads is set_num_threads,
         "environment": environment == {k: os.environ.get(k) for k in ("RANK", "LOCAL_RANK")},
         "default group": float(total),
@@ -354,9 +357,13 @@ def test_no_shared_memory_outlives_a_killed_job(world: EngineRanks, models: dict
         assert all(name.endswith("(deleted)") for name in mapped)
 
 
-def test_the_process_is_as_before_once_the_engine_is_closed(world: EngineRanks, models: dict[str, Path]) -> None:
+def test_an_engine_receives_engine_args_and_leaves_its_process_unchanged_when_it_is_closed(
+    world: EngineRanks, models: dict[str, Path]
+) -> None:
     for seen in world.call(rank_after_close, models["qwen3"]):
-        assert seen == {"version before": True, "set_num_threads": True, "environment": True, "default group": 3.0}
+        assert seen == {
+            "engine.args": True, "generators": True, "set_num_threads": True, "environment": True, "default group": 3.0,
+        }  # fmt: skip
 
 
 def test_missing_vllm_says_what_to_install(models: dict[str, Path]) -> None:
@@ -398,7 +405,7 @@ def test_head_size_that_the_cpu_kernels_lack_is_refused_before_the_engine_starts
 
 def refused_start(session: RankSession, folder: Path) -> str:
     with pytest.raises(UserError) as caught:
-        VllmEngine(folder, dtype="fp32", tp=1, seed=0, **SETTINGS)
+        VllmEngine(VllmSettings(folder, dtype="fp32", tp=1, seed=0, **SETTINGS))
     return str(caught.value)
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from grpo_mega.config.policy_sections import ParallelConfig
-from grpo_mega.engines.vllm.fp8 import Requantisation
 from grpo_mega.engines.vllm.regions import declare_regions
 from grpo_mega.engines.vllm.sink import VllmSink
 from grpo_mega.engines.weights.loader_recording import CannotRecordError
@@ -22,12 +21,9 @@ from grpo_mega.models.digest import slice_digest
 from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout
 from grpo_mega.types import UserError
 from tests.helpers.fp8_models import (
-    bf16_weights,
     build_fp8,
-    build_quantising,
     fp8_tensors_of,
     fp8_weights,
-    kernels_of_cuda,
     make_fp8_model,
     record_fp8,
 )
@@ -174,46 +170,6 @@ def test_a_flipped_bit_of_a_code_or_a_scale_and_an_absorbed_copy_of_older_scales
     assert said["scale"] is False
     assert "elements of W_" in said["absorbed"]["model.layers.0.self_attn.kv_b_proj.weight"]
     assert said["rebuilt"] == {}
-
-
-def requantised(folder: Path) -> dict[str, Any]:
-    """An engine that quantises whole tensors itself, after two updates."""
-    model, config, records = build_quantising(folder)
-    seen: dict[str, Any] = {"record": records[-1], "apart": [], "wrong": [], "addresses": []}
-    with kernels_of_cuda():
-        sink = VllmSink(model, records[-1], no_caches, Requantisation(model, config))
-        for seed in (1, 2):
-            sink.begin_update()
-            for name, values in bf16_weights(folder, seed).items():
-                sink.load(name, values)
-            sink.end_update(seed)
-            coded, parameters = fp8_weights(folder, seed), dict(model.named_parameters())
-            for name in [name for name in coded if name in parameters]:
-                different = bits(coded[name]) != bits(parameters[name])
-                if parameters[name].itemsize == 1:
-                    seen["apart"].append(float(different.float().mean()))
-                elif bool(different.any()):
-                    seen["wrong"].append(name)
-            seen["addresses"].append([p.data_ptr() for p in parameters.values()])
-    seen |= {"streams": sink.streaming_reason, "layout": len(sink.layout()), "stale": sink.probe()}
-    seen |= {"compared": len(seen["apart"]), "version": sink.policy_version}
-    return seen
-
-
-@pytest.mark.parametrize(("family", "projections"), [("qwen3", 4), ("qwen3_moe", 4)])
-def test_an_engine_that_quantises_itself_does_so_anew_at_every_update_where_its_graphs_point_to(
-    recorder: ProcessPoolExecutor, tmp_path: Path, family: str, projections: int
-) -> None:
-    """Of two layers the matrices that vLLM does not fuse; it multiplies by reciprocals, so that a few codes differ."""
-    seen = run(recorder, requantised, make_fp8_model(tmp_path, family))
-    assert seen["record"] == seen["streams"] == "engine.fp8=own_loader: the engine quantises whole tensors itself"
-    assert seen["layout"] == 0
-    assert seen["wrong"] == []
-    assert seen["compared"] >= projections
-    assert max(seen["apart"]) < 0.002
-    assert seen["addresses"][0] == seen["addresses"][1]
-    assert seen["stale"] == {}
-    assert seen["version"] == 2
 
 
 class MarlinFP8ScaledMMLinearKernel:

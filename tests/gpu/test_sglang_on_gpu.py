@@ -54,12 +54,15 @@ def take_device(session: RankSession) -> None:
 
 
 def start(session: RankSession, folder: Path, tp: int, ep: int) -> None:
+    from grpo_mega.engines.sglang.arguments import SglangSettings
     from grpo_mega.engines.sglang.engine import SglangEngine
 
     if session.engine is not None:
         session.engine.close()
     session.engine = SglangEngine(
-        folder, dtype="bf16", tp=tp, ep=ep, max_model_len=96, max_num_seqs=48, kv_cache_tokens=None, seed=0
+        SglangSettings(
+            folder, dtype="bf16", tp=tp, ep=ep, max_model_len=96, max_num_seqs=48, kv_cache_tokens=None, seed=0
+        )
     )
 
 
@@ -76,7 +79,7 @@ def push_bf16(session: RankSession, folder: Path, version: int, spoil: bool = Fa
         sent[hf] = slice_digest(values, hf)
         sink.write(hf, values)
     if spoil:
-        session.engine._door._staging.memory[session.engine._door._noted[-1][2] + 1] ^= 4
+        session.engine._client._staging.memory[session.engine._client._noted[-1][2] + 1] ^= 4
     sink.end_update(version)
     assert sink.probe() == {}
     held = zip(sent, sink.digests(list(sent)), strict=True)

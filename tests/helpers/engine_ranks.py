@@ -115,7 +115,9 @@ def _serve(connection: Connection, rank: int, world: int, store: str) -> None:
 
 
 def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: dict[str, Any]) -> None:
+    from grpo_mega.engines.sglang.arguments import SglangSettings
     from grpo_mega.engines.sglang.engine import SglangEngine
+    from grpo_mega.engines.vllm.arguments import VllmSettings
     from grpo_mega.engines.vllm.engine import VllmEngine
     from tests.helpers.servers import open_served
 
@@ -126,7 +128,8 @@ def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: 
         session.engine, session.opened = None, None
         if kind == "server":
             session.engine, session.kept["served"] = open_served(config_dir, **settings)
+        elif kind == "vllm":
+            session.engine = VllmEngine(VllmSettings(config_dir, dtype="fp32", tp=tp, seed=0, **settings))
         else:
-            engine: Any = {"vllm": VllmEngine, "sglang": SglangEngine}[kind]
-            session.engine = engine(config_dir, dtype="fp32", tp=tp, seed=0, **settings)
+            session.engine = SglangEngine(SglangSettings(config_dir, dtype="fp32", tp=tp, seed=0, **settings))
         session.opened = wanted

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -164,43 +163,3 @@ def build_fp8(
     ):
         (record,) = record_fp8(folder, tp, [rank], spread)
     return built[0], record
-
-
-def build_quantising(folder: Path) -> tuple[nn.Module, Any, list[Any]]:
-    """VLLM's model that quantises bf16 tensors when it loads them, as its loader RECORDING leaves it; vLLM's config of
-    it, and what was recorded."""
-    from vllm.config import get_current_vllm_config
-    from vllm.config.load import LoadConfig
-    from vllm.engine import arg_utils
-    from vllm.model_executor.model_loader import get_model_loader
-    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
-    from vllm.model_executor.model_loader.utils import process_weights_after_loading
-
-    from grpo_mega.engines.vllm import offline
-    from grpo_mega.engines.vllm.arguments import checkpoint_tensors
-    from grpo_mega.engines.vllm.fp8 import OWN_LOADER, fp8_arguments
-    from grpo_mega.engines.vllm.record import RECORDING, recording_load_format
-
-    spec = read_spec(folder)
-    tensors = checkpoint_tensors(spec, torch.bfloat16)
-    records = recording_load_format(tensors, None, OWN_LOADER)
-    built: list[Any] = []
-
-    def keep(model: Any, tensors: Any) -> LoaderRecord:
-        config = get_current_vllm_config().model_config
-        get_model_loader(LoadConfig(load_format=RECORDING)).load_weights(model, config)
-        finalize_layerwise_processing(model, config)
-        process_weights_after_loading(model, config, torch.device("cpu"))
-        built.extend([model, config])
-        return LoaderRecord({}, {})
-
-    arguments = functools.partial(arg_utils.EngineArgs, **fp8_arguments("own_loader", spec))
-    with (
-        kernels_of_cuda(),
-        _without_amx(),
-        mock.patch.object(offline, "record_vllm", keep),
-        mock.patch.object(offline, "_FloatsOnMeta", mock.MagicMock),
-        mock.patch.object(arg_utils, "EngineArgs", arguments),
-    ):
-        offline.record_ranks(folder, tensors, dtype="bf16", tp=1, ranks=[0])
-    return built[0], built[1], records

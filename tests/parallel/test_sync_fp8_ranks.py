@@ -191,9 +191,9 @@ def test_engines_hold_the_gathered_weights_quantised_afterwards_at_each_version(
         assert 0 < first.received_bytes == seen["received"] < first.written_bytes
 
 
-def stream(rank: int, case: Case, fp8: str) -> tuple[int, list[str], dict[str, torch.dtype]]:
+def stream(rank: int, case: Case) -> tuple[int, list[str], dict[str, torch.dtype]]:
     """Pushes, what the engine does not hold after them, and what it was given."""
-    policy, sink, sync = open_ends(rank, case, fp8, streaming_reason="its loader computes")
+    policy, sink, sync = open_ends(rank, case, streaming_reason="its loader computes")
     sync.push(1, verify=True)
     return sync.count, sink.differing(quantised_after(policy, case)), sink.loaded
 
@@ -201,18 +201,9 @@ def stream(rank: int, case: Case, fp8: str) -> tuple[int, list[str], dict[str, t
 def test_an_engine_that_is_streamed_to_is_given_the_same_codes_and_scales(
     rank_pool: RankPool, cases: dict[str, Case]
 ) -> None:
-    for count, wrong, loaded in rank_pool.call(WORLD, stream, cases["qwen3"], "scales"):
+    for count, wrong, loaded in rank_pool.call(WORLD, stream, cases["qwen3"]):
         assert (count, wrong) == (1, [])
         assert list(loaded) == list(cases["qwen3"].tensors)
-
-
-def test_an_engine_that_quantises_itself_is_given_every_tensor_whole_in_bf16(
-    rank_pool: RankPool, cases: dict[str, Case]
-) -> None:
-    names = [name for name in cases["qwen3"].tensors if not name.endswith("_scale_inv")]
-    for count, _, loaded in rank_pool.call(WORLD, stream, cases["qwen3"], "own_loader"):
-        assert count == 1
-        assert loaded == dict.fromkeys(names, torch.bfloat16)
 
 
 def messages(rank: int, case: Case) -> list[str]:

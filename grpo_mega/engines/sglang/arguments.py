@@ -1,22 +1,24 @@
-"""How SGLang is started: the arguments of its Engine and the environment of its processes, without CUDA and with it.
+"""Arguments of SGLang's Engine and the environment of its processes, with and without CUDA.
 
-What differs on CUDA, of SGLang 0.5.23 (paths inside sglang/srt; read, not run: nothing here has been run on a GPU):
-- `enable_memory_saver`: weights and KV cache lie in memory of torch_memory_saver, which `release` gives back and
-  `resume` takes again at the same addresses (managers/scheduler_components/weight_updater.py:337-420), so CUDA graphs
-  stay valid. What was released comes back undefined: buffers are put back by SGLang (there, :478), parameters by the
-  next sync.
-- The MoE runner is `triton`, the one that reads experts as they are loaded: flashinfer_trtllm packs them into blocks
-  (layers/quantization/unquant.py:976, the default of some models on Blackwell: arg_groups/overrides.py:823), and
-  SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED (unquant.py:936) would mix the rows of gate and up. Linears, embeddings and heads
-  in bf16 have no step after loading on CUDA (unquant.py:568); should one rewrite a parameter after all, the digests
-  of the first sync differ, and one that is put elsewhere is named.
-- Attention is SGLang's choice for the GPU; it has no weights of its own.
-- The KV cache is `kv_cache_tokens`, else what the share of the device that vLLM gets leaves beside the weights.
+Differences on CUDA, in SGLang 0.5.23 (paths are inside sglang/srt). They come from reading the source; nothing here has
+been run on a GPU.
+- `enable_memory_saver`: weights and KV cache are allocated by torch_memory_saver. `release` frees the memory and
+  `resume` allocates it again at the same addresses (managers/scheduler_components/weight_updater.py:337-420), so CUDA
+  graphs stay valid. Released memory comes back undefined. SGLang restores buffers (there, :478); parameters are written
+  by the next sync.
+- The MoE runner is `triton`, which reads experts as they are loaded. flashinfer_trtllm packs them into blocks
+  (layers/quantization/unquant.py:976; the default of some models on Blackwell: arg_groups/overrides.py:823), and
+  SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED (unquant.py:936) would interleave the rows of gate and up. Linear layers,
+  embeddings and heads in bf16 have no step after loading on CUDA (unquant.py:568). If one rewrites a parameter anyway,
+  the digests of the first sync differ; a parameter that moves is reported by name.
+- SGLang chooses the attention backend for the GPU; attention has no weights of its own.
+- The KV cache holds `kv_cache_tokens`, or else what is left of the engine's memory share (the same as for vLLM) beside
+  the weights.
 
-Same seed, same tokens: tokens are drawn from the generators that each call seeds (sampling_backend pytorch), and all
-requests of a call arrive together, so that the same requests share the same steps. SGLang promises equal results only
-for equal steps: not across releases, GPUs, engine.tp, or other batches of the same prompts (that is its
-enable_deterministic_inference, which fixes the order of its kernels' sums at the price of speed; it is off).
+Same seed, same tokens: each call seeds the generators that tokens are drawn from (sampling_backend pytorch). All
+requests of a call arrive together, so the same requests share the same steps. SGLang guarantees equal results only for
+equal steps: not across releases, GPUs, engine.tp, or other batches of the same prompts. Its
+enable_deterministic_inference, which fixes the order of sums in the kernels at the price of speed, is off.
 Asserted by tests/unit/engines/sglang/test_engine.py.
 """
 
@@ -25,102 +27,151 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import grpo_mega
+from grpo_mega.config.schema import Config
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
 from grpo_mega.models.kv_cache import BATCHED_TOKENS, CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.types import UserError
 
-_LONGEST_TMPDIR = 70  # of 107 characters that the path of a socket may have
+STAGING_BYTES = 16 * 2**20  # in addition to the buckets of a sync; a larger buffer is not faster
+_LONGEST_TMPDIR = 70  # the path of a Unix socket may have 107 characters
 _NEEDED_ON_CUDA = ("sgl_kernel", "torch_memory_saver", "triton")
-# Where this rank is, which an engine of its own must not take for where it is itself.
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "SLURM_", "TORCH_NCCL_")
-_OF_CPU = ("SGLANG_USE_CPU_ENGINE", "SGLANG_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE")
-_ON_CUDA = {
-    "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "0",  # see above
-    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # stages of the policy leave different amounts of their GPUs free
+# Variables that describe the training rank; an engine process must not take them for its own.
+_RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "MASTER_",
+    "TORCHELASTIC_",
+    "SLURM_",
+    "TORCH_NCCL_",
+)
+_CPU_VARIABLES = ("SGLANG_USE_CPU_ENGINE", "SGLANG_CPU_OMP_THREADS_BIND", "TORCHDYNAMO_DISABLE")
+_CUDA_ENVIRONMENT = {
+    "SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED": "0",  # see the module docstring
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # stages of the policy leave different amounts free
 }
 
 
 @dataclass(frozen=True)
 class SglangSettings:
-    """How one engine is built; as `SglangEngine`. `port`: for its own processes to meet."""
+    """Settings of one replica: tp ranks with one set of weights."""
 
     config_dir: Path
+    """Hugging Face folder with config.json and the tokenizer; its weights are not read."""
     dtype: Literal["fp32", "bf16"]
     tp: int
-    ep: int
+    """Ranks of one replica."""
     max_model_len: int
+    """Longest prompt plus completion, in tokens."""
     max_num_seqs: int
+    """Rollouts that are sampled at the same time."""
     kv_cache_tokens: int | None
+    """Capacity of the KV cache; None: `max_num_seqs` rollouts of `max_model_len` tokens (on CUDA: what is left of the
+    engine's memory share)."""
     seed: int
-    stops_at_texts: bool
-    tell_experts: bool
-    port: int
+    """Of SGLang's dummy weights; each request has its own seed."""
+    ep: int = 1
+    """1: every expert is split over the tp ranks; tp: each expert is whole on one rank. Without CUDA such an engine
+    receives and verifies weights, but cannot sample."""
+    stop_texts: bool = False
+    """Support requests with `stop`, for which SGLang reads the tokenizer."""
+    return_experts: bool = False
+    """Return which experts each token is routed to, for requests with `expert_choices`."""
+    timeout_seconds: float = 600.0
+    """Limit for every answer of SGLang's processes except sampling."""
+    staging_bytes: int = STAGING_BYTES
+    """Size of the buffer through which a rank writes into SGLang's memory."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """`engine.args`: further arguments of SGLang's `ServerArgs`, checked by engines/pass_through.py."""
+
+    @classmethod
+    def from_config(cls, config: Config, model_folder: Path) -> SglangSettings:
+        """Return the settings of the replica that the config asks for."""
+        return cls(
+            model_folder,
+            dtype=config.precision.dtype,
+            tp=config.engine.tp,
+            max_model_len=config.longest_rollout,
+            max_num_seqs=config.engine.max_num_seqs,
+            kv_cache_tokens=config.engine.kv_cache_tokens,
+            seed=config.run.seed,
+            ep=config.engine.ep,
+            stop_texts=config.environment is not None,
+            return_experts=config.algorithm.routing_replay,
+            timeout_seconds=config.guard.timeout_seconds,
+            staging_bytes=min(config.weight_sync.bucket_bytes, STAGING_BYTES),
+            args=config.engine.args,
+        )
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Bytes of a device: those that nobody has now, and all."""
+    """Memory of a device in bytes."""
 
     free: int
     total: int
 
 
-def engine_arguments(settings: SglangSettings, memory: GpuMemory | None) -> dict[str, Any]:
-    """Of SGLang's Engine.
+def engine_arguments(settings: SglangSettings, memory: GpuMemory | None, port: int) -> dict[str, Any]:
+    """Return the keyword arguments of SGLang's Engine.
 
     Args:
-        settings: see there.
-        memory: of the engine's fullest GPU; None without CUDA.
+        settings: of the replica.
+        memory: of the replica's fullest GPU; None without CUDA.
+        port: a free port, where SGLang's own processes rendezvous.
 
     Raises:
-        UserError: the KV cache does not hold a rollout, a GPU has no room for the engine, or it cannot compute like
-            that on this machine.
+        UserError: the KV cache does not hold one rollout, a GPU does not have enough free memory, or SGLang does not
+            support the dtype on this machine.
     """
     arguments: dict[str, Any] = {
         "model_path": str(settings.config_dir),
         "load_format": "dummy",  # the first sync brings the weights
         "custom_weight_loader": [LOADER],
         "dtype": {"fp32": "float32", "bf16": "bfloat16"}[settings.dtype],
-        "skip_tokenizer_init": not settings.stops_at_texts,
+        "skip_tokenizer_init": not settings.stop_texts,
         "tp_size": settings.tp,
         "ep_size": settings.ep,
-        "nccl_port": settings.port,
+        "nccl_port": port,
         "context_length": settings.max_model_len + CACHE_FORMATS["sglang"].spare_tokens,
         "max_running_requests": settings.max_num_seqs,
         "random_seed": settings.seed,
-        "enable_return_routed_experts": settings.tell_experts,
+        "enable_return_routed_experts": settings.return_experts,
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
-        "sampling_defaults": "openai",  # ignore the model's own
-        "disable_overlap_schedule": True,  # the next step would start before the last one's tokens are known
+        "sampling_defaults": "openai",  # ignore the model's own sampling defaults
+        "disable_overlap_schedule": True,  # with overlap a step starts before the tokens of the last one are known
         "chunked_prefill_size": BATCHED_TOKENS,
-        "sleep_on_idle": True,  # an idle scheduler would take the interpreter away from its door
-        "stream_interval": 1 << 30,  # an answer is sent when it is complete
+        "sleep_on_idle": True,  # a busy-waiting scheduler would block the thread of its weight server
+        "stream_interval": 1 << 30,  # send each result once, when it is complete
         "log_level": "error",
     }
-    return arguments | (_on_cpu(settings) if memory is None else _on_cuda(settings, memory))
+    machine = _cpu_arguments(settings) if memory is None else _cuda_arguments(settings, memory)
+    return arguments | machine | settings.args
 
 
-def _on_cpu(settings: SglangSettings) -> dict[str, Any]:
+def _cpu_arguments(settings: SglangSettings) -> dict[str, Any]:
     return {
         "device": "cpu",
         "attention_backend": "torch_native",
         "disable_cuda_graph": True,
-        "mem_fraction_static": 0.1,  # of host memory, for nothing: max_total_tokens says how much
+        "mem_fraction_static": 0.1,  # of host memory, without effect: max_total_tokens decides
         "max_total_tokens": cached_tokens(settings.kv_cache_tokens, settings.max_num_seqs, settings.max_model_len),
     }
 
 
-def _on_cuda(settings: SglangSettings, memory: GpuMemory) -> dict[str, Any]:
+def _cuda_arguments(settings: SglangSettings, memory: GpuMemory) -> dict[str, Any]:
     if settings.dtype == "fp32":
         raise UserError(
-            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits",
+            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention kernels for CUDA compute in 16 bits",
             remedy="use precision.dtype=bf16, or engine.kind=vllm",
         )
     arguments = {
@@ -137,18 +188,20 @@ def _on_cuda(settings: SglangSettings, memory: GpuMemory) -> dict[str, Any]:
 
 
 def static_fraction(memory: GpuMemory) -> float:
-    """mem_fraction_static: SGLang takes it of what is free at its start (mem_cache/kv_cache_configurator.py:3007), here
-    it is a share of the device, as the planner and vLLM understand it.
+    """Return `mem_fraction_static` for the memory share of the engine.
+
+    SGLang applies the fraction to the memory that is free at its start (mem_cache/kv_cache_configurator.py:3007). The
+    engine's share is a share of the whole device, as for vLLM and the planner.
 
     Raises:
-        UserError: so much is not free.
+        UserError: less memory is free than the engine's share.
     """
     wanted = CUDA_MEMORY_SHARE * memory.total
     if wanted >= memory.free:
         raise UserError(
-            f"engine.kind=sglang: {memory.free / 2**30:.1f} GiB of a GPU are free at the start of the engine, and it "
-            f"takes {CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB",
-            remedy="cut the policy over more ranks (parallel.tp, parallel.pp), or end what else is on the GPU",
+            f"engine.kind=sglang: {memory.free / 2**30:.1f} GiB of a GPU are free when the engine starts, and it needs "
+            f"{CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB",
+            remedy="split the policy over more ranks (parallel.tp, parallel.pp), or end other processes on the GPU",
         )
     return round(wanted / memory.free, 4)
 
@@ -165,26 +218,26 @@ def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len:
 def process_environment(
     present: Mapping[str, str], answers: Path, tp: int, gpus: Sequence[str] | None
 ) -> dict[str, str]:
-    """Of SGLang's processes.
+    """Return the environment of SGLang's processes.
 
     Args:
-        present: of the rank that starts them.
-        answers: the folder through which its schedulers answer.
-        tp: of its ranks.
-        gpus: of its ranks, in their order, as CUDA_VISIBLE_DEVICES names them; None without CUDA.
+        present: the environment of the rank that starts them.
+        answers: the folder through which the schedulers answer.
+        tp: number of ranks of the replica.
+        gpus: the GPUs of the ranks, in order, as CUDA_VISIBLE_DEVICES names them; None without CUDA.
     """
-    left_out = _OF_RANKS if gpus is None else (*_OF_RANKS, *_OF_CPU)
-    kept = {key: value for key, value in present.items() if not key.startswith(left_out)}
+    removed = _RANK_VARIABLES if gpus is None else (*_RANK_VARIABLES, *_CPU_VARIABLES)
+    kept = {key: value for key, value in present.items() if not key.startswith(removed)}
     root = str(Path(grpo_mega.__file__).parents[1])
     machine = (
         {**ENVIRONMENT, "SGLANG_CPU_OMP_THREADS_BIND": threads_of(tp)}
         if gpus is None
-        else {**_ON_CUDA, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        else {**_CUDA_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     )
     return {
         **kept,
         **machine,
-        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # a few positions more than the model has, none of them used
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",  # by the spare positions, which stay unused
         "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", "1"),
         "HF_HUB_OFFLINE": kept.get("HF_HUB_OFFLINE", "1"),
         "PYTHONPATH": root + (f":{kept['PYTHONPATH']}" if kept.get("PYTHONPATH") else ""),
@@ -193,16 +246,17 @@ def process_environment(
 
 
 def visible_gpu(present: Mapping[str, str], index: int) -> str:
-    """What CUDA_VISIBLE_DEVICES calls device `index` of a process with this environment."""
+    """Return the name of device `index` for CUDA_VISIBLE_DEVICES, given the environment of this process."""
     names = [name.strip() for name in present.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return names[index] if names else str(index)
 
 
 def check_sglang(*, on_cuda: bool) -> None:
-    """Is there a SGLang that this adapter can drive?
+    """Check that SGLang can be started on this machine.
 
     Raises:
-        UserError: it, or what it needs on CUDA, is not installed; or the temporary folder is nowhere to meet.
+        UserError: SGLang, or a package that it needs on CUDA, is not installed, or the path of the temporary folder is
+            too long for Unix sockets.
     """
     needed = ("sglang", *_NEEDED_ON_CUDA) if on_cuda else ("sglang",)
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
@@ -213,16 +267,20 @@ def check_sglang(*, on_cuda: bool) -> None:
         )
     if len(tempfile.gettempdir()) > _LONGEST_TMPDIR:
         raise UserError(
-            f"TMPDIR={tempfile.gettempdir()}: SGLang's processes have sockets there, whose paths cannot be that long",
-            remedy=f"set it to a folder of at most {_LONGEST_TMPDIR} characters",
+            f"TMPDIR={tempfile.gettempdir()}: the path is too long for the Unix sockets of SGLang's processes",
+            remedy=f"set it to a folder whose path has at most {_LONGEST_TMPDIR} characters",
         )
 
 
 def check_one_machine(machines: Sequence[str], tp: int) -> None:
-    """Raises UserError: the ranks of an engine, whose machines these are, are not on one."""
+    """Check that the ranks of a replica, which run on `machines`, are on one machine.
+
+    Raises:
+        UserError: they are on several.
+    """
     if len(set(machines)) > 1:
         raise UserError(
-            f"engine.tp={tp}: the ranks of an engine are on {len(set(machines))} machines, and SGLang's processes are "
-            "on one",
-            remedy="use an engine.tp that divides the ranks of a machine",
+            f"engine.tp={tp}: the ranks of a replica are on {len(set(machines))} machines, and engine.kind=sglang "
+            "supports only one",
+            remedy="use an engine.tp that divides the number of ranks per machine",
         )

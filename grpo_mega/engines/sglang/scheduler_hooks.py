@@ -36,7 +36,7 @@ LOADER = f"{__name__}.serve"
 class SharedModel:
     """The door of one scheduler process, and the record of its model's loader; or why there is none."""
 
-    door: WeightServerAddress | None
+    address: WeightServerAddress | None
     record: LoaderRecord | str
 
 

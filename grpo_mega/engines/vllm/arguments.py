@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from grpo_mega.engines.vllm.fp8 import Fp8Weights, fp8_arguments, fp8_checkpoint_tensors
+from grpo_mega.config.schema import Config
+from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors
 from grpo_mega.engines.vllm.record import RECORDING
 from grpo_mega.models.kv_cache import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
@@ -16,34 +17,55 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
 BLOCK_TOKENS = CACHE_FORMATS["vllm"].block_tokens
-
-
-_EXPERT_MULTIPLE = 32  # rows and columns, in cpu_moe.py
-
-
+_EXPERT_MULTIPLE = 32  # rows and columns of an expert, in cpu_moe.py
 _CPU_LATENT = (512, 64)  # kv_lora_rank and qk_rope_head_dim, in csrc/cpu/mla_decode.cpp
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How one replica is built. Sizes in tokens and sequences; `kv_cache_tokens` None: what `max_num_seqs` rollouts of
-    `max_model_len` tokens need (on CUDA: a share of the device)."""
+    """Settings of one replica: tp * dp ranks with one set of weights. Sizes are per copy of the attention."""
 
     config_dir: Path
+    """Hugging Face folder with config.json and the tokenizer; its weights are not read."""
     dtype: Literal["fp32", "bf16"]
     tp: int
+    """Ranks that split one copy of the attention."""
     max_model_len: int
+    """Longest prompt plus completion, in tokens."""
     max_num_seqs: int
+    """Rollouts that are sampled at the same time."""
     kv_cache_tokens: int | None
+    """Capacity of the KV cache; None: `max_num_seqs` rollouts of `max_model_len` tokens (on CUDA: what is left of the
+    engine's memory share)."""
     seed: int
     dp: int = 1
-    """Copies of the attention: the replica has tp * dp ranks, and the sizes are of each copy."""
-    experts_spread: bool = False
-    """Experts are whole on one rank each, not cut over all."""
-    tell_experts: bool = False
-    """Take down which experts each token is sent to."""
-    fp8: Fp8Weights | None = None
-    """Hold matrices as FP8 codes and scales: those that a sync brings, or of the loader's making."""
+    """Data-parallel copies of the attention; they share the experts."""
+    ep: int = 1
+    """1: every expert is split over the tp * dp ranks; tp * dp: each expert is whole on one rank."""
+    return_experts: bool = False
+    """Record which experts each token is routed to, for requests with `expert_choices`."""
+    fp8: bool = False
+    """Hold matrices as FP8 values with a scale per 128 x 128 block; a sync brings both."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """`engine.args`: further arguments of vLLM's `EngineArgs`, checked by engines/pass_through.py."""
+
+    @classmethod
+    def from_config(cls, config: Config, model_folder: Path) -> VllmSettings:
+        """Return the settings of the replica that the config asks for."""
+        return cls(
+            model_folder,
+            dtype=config.precision.dtype,
+            tp=config.engine.tp,
+            max_model_len=config.longest_rollout,
+            max_num_seqs=config.engine.max_num_seqs,
+            kv_cache_tokens=config.engine.kv_cache_tokens,
+            seed=config.run.seed,
+            dp=config.engine.dp,
+            ep=config.engine.ep,
+            return_experts=config.algorithm.routing_replay,
+            fp8=config.engine.fp8 is not None,
+            args=config.engine.args,
+        )
 
 
 def kv_cache_size(settings: VllmSettings) -> KvCacheSize:
@@ -61,38 +83,46 @@ def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
 
 
 def check_cpu_head(spec: ModelSpec) -> None:
-    """Refuse what would fail only at the first token, deep inside the kernels."""
+    """Check the size of an attention head, which the CPU kernels would reject only at the first token.
+
+    Raises:
+        UserError: vLLM has no CPU kernel for this size.
+    """
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     if spec.mla is not None:
         if (spec.mla.kv_rank, spec.mla.rope_dim) != _CPU_LATENT:
             raise UserError(
                 f"model.path: kv_lora_rank={spec.mla.kv_rank}, qk_rope_head_dim={spec.mla.rope_dim} of config.json: "
-                f"vLLM's latent attention on CPU takes {_CPU_LATENT[0]} and {_CPU_LATENT[1]}",
-                remedy="use these",
+                f"vLLM's latent attention on CPU supports only {_CPU_LATENT[0]} and {_CPU_LATENT[1]}",
+                remedy="use a model with these sizes, or GPUs",
             )
         return
     head_dim = spec.head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if head_dim not in sizes:
         raise UserError(
-            f"model.path: head_dim={head_dim} of config.json: vLLM's attention on CPU takes heads of "
+            f"model.path: head_dim={head_dim} of config.json: vLLM's attention on CPU supports only "
             f"{', '.join(map(str, sizes))}",
-            remedy="use one of them",
+            remedy="use a model with one of these sizes, or GPUs",
         )
 
 
 def check_cpu_experts(settings: VllmSettings, spec: ModelSpec) -> None:
-    """Refuse what the kernel would pad: then the weights are not where the loader put them."""
-    ways = 1 if settings.experts_spread else settings.tp * settings.dp
+    """Check that the CPU kernel does not pad the experts: padding moves weights away from where they are loaded.
+
+    Raises:
+        UserError: rows or columns of an expert on one rank are not a multiple of 32.
+    """
+    ways = 1 if settings.ep > 1 else settings.tp * settings.dp
     if spec.moe is None:
         return
     if spec.moe.expert_ffn_size % (ways * _EXPERT_MULTIPLE) or spec.hidden_size % _EXPERT_MULTIPLE:
         ranks = settings.tp * settings.dp
         raise UserError(
-            f"engine.tp={settings.tp}, engine.dp={settings.dp}, engine.ep={ranks // ways}: vLLM's kernel on CPU takes "
-            f"experts whose rows on a rank are a multiple of {_EXPERT_MULTIPLE}, here {spec.moe.expert_ffn_size} / "
-            f"{ways}",
+            f"engine.tp={settings.tp}, engine.dp={settings.dp}, engine.ep={ranks // ways}: vLLM's CPU kernel needs "
+            f"experts whose rows on each rank are a multiple of {_EXPERT_MULTIPLE}, and the model has "
+            f"{spec.moe.expert_ffn_size} / {ways}",
             remedy=f"use engine.ep={ranks} or fewer ranks",
         )
 
@@ -100,7 +130,13 @@ def check_cpu_experts(settings: VllmSettings, spec: ModelSpec) -> None:
 def checkpoint_tensors(
     spec: ModelSpec, dtype: torch.dtype, *, fp8: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Name -> shape and dtype of every tensor that a sync brings. `fp8`: matrices as codes and scales."""
+    """Return name -> (shape, dtype) of every tensor that a weight sync brings.
+
+    Args:
+        spec: the model.
+        dtype: of the engine; parameters that families keep in float32 stay float32.
+        fp8: list matrices as FP8 values and scales.
+    """
     plain = {name: (shape, torch.float32 if keeps_float32(name) else dtype) for name, shape in hf_shapes(spec).items()}
     return fp8_checkpoint_tensors(plain) if fp8 else plain
 
@@ -117,7 +153,7 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
         "distributed_executor_backend": "external_launcher",
         "tensor_parallel_size": settings.tp,
         "data_parallel_size": settings.dp,
-        "enable_expert_parallel": settings.experts_spread,
+        "enable_expert_parallel": settings.ep > 1,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
         "max_num_batched_tokens": kv_cache_size(settings).batched_tokens,
@@ -126,8 +162,8 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
         "disable_log_stats": True,
         "seed": settings.seed,
     }
-    if settings.fp8 is not None:
-        arguments |= fp8_arguments(settings.fp8, spec)
+    if settings.fp8:
+        arguments |= fp8_arguments(spec)
     on_cuda = torch.cuda.is_available()
     if settings.kv_cache_tokens is not None or not on_cuda:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)
@@ -135,6 +171,6 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
         arguments |= {"gpu_memory_utilization": CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
     else:
         arguments["enforce_eager"] = True
-        if spec.mla is not None:  # with AMX vLLM would take a kernel that reads packed copies of its own
+        if spec.mla is not None:  # with AMX vLLM would choose a kernel that reads packed copies of the weights
             arguments["attention_backend"] = "CPU_MLA"
-    return arguments
+    return arguments | settings.args

@@ -1,11 +1,12 @@
-"""The vLLM engine inside the training process: sampling, residency, end.
+"""The vLLM engine inside the training process: sampling, sleep and wake, shutdown.
 
-Every rank of the world constructs it together after torch.distributed. Ranks [r * tp * dp, (r + 1) * tp * dp) are
-replica r; each run of tp of them makes the same calls in the same order. With dp > 1 these runs share the experts, so
-they call `generate` together, each with prompts of its own or none, and step together: one that is done takes part with
-dummy batches until all are. Whether any goes on is agreed at every step (vLLM's `has_unfinished_requests`).
-Sampling reads only the global generators, seeded from the request and put back afterwards, so the same seed and prompts
-give the same tokens; the prefix cache is empty at the start of each call.
+All ranks of the world construct it together, after torch.distributed is initialized. Ranks [r * tp * dp,
+(r + 1) * tp * dp) are replica r. Each group of tp consecutive ranks holds one copy of the attention, and its ranks make
+the same calls in the same order. With dp > 1 the copies share the experts. They then call `generate` together, each
+with its own prompts or none, and step together: a copy that has finished runs dummy batches until all have. vLLM's
+`has_unfinished_requests` agrees on this at every step.
+Sampling reads only the global random generators. They are seeded from the request and restored afterwards, so the same
+seed and prompts give the same tokens. The prefix cache is empty at the start of each call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +23,6 @@ import torch
 
 from grpo_mega.engines.request_checks import check_lengths, eos_ids, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
-from grpo_mega.engines.vllm.fp8 import Fp8Weights, Requantisation
 from grpo_mega.engines.vllm.lifecycle import keep_generators, start, stop
 from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm.sink import VllmSink
@@ -38,65 +37,36 @@ _STOP_REASONS: dict[str, StopReason] = {"stop": "eos", "length": "length"}
 
 
 class VllmEngine:
-    """`Engine` with the real vLLM in this process. Starts awake with dummy weights: sync before the first `generate`.
-
-    Args:
-        config_dir: Hugging Face folder with config.json and the tokenizer; its weights are not read.
-        tp: ranks over which one copy of the attention is cut.
-        dp: copies of the attention in a replica; they share its experts.
-        max_model_len: longest prompt plus completion, tokens.
-        max_num_seqs: rollouts that each copy samples at the same time.
-        ep: 1: experts are cut over the tp * dp ranks; tp * dp: each is whole on one of them.
-        kv_cache_tokens: capacity of the KV cache of each copy; None: `max_num_seqs` rollouts of `max_model_len`.
-        tell_experts: be able to answer requests with `expert_choices`.
-        fp8: hold matrices as FP8 codes and scales: those that a sync brings, or of the loader's own making (on CUDA;
-            unproven).
+    """`Engine` with the real vLLM in this process. It starts awake with dummy weights, so a sync must come first.
 
     Raises:
-        UserError: the model has no layout table or no EOS token, `tp` does not fit it, or it cannot tell experts.
+        UserError: the model has no layout table or no EOS token, `tp` does not fit it, or its experts cannot be
+            recorded.
         ImportError: vLLM is not installed.
     """
 
-    def __init__(
-        self,
-        config_dir: Path,
-        *,
-        dtype: Literal["fp32", "bf16"],
-        tp: int,
-        dp: int = 1,
-        ep: int = 1,
-        max_model_len: int,
-        max_num_seqs: int,
-        kv_cache_tokens: int | None,
-        seed: int,
-        tell_experts: bool = False,
-        fp8: Fp8Weights | None = None,
-    ) -> None:
+    def __init__(self, settings: VllmSettings) -> None:
         from transformers import AutoTokenizer
 
-        spec = read_spec(config_dir)
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(config_dir))
-        self._eos_ids = eos_ids(config_dir, self._tokenizer.eos_token_id)
-        self._max_model_len = max_model_len
+        spec = read_spec(settings.config_dir)
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(settings.config_dir))
+        self._eos_ids = eos_ids(settings.config_dir, self._tokenizer.eos_token_id)
+        self._max_model_len = settings.max_model_len
         self._on_cuda = torch.cuda.is_available()
-        settings = VllmSettings(
-            config_dir, dtype, tp, max_model_len, max_num_seqs, kv_cache_tokens, seed, dp, ep > 1, tell_experts, fp8
-        )
         started = start(settings, spec)
         self._llm: Any = started.llm
         runner = self._llm.model_executor.driver_worker.worker.model_runner
         self._routing: RoutingRecorder | None = None
         if started.steps is not None:
-            assert spec.moe is not None, "bind_routers refuses a model without experts"
+            assert spec.moe is not None, "bind_routers rejects a model without experts"
             self._routing = RoutingRecorder(started.steps, num_experts=spec.moe.num_experts, block_tokens=BLOCK_TOKENS)
             record_steps(runner, self._routing)
-        again = Requantisation(runner.model, runner.model_config) if fp8 == "own_loader" else None
-        self._sink = VllmSink(runner.model, started.record, self._drop_prefixes, again)
+        self._sink = VllmSink(runner.model, started.record, self._drop_prefixes)
         self._kv_cache = _KvStorage(runner.kv_caches)
         self._asleep: set[Resident] = set()
-        self._told = False  # what sleeping means on this machine: said once
+        self._sleep_logged = False
         self.steps = 0
-        """Engine steps so far: a sign of life."""
+        """Number of engine steps so far; an engine server reports it in its heartbeats."""
 
     @property
     def policy_version(self) -> int:
@@ -109,7 +79,7 @@ class VllmEngine:
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes that the KV cache holds on this rank at the moment."""
+        """Bytes that the KV cache occupies on this rank now."""
         return self._kv_cache.num_bytes
 
     def sync_peers(self, *_args: object, **_settings: object) -> None:
@@ -121,12 +91,12 @@ class VllmEngine:
         sampling: SamplingRequest,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """G completions per prompt; `Engine.generate`.
+        """Return G completions per prompt; see `Engine.generate`.
 
         Raises:
-            RuntimeError: asleep, in the middle of an update, or before the first sync.
-            ValueError: a prompt and its completion do not fit `max_model_len`, or the engine was not built to tell
-                experts and is asked for them.
+            RuntimeError: the engine is asleep, an update is in progress, or no sync has run.
+            ValueError: a prompt and its completion do not fit `max_model_len`, or the request asks for expert choices
+                and the engine was built without `return_experts`.
         """
         self._check_ready(prompts, sampling)
         if not sampling.continues:
@@ -135,15 +105,15 @@ class VllmEngine:
             return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
-        """Release the KV cache, on CUDA the weights as well (the next sync brings them back)."""
+        """Release the KV cache and, on CUDA, the weights, which the next sync brings back."""
         if self._asleep:
             return
         if self._on_cuda:
             self._llm.sleep(level=2)
         else:
-            if not self._told:
-                logger.info("without CUDA an engine asleep releases its KV cache; its weights stay in host memory")
-                self._told = True
+            if not self._sleep_logged:
+                logger.info("without CUDA a sleeping engine releases its KV cache; its weights stay in host memory")
+                self._sleep_logged = True
             self._drop_prefixes()
             self._kv_cache.release()
         self._asleep = {"weights", "kv_cache"}
@@ -158,7 +128,7 @@ class VllmEngine:
         self._asleep.remove(what)
 
     def close(self) -> None:
-        """Free the engine and its process groups; the default process group stays. A second call does nothing."""
+        """Shut the engine down with its process groups, except the default one. A second call does nothing."""
         if self._llm is not None:
             self._kv_cache.release()
             stop(self._llm)
@@ -167,13 +137,13 @@ class VllmEngine:
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
         require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
         if sampling.expert_choices and self._routing is None:
-            raise ValueError("expert_choices of an engine that was built without tell_experts")
+            raise ValueError("expert_choices=True: the engine was built without return_experts")
         check_lengths(prompts, sampling, self._max_model_len)
 
     def _rollouts(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest
     ) -> Generator[tuple[int, int, Completion], None, None]:
-        """(prompt position, member, completion) in the order in which they are complete."""
+        """Yield (prompt position, member, completion) as rollouts complete."""
         from vllm.inputs import tokens_input
 
         places: dict[str, tuple[int, int]] = {}
@@ -198,14 +168,14 @@ class VllmEngine:
                         completion = replace(completion, expert_choices=self._routing.take(output.request_id, tokens))
                     yield position, member, completion
         finally:
-            if places:  # an error on the way: the next call must not meet this one's requests
+            if places:  # after an error: the next call must not find requests of this one
                 self._llm.abort_request(list(places))
 
     def _parameters(self, sampling: SamplingRequest, max_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        if sampling.stop:  # vLLM looks for texts in what its output processor decodes; it was started without tokenizer
+        if sampling.stop:  # stop texts need a tokenizer in the output processor, and vLLM was started without one
             self._llm.output_processor.tokenizer = self._tokenizer
         return SamplingParams(
             temperature=sampling.temperature,
@@ -227,7 +197,7 @@ class VllmEngine:
         return Completion(
             token_ids=token_ids,
             sampler_log_probs=log_probs,
-            # the reason of a text is the text, that of a token its id
+            # vLLM gives a stop text as str and a stop token as int
             stop_reason="stop" if isinstance(output.stop_reason, str) else _STOP_REASONS[output.finish_reason],
             policy_version=self.policy_version,
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
@@ -241,10 +211,10 @@ class VllmEngine:
 
 
 class _KvStorage:
-    """The memory under the KV cache's tensors, released and restored in place: the tensors stay the same objects."""
+    """The storages of the KV cache, released and restored in place, so that the tensors stay the same objects."""
 
     def __init__(self, caches: Sequence[torch.Tensor]) -> None:
-        # All layers of vLLM 0.32 are views of one storage; nothing here relies on that.
+        # In vLLM 0.32 all layers are views of one storage; this class does not rely on it.
         self._storages = {cache.untyped_storage()._cdata: cache.untyped_storage() for cache in caches}
         self._sizes = {key: storage.nbytes() for key, storage in self._storages.items()}
 
@@ -259,14 +229,13 @@ class _KvStorage:
     def restore(self) -> None:
         for key, storage in self._storages.items():
             storage.resize_(self._sizes[key])
-            torch.empty(0, dtype=torch.uint8).set_(
-                storage
-            ).zero_()  # as vLLM allocates it: kernels read whole blocks, and 0 * NaN is NaN
+            # Zeros, as vLLM allocates it: kernels read whole blocks, and 0 * NaN is NaN.
+            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Global generators from `seed` inside, as they were afterwards. (Per-request seeds fail on CPU in vLLM 0.32.)"""
+    """Seed the global generators and restore them at exit. (Per-request seeds fail on CPU in vLLM 0.32.)"""
     with keep_generators():
         torch.manual_seed(seed)  # CUDA's as well
         random.seed(seed)
@@ -275,5 +244,5 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _without_compilation(on_cuda: bool) -> Any:
-    """On CPU vLLM's sampler would compile a C++ kernel for token ranks that nobody reads: 15 s in every process."""
+    """Turn compilation off on CPU, where vLLM would compile a kernel for unused token ranks (15 s per process)."""
     return nullcontext() if on_cuda else torch.compiler.set_stance("force_eager")

@@ -1,7 +1,8 @@
-"""Starting and ending vLLM inside a training process: everything here exists because vLLM expects to own its process.
+"""Startup and shutdown of vLLM inside a training process, although vLLM expects to own its process.
 
-What is changed around its construction is put back: generators, RANK and LOCAL_RANK, `torch.set_num_threads`. The
-default process group is never touched: vLLM's own shutdown destroys it, so `stop` does the rest of it by hand.
+State that is changed while vLLM is constructed is restored: random generators, RANK and LOCAL_RANK,
+`torch.set_num_threads`. The default process group is never touched. vLLM's own shutdown destroys it, so `stop` performs
+the other steps of that shutdown itself.
 Written against vLLM 0.32; tests/engine/test_vllm_engine.py asserts each effect.
 """
 
@@ -32,7 +33,6 @@ from grpo_mega.engines.vllm.arguments import (
     engine_arguments,
 )
 from grpo_mega.engines.vllm.cpu import correct_vllm
-from grpo_mega.engines.vllm.fp8 import OWN_LOADER
 from grpo_mega.engines.vllm.record import recording_load_format
 from grpo_mega.engines.vllm.routing import Steps, bind_routers
 from grpo_mega.engines.vllm.tp_rules import check_tp
@@ -43,18 +43,21 @@ from grpo_mega.types import UserError
 
 @dataclass(frozen=True)
 class StartedEngine:
-    """vLLM's LLMEngine, the record of its loader or why there is none, and, where asked for, what routers choose."""
+    """A vLLM engine that was started on this rank."""
 
     llm: Any
+    """vLLM's LLMEngine."""
     record: LoaderRecord | str
+    """The recorded loader, or the reason why it cannot be recorded."""
     steps: Steps | None
+    """The choices of the routers; None unless `return_experts` is set."""
 
 
 def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
-    """The engine on this rank, with dummy weights. Every rank of the world calls it.
+    """Start vLLM on this rank with dummy weights. Every rank of the world calls it.
 
     Raises:
-        UserError: the model or the layout does not fit.
+        UserError: the model or the layout is not supported.
         ImportError: vLLM is not installed.
     """
     world = dist.get_world_size()
@@ -63,14 +66,14 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         raise UserError(f"{keys} does not divide the {world} ranks of the job", remedy="use a divisor")
     check_tp(spec, settings.tp)
     prepare_environment()
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # warns per rank that a CPU has no Triton
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # every rank would warn that a CPU has no Triton
     try:
         import vllm
     except ImportError as error:
         raise ImportError("engine.kind=vllm needs vLLM: pip install 'grpo_mega[vllm]'") from error
     if not torch.cuda.is_available():
         if settings.fp8:
-            raise UserError("engine.fp8 needs CUDA devices, and this machine has none", remedy="leave engine.fp8 out")
+            raise UserError("engine.fp8 needs CUDA devices, and none was found", remedy="remove engine.fp8")
         check_cpu_head(spec)
         check_cpu_experts(settings, spec)
         correct_vllm()
@@ -78,16 +81,15 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         stack.enter_context(keep_generators())
         stack.enter_context(_environment_of_ranks(settings))
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore", FutureWarning)  # vLLM walks over torch.distributed's deprecated names
+        warnings.simplefilter("ignore", FutureWarning)  # vLLM uses deprecated names of torch.distributed
         if not torch.cuda.is_available():
             stack.enter_context(_cpu_construction())
         register_model(settings.config_dir)
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         steps: list[Steps] = []
         records = recording_load_format(
-            checkpoint_tensors(spec, dtype, fp8=settings.fp8 == "codes"),
-            (lambda model, config: steps.append(bind_routers(model, config))) if settings.tell_experts else None,
-            OWN_LOADER if settings.fp8 == "own_loader" else None,
+            checkpoint_tensors(spec, dtype, fp8=settings.fp8),
+            (lambda model, config: steps.append(bind_routers(model, config))) if settings.return_experts else None,
         )
         arguments = vllm.EngineArgs(**engine_arguments(settings, spec))
         engine = vllm.LLMEngine.from_engine_args(arguments)
@@ -97,7 +99,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
 
 
 def stop(engine: Any) -> None:
-    """The shutdown of vLLM, without destroying the default process group."""
+    """Shut vLLM down without destroying the default process group."""
     from vllm.distributed import parallel_state
 
     core = engine.engine_core.engine_core
@@ -115,7 +117,7 @@ def stop(engine: Any) -> None:
 
 @contextmanager
 def keep_generators() -> Iterator[None]:
-    """Put the global generators (torch, CUDA, Python, NumPy) back at the end."""
+    """Restore the global random generators (torch, CUDA, Python, NumPy) at exit."""
     torch_state, python_state, numpy_state = torch.get_rng_state(), random.getstate(), np.random.get_state()
     cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
@@ -129,7 +131,7 @@ def keep_generators() -> Iterator[None]:
 
 
 def prepare_environment() -> None:
-    """What vLLM reads while it is imported. It stays: vLLM reads some of it again later."""
+    """Set the environment variables that vLLM reads at import. They stay set: vLLM reads some of them again later."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine runs in this process
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # V2 samples from per-request seeds, not from the global generators
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
@@ -141,21 +143,22 @@ def prepare_environment() -> None:
 
 @contextmanager
 def _environment_of_ranks(settings: VllmSettings) -> Iterator[None]:
-    """The external launcher reads its rank from the environment, which a process that was forked does not have.
+    """Set RANK and LOCAL_RANK for vLLM's external launcher; a forked process does not have them.
 
-    config/parallel.py takes RANK // tp for the data-parallel rank, as if all ranks were one replica: with several, it
-    is told the rank within the replica. (Groups are made from torch.distributed's ranks, right for any number.)
+    config/parallel.py computes the data-parallel rank as RANK // tp, as if all ranks were one replica. With several
+    replicas RANK is therefore the rank within the replica. (Process groups use torch.distributed's own ranks, which is
+    right for any number of replicas.)
     """
-    told = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK")}
-    if told["RANK"] is None or settings.dp > 1:
+    previous = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK")}
+    if previous["RANK"] is None or settings.dp > 1:
         ranks = settings.tp * settings.dp
         os.environ["RANK"] = str(dist.get_rank() % ranks if settings.dp > 1 else dist.get_rank())
-    if told["LOCAL_RANK"] is None:
+    if previous["LOCAL_RANK"] is None:
         os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
     try:
         yield
     finally:
-        for key, value in told.items():
+        for key, value in previous.items():
             if value is None:
                 del os.environ[key]
             else:
@@ -164,13 +167,13 @@ def _environment_of_ranks(settings: VllmSettings) -> Iterator[None]:
 
 @contextmanager
 def _cpu_construction() -> Iterator[None]:
-    """What must be different while vLLM builds its CPU worker.
+    """Change three things while vLLM builds its CPU worker, and restore them at exit.
 
-    - Linears keep their plain weight: model_executor/layers/linear.py would pack it for oneDNN and drop it.
-    - The shared memory of a group gets a name of this job: cpu_communicator.py derives it from `env://` and the ranks
-      alone, so that two jobs on one machine would share it. Its files are unlinked at the end, or they would outlive a
-      job that is killed; the mappings stay, and a barrier of vLLM's has seen every rank of the group map them.
-    - cpu_worker.py replaces `torch.set_num_threads`; the policy may still call it.
+    - Linear layers keep their plain weight: model_executor/layers/linear.py would pack it for oneDNN and drop it.
+    - The shared memory of a group gets a name that is unique to the job. cpu_communicator.py derives the name from
+      `env://` and the ranks alone, so two jobs on one machine would share it. The files are unlinked at exit, because
+      they would outlive a killed job. The mappings stay: vLLM's barrier ensures that every rank has mapped them.
+    - cpu_worker.py replaces `torch.set_num_threads`, which the policy still calls.
     """
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
     from vllm.model_executor.layers.linear import LinearBase
@@ -181,12 +184,12 @@ def _cpu_construction() -> Iterator[None]:
 
     names: set[str] = set()
 
-    def name_of_job(communicator: Any) -> str:
-        name = f"{job[0]}{group_name(communicator)}".replace("/", "")  # a name in shared memory has no slash inside
+    def unique_name(communicator: Any) -> str:
+        name = f"{job[0]}{group_name(communicator)}".replace("/", "")  # names of shared memory contain no slash
         names.add(name)
         return name
 
-    _CPUSHMDistributed.make_group_name = staticmethod(name_of_job)
+    _CPUSHMDistributed.make_group_name = staticmethod(unique_name)
     LinearBase._cpu_skip_gemm_dispatch = True
     try:
         yield
@@ -200,7 +203,7 @@ def _cpu_construction() -> Iterator[None]:
 
 
 def register_model(config_dir: Path) -> None:
-    """Give vLLM the model's class: else it starts a second Python that imports all of vLLM to look at it."""
+    """Register the model's class with vLLM, which would otherwise start a second Python to inspect the class."""
     from vllm.model_executor.models.registry import ModelRegistry, _LazyRegisteredModel
 
     config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))

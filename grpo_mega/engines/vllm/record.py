@@ -1,4 +1,4 @@
-"""The record (record.py) of vLLM's loader: on the models that vLLM builds for a job, as a load format of its own.
+"""Records vLLM's loader on the models that vLLM builds for a job, by a load format of this program.
 
 Asserted by tests/engine/test_vllm_record.py.
 """
@@ -17,17 +17,19 @@ RECORDING = "grpo_mega_recording"  # the load format
 
 
 def record_vllm(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> LoaderRecord:
-    """`record_loader` of a model of vLLM.
+    """Record the loader of a vLLM model; see `record_loader`.
 
     Raises:
-        CannotRecordError: see there.
+        CannotRecordError: the loader does something other than copying slices.
     """
     return record_loader(model, tensors, vocabulary_parameters(model) | cache_scales(model))
 
 
 def cache_scales(model: nn.Module) -> set[str]:
-    """Scales of an attention's cache, which an FP8 model has as parameters; where the checkpoint has none, vLLM sets
-    them to 1 when it has loaded (layers/quantization/kv_cache.py)."""
+    """Return the scales of the KV cache, which are parameters of an FP8 model.
+
+    Where the checkpoint has none, vLLM sets them to 1 after loading (layers/quantization/kv_cache.py).
+    """
     names = ("q_scale", "k_scale", "v_scale", "prob_scale")
     return {name for name, p in model.named_parameters() if p.dim() == 0 and name.rpartition(".")[2] in names}
 
@@ -35,12 +37,15 @@ def cache_scales(model: nn.Module) -> set[str]:
 def recording_load_format(
     tensors: Mapping[str, tuple[Shape, torch.dtype]],
     loaded: Callable[[nn.Module, Any], None] | None = None,
-    streaming_reason: str | None = None,
 ) -> list[LoaderRecord | str]:
-    """Teach vLLM the load format RECORDING: random weights, as its own `dummy`, and the loader recorded on the model.
+    """Register the load format RECORDING with vLLM: random weights, as its `dummy` format, and the loader recorded.
 
-    `loaded` is called with each complete model and vLLM's config. A `streaming_reason` states why a record would be of
-    no use. Returns a list to which each load appends its record, or the reason why there is none.
+    Args:
+        tensors: name -> (shape, dtype) of every tensor of the checkpoint.
+        loaded: called with each model once it is complete, and with vLLM's config.
+
+    Returns:
+        A list to which each load appends its record, or the reason why its loader cannot be recorded.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -56,9 +61,6 @@ def recording_load_format(
 
         def load_weights(self, model: nn.Module, model_config: Any) -> None:
             super().load_weights(model, model_config)
-            if streaming_reason is not None:
-                records.append(streaming_reason)
-                return
             try:
                 records.append(record_vllm(model, tensors))
             except CannotRecordError as error:
@@ -69,7 +71,7 @@ def recording_load_format(
 
 
 def vocabulary_parameters(model: nn.Module) -> set[str]:
-    """Parameters whose last rows may be padding: vLLM rounds a vocabulary up before it splits it."""
+    """Return parameters whose last rows may be padding: vLLM rounds the vocabulary up before it splits it."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     return {

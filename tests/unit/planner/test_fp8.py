@@ -123,18 +123,6 @@ def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> 
         plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 
-def test_an_engine_that_quantises_itself_is_brought_every_tensor_whole() -> None:
-    config, cluster = (
-        config_of(engine={"fp8": "own_loader"}, algorithm=NO_REFERENCE),
-        cluster_of(gpu_named("h100-80g"), 2),
-    )
-    plan = plan_resources(config, spec_of(), lambda **_: SIZES, cluster, "x")
-    assert plan.sync_bytes == 2 * 2 * plan.parameters
-    layer = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96 + 2 * 64
-    assert plan.memory.ranks[0].phases["sync"]["whole tensors"] == 2 * layer
-    assert plan.memory.engine_weights == engine_weight_bytes(spec_of(), Topology(2), 2, spread=False, fp8=True)
-
-
 def test_passes_in_fp8_take_less_time() -> None:
     cluster = cluster_of(gpu_named("h100-80g"), 1)
     plain, fast = (

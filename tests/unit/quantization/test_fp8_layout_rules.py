@@ -108,13 +108,8 @@ def on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
             "engine.fp8=scales_power_of_two needs precision.dtype=bf16, not fp32: what is not FP8 is bf16; set it",
         ),
         (
-            ["engine.fp8=own_loader", "engine.placement=server", "engine.urls=['a:1']"],
-            "engine.fp8=own_loader with engine.placement=server: servers take slices, and this loader whole tensors; "
-            "use engine.fp8=scales_fp32",
-        ),
-        (
-            ["engine.fp8=e4m3"],
-            "engine.fp8='e4m3': input should be 'scales_fp32', 'scales_power_of_two' or 'own_loader'",
+            ["engine.fp8=own_loader"],
+            "engine.fp8='own_loader': input should be 'scales_fp32' or 'scales_power_of_two'",
         ),
     ],
 )
@@ -139,11 +134,6 @@ def test_where_there_are_gpus_the_layout_is_looked_at(monkeypatch: pytest.Monkey
     )
 
 
-def test_an_engine_that_quantises_itself_needs_no_whole_blocks_of_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_machine_with_gpus(monkeypatch)
-    check_model(load_config(QUICKSTART, ["precision.dtype=bf16", "engine.fp8=own_loader"]), Topology(1))
-
-
 def test_an_fp8_checkpoint_may_be_given_where_the_engine_holds_fp8(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -153,4 +143,3 @@ def test_an_fp8_checkpoint_may_be_given_where_the_engine_holds_fp8(
     given = ["model.base=null", f"model.path={folder}", "precision.dtype=bf16"]
     check_model(load_config(QUICKSTART, [*given, "engine.fp8=scales_fp32"]), Topology(1))
     assert "has a quantization_config" in message_of(*given)
-    assert "has a quantization_config" in message_of(*given, "engine.fp8=own_loader")

@@ -25,7 +25,7 @@ from grpo_mega.engines.sglang.arguments import (
     process_environment,
     visible_gpu,
 )
-from grpo_mega.engines.sglang.engine import stop_reason
+from grpo_mega.engines.sglang.requests import stop_reason
 from grpo_mega.types import UserError
 
 SETTINGS = SglangSettings(
@@ -37,9 +37,7 @@ SETTINGS = SglangSettings(
     max_num_seqs=48,
     kv_cache_tokens=None,
     seed=7,
-    stops_at_texts=False,
-    tell_experts=True,
-    port=1234,
+    return_experts=True,
 )
 H100 = GpuMemory(free=60 * 2**30, total=80 * 2**30)
 
@@ -65,13 +63,13 @@ def test_a_temporary_folder_whose_sockets_would_have_too_long_paths_is_refused()
     with (
         mock.patch.object(importlib.util, "find_spec", return_value=object()),
         mock.patch.object(tempfile, "gettempdir", return_value="/" + "x" * 70),
-        pytest.raises(UserError, match=r"TMPDIR=/x+: .* sockets there.* at most 70 characters"),
+        pytest.raises(UserError, match=r"TMPDIR=/x+: .* sockets.* at most 70 characters"),
     ):
         check_sglang(on_cuda=False)
 
 
 def test_both_machines_are_given_the_same_but_for_device_memory_and_kernels() -> None:
-    cpu, cuda = engine_arguments(SETTINGS, None), engine_arguments(SETTINGS, H100)
+    cpu, cuda = engine_arguments(SETTINGS, None, 1234), engine_arguments(SETTINGS, H100, 1234)
     differ = {key for key in cpu | cuda if cpu.get(key) != cuda.get(key)}
     assert differ == {
         "device", "attention_backend", "disable_cuda_graph", "mem_fraction_static", "max_total_tokens",
@@ -90,7 +88,7 @@ def test_sglang_knows_every_argument_and_choice() -> None:
         pytest.skip("SGLang is not installed here")
     folder = Path(spec.origin).parent / "srt" / "arg_groups"
     fields = "\n".join(file.read_text() for file in (folder / "fields").glob("*.py"))
-    for name in engine_arguments(SETTINGS, H100):
+    for name in engine_arguments(SETTINGS, H100, 1234):
         assert re.search(rf"^    {name}: A\[$|^    {name}: A\[\w", fields, re.MULTILINE), name
     runners = (folder / "choices.py").read_text().partition("MOE_RUNNER_BACKEND_CHOICES = [")[2].partition("]")[0]
     assert '"triton"' in runners
@@ -105,25 +103,25 @@ def test_the_share_of_the_device_is_the_same_whatever_else_is_on_it() -> None:
     """SGLang takes its fraction of what is free when it starts."""
     for free in (50, 60, 80):
         memory = GpuMemory(free * 2**30, 80 * 2**30)
-        assert engine_arguments(SETTINGS, memory)["mem_fraction_static"] * free == pytest.approx(48, abs=0.01)
-    with pytest.raises(UserError, match=r"48\.0 GiB of a GPU are free .* 0\.6 of its 80\.0 GiB; cut the policy"):
-        engine_arguments(SETTINGS, GpuMemory(48 * 2**30, 80 * 2**30))
+        assert engine_arguments(SETTINGS, memory, 1234)["mem_fraction_static"] * free == pytest.approx(48, abs=0.01)
+    with pytest.raises(UserError, match=r"48\.0 GiB of a GPU are free .* 0\.6 of its 80\.0 GiB; split the policy"):
+        engine_arguments(SETTINGS, GpuMemory(48 * 2**30, 80 * 2**30), 1234)
 
 
 def test_kv_cache_tokens_must_hold_a_rollout() -> None:
     assert cached_tokens(None, 48, 96) == 48 * 104
     assert cached_tokens(104, 48, 96) == 104
-    assert engine_arguments(SETTINGS, None)["max_total_tokens"] == 48 * 104
-    assert "max_total_tokens" not in engine_arguments(SETTINGS, H100)
-    assert engine_arguments(replace(SETTINGS, kv_cache_tokens=200), H100)["max_total_tokens"] == 200
+    assert engine_arguments(SETTINGS, None, 1234)["max_total_tokens"] == 48 * 104
+    assert "max_total_tokens" not in engine_arguments(SETTINGS, H100, 1234)
+    assert engine_arguments(replace(SETTINGS, kv_cache_tokens=200), H100, 1234)["max_total_tokens"] == 200
     with pytest.raises(UserError, match=r"engine\.kv_cache_tokens=103 does not hold.*96 tokens.*; use at least 104"):
         cached_tokens(103, 48, 96)
 
 
 def test_fp32_on_cuda_is_refused() -> None:
     with pytest.raises(UserError, match=r"precision\.dtype=fp32 with engine\.kind=sglang: .* use precision"):
-        engine_arguments(replace(SETTINGS, dtype="fp32"), H100)
-    assert engine_arguments(replace(SETTINGS, dtype="fp32"), None)["dtype"] == "float32"
+        engine_arguments(replace(SETTINGS, dtype="fp32"), H100, 1234)
+    assert engine_arguments(replace(SETTINGS, dtype="fp32"), None, 1234)["dtype"] == "float32"
 
 
 def test_processes_on_cuda_see_the_gpus_of_their_ranks_and_no_stand_ins() -> None:
@@ -143,11 +141,9 @@ def test_a_device_is_named_as_other_processes_know_it() -> None:
     assert visible_gpu({"CUDA_VISIBLE_DEVICES": "6, GPU-8a"}, 1) == "GPU-8a"
 
 
-def test_an_engine_over_two_machines_is_refused() -> None:
+def test_a_replica_on_two_machines_is_rejected() -> None:
     check_one_machine(["a", "a"], 2)
-    with pytest.raises(
-        UserError, match=r"engine\.tp=2: the ranks of an engine are on 2 machines, .* divides the ranks"
-    ):
+    with pytest.raises(UserError, match=r"engine\.tp=2: .* 2 machines.*; use an engine\.tp"):
         check_one_machine(["a", "b"], 2)
 
 
