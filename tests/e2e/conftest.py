@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
 
-from tests.helpers.jobs import QUICKSTART, SMALL, Ended, train_well
-
-QUICKSTART_STEPS = 15
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished command, its arguments and its folder."""
-
-    arguments: tuple[str, ...]
-    folder: Path
-    ended: Ended
+from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
+from tests.helpers.jobs import QUICKSTART, SMALL, train_well
 
 
 @pytest.fixture(scope="session")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Run
 from tests.helpers.bad_rewards import FLOOR, fails_for
+from tests.helpers.finished_runs import Run
 from tests.helpers.jobs import QUICKSTART, Ended, read_lines, rollouts_of, train
 
 

@@ -15,7 +15,7 @@ from grpo_mega.convert.megatron_to_hf import megatron_to_hf
 from grpo_mega.models.digest import digest_text, slice_digest
 from grpo_mega.quantization import block_fp8
 from grpo_mega.types import TensorSlice, UserError
-from tests.e2e.test_convert_tools import assert_same_tensors, hf_logits, run_stock, stored
+from tests.helpers.checkpoint_checks import assert_same_tensors, hf_logits, run_stock, stored
 from tests.helpers.family_checkpoints import make_published
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 from tests.helpers.tiny_models import make_family_model

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_mega.convert.compare import compare, open_checkpoint
@@ -29,18 +29,16 @@ from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.models.digest import digest_text, slice_digest
 from grpo_mega.quantization import block_fp8, mxfp4
 from grpo_mega.types import TensorSlice, UserError
+from tests.helpers.checkpoint_checks import ENVIRONMENT, VOCAB, assert_same_tensors, hf_logits, run_stock, stored
 from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.jobs import REPOSITORY
-from tests.helpers.stock_megatron import token_ids
 from tests.helpers.tiny_models import make_tiny_model
 
-VOCAB = 21  # odd: under tp=2 it is padded
 MODELS: dict[str, tuple[Any, bool]] = {
     "qwen3": ("qwen3", False),
     "qwen2-tied": ("qwen2", True),
     "llama": ("llama", False),
 }
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -51,39 +49,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         make_tiny_model(root / name / "hf", family, tie, VOCAB, seed)
         hf_to_megatron(root / name / "hf", root / name / "megatron")
     return root
-
-
-def stored(folder: Path) -> dict[str, Tensor]:
-    return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
-
-
-def assert_same_tensors(found: Path, wanted: Path) -> None:
-    left, right = stored(found), stored(wanted)
-    assert left.keys() == right.keys()
-    for name, tensor in right.items():
-        assert left[name].dtype == tensor.dtype, name
-        assert torch.equal(left[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
-def run_stock(action: str, config: Path, checkpoint: Path, out: Path, tp: int, pp: int, ep: int = 1) -> Tensor:
-    command = [sys.executable, str(REPOSITORY / "tests/helpers/stock_megatron.py"), action]
-    command += [str(config), str(checkpoint), str(out), str(tp), str(pp), str(ep)]
-    environment = {k: v for k, v in ENVIRONMENT.items() if k != "PYTHONPATH"}
-    ended = subprocess.run(
-        command, cwd=out.parent, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    logits: Tensor = torch.load(out)
-    return logits
-
-
-def hf_logits(folder: Path) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    with torch.no_grad():
-        logits: Tensor = model(token_ids(VOCAB)).logits
-    return logits
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.e2e.conftest import QUICKSTART_STEPS, Run
+from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
 from tests.helpers.jobs import read_json
 
 NUMBERS = ("accuracy", "greedy_accuracy", "reward_mean", "length_mean", "num_prompts", "pass_at_k", "majority_at_k")

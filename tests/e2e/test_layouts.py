@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.e2e.conftest import Run
+from tests.helpers.finished_runs import Run
 from tests.helpers.jobs import QUICKSTART, read_json, read_lines, rollouts_of, started, train_well
 
 GIB = 1 << 30

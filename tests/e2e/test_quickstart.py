@@ -20,7 +20,7 @@ from grpo_mega.data.arithmetic import answer, pairs, question
 from grpo_mega.models.digest import combined_digest, slice_digest
 from grpo_mega.tiny_base.train import ensure_base
 from grpo_mega.types import TensorSlice
-from tests.e2e.conftest import QUICKSTART_STEPS, Run
+from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
 from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, train
 
 PROMPTS, GROUP, MAX_TOKENS = 16, 16, 8

@@ -7,9 +7,7 @@ gives its gradient.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,44 +15,7 @@ from torch import Tensor
 
 from grpo_mega.config.algorithm_presets import ALGORITHM_DEFAULTS
 from grpo_mega.config.algorithm_section import AlgorithmConfig
-from grpo_mega.config.schema import TrainConfig
-from grpo_mega.data.pack import RowShape
-from grpo_mega.rollout.sampler import SampledGroups
-from grpo_mega.trainer.batch import TrainBatch, build_batch
-from grpo_mega.trainer.objective import Objective
-from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
-
-GROUP, MAX_TOKENS = 4, 20
-LENGTHS = [3, 1, 20, 4, 2, 1, 9, 1, 7, 12, 5, 17]  # three groups; one-token rollouts, and one that is truncated
-REWARDS = [[1.0, 0.0, 0.25, 0.5], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 1.0, -0.5]]  # a group of equal rewards
-
-
-@dataclass(frozen=True)
-class Data:
-    """Per rollout, float64; `log_probs` and `entropy` are leaves. `values` are a critic's."""
-
-    log_probs: list[Tensor]
-    old: list[Tensor]
-    ref: list[Tensor]
-    sampler: list[Tensor]
-    values: list[Tensor]
-    entropy: list[Tensor]
-
-    def differ(self, i: int) -> Tensor:
-        """Log ratio of rollout i."""
-        return self.log_probs[i] - self.old[i]
-
-
-def make_data(spread: float = 0.4) -> Data:
-    torch.manual_seed(0)
-    ref = [-3 * torch.rand(n, dtype=torch.float64) for n in LENGTHS]
-    old = [r + 0.3 * torch.randn_like(r) for r in ref]
-    log_probs = [(o + spread * torch.randn_like(o)).requires_grad_() for o in old]
-    sampler = [o + 0.5 * torch.randn_like(o) for o in old]
-    values = [torch.randn_like(o) for o in old]
-    entropy = [torch.rand_like(o).requires_grad_() for o in old]
-    return Data(log_probs, old, ref, sampler, values, entropy)
-
+from tests.helpers.algorithm_oracle import GROUP, LENGTHS, MAX_TOKENS, REWARDS, Data, gradient, make_data, ours
 
 # --- the papers ---
 
@@ -201,64 +162,6 @@ PAPERS: dict[str, Callable[[Data], Tensor]] = {
 
 
 # --- the package ---
-
-
-def make_groups() -> tuple[SampledGroups, list[float]]:
-    rng = random.Random(1)
-    rewards = [r for group in REWARDS for r in group]
-    rollouts = [
-        Rollout(
-            Prompt(i // GROUP, "", tuple(range(rng.randrange(1, 6))), ""),
-            Completion(tuple(range(n)), (-1.0,) * n, "length" if n == MAX_TOKENS else "eos", 0, ""),
-            Reward(rewards[i]),
-            replica=0,
-        )
-        for i, n in enumerate(LENGTHS)
-    ]
-    return SampledGroups(rollouts, GROUP), rewards
-
-
-def fill(values: list[Tensor], microbatch: Microbatch) -> Tensor:
-    """[T] from values per rollout; what is not trained on is garbage."""
-    found = torch.full(microbatch.loss_mask.shape, math.nan, dtype=torch.float64)
-    chosen = [values[i] for i in microbatch.rollout_ids]
-    return found.masked_scatter(microbatch.loss_mask, torch.cat(chosen)) if chosen else found
-
-
-def ours(
-    data: Data, algorithm: AlgorithmConfig, *, dp: int = 1, max_tokens: int = 10_000, row_multiple: int = 1
-) -> tuple[Tensor, list[TrainBatch]]:
-    """The loss of an update as the ranks compute it, summed over all rows of all of them."""
-    groups, rewards = make_groups()
-    objective = Objective(algorithm, MAX_TOKENS)
-    loss_of = objective.loss()
-    total = torch.zeros((), dtype=torch.float64)
-    batches = []
-    shape = RowShape(row_multiple=row_multiple)
-    for rank in range(dp):
-        train = TrainConfig(steps=1, max_tokens_per_microbatch=max_tokens)
-        batch = build_batch(groups, rewards, train, objective, dp=dp, dp_rank=rank, shape=shape)
-        kl = [(o - r).tolist() for o, r in zip(data.old, data.ref, strict=True)] if objective.kl_in_reward else None
-        if objective.algorithm.needs_critic:
-            values = [v.tolist() for v in data.values]
-            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl, values).advantages)
-        elif kl is not None:
-            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
-        batches.append(batch)
-        for microbatch in batch.microbatches:
-            row = replace(
-                microbatch,
-                old_log_probs=fill(data.old, microbatch),
-                ref_log_probs=fill(data.ref, microbatch),
-                sampler_log_probs=fill(data.sampler, microbatch),
-            )
-            loss, _ = loss_of(fill(data.log_probs, row), fill(data.entropy, row), row)
-            total = total + (loss * row.token_weights).sum()
-    return total, batches
-
-
-def gradient(loss: Tensor, data: Data) -> Tensor:
-    return torch.cat(torch.autograd.grad(loss, data.log_probs, allow_unused=False))
 
 
 def test_every_name_has_an_oracle() -> None:

@@ -9,7 +9,7 @@ from grpo_mega.algorithm.correction import Correction, CorrectionForm
 from grpo_mega.algorithm.loss import PolicyLoss
 from grpo_mega.algorithm.segments import Segments
 from grpo_mega.algorithm.surrogate import ClippedRatio
-from tests.unit.algorithm.test_loss import row
+from tests.helpers.loss_rows import row
 
 # two rollouts of three tokens: policy over engine per token, whose products are 3 and 0.02
 K = torch.tensor([0.25, 2.0, 6.0, 1.0, 0.4, 0.05])

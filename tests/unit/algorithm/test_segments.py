@@ -7,7 +7,7 @@ import math
 import torch
 
 from grpo_mega.algorithm.segments import Segments
-from tests.unit.algorithm.test_loss import row
+from tests.helpers.loss_rows import row
 
 
 def segments() -> Segments:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
-from tests.unit.algorithm.test_algorithms import LENGTHS, MAX_TOKENS, REWARDS, Data, gradient, make_data, ours
+from tests.helpers.algorithm_oracle import LENGTHS, MAX_TOKENS, REWARDS, Data, gradient, make_data, ours
 
 trl = pytest.importorskip("trl", reason="TRL is not installed; tools/bench_step.py makes an environment with it")
 

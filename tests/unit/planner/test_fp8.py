@@ -18,7 +18,7 @@ from grpo_mega.planner.plan import plan_resources
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.types import UserError
-from tests.unit.planner.test_phase_memory import SIZES, config_of, spec_of
+from tests.helpers.planner_cases import SIZES, config_of, spec_of
 
 MATRIX, EXPERT = 200, 300  # elements of a layer of SIZES that are multiplied with
 NO_REFERENCE: dict[str, Any] = {"kl_coef": 0.0}

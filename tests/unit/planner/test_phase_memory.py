@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import ModuleSizes, ParameterSize
-from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, cluster_of, gpu_named
@@ -16,37 +14,7 @@ from grpo_mega.planner.phase_memory import PHASES, engine_weight_bytes, num_grou
 from grpo_mega.planner.pipeline_schedule import peak_of_schedule
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.types import UserError
-from tests.helpers.family_configs import raw_family_config
-
-
-def config_of(**sections: dict[str, Any]) -> Config:
-    raw: dict[str, Any] = {
-        "model": {"path": "unused"},
-        "data": {"train": "unused", "prompts_per_step": 8, "max_prompt_tokens": 64},
-        "sampling": {"group_size": 4, "max_tokens": 64},
-        "reward": {"terms": [{"name": "exact"}]},
-        "train": {"steps": 1, "max_tokens_per_microbatch": 256},
-    }
-    for name, keys in sections.items():
-        raw[name] = raw.get(name, {}) | keys
-    return Config.model_validate(raw)
-
-
-def spec_of(family: str = "llama", **changes: Any) -> ModelSpec:
-    return spec_from_config(raw_family_config(family, **changes), "config.json")
-
-
-def one(name: str, *shape: int, is_expert: bool = False) -> ParameterSize:
-    return ParameterSize(name, shape, is_expert)
-
-
-SIZES = ModuleSizes(
-    embedding=(one("embedding", 10, 10),),
-    dense_layer=(one("norm", 10), one("matrix", 10, 20)),
-    moe_layer=(one("router", 10), one("expert", 10, 30, is_expert=True)),
-    final_norm=(one("final", 10),),
-    head=(one("head", 10, 10),),
-)
+from tests.helpers.planner_cases import SIZES, config_of, spec_of
 
 
 def test_1f1b_holds_as_many_microbatches_as_stages_follow() -> None:

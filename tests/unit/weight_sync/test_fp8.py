@@ -14,17 +14,7 @@ from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync import verify
 from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.verify import parts_of
-
-Q, O, DOWN, NORM = "0.q_proj.weight", "0.o_proj.weight", "0.down_proj.weight", "0.input_layernorm.weight"
-
-
-def weights() -> dict[str, Tensor]:
-    random = torch.Generator().manual_seed(0)
-    shapes = {Q: (512, 300), O: (300, 512), DOWN: (200, 130), NORM: (300,), "lm_head.weight": (64, 300)}
-    made = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    made[Q][128:256, :128] = 0.0  # a block without a value
-    made[O] *= torch.logspace(-6, 6, 512)  # scales of every size
-    return made
+from tests.helpers.fp8_weights import DOWN, NORM, O, Q, Source, weights
 
 
 def boxes(rank: int) -> list[tuple[TensorSlice, bool]]:
@@ -34,18 +24,6 @@ def boxes(rank: int) -> list[tuple[TensorSlice, bool]]:
     copies = [TensorSlice(DOWN, (0, 0), (200, 130)), TensorSlice(NORM, (0,), (300,))]
     head = TensorSlice("lm_head.weight", (0, 0), (64, 300))
     return [(hf, True) for hf in (*heads, columns)] + [(hf, rank == 0) for hf in (*copies, head)]
-
-
-class Source:
-    def __init__(self, values: dict[str, Tensor], slices: list[tuple[TensorSlice, bool]]) -> None:
-        self._values, self._slices = values, slices
-
-    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(value.shape) for name, value in self._values.items()}
-
-    def shards(self) -> list[HeldSlice]:
-        values = self._values
-        return [HeldSlice(hf, tuple(values[hf.name].shape), values[hf.name][hf.index], c) for hf, c in self._slices]
 
 
 def sources(*, power_of_two: bool = False) -> list[Fp8Source]:

@@ -14,9 +14,9 @@ from grpo_mega.cli import fp8_report as tool
 from grpo_mega.quantization.block_fp8 import dequantise, quantise
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.fp8_report import by_layer, fp8_report, in_words
+from tests.helpers.fp8_weights import DOWN, O, Q, Source, weights
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
-from tests.unit.weight_sync.test_fp8 import DOWN, O, Q, Source, weights
 
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.policy.modules import context_parallel_attention as module
 from grpo_mega.policy.modules.context_parallel_attention import context_attention, query_batches
-from tests.unit.policy.modules.test_packed_attention import bounds_of, oracle
+from tests.helpers.attention_oracle import bounds_of, oracle
 
 
 class Ranks:

@@ -4,46 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from grpo_mega.policy.megatron_patches.cpu import _rotary_packed
 from grpo_mega.policy.modules.packed_attention import PackedAttention, RMSNorm, length_batches, packed_attention
-
-
-def bounds_of(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+from tests.helpers.attention_oracle import bounds_of, oracle
 
 
 def random_lengths(seed: int) -> list[int]:
     """Ragged, with sequences of one token, and a padding segment at the end."""
     rng = random.Random(seed)
     return [1, *(rng.choice([1, 2, 3, 7, 8, 9, 30, 64]) for _ in range(rng.randrange(1, 12))), rng.randrange(1, 40)]
-
-
-def oracle(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, sinks: Tensor | None = None, window: int = 0
-) -> Tensor:
-    """softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64. A sink is one more
-    logit, whose share of the softmax is dropped; with a window a query sees so many tokens, itself included."""
-    out = torch.zeros(q.size(0), q.size(1), v.size(2), dtype=torch.float64)
-    per_head = q.size(1) // k.size(1)
-    for begin, end in pairwise(bounds.tolist()):
-        future = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
-        if window:
-            future |= torch.ones_like(future).tril(-window)
-        for head in range(q.size(1)):
-            qh, kh, vh = q[begin:end, head], k[begin:end, head // per_head], v[begin:end, head // per_head]
-            logits = (qh @ kh.T * scale).masked_fill(future, float("-inf"))
-            if sinks is not None:
-                logits = torch.cat([logits, sinks[head].expand(len(logits), 1)], 1)
-            out[begin:end, head] = logits.softmax(-1)[:, : end - begin] @ vh
-    return out
 
 
 @pytest.mark.parametrize("seed", range(6))

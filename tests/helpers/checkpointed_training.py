@@ -1,0 +1,67 @@
+"""Short trainings on ranks that save a checkpoint, resume from it, and return their weights and optimizer state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.types import UpdateStats
+from tests.parallel.recorded import (
+    LOSS,
+    Layout,
+    Recorded,
+    adams,
+    as_array,
+    make_rows,
+    moments,
+    open_policy,
+    with_recorded,
+)
+
+RATES = (2e-3, 1.5e-3, 1e-3, 2e-3)  # the rate of an update is the loop's, not the checkpoint's
+
+
+SAVED_AFTER = 2
+
+
+def state_bytes(policy: Any) -> list[bytes]:
+    """Parameters, master weights, moments and step counters of this rank."""
+    masters = [p for adam in adams(policy) for group in adam.param_groups for p in group["params"]]
+    steps = [state["step"] for adam in adams(policy) for state in adam.state.values()]
+    tensors = [*policy.parts.parameters, *masters, *moments(policy), *steps]
+    return [as_array(t).tobytes() for t in tensors]
+
+
+def train_on(rank: int, policy: Any, recorded: Recorded, layout: Layout, rates: tuple[float, ...]) -> list[UpdateStats]:
+    batch = with_recorded(make_rows(rank, recorded, layout), recorded)
+    return [policy.update(batch.microbatches, LOSS, rate)[0] for rate in rates]
+
+
+def run_with_checkpoint(
+    rank: int, recorded: Recorded, layout: Layout, folder: Path
+) -> tuple[list[UpdateStats], list[bytes]]:
+    """Four updates, with a checkpoint after the second."""
+    policy = open_policy(rank, recorded, layout)
+    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
+    stats = train_on(rank, policy, recorded, layout, RATES[:SAVED_AFTER])
+    staged = manager.stage_if_due(policy, LoopState(step=1, policy_version=SAVED_AFTER), every=1, last_step=9)
+    assert staged is not None
+    manager.publish(staged)
+    stats += train_on(rank, policy, recorded, layout, RATES[SAVED_AFTER:])
+    return stats, state_bytes(policy)
+
+
+def resume(
+    rank: int, recorded: Recorded, layout: Layout, checkpoint: Path
+) -> tuple[LoopState, list[UpdateStats], list[bytes]]:
+    """The last two of the four, by a policy that starts from the base model's files."""
+    policy = open_policy(rank, recorded, layout)
+    state = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0).load(policy, checkpoint)
+    stats = train_on(rank, policy, recorded, layout, RATES[SAVED_AFTER:])
+    return state, stats, state_bytes(policy)
+
+
+def weights_of(policy: Any) -> dict[str, bytes]:
+    """Whole tensors."""
+    return {name: as_array(tensor).tobytes() for name, tensor in policy.full_tensors(1 << 28)}

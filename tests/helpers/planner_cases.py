@@ -1,0 +1,41 @@
+"""Small models and configs with known sizes for the tests of the planner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from grpo_mega.config.schema import Config
+from grpo_mega.interfaces import ModuleSizes, ParameterSize
+from grpo_mega.models.config_readers import spec_from_config
+from grpo_mega.models.spec import ModelSpec
+from tests.helpers.family_configs import raw_family_config
+
+
+def config_of(**sections: dict[str, Any]) -> Config:
+    raw: dict[str, Any] = {
+        "model": {"path": "unused"},
+        "data": {"train": "unused", "prompts_per_step": 8, "max_prompt_tokens": 64},
+        "sampling": {"group_size": 4, "max_tokens": 64},
+        "reward": {"terms": [{"name": "exact"}]},
+        "train": {"steps": 1, "max_tokens_per_microbatch": 256},
+    }
+    for name, keys in sections.items():
+        raw[name] = raw.get(name, {}) | keys
+    return Config.model_validate(raw)
+
+
+def spec_of(family: str = "llama", **changes: Any) -> ModelSpec:
+    return spec_from_config(raw_family_config(family, **changes), "config.json")
+
+
+def one(name: str, *shape: int, is_expert: bool = False) -> ParameterSize:
+    return ParameterSize(name, shape, is_expert)
+
+
+SIZES = ModuleSizes(
+    embedding=(one("embedding", 10, 10),),
+    dense_layer=(one("norm", 10), one("matrix", 10, 20)),
+    moe_layer=(one("router", 10), one("expert", 10, 30, is_expert=True)),
+    final_norm=(one("final", 10),),
+    head=(one("head", 10, 10),),
+)
