@@ -1,40 +1,30 @@
-"""Answers policies in worker processes while the engine goes on sampling.
+"""Answers the policy in worker processes while the engine continues to sample.
 
-Each worker has a thread of the caller's process, which hands it one job at a time and waits no longer than the limit.
-Invariants (tests/unit/environments/test_pool.py): every submitted key comes back from `collect`; an environment that
-hangs, crashes or raises costs its time limit and that rollout's reward, and nothing else; no worker outlives its
+Each worker has a thread of the caller's process, which sends it one job at a time and waits no longer than the limit.
+Invariants (tests/unit/environments/test_pool.py): every submitted key is returned by `collect`; an environment that
+hangs, crashes or raises costs its time limit and the reward of that rollout, and nothing else; no worker outlives its
 parent.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-import os
 import queue
 import signal
-import socket
-import subprocess
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 from grpo_mega.environments.base import EnvironmentSpec, Turn, build_environment
-from grpo_mega.workers.process import start_worker
+from grpo_mega.workers.json_worker import JsonWorker, WorkerExitedError
 
 logger = logging.getLogger(__name__)
-
-START_SECONDS = 120.0
-"""Limit for a worker to start and import its environment."""
-_GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
-_KILL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`result` is None when the rollout is over; with a `failure` it is over too, and earns the floor."""
+    """The next result; None ends the rollout. A `failure` ends it too, and the rollout scores the floor."""
 
     result: str | None = None
     failure: str | None = None
@@ -52,9 +42,9 @@ class EnvironmentPool:
     """Worker processes of one environment; use as a context manager, or `close()` it.
 
     Args:
-        spec: checked here, before a worker starts.
+        spec: the environment's section of the config, checked here, before a worker starts.
         workers: number of processes.
-        timeout_seconds: wall-clock limit of one reply; its process is then killed and replaced.
+        timeout_seconds: wall-clock limit of one reply; the process that passes it is killed and replaced.
 
     Raises:
         UserError: the environment is wrong (see `build_environment`).
@@ -63,27 +53,33 @@ class EnvironmentPool:
 
     def __init__(self, spec: EnvironmentSpec, *, workers: int, timeout_seconds: float) -> None:
         build_environment(spec)
+        self._name, self._timeout_seconds = spec.name, timeout_seconds
         self._setup = {"name": spec.name, "args": dict(spec.args), "timeout_seconds": timeout_seconds}
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards the next three
         self._pending: set[int] = set()
         self._replies: dict[int, Reply] = {}
         self._broken: Exception | None = None
-        # started here, in parallel, and not by the threads: the kernel would tie their life to those
-        processes = [_Process(self._setup) for _ in range(workers)]
+        # The first workers are started here, all at once. The kernel ties the life of a worker to the thread that
+        # started it, and this thread outlives the pool.
+        started = [self._start() for _ in range(workers)]
         try:
-            for process in processes:
-                process.wait_until_ready()
-        except RuntimeError:
-            for process in processes:
-                process.kill()
-            raise
-        self._threads = [threading.Thread(target=self._serve, args=(p,), daemon=True) for p in processes]
+            for worker in started:
+                worker.wait_until_ready()
+        except RuntimeError as error:
+            for worker in started:
+                worker.kill()
+            raise RuntimeError(f"environment workers do not start: {error}") from error
+        self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in started]
         for thread in self._threads:
             thread.start()
 
     def submit(self, key: int, prompt: str, turns: Sequence[Turn], reference: str) -> None:
-        """Ask for the reply to the last of `turns`; returns at once."""
+        """Queue the last of `turns` for a reply; return at once.
+
+        Raises:
+            ValueError: `key` was submitted before and is not collected yet.
+        """
         with self._changed:
             if key in self._pending or key in self._replies:
                 raise ValueError(f"key={key} was submitted twice since the last collect; keys must differ")
@@ -91,7 +87,7 @@ class EnvironmentPool:
         self._jobs.put(_Job(key, prompt, [(turn.answer, turn.result) for turn in turns], reference))
 
     def collect(self) -> dict[int, Reply]:
-        """Wait for the replies to everything submitted since the last call.
+        """Wait for the replies to everything that was submitted since the last call, and return them by key.
 
         Raises:
             RuntimeError: a worker that died cannot be restarted.
@@ -105,12 +101,12 @@ class EnvironmentPool:
         if failures:
             logger.warning(
                 "environment %s failed in %d of %d turns, whose rollouts score the floor; the first: key %d %s",
-                *(self._setup["name"], len(failures), len(replies), *failures[0]),
+                *(self._name, len(failures), len(replies), *failures[0]),
             )
         return replies
 
     def close(self) -> None:
-        """End the workers. A second call does nothing."""
+        """Finish the queued jobs and end the workers. A second call does nothing."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
@@ -125,81 +121,36 @@ class EnvironmentPool:
     ) -> None:
         self.close()
 
-    def _serve(self, process: _Process) -> None:
-        """One thread: one worker, or the one that replaces it."""
+    def _serve(self, worker: JsonWorker) -> None:
+        """Run one thread: it serves jobs with one worker, and replaces the worker when it has died."""
         try:
             while (job := self._jobs.get()) is not None:
-                reply = process.ask(job)
-                if not process.is_alive:
-                    process = _Process(self._setup)
-                    process.wait_until_ready()
+                reply = self._ask(worker, job)
+                if not worker.is_alive:
+                    worker = self._start()
+                    worker.wait_until_ready()
                 with self._changed:
                     self._pending.discard(job.key)
                     self._replies[job.key] = reply
                     self._changed.notify_all()
-        except (OSError, RuntimeError) as error:  # carried to the caller, who would otherwise wait for ever
+        except (OSError, RuntimeError) as error:  # reported to the caller, which would otherwise wait forever
             with self._changed:
                 self._broken = error
                 self._changed.notify_all()
         finally:
-            process.kill()
+            worker.kill()
 
+    def _start(self) -> JsonWorker:
+        return JsonWorker("grpo_mega.environments.worker", self._setup)
 
-class _Process:
-    """The parent's side of one worker."""
-
-    def __init__(self, setup: dict[str, object]) -> None:
-        self._timeout_seconds = float(str(setup["timeout_seconds"]))
-        self._connection, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_worker("grpo_mega.environments.worker", theirs)
-        self.is_alive = True
-        self._incoming = b""
-        self._connection.sendall(json.dumps(setup).encode("ascii") + b"\n")
-
-    def wait_until_ready(self) -> None:
-        """Raises RuntimeError when the worker does not come up."""
-        if self._line(START_SECONDS) is None:
-            self.kill()
-            raise RuntimeError("an environment worker did not start; its message is above")
-
-    def ask(self, job: _Job) -> Reply:
-        """What the environment replies, or how it failed; afterwards the worker may be dead."""
-        with contextlib.suppress(OSError):  # then there is no answer either
-            message = json.dumps([job.prompt, job.turns, job.reference]).encode("ascii") + b"\n"
-            self._connection.settimeout(self._timeout_seconds + _GRACE_SECONDS)
-            self._connection.sendall(message)
-        line = self._line(self._timeout_seconds + _GRACE_SECONDS)
-        if line is not None:
-            return Reply(**json.loads(line))
-        status = self._process.poll()
-        self.kill()
-        timed_out = status is None or status == -signal.SIGALRM
-        return Reply(failure="timed out" if timed_out else f"crashed, exit status {status}")
-
-    def kill(self) -> None:
-        """End it and whatever it started."""
-        self.is_alive = False
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._connection.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel; it ends when the kernel lets it
-            self._process.wait(_KILL_SECONDS)
-
-    def _line(self, seconds: float) -> bytes | None:
-        """The next line; None when the process ended or was silent for so long."""
-        while b"\n" not in self._incoming:
-            self._connection.settimeout(seconds)
-            try:
-                piece = self._connection.recv(1 << 16)
-            except TimeoutError:
-                return None
-            except ConnectionResetError:
-                piece = b""
-            if not piece:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(_GRACE_SECONDS)
-                return None
-            self._incoming += piece
-        line, _, self._incoming = self._incoming.partition(b"\n")
-        return line
+    def _ask(self, worker: JsonWorker, job: _Job) -> Reply:
+        """Return the reply of the environment, or how it failed; after a timeout or a crash the worker is dead."""
+        worker.send([job.prompt, job.turns, job.reference])
+        try:
+            return Reply(**worker.wait_for_message(self._timeout_seconds))
+        except TimeoutError:
+            worker.kill()
+            return Reply(failure="timed out")
+        except WorkerExitedError as error:
+            timed_out = error.status == -signal.SIGALRM
+            return Reply(failure="timed out" if timed_out else f"crashed, exit status {error.status}")

@@ -1,57 +1,41 @@
-"""The child's side of an environment process. `python -m grpo_mega.environments.worker DESCRIPTOR PARENT`.
+"""The child's side of an environment worker: `python -m grpo_mega.environments.worker DESCRIPTOR PARENT_PID`.
 
-Reads a job per line, answers a line per job. A job that outlasts its limit is ended by the process's own alarm, which
-kills the process: no environment can hold it back.
+Setup: `{"name": ..., "args": {...}, "timeout_seconds": s}`.
+Job: `[prompt, [[answer, result or null], ...], reference]`; its answer: `{"result": text or null}` or
+`{"failure": reason}`. How jobs travel and how a job is ended at its limit: grpo_mega/workers/.
 """
 
 from __future__ import annotations
 
-import json
-import signal
-import socket
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_mega.environments.base import Turn, build_environment
-from grpo_mega.workers.process import die_with
+from grpo_mega.workers.worker_main import Handler, call_with_alarm, serve
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """The config's section as it comes over the wire; its own class is not imported here."""
+    """The environment's section of the config as the worker receives it; pydantic is not imported here."""
 
     name: str
     args: dict[str, Any] = field(default_factory=dict)
 
 
-def main() -> None:
-    """Serve jobs until the parent closes the socket."""
-    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    die_with(parent)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as lines:
-        connection.setblocking(True)
-        setup = json.loads(lines.readline() or b"null")
-        if setup is None:
-            return
-        respond = build_environment(WorkerSpec(setup["name"], setup["args"]))
-        connection.sendall(b"{}\n")
-        for line in lines:
-            prompt, turns, reference = json.loads(line)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)  # each time: an environment may have put its own there
-            signal.setitimer(signal.ITIMER_REAL, setup["timeout_seconds"])
-            try:
-                reply = {"result": respond(prompt, [Turn(*turn) for turn in turns], reference)}
-            except (Exception, SystemExit) as error:  # whatever it raises is a failed turn, never a dead worker
-                reply = {"failure": f"raised {type(error).__name__}: {error}"[:500]}
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.sendall(json.dumps(reply).encode("ascii") + b"\n")
+def prepare(setup: dict[str, Any]) -> Handler:
+    """Build the environment of the setup and return the function that answers its jobs."""
+    respond = build_environment(WorkerSpec(setup["name"], setup["args"]))
+
+    def handle(job: list[Any]) -> Iterator[object]:
+        prompt, turns, reference = job
+        result, problem = call_with_alarm(
+            setup["timeout_seconds"], lambda: respond(prompt, [Turn(*turn) for turn in turns], reference)
+        )
+        yield {"result": result} if problem is None else {"failure": f"raised {problem}"}
+
+    return handle
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (BrokenPipeError, ConnectionResetError):
-        sys.exit(0)  # the parent is gone
+    serve(prepare)

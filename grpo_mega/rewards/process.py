@@ -1,34 +1,23 @@
-"""The parent's side of one reward process: starts it clean, talks to it without ever blocking, ends it for good.
+"""One reward worker with the jobs that it has: how many it may get, and its answers in their order.
 
-The child is a new program (`python -m grpo_mega.rewards.worker`), not a fork: it inherits no torch, no gloo socket, no
-engine state and no GPU, and none of the variables that make a process a rank. It leads its own session, so that what
-a reward starts is killed with it.
+The worker process itself is a `JsonWorker`; what it runs is grpo_mega/rewards/worker.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
-import time
 from collections import deque
 from dataclasses import dataclass, field
 
 from grpo_mega.rewards.base import Value
-from grpo_mega.workers.process import start_worker
+from grpo_mega.workers.json_worker import JsonWorker
 
-_GRACE_SECONDS = 1.0  # past the limit, before the parent does what the child's own alarm should have done
-_KILL_SECONDS = 10.0
 _MAX_IN_FLIGHT = 64
 _PREFETCH_SECONDS = 0.02
 
 
 @dataclass
 class ScoringJob:
-    """One completion on its way: `remaining` are the positions of the terms that it has no value of yet."""
+    """One completion to score; `remaining` holds the positions of the terms that have no value yet."""
 
     key: int
     prompt: str
@@ -41,7 +30,7 @@ class ScoringJob:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a worker says about one component of one job; `value` is None when it failed, for the reason `problem`."""
+    """The value of one component of one job; None when the scoring failed, for the reason `problem`."""
 
     serial: int
     position: int
@@ -50,89 +39,40 @@ class Answer:
 
 
 class RewardProcess:
-    """One worker. The caller watches `connection`: for reading always, for writing while there is a `backlog`."""
+    """A reward worker and the jobs that were sent to it, oldest first."""
 
     def __init__(self, setup: dict[str, object]) -> None:
-        self.connection, theirs = socket.socketpair()
-        with theirs:
-            self._process = start_worker("grpo_mega.rewards.worker", theirs)
-        self.connection.setblocking(False)
-        self.pid = self._process.pid
-        self.ready = False
-        self.setup_error: str | None = None
-        self.started = self.last_progress = time.monotonic()
+        self.worker = JsonWorker("grpo_mega.rewards.worker", setup)
         self.in_flight: deque[tuple[int, ScoringJob]] = deque()
         self._mean_seconds = _PREFETCH_SECONDS
-        self._incoming = b""
-        self.backlog = bytearray()
-        self._write(setup)
 
     @property
     def free_slots(self) -> int:
-        """How many more jobs it should get: about 20 ms of work, at most 64, and only once it is ready."""
-        if not self.ready:
+        """Number of further jobs to send: about 20 ms of work in all, at most 64 jobs, and none before it is ready."""
+        if not self.worker.is_ready:
             return 0
         wanted = max(1, min(_MAX_IN_FLIGHT, int(_PREFETCH_SECONDS / max(self._mean_seconds, 1e-6))))
         return wanted - len(self.in_flight)
 
     def submit(self, serial: int, job: ScoringJob) -> None:
-        """Queue a job on this worker."""
+        """Send a job to this worker."""
         self.in_flight.append((serial, job))
-        self._write([serial, job.remaining, job.prompt, job.completion, job.reference])
-
-    def flush(self) -> None:
-        """Write what the socket takes."""
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
-            while self.backlog:
-                del self.backlog[: self.connection.send(self.backlog)]
-                self.last_progress = time.monotonic()  # what waits here has not reached the worker's clock yet
+        self.worker.send([serial, job.remaining, job.prompt, job.completion, job.reference])
 
     def receive(self) -> tuple[list[Answer], bool]:
-        """What has arrived, and whether the process is still there."""
-        alive, pieces = True, [self._incoming]
-        try:
-            while piece := self.connection.recv(1 << 16):
-                pieces.append(piece)
-            alive = False
-        except BlockingIOError:
-            pass
-        except ConnectionResetError:
-            alive = False
-        *lines, self._incoming = b"".join(pieces).split(b"\n")
+        """Return the answers that have arrived, and whether the worker is still connected.
+
+        Answers come in the order of `in_flight`; the caller removes a job from it after the job's last answer.
+        """
+        messages, is_open = self.worker.receive()
         answers = []
-        for line in lines:
-            self.last_progress = time.monotonic()
-            message = json.loads(line)
-            if isinstance(message, dict):
-                self.ready, self.setup_error = "ready" in message, message.get("error")
-                continue
-            serial, position, value, problem, seconds = message
+        for serial, position, value, problem, seconds in messages:
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             if isinstance(value, list):
                 value = tuple((end, of_step) for end, of_step in value)
             answers.append(Answer(serial, position, value, problem))
-        return answers, alive
+        return answers, is_open
 
     def is_overdue(self, timeout_seconds: float) -> bool:
-        """Whether the scoring in progress has outlived the limit and the alarm that should have ended it."""
-        return bool(self.in_flight) and time.monotonic() - self.last_progress > timeout_seconds + _GRACE_SECONDS
-
-    def kill(self) -> int:
-        """End it and whatever it started; its exit status, negative for a signal."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.connection.close()
-        try:
-            return self._process.wait(_KILL_SECONDS)
-        except subprocess.TimeoutExpired:  # stuck in the kernel; it ends when the kernel lets it
-            return -signal.SIGKILL
-
-    def exit_status(self, grace_seconds: float = 1.0) -> int:
-        """After the socket has ended: wait for the process to say how it died, then clean up."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(grace_seconds)
-        return self.kill()
-
-    def _write(self, message: object) -> None:
-        self.backlog += json.dumps(message).encode("ascii") + b"\n"
-        self.flush()
+        """Return True when the current scoring has passed its limit and the worker's alarm did not end it."""
+        return bool(self.in_flight) and self.worker.is_late(timeout_seconds)

@@ -1,4 +1,5 @@
 """Worker processes of rewards and environments: their start, limits and messages.
 
-Imports no torch, so a worker starts in a fraction of a second.
+`json_worker` is the parent's side and `worker_main` the child's side of one worker process. They exchange lines of JSON
+over a socket pair. Both import no torch, so a worker starts in a fraction of a second.
 """

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.config.rollout_sections import RewardTerm
-from grpo_mega.rewards import process
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import Reward, UserError
+from grpo_mega.workers import json_worker
 
 USER_REWARDS = '''
 import json, os, signal, sys, time
@@ -154,7 +154,7 @@ def test_failures_are_counted_over_the_life_of_the_pool() -> None:
 def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit_by_the_process_itself(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(process, "_GRACE_SECONDS", 60.0)  # on a busy machine an alarm may come late
+    monkeypatch.setattr(json_worker, "GRACE_SECONDS", 60.0)  # on a busy machine an alarm may come late
     terms = [RewardTerm(name="format", args={"pattern": "(a+)+b$"})]
     rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms)
     assert f"the first: key 0 exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent another signal
@@ -243,7 +243,7 @@ def test_a_module_that_cannot_be_imported_in_the_worker_stops_the_start(tmp_path
     (tmp_path / "dies_there.py").write_text("import os\n" + module.format("os._exit(7)") + rest)
     with pytest.raises(RuntimeError, match="no disk"):
         RewardPool([RewardTerm(name="raises_there:f")], workers=1, timeout_seconds=1.0)
-    with pytest.raises(RuntimeError, match="3 reward workers in a row ended while starting, exit status 7"):
+    with pytest.raises(RuntimeError, match=r"3 reward workers in a row .* exit status 7"):
         RewardPool([RewardTerm(name="dies_there:f")], workers=1, timeout_seconds=1.0)
 
 

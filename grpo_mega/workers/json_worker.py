@@ -1,0 +1,188 @@
+"""The parent's side of one worker process: start it, exchange lines of JSON with it, end it.
+
+A worker is a new program (`python -m MODULE`), not a fork. It inherits no torch, no sockets of a process group, no
+engine state and no GPU, and none of the variables that make a process a rank. It leads its own session, so that every
+process which it starts is killed with it.
+
+The first line that the parent sends is the setup. The worker answers it with `{"ready": true}` or `{"error": "..."}`.
+Every later line is a job or an answer, in the format of the module. The child's side is `worker_main.py`.
+
+Asserted by tests/unit/rewards/test_pool.py and tests/unit/environments/test_pool.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+
+START_SECONDS = 120.0
+"""Limit for a worker to start and to import what it runs."""
+GRACE_SECONDS = 1.0
+"""Time past the limit of a job before the parent kills the worker; the worker's own alarm normally ends it first."""
+_KILL_SECONDS = 10.0
+_EXIT_SECONDS = 1.0  # from the end of the connection to the exit of the process
+
+_DROPPED_PREFIXES = ("CUDA_", "GLOO_", "LOCAL_", "MASTER_", "NCCL_", "PMI", "ROLE_", "SLURM_", "TORCH", "VLLM_")
+_DROPPED = frozenset(("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "LD_PRELOAD", "OMPI_COMM_WORLD_RANK"))
+
+
+class WorkerExitedError(RuntimeError):
+    """The worker process exited before it answered; `status` is its exit status, negative for a signal."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the worker process exited, exit status {status}")
+        self.status = status
+
+
+class JsonWorker:
+    """One worker process and the connection to it. No method blocks, except those named `wait_...`, `kill` and `reap`.
+
+    A caller that serves several workers watches `connection`: always for reading, and for writing while there is a
+    `backlog` of bytes that the socket did not take yet.
+
+    Args:
+        module: the module that the worker runs; it calls `worker_main.serve`.
+        setup: the first message, serializable as JSON.
+    """
+
+    def __init__(self, module: str, setup: object) -> None:
+        self.connection, child_end = socket.socketpair()
+        with child_end:
+            self._process = _start(module, child_end)
+        self.connection.setblocking(False)
+        self.pid = self._process.pid
+        self.is_alive = True
+        self.is_ready = False
+        self.setup_error: str | None = None
+        self.started = self.last_progress = time.monotonic()
+        self.backlog = bytearray()
+        self._incoming = b""
+        self.send(setup)
+
+    def send(self, message: object) -> None:
+        """Queue one message and write as much of it as the socket takes."""
+        self.backlog += json.dumps(message).encode("ascii") + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write as much of the backlog as the socket takes."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while self.backlog:
+                del self.backlog[: self.connection.send(self.backlog)]
+                self.last_progress = time.monotonic()  # the worker's clock starts only when it has the whole job
+
+    def receive(self) -> tuple[list[Any], bool]:
+        """Return the messages that have arrived, and whether the connection is still open.
+
+        The answer to the setup is not returned: it sets `is_ready` or `setup_error`.
+        """
+        is_open, pieces = True, [self._incoming]
+        try:
+            while piece := self.connection.recv(1 << 16):
+                pieces.append(piece)
+            is_open = False
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            is_open = False
+        *lines, self._incoming = b"".join(pieces).split(b"\n")
+        messages = []
+        for line in lines:
+            self.last_progress = time.monotonic()
+            message = json.loads(line)
+            if self.is_ready:
+                messages.append(message)
+            else:
+                self.is_ready, self.setup_error = "ready" in message, message.get("error")
+        return messages, is_open
+
+    def is_late(self, seconds: float) -> bool:
+        """Return True when no byte has moved for `seconds` and the grace after them."""
+        return time.monotonic() - self.last_progress > seconds + GRACE_SECONDS
+
+    def wait_until_ready(self) -> None:
+        """Wait for the answer to the setup.
+
+        Raises:
+            RuntimeError: the worker reported an error, exited, or was not ready within START_SECONDS.
+        """
+        while not self.is_ready:
+            remaining = self.started + START_SECONDS - time.monotonic()
+            if remaining <= 0:
+                raise RuntimeError(f"a worker process was not ready within {START_SECONDS:g} s")
+            self._poll(remaining)
+            _, is_open = self.receive()
+            if self.setup_error is not None:
+                raise RuntimeError(self.setup_error)
+            if not is_open and not self.is_ready:
+                raise WorkerExitedError(self.reap())
+
+    def wait_for_message(self, seconds: float) -> Any:
+        """Return the next message.
+
+        Raises:
+            TimeoutError: no byte has moved for `seconds` and the grace after them; the worker is still running.
+            WorkerExitedError: the worker exited first.
+        """
+        while not self.is_late(seconds):
+            self._poll(self.last_progress + seconds + GRACE_SECONDS - time.monotonic())
+            messages, is_open = self.receive()
+            if messages:
+                return messages[0]
+            if not is_open:
+                raise WorkerExitedError(self.reap())
+        raise TimeoutError(f"no message within {seconds:g} s")
+
+    def kill(self) -> int:
+        """Kill the worker and every process that it started; return the exit status, negative for a signal."""
+        self.is_alive = False
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.connection.close()
+        try:
+            return self._process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:  # blocked inside a system call; the kernel ends it when the call returns
+            return -signal.SIGKILL
+
+    def reap(self) -> int:
+        """Wait for a worker that closed its connection to exit, then kill what it left; return its exit status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_EXIT_SECONDS)
+        return self.kill()
+
+    def _poll(self, seconds: float) -> None:
+        """Wait until a message arrives, or the socket takes more of the backlog, or the time is over."""
+        poll = select.poll()
+        poll.register(self.connection, select.POLLIN | (select.POLLOUT if self.backlog else 0))
+        poll.poll(max(0.0, seconds) * 1000)
+        self.flush()
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment variables without those of ranks, launchers and devices; PYTHONPATH holds `sys.path`."""
+    kept = {k: v for k, v in os.environ.items() if k not in _DROPPED and not k.startswith(_DROPPED_PREFIXES)}
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return kept | {"PYTHONPATH": path, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _start(module: str, connection: socket.socket) -> subprocess.Popen[bytes]:
+    """Run `python -m MODULE DESCRIPTOR PARENT_PID` in its own session.
+
+    The worker's stdout goes to stderr, because stdout belongs to the parent's own output.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", module, str(connection.fileno()), str(os.getpid())],
+        pass_fds=(connection.fileno(),),
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        start_new_session=True,
+    )

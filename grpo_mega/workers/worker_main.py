@@ -1,0 +1,80 @@
+"""The child's side of one worker process (json_worker.py): `python -m MODULE DESCRIPTOR PARENT_PID`.
+
+The process ends with its parent: when the connection closes, and on Linux by the parent-death signal. A job that takes
+too long is ended by the kernel's alarm, which kills the process. The alarm needs neither the interpreter (a
+catastrophic regular expression never releases it) nor the parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+_PR_SET_PDEATHSIG = 1
+_MAX_PROBLEM_CHARACTERS = 500
+_Result = TypeVar("_Result")
+
+Handler = Callable[[Any], Iterable[object]]
+"""Takes the message of one job and yields its answers."""
+
+
+def serve(prepare: Callable[[Any], Handler]) -> None:
+    """Answer jobs until the parent closes the connection.
+
+    Args:
+        prepare: called with the setup, returns the handler of jobs. An exception in it is sent to the parent.
+    """
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    _exit_with_parent(parent)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    connection = socket.socket(fileno=descriptor)
+    connection.setblocking(True)
+    try:
+        with connection, connection.makefile("rb") as lines:
+            setup = json.loads(lines.readline() or b"null")
+            if setup is None:
+                return
+            try:
+                handle = prepare(setup)
+            except Exception as error:  # the import of a user's module may raise anything
+                _send(connection, {"error": f"{type(error).__name__}: {error}"})
+                return
+            _send(connection, {"ready": True})
+            for line in lines:
+                for answer in handle(json.loads(line)):
+                    _send(connection, answer)
+    except (BrokenPipeError, ConnectionResetError):
+        sys.exit(0)  # the parent has exited
+
+
+def call_with_alarm(seconds: float, function: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
+    """Return (result, None), or (None, problem) when the function raises. After `seconds` the kernel kills the process.
+
+    The default handler of the alarm is restored each time, because a user's function may have replaced it.
+    """
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return function(), None
+    except (Exception, SystemExit) as error:  # a failure of this job only; the worker continues
+        return None, f"{type(error).__name__}: {error}"[:_MAX_PROBLEM_CHARACTERS]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _exit_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent has exited, for whatever reason."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # the parent exited before the line above
+        sys.exit(1)
+
+
+def _send(connection: socket.socket, message: object) -> None:
+    connection.sendall(json.dumps(message).encode("ascii") + b"\n")
