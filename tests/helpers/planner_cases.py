@@ -8,6 +8,9 @@ from grpo_mega.config.schema import Config
 from grpo_mega.interfaces import ModuleSizes, ParameterSize
 from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.hardware import cluster_of, gpu_named
+from grpo_mega.planner.phase_memory import plan_memory
 from tests.helpers.family_configs import raw_family_config
 
 
@@ -39,3 +42,10 @@ SIZES = ModuleSizes(
     final_norm=(one("final", 10),),
     head=(one("head", 10, 10),),
 )
+
+
+def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g") -> Any:
+    return plan_memory(
+        config, spec, SIZES, Topology.of(config, world), cluster_of(gpu_named(gpu), world), total_parameters=1000,
+        where="config.json",
+    )  # fmt: skip

@@ -15,8 +15,8 @@ from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.kv_cache import KvCacheSize, kv_bytes_per_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
+from tests.helpers.planner_cases import config_of, memory_of, spec_of
 from tests.helpers.random_families import random_config
-from tests.unit.planner.test_phase_memory import config_of, memory_of, spec_of
 
 SEEDS = range(200)
 

@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.schema import Config
-from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.planner.hardware import Assumptions, Cluster, cluster_of, gpu_named
-from grpo_mega.planner.phase_memory import PHASES, engine_weight_bytes, num_groups, plan_memory, workload_of
+from grpo_mega.planner.hardware import Assumptions, Cluster, gpu_named
+from grpo_mega.planner.phase_memory import PHASES, engine_weight_bytes, num_groups, workload_of
 from grpo_mega.planner.pipeline_schedule import peak_of_schedule
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.types import UserError
-from tests.helpers.planner_cases import SIZES, config_of, spec_of
+from tests.helpers.planner_cases import SIZES, config_of, memory_of, spec_of
 
 
 def test_1f1b_holds_as_many_microbatches_as_stages_follow() -> None:
@@ -93,13 +91,6 @@ def test_the_engine_s_cache_holds_the_completions_of_an_evaluation() -> None:
     ]
     assert sizes[0] == sizes[1]  # prompts of 64 tokens and completions of 64
     assert sizes[2] / sizes[0] == pytest.approx(2, rel=1e-3)
-
-
-def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g") -> Any:
-    return plan_memory(
-        config, spec, SIZES, Topology.of(config, world), cluster_of(gpu_named(gpu), world), total_parameters=1000,
-        where="config.json",
-    )  # fmt: skip
 
 
 def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
