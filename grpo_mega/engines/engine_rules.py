@@ -1,4 +1,4 @@
-"""Rules of the engines: model families, FP8, routers and server addresses that an engine accepts."""
+"""Rules that an engine imposes on model families, FP8, routers, server addresses and `engine.args`."""
 
 from __future__ import annotations
 
@@ -13,28 +13,35 @@ from grpo_mega.parallel.devices import has_cuda_driver
 from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout, check_policy_blocks
 from grpo_mega.types import UserError
 
-# Families that SGLang was compared with transformers in (docs/measurements/weight_sync.md); vLLM was in all.
+# Families in which SGLang was compared with transformers (docs/measurements/weight_sync.md). vLLM was in all families.
 SGLANG_FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "mixtral", "glm4_moe")
 
 
-# vLLM reads these from config.json and defaults to another router (models/deepseek_v2.py); transformers has one.
+# vLLM reads these fields and defaults to another router (models/deepseek_v2.py); transformers has only this one.
 _ROUTER_FIELDS = {"deepseek_v3": {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}}
 
 
 def check_engine_fp8_device(config: Config) -> None:
-    """Raises UserError: there is no device on which vLLM computes with FP8 blocks. Servers look at their own."""
+    """Check that this machine can compute with FP8 blocks. Engine servers check their own machine.
+
+    Raises:
+        UserError: it has no CUDA devices.
+    """
     if config.engine.placement == "server":
         return
     if config.engine.fp8 is not None and not has_cuda_driver():
         raise UserError(
             f"engine.fp8={config.engine.fp8} needs CUDA devices, and this machine has none",
-            remedy="leave engine.fp8 out",
+            remedy="remove engine.fp8",
         )
 
 
 def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
-    """Do policy and engine leave FP8 blocks whole, where the engine has them or they are reported of? See
-    `check_fp8_layout`."""
+    """Check that neither policy nor engine splits FP8 blocks, if they are used or `weight_sync.fp8_report` is set.
+
+    Raises:
+        UserError: see `check_fp8_layout`.
+    """
     if config.engine.fp8 is not None:
         check_fp8_layout(
             spec,
@@ -48,10 +55,14 @@ def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_spli
 
 
 def check_engine_model(spec: ModelSpec, config: Config) -> None:
-    """Raises UserError: the engine cannot compute this model, or would compute it differently from the policy."""
+    """Check that the engine supports this model and computes it as the policy does.
+
+    Raises:
+        UserError: it does not.
+    """
     check_engine_args(config)
     if config.engine.kind == "sglang":
-        _check_sglang_here(config)
+        _check_sglang_on_this_machine(config)
     if config.model.base is not None:
         return
     folder = Path(str(config.model.path))
@@ -59,60 +70,74 @@ def check_engine_model(spec: ModelSpec, config: Config) -> None:
         _check_sglang(spec, folder)
     if spec.moe is not None and config.engine.ep > spec.moe.num_experts:
         raise UserError(
-            f"engine.ep={config.engine.ep}: {folder} has {spec.moe.num_experts} experts, and every rank needs one",
+            f"engine.ep={config.engine.ep}: {folder} has only {spec.moe.num_experts} experts, and every rank needs one",
             remedy="use fewer ranks, or engine.ep=1",
         )
     if config.engine.ep > 1 and spec.moe is None:
-        raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts to spread", remedy="leave it out")
+        raise UserError(f"engine.ep={config.engine.ep}: {folder} has no experts", remedy="use engine.ep=1")
     raw = json.loads((folder / "config.json").read_text())
     missing = [f"{key}={value}" for key, value in _ROUTER_FIELDS.get(spec.family, {}).items() if raw.get(key) != value]
     if missing:
         raise UserError(
-            f"model.path={folder}: its config.json does not say {', '.join(missing)}, and vLLM would route otherwise "
-            f"than {spec.family} does",
-            remedy="add it",
+            f"model.path={folder}: its config.json does not set {', '.join(missing)}, and vLLM would use another "
+            f"router than {spec.family}",
+            remedy="add it to config.json",
         )
     if spec.family == "gpt_oss":
         _check_gpt_oss(spec, folder)
     if raw.get("quantization_config") is not None and config.engine.fp8 is None:
         raise UserError(
-            f"model.path={folder} has a quantization_config, and the engine would quantise what the sync brings",
-            remedy="give an unquantised checkpoint, or set engine.fp8=scales_fp32",
+            f"model.path={folder} has a quantization_config, and the engine would quantize the weights of a sync",
+            remedy="use an unquantized checkpoint, or set engine.fp8=scales_fp32",
         )
 
 
 def check_server_addresses(config: Config) -> None:
-    """Raises UserError: an address is none, or a server of another machine is to be trusted without a secret."""
+    """Check the addresses in `engine.urls`.
+
+    Raises:
+        UserError: one is not an address, or it is on another machine and no secret is set.
+    """
     urls = config.engine.urls if config.engine.placement == "server" else ()
     for i, url in enumerate(urls):
         require_token(Address.parse(url, f"engine.urls[{i}]").host, read_token(), f"engine.urls[{i}]={url}")
 
 
-def _check_sglang_here(config: Config) -> None:
-    """Raises UserError: SGLang computes otherwise on this machine."""
+def _check_sglang_on_this_machine(config: Config) -> None:
+    """Check that SGLang supports the layout and the dtype on this machine.
+
+    Raises:
+        UserError: it does not.
+    """
     if config.engine.ep > 1 and not has_cuda_driver():
         raise UserError(
-            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang does not spread experts without CUDA",
+            f"engine.ep={config.engine.ep} with engine.kind=sglang: SGLang supports expert parallelism only with CUDA",
             remedy="use engine.ep=1",
         )
     if config.precision.dtype == "fp32" and has_cuda_driver():
         raise UserError(
-            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention on CUDA computes in 16 bits",
+            "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention kernels for CUDA compute in 16 bits",
             remedy="use precision.dtype=bf16, or engine.kind=vllm",
         )
 
 
 def _check_sglang(spec: ModelSpec, folder: Path) -> None:
-    """What SGLang 0.5.23 was compared in, and what of config.json its models do not read (models/*.py)."""
+    """Check that a sync to SGLang was verified for the family, and that SGLang reads the fields of config.json.
+
+    SGLang 0.5.23 ignores some fields (models/*.py).
+
+    Raises:
+        UserError: the family was not verified, or SGLang would build another model.
+    """
     if spec.family not in SGLANG_FAMILIES:
         raise UserError(
-            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine is not proven",
+            f"engine.kind=sglang: a sync of the family {spec.family} ({folder}) to this engine was not verified",
             remedy=f"use engine.kind=vllm, or a model of {', '.join(SGLANG_FAMILIES)}",
         )
     if spec.family == "qwen3_moe" and spec.moe is not None and not all(spec.moe.layers):
         raise UserError(
-            f"engine.kind=sglang: SGLang gives every layer of {folder} experts, whatever mlp_only_layers and "
-            "decoder_sparse_step of its config.json say",
+            f"engine.kind=sglang: SGLang builds every layer of {folder} with experts and ignores mlp_only_layers and "
+            "decoder_sparse_step of its config.json",
             remedy="use engine.kind=vllm",
         )
     if spec.family == "mixtral" and spec.head_dim * spec.num_heads != spec.hidden_size:
@@ -124,19 +149,23 @@ def _check_sglang(spec: ModelSpec, folder: Path) -> None:
 
 
 def _check_gpt_oss(spec: ModelSpec, folder: Path) -> None:
-    """What vLLM has written into its model, whatever config.json says (models/gpt_oss.py, cpu_fused_moe.cpp)."""
-    assert spec.moe is not None, "read_gpt_oss gives experts"
-    assert spec.moe.gate is not None, "read_gpt_oss gives their gate"
-    written = {
+    """Check the values that vLLM hard-codes in its gpt_oss model (models/gpt_oss.py, cpu_fused_moe.cpp).
+
+    Raises:
+        UserError: config.json has another value.
+    """
+    assert spec.moe is not None, "read_gpt_oss sets moe"
+    assert spec.moe.gate is not None, "read_gpt_oss sets moe.gate"
+    hard_coded = {
         "rms_norm_eps": (spec.norm_eps, 1e-5),
         "swiglu_alpha": (spec.moe.gate.alpha, 1.702),
         "swiglu_limit": (spec.moe.gate.limit, 7.0),
         "layers with a window": ([i for i, w in enumerate(spec.windowed) if w], list(range(0, spec.num_layers, 2))),
     }
-    for what, (got, fixed) in written.items():
+    for what, (got, fixed) in hard_coded.items():
         if got != fixed:
             raise UserError(
-                f"model.path={folder}: its config.json says {what}={got}, and vLLM computes gpt_oss with {fixed} "
-                "whatever it says",
-                remedy="use a model that has this",
+                f"model.path={folder}: its config.json says {what}={got}, and vLLM always computes gpt_oss "
+                f"with {fixed}",
+                remedy="use a model with this value",
             )

@@ -1,4 +1,4 @@
-"""What every engine checks of a request, how its answers are collected, and the tokens that end one."""
+"""Checks of requests, grouping of completions, and EOS tokens; shared by all engines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
 
 
 def require_ready(asleep: Collection[str], *, updating: bool, policy_version: int) -> None:
-    """Raises RuntimeError: something of the engine sleeps, or its weights are not those of a version."""
+    """Check that the engine can sample.
+
+    Raises:
+        RuntimeError: a part of the engine is asleep, or its weights are incomplete.
+    """
     if asleep:
         raise RuntimeError(f"generate while {' and '.join(sorted(asleep))} sleep; wake them first")
     if updating or policy_version < 0:
@@ -24,8 +28,10 @@ def in_groups(
     group_size: int,
     on_completion: Callable[[int, int, Completion], None] | None,
 ) -> list[list[Completion]]:
-    """(prompt position, member, completion) in any order -> groups in the prompts' order, as `Engine.generate`. An
-    error ends the rollouts before it leaves."""
+    """Collect (prompt position, member, completion) in any order into groups in the order of the prompts.
+
+    The generator is closed when this function returns or raises.
+    """
     groups: list[list[Completion | None]] = [[None] * group_size for _ in range(num_prompts)]
     with closing(rollouts):
         for position, member, completion in rollouts:
@@ -36,7 +42,11 @@ def in_groups(
 
 
 def check_lengths(prompts: Sequence[Prompt], sampling: SamplingRequest, max_model_len: int) -> None:
-    """Raises ValueError: a prompt and its completion do not fit (names the prompt)."""
+    """Check that every prompt and its longest completion fit the engine.
+
+    Raises:
+        ValueError: one does not (names the prompt).
+    """
     for position, prompt in enumerate(prompts):
         max_tokens = sampling.max_tokens_of(position)
         if len(prompt.token_ids) + max_tokens > max_model_len:
@@ -47,7 +57,7 @@ def check_lengths(prompts: Sequence[Prompt], sampling: SamplingRequest, max_mode
 
 
 def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Tokens that end a rollout: those of generation_config.json, else of config.json, else of the tokenizer.
+    """Return the tokens that end a rollout, from generation_config.json, else config.json, else the tokenizer.
 
     Raises:
         UserError: none of the three names one.
@@ -60,7 +70,7 @@ def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
     if tokenizer_eos is None:
         raise UserError(
             f"model.path={config_dir}: neither generation_config.json nor config.json nor the tokenizer names an EOS "
-            "token, so no rollout could end",
+            "token, so rollouts could not end",
             remedy="set eos_token_id in generation_config.json",
         )
     return (tokenizer_eos,)

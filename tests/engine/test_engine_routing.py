@@ -248,5 +248,5 @@ def test_sglang_has_no_record_for_a_layer_without_a_router(case: Case, rollouts:
 @pytest.mark.parametrize("case", ["vllm-qwen3_moe"], indirect=True, scope="module")
 def test_a_model_whose_routers_cannot_be_seen_is_refused(world: EngineRanks) -> None:
     assert world.call(refused)[0].startswith(
-        "algorithm.routing_replay=true: engine.kind=vllm cannot tell the experts of Linear ("
+        "algorithm.routing_replay=true: engine.kind=vllm cannot record the experts of Linear ("
     )

@@ -79,7 +79,7 @@ def push_bf16(session: RankSession, folder: Path, version: int, spoil: bool = Fa
         sent[hf] = slice_digest(values, hf)
         sink.write(hf, values)
     if spoil:
-        session.engine._client._staging.memory[session.engine._client._noted[-1][2] + 1] ^= 4
+        session.engine._client._staging.memory[session.engine._client._staged[-1][2] + 1] ^= 4
     sink.end_update(version)
     assert sink.probe() == {}
     held = zip(sent, sink.digests(list(sent)), strict=True)

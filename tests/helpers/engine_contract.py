@@ -1,4 +1,4 @@
-"""Models, prompts and rank functions for tests of engines, whichever it is, and transformers' log-probs to compare."""
+"""Prompts and rank functions for tests of any engine, and log-probabilities of transformers as reference."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
 
 
-# Where CUDA is, the environment holds one engine, and SGLang computes in 16 bits.
+# With CUDA the environment contains only one engine, and SGLang computes in 16 bits.
 sglang_here = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compares SGLang in fp32; tests/gpu/test_sglang_on_gpu.py is for CUDA"
 )
 
 
-# What runs on the ranks.
+# Functions that run on the ranks.
 
 
 def push(session: RankSession, folder: Path, version: int, end: bool = True) -> None:
@@ -47,13 +47,13 @@ def generate(session: RankSession, prompts: list[Prompt], sampling: SamplingRequ
     return groups
 
 
-# What is expected.
+# Expected values.
 
 
 def largest_log_prob_error(
     folder: Path, prompts: list[Prompt], groups: list[list[Completion]], temperature: float
 ) -> float:
-    """Against transformers in fp32: log_softmax(logits / temperature) of the sampled tokens."""
+    """Return the largest difference to log_softmax(logits / temperature) of transformers in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

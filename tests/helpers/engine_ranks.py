@@ -1,4 +1,4 @@
-"""Ranks for engine tests: clean processes that hold an engine, so that vLLM never lives in pytest's own process."""
+"""Ranks for engine tests: clean processes that own an engine, so that vLLM never runs in the process of pytest."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPEN_SECONDS = 400.0  # an engine in processes of its own imports itself three 
 
 @dataclass
 class RankSession:
-    """What a function sees on its rank; `kept` lives as long as the rank."""
+    """State of a rank that its functions receive; `kept` lives as long as the rank."""
 
     rank: int
     engine: Any = None
@@ -35,19 +35,19 @@ class RankSession:
 class EngineRanks:
     """A world of ranks. `call(f, *args)` runs the module-level function `f(session, *args)` on every rank.
 
-    A call that fails, on any rank and in any way, ends all of them; the next one starts new ranks, without an engine.
-    So one failure fails one test, and no answer is taken for that of another call.
+    A call that fails on any rank ends all ranks, and the next call starts new ranks without an engine. Therefore one
+    failure fails one test only, and a late answer is never taken for that of another call.
     """
 
     def __init__(self, world: int, folder: Path, prepare: Callable[[RankSession], None] | None = None) -> None:
-        """`folder` holds the stores through which the ranks meet; `prepare` runs first on ranks that start."""
+        """Store the settings; `folder` is for rendezvous files, and `prepare` runs first on new ranks."""
         self._world, self._folder, self._prepare = world, folder, prepare
         self._context = multiprocessing.get_context("spawn")
         self._ranks: list[RankProcess] = []
         self._starts = 0
 
     def call(self, function: Callable[..., Any], *args: Any, timeout_seconds: float = _ANSWER_SECONDS) -> list[Any]:
-        """Results in the order of the ranks.
+        """Run a function on every rank and return the results in rank order.
 
         Raises:
             AssertionError: a rank raised or died (with its traceback), or did not answer in time.
@@ -58,15 +58,15 @@ class EngineRanks:
                 self.call(self._prepare)
         for rank in self._ranks:
             rank.connection.send((function, args))
-        heard = collect(self._ranks, timeout_seconds)
-        if heard.failures or heard.silent:
+        answers = collect(self._ranks, timeout_seconds)
+        if answers.failures or answers.silent:
             self.close(kill=True)
-            told = "".join(f"\n--- rank {rank}:\n{text}" for rank, text in sorted(heard.failures.items()))
-            raise AssertionError(f"{function.__name__} failed; no answer from ranks {heard.silent}{told}")
-        return [heard.results[rank] for rank in range(self._world)]
+            errors = "".join(f"\n--- rank {rank}:\n{text}" for rank, text in sorted(answers.failures.items()))
+            raise AssertionError(f"{function.__name__} failed; no answer from ranks {answers.silent}{errors}")
+        return [answers.results[rank] for rank in range(self._world)]
 
     def open(self, config_dir: Path, *, tp: int, kind: str = "vllm", **settings: Any) -> None:
-        """Have this engine open on every rank: nothing to do if it is, else the present one is closed first."""
+        """Construct this engine on every rank, after closing another one; do nothing if it is already there."""
         self.call(_open, config_dir, kind, tp, settings, timeout_seconds=_OPEN_SECONDS)
 
     def close(self, *, kill: bool = False) -> None:
@@ -82,7 +82,7 @@ class EngineRanks:
                 ours, theirs = self._context.Pipe()
                 process = self._context.Process(target=_serve, args=(theirs, rank, self._world, store), daemon=True)
                 process.start()
-                theirs.close()  # or a rank that dies would not end the connection
+                theirs.close()  # otherwise the connection stays open when a rank dies
                 self._ranks.append(RankProcess(process, ours))
 
 
@@ -90,7 +90,7 @@ class EngineRanks:
 def engine_ranks(
     world: int, folder: Path, prepare: Callable[[RankSession], None] | None = None
 ) -> Iterator[EngineRanks]:
-    """`world` gloo ranks with one thread each, ended on exit."""
+    """Yield `world` gloo ranks with one thread each, and end them on exit."""
     ranks = EngineRanks(world, folder, prepare)
     try:
         yield ranks
@@ -109,7 +109,7 @@ def _serve(connection: Connection, rank: int, world: int, store: str) -> None:
             os._exit(0)  # vLLM takes seconds to unload, and nothing here needs it
         try:
             answer = False, function(session, *args)
-        except Exception:  # whatever it is, the test shows it
+        except Exception:  # any error is reported by the test
             answer = True, traceback.format_exc()
         connection.send(answer)
 

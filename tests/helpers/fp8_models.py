@@ -1,4 +1,4 @@
-"""Tiny models whose matrices are whole blocks of 128, and vLLM's FP8 models of them without the kernels to compute."""
+"""Tiny models whose matrices are whole 128-blocks, and vLLM's FP8 models of them without compute kernels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ FP8_MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_fp8_model(folder: Path, family: str, **changes: Any) -> Path:
-    """A folder with config.json alone, of bf16 weights; changes are of its fields."""
+    """Write a folder with only a config.json for bf16 weights; `changes` replace its fields."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = raw_family_config(family, **FP8_MODELS[family] | changes)
     (folder / "config.json").write_text(json.dumps(raw | {"eos_token_id": 1, "bos_token_id": 0}))
@@ -71,7 +71,7 @@ def fp8_tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype
 
 
 def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 1) -> list[LoaderRecord]:
-    """Of vLLM's loader; in a process of its own."""
+    """Record vLLM's loader; call it in a process of its own."""
     from grpo_mega.engines.vllm.offline import record_ranks
 
     return record_ranks(
@@ -80,7 +80,7 @@ def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 
 
 
 def bf16_weights(folder: Path, seed: int) -> dict[str, Tensor]:
-    """Random."""
+    """Return random bf16 weights."""
     from grpo_mega.engines.vllm.arguments import checkpoint_tensors
 
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +89,7 @@ def bf16_weights(folder: Path, seed: int) -> dict[str, Tensor]:
 
 
 def fp8_weights(folder: Path, seed: int) -> dict[str, Tensor]:
-    """An FP8 checkpoint of `bf16_weights`."""
+    """Return the FP8 checkpoint of `bf16_weights`."""
     found = {}
     for name, values in bf16_weights(folder, seed).items():
         found[name] = values
@@ -100,8 +100,10 @@ def fp8_weights(folder: Path, seed: int) -> dict[str, Tensor]:
 
 @contextmanager
 def kernels_of_cuda() -> Iterator[None]:
-    """VLLM chooses Triton's kernels, as it is told to on a GPU, and builds what it computes with but for those of
-    experts. Nothing of it can compute here."""
+    """Make vLLM choose Triton's kernels, as the arguments do on a GPU, and build everything except expert kernels.
+
+    No such model can compute on a CPU.
+    """
     from vllm.model_executor.kernels import linear
     from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
@@ -112,7 +114,7 @@ def kernels_of_cuda() -> Iterator[None]:
 
     triton = linear.TritonFp8BlockScaledMMKernel
     with ExitStack() as stack:
-        # as the engine does here: bf16 matrices stay plain
+        # as in a CPU engine, bf16 matrices stay plain
         stack.enter_context(mock.patch.object(LinearBase, "_cpu_skip_gemm_dispatch", True, create=True))
         stack.enter_context(mock.patch.dict(linear._POSSIBLE_FP8_BLOCK_KERNELS, {PlatformEnum.CPU: [triton]}))
         stack.enter_context(mock.patch.object(triton, "is_supported", return_value=(True, None)))
@@ -126,7 +128,7 @@ def kernels_of_cuda() -> Iterator[None]:
 
 @contextmanager
 def _without_amx() -> Iterator[None]:
-    """AMX has a latent attention of its own, and vLLM remembers what it chose."""
+    """Hide AMX, for which vLLM has another latent attention, and clear vLLM's cached choice."""
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()
@@ -138,8 +140,10 @@ def _without_amx() -> Iterator[None]:
 def build_fp8(
     folder: Path, tp: int, rank: int, *, spread: bool = False, loaded: dict[str, Tensor] | None = None
 ) -> tuple[nn.Module, LoaderRecord]:
-    """VLLM's model of one rank in real memory, its loader recorded, `loaded` read by it, and processed as after
-    loading; and the record."""
+    """Return vLLM's model of one rank in real memory and the record of its loader.
+
+    The model has loaded the tensors in `loaded` and was processed as after loading.
+    """
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 

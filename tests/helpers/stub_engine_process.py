@@ -1,4 +1,4 @@
-"""Speaks the protocol of engines/sglang/engine_process.py without SGLang; what its settings say goes wrong, does."""
+"""A stub of engines/sglang/engine_process.py: the same protocol without SGLang, with a fault chosen by its settings."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def main(descriptor: int) -> None:
             connection.send(("done", dict(os.environ)))
         elif command == "child":
             connection.send(("done", child.pid))
-        elif command == "refuse":
-            connection.send(("failed", "ValueError: not like this"))
+        elif command == "fail":
+            connection.send(("failed", "ValueError: wrong argument"))
         elif command == "stall":
             time.sleep(600)
         elif command == "die":

@@ -1,4 +1,4 @@
-"""What runs on ranks that hold a Megatron policy and an engine (engine_ranks.py): build, sync, perturb, compare."""
+"""Functions for ranks with a Megatron policy and an engine (engine_ranks.py): build, sync, perturb, compare."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ BUCKET_BYTES = 64 * 1024  # several buckets, even for tiny models
 
 
 def prepare_policy(session: RankSession) -> None:
-    """The policy's import comes first, as in a job: it prepares Megatron for a machine without CUDA."""
+    """Import the policy before the engine, as a job does: the import prepares Megatron for machines without CUDA."""
     import grpo_mega.policy.policy  # noqa: F401
 
     os.environ.update(RANK=str(session.rank), WORLD_SIZE=str(dist.get_world_size()))
 
 
 def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dict[str, Any]) -> None:
-    """The policy with the weights of a folder that is gone afterwards, and its connection to the open engine.
+    """Build the policy with the weights of a folder, which is then deleted, and its connection to the open engine.
 
     `axes` are the keys of the config's `parallel`, `engine` those of its `engine`.
     """
@@ -65,7 +65,7 @@ def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dic
 
 
 def connect(session: RankSession, sink: WeightSink) -> WeightSync:
-    """A plan for the policy's present weights and this sink, which is the engine's own or passes on to it."""
+    """Return a weight sync from the policy to this sink, which is the engine's own or forwards to it."""
     policy, engine = session.kept["policy"], session.engine
     topology = policy.ranks.topology
     replicas, more = [topology.replica_ranks(i) for i in range(topology.num_replicas)], dict[str, Any]()
@@ -87,19 +87,19 @@ def connect(session: RankSession, sink: WeightSink) -> WeightSync:
 
 
 def push(session: RankSession, version: int) -> SyncReport:
-    """A plan and a proven sync of the policy's present weights."""
+    """Plan and run a verified sync of the policy's present weights."""
     return connect(session, session.engine.sink).push(version, verify=True)
 
 
 def noise(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """What `perturb` adds to a Hugging Face tensor, whole."""
+    """Return what `perturb` adds to a whole Hugging Face tensor."""
     digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
     return 0.03 * torch.randn(tuple(shape), generator=generator)
 
 
 def perturb(session: RankSession, seed: int) -> None:
-    """Other weights, the same model on all ranks: each piece of a parameter moves with the tensor that it is of."""
+    """Change the weights to the same new model on all ranks: each piece of a parameter gets its part of the noise."""
     weights = session.kept["policy"].weights
     with torch.no_grad():
         for name, parameter in weights._parameters.items():
@@ -114,7 +114,7 @@ def sample(
     sampling: SamplingRequest,
     limits: Sequence[tuple[int, ...]],
 ) -> list[Rollout]:
-    """The rollouts of this rank's share, each share from its own seed; `limits`: most tokens of each prompt's."""
+    """Sample this rank's prompt shard with the seed of the shard; `limits` are the token limits of its prompts."""
     share = session.kept["policy"].ranks.at.share
     request = replace(sampling, seed=sampling.seed + share, max_tokens_each=limits[share])
     groups: list[list[Completion]] = session.engine.generate(shares[share], request)
@@ -124,19 +124,19 @@ def sample(
 
 
 def largest_mismatch(session: RankSession) -> float:
-    """Of the rollouts that `sample` left on the ranks: the policy's log-probs of the tokens against the engines'."""
+    """Return the largest difference of log-probs between policy and engine over the rollouts of `sample`."""
     policy = session.kept["policy"]
     return largest_difference(policy, session.kept["rollouts"] if policy.ranks.at.engine_tp_rank == 0 else [])
 
 
 def largest_difference(policy: Any, mine: Sequence[Rollout]) -> float:
-    """Collective: of all ranks' rollouts, between the policy's log-probs of the tokens and the engines'."""
+    """Return the largest difference of log-probs between policy and engine over all ranks' rollouts. Collective."""
     world = dist.get_world_size()
-    heard: list[Any] = [None] * world
-    dist.all_gather_object(heard, list(mine))
-    rollouts = [rollout for part in heard for rollout in part]
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, list(mine))
+    rollouts = [rollout for part in gathered for rollout in part]
     ones = [1.0] * len(rollouts)
-    row_tokens = -(-sum(r.num_tokens for r in rollouts) // 8) * 8  # sequence parallel cuts rows over tp ranks
+    row_tokens = -(-sum(r.num_tokens for r in rollouts) // 8) * 8  # sequence parallelism splits rows over tp ranks
     row = pack(list(enumerate(rollouts)), row_tokens=row_tokens, advantages=ones, token_weights=ones, pad_id=0)
     worst = 0.0
     outputs = policy.log_probs([row])
@@ -153,7 +153,7 @@ def largest_difference(policy: Any, mine: Sequence[Rollout]) -> float:
 
 
 def expected_digest(weights: Path, *seeds: int) -> str:
-    """Of the files plus the noise, without the policy."""
+    """Return the digest of the files plus the noise, without the policy."""
     from safetensors.torch import load_file
 
     digests = {}

@@ -1,9 +1,8 @@
-"""Where vLLM keeps each slice of a Hugging Face checkpoint, for the dense families: a table written by hand, to compare
-the recorded layout with.
+"""A hand-written table of where vLLM keeps each checkpoint slice of the dense families, as reference for recordings.
 
-vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj`, splits those by output rows and `o_proj`,
-`down_proj` by input columns, pads the vocabulary to a multiple of 64 before it splits embedding and head, and gives
-each rank one whole KV head when there are fewer of them than ranks. Every local box spans whole rows of its parameter.
+vLLM fuses q, k, v into `qkv_proj` and gate, up into `gate_up_proj`, and splits those by output rows. It splits `o_proj`
+and `down_proj` by input columns. It pads the vocabulary to a multiple of 64 before it splits embedding and head. If
+there are fewer KV heads than ranks, each rank has one whole head. Every local slice spans whole rows of its parameter.
 
 Asserted by tests/unit/engines/vllm/test_tp_rules.py.
 """
@@ -23,7 +22,7 @@ from grpo_mega.types import Placement, TensorSlice
 
 
 def engine_layout(spec: ModelSpec, tp: int, tp_rank: int, *, packed_head: bool) -> list[SinkRegion]:
-    """The regions of rank `tp_rank` of an engine of `tp` ranks, in the order of the checkpoint.
+    """Return the regions of rank `tp_rank` of an engine of `tp` ranks, in checkpoint order.
 
     Args:
         spec: the model, from its config.json.
@@ -54,7 +53,7 @@ class _Table:
     tp_rank: int
 
     def vocab(self, name: str, spec: ModelSpec, kind: RegionKind) -> Iterator[SinkRegion]:
-        """Embedding or head: this rank's share of the padded vocabulary, without the padding (maybe nothing)."""
+        """Yield the rows of embedding or head on this rank without padding; nothing if all its rows are padding."""
         rows = padded_vocab(spec) // self.tp
         start = self.tp_rank * rows
         count = min(rows, spec.vocab_size - start)
@@ -64,7 +63,7 @@ class _Table:
     def attention(self, prefix: str, spec: ModelSpec) -> Iterator[SinkRegion]:
         q_rows = spec.num_heads // self.tp * spec.head_dim
         kv_rows = local_kv_heads(spec, self.tp) * spec.head_dim
-        # Fewer KV heads than ranks: tp / num_kv_heads neighbours share one.
+        # With fewer KV heads than ranks, tp / num_kv_heads consecutive ranks share one.
         kv_start = self.tp_rank * spec.num_kv_heads // self.tp * spec.head_dim
         parts = (
             ("q_proj", self.tp_rank * q_rows, q_rows),
@@ -86,11 +85,11 @@ class _Table:
         yield from self._columns(f"{prefix}.down_proj", spec.hidden_size, rows)
 
     def whole(self, name: str, shape: tuple[int, ...]) -> Iterator[SinkRegion]:
-        """A tensor that every rank holds."""
+        """Yield a tensor that every rank holds."""
         yield _rows(name, name, 0, 0, shape, "plain")
 
     def _columns(self, module: str, rows: int, columns: int) -> Iterator[SinkRegion]:
-        """A linear split along its input."""
+        """Yield a linear layer that is split along its input."""
         name = f"{module}.weight"
         hf = TensorSlice(name, (0, self.tp_rank * columns), (rows, columns))
         yield SinkRegion(Placement(hf, TensorSlice(name, (0, 0), (rows, columns))), "plain", torch.float32)
@@ -99,7 +98,7 @@ class _Table:
 def _fused(
     prefix: str, fused: str, parts: tuple[tuple[str, int, int], ...], tensor: str, trailing: tuple[int, ...]
 ) -> Iterator[SinkRegion]:
-    """The `parts` (HF module, its first row, number of rows), one below the other in the parameter of `fused`."""
+    """Yield `parts` (HF module, first row, number of rows), stacked in the parameter of `fused`."""
     local_start = 0
     for part, start, rows in parts:
         names = f"{prefix}.{part}.{tensor}", f"{prefix}.{fused}.{tensor}"
@@ -108,7 +107,7 @@ def _fused(
 
 
 def _rows(hf: str, local: str, hf_start: int, local_start: int, shape: tuple[int, ...], kind: RegionKind) -> SinkRegion:
-    """`shape[0]` whole rows, from row `hf_start` of the checkpoint's tensor to row `local_start` of the parameter."""
+    """Return the region from row `hf_start` of the checkpoint tensor to row `local_start` of the parameter."""
     zeros = (0,) * (len(shape) - 1)
     source, target = TensorSlice(hf, (hf_start, *zeros), shape), TensorSlice(local, (local_start, *zeros), shape)
     return SinkRegion(Placement(source, target), kind, torch.float32)

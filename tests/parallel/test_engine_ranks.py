@@ -66,7 +66,7 @@ def not_divided(_: int) -> str:
 
 
 def test_a_world_that_is_no_multiple_of_engine_tp_is_refused(rank_pool: RankPool) -> None:
-    message = "engine.tp=2 does not divide the 3 ranks of the job; use a divisor"
+    message = "engine.tp=2 does not divide the 3 ranks of the job; use a divisor of the number of ranks"
     assert rank_pool.call(3, not_divided) == [message] * 3
 
 

@@ -1,1 +1,1 @@
-"""What drives SGLang in processes of its own, behind sglang_engine.py."""
+"""The SGLang engine: SGLang in processes beside the training processes."""

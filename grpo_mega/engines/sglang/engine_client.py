@@ -1,4 +1,4 @@
-"""Starts the process of one SGLang and talks to it: every wait has a limit; its end is an error with its last words.
+"""Starts one SGLang process and communicates with it. Every wait has a timeout; errors include the end of the log.
 
 Asserted by tests/unit/engines/sglang/test_engine_client.py and tests/engine/test_engine_contract.py.
 """
@@ -21,16 +21,16 @@ from typing import Any
 import psutil
 
 from grpo_mega.engines.sglang.arguments import process_environment
-from grpo_mega.engines.sglang.messages import HostSettings, with_limit
+from grpo_mega.engines.sglang.messages import HostSettings, set_timeouts
 
-_HOST = "grpo_mega.engines.sglang.engine_process"
-_START_SECONDS = 600.0  # imports and spawned processes, on a machine that many engines share
+_HOST_MODULE = "grpo_mega.engines.sglang.engine_process"
+_START_SECONDS = 600.0  # for imports and spawned processes, on a machine that several engines share
 _END_SECONDS = 20.0
-_LAST_LINES = 30  # of its log, in an error
+_LAST_LINES = 30  # lines of the log in an error
 
 
 class SglangProcess:
-    """sglang/host.py in a child of this process. What it prints goes to `log`."""
+    """A child process that runs sglang/engine_process.py; its output goes to `log`."""
 
     def __init__(
         self,
@@ -41,32 +41,32 @@ class SglangProcess:
         timeout_seconds: float,
         gpus: Sequence[str] | None = None,
     ) -> None:
-        """Returns at once; `started` waits.
+        """Start the process without waiting for it; `started` waits.
 
         Args:
-            arguments: of SGLang's Engine.
-            tp: its ranks.
-            log: see above; None: a temporary file.
-            timeout_seconds: of an answer that does not wait for sampling.
-            gpus: of its ranks, as CUDA_VISIBLE_DEVICES names them; None without CUDA.
+            arguments: keyword arguments of SGLang's Engine.
+            tp: number of ranks of the engine.
+            log: file for the output; None: a temporary file.
+            timeout_seconds: limit for every answer except sampling.
+            gpus: GPUs of the ranks, as CUDA_VISIBLE_DEVICES names them; None without CUDA.
         """
         self._folder = Path(tempfile.mkdtemp(prefix="grpo_mega_sglang_"))
         self._log = log or self._folder / "sglang.log"
         self._timeout = timeout_seconds
         ours, theirs = socket.socketpair()
-        with_limit(ours, timeout_seconds)
+        set_timeouts(ours, timeout_seconds)
         with theirs, self._log.open("ab") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _HOST, str(theirs.fileno())],
+                [sys.executable, "-m", _HOST_MODULE, str(theirs.fileno())],
                 env=process_environment(os.environ, self._folder, tp, gpus),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a signal to the job's terminal is for the ranks
+                start_new_session=True,  # signals from the terminal are for the ranks only
             )
         self._connection = Connection(ours.detach())
-        self._owed = True  # the answer to the last request, here to the start
+        self._answer_pending = True  # at first the answer to the start
         self._send(HostSettings(arguments, self._folder, tp))
 
     @property
@@ -74,7 +74,7 @@ class SglangProcess:
         return self._process.pid
 
     def started(self, beat_seconds: float) -> Iterator[None]:
-        """Something every `beat_seconds`, until the engine is there.
+        """Yield None every `beat_seconds` until the engine has started.
 
         Raises:
             RuntimeError: it did not start (with the end of its log).
@@ -83,13 +83,13 @@ class SglangProcess:
             yield None
 
     def call(self, command: str, *arguments: Any) -> Any:
-        """The answer to one command.
+        """Run one command in the process and return its answer.
 
         Raises:
-            RuntimeError: refused, no answer in time, or the process has ended (with the end of its log).
+            RuntimeError: the command failed, timed out, or the process exited (with the end of its log).
         """
         self._finish_last()
-        self._owed = True
+        self._answer_pending = True
         self._send((command, arguments))
         answer = None
         for part in self._parts(command, self._timeout, self._timeout):
@@ -97,18 +97,20 @@ class SglangProcess:
         return answer
 
     def stream(self, command: str, *arguments: Any, beat_seconds: float) -> Iterator[Any]:
-        """Its parts as they come, and None every `beat_seconds` without one; as long as the process lives.
+        """Run one command and yield its results as they arrive, and None every `beat_seconds` without one.
+
+        There is no timeout while the process is running.
 
         Raises:
             RuntimeError: as `call`.
         """
         self._finish_last()
-        self._owed = True
+        self._answer_pending = True
         self._send((command, arguments))
         yield from self._parts(command, None, beat_seconds)
 
     def close(self) -> None:
-        """Ends it and what it started. A second call does nothing."""
+        """End the process and its children. A second call does nothing."""
         if self._connection.closed:
             return
         with suppress(RuntimeError):
@@ -119,26 +121,26 @@ class SglangProcess:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _finish_last(self) -> None:
-        """A caller who stopped in the middle of a stream left the rest of it."""
-        if self._owed:
+        """Read the rest of the previous answer, if its caller stopped in the middle of a stream."""
+        if self._answer_pending:
             for _ in self._parts("the rest of the last request", None, self._timeout):
                 pass
 
     def _parts(self, command: str, limit: float | None, beat_seconds: float) -> Iterator[Any]:
-        """Parts, None at each beat, and last the value of `done` unless it is None."""
+        """Yield the parts of an answer, None at each heartbeat, and at last the value of `done` unless it is None."""
         end = None if limit is None else time.monotonic() + limit
         while True:
             wait = beat_seconds if end is None else min(beat_seconds, end - time.monotonic())
             if wait <= 0:
-                raise self._stands_still(f"answer {command}", limit)
-            kind, value = self._receive(command) if self._connection.poll(wait) else ("beat", None)
+                raise self._timed_out(f"answer {command}", limit)
+            kind, value = self._receive(command) if self._connection.poll(wait) else ("heartbeat", None)
             if kind == "done":
-                self._owed = False
+                self._answer_pending = False
                 if value is not None:
                     yield value
                 return
             if kind == "failed":
-                self._owed = False
+                self._answer_pending = False
                 raise RuntimeError(f"SGLang: {value}{self.last_words()}")
             yield value
 
@@ -146,30 +148,30 @@ class SglangProcess:
         try:
             self._connection.send(message)
         except (BrokenPipeError, ConnectionResetError):
-            return  # the answer says what happened
+            return  # the next read reports the exit
         except BlockingIOError as error:
-            raise self._stands_still("take a message") from error
+            raise self._timed_out("accept a message") from error
 
     def _receive(self, command: str) -> tuple[str, Any]:
         try:
             answer: tuple[str, Any] = self._connection.recv()
         except BlockingIOError as error:
-            raise self._stands_still(f"complete its answer to {command}") from error
+            raise self._timed_out(f"complete its answer to {command}") from error
         except (EOFError, ConnectionResetError, BrokenPipeError) as error:
             self._kill()
             raise RuntimeError(
-                f"SGLang's process {self.pid} has ended with exit code {self._process.returncode} ({command})"
+                f"SGLang's process {self.pid} exited with code {self._process.returncode} during {command}"
                 f"{self.last_words()}"
             ) from error
         return answer
 
-    def _stands_still(self, what: str, limit: float | None = None) -> RuntimeError:
-        """Nothing can be expected of it any more."""
+    def _timed_out(self, what: str, limit: float | None = None) -> RuntimeError:
+        """Kill the process and return the error to raise."""
         self._kill()
         return RuntimeError(f"SGLang did not {what} within {limit or self._timeout:g} s{self.last_words()}")
 
     def _kill(self) -> None:
-        """It and its children, by their numbers."""
+        """Kill the process and its children by process id."""
         members = []
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
@@ -180,6 +182,6 @@ class SglangProcess:
         self._process.wait()
 
     def last_words(self) -> str:
-        """The end of what it printed, to be appended to an error."""
+        """Return the end of the log, to be appended to an error message."""
         lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:] if self._log.exists() else []
         return "\n".join([f"; the end of {self._log}:", *lines]) if lines else ""

@@ -1,11 +1,11 @@
-"""The process that owns SGLang's Engine for one engine of the job; sglang/process.py starts it and talks to it.
+"""The process that owns SGLang's Engine for one replica; sglang/engine_client.py starts it and sends it commands.
 
     python -m grpo_mega.engines.sglang.engine_process DESCRIPTOR
 
-The Engine spawns schedulers and a detokenizer, installs signal handlers, waits for a store of torchrun's that is not
-there, and on any error of a child kills the whole process tree: no training rank may own it. The descriptor is one end
-of a pair of sockets. Requests are (command, arguments); answers ("part", value) any number of times, then
-("done", value) or ("failed", text). When the other end is closed, everything here ends.
+No training rank may own the Engine: it spawns schedulers and a detokenizer, installs signal handlers, waits for a store
+of torchrun that does not exist, and kills the whole process tree on any error of a child. DESCRIPTOR is one end of a
+socket pair. Requests are (command, arguments). Answers are ("part", value) any number of times, then ("done", value) or
+("failed", text). The process exits when the other end is closed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBat
 if TYPE_CHECKING:
     from torch import Tensor
 
-# This process, and those that SGLang spawns from it: before their imports.
+# In this process and in those that SGLang spawns from it, before their imports.
 if __name__ in ("__main__", "__mp_main__") and ENVIRONMENT.items() <= os.environ.items():
     install_stubs()
 
@@ -36,7 +36,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Host:
-    """The Engine and what it is asked to do. Raises RuntimeError: SGLang refused (with its words)."""
+    """SGLang's Engine and the commands that the rank may send. Commands raise RuntimeError with SGLang's message."""
 
     def __init__(self, settings: HostSettings, answer: Callable[[Any], None]) -> None:
         os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = other_models(Path(settings.arguments["model_path"]))
@@ -46,22 +46,22 @@ class Host:
         self._engine: Any = sglang.Engine(**settings.arguments)
 
     def share(self, tensors: dict[str, Any]) -> list[Any]:
-        """The `SharedModel` of each scheduler process."""
+        """Return the `SharedModel` of each scheduler process."""
         path = self._settings.answers / "tensors.pickle"
         path.write_bytes(pickle.dumps(tensors))
-        return self._inside("share", {"tensors": str(path)})
+        return self._run_in_schedulers("share", {"tensors": str(path)})
 
     def load(self, tensors: bytes) -> None:
-        """Whole tensors for SGLang's own loader: a pickled list of names and tensors."""
-        self._inside("load", {}, pickle.loads(tensors))
+        """Give whole tensors, a pickled list of (name, tensor), to SGLang's own loader."""
+        self._run_in_schedulers("load", {}, pickle.loads(tensors))
 
     def adopt(self, version: int) -> None:
-        """The weights are those of this version; what was computed with others is forgotten."""
-        self._inside("adopt", {}, version=version, flush=True)
+        """Set the version of the complete weights, and clear caches that were computed with earlier ones."""
+        self._run_in_schedulers("adopt", {}, version=version, flush=True)
 
     def sample(self, batch: SamplingBatch) -> None:
-        """Sends a `Sampled` as soon as it is complete."""
-        self._inside("seed", {"seed": batch.seed}, flush=not batch.keep_prefixes)
+        """Sample a batch and send a `Sampled` for each request as soon as it is complete."""
+        self._run_in_schedulers("seed", {"seed": batch.seed}, flush=not batch.keep_prefixes)
         if not batch.prompts:
             return
         parts = self._engine.generate(
@@ -80,18 +80,18 @@ class Host:
                 self._answer(Sampled(part["index"], token_ids, log_probs, finish, experts))
 
     def release(self, tags: list[str]) -> None:
-        """SGLang's memory of these kinds."""
+        """Release SGLang's memory of these kinds."""
         self._engine.release_memory_occupation(tags)
 
     def resume(self, tags: list[str]) -> None:
-        """It back."""
+        """Allocate SGLang's memory of these kinds again."""
         self._engine.resume_memory_occupation(tags)
 
     def end(self) -> None:
-        """SGLang's own processes first."""
+        """End SGLang's own processes."""
         self._engine.shutdown()
 
-    def _inside(
+    def _run_in_schedulers(
         self,
         command: str,
         arguments: dict[str, Any],
@@ -100,7 +100,7 @@ class Host:
         version: int | None = None,
         flush: bool = False,
     ) -> list[Any]:
-        """Runs a command of sglang/worker.py in every scheduler process; their answers."""
+        """Run a command of sglang/scheduler_hooks.py in every scheduler process and return their answers."""
         import torch
         from sglang.srt.managers.io_struct import UpdateWeightsFromTensorReqInput
 
@@ -110,7 +110,7 @@ class Host:
         for path in paths:
             path.unlink(missing_ok=True)
         first = (json.dumps({"command": command, **arguments}), torch.zeros(()))
-        payload = pickle.dumps([first, *tensors])  # by value: SGLang's own serializer is for one reader only
+        payload = pickle.dumps([first, *tensors])  # by value: SGLang's own serializer supports one reader only
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[payload] * self._settings.tp,
             load_format=LOADER,
@@ -119,23 +119,23 @@ class Host:
         )
         engine = self._engine
         self._require(command, engine.begin_weight_update())
-        told = engine.loop.run_until_complete(engine.tokenizer_manager.update_weights_from_tensor(request, None))
+        updated = engine.loop.run_until_complete(engine.tokenizer_manager.update_weights_from_tensor(request, None))
         self._require(command, engine.end_weight_update())
-        self._require(command, told)
+        self._require(command, updated)
         answers = [pickle.loads(path.read_bytes()) for path in paths]
         for rank, answer in enumerate(answers):
             if isinstance(answer, Exception):
                 raise RuntimeError(f"SGLang's rank {rank}, {command}: {answer}")
         return answers
 
-    def _require(self, command: str, told: tuple[bool, str]) -> None:
-        if not told[0]:
-            raise RuntimeError(f"SGLang refused {command}: {told[1]}")
+    def _require(self, command: str, result: tuple[bool, str]) -> None:
+        if not result[0]:
+            raise RuntimeError(f"SGLang rejected {command}: {result[1]}")
 
 
 def main(descriptor: int) -> None:
-    """Serves until the other end says `end` or is gone."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a rank that is killed closes nothing in order
+    """Serve commands until `end` arrives or the other end is closed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed rank does not close its socket in order
     connection = Connection(descriptor)
     settings: HostSettings = connection.recv()
     host = Host(settings, lambda value: connection.send(("part", value)))
@@ -154,7 +154,7 @@ def main(descriptor: int) -> None:
             connection.send(answer)
         except (BrokenPipeError, ConnectionResetError):
             command = "end"
-    os._exit(0)  # what SGLang registered for the exit of the interpreter has nothing left to do
+    os._exit(0)  # skip SGLang's exit handlers, which have nothing left to do
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a rank and the process of its SGLang say to each other. Imports nothing: both sides need it before all else."""
+"""Messages between a rank and its SGLang process. Imports no other module of this program: both sides load it first."""
 
 from __future__ import annotations
 
@@ -13,39 +13,44 @@ from typing import Any
 
 @dataclass(frozen=True)
 class HostSettings:
-    """`arguments` of SGLang's Engine; `answers`: the folder through which its schedulers answer."""
+    """Settings of the SGLang process, which are sent to it first."""
 
     arguments: dict[str, Any]
+    """Keyword arguments of SGLang's Engine."""
     answers: Path
+    """Folder through which the schedulers answer."""
     tp: int
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Requests that SGLang gets in one message: what follows is decided by them and `seed` alone. `stop` of each.
-    `expert_choices`: tell the experts of every token."""
+    """Requests that SGLang receives in one message. The sampled tokens depend only on them and on `seed`."""
 
     prompts: Sequence[Sequence[int]]
     parameters: Sequence[dict[str, Any]]
+    """SGLang's sampling parameters, one dictionary per request."""
     seed: int
     keep_prefixes: bool
+    """Keep the prefix cache of the previous batch."""
     expert_choices: bool
+    """Return the experts of every token."""
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """The request at this position is complete. `finish`: SGLang's finish_reason. `expert_choices`: int32, of the N
-    tokens of prompt and answer but the last, of L layers, K experts each, one after another."""
+    """Result of the completed request at `position` of its batch."""
 
     position: int
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...]
     finish: dict[str, Any]
+    """SGLang's `finish_reason`."""
     expert_choices: bytes | None
+    """int32 [N, L, K]: N tokens of prompt and completion without the last, L layers, K experts."""
 
 
-def with_limit(end: socket.socket, seconds: float) -> None:
-    """A message whose other end stands still is a BlockingIOError after that time."""
+def set_timeouts(connection: socket.socket, seconds: float) -> None:
+    """Set send and receive timeouts; an operation that exceeds its timeout raises BlockingIOError."""
     limit = struct.pack("@ll", math.ceil(seconds), 0)
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
-        end.setsockopt(socket.SOL_SOCKET, option, limit)
+        connection.setsockopt(socket.SOL_SOCKET, option, limit)

@@ -1,13 +1,13 @@
-"""What runs inside SGLang's scheduler processes, one per tensor-parallel rank.
+"""Commands that run inside SGLang's scheduler processes, one process per tensor-parallel rank.
 
-SGLang calls `serve` as a custom weight loader (srt/model_executor/model_runner_components/weight_updater.py): it is the
-one way into those processes that gets the model. An exception there would end the whole engine, so answers and failures
-go to a file, which sglang/host.py reads.
-- `share`: records the model's own loader (record.py) and opens the door (sglang/door.py) through which the training
-  rank writes slices to where SGLang's kernels read, and hears digests of what they read.
-- `adopt`: the weights are complete; are the parameters still where the door writes?
-- `load`: gives whole tensors to the model's own loader, where it could not be recorded.
-- `seed`: of the generators that sampling reads.
+SGLang calls `serve` as a custom weight loader (srt/model_executor/model_runner_components/weight_updater.py). It is the
+only interface to those processes that receives the model. An exception there would end the whole engine, so results and
+errors go to a file, which sglang/engine_process.py reads.
+- `share`: records the model's own loader and starts the weight server (sglang/weight_server.py), through which the
+  training rank writes slices to where SGLang's kernels read, and receives digests of the present values.
+- `adopt`: checks, once the weights are complete, that the parameters have not moved.
+- `load`: gives whole tensors to the model's own loader, if the loader could not be recorded.
+- `seed`: seeds the random generators that sampling reads.
 Asserted by tests/engine/test_engine_contract.py.
 """
 
@@ -34,21 +34,23 @@ LOADER = f"{__name__}.serve"
 
 @dataclass(frozen=True)
 class SharedModel:
-    """The door of one scheduler process, and the record of its model's loader; or why there is none."""
+    """The model of one scheduler process, as the training ranks use it."""
 
     address: WeightServerAddress | None
+    """Address of its weight server; None if the loader could not be recorded."""
     record: LoaderRecord | str
+    """The recorded loader, or the reason why it could not be recorded."""
 
 
-_addresses: dict[str, int] = {}  # of what the door writes to
+_addresses: dict[str, int] = {}  # name -> address of every parameter that the weight server writes
 
 
 def serve(model: nn.Module, named_tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """The first name is the command, as JSON; the tensors of `load` follow."""
+    """Run one command. The first name is the command as JSON; the tensors of `load` follow."""
     command: dict[str, Any] = json.loads(named_tensors[0][0])
     try:
         answer = _COMMANDS[command.pop("command")](model, named_tensors[1:], **command)
-    except Exception as error:  # whatever it is: SGLang would kill its processes, and nobody would know why
+    except Exception as error:  # any error: SGLang would kill its processes without a report
         answer = error if isinstance(error, RuntimeError) else RuntimeError(f"{type(error).__name__}: {error}")
     path = answer_path(Path(os.environ[ANSWERS]), _tp_rank())
     path.with_suffix(".new").write_bytes(pickle.dumps(answer))
@@ -59,7 +61,7 @@ ANSWERS = "GRPO_MEGA_SGLANG_ANSWERS"  # the folder for answers
 
 
 def answer_path(folder: Path, tp_rank: int) -> Path:
-    """Of one scheduler process."""
+    """Return the file for the answer of one scheduler process."""
     return folder / f"answer_{tp_rank}.pickle"
 
 
@@ -70,26 +72,31 @@ def _tp_rank() -> int:
 
 
 def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> SharedModel:
-    """`tensors`: a file with shape and dtype of every tensor of the checkpoint."""
-    assert not _addresses, "one door is opened"
+    """Record the loader and start the weight server.
+
+    `tensors` is a file with shape and dtype of every tensor of the checkpoint.
+    """
+    assert not _addresses, "share runs once"
     _mark_experts_unknown()
     expected = pickle.loads(Path(tensors).read_bytes())
     try:
         record = record_loader(model, expected, _padded(model))
-    except UnfilledError as error:  # whole tensors would leave it unfilled, too
-        raise RuntimeError(f"SGLang's model is not the checkpoint's: {error}") from error
+    except UnfilledError as error:  # streaming whole tensors would leave the same parameters unfilled
+        raise RuntimeError(f"SGLang's model does not match the checkpoint: {error}") from error
     except CannotRecordError as error:
         return SharedModel(None, str(error))
     filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
     owners = {name: tensor for name, tensor in _tensors_of(model).items() if name in filled}
     _addresses.update({name: tensor.data_ptr() for name, tensor in owners.items()})
-    door = WeightServer(record, owners, lambda: _require_places(model))
-    return SharedModel(door.open(Path(os.environ[ANSWERS]), _tp_rank(), os.getpid()), record)
+    server = WeightServer(record, owners, lambda: _require_places(model))
+    return SharedModel(server.start(Path(os.environ[ANSWERS]), _tp_rank(), os.getpid()), record)
 
 
 def _mark_experts_unknown() -> None:
-    """SGLang's records of chosen experts begin as zeros, which are an expert's number: a layer whose router nobody asks
-    would seem to choose it."""
+    """Fill SGLang's buffers of chosen experts with -1.
+
+    They start as zeros, a valid expert id: a layer whose router is not recorded would seem to choose expert 0.
+    """
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     if (capturer := get_global_experts_capturer()) is not None:
@@ -102,10 +109,12 @@ def _adopt(model: nn.Module, _: Sequence[tuple[str, Tensor]]) -> None:
 
 
 def _require_places(model: nn.Module) -> None:
-    now = {name: tensor.data_ptr() for name, tensor in _tensors_of(model).items()}
-    moved = [name for name, address in _addresses.items() if now.get(name) != address]
+    present = {name: tensor.data_ptr() for name, tensor in _tensors_of(model).items()}
+    moved = [name for name, address in _addresses.items() if present.get(name) != address]
     if moved:
-        raise RuntimeError(f"SGLang put {', '.join(moved[:3])} elsewhere ({len(moved)} in all): it reads other weights")
+        raise RuntimeError(
+            f"SGLang moved {len(moved)} parameters, such as {', '.join(moved[:3])}, and reads other weights"
+        )
 
 
 def _load(model: nn.Module, tensors: Sequence[tuple[str, Tensor]]) -> None:
@@ -124,7 +133,7 @@ def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _padded(model: nn.Module) -> set[str]:
-    """Parameters whose last rows may be padding: SGLang rounds a vocabulary up before it splits it."""
+    """Return parameters whose last rows may be padding: SGLang rounds the vocabulary up before it splits it."""
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     return {

@@ -1,7 +1,7 @@
-"""A buffer of one process that another one on this machine, and this GPU, has mapped: values go through it by address.
+"""A staging buffer that is shared by two processes on one machine and, with CUDA, on one GPU.
 
-Without CUDA it is a memory file without a name, which nothing outlives; with CUDA memory of this rank's device, which
-the driver lets another process map (cudaIpc).
+Without CUDA it is an anonymous memory file (memfd), which is freed with its last user. With CUDA it is memory of this
+rank's device that the other process maps through cudaIpc.
 Asserted by tests/unit/engines/sglang/test_weight_server.py; on a device by tests/gpu/test_sglang_on_gpu.py.
 """
 
@@ -20,28 +20,29 @@ from torch import Tensor
 
 from grpo_mega.types import TensorSlice
 
-ALIGNMENT = 16  # bytes: the start of every slice in the buffer is one of its elements
+ALIGNMENT = 16  # bytes; keeps the start of every slice aligned to its element size
 
 
 @dataclass(frozen=True)
 class StagingPlace:
-    """How the other process finds the buffer. `gpu`: which one, whatever number it has there; None: a file follows.
-    `shared`: torch's own words for memory of a device."""
+    """Description of the buffer, by which the other process maps it."""
 
     num_bytes: int
     gpu: str | None = None
+    """UUID of the GPU; None: the file descriptor follows."""
     shared: tuple[Any, ...] = ()
+    """PyTorch's description of shared device memory."""
 
 
 class Staging:
-    """This process's buffer, filled from its beginning."""
+    """The buffer of the process that owns it; slices are appended from its beginning."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self.device, self._descriptor = device, -1
         if device.type == "cpu":
             self._descriptor = os.memfd_create("grpo_mega_staging")
             os.posix_fallocate(self._descriptor, 0, num_bytes)
-            self.memory = _mapped(self._descriptor, num_bytes)
+            self.memory = _map_file(self._descriptor, num_bytes)
             self._place = StagingPlace(num_bytes)
         else:
             self.memory = torch.empty(num_bytes, dtype=torch.uint8, device=device)
@@ -49,16 +50,16 @@ class Staging:
             self._place = StagingPlace(num_bytes, gpu_name(device), tuple(storage._share_cuda_()))
         self._filled = 0
 
-    def tell(self, connection: Connection, send: Callable[[StagingPlace], None]) -> None:
-        """`send` brings the place to the other end of `connection`, a Unix socket; the file follows."""
+    def share(self, connection: Connection, send: Callable[[StagingPlace], None]) -> None:
+        """Send the description with `send`, then the file descriptor over `connection`, a Unix socket."""
         send(self._place)
         if self._descriptor >= 0:
-            send_handle(connection, self._descriptor, 0)  # the process number is for Windows
+            send_handle(connection, self._descriptor, 0)  # the process id is used only on Windows
             os.close(self._descriptor)
             self._descriptor = -1
 
     def put(self, values: Tensor) -> int | None:
-        """Copies them in behind what is there; where they begin, or None if they do not fit any more."""
+        """Append values and return their offset in bytes, or None if they do not fit."""
         start = -(-self._filled // ALIGNMENT) * ALIGNMENT
         if start + values.nbytes > self.memory.numel():
             return None
@@ -67,41 +68,43 @@ class Staging:
         return start
 
     def empty(self) -> None:
-        """The other process has taken everything out."""
+        """Mark the buffer as empty, after the other process has read it."""
         self._filled = 0
 
-    def settle(self) -> None:
-        """Until everything is in it."""
-        settle(self.device)
+    def synchronize(self) -> None:
+        """Wait until all copies into the buffer are complete."""
+        synchronize(self.device)
 
 
 def mapped_staging(place: StagingPlace, connection: Connection, device: torch.device) -> Tensor:
-    """The other process's buffer, in this one, whose kernels compute on `device`.
+    """Map the buffer of the other process into this one, whose kernels run on `device`.
 
     Raises:
-        RuntimeError: it is on another GPU, or cannot be mapped.
+        RuntimeError: the buffer is on another GPU or cannot be mapped.
     """
     if place.gpu is None:
         descriptor = recv_handle(connection)
         try:
-            return _mapped(descriptor, place.num_bytes)
+            return _map_file(descriptor, place.num_bytes)
         finally:
             os.close(descriptor)
     if device.type != "cuda" or gpu_name(device) != place.gpu:
-        here = gpu_name(device) if device.type == "cuda" else device
-        raise RuntimeError(f"the rank writes on GPU {place.gpu}, and this process computes on {here}")
-    storage = torch.UntypedStorage._new_shared_cuda(device.index, *place.shared[1:])  # numbers differ between processes
+        own = gpu_name(device) if device.type == "cuda" else device
+        raise RuntimeError(f"the rank writes on GPU {place.gpu}, and this process runs on {own}")
+    storage = torch.UntypedStorage._new_shared_cuda(
+        device.index, *place.shared[1:]
+    )  # device indices differ between processes
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 def staged_at(memory: Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Values in the buffer."""
+    """Return the values at byte `start` of the buffer as a view."""
     num_bytes = torch.Size(shape).numel() * dtype.itemsize
     return memory[start : start + num_bytes].view(dtype).view(shape)
 
 
 def parts_that_fit(hf: TensorSlice, elements: int) -> Iterator[TensorSlice]:
-    """Cuts of a slice that tile it, of at most so many elements each."""
+    """Yield parts of at most `elements` elements that together cover a slice."""
     numel = torch.Size(hf.shape).numel()
     axis = next((i for i, n in enumerate(hf.shape) if n > 1), None)
     if numel <= elements or axis is None:
@@ -114,17 +117,17 @@ def parts_that_fit(hf: TensorSlice, elements: int) -> Iterator[TensorSlice]:
         yield from parts_that_fit(TensorSlice(hf.name, tuple(offsets), tuple(shape)), elements)
 
 
-def settle(device: torch.device) -> None:
-    """Until what this thread has copied is there."""
+def synchronize(device: torch.device) -> None:
+    """Wait until the copies of this thread on the device are complete."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def gpu_name(device: torch.device) -> str:
-    """The same in every process, whatever its numbers."""
+    """Return the UUID of a device, which is the same in every process."""
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
-def _mapped(descriptor: int, num_bytes: int) -> Tensor:
-    """The mapping lives as long as the tensor."""
+def _map_file(descriptor: int, num_bytes: int) -> Tensor:
+    """Map a file as a byte tensor; the mapping lives as long as the tensor."""
     return torch.frombuffer(mmap.mmap(descriptor, num_bytes), dtype=torch.uint8)

@@ -11,18 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.engines.sglang.messages import with_limit
+from grpo_mega.engines.sglang.messages import set_timeouts
 from grpo_mega.engines.sglang.staging import Staging
 from grpo_mega.engines.sglang.weight_server import WeightServerAddress
 from grpo_mega.types import TensorSlice
 
 
 class SchedulerGoneError(RuntimeError):
-    """The scheduler behind a door is gone, silent, or of another version: nothing can be expected of it any more."""
+    """The scheduler process exited, timed out, or holds another policy version; the client cannot be used any more."""
 
 
 class WeightClient:
-    """A training rank's side: every wait has a limit and names both."""
+    """Connection of one training rank. Every wait has a timeout, and errors name the rank and the scheduler.
+
+    Args:
+        address: of the weight server.
+        staging: the buffer through which slices reach the scheduler.
+        rank: this training rank, for errors.
+        timeout_seconds: limit of every wait.
+        last_words: returns the end of SGLang's log, for errors.
+
+    Raises:
+        SchedulerGoneError: the weight server does not answer.
+        RuntimeError: the scheduler cannot map the buffer.
+    """
 
     def __init__(
         self,
@@ -32,74 +44,72 @@ class WeightClient:
         timeout_seconds: float,
         last_words: Callable[[], str] = str,
     ) -> None:
-        """`last_words`: of the processes behind the door, for errors.
-
-        Raises:
-            SchedulerGoneError: nobody answers.
-            RuntimeError: the buffer cannot be mapped there.
-        """
         self._timeout, self._last_words, self._broken = timeout_seconds, last_words, ""
-        self._there = f"SGLang's rank {address.rank} (process {address.process})"
-        self._here = f"rank {rank}"
-        self._staging, self._noted = staging, list[tuple[TensorSlice, torch.dtype, int]]()
+        self._scheduler = f"SGLang's rank {address.rank} (process {address.process})"
+        self._rank = f"rank {rank}"
+        self._staging, self._staged = staging, list[tuple[TensorSlice, torch.dtype, int]]()
         try:
-            self._connection = _connected(address, timeout_seconds)
-            staging.tell(self._connection, lambda place: self._send("map", place))
+            self._connection = _connect(address, timeout_seconds)
+            staging.share(self._connection, lambda place: self._send("map", place))
         except (OSError, EOFError, AuthenticationError) as error:
-            raise self._end(f"opens no door to {self._here} ({type(error).__name__}: {error})") from error
+            raise self._end(f"did not accept {self._rank} ({type(error).__name__}: {error})") from error
         self._received("map")
 
     @property
     def capacity_bytes(self) -> int:
-        """Of one slice."""
+        """Largest slice that fits into the buffer."""
         return self._staging.memory.numel()
 
     def stage(self, hf: TensorSlice, values: Tensor) -> None:
-        """Into the buffer; what is there goes through the door first if there is no room."""
+        """Copy a slice into the buffer; if it is full, first send the slices in it with `flush`."""
         start = self._staging.put(values)
         if start is None:
-            self.hand_over()
+            self.flush()
             start = self._staging.put(values)
             assert start is not None, "slices are cut to what fits"
-        self._noted.append((hf, values.dtype, start))
+        self._staged.append((hf, values.dtype, start))
 
-    def hand_over(self) -> None:
-        """What is in the buffer is written there."""
-        if self._noted:
-            self._staging.settle()
-            noted, self._noted = self._noted, []
-            self.call("write", noted)
+    def flush(self) -> None:
+        """Have the scheduler write all slices in the buffer to its parameters."""
+        if self._staged:
+            self._staging.synchronize()
+            slices, self._staged = self._staged, []
+            self.call("write", slices)
             self._staging.empty()
 
     def drop(self) -> None:
-        """Forget what is in the buffer."""
-        self._noted = []
+        """Discard the slices in the buffer."""
+        self._staged = []
         self._staging.empty()
 
     def call(self, command: str, *arguments: Any) -> Any:
-        """The answer.
+        """Run one command in the scheduler process and return its answer.
 
         Raises:
-            SchedulerGoneError: none in time, or its process has ended.
-            RuntimeError: refused, with its words.
+            SchedulerGoneError: it timed out, or the process exited.
+            RuntimeError: the command failed (with its message).
         """
         if self._broken:
             raise SchedulerGoneError(self._broken)
         try:
             self._send(command, *arguments)
         except BlockingIOError as error:
-            raise self._end(f"did not take {command} of {self._here} within {self._timeout:g} s") from error
+            raise self._end(f"did not accept {command} from {self._rank} within {self._timeout:g} s") from error
         except (BrokenPipeError, ConnectionResetError) as error:
-            raise self._end(f"has ended before {command} of {self._here}") from error
+            raise self._end(f"exited before {command} from {self._rank}") from error
         return self._received(command)
 
     def require_version(self, found: int, expected: int) -> None:
-        """Raises SchedulerGoneError: the scheduler answers for other weights than this rank's."""
+        """Check that the scheduler holds the policy version that this rank sent.
+
+        Raises:
+            SchedulerGoneError: it holds another version.
+        """
         if found != expected:
-            raise self._end(f"answers with version {found} of the weights, and {self._here} sent version {expected}")
+            raise self._end(f"holds version {found} of the weights, and {self._rank} sent version {expected}")
 
     def close(self) -> None:
-        """A second call does nothing."""
+        """Close the connection. A second call does nothing."""
         self._connection.close()
 
     def _send(self, command: str, *arguments: Any) -> None:
@@ -108,25 +118,25 @@ class WeightClient:
     def _received(self, command: str) -> Any:
         try:
             if not self._connection.poll(self._timeout):
-                raise self._end(f"did not answer {command} of {self._here} within {self._timeout:g} s")
+                raise self._end(f"did not answer {command} from {self._rank} within {self._timeout:g} s")
             kind, value = self._connection.recv()
         except BlockingIOError as error:
-            raise self._end(f"did not complete its answer to {command} of {self._here}") from error
+            raise self._end(f"did not complete its answer to {command} from {self._rank}") from error
         except (EOFError, ConnectionResetError) as error:
-            raise self._end(f"has ended while {self._here} waited for {command}") from error
+            raise self._end(f"exited while {self._rank} waited for {command}") from error
         if kind == "failed":
-            raise RuntimeError(f"{self._there}, {command} of {self._here}: {value}")
+            raise RuntimeError(f"{self._scheduler}, {command} from {self._rank}: {value}")
         return value
 
     def _end(self, what: str) -> SchedulerGoneError:
-        self._broken = f"{self._there} {what}{self._last_words()}"
+        self._broken = f"{self._scheduler} {what}{self._last_words()}"
         return SchedulerGoneError(self._broken)
 
 
-def _connected(address: WeightServerAddress, timeout_seconds: float) -> Connection:
-    """As multiprocessing's `Client`, with a limit for every wait."""
+def _connect(address: WeightServerAddress, timeout_seconds: float) -> Connection:
+    """Connect like multiprocessing's `Client`, with a timeout for every wait."""
     with socket.socket(socket.AF_UNIX) as plain:
-        with_limit(plain, timeout_seconds)
+        set_timeouts(plain, timeout_seconds)
         plain.connect(address.path)
         connection = Connection(plain.detach())
     answer_challenge(connection, address.key)

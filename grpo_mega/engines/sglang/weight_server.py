@@ -1,11 +1,11 @@
-"""The door of one scheduler process of SGLang: its training rank writes weights through it and asks what is there.
+"""The weight server of one SGLang scheduler process: its training rank writes weights through it and verifies them.
 
-A scheduler is in its own event loop, and SGLang's own way in goes through the first rank's process and is for whole
-engines. So each one has a thread that answers its rank alone, over a Unix socket with a key. The rank puts slices into
-its staging buffer (staging.py) and says which; this side copies them to where SGLang's kernels read, and makes digests
-of what is there. On CUDA the parameters themselves are in memory that SGLang releases and takes back, which no other
-process can map: the buffer is what both see.
-Requests are (command, arguments), answers ("done", value) or ("failed", text).
+A scheduler runs its own event loop, and SGLang's own interface goes through the first rank's process and serves whole
+engines only. Therefore each scheduler has a thread that serves its training rank over an authenticated Unix socket. The
+rank copies slices into its staging buffer (staging.py) and sends their names. The server copies them to where SGLang's
+kernels read, and computes digests there. On CUDA the parameters are in memory that SGLang releases and allocates again,
+which no other process can map; both processes map the buffer instead.
+Requests are (command, arguments); answers are ("done", value) or ("failed", text).
 Asserted by tests/unit/engines/sglang/test_weight_server.py and tests/engine/test_engine_contract.py.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.engines.sglang.staging import mapped_staging, settle, staged_at
+from grpo_mega.engines.sglang.staging import mapped_staging, staged_at, synchronize
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.engines.weights.regions import PlainRegion, Regions, Zeros, region_view
 from grpo_mega.engines.weights.sink import RegionSink
@@ -34,26 +34,30 @@ from grpo_mega.types import Placement, TensorSlice
 
 @dataclass(frozen=True)
 class WeightServerAddress:
-    """Of the scheduler with this rank and process number."""
+    """Address of the weight server in one scheduler."""
 
     rank: int
+    """Tensor-parallel rank of the scheduler."""
     process: int
+    """Process id of the scheduler."""
     path: str
+    """Path of the Unix socket."""
     key: bytes = field(repr=False)
+    """Shared secret of the connection."""
 
 
 def recorded_regions(record: LoaderRecord) -> list[SinkRegion]:
-    """What a sync fills, in the order of the record on both sides of the door."""
+    """Return the regions that a sync fills, in the order of the record; client and server agree on it."""
     return [SinkRegion(Placement(copy.hf, copy.local), "plain", copy.dtype) for copy in record.copies]
 
 
 class WeightServer:
-    """Opened in the scheduler's process; answers for as long as that lives.
+    """A server thread in the scheduler process, which runs until the process exits.
 
     Args:
-        record: of the model's loader.
-        tensors: name -> parameter or buffer, where the kernels read it.
-        require_place: raises RuntimeError once SGLang has put one of them elsewhere.
+        record: recorded loader of the model.
+        tensors: name -> parameter or buffer that the kernels read.
+        require_place: raises RuntimeError if SGLang has moved one of them.
     """
 
     def __init__(self, record: LoaderRecord, tensors: dict[str, Tensor], require_place: Callable[[], None]) -> None:
@@ -69,17 +73,17 @@ class WeightServer:
             "probe": self._sink.probe,
         }
 
-    def open(self, folder: Path, rank: int, process: int) -> WeightServerAddress:
-        """Starts the thread. A path in `folder` is the socket's."""
-        address = WeightServerAddress(rank, process, str(folder / f"door_{rank}"), secrets.token_bytes(32))
+    def start(self, folder: Path, rank: int, process: int) -> WeightServerAddress:
+        """Start the thread and return its address; the socket is in `folder`."""
+        address = WeightServerAddress(rank, process, str(folder / f"weights_{rank}"), secrets.token_bytes(32))
         listener = Listener(address.path, family="AF_UNIX", authkey=address.key)
-        threading.Thread(target=self._serve, args=(listener,), name="grpo_mega_door", daemon=True).start()
+        threading.Thread(target=self._serve, args=(listener,), name="grpo_mega_weights", daemon=True).start()
         return address
 
     def _serve(self, listener: Listener) -> None:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        with torch.inference_mode():  # is of the thread; SGLang makes some of its tensors inside of it
+        with torch.inference_mode():  # set per thread; SGLang creates some tensors in inference mode
             while True:
                 with suppress(AuthenticationError, EOFError, ConnectionError), listener.accept() as connection:
                     while True:
@@ -92,23 +96,23 @@ class WeightServer:
                 self._staged = mapped_staging(place, connection, self._device)
                 return "done", None
             return "done", self._commands[command](*arguments)
-        except Exception as error:  # whatever it is: the thread's end would be silent, and the rank waits
+        except Exception as error:  # any error: the thread would exit silently while the rank waits
             return "failed", f"{type(error).__name__}: {error}"
 
     def _write(self, slices: Sequence[tuple[TensorSlice, torch.dtype, int]]) -> None:
-        """Each slice from its start in the buffer."""
-        assert self._staged is not None, "the buffer is mapped first"
+        """Write slices; each is a name, a dtype and the offset in the buffer."""
+        assert self._staged is not None, "the client maps the buffer first"
         for hf, dtype, start in slices:
             self._sink.write(hf, staged_at(self._staged, start, hf.shape, dtype))
-        settle(self._device)  # the rank writes the next ones over them
+        synchronize(self._device)  # the rank overwrites the buffer after the answer
 
     def _end(self, policy_version: int) -> int:
         self._sink.end_update(policy_version)
-        settle(self._device)
+        synchronize(self._device)
         return self._sink.policy_version
 
     def _digests(self, slices: Sequence[TensorSlice]) -> tuple[int, list[int]]:
-        """The version behind them, and the digests of what is there now."""
+        """Return the policy version and the digests of the present values."""
         self._require_place()
         return self._sink.policy_version, self._sink.digests(slices)
 
@@ -120,4 +124,4 @@ class _ModelSink(RegionSink):
         super().__init__(Regions(recorded_regions(record), places, zeros), None)
 
     def _adopt(self, policy_version: int) -> None:
-        """Kernels read the parameters themselves; caches go with the prefix cache (sglang/worker.py)."""
+        """Do nothing: kernels read the parameters, and `adopt` clears the prefix cache (sglang/scheduler_hooks.py)."""

@@ -1,1 +1,1 @@
-"""What drives vLLM, behind vllm_engine.py."""
+"""The vLLM engine: vLLM inside the training processes."""

@@ -1,16 +1,16 @@
-"""What vLLM 0.32 computes wrongly or lacks on CPU, put right in this process. Each part can go when vLLM does it.
+"""Patches for vLLM 0.32 on CPU, applied in this process. Each one can be removed once vLLM fixes its defect.
 
-- Experts spread over the ranks of an engine: the kernel (csrc/cpu/cpu_fused_moe.cpp) indexes the experts of this rank
-  with the ids of the whole model and reads beyond the last one: wrong numbers or a segmentation fault.
-  `CPUUnquantizedExperts.apply` (layers/fused_moe/experts/cpu_moe.py) is given the map between them and drops it.
-- Rotary positions of latent attention: layers/mla.py:228 gives a query [T, N, D], and `rotary_embedding` of
-  csrc/cpu/pos_encoding.cpp counts its rows as T * N tokens with one head each: every head after the first token's first
-  is turned by another token's position, or by what lies behind the positions in memory.
-- Experts shared by data-parallel ranks: the tokens of all are gathered, and what each rank computes of them is added up
-  and given back (device_communicators/all2all.py, AgRsAll2AllManager), by collectives of unequal numbers of rows. The
-  communicator for CPUs has none.
-- Experts' numbers gathered over tp (layers/fused_moe/routed_experts_capturer.py, where each rank routes its part of the
-  tokens): `shm_all_gather` takes no int32.
+- Expert parallelism: the kernel (csrc/cpu/cpu_fused_moe.cpp) indexes the experts of this rank with the ids of the whole
+  model and reads beyond the last one, which gives wrong numbers or a segmentation fault. `CPUUnquantizedExperts.apply`
+  (layers/fused_moe/experts/cpu_moe.py) receives the map between the ids and ignores it.
+- Rotary positions of latent attention: layers/mla.py:228 passes a query [T, N, D], and `rotary_embedding` of
+  csrc/cpu/pos_encoding.cpp counts its rows as T * N tokens with one head each. Every head after the first is rotated by
+  another token's position, or by memory behind the positions.
+- Experts shared by data-parallel ranks: the tokens of all ranks are gathered, and the partial results are summed and
+  scattered (device_communicators/all2all.py, AgRsAll2AllManager) with unequal numbers of rows. The communicator for
+  CPUs lacks these collectives.
+- Expert ids gathered over tp (layers/fused_moe/routed_experts_capturer.py, where each rank routes a part of the
+  tokens): `shm_all_gather` does not support int32.
 Asserted by tests/engine/test_weight_sync.py and test_vllm_dp.py; the last by tests/e2e/test_routing_replay.py.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 def correct_vllm() -> None:
-    """Once; later calls do nothing."""
+    """Apply all patches. Later calls do nothing."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -39,19 +39,19 @@ def correct_vllm() -> None:
         CpuCommunicator.all_gatherv = _all_gatherv
         CpuCommunicator.reduce_scatterv = _reduce_scatterv
     if not hasattr(_CPUSHMDistributed.all_gather_into_tensor, "__wrapped__"):
-        _CPUSHMDistributed.all_gather_into_tensor = _of_integers(_CPUSHMDistributed.all_gather_into_tensor)
+        _CPUSHMDistributed.all_gather_into_tensor = _with_int32(_CPUSHMDistributed.all_gather_into_tensor)
 
 
 def own_experts(weights: Tensor, ids: Tensor, expert_map: Tensor) -> tuple[Tensor, Tensor]:
-    """The picks of a router as one rank computes them; the sum over ranks is the layer's output.
+    """Restrict a router's choices to this rank's experts; the sum over ranks is the layer's output.
 
     Args:
-        weights: [T, K] of the picked experts.
-        ids: [T, K] of the picked experts in the model.
-        expert_map: [E] number on this rank, -1 where another rank has the expert.
+        weights: [T, K] of the chosen experts.
+        ids: [T, K] of the chosen experts, in the whole model.
+        expert_map: [E] local index of each expert, -1 if another rank has it.
 
     Returns:
-        Weights that are zero for the experts of other ranks, and numbers on this rank (any valid one for those).
+        Weights with zeros for experts of other ranks, and local indices (0 for experts of other ranks).
     """
     local = expert_map[ids.long()]
     return weights * (local >= 0), local.clamp(min=0).to(ids.dtype)
@@ -62,7 +62,7 @@ def _with_own_experts(apply: Any) -> Any:
     def mapped(self: Any, *, topk_weights: Tensor, topk_ids: Tensor, expert_map: Tensor | None, **rest: Any) -> None:
         if expert_map is not None:
             # With weights on the input the kernel would add other ranks' experts unweighted.
-            assert not rest["apply_router_weight_on_input"], "weights on the input and experts spread over ranks"
+            assert not rest["apply_router_weight_on_input"], "router weights on the input with expert parallelism"
             topk_weights, topk_ids = own_experts(topk_weights, topk_ids, expert_map)
         apply(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **rest)
 
@@ -79,10 +79,10 @@ def _with_heads(forward: Any) -> Any:
     return by_head
 
 
-def _of_integers(gather: Any) -> Any:
+def _with_int32(gather: Any) -> Any:
     @functools.wraps(gather)
     def gathered(self: Any, output: Tensor, input: Tensor, group: Any = None) -> None:
-        if input.dtype == torch.int32:  # the same bits, which are only moved
+        if input.dtype == torch.int32:  # reinterpret the bits, which are only moved
             output, input = output.view(torch.float32), input.view(torch.float32)
         gather(self, output, input, group)
 
@@ -90,17 +90,17 @@ def _of_integers(gather: Any) -> Any:
 
 
 def gathered_rows(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """[sum(sizes), ...]: the rows of all ranks of a group, first to last; `sizes` has their numbers."""
-    longest = max(sizes)  # gloo gathers equal numbers only
+    """Return the rows [sum(sizes), ...] of all ranks of a group in rank order; `sizes` has their row counts."""
+    longest = max(sizes)  # gloo gathers only equal sizes
     mine = rows.new_zeros(longest, *rows.shape[1:])
     mine[: rows.shape[0]] = rows
-    heard = [torch.empty_like(mine) for _ in sizes]
-    dist.all_gather(heard, mine, group=group)
-    return torch.cat([each[:size] for each, size in zip(heard, sizes, strict=True)])
+    received = [torch.empty_like(mine) for _ in sizes]
+    dist.all_gather(received, mine, group=group)
+    return torch.cat([each[:size] for each, size in zip(received, sizes, strict=True)])
 
 
 def own_rows_of_sum(rows: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """[sizes[rank], ...]: this rank's rows of the sum of `rows` [sum(sizes), ...] over a group."""
+    """Return this rank's rows [sizes[rank], ...] of the sum of `rows` [sum(sizes), ...] over a group."""
     total = rows.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total.narrow(0, sum(sizes[: dist.get_rank(group)]), sizes[dist.get_rank(group)])

@@ -1,9 +1,9 @@
-"""The layout of every rank of an engine from those of four: a rule fitted to three of them, asserted on the fourth.
+"""Derivation of the layouts of all ranks of an engine from four recorded ones: fitted to three, checked on the fourth.
 
-Ranks of one engine copy the same things in the same order; only numbers differ: where a slice starts and ends, and
-which expert it is of. Each such number is `base + step * (r // period)` (a period above 1: ranks that share a KV head),
-at most the size of its dimension (the padded vocabulary). `r` is the rank, or, where data-parallel ranks hold copies,
-the rank within its copy, `rank % tp`. Pure.
+All ranks of an engine copy the same tensors in the same order. Only numbers differ: the start and end of a slice, and
+the number of an expert. Each number is `base + step * (r // period)`, limited to the size of its dimension (for the
+padded vocabulary). The period is above 1 where ranks share a KV head. `r` is the rank or, where data-parallel ranks
+hold copies, the rank within its copy, `rank % tp`. All functions are pure.
 Asserted by tests/unit/engines/vllm/test_layout_extrapolation.py; on every rank of a recorded engine by
 tests/engine/test_vllm_record.py.
 """
@@ -25,8 +25,11 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Slice i is the box `starts[i] : ends[i]` of tensor `names[i]`, which has `dims[i]` dimensions; of others it says
-    [0:1]. `starts`, `ends`: [slices, D]."""
+    """The slices of one rank as arrays.
+
+    Slice i is `starts[i] : ends[i]` of tensor `names[i]`, which has `dims[i]` dimensions; further columns are [0:1].
+    `starts` and `ends` have the shape [slices, D].
+    """
 
     names: Sequence[str]
     dims: Ints
@@ -35,7 +38,7 @@ class RankLayout:
 
     @classmethod
     def of(cls, slices: Sequence[TensorSlice]) -> RankLayout:
-        """Of these slices."""
+        """Return the layout that consists of these slices."""
         dims = [len(each.shape) for each in slices]
         starts, ends = np.zeros((len(slices), max(dims)), np.int64), np.ones((len(slices), max(dims)), np.int64)
         for i, (each, width) in enumerate(zip(slices, dims, strict=True)):
@@ -44,7 +47,7 @@ class RankLayout:
         return cls([each.name for each in slices], np.asarray(dims, np.int64), starts, ends)
 
     def slices(self) -> list[TensorSlice]:
-        """One by one."""
+        """Return the slices as a list."""
         columns = zip(
             self.names, self.dims.tolist(), self.starts.tolist(), (self.ends - self.starts).tolist(), strict=True
         )
@@ -52,14 +55,15 @@ class RankLayout:
 
 
 class NoRuleError(RuntimeError):
-    """The recorded ranks follow no such rule; every rank has to be recorded."""
+    """The recorded ranks do not follow such a rule, so every rank must be recorded."""
 
 
 def sampled_ranks(num_ranks: int, tp: int | None = None) -> list[int]:
-    """All of a few ranks; of many the first, the last and two in between, the third of which checks the rule.
+    """Return the ranks to record: all of up to 8 ranks, else the first, the last and two in between.
 
-    `tp`: ranks of one of several copies. The second is then of the first copy: no other choice tells for every number
-    of ranks whether something follows the rank or the rank within its copy.
+    The third of the four checks the rule. `tp` is the number of ranks of one copy, if there are several. The second
+    rank is then in the first copy: no other choice decides, for every number of ranks, between the rank and the rank
+    within its copy.
     """
     if num_ranks <= 8:
         return list(range(num_ranks))
@@ -74,13 +78,13 @@ def layouts_of_all(
     num_ranks: int,
     tp: int | None = None,
 ) -> Iterator[RankLayout]:
-    """The layout of each rank, one after the other.
+    """Yield the layout of each rank in rank order.
 
     Args:
-        recorded: rank -> its slices, in the order in which the loader copied them; of `sampled_ranks`.
-        shapes: of the tensors of the checkpoint.
-        num_ranks: of the engine.
-        tp: those of one of its copies; None: it has one.
+        recorded: rank -> slices in the order of the loader, for `sampled_ranks`.
+        shapes: name -> shape of every tensor of the checkpoint.
+        num_ranks: ranks of the engine.
+        tp: ranks of one copy; None: there is one copy.
 
     Raises:
         NoRuleError: no rule fits (names a slice).
@@ -93,12 +97,14 @@ def layouts_of_all(
     check = ranks[2]
     for found, expected in zip(recorded[check], rule.layout(check).slices(), strict=True):
         if found != expected:
-            raise NoRuleError(f"rank {check} of the engine takes {found}, the rule of ranks {fitted} says {expected}")
+            raise NoRuleError(
+                f"rank {check} of the engine holds {found}, but the rule of ranks {fitted} gives {expected}"
+            )
     return (RankLayout.of(recorded[rank]) if rank in recorded else rule.layout(rank) for rank in range(num_ranks))
 
 
 class _Table:
-    """Slices as words and numbers: [slices, numbers in the name + starts + ends], and the largest value of each."""
+    """Slices as words and numbers [slices, numbers in the name + starts + ends], with the limit of each number."""
 
     def __init__(self, words: list[tuple[str, ...]], layout: RankLayout, numbers: Ints, limits: Ints) -> None:
         self.words, self.layout, self.numbers, self.limits = words, layout, numbers, limits
@@ -119,7 +125,7 @@ class _Table:
 
 
 class _Rule:
-    """base + step * (rank % modulus // period), at most limit; all of them [slices, numbers]."""
+    """The rule min(base + step * (rank % modulus // period), limit); all arrays are [slices, numbers]."""
 
     def __init__(self, table: _Table, base: Ints, step: Ints, period: Ints, modulus: Ints) -> None:
         self._table, self._base, self._step, self._period, self._modulus = table, base, step, period, modulus
@@ -128,29 +134,31 @@ class _Rule:
     def fit(cls, tables: Sequence[_Table], ranks: Sequence[int], num_ranks: int, tp: int) -> _Rule:
         first, middle, last = tables
         if any(t.words != first.words for t in tables):
-            raise NoRuleError(f"ranks {list(ranks)} of the engine copy different tensors, or in another order")
+            raise NoRuleError(f"ranks {list(ranks)} of the engine copy different tensors or use another order")
         base = first.numbers
         step, period, modulus = np.zeros_like(base), np.zeros(len(base), np.int64), np.ones(len(base), np.int64)
         of = dict.fromkeys((num_ranks, tp))
         for m, p in [(size, p) for size in of for p in range(1, size + 1) if size % p == 0]:
-            turns = (np.asarray(ranks) % m // p).tolist()
-            if not turns[1]:
+            positions = (np.asarray(ranks) % m // p).tolist()
+            if not positions[1]:
                 continue
-            candidate = (middle.numbers - base) // turns[1]
-            values = [np.minimum(base + candidate * turn, first.limits) for turn in turns]
-            # all numbers of a slice follow one period: its end alone may fit a wrong one, cut at the tensor's size
+            candidate = (middle.numbers - base) // positions[1]
+            values = [np.minimum(base + candidate * position, first.limits) for position in positions]
+            # All numbers of a slice must fit one period: its end alone may fit a wrong one, limited by the size.
             fits = ((values[1] == middle.numbers) & (values[2] == last.numbers)).all(1) & (period == 0)
             step[fits], period[fits], modulus[fits] = candidate[fits], p, m
         if not period.all():
             row = int(np.flatnonzero(period == 0)[0])
             name = "0".join(first.words[row])
-            raise NoRuleError(f"where {name} (or its like) lies on ranks {list(ranks)} of the engine follows no rule")
+            raise NoRuleError(
+                f"the slices of {name} (or of a similar tensor) on ranks {list(ranks)} of the engine follow no rule"
+            )
         return cls(first, base, step, period, modulus)
 
     def layout(self, rank: int) -> RankLayout:
-        """Of any rank."""
-        turns = rank % self._modulus // self._period
-        values = np.minimum(self._base + self._step * turns[:, None], self._table.limits)
+        """Return the layout of a rank."""
+        positions = rank % self._modulus // self._period
+        values = np.minimum(self._base + self._step * positions[:, None], self._table.limits)
         like, dims = self._table.layout, self._table.layout.starts.shape[1]
         names, starts, ends = values[:, : -2 * dims], values[:, -2 * dims : -dims], values[:, -dims:]
         if not self._step[:, : -2 * dims].any():

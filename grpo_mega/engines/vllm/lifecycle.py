@@ -63,7 +63,9 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
     world = dist.get_world_size()
     if world % (settings.tp * settings.dp):
         keys = f"engine.tp={settings.tp}" + (f" x engine.dp={settings.dp}" if settings.dp > 1 else "")
-        raise UserError(f"{keys} does not divide the {world} ranks of the job", remedy="use a divisor")
+        raise UserError(
+            f"{keys} does not divide the {world} ranks of the job", remedy="use a divisor of the number of ranks"
+        )
     check_tp(spec, settings.tp)
     prepare_environment()
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # every rank would warn that a CPU has no Triton

@@ -1,8 +1,8 @@
-"""The layout of any rank of any vLLM engine, in one process: no other ranks, no weights, no device.
+"""Recording of vLLM's loader for any rank of any layout in one process, without other ranks, weights or devices.
 
-The model is built for one rank of a process group that only pretends to exist, with its floating-point parameters on
-the meta device, and its loader is recorded (vllm/record.py). A process that did this cannot start an engine any more:
-planning tools call it, a job never does.
+The model is built for one rank of a fake process group, with its floating-point parameters on the meta device, and its
+loader is recorded (vllm/record.py). The process cannot start an engine afterwards, so only planning tools use this
+module, never a job.
 Asserted by tests/engine/test_vllm_record.py.
 """
 
@@ -39,20 +39,20 @@ def record_ranks(
     experts_spread: bool = False,
     fp8: bool = False,
 ) -> list[LoaderRecord]:
-    """What vLLM's loader does on some ranks of an engine.
+    """Record vLLM's loader on some ranks of a replica.
 
     Args:
         config_dir: folder with config.json.
-        tensors: shape and dtype of every tensor of the checkpoint.
+        tensors: name -> (shape, dtype) of every tensor of the checkpoint.
         dtype: of the engine.
-        tp: ranks over which one copy of the attention is cut.
-        ranks: which of the engine's tp * dp.
+        tp: ranks that split one copy of the attention.
+        ranks: the ranks to record, out of tp * dp.
         dp: copies of the attention.
-        experts_spread: experts are whole on one rank each (expert parallel), not cut over all.
-        fp8: the engine holds matrices as codes and scales, which `tensors` lists; on any machine.
+        experts_spread: each expert is whole on one rank (expert parallelism), not split over all.
+        fp8: the engine holds matrices as FP8 values and scales, which `tensors` lists; works on any machine.
 
     Raises:
-        CannotRecordError: the loader does something that is no copy of boxes.
+        CannotRecordError: the loader does something other than copying slices.
         UserError: vLLM has no kernel for the model in this layout.
         ImportError: vLLM is not installed.
     """
@@ -82,7 +82,7 @@ def _record_rank(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(_pretended_ranks(tp * dp, rank))
+        stack.enter_context(_fake_ranks(tp * dp, rank))
         arguments: dict[str, Any] = {
             "model": str(config_dir),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[dtype],
@@ -109,7 +109,7 @@ def _record_rank(
                     model = initialize_model(vllm_config=config)
             except NotImplementedError as error:
                 raise UserError(
-                    f"engine.tp={tp}: the vLLM of this machine has no kernel for this part of {config_dir} ({error})",
+                    f"engine.tp={tp}: vLLM has no kernel on this machine for this layout of {config_dir} ({error})",
                     remedy="choose another engine.tp, or engine.ep=engine.tp for a model with experts",
                 ) from None
             return record_vllm(model, tensors)
@@ -121,15 +121,15 @@ def _record_rank(
 
 
 @contextmanager
-def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
-    """A default process group of `world_size` in which only this process exists, and what vLLM asks of real ones."""
+def _fake_ranks(world_size: int, rank: int) -> Iterator[None]:
+    """Create a fake default process group, and patch what vLLM would ask of real ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators import cpu_communicator, shm_broadcast
 
     new_group = dist.new_group
 
-    def pretended_group(*args: Any, **kwargs: Any) -> Any:
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
         kwargs["backend"] = "fake"
         return new_group(*args, **kwargs)
 
@@ -139,7 +139,7 @@ def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.dict(os.environ, variables))
-            stack.enter_context(mock.patch.object(dist, "new_group", pretended_group))
+            stack.enter_context(mock.patch.object(dist, "new_group", fake_group))
             stack.enter_context(
                 mock.patch.object(parallel_state, "in_the_same_node_as", return_value=[True] * world_size)
             )
@@ -157,7 +157,7 @@ def _pretended_ranks(world_size: int, rank: int) -> Iterator[None]:
 
 
 class _FloatsOnMeta(TorchFunctionMode):
-    """Floating-point factories make tensors without storage; integers keep theirs: an expert map has values."""
+    """Creates floating-point tensors on the meta device; integer tensors keep storage, for values of expert maps."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

@@ -1,10 +1,12 @@
-"""What vLLM's kernels read of each parameter, once it is loaded: its plain bytes, other orders of them, or copies.
+"""Regions of vLLM's parameters after loading: plain bytes, permuted bytes, or bytes from which copies are derived.
 
-vLLM processes weights after loading. Every parameter must come out as one that is known here: declaring nothing is an
-error. On CPU linears keep a plain weight (vllm/start.py sees to it). The head computes from a packed copy beside its
-plain weight, latent attention from turned copies of `kv_b_proj`: both are rebuilt at the end of an update and compared.
-Experts are packed in place: slices are written to where the packing puts them, and read back from there. Of FP8 codes
-and scales the kernel has to be known too (vllm/fp8.py): some read them through an order or scales of their own.
+vLLM processes weights after loading. Every parameter must end up in a form that is known here; any other is an error.
+- On CPU linear layers keep a plain weight (vllm/lifecycle.py).
+- The head computes from a packed copy beside its plain weight, and latent attention from transposed copies of
+  `kv_b_proj`. Both are rebuilt at the end of an update and verified.
+- Experts are packed in place: slices are written to the packed positions and read back from there.
+- For FP8 values and scales the kernel must be known too (vllm/fp8.py), because some kernels use their own order or
+  scales.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from grpo_mega.quantization.block_fp8 import dequantise
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX
 from grpo_mega.types import Placement, TensorSlice
 
-_PROBE_COLUMNS = 16  # of the weight, read exactly through the kernel
+_PROBE_COLUMNS = 16  # columns of the weight that are read exactly through the kernel
 _PROBE_ROWS = 8  # random vectors
-_PROBE_SLICE = 8192  # rows of the weight that are held in float64 at a time
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative rounding of y = W x
+_PROBE_SLICE = 8192  # rows of the weight that are in float64 at the same time
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # relative rounding error of y = W x
 
 
 @dataclass
@@ -38,13 +40,16 @@ class PackedHead:
     probes: int = 0
 
     def rebuild(self) -> None:
-        """What vLLM itself does with a loaded head: packs a copy on CPU, nothing on CUDA."""
+        """Run vLLM's own step after loading, which packs a copy on CPU and does nothing on CUDA."""
         self.layer.quant_method.process_weights_after_loading(self.layer)
 
     @torch.no_grad()
     def difference(self) -> str | None:
-        """Is the copy the one of the present weight? Columns of W come out of the kernel exactly as y = W e; others at
-        each call, so that in time all are read. Random x, with rounding, reach all columns at every call."""
+        """Return how the packed copy differs from the present weight; None if it does not.
+
+        Unit vectors e read columns of W exactly, as y = W e; each call reads other columns. Random vectors read all
+        columns at every call, up to rounding.
+        """
         weight: Tensor = self.layer.weight
         rows, columns = weight.shape
         chosen = (torch.arange(_PROBE_COLUMNS) * (columns // _PROBE_COLUMNS + 1) + self.probes) % columns
@@ -69,18 +74,18 @@ class PackedHead:
 
 @dataclass
 class AbsorbedProjection:
-    """Latent attention that multiplies with copies of its `kv_b_proj`, turned and split: `W_UV` and `W_UK_T`."""
+    """Latent attention that computes with `W_UV` and `W_UK_T`, two transposed parts of its `kv_b_proj`."""
 
     parameter: str
     attention: Any
     dtype: torch.dtype
 
     def rebuild(self) -> None:
-        """What vLLM itself does with a loaded layer."""
+        """Run vLLM's own step after loading."""
         self.attention.process_weights_after_loading(self.dtype)
 
     def difference(self) -> str | None:
-        """Are both copies those of the present weight? Copies of elements: equal bit for bit."""
+        """Return how a copy differs from the present weight, bit for bit; None if neither does."""
         layer = self.attention
         nope, value = layer.qk_nope_head_dim, layer.v_head_dim
         heads = self._projection().view(layer.num_heads, nope + value, layer.kv_lora_rank)
@@ -92,18 +97,20 @@ class AbsorbedProjection:
         return None
 
     def _projection(self) -> Tensor:
-        """`kv_b_proj` as numbers."""
+        """Return `kv_b_proj`, dequantized if it is FP8."""
         weight: Tensor = self.attention.kv_b_proj.weight.detach()
         return dequantise(weight, self.attention.kv_b_proj.weight_scale_inv) if weight.itemsize == 1 else weight
 
 
 @dataclass(frozen=True)
 class PermutedRegion:
-    """`places`: shaped as the slice of the checkpoint, where each element lies in `packed`, counted from `start`."""
+    """A region whose elements have another order than the checkpoint."""
 
     packed: Tensor
     start: int
+    """Element of `packed` at which the region begins."""
     places: Tensor
+    """Position of each element after `start`, in the shape of the checkpoint slice."""
 
     def memory_of(self, inside: tuple[slice, ...]) -> Tensor | None:
         return None
@@ -116,10 +123,10 @@ class PermutedRegion:
 
 
 def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
-    """The regions of a model that is loaded and processed; none without a record.
+    """Return the regions of a loaded and processed model; no regions without a record.
 
     Raises:
-        RuntimeError: a parameter that was recorded is not what the kernels read, and nothing is known of it.
+        RuntimeError: the kernels read a parameter in a form that is not known here.
     """
     parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
     derived: list[DerivedCopy] = [*packed_heads(model), *absorbed_projections(model)]
@@ -139,7 +146,9 @@ def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
         name = copy.local.name
         is_fp8 = copy.dtype.itemsize == 1 or name.endswith(SCALE_SUFFIX)
         if is_fp8 and (kernel := unknown_kernel(model, name)) is not None:
-            raise RuntimeError(f"vLLM computes with {name} by {kernel}; whether it reads what was loaded is not known")
+            raise RuntimeError(
+                f"vLLM computes with {name} by {kernel}, which is not known to read FP8 values as they were loaded"
+            )
         if is_plain(name):
             places.append(PlainRegion(region_view(parameters[name].detach(), copy)))
             kind: RegionKind = "derived" if name.removesuffix(SCALE_SUFFIX) in copied else "plain"
@@ -159,11 +168,11 @@ def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
 
 
 def _unknown_form(name: str) -> RuntimeError:
-    return RuntimeError(f"vLLM keeps {name} in a form of its own; what its kernels read is not known here")
+    return RuntimeError(f"vLLM keeps {name} in an unknown form, so a sync cannot write it")
 
 
 def by_expert(copy: RecordedCopy) -> list[RecordedCopy]:
-    """A copy into a stack of experts [E, R, C], one for each of them: each is packed for itself."""
+    """Split a copy into a stack of experts [E, R, C] into one copy per expert, because each expert is packed alone."""
     if copy.local.shape[0] == 1:
         return [copy]
     along = copy.along.index(0)  # the dimension of the checkpoint's tensor that counts experts
@@ -179,14 +188,14 @@ def by_expert(copy: RecordedCopy) -> list[RecordedCopy]:
 
 
 def _narrow(box: TensorSlice, dim: int, index: int) -> TensorSlice:
-    """Its part at one index of a dimension."""
+    """Return the part of a slice at one index of a dimension."""
     offsets, shape = list(box.offsets), list(box.shape)
     offsets[dim], shape[dim] = offsets[dim] + index, 1
     return TensorSlice(box.name, tuple(offsets), tuple(shape))
 
 
 def absorbed_projections(model: nn.Module) -> list[AbsorbedProjection]:
-    """One for each layer of latent attention."""
+    """Return one entry for each layer of latent attention."""
     names = {id(p): name for name, p in model.named_parameters()}
     return [
         AbsorbedProjection(names[id(module.kv_b_proj.weight)], module, module.W_UV.dtype)  # type: ignore[union-attr, arg-type]
@@ -196,7 +205,7 @@ def absorbed_projections(model: nn.Module) -> list[AbsorbedProjection]:
 
 
 def _is_packed_expert(model: nn.Module, parameter: str) -> bool:
-    """Is this a stack of experts [E, R, C] that vLLM's kernel for CPUs has packed, each expert for itself?"""
+    """Return True for a stack of experts [E, R, C] that vLLM's CPU kernel packs expert by expert."""
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
     module = model.get_submodule(parameter.rpartition(".")[0])
@@ -205,7 +214,7 @@ def _is_packed_expert(model: nn.Module, parameter: str) -> bool:
 
 
 def _permuted(owner: Tensor, copy: RecordedCopy, model: nn.Module, orders: dict[tuple[object, ...], Tensor]) -> Region:
-    """Of one expert: a stack's first dimension is the expert's."""
+    """Return the region of one expert; the first dimension of the stack counts experts."""
     experts: Any = model.get_submodule(copy.local.name.rpartition(".")[0])
     isa = experts.quant_method.moe_kernel.fused_experts.isa
     rows, columns = owner.shape[1:]
@@ -219,8 +228,10 @@ def _permuted(owner: Tensor, copy: RecordedCopy, model: nn.Module, orders: dict[
 
 
 def packed_order(rows: int, columns: int, dtype: torch.dtype, isa: str) -> Tensor:
-    """[rows, columns]: where the kernel's packing of one expert puts each element; learned by packing the digits of the
-    elements' numbers, each small enough to be exact in `dtype`."""
+    """Return the position [rows, columns] of each element of one expert after the kernel packed it.
+
+    The function packs the base-128 digits of the element indices, which are small enough to be exact in `dtype`.
+    """
     from vllm._custom_ops import cpu_prepack_moe_weight
 
     numbers = torch.arange(rows * columns).view(1, rows, columns)
@@ -230,15 +241,15 @@ def packed_order(rows: int, columns: int, dtype: torch.dtype, isa: str) -> Tenso
         found |= cpu_prepack_moe_weight(digits.to(dtype), isa).view(-1).to(torch.int64) << shift
     order = torch.empty_like(found)
     order[found] = torch.arange(rows * columns)
-    assert torch.equal(found.sort().values, numbers.view(-1)), "packing is no permutation"
+    assert torch.equal(found.sort().values, numbers.view(-1)), "packing is not a permutation"
     return order.view(rows, columns)
 
 
 def packed_heads(model: nn.Module) -> list[PackedHead]:
-    """Layers that make logits from a packed copy.
+    """Return the heads that compute logits from a packed copy.
 
     Raises:
-        RuntimeError: another layer does.
+        RuntimeError: vLLM packed another layer and dropped its plain weight.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, PackedHead] = {}

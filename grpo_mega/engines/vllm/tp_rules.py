@@ -1,18 +1,18 @@
-"""What vLLM can split over the ranks of an engine, checked before it starts: its own refusals come late and deep."""
+"""Rules for splitting a model over the ranks of vLLM, checked early because vLLM's own errors come late."""
 
 from __future__ import annotations
 
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
-VOCAB_PADDING = 64  # vLLM pads embedding and head to a multiple of this, whatever tp is
+VOCAB_PADDING = 64  # vLLM pads embedding and head to a multiple of this for every tp
 
 
 def check_tp(spec: ModelSpec, tp: int) -> None:
-    """Can vLLM split this model over `tp` ranks?
+    """Check that vLLM can split this model over `tp` ranks.
 
     Raises:
-        UserError: it cannot; names the size that does not divide.
+        UserError: `tp` does not divide a size of the model (names it).
     """
     sizes = {
         "num_attention_heads": spec.num_heads,
@@ -25,10 +25,10 @@ def check_tp(spec: ModelSpec, tp: int) -> None:
     if max(tp, spec.num_kv_heads) % min(tp, spec.num_kv_heads):
         raise UserError(
             f"engine.tp={tp} neither divides num_key_value_heads={spec.num_kv_heads} nor is a multiple of it",
-            remedy="use a divisor or a multiple",
+            remedy="use a divisor or a multiple of num_key_value_heads",
         )
 
 
 def padded_vocab(spec: ModelSpec) -> int:
-    """Rows of embedding and head over all ranks."""
+    """Return the rows of embedding and head, over all ranks, after padding."""
     return -(-spec.vocab_size // VOCAB_PADDING) * VOCAB_PADDING

@@ -1,9 +1,10 @@
-"""An engine's own weight loader, run once on stand-ins: which slice of which checkpoint tensor lands where.
+"""Records which slice of which checkpoint tensor an engine's own weight loader copies into which parameter.
 
-`recording` watches every copy while `load_weights` runs on tensors of the checkpoint's names and shapes that have no
-storage (the meta device). A copy's two views, the checkpoint's and the parameter's, say which box fills which box; the
-copy itself is not made. Nothing here knows a model's structure, so every model that the engine loads is covered, fused,
-stacked, padded or replicated. What cannot be expressed as boxes raises `CannotRecordError`: such an engine is streamed.
+`load_weights` runs once on meta tensors with the names and shapes of the checkpoint. `recording` intercepts every copy:
+the two views, of the checkpoint tensor and of the parameter, tell which slice fills which slice. The copy itself is
+skipped. This module contains no knowledge of model structures, so it covers every model that the engine loads, with
+fused, stacked, padded or replicated parameters. A copy that is not of slices raises `CannotRecordError`; whole tensors
+are streamed to such an engine.
 Asserted by tests/engine/test_vllm_record.py.
 """
 
@@ -24,52 +25,52 @@ Shape = tuple[int, ...]
 
 
 class CannotRecordError(RuntimeError):
-    """The loader does something that is no copy of a box into a box; says what."""
+    """The loader does something other than copying a slice into a slice; the message says what."""
 
 
 class UnfilledError(CannotRecordError):
-    """No tensor of the checkpoint fills some part of a parameter; says which."""
+    """Part of a parameter is not filled by any tensor of the checkpoint; the message names the parameter."""
 
 
 @dataclass(frozen=True)
 class RecordedCopy:
-    """The slice `hf` fills the box `local` of a parameter; dimension i of `hf` runs along dimension `along[i]` of the
-    parameter (-1: it has one element)."""
+    """One copy of the loader: the checkpoint slice `hf` fills the slice `local` of a parameter."""
 
     hf: TensorSlice
     local: TensorSlice
     along: tuple[int, ...]
+    """Dimension i of `hf` runs along dimension `along[i]` of the parameter; -1 if it has one element."""
     dtype: torch.dtype
+    """Of the parameter."""
 
 
 @dataclass
 class LoaderRecord:
-    """What was recorded, and shape, address and strides of all parameters before the engine processes them further.
-    `zeros`: boxes of parameters that hold zeros on this rank whatever the checkpoint says, as a bias that another rank
-    adds."""
+    """The recorded copies, and shape, address and strides of all parameters before the engine processes them."""
 
     shapes: dict[str, Shape]
     addresses: dict[str, int]
     copies: list[RecordedCopy] = field(default_factory=list)
     zeros: list[TensorSlice] = field(default_factory=list)
+    """Slices of parameters that are zero on this rank for any checkpoint, such as a bias that another rank adds."""
     strides: dict[str, Shape] = field(default_factory=dict)
 
 
 def recording_tensors(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Tensor]:
-    """The checkpoint's tensors without their bytes."""
+    """Return the tensors of a checkpoint on the meta device."""
     return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
 
 
 def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dtype]], padded: set[str]) -> LoaderRecord:
-    """Run `model.load_weights` on stand-ins.
+    """Run `model.load_weights` on meta tensors and return what it copies.
 
     Args:
-        model: the engine's, as built; its parameters may be on any device, the meta device included.
-        tensors: shape and dtype of every tensor of the checkpoint.
+        model: the engine's model before loading; its parameters may be on any device, including meta.
+        tensors: name -> (shape, dtype) of every tensor of the checkpoint.
         padded: parameters whose last rows may be padding.
 
     Raises:
-        CannotRecordError: see there.
+        CannotRecordError: the loader does something other than copying slices.
     """
     sources = recording_tensors(tensors)
     parameters = dict(model.named_parameters())
@@ -86,14 +87,14 @@ def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dty
         except (RuntimeError, NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CannotRecordError):
                 raise
-            raise CannotRecordError(f"{type(model).__name__}.load_weights on stand-ins: {error}") from error
+            raise CannotRecordError(f"{type(model).__name__}.load_weights on meta tensors: {error}") from error
     check_coverage(record, padded)
     return record
 
 
 @contextmanager
 def recording(sources: Mapping[str, Tensor], targets: Mapping[str, Tensor], record: LoaderRecord) -> Iterator[None]:
-    """Inside, copies from `sources` into `targets` are noted instead of made."""
+    """Record copies from `sources` into `targets` instead of performing them."""
     with _Recorder(sources, targets, record) as recorder:
         yield
     filled: dict[str, list[TensorSlice]] = {}
@@ -117,27 +118,27 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.copy_.default and _storage(args[1]) in self._sources:
-            self._note(args[0], args[1])
+            self._record_copy(args[0], args[1])
             return args[0]
         if func is torch.ops.aten._to_copy.default and _storage(args[0]) in self._sources:
-            return args[0]  # another device or dtype holds the same slice
+            return args[0]  # a copy on another device or in another dtype is the same slice
         if func is torch.ops.aten.clone.default and _storage(args[0]) in self._sources:
             self._cloned.add(_storage(args[0]))
-            return args[0]  # so does a copy in another order, as `contiguous` makes it
+            return args[0]  # and so is a copy in another memory order, such as that of `contiguous`
         written = _written(func, args)
         if written is not None and _storage(written) in self._sources:
-            return self._change(func, written)
+            return self._write_to_source(func, written)
         if func is torch.ops.aten.zero_.default and _storage(written) in self._targets:
-            self._note_zeros(written)
+            self._record_zeros(written)
         if written is not None and not written.numel():
-            return func(*args, **kwargs)  # a rank that has nothing of a small tensor
+            return func(*args, **kwargs)  # a rank that holds no part of a small tensor
         if written is not None and _storage(written) in self._targets and func not in _FILLS:
             name = self._targets[_storage(written)][0]
-            raise CannotRecordError(f"{name} is written by {func}, from something that is no slice of the checkpoint")
+            raise CannotRecordError(f"{name} is written by {func}, but not from a slice of the checkpoint")
         return func(*args, **kwargs)
 
-    def _change(self, func: Any, source: Tensor) -> Tensor:
-        """The loader writes into what it was given: it may turn a whole tensor into zeros before it uses it."""
+    def _write_to_source(self, func: Any, source: Tensor) -> Tensor:
+        """Handle a write into a checkpoint tensor; a loader may only zero a whole tensor before it uses it."""
         storage = _storage(source)
         name, whole = self._sources[storage]
         if func is not torch.ops.aten.zero_.default or source.shape != whole.shape or storage in self._cloned:
@@ -145,27 +146,27 @@ class _Recorder(TorchDispatchMode):
         self._zeroed.add(storage)
         return source
 
-    def _note_zeros(self, target: Tensor) -> None:
-        """Padding, unless something is copied there after all."""
+    def _record_zeros(self, target: Tensor) -> None:
+        """Record zeros, which are padding unless the loader also copies a slice there."""
         parameter, owner = self._targets[_storage(target)]
         box = _box(target, owner)
         if target.numel() and box is not None:
             self.zeroed.append(TensorSlice(parameter, *box[0]))
 
-    def _note(self, target: Tensor, source: Tensor) -> None:
+    def _record_copy(self, target: Tensor, source: Tensor) -> None:
         if not target.numel():
-            return  # a rank that has nothing of a small vocabulary
+            return  # a rank that holds no part of a small vocabulary
         name, whole = self._sources[_storage(source)]
         if _storage(target) not in self._targets:
-            raise CannotRecordError(f"{name} is copied into a tensor that is no parameter")
+            raise CannotRecordError(f"{name} is copied into a tensor that is not a parameter")
         parameter, owner = self._targets[_storage(target)]
         if tuple(target.shape) != tuple(source.shape):
             source = source.expand(target.shape)
-        there, here = _box(source, whole), _box(target, owner)
-        if there is None or here is None:
-            raise CannotRecordError(f"{parameter} is filled from {name} by no box of its own")
-        hf_box, hf_axes = there
-        box, axes = here
+        source_box, target_box = _box(source, whole), _box(target, owner)
+        if source_box is None or target_box is None:
+            raise CannotRecordError(f"{parameter} is not filled by a slice of {name}")
+        hf_box, hf_axes = source_box
+        box, axes = target_box
         along = [-1] * whole.dim()
         for hf_axis, axis in zip(hf_axes, axes, strict=True):
             if (hf_axis < 0) != (axis < 0):
@@ -187,7 +188,7 @@ def _storage(tensor: Any) -> int:
 
 
 def _written(func: Any, args: Sequence[Any]) -> Any:
-    """The tensor that an in-place operation changes."""
+    """Return the tensor that an in-place operation writes; None if there is none."""
     for argument, value in zip(func._schema.arguments, args, strict=False):
         if argument.alias_info is not None and argument.alias_info.is_write:
             return value
@@ -195,8 +196,11 @@ def _written(func: Any, args: Sequence[Any]) -> Any:
 
 
 def _box(view: Tensor, whole: Tensor) -> tuple[tuple[Shape, Shape], tuple[int, ...]] | None:
-    """The box of `whole` that `view` is, as (offsets, shape), and for each dimension of `view` the one of `whole` that
-    it runs along (-1: one element); None when it is no box."""
+    """Return the slice of `whole` that `view` covers, or None if it is not a slice.
+
+    The result is (offsets, shape) in `whole` and, for each dimension of `view`, the dimension of `whole` that it runs
+    along (-1: one element).
+    """
     rest = int(view.storage_offset()) - int(whole.storage_offset())
     strides = [int(stride) for stride in whole.stride()]
     dims = [d for d in range(whole.dim()) if whole.shape[d] > 1]
@@ -219,7 +223,7 @@ def _box(view: Tensor, whole: Tensor) -> tuple[tuple[Shape, Shape], tuple[int, .
 
 
 def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
-    """Each element of each parameter is filled once; but for the last rows of `padded` ones.
+    """Check that each element of each parameter is filled exactly once, except the last rows of `padded` parameters.
 
     Raises:
         CannotRecordError: an element is filled twice (names the parameter).
@@ -230,7 +234,7 @@ def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
         boxes.setdefault(local.name, []).append(local)
     for name, shape in record.shapes.items():
         found = sorted(boxes.get(name, []), key=lambda box: box.offsets)
-        if twice := _shared(found):
+        if twice := _first_overlap(found):
             raise CannotRecordError(f"{twice} is filled twice")
         filled = sum(_volume(box.shape) for box in found)
         if filled == _volume(shape):
@@ -247,12 +251,12 @@ def _volume(shape: Iterable[int]) -> int:
     return total
 
 
-def _shared(boxes: Sequence[TensorSlice]) -> TensorSlice | None:
-    """A box that overlaps an earlier one; `boxes` are sorted by their offsets."""
+def _first_overlap(boxes: Sequence[TensorSlice]) -> TensorSlice | None:
+    """Return a slice that overlaps an earlier one, or None; `boxes` are sorted by their offsets."""
     for i, box in enumerate(boxes):
         for other in boxes[i + 1 :]:
             if other.offsets[0] >= box.offsets[0] + box.shape[0]:
-                break  # and so does every later one
+                break  # every later one starts further behind
             if _overlap(box, other):
                 return other
     return None

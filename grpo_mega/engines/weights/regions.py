@@ -1,4 +1,4 @@
-"""Where the slices of a checkpoint lie in an engine's parameters, and what its kernels compute from in their place."""
+"""Regions of an engine's parameters that hold slices of a checkpoint, and copies that are derived from parameters."""
 
 from __future__ import annotations
 
@@ -15,60 +15,61 @@ from grpo_mega.types import TensorSlice
 
 @dataclass
 class Zeros:
-    """A part that is zero on this rank, as a bias that is added once for all ranks. No sync brings it."""
+    """A part of a parameter that is zero on this rank and never synchronized, such as a bias that another rank adds."""
 
     parameter: str
     view: Tensor
 
     def rebuild(self) -> None:
-        """The engine may have slept since, and its memory with it."""
+        """Write zeros again, because the memory may have been released while the engine slept."""
         self.view.zero_()
 
     def difference(self) -> str | None:
-        """Is it still zero?"""
+        """Return None if all elements are zero."""
         different = int(self.view.count_nonzero())
         return (
-            f"{different} of {self.view.numel()} elements that this rank must not add are not zero"
+            f"{different} of {self.view.numel()} elements are not zero, although another rank adds them"
             if different
             else None
         )
 
 
 class DerivedCopy(Protocol):
-    """Something that kernels read in place of a parameter."""
+    """A tensor that kernels read in place of the parameter that it is computed from."""
 
     parameter: str
 
     def rebuild(self) -> None:
-        """Make it of the present parameter."""
+        """Compute the copy from the present parameter."""
         ...
 
     def difference(self) -> str | None:
-        """In what it differs from the one of the present parameter; None: in nothing."""
+        """Return how the copy differs from one of the present parameter; None if it does not."""
         ...
 
 
 class Region(Protocol):
-    """The elements of one region, wherever they lie."""
+    """Access to the elements of one region in the order of the checkpoint."""
 
     def memory_of(self, inside: tuple[slice, ...]) -> Tensor | None:
-        """A part, where values can be put; None where they must be written."""
+        """Return the memory of a part if it has checkpoint order; None if `write` must be used."""
         ...
 
     def read(self, inside: tuple[slice, ...]) -> Tensor:
-        """A part, as the kernels see it now."""
+        """Return the present values of a part, as the kernels read them."""
         ...
 
     def write(self, inside: tuple[slice, ...], values: Tensor) -> None:
-        """Copy into a part."""
+        """Copy values into a part."""
         ...
 
 
 @dataclass(frozen=True)
 class PlainRegion:
-    """`view`: shaped as the slice of the checkpoint, aliasing the parameter."""
+    """A region whose elements have checkpoint order."""
 
     view: Tensor
+    """The parameter's memory in the shape of the checkpoint slice."""
 
     def memory_of(self, inside: tuple[slice, ...]) -> Tensor | None:
         return self.view[inside]
@@ -81,10 +82,10 @@ class PlainRegion:
 
 
 class Regions:
-    """The regions of one model, with what writes, reads, rebuilds and probes them."""
+    """All regions of one model and the copies derived from them."""
 
     def __init__(self, regions: Sequence[SinkRegion], places: Sequence[Region], derived: Sequence[DerivedCopy]) -> None:
-        """`places[i]`: where the elements of region i lie."""
+        """Store the regions; `places[i]` gives access to the elements of region i."""
         self.regions = tuple(regions)
         self._places = {id(region): place for region, place in zip(self.regions, places, strict=True)}
         self._derived = tuple(derived)
@@ -94,31 +95,31 @@ class Regions:
         self._places[id(region)].write(inside(region.placement.hf, hf), values)
 
     def memory_of(self, region: SinkRegion, hf: TensorSlice) -> Tensor | None:
-        """Where the part `hf` of a region can be put, if it needs no `write`."""
+        """Return the memory of the part `hf` of a region; None if `write` must be used."""
         return self._places[id(region)].memory_of(inside(region.placement.hf, hf))
 
     def read(self, region: SinkRegion, hf: TensorSlice) -> Tensor:
-        """The part `hf` of a region, as the kernels see it now."""
+        """Return the present values of the part `hf` of a region, as the kernels read them."""
         return self._places[id(region)].read(inside(region.placement.hf, hf))
 
     def rebuild(self) -> None:
-        """Make what is derived of the present weights."""
+        """Compute all derived copies from the present weights."""
         for copy in self._derived:
             copy.rebuild()
 
     def probe(self) -> dict[str, str]:
-        """Parameter -> in what its derived copy differs from the one of its present bytes."""
+        """Return parameter -> difference for every derived copy that does not match its present parameter."""
         found = ((copy.parameter, copy.difference()) for copy in self._derived)
         return {name: difference for name, difference in found if difference is not None}
 
 
 def region_view(owner: Tensor, copy: RecordedCopy) -> Tensor:
-    """The elements of a region, shaped as its slice of the checkpoint."""
+    """Return the elements of a region as a view in the shape of its checkpoint slice."""
     start = owner.storage_offset() + sum(o * s for o, s in zip(copy.local.offsets, owner.stride(), strict=True))
     strides = [owner.stride(axis) if axis >= 0 else 1 for axis in copy.along]
     return owner.as_strided(copy.hf.shape, strides, start)
 
 
 def inside(outer: TensorSlice, inner: TensorSlice) -> tuple[slice, ...]:
-    """Where `inner` lies in values of `outer`, a slice of the same tensor."""
+    """Return the index of `inner` in values of `outer`; both are slices of one tensor."""
     return tuple(slice(i - o, i - o + n) for o, i, n in zip(outer.offsets, inner.offsets, inner.shape, strict=True))

@@ -1,4 +1,4 @@
-"""The end of a weight sync that every engine shares: slices that are refused or taken, versions, updates.
+"""The part of a weight sink that all engines share: checks of slices, versions, and updates.
 
 Asserted by tests/engine/test_engine_contract.py.
 """
@@ -17,7 +17,7 @@ from grpo_mega.types import TensorSlice
 
 
 class SliceSink:
-    """`WeightSink` but for `load`, `digests` and `probe`; an engine says where slices go and how it adopts them."""
+    """`WeightSink` without `load`, `digests` and `probe`; subclasses implement `_put` and `_adopt`."""
 
     def __init__(self, regions: Sequence[SinkRegion], streaming_reason: str | None) -> None:
         """Args:
@@ -39,11 +39,11 @@ class SliceSink:
         self.updating = True
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
-        """Copy `values` to where `hf` lies.
+        """Copy `values` into every region that holds `hf`.
 
         Raises:
-            ValueError: `hf` is not inside a region of the layout; `values` has another shape or dtype.
-            RuntimeError: outside of begin_update .. end_update.
+            ValueError: `hf` is not inside a region of the layout, or `values` has another shape or dtype.
+            RuntimeError: called outside of begin_update .. end_update.
         """
         self.require_update(hf)
         if tuple(values.shape) != hf.shape:
@@ -55,7 +55,7 @@ class SliceSink:
         self._put(regions, hf, values)
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """None: everything is written.
+        """Return None: slices can only be written.
 
         Raises:
             ValueError, RuntimeError: as `write`.
@@ -70,34 +70,38 @@ class SliceSink:
         self.updating = False
 
     def require_update(self, what: object) -> None:
-        """Raises RuntimeError: weights come outside of an update."""
+        """Check that an update is in progress.
+
+        Raises:
+            RuntimeError: it is not.
+        """
         if not self.updating:
             raise RuntimeError(f"write of {what} outside of an update; call begin_update first")
 
     def _put(self, regions: Sequence[SinkRegion], hf: TensorSlice, values: Tensor) -> None:
-        """Copy values that fit into every one of these regions, which are all that hold `hf`."""
+        """Copy checked values into these regions, which are all that hold `hf`."""
         raise NotImplementedError
 
     def _adopt(self, policy_version: int) -> None:
-        """Have the engine compute from what was written, and forget what it computed before."""
+        """Make the engine use the written weights, and discard what it computed with earlier ones."""
         raise NotImplementedError
 
     def _around(self, hf: TensorSlice) -> list[SinkRegion]:
         inside = [region for region in self._by_tensor[hf.name] if contains(region.placement.hf, hf)]
         if not inside:
-            raise ValueError(f"{hf} is not inside a slice that this engine rank takes; its layout() lists them")
+            raise ValueError(f"{hf} is not inside a slice that this engine rank holds; its layout() lists them")
         return inside
 
 
 class RegionSink(SliceSink):
-    """Over parameters of this process."""
+    """A sink over parameters of this process."""
 
     def __init__(self, regions: Regions, streaming_reason: str | None) -> None:
         super().__init__(regions.regions, streaming_reason)
         self._regions = regions
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """Where `hf` lies, if it does so once and as it travels.
+        """Return the memory of `hf`, if exactly one region holds it in checkpoint order; otherwise None.
 
         Raises:
             ValueError, RuntimeError: as `write`.
@@ -111,10 +115,10 @@ class RegionSink(SliceSink):
         super().end_update(policy_version)
 
     def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
-        """Where several regions hold a part, their common digest; some other number if they differ.
+        """Return one digest per slice; if regions that hold the same slice differ, a digest that matches neither.
 
         Raises:
-            ValueError: one is not inside a region of the layout.
+            ValueError: a slice is not inside a region of the layout.
         """
         return [self._digest(hf) for hf in slices]
 
@@ -131,7 +135,7 @@ class RegionSink(SliceSink):
 
 
 def contains(outer: TensorSlice, inner: TensorSlice) -> bool:
-    """Is `inner` a part of `outer`? Both are slices of one tensor."""
+    """Return True if `inner` is inside `outer`; both are slices of one tensor."""
     return all(
         o <= i and i + m <= o + n
         for o, n, i, m in zip(outer.offsets, outer.shape, inner.offsets, inner.shape, strict=True)

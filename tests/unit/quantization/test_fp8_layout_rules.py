@@ -120,7 +120,7 @@ def test_keys_that_do_not_go_together_are_refused(overrides: list[str], message:
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has GPUs")
 def test_a_machine_without_cuda_is_told_the_key_and_the_remedy() -> None:
     assert message_of("engine.fp8=scales_fp32") == (
-        "engine.fp8=scales_fp32 needs CUDA devices, and this machine has none; leave engine.fp8 out"
+        "engine.fp8=scales_fp32 needs CUDA devices, and this machine has none; remove engine.fp8"
     )
     elsewhere = message_of("engine.fp8=scales_fp32", "engine.placement=server", "engine.urls=['localhost:7']")
     assert elsewhere.startswith("engine.fp8 with engine.tp=1: ")  # which its server will look for

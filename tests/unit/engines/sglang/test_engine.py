@@ -1,4 +1,4 @@
-"""What is refused before SGLang is started, what it is started with, and how its ends of rollouts are understood."""
+"""Checks before SGLang starts, its arguments and environment, and stop reasons."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 
-from grpo_mega.engines.sglang import cpu as cpu_side
+from grpo_mega.engines.sglang import cpu as sglang_cpu
 from grpo_mega.engines.sglang.arguments import (
     GpuMemory,
     SglangSettings,
@@ -54,12 +54,12 @@ def test_a_missing_package_names_the_command_that_adds_it(on_cuda: bool, missing
         check_sglang(on_cuda=on_cuda)
 
 
-def test_what_is_needed_on_cuda_alone_is_not_asked_for_elsewhere() -> None:
+def test_packages_for_cuda_are_not_required_without_cuda() -> None:
     with mock.patch.object(importlib.util, "find_spec", side_effect=lambda name: {"sglang": 1}.get(name)):
         check_sglang(on_cuda=False)
 
 
-def test_a_temporary_folder_whose_sockets_would_have_too_long_paths_is_refused() -> None:
+def test_a_temporary_folder_whose_path_is_too_long_for_sockets_is_rejected() -> None:
     with (
         mock.patch.object(importlib.util, "find_spec", return_value=object()),
         mock.patch.object(tempfile, "gettempdir", return_value="/" + "x" * 70),
@@ -68,7 +68,7 @@ def test_a_temporary_folder_whose_sockets_would_have_too_long_paths_is_refused()
         check_sglang(on_cuda=False)
 
 
-def test_both_machines_are_given_the_same_but_for_device_memory_and_kernels() -> None:
+def test_arguments_with_and_without_cuda_differ_only_in_device_memory_and_kernels() -> None:
     cpu, cuda = engine_arguments(SETTINGS, None, 1234), engine_arguments(SETTINGS, H100, 1234)
     differ = {key for key in cpu | cuda if cpu.get(key) != cuda.get(key)}
     assert differ == {
@@ -81,8 +81,8 @@ def test_both_machines_are_given_the_same_but_for_device_memory_and_kernels() ->
     assert both.items() <= cuda.items()
 
 
-def test_sglang_knows_every_argument_and_choice() -> None:
-    """As far as its source says so: the real one takes those without CUDA in tests/engine."""
+def test_every_argument_and_choice_exists_in_sglang() -> None:
+    """Reads SGLang's source; tests/engine starts the real SGLang with the arguments for CPU."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or spec.origin is None:
         pytest.skip("SGLang is not installed here")
@@ -99,8 +99,8 @@ def test_sglang_knows_every_argument_and_choice() -> None:
         assert name == "CUDA_VISIBLE_DEVICES" or f"    {name} = Env" in variables, name
 
 
-def test_the_share_of_the_device_is_the_same_whatever_else_is_on_it() -> None:
-    """SGLang takes its fraction of what is free when it starts."""
+def test_the_memory_share_is_of_the_whole_device_for_every_amount_of_free_memory() -> None:
+    """SGLang applies its fraction to the memory that is free when it starts."""
     for free in (50, 60, 80):
         memory = GpuMemory(free * 2**30, 80 * 2**30)
         assert engine_arguments(SETTINGS, memory, 1234)["mem_fraction_static"] * free == pytest.approx(48, abs=0.01)
@@ -118,25 +118,25 @@ def test_kv_cache_tokens_must_hold_a_rollout() -> None:
         cached_tokens(103, 48, 96)
 
 
-def test_fp32_on_cuda_is_refused() -> None:
+def test_fp32_on_cuda_is_rejected() -> None:
     with pytest.raises(UserError, match=r"precision\.dtype=fp32 with engine\.kind=sglang: .* use precision"):
         engine_arguments(replace(SETTINGS, dtype="fp32"), H100, 1234)
     assert engine_arguments(replace(SETTINGS, dtype="fp32"), None, 1234)["dtype"] == "float32"
 
 
-def test_processes_on_cuda_see_the_gpus_of_their_ranks_and_no_stand_ins() -> None:
+def test_processes_on_cuda_see_the_gpus_of_their_ranks_and_no_stubs() -> None:
     present = {"RANK": "3", "SGLANG_USE_CPU_ENGINE": "1", "KEPT": "yes"}
     cpu = process_environment(present, Path("answers"), 2, None)
     cuda = process_environment(present, Path("answers"), 2, ["4", "GPU-5"])
-    assert cpu_side.ENVIRONMENT.items() <= cpu.items()
+    assert sglang_cpu.ENVIRONMENT.items() <= cpu.items()
     assert cpu["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0"
     assert cuda["CUDA_VISIBLE_DEVICES"] == "4,GPU-5"
     assert cuda["SGLANG_OPT_FUSE_SWIGLU_INTERLEAVED"] == "0"
-    assert not {"RANK", "SGLANG_CPU_OMP_THREADS_BIND", *cpu_side.ENVIRONMENT} & cuda.keys()
+    assert not {"RANK", "SGLANG_CPU_OMP_THREADS_BIND", *sglang_cpu.ENVIRONMENT} & cuda.keys()
     assert cpu["KEPT"] == cuda["KEPT"] == "yes"
 
 
-def test_a_device_is_named_as_other_processes_know_it() -> None:
+def test_a_device_has_the_name_that_cuda_visible_devices_gives_it() -> None:
     assert visible_gpu({}, 3) == "3"
     assert visible_gpu({"CUDA_VISIBLE_DEVICES": "6, GPU-8a"}, 1) == "GPU-8a"
 
@@ -155,26 +155,26 @@ def test_a_replica_on_two_machines_is_rejected() -> None:
         ({"type": "stop", "matched": "="}, "stop"),
     ],
 )
-def test_ends_of_rollouts(finish: dict[str, Any], expected: str) -> None:
+def test_stop_reasons(finish: dict[str, Any], expected: str) -> None:
     assert stop_reason(finish) == expected
 
 
-def test_a_rollout_that_sglang_gave_up_is_an_error() -> None:
+def test_an_aborted_rollout_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"SGLang ended a rollout early: .*out of memory"):
         stop_reason({"type": "abort", "message": "out of memory"})
 
 
-def test_stand_ins_can_be_imported_called_as_decorators_and_are_hidden_from_probes() -> None:
-    """In modules that are thrown away afterwards."""
+def test_stubs_can_be_imported_called_as_decorators_and_are_hidden_from_probes() -> None:
+    """The imported modules are discarded afterwards."""
     with mock.patch.dict(sys.modules), mock.patch.object(sys, "meta_path", list(sys.meta_path)):
-        cpu_side.install_stubs()
+        sglang_cpu.install_stubs()
         importlib.import_module("triton.language.extra")
         triton = importlib.import_module("triton")
         assert triton.jit(len) is len
         assert triton.autotune(configs=[], key=[])(len) is len
         assert isinstance(triton.Config({}), triton.Config)
         kernels = importlib.import_module("sgl_kernel.elementwise")
-        with pytest.raises(NotImplementedError, match=r"sgl_kernel\.elementwise\.rmsnorm is not there without CUDA"):
+        with pytest.raises(NotImplementedError, match=r"sgl_kernel\.elementwise\.rmsnorm .* without CUDA"):
             kernels.rmsnorm(1)
         with pytest.raises(ModuleNotFoundError, match="vllm"):
             importlib.import_module("vllm.no_such_module")
@@ -195,4 +195,4 @@ def test_only_the_model_files_of_the_model_are_imported(tmp_path: Path) -> None:
         sys.modules.pop("sglang", None)
         for architecture, others in (("TwoForCausalLM", "one,three"), ("NewForCausalLM", "")):
             (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
-            assert cpu_side.other_models(tmp_path) == others
+            assert sglang_cpu.other_models(tmp_path) == others

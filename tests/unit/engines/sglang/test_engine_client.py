@@ -1,4 +1,4 @@
-"""The process beside a rank: it answers, or there is an error within the limit, with what it said last. No SGLang."""
+"""The client of SGLang's process, with a stub in place of SGLang: answers, timeouts, and errors with the log."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_mega.engines.sglang import engine_client as process_module
+from grpo_mega.engines.sglang import engine_client
 from grpo_mega.engines.sglang.engine_client import SglangProcess
 
 
 @pytest.fixture(autouse=True)
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "_HOST", "tests.helpers.stub_engine_process")
+def stub_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_client, "_HOST_MODULE", "tests.helpers.stub_engine_process")
 
 
-def started(log: Path, fault: str = "none", timeout_seconds: float = 30.0) -> SglangProcess:
+def start(log: Path, fault: str = "none", timeout_seconds: float = 30.0) -> SglangProcess:
     process = SglangProcess({"fault": fault}, tp=2, log=log, timeout_seconds=timeout_seconds)
     for _ in process.started(10.0):
         pass
@@ -27,9 +27,9 @@ def started(log: Path, fault: str = "none", timeout_seconds: float = 30.0) -> Sg
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[SglangProcess]:
-    made = started(tmp_path / "log")
-    yield made
-    made.close()
+    client = start(tmp_path / "log")
+    yield client
+    client.close()
 
 
 def is_gone(pid: int) -> bool:
@@ -41,49 +41,49 @@ def is_gone(pid: int) -> bool:
     return False
 
 
-def test_its_environment_says_nothing_of_the_rank(
+def test_the_environment_of_the_process_has_no_variables_of_the_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    of_rank = {
+    rank_variables = {
         "RANK": "3",
         "LOCAL_RANK": "1",
         "MASTER_PORT": "9",
         "TORCHELASTIC_USE_AGENT_STORE": "1",
         "SLURM_NTASKS": "4",
     }
-    for key, value in {**of_rank, "SOMETHING": "else"}.items():
+    for key, value in {**rank_variables, "SOMETHING": "else"}.items():
         monkeypatch.setenv(key, value)
-    process = started(tmp_path / "log")
+    process = start(tmp_path / "log")
     request.addfinalizer(process.close)
     seen = process.call("environment")
-    assert not of_rank.keys() & seen.keys()
+    assert not rank_variables.keys() & seen.keys()
     assert seen["SOMETHING"] == "else"
     assert seen["SGLANG_USE_CPU_ENGINE"] == "1"
     assert seen["SGLANG_CPU_OMP_THREADS_BIND"] == "0|0"
 
 
-def test_a_refusal_is_an_error_with_its_words_and_the_next_call_is_answered(process: SglangProcess) -> None:
+def test_a_failed_command_is_an_error_with_its_message_and_the_next_call_is_answered(process: SglangProcess) -> None:
     with pytest.raises(
-        RuntimeError, match=r"(?s)SGLang: ValueError: not like this; the end of .*log:.*settings arrived"
+        RuntimeError, match=r"(?s)SGLang: ValueError: wrong argument; the end of .*log:.*settings arrived"
     ):
-        process.call("refuse")
+        process.call("fail")
     assert process.call("child") > 0
 
 
-def test_a_death_is_an_error_with_the_exit_code_and_the_end_of_the_log(process: SglangProcess) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)has ended with exit code 4 \(die\); the end of .*settings arrived"):
+def test_an_exit_is_an_error_with_the_exit_code_and_the_end_of_the_log(process: SglangProcess) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)exited with code 4 during die; the end of .*settings arrived"):
         process.call("die")
-    with pytest.raises(RuntimeError, match="has ended with exit code 4"):
+    with pytest.raises(RuntimeError, match="exited with code 4"):
         process.call("child")
 
 
 def test_a_start_that_fails_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"(?s)has ended with exit code 3 \(start\).*settings arrived: start"):
-        started(tmp_path / "log", "start")
+    with pytest.raises(RuntimeError, match=r"(?s)exited with code 3 during start.*settings arrived: start"):
+        start(tmp_path / "log", "start")
 
 
-def test_no_answer_within_the_limit_is_an_error_and_nothing_is_left(tmp_path: Path) -> None:
-    process = started(tmp_path / "log", timeout_seconds=4.0)
+def test_no_answer_within_the_timeout_is_an_error_and_all_processes_end(tmp_path: Path) -> None:
+    process = start(tmp_path / "log", timeout_seconds=4.0)
     child = process.call("child")
     with pytest.raises(RuntimeError, match="SGLang did not answer stall within 4 s"):
         process.call("stall")
@@ -92,16 +92,16 @@ def test_no_answer_within_the_limit_is_an_error_and_nothing_is_left(tmp_path: Pa
     process.close()
 
 
-def test_a_message_that_nobody_takes_is_an_error_within_the_limit(tmp_path: Path) -> None:
-    process = started(tmp_path / "log", timeout_seconds=1.0)
+def test_a_message_that_is_not_read_is_an_error_within_the_timeout(tmp_path: Path) -> None:
+    process = start(tmp_path / "log", timeout_seconds=1.0)
     psutil.Process(process.pid).suspend()
-    with pytest.raises(RuntimeError, match="SGLang did not take a message within 1 s"):
+    with pytest.raises(RuntimeError, match="SGLang did not accept a message within 1 s"):
         process.call("child", bytes(64 * 2**20))
     assert is_gone(process.pid)
     process.close()
 
 
-def test_a_stream_has_beats_where_nothing_comes_and_what_is_left_of_it_disturbs_nobody(process: SglangProcess) -> None:
+def test_a_stream_yields_heartbeats_between_results_and_its_unread_rest_is_skipped(process: SglangProcess) -> None:
     parts = list(process.stream("count", 3, 0.3, beat_seconds=0.1))
     assert [part for part in parts if part is not None] == [0, 1, 2]
     assert None in parts
@@ -111,7 +111,7 @@ def test_a_stream_has_beats_where_nothing_comes_and_what_is_left_of_it_disturbs_
     assert process.call("child") > 0
 
 
-def test_closing_ends_it_and_its_children_and_may_be_repeated(process: SglangProcess) -> None:
+def test_close_ends_the_process_and_its_children_and_may_be_repeated(process: SglangProcess) -> None:
     child = process.call("child")
     process.close()
     process.close()

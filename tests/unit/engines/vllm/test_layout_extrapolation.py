@@ -1,4 +1,4 @@
-"""The layout of all ranks from four of them."""
+"""The layouts of all ranks are derived from four recorded ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def rank_of_16(rank: int) -> list[TensorSlice]:
     ]
 
 
-def test_columns_shared_heads_padding_and_experts_follow_from_four_ranks() -> None:
+def test_columns_shared_heads_padding_and_experts_are_derived_from_four_ranks() -> None:
     recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
     assert len(recorded) == 4
     assert [each.slices() for each in layouts_of_all(recorded, SHAPES, 16)] == [rank_of_16(rank) for rank in range(16)]
 
 
 def rank_with_copies(rank: int, tp: int) -> list[TensorSlice]:
-    """Attention and vocabulary cut over the tp ranks of each copy, two KV heads, two experts on each of 32 ranks."""
+    """Attention and vocabulary split over the tp ranks of each copy, two KV heads, two experts on each of 32 ranks."""
     at, rows = rank % tp, 128 // tp
     return [
         TensorSlice("q", (rows * at, 0), (rows, 4)),
@@ -41,7 +41,7 @@ def rank_with_copies(rank: int, tp: int) -> list[TensorSlice]:
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8, 16])
-def test_copies_of_the_attention_and_spread_experts_follow_from_four_ranks(tp: int) -> None:
+def test_copies_of_the_attention_and_whole_experts_are_derived_from_four_ranks(tp: int) -> None:
     ranks = sampled_ranks(32, tp)
     assert (len(set(ranks)), ranks == sorted(ranks)) == (4, True)
     recorded = {rank: rank_with_copies(rank, tp) for rank in ranks}
@@ -50,7 +50,7 @@ def test_copies_of_the_attention_and_spread_experts_follow_from_four_ranks(tp: i
 
 
 @pytest.mark.parametrize(("num_ranks", "tp"), [(n, t) for n in range(9, 65) for t in range(1, n + 1) if n % t == 0])
-def test_what_follows_the_rank_and_what_follows_the_rank_in_its_copy_are_told_apart(num_ranks: int, tp: int) -> None:
+def test_the_rank_and_the_rank_within_a_copy_are_distinguished(num_ranks: int, tp: int) -> None:
     def rows(rank: int) -> list[TensorSlice]:
         return [TensorSlice("a", (rank % tp,), (1,)), TensorSlice("a", (rank,), (1,))]
 
@@ -59,13 +59,13 @@ def test_what_follows_the_rank_and_what_follows_the_rank_in_its_copy_are_told_ap
     assert [each.slices() for each in found] == [rows(rank) for rank in range(num_ranks)]
 
 
-def test_a_layout_lists_the_slices_that_it_is_made_of() -> None:
+def test_a_layout_lists_its_slices() -> None:
     layout = RankLayout.of(rank_of_16(3))
     assert layout.slices() == rank_of_16(3)
     assert (layout.starts[2].tolist(), layout.ends[2].tolist()) == ([0, 0], [4, 1])
 
 
-def test_a_few_ranks_are_all_recorded() -> None:
+def test_up_to_eight_ranks_are_all_recorded() -> None:
     assert sampled_ranks(8) == list(range(8))
     recorded = {rank: rank_of_16(rank) for rank in range(8)}
     assert [each.slices() for each in layouts_of_all(recorded, SHAPES, 8)] == [rank_of_16(rank) for rank in range(8)]
@@ -75,19 +75,19 @@ def test_a_fourth_rank_that_breaks_the_rule_is_named() -> None:
     recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
     check = sorted(recorded)[2]
     recorded[check][0] = TensorSlice("q", (0, 0), (8, 4))
-    with pytest.raises(NoRuleError, match=rf"rank {check} of the engine takes q\[0:8, 0:4\], the rule .*says q\[88:96"):
+    with pytest.raises(NoRuleError, match=rf"rank {check} of the engine holds q\[0:8, 0:4\], .* gives q\[88:96"):
         layouts_of_all(recorded, SHAPES, 16)
 
 
 def test_ranks_that_copy_other_tensors_have_no_rule() -> None:
     recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
     recorded[0] = recorded[0][::-1]
-    with pytest.raises(NoRuleError, match="copy different tensors, or in another order"):
+    with pytest.raises(NoRuleError, match="copy different tensors or use another order"):
         layouts_of_all(recorded, SHAPES, 16)
 
 
 def test_numbers_that_do_not_grow_with_the_rank_have_no_rule() -> None:
     recorded = {rank: rank_of_16(rank) for rank in sampled_ranks(16)}
     recorded[15][0] = TensorSlice("q", (64, 0), (8, 4))
-    with pytest.raises(NoRuleError, match=r"where q .*follows no rule"):
+    with pytest.raises(NoRuleError, match=r"the slices of q .*follow no rule"):
         layouts_of_all(recorded, SHAPES, 16)

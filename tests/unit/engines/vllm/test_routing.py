@@ -1,4 +1,4 @@
-"""Records of requests from what each step's tokens chose, without vLLM: order, cached blocks, other requests."""
+"""Expert records of requests from the choices of each step, without vLLM: order, cached blocks, other requests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_each_request_gets_the_rows_of_its_own_tokens_of_every_step() -> None:
     assert firsts(found.take("b", (4, 5, 9, 9))) == [5, 6, 50]
 
 
-def test_blocks_from_the_cache_have_the_record_of_the_request_that_computed_them_also_while_it_runs() -> None:
+def test_cached_blocks_have_the_record_of_the_request_that_computed_them_even_while_it_runs() -> None:
     found, steps = recorder()
     prompt = tuple(range(10))
     found.open("a", prompt, 4)
@@ -56,9 +56,9 @@ def test_blocks_from_the_cache_have_the_record_of_the_request_that_computed_them
         found.open(name, (*prompt[:8], 70, 71) if name == "b" else (99, *prompt[1:]), 4)
         found.step([Span(name, 8, 2)])
     assert firsts(found.take("b", (*prompt[:8], 70, 71, 1))) == [*range(8), 50, 51]
-    # another first token: other keys and values, so nothing is known of its blocks
+    # another first token means other keys and values, so its blocks have no record
     assert firsts(found.take("c", (99, *prompt[1:], 1))) == [-1] * 8 + [50, 51]
-    # the answer's own blocks are there for a prompt that continues it
+    # blocks of the completion are available to a prompt that continues it
     found.step([Span("a", 10, 3)])
     assert firsts(found.take("a", (*prompt, 5, 6, 7, 8))) == [*range(10), 50, 51, 52]
     found.open("d", (*prompt, 5, 6, 7), 4)
@@ -79,7 +79,7 @@ def test_an_empty_cache_has_no_records() -> None:
     assert firsts(found.take("b", (*prompt, 1))) == [-1] * 4 + [0, 1, 2, 3]
 
 
-def test_many_steps_are_moved_before_the_request_ends() -> None:
+def test_choices_leave_the_device_before_the_request_ends() -> None:
     found, steps = recorder()
     found.open("a", (1,), 200)
     for t in range(90):

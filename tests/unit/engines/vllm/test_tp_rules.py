@@ -1,4 +1,4 @@
-"""What vLLM cannot split is refused; the table that recorded layouts are compared with covers everything once."""
+"""Unsupported splits are rejected, and the reference table of layouts covers every element exactly once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CONFIGS = {
 
 
 def hf_shapes(settings: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """What transformers saves for this config, from its own model on the meta device."""
+    """Return the tensors that transformers saves for this config, from its own model on the meta device."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -63,7 +63,7 @@ def elements(box: TensorSlice) -> Counter[tuple[str, tuple[int, ...]]]:
 
 
 def local_shapes(settings: dict[str, Any], tp: int) -> dict[str, tuple[int, ...]]:
-    """Parameters of vLLM's model on a rank: its modules' rules, written apart from the table."""
+    """Return the parameters of vLLM's model on a rank, from the rules of its modules and not from the table."""
     hidden, head, ffn = settings["hidden_size"], settings["head_dim"], settings["intermediate_size"] // tp
     heads, kv_heads = settings["num_attention_heads"] // tp, max(1, settings["num_key_value_heads"] // tp)
     shapes: dict[str, tuple[int, ...]] = {
@@ -94,7 +94,7 @@ def local_shapes(settings: dict[str, Any], tp: int) -> dict[str, tuple[int, ...]
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_regions_of_each_rank_fill_its_parameters_once_but_for_vocabulary_padding(name: str, tp: int) -> None:
+def test_regions_of_each_rank_fill_its_parameters_once_except_vocabulary_padding(name: str, tp: int) -> None:
     settings = CONFIGS[name]
     shapes = local_shapes(settings, tp)
     for rank in range(tp):
@@ -114,9 +114,7 @@ def test_regions_of_each_rank_fill_its_parameters_once_but_for_vocabulary_paddin
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ranks_together_take_every_checkpoint_element_once_and_replicas_where_vllm_replicates(
-    name: str, tp: int
-) -> None:
+def test_all_ranks_together_hold_every_checkpoint_element_as_often_as_vllm_replicates_it(name: str, tp: int) -> None:
     settings = CONFIGS[name]
     taken: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for rank in range(tp):
@@ -167,6 +165,6 @@ def test_only_a_packed_head_is_derived(tied: bool, packed: bool, derived: set[st
     ({}, 3, "engine.tp=3 does not divide num_attention_heads=4"),
     ({"num_attention_heads": 12, "num_key_value_heads": 6}, 4, "engine.tp=4 .*num_key_value_heads=6"),
 ])  # fmt: skip
-def test_what_vllm_cannot_hold_is_refused_with_its_key(changes: dict[str, Any], tp: int, message: str) -> None:
+def test_an_unsupported_tp_is_rejected_with_its_key(changes: dict[str, Any], tp: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_tp(spec_of(config(**changes)), tp)
