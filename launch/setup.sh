@@ -13,7 +13,7 @@ taken where there are several, because the tests run on it.
   --with sglang   adds the SGLang engine; on a CUDA machine it takes the place of vLLM
   --with vllm     the vLLM engine (the default)
   --with fp8      adds Transformer Engine (CUDA only)
-  --with tests    what launch/test.sh needs: without CUDA also SGLang
+  --with tests    the packages that launch/test.sh needs: without CUDA also SGLang
 
 Exit code: 0 done, 2 wrong arguments or a missing requirement, 1 an installation failed.
 TEXT
@@ -60,7 +60,7 @@ without() { # the names of a list but for one
     tr , '\n' <<<"$1" | sed "/^$2\$/d" | paste -sd, -
 }
 
-# The project's own images hold their environment already and say so with this file.
+# The project's images already contain the environment; this file marks them.
 [[ -e /opt/grpo_mega/environment ]] && exit 0
 
 has() { [[ ",$1," == *",$2,"* ]]; } # has LIST NAME
@@ -76,10 +76,10 @@ fi
 
 # The marker is written last, so an environment without it was never finished. Its words: kind, names, digest.
 marker=$venv/.grpo_mega-complete
-building=$venv/.grpo_mega-building # there from the first change to the marker: after a kill it tells a half environment
+building=$venv/.grpo_mega-building # exists from the first change until the marker is written: after a kill it shows that the build is incomplete
 log=$venv/setup.log
 
-decide() { # sets kind, extras and digest from what is asked for and what is there
+decide() { # sets kind, extras and digest from the arguments and the existing environment
     local built_kind="" built_extras="" engines
     built_digest=""
     if [[ -r $marker ]]; then read -r built_kind built_extras built_digest <"$marker"; fi
@@ -128,7 +128,7 @@ find_python() { # prints a supported Python that can make environments, 3.11 bef
 }
 
 if [[ -d $venv && ! -e $venv/pyvenv.cfg && ! -e $venv/.setup.lock && -n $(ls -A "$venv") ]]; then
-    die 2 "GRPO_MEGA_VENV=$venv holds files that are no Python environment; name an empty or a new folder"
+    die 2 "GRPO_MEGA_VENV=$venv holds files and is not a Python environment; use an empty or a new folder"
 fi
 base_python=$(find_python)
 mkdir -p "$venv"
@@ -149,7 +149,7 @@ failed() {
 }
 
 if [[ -e $building ]] || ! is_supported "$venv/bin/python"; then
-    [[ ! -e $building ]] || say "an earlier build of $venv was ended half way; starting afresh"
+    [[ ! -e $building ]] || say "an earlier build of $venv was not completed; starting again"
     find "$venv" -mindepth 1 -maxdepth 1 ! -name .setup.lock -exec rm -rf {} +
     touch "$building"
     : >"$log"
@@ -159,8 +159,8 @@ touch "$building"
 rm -f "$marker"
 : >"$log"
 
-# A pip that outlives a killed setup.sh keeps the lock (descriptor 9), so nobody builds beside it.
-# --no-deps: the constraints files are complete where it is given. --no-compile: most of the modules are never imported.
+# A pip that outlives a killed setup.sh keeps the lock (descriptor 9), so no second build starts beside it.
+# --no-deps: those constraints files are complete. --no-compile: most of the modules are never imported.
 pip_install() {
     "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --no-compile "$@" >>"$log" 2>&1
 }
@@ -196,8 +196,8 @@ say "checking that the packages can be imported"
 modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch.main"
 if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.entrypoints.llm"; fi
 [[ $kind != cpu ]] || modules+=" vllm.v1.worker.cpu_worker"
-# Besides proving the installation this compiles, once and not in every rank of every job, what a job imports: also where
-# the environment says not to (PYTHONDONTWRITEBYTECODE; these imports then take every rank 22 s of a core, not 10).
+# These imports verify the installation. They also compile the modules of a job once instead of in every rank of every
+# job, even if PYTHONDONTWRITEBYTECODE is set: with it, the imports take each rank 22 s of a core instead of 10.
 env -u PYTHONDONTWRITEBYTECODE VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c "import importlib; [importlib.import_module(m) for m in '$modules'.split()]" \
     >>"$log" 2>&1 || failed "the import of $modules"
 if [[ $kind == cpu ]] && has "$extras" sglang; then

@@ -1,4 +1,4 @@
-"""Options and rules for all tests: where real data is, and which tests this machine cannot run."""
+"""Options and fixtures for all tests: folders of real data, scheduling on workers, and skips without a GPU."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def gsm8k_dir(pytestconfig: pytest.Config) -> Path:
-    """The folder with GSM8K's train.jsonl; skips where there is none. A folder that was named must have it."""
+    """Return the folder with GSM8K's train.jsonl; skip if there is none, fail if a named folder lacks it."""
     return _data_folder(pytestconfig, "gsm8k", "train.jsonl")
 
 
 @pytest.fixture(scope="session")
 def math_dir(pytestconfig: pytest.Config) -> Path:
-    """The folder with real answers in LaTeX, found like `gsm8k_dir`."""
+    """Return the folder with real answers in LaTeX, found like `gsm8k_dir`."""
     return _data_folder(pytestconfig, "math", "college_math_300.jsonl")
 
 
@@ -54,7 +54,7 @@ def _data_folder(config: pytest.Config, name: str, file: str) -> Path:
 
 @pytest.fixture(scope="session")
 def recorder() -> Iterator[ProcessPoolExecutor]:
-    """A process that pretends to be ranks of engines: vLLM is imported there once."""
+    """A process that acts as ranks of engines, so that vLLM is imported only once."""
     from tests.helpers.one_process import one_process
 
     with one_process() as pool:
@@ -74,14 +74,14 @@ def _group_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest groups come first: a worker that began one last would be alone with it at the end."""
+    """Put the longest groups first, so that no worker starts one at the end of the run."""
     items.sort(key=lambda item: _group_of(item.nodeid) not in _LONGEST)
 
 
 class GroupScheduling(LoadScopeScheduling):
-    """What shares ranks, engines or finished runs stays on one worker; the largest groups come first.
+    """Keep tests that share ranks, engines or finished runs on one worker; the largest groups come first.
 
-    xdist's own groups (`--dist=loadgroup`) rename tests, which pytest 9.2 ignores without a word.
+    xdist's own groups (`--dist=loadgroup`) rename tests, and pytest 9.2 ignores that silently.
     """
 
     def _split_scope(self, nodeid: str) -> str:

@@ -54,6 +54,13 @@ def test_the_healthcheck_runs_the_doctor(file: Path) -> None:
 
 
 @every_file
+def test_everything_that_a_build_reads_is_copied_before_it(file: Path) -> None:
+    before = file.read_text().partition('-e ".[')[0]
+    copied = {word for line in re.findall(r"^COPY (.+)$", before, re.MULTILINE) for word in line.split()[:-1]}
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "configs", "grpo_mega", "constraints"} <= copied
+
+
+@every_file
 def test_every_python_package_is_installed_under_constraints_that_pin_it(file: Path) -> None:
     installs = re.findall(r"pip install ([^&\n]+)", file.read_text().replace("\\\n", " "))
     (constraints,) = {found for line in installs for found in re.findall(r"-c (\S+)", line)}

@@ -136,7 +136,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
     path = machine_without_gpu(tmp_path.with_name(tmp_path.name + "-bin"))
     refused = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path), PATH=path)
     assert refused.returncode == 2
-    assert "no Python environment" in refused.stderr
+    assert "is not a Python environment" in refused.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
