@@ -1,5 +1,7 @@
-"""Whole jobs whose engine's data-parallel ranks share experts: waves that leave a rank without prompts, evaluation,
-several turns, a run that goes on in another layout; and policies with experts that learn."""
+"""Whole jobs with engines whose data-parallel ranks share experts.
+
+They cover waves that leave a rank without prompts, evaluation, several turns, and resuming in another layout.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,9 @@ def sampled(folder: Path, step: int) -> list[tuple[list[int], list[float]]]:
     return [(row["completion_ids"], row["sampler_log_probs"]) for row in rollouts_of(folder, step)]
 
 
-def test_a_job_trains_on_what_the_copies_sampled_and_goes_on_as_if_never_stopped(model: Path, tmp_path: Path) -> None:
+def test_a_resumed_job_samples_the_same_rollouts_as_an_uninterrupted_one(model: Path, tmp_path: Path) -> None:
     (tmp_path / "alike.jsonl").write_text('{"prompt": "2+3=", "answer": "5"}\n' * 10)
-    # four prompts in waves of three: the last one leaves the second copy without any
+    # four prompts in waves of three: the last wave leaves the second copy without prompts
     keys = (f"data.train={tmp_path / 'alike.jsonl'}", "data.eval=arithmetic:heldout", "evaluation.max_prompts=4")
     lines = run(model, tmp_path / "whole", *COPIES, *keys, "train.steps=2", "checkpoint.every=1")
     for line in lines:
@@ -58,7 +60,7 @@ def test_a_job_trains_on_what_the_copies_sampled_and_goes_on_as_if_never_stopped
     assert len(rollouts_of(tmp_path / "whole", 2)) == 5 * 4
     answers = [ids for ids, _ in sampled(tmp_path / "whole", 1)]
     assert len({tuple(ids) for ids in answers}) > 15
-    assert answers[12:16] != answers[16:]  # of one prompt for each copy, which are alike: seeds are their own
+    assert answers[12:16] != answers[16:]  # one prompt per copy, and the prompts are equal: each copy has its own seed
     for steps in (1, 2):
         run(model, tmp_path / "parts", *COPIES, *keys, f"train.steps={steps}", "checkpoint.every=1")
     assert [sampled(tmp_path / "parts", step) for step in (1, 2)] == [
@@ -70,7 +72,7 @@ def test_a_job_trains_on_what_the_copies_sampled_and_goes_on_as_if_never_stopped
     assert lines[-1]["train/mismatch_max"] <= 1e-4
 
 
-def test_several_turns_are_taken_together_and_a_late_reply_changes_nothing(model: Path, tmp_path: Path) -> None:
+def test_a_late_reply_of_an_environment_does_not_change_the_rollouts(model: Path, tmp_path: Path) -> None:
     for name, pause in (("prompt", 0.0), ("late", 0.3)):
         pausing = f"environment.args={{pause: {pause}}}"
         lines = run(model, tmp_path / name, *COPIES, *TURNS, pausing, "train.steps=1")
@@ -86,8 +88,8 @@ def test_several_turns_are_taken_together_and_a_late_reply_changes_nothing(model
         pytest.param(("engine.dp=2", "engine.ep=2"), id="dp2ep2"),
     ],
 )
-def test_a_policy_with_spread_experts_learns(model: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
-    """To write digits, of which there are as many as other characters."""
+def test_an_expert_parallel_policy_learns(model: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
+    """The reward is the share of digits, which are half of the characters."""
     keys = ("run.world_size=2", "parallel.ep=2", *engine, "train.steps=12", "data.prompts_per_step=16")
     lines = run(model, tmp_path / "learns", *keys, "sampling.group_size=8", "sampling.prompts_per_wave=16")
     assert lines[0]["reward/mean"] < 0.65

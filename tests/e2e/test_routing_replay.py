@@ -1,4 +1,4 @@
-"""Routing replay through the command: experts of the real engines in the policy's updates, beside a run without."""
+"""Routing replay in whole jobs with the real engines, compared with runs without it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_
 from tests.helpers.tiny_models import make_family_model
 
 STEPS = 2
-# many experts with scores that are close together, in bf16: engine and policy often choose differently
+# Many experts with similar scores, in bf16: engine and policy often choose different experts.
 CONFIG = raw_family_config("qwen3_moe", num_hidden_layers=3, num_experts=32, num_experts_per_tok=4, mlp_only_layers=[1])
-ALL_EXPERTS = CONFIG | {"mlp_only_layers": []}  # as SGLang builds it
+ALL_EXPERTS = CONFIG | {"mlp_only_layers": []}  # the model that SGLang builds
 SGLANG = "engine.kind=sglang"
 
 
@@ -57,12 +57,12 @@ def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> lis
         pytest.param((SGLANG, "run.world_size=2", "parallel.ep=2", "engine.tp=2"), id="ep2-sglang", marks=sglang_here),
     ],
 )
-def test_with_the_engines_experts_the_policy_is_nearer_to_the_sampler(tmp_path: Path, layout: tuple[str, ...]) -> None:
+def test_with_the_engines_experts_the_policy_is_closer_to_the_sampler(tmp_path: Path, layout: tuple[str, ...]) -> None:
     config = ALL_EXPERTS if SGLANG in layout else CONFIG
     model = make_family_model(tmp_path / "moe", config, router_scale=0.05)
     own, told = (run(model, tmp_path / name, replay, layout) for name, replay in (("own", False), ("told", True)))
     first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("own", "told")]
-    assert first[0] == first[1]  # the same tokens: only the policy's routing differs
+    assert first[0] == first[1]  # the tokens are equal; only the policy's routing differs
     for plain, replayed in zip(own, told, strict=True):
         assert replayed["train/mismatch_kl"] < 0.6 * plain["train/mismatch_kl"]
         assert replayed["train/unreplayed_fraction"] == 0.0

@@ -1,4 +1,4 @@
-"""A job with SGLang as its engine: two short steps, as a user starts it."""
+"""A whole job of two short steps with SGLang as its engine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_
 
 
 @sglang_here
-def test_two_steps_with_sglang_are_sampled_by_the_newest_weights_and_agree_with_the_policy(tmp_path: Path) -> None:
+def test_two_steps_with_sglang_sample_from_the_newest_weights_and_match_the_policy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (*SMALL, "engine.kind=sglang", "train.steps=2", f"run.dir={run}")
     train_well(*arguments, output=tmp_path / "log", timeout_seconds=500)

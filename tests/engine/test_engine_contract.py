@@ -1,5 +1,7 @@
-"""What every engine must do, asked of the real vLLM, of the real SGLang and of a vLLM that is a
-server, on CPU. One rank and one engine of each."""
+"""The contract that every engine must fulfill, tested with the real vLLM, the real SGLang and a vLLM server on CPU.
+
+Each engine runs with one rank.
+"""
 
 from __future__ import annotations
 
@@ -33,15 +35,15 @@ from tests.helpers.servers import serving, write_config
 from tests.helpers.tiny_models import EOS, make_tiny_model
 
 Kind = Literal["vllm", "sglang", "server"]
-OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stop_texts": True, "timeout_seconds": 200.0}}
+SETTINGS_OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stop_texts": True, "timeout_seconds": 200.0}}
 _SGLANG = [pytest.param("sglang", marks=sglang_here)]
-BESIDE_THE_POLICY = pytest.mark.parametrize("opened", ["vllm", *_SGLANG], indirect=True, scope="module")
+COLOCATED = pytest.mark.parametrize("opened", ["vllm", *_SGLANG], indirect=True, scope="module")
 ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """`config` has no weights: it is what the engines are built from."""
+    """Make the models; engines are built from `config`, which has no weights."""
     root = tmp_path_factory.mktemp("models")
     found = {"qwen3": make_tiny_model(root / "qwen3"), "other": make_tiny_model(root / "other", seed=1)}
     found["config"] = Path(
@@ -65,13 +67,13 @@ def opened(
             server = stack.enter_context(serving([str(config)], folder / "server"))
             ranks.open(models["config"], tp=1, kind=kind, urls=(server.url,), config=config)
         else:
-            ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **OF_KIND[kind])
+            ranks.open(models["config"], tp=1, kind=kind, **SETTINGS, **SETTINGS_OF_KIND[kind])
         yield ranks
 
 
 @pytest.fixture
 def engine(opened: EngineRanks, models: dict[str, Path]) -> EngineRanks:
-    """With the weights of `qwen3`, version 0."""
+    """The engine with the weights of `qwen3`, version 0."""
     opened.call(push, models["qwen3"], 0)
     return opened
 
@@ -81,7 +83,7 @@ def test_sampler_log_probs_equal_transformers(engine: EngineRanks, models: dict[
     groups = engine.call(generate, PROMPTS, replace(SAMPLING, temperature=temperature))[0]
     assert [len(group) for group in groups] == [8] * len(PROMPTS)
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature) <= 2e-5
-    # The bound would notice the wrong temperature.
+    # The tolerance detects a wrong temperature.
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, temperature * 1.05) > 1e-3
 
 
@@ -110,7 +112,7 @@ def test_rollouts_end_with_eos_or_at_max_tokens(engine: EngineRanks) -> None:
         assert completion.text == characters
 
 
-def test_an_answer_ends_with_the_token_that_completes_a_stop_text(engine: EngineRanks, models: dict[str, Path]) -> None:
+def test_a_completion_ends_with_the_token_that_ends_a_stop_text(engine: EngineRanks, models: dict[str, Path]) -> None:
     stopping = replace(SAMPLING, stop=("7", "="), max_tokens=16)
     groups = engine.call(generate, PROMPTS, stopping)[0]
     rollouts = [c for group in groups for c in group]
@@ -126,7 +128,7 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_text(engine: Engine
     assert engine.call(generate, PROMPTS, SAMPLING)[0] == engine.call(generate, PROMPTS, SAMPLING)[0]
 
 
-def test_more_rollouts_than_sequences_and_no_prompts_are_fine(engine: EngineRanks, models: dict[str, Path]) -> None:
+def test_more_rollouts_than_max_num_seqs_and_no_prompts_work(engine: EngineRanks, models: dict[str, Path]) -> None:
     sampling = replace(SAMPLING, group_size=12)  # 60 rollouts, 48 at a time
     groups = engine.call(generate, PROMPTS, sampling)[0]
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
@@ -139,7 +141,7 @@ def regions(session: RankSession) -> int:
     return len(session.engine.sink.layout())
 
 
-def refusals(session: RankSession) -> None:
+def check_rejections(session: RankSession) -> None:
     sink = session.engine.sink
     norm = TensorSlice("model.norm.weight", (0,), (64,))
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight\[0:64\] outside of an update"):
@@ -160,13 +162,13 @@ def refusals(session: RankSession) -> None:
         session.engine.generate(PROMPTS, replace(SAMPLING, max_tokens=27))
 
 
-@BESIDE_THE_POLICY
-def test_wrong_writes_and_early_or_long_requests_are_refused_by_name(engine: EngineRanks) -> None:
-    engine.call(refusals)
+@COLOCATED
+def test_wrong_writes_and_early_or_long_requests_are_rejected_by_name(engine: EngineRanks) -> None:
+    engine.call(check_rejections)
 
 
 def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], list[str]]:
-    """Names of the slices that do not read as written: after a push, and after one element of one was changed."""
+    """Return the slices that differ from the files: after a push, and after one element was changed."""
     from safetensors.torch import load_file
 
     tensors = load_file(folder / "model.safetensors")
@@ -189,15 +191,15 @@ def flip_one_element(session: RankSession, folder: Path) -> tuple[list[str], lis
     return before, wrong()
 
 
-@BESIDE_THE_POLICY
-def test_the_digest_shows_one_flipped_element(engine: EngineRanks, models: dict[str, Path]) -> None:
+@COLOCATED
+def test_a_digest_detects_one_changed_element(engine: EngineRanks, models: dict[str, Path]) -> None:
     before, after = engine.call(flip_one_element, models["qwen3"])[0]
     assert before == []
     assert after == ["model.layers.1.self_attn.k_proj.weight"]
 
 
-def goes_on(session: RankSession) -> tuple[list[Prompt], list[list[Completion]]]:
-    """A second turn: the answers and one more token as prompts."""
+def sample_second_turn(session: RankSession) -> tuple[list[Prompt], list[list[Completion]]]:
+    """Sample a second turn, whose prompts are the completions of the first and one more token."""
     first = session.engine.generate(PROMPTS, SAMPLING)
     prompts = [
         replace(prompt, token_ids=(*prompt.token_ids, *completion.token_ids, 5))
@@ -209,15 +211,15 @@ def goes_on(session: RankSession) -> tuple[list[Prompt], list[list[Completion]]]
     return prompts, session.engine.generate(prompts, request)
 
 
-def test_a_turn_that_continues_has_each_rollouts_own_limit(engine: EngineRanks, models: dict[str, Path]) -> None:
-    prompts, second = engine.call(goes_on)[0]
+def test_each_rollout_of_a_second_turn_has_its_own_token_limit(engine: EngineRanks, models: dict[str, Path]) -> None:
+    prompts, second = engine.call(sample_second_turn)[0]
     lengths = [(len(group[0].token_ids), group[0].stop_reason) for group in second]
     assert all(n == 1 + i % 5 if reason == "length" else n <= 1 + i % 5 for i, (n, reason) in enumerate(lengths))
     assert largest_log_prob_error(models["qwen3"], prompts, second, 1.0) <= 2e-5
-    assert engine.call(goes_on)[0][1] == second
+    assert engine.call(sample_second_turn)[0][1] == second
 
 
-def test_the_seed_decides_the_tokens(engine: EngineRanks) -> None:
+def test_the_seed_determines_the_tokens(engine: EngineRanks) -> None:
     first, other, again = (engine.call(generate, PROMPTS, replace(SAMPLING, seed=seed))[0] for seed in (5, 6, 5))
     assert first == again
     assert tokens(first) != tokens(other)
@@ -252,11 +254,11 @@ def failing_callback(session: RankSession) -> bool:
     return bool(session.engine.generate(PROMPTS, SAMPLING) == before)
 
 
-def test_a_failing_callback_leaves_nothing_behind(engine: EngineRanks) -> None:
+def test_the_engine_samples_as_before_after_a_failing_callback(engine: EngineRanks) -> None:
     assert engine.call(failing_callback) == [True]
 
 
-def sleeps(session: RankSession) -> bool:
+def sleep_twice(session: RankSession) -> bool:
     engine = session.engine
     before = engine.generate(PROMPTS, SAMPLING)
     for _ in range(2):
@@ -272,28 +274,28 @@ def sleeps(session: RankSession) -> bool:
     return bool(engine.generate(PROMPTS, SAMPLING) == before)
 
 
-def test_an_engine_that_slept_and_woke_samples_as_before(engine: EngineRanks) -> None:
-    assert engine.call(sleeps) == [True]
+def test_an_engine_samples_after_wake_as_before_sleep(engine: EngineRanks) -> None:
+    assert engine.call(sleep_twice) == [True]
 
 
-# What is SGLang's alone: its processes, and whole tensors.
+# Only SGLang: its processes, and whole tensors.
 
 
-def refused_tensors(session: RankSession, folder: Path, other: Path) -> None:
-    """A sink that is told to stream; what it refuses has not reached SGLang."""
+def push_whole_tensors(session: RankSession, folder: Path, other: Path) -> None:
+    """Push through a sink that streams; tensors that it rejects do not reach SGLang."""
     from safetensors.torch import load_file
 
     from grpo_mega.engines.sglang.sink import SglangSink
 
     engine = session.engine
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in load_file(folder / "model.safetensors").items()}
-    engine._sink = sink = SglangSink(engine._process, "it is told to", tensors, bucket_bytes=64 * 1024)
+    engine._sink = sink = SglangSink(engine._process, "streaming was requested", tensors, bucket_bytes=64 * 1024)
     with pytest.raises(RuntimeError, match=r"write of model\.norm\.weight outside of an update"):
         sink.load("model.norm.weight", torch.ones(64))
     sink.begin_update()
     with pytest.raises(ValueError, match=r"model\.norm\.scale: the engine's model has no such tensor"):
         sink.load("model.norm.scale", torch.ones(64))
-    with pytest.raises(ValueError, match=r"model\.norm\.weight: got a tensor of shape \[63\] for one of \[64\]"):
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: got a tensor of shape \[63\]; expected \[64\]"):
         sink.load("model.norm.weight", torch.ones(63))
     sink.load("model.norm.weight", torch.ones(64))
     with pytest.raises(ValueError, match=r"the update is incomplete: 24 tensors are missing, e\.g\. lm_head\.weight"):
@@ -307,11 +309,9 @@ def refused_tensors(session: RankSession, folder: Path, other: Path) -> None:
 
 
 @ONLY_SGLANG
-def test_whole_tensors_are_compared_before_they_are_sent_and_followed(
-    engine: EngineRanks, models: dict[str, Path]
-) -> None:
+def test_whole_tensors_are_checked_before_they_are_sent(engine: EngineRanks, models: dict[str, Path]) -> None:
     kept = engine.call(keep_sink)
-    engine.call(refused_tensors, models["qwen3"], models["other"])
+    engine.call(push_whole_tensors, models["qwen3"], models["other"])
     groups = engine.call(generate, PROMPTS, SAMPLING)[0]
     engine.call(restore_sink)
     assert kept == [None]
@@ -327,8 +327,8 @@ def restore_sink(session: RankSession) -> None:
     session.engine._sink = session.kept["sink"]
 
 
-def seen_by_the_rank(session: RankSession) -> list[str]:
-    """Packages that only SGLang's processes may believe in."""
+def stub_packages_on_rank(session: RankSession) -> list[str]:
+    """Return stub packages that are visible on the rank; they must exist only in SGLang's processes."""
     import importlib.util
     import sys
 
@@ -336,12 +336,12 @@ def seen_by_the_rank(session: RankSession) -> list[str]:
 
 
 @ONLY_SGLANG
-def test_the_stand_ins_are_in_sglangs_processes_alone(engine: EngineRanks) -> None:
-    assert engine.call(seen_by_the_rank) == [[]]
+def test_stub_packages_exist_only_in_sglangs_processes(engine: EngineRanks) -> None:
+    assert engine.call(stub_packages_on_rank) == [[]]
 
 
-def sleeps_as_on_cuda(session: RankSession, folder: Path) -> bool:
-    """There SGLang's weights are gone; only what a rank makes of that can be looked at here."""
+def sleep_as_on_cuda(session: RankSession, folder: Path) -> bool:
+    """Sleep as on CUDA, where SGLang loses its weights; without CUDA only the rank's side can be tested."""
     engine = session.engine
     push(session, folder, 3)
     before = engine.generate(PROMPTS, SAMPLING)
@@ -359,14 +359,14 @@ def sleeps_as_on_cuda(session: RankSession, folder: Path) -> bool:
 
 
 @ONLY_SGLANG
-def test_an_engine_whose_weights_were_released_refuses_to_sample_before_a_sync(
+def test_an_engine_whose_weights_were_released_cannot_sample_before_a_sync(
     engine: EngineRanks, models: dict[str, Path]
 ) -> None:
-    assert engine.call(sleeps_as_on_cuda, models["qwen3"]) == [True]
+    assert engine.call(sleep_as_on_cuda, models["qwen3"]) == [True]
 
 
-def buffer_that_changes(session: RankSession, folder: Path) -> list[str]:
-    """What does not read as sent, after a bit of a whole update was changed between its writes and its end."""
+def push_with_a_changed_buffer(session: RankSession, folder: Path) -> list[str]:
+    """Return slices that differ from what was sent, after a bit of the buffer changed before the end of the update."""
     from safetensors.torch import load_file
 
     tensors, sink = load_file(folder / "model.safetensors"), session.engine.sink
@@ -382,41 +382,41 @@ def buffer_that_changes(session: RankSession, folder: Path) -> list[str]:
 
 
 @ONLY_SGLANG
-def test_a_bit_that_changes_between_rank_and_scheduler_is_named_by_the_digest(
+def test_a_bit_that_changes_between_rank_and_scheduler_is_found_by_the_digest(
     engine: EngineRanks, models: dict[str, Path]
 ) -> None:
-    assert engine.call(buffer_that_changes, models["other"]) == [["model.layers.0.mlp.up_proj.weight"]]
+    assert engine.call(push_with_a_changed_buffer, models["other"]) == [["model.layers.0.mlp.up_proj.weight"]]
 
 
-def dies_during_an_update(session: RankSession, folder: Path) -> tuple[list[str], list[int]]:
-    """Kills a scheduler between the last write and the end of the update. What is told, then and later; who is left."""
+def kill_scheduler_during_an_update(session: RankSession, folder: Path) -> tuple[list[str], list[int]]:
+    """Kill a scheduler before the end of an update; return the error messages and the processes that are left."""
     host = psutil.Process(session.engine._process.pid)
     members = [host, *host.children(recursive=True)]
     (scheduler,) = [each for each in members if "scheduler" in " ".join(each.cmdline())]
     push(session, folder, 1, end=False)
     scheduler.kill()
-    told = []
+    messages = []
     for _ in range(2):
         with pytest.raises(RuntimeError) as caught:
             session.engine.sink.end_update(1)
-        told.append(str(caught.value))
+        messages.append(str(caught.value))
     with pytest.raises(RuntimeError, match="before the weights are complete"):
         session.engine.generate(PROMPTS, SAMPLING)
     psutil.wait_procs(members, timeout=10)
     session.engine.close()
     session.engine, session.opened = None, None
-    return told, [each.pid for each in members if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+    return messages, [each.pid for each in members if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 @ONLY_SGLANG
 def test_sglang_that_dies_during_an_update_is_an_error_and_leaves_no_process(
     engine: EngineRanks, models: dict[str, Path]
 ) -> None:
-    """The last test: it ends the engine."""
-    ((told, left),) = engine.call(dies_during_an_update, models["other"])
+    """This is the last test, because it ends the engine."""
+    ((messages, left),) = engine.call(kill_scheduler_during_an_update, models["other"])
     assert left == []
-    for message in told:
+    for message in messages:
         assert "SGLang" in message
         assert "exited" in message
         assert "rank 0" in message
-    assert "the end of " in told[0]
+    assert "the end of " in messages[0]

@@ -1,4 +1,4 @@
-"""The ranks of the engine tests: what one call breaks, the next one does not meet."""
+"""The ranks of the engine tests: a failed call does not affect the next one."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def number(session: RankSession, value: int) -> int:
     return session.rank + value
 
 
-def dies(session: RankSession) -> None:
+def exit_rank_1(session: RankSession) -> None:
     if session.rank == 1:
         os._exit(7)
     time.sleep(60)
 
 
-def late(session: RankSession) -> str:
+def answer_late(session: RankSession) -> str:
     time.sleep(3.0)
     return "late"
 
@@ -34,12 +34,14 @@ def prepared(session: RankSession) -> bool:
     return "prepared" in session.kept
 
 
-def test_a_call_that_fails_leaves_no_answer_behind_and_the_next_one_gets_its_own(tmp_path: Path) -> None:
+def test_a_failed_call_leaves_no_answer_behind(tmp_path: Path) -> None:
     with engine_ranks(2, tmp_path, remember) as ranks:
         assert ranks.call(number, 10) == [10, 11]
-        with pytest.raises(AssertionError, match=r"late failed; no answer from ranks \[0, 1\]"):
-            ranks.call(late, timeout_seconds=0.5)
+        with pytest.raises(AssertionError, match=r"answer_late failed; no answer from ranks \[0, 1\]"):
+            ranks.call(answer_late, timeout_seconds=0.5)
         assert ranks.call(number, 20) == [20, 21]
-        with pytest.raises(AssertionError, match=r"(?s)dies failed; no answer from ranks \[0\].*rank 1:.*exit code 7"):
-            ranks.call(dies)
+        with pytest.raises(
+            AssertionError, match=r"(?s)exit_rank_1 failed; no answer from ranks \[0\].*rank 1:.*exit code 7"
+        ):
+            ranks.call(exit_rank_1)
         assert ranks.call(prepared) == [True, True]

@@ -1,5 +1,4 @@
-"""Experts that the real vLLM and the real SGLang tell, against the routers of a Megatron policy with the same weights
-in the same process."""
+"""Expert choices of the real vLLM and SGLang, compared with the routers of a Megatron policy with the same weights."""
 
 from __future__ import annotations
 
@@ -29,12 +28,13 @@ NUM_LAYERS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """`expert_layers`: those with experts. SGLang has experts in every layer of a Qwen3-MoE."""
+    """An engine and a model. SGLang has experts in every layer of a Qwen3-MoE."""
 
     kind: str
     family: str
     settings: dict[str, Any]
     expert_layers: list[int]
+    """Layers that have experts."""
 
 
 CASES = {
@@ -45,7 +45,7 @@ CASES = {
     "sglang-glm4_moe": Case("sglang", "glm4_moe", {}, [1, 2]),
 }
 LONG = ("vllm-glm4_moe", "sglang-mixtral", "sglang-glm4_moe")
-# The second and the third share two blocks of the prefix cache, and so do the members of each group.
+# The second and the third prompt share two blocks of the prefix cache, and so do the members of each group.
 HEADER = tuple(2 + (3 * j + j * j) % 18 for j in range(70))
 PROMPTS = [
     Prompt(i, "", tokens, "") for i, tokens in enumerate([(2, 5, 9), HEADER, (*HEADER[:64], 3, 4), HEADER[5:40]])
@@ -65,7 +65,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture(scope="module")
 def world(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
-    """A rank with policy and engine, synced."""
+    """A rank with a policy and an engine that has the same weights."""
     config = raw_family_config(case.family, num_hidden_layers=NUM_LAYERS, **case.settings)
     model = make_family_model(tmp_path_factory.mktemp("models") / "moe", config)
     with engine_ranks(1, tmp_path_factory.mktemp("ranks"), prepare_policy) as ranks:
@@ -74,11 +74,11 @@ def world(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engi
         yield ranks
 
 
-# What runs on the rank.
+# Functions that run on the rank.
 
 
 def prepare_policy(session: RankSession) -> None:
-    """The policy's import comes first, as in a job: it prepares Megatron for a machine without CUDA."""
+    """Import the policy before the engine, as a job does: the import prepares Megatron for machines without CUDA."""
     import os
 
     import grpo_mega.policy.policy  # noqa: F401
@@ -116,7 +116,7 @@ def generate(session: RankSession, prompts: list[Prompt], sampling: SamplingRequ
 
 
 def chosen(session: RankSession, rollouts: list[Rollout], noise: float) -> list[Tensor]:
-    """[N, L of experts, K] per rollout: where the policy's routers send its tokens, after `noise` on their weights."""
+    """Return [N, expert layers, K] per rollout: the choices of the policy's routers, with `noise` on their weights."""
     policy = session.kept["policy"]
     ones, row_tokens = [1.0] * len(rollouts), sum(r.num_tokens for r in rollouts)
     row = pack(list(enumerate(rollouts)), row_tokens=row_tokens, advantages=ones, token_weights=ones, pad_id=0)
@@ -129,7 +129,7 @@ def chosen(session: RankSession, rollouts: list[Rollout], noise: float) -> list[
             generator = torch.Generator().manual_seed(number)
             with torch.no_grad():
                 router.weight += noise * torch.randn(router.weight.shape, generator=generator)
-            router.router_replay.get_replay_topk = _noting(router.router_replay.get_replay_topk, seen, number)
+            router.router_replay.get_replay_topk = _recording(router.router_replay.get_replay_topk, seen, number)
     policy.log_probs([row])
     for router, found, weight in undo:
         router.router_replay.get_replay_topk = found
@@ -139,16 +139,16 @@ def chosen(session: RankSession, rollouts: list[Rollout], noise: float) -> list[
     return list(whole.split([r.num_tokens for r in rollouts]))
 
 
-def _noting(function: Any, seen: dict[int, Tensor], number: int) -> Any:
-    def noted(*args: Any, **kwargs: Any) -> Any:
+def _recording(function: Any, seen: dict[int, Tensor], number: int) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
         found = function(*args, **kwargs)
         seen[number] = found[1]
         return found
 
-    return noted
+    return wrapper
 
 
-def refused(session: RankSession) -> str:
+def bind_to_linear(session: RankSession) -> str:
     from grpo_mega.engines.vllm.routing import bind_routers
 
     runner = session.engine._llm.model_executor.driver_worker.worker.model_runner
@@ -156,10 +156,10 @@ def refused(session: RankSession) -> str:
         bind_routers(torch.nn.Linear(2, 2), runner.vllm_config)
     except UserError as error:
         return str(error)
-    return "not refused"
+    return "accepted"
 
 
-# What is expected.
+# Expected values.
 
 
 def with_choices(rollouts: list[Rollout], choices: list[Tensor | None]) -> list[Rollout]:
@@ -172,8 +172,8 @@ def rollouts_of(prompts: list[Prompt], groups: list[list[Completion]]) -> list[R
     return [Rollout(p, c, Reward(0.0), 0) for p, group in zip(prompts, groups, strict=True) for c in group]
 
 
-def told_of(rollout: Rollout, case: Case) -> Tensor:
-    """[N, L of experts, K], sorted: every token but the last has a record."""
+def record_of(rollout: Rollout, case: Case) -> Tensor:
+    """Return the record [N, expert layers, K], sorted; every token except the last has one."""
     record = rollout.completion.expert_choices
     assert record is not None
     assert record.dtype == torch.uint8
@@ -184,13 +184,13 @@ def told_of(rollout: Rollout, case: Case) -> Tensor:
 
 
 def differing(case: Case, rollouts: list[Rollout], routed: list[Tensor]) -> tuple[int, int]:
-    """(choices of a token in a layer that are not as told, all of them)."""
+    """Return (choices that differ from the record, all choices), counted per token and layer."""
     wrong = total = 0
     for rollout, own in zip(rollouts, routed, strict=True):
-        told = told_of(rollout, case)
-        assert told.shape[1:] == own.shape[1:]
-        wrong += int((told != own[: len(told)].sort(-1).values).any(-1).sum())
-        total += told.shape[0] * told.shape[1]
+        record = record_of(rollout, case)
+        assert record.shape[1:] == own.shape[1:]
+        wrong += int((record != own[: len(record)].sort(-1).values).any(-1).sum())
+        total += record.shape[0] * record.shape[1]
     return wrong, total
 
 
@@ -199,18 +199,18 @@ def rollouts(world: EngineRanks) -> list[Rollout]:
     return rollouts_of(PROMPTS, world.call(generate, PROMPTS, SAMPLING)[0])
 
 
-def test_the_engine_tells_every_token_but_the_last_what_the_policys_routers_choose_with_equal_weights(
+def test_the_engine_records_the_choices_of_the_policys_routers_for_every_token_except_the_last(
     case: Case, world: EngineRanks, rollouts: list[Rollout]
 ) -> None:
     plain = with_choices(rollouts, [None] * len(rollouts))
     wrong, total = differing(case, rollouts, world.call(chosen, plain, 0.0)[0])
     assert total > 1000
-    assert wrong <= total // 1000  # scores that are equal but for rounding
-    # the comparison is not one of constants
-    assert len(torch.cat([told_of(r, case).flatten() for r in rollouts]).unique()) >= 4
+    assert wrong <= total // 1000  # scores that differ only by rounding
+    # the records are not constant
+    assert len(torch.cat([record_of(r, case).flatten() for r in rollouts]).unique()) >= 4
 
 
-def test_other_routers_follow_the_record_exactly_and_choose_otherwise_without_it(
+def test_changed_routers_follow_the_record_exactly_and_choose_other_experts_without_it(
     case: Case, world: EngineRanks, rollouts: list[Rollout]
 ) -> None:
     wrong, total = differing(case, rollouts, world.call(chosen, rollouts, 0.2)[0])
@@ -220,7 +220,7 @@ def test_other_routers_follow_the_record_exactly_and_choose_otherwise_without_it
     assert wrong > total // 10
 
 
-def test_an_answer_that_continues_from_the_cache_has_the_record_of_the_whole_sequence(
+def test_a_second_turn_from_the_prefix_cache_has_the_record_of_the_whole_sequence(
     case: Case, world: EngineRanks
 ) -> None:
     (first,) = world.call(generate, PROMPTS[1:2], replace(SAMPLING, group_size=1))[0]
@@ -231,7 +231,7 @@ def test_an_answer_that_continues_from_the_cache_has_the_record_of_the_whole_seq
     assert wrong <= total // 1000
 
 
-def test_who_does_not_ask_is_not_told(world: EngineRanks) -> None:
+def test_a_request_without_expert_choices_returns_none(world: EngineRanks) -> None:
     (group, *_) = world.call(generate, PROMPTS[:1], replace(SAMPLING, expert_choices=False))[0]
     assert all(completion.expert_choices is None for completion in group)
 
@@ -246,7 +246,7 @@ def test_sglang_has_no_record_for_a_layer_without_a_router(case: Case, rollouts:
 
 
 @pytest.mark.parametrize("case", ["vllm-qwen3_moe"], indirect=True, scope="module")
-def test_a_model_whose_routers_cannot_be_seen_is_refused(world: EngineRanks) -> None:
-    assert world.call(refused)[0].startswith(
+def test_a_model_whose_routers_cannot_be_recorded_is_rejected(world: EngineRanks) -> None:
+    assert world.call(bind_to_linear)[0].startswith(
         "algorithm.routing_replay=true: engine.kind=vllm cannot record the experts of Linear ("
     )

@@ -1,4 +1,4 @@
-"""The real vLLM inside gloo ranks, on CPU. One world of two ranks for the whole file; engines are opened on demand."""
+"""The real vLLM inside gloo ranks on CPU. All tests share one world of two ranks; engines are opened on demand."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
 
 @pytest.fixture
 def replicas(world: EngineRanks, models: dict[str, Path]) -> EngineRanks:
-    """Two replicas of one rank, with the weights of `qwen3`, version 0."""
+    """Two replicas of one rank each, with the weights of `qwen3`, version 0."""
     world.open(models["qwen3"], tp=1, **SETTINGS)
     world.call(push, models["qwen3"], 0)
     return world
 
 
-# What runs on the ranks.
+# Functions that run on the ranks.
 
 
 def probe(session: RankSession) -> dict[str, str]:
@@ -72,8 +72,8 @@ def probe(session: RankSession) -> dict[str, str]:
     return found
 
 
-def drops_prefixes(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> tuple[int, int, int]:
-    """Blocks with a cached prefix: after a call, after the next update, and when the next call samples."""
+def count_cached_blocks(session: RankSession, prompts: list[Prompt], sampling: SamplingRequest) -> tuple[int, int, int]:
+    """Return the number of cached blocks after a call, after the next update, and when the next call samples."""
     engine = session.engine
     pool = engine._llm.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     counts = []
@@ -98,13 +98,15 @@ def drops_prefixes(session: RankSession, prompts: list[Prompt], sampling: Sampli
 
 
 def test_prefix_cache_is_used_and_dropped_at_each_version_and_call(replicas: EngineRanks) -> None:
-    after_call, after_update, at_next_call = replicas.call(drops_prefixes, PROMPTS[-1:], SAMPLING)[0]
+    after_call, after_update, at_next_call = replicas.call(count_cached_blocks, PROMPTS[-1:], SAMPLING)[0]
     assert after_call >= 2
     assert (after_update, at_next_call) == (0, 0)
 
 
-def goes_on(session: RankSession) -> tuple[list[list[Completion]], list[Prompt], list[list[Completion]], int, int]:
-    """A second turn: the answers and one more token as prompts; cached tokens without and with `continues`."""
+def sample_second_turn(
+    session: RankSession,
+) -> tuple[list[list[Completion]], list[Prompt], list[list[Completion]], int, int]:
+    """Sample a second turn with and without `continues`; also return the number of cached blocks of both."""
     engine = session.engine
     first = engine.generate(PROMPTS, SAMPLING)
     prompts = [
@@ -128,18 +130,18 @@ def goes_on(session: RankSession) -> tuple[list[list[Completion]], list[Prompt],
     return first, prompts, second, *kept
 
 
-def test_a_turn_that_continues_keeps_the_prefixes_and_each_rollouts_own_limit(
+def test_a_second_turn_uses_cached_prefixes_and_each_rollout_has_its_own_token_limit(
     replicas: EngineRanks, models: dict[str, Path]
 ) -> None:
-    _, prompts, second, kept, dropped = replicas.call(goes_on)[0]
+    _, prompts, second, kept, dropped = replicas.call(sample_second_turn)[0]
     assert (kept > 0, dropped) == (True, 0)
     lengths = [(len(group[0].token_ids), group[0].stop_reason) for group in second]
     assert all(n == 1 + i % 5 if reason == "length" else n <= 1 + i % 5 for i, (n, reason) in enumerate(lengths))
     assert largest_log_prob_error(models["qwen3"], prompts, second, 1.0) <= 2e-5
-    assert replicas.call(goes_on)[0][2] == second
+    assert replicas.call(sample_second_turn)[0][2] == second
 
 
-def disturbs_generators(session: RankSession) -> list[bool]:
+def keeps_generators(session: RankSession) -> list[bool]:
     def draw() -> tuple[float, float, float]:
         return float(torch.rand(())), random.random(), float(np.random.rand())
 
@@ -153,13 +155,13 @@ def disturbs_generators(session: RankSession) -> list[bool]:
     return [a == b for a, b in zip(*equal, strict=True)]
 
 
-def test_seed_decides_the_tokens_and_global_generators_are_put_back(replicas: EngineRanks) -> None:
+def test_the_seed_determines_the_tokens_and_global_generators_are_restored(replicas: EngineRanks) -> None:
     first, again, other = (
         replicas.call(generate, PROMPTS, replace(SAMPLING, seed=seed))[0] for seed in (5, 5, 6)
     )  # fmt: skip
     assert first == again
     assert tokens(first) != tokens(other)
-    assert replicas.call(disturbs_generators)[0] == [True, True, True]
+    assert replicas.call(keeps_generators)[0] == [True, True, True]
 
 
 def callbacks(session: RankSession) -> tuple[list[tuple[int, int, int]], bool]:
@@ -192,22 +194,22 @@ def failing_callback(session: RankSession) -> tuple[bool, int]:
     return session.engine.generate(PROMPTS, SAMPLING) == before, left
 
 
-def test_a_failing_callback_leaves_nothing_behind(replicas: EngineRanks) -> None:
+def test_a_failing_callback_leaves_no_request_behind(replicas: EngineRanks) -> None:
     assert replicas.call(failing_callback)[0] == (True, 0)
 
 
 def test_replicas_sample_their_own_prompts(replicas: EngineRanks) -> None:
     first = replicas.call(generate, PROMPTS[:2], SAMPLING)[0]
-    shares = replicas.call(generate_share)
-    assert tokens(shares[0]) == tokens(first)
-    assert tokens(shares[1]) == tokens(replicas.call(generate, PROMPTS[2:], SAMPLING)[0])
+    shards = replicas.call(generate_shard)
+    assert tokens(shards[0]) == tokens(first)
+    assert tokens(shards[1]) == tokens(replicas.call(generate, PROMPTS[2:], SAMPLING)[0])
 
 
-def generate_share(session: RankSession) -> list[list[Completion]]:
+def generate_shard(session: RankSession) -> list[list[Completion]]:
     return generate(session, PROMPTS[:2] if session.rank == 0 else PROMPTS[2:], SAMPLING)
 
 
-def sleeps(session: RankSession) -> dict[str, Any]:
+def sleep_and_wake(session: RankSession) -> dict[str, Any]:
     engine = session.engine
     seen: dict[str, Any] = {"awake": engine.kv_cache_bytes, "before": engine.generate(PROMPTS, SAMPLING)}
     engine.sleep()
@@ -224,7 +226,7 @@ def sleeps(session: RankSession) -> dict[str, Any]:
 
 
 def test_sleep_releases_the_kv_cache_and_wake_restores_it(replicas: EngineRanks) -> None:
-    seen = replicas.call(sleeps)[0]
+    seen = replicas.call(sleep_and_wake)[0]
     # 48 rollouts x 3 blocks of 32 tokens, and the null block; keys and values, 2 layers, 2 heads of 32, 4 bytes.
     assert seen["awake"] == seen["woken"] == (48 * 3 + 1) * 32 * 2 * 2 * 2 * 32 * 4
     assert seen["asleep"] == seen["weights"] == 0
@@ -240,46 +242,48 @@ def test_tp_2_samples_the_tokens_of_tp_1(world: EngineRanks, models: dict[str, P
     assert tokens(answers[0]) == tokens(answers[1])
 
 
-def sample_shares(
-    session: RankSession, shares: list[list[Prompt]], late: int | None
+def sample_shards(
+    session: RankSession, shards: list[list[Prompt]], late: int | None
 ) -> tuple[list[list[Completion]], int]:
-    """Each rank its share, the second in few long answers; `late`: a rank whose callback takes its time. Also returns
-    the number of dummy batches."""
+    """Sample each rank's prompt shard, the second with longer completions; also return the number of dummy batches.
+
+    `late` is a rank whose callback is slow.
+    """
     request = replace(SAMPLING, group_size=4, seed=session.rank, max_tokens=(8, 24)[session.rank])
     core = session.engine._llm.engine_core
     with mock.patch.object(core, "execute_dummy_batch", wraps=core.execute_dummy_batch) as dummies:
         groups = session.engine.generate(
-            shares[session.rank], request, lambda *_: time.sleep(0.05 if session.rank == late else 0.0)
+            shards[session.rank], request, lambda *_: time.sleep(0.05 if session.rank == late else 0.0)
         )
     return groups, dummies.call_count
 
 
-def restarts(session: RankSession) -> None:
+def sleep_and_wake_all(session: RankSession) -> None:
     session.engine.sleep()
     session.engine.wake("weights")
     session.engine.wake("kv_cache")
 
 
 @pytest.mark.parametrize("ep", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_data_parallel_ranks_share_experts_and_step_together_whatever_each_has_to_sample(
+def test_data_parallel_ranks_share_experts_and_step_together_for_any_prompt_shards(
     world: EngineRanks, models: dict[str, Path], ep: int
 ) -> None:
-    """ep=1: each expert is cut over both ranks."""
+    """With ep=1 each expert is split over both ranks."""
     world.open(models["experts"], tp=1, dp=2, ep=ep, **SETTINGS)
     world.call(push, models["experts"], 0)
-    uneven, lonely = [PROMPTS[:4], PROMPTS[4:]], [PROMPTS[:2], []]
-    answers = world.call(sample_shares, uneven, None)
-    alone = world.call(sample_shares, lonely, None)
-    for share, (groups, _) in zip([*uneven, *lonely], [*answers, *alone], strict=True):
-        assert largest_log_prob_error(models["experts"], share, groups, 1.0) <= 2e-5
+    uneven, one_sided = [PROMPTS[:4], PROMPTS[4:]], [PROMPTS[:2], []]
+    answers = world.call(sample_shards, uneven, None)
+    alone = world.call(sample_shards, one_sided, None)
+    for shard, (groups, _) in zip([*uneven, *one_sided], [*answers, *alone], strict=True):
+        assert largest_log_prob_error(models["experts"], shard, groups, 1.0) <= 2e-5
     longest = [[max(len(c.token_ids) for group in found for c in group) if found else 0 for found, _ in two]
                for two in (answers, alone)]  # fmt: skip
     assert longest[0][1] > 8 >= longest[0][0]
     assert [dummies for _, dummies in answers] == [longest[0][1] - longest[0][0], 0]
     assert [dummies for _, dummies in alone] == [0, longest[1][0]]
-    world.call(restarts)
+    world.call(sleep_and_wake_all)
     for late in (0, 1):
-        assert world.call(sample_shares, uneven, late) == answers
+        assert world.call(sample_shards, uneven, late) == answers
 
 
 @pytest.mark.parametrize(("name", "head"), [
@@ -289,7 +293,7 @@ def test_data_parallel_ranks_share_experts_and_step_together_whatever_each_has_t
     ("llama", "lm_head.weight"),
 ])  # fmt: skip
 def test_each_family_at_tp_2(world: EngineRanks, models: dict[str, Path], name: str, head: str) -> None:
-    """Both ranks give transformers' log-probs, and the probe sees a packed head that is older than the plain one."""
+    """Both ranks return the log-probs of transformers, and the probe detects a stale packed head."""
     world.open(models[name], tp=2, **SETTINGS)
     world.call(push, models[name], 0)
     answers = world.call(generate, PROMPTS, SAMPLING)
@@ -357,7 +361,7 @@ def test_no_shared_memory_outlives_a_killed_job(world: EngineRanks, models: dict
         assert all(name.endswith("(deleted)") for name in mapped)
 
 
-def test_an_engine_receives_engine_args_and_leaves_its_process_unchanged_when_it_is_closed(
+def test_an_engine_receives_engine_args_and_restores_its_process_on_close(
     world: EngineRanks, models: dict[str, Path]
 ) -> None:
     for seen in world.call(rank_after_close, models["qwen3"]):
@@ -377,7 +381,7 @@ def test_missing_vllm_says_what_to_install(models: dict[str, Path]) -> None:
         start(settings, read_spec(models["qwen3"]))
 
 
-def test_world_that_is_no_multiple_of_engine_tp_is_refused(models: dict[str, Path]) -> None:
+def test_a_world_size_that_engine_tp_does_not_divide_is_rejected(models: dict[str, Path]) -> None:
     settings = VllmSettings(models["qwen3"], "fp32", 2, 96, 8, None, 0)
     with (
         mock.patch.object(dist, "get_world_size", return_value=3),
@@ -396,14 +400,14 @@ def test_kv_cache_tokens_bounds_the_bytes_and_must_hold_a_rollout(models: dict[s
         kv_cache_bytes(replace(settings, kv_cache_tokens=95), spec)
 
 
-def test_head_size_that_the_cpu_kernels_lack_is_refused_before_the_engine_starts(
+def test_a_head_size_without_cpu_kernel_is_rejected_before_the_engine_starts(
     world: EngineRanks, tmp_path: Path
 ) -> None:
     folder = make_tiny_model(tmp_path / "small-heads", head_dim=16)
-    assert all("head_dim=16" in message and "32, 64" in message for message in world.call(refused_start, folder))
+    assert all("head_dim=16" in message and "32, 64" in message for message in world.call(start_error, folder))
 
 
-def refused_start(session: RankSession, folder: Path) -> str:
+def start_error(session: RankSession, folder: Path) -> str:
     with pytest.raises(UserError) as caught:
         VllmEngine(VllmSettings(folder, dtype="fp32", tp=1, seed=0, **SETTINGS))
     return str(caught.value)

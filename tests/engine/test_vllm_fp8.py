@@ -1,5 +1,4 @@
-"""vLLM's block-scaled FP8 models, built as on a GPU but for what computes: its loader takes the codes and scales that a
-sync makes, they are written to where its kernels read them, what cannot be declared is refused."""
+"""vLLM's block-scaled FP8 models, built as on a GPU but without kernels: loading, writing, and rejected kernels."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ every_model = pytest.mark.parametrize(("family", "tp", "spread"), MODELS)
 
 
 @every_model
-def test_the_loader_takes_exactly_the_codes_and_scales_that_a_sync_makes_and_the_rest_as_it_is(
+def test_the_loader_takes_exactly_the_fp8_values_and_scales_of_a_sync_and_all_other_tensors_unchanged(
     recorder: ProcessPoolExecutor, tmp_path: Path, family: str, tp: int, spread: bool
 ) -> None:
     folder = make_fp8_model(tmp_path, family)
@@ -57,10 +56,10 @@ def test_the_loader_takes_exactly_the_codes_and_scales_that_a_sync_makes_and_the
         assert copy.dtype == wanted or "gate.weight" in copy.hf.name, copy.hf  # a router that computes in fp32
 
 
-def test_copies_that_share_experts_take_codes_and_scales_whole_of_their_own_and_of_what_is_not_cut(
+def test_copies_of_the_attention_hold_whole_fp8_tensors_and_share_experts(
     recorder: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    """The shared expert is whole on each of two copies of one rank, each routed expert on one of them."""
+    """The shared expert is whole on each of two copies with one rank, each routed expert on one of them."""
     folder = make_fp8_model(tmp_path, "deepseek_v3")
     records = run(recorder, record_fp8, folder, 1, [0, 1], True, 2)
     times = Counter(copy.hf.name for record in records for copy in record.copies)
@@ -71,7 +70,7 @@ def test_copies_that_share_experts_take_codes_and_scales_whole_of_their_own_and_
     check_fp8_layout(read_spec(folder), ParallelConfig(), engine, latent_split=False, where="the model")
 
 
-def test_an_fp8_engine_cuts_codes_and_scales_alike(recorder: ProcessPoolExecutor, tmp_path: Path) -> None:
+def test_an_fp8_engine_splits_values_and_scales_alike(recorder: ProcessPoolExecutor, tmp_path: Path) -> None:
     records = run(recorder, record_fp8, make_fp8_model(tmp_path, "qwen3"), 2, [0, 1], False)
     down = "model.layers.0.mlp.down_proj.weight"
     places = {str(copy.hf) for record in records for copy in record.copies if copy.hf.name.startswith(down)}
@@ -84,11 +83,11 @@ def test_an_fp8_engine_cuts_codes_and_scales_alike(recorder: ProcessPoolExecutor
 
 
 def no_caches() -> None:
-    """Nothing was computed."""
+    """Do nothing: the model has no caches."""
 
 
 def filled(folder: Path, tp: int, spread: bool) -> tuple[Any, VllmSink, dict[str, torch.Tensor]]:
-    """The last rank's model, what writes into it, and what was written."""
+    """Return the model of the last rank, its sink, and the weights that were written."""
     weights = fp8_weights(folder, 1)
     model, record = build_fp8(folder, tp, tp - 1, spread=spread)
     sink = VllmSink(model, record, no_caches)
@@ -108,7 +107,7 @@ def compare_with_loading(folder: Path, tp: int, spread: bool) -> dict[str, Any]:
     model, sink, weights = filled(folder, tp, spread)
     own, record = build_fp8(folder, tp, tp - 1, spread=spread, loaded=weights)
     expected, found = dict(own.named_parameters()), dict(model.named_parameters())
-    names = [name for name in record.shapes if name in expected]  # vLLM drops scales of a cache once they are read
+    names = [name for name in record.shapes if name in expected]  # vLLM removes KV-cache scales after it has read them
     as_stored = [r.placement.hf for r in sink.layout() if r.dtype == weights[r.placement.hf.name].dtype]
     return {
         "wrong": [name for name in names if not torch.equal(bits(expected[name]), bits(found[name]))],
@@ -130,7 +129,7 @@ def compare_with_loading(folder: Path, tp: int, spread: bool) -> dict[str, Any]:
 
 
 @every_model
-def test_codes_that_are_written_are_where_the_loader_itself_puts_them_and_make_the_same_absorbed_copies(
+def test_written_fp8_values_equal_loaded_ones_and_give_the_same_absorbed_copies(
     recorder: ProcessPoolExecutor, tmp_path: Path, family: str, tp: int, spread: bool
 ) -> None:
     found = run(recorder, compare_with_loading, make_fp8_model(tmp_path, family), tp, spread)
@@ -141,10 +140,10 @@ def test_codes_that_are_written_are_where_the_loader_itself_puts_them_and_make_t
 
 
 def spoil(folder: Path) -> dict[str, Any]:
-    """Faults in an engine that holds the right weights."""
+    """Change single bits in an engine with correct weights, and return what verification finds."""
     model, sink, weights = filled(folder, 1, False)
     parameters = dict(model.named_parameters())
-    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     down = next(r.placement.hf for r in sink.layout() if r.placement.hf.name.endswith("o_proj.weight"))
     scale = next(r.placement.hf for r in sink.layout() if r.placement.hf.name.endswith("o_proj.weight_scale_inv"))
     for what, hf in (("code", down), ("scale", scale)):
@@ -152,31 +151,31 @@ def spoil(folder: Path) -> dict[str, Any]:
         before = values.clone()
         bits_of = values.view(-1).view(torch.uint8)
         bits_of[7] ^= 1
-        said[what] = sink.digests([hf])[0] == slice_digest(weights[hf.name][hf.index], hf)
+        found[what] = sink.digests([hf])[0] == slice_digest(weights[hf.name][hf.index], hf)
         values.copy_(before)
     latent = next(m for m in model.modules() if isinstance(getattr(m, "W_UV", None), torch.Tensor))
     latent.kv_b_proj.weight_scale_inv.data.view(-1)[0] *= 2  # type: ignore[union-attr]
-    said["absorbed"] = sink.probe()
+    found["absorbed"] = sink.probe()
     sink.end_update(2)
-    said["rebuilt"] = sink.probe()
-    return said
+    found["rebuilt"] = sink.probe()
+    return found
 
 
-def test_a_flipped_bit_of_a_code_or_a_scale_and_an_absorbed_copy_of_older_scales_are_found(
+def test_a_flipped_bit_of_an_fp8_value_or_a_scale_and_a_stale_absorbed_copy_are_found(
     recorder: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
-    said = run(recorder, spoil, make_fp8_model(tmp_path, "deepseek_v3"))
-    assert said["code"] is False
-    assert said["scale"] is False
-    assert "elements of W_" in said["absorbed"]["model.layers.0.self_attn.kv_b_proj.weight"]
-    assert said["rebuilt"] == {}
+    found = run(recorder, spoil, make_fp8_model(tmp_path, "deepseek_v3"))
+    assert found["code"] is False
+    assert found["scale"] is False
+    assert "elements of W_" in found["absorbed"]["model.layers.0.self_attn.kv_b_proj.weight"]
+    assert found["rebuilt"] == {}
 
 
 class MarlinFP8ScaledMMLinearKernel:
-    """Turns and packs what was loaded."""
+    """A stub with the name of a kernel that transposes and packs weights."""
 
 
-def refusals(folder: Path) -> list[str]:
+def declaration_errors(folder: Path) -> list[str]:
     from vllm.model_executor.layers.fused_moe.oracle.fp8 import Fp8MoeBackend
 
     model, record = build_fp8(folder, 1, 0)
@@ -204,11 +203,11 @@ def refusals(folder: Path) -> list[str]:
     return said
 
 
-def test_kernels_that_may_read_something_else_and_a_weight_that_was_turned_in_place_are_refused(
+def test_kernels_that_may_change_the_weights_and_a_transposed_weight_are_rejected(
     recorder: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     folder = make_fp8_model(tmp_path, "qwen3_moe", head_dim=64)
-    fine, marlin, flashinfer, transposed = run(recorder, refusals, folder)
+    fine, marlin, flashinfer, transposed = run(recorder, declaration_errors, folder)
     assert fine == ""
     assert "self_attn.o_proj.weight by MarlinFP8ScaledMMLinearKernel" in marlin
     assert "w13_weight by FLASHINFER_CUTLASS experts" in flashinfer
@@ -227,12 +226,12 @@ LAYOUTS: list[tuple[str, dict[str, Any], int, bool, str]] = [
     ("qwen3_moe", {}, 4, False, "feed-forward size of each expert"),
     ("qwen3_moe", {}, 4, True, ""),
     ("deepseek_v3", {"q_lora_rank": 192}, 1, False, "q_lora_rank"),
-    ("deepseek_v3", {"kv_lora_rank": 192}, 1, False, ""),  # the last of those that are fused
+    ("deepseek_v3", {"kv_lora_rank": 192}, 1, False, ""),  # the last part of a fused parameter
     ("deepseek_v3", {}, 4, True, "query heads"),
 ]
 
 
-def vllm_refuses(folder: Path, tp: int, spread: bool) -> bool:
+def vllm_rejects(folder: Path, tp: int, spread: bool) -> bool:
     try:
         record_fp8(folder, tp, [tp - 1], spread)
     except (ValueError, CannotRecordError):
@@ -241,7 +240,7 @@ def vllm_refuses(folder: Path, tp: int, spread: bool) -> bool:
 
 
 @pytest.mark.parametrize(("family", "changes", "tp", "spread", "cut"), LAYOUTS)
-def test_a_layout_is_refused_in_words_where_vllm_would_not_build_or_load_it(
+def test_the_layout_rules_reject_exactly_the_layouts_that_vllm_cannot_build_or_load(
     recorder: ProcessPoolExecutor,
     tmp_path: Path,
     family: str,
@@ -257,6 +256,6 @@ def test_a_layout_is_refused_in_words_where_vllm_would_not_build_or_load_it(
         check_fp8_layout(read_spec(folder), ParallelConfig(), engine, latent_split=False, where="the model")
     except UserError as error:
         said = str(error)
-    assert run(recorder, vllm_refuses, folder, tp, spread) == bool(said)
+    assert run(recorder, vllm_rejects, folder, tp, spread) == bool(said)
     if cut:
         assert f"engine.tp={tp}: the {cut} of the model" in said

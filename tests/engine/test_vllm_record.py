@@ -1,5 +1,4 @@
-"""vLLM's loader recorded in one process, for any rank: the record equals the table written by hand, equals what the
-loader does with real weights, and is made for a model of which nothing is known here."""
+"""Recording of vLLM's loader in one process for any rank, compared with a hand-written table and with real loading."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ from tests.helpers.tiny_models import make_family_model, make_tiny_model
 from tests.helpers.vllm_table import engine_layout
 
 
-def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
+def record(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
     from grpo_mega.engines.vllm.arguments import checkpoint_tensors
     from grpo_mega.engines.vllm.offline import record_ranks
 
@@ -37,14 +36,14 @@ def recorded(folder: Path, tp: int, ranks: list[int]) -> list[LoaderRecord]:
 @pytest.mark.parametrize(
     ("family", "tied", "tp"), [("qwen3", False, 4), ("qwen3", True, 2), ("qwen2", False, 4), ("llama", False, 1)]
 )
-def test_the_record_of_every_rank_is_the_table(
+def test_the_record_of_every_rank_equals_the_table(
     recorder: ProcessPoolExecutor, tmp_path: Path, family: Any, tied: bool, tp: int
 ) -> None:
-    """At tp 4 two ranks share a KV head, and of a vocabulary of 70, padded to 128, the last rank has nothing."""
+    """At tp=4 two ranks share a KV head, and the last rank has no row of a vocabulary of 70, padded to 128."""
     folder = make_tiny_model(tmp_path, family, tied, vocab=70)
-    for rank, record in enumerate(run(recorder, recorded, folder, tp, list(range(tp)))):
+    for rank, found in enumerate(run(recorder, record, folder, tp, list(range(tp)))):
         table = engine_layout(read_spec(folder), tp, rank, packed_head=False)
-        assert {(c.hf, c.local) for c in record.copies} == {(r.placement.hf, r.placement.local) for r in table}
+        assert {(c.hf, c.local) for c in found.copies} == {(r.placement.hf, r.placement.local) for r in table}
 
 
 def recorded_copies(folder: Path, tp: int, dp: int, spread: bool) -> tuple[list[list[TensorSlice]], dict[str, Any]]:
@@ -68,7 +67,7 @@ def recorded_copies(folder: Path, tp: int, dp: int, spread: bool) -> tuple[list[
         ("deepseek_v3", 1, 16, True),
     ],
 )
-def test_copies_share_the_experts_hold_the_rest_each_and_follow_from_four_ranks(
+def test_copies_share_experts_replicate_the_rest_and_are_derived_from_four_ranks(
     recorder: ProcessPoolExecutor, tmp_path: Path, family: str, tp: int, dp: int, spread: bool
 ) -> None:
     from grpo_mega.engines.vllm.layout_extrapolation import layouts_of_all, sampled_ranks
@@ -83,7 +82,7 @@ def test_copies_share_the_experts_hold_the_rest_each_and_follow_from_four_ranks(
     sizes = {name: math.prod(shape) for name, (shape, _) in tensors.items()}
     for name, size in sizes.items():
         times = sum(math.prod(p.shape) for slices in found for p in slices if p.name == name) / size
-        expected = (1,) if ".experts." in name else (dp, 2 * dp, tp * dp)  # cut over tp, or few key heads, or whole
+        expected = (1,) if ".experts." in name else (dp, 2 * dp, tp * dp)  # split over tp, or few KV heads, or whole
         assert times in expected, name
     shapes = {name: shape for name, (shape, _) in tensors.items()}
     layouts = layouts_of_all({r: found[r] for r in sampled_ranks(tp * dp, tp)}, shapes, tp * dp, tp)
@@ -91,10 +90,10 @@ def test_copies_share_the_experts_hold_the_rest_each_and_follow_from_four_ranks(
     spec = read_spec(folder)
     predicted = engine_weight_bytes(spec, Topology(tp * dp, engine_tp=tp, engine_dp=dp), 4, spread=spread) / 4
     absorbed = sum(size for name, size in sizes.items() if name.endswith(".kv_b_proj.weight")) / tp
-    assert max(held) + absorbed == pytest.approx(predicted, rel=0.02)  # the vocabulary is no multiple of 64
+    assert max(held) + absorbed == pytest.approx(predicted, rel=0.02)  # the vocabulary is not a multiple of 64
 
 
-# Architectures for which there is no table of families.
+# Architectures that have no parameter table.
 
 
 def make_unknown_model(folder: Path, architecture: str) -> Path:
@@ -112,7 +111,7 @@ def make_unknown_model(folder: Path, architecture: str) -> Path:
 
 
 def compare_with_loading(folder: Path, tp: int, rank: int) -> tuple[int, list[str]]:
-    """Load real weights into real parameters, and compare each recorded region with its slice of the checkpoint."""
+    """Load real weights and return the number of copies and the regions that differ from their checkpoint slice."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from grpo_mega.engines.vllm import offline
@@ -147,7 +146,7 @@ def compare_with_loading(folder: Path, tp: int, rank: int) -> tuple[int, list[st
 def test_a_model_without_a_table_is_recorded_as_its_loader_loads_it(
     recorder: ProcessPoolExecutor, tmp_path: Path, rank: int
 ) -> None:
-    """Phi3's checkpoint has q, k, v in one tensor and gate, up in another: its loader cuts them."""
+    """The checkpoint of Phi3 has q, k, v in one tensor and gate, up in another; its loader splits them."""
     folder = make_unknown_model(tmp_path, "Phi3ForCausalLM")
     count, wrong = run(recorder, compare_with_loading, folder, 2, rank)
     assert wrong == []
@@ -169,14 +168,14 @@ def record_unknown(folder: Path) -> str:
     return ""
 
 
-def test_a_loader_that_computes_cannot_be_recorded_and_says_where(
+def test_a_loader_that_computes_cannot_be_recorded_and_names_the_parameter(
     recorder: ProcessPoolExecutor, tmp_path: Path
 ) -> None:
     message = run(recorder, record_unknown, make_unknown_model(tmp_path, "MambaForCausalLM"))
     assert "mixer.A is written by" in message  # A = -exp(A_log)
 
 
-# Loaders of a few lines, recorded here.
+# Small loaders that are recorded in this process.
 
 
 class Loader(nn.Module):
@@ -192,12 +191,12 @@ class Loader(nn.Module):
 TENSORS = {"a": ((3, 8), torch.float32), "b": ((4, 6), torch.float32)}
 
 
-def full_record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> LoaderRecord:
+def record_loading(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> LoaderRecord:
     return record_loader(Loader(load), TENSORS, set())
 
 
-def record_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[RecordedCopy]:
-    return full_record_of(load).copies
+def recorded_copies_of(load: Callable[[Any, dict[str, torch.Tensor]], None]) -> list[RecordedCopy]:
+    return record_loading(load).copies
 
 
 def halves_and_transposed(fused: Any, w: dict[str, torch.Tensor]) -> None:
@@ -206,8 +205,8 @@ def halves_and_transposed(fused: Any, w: dict[str, torch.Tensor]) -> None:
     fused[1].copy_(w["b"].t())
 
 
-def test_halves_and_transposed_slices_are_boxes_with_their_dimensions() -> None:
-    copies = record_of(halves_and_transposed)
+def test_halves_and_transposed_slices_are_recorded_with_their_dimensions() -> None:
+    copies = recorded_copies_of(halves_and_transposed)
     assert [(str(c.hf), str(c.local), c.along) for c in copies] == [
         ("a[0:3, 4:8]", "fused[0:1, 0:3, 0:4]", (1, 2)),
         ("a[0:3, 0:4]", "fused[0:1, 3:6, 0:4]", (1, 2)),
@@ -226,8 +225,8 @@ def in_another_order(fused: Any, w: dict[str, torch.Tensor]) -> None:
     fused[1].copy_(w["b"].permute(1, 0).contiguous())
 
 
-def test_a_slice_that_is_copied_before_it_is_loaded_is_that_slice() -> None:
-    assert record_of(in_another_order) == record_of(halves_and_transposed)
+def test_a_contiguous_copy_of_a_slice_is_recorded_as_the_slice() -> None:
+    assert recorded_copies_of(in_another_order) == recorded_copies_of(halves_and_transposed)
 
 
 def zeroed(fused: Any, w: dict[str, torch.Tensor]) -> None:
@@ -236,37 +235,37 @@ def zeroed(fused: Any, w: dict[str, torch.Tensor]) -> None:
     fused[1].copy_(w["b"].zero_().t())
 
 
-def test_what_another_rank_adds_is_zero_here_and_comes_from_no_tensor() -> None:
-    record = full_record_of(zeroed)
+def test_a_part_that_another_rank_adds_is_recorded_as_zero() -> None:
+    record = record_loading(zeroed)
     assert [str(copy.hf) for copy in record.copies] == ["a[0:3, 4:8]", "a[0:3, 0:4]"]
     assert [str(box) for box in record.zeros] == ["fused[1:2, 0:6, 0:4]"]
 
 
 def padded_with_zeros(fused: Any, w: dict[str, torch.Tensor]) -> None:
-    fused.zero_()  # what is copied over it is no padding
+    fused.zero_()  # elements that are copied later are not padding
     fused[0, :3].copy_(w["a"].narrow(1, 4, 4))
     fused[0, 3:].copy_(w["a"].chunk(2, 1)[0])
     fused[1, :4].copy_(w["b"].t()[:4])
     fused[1, 4:].zero_()
-    fused[1, 6:].copy_(torch.zeros(0, 4))  # nothing, into nothing
+    fused[1, 6:].copy_(torch.zeros(0, 4))  # an empty copy
 
 
-def test_padding_that_the_loader_zeroes_is_zero_and_comes_from_no_tensor() -> None:
-    record = full_record_of(padded_with_zeros)
+def test_padding_that_the_loader_zeroes_is_recorded_as_zero() -> None:
+    record = record_loading(padded_with_zeros)
     assert [str(copy.local) for copy in record.copies][2:] == ["fused[1:2, 0:4, 0:4]"]
     assert [str(box) for box in record.zeros] == ["fused[1:2, 4:6, 0:4]"]
 
 
-def test_zeros_are_made_and_found_missing() -> None:
+def test_zeros_are_written_and_verified() -> None:
     whole = torch.ones(2, 3)
     zeros = Zeros("bias", whole[1])
-    assert zeros.difference() == "3 of 3 elements that this rank must not add are not zero"
+    assert zeros.difference() == "3 of 3 elements are not zero, although another rank adds them"
     zeros.rebuild()
     assert whole.tolist() == [[1, 1, 1], [0, 0, 0]]
     assert zeros.difference() is None
 
 
-def test_a_copy_into_several_experts_is_one_into_each() -> None:
+def test_a_copy_into_several_experts_is_split_into_one_per_expert() -> None:
     """The checkpoint has [E, C, R], the engine [E, R, C]; this rank has experts 4 to 5 of 8."""
     whole = RecordedCopy(
         TensorSlice("w", (4, 0, 6), (2, 5, 3)), TensorSlice("p", (0, 0, 0), (2, 3, 5)), (0, 2, 1), torch.float32
@@ -300,7 +299,7 @@ def partly_zeroed(fused: Any, w: dict[str, torch.Tensor]) -> None:
 
 
 def zeroed_after_a_copy(fused: Any, w: dict[str, torch.Tensor]) -> None:
-    """Here the copy would keep the values, or the tensor would if the copy were zeroed."""
+    """Zero a tensor after a copy of it was made, which a recording cannot express."""
     kept = w["b"].clone()
     w["b"].zero_()
     fused[1].copy_(kept.t())
@@ -315,19 +314,19 @@ def every_other(fused: Any, w: dict[str, torch.Tensor]) -> None:
     [
         (incomplete, r"24 of the 48 elements of fused \[2, 6, 4\] are filled"),
         (twice, r"fused\[0:1, .* is filled twice"),
-        (computed, "fused is written by aten.copy_.default, from something that is no slice"),
+        (computed, "fused is written by aten.copy_.default, but not from a slice"),
         (added, "fused is written by aten.add_.Tensor"),
         (partly_zeroed, "b of the checkpoint is changed by aten.zero_"),
         (zeroed_after_a_copy, "b of the checkpoint is changed by aten.zero_"),
-        (every_other, "fused is filled from a by no box"),
+        (every_other, "fused is not filled by a slice of a"),
     ],
 )
-def test_what_is_no_copy_of_boxes_is_refused_by_name(load: Callable[..., None], message: str) -> None:
+def test_a_loader_that_does_not_only_copy_slices_is_rejected(load: Callable[..., None], message: str) -> None:
     with pytest.raises(CannotRecordError, match=message):
-        record_of(load)
+        recorded_copies_of(load)
 
 
-def test_a_parameter_with_padding_may_lack_its_last_rows_only() -> None:
+def test_only_the_last_rows_of_a_padded_parameter_may_stay_unfilled() -> None:
     def rows(fused: Any, w: dict[str, torch.Tensor]) -> None:
         fused[0].copy_(w["b"].t())
 

@@ -1,6 +1,7 @@
-"""The sync from a real Megatron policy into a real vLLM in the same two ranks: the weights arrive, and the proof finds
-every way in which they could fail to. All in fp32 on tiny random models. vLLM pads a vocabulary to a multiple of 64: of
-70 tokens each of two ranks has some, of 20 the second has none.
+"""The weight sync from a real Megatron policy into a real vLLM on the same two ranks, and its verification.
+
+All in fp32 on tiny random models. vLLM pads a vocabulary to a multiple of 64: with 70 tokens each of two ranks has
+some, with 20 tokens the second has none.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9])]
-# What vLLM's kernels on CPU take, what its router reads, and what it has written into its model.
+# Sizes that vLLM's CPU kernels support, fields that its router reads, and values that it hard-codes.
 LATENT: dict[str, Any] = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 EXPERTS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
@@ -49,7 +50,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LATENT_YARN = YARN | {"beta_fast": 4.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5}
-# name -> family, its settings: positions far below the scaled ones are turned less far, all are multiplied
+# name -> (family, settings) of models with scaled rotary positions
 SCALED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-yarn": ("qwen2", {"hidden_size": 128, "rope_parameters": YARN}),
     "qwen3-yarn": ("qwen3", {"rope_parameters": YARN | {"beta_fast": 4.0}}),
@@ -60,7 +61,7 @@ SCALED: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Models:
-    """Per name, a folder with weights for the policy, and one without any for the engine."""
+    """Folders by name: with weights for the policy, and without weights for the engine."""
 
     policy: dict[str, Path]
     engine: dict[str, Path]
@@ -97,11 +98,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
         yield ranks
 
 
-# What runs on the ranks.
+# Functions that run on the ranks.
 
 
 def largest_mismatch(session: RankSession) -> float:
-    """Samples on every replica, each from its own seed, and lets the policy compute the same tokens' log-probs."""
+    """Sample on every replica and return the largest difference to the policy's log-probs of the same tokens."""
     policy, rank = session.kept["policy"], session.rank
     sampling = SamplingRequest(4, 1.0, 8, seed=policy.ranks.at.replica)
     groups = session.engine.generate(PROMPTS, sampling)
@@ -109,7 +110,7 @@ def largest_mismatch(session: RankSession) -> float:
     return largest_difference(policy, mine)
 
 
-# What is expected.
+# Expected values.
 
 
 def start(
@@ -119,23 +120,23 @@ def start(
     world.call(build, Path(shutil.copytree(models.policy[name], copy)), {"tp": tp, "pp": pp}, {"tp": engine_tp})
 
 
-def follows(
+def check_two_syncs(
     world: EngineRanks, models: Models, copy: Path, name: str, tp: int, pp: int, engine_tp: int, kind: str = "vllm"
 ) -> None:
-    """Two pushes, the second of weights that only the policy has; digests against the layout-free weights."""
+    """Push twice, the second time weights that only the policy has, and compare digests with the whole tensors."""
     start(world, models, copy, name, tp, pp, engine_tp, kind)
     assert not copy.exists()
     first = world.call(push, 0)
     assert world.call(largest_mismatch)[0] <= 1e-4
     world.call(perturb, 1)
-    assert world.call(largest_mismatch)[0] > 1e-2  # the bound would notice weights that did not move
+    assert world.call(largest_mismatch)[0] > 1e-2  # the tolerance detects weights that did not change
     second = world.call(push, 1)
     assert world.call(largest_mismatch)[0] <= 1e-4
     assert {report.policy_digest for report in first} == {expected_digest(models.policy[name])}
     assert {report.policy_digest for report in second} == {expected_digest(models.policy[name], 1)}
 
 
-# The order spares engines, of which each takes seconds to open: neighbours share one, and so do the faults below.
+# Opening an engine takes seconds; the order lets consecutive cases, and the faults below, share one.
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "engine_tp"),
     [
@@ -149,13 +150,13 @@ def follows(
         pytest.param("qwen3", 2, 1, 2, id="qwen3-TP2-to-tp2"),
     ],
 )
-def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_of_the_whole_tensors(
+def test_engines_receive_the_policys_weights_and_digests_equal_those_of_whole_tensors(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
 ) -> None:
-    follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
+    check_two_syncs(world, models, tmp_path / "weights", name, tp, pp, engine_tp)
 
 
-@pytest.mark.long  # an engine of SGLang imports itself in three or four processes
+@pytest.mark.long  # SGLang is imported in three or four processes
 @sglang_here
 @pytest.mark.parametrize(
     ("name", "tp", "pp", "engine_tp"),
@@ -166,10 +167,10 @@ def test_engines_follow_the_policy_without_its_checkpoint_and_digests_are_those_
         pytest.param("llama", 1, 2, 2, id="llama-PP2-to-tp2"),
     ],
 )
-def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear_the_same(
+def test_sglang_receives_the_policys_weights_and_all_its_ranks_return_the_same(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, tp: int, pp: int, engine_tp: int
 ) -> None:
-    follows(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
+    check_two_syncs(world, models, tmp_path / "weights", name, tp, pp, engine_tp, "sglang")
     assert world.call(supports_slices) == [True, True]
     first, second = world.call(sampled)
     assert (first == second) == (engine_tp == 2)
@@ -179,10 +180,10 @@ def test_sglang_follows_the_policy_without_its_checkpoint_and_all_its_ranks_hear
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("vllm", name) for name in SCALED]
-    # latent attention is refused with SGLang
+    # latent attention is not supported with SGLang
     + [pytest.param("sglang", name, marks=sglang_here) for name in SCALED if name != "latent-yarn"],
 )
-def test_engines_turn_positions_as_the_policy_does(
+def test_engines_scale_rotary_positions_as_the_policy_does(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, kind: str
 ) -> None:
     world.open(models.engine[name], tp=1, kind=kind, **SETTINGS)
@@ -192,9 +193,9 @@ def test_engines_turn_positions_as_the_policy_does(
     assert world.call(largest_mismatch)[0] <= 1e-4
 
 
-@pytest.mark.long  # a server imports vLLM for itself
+@pytest.mark.long  # each server imports vLLM
 @pytest.mark.parametrize(("name", "servers", "tp"), [("qwen3", 2, 1), ("qwen3-tied", 1, 2)])
-def test_servers_follow_the_policy_without_its_checkpoint(
+def test_servers_receive_the_policys_weights(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, servers: int, tp: int
 ) -> None:
     folder = models.engine[name]
@@ -224,7 +225,7 @@ def supports_slices(session: RankSession) -> bool:
 
 
 def sampled(session: RankSession) -> list[list[Completion]]:
-    """On every rank of an engine the same; engines have seeds of their own."""
+    """Sample with the seed of the replica; all ranks of a replica return the same."""
     seed = session.kept["policy"].ranks.at.replica
     groups: list[list[Completion]] = session.engine.generate(PROMPTS, SamplingRequest(4, 1.0, 8, seed=seed))
     return groups
@@ -240,15 +241,15 @@ def sampled(session: RankSession) -> list[list[Completion]]:
         pytest.param("deepseek_v2", 2, 2, id="latent-v2-EP2-to-tp2ep2", marks=pytest.mark.long),
         pytest.param("mixtral", 2, 2, id="mixtral-EP2-to-tp2ep2", marks=pytest.mark.long),
         pytest.param("glm4_moe", 2, 2, id="glm-EP2-to-tp2ep2", marks=pytest.mark.long),
-        pytest.param("gpt_oss", 2, 1, id="sinks-EP2-to-tp2"),  # one rank of the engine adds the experts' biases
+        pytest.param("gpt_oss", 2, 1, id="sinks-EP2-to-tp2"),  # one rank of the engine adds the biases of experts
         pytest.param("gpt_oss", 2, 2, id="sinks-EP2-to-tp2ep2", marks=pytest.mark.long),
         pytest.param("gpt_oss", 1, 1, id="sinks-EP2-to-2xtp1", marks=pytest.mark.long),
     ],
 )
-def test_engines_with_experts_follow_a_policy_that_spreads_them(
+def test_engines_with_experts_receive_weights_of_an_expert_parallel_policy(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int, engine_ep: int
 ) -> None:
-    """Packed experts are read back from where the kernel's packing puts them; latent attention from `kv_b_proj`."""
+    """Packed experts are read from their packed positions, latent attention from `kv_b_proj`."""
     world.open(models.engine[name], tp=engine_tp, ep=engine_ep, **SETTINGS)
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
     world.call(build, weights, {"ep": 2}, {"tp": engine_tp})
@@ -266,10 +267,10 @@ def test_engines_with_experts_follow_a_policy_that_spreads_them(
 @pytest.mark.parametrize(
     ("name", "engine_tp"), [("sglang_moe", 1), ("sglang_moe", 2), ("sglang_mixtral", 2), ("glm4_moe", 2)]
 )
-def test_sglang_with_experts_follows_a_policy_that_spreads_them(
+def test_sglang_with_experts_receives_weights_of_an_expert_parallel_policy(
     world: EngineRanks, models: Models, tmp_path: Path, name: str, engine_tp: int
 ) -> None:
-    """SGLang gives every layer of Qwen3-MoE experts, and Mixtral heads of hidden_size / heads."""
+    """SGLang builds every layer of Qwen3-MoE with experts, and Mixtral with heads of hidden_size / num_heads."""
     world.open(models.engine[name], tp=engine_tp, kind="sglang", **SETTINGS)
     assert world.call(supports_slices) == [True, True]
     weights = Path(shutil.copytree(models.policy[name], tmp_path / "weights"))
@@ -284,10 +285,10 @@ def test_sglang_with_experts_follows_a_policy_that_spreads_them(
 @pytest.mark.long
 @sglang_here
 @pytest.mark.parametrize("name", ["sglang_moe", "glm4_moe"])
-def test_sglang_with_spread_experts_holds_the_policys_weights(
+def test_expert_parallel_sglang_holds_the_policys_weights(
     world: EngineRanks, models: Models, tmp_path: Path, name: str
 ) -> None:
-    """Without CUDA SGLang 0.5.23 takes and holds spread experts, and cannot compute with them (fused_moe_native.py)."""
+    """Without CUDA an expert-parallel SGLang 0.5.23 holds weights but cannot compute (fused_moe_native.py)."""
     world.open(models.engine[name], tp=2, ep=2, kind="sglang", **SETTINGS)
     assert world.call(supports_slices) == [True, True]
     world.call(build, Path(shutil.copytree(models.policy[name], tmp_path / "weights")), {"tp": 2}, {"tp": 2})
@@ -300,7 +301,7 @@ def test_sglang_with_spread_experts_holds_the_policys_weights(
 
 
 def experts_held(session: RankSession) -> set[int]:
-    """Those of which this rank of the engine has something, all of them whole."""
+    """Return the experts that this rank of the engine holds; each must be whole."""
     held = set()
     for region in session.engine.sink.layout():
         hf = region.placement.hf
@@ -315,11 +316,11 @@ def kinds(session: RankSession) -> set[str]:
     return {region.kind for region in session.engine.sink.layout()}
 
 
-# Faults: each is a sink that does one thing wrong, on one rank.
+# Faults: each is a sink with one defect, on one rank.
 
 
 class FaultySink:
-    """The engine's own sink but for one fault."""
+    """The engine's own sink with one defect."""
 
     def __init__(self, sink: Any) -> None:
         self._sink = sink
@@ -331,7 +332,7 @@ class FaultySink:
         self._sink.write(hf, values)
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """Where this class does nothing wrong with what is written."""
+        """Return the memory, unless the defect is in `write`."""
         return self._sink.memory_of(hf) if type(self).write is FaultySink.write else None
 
     def end_update(self, policy_version: int) -> None:
@@ -352,7 +353,7 @@ class SkippedWrite(FaultySink):
 
 
 class SwappedSlices(FaultySink):
-    """Keys arrive as values and the other way round: the same bytes, at other places."""
+    """Writes keys as values and values as keys: the same bytes in other places."""
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
         key, value = "model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"
@@ -372,7 +373,7 @@ class LostUpdate(FaultySink):
 
 
 def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, verify: bool) -> str | None:
-    """The message of the mismatch on this rank, as a job would see it: inside its phases."""
+    """Push inside the phases of a job and return the message of the mismatch on this rank."""
     sink = session.engine.sink
     chosen = fault(sink) if session.rank == at else sink
     sync = connect(session, chosen)
@@ -385,12 +386,12 @@ def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, veri
         message = str(error)
     if message is not None:
         with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
-            pytest.fail("a token could be sampled from weights that are known to be wrong")
+            pytest.fail("a token can be sampled from weights that failed verification")
     return message
 
 
 FAULTS = [
-    (FlippedBit, ["model.layers.1.mlp.down_proj.weight[0:42, 48:96] on rank 1"]),  # the piece that travelled
+    (FlippedBit, ["model.layers.1.mlp.down_proj.weight[0:42, 48:96] on rank 1"]),  # the piece that was transferred
     (SkippedWrite, ["model.layers.0.input_layernorm.weight[0:64] on rank 1"]),
     (
         SwappedSlices,
@@ -402,7 +403,7 @@ FAULTS = [
 
 @pytest.fixture
 def pair(world: EngineRanks, models: Models, tmp_path: Path) -> EngineRanks:
-    """TP2 -> tp2, in step with each other; then the policy moves on."""
+    """A TP2 policy and a tp2 engine after a sync; then the policy's weights change."""
     start(world, models, tmp_path / "weights", "qwen3", 2, 1, 2)
     world.call(push, 0)
     world.call(perturb, 1)
@@ -419,10 +420,10 @@ def test_a_fault_on_one_rank_stops_all_ranks_and_names_tensor_rank_and_slice(
     for words in expected:
         assert words in messages[0]
     others = messages[0].count(" on rank ") - sum(" on rank " in words for words in expected)
-    assert others == 0, f"names more than the fault: {messages[0]}"
+    assert others == 0, f"the message names more than the fault: {messages[0]}"
 
 
-def test_without_the_proof_the_same_fault_goes_unnoticed_and_the_engine_samples_from_other_weights(
+def test_without_verification_the_same_fault_is_not_detected_and_the_engine_samples_from_other_weights(
     pair: EngineRanks,
 ) -> None:
     assert pair.call(push_with_fault, SkippedWrite, 1, False) == [None, None]
@@ -430,10 +431,10 @@ def test_without_the_proof_the_same_fault_goes_unnoticed_and_the_engine_samples_
     assert all(message is not None for message in pair.call(push_with_fault, SkippedWrite, 1, True))
 
 
-def test_two_replicas_of_a_data_parallel_policy_follow_it_and_an_update_that_misses_one_names_only_that_one(
+def test_an_update_that_one_of_two_replicas_loses_names_only_that_replica(
     world: EngineRanks, models: Models, tmp_path: Path
 ) -> None:
-    follows(world, models, tmp_path / "weights", "qwen3", 1, 1, 1)
+    check_two_syncs(world, models, tmp_path / "weights", "qwen3", 1, 1, 1)
     world.call(perturb, 2)
     messages = world.call(push_with_fault, LostUpdate, 1, True)
     assert messages[0] is not None

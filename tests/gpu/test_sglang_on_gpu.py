@@ -1,4 +1,4 @@
-"""SGLang on GPUs, in an environment of constraints/cuda-sglang.txt: what tests/engine asks of it without, in bf16."""
+"""SGLang on GPUs in bf16, in an environment of constraints/cuda-sglang.txt: the tests of tests/engine with CUDA."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ pytestmark = [
 ]
 
 _START_SECONDS = 600.0  # kernels are compiled and CUDA graphs are captured
-_CLOSE, _FAR = 0.2, 1.0  # nats, mean over tokens: same weights in bf16 (0.06 at most without CUDA), other weights
-# Heads and rows that every attention and expert kernel takes.
+_CLOSE, _FAR = 0.2, 1.0  # mean nats per token: same weights in bf16 (at most 0.06 without CUDA), other weights
+# Heads and rows that every attention and expert kernel supports.
 DENSE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 EXPERTS = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "mlp_only_layers": []}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of each kind two weights, and a folder without any, from which engines are built."""
+    """Make two sets of weights of each kind, and a folder without weights, from which engines are built."""
     root = tmp_path_factory.mktemp("models")
     found = {}
     for seed, name in enumerate(("dense", "dense-other")):
@@ -67,7 +67,7 @@ def start(session: RankSession, folder: Path, tp: int, ep: int) -> None:
 
 
 def push_bf16(session: RankSession, folder: Path, version: int, spoil: bool = False) -> list[str]:
-    """Writes a folder's weights from the device; names of slices whose digest is another one afterwards."""
+    """Write a folder's weights from the device; return the slices whose digest differs afterwards."""
     from safetensors.torch import load_file
 
     tensors, sink = load_file(folder / "model.safetensors", device=f"cuda:{session.rank}"), session.engine.sink
@@ -87,7 +87,7 @@ def push_bf16(session: RankSession, folder: Path, version: int, spoil: bool = Fa
 
 
 def mean_error(folder: Path, groups: list[list[Completion]]) -> float:
-    """Of log-probs against transformers in bf16 on the device."""
+    """Return the mean difference of log-probs to transformers in bf16 on the device."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
@@ -115,9 +115,7 @@ def engine(request: pytest.FixtureRequest, one: EngineRanks, models: dict[str, P
     return one, name
 
 
-def test_log_probs_follow_the_weights_that_were_written_past_every_checkpoint(
-    engine: tuple[EngineRanks, str], models: dict[str, Path]
-) -> None:
+def test_log_probs_are_those_of_the_written_weights(engine: tuple[EngineRanks, str], models: dict[str, Path]) -> None:
     ranks, name = engine
     for version, (mine, theirs) in enumerate([(name, f"{name}-other"), (f"{name}-other", name)]):
         assert ranks.call(push_bf16, models[mine], version) == [[]]
@@ -127,7 +125,7 @@ def test_log_probs_follow_the_weights_that_were_written_past_every_checkpoint(
         assert {c.policy_version for group in groups for c in group} == {version}
 
 
-def test_the_seed_decides_the_tokens(engine: tuple[EngineRanks, str], models: dict[str, Path]) -> None:
+def test_the_seed_determines_the_tokens(engine: tuple[EngineRanks, str], models: dict[str, Path]) -> None:
     ranks, name = engine
     ranks.call(push_bf16, models[name], 0)
     first, other, again = (ranks.call(generate, PROMPTS, replace(SAMPLING, seed=seed))[0] for seed in (5, 6, 5))
@@ -135,7 +133,7 @@ def test_the_seed_decides_the_tokens(engine: tuple[EngineRanks, str], models: di
     assert tokens(first) != tokens(other)
 
 
-def test_a_bit_that_changes_between_rank_and_scheduler_is_named_by_the_digest(
+def test_a_bit_that_changes_between_rank_and_scheduler_is_found_by_the_digest(
     engine: tuple[EngineRanks, str], models: dict[str, Path]
 ) -> None:
     ranks, name = engine
@@ -143,8 +141,8 @@ def test_a_bit_that_changes_between_rank_and_scheduler_is_named_by_the_digest(
     assert len(wrong) == 1
 
 
-def sleeps(session: RankSession, folder: Path) -> dict[str, Any]:
-    """Free bytes of the device awake, asleep and awake again, and whether the same is sampled."""
+def sleep_twice(session: RankSession, folder: Path) -> dict[str, Any]:
+    """Return the free bytes of the device awake, asleep and awake again, and if the samples are equal."""
     engine = session.engine
     push_bf16(session, folder, 2)
     before = engine.generate(PROMPTS, SAMPLING)
@@ -155,7 +153,7 @@ def sleeps(session: RankSession, folder: Path) -> dict[str, Any]:
         engine.wake("weights")
         engine.wake("kv_cache")
         with pytest.raises(RuntimeError, match="before the weights are complete"):
-            engine.generate(PROMPTS, SAMPLING)  # what came back is not what was released
+            engine.generate(PROMPTS, SAMPLING)  # released memory comes back undefined
         engine.sleep()
         engine.wake("weights")
         wrong = push_bf16(session, folder, version)
@@ -165,11 +163,11 @@ def sleeps(session: RankSession, folder: Path) -> dict[str, Any]:
     return {"free": free, "same": tokens(engine.generate(PROMPTS, SAMPLING)) == tokens(before)}
 
 
-def test_sleeping_gives_weights_and_cache_back_to_the_device_and_a_sync_brings_the_weights_again(
+def test_sleep_releases_weights_and_cache_and_a_sync_restores_the_weights(
     engine: tuple[EngineRanks, str], models: dict[str, Path]
 ) -> None:
     ranks, name = engine
-    (found,) = ranks.call(sleeps, models[name])
+    (found,) = ranks.call(sleep_twice, models[name])
     total = torch.cuda.mem_get_info()[1]
     awake, asleep, again, asleep_again, last = found["free"]
     assert asleep - awake > 0.4 * total  # of the 0.6 that the engine takes
@@ -180,7 +178,7 @@ def test_sleeping_gives_weights_and_cache_back_to_the_device_and_a_sync_brings_t
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize(("tp", "ep"), [(2, 1), (2, 2)])
-def test_an_engine_of_two_gpus_whose_ranks_write_each_their_own_and_hear_the_same(
+def test_both_ranks_of_an_engine_write_their_weights_and_return_the_same_completions(
     models: dict[str, Path], tmp_path: Path, tp: int, ep: int
 ) -> None:
     with engine_ranks(2, tmp_path, take_device) as ranks:
@@ -192,7 +190,7 @@ def test_an_engine_of_two_gpus_whose_ranks_write_each_their_own_and_hear_the_sam
             assert mean_error(models[mine], first) < _CLOSE
 
 
-def test_a_policy_on_the_same_gpu_syncs_sleeps_and_agrees(tmp_path: Path) -> None:
+def test_a_policy_on_the_same_gpu_syncs_sleeps_and_has_the_same_log_probs(tmp_path: Path) -> None:
     code = gpu_proof.main(["--parts", "engine_sglang", "--size", "small", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "gpu_engine_sglang.json").read_text())
     assert code == 0, result.get("why")
