@@ -34,11 +34,12 @@ from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.parallel.peer_group import job_peer_group
 from grpo_mega.types import TensorSlice, UserError
-from grpo_mega.weight_sync.executor import Execution
+from grpo_mega.weight_sync.executor import ScheduleExecutor
 from grpo_mega.weight_sync.plan import plan_reshard
 from grpo_mega.weight_sync.rank_schedule import schedule_of_rank
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, as_slice, holdings, join
-from grpo_mega.weight_sync.transports.factory import TransportKind, make_transports, transport_kinds
+from grpo_mega.weight_sync.slice_table import RankSliceTable, SentTensor, as_slice, concatenate, table_of_rank
+from grpo_mega.weight_sync.transports.factory import make_transports, transport_kinds
+from grpo_mega.weight_sync.transports.kinds import TransportKind
 
 WORLD, TP, PP = 4, 2, 2
 HIDDEN, FFN, VOCAB = 2048, 8192, 32000
@@ -46,7 +47,7 @@ LAYER = {"q": (HIDDEN, 0), "k": (HIDDEN // 4, 0), "v": (HIDDEN // 4, 0), "gate":
 LAYER_BYTES = 2 * (sum(rows for rows, _ in LAYER.values()) * HIDDEN + HIDDEN * HIDDEN + HIDDEN * FFN + 2 * HIDDEN)
 
 
-def model(megabytes: int) -> tuple[dict[str, WireTensor], int]:
+def model(megabytes: int) -> tuple[dict[str, SentTensor], int]:
     """A dense model of about that size, and its layers (a multiple of the stages)."""
     layers = max(PP, round((megabytes * 2**20 - 4 * VOCAB * HIDDEN) / LAYER_BYTES / PP) * PP)
     shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
@@ -54,7 +55,7 @@ def model(megabytes: int) -> tuple[dict[str, WireTensor], int]:
         shapes |= {f"{i}.{name}": (rows, HIDDEN) for name, (rows, _) in LAYER.items()}
         shapes |= {f"{i}.o": (HIDDEN, HIDDEN), f"{i}.down": (HIDDEN, FFN), f"{i}.norm": (HIDDEN,)}
     shapes |= {"norm": (HIDDEN,), "head": (VOCAB, HIDDEN)}
-    return {name: WireTensor(shape, 2) for name, shape in shapes.items()}, layers
+    return {name: SentTensor(shape, 2) for name, shape in shapes.items()}, layers
 
 
 def shard(name: str, shape: tuple[int, ...], tp_rank: int) -> TensorSlice:
@@ -68,15 +69,15 @@ def shard(name: str, shape: tuple[int, ...], tp_rank: int) -> TensorSlice:
     return TensorSlice(name, tuple(offsets), tuple(size))
 
 
-def both_ends(tensors: dict[str, WireTensor], layers: int) -> tuple[Holdings, Holdings]:
+def both_ends(tensors: dict[str, SentTensor], layers: int) -> tuple[RankSliceTable, RankSliceTable]:
     """The policy's TP2 x PP2, the engines' TP2."""
     held, wanted = [], []
     for rank in range(WORLD):
         stage = rank // TP
         names = [n for n in tensors if stage_of(n, layers) == stage]
-        held.append(holdings(tensors, [shard(n, tensors[n].shape, rank % TP) for n in names], rank))
-        wanted.append(holdings(tensors, [shard(n, t.shape, rank % TP) for n, t in tensors.items()], rank))
-    return join(held), join(wanted)
+        held.append(table_of_rank(tensors, [shard(n, tensors[n].shape, rank % TP) for n in names], rank))
+        wanted.append(table_of_rank(tensors, [shard(n, t.shape, rank % TP) for n, t in tensors.items()], rank))
+    return concatenate(held), concatenate(wanted)
 
 
 def stage_of(name: str, layers: int) -> int:
@@ -121,14 +122,16 @@ def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: in
     )
     tensors, layers = model(megabytes)
     held, wanted = both_ends(tensors, layers)
-    everything = join([holdings(tensors, [whole(n, t) for n, t in tensors.items()], r) for r in range(WORLD)])
-    mine = held.of([rank])
+    everything = concatenate(
+        [table_of_rank(tensors, [whole(n, t) for n, t in tensors.items()], r) for r in range(WORLD)]
+    )
+    mine = held.rows_on([rank])
     slices = [
         as_slice(list(tensors), tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))
     ]
     shards = [HeldSlice(hf, tensors[hf.name].shape, torch.randn(hf.shape).bfloat16()) for hf in slices]
     sink = PeakMemory([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
-    received = int(plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes).received_bytes()[rank])
+    received = int(plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes).traffic.received_bytes()[rank])
     actions: dict[str, Callable[[], object]] = {}
     buffers: dict[str, int] = {}
     for kind in ("shared_memory", "gloo"):
@@ -150,27 +153,28 @@ def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: in
     return {"seconds": seconds, "growth": growth, "buffers": buffers, "received": received, "wrong": wrong}
 
 
-def whole(name: str, tensor: WireTensor) -> TensorSlice:
+def whole(name: str, tensor: SentTensor) -> TensorSlice:
     """All of it."""
     return TensorSlice(name, (0,) * len(tensor.shape), tensor.shape)
 
 
 def connect(
-    tensors: dict[str, WireTensor],
-    held: Holdings,
-    wanted: Holdings,
+    tensors: dict[str, SentTensor],
+    held: RankSliceTable,
+    wanted: RankSliceTable,
     bucket_bytes: int,
     kind: TransportKind,
     rank: int,
     sink: PeakMemory,
-) -> Execution:
+) -> ScheduleExecutor:
     """As a `WeightSync` does, without its agreements."""
     plan = plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes)
-    mine = schedule_of_rank(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
-    return Execution(mine, *make_transports(mine.turns, 300.0, job_peer_group()), plan.hash, sink)  # type: ignore[arg-type]
+    schedule = schedule_of_rank(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
+    transports, buffer_bytes = make_transports(schedule.rounds, 300.0, job_peer_group())
+    return ScheduleExecutor(schedule, transports, buffer_bytes, plan.hash, sink)  # type: ignore[arg-type]
 
 
-def run_of(execution: Execution, shards: Sequence[HeldSlice]) -> Callable[[], object]:
+def run_of(execution: ScheduleExecutor, shards: Sequence[HeldSlice]) -> Callable[[], object]:
     """One sync, checked for what went wrong."""
 
     def run() -> None:

@@ -28,7 +28,7 @@ from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 from grpo_mega.quantization.fp8_checkpoint import is_coded
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
-from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, in_words
+from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, table_lines
 
 SCALES = ("fp32", "power_of_two")
 
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     scales = args.scales or scales
     report = report_of(folder, power_of_two=scales == "power_of_two")
     print(f"{folder}: e4m3 codes, {scales} scales of 128 x 128 blocks")
-    print("\n".join(in_words(report)))
+    print("\n".join(table_lines(report)))
     if args.json:
         layers = [dataclasses.asdict(layer) for layer in by_layer(report)]
         print(json.dumps({"model": str(folder), "scales": scales, "layers": layers, "tensors": report}))

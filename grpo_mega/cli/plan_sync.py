@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo_mega.cli.plan_file import difference, read_plan, write_plan
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
@@ -43,8 +44,14 @@ from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, scale_slices
 from grpo_mega.tiny_base.train import base_config, base_tokenizer
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
-from grpo_mega.weight_sync.plan_file import difference, read_plan, write_plan
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, numbering, of_columns
+from grpo_mega.weight_sync.slice_table import (
+    RankSliceTable,
+    SentTensor,
+    concatenate,
+    table_from_columns,
+    table_of_rank,
+    tensor_numbers,
+)
 
 MEASURED = ("seconds", "cpu_seconds", "peak_memory_bytes")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -132,20 +139,20 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
     check_tp(spec, config.engine.tp)
     check_engine_fp8(spec, config, str(folder), latent_split=local_modules)
     shapes = checkpoint_tensors(spec, DTYPES[config.precision.dtype], fp8=config.engine.fp8 is not None)
-    tensors = {name: WireTensor(shape, dtype.itemsize) for name, (shape, dtype) in shapes.items()}
-    held = policy_holdings(config, spec, topology, tensors, local_modules=local_modules)
-    wanted = engine_holdings(config, folder, topology, tensors, shapes)
+    tensors = {name: SentTensor(shape, dtype.itemsize) for name, (shape, dtype) in shapes.items()}
+    held = policy_slice_table(config, spec, topology, tensors, local_modules=local_modules)
+    wanted = engine_slice_table(config, folder, topology, tensors, shapes)
     nodes = [rank // gpus_per_node for rank in range(topology.world_size)]
     if topology.engine_servers:  # on nodes of their own, behind those of the job
         nodes += [nodes[-1] + 1 + rank // gpus_per_node for rank in range(topology.num_server_ranks)]
     return plan_reshard(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
 
 
-def policy_holdings(
-    config: Config, spec: ModelSpec, topology: Topology, tensors: dict[str, WireTensor], *, local_modules: bool
-) -> Holdings:
+def policy_slice_table(
+    config: Config, spec: ModelSpec, topology: Topology, tensors: dict[str, SentTensor], *, local_modules: bool
+) -> RankSliceTable:
     """Of all ranks; those that hold the same are computed once."""
-    numbers, parts = numbering(tensors), []
+    numbers, parts = tensor_numbers(tensors), []
     alike: dict[tuple[int, ...], list[int]] = {}
     for rank in range(topology.world_size):
         at = topology.coordinates(rank)
@@ -155,13 +162,13 @@ def policy_holdings(
         slices = policy_slices(spec, config.parallel, topology, at, latent_split=local_modules)
         if config.engine.fp8 is not None:
             slices += [box for _, box in scale_slices(hf_shapes(spec), slices)]
-        parts.append(holdings(tensors, slices, ranks[0], numbers).on(ranks))
-    return join(parts)
+        parts.append(table_of_rank(tensors, slices, ranks[0], numbers).placed_on(ranks))
+    return concatenate(parts)
 
 
-def engine_holdings(
-    config: Config, folder: Path, topology: Topology, tensors: dict[str, WireTensor], shapes: dict[str, Any]
-) -> Holdings:
+def engine_slice_table(
+    config: Config, folder: Path, topology: Topology, tensors: dict[str, SentTensor], shapes: dict[str, Any]
+) -> RankSliceTable:
     """Of all engines: one replica's loader recorded, the others are like it."""
     tp, num_ranks = config.engine.tp, topology.engine_ranks
     plain = {name: tensor.shape for name, tensor in tensors.items()}
@@ -187,38 +194,38 @@ def engine_holdings(
         layouts = layouts_of_all(
             recorded | record([r for r in range(num_ranks) if r not in recorded]), plain, num_ranks, tp
         )
-    numbers, parts = numbering(tensors), []
+    numbers, parts = tensor_numbers(tensors), []
     for rank, layout in enumerate(layouts):
         first = topology.world_size if topology.engine_servers else 0
         end = first + (topology.num_server_ranks or topology.world_size)
         ranks = tuple(range(first + rank, end, num_ranks))
         columns = np.asarray([numbers[name] for name in layout.names], np.int64)
-        parts.append(of_columns(columns, layout.starts, layout.ends, ranks))
-    return join(parts)
+        parts.append(table_from_columns(columns, layout.starts, layout.ends, ranks))
+    return concatenate(parts)
 
 
 def summarise(plan: ReshardPlan, node_speed: float, network_speed: float) -> dict[str, Any]:
     """The object of --json. Speeds in GB/s."""
-    busiest, by_link = plan.busiest(), plan.bytes_by_link()
+    busiest, by_link = plan.traffic.busiest(), plan.traffic.bytes_by_link()
     seconds = {
         "same_node": busiest["same_node"] / node_speed / 1e9,
         "across_nodes": busiest["across_nodes"] / network_speed / 1e9,
     }
     slowest = max(seconds, key=lambda link: seconds[link])
-    received = plan.received_bytes()
+    received = plan.traffic.received_bytes()
     return {
         "hash": plan.hash,
         "transfers": plan.num_transfers,
-        "parcels": len(plan.parcel),
+        "transfer_groups": len(plan.group),
         "bytes": sum(by_link.values()),
         "bytes_by_link": by_link,
         "lower_bound_bytes": plan.bounds[slowest],  # type: ignore[index]
         "lower_bound_bytes_by_link": plan.bounds,
         "busiest_link_bytes": busiest,
-        "busiest_link_ratio": plan.busiest_link_ratio(),
+        "busiest_link_ratio": plan.traffic.busiest_link_ratio(),
         "received_bytes_per_rank": {"least": int(received.min()), "most": int(received.max())},
         "buckets": plan.num_buckets,
-        "peak_buffer_bytes": plan.peak_buffer_bytes(),
+        "peak_buffer_bytes": plan.traffic.peak_buffer_bytes(),
         "predicted_seconds": max(seconds.values()),
         "predicted_seconds_by_link": seconds,
         "speeds_gb_per_second": {"same_node": node_speed, "across_nodes": network_speed},

@@ -1,7 +1,7 @@
 """Which layers each pipeline stage holds: evenly split, uneven at the ends, or an explicit layout. Pure.
 
 Stages are in the order of the model: stage i is model chunk i // pp of pipeline rank i % pp.
-Asserted by tests/unit/parallel/test_pipeline_split.py, and against the built modules by tests/parallel/test_layouts.py.
+Asserted by tests/unit/parallel/test_pipeline_split.py, and against the built modules by tests/parallel/test_update.py.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
-from grpo_mega.weight_sync.fp8_report import fp8_report, in_words
+from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
 from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync
 
 log = logging.getLogger("grpo_mega.trainer.run")
@@ -190,4 +190,4 @@ def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_
     report = fp8_report(policy.source, policy.model_parallel_group, power_of_two=power_of_two)
     if is_first:
         write_atomically(folder.fp8_report, to_json(report, indent=2))
-        log.info("what FP8 does to the policy's matrices:\n%s", "\n".join(in_words(report)))
+        log.info("what FP8 does to the policy's matrices:\n%s", "\n".join(table_lines(report)))

@@ -1,1 +1,1 @@
-"""Weights from the policy to the engines, with their proof."""
+"""Transfer of weights from the policy to the engines, with verification by digests."""

@@ -1,9 +1,11 @@
-"""In which bucket each transfer travels. Pure.
+"""Assignment of transfers to buckets.
 
-Buckets are turns that all ranks take together; what a rank sends and receives in one must fit its buffer. Transfers
-are taken in the order in which their senders would be done with them, so that all ranks are busy at the same time, and
-each goes into the first bucket in which sender and receiver both have room, of the last WINDOW that they used.
-Asserted by tests/unit/weight_sync/test_plan.py.
+A bucket is one round of a sync, in which all ranks take part. The bytes that a rank sends and receives in one round
+must fit its buffer. Transfers are sorted by the progress of their senders, so that all ranks are busy at the same time.
+Each transfer goes into the first bucket in which sender and receiver both have room, among the last WINDOW that they
+used.
+
+Pure functions. Asserted by tests/unit/weight_sync/test_plan.py.
 """
 
 from __future__ import annotations
@@ -13,20 +15,28 @@ import numpy as np
 from grpo_mega.weight_sync.slice_table import Ints
 
 WINDOW = 4
-"""Buckets before the last one that a rank used in which room is still looked for: more fill little better, and a plan
-of a million transfers would spend its time looking."""
+"""Number of buckets, before the last one that a rank used, that are searched for room. A larger window fills buckets
+little better, and makes planning slow for a million transfers."""
 
 
 def fill_buckets(src: Ints, dst: Ints, sizes: Ints, num_ranks: int, bucket_bytes: int) -> Ints:
-    """[transfers]: bucket of each, -1 where src is dst. A transfer is at most `bucket_bytes`."""
+    """Return the bucket of each transfer, -1 where sender and receiver are the same rank.
+
+    Args:
+        src: [transfers] sending rank.
+        dst: [transfers] receiving rank.
+        sizes: [transfers] bytes, at most `bucket_bytes` each.
+        num_ranks: ranks of both ends.
+        bucket_bytes: largest sum of bytes that a rank sends and receives in one bucket.
+    """
     bucket = np.full(len(src), -1, np.int64)
-    travels = np.flatnonzero(src != dst)
-    order = travels[np.argsort(_progress(src[travels], dst[travels], sizes[travels], num_ranks), kind="stable")]
-    fill: list[list[int]] = []  # [bucket][rank]
-    open_from = [0] * num_ranks  # where to look first
+    remote = np.flatnonzero(src != dst)
+    order = remote[np.argsort(_sender_progress(src[remote], dst[remote], sizes[remote], num_ranks), kind="stable")]
+    fill: list[list[int]] = []  # bytes by [bucket][rank]
+    first_open = [0] * num_ranks  # first bucket to search, by rank
     found = []
     for s, d, size in zip(src[order].tolist(), dst[order].tolist(), sizes[order].tolist(), strict=True):
-        at = max(open_from[s], open_from[d])
+        at = max(first_open[s], first_open[d])
         while True:
             if at == len(fill):
                 fill.append([0] * num_ranks)
@@ -37,20 +47,22 @@ def fill_buckets(src: Ints, dst: Ints, sizes: Ints, num_ranks: int, bucket_bytes
         row[s] += size
         row[d] += size
         found.append(at)
-        for end in (s, d):
-            open_from[end] = max(open_from[end], at - WINDOW)
+        for rank in (s, d):
+            first_open[rank] = max(first_open[rank], at - WINDOW)
     bucket[order] = found
     return bucket
 
 
-def _progress(src: Ints, dst: Ints, sizes: Ints, num_ranks: int) -> Ints:
-    """For each transfer, in millionths: how much of all that its sender sends is sent before it. Senders begin with
-    different receivers."""
+def _sender_progress(src: Ints, dst: Ints, sizes: Ints, num_ranks: int) -> Ints:
+    """Return, for each transfer, the part of its sender's bytes that is sent before it, in millionths.
+
+    Rank r sends to rank r + 1 first, so that senders start with different receivers.
+    """
     order = np.lexsort((np.arange(len(src)), (dst - src) % num_ranks, src))
     total = np.bincount(src, sizes, num_ranks)
     sent = np.cumsum(sizes[order]) - sizes[order]
     begins = np.searchsorted(src[order], np.arange(num_ranks))
     before = np.concatenate([sent, [0]])[begins]
-    share = np.empty(len(src), np.int64)
-    share[order] = (sent - before[src[order]]) * 1_000_000 // np.maximum(total[src[order]], 1).astype(np.int64)
-    return share
+    progress = np.empty(len(src), np.int64)
+    progress[order] = (sent - before[src[order]]) * 1_000_000 // np.maximum(total[src[order]], 1).astype(np.int64)
+    return progress

@@ -1,11 +1,16 @@
-"""One rank's part of a plan, carried out: copy what is local, pack, send, take over, with two buffers in turn.
+"""Execution of one rank's schedule: copy local slices, pack, send, receive and write, with two buffers.
 
-While bucket n is on its way, bucket n + 1 is packed; then n is written into the engine. Each message begins with a
-header (plan, version, bucket, bytes), so that a bucket that comes twice, late or not at all is noticed before its bytes
-are written. To a rank that can read this one's memory a message says where the bytes are instead: they are copied once,
-from the policy's parameters to the engine's, and stay as they are until all turns are over. Gloo reads and fills large
-pieces there, too; so one in the wrong place is noticed after it was written, and before anything is sampled from it.
-What goes wrong on one rank is kept until all turns are over: the others must not be left waiting.
+While bucket n is in flight, bucket n + 1 is packed; then bucket n is written into the engine. Each message begins with
+a header (plan, version, bucket, bytes). So a bucket that is duplicated, outdated or missing is detected before its
+bytes are written.
+
+A message to a rank that can read this rank's memory contains addresses instead of values. The receiver copies the
+values once, from the policy's parameters to the engine's. The parameters must not change until all rounds have ended.
+
+With gloo, large pieces are sent from and received into parameter memory. A misplaced one of them is therefore detected
+after it was written, and before the engine samples.
+
+A failure on one rank is recorded until all rounds have ended, because other ranks wait for this rank's messages.
 Asserted by tests/parallel/test_sync_ranks.py, with injected faults.
 """
 
@@ -19,139 +24,158 @@ from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, WeightSink
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankPlan, TransferPiece
+from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankSchedule, TransferPiece
 from grpo_mega.weight_sync.transports.base import BucketMessage, Round, Transport, TransportError
 from grpo_mega.weight_sync.transports.process_vm_readv import (
-    PLACE_BYTES,
+    RANGE_BYTES,
     PeerMemory,
     StridedRange,
-    fits,
-    put_places,
-    take_places,
+    compatible,
+    read_range_table,
+    write_range_table,
 )
 
-_BYTES, _PLACES = 0, 1  # what follows a header, by its last word
+ShardsByTensor = dict[str, list[HeldSlice]]
+_VALUES, _ADDRESSES = 0, 1  # content of a message, in the last word of its header
 
 
-class Execution:
-    """Carries a plan out, as often as asked."""
+class ScheduleExecutor:
+    """Executes the schedule of one rank, any number of times."""
 
     def __init__(
-        self, mine: RankPlan, transports: dict[str, Transport], buffer_bytes: int, plan_hash: str, sink: WeightSink
+        self,
+        schedule: RankSchedule,
+        transports: dict[str, Transport],
+        buffer_bytes: int,
+        plan_hash: str,
+        sink: WeightSink,
     ) -> None:
-        """`buffer_bytes`: what this rank holds for its transports."""
-        self._mine, self._transports, self._sink = mine, transports, sink
+        """Args:
+        schedule: of this rank.
+        transports: by kind, as in `schedule.rounds`.
+        buffer_bytes: bytes that this rank holds for its transports.
+        plan_hash: `ReshardPlan.hash`, for the headers.
+        sink: the engine's end on this rank.
+        """
+        self._schedule, self._transports, self._sink = schedule, transports, sink
         self.buffer_bytes = buffer_bytes
         self._plan_word = int(plan_hash, 16) - (1 << 63)
         self._faults: list[str] = []
-        self._in_place: set[tuple[int, int, int]] = set()
+        self._in_place: set[tuple[int, int, int]] = set()  # (bucket, sender, start) of pieces received in place
 
     def run(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
-        """Every rank calls it together. Returns what went wrong on this rank.
+        """Collective: move the weights of all ranks, and return the failures on this rank.
+
+        Args:
+            shards: the policy's slices on this rank.
+            policy_version: of the weights.
 
         Raises:
-            TransportError: bytes did not come or go in time.
+            TransportError: a message was not transferred in time.
         """
         self._faults = []
         self._in_place.clear()
-        by_tensor: dict[str, list[HeldSlice]] = defaultdict(list)
+        by_tensor: ShardsByTensor = defaultdict(list)
         for held in shards:
             by_tensor[held.hf.name].append(held)
-        for hf, dtype in self._mine.local:
-            self._write(hf, view_of(by_tensor, hf).to(dtype))
-        num_turns = max((len(turns) for turns in self._mine.turns.values()), default=0)
-        for n in range(num_turns + 1):
-            if n < num_turns:
-                free = {kind: self._transports[kind].outgoing(turns[n]) for kind, turns in self._mine.turns.items()}
-                for kind, turns in self._mine.turns.items():
-                    self._pack(kind, free[kind], turns[n], by_tensor, policy_version)
+        for hf, dtype in self._schedule.local:
+            self._write(hf, values_of(by_tensor, hf).to(dtype))
+        rounds_by_kind = self._schedule.rounds
+        num_rounds = max((len(rounds) for rounds in rounds_by_kind.values()), default=0)
+        for n in range(num_rounds + 1):
+            if n < num_rounds:
+                buffers = {kind: self._transports[kind].outgoing(rounds[n]) for kind, rounds in rounds_by_kind.items()}
+                for kind, rounds in rounds_by_kind.items():
+                    self._send(kind, buffers[kind], rounds[n], by_tensor, policy_version)
             if n:
-                for kind, turns in self._mine.turns.items():
-                    self._take_over(kind, turns[n - 1], policy_version)
+                for kind, rounds in rounds_by_kind.items():
+                    self._receive(kind, rounds[n - 1], policy_version)
         return self._faults
 
-    def _pack(
-        self, kind: str, buffer: Tensor, turn: Round, by_tensor: dict[str, list[HeldSlice]], version: int
-    ) -> None:
+    def _send(self, kind: str, buffer: Tensor, round_: Round, by_tensor: ShardsByTensor, version: int) -> None:
+        """Fill the send buffer and start the round."""
         transport = self._transports[kind]
-        for message in turn.sends:
+        for message in round_.sends:
             part = buffer[message.start : message.start + message.num_bytes]
-            pieces = self._mine.pieces[turn.number, self._mine.rank, message.peer]
-            places = _places_of(pieces, by_tensor, message) if _reads(transport.peer_memory, message.peer) else None
-            words = [*self._header(turn, message, version), _BYTES if places is None else _PLACES]
+            pieces = self._schedule.pieces[round_.number, self._schedule.rank, message.peer]
+            readable = transport.peer_memory is not None and transport.peer_memory.is_read_by(message.peer)
+            addresses = _addresses_of(pieces, by_tensor, message) if readable else None
+            words = [*self._header(round_, message, version), _VALUES if addresses is None else _ADDRESSES]
             part[:HEADER_BYTES].view(torch.int64)[: len(words)] = torch.tensor(words)
-            if places is not None:
-                put_places(part[HEADER_BYTES:], places)
+            if addresses is not None:
+                write_range_table(part[HEADER_BYTES:], addresses)
                 continue
             for piece in pieces:
-                memory = holder_of(by_tensor, piece.hf).memory_of(piece.hf) if message.large else None
+                memory = slice_holding(by_tensor, piece.hf).memory_of(piece.hf) if message.large else None
                 memory = memory if memory is not None and memory.dtype == piece.dtype else None
-                if memory is None or not transport.send_or_receive_in_place(
-                    turn, message, piece.start, memory, sends=True
-                ):
-                    self._bytes_of(part, piece).copy_(view_of(by_tensor, piece.hf))
-        self._receive_in_place(transport, turn)
-        transport.start(turn)
+                if memory is None or not transport.send_in_place(round_, message, piece.start, memory):
+                    self._bytes_of(part, piece).copy_(values_of(by_tensor, piece.hf))
+        self._prepare_receiving_in_place(transport, round_)
+        transport.start(round_)
 
-    def _receive_in_place(self, transport: Transport, turn: Round) -> None:
-        """Its memory, for what is large."""
-        for message in turn.receives:
-            for piece in self._mine.pieces[turn.number, message.peer, self._mine.rank] if message.large else ():
-                memory = self._memory_of(piece)
-                if memory is not None and transport.send_or_receive_in_place(
-                    turn, message, piece.start, memory, sends=False
-                ):
-                    self._in_place.add((turn.number, message.peer, piece.start))
+    def _prepare_receiving_in_place(self, transport: Transport, round_: Round) -> None:
+        """Register the engine's memory for large pieces of this round."""
+        for message in round_.receives:
+            if not message.large:
+                continue
+            for piece in self._schedule.pieces[round_.number, message.peer, self._schedule.rank]:
+                memory = self._sink_memory(piece)
+                if memory is not None and transport.receive_in_place(round_, message, piece.start, memory):
+                    self._in_place.add((round_.number, message.peer, piece.start))
 
-    def _take_over(self, kind: str, turn: Round, version: int) -> None:
+    def _receive(self, kind: str, round_: Round, version: int) -> None:
+        """Write the received messages of a round into the engine."""
         transport = self._transports[kind]
-        for message in turn.receives:
-            part = transport.incoming(turn, message)
-            *found, form = part[:HEADER_BYTES].view(torch.int64)[:5].tolist()
-            if found != self._header(turn, message, version):
+        for message in round_.receives:
+            part = transport.incoming(round_, message)
+            *found, content = part[:HEADER_BYTES].view(torch.int64)[:5].tolist()
+            if found != self._header(round_, message, version):
                 self._faults.append(
-                    f"bucket {turn.number} from rank {message.peer} did not reach rank {self._mine.rank}: in its place "
-                    f"is bucket {found[2]} of version {found[1]}, {found[3]} bytes"
+                    f"bucket {round_.number} from rank {message.peer} to rank {self._schedule.rank} was expected, but "
+                    f"bucket {found[2]} of version {found[1]}, {found[3]} bytes, was received"
                 )
                 continue
-            pieces = self._mine.pieces[turn.number, message.peer, self._mine.rank]
-            if form == _PLACES:
-                places = take_places(part[HEADER_BYTES:], len(pieces))
-                self._fetch(transport, message.peer, list(zip(pieces, places, strict=True)))
+            pieces = self._schedule.pieces[round_.number, message.peer, self._schedule.rank]
+            if content == _ADDRESSES:
+                addresses = read_range_table(part[HEADER_BYTES:], len(pieces))
+                self._read_peer(transport.peer_memory, message.peer, list(zip(pieces, addresses, strict=True)))
             else:
                 for piece in pieces:
-                    if (turn.number, message.peer, piece.start) not in self._in_place:
+                    if (round_.number, message.peer, piece.start) not in self._in_place:
                         self._write(piece.hf, self._bytes_of(part, piece))
-        transport.finish(turn)
+        transport.finish(round_)
 
-    def _fetch(self, transport: Transport, peer: int, found: Sequence[tuple[TransferPiece, StridedRange]]) -> None:
-        """From the memory of `peer` to the engine's; one after another by way of a buffer where only `write` knows."""
-        assert transport.peer_memory is not None, "it was told where bytes are"
+    def _read_peer(
+        self, peer_memory: PeerMemory | None, peer: int, found: Sequence[tuple[TransferPiece, StridedRange]]
+    ) -> None:
+        """Copy pieces from the memory of `peer` to the engine's memory, or through `write` where that is needed."""
+        assert peer_memory is not None, "a peer sends addresses only if this rank can read its memory"
         pairs: list[tuple[StridedRange, StridedRange]] = []
         try:
             for piece, theirs in found:
-                memory = self._memory_of(piece)
+                memory = self._sink_memory(piece)
                 ours = None if memory is None else StridedRange.of(memory)
-                if ours is not None and fits(theirs, ours):
+                if ours is not None and compatible(theirs, ours):
                     pairs.append((theirs, ours))
                     continue
                 values = torch.empty(piece.hf.shape, dtype=piece.dtype)
-                transport.peer_memory.read(peer, [(theirs, StridedRange.whole(values))])
+                peer_memory.read(peer, [(theirs, StridedRange.whole(values))])
                 self._write(piece.hf, values)
-            transport.peer_memory.read(peer, pairs)
+            peer_memory.read(peer, pairs)
         except OSError as error:
             names = ", ".join(dict.fromkeys(piece.hf.name for piece, _ in found[:3]))
-            raise TransportError(f"{names} from rank {peer} to rank {self._mine.rank}: {error}", peer) from error
+            raise TransportError(f"{names} from rank {peer} to rank {self._schedule.rank}: {error}", peer) from error
 
-    def _memory_of(self, piece: TransferPiece) -> Tensor | None:
+    def _sink_memory(self, piece: TransferPiece) -> Tensor | None:
+        """Return the engine's memory of a piece, or None if `write` must store the values."""
         try:
             memory = self._sink.memory_of(piece.hf)
         except (RuntimeError, ValueError):
-            return None  # `write` says so
+            return None  # `write` reports the same failure
         return memory if memory is not None and memory.dtype == piece.dtype else None
 
-    def _header(self, turn: Round, message: BucketMessage, version: int) -> list[int]:
-        return [self._plan_word, version, turn.number, message.num_bytes]
+    def _header(self, round_: Round, message: BucketMessage, version: int) -> list[int]:
+        return [self._plan_word, version, round_.number, message.num_bytes]
 
     def _bytes_of(self, message: Tensor, piece: TransferPiece) -> Tensor:
         return message[piece.start : piece.start + piece.num_bytes].view(piece.dtype).view(piece.hf.shape)
@@ -160,37 +184,37 @@ class Execution:
         try:
             self._sink.write(hf, values)
         except (RuntimeError, ValueError) as error:
-            self._faults.append(f"{hf} on rank {self._mine.rank}: the engine refused it ({error})")
+            self._faults.append(f"{hf} on rank {self._schedule.rank}: the engine rejected it ({error})")
 
 
-def _reads(peer_memory: PeerMemory | None, peer: int) -> bool:
-    return peer_memory is not None and peer_memory.is_read_by(peer)
-
-
-def _places_of(
-    pieces: Sequence[TransferPiece], by_tensor: dict[str, list[HeldSlice]], message: BucketMessage
+def _addresses_of(
+    pieces: Sequence[TransferPiece], by_tensor: ShardsByTensor, message: BucketMessage
 ) -> list[StridedRange] | None:
-    """Where another process finds all pieces of a message; None where one is computed first, or in too many parts."""
-    if PLACE_BYTES * len(pieces) > message.num_bytes - HEADER_BYTES:
+    """Return the addresses of all pieces of a message in this process.
+
+    Return None if the table does not fit the message, if values must be computed or converted first, or if a piece is
+    not evenly spaced.
+    """
+    if RANGE_BYTES * len(pieces) > message.num_bytes - HEADER_BYTES:
         return None
-    places = []
+    addresses = []
     for piece in pieces:
-        memory = holder_of(by_tensor, piece.hf).memory_of(piece.hf)
-        place = StridedRange.of(memory) if memory is not None and memory.dtype == piece.dtype else None
-        if place is None:
+        memory = slice_holding(by_tensor, piece.hf).memory_of(piece.hf)
+        address = StridedRange.of(memory) if memory is not None and memory.dtype == piece.dtype else None
+        if address is None:
             return None
-        places.append(place)
-    return places
+        addresses.append(address)
+    return addresses
 
 
-def view_of(by_tensor: dict[str, list[HeldSlice]], hf: TensorSlice) -> Tensor:
-    """The policy's values of `hf`, which one of the shards contains."""
-    return holder_of(by_tensor, hf).part(hf)
+def values_of(by_tensor: ShardsByTensor, hf: TensorSlice) -> Tensor:
+    """Return the policy's values of `hf`, which one of the shards contains."""
+    return slice_holding(by_tensor, hf).part(hf)
 
 
-def holder_of(by_tensor: dict[str, list[HeldSlice]], hf: TensorSlice) -> HeldSlice:
-    """The shard that contains `hf`."""
+def slice_holding(by_tensor: ShardsByTensor, hf: TensorSlice) -> HeldSlice:
+    """Return the shard that contains `hf`."""
     for held in by_tensor[hf.name]:
         if held.contains(hf):
             return held
-    raise AssertionError(f"the plan takes {hf} from a rank that does not hold it")
+    raise AssertionError(f"the plan sends {hf} from a rank that does not hold it")

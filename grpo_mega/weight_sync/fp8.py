@@ -1,14 +1,16 @@
-"""FP8 rollouts: the policy's matrices as e4m3 codes and scales, made by the sender before anything travels.
+"""FP8 rollouts: the sender quantizes the policy's matrices to e4m3 values and scales before anything is sent.
 
-`Fp8Source` shows another `WeightSource` as the FP8 checkpoint of its weights (quantization/fp8_checkpoint.py), which
-the loaders of FP8 engines read. So plan, transports and proof treat codes and scales as any other tensors, and one byte
-travels where bf16 has two.
+`Fp8Source` presents another `WeightSource` as the FP8 checkpoint of its weights (quantization/fp8_checkpoint.py), which
+the loaders of FP8 engines read. Plan, transports and verification treat quantized values and scales like any other
+tensors. One byte is sent where bf16 needs two.
 
-Scales are made anew for every push, from all slices of a block that the rank holds: a fused projection may cut one.
-Codes are made piece by piece, when a bucket is packed, and never exist whole. A block that no rank holds whole is
-refused instead of exchanging its amax: engines refuse such a split too, their kernels take whole blocks.
-Pure of engines; asserted by tests/unit/weight_sync/test_fp8.py and, between real ranks,
-tests/parallel/test_sync_fp8_ranks.py: bit-equal to quantising whole tensors that have arrived.
+Scales are computed for every push, from all slices of a block that the rank holds; a fused projection may split a block
+into several slices. Values are quantized piece by piece when a bucket is packed, so a quantized matrix never exists
+whole. A block that no rank holds whole is rejected, instead of exchanging its largest magnitude. Engines reject such a
+layout too, because their kernels take whole blocks.
+
+Independent of engines. Asserted by tests/unit/weight_sync/test_fp8.py and, between real ranks, by
+tests/parallel/test_sync_fp8_ranks.py: bit-equal to quantizing whole tensors after the transfer.
 """
 
 from __future__ import annotations
@@ -28,46 +30,57 @@ from grpo_mega.weight_sync.verify import parts_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodedSlice(HeldSlice):
-    """A slice of a matrix, of which parts are quantised when they are asked for. `scales`: of the whole matrix; right
-    where this rank holds the block."""
+class QuantizedSlice(HeldSlice):
+    """A slice of a matrix whose parts are quantized on access.
+
+    `scales`: [ceil(R / 128), ceil(C / 128)] of the whole matrix; valid for the blocks that this rank holds.
+    """
 
     scales: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
+        """The FP8 dtype."""
         return CODE
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
+        """Return None: `part` computes the values."""
         return None
 
     def part(self, hf: TensorSlice) -> Tensor:
-        """Codes of the values rounded to bfloat16, which is what would travel without FP8."""
+        """Return the quantized values of `hf`. They are rounded to bfloat16 first, the dtype that is sent without
+        FP8."""
         return codes_of(super().part(hf).bfloat16(), self.scales, hf.offsets)
 
 
 class Fp8Source:
-    """`WeightSource` of the FP8 checkpoint of another source's weights."""
+    """`WeightSource` that presents another source's weights as an FP8 checkpoint."""
 
     def __init__(self, source: WeightSource, *, power_of_two: bool) -> None:
-        """`power_of_two`: of the scales, as some kernels need them; else they are any fp32 numbers."""
+        """Args:
+        source: the policy's weights.
+        power_of_two: round scales up to powers of two, as some kernels need; False: scales are any fp32 numbers.
+        """
         self._source, self._power_of_two = source, power_of_two
         self._shapes = source.hf_shapes()
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return name -> shape of every tensor of the FP8 checkpoint, in checkpoint order."""
         return fp8_shapes(self._shapes)
 
     def shards(self) -> Sequence[HeldSlice]:
-        """Codes and scales of the weights as they are now.
+        """Return quantized values and scales of the present weights.
 
         Raises:
-            UserError: a block is not whole on this rank (names tensor and block).
+            UserError: this rank holds only a part of a block (names tensor and block).
             WeightMismatchError: a weight is not finite.
         """
         slices = list(self._source.shards())
         scales = self._scales(slices)
         found: list[HeldSlice] = [
-            CodedSlice(hf=s.hf, global_shape=s.global_shape, view=s.view, counted=s.counted, scales=scales[s.hf.name])
+            QuantizedSlice(
+                hf=s.hf, global_shape=s.global_shape, view=s.view, counted=s.counted, scales=scales[s.hf.name]
+            )
             if s.hf.name in scales
             else s
             for s in slices
@@ -78,7 +91,8 @@ class Fp8Source:
         return found
 
     def _scales(self, slices: Sequence[HeldSlice]) -> dict[str, Tensor]:
-        """Of every matrix that is coded, [ceil(R / 128), ceil(C / 128)]; right where this rank holds the block."""
+        """Return the scales of every quantized matrix: [ceil(R / 128), ceil(C / 128)], valid where this rank holds the
+        block."""
         amaxes: dict[str, Tensor] = {}
         for held in slices:
             name = held.hf.name
@@ -87,19 +101,21 @@ class Fp8Source:
             grid = scales_shape(self._shapes[name])
             amax = amaxes.setdefault(name, torch.zeros(grid, device=held.view.device))
             for hf in parts_of(held.hf):
-                box, found = _block_amax(held.part(hf).bfloat16(), hf)
-                amax[box] = torch.maximum(amax[box], found)
+                blocks, found = _block_amax(held.part(hf).bfloat16(), hf)
+                amax[blocks] = torch.maximum(amax[blocks], found)
         for name, amax in amaxes.items():
             if not bool(torch.isfinite(amax).all()):
-                raise WeightMismatchError(f"{name} has a value that is not finite: it has no FP8 code")
+                raise WeightMismatchError(f"{name} has a value that is not finite and cannot be quantized to FP8")
         return {name: scales_of(amax, power_of_two=self._power_of_two) for name, amax in amaxes.items()}
 
 
 def fp8_tensors(full_tensors: FullTensors, *, power_of_two: bool) -> FullTensors:
-    """Whole tensors of the FP8 checkpoint, for an engine that is streamed to: codes and scales as `Fp8Source` has
-    them."""
+    """Return a function that yields the whole tensors of the FP8 checkpoint, for engines that do not support slices.
 
-    def coded(bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
+    Quantized values and scales are equal to those of `Fp8Source`.
+    """
+
+    def quantized_tensors(bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         for name, values in full_tensors(bucket_bytes):
             if not is_coded(name, tuple(values.shape)):
                 yield name, values
@@ -108,11 +124,11 @@ def fp8_tensors(full_tensors: FullTensors, *, power_of_two: bool) -> FullTensors
             yield name, codes
             yield name + SCALE_SUFFIX, scales
 
-    return coded
+    return quantized_tensors
 
 
 def _block_amax(values: Tensor, hf: TensorSlice) -> tuple[tuple[slice, slice], Tensor]:
-    """(blocks that the slice touches, amax of its part of each)."""
+    """Return (index of the blocks that the slice overlaps, largest magnitude of the slice's part of each block)."""
     before = [offset % BLOCK for offset in hf.offsets]
     after = [-(o + n) % BLOCK for o, n in zip(hf.offsets, hf.shape, strict=True)]
     padded = torch.nn.functional.pad(values.abs(), (before[1], after[1], before[0], after[0]))

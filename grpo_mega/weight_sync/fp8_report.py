@@ -1,4 +1,4 @@
-"""What FP8 does to a model's weights: of each matrix, and layer by layer.
+"""Quantization errors of a model's weights in FP8, by matrix and by layer.
 
 Asserted by tests/unit/weight_sync/test_fp8_report.py.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from grpo_mega.interfaces import HeldSlice, WeightSource
 from grpo_mega.quantization.block_fp8 import dequantise
 from grpo_mega.quantization.fp8_checkpoint import is_coded
-from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source
+from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice
 from grpo_mega.weight_sync.verify import parts_of
 
 Report = dict[str, dict[str, float]]
@@ -25,10 +25,13 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def fp8_report(source: WeightSource, group: dist.ProcessGroup | None, *, power_of_two: bool) -> Report:
-    """What FP8 does to each layer: matrix -> `relative` |W - q(W)| / |W| (Frobenius) and `largest` |w - q(w)|.
+    """Collective: return the quantization error of each matrix.
+
+    The result maps a matrix to `relative`, |W - q(W)| / |W| in the Frobenius norm, and `largest`, the largest
+    |w - q(w)|, where q(W) is the matrix quantized and dequantized again.
 
     Args:
-        source: the policy's, in its own dtype.
+        source: the policy's weights, in its own dtype.
         group: the ranks that hold one copy of the policy; None: this rank alone.
         power_of_two: as in `Fp8Source`.
     """
@@ -36,7 +39,7 @@ def fp8_report(source: WeightSource, group: dist.ProcessGroup | None, *, power_o
     place = {name: i for i, name in enumerate(names)}
     sums, largest = torch.zeros(len(names), 2, dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
     for held in Fp8Source(source, power_of_two=power_of_two).shards():
-        if not isinstance(held, CodedSlice) or not held.counted:
+        if not isinstance(held, QuantizedSlice) or not held.counted:
             continue
         for hf in parts_of(held.hf):
             values = HeldSlice.part(held, hf).bfloat16().double()
@@ -55,7 +58,11 @@ def fp8_report(source: WeightSource, group: dist.ProcessGroup | None, *, power_o
 
 @dataclass(frozen=True)
 class LayerDeviation:
-    """Of the matrices of one layer: the median and the worst of their relative errors, and whose it is."""
+    """Errors of the matrices of one layer.
+
+    `median` and `worst` are of the relative errors; `worst_name` is the matrix with the worst one. `largest` is the
+    largest absolute error.
+    """
 
     layer: int
     matrices: int
@@ -66,15 +73,15 @@ class LayerDeviation:
 
 
 def by_layer(report: Mapping[str, Mapping[str, float]]) -> list[LayerDeviation]:
-    """One entry for each layer of a model, in their order."""
+    """Return one entry for each layer of the model, in order."""
     layers: dict[int, list[str]] = {}
     for name in report:
         found = _LAYER.search(f".{name}")
         layers.setdefault(int(found[1]) if found else 0, []).append(name)
-    return [_layer_error(layer, {name: report[name] for name in names}) for layer, names in sorted(layers.items())]
+    return [_layer_deviation(layer, {name: report[name] for name in names}) for layer, names in sorted(layers.items())]
 
 
-def _layer_error(layer: int, report: Mapping[str, Mapping[str, float]]) -> LayerDeviation:
+def _layer_deviation(layer: int, report: Mapping[str, Mapping[str, float]]) -> LayerDeviation:
     worst = max(report, key=lambda name: report[name]["relative"])
     return LayerDeviation(
         layer=layer,
@@ -86,12 +93,12 @@ def _layer_error(layer: int, report: Mapping[str, Mapping[str, float]]) -> Layer
     )
 
 
-def in_words(report: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
-    """A table with a line for each layer, and one for all."""
+def table_lines(report: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    """Yield the lines of a table: a header, one line for each layer, and one for all layers."""
     rows = by_layer(report)
     width = max(len(row.worst_name) for row in rows)
     yield f"{'layer':>5} {'matrices':>8} {'median':>8} {'worst':>8}  {'of':<{width}} {'largest':>10}"
-    whole = _layer_error(0, report)
+    whole = _layer_deviation(0, report)
     for label, row in [*((str(row.layer), row) for row in rows), ("all", whole)]:
         yield (
             f"{label:>5} {row.matrices:>8} {row.median:>8.4%} {row.worst:>8.4%}  {row.worst_name:<{width}} "

@@ -1,172 +1,155 @@
-"""What all ranks must agree on before and during a sync, and which of them is missing when one does not answer."""
+"""Exchange of the policy's and the engines' layouts between all ranks, before a plan is made.
+
+Asserted by tests/parallel/test_sync_ranks.py and tests/parallel/test_sync_fp8_ranks.py.
+"""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 
 from grpo_mega.interfaces import HeldSlice, SinkRegion
-from grpo_mega.parallel.peer_group import PeerGroup, read_plain
+from grpo_mega.parallel.peer_group import read_plain
 from grpo_mega.types import WeightMismatchError
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, merged, volumes
-
-T = TypeVar("T")
-
-
-class StragglerBarrier:
-    """Who has come how far, in the ranks' store: a rank that waits in vain says for whom."""
-
-    def __init__(self, name: str, where: list[str], timeout_seconds: float, world: PeerGroup) -> None:
-        """`where[r]` says who rank r is."""
-        self._name, self._where, self._phase = name, where, 0
-        self._timeout, self._world = timeout_seconds, world
-
-    @property
-    def rank(self) -> int:
-        return self._world.rank
-
-    def gather(self, value: T, what: str) -> list[T]:
-        """One object from every rank.
-
-        Raises:
-            RuntimeError: names the ranks that did not come in time.
-        """
-        self._phase += 1
-        try:
-            self._world.store.set(self._key(self._world.rank), what)
-            # Before the collective: its own limit is that of the process group, and it would not say for whom.
-            self._world.await_keys([self._key(rank) for rank in range(len(self._where))], self._timeout)
-            return self._world.gather(value)
-        except RuntimeError as error:
-            self._world.check_others()
-            raise RuntimeError(f"weight sync, {what}: {self.missing_ranks()} ({error})") from error
-
-    def missing_ranks(self) -> str:
-        """For a message: the ranks that have not reached the present phase."""
-        try:
-            missing = [r for r in range(len(self._where)) if not self._world.store.check([self._key(r)])]
-        except RuntimeError:  # the store lives in rank 0
-            missing = [0]
-        names = ", ".join(f"rank {r} ({self._where[r]})" for r in missing) or "nobody, at the second look"
-        rank = self._world.rank
-        return f"rank {rank} ({self._where[rank]}) waited in vain for {names}"
-
-    def _key(self, rank: int) -> str:
-        return f"{self._name}/{self._phase}/{rank}"
+from grpo_mega.weight_sync.slice_table import (
+    RankSliceTable,
+    SentTensor,
+    concatenate,
+    merge_equal_slices,
+    num_elements,
+    table_of_rank,
+)
+from grpo_mega.weight_sync.straggler_barrier import StragglerBarrier
 
 
 @dataclass(frozen=True)
-class SyncEnds:
-    """Both ends of a sync over all ranks. `dtypes`: of each tensor as it travels, the engine's."""
+class SyncLayouts:
+    """The slices that all ranks hold and need.
 
-    tensors: dict[str, WireTensor]
+    `dtypes` maps each tensor to the dtype in which it is sent, which is the engine's. `held` lists the slices of the
+    policy, `wanted` the slices of the engines.
+    """
+
+    tensors: dict[str, SentTensor]
     dtypes: dict[str, torch.dtype]
-    held: Holdings
-    wanted: Holdings
+    held: RankSliceTable
+    wanted: RankSliceTable
 
 
 @dataclass(frozen=True)
-class _Report:
-    """What one rank tells the others; `fault` instead, where it cannot. `held` and `wanted` are pickled holdings of no
-    rank, the same bytes on ranks that hold and want the same."""
+class _LayoutMessage:
+    """The layouts of one rank as it sends them to the others, or the reason `fault` why it cannot.
+
+    `held` and `wanted` are pickled tables without ranks, so that ranks with equal layouts send equal bytes. `quantized`
+    maps the tensors that the policy holds in 8-bit dtypes to those dtypes.
+    """
 
     held: bytes
     wanted: bytes
     dtypes: dict[str, torch.dtype]
-    codes: dict[str, torch.dtype] = field(default_factory=dict)
+    quantized: dict[str, torch.dtype] = field(default_factory=dict)
     fault: str | None = None
 
 
-def agree_on_ends(
+def exchange_layouts(
     shapes: dict[str, tuple[int, ...]],
     shards: Sequence[HeldSlice],
     regions: Sequence[SinkRegion],
     replicas: Sequence[Sequence[int]],
-    attendance: StragglerBarrier,
-) -> SyncEnds:
-    """Every rank's shards and regions, on every rank.
+    barrier: StragglerBarrier,
+) -> SyncLayouts:
+    """Collective: return the shards and regions of every rank.
 
     Args:
-        shapes: of every tensor of the checkpoint.
-        shards: of this rank.
-        regions: of this rank.
+        shapes: name -> shape of every tensor of the checkpoint.
+        shards: the policy's slices on this rank.
+        regions: the engine's regions on this rank.
         replicas: ranks of each engine.
-        attendance: of the job.
+        barrier: over all ranks.
 
     Raises:
-        WeightMismatchError: an engine asks for what the policy does not have, has no place for something, wants a
-            tensor in two dtypes, or FP8 codes as numbers (names them).
+        WeightMismatchError: on every rank, with the names of the tensors. An engine needs a tensor that the policy does
+            not have, stores no copy of a tensor, needs a tensor in two dtypes, or needs values that the policy holds
+            quantized.
     """
     dtypes = dict.fromkeys(shapes, torch.float32)
-    mine = _report(shapes, shards, regions, attendance.rank)
-    reports = attendance.gather(mine, "exchanging layouts")
-    if faults := [report.fault for report in reports if report.fault]:
-        raise WeightMismatchError(f"the engine asks for what the policy does not have: {'; '.join(faults[:3])}")
-    for rank, report in enumerate(reports):
-        for name, dtype in report.dtypes.items():
-            if name in dtypes and any(name in r.dtypes and r.dtypes[name] != dtype for r in reports):
-                raise WeightMismatchError(f"engine ranks want {name} in several dtypes; rank {rank} in {dtype}")
+    messages = barrier.gather(_layout_message(shapes, shards, regions, barrier.rank), "exchanging layouts")
+    if faults := [message.fault for message in messages if message.fault]:
+        raise WeightMismatchError(
+            f"the engine needs tensors that do not match those of the policy: {'; '.join(faults[:3])}"
+        )
+    for rank, message in enumerate(messages):
+        for name, dtype in message.dtypes.items():
+            if name in dtypes and any(name in m.dtypes and m.dtypes[name] != dtype for m in messages):
+                raise WeightMismatchError(
+                    f"engine ranks need {name} in different dtypes (rank {rank} in {dtype}); all must use one dtype"
+                )
             dtypes[name] = dtype
-    _check_codes(reports, dtypes)
-    tensors = {name: WireTensor(shape, dtypes[name].itemsize) for name, shape in shapes.items()}
-    ends = SyncEnds(tensors, dtypes, _of_all([r.held for r in reports]), _of_all([r.wanted for r in reports]))
-    _check_complete(ends, replicas)
-    return ends
+    _check_quantized(messages, dtypes)
+    tensors = {name: SentTensor(shape, dtypes[name].itemsize) for name, shape in shapes.items()}
+    held, wanted = _join_tables([m.held for m in messages]), _join_tables([m.wanted for m in messages])
+    layouts = SyncLayouts(tensors, dtypes, held, wanted)
+    _check_complete(layouts, replicas)
+    return layouts
 
 
-def _report(
+def _layout_message(
     shapes: dict[str, tuple[int, ...]], shards: Sequence[HeldSlice], regions: Sequence[SinkRegion], rank: int
-) -> _Report:
-    numbered = {name: WireTensor(shape, 1) for name, shape in shapes.items()}
+) -> _LayoutMessage:
+    tensors = {name: SentTensor(shape, 1) for name, shape in shapes.items()}
     try:
-        held = holdings(numbered, [held.hf for held in shards], rank)
-        wanted = holdings(numbered, [region.placement.hf for region in regions], rank)
-        return _Report(
-            pickle.dumps(held.on(())),
-            pickle.dumps(wanted.on(())),
+        held = table_of_rank(tensors, [held.hf for held in shards], rank)
+        wanted = table_of_rank(tensors, [region.placement.hf for region in regions], rank)
+        return _LayoutMessage(
+            pickle.dumps(held.placed_on(())),
+            pickle.dumps(wanted.placed_on(())),
             {region.placement.hf.name: region.dtype for region in regions},
             {held.hf.name: held.dtype for held in shards if held.dtype.itemsize == 1},
         )
     except ValueError as error:
-        return _Report(b"", b"", {}, fault=str(error))
+        return _LayoutMessage(b"", b"", {}, fault=str(error))
 
 
-def _check_codes(reports: Sequence[_Report], dtypes: dict[str, torch.dtype]) -> None:
-    """Codes mean nothing without their scales: they are not converted on the way, and nothing becomes codes by it."""
-    codes = {name: dtype for report in reports for name, dtype in report.codes.items()}
+def _check_quantized(messages: Sequence[_LayoutMessage], dtypes: dict[str, torch.dtype]) -> None:
+    """Raise if a quantized tensor would be converted: its values have no meaning without their scales."""
+    quantized = {name: dtype for message in messages for name, dtype in message.quantized.items()}
     for name, dtype in dtypes.items():
-        if name in codes and dtype != codes[name]:
+        if name in quantized and dtype != quantized[name]:
             raise WeightMismatchError(
-                f"the policy has codes of {name} in {codes[name]}, the engine wants it in {dtype}"
+                f"the policy sends quantized values of {name} in {quantized[name]}, but the engine needs it in {dtype}"
             )
-        if name not in codes and dtype.itemsize == 1:
-            raise WeightMismatchError(f"the engine wants {name} in codes of {dtype}, which the policy does not make")
+        if name not in quantized and dtype.itemsize == 1:
+            raise WeightMismatchError(
+                f"the engine needs quantized values of {name} in {dtype}, but the policy does not quantize it"
+            )
 
 
-def _of_all(pickled: Sequence[bytes]) -> Holdings:
-    """Rank r's holdings are `pickled[r]`; equal ones are read once."""
-    alike: dict[bytes, list[int]] = {}
+def _join_tables(pickled: Sequence[bytes]) -> RankSliceTable:
+    """Return the table of all ranks from `pickled[rank]`; equal tables are unpickled once."""
+    ranks_of: dict[bytes, list[int]] = {}
     for rank, each in enumerate(pickled):
-        alike.setdefault(each, []).append(rank)
-    return join([cast("Holdings", read_plain(each)).on(ranks) for each, ranks in alike.items()])
+        ranks_of.setdefault(each, []).append(rank)
+    return concatenate([cast("RankSliceTable", read_plain(each)).placed_on(ranks) for each, ranks in ranks_of.items()])
 
 
-def _check_complete(ends: SyncEnds, replicas: Sequence[Sequence[int]]) -> None:
-    """Each engine takes every element of every tensor somewhere."""
-    names = list(ends.tensors)
-    full = [int(torch.Size(tensor.shape).numel()) for tensor in ends.tensors.values()]
+def _check_complete(layouts: SyncLayouts, replicas: Sequence[Sequence[int]]) -> None:
+    """Raise if the ranks of an engine do not store every element of every tensor."""
+    names = list(layouts.tensors)
+    full = [int(torch.Size(tensor.shape).numel()) for tensor in layouts.tensors.values()]
     for ranks in replicas:
-        boxes = merged(ends.wanted.of(ranks))
-        taken = [0] * len(names)
-        for tensor, size in zip(boxes.tensors.tolist(), volumes(boxes.starts, boxes.ends).tolist(), strict=True):
-            taken[tensor] += size
-        missing = [f"{names[i]} ({taken[i]} of {full[i]} elements)" for i in range(len(names)) if taken[i] < full[i]]
+        slices = merge_equal_slices(layouts.wanted.rows_on(ranks))
+        stored = [0] * len(names)
+        for tensor, size in zip(
+            slices.tensors.tolist(), num_elements(slices.starts, slices.ends).tolist(), strict=True
+        ):
+            stored[tensor] += size
+        missing = [f"{names[i]} ({stored[i]} of {full[i]} elements)" for i in range(len(names)) if stored[i] < full[i]]
         if missing:
             raise WeightMismatchError(
-                f"the engine of ranks {ranks[0]} to {ranks[-1]} has no place for {', '.join(missing[:3])} "
-                f"({len(missing)} tensors of the policy)"
+                f"the engine of ranks {ranks[0]} to {ranks[-1]} does not store all elements of "
+                f"{', '.join(missing[:3])} ({len(missing)} tensors of the policy)"
             )

@@ -1,6 +1,6 @@
-"""One rank's part of a plan: its turns, messages, and what each of them holds. Pure.
+"""The schedule of one rank: its part of a reshard plan as rounds of messages, and the pieces in each message.
 
-Asserted by tests/unit/weight_sync/test_rank_schedule.py.
+Pure functions. Asserted by tests/unit/weight_sync/test_rank_schedule.py.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ import numpy as np
 import torch
 
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.plan import LOCAL, ReshardPlan
+from grpo_mega.weight_sync.plan import ReshardPlan
+from grpo_mega.weight_sync.traffic import LOCAL
 from grpo_mega.weight_sync.transports.base import ALIGNMENT, BucketMessage, Round, aligned
+from grpo_mega.weight_sync.transports.kinds import TRANSPORTS
 
 HEADER_BYTES = 2 * ALIGNMENT  # of a message: five words of 64 bits
-_LARGE_BYTES = 1 << 17  # a piece that gloo sends out of the policy's memory; smaller ones cost less as a copy
+_LARGE_BYTES = 1 << 17  # bytes from which a piece is sent in place; for smaller pieces a copy is cheaper
+
+PiecesByMessage = dict[tuple[int, int, int], list["TransferPiece"]]
 
 
 @dataclass(frozen=True)
 class TransferPiece:
-    """One transfer as a rank sees it: where in its message the bytes are."""
+    """A piece of a message: `num_bytes` of slice `hf` in dtype `dtype`, from byte `start` of the message on."""
 
     hf: TensorSlice
     dtype: torch.dtype
@@ -31,32 +35,38 @@ class TransferPiece:
 
 
 @dataclass(frozen=True)
-class RankPlan:
-    """`turns`: what goes over one kind of link in each bucket; `pieces` of each message by (bucket, src, dst)."""
+class RankSchedule:
+    """What `rank` does in a sync.
+
+    `local` lists the slices that are copied inside the process, with their dtypes. `rounds` gives, for each kind of
+    transport, the messages of every bucket. `pieces` gives the pieces of each message by (bucket, src, dst).
+    """
 
     rank: int
     local: Sequence[tuple[TensorSlice, torch.dtype]]
-    turns: dict[str, list[Round]]
-    pieces: dict[tuple[int, int, int], list[TransferPiece]]
+    rounds: dict[str, list[Round]]
+    pieces: PiecesByMessage
 
 
-def schedule_of_rank(plan: ReshardPlan, rank: int, dtypes: dict[str, torch.dtype], kinds: dict[str, str]) -> RankPlan:
-    """The part of `rank`.
+def schedule_of_rank(
+    plan: ReshardPlan, rank: int, dtypes: dict[str, torch.dtype], kinds: dict[str, str]
+) -> RankSchedule:
+    """Return the schedule of `rank`.
 
     Args:
         plan: the whole plan.
-        rank: whose part.
-        dtypes: of each tensor as it travels.
-        kinds: link -> name of the transport that serves it.
+        rank: the rank.
+        dtypes: tensor -> dtype in which it is sent.
+        kinds: link -> name of its transport.
     """
-    pieces: dict[tuple[int, int, int], list[TransferPiece]] = defaultdict(list)
+    pieces: PiecesByMessage = defaultdict(list)
     local = []
-    mine, piece_of = plan.pieces_of(np.flatnonzero((plan.src == rank) | (plan.dst == rank)))
-    # Larger elements first: every piece of a message is aligned to its own elements.
+    transfers, piece_of = plan.pieces_of(np.flatnonzero((plan.src == rank) | (plan.dst == rank)))
+    # Larger elements first, so that every piece of a message is aligned to its element size.
     names = list(plan.tensors)
     itemsizes = np.asarray([plan.tensors[name].itemsize for name in names])
     order = np.lexsort((piece_of, -itemsizes[plan.pieces.tensors[piece_of]]))
-    for t, piece in zip(mine[order].tolist(), piece_of[order].tolist(), strict=True):
+    for t, piece in zip(transfers[order].tolist(), piece_of[order].tolist(), strict=True):
         hf = plan.slice_of(piece)
         bucket, src, dst = int(plan.bucket[t]), int(plan.src[t]), int(plan.dst[t])
         if bucket == LOCAL:
@@ -65,34 +75,36 @@ def schedule_of_rank(plan: ReshardPlan, rank: int, dtypes: dict[str, torch.dtype
         message = pieces[bucket, src, dst]
         start = message[-1].start + message[-1].num_bytes if message else HEADER_BYTES
         message.append(TransferPiece(hf, dtypes[hf.name], start, int(plan.piece_bytes[piece])))
-    return RankPlan(rank, local, _turns(plan, rank, kinds, pieces), dict(pieces))
+    return RankSchedule(rank, local, _rounds_of_rank(plan, rank, kinds, pieces), dict(pieces))
 
 
-def _turns(
-    plan: ReshardPlan, rank: int, kinds: dict[str, str], pieces: dict[tuple[int, int, int], list[TransferPiece]]
+def _rounds_of_rank(
+    plan: ReshardPlan, rank: int, kinds: dict[str, str], pieces: PiecesByMessage
 ) -> dict[str, list[Round]]:
-    """Messages of every bucket, with their places in the senders' buffers."""
+    """Return the messages of every bucket, with their positions in the senders' buffers."""
 
-    def large(kind: str, bucket: int, src: int, dst: int) -> tuple[tuple[int, int], ...]:
-        parts = ((piece.start, piece.num_bytes) for piece in pieces[bucket, src, dst])
-        return tuple(part for part in parts if kind == "gloo" and part[1] >= _LARGE_BYTES)
+    def large_pieces(kind: str, bucket: int, src: int, dst: int) -> tuple[tuple[int, int], ...]:
+        if not TRANSPORTS[kind].sends_in_place:
+            return ()
+        ranges = ((piece.start, piece.num_bytes) for piece in pieces[bucket, src, dst])
+        return tuple(each for each in ranges if each[1] >= _LARGE_BYTES)
 
-    travels = np.flatnonzero(plan.bucket != LOCAL)
-    keys = np.column_stack([plan.bucket[travels], plan.src[travels], plan.dst[travels]])
-    groups, inverse = np.unique(keys, axis=0, return_inverse=True)
-    sizes = np.bincount(inverse.ravel(), plan.transfer_bytes[travels], len(groups)).astype(np.int64)
+    remote = np.flatnonzero(plan.bucket != LOCAL)
+    keys = np.column_stack([plan.bucket[remote], plan.src[remote], plan.dst[remote]])
+    messages, inverse = np.unique(keys, axis=0, return_inverse=True)
+    sizes = np.bincount(inverse.ravel(), plan.transfer_bytes[remote], len(messages)).astype(np.int64)
     starts: dict[tuple[str, int, int], int] = defaultdict(int)
     sends: dict[tuple[str, int], list[BucketMessage]] = defaultdict(list)
     receives: dict[tuple[str, int], list[BucketMessage]] = defaultdict(list)
-    for (bucket, src, dst), size in zip(groups.tolist(), sizes.tolist(), strict=True):
+    for (bucket, src, dst), size in zip(messages.tolist(), sizes.tolist(), strict=True):
         kind = kinds["same_node" if plan.nodes[src] == plan.nodes[dst] else "across_nodes"]
         num_bytes = HEADER_BYTES + size
         start = starts[kind, bucket, src]
         starts[kind, bucket, src] += aligned(num_bytes)
         if src == rank:
-            sends[kind, bucket].append(BucketMessage(dst, start, num_bytes, large(kind, bucket, src, dst)))
+            sends[kind, bucket].append(BucketMessage(dst, start, num_bytes, large_pieces(kind, bucket, src, dst)))
         if dst == rank:
-            receives[kind, bucket].append(BucketMessage(src, start, num_bytes, large(kind, bucket, src, dst)))
+            receives[kind, bucket].append(BucketMessage(src, start, num_bytes, large_pieces(kind, bucket, src, dst)))
     return {
         kind: [Round(n, sends.get((kind, n), []), receives.get((kind, n), [])) for n in range(plan.num_buckets)]
         for kind in sorted(set(kinds.values()))

@@ -1,8 +1,10 @@
-"""Boxes of named tensors as columns of numbers: what a plan computes with, for thousands of ranks at once.
+"""Slices of named tensors as columns of numbers, so that a plan for thousands of ranks is computed with numpy.
 
-A `Holdings` lists which box of which tensor lies on which ranks; both ends of a sync are one. Ranks with the same box
-share a row, so a job's replicas cost nothing. Boxes have `DIMS` dimensions; those that a tensor lacks are `[0:1]` at
-the end. Pure; asserted by tests/unit/weight_sync/test_plan.py and tests/unit/weight_sync/test_slice_table.py.
+A `RankSliceTable` lists which slice of which tensor is on which ranks; each end of a sync is one such table. Ranks with
+the same slice share a row, so replicas of a job add no rows. Slices have `DIMS` dimensions; a tensor with fewer
+dimensions is padded with `[0:1]` at the end.
+
+Pure functions. Asserted by tests/unit/weight_sync/test_plan.py and tests/unit/weight_sync/test_slice_table.py.
 """
 
 from __future__ import annotations
@@ -22,16 +24,16 @@ RankSet = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class WireTensor:
-    """A tensor of the checkpoint as it travels."""
+class SentTensor:
+    """Shape of a checkpoint tensor, and bytes per element of the dtype in which it is sent."""
 
     shape: tuple[int, ...]
     itemsize: int
 
 
 @dataclass(frozen=True)
-class Boxes:
-    """Row i: the box `starts[i] : ends[i]` of tensor number `tensors[i]`.
+class SliceTable:
+    """Row i is the slice `starts[i] : ends[i]` of tensor number `tensors[i]`.
 
     `tensors`: [N]; `starts`, `ends`: [N, DIMS].
     """
@@ -45,79 +47,90 @@ class Boxes:
 
 
 @dataclass(frozen=True)
-class Holdings(Boxes):
-    """Box i is on every rank of `rank_sets[rank_set[i]]`, which is sorted. `rank_set`: [N]."""
+class RankSliceTable(SliceTable):
+    """A slice table with ranks: slice i is on every rank of `rank_sets[rank_set[i]]`, which is sorted.
+
+    `rank_set`: [N].
+    """
 
     rank_set: Ints
     rank_sets: tuple[RankSet, ...]
 
-    def on(self, ranks: Sequence[int]) -> Holdings:
-        """The same boxes on each of `ranks`, whatever ranks they are on here."""
+    def placed_on(self, ranks: Sequence[int]) -> RankSliceTable:
+        """Return the same slices, each on all of `ranks`, without the ranks of this table."""
         here = (tuple(sorted(ranks)),)
-        return Holdings(self.tensors, self.starts, self.ends, np.zeros(len(self), np.int64), here)
+        return RankSliceTable(self.tensors, self.starts, self.ends, np.zeros(len(self), np.int64), here)
 
-    def rows(self, index: NDArray[np.bool_] | Ints) -> Holdings:
-        """Some of the rows."""
-        return Holdings(self.tensors[index], self.starts[index], self.ends[index], self.rank_set[index], self.rank_sets)
+    def select(self, index: NDArray[np.bool_] | Ints) -> RankSliceTable:
+        """Return the rows that `index` selects."""
+        return RankSliceTable(
+            self.tensors[index], self.starts[index], self.ends[index], self.rank_set[index], self.rank_sets
+        )
 
-    def of(self, ranks: Iterable[int]) -> Holdings:
-        """The rows that lie on at least one of `ranks`."""
+    def rows_on(self, ranks: Iterable[int]) -> RankSliceTable:
+        """Return the rows that are on at least one of `ranks`."""
         wanted = frozenset(ranks)
-        return self.rows(np.asarray([not wanted.isdisjoint(each) for each in self.rank_sets], bool)[self.rank_set])
+        return self.select(np.asarray([not wanted.isdisjoint(each) for each in self.rank_sets], bool)[self.rank_set])
 
-    def a_rank_of(self, row: int) -> int:
-        """For messages: the lowest rank that has this box."""
+    def lowest_rank(self, row: int) -> int:
+        """Return the lowest rank that has the slice of this row (used in messages)."""
         return self.rank_sets[int(self.rank_set[row])][0]
 
 
-def numbering(tensors: Iterable[str]) -> dict[str, int]:
-    """Name -> number of each tensor, in checkpoint order."""
+def tensor_numbers(tensors: Iterable[str]) -> dict[str, int]:
+    """Return name -> number of each tensor, in checkpoint order."""
     return {name: i for i, name in enumerate(tensors)}
 
 
-def holdings(
-    tensors: Mapping[str, WireTensor],
+def table_of_rank(
+    tensors: Mapping[str, SentTensor],
     slices: Iterable[TensorSlice],
     rank: int,
     numbers: Mapping[str, int] | None = None,
-) -> Holdings:
-    """The slices of one rank; `numbers` is `numbering(tensors)`, for callers with many ranks.
+) -> RankSliceTable:
+    """Return the table of one rank's slices.
+
+    Args:
+        tensors: every tensor, in checkpoint order.
+        slices: of this rank.
+        rank: the rank.
+        numbers: `tensor_numbers(tensors)`, for callers with many ranks.
 
     Raises:
-        ValueError: a slice of an unknown tensor, or one that leaves its tensor.
+        ValueError: a slice is of an unknown tensor, or exceeds its tensor.
     """
-    numbers = numbering(tensors) if numbers is None else numbers
+    numbers = tensor_numbers(tensors) if numbers is None else numbers
     found, starts, ends = [], [], []
     for each in slices:
         if each.name not in numbers:
-            raise ValueError(f"{each} on rank {rank} is a slice of no tensor of the policy")
+            raise ValueError(f"{each} on rank {rank}: the policy does not have this tensor")
         whole = tensors[each.name].shape
         stops = tuple(o + n for o, n in zip(each.offsets, each.shape, strict=True))
         if len(whole) != len(stops) or any(stop > size for stop, size in zip(stops, whole, strict=True)):
-            raise ValueError(f"{each} on rank {rank} leaves its tensor of shape {list(whole)}")
-        tail = DIMS - len(stops)
+            raise ValueError(f"{each} on rank {rank} exceeds the tensor's shape {list(whole)}")
+        padding = DIMS - len(stops)
         found.append(numbers[each.name])
-        starts.append((*each.offsets, *(0,) * tail))
-        ends.append((*stops, *(1,) * tail))
+        starts.append((*each.offsets, *(0,) * padding))
+        ends.append((*stops, *(1,) * padding))
     rows = [np.asarray(columns, np.int64).reshape(-1, DIMS) for columns in (starts, ends)]
-    return of_columns(np.asarray(found, np.int64), rows[0], rows[1], (rank,))
+    return table_from_columns(np.asarray(found, np.int64), rows[0], rows[1], (rank,))
 
 
-def of_columns(numbers: Ints, starts: Ints, ends: Ints, ranks: RankSet) -> Holdings:
-    """Boxes `starts` : `ends` ([N, at most DIMS]) of tensors `numbers` ([N]), on each of `ranks`."""
-    lacking = ((0, 0), (0, DIMS - starts.shape[1]))
-    starts, ends = np.pad(starts, lacking), np.pad(ends, lacking, constant_values=1)
-    return Holdings(numbers, starts, ends, np.zeros(len(numbers), np.int64), (ranks,))
+def table_from_columns(numbers: Ints, starts: Ints, ends: Ints, ranks: RankSet) -> RankSliceTable:
+    """Return the table of slices `starts : ends` ([N, at most DIMS]) of tensors `numbers` ([N]), each on `ranks`."""
+    padding = ((0, 0), (0, DIMS - starts.shape[1]))
+    starts, ends = np.pad(starts, padding), np.pad(ends, padding, constant_values=1)
+    return RankSliceTable(numbers, starts, ends, np.zeros(len(numbers), np.int64), (ranks,))
 
 
-def join(parts: Sequence[Holdings]) -> Holdings:
-    """One after the other."""
+def concatenate(parts: Sequence[RankSliceTable]) -> RankSliceTable:
+    """Return the rows of all tables, in order."""
     numbers: dict[RankSet, int] = {}
     sets = []
     for part in parts:
-        places = [numbers.setdefault(ranks, len(numbers)) for ranks in part.rank_sets]
-        sets.append(np.asarray(places, np.int64)[part.rank_set])
-    return Holdings(
+        positions = [numbers.setdefault(ranks, len(numbers)) for ranks in part.rank_sets]
+        sets.append(np.asarray(positions, np.int64)[part.rank_set])
+    return RankSliceTable(
         np.concatenate([p.tensors for p in parts]),
         np.concatenate([p.starts for p in parts]),
         np.concatenate([p.ends for p in parts]),
@@ -126,70 +139,76 @@ def join(parts: Sequence[Holdings]) -> Holdings:
     )
 
 
-def volumes(starts: Ints, ends: Ints) -> Ints:
-    """Elements of each box."""
+def num_elements(starts: Ints, ends: Ints) -> Ints:
+    """Return the number of elements of each slice: [N]."""
     product: Ints = (ends - starts).prod(1)
     return product
 
 
-def merged(held: Holdings) -> Holdings:
-    """Each box once, on all ranks that have it, sorted by tensor, start and end; equal sets of ranks are one."""
-    order = np.lexsort((*held.ends.T[::-1], *held.starts.T[::-1], held.tensors))
-    rows = held.rows(order)
+def merge_equal_slices(table: RankSliceTable) -> RankSliceTable:
+    """Return a table with one row per distinct slice, on all ranks that have the slice.
+
+    Rows are sorted by tensor, start and end. No two entries of `rank_sets` are equal.
+    """
+    order = np.lexsort((*table.ends.T[::-1], *table.starts.T[::-1], table.tensors))
+    rows = table.select(order)
     first = np.ones(len(rows), bool)
     for column in (rows.tensors[:, None], rows.starts, rows.ends):
         first[1:] &= (column[1:] == column[:-1]).all(1)
     first[1:] = ~first[1:]
     begin = np.flatnonzero(first)
     numbers: dict[RankSet, int] = {}
-    of_sets: dict[tuple[int, ...], int] = {}
+    merged_sets: dict[tuple[int, ...], int] = {}
     found, sets = [], rows.rank_set.tolist()
     for low, high in itertools.pairwise([*begin.tolist(), len(rows)]):
         key = tuple(sets[low:high])
-        if key not in of_sets:
-            ranks = tuple(sorted({rank for each in key for rank in held.rank_sets[each]}))
-            of_sets[key] = numbers.setdefault(ranks, len(numbers))
-        found.append(of_sets[key])
-    return Holdings(
+        if key not in merged_sets:
+            ranks = tuple(sorted({rank for each in key for rank in table.rank_sets[each]}))
+            merged_sets[key] = numbers.setdefault(ranks, len(numbers))
+        found.append(merged_sets[key])
+    return RankSliceTable(
         rows.tensors[begin], rows.starts[begin], rows.ends[begin], np.asarray(found, np.int64), tuple(numbers)
     )
 
 
-def overlaps(left: Boxes, right: Boxes) -> tuple[Ints, Ints, Ints, Ints]:
-    """All pairs of boxes that share an element: (row of left, row of right, starts, ends of what they share)."""
+def overlaps(left: SliceTable, right: SliceTable) -> tuple[Ints, Ints, Ints, Ints]:
+    """Return all pairs of slices that share an element: (row of left, row of right, starts, ends of the overlap)."""
     order = np.argsort(right.tensors, kind="stable")
     sorted_tensors = right.tensors[order]
     begin = np.searchsorted(sorted_tensors, left.tensors, "left")
     count = np.searchsorted(sorted_tensors, left.tensors, "right") - begin
     i = np.repeat(np.arange(len(left)), count)
-    j = order[expand(begin, count)]
+    j = order[expand_ranges(begin, count)]
     starts = np.maximum(left.starts[i], right.starts[j])
     ends = np.minimum(left.ends[i], right.ends[j])
     shared = (starts < ends).all(1)
     return i[shared], j[shared], starts[shared], ends[shared]
 
 
-def expand(begin: Ints, count: Ints) -> Ints:
-    """begin[i], begin[i] + 1, ..., begin[i] + count[i] - 1, for one i after the other."""
+def expand_ranges(begin: Ints, count: Ints) -> Ints:
+    """Return the concatenation over i of begin[i], begin[i] + 1, ..., begin[i] + count[i] - 1."""
     total = int(count.sum())
     before = np.repeat(np.cumsum(count) - count, count)
     return np.repeat(begin, count) + np.arange(total) - before
 
 
 def as_slice(
-    names: Sequence[str], tensors: Mapping[str, WireTensor], tensor: int, start: Ints, end: Ints
+    names: Sequence[str], tensors: Mapping[str, SentTensor], tensor: int, start: Ints, end: Ints
 ) -> TensorSlice:
-    """A row as a slice of its tensor's own dimensions."""
+    """Return a row as a `TensorSlice` with the tensor's own number of dimensions."""
     name = names[tensor]
     dims = len(tensors[name].shape)
     offsets = tuple(int(x) for x in start[:dims])
     return TensorSlice(name, offsets, tuple(int(e) - o for e, o in zip(end[:dims], offsets, strict=True)))
 
 
-def cut(
+def split_slice(
     start: Sequence[int], end: Sequence[int], max_elements: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """A box as boxes of at most `max_elements`, in order: cut along its first dimension that is longer than 1."""
+    """Yield (start, end) of disjoint parts of at most `max_elements`, in order, that fill the slice.
+
+    The slice is split along its first dimension longer than 1, recursively.
+    """
     size = [e - s for s, e in zip(start, end, strict=True)]
     total = int(np.prod(size))
     if total <= max_elements:
@@ -200,4 +219,4 @@ def cut(
     for at in range(start[axis], end[axis], step):
         low, high = list(start), list(end)
         low[axis], high[axis] = at, min(at + step, end[axis])
-        yield from cut(low, high, max_elements)
+        yield from split_slice(low, high, max_elements)

@@ -1,12 +1,15 @@
-"""Brings the policy's present weights into the engines and proves that they arrived.
+"""Transfers the policy's present weights into the engines, and verifies that they arrived.
 
-A plan is made once from both ends' layouts, on every rank, and its hash compared before the first use. Each push
-carries it out (execute.py), has the engine rebuild what it derives, and compares digests (verify.py). A failure on any
-rank is raised on all of them: nobody samples from weights that are wrong or half new.
-An engine whose loader cannot be recorded is given whole tensors, one bucket at a time, and that is said once.
-Knows policy and engine only through `WeightSource` and `WeightSink`. Where engines are servers, the ranks are those of
-the job, whose sinks are empty, and of the servers, whose sources are.
-Asserted by tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.py, with injected faults.
+A plan is made once, on every rank, from the layouts of policy and engines; the ranks compare its hash. Each push
+executes the plan (executor.py), lets the engine recompute derived values, and compares digests (verifier.py). A failure
+on any rank is raised on all of them, so no engine samples from wrong or partly updated weights.
+
+An engine whose loader cannot be recorded receives whole tensors, one bucket at a time; a warning states the reason
+once.
+
+Policy and engine are known only through `WeightSource` and `WeightSink`. With engine servers, the ranks are those of
+the job, whose sinks are empty, followed by those of the servers, whose sources are empty. Asserted by
+tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.py, with injected faults.
 """
 
 from __future__ import annotations
@@ -24,32 +27,32 @@ from torch import Tensor
 from grpo_mega.interfaces import HeldSlice, WeightSink, WeightSource
 from grpo_mega.models.digest import combined_digest
 from grpo_mega.parallel.peer_group import PeerGroup, job_peer_group
-from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.executor import Execution
-from grpo_mega.weight_sync.handshake import StragglerBarrier, SyncEnds, agree_on_ends
+from grpo_mega.types import WeightMismatchError
+from grpo_mega.weight_sync.executor import ScheduleExecutor
+from grpo_mega.weight_sync.handshake import SyncLayouts, exchange_layouts
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
 from grpo_mega.weight_sync.rank_schedule import schedule_of_rank
+from grpo_mega.weight_sync.straggler_barrier import StragglerBarrier
 from grpo_mega.weight_sync.transports.base import TransportError
-from grpo_mega.weight_sync.transports.factory import TransportKind, make_transports, node_numbers, transport_kinds
-from grpo_mega.weight_sync.verify import (
-    PieceDigests,
-    differing_tensors,
-    localize_mismatches,
-    piece_digests,
-    sink_digests,
-    source_digests,
-)
+from grpo_mega.weight_sync.transports.factory import make_transports, node_numbers, transport_kinds
+from grpo_mega.weight_sync.transports.kinds import TransportKind
+from grpo_mega.weight_sync.verifier import SyncVerifier, raise_faults
+from grpo_mega.weight_sync.verify import source_digests
 
 log = logging.getLogger("grpo_mega.weight_sync")
 
 FullTensors = Callable[[int], Iterator[tuple[str, Tensor]]]
+"""`full_tensors(bucket_bytes)` yields (name, whole tensor) in checkpoint order (`Policy.full_tensors`)."""
 
 
 @dataclass(frozen=True)
 class SyncReport:
-    """One sync as this rank saw it. `written_bytes` went into its engine, or, where engines are servers, from this rank
-    into theirs; `received_bytes` of them came here from other ranks. `policy_digest` is one word for all weights, the
-    same for every layout."""
+    """Measurements of one push on this rank.
+
+    `written_bytes` were written into this rank's engine; with engine servers, they were sent from this rank. Of these,
+    `received_bytes` came from other ranks. `verify_seconds` is the part of `seconds` spent on digests. `policy_digest`
+    is one digest of all weights, the same for every layout.
+    """
 
     seconds: float
     verify_seconds: float
@@ -60,7 +63,13 @@ class SyncReport:
 
 @dataclass(frozen=True)
 class SyncSettings:
-    """`bucket_bytes`: what a rank sends and receives at a time. `timeout_seconds`: limit of every wait."""
+    """Settings of a sync.
+
+    Args:
+        bucket_bytes: limit of what a rank sends and receives in one round.
+        timeout_seconds: limit of every wait.
+        transport: `weight_sync.transport`.
+    """
 
     bucket_bytes: int
     timeout_seconds: float
@@ -68,7 +77,7 @@ class SyncSettings:
 
 
 class WeightSync:
-    """Built collectively, once, when policy and engines exist."""
+    """The connection between a policy and its engines. Built collectively, once."""
 
     def __init__(
         self,
@@ -88,179 +97,149 @@ class WeightSync:
 
         Args:
             source: the policy's end on this rank.
-            full_tensors: every tensor, whole, bucket by bucket; for engines that are streamed to.
+            full_tensors: every tensor, whole, for engines that do not support slices.
             sink: the engine's end on this rank.
             source_group: the ranks that hold one copy of the policy.
             replicas: ranks of each engine.
             replica_group: the ranks of this engine in this program.
-            settings: see there.
+            settings: of the sync.
             where: this rank's coordinates, for messages.
-            world: all ranks of both ends; None: those of the job.
-            announce: starts the push of a version on ranks of other programs (`SyncPeers.announce`); None: there are
-            none.
+            world: all ranks of policy and engines; None: the ranks of the job.
+            announce: `SyncPeers.announce`; None: there are no ranks of other programs.
 
         Raises:
-            WeightMismatchError: the two ends do not fit (names tensors).
-            RuntimeError: ranks made different plans.
+            WeightMismatchError: the tensors of policy and engines do not match (names them).
+            RuntimeError: ranks made different plans, or an engine server does not support slices.
         """
         self._source, self._full_tensors, self._sink = source, full_tensors, sink
         self._source_group, self._replica_group, self._settings = source_group, replica_group, settings
         self._world = world if world is not None else job_peer_group()
         self._announce = announce
-        self._places = places = self._world.gather(where)
-        self._attendance = StragglerBarrier("weight_sync", places, settings.timeout_seconds, self._world)
+        self._where = self._world.gather(where)
+        self._barrier = StragglerBarrier("weight_sync", self._where, settings.timeout_seconds, self._world)
         self.count = 0
-        """Pushes that succeeded."""
-        offers = self._attendance.gather((sink.supports_slices, sink.streaming_reason), "asking engines")
-        reasons = [reason for supported, reason in offers if not supported]
+        """Number of pushes that succeeded."""
+        support = self._barrier.gather((sink.supports_slices, sink.streaming_reason), "comparing engines")
+        reasons = [reason for supports_slices, reason in support if not supports_slices]
         if reasons:
-            log.warning("engines get whole tensors, and what they hold is not proven: %s", reasons[0])
-        self._ends: SyncEnds | None = None
+            log.warning("engines receive whole tensors, and their weights are not verified: %s", reasons[0])
+        self._layouts: SyncLayouts | None = None
         if not reasons:
             self._prepare(replicas)
         elif world is not None:
-            raise RuntimeError(f"engines that are servers get slices of tensors only, and these cannot: {reasons[0]}")
+            raise RuntimeError(f"engine servers must support slices of tensors: {reasons[0]}")
 
     def _prepare(self, replicas: Sequence[Sequence[int]]) -> None:
+        """Collective: exchange layouts, make the plan, and construct transports, executor and verifier."""
         regions = self._sink.layout()
-        self._ends = agree_on_ends(self._source.hf_shapes(), self._source.shards(), regions, replicas, self._attendance)
-        nodes = node_numbers(self._attendance.gather)
-        ends = self._ends
-        self.plan: ReshardPlan = plan_reshard(ends.tensors, ends.held, ends.wanted, nodes, self._settings.bucket_bytes)
-        check_same_plan(self._attendance.gather(self.plan.hash, "comparing plans"))
-        rank = self._world.rank
-        kinds = transport_kinds(self._settings.transport)
-        mine = schedule_of_rank(self.plan, rank, ends.dtypes, kinds)
-        transports, buffer_bytes = make_transports(mine.turns, self._settings.timeout_seconds, self._world)
-        self.execution = Execution(mine, transports, buffer_bytes, self.plan.hash, self._sink)
+        source, settings, rank = self._source, self._settings, self._world.rank
+        layouts = exchange_layouts(source.hf_shapes(), source.shards(), regions, replicas, self._barrier)
+        self._layouts = layouts
+        nodes = node_numbers(self._barrier.gather)
+        self.plan: ReshardPlan = plan_reshard(
+            layouts.tensors, layouts.held, layouts.wanted, nodes, settings.bucket_bytes
+        )
+        check_same_plan(self._barrier.gather(self.plan.hash, "comparing plans"))
+        schedule = schedule_of_rank(self.plan, rank, layouts.dtypes, transport_kinds(settings.transport))
+        transports, buffer_bytes = make_transports(schedule.rounds, settings.timeout_seconds, self._world)
+        self.executor = ScheduleExecutor(schedule, transports, buffer_bytes, self.plan.hash, self._sink)
+        self._verifier = SyncVerifier(self._sink, self.plan, layouts.dtypes, self._barrier, self._replica_group)
         written = self.plan.dst == rank if regions else self.plan.src == rank
         self._written_bytes = int(self.plan.transfer_bytes[written].sum())
-        self._received_bytes = int(self.plan.received_bytes()[rank])
-        self._holders = sorted({rank for each in np.unique(ends.held.rank_set) for rank in ends.held.rank_sets[each]})
+        self._received_bytes = int(self.plan.traffic.received_bytes()[rank])
+        held = layouts.held
+        self._holders = sorted({each for rank_set in np.unique(held.rank_set) for each in held.rank_sets[rank_set]})
 
     def push(self, policy_version: int, *, verify: bool) -> SyncReport:
-        """Every rank calls it together.
+        """Collective: transfer the policy's present weights to all engines.
+
+        Args:
+            policy_version: the number of updates behind the weights.
+            verify: compare the digests of policy and engines.
 
         Raises:
-            WeightMismatchError: on every rank; an engine holds something else than the policy.
-            RuntimeError: on every rank that can; a rank died, stalled or failed (names both sides).
+            WeightMismatchError: on every rank; the weights of an engine differ from the policy's.
+            RuntimeError: on every rank that is still running; a rank exited, timed out or failed (names both ranks).
         """
         start = time.perf_counter()
         if self._announce is not None:
             self._announce(policy_version, verify)
-        if self._ends is None:
+        if self._layouts is None:
             return self._stream(policy_version)
         shards = self._source.shards()
-        faults = self._carry_out(shards, policy_version)
-        everyone = self._attendance.gather((faults, self._sink.policy_version), "ending the update")
-        self._raise_faults([fault for found, _ in everyone for fault in found])
-        check_versions([version for _, version in everyone], policy_version)
+        own_faults = self._execute(shards, policy_version)
+        outcomes = self._barrier.gather((own_faults, self._sink.policy_version), "ending the update")
+        raise_faults([fault for faults, _ in outcomes for fault in faults])
+        check_versions([version for _, version in outcomes], policy_version)
         loaded = time.perf_counter()
-        digests = self._broadcast_digests(source_digests(shards, self._ends.dtypes, self._source_group))
+        digests = self._broadcast_digests(source_digests(shards, self._layouts.dtypes, self._source_group))
         if verify:
-            self._verify(shards, digests)
+            self._verifier.verify(shards, digests)
         end = time.perf_counter()
         self.count += 1
         return SyncReport(
             end - start, end - loaded, self._written_bytes, self._received_bytes, combined_digest(digests)
         )
 
-    def _carry_out(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
-        """What went wrong on this rank; after a fault the engine stays in the update, and refuses to sample."""
+    def _execute(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
+        """Execute the plan and return the failures on this rank.
+
+        After a failure the engine's update stays open, so the engine does not sample.
+        """
         try:
             self._sink.begin_update()
-            faults = self.execution.run(shards, policy_version)
+            faults = self.executor.run(shards, policy_version)
             if not faults:
                 self._sink.end_update(policy_version)
         except TransportError as error:
-            peer = f"rank {error.peer} is {self._places[error.peer]}"
+            peer = f"rank {error.peer} is {self._where[error.peer]}"
             raise RuntimeError(f"weight sync of version {policy_version}: {error}; {peer}") from error
-        except (RuntimeError, ValueError) as error:  # the other ranks hear of it before they wait for this one
+        except (RuntimeError, ValueError) as error:  # reported to all ranks, which would otherwise wait for this one
             return [f"the engine of rank {self._world.rank} failed: {error}"]
         return faults
 
     def _broadcast_digests(self, digests: dict[str, int]) -> dict[str, int]:
-        """The policy's digests, on every rank."""
+        """Return the policy's digests on every rank, including ranks that hold no weights of the policy."""
         if len(self._holders) == self._world.size:
             return digests
-        told = torch.tensor(list(digests.values()), dtype=torch.int64)
-        self._world.broadcast(told, self._holders[0])
-        return dict(zip(digests, told.tolist(), strict=True))
-
-    def _verify(self, shards: Sequence[HeldSlice], expected: dict[str, int]) -> None:
-        assert self._ends is not None, "there is a plan"
-        held, stale, failed = self._sink_digests()
-        replica: list[dict[TensorSlice, int]] = [{} for _ in range(self._replica_group.size())]
-        dist.all_gather_object(replica, held, group=self._replica_group)
-        findings = self._attendance.gather((differing_tensors(expected, replica), stale, failed), "comparing digests")
-        self._raise_faults([fault for _, _, found in findings for fault in found])
-        suspects = {name for names, _, _ in findings for name in names}
-        faults = [fault for _, stales, _ in findings for fault in stales]
-        if suspects:
-            faults += self._locate(suspects, shards) or [
-                f"{sorted(suspects)}: what the policy's shards hold is not what travels"
-            ]
-        self._raise_faults(faults)
-
-    def _sink_digests(self) -> tuple[dict[TensorSlice, int], list[str], list[str]]:
-        """Digests of what this rank's engine holds, what it computes from older weights, and why it cannot say."""
-        try:
-            held = sink_digests(self._sink, self._sink.layout())
-            stale = [f"{self._derived(name)}: {what}" for name, what in self._sink.probe().items()]
-        except RuntimeError as error:  # the other ranks hear of it before they wait for this one
-            return {}, [], [f"the engine of rank {self._world.rank} failed in the proof: {error}"]
-        return held, stale, []
-
-    def _locate(self, suspects: set[str], shards: Sequence[HeldSlice]) -> list[str]:
-        assert self._ends is not None, "there is a plan"
-        mine = piece_digests(self.plan, self._world.rank, suspects, shards, self._sink, self._ends.dtypes)
-        everywhere: list[PieceDigests] = self._attendance.gather(mine, "looking for the slice that differs")
-        return localize_mismatches(self.plan, suspects, everywhere)
-
-    def _derived(self, parameter: str) -> str:
-        """The slices whose derived copy `probe` looked at under this name."""
-        regions = (r for r in self._sink.layout() if r.kind == "derived" and r.placement.local.name == parameter)
-        slices = ", ".join(str(r.placement.hf) for r in regions) or parameter
-        return f"{slices} on rank {self._world.rank}: the kernel computes from other weights than it stores"
+        values = torch.tensor(list(digests.values()), dtype=torch.int64)
+        self._world.broadcast(values, self._holders[0])
+        return dict(zip(digests, values.tolist(), strict=True))
 
     def _stream(self, policy_version: int) -> SyncReport:
-        """Whole tensors through the engine's own loader. The digest is the policy's alone."""
+        """Pass whole tensors to the engine's own loader. The digest is that of the policy; nothing is verified."""
         start = time.perf_counter()
-        sent = 0
+        num_bytes = 0
         self._sink.begin_update()
         for name, tensor in self._full_tensors(self._settings.bucket_bytes):
             self._sink.load(name, tensor)
-            sent += tensor.nbytes
+            num_bytes += tensor.nbytes
         self._sink.end_update(policy_version)
         shards = self._source.shards()
-        dtypes = {held.hf.name: held.dtype for held in shards}
-        heard: dict[str, object] = {}
-        for part in self._attendance.gather(dtypes, "ending the update"):
-            heard |= part
-        dtypes = {name: heard[name] for name in self._source.hf_shapes()}  # type: ignore[misc]
+        own_dtypes = {held.hf.name: held.dtype for held in shards}
+        dtypes_by_name: dict[str, torch.dtype] = {}
+        for part in self._barrier.gather(own_dtypes, "ending the update"):
+            dtypes_by_name |= part
+        dtypes = {name: dtypes_by_name[name] for name in self._source.hf_shapes()}
         digests = source_digests(shards, dtypes, self._source_group)
         self.count += 1
-        return SyncReport(time.perf_counter() - start, 0.0, sent, sent, combined_digest(digests))
-
-    def _raise_faults(self, faults: list[str]) -> None:
-        if faults:
-            raise WeightMismatchError("weight sync: " + "; ".join(faults[:5]) + f" ({len(faults)} in all)")
+        return SyncReport(time.perf_counter() - start, 0.0, num_bytes, num_bytes, combined_digest(digests))
 
 
 def check_same_plan(hashes: Sequence[str]) -> None:
-    """Raises RuntimeError when two ranks made different plans; names both."""
+    """Raise RuntimeError if two ranks made different plans; `hashes[r]` is the hash of rank r's plan."""
     for rank, plan_hash in enumerate(hashes):
         if plan_hash != hashes[0]:
             raise RuntimeError(
-                f"weight sync: rank 0 made plan {hashes[0]}, rank {rank} plan {plan_hash}; ranks must run one version "
-                "of the program on one config"
+                f"weight sync: rank 0 made plan {hashes[0]}, rank {rank} made plan {plan_hash}; all ranks must run the "
+                "same version of the program with the same config"
             )
 
 
 def check_versions(found: Sequence[int], sent: int) -> None:
-    """Raises WeightMismatchError when an engine reports another version than the policy's."""
+    """Raise WeightMismatchError if the engine of a rank reports another version than `sent`."""
     for rank, version in enumerate(found):
         if version != sent:
             raise WeightMismatchError(
-                f"weight sync: the engine of rank {rank} reports version {version}, the policy sent version {sent}"
+                f"weight sync: the engine of rank {rank} reports version {version}, but the policy sent version {sent}"
             )

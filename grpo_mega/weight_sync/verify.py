@@ -1,7 +1,8 @@
-"""The proof of a sync: digests of the policy's shards against digests of what the engine's kernels read.
+"""Digests of the policy's shards and of what the engines' kernels read, and their comparison.
 
-A digest adds up over disjoint slices, so nothing is gathered but one number per tensor; and nothing here looks at what
-travelled. Only when a tensor differs are its pieces compared one by one, to name the slice, its rank and its sender.
+A digest is additive over disjoint slices, so the ranks exchange only one number per tensor. The digests do not depend
+on the values that were sent. If a tensor differs, its pieces are compared one by one, to name slice, rank and sender.
+
 Asserted by tests/unit/weight_sync/test_verify.py, tests/parallel/test_sync_ranks.py and
 tests/engine/test_weight_sync.py.
 """
@@ -18,17 +19,23 @@ from torch import Tensor
 from grpo_mega.interfaces import HeldSlice, SinkRegion, WeightSink
 from grpo_mega.models.digest import slice_digest, wrap
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.executor import view_of
+from grpo_mega.weight_sync.executor import values_of
 from grpo_mega.weight_sync.plan import ReshardPlan
-from grpo_mega.weight_sync.slice_table import cut
+from grpo_mega.weight_sync.slice_table import split_slice
 
-PART = 1 << 22  # elements
+PART = 1 << 22  # elements of a slice that are converted, or quantized, at a time
 
 
 def source_digests(
     shards: Sequence[HeldSlice], dtypes: dict[str, torch.dtype], group: dist.ProcessGroup
 ) -> dict[str, int]:
-    """Tensor -> digest, in the dtype in which it travels. `group`: the ranks that hold one copy of the policy."""
+    """Collective: return tensor -> digest of the policy's weights.
+
+    Args:
+        shards: the policy's slices on this rank.
+        dtypes: tensor -> dtype in which it is sent.
+        group: the ranks that hold one copy of the policy.
+    """
     sums = dict.fromkeys(dtypes, 0)
     for held in shards:
         if held.counted:
@@ -42,27 +49,27 @@ def source_digests(
 
 
 def parts_of(hf: TensorSlice) -> Iterator[TensorSlice]:
-    """In parts, so that one that has to be converted or quantised first never exists whole."""
+    """Yield parts of at most PART elements, so that converted or quantized values of a slice never exist whole."""
     if not hf.shape:
         yield hf
         return
-    for start, end in cut(hf.offsets, [o + n for o, n in zip(hf.offsets, hf.shape, strict=True)], PART):
+    for start, end in split_slice(hf.offsets, [o + n for o, n in zip(hf.offsets, hf.shape, strict=True)], PART):
         yield TensorSlice(hf.name, start, tuple(e - s for s, e in zip(start, end, strict=True)))
 
 
 def sink_digests(sink: WeightSink, regions: Sequence[SinkRegion]) -> dict[TensorSlice, int]:
-    """Slice -> digest of what this rank's kernels read."""
+    """Return slice -> digest of what this rank's kernels read, for every slice of `regions`."""
     slices = list(dict.fromkeys(region.placement.hf for region in regions))
     return dict(zip(slices, sink.digests(slices), strict=True))
 
 
 def differing_tensors(expected: dict[str, int], held: Sequence[dict[TensorSlice, int]]) -> list[str]:
-    """Tensors whose digest differs between the policy and one engine replica.
+    """Return the tensors whose digests differ between the policy and one engine replica, sorted.
 
     Args:
-        expected: tensor -> digest on the policy's side.
-        held: for each rank of the replica, slice -> digest of what it holds. A slice that several ranks hold counts
-            once, and all its copies must be equal.
+        expected: tensor -> digest of the policy.
+        held: for each rank of the replica, slice -> digest. A slice on several ranks counts once, and all its copies
+            must be equal.
     """
     first: dict[TensorSlice, int] = {}
     unequal = set()
@@ -78,7 +85,10 @@ def differing_tensors(expected: dict[str, int], held: Sequence[dict[TensorSlice,
 
 @dataclass(frozen=True)
 class PieceDigests:
-    """Of the pieces of suspect tensors: what a rank sends, and what its engine holds; keys are (piece, rank)."""
+    """Digests of the pieces of differing tensors on one rank, by number of the piece.
+
+    `sent` is computed from the policy's values, `held` from the engine's.
+    """
 
     sent: dict[int, int]
     held: dict[int, int]
@@ -92,7 +102,16 @@ def piece_digests(
     sink: WeightSink,
     dtypes: dict[str, torch.dtype],
 ) -> PieceDigests:
-    """Of this rank's transfers of `suspects`, piece by piece."""
+    """Return the digests of the pieces that this rank sends or receives.
+
+    Args:
+        plan: the whole plan.
+        rank: this rank.
+        suspects: names of the tensors that differ.
+        shards: the policy's slices on this rank.
+        sink: the engine's end on this rank.
+        dtypes: tensor -> dtype in which it is sent.
+    """
     by_tensor: dict[str, list[HeldSlice]] = {}
     for each in shards:
         by_tensor.setdefault(each.hf.name, []).append(each)
@@ -101,7 +120,7 @@ def piece_digests(
     for piece, src, dst in plan.transfers_of(suspects, rank):
         hf = plan.slice_of(piece)
         if src == rank and piece not in sent:
-            values: Tensor = view_of(by_tensor, hf).to(dtypes[hf.name])
+            values: Tensor = values_of(by_tensor, hf).to(dtypes[hf.name])
             sent[piece] = slice_digest(values, hf)
         if dst == rank:
             here.append(piece)
@@ -110,7 +129,13 @@ def piece_digests(
 
 
 def localize_mismatches(plan: ReshardPlan, suspects: set[str], everywhere: Sequence[PieceDigests]) -> list[str]:
-    """One line per piece that an engine holds otherwise than its sender, or that senders hold differently."""
+    """Return one line per piece that differs between engine and sender, or between two senders.
+
+    Args:
+        plan: the whole plan.
+        suspects: names of the tensors that differ.
+        everywhere: `everywhere[r]` is the result of `piece_digests` on rank r.
+    """
     faults = []
     first: dict[int, tuple[int, int]] = {}
     for piece, src, dst in plan.transfers_of(suspects):
@@ -120,6 +145,6 @@ def localize_mismatches(plan: ReshardPlan, suspects: set[str], everywhere: Seque
             faults.append(f"{plan.slice_of(piece)}: rank {owner[0]} and rank {src} of the policy hold different copies")
         if everywhere[dst].held[piece] != digest:
             faults.append(
-                f"{plan.slice_of(piece)} on rank {dst}: the engine holds other bytes than the policy's rank {src}"
+                f"{plan.slice_of(piece)} on rank {dst}: the engine's bytes differ from those of the policy's rank {src}"
             )
     return faults

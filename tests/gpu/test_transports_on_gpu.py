@@ -31,6 +31,6 @@ def on_rank(rank: int, kind: str, gpus: int, store: str, folder: str) -> None:
         pytest.param("nccl", 2, marks=pytest.mark.gpu(2)),
     ],
 )
-def test_every_byte_of_every_turn_arrives(tmp_path: Path, kind: str, gpus: int) -> None:
+def test_every_byte_of_every_round_arrives(tmp_path: Path, kind: str, gpus: int) -> None:
     mp.spawn(on_rank, (kind, gpus, str(tmp_path / "store"), str(tmp_path)), nprocs=2)
     assert [(tmp_path / f"rank_{rank}").read_text() for rank in (0, 1)] == ["", ""]

@@ -1,4 +1,4 @@
-"""Both ends of a weight sync in plain memory: a source that holds boxes of tensors, a sink that wants boxes."""
+"""Both ends of a weight sync in plain memory: a source that holds slices of tensors, and a sink that needs slices."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 from grpo_mega.interfaces import HeldSlice, SinkRegion
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import Placement, TensorSlice
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, as_slice
+from grpo_mega.weight_sync.slice_table import RankSliceTable, SentTensor, as_slice
 from tests.helpers.weight_layouts import TENSORS
 
 
-def dtype_of(name: str, tensors: Mapping[str, WireTensor] = TENSORS) -> torch.dtype:
+def dtype_of(name: str, tensors: Mapping[str, SentTensor] = TENSORS) -> torch.dtype:
     return {2: torch.bfloat16, 4: torch.float32}[tensors[name].itemsize]
 
 
-def values(name: str, version: int, tensors: Mapping[str, WireTensor] = TENSORS) -> Tensor:
+def values(name: str, version: int, tensors: Mapping[str, SentTensor] = TENSORS) -> Tensor:
     """The whole tensor at a version, the same in every process."""
     seed = int.from_bytes(hashlib.sha256(f"{name} {version}".encode()).digest()[:4], "big")
     random = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(seed))
     return random.to(dtype_of(name, tensors))
 
 
-def slices(boxes: Holdings, rank: int, tensors: Mapping[str, WireTensor] = TENSORS) -> list[TensorSlice]:
-    mine, names = boxes.of([rank]), list(tensors)
+def slices(table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> list[TensorSlice]:
+    mine, names = table.rows_on([rank]), list(tensors)
     return [as_slice(names, tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))]
 
 
 class MemorySource:
-    """`WeightSource`. `boxes` are of all ranks; of equal ones the lowest rank's counts."""
+    """`WeightSource`. `table` is of all ranks; of equal slices, the one on the lowest rank is counted."""
 
-    def __init__(self, boxes: Holdings, rank: int, tensors: Mapping[str, WireTensor] = TENSORS) -> None:
+    def __init__(self, table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> None:
         self._tensors = tensors
-        self._slices = slices(boxes, rank, tensors)
-        lower = {hf for other in range(rank) for hf in slices(boxes, other, tensors)}
+        self._slices = slices(table, rank, tensors)
+        lower = {hf for other in range(rank) for hf in slices(table, other, tensors)}
         self._held = [
             HeldSlice(
                 hf, tensors[hf.name].shape, torch.empty(hf.shape, dtype=dtype_of(hf.name, tensors)), hf not in lower
@@ -62,9 +62,9 @@ class MemorySink:
     supports_slices: bool = True
     streaming_reason: str = ""
 
-    def __init__(self, boxes: Holdings, rank: int, tensors: Mapping[str, WireTensor] = TENSORS) -> None:
+    def __init__(self, table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> None:
         self.memory = {
-            hf: torch.zeros(hf.shape, dtype=dtype_of(hf.name, tensors)) for hf in slices(boxes, rank, tensors)
+            hf: torch.zeros(hf.shape, dtype=dtype_of(hf.name, tensors)) for hf in slices(table, rank, tensors)
         }
         self.policy_version = -1
         self.packed: dict[TensorSlice, Tensor] = {}

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from grpo_mega.parallel.topology import Coordinates, Topology
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join
+from grpo_mega.weight_sync.slice_table import RankSliceTable, SentTensor, concatenate, table_of_rank
 
 LAYERS, HIDDEN, FFN, EXPERTS, EXPERT_FFN, VOCAB, HEADS, KV_HEADS, HEAD = 12, 192, 576, 12, 96, 1000, 12, 6, 16
 MOE_LAYERS = range(6, 12)
 
 
-def tensors() -> dict[str, WireTensor]:
+def tensors() -> dict[str, SentTensor]:
     """bf16, but for a correction bias in fp32."""
     shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
     for layer in range(LAYERS):
@@ -31,7 +31,7 @@ def tensors() -> dict[str, WireTensor]:
         else:
             shapes |= {f"{layer}.up": (FFN, HIDDEN), f"{layer}.down": (HIDDEN, FFN)}
     shapes |= {"norm": (HIDDEN,), "head": (VOCAB, HIDDEN)}
-    return {name: WireTensor(shape, 4 if name.endswith("bias") else 2) for name, shape in shapes.items()}
+    return {name: SentTensor(shape, 4 if name.endswith("bias") else 2) for name, shape in shapes.items()}
 
 
 TENSORS = tensors()
@@ -54,14 +54,14 @@ def whole(name: str) -> Iterator[TensorSlice]:
     yield from part(name, 1, 0, 0)
 
 
-def policy(topology: Topology) -> Holdings:
+def policy(topology: Topology) -> RankSliceTable:
     """Megatron's: layers over pp, rows and columns over tp, experts over ep and etp; head by head where it is
     interleaved."""
     rows = []
     for rank in range(topology.world_size):
         at = topology.coordinates(rank)
-        rows.append(holdings(TENSORS, _policy_slices(topology, at), rank))
-    return join(rows)
+        rows.append(table_of_rank(TENSORS, _policy_slices(topology, at), rank))
+    return concatenate(rows)
 
 
 def _policy_slices(topology: Topology, at: Coordinates) -> Iterator[TensorSlice]:
@@ -103,11 +103,11 @@ class EngineLayout:
         return f"tp{self.tp}dp{self.dp}{'ep' if self.ep else ''}"
 
 
-def engine(layout: EngineLayout, world_size: int, first_rank: int = 0) -> Holdings:
+def engine(layout: EngineLayout, world_size: int, first_rank: int = 0) -> RankSliceTable:
     """vLLM's, for as many engines as `world_size` ranks hold, from `first_rank` on."""
     size = layout.tp * layout.dp
-    one = [holdings(TENSORS, _engine_slices(layout, rank), rank) for rank in range(size)]
-    return join([one[rank % size].on([first_rank + rank]) for rank in range(world_size)])
+    one = [table_of_rank(TENSORS, _engine_slices(layout, rank), rank) for rank in range(size)]
+    return concatenate([one[rank % size].placed_on([first_rank + rank]) for rank in range(world_size)])
 
 
 def _engine_slices(layout: EngineLayout, rank: int) -> Iterator[TensorSlice]:

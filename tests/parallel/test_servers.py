@@ -96,7 +96,7 @@ def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[An
         reports.append(sync.push(version, verify=True))
         told.append(rollouts(engine, rank))
     engine.close()
-    return told, reports, sync.plan.received_bytes().tolist()
+    return told, reports, sync.plan.traffic.received_bytes().tolist()
 
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.long)])

@@ -172,7 +172,7 @@ def follow(rank: int, case: Case) -> dict[str, Any]:
         "stored": sum(p.nbytes for p in sink.parameters.values()),
         "filled": sum(region_view(sink.parameters[c.local.name], c).nbytes for c in sink.copies),
         "remade": not torch.equal(*scales),
-        "received": int(sync.plan.received_bytes()[rank]),
+        "received": int(sync.plan.traffic.received_bytes()[rank]),
         "codes": sum(p.itemsize == 1 for p in sink.parameters.values()),
     }
 
@@ -228,7 +228,7 @@ def test_a_flipped_code_and_a_scale_of_the_version_before_are_named_on_every_ran
     for fine, flipped, stale, after in rank_pool.call(WORLD, messages, cases["qwen3"]):
         assert fine == after == ""
         assert "model.layers.1.self_attn.o_proj.weight[" in flipped
-        assert "on rank 1: the engine holds other bytes than the policy's rank" in flipped
+        assert "on rank 1: the engine's bytes differ from those of the policy's rank" in flipped
         assert "model.layers.0.self_attn.o_proj.weight_scale_inv[" in stale
         assert "on rank 1" in stale
         assert "rank 3: the engine" not in flipped + stale
@@ -276,7 +276,7 @@ def misfit(rank: int, case: Case, fp8: str | None) -> str:
     ("fp8", "words"),
     [
         ("scales", "in torch.float8_e4m3fn, the engine wants it in torch.bfloat16"),
-        (None, "_scale_inv[0:2, 0:2] on rank 0 is a slice of no tensor of the policy"),
+        (None, "_scale_inv[0:2, 0:2] on rank 0: the policy does not have this tensor"),
     ],
 )
 def test_codes_on_one_side_alone_are_refused_before_anything_moves(

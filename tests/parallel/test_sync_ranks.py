@@ -18,11 +18,11 @@ from torch import Tensor
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.executor import Execution
+from grpo_mega.weight_sync.executor import ScheduleExecutor
 from grpo_mega.weight_sync.sync import SyncReport, SyncSettings, WeightSync, check_same_plan, check_versions
 from grpo_mega.weight_sync.transports import factory, process_vm_readv
 from grpo_mega.weight_sync.transports.base import BucketMessage, Round
-from grpo_mega.weight_sync.transports.factory import TransportKind
+from grpo_mega.weight_sync.transports.kinds import TransportKind
 from grpo_mega.weight_sync.transports.process_vm_readv import StridedRange
 from grpo_mega.weight_sync.transports.shared_memory import SharedMemoryTransport
 from tests.helpers.exchange import exchange
@@ -32,7 +32,7 @@ from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
 WORLD = 4
 TOPOLOGY = Topology(WORLD, tp=2, pp=2, engine_tp=2)
-BUCKET_BYTES = 128 * 1024  # many turns
+BUCKET_BYTES = 128 * 1024  # many rounds
 
 Layouts = tuple[dict[str, int], EngineLayout]
 TP2PP2: Layouts = ({"tp": 2, "pp": 2}, EngineLayout(2))
@@ -94,10 +94,10 @@ def follow(
         "reports": reports,
         "wrong": wrong,
         "stored": bytes_stored,
-        "buffers": sync.execution.buffer_bytes,
-        "links": sync.plan.bytes_by_link(),
-        "turns": sync.plan.num_buckets,
-        "in_place": len(sync.execution._in_place),
+        "buffers": sync.executor.buffer_bytes,
+        "links": sync.plan.traffic.bytes_by_link(),
+        "rounds": sync.plan.num_buckets,
+        "in_place": len(sync.executor._in_place),
         "mapped": [line for line in Path("/proc/self/maps").read_text().splitlines() if "/grpo_mega_" in line],
     }
 
@@ -123,9 +123,9 @@ def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memor
         assert seen["buffers"] <= 2 * BUCKET_BYTES + 64 * WORLD * 2
         assert all(line.endswith("(deleted)") for line in seen["mapped"]), "a killed job would leave its segments"
         if layouts is DATA_PARALLEL:
-            assert seen["turns"] == seen["buffers"] == first.received_bytes == 0
+            assert seen["rounds"] == seen["buffers"] == first.received_bytes == 0
         else:
-            assert seen["turns"] > 3
+            assert seen["rounds"] > 3
             assert (seen["links"]["across_nodes"] > 0) == (machines > 1)
 
 
@@ -206,34 +206,34 @@ def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
     """The receiver finds what lay in the buffer before."""
     real = transport.incoming
 
-    def incoming(turn: Round, message: BucketMessage) -> Tensor:
-        if turn.number == number:
-            stale: Tensor = real(turn, message).clone()
+    def incoming(round_: Round, message: BucketMessage) -> Tensor:
+        if round_.number == number:
+            stale: Tensor = real(round_, message).clone()
             stale[16:24] = torch.tensor([number - 2], dtype=torch.int64).view(torch.uint8)
             return stale
-        return real(turn, message)
+        return real(round_, message)
 
     return mock.patch.object(transport, "incoming", incoming)
 
 
-def send_wrongly(execution: Execution, fault: str) -> Any:
-    """In turn 3 the sender's buffer is left as it was ("twice"), or filled for the version before ("older")."""
-    real = execution._pack
+def send_wrongly(executor: ScheduleExecutor, fault: str) -> Any:
+    """In round 3 the sender's buffer is left as it was ("twice"), or filled for the version before ("older")."""
+    real = executor._send
 
-    def pack(kind: str, buffer: Tensor, turn: Round, by_tensor: Any, version: int) -> None:
-        if turn.number == 3 and fault == "twice":
-            execution._transports[kind].start(turn)
+    def send(kind: str, buffer: Tensor, round_: Round, by_tensor: Any, version: int) -> None:
+        if round_.number == 3 and fault == "twice":
+            executor._transports[kind].start(round_)
         else:
-            real(kind, buffer, turn, by_tensor, version - (turn.number == 3 and fault == "older"))
+            real(kind, buffer, round_, by_tensor, version - (round_.number == 3 and fault == "older"))
 
-    return mock.patch.object(execution, "_pack", pack)
+    return mock.patch.object(executor, "_send", send)
 
 
 def spoil(sync: WeightSync, fault: str) -> Any:
     """What a fault of the transport does to this rank."""
     if fault == "lost":
-        return lose_bucket(sync.execution._transports["shared_memory"], 2)  # type: ignore[arg-type]
-    return send_wrongly(sync.execution, fault) if fault in ("twice", "older") else nullcontext()
+        return lose_bucket(sync.executor._transports["shared_memory"], 2)  # type: ignore[arg-type]
+    return send_wrongly(sync.executor, fault) if fault in ("twice", "older") else nullcontext()
 
 
 def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
@@ -254,16 +254,16 @@ def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
 
 
 FAULTS = {
-    "flipped": ["3.down[", "on rank 1: the engine holds other bytes than the policy's rank"],
-    "stale": ["0.norm[0:192] on rank 1: the engine holds other bytes"],
+    "flipped": ["3.down[", "on rank 1: the engine's bytes differ from those of the policy's rank"],
+    "stale": ["0.norm[0:192] on rank 1: the engine's bytes differ"],
     "swapped": ["2.k[", "2.v[", "on rank 1"],
-    "packed": ["head[500:1000, 0:192] on rank 1", "the kernel computes from other weights than it stores"],
+    "packed": ["head[500:1000, 0:192] on rank 1", "the kernel computes with other weights"],
     "version": ["the engine of rank 1 reports version", "the policy sent version"],
-    "refused": ["5.up[", "on rank 1: the engine refused it (no space left in the engine)"],
-    "lost": ["bucket 2 from rank", "did not reach rank 1: in its place is bucket 0"],
-    "twice": ["bucket 3 from rank 1 did not reach rank 3: in its place is bucket 1 of version 9,"],
-    "older": ["bucket 3 from rank 1 did not reach rank 3: in its place is bucket 3 of version 9,"],
-    "silent": ["the engine of rank 1 failed in the proof: its process has ended"],
+    "refused": ["5.up[", "on rank 1: the engine rejected it (no space left in the engine)"],
+    "lost": ["bucket 2 from rank", "to rank 1 was expected", "bucket 0 of version"],
+    "twice": ["bucket 3 from rank 1 to rank 3 was expected", "bucket 1 of version 9,"],
+    "older": ["bucket 3 from rank 1 to rank 3 was expected", "bucket 3 of version 9,"],
+    "silent": ["the engine of rank 1 failed in the verification: its process has ended"],
 }
 
 
@@ -298,8 +298,8 @@ def absent_rank(rank: int) -> str:
     source, _, sync = open_sync(rank)
     source.become(1)
     sync.push(1, verify=True)
-    sync.execution._transports["shared_memory"]._timeout = 3.0  # type: ignore[attr-defined]
-    sync._attendance._timeout = 3.0
+    sync.executor._transports["shared_memory"]._timeout = 3.0  # type: ignore[attr-defined]
+    sync._barrier._timeout = 3.0
     if rank == 2:
         time.sleep(8.0)
         return ""
@@ -322,10 +322,10 @@ def withheld_bucket(rank: int) -> tuple[str, int]:
     source, sink, sync = open_sync(rank)
     source.become(1)
     sync.push(1, verify=True)
-    transport = sync.execution._transports["shared_memory"]
-    transport._timeout = sync._attendance._timeout = 3.0  # type: ignore[attr-defined]
+    transport = sync.executor._transports["shared_memory"]
+    transport._timeout = sync._barrier._timeout = 3.0  # type: ignore[attr-defined]
     start = transport.start
-    withheld = mock.patch.object(transport, "start", lambda turn: None if turn.number >= 3 else start(turn))
+    withheld = mock.patch.object(transport, "start", lambda round_: None if round_.number >= 3 else start(round_))
     try:
         with withheld if rank == 1 else nullcontext():
             sync.push(2, verify=True)
@@ -360,7 +360,7 @@ def test_a_rank_that_dies_ends_the_others_at_once_with_its_name(rank_pool: RankP
         rank_pool.call(WORLD, dying_rank)
     assert "ended with exit code 3" in str(caught.value)
     assert "from rank 2" in str(caught.value)
-    assert "it has ended" in str(caught.value)
+    assert "the process of rank 2 exited" in str(caught.value)
     assert time.monotonic() - start < 50
 
 
@@ -391,7 +391,7 @@ def misfits(rank: int, change: str) -> str:
     wanted = engine(EngineLayout(2), WORLD)
     numbers = {name: i for i, name in enumerate(TENSORS)}
     if change == "missing" and rank == 1:
-        wanted = wanted.rows(wanted.tensors != numbers["4.up"])
+        wanted = wanted.select(wanted.tensors != numbers["4.up"])
     sink = MemorySink(wanted, rank)
     if change == "unknown" and rank == 1:
         sink.memory[TensorSlice("rotary", (0,), (8,))] = torch.zeros(8)
@@ -405,8 +405,8 @@ def misfits(rank: int, change: str) -> str:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("missing", "the engine of ranks 0 to 1 has no place for 4.up (55296 of 110592 elements)"),
-        ("unknown", "rotary[0:8] on rank 1 is a slice of no tensor of the policy"),
+        ("missing", "the engine of ranks 0 to 1 does not store all elements of 4.up (55296 of 110592 elements)"),
+        ("unknown", "rotary[0:8] on rank 1: the policy does not have this tensor"),
     ],
 )
 def test_tensors_that_do_not_match_are_named_on_every_rank(rank_pool: RankPool, change: str, words: str) -> None:
@@ -415,9 +415,9 @@ def test_tensors_that_do_not_match_are_named_on_every_rank(rank_pool: RankPool, 
 
 
 def test_ranks_with_different_plans_or_versions_are_named() -> None:
-    with pytest.raises(RuntimeError, match="rank 0 made plan a, rank 2 plan b"):
+    with pytest.raises(RuntimeError, match="rank 0 made plan a, rank 2 made plan b"):
         check_same_plan(["a", "a", "b"])
-    with pytest.raises(WeightMismatchError, match="engine of rank 1 reports version 3, the policy sent version 4"):
+    with pytest.raises(WeightMismatchError, match="engine of rank 1 reports version 3, but the policy sent version 4"):
         check_versions([4, 3], 4)
 
 
@@ -427,13 +427,13 @@ class LateSlots:
     def __init__(self, num_bytes: int, _device: torch.device) -> None:
         self.own = torch.zeros(num_bytes, dtype=torch.uint8)
         path = Path("/dev/shm", f"grpo_mega_late_{os.getpid()}")
-        self.told = (str(path), num_bytes)
-        self._seen = self.map(self.told, 0)
+        self.handle = (str(path), num_bytes)
+        self._seen = self.map(self.handle, 0)
 
-    def map(self, told: tuple[str, int], _rank: int) -> Tensor:
-        return torch.from_file(told[0], shared=True, size=told[1], dtype=torch.uint8)
+    def map(self, handle: tuple[str, int], _rank: int) -> Tensor:
+        return torch.from_file(handle[0], shared=True, size=handle[1], dtype=torch.uint8)
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         self._seen.copy_(self.own)
 
 
@@ -445,7 +445,7 @@ def exchange_by_device(rank: int) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
-def test_every_byte_of_every_turn_arrives(rank_pool: RankPool, kind: str) -> None:
+def test_every_byte_of_every_round_arrives(rank_pool: RankPool, kind: str) -> None:
     assert rank_pool.call(2, exchange, kind) == [[], []]
 
 

@@ -1,4 +1,4 @@
 """Transports that move buckets between ranks: process groups (gloo, NCCL), shared memory, CUDA IPC.
 
-Each implements `base.Transport`; `factory.py` chooses one for each pair of ranks. Transports know no tensor names.
+Each implements `base.Transport`; `factory.py` chooses one for each kind of link. A transport knows no tensor names.
 """

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from grpo_mega.weight_sync.transports.process_vm_readv import PeerMemory
 
+ALIGNMENT = 32  # bytes; every message in a buffer starts at a multiple of it
+
 
 @dataclass(frozen=True)
 class BucketMessage:
-    """`num_bytes` of one bucket between this rank and `peer`, at byte `start` of the sender's send buffer.
+    """`num_bytes` of one bucket between this rank and `peer`, from byte `start` of the sender's send buffer on.
 
-    `large`: (start in the message, bytes) of what may be lent (`Transport.send_or_receive_in_place`); the same at both
-    ends.
+    `large` lists (start in the message, bytes) of the pieces that may be sent in place (`Transport.send_in_place`). It
+    is the same at both ends.
     """
 
     peer: int
@@ -25,7 +27,7 @@ class BucketMessage:
     large: tuple[tuple[int, int], ...] = ()
 
     def parts(self) -> Iterator[tuple[int, int]]:
-        """(start, bytes) of all that is sent for itself, in order: what is large, and what lies between."""
+        """Yield (start, bytes) of the parts that are sent separately, in order: large pieces and the gaps between."""
         at = 0
         for start, num_bytes in (*self.large, (self.num_bytes, 0)):
             if start > at:
@@ -37,7 +39,7 @@ class BucketMessage:
 
 @dataclass(frozen=True)
 class Round:
-    """What a rank sends and receives of one bucket, each sorted by peer."""
+    """The messages of bucket `number` that a rank sends and receives, each sorted by peer."""
 
     number: int
     sends: Sequence[BucketMessage]
@@ -45,70 +47,96 @@ class Round:
 
     @property
     def send_bytes(self) -> int:
+        """Bytes of the send buffer."""
         return max((m.start + aligned(m.num_bytes) for m in self.sends), default=0)
 
     @property
     def receive_bytes(self) -> int:
+        """Bytes of the receive buffer, for transports that need one."""
         return sum(aligned(m.num_bytes) for m in self.receives)
 
 
 class Transport(Protocol):
-    """Moves messages. Per turn: fill `outgoing`, `start`, `incoming` for each message received, `finish`.
+    """Moves the messages of one rank.
 
-    `peer_memory`: ranks that read each other's memory; to them a message may say where bytes are. None: there are none.
+    The calls of a round are: `outgoing`, whose result the caller fills; `start`; `incoming` for each received message;
+    `finish`. `outgoing` waits until a buffer is free, so all transports of a rank are asked for their buffers before
+    one of them starts.
 
-    `outgoing` waits until a buffer is free, and all transports of a rank are asked for it before one of them starts.
+    `peer_memory` gives access to the memory of other ranks. To such a rank a message may contain addresses instead of
+    values. None: the transport does not support it.
     """
 
     peer_memory: PeerMemory | None
 
-    def outgoing(self, turn: Round) -> Tensor:
-        """[send_bytes] uint8 to be filled; waits until the turn before last has left it."""
-        ...
-
-    def send_or_receive_in_place(
-        self, turn: Round, message: BucketMessage, start: int, memory: Tensor, *, sends: bool
-    ) -> bool:
-        """Before `start`: the bytes from `start` of a message are sent out of this memory, or received into it, and not
-        copied through the buffer. False: this transport has no use for it."""
-        ...
-
-    def start(self, turn: Round) -> None: ...
-
-    def incoming(self, turn: Round, message: BucketMessage) -> Tensor:
-        """[num_bytes] uint8 of one message, once it is there; valid until `finish`.
+    def outgoing(self, round_: Round) -> Tensor:
+        """Return the send buffer, [send_bytes] uint8; wait until the round before the previous one has left it.
 
         Raises:
-            TransportError: it did not come in time, or its sender is gone.
+            TransportError: a receiver did not read that round in time, or its process exited.
         """
         ...
 
-    def finish(self, turn: Round) -> None:
-        """Everything of this turn was taken over.
+    def send_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
+        """Send the part of a message that begins at byte `start` from `memory` instead of the send buffer.
 
-        Raises:
-            TransportError: as `incoming`, for what this rank sends.
+        Called before `start`. Return False if it is not possible; the caller then fills the buffer.
         """
         ...
 
+    def receive_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
+        """Receive the part of a message that begins at byte `start` into `memory`.
 
-ALIGNMENT = 32  # bytes; of a message in a buffer, and the size of its header
+        Called before `start`. Return False if it is not possible; the part then arrives in the buffer.
+        """
+        ...
+
+    def start(self, round_: Round) -> None:
+        """Start sending and receiving the messages of a round."""
+        ...
+
+    def incoming(self, round_: Round, message: BucketMessage) -> Tensor:
+        """Return one received message, [num_bytes] uint8, once it has arrived; valid until `finish`.
+
+        Raises:
+            TransportError: the message did not arrive in time, or the sender's process exited.
+        """
+        ...
+
+    def finish(self, round_: Round) -> None:
+        """Release the received messages of a round; the caller has copied them.
+
+        Raises:
+            TransportError: a message that this rank sent was not received in time.
+        """
+        ...
 
 
 class TransportError(RuntimeError):
-    """Bytes did not come or go in time, between this rank and `peer`; names both."""
+    """A message between this rank and `peer` was not transferred in time. The text names both ranks."""
 
     def __init__(self, text: str, peer: int) -> None:
         super().__init__(text)
         self.peer = peer
 
 
-def failed_wait(turn: Round, message: BucketMessage, rank: int, sends: bool, seconds: float, why: str) -> str:
-    """One sentence with both ranks."""
-    ends = f"rank {rank} to rank {message.peer}" if sends else f"rank {message.peer} to rank {rank}"
-    return f"bucket {turn.number}: {message.num_bytes} bytes from {ends} did not arrive within {seconds:g} s ({why})"
+def failed_wait(round_: Round, message: BucketMessage, rank: int, sends: bool, seconds: float, reason: str) -> str:
+    """Return an error message that names both ranks of a message.
+
+    Args:
+        round_: the round of the message.
+        message: the message.
+        rank: this rank.
+        sends: True if this rank is the sender.
+        seconds: the limit of the wait.
+        reason: for the wait's end.
+    """
+    ranks = f"rank {rank} to rank {message.peer}" if sends else f"rank {message.peer} to rank {rank}"
+    return (
+        f"bucket {round_.number}: {message.num_bytes} bytes from {ranks} did not arrive within {seconds:g} s ({reason})"
+    )
 
 
 def aligned(num_bytes: int) -> int:
-    """Up to the next multiple of ALIGNMENT."""
+    """Return `num_bytes` rounded up to a multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

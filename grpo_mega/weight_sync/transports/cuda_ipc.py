@@ -1,9 +1,10 @@
-"""Buckets between processes that see the same GPU: its driver lets one process map memory of another (cudaIpc).
+"""GPU buffers that processes of one machine share through CUDA IPC (cudaIpcMemHandle).
 
-Two processes on one GPU cannot meet over NCCL, which refuses a GPU that comes twice; and where GPUs of a machine reach
-each other, a receiver reads the sender's buffer without a receive buffer of its own. Turns and their order are those
-of shared_memory.py; a rank waits for its own copies before it says that a turn is filled or taken over.
-Asserted by tests/gpu/test_transports_on_gpu.py. Written, never run: no result of it exists.
+Two processes on one GPU cannot use NCCL, which rejects a GPU that appears twice. Where the GPUs of a machine have peer
+access, a receiver reads the sender's buffer and needs no receive buffer. The order of rounds is that of
+shared_memory.py. A rank synchronizes with its own copies before it publishes that a round is filled or read.
+
+Asserted by tests/gpu/test_transports_on_gpu.py. Never run on a GPU so far: there is no measured result.
 """
 
 from __future__ import annotations
@@ -17,31 +18,31 @@ from grpo_mega.types import UserError
 
 
 class DeviceSlots:
-    """This rank's two buffers on its GPU, and how other processes find them."""
+    """Two buffers of this rank on its GPU, and the handle with which other processes map them."""
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        """`num_bytes`: of both."""
+        """Allocate `num_bytes` for both buffers together."""
         self.own = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         storage: Any = self.own.untyped_storage()
-        self.told: tuple[Any, ...] = tuple(storage._share_cuda_())
-        """Plain values: the device, the driver's handle, where in its memory the buffers are, and their life."""
+        self.handle: tuple[Any, ...] = tuple(storage._share_cuda_())
+        """Plain values: the device, the driver's handle, the position of the buffers in its memory, their lifetime."""
 
-    def map(self, told: tuple[Any, ...] | None, rank: int) -> Tensor:
-        """The buffers of `rank`; they live as long as the tensor.
+    def map(self, handle: tuple[Any, ...] | None, rank: int) -> Tensor:
+        """Return the buffers of `rank` as uint8. They stay mapped as long as the tensor lives.
 
         Raises:
-            UserError: this process does not see that GPU, or cannot reach it.
+            UserError: that GPU is not visible to this process, or has no peer access.
         """
-        assert told is not None, "all ranks of a machine use the same transport"
+        assert handle is not None, "all ranks of a machine use the same transport"
         try:
-            storage = torch.UntypedStorage._new_shared_cuda(*told)
+            storage = torch.UntypedStorage._new_shared_cuda(*handle)
         except RuntimeError as error:
             raise UserError(
-                f"weight_sync.transport=cuda_ipc: rank {rank}'s GPU {told[0]} cannot be mapped here ({error})",
+                f"weight_sync.transport=cuda_ipc: GPU {handle[0]} of rank {rank} cannot be mapped ({error})",
                 remedy="make all GPUs of the machine visible to each rank, or use weight_sync.transport=auto",
             ) from error
         return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
-    def settle(self) -> None:
-        """Until what this rank has copied is there."""
+    def synchronize(self) -> None:
+        """Wait until this rank's copies have completed."""
         torch.cuda.current_stream(self.own.device).synchronize()

@@ -1,9 +1,11 @@
-"""Reading what another process of this machine holds, with no buffer between: Linux's process_vm_readv.
+"""Reads the memory of another process on this machine with one copy: Linux's process_vm_readv.
 
-A tensor is told as runs of bytes, so that another process can read it into a tensor of its own with one copy. The
-kernel allows it between processes of one user; where Yama restricts that to debuggers (ptrace_scope=1), a process may
-name who may read it, and names everybody of its user, as a kernel without Yama does. A container may forbid it all:
-whether it works is tried.
+A tensor is described as evenly spaced runs of bytes (`StridedRange`), so that another process can read it into a tensor
+of its own. The kernel allows this between processes of one user. With Yama's ptrace_scope=1 only a debugger may read;
+there a process can permit other readers (PR_SET_PTRACER), and this module permits every process of the same user, as a
+kernel without Yama does. A container may forbid the call, so `PeerMemory` tests at construction which ranks can be
+read.
+
 Asserted by tests/unit/weight_sync/transports/test_process_vm_readv.py.
 """
 
@@ -24,9 +26,9 @@ from grpo_mega.parallel.peer_group import PeerGroup
 
 log = logging.getLogger("grpo_mega.weight_sync")
 
-LEAST_RUN = 1024  # bytes; the kernel looks a page up for each run: shorter ones are copied faster through a buffer
-_MOST_RUNS, _MOST_BYTES = 1024, 1 << 30  # of one call: IOV_MAX, and less than the 2 GiB that it ends at
-_PR_SET_PTRACER, _ANY = 0x59616D61, ctypes.c_ulong(-1)
+MIN_RUN_BYTES = 1024  # the kernel looks up a page for each run, so shorter runs are copied faster through a buffer
+_MAX_RUNS, _MAX_BYTES = 1024, 1 << 30  # of one call: IOV_MAX, and less than the kernel's limit of 2 GiB
+_PR_SET_PTRACER, _ANY_PROCESS = 0x59616D61, ctypes.c_ulong(-1)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.process_vm_readv.restype = ctypes.c_ssize_t
@@ -42,7 +44,7 @@ _libc.process_vm_readv.argtypes = [
 
 @dataclass(frozen=True)
 class StridedRange:
-    """`count` runs of `num_bytes`, each `stride` bytes behind the one before, the first at `address`."""
+    """Evenly spaced memory: `count` runs of `num_bytes`, the first at `address`, each `stride` bytes after the last."""
 
     address: int
     count: int
@@ -51,7 +53,7 @@ class StridedRange:
 
     @classmethod
     def of(cls, values: Tensor) -> StridedRange | None:
-        """Those of a tensor of the host; None where they are too short, or not evenly spaced."""
+        """Return the runs of a host tensor, or None if they are too short or not evenly spaced."""
         if values.device.type != "cpu" or not values.numel():
             return None
         run, size = values.itemsize, values.dim()
@@ -65,46 +67,51 @@ class StridedRange:
             if count > 1 and each != count * stride:
                 return None
             count, stride = count * n, stride if count > 1 else each
-        return cls(values.data_ptr(), count, run, stride) if count == 1 or run >= LEAST_RUN else None
+        return cls(values.data_ptr(), count, run, stride) if count == 1 or run >= MIN_RUN_BYTES else None
 
     @classmethod
     def whole(cls, values: Tensor) -> StridedRange:
-        """The one of a tensor without gaps."""
+        """Return the single run of a contiguous tensor."""
         return cls(values.data_ptr(), 1, values.nbytes, values.nbytes)
 
     @property
     def total_bytes(self) -> int:
+        """Bytes of all runs."""
         return self.count * self.num_bytes
 
-    def cut(self, num_bytes: int) -> Iterator[tuple[int, int]]:
-        """(address, length) of all, in runs of `num_bytes`."""
+    def split(self, num_bytes: int) -> Iterator[tuple[int, int]]:
+        """Yield (address, length) of all bytes, in runs of `num_bytes`, which must divide the run length."""
         for start in range(self.address, self.address + self.count * self.stride, self.stride):
             for at in range(start, start + self.num_bytes, num_bytes):
                 yield at, num_bytes
 
 
 def allow_reading() -> None:
-    """Other processes of this user may read this one, also where Yama asks for it."""
-    _libc.prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)  # without Yama: EINVAL, and nothing to allow
+    """Permit other processes of this user to read this process, also under Yama's ptrace_scope=1."""
+    _libc.prctl(_PR_SET_PTRACER, _ANY_PROCESS, 0, 0, 0)  # without Yama it returns EINVAL, and no permission is needed
 
 
 def read_ranges(process: int, pairs: Sequence[tuple[StridedRange, StridedRange]]) -> None:
-    """Copies what the first of each pair are in the memory of a process into the second, in few calls.
+    """Copy memory of another process into memory of this one, with as few system calls as possible.
+
+    Args:
+        process: the other process's id.
+        pairs: (source in the other process, target in this process); `compatible` and of equal bytes.
 
     Raises:
-        OSError: it is gone, or may not be read; names both.
+        OSError: the process has exited, may not be read, or an address is invalid. Names both processes.
     """
     sources: list[tuple[int, int]] = []  # `struct iovec`: address, length
     targets: list[tuple[int, int]] = []
     for theirs, ours in pairs:
-        assert theirs.total_bytes == ours.total_bytes, f"{theirs.total_bytes} bytes for {ours.total_bytes}"
-        assert fits(theirs, ours), f"runs of {theirs.num_bytes} bytes into runs of {ours.num_bytes}"
+        assert theirs.total_bytes == ours.total_bytes, f"{theirs.total_bytes} bytes into {ours.total_bytes}"
+        assert compatible(theirs, ours), f"runs of {theirs.num_bytes} bytes into runs of {ours.num_bytes}"
         unit = min(theirs.num_bytes, ours.num_bytes)
-        sources += theirs.cut(unit)
-        targets += ours.cut(unit)
+        sources += theirs.split(unit)
+        targets += ours.split(unit)
     start, num_bytes = 0, 0
     for i, (_, size) in enumerate(sources):
-        if i - start == _MOST_RUNS or (i > start and num_bytes + size > _MOST_BYTES):
+        if i - start == _MAX_RUNS or (i > start and num_bytes + size > _MAX_BYTES):
             _read(process, sources[start:i], targets[start:i])
             start, num_bytes = i, 0
         num_bytes += size
@@ -114,66 +121,73 @@ def read_ranges(process: int, pairs: Sequence[tuple[StridedRange, StridedRange]]
 
 def _read(process: int, sources: list[tuple[int, int]], targets: list[tuple[int, int]]) -> None:
     source, target = np.asarray(sources, np.uint64), np.asarray(targets, np.uint64)
-    wanted = int(source[:, 1].sum())
+    expected = int(source[:, 1].sum())
     done = _libc.process_vm_readv(process, target.ctypes.data, len(target), source.ctypes.data, len(source), 0)
-    if done != wanted:
-        why = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {wanted} bytes"
-        raise OSError(f"process {os.getpid()} could not read process {process}: {why}")
+    if done != expected:
+        reason = os.strerror(ctypes.get_errno()) if done < 0 else f"{done} of {expected} bytes were read"
+        raise OSError(f"process {os.getpid()} could not read process {process}: {reason}")
 
 
-def fits(theirs: StridedRange, ours: StridedRange) -> bool:
-    """Do the runs of one side divide those of the other?"""
+def compatible(theirs: StridedRange, ours: StridedRange) -> bool:
+    """Return True if the run length of one range divides that of the other, as `read_ranges` needs."""
     longer, shorter = max(theirs.num_bytes, ours.num_bytes), min(theirs.num_bytes, ours.num_bytes)
     return longer % shorter == 0
 
 
-PLACE_BYTES = 32  # four words of 64 bits
+RANGE_BYTES = 32  # of one range in a table: four words of 64 bits
 
 
-def put_places(table: Tensor, places: list[StridedRange]) -> None:
-    """Into bytes that another process reads."""
-    words = torch.tensor([astuple(place) for place in places], dtype=torch.int64)
+def write_range_table(table: Tensor, ranges: list[StridedRange]) -> None:
+    """Write ranges to the first bytes of `table` (uint8), RANGE_BYTES each."""
+    words = torch.tensor([astuple(each) for each in ranges], dtype=torch.int64)
     table[: words.nbytes].view(torch.int64).copy_(words.flatten())
 
 
-def take_places(table: Tensor, count: int) -> list[StridedRange]:
-    """What `put_places` has put there."""
-    words = table[: count * PLACE_BYTES].view(torch.int64).view(count, -1)
+def read_range_table(table: Tensor, count: int) -> list[StridedRange]:
+    """Return the first `count` ranges that `write_range_table` has written to `table` (uint8)."""
+    words = table[: count * RANGE_BYTES].view(torch.int64).view(count, -1)
     return [StridedRange(*row) for row in words.tolist()]
 
 
 class PeerMemory:
-    """The ranks of this machine whose memory this one can read, and those that can read its own."""
+    """Access to the memory of other ranks on this machine.
+
+    Access is not symmetric: a container may forbid a rank to read a peer that can read this rank.
+    """
 
     def __init__(self, world: PeerGroup, processes: Mapping[int, int]) -> None:
-        """Collective: each rank tries.
+        """Collective: every rank tries to read a random word from every other rank of its machine.
 
         Args:
             world: all ranks.
-            processes: rank -> process, of the other ranks of this machine.
+            processes: rank -> process id, of the other ranks on this machine.
         """
         allow_reading()
         self._processes = processes
-        self._word = torch.tensor([secrets.randbits(62)])  # what others must find here
-        told = world.gather((StridedRange.whole(self._word), int(self._word)))
-        self._readable = {rank for rank in processes if self._reads(rank, *told[rank])}
+        self._word = torch.tensor([secrets.randbits(62)])
+        words = world.gather((StridedRange.whole(self._word), int(self._word)))
+        self._readable = {rank for rank in processes if self._can_read(rank, *words[rank])}
         if len(self._readable) < len(processes):
-            closed = sorted(processes.keys() - self._readable)
-            log.info("this machine lets rank %d not read ranks %s: they pack what they send it", world.rank, closed)
+            unreadable = sorted(processes.keys() - self._readable)
+            log.info(
+                "rank %d cannot read the memory of ranks %s on this machine: they send it packed buffers",
+                world.rank,
+                unreadable,
+            )
         self._readers = {rank for rank, readable in enumerate(world.gather(self._readable)) if world.rank in readable}
 
     def is_read_by(self, rank: int) -> bool:
-        """May it be told where bytes are, instead of the bytes?"""
+        """Return True if `rank` can read this rank's memory, so a message to it may contain addresses."""
         return rank in self._readers
 
     def read(self, rank: int, pairs: Sequence[tuple[StridedRange, StridedRange]]) -> None:
-        """`read_ranges` from that rank's process; raises as that does."""
+        """Call `read_ranges` with the process of `rank`."""
         read_ranges(self._processes[rank], pairs)
 
-    def _reads(self, rank: int, place: StridedRange, word: int) -> bool:
+    def _can_read(self, rank: int, address: StridedRange, word: int) -> bool:
         found = torch.zeros(1, dtype=torch.int64)
         try:
-            self.read(rank, [(place, StridedRange.whole(found))])
+            self.read(rank, [(address, StridedRange.whole(found))])
         except OSError:
             return False
-        return int(found) == word  # else it is another process of that number
+        return int(found) == word  # otherwise the process id belongs to another process, in another namespace

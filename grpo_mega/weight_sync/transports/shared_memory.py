@@ -1,10 +1,13 @@
-"""Buckets between processes of one machine: the sender packs into memory that its receivers have mapped.
+"""Transport between processes of one machine: the sender packs into memory that its receivers have mapped.
 
-Each rank owns one segment with its two buffers and a row of counters; with `DeviceSlots` (cuda_ipc.py) the buffers are
-on its GPU, and only the counters here. A sender publishes the number of turns that it has filled; a receiver, in its
-own segment, how many it has taken over. So a byte is copied twice, into a buffer and out of it, and a receiver has no
-buffer; or once, where the machine lets ranks read each other's memory (remote_memory.py), which is tried. A segment's
-file is gone from /dev/shm as soon as all have mapped it: nothing outlives a job that is killed.
+Each rank owns one segment in /dev/shm with its two buffers and a row of counters. With `DeviceSlots` (cuda_ipc.py) the
+buffers are on the rank's GPU, and only the counters are in the segment. A sender publishes the number of rounds that it
+has filled. A receiver publishes, in its own segment, the number of rounds that it has read.
+
+A byte is copied twice, into a buffer and out of it, and a receiver needs no buffer. Where ranks can read each other's
+memory (process_vm_readv.py), a byte is copied once.
+
+A segment's file is deleted as soon as all ranks have mapped it, so a killed job leaves nothing behind.
 Asserted by tests/parallel/test_sync_ranks.py.
 """
 
@@ -27,139 +30,164 @@ from grpo_mega.weight_sync.transports.cuda_ipc import DeviceSlots
 from grpo_mega.weight_sync.transports.process_vm_readv import PeerMemory
 
 _FOLDER = Path("/dev/shm")
-_COUNTERS = 4096  # bytes: turns filled, turns taken over, process id
-_FILLED, _TAKEN, _PROCESS = 0, 1, 2
+_COUNTERS = 4096  # bytes of the counters at the start of a segment
+_FILLED, _READ, _PROCESS = 0, 1, 2  # counters: rounds filled, rounds read, process id
 _POLL_SECONDS = 50e-6
-_LOOK_SECONDS = 0.2  # between two looks whether a peer's process is alive
+_LIVENESS_SECONDS = 0.2  # between two checks that a peer's process is alive
 
 
 def machine_id() -> str:
-    """The same for processes that can map each other's segments: of one machine, one /dev/shm and one user."""
+    """Return a name that is equal for processes that can map each other's segments.
+
+    Such processes run on one machine, with one /dev/shm and one user.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}/{_FOLDER.stat().st_dev}/{os.getuid()}"
 
 
 class SharedMemoryTransport:
-    """Collective: all ranks of `world` construct it; `turns` hold only messages between ranks of this machine."""
+    """`Transport` between the ranks of one machine. Collective: all ranks of `world` construct it."""
 
     def __init__(
         self,
-        turns: Sequence[Round],
+        rounds: Sequence[Round],
         slot_bytes: int,
         world: PeerGroup,
         timeout: float,
         device_slots: DeviceSlots | None = None,
     ) -> None:
-        """`slot_bytes`: of each of two buffers, of which the first `send_bytes` of a turn are this transport's."""
+        """Map the segments of all ranks of this machine.
+
+        Args:
+            rounds: the rounds of this rank; all messages are between ranks of this machine.
+            slot_bytes: of each of the two buffers. This transport uses the first `send_bytes` of a round.
+            world: all ranks.
+            timeout: limit of every wait, seconds.
+            device_slots: buffers on the rank's GPU; None: the buffers are in the segment.
+
+        Raises:
+            UserError: /dev/shm has too little free space.
+        """
         self._timeout, self._rank = timeout, world.rank
-        self._readers = {turn.number: [m.peer for m in turn.sends] for turn in turns}
-        self._past = 0  # turns of earlier syncs: counters only grow
-        self._num_turns = max((turn.number for turn in turns), default=-1) + 1
+        self._receivers = {each.number: [m.peer for m in each.sends] for each in rounds}
+        self._past_rounds = 0  # of earlier syncs; counters only grow
+        self._num_rounds = max((each.number for each in rounds), default=-1) + 1
         path = _FOLDER / f"grpo_mega_{uuid.uuid4().hex}"
-        segment = _create(path, _COUNTERS + (2 * slot_bytes if device_slots is None else 0))
+        segment = _create_segment(path, _COUNTERS + (2 * slot_bytes if device_slots is None else 0))
         self._counters = {self._rank: segment[:_COUNTERS].view(torch.int64)}
         self._counters[self._rank][_PROCESS] = os.getpid()
         self._slots = {self._rank: segment[_COUNTERS:] if device_slots is None else device_slots.own}
-        self._settle = _settled if device_slots is None else device_slots.settle
-        told = None if device_slots is None else device_slots.told
-        for rank, machine, other, theirs in world.gather((self._rank, machine_id(), str(path), told)):
+        self._synchronize = _no_synchronization if device_slots is None else device_slots.synchronize
+        handle = None if device_slots is None else device_slots.handle
+        for rank, machine, other, theirs in world.gather((self._rank, machine_id(), str(path), handle)):
             if rank != self._rank and machine == machine_id():
-                segment = _open(Path(other))
+                segment = _open_segment(Path(other))
                 self._counters[rank] = segment[:_COUNTERS].view(torch.int64)
                 self._slots[rank] = segment[_COUNTERS:] if device_slots is None else device_slots.map(theirs, rank)
-        world.gather(None)  # all have mapped it
+        world.gather(None)  # barrier: all ranks have mapped the segment
         path.unlink()
         processes = {rank: int(each[_PROCESS]) for rank, each in self._counters.items() if rank != self._rank}
         self.peer_memory = PeerMemory(world, processes) if device_slots is None else None
 
     @property
     def buffers(self) -> Sequence[Tensor]:
-        """This rank's two, whole: what is beyond the sends of a turn is free for other transports."""
+        """The two buffers of this rank, whole. Bytes after the sends of a round are free for other transports."""
         return [self._slot(self._rank, number) for number in (0, 1)]
 
-    def outgoing(self, turn: Round) -> Tensor:
-        earlier = turn.number - 2
-        for peer in self._readers.get(earlier, ()) if earlier >= 0 else ():
-            self._await(Round(earlier, (), ()), BucketMessage(peer, 0, 0), _TAKEN, sends=True)
-        return self._slot(self._rank, turn.number)[: turn.send_bytes]
+    def outgoing(self, round_: Round) -> Tensor:
+        """See `Transport`. Waits until all receivers have read the round before the previous one."""
+        earlier = round_.number - 2
+        if earlier >= 0:
+            self._await_receivers(earlier)
+        return self._slot(self._rank, round_.number)[: round_.send_bytes]
 
-    def send_or_receive_in_place(
-        self, turn: Round, message: BucketMessage, start: int, memory: Tensor, *, sends: bool
-    ) -> bool:
+    def send_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
+        """Return False: not supported. `peer_memory` serves the same purpose."""
         return False
 
-    def start(self, turn: Round) -> None:
-        self._settle()
-        self._counters[self._rank][_FILLED] = self._past + turn.number + 1
+    def receive_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
+        """Return False: not supported. `peer_memory` serves the same purpose."""
+        return False
 
-    def incoming(self, turn: Round, message: BucketMessage) -> Tensor:
-        self._await(turn, message, _FILLED, sends=False)
-        return self._slot(message.peer, turn.number)[message.start : message.start + message.num_bytes]
+    def start(self, round_: Round) -> None:
+        """See `Transport`. Publishes that the round is filled."""
+        self._synchronize()
+        self._counters[self._rank][_FILLED] = self._past_rounds + round_.number + 1
 
-    def finish(self, turn: Round) -> None:
-        self._settle()
-        self._counters[self._rank][_TAKEN] = self._past + turn.number + 1
-        if turn.number == self._num_turns - 1:  # the next sync starts with free buffers
-            for earlier in range(max(0, turn.number - 1), self._num_turns):
-                for peer in self._readers.get(earlier, ()):
-                    self._await(Round(earlier, (), ()), BucketMessage(peer, 0, 0), _TAKEN, sends=True)
-            self._past += self._num_turns
+    def incoming(self, round_: Round, message: BucketMessage) -> Tensor:
+        """See `Transport`. Returns the sender's buffer."""
+        self._wait(round_, message, _FILLED, sends=False)
+        return self._slot(message.peer, round_.number)[message.start : message.start + message.num_bytes]
 
-    def _slot(self, rank: int, turn: int) -> Tensor:
+    def finish(self, round_: Round) -> None:
+        """See `Transport`. Publishes that the round is read; after the last round, waits for all receivers."""
+        self._synchronize()
+        self._counters[self._rank][_READ] = self._past_rounds + round_.number + 1
+        if round_.number == self._num_rounds - 1:  # the next sync starts with free buffers
+            for earlier in range(max(0, round_.number - 1), self._num_rounds):
+                self._await_receivers(earlier)
+            self._past_rounds += self._num_rounds
+
+    def _slot(self, rank: int, round_number: int) -> Tensor:
         both = self._slots[rank]
         size = both.numel() // 2
-        start = turn % 2 * size
+        start = round_number % 2 * size
         return both[start : start + size]
 
-    def _await(self, turn: Round, message: BucketMessage, counter: int, *, sends: bool) -> None:
-        counters, wanted = self._counters[message.peer], self._past + turn.number + 1
+    def _await_receivers(self, number: int) -> None:
+        """Wait until all receivers of round `number` have read it."""
+        for peer in self._receivers.get(number, ()):
+            self._wait(Round(number, (), ()), BucketMessage(peer, 0, 0), _READ, sends=True)
+
+    def _wait(self, round_: Round, message: BucketMessage, counter: int, *, sends: bool) -> None:
+        counters, target = self._counters[message.peer], self._past_rounds + round_.number + 1
         end = time.monotonic() + self._timeout
-        look = time.monotonic() + _LOOK_SECONDS
-        while int(counters[counter]) < wanted:
+        next_check = time.monotonic() + _LIVENESS_SECONDS
+        while int(counters[counter]) < target:
             now = time.monotonic()
-            if now > end:
-                why = failed_wait(turn, message, self._rank, sends, self._timeout, "no answer")
-                raise TransportError(why, message.peer)
-            if now > look:
-                if not _lives(int(counters[_PROCESS])):
-                    why = failed_wait(turn, message, self._rank, sends, self._timeout, "it has ended")
-                    raise TransportError(why, message.peer)
-                look = now + _LOOK_SECONDS
+            reason = "timed out" if now > end else ""
+            if not reason and now > next_check:
+                reason = "" if _is_alive(int(counters[_PROCESS])) else f"the process of rank {message.peer} exited"
+                next_check = now + _LIVENESS_SECONDS
+            if reason:
+                text = failed_wait(round_, message, self._rank, sends, self._timeout, reason)
+                raise TransportError(text, message.peer)
             time.sleep(_POLL_SECONDS)
 
 
-def _settled() -> None:
-    """What a CPU has copied is there."""
+def _no_synchronization() -> None:
+    """Do nothing: a copy by the CPU is complete when it returns."""
 
 
-def _create(path: Path, num_bytes: int) -> Tensor:
+def _create_segment(path: Path, num_bytes: int) -> Tensor:
     descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, num_bytes)  # a full /dev/shm fails here, not as a bus error later
+        os.posix_fallocate(descriptor, 0, num_bytes)  # a full /dev/shm fails here, not later with a bus error
     except OSError as error:
         os.close(descriptor)
         path.unlink()
         raise UserError(
-            f"weight_sync.transport=shared_memory: {_FOLDER} has no room for {num_bytes} bytes ({error.strerror})",
+            f"weight_sync.transport=shared_memory: {_FOLDER} has too little space for {num_bytes} bytes "
+            f"({error.strerror})",
             remedy="use a smaller weight_sync.bucket_bytes, or weight_sync.transport=gloo",
         ) from error
-    return _map(descriptor)
+    return _map_segment(descriptor)
 
 
-def _open(path: Path) -> Tensor:
-    return _map(os.open(path, os.O_RDWR))
+def _open_segment(path: Path) -> Tensor:
+    return _map_segment(os.open(path, os.O_RDWR))
 
 
-def _map(descriptor: int) -> Tensor:
-    """Uint8; the mapping lives as long as the tensor."""
+def _map_segment(descriptor: int) -> Tensor:
+    """Return the file's memory as uint8; the mapping lives as long as the tensor."""
     memory = mmap.mmap(descriptor, 0)
     os.close(descriptor)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def _lives(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"
+    return state not in "ZX"  # a zombie, or dead

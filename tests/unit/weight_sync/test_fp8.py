@@ -12,7 +12,7 @@ from grpo_mega.quantization.block_fp8 import CODE, quantise, scales_of
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync import verify
-from grpo_mega.weight_sync.fp8 import CodedSlice, Fp8Source, fp8_tensors
+from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice, fp8_tensors
 from grpo_mega.weight_sync.verify import parts_of
 from tests.helpers.fp8_weights import DOWN, NORM, O, Q, Source, weights
 
@@ -71,7 +71,7 @@ def test_a_piece_that_an_engine_cuts_anywhere_has_the_codes_of_its_place(
     piece, whole = TensorSlice(Q, *box), expected()
     held = HeldSlice(TensorSlice(Q, (0, 0), (512, 300)), (512, 300), weights()[Q])
     ((coded), *_) = Fp8Source(Source({Q: weights()[Q]}, [(held.hf, True)]), power_of_two=False).shards()
-    assert isinstance(coded, CodedSlice)
+    assert isinstance(coded, QuantizedSlice)
     assert torch.equal(bits(coded.part(piece)), bits(whole[Q][piece.index]))
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from grpo_mega.cli import fp8_report as tool
 from grpo_mega.quantization.block_fp8 import dequantise, quantise
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.fp8_report import by_layer, fp8_report, in_words
+from grpo_mega.weight_sync.fp8_report import by_layer, fp8_report, table_lines
 from tests.helpers.fp8_weights import DOWN, O, Q, Source, weights
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
@@ -46,7 +46,7 @@ def test_layers_are_told_in_their_order_with_the_worst_of_their_matrices() -> No
     assert [(row.layer, row.matrices) for row in rows] == [(0, 1), (2, 1), (10, 2)]
     assert (rows[2].median, rows[2].worst, rows[2].largest) == (0.025, 0.03, 0.2)
     assert rows[2].worst_name == "model.layers.10.a.weight"
-    lines = list(in_words(REPORT))
+    lines = list(table_lines(REPORT))
     assert len(lines) == 1 + 3 + 1
     assert lines[-1].split() == ["all", "4", "2.0000%", "3.0000%", "model.layers.10.a.weight", "0.5"]
 

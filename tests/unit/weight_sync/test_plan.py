@@ -11,8 +11,9 @@ import pytest
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.plan import LOCAL, ReshardPlan, plan_reshard
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, cut, holdings, join
+from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
+from grpo_mega.weight_sync.slice_table import RankSliceTable, SentTensor, concatenate, split_slice, table_of_rank
+from grpo_mega.weight_sync.traffic import LOCAL
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
 BUCKET_BYTES = 256 * 1024
@@ -55,10 +56,10 @@ def name_of(pair: Any) -> str:
     return f"{ranks}-{''.join(f'{k}{v}' for k, v in axes.items()) or 'dp'}-to-{layout}"
 
 
-def elements(boxes: Holdings, rank: int) -> dict[str, np.ndarray[Any, Any]]:
+def elements(table: RankSliceTable, rank: int) -> dict[str, np.ndarray[Any, Any]]:
     """How often `rank` lists each element of each tensor."""
     counts = {name: np.zeros(tensor.shape, np.int64) for name, tensor in TENSORS.items()}
-    mine = boxes.of([rank])
+    mine = table.rows_on([rank])
     for i in range(len(mine)):
         array = counts[list(TENSORS)[mine.tensors[i]]]
         array[tuple(slice(*ends) for ends in zip(mine.starts[i], mine.ends[i], strict=True))[: array.ndim]] += 1
@@ -71,11 +72,12 @@ def num_bytes(counts: dict[str, np.ndarray[Any, Any]]) -> int:
 
 def row_of(case: Case) -> str:
     """A line of docs/measurements/weight_sync.md."""
-    plan, received = case.plan, case.plan.received_bytes()
+    plan, traffic = case.plan, case.plan.traffic
+    received = traffic.received_bytes()
     axes = " ".join(f"{axis.upper()}{size}" for axis, size in case.axes.items()) or "DP"
     return (
         f"| {case.world} | {axes} | {case.layout} | {received.min():,} - {received.max():,} | "
-        f"{plan.bytes_by_link()['across_nodes']:,} | {plan.busiest_link_ratio():.4f} | {plan.num_buckets} |"
+        f"{traffic.bytes_by_link()['across_nodes']:,} | {traffic.busiest_link_ratio():.4f} | {plan.num_buckets} |"
     )
 
 
@@ -112,7 +114,7 @@ def test_received_bytes_are_those_stored_and_not_held_and_nothing_that_is_held_t
     for rank in range(case.world):
         stored, held = case.stores[rank], case.has[rank]
         missing = {name: stored[name] * (held[name] == 0) for name in TENSORS}
-        assert case.plan.received_bytes()[rank] == num_bytes(missing)
+        assert case.plan.traffic.received_bytes()[rank] == num_bytes(missing)
         for bucket, piece, src, dst in case.plan.of_rank(rank):
             assert (bucket == LOCAL) == (src == dst)
             if dst == rank and src != rank:
@@ -128,8 +130,8 @@ def test_a_slice_crosses_nodes_only_when_no_rank_of_the_node_has_it(case: Case) 
 
 
 def test_the_busiest_link_carries_at_most_1_05_times_the_lower_bound(case: Case) -> None:
-    assert case.plan.busiest_link_ratio() <= 1.05
-    busiest = case.plan.busiest()
+    assert case.plan.traffic.busiest_link_ratio() <= 1.05
+    busiest = case.plan.traffic.busiest()
     assert all(busiest[link] >= bound for link, bound in case.plan.bounds.items()), "the bound is none"
 
 
@@ -144,15 +146,15 @@ def test_no_rank_has_more_than_one_bucket_in_flight_per_turn_and_turns_are_few(c
         if bucket != LOCAL:
             fill[bucket, [src, dst]] += size
     assert fill.max(initial=0) <= BUCKET_BYTES
-    assert plan.peak_buffer_bytes() == int((fill[1:] + fill[:-1]).max(initial=0)) <= 2 * BUCKET_BYTES
+    assert plan.traffic.peak_buffer_bytes() == int((fill[1:] + fill[:-1]).max(initial=0)) <= 2 * BUCKET_BYTES
     assert plan.num_buckets <= 1 + 1.35 * fill.sum(0).max() / BUCKET_BYTES
 
 
 def test_any_order_of_the_ranks_reports_gives_the_same_plan(case: Case) -> None:
     shuffled = []
-    for boxes in (case.held, case.wanted):
+    for table in (case.held, case.wanted):
         ranks = np.random.default_rng(0).permutation(case.world).tolist()
-        shuffled.append(join([boxes.of([rank]).on([rank]) for rank in ranks]))
+        shuffled.append(concatenate([table.rows_on([rank]).placed_on([rank]) for rank in ranks]))
     again = plan_reshard(TENSORS, shuffled[0], shuffled[1], case.nodes, BUCKET_BYTES)
     assert again.hash == case.plan.hash
 
@@ -165,9 +167,9 @@ def small_plan(**changes: Any) -> ReshardPlan:
 
 def test_equal_layouts_move_nothing_but_what_another_padding_of_the_vocabulary_asks_for() -> None:
     plan = small_plan()
-    assert plan.bytes_by_link()["same_node"] == plan.bytes_by_link()["across_nodes"] == 0
-    assert plan.num_buckets == plan.peak_buffer_bytes() == 0
-    assert plan.busiest_link_ratio() == 1.0
+    assert plan.traffic.bytes_by_link()["same_node"] == plan.traffic.bytes_by_link()["across_nodes"] == 0
+    assert plan.num_buckets == plan.traffic.peak_buffer_bytes() == 0
+    assert plan.traffic.busiest_link_ratio() == 1.0
 
 
 def test_hash_changes_with_bucket_bytes_nodes_layout_and_dtype() -> None:
@@ -187,43 +189,43 @@ def test_an_engine_on_other_ranks_receives_all_that_it_stores() -> None:
     wanted = engine(EngineLayout(2), 2, first_rank=2)
     plan = small_plan(wanted=wanted, nodes=(0, 0, 1, 1))
     stored = [num_bytes(elements(wanted, rank)) for rank in range(4)]
-    assert plan.received_bytes().tolist() == stored
-    assert plan.bytes_by_link()["same_process"] == plan.bytes_by_link()["same_node"] == 0
+    assert plan.traffic.received_bytes().tolist() == stored
+    assert plan.traffic.bytes_by_link()["same_process"] == plan.traffic.bytes_by_link()["same_node"] == 0
 
 
-W = {"w": WireTensor((8, 4), 2)}
+W = {"w": SentTensor((8, 4), 2)}
 
 
-def boxes(rank: int, *rows: tuple[int, int]) -> Holdings:
-    return holdings(W, [TensorSlice("w", (a, 0), (b - a, 4)) for a, b in rows], rank)
+def boxes(rank: int, *rows: tuple[int, int]) -> RankSliceTable:
+    return table_of_rank(W, [TensorSlice("w", (a, 0), (b - a, 4)) for a, b in rows], rank)
 
 
 def test_an_element_that_no_rank_holds_is_named_with_who_wants_it() -> None:
-    with pytest.raises(WeightMismatchError, match=r"w\[2:8, 0:4\], wanted by rank 3 .*hold 20 of its 24 elements"):
-        plan_reshard(W, join([boxes(0, (0, 4)), boxes(1, (5, 8))]), boxes(3, (2, 8)), (0,) * 4, 1024)
+    with pytest.raises(WeightMismatchError, match=r"w\[2:8, 0:4\], needed by rank 3 .*hold 20 of its 24 elements"):
+        plan_reshard(W, concatenate([boxes(0, (0, 4)), boxes(1, (5, 8))]), boxes(3, (2, 8)), (0,) * 4, 1024)
 
 
 def test_shards_that_overlap_without_being_equal_are_named_with_their_ranks() -> None:
     with pytest.raises(WeightMismatchError, match=r"rank 0 and rank 1 .* w\[3:4, 0:4\]"):
-        plan_reshard(W, join([boxes(0, (0, 4)), boxes(1, (3, 8))]), boxes(0, (0, 8)), (0, 0), 1024)
+        plan_reshard(W, concatenate([boxes(0, (0, 4)), boxes(1, (3, 8))]), boxes(0, (0, 8)), (0, 0), 1024)
 
 
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        (TensorSlice("x", (0,), (1,)), r"x\[0:1\] on rank 5 is a slice of no tensor"),
-        (TensorSlice("w", (7, 0), (2, 4)), r"w\[7:9, 0:4\] on rank 5 leaves its tensor of shape \[8, 4\]"),
-        (TensorSlice("w", (7,), (1,)), r"w\[7:8\] on rank 5 leaves"),
+        (TensorSlice("x", (0,), (1,)), r"x\[0:1\] on rank 5: the policy does not have this tensor"),
+        (TensorSlice("w", (7, 0), (2, 4)), r"w\[7:9, 0:4\] on rank 5 exceeds the tensor's shape \[8, 4\]"),
+        (TensorSlice("w", (7,), (1,)), r"w\[7:8\] on rank 5 exceeds"),
     ],
 )
 def test_a_slice_that_the_policy_does_not_have_is_named(box: TensorSlice, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        holdings(W, [box], 5)
+        table_of_rank(W, [box], 5)
 
 
 def test_a_box_that_a_rank_wants_twice_travels_once() -> None:
-    plan = plan_reshard(W, boxes(0, (0, 8)), join([boxes(1, (0, 8)), boxes(1, (0, 8))]), (0, 0), 1024)
-    assert plan.received_bytes().tolist() == [0, 64]
+    plan = plan_reshard(W, boxes(0, (0, 8)), concatenate([boxes(1, (0, 8)), boxes(1, (0, 8))]), (0, 0), 1024)
+    assert plan.traffic.received_bytes().tolist() == [0, 64]
 
 
 def test_a_bucket_smaller_than_eight_elements_is_refused() -> None:
@@ -233,7 +235,7 @@ def test_a_bucket_smaller_than_eight_elements_is_refused() -> None:
 
 def test_cut_gives_disjoint_parts_within_the_limit_that_fill_the_box() -> None:
     seen = np.zeros((3, 5, 7), np.int64)
-    for start, end in cut((0, 1, 0), (3, 5, 7), 10):
+    for start, end in split_slice((0, 1, 0), (3, 5, 7), 10):
         part = tuple(slice(s, e) for s, e in zip(start, end, strict=True))
         assert 0 < seen[part].size <= 10
         seen[part] += 1

@@ -7,7 +7,7 @@ import torch
 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.weight_sync.plan import plan_reshard
-from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankPlan, schedule_of_rank
+from grpo_mega.weight_sync.rank_schedule import HEADER_BYTES, RankSchedule, schedule_of_rank
 from grpo_mega.weight_sync.transports.base import BucketMessage
 from tests.helpers.memory_ends import dtype_of
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
@@ -30,7 +30,7 @@ def test_a_message_is_cut_around_what_is_large(
     assert list(BucketMessage(1, 0, 100, large).parts()) == parts
 
 
-def plans(kind: str) -> list[RankPlan]:
+def plans(kind: str) -> list[RankSchedule]:
     held, wanted = (
         policy(
             Topology(WORLD, tp=2, pp=2),
@@ -47,12 +47,14 @@ def test_both_ends_of_a_message_cut_it_alike_and_only_gloo_does(kind: str) -> No
     ranks = plans(kind)
     cut = dict.fromkeys(("gloo", "shared_memory"), 0)
     for mine in ranks:
-        for each, turns in mine.turns.items():
-            for turn in turns:
-                for sent in turn.sends:
-                    (received,) = [m for m in ranks[sent.peer].turns[each][turn.number].receives if m.peer == mine.rank]
+        for each, rounds in mine.rounds.items():
+            for round_ in rounds:
+                for sent in round_.sends:
+                    (received,) = [
+                        m for m in ranks[sent.peer].rounds[each][round_.number].receives if m.peer == mine.rank
+                    ]
                     assert received == BucketMessage(mine.rank, sent.start, sent.num_bytes, sent.large)
-                    pieces = mine.pieces[turn.number, mine.rank, sent.peer]
+                    pieces = mine.pieces[round_.number, mine.rank, sent.peer]
                     assert sent.num_bytes == HEADER_BYTES + sum(piece.num_bytes for piece in pieces)
                     assert set(sent.large) <= {(piece.start, piece.num_bytes) for piece in pieces}
                     cut[each] += len(sent.large)

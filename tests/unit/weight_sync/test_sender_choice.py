@@ -9,7 +9,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from grpo_mega.weight_sync.sender_choice import TRAVELS, Flows, choose_senders, lower_bounds
+from grpo_mega.weight_sync.sender_choice import REMOTE_LINKS, Flows, choose_senders, lower_bounds
 from grpo_mega.weight_sync.slice_table import Ints
 
 
@@ -38,10 +38,10 @@ def busiest(flows: Flows, src: Ints | tuple[int, ...]) -> dict[str, int]:
     for f, sender in enumerate(src):
         dst = int(flows.dst[f])
         if sender != dst:
-            link = TRAVELS[flows.nodes[int(sender)] != flows.nodes[dst]]
+            link = REMOTE_LINKS[flows.nodes[int(sender)] != flows.nodes[dst]]
             sums[link, "sends", int(sender)] += int(flows.sizes[f])
             sums[link, "receives", dst] += int(flows.sizes[f])
-    return {link: max((n for (of, _, _), n in sums.items() if of == link), default=0) for link in TRAVELS}
+    return {link: max((n for (of, _, _), n in sums.items() if of == link), default=0) for link in REMOTE_LINKS}
 
 
 def one_after_the_other(flows: Flows) -> list[int]:
@@ -81,7 +81,7 @@ def test_no_choice_of_senders_beats_the_lower_bound_and_the_chosen_one_is_at_mos
         bounds = lower_bounds(flows)
         every = [busiest(flows, src) for src in itertools.product(*(candidates(flows, f) for f in range(6)))]
         src = choose_senders(flows, np.arange(6), flows.sizes)
-        for link in TRAVELS:
+        for link in REMOTE_LINKS:
             best = min(each[link] for each in every)
             assert bounds[link] <= best
             met += bounds[link] == best

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 
 from grpo_mega.types import TensorSlice
-from grpo_mega.weight_sync.slice_table import Holdings, WireTensor, holdings, join, merged
+from grpo_mega.weight_sync.slice_table import RankSliceTable, SentTensor, concatenate, merge_equal_slices, table_of_rank
 
-TENSORS = {"a": WireTensor((8, 4), 2), "b": WireTensor((6,), 4)}
+TENSORS = {"a": SentTensor((8, 4), 2), "b": SentTensor((6,), 4)}
 BOXES = [TensorSlice("a", (i, 0), (2, 4)) for i in (0, 2, 4)] + [TensorSlice("a", (0, 0), (4, 4))]
 BOXES += [TensorSlice("b", (i,), (3,)) for i in (0, 3)]
 
 
-def as_pairs(held: Holdings) -> set[tuple[int, tuple[int, ...], tuple[int, ...], int]]:
+def as_pairs(held: RankSliceTable) -> set[tuple[int, tuple[int, ...], tuple[int, ...], int]]:
     return {
         (int(held.tensors[i]), tuple(held.starts[i].tolist()), tuple(held.ends[i].tolist()), rank)
         for i in range(len(held))
@@ -24,8 +24,8 @@ def test_merged_rows_name_each_box_once_in_order_with_all_its_ranks() -> None:
     choose = random.Random(0)
     for _ in range(50):
         on = {rank: choose.sample(BOXES, choose.randint(0, 6)) for rank in range(5)}
-        rows = join([holdings(TENSORS, slices, rank) for rank, slices in on.items()])
-        found = merged(join([rows, rows]))
+        rows = concatenate([table_of_rank(TENSORS, slices, rank) for rank, slices in on.items()])
+        found = merge_equal_slices(concatenate([rows, rows]))
         assert as_pairs(found) == as_pairs(rows)
         keys = [(int(found.tensors[i]), *found.starts[i].tolist(), *found.ends[i].tolist()) for i in range(len(found))]
         assert keys == sorted(set(keys))
@@ -34,8 +34,10 @@ def test_merged_rows_name_each_box_once_in_order_with_all_its_ranks() -> None:
 
 
 def test_rows_of_some_ranks_are_those_that_lie_on_one_of_them() -> None:
-    rows = join([holdings(TENSORS, BOXES[:2], 0).on([1, 3]), holdings(TENSORS, BOXES[2:], 0).on([2])])
-    assert as_pairs(rows.of([3])) == as_pairs(holdings(TENSORS, BOXES[:2], 0).on([1, 3]))
-    assert len(rows.of([0])) == 0
-    assert len(rows.of([2, 3])) == len(BOXES)
-    assert rows.a_rank_of(0) == 1
+    rows = concatenate(
+        [table_of_rank(TENSORS, BOXES[:2], 0).placed_on([1, 3]), table_of_rank(TENSORS, BOXES[2:], 0).placed_on([2])]
+    )
+    assert as_pairs(rows.rows_on([3])) == as_pairs(table_of_rank(TENSORS, BOXES[:2], 0).placed_on([1, 3]))
+    assert len(rows.rows_on([0])) == 0
+    assert len(rows.rows_on([2, 3])) == len(BOXES)
+    assert rows.lowest_rank(0) == 1

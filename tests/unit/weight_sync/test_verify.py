@@ -105,14 +105,14 @@ def test_every_one_of_a_thousand_flipped_bits_is_found_and_named() -> None:
         words[place] ^= 1 << bit
         (fault,) = job.found(rank, hf)
         assert fault.startswith(f"{hf.name}[")
-        assert f"on rank {rank}: the engine holds other bytes" in fault
+        assert f"on rank {rank}: the engine's bytes differ" in fault
         words[place] ^= 1 << bit
         assert job.found(rank, hf) == []
 
 
 def assert_named(faults: list[str], rank: int, slices: set[TensorSlice]) -> None:
     assert {fault.partition("[")[0] for fault in faults} == {hf.name for hf in slices}
-    assert all(f"on rank {rank}: the engine holds other bytes" in fault for fault in faults)
+    assert all(f"on rank {rank}: the engine's bytes differ" in fault for fault in faults)
 
 
 def test_every_one_of_a_thousand_swapped_slices_and_stale_tensors_is_found_and_named() -> None:
@@ -146,8 +146,8 @@ def test_a_bucket_that_is_missing_is_found_by_every_tensor_in_it() -> None:
     for bucket, rank in missing[::8]:
         sink, changed = job.sinks[rank], set()
         for transfer in ((job.plan.bucket == bucket) & (job.plan.dst == rank)).nonzero()[0]:
-            parcel = int(job.plan.parcel[transfer])
-            for piece in range(int(job.plan.first[parcel]), int(job.plan.first[parcel + 1])):
+            group = int(job.plan.group[transfer])
+            for piece in range(int(job.plan.group_starts[group]), int(job.plan.group_starts[group + 1])):
                 hf = job.plan.slice_of(piece)
                 sink.write(hf, values(hf.name, 0)[hf.index])
                 changed |= {own for own in sink.memory if own.name == hf.name}
@@ -159,8 +159,8 @@ def test_a_bucket_that_is_missing_is_found_by_every_tensor_in_it() -> None:
 def test_copies_of_the_policy_that_differ_are_named_with_both_ranks() -> None:
     held, wanted = policy(Topology(2)), engine(EngineLayout(1), 2, first_rank=2)
     plan = plan_reshard(TENSORS, held, wanted, (0,) * 4, 1 << 20)
-    parcel = next(int(p) for p in plan.parcel if len(set(plan.src[plan.parcel == p].tolist())) == 2)
-    piece = int(plan.first[parcel])
+    group = next(int(p) for p in plan.group if len(set(plan.src[plan.group == p].tolist())) == 2)
+    piece = int(plan.group_starts[group])
     everywhere = [PieceDigests(dict.fromkeys(range(len(plan.pieces)), rank), {}) for rank in range(2)]
     everywhere += [PieceDigests({}, dict.fromkeys(range(len(plan.pieces)), 0)) for _ in range(2)]
     name = plan.slice_of(piece).name

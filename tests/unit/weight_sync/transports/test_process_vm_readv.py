@@ -12,17 +12,17 @@ from torch import Tensor
 
 from grpo_mega.weight_sync.transports import process_vm_readv
 from grpo_mega.weight_sync.transports.process_vm_readv import (
-    LEAST_RUN,
-    PLACE_BYTES,
+    MIN_RUN_BYTES,
+    RANGE_BYTES,
     StridedRange,
     allow_reading,
-    fits,
-    put_places,
+    compatible,
+    read_range_table,
     read_ranges,
-    take_places,
+    write_range_table,
 )
 
-WIDTH = LEAST_RUN // 4  # elements of float32 in the shortest run
+WIDTH = MIN_RUN_BYTES // 4  # elements of float32 in the shortest run
 
 
 def numbers(*shape: int) -> Tensor:
@@ -93,11 +93,11 @@ def test_more_runs_than_one_call_takes_arrive_in_order(fork: Callable[[], int]) 
     assert torch.equal(target, expected)
 
 
-@pytest.mark.parametrize("most", [1 << 30, 5 * LEAST_RUN, 1])
+@pytest.mark.parametrize("most", [1 << 30, 5 * MIN_RUN_BYTES, 1])
 def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
     fork: Callable[[], int], monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(process_vm_readv, "_MOST_BYTES", most)
+    monkeypatch.setattr(process_vm_readv, "_MAX_BYTES", most)
     held = numbers(12, 2 * WIDTH)
     process = fork()
     expected = [held[:4].clone(), held[5:9, :WIDTH].clone(), held[11:, 3:5].clone()]
@@ -125,16 +125,16 @@ def test_what_is_no_evenly_spaced_long_runs_has_no_place(values: Tensor) -> None
 
 def test_runs_that_do_not_divide_each_other_do_not_fit() -> None:
     two, three = (runs(numbers(6, 7 * WIDTH)[:, : n * WIDTH]) for n in (2, 3))
-    assert fits(two, two)
-    assert fits(runs(numbers(12 * WIDTH)), two)
-    assert not fits(two, three)
+    assert compatible(two, two)
+    assert compatible(runs(numbers(12 * WIDTH)), two)
+    assert not compatible(two, three)
 
 
 def test_a_table_of_places_says_what_was_put_into_it() -> None:
     places = [runs(numbers(3, 2 * WIDTH)[:, :WIDTH]), StridedRange(2**47 - 8, 1, 3, 3)]
-    table = torch.zeros(2 * PLACE_BYTES + 8, dtype=torch.uint8)
-    put_places(table, places)
-    assert take_places(table, 2) == places
+    table = torch.zeros(2 * RANGE_BYTES + 8, dtype=torch.uint8)
+    write_range_table(table, places)
+    assert read_range_table(table, 2) == places
 
 
 def test_a_process_that_is_gone_and_memory_that_is_not_there_are_errors() -> None:

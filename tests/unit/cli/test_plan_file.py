@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from grpo_mega.cli.plan_file import difference, read_plan, slice_from_text, write_plan
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice, UserError
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
-from grpo_mega.weight_sync.plan_file import difference, read_plan, slice_from_text, write_plan
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 
 
@@ -23,7 +23,7 @@ def test_a_plan_that_was_written_is_read_back_as_the_same_plan(tmp_path: Path) -
     write_plan(plan, tmp_path / "plan.json", {"note": 1})
     again = read_plan(tmp_path / "plan.json")
     assert again.hash == plan.hash
-    assert again.bytes_by_link() == plan.bytes_by_link()
+    assert again.traffic.bytes_by_link() == plan.traffic.bytes_by_link()
     assert difference(again, plan) == []
     assert json.loads((tmp_path / "plan.json").read_text())["summary"] == {"note": 1}
 
@@ -43,8 +43,8 @@ def test_each_slice_has_a_line_with_sender_receiver_and_bucket(tmp_path: Path) -
 
 def test_plans_that_differ_name_the_slices() -> None:
     found = difference(plan_to(EngineLayout(2)), plan_to(EngineLayout(4)))
-    assert any(line.startswith("0.up[") and "not there" in line for line in found)
-    assert not any(line.startswith("0.norm[") for line in found if "not there" in line)
+    assert any(line.startswith("0.up[") and "missing" in line for line in found)
+    assert not any(line.startswith("0.norm[") for line in found if "missing" in line)
 
 
 @pytest.mark.parametrize("text", ["w[0:2, 3:5]", "model.layers.0.mlp.experts.3.up_proj.weight[7:8]"])
@@ -59,5 +59,5 @@ def test_a_slice_keeps_name_offsets_and_shape() -> None:
 @pytest.mark.parametrize("text", ["", "{}", '{"tensors": {}, "transfers": {"x[0:1]": [[0, 0, 0]]}, "nodes": []}'])
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(UserError, match=r"plan\.json: is no plan of tools/plan_sync\.py"):
+    with pytest.raises(UserError, match=r"plan\.json: not a plan of tools/plan_sync\.py"):
         read_plan(tmp_path / "plan.json")

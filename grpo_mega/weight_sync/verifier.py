@@ -1,0 +1,94 @@
+"""Collective verification of a sync: every engine holds, and computes with, the policy's weights.
+
+Asserted by tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.py, with injected faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.interfaces import HeldSlice, WeightSink
+from grpo_mega.types import TensorSlice, WeightMismatchError
+from grpo_mega.weight_sync.plan import ReshardPlan
+from grpo_mega.weight_sync.straggler_barrier import StragglerBarrier
+from grpo_mega.weight_sync.verify import (
+    PieceDigests,
+    differing_tensors,
+    localize_mismatches,
+    piece_digests,
+    sink_digests,
+)
+
+
+class SyncVerifier:
+    """Compares the digests of policy and engines on all ranks."""
+
+    def __init__(
+        self,
+        sink: WeightSink,
+        plan: ReshardPlan,
+        dtypes: dict[str, torch.dtype],
+        barrier: StragglerBarrier,
+        replica_group: dist.ProcessGroup,
+    ) -> None:
+        """Args:
+        sink: the engine's end on this rank.
+        plan: of the sync.
+        dtypes: tensor -> dtype in which it is sent.
+        barrier: over all ranks.
+        replica_group: the ranks of this engine in this program.
+        """
+        self._sink, self._plan, self._dtypes = sink, plan, dtypes
+        self._barrier, self._replica_group = barrier, replica_group
+
+    def verify(self, shards: Sequence[HeldSlice], expected: dict[str, int]) -> None:
+        """Collective: compare what every engine holds with the policy.
+
+        Args:
+            shards: the policy's slices on this rank.
+            expected: tensor -> digest of the policy, on every rank.
+
+        Raises:
+            WeightMismatchError: on every rank; names the slices that differ, their ranks and senders.
+        """
+        held, stale, failed = self._digests_of_sink()
+        replica: list[dict[TensorSlice, int]] = [{} for _ in range(self._replica_group.size())]
+        dist.all_gather_object(replica, held, group=self._replica_group)
+        findings = self._barrier.gather((differing_tensors(expected, replica), stale, failed), "comparing digests")
+        raise_faults([fault for _, _, faults in findings for fault in faults])
+        suspects = {name for names, _, _ in findings for name in names}
+        faults = [fault for _, stale_slices, _ in findings for fault in stale_slices]
+        if suspects:
+            faults += self._localize(suspects, shards) or [
+                f"{sorted(suspects)}: the policy's digest differs from the digests of the slices that were sent"
+            ]
+        raise_faults(faults)
+
+    def _digests_of_sink(self) -> tuple[dict[TensorSlice, int], list[str], list[str]]:
+        """Return digests of the engine's weights, messages about stale derived values, and failures of the engine."""
+        try:
+            held = sink_digests(self._sink, self._sink.layout())
+            stale = [f"{self._derived_slices(name)}: {what}" for name, what in self._sink.probe().items()]
+        except RuntimeError as error:  # reported to all ranks, which would otherwise wait for this one
+            return {}, [], [f"the engine of rank {self._barrier.rank} failed in the verification: {error}"]
+        return held, stale, []
+
+    def _localize(self, suspects: set[str], shards: Sequence[HeldSlice]) -> list[str]:
+        mine = piece_digests(self._plan, self._barrier.rank, suspects, shards, self._sink, self._dtypes)
+        everywhere: list[PieceDigests] = self._barrier.gather(mine, "locating the slices that differ")
+        return localize_mismatches(self._plan, suspects, everywhere)
+
+    def _derived_slices(self, parameter: str) -> str:
+        """Return a message that names the slices whose derived values `probe` checked under this parameter name."""
+        regions = (r for r in self._sink.layout() if r.kind == "derived" and r.placement.local.name == parameter)
+        slices = ", ".join(str(r.placement.hf) for r in regions) or parameter
+        return f"{slices} on rank {self._barrier.rank}: the kernel computes with other weights than the engine stores"
+
+
+def raise_faults(faults: Sequence[str]) -> None:
+    """Raise WeightMismatchError with the first of `faults`, if there are any."""
+    if faults:
+        raise WeightMismatchError("weight sync: " + "; ".join(faults[:5]) + f" ({len(faults)} in all)")
