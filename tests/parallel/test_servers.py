@@ -225,7 +225,7 @@ def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, fl
         pytest.param(
             "fail in sampling", "{name} failed \\(sample\\): RuntimeError: no more memory", marks=pytest.mark.long
         ),
-        ("fail in a sync", "the engine refused it \\(no more memory\\)"),
+        ("fail in a sync", "the engine rejected it \\(no more memory\\)"),
     ],
 )
 def test_a_server_that_fails_ends_the_job_and_is_named(
