@@ -1,4 +1,4 @@
 """Runs untrusted programs with limits on time, memory, files, network and system calls.
 
-Raises where isolation is unavailable; it never runs a program without it. Start reading at `sandbox.py`.
+It raises if isolation is unavailable, and never runs a program without isolation. Start reading at `sandbox.py`.
 """

@@ -1,4 +1,4 @@
-"""The sandbox holds: programs that use too much, look or reach outside, or stay, cost only themselves."""
+"""Programs in the sandbox cannot exceed their limits, reach the host or outlive their run."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def run(sandbox: Sandbox, source: str, stdin: str = "") -> Outcome:
     return sandbox.run_python(source, seconds=SECONDS, stdin=stdin)
 
 
-def says(sandbox: Sandbox, expression: str) -> str:
-    """What the expression is worth inside; the name of what it raises otherwise."""
+def evaluate_inside(sandbox: Sandbox, expression: str) -> str:
+    """Return the value of the expression inside the sandbox, or the name of the exception that it raises."""
     source = f"""
 import ctypes, glob, os, signal, socket, subprocess, sys
 try:
@@ -57,7 +57,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def commands() -> str:
-    """The command lines of all processes of this machine."""
+    """Return the command lines of all processes of this machine."""
     texts = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -89,15 +89,15 @@ def test_a_program_that_does_not_end_is_ended_at_its_time(sandbox: Sandbox, sour
     assert (outcome.reason, outcome.status) == ("time", -signal.SIGKILL)
 
 
-def test_processor_time_is_limited_besides(sandbox: Sandbox) -> None:
+def test_processor_time_is_limited_in_addition_to_wall_clock_time(sandbox: Sandbox) -> None:
     outcome = sandbox.run_python("while True: pass", seconds=60.0)
     assert outcome.reason == "ended"
     assert outcome.status in (-signal.SIGXCPU, -signal.SIGKILL)
 
 
 def test_memory_is_limited(sandbox: Sandbox) -> None:
-    assert says(sandbox, "len('a' * 10**10)") == "MemoryError"
-    assert says(sandbox, "len('a' * 10**6)") == "1000000"
+    assert evaluate_inside(sandbox, "len('a' * 10**10)") == "MemoryError"
+    assert evaluate_inside(sandbox, "len('a' * 10**6)") == "1000000"
 
 
 def test_a_fork_bomb_gets_no_more_than_its_processes(sandbox: Sandbox) -> None:
@@ -119,11 +119,14 @@ print(started)
     assert run(sandbox, "print('the next one works')").succeeded
 
 
-def test_files_are_limited_and_stand_in_an_empty_folder_that_the_next_program_does_not_see(sandbox: Sandbox) -> None:
-    assert says(sandbox, "os.listdir('.'), os.getcwd(), open('a', 'w').write('x' * 1000)") == "([], '/work', 1000)"
-    assert says(sandbox, "os.listdir('.')") == "[]"
-    assert says(sandbox, "open('a', 'wb').write(b'x' * 10**7)") in ("OSError 27", "OSError 28")
-    assert says(sandbox, "[open(str(n), 'w').close() for n in range(10**5)]") == "OSError 28"
+def test_files_are_limited_and_each_program_starts_with_an_empty_folder(sandbox: Sandbox) -> None:
+    assert (
+        evaluate_inside(sandbox, "os.listdir('.'), os.getcwd(), open('a', 'w').write('x' * 1000)")
+        == "([], '/work', 1000)"
+    )
+    assert evaluate_inside(sandbox, "os.listdir('.')") == "[]"
+    assert evaluate_inside(sandbox, "open('a', 'wb').write(b'x' * 10**7)") in ("OSError 27", "OSError 28")
+    assert evaluate_inside(sandbox, "[open(str(n), 'w').close() for n in range(10**5)]") == "OSError 28"
 
 
 def test_output_is_cut_at_its_limit(sandbox: Sandbox) -> None:
@@ -150,7 +153,7 @@ def test_output_is_cut_at_its_limit(sandbox: Sandbox) -> None:
     ],
 )
 def test_nothing_of_the_host_can_be_read_or_written(sandbox: Sandbox, expression: str, answer: str) -> None:
-    assert says(sandbox, expression) == answer
+    assert evaluate_inside(sandbox, expression) == answer
 
 
 @pytest.mark.parametrize(
@@ -164,24 +167,24 @@ def test_nothing_of_the_host_can_be_read_or_written(sandbox: Sandbox, expression
     ],
 )
 def test_there_is_no_network(sandbox: Sandbox, expression: str) -> None:
-    assert says(sandbox, expression) == "PermissionError 1"
+    assert evaluate_inside(sandbox, expression) == "PermissionError 1"
 
 
 def test_rights_cannot_be_gained(sandbox: Sandbox) -> None:
     failed = "(-1, 1)"
     call = "(ctypes.CDLL(None, use_errno=True).{}, ctypes.get_errno())"
-    assert says(sandbox, call.format("unshare(0x10000000)")) == failed
-    assert says(sandbox, call.format("mount(b'x', b'/work', b'tmpfs', 0, None)")) == failed
-    assert says(sandbox, call.format("umount2(b'/work', 2)")) == failed
-    assert says(sandbox, call.format("ptrace(16, 1, 0, 0)")) == failed
-    assert says(sandbox, call.format("syscall(321, 0, 0, 0)")) == failed  # bpf
-    assert says(sandbox, "os.setuid(0)") in ("PermissionError 1", "OSError 22")
-    assert says(sandbox, "os.chroot('.')") == "PermissionError 1"
-    assert says(sandbox, "os.kill(1, 9)") in ("PermissionError 1", "None")  # process 1 does not hear it
+    assert evaluate_inside(sandbox, call.format("unshare(0x10000000)")) == failed
+    assert evaluate_inside(sandbox, call.format("mount(b'x', b'/work', b'tmpfs', 0, None)")) == failed
+    assert evaluate_inside(sandbox, call.format("umount2(b'/work', 2)")) == failed
+    assert evaluate_inside(sandbox, call.format("ptrace(16, 1, 0, 0)")) == failed
+    assert evaluate_inside(sandbox, call.format("syscall(321, 0, 0, 0)")) == failed  # bpf
+    assert evaluate_inside(sandbox, "os.setuid(0)") in ("PermissionError 1", "OSError 22")
+    assert evaluate_inside(sandbox, "os.chroot('.')") == "PermissionError 1"
+    assert evaluate_inside(sandbox, "os.kill(1, 9)") in ("PermissionError 1", "None")  # process 1 ignores it
     assert run(sandbox, "print('process 1 is there')").succeeded
 
 
-def test_killing_everybody_reaches_nobody_outside(sandbox: Sandbox) -> None:
+def test_kill_of_every_process_reaches_no_process_outside(sandbox: Sandbox) -> None:
     source = (
         "import os, signal\nfor pid in (0, -1, os.getppid()):\n  try: os.kill(pid, signal.SIGKILL)\n  except OSError: 0"
     )
@@ -206,14 +209,14 @@ os._exit(0)
 """
     assert run(sandbox, source).stdout == "left\n"
     others = "[n for n in range(2, 400) if n != os.getpid() and ctypes.CDLL(None).getsid(n) >= 0]"
-    assert says(sandbox, others) == "[]"
+    assert evaluate_inside(sandbox, others) == "[]"
 
 
-def test_what_one_program_was_given_is_closed_to_the_next(sandbox: Sandbox) -> None:
-    assert says(sandbox, "[n for n in range(200) if ctypes.CDLL(None).fcntl(n, 1) >= 0]") == "[0, 1, 2]"
+def test_descriptors_of_one_program_are_closed_for_the_next(sandbox: Sandbox) -> None:
+    assert evaluate_inside(sandbox, "[n for n in range(200) if ctypes.CDLL(None).fcntl(n, 1) >= 0]") == "[0, 1, 2]"
 
 
-def test_everything_inside_ends_with_the_one_who_started_it(sandbox: Sandbox) -> None:
+def test_every_process_inside_ends_with_the_process_that_started_the_sandbox(sandbox: Sandbox) -> None:
     marker = f"time.sleep(1000) # {os.getpid()}"
     source = f"""
 import subprocess, sys
@@ -251,7 +254,7 @@ isolated_child.main()
 
 
 @pytest.mark.parametrize("at_fork", ["os.kill(os.getpid(), signal.SIGKILL)", "pass"], ids=["fork", "map_of_ids"])
-def test_a_keeper_ends_whose_launcher_ended_before_the_sandbox_stood(sandbox: Sandbox, at_fork: str) -> None:
+def test_the_keeper_ends_when_its_launcher_dies_during_the_setup(sandbox: Sandbox, at_fork: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", LAUNCHER_ENDS.format(at_fork=at_fork), str(os.getpid())],
         input=b'{"read_only": []}\n',
@@ -261,11 +264,11 @@ def test_a_keeper_ends_whose_launcher_ended_before_the_sandbox_stood(sandbox: Sa
     )
     assert ended.returncode == -signal.SIGKILL
     keeper = int(ended.stderr)
-    wait_for(lambda: not runs(keeper))
+    wait_for(lambda: not is_running(keeper))
 
 
-def runs(pid: int) -> bool:
-    """There, and not only waiting for somebody to ask how it ended."""
+def is_running(pid: int) -> bool:
+    """Return True for a process that exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
@@ -285,7 +288,7 @@ with open("/proc/sys/user/max_user_namespaces", "w") as file:
 """
 
 
-def test_a_machine_without_namespaces_is_refused_with_what_is_missing(sandbox: Sandbox) -> None:
+def test_a_machine_without_namespaces_is_an_error_that_names_the_missing_feature(sandbox: Sandbox) -> None:
     source = f"""{WITHOUT_NAMESPACES}
 from grpo_mega.config.schema import RewardTerm
 from grpo_mega.rewards import build_rewards
@@ -309,16 +312,14 @@ except UserError as error:
     )
     first, second = found.stdout.splitlines()
     assert first.startswith("SandboxError user namespace (unshare: No space left on device); allow user namespaces: ")
-    assert second.startswith(
-        "UserError reward.terms[0].args: programs run in a sandbox only, and this machine gives none"
-    )
+    assert second.startswith("UserError reward.terms[0].args: programs run only in a sandbox")
     assert "kernel.apparmor_restrict_unprivileged_userns=0" in second
 
 
 def test_an_ordinary_user_gets_the_same_isolation(sandbox: Sandbox) -> None:
     python = Path("/usr/bin/python3")
     if os.geteuid() != 0 or not python.exists() or not os.access(REPOSITORY / "grpo_mega", os.R_OK):
-        pytest.skip("needs root, to become somebody else, and /usr/bin/python3")
+        pytest.skip("needs root, to become another user, and /usr/bin/python3")
     source = """
 import os
 os.setgroups([]); os.setgid(12345); os.setuid(12345)
@@ -343,5 +344,5 @@ with Sandbox(Limits(processes=6)) as box:
 def test_a_lost_sandbox_is_an_error_and_never_an_outcome() -> None:
     with Sandbox(LIMITS) as box:
         box.close()
-        with pytest.raises(SandboxError, match="the sandbox has ended"):
+        with pytest.raises(SandboxError, match="exited"):
             box.run_python("print(1)", seconds=1.0)
