@@ -1,17 +1,17 @@
-"""What rewards cost: GSM8K gradings per second, sandboxed programs per minute, and what hostile programs take along.
+"""Measure rewards: GSM8K gradings per second, sandboxed programs per minute, and the effect of hostile programs.
 
     python tools/bench_rewards.py                                  # all three
     python tools/bench_rewards.py --measure gradings --data test.jsonl
     python tools/bench_rewards.py --measure labels --labels example_model_solutions.jsonl
 
-gradings: what a run gets from one worker, submit, both ways through the socket and collect included, next to the same
-function in a loop of this process (`reference`). programs: right answers of reward `code`, one program in one sandbox
-each, on `--workers` processes. hostile: each bad program alone; its seconds must stay within its limit and a start, and
-an honest program right after it must be judged as ever, by the same worker. labels: how many gradings agree with the
-labels that the authors of GSM8K published with answers of their models. Exit code 1: a target is missed.
+gradings: the rate of one worker as in a run, with submit, the socket and collect, next to the same function in a loop
+of this process (`reference`). programs: the rate of right answers of reward `code`, one sandbox per program, on
+`--workers` processes. hostile: each hostile program runs alone. It must end within its limit and the start of the
+sandbox, and the same worker must score a right program correctly after it. labels: the agreement with the labels that
+the authors of GSM8K published for answers of their models. Exit code 1: a target is missed.
 
-Beside each rate stands the one per second of processor time, children included: on a machine that other programs use,
-only that says something about this one.
+Each rate is also given per second of CPU time, children included, because wall-clock rates depend on other programs of
+the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from grpo_mega.types import UserError
 GRADINGS_PER_SECOND = 2000
 PROGRAMS_PER_MINUTE = 200
 AGREEMENT = 0.999
-START_SECONDS = 3.0  # on top of its limit: building the sandbox and taking it down
+START_SECONDS = 3.0  # in addition to its limit: start and end of the sandbox
 MEASURES = ("gradings", "programs", "hostile", "labels")
 
 PROGRAM = """Reading the number first:
@@ -65,7 +65,10 @@ HOSTILE = {
 
 
 def completions(path: Path | None, number: int) -> list[tuple[str, str]]:
-    """(completion, reference) pairs: GSM8K's own solutions, else made-up ones; marked, boxed and in prose by turns."""
+    """Return (completion, reference) pairs, alternately marked, boxed and in prose.
+
+    The solutions are those of the GSM8K file, or generated without a file.
+    """
     if path is not None:
         references = [row["answer"] for row in rows_of(path)]
     else:
@@ -81,10 +84,10 @@ def completions(path: Path | None, number: int) -> list[tuple[str, str]]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file.
+    """Return the rows of a JSONL file.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -93,13 +96,13 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def children_seconds() -> float:
-    """Processor time of all processes that were started and have ended, and of those they started."""
+    """Return the CPU time in seconds of all child processes that have exited, and of their children."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def measure_gradings(path: Path | None, number: int) -> dict[str, Any]:
-    """Gradings per second of one worker, and of this process alone."""
+    """Measure gradings per second of one worker, and in this process."""
     pairs = completions(path, number)
     started = time.perf_counter()
     num_right = sum(gsm8k("", completion, reference) for completion, reference in pairs)
@@ -122,13 +125,13 @@ def measure_gradings(path: Path | None, number: int) -> dict[str, Any]:
         "met": pooled >= GRADINGS_PER_SECOND,
         "unit": "gradings per second of one worker",
         "gradings": number,
-        "data": "gsm8k" if path else "made up",
+        "data": "gsm8k" if path else "generated",
         "caller_seconds_per_grading": caller,
     }
 
 
 def measure_programs(number: int, workers: int) -> dict[str, Any]:
-    """Right programs per minute, one sandbox each."""
+    """Measure right programs per minute, one sandbox per program."""
     children = children_seconds()
     with RewardPool([RewardTerm(name="code")], workers=workers, timeout_seconds=30.0) as pool:
         started = time.perf_counter()
@@ -149,7 +152,7 @@ def measure_programs(number: int, workers: int) -> dict[str, Any]:
 
 
 def measure_hostile(limit_seconds: float) -> dict[str, Any]:
-    """Seconds of each hostile program on one worker, and whether the next honest one was judged as ever."""
+    """Measure the seconds of each hostile program, and check that the next right program is scored correctly."""
     seconds, harmed = {}, []
     terms = [RewardTerm(name="code", args={"seconds": limit_seconds})]
     with RewardPool(terms, workers=1, timeout_seconds=10 * limit_seconds) as pool:
@@ -175,7 +178,7 @@ def measure_hostile(limit_seconds: float) -> dict[str, Any]:
 
 
 def measure_labels(path: Path) -> dict[str, Any]:
-    """Share of gradings that agree with published labels: rows of {ground_truth, MODEL: {solution, is_correct}}."""
+    """Measure the agreement with labels in rows of {ground_truth, MODEL: {solution, is_correct}}."""
     total, different = 0, []
     for row in rows_of(path):
         reference = row["ground_truth"].rpartition("A:")[2].strip()
@@ -187,21 +190,21 @@ def measure_labels(path: Path) -> dict[str, Any]:
                 different.append({"model": model, "end": answer["solution"][-80:], "reference": reference})
     if not total:
         raise UserError(
-            f"{path}: no row has answers with solution and is_correct", remedy="give example_model_solutions.jsonl"
+            f"{path}: no row contains answers with solution and is_correct", remedy="give example_model_solutions.jsonl"
         )
     agreement = 1 - len(different) / total
     return {
         "measured": agreement,
         "target": AGREEMENT,
         "met": agreement >= AGREEMENT,
-        "unit": "share of answers graded as labelled",
+        "unit": "share of answers graded as labeled",
         "answers": total,
         "different": different[:20],
     }
 
 
 def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One of MEASURES, as the command line asks for it."""
+    """Run one of MEASURES with the arguments of the command line."""
     if name == "gradings":
         return measure_gradings(args.data, args.gradings)
     if name == "programs":
@@ -209,21 +212,23 @@ def measured(name: str, args: argparse.Namespace) -> dict[str, Any]:
     if name == "hostile":
         return measure_hostile(args.limit_seconds)
     if args.labels is None:
-        raise UserError("--measure labels has no --labels", remedy="name a file of labelled answers")
+        raise UserError("--measure labels needs --labels", remedy="give a file of labeled answers")
     return measure_labels(args.labels)
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", choices=MEASURES, action="append", help="default: gradings, programs, hostile")
-    parser.add_argument("--data", type=Path, help="gradings: a GSM8K file; without it, made-up solutions of its length")
+    parser.add_argument(
+        "--data", type=Path, help="gradings: a GSM8K file; default: generated solutions of the same length"
+    )
     parser.add_argument("--gradings", type=int, default=20000)
     parser.add_argument("--programs", type=int, default=200)
     parser.add_argument("--workers", type=int, default=2, help="programs: processes")
     parser.add_argument("--limit-seconds", type=float, default=2.0, help="hostile: the limit of each program")
     parser.add_argument("--labels", type=Path, help="labels: example_model_solutions.jsonl of grade-school-math")
-    parser.add_argument("--json", action="store_true", help="accepted for uniformity: the last line is always JSON")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always JSON")
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     try:

@@ -1,9 +1,9 @@
-"""Score a file of completions with any reward: rows of {prompt, completion, answer} come out with `reward` added.
+"""Score a file of completions with any reward: print each row of {prompt, completion, answer} with `reward` added.
 
     python tools/score.py --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
 
-Rows keep their order and their other keys. Every row goes through the worker processes that a run uses, with the same
-time limit; a failed scoring gets the reward's floor and is counted. Exit code 2: the input is wrong.
+Rows keep their order and their other keys. The rows are scored by the same worker processes as in a run, with the same
+time limit. A failed scoring gets the reward's floor and is counted. Exit code 2: the input is wrong.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ ROWS_AT_A_TIME = 2000
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file; empty lines are skipped.
+    """Yield the rows of a JSONL file; empty lines are skipped.
 
     Raises:
-        UserError: a line is no JSON object or lacks a key (names file and line), or the file cannot be read.
+        UserError: a line is not a JSON object or lacks a key (names file and line), or the file cannot be read.
     """
     try:
         with path.open("rb") as lines:
@@ -43,25 +43,27 @@ def rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parse_row(where: str, line: bytes) -> dict[str, Any]:
-    """One checked row; an answer that is a JSON number is accepted.
+    """Parse and check one row; an answer may also be a JSON number.
 
     Raises:
-        UserError: names `where`.
+        UserError: the row is malformed; names `where`.
     """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{where}: {line.strip()[:60]!r} is no JSON ({error})", remedy="write one object per line"
+            f"{where}: {line.strip()[:60]!r} is not JSON ({error})", remedy="write one object per line"
         ) from error
     if not isinstance(row, dict):
-        raise UserError(f"{where}: got {type(row).__name__}, a row is an object with prompt, completion and answer")
+        raise UserError(
+            f"{where}: a row must be an object with prompt, completion and answer, got {type(row).__name__}"
+        )
     for key in ("prompt", "completion", "answer"):
         if key not in row:
-            raise UserError(f"{where}: {key!r} is missing, the row has {', '.join(row) or 'no keys'}", remedy="add it")
+            raise UserError(f"{where}: {key!r} is missing; the row has {', '.join(row) or 'no keys'}", remedy="add it")
         is_number = key == "answer" and isinstance(row[key], int | float) and not isinstance(row[key], bool)
         if not isinstance(row[key], str) and not is_number:
-            raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} is no string", remedy="write one")
+            raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} must be a string", remedy="write one")
     return row
 
 
@@ -71,14 +73,14 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
         reward_args = json.loads(args.args)
     except ValueError as error:
         raise UserError(
-            f"--args={args.args} is no JSON ({error})", remedy="write an object, for example '{}'"
+            f"--args={args.args} is not JSON ({error})", remedy="write an object, for example '{}'"
         ) from error
     if not isinstance(reward_args, dict):
-        raise UserError(f"--args={args.args} is no JSON object", remedy="write for example '{\"strict\": true}'")
+        raise UserError(f"--args={args.args} is not a JSON object", remedy="write for example '{\"strict\": true}'")
     if args.timeout_seconds <= 0 or args.workers < 1:
         raise UserError(
             f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive",
-            remedy="leave them out",
+            remedy="correct them, or use the defaults",
         )
     term = RewardTerm(name=args.reward, args=reward_args)
     num_rows, total, failures = 0, 0.0, 0
@@ -99,7 +101,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL")
     parser.add_argument("--reward", required=True, help="a name from docs/rewards.md, or package.module:function")
@@ -109,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="a summary object as the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    sys.path.insert(0, os.getcwd())  # a dotted path means what it means to `python -m`
+    sys.path.insert(0, os.getcwd())  # dotted paths are resolved as by `python -m`
     try:
         summary = score(args)
         if args.json:
@@ -118,6 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader has seen enough, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -1,7 +1,7 @@
-"""From a question to the tokens that the engine gets: the tokenizer of a model folder, and the prompt template.
+"""Conversion of a prompt into the tokens that the engine gets: the model's tokenizer and the prompt template.
 
-`chat` writes the messages with the tokenizer's own template and opens the answer's turn; `plain` is the text itself.
-What is tokenised here is what is trained on: nothing downstream tokenises text again.
+`chat` applies the tokenizer's own chat template and opens the assistant's turn; `plain` uses the text unchanged. The
+tokens made here are the tokens that are trained on: no later step tokenizes text again.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
 
 Template = Literal["chat", "plain"]
 
-# Any one of these holds a vocabulary; without one, transformers builds an empty tokenizer from config.json alone.
+# Each of these files can hold the vocabulary. Without one, transformers builds an empty tokenizer from config.json.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face model folder.
+    """Load the tokenizer of a Hugging Face model folder.
 
     Raises:
-        UserError: the folder does not exist, holds no tokenizer or a damaged one, or its tokenizer has no EOS token.
+        UserError: the folder does not exist, its tokenizer is missing or damaged, or the tokenizer has no EOS token.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"model.path={path} is not a folder", remedy="give a Hugging Face model folder")
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
-            f"model.path={path} holds no tokenizer (none of {', '.join(_VOCABULARY_FILES)})",
-            remedy="copy the tokenizer's files beside config.json",
+            f"model.path={path} contains no tokenizer (none of {', '.join(_VOCABULARY_FILES)})",
+            remedy="copy the tokenizer's files into this folder",
         )
-    from transformers import AutoTokenizer  # takes seconds: after the checks of the folder
+    from transformers import AutoTokenizer  # a slow import, so it follows the checks of the folder
 
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise bare Exceptions of their own
+    except Exception as error:  # transformers and tokenizers raise plain Exceptions
         reason = str(error).split("\n", 1)[0]
         raise UserError(
             f"model.path={path}: its tokenizer cannot be read ({reason})", remedy="copy the tokenizer's files again"
@@ -61,17 +61,17 @@ def render_prompt(
     template: Template,
     system_prompt: str | None,
 ) -> tuple[str, tuple[int, ...]]:
-    """The prompt's text after the template, and its tokens.
+    """Apply the template to a prompt; return its text and its tokens.
 
     Args:
         prompt: a string (one user message) or a list of `{role, content}` messages.
-        tokenizer: of the model.
-        template: `chat` applies the tokenizer's chat template with the opening of the answer; `plain` joins the
-            contents with blank lines, so that a string stays as it is.
-        system_prompt: put before a prompt that has no system message of its own.
+        tokenizer: the model's tokenizer.
+        template: `chat` applies the tokenizer's chat template and opens the assistant's turn; `plain` joins the
+            contents of the messages with blank lines, so that a string is unchanged.
+        system_prompt: added before a prompt that has no system message.
 
     Raises:
-        UserError: `chat` with a tokenizer that has no chat template.
+        UserError: the template is `chat` and the tokenizer has no chat template.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
     if system_prompt is not None and messages[0]["role"] != "system":
@@ -81,46 +81,51 @@ def render_prompt(
         return text, tuple(tokenizer.encode(text))
     if tokenizer.chat_template is None:
         raise UserError(
-            "data.template=chat needs a tokenizer with a chat template, and this model's has none",
+            "data.template=chat needs a chat template, which the model's tokenizer does not have",
             remedy="use data.template=plain",
         )
     text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    # The template has already written BOS and the like.
+    # The template has already written BOS and other special tokens.
     return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 @dataclass(frozen=True)
 class ResultText:
-    """Turns an environment's result into tokens: `before`, the result and `after`, each tokenised alone, one behind the
-    other. Special tokens may be spelled in `before` and `after`; a result that spells one stays text."""
+    """Conversion of an environment's result into tokens.
+
+    `before`, the result and `after` are tokenized separately and concatenated. `before` and `after` may contain special
+    tokens; a result that spells a special token stays text.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     before: str
     after: str
 
     def encode(self, result: str) -> tuple[int, ...]:
-        """The tokens that follow the answer.
+        """Return the tokens that follow the answer of the policy.
 
         Raises:
-            ValueError: the tokenizer cannot write it.
+            ValueError: the tokenizer cannot encode the result.
         """
         found: list[int] = []
         try:
             for text, is_text in ((self.before, False), (result, True), (self.after, False)):
                 options = {"split_special_tokens": True} if is_text else {}
                 found += self.tokenizer.encode(text, add_special_tokens=False, **options) if text else []
-        except Exception as error:  # the tokenizers library raises bare Exceptions of its own
+        except Exception as error:  # the tokenizers library raises plain Exceptions
             raise ValueError(f"the model's tokenizer cannot encode {result[:80]!r} ({error})") from error
         return tuple(found)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """Return the text of tokens, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
 
 def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
-    """Per token, the number of characters of the text up to and with it. A character of several tokens counts with the
-    last of them; special tokens spell nothing."""
+    """Return, per token, the number of characters of the text up to the end of that token.
+
+    A character of several tokens is counted with its last token. Special tokens add no characters.
+    """
     from tokenizers.decoders import DecodeStream
 
     stream, length, ends = DecodeStream(skip_special_tokens=True), 0, []

@@ -1,9 +1,9 @@
-"""The prompts of a run: read, checked and tokenised once, then dealt out step by step.
+"""The prompts of a run: read, checked and tokenized once, then selected step by step.
 
-Invariants (tests/unit/data/test_dataset.py): a malformed line ends the run with `file:line`; `batch` is a pure function
-of (seed, step), so the step in a checkpoint is the position in the data, and a run continues there without replaying;
-in each epoch of a set every prompt comes once before any comes again; sets take turns in the ratio of their weights,
-exact over each pattern.
+Invariants (tests/unit/data/test_dataset.py): a malformed line ends the run with `file:line`. `batch` is a pure function
+of (seed, step), so the step in a checkpoint is the position in the data, and a resumed run replays nothing. In each
+epoch of a set every prompt occurs once before any occurs again. Sets alternate in the ratio of their weights, exactly
+over each pattern.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ log = logging.getLogger("grpo_mega.data")
 
 @dataclass(frozen=True)
 class DataSet:
-    """One named set. `num_skipped` prompts were longer than the limit, `num_filtered` rows were left out by the set's
-    own rules."""
+    """One named set of prompts.
+
+    `num_skipped` prompts were longer than the limit. `num_filtered` rows were removed by the set's own filters.
+    """
 
     name: str
     prompts: tuple[Prompt, ...]
@@ -41,13 +43,13 @@ class DataSet:
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """Several sets, in the order of the config; `Prompt.index` is unique over all of them."""
+    """All sets, in the order of the config; `Prompt.index` is unique over all sets."""
 
     sets: tuple[DataSet, ...]
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
-        """Of all sets, one after the other."""
+        """All prompts, set after set."""
         return tuple(prompt for part in self.sets for prompt in part.prompts)
 
     def __len__(self) -> int:
@@ -55,7 +57,7 @@ class PromptDataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that decides which prompt comes when, and of the answers."""
+        """SHA-256 of the sets, weights, prompts and answers: everything that decides the prompts of each step."""
         found = hashlib.sha256()
         for part in self.sets:
             found.update(repr((part.name, part.weight, len(part.prompts))).encode())
@@ -64,32 +66,32 @@ class PromptDataset:
         return found.hexdigest()
 
     def batch(self, step: int, num_prompts: int, seed: int) -> list[Prompt]:
-        """The prompts of one step: positions `step * num_prompts` and following of an endless stream.
+        """Return the prompts of one step: positions `step * num_prompts` and following of an endless stream.
 
-        The sets take turns in the ratio of their weights. Each set is a stream of epochs, each a shuffle of all its
-        prompts of its own, so a step may hold the end of one epoch and the beginning of the next.
+        The sets alternate in the ratio of their weights. Each set is a stream of epochs, and each epoch is its own
+        shuffle of all prompts of the set. So a step may contain the end of one epoch and the beginning of the next.
 
         Args:
             step: counted from 0.
-            num_prompts: prompts of a step; the same in every step of a run.
-            seed: moves the shuffles.
+            num_prompts: prompts per step; the same in every step of a run.
+            seed: seed of the shuffles.
         """
         counts = pattern_of([part.weight for part in self.sets])
-        turns = _pattern(counts)
+        pattern = _pattern(counts)
         found = []
         for position in range(step * num_prompts, (step + 1) * num_prompts):
-            cycle, at = divmod(position, len(turns))
-            chosen, rank = turns[at]
+            cycle, at = divmod(position, len(pattern))
+            chosen, rank = pattern[at]
             found.append(self._prompt(chosen, cycle * counts[chosen] + rank, seed))
         return found
 
     def shuffled(self, seed: int) -> list[Prompt]:
-        """All prompts of all sets, each once."""
+        """Return all prompts of all sets, each once, in a shuffled order."""
         prompts = self.prompts
         return [prompts[i] for i in _epoch_order(len(prompts), str(seed), 0)]
 
     def _prompt(self, chosen: int, position: int, seed: int) -> Prompt:
-        """The prompt at a position of the stream of one set."""
+        """Return the prompt at a position of the stream of one set."""
         prompts = self.sets[chosen].prompts
         stream = str(seed) if len(self.sets) == 1 else f"{seed}/{chosen}"
         epoch, at = divmod(position, len(prompts))
@@ -97,17 +99,17 @@ class PromptDataset:
 
 
 def load_train(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
-    """The sets of `data.train`.
+    """Load the sets of `data.train`.
 
     Raises:
-        UserError: a file is missing or empty, a row is malformed, lacks a key or holds a wrong type, a prompt cannot be
-            encoded, or is too long under `data.overlong=error`. Names file and row.
+        UserError: a file is missing or empty, a row is malformed, lacks a key or has a wrong type, or a prompt cannot
+            be encoded or is too long under `data.overlong=error`. The message names file and row.
     """
     return _load([(key, s) for key, s in keyed_sets(config) if key.startswith("data.train")], config, tokenizer)
 
 
 def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | None:
-    """The sets of `data.eval`, or None; raises what `load_train` raises."""
+    """Load the sets of `data.eval`, or return None if there are none; raises the errors of `load_train`."""
     keyed = [(key, source) for key, source in keyed_sets(config) if key.startswith("data.eval")]
     return _load(keyed, config, tokenizer) if keyed else None
 
@@ -125,7 +127,7 @@ def _load(keyed: list[tuple[str, DataSource]], config: DataConfig, tokenizer: Pr
 def _load_set(
     key: str, source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase, begin: int
 ) -> tuple[DataSet, int]:
-    """The set, and its number of rows; their indices count from `begin`."""
+    """Return the set and its number of rows; the prompts are indexed from `begin`."""
     prompts: list[Prompt] = []
     num_skipped, num_filtered, num_rows = 0, 0, 0
     for row in read_rows(source, key, config):
@@ -150,11 +152,11 @@ def _load_set(
     _check_not_empty(key, source, found, config)
     if num_skipped:
         log.info(
-            "%s: left out %d of %d prompts with more than data.max_prompt_tokens=%d tokens",
+            "%s: skipped %d of %d prompts with more than data.max_prompt_tokens=%d tokens",
             source.path, num_skipped, num_rows - num_filtered, config.max_prompt_tokens,
         )  # fmt: skip
     if num_filtered:
-        log.info("%s: filters leave out %d of %d rows", source.path, num_filtered, num_rows)
+        log.info("%s: filters removed %d of %d rows", source.path, num_filtered, num_rows)
     return found, num_rows
 
 
@@ -163,9 +165,9 @@ def _check_not_empty(key: str, source: DataSource, found: DataSet, config: DataC
         return
     if found.num_filtered:
         raise UserError(
-            f"{key}={source.path}: the filters of this set leave out {found.num_filtered} of "
-            f"{found.num_filtered + found.num_skipped} rows and nothing is left",
-            remedy="widen them",
+            f"{key}={source.path}: the filters of this set remove {found.num_filtered} of "
+            f"{found.num_filtered + found.num_skipped} rows, and no prompt is left",
+            remedy="widen the filters",
         )
     if found.num_skipped:
         raise UserError(
@@ -174,30 +176,30 @@ def _check_not_empty(key: str, source: DataSource, found: DataSet, config: DataC
             remedy="raise the limit",
         )
     raise UserError(
-        f"{key}={source.path} is empty", remedy="put one JSON object per line there, with a prompt and an answer"
+        f"{key}={source.path} is empty", remedy="write one JSON object per line, with a prompt and an answer"
     )
 
 
 @lru_cache(maxsize=4)
 def _pattern(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Whose turn it is at each place of a pattern, and how many turns that set had before in it.
+    """Return, for each place of a pattern, its set and the number of earlier places of that set in the pattern.
 
-    Smooth round robin: a set's credit grows by its count at every place; the largest pays the sum. After any number of
-    places no set is a whole turn off its share.
+    Smooth weighted round robin: at every place the credit of each set grows by its count. The set with the most credit
+    is chosen and pays the sum of all counts. At any place, each set is less than one place from its exact share.
     """
     total = sum(counts)
     credit, taken = [0] * len(counts), [0] * len(counts)
-    turns = []
+    places = []
     for _ in range(total):
         credit = [c + count for c, count in zip(credit, counts, strict=True)]
         chosen = credit.index(max(credit))
         credit[chosen] -= total
-        turns.append((chosen, taken[chosen]))
+        places.append((chosen, taken[chosen]))
         taken[chosen] += 1
-    return tuple(turns)
+    return tuple(places)
 
 
-@lru_cache(maxsize=64)  # two epochs of each of many sets
+@lru_cache(maxsize=64)  # two epochs of each set, for many sets
 def _epoch_order(size: int, stream: str, epoch: int) -> tuple[int, ...]:
     order = list(range(size))
     random.Random(f"prompts/{stream}/{epoch}").shuffle(order)
@@ -213,11 +215,11 @@ def _render(
         )
     except UserError:
         raise
-    except Exception as error:  # the tokenizers library and chat templates raise bare Exceptions of their own
+    except Exception as error:  # the tokenizers library and chat templates raise plain Exceptions
         raise UserError(
             f"{where}: the model's tokenizer cannot encode the prompt ({error})",
             remedy="change the prompt or the model",
         ) from error
     if not token_ids:
-        raise UserError(f"{where}: the prompt is empty", remedy="every prompt needs at least one token")
+        raise UserError(f"{where}: the prompt is empty", remedy="write a prompt of at least one token")
     return text, token_ids

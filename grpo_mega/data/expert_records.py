@@ -1,7 +1,7 @@
-"""Records of chosen experts as small integers: [N, L, K] of N tokens, L layers, K experts of each. Pure.
+"""Routing records of experts as small integers: [N, L, K] for N tokens, L layers and K chosen experts per token.
 
-In hand and on disk a record is uint8, 255 for a token without a record, or int16, -1 for one, where the numbers of the
-experts need it; in a row it is int16. The rows of layers without experts mean nothing.
+In a rollout and on disk a record is uint8, with 255 for a token without a record. If there are too many experts for
+that, it is int16 with -1. In a packed row it is int16. Values of layers without experts have no meaning.
 Asserted by tests/unit/data/test_expert_records.py.
 """
 
@@ -14,14 +14,14 @@ NO_RECORD_UINT8 = 255
 
 
 def narrowed(choices: Tensor, num_experts: int) -> Tensor:
-    """[N, L, K] integers, -1 without a record -> the smallest form for `num_experts` experts."""
+    """Convert [N, L, K] integers, -1 for no record, to the smallest type for `num_experts` experts."""
     if num_experts > NO_RECORD_UINT8:
         return choices.to(torch.int16)
     return torch.where(choices < 0, NO_RECORD_UINT8, choices).to(torch.uint8)
 
 
 def widened(choices: Tensor) -> Tensor:
-    """A record in either form -> int16, -1 without a record."""
+    """Convert a record of either type to int16, with -1 for no record."""
     if choices.dtype != torch.uint8:
         return choices.to(torch.int16)
     wide = choices.to(torch.int16)

@@ -1,9 +1,9 @@
-"""From rollouts to rows: which rank computes what, and several rollouts laid one behind the other in a row of T tokens.
+"""Assignment of rollouts to ranks and microbatches, and packing of several rollouts into a row of T tokens.
 
-Pure: no process groups; the same input gives the same plan on every rank. Invariants
-(tests/unit/data/test_pack.py): a plan holds every rollout once; all ranks have the same number of microbatches; no row
-is longer than the limit; labels are shifted inside each rollout, so no token predicts a token of its neighbour; the
-loss mask comes from lengths and from who wrote a token, never from the padding token.
+No process groups are used: the same input gives the same plan on every rank. Invariants (tests/unit/data/test_pack.py):
+a plan contains every rollout once; all ranks have the same number of microbatches; no row is longer than the limit.
+Labels are shifted inside each rollout, so no token predicts a token of the next rollout. The loss mask is built from
+lengths and from the source of each token (policy or environment), never from the padding token.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from grpo_mega.types import Microbatch, Rollout, UserError
 
 
 def split_minibatches(num_groups: int, minibatches: int) -> list[range]:
-    """Cut the groups of a step into minibatches of whole groups, in order; sizes differ by at most one.
+    """Divide the groups of a step into minibatches of whole groups, in order; sizes differ by at most one.
 
     Raises:
-        UserError: more minibatches than groups.
+        UserError: there are more minibatches than groups.
     """
     if minibatches > num_groups:
         raise UserError(
-            f"train.minibatches_per_epoch={minibatches} is more than the {num_groups} groups of a step, and a "
-            f"minibatch holds whole groups",
+            f"train.minibatches_per_epoch={minibatches} is more than the {num_groups} groups of a step; a "
+            f"minibatch contains whole groups",
             remedy=f"use at most {num_groups}, or raise data.prompts_per_step",
         )
     bounds = [i * num_groups // minibatches for i in range(minibatches + 1)]
@@ -40,8 +40,11 @@ def split_minibatches(num_groups: int, minibatches: int) -> list[range]:
 
 @dataclass(frozen=True)
 class RowShape:
-    """What a layout wants of rows: T is a multiple of `row_multiple`, every segment of `segment_multiple` (its padding
-    is at its end), and a rank's number of microbatches of `microbatch_multiple`."""
+    """Multiples that a parallel layout requires.
+
+    The row length T is a multiple of `row_multiple`. Every segment is padded at its end to a multiple of
+    `segment_multiple`. The number of microbatches of a rank is a multiple of `microbatch_multiple`.
+    """
 
     row_multiple: int = 1
     segment_multiple: int = 1
@@ -49,8 +52,11 @@ class RowShape:
 
     @classmethod
     def of(cls, parallel: ParallelConfig, precision: PrecisionConfig | None = None) -> RowShape:
-        """Sequence parallelism cuts a row into tp parts, context parallelism each segment into 2 cp chunks; an
-        interleaved pipeline takes microbatches in groups of pp; products in FP8 take tokens in multiples."""
+        """Return the multiples of a layout.
+
+        Sequence parallelism divides a row into tp parts, and context parallelism each segment into 2 cp chunks. An
+        interleaved pipeline takes microbatches in groups of pp. FP8 matrix products need a multiple of tokens.
+        """
         row = parallel.tp if parallel.sequence_parallel else 1
         segment = 2 * parallel.cp * row if parallel.cp > 1 else 1
         multiple = max(row, segment)
@@ -59,30 +65,30 @@ class RowShape:
         return cls(multiple, segment, parallel.pp if parallel.vpp > 1 else 1)
 
     def padded(self, num_tokens: int) -> int:
-        """Tokens that a rollout of so many takes in a row."""
+        """Return the number of tokens in a row for a rollout of `num_tokens` tokens, with its padding."""
         return -(-num_tokens // self.segment_multiple) * self.segment_multiple
 
 
 def plan_update(
     lengths: Sequence[int], dp: int, max_tokens: int, microbatch_multiple: int = 1
 ) -> list[list[list[int]]]:
-    """Which rollouts each data-parallel rank computes, in which microbatches.
+    """Assign rollouts to data-parallel ranks and to their microbatches.
 
-    The longest rollout goes first to the rank with the fewest tokens (LPT), and in the same way to the rank's
-    microbatches, so that rows are of about one length.
+    Rollouts are assigned longest first, each to the rank with the fewest tokens (LPT), and in the same way to the
+    microbatches of the rank. So rows have about the same length.
 
     Args:
         lengths: tokens of each rollout (prompt plus completion, padded as its segment will be).
-        dp: ranks.
-        max_tokens: most tokens of one microbatch.
-        microbatch_multiple: the number of microbatches is a multiple of it.
+        dp: number of data-parallel ranks.
+        max_tokens: maximum number of tokens of one microbatch.
+        microbatch_multiple: the number of microbatches is a multiple of this number.
 
     Returns:
         plan[rank][microbatch] = ascending indices into `lengths`. Every rank has the same number of microbatches, at
         least one; some may be empty.
 
     Raises:
-        UserError: a rollout alone is longer than `max_tokens`.
+        UserError: one rollout is longer than `max_tokens`.
     """
     if lengths and max(lengths) > max_tokens:
         raise UserError(
@@ -96,7 +102,7 @@ def plan_update(
     for rank in ranks:
         bins = _spread(rank, lengths, num_microbatches)
         if any(_total(rollouts, lengths) > max_tokens for rollouts in bins):
-            # Even rows do not always fit where the tight packing does.
+            # Rows of even length may exceed the limit where tight packing does not.
             bins = _first_fit(rank, lengths, max_tokens)
             bins += [[] for _ in range(num_microbatches - len(bins))]
         plan.append([sorted(rollouts) for rollouts in bins])
@@ -112,21 +118,21 @@ def pack(
     pad_id: int,
     segment_multiple: int = 1,
 ) -> Microbatch:
-    """Lay rollouts one behind the other in a row, each a segment of its own; the rest of the row is a padding segment.
+    """Concatenate rollouts in a row, one segment per rollout; the rest of the row is a padding segment.
 
     Args:
-        rollouts: (position in the step's list, rollout); may be empty, which gives a row without a loss token.
+        rollouts: (position in the step's list, rollout); empty gives a row without a loss token.
         row_tokens: T, the length of the row.
-        advantages: one per rollout, put on its loss tokens (the completion's that the policy sampled): a number for all
-            of them, or one each.
-        token_weights: one per rollout, put on its loss tokens.
-        pad_id: token of the padding.
-        segment_multiple: every segment is padded to a multiple of it; attention is causal, so no token sees the padding
-            behind it.
+        advantages: one entry per rollout for its loss tokens (the completion's tokens that the policy sampled): one
+            number for all of them, or a list with one number per token.
+        token_weights: one number per rollout, for each of its loss tokens.
+        pad_id: token id of the padding.
+        segment_multiple: every segment is padded to a multiple of it. Attention is causal, so no token attends to the
+            padding after it.
 
     Raises:
-        ValueError: the rollouts have more than `row_tokens` tokens, or a completion's tokens, mask and sampler
-            log-probs differ in number.
+        ValueError: the rollouts have more than `row_tokens` tokens, or the lengths of a completion's tokens, mask and
+            sampler log-probs differ.
     """
     shape = RowShape(segment_multiple=segment_multiple)
     total = sum(shape.padded(rollout.num_tokens) for _, rollout in rollouts)
@@ -172,23 +178,23 @@ def pack(
 
 
 def unpack(values: Tensor, microbatch: Microbatch) -> dict[int, list[float]]:
-    """The values [T] of each rollout's loss tokens, by the rollout's position in the step's list."""
+    """Split values [T] of a row into the values of each rollout's loss tokens, by position in the step's list."""
     bounds = microbatch.cu_seqlens.tolist()
     completions: dict[int, list[float]] = {}
-    # Fewer rollouts than segments when the last one is padding.
+    # There are fewer rollouts than segments when the last segment is padding.
     for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
         completions[rollout_id] = values[begin:end][microbatch.loss_mask[begin:end]].tolist()
     return completions
 
 
 def _expert_choices(rollouts: Sequence[Rollout], bounds: Sequence[int], row_tokens: int) -> Tensor | None:
-    """[T, L, K] of a row, -1 where there is no record; None if no rollout has one."""
+    """Return the routing record [T, L, K] of a row, -1 without a record; None if no rollout has a record."""
     records = [rollout.completion.expert_choices for rollout in rollouts]
     first = next((record for record in records if record is not None), None)
     if first is None:
         return None
     row = torch.full((row_tokens, *first.shape[1:]), -1, dtype=torch.int16)
-    for record, begin, rollout in zip(records, bounds, rollouts, strict=False):  # one more segment: the padding
+    for record, begin, rollout in zip(records, bounds, rollouts, strict=False):  # the padding is one more segment
         if record is not None:
             if len(record) > rollout.num_tokens:
                 raise ValueError(f"expert choices of {len(record)} tokens for a rollout of {rollout.num_tokens}")
@@ -214,7 +220,7 @@ def _longest_first(rollouts: Sequence[int], lengths: Sequence[int]) -> list[int]
 
 
 def _spread(rollouts: Sequence[int], lengths: Sequence[int], num_bins: int) -> list[list[int]]:
-    """Longest first, each to the bin with the fewest tokens (the first of several)."""
+    """Assign rollouts longest first, each to the bin with the fewest tokens (on a tie, the first such bin)."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     totals = [0] * num_bins
     for i in _longest_first(rollouts, lengths):
@@ -225,7 +231,7 @@ def _spread(rollouts: Sequence[int], lengths: Sequence[int], num_bins: int) -> l
 
 
 def _first_fit(rollouts: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """As few bins of at most `max_tokens` as first-fit decreasing finds."""
+    """Return the bins of at most `max_tokens` tokens that first-fit decreasing finds."""
     bins: list[list[int]] = []
     totals: list[int] = []
     for i in _longest_first(rollouts, lengths):

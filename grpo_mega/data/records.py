@@ -1,7 +1,8 @@
-"""The records of a set: objects, each with where it stands, from JSONL, Parquet, or a folder that `datasets` saved.
+"""Records of a data set with their position, from JSONL, Parquet, or a folder that `datasets` saved.
 
-Records come one after the other, whatever the size of the file. pyarrow is imported only where a set needs it; the
-package `datasets` never is: the folders of its `save_to_disk` are Arrow streams with a list of their names.
+Records are read one after the other, so memory does not grow with the file. pyarrow is imported only for sets that need
+it. The package `datasets` is never imported: its `save_to_disk` writes Arrow streams with a list of their names
+(docs/decisions/data-formats.md has the measurement).
 Asserted by tests/unit/data/test_records.py.
 """
 
@@ -15,23 +16,28 @@ from typing import Any
 from grpo_mega.types import UserError
 
 Record = tuple[str, dict[str, Any]]
-"""Where it stands (`file:line`, `file:row 3`), and what it holds."""
+"""The position of a record (`file:line`, `file:row 3`) and its content."""
 
 _ROWS_AT_A_TIME = 1024
 
 
 def read_records(path: Path, key: str, split: str | None) -> Iterator[Record]:
-    """The records of a file or folder; `key` names it in messages, `split` is of a folder with several.
+    """Yield the records of a file or folder.
+
+    Args:
+        path: a JSONL or Parquet file, a folder of Parquet files, or a folder that `datasets` saved.
+        key: config key of the set, for messages.
+        split: name of the split, for a folder with several splits.
 
     Raises:
-        UserError: there is no such file, it is damaged, a line is no JSON object, or `split` does not fit. Names file
-            and line.
+        UserError: the file is missing or damaged, a line is not a JSON object, or `split` does not fit. The message
+            names file and line.
     """
     if path.is_dir():
         yield from _folder_records(path, key, split)
         return
     if split is not None:
-        raise UserError(f"{key}: split={split} does nothing with the file {path}", remedy="leave it out")
+        raise UserError(f"{key}: split={split} has no effect on the file {path}", remedy="remove split")
     if not path.is_file():
         raise UserError(_missing(path, key))
     yield from _parquet_records(path, key) if path.suffix == ".parquet" else _jsonl_records(path, key)
@@ -64,10 +70,13 @@ def _jsonl_records(path: Path, key: str) -> Iterator[Record]:
 def _parse(where: str, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8; nested without end
-        raise UserError(f"{where}: not valid JSON ({error})", remedy="each line is one JSON object") from error
+    except (ValueError, RecursionError) as error:  # malformed JSON or UTF-8, or nested too deeply
+        raise UserError(f"{where}: not valid JSON ({error})", remedy="write one JSON object per line") from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: got a {type(record).__name__}", remedy="each line is one JSON object")
+        raise UserError(
+            f"{where}: a line must be a JSON object, got {type(record).__name__}",
+            remedy="write one JSON object per line",
+        )
     return record
 
 
@@ -80,25 +89,25 @@ def _parquet_records(path: Path, key: str) -> Iterator[Record]:
             yield from _batches_as_records(path, file.iter_batches(batch_size=_ROWS_AT_A_TIME))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{key}={path} is not a Parquet file that can be read ({_first_line(error)})", remedy="write it again"
-        ) from (error)
+            f"{key}={path}: the Parquet file cannot be read ({_first_line(error)})", remedy="write it again"
+        ) from error
 
 
 def _folder_records(folder: Path, key: str, split: str | None) -> Iterator[Record]:
-    """A folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`, else of Parquet files."""
+    """Yield the records of a folder: of `Dataset.save_to_disk`, of `DatasetDict.save_to_disk`, or of Parquet files."""
     if (folder / "dataset_dict.json").is_file():
         folder, split = _split_folder(folder, key, split), None
     if split is not None:
-        raise UserError(f"{key}: split={split} does nothing, {folder} holds one set", remedy="leave it out")
+        raise UserError(f"{key}: split={split} has no effect, {folder} contains one set", remedy="remove split")
     if (folder / "state.json").is_file():
-        names = [entry["filename"] for entry in _listed(folder / "state.json", key, "_data_files")]
+        names = [entry["filename"] for entry in _read_list(folder / "state.json", key, "_data_files")]
         for name in names:
             yield from _arrow_records(folder / name, key)
         return
     files = sorted(folder.glob("*.parquet"))
     if not files:
         raise UserError(
-            f"{key}={folder} holds neither state.json nor dataset_dict.json nor *.parquet",
+            f"{key}={folder} contains neither state.json nor dataset_dict.json nor *.parquet",
             remedy="give a folder that `datasets` wrote with save_to_disk, a folder of Parquet files, or a file",
         )
     for path in files:
@@ -106,18 +115,18 @@ def _folder_records(folder: Path, key: str, split: str | None) -> Iterator[Recor
 
 
 def _split_folder(folder: Path, key: str, split: str | None) -> Path:
-    splits = _listed(folder / "dataset_dict.json", key, "splits")
+    splits = _read_list(folder / "dataset_dict.json", key, "splits")
     if split is None and len(splits) == 1:
         split = splits[0]
     if split not in splits:
-        asked = f"split={split} is not one of" if split is not None else "say which split of"
+        problem = f"split={split} is not one of" if split is not None else "split must name one of"
         raise UserError(
-            f"{key}={folder}: {asked} {', '.join(splits)}", remedy=f"write [{{path: {folder}, split: {splits[0]}}}]"
+            f"{key}={folder}: {problem} {', '.join(splits)}", remedy=f"write [{{path: {folder}, split: {splits[0]}}}]"
         )
     return folder / str(split)
 
 
-def _listed(path: Path, key: str, name: str) -> list[Any]:
+def _read_list(path: Path, key: str, name: str) -> list[Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))[name]
         if not (isinstance(found, list) and found):
@@ -135,7 +144,7 @@ def _arrow_records(path: Path, key: str) -> Iterator[Record]:
             yield from _batches_as_records(path, stream)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
-            f"{key}: {path} is not an Arrow stream that can be read ({_first_line(error)})",
+            f"{key}: the Arrow stream {path} cannot be read ({_first_line(error)})",
             remedy="save the dataset again",
         ) from error
 

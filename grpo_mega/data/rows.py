@@ -1,5 +1,7 @@
-"""Prompts and answers as their source has them, checked row by row. Imports neither torch nor transformers: what is
-wrong with a file is said before they are loaded."""
+"""Prompts and answers of a data source, checked row by row.
+
+This module imports neither torch nor transformers, so an error in a file is reported before they are loaded.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class PromptRow:
-    """`where` it stands (`file:line`), the prompt and the answer."""
+    """A prompt and its answer; `where` is their position (`file:line`)."""
 
     where: str
     prompt: PromptSource
@@ -32,7 +34,7 @@ class PromptRow:
 
 
 def keyed_sets(config: DataConfig) -> list[tuple[str, DataSource]]:
-    """Every set with the key of the config that names it: `data.train`, or `data.train[1].path`."""
+    """Return every set with its config key: `data.train`, or `data.train[1].path`."""
     found = []
     for key, value, sources in (
         ("data.train", config.train, config.train_sets),
@@ -43,11 +45,16 @@ def keyed_sets(config: DataConfig) -> list[tuple[str, DataSource]]:
 
 
 def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[PromptRow | None]:
-    """The rows of a set, None where a filter leaves one out; `key` is for messages.
+    """Yield the rows of a set, and None for each row that a filter removes.
+
+    Args:
+        source: the set.
+        key: its config key, for messages.
+        config: the section with the default keys.
 
     Raises:
-        UserError: the file is missing or damaged, a row is malformed, lacks a key or holds a wrong type. Names file and
-            row.
+        UserError: the file is missing or damaged, or a row is malformed, lacks a key or has a wrong type. The message
+            names file and row.
     """
     if source.path.startswith(_ARITHMETIC):
         yield from _arithmetic_rows(source, key)
@@ -62,7 +69,7 @@ def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[Prom
 
 
 def check_rows(config: DataConfig) -> None:
-    """Read all rows of all sets; raises what `read_rows` raises."""
+    """Read all rows of all sets; raises the errors of `read_rows`."""
     for key, source in keyed_sets(config):
         for _ in read_rows(source, key, config):
             pass
@@ -72,17 +79,18 @@ def _arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
     name = source.path.removeprefix(_ARITHMETIC)
     if name not in ("train", "heldout"):
         raise UserError(
-            f"{key}={source.path} is no set of the arithmetic task", remedy="use arithmetic:train or arithmetic:heldout"
+            f"{key}={source.path} is not a set of the arithmetic task",
+            remedy="use arithmetic:train or arithmetic:heldout",
         )
     for field in ("split", "prompt_key", "answer_key", "filters"):
         if getattr(source, field):
-            raise UserError(f"{key}={source.path}: {field} does nothing with a generated set", remedy="leave it out")
+            raise UserError(f"{key}={source.path}: {field} has no effect on a generated set", remedy="remove it")
     for index, pair in enumerate(arithmetic.pairs("train" if name == "train" else "heldout")):
         yield PromptRow(f"{source.path}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair))
 
 
 def _value(record: Mapping[str, Any], name: str) -> Any:
-    """`record[name]`, or for `a.b` key b of the object a; _MISSING where there is none."""
+    """Return `record[name]`, or for `a.b` key b of the object a; _MISSING if there is no such key."""
     if name in record:
         return record[name]
     outer, dot, inner = name.partition(".")
@@ -94,13 +102,14 @@ def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
     value = _value(record, row_filter.key)
     if value is _MISSING:
         raise UserError(
-            f"{where}: no key {row_filter.key!r} among {sorted(record)}", remedy="correct the filter or the data"
+            f"{where}: key {row_filter.key!r} of the filter was not found in {sorted(record)}",
+            remedy="correct the filter or the data",
         )
     if row_filter.any_of is not None:
         return value in row_filter.any_of
     if not _is_number(value):
         raise UserError(
-            f"{where}: {row_filter.key}={_short(value)} is no finite number, and a filter compares with min and max",
+            f"{where}: {row_filter.key}={_short(value)} must be a finite number for a filter with min or max",
             remedy="correct it, or use any_of",
         )
     low, high = row_filter.min, row_filter.max
@@ -112,8 +121,8 @@ def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> Pr
     name = next((name for name in accepted if _value(record, name) is not _MISSING), None)
     if name is None:
         raise UserError(
-            f"{where}: no key {' or '.join(repr(name) for name in accepted)} among {sorted(record)}",
-            remedy="set data.prompt_key to the one that holds the prompt",
+            f"{where}: key {' or '.join(repr(name) for name in accepted)} was not found in {sorted(record)}",
+            remedy="set data.prompt_key to the key of the prompt",
         )
     value = _value(record, name)
     if isinstance(value, str):
@@ -121,7 +130,7 @@ def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> Pr
     if isinstance(value, list) and value and all(_is_message(item) for item in value):
         return value
     raise UserError(
-        f"{where}: {name}={_short(value)} is neither a string nor a list of {{role, content}} messages",
+        f"{where}: {name}={_short(value)} must be a string or a list of {{role, content}} messages",
         remedy="correct it",
     )
 
@@ -134,18 +143,18 @@ def _answer_of(where: str, record: dict[str, Any], name: str) -> str:
     value = _value(record, name)
     if value is _MISSING:
         raise UserError(
-            f"{where}: no key {name!r} among {sorted(record)}",
-            remedy="set data.answer_key to the one that holds the answer",
+            f"{where}: key {name!r} was not found in {sorted(record)}",
+            remedy="set data.answer_key to the key of the answer",
         )
     if _is_number(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}={_short(value)} is neither a string nor a number", remedy="correct it")
+        raise UserError(f"{where}: {name}={_short(value)} must be a string or a number", remedy="correct it")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a character
+    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
         raise UserError(
-            f"{where}: {name} holds half of a surrogate pair ({error.reason})", remedy="correct it"
+            f"{where}: {name} contains half of a surrogate pair ({error.reason})", remedy="correct it"
         ) from error
     return value
 

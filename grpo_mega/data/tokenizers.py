@@ -1,7 +1,7 @@
 """The two tokenizers of the tiny models: one token per character of an alphabet, and one token per byte.
 
-Both are ordinary `transformers` fast tokenizers (saved as `tokenizer.json`), with `<pad>` = 0 and `<eos>` = 1. Text
-that spells a special token is text: it never becomes that token. Nothing is normalised, added or dropped.
+Both are `transformers` fast tokenizers (saved as `tokenizer.json`), with `<pad>` = 0 and `<eos>` = 1. Text that spells
+a special token never becomes that token. Nothing is normalized, added or dropped.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ _SPECIAL = (PAD_TOKEN, EOS_TOKEN)
 
 
 def char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
-    """One token per character, ids 2.. in the order of `alphabet`.
+    """Return a tokenizer with one token per character, with ids from 2 in the order of `alphabet`.
 
-    There is no unknown token: encoding a character outside the alphabet raises.
+    There is no unknown token: encoding a character outside of the alphabet raises an error.
 
     Raises:
         ValueError: a character occurs twice.
     """
     if len(set(alphabet)) != len(alphabet):
-        raise ValueError(f"alphabet={alphabet!r} repeats a character; name each once")
+        raise ValueError(f"alphabet={alphabet!r} repeats a character; list each once")
     core = Tokenizer(WordLevel(_vocabulary(list(alphabet)), unk_token="<unknown>"))
     core.pre_tokenizer = Split(Regex(r"[\s\S]"), behavior="isolated")
     core.decoder = Fuse()
@@ -35,7 +35,7 @@ def char_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of the UTF-8 text: byte b has id b + 2, so `decode(encode(text)) == text` for every text."""
+    """Return a tokenizer with one token per UTF-8 byte: byte b has id b + 2, and `decode(encode(text)) == text`."""
     core = Tokenizer(BPE(vocab=_vocabulary(_byte_symbols()), merges=[]))
     core.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = ByteLevelDecoder()
@@ -47,9 +47,9 @@ def _vocabulary(symbols: list[str]) -> dict[str, int]:
 
 
 def _byte_symbols() -> list[str]:
-    """The character by which byte-level BPE writes each byte, in the order of the bytes.
+    """Return the character by which byte-level BPE represents each byte, in the order of the bytes.
 
-    A printable Latin-1 byte writes itself; the k-th other byte is written as chr(256 + k).
+    A printable Latin-1 byte represents itself; the k-th other byte is represented by chr(256 + k).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,4 +1,8 @@
-"""Rollouts of several turns: what answers the policy, and the processes in which it runs."""
+"""Environments, which answer the policy in rollouts of several turns, and their worker processes.
+
+`base` holds the contract of an environment, `calculator` is the built-in one, and `pool` runs an environment in worker
+processes.
+"""
 
 from grpo_mega.environments.base import Turn, environment
 

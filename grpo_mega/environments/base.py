@@ -1,11 +1,11 @@
-"""The contract of an environment, and how the config's section becomes a callable.
+"""The contract of an environment, and the conversion of the config's section into a callable.
 
-An environment is a function `(prompt, turns, reference, **args) -> str | None`. It sees all answers of the rollout and
-the results between them; it returns the next result, or None when the rollout is over. It keeps no state: what it needs
-is in the turns, so that a process that died can be replaced, and the same answers get the same results. It declares
-the texts that end an answer with `@environment(stop=(...,))`.
+An environment is a function `(prompt, turns, reference, **args) -> str | None`. It gets all answers of the rollout and
+the results between them. It returns the next result, or None to end the rollout. It keeps no state: everything that it
+needs is in the turns, so that a process that died can be replaced, and the same answers get the same results. It
+declares the texts that end an answer with `@environment(stop=(...,))`.
 
-Nothing here imports torch: worker processes import this module and the environments, and must start fast.
+This module imports no torch: worker processes import it together with the environments, and must start fast.
 Asserted by tests/unit/environments/test_pool.py.
 """
 
@@ -19,7 +19,7 @@ from grpo_mega.config.plugins import Catalogue, check_args
 from grpo_mega.types import UserError
 
 BUILTIN_ENVIRONMENTS: Mapping[str, str] = {"calculator": "grpo_mega.environments.calculator:calculator"}
-"""Short name -> where the function is; imported only when it is asked for."""
+"""Short name -> path of the function; the module is imported only when a config names it."""
 
 _KEY = "environment"
 _DECLARATION = "__environment_declaration__"
@@ -29,14 +29,14 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer of the policy and what the environment replied; the last turn has no result yet."""
+    """An answer of the policy and the environment's result for it; the last turn has no result yet."""
 
     answer: str
     result: str | None = None
 
 
 class EnvironmentSpec(Protocol):
-    """What is read of the config's EnvironmentConfig."""
+    """The fields of the config's EnvironmentConfig that are used here."""
 
     @property
     def name(self) -> str: ...
@@ -47,7 +47,7 @@ class EnvironmentSpec(Protocol):
 
 @dataclass(frozen=True)
 class EnvironmentDeclaration:
-    """`stop` are the texts at which the policy hands over."""
+    """The declaration of an environment; `stop` are the texts at which an answer ends."""
 
     stop: tuple[str, ...]
     check_args: Callable[..., None] | None = None
@@ -59,7 +59,7 @@ def environment(
     """Declare that the decorated function is an environment.
 
     Args:
-        stop: texts that end an answer, besides EOS.
+        stop: texts that end an answer; EOS ends it as well.
         check_args: called with the config's `args` before the run starts; raises UserError for a bad value.
     """
 
@@ -72,18 +72,18 @@ def environment(
 
 @dataclass(frozen=True)
 class Environment:
-    """The resolved function."""
+    """A resolved environment function with its arguments."""
 
     function: Callable[..., Any]
     stop: tuple[str, ...]
     args: Mapping[str, Any]
 
     def __call__(self, prompt: str, turns: Sequence[Turn], reference: str) -> str | None:
-        """The next result, or None.
+        """Return the next result, or None to end the rollout.
 
         Raises:
-            ValueError: the function returned something else.
-            Exception: whatever the function itself raises.
+            ValueError: the function returned neither text nor None.
+            Exception: any exception of the function itself.
         """
         result = self.function(prompt, turns, reference, **self.args)
         if not (result is None or isinstance(result, str)):
@@ -95,15 +95,15 @@ def build_environment(spec: EnvironmentSpec) -> Environment:
     """Resolve and check the config's section.
 
     Raises:
-        UserError: an unknown name, a path that cannot be imported, a function that is not declared, an argument that it
-            does not take or a value that it refuses.
+        UserError: the name is unknown, the path cannot be imported, the function is not declared as an environment, or
+            an argument is unknown or has a wrong value.
     """
     function = _ENVIRONMENTS.find(_KEY, spec.name)
     declaration = getattr(function, _DECLARATION, None)
     if not isinstance(declaration, EnvironmentDeclaration):
         raise UserError(
-            f"{_KEY}.name={spec.name!r} is not declared",
-            remedy="put `@grpo_mega.environments.environment(stop=(...,))` above the function",
+            f"{_KEY}.name={spec.name!r} is not declared as an environment",
+            remedy="decorate the function with `@grpo_mega.environments.environment(stop=(...,))`",
         )
     check_args(_KEY, spec.name, spec.args, function, ("", (), ""), declaration.check_args)
     return Environment(function, declaration.stop, dict(spec.args))

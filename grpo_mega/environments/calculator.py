@@ -1,7 +1,7 @@
-"""Environment `calculator`: the policy writes `<<48/2>>` and reads `24` behind it.
+"""Environment `calculator`: the policy writes `<<48/2>>`, and the environment appends `24`.
 
-Only arithmetic is computed: numbers, + - * / // % ** and brackets, exactly, within bounds on length and size. Nothing
-is ever handed to Python's eval.
+It computes only arithmetic, exactly: numbers, + - * / // % ** and brackets, with limits on length and size. It never
+calls Python's eval.
 """
 
 from __future__ import annotations
@@ -31,25 +31,27 @@ _SIGNS = str.maketrans({"×": "*", "x": "*", "÷": "/", "−": "-", "$": None, "
 
 
 def check_calculator_args(digits: int = 4) -> None:
-    """Refuse a number of digits that is none.
+    """Check the arguments of `calculator`.
 
     Raises:
-        UserError: it is not a whole number from 0 to 20.
+        UserError: `digits` is not a whole number from 0 to 20.
     """
     if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 20:
-        raise UserError(f"digits={digits!r} is no whole number from 0 to 20", remedy="leave it out for 4")
+        raise UserError(f"digits={digits!r} must be a whole number from 0 to 20", remedy="remove it for the default, 4")
 
 
 @environment(stop=(CLOSE,), check_args=check_calculator_args)
 def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int = 4) -> str | None:
-    """The value of the last `<<expression>>`, which must end the answer; `error` where it has none. In GSM8K's own
-    `<<48/2=24>>` it is what stands before the sign of equality.
+    """Return the value of the `<<expression>>` at the end of the answer, or `error` if it cannot be computed.
+
+    In GSM8K's own form `<<48/2=24>>` the text before the equals sign is computed. An answer that does not end with an
+    expression ends the rollout.
 
     Args:
-        prompt: not looked at.
-        turns: of the rollout; the last answer is read.
-        reference: not looked at.
-        digits: most digits behind the point; exact values have no more than they need.
+        prompt: not used.
+        turns: the turns of the rollout; only the last answer is used.
+        reference: not used.
+        digits: maximum number of decimal places; trailing zeros are dropped.
     """
     answer = turns[-1].answer.rstrip()
     begin = answer.rfind(OPEN)
@@ -63,11 +65,11 @@ def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int =
 
 
 def value_of(expression: str) -> Fraction:
-    """The exact value of an arithmetic expression.
+    """Return the exact value of an arithmetic expression.
 
     Raises:
-        ValueError: it is none, or too large.
-        ArithmeticError: a division by zero.
+        ValueError: the text is not an arithmetic expression, or a number is too large.
+        ArithmeticError: division by zero.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"{len(expression)} characters are more than {MAX_CHARACTERS}")
@@ -75,7 +77,7 @@ def value_of(expression: str) -> Fraction:
     try:
         tree = ast.parse(plain, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        raise ValueError(f"{expression!r} is no arithmetic") from error
+        raise ValueError(f"{expression!r} is not arithmetic") from error
     return _value(tree)
 
 
@@ -88,11 +90,11 @@ def _value(node: ast.expr) -> Fraction:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
         base, exponent = _value(node.left), _value(node.right)
         if exponent.denominator != 1 or abs(exponent) > MAX_BITS or (_bits(base) - 1) * abs(exponent) > MAX_BITS:
-            raise ValueError("an exponent is a small whole number")
+            raise ValueError("an exponent must be a small whole number")
         return _bounded(Fraction(base ** int(exponent)))
     if isinstance(node, ast.BinOp) and (apply := _BINARY.get(type(node.op))) is not None:
         return _bounded(apply(_value(node.left), _value(node.right)))
-    raise ValueError(f"{type(node).__name__} is no arithmetic")
+    raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
 def _bits(value: Fraction) -> int:
@@ -106,9 +108,9 @@ def _bounded(value: Fraction) -> Fraction:
 
 
 def as_text(value: Fraction, digits: int) -> str:
-    """In decimals, rounded half up to at most `digits` behind the point."""
+    """Format a value as a decimal, rounded half up to at most `digits` decimal places."""
     scaled = (abs(value) * 10**digits + Fraction(1, 2)).__floor__()
-    whole, behind = divmod(scaled, 10**digits)
-    fraction = f"{behind:0{digits}d}".rstrip("0") if digits else ""
+    whole, decimals = divmod(scaled, 10**digits)
+    fraction = f"{decimals:0{digits}d}".rstrip("0") if digits else ""
     sign = "-" if value < 0 and scaled else ""
     return f"{sign}{whole}.{fraction}" if fraction else f"{sign}{whole}"

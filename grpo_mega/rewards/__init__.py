@@ -1,4 +1,7 @@
-"""Rewards: what a completion earns. `base` holds the contract, a file each reward, `pool` scores in processes."""
+"""Rewards: functions that score completions.
+
+`base` holds the contract of a reward, and `builtin/` one file per reward. `pool` scores completions in processes.
+"""
 
 from __future__ import annotations
 

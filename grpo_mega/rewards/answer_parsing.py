@@ -1,7 +1,7 @@
-r"""Numbers in prose and LaTeX, read exactly: `$1,234.50` is 2469/2, never a float.
+r"""Parse numbers in prose and LaTeX exactly: `$1,234.50` is the fraction 2469/2, never a float.
 
-Owns what a number looks like (docs/rewards.md lists the forms; tests/unit/rewards/builtin/test_gsm8k.py holds one test
-per form). Knows nothing about where in a completion the answer stands: that is `gsm8k.py`. All patterns are linear in
+This module defines the forms of a number: docs/rewards.md lists them, and tests/unit/rewards/builtin/test_gsm8k.py has
+one test per form. The position of the answer in a completion is defined in `gsm8k.py`. All patterns take linear time in
 the length of the text.
 """
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 MAX_DIGITS = 100
-"""A longer run of digits is no answer: Python refuses to read thousands of digits, and no question asks for them."""
+"""A longer run of digits is not an answer: Python rejects thousands of digits, and no question needs them."""
 
 BOXED_START = r"\boxed{"
 
 _CHARACTERS = str.maketrans(
     {chr(0xFF10 + digit): str(digit) for digit in range(10)}  # fullwidth digits
     | dict.fromkeys("\u2212\ufe63\uff0d", "-")  # minus signs
-    | dict.fromkeys("\u00a0\u2007\u2009\u202f", "\u2009")  # spaces that group digits: one of them stands for all
+    | dict.fromkeys("\u00a0\u2007\u2009\u202f", "\u2009")  # spaces that group digits become one kind of space
     | dict.fromkeys("\u200b\u2060\ufeff", "")  # characters without width
     | {"\uff0c": ",", "\uff0e": ".", "\uff0b": "+", "\u2044": "/", "\u00d7": "*", "\u22c5": "*", "\u2248": "="}
     | {"\u00bd": " 1/2", "\u00bc": " 1/4", "\u00be": " 3/4", "\u2153": " 1/3", "\u2154": " 2/3"}
@@ -39,15 +39,15 @@ _LATEX: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 _MARKS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\*\*|__|`|~|\}|(?<![\^_])\{"), " "),  # markdown, and what LaTeX leaves over
+    (re.compile(r"\*\*|__|`|~|\}|(?<![\^_])\{"), " "),  # Markdown, and rests of LaTeX
 )
 _THIN_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:\u2009[0-9]{3})+(?![0-9])")
 _SPACED_GROUPS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])")
 _CURRENCY = r"(?:[$\u20ac\u00a3\u00a5\u20b9]|(?:USD|EUR|GBP|Rs\.?)(?=[\s0-9]))"
-_NOT_INSIDE = r"(?<![0-9A-Za-z^])(?<![0-9A-Za-z]_)(?<!\^\{)"  # no part of a word, an index or an exponent
+_NOT_INSIDE = r"(?<![0-9A-Za-z^])(?<![0-9A-Za-z]_)(?<!\^\{)"  # not a part of a word, an index or an exponent
 _RUN = rf"(?:{_NOT_INSIDE}(?<!\.)\.|{_NOT_INSIDE})[0-9][0-9.,:'\u2019_]*"
 _NUMBER = re.compile(
-    r"(?=[-+\u2013.0-9$\u20ac\u00a3\u00a5\u20b9UEGR])"  # what it can begin with: most positions end here
+    r"(?=[-+\u2013.0-9$\u20ac\u00a3\u00a5\u20b9UEGR])"  # the first characters of a number; rejects most positions early
     rf"(?P<sign>[-+\u2013][ ]?)?(?P<currency>{_CURRENCY}\s?)?(?P<inner_sign>[-+])?(?P<run>{_RUN})"
     r"(?P<exponent>[eE][-+]?[0-9]{1,2}(?![0-9A-Za-z.])|\s?\*\s?10\s?\^\s?\{?\s?(?P<power>-?[0-9]{1,2})(?![0-9]))?"
     rf"(?:(?P<mixed>[ ]{{1,2}}[0-9]{{1,9}}/[0-9]{{1,9}}(?![0-9.,/]))|\s?/\s?(?P<denominator>{_RUN}))?"
@@ -60,9 +60,9 @@ _GLUED = re.compile(r"\s?(?:[\^\u00b2\u00b3\u00b9!]|[eE][-+]?[0-9]|[-+*/\u00f7\u
 
 @dataclass(frozen=True)
 class FoundNumber:
-    """A number in a normalised text: `values` holds what it may mean, empty when its form is no number (`5:30`, `1/0`).
+    """A number in a normalized text. `values` holds its possible values; empty for a malformed number (`5:30`, `1/0`).
 
-    `4 million` may mean 4 (of the millions asked for) and 4,000,000.
+    `4 million` has two possible values: 4 (if the question asks for millions) and 4,000,000.
     """
 
     start: int
@@ -70,8 +70,8 @@ class FoundNumber:
     values: frozenset[Fraction]
 
 
-def normalise(text: str) -> str:
-    """Unicode and LaTeX spellings turned into plain ASCII ones; digits grouped by thin spaces joined."""
+def normalize(text: str) -> str:
+    """Replace Unicode and LaTeX forms by ASCII ones, and join digits that thin spaces group."""
     if not text.isascii():
         text = text.translate(_CHARACTERS)
     for pattern, replacement in _LATEX if "\\" in text else _LATEX[:1]:
@@ -84,24 +84,24 @@ def normalise(text: str) -> str:
 
 
 def join_spaced_groups(text: str) -> str:
-    """`1 234 567` -> `1234567`. Only for a text that holds one answer: in prose, two numbers may stand side by side."""
+    """Join `1 234 567` to `1234567`. Only for a text with one answer: prose may contain adjacent numbers."""
     return _SPACED_GROUPS.sub(lambda match: match.group().replace(" ", ""), text)
 
 
 def find_numbers(text: str, last: int | None = None) -> list[FoundNumber]:
-    """The numbers of a normalised text, from left to right; with `last`, only that many from its end."""
+    """Return the numbers of a normalized text from left to right; with `last`, only that many at its end."""
     matches = list(_NUMBER.finditer(text))
     return [_read(match, text) for match in (matches if last is None else matches[-last:])]
 
 
 def are_one_list(first: FoundNumber, second: FoundNumber, text: str) -> bool:
-    """Whether `second` follows so closely that both are one answer with two numbers (`3, 4`, `3 or 4`, `3 4`)."""
+    """Return True when both numbers are adjacent, so that they form one answer (`3, 4`, `3 or 4`, `3 4`)."""
     between = text[first.end : second.start].strip(" $")
     return between in ("", ",", ";", "&", "or", "and", "to", "-", "\u2013", ", or", ", and", "/", ":")
 
 
 def boxed_contents(text: str) -> str | None:
-    r"""What stands in the last `\boxed{...}`, braces balanced; None when there is none or it is not closed."""
+    r"""Return the content of the last `\boxed{...}`, with balanced braces; None without a closed box."""
     start = text.rfind(BOXED_START)
     if start < 0:
         return None
@@ -121,10 +121,10 @@ def _read(match: re.Match[str], text: str) -> FoundNumber:
     end = match.end() if match["denominator"] or match["mixed"] or match["exponent"] else match.start("run") + len(run)
     sign_is_operator = match["sign"] is not None and _ends_a_term(text, match.start())
     start = match.end("sign") if sign_is_operator else match.start()
-    none = FoundNumber(start, end, frozenset())
+    malformed = FoundNumber(start, end, frozenset())
     value = _plain(run)
     if value is None or (_GLUED.match(text, end) is not None):
-        return none
+        return malformed
     if match["power"]:
         value *= Fraction(10) ** int(match["power"])
     elif match["exponent"]:
@@ -132,14 +132,14 @@ def _read(match: re.Match[str], text: str) -> FoundNumber:
     if match["mixed"]:
         numerator, denominator = (int(part) for part in match["mixed"].split("/"))
         if denominator == 0 or value.denominator != 1:
-            return none
+            return malformed
         value += Fraction(numerator, denominator)
     elif match["denominator"]:
         stripped = match["denominator"].rstrip(".,:'\u2019_")
         end -= len(match["denominator"]) - len(stripped)
         divisor = _plain(stripped)
         if not divisor or _GLUED.match(text, end) is not None:
-            return none
+            return malformed
         value /= divisor
     outer = None if sign_is_operator or match["sign"] is None else match["sign"].strip()
     if (outer in ("-", "\u2013")) != (match["inner_sign"] == "-"):
@@ -152,7 +152,7 @@ def _read(match: re.Match[str], text: str) -> FoundNumber:
 
 
 def _ends_a_term(text: str, position: int) -> bool:
-    """Whether what stands before `position` is an operand or a word, so that a sign there joins and negates nothing."""
+    """Return True when an operand or a word ends at `position`, so that a sign there is a binary operator."""
     before = text[max(0, position - 2) : position]
     if not before.strip():
         return False
@@ -161,7 +161,7 @@ def _ends_a_term(text: str, position: int) -> bool:
 
 
 def _plain(run: str) -> Fraction | None:
-    """`1,234.50`, `.5`, `007`; None for anything else (`1.2.3`, `5:30`, `12,34`)."""
+    """Return the value of a form like `1,234.50`, `.5` or `007`; None for other forms (`1.2.3`, `5:30`, `12,34`)."""
     if len(run) > MAX_DIGITS or _SHAPE.fullmatch(run) is None or not run:
         return None
     return Fraction(run.replace(",", ""))

@@ -1,13 +1,14 @@
-"""The contract of a reward, and how a config's terms become callables.
+"""The contract of a reward, and the conversion of the config's reward terms into callables.
 
-A reward is a function `(prompt, completion, reference, **args) -> float` that declares its range with `@reward(low=...,
-high=...)`, or a factory `(**args) -> BatchScorer` that declares it with `@batched_reward` (batched.py). A process
-reward returns a list of steps (end, value) instead of the number. A reward is named in the config by its short name
-(`exact`, `gsm8k`, `format`) or by a dotted path, `package.module:function` or `package.module.function`. Names,
-arguments and their values are checked before the run starts (tests/unit/rewards/test_base.py); a value that is no
-number or is out of range is found at each scoring.
+A reward is a function `(prompt, completion, reference, **args) -> float`. It declares its range with `@reward(low=...,
+high=...)`. A batched reward is a factory `(**args) -> BatchScorer` that declares its range with `@batched_reward`
+(batched.py). A process reward returns a list of steps (end, value) instead of one number.
 
-Nothing here imports torch: worker processes import this module and the rewards, and must start fast.
+The config names a reward by its short name (`exact`, `gsm8k`, `format`) or by a dotted path: `package.module:function`
+or `package.module.function`. Names, arguments and their values are checked before the run starts
+(tests/unit/rewards/test_base.py). Each returned value is checked when it is returned.
+
+This module imports no torch: worker processes import it together with the rewards, and must start fast.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ BUILTIN_REWARDS: Mapping[str, str] = {
     "remote": "grpo_mega.rewards.builtin.remote:remote",
     "reward_model": "grpo_mega.rewards.builtin.reward_model:reward_model",
 }
-"""Short name -> where the function is; imported only when it is asked for."""
+"""Short name -> path of the function; the module is imported only when a config names it."""
 
 Steps = tuple[tuple[int, float], ...]
-"""(end, value) of each step that a process reward judged; `end`: position of the step's last character in the text."""
+"""(end, value) of each step that a process reward scored; `end` is the position of the step's last character."""
 Value = float | Steps
 
 _DECLARATION = "__reward_declaration__"
@@ -48,7 +49,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Term(Protocol):
-    """One entry of `reward.terms`; the config's RewardTerm is one."""
+    """One entry of `reward.terms`; the config's RewardTerm has this form."""
 
     @property
     def name(self) -> str: ...
@@ -62,7 +63,7 @@ class Term(Protocol):
 
 @dataclass(frozen=True)
 class RewardDeclaration:
-    """The range that a reward promises; `low` is also the floor that a failed scoring gets."""
+    """The declared range of a reward; `low` is also the floor, the value of a failed scoring."""
 
     low: float
     high: float
@@ -82,11 +83,11 @@ def reward(
     """Declare that the decorated function is a reward with values in [low, high].
 
     Args:
-        low: least value, finite; the floor of a scoring that fails.
+        low: least value, finite; also the floor, the value of a failed scoring.
         high: greatest value, finite.
         check_args: called with the term's `args` before the run starts; raises UserError for a bad value.
-        seconds: called with the term's `args`, gives the limit that the function itself keeps to one scoring; it must
-            be less than `reward.timeout_seconds`, which ends the whole process.
+        seconds: called with the term's `args`; returns the limit in seconds that the function itself keeps for one
+            scoring. It must be less than `reward.timeout_seconds`, at which the whole process is killed.
 
     Raises:
         ValueError: the range is empty or not finite.
@@ -101,13 +102,13 @@ def batched_reward(
     check_args: Callable[..., None] | None = None,
     range_of: Callable[..., tuple[float, float]] | None = None,
 ) -> Callable[[_Function], _Function]:
-    """Declare that the decorated function makes a `BatchScorer` (batched.py) with values in [low, high].
+    """Declare that the decorated function returns a `BatchScorer` (batched.py) with values in [low, high].
 
     Args:
-        low: least value, finite; the floor of a scoring that fails.
+        low: least value, finite; also the floor, the value of a failed scoring.
         high: greatest value, finite.
         check_args: as for `reward`.
-        range_of: called with the term's `args`, gives (low, high) where they depend on them.
+        range_of: called with the term's `args`; returns (low, high) if the range depends on the arguments.
 
     Raises:
         ValueError: the range is empty or not finite.
@@ -129,7 +130,7 @@ def _declared(declaration: RewardDeclaration) -> Callable[[_Function], _Function
 
 @dataclass(frozen=True)
 class RewardComponent:
-    """One resolved term. `name` is its key in `Reward.components`: unique, a repeated term gets `_2`, `_3`, ..."""
+    """One resolved term. `name` is its unique key in `Reward.components`; repeated terms get `_2`, `_3`, ..."""
 
     name: str
     function: Callable[..., Any]
@@ -140,11 +141,11 @@ class RewardComponent:
     is_batched: bool = False
 
     def __call__(self, prompt: str, completion: str, reference: str) -> Value:
-        """The unweighted value, in [low, high]; of a process reward that of every step.
+        """Return the unweighted value in [low, high], or the value of every step of a process reward.
 
         Raises:
-            ValueError: the function returned something that is no number, is NaN, or is out of range, or no steps.
-            Exception: whatever the function itself raises.
+            ValueError: the function did not return a number in the range, or a list of steps with such numbers.
+            Exception: any exception of the function itself.
         """
         if not self.is_batched:
             return self.checked(self.function(prompt, completion, reference, **self.args))
@@ -156,17 +157,17 @@ class RewardComponent:
             scorer.close()
 
     def open(self) -> BatchScorer:
-        """A batched reward, ready to score. It holds a model, threads or connections until it is closed."""
+        """Return the scorer of a batched reward. It holds a model, threads or connections until it is closed."""
         assert self.is_batched, self.name
         scorer: BatchScorer = self.function(**self.args)
         return scorer
 
     def checked(self, value: object) -> Value:
-        """The value that was returned, as a float in [low, high], or as steps with such values.
+        """Return a reward's value as a float in [low, high], or as steps with such values.
 
         Raises:
-            ValueError: it is no number, is NaN, or is out of range; or no list of steps.
-            Exception: it is one itself: the reason why there is no value.
+            ValueError: the value is not a number in the range (NaN is not), or not a list of steps.
+            Exception: the value itself is an exception, the reason why there is no number.
         """
         if isinstance(value, Exception):
             raise value
@@ -176,10 +177,10 @@ class RewardComponent:
         found = []
         for step in value:
             if not (isinstance(step, list | tuple) and len(step) == 2 and type(step[0]) is int and step[0] >= 0):
-                raise ValueError(f"returned {step!r} among its steps, a step is (end, value) with end >= 0"[:200])
+                raise ValueError(f"returned {step!r} among its steps; a step must be (end, value) with end >= 0"[:200])
             found.append((step[0], self._number(step[1])))
         if not found:
-            raise ValueError("returned an empty list of steps; a completion has at least one")
+            raise ValueError("returned an empty list of steps; a completion must have at least one")
         return tuple(found)
 
     def _number(self, value: object) -> float:
@@ -192,18 +193,18 @@ class RewardComponent:
 
 
 def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -> tuple[RewardComponent, ...]:
-    """Resolve and check the terms of a config, in order.
+    """Resolve and check the reward terms of a config, in order.
 
     Args:
-        terms: of a config.
-        timeout_seconds: the limit of one scoring that they will run under; unset: not compared with their own.
+        terms: the entries of `reward.terms`.
+        timeout_seconds: the limit of one scoring, which each reward's own limit must stay below; None skips this check.
 
     Raises:
-        UserError: no terms, an unknown name, a path that cannot be imported, a function without a declared range, an
-            argument that it does not take or a value that it refuses. Names the term.
+        UserError: there are no terms, a name is unknown, a path cannot be imported, a function declares no range, or an
+            argument is unknown or has a wrong value. The message names the term.
     """
     if not terms:
-        raise UserError("reward.terms is empty, a run needs at least one", remedy="add for example {name: exact}")
+        raise UserError("reward.terms is empty; a run needs at least one term", remedy="add for example {name: exact}")
     seen: dict[str, int] = {}
     components = []
     for position, term in enumerate(terms):
@@ -221,8 +222,8 @@ def build_rewards(terms: Sequence[Term], timeout_seconds: float | None = None) -
             own = declaration.seconds(**term.args)
             if own >= timeout_seconds:
                 raise UserError(
-                    f"{where}: {term.name!r} allows itself {own:g} s and reward.timeout_seconds={timeout_seconds:g} "
-                    "would end its process first",
+                    f"{where}: the limit of {term.name!r}, {own:g} s, must be less than "
+                    f"reward.timeout_seconds={timeout_seconds:g}, at which its process is killed",
                     remedy="raise reward.timeout_seconds or lower the limits in args",
                 )
         short = term.name.replace(":", ".").rsplit(".", 1)[-1]

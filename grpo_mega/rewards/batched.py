@@ -1,11 +1,11 @@
 """Rewards that score many completions at once: the contract, and threads that score while the engine samples.
 
-A batched reward is a factory, `factory(**args) -> BatchScorer`, that declares its range with `@batched_reward`. It is
-named in the config like any other and lives in the process of the rank: it may use its device (`reward_model`) or wait
-for a server (`judge`, `remote`). `reward.timeout_seconds` does not count there; each keeps a limit of its own.
+A batched reward is a factory, `factory(**args) -> BatchScorer`, that declares its range with `@batched_reward`. The
+config names it like any other reward. It runs in the process of the rank: it may use the rank's device (`reward_model`)
+or wait for a server (`judge`, `remote`). `reward.timeout_seconds` does not apply to it; each one has its own limit.
 
-Invariants (tests/unit/rewards/test_batched.py): every submitted key comes back, as a number or as the reason why there
-is none; `submit` never waits; at most `concurrency` batches are under way; `close` does not wait for any of them.
+Invariants (tests/unit/rewards/test_batched.py): `collect` returns every submitted key, with a number or the reason why
+there is none; `submit` never waits; at most `concurrency` batches are scored at once; `close` waits for none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class ScoringRow:
-    """What a reward sees of one completion."""
+    """The texts of one completion that a reward scores."""
 
     prompt: str
     completion: str
@@ -27,29 +27,30 @@ class ScoringRow:
 
 
 class BatchScorer(Protocol):
-    """What a factory of a batched reward returns."""
+    """The object that a factory of a batched reward returns."""
 
     def submit(self, key: int, row: ScoringRow) -> None:
-        """Take a completion; returns at once."""
+        """Queue a completion for scoring; return at once."""
         ...
 
     def collect(self) -> dict[int, float | Exception]:
-        """A value, or why there is none, for everything submitted since the last call."""
+        """Return a value, or the reason why there is none, for every key that was submitted since the last call."""
         ...
 
     def close(self) -> None:
-        """Give everything back. A second call does nothing."""
+        """Release all resources. A second call does nothing."""
         ...
 
 
 class ThreadedScorer:
-    """Calls `score` with batches of rows from a few threads, as soon as there are rows.
+    """Threads that call `score` with batches of rows as soon as rows are submitted.
 
     Args:
-        score: rows -> one value, or reason, each; may wait, must end. What it raises is the reason for all of them.
-        batch_size: rows of one call, at most.
-        concurrency: threads.
-        wait_seconds: how long `collect` waits; rows without a value then have failed.
+        score: takes rows and returns one value, or one exception as the reason, per row. It may wait, but must return.
+            An exception that it raises is the reason for all its rows.
+        batch_size: maximum number of rows of one call.
+        concurrency: number of threads.
+        wait_seconds: limit of `collect`; rows without a value have failed then.
     """
 
     def __init__(
@@ -64,11 +65,11 @@ class ThreadedScorer:
         self._changed = threading.Condition()  # guards all that follows
         self._waiting: deque[tuple[int, ScoringRow]] = deque()
         self._pending: set[int] = set()
-        self._round = 0  # a value that comes after its collect belongs to nobody
+        self._round = 0  # values of an earlier round, which arrive after its `collect`, are dropped
         self._done: dict[int, float | Exception] = {}
         self._closed = False
         for number in range(concurrency):
-            # daemons: a server that does not answer must not keep the program from ending
+            # daemon threads: a server that does not answer must not keep the program from exiting
             threading.Thread(target=self._serve, name=f"reward-{number}", daemon=True).start()
 
     def submit(self, key: int, row: ScoringRow) -> None:
@@ -79,7 +80,7 @@ class ThreadedScorer:
             self._changed.notify()
 
     def collect(self) -> dict[int, float | Exception]:
-        """Wait for all rows since the last call, at most `wait_seconds`."""
+        """Wait for the values of all rows since the last call, at most `wait_seconds`, and return them by key."""
         with self._changed:
             self._changed.wait_for(lambda: not self._pending or self._closed, self._wait_seconds)
             late = TimeoutError(f"no value within {self._wait_seconds:g} s of the end of sampling")
@@ -90,7 +91,7 @@ class ThreadedScorer:
             return done
 
     def close(self) -> None:
-        """Let the threads end; those that wait for a server end when it answers."""
+        """Stop the threads. A thread that waits for a server stops when the server answers."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
@@ -109,7 +110,7 @@ class ThreadedScorer:
                 values = self._score([row for _, row in batch])
                 if len(values) != len(batch):
                     raise ValueError(f"{len(values)} values for {len(batch)} completions")
-            except Exception as error:  # whatever it is, the rows must come back
+            except Exception as error:  # every row must get a value or a reason
                 values = [error] * len(batch)
             with self._changed:
                 if round_number == self._round:

@@ -1,7 +1,7 @@
-"""A soft limit on the processor time of one scoring, for rewards that call libraries which may not end.
+"""A soft limit on the CPU time of one scoring, for rewards that call libraries which may not return.
 
-The hard limit is the worker's alarm, which ends the process. This one costs nothing but its own seconds: the process,
-and what it has imported, stay. It works between two bytecodes; a single operation in C is left to the hard limit.
+The hard limit is the alarm of the worker, which kills the process. This soft limit keeps the process and its imports.
+It acts between two bytecodes, so a single long operation in C is ended by the hard limit only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _Result = TypeVar("_Result")
 
 
 class _OutOfTimeError(BaseException):
-    """No `except Exception` of a library may keep it."""
+    """The limit has passed. It derives from BaseException so that no `except Exception` of a library catches it."""
 
 
 def within_cpu_seconds(seconds: float, function: Callable[[], _Result]) -> _Result | None:
-    """What `function` returns, or None when it has used `seconds` of processor time first. Main thread only."""
+    """Return the result of `function`, or None when it used `seconds` of CPU time. Main thread only."""
     armed = True
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -29,7 +29,7 @@ def within_cpu_seconds(seconds: float, function: Callable[[], _Result]) -> _Resu
 
     previous = signal.signal(signal.SIGVTALRM, interrupt)
     try:
-        # again and again: a destructor or a callback from C may swallow the first
+        # repeated: a destructor or a callback from C may swallow the first exception
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN_SECONDS)
         return function()
     except _OutOfTimeError:

@@ -1,4 +1,7 @@
-"""Tiny base models, taught on worked examples before a run. Plain torch and transformers, no distributed code."""
+"""Tiny base models, pre-trained on worked examples before a run.
+
+Plain torch and transformers without distributed code. Start reading at `train.py`.
+"""
 
 from grpo_mega.tiny_base.train import ensure_base
 

@@ -1,8 +1,8 @@
-"""The worked examples that a tiny base model is taught on: a prompt's text and the completion's text.
+"""Worked examples for the pre-training of a tiny base model: the text of a prompt and the text of its completion.
 
-Part of them is flawed on purpose, afresh at every draw: an arithmetic answer with a mistake, a GSM8K answer without its
-format. The base then knows both ways, and GRPO has a difference to find. Everything random comes from the given
-generator.
+A fraction of the examples is flawed on purpose, chosen anew at every draw: an arithmetic answer with a mistake, or a
+GSM8K answer without its format. So the base model produces both kinds, and GRPO can learn the difference. All
+randomness comes from the given generator.
 """
 
 from __future__ import annotations
@@ -24,12 +24,15 @@ _CALCULATION = re.compile(r"<<([^<>]*)>>")
 
 
 def arithmetic_examples(flawed_fraction: float, tool_fraction: float = 0.0) -> Draw:
-    """Draws `("7+58=", "65")`, or with probability `flawed_fraction` a wrong answer, from the taught pairs; with
-    probability `tool_fraction` the call of the calculator and its result, `"<<7+58>>65"`."""
-    taught = arithmetic.pairs("taught")
+    """Return a function that draws examples of the arithmetic task from its pre-training pairs.
+
+    An example is `("7+58=", "65")`, or with probability `flawed_fraction` a wrong answer. With probability
+    `tool_fraction` it is the call of the calculator and its result, `"<<7+58>>65"`.
+    """
+    pairs = arithmetic.pairs("pretrain")
 
     def draw(rng: random.Random) -> Example:
-        pair = rng.choice(taught)
+        pair = rng.choice(pairs)
         correct = arithmetic.answer(pair)
         if tool_fraction and rng.random() < tool_fraction:
             return arithmetic.question(pair), f"<<{arithmetic.question(pair).removesuffix('=')}>>{correct}"
@@ -40,9 +43,9 @@ def arithmetic_examples(flawed_fraction: float, tool_fraction: float = 0.0) -> D
 
 
 def with_mistake(number: str, rng: random.Random) -> str:
-    """A wrong digit, a missing digit or a stray blank between digits; a number of one digit only gets a wrong one.
+    """Return `number` with a wrong digit, a missing digit or a blank between digits; one digit is always replaced.
 
-    The result never has the value of `number`, also not for a reader who takes the blanks at its ends away.
+    The result never has the value of `number`, also after stripping the blanks at its ends.
     """
     kind = rng.choice(("digit", "missing", "blank")) if len(number) > 1 else "digit"
     if kind == "blank":
@@ -56,15 +59,16 @@ def with_mistake(number: str, rng: random.Random) -> str:
 
 
 def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int, tool_fraction: float = 0.0) -> Draw:
-    r"""Draws from the first half of a GSM8K file: the question, and the solution's last calculation with the result.
+    r"""Return a function that draws examples from the first half of a GSM8K file.
 
-    The completion is "`\n48+24=72\n#### 72`", or with probability `flawed_fraction` "`\n48+24=72\n72`"; with
-    probability `tool_fraction` it asks the calculator, "`\n<<48+24>>72\n#### 72`". Examples of more than `max_bytes`
-    bytes of UTF-8 are left out.
+    The prompt is the question. The completion is the last calculation of the solution with the result,
+    "`\n48+24=72\n#### 72`", or with probability `flawed_fraction` the same without its format, "`\n48+24=72\n72`". With
+    probability `tool_fraction` it calls the calculator, "`\n<<48+24>>72\n#### 72`". Examples of more than `max_bytes`
+    bytes of UTF-8 are not used.
 
     Raises:
-        UserError: the file is missing, a line is not `{"question", "answer"}` with a `####` line, or none is short
-            enough.
+        UserError: the file is missing, a line is not `{"question", "answer"}` with a `####` line, or no example is
+            short enough.
     """
     solved = _read_gsm8k(path)
     solved = solved[: max(1, len(solved) // 2)]
@@ -87,7 +91,7 @@ def gsm8k_examples(path: Path, flawed_fraction: float, max_bytes: int, tool_frac
 
 
 def _read_gsm8k(path: Path) -> list[tuple[str, str, str]]:
-    """(question, last calculation, result) of every line."""
+    """Return (question, last calculation, result) of every line."""
     if not path.is_file():
         raise UserError(
             f"model.base.examples={path}: no such file",
@@ -102,7 +106,7 @@ def _read_gsm8k(path: Path) -> list[tuple[str, str, str]]:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}:{number}: not a GSM8K example ({error})",
-                remedy='each line is {"question": ..., "answer": "... #### 72"}',
+                remedy='write lines of the form {"question": ..., "answer": "... #### 72"}',
             ) from error
         calculations = _CALCULATION.findall(steps)
         last = calculations[-1] if calculations else steps.strip().splitlines()[-1] if steps.strip() else result

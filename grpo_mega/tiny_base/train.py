@@ -1,8 +1,8 @@
-"""Teaches a tiny Qwen3 model on worked examples, once, and keeps it under the digest of its recipe.
+"""Pre-trains a tiny Qwen3 model on worked examples, once, and keeps it under the digest of its recipe.
 
-Invariants (tests/unit/tiny_base/test_train.py): the same recipe gives the same bytes whatever the threads of the caller
-are; the caller's random state and threads are left as they were; of several processes one teaches and the others wait;
-a folder that exists is complete.
+Invariants (tests/unit/tiny_base/test_train.py): the same recipe gives the same bytes for any number of threads of the
+caller; the caller's random state and threads are restored; of several processes one trains and the others wait; a
+folder that exists is complete.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from grpo_mega.types import UserError
 log = logging.getLogger("grpo_mega.tiny_base")
 
 RECIPE_VERSION = 1
-"""Raise with any change to this file or to the examples that changes the taught weights."""
+"""Increase it with any change to this file or to the examples that changes the pre-trained weights."""
 NUM_THREADS = 1
-"""Sums are split over threads, so their number is part of the recipe; one is there on every machine."""
+"""Sums are split over threads, so the number of threads is part of the recipe; every machine offers one."""
 WARMUP_FRACTION = 0.05
 BETAS = (0.9, 0.99)
 CLIP_GRAD = 1.0
@@ -47,10 +47,10 @@ LOCK_TIMEOUT_SECONDS = 900.0
 
 
 def model_folder_of(config: Config) -> Path:
-    """`model.path`, or the folder of the base that `model.base` describes, taught if it is not there.
+    """Return `model.path`, or the folder of the base of `model.base`, which is pre-trained if it does not exist.
 
     Raises:
-        UserError, RuntimeError: as `ensure_base`.
+        UserError, RuntimeError: see `ensure_base`.
     """
     if config.model.base is None:
         return Path(str(config.model.path))
@@ -58,22 +58,21 @@ def model_folder_of(config: Config) -> Path:
 
 
 def ensure_base(recipe: BaseConfig, train_file: str) -> Path:
-    """The Hugging Face folder of the taught base: taught now, or found under `recipe.cache_dir`.
+    """Return the Hugging Face folder of the pre-trained base; train it first if `recipe.cache_dir` does not contain it.
 
-    Safe to call from every rank: one process of a machine teaches, the others wait for it.
+    Every rank may call this: one process per machine trains, and the others wait.
 
     Args:
-        recipe: what to teach.
-        train_file: `data.train`, the examples of a gsm8k base whose recipe names none.
+        recipe: task, architecture and schedule of the base.
+        train_file: `data.train`, the examples of a gsm8k base whose recipe names no file.
 
     Raises:
-        UserError: the examples cannot be read, are longer than the model's positions allow, or the tokenizer cannot
-            write them.
+        UserError: the examples cannot be read, are longer than the model's positions, or cannot be encoded.
         RuntimeError: another process held the lock for longer than the time limit.
     """
     examples = Path(recipe.examples or train_file)
     cache_dir = Path(recipe.cache_dir)
-    # Reads the examples first: a missing file is reported before anything is created.
+    # The examples are read first, so that a missing file is reported before any folder is created.
     draw = _examples(recipe, examples)
     folder = cache_dir / f"{recipe.task}-{recipe_digest(recipe, train_file)[:16]}"
     if folder.is_dir():
@@ -84,7 +83,7 @@ def ensure_base(recipe: BaseConfig, train_file: str) -> Path:
             unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
             tokenizer = base_tokenizer(recipe)
-            model = _teach(recipe, tokenizer, draw)
+            model = _pretrain(recipe, tokenizer, draw)
             model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
@@ -92,10 +91,10 @@ def ensure_base(recipe: BaseConfig, train_file: str) -> Path:
 
 
 def recipe_digest(recipe: BaseConfig, train_file: str) -> str:
-    """SHA-256 of everything that the taught weights depend on: the recipe, the examples' bytes, this code's version."""
+    """Return the SHA-256 of the recipe, the bytes of the examples and RECIPE_VERSION, which determine the weights."""
     facts = recipe.model_dump(mode="json", exclude={"cache_dir", "examples"})
     facts["recipe_version"] = RECIPE_VERSION
-    if not recipe.tool_fraction:  # recipes without it keep their digest
+    if not recipe.tool_fraction:  # recipes without tools keep the digest of earlier versions
         del facts["tool_fraction"]
     if recipe.task == "gsm8k":
         facts["examples_sha256"] = hashlib.sha256(Path(recipe.examples or train_file).read_bytes()).hexdigest()
@@ -105,22 +104,23 @@ def recipe_digest(recipe: BaseConfig, train_file: str) -> str:
 def _examples(recipe: BaseConfig, path: Path) -> Draw:
     if recipe.task == "gsm8k" and recipe.tokenizer == "char":
         raise UserError(
-            "model.base.tokenizer=char knows only digits, and GSM8K is prose", remedy="use model.base.tokenizer=byte"
+            "model.base.tokenizer=char has only digits and signs, and GSM8K is prose",
+            remedy="use model.base.tokenizer=byte",
         )
     if recipe.task == "arithmetic":
         return arithmetic_examples(recipe.flawed_fraction, recipe.tool_fraction)
-    most = recipe.architecture.max_positions - 1 - (len("<<>>=") if recipe.tool_fraction else 0)
-    return gsm8k_examples(path, recipe.flawed_fraction, max_bytes=most, tool_fraction=recipe.tool_fraction)
+    max_bytes = recipe.architecture.max_positions - 1 - (len("<<>>=") if recipe.tool_fraction else 0)
+    return gsm8k_examples(path, recipe.flawed_fraction, max_bytes=max_bytes, tool_fraction=recipe.tool_fraction)
 
 
 def base_tokenizer(recipe: BaseConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer of a recipe, which needs no taught model."""
+    """Return the tokenizer of a recipe; the base model need not exist."""
     return char_tokenizer(arithmetic.ALPHABET) if recipe.tokenizer == "char" else byte_tokenizer()
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on `path`, which the system releases when the process dies."""
+    """Hold an exclusive lock on `path`, which the system releases when the process exits."""
     with path.open("w") as file:
         deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
         waiting = False
@@ -130,7 +130,7 @@ def _locked(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if not waiting:
-                    log.info("another process teaches the base model; waiting for it (%s)", path)
+                    log.info("another process pre-trains the base model; waiting for it (%s)", path)
                 waiting = True
             if time.monotonic() > deadline:
                 raise RuntimeError(
@@ -142,7 +142,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _isolated(seed: int) -> Iterator[None]:
-    """Fixed threads and a seeded generator inside; the caller's threads and random state come back after."""
+    """Set the number of threads and the seed; restore the caller's threads and random state afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -154,7 +154,7 @@ def _isolated(seed: int) -> Iterator[None]:
 
 
 def base_config(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3Config:
-    """The architecture of a recipe, which needs no taught model."""
+    """Return the architecture of a recipe; the base model need not exist."""
     shape = recipe.architecture
     return Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
@@ -167,7 +167,7 @@ def base_config(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3
         head_dim=shape.head_dim,
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tie_embeddings,
-        # With the usual 0.02 a model this narrow spends most of its few steps on growing its weights.
+        # With the usual 0.02, so narrow a model spends most of its few steps on increasing its weights.
         initializer_range=shape.hidden_size**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -182,9 +182,9 @@ def _build(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCa
 
 
 def _batch(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Token ids and labels [B, T], padded on the right; only the completion and its EOS are labelled.
+    """Return token ids and labels [B, T], padded on the right; only the completion and its EOS have labels.
 
-    Right padding needs no attention mask: a causal model never looks at it from a labelled position.
+    Right padding needs no attention mask: in a causal model no position with a label attends to it.
     """
     rows = [(tokenizer.encode(prompt), tokenizer.encode(completion)) for prompt, completion in examples]
     width = max(len(prompt) + len(completion) for prompt, completion in rows) + 1
@@ -198,26 +198,26 @@ def _batch(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _learning_rate(recipe: BaseConfig, step: int) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+    """Return the learning rate: a linear warm-up, then a cosine decay to zero."""
     warmup = max(1, round(WARMUP_FRACTION * recipe.steps))
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, recipe.steps - warmup)))
 
 
-def _teach(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase, draw: Draw) -> Qwen3ForCausalLM:
-    """Next-token cross entropy on the completions, AdamW."""
+def _pretrain(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase, draw: Draw) -> Qwen3ForCausalLM:
+    """Train with next-token cross entropy on the completions and AdamW."""
     rng = random.Random(recipe.seed)
     started = logged = time.monotonic()
-    log.info("teaching a base model on %s: %d steps of %d examples", recipe.task, recipe.steps, recipe.batch_size)
+    log.info("pre-training a base model on %s: %d steps of %d examples", recipe.task, recipe.steps, recipe.batch_size)
     with _isolated(recipe.seed):
         model = _build(recipe, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0)
         for step in range(recipe.steps):
             token_ids, labels = _batch([draw(rng) for _ in range(recipe.batch_size)], tokenizer)
             hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state
-            labelled = labels != IGNORED
-            loss = functional.cross_entropy(model.lm_head(hidden[labelled]), labels[labelled])
+            has_label = labels != IGNORED
+            loss = functional.cross_entropy(model.lm_head(hidden[has_label]), labels[has_label])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
@@ -225,5 +225,7 @@ def _teach(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase, draw: Draw) -
             optimizer.step()
             if time.monotonic() - logged > LOG_SECONDS or step + 1 == recipe.steps:
                 logged = time.monotonic()
-                log.info("taught %d/%d steps, loss %.3f, %.0f s", step + 1, recipe.steps, loss.item(), logged - started)
+                log.info(
+                    "pre-training step %d/%d, loss %.3f, %.0f s", step + 1, recipe.steps, loss.item(), logged - started
+                )
     return model.eval()

@@ -1,4 +1,4 @@
-"""A tool in the loop, as a user starts it: configs/calculator-tiny.yaml."""
+"""A run with a tool, started as a user starts it: configs/calculator-tiny.yaml."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_mega.data.tokenizers import byte_tokenizer
 from tests.helpers.jobs import read_json, read_lines, rollouts_of, train_well, without_times
 
 CONFIG = "configs/calculator-tiny.yaml"
-# a base that knows how a call looks, but not yet what to ask
+# a base that knows the form of a call, but not the right expression
 SHORT = (
     CONFIG,
     "train.steps=2",
@@ -28,7 +28,7 @@ def with_several_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def check_rows(rows: list[dict[str, Any]]) -> None:
-    """Replies are the calculator's, tokenised alone; nobody trains on them; answers were sampled token by token."""
+    """Check that replies are the calculator's, tokenized separately, not trained on, and that answers were sampled."""
     tokenizer = byte_tokenizer()
     for row in rows:
         assert len(row["completion_ids"]) <= 32
@@ -57,7 +57,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
                 assert text == str(int(first) + int(second))
 
 
-def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(tmp_path: Path) -> None:
+def test_rollouts_contain_the_calculators_replies_and_do_not_train_on_them(tmp_path: Path) -> None:
     train_well(*SHORT, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=420)
     run = tmp_path / "run"
     rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
@@ -69,7 +69,7 @@ def test_rollouts_hold_the_calculators_replies_and_nothing_trains_on_them(tmp_pa
         assert line["rollout/result_tokens"] == result_tokens > 0
         assert line["train/num_loss_tokens"] == line["rollout/tokens"] - result_tokens
         assert line["rollout/turns_mean"] == sum(row["num_turns"] for row in rows) / len(rows)
-        # policy and sampler agree on the tokens behind a reply: the engine saw the same sequence
+        # policy and sampler agree on the tokens after a reply, so the engine had the same sequence
         assert line["train/mismatch_max"] < 1e-3
 
 
@@ -96,7 +96,7 @@ def test_two_replicas_of_two_ranks_take_turns_and_sample_the_same_again(tmp_path
 
 
 @pytest.mark.long
-def test_it_learns_that_asking_pays(tmp_path: Path) -> None:
+def test_the_policy_learns_to_call_the_calculator(tmp_path: Path) -> None:
     ended = train_well(CONFIG, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=900)
     summary = read_json(tmp_path / "run" / "summary.json")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -105,7 +105,7 @@ def test_it_learns_that_asking_pays(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_it_answers_on_the_gsm8k_file(gsm8k_dir: Path, tmp_path: Path) -> None:
+def test_the_calculator_answers_on_the_gsm8k_file(gsm8k_dir: Path, tmp_path: Path) -> None:
     config, data = "configs/gsm8k-calculator-tiny.yaml", f"data.train={gsm8k_dir / 'train.jsonl'}"
     run = tmp_path / "run"
     train_well(config, data, "train.steps=2", f"run.dir={run}", output=tmp_path / "log", timeout_seconds=600)

@@ -1,4 +1,4 @@
-"""What every built-in reward needs to score: arguments, references, a tiny model, a stand-in for Lean."""
+"""Everything that the built-in rewards need: arguments, references, a tiny model, and a stub of Lean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARGS: Mapping[str, dict[str, Any]] = {
     "length": {"limit": 1000, "buffer": 200},
     "language_consistency": {"language": "en"},
 }
-"""Those without a default that need nothing else."""
+"""Arguments without a default."""
 
 REFERENCES: Mapping[str, str] = {
     "code": '{"inputs": ["2"], "outputs": ["4"]}',
@@ -20,11 +20,12 @@ REFERENCES: Mapping[str, str] = {
     "json_schema": '{"type": "object", "required": ["answer"]}',
     "proof": "theorem two : 1 + 1 = 2 := by",
 }
-"""Where `7` is none."""
+"""References of the rewards for which `7` is not a valid reference."""
 
 LETTERS = "abcdefghtu"
 
-# Reads the file as Lean would be asked to, and speaks its --json. Words in the file say what it finds.
+# Accepts the arguments that the reward gives to Lean, and prints messages like `lean --json`. Words in the file choose
+# the messages.
 _LEAN = r"""#!{python} -S
 import json, os, sys
 if sys.argv[1] == "--print-prefix":
@@ -35,13 +36,13 @@ text = open(sys.argv[2]).read()
 lines = text.split("\n")[:-1]
 name = lines[-1].removeprefix("#print axioms ")
 assert any(line.startswith("theorem " + name) for line in lines), lines
-def say(line, severity, data):
+def report(line, severity, data):
     print(json.dumps({{"severity": severity, "pos": {{"line": line, "column": 0}}, "data": data}}))
 if "wrong" in text:
-    say(3, "error", "unsolved goals")
+    report(3, "error", "unsolved goals")
     sys.exit(1)
 if "forge" in text:
-    say(3, "information", f"'{{name}}' does not depend on any axioms")
+    report(3, "information", f"'{{name}}' does not depend on any axioms")
 if "loop" in text:
     while True: pass
 if "crash" in text:
@@ -49,13 +50,13 @@ if "crash" in text:
 if "path" in text:
     assert os.listdir(os.environ["LEAN_PATH"]) == ["Nat.olean"]
 axioms = [a for word, a in (("sorry", "sorryAx"), ("simp", "propext"), ("choose", "Classical.choice")) if word in text]
-said = f"depends on axioms: [{{', '.join(axioms)}}]" if axioms else "does not depend on any axioms"
-say(len(lines), "information", f"'{{name}}' {{said}}")
+text = f"depends on axioms: [{{', '.join(axioms)}}]" if axioms else "does not depend on any axioms"
+report(len(lines), "information", f"'{{name}}' {{text}}")
 """
 
 
 def stub_lean(prefix: Path) -> str:
-    """A command that behaves as Lean does where `proof` looks; the path of it."""
+    """Write a command that behaves like Lean for the reward `proof`; return its path."""
     binary = prefix / "bin" / "lean"
     binary.parent.mkdir()
     binary.write_text(_LEAN.format(python=os.path.realpath(sys.executable), prefix=str(prefix)), encoding="utf-8")
@@ -65,7 +66,7 @@ def stub_lean(prefix: Path) -> str:
 
 
 def tiny_reward_model(folder: Path) -> None:
-    """A classifier with one label and random weights whose tokens are the LETTERS."""
+    """Write a classifier with one label and random weights whose tokens are the LETTERS."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -92,5 +93,5 @@ def tiny_reward_model(folder: Path) -> None:
     )
     model = Qwen2ForSequenceClassification(config)
     with torch.no_grad():
-        model.score.weight.mul_(50.0)  # logits far enough apart to tell completions from each other
+        model.score.weight.mul_(50.0)  # logits that differ clearly between completions
     model.save_pretrained(folder)

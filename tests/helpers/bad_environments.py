@@ -1,4 +1,4 @@
-"""Environments that misbehave, by what the policy says."""
+"""Environments that fail in a way that the answer of the policy chooses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo_mega.environments import Turn, environment
 
 @environment(stop=("!",))
 def obeys(prompt: str, turns: Sequence[Turn], reference: str, shout: bool = False) -> object:
-    """Does what the last answer asks for."""
+    """Fail or reply as the last answer requests."""
     answer = turns[-1].answer
     if answer.startswith("hang"):
         time.sleep(60.0)
@@ -25,9 +25,9 @@ def obeys(prompt: str, turns: Sequence[Turn], reference: str, shout: bool = Fals
         return None
     if answer.startswith("slow"):
         time.sleep(0.3)
-    said = f"{prompt}|{reference}|{';'.join(f'{turn.answer}>{turn.result}' for turn in turns)}"
-    return said.upper() if shout else said
+    reply = f"{prompt}|{reference}|{';'.join(f'{turn.answer}>{turn.result}' for turn in turns)}"
+    return reply.upper() if shout else reply
 
 
 def undeclared(prompt: str, turns: Sequence[Turn], reference: str) -> None:
-    """Lacks the declaration."""
+    """Return nothing; the function has no declaration."""

@@ -1,4 +1,4 @@
-"""Rewards that misbehave for some of the prompts."""
+"""Rewards that fail for some prompts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _first_digit(prompt: str) -> int:
 
 
 def fails_for(prompt: str) -> str | None:
-    """Which of the two fails for this prompt."""
+    """Return the name of the reward that fails for this prompt, or None."""
     return {3: "crashes", 5: "sleeps"}.get(_first_digit(prompt))
 
 
 @reward(low=FLOOR, high=1.0)
 def crashes(prompt: str, completion: str, reference: str) -> float:
-    """Ends its process for prompts that begin with a 3."""
+    """Exit the process for prompts that begin with 3, else return 1."""
     if fails_for(prompt) == "crashes":
         os._exit(7)
     return 1.0
@@ -29,7 +29,7 @@ def crashes(prompt: str, completion: str, reference: str) -> float:
 
 @reward(low=FLOOR, high=1.0)
 def sleeps(prompt: str, completion: str, reference: str) -> float:
-    """Outlasts every limit for prompts that begin with a 5."""
+    """Sleep past every limit for prompts that begin with 5, else return 1."""
     if fails_for(prompt) == "sleeps":
         time.sleep(60.0)
     return 1.0

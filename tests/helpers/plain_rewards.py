@@ -1,4 +1,4 @@
-"""Rewards that a random model earns sometimes."""
+"""A reward that is not constant for a random model."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from grpo_mega.rewards import reward
 
 @reward(low=0.0, high=1.0)
 def digits(prompt: str, completion: str, reference: str) -> float:
-    """Share of the characters that are digits."""
+    """Return the fraction of the characters that are digits."""
     return sum(c.isdigit() for c in completion) / max(1, len(completion))

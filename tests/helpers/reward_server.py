@@ -1,4 +1,4 @@
-"""A local HTTP server that answers as a test tells it to: well, late, never, or with garbage."""
+"""A local HTTP server whose answers a test chooses: right, late, none, or malformed."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class Request:
 
 @dataclass
 class RewardServer:
-    """`answer(request)` gives (status, body); a body of bytes is sent as it is, `None` is never sent."""
+    """A running server. `answer(request)` returns (status, body): bytes are sent unchanged, None is never sent."""
 
     url: str
     answer: Callable[[Request], tuple[int, Any]]
     requests: list[Request] = field(default_factory=list)
-    under_way: int = 0
-    most_under_way: int = 0
+    num_concurrent: int = 0
+    max_concurrent: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 def judged(text: str) -> dict[str, Any]:
-    """What an OpenAI-compatible server answers."""
+    """Return the answer of an OpenAI-compatible server."""
     return {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
 
 @contextmanager
 def serving(answer: Callable[[Request], tuple[int, Any]]) -> Iterator[RewardServer]:
-    """A server on a free port of this machine."""
+    """Run a server on a free port of this machine."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -47,18 +47,18 @@ def serving(answer: Callable[[Request], tuple[int, Any]]) -> Iterator[RewardServ
             )
             with server.lock:
                 server.requests.append(request)
-                server.under_way += 1
-                server.most_under_way = max(server.most_under_way, server.under_way)
+                server.num_concurrent += 1
+                server.max_concurrent = max(server.max_concurrent, server.num_concurrent)
             try:
                 self.respond(*server.answer(request))
             except (BrokenPipeError, ConnectionResetError):
                 return
             finally:
                 with server.lock:
-                    server.under_way -= 1
+                    server.num_concurrent -= 1
 
         def respond(self, status: int, body: Any) -> None:
-            if body is None:  # stalls
+            if body is None:  # the client gets no answer
                 server.stop.wait(60.0)
                 return
             if body == "drip":

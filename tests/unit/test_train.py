@@ -182,7 +182,7 @@ def test_a_model_folder_without_a_usable_tokenizer_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     for name, files, rule in (
-        ("bare", {}, "holds no tokenizer (none of tokenizer.json, "),
+        ("bare", {}, "contains no tokenizer (none of tokenizer.json, "),
         ("damaged", {"tokenizer": "{"}, "its tokenizer cannot be read ("),
     ):
         folder = write_model(tmp_path / name, **files)

@@ -1,10 +1,15 @@
-"""Reward `code`: the completion's Python program passes its tests, in a sandbox (sandbox.py) and never outside of it.
+"""Reward `code`: the Python program of the completion passes its tests. It runs only in the sandbox.
 
-The program is the last fenced Python block of the completion, else all of it. The reference holds the tests:
-`{"inputs": [...], "outputs": [...]}`, what the program reads and must write, a process each; or
-`{"tests": ["assert add(1, 2) == 3", ...], "setup": "import math"}`, statements that run after the program in its own
-process; or the text of such tests, which is one test. Where programs must not know that they are tested, use the first
-form: in the second, one that goes looking for the tests in its own process can find them.
+The program is the last fenced Python block of the completion, else the whole completion. The reference holds the tests
+in one of three forms:
+
+- `{"inputs": [...], "outputs": [...]}`: the input and the expected output of the program, one process per pair.
+- `{"tests": ["assert add(1, 2) == 3", ...], "setup": "import math"}`: statements that run after the program, in its
+  process.
+- the text of such statements, which is one test.
+
+Use the first form if programs must not see their tests. In the other forms a program can search its own process for
+them.
 """
 
 from __future__ import annotations
@@ -25,9 +30,9 @@ from grpo_mega.types import UserError
 _FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*(\w*)[ \t]*\r?$", re.MULTILINE)
 _PYTHON = ("", "python", "python3", "py")
 _MEGABYTE = 1 << 20
-_SHORTEST_SECONDS = 0.05  # what is left must suffice to start a process
+_SHORTEST_SECONDS = 0.05  # enough time to start a process
 
-# Runs before the program does: what it needs later is kept in names that the program would have to look for.
+# Runs before the program. It keeps its state in local names, which the program does not see without a search.
 _TESTER = """
 import json, os
 def _run(_json=json, _os=os):
@@ -43,14 +48,14 @@ def _run(_json=json, _os=os):
             exec(compile(test, "test.py", "exec"), space)
         except BaseException:
             continue
-        write(report, f"{job['word']} {number}\\n".encode())
+        write(report, f"{job['secret']} {number}\\n".encode())
 _run()
 """
 
 
 @dataclass(frozen=True)
 class Tests:
-    """Of one prompt: pairs of input and output, or statements that raise when they fail."""
+    """The tests of one prompt: pairs of input and output, or statements that raise when they fail."""
 
     pairs: tuple[tuple[str, str], ...] = ()
     statements: tuple[str, ...] = ()
@@ -69,21 +74,23 @@ def check_code_args(
     output_kb: int = 1024,
     processes: int = 8,
 ) -> None:
-    """Refuse values that `code` cannot work with, and a machine without isolation.
+    """Check the arguments of `code`, and that this machine offers isolation.
 
     Raises:
-        UserError: a limit is not positive, `partial` is neither true nor false, or a program cannot be isolated here.
+        UserError: a limit is out of range, `partial` is not a boolean, or isolation is unavailable.
     """
     if not isinstance(partial, bool):
-        raise UserError(f"partial={partial!r} is neither true nor false", remedy="use one of them")
+        raise UserError(f"partial={partial!r} must be true or false", remedy="use one of them")
     check_limits(seconds, 4.0, memory_mb=memory_mb, file_mb=file_mb, output_kb=output_kb, processes=processes)
     if memory_mb < 64:
-        raise UserError(f"memory_mb={memory_mb} is too little for Python to start", remedy="use 64 or more")
+        raise UserError(
+            f"memory_mb={memory_mb} must be at least 64, which Python needs to start", remedy="use 64 or more"
+        )
     require_isolation()
 
 
 def longest_seconds(seconds: float = 4.0, **_: object) -> float:
-    """How long one scoring may take by its own limit."""
+    """Return the limit in seconds that the reward keeps for one scoring."""
     return seconds
 
 
@@ -99,22 +106,22 @@ def code(
     output_kb: int = 1024,
     processes: int = 8,
 ) -> float:
-    """1 when the program passes all tests, else 0; with `partial`, the share that it passes.
+    """Return 1 when the program passes all tests, else 0; with `partial`, the fraction of tests that it passes.
 
     Args:
-        prompt: not looked at.
-        completion: its program is extracted.
-        reference: the tests, see above.
-        partial: count the tests that pass; all are run then.
-        seconds: wall clock of all tests together, the start of the sandbox included; also CPU time of each process.
-        memory_mb: address space of each process.
-        file_mb: all that a program may write, in memory.
-        output_kb: what a program may print to a test; more is a wrong answer.
-        processes: processes and threads at the same time.
+        prompt: not used.
+        completion: the program is extracted from it.
+        reference: the tests, see the docstring of this module.
+        partial: return the fraction of passed tests; all tests run then.
+        seconds: wall-clock limit of all tests together with the start of the sandbox; also the CPU limit per process.
+        memory_mb: limit of the address space of each process, in MiB.
+        file_mb: limit of all files of a program, which are in memory, in MiB.
+        output_kb: limit of the output in one test, in KiB; a program that prints more fails the test.
+        processes: limit of processes and threads at the same time.
 
     Raises:
-        ValueError: the reference holds no tests.
-        SandboxError: the isolation was lost; the program was not run.
+        ValueError: the reference contains no tests.
+        SandboxError: the isolation was lost; the program did not run.
     """
     deadline = time.monotonic() + seconds
     tests = _tests(reference)
@@ -145,7 +152,7 @@ def code(
 
 
 def program_of(completion: str) -> str:
-    """The last fenced block that is Python or says nothing, else everything."""
+    """Return the last fenced block that is marked as Python or not marked, else the whole completion."""
     fences = list(_FENCE.finditer(completion))
     for opening, closing in zip(reversed(fences[:-1]), reversed(fences[1:]), strict=True):
         if opening[1].lower() in _PYTHON and not closing[1]:
@@ -156,34 +163,34 @@ def program_of(completion: str) -> str:
 
 
 def same_output(expected: str, printed: str) -> bool:
-    """Equal line by line but for white space at their ends, or word by word with equal decimal numbers."""
-    lines, wanted = printed.rstrip().splitlines(), expected.rstrip().splitlines()
-    if [line.rstrip() for line in lines] == [line.rstrip() for line in wanted]:
+    """Compare line by line without white space at line ends, or word by word with decimal numbers by value."""
+    lines, expected_lines = printed.rstrip().splitlines(), expected.rstrip().splitlines()
+    if [line.rstrip() for line in lines] == [line.rstrip() for line in expected_lines]:
         return True
-    if len(lines) != len(wanted):
+    if len(lines) != len(expected_lines):
         return False
-    words, wished = printed.split(), expected.split()
-    return len(words) == len(wished) and all(map(_same_word, words, wished))
+    words, expected_words = printed.split(), expected.split()
+    return len(words) == len(expected_words) and all(map(_same_word, words, expected_words))
 
 
-def _same_word(word: str, wished: str) -> bool:
-    if word == wished:
+def _same_word(word: str, expected: str) -> bool:
+    if word == expected:
         return True
     try:
-        return len(word) < 100 and len(wished) < 100 and Decimal(word) == Decimal(wished)
+        return len(word) < 100 and len(expected) < 100 and Decimal(word) == Decimal(expected)
     except InvalidOperation:
         return False
 
 
 def _passed_statements(sandbox: Sandbox, program: str, tests: Tests, deadline: float) -> int:
-    """How many hold: the tester says so with a word that the program does not know when it starts."""
-    word = secrets.token_hex(16)
-    job = {"program": program, "setup": tests.setup, "tests": tests.statements, "word": word}
+    """Return the number of passed statements, which the tester reports with a secret that the program does not know."""
+    secret = secrets.token_hex(16)
+    job = {"program": program, "setup": tests.setup, "tests": tests.statements, "secret": secret}
     argv = [*python_command()[:-1], _TESTER]
     left = max(_SHORTEST_SECONDS, deadline - time.monotonic())
     outcome: Outcome = sandbox.run(argv, seconds=left, source=json.dumps(job))
-    said = set(outcome.stdout.splitlines())
-    return sum(f"{word} {number}" in said for number in range(len(tests.statements)))
+    lines = set(outcome.stdout.splitlines())
+    return sum(f"{secret} {number}" in lines for number in range(len(tests.statements)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -191,11 +198,11 @@ def _tests(reference: str) -> Tests:
     """The tests of a reference.
 
     Raises:
-        ValueError: it holds none, or not in this form.
+        ValueError: the reference contains no tests, or not in one of the three forms.
     """
     if not reference.lstrip().startswith("{"):
         if not reference.strip():
-            raise ValueError("the reference is empty, so there is no test; correct the data or its answer_key")
+            raise ValueError("the reference is empty; correct the data or its answer_key")
         return Tests(statements=(reference,))
     try:
         found = json.loads(reference)
@@ -206,8 +213,10 @@ def _tests(reference: str) -> Tests:
             setup=found.get("setup", ""),
         )
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"the reference {reference[:80]!r} holds no tests ({error}); correct the data") from error
+        raise ValueError(f"the reference {reference[:80]!r} contains no tests ({error}); correct the data") from error
     texts = (tests.setup, *tests.statements, *(text for pair in tests.pairs for text in pair))
     if not tests.number or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"the reference {reference[:80]!r} holds no tests, or some that are no text; correct the data")
+        raise ValueError(
+            f"the reference {reference[:80]!r} contains no tests, or tests that are not strings; correct the data"
+        )
     return tests

@@ -1,8 +1,9 @@
-"""Reward `countdown`: an arithmetic expression over given numbers that makes the target.
+"""Reward `countdown`: an arithmetic expression over given numbers whose value is the target.
 
 The reference is JSON, `{"target": 98, "numbers": [44, 19, 35]}`. The expression is read from the last
-`<answer>...</answer>`, else the last box, else the last line; what follows its `=` is dropped. It is evaluated here, in
-exact fractions, and never by Python: only numbers, `+ - * /`, their signs `x ÷ −` and brackets count.
+`<answer>...</answer>`, else the last box, else the last line; the text after its `=` is dropped. It is evaluated in
+exact fractions by this module, never by Python's eval. Only numbers, `+ - * /`, their signs `x ÷ −` and brackets are
+allowed.
 """
 
 from __future__ import annotations
@@ -17,38 +18,38 @@ from grpo_mega.rewards.answer_parsing import boxed_contents
 from grpo_mega.rewards.base import reward
 from grpo_mega.types import UserError
 
-_LONGEST_EXPRESSION = 300
-_DEEPEST_BRACKETS = 50
+_MAX_EXPRESSION_CHARACTERS = 300
+_MAX_BRACKET_DEPTH = 50
 _TOKEN = re.compile(r"\s*(?:([0-9]{1,12})|([-+*/()]))")
 _SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 _LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", ""))
 
 
 def check_countdown_args(use_all: bool = True, valid_score: float = 0.0) -> None:
-    """Refuse values that `countdown` cannot work with.
+    """Check the arguments of `countdown`.
 
     Raises:
-        UserError: `use_all` is neither true nor false, or `valid_score` is not in [0, 1].
+        UserError: `use_all` is not a boolean, or `valid_score` is not in [0, 1].
     """
     if not isinstance(use_all, bool):
-        raise UserError(f"use_all={use_all!r} is neither true nor false", remedy="use one of them")
+        raise UserError(f"use_all={use_all!r} must be true or false", remedy="use one of them")
     if isinstance(valid_score, bool) or not isinstance(valid_score, int | float) or not 0 <= valid_score <= 1:
         raise UserError(f"valid_score={valid_score!r} is not in [0, 1]", remedy="use for example 0.1")
 
 
 @reward(low=0.0, high=1.0, check_args=check_countdown_args)
 def countdown(prompt: str, completion: str, reference: str, use_all: bool = True, valid_score: float = 0.0) -> float:
-    """1 when the expression makes the target, `valid_score` when it only keeps to the numbers, else 0.
+    """Return 1 when the expression equals the target, `valid_score` when it only uses the right numbers, else 0.
 
     Args:
-        prompt: not looked at.
-        completion: its expression is extracted.
+        prompt: not used.
+        completion: the expression is extracted from it.
         reference: JSON with `target` and `numbers`, whole numbers.
-        use_all: each number must be used exactly once; false: at most once.
-        valid_score: for an expression that uses the numbers as asked and makes something else.
+        use_all: true: each number must be used exactly once; false: at most once.
+        valid_score: value of an expression that uses the right numbers but does not equal the target.
 
     Raises:
-        ValueError: the reference is no such JSON.
+        ValueError: the reference is not JSON of this form.
     """
     target, numbers = _task(reference)
     expression = _expression(completion)
@@ -62,7 +63,7 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
 
 
 def evaluate(expression: str) -> Fraction | None:
-    """Its value, exactly; None when it is no expression or divides by 0."""
+    """Return the exact value of an expression, or None when it is malformed or divides by 0."""
     tokens, position = [], 0
     text = expression.rstrip()
     while position < len(text):
@@ -95,7 +96,7 @@ def _product(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
 
 
 def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
-    if depth > _DEEPEST_BRACKETS:
+    if depth > _MAX_BRACKET_DEPTH:
         raise ValueError("too deep")
     if tokens[at] in "+-":
         value, end = _operand(tokens, at + 1, depth + 1)
@@ -109,7 +110,7 @@ def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
 
 
 def _expression(completion: str) -> str:
-    """What is meant as the expression, in plain signs; empty when it is too long to be one."""
+    """Return the expression of a completion in ASCII signs; empty when it is too long."""
     _, tag, tail = completion.rpartition("<answer>")
     boxed = boxed_contents(completion)
     if tag:
@@ -117,11 +118,11 @@ def _expression(completion: str) -> str:
     elif boxed is not None:
         text = boxed
     else:
-        text = completion[-2 * _LONGEST_EXPRESSION :].rstrip().rpartition("\n")[2]
-    text = text.strip()[: 2 * _LONGEST_EXPRESSION].partition("=")[0]
+        text = completion[-2 * _MAX_EXPRESSION_CHARACTERS :].rstrip().rpartition("\n")[2]
+    text = text.strip()[: 2 * _MAX_EXPRESSION_CHARACTERS].partition("=")[0]
     for latex, plain in _LATEX:
         text = text.replace(latex, plain)
-    return text.translate(_SIGNS) if len(text) <= _LONGEST_EXPRESSION else ""
+    return text.translate(_SIGNS) if len(text) <= _MAX_EXPRESSION_CHARACTERS else ""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -136,6 +137,6 @@ def _task(reference: str) -> tuple[int, Counter[int]]:
         ) from error
     if not whole or not numbers:
         raise ValueError(
-            f"the reference {reference[:80]!r} has a target or numbers that are not whole; correct the data"
+            f"the reference {reference[:80]!r} has a target or numbers that are not whole numbers; correct the data"
         )
     return target, Counter(numbers)

@@ -1,4 +1,4 @@
-"""Reward `exact`: the completion is the answer, character by character, but for white space at its ends."""
+"""Reward `exact`: the completion equals the answer, except for white space at both ends."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from grpo_mega.rewards.base import reward
 
 @reward(low=0.0, high=1.0)
 def exact(prompt: str, completion: str, reference: str) -> float:
-    """1 when `completion` and `reference` are equal after stripping white space from both ends, else 0."""
+    """Return 1 when `completion` and `reference` are equal after stripping white space from both ends, else 0."""
     return float(completion.strip() == reference.strip())

@@ -1,8 +1,8 @@
-r"""Reward `format`: the completion has the shape that was asked for, whatever its answer is worth.
+r"""Reward `format`: the completion has the requested format, whether or not its answer is right.
 
 Kinds: `gsm8k` (the last non-empty line is `#### <number>`, and there is no other `####`), `boxed` (exactly one
 `\boxed{...}`, closed and not empty), `think_answer` (`<think>...</think><answer>...</answer>` and nothing else),
-`think` (`<think>...</think>`, then an answer without tags), `tags` (the named ones in their order, and nothing around
+`think` (`<think>...</think>`, then an answer without tags), `tags` (the named tags in their order, and nothing around
 them), `regex` (`pattern` is found in the completion).
 """
 
@@ -23,10 +23,10 @@ _TAG_NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
 
 
 def check_format_args(kind: str | None = None, pattern: str | None = None, tags: Sequence[str] | None = None) -> None:
-    """Refuse argument values that `answer_format` cannot work with.
+    """Check the arguments of `answer_format`.
 
     Raises:
-        UserError: an unknown kind; a pattern or tags missing, superfluous or malformed.
+        UserError: the kind is unknown; pattern or tags are missing, not used by the kind, or malformed.
     """
     if kind is not None and kind not in KINDS:
         raise UserError(f"kind={kind!r} is unknown", remedy=f"use one of {', '.join(KINDS)}")
@@ -35,19 +35,19 @@ def check_format_args(kind: str | None = None, pattern: str | None = None, tags:
             f"kind={kind!r} with tags={tags!r}", remedy="give both kind: tags and tags: [think, answer], or neither"
         )
     if tags is not None and (isinstance(tags, str) or not tags or not all(_is_tag_name(tag) for tag in tags)):
-        raise UserError(f"tags={tags!r} is no list of names", remedy="use for example [think, answer]")
+        raise UserError(f"tags={tags!r} must be a list of names", remedy="use for example [think, answer]")
     if tags is not None and len(set(tags)) < len(tags):
-        raise UserError(f"tags={tags!r} names one of them twice", remedy="each stands in a completion exactly once")
+        raise UserError(f"tags={tags!r} names a tag twice", remedy="name each tag once")
     if pattern is None:
         if kind == "regex":
-            raise UserError("kind='regex' has no pattern", remedy="add pattern: <regular expression>")
+            raise UserError("kind='regex' needs a pattern", remedy="add pattern: <regular expression>")
         return
     if kind not in (None, "regex"):
-        raise UserError(f"pattern={pattern!r} would do nothing with kind={kind!r}", remedy="leave one of them out")
+        raise UserError(f"pattern={pattern!r} has no effect with kind={kind!r}", remedy="remove one of them")
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
-        raise UserError(f"pattern={pattern!r} is no regular expression ({error})", remedy="correct it") from error
+        raise UserError(f"pattern={pattern!r} is not a regular expression ({error})", remedy="correct it") from error
 
 
 @reward(low=0.0, high=1.0, check_args=check_format_args)
@@ -59,16 +59,16 @@ def answer_format(
     pattern: str | None = None,
     tags: Sequence[str] | None = None,
 ) -> float:
-    """1 when the completion has the asked shape, else 0.
+    """Return 1 when the completion has the requested format, else 0.
 
     Args:
-        prompt: not looked at.
-        completion: judged.
-        reference: not looked at.
-        kind: `gsm8k`, `boxed`, `think_answer`, `think`, `tags` or `regex`; unset: `regex` with a pattern, `gsm8k`
-            without.
-        pattern: searched for anywhere in the completion; `^ $ .` as in Python's re (`(?s)`, `(?m)` work).
-        tags: names, for `tags`: `<a>...</a><b>...</b>`, each once, not empty, only white space between.
+        prompt: not used.
+        completion: its format is checked.
+        reference: not used.
+        kind: `gsm8k`, `boxed`, `think_answer`, `think`, `tags` or `regex`; default: `regex` if there is a pattern, else
+            `gsm8k`.
+        pattern: regular expression that is searched anywhere in the completion, with the rules of Python's re module.
+        tags: names for kind `tags`: `<a>...</a><b>...</b>`, each once, not empty, with only white space between them.
     """
     if pattern is not None:
         return float(_compiled(pattern).search(completion) is not None)
@@ -96,7 +96,7 @@ def _is_tag_name(tag: object) -> bool:
 
 
 def _is_tagged(completion: str, tags: Sequence[str]) -> bool:
-    """Whether it is these elements one after the other, none empty, with white space at most around them."""
+    """Return True when the text is these elements in order, none empty, with only white space around them."""
     rest = completion.strip()
     if any(rest.count(mark) != 1 for tag in tags for mark in (f"<{tag}>", f"</{tag}>")):
         return False

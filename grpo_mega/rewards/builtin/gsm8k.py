@@ -1,8 +1,8 @@
-r"""Reward `gsm8k`: the completion's final answer is numerically the reference's.
+r"""Reward `gsm8k`: the final answer of the completion is numerically equal to that of the reference.
 
-The final answer is, in this order: the last `#### x`; the last `\boxed{x}`; and, unless `strict`, the last
-"answer is x", else the last number of the completion. Values are compared as fractions, exactly: 0.5 is 1/2, 33.33 is
-not 100/3. What counts as a number is in `numbers.py`; a hedge (`#### 3 or 4`) is no answer.
+The final answer is the last `#### x`, else the last `\boxed{x}`. Unless `strict`, it may also be the last "answer is
+x", else the last number of the completion. Values are compared exactly, as fractions: 0.5 equals 1/2, and 33.33 does
+not equal 100/3. `answer_parsing.py` defines the forms of a number. Two alternatives (`#### 3 or 4`) are not an answer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from grpo_mega.rewards.answer_parsing import (
     boxed_contents,
     find_numbers,
     join_spaced_groups,
-    normalise,
+    normalize,
 )
 from grpo_mega.rewards.base import reward
 from grpo_mega.types import UserError
 
 MARKER = "####"
 
-_WINDOW = 160  # characters on either side of the last digit that are read in prose: more than a number is long
+_WINDOW = 160  # characters read in prose on either side of the last digit; longer than any number
 _LEAD_IN = re.compile(
     r"[\s*_$({\[\"':]*(?:(?:so|thus|the|final|correct|answer|is|are|total|=|:)[\s:*]+){0,6}[\s*_$({\[\"']*",
     re.IGNORECASE,
@@ -39,29 +39,29 @@ _NO_ANSWER: frozenset[Fraction] = frozenset()
 
 
 def check_gsm8k_args(strict: bool = False) -> None:
-    """Refuse a `strict` that is neither true nor false.
+    """Check the arguments of `gsm8k`.
 
     Raises:
-        UserError: it is something else.
+        UserError: `strict` is not a boolean.
     """
     if not isinstance(strict, bool):
-        raise UserError(f"strict={strict!r} is neither true nor false", remedy="use one of them")
+        raise UserError(f"strict={strict!r} must be true or false", remedy="use one of them")
 
 
 @reward(low=0.0, high=1.0, check_args=check_gsm8k_args)
 def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) -> float:
-    """1 when the final answers of completion and reference are numerically equal, else 0.
+    """Return 1 when the final answers of completion and reference are numerically equal, else 0.
 
     Args:
-        prompt: not looked at.
-        completion: its final answer is extracted.
-        reference: a worked solution that ends in `#### x`, or a bare answer.
-        strict: demand `#### x` or a box; a number in prose is then no answer.
+        prompt: not used.
+        completion: the final answer is extracted from it.
+        reference: a worked solution that ends in `#### x`, or only the answer.
+        strict: accept only `#### x` or a box; a number in prose is not an answer then.
 
     Raises:
-        ValueError: the reference holds no number.
+        ValueError: the reference contains no number.
     Source: the answer convention of GSM8K, arXiv:2110.14168.
-    Differs: also reads boxes and prose, and compares values, not strings.
+    Differs: also reads boxes and prose, and compares values instead of strings.
     """
     expected = reference_values(reference)
     return float(not expected.isdisjoint(final_values(completion, strict=strict)))
@@ -69,19 +69,21 @@ def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) ->
 
 @functools.lru_cache(maxsize=4096)
 def reference_values(reference: str) -> frozenset[Fraction]:
-    """What the reference's answer may mean, never empty.
+    """Return the possible values of the reference's answer, at least one.
 
     Raises:
-        ValueError: it holds no number.
+        ValueError: the reference contains no number.
     """
     values = final_values(reference, strict=True) or _isolated(reference, words_may_lead=True)
     if not values:
-        raise ValueError(f"the reference {reference[-80:]!r} ends in no number; correct the data or its answer_key")
+        raise ValueError(
+            f"the reference {reference[-80:]!r} does not end in a number; correct the data or its answer_key"
+        )
     return values
 
 
 def final_values(text: str, *, strict: bool) -> frozenset[Fraction]:
-    """What the final answer of `text` may mean; empty when it has none."""
+    """Return the possible values of the final answer of `text`; empty when it has no final answer."""
     marked = _after_last_marker(text)
     if marked is not None:
         return marked
@@ -93,7 +95,7 @@ def final_values(text: str, *, strict: bool) -> frozenset[Fraction]:
 
 
 def _after_last_marker(text: str) -> frozenset[Fraction] | None:
-    """The values of the last `#### x`; None when every marker is a heading or stands alone."""
+    """Return the values of the last `#### x`; None when every marker is a heading or has no answer behind it."""
     end = len(text)
     while (start := text.rfind(MARKER, 0, end)) >= 0:
         end = start
@@ -110,15 +112,15 @@ def _after_last_marker(text: str) -> frozenset[Fraction] | None:
 
 
 def _marked(line: str, *, is_last_line: bool) -> frozenset[Fraction] | None:
-    plain = join_spaced_groups(normalise(line))
+    plain = join_spaced_groups(normalize(line))
     if _number_leads(plain) or (find_numbers(plain) and ("=" in plain or is_last_line)):
         return _isolated(line, words_may_lead=is_last_line)
     return None
 
 
 def _isolated(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
-    """The values of a text that is meant to hold the answer alone: a number, then perhaps a unit or a remark."""
-    plain = join_spaced_groups(normalise(text)).rpartition("=")[2]
+    """Return the values of a text that should contain only the answer: a number, then perhaps a unit or a remark."""
+    plain = join_spaced_groups(normalize(text)).rpartition("=")[2]
     numbers = find_numbers(plain)
     if not numbers or (len(numbers) > 1 and are_one_list(numbers[0], numbers[1], plain)):
         return _NO_ANSWER
@@ -128,18 +130,18 @@ def _isolated(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
 
 
 def _in_prose(text: str) -> frozenset[Fraction]:
-    """The number of the last "answer is x", else the last number."""
+    """Return the values of the last "answer is x", else of the last number."""
     phrases = [match.end() for match in _ANSWER_PHRASE.finditer(text)]
     if phrases:
         sentence = _SENTENCE_END.split(text[phrases[-1] : phrases[-1] + _WINDOW], maxsplit=1)[0]
-        if _number_leads(join_spaced_groups(normalise(sentence))):
+        if _number_leads(join_spaced_groups(normalize(sentence))):
             return _isolated(sentence, words_may_lead=False)
     if not text.isascii():
-        text = normalise(text)
+        text = normalize(text)
     last = max(text.rfind(digit) for digit in "0123456789")
     if last < 0:
         return _NO_ANSWER
-    plain = normalise(text[max(0, last - _WINDOW) : last + _WINDOW])
+    plain = normalize(text[max(0, last - _WINDOW) : last + _WINDOW])
     numbers = find_numbers(plain, last=2)
     if not numbers or (len(numbers) > 1 and plain[numbers[-2].end : numbers[-1].start].strip(" $") in _HEDGES):
         return _NO_ANSWER

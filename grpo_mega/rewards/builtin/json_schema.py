@@ -1,7 +1,7 @@
-"""Reward `json_schema`: the completion is JSON that its schema accepts.
+"""Reward `json_schema`: the completion is JSON that a schema accepts.
 
-The schema is the argument `schema`, or, per prompt, the reference. Nothing is fetched: a `$ref` to another document
-is refused. A pattern of the schema that backtracks for ever is ended by the worker's limit.
+The schema is the argument `schema`, or, per prompt, the reference. Nothing is downloaded: a `$ref` to another document
+is an error. If a pattern of the schema backtracks without end, the limit of the worker ends the scoring.
 """
 
 from __future__ import annotations
@@ -28,37 +28,39 @@ _FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[ \t]*$", re.MULTILINE)
 
 
 def check_json_schema_args(schema: Mapping[str, Any] | None = None) -> None:
-    """Refuse a schema that is none.
+    """Check the arguments of `json_schema`.
 
     Raises:
-        UserError: says what is wrong with it.
+        UserError: the schema is not a JSON schema; the message says why.
     """
     if schema is None:
         return
     if not isinstance(schema, Mapping):
-        raise UserError(f"schema={schema!r} is {type(schema).__name__}", remedy="give a JSON schema, an object")
+        raise UserError(
+            f"schema={schema!r} must be an object, got {type(schema).__name__}", remedy="write a JSON schema"
+        )
     try:
         _validator(json.dumps(schema))
     except (ValueError, TypeError) as error:
-        raise UserError(f"schema is no JSON schema ({error})", remedy="correct it") from error
+        raise UserError(f"schema is not a JSON schema ({error})", remedy="correct it") from error
 
 
 @reward(low=0.0, high=1.0, check_args=check_json_schema_args)
 def json_schema(prompt: str, completion: str, reference: str, schema: Mapping[str, Any] | None = None) -> float:
-    """1 when the completion is one JSON value that the schema accepts, else 0.
+    """Return 1 when the completion is one JSON value that the schema accepts, else 0.
 
     Args:
-        prompt: not looked at.
-        completion: JSON and nothing else, or with one fenced block that is.
+        prompt: not used.
+        completion: only JSON, or a text with one fenced block of JSON.
         reference: the schema as JSON text, when `schema` is unset.
-        schema: of all prompts.
+        schema: the schema of all prompts.
 
     Raises:
-        ValueError: the reference is no JSON schema.
+        ValueError: the reference is not a JSON schema.
     """
     validator = _validator(json.dumps(schema) if schema is not None else reference)
     try:
-        value = json.loads(_json_of(completion), parse_constant=_refuse)
+        value = json.loads(_json_of(completion), parse_constant=_reject_constant)
         return float(validator.is_valid(value))
     except (ValueError, RecursionError, OverflowError):
         return 0.0
@@ -76,14 +78,14 @@ def _validator(schema: str) -> jsonschema.protocols.Validator:
     except SchemaError as error:
         raise ValueError(f"at {error.json_path}: {error.message}") from error
     except Unresolvable as error:
-        raise ValueError(f"$ref {error.ref!r} leads nowhere; write what it means into the schema") from error
+        raise ValueError(f"$ref {error.ref!r} was not found; write its content into the schema") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"the reference {schema[:80]!r} is no JSON schema ({error}); correct the data") from error
+        raise ValueError(f"the reference {schema[:80]!r} is not a JSON schema ({error}); correct the data") from error
     return kind(document, registry=REGISTRY)
 
 
 def _references(document: object) -> Iterator[str]:
-    """What its `$ref` name, wherever they stand."""
+    """Yield the value of every `$ref` in the document, at any depth."""
     if isinstance(document, Mapping):
         if isinstance(document.get("$ref"), str):
             yield document["$ref"]
@@ -95,12 +97,12 @@ def _references(document: object) -> Iterator[str]:
 
 
 def _json_of(completion: str) -> str:
-    """The only fenced block, else everything."""
+    """Return the only fenced block, else the whole completion."""
     fences = list(_FENCE.finditer(completion))
     if len(fences) == 2 and fences[0][1] in ("", "json") and not fences[1][1]:
         return completion[fences[0].end() : fences[1].start()]
     return completion
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+def _reject_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")

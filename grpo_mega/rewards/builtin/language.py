@@ -1,7 +1,7 @@
-"""Reward `language_consistency`: the share of the words that are in the wished language, told by their script.
+"""Reward `language_consistency`: the fraction of words in the desired language, recognized by their script.
 
-Formulas, code and LaTeX commands are in no language and do not count. A run of letters is a word; in scripts that are
-written without spaces every character is one. Languages that share a script cannot be told apart.
+Formulas, code and LaTeX commands do not count. A run of letters is a word; in scripts that are written without spaces
+every character is a word. Languages that share a script cannot be distinguished.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SCRIPTS: Mapping[str, tuple[str, ...]] = {
     "uk": ("CYRILLIC",),
     "zh": ("CJK",),
 }
-"""Language -> first words of the Unicode names of its letters."""
+"""Language code -> first words of the Unicode names of its letters."""
 PARTS = ("all", "think")
 
 _NO_LANGUAGE = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+|</?[a-z]{1,20}>", re.DOTALL)
@@ -40,10 +40,10 @@ _SPACELESS = frozenset(("CJK", "HIRAGANA", "KATAKANA", "THAI"))
 
 
 def check_language_args(language: str, part: str = "all") -> None:
-    """Refuse values that `language_consistency` cannot work with.
+    """Check the arguments of `language_consistency`.
 
     Raises:
-        UserError: an unknown language or part.
+        UserError: the language or the part is unknown.
     """
     if language not in SCRIPTS:
         raise UserError(f"language={language!r} is unknown", remedy=f"use one of {', '.join(sorted(SCRIPTS))}")
@@ -53,29 +53,32 @@ def check_language_args(language: str, part: str = "all") -> None:
 
 @reward(low=0.0, high=1.0, check_args=check_language_args)
 def language_consistency(prompt: str, completion: str, reference: str, language: str, part: str = "all") -> float:
-    """Words in the wished language / all words; 0 without a word.
+    """Return (words in the desired language) / (all words); 0 if there are no words.
 
     Args:
-        prompt: not looked at.
-        completion: judged.
-        reference: not looked at.
+        prompt: not used.
+        completion: its words are counted.
+        reference: not used.
         language: a two-letter code, see SCRIPTS.
-        part: `all`, or `think`: what stands between the first `<think>` and `</think>`.
+        part: `all`, or `think` for the text between the first `<think>` and `</think>`.
     Source: DeepSeek-R1, arXiv:2501.12948, section 2.3.2: the proportion of words in the target language.
-    Differs: languages are told by script.
+    Differs: languages are recognized by their script.
     """
     if part == "think":
         completion = completion.partition("<think>")[2].partition("</think>")[0]
-    wished, right, total = SCRIPTS[language], 0, 0
+    scripts, matching, total = SCRIPTS[language], 0, 0
     for run in _WORD.findall(_NO_LANGUAGE.sub(" ", completion)):
         for script, number in _words_by_script(run):
             total += number
-            right += number if script in wished else 0
-    return right / total if total else 0.0
+            matching += number if script in scripts else 0
+    return matching / total if total else 0.0
 
 
 def _words_by_script(run: str) -> list[tuple[str, int]]:
-    """The words in a run of letters: neighbours of one script are one word, or one each (`_SPACELESS`)."""
+    """Return (script, number of words) of a run of letters.
+
+    Adjacent letters of one script form one word; in the scripts of `_SPACELESS` each letter is a word.
+    """
     words: list[tuple[str, int]] = []
     for character in run:
         script = _script(character)

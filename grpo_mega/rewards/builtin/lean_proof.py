@@ -1,13 +1,13 @@
-"""Reward `proof`: Lean accepts the completion as a proof of the reference's statement.
+"""Reward `proof`: Lean accepts the completion as a proof of the statement in the reference.
 
-The reference is the statement up to and with its `:=` (or `:= by`); the completion's last fenced Lean block, else all
-of it, is the proof, with or without the statement repeated before it. Lean runs code while it checks, so it runs in the
-sandbox (sandbox.py). A proof counts when Lean ends without an error and says, for this theorem, that nothing but
-`axioms` was assumed: `sorry` is an axiom there. Words by which a text could define its own commands or tell Lean to
-run something are refused before.
+The reference is the statement with its `:=` (or `:= by`) at the end. The proof is the last fenced Lean block of the
+completion, else the whole completion, with or without the statement before it. Lean executes code while it checks a
+proof, so it runs in the sandbox. A proof counts when Lean exits without an error and reports that the theorem depends
+only on `axioms`; Lean reports `sorry` as an axiom. A proof with a keyword that could define commands or execute code
+scores 0 without a run.
 
-Asserted by tests/unit/rewards/builtin/test_lean_proof.py with a stand-in for Lean; docs/measurements/rewards.md says
-what a real one did.
+Asserted by tests/unit/rewards/builtin/test_lean_proof.py with a stub of Lean; docs/measurements/rewards.md has
+measurements with Lean itself.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from grpo_mega.sandbox.sandbox import Limits, Sandbox, check_limits, require_iso
 from grpo_mega.types import UserError
 
 AXIOMS = ("propext", "Classical.choice", "Quot.sound")
-"""Those of Lean's own logic."""
+"""The axioms of Lean's own logic."""
 
 _FILE = "Proof.lean"
 _FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*(\w*)[ \t]*\r?$", re.MULTILINE)
 _NAME = re.compile(r"\b(?:theorem|lemma)\s+([^\s:({\[⦃]+)")
-_REFUSED = re.compile(
+_FORBIDDEN = re.compile(
     r"#|\b(?:abbrev|attribute|axiom|builtin_initialize|by_elab|class|constant|declare_syntax_cat|def|elab|elab_rules|end|"
     r"eval|example|export|extern|implemented_by|import|include_str|inductive|infix|infixl|infixr|initialize|instance|IO|"
     r"lemma|macro|macro_rules|mutual|namespace|native_decide|notation|opaque|postfix|prefix|run_cmd|run_elab|run_meta|"
     r"run_tac|section|set_option|structure|syntax|theorem|universe|unsafe|variable)\b"
 )
-_LONGEST_PROOF = 50_000
+_MAX_PROOF_CHARACTERS = 50_000
 _MEGABYTE = 1 << 20
 
 
@@ -52,20 +52,22 @@ def check_proof_args(
     memory_mb: int = 8192,
     processes: int = 32,
 ) -> None:
-    """Refuse values that `proof` cannot work with, and a machine without Lean or without isolation.
+    """Check the arguments of `proof`, and that this machine has Lean and offers isolation.
 
     Raises:
-        UserError: names the argument, or what is missing.
+        UserError: an argument is wrong, or Lean or the isolation is unavailable.
     """
     if not isinstance(header, str):
-        raise UserError(f"header={header!r} is no text", remedy="write for example 'import Mathlib'")
+        raise UserError(f"header={header!r} must be a string", remedy="write for example 'import Mathlib'")
     check_limits(seconds, 60.0, memory_mb=memory_mb, processes=processes)
     for name, texts in (("lean_path", lean_path), ("axioms", axioms)):
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{name}={texts!r} is no list of texts", remedy="write it as one")
+            raise UserError(f"{name}={texts!r} must be a list of strings", remedy="write it as a list")
     for folder in lean_path:
         if not os.path.isdir(folder):
-            raise UserError(f"lean_path: {folder!r} is no folder", remedy="name folders of compiled modules (.olean)")
+            raise UserError(
+                f"lean_path: {folder!r} is not a folder", remedy="give folders of compiled modules (.olean)"
+            )
     try:
         _toolchain(lean)
     except ValueError as error:
@@ -74,7 +76,7 @@ def check_proof_args(
 
 
 def longest_seconds(seconds: float = 60.0, **_: object) -> float:
-    """How long one scoring may take by its own limit."""
+    """Return the limit in seconds that the reward keeps for one scoring."""
     return seconds
 
 
@@ -91,29 +93,29 @@ def proof(
     memory_mb: int = 8192,
     processes: int = 32,
 ) -> float:
-    """1 when Lean accepts the proof, else 0.
+    """Return 1 when Lean accepts the proof, else 0.
 
     Args:
-        prompt: not looked at.
-        completion: its proof is extracted.
-        reference: the statement, a theorem with a name.
-        header: what stands before the statement: imports, open namespaces, definitions.
-        lean: the command, by name or path.
+        prompt: not used.
+        completion: the proof is extracted from it.
+        reference: the statement of a theorem with a name.
+        header: text before the statement: imports, open namespaces, definitions.
+        lean: name or path of the Lean command.
         lean_path: folders of compiled modules that the header imports.
-        axioms: what may be assumed.
-        seconds: wall clock.
-        memory_mb: address space; Lean maps the modules that it imports.
-        processes: threads at the same time.
+        axioms: axioms that a proof may depend on.
+        seconds: wall-clock limit.
+        memory_mb: limit of the address space in MiB; Lean maps the modules that it imports.
+        processes: limit of threads at the same time.
 
     Raises:
         ValueError: the reference names no theorem.
-        SandboxError: the isolation was lost; nothing was run.
+        SandboxError: the isolation was lost; Lean did not run.
     """
     name = _NAME.search(reference)
     if name is None:
         raise ValueError(f"the reference {reference[:80]!r} states no theorem; correct the data or its answer_key")
     body = proof_of(completion, reference)
-    if not body.strip() or len(body) > _LONGEST_PROOF or _REFUSED.search(body):
+    if not body.strip() or len(body) > _MAX_PROOF_CHARACTERS or _FORBIDDEN.search(body):
         return 0.0
     indented = "\n".join("  " + line for line in body.strip("\n").splitlines())
     before = f"{header}\n{reference.rstrip()}\n{indented}\n"
@@ -132,7 +134,7 @@ def proof(
 
 
 def proof_of(completion: str, statement: str) -> str:
-    """The last fenced block of Lean, else everything; without the statement, if that is repeated."""
+    """Return the last fenced Lean block, else the whole completion, without a repeated statement before it."""
     fences = list(_FENCE.finditer(completion))
     text = completion
     for opening, closing in zip(reversed(fences[:-1]), reversed(fences[1:]), strict=True):
@@ -145,20 +147,20 @@ def proof_of(completion: str, statement: str) -> str:
 
 
 def _assumes_only(output: str, line_number: int, name: str, axioms: frozenset[str]) -> bool:
-    """Whether the message at the last line says that the theorem follows from `axioms`."""
+    """Return True when Lean's message for the last line says that the theorem depends only on `axioms`."""
     for line in output.splitlines():
         try:
             message: dict[str, Any] = json.loads(line)
-            said = str(message["data"]).strip()
+            text = str(message["data"]).strip()
             if message["severity"] == "error":
                 return False
             if message["pos"]["line"] != line_number:
                 continue
         except (ValueError, KeyError, TypeError, RecursionError):
             return False
-        if said == f"'{name}' does not depend on any axioms":
+        if text == f"'{name}' does not depend on any axioms":
             return True
-        found = re.fullmatch(re.escape(f"'{name}' depends on axioms:") + r"\s*\[([^\]]*)\]", said)
+        found = re.fullmatch(re.escape(f"'{name}' depends on axioms:") + r"\s*\[([^\]]*)\]", text)
         if found is not None:
             return {axiom.strip() for axiom in found[1].split(",")} <= axioms
     return False
@@ -166,23 +168,25 @@ def _assumes_only(output: str, line_number: int, name: str, axioms: frozenset[st
 
 @functools.cache
 def _toolchain(lean: str) -> str:
-    """The folder of the Lean that a command stands for.
+    """Return the folder of the Lean toolchain that a command belongs to.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the command was not found, or it does not work.
     """
     found = shutil.which(lean) if isinstance(lean, str) else None
     if found is None:
-        raise ValueError(
-            f"lean={lean!r} is no command on this machine; install Lean 4 (elan), or give the path of `lean`"
-        )
+        raise ValueError(f"lean={lean!r} was not found; install Lean 4 (elan), or give the path of `lean`")
     try:
-        said = subprocess.run([found, "--print-prefix"], capture_output=True, text=True, timeout=120, check=True).stdout
+        output = subprocess.run(
+            [found, "--print-prefix"], capture_output=True, text=True, timeout=120, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(
-            f"lean={found!r} does not tell its folder ({error}); check that `lean --version` works"
+            f"lean={found!r} does not print its folder ({error}); check that `lean --version` works"
         ) from error
-    prefix = os.path.realpath(said.strip())
+    prefix = os.path.realpath(output.strip())
     if not (Path(prefix) / "bin" / "lean").is_file():
-        raise ValueError(f"lean={found!r} says that it lives in {prefix!r}, which has no bin/lean; check the toolchain")
+        raise ValueError(
+            f"lean={found!r} prints the folder {prefix!r}, which contains no bin/lean; check the toolchain"
+        )
     return prefix

@@ -1,8 +1,8 @@
-"""Reward `length`: a soft penalty on the length of the completion, 0 where it is as wished and -1 at worst.
+"""Reward `length`: a soft penalty on the length of the completion, from 0 (no penalty) to -1.
 
 Kinds: `overlong` (0 up to `limit - buffer`, falling linearly to -1 at `limit`) and `target` (|length - limit| over
-`buffer`, at most 1). Lengths are of the text: characters, words, or tokens of a `tokenizer.json`. The penalty on the
-policy's own tokens that DAPO applies is `algorithm.overlong_buffer_fraction`; this reward is for everything else.
+`buffer`, at most 1). The length is that of the text, in characters, words, or tokens of a `tokenizer.json`. For DAPO's
+penalty on the policy's own tokens use `algorithm.overlong_buffer_fraction` instead.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ UNITS = ("characters", "words", "tokens")
 def check_length_args(
     limit: int, buffer: int, kind: str = "overlong", unit: str = "characters", tokenizer: str | None = None
 ) -> None:
-    """Refuse values that `length` cannot work with.
+    """Check the arguments of `length`.
 
     Raises:
-        UserError: an unknown kind or unit, a limit or buffer that makes no penalty, a tokenizer missing or superfluous.
+        UserError: the kind or unit is unknown, limit or buffer is out of range, or tokenizer does not fit the unit.
     """
     if kind not in KINDS:
         raise UserError(f"kind={kind!r} is unknown", remedy=f"use one of {', '.join(KINDS)}")
@@ -32,10 +32,10 @@ def check_length_args(
         raise UserError(f"unit={unit!r} is unknown", remedy=f"use one of {', '.join(UNITS)}")
     for name, value in (("limit", limit), ("buffer", buffer)):
         if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0", remedy=f"give a number of {unit}")
+            raise UserError(f"{name}={value!r} must be a whole number above 0", remedy=f"give a number of {unit}")
     if kind == "overlong" and buffer > limit:
         raise UserError(
-            f"buffer={buffer} is more than limit={limit}: an empty completion would be penalised", remedy="lower it"
+            f"buffer={buffer} is more than limit={limit}: an empty completion would be penalized", remedy="lower it"
         )
     if (unit == "tokens") != (tokenizer is not None):
         raise UserError(
@@ -61,22 +61,22 @@ def length(
     unit: str = "characters",
     tokenizer: str | None = None,
 ) -> float:
-    """The penalty, in [-1, 0].
+    """Return the penalty, in [-1, 0].
 
     overlong: 0 for n <= limit - buffer, else (limit - buffer - n) / buffer, at least -1.
     target: -|n - limit| / buffer, at least -1.
 
     Args:
-        prompt: not looked at.
-        completion: its length n counts.
-        reference: not looked at.
-        limit: overlong: where the penalty reaches -1; target: the wished length.
-        buffer: over how much it falls from 0 to -1.
+        prompt: not used.
+        completion: n is its length in `unit`.
+        reference: not used.
+        limit: for overlong the length at which the penalty reaches -1; for target the desired length.
+        buffer: the distance over which the penalty falls from 0 to -1.
         kind: `overlong` or `target`.
         unit: `characters`, `words` (between white space) or `tokens`.
         tokenizer: path of a tokenizer.json (or its folder), for `unit: tokens`.
     Source: overlong: DAPO, arXiv:2503.14476, eq. 13; target: LCPO-Exact, arXiv:2503.04697, eq. 1.
-    Differs: of the text in the unit asked for; target is scaled by `buffer` and bounded.
+    Differs: measures the text in `unit`; target is scaled by `buffer` and bounded.
     """
     if unit == "tokens":
         assert tokenizer is not None, unit
@@ -96,5 +96,5 @@ def _tokenizer(path: str) -> Any:
 
 
 def _encodable(text: str) -> str:
-    """Lone surrogates, which no tokenizer takes, become question marks."""
+    """Replace lone surrogates, which no tokenizer accepts, by question marks."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,11 +1,12 @@
-r"""Reward `math`: the completion's final answer means the same as the reference's, LaTeX or plain.
+r"""Reward `math`: the final answer of the completion is mathematically equal to that of the reference.
 
-The final answer is the last `\boxed{x}`; without one and unless `strict`, what math-verify finds at the end of the
-text. Answers are compared by math-verify: fractions, decimals, radicals, equations, tuples, intervals, sets, matrices;
-units are dropped, 50% is 0.5 or 50. A reference in words (`No, it is not closed.`) is compared as words.
+Answers may be LaTeX or plain text. The final answer is the last `\boxed{x}`. Without a box, and unless `strict`, it is
+the answer that math-verify finds at the end of the text. math-verify compares fractions, decimals, radicals, equations,
+tuples, intervals, sets and matrices. Units are dropped, and 50% equals 0.5 or 50. A reference in words (`No, it is not
+closed.`) is compared as words.
 
-Invariants (tests/unit/rewards/builtin/test_math.py): every real answer equals itself and its simple rewritings and
-differs from its neighbour; an answer that explodes when it is evaluated costs at most `cpu_seconds`.
+Invariants (tests/unit/rewards/builtin/test_math.py): every answer of the test data equals itself and its simple
+rewritings, and differs from the next one; an answer that is expensive to evaluate costs at most `cpu_seconds`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
 from grpo_mega.types import UserError
 
-_TAIL = 1000  # characters at the end of a completion without a box that are searched for an answer
-_LONGEST_ANSWER = 1000  # characters; the longest real answer is well below
+_TAIL = 1000  # characters at the end of a completion without a box in which an answer is searched
+_MAX_ANSWER_CHARACTERS = 1000  # more than the longest answer of the test data
 _MAX_EXPONENT = 20_000
 _MAX_FACTORIAL = 2_000
-_DEEPEST_BRACKETS = 40
-_WORDS_OF_PROSE = 3
+_MAX_BRACKET_DEPTH = 40
+_MIN_PROSE_WORDS = 3
 
 _MATH = re.compile(r"\$\$.*?\$\$|\$[^$]*\$|\\\[.*?\\\]|\\\(.*?\\\)", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -43,41 +44,43 @@ _TOWER = re.compile(r"[0-9)}][\s)}]*(?:\^|\*\*)[\s{(]*[0-9]+[\s)}]*(?:\^|\*\*)[\
 _FACTORIAL = re.compile(r"([0-9]+|[)}!])\s*!")
 _DIGITS = re.compile(r"[0-9]{400,}")
 
-logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # a line for each answer that it cannot read
+logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it logs one line per answer that it cannot parse
 logging.getLogger("latex2sympy2_extended").setLevel(logging.CRITICAL)
-sys.set_int_max_str_digits(20_000)  # beyond it sympy prints a number for minutes
+sys.set_int_max_str_digits(20_000)  # sympy would spend minutes on printing a longer number
 
 
 def check_math_args(strict: bool = False, cpu_seconds: float = 2.0) -> None:
-    """Refuse values that `math` cannot work with.
+    """Check the arguments of `math`.
 
     Raises:
-        UserError: `strict` is neither true nor false, or `cpu_seconds` is not positive.
+        UserError: `strict` is not a boolean, or `cpu_seconds` is out of range.
     """
     if not isinstance(strict, bool):
-        raise UserError(f"strict={strict!r} is neither true nor false", remedy="use one of them")
+        raise UserError(f"strict={strict!r} must be true or false", remedy="use one of them")
     if isinstance(cpu_seconds, bool) or not isinstance(cpu_seconds, int | float) or not 0 < cpu_seconds < 3600:
-        raise UserError(f"cpu_seconds={cpu_seconds!r} is no number of seconds above 0", remedy="use for example 2.0")
+        raise UserError(
+            f"cpu_seconds={cpu_seconds!r} must be a number of seconds above 0", remedy="use for example 2.0"
+        )
 
 
 @reward(low=0.0, high=1.0, check_args=check_math_args)
 def math(prompt: str, completion: str, reference: str, strict: bool = False, cpu_seconds: float = 2.0) -> float:
-    r"""1 when the final answers of completion and reference mean the same, else 0.
+    r"""Return 1 when the final answers of completion and reference are equal, else 0.
 
     Args:
-        prompt: not looked at.
-        completion: its final answer is extracted.
-        reference: a bare answer, or a worked solution that ends in `\boxed{x}`.
-        strict: demand a box; an answer in prose is then none.
-        cpu_seconds: processor time; an answer that cannot be compared within it is wrong.
+        prompt: not used.
+        completion: the final answer is extracted from it.
+        reference: only the answer, or a worked solution that ends in `\boxed{x}`.
+        strict: accept only a box; an answer in prose is not an answer then.
+        cpu_seconds: CPU time; an answer that cannot be compared within it is wrong.
 
     Raises:
         ValueError: the reference is empty.
     """
-    expected = _boxed_or(reference, reference.strip())
+    expected = _boxed_answer(reference, reference.strip())
     if not expected:
         raise ValueError("the reference is empty; correct the data or its answer_key")
-    answer = _boxed_or(completion, None if strict else completion[-_TAIL:].strip())
+    answer = _boxed_answer(completion, None if strict else completion[-_TAIL:].strip())
     if not answer:
         return 0.0
     if _plain(answer) == _plain(expected) != "":
@@ -85,18 +88,18 @@ def math(prompt: str, completion: str, reference: str, strict: bool = False, cpu
     if is_prose(expected):
         words = _words(expected)
         return float(bool(words) and _words(answer[-2 * len(expected) - 80 :])[-len(words) :] == words)
-    if _explodes(answer):
+    if _is_too_expensive(answer):
         return 0.0
     return float(within_cpu_seconds(cpu_seconds, lambda: any(_same(e, answer) for e in _forms(expected))) or False)
 
 
 def is_prose(answer: str) -> bool:
-    """Whether an answer is a sentence, so that the formulas inside are not the answer."""
+    """Return True when an answer is a sentence, so that the formulas inside it are not the answer."""
     words = [word for word in _WORD.findall(_MATH.sub(" ", answer)) if word.lower() not in _FILLER]
-    return len(words) >= _WORDS_OF_PROSE or any(form.fullmatch(answer) for form in (_VERDICT, _REASONED_VERDICT))
+    return len(words) >= _MIN_PROSE_WORDS or any(form.fullmatch(answer) for form in (_VERDICT, _REASONED_VERDICT))
 
 
-def _boxed_or(text: str, otherwise: str | None) -> str | None:
+def _boxed_answer(text: str, otherwise: str | None) -> str | None:
     if BOXED_START not in text:
         return otherwise
     contents = boxed_contents(text)
@@ -104,8 +107,8 @@ def _boxed_or(text: str, otherwise: str | None) -> str | None:
 
 
 def _plain(answer: str) -> str:
-    """Without white space, LaTeX's marks of text and size, and punctuation; in lower case."""
-    if len(answer) > 20 * _LONGEST_ANSWER:
+    """Return the answer in lower case without white space, LaTeX commands for text and size, and punctuation."""
+    if len(answer) > 20 * _MAX_ANSWER_CHARACTERS:
         return ""
     return _NOISE.sub("", _COMMAND.sub("", answer.replace("dfrac", "frac").replace("tfrac", "frac"))).casefold()
 
@@ -115,7 +118,7 @@ def _words(text: str) -> list[str]:
 
 
 def _depth(answer: str) -> int:
-    """How many brackets are open at most: the parser's time grows with a power of it."""
+    """Return the maximum bracket depth; the parser's time grows with a power of it."""
     depth = deepest = 0
     for character in answer:
         if character in "([{":
@@ -126,11 +129,11 @@ def _depth(answer: str) -> int:
     return deepest
 
 
-def _explodes(answer: str) -> bool:
-    """Whether evaluating it would take one operation that nothing can interrupt: `9^{9^9}`, `99999999!`."""
+def _is_too_expensive(answer: str) -> bool:
+    """Return True when evaluation needs an operation that cannot be interrupted: `9^{9^9}`, `99999999!`."""
     if (
-        len(answer) > 2 * _LONGEST_ANSWER
-        or _depth(answer) > _DEEPEST_BRACKETS
+        len(answer) > 2 * _MAX_ANSWER_CHARACTERS
+        or _depth(answer) > _MAX_BRACKET_DEPTH
         or _DIGITS.search(answer)
         or _TOWER.search(answer)
     ):
@@ -141,7 +144,7 @@ def _explodes(answer: str) -> bool:
 
 
 def _forms(expected: str) -> list[str]:
-    r"""The ways in which one reference says its answer: `x \le 2 : (-\infty, 2]` says it twice."""
+    r"""Return the alternative forms of a reference: `x \le 2 : (-\infty, 2]` has two."""
     left, colon, right = expected.strip("$ ").rpartition(":")
     if colon and _RELATION.search(left) and right.strip()[:1] in ("(", "["):
         return [right.strip(), left.strip()]

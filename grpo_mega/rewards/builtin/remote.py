@@ -1,9 +1,10 @@
-"""Reward `remote`: values from a server of your own, many completions in one request.
+"""Reward `remote`: values from the user's own server, many completions per request.
 
-Two protocols. `rewards`: POST `{"rows": [{"prompt", "completion", "reference"}, ...]}`, answer `{"rewards": [0.5,
-...]}` in the same order, null where there is none. `classify`: a reward model that an engine serves in its pooling mode
-(vLLM's `/classify`): POST `{"model", "input": [prompt + completion, ...]}`, answer `{"data": [{"index", "probs": [..]},
-...]}`, of which the last probability counts (for two classes: of the second, for one: of the only one).
+There are two protocols. `rewards`: POST `{"rows": [{"prompt", "completion", "reference"}, ...]}`; the answer is
+`{"rewards": [0.5, ...]}` in the same order, with null for a missing value. `classify`: a reward model that an engine
+serves in its pooling mode (vLLM's `/classify`): POST `{"model", "input": [prompt + completion, ...]}`; the answer is
+`{"data": [{"index", "probs": [..]}, ...]}`. The value is the last probability: the second of two classes, or the only
+one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from grpo_mega.types import UserError
 
 PROTOCOLS = ("rewards", "classify")
 
-_LONGEST_TEXT = 200_000
+_MAX_TEXT_CHARACTERS = 200_000
 _CONCURRENCY = 4
 
 
@@ -32,27 +33,30 @@ def check_remote_args(
     model: str | None = None,
     batch_size: int = 16,
 ) -> None:
-    """Refuse values that `remote` cannot work with, and a server that is not there.
+    """Check the arguments of `remote`, and that its server accepts connections.
 
     Raises:
         UserError: names the argument.
     """
     numbers = all(type(end) in (int, float) and math.isfinite(end) for end in (low, high))
     if not numbers or not low < high:
-        raise UserError(f"low={low!r} high={high!r} is no range", remedy="give two finite numbers with low < high")
+        raise UserError(f"low={low!r} high={high!r} must be two finite numbers with low < high", remedy="correct them")
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol={protocol!r} is unknown", remedy=f"use one of {', '.join(PROTOCOLS)}")
     if (protocol == "classify") != (model is not None):
         raise UserError(
-            f"protocol={protocol!r} with model={model!r}", remedy="classify needs the model's name, rewards has none"
+            f"protocol={protocol!r} with model={model!r}",
+            remedy="set model for protocol classify, and remove it for rewards",
         )
     if type(batch_size) is not int or not 1 <= batch_size <= 10_000:
-        raise UserError(f"batch_size={batch_size!r} is no whole number from 1 to 10000", remedy="use for example 16")
+        raise UserError(
+            f"batch_size={batch_size!r} must be a whole number from 1 to 10000", remedy="use for example 16"
+        )
     check_server(server)
 
 
 def declared_range(low: float = 0.0, high: float = 1.0, **_: object) -> tuple[float, float]:
-    """The range that the arguments promise."""
+    """Return the range (low, high) that the arguments declare."""
     return low, high
 
 
@@ -66,15 +70,15 @@ def remote(
     model: str | None = None,
     batch_size: int = 16,
 ) -> BatchScorer:
-    """What the server says, in [low, high]; a value outside is a failed scoring.
+    """Return the server's values in [low, high]; a value outside of the range is a failed scoring.
 
     Args:
-        server: requests are sent to its `url` as it is.
+        server: requests are sent to its `url` unchanged.
         low: least value.
         high: greatest value.
         protocol: `rewards` or `classify`.
-        model: classify: the model's name on the server.
-        batch_size: completions of one request, at most; a request goes out as soon as there is one.
+        model: for classify, the name of the model on the server.
+        batch_size: maximum number of completions per request; a request is sent as soon as there is one completion.
     """
     make, read = (_classify_body, _classified) if protocol == "classify" else (_rewards_body, _rewarded)
 
@@ -100,7 +104,7 @@ def _with_length(
 
 def _rewards_body(rows: Sequence[ScoringRow], model: str | None) -> dict[str, Any]:
     names = ("prompt", "completion", "reference")
-    return {"rows": [{name: sendable(getattr(row, name), _LONGEST_TEXT) for name in names} for row in rows]}
+    return {"rows": [{name: sendable(getattr(row, name), _MAX_TEXT_CHARACTERS) for name in names} for row in rows]}
 
 
 def _rewarded(answer: Any) -> list[float | Exception]:
@@ -108,7 +112,7 @@ def _rewarded(answer: Any) -> list[float | Exception]:
 
 
 def _classify_body(rows: Sequence[ScoringRow], model: str | None) -> dict[str, Any]:
-    return {"model": model, "input": [sendable(row.prompt + row.completion, _LONGEST_TEXT) for row in rows]}
+    return {"model": model, "input": [sendable(row.prompt + row.completion, _MAX_TEXT_CHARACTERS) for row in rows]}
 
 
 def _classified(answer: Any) -> list[float | Exception]:
@@ -118,5 +122,5 @@ def _classified(answer: Any) -> list[float | Exception]:
 
 def _number(value: object) -> float | Exception:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return ValueError(f"the server gave {value!r}, no number")
+        return ValueError(f"the server returned {value!r}, not a number")
     return float(value)

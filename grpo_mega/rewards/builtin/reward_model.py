@@ -1,8 +1,8 @@
 """Reward `reward_model`: the output of a frozen Hugging Face sequence classifier with one label.
 
-The model waits in host memory and stands on the rank's device only while it scores, in the reward phase; where there is
-no GPU it is scored on the CPU. Its values do not depend on the batch size but for rounding. To have it served by an
-engine instead, see `remote`, protocol `classify`.
+The model stays in host memory and is on the rank's GPU only while it scores, in the reward phase. Without a GPU it runs
+on the CPU. Its values do not depend on the batch size, except for rounding. To have an engine serve the model instead,
+use `remote` with protocol `classify`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from grpo_mega.rewards.batched import BatchScorer, ScoringRow
 from grpo_mega.types import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
-_LONGEST_TEXT = 1_000_000  # characters; more is cut at its beginning before it is tokenised
+_MAX_TEXT_CHARACTERS = 1_000_000  # a longer completion loses its beginning before it is tokenized
 
 
 def check_reward_model_args(
@@ -28,42 +28,47 @@ def check_reward_model_args(
     max_tokens: int = 4096,
     dtype: str = "float32",
 ) -> None:
-    """Refuse values that `reward_model` cannot work with.
+    """Check the arguments of `reward_model`.
 
     Raises:
-        UserError: the folder is no classifier with one label, or a number is out of its range.
+        UserError: the folder does not hold a classifier with one label, or an argument is out of range.
     """
     folder = Path(str(path))
     try:
         model = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"path={path!r} has no readable config.json ({error})", remedy="name a Hugging Face folder"
+            f"path={path!r}: config.json cannot be read ({error})", remedy="give a Hugging Face model folder"
         ) from error
     architectures = model.get("architectures") or []
     if not any(str(name).endswith("ForSequenceClassification") for name in architectures):
         raise UserError(
-            f"path={path!r} holds {architectures}", remedy="a reward model is a ...ForSequenceClassification"
+            f"path={path!r} holds {architectures}; a reward model must be a ...ForSequenceClassification",
+            remedy="give another folder",
         )
     labels = len(model.get("id2label") or ("LABEL_0", "LABEL_1"))
     if labels != 1:
-        raise UserError(f"path={path!r} has {labels} labels", remedy="a reward model has one")
+        raise UserError(
+            f"path={path!r} has {labels} labels; a reward model must have one", remedy="give another folder"
+        )
     if bound is not None and (type(bound) not in (int, float) or not 0 < bound < math.inf):
-        raise UserError(f"bound={bound!r} is no finite number above 0", remedy="leave it out for the sigmoid")
+        raise UserError(f"bound={bound!r} must be a finite number above 0", remedy="remove it to use the sigmoid")
     if not isinstance(chat, bool):
-        raise UserError(f"chat={chat!r} is neither true nor false", remedy="use one of them")
+        raise UserError(f"chat={chat!r} must be true or false", remedy="use one of them")
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens)):
         if type(value) is not int or value < 1:
-            raise UserError(f"{name}={value!r} is no whole number above 0", remedy="correct it")
+            raise UserError(f"{name}={value!r} must be a whole number above 0", remedy="correct it")
     longest = model.get("max_position_embeddings")
     if longest is not None and max_tokens > longest:
-        raise UserError(f"max_tokens={max_tokens} is more than the {longest} positions of {path!r}", remedy="lower it")
+        raise UserError(
+            f"max_tokens={max_tokens} must be at most {longest}, the positions of {path!r}", remedy="lower it"
+        )
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype!r} is unknown", remedy=f"use one of {', '.join(DTYPES)}")
 
 
 def declared_range(bound: float | None = None, **_: object) -> tuple[float, float]:
-    """[0, 1] for the sigmoid, else [-bound, bound]."""
+    """Return the range: [0, 1] for the sigmoid, else [-bound, bound]."""
     return (0.0, 1.0) if bound is None else (-bound, bound)
 
 
@@ -76,14 +81,14 @@ def reward_model(
     max_tokens: int = 4096,
     dtype: str = "float32",
 ) -> BatchScorer:
-    """sigmoid(logit), or the logit cut to [-bound, bound].
+    """Return sigmoid(logit), or the logit clamped to [-bound, bound].
 
     Args:
-        path: folder with model and tokenizer.
-        bound: unset: the sigmoid.
-        chat: put prompt and completion into the model's own chat template; else they are read one after the other.
-        batch_size: completions of one forward pass.
-        max_tokens: of prompt and completion; what is longer loses its beginning.
+        path: Hugging Face folder with the model and its tokenizer.
+        bound: range of the logit; default: use the sigmoid instead.
+        chat: apply the model's own chat template to prompt and completion; false: concatenate them.
+        batch_size: completions per forward pass.
+        max_tokens: limit of prompt and completion together; a longer text loses its beginning.
         dtype: of the weights and the computation.
     """
     return _ModelScorer(path, bound, chat, batch_size, max_tokens, dtype)
@@ -102,14 +107,14 @@ class _ModelScorer:
         self._model.eval().requires_grad_(False)
         known = (self._tokenizer.pad_token_id, self._model.config.pad_token_id, self._tokenizer.eos_token_id, 0)
         self._pad_id = next(number for number in known if number is not None)
-        self._model.config.pad_token_id = self._pad_id  # where the model looks for a row's last token
+        self._model.config.pad_token_id = self._pad_id  # the model finds the last token of a row by it
         self._rows: list[tuple[int, ScoringRow]] = []
 
     def submit(self, key: int, row: ScoringRow) -> None:
         self._rows.append((key, row))
 
     def collect(self) -> dict[int, float | Exception]:
-        """Scores now, the longest first, so that a lack of memory shows in the first batch."""
+        """Score all rows, the longest first, so that an out-of-memory error occurs in the first batch."""
         import torch
 
         rows, self._rows = self._rows, []
@@ -132,7 +137,7 @@ class _ModelScorer:
         self._rows = []
 
     def _token_ids(self, row: ScoringRow) -> list[int]:
-        completion = row.completion[-_LONGEST_TEXT:].encode("utf-8", "replace").decode("utf-8")
+        completion = row.completion[-_MAX_TEXT_CHARACTERS:].encode("utf-8", "replace").decode("utf-8")
         if self._chat:
             turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": completion}]
             text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
@@ -155,7 +160,7 @@ class _ModelScorer:
 
     def _value(self, logit: float) -> float | Exception:
         if not math.isfinite(logit):
-            return ValueError(f"the model gave {logit}")
+            return ValueError(f"the model returned {logit}, not a finite number")
         if self._bound is not None:
             return min(self._bound, max(-self._bound, logit))
         return 1.0 / (1.0 + math.exp(-logit)) if logit >= 0 else 1.0 - 1.0 / (1.0 + math.exp(logit))

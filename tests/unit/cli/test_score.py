@@ -31,7 +31,7 @@ def test_rows_keep_order_and_keys_and_get_a_reward(tmp_path: Path) -> None:
     *scored, summary = [json.loads(line) for line in done.stdout.splitlines()]
     assert scored == [row | {"reward": value} for row, value in zip(rows, [1.0, 0.0, 0.0, 0.0], strict=True)]
     assert summary == {"reward_name": "gsm8k", "num_rows": 4, "reward_mean": 0.25, "num_failures": 1}
-    assert "ends in no number" in done.stderr
+    assert "does not end in a number" in done.stderr
 
 
 def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> None:
@@ -45,19 +45,19 @@ def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "arguments", "fragment"),
     [
-        (b"{not json", ("--reward", "exact"), "rows.jsonl:2: b'{not json' is no JSON"),
+        (b"{not json", ("--reward", "exact"), "rows.jsonl:2: b'{not json' is not JSON"),
         (b"\xff\xfe", ("--reward", "exact"), "rows.jsonl:2: "),
-        (b"[1]", ("--reward", "exact"), "rows.jsonl:2: got list"),
+        (b"[1]", ("--reward", "exact"), "rows.jsonl:2: a row must be an object"),
         (b'{"prompt": "a", "answer": "b"}', ("--reward", "exact"), "rows.jsonl:2: 'completion' is missing"),
         (
             b'{"prompt": 1, "completion": "", "answer": "b"}',
             ("--reward", "exact"),
-            "rows.jsonl:2: prompt=1 is no string",
+            "rows.jsonl:2: prompt=1 must be a string",
         ),
         (b'{"prompt": "", "completion": "", "answer": true}', ("--reward", "exact"), "rows.jsonl:2: answer=true"),
         (b"", ("--reward", "exakt"), "did you mean 'exact'"),
-        (b"", ("--reward", "exact", "--args", "[1]"), "--args=[1] is no JSON object"),
-        (b"", ("--reward", "exact", "--args", "{"), "--args={ is no JSON"),
+        (b"", ("--reward", "exact", "--args", "[1]"), "--args=[1] is not a JSON object"),
+        (b"", ("--reward", "exact", "--args", "{"), "--args={ is not JSON"),
         (b"", ("--reward", "exact", "--timeout-seconds", "0"), "both must be positive"),
     ],
 )
@@ -74,7 +74,7 @@ def test_wrong_input_is_exit_2_with_one_message(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", ["score.py", "--workers", "1", *arguments, "rows.jsonl"])
-    assert runpy.run_path(str(TOOL))["main"]() == 2  # in this process: a fresh one each costs more than all else
+    assert runpy.run_path(str(TOOL))["main"]() == 2  # in this process: a new process per case would be slow
     message = capsys.readouterr().err
     assert fragment in message
     assert len(message.splitlines()) == 1

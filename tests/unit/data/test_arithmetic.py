@@ -1,16 +1,16 @@
-"""The generated task: which pairs are taught, trained and held out."""
+"""The generated task: which pairs are for pre-training, training and evaluation."""
 
 from grpo_mega.data import arithmetic
 
 
-def test_the_three_sets_are_disjoint_and_hold_all_ten_thousand_pairs() -> None:
-    together = [*arithmetic.pairs("taught"), *arithmetic.pairs("train"), *arithmetic.pairs("heldout")]
+def test_the_three_sets_are_disjoint_and_contain_all_ten_thousand_pairs() -> None:
+    together = [*arithmetic.pairs("pretrain"), *arithmetic.pairs("train"), *arithmetic.pairs("heldout")]
     assert len(together) == len(set(together)) == 10_000
     assert all(0 <= a < 100 and 0 <= b < 100 for a, b in together)
     assert len(arithmetic.pairs("heldout")) == 300
 
 
-def test_the_sets_never_move() -> None:
+def test_the_sets_never_change() -> None:
     assert arithmetic.pairs("heldout")[:3] == ((51, 3), (23, 69), (59, 69))
     assert arithmetic.pairs("train")[:3] == ((96, 24), (77, 31), (47, 63))
 

@@ -1,4 +1,4 @@
-"""Reading prompts, the order in which they are dealt out, and the message for each thing that can be wrong."""
+"""Reading of prompts, their order over the steps, and the message for each error."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def _load(source: Any, **settings: Any) -> PromptDataset:
 
 
 def _numbered(*counts: int, weights: tuple[float, ...] = ()) -> PromptDataset:
-    """Sets of so many prompts, whose tokens are (set, place)."""
+    """Return sets of the given sizes, whose prompts have the tokens (set, position)."""
     sets, begin = [], 0
     for i, count in enumerate(counts):
         prompts = tuple(Prompt(begin + j, str(j), (i, j), "") for j in range(count))
@@ -43,7 +43,7 @@ def _numbered(*counts: int, weights: tuple[float, ...] = ()) -> PromptDataset:
 
 
 @pytest.mark.parametrize(("count", "per_step"), [(10, 3), (7, 7), (5, 8), (12, 4)])
-def test_every_prompt_comes_once_per_epoch_before_any_comes_again(count: int, per_step: int) -> None:
+def test_every_prompt_occurs_once_per_epoch_before_any_occurs_again(count: int, per_step: int) -> None:
     dataset = _numbered(count)
     stream = [p.index for step in range(4 * count) for p in dataset.batch(step, per_step, seed=5)]
     epochs = [stream[at : at + count] for at in range(0, len(stream) - count + 1, count)]
@@ -58,20 +58,20 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
     assert [p.index for p in fresh.batch(0, 8, seed=3)] != [p.index for p in fresh.batch(0, 8, seed=4)]
 
 
-def test_gsm8k_lines_are_read_as_they_are(tmp_path: Path) -> None:
+def test_gsm8k_lines_are_read_unchanged(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", {"question": "How many?", "answer": "6*7 = <<6*7=42>>42.\n#### 42"})
     (prompt,) = _load(source).prompts
     assert (prompt.text, prompt.answer) == ("How many?", "6*7 = <<6*7=42>>42.\n#### 42")
     assert prompt.token_ids == tuple(b + 2 for b in b"How many?")
 
 
-def test_named_keys_win_and_numbers_become_text(tmp_path: Path) -> None:
+def test_named_keys_take_precedence_and_numbers_become_text(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", {"prompt": "no", "q": "yes", "answer": "no", "a": 12})
     (prompt,) = _load(source, prompt_key="q", answer_key="a").prompts
     assert (prompt.text, prompt.answer) == ("yes", "12")
 
 
-def test_index_is_the_row_also_behind_a_skipped_prompt(tmp_path: Path) -> None:
+def test_index_is_the_row_also_after_a_skipped_prompt(tmp_path: Path) -> None:
     rows = [{"prompt": "p" * n, "answer": ""} for n in (3, 9, 4)]
     dataset = _load(_write(tmp_path / "a.jsonl", *rows), max_prompt_tokens=5, overlong="skip")
     assert [p.index for p in dataset.prompts] == [0, 2]
@@ -113,17 +113,17 @@ GOOD = {"prompt": "p", "answer": "a"}
     ("row", "message"),
     [
         ('{"prompt": "p", ', r"a\.jsonl:2: not valid JSON"),
-        ("[1, 2]", r"a\.jsonl:2: got a list; each line is one JSON object"),
+        ("[1, 2]", r"a\.jsonl:2: a line must be a JSON object"),
         (
             {"answer": "a", "text": "t"},
-            r"a\.jsonl:2: no key 'prompt' or 'question' among \['answer', 'text'\].*prompt_key",
+            r"a\.jsonl:2: key 'prompt' or 'question' .* \['answer', 'text'\].*prompt_key",
         ),
-        ({"prompt": "p"}, r"a\.jsonl:2: no key 'answer' among \['prompt'\]; set data\.answer_key"),
-        ({"prompt": 7, "answer": "a"}, r"a\.jsonl:2: prompt=7 is neither a string nor a list of"),
-        ({"prompt": [], "answer": "a"}, r"a\.jsonl:2: prompt=\[\] is neither"),
-        ({"prompt": [{"role": "user"}], "answer": "a"}, r"a\.jsonl:2: prompt=\[\{'role': 'user'\}\] is neither"),
-        ({"prompt": "p", "answer": True}, r"a\.jsonl:2: answer=True is neither a string nor a number"),
-        ({"prompt": "p", "answer": None}, r"a\.jsonl:2: answer=None is neither"),
+        ({"prompt": "p"}, r"a\.jsonl:2: key 'answer' .* \['prompt'\]; set data\.answer_key"),
+        ({"prompt": 7, "answer": "a"}, r"a\.jsonl:2: prompt=7 must be a string or a list of"),
+        ({"prompt": [], "answer": "a"}, r"a\.jsonl:2: prompt=\[\] must be"),
+        ({"prompt": [{"role": "user"}], "answer": "a"}, r"a\.jsonl:2: prompt=\[\{'role': 'user'\}\] must be"),
+        ({"prompt": "p", "answer": True}, r"a\.jsonl:2: answer=True must be a string or a number"),
+        ({"prompt": "p", "answer": None}, r"a\.jsonl:2: answer=None must be"),
         ({"prompt": "", "answer": "a"}, r"a\.jsonl:2: the prompt is empty"),
         (
             {"prompt": "123456", "answer": "a"},
@@ -137,13 +137,13 @@ def test_malformed_line_names_file_and_line(row: Any, message: str, tmp_path: Pa
         _load(source, max_prompt_tokens=5)
 
 
-def test_bytes_that_are_no_text_name_file_and_line(tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_name_file_and_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n\n{"prompt": "\xff"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl:3: not valid JSON"):
         _load(str(tmp_path / "a.jsonl"))
 
 
-def test_a_prompt_that_the_tokenizer_does_not_know_names_the_line(tmp_path: Path) -> None:
+def test_a_prompt_that_cannot_be_encoded_names_the_line(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", {"prompt": "1+x=", "answer": ""})
     with pytest.raises(UserError, match=r"a\.jsonl:1: the model's tokenizer cannot encode"):
         load_train(DataConfig(train=source, template="plain"), char_tokenizer(ALPHABET))
@@ -156,12 +156,12 @@ def test_empty_file_and_nothing_left_after_skipping_are_errors(tmp_path: Path) -
         _load(_write(tmp_path / "b.jsonl", {"prompt": "long", "answer": ""}), max_prompt_tokens=2, overlong="skip")
 
 
-def test_missing_files_say_what_to_put_there(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_says_where_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.train=.*none\.jsonl: no such file; give a JSONL file"):
         _load(str(tmp_path / "none.jsonl"))
     with pytest.raises(UserError, match=r"put GSM8K's train\.jsonl there \(.*openai/grade-school-math"):
         _load("data/gsm8k-of-nowhere/gsm8k/train.jsonl")
-    with pytest.raises(UserError, match=r"holds neither state\.json nor dataset_dict\.json nor \*\.parquet"):
+    with pytest.raises(UserError, match=r"contains neither state\.json nor dataset_dict\.json nor \*\.parquet"):
         _load(str(tmp_path))
     config = DataConfig(train="arithmetic:train", eval=str(tmp_path / "e.jsonl"), template="plain")
     with pytest.raises(UserError, match=r"^data\.eval="):
@@ -169,7 +169,7 @@ def test_missing_files_say_what_to_put_there(tmp_path: Path) -> None:
 
 
 def test_unknown_arithmetic_set_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"arithmetic:test is no set.*arithmetic:train or arithmetic:heldout"):
+    with pytest.raises(UserError, match=r"arithmetic:test is not a set.*arithmetic:train or arithmetic:heldout"):
         _load("arithmetic:test")
 
 
@@ -182,7 +182,7 @@ def test_model_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.path=.*nowhere is not a folder"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(UserError, match=r"model\.path=.* holds no tokenizer"):
+    with pytest.raises(UserError, match=r"model\.path=.* contains no tokenizer"):
         load_tokenizer(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode("a") == [99]
@@ -206,7 +206,7 @@ def _set_of(prompt: Prompt) -> int:
     return prompt.token_ids[0]
 
 
-def test_sets_take_turns_in_the_ratio_of_their_weights() -> None:
+def test_sets_alternate_in_the_ratio_of_their_weights() -> None:
     dataset = _numbered(40, 7, 300, weights=(0.3, 0.5, 0.2))
     stream = [_set_of(p) for step in range(25) for p in dataset.batch(step, 16, seed=1)]
     assert [stream.count(i) for i in range(3)] == [120, 200, 80]
@@ -222,13 +222,13 @@ def test_each_of_several_sets_is_a_stream_of_its_own_epochs() -> None:
     assert len({tuple(first[at : at + 5]) for at in range(0, 200, 5)}) > 1
 
 
-def test_a_run_that_continues_at_a_step_gets_the_prompts_of_the_uninterrupted_one() -> None:
+def test_a_resumed_run_gets_the_prompts_of_the_uninterrupted_run() -> None:
     straight = [_numbered(11, 30, weights=(0.9, 0.1)).batch(step, 6, seed=2) for step in range(50)]
     continued = _numbered(11, 30, weights=(0.9, 0.1))
     assert [continued.batch(step, 6, seed=2) for step in range(20, 50)] == straight[20:]
 
 
-def test_shuffled_holds_every_prompt_of_every_set_once() -> None:
+def test_shuffled_returns_every_prompt_of_every_set_once() -> None:
     dataset = _numbered(5, 12, weights=(3, 1))
     assert sorted(p.index for p in dataset.shuffled(4)) == list(range(17))
     assert dataset.shuffled(4) != dataset.shuffled(5)
@@ -262,11 +262,11 @@ def test_indices_are_unique_over_sets_and_names_are_kept(tmp_path: Path) -> None
         ),
         ([{"path": "a", "filters": [{"key": "level", "any_of": []}]}], r"any_of=\[\] keeps no row"),
         ([{"path": "a", "filters": [{"key": "level", "min": 3, "max": 2}]}], r"min=3\.0 is more than max=2\.0"),
-        ([{"path": "arithmetic:train", "split": "x"}], r"split does nothing with a generated set"),
+        ([{"path": "arithmetic:train", "split": "x"}], r"split has no effect"),
         ([{"path": "none.jsonl"}], r"data\.train\[0\]\.path=none\.jsonl: no such file"),
     ],
 )
-def test_wrong_lists_of_sets_are_refused_with_their_key(sets: list[Any], message: str) -> None:
+def test_the_error_for_a_wrong_list_of_sets_names_its_key(sets: list[Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _load(sets)
 
@@ -278,17 +278,17 @@ def test_a_held_out_set_has_no_weight(tmp_path: Path) -> None:
 
 def test_filters_that_leave_nothing_are_an_error(tmp_path: Path) -> None:
     source = _write(tmp_path / "a.jsonl", GOOD)
-    with pytest.raises(UserError, match=r"the filters of this set leave out 1 of 1 rows and nothing is left"):
+    with pytest.raises(UserError, match=r"the filters of this set remove 1 of 1 rows"):
         _load([{"path": source, "min_prompt_tokens": 3}])
 
 
 @pytest.mark.parametrize("answer", [float("nan"), float("inf"), "\ud800"])
-def test_answers_that_no_file_should_hold_name_the_line(answer: Any, tmp_path: Path) -> None:
+def test_invalid_answers_name_the_line(answer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:1: answer"):
         _load(_write(tmp_path / "a.jsonl", {"prompt": "p", "answer": answer}))
 
 
-def test_a_run_does_not_continue_over_other_prompts() -> None:
+def test_a_run_is_not_resumed_with_different_prompts() -> None:
     dataset = _numbered(5, 12, weights=(3, 1))
     assert dataset.digest == _numbered(5, 12, weights=(3, 1)).digest
     others = [_numbered(5, 12, weights=(3, 2)), _numbered(5, 11, weights=(3, 1)), _numbered(12, 5, weights=(3, 1))]

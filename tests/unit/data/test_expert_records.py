@@ -1,4 +1,4 @@
-"""The two forms of a record of experts."""
+"""The two types of a routing record."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from grpo_mega.data.expert_records import narrowed, widened
 
 
 @pytest.mark.parametrize(("num_experts", "dtype"), [(8, torch.uint8), (255, torch.uint8), (256, torch.int16)])
-def test_every_expert_and_no_record_survive_the_smallest_form_that_holds_them(
-    num_experts: int, dtype: torch.dtype
-) -> None:
+def test_experts_and_missing_records_are_kept_by_the_smallest_type(num_experts: int, dtype: torch.dtype) -> None:
     choices = torch.tensor([0, 1, num_experts - 1, -1], dtype=torch.int64).view(2, 1, 2)
     small = narrowed(choices, num_experts)
     assert small.dtype == dtype

@@ -1,4 +1,4 @@
-"""Packing rollouts into rows, and dealing rows out to ranks."""
+"""Packing of rollouts into rows, and assignment of rows to ranks."""
 
 import random
 from collections.abc import Sequence
@@ -53,11 +53,11 @@ def test_three_rollouts_packed_by_hand() -> None:
 
 
 def _with_results(rollout: Rollout, *mask: int) -> Rollout:
-    """An environment wrote the tokens where the mask is 0."""
+    """Return a rollout whose tokens with mask 0 are those of an environment."""
     return replace(rollout, completion=replace(rollout.completion, loss_mask=tuple(bool(own) for own in mask)))
 
 
-def test_tokens_of_an_environment_are_seen_and_not_trained_on_by_hand() -> None:
+def test_tokens_of_an_environment_are_in_the_row_but_not_trained_on() -> None:
     # prompt 11 12; the policy says 13 14, the environment 15 16, the policy 17
     first = _with_results(_rollout([11, 12], [13, 14, 15, 16, 17], [-1.0, -2.0, 0.0, 0.0, -3.0]), 1, 1, 0, 0, 1)
     second = _with_results(_rollout([21], [22, 23], [-4.0, 0.0]), 1, 0)
@@ -78,7 +78,7 @@ def test_tokens_of_an_environment_are_seen_and_not_trained_on_by_hand() -> None:
     assert unpack(torch.arange(12.0), row) == {0: [1.0, 2.0, 5.0], 1: [7.0]}
 
 
-def test_a_mask_of_another_length_is_refused() -> None:
+def test_a_mask_of_a_different_length_is_rejected() -> None:
     with pytest.raises(ValueError, match="a completion has 2 tokens and a loss_mask of 3"):
         pack(
             [(0, _with_results(_rollout([1], [2, 3]), 1, 0, 1))],
@@ -117,7 +117,7 @@ def test_segments_padded_to_a_multiple_by_hand() -> None:
         ({"pp": 4, "vpp": 2}, RowShape(1, 1, 4)),
     ],
 )
-def test_what_each_axis_wants_of_rows(keys: dict[str, Any], shape: RowShape) -> None:
+def test_the_multiples_that_each_axis_requires(keys: dict[str, Any], shape: RowShape) -> None:
     assert RowShape.of(ParallelConfig(**keys)) == shape
 
 
@@ -134,22 +134,22 @@ def test_row_without_rollouts_has_no_loss_token() -> None:
     assert unpack(torch.ones(4), row) == {}
 
 
-def test_loss_mask_ignores_what_the_padding_token_is() -> None:
+def test_loss_mask_does_not_depend_on_the_padding_token() -> None:
     row = pack([(0, _rollout([1, 2], [2, 2]))], row_tokens=6, advantages=[1], token_weights=[1], pad_id=2)
     assert row.loss_mask.tolist() == [False, True, True, False, False, False]
 
 
-def test_rollouts_that_do_not_fit_the_row_are_refused() -> None:
+def test_rollouts_that_do_not_fit_the_row_are_rejected() -> None:
     with pytest.raises(ValueError, match="12 tokens in all do not fit a row of 11"):
         pack(HAND, row_tokens=11, advantages=[0, 0, 0], token_weights=[1, 1, 1], pad_id=0)
 
 
-def test_missing_sampler_log_probs_are_refused() -> None:
+def test_missing_sampler_log_probs_are_rejected() -> None:
     with pytest.raises(ValueError, match="3 tokens and 1 sampler_log_probs"):
         pack([(0, _rollout([1], [2, 3, 4], [-1.0]))], row_tokens=9, advantages=[0], token_weights=[1], pad_id=0)
 
 
-def test_expert_choices_lie_at_their_tokens_and_elsewhere_there_is_no_record() -> None:
+def test_expert_choices_are_at_their_tokens_and_other_tokens_have_no_record() -> None:
     told = _rollout([1, 2], [3, 4])
     choices = torch.arange(12, dtype=torch.int16).view(3, 2, 2)  # of three tokens, two layers, two experts
     told = replace(told, completion=replace(told.completion, expert_choices=choices))
@@ -165,7 +165,7 @@ def test_expert_choices_lie_at_their_tokens_and_elsewhere_there_is_no_record() -
         pack([(0, long)], row_tokens=12, advantages=[0], token_weights=[1], pad_id=0)
 
 
-def test_unpack_gives_back_what_was_packed_for_random_rollouts() -> None:
+def test_unpack_inverts_pack_for_random_rollouts() -> None:
     rng = random.Random(0)
     for _ in range(100):
         rollouts = []
@@ -188,7 +188,7 @@ def test_unpack_gives_back_what_was_packed_for_random_rollouts() -> None:
         assert not row.loss_mask[row.cu_seqlens[1:].long() - 1].any()
 
 
-def test_plan_holds_every_rollout_once_within_the_limit_on_equal_numbers_of_microbatches() -> None:
+def test_a_plan_contains_every_rollout_once_within_the_limit_with_equal_numbers_of_microbatches() -> None:
     rng = random.Random(1)
     for _ in range(300):
         dp, limit = rng.randrange(1, 6), rng.randrange(20, 60)
@@ -210,17 +210,17 @@ def test_ranks_with_fewer_rollouts_get_empty_microbatches() -> None:
     assert plan_update([9, 5, 5], dp=2, max_tokens=9) == [[[0], []], [[1], [2]]]
 
 
-def test_the_number_of_microbatches_is_a_multiple_and_the_rows_are_evened_out_over_it() -> None:
+def test_the_number_of_microbatches_is_a_multiple_and_their_rows_have_even_length() -> None:
     assert plan_update([5, 4, 3, 2], dp=1, max_tokens=14) == [[[0, 1, 2, 3]]]
     assert plan_update([5, 4, 3, 2], dp=1, max_tokens=14, microbatch_multiple=2) == [[[0, 3], [1, 2]]]
     assert plan_update([5, 4, 3], dp=1, max_tokens=5, microbatch_multiple=4) == [[[0], [1], [2], []]]
 
 
-def test_rows_are_evened_out_when_one_more_is_needed() -> None:
+def test_rows_have_even_length_when_one_more_is_needed() -> None:
     assert plan_update([6, 2, 2, 2], dp=1, max_tokens=10) == [[[0], [1, 2, 3]]]
 
 
-def test_tight_packing_wins_where_even_rows_do_not_fit() -> None:
+def test_tight_packing_is_used_when_even_rows_do_not_fit() -> None:
     # Longest to the emptiest gives 7 + 2 + 2 = 11 and 6 + 3 = 9.
     assert plan_update([7, 6, 3, 2, 2], dp=1, max_tokens=10) == [[[0, 2], [1, 3, 4]]]
 
@@ -234,7 +234,7 @@ def test_rollout_longer_than_a_microbatch_names_the_key() -> None:
         plan_update([3, 9], dp=1, max_tokens=8)
 
 
-def test_minibatches_cut_whole_groups_with_sizes_that_differ_by_at_most_one() -> None:
+def test_minibatches_contain_whole_groups_with_sizes_that_differ_by_at_most_one() -> None:
     assert split_minibatches(8, 4) == [range(0, 2), range(2, 4), range(4, 6), range(6, 8)]
     for groups in range(1, 30):
         for minibatches in range(1, groups + 1):

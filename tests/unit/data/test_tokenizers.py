@@ -17,7 +17,7 @@ def _random_text(rng: random.Random) -> str:
     return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
 
 
-def test_byte_tokenizer_gives_back_any_text() -> None:
+def test_byte_tokenizer_decodes_to_the_same_text() -> None:
     tokenizer = byte_tokenizer()
     rng = random.Random(0)
     for text in [UNICODE, *(_random_text(rng) for _ in range(200))]:
@@ -33,24 +33,24 @@ def test_byte_tokenizer_gives_byte_b_the_id_b_plus_two() -> None:
     assert len({tokenizer.convert_ids_to_tokens(i) for i in range(258)}) == 258
 
 
-def test_char_tokenizer_has_one_token_per_character_and_gives_the_text_back() -> None:
+def test_char_tokenizer_has_one_token_per_character_and_decodes_to_the_same_text() -> None:
     tokenizer = char_tokenizer(ALPHABET)
     assert tokenizer.encode("07+ 9=") == [2, 9, 12, 14, 11, 13]
     assert tokenizer.decode([2, 9, 12, 14, 11, 13]) == "07+ 9="
     assert len(tokenizer) == len(ALPHABET) + 2
 
 
-def test_char_tokenizer_knows_newlines() -> None:
+def test_char_tokenizer_encodes_newlines() -> None:
     tokenizer = char_tokenizer("a\nb")
     assert tokenizer.decode(tokenizer.encode("a\n\nb")) == "a\n\nb"
 
 
-def test_char_tokenizer_refuses_characters_outside_its_alphabet() -> None:
+def test_char_tokenizer_rejects_characters_outside_its_alphabet() -> None:
     with pytest.raises(Exception, match="UNK"):
         char_tokenizer("ab").encode("abc")
 
 
-def test_char_tokenizer_refuses_a_repeated_character() -> None:
+def test_char_tokenizer_rejects_a_repeated_character() -> None:
     with pytest.raises(ValueError, match="repeats"):
         char_tokenizer("aba")
 

@@ -28,21 +28,25 @@ def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
         ("calculaotr", {}, r"environment\.name='calculaotr' is no environment, did you mean 'calculator'\?"),
         ("nowhere.module:f", {}, r"cannot import 'nowhere\.module' \(ModuleNotFoundError"),
         (f"{BAD}:obey", {}, r"has no function 'obey'; its environments: obeys"),
-        (f"{BAD}.undeclared", {}, r"is not declared; put `@grpo_mega\.environments\.environment"),
+        (
+            f"{BAD}.undeclared",
+            {},
+            r"is not declared as an environment; decorate .*`@grpo_mega\.environments\.environment",
+        ),
         (
             f"{BAD}:obeys",
             {"loud": True},
             r"environment\.args=.* does not fit .*, did you mean 'shout'\? it takes: shout",
         ),
-        ("calculator", {"digits": -1}, r"environment\.args: digits=-1 is no whole number from 0 to 20"),
+        ("calculator", {"digits": -1}, r"environment\.args: digits=-1 must be a whole number from 0 to 20"),
     ],
 )
-def test_wrong_environments_are_refused_by_name(name: str, args: dict[str, Any], message: str) -> None:
+def test_the_error_for_a_wrong_environment_names_it(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_environment(spec(name, args=args))
 
 
-def test_an_environment_sees_all_turns_and_its_args() -> None:
+def test_an_environment_gets_all_turns_and_its_args() -> None:
     built = build_environment(spec(args={"shout": True}))
     assert built.stop == ("!",)
     assert built("q", [Turn("a!", "1"), Turn("b!")], "ref") == "Q|REF|A!>1;B!>NONE"
@@ -54,7 +58,7 @@ def pool() -> Iterator[EnvironmentPool]:
         yield made
 
 
-def test_every_key_comes_back_with_its_own_reply(pool: EnvironmentPool) -> None:
+def test_every_key_is_returned_with_its_own_reply(pool: EnvironmentPool) -> None:
     for key in range(40):
         pool.submit(key, f"q{key}", [Turn("slow" if key == 0 else f"a{key}")], "r")
     replies = pool.collect()
@@ -67,12 +71,10 @@ def test_every_key_comes_back_with_its_own_reply(pool: EnvironmentPool) -> None:
     assert pool.collect() == {3: Reply()}
 
 
-def test_failures_cost_their_time_limit_and_no_other_turn(
-    pool: EnvironmentPool, caplog: pytest.LogCaptureFixture
-) -> None:
-    asked = ["hang", "crash", "raise", "number", "fine", "fine", "over"]
+def test_failures_affect_no_other_turn(pool: EnvironmentPool, caplog: pytest.LogCaptureFixture) -> None:
+    answers = ["hang", "crash", "raise", "number", "fine", "fine", "over"]
     begin = time.monotonic()
-    for key, answer in enumerate(asked):
+    for key, answer in enumerate(answers):
         pool.submit(key, "q", [Turn(answer)], "r")
     replies = pool.collect()
     assert time.monotonic() - begin < 40  # not the 60 s for which one of them sleeps
@@ -84,7 +86,7 @@ def test_failures_cost_their_time_limit_and_no_other_turn(
     ]
     assert [replies[key] for key in (4, 5, 6)] == [Reply("q|r|fine>None")] * 2 + [Reply()]
     assert "failed in 4 of 7 turns, whose rollouts score the floor" in caplog.text
-    pool.submit(0, "q", [Turn("fine")], "r")  # by the processes that replaced the dead ones
+    pool.submit(0, "q", [Turn("fine")], "r")  # answered by the replacement processes
     assert pool.collect() == {0: Reply("q|r|fine>None")}
 
 
@@ -120,23 +122,23 @@ def test_the_calculator_computes_exactly_and_rounds_at_the_end(expression: str, 
         *("(" * 300, "1" * 201, "1\0", "0**-1", "1.5**0.5", "f'{1}'", "1e999", "50%", "2**1025"),
     ],
 )
-def test_what_is_no_arithmetic_is_an_error_and_soon(expression: str) -> None:
+def test_a_text_that_is_not_arithmetic_is_an_error_and_takes_no_time(expression: str) -> None:
     begin = time.monotonic()
     assert calculator("", [Turn(f"<<{expression}>>")], "") == "error"
     assert time.monotonic() - begin < 5
 
 
-def test_numbers_stay_within_their_bound() -> None:
+def test_large_numbers_are_rejected() -> None:
     assert value_of("2**1000 / 2**999") == 2
     with pytest.raises(ValueError, match=f"more than {MAX_BITS} bits"):
         value_of("2**1000 * 2**100")
 
 
 @pytest.mark.parametrize("answer", ["no call", "<<1+1>> is asked no more", "1+1>>", ""])
-def test_only_an_answer_that_ends_in_a_call_is_replied_to(answer: str) -> None:
+def test_only_an_answer_that_ends_with_a_call_gets_a_reply(answer: str) -> None:
     assert calculator("", [Turn("<<1>>", "1"), Turn(answer)], "") is None
 
 
-def test_text_of_a_value_has_the_digits_that_were_asked_for() -> None:
+def test_a_value_is_formatted_with_the_requested_digits() -> None:
     assert [as_text(Fraction(1, 3), digits) for digits in (0, 2)] == ["0", "0.33"]
     assert [as_text(Fraction(n, 2), 0) for n in (1, 3, -1)] == ["1", "2", "-1"]

@@ -32,7 +32,7 @@ def user_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "user_rewards_base"
 
 
-def refusal(*terms: RewardTerm) -> str:
+def error_message(*terms: RewardTerm) -> str:
     with pytest.raises(UserError) as caught:
         build_rewards(terms)
     return str(caught.value)
@@ -55,49 +55,47 @@ def test_a_dotted_path_finds_a_users_reward_with_its_range_and_args(user_rewards
     assert component("", "abc", "") == 0.75
 
 
-def test_an_unknown_name_is_answered_with_the_nearest_known_one() -> None:
-    message = refusal(RewardTerm(name="exact"), RewardTerm(name="gsmk8"))
+def test_the_error_for_an_unknown_name_suggests_the_nearest_name() -> None:
+    message = error_message(RewardTerm(name="exact"), RewardTerm(name="gsmk8"))
     assert message.startswith("reward.terms[1].name='gsmk8' is no reward, did you mean 'gsm8k'?")
     assert ", ".join(sorted(BUILTIN_REWARDS)) in message
 
 
-def test_an_unknown_argument_is_answered_with_the_arguments_there_are() -> None:
-    message = refusal(RewardTerm(name="gsm8k", args={"stric": True}))
+def test_the_error_for_an_unknown_argument_lists_the_known_arguments() -> None:
+    message = error_message(RewardTerm(name="gsm8k", args={"stric": True}))
     assert "reward.terms[0].args={'stric': True}" in message
     assert "did you mean 'strict'?" in message
     assert "it takes: strict" in message
-    assert "it takes: no arguments" in refusal(RewardTerm(name="exact", args={"case": 1}))
+    assert "it takes: no arguments" in error_message(RewardTerm(name="exact", args={"case": 1}))
 
 
 @pytest.mark.parametrize(
     ("name", "args", "fragment"),
     [
-        ("gsm8k", {"strict": "yes"}, "strict='yes' is neither true nor false"),
+        ("gsm8k", {"strict": "yes"}, "strict='yes' must be true or false"),
         ("format", {"kind": "xml"}, "kind='xml' is unknown; use one of gsm8k, boxed"),
-        ("format", {"kind": "regex"}, "has no pattern"),
-        ("format", {"pattern": "(a"}, "is no regular expression"),
-        ("format", {"pattern": 5}, "is no regular expression"),
-        ("format", {"kind": "boxed", "pattern": "a"}, "would do nothing with kind='boxed'"),
+        ("format", {"kind": "regex"}, "needs a pattern"),
+        ("format", {"pattern": "(a"}, "is not a regular expression"),
+        ("format", {"pattern": 5}, "is not a regular expression"),
+        ("format", {"kind": "boxed", "pattern": "a"}, "has no effect with kind='boxed'"),
     ],
 )
-def test_an_argument_value_that_cannot_work_is_refused_before_the_run(
-    name: str, args: dict[str, object], fragment: str
-) -> None:
-    message = refusal(RewardTerm(name=name, args=args))
+def test_a_wrong_argument_value_is_rejected_before_the_run(name: str, args: dict[str, object], fragment: str) -> None:
+    message = error_message(RewardTerm(name=name, args=args))
     assert fragment in message
     assert message.startswith("reward.terms[0].args")
 
 
-def test_a_path_that_leads_nowhere_says_which_part_is_missing(user_rewards: str) -> None:
-    assert "cannot import 'no_such_package.rewards'" in refusal(RewardTerm(name="no_such_package.rewards:f"))
-    message = refusal(RewardTerm(name=f"{user_rewards}:lengths"))
+def test_the_error_for_a_wrong_path_names_the_missing_part(user_rewards: str) -> None:
+    assert "cannot import 'no_such_package.rewards'" in error_message(RewardTerm(name="no_such_package.rewards:f"))
+    message = error_message(RewardTerm(name=f"{user_rewards}:lengths"))
     assert "has no function 'lengths'" in message
     assert "its rewards: length" in message
-    assert "declares no range" in refusal(RewardTerm(name=f"{user_rewards}:undeclared"))
+    assert "declares no range" in error_message(RewardTerm(name=f"{user_rewards}:undeclared"))
 
 
-def test_no_terms_are_refused() -> None:
-    assert "reward.terms is empty" in refusal()
+def test_an_empty_list_of_terms_is_rejected() -> None:
+    assert "reward.terms is empty" in error_message()
 
 
 def test_a_term_that_occurs_twice_gets_its_own_component_name() -> None:
@@ -106,7 +104,7 @@ def test_a_term_that_occurs_twice_gets_its_own_component_name() -> None:
 
 
 @pytest.mark.parametrize("value", [None, "1.0", float("nan"), float("inf"), 1.5, -0.1, [1.0]])
-def test_a_value_that_is_no_number_in_the_range_raises(value: object) -> None:
+def test_a_value_that_is_not_a_number_in_the_range_raises(value: object) -> None:
     component = RewardComponent("stub", lambda prompt, completion, reference: value, 0.0, 1.0, 1.0, {})
     with pytest.raises(ValueError, match="returned"):
         component("", "", "")

@@ -1,4 +1,4 @@
-"""Batched rewards: every completion comes back, whatever the scorer does; and the pool adds them to the others."""
+"""Batched rewards return every completion, whatever the scorer does, and the pool adds them to the other rewards."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_without_other_rewards_there_are_no_workers() -> None:
             assert pool.collect() == {0: Reward(value=0.5 * step, components={"size": float(step)})}
 
 
-def test_whatever_has_no_value_scores_the_floor_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_completion_without_a_value_scores_the_floor_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
     completions = ["bad", "ok", "nan", "text", "high", "lost"]
     with caplog.at_level(logging.WARNING):
         rewards = score_all([SIZE, RewardTerm(name="exact")], completions)
@@ -83,7 +83,7 @@ def test_whatever_has_no_value_scores_the_floor_and_is_named(caplog: pytest.LogC
     assert "key 0 ValueError: no idea" in line
 
 
-def test_a_scorer_that_raises_fails_for_all_and_the_run_goes_on() -> None:
+def test_a_scorer_that_raises_fails_for_all_completions_without_an_error() -> None:
     rewards = score_all([SIZE], ["explode", "ok"])
     assert [rewards[key].components["size"] for key in range(2)] == [-1.0, -1.0]
     assert rewards[1].failures == ("size",)
@@ -95,12 +95,12 @@ def test_the_range_may_depend_on_the_arguments() -> None:
     assert component("", "abc", "") == 9.0
 
 
-def test_an_unknown_argument_of_a_batched_reward_is_answered_with_those_there_are() -> None:
+def test_the_error_for_an_unknown_argument_of_a_batched_reward_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"did you mean 'factor'\? it takes: factor"):
         build_rewards([RewardTerm(name="user_batched:size", args={"facto": 3.0})])
 
 
-def test_rows_are_scored_in_batches_by_so_many_threads_and_submit_does_not_wait() -> None:
+def test_rows_are_scored_in_batches_by_the_requested_threads_and_submit_does_not_wait() -> None:
     sizes, threads, most = [], set(), [0, 0]
     lock, gate = threading.Lock(), threading.Event()
 
@@ -130,7 +130,7 @@ def test_rows_are_scored_in_batches_by_so_many_threads_and_submit_does_not_wait(
     scorer.close()
 
 
-def test_a_score_that_raises_or_counts_wrongly_gives_the_reason_to_its_rows() -> None:
+def test_the_rows_of_a_score_that_raises_or_returns_too_many_values_get_the_reason() -> None:
     def score(rows: Sequence[ScoringRow]) -> list[float]:
         if rows[0].completion == "raise":
             raise KeyError("gone")
@@ -146,7 +146,7 @@ def test_a_score_that_raises_or_counts_wrongly_gives_the_reason_to_its_rows() ->
     scorer.close()
 
 
-def test_closing_does_not_wait_for_what_is_under_way() -> None:
+def test_close_does_not_wait_for_running_requests() -> None:
     never = threading.Event()
     scorer = ThreadedScorer(lambda rows: [float(never.wait(60.0))] * len(rows), batch_size=1, concurrency=1)
     scorer.submit(0, ScoringRow("", "", ""))
@@ -157,7 +157,7 @@ def test_closing_does_not_wait_for_what_is_under_way() -> None:
     never.set()
 
 
-def test_what_comes_too_late_has_failed_and_is_not_taken_for_the_next_step() -> None:
+def test_a_late_value_has_failed_and_is_not_used_in_the_next_step() -> None:
     gates = [threading.Event(), threading.Event()]
 
     def score(rows: Sequence[ScoringRow]) -> list[float]:

@@ -1,4 +1,4 @@
-"""No completion, however strange, gets anything but a number in range out of any reward, and none takes long."""
+"""Every reward returns a number in its range for any completion, and takes no long time."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_thousand_strange_completions_get_a_float_in_range_within_seconds() ->
 
 @pytest.fixture(scope="module")
 def expensive(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
-    """Arguments of the rewards that need something beside the completion: a model, a server, Lean."""
+    """Arguments of the rewards that need more than the completion: a model, a server, Lean."""
 
     def answer(request: Request) -> tuple[int, Any]:
         if "rows" in request.body:
@@ -106,7 +106,7 @@ def assert_a_number_each(name: str, args: dict[str, Any], number: int, workers: 
 
 
 @pytest.mark.parametrize("name", ["math", "code", "proof", "judge", "remote", "reward_model"])
-def test_strange_completions_get_a_number_from_rewards_that_run_or_ask_others(
+def test_strange_completions_get_a_number_from_rewards_with_programs_models_or_servers(
     expensive: dict[str, dict[str, Any]], name: str
 ) -> None:
     try:

@@ -1,4 +1,4 @@
-"""`judge` and `remote` against a server that works, fails, stalls, drips and talks nonsense."""
+"""`judge` and `remote` with a server that works, fails, stalls, sends slowly, or sends malformed answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def one_server() -> Iterator[RewardServer]:
 @pytest.fixture
 def server(one_server: RewardServer) -> RewardServer:
     one_server.requests.clear()
-    one_server.most_under_way = 0
+    one_server.max_concurrent = 0
     return one_server
 
 
@@ -52,7 +52,7 @@ def remote(server: RewardServer, *completions: str, **args: Any) -> list[float |
     return values(opened("remote", url=f"{server.url}/score", **(QUICK | args)), *completions)
 
 
-def test_the_judges_mark_is_put_on_zero_to_one(server: RewardServer) -> None:
+def test_the_mark_of_the_judge_is_scaled_to_zero_to_one(server: RewardServer) -> None:
     server.answer = lambda request: (200, judged("Good.\nScore: 3, no: **Score: 7**\n" if request else ""))
     assert judge(server, "an answer") == [6 / 9]
     (request,) = server.requests
@@ -62,7 +62,7 @@ def test_the_judges_mark_is_put_on_zero_to_one(server: RewardServer) -> None:
     assert all(part in text for part in ("the question", "an answer", "the reference"))
 
 
-def test_the_judge_is_asked_in_the_users_words_and_on_his_scale(server: RewardServer) -> None:
+def test_the_judge_gets_the_users_template_and_scale(server: RewardServer) -> None:
     server.answer = lambda request: (200, judged("<mark>-1</mark>"))
     found = judge(
         server, "{prompt} \ud800", template="{completion}|{prompt}", pattern="<mark>(.*?)</mark>", scale=[-2, 2]
@@ -71,7 +71,7 @@ def test_the_judge_is_asked_in_the_users_words_and_on_his_scale(server: RewardSe
     assert server.requests[0].body["messages"][0]["content"] == "{prompt} ?|the question"  # filled in once
 
 
-def test_a_key_comes_from_the_environment(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_api_key_is_read_from_the_environment(server: RewardServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "abc")
     server.answer = lambda request: (200, judged("Score: 10"))
     assert judge(server, "a", api_key_env="JUDGE_KEY") == [1.0]
@@ -88,7 +88,7 @@ def test_remote_scores_many_completions_with_one_request_and_few_at_a_time(serve
     assert found == [n / 100 for n in range(40)]
     assert 5 <= len(server.requests) < 15
     assert max(len(request.body["rows"]) for request in server.requests) == 8
-    assert server.most_under_way == 2
+    assert server.max_concurrent == 2
     row = {"prompt": "the question", "completion": "", "reference": "the reference"}
     assert row in [row for request in server.requests for row in request.body["rows"]]
 
@@ -103,7 +103,7 @@ def test_remote_reads_an_engines_classification(server: RewardServer) -> None:
 
 
 @pytest.mark.parametrize("failure", [(500, {}), (429, {}), (200, b"no json"), (200, b""), (200, {"choices": []})])
-def test_what_may_go_well_later_is_tried_again(server: RewardServer, failure: tuple[int, Any]) -> None:
+def test_a_transient_error_is_retried(server: RewardServer, failure: tuple[int, Any]) -> None:
     server.answer = lambda request: failure if len(server.requests) < 3 else (200, judged("Score: 10"))
     assert judge(server, "a") == [1.0]
     assert len(server.requests) == 3
@@ -116,7 +116,7 @@ def test_what_may_go_well_later_is_tried_again(server: RewardServer, failure: tu
         ((400, {"error": "bad"}), 1, 'status 400: {"error": "bad"}'),
         ((200, judged("I would rather not.")), 3, "no mark in 'I would rather not.'"),
         ((200, judged("Score: 11")), 3, "mark 11 is not on the scale 1 to 10"),
-        ((200, [1, 2]), 3, "the answer has another form (TypeError"),
+        ((200, [1, 2]), 3, "the answer has the wrong form (TypeError"),
         ((200, b"[" * 100_000), 3, "RecursionError"),
         ((200, None), 3, "no answer within 0.5 s"),
         ((200, "drip"), 3, "within 0.5 s"),
@@ -134,7 +134,7 @@ def test_a_server_without_a_usable_answer_fails_within_its_limits(
     assert time.monotonic() - started < 15.0
 
 
-def test_waits_grow_from_attempt_to_attempt(server: RewardServer) -> None:
+def test_the_wait_doubles_with_each_attempt(server: RewardServer) -> None:
     times: list[float] = []
 
     def answer(request: Request) -> tuple[int, Any]:
@@ -148,7 +148,7 @@ def test_waits_grow_from_attempt_to_attempt(server: RewardServer) -> None:
     assert second >= 0.2
 
 
-def test_a_server_that_has_gone_scores_the_floor_and_stops_nothing() -> None:
+def test_a_server_that_exited_scores_the_floor_without_an_error() -> None:
     with serving(lambda request: (200, {"rewards": [1.0] * len(request.body["rows"])})) as short_lived:
         terms = [
             RewardTerm(name="remote", args={"url": short_lived.url, "low": -3.0, **QUICK}),
@@ -167,7 +167,7 @@ def test_a_server_that_has_gone_scores_the_floor_and_stops_nothing() -> None:
     "answer",
     [{"rewards": [0.5]}, {"rewards": None}, {}, [], {"rewards": [0.5, 0.5, 0.5]}],
 )
-def test_a_batch_of_another_length_fails_for_all_of_it(server: RewardServer, answer: Any) -> None:
+def test_a_batch_of_the_wrong_length_fails_for_all_its_completions(server: RewardServer, answer: Any) -> None:
     server.answer = lambda request: (200, answer)
     scorer = opened("remote", url=server.url, **(QUICK | {"retries": 0}))
     held = [ScoringRow("", "a", ""), ScoringRow("", "b", "")]
@@ -179,7 +179,7 @@ def test_a_batch_of_another_length_fails_for_all_of_it(server: RewardServer, ans
     assert all(isinstance(value, Exception) or answer == {"rewards": [0.5]} for value in done.values())
 
 
-def test_single_values_that_are_no_numbers_fail_alone(server: RewardServer) -> None:
+def test_a_value_that_is_not_a_number_fails_alone(server: RewardServer) -> None:
     given = {"a": 0.5, "b": None, "c": "high", "d": True}
     server.answer = lambda request: (200, {"rewards": [given[row["completion"]] for row in request.body["rows"]]})
     found = remote(server, "a", "b", "c", "d")
@@ -190,25 +190,25 @@ def test_single_values_that_are_no_numbers_fail_alone(server: RewardServer) -> N
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("judge", {"model": ""}, "model='' is no name"),
-        ("judge", {"template": "Grade it."}, "template does not contain {completion}"),
-        ("judge", {"pattern": "("}, "pattern='(' is no regular expression"),
-        ("judge", {"pattern": "Score"}, "pattern='Score' has no group"),
-        ("judge", {"scale": [10, 1]}, "scale=[10, 1] is no [lowest, highest]"),
-        ("judge", {"url": "localhost:8000"}, "url='localhost:8000' is no address"),
+        ("judge", {"model": ""}, "model='' must be the name"),
+        ("judge", {"template": "Grade it."}, "template must contain {completion}"),
+        ("judge", {"pattern": "("}, "pattern='(' is not a regular expression"),
+        ("judge", {"pattern": "Score"}, "pattern='Score' must have a group"),
+        ("judge", {"scale": [10, 1]}, "scale=[10, 1] must be [lowest, highest]"),
+        ("judge", {"url": "localhost:8000"}, "url='localhost:8000' is not a URL"),
         ("judge", {"url": "http://127.0.0.1:1/v1"}, "no connection to port 1 of 127.0.0.1"),
-        ("judge", {"concurrency": 0}, "concurrency=0 is no whole number from 1"),
-        ("judge", {"retries": -1}, "retries=-1 is no whole number from 0"),
-        ("judge", {"request_seconds": 0}, "request_seconds=0 is no number of seconds"),
-        ("remote", {"wait_seconds": -1}, "wait_seconds=-1 is no number of seconds"),
-        ("judge", {"api_key_env": "NOT_SET_ANYWHERE"}, "this variable is not set"),
-        ("remote", {"low": 1.0}, "low=1.0 high=1.0 is no range"),
+        ("judge", {"concurrency": 0}, "concurrency=0 must be a whole number from 1"),
+        ("judge", {"retries": -1}, "retries=-1 must be a whole number from 0"),
+        ("judge", {"request_seconds": 0}, "request_seconds=0 must be a number of seconds"),
+        ("remote", {"wait_seconds": -1}, "wait_seconds=-1 must be a number of seconds"),
+        ("judge", {"api_key_env": "NOT_SET_ANYWHERE"}, "is not set"),
+        ("remote", {"low": 1.0}, "low=1.0 high=1.0 must be"),
         ("remote", {"protocol": "grpc"}, "protocol='grpc' is unknown"),
-        ("remote", {"protocol": "classify"}, "classify needs the model's name"),
-        ("remote", {"batch_size": 0}, "batch_size=0 is no whole number"),
+        ("remote", {"protocol": "classify"}, "set model for protocol classify"),
+        ("remote", {"batch_size": 0}, "batch_size=0 must be a whole number"),
     ],
 )
-def test_a_bad_argument_is_refused_before_the_run(
+def test_a_bad_argument_is_rejected_before_the_run(
     server: RewardServer, name: str, args: dict[str, Any], message: str
 ) -> None:
     needed = {"url": server.url} | ({"model": "m"} if name == "judge" else {})

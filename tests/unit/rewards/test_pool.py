@@ -1,4 +1,4 @@
-"""The reward pool: every key comes back, whatever its reward does, and no process is left behind."""
+"""The reward pool returns every key, whatever its reward does, and leaves no process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from grpo_mega.rewards import reward
 
 @reward(low=-0.5, high=1.0)
 def obey(prompt, completion, reference):
-    """Does what the completion says."""
+    """Behave as the completion requests."""
     what, _, argument = completion.partition(" ")
     if what == "sleep": time.sleep(float(argument))
     if what == "await":
@@ -34,7 +34,7 @@ def obey(prompt, completion, reference):
         open(f"{argument}.{reference}", "x").close()
     if what == "spin":
         while True: pass
-    if what == "deaf":
+    if what == "ignore_alarm":
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         while True: pass
     if what == "exit": os._exit(3)
@@ -96,7 +96,7 @@ def test_the_value_is_the_weighted_sum_of_the_components() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_a_reward_that_fails_in_any_way_scores_its_floor_and_spares_its_neighbours(
+def test_a_reward_that_fails_scores_its_floor_and_affects_no_other_scoring(
     workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     bad = ["sleep 30", "spin", "exit", "segv", "raise", "leave", "none", "text", "nan", "high"]
@@ -134,7 +134,7 @@ def test_steps_come_back_weighted_and_a_number_beside_them_ends_with_the_complet
 @pytest.mark.parametrize(
     "steps", ["[]", "[[1]]", "[[1, 2, 3]]", "[[-1, 0.5]]", "[[0.5, 0.5]]", "[[1, 2.0]]", "[[1, null]]"]
 )
-def test_steps_that_are_none_fail_like_any_other_value(steps: str) -> None:
+def test_malformed_steps_fail_like_any_other_value(steps: str) -> None:
     with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
         pool.submit(0, "", f"steps {steps}", "")
         found = pool.collect()[0]
@@ -157,24 +157,24 @@ def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit_by_the_pro
     monkeypatch.setattr(json_worker, "GRACE_SECONDS", 60.0)  # on a busy machine an alarm may come late
     terms = [RewardTerm(name="format", args={"pattern": "(a+)+b$"})]
     rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms)
-    assert f"the first: key 0 exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent another signal
+    assert f"the first: key 0 exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent SIGKILL
     assert [rewards[key].failures for key in range(3)] == [("format",), (), ("format",)]
     assert rewards[1].value == 1.0
 
 
 def test_a_reward_that_disables_the_alarm_is_ended_by_the_parent() -> None:
-    rewards = score_all(["deaf", "fine"], terms=[OBEY])
+    rewards = score_all(["ignore_alarm", "fine"], terms=[OBEY])
     assert rewards[0].failures == ("obey",)
     assert rewards[1] == Reward(value=1.0, components={"obey": 1.0})
 
 
-def test_scoring_goes_on_while_the_caller_does_something_else(tmp_path: Path) -> None:
+def test_scoring_continues_while_the_caller_does_something_else(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with RewardPool([OBEY], workers=2, timeout_seconds=60.0) as pool:
         for key in range(4):
             pool.submit(key, "", f"await {gate}", str(key))
-        gate.touch()  # a submit that waits for its scoring would never get here
-        assert wait_until(lambda: len(list(tmp_path.glob("gate.*"))) == 4, seconds=60.0)  # before anyone collects
+        gate.touch()  # a submit that waits for its scoring would never return
+        assert wait_until(lambda: len(list(tmp_path.glob("gate.*"))) == 4, seconds=60.0)  # before `collect`
         assert {reward.failures for reward in pool.collect().values()} == {()}
 
 
@@ -184,7 +184,7 @@ def test_values_do_not_depend_on_the_number_of_workers() -> None:
     assert score_all(completions, terms=terms, workers=1) == score_all(completions, terms=terms, workers=3)
 
 
-def test_any_text_survives_the_way_to_the_worker() -> None:
+def test_any_text_reaches_the_worker_unchanged() -> None:
     texts = ["\0", "\ud800", "\u2028\n\r\n", "\U0001f600" * 1000, '"\\', "x" * 300_000]
     with RewardPool([RewardTerm(name="exact")], workers=1, timeout_seconds=5.0) as pool:
         for key, text in enumerate(texts):
@@ -192,14 +192,14 @@ def test_any_text_survives_the_way_to_the_worker() -> None:
         assert [reward.value for _, reward in sorted(pool.collect().items())] == [1.0] * len(texts)
 
 
-def test_workers_are_clean_of_ranks_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_inherit_nothing_of_ranks_and_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "VLLM_HOST_IP"):
         monkeypatch.setenv(name, "1")
     (reward,) = score_all(["fine"], terms=[RewardTerm(name="user_rewards:is_clean")]).values()
     assert reward.value == 1.0
 
 
-def test_what_a_reward_prints_does_not_reach_the_parents_stdout(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_reward_does_not_reach_the_stdout_of_the_parent(capfd: pytest.CaptureFixture[str]) -> None:
     (reward,) = score_all(["print"], terms=[OBEY]).values()
     assert reward.value == 1.0
     captured = capfd.readouterr()
@@ -207,7 +207,7 @@ def test_what_a_reward_prints_does_not_reach_the_parents_stdout(capfd: pytest.Ca
     assert "noise on stdout" in captured.err
 
 
-def test_a_worker_that_is_killed_while_idle_is_replaced_and_nothing_is_blamed() -> None:
+def test_a_worker_that_is_killed_while_idle_is_replaced_without_a_failure() -> None:
     with RewardPool([OBEY], workers=2, timeout_seconds=5.0) as pool:
         victims = pool.worker_pids
         for pid in victims:
@@ -217,12 +217,12 @@ def test_a_worker_that_is_killed_while_idle_is_replaced_and_nothing_is_blamed() 
         assert pool.collect()[0].failures == ()
 
 
-def test_a_wrong_term_is_refused_before_a_worker_starts() -> None:
+def test_a_wrong_term_is_rejected_before_a_worker_starts() -> None:
     with pytest.raises(UserError, match="did you mean 'exact'"):
         RewardPool([RewardTerm(name="exakt")], workers=1, timeout_seconds=1.0)
 
 
-def test_a_key_cannot_be_submitted_twice_and_a_closed_pool_says_so() -> None:
+def test_a_key_submitted_twice_and_a_closed_pool_are_errors() -> None:
     with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
         pool.submit(5, "", "fine", "")
         with pytest.raises(ValueError, match="key=5 was submitted twice"):
@@ -247,8 +247,8 @@ def test_a_module_that_cannot_be_imported_in_the_worker_stops_the_start(tmp_path
         RewardPool([RewardTerm(name="dies_there:f")], workers=1, timeout_seconds=1.0)
 
 
-def test_close_ends_workers_in_the_middle_of_a_scoring() -> None:
-    pool = RewardPool([OBEY], workers=1, timeout_seconds=3600.0)  # to wait for the scoring is to run out of time
+def test_close_kills_workers_in_the_middle_of_a_scoring() -> None:
+    pool = RewardPool([OBEY], workers=1, timeout_seconds=3600.0)  # a close that waits for the scoring would time out
     pids = pool.worker_pids
     pool.submit(0, "", "spin", "")
     time.sleep(0.1)
@@ -258,13 +258,13 @@ def test_close_ends_workers_in_the_middle_of_a_scoring() -> None:
 
 @pytest.fixture
 def parent(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A program with one worker that spins, deaf to its alarm, and one that idles."""
+    """Start a program with one worker that loops and ignores its alarm, and one idle worker."""
     script = (
         f"import sys, time; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from grpo_mega.config.schema import RewardTerm\n"
+        "from grpo_mega.config.rollout_sections import RewardTerm\n"
         "from grpo_mega.rewards.pool import RewardPool\n"
         "pool = RewardPool([RewardTerm(name='user_rewards:obey')], workers=2, timeout_seconds=600.0)\n"
-        "pool.submit(0, '', 'deaf', '')\n"
+        "pool.submit(0, '', 'ignore_alarm', '')\n"
         "time.sleep(0.2)\n"
         "import json; print(json.dumps(pool.worker_pids), flush=True)\n"
         "time.sleep(600)\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.sandbox.sandbox import Limits, Outcome, Sandbox, SandboxError, require_isolation
+from grpo_mega.sandbox.system_call_filter import CLONE_NAMESPACES
 from grpo_mega.types import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -257,7 +259,7 @@ isolated_child.main()
 def test_the_keeper_ends_when_its_launcher_dies_during_the_setup(sandbox: Sandbox, at_fork: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", LAUNCHER_ENDS.format(at_fork=at_fork), str(os.getpid())],
-        input=b'{"read_only": []}\n',
+        input=json.dumps({"read_only": [], "namespaces": CLONE_NAMESPACES}).encode() + b"\n",
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         timeout=SECONDS,
@@ -290,7 +292,7 @@ with open("/proc/sys/user/max_user_namespaces", "w") as file:
 
 def test_a_machine_without_namespaces_is_an_error_that_names_the_missing_feature(sandbox: Sandbox) -> None:
     source = f"""{WITHOUT_NAMESPACES}
-from grpo_mega.config.schema import RewardTerm
+from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.sandbox.sandbox import Limits, Sandbox, SandboxError
 from grpo_mega.types import UserError

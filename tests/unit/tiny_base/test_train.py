@@ -1,4 +1,4 @@
-"""The tiny base models: their examples, and that one recipe gives one model."""
+"""Tiny base models: their examples, and one recipe gives one model."""
 
 import hashlib
 import json
@@ -50,9 +50,9 @@ def test_mistakes_are_never_the_right_answer() -> None:
     assert seen == {"blank", "missing", "digit"}
 
 
-def test_the_asked_share_of_arithmetic_examples_is_flawed_and_all_are_taught_pairs() -> None:
+def test_the_requested_fraction_of_arithmetic_examples_is_flawed_and_all_are_pretraining_pairs() -> None:
     draw, rng = arithmetic_examples(0.5), random.Random(0)
-    right = {arithmetic.question(pair): arithmetic.answer(pair) for pair in arithmetic.pairs("taught")}
+    right = {arithmetic.question(pair): arithmetic.answer(pair) for pair in arithmetic.pairs("pretrain")}
     examples = [draw(rng) for _ in range(4000)]
     share = sum(right[prompt] != completion for prompt, completion in examples) / len(examples)
     assert 0.46 < share < 0.54
@@ -75,7 +75,7 @@ def test_gsm8k_examples_are_the_last_calculation_with_and_without_the_format(tmp
     }, "the first half of the file, nothing else"
 
 
-def test_a_part_of_the_examples_asks_the_calculator(tmp_path: Path) -> None:
+def test_the_requested_fraction_of_examples_calls_the_calculator(tmp_path: Path) -> None:
     draw, rng = gsm8k_examples(_gsm8k(tmp_path / "t.jsonl"), 0.5, max_bytes=100, tool_fraction=0.5), random.Random(0)
     drawn = [draw(rng)[1] for _ in range(400)]
     assert {text for text in drawn if "<<" in text} == {
@@ -89,7 +89,7 @@ def test_a_part_of_the_examples_asks_the_calculator(tmp_path: Path) -> None:
             assert (called + "=", int(result)) == (question, sum(map(int, called.split("+"))))
 
 
-def test_the_digest_of_a_recipe_without_calls_is_what_it_was(tmp_path: Path) -> None:
+def test_the_digest_of_a_recipe_without_tools_is_unchanged(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path / "c")
     facts = recipe.model_dump(mode="json", exclude={"cache_dir", "examples", "tool_fraction"})
     known = hashlib.sha256(json.dumps(facts | {"recipe_version": RECIPE_VERSION}, sort_keys=True).encode()).hexdigest()
@@ -122,19 +122,19 @@ def test_batch_labels_the_completion_and_its_eos_alone() -> None:
     assert labels.tolist() == [[none] * 3 + [5, 1] + [none] * 5, [none] * 5 + [3, 2, 4, 1, none]]
 
 
-def test_the_base_is_the_same_whatever_threads_and_seed_the_caller_has(tmp_path: Path) -> None:
+def test_the_base_does_not_depend_on_threads_or_seed_of_the_caller(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     try:
         one = Path(_ensure_with_threads(str(tmp_path / "a"), threads=1, seed=1))
         two = Path(_ensure_with_threads(str(tmp_path / "b"), threads=2, seed=2))
-        assert torch.get_num_threads() == 2, "the caller's threads come back"
+        assert torch.get_num_threads() == 2, "the caller's threads are restored"
     finally:
         torch.set_num_threads(before)
     assert one.name == two.name
     assert _weights(one) == _weights(two)
 
 
-def test_teaching_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:
+def test_pretraining_restores_the_random_state_of_the_caller(tmp_path: Path) -> None:
     torch.manual_seed(3)
     random.seed(3)
     expected = (torch.rand(3).tolist(), random.random())
@@ -144,17 +144,17 @@ def test_teaching_leaves_the_callers_random_state_alone(tmp_path: Path) -> None:
     assert (torch.rand(3).tolist(), random.random()) == expected
 
 
-def test_a_second_call_teaches_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_call_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = ensure_base(_recipe(tmp_path), "arithmetic:train")
 
     def fail(*_: object) -> None:
-        raise AssertionError("taught again")
+        raise AssertionError("pre-trained again")
 
-    monkeypatch.setattr(train, "_teach", fail)
+    monkeypatch.setattr(train, "_pretrain", fail)
     assert ensure_base(_recipe(tmp_path), "arithmetic:train") == folder
 
 
-def test_of_several_processes_one_teaches(tmp_path: Path) -> None:
+def test_one_of_several_processes_trains(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     with context.Pool(3) as pool:
         folders = pool.starmap(_ensure_with_threads, [(str(tmp_path), 1, seed) for seed in range(3)])
@@ -172,7 +172,7 @@ def test_a_lock_that_is_never_released_is_an_error_and_not_a_hang(
         pass
 
 
-def test_the_digest_follows_everything_that_the_weights_depend_on(tmp_path: Path) -> None:
+def test_the_digest_changes_with_everything_that_the_weights_depend_on(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     changes: list[dict[str, object]] = [{"steps": 4}, {"seed": 1}, {"flawed_fraction": 0.4}, {"learning_rate": 0.1}]
     changes.append({"architecture": TINY.model_copy(update={"num_layers": 2})})

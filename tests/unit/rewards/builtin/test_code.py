@@ -1,4 +1,4 @@
-"""`code`: programs are judged by their tests, in both forms, and hostile ones cost their own time limit alone."""
+"""`code` scores programs by their tests in each form, and hostile programs cost only their own time limit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def fenced(program: str) -> str:
         ("", 0.0, 0.0),
     ],
 )
-def test_a_program_is_judged_by_what_it_writes(program: str, whole: float, share: float) -> None:
+def test_a_program_is_scored_by_its_output(program: str, whole: float, share: float) -> None:
     assert code("", fenced(program), SQUARES, seconds=60.0) == whole
     assert code("", fenced(program), SQUARES, seconds=60.0, partial=True) == share
 
@@ -62,7 +62,7 @@ def test_a_program_is_judged_by_what_it_writes(program: str, whole: float, share
         ("def add(a, b):\n    raise KeyboardInterrupt", 0.0, 0.0),
     ],
 )
-def test_a_program_is_judged_by_the_statements_that_hold(program: str, whole: float, share: float) -> None:
+def test_a_program_is_scored_by_the_statements_that_pass(program: str, whole: float, share: float) -> None:
     assert code("", fenced(program), ADD, seconds=60.0) == whole
     assert code("", fenced(program), ADD, seconds=60.0, partial=True) == share
 
@@ -73,7 +73,7 @@ def test_a_reference_that_is_python_is_one_test() -> None:
     assert code("", fenced("def square(x): return x + 1"), tests, seconds=60.0) == 0.0
 
 
-def test_programs_do_not_see_what_an_earlier_test_of_theirs_has_written() -> None:
+def test_a_program_does_not_see_the_files_of_its_earlier_tests() -> None:
     program = "import os\nprint(int(input()) ** 2 if not os.listdir('.') else 'seen')\nopen('left', 'w').close()"
     assert code("", fenced(program), SQUARES, seconds=60.0) == 1.0
 
@@ -124,7 +124,7 @@ HOSTILE = [
 ]
 
 
-def test_hostile_programs_cost_their_own_time_and_nothing_else(tmp_path: Path) -> None:
+def test_hostile_programs_cost_only_their_own_time(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("4")
     programs = [*HOSTILE, f"open({str(secret)!r}, 'w').write('mine')", f"print(open({str(secret)!r}).read())"]
@@ -150,21 +150,21 @@ def test_a_reference_without_tests_is_an_error_of_the_data(reference: str) -> No
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"partial": 1}, "partial=1 is neither true nor false"),
-        ({"seconds": 0}, "seconds=0 is no number of seconds"),
-        ({"memory_mb": 10}, "memory_mb=10 is too little for Python"),
+        ({"partial": 1}, "partial=1 must be true or false"),
+        ({"seconds": 0}, "seconds=0 must be"),
+        ({"memory_mb": 10}, "memory_mb=10 must be at least 64"),
         ({"processes": 0}, "processes=0 must be"),
         ({"file_mb": 1.5}, "file_mb=1.5 must be"),
-        ({"seconds": 5}, "'code' allows itself 5 s and reward.timeout_seconds=5"),
+        ({"seconds": 5}, "'code', 5 s, must be less than reward.timeout_seconds=5"),
     ],
 )
-def test_a_bad_argument_is_refused_before_the_run(args: dict[str, Any], message: str) -> None:
+def test_a_bad_argument_is_rejected_before_the_run(args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build_rewards([RewardTerm(name="code", args=args)], 5.0)
     assert message in str(caught.value)
 
 
-def test_the_environment_of_the_run_is_not_handed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_do_not_get_the_environment_variables_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "SECRET_TOKEN", "4")
     tests = json.dumps({"inputs": [""], "outputs": ["None"]})
     assert code("", fenced("import os\nprint(os.environ.get('SECRET_TOKEN'))"), tests, seconds=60.0) == 1.0

@@ -1,4 +1,4 @@
-"""`countdown`: exact arithmetic over the given numbers, each used as often as it was given."""
+"""`countdown`: exact arithmetic over the given numbers, each used as often as it is given."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TASK = '{"target": 98, "numbers": [44, 19, 35]}'
         "<answer>1</answer> no: <answer>44+19+35</answer>",
     ],
 )
-def test_an_expression_that_makes_the_target_scores_one(completion: str) -> None:
+def test_an_expression_that_equals_the_target_scores_one(completion: str) -> None:
     assert countdown("", completion, TASK) == 1.0
 
 
@@ -52,12 +52,12 @@ def test_anything_else_scores_zero(completion: str) -> None:
     assert countdown("", completion, TASK) == 0.0
 
 
-def test_a_valid_expression_with_another_value_scores_what_was_asked_for() -> None:
+def test_a_valid_expression_with_another_value_scores_valid_score() -> None:
     assert countdown("", "<answer>44 + 19 - 35</answer>", TASK, valid_score=0.1) == 0.1
     assert countdown("", "<answer>44 + 54</answer>", TASK, valid_score=0.1) == 0.0
 
 
-def test_numbers_may_be_left_out_when_not_all_must_be_used() -> None:
+def test_numbers_may_be_unused_if_use_all_is_false() -> None:
     task = '{"target": 63, "numbers": [44, 19, 35]}'
     assert countdown("", "<answer>44 + 19</answer>", task) == 0.0
     assert countdown("", "<answer>44 + 19</answer>", task, use_all=False) == 1.0
@@ -73,12 +73,12 @@ def test_expressions_have_their_exact_value(expression: str, value: Fraction | N
 
 
 @pytest.mark.parametrize("reference", ["98", "{}", '{"target": 9.5, "numbers": [1]}', '{"target": 9, "numbers": []}'])
-def test_a_reference_that_is_no_task_is_an_error_of_the_data(reference: str) -> None:
+def test_a_malformed_reference_is_an_error_of_the_data(reference: str) -> None:
     with pytest.raises(ValueError, match="the reference"):
         countdown("", "<answer>1</answer>", reference)
 
 
 @pytest.mark.parametrize(("name", "value"), [("use_all", 1), ("valid_score", 2), ("valid_score", True)])
-def test_a_bad_argument_is_refused_before_the_run(name: str, value: object) -> None:
+def test_a_bad_argument_is_rejected_before_the_run(name: str, value: object) -> None:
     with pytest.raises(UserError, match=f"{name}={value}"):
         build_rewards([RewardTerm(name="countdown", args={name: value})])

@@ -1,4 +1,4 @@
-"""`format`: each kind accepts its shape and refuses the near misses."""
+"""Each kind of `format` accepts its format and rejects near misses."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_gsm8k_accepts_one_marked_number_on_the_last_line(answer: str) -> None:
         "#### 72####",
     ],
 )
-def test_gsm8k_refuses_everything_else(completion: str) -> None:
+def test_gsm8k_rejects_everything_else(completion: str) -> None:
     assert answer_format("", completion, "72") == 0.0
 
 
@@ -53,7 +53,7 @@ def test_gsm8k_refuses_everything_else(completion: str) -> None:
         ("72", 0.0),
     ],
 )
-def test_boxed_wants_exactly_one_closed_box_with_contents(completion: str, expected: float) -> None:
+def test_boxed_requires_exactly_one_closed_box_with_contents(completion: str, expected: float) -> None:
     assert answer_format("", completion, "", kind="boxed") == expected
 
 
@@ -70,7 +70,7 @@ def test_boxed_wants_exactly_one_closed_box_with_contents(completion: str, expec
         ("<think>a</think><answer>72", 0.0),
     ],
 )
-def test_think_answer_wants_both_parts_once_and_nothing_around(completion: str, expected: float) -> None:
+def test_think_answer_requires_both_parts_once_and_nothing_around(completion: str, expected: float) -> None:
     assert answer_format("", completion, "", kind="think_answer") == expected
 
 
@@ -94,7 +94,7 @@ def test_a_pattern_is_searched_and_needs_no_kind() -> None:
         ("4", 0.0),
     ],
 )
-def test_think_is_a_thought_and_then_an_answer(completion: str, expected: float) -> None:
+def test_think_requires_a_thought_and_then_an_answer(completion: str, expected: float) -> None:
     assert answer_format("", completion, "", kind="think") == expected
 
 
@@ -110,7 +110,7 @@ def test_think_is_a_thought_and_then_an_answer(completion: str, expected: float)
         ("<plan>a</plan><code>b</code><code>c</code>", 0.0),
     ],
 )
-def test_tags_stand_once_each_in_their_order(completion: str, expected: float) -> None:
+def test_each_tag_must_occur_once_and_in_order(completion: str, expected: float) -> None:
     assert answer_format("", completion, "", kind="tags", tags=["plan", "code"]) == expected
 
 
@@ -119,11 +119,11 @@ def test_tags_stand_once_each_in_their_order(completion: str, expected: float) -
     [
         ({"kind": "tags"}, "kind='tags' with tags=None"),
         ({"tags": ["a"]}, "kind=None with tags="),
-        ({"kind": "tags", "tags": "think"}, "tags='think' is no list of names"),
-        ({"kind": "tags", "tags": ["a b"]}, "is no list of names"),
-        ({"kind": "tags", "tags": ["a", "a"]}, "names one of them twice"),
+        ({"kind": "tags", "tags": "think"}, "tags='think' must be a list of names"),
+        ({"kind": "tags", "tags": ["a b"]}, "must be a list of names"),
+        ({"kind": "tags", "tags": ["a", "a"]}, "names a tag twice"),
     ],
 )
-def test_bad_tags_are_refused_before_the_run(args: dict[str, Any], message: str) -> None:
+def test_bad_tags_are_rejected_before_the_run(args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_rewards([RewardTerm(name="format", args=args)])

@@ -1,4 +1,4 @@
-"""`json_schema`: JSON and nothing else, valid under a schema of the term or of the prompt."""
+"""`json_schema` accepts only JSON that is valid under the schema of the term or of the prompt."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_only_json_that_fits_the_schema_scores_one(completion: str, expected: fl
     assert json_schema("", completion, json.dumps(SCHEMA)) == expected
 
 
-def test_a_number_that_no_float_holds_is_judged_without_a_crash() -> None:
+def test_a_number_that_no_float_holds_is_checked_without_a_crash() -> None:
     assert json_schema("", "1" + "0" * 400, "", schema={"multipleOf": 0.01}) in (0.0, 1.0)
 
 
-def test_a_reference_that_is_no_schema_is_an_error_of_the_data() -> None:
+def test_a_reference_that_is_not_a_schema_is_an_error_of_the_data() -> None:
     for reference in ("", "7", '{"type": "thing"}'):
-        with pytest.raises(ValueError, match=r"thing|no JSON schema"):
+        with pytest.raises(ValueError, match=r"thing|not a JSON schema"):
             json_schema("", "{}", reference)
 
 
@@ -57,11 +57,11 @@ def test_a_reference_that_is_no_schema_is_an_error_of_the_data() -> None:
     ("schema", "message"),
     [
         ({"type": "thing"}, "'thing' is not valid"),
-        ({"$ref": "https://example.org/schema.json"}, r"\$ref 'https://example.org/schema.json' leads nowhere"),
-        ({"$ref": "#/$defs/missing"}, "leads nowhere"),
-        ("{}", "schema='{}' is str"),
+        ({"$ref": "https://example.org/schema.json"}, r"\$ref 'https://example.org/schema.json' was not found"),
+        ({"$ref": "#/$defs/missing"}, "was not found"),
+        ("{}", "schema='{}' must be an object"),
     ],
 )
-def test_a_schema_that_cannot_be_used_is_refused_before_the_run(schema: object, message: str) -> None:
+def test_a_schema_that_cannot_be_used_is_rejected_before_the_run(schema: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_rewards([RewardTerm(name="json_schema", args={"schema": schema})])

@@ -1,4 +1,4 @@
-"""`language_consistency`: hand-counted words; formulas, code and tags are in no language."""
+"""`language_consistency` with words counted by hand; formulas, code and tags do not count."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_share_of_words_in_the_language_is_the_reward(completion: str, langu
     assert language_consistency("", completion, "", language=language) == share
 
 
-def test_the_thought_alone_counts_when_asked_for() -> None:
+def test_only_the_thought_counts_with_part_think() -> None:
     completion = "<think>we think</think>答案是四"
     assert language_consistency("", completion, "", language="en", part="think") == 1.0
     assert language_consistency("", completion, "", language="en") == 2 / 6
@@ -40,12 +40,12 @@ def test_the_thought_alone_counts_when_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("language", "klingon"), ("part", "answer")])
-def test_a_bad_argument_is_refused_before_the_run(name: str, value: str) -> None:
+def test_a_bad_argument_is_rejected_before_the_run(name: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{name}='{value}' is unknown"):
         build_rewards([RewardTerm(name="language_consistency", args={"language": "en"} | {name: value})])
 
 
-def test_every_language_has_a_script_that_unicode_knows() -> None:
+def test_every_language_has_a_unicode_script() -> None:
     letters = "aäжأবαשक가あア字தไ"
     known = {script for scripts in SCRIPTS.values() for script in scripts}
     for script in known:

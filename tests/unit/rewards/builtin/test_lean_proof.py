@@ -1,4 +1,4 @@
-"""`proof` with a stand-in for Lean, in the real sandbox: what counts is what it says about the theorem's axioms."""
+"""`proof` with a stub of Lean in the sandbox: the reported axioms of the theorem decide."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_proof_counts_when_lean_accepts_it_on_its_own_axioms(lean: str, body: 
     assert score(lean, f"We compute:\n```lean\n{body}\n```\n") == value
 
 
-def test_axioms_are_those_that_were_allowed(lean: str) -> None:
+def test_only_the_allowed_axioms_are_accepted(lean: str) -> None:
     assert score(lean, "simp; choose") == 1.0
     assert score(lean, "simp; choose", axioms=["propext"]) == 0.0
 
@@ -82,20 +82,20 @@ def test_a_reference_without_a_theorem_is_an_error_of_the_data(lean: str) -> Non
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"lean": "no-such-lean"}, "lean='no-such-lean' is no command on this machine; install Lean 4"),
-        ({"lean": "false"}, "does not tell its folder"),
-        ({"lean": "echo"}, "which has no bin/lean"),
-        ({"lean_path": "/tmp"}, "lean_path='/tmp' is no list"),
-        ({"lean_path": ["/no/such/folder"]}, "'/no/such/folder' is no folder"),
-        ({"seconds": 0}, "seconds=0 is no number of seconds"),
+        ({"lean": "no-such-lean"}, "lean='no-such-lean' was not found; install Lean 4"),
+        ({"lean": "false"}, "does not print its folder"),
+        ({"lean": "echo"}, "contains no bin/lean"),
+        ({"lean_path": "/tmp"}, "lean_path='/tmp' must be a list"),
+        ({"lean_path": ["/no/such/folder"]}, "'/no/such/folder' is not a folder"),
+        ({"seconds": 0}, "seconds=0 must be"),
     ],
 )
-def test_a_bad_argument_is_refused_before_the_run(args: dict[str, Any], message: str) -> None:
+def test_a_bad_argument_is_rejected_before_the_run(args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build_rewards([RewardTerm(name="proof", args=args)])
     assert message in str(caught.value)
 
 
-def test_the_workers_limit_must_leave_lean_its_time(lean: str) -> None:
-    with pytest.raises(UserError, match=r"allows itself 60 s and reward.timeout_seconds=5 would end its process"):
+def test_the_workers_limit_must_be_longer_than_that_of_lean(lean: str) -> None:
+    with pytest.raises(UserError, match=r"60 s, must be less than reward.timeout_seconds=5"):
         build_rewards([RewardTerm(name="proof", args={"lean": lean})], 5.0)

@@ -1,4 +1,4 @@
-"""`math` against hand-written labels and the real answers of a mathematics course."""
+"""`math` compared with hand-written labels and the answers of a mathematics course."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def answers(math_dir: Path) -> list[str]:
 
 
 def boxed(answer: str) -> str:
-    """As a model would write it: a box around it all, dollars left out where they enclose everything."""
+    """Return the answer in a sentence with a box, without dollar signs that enclose everything."""
     bare = answer.strip()
     if bare.startswith("$") and bare.endswith("$") and bare.count("$") == 2:
         bare = bare.strip("$")
@@ -83,7 +83,7 @@ def boxed(answer: str) -> str:
 
 
 def rewritings(answer: str) -> Iterator[str]:
-    """The same in other words: layout, fraction commands, spaces and sizes."""
+    """Return equal answers with other layout, fraction commands, spaces and sizes."""
     yield boxed(answer)
     yield boxed(answer.replace(r"\frac", r"\dfrac"))
     yield boxed(answer.replace(r"\frac", r"\tfrac").replace(r"\left[", "[").replace(r"\right]", "]"))
@@ -92,12 +92,12 @@ def rewritings(answer: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("completion", "reference"), RIGHT)
-def test_what_a_careful_reader_would_mark_as_right_scores_one(completion: str, reference: str) -> None:
+def test_a_right_answer_scores_one(completion: str, reference: str) -> None:
     assert math("", completion, reference) == 1.0
 
 
 @pytest.mark.parametrize(("completion", "reference"), WRONG)
-def test_what_a_careful_reader_would_mark_as_wrong_scores_zero(completion: str, reference: str) -> None:
+def test_a_wrong_answer_scores_zero(completion: str, reference: str) -> None:
     assert math("", completion, reference) == 0.0
 
 
@@ -110,14 +110,14 @@ def mistaken_for_equal(answers: Sequence[str], all_answers: list[str]) -> list[t
     return [(a, following[a]) for a in answers if a != following[a] and math("", boxed(following[a]), a) != 0.0]
 
 
-def test_one_in_ten_real_answers_equals_its_rewritings_and_differs_from_its_neighbour(answers: list[str]) -> None:
+def test_one_in_ten_course_answers_equals_its_rewritings_and_differs_from_the_next_one(answers: list[str]) -> None:
     assert len(answers) == 300
     assert mistaken_for_different(answers[::10]) == []
     assert mistaken_for_equal(answers[::10], answers) == []
 
 
 @pytest.mark.long
-def test_each_real_answer_equals_its_rewritings_and_differs_from_its_neighbour(answers: list[str]) -> None:
+def test_each_course_answer_equals_its_rewritings_and_differs_from_the_next_one(answers: list[str]) -> None:
     assert mistaken_for_different(answers) == []
     assert mistaken_for_equal(answers, answers) == []
 
@@ -143,13 +143,13 @@ def test_each_real_answer_equals_its_rewritings_and_differs_from_its_neighbour(a
         r"\binom{100000000}{50000000}",
     ],
 )
-def test_an_answer_that_explodes_costs_no_more_than_its_limit(answer: str) -> None:
+def test_an_answer_that_is_expensive_to_evaluate_costs_no_more_than_its_limit(answer: str) -> None:
     started = time.process_time()
     assert math("", f"\\boxed{{{answer}}}", "$x^{2}-16$", cpu_seconds=0.5) == 0.0
     assert time.process_time() - started < 2.0
 
 
-def test_what_no_soft_limit_can_interrupt_is_ended_with_its_process() -> None:
+def test_an_operation_that_the_soft_limit_cannot_interrupt_is_ended_with_its_process() -> None:
     terms = [RewardTerm(name="math", args={"cpu_seconds": 100.0})]
     with RewardPool(terms, workers=1, timeout_seconds=1.0) as pool:
         pool.submit(0, "", r"\boxed{\int_0^{10} x^{x^{x}} \sin(x^x) dx}", "$x^{2}-16$")
@@ -159,12 +159,12 @@ def test_what_no_soft_limit_can_interrupt_is_ended_with_its_process() -> None:
     assert (rewards[1].value, rewards[1].failures) == (1.0, ())
 
 
-def test_a_strict_answer_stands_in_a_box() -> None:
+def test_strict_requires_a_box() -> None:
     assert math("", "The answer is 12.", "12", strict=True) == 0.0
     assert math("", r"\boxed{12}", "12", strict=True) == 1.0
 
 
-def test_sentences_are_told_from_formulas() -> None:
+def test_sentences_are_distinguished_from_formulas() -> None:
     assert is_prose("No. Consider $x+y+z=2$ and $x+y+z=1$.")
     assert is_prose("Undefined")
     assert not is_prose(r"Solution is: $[x=1, y=2, z=-5]$")
@@ -177,6 +177,6 @@ def test_an_empty_reference_is_an_error_of_the_data() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("strict", 1), ("cpu_seconds", 0), ("cpu_seconds", True)])
-def test_a_bad_argument_is_refused_before_the_run(name: str, value: object) -> None:
+def test_a_bad_argument_is_rejected_before_the_run(name: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"reward.terms\[0\].args: {name}="):
         build_rewards([RewardTerm(name="math", args={name: value})])

@@ -1,4 +1,4 @@
-"""`reward_model`: the logit of a tiny real classifier, the same in any batch, and refused where it is none."""
+"""`reward_model` returns the logit of a tiny classifier, the same in any batch, and rejects other models."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_value_does_not_depend_on_the_batch(folder: Path) -> None:
     assert scored(folder, batch_size=1) == pytest.approx(scored(folder, batch_size=4), abs=1e-6)
 
 
-def test_the_logit_itself_is_cut_at_its_bound(folder: Path) -> None:
+def test_the_logit_is_clamped_to_the_bound(folder: Path) -> None:
     logits = [logit_of(folder, "ab" + text) for text in COMPLETIONS]
     bound = sorted(map(abs, logits))[len(logits) // 2]
     assert scored(folder, bound=bound) == pytest.approx([min(bound, max(-bound, x)) for x in logits], abs=1e-5)
@@ -72,12 +72,12 @@ def test_a_long_text_loses_its_beginning(folder: Path) -> None:
     assert scored(folder, max_tokens=3) == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_models_own_chat_template_is_used_when_asked_for(folder: Path) -> None:
+def test_chat_applies_the_models_own_chat_template(folder: Path) -> None:
     expected = [1 / (1 + math.exp(-logit_of(folder, f"uaba{text}"))) for text in COMPLETIONS]
     assert scored(folder, chat=True) == pytest.approx(expected, abs=1e-6)
 
 
-def test_it_is_scored_in_the_reward_phase_next_to_other_rewards(folder: Path) -> None:
+def test_the_pool_adds_it_to_other_rewards(folder: Path) -> None:
     terms = [RewardTerm(name="reward_model", args={"path": str(folder), "max_tokens": 32}), RewardTerm(name="exact")]
     with RewardPool(terms, workers=1, timeout_seconds=30.0) as pool:
         for key, completion in enumerate(COMPLETIONS):
@@ -91,15 +91,15 @@ def test_it_is_scored_in_the_reward_phase_next_to_other_rewards(folder: Path) ->
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ({"path": "/no/such/folder"}, "has no readable config.json"),
-        ({"bound": 0}, "bound=0 is no finite number above 0"),
-        ({"chat": 1}, "chat=1 is neither true nor false"),
-        ({"batch_size": 0}, "batch_size=0 is no whole number"),
+        ({"path": "/no/such/folder"}, "config.json cannot be read"),
+        ({"bound": 0}, "bound=0 must be a finite number above 0"),
+        ({"chat": 1}, "chat=1 must be true or false"),
+        ({"batch_size": 0}, "batch_size=0 must be a whole number"),
         ({"dtype": "int8"}, "dtype='int8' is unknown"),
-        ({"max_tokens": 65}, "max_tokens=65 is more than the 64 positions"),
+        ({"max_tokens": 65}, "max_tokens=65 must be at most 64"),
     ],
 )
-def test_a_bad_argument_is_refused_before_the_run(folder: Path, args: dict[str, Any], message: str) -> None:
+def test_a_bad_argument_is_rejected_before_the_run(folder: Path, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build_rewards([RewardTerm(name="reward_model", args={"path": str(folder), "max_tokens": 8} | args)])
     assert message in str(caught.value)
@@ -108,11 +108,11 @@ def test_a_bad_argument_is_refused_before_the_run(folder: Path, args: dict[str, 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["Qwen2ForCausalLM"]}, "a reward model is a ...ForSequenceClassification"),
-        ({"architectures": ["Qwen2ForSequenceClassification"]}, "has 2 labels; a reward model has one"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "must be a ...ForSequenceClassification"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "has 2 labels; a reward model must have one"),
     ],
 )
-def test_what_is_no_reward_model_is_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+def test_a_model_that_is_not_a_reward_model_is_rejected(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError) as caught:
         build_rewards([RewardTerm(name="reward_model", args={"path": str(tmp_path)})])
