@@ -60,8 +60,8 @@ class EnvironmentPool:
         self._pending: set[int] = set()
         self._replies: dict[int, Reply] = {}
         self._broken: Exception | None = None
-        # The first workers are started here, all at once. The kernel ties the life of a worker to the thread that
-        # started it, and this thread outlives the pool.
+        # The caller's thread starts the first workers, all at once: the kernel ties the life of a worker to the thread
+        # that started it.
         started = [self._start() for _ in range(workers)]
         try:
             for worker in started:

@@ -36,7 +36,7 @@ class WakeUp:
         try:
             self._sender.send(b"x")
         except OSError:
-            return  # a full buffer: the thread is awake already; a closed socket: the thread has ended
+            return  # a full buffer: the thread is awake already; a closed socket: the thread returned
 
     def clear(self) -> None:
         """Read what was sent."""

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 WORK = "/work"
-INNER_ID = 65534  # user and group of the programs: nobody
+INNER_ID = 65534  # user and group id of the programs
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _INODES = 4096
@@ -111,8 +111,8 @@ def _checked(step: str, result: int) -> int:
 def _map_ids(keeper: int) -> None:
     """Write the map from user ids inside the namespace to user ids of the host.
 
-    If the caller is root, the keeper is root too, so that it can read what root can read. The program is then `nobody`,
-    because the kernel exempts root from the limit on processes. Any other caller is mapped to `nobody` inside.
+    If the caller is root, the keeper is root too, so that it can read what root can read. Programs are user 65534,
+    because the kernel exempts root from the limit on processes. Any other caller is mapped to user 65534 inside.
     """
     both = os.geteuid() == 0 and all(_is_mapped(INNER_ID, kind) for kind in ("uid", "gid"))
     try:

@@ -93,8 +93,8 @@ def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_pat
         ("parallel.tpp=2", "error: parallel.tpp: unknown key; did you mean parallel.tp?\n"),
         (
             f"data.train={questions}",
-            f"error: {questions}:3: not valid JSON (Expecting value: line 2 column 1 (char 30)); each line is one JSON "
-            "object\n",
+            f"error: {questions}:3: not valid JSON (Expecting value: line 2 column 1 (char 30)); write one JSON object "
+            "per line\n",
         ),
     ):
         done = run(QUICKSTART, override)

@@ -195,7 +195,7 @@ def _passed_statements(sandbox: Sandbox, program: str, tests: Tests, deadline: f
 
 @functools.lru_cache(maxsize=1024)
 def _tests(reference: str) -> Tests:
-    """The tests of a reference.
+    """Parse the tests of a reference.
 
     Raises:
         ValueError: the reference contains no tests, or not in one of the three forms.
