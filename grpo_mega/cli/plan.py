@@ -1,11 +1,13 @@
-"""Memory and time of a run before it starts, on any machine: no GPU, no weights.
+"""Predict the memory and time of a run before it starts, on any machine: no GPU, no weights.
 
     python tools/plan.py CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
 
-The model's folder needs its config.json alone; where `model.path` is no folder here, configs/models/<its name> is
-taken. The number of devices is `--nodes` times those of a node, else `run.world_size`, else one node.
+The model's folder needs only its config.json. If `model.path` is not a folder on this machine, the shipped
+configs/models/<its name> is used. The number of devices is that of `--nodes`, or else `run.world_size`, or else one
+node.
 
-Exit code 0: it fits (or, with --search, a layout does); 2: it does not, or the input is wrong; 1: a failure of ours.
+Exit code 0: the run fits (with --search: a layout fits); 2: it does not fit, or the input is wrong; 1: a failure of
+the tool itself.
 """
 
 from __future__ import annotations
@@ -18,35 +20,39 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
+from grpo_mega.interfaces import ModuleCounter
 from grpo_mega.models.kv_cache import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import GPUS, Gpu, cluster_of, gpu_named
 from grpo_mega.planner.plan import ResourcePlan, plan_resources
 from grpo_mega.planner.remedies import as_overrides, remedy
-from grpo_mega.planner.report import in_words, picture, search_in_words
-from grpo_mega.planner.search import Found, search
+from grpo_mega.planner.report import memory_picture, plan_text, search_text
+from grpo_mega.planner.search import FittingLayout, search
 from grpo_mega.types import UserError
 
 NODES_SEARCHED = (1, 2, 4, 8, 16, 32, 64)
-KEPT = 5  # layouts of each number of devices
+LAYOUTS_LISTED = 5  # for each number of devices
 
 
 @dataclass(frozen=True)
-class Model:
-    """Of one config: what is counted once for all its plans."""
+class PlannedModel:
+    """The model of a config and the sizes of its modules, which are counted once for all plans."""
 
     spec: ModelSpec
     gpu: Gpu
     where: str
-    count: Any
+    count: ModuleCounter
 
     def plan(self, config: Config) -> ResourcePlan:
-        """Raises UserError: the layout does not divide the model or the ranks."""
+        """Return the plan of a config.
+
+        Raises:
+            UserError: the layout does not divide the model or the ranks.
+        """
         from grpo_mega.engines.engine_rules import check_engine_fp8
         from grpo_mega.models.layout_rules import check_layout
         from grpo_mega.parallel.topology import Topology
@@ -58,15 +64,15 @@ class Model:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpu", default="h100-80g", help=f"one of {', '.join(GPUS)}")
-    parser.add_argument("--nodes", type=int, help="of the GPU's usual size; overrides run.world_size")
-    parser.add_argument("--search", action="store_true", help="layouts that fit, fastest first")
-    parser.add_argument("--html", type=Path, help="write a picture of the memory per phase")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--nodes", type=int, help="nodes of the GPU's usual size; overrides run.world_size")
+    parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
+    parser.add_argument("--html", type=Path, help="write a picture of the memory per phase to this file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
     try:
         return run(args)
@@ -76,13 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError: the input is wrong."""
+    """Plan or search, print the result, and return the exit code.
+
+    Raises:
+        UserError: the input is wrong.
+    """
     gpu = gpu_named(args.gpu)
     if args.nodes is not None and args.nodes < 1:
-        raise UserError(f"--nodes={args.nodes}: a job has 1 node or more")
-    if args.search:  # which tries numbers of devices, and layouts, of its own
+        raise UserError(f"--nodes={args.nodes} must be at least 1")
+    if args.search:  # the search chooses the number of devices and the layout
         config = load_config(args.config, args.overrides)
-        KvCacheSize.from_config(config).check()  # no layout changes it
+        KvCacheSize.from_config(config).check()  # the same for every layout
         return run_search(args, config, model_of(config, gpu))
     overrides = list(args.overrides)
     if args.nodes is not None:
@@ -93,26 +103,26 @@ def run(args: argparse.Namespace) -> int:
     model = model_of(config, gpu)
     plan = model.plan(config)
     change = None if plan.fits else remedy(plan, model.plan, model.spec.num_layers)
-    told = as_overrides(change) if change is not None else None
+    overrides_to_fit = as_overrides(change) if change is not None else None
     if args.html is not None:
-        args.html.write_text(picture(plan, f"{args.config.name} on {plan.topology.world_size} x {gpu.name}"))
-    print(in_words(plan, told))
+        args.html.write_text(memory_picture(plan, f"{args.config.name} on {plan.inputs.topology.world_size} x {gpu.name}"))
+    print(plan_text(plan, overrides_to_fit))
     if args.json:
-        print(json.dumps(plan.as_json(told)))
+        print(json.dumps(plan.as_json(overrides_to_fit)))
     if not plan.fits:
-        why = plan.problems[0]
-        print(f"error: {args.config} does not fit: {why}; remedy: {' '.join(told or ['none found'])}", file=sys.stderr)
+        change_text = " ".join(overrides_to_fit or ["none was found"])
+        print(f"error: {args.config} does not fit: {plan.problems[0]}; remedy: {change_text}", file=sys.stderr)
     return 0 if plan.fits else 2
 
 
-def run_search(args: argparse.Namespace, config: Config, model: Model) -> int:
-    """Over one number of nodes, or over 1 to 64."""
+def run_search(args: argparse.Namespace, config: Config, model: PlannedModel) -> int:
+    """Search on one number of nodes, or on 1 to 64 nodes, and return the exit code."""
     nodes = NODES_SEARCHED if args.nodes is None else (args.nodes,)
-    results: dict[int, list[Found]] = {}
-    for each in nodes:
-        ranks = each * model.gpu.per_node
-        results[ranks] = search(config, model.spec, model.plan, ranks, model.gpu.per_node, KEPT)
-        print(search_in_words(results[ranks], ranks), flush=True)
+    results: dict[int, list[FittingLayout]] = {}
+    for num_nodes in nodes:
+        ranks = num_nodes * model.gpu.per_node
+        results[ranks] = search(config, model.spec, model.plan, ranks, model.gpu.per_node, LAYOUTS_LISTED)
+        print(search_text(results[ranks], ranks), flush=True)
     if args.json:
         rows = [{"overrides": as_overrides(f.change)} | f.plan.as_json() for found in results.values() for f in found]
         print(json.dumps({"layouts": rows}))
@@ -122,10 +132,14 @@ def run_search(args: argparse.Namespace, config: Config, model: Model) -> int:
     return 0
 
 
-def model_of(config: Config, gpu: Gpu) -> Model:
-    """Raises UserError: no config.json, or a model without a table."""
+def model_of(config: Config, gpu: Gpu) -> PlannedModel:
+    """Read the model of a config; no weights are read.
+
+    Raises:
+        UserError: config.json was not found, or the model family is not supported.
+    """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.simplefilter("ignore")  # libraries warn of what this machine lacks
+    warnings.simplefilter("ignore")  # libraries warn about missing optional features
     from grpo_mega.models.config_readers import read_spec
     from grpo_mega.models.tiny_recipe import recipe_spec
     from grpo_mega.policy.inspect.module_sizes import module_counter
@@ -138,4 +152,4 @@ def model_of(config: Config, gpu: Gpu) -> Model:
     else:
         folder = shipped_model_folder(Path(str(config.model.path)))
         spec, where = read_spec(folder), str(folder)
-    return Model(spec, gpu, where, module_counter(spec, config.parallel.megatron))
+    return PlannedModel(spec, gpu, where, module_counter(spec, config.parallel.megatron))

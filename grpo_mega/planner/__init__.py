@@ -1,1 +1,4 @@
-"""Memory and time of a run before it starts: no GPU, no weights. Sees policy and engine only through interfaces."""
+"""Plans of a run's memory and time, made before the run starts, without a GPU and without weights.
+
+The planner imports neither policy nor engines; it sees them only through grpo_mega/interfaces.py.
+"""

@@ -1,7 +1,7 @@
-"""What the planner assumes of machines and programs. Every number that is not counted from modules stands here.
+"""Assumptions of the planner about devices and programs: every number that is not counted from the model's modules.
 
-Vendors' data sheets give memory, FLOP/s and link speeds. Efficiencies and residues are what published runs reach:
-docs/measurements/planner.md says where each comes from and which were measured.
+Memory, FLOP/s and link speeds come from the vendors' data sheets. Efficiencies and residues are those of published
+runs. docs/measurements/planner.md gives the source of each, and says which were measured.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ Kernels = Literal["te", "local"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """One device and its share of a node. Bytes, bytes per second and FLOP/s; link speeds are per direction."""
+    """One device and its share of a node, in bytes, bytes per second and FLOP/s. Link speeds are per direction."""
 
     name: str
     memory: float
-    """What a process can allocate, after the driver's own."""
+    """Memory that a process can allocate, without the driver's own."""
     bf16_flops: float
-    """Dense, without sparsity."""
+    """Dense rate, without sparsity."""
     memory_bandwidth: float
     nvlink: float
     network: float
-    """Of the device's own adapter."""
+    """Speed of the device's own network adapter."""
     pcie: float
     per_node: int
     host_memory: float
-    """Of a node."""
+    """Host memory of a node."""
     kernels: Kernels = "te"
-    """Whose modules compute: Transformer Engine's, or the local ones of a machine without CUDA."""
+    """Modules that compute: Transformer Engine's, or the local ones of a machine without CUDA."""
     capability: tuple[int, int] = (0, 0)
-    """CUDA's number of the generation; 0: no CUDA."""
+    """CUDA compute capability; (0, 0) means no CUDA."""
 
 
 GPUS = {
@@ -47,64 +47,70 @@ GPUS = {
         Gpu("h20-96g", 95.0 * GIB, 148e12, 4.0e12, 450e9, 50e9, 55e9, 8, 2.0e12, capability=(9, 0)),
         Gpu("h200-141g", 139.0 * GIB, 989e12, 4.8e12, 450e9, 50e9, 55e9, 8, 2.0e12, capability=(9, 0)),
         Gpu("b200-180g", 178.0 * GIB, 2250e12, 7.7e12, 900e9, 50e9, 55e9, 8, 2.0e12, capability=(10, 0)),
-        # a rank of a CPU job: its time is not predicted, its bytes are those of the local modules
+        # A rank of a CPU job: its bytes are those of the local modules, its time is not predicted.
         Gpu("cpu", 16.0 * GIB, 1e11, 1e10, 1e9, 1e9, 1e10, 8, 128 * GIB, "local"),
     )
 }
 
 
 def gpu_named(name: str) -> Gpu:
-    """Raises UserError with the names there are."""
+    """Return the device with this name.
+
+    Raises:
+        UserError: there is no such device; the remedy lists the names.
+    """
     if name not in GPUS:
-        raise UserError(f"--gpu={name}: not known", remedy=f"use one of {', '.join(GPUS)}")
+        raise UserError(f"--gpu={name} is not a known device", remedy=f"use one of {', '.join(GPUS)}")
     return GPUS[name]
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Shares are of the peak rate of the device or the link."""
+    """Efficiencies, as fractions of the peak rate of a device or a link, and fixed costs in bytes and seconds."""
 
     dense_flops: float = 0.40
-    """Of bf16 FLOP/s in training and log-prob passes, without pipeline bubbles (Megatron-LM: 0.41 to 0.48)."""
+    """Fraction of bf16 FLOP/s in training and log-prob passes, without pipeline bubbles (Megatron-LM: 0.41 to 0.48)."""
     expert_flops: float = 0.20
-    """The same for models with experts (published: 0.16 to 0.26 with forced balance)."""
+    """The same fraction for models with experts (published: 0.16 to 0.26 with forced balance)."""
     fp8_speedup: float = 1.3
-    """Of training and log-prob passes over those in bf16, end to end (published: 1.2 to 1.5)."""
+    """Speed of training and log-prob passes in FP8 over bf16, end to end (published: 1.2 to 1.5)."""
     decode_bandwidth: float = 0.60
-    """Of memory bandwidth while the engine decodes."""
+    """Fraction of memory bandwidth while the engine decodes."""
     prefill_flops: float = 0.45
+    """Fraction of bf16 FLOP/s while the engine computes prompts."""
     link: float = 0.70
-    """Of NVLink and network speed in collectives."""
+    """Fraction of NVLink and network speed in collectives."""
     pcie: float = 0.80
+    """Fraction of PCIe speed in copies between device and host."""
     collective_latency: float = 15e-6
     """Seconds of one small all-reduce in a decode step."""
     mean_length: float = 0.5
-    """Mean completion, as a share of sampling.max_tokens; the longest one reaches it."""
+    """Mean completion, as a fraction of sampling.max_tokens; the longest completion reaches sampling.max_tokens."""
     routing_imbalance: float = 1.25
-    """Tokens of the busiest expert-parallel rank over the mean."""
+    """Tokens of the busiest expert-parallel rank, divided by the mean."""
     host_adam_bandwidth: float = 150e9
-    """Bytes per second that Adam on a node's processors reads and writes."""
+    """Bytes per second that Adam reads and writes on the processors of a node."""
     checkpoint_bandwidth: float = 5e9
-    """Bytes per second that a node writes."""
+    """Bytes per second that a node writes to disk."""
     context_bytes: float = 0.6 * GIB
-    """CUDA context and libraries of a process."""
+    """CUDA context and libraries of one process."""
     nccl_bytes_per_group: float = 0.35 * GIB
     """Buffers of one communicator of more than one rank."""
     allocator_share: float = 0.04
-    """Of what a phase allocates: blocks that no request fits."""
+    """Fraction of a phase's allocations that is lost to fragmentation."""
     policy_residue: float = 1.0 * GIB
-    """Left on the device of a policy that is offloaded."""
+    """Device memory that an offloaded policy keeps."""
     engine_residue: float = 1.0 * GIB
-    """Left on the device of an engine that sleeps."""
+    """Device memory that a sleeping engine keeps."""
     engine_workspace: float = 2.0 * GIB
-    """CUDA graphs and kernels' workspaces of an engine."""
+    """CUDA graphs and kernel workspaces of an engine."""
     engine_share: float = CUDA_MEMORY_SHARE
     """Fraction of the device for the engine's weights and KV cache, when engine.kv_cache_tokens is not set."""
     process_host_bytes: float = 6.0 * GIB
     """Host memory of one rank's process before any tensor."""
 
     def described(self) -> dict[str, float]:
-        """Name -> value."""
+        """Return name -> value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
@@ -121,7 +127,7 @@ CPU_ASSUMPTIONS = Assumptions(
 
 @dataclass(frozen=True)
 class Cluster:
-    """So many nodes of one kind of device."""
+    """Nodes of one kind of device."""
 
     gpu: Gpu
     num_ranks: int
@@ -129,14 +135,15 @@ class Cluster:
 
     @property
     def num_nodes(self) -> int:
+        """Nodes that hold the ranks of the job."""
         return -(-self.num_ranks // self.gpu.per_node)
 
     def link_speed(self, ranks: int) -> float:
-        """Bytes per second and rank among so many consecutive ranks: NVLink inside a node, the network beyond."""
-        inside = ranks <= self.gpu.per_node
-        return (self.gpu.nvlink if inside else self.gpu.network) * self.assumptions.link
+        """Return the bytes per second and rank among consecutive ranks: NVLink inside a node, the network beyond it."""
+        in_one_node = ranks <= self.gpu.per_node
+        return (self.gpu.nvlink if in_one_node else self.gpu.network) * self.assumptions.link
 
 
 def cluster_of(gpu: Gpu, num_ranks: int) -> Cluster:
-    """With the assumptions that go with the device."""
+    """Return a cluster with the assumptions for its kind of device."""
     return Cluster(gpu, num_ranks, CPU_ASSUMPTIONS if gpu.kernels == "local" else Assumptions())

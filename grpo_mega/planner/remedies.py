@@ -1,4 +1,4 @@
-"""Other configs near one: single changes, and the fewest of them that make a plan fit."""
+"""Changes of a config that reduce memory, and the fewest of them that make a plan fit."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from typing import Any
 
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
-from grpo_mega.models.kv_cache import KvCacheSize
+from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.types import UserError
 
-Change = dict[str, Any]  # `section.key` -> value
+Change = dict[str, Any]
+"""`section.key` -> value."""
 Planner = Callable[[Config], ResourcePlan]
-"""Raises UserError for a config that cannot be."""
+"""Plans a config; raises UserError if the config is not valid."""
 
 _MOST_CHANGES = 4
 _ROLLOUTS_IN_CACHE = 8
 
 
 def changed(config: Config, change: Change) -> Config:
-    """The config with these keys.
+    """Return the config with these keys changed.
 
     Raises:
-        UserError: a rule is broken.
+        UserError: the changed config breaks a rule.
     """
     sections: dict[str, dict[str, Any]] = {}
     for key, value in change.items():
@@ -38,36 +39,43 @@ def changed(config: Config, change: Change) -> Config:
 
 
 def as_overrides(change: Change) -> list[str]:
-    """As they are written on a command line."""
-    return [f"{key}={_written(value)}" for key, value in change.items()]
+    """Return the change as overrides of a command line."""
+    return [f"{key}={_yaml_value(value)}" for key, value in change.items()]
 
 
 def even_layout(num_layers: int, pp: int) -> str:
-    """An explicit pipeline layout of one chunk a rank; where layers do not divide, the first ranks have one more."""
+    """Return an explicit pipeline layout with one chunk per rank.
+
+    If the layers do not divide evenly, the first ranks have one more.
+    """
     each, more = divmod(num_layers, pp)
     stages = ["t" * (each + (i < more)) for i in range(pp)]
-    return "E" + "|".join(_repeated(stage) for stage in stages) + "L"
+    return "E" + "|".join(_abbreviate(stage) for stage in stages) + "L"
 
 
 def remedy(plan: ResourcePlan, planner: Planner, num_layers: int) -> Change | None:
-    """The fewest changes that make it fit; more devices only when nothing else does. None: nothing found."""
-    here = list(_changes(plan, num_layers))
-    for found in _fitting(plan.config, planner, here):
+    """Return the fewest changes that make the plan fit, or None.
+
+    More devices are tried only if no other change makes it fit.
+    """
+    config = plan.inputs.config
+    for found in _fitting_changes(config, planner, list(_changes(plan.inputs, num_layers))):
         return found
     for factor in (2, 4, 8, 16, 32):
-        wider: Change = {"run.world_size": plan.topology.world_size * factor}
+        wider: Change = {"run.world_size": plan.inputs.topology.world_size * factor}
         try:
-            larger = planner(changed(plan.config, wider))
+            larger = planner(changed(config, wider))
         except UserError:
             continue
         if larger.fits:
             return wider
-        for found in _fitting(larger.config, planner, list(_changes(larger, num_layers))):
+        for found in _fitting_changes(larger.inputs.config, planner, list(_changes(larger.inputs, num_layers))):
             return wider | found
     return None
 
 
-def _fitting(config: Config, planner: Planner, changes: list[Change]) -> Iterator[Change]:
+def _fitting_changes(config: Config, planner: Planner, changes: list[Change]) -> Iterator[Change]:
+    """Yield combinations of the changes that fit, the smallest combinations first."""
     for size in range(1, _MOST_CHANGES + 1):
         for chosen in combinations(changes, size):
             change: Change = {}
@@ -82,9 +90,9 @@ def _fitting(config: Config, planner: Planner, changes: list[Change]) -> Iterato
                 continue
 
 
-def _changes(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
-    """Cheapest first: memory for a little time, then engine, layout, and the host's time."""
-    config, parallel, engine = plan.config, plan.config.parallel, plan.config.engine
+def _changes(inputs: PlanInputs, num_layers: int) -> Iterator[Change]:
+    """Yield single changes, the cheapest in time first: recomputation, engine, layout, optimizer on the host."""
+    config, parallel, engine = inputs.config, inputs.config.parallel, inputs.config.engine
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield {"parallel.sequence_parallel": True}
     if parallel.recompute != "full":
@@ -94,20 +102,21 @@ def _changes(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
     row = _shortest_row(config)
     if row < config.train.max_tokens_per_microbatch:
         yield {"train.max_tokens_per_microbatch": row}
-    tokens = _ROLLOUTS_IN_CACHE * KvCacheSize.from_config(config).tokens_per_rollout
+    tokens = _ROLLOUTS_IN_CACHE * inputs.kv_cache.tokens_per_rollout
     if engine.kv_cache_tokens is None or engine.kv_cache_tokens > tokens:
         yield {"engine.kv_cache_tokens": tokens}
     for factor in (2, 4, 8, 16, 32):
-        ranks = plan.topology.engine_size * factor
-        if plan.topology.engine_servers or plan.topology.world_size % ranks == 0:
+        ranks = inputs.topology.engine_size * factor
+        if inputs.topology.engine_servers or inputs.topology.world_size % ranks == 0:
             yield {"engine.tp": engine.tp * factor} | ({"engine.ep": ranks} if engine.ep > 1 else {})
-    yield from _layouts(plan, num_layers)
+    yield from _layouts(inputs, num_layers)
     if config.optimizer.host_fraction < 1:
         yield {"optimizer.host_fraction": 1.0}
 
 
-def _layouts(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
-    parallel, per_node = plan.config.parallel, plan.cluster.gpu.per_node
+def _layouts(inputs: PlanInputs, num_layers: int) -> Iterator[Change]:
+    """Yield layouts that divide the model over more ranks."""
+    parallel, per_node = inputs.config.parallel, inputs.gpu.per_node
     tp = 2 * parallel.tp
     while tp <= per_node:
         yield {"parallel.tp": tp, "parallel.sequence_parallel": True}
@@ -125,7 +134,7 @@ def _layouts(plan: ResourcePlan, num_layers: int) -> Iterator[Change]:
 
 
 def _shortest_row(config: Config) -> int:
-    """Tokens of a row that holds the longest rollout and divides as the layout wants."""
+    """Return the fewest tokens of a row that holds the longest rollout and that the layout divides."""
     parallel = config.parallel
     longest = config.longest_training_rollout
     multiple = math.lcm(2 * parallel.cp, parallel.tp) if parallel.cp > 1 else parallel.tp
@@ -133,11 +142,11 @@ def _shortest_row(config: Config) -> int:
     return -(-longest // multiple) * multiple
 
 
-def _repeated(stage: str) -> str:
+def _abbreviate(stage: str) -> str:
     return stage if len(stage) < 3 else f"t*{len(stage)}"
 
 
-def _written(value: Any) -> str:
+def _yaml_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""Every reasonable layout of a model on a number of devices, planned; those that fit, fastest step first."""
+"""Search over the reasonable layouts of a model on a number of devices; those that fit, fastest step first."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
-from grpo_mega.models.kv_cache import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import Change, Planner, changed, even_layout
 from grpo_mega.types import UserError
 
-_ENGINE_CHOICES = 2  # engine layouts that are combined with every policy layout
+_ENGINE_CHOICES = 2  # engine layouts that are combined with each policy layout
 _MOST_STAGES = 64
 _SAVINGS: tuple[Change, ...] = tuple(
     {"parallel.recompute": recompute, "parallel.recompute_modules": None, "optimizer.host_fraction": on_host}
@@ -23,35 +22,32 @@ _SAVINGS: tuple[Change, ...] = tuple(
 
 
 @dataclass(frozen=True)
-class Found:
+class FittingLayout:
     """A layout that fits."""
 
     change: Change
     plan: ResourcePlan
 
 
-def search(config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int) -> list[Found]:
-    """At most `keep` layouts of `num_ranks` devices, the fastest step first.
-
-    `planner` raises UserError for what cannot be.
-    """
-    found: list[Found] = []
-    for engine in _engines(config, planner, num_ranks):
+def search(config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int) -> list[FittingLayout]:
+    """Return at most `keep` layouts of `num_ranks` devices that fit, the fastest step first."""
+    found: list[FittingLayout] = []
+    for engine in _engine_layouts(config, planner, num_ranks):
         for layout in _layouts(spec, num_ranks, per_node):
-            for saving in _SAVINGS:  # those behind the first that fits are slower
+            for saving in _SAVINGS:  # the savings after the first that fits are slower
                 whole = {"run.world_size": num_ranks} | engine | layout | saving
                 try:
                     plan = planner(changed(config, whole))
                 except UserError:
                     break
                 if plan.fits:
-                    found.append(Found(whole, plan))
+                    found.append(FittingLayout(whole, plan))
                     break
     return heapq.nsmallest(keep, found, key=lambda f: (f.plan.time.seconds, str(f.change)))
 
 
-def _engines(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
-    """Engine layouts that fit in the rollout phase, the fastest first."""
+def _engine_layouts(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
+    """Return the engine layouts that fit in the rollout phase, the fastest first."""
     timed = []
     tp = 1
     while tp <= min(num_ranks, 64):
@@ -59,25 +55,26 @@ def _engines(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
         if config.engine.ep > 1:
             change["engine.ep"] = tp * config.engine.dp
         try:
-            plan = planner(changed(config, _bare(num_ranks) | change))
+            plan = planner(changed(config, _trivial_layout(num_ranks) | change))
         except UserError:
             pass
         else:
-            samples = "server" if plan.topology.engine_servers else "rollout"
-            rollout_fits = plan.memory.fullest(samples).peak(samples) <= plan.cluster.gpu.memory
-            one_rollout = KvCacheSize.from_config(config).tokens_per_rollout * plan.memory.kv_bytes_per_token
-            if rollout_fits and plan.memory.kv_cache >= one_rollout:
+            phase, engine = "server" if plan.inputs.uses_servers else "rollout", plan.memory.engine
+            rollout_fits = plan.memory.fullest(phase).peak(phase) <= plan.inputs.gpu.memory
+            one_rollout = plan.inputs.kv_cache.tokens_per_rollout * engine.kv_bytes_per_token
+            if rollout_fits and engine.kv_cache >= one_rollout:
                 timed.append((plan.time.phases["rollout"], tp, change))
         tp *= 2
     return [change for _, _, change in sorted(timed, key=lambda each: each[:2])[:_ENGINE_CHOICES]]
 
 
-def _bare(num_ranks: int) -> Change:
-    """No layout of the policy at all: its memory does not matter."""
+def _trivial_layout(num_ranks: int) -> Change:
+    """Return the layout without any division of the policy, whose memory does not matter here."""
     return {"run.world_size": num_ranks} | _layout(1, 1, 1, None)
 
 
 def _layouts(spec: ModelSpec, num_ranks: int, per_node: int) -> Iterator[Change]:
+    """Yield the layouts of the policy: powers of two of tp, pp and ep."""
     experts = spec.moe.num_experts if spec.moe is not None else 1
     for tp in (1, 2, 4, 8):
         if tp > per_node or num_ranks % tp:
@@ -86,8 +83,8 @@ def _layouts(spec: ModelSpec, num_ranks: int, per_node: int) -> Iterator[Change]
         while pp <= min(spec.num_layers, num_ranks // tp, _MOST_STAGES):
             ep = 1
             while ep <= min(experts, num_ranks // pp):
-                explicit = even_layout(spec.num_layers, pp) if spec.num_layers % pp else None
-                yield _layout(tp, pp, ep, explicit)
+                pipeline_layout = even_layout(spec.num_layers, pp) if spec.num_layers % pp else None
+                yield _layout(tp, pp, ep, pipeline_layout)
                 ep *= 2
             pp *= 2
 

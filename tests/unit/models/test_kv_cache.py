@@ -70,7 +70,7 @@ def test_planner_and_engine_agree_on_random_configs() -> None:
     outcomes = []
     for seed in SEEDS:
         config, spec = random_case(seed)
-        planned = outcome(lambda c=config, s=spec: memory_of(c, s, 8, "cpu").kv_cache)
+        planned = outcome(lambda c=config, s=spec: memory_of(c, s, 8, "cpu").engine.kv_cache)
         assert planned == outcome(lambda c=config, s=spec: engine_bytes(c, s)), f"seed {seed}"
         outcomes.append(planned)
     assert sum(isinstance(found, str) for found in outcomes) > 20, "some caches are too small"

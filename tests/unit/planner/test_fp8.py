@@ -12,13 +12,14 @@ from torch import nn
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
-from grpo_mega.planner.hardware import Cluster, cluster_of, gpu_named
-from grpo_mega.planner.phase_memory import RankMemory, engine_weight_bytes, plan_memory
+from grpo_mega.planner.hardware import cluster_of, gpu_named
+from grpo_mega.planner.engine_memory import engine_weight_bytes
+from grpo_mega.planner.phase_memory import RankMemory
 from grpo_mega.planner.plan import plan_resources
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
 from grpo_mega.types import UserError
-from tests.helpers.planner_cases import SIZES, config_of, spec_of
+from tests.helpers.planner_cases import SIZES, config_of, inputs_of, memory_of, spec_of
 
 MATRIX, EXPERT = 200, 300  # elements of a layer of SIZES that are multiplied with
 NO_REFERENCE: dict[str, Any] = {"kl_coef": 0.0}
@@ -30,22 +31,22 @@ def fp8(**keys: Any) -> dict[str, Any]:
 
 def fullest_rank(gpu: str = "h100-80g", **sections: dict[str, Any]) -> RankMemory:
     config = config_of(algorithm=NO_REFERENCE, **sections)
-    cluster = Cluster(gpu_named(gpu), 1, cluster_of(gpu_named(gpu), 1).assumptions)
-    return plan_memory(config, spec_of(), SIZES, Topology(1), cluster, total_parameters=1, where="x").ranks[0]
+    rank: RankMemory = memory_of(config, spec_of(), 1, gpu).ranks[0]
+    return rank
 
 
 def test_a_weight_is_held_in_two_orders_beside_the_bf16_one() -> None:
     chunk = ModelChunk((False, True, True), False, False, (False, True, True))
-    plain = static_bytes([chunk], SIZES, spec_of(), config_of(), Topology(1))
-    copied = static_bytes([chunk], SIZES, spec_of(), config_of(precision=fp8()), Topology(1))
+    plain = static_bytes([chunk], SIZES, inputs_of(config_of()))
+    copied = static_bytes([chunk], SIZES, inputs_of(config_of(precision=fp8())))
     assert copied.fp8_copies == 2 * 2 * EXPERT  # the first layer stays in bf16
     assert (copied.weights, copied.optimizer) == (plain.weights, plain.optimizer)
 
 
 def test_a_weight_in_fp8_is_one_of_its_two_orders() -> None:
     chunk = ModelChunk((False,), False, False, (True,))
-    plain = static_bytes([chunk], SIZES, spec_of(), config_of(), Topology(1))
-    held = static_bytes([chunk], SIZES, spec_of(), config_of(precision=fp8(params=True)), Topology(1))
+    plain = static_bytes([chunk], SIZES, inputs_of(config_of()))
+    held = static_bytes([chunk], SIZES, inputs_of(config_of(precision=fp8(params=True))))
     assert (held.weights, held.fp8_copies) == (plain.weights - MATRIX, MATRIX)
     assert held.gradients == plain.gradients
 
@@ -72,8 +73,8 @@ def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
     is_moe = spec.is_moe_layer(0)
     kinds = {}
     for name, precision in (("bf16", {}), ("fp8", fp8())):
-        config = config_of(precision=precision, parallel={"recompute": "none"})
-        acts = Activations(spec, config, "te", row_tokens=100, longest=100, imbalance=1.0)
+        config = config_of(precision=precision, parallel={"recompute": "none"})  # rows of 256 tokens
+        acts = Activations(inputs_of(config, spec))
         kinds[name] = acts.layer(is_moe, name == "fp8").kept
     h, attended = spec.hidden_size, spec.num_heads * spec.head_dim
     saved = 2 * h

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.engine_memory import engine_weight_bytes
 from grpo_mega.planner.hardware import Assumptions, Cluster, gpu_named
-from grpo_mega.planner.phase_memory import PHASES, engine_weight_bytes, num_groups, workload_of
+from grpo_mega.planner.phase_memory import PHASES, num_groups
 from grpo_mega.planner.pipeline_schedule import peak_of_schedule
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.types import UserError
-from tests.helpers.planner_cases import SIZES, config_of, memory_of, spec_of
+from tests.helpers.planner_cases import SIZES, config_of, inputs_of, memory_of, spec_of
 
 
 def test_1f1b_holds_as_many_microbatches_as_stages_follow() -> None:
@@ -34,21 +35,21 @@ def test_an_interleaved_pipeline_holds_chunks_as_megatron_runs_ahead() -> None:
 def test_buffers_are_padded_as_megatron_pads_them() -> None:
     # starts at multiples of 64: norm at 0, matrix at 64, end 264; of 4 ranks and 128: 384
     chunk = ModelChunk((False,), has_embedding=False, has_head=False)
-    found = static_bytes([chunk], SIZES, spec_of(), config_of(), Topology(4))
+    found = static_bytes([chunk], SIZES, inputs_of(world=4))
     assert (found.parameters, found.weights, found.gradients) == (210, 2 * 384, 4 * 384)
     assert found.optimizer == 12 * 384 // 4
 
 
 def test_fp32_weights_are_their_own_masters() -> None:
     chunk = ModelChunk((False,), has_embedding=False, has_head=False)
-    found = static_bytes([chunk], SIZES, spec_of(), config_of(precision={"dtype": "fp32"}), Topology(1))
+    found = static_bytes([chunk], SIZES, inputs_of(config_of(precision={"dtype": "fp32"})))
     assert (found.weights, found.optimizer) == (4 * 384, 8 * 384)
 
 
 def test_experts_are_sharded_over_their_own_replicas() -> None:
     chunk = ModelChunk((True,), has_embedding=False, has_head=False)
     # experts: 300 -> 384 elements over edp = 4 / 4 = 1 rank; router: 10 -> 128 over dp = 4
-    found = static_bytes([chunk], SIZES, spec_of(), config_of(parallel={"ep": 4}), Topology(4, ep=4))
+    found = static_bytes([chunk], SIZES, inputs_of(config_of(parallel={"ep": 4}), world=4))
     assert found.optimizer == 12 * (384 + 128 // 4)
 
 
@@ -57,13 +58,13 @@ def test_a_tied_head_is_a_copy_only_on_another_stage() -> None:
     last = ModelChunk((), has_embedding=False, has_head=True)
     both = ModelChunk((), has_embedding=True, has_head=True)
     spec = spec_of(tie_word_embeddings=True)
-    numels = [static_bytes([c], SIZES, spec, config_of(), Topology(1)).parameters for c in (first, last, both)]
+    numels = [static_bytes([c], SIZES, inputs_of(spec=spec)).parameters for c in (first, last, both)]
     assert numels == [100, 110, 110]
 
 
 def test_the_host_takes_its_share_of_the_optimizer() -> None:
     chunk = ModelChunk((False,), has_embedding=False, has_head=False)
-    found = static_bytes([chunk], SIZES, spec_of(), config_of(optimizer={"host_fraction": 0.75}), Topology(1))
+    found = static_bytes([chunk], SIZES, inputs_of(config_of(optimizer={"host_fraction": 0.75})))
     assert (found.optimizer, found.optimizer_on_host) == (12 * 384 // 4, 12 * 384 * 3 // 4)
 
 
@@ -87,7 +88,8 @@ def test_copies_of_an_engine_share_its_experts() -> None:
 
 def test_the_engine_s_cache_holds_the_completions_of_an_evaluation() -> None:
     sizes = [
-        memory_of(config_of(evaluation={"max_tokens": most}), spec_of(), 1, "cpu").kv_cache for most in (None, 32, 192)
+        memory_of(config_of(evaluation={"max_tokens": most}), spec_of(), 1, "cpu").engine.kv_cache
+        for most in (None, 32, 192)
     ]
     assert sizes[0] == sizes[1]  # prompts of 64 tokens and completions of 64
     assert sizes[2] / sizes[0] == pytest.approx(2, rel=1e-3)
@@ -101,7 +103,7 @@ def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
     assert set(rank.phases) - set(other.phases) == {"server"}
     assert {"engine weights", "KV cache", "engine workspace", "sync buckets"} <= set(rank.phases["server"])
     assert num_groups(Topology(4, engine_tp=2)) == num_groups(Topology(4, engine_tp=2, engine_servers=2)) + 1
-    assert elsewhere.engine_weights == beside.engine_weights
+    assert elsewhere.engine.weights == beside.engine.weights
     for phase, items in rank.phases.items():
         if phase != "server":
             assert not {"engine weights", "KV cache", "engine asleep", "policy offloaded"} & set(items)
@@ -158,13 +160,13 @@ def test_recomputation_keeps_less_and_sequence_parallelism_cuts_it() -> None:
 
 def test_the_workload_counts_microbatches_of_full_length() -> None:
     # 32 rollouts of 128 tokens, 2 a row, on 2 ranks: 8; under vpp a multiple of pp
-    assert workload_of(config_of(), Topology(2), 0.5).num_microbatches == 8
+    assert inputs_of(world=2).workload.num_microbatches == 8
     interleaved = config_of(parallel={"pp": 3, "vpp": 2})
-    assert workload_of(interleaved, Topology(6, pp=3, vpp=2), 0.5).num_microbatches == 9
+    assert inputs_of(interleaved, spec_of(num_hidden_layers=6), 6).workload.num_microbatches == 9
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"--gpu=h101: not known; use one of .*h100-80g"):
+    with pytest.raises(UserError, match=r"--gpu=h101 .*; use one of .*h100-80g"):
         gpu_named("h101")
 
 

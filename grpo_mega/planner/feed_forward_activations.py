@@ -1,0 +1,36 @@
+"""Activation memory of the feed-forward part of one layer; the letters are those of planner/activations.py."""
+
+from __future__ import annotations
+
+from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.models.spec import ModelSpec, MoeSpec
+from grpo_mega.planner.row_shape import RowShape
+
+
+class FeedForwardActivations:
+    """Bytes that the feed-forward part of one layer keeps for its backward pass, on one rank."""
+
+    def __init__(self, row: RowShape, spec: ModelSpec, parallel: ParallelConfig, imbalance: float) -> None:
+        self._row, self._spec, self._parallel, self._imbalance = row, spec, parallel, imbalance
+
+    def dense(self, i: int) -> float:
+        """Return the bytes of a dense feed-forward layer."""
+        return self._gated_unit(self._spec.ffn_size / self._parallel.tp, i)
+
+    def _gated_unit(self, f: float, i: int) -> float:
+        """Return the bytes of [gate; up], silu(gate), up and their product: Megatron's unfused gated unit."""
+        return f * self._row.tokens * (4 * self._row.itemsize + i)
+
+    def routed_tokens(self, moe: MoeSpec) -> float:
+        """Return the number of tokens that the experts of the busiest rank receive."""
+        return self._row.sequence_tokens * moe.top_k * self._parallel.etp * self._imbalance
+
+    def experts(self, i: int) -> float:
+        """Return the bytes of the routed experts, the shared expert and the router."""
+        moe, b = self._spec.moe, self._row.itemsize
+        assert moe is not None, "a layer of experts in a model without experts"
+        routed = self.routed_tokens(moe)
+        per_token = self._spec.hidden_size * i + (5 * b + i) * moe.expert_ffn_size / self._parallel.etp
+        router = self._row.sequence_tokens * (12 * moe.num_experts + 40 * moe.top_k)
+        shared = self._gated_unit(moe.shared_ffn_size / self._parallel.tp, i)
+        return routed * (per_token + 8) + router + shared
