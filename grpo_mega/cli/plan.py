@@ -105,7 +105,9 @@ def run(args: argparse.Namespace) -> int:
     change = None if plan.fits else remedy(plan, model.plan, model.spec.num_layers)
     overrides_to_fit = as_overrides(change) if change is not None else None
     if args.html is not None:
-        args.html.write_text(memory_picture(plan, f"{args.config.name} on {plan.inputs.topology.world_size} x {gpu.name}"))
+        args.html.write_text(
+            memory_picture(plan, f"{args.config.name} on {plan.inputs.topology.world_size} x {gpu.name}")
+        )
     print(plan_text(plan, overrides_to_fit))
     if args.json:
         print(json.dumps(plan.as_json(overrides_to_fit)))

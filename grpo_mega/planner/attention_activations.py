@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from grpo_mega.config.schema import ParallelConfig
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.spec import MlaSpec, ModelSpec
 from grpo_mega.planner.row_shape import RowShape
 

@@ -61,7 +61,9 @@ class ResourcePlan:
         used, capacity = sum(self.memory.host.values()), self.inputs.gpu.host_memory
         if used <= HOST_SHARE * capacity:
             return []
-        return [f"host: {used / GIB:.0f} GiB per node, at most {HOST_SHARE:.0%} of {capacity / GIB:.0f} GiB can be used"]
+        return [
+            f"host: {used / GIB:.0f} GiB per node, at most {HOST_SHARE:.0%} of {capacity / GIB:.0f} GiB can be used"
+        ]
 
     @property
     def fits(self) -> bool:

@@ -30,10 +30,10 @@ _COLORS = {
 
 def plan_text(plan: ResourcePlan, remedy: list[str] | None) -> str:
     """Return the plan as text for a terminal."""
-    topology, gpu = plan.inputs.topology, plan.inputs.gpu
+    topology, gpu, cluster = plan.inputs.topology, plan.inputs.gpu, plan.inputs.cluster
     on_servers = f" on {topology.num_server_ranks} more" if topology.engine_servers else ""
     lines = [
-        f"{plan.parameters / 1e9:.2f}B parameters on {topology.world_size} x {gpu.name} ({plan.inputs.cluster.num_nodes} "
+        f"{plan.parameters / 1e9:.2f}B parameters on {topology.world_size} x {gpu.name} ({cluster.num_nodes} "
         f"node(s)): tp {topology.tp}, pp {topology.pp}, cp {topology.cp}, dp {topology.dp}, ep {topology.ep}, etp "
         f"{topology.etp}; engine tp {topology.engine_tp}, "
         + (f"dp {topology.engine_dp}, " if topology.engine_dp > 1 else "")
@@ -69,7 +69,10 @@ def search_text(found: list[FittingLayout], num_ranks: int) -> str:
     """Return one line per layout, for a terminal."""
     lines = [f"{num_ranks} devices:"]
     for each in found:
-        plan, change = each.plan, {key: value for key, value in each.change.items() if _differs_from_default(key, value)}
+        plan, change = (
+            each.plan,
+            {key: value for key, value in each.change.items() if _differs_from_default(key, value)},
+        )
         peak = max(plan.memory.fullest(phase).peak(phase) for phase in plan.memory.phases)
         lines.append(
             f"  {plan.time.seconds:8.1f} s  {plan.tokens_per_second:10,.0f} tokens/s  MFU {plan.mfu:6.2%}  "
@@ -118,7 +121,8 @@ body {{ font: 14px sans-serif; margin: 24px }} span {{ margin-right: 14px; white
 i {{ display: inline-block; width: 12px; height: 12px; margin-right: 4px }}
 </style></head><body>
 <h1>{escape(title)}</h1>
-<p>Memory of the fullest rank in each phase; the line marks the device's {capacity / _GIB:.1f} GiB. {escape(verdict)}</p>
+<p>Memory of the fullest rank in each phase. The line marks the device's {capacity / _GIB:.1f} GiB.
+{escape(verdict)}</p>
 <svg width="{left + width + 110:.0f}" height="{bottom + 10:.0f}">{"".join(bars)}
 <line x1="{limit:.1f}" x2="{limit:.1f}" y1="0" y2="{bottom:.0f}" stroke="black" stroke-dasharray="4 3"/></svg>
 <p>{legend}</p></body></html>

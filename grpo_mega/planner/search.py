@@ -29,7 +29,9 @@ class FittingLayout:
     plan: ResourcePlan
 
 
-def search(config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int) -> list[FittingLayout]:
+def search(
+    config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int
+) -> list[FittingLayout]:
     """Return at most `keep` layouts of `num_ranks` devices that fit, the fastest step first."""
     found: list[FittingLayout] = []
     for engine in _engine_layouts(config, planner, num_ranks):

@@ -8,9 +8,9 @@ from grpo_mega.config.schema import Config
 from grpo_mega.interfaces import ModuleSizes, ParameterSize
 from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import cluster_of, gpu_named
-from grpo_mega.planner.phase_memory import plan_memory
+from grpo_mega.planner.inputs import PlanInputs
+from grpo_mega.planner.phase_memory import MemoryPlan, plan_memory
 from tests.helpers.family_configs import raw_family_config
 
 
@@ -44,8 +44,11 @@ SIZES = ModuleSizes(
 )
 
 
-def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g") -> Any:
-    return plan_memory(
-        config, spec, SIZES, Topology.of(config, world), cluster_of(gpu_named(gpu), world), total_parameters=1000,
-        where="config.json",
-    )  # fmt: skip
+def inputs_of(
+    config: Config | None = None, spec: ModelSpec | None = None, world: int = 1, gpu: str = "h100-80g"
+) -> PlanInputs:
+    return PlanInputs.from_config(config or config_of(), spec or spec_of(), cluster_of(gpu_named(gpu), world))
+
+
+def memory_of(config: Config, spec: ModelSpec, world: int, gpu: str = "h100-80g") -> MemoryPlan:
+    return plan_memory(inputs_of(config, spec, world, gpu), SIZES, total_parameters=1000, where="config.json")

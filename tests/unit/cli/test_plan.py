@@ -12,10 +12,11 @@ import pytest
 
 from grpo_mega.cli.plan import main
 from grpo_mega.config.load import load_config
-from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import cluster_of, gpu_named
+from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.plan import ResourcePlan
 from grpo_mega.planner.remedies import even_layout, remedy
+from tests.helpers.planner_cases import spec_of
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "configs"
@@ -244,14 +245,11 @@ def test_a_server_may_be_given_more_ranks_than_divide_those_of_the_job() -> None
         config = load_config(
             Path(QWEN), ["run.world_size=6", "parallel.tp=1", "parallel.sequence_parallel=false", *overrides]
         )
-        topology = Topology.of(config, 6)
-        here = SimpleNamespace(
-            config=config, topology=topology, work=SimpleNamespace(longest=1), cluster=cluster_of(gpu_named("cpu"), 6)
-        )
-        # one that fits as soon as an engine has four ranks
+        inputs = PlanInputs.from_config(config, spec_of(), cluster_of(gpu_named("cpu"), 6))
+        # a plan that fits as soon as an engine has four ranks
         return remedy(
-            cast(ResourcePlan, here),
-            lambda c: cast(ResourcePlan, SimpleNamespace(fits=c.engine.tp == 4, **vars(here))),
+            cast(ResourcePlan, SimpleNamespace(inputs=inputs)),
+            lambda c: cast(ResourcePlan, SimpleNamespace(inputs=inputs, fits=c.engine.tp == 4)),
             28,
         )
 

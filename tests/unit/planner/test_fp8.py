@@ -12,8 +12,8 @@ from torch import nn
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
-from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.engine_memory import engine_weight_bytes
+from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.phase_memory import RankMemory
 from grpo_mega.planner.plan import plan_resources
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
@@ -67,8 +67,11 @@ def test_layers_at_the_ends_can_stay_in_bf16(first: int, last: int, layers: int)
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
-    """llama: two normed states and the attention's output (kept twice: the core keeps it too) of 64, and the product of
-    96, per token; of qwen3_moe the input of the experts and their product instead, for two experts a token."""
+    """A token of llama keeps two normed states, the attention's output (twice: the core keeps it too) and a product.
+
+    For qwen3_moe, the inputs of the experts and their products take the place of the product, for two experts per token
+    of the busiest rank, which has 1.25 times the mean.
+    """
     spec = spec_of(family)
     is_moe = spec.is_moe_layer(0)
     kinds = {}
@@ -80,10 +83,10 @@ def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
     saved = 2 * h
     if is_moe:
         assert spec.moe is not None
-        saved += spec.moe.top_k * (h + spec.moe.expert_ffn_size)
+        saved += 1.25 * spec.moe.top_k * (h + spec.moe.expert_ffn_size)
     else:
         saved += spec.ffn_size
-    assert kinds["bf16"] - kinds["fp8"] == pytest.approx(100 * (saved - attended))
+    assert kinds["bf16"] - kinds["fp8"] == pytest.approx(256 * (saved - attended))
 
 
 def test_a_device_without_the_recipe_is_refused() -> None:
