@@ -1,4 +1,4 @@
-"""A process of its own for what a test's process could not do and stay as it is, such as pretending to be ranks."""
+"""Runs a function in a process of its own, for tests that change process-wide state such as the rank."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import torch
 
 @contextmanager
 def one_process() -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of one fresh process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield pool
 
 
 def run(pool: ProcessPoolExecutor, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function of a module returns there; its traceback, where it fails."""
-    return pool.submit(_told, function, args).result(timeout=300)
+    """Return the result of a module-level function; if it fails, raise AssertionError with its traceback."""
+    return pool.submit(_call, function, args).result(timeout=300)
 
 
-def _told(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _call(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     torch.set_num_threads(1)
     try:
         return function(*args)

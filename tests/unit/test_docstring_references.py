@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 TEST_PATH = re.compile(r"\btests/[\w/]+(?:\.py)?(?:::\w+)?")
-TEST_FUNCTION = re.compile(r"(?<![\w/.:])test_\w+(?![\w./])")
+TEST_FUNCTION = re.compile(r"(?<![\w/.:])test_\w+\b(?!/|\.py)")
 
 
 def docstrings(source: str) -> Iterator[str]:

@@ -4,7 +4,7 @@ vLLM has many kernels for FP8 blocks, and most transpose, pad or quantize again 
 scales, Marlin and FlashInfer use other orders. Two read values and scales where the loader put them, on every GPU that
 has FP8: those of Triton and, for linear layers, CUTLASS. The arguments select Triton's kernels. When the engine is
 built with any other kernel, the weight sink rejects it by name. No GPU has run this.
-Written against vLLM 0.32; asserted by tests/engine/test_vllm_fp8.py, and on a GPU by tests/gpu/test_proof_on_gpu.py.
+Written against vLLM 0.32; asserted by tests/engine/test_vllm_fp8.py, and on a GPU by tests/gpu/test_checks_on_gpu.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""tools/gpu_proof.py without a GPU: it refuses, and prints and writes no number; one part never voids another."""
+"""tools/gpu_proof.py without a GPU: it exits without a number; a failed part does not affect the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_mega.engines.engine_rules import check_engine_fp8
 from grpo_mega.models.tiny_recipe import recipe_spec
 from tests.helpers.jobs import REPOSITORY
 from tools import gpu_proof
-from tools.proof import subject
+from tools.gpu_checks import subject
 
 WITHOUT_GPU = pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has GPUs")
 
@@ -23,29 +23,28 @@ WITHOUT_GPU = pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reas
 @WITHOUT_GPU
 def test_without_a_gpu_nothing_is_printed_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_proof.main(["--out", str(tmp_path / "out"), "--json"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.splitlines() == [
-        "error: tools/gpu_proof.py measures on a GPU, and this machine has none; run it where one is"
-    ]
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    (message,) = streams.err.splitlines()
+    assert "none was found on this machine; run it on a machine with a GPU" in message
     assert not (tmp_path / "out").exists()
 
 
 @WITHOUT_GPU
 @pytest.mark.parametrize("part", gpu_proof.PARTS)
-def test_a_part_by_itself_refuses_too(part: str, tmp_path: Path) -> None:
+def test_a_part_started_alone_exits_without_a_gpu(part: str, tmp_path: Path) -> None:
     answer = tmp_path / "answer.json"
     command = [sys.executable, "-m", gpu_proof.PROGRAM, part, "small", "h100-80g", str(answer)]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert (done.stdout, done.stderr) == ("", "no CUDA device: the GPU proof measures on a GPU only\n")
+    assert (done.stdout, done.stderr) == ("", "no CUDA device: tools/gpu_proof.py measures on GPUs only\n")
     assert not answer.exists()
 
 
 @WITHOUT_GPU
 @pytest.mark.parametrize("measure", [subject.conditions, lambda: subject.seconds_of(lambda: None)])
-def test_no_helper_measures_a_cpu(measure: object) -> None:
+def test_helpers_raise_without_a_gpu(measure: object) -> None:
     with pytest.raises(RuntimeError, match="no CUDA device"):
         measure()  # type: ignore[operator]
 
@@ -55,10 +54,10 @@ def test_no_helper_measures_a_cpu(measure: object) -> None:
     [
         (
             ["--parts", "bf16,fp16"],
-            "--parts=bf16,fp16: fp16 is no part; use bf16, fp8, engine, engine_fp8, engine_sglang",
+            "fp16 is not a part; use bf16, fp8, engine, engine_fp8, engine_sglang",
         ),
-        (["--parts", ""], "--parts=: nothing is no part"),
-        (["--gpu", "h101"], "--gpu=h101: not known; use one of a100-80g"),
+        (["--parts", ""], "--parts=: must name at least one part"),
+        (["--gpu", "h101"], "--gpu=h101 is not a known device; use one of a100-80g"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,11 +65,11 @@ def test_wrong_arguments_are_named(arguments: list[str], message: str, capsys: p
     assert message in capsys.readouterr().err
 
 
-def test_a_part_that_fails_says_why_in_its_file_and_leaves_the_others_whole(
+def test_a_failed_part_writes_its_reason_and_does_not_affect_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Stand-ins for the parts; a file of an earlier run does not stand for this one's."""
-    (tmp_path / "stands_in.py").write_text(
+    """The parts are stubs. The result file of an earlier run is replaced."""
+    (tmp_path / "stub_part.py").write_text(
         "import json, sys\n"
         "part, size, gpu, answer = sys.argv[1:]\n"
         "if part == 'fp8':\n"
@@ -79,7 +78,7 @@ def test_a_part_that_fails_says_why_in_its_file_and_leaves_the_others_whole(
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(gpu_proof, "num_visible_gpus", lambda env: 1)
-    monkeypatch.setattr(gpu_proof, "PROGRAM", "stands_in")
+    monkeypatch.setattr(gpu_proof, "PROGRAM", "stub_part")
     out = tmp_path / "out"
     out.mkdir()
     (out / "gpu_fp8.json").write_text('{"status": "measured"}')
@@ -94,8 +93,8 @@ def test_a_part_that_fails_says_why_in_its_file_and_leaves_the_others_whole(
     assert "no transformer_engine" in json.loads((out / "gpu_fp8.json").read_text())["why"]
 
 
-def test_the_batch_of_the_proof_is_full_and_valid(tmp_path: Path) -> None:
-    """What needs no GPU of the subject: its config loads, and its rows are as long as they may be."""
+def test_rows_of_the_measured_batch_are_full(tmp_path: Path) -> None:
+    """The config loads, and every row has the maximum length."""
     (tmp_path / "model").mkdir()
     config = subject.config_of(tmp_path / "model", "precision.fp8.recipe=mxfp8")
     batch, objective = subject.batch_of(subject.random_groups(vocab_size=100), config)
@@ -107,7 +106,7 @@ def test_the_batch_of_the_proof_is_full_and_valid(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", subject.SHAPES)
-def test_models_of_the_proof_can_be_held_in_fp8(size: str, tmp_path: Path) -> None:
+def test_measured_models_support_fp8_engines(size: str, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     config = subject.config_of(tmp_path / "model", "engine.fp8=scales_fp32")
     shape = {

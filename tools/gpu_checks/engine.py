@@ -1,5 +1,7 @@
-"""Parts `engine`, `engine_fp8` and `engine_sglang` of tools/gpu_proof.py: an engine beside the policy on one GPU, as a
-run has them; vLLM with weights in bf16, or as FP8 codes and scales, or SGLang with weights in bf16."""
+"""Parts `engine`, `engine_fp8` and `engine_sglang` of tools/gpu_proof.py: an engine beside the policy on one GPU.
+
+The engine is vLLM with weights in bf16, vLLM with FP8 values and scales, or SGLang with weights in bf16.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,14 @@ from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Reward, Rollout, SamplingRequest
 from grpo_mega.weight_sync.fp8_report import fp8_report
 from grpo_mega.weight_sync.sync import WeightSync
-from tools.proof import subject
+from tools.gpu_checks import subject
 
 CYCLES = 5  # of sleep and wake
 _OVERRIDES = {"engine_fp8": ["engine.fp8=scales_fp32"], "engine_sglang": ["engine.kind=sglang"]}
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measure the part and write its result file."""
     job = subject.job_of(sys.argv[1:])
     subject.require_cuda()
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
@@ -48,9 +50,9 @@ def main() -> None:
             sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
             numbers: dict[str, Any] = {
                 "parameters": parameters,
-                "sync": synced(sync, phases),
-                "mismatch": mismatch(engine, policy, phases, config, spec.vocab_size),
-                "sleep": slept(engine, sync, phases),
+                "sync": measure_sync(sync, phases),
+                "mismatch": measure_mismatch(engine, policy, phases, config, spec.vocab_size),
+                "sleep": measure_sleep(engine, sync, phases),
             }
             if config.engine.fp8 is not None:
                 report = fp8_report(policy.source, None, power_of_two=False)
@@ -61,8 +63,8 @@ def main() -> None:
         dist.destroy_process_group()
 
 
-def synced(sync: WeightSync, phases: Phases) -> dict[str, float]:
-    """The push, with and without the proof of every tensor, against a copy of as many bytes on the device."""
+def measure_sync(sync: WeightSync, phases: Phases) -> dict[str, float]:
+    """Measure a push with and without verification, and a device-to-device copy of as many bytes."""
     version = 0
 
     def push(verify: bool) -> int:
@@ -72,24 +74,24 @@ def synced(sync: WeightSync, phases: Phases) -> dict[str, float]:
 
     with phases.syncing():
         num_bytes = push(True)
-        plain, proven = subject.seconds_of(lambda: push(False)), subject.seconds_of(lambda: push(True))
+        plain, verified = subject.seconds_of(lambda: push(False)), subject.seconds_of(lambda: push(True))
     source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     copied = subject.seconds_of(lambda: target.copy_(source))
     return {
         "bytes": num_bytes,
         "seconds": plain,
-        "seconds_with_digests": proven,
+        "seconds_with_digests": verified,
         "gb_per_second": num_bytes / plain / 1e9,
         "copy_gb_per_second": num_bytes / copied / 1e9,
         "ratio": copied / plain,
     }
 
 
-def mismatch(
+def measure_mismatch(
     engine: Engine, policy: MegatronPolicy, phases: Phases, config: Config, vocab_size: int
 ) -> dict[str, float]:
-    """Old - sampler, in nats, of tokens that the engine has drawn."""
+    """Return statistics of old - sampler log-probs, in nats, over tokens that the engine sampled."""
     request = SamplingRequest(
         group_size=subject.GROUP_SIZE, temperature=1.0, max_tokens=subject.COMPLETION_TOKENS, seed=1
     )
@@ -106,19 +108,24 @@ def mismatch(
     with phases.training():
         old = policy.log_probs(batch.microbatches)
     assert old is not None, "one rank has every stage"
-    apart = torch.cat(
+    difference = torch.cat(
         [
             (row.float().cpu() - microbatch.sampler_log_probs)[microbatch.loss_mask]
             for row, microbatch in zip(old, batch.microbatches, strict=True)
         ]
     )
-    # as `train/mismatch_kl` of a run
-    kl = float((apart.exp() - 1 - apart).mean())
-    return {"tokens": len(apart), "mean_abs": float(apart.abs().mean()), "max_abs": float(apart.abs().max()), "kl": kl}
+    # the metric `train/mismatch_kl` of a run
+    kl = float((difference.exp() - 1 - difference).mean())
+    return {
+        "tokens": len(difference),
+        "mean_abs": float(difference.abs().mean()),
+        "max_abs": float(difference.abs().max()),
+        "kl": kl,
+    }
 
 
-def slept(engine: Engine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
-    """A run's turns: what the device holds in each, again and again; what grows is lost."""
+def measure_sleep(engine: Engine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
+    """Return the device memory in use in each phase of several steps; growth between steps is a leak."""
     asleep, awake = [], []
     for cycle in range(CYCLES):
         with phases.training():

@@ -1,4 +1,4 @@
-"""The GPU proof where there is a GPU: every part is measured, and its numbers are within what a run can live with."""
+"""tools/gpu_proof.py on a GPU: every part is measured, and its numbers are within the limits of a training run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def numbers_of(part: str, folder: Path) -> dict[str, Any]:
     return numbers
 
 
-def test_a_step_in_bf16_leaves_the_device_and_comes_back_the_same(tmp_path: Path) -> None:
+def test_a_bf16_step_offloads_and_reloads_with_unchanged_weights(tmp_path: Path) -> None:
     step = numbers_of("bf16", tmp_path)["bf16"]
     assert step["offload"]["same_weights"]
     assert step["offload"]["allocated_after_bytes"] < 0.1 * step["peak_allocated_bytes"]
     assert 0.5 < step["peak_over_planned"] < 1.2
 
 
-def test_every_recipe_of_this_gpu_computes_about_what_bf16_does(tmp_path: Path) -> None:
+def test_log_probs_of_every_supported_fp8_recipe_are_close_to_bf16(tmp_path: Path) -> None:
     recipes = numbers_of("fp8", tmp_path)["recipes"]
     measured = {name: found for name, found in recipes.items() if found["status"] == "measured"}
     assert {name: found["why"] for name, found in recipes.items() if found["status"] == "failed"} == {}
@@ -36,7 +36,7 @@ def test_every_recipe_of_this_gpu_computes_about_what_bf16_does(tmp_path: Path) 
     assert all(found["log_prob_difference_mean"] < 0.1 for found in measured.values())
 
 
-def test_the_engine_sleeps_wakes_and_agrees_with_the_policy(tmp_path: Path) -> None:
+def test_the_engine_sleeps_wakes_and_matches_the_policys_log_probs(tmp_path: Path) -> None:
     found = numbers_of("engine", tmp_path)
     assert found["sleep"]["growth_bytes"] < 256 * 2**20
     assert max(found["sleep"]["used_in_training_bytes"]) > 0
@@ -44,8 +44,8 @@ def test_the_engine_sleeps_wakes_and_agrees_with_the_policy(tmp_path: Path) -> N
     assert found["sync"]["bytes"] > 0
 
 
-def test_an_engine_in_fp8_is_given_its_codes_and_scales_and_samples_about_as_the_policy_would(tmp_path: Path) -> None:
-    """Every sync is with the proof of every code and scale; a kernel that reads something else would sample noise."""
+def test_an_fp8_engine_receives_fewer_bytes_and_its_log_probs_are_close_to_the_policys(tmp_path: Path) -> None:
+    """Every sync verifies all values and scales; a kernel that reads other values would sample noise."""
     plain, found = numbers_of("engine", tmp_path), numbers_of("engine_fp8", tmp_path)
     assert 0.5 < found["sync"]["bytes"] / plain["sync"]["bytes"] < 0.7  # embedding and head stay in bf16
     assert 0.01 < found["fp8_error"] < 0.04

@@ -23,14 +23,14 @@ from grpo_mega.planner.plan import plan_resources
 from grpo_mega.policy.inspect.module_sizes import module_counter
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.trainer.batch import TrainBatch
-from tools.proof import subject
+from tools.gpu_checks import subject
 
 LEARNING_RATE = 1e-6
 ALL_REDUCE_BYTES = 256 * 2**20
 
 
 def main() -> None:
-    """Measures and writes."""
+    """Measure the part and write its result file."""
     job = subject.job_of(sys.argv[1:])
     subject.require_cuda()
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
@@ -51,7 +51,7 @@ def main() -> None:
 def step_of(
     config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, gpu: str
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """The numbers of a step, and the log-probs of before the first; nothing of it stays on the device."""
+    """Return the measurements of a step, and the log-probs before the first update. Frees all device memory."""
     torch.cuda.reset_peak_memory_stats()
     before = subject.used_bytes()
     numbers, first = _step(config, spec, folder, ranks, gpu)
@@ -84,7 +84,10 @@ def _step(config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, gpu: str)
 
 
 def speed(config: Config, spec: ModelSpec, batch: TrainBatch, seconds: float, gpu: str) -> dict[str, float]:
-    """MFU counts the model's own operations, forward and backward, without what is computed again."""
+    """Return tokens per second and MFU.
+
+    MFU counts the forward and backward operations of the model, without recomputation.
+    """
     plan = plan_resources(config, spec, module_counter(spec), cluster_of(gpu_named(gpu), 1), "model")
     tokens = sum(len(microbatch.token_ids) for microbatch in batch.microbatches)
     flops = plan.time.model_flops * tokens / plan.time.tokens
@@ -97,8 +100,11 @@ def speed(config: Config, spec: ModelSpec, batch: TrainBatch, seconds: float, gp
 
 
 def planned(config: Config, spec: ModelSpec, folder: Path, gpu: str) -> dict[str, float]:
-    """The planner's memory of the phase `train`; what the allocator cannot see (CUDA, NCCL, a sleeping engine, its own
-    fragments) apart."""
+    """Return the planner's memory and seconds of the phase `train`.
+
+    `train_allocated_bytes` excludes memory that PyTorch's allocator does not count: CUDA, NCCL, a sleeping engine, and
+    the allocator's fragmentation.
+    """
     plan = plan_resources(config, spec, module_counter(spec), cluster_of(gpu_named(gpu), 1), str(folder))
     items = plan.memory.ranks[0].phases["train"]
     outside = ("CUDA and NCCL", "allocator", "engine asleep")
@@ -110,16 +116,16 @@ def planned(config: Config, spec: ModelSpec, folder: Path, gpu: str) -> dict[str
 
 
 def offload(policy: MegatronPolicy) -> dict[str, Any]:
-    """To the host and back: seconds, what is left on the device, and whether every weight came back the same."""
+    """Offload and reload: return seconds, bytes left on the device, and whether all weights are unchanged."""
 
     def digest() -> int:
         return sum(slice_digest(held.view, held.hf) for held in policy.source.shards())
 
-    def there_and_back() -> None:
+    def round_trip() -> None:
         policy.offload("params", "grads", "optimizer")
         policy.reload("params", "grads", "optimizer")
 
-    before, seconds = digest(), subject.seconds_of(there_and_back)
+    before, seconds = digest(), subject.seconds_of(round_trip)
     policy.offload("params", "grads", "optimizer")
     torch.cuda.empty_cache()
     left, used = torch.cuda.memory_allocated(), subject.used_bytes()
@@ -133,35 +139,38 @@ def offload(policy: MegatronPolicy) -> dict[str, Any]:
 
 
 def recipes(folder: Path, spec: ModelSpec, ranks: Ranks, gpu: str, expected: torch.Tensor) -> dict[str, dict[str, Any]]:
-    """Each that this GPU has, with weights in bf16 and in FP8; one that fails says why and leaves the others whole."""
+    """Measure every recipe that this GPU supports, with weights in bf16 and in FP8.
+
+    A failure of one recipe is recorded and does not affect the others.
+    """
     capability = torch.cuda.get_device_capability()
     major, minor = map(int, str(torch.version.cuda).split(".")[:2])
     found: dict[str, dict[str, Any]] = {}
     for name in RECIPES:
-        lacks = check_generation(name, capability, (major, minor))
+        unsupported = check_generation(name, capability, (major, minor))
         for params in (False, True):
             key = f"{name}{' params' if params else ''}"
-            if lacks:
-                found[key] = {"status": "not on this GPU", "why": lacks}
+            if unsupported:
+                found[key] = {"status": "not on this GPU", "why": unsupported}
                 continue
             overrides = (f"precision.fp8.recipe={name}", f"precision.fp8.params={str(params).lower()}")
             try:
                 numbers, log_probs = step_of(subject.config_of(folder, *overrides), spec, folder, ranks, gpu)
-            except Exception as error:  # whatever a recipe does must not void the others
+            except Exception as error:  # a failure of any kind must not affect the other recipes
                 found[key] = {"status": "failed", "why": f"{type(error).__name__}: {error}"[:2000]}
                 continue
-            apart = (log_probs - expected[: len(log_probs)]).abs()
+            difference = (log_probs - expected[: len(log_probs)]).abs()
             found[key] = {
                 "status": "measured",
                 **numbers,
-                "log_prob_difference_mean": float(apart.mean()),
-                "log_prob_difference_max": float(apart.max()),
+                "log_prob_difference_mean": float(difference.mean()),
+                "log_prob_difference_max": float(difference.max()),
             }
     return found
 
 
 def nccl() -> dict[str, float]:
-    """One rank: that NCCL starts and sums, not how fast links are."""
+    """Measure an all-reduce of one rank: it shows that NCCL works, not how fast links are."""
     values = torch.ones(ALL_REDUCE_BYTES // 2, dtype=torch.bfloat16, device="cuda")
     dist.all_reduce(values)
     return {"all_reduce_seconds": subject.seconds_of(lambda: dist.all_reduce(values)), "bytes": ALL_REDUCE_BYTES}

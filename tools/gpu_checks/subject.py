@@ -1,6 +1,6 @@
-"""What the parts of tools/gpu_proof.py share: a random model, a config for it, a batch, and the conditions of a number.
+"""Shared by the parts of tools/gpu_proof.py: a random model, its config, a batch, and the conditions of a measurement.
 
-Everything here refuses to go on without CUDA, so that no number of a CPU is ever taken for a GPU's.
+Everything that measures raises without CUDA, so that no number of a CPU is taken for a GPU's.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class ProofJob:
-    """The arguments of a part."""
+class PartJob:
+    """The arguments of one part: its name, the size of the model, the GPU as the planner names it, the result file."""
 
     part: str
     size: str
@@ -52,20 +52,20 @@ class ProofJob:
     answer: Path
 
 
-def job_of(argv: list[str]) -> ProofJob:
-    """From the command line that tools/gpu_proof.py writes."""
+def job_of(argv: list[str]) -> PartJob:
+    """Return the job of the command line that tools/gpu_proof.py writes."""
     part, size, gpu, answer = argv
-    return ProofJob(part, size, gpu, Path(answer))
+    return PartJob(part, size, gpu, Path(answer))
 
 
 def require_cuda() -> None:
-    """Raises RuntimeError: there is no GPU, so there is nothing to measure."""
+    """Raise RuntimeError if there is no GPU."""
     if not torch.cuda.is_available():
-        raise RuntimeError("no CUDA device: the GPU proof measures on a GPU only")
+        raise RuntimeError("no CUDA device: tools/gpu_proof.py measures on GPUs only")
 
 
 def conditions() -> dict[str, Any]:
-    """Of every number: machine, versions, command, date."""
+    """Return the conditions of every measurement: machine, versions, command, date."""
     require_cuda()
     device = torch.cuda.get_device_properties(0)
     return {
@@ -87,19 +87,19 @@ def _version(name: str) -> str | None:
         return None
 
 
-def write(job: ProofJob, numbers: dict[str, Any]) -> None:
-    """The part's file."""
+def write(job: PartJob, numbers: dict[str, Any]) -> None:
+    """Write the result file of a part."""
     answer = {"part": job.part, "status": "measured", "size": job.size, "conditions": conditions(), "numbers": numbers}
     job.answer.write_text(json.dumps(answer, indent=2) + "\n", encoding="utf-8")
 
 
-def make_subject(job: ProofJob, folder: Path) -> int:
-    """Writes the model; returns the number of its parameters."""
+def make_subject(job: PartJob, folder: Path) -> int:
+    """Write the random model to `folder` and return its number of parameters."""
     return make_model(folder, SHAPES[job.size], mean_length=None)
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
-    """Of a step with the batch below."""
+    """Return the config of a training step with the batch of `batch_of`."""
     return load_config(
         REPOSITORY / "configs" / "quickstart.yaml",
         [
@@ -121,7 +121,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
 
 
 def prompts_of(vocab_size: int) -> list[Prompt]:
-    """Random tokens, always the same."""
+    """Return prompts of random tokens, the same in every call."""
     rng = random.Random(0)
     return [
         Prompt(i, "", tuple(rng.randrange(2, vocab_size) for _ in range(PROMPT_TOKENS)), "") for i in range(NUM_PROMPTS)
@@ -129,7 +129,7 @@ def prompts_of(vocab_size: int) -> list[Prompt]:
 
 
 def random_groups(vocab_size: int) -> SampledGroups:
-    """Rollouts of full length with random rewards."""
+    """Return rollouts of full length with random tokens and rewards, the same in every call."""
     rng = random.Random(1)
     rollouts = []
     for prompt in prompts_of(vocab_size):
@@ -141,7 +141,7 @@ def random_groups(vocab_size: int) -> SampledGroups:
 
 
 def batch_of(groups: SampledGroups, config: Config) -> tuple[TrainBatch, Objective]:
-    """Everything as one minibatch."""
+    """Return all groups as one minibatch, and the objective that built it."""
     objective = Objective(config.algorithm, config.sampling.max_tokens)
     values = [rollout.reward.value for rollout in groups.rollouts]
     shape = RowShape.of(config.parallel, config.precision)
@@ -149,7 +149,7 @@ def batch_of(groups: SampledGroups, config: Config) -> tuple[TrainBatch, Objecti
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """Median of several, after some that do not count; the device is waited for."""
+    """Return the median seconds of REPEATS synchronized calls, after WARM_UP calls."""
     require_cuda()
     times = []
     for i in range(WARM_UP + REPEATS):
@@ -163,6 +163,6 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def used_bytes() -> int:
-    """Of the device, by whomever: allocator, CUDA context, NCCL."""
+    """Return the bytes in use on the device by all users: allocator, CUDA context, NCCL, other processes."""
     free, total = torch.cuda.mem_get_info()
     return total - free
