@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.guides import blocks, guides
+from tests.helpers.guides import blocks, guides, python_blocks
 from tests.helpers.jobs import REPOSITORY, clean_environment, read_json
 from tests.helpers.stub_checkout import environment
+from tests.helpers.tiny_models import make_family_model
 
 # Where the commands of each guide are run. A guide that is not here has commands that nobody tries.
 TESTS = {
@@ -87,3 +89,31 @@ def test_a_reader_of_the_guide_to_checkpoints_continues_and_converts(tmp_path: P
     checkout = copy_of_the_checkout(tmp_path / "checkout")
     run_blocks("checkpoints.md", checkout, limit_seconds=600)
     assert read_json(checkout / "runs" / "demo" / "summary.json")["steps"] == 6
+
+
+def test_the_guide_to_a_new_family_gives_a_family_whose_logits_equal_transformers(tmp_path: Path) -> None:
+    """A copy of the package with the two additions of docs/guides/family.md, and its first command."""
+    package = tmp_path / "grpo_mega"
+    shutil.copytree(REPOSITORY / "grpo_mega", package, ignore=shutil.ignore_patterns("__pycache__"))
+    added = python_blocks("guides/family.md")
+    readers = package / "models" / "config_readers.py"
+    before, found, after = readers.read_text(encoding="utf-8").partition("READERS = {\n")
+    assert found
+    readers.write_text(f"{before}{added['reader']}\n\n{found}{added['entry']}{after}", encoding="utf-8")
+    sizes = {"vocab_size": 21, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+    mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+    folder = make_family_model(tmp_path / "HF_DIR", mistral | sizes | heads)
+    (line,) = [line for line in blocks("guides/family.md")[0].splitlines() if "logits" in line and "layout" not in line]
+    call = "import sys; from grpo_mega.cli.main import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", call, *line.replace("HF_DIR", str(folder)).split()[1:], "--json"],
+        cwd=tmp_path,
+        env={**clean_environment(), "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["family"] == "mistral"

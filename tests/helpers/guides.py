@@ -1,4 +1,4 @@
-"""The commands of the guides, as a reader would type them."""
+"""Commands and files in the guides, as a reader would type them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from pathlib import Path
 from tests.helpers.jobs import REPOSITORY
 
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_PYTHON = re.compile(r"^```python\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def blocks(guide: str) -> list[str]:
-    """The fenced shell blocks of `docs/GUIDE`, in order."""
+    """Return the fenced shell blocks of `docs/GUIDE`, in order."""
     return _BLOCK.findall((REPOSITORY / "docs" / guide).read_text(encoding="utf-8"))
 
 
 def guides() -> list[Path]:
-    """Those with commands; measurements and decisions tell what was done, not what to do."""
+    """Return the pages of `docs/` with commands. Measurements and decisions report what was done."""
     return sorted(path for path in (REPOSITORY / "docs").glob("*.md") if _BLOCK.search(path.read_text("utf-8")))
+
+
+def python_blocks(guide: str) -> dict[str, str]:
+    """Return the fenced Python blocks of `docs/GUIDE` by the name in their first line, a comment."""
+    return dict(_PYTHON.findall((REPOSITORY / "docs" / guide).read_text(encoding="utf-8")))

@@ -22,7 +22,9 @@ def test_every_package_has_a_row_of_its_own() -> None:
 
 
 def test_the_rows_are_in_the_order_of_the_import_layers() -> None:
-    layers = re.search(r'name = "layers of packages"\n.*?\[\n(.*?)\n\]', (REPOSITORY / "pyproject.toml").read_text(), re.S)
+    layers = re.search(
+        r'name = "layers of packages"\n.*?\[\n(.*?)\n\]', (REPOSITORY / "pyproject.toml").read_text(), re.S
+    )
     assert layers is not None
     height = {
         name: number

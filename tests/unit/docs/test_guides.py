@@ -1,0 +1,116 @@
+"""The examples of docs/guides/ run as printed. The example of a model family is in tests/e2e/test_guides.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.cli import main as cli
+from grpo_mega.config.load import load_config
+from grpo_mega.config.shipped import find_config
+from grpo_mega.train import Prepared, prepare
+from tests.engine import test_engine_contract as contract
+from tests.helpers.engine_ranks import RankSession
+from tests.helpers.guides import blocks, python_blocks
+from tests.helpers.jobs import REPOSITORY
+from tests.helpers.tiny_models import make_tiny_model
+
+GUIDES = sorted((REPOSITORY / "docs" / "guides").glob("*.md"))
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Writes the files of a guide into a folder from which they can be imported."""
+
+    def write(guide: str) -> Path:
+        for name, text in python_blocks(guide).items():
+            (tmp_path / name).write_text(text, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return write
+
+
+def command(guide: str, name: str) -> list[str]:
+    """Return the arguments of the guide's command `grpo-mega NAME`."""
+    lines = [line for block in blocks(guide) for line in block.splitlines()]
+    (found,) = [line for line in lines if line.startswith(f"grpo-mega {name} ")]
+    return shlex.split(found, comments=True)[2:]
+
+
+def prepared(guide: str) -> Prepared:
+    """Return the guide's training job after all checks that come before the start."""
+    config, *overrides = command(guide, "train")
+    return prepare(load_config(find_config(Path(config)), overrides))
+
+
+def test_the_reward_scores_the_file_and_passes_the_checks_of_a_run(
+    reader: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reader("guides/reward.md")
+    text = (REPOSITORY / "docs" / "guides" / "reward.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (folder / "answers.jsonl").write_text(rows)
+    assert cli.main(["score", *command("guides/reward.md", "score")]) == 0
+    scored = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"prompt"')]
+    assert [row["reward"] for row in scored] == [1.0, 0.5, 0.0]
+    assert prepared("guides/reward.md").config.reward.terms[0].name == "my_rewards:closeness"
+
+
+def test_the_environment_replies_and_passes_the_checks_of_a_run(reader: Callable[[str], Path]) -> None:
+    folder = reader("guides/environment.md")
+    exec(compile((folder / "try_it.py").read_text(), "try_it.py", "exec"), {})
+    environment = prepared("guides/environment.md").config.environment
+    assert environment is not None
+    assert environment.name == "my_tools:shop"
+
+
+class OneRank:
+    """`EngineRanks` of one rank, in this process."""
+
+    def __init__(self, engine: Any) -> None:
+        self._session = RankSession(0, engine)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        return [function(self._session, *args)]
+
+
+def test_the_engine_passes_the_contract(
+    reader: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    reader("guides/engine.md")
+    from transformers_engine import TransformersEngine  # type: ignore[import-not-found]
+
+    root = tmp_path_factory.mktemp("models")
+    models = {"qwen3": make_tiny_model(root / "qwen3"), "other": make_tiny_model(root / "other", seed=1)}
+    engine: Any = OneRank(TransformersEngine(models["qwen3"], max_model_len=96))
+    with pytest.raises(RuntimeError, match="before the weights are complete"):
+        engine.call(contract.generate, contract.PROMPTS, contract.SAMPLING)
+    engine.call(contract.push, models["qwen3"], 0)
+    contract.test_sampler_log_probs_equal_transformers(engine, models, 0.7)
+    contract.test_rollouts_end_with_eos_or_at_max_tokens(engine)
+    contract.test_an_answer_ends_with_the_token_that_completes_a_stop_text(engine, models)
+    contract.test_a_turn_that_continues_has_each_rollouts_own_limit(engine, models)
+    contract.test_the_seed_decides_the_tokens(engine)
+    contract.test_a_failing_callback_leaves_nothing_behind(engine)
+    contract.test_an_engine_that_slept_and_woke_samples_as_before(engine)
+    contract.test_log_probs_and_version_follow_the_weights(engine, models)
+    engine.call(contract.push, models["qwen3"], 8)
+    contract.test_the_digest_shows_one_flipped_element(engine, models)
+    engine.call(contract.push, models["qwen3"], 9)
+    contract.test_wrong_writes_and_early_or_long_requests_are_refused_by_name(engine)
+
+
+def test_every_guide_is_listed_and_every_block_of_python_is_named() -> None:
+    index = (REPOSITORY / "docs" / "guides" / "index.md").read_text(encoding="utf-8")
+    for guide in GUIDES:
+        assert guide.name == "index.md" or f"]({guide.name})" in index
+        text = guide.read_text(encoding="utf-8")
+        assert text.count("```python\n") == len(python_blocks(f"guides/{guide.name}")), guide.name
