@@ -1,4 +1,4 @@
-"""The guides' commands, run in the order of the text in a copy of the checkout; no guide with commands is without."""
+"""Commands of the guides, run in the order of the text in a copy of the checkout. Every guide has a test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.jobs import REPOSITORY, clean_environment, read_json
 from tests.helpers.stub_checkout import environment
 from tests.helpers.tiny_models import make_family_model
 
-# Where the commands of each guide are run. A guide that is not here has commands that nobody tries.
+# The test file that runs the commands of each guide.
 TESTS = {
     "algorithms.md": "tests/e2e/test_readme_commands.py",
     "checkpoints.md": "tests/e2e/test_guides.py",
@@ -40,7 +40,7 @@ def test_every_guide_with_commands_has_a_test_that_runs_them() -> None:
 
 
 def copy_of_the_checkout(folder: Path) -> Path:
-    """What git would give somebody else, with this environment."""
+    """Copy the files of the repository, tracked and not ignored, to `folder`."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=REPOSITORY,

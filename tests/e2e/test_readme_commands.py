@@ -1,7 +1,7 @@
-"""What README and the guides tell the reader to type and to open: it is there, and it is accepted.
+"""Commands and paths of README and the guides: every path exists, and every command is accepted.
 
-A command that trains for minutes goes through every check that the program makes before it starts anything; the runs
-themselves are in the other files here. A script is asked for its help.
+A command that trains for minutes runs only the checks that precede the start; other files of this folder run the jobs.
+Every script must print its help.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PATH = re.compile(rf"(?<![\w./-])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./
 
 
 def commands() -> list[str]:
-    """Lines of code that start one of our scripts, without comments, prompts and variables in front of them."""
+    """Return the lines that start a script of the repository, without comments, prompts and variables before them."""
     found = []
     for guide in GUIDES:
         text = guide.read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def commands() -> list[str]:
 
 
 def named_paths() -> list[tuple[str, str]]:
-    """(guide, path) of everything in our folders that a guide names."""
+    """Return (guide, path) for every path of the repository in a guide."""
     return sorted(
         {
             (str(guide.relative_to(REPOSITORY)), path)
@@ -77,9 +77,9 @@ def test_every_training_command_passes_all_checks_that_come_before_the_start(
     for variable in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(REPOSITORY)
-    stand_in = tmp_path / "stand-in.jsonl"
-    stand_in.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}) + "\n")
-    arguments = [a.replace("FILE.jsonl", str(stand_in)) for a in train_arguments(command)]
+    stub = tmp_path / "stub.jsonl"
+    stub.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}) + "\n")
+    arguments = [a.replace("FILE.jsonl", str(stub)) for a in train_arguments(command)]
     config = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/quickstart.yaml"
     own_folder = f"run.dir={tmp_path / 'run'}"  # a reader may have a run of another config in the default one
     prepared = prepare(load_config(Path(config), [*arguments, own_folder]))
