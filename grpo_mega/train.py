@@ -1,9 +1,11 @@
-"""The worker: one rank of a run. `python -m grpo_mega.train CONFIG [key=value ...]`, started by launch/train.sh,
-torchrun or srun; `--for-launcher` prints what the launcher has to know of the config.
+"""The worker: one rank of a training run, started by launch/train.sh, torchrun or srun.
 
-Exit code 0: done. 2: the input is wrong, one message. 1: a failure of ours or of the machine. 130: stopped by SIGUSR1
-after a step, with its checkpoint.
-What the user can have got wrong is checked in `prepare`, before the heavy imports and the first process group.
+    python -m grpo_mega.train CONFIG [section.key=value ...]
+
+Exit code 0: done. 2: the user's input is wrong; one message on stderr. 1: a failure of the program or of the machine.
+130: stopped by SIGUSR1 after a step and its checkpoint. `prepare` checks the input before the heavy imports and before
+the first process group. `--for-launcher` prints the values of the config that the launcher needs.
+Asserted by tests/unit/test_train.py.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("grpo_mega.train")
 
-_FIRST_RANK_SPEAKS_SECONDS = 2.0
+_FIRST_RANK_REPORTS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The user's input, found to be right."""
+    """The checked input of the user."""
 
     config: Config
     topology: Topology
@@ -47,10 +49,10 @@ class Prepared:
 
 def main() -> None:
     """Entry point of a rank."""
-    parser = argparse.ArgumentParser(prog="grpo_mega.train", description="One rank of a GRPO run.")
-    parser.add_argument("config", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--for-launcher", action="store_true", help="print the number of ranks as JSON and leave")
+    parser = argparse.ArgumentParser(prog="grpo_mega.train", description="Run one rank of a GRPO training run.")
+    parser.add_argument("config", type=Path, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
+    parser.add_argument("--for-launcher", action="store_true", help="print the number of ranks as JSON and exit")
     arguments = parser.parse_args()
     expect_stop()
     try:
@@ -67,7 +69,7 @@ def main() -> None:
 
 
 def for_launcher(config: Config) -> dict[str, object]:
-    """What grpo_mega/launch/main.py has to know; it reads no config itself."""
+    """Return the values that the launcher needs, which does not read the config itself."""
     return {
         "world_size": wanted_world_size(config),
         "configured": config.run.world_size is not None,
@@ -76,14 +78,18 @@ def for_launcher(config: Config) -> dict[str, object]:
 
 
 def wanted_world_size(config: Config) -> int:
-    """`run.world_size`, else what the launcher says, else the GPUs of this machine times the nodes, else 1."""
+    """Return the number of ranks: `run.world_size`, else of the launcher, else GPUs per machine times nodes, else 1.
+
+    Raises:
+        UserError: `run.world_size` differs from the number of ranks that the launcher started.
+    """
     env = os.environ
     launched = env.get("WORLD_SIZE")
     if config.run.world_size is not None:
         if launched is not None and int(launched) != config.run.world_size:
             raise UserError(
                 f"run.world_size={config.run.world_size}, but the launcher started {launched} ranks",
-                remedy="leave run.world_size out, or start as many",
+                remedy="leave run.world_size out, or start that many ranks",
             )
         return config.run.world_size
     if launched is not None:
@@ -98,10 +104,10 @@ def wanted_world_size(config: Config) -> int:
 
 
 def prepare(config: Config) -> Prepared:
-    """Check everything that can be wrong in the input; starts nothing and writes nothing.
+    """Check the user's input and load the prompts. Starts no process and writes no file.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: for the first error in the input.
     """
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_held_out, load_train
@@ -121,37 +127,37 @@ def prepare(config: Config) -> Prepared:
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
     check_rows(data)
-    # from here on with torch and transformers, which take seconds to load
+    # the checks below import torch and transformers, which takes seconds
     if base is not None:
         from grpo_mega.tiny_base.train import base_tokenizer
 
         tokenizer = base_tokenizer(base)
     else:
         tokenizer = load_tokenizer(str(config.model.path))
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
         require(examine_start(config, topology))
     return Prepared(config, topology, load_train(data, tokenizer), load_held_out(data, tokenizer))
 
 
 def run_worker(prepared: Prepared) -> None:
-    """Join the job and run it to its end. A failing rank leaves at once, so that whoever started it ends the others."""
+    """Run the job to its end. A failing rank exits at once, so that its launcher ends the other ranks."""
     from grpo_mega.trainer.run import run_job
 
     try:
         run_job(prepared.config, prepared.topology, prepared.train_prompts, prepared.eval_prompts)
     except Stopped as stopped:
-        _leave(STOPPED, f"{stopped}\n" if os.environ["RANK"] == "0" else "")
-    except UserError as error:  # a port in use, a run folder with another config, a damaged checkpoint
+        _exit(STOPPED, f"{stopped}\n" if os.environ["RANK"] == "0" else "")
+    except UserError as error:  # for example a port in use, a run folder with another config, or a damaged checkpoint
         if os.environ["RANK"] != "0":
-            time.sleep(_FIRST_RANK_SPEAKS_SECONDS)  # most input is wrong on every rank: one message is enough
-        _leave(2, f"error: {error}\n")
-    except Exception:  # whatever it is, this rank's account of it must reach the screen and its log
+            time.sleep(_FIRST_RANK_REPORTS_SECONDS)  # most input errors occur on every rank, and rank 0 reports them
+        _exit(2, f"error: {error}\n")
+    except Exception:  # every failure of this rank must reach the screen and its log
         log.exception("this rank failed")
-        _leave(1)
+        _exit(1)
 
 
-def _leave(code: int, message: str = "") -> NoReturn:
-    """Without Python's own unwinding, where threads and process groups may wait for ranks that are gone."""
+def _exit(code: int, message: str = "") -> NoReturn:
+    """Exit without Python's cleanup, in which threads and process groups could wait for ranks that have exited."""
     sys.stderr.write(message)
     sys.stderr.flush()
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""Correction of the policy/engine mismatch: a factor per token in front of the surrogate, without gradient. Pure.
+"""Correction of the mismatch between policy and engine: a factor per token of the surrogate, without gradient. Pure.
 
-The engine sampled from its own probabilities q, the loss assumes those of the policy before the update, p. The factor
-is a bounded form of p / q = exp(mismatch), mismatch = old_log_probs - sampler_log_probs. It never touches KL and
+The engine samples from its own probabilities q; the loss assumes p, those of the policy before the update. The factor
+is a bounded form of p / q = exp(mismatch), mismatch = old_log_probs - sampler_log_probs. It does not change KL and
 entropy.
 Asserted by tests/unit/algorithm/test_correction.py.
 """
@@ -25,7 +25,14 @@ class Correction:
     """Factors w_t, from k_t = exp(mismatch_t) and, per rollout, K = exp(sum of mismatch over its loss tokens).
 
     token_truncated: min(k_t, high). sequence_truncated: min(K, high). token_masked: k_t where low <= k_t <= high, else
-    0. With `veto`, all tokens of a rollout in which some k_t < veto get 0. Without a form: 1 but for the veto.
+    0. With `veto`, all tokens of a rollout with any k_t < veto get 0. Without a form the factor is 1, except for the
+    veto.
+
+    Attributes:
+        form: one of the forms above, or None.
+        low: lower bound of k_t for token_masked.
+        high: upper bound.
+        veto: see above; None: no veto.
 
     Source: truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
         Training", 2025. token_masked: IcePop in "Every Step Evolves", arXiv:2510.18855. The veto is common practice in
@@ -38,10 +45,11 @@ class Correction:
     veto: float | None
 
     def factors(self, mismatch: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-        """(factor [T], masked [T], vetoed [T]); the last two are 1 where a token was taken out, by which of the two.
+        """Return factor [T], masked [T] and vetoed [T]. The last two are 1 where the mask or the veto gave factor 0.
 
         Args:
-            mismatch: [T] nats, 0 where there is no loss.
+            mismatch: [T] nats, 0 at positions without loss.
+            segments: the rollouts of the row.
         """
         mismatch = mismatch.detach()
         masked = torch.zeros_like(mismatch)
@@ -51,9 +59,9 @@ class Correction:
         elif self.form == "sequence_truncated":
             factor = segments.spread(segments.sum(mismatch).clamp(max=math.log(self.high)).exp(), mismatch.dtype)
         elif self.form == "token_masked":
-            outside = (mismatch < math.log(self.low)) | (mismatch > math.log(self.high))
-            masked = outside.to(mismatch.dtype)
-            factor = torch.where(outside, 0.0, mismatch).exp() * (1.0 - masked)
+            is_outside = (mismatch < math.log(self.low)) | (mismatch > math.log(self.high))
+            masked = is_outside.to(mismatch.dtype)
+            factor = torch.where(is_outside, 0.0, mismatch).exp() * (1.0 - masked)
         vetoed = torch.zeros_like(mismatch)
         if self.veto is not None:
             hits = segments.sum((mismatch < math.log(self.veto)).to(mismatch.dtype))

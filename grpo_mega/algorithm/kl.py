@@ -1,4 +1,7 @@
-"""Per-token estimators of the KL divergence between policy and reference, from tokens that the policy sampled. Pure."""
+"""Per-token estimators of the KL divergence of policy and reference, from tokens that the policy sampled. Pure.
+
+Asserted by tests/unit/algorithm/test_kl.py.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,9 @@ KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Unbiased estimate of KL(policy || reference), of either sign: log_probs - ref_log_probs.
+    """Return log_probs - ref_log_probs, an unbiased estimate of KL(policy || reference) that can be negative.
 
-    In a loss its gradient does not depend on the reference, and is zero in expectation: k1 belongs into the reward.
+    In a loss its gradient does not depend on the reference and is zero in expectation, so k1 belongs in the reward.
 
     Args:
         log_probs: [T], nats.
@@ -29,7 +32,7 @@ def k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 
 
 def k2(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Biased, non-negative estimate with low variance: (log_probs - ref_log_probs)^2 / 2.
+    """Return (log_probs - ref_log_probs)^2 / 2, a biased, non-negative estimate with low variance.
 
     Its gradient, (log_probs - ref_log_probs) * grad log_probs, is that of the KL divergence in expectation.
 
@@ -46,17 +49,17 @@ def k2(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
 
 
 def k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Unbiased, non-negative estimate of KL(policy || reference): exp(d) - d - 1 with d = ref_log_probs - log_probs.
+    """Return exp(d) - d - 1 with d = ref_log_probs - log_probs, an unbiased, non-negative estimate of the divergence.
 
-    Written as expm1(d) - d, because exp(d) - 1 would round away small divergences and could turn negative. The gradient
-    with respect to `log_probs` is 1 - exp(d). d above 88 overflows float32 to inf, as the formula does.
+    The code is expm1(d) - d, because exp(d) - 1 loses small divergences to rounding and could become negative. The
+    gradient with respect to `log_probs` is 1 - exp(d). A d above 88 overflows float32 to inf.
 
     Args:
         log_probs: [T], nats, with gradient.
         ref_log_probs: [T], nats.
 
     Returns:
-        [T], >= 0, and 0 where both agree.
+        [T], >= 0, and 0 where both are equal.
 
     Source: DeepSeekMath, arXiv:2402.03300, equation 4.
     """

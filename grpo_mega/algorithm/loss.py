@@ -1,7 +1,7 @@
-"""The loss per token: minus a surrogate, plus KL to the reference, minus an entropy bonus. Pure.
+"""The policy's loss per token: minus a surrogate, plus KL to the reference, minus an entropy bonus. Pure.
 
-Invariant: a position with `loss_mask` False has loss 0, gradient 0 and metrics 0, whatever its inputs hold, nan and inf
-included (`test_masked_garbage_gives_zero_loss_and_zero_gradient`).
+Invariant: a position with `loss_mask` False has loss 0, gradient 0 and metrics 0 for all inputs, including nan and inf.
+Asserted by tests/unit/algorithm/test_loss.py.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_mega.algorithm.base import Surrogate
 from grpo_mega.algorithm.correction import Correction
 from grpo_mega.algorithm.kl import KL_ESTIMATORS, KlEstimator
 from grpo_mega.algorithm.segments import Segments
-from grpo_mega.algorithm.surrogate import Surrogate
 from grpo_mega.types import Microbatch
 
 
@@ -22,10 +22,11 @@ from grpo_mega.types import Microbatch
 class PolicyLoss:
     """L = -w * surrogate + kl_coef * kl(log_probs, ref_log_probs) - entropy_coef * entropy, per token.
 
-    w are the factors of `correction`, 1 without one. Means over tokens and rollouts are not here: they are in
-    `token_weights`, for all three terms. With `kl_coef` 0 there is no KL in the loss (it may be in the reward).
+    w is the factor of `correction`, 1 without one. Means over tokens and rollouts are in `token_weights`, for all three
+    terms. With `kl_coef` 0 the loss has no KL term (the reward may have one).
 
-    Source: DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO", with the sign of a loss; surrogates name theirs.
+    Source: DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO", with the sign of a loss. The sources of the
+        surrogates are in their files.
     """
 
     surrogate: Surrogate
@@ -36,51 +37,58 @@ class PolicyLoss:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether microbatches must carry `ref_log_probs`."""
+        """True if microbatches must have `ref_log_probs`."""
         return self.kl_coef > 0
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per token and its metrics.
+        """Return the loss per token and its metrics.
 
-        Without `old_log_probs` the policy is its own old policy (valid when there is exactly one update): the ratio is
-        1 and its gradient that of `log_probs`.
+        Without `old_log_probs` the current policy is the old policy, which is correct for a single update: the ratio is
+        1 and has the gradient of `log_probs`.
 
         Args:
             log_probs: [T] float32, nats, with gradient.
-            entropy: [T] float32, nats; with gradient if there is a bonus.
-            microbatch: labels' mask, advantages, sampler, old and reference log-probs, all [T].
+            entropy: [T] float32, nats; with gradient if `entropy_coef` > 0.
+            microbatch: loss mask, advantages, and log-probs of sampler, old policy and reference, all [T].
 
         Returns:
-            Loss [T], and detached [T]: `ratio`; `clip_fraction` (1 where a bound of the surrogate holds); `entropy`;
-            `kl` if there is a reference; with a correction `correction` (its factor), `masked` and `vetoed`.
+            Loss [T], and detached tensors [T]: `ratio`; `clip_fraction` (1 where a bound of the surrogate holds);
+            `entropy`; `kl` if there are `ref_log_probs`; with a correction `correction` (its factor), `masked` and
+            `vetoed`.
 
         Raises:
             ValueError: kl_coef > 0 without `ref_log_probs`.
         """
         mask = microbatch.loss_mask
 
-        def here(values: Tensor) -> Tensor:
+        def masked_to_zero(values: Tensor) -> Tensor:
             return torch.where(mask, values, 0.0)
 
-        log_probs, entropy, advantages = here(log_probs), here(entropy), here(microbatch.advantages)
-        old_log_probs = log_probs.detach() if microbatch.old_log_probs is None else here(microbatch.old_log_probs)
+        log_probs, entropy, advantages = (
+            masked_to_zero(log_probs),
+            masked_to_zero(entropy),
+            masked_to_zero(microbatch.advantages),
+        )
+        old_log_probs = (
+            log_probs.detach() if microbatch.old_log_probs is None else masked_to_zero(microbatch.old_log_probs)
+        )
         segments = Segments.of(microbatch)
         log_ratio = log_probs - old_log_probs
         metrics = {"ratio": torch.where(mask, log_ratio.detach().exp(), 0.0), "entropy": entropy.detach()}
         if self.correction is not None:
-            mismatch = old_log_probs - here(microbatch.sampler_log_probs)
-            factor, masked, vetoed = (here(v) for v in self.correction.factors(mismatch, segments))
-            advantages = advantages * factor  # surrogates are linear in the advantage, and a zero keeps out of exp
+            mismatch = old_log_probs - masked_to_zero(microbatch.sampler_log_probs)
+            factor, masked, vetoed = (masked_to_zero(v) for v in self.correction.factors(mismatch, segments))
+            advantages = advantages * factor  # surrogates are linear in the advantage, and skip exp for 0
             metrics |= {"correction": factor, "masked": masked, "vetoed": vetoed}
-        gained, bounded = self.surrogate(log_probs, log_ratio, advantages, segments)
+        objective, bounded = self.surrogate(log_probs, log_ratio, advantages, segments)
         metrics["clip_fraction"] = (bounded & mask).to(log_ratio.dtype)
-        loss = -here(gained)
+        loss = -masked_to_zero(objective)
         if microbatch.ref_log_probs is not None:
-            kl = KL_ESTIMATORS[self.kl_estimator](log_probs, here(microbatch.ref_log_probs))
+            kl = KL_ESTIMATORS[self.kl_estimator](log_probs, masked_to_zero(microbatch.ref_log_probs))
             loss = loss + self.kl_coef * kl if self.kl_coef else loss
             metrics["kl"] = kl.detach()
         elif self.needs_reference:
-            raise ValueError(f"kl_coef={self.kl_coef} needs ref_log_probs in the microbatch; got None")
+            raise ValueError(f"kl_coef={self.kl_coef} requires ref_log_probs in the microbatch; got None")
         if self.entropy_coef:
             loss = loss - self.entropy_coef * entropy
         return loss, metrics

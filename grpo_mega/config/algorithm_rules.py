@@ -2,55 +2,71 @@
 
 from __future__ import annotations
 
+from grpo_mega.config.algorithm_parts import part_keys
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.types import UserError
 
-# surrogate -> keys that it needs, keys that it can do without
-_BOUNDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "clipped_ratio": (("clip_low", "clip_high"), ("dual_clip",)),
-    "clipped_sequence_ratio": (("clip_low", "clip_high"), ("dual_clip",)),
-    "geometric_mean": (("clip_low", "clip_high"), ()),
-    "clipped_weight": (("clip_high",), ("clip_low",)),
-    "soft_gate": (("gate_positive", "gate_negative"), ()),
-    "policy_gradient": ((), ()),
-}
+_SURROGATE_KEYS = ("clip_low", "clip_high", "dual_clip", "gate_positive", "gate_negative")
+_ADVANTAGE_KEYS = ("gamma", "gae_lambda")
 
 
 def check_algorithm(algorithm: AlgorithmConfig) -> None:
     """Raises UserError for the first broken rule."""
-    for rule in (_bounds, _critic, _aggregation_length, _correction, _overlong, _reference, _degenerate, _process):
+    for rule in (
+        _surrogate,
+        _advantage,
+        _critic,
+        _aggregation_length,
+        _correction,
+        _overlong,
+        _reference,
+        _degenerate,
+        _process,
+    ):
         rule(algorithm)
 
 
-def _bounds(algorithm: AlgorithmConfig) -> None:
-    needed, optional = _BOUNDS[algorithm.surrogate]
-    for key in ("clip_low", "clip_high", "dual_clip", "gate_positive", "gate_negative"):
+def _surrogate(algorithm: AlgorithmConfig) -> None:
+    required, optional = part_keys("surrogate", algorithm.surrogate, type(algorithm).model_fields)
+    for key in _SURROGATE_KEYS:
         value = getattr(algorithm, key)
-        if value is None and key in needed:
-            raise UserError(
-                f"algorithm.{key}=null, but algorithm.surrogate={algorithm.surrogate} needs it",
-                remedy="set it, or another surrogate",
-            )
-        if value is not None and key not in (*needed, *optional):
+        if value is not None and key not in (*required, *optional):
             raise UserError(
                 f"algorithm.{key}={value} does nothing with algorithm.surrogate={algorithm.surrogate} "
                 f"(algorithm.name={algorithm.name})",
                 remedy="set it to null",
             )
+    _require(algorithm, "surrogate", required)
+
+
+def _advantage(algorithm: AlgorithmConfig) -> None:
+    required, optional = part_keys("advantage", algorithm.advantage, type(algorithm).model_fields)
+    for key in _ADVANTAGE_KEYS:
+        value = getattr(algorithm, key)
+        if value is not None and key not in (*required, *optional):
+            raise UserError(
+                f"algorithm.{key}={value} does nothing with algorithm.advantage={algorithm.advantage}",
+                remedy="leave it out, or use advantage=gae",
+            )
+    _require(algorithm, "advantage", required)
+
+
+def _require(algorithm: AlgorithmConfig, kind: str, keys: tuple[str, ...]) -> None:
+    for key in keys:
+        if getattr(algorithm, key) is None:
+            usual = {"gamma": " (1.0 is usual)", "gae_lambda": " (0.95 is usual)"}.get(key, "")
+            raise UserError(
+                f"algorithm.{key}=null, but algorithm.{kind}={getattr(algorithm, kind)} needs a value",
+                remedy=f"set it{usual}, or use another {kind}",
+            )
 
 
 def _critic(algorithm: AlgorithmConfig) -> None:
-    for key in ("gamma", "gae_lambda"):
-        value = getattr(algorithm, key)
-        if algorithm.needs_critic and value is None:
-            raise UserError(
-                f"algorithm.{key}=null, but algorithm.advantage=gae needs it", remedy="set it (1.0 and 0.95 are usual)"
-            )
-    for key in ("gamma", "gae_lambda", "value_clip", "critic_lr_factor"):
+    for key in ("value_clip", "critic_lr_factor"):
         value = getattr(algorithm, key)
         if not algorithm.needs_critic and value != type(algorithm).model_fields[key].default:
             raise UserError(
-                f"algorithm.{key}={value} does nothing with algorithm.advantage={algorithm.advantage}: there is no "
+                f"algorithm.{key}={value} does nothing with algorithm.advantage={algorithm.advantage}, which has no "
                 "critic",
                 remedy="leave it out, or use advantage=gae",
             )

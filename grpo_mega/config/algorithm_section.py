@@ -18,15 +18,10 @@ class AlgorithmConfig(Section):
 
     name: AlgorithmName = "grpo"
     """Name of the algorithm. It sets the defaults of the other keys; keys that are set take precedence."""
-    surrogate: Literal[
-        "clipped_ratio",
-        "clipped_sequence_ratio",
-        "geometric_mean",
-        "clipped_weight",
-        "soft_gate",
-        "policy_gradient",
-    ] = "clipped_ratio"
-    """Objective per token (formulas: algorithm/surrogate.py)."""
+    surrogate: str = "clipped_ratio"
+    """Objective per token: `clipped_ratio`, `clipped_sequence_ratio`, `geometric_mean`, `clipped_weight`, `soft_gate`
+    or `policy_gradient` (formulas: algorithm/surrogates/). Your own: `package.module:function` or
+    `./file.py:function` (docs/algorithms.md)."""
     clip_low: float | None = Field(0.2, gt=0, lt=1)
     """Lower clip: the ratio is clamped to at least 1 - clip_low (`geometric_mean`: the log ratio to at least
     -clip_low). null: no lower bound."""
@@ -39,14 +34,13 @@ class AlgorithmConfig(Section):
     """`soft_gate`: temperature tau of tokens with a positive advantage. null: for other surrogates."""
     gate_negative: float | None = Field(None, gt=0)
     """`soft_gate`: temperature tau of tokens with a negative advantage. null: for other surrogates."""
-    advantage: Literal["group_std", "process", "group_mean", "leave_one_out", "batch", "group_batch", "gae"] = (
-        "group_std"
-    )
+    advantage: str = "group_std"
     """Advantage estimator. `group_std`: (reward - group mean) / group standard deviation. `process`: the same for every
     step that a process reward judged; a token gets the sum over the steps that end with or after it. `group_mean`:
     reward - group mean. `leave_one_out`: reward - mean of the other rollouts of the group. `batch`: rewards whitened
     over the tokens of the step. `group_batch`: reward - group mean, then whitened. `gae`: generalized advantage
-    estimation with a critic, then whitened."""
+    estimation with a critic, then whitened. Your own: `package.module:function` or `./file.py:function`
+    (docs/algorithms.md)."""
     gamma: float | None = Field(None, gt=0, le=1)
     """`gae`: discount factor per token. null: for other estimators."""
     gae_lambda: float | None = Field(None, ge=0, le=1)

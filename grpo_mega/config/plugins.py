@@ -1,16 +1,20 @@
-"""Functions that a config names: found by a short name or a dotted path, and their arguments compared with them.
+"""Functions that a config names: resolves a short name or a path and checks the arguments against the signature.
 
-Rewards and environments are such functions. Nothing here imports torch: worker processes do this too, and must start
-fast. Asserted by tests/unit/rewards/test_base.py and tests/unit/environments/test_pool.py.
+Rewards, environments, surrogates and advantage estimators are such functions. Nothing here imports torch, because
+worker processes use this module and must start fast. Asserted by tests/unit/rewards/test_base.py,
+tests/unit/environments/test_pool.py and tests/unit/algorithm/test_extensions.py.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from grpo_mega.types import UserError
@@ -18,42 +22,68 @@ from grpo_mega.types import UserError
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Functions of one kind: `what` they are called, the paths of the short names, and the attribute that declares
-    one."""
+    """Functions of one kind.
+
+    Attributes:
+        what: the word for one function in messages.
+        builtin: short name -> path.
+        declaration: attribute that the decorator of this kind sets.
+        key: config key that holds the name.
+    """
 
     what: str
     builtin: Mapping[str, str]
     declaration: str
+    key: str = "name"
 
     def find(self, where: str, name: str) -> Callable[..., Any]:
-        """The function of a short name, of `package.module:function` or of `package.module.function`.
+        """Return the function that a name stands for.
+
+        Args:
+            where: config section, for messages.
+            name: short name, `package.module:function`, `package.module.function` or `./file.py:function` (relative to
+                the working directory).
 
         Raises:
-            UserError: there is none; `where` is the key in messages.
+            UserError: the name is unknown, or the module or the function was not found.
         """
+        key = f"{where}.{self.key}"
         path = self.builtin.get(name, name)
         module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
         if not module_name or not attribute:
             nearest = difflib.get_close_matches(name, self.builtin, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"{where}.name={name!r} is no {self.what}, did you mean {nearest!r}? "
-                f"Use one of {', '.join(sorted(self.builtin))} or a path package.module:function"
+                f"{key}={name!r} is not a known {self.what}, did you mean {nearest!r}?",
+                remedy=f"use one of {', '.join(sorted(self.builtin))}, or a path package.module:function or "
+                "./file.py:function",
             )
         try:
-            module = importlib.import_module(module_name)
+            module = (
+                _module_of_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+            )
         except Exception as error:  # a user's module may raise anything while it is imported
             raise UserError(
-                f"{where}.name={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error})",
+                f"{key}={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error})",
                 remedy="check the path and PYTHONPATH",
             ) from error
         function = getattr(module, attribute, None)
         if not callable(function):
             functions = [n for n, value in vars(module).items() if hasattr(value, self.declaration)]
             raise UserError(
-                f"{where}.name={name!r}: module {module_name!r} has no function {attribute!r}",
+                f"{key}={name!r}: module {module_name!r} has no function {attribute!r}",
                 remedy=f"its {self.what}s: {', '.join(functions) or 'none'}",
             )
         return function  # type: ignore[no-any-return]
+
+
+def _module_of_file(file: str) -> ModuleType:
+    """Import a Python file by its path."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None, file
+    assert spec.loader is not None, file
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def check_args(
@@ -64,7 +94,7 @@ def check_args(
     given: Sequence[Any],
     check: Callable[..., None] | None,
 ) -> None:
-    """Do `args` fit the function, which is called with the values of `given` before them?
+    """Check that the function can be called with the values of `given`, followed by `args` as keywords.
 
     Args:
         where: the key in messages.

@@ -1,1 +1,1 @@
-"""What one sees of a run: its folder, log, metrics, live display, times and summary. Only `log` is for every rank."""
+"""Outputs of a run: folder, log, metrics, progress display, timers and summary. Only `log` is used by every rank."""

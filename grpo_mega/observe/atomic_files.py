@@ -1,4 +1,4 @@
-"""Files that are never seen half written, and JSON that is always valid."""
+"""Atomic file writes, and JSON text that is always valid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content`: a reader, or a crash at any moment, sees the old file or the new one, whole."""
+    """Replace `path` by `content`. A reader, also after a crash, finds the complete old or the complete new file."""
     temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with temporary.open("wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
@@ -22,10 +22,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def to_json(value: object, *, indent: int | None = None) -> str:
-    """JSON text. A float that is not finite becomes null: `NaN` is not JSON, and many readers refuse the whole file.
+    """Return JSON text. A float that is not finite becomes null: `NaN` is not JSON, and many readers reject it.
 
-    The text is ASCII: a completion may hold lone surrogates, which UTF-8 cannot encode, or U+2028, at which some
-    readers cut lines.
+    The text is ASCII, because a completion may contain lone surrogates, which UTF-8 cannot encode, or U+2028, which
+    some readers take for the end of a line.
     """
     return json.dumps(_finite_or_none(value), indent=indent, allow_nan=False)
 

@@ -1,7 +1,8 @@
-"""Logging of one rank: all of it in the rank's file, on the screen what a person needs.
+"""Logging of one rank: everything to the file of the rank, a selection to the screen.
 
-The screen shows INFO of rank 0 and WARNING of the others, each message behind the coordinates of its rank. Libraries
-are heard from WARNING on, in the same form. Before the run folder is known there is only the screen.
+The screen shows INFO of rank 0 and WARNING of the other ranks. Each message starts with the coordinates of its rank.
+Messages of libraries are shown from WARNING on, in the same format. Before the run folder is known, only the screen is
+used. Asserted by tests/unit/observe/test_log.py.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ _installed: list[logging.Handler] = []
 
 
 def configure_logging(rank: int, coordinates: str = "", log_dir: Path | None = None) -> None:
-    """Set up the root logger of this process; a second call replaces what the first one set up.
+    """Set up the root logger of this process; a second call replaces the handlers of the first.
 
     Args:
-        coordinates: Like `dp 1/2 pp 0/2 tp 1/2`; empty before the layout is known.
-        log_dir: Folder of `rank_00000.log`, which is appended to; None: only the screen.
+        rank: rank of this process.
+        coordinates: for example `dp 1/2 pp 0/2 tp 1/2`; empty before the layout is known.
+        log_dir: folder of `rank_00000.log`, to which messages are appended; None: screen only.
     """
     root = logging.getLogger()
     for handler in _installed:
@@ -51,7 +53,7 @@ def configure_logging(rank: int, coordinates: str = "", log_dir: Path | None = N
         file = logging.FileHandler(log_dir / f"rank_{rank:05d}.log", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter(_FILE_FORMAT.format(prefix=prefix), datefmt="%Y-%m-%d %H:%M:%S"))
         _installed.append(file)
-        # Deprecations of libraries are for their authors: kept in the file, but off the screen.
+        # Deprecation warnings of libraries are written to the file only.
         screen.addFilter(lambda record: record.name != "py.warnings")
     for handler in _installed:
         root.addHandler(handler)
@@ -61,25 +63,25 @@ def configure_logging(rank: int, coordinates: str = "", log_dir: Path | None = N
 
 
 def quiet_libraries() -> None:
-    """Let libraries speak from WARNING on, through the handlers of this module.
+    """Limit libraries to WARNING and route their messages through the handlers of this module.
 
-    Some set up their loggers when they are imported, or again later (vLLM: when an engine is made): call it after that.
+    Some libraries set up their loggers at import or later (vLLM: when an engine is created). Call this after that.
     """
     for name in NOISY_LIBRARIES:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-        logger.setLevel(max(logger.level, logging.WARNING))  # one that is set to ERROR stays there
+        logger.setLevel(max(logger.level, logging.WARNING))  # a library that is set to ERROR keeps ERROR
 
 
 class _ScreenHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stderr` is at that moment: a live display stands in for it while it is shown."""
+    """Handler that looks up `sys.stderr` for every message, because a live display replaces it temporarily."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
-    def stream(self) -> TextIO:  # type: ignore[override]  # the base class keeps the stream it was made with
+    def stream(self) -> TextIO:  # type: ignore[override]  # the base class stores its stream
         return sys.stderr
 
 

@@ -1,4 +1,4 @@
-"""The most memory that a rank held in each phase of a step. One reader for each kind of machine; the rest counts.
+"""Measures the peak memory of a rank in each phase of a step, on CUDA devices and on Linux hosts.
 
 Asserted by tests/unit/observe/test_memory.py.
 """
@@ -15,24 +15,24 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PhasePeaks:
-    """Peaks by phase. `phase` is told when one begins; what follows a phase until the next one counts to it.
+    """Peak memory by phase. The time between two phases counts to the earlier phase.
 
     Args:
-        take_peak: Bytes at the peak since its last call; None: there are no peaks.
+        take_peak: returns the peak in bytes since its last call; None: nothing is measured.
     """
 
     def __init__(self, take_peak: Callable[[], int] | None) -> None:
         self._take_peak = take_peak
-        self._now = ""
+        self._current = ""
         self._peaks: dict[str, int] = {}
 
     def phase(self, name: str) -> None:
-        """A phase begins, or goes on after one inside it."""
+        """Start a phase, or resume it after a nested phase."""
         self._close()
-        self._now = name
+        self._current = name
 
     def step_metrics(self) -> dict[str, float]:
-        """The peaks since the last call, by the names of the metrics."""
+        """Return the peaks since the last call, in bytes, under the names of the metrics."""
         self._close()
         found = {f"memory/peak_{name}_bytes": float(peak) for name, peak in self._peaks.items()}
         self._peaks = {}
@@ -42,15 +42,15 @@ class PhasePeaks:
         if self._take_peak is None:
             return
         peak = self._take_peak()
-        if self._now:
-            self._peaks[self._now] = max(peak, self._peaks.get(self._now, 0))
+        if self._current:
+            self._peaks[self._current] = max(peak, self._peaks.get(self._current, 0))
 
 
 def device_peak(device: str) -> Callable[[], int]:
-    """For `PhasePeaks`: of torch's allocator on a CUDA device, elsewhere of this process.
+    """Return `take_peak` of `PhasePeaks`: peak of the torch allocator on a CUDA device, of this process elsewhere.
 
     Raises:
-        UserError: this system does not tell.
+        UserError: this system cannot measure the peak of a process.
     """
     if device == "cuda":
         return _cuda_peak
@@ -73,8 +73,10 @@ def _cuda_peak() -> int:
 
 
 def _process_peak() -> int:
-    """VmHWM, which 5 in clear_refs sets back to what is resident now (proc(5)). Freed memory stays with the process:
-    without malloc_trim that would be whatever was ever needed."""
+    """Return VmHWM in bytes and reset it to the present resident size by writing 5 to clear_refs (proc(5)).
+
+    malloc_trim first returns freed memory to the system; otherwise the resident size would never fall.
+    """
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     ctypes.CDLL(None).malloc_trim(0)
     _CLEAR.write_text("5")

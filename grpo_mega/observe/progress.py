@@ -1,6 +1,7 @@
-"""How far the run is: a live display on a terminal, one plain line per step anywhere else. Rank 0 makes one.
+"""Progress display of a run: live on a terminal, otherwise one plain line per step. Used by rank 0.
 
-On a terminal the display also stands in for `sys.stdout` and `sys.stderr`, so that what others write appears above it.
+On a terminal the display replaces `sys.stdout` and `sys.stderr`, so that other output appears above it.
+Asserted by tests/unit/observe/test_progress.py.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from rich.text import Text
 from grpo_mega.observe.summary import duration
 
 _RECENT_STEPS = 20
-# Shown in this order: metric, its name on the screen, its format.
+# In display order: metric, label, format.
 _SHOWN = (
     ("reward/mean", "reward", ".2f"),
     ("reward/accuracy", "accuracy", ".2f"),
@@ -36,8 +37,10 @@ class Progress:
     """Display of the steps `first_step` to `total_steps`.
 
     Args:
-        stream: Where it goes; unset: standard output.
-        terminal: Live display (True) or plain lines (False); unset: what `stream` is.
+        total_steps: last step of the run.
+        first_step: first step of this command.
+        stream: output; None: standard output.
+        terminal: live display (True) or plain lines (False); None: live if `stream` is a terminal.
     """
 
     def __init__(
@@ -68,14 +71,14 @@ class Progress:
             self._live.stop()
 
     def phase(self, name: str) -> None:
-        """What the run is doing now; shown on a terminal only."""
+        """Set the current phase, which only the live display shows."""
         self._phase = name
         self._phase_start = time.monotonic()
         if self._live is not None:
             self._live.refresh()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done."""
+        """Report a completed step with its metrics."""
         self._step = step
         self._metrics = dict(metrics)
         if "time/step_seconds" in metrics:
@@ -87,9 +90,9 @@ class Progress:
             self._write("  ".join(part for part in parts if part))
 
     def note(self, text: str) -> None:
-        """A line that stays: above the display, or among the plain lines."""
+        """Print a permanent line: above the live display, or among the plain lines."""
         if self._live is not None:
-            # As text: square brackets in it are no markup.
+            # `Text` keeps square brackets, which rich would read as markup.
             self._live.console.print(Text(text))
         else:
             self._write(text)
@@ -102,7 +105,7 @@ class Progress:
         return [f"{name} {_short(self._metrics[m], spec)}" for m, name, spec in _SHOWN if m in self._metrics]
 
     def _speed(self) -> str:
-        """`1,234 tok/s  2.1 s (rollout 0.9 train 1.0 sync 0.1)`."""
+        """Return for example `1,234 tok/s  2.1 s (rollout 0.9 train 1.0 sync 0.1)`."""
         parts = []
         if "throughput/tokens_per_second" in self._metrics:
             parts.append(f"{self._metrics['throughput/tokens_per_second']:,.0f} tok/s")
@@ -116,7 +119,7 @@ class Progress:
         return "  ".join(parts)
 
     def _eta(self) -> str:
-        """From the mean of the last steps."""
+        """Return the remaining time, estimated from the mean of the last steps."""
         if not self._recent:
             return ""
         return f"ETA {duration((self._total_steps - self._step) * sum(self._recent) / len(self._recent))}"
@@ -135,5 +138,5 @@ class Progress:
 
 
 def _short(value: float, spec: str) -> str:
-    """`0.0012`, `3e-7`."""
+    """Return for example `0.0012` or `3e-7`."""
     return format(value, spec).replace("e-0", "e-").replace("e+0", "e+")

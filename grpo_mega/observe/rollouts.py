@@ -1,4 +1,7 @@
-"""`rollouts/step_000012.jsonl`: a row per rollout, with all that is needed to replay its part of the step."""
+"""Writes `rollouts/step_000012.jsonl`: one row per rollout, with all data that a replay of the step needs.
+
+Asserted by tests/unit/observe/test_rollouts.py.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,13 @@ from grpo_mega.types import Rollout, StopReason
 
 
 class RolloutRow(TypedDict):
-    """One line. The log-probs have an entry per token of `completion_ids`, 0 where an environment wrote the token;
-    `old_log_probs` is None where the policy was not asked, because its only update needs no earlier ones. `loss_mask`
-    is 1 where the policy sampled the token, 0 where its environment wrote it; None: the policy sampled all. `steps`:
-    (end_token, value) of each step of a process reward."""
+    """One line of the file.
+
+    Log-probs have one entry per token of `completion_ids`, 0 for tokens that an environment wrote. `old_log_probs` is
+    None if they were not computed, because a single update does not need them. `loss_mask` is 1 for tokens that the
+    policy sampled and 0 for tokens of an environment; None: the policy sampled all tokens. `steps` has (end_token,
+    value) of each step of a process reward.
+    """
 
     prompt: str
     completion: str
@@ -43,11 +49,12 @@ class RolloutRow(TypedDict):
 def rollout_rows(
     rollouts: Sequence[Rollout], advantages: Sequence[float], old_log_probs: Sequence[Sequence[float]] | None
 ) -> list[RolloutRow]:
-    """Rows in the order of `rollouts`.
+    """Return one row per rollout, in order.
 
     Args:
-        advantages: One per rollout.
-        old_log_probs: One list per rollout, an entry per token that the policy sampled; or None.
+        rollouts: rollouts of a step.
+        advantages: one per rollout.
+        old_log_probs: one list per rollout with an entry per token that the policy sampled; or None.
 
     Raises:
         ValueError: lengths differ.
@@ -95,22 +102,22 @@ def _row(rollout: Rollout, advantage: float, old_log_probs: Sequence[float] | No
 
 
 def write_experts(path: Path, rollouts: Sequence[Rollout]) -> None:
-    """`expert_choices` of the rollouts beside their rows, an .npz; none if no rollout has any. The file appears whole.
+    """Write the routing records of the rollouts to an .npz file, atomically. No file if no rollout has a record.
 
-    `choices` [sum of num_tokens, L, K], one rollout behind the other as the engine told them (data/expert_records.py),
-    and `num_tokens`, one per row.
+    The file has `choices` [sum of num_tokens, L, K], the records of the rollouts in order (data/expert_records.py), and
+    `num_tokens`, one per row.
     """
     records = [r.completion.expert_choices for r in rollouts]
-    told = [record.numpy() for record in records if record is not None]
-    if told:
+    known = [record.numpy() for record in records if record is not None]
+    if known:
         counts = np.array([0 if record is None else len(record) for record in records], dtype=np.int32)
         data = io.BytesIO()
-        np.savez(data, choices=np.concatenate(told), num_tokens=counts)
+        np.savez(data, choices=np.concatenate(known), num_tokens=counts)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.getvalue())
 
 
 def write_rollouts(path: Path, rows: Sequence[RolloutRow]) -> None:
-    """A JSON object per line; the file appears whole."""
+    """Write one JSON object per line, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(f"{to_json(row)}\n" for row in rows))

@@ -1,9 +1,9 @@
-"""The run folder: what lies where in it, and what a command finds there.
+"""Paths of the run folder, and the decision whether a command starts, continues or finds a finished run.
 
-`open_run` decides whether a command starts afresh, continues or has nothing left to do. What it leaves behind agrees
-with the checkpoint that training continues from: later lines of `metrics.jsonl` and later rollouts are removed, for the
-continued run writes them again. Rank 0 calls it, before any other rank writes into the folder; the others are told.
-It never deletes a run, and never touches the content of a checkpoint.
+`open_run` makes the decision on rank 0, before any rank writes into the folder; the result is broadcast. Afterwards the
+folder agrees with the checkpoint from which training continues: later lines of `metrics.jsonl` and later rollouts are
+removed, because the continued run writes them again. No run is deleted, and no checkpoint is changed.
+Asserted by tests/unit/observe/test_run_folder.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CHANGEABLE = (
 _NEVER_COMPARED = ("run.overwrite", "run.dir")
 _COMPLETE_MARK = "complete"
 _STEP_NAME = re.compile(r"step_(\d{6,})")
-# What a launcher, or a start that died before it wrote config.yaml, may have left: no run is lost by going on.
+# Files of a launcher, or of a start that failed before it wrote config.yaml: not a run, so the folder can be used.
 _NOT_YET_A_RUN = {"logs", "config.yaml" + TEMPORARY_SUFFIX}
 
 
@@ -82,19 +82,19 @@ class RunFolder:
         return self.path / "fp8_report.json"
 
     def rollouts_of(self, step: int) -> Path:
-        """The rollouts of one step, a row each."""
+        """Path of the rollouts of one step, one row per rollout."""
         return self.rollouts / f"step_{step:06d}.jsonl"
 
     def experts_of(self, step: int) -> Path:
-        """The experts of the tokens of these rollouts."""
+        """Path of the routing records of these rollouts."""
         return self.rollouts / f"step_{step:06d}.experts.npz"
 
     def checkpoint_of(self, step: int) -> Path:
-        """The checkpoint taken after `step` steps."""
+        """Path of the checkpoint after `step` steps."""
         return self.checkpoints / f"step_{step:06d}"
 
     def complete_checkpoints(self) -> dict[int, Path]:
-        """Step -> folder, oldest first. A checkpoint is complete when it holds the file `complete`, written last."""
+        """Return {step: folder}, oldest first. A complete checkpoint contains the file `complete`, written last."""
         if not self.checkpoints.is_dir():
             return {}
         found = {step: path for path in self.checkpoints.iterdir() if (step := _checkpoint_step(path)) is not None}
@@ -103,12 +103,16 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a command found: `step` steps are done, by the weights of `checkpoint` (None: those of the base model).
+    """State of a run when a command starts.
 
-    `fresh`: a new folder. `continued`: go on after `step`; where `step` has reached `train.steps` only the end is
-    missing (last evaluation, export, summary). `finished`: nothing to do, `previous` is the run's summary.
-    `previous` is otherwise what earlier commands of this run last wrote (its times and its first evaluation go on).
-    `moved_to` is where `run.overwrite` put the folder that was there.
+    Attributes:
+        folder: the run folder.
+        status: `fresh`: a new folder. `continued`: train after `step`; if `step` has reached `train.steps`, only the
+            last evaluation, the export and the summary remain. `finished`: nothing to do.
+        step: completed steps.
+        checkpoint: weights after `step` steps; None: the base model.
+        previous: last summary of earlier commands of this run, whose times and first evaluation are kept; or None.
+        moved_to: new path of the folder that `run.overwrite` moved aside, or None.
     """
 
     folder: RunFolder
@@ -128,19 +132,20 @@ def open_run(
     changeable: Sequence[str] = CHANGEABLE,
     resume: str = "auto",
 ) -> RunState:
-    """Apply the run-folder rule to `path` and leave the folder ready for the next step.
+    """Determine the state of the run in `path` and prepare the folder for the next step.
 
     Args:
-        resolved: The resolved config, nested plain values; written to `config.yaml`.
-        overwrite: Move what is there to `<name>.old-1`, `-2`, ... and start afresh.
-        train_steps: A run is finished when its newest complete checkpoint has reached them and its summary was written
-            at such a step (a run killed between the two is continued, to write it).
-        changeable: Shell patterns of keys that may differ from the config in the folder.
-        resume: `auto`; `never` (start only where no run is); or the checkpoint that a fresh run starts from.
+        path: `run.dir`.
+        resolved: the resolved config as nested plain values; written to `config.yaml`.
+        overwrite: move an existing folder to `<name>.old-1`, `-2`, ... and start a new run.
+        train_steps: a run is finished if its newest complete checkpoint and its summary have reached this step. A run
+            that was killed between the two is continued, to write the summary.
+        changeable: shell patterns of keys that may differ from the config in the folder.
+        resume: `auto`; `never` (the folder must not contain a run); or the checkpoint from which a new run starts.
 
     Raises:
-        UserError: the folder holds something else, an unreadable config, or a run with a different config; `resume`
-            does not fit.
+        UserError: the folder contains other files, an unreadable config, or a run with a different config; or `resume`
+            is not a checkpoint that this run can use.
     """
     folder = RunFolder(path)
     moved_to = None
@@ -149,7 +154,7 @@ def open_run(
         moved_to = _move_aside(path)
         exists = False
     if not exists:
-        return _start(folder, resolved, resume, moved_to)
+        return _start_new(folder, resolved, resume, moved_to)
     _require_same_config(folder, resolved, changeable)
     checkpoints = folder.complete_checkpoints()
     step = max(checkpoints, default=0)
@@ -161,16 +166,16 @@ def open_run(
     checkpoint = checkpoints.get(step)
     if checkpoint is None and resume != "auto":
         step, checkpoint = _given_checkpoint(resume)
-    _keep_until(folder, step)
+    _remove_after(folder, step)
     _write_config(folder, resolved)
     return RunState(folder, "continued", step, checkpoint, previous, None)
 
 
 def check_run(path: Path, resolved: Mapping[str, Any], *, overwrite: bool) -> None:
-    """What `open_run` would refuse for the config's sake, without touching the folder: any rank may ask, and early.
+    """Check the config against the run in the folder, without changing the folder. Any rank may call it.
 
     Raises:
-        UserError: as `open_run`.
+        UserError: see `open_run`.
     """
     if _holds_run(RunFolder(path)) and not overwrite:
         _require_same_config(RunFolder(path), resolved, CHANGEABLE)
@@ -178,7 +183,7 @@ def check_run(path: Path, resolved: Mapping[str, Any], *, overwrite: bool) -> No
 
 def _holds_run(folder: RunFolder) -> bool:
     if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"run.dir={folder.path} is a file", remedy="name a folder, which is created")
+        raise UserError(f"run.dir={folder.path} is a file", remedy="name a folder; it is created if it does not exist")
     if folder.config.is_file():
         return True
     if not folder.path.exists():
@@ -192,7 +197,7 @@ def _holds_run(folder: RunFolder) -> bool:
     return False
 
 
-def _start(folder: RunFolder, resolved: Mapping[str, Any], resume: str, moved_to: Path | None) -> RunState:
+def _start_new(folder: RunFolder, resolved: Mapping[str, Any], resume: str, moved_to: Path | None) -> RunState:
     step, checkpoint = (0, None) if resume in ("auto", "never") else _given_checkpoint(resume, moved_to, folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -205,16 +210,16 @@ def _start(folder: RunFolder, resolved: Mapping[str, Any], resume: str, moved_to
 
 
 def _given_checkpoint(resume: str, moved_to: Path | None = None, folder: RunFolder | None = None) -> tuple[int, Path]:
-    """Step and folder of `checkpoint.resume=PATH`, also when PATH lay in the folder that was just moved aside."""
+    """Return step and folder of `checkpoint.resume=PATH`, also if PATH was in the folder that was just moved aside."""
     path = Path(resume)
     if moved_to is not None and folder is not None and path.absolute().is_relative_to(folder.path.absolute()):
         path = moved_to / path.absolute().relative_to(folder.path.absolute())
     step = _checkpoint_step(path)
     if step is None:
         raise UserError(
-            f"checkpoint.resume={resume} is not a complete checkpoint (a folder step_NNNNNN that holds the file "
+            f"checkpoint.resume={resume} is not a complete checkpoint (a folder step_NNNNNN that contains the file "
             f"`{_COMPLETE_MARK}`)",
-            remedy="use auto, never, or the path of one",
+            remedy="use auto, never, or the path of a complete checkpoint",
         )
     return step, path
 
@@ -225,7 +230,7 @@ def _checkpoint_step(path: Path) -> int | None:
 
 
 def _require_resumable(folder: RunFolder, step: int, resume: str) -> None:
-    """A run continues from its own newest checkpoint, so that the same command twice never loses a step."""
+    """Check that a run continues from its own newest checkpoint, so that a repeated command never loses a step."""
     if resume == "never":
         raise UserError(
             f"checkpoint.resume=never, but run.dir={folder.path} holds a run at step {step}",
@@ -252,14 +257,14 @@ def _write_config(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
 
 
 def _require_same_config(folder: RunFolder, resolved: Mapping[str, Any], changeable: Sequence[str]) -> None:
-    there = _flatten(_read_config(folder))
-    # Through YAML and back, so that both sides went the same way (tuples become lists).
+    stored = _flatten(_read_config(folder))
+    # Converted to YAML and back, like the stored config (tuples become lists).
     now = _flatten(yaml.safe_load(yaml.safe_dump(dict(resolved), sort_keys=False)))
     patterns = (*changeable, *_NEVER_COMPARED)
     differences = [
-        f"{key} ({_shown(there, key)} there, {_shown(now, key)} now)"
-        for key in dict.fromkeys((*there, *now))
-        if _shown(there, key) != _shown(now, key) and not any(fnmatchcase(key, pattern) for pattern in patterns)
+        f"{key} ({_shown(stored, key)} there, {_shown(now, key)} now)"
+        for key in dict.fromkeys((*stored, *now))
+        if _shown(stored, key) != _shown(now, key) and not any(fnmatchcase(key, pattern) for pattern in patterns)
     ]
     if differences:
         raise UserError(
@@ -274,16 +279,14 @@ def _read_config(folder: RunFolder) -> dict[str, Any]:
         config = yaml.safe_load(folder.config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"run.dir={folder.path}: its config.yaml cannot be read ({reason})", remedy=f"{remedy}"
-        ) from error
+        raise UserError(f"run.dir={folder.path}: its config.yaml cannot be read ({reason})", remedy=remedy) from error
     if not isinstance(config, dict):
-        raise UserError(f"run.dir={folder.path}: its config.yaml holds no sections", remedy=f"{remedy}")
+        raise UserError(f"run.dir={folder.path}: its config.yaml has no sections", remedy=remedy)
     return config
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; a list is a value, and so is an empty section."""
+    """Return {'a.b': 1} for {'a': {'b': 1}}. A list and an empty section are values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -297,8 +300,8 @@ def _shown(flat: Mapping[str, Any], key: str) -> str:
     return repr(flat[key]) if key in flat else "unset"
 
 
-def _keep_until(folder: RunFolder, step: int) -> None:
-    """Remove what was written after the checkpoint at `step`."""
+def _remove_after(folder: RunFolder, step: int) -> None:
+    """Remove metrics and rollouts of steps after `step`."""
     if folder.metrics.exists():
         lines = folder.metrics.read_text(encoding="utf-8").splitlines()
         kept = [line for number, line in enumerate(lines) if _line_step(folder, lines, number) <= step]
@@ -311,7 +314,7 @@ def _keep_until(folder: RunFolder, step: int) -> None:
 
 
 def _line_step(folder: RunFolder, lines: Sequence[str], number: int) -> float:
-    """The step of a line; infinity for a last line that a crash cut short."""
+    """Return the step of a line; infinity for a last line that is incomplete after a crash."""
     try:
         return int(json.loads(lines[number])["step"])
     except (ValueError, KeyError, TypeError) as error:

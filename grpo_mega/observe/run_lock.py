@@ -1,4 +1,7 @@
-"""One command at a time in a run folder. The system drops the lock with the process that held it, however it ended."""
+"""Lock of a run folder: one command at a time. The kernel releases it when the process ends.
+
+Asserted by tests/unit/observe/test_run_lock.py.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,14 @@ from grpo_mega.types import UserError
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder`, which need not exist yet; the lock lies beside it, since `run.overwrite` moves the folder away.
+    """Lock `folder`, which does not have to exist.
 
-    A lock of the process, not of the open file: processes that are forked from it do not keep it alive.
+    The lock file is beside the folder, because `run.overwrite` moves the folder.
+
+    The lock belongs to the process and not to the open file: forked child processes do not inherit it.
 
     Raises:
-        UserError: another process holds it (names it), or its file cannot be written.
+        UserError: another process, which the message names, holds the lock; or the lock file cannot be written.
     """
     path = folder.with_name(f".{folder.name}.lock")
     try:

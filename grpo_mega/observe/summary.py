@@ -1,8 +1,9 @@
-"""`summary.json`: what a run was and what it gained, and the words that say so.
+"""Reads, writes and prints `summary.json`: the result of a run.
 
-It is written as `interrupted` when training starts and before every checkpoint is completed, so that a killed run
-leaves a true one and the command that continues finds the first evaluation and the seconds spent (`add_seconds`).
-Only the last write says `done`.
+The summary has the status `interrupted` from the start of training until the end, and is written before every
+checkpoint is published. A killed run therefore leaves a correct summary, and the command that continues it finds the
+first evaluation and the seconds so far (`add_seconds`). Only the last write has the status `done`.
+Asserted by tests/unit/observe/test_summary.py.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from grpo_mega.types import UserError
 
 Status = Literal["done", "failed", "interrupted"]
 
-# The CPU build of vLLM is published under a name of its own.
+# The CPU build of vLLM has its own distribution name.
 _DISTRIBUTIONS = {
     "torch": ("torch",),
     "megatron-core": ("megatron-core",),
@@ -34,9 +35,18 @@ _DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One pass over held-out prompts. `accuracy` is pass@1, the mean over k samples at the evaluation's temperature;
-    `greedy_accuracy` takes the likeliest token each time. `length_mean` is in completion tokens. `pass_at_k` and
-    `majority_at_k` have an entry per k; `sets` one per held-out set, where there are several."""
+    """Result of one pass over the held-out prompts.
+
+    Attributes:
+        accuracy: pass@1, the mean over k samples at the temperature of the evaluation.
+        reward_mean: mean reward of these samples.
+        length_mean: mean length of these samples, in completion tokens.
+        num_prompts: number of prompts.
+        greedy_accuracy: accuracy with greedy decoding.
+        pass_at_k: pass@k for each reported k.
+        majority_at_k: maj@k for each reported k.
+        sets: result of each held-out set, if there are several.
+    """
 
     accuracy: float
     reward_mean: float
@@ -53,7 +63,7 @@ class Evaluation:
                 raise ValueError(f"Evaluation.{name}={value} is not finite; an evaluation needs at least one rollout")
 
     def numbers(self) -> dict[str, float]:
-        """All numbers by their names, `pass_at_4` and the like included; of the sets only their own."""
+        """Return all numbers by name, with names like `pass_at_4`; without the numbers of the sets."""
         single = {f.name: getattr(self, f.name) for f in fields(self) if not isinstance(getattr(self, f.name), dict)}
         found = {name: value for name, value in single.items() if value is not None}
         for prefix, by_k in (("pass_at", self.pass_at_k), ("majority_at", self.majority_at_k)):
@@ -62,15 +72,26 @@ class Evaluation:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Evaluation:
-        """From what `asdict` made of one."""
+        """Return the evaluation from the result of `dataclasses.asdict`."""
         sets = {name: cls.read(of_set) for name, of_set in values.get("sets", {}).items()}
         return cls(**{**values, "sets": sets})
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run so far. `seconds`: per phase, and `total`, over all commands that worked on it. `layout`: tp, pp, dp, ...
-    `policy_digest` is that of the weights after `steps` steps. `error` says why it failed."""
+    """State of a run.
+
+    Attributes:
+        status: how the run ended, or `interrupted` while it runs.
+        steps: completed steps.
+        eval_before: evaluation before the first step.
+        eval_after: evaluation after the last step.
+        seconds: per phase and in `total`, over all commands of the run.
+        layout: tp, pp, dp and the other sizes.
+        versions: of the packages that the results depend on.
+        policy_digest: digest of the weights after `steps` steps.
+        error: exception of a failed or interrupted run.
+    """
 
     status: Status
     steps: int
@@ -84,16 +105,16 @@ class Summary:
 
 
 def add_seconds(previous: Summary | None, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of this command added to those of the commands before it, phase by phase.
+    """Add the seconds of this command to those of earlier commands, phase by phase.
 
-    What a killed command spent after its last summary is not known, and so not counted.
+    The time of a killed command after its last summary is not known and not counted.
     """
     before = previous.seconds if previous else {}
     return {name: before.get(name, 0.0) + seconds.get(name, 0.0) for name in dict.fromkeys((*before, *seconds))}
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of what the numbers of a run depend on; None where something is not installed."""
+    """Return the installed versions of the packages that results depend on; None for a missing package."""
     found: dict[str, str | None] = {"python": platform.python_version(), "grpo_mega": __version__}
     for name, distributions in _DISTRIBUTIONS.items():
         found[name] = next((v for d in distributions if (v := _installed_version(d)) is not None), None)
@@ -108,15 +129,15 @@ def _installed_version(distribution: str) -> str | None:
 
 
 def write_summary(path: Path, summary: Summary) -> None:
-    """Replace `summary.json`."""
+    """Write `summary.json` atomically."""
     write_atomically(path, to_json(asdict(summary), indent=2) + "\n")
 
 
 def read_summary(path: Path) -> Summary:
-    """Read what `write_summary` wrote.
+    """Read `summary.json`.
 
     Raises:
-        UserError: the file is not JSON or lacks a key.
+        UserError: the file is not JSON, or a key is missing.
     """
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -125,12 +146,13 @@ def read_summary(path: Path) -> Summary:
         return Summary(**values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not the summary of a run ({error})", remedy="remove it, the run continues from its checkpoint"
+            f"{path} is not the summary of a run ({error})",
+            remedy="remove the file; the run continues from its checkpoint",
         ) from error
 
 
 def render(summary: Summary, run_dir: Path | None = None) -> str:
-    """The closing words of a run, a line per thing."""
+    """Return the text that ends a run: status, accuracy, reward, length, times and folder."""
     lines = [_headline(summary)]
     before, after = summary.eval_before, summary.eval_after
     if before and after:
@@ -146,7 +168,7 @@ def render(summary: Summary, run_dir: Path | None = None) -> str:
         longest_first = sorted(phases.items(), key=lambda item: -item[1])
         lines.append(f"  time               {', '.join(f'{name} {duration(s)}' for name, s in longest_first)}")
     if run_dir is not None:
-        lines.append(f"  everything is in   {run_dir}  (curves: launch/tensorboard.sh {run_dir})")
+        lines.append(f"  run folder         {run_dir}  (curves: launch/tensorboard.sh {run_dir})")
     return "\n".join(lines)
 
 
@@ -165,7 +187,7 @@ def _change(before: float, after: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`2.1s`, `3m 20s`, `5h 07m`."""
+    """Return for example `2.1s`, `3m 20s` or `5h 07m`."""
     if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)

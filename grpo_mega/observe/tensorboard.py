@@ -1,4 +1,4 @@
-"""Curves and a few rollouts for TensorBoard. Its package is imported when the first writer is made, and only here."""
+"""Writes curves and a few rollouts for TensorBoard. The only importer of that package, when a writer is created."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grpo_mega.observe.rollouts import RolloutRow
 
 
 class TensorBoardWriter:
-    """One event file. On a continued run TensorBoard hides the points from `first_step` on of the files before it.
+    """Writer of one event file. In a continued run TensorBoard hides older points from `first_step` on.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -27,13 +27,13 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(directory), purge_step=purge_step)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A point on the curve of each metric, readable at once."""
+        """Add one point to the curve of each metric and flush."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def rollouts(self, step: int, rows: Sequence[RolloutRow], shown: int) -> None:
-        """At most `shown` rollouts as text, spread evenly from the highest reward to the lowest."""
+        """Add at most `shown` rollouts as text, evenly selected from the highest to the lowest reward."""
         for position, row in enumerate(_spread(rows, shown)):
             self._writer.add_text(f"rollouts/{position}", render_rollout(row), step)
         self._writer.flush()
@@ -52,7 +52,7 @@ def _spread(rows: Sequence[RolloutRow], shown: int) -> list[RolloutRow]:
 
 
 def render_rollout(row: RolloutRow) -> str:
-    """Markdown: the numbers in one line, then prompt and completion as they are."""
+    """Return Markdown: one line of numbers, then prompt and completion verbatim."""
     components = "".join(f" {name} {value:.3g}" for name, value in row["reward_components"].items())
     numbers = (
         f"reward **{row['reward']:.3g}** ({components.strip() or 'no components'}), advantage {row['advantage']:+.3f}, "
@@ -62,7 +62,7 @@ def render_rollout(row: RolloutRow) -> str:
 
 
 def _fenced(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks in the text, so that no text can leave it."""
+    """Return a code block whose fence is longer than any run of backticks in the text, so that no text ends it."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text}\n{fence}"

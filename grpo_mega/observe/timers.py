@@ -1,7 +1,8 @@
-"""Where the seconds of a run go. Phases are timed by the wall clock of this rank and never overlap.
+"""Measures the wall-clock time of phases on this rank. Phases never overlap.
 
-A phase inside another one pauses the outer one, so that phases add up to at most the whole. A device that works
-asynchronously must be waited for inside the phase that gave it the work; nothing here knows devices.
+A nested phase pauses the outer phase, so that the sum of all phases is at most the total time. A caller that starts
+asynchronous work on a device must wait for it inside the phase; nothing here synchronizes with devices.
+Asserted by tests/unit/observe/test_timers.py.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from contextlib import contextmanager
 
 
 class PhaseTimer:
-    """Seconds per phase, per step and in total. For one thread.
+    """Seconds per phase, of the current step and in total. Not thread-safe.
 
     Args:
-        on_phase: Told the name of a phase as it begins, or goes on after one inside it (a display shows it).
-        clock: Seconds that only grow.
+        on_phase: called with the name of a phase when it starts, or resumes after a nested phase.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -31,37 +32,41 @@ class PhaseTimer:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside towards `name`, also when it ends with an exception."""
+        """Add the time of the `with` block to the phase `name`, also after an exception.
+
+        Raises:
+            ValueError: the name is `step` or `total`, which are sums.
+        """
         if name in ("step", "total"):
-            raise ValueError(f"phase={name} is the name of a sum; name the phase otherwise")
-        self._count()
+            raise ValueError(f"phase={name} is the name of a sum; use another name")
+        self._account()
         self._enter(name)
         try:
             yield
         finally:
-            self._count()
+            self._account()
             self._running.pop()
             if self._running and self._on_phase is not None:
                 self._on_phase(self._running[-1])
 
     def start_step(self) -> None:
-        """Forget the seconds of the step before."""
-        self._count()
+        """Reset the seconds of the current step."""
+        self._account()
         self._step = {}
         self._step_start = self._mark
 
     def step_seconds(self) -> dict[str, float]:
-        """Phase -> seconds since `start_step`, and `step`, all of them with what lies between the phases."""
-        self._count()
+        """Return {phase: seconds} since `start_step`; `step` is the total, with the time between phases."""
+        self._account()
         return {**self._step, "step": self._mark - self._step_start}
 
     def total_seconds(self) -> dict[str, float]:
-        """Phase -> seconds since this timer was made, and `total`, all of them with what lies between the phases."""
-        self._count()
+        """Return {phase: seconds} since the timer was created; `total` includes the time between phases."""
+        self._account()
         return {**self._total, "total": self._mark - self._created}
 
     def step_metrics(self) -> dict[str, float]:
-        """`step_seconds` under the names of the metrics."""
+        """Return `step_seconds` under the names of the metrics."""
         return {f"time/{name}_seconds": seconds for name, seconds in self.step_seconds().items()}
 
     def _enter(self, name: str) -> None:
@@ -69,8 +74,8 @@ class PhaseTimer:
         if self._on_phase is not None:
             self._on_phase(name)
 
-    def _count(self) -> None:
-        """Give the seconds since the last mark to the innermost phase."""
+    def _account(self) -> None:
+        """Add the seconds since the last call to the innermost phase."""
         now = self._clock()
         if self._running:
             name = self._running[-1]

@@ -1,4 +1,7 @@
-"""Held-out accuracy with the engine, as the policy answers by itself."""
+"""Evaluates the policy on held-out prompts with the engine, without an environment's tools.
+
+Asserted by tests/unit/rollout/test_evaluator.py.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from grpo_mega.types import Reward, Rollout, SamplingRequest
 
 @dataclass(frozen=True)
 class Evaluator:
-    """`answer_term` is the reward term that says whether an answer is right, `full_marks` its value when it is."""
+    """Evaluator of the held-out sets.
+
+    `answer_term` is the reward term that measures correctness; an answer is correct if its value is `full_marks`.
+    """
 
     sampler: Sampler
     sets: Sequence[DataSet]
@@ -26,9 +32,10 @@ class Evaluator:
     full_marks: float
 
     def evaluate(self) -> Evaluation:
-        """Collective. Accuracy is pass@1: the mean over k samples of each prompt; one greedy answer beside it.
+        """Sample and score all held-out prompts. Collective.
 
-        All sets are sampled together. The same samples are drawn for the same weights: seeds do not depend on the step.
+        Accuracy is pass@1, the mean over k samples of each prompt. A greedy answer per prompt is scored separately. All
+        sets are sampled together. Seeds do not depend on the step, so equal weights give equal samples.
         """
         parts = [(part.name, part.prompts[: self.config.max_prompts]) for part in self.sets]
         prompts = [prompt for _, chosen in parts for prompt in chosen]
@@ -47,11 +54,11 @@ class Evaluator:
         return replace(whole, sets=sets)
 
     def is_right(self, reward: Reward) -> bool:
-        """The answer's term has full marks."""
+        """Return True if the reward means a correct answer."""
         return reward.components[self.answer_term] >= self.full_marks
 
     def _evaluation(self, sampled: Sequence[Rollout], greedy: Sequence[Rollout]) -> Evaluation:
-        """Of prompts with k samples each, one after the other."""
+        """Evaluate prompts with k samples each, in order."""
         n = self.config.k
         groups = [sampled[begin : begin + n] for begin in range(0, len(sampled), n)]
         right = [[self.is_right(r.reward) for r in group] for group in groups]

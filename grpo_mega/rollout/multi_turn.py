@@ -1,10 +1,10 @@
-"""Rollouts of several turns on one engine replica: the policy answers, the environment replies, the policy goes on.
+"""Rollouts with several turns on one engine replica: the policy answers, the environment replies, and so on.
 
-All ranks of a share of the prompts make the same calls. The turns of a wave are taken together: when every open answer
-is complete, the first rank has the replies, they are broadcast, and all ranks apply them in the same order; nothing
-that only one rank knows (when a reply came, how long it took) reaches the engine. The data-parallel ranks of a replica
-step together: one with nothing left to ask calls its engine for as many turns as the others. What was sampled stays as
-it is: a reply is tokenised alone and appended, and the next prompt is the sequence of tokens so far.
+All ranks of a prompt shard make the same calls. All unfinished rollouts of a wave take a turn together. When every
+answer is complete, the first rank collects the replies and broadcasts them, and all ranks apply them in the same order.
+Nothing that only one rank knows, such as the arrival time of a reply, reaches the engine. The data-parallel ranks of a
+replica call their engine for the same number of turns, also without unfinished rollouts. Sampled tokens are never
+changed: a reply is tokenized alone and appended, and the next prompt is the sequence of tokens so far.
 Asserted by tests/unit/rollout/test_multi_turn.py and tests/e2e/test_calculator.py.
 """
 
@@ -27,36 +27,40 @@ OnCompletion = Callable[[int, int, Completion], None]
 
 
 class Environments(Protocol):
-    """Environment processes (environments/pool.py)."""
+    """Interface of the environment workers (environments/pool.py)."""
 
     def submit(self, key: int, prompt: str, turns: Sequence[Turn], reference: str) -> None:
-        """Start one; returns at once."""
+        """Start computing a reply; returns at once."""
         ...
 
     def collect(self) -> dict[int, Reply]:
-        """The replies to everything submitted since the last call."""
+        """Wait for and return the replies to everything submitted since the last call."""
         ...
 
 
 class Codec(Protocol):
-    """Tokens of a reply (data/chat.py)."""
+    """Tokenizer of replies (data/chat.py)."""
 
     def encode(self, result: str) -> tuple[int, ...]:
-        """Raises ValueError for what cannot be written."""
+        """Return the tokens of a reply.
+
+        Raises:
+            ValueError: the reply cannot be tokenized.
+        """
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
 class Broadcast(Protocol):
-    """Broadcast from the first rank of a share to the others; it passes what it is given there, the others None."""
+    """Broadcast from the first rank of a prompt shard; other ranks pass None and receive the value."""
 
     def __call__(self, value: Any) -> Any: ...
 
 
 @dataclass
 class _Rollout:
-    """One rollout on its way."""
+    """A rollout that is not complete yet."""
 
     prompt: Prompt
     position: int
@@ -70,15 +74,15 @@ class _Rollout:
     failure: str | None = None
     expert_choices: Any = None
 
-    def answered(self, completion: Completion) -> None:
+    def add_answer(self, completion: Completion) -> None:
         self.token_ids += completion.token_ids
         self.log_probs += completion.sampler_log_probs
         self.mask += [True] * len(completion.token_ids)
         self.turns.append(Turn(completion.text))
         self.stop_reason, self.policy_version = completion.stop_reason, completion.policy_version
-        self.expert_choices = completion.expert_choices  # of the whole sequence: this answer's prompt is all before it
+        self.expert_choices = completion.expert_choices  # covers the whole sequence, which includes the prompt
 
-    def replied(self, result: str, token_ids: Sequence[int]) -> None:
+    def add_reply(self, result: str, token_ids: Sequence[int]) -> None:
         self.token_ids += token_ids
         self.log_probs += [0.0] * len(token_ids)
         self.mask += [False] * len(token_ids)
@@ -103,11 +107,16 @@ class _Rollout:
 
 @dataclass(frozen=True)
 class MultiTurnGenerator:
-    """An engine and an environment as one sampler of whole rollouts.
+    """Sampler of whole rollouts from an engine and an environment.
 
-    `environments` is None but on the first rank of the share; `codec` tokenises replies; `stop` are texts that end an
-    answer; `max_turns` is the most answers of a rollout; `share` broadcasts within the share; `any_unfinished` says
-    whether a rollout goes on anywhere in the replica.
+    Attributes:
+        engine: engine of this rank.
+        environments: environment workers; None on all ranks of the prompt shard but the first.
+        codec: tokenizes replies.
+        stop: texts that end an answer.
+        max_turns: largest number of answers of a rollout.
+        share: broadcasts within the prompt shard.
+        any_unfinished: returns True if its argument is True on any rank of the replica.
     """
 
     engine: Engine
@@ -121,10 +130,11 @@ class MultiTurnGenerator:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest, on_completion: OnCompletion | None = None
     ) -> list[list[Completion]]:
-        """As `Engine.generate`, with whole rollouts: `sampling.max_tokens` counts tokens of all answers and replies.
+        """Sample whole rollouts; the contract is `Engine.generate`.
 
-        A rollout ends where the environment has nothing to say, after `max_turns` answers, and where a reply leaves no
-        token for an answer (it is then left out, and the rollout counts as truncated).
+        `sampling.max_tokens` limits the tokens of all answers and replies together. A rollout ends when the environment
+        returns no reply, after `max_turns` answers, or when a reply leaves no token for an answer. In the last case the
+        reply is omitted and the rollout counts as truncated.
         """
         wave = _Wave(self, prompts, sampling, on_completion)
         for turn in range(self.max_turns):
@@ -133,22 +143,22 @@ class MultiTurnGenerator:
         return wave.completions()
 
     def replies(self) -> dict[int, Reply]:
-        """Of the first rank, on every rank of the share; what fails there fails on all."""
+        """Return the replies that the first rank of the shard collected. An exception there is raised on every rank."""
         outcome: dict[int, Reply] | Exception | None = None
         if self.environments is not None:
             try:
                 outcome = self.environments.collect()
-            except Exception as error:  # raised below, on every rank
+            except Exception as error:  # raised below on every rank
                 outcome = error
-        heard = self.share(outcome)
-        if isinstance(heard, Exception):
-            raise heard
-        replies: dict[int, Reply] = heard
+        received = self.share(outcome)
+        if isinstance(received, Exception):
+            raise received
+        replies: dict[int, Reply] = received
         return replies
 
 
 class _Wave:
-    """The rollouts of one call; those that are open keep the order of their prompts."""
+    """Rollouts of one call. The unfinished ones keep the order of their prompts."""
 
     def __init__(
         self,
@@ -159,52 +169,54 @@ class _Wave:
     ) -> None:
         self._owner, self._prompts, self._sampling, self._report = owner, prompts, sampling, report
         self._size = sampling.group_size
-        self._open = [_Rollout(p, i, member) for i, p in enumerate(prompts) for member in range(self._size)]
-        self._asked: set[int] = set()
+        self._unfinished = [_Rollout(p, i, member) for i, p in enumerate(prompts) for member in range(self._size)]
+        self._requested: set[int] = set()
         self._done: dict[int, Completion] = {}
 
     def take(self, turn: int) -> bool:
-        """One answer to each open rollout, and the replies; whether any rollout goes on."""
-        self._asked = set()
+        """Sample one answer per unfinished rollout and apply the replies; return True if any remains unfinished."""
+        self._requested = set()
         request = replace(self._sampling, stop=self._owner.stop)
         if turn == 0:
             prompts = self._prompts
         else:
-            prompts = [rollout.next_prompt() for rollout in self._open]
-            limits = tuple(self._sampling.max_tokens - len(rollout.token_ids) for rollout in self._open)
+            prompts = [rollout.next_prompt() for rollout in self._unfinished]
+            limits = tuple(self._sampling.max_tokens - len(rollout.token_ids) for rollout in self._unfinished)
             seed = derived_seed(self._sampling.seed, turn)
             request = replace(request, group_size=1, seed=seed, max_tokens_each=limits, continues=True)
         is_last = turn == self._owner.max_turns - 1
 
-        def heard(position: int, member: int, completion: Completion) -> None:
-            self._hear(position * request.group_size + member, completion, is_last)
+        def on_completion(position: int, member: int, completion: Completion) -> None:
+            self._add_completion(position * request.group_size + member, completion, is_last)
 
-        self._owner.engine.generate(prompts, request, heard)
-        replies = self._owner.replies() if self._asked else {}
-        assert replies.keys() == self._asked, f"asked {sorted(self._asked)}, heard {sorted(replies)}"
-        # in the order of the prompts, whichever reply came first
-        self._open = [self._open[i] for i in sorted(self._asked) if self._goes_on(self._open[i], replies[i])]
-        return bool(self._open)
+        self._owner.engine.generate(prompts, request, on_completion)
+        replies = self._owner.replies() if self._requested else {}
+        assert replies.keys() == self._requested, f"requested {sorted(self._requested)}, received {sorted(replies)}"
+        # in the order of the prompts, independent of the order of the replies
+        self._unfinished = [
+            self._unfinished[i] for i in sorted(self._requested) if self._apply_reply(self._unfinished[i], replies[i])
+        ]
+        return bool(self._unfinished)
 
     def completions(self) -> list[list[Completion]]:
-        """All of them, by prompt."""
+        """Return all completions: one list per prompt."""
         return [
             [self._done[i * self._size + member] for member in range(self._size)] for i in range(len(self._prompts))
         ]
 
-    def _hear(self, place: int, completion: Completion, is_last: bool) -> None:
-        rollout = self._open[place]
-        rollout.answered(completion)
+    def _add_completion(self, place: int, completion: Completion, is_last: bool) -> None:
+        rollout = self._unfinished[place]
+        rollout.add_answer(completion)
         if is_last or completion.stop_reason == "length":
             self._finish(rollout)
             return
-        self._asked.add(place)
+        self._requested.add(place)
         if self._owner.environments is not None:
             prompt = rollout.prompt
             self._owner.environments.submit(place, prompt.text, rollout.turns, prompt.answer)
 
-    def _goes_on(self, rollout: _Rollout, reply: Reply) -> bool:
-        """Apply a reply; whether another answer follows."""
+    def _apply_reply(self, rollout: _Rollout, reply: Reply) -> bool:
+        """Apply a reply; return True if another answer follows."""
         result, rollout.failure = reply.result, reply.failure
         if rollout.failure is None and result is not None:
             try:
@@ -213,7 +225,7 @@ class _Wave:
                 rollout.failure = str(error)
             else:
                 if len(rollout.token_ids) + len(token_ids) < self._sampling.max_tokens:
-                    rollout.replied(result, token_ids)
+                    rollout.add_reply(result, token_ids)
                     return True
                 rollout.stop_reason = "length"
         self._finish(rollout)
@@ -226,27 +238,27 @@ class _Wave:
             self._report(rollout.position, rollout.member, completion)
 
 
-def share_within(group: dist.ProcessGroup | None, first_rank: int) -> Broadcast:
-    """Broadcast over the ranks of a share; without a group it has one rank."""
+def broadcast_within(group: dist.ProcessGroup | None, first_rank: int) -> Broadcast:
+    """Return a broadcast over the ranks of a prompt shard; None: the shard has one rank."""
 
-    def share(value: Any) -> Any:
+    def broadcast(value: Any) -> Any:
         if group is None:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=first_rank, group=group)
-        return box[0]
+        objects = [value]
+        dist.broadcast_object_list(objects, src=first_rank, group=group)
+        return objects[0]
 
-    return share
+    return broadcast
 
 
-def any_within(group: dist.ProcessGroup | None) -> Callable[[bool], bool]:
-    """Whether something holds on any rank of a group; without one, on this rank."""
+def any_rank_within(group: dist.ProcessGroup | None) -> Callable[[bool], bool]:
+    """Return a function that is True if its argument is True on any rank of the group; None: this rank only."""
 
     def any_of(here: bool) -> bool:
         if group is None:
             return here
-        holds = torch.tensor([int(here)])
-        dist.all_reduce(holds, dist.ReduceOp.MAX, group=group)
-        return bool(holds.item())
+        result = torch.tensor([int(here)])
+        dist.all_reduce(result, dist.ReduceOp.MAX, group=group)
+        return bool(result.item())
 
     return any_of

@@ -1,4 +1,4 @@
-"""How often answers are right, from n samples per prompt: pass@1, pass@k and maj@k. Pure.
+"""Computes pass@k and maj@k from n samples per prompt. Pure.
 
 Asserted by tests/unit/rollout/test_pass_at_k.py, against enumeration of all subsets in exact fractions.
 """
@@ -19,30 +19,31 @@ _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """1 - C(n - c, k) / C(n, k): the chance that k of the n samples, drawn without replacement, hold a right one.
+    """Return 1 - C(n - c, k) / C(n, k): the probability that k of n samples contain a correct one.
 
-    Unbiased for the chance that one of k fresh samples is right, for every k <= n.
+    The k samples are drawn without replacement; c of the n samples are correct. The estimate of the probability for k
+    new samples is unbiased for every k <= n.
 
     Raises:
-        ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+        ValueError: k is not within 1 to n, or c is not within 0 to n.
 
     Source: Chen et al., "Evaluating Large Language Models Trained on Code", arXiv:2107.03374, equation 1.
     """
     if not (1 <= k <= num_samples and 0 <= num_right <= num_samples):
-        raise ValueError(f"pass@{k} of {num_samples} samples, {num_right} of them right, is not defined")
+        raise ValueError(f"pass@{k} is not defined for {num_samples} samples with {num_right} correct ones")
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
 def majority_at_k(answers: Sequence[Hashable | None], is_right: Sequence[bool], k: int) -> float:
-    """The chance that the most frequent answer of k samples is right: the mean over the n // k disjoint runs of k.
+    """Return the probability that the most frequent answer of k samples is correct.
 
-    Unbiased: every run holds fresh samples of its own. A sample without an answer (None) has no vote. Where several
-    answers are equally frequent, each is chosen with the same chance; an answer is right as often as the samples that
-    gave it.
+    It is the mean over the n // k disjoint blocks of k samples, which is unbiased because every block has samples of
+    its own. A sample without an answer (None) has no vote. If several answers are equally frequent, each is chosen with
+    the same probability. The correctness of an answer is the mean over the samples with that answer.
 
     Args:
         answers: the final answer of each sample, comparable by ==.
-        is_right: what the reward says of each.
+        is_right: True for each sample that the reward considers correct.
         k: votes, 1 <= k <= n.
 
     Raises:
@@ -51,7 +52,7 @@ def majority_at_k(answers: Sequence[Hashable | None], is_right: Sequence[bool], 
     Source: self-consistency: Wang et al., arXiv:2203.11171.
     """
     if not 1 <= k <= len(answers):
-        raise ValueError(f"maj@{k} of {len(answers)} samples is not defined")
+        raise ValueError(f"maj@{k} is not defined for {len(answers)} samples")
     runs = [range(begin, begin + k) for begin in range(0, len(answers) - k + 1, k)]
     return math.fsum(_majority([(answers[i], is_right[i]) for i in run]) for run in runs) / len(runs)
 
@@ -66,10 +67,11 @@ def _majority(votes: Sequence[tuple[Hashable | None, bool]]) -> float:
 
 
 def final_answer(completion: str) -> Hashable | None:
-    r"""What a completion says in the end, for counting votes: what stands in its last `\boxed{x}`, else behind its last
-    `#### x`, else between its last <answer> tags; else its last number; else all of it; None when empty.
+    r"""Return the final answer of a completion, for counting votes; None for an empty completion.
 
-    Numbers are compared by value, everything else as text. An expression with a variable is text.
+    The answer is the content of the last `\boxed{x}`, else the text after the last `#### x`, else the text between the
+    last <answer> tags, else the last number, else the whole text. Numbers compare by value, other answers as text. An
+    expression with a variable is text.
     """
     marked = boxed_contents(completion)
     if marked is None and _MARKER in completion:

@@ -1,9 +1,10 @@
-"""Samples the answers of one step on all engine replicas, has them scored meanwhile, and shares the result.
+"""Samples the rollouts of a step on all engine replicas, scores them meanwhile, and gathers the result on every rank.
 
-Prompts are cut into waves; a wave's prompts are dealt in turn to the shares (parallel/topology.py): a replica, or each
-of its data-parallel ranks, which call their engine together whatever they were dealt. Every rank of a share drives its
-engine with the same requests; the first of them submits finished completions to the reward processes, which never
-steers the engine. Afterwards every rank has all rollouts in the same order.
+Prompts are divided into waves. The prompts of a wave are distributed round-robin over the prompt shards
+(parallel/topology.py): a shard is a replica, or one of its data-parallel ranks. Data-parallel ranks of a replica call
+their engine together, also with an empty shard. Every rank of a shard sends the same requests to its engine. The first
+rank of a shard submits finished completions to the reward workers, and no result of a worker changes what the engine
+does. At the end every rank has all rollouts in the same order.
 Asserted by tests/e2e/test_quickstart.py (tokens per replica add up) and tests/engine/test_vllm_engine.py.
 """
 
@@ -23,7 +24,7 @@ from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
 
 
 class Generator(Protocol):
-    """What samples whole rollouts: an engine, or an engine and an environment that take turns (turns.py)."""
+    """Sampler of whole rollouts: an engine, or an engine with an environment (rollout/multi_turn.py)."""
 
     def generate(
         self,
@@ -31,27 +32,27 @@ class Generator(Protocol):
         sampling: SamplingRequest,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """As `Engine.generate`."""
+        """Sample; the contract is `Engine.generate`."""
         ...
 
 
 class Scorer(Protocol):
-    """Reward processes (rewards/pool.py)."""
+    """Interface of the reward workers (rewards/pool.py)."""
 
     def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
         """Start scoring; returns at once."""
         ...
 
     def collect(self) -> dict[int, Reward]:
-        """The rewards of everything submitted since the last call."""
+        """Wait for and return the rewards of everything submitted since the last call."""
         ...
 
 
 @dataclass(frozen=True)
 class SampledGroups:
-    """Rollouts of a step, the groups one after the other in the prompts' order; the same on every rank.
+    """Rollouts of a step, group by group in the order of the prompts; equal on every rank.
 
-    `num_discarded` groups were sampled besides, and are degenerate.
+    `num_discarded` more groups were sampled but not used, because they are degenerate.
     """
 
     rollouts: list[Rollout]
@@ -59,14 +60,14 @@ class SampledGroups:
     num_discarded: int = 0
 
     def is_degenerate(self, group: int) -> bool:
-        """Whether all rewards of a group, or of its steps, are equal."""
+        """Return True if all rewards of a group are equal; for a process reward, the values of all steps."""
         first = group * self.group_size
         rollouts = self.rollouts[first : first + self.group_size]
         values = {value for r in rollouts for _, value in r.steps or ((0, r.reward.value),)}
         return len(values) == 1
 
     def tokens_per_replica(self, num_replicas: int) -> list[int]:
-        """Completion tokens that each replica sampled."""
+        """Return the number of completion tokens that each replica sampled."""
         totals = [0] * num_replicas
         for rollout in self.rollouts:
             totals[rollout.replica] += len(rollout.completion.token_ids)
@@ -74,19 +75,20 @@ class SampledGroups:
 
 
 class StepEnds(Protocol):
-    """Where tokens end in the text that they spell (data/chat.py)."""
+    """Function that maps tokens to the positions in the text at which they end (data/chat.py)."""
 
     def __call__(self, token_ids: Sequence[int]) -> list[int]:
-        """Per token, the number of characters up to and with it."""
+        """Return for each token the number of characters up to and including it."""
         ...
 
 
 def locate_step_tokens(
     reward: Reward, completion: Completion, ends_of: StepEnds
 ) -> tuple[tuple[int, float], ...] | None:
-    """A reward's steps with the tokens in which they end: those that hold the steps' last characters.
+    """Return (end_token, value) of each step of a process reward; None for a reward without steps.
 
-    A step that ends with the text ends with the completion, EOS included.
+    The end token of a step contains the last character of the step. A step that ends with the text ends with the last
+    token of the completion, which may be EOS.
     """
     if reward.steps is None:
         return None
@@ -98,9 +100,7 @@ def locate_step_tokens(
 
 
 class Sampler:
-    """The engine replicas of a job and their reward processes, as one. `scorer` is None on ranks that do not score;
-    `floor` is the reward of a rollout whose environment failed, `ends_of` finds the tokens of a process reward's
-    steps."""
+    """Sampler over all engine replicas and reward workers of a job."""
 
     def __init__(
         self,
@@ -112,11 +112,28 @@ class Sampler:
         floor: Reward | None = None,
         ends_of: StepEnds | None = None,
     ) -> None:
+        """Create the sampler of this rank.
+
+        Args:
+            generator: samples whole rollouts on this rank's replica.
+            scorer: reward workers; None on ranks that do not score.
+            ranks: coordinates of this rank.
+            timers: timer of the phase `reward`.
+            prompts_per_wave: prompts that enter the engines together; None: all.
+            floor: reward of a rollout whose environment failed.
+            ends_of: finds the end tokens of a process reward's steps; None: steps are ignored.
+        """
         self._generator, self._scorer, self._ranks, self._timers = generator, scorer, ranks, timers
         self._prompts_per_wave, self._floor, self._ends_of = prompts_per_wave, floor, ends_of
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
-        """Collective. `request.seed` is replaced: each wave and share draws from its own, made of `seed_of`."""
+        """Sample and score one group per prompt. Collective.
+
+        `request.seed` is replaced by a seed that is derived from `seed_of`, the wave and the prompt shard.
+
+        Raises:
+            RuntimeError: the engines did not return one rollout per request.
+        """
         group_size, at = request.group_size, self._ranks.at
         mine: dict[int, tuple[Completion, int]] = {}
         wave_size = self._prompts_per_wave or max(1, len(prompts))
@@ -138,34 +155,34 @@ class Sampler:
 
             seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
-        with self._timers.phase("reward"):  # what is left of it: most was scored during the sampling
+        with self._timers.phase("reward"):  # most completions were scored during sampling
             return SampledGroups(self._gather_rollouts(prompts, group_size, mine), group_size)
 
     def _gather_rollouts(
         self, prompts: Sequence[Prompt], group_size: int, mine: dict[int, tuple[Completion, int]]
     ) -> list[Rollout]:
-        """Score what is left, then exchange: the first rank of each share speaks for it."""
-        spoken = None
+        """Wait for the remaining scores, then gather; the first rank of each shard contributes its rollouts."""
+        scored = None
         if self._scorer is not None:
             rewards = self._scorer.collect()
             failed = {key: self._floor for key, (completion, _) in mine.items() if completion.failure is not None}
             rewards |= {key: floor for key, floor in failed.items() if floor is not None}
-            spoken = {key: (completion, rewards[key], replica) for key, (completion, replica) in mine.items()}
-        heard: list[dict[int, tuple[Completion, Reward, int]] | None] = [spoken]
+            scored = {key: (completion, rewards[key], replica) for key, (completion, replica) in mine.items()}
+        gathered: list[dict[int, tuple[Completion, Reward, int]] | None] = [scored]
         if self._ranks.topology.world_size > 1:
-            heard = [None] * self._ranks.topology.world_size
-            dist.all_gather_object(heard, spoken)
-        by_key = {key: value for part in heard if part is not None for key, value in part.items()}
+            gathered = [None] * self._ranks.topology.world_size
+            dist.all_gather_object(gathered, scored)
+        by_key = {key: value for part in gathered if part is not None for key, value in part.items()}
         expected = len(prompts) * group_size
         if len(by_key) != expected:
-            raise RuntimeError(f"the engines returned {len(by_key)} rollouts of {expected}")
-        return [self._rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
+            raise RuntimeError(f"the engines returned {len(by_key)} of {expected} rollouts")
+        return [self._make_rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
 
-    def _rollout(self, prompt: Prompt, completion: Completion, reward: Reward, replica: int) -> Rollout:
+    def _make_rollout(self, prompt: Prompt, completion: Completion, reward: Reward, replica: int) -> Rollout:
         steps = locate_step_tokens(reward, completion, self._ends_of) if self._ends_of is not None else None
         return Rollout(prompt, completion, reward, replica, steps)
 
 
 def derived_seed(*parts: object) -> int:
-    """A 31-bit seed from (run.seed, purpose, step, wave, share): the same in every run and process."""
+    """Return a 31-bit seed that is a function of the parts, equal in every run and process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big") >> 1

@@ -1,8 +1,8 @@
-"""From the rollouts of a step to the microbatches of this rank: advantages, global denominators, packing.
+"""Builds the microbatches of this rank from the rollouts of a step: advantages, token weights, packing.
 
-Pure arithmetic over what every rank has: all ranks compute the same plan and keep their own rows. Minibatches are cut
-by whole groups, each with its own denominators; all rows of a step, on all ranks, have the same length (the messages
-between pipeline stages have one shape).
+Pure arithmetic on data that every rank has: all ranks compute the same plan, and each keeps its own rows. Minibatches
+consist of whole groups, and each has its own denominators. All rows of a step have the same length on all ranks,
+because pipeline stages exchange tensors of one shape.
 Asserted by tests/unit/trainer/test_batch.py.
 """
 
@@ -16,11 +16,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from grpo_mega.algorithm.base import Advantage
 from grpo_mega.config.schema import Config, TrainConfig
 from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups
-from grpo_mega.trainer.objective import Advantage, Objective
+from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Microbatch, Reward
 
 _PAD_ID = 0  # any valid token id: positions of padding have no loss and attend to nothing
@@ -28,10 +29,15 @@ _PAD_ID = 0  # any valid token id: positions of padding have no loss and attend 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """This rank's rows of a step: `minibatches[i]` are the microbatches of one optimizer step.
+    """Rows of this rank for one step. The lists other than `minibatches` have one entry per rollout of the step.
 
-    The lists have one entry per rollout of the step. `rewards` are what the advantages were made of; `values` and
-    `returns`, per loss token, are there with a critic.
+    Attributes:
+        minibatches: `minibatches[i]` are the microbatches of one optimizer step.
+        advantages: of each rollout.
+        rewards: from which the advantages were computed, before the overlong penalty.
+        is_trained: False for rollouts without loss.
+        values: with a critic, the value of each loss token; otherwise empty.
+        returns: with a critic, the return of each loss token; otherwise empty.
     """
 
     minibatches: list[list[Microbatch]]
@@ -42,14 +48,14 @@ class TrainBatch:
     returns: list[list[float]] = field(default_factory=list)
 
     def with_advantages(self, advantages: Sequence[Advantage]) -> TrainBatch:
-        """Other advantages, one per rollout of the step, on the tokens of this rank's rows."""
+        """Return a copy with these advantages (one entry per rollout of the step)."""
         minibatches = [
             [replace(m, advantages=_on_tokens(m, advantages)) for m in minibatch] for minibatch in self.minibatches
         ]
         return replace(self, minibatches=minibatches, advantages=list(advantages))
 
     def with_values(self, values: Sequence[list[float]], returns: Sequence[list[float]]) -> TrainBatch:
-        """What the critic says and should have said, one number per loss token of each rollout of the step."""
+        """Return a copy with the critic's values and returns, one number per loss token of each rollout."""
         minibatches = [
             [replace(m, old_values=_on_tokens(m, values), returns=_on_tokens(m, returns)) for m in minibatch]
             for minibatch in self.minibatches
@@ -57,7 +63,7 @@ class TrainBatch:
         return replace(self, minibatches=minibatches, values=list(values), returns=list(returns))
 
     def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
-        """Attach [T] per microbatch, in the order of `microbatches`."""
+        """Return a copy with log-probs: one [T] tensor per entry of `microbatches`. None: unchanged."""
         rows = iter(range(len(self.microbatches)))
         filled = []
         for minibatch in self.minibatches:
@@ -76,16 +82,16 @@ class TrainBatch:
 
     @property
     def mean_advantages(self) -> list[float]:
-        """One number per rollout."""
+        """Mean advantage of each rollout over its loss tokens."""
         return [statistics.fmean(a) if isinstance(a, list) else a for a in self.advantages]
 
     @property
     def microbatches(self) -> list[Microbatch]:
-        """All of them, one minibatch after the other."""
+        """All microbatches, minibatch by minibatch."""
         return [m for minibatch in self.minibatches for m in minibatch]
 
     def completion_values(self, values: Sequence[Tensor]) -> dict[int, list[float]]:
-        """Rollout -> the values of its loss tokens, from [T] per microbatch."""
+        """Return {rollout id: values of its loss tokens} from one [T] tensor per microbatch."""
         found: dict[int, list[float]] = {}
         for row, microbatch in zip(values, self.microbatches, strict=True):
             found |= unpack(row, microbatch)
@@ -102,16 +108,16 @@ def build_batch(
     dp_rank: int,
     shape: RowShape,
 ) -> TrainBatch:
-    """Advantages, denominators and rows.
+    """Build this rank's rows with their advantages and token weights.
 
     Args:
         groups: all rollouts of the step.
-        rewards: one per rollout.
-        train: minibatches and the token budget of a row.
-        objective: makes advantages and weights. Advantages that need log-probs are set later (`with_advantages`).
-        dp: data-parallel ranks.
-        dp_rank: this one.
-        shape: what the layout wants of rows.
+        rewards: one per rollout, before the overlong penalty.
+        train: number of minibatches and token budget of a row.
+        objective: computes advantages and weights. Advantages that need log-probs are set later (`with_advantages`).
+        dp: number of data-parallel ranks.
+        dp_rank: data-parallel rank of this rank.
+        shape: multiples that the layout requires of row and segment lengths.
     """
     size = groups.group_size
     lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]
@@ -146,7 +152,7 @@ def build_batch(
 
 
 def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tensor:
-    """[T] from numbers per rollout of the step; 0 where there is no loss."""
+    """Return [T]: the numbers of each rollout on its loss tokens; 0 at all other positions."""
     values = torch.zeros_like(microbatch.advantages)
     bounds = microbatch.cu_seqlens.tolist()
     for rollout_id, begin, end in zip(microbatch.rollout_ids, bounds, bounds[1:], strict=False):
@@ -156,14 +162,14 @@ def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tens
 
 
 def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:
-    """The same rewards on other rollouts: what a run learns from them is not the task."""
+    """Return the rewards in random order: a control run, which cannot learn the task from them."""
     values = [r.value for r in rewards]
     random.Random(seed).shuffle(values)
     return values
 
 
 def explain_batch(config: Config, topology: Topology) -> str:
-    """The arithmetic of a step in words, once at the start of a run."""
+    """Describe batch sizes and denominators of a step in text, for the start of a run."""
     prompts, group, train = config.data.prompts_per_step, config.sampling.group_size, config.train
     rollouts = prompts * group
     updates = train.epochs_per_rollout * train.minibatches_per_epoch
@@ -175,7 +181,7 @@ def explain_batch(config: Config, topology: Topology) -> str:
             f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, {-(-prompts // wave)} wave(s) over "
             f"{topology.num_replicas} engine replica(s) of {topology.engine_ranks} rank(s)",
             f"updates: {train.epochs_per_rollout} epoch(s) x {train.minibatches_per_epoch} minibatch(es) = {updates} "
-            f"optimizer step(s) a step, {updates * train.steps} in all",
+            f"optimizer step(s) per step, {updates * train.steps} in total",
             f"an update: {sizes} rollouts over {topology.dp} data-parallel rank(s), in rows "
             f"of at most {train.max_tokens_per_microbatch} tokens",
             f"its loss: {Objective(config.algorithm, config.sampling.max_tokens).describe(sizes)}, the same for every "

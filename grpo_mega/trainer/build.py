@@ -1,4 +1,4 @@
-"""Builds the training job: policy, engine, weight sync, rewards and reporter of this rank."""
+"""Builds the objects of a training job on this rank: policy, critic, engine, weight sync, rewards and observer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger("grpo_mega.trainer.run")
 
 @dataclass(frozen=True)
 class BuiltJob:
-    """A job with what it needs before and after the loop."""
+    """A training job, with the objects that are used before and after the loop."""
 
     job: TrainerState
     run_state: RunState
@@ -54,7 +54,7 @@ class BuiltJob:
     policy: MegatronPolicy
 
     def run(self) -> None:
-        """First sync and evaluation, the loop, last evaluation, export, summary."""
+        """Run the first weight sync and evaluation, the loop, the last evaluation, the export and the summary."""
         job, observer = self.job, self.job.observer
         try:
             first = push_weights(job, self.state)
@@ -86,7 +86,7 @@ def building(
     prompts: PromptDataset,
     held_out: PromptDataset | None,
 ) -> Iterator[BuiltJob]:
-    """Everything that a rank needs, closed in the reverse order."""
+    """Construct all objects of a rank; on exit they are closed in reverse order."""
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         measured = ranks.is_first and config.observe.memory_peaks
@@ -176,7 +176,7 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
 
 
 def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, FullTensors]:
-    """What the policy gives to a sync, slice by slice and whole: its weights, or their FP8 codes and scales."""
+    """Return the source of a weight sync, by slices and by full tensors: weights, or quantized values and scales."""
     if config.engine.fp8 is None:
         return policy.source, policy.full_tensors
     power_of_two = config.engine.fp8 == "scales_power_of_two"
@@ -185,9 +185,9 @@ def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, Fu
 
 
 def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_first: bool) -> None:
-    """Collective: fp8_report.json of the run, and a table in the log."""
+    """Write fp8_report.json and log it as a table. Collective."""
     power_of_two = config.engine.fp8 == "scales_power_of_two"
     report = fp8_report(policy.source, policy.model_parallel_group, power_of_two=power_of_two)
     if is_first:
         write_atomically(folder.fp8_report, to_json(report, indent=2))
-        log.info("what FP8 does to the policy's matrices:\n%s", "\n".join(table_lines(report)))
+        log.info("quantization error of the policy's matrices in FP8:\n%s", "\n".join(table_lines(report)))

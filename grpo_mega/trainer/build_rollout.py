@@ -1,4 +1,4 @@
-"""Puts the sampling side of a job together: reward and environment processes, the engine, and who speaks for whom."""
+"""Builds the sampling side of a job: reward and environment workers, the sampler, and its process groups."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_within, share_within
+from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_rank_within, broadcast_within
 from grpo_mega.rollout.sampler import Generator, Sampler
 from grpo_mega.types import Reward
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes of one share of the prompts, on its first rank; None on the others, and without an environment."""
+    """Worker processes of one prompt shard. Both are None on all ranks of the shard but the first.
+
+    `environments` is also None without an environment in the config.
+    """
 
     rewards: RewardPool | None = None
     environments: EnvironmentPool | None = None
 
 
 def start_workers(config: Config, ranks: Ranks, stack: ExitStack) -> Workers:
-    """Before the engine takes the memory; `stack` ends them."""
+    """Start the workers; `stack` ends them. Called before the engine allocates memory, because workers are forked."""
     if ranks.at.engine_tp_rank != 0:
         return Workers()
     reward, environment = config.reward, config.environment
@@ -49,29 +52,29 @@ def start_workers(config: Config, ranks: Ranks, stack: ExitStack) -> Workers:
 def make_sampler(
     config: Config, engine: Engine, workers: Workers, ranks: Ranks, timers: PhaseTimer, model_folder: Path
 ) -> Sampler:
-    """Collective, where replicas have several ranks and an environment answers."""
+    """Build the sampler. Collective if replicas have several ranks and there is an environment."""
     generator: Generator = engine
     if config.environment is not None:
-        generator = _turn_taking(config, engine, workers, ranks, model_folder)
+        generator = _multi_turn_generator(config, engine, workers, ranks, model_folder)
     ends_of = None
-    if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled: values of rollouts
+    if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled rewards have no steps
         ends_of = partial(token_ends, load_tokenizer(model_folder))
     per_wave = config.sampling.prompts_per_wave
-    return Sampler(generator, workers.rewards, ranks, timers, per_wave, _floor(config), ends_of)
+    return Sampler(generator, workers.rewards, ranks, timers, per_wave, _lowest_reward(config), ends_of)
 
 
-def _turn_taking(
+def _multi_turn_generator(
     config: Config, engine: Engine, workers: Workers, ranks: Ranks, model_folder: Path
 ) -> MultiTurnGenerator:
     environment, topology = config.environment, ranks.topology
     assert environment is not None
-    group = together = None
+    shard_group = replica_group = None
     if topology.share_size > 1:
         groups = [dist.new_group(topology.share_ranks(i)) for i in range(topology.num_shares)]
-        group = groups[ranks.at.share]
+        shard_group = groups[ranks.at.share]
     if topology.engine_ranks > topology.share_size:
         groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
-        together = groups[ranks.at.replica]
+        replica_group = groups[ranks.at.replica]
     stop = environment.stop if environment.stop is not None else build_environment(environment).stop
     return MultiTurnGenerator(
         engine,
@@ -79,13 +82,13 @@ def _turn_taking(
         ResultText(load_tokenizer(model_folder), environment.before, environment.after),
         stop=stop,
         max_turns=environment.max_turns,
-        share=share_within(group, topology.share_ranks(ranks.at.share)[0]),
-        any_unfinished=any_within(together),
+        share=broadcast_within(shard_group, topology.share_ranks(ranks.at.share)[0]),
+        any_unfinished=any_rank_within(replica_group),
     )
 
 
-def _floor(config: Config) -> Reward:
-    """What a rollout earns whose environment failed: the least of every term."""
+def _lowest_reward(config: Config) -> Reward:
+    """Return the reward of a rollout whose environment failed: the lowest value of every term."""
     terms = build_rewards(config.reward.terms)
-    value = sum(term.weight * term.low for term in terms)  # as a reward counts that fails
+    value = sum(term.weight * term.low for term in terms)  # the same as for a reward that fails
     return Reward(value, {term.name: term.low for term in terms}, ("environment",))

@@ -1,8 +1,8 @@
-"""The loop: sample, score, advantage, train, sync; on every rank the same program.
+"""The training loop: sample, score, compute advantages, update, sync weights. Every rank runs the same program.
 
-Everything that differs between backends, precisions and algorithms is inside the objects of a `TrainerState`. A step is
-a pure function of the weights, the optimizer's state, and (run.seed, step): that is what makes a resumed run the same
-run.
+The differences between backends, precisions and algorithms are inside the objects of a `TrainerState`. A step is a pure
+function of the weights, the optimizer state and (run.seed, step); therefore a resumed run equals an uninterrupted one.
+Asserted by tests/unit/trainer/test_loop.py and tests/e2e/test_resume.py.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ class TrainerState:
 
 
 def train(job: TrainerState, state: LoopState) -> LoopState:
-    """From `state` to `train.steps`; the engines must hold the policy's weights.
+    """Train from `state` to `train.steps`. The engines must hold the policy's weights.
 
     Raises:
-        Stopped: on every rank, after a step with its checkpoint, when one of them has been asked to stop.
+        Stopped: on every rank, after a step and its checkpoint, if one rank has received the stop signal.
     """
     config, timers = job.config, job.timers
     for step in range(state.step + 1, config.train.steps + 1):
@@ -88,14 +88,18 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         )
         job.observer.step(result)
         if staged is not None:
-            job.checkpoints.publish(staged)  # after the step's line is on disk: a killed run loses neither
+            job.checkpoints.publish(
+                staged
+            )  # after the metrics line is on disk, so that a killed run has both or neither
         if stopping:
-            raise Stopped(f"stopped after step {step}, whose checkpoint is complete; the same command continues")
+            raise Stopped(
+                f"stopped after step {step}; its checkpoint is complete, and the same command continues the run"
+            )
     return state
 
 
 def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
-    """Advantages, global denominators, and this rank's packed rows."""
+    """Build this rank's packed rows with advantages and token weights."""
     rewards = [r.reward for r in groups.rollouts]
     shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
     values = shuffled_rewards(rewards, shuffle_seed) if job.config.reward.shuffle else [r.value for r in rewards]
@@ -111,7 +115,10 @@ def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, s
 
 
 def with_log_probs(job: TrainerState, objective: Objective, batch: TrainBatch) -> TrainBatch:
-    """The policy's log-probs before the update (a single update has them anyway) and the reference's."""
+    """Add the log-probs of the policy before the update, and of the reference.
+
+    With a single update the forward pass of the update gives the policy's log-probs, so no separate pass is made.
+    """
     ref = None
     if objective.algorithm.needs_reference:
         with job.policy.reference():
@@ -126,7 +133,7 @@ def with_log_probs(job: TrainerState, objective: Objective, batch: TrainBatch) -
 def update_critic(
     job: TrainerState, objective: Objective, batch: TrainBatch, groups: SampledGroups, policy_version: int
 ) -> tuple[TrainBatch, list[UpdateStats]]:
-    """The advantages that need log-probs or values, and the critic's updates on this batch."""
+    """Set the advantages that need log-probs or values, and update the critic on this batch."""
     kl = None
     if objective.kl_in_reward:
         kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
@@ -147,7 +154,7 @@ def update_critic(
 
 
 def state_bytes(job: TrainerState) -> dict[str, int]:
-    """What this rank trains with, in bytes."""
+    """Return the bytes of parameters, gradients and optimizer state of policy and critic on this rank."""
     learners = {"policy": job.policy, "critic": job.critic}
     return {
         f"{name}_{part}": size
@@ -160,7 +167,7 @@ def state_bytes(job: TrainerState) -> dict[str, int]:
 def update(
     job: TrainerState, loss: TokenLoss, batch: TrainBatch, policy_version: int
 ) -> tuple[TrainBatch, list[UpdateStats]]:
-    """All optimizer steps on this batch; the batch comes back with its `old_log_probs`."""
+    """Make all optimizer steps on this batch; return the batch with its `old_log_probs`, and the statistics."""
     stats: list[UpdateStats] = []
     before: list[Tensor] | None = None
     for _ in range(job.config.train.epochs_per_rollout):
@@ -172,14 +179,19 @@ def update(
 
 
 def update_reference_if_due(job: TrainerState, step: int) -> None:
-    """Every `algorithm.ref_update_every` steps the policy becomes the reference."""
+    """Copy the policy to the reference every `algorithm.ref_update_every` steps."""
     every = job.config.algorithm.ref_update_every
     if every and step % every == 0:
         job.policy.update_reference()
 
 
 def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
-    """Linear from lr / warmup_updates up to lr, then constant or, with decay_updates, linear down to min_lr."""
+    """Return the rate of the next update: linear warm-up to lr, then constant or linear decay to min_lr.
+
+    Args:
+        optimizer: config section.
+        updates_done: optimizer steps before this one. The first update has the rate lr / warmup_updates.
+    """
     warmup, decay = optimizer.warmup_updates, optimizer.decay_updates
     if updates_done < warmup:
         return optimizer.lr * (updates_done + 1) / warmup
@@ -190,7 +202,7 @@ def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
 
 
 def push_weights(job: TrainerState, state: LoopState) -> SyncReport:
-    """Bring the engines to `state.policy_version`, proven as `weight_sync.verify` says."""
+    """Send the policy's weights to the engines, with the verification that `weight_sync.verify` selects."""
     verify = job.config.weight_sync.verify
     with job.phases.syncing(), job.timers.phase("sync"):
         return job.sync.push(
@@ -199,7 +211,7 @@ def push_weights(job: TrainerState, state: LoopState) -> SyncReport:
 
 
 def evaluate_if_due(job: TrainerState, step: int) -> None:
-    """Every `evaluation.every` steps; both ends of the run are evaluated outside of the loop."""
+    """Evaluate every `evaluation.every` steps. The first and the last evaluation are outside of the loop."""
     every = job.config.evaluation.every
     if job.evaluator is not None and every is not None and step % every == 0 and step < job.config.train.steps:
         with job.phases.sampling(), job.timers.phase("evaluation"):
@@ -208,7 +220,7 @@ def evaluate_if_due(job: TrainerState, step: int) -> None:
 
 
 def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
-    """`values` [T] per microbatch as lists per rollout of the step, on every rank."""
+    """Gather one [T] tensor per microbatch into one list of loss tokens per rollout of the step, on every rank."""
     mine: dict[int, list[float]] = {}
     if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):
         mine = batch.completion_values(_present(values))

@@ -1,18 +1,17 @@
-"""Who holds the device when: the only caller of sleep, wake and offload.
+"""Moves policy, critic and engine between device and host. The only caller of sleep, wake, offload and reload.
 
     phase      policy params   grads   optimizer   engine weights   engine KV cache
     sampling   host            freed   host        device           device
     training   device          device  device      asleep           asleep
     syncing    device          freed   host        device           asleep
 
-A critic, where there is one, is on the device inside `valuing` alone, with its gradients and its optimizer; the policy
-is on the host then.
+A critic is on the device only inside `valuing`, with its gradients and its optimizer; then the policy is on the host.
 
-An engine on other devices (`engine_elsewhere`) takes nothing from the policy, which stays as it is while sampling and
-syncing.
+An engine on other devices (`engine_elsewhere`) shares no memory with the policy, so the policy is not offloaded for
+sampling and syncing.
 
 An engine that slept has no weights until the next sync, so sampling after training without a sync is an error. On a
-machine without CUDA there is one memory: the policy stays where it is, the engine really releases its KV cache.
+machine without CUDA, offload and reload of the policy do nothing; the engine still releases its KV cache.
 Asserted by tests/unit/trainer/test_phases.py.
 """
 
@@ -29,19 +28,19 @@ _ALL: tuple[Part, ...] = ("params", "grads", "optimizer")
 
 
 class MovableLearner(Protocol):
-    """What the phases need of a policy and of a critic."""
+    """Interface of a policy or critic for the phases."""
 
     def offload(self, *parts: Part) -> None:
         """Free the device memory of these parts."""
         ...
 
     def reload(self, *parts: Part) -> None:
-        """Bring them back."""
+        """Copy these parts back to the device."""
         ...
 
 
 class Phases:
-    """One engine, one policy and perhaps a critic that take turns on this rank's device."""
+    """State of the device of this rank, which engine, policy and critic use one after the other."""
 
     def __init__(
         self,
@@ -51,25 +50,36 @@ class Phases:
         *,
         engine_elsewhere: bool = False,
     ) -> None:
-        """The critic leaves the device at once."""
+        """Offload the critic.
+
+        Args:
+            engine: engine of this rank.
+            policy: policy of this rank.
+            critic: critic of this rank, if any.
+            engine_elsewhere: True if the engine runs on other devices.
+        """
         self._engine, self._policy, self._critic = engine, policy, critic
-        self._makes_room, self._weights_current = not engine_elsewhere, False
+        self._shares_device, self._weights_current = not engine_elsewhere, False
         if critic is not None:
             critic.offload(*_ALL)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """The engine owns the device."""
+        """Give the device to the engine.
+
+        Raises:
+            RuntimeError: there was no weight sync since the last training.
+        """
         if not self._weights_current:
-            raise RuntimeError("sampling before a sync: the engine has not the policy's present weights")
-        if self._makes_room:
+            raise RuntimeError("engine weights are stale; a weight sync must run before sampling")
+        if self._shares_device:
             self._policy.offload(*_ALL)
         self._engine.wake("kv_cache")
         yield
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The policy owns the device: log-probs, reference, updates."""
+        """Give the device to the policy, for log-probs, reference and updates."""
         self._engine.sleep()
         self._weights_current = False
         self._policy.reload(*_ALL)
@@ -77,7 +87,7 @@ class Phases:
 
     @contextmanager
     def valuing(self) -> Iterator[None]:
-        """Inside `training`: the critic owns the device."""
+        """Give the device to the critic; allowed only inside `training`."""
         assert self._critic is not None, "there is no critic"
         self._policy.offload(*_ALL)
         self._critic.reload(*_ALL)
@@ -87,8 +97,8 @@ class Phases:
 
     @contextmanager
     def syncing(self) -> Iterator[None]:
-        """Weights of both, nothing else."""
-        if self._makes_room:
+        """Keep the weights of policy and engine on the device, and nothing else."""
+        if self._shares_device:
             self._policy.offload("grads", "optimizer")
         self._policy.reload("params")
         self._engine.wake("weights")

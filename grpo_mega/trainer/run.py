@@ -1,4 +1,4 @@
-"""Builds a `Job` from a checked config, runs it from its newest checkpoint to its end, and says what was gained."""
+"""Opens the run folder, builds the training job from a checked config, and runs it from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from grpo_mega.trainer.build import building, log
 
 
 def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out: PromptDataset | None) -> None:
-    """Collective: every rank of the job calls it."""
+    """Run a job to its end. Collective: every rank calls it.
+
+    Raises:
+        UserError: the run folder cannot be used.
+        Stopped: a rank received the stop signal; the checkpoint is complete.
+    """
     rank = int(os.environ["RANK"])
     coordinates = topology.describe(rank).partition(" | ")[2]
     configure_logging(rank, coordinates)
@@ -33,10 +38,10 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
     torch.use_deterministic_algorithms(config.run.deterministic)
     ranks = init_ranks(topology, config.guard.timeout_seconds)
     try:
-        with ExitStack() as held:
-            run = agreed(lambda: _open(config, held), ranks)
+        with ExitStack() as lock:
+            run = agreed(lambda: _open(config, lock), ranks)
             if run.status == "finished":
-                _say_finished(run, ranks)
+                _print_finished(run, ranks)
                 return
             configure_logging(rank, coordinates, run.folder.logs)
             if run.checkpoint is not None and run.status == "continued":
@@ -45,15 +50,15 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
                 try:
                     built.run()
                 except Stopped:
-                    dist.barrier()  # rank 0's summary is on disk before the first rank leaves
+                    dist.barrier()  # no rank exits before the summary of rank 0 is on disk
                     raise
     finally:
         dist.destroy_process_group()
 
 
-def _open(config: Config, held: ExitStack) -> RunState:
-    """On rank 0; nobody else may write into the folder until `held` is closed."""
-    held.enter_context(run_lock(Path(str(config.run.dir))))
+def _open(config: Config, lock: ExitStack) -> RunState:
+    """Lock and open the run folder on rank 0. No other process can open it until `lock` is closed."""
+    lock.enter_context(run_lock(Path(str(config.run.dir))))
     return open_run(
         Path(str(config.run.dir)),
         resolved(config),
@@ -63,10 +68,10 @@ def _open(config: Config, held: ExitStack) -> RunState:
     )
 
 
-def _say_finished(run: RunState, ranks: Ranks) -> None:
+def _print_finished(run: RunState, ranks: Ranks) -> None:
     if ranks.is_first and run.previous is not None:
         sys.stdout.write(render(run.previous, run.folder.path) + "\n")
         sys.stdout.write(
-            f"{run.folder.path} is finished; run.overwrite=true starts it again and moves this folder aside, a higher "
-            "train.steps continues it\n"
+            f"{run.folder.path} is finished; run.overwrite=true moves this folder aside and starts again, a higher "
+            "train.steps continues the run\n"
         )

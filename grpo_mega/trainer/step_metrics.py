@@ -1,4 +1,7 @@
-"""The numbers of one step, from what the loop has in hand. Pure."""
+"""Computes the metrics of one step from its rollouts, updates and weight sync. Pure.
+
+Asserted by tests/unit/trainer/test_step_metrics.py.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,10 @@ from grpo_mega.weight_sync.sync import SyncReport
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves behind, the same on every rank but for `state_bytes`. `old_log_probs`: one list per
-    rollout. `critic_updates` is empty without a critic."""
+    """Results of a step; equal on every rank except for `state_bytes`.
+
+    `old_log_probs` has one list per rollout. `critic_updates` is empty without a critic.
+    """
 
     step: int
     groups: SampledGroups
@@ -31,7 +36,7 @@ class StepResult:
     state_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def metrics(self, num_replicas: int, is_right: Callable[[Reward], bool]) -> dict[str, float]:
-        """Everything but times; the names are those of observe/metrics.py."""
+        """Return all metrics except times, throughput and memory peaks. observe/metric_table.py describes each name."""
         return {
             **_rewards(self.groups, is_right),
             **_lengths(self.groups, num_replicas),
@@ -89,7 +94,7 @@ def _trained(groups: SampledGroups, is_trained: Sequence[bool]) -> dict[str, flo
 
 
 def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
-    """Means over the step's updates, maxima over all of them."""
+    """Return means over the step's updates; for maxima, the largest of all updates."""
     mean = {name: statistics.fmean(u.sums[name] for u in updates) for name in updates[0].sums}
     found = {
         "train/loss": mean["loss"],
@@ -115,12 +120,12 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
 
 
 def _critic(updates: Sequence[UpdateStats], batch: TrainBatch) -> dict[str, float]:
-    """Means over the step's updates; `explained_variance` = 1 - var(return - value) / var(return), over tokens."""
+    """Return means over the step's updates; explained_variance = 1 - var(return - value) / var(return), over tokens."""
     if not updates:
         return {}
     values, returns = ([v for row in rows for v in row] for rows in (batch.values, batch.returns))
-    spread = statistics.pvariance(returns)
-    missed = statistics.pvariance([r - v for r, v in zip(returns, values, strict=True)])
+    variance = statistics.pvariance(returns)
+    residual = statistics.pvariance([r - v for r, v in zip(returns, values, strict=True)])
     return {
         "critic/loss": statistics.fmean(u.sums["loss"] for u in updates),
         "critic/clip_fraction": statistics.fmean(u.sums["clip_fraction"] for u in updates),
@@ -128,28 +133,28 @@ def _critic(updates: Sequence[UpdateStats], batch: TrainBatch) -> dict[str, floa
         "critic/learning_rate": updates[-1].learning_rate,
         "critic/value_mean": statistics.fmean(values),
         "critic/return_mean": statistics.fmean(returns),
-        "critic/explained_variance": 1.0 - missed / spread if spread else 0.0,
+        "critic/explained_variance": 1.0 - residual / variance if variance else 0.0,
     }
 
 
 def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Of the positions that are trained on, those whose experts the engine did not tell; nothing if it told none."""
+    """Return the fraction of trained tokens without a routing record; nothing if no rollout has a record."""
     if all(r.completion.expert_choices is None for r in rollouts):
         return {}
-    told = 0
+    num_recorded = 0
     for rollout in rollouts:
         if (choices := rollout.completion.expert_choices) is not None:
             predicting = widened(choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1])
             has_record = (predicting >= 0).flatten(1).any(1).tolist()
-            told += sum(compress(has_record, rollout.completion.loss_mask or repeat(True)))
-    return {"train/unreplayed_fraction": 1.0 - told / sum(r.completion.num_loss_tokens for r in rollouts)}
+            num_recorded += sum(compress(has_record, rollout.completion.loss_mask or repeat(True)))
+    return {"train/unreplayed_fraction": 1.0 - num_recorded / sum(r.completion.num_loss_tokens for r in rollouts)}
 
 
 def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:
-    """How far policy and sampler are apart on the same weights and tokens: m = old_log_probs - sampler_log_probs.
+    """Return the mismatch metrics of policy and sampler for the same weights: m = old_log_probs - sampler_log_probs.
 
     `mismatch_max` = max |m|; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
-    KL(sampler || policy).
+    KL(sampler || policy), in nats per token.
     """
     differences = [
         old - sampled

@@ -109,7 +109,7 @@ def test_a_run_that_is_asked_to_stop_leaves_after_its_step_and_continued_is_the_
         code = process.wait(180)
     said = (tmp_path / "first.err").read_text()
     assert code == 130, said[-3000:]
-    assert "stopped after step 1, whose checkpoint is complete; the same command continues" in said
+    assert "stopped after step 1; its checkpoint is complete" in said
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")

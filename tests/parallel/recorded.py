@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.loss import PolicyLoss
-from grpo_mega.algorithm.surrogate import ClippedRatio
+from grpo_mega.algorithm.surrogates.clipped_ratio import clipped_ratio
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.config.model_sections import ModelConfig
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
 # 21: no tp but 3 and 7 divides it, so the head is padded
 VOCAB, EOS = 21, 1
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.25, 0.1
-LOSS = PolicyLoss(ClippedRatio(CLIP_LOW, CLIP_HIGH), kl_coef=KL_COEF)
+LOSS = PolicyLoss(partial(clipped_ratio, clip_low=CLIP_LOW, clip_high=CLIP_HIGH), kl_coef=KL_COEF)
 # Adam's first step is g / (|g| + eps), a sign when eps is small: where a gradient is as small as its rounding error, a
 # weight would move by +lr in one layout and by -lr in another. With eps = 1e-3 an error d of g moves it by at most
 # lr d / eps. clip_grad is below every norm that occurs, so that clipping takes part.

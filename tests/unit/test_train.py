@@ -48,7 +48,7 @@ def test_a_launcher_with_another_number_of_ranks_is_an_error(monkeypatch: pytest
     with pytest.raises(UserError) as caught:
         wanted("run.world_size=4")
     assert str(caught.value) == (
-        "run.world_size=4, but the launcher started 2 ranks; leave run.world_size out, or start as many"
+        "run.world_size=4, but the launcher started 2 ranks; leave run.world_size out, or start that many ranks"
     )
 
 

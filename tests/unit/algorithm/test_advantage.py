@@ -7,13 +7,9 @@ import random
 import pytest
 import torch
 
-from grpo_mega.algorithm.advantage import (
-    group_advantages,
-    leave_one_out_advantages,
-    process_advantages,
-    token_returns,
-    whitened,
-)
+from grpo_mega.algorithm.advantages.group_relative import group_advantages, leave_one_out_advantages
+from grpo_mega.algorithm.advantages.process import process_advantages
+from grpo_mega.algorithm.advantages.whitened import token_returns, whitened
 
 
 def test_one_right_of_four_gives_the_hand_computed_advantages() -> None:

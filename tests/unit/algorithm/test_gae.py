@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from grpo_mega.algorithm.gae import generalized_advantages, token_rewards
+from grpo_mega.algorithm.advantages.gae import generalized_advantages, token_rewards
 
 
 def test_three_tokens_by_hand() -> None:
@@ -51,5 +51,5 @@ def test_a_step_is_earned_at_its_token_and_the_rest_at_the_end() -> None:
     assert token_rewards(0.0, [0.5, 0.0, 0.0], [(2, 1.0), (0, 2.0), (2, 4.0)]) == [1.5, 0.0, 5.0]
     assert token_rewards(-0.5, [0.0, 0.0], [(0, 1.0)]) == [1.0, -0.5]
     for end in (-1, 2):
-        with pytest.raises(ValueError, match=f"a step ends at loss token {end} of 2"):
+        with pytest.raises(ValueError, match=f"a step ends at loss token {end}; the rollout has 2"):
             token_rewards(0.0, [0.0, 0.0], [(end, 1.0)])

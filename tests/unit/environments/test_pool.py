@@ -25,7 +25,7 @@ def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
 @pytest.mark.parametrize(
     ("name", "args", "message"),
     [
-        ("calculaotr", {}, r"environment\.name='calculaotr' is no environment, did you mean 'calculator'\?"),
+        ("calculaotr", {}, r"environment\.name='calculaotr' is not a known environment, did you mean 'calculator'\?"),
         ("nowhere.module:f", {}, r"cannot import 'nowhere\.module' \(ModuleNotFoundError"),
         (f"{BAD}:obey", {}, r"has no function 'obey'; its environments: obeys"),
         (

@@ -8,7 +8,7 @@ import pytest
 
 from grpo_mega.observe import memory
 from grpo_mega.observe.memory import PhasePeaks, device_peak
-from grpo_mega.observe.metrics import require_known
+from grpo_mega.observe.metric_table import require_known
 from grpo_mega.types import UserError
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo_mega.observe.metrics import METRICS, MetricsWriter, require_known
+from grpo_mega.observe.metric_table import METRICS, require_known
+from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.run_folder import RunFolder
+from tools.dev.make_metrics_reference import REFERENCE, reference
 
 # The names that scripts rely on; a change here breaks them.
 STABLE_NAMES = [
@@ -52,9 +54,13 @@ def curves(path: Path) -> EventAccumulator:
     return accumulator
 
 
-def test_the_stable_names_are_known_and_every_name_is_explained() -> None:
+def test_the_stable_names_are_known_and_every_name_has_unit_meaning_and_condition() -> None:
     require_known(dict.fromkeys(STABLE_NAMES, 0.0))
-    assert all(meaning.strip() for meaning in METRICS.values())
+    assert all(m.unit and m.meaning and m.when for m in METRICS.values())
+
+
+def test_the_committed_reference_is_up_to_date() -> None:
+    assert REFERENCE.read_text() == reference(), "run python tools/dev/make_metrics_reference.py"
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path: Path) -> None:

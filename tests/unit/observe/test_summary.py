@@ -80,7 +80,7 @@ def test_a_done_run_says_what_was_gained_where_the_time_went_and_where_it_lies()
         "  mean reward        0.40 -> 0.92 (+0.52)",
         "  mean length        3.0 -> 2.5 tokens",
         "  time               train 1m 40s, rollout 1m 01s",
-        "  everything is in   runs/quickstart  (curves: launch/tensorboard.sh runs/quickstart)",
+        "  run folder         runs/quickstart  (curves: launch/tensorboard.sh runs/quickstart)",
     ]
 
 

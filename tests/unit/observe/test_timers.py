@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.observe.metrics import require_known
+from grpo_mega.observe.metric_table import require_known
 from grpo_mega.observe.timers import PhaseTimer
 
 

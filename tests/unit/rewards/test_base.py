@@ -57,7 +57,7 @@ def test_a_dotted_path_finds_a_users_reward_with_its_range_and_args(user_rewards
 
 def test_the_error_for_an_unknown_name_suggests_the_nearest_name() -> None:
     message = error_message(RewardTerm(name="exact"), RewardTerm(name="gsmk8"))
-    assert message.startswith("reward.terms[1].name='gsmk8' is no reward, did you mean 'gsm8k'?")
+    assert message.startswith("reward.terms[1].name='gsmk8' is not a known reward, did you mean 'gsm8k'?")
     assert ", ".join(sorted(BUILTIN_REWARDS)) in message
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_mega.algorithm.advantage import group_advantages
+from grpo_mega.algorithm.advantages.group_relative import group_advantages
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import TrainConfig
@@ -195,7 +195,7 @@ def test_explanation_by_hand() -> None:
     config = load_config(CONFIGS / "quickstart.yaml", overrides)
     assert explain_batch(config, Topology(8, tp=2, pp=1, engine_tp=4)).splitlines() == [
         "a step: 10 prompts x 4 rollouts = 40 rollouts, 3 wave(s) over 2 engine replica(s) of 4 rank(s)",
-        "updates: 2 epoch(s) x 3 minibatch(es) = 6 optimizer step(s) a step, 30 in all",
+        "updates: 2 epoch(s) x 3 minibatch(es) = 6 optimizer step(s) per step, 30 in total",
         "an update: 12 or 16 rollouts over 4 data-parallel rank(s), in rows of at most 512 tokens",
         "its loss: mean over a rollout's completion tokens, then mean over the update's rollouts (denominator: "
         "12 or 16), the same for every layout",

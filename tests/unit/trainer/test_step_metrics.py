@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grpo_mega.observe.metrics import require_known
+from grpo_mega.observe.metric_table import require_known
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.trainer.step_metrics import StepResult, mismatch

@@ -1,0 +1,67 @@
+"""Advantages that are normalized over all tokens of the step: REINFORCE++ and its variant with a group baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from grpo_mega.algorithm.advantages.group_relative import group_advantages
+from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
+
+
+@advantage
+def batch(step: StepRewards) -> Estimates:
+    """Return the whitened returns of the tokens (`token_returns`, `whitened`), one number per loss token."""
+    pairs = zip(step.rewards, step.token_penalties, strict=True)
+    return Estimates(whitened([token_returns(reward, row) for reward, row in pairs]))
+
+
+@advantage
+def group_batch(step: StepRewards) -> Estimates:
+    """Return r - mean over the group, whitened over the tokens of the step, one number per loss token."""
+    values = group_advantages(step.reward_matrix, scale="none").flatten().tolist()
+    return Estimates(whitened([[value] * n for value, n in zip(values, step.num_loss_tokens, strict=True)]))
+
+
+def whitened(values: Sequence[Sequence[float]], eps: float = 1e-8) -> list[list[float]]:
+    """Return (v - mean) / (std + eps) over all tokens of all rollouts of the step. The std divides by n.
+
+    Args:
+        values: one list per rollout, one value per loss token.
+
+    Returns:
+        The same shape; all zero if all values are equal.
+
+    Raises:
+        ValueError: a value is not finite.
+
+    Source: REINFORCE++, arXiv:2501.03262, the section on global advantage normalization. The paper does not say which
+        std; over thousands of tokens it does not matter.
+    """
+    flat = torch.tensor([v for row in values for v in row], dtype=torch.float64)
+    if not bool(torch.isfinite(flat).all()):
+        raise ValueError("an advantage is not finite before the normalization over the tokens of the step")
+    if len(flat) == 0 or bool((flat == flat[0]).all()):
+        return [[0.0] * len(row) for row in values]
+    scaled = iter(((flat - flat.mean()) / (flat.std(correction=0) + eps)).tolist())
+    return [[next(scaled) for _ in row] for row in values]
+
+
+def token_returns(reward: float, penalties: Sequence[float]) -> list[float]:
+    """Return A_t = r - sum over i >= t of penalty_i: a penalty at each token, the reward at the end, no discount.
+
+    Args:
+        reward: of the rollout.
+        penalties: one per loss token.
+
+    Returns:
+        One number per loss token.
+
+    Source: REINFORCE++, arXiv:2501.03262, the advantage before its normalization.
+    """
+    returns, rest = [], reward
+    for penalty in reversed(penalties):
+        rest -= penalty
+        returns.append(rest)
+    return returns[::-1]
