@@ -385,7 +385,7 @@ def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, veri
     except WeightMismatchError as error:
         message = str(error)
     if message is not None:
-        with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+        with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
             pytest.fail("a token can be sampled from weights that failed verification")
     return message
 

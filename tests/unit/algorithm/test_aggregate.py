@@ -40,5 +40,5 @@ def test_what_cannot_be_counted_is_named() -> None:
         token_mean_weights([3, -2])
     with pytest.raises(ValueError, match=r"3 rollouts .* group_size=2"):
         group_token_mean_weights([3, 2, 1], 2)
-    with pytest.raises(ValueError, match=r"constant=0; must be > 0"):
+    with pytest.raises(ValueError, match=r"constant=0 must be > 0"):
         rollout_sum_weights([3], 0)

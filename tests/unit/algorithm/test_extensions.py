@@ -14,7 +14,7 @@ from grpo_mega.config.algorithm_parts import PARTS, PartKind, find_part, signatu
 from grpo_mega.config.algorithm_rules import check_algorithm
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.types import UserError
-from tests.unit.algorithm.test_algorithms import make_data, ours
+from tests.helpers.algorithm_oracle import make_data, ours
 
 EXTENSION = """
 import torch

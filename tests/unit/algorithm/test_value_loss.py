@@ -100,5 +100,5 @@ def test_a_clipped_token_has_no_gradient_and_is_counted() -> None:
 
 def test_without_returns_it_says_so() -> None:
     (row,) = rows([[0]])
-    with pytest.raises(ValueError, match="needs returns and old_values"):
+    with pytest.raises(ValueError, match="returns and old_values"):
         ValueLoss(0.2)(torch.zeros(60), row)

@@ -94,7 +94,7 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
 def test_a_step_is_written_once_and_a_continued_run_appends(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics:
         metrics.write(1, {})
-        with pytest.raises(ValueError, match=r"step=1 .* the next is 2"):
+        with pytest.raises(ValueError, match=r"step=1 .* 2$"):
             metrics.write(1, {})
     with writer(tmp_path, first_step=2) as metrics:
         with pytest.raises(ValueError, match="step=1 "):

@@ -57,7 +57,7 @@ def test_the_keys_that_scripts_read_are_there(tmp_path: Path) -> None:
 )
 def test_a_broken_summary_is_a_user_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "summary.json").write_text(text)
-    with pytest.raises(UserError, match=r"summary\.json is not the summary of a run .*; remove it"):
+    with pytest.raises(UserError, match=r"summary\.json is not the summary of a run .*; remove the file"):
         read_summary(tmp_path / "summary.json")
 
 

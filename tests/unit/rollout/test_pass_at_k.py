@@ -54,7 +54,7 @@ def test_majority_by_hand() -> None:
     assert majority_at_k(["7", "7", None, None, None], right, 5) == 1.0  # no answer, no vote
     assert majority_at_k([None] * 5, right, 5) == 0.0
     assert majority_at_k(["7", "7", "8", "9", "9"], right, 2) == 0.5  # runs (7, 7) and (8, 9); the fifth is left over
-    with pytest.raises(ValueError, match="maj@6 of 5 samples"):
+    with pytest.raises(ValueError, match=r"maj@6 .* 5 samples"):
         majority_at_k(["7"] * 5, right, 6)
 
 

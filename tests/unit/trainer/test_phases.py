@@ -77,7 +77,7 @@ def test_a_critic_is_on_the_device_inside_valuing_alone() -> None:
 
 def test_sampling_before_the_first_sync_is_refused_before_anything_moves() -> None:
     recorder, phases = recorded()
-    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
         pass
     assert recorder.calls == []
 
@@ -88,7 +88,7 @@ def test_sampling_after_training_without_a_sync_is_refused() -> None:
         pass
     with phases.training():
         pass
-    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
         pass
 
 
@@ -106,7 +106,7 @@ def test_a_sync_that_fails_leaves_nothing_to_sample_from() -> None:
     _, phases = recorded()
     with pytest.raises(ValueError, match="lost"), phases.syncing():
         raise ValueError("lost")
-    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
         pass
 
 
@@ -120,5 +120,5 @@ def test_a_policy_stays_where_it_is_while_an_engine_elsewhere_samples() -> None:
     with phases.training():
         recorder.calls.append("train")
     assert [call for call in recorder.calls if "offload" in call] == []
-    with pytest.raises(RuntimeError, match="sampling before a sync"), phases.sampling():
+    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
         pass
