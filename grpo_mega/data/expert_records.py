@@ -13,14 +13,14 @@ from torch import Tensor
 NO_RECORD_UINT8 = 255
 
 
-def narrowed(choices: Tensor, num_experts: int) -> Tensor:
+def narrow_record(choices: Tensor, num_experts: int) -> Tensor:
     """Convert [N, L, K] integers, -1 for no record, to the smallest type for `num_experts` experts."""
     if num_experts > NO_RECORD_UINT8:
         return choices.to(torch.int16)
     return torch.where(choices < 0, NO_RECORD_UINT8, choices).to(torch.uint8)
 
 
-def widened(choices: Tensor) -> Tensor:
+def widen_record(choices: Tensor) -> Tensor:
     """Convert a record of either type to int16, with -1 for no record."""
     if choices.dtype != torch.uint8:
         return choices.to(torch.int16)

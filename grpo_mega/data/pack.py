@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_mega.config.fp8_rules import RECIPES
 from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
-from grpo_mega.data.expert_records import widened
+from grpo_mega.data.expert_records import widen_record
 from grpo_mega.types import Microbatch, Rollout, UserError
 
 
@@ -198,7 +198,7 @@ def _expert_choices(rollouts: Sequence[Rollout], bounds: Sequence[int], row_toke
         if record is not None:
             if len(record) > rollout.num_tokens:
                 raise ValueError(f"expert choices of {len(record)} tokens for a rollout of {rollout.num_tokens}")
-            row[begin : begin + len(record)] = widened(record)
+            row[begin : begin + len(record)] = widen_record(record)
     return row
 
 

@@ -89,17 +89,17 @@ def _arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
         yield PromptRow(f"{source.path}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair))
 
 
-def _value(record: Mapping[str, Any], name: str) -> Any:
+def _lookup(record: Mapping[str, Any], name: str) -> Any:
     """Return `record[name]`, or for `a.b` key b of the object a; _MISSING if there is no such key."""
     if name in record:
         return record[name]
     outer, dot, inner = name.partition(".")
     nested = record.get(outer) if dot else None
-    return _value(nested, inner) if isinstance(nested, Mapping) else _MISSING
+    return _lookup(nested, inner) if isinstance(nested, Mapping) else _MISSING
 
 
 def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
-    value = _value(record, row_filter.key)
+    value = _lookup(record, row_filter.key)
     if value is _MISSING:
         raise UserError(
             f"{where}: key {row_filter.key!r} of the filter was not found in {sorted(record)}",
@@ -109,7 +109,7 @@ def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
         return value in row_filter.any_of
     if not _is_number(value):
         raise UserError(
-            f"{where}: {row_filter.key}={_short(value)} must be a finite number for a filter with min or max",
+            f"{where}: {row_filter.key}={_shorten(value)} must be a finite number for a filter with min or max",
             remedy="correct it, or use any_of",
         )
     low, high = row_filter.min, row_filter.max
@@ -118,19 +118,19 @@ def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
 
 def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> PromptSource:
     accepted = (prompt_key,) if prompt_key else _PROMPT_KEYS
-    name = next((name for name in accepted if _value(record, name) is not _MISSING), None)
+    name = next((name for name in accepted if _lookup(record, name) is not _MISSING), None)
     if name is None:
         raise UserError(
             f"{where}: key {' or '.join(repr(name) for name in accepted)} was not found in {sorted(record)}",
             remedy="set data.prompt_key to the key of the prompt",
         )
-    value = _value(record, name)
+    value = _lookup(record, name)
     if isinstance(value, str):
         return value
     if isinstance(value, list) and value and all(_is_message(item) for item in value):
         return value
     raise UserError(
-        f"{where}: {name}={_short(value)} must be a string or a list of {{role, content}} messages",
+        f"{where}: {name}={_shorten(value)} must be a string or a list of {{role, content}} messages",
         remedy="correct it",
     )
 
@@ -140,7 +140,7 @@ def _is_message(item: object) -> bool:
 
 
 def _answer_of(where: str, record: dict[str, Any], name: str) -> str:
-    value = _value(record, name)
+    value = _lookup(record, name)
     if value is _MISSING:
         raise UserError(
             f"{where}: key {name!r} was not found in {sorted(record)}",
@@ -149,7 +149,7 @@ def _answer_of(where: str, record: dict[str, Any], name: str) -> str:
     if _is_number(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}={_short(value)} must be a string or a number", remedy="correct it")
+        raise UserError(f"{where}: {name}={_shorten(value)} must be a string or a number", remedy="correct it")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
@@ -165,6 +165,6 @@ def _is_number(value: object) -> bool:
     )
 
 
-def _short(value: object) -> str:
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

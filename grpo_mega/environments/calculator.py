@@ -59,12 +59,12 @@ def calculator(prompt: str, turns: Sequence[Turn], reference: str, digits: int =
         return None
     try:
         expression = answer[begin + len(OPEN) : -len(CLOSE)].partition("=")[0]
-        return as_text(value_of(expression), digits)
+        return format_value(evaluate(expression), digits)
     except (ValueError, ArithmeticError):
         return ERROR
 
 
-def value_of(expression: str) -> Fraction:
+def evaluate(expression: str) -> Fraction:
     """Return the exact value of an arithmetic expression.
 
     Raises:
@@ -78,22 +78,22 @@ def value_of(expression: str) -> Fraction:
         tree = ast.parse(plain, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
         raise ValueError(f"{expression!r} is not arithmetic") from error
-    return _value(tree)
+    return _evaluate_node(tree)
 
 
-def _value(node: ast.expr) -> Fraction:
+def _evaluate_node(node: ast.expr) -> Fraction:
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-        return _bounded(Fraction(repr(node.value)))
+        return _check_size(Fraction(repr(node.value)))
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
-        value = _value(node.operand)
+        value = _evaluate_node(node.operand)
         return value if isinstance(node.op, ast.UAdd) else -value
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
-        base, exponent = _value(node.left), _value(node.right)
+        base, exponent = _evaluate_node(node.left), _evaluate_node(node.right)
         if exponent.denominator != 1 or abs(exponent) > MAX_BITS or (_bits(base) - 1) * abs(exponent) > MAX_BITS:
             raise ValueError("an exponent must be a small whole number")
-        return _bounded(Fraction(base ** int(exponent)))
+        return _check_size(Fraction(base ** int(exponent)))
     if isinstance(node, ast.BinOp) and (apply := _BINARY.get(type(node.op))) is not None:
-        return _bounded(apply(_value(node.left), _value(node.right)))
+        return _check_size(apply(_evaluate_node(node.left), _evaluate_node(node.right)))
     raise ValueError(f"{type(node).__name__} is not arithmetic")
 
 
@@ -101,13 +101,13 @@ def _bits(value: Fraction) -> int:
     return max(value.numerator.bit_length(), value.denominator.bit_length())
 
 
-def _bounded(value: Fraction) -> Fraction:
+def _check_size(value: Fraction) -> Fraction:
     if _bits(value) > MAX_BITS:
         raise ValueError(f"a number has more than {MAX_BITS} bits")
     return value
 
 
-def as_text(value: Fraction, digits: int) -> str:
+def format_value(value: Fraction, digits: int) -> str:
     """Format a value as a decimal, rounded half up to at most `digits` decimal places."""
     scaled = (abs(value) * 10**digits + Fraction(1, 2)).__floor__()
     whole, decimals = divmod(scaled, 10**digits)

@@ -91,7 +91,7 @@ def join_spaced_groups(text: str) -> str:
 def find_numbers(text: str, last: int | None = None) -> list[FoundNumber]:
     """Return the numbers of a normalized text from left to right; with `last`, only that many at its end."""
     matches = list(_NUMBER.finditer(text))
-    return [_read(match, text) for match in (matches if last is None else matches[-last:])]
+    return [_read_number(match, text) for match in (matches if last is None else matches[-last:])]
 
 
 def are_one_list(first: FoundNumber, second: FoundNumber, text: str) -> bool:
@@ -116,13 +116,13 @@ def boxed_contents(text: str) -> str | None:
     return None
 
 
-def _read(match: re.Match[str], text: str) -> FoundNumber:
+def _read_number(match: re.Match[str], text: str) -> FoundNumber:
     run = match["run"].rstrip(".,:'\u2019_")
     end = match.end() if match["denominator"] or match["mixed"] or match["exponent"] else match.start("run") + len(run)
     sign_is_operator = match["sign"] is not None and _ends_a_term(text, match.start())
     start = match.end("sign") if sign_is_operator else match.start()
     malformed = FoundNumber(start, end, frozenset())
-    value = _plain(run)
+    value = _parse_decimal(run)
     if value is None or (_GLUED.match(text, end) is not None):
         return malformed
     if match["power"]:
@@ -137,7 +137,7 @@ def _read(match: re.Match[str], text: str) -> FoundNumber:
     elif match["denominator"]:
         stripped = match["denominator"].rstrip(".,:'\u2019_")
         end -= len(match["denominator"]) - len(stripped)
-        divisor = _plain(stripped)
+        divisor = _parse_decimal(stripped)
         if not divisor or _GLUED.match(text, end) is not None:
             return malformed
         value /= divisor
@@ -160,7 +160,7 @@ def _ends_a_term(text: str, position: int) -> bool:
     return glued.isalnum() or glued in ")]%" or (glued == " " and (before.strip()[-1:].isdigit() or before[0] in ")]"))
 
 
-def _plain(run: str) -> Fraction | None:
+def _parse_decimal(run: str) -> Fraction | None:
     """Return the value of a form like `1,234.50`, `.5` or `007`; None for other forms (`1.2.3`, `5:30`, `12,34`)."""
     if len(run) > MAX_DIGITS or _SHAPE.fullmatch(run) is None or not run:
         return None

@@ -92,7 +92,7 @@ def reward(
     Raises:
         ValueError: the range is empty or not finite.
     """
-    return _declared(RewardDeclaration(low, high, check_args, seconds))
+    return _declare_range(RewardDeclaration(low, high, check_args, seconds))
 
 
 def batched_reward(
@@ -113,10 +113,10 @@ def batched_reward(
     Raises:
         ValueError: the range is empty or not finite.
     """
-    return _declared(RewardDeclaration(low, high, check_args, None, is_batched=True, range_of=range_of))
+    return _declare_range(RewardDeclaration(low, high, check_args, None, is_batched=True, range_of=range_of))
 
 
-def _declared(declaration: RewardDeclaration) -> Callable[[_Function], _Function]:
+def _declare_range(declaration: RewardDeclaration) -> Callable[[_Function], _Function]:
     low, high = declaration.low, declaration.high
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(f"a reward's range must be finite with low < high, got low={low} high={high}")

@@ -51,8 +51,8 @@ class RewardProcess:
         """Number of further jobs to send: about 20 ms of work in all, at most 64 jobs, and none before it is ready."""
         if not self.worker.is_ready:
             return 0
-        wanted = max(1, min(_MAX_IN_FLIGHT, int(_PREFETCH_SECONDS / max(self._mean_seconds, 1e-6))))
-        return wanted - len(self.in_flight)
+        target = max(1, min(_MAX_IN_FLIGHT, int(_PREFETCH_SECONDS / max(self._mean_seconds, 1e-6))))
+        return target - len(self.in_flight)
 
     def submit(self, serial: int, job: ScoringJob) -> None:
         """Send a job to this worker."""

@@ -102,7 +102,7 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _checked(step: str, result: int) -> int:
+def _check_result(step: str, result: int) -> int:
     if result < 0:
         raise SetupError(step, os.strerror(ctypes.get_errno()))
     return result
@@ -159,11 +159,11 @@ def _run_keeper(setup: dict[str, Any], launcher: int, mapped: int, entered: int)
 
 def _build_root(read_only: list[str]) -> None:
     """Build a root with the given folders and the system's libraries, read-only, three devices, and `/work`."""
-    _checked("mount namespace", _libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
+    _check_result("mount namespace", _libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None))
     links = [(path, os.readlink(path)) for path in _LIBRARIES if os.path.islink(path)]
     linked = {path for path, _ in links}
-    wanted = sorted({p for p in (*_LIBRARIES, *read_only) if os.path.exists(p) and p not in linked})
-    folders = [p for i, p in enumerate(wanted) if not any(_is_inside(p, other) for other in wanted[:i])]
+    paths = sorted({p for p in (*_LIBRARIES, *read_only) if os.path.exists(p) and p not in linked})
+    folders = [p for i, p in enumerate(paths) if not any(_is_inside(p, other) for other in paths[:i])]
     trees = [(path, _clone_mounts(path, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)) for path in folders]
     trees += [(path, _clone_mounts(path, _ATTR_RDONLY | _ATTR_NOSUID)) for path in _DEVICES]
     are_folders = {path for path in folders if os.path.isdir(path)}  # read now: the mount below may hide some of them
@@ -177,7 +177,7 @@ def _build_root(read_only: list[str]) -> None:
             os.makedirs(os.path.dirname(target), exist_ok=True)
             os.close(os.open(target, os.O_CREAT | os.O_RDONLY, 0o644))
         moved = _libc.syscall(_SYS_MOVE_MOUNT, tree, b"", _AT_FDCWD, target.encode(), _MOVE_MOUNT_F_EMPTY_PATH)
-        _checked("read-only folders (Linux 5.12)", moved)
+        _check_result("read-only folders (Linux 5.12)", moved)
         os.close(tree)
     for path, target in links:
         if not os.path.lexists(new + path):
@@ -185,8 +185,8 @@ def _build_root(read_only: list[str]) -> None:
             os.symlink(target, new + path)
     os.mkdir(new + WORK)
     os.chdir(new)
-    _checked("root folder", _libc.syscall(_SYS_PIVOT_ROOT[platform.machine()], b".", b"."))
-    _checked("root folder", _libc.umount2(b".", _MNT_DETACH))
+    _check_result("root folder", _libc.syscall(_SYS_PIVOT_ROOT[platform.machine()], b".", b"."))
+    _check_result("root folder", _libc.umount2(b".", _MNT_DETACH))
     os.chdir("/")
     _set_attributes(_AT_FDCWD, b"/", 0, _ATTR_RDONLY | _ATTR_NOSUID | _ATTR_NODEV)
 
@@ -198,21 +198,21 @@ def _is_inside(path: str, folder: str) -> bool:
 def _clone_mounts(path: str, attributes: int) -> int:
     """Return a descriptor of a copy of the mounts at `path`; the copy is not mounted yet."""
     tree = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, path.encode(), _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC)
-    _checked("read-only folders (Linux 5.12)", tree)
+    _check_result("read-only folders (Linux 5.12)", tree)
     _set_attributes(tree, b"", _AT_EMPTY_PATH | _AT_RECURSIVE, attributes)
     return int(tree)
 
 
 def _set_attributes(folder: int, path: bytes, flags: int, attributes: int) -> None:
-    wanted = struct.pack("=QQQQ", attributes, 0, 0, 0)
-    result = _libc.syscall(_SYS_MOUNT_SETATTR, folder, path, flags, wanted, len(wanted))
-    _checked("read-only folders (Linux 5.12)", result)
+    packed = struct.pack("=QQQQ", attributes, 0, 0, 0)
+    result = _libc.syscall(_SYS_MOUNT_SETATTR, folder, path, flags, packed, len(packed))
+    _check_result("read-only folders (Linux 5.12)", result)
 
 
 def _mount_memory(path: str, size: int, mode: str) -> None:
     options = f"size={size},nr_inodes={_INODES},mode={mode},uid={os.getuid()},gid={os.getgid()}"
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
-    _checked("mount namespace", _libc.mount(b"tmpfs", path.encode(), b"tmpfs", flags, options.encode()))
+    _check_result("mount namespace", _libc.mount(b"tmpfs", path.encode(), b"tmpfs", flags, options.encode()))
 
 
 def _run_init(limits: dict[str, Any], seccomp: bytes) -> NoReturn:

@@ -78,7 +78,7 @@ def ensure_base(recipe: BaseConfig, train_file: str) -> Path:
     if folder.is_dir():
         return folder
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
+    with _exclusive_lock(folder.with_suffix(".lock")):
         if not folder.is_dir():
             unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -119,7 +119,7 @@ def base_tokenizer(recipe: BaseConfig) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _exclusive_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`, which the system releases when the process exits."""
     with path.open("w") as file:
         deadline = time.monotonic() + LOCK_TIMEOUT_SECONDS
@@ -141,7 +141,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _isolated(seed: int) -> Iterator[None]:
+def _fixed_random_state(seed: int) -> Iterator[None]:
     """Set the number of threads and the seed; restore the caller's threads and random state afterwards."""
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
@@ -210,7 +210,7 @@ def _pretrain(recipe: BaseConfig, tokenizer: PreTrainedTokenizerBase, draw: Draw
     rng = random.Random(recipe.seed)
     started = logged = time.monotonic()
     log.info("pre-training a base model on %s: %d steps of %d examples", recipe.task, recipe.steps, recipe.batch_size)
-    with _isolated(recipe.seed):
+    with _fixed_random_state(recipe.seed):
         model = _build(recipe, tokenizer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=0.0)
         for step in range(recipe.steps):

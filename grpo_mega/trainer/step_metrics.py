@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 
-from grpo_mega.data.expert_records import widened
+from grpo_mega.data.expert_records import widen_record
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.types import Reward, Rollout, UpdateStats
@@ -144,7 +144,7 @@ def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
     num_recorded = 0
     for rollout in rollouts:
         if (choices := rollout.completion.expert_choices) is not None:
-            predicting = widened(choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1])
+            predicting = widen_record(choices[len(rollout.prompt.token_ids) - 1 : rollout.num_tokens - 1])
             has_record = (predicting >= 0).flatten(1).any(1).tolist()
             num_recorded += sum(compress(has_record, rollout.completion.loss_mask or repeat(True)))
     return {"train/unreplayed_fraction": 1.0 - num_recorded / sum(r.completion.num_loss_tokens for r in rollouts)}

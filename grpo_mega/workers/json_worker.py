@@ -7,7 +7,7 @@ process which it starts is killed with it.
 The first line that the parent sends is the setup. The worker answers it with `{"ready": true}` or `{"error": "..."}`.
 Every later line is a job or an answer, in the format of the module. The child's side is `worker_main.py`.
 
-Asserted by tests/unit/rewards/test_pool.py and tests/unit/environments/test_pool.py.
+Asserted by tests/unit/workers/test_json_worker.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.expert_records import widened
+from grpo_mega.data.expert_records import widen_record
 from grpo_mega.data.pack import pack
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import init_ranks
@@ -178,7 +178,7 @@ def record_of(rollout: Rollout, case: Case) -> Tensor:
     assert record is not None
     assert record.dtype == torch.uint8
     assert tuple(record.shape[:2]) == (rollout.num_tokens - 1, NUM_LAYERS)
-    wide = widened(record)[:, case.expert_layers]
+    wide = widen_record(record)[:, case.expert_layers]
     assert bool((wide >= 0).all())
     return wide.long().sort(-1).values
 
@@ -242,7 +242,7 @@ def test_a_request_without_expert_choices_returns_none(world: EngineRanks) -> No
 def test_sglang_has_no_record_for_a_layer_without_a_router(case: Case, rollouts: list[Rollout]) -> None:
     for rollout in rollouts:
         assert rollout.completion.expert_choices is not None
-        assert bool((widened(rollout.completion.expert_choices)[:, 0] == -1).all())
+        assert bool((widen_record(rollout.completion.expert_choices)[:, 0] == -1).all())
 
 
 @pytest.mark.parametrize("case", ["vllm-qwen3_moe"], indirect=True, scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_mega.data.expert_records import narrowed
+from grpo_mega.data.expert_records import narrow_record
 from grpo_mega.engines.request_checks import eos_ids
 from grpo_mega.engines.sglang.arguments import SglangSettings
 from grpo_mega.engines.sglang.messages import Sampled, SamplingBatch
@@ -85,7 +85,7 @@ class RequestTranslator:
             raise RuntimeError(
                 f"SGLang returned {received.size} expert ids for a rollout; expected {' x '.join(map(str, shape))}"
             )
-        return narrowed(torch.from_numpy(received.reshape(shape).astype(np.int16)), self._spec.moe.num_experts)
+        return narrow_record(torch.from_numpy(received.reshape(shape).astype(np.int16)), self._spec.moe.num_experts)
 
 
 def stop_reason(finish: dict[str, Any]) -> StopReason:

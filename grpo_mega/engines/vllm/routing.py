@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grpo_mega.data.expert_records import narrowed
+from grpo_mega.data.expert_records import narrow_record
 from grpo_mega.types import UserError
 
 _MAX_PENDING = 64  # steps whose choices are still on the device
@@ -95,7 +95,7 @@ class RoutingRecorder:
                 block[:] = np.where(block >= 0, block, known)
         known_tokens = np.flatnonzero(np.all(choices >= 0, axis=(1, 2)))
         end = int(known_tokens[-1]) + 1 if len(known_tokens) else 0
-        return narrowed(torch.from_numpy(choices[:end].copy()), self._num_experts)
+        return narrow_record(torch.from_numpy(choices[:end].copy()), self._num_experts)
 
     def drop(self) -> None:
         """Discard all records, after the prefix cache was emptied; no request is running."""

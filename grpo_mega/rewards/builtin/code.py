@@ -124,7 +124,7 @@ def code(
         SandboxError: the isolation was lost; the program did not run.
     """
     deadline = time.monotonic() + seconds
-    tests = _tests(reference)
+    tests = _parse_tests(reference)
     program = program_of(completion)
     if not program.strip():
         return 0.0
@@ -138,7 +138,7 @@ def code(
     passed = 0
     with Sandbox(limits) as sandbox:
         if tests.statements:
-            passed += _passed_statements(sandbox, program, tests, deadline)
+            passed += _count_passed_statements(sandbox, program, tests, deadline)
         for given, expected in tests.pairs:
             left = deadline - time.monotonic()
             if left < _SHORTEST_SECONDS:
@@ -182,7 +182,7 @@ def _same_word(word: str, expected: str) -> bool:
         return False
 
 
-def _passed_statements(sandbox: Sandbox, program: str, tests: Tests, deadline: float) -> int:
+def _count_passed_statements(sandbox: Sandbox, program: str, tests: Tests, deadline: float) -> int:
     """Return the number of passed statements, which the tester reports with a secret that the program does not know."""
     secret = secrets.token_hex(16)
     job = {"program": program, "setup": tests.setup, "tests": tests.statements, "secret": secret}
@@ -194,7 +194,7 @@ def _passed_statements(sandbox: Sandbox, program: str, tests: Tests, deadline: f
 
 
 @functools.lru_cache(maxsize=1024)
-def _tests(reference: str) -> Tests:
+def _parse_tests(reference: str) -> Tests:
     """Parse the tests of a reference.
 
     Raises:

@@ -51,8 +51,8 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
     Raises:
         ValueError: the reference is not JSON of this form.
     """
-    target, numbers = _task(reference)
-    expression = _expression(completion)
+    target, numbers = _parse_task(reference)
+    expression = _extract_expression(completion)
     used = Counter(int(token) for token in re.findall(r"[0-9]{1,12}", expression))
     if used != numbers if use_all else not used or used - numbers:
         return 0.0
@@ -109,7 +109,7 @@ def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
     return value, end + 1
 
 
-def _expression(completion: str) -> str:
+def _extract_expression(completion: str) -> str:
     """Return the expression of a completion in ASCII signs; empty when it is too long."""
     _, tag, tail = completion.rpartition("<answer>")
     boxed = boxed_contents(completion)
@@ -126,7 +126,7 @@ def _expression(completion: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _task(reference: str) -> tuple[int, Counter[int]]:
+def _parse_task(reference: str) -> tuple[int, Counter[int]]:
     try:
         task = json.loads(reference)
         target, numbers = task["target"], task["numbers"]

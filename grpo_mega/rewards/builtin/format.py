@@ -71,7 +71,7 @@ def answer_format(
         tags: names for kind `tags`: `<a>...</a><b>...</b>`, each once, not empty, with only white space between them.
     """
     if pattern is not None:
-        return float(_compiled(pattern).search(completion) is not None)
+        return float(_compile(pattern).search(completion) is not None)
     if kind == "boxed":
         contents = boxed_contents(completion)
         return float(completion.count(BOXED_START) == 1 and contents is not None and contents.strip() != "")
@@ -87,7 +87,7 @@ def answer_format(
 
 
 @functools.lru_cache(maxsize=64)
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 

@@ -74,7 +74,7 @@ def reference_values(reference: str) -> frozenset[Fraction]:
     Raises:
         ValueError: the reference contains no number.
     """
-    values = final_values(reference, strict=True) or _isolated(reference, words_may_lead=True)
+    values = final_values(reference, strict=True) or _values_of_bare_answer(reference, words_may_lead=True)
     if not values:
         raise ValueError(
             f"the reference {reference[-80:]!r} does not end in a number; correct the data or its answer_key"
@@ -84,17 +84,17 @@ def reference_values(reference: str) -> frozenset[Fraction]:
 
 def final_values(text: str, *, strict: bool) -> frozenset[Fraction]:
     """Return the possible values of the final answer of `text`; empty when it has no final answer."""
-    marked = _after_last_marker(text)
+    marked = _values_after_last_marker(text)
     if marked is not None:
         return marked
     if BOXED_START in text:
         contents = boxed_contents(text)
         if contents is not None:
-            return _isolated(contents, words_may_lead=True)
-    return _NO_ANSWER if strict else _in_prose(text)
+            return _values_of_bare_answer(contents, words_may_lead=True)
+    return _NO_ANSWER if strict else _values_in_prose(text)
 
 
-def _after_last_marker(text: str) -> frozenset[Fraction] | None:
+def _values_after_last_marker(text: str) -> frozenset[Fraction] | None:
     """Return the values of the last `#### x`; None when every marker is a heading or has no answer behind it."""
     end = len(text)
     while (start := text.rfind(MARKER, 0, end)) >= 0:
@@ -105,20 +105,20 @@ def _after_last_marker(text: str) -> frozenset[Fraction] | None:
         line, _, below = rest.lstrip().partition("\n")
         if _LIST_HEADING.match(line) is not None and below.strip():
             continue
-        answer = _marked(line, is_last_line=not below.strip())
+        answer = _marked_values(line, is_last_line=not below.strip())
         if answer is not None:
             return answer
     return None
 
 
-def _marked(line: str, *, is_last_line: bool) -> frozenset[Fraction] | None:
+def _marked_values(line: str, *, is_last_line: bool) -> frozenset[Fraction] | None:
     plain = join_spaced_groups(normalize(line))
-    if _number_leads(plain) or (find_numbers(plain) and ("=" in plain or is_last_line)):
-        return _isolated(line, words_may_lead=is_last_line)
+    if _starts_with_number(plain) or (find_numbers(plain) and ("=" in plain or is_last_line)):
+        return _values_of_bare_answer(line, words_may_lead=is_last_line)
     return None
 
 
-def _isolated(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
+def _values_of_bare_answer(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
     """Return the values of a text that should contain only the answer: a number, then perhaps a unit or a remark."""
     plain = join_spaced_groups(normalize(text)).rpartition("=")[2]
     numbers = find_numbers(plain)
@@ -129,13 +129,13 @@ def _isolated(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
     return numbers[0].values
 
 
-def _in_prose(text: str) -> frozenset[Fraction]:
+def _values_in_prose(text: str) -> frozenset[Fraction]:
     """Return the values of the last "answer is x", else of the last number."""
     phrases = [match.end() for match in _ANSWER_PHRASE.finditer(text)]
     if phrases:
         sentence = _SENTENCE_END.split(text[phrases[-1] : phrases[-1] + _WINDOW], maxsplit=1)[0]
-        if _number_leads(join_spaced_groups(normalize(sentence))):
-            return _isolated(sentence, words_may_lead=False)
+        if _starts_with_number(join_spaced_groups(normalize(sentence))):
+            return _values_of_bare_answer(sentence, words_may_lead=False)
     if not text.isascii():
         text = normalize(text)
     last = max(text.rfind(digit) for digit in "0123456789")
@@ -148,6 +148,6 @@ def _in_prose(text: str) -> frozenset[Fraction]:
     return numbers[-1].values
 
 
-def _number_leads(plain: str) -> bool:
+def _starts_with_number(plain: str) -> bool:
     numbers = find_numbers(plain)
     return bool(numbers) and _LEAD_IN.fullmatch(plain, 0, numbers[0].start) is not None

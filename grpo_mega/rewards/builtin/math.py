@@ -90,7 +90,10 @@ def math(prompt: str, completion: str, reference: str, strict: bool = False, cpu
         return float(bool(words) and _words(answer[-2 * len(expected) - 80 :])[-len(words) :] == words)
     if _is_too_expensive(answer):
         return 0.0
-    return float(within_cpu_seconds(cpu_seconds, lambda: any(_same(e, answer) for e in _forms(expected))) or False)
+    return float(
+        within_cpu_seconds(cpu_seconds, lambda: any(_are_equal(e, answer) for e in _alternative_forms(expected)))
+        or False
+    )
 
 
 def is_prose(answer: str) -> bool:
@@ -117,7 +120,7 @@ def _words(text: str) -> list[str]:
     return _NOISE.sub(" ", _COMMAND.sub("", text)).casefold().split()
 
 
-def _depth(answer: str) -> int:
+def _bracket_depth(answer: str) -> int:
     """Return the maximum bracket depth; the parser's time grows with a power of it."""
     depth = deepest = 0
     for character in answer:
@@ -133,7 +136,7 @@ def _is_too_expensive(answer: str) -> bool:
     """Return True when evaluation needs an operation that cannot be interrupted: `9^{9^9}`, `99999999!`."""
     if (
         len(answer) > 2 * _MAX_ANSWER_CHARACTERS
-        or _depth(answer) > _MAX_BRACKET_DEPTH
+        or _bracket_depth(answer) > _MAX_BRACKET_DEPTH
         or _DIGITS.search(answer)
         or _TOWER.search(answer)
     ):
@@ -143,7 +146,7 @@ def _is_too_expensive(answer: str) -> bool:
     return max(exponents, default=0) > _MAX_EXPONENT or max(factorials, default=0) > _MAX_FACTORIAL
 
 
-def _forms(expected: str) -> list[str]:
+def _alternative_forms(expected: str) -> list[str]:
     r"""Return the alternative forms of a reference: `x \le 2 : (-\infty, 2]` has two."""
     left, colon, right = expected.strip("$ ").rpartition(":")
     if colon and _RELATION.search(left) and right.strip()[:1] in ("(", "["):
@@ -151,13 +154,15 @@ def _forms(expected: str) -> list[str]:
     return [expected]
 
 
-def _same(expected: str, answer: str) -> bool:
-    wanted = _parsed(expected)
-    return bool(wanted) and bool(verify(wanted, parse(_as_latex(answer), parsing_timeout=None), timeout_seconds=None))
+def _are_equal(expected: str, answer: str) -> bool:
+    reference_values = _parse_reference(expected)
+    return bool(reference_values) and bool(
+        verify(reference_values, parse(_as_latex(answer), parsing_timeout=None), timeout_seconds=None)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(answer: str) -> list[Any]:
+def _parse_reference(answer: str) -> list[Any]:
     return parse(_as_latex(answer), parsing_timeout=None)  # type: ignore[no-any-return]
 
 

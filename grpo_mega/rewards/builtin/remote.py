@@ -80,17 +80,17 @@ def remote(
         model: for classify, the name of the model on the server.
         batch_size: maximum number of completions per request; a request is sent as soon as there is one completion.
     """
-    make, read = (_classify_body, _classified) if protocol == "classify" else (_rewards_body, _rewarded)
+    make, read = (_classify_body, _read_classification) if protocol == "classify" else (_rewards_body, _read_rewards)
 
     def score(rows: Sequence[ScoringRow]) -> Sequence[float | Exception]:
-        return server.ask("", make(rows, model), _with_length(read, len(rows)))
+        return server.ask("", make(rows, model), _check_length(read, len(rows)))
 
     return ThreadedScorer(
         score, batch_size=batch_size, concurrency=server.concurrency, wait_seconds=server.wait_seconds
     )
 
 
-def _with_length(
+def _check_length(
     read: Callable[[Any], list[float | Exception]], number: int
 ) -> Callable[[Any], list[float | Exception]]:
     def checked(answer: Any) -> list[float | Exception]:
@@ -107,20 +107,20 @@ def _rewards_body(rows: Sequence[ScoringRow], model: str | None) -> dict[str, An
     return {"rows": [{name: sendable(getattr(row, name), _MAX_TEXT_CHARACTERS) for name in names} for row in rows]}
 
 
-def _rewarded(answer: Any) -> list[float | Exception]:
-    return [_number(value) for value in answer["rewards"]]
+def _read_rewards(answer: Any) -> list[float | Exception]:
+    return [_to_number(value) for value in answer["rewards"]]
 
 
 def _classify_body(rows: Sequence[ScoringRow], model: str | None) -> dict[str, Any]:
     return {"model": model, "input": [sendable(row.prompt + row.completion, _MAX_TEXT_CHARACTERS) for row in rows]}
 
 
-def _classified(answer: Any) -> list[float | Exception]:
+def _read_classification(answer: Any) -> list[float | Exception]:
     ordered = sorted(answer["data"], key=lambda item: item["index"])
-    return [_number(item["probs"][-1]) for item in ordered]
+    return [_to_number(item["probs"][-1]) for item in ordered]
 
 
-def _number(value: object) -> float | Exception:
+def _to_number(value: object) -> float | Exception:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ValueError(f"the server returned {value!r}, not a number")
     return float(value)

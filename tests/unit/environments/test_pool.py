@@ -11,7 +11,7 @@ import pytest
 
 from grpo_mega.config.rollout_sections import EnvironmentConfig
 from grpo_mega.environments.base import Turn, build_environment
-from grpo_mega.environments.calculator import MAX_BITS, as_text, calculator, value_of
+from grpo_mega.environments.calculator import MAX_BITS, calculator, evaluate, format_value
 from grpo_mega.environments.pool import EnvironmentPool, Reply
 from grpo_mega.types import UserError
 
@@ -129,9 +129,9 @@ def test_a_text_that_is_not_arithmetic_is_an_error_and_takes_no_time(expression:
 
 
 def test_large_numbers_are_rejected() -> None:
-    assert value_of("2**1000 / 2**999") == 2
+    assert evaluate("2**1000 / 2**999") == 2
     with pytest.raises(ValueError, match=f"more than {MAX_BITS} bits"):
-        value_of("2**1000 * 2**100")
+        evaluate("2**1000 * 2**100")
 
 
 @pytest.mark.parametrize("answer", ["no call", "<<1+1>> is asked no more", "1+1>>", ""])
@@ -140,5 +140,5 @@ def test_only_an_answer_that_ends_with_a_call_gets_a_reply(answer: str) -> None:
 
 
 def test_a_value_is_formatted_with_the_requested_digits() -> None:
-    assert [as_text(Fraction(1, 3), digits) for digits in (0, 2)] == ["0", "0.33"]
-    assert [as_text(Fraction(n, 2), 0) for n in (1, 3, -1)] == ["1", "2", "-1"]
+    assert [format_value(Fraction(1, 3), digits) for digits in (0, 2)] == ["0", "0.33"]
+    assert [format_value(Fraction(n, 2), 0) for n in (1, 3, -1)] == ["1", "2", "-1"]

@@ -168,7 +168,11 @@ def test_a_lock_that_is_never_released_is_an_error_and_not_a_hang(
 ) -> None:
     monkeypatch.setattr(train, "LOCK_TIMEOUT_SECONDS", 0.3)
     lock = tmp_path / "x.lock"
-    with train._locked(lock), pytest.raises(RuntimeError, match="locked by another process"), train._locked(lock):
+    with (
+        train._exclusive_lock(lock),
+        pytest.raises(RuntimeError, match="locked by another process"),
+        train._exclusive_lock(lock),
+    ):
         pass
 
 

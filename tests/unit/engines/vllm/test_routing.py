@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_mega.data.expert_records import widened
+from grpo_mega.data.expert_records import widen_record
 from grpo_mega.engines.vllm.routing import RoutingRecorder, Span
 
 BLOCK = 4
@@ -30,9 +30,10 @@ def recorder() -> tuple[RoutingRecorder, Steps]:
 def firsts(record: Tensor) -> list[int]:
     assert record.shape[1:] == (1, 2)
     assert torch.equal(
-        widened(record)[..., 1], torch.where(widened(record)[..., 0] < 0, -1, widened(record)[..., 0] + 1)
+        widen_record(record)[..., 1],
+        torch.where(widen_record(record)[..., 0] < 0, -1, widen_record(record)[..., 0] + 1),
     )
-    return [int(value) for value in widened(record)[:, 0, 0]]
+    return [int(value) for value in widen_record(record)[:, 0, 0]]
 
 
 def test_each_request_gets_the_rows_of_its_own_tokens_of_every_step() -> None:

@@ -1,0 +1,103 @@
+"""One worker process: its messages, its errors during the start, its limits and its end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from grpo_mega.workers import json_worker
+from grpo_mega.workers.json_worker import JsonWorker, WorkerExitedError
+
+ECHO = """
+import os, time
+from grpo_mega.workers.worker_main import call_with_alarm, serve
+
+def prepare(setup):
+    if setup == "raise": raise ValueError("bad setup")
+    if setup == "exit": os._exit(5)
+
+    def handle(job):
+        if job == "exit": os._exit(7)
+        if job == "sleep": time.sleep(60)
+        if job == "alarm": call_with_alarm(0.1, lambda: time.sleep(60))
+        if job == "raise": job = call_with_alarm(5.0, lambda: 1 / 0)
+        yield job
+
+    return handle
+
+if __name__ == "__main__":
+    serve(prepare)
+"""
+
+
+@pytest.fixture(autouse=True)
+def echo_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "echo_worker.py").write_text(ECHO, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(json_worker, "GRACE_SECONDS", 0.1)
+
+
+@contextmanager
+def running(setup: object = None) -> Iterator[JsonWorker]:
+    worker = JsonWorker("echo_worker", setup if setup is not None else {})
+    try:
+        yield worker
+    finally:
+        worker.kill()
+
+
+def test_messages_of_any_size_come_back_in_order() -> None:
+    messages = ["a", {"long": "x" * 3_000_000}, ["\n", None, 1.5]]
+    with running() as worker:
+        worker.wait_until_ready()
+        for message in messages:
+            worker.send(message)
+            assert worker.wait_for_message(60.0) == message
+        assert worker.backlog == b""
+
+
+def test_an_error_of_the_setup_is_reported() -> None:
+    with running("raise") as worker, pytest.raises(RuntimeError, match="ValueError: bad setup"):
+        worker.wait_until_ready()
+
+
+def test_an_exit_during_the_start_has_its_status() -> None:
+    with running("exit") as worker, pytest.raises(WorkerExitedError) as caught:
+        worker.wait_until_ready()
+    assert caught.value.status == 5
+
+
+def test_a_start_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_worker, "START_SECONDS", 0.0)
+    with running() as worker, pytest.raises(RuntimeError, match="not ready within 0 s"):
+        worker.wait_until_ready()
+
+
+@pytest.mark.parametrize(("job", "status"), [("exit", 7), ("alarm", -signal.SIGALRM)])
+def test_an_exit_during_a_job_has_its_status(job: str, status: int) -> None:
+    with running() as worker:
+        worker.wait_until_ready()
+        worker.send(job)
+        with pytest.raises(WorkerExitedError) as caught:
+            worker.wait_for_message(60.0)
+        assert (caught.value.status, worker.is_alive) == (status, False)
+
+
+def test_a_worker_that_does_not_answer_is_a_timeout() -> None:
+    with running() as worker:
+        worker.wait_until_ready()
+        worker.send("sleep")
+        with pytest.raises(TimeoutError):
+            worker.wait_for_message(0.2)
+        assert worker.kill() == -signal.SIGKILL
+
+
+def test_an_exception_in_a_job_is_its_problem() -> None:
+    with running() as worker:
+        worker.wait_until_ready()
+        worker.send("raise")
+        assert worker.wait_for_message(60.0) == [None, "ZeroDivisionError: division by zero"]
