@@ -1,14 +1,19 @@
-"""Seconds of a weight sync between ranks of this machine, next to what bounds it, in one run.
+"""Measures a weight sync between ranks of this machine next to its lower bounds, in one run.
 
     python tools/bench_weight_sync.py [--megabytes 1024] [--bucket-megabytes 32] [--rounds 5] [--json]
 
-Four ranks hold a bf16 model by TP2 x PP2 and fill two engines of two ranks, by shared memory and by gloo. Beside each
-other in every round, the best of all rounds counts: a copy of the received bytes inside a process, and one of all bytes
-that an engine rank stores, of which a part was on its rank already; the sync without its proof; the same transport and
-buckets when every rank is given every tensor whole and keeps its slices; the digest of both ends; reading the bytes
-once. Extra memory is what the process grew by while it synced.
+Four ranks hold a bf16 model with TP2 x PP2 and fill two engines of two ranks, over shared memory and over gloo. Every
+round measures the following; the best round of each counts:
 
-Exit code 0: measured; 2: the input is wrong; 1: a rank failed.
+- the sync without verification;
+- a copy of the received bytes inside a process, and a copy of all bytes that an engine rank stores, a part of which is
+  on its rank already;
+- gathering: the same transport and buckets, with every tensor sent whole to every rank, which keeps its slices;
+- the digests of both ends, and reading their bytes once.
+
+Extra memory is the growth of the process during the sync.
+
+Exit code 0: measured; 2: invalid input; 1: a rank failed.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ LAYER_BYTES = 2 * (sum(rows for rows, _ in LAYER.values()) * HIDDEN + HIDDEN * H
 
 
 def model(megabytes: int) -> tuple[dict[str, SentTensor], int]:
-    """A dense model of about that size, and its layers (a multiple of the stages)."""
+    """Return the tensors of a dense model of about that size, and its number of layers, a multiple of PP."""
     layers = max(PP, round((megabytes * 2**20 - 4 * VOCAB * HIDDEN) / LAYER_BYTES / PP) * PP)
     shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
     for i in range(layers):
@@ -59,7 +64,7 @@ def model(megabytes: int) -> tuple[dict[str, SentTensor], int]:
 
 
 def shard(name: str, shape: tuple[int, ...], tp_rank: int) -> TensorSlice:
-    """Rows; columns of o and down; norms whole."""
+    """Return the shard of a tensor: rows, or columns of o and down; norms are whole."""
     if len(shape) == 1:
         return TensorSlice(name, (0,), shape)
     axis = 1 if name.rpartition(".")[2] in ("o", "down") else 0
@@ -69,8 +74,8 @@ def shard(name: str, shape: tuple[int, ...], tp_rank: int) -> TensorSlice:
     return TensorSlice(name, tuple(offsets), tuple(size))
 
 
-def both_ends(tensors: dict[str, SentTensor], layers: int) -> tuple[RankSliceTable, RankSliceTable]:
-    """The policy's TP2 x PP2, the engines' TP2."""
+def both_tables(tensors: dict[str, SentTensor], layers: int) -> tuple[RankSliceTable, RankSliceTable]:
+    """Return the slices of the policy (TP2 x PP2) and of the engines (TP2) on all ranks."""
     held, wanted = [], []
     for rank in range(WORLD):
         stage = rank // TP
@@ -81,21 +86,21 @@ def both_ends(tensors: dict[str, SentTensor], layers: int) -> tuple[RankSliceTab
 
 
 def stage_of(name: str, layers: int) -> int:
-    """The pipeline stage that holds a tensor."""
+    """Return the pipeline stage that holds a tensor."""
     layer = name.partition(".")[0]
     if layer.isdigit():
         return int(layer) * PP // layers
     return 0 if name == "embed" else PP - 1
 
 
-class PeakMemory:
-    """The part of a `WeightSink` that is timed: values go to where they belong; what is not wanted is dropped."""
+class TimedSink:
+    """The timed part of a `WeightSink`: it stores values inside its regions and drops all others."""
 
     def __init__(self, slices: Sequence[TensorSlice]) -> None:
         self.regions = {hf.name: (hf, torch.zeros(hf.shape, dtype=torch.bfloat16)) for hf in slices}
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """Where `hf` belongs; None for what is wanted in part, or not at all."""
+        """Return the memory of `hf`, or None if it is not wholly inside a region."""
         region, memory = self.regions[hf.name]
         starts = [a - b for a, b in zip(hf.offsets, region.offsets, strict=True)]
         if any(a < 0 or a + n > m for a, n, m in zip(starts, hf.shape, region.shape, strict=True)):
@@ -103,7 +108,7 @@ class PeakMemory:
         return memory[tuple(slice(a, a + n) for a, n in zip(starts, hf.shape, strict=True))]
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
-        """Copy what both boxes share."""
+        """Copy the overlap of `hf` and the region."""
         region, memory = self.regions[hf.name]
         ends = list(zip(hf.offsets, hf.shape, region.offsets, region.shape, strict=True))
         low = [max(a, b) for a, _, b, _ in ends]
@@ -115,13 +120,13 @@ class PeakMemory:
 
 
 def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: int) -> dict[str, Any]:
-    """Everything that one rank measures."""
+    """Run all measurements of one rank."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=300)
     )
     tensors, layers = model(megabytes)
-    held, wanted = both_ends(tensors, layers)
+    held, wanted = both_tables(tensors, layers)
     everything = concatenate(
         [table_of_rank(tensors, [whole(n, t) for n, t in tensors.items()], r) for r in range(WORLD)]
     )
@@ -130,22 +135,22 @@ def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: in
         as_slice(list(tensors), tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))
     ]
     shards = [HeldSlice(hf, tensors[hf.name].shape, torch.randn(hf.shape).bfloat16()) for hf in slices]
-    sink = PeakMemory([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
+    sink = TimedSink([shard(n, t.shape, rank % TP) for n, t in tensors.items()])
     received = int(plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes).traffic.received_bytes()[rank])
     actions: dict[str, Callable[[], object]] = {}
     buffers: dict[str, int] = {}
     for kind in ("shared_memory", "gloo"):
         for name, ends in (("sync", wanted), ("gather", everything)):
-            execution = connect(tensors, held, ends, bucket_bytes, kind, rank, sink)
-            actions[f"{name} {kind}"] = run_of(execution, shards)
-            buffers[f"{name} {kind}"] = execution.buffer_bytes
+            executor = connect(tensors, held, ends, bucket_bytes, kind, rank, sink)
+            actions[f"{name} {kind}"] = checked_run(executor, shards)
+            buffers[f"{name} {kind}"] = executor.buffer_bytes
     stored = sum(memory.nbytes for _, memory in sink.regions.values())
     source, target = torch.zeros(stored, dtype=torch.uint8), torch.ones(stored, dtype=torch.uint8)
     actions["memcpy"] = lambda: target[:received].copy_(source[:received])
     actions["memcpy of all"] = lambda: target.copy_(source)
     ours = [(held.view, held.hf) for held in shards] + [(memory, hf) for hf, memory in sink.regions.values()]
     actions["digest"] = lambda: [slice_digest(values, hf) for values, hf in ours]
-    # as words of 64 bits: a sum of narrow integers converts each of them first, which is slower than memory
+    # words of 64 bits: a sum of narrower integers converts each of them first, which is slower than memory
     actions["read"] = lambda: [values.view(torch.int64).sum() for values, _ in ours]
     seconds, growth = measure(actions, rounds)
     wrong = [hf.name for hf, memory in sink.regions.values() if not bool(memory.any())]
@@ -154,7 +159,7 @@ def on_rank(rank: int, store: str, megabytes: int, bucket_bytes: int, rounds: in
 
 
 def whole(name: str, tensor: SentTensor) -> TensorSlice:
-    """All of it."""
+    """Return the slice of the whole tensor."""
     return TensorSlice(name, (0,) * len(tensor.shape), tensor.shape)
 
 
@@ -165,30 +170,33 @@ def connect(
     bucket_bytes: int,
     kind: TransportKind,
     rank: int,
-    sink: PeakMemory,
+    sink: TimedSink,
 ) -> ScheduleExecutor:
-    """As a `WeightSync` does, without its agreements."""
+    """Return an executor as `WeightSync` makes it, without the exchange of layouts."""
     plan = plan_reshard(tensors, held, wanted, [0] * WORLD, bucket_bytes)
     schedule = schedule_of_rank(plan, rank, dict.fromkeys(tensors, torch.bfloat16), transport_kinds(kind))
     transports, buffer_bytes = make_transports(schedule.rounds, 300.0, job_peer_group())
     return ScheduleExecutor(schedule, transports, buffer_bytes, plan.hash, sink)  # type: ignore[arg-type]
 
 
-def run_of(execution: ScheduleExecutor, shards: Sequence[HeldSlice]) -> Callable[[], object]:
-    """One sync, checked for what went wrong."""
+def checked_run(executor: ScheduleExecutor, shards: Sequence[HeldSlice]) -> Callable[[], object]:
+    """Return a function that runs one sync and asserts that nothing failed."""
 
     def run() -> None:
-        faults = execution.run(shards, 1)
+        faults = executor.run(shards, 1)
         assert not faults, faults
 
     return run
 
 
 def measure(actions: dict[str, Callable[[], object]], rounds: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Least seconds of each action, all ranks doing the same at the same time; and growth of the process, in bytes."""
+    """Return the least seconds of each action, and the growth of the process in bytes.
+
+    All ranks run the same action at the same time.
+    """
     best: dict[str, float] = {}
     growth: dict[str, int] = {}
-    for number in range(rounds + 1):  # the first touches memory
+    for number in range(rounds + 1):  # the first round only touches memory
         for name, action in actions.items():
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmRSS")
@@ -203,13 +211,15 @@ def measure(actions: dict[str, Callable[[], object]], rounds: int) -> tuple[dict
 
 
 def resident(key: str) -> int:
-    """Bytes of this process in memory, now (VmRSS) or at most (VmHWM)."""
+    """Return the resident bytes of this process: present (VmRSS) or peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def lines_of(results: list[dict[str, Any]], megabytes: int, bucket_bytes: int, rounds: int) -> Iterator[dict[str, Any]]:
-    """One object per measured quantity."""
+def measurements(
+    results: list[dict[str, Any]], megabytes: int, bucket_bytes: int, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Yield one object per measured quantity."""
     seconds = {name: max(r["seconds"][name] for r in results) for name in results[0]["seconds"]}
     conditions = {
         "megabytes": megabytes,
@@ -250,9 +260,9 @@ def lines_of(results: list[dict[str, Any]], megabytes: int, bucket_bytes: int, r
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=1024, help="of the model")
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the model")
     parser.add_argument("--bucket-megabytes", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one object as the last line")
@@ -270,9 +280,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         work = [(rank, f"{folder}/store", args.megabytes, bucket_bytes, args.rounds) for rank in range(WORLD)]
         results = pool.starmap(on_rank, work, chunksize=1)
     if wrong := {name for result in results for name in result["wrong"]}:
-        print(f"error: nothing arrived in {sorted(wrong)[:3]}", file=sys.stderr)
+        print(f"error: no values arrived in {sorted(wrong)[:3]}", file=sys.stderr)
         return 1
-    found = list(lines_of(results, args.megabytes, bucket_bytes, args.rounds))
+    found = list(measurements(results, args.megabytes, bucket_bytes, args.rounds))
     for each in found:
         measured, reference = f"{each['measured']:.4g} {each['unit']}", f"{each['reference']:.4g}"
         print(f"{each['name']}: {measured}, reference {reference}, ratio {each['ratio']:.3g}")

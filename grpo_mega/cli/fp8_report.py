@@ -1,12 +1,12 @@
-"""How far FP8 codes move the weights of a model, layer by layer: before a run holds its engines in FP8.
+"""Reports the quantization error of a model's weights in FP8, layer by layer, before a run uses FP8 engines.
 
     python tools/fp8_report.py HF_DIR|CONFIG [section.key=value ...] [--scales fp32|power_of_two] [--json]
 
 Reads the safetensors of a Hugging Face folder, or of a config's `model.path`, matrix by matrix; needs no GPU. `median`
-and `worst` are of |W - q(W)| / |W| (Frobenius), `largest` of |w - q(w)|. A run writes the same of its policy into
-fp8_report.json when `weight_sync.fp8_report` is set.
+and `worst` are of |W - q(W)| / |W| (Frobenius norm), `largest` is of |w - q(w)|. A run with `weight_sync.fp8_report`
+writes the same report of its policy to fp8_report.json.
 
-Exit code 0: done; 2: the input is wrong; 1: a failure of ours.
+Exit code 0: done; 2: invalid input; 1: an internal failure.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SCALES = ("fp32", "power_of_two")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="HF_DIR|CONFIG", help="a folder with weights, or a run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a config")
@@ -49,11 +49,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError: the input is wrong. WeightMismatchError: a weight is not finite."""
+    """Print the report and return the exit code.
+
+    Raises:
+        UserError: the input is invalid.
+        WeightMismatchError: a weight is not finite.
+    """
     folder, scales = folder_of(args)
     scales = args.scales or scales
     report = report_of(folder, power_of_two=scales == "power_of_two")
-    print(f"{folder}: e4m3 codes, {scales} scales of 128 x 128 blocks")
+    print(f"{folder}: e4m3 values, {scales} scales of 128 x 128 blocks")
     print("\n".join(table_lines(report)))
     if args.json:
         layers = [dataclasses.asdict(layer) for layer in by_layer(report)]
@@ -62,28 +67,32 @@ def run(args: argparse.Namespace) -> int:
 
 
 def folder_of(args: argparse.Namespace) -> tuple[Path, str]:
-    """The model's folder, and the kind of scales that goes with it.
+    """Return the model's folder, and the kind of scales that the config uses.
 
     Raises:
-        UserError: a config whose model is yet to be taught; overrides of no config.
+        UserError: the config's model does not exist yet, or there are overrides without a config.
     """
     if args.model.suffix not in (".yaml", ".yml"):
         if args.overrides:
             raise UserError(
-                f"{args.overrides[0]} overrides a key of a config, and {args.model} is none", remedy="leave it out"
+                f"{args.overrides[0]} overrides a config key, but {args.model} is not a config",
+                remedy="remove the override, or give a config",
             )
         return args.model, "fp32"
     config = load_config(args.model, args.overrides)
     if config.model.path is None:
-        raise UserError(f"{args.model} has a model.base, which is taught when the run starts", remedy="give its folder")
+        raise UserError(
+            f"{args.model} has a model.base, which is pre-trained when the run starts",
+            remedy="give the folder of its weights",
+        )
     return Path(config.model.path), "power_of_two" if config.engine.fp8 == "scales_power_of_two" else "fp32"
 
 
 def report_of(folder: Path, *, power_of_two: bool) -> Report:
-    """Matrix by matrix: no two of them are in memory.
+    """Return the report of a checkpoint; one matrix is in memory at a time.
 
     Raises:
-        UserError: the folder is no whole checkpoint, or has no matrix that an FP8 engine would hold as codes.
+        UserError: the checkpoint is incomplete, or has no matrix that an FP8 engine quantizes.
         WeightMismatchError: a weight is not finite.
     """
     spec = read_spec(folder)
@@ -96,7 +105,7 @@ def report_of(folder: Path, *, power_of_two: bool) -> Report:
                 whole = TensorSlice(name, (0, 0), shape)
                 report |= fp8_report(OneTensor(whole, files.read(whole)), None, power_of_two=power_of_two)
     if not report:
-        raise UserError(f"{folder} has no matrices that an engine would hold in FP8", remedy="give another model")
+        raise UserError(f"{folder} has no matrices that an FP8 engine quantizes", remedy="give another model")
     return report
 
 
@@ -107,9 +116,9 @@ class OneTensor:
         self._held = HeldSlice(hf, hf.shape, values)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the one."""
+        """Return the shape of the tensor."""
         return {self._held.hf.name: self._held.hf.shape}
 
     def shards(self) -> list[HeldSlice]:
-        """Whole."""
+        """Return the whole tensor."""
         return [self._held]

@@ -1,12 +1,13 @@
-"""The reshard plan of a run, on any machine: who sends which slice of the policy's weights to which engine rank.
+"""Computes the reshard plan of a run on any machine: which rank sends which slice of the weights to which engine rank.
 
     python tools/plan_sync.py CONFIG [section.key=value ...] [--out plan.json] [--against plan.json] [--json]
 
-Needs the model's config.json, no weights, no GPU and no other process: the policy's shards are arithmetic, the engine's
-layout is its own weight loader, recorded. `run.world_size` says how many ranks; where `model.path` is no folder here,
-configs/models/<its name> is taken. Predicted seconds are those of the busiest link at the stated speeds, nothing else.
+It needs the model's config.json, but no weights, no GPU and no other process. The policy's shards are computed, and the
+engine's layout is recorded from its own weight loader. `run.world_size` is the number of ranks. If `model.path` is not
+a folder on this machine, configs/models/<its name> is used. The predicted seconds are those of the busiest link at the
+given speeds, without latency and verification.
 
-Exit code 0: planned; 2: the input is wrong; 1: a failure of ours.
+Exit code 0: planned; 2: invalid input; 1: an internal failure.
 """
 
 from __future__ import annotations
@@ -58,18 +59,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, help="write the plan, one line per slice")
-    parser.add_argument("--against", type=Path, help="say what differs from a plan that was written before")
+    parser.add_argument("--against", type=Path, help="print the differences to a plan written earlier")
     parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--node-gb-per-second", type=float, default=450.0, help="of a rank, each way, inside a node")
-    parser.add_argument("--network-gb-per-second", type=float, default=50.0, help="of a rank, each way, between nodes")
     parser.add_argument(
-        "--cpu", action="store_true", help="the job's machines have no GPU: other modules compute there"
+        "--node-gb-per-second", type=float, default=450.0, help="speed of a rank, each way, inside a node"
     )
+    parser.add_argument(
+        "--network-gb-per-second", type=float, default=50.0, help="speed of a rank, each way, between nodes"
+    )
+    parser.add_argument("--cpu", action="store_true", help="plan for machines without GPUs, which use other modules")
     parser.add_argument("--json", action="store_true", help="one object as the last line")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -80,16 +83,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises UserError: the input is wrong."""
+    """Compute, print and write the plan, and return the exit code.
+
+    Raises:
+        UserError: the input is invalid.
+    """
     start = time.monotonic()
     config = load_config(args.config, args.overrides)
     if config.run.world_size is None:
         raise UserError(
-            "run.world_size is not set, and no GPU is looked for here", remedy="set it to the ranks of the job"
+            "run.world_size is not set, and GPUs of this machine are not counted", remedy="set run.world_size=N"
         )
     if config.engine.kind != "vllm":
         raise UserError(
-            f"engine.kind={config.engine.kind}: plans are made of vLLM's recorded loader", remedy="use vllm"
+            f"engine.kind={config.engine.kind} is not supported: a plan needs vLLM's weight loader",
+            remedy="use engine.kind=vllm",
         )
     for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second"):
         if getattr(args, name) <= 0:
@@ -97,11 +105,11 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as work:
         folder, spec = model_of(config, Path(work))
         plan = plan_of(config, spec, folder, args.gpus_per_node, local_modules=args.cpu)
-    summary = summarise(plan, args.node_gb_per_second, args.network_gb_per_second)
+    summary = summarize(plan, args.node_gb_per_second, args.network_gb_per_second)
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["cpu_seconds"] = round(time.process_time(), 1)
     summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(in_words(summary, config, args))
+    print(summary_text(summary, config, args))
     if args.against is not None:
         changed = difference(read_plan(args.against), plan)
         print("\n".join(changed[:20]) or f"equal to {args.against}")
@@ -115,10 +123,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def model_of(config: Config, work: Path) -> tuple[Path, ModelSpec]:
-    """The folder with the model's config.json.
+    """Return the folder with the model's config.json, and its spec.
+
+    `work` is an empty folder for the config of a base model.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder was not found.
     """
     if config.model.base is not None:
         base_config(config.model.base, base_tokenizer(config.model.base)).save_pretrained(work)
@@ -128,10 +138,17 @@ def model_of(config: Config, work: Path) -> tuple[Path, ModelSpec]:
 
 
 def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *, local_modules: bool) -> ReshardPlan:
-    """Both ends of every rank, and the plan between them.
+    """Return the plan between the policy's and the engines' layouts on all ranks.
+
+    Args:
+        config: of the run.
+        spec: of the model.
+        folder: with the model's config.json.
+        gpus_per_node: ranks of a node.
+        local_modules: the policy uses the modules for machines without GPUs.
 
     Raises:
-        UserError: a layout does not fit the model.
+        UserError: a layout does not divide the model.
     """
     assert config.run.world_size is not None, "checked by run()"
     topology = Topology.of(config, config.run.world_size)
@@ -143,7 +160,7 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
     held = policy_slice_table(config, spec, topology, tensors, local_modules=local_modules)
     wanted = engine_slice_table(config, folder, topology, tensors, shapes)
     nodes = [rank // gpus_per_node for rank in range(topology.world_size)]
-    if topology.engine_servers:  # on nodes of their own, behind those of the job
+    if topology.engine_servers:  # servers use nodes of their own, numbered after those of the job
         nodes += [nodes[-1] + 1 + rank // gpus_per_node for rank in range(topology.num_server_ranks)]
     return plan_reshard(tensors, held, wanted, nodes, config.weight_sync.bucket_bytes)
 
@@ -151,17 +168,17 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
 def policy_slice_table(
     config: Config, spec: ModelSpec, topology: Topology, tensors: dict[str, SentTensor], *, local_modules: bool
 ) -> RankSliceTable:
-    """Of all ranks; those that hold the same are computed once."""
+    """Return the policy's slices on all ranks; ranks with equal slices are computed once."""
     numbers, parts = tensor_numbers(tensors), []
-    alike: dict[tuple[int, ...], list[int]] = {}
+    same_slices: dict[tuple[int, ...], list[int]] = {}
     for rank in range(topology.world_size):
         at = topology.coordinates(rank)
-        alike.setdefault((at.pp_rank, at.tp_rank, at.ep_rank, at.etp_rank), []).append(rank)
-    for ranks in alike.values():
+        same_slices.setdefault((at.pp_rank, at.tp_rank, at.ep_rank, at.etp_rank), []).append(rank)
+    for ranks in same_slices.values():
         at = topology.coordinates(ranks[0])
         slices = policy_slices(spec, config.parallel, topology, at, latent_split=local_modules)
         if config.engine.fp8 is not None:
-            slices += [box for _, box in scale_slices(hf_shapes(spec), slices)]
+            slices += [hf for _, hf in scale_slices(hf_shapes(spec), slices)]
         parts.append(table_of_rank(tensors, slices, ranks[0], numbers).placed_on(ranks))
     return concatenate(parts)
 
@@ -169,7 +186,7 @@ def policy_slice_table(
 def engine_slice_table(
     config: Config, folder: Path, topology: Topology, tensors: dict[str, SentTensor], shapes: dict[str, Any]
 ) -> RankSliceTable:
-    """Of all engines: one replica's loader recorded, the others are like it."""
+    """Return the engines' slices on all ranks. The loader of one replica is recorded; all replicas are equal."""
     tp, num_ranks = config.engine.tp, topology.engine_ranks
     plain = {name: tensor.shape for name, tensor in tensors.items()}
 
@@ -190,7 +207,7 @@ def engine_slice_table(
     try:
         layouts = layouts_of_all(recorded, plain, num_ranks, tp)
     except NoRuleError as error:
-        print(f"every rank of the engine is recorded: {error}", file=sys.stderr)
+        print(f"recording every rank of the engine: {error}", file=sys.stderr)
         layouts = layouts_of_all(
             recorded | record([r for r in range(num_ranks) if r not in recorded]), plain, num_ranks, tp
         )
@@ -204,8 +221,8 @@ def engine_slice_table(
     return concatenate(parts)
 
 
-def summarise(plan: ReshardPlan, node_speed: float, network_speed: float) -> dict[str, Any]:
-    """The object of --json. Speeds in GB/s."""
+def summarize(plan: ReshardPlan, node_speed: float, network_speed: float) -> dict[str, Any]:
+    """Return the object that --json prints. Speeds are in GB/s per rank and direction."""
     busiest, by_link = plan.traffic.busiest(), plan.traffic.bytes_by_link()
     seconds = {
         "same_node": busiest["same_node"] / node_speed / 1e9,
@@ -236,8 +253,8 @@ def summarise(plan: ReshardPlan, node_speed: float, network_speed: float) -> dic
     }
 
 
-def in_words(summary: dict[str, Any], config: Config, args: argparse.Namespace) -> str:
-    """What a reader wants to know first."""
+def summary_text(summary: dict[str, Any], config: Config, args: argparse.Namespace) -> str:
+    """Return the summary as text."""
     links, gb = summary["bytes_by_link"], 1e9
     return (
         f"plan {summary['hash']}: {summary['transfers']:,} transfers in {summary['buckets']} buckets of "
@@ -247,7 +264,7 @@ def in_words(summary: dict[str, Any], config: Config, args: argparse.Namespace) 
         f"busiest link {summary['busiest_link_ratio']:.3f} times the lower bound; buffers "
         f"{summary['peak_buffer_bytes'] / 1e6:.0f} MB; {summary['predicted_seconds']:.3f} s predicted at "
         f"{args.node_gb_per_second:g} and {args.network_gb_per_second:g} GB/s\n"
-        f"planned in {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} s of them on the processor, with "
+        f"planned in {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} s of CPU time, with "
         f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"
     )
 

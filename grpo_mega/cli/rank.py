@@ -1,6 +1,6 @@
-"""One rank of a command that compares layouts: `python -m grpo_mega.cli.rank WORKER JOB` calls `measure` of WORKER.
+"""Runs one rank of a command that compares layouts: `python -m grpo_mega.cli.rank WORKER JOB`.
 
-WORKER is a module; the job file (JSON) holds the config and the inputs of the worker.
+It calls `measure` of the module WORKER. JOB is a JSON file with the config and the inputs of the worker.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo_mega.types import UserError
 
 
 def main() -> int:
-    """Exit code 2 where the input is wrong."""
+    """Run the worker; return exit code 2 if its input is invalid."""
     worker = importlib.import_module(sys.argv[1])
     job = json.loads(Path(sys.argv[2]).read_text())
     config = Config.model_validate_json(json.dumps(job["config"]))

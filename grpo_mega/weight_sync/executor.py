@@ -5,12 +5,12 @@ a header (plan, version, bucket, bytes). So a bucket that is duplicated, outdate
 bytes are written.
 
 A message to a rank that can read this rank's memory contains addresses instead of values. The receiver copies the
-values once, from the policy's parameters to the engine's. The parameters must not change until all rounds have ended.
+values once, from the policy's parameters to the engine's. The parameters must not change until all rounds are finished.
 
 With gloo, large pieces are sent from and received into parameter memory. A misplaced one of them is therefore detected
 after it was written, and before the engine samples.
 
-A failure on one rank is recorded until all rounds have ended, because other ranks wait for this rank's messages.
+A failure on one rank is recorded until all rounds are finished, because other ranks wait for this rank's messages.
 Asserted by tests/parallel/test_sync_ranks.py, with injected faults.
 """
 

@@ -36,7 +36,7 @@ class TransferPiece:
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """What `rank` does in a sync.
+    """The messages and local copies of `rank` in a sync.
 
     `local` lists the slices that are copied inside the process, with their dtypes. `rounds` gives, for each kind of
     transport, the messages of every bucket. `pieces` gives the pieces of each message by (bucket, src, dst).

@@ -1,4 +1,4 @@
-"""tools/plan_sync.py: a plan from config files alone, the same when asked again; wrong input ends with one message."""
+"""tools/plan_sync.py: a reproducible plan from config files alone; invalid input ends with one message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plan_sync(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.long
-def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_the_plan_of_before(tmp_path: Path) -> None:
+def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_an_earlier_plan(tmp_path: Path) -> None:
     first = plan_sync(*LAYOUT, "--out", str(tmp_path / "plan.json"), "--json")
     assert first.returncode == 0, first.stderr
     summary = json.loads(first.stdout.splitlines()[-1])
@@ -40,8 +40,8 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_the_plan_of_
     assert links["same_process"] + links["same_node"] == summary["bytes"]
     assert links["across_nodes"] == 0
     again = plan_sync(*LAYOUT, "--against", str(tmp_path / "plan.json"), "--json")
-    told = json.loads(again.stdout.splitlines()[-1])
-    assert (told["differences"], told["hash"]) == (0, summary["hash"])
+    repeated = json.loads(again.stdout.splitlines()[-1])
+    assert (repeated["differences"], repeated["hash"]) == (0, summary["hash"])
     other = plan_sync(*LAYOUT[:3], "engine.tp=1", "--against", str(tmp_path / "plan.json"), "--json")
     assert json.loads(other.stdout.splitlines()[-1])["differences"] > 0
 
@@ -51,12 +51,12 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_the_plan_of_
     [
         ([], "run.world_size is not set"),
         (["run.world_size=4", "--gpus-per-node", "0"], "--gpus-per-node=0 must be more than 0"),
-        (["run.world_size=4", "engine.kind=sglang"], "engine.kind=sglang: plans are made of vLLM's recorded loader"),
+        (["run.world_size=4", "engine.kind=sglang"], "engine.kind=sglang is not supported"),
         (["run.world_size=4", "parallel.tp=3"], "run.world_size=4 is not a multiple of parallel.tp"),
     ],
 )
 def test_wrong_input_ends_with_one_message(arguments: list[str], message: str) -> None:
-    ended = plan_sync(*arguments)
-    assert ended.returncode == 2
-    assert message in ended.stderr
-    assert "Traceback" not in ended.stderr
+    done = plan_sync(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr

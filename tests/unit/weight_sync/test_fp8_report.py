@@ -1,4 +1,4 @@
-"""The report of what FP8 does to a model: its numbers are those of quantising by hand, and the tool's are the same."""
+"""The FP8 error report equals quantization by hand, and the tool prints the same numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_models import make_tiny_model
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 
 
-def test_the_report_says_how_far_each_matrix_is_moved() -> None:
+def test_the_report_holds_the_error_of_each_matrix() -> None:
     whole = [(TensorSlice(name, (0, 0), tuple(weights()[name].shape)), True) for name in (Q, O, DOWN)]
     report = fp8_report(Source(weights(), whole), None, power_of_two=False)
     assert list(report) == [Q, O, DOWN]
@@ -41,7 +41,7 @@ REPORT = {
 }
 
 
-def test_layers_are_told_in_their_order_with_the_worst_of_their_matrices() -> None:
+def test_layers_are_reported_in_order_with_their_worst_matrix() -> None:
     rows = by_layer(REPORT)
     assert [(row.layer, row.matrices) for row in rows] == [(0, 1), (2, 1), (10, 2)]
     assert (rows[2].median, rows[2].worst, rows[2].largest) == (0.025, 0.03, 0.2)
@@ -56,17 +56,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("report") / "model")
 
 
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
+def run_tool(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any, str]:
     code = tool.main([*arguments, "--json"])
     streams = capsys.readouterr()
     return code, json.loads(streams.out.splitlines()[-1]) if code == 0 else None, streams.err
 
 
 @pytest.mark.parametrize("scales", ["fp32", "power_of_two"])
-def test_the_tool_reports_of_the_matrices_in_the_files(
+def test_the_tool_reports_the_matrices_of_the_files(
     capsys: pytest.CaptureFixture[str], model: Path, scales: str
 ) -> None:
-    code, found, _ = told(capsys, str(model), "--scales", scales)
+    code, found, _ = run_tool(capsys, str(model), "--scales", scales)
     assert (code, found["scales"]) == (0, scales)
     stored = load_file(model / "model.safetensors")
     assert set(found["tensors"]) == {name for name in stored if "_proj.weight" in name}
@@ -78,13 +78,13 @@ def test_the_tool_reports_of_the_matrices_in_the_files(
     assert all(layer["matrices"] == 7 for layer in found["layers"])
 
 
-def test_a_config_says_folder_and_scales(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+def test_folder_and_scales_are_read_from_a_config(capsys: pytest.CaptureFixture[str], model: Path) -> None:
     given = ["model.base=null", f"model.path={model}", "precision.dtype=bf16", "engine.fp8=scales_power_of_two"]
-    code, found, _ = told(capsys, str(QUICKSTART), *given)
+    code, found, _ = run_tool(capsys, str(QUICKSTART), *given)
     assert (code, found["scales"], found["model"]) == (0, "power_of_two", str(model))
 
 
-def test_wrong_input_is_one_message(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
+def test_invalid_input_ends_with_one_message(capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     tensors = load_file(model / "model.safetensors")
@@ -93,11 +93,11 @@ def test_wrong_input_is_one_message(capsys: pytest.CaptureFixture[str], model: P
     (broken / "config.json").write_text((model / "config.json").read_text())
     for arguments, message in (
         ([str(tmp_path / "nothing")], "holds no config.json"),
-        ([str(QUICKSTART)], "has a model.base, which is taught when the run starts"),
-        ([str(model), "train.steps=3"], "train.steps=3 overrides a key of a config"),
+        ([str(QUICKSTART)], "has a model.base"),
+        ([str(model), "train.steps=3"], "train.steps=3 overrides a config key"),
         ([str(broken)], "model.layers.0.mlp.up_proj.weight has a value that is not finite"),
     ):
-        code, _, error = told(capsys, *arguments)
+        code, _, error = run_tool(capsys, *arguments)
         assert code == 2
         assert message in error
         assert "Traceback" not in error
