@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Callable
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from grpo_mega.algorithm import StepRewards
 from grpo_mega.cli import main as cli
+from grpo_mega.config.algorithm_parts import bound_part
 from grpo_mega.config.load import load_config
 from grpo_mega.config.shipped import find_config
 from grpo_mega.train import Prepared, prepare
@@ -70,6 +74,22 @@ def test_the_environment_replies_and_passes_the_checks_of_a_run(reader: Callable
     environment = prepared("guides/environment.md").config.environment
     assert environment is not None
     assert environment.name == "my_tools:shop"
+
+
+def test_the_algorithm_computes_its_formulas_and_passes_the_checks_of_a_run(reader: Callable[[str], Path]) -> None:
+    reader("guides/algorithm.md")
+    algorithm = prepared("guides/algorithm.md").config.algorithm
+    surrogate, advantage = bound_part("surrogate", algorithm), bound_part("advantage", algorithm)
+    log_probs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
+    log_ratio = log_probs - torch.tensor([-1.5, -1.0, -0.5])
+    value, bounded = surrogate(log_probs, log_ratio, torch.tensor([1.0, -2.0, 1.0]), None)
+    value.sum().backward()
+    low = math.exp(-0.5)
+    torch.testing.assert_close(value, torch.tensor([1.0 + algorithm.clip_high, -2.0, low]))
+    torch.testing.assert_close(log_probs.grad, torch.tensor([0.0, -2.0, low]))
+    assert bounded.tolist() == [True, False, False]
+    step = StepRewards(rollouts=[], rewards=[0.0, 1.0, 1.0, 0.0, 0.0, 3.0], group_size=3)
+    assert advantage(step).advantages == [-1.0, 0.0, 0.0, 0.0, 0.0, 3.0]
 
 
 class OneRank:
