@@ -93,7 +93,7 @@ class RecordedSink(RegionSink):
             if copy.hf.name == name:
                 region_view(self.parameters[copy.local.name], copy).copy_(tensor[copy.hf.index])
 
-    def _adopt(self, policy_version: int) -> None:
+    def _finish_update(self, policy_version: int) -> None:
         if self.fault == "flipped":
             bits(self.parameters["model.layers.1.self_attn.o_proj.weight"])[5] ^= 1
 

@@ -135,6 +135,10 @@ def write_model(folder: Path, **files: str) -> Path:
     ("overrides", "said"),
     [
         (["train.steps=many"], "train.steps='many': input should be a valid integer"),
+        (
+            ["engine.fp8=own_loader"],
+            "engine.fp8='own_loader': input should be 'scales_fp32' or 'scales_power_of_two'",
+        ),
         (["sampling.group_size=1"], "sampling.group_size=1: an advantage is relative to its group; use 2 or more"),
         (
             ["parallel.tp=2"],

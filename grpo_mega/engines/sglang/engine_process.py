@@ -55,9 +55,9 @@ class Host:
         """Give whole tensors, a pickled list of (name, tensor), to SGLang's own loader."""
         self._run_in_schedulers("load", {}, pickle.loads(tensors))
 
-    def adopt(self, version: int) -> None:
+    def finish_update(self, version: int) -> None:
         """Set the version of the complete weights, and clear caches that were computed with earlier ones."""
-        self._run_in_schedulers("adopt", {}, version=version, flush=True)
+        self._run_in_schedulers("finish_update", {}, version=version, flush=True)
 
     def sample(self, batch: SamplingBatch) -> None:
         """Sample a batch and send a `Sampled` for each request as soon as it is complete."""

@@ -5,7 +5,7 @@ only interface to those processes that receives the model. An exception there wo
 errors go to a file, which sglang/engine_process.py reads.
 - `share`: records the model's own loader and starts the weight server (sglang/weight_server.py), through which the
   training rank writes slices to where SGLang's kernels read, and receives digests of the present values.
-- `adopt`: checks, once the weights are complete, that the parameters have not moved.
+- `finish_update`: checks, once the weights are complete, that the parameters have not moved.
 - `load`: gives whole tensors to the model's own loader, if the loader could not be recorded.
 - `seed`: seeds the random generators that sampling reads.
 Asserted by tests/engine/test_engine_contract.py.
@@ -88,7 +88,7 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
     filled = {copy.local.name for copy in record.copies} | {box.name for box in record.zeros}
     owners = {name: tensor for name, tensor in _tensors_of(model).items() if name in filled}
     _addresses.update({name: tensor.data_ptr() for name, tensor in owners.items()})
-    server = WeightServer(record, owners, lambda: _require_places(model))
+    server = WeightServer(record, owners, lambda: _require_unmoved(model))
     return SharedModel(server.start(Path(os.environ[ANSWERS]), _tp_rank(), os.getpid()), record)
 
 
@@ -104,11 +104,11 @@ def _mark_experts_unknown() -> None:
         capturer.device_cache.buffer.fill_(-1)
 
 
-def _adopt(model: nn.Module, _: Sequence[tuple[str, Tensor]]) -> None:
-    _require_places(model)
+def _finish_update(model: nn.Module, _: Sequence[tuple[str, Tensor]]) -> None:
+    _require_unmoved(model)
 
 
-def _require_places(model: nn.Module) -> None:
+def _require_unmoved(model: nn.Module) -> None:
     present = {name: tensor.data_ptr() for name, tensor in _tensors_of(model).items()}
     moved = [name for name, address in _addresses.items() if present.get(name) != address]
     if moved:
@@ -144,4 +144,4 @@ def _padded(model: nn.Module) -> set[str]:
     }
 
 
-_COMMANDS: dict[str, Any] = {"share": _share, "adopt": _adopt, "load": _load, "seed": _seed}
+_COMMANDS: dict[str, Any] = {"share": _share, "finish_update": _finish_update, "load": _load, "seed": _seed}

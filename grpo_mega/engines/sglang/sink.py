@@ -108,7 +108,7 @@ class SglangSink(SliceSink):
         for part in parts_that_fit(hf, self._client.capacity_bytes // values.itemsize):
             self._client.stage(part, values[inside(hf, part)])
 
-    def _adopt(self, policy_version: int) -> None:
+    def _finish_update(self, policy_version: int) -> None:
         if self._client is None and (missing := self._tensors.keys() - self._loaded):
             raise ValueError(
                 f"the update is incomplete: {len(missing)} tensors are missing, e.g. {', '.join(sorted(missing)[:3])}"
@@ -118,7 +118,7 @@ class SglangSink(SliceSink):
             self._client.require_version(self._client.call("end", policy_version), policy_version)
         if self._process is not None:
             self._send_bucket()
-            self._process.call("adopt", policy_version)
+            self._process.call("finish_update", policy_version)
 
     def _send_bucket(self) -> None:
         if self._bucket and self._process is not None:

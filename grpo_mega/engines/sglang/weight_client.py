@@ -53,7 +53,7 @@ class WeightClient:
             staging.share(self._connection, lambda place: self._send("map", place))
         except (OSError, EOFError, AuthenticationError) as error:
             raise self._end(f"did not accept {self._rank} ({type(error).__name__}: {error})") from error
-        self._received("map")
+        self._receive("map")
 
     @property
     def capacity_bytes(self) -> int:
@@ -97,7 +97,7 @@ class WeightClient:
             raise self._end(f"did not accept {command} from {self._rank} within {self._timeout:g} s") from error
         except (BrokenPipeError, ConnectionResetError) as error:
             raise self._end(f"exited before {command} from {self._rank}") from error
-        return self._received(command)
+        return self._receive(command)
 
     def require_version(self, found: int, expected: int) -> None:
         """Check that the scheduler holds the policy version that this rank sent.
@@ -115,7 +115,7 @@ class WeightClient:
     def _send(self, command: str, *arguments: Any) -> None:
         self._connection.send((command, arguments))
 
-    def _received(self, command: str) -> Any:
+    def _receive(self, command: str) -> Any:
         try:
             if not self._connection.poll(self._timeout):
                 raise self._end(f"did not answer {command} from {self._rank} within {self._timeout:g} s")

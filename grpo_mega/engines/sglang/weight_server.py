@@ -57,12 +57,12 @@ class WeightServer:
     Args:
         record: recorded loader of the model.
         tensors: name -> parameter or buffer that the kernels read.
-        require_place: raises RuntimeError if SGLang has moved one of them.
+        require_unmoved: raises RuntimeError if SGLang has moved one of them.
     """
 
-    def __init__(self, record: LoaderRecord, tensors: dict[str, Tensor], require_place: Callable[[], None]) -> None:
+    def __init__(self, record: LoaderRecord, tensors: dict[str, Tensor], require_unmoved: Callable[[], None]) -> None:
         self._sink = _ModelSink(record, tensors)
-        self._require_place = require_place
+        self._require_unmoved = require_unmoved
         self._device = next(iter(tensors.values())).device
         self._staged: Tensor | None = None
         self._commands: dict[str, Callable[..., Any]] = {
@@ -113,7 +113,7 @@ class WeightServer:
 
     def _digests(self, slices: Sequence[TensorSlice]) -> tuple[int, list[int]]:
         """Return the policy version and the digests of the present values."""
-        self._require_place()
+        self._require_unmoved()
         return self._sink.policy_version, self._sink.digests(slices)
 
 
@@ -123,5 +123,5 @@ class _ModelSink(RegionSink):
         zeros = [Zeros(box.name, tensors[box.name][box.index]) for box in record.zeros]
         super().__init__(Regions(recorded_regions(record), places, zeros), None)
 
-    def _adopt(self, policy_version: int) -> None:
-        """Do nothing: kernels read the parameters, and `adopt` clears the prefix cache (sglang/scheduler_hooks.py)."""
+    def _finish_update(self, policy_version: int) -> None:
+        """Do nothing: kernels read the parameters, and the engine process clears the prefix cache."""

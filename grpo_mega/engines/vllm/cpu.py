@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def correct_vllm() -> None:
+def patch_vllm() -> None:
     """Apply all patches. Later calls do nothing."""
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator, _CPUSHMDistributed
     from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts

@@ -32,7 +32,7 @@ from grpo_mega.engines.vllm.arguments import (
     checkpoint_tensors,
     engine_arguments,
 )
-from grpo_mega.engines.vllm.cpu import correct_vllm
+from grpo_mega.engines.vllm.cpu import patch_vllm
 from grpo_mega.engines.vllm.record import recording_load_format
 from grpo_mega.engines.vllm.routing import Steps, bind_routers
 from grpo_mega.engines.vllm.tp_rules import check_tp
@@ -78,7 +78,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
             raise UserError("engine.fp8 needs CUDA devices, and none was found", remedy="remove engine.fp8")
         check_cpu_head(spec)
         check_cpu_experts(settings, spec)
-        correct_vllm()
+        patch_vllm()
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
         stack.enter_context(_environment_of_ranks(settings))

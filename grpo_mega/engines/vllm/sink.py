@@ -44,5 +44,5 @@ class VllmSink(RegionSink):
         self.require_update(name)
         self._model.load_weights(iter([(name, tensor)]))
 
-    def _adopt(self, policy_version: int) -> None:
+    def _finish_update(self, policy_version: int) -> None:
         self._drop_caches()

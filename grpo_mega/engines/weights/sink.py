@@ -17,7 +17,7 @@ from grpo_mega.types import TensorSlice
 
 
 class SliceSink:
-    """`WeightSink` without `load`, `digests` and `probe`; subclasses implement `_put` and `_adopt`."""
+    """`WeightSink` without `load`, `digests` and `probe`; subclasses implement `_put` and `_finish_update`."""
 
     def __init__(self, regions: Sequence[SinkRegion], streaming_reason: str | None) -> None:
         """Args:
@@ -65,7 +65,7 @@ class SliceSink:
         return None
 
     def end_update(self, policy_version: int) -> None:
-        self._adopt(policy_version)
+        self._finish_update(policy_version)
         self.policy_version = policy_version
         self.updating = False
 
@@ -82,7 +82,7 @@ class SliceSink:
         """Copy checked values into these regions, which are all that hold `hf`."""
         raise NotImplementedError
 
-    def _adopt(self, policy_version: int) -> None:
+    def _finish_update(self, policy_version: int) -> None:
         """Make the engine use the written weights, and discard what it computed with earlier ones."""
         raise NotImplementedError
 

@@ -52,9 +52,9 @@ def record(model: Toy) -> LoaderRecord:
 
 
 def start_server(
-    model: Toy, loader: LoaderRecord, folder: Path, require_place: Callable[[], None]
+    model: Toy, loader: LoaderRecord, folder: Path, require_unmoved: Callable[[], None]
 ) -> WeightServerAddress:
-    return WeightServer(loader, dict(model.named_parameters()), require_place).start(folder, 1, os.getpid())
+    return WeightServer(loader, dict(model.named_parameters()), require_unmoved).start(folder, 1, os.getpid())
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Ends:
     sink: SglangSink
     address: WeightServerAddress
     tensors: dict[str, Tensor]
-    require_place: mock.Mock
+    require_unmoved: mock.Mock
 
     def push(self, version: int, end: bool = True) -> None:
         self.sink.begin_update()
@@ -88,16 +88,16 @@ def make(tmp_path: Path) -> Iterator[Make]:
     with ExitStack() as stack:
 
         def start(num_bytes: int = 4096, timeout_seconds: float = 20.0) -> Ends:
-            model, require_place = Toy(), mock.Mock()
+            model, require_unmoved = Toy(), mock.Mock()
             loader = record(model)
-            address = start_server(model, loader, tmp_path, require_place)
+            address = start_server(model, loader, tmp_path, require_unmoved)
             client = WeightClient(address, Staging(num_bytes, torch.device("cpu")), 3, timeout_seconds)
             stack.callback(client.close)
             generator = torch.Generator().manual_seed(1)
             tensors = {
                 name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in SHAPES.items()
             }
-            return Ends(model, client, SglangSink(None, (client, loader), SHAPES), address, tensors, require_place)
+            return Ends(model, client, SglangSink(None, (client, loader), SHAPES), address, tensors, require_unmoved)
 
         yield start
 
@@ -187,7 +187,7 @@ def test_a_server_with_another_version_of_the_weights_is_an_error(make: Make) ->
 def test_digests_of_parameters_that_moved_are_rejected(make: Make) -> None:
     ends = make()
     ends.push(2)
-    ends.require_place.side_effect = RuntimeError("SGLang moved fused")
+    ends.require_unmoved.side_effect = RuntimeError("SGLang moved fused")
     with pytest.raises(RuntimeError, match=r"SGLang's rank 1 .*, digests from rank 3: .*SGLang moved fused"):
         ends.wrong()
 
@@ -224,7 +224,7 @@ def test_a_server_that_does_not_respond_times_out_and_its_late_answer_is_ignored
 ) -> None:
     ends = make(timeout_seconds=1.0)
     ends.push(0)
-    ends.require_place.side_effect = lambda: time.sleep(2)
+    ends.require_unmoved.side_effect = lambda: time.sleep(2)
     start = time.monotonic()
     late = r"SGLang's rank 1 \(.*\) did not answer digests from rank 3 within 1 s"
     with pytest.raises(SchedulerGoneError, match=late):
