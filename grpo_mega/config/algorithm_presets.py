@@ -1,8 +1,9 @@
-"""What each `algorithm.name` stands for: the keys in which it differs from `grpo`, whose values are in schema.py.
+"""Default values of the `algorithm` keys for each `algorithm.name`.
 
-A key that the user sets wins over this table. Values are those of the papers where they say one (docs/algorithms.md
-lists paper, differences and the values that a paper leaves open).
-Asserted by tests/unit/algorithm/test_algorithms.py: each name gives its paper's loss.
+A name lists only the keys in which it differs from `grpo`, whose defaults are in algorithm_section.py. Keys that the
+user sets take precedence. Values are those of the papers where a paper states one; docs/algorithms.md lists the papers
+and the values that they leave open. Asserted by tests/unit/algorithm/test_algorithms.py: each name gives the loss of
+its paper.
 """
 
 from __future__ import annotations
@@ -92,13 +93,14 @@ CORRECTION_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "sequence_truncated": {"correction_high": 2.0},
     "token_masked": {"correction_low": 0.5, "correction_high": 5.0},
 }
-
+"""Defaults of the bounds for each `algorithm.correction`."""
 
 REFILL_ROUNDS = 8
+"""Default of `algorithm.refill_rounds` with `algorithm.degenerate=refill`."""
 
 
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The `algorithm` section with what its choices stand for; what is set stays."""
+    """Return the `algorithm` section with the defaults of its choices; keys that are set keep their value."""
     found = {**ALGORITHM_DEFAULTS.get(str(values.get("name", "grpo")), {}), **values}
     found = {**CORRECTION_DEFAULTS.get(str(found.get("correction")), {}), **found}
     return {"refill_rounds": REFILL_ROUNDS, **found} if found.get("degenerate") == "refill" else found

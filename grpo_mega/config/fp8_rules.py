@@ -1,8 +1,7 @@
-"""What goes together in FP8: recipes of Transformer Engine, generations of GPUs, and our other keys.
+"""Combinations of FP8 recipes, GPU generations and other config keys that are supported.
 
-A table without torch and without Transformer Engine, so that a wrong combination is refused on any machine. Its names
-and numbers are checked against Transformer Engine's own source (tests/unit/config/test_fp8_rules.py). Never run on a
-GPU so far: unproven.
+Needs neither torch nor Transformer Engine, so that a wrong combination is rejected on any machine. Names and numbers
+are checked against the source of Transformer Engine (tests/unit/config/test_fp8_rules.py). Not yet verified on a GPU.
 """
 
 from __future__ import annotations
@@ -17,11 +16,14 @@ Capability = tuple[int, int]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How FP8 numbers get their scales.
+    """An FP8 recipe: granularity and source of the scales.
 
-    `te_class`: of transformer_engine.common.recipe. `least`, `below`: compute capabilities that have it. `cuda`: the
-    least version. `token_multiple`: of the tokens that a rank's matrix products see. `layers_differ`: whether some
-    layers may stay in bf16.
+    te_class: class in transformer_engine.common.recipe.
+    least, below: range of compute capabilities with this recipe, `below` excluded.
+    cuda: lowest CUDA version.
+    default_format: `precision.fp8.format` if it is null.
+    token_multiple: the tokens of a matrix product on a rank must be a multiple of it.
+    layers_differ: True if some layers may stay in bf16.
     """
 
     te_class: str
@@ -33,18 +35,18 @@ class Recipe:
     layers_differ: bool
 
 
-_NONE_YET = (99, 0)
+_NO_UPPER_BOUND = (99, 0)
 ENGINE_LEAST: Capability = (8, 9)
-"""Of Triton's kernels for FP8 blocks in vLLM."""
+"""Lowest compute capability of the Triton kernels for FP8 blocks in vLLM."""
 
 RECIPES = {
-    # one scale for a tensor, from the largest value of earlier steps
-    "delayed": Recipe("DelayedScaling", (8, 9), _NONE_YET, (12, 1), "hybrid", 16, False),
-    # one scale for a tensor, from its own largest value
-    "tensorwise": Recipe("Float8CurrentScaling", (8, 9), _NONE_YET, (12, 1), "hybrid", 16, True),
-    # 1 x 128 for activations and gradients, 128 x 128 for weights, as DeepSeek-V3 was trained
-    "blockwise": Recipe("Float8BlockScaling", (9, 0), _NONE_YET, (12, 9), "e4m3", 16, True),
-    # 1 x 32, with scales that are powers of 2, in the tensor cores of Blackwell
+    # one scale per tensor, from the largest absolute value of earlier steps
+    "delayed": Recipe("DelayedScaling", (8, 9), _NO_UPPER_BOUND, (12, 1), "hybrid", 16, False),
+    # one scale per tensor, from its own largest absolute value
+    "tensorwise": Recipe("Float8CurrentScaling", (8, 9), _NO_UPPER_BOUND, (12, 1), "hybrid", 16, True),
+    # one scale per 1 x 128 activations or gradients and per 128 x 128 weights, as in DeepSeek-V3
+    "blockwise": Recipe("Float8BlockScaling", (9, 0), _NO_UPPER_BOUND, (12, 9), "e4m3", 16, True),
+    # one power-of-two scale per 1 x 32 values, in the tensor cores of Blackwell
     "mxfp8": Recipe("MXFP8BlockScaling", (10, 0), (12, 0), (12, 8), "e4m3", 32, True),
 }
 
@@ -52,10 +54,10 @@ GENERATIONS = {(8, 9): "L40S, RTX 4090", (9, 0): "H100, H200, H20", (10, 0): "B2
 
 
 def check_fp8(config: Config) -> None:
-    """Rules between keys.
+    """Check the rules between `precision.fp8` and other keys.
 
     Raises:
-        UserError: the first broken one.
+        UserError: for the first broken rule.
     """
     fp8 = config.precision.fp8
     if fp8 is None:
@@ -63,65 +65,69 @@ def check_fp8(config: Config) -> None:
     recipe = RECIPES[fp8.recipe]
     if config.precision.dtype != "bf16":
         raise UserError(
-            f"precision.fp8 needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 is bf16",
-            remedy="set it",
+            f"precision.dtype={config.precision.dtype} is not supported with precision.fp8: tensors that are not FP8 "
+            "are bf16",
+            remedy="set precision.dtype=bf16, or remove precision.fp8",
         )
     if not recipe.layers_differ:
         for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
             if number:
                 raise UserError(
-                    f"precision.fp8.{key}={number} with recipe={fp8.recipe}: its scales are reduced over all layers at "
-                    "once",
-                    remedy="use another recipe, or 0",
+                    f"precision.fp8.{key}={number} is not supported with precision.fp8.recipe={fp8.recipe}: its "
+                    "scales are reduced over all layers at once",
+                    remedy=f"set precision.fp8.{key}=0, or use another recipe",
                 )
-        again = {"layernorm", "moe_act"} & set(config.parallel.recompute_modules or ())
-        if again:
+        not_recomputable = {"layernorm", "moe_act"} & set(config.parallel.recompute_modules or ())
+        if not_recomputable:
             raise UserError(
-                f"parallel.recompute_modules holds {sorted(again)[0]}, which precision.fp8.recipe={fp8.recipe} cannot "
-                "compute again",
-                remedy="use another recipe, or leave it out",
+                f"parallel.recompute_modules must not hold {sorted(not_recomputable)[0]} with "
+                f"precision.fp8.recipe={fp8.recipe}, which cannot recompute it",
+                remedy="remove the module, or use another recipe",
             )
     if fp8.recipe != "delayed" and fp8.amax_history is not None:
         raise UserError(
-            f"precision.fp8.amax_history={fp8.amax_history} does nothing with recipe={fp8.recipe}, which looks at no "
-            "earlier step",
-            remedy="leave it out",
+            f"precision.fp8.amax_history={fp8.amax_history} does nothing with precision.fp8.recipe={fp8.recipe}, which "
+            "uses no earlier step",
+            remedy="remove precision.fp8.amax_history",
         )
     if fp8.params:
         _check_params(config)
 
 
 def _check_params(config: Config) -> None:
-    """Weights that are held in FP8."""
+    """Check the rules for weights that are stored in FP8."""
     if config.algorithm.needs_reference:
         raise UserError(
-            f"precision.fp8.params=true with algorithm.kl_coef={config.algorithm.kl_coef}: the reference is swapped in "
-            "as whole buffers, without the scales of FP8 weights",
-            remedy="set algorithm.kl_coef=0, or params=false",
+            f"precision.fp8.params=true is not supported with algorithm.kl_coef={config.algorithm.kl_coef}: the swap "
+            "of the reference copies whole buffers, without the scales of FP8 weights",
+            remedy="set algorithm.kl_coef=0, or precision.fp8.params=false",
         )
     if config.optimizer.host_fraction > 0:
         raise UserError(
-            f"precision.fp8.params=true with optimizer.host_fraction={config.optimizer.host_fraction}: the optimizer "
-            "on the host cannot write FP8 weights",
-            remedy="leave one of them out",
+            "precision.fp8.params=true is not supported with "
+            f"optimizer.host_fraction={config.optimizer.host_fraction}: the optimizer on the host cannot write FP8 "
+            "weights",
+            remedy="remove one of the two keys",
         )
 
 
 def check_generation(recipe: str, capability: Capability, cuda: Capability | None = None) -> str:
-    """Why a GPU cannot compute with this recipe; empty: it can.
+    """Return why a GPU does not support a recipe, or an empty text if it does.
 
     Args:
-        recipe: its name.
-        capability: of the device.
-        cuda: the version that torch is built for; None: not looked at.
+        recipe: name of the recipe.
+        capability: compute capability of the device.
+        cuda: CUDA version that torch is built for. None: not checked.
     """
     needed = RECIPES[recipe]
     kinds = ", ".join(name for at, name in GENERATIONS.items() if needed.least <= at < needed.below)
     if not needed.least <= capability < needed.below:
-        does = ", ".join(name for name, r in RECIPES.items() if r.least <= capability < r.below) or "none: use bf16"
+        supported = (
+            ", ".join(name for name, r in RECIPES.items() if r.least <= capability < r.below) or "none: use bf16"
+        )
         return (
-            f"precision.fp8.recipe={recipe} runs on {kinds}, and this GPU has compute capability "
-            f"{capability[0]}.{capability[1]}; recipes that it has: {does}"
+            f"precision.fp8.recipe={recipe} is supported on {kinds}, and this GPU has compute capability "
+            f"{capability[0]}.{capability[1]}; recipes that it supports: {supported}"
         )
     if cuda is not None and cuda < needed.cuda:
         return (
@@ -132,11 +138,11 @@ def check_generation(recipe: str, capability: Capability, cuda: Capability | Non
 
 
 def check_engine_generation(capability: Capability) -> str:
-    """Why an engine cannot compute with FP8 codes on a GPU; empty: it can (engine.fp8)."""
+    """Return why a GPU does not support `engine.fp8`, or an empty text if it does."""
     if capability >= ENGINE_LEAST:
         return ""
     kinds = ", ".join(GENERATIONS.values())
     return (
-        f"engine.fp8 needs a GPU with FP8, as {kinds}, and this one has compute capability {capability[0]}."
-        f"{capability[1]}; leave engine.fp8 out"
+        f"engine.fp8 needs a GPU with FP8 ({kinds}), and this one has compute capability {capability[0]}."
+        f"{capability[1]}; remove engine.fp8"
     )

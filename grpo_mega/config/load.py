@@ -1,4 +1,7 @@
-"""From a YAML file and `section.key=value` overrides to a checked, frozen `Config`. Imports no torch: to be quick."""
+"""Loads a YAML file with `section.key=value` overrides into a checked, frozen `Config`.
+
+Imports no torch, so that a command with a wrong argument fails at once.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,10 @@ from grpo_mega.types import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; here it is a number, as everybody means it. A key given twice is an error: the
-    first value would be lost without a word."""
+    """YAML loader that reads 1e-4 as a number and rejects a key that a mapping holds twice.
+
+    YAML 1.1 reads 1e-4 as text, and PyYAML silently keeps the last of two equal keys.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -28,7 +33,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in seen:
                 at = f"line {key.start_mark.line + 1}"
-                raise yaml.constructor.ConstructorError(None, None, f"{at}: the key {key.value} is given twice")
+                raise yaml.constructor.ConstructorError(None, None, f"{at}: the key {key.value} occurs twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -41,11 +46,11 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of one run.
+    """Return the config of one run.
 
     Raises:
-        UserError: the file is missing or malformed, a key is unknown (names the nearest), a value has the wrong type
-            or breaks a rule (config/rules.py).
+        UserError: the file was not found or is malformed, a key is unknown (names the nearest), or a value has the
+            wrong type or breaks a rule (config/rules.py).
     """
     path = find_config(path)
     if not path.is_file():
@@ -54,11 +59,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         raw = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from None
+        raise UserError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds {type(raw).__name__}, expected sections such as `model:` and `train:`")
+        raise UserError(f"{path} must hold sections such as `model:` and `train:`, not {type(raw).__name__}")
     for override in overrides:
-        _apply(raw, override)
+        _apply_override(raw, override)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
@@ -69,7 +74,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Nested plain values, every default filled in: what `config.yaml` of a run holds."""
+    """Return the config as nested plain values with every default filled in, as `config.yaml` of a run holds it."""
     return config.model_dump(mode="json")
 
 
@@ -77,14 +82,18 @@ def _run_dir(path: Path) -> str:
     return f"runs/{path.stem}"
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)+", key):
-        raise UserError(f"override {override!r}: expected section.key=value, for example train.steps=20")
+        raise UserError(
+            f"override {override!r} must have the form section.key=value", remedy="for example train.steps=20"
+        )
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError:
-        raise UserError(f"{key}={text}: not a YAML value", remedy="quote text that holds : or [") from None
+        raise UserError(
+            f"{key}={text} is not valid YAML", remedy="put quotes around text that contains : or ["
+        ) from None
     *sections, last = key.split(".")
     node = raw
     for section in sections:
@@ -95,14 +104,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
-    """One pydantic error as key, got, rule."""
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # without a union's tags
+    """Return one pydantic error as `key=value: rule`."""
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # without the tags of a union
     if error["type"] == "extra_forbidden":
         near = difflib.get_close_matches(where, _known_keys(Config), 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; see grpo_mega/config/schema.py for the keys"
+        hint = f"; did you mean {near[0]}?" if near else "; docs/reference/config.md lists the keys"
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
-        return f"{where}: missing; every config sets it"
+        return f"{where}: this key is required; set it"
     return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
@@ -110,13 +119,13 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for kind in _parts(field.annotation):
+        for kind in _nested_sections(field.annotation):
             keys += _known_keys(kind, f"{prefix}{name}.")
     return keys
 
 
-def _parts(annotation: Any) -> list[type[BaseModel]]:
-    """The models inside of unions, tuples and annotations."""
+def _nested_sections(annotation: Any) -> list[type[BaseModel]]:
+    """Return the config sections inside of a union, a tuple or an `Annotated`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [kind for part in getattr(annotation, "__args__", ()) for kind in _parts(part)]
+    return [kind for part in getattr(annotation, "__args__", ()) for kind in _nested_sections(part)]

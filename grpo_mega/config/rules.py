@@ -1,6 +1,7 @@
-"""Rules between keys, checked before anything is started. Each is one small function; a broken one is a `UserError`.
+"""Rules between keys of different sections. Each is one function that raises `UserError` if the rule is broken.
 
-Rules that need the model's own config are in grpo_mega/doctor/model_rules.py.
+They are checked before any process group exists. Rules that need the model's config.json are in
+grpo_mega/doctor/model_rules.py.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from grpo_mega.types import UserError
 
 
 def check(config: Config) -> None:
-    """Raises UserError for the first broken rule."""
+    """Raise UserError for the first broken rule."""
     for rule in (
         _one_model,
         _group_size,
@@ -25,17 +26,17 @@ def check(config: Config) -> None:
         _overlap,
         _servers,
         _engine_divides,
-        _sglang,
+        _sglang_data_parallel,
         _engine_fp8,
         _sequence_parallel,
-        _row_holds_a_rollout,
+        _microbatch_capacity,
         _minibatches,
         _learning_rate,
         _evaluation,
         _rewards,
-        _shuffle,
+        _shuffled_rewards,
         _environment,
-        _base,
+        _tiny_base_tools,
     ):
         rule(config)
     check_data(config.data)
@@ -45,15 +46,22 @@ def check(config: Config) -> None:
 
 def _one_model(config: Config) -> None:
     if (config.model.path is None) == (config.model.base is None):
-        raise UserError("model: set exactly one of model.path (a Hugging Face folder) and model.base (a tiny recipe)")
+        raise UserError(
+            "model: exactly one of model.path and model.base must be set",
+            remedy="set model.path to a Hugging Face folder, or model.base to the recipe of a tiny model",
+        )
 
 
 def _group_size(config: Config) -> None:
     size = config.sampling.group_size
     if size < 1:
-        raise UserError(f"sampling.group_size={size}: a prompt needs an answer", remedy="use 1 or more")
+        raise UserError(f"sampling.group_size={size} must be at least 1", remedy="use 1 or more")
     if size < 2 and config.algorithm.advantage not in ("batch", "gae"):
-        raise UserError(f"sampling.group_size={size}: an advantage is relative to its group", remedy="use 2 or more")
+        raise UserError(
+            f"sampling.group_size={size} must be at least 2: algorithm.advantage={config.algorithm.advantage} compares "
+            "the rollouts of a group",
+            remedy="use 2 or more",
+        )
 
 
 def _layout_divides(config: Config) -> None:
@@ -63,10 +71,10 @@ def _layout_divides(config: Config) -> None:
 
 
 def require_whole_grids(world: int, *, tp: int, cp: int, pp: int, ep: int, etp: int) -> None:
-    """The ranks are whole replicas of the dense layers, and whole replicas of the experts.
+    """Check that the ranks hold whole replicas of the dense layers and of the experts.
 
     Raises:
-        UserError: with the numbers of ranks that would do.
+        UserError: names the number of ranks that the layout divides.
     """
     if world % (tp * cp * pp):
         raise UserError(
@@ -87,17 +95,21 @@ def _pipeline(config: Config) -> None:
         for key in ("num_layers_first_stage", "num_layers_last_stage", "pipeline_layout"):
             if (got := getattr(parallel, key)) is not None:
                 raise UserError(
-                    f"parallel.{key}={got} does nothing with parallel.pp=1", remedy="raise pp or leave it out"
+                    f"parallel.{key}={got} does nothing with parallel.pp=1",
+                    remedy=f"raise parallel.pp, or remove parallel.{key}",
                 )
         if parallel.vpp > 1:
             raise UserError(
-                f"parallel.vpp={parallel.vpp} needs a pipeline", remedy="raise parallel.pp=1 or leave vpp out"
+                f"parallel.vpp={parallel.vpp} does nothing with parallel.pp=1",
+                remedy="raise parallel.pp, or remove parallel.vpp",
             )
     uneven = parallel.num_layers_first_stage is not None or parallel.num_layers_last_stage is not None
     if parallel.pipeline_layout is not None and uneven:
         raise UserError(
-            f"parallel.pipeline_layout={parallel.pipeline_layout} says already how many layers each stage has",
-            remedy="leave parallel.num_layers_first_stage and parallel.num_layers_last_stage out",
+            f"parallel.pipeline_layout={parallel.pipeline_layout} is not supported with "
+            "parallel.num_layers_first_stage and parallel.num_layers_last_stage: it already sets the layers of each "
+            "stage",
+            remedy="remove the other two keys",
         )
 
 
@@ -106,20 +118,21 @@ def _recompute(config: Config) -> None:
     if parallel.recompute_modules is not None and parallel.recompute != "selective":
         raise UserError(
             f"parallel.recompute_modules does nothing with parallel.recompute={parallel.recompute}",
-            remedy="use selective, or leave the modules out",
+            remedy="set parallel.recompute=selective, or remove parallel.recompute_modules",
         )
     if parallel.recompute_modules == ():
         raise UserError(
-            "parallel.recompute_modules=[] recomputes nothing", remedy="name a module, or use recompute=none"
+            "parallel.recompute_modules=[] must name at least one module",
+            remedy="name a module, or set parallel.recompute=none",
         )
 
 
 def _overlap(config: Config) -> None:
     if config.parallel.overlap_param_gather and not config.parallel.overlap_grad_reduce:
         raise UserError(
-            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true (Megatron gathers at the "
-            "buckets that it reduced)",
-            remedy="set both or none",
+            "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true: Megatron gathers parameters "
+            "in the buckets of the gradient reduction",
+            remedy="set both to true, or both to false",
         )
 
 
@@ -129,37 +142,40 @@ def _servers(config: Config) -> None:
         if engine.urls:
             raise UserError(
                 f"engine.urls={list(engine.urls)} does nothing with engine.placement=colocated",
-                remedy="set engine.placement=server, or leave it out",
+                remedy="set engine.placement=server, or remove engine.urls",
             )
         return
     if engine.kind != "vllm":
         raise UserError(
-            f"engine.placement=server with engine.kind={engine.kind}, which runs beside the ranks only",
-            remedy="use engine.kind=vllm, or engine.placement=colocated",
+            f"engine.placement=server is not supported with engine.kind={engine.kind}",
+            remedy="set engine.kind=vllm, or engine.placement=colocated",
         )
     if engine.dp > 1:
         raise UserError(
-            f"engine.dp={engine.dp} with engine.placement=server: a server's ranks sample the same rollouts",
-            remedy="use engine.dp=1, and a server for each share of the prompts",
+            f"engine.dp={engine.dp} is not supported with engine.placement=server: all ranks of a server sample the "
+            "same rollouts",
+            remedy="set engine.dp=1, and start one server per replica",
         )
     if not engine.urls:
         raise UserError(
-            "engine.placement=server without engine.urls",
-            remedy="start launch/serve.sh with this config on other devices, and "
-            "list the addresses that it prints: engine.urls=[host:port, ...]",
+            "engine.urls=[] must list the servers with engine.placement=server",
+            remedy="start launch/serve.sh with this config on other devices, and list the addresses that it prints: "
+            "engine.urls=[host:port, ...]",
         )
     if len(set(engine.urls)) < len(engine.urls):
-        raise UserError(f"engine.urls={list(engine.urls)} names a server twice", remedy="a server is one replica")
+        raise UserError(
+            f"engine.urls={list(engine.urls)} must name each server once", remedy="remove the repeated address"
+        )
     if world is not None:
         require_equal_parts(world, len(engine.urls))
 
 
 def require_equal_parts(world: int, num_servers: int) -> None:
-    """Raises UserError: the ranks cannot be cut into as many equal parts as there are servers."""
+    """Raise UserError if the number of servers does not divide the number of ranks."""
     if world % num_servers:
         raise UserError(
-            f"engine.urls names {num_servers} servers, which do not divide the {world} rank(s) of this job: each "
-            f"serves an equal part of them",
+            f"engine.urls lists {num_servers} servers, which does not divide run.world_size={world}: each server "
+            "serves an equal part of the ranks",
             remedy=f"use a number of servers that divides {world}",
         )
 
@@ -171,20 +187,21 @@ def _engine_divides(config: Config) -> None:
     if engine.dp > 1:
         ranks, keys = engine.tp * engine.dp, f"engine.tp x engine.dp = {engine.tp} x {engine.dp}"
     if world is not None and world % ranks:
-        raise UserError(f"run.world_size={world} is not a multiple of {keys}", remedy="use one that is")
+        raise UserError(f"run.world_size={world} is not a multiple of {keys}", remedy=f"use a multiple of {ranks}")
     if engine.ep not in (1, ranks):
         raise UserError(
-            f"engine.ep={engine.ep}: experts are spread over all ranks of an engine or not at all",
-            remedy=f"use 1 or {keys}",
+            f"engine.ep={engine.ep} must be 1 or {keys}: experts are distributed over all ranks of an engine, or over "
+            "none",
+            remedy=f"use 1 or {ranks}",
         )
 
 
-def _sglang(config: Config) -> None:
+def _sglang_data_parallel(config: Config) -> None:
     if config.engine.kind == "sglang" and config.engine.dp > 1:
         raise UserError(
-            f"engine.dp={config.engine.dp} with engine.kind=sglang, whose copies of the attention would share no "
-            "experts",
-            remedy="use engine.dp=1: every engine.tp ranks are a replica",
+            f"engine.dp={config.engine.dp} is not supported with engine.kind=sglang: its attention copies would not "
+            "share the experts",
+            remedy="set engine.dp=1: every engine.tp ranks form a replica",
         )
 
 
@@ -193,32 +210,33 @@ def _engine_fp8(config: Config) -> None:
         return
     if config.engine.kind != "vllm":
         raise UserError(
-            f"engine.fp8={config.engine.fp8} with engine.kind={config.engine.kind}: which of its kernels read codes as "
-            "they are stored is not known",
-            remedy="use engine.kind=vllm, or leave engine.fp8 out",
+            f"engine.fp8={config.engine.fp8} is not supported with engine.kind={config.engine.kind}: it is not known "
+            "which of its kernels read quantized values as they are stored",
+            remedy="set engine.kind=vllm, or remove engine.fp8",
         )
     if config.precision.dtype != "bf16":
         raise UserError(
-            f"engine.fp8={config.engine.fp8} needs precision.dtype=bf16, not {config.precision.dtype}: what is not FP8 "
-            "is bf16",
-            remedy="set it",
+            f"engine.fp8={config.engine.fp8} is not supported with precision.dtype={config.precision.dtype}: tensors "
+            "that are not FP8 are bf16",
+            remedy="set precision.dtype=bf16, or remove engine.fp8",
         )
 
 
 def _sequence_parallel(config: Config) -> None:
     if config.parallel.sequence_parallel and config.parallel.tp == 1:
         raise UserError(
-            "parallel.sequence_parallel=true does nothing with parallel.tp=1", remedy="raise tp or leave it out"
+            "parallel.sequence_parallel=true does nothing with parallel.tp=1",
+            remedy="raise parallel.tp, or remove parallel.sequence_parallel",
         )
 
 
-def _row_holds_a_rollout(config: Config) -> None:
+def _microbatch_capacity(config: Config) -> None:
     parallel = config.parallel
     longest = config.longest_training_rollout
     chunks = 2 * parallel.cp * (parallel.tp if parallel.sequence_parallel else 1) if parallel.cp > 1 else 1
     padded = -(-longest // chunks) * chunks
     if config.train.max_tokens_per_microbatch < padded:
-        why = f" (to a multiple of {chunks} with parallel.cp={parallel.cp})" if chunks > 1 else ""
+        why = f", padded to a multiple of {chunks} for parallel.cp={parallel.cp}" if chunks > 1 else ""
         raise UserError(
             f"train.max_tokens_per_microbatch={config.train.max_tokens_per_microbatch} is less than "
             f"data.max_prompt_tokens + sampling.max_tokens = {longest}{why}",
@@ -229,9 +247,9 @@ def _row_holds_a_rollout(config: Config) -> None:
 def _minibatches(config: Config) -> None:
     if config.train.minibatches_per_epoch > config.data.prompts_per_step:
         raise UserError(
-            f"train.minibatches_per_epoch={config.train.minibatches_per_epoch} is more than "
-            f"data.prompts_per_step={config.data.prompts_per_step}",
-            remedy="minibatches hold whole groups",
+            f"train.minibatches_per_epoch={config.train.minibatches_per_epoch} must be at most "
+            f"data.prompts_per_step={config.data.prompts_per_step}: a minibatch holds whole groups",
+            remedy=f"use {config.data.prompts_per_step} or fewer",
         )
 
 
@@ -241,20 +259,22 @@ def _learning_rate(config: Config) -> None:
     if decay is None:
         if optimizer.min_lr > 0:
             raise UserError(
-                f"optimizer.min_lr={optimizer.min_lr} does nothing without optimizer.decay_updates", remedy="set it"
+                f"optimizer.min_lr={optimizer.min_lr} does nothing without optimizer.decay_updates",
+                remedy="set optimizer.decay_updates, or remove optimizer.min_lr",
             )
         return
     if decay <= optimizer.warmup_updates:
         raise UserError(
-            f"optimizer.decay_updates={decay} is not more than optimizer.warmup_updates={optimizer.warmup_updates}",
-            remedy="it counts from the first update",
+            f"optimizer.decay_updates={decay} must be more than optimizer.warmup_updates={optimizer.warmup_updates}: "
+            "it counts from the first update",
+            remedy=f"use {optimizer.warmup_updates + 1} or more",
         )
     updates = train.steps * train.epochs_per_rollout * train.minibatches_per_epoch
     if updates > decay and optimizer.min_lr == 0:
         raise UserError(
-            f"optimizer.decay_updates={decay}: the last {updates - decay} of {updates} updates would have a learning "
-            "rate of 0",
-            remedy="raise decay_updates, or set optimizer.min_lr",
+            f"optimizer.decay_updates={decay} gives the last {updates - decay} of {updates} updates a learning rate "
+            "of 0",
+            remedy="raise optimizer.decay_updates, or set optimizer.min_lr",
         )
 
 
@@ -265,21 +285,25 @@ def _evaluation(config: Config) -> None:
     wrong = [k for k in evaluation.report_k or () if not 1 <= k <= evaluation.k]
     if wrong:
         raise UserError(
-            f"evaluation.report_k: {wrong[0]} of evaluation.k={evaluation.k} samples",
-            remedy=f"use numbers from 1 to {evaluation.k}, or raise evaluation.k",
+            f"evaluation.report_k={list(evaluation.report_k or ())} must hold numbers from 1 to "
+            f"evaluation.k={evaluation.k}",
+            remedy=f"remove {wrong[0]}, or raise evaluation.k",
         )
 
 
 def _rewards(config: Config) -> None:
     if not config.reward.terms:
-        raise UserError("reward.terms is empty", remedy="name at least one reward, for example {name: exact}")
+        raise UserError(
+            "reward.terms=[] must hold at least one reward", remedy="add a reward, for example {name: exact}"
+        )
 
 
-def _shuffle(config: Config) -> None:
+def _shuffled_rewards(config: Config) -> None:
     if config.reward.shuffle and config.algorithm.advantage == "process":
         raise UserError(
-            "reward.shuffle=true with algorithm.advantage=process: steps belong to their rollout",
-            remedy="use another advantage",
+            "reward.shuffle=true is not supported with algorithm.advantage=process: step rewards cannot be moved to "
+            "another rollout",
+            remedy="use another algorithm.advantage",
         )
 
 
@@ -287,17 +311,18 @@ def _environment(config: Config) -> None:
     environment = config.environment
     if environment is not None and any(not text for text in environment.stop or ()):
         raise UserError(
-            "environment.stop holds an empty text, which would end every answer at once", remedy="leave it out"
+            "environment.stop must not hold an empty text: it would end every turn at once",
+            remedy="remove the empty text",
         )
 
 
-def _base(config: Config) -> None:
+def _tiny_base_tools(config: Config) -> None:
     base = config.model.base
     if base is None or not base.tool_fraction:
         return
     if base.tokenizer != "byte":
         raise UserError(
-            f"model.base.tool_fraction={base.tool_fraction} with model.base.tokenizer={base.tokenizer}, which cannot "
-            "write a call of the calculator",
-            remedy="use model.base.tokenizer=byte",
+            f"model.base.tool_fraction={base.tool_fraction} is not supported with "
+            f"model.base.tokenizer={base.tokenizer}, whose characters cannot express a call of the calculator",
+            remedy="set model.base.tokenizer=byte",
         )

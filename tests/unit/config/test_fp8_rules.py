@@ -198,10 +198,20 @@ def test_the_table_holds_the_recipes_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("recipe", "capability", "cuda", "message"),
     [
-        ("delayed", (8, 0), (13, 0), "this GPU has compute capability 8.0; recipes that it has: none: use bf16"),
-        ("blockwise", (8, 9), (13, 0), "runs on H100, H200, H20, B200, RTX 5090, .* it has: delayed, tensorwise"),
-        ("mxfp8", (9, 0), (13, 0), "runs on B200, and .* recipes that it has: delayed, tensorwise, blockwise"),
-        ("mxfp8", (12, 0), (13, 0), "runs on B200, and"),
+        ("delayed", (8, 0), (13, 0), "this GPU has compute capability 8.0; recipes that it supports: none: use bf16"),
+        (
+            "blockwise",
+            (8, 9),
+            (13, 0),
+            "supported on H100, H200, H20, B200, RTX 5090, .* supports: delayed, tensorwise",
+        ),
+        (
+            "mxfp8",
+            (9, 0),
+            (13, 0),
+            "supported on B200, and .* recipes that it supports: delayed, tensorwise, blockwise",
+        ),
+        ("mxfp8", (12, 0), (13, 0), "supported on B200, and"),
         ("blockwise", (9, 0), (12, 8), "needs CUDA 12.9 or later, and torch is built for 12.8"),
     ],
 )
@@ -226,24 +236,24 @@ class Nvml:
 def test_the_doctor_finds_a_gpu_or_a_torch_that_lacks_the_recipe() -> None:
     assert gpus.check_recipe("blockwise", "2.13.0+cu130", Nvml((9, 0))).status == "pass"
     old = gpus.check_recipe("mxfp8", "2.13.0+cu130", Nvml((9, 0)))
-    assert (old.status, old.remedy) == ("fail", "recipes that it has: delayed, tensorwise, blockwise")
+    assert (old.status, old.remedy) == ("fail", "recipes that it supports: delayed, tensorwise, blockwise")
     assert gpus.check_recipe("blockwise", "2.13.0+cu128", Nvml((9, 0))).status == "fail"
 
 
 def test_the_doctor_finds_a_gpu_on_which_no_engine_computes_with_fp8() -> None:
     assert gpus.check_engine_fp8(Nvml((8, 9))).status == "pass"
     old = gpus.check_engine_fp8(Nvml((8, 0)))
-    assert (old.status, old.remedy) == ("fail", "leave engine.fp8 out")
+    assert (old.status, old.remedy) == ("fail", "remove engine.fp8")
     assert "compute capability 8.0" in old.message
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("precision.fp8.recipe=blockwise",), r"precision\.fp8 needs precision\.dtype=bf16, not fp32"),
+        (("precision.fp8.recipe=blockwise",), r"precision\.dtype=fp32 is not supported with precision\.fp8"),
         (
             (*BLOCKWISE, "precision.fp8.recipe=delayed", "precision.fp8.last_layers_bf16=1"),
-            r"precision\.fp8\.last_layers_bf16=1 with recipe=delayed",
+            r"precision\.fp8\.last_layers_bf16=1 is not supported with precision\.fp8\.recipe=delayed",
         ),
         (
             (
@@ -252,13 +262,16 @@ def test_the_doctor_finds_a_gpu_on_which_no_engine_computes_with_fp8() -> None:
                 "parallel.recompute=selective",
                 "parallel.recompute_modules=[layernorm]",
             ),
-            "parallel.recompute_modules holds layernorm",
+            "parallel.recompute_modules must not hold layernorm",
         ),
-        ((*BLOCKWISE, "precision.fp8.amax_history=16"), r"amax_history=16 does nothing with recipe=blockwise"),
-        ((*BLOCKWISE, "precision.fp8.params=true"), r"params=true with algorithm\.kl_coef=0\.001"),
+        (
+            (*BLOCKWISE, "precision.fp8.amax_history=16"),
+            r"amax_history=16 does nothing with precision\.fp8\.recipe=blockwise",
+        ),
+        ((*BLOCKWISE, "precision.fp8.params=true"), r"params=true is not supported with algorithm\.kl_coef=0\.001"),
         (
             (*BLOCKWISE, "precision.fp8.params=true", "algorithm.kl_coef=0", "optimizer.host_fraction=0.5"),
-            r"params=true with optimizer\.host_fraction=0\.5",
+            r"params=true is not supported with optimizer\.host_fraction=0\.5",
         ),
         (("precision.fp8.recipe=nvfp4",), r"precision\.fp8\.recipe"),
     ],
@@ -297,4 +310,5 @@ def test_rows_have_the_multiple_of_tokens_that_products_in_fp8_take(
     overrides = [f"{key}={value}".lower() for key, value in parallel.items()]
     config = load_config(QUICKSTART, ["precision.dtype=bf16", f"precision.fp8.recipe={recipe}", *overrides])
     assert RowShape.of(config.parallel, config.precision).row_multiple == multiple
-    assert RowShape.of(config.parallel, SimpleNamespace(fp8=None)) == RowShape.of(config.parallel)  # type: ignore[arg-type]
+    assert RowShape.of(config.parallel, SimpleNamespace(fp8=None)) == RowShape.of(config.parallel)  # type:
+    ignore[arg - type]
