@@ -310,5 +310,4 @@ def test_rows_have_the_multiple_of_tokens_that_products_in_fp8_take(
     overrides = [f"{key}={value}".lower() for key, value in parallel.items()]
     config = load_config(QUICKSTART, ["precision.dtype=bf16", f"precision.fp8.recipe={recipe}", *overrides])
     assert RowShape.of(config.parallel, config.precision).row_multiple == multiple
-    assert RowShape.of(config.parallel, SimpleNamespace(fp8=None)) == RowShape.of(config.parallel)  # type:
-    ignore[arg - type]
+    assert RowShape.of(config.parallel, SimpleNamespace(fp8=None)) == RowShape.of(config.parallel)  # type: ignore[arg-type]
