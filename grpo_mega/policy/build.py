@@ -1,7 +1,7 @@
-"""Builds the policy's Megatron objects: process groups, the model in its data-parallel wrapper, the optimizer.
+"""Builds the Megatron objects of the policy: process groups, the model in its data-parallel wrapper, the optimizer.
 
-The only division of the loss is ours (types.Microbatch.token_weights): `calculate_per_token_loss` keeps the
-data-parallel wrapper and the schedule from dividing, `finalize_without_division` keeps Megatron's last step from it.
+Only types.Microbatch.token_weights divides the loss. `calculate_per_token_loss` keeps the data-parallel wrapper and
+the schedule from dividing, and `finalize_without_division` keeps Megatron's last step from dividing.
 Asserted by tests/parallel/test_update.py: the gradient is the same for every split of the batch.
 """
 
@@ -36,8 +36,11 @@ from grpo_mega.policy.transformer_config import DTYPES, build_models, transforme
 
 @dataclass(frozen=True)
 class MegatronParts:
-    """What one rank trains with. `models` are its model chunks in the order of the model (one but under interleaved
-    pipelining), `ddps` the same in their data-parallel wrappers."""
+    """The Megatron objects of one rank.
+
+    `models` are its model chunks in the order of the model; interleaved pipelining has several. `ddps` are the same
+    chunks in their data-parallel wrappers.
+    """
 
     config: TransformerConfig
     models: list[PolicyModel]
@@ -51,12 +54,12 @@ class MegatronParts:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """Of all model chunks."""
+        """The parameters of all model chunks."""
         return [p for model in self.models for p in model.parameters()]
 
 
 def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
-    """Megatron's process groups for the layout of `ranks`; they are Megatron's own globals."""
+    """Create Megatron's process groups, which are its own globals, for the layout of `ranks`."""
     cpu.install()
     fixes.install()
     if parallel_state.model_parallel_is_initialized():
@@ -82,7 +85,10 @@ def build_policy(
     ranks: Ranks,
     model: type[PolicyModel] = PolicyModel,
 ) -> MegatronParts:
-    """The model with weights yet to be loaded (policy/weight_source.py), its wrapper and its distributed optimizer."""
+    """Build the model, its data-parallel wrapper and its distributed optimizer.
+
+    The weights must be loaded afterwards (policy/weight_source.py).
+    """
     passed = split_arguments(parallel.megatron)
     config = transformer_config(spec, parallel, precision)
     models = build_models(spec, config, parallel, ranks, model)
@@ -101,7 +107,9 @@ def build_policy(
         ddps,
         use_gloo_process_groups=False,
     )
-    for group in adam.param_groups:  # norms and biases have wd_mult 0, which only Megatron's own scheduler would apply
+    for group in (
+        adam.param_groups
+    ):  # only Megatron's scheduler, which is not used here, applies wd_mult (0 for norms and biases)
         group["weight_decay"] = optimizer.weight_decay * group["wd_mult"]
     config.finalize_model_grads_func = finalize_without_division
     if parallel.overlap_grad_reduce:
@@ -136,13 +144,15 @@ def optimizer_fields(optimizer: OptimizerConfig, precision: PrecisionConfig) -> 
         "bf16": dtype == torch.bfloat16,
         "use_distributed_optimizer": True,
         **fp8.optimizer_fields(precision),
-        **_on_host(optimizer),
+        **_host_optimizer_fields(optimizer),
     }
 
 
-def _on_host(optimizer: OptimizerConfig) -> dict[str, Any]:
-    """Settings that keep a share of master weights and moments on the host and update them there. The hybrid optimizer
-    holds no second master weight on the device only with the precision-aware one."""
+def _host_optimizer_fields(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """Return the fields that keep a fraction of the master weights and moments on the host and update them there.
+
+    Only with the precision-aware optimizer does the hybrid optimizer hold no second master weight on the device.
+    """
     if optimizer.host_fraction == 0:
         return {}
     return {
@@ -154,6 +164,6 @@ def _on_host(optimizer: OptimizerConfig) -> dict[str, Any]:
 
 
 def finalize_without_division(model: list[Any], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Megatron's reductions of gradients over ranks, without its division by the number of tokens."""
+    """Run Megatron's reductions of gradients over ranks without its division by the number of tokens."""
     del num_tokens
     finalize_model_grads(model, None, **kwargs)

@@ -1,6 +1,7 @@
-"""The critic on this rank: values of rows, its updates, its state. The policy's layout, an optimizer of its own.
+"""The critic on this rank: values of rows, updates and state.
 
-Its weights start as those of the policy's base with a head of zeros (value_model.py). Asserted by
+It has the layout of the policy and its own optimizer. Its weights start as those of the base model with a zero head
+(modules/value_head.py). Asserted by
 tests/parallel/test_critic.py: values and the gradient of every tensor equal autograd in float64 in every layout.
 """
 
@@ -23,7 +24,7 @@ from grpo_mega.types import Microbatch, UpdateStats
 
 
 class MegatronCritic(MegatronLearner):
-    """Built collectively, after the policy: it uses the policy's process groups."""
+    """Megatron critic. Construction is collective and comes after the policy, whose process groups it uses."""
 
     def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks) -> None:
         super().__init__(config, spec, ranks, config.optimizer, ValueModel)
@@ -33,11 +34,11 @@ class MegatronCritic(MegatronLearner):
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
 
     def values(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
-        """[T] per microbatch, without gradient, on every rank of the last stage; None elsewhere."""
-        return self._inferred(microbatches, self._whole)
+        """Return values [T] per microbatch without gradient on every rank of the last stage, None on other ranks."""
+        return self._run_inference(microbatches, self._whole_row_values)
 
     def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
-        """One optimizer step.
+        """Run one optimizer step.
 
         Raises:
             RuntimeError: loss or gradient is not finite (names rank and microbatch); the weights are unchanged.
@@ -45,19 +46,19 @@ class MegatronCritic(MegatronLearner):
         return self._step(self.backward(microbatches, loss), learning_rate)
 
     def backward(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss) -> UpdateStats:
-        """The gradient of an update and what the update reports, without its step (and with learning rate 0).
+        """Compute the gradient and statistics of an update without the optimizer step. The learning rate in them is 0.
 
         Raises:
             RuntimeError: as `update`.
         """
 
         def token_losses(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-            values = self._whole(output, microbatch)
+            values = self._whole_row_values(output, microbatch)
             token_loss, metrics = loss(values, microbatch)
             return token_loss, metrics, values.detach()
 
         return self._gradient(microbatches, token_losses, "critic's ")[0]
 
-    def _whole(self, output: Tensor, microbatch: Microbatch) -> Tensor:
-        """The values of this rank's tokens -> of the whole row [T]."""
+    def _whole_row_values(self, output: Tensor, microbatch: Microbatch) -> Tensor:
+        """Gather the values of a row [T] from those of the tokens of each context-parallel rank."""
         return output if self.ranks.topology.cp == 1 else whole_row(output, microbatch.cu_seqlens, self.cp_group)

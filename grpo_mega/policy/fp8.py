@@ -1,7 +1,6 @@
-"""FP8 as Megatron and Transformer Engine are told of it, and weights that are held in FP8.
+"""FP8 fields of Megatron's configs, and conversion of weights that are stored in FP8.
 
-Never run on a GPU so far: unproven. What does not need one (the fields, the two ways between values and codes) is
-asserted by tests/unit/policy/test_fp8.py.
+Not yet verified on a GPU. The parts that need none are asserted by tests/unit/policy/test_fp8.py.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _DEFAULT_HISTORY = 1024  # steps, Transformer Engine's own default for the delay
 
 
 def transformer_fields(precision: PrecisionConfig, *, has_experts: bool) -> dict[str, Any]:
-    """Of Megatron's TransformerConfig."""
+    """Return the FP8 fields of Megatron's TransformerConfig."""
     fp8 = precision.fp8
     if fp8 is None:
         return {}
@@ -45,25 +44,27 @@ def transformer_fields(precision: PrecisionConfig, *, has_experts: bool) -> dict
             "num_layers_at_start_in_bf16": fp8.first_layers_bf16,
             "num_layers_at_end_in_bf16": fp8.last_layers_bf16,
         }
-    if has_experts:  # an expert gets as many tokens as chance sends it; products of FP8 need multiples
+    if has_experts:  # FP8 matrix products need a multiple of tokens, and the number of tokens of an expert varies
         fields["moe_router_padding_for_quantization"] = True
     return fields
 
 
 def ddp_fields(precision: PrecisionConfig) -> dict[str, Any]:
-    """Of Megatron's DistributedDataParallelConfig: weights in FP8 are gathered in FP8."""
+    """Return the FP8 fields of Megatron's DistributedDataParallelConfig: FP8 weights are gathered in FP8."""
     return {"fp8_param_gather": True} if precision.fp8 is not None and precision.fp8.params else {}
 
 
 def optimizer_fields(precision: PrecisionConfig) -> dict[str, Any]:
-    """Of Megatron's OptimizerConfig; master weights and moments stay fp32."""
+    """Return the FP8 fields of Megatron's OptimizerConfig. Master weights and moments stay fp32."""
     fp8 = precision.fp8
     return {"fp8_recipe": fp8.recipe} if fp8 is not None and fp8.params else {}
 
 
 def forget_copies(model: Iterable[torch.nn.Module]) -> None:
-    """Frees the FP8 copies of bf16 weights that Transformer Engine's layers keep between microbatches; the next pass
-    makes them anew (module/base.py of 2.x: `get_weight_workspace`)."""
+    """Free the FP8 copies of bf16 weights that Transformer Engine's layers keep between microbatches.
+
+    The next pass creates them again (module/base.py of 2.x: `get_weight_workspace`).
+    """
     for chunk in model:
         for module in chunk.modules():
             copies = getattr(module, "_fp8_workspaces", None)
@@ -72,7 +73,7 @@ def forget_copies(model: Iterable[torch.nn.Module]) -> None:
 
 
 def values_of(parameter: Tensor) -> Tensor:
-    """The numbers of a parameter: itself, or what its FP8 codes and scales say, computed anew."""
+    """Return the values of a parameter: the parameter itself, or its dequantized FP8 values in a new tensor."""
     if fp8_utils.is_float8tensor(parameter):
         values: Tensor = fp8_utils.dequantize_fp8_tensor(parameter)
         return values.detach()
@@ -80,7 +81,7 @@ def values_of(parameter: Tensor) -> Tensor:
 
 
 def room_for(parameter: Tensor) -> Tensor:
-    """Zeros to be filled with values: the parameter itself, or, for one in FP8, a tensor for `put`."""
+    """Return zeros to fill with values: the parameter itself, or a bf16 tensor for `put` if it is stored in FP8."""
     if fp8_utils.is_float8tensor(parameter):
         return torch.zeros(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
     parameter.zero_()
@@ -88,6 +89,6 @@ def room_for(parameter: Tensor) -> Tensor:
 
 
 def put(values: Tensor, parameter: Tensor) -> None:
-    """What `room_for` gave becomes the parameter's value; an FP8 parameter rounds it and finds its scales."""
+    """Set the parameter to the values in the tensor of `room_for`. An FP8 parameter quantizes them."""
     if values is not parameter:
         parameter.copy_(values)

@@ -1,8 +1,8 @@
-"""A Megatron model that is trained: its schedules, updates, memory and state. What its last stage computes of a row is
-the business of policy.py (log-probs) and critic.py (values).
+"""Base class of the trained Megatron models: pipeline schedule, updates, memory and state.
 
-The loss of an update is the sum over all tokens of all microbatches on all ranks of token_loss * token_weights
-(types.Microbatch): nothing else divides it. Rows are cut over context-parallel ranks on their way into the model.
+Subclasses define the output of the last stage: log-probabilities (policy.py) or values (critic.py). The loss of an
+update is the sum of token_loss * token_weights (types.Microbatch) over all tokens of all microbatches on all ranks;
+nothing else divides it. Rows are split over context-parallel ranks before they enter the model.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from megatron.core import parallel_state  # isort: skip - after policy.build, wh
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 LastStage = Callable[[Tensor, Microbatch], tuple[Tensor, Tensor, Tensor]]
-"""(output, microbatch) -> (loss, an int tensor, what to return)."""
+"""(output, microbatch) -> (loss, an integer tensor that Megatron expects, the value to return)."""
 TokenLosses = Callable[[Tensor, Microbatch], tuple[Tensor, dict[str, Tensor], Tensor]]
-"""(output, microbatch) -> (loss per token [T], its metrics [T], what to return)."""
+"""(output, microbatch) -> (loss per token [T], metrics per token [T], the value to return)."""
 
 
 class MegatronLearner:
-    """Built collectively, after Megatron's groups: every rank constructs it with the same arguments."""
+    """A trained Megatron model. Construction is collective and needs Megatron's process groups."""
 
     weights: MegatronWeights
 
     def __init__(
         self, config: Config, spec: ModelSpec, ranks: Ranks, optimizer: OptimizerConfig, model: type[PolicyModel]
     ) -> None:
-        """The weights are yet to be loaded."""
+        """Build the model and its optimizer. The weights must be loaded afterwards."""
         self.spec, self.ranks = spec, ranks
-        self._cuts_sequences = config.parallel.sequence_parallel
-        self._gathers_later, self._gather_pending = config.parallel.overlap_param_gather, False
+        self._sequence_parallel = config.parallel.sequence_parallel
+        self._overlaps_gather, self._gather_pending = config.parallel.overlap_param_gather, False
         self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, optimizer, ranks, model)
         self.dp_group = parallel_state.get_data_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
@@ -61,13 +61,16 @@ class MegatronLearner:
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
 
     def full_gradients(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """After `backward`: the gradient of every HF tensor, float32, whole, in checkpoint order, on every rank."""
+        """Yield (name, whole float32 gradient) of every HF tensor in checkpoint order on every rank.
+
+        Call it after `backward`.
+        """
         for buffer in self.parts.buffers:
             gather_gradients(buffer)
         return self.weights.mirrored(gradient_of).full_tensors(bucket_bytes)
 
     def offload(self, *parts: Part) -> None:
-        """Free the device memory of these parts; without CUDA there is one memory and nothing to free."""
+        """Move these parts to host memory. Without CUDA there is only one memory, and this does nothing."""
         if self.ranks.device.type == "cuda":
             self._settle()
             if "params" in parts:
@@ -75,31 +78,34 @@ class MegatronLearner:
             self._memory.offload(*parts)
 
     def reload(self, *parts: Part) -> None:
-        """Bring them back."""
+        """Move these parts back to the device."""
         if self.ranks.device.type == "cuda":
             self._memory.reload(*parts)
 
     def state_bytes(self) -> dict[str, int]:
-        """What this rank trains with: bytes of `params`, `grads` and `optimizer` (master weights, moments)."""
+        """Return the bytes of `params`, `grads` and `optimizer` (master weights, moments) on this rank."""
         return self._memory.num_bytes()
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder."""
+        """Save weights, optimizer state and `extra` into an existing, empty folder. Collective."""
         self._settle()
         save_state(self.parts, folder, extra)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`."""
+        """Load what `save` wrote, in any layout, and return `extra`. Collective."""
         self._settle()
         return load_state(self.parts, folder)
 
-    def _inferred(
-        self, microbatches: Sequence[Microbatch], of: Callable[[Tensor, Microbatch], Tensor]
+    def _run_inference(
+        self, microbatches: Sequence[Microbatch], compute: Callable[[Tensor, Microbatch], Tensor]
     ) -> list[Tensor] | None:
-        """`of(output, microbatch)` of each, without gradient, on every rank of the last stage; None elsewhere."""
+        """Return `compute(output, microbatch)` of each microbatch without gradient.
+
+        The values are on every rank of the last pipeline stage; other ranks return None.
+        """
 
         def keep(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
-            values = of(output, microbatch)
+            values = compute(output, microbatch)
             return values.new_zeros(()), _NO_TOKENS, values
 
         with torch.no_grad():
@@ -107,15 +113,16 @@ class MegatronLearner:
         return outputs if self.ranks.is_last_stage else None
 
     def _gradient(
-        self, microbatches: Sequence[Microbatch], token_losses: TokenLosses, whose: str = ""
+        self, microbatches: Sequence[Microbatch], token_losses: TokenLosses, owner: str = ""
     ) -> tuple[UpdateStats, list[Tensor] | None]:
-        """The gradient of an update and what the update reports (with learning rate 0), and what `token_losses`
-        returns last. `whose` loss it is, for messages.
+        """Compute the gradient and the statistics of an update, whose learning rate is still 0.
+
+        Also returns the last values of `token_losses`. `owner` names the model in messages, such as "critic's ".
 
         Raises:
             RuntimeError: loss or gradient is not finite (names rank and microbatch).
         """
-        report = UpdateReport(self.ranks, whose)
+        report = UpdateReport(self.ranks, owner)
 
         def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
             token_loss, metrics, kept = token_losses(output, microbatch)
@@ -135,38 +142,38 @@ class MegatronLearner:
         grad_norm = float(self.parts.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
             raise RuntimeError(
-                f"the {whose}gradient norm is {grad_norm} although every loss is finite; no update was made"
+                f"the {owner}gradient norm is {grad_norm} although every loss is finite; no update was made"
             )
         return UpdateStats(grad_norm, 0.0, sums, maxima), outputs if self.ranks.is_last_stage else None
 
     def _step(self, stats: UpdateStats, learning_rate: float) -> UpdateStats:
-        """The optimizer step after `_gradient`."""
+        """Run the optimizer step after `_gradient`."""
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
         self.parts.optimizer.step()
-        self._gather_pending = self._gathers_later
+        self._gather_pending = self._overlaps_gather
         return replace(stats, learning_rate=learning_rate)
 
     def _settle(self) -> None:
-        """Collective: finish what the last update left to the next forward pass, so that parameters can be read."""
+        """Finish a parameter gather that overlaps with the next forward pass, so that parameters can be read."""
         if self._gather_pending:
             for ddp in self.parts.ddps:
                 ddp.start_param_sync(force_sync=True)
             self._gather_pending = False
 
-    def _share(self, values: Tensor, microbatch: Microbatch) -> Tensor:
-        """[T] -> those of the tokens that this context-parallel rank computes."""
+    def _context_parallel_part(self, values: Tensor, microbatch: Microbatch) -> Tensor:
+        """Return the values of the tokens of this context-parallel rank, from those of a whole row [T]."""
         cp = self.ranks.topology.cp
         if cp == 1:
             return values
         return values[rank_index(microbatch.cu_seqlens, cp, self.ranks.at.cp_rank).to(values.device)]
 
     def _expert_choices(self, microbatch: Microbatch) -> Tensor | None:
-        """[T, L, K] -> those of the tokens whose experts this rank chooses."""
+        """Return the expert choices of the tokens that this rank routes, from those of a whole row [T, L, K]."""
         if microbatch.expert_choices is None:
             return None
-        choices = self._share(microbatch.expert_choices, microbatch)
-        return choices.chunk(self.ranks.topology.tp)[self.ranks.at.tp_rank] if self._cuts_sequences else choices
+        choices = self._context_parallel_part(microbatch.expert_choices, microbatch)
+        return choices.chunk(self.ranks.topology.tp)[self.ranks.at.tp_rank] if self._sequence_parallel else choices
 
     def _run_schedule(
         self,
@@ -175,13 +182,13 @@ class MegatronLearner:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Megatron's pipeline schedule."""
+        """Run Megatron's pipeline schedule."""
 
         def forward(iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
             microbatch = next(iterator)
             output = model(
-                self._share(microbatch.token_ids, microbatch)[None],
-                self._share(microbatch.position_ids, microbatch)[None],
+                self._context_parallel_part(microbatch.token_ids, microbatch)[None],
+                self._context_parallel_part(microbatch.position_ids, microbatch)[None],
                 None,
                 packed_seq_params=_row_params(microbatch, self._expert_choices(microbatch)),
             )
@@ -203,7 +210,7 @@ class MegatronLearner:
         return outputs
 
 
-_NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron counts tokens to divide by them; we do not
+_NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron would divide by this number of tokens; this program does not
 
 
 def _row_params(microbatch: Microbatch, expert_choices: Tensor | None) -> RowParams:

@@ -1,7 +1,7 @@
-"""Moves a group of tensors between the device and the host by their storages, so that every view of them stays valid.
+"""Moves tensors between device and host memory by their storages, so that every view of them stays valid.
 
 Tensors are addressed by storage: parameters and the distributed optimizer's shards are views into a few flat buffers.
-Asserted by tests/unit/policy/test_offload.py on host tensors; what it frees on a device is in tests/gpu.
+Asserted by tests/unit/policy/test_offload.py on host tensors; tests/gpu checks the freed device memory.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ Part = Literal["params", "grads", "optimizer"]
 
 
 class Movable:
-    """The distinct storages of some tensors. `keep=False`: their content is not needed again (gradients)."""
+    """The distinct storages of some tensors. With `keep=False` their content is discarded (gradients)."""
 
     def __init__(self, tensors: Iterable[Tensor], *, keep: bool = True) -> None:
         self._storages = list({t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values())
         self._sizes = [s.nbytes() for s in self._storages]
         self._keep = keep
         self._host: list[Tensor] | None = None
-        self._away = False
+        self._is_offloaded = False
 
     @property
     def num_bytes(self) -> int:
-        """Held on the device when it is there."""
+        """Bytes on the device when the storages are not offloaded."""
         return sum(self._sizes)
 
     def offload(self) -> None:
-        """Free the device memory; does nothing when it is freed already."""
-        if self._away:
+        """Copy the content to the host if it is kept, and free the device memory. Does nothing the second time."""
+        if self._is_offloaded:
             return
         if self._keep:
             if self._host is None:
@@ -42,11 +42,11 @@ class Movable:
                 host.copy_(_as_bytes(storage))
         for storage in self._storages:
             storage.resize_(0)
-        self._away = True
+        self._is_offloaded = True
 
     def reload(self) -> None:
-        """Take the device memory again and, where content was kept, bring it back."""
-        if not self._away:
+        """Allocate the device memory again and restore the content, or fill with zeros if it was not kept."""
+        if not self._is_offloaded:
             return
         for i, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
             storage.resize_(size)
@@ -54,14 +54,14 @@ class Movable:
                 _as_bytes(storage).copy_(self._host[i])
             else:
                 _as_bytes(storage).zero_()
-        self._away = False
+        self._is_offloaded = False
 
 
 class PolicyMemory:
-    """Parameters, gradients and optimizer state of one policy, each moved as a whole."""
+    """Parameters, gradients and optimizer state of one model, each moved as a whole."""
 
     def __init__(self, buffers: Sequence[Any], optimizer: Any) -> None:
-        """`buffers`: Megatron's flat ones. Made while everything is on the device."""
+        """Register Megatron's flat `buffers` and the optimizer, while everything is on the device."""
         self._optimizer = optimizer
         params = [b.param_data for b in buffers]
         shared = {t.untyped_storage().data_ptr() for t in params}  # fp32 master weights are views of the parameters
@@ -75,34 +75,34 @@ class PolicyMemory:
         self._device = params[0].device
 
     def num_bytes(self) -> dict[str, int]:
-        """Of each part when it is on the device; the moments appear with the first update."""
+        """Return the bytes of each part on the device. The moments exist after the first update."""
         found: dict[str, int] = {part: sum(m.num_bytes for m in movables) for part, movables in self._parts.items()}
         if not self._has_moments:
-            found["optimizer"] += Movable(self._moments_here()).num_bytes
+            found["optimizer"] += Movable(self._device_moments()).num_bytes
         return found
 
     def offload(self, *parts: Part) -> None:
-        """Free these parts on the device."""
-        if "optimizer" in parts and not self._has_moments and (moments := self._moments_here()):
-            self._parts["optimizer"].append(Movable(moments))  # they appear with the first update
+        """Move these parts to the host and free their device memory."""
+        if "optimizer" in parts and not self._has_moments and (moments := self._device_moments()):
+            self._parts["optimizer"].append(Movable(moments))  # moments exist after the first update
             self._has_moments = True
         for part in parts:
             for movable in self._parts[part]:
                 movable.offload()
 
     def reload(self, *parts: Part) -> None:
-        """Bring these parts back."""
+        """Move these parts back to the device."""
         for part in parts:
             for movable in self._parts[part]:
                 movable.reload()
 
-    def _moments_here(self) -> list[Tensor]:
-        """Without those that live on the host and are updated there (`optimizer.host_fraction`)."""
+    def _device_moments(self) -> list[Tensor]:
+        """Return the moments on the device, without those that are updated on the host (`optimizer.host_fraction`)."""
         return [moment for moment in _moments(self._optimizer) if moment.device == self._device]
 
 
 def optimizer_tensors(optimizer: Any) -> list[Tensor]:
-    """Master weights and, after the first update, moments."""
+    """Return the master weights and, after the first update, the moments."""
     return [*_masters(optimizer), *_moments(optimizer)]
 
 

@@ -1,7 +1,7 @@
-"""The policy on this rank: log-probs, updates, the reference, and its weights as a source of syncs.
+"""The policy on this rank: log-probabilities, updates, the reference, and the source of weight syncs.
 
-Never decides what is sampled or how it is scored. Rows are cut over context-parallel ranks on their way into the model
-(learner.py), and log-probs are whole again before the loss: a loss sees whole rollouts in every layout.
+It never decides which rollouts are sampled or how they are scored. learner.py splits rows over context-parallel ranks;
+log-probabilities are gathered before the loss, so a loss sees whole rollouts in every layout.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from grpo_mega.types import Microbatch, UpdateStats
 
 
 class MegatronPolicy(MegatronLearner):
-    """Built collectively: every rank constructs it with the same arguments."""
+    """Megatron policy. Construction is collective: every rank passes the same arguments."""
 
     def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, *, with_reference: bool) -> None:
-        """Loads the weights of `folder`; they also become the reference, when one is asked for."""
+        """Load the weights of `folder`. With `with_reference` they also become the reference."""
         init_groups(ranks, config.guard.timeout_seconds)
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
         replay_routing(self.parts.models, config.parallel.recompute_modules or ())
@@ -43,41 +43,43 @@ class MegatronPolicy(MegatronLearner):
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
         self._reference = Reference(self.parts.buffers) if with_reference else None
-        self._reference_moves = config.algorithm.ref_update_every > 0
+        self._reference_is_updated = config.algorithm.ref_update_every > 0
 
     @property
     def source(self) -> MegatronWeights:
-        """The end of a weight sync."""
+        """The policy side of a weight sync."""
         return self.weights
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Every HF tensor, whole, in checkpoint order, on every rank; at most one bucket is alive."""
+        """Yield (name, whole tensor) in checkpoint order on every rank. At most one bucket is in memory."""
         return self.weights.full_tensors(bucket_bytes)
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, `log_probs` are the reference's."""
+        """Return a context in which `log_probs` returns the log-probabilities of the reference."""
         assert self._reference is not None, "no reference was built: the loss does not need one"
         self._settle()
         return self._reference.active()
 
     def log_probs(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
-        """[T] per microbatch, without gradient, on every rank of the last stage; None elsewhere."""
-        return self._inferred(microbatches, lambda hidden, microbatch: self._head(hidden, microbatch)[0])
+        """Return [T] per microbatch without gradient on every rank of the last pipeline stage, None on other ranks."""
+        return self._run_inference(microbatches, lambda hidden, microbatch: self._head(hidden, microbatch)[0])
 
     def logits(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
-        """[T, V] float32 per microbatch, whole, on every rank of the last stage; None elsewhere. For comparisons: a row
-        of a large model's logits does not fit a device."""
+        """Return [T, V] float32 per microbatch on every rank of the last pipeline stage, None on other ranks.
 
-        def of(hidden: Tensor, microbatch: Microbatch) -> Tensor:
+        For comparisons of small models only: a row of logits of a large model does not fit on a device.
+        """
+
+        def whole_logits(hidden: Tensor, microbatch: Microbatch) -> Tensor:
             values: Tensor = self.parts.models[-1].head_logits(hidden, vocab_size=self.spec.vocab_size)
             return values if self.ranks.topology.cp == 1 else whole_row(values, microbatch.cu_seqlens, self.cp_group)
 
-        return self._inferred(microbatches, of)
+        return self._run_inference(microbatches, whole_logits)
 
     def update(
         self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
     ) -> tuple[UpdateStats, list[Tensor] | None]:
-        """One optimizer step; also returns the log-probs of before it, as `log_probs` would.
+        """Run one optimizer step; also return the log-probabilities before the step, as `log_probs` does.
 
         Raises:
             RuntimeError: loss or gradient is not finite (names rank and microbatch); the weights are unchanged.
@@ -86,7 +88,7 @@ class MegatronPolicy(MegatronLearner):
         return self._step(stats, learning_rate), outputs
 
     def backward(self, microbatches: Sequence[Microbatch], loss: TokenLoss) -> tuple[UpdateStats, list[Tensor] | None]:
-        """The gradient of an update and what the update reports, without its step (and with learning rate 0).
+        """Compute the gradient and statistics of an update without the optimizer step. The learning rate in them is 0.
 
         Raises:
             RuntimeError: as `update`.
@@ -100,31 +102,33 @@ class MegatronPolicy(MegatronLearner):
         return self._gradient(microbatches, token_losses)
 
     def update_reference(self) -> None:
-        """Collective: the present weights become the reference."""
+        """Make the current weights the reference. Collective."""
         assert self._reference is not None, "no reference was built: the loss does not need one"
         self._settle()
         self._reference.update()
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: weights, optimizer state and `extra` into an existing, empty folder; and the reference, where it
-        moves."""
+        """Save weights, optimizer state and `extra` into an existing, empty folder. Collective.
+
+        The reference is saved as well if `algorithm.ref_update_every` is set.
+        """
         super().save(folder, extra)
-        if self._reference_moves:
+        if self._reference_is_updated:
             with self.reference():
                 save_weights(self.parts, folder / _REFERENCE, is_first=self.ranks.is_first)
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: the reverse, at any layout; returns `extra`. A reference that is frozen stays what it was."""
-        if self._reference_moves:
+        """Load what `save` wrote, in any layout, and return `extra`. Collective. A frozen reference is unchanged."""
+        if self._reference_is_updated:
             self._settle()
             load_weights(self.parts, folder / _REFERENCE)
             self.update_reference()
         return super().load(folder)
 
     def _head(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropies of the whole row [T], on every rank of the last stage."""
+        """Return log-probabilities and entropies [T] of the whole row on every rank of the last pipeline stage."""
         found = self.parts.models[-1].head_log_probs(
-            hidden, self._share(microbatch.labels, microbatch), temperature=self.temperature,
+            hidden, self._context_parallel_part(microbatch.labels, microbatch), temperature=self.temperature,
             vocab_size=self.spec.vocab_size,
         )  # fmt: skip
         if self.ranks.topology.cp == 1:

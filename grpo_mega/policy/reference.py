@@ -1,7 +1,7 @@
 """The reference: a second set of weights for the same modules.
 
-A swap copies whole parameter buffers and never rebinds `param.data`, which the distributed optimizer's views and
-pending gathers look at. Each data-parallel rank keeps 1/dp of every buffer on the host, in the policy's dtype; a swap
+A swap copies whole parameter buffers and never rebinds `param.data`, because the distributed optimizer and pending
+gathers hold views of it. Each data-parallel rank keeps 1/dp of every buffer on the host, in the policy's dtype; a swap
 gathers the parts. Asserted by tests/parallel/test_update.py: before and after, digest and every `data_ptr` are equal,
 and in fp32 the KL before the first update is exactly 0.
 """
@@ -18,33 +18,33 @@ from torch import Tensor
 
 
 class Reference:
-    """A snapshot of the weights that Megatron's flat buffers hold now."""
+    """A snapshot of the weights in Megatron's flat buffers."""
 
     def __init__(self, buffers: Sequence[Any]) -> None:
-        # the ranks that hold the same experts are others than those that hold the same dense layers
+        # the replicas of an expert are not on the same ranks as the replicas of a dense layer
         self._buffers: list[tuple[Tensor, dist.ProcessGroup]] = [(b.param_data, b.data_parallel_group) for b in buffers]
-        self._reference = self._own_parts()
+        self._reference = self._copy_own_shards()
 
     @property
     def host_bytes(self) -> int:
-        """Held by this rank between swaps."""
+        """Bytes of host memory on this rank between swaps."""
         return sum(part.nbytes for part in self._reference)
 
     def update(self) -> None:
-        """The weights that the buffers hold now take the place of the snapshot."""
-        self._reference = self._own_parts()
+        """Replace the snapshot with the current weights of the buffers."""
+        self._reference = self._copy_own_shards()
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the parameters hold the reference's values; afterwards, bit for bit what they held before."""
-        policy = self._own_parts()
+        """Set the parameters to the reference inside the block, and restore them bit for bit afterwards."""
+        policy = self._copy_own_shards()
         self._fill(self._reference)
         try:
             yield
         finally:
             self._fill(policy)
 
-    def _own_parts(self) -> list[Tensor]:
+    def _copy_own_shards(self) -> list[Tensor]:
         return [b.detach().view(g.size(), -1)[g.rank()].to("cpu", copy=True) for b, g in self._buffers]
 
     def _fill(self, parts: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The policy's state in Megatron's distributed checkpoint format, loadable at any layout."""
+"""Saves and loads weights and optimizer state in Megatron's distributed checkpoint format, for any layout."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isor
     FullyParallelSaveStrategyWrapper,
 )
 
-# what `OptimizerConfig.load` overwrites and what belongs to the command, not to the checkpoint
+# keys that loading an optimizer state overwrites, but that come from the config and not from the checkpoint
 _FROM_CONFIG = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
 def save_weights(parts: MegatronParts, folder: Path, *, is_first: bool) -> None:
-    """Collective: the parameters alone, into a folder that is made by the first rank."""
+    """Save only the parameters, into a folder that the first rank creates. Collective."""
     cpu.install()
     if is_first:
         folder.mkdir()
@@ -35,7 +35,7 @@ def save_weights(parts: MegatronParts, folder: Path, *, is_first: bool) -> None:
 
 
 def load_weights(parts: MegatronParts, folder: Path) -> None:
-    """Collective: the reverse, at any layout. The optimizer keeps what it has."""
+    """Load the parameters that `save_weights` saved, in any layout; the optimizer is unchanged. Collective."""
     cpu.install()
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
     state = dist_checkpointing.load({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
@@ -43,7 +43,7 @@ def load_weights(parts: MegatronParts, folder: Path) -> None:
 
 
 def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any]) -> None:
-    """Collective; `extra` are plain values, equal on every rank."""
+    """Save weights, optimizer state and `extra`, plain values that are equal on every rank. Collective."""
     cpu.install()
     state = _sharded_state(parts, is_loading=False) | {"extra": extra}
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
@@ -51,7 +51,7 @@ def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any]) -> Non
 
 
 def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
-    """Collective; returns `extra`."""
+    """Load what `save_state` saved, in any layout, and return `extra`. Collective."""
     cpu.install()
     groups = [{k: g[k] for k in _FROM_CONFIG if k in g} for g in parts.optimizer.param_groups]
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
@@ -66,11 +66,11 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
 
 
 def _sharded_weights(parts: MegatronParts) -> dict[int, Any]:
-    """One entry for each model chunk."""
+    """Return the sharded tensors of each model chunk."""
     model = {}
     for chunk, module in enumerate(parts.models):
         tensors = module.sharded_state_dict(metadata=_metadata())
-        # modules' extra state (Transformer Engine's) is pickled; nothing that we need is in it
+        # the extra state of Transformer Engine's modules is pickled and not needed
         model[chunk] = {name: value for name, value in tensors.items() if not name.endswith("_extra_state")}
     return model
 
@@ -82,7 +82,7 @@ def _fill_models(parts: MegatronParts, states: dict[int, Any]) -> None:
 
 def _sharded_state(parts: MegatronParts, *, is_loading: bool) -> dict[str, Any]:
     model = _sharded_weights(parts)
-    with fixes.lent_steps(parts.optimizer):
+    with fixes.placeholder_steps(parts.optimizer):
         optimizer = parts.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
     return {"model": model, "optimizer": optimizer}
 

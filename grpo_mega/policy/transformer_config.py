@@ -1,7 +1,7 @@
-"""Megatron's description of a model, and the module built from it.
+"""Megatron's config of a model, and the modules that are built from it.
 
-Some of Megatron's settings only make sense while the model is built and do harm afterwards; `build_models` ends with
-them switched off (fixes.keep_after_build). Asserted by tests/parallel/test_families.py.
+Some settings are only correct while the model is built; `build_models` switches them off at its end
+(fixes.keep_after_build). Asserted by tests/parallel/test_families.py.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "add_qkv_bias": spec.qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        **_split(parallel),
+        **_layout_fields(parallel),
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
@@ -92,7 +92,7 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        # the fused kernel for packed rows knows no factor of cosine and sine (rope_utils.py:278)
+        # the fused kernel for packed rows does not scale cosine and sine (rope_utils.py:278)
         "apply_rope_fusion": cuda and not (yarn and spec.mla is None),
         "persist_layer_norm": cuda,
         "calculate_per_token_loss": True,
@@ -108,8 +108,8 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
     return settings
 
 
-def _split(parallel: ParallelConfig) -> dict[str, Any]:
-    """Over which ranks what is cut."""
+def _layout_fields(parallel: ParallelConfig) -> dict[str, Any]:
+    """Return the fields of the parallel layout."""
     return {
         "tensor_model_parallel_size": parallel.tp,
         "pipeline_model_parallel_size": parallel.pp,
@@ -125,7 +125,7 @@ def _split(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def _attention_extras(spec: ModelSpec) -> dict[str, Any]:
-    """What only gpt-oss has."""
+    """Return the fields that only gpt-oss needs: output bias, attention sinks and windows."""
     settings: dict[str, Any] = {}
     if spec.output_bias:
         settings["add_bias_linear"] = True
@@ -161,11 +161,11 @@ def _mla_settings(spec: ModelSpec) -> dict[str, Any]:
     assert spec.mla is not None, "called for latent attention only"
     settings: dict[str, Any] = {
         "multi_latent_attention": True,
-        "qk_layernorm": True,  # the norms of the latent vectors
+        "qk_layernorm": True,  # norms of the latent vectors
         **latent_settings(spec.mla),
         "rotary_base": spec.rope_theta,
         "rope_type": "rope",
-        "mscale_all_dim": 0.0,  # leaves the logits alone
+        "mscale_all_dim": 0.0,  # does not scale the logits
     }
     if spec.rope is not None:
         settings |= {
@@ -186,10 +186,11 @@ def build_models(
     ranks: Ranks,
     model_type: type[PolicyModel] = PolicyModel,
 ) -> list[PolicyModel]:
-    """This rank's model chunks, one but under interleaved pipelining, with weights yet to be loaded."""
+    """Build the model chunks of this rank; interleaved pipelining has several. The weights must be loaded
+    afterwards."""
     fixes.fit_to(spec)
     models = [model.to(ranks.device) for model in bare_models(spec, config, parallel, model_type)]
-    cpu.install()  # modules that were imported while the model was built
+    cpu.install()  # for modules that were imported while the model was built
     for model in models:
         fixes.separate_experts(model)
         fixes.mark_shared_keys(model)
@@ -202,7 +203,7 @@ def build_models(
 def bare_models(
     spec: ModelSpec, config: TransformerConfig, parallel: ParallelConfig, model_type: type[PolicyModel] = PolicyModel
 ) -> list[PolicyModel]:
-    """Megatron's modules of this rank as they are built, on the default device: their parameters, not yet their use."""
+    """Build Megatron's modules of this rank on the default device, without the changes that a forward pass needs."""
     return [_chunk(model_type, config, spec, parallel, chunk) for chunk in range(parallel.vpp)]
 
 
@@ -218,7 +219,7 @@ def _fit_module(module: torch.nn.Module, spec: ModelSpec) -> None:
 def _chunk(
     model_type: type[PolicyModel], config: TransformerConfig, spec: ModelSpec, parallel: ParallelConfig, chunk: int
 ) -> PolicyModel:
-    """Model chunk `chunk` of this rank's `vpp`."""
+    """Build model chunk `chunk` of the `parallel.vpp` chunks of this rank."""
     stage = chunk if parallel.vpp > 1 else None
     return model_type(
         config,

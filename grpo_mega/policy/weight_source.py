@@ -1,6 +1,6 @@
-"""The policy's weights as slices of Hugging Face tensors: loading them from files, listing them, streaming them whole.
+"""The policy's weights as slices of Hugging Face tensors: loads, lists and streams them.
 
-`load_from_hf` reads from the safetensors files only the slices that the rank holds. `MegatronWeights` is the
+`load_from_hf` reads only the slices that the rank holds from the safetensors files. `MegatronWeights` is the
 `WeightSource` of a sync. Streaming sums integer views of zero-filled buckets over the ranks that hold one copy of the
 model: exactly one of them contributes each byte, so the sum is a bit-exact copy (also of -0.0 and NaN).
 Asserted by tests/parallel/test_weights.py.
@@ -35,8 +35,11 @@ from grpo_mega.types import Placement
 
 
 def weight_copies(topology: Topology) -> list[list[int]]:
-    """The ranks of each copy of the whole model: of every pipeline stage, as few neighbours as hold all its dense
-    layers (tp ranks) and all its experts (etp x ep ranks)."""
+    """Return the ranks of each copy of the whole model.
+
+    A copy has lcm(tp, etp x ep) consecutive ranks of every pipeline stage: the fewest that hold all dense layers and
+    all experts of the stage.
+    """
     stage, size = topology.world_size // topology.pp, _copy_size(topology)
     return [
         [pp_rank * stage + first + i for pp_rank in range(topology.pp) for i in range(size)]
@@ -45,7 +48,7 @@ def weight_copies(topology: Topology) -> list[list[int]]:
 
 
 def weight_copy_group(ranks: Ranks) -> dist.ProcessGroup:
-    """Collective over all ranks: the group of this rank's copy of the model."""
+    """Create and return the process group of this rank's copy of the model. Collective over all ranks."""
     mine: dist.ProcessGroup | None = None
     for members in weight_copies(ranks.topology):
         group: dist.ProcessGroup = dist.new_group(members)
@@ -60,7 +63,7 @@ def _copy_size(topology: Topology) -> int:
 
 
 class MegatronWeights:
-    """Which slices of which Hugging Face tensors this rank's parameters are."""
+    """The slices of Hugging Face tensors that this rank's parameters hold."""
 
     def __init__(
         self,
@@ -70,8 +73,15 @@ class MegatronWeights:
         group: dist.ProcessGroup,
         settle: Callable[[], None],
     ) -> None:
-        """`models`: this rank's chunks; `group`: the ranks of its copy of the model (`weight_copies`); `settle` is
-        called before weights are read (an update may leave its last gather to the next forward pass)."""
+        """Map the parameters of this rank to slices.
+
+        Args:
+            models: model chunks of this rank.
+            spec: the model.
+            ranks: layout and coordinates.
+            group: ranks of this copy of the model (`weight_copy_group`).
+            settle: called before weights are read, to finish an overlapping parameter gather.
+        """
         self._spec, self._ranks, self._group, self._settle = spec, ranks, group, settle
         experts = spec.moe.num_experts // ranks.topology.ep if spec.moe is not None else 0
         self._parameters: dict[str, Tensor] = {
@@ -80,23 +90,23 @@ class MegatronWeights:
         self._shapes = hf_shapes(spec)
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor of the checkpoint."""
+        """Return name -> shape of every tensor of the checkpoint."""
         return self._shapes
 
     def mirrored(self, tensor_of: Callable[[Tensor], Tensor]) -> MegatronWeights:
-        """The same slices of other tensors: `tensor_of` each parameter, of its shape and all of one dtype."""
+        """Return the same slices of the tensors `tensor_of(parameter)`, which have the same shapes and one dtype."""
         other = copy.copy(self)
         other._parameters = {name: tensor_of(parameter) for name, parameter in self._parameters.items()}
         return other
 
     def without(self, parameter: str) -> MegatronWeights:
-        """The same but for one parameter, which no checkpoint holds."""
+        """Return the same slices without one parameter that is in no checkpoint."""
         other = copy.copy(self)
         other._parameters = {name: p for name, p in self._parameters.items() if name != parameter}
         return other
 
     def load_from_hf(self, folder: Path) -> int:
-        """Fill every parameter; the padding of the vocabulary becomes zero. Returns the bytes of weights read."""
+        """Load every parameter and return the bytes that were read. The padding of the vocabulary is set to zero."""
         checkpoint = HfFiles(folder)
         checkpoint.check(self._shapes, hf_shapes_aside(self._spec))
         with torch.no_grad():
@@ -109,10 +119,10 @@ class MegatronWeights:
         return checkpoint.bytes_read
 
     def shards(self) -> Sequence[HeldSlice]:
-        """Views of this rank's parameters, of those in FP8 copies: ask anew after an update.
+        """Return the slices of this rank: views of its parameters, or copies of FP8 parameters.
 
-        Of the ranks of one copy of the model each byte is counted by one: what several of them hold by the first, a
-        tied embedding where it embeds.
+        Call it again after every update. In one copy of the model, exactly one rank counts each byte. The first of
+        several ranks counts a replicated tensor, and the rank of the embedding counts a tied embedding.
         """
         self._settle()
         topology, held = self._ranks.topology, []
@@ -130,7 +140,7 @@ class MegatronWeights:
         return held
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the checkpoint, whole, in order, on every rank. A tensor is valid until the next bucket."""
+        """Yield (name, whole tensor) in checkpoint order on every rank. A tensor is valid until the next bucket."""
         mine: dict[str, list[HeldSlice]] = {}
         for held in self.shards():
             if held.counted:
@@ -161,7 +171,7 @@ class MegatronWeights:
         yield names
 
     def _words(self, name: str) -> int:
-        """Of 8 bytes: tensors start at whole ones."""
+        """Return the 8-byte words of a tensor; every tensor starts at a word."""
         return -(-math.prod(self._shapes[name]) * self._dtype_of(name).itemsize // 8)
 
     def _dtype_of(self, name: str) -> torch.dtype:
@@ -173,8 +183,11 @@ class MegatronWeights:
 
 
 def _named_globally(model: torch.nn.Module, first_expert: int) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and the routers' correction biases. Megatron numbers layers from 0 on every stage and experts from 0
-    on every rank; here both are counted from the model's first."""
+    """Yield (global name, tensor) of the parameters and of the routers' correction biases.
+
+    Megatron numbers layers from 0 on every stage and experts from 0 on every rank; global names number them in the
+    model.
+    """
     layers = model.decoder.layers  # type: ignore[union-attr]
     biases = ((name, bias) for name, bias in model.named_buffers() if name.endswith(".router.expert_bias"))
     for name, parameter in (*model.named_parameters(), *biases):

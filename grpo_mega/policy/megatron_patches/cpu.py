@@ -1,11 +1,12 @@
-"""What Megatron-Core 0.16 needs to run without CUDA; a no-op where CUDA is there.
+"""Patches that let Megatron-Core 0.16 run without CUDA. With CUDA they do nothing.
 
-Megatron names the device "cuda" in its own source. Here every loaded `megatron.core` module gets a stand-in for its
-global name `torch`: the real torch, but for the few entries below, each with the Megatron line that needs it. torch
-itself keeps its functions, so that other libraries in the process (the engine) see nothing of this. Two methods of
-`Tensor` cannot be reached that way and are replaced for calls that come from Megatron's optimizer.
+Megatron hard-codes the device "cuda". In every loaded `megatron.core` module, the global name `torch` is replaced by a
+proxy. The proxy forwards to torch, except for the entries below; each names the Megatron line that needs it. torch
+itself is unchanged, so other libraries in the process, such as the engine, are not affected. Two methods of `Tensor`
+cannot be replaced that way: they are wrapped, and the wrapper acts only on calls from Megatron.
 
-Never: arithmetic. What changes numbers is in `attention.py` (attention itself) and `quirks.py` (faults).
+Nothing here changes arithmetic, except that reductions of unequal shards are expressed by operations that gloo has.
+Attention is in modules/packed_attention.py, corrections of defects are in fixes.py.
 Asserted by tests/unit/policy/megatron_patches/test_cpu.py and by every test in tests/parallel.
 """
 
@@ -27,15 +28,18 @@ from grpo_mega.parallel.context_parallel import rank_index
 
 
 def prepare_import() -> None:
-    """Call before the first import of `megatron`: on CPU `torch.compile` costs a compiler and minutes, and Megatron
-    decorates with it while it is imported (jit.py:23)."""
+    """Import the Megatron modules in use with `torch.compile` disabled. Call it before any import of `megatron`.
+
+    Megatron decorates functions with `torch.compile` at import time (jit.py:23). On CPU that needs a C++ compiler and
+    takes minutes.
+    """
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
         return
     compiler = torch.compile
     torch.compile = _identity_decorator  # type: ignore[assignment]
     try:
         with warnings.catch_warnings():
-            # that Apex and Transformer Engine are missing is what this file is about; Megatron says it seven times
+            # Megatron warns seven times that Apex and Transformer Engine are missing, which is expected here
             warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine)")
             for name in _MODULES:
                 importlib.import_module(name)
@@ -44,7 +48,7 @@ def prepare_import() -> None:
 
 
 def install() -> None:
-    """Give every loaded Megatron module a torch whose device is the CPU. Idempotent; call again after an import."""
+    """Give every loaded Megatron module the torch proxy. Idempotent; call it again after a module was imported."""
     if torch.cuda.is_available():
         return
     for name, module in list(sys.modules.items()):
@@ -54,7 +58,7 @@ def install() -> None:
     _replace_tensor_methods()
 
 
-# Imported under `prepare_import`, so that nothing below is compiled and `install` finds every module that is used.
+# `prepare_import` imports these, so that nothing in them is compiled and `install` finds every module in use.
 _MODULES = (
     "megatron.core.parallel_state",
     "megatron.core.models.gpt",
@@ -78,7 +82,7 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 
 
 class _NullStream:
-    """Stands for Stream and Event: everything is done when it is called.
+    """Stub of Stream and Event: work is complete when a call returns, so there is nothing to wait for.
 
     Needed by token_dispatcher.py:445,871,874,895; param_and_grad_buffer.py:417; shared_experts.py:123.
     """
@@ -126,7 +130,7 @@ def _null_context(*_: Any, **__: Any) -> contextlib.nullcontext[None]:
 
 
 class _NoFp8:
-    """Stands for Transformer Engine's FP8GlobalStateManager."""
+    """Stub of Transformer Engine's FP8GlobalStateManager."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -159,7 +163,7 @@ _CUDA_ENTRIES: dict[str, Any] = {
 
 
 class _TorchOnCpu(types.ModuleType):
-    """A module that answers with `entries` first and with the real module otherwise."""
+    """A proxy of a module: attributes come from `entries` if they are there, otherwise from the real module."""
 
     def __init__(self, real: types.ModuleType, entries: dict[str, Any]) -> None:
         super().__init__(real.__name__)
@@ -171,8 +175,11 @@ class _TorchOnCpu(types.ModuleType):
 
 
 def _without_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """device="cuda" means the CPU: pipeline_parallel/schedules.py:596,983,2138; optimizer.py:481,485,907;
-    clip_grads.py:103,174; utils.py:1207. Pinned memory needs CUDA too: rope_utils.py:63."""
+    """Wrap a tensor factory so that device="cuda" creates a CPU tensor.
+
+    Needed by pipeline_parallel/schedules.py:596,983,2138; optimizer.py:481,485,907;
+    clip_grads.py:103,174; utils.py:1207. Pinned memory needs CUDA as well: rope_utils.py:63.
+    """
 
     @functools.wraps(factory)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -201,25 +208,25 @@ def _replace_functions() -> None:
     # random.py:422,447,457 read and set the CUDA generator through torch._C
     random._get_cuda_rng_state = _rng_state
     random._set_cuda_rng_state = _nothing
-    # random.py:589-592,660: a module that is computed again asks for the state of FP8, also where there is none (:636)
+    # random.py:589-592,660: a recomputed module reads the FP8 state even without Transformer Engine (:636)
     if not hasattr(random, "FP8GlobalStateManager"):
         random.FP8GlobalStateManager = _NoFp8
         random.activation_recompute_forward = random.fp8_autocast = _null_context
     # moe_utils.py:1192,1225: the name is only defined with Transformer Engine
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    # multi_latent_attention.py:62 takes a stub for Transformer Engine, and :185 then asks for an instance of None
+    # multi_latent_attention.py:62 mistakes a stub for Transformer Engine, and :185 then fails in isinstance(..., None)
     multi_latent_attention.HAVE_TE = False
-    # moe_utils.py:1093 only turns tensors of a GPU into what all_to_all needs: lists of numbers
+    # moe_utils.py:1093 converts only GPU tensors into the lists of integers that all_to_all needs
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_numpy
-    # gloo gathers and scatters equal sizes only; experts cut by etp see as many tokens as were routed to them
+    # gloo gathers and scatters equal sizes only, and experts that are sharded by etp receive unequal numbers of tokens
     if mappings._gather_along_first_dim.__module__ == mappings.__name__:
         mappings._gather_along_first_dim = functools.partial(_gather_unequal, mappings._gather_along_first_dim)
         mappings._reduce_scatter_along_first_dim = functools.partial(
             _reduce_scatter_unequal, mappings._reduce_scatter_along_first_dim
         )
-    # The baseline for packed rows loops over sequences in Python, in every layer, for q and k: a row of 500 short
-    # rollouts spends most of its forward pass there. (With CUDA a fused kernel takes its place.)
+    # Megatron's unfused rotary embedding of packed rows loops over sequences in Python, for q and k in every layer: a
+    # row of 500 short rollouts spends most of its forward pass there. With CUDA a fused kernel replaces it.
     if rope_utils._apply_rotary_pos_emb_thd.__module__ == rope_utils.__name__:
         rope_utils._apply_rotary_pos_emb_thd = _rotary_packed
 
@@ -232,7 +239,7 @@ def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = 
 def _gather_unequal(
     gather: Callable[..., Tensor], input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any
 ) -> Tensor:
-    """mappings.py:150 with parts of different sizes: all padded to the largest, gathered and cut."""
+    """Gather unequal parts (mappings.py:150): pad all to the largest, gather, and remove the padding."""
     if output_split_sizes is None or group.size() == 1:
         return gather(input_, group, output_split_sizes, *args)
     sizes = [int(size) for size in output_split_sizes]
@@ -245,7 +252,7 @@ def _gather_unequal(
 def _reduce_scatter_unequal(
     scatter: Callable[..., Tensor], input_: Tensor, group: Any, input_split_sizes: Any = None, *args: Any
 ) -> Tensor:
-    """mappings.py:193 with parts of different sizes: summed whole, of which each rank takes its part."""
+    """Reduce-scatter unequal parts (mappings.py:193): all-reduce the whole tensor and return this rank's part."""
     if input_split_sizes is None or group.size() == 1:
         return scatter(input_, group, input_split_sizes, *args)
     total = input_.contiguous().clone()
@@ -263,8 +270,10 @@ def _rotary_packed(
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> Tensor:
-    """Rotary embedding of a packed row, or of this rank's share of it, [T/cp, n, d] in one gather: position = place in
-    the row - start of its sequence."""
+    """Apply the rotary embedding to this rank's tokens [T/cp, n, d] of a packed row with one gather of frequencies.
+
+    The position of a token is its index in the row minus the start of its sequence.
+    """
     from megatron.core.models.common.embeddings import rope_utils
 
     total = t.size(0) * (cp_group.size() if cp_group is not None else 1)
@@ -290,7 +299,7 @@ def _replace_tensor_methods() -> None:
     @functools.wraps(real_type)
     def tensor_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = real_type(self, *args, **kwargs)
-        # distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 sort parameters by type *name*
+        # distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 compare parameters by type name
         if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith(
             "megatron.core.optimizer"
         ):

@@ -1,6 +1,6 @@
-"""Faults of Megatron-Core 0.16 that are repaired from outside, each with its line. Applied on every machine.
+"""Patches of defects in Megatron-Core 0.16, each with the upstream line. They apply on every machine.
 
-Each repair has a test that fails without it: in tests/parallel/test_checkpoint.py (optimizer state, the queue),
+Each patch has a test that fails without it: in tests/parallel/test_checkpoint.py (optimizer state, the queue),
 tests/parallel/test_update.py (pipeline messages), tests/parallel/test_families.py (reductions, experts, latent
 attention) and tests/unit/policy/megatron_patches/test_fixes.py (groups of experts, steps of optimizers).
 """
@@ -28,22 +28,22 @@ from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.transformer import multi_latent_attention  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
-# Of a pipeline's messages, for TransformerConfig. p2p_communication.py:28-47 posts send-previous, receive-previous,
-# send-next, receive-next on one group. With two stages previous and next are the same rank, where messages match in
-# order: an interleaved schedule takes a gradient for an activation.
+# Fields of TransformerConfig for pipeline messages. p2p_communication.py:28-47 posts send-previous, receive-previous,
+# send-next, receive-next in one group. With two stages, previous and next are the same rank, and messages are matched
+# in order: an interleaved schedule would receive a gradient as an activation.
 PIPELINE_MESSAGES = {"batch_p2p_comm": False}
 
 
 def install() -> None:
-    """Idempotent."""
+    """Apply the patches that do not depend on a model. Idempotent."""
     setter = DistributedOptimizer._set_main_param_and_optimizer_states
     if not getattr(setter, "keeps_own_step", False):
         DistributedOptimizer._set_main_param_and_optimizer_states = _with_own_step(setter)
     sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
     if not getattr(sharded, "counts_padding", False):
         DistributedOptimizer.sharded_param_state_fully_reshardable = _counting_padding(sharded)
-    # filesystem_async.py:54 spawns a server process for a queue that a synchronous save puts into and gets from in this
-    # process: seconds at the first save, 270 MB, and it outlives a rank that is killed
+    # filesystem_async.py:54 starts a server process for a queue that a synchronous save uses within one process. That
+    # costs seconds at the first save and 270 MB, and the server outlives a rank that is killed.
     filesystem_async._get_write_results_queue = _results_of_this_process
     if not getattr(mappings._reduce, "returns_the_sum", False):
         mappings._reduce = _reducing_contiguous(mappings._reduce)
@@ -53,32 +53,40 @@ def install() -> None:
 
 
 def fit_to(spec: ModelSpec) -> None:
-    """Before a model is built: moe_utils.py:548 scores a group by its topk // group_topk best experts. DeepSeek-V2
-    takes the best one, V3 the two best, whatever those numbers are."""
+    """Set the number of experts that score a group of experts. Call it before a model is built.
+
+    moe_utils.py:548 sums the topk // group_topk best experts of a group. DeepSeek-V2 uses the best one and DeepSeek-V3
+    the best two, independent of these numbers.
+    """
     if spec.moe is not None:
         moe_utils.group_limited_topk = functools.partial(_group_limited_topk, spec.moe.group_best)
 
 
 def separate_experts(model: torch.nn.Module) -> None:
-    """After a model is built: tensor_parallel/layers.py:886 counts experts among the dense layers where ep = 1. Where
-    their tensor parallelism is not that of those, other ranks hold the same ones, and their gradients would be summed
-    over too few ranks, or with those of other shards."""
+    """Mark expert parameters as reduced over the expert data-parallel group. Call it after a model is built.
+
+    tensor_parallel/layers.py:886 treats experts as dense layers if ep = 1. If etp differs from tp, other ranks hold
+    the same experts than the same dense layers. Gradients would then be summed over the wrong ranks.
+    """
     for name, parameter in model.named_parameters():
         if is_expert_parameter(name):
             parameter.allreduce = False  # type: ignore[attr-defined]
 
 
 def keep_after_build(config: Any) -> None:
-    """After all models are built: settings that finalize_model_grads.py reads again, with another meaning."""
+    """Switch off settings that finalize_model_grads.py misreads. Call it after all models are built."""
     if config.multi_latent_attention:
-        # :354 takes the norms of latent vectors for those of single heads and sums what is complete already
+        # :354 treats the norms of latent vectors as per-head norms, and would sum gradients that are already complete
         config.qk_layernorm = False
-    # :476 would move the routers' biases towards a balanced load, which is pre-training's business
+    # :476 would update the routers' biases toward a balanced load, which belongs to pre-training
     config.moe_router_enable_expert_bias = False
 
 
 def mark_shared_keys(model: torch.nn.Module) -> None:
-    """After a model is built: latent attention's rotary key, which all heads share, is marked for `install`'s sum."""
+    """Mark the rotary key of latent attention, which all heads share, for the patched gather of `install`.
+
+    Call it after a model is built.
+    """
     for module in model.modules():
         if isinstance(module, multi_latent_attention.MLASelfAttention):
             widths = (module.config.kv_lora_rank, module.config.qk_pos_emb_head_dim)
@@ -86,25 +94,30 @@ def mark_shared_keys(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def lent_steps(optimizer: Any) -> Iterator[None]:
-    """distrib_optimizer.py:642 asserts that each of a rank's optimizers has parameters whose step it can read. That of
-    experts has none on a pipeline stage without them, and before the first step nobody has: inside, it has the step of
-    the others, or 0."""
+def placeholder_steps(optimizer: Any) -> Iterator[None]:
+    """Give optimizers without parameters a step counter inside the block: that of the other optimizers, or 0.
+
+    distrib_optimizer.py:642 asserts that each optimizer of a rank has parameters with a step. The optimizer of experts
+    has none on a pipeline stage without experts, and no optimizer has one before the first step.
+    """
     adams = [inner.optimizer for inner in getattr(optimizer, "chained_optimizers", [optimizer])]
     steps = [state["step"].item() for adam in adams for state in adam.state.values()]
     without = [adam for adam in adams if not adam.state]
     for adam in without:
-        adam.state["lent"] = {"step": torch.tensor(max(steps, default=0.0))}
+        adam.state["placeholder"] = {"step": torch.tensor(max(steps, default=0.0))}
     try:
         yield
     finally:
         for adam in without:
-            del adam.state["lent"]
+            del adam.state["placeholder"]
 
 
 def _with_own_step(setter: Any) -> Any:
-    """distrib_optimizer.py:939 expects the key `step` among the loaded tensors, which the checkpoint keeps elsewhere;
-    and :825 gives all parameters one shared step tensor, which AdamW then advances once per parameter."""
+    """Give every parameter its own step tensor when a checkpoint is loaded.
+
+    distrib_optimizer.py:939 expects the key `step` among the loaded tensors, but the checkpoint stores it elsewhere.
+    :825 gives all parameters one shared step tensor, which AdamW would then increment once per parameter.
+    """
 
     @functools.wraps(setter)
     def set_states(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
@@ -125,9 +138,11 @@ def _results_of_this_process() -> queue.Queue[Any]:
 
 
 def _counting_padding(sharded: Any) -> Any:
-    """distrib_optimizer.py:1113 joins buckets without the padding at their ends, :1501 cuts parameters out of the
-    result at offsets that count it: behind a padded bucket every parameter gets another's master weights and moments.
-    (A tied head under pipeline parallelism has a bucket of its own.) Inside, buckets say that none of them is padded.
+    """Report no bucket as padded while the optimizer state is sharded.
+
+    distrib_optimizer.py:1113 concatenates buckets without the padding at their ends, but :1501 slices parameters at
+    offsets that include the padding. After a padded bucket, every parameter would get the master weights and moments of
+    another. (A tied head with pipeline parallelism has a bucket of its own.)
     """
 
     @functools.wraps(sharded)
@@ -147,7 +162,10 @@ def _counting_padding(sharded: Any) -> Any:
 
 
 def _reducing_contiguous(reduce: Any) -> Any:
-    """mappings.py:31-33 all-reduces `input_.contiguous()` and returns `input_`: the sum of a strided tensor is lost."""
+    """Make the input contiguous before the reduction.
+
+    mappings.py:31-33 all-reduces `input_.contiguous()` and returns `input_`, so the sum of a strided tensor is lost.
+    """
 
     @functools.wraps(reduce)
     def reduced(input_: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -163,9 +181,12 @@ def _mark(widths: tuple[int, int], module: torch.nn.Module, inputs: Any, outputs
 
 
 def _summing_shared_key(gather: Any) -> Any:
-    """multi_latent_attention.py:607 gathers the latent vector and the rotary key; the backward pass only cuts. That is
-    right for the latent vector, whose gradient the up-projection has summed over the tensor-parallel ranks, but each
-    rank's heads yield only a part of the key's."""
+    """Sum the gradient of the shared rotary key over the tensor-parallel ranks.
+
+    multi_latent_attention.py:607 gathers the latent vector and the rotary key, and its backward pass only splits. That
+    is correct for the latent vector, whose gradient the up-projection has already summed over the tensor-parallel
+    ranks. The heads of one rank give only a part of the gradient of the key.
+    """
 
     @functools.wraps(gather)
     def gathered(x: Tensor, group: Any = None) -> Tensor:
@@ -183,8 +204,12 @@ def _summing_shared_key(gather: Any) -> Any:
 def _group_limited_topk(
     best: int, scores: Tensor, topk: int, num_tokens: int, num_experts: int, num_groups: int, group_topk: int
 ) -> tuple[Tensor, Tensor]:
-    """The best `topk` scores [T, k] and their experts among the `group_topk` groups with the largest sum of their
-    `best` largest scores. Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2; V3, arXiv:2412.19437, section 2.1.2."""
+    """Return the best `topk` scores [T, k] and their experts [T, k] within the best `group_topk` groups.
+
+    The score of a group is the sum of its `best` largest scores.
+
+    Source: DeepSeek-V2, arXiv:2405.04434, section 2.2.2; V3, arXiv:2412.19437, section 2.1.2.
+    """
     size = num_experts // num_groups
     group_scores = scores.view(num_tokens, num_groups, size).topk(best, dim=-1).values.sum(-1)
     chosen = torch.zeros_like(group_scores, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""Routed experts with a clamped gate and biases, in the layout of their checkpoint: all of a rank in one parameter.
+"""Routed experts with a clamped gate and biases (gpt-oss). As in the checkpoint, one parameter holds all of a rank.
 
-Megatron's own experts know no alpha of the gate, and stack gate above up where these alternate. Takes what Megatron's
-dispatcher hands to experts. Asserted by tests/parallel/test_families.py (gpt-oss).
+Megatron's own experts do not support alpha of the gate, and stack gate and up projections, which alternate here. The
+module takes the arguments of Megatron's expert modules. Asserted by tests/parallel/test_families.py (gpt-oss).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StackedLinear(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(num_experts, width, out, dtype=config.params_dtype))
         self.bias = torch.nn.Parameter(torch.empty(num_experts, out, dtype=config.params_dtype))
         for parameter in (self.weight, self.bias):
-            # other ranks hold other experts: counted once in the gradient norm, like shards
+            # other ranks hold other experts, so the gradient norm counts each once, as it does for shards
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
 
 
@@ -42,14 +42,14 @@ class ClampedExperts(MegatronModule):
     ) -> None:  # fmt: skip
         super().__init__(config=config)
         hidden, width = config.hidden_size, config.moe_ffn_hidden_size
-        assert width is not None, "a config with experts says how wide they are"
+        assert width is not None, "a config with experts has moe_ffn_hidden_size"
         self.gate_up = StackedLinear(num_local_experts, hidden, 2 * width, config)
         self.down = StackedLinear(num_local_experts, width, hidden, config)
         self._alpha, self._limit = alpha, limit
         self._groups = {"tp_group": pg_collection.ep, "dp_cp_group": pg_collection.expt_dp}
 
     def forward(self, hidden: Tensor, tokens_per_expert: Tensor, probabilities: Tensor) -> tuple[Tensor, None]:
-        """`hidden` [T, H], the tokens of one expert after those of another; `probabilities` [T]."""
+        """Return [T, H]. `hidden` [T, H] is sorted by expert; `probabilities` [T] are the router weights."""
         counts = tokens_per_expert.tolist()
         weights = (x.unbind() for x in (self.gate_up.weight, self.gate_up.bias, self.down.weight, self.down.bias))
         outputs = [
@@ -67,7 +67,7 @@ class ClampedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Tensors of all experts, of which this rank has some rows."""
+        """Return sharded tensors of all experts; this rank holds some of their rows."""
         del metadata
         state = self.state_dict(prefix="", keep_vars=True)
         found: dict[str, Any] = make_sharded_tensors_for_checkpoint(

@@ -1,11 +1,11 @@
-"""Core attention of a packed row whose tokens lie on several context-parallel ranks, without Transformer Engine.
+"""Core attention of a packed row that is split over context-parallel ranks, without Transformer Engine.
 
-Each rank has the queries, keys and values of its share of every sequence (parallel/context_parallel.py). Keys and
-values of all ranks are gathered, forward and again in the backward pass, which sends each rank the summed gradient of
-its own.
+Each rank has the queries, keys and values of its part of every sequence (parallel/context_parallel.py). Keys and
+values of all ranks are gathered in the forward pass, and again in the backward pass, which returns to each rank the
+summed gradient of its own keys and values.
 
-Memory: queries are taken in slices whose mask has at most MASK_ELEMENTS, forward and in the backward pass, which
-computes a slice again; no [T, T] matrix exists. Asserted by
+Memory: queries are processed in slices whose mask has at most MASK_ELEMENTS; the backward pass recomputes a slice. No
+[T, T] matrix exists. Asserted by
 tests/unit/policy/modules/test_context_parallel_attention.py.
 """
 
@@ -28,15 +28,18 @@ MASK_ELEMENTS = 1 << 20
 
 
 def add_sinks(q: Tensor, k: Tensor, sinks: Tensor, scale: float | None) -> tuple[Tensor, Tensor, float]:
-    """Queries [T, n, d + 1], keys [T, m, d + 1] and the scale under which a further key (0, ..., 0, 1), which `attend`
-    puts before the others, has the logit `sinks` [n] and all other logits stay what they were."""
+    """Add a column to queries and keys that turns attention sinks into an additional key.
+
+    Returns queries [T, n, d + 1], keys [T, m, d + 1] and the scale of the logits. `attend` puts the key (0, ..., 0, 1)
+    before the others: its logit is `sinks` [n], and all other logits are unchanged.
+    """
     scale = q.size(-1) ** -0.5 if scale is None else scale
     column = (sinks.to(q.dtype) / scale)[None, :, None].expand(q.size(0), -1, -1)
     return torch.cat([q, column], -1), torch.cat([k, k.new_zeros(*k.shape[:-1], 1)], -1), scale
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, *, sinks: bool) -> Tensor:
-    """softmax(q k^T scale) v [B, n, L, e] over the keys that `mask`, which broadcasts to [B, n, L, S], lets through.
+    """Return softmax(q k^T scale) v [B, n, L, e] over the keys that `mask` [B, n, L, S] (broadcast) allows.
 
     Args:
         q: [B, n, L, d]. k: [B, m, S, d], n a multiple of m. v: [B, m, S, e].
@@ -73,7 +76,7 @@ def context_attention(
         cu_seqlens: [B + 1] of the whole row; every sequence has a multiple of 2 cp tokens.
         scale: of the logits; None: 1 / sqrt(d).
         group: the context-parallel ranks.
-        sinks: [n] logits of a further key of each sequence whose value is 0; None: there is none.
+        sinks: [n] logits of an additional key with value 0 (attention sink); None: no sink.
         window: tokens that a query sees, itself included; 0: all before it.
     Returns:
         [T/cp, n, e].
@@ -87,7 +90,7 @@ def context_attention(
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What holds for all tokens of a row, as `context_attention` has it."""
+    """Arguments of `context_attention` that are the same for all tokens of a row."""
 
     cu_seqlens: Tensor
     scale: float | None
@@ -100,8 +103,9 @@ class RowLayout:
 class QueryBatch:
     """Sequences of similar length, B of at most L tokens, C = L / cp of them with queries here.
 
-    `queries` [B, C] point into the rank's share, `keys` [B, L] into the row; places past a sequence's end, not `real`
-    [B, C], repeat its last one. `positions` [B, C] of the queries count from their sequence's start.
+    `queries` [B, C] index the tokens of this rank, `keys` [B, L] the row. Places after the end of a sequence repeat its
+    last token, and `real` [B, C] is False there. `positions` [B, C] of the queries count from the start of their
+    sequence.
     """
 
     queries: Tensor
@@ -110,7 +114,7 @@ class QueryBatch:
     real: Tensor
 
     def slices(self, window: int = 0) -> Iterator[tuple[slice, int, Tensor]]:
-        """(some of the C queries, how many keys they see, mask [B, 1, c, keys])."""
+        """Yield (slice of the C queries, number of keys that they see, mask [B, 1, c, keys])."""
         rows, num_queries = self.queries.shape
         size = max(1, MASK_ELEMENTS // (rows * self.keys.size(1)))
         for begin in range(0, num_queries, size):
@@ -125,11 +129,11 @@ class QueryBatch:
 
 
 def query_batches(cu_seqlens: Tensor, cp: int, cp_rank: int) -> tuple[QueryBatch, ...]:
-    """Cut a row into batches whose longest sequence is less than twice as long as the shortest."""
+    """Split a row into batches whose longest sequence is less than twice as long as the shortest."""
     return _query_batches(tuple(cu_seqlens.tolist()), cp, cp_rank)
 
 
-@functools.lru_cache(maxsize=16)  # all layers of a row, and its backward, ask for the same one
+@functools.lru_cache(maxsize=16)  # used by all layers of a row and by the backward pass
 def _query_batches(cu_seqlens: tuple[int, ...], cp: int, cp_rank: int) -> tuple[QueryBatch, ...]:
     here = rank_index(torch.tensor(cu_seqlens), cp, cp_rank)
     by_size: dict[int, list[tuple[int, int]]] = {}
@@ -154,7 +158,7 @@ class _ContextAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.row = row
         cu_seqlens, group = row.cu_seqlens, row.group
-        key_row, value_row = _gathered(k, v, cu_seqlens, group)
+        key_row, value_row = _gather_keys_and_values(k, v, cu_seqlens, group)
         out = q.new_empty(q.size(0), q.size(1), v.size(2))
         for batch in query_batches(cu_seqlens, group.size(), group.rank()):
             keys, values = (_take(x, batch.keys) for x in (key_row, value_row))
@@ -171,9 +175,9 @@ class _ContextAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         row: RowLayout = ctx.row
         cu_seqlens, group = row.cu_seqlens, row.group
-        key_row, value_row = _gathered(k, v, cu_seqlens, group)
+        key_row, value_row = _gather_keys_and_values(k, v, cu_seqlens, group)
         grad_q = torch.zeros_like(q)
-        # float32 also for bfloat16: a key's gradient is a sum over slices and ranks
+        # float32 even for bfloat16, because the gradient of a key is a sum over slices and ranks
         grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (key_row, value_row))
         for batch in query_batches(cu_seqlens, group.size(), group.rank()):
             keys, values = (_take(x, batch.keys) for x in (key_row, value_row))
@@ -196,8 +200,10 @@ class _ContextAttention(torch.autograd.Function):
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
-def _gathered(k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Keys [T, m, d] and values [T, m, e] of the whole row, in one message."""
+def _gather_keys_and_values(
+    k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Gather keys [T, m, d] and values [T, m, e] of the whole row in one message."""
     return _split(gather_rows(torch.cat([k.flatten(1), v.flatten(1)], 1), cu_seqlens, group), k, v)
 
 
@@ -207,5 +213,5 @@ def _split(both: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """[T, n, d] at [B, L] -> [B, n, L, d]."""
+    """Return rows `index` [B, L] of x [T, n, d] as [B, n, L, d]."""
     return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2)

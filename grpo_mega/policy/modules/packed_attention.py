@@ -2,7 +2,7 @@
 
 Takes what Transformer Engine's attention takes (`PackedSeqParams`, thd) and computes, per sequence,
 softmax(q k^T * scale) v with a causal mask inside the sequence and nothing across sequences. Megatron's own module
-refuses packed rows (dot_product_attention.py:153).
+does not support packed rows (dot_product_attention.py:153).
 
 Memory: sequences are gathered into batches of similar length, padded to at most twice their length, and go through
 torch's fused attention; no [T, T] matrix exists. Asserted by tests/unit/policy/modules/test_packed_attention.py.
@@ -38,8 +38,8 @@ from megatron.core.transformer.utils import (  # noqa: E402
 class LengthBatch:
     """Sequences of similar length, B of at most L tokens.
 
-    `index` [B, L] points into the row; places past a sequence's end repeat its last token. `kept` lists the places that
-    are real, in flattened [B * L]; `targets` are their positions in the row.
+    `index` [B, L] points into the row; places after the end of a sequence repeat its last token. `kept` lists the
+    other places in flattened [B * L]; `targets` are their positions in the row.
     """
 
     index: Tensor
@@ -48,11 +48,11 @@ class LengthBatch:
 
 
 def length_batches(cu_seqlens: Tensor) -> tuple[LengthBatch, ...]:
-    """Cut a packed row into batches whose longest sequence is less than twice as long as the shortest."""
+    """Split a packed row into batches whose longest sequence is less than twice as long as the shortest."""
     return _length_batches(tuple(cu_seqlens.tolist()))
 
 
-@functools.lru_cache(maxsize=16)  # all layers, q, k and v of a row, and its backward ask for the same one
+@functools.lru_cache(maxsize=16)  # used by q, k and v of all layers of a row and by the backward pass
 def _length_batches(cu_seqlens: tuple[int, ...]) -> tuple[LengthBatch, ...]:
     by_size: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(cu_seqlens):
@@ -87,7 +87,7 @@ def packed_attention(
         v: [T, m, e]; e may differ from d.
         cu_seqlens: [B + 1], from 0 to T.
         scale: of the logits; None: 1 / sqrt(d).
-        sinks: [n] logits of a further key of each sequence whose value is 0; None: there is none.
+        sinks: [n] logits of an additional key with value 0 (attention sink); None: no sink.
         window: tokens that a query sees, itself included; 0: all before it.
     Returns:
         [T, n, e].
@@ -114,7 +114,7 @@ def packed_attention(
 
 
 def _causal_mask(length: int, window: int) -> Tensor:
-    """[L, L] True where a query sees a key."""
+    """Return a mask [L, L] that is True where a query sees a key."""
     seen = torch.ones(length, length, dtype=torch.bool).tril()
     return seen.triu(1 - window) if window else seen
 
@@ -125,7 +125,8 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 class PackedAttention(torch.nn.Module):
-    """Megatron's core-attention module for packed rows. Its only parameters are sinks, where the model has them."""
+    """Megatron's core-attention module for packed rows. Its only parameters are attention sinks, if the model has
+    them."""
 
     def __init__(
         self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None,
@@ -159,7 +160,7 @@ class PackedAttention(torch.nn.Module):
         return out.flatten(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """The sinks."""
+        """Return the sharded attention sinks."""
         del metadata
         state = self.state_dict(prefix="", keep_vars=True)
         found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
@@ -171,8 +172,8 @@ class PackedAttention(torch.nn.Module):
 class RMSNorm(torch.nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight, in float32.
 
-    Megatron's own wrapper of torch's refuses sequence parallelism (torch_norm.py:32); the tag on the weight makes
-    Megatron sum its gradient over the tensor-parallel ranks.
+    Megatron's own wrapper of torch's does not support sequence parallelism (torch_norm.py:32); the tag on the weight
+    makes Megatron sum its gradient over the tensor-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -186,12 +187,12 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedSpecProvider(LocalSpecProvider):
-    """Megatron's local modules with the two above."""
+    """Megatron's local modules with `RMSNorm` and `PackedAttention`."""
 
     def layer_norm(self, *_: Any, **__: Any) -> type:
-        """Every norm."""
+        """Return the class of every norm."""
         return RMSNorm
 
     def core_attention(self) -> type:
-        """Inner attention."""
+        """Return the class of the core attention."""
         return PackedAttention

@@ -1,6 +1,6 @@
-"""The trained module: Megatron's GPTModel up to the last hidden state, and the head that turns it into log-probs.
+"""The trained module: Megatron's GPTModel up to the last hidden state, and a head that computes log-probabilities.
 
-The output layer is never called: in training, full logits of a row do not exist (parallel/vocab_parallel.py).
+The output layer is never called: training never holds the full logits of a row (parallel/vocab_parallel.py).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden_states  # to the next stage, [T or T/tp, 1, H]
         if self.config.sequence_parallel:
-            # each rank's head shard yields a part of the hidden state's gradient: backward is a reduce-scatter
+            # each head shard gives a part of the gradient of the hidden state, so the backward pass is a reduce-scatter
             whole: Tensor = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True)
         else:
-            whole = copy_to_tensor_model_parallel_region(hidden_states)  # backward is an all-reduce
+            whole = copy_to_tensor_model_parallel_region(hidden_states)  # the backward pass is an all-reduce
         return whole.squeeze(1)
 
     def head_log_probs(
         self, hidden: Tensor, labels: Tensor, *, temperature: float, vocab_size: int
     ) -> tuple[Tensor, Tensor]:
-        """Log-probs of the labels and entropies, each [T] float32, of softmax(hidden head^T / temperature).
+        """Return log-probabilities of labels and entropies, each [T] float32, of softmax(hidden head^T / temperature).
 
         Args:
             hidden: [T, H] from `forward` of the last stage.
@@ -57,7 +57,7 @@ class PolicyModel(GPTModel):
         )
 
     def head_logits(self, hidden: Tensor, *, vocab_size: int) -> Tensor:
-        """[T, V] float32 on every tensor-parallel rank, without gradient: for comparisons of small models."""
+        """Return logits [T, V] float32 without gradient on every tensor-parallel rank (for small models)."""
         with torch.no_grad():
             local = hidden.float() @ self._head_weight().float().t()
             whole: Tensor = gather_from_tensor_model_parallel_region(local, group=self.pg_collection.tp)
@@ -70,7 +70,7 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         if weight is self.output_layer.weight:
-            # read without calling its module: a gather of parameters that overlaps the forward pass waits in the hooks
+            # The weight is read without a call of its module. The hooks wait for an overlapping parameter gather.
             for hook in self.output_layer._forward_pre_hooks.values():
                 hook(self.output_layer, ())
         return weight

@@ -1,13 +1,13 @@
-"""Routing replay: the engine's choices of experts take the place of those of the policy's routers.
+"""Routing replay: the policy's routers use the experts that the engine chose.
 
-A router of the policy scores experts slightly differently from the engine's, and where two are close it sends a token
-elsewhere: the log-probs of the two then differ by far more than rounding. With the engine's choices in the microbatch,
-routers keep their own scores, from which the weights of the chosen experts are made, with gradient. A token without a
-record is routed by the policy itself.
+Policy and engine compute slightly different router scores. If two scores are close, they may choose different experts,
+and their log-probabilities then differ by far more than rounding. With the engine's choices in the microbatch, routers
+still compute the weights of the chosen experts from their own scores, with gradient. The policy routes a token without
+a recorded choice itself.
 
-The choices travel with the row to each layer's call, and a layer that is recomputed is called again with the same row.
-Where only the experts are recomputed, the layer is not: its rows wait in order, since a pipeline's backward passes come
-in the order of the forward passes. Asserted by tests/parallel/test_routing.py.
+The choices are passed to every layer with the row, and a recomputed layer is called again with the same row. If only
+the experts are recomputed, the layer is not called again: its choices wait in a queue, because the backward passes of a
+pipeline run in the order of the forward passes. Asserted by tests/parallel/test_routing.py.
 
 Source: "Stabilizing MoE Reinforcement Learning by Aligning Training and Inference Routers", arXiv:2510.11370.
 """
@@ -32,13 +32,13 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402 - only
 
 @dataclass
 class RowParams(PackedSeqParams):
-    """What Megatron gives to each layer of a row, and [T of this rank, L, K] choices of experts (-1: none)."""
+    """Megatron's description of a packed row, with expert choices [tokens of this rank, L, K] (-1: none)."""
 
     expert_choices: Tensor | None = None
 
 
 class ReplayedRouter:
-    """Stands where one of Megatron's routers looks for its RouterReplay (moe_utils.py:702)."""
+    """Replacement of the RouterReplay object of one of Megatron's routers (moe_utils.py:702)."""
 
     def __init__(self, *, experts_recomputed: bool) -> None:
         self._experts_recomputed = experts_recomputed
@@ -46,7 +46,7 @@ class ReplayedRouter:
         self._waiting: deque[Tensor | None] = deque()
 
     def begin(self, choices: Tensor | None) -> None:
-        """The layer of this router is called for a row; `choices` are [T, K] of it."""
+        """Set the choices [T, K] of the row that the layer of this router is called with."""
         self._choices = choices
         if self._experts_recomputed and torch.is_grad_enabled():
             self._waiting.append(choices)
@@ -59,10 +59,10 @@ class ReplayedRouter:
         group_topk: int | None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        """(scores [T, K] of the chosen experts, their numbers [T, K]), from the router's `scores` [T, E]."""
-        # a first pass whose activations are not kept runs without gradient
-        again = self._experts_recomputed and torch.is_grad_enabled()
-        choices = self._waiting.popleft() if again else self._choices
+        """Return (scores [T, K] of the chosen experts, their indices [T, K]) from the router's `scores` [T, E]."""
+        # the first pass of a recomputed module runs without gradient
+        is_recomputation = self._experts_recomputed and torch.is_grad_enabled()
+        choices = self._waiting.popleft() if is_recomputation else self._choices
         values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if choices is None:
             return values, own
@@ -72,7 +72,7 @@ class ReplayedRouter:
 
 
 def replay_routing(models: Sequence[torch.nn.Module], recompute_modules: Sequence[str]) -> None:
-    """Let the routers of these model chunks follow the choices that come with a row."""
+    """Make the routers of these model chunks use the expert choices of a row."""
     for model in models:
         for layer in model.decoder.layers:  # type: ignore[union-attr]
             router = getattr(layer.mlp, "router", None)

@@ -1,4 +1,4 @@
-"""The critic's module: the policy's architecture with one number per token in place of the vocabulary."""
+"""The critic's module: the policy's architecture with one value per token instead of logits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region  
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
 HEAD = "output_layer.weight"
-"""The head's name among the module's parameters, on the last pipeline stage."""
+"""Name of the head among the parameters of the last pipeline stage."""
 
 
 class ValueHead(torch.nn.Module):
-    """v = h . w in float32. It starts at 0: before its first update a critic expects nothing, in every layout.
+    """v = h . w in float32. w starts at 0, so every value is 0 before the first update, in every layout.
 
-    Every tensor-parallel rank has all of w. Where they share a row's tokens (sequence parallelism) each sees the
-    gradient of its own, which Megatron then adds up for a parameter that is marked so.
+    Every tensor-parallel rank holds all of w. With sequence parallelism each rank has the gradient of its own tokens;
+    Megatron sums it for parameters with the attribute `sequence_parallel`.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -29,12 +29,12 @@ class ValueHead(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., 1] float32."""
+        """Return values [..., 1] float32 of hidden states [..., H]."""
         return torch.nn.functional.linear(hidden.float(), self.weight.float())
 
 
 class ValueModel(PolicyModel):
-    """GPTModel whose last stage returns values [T] float32. Embedding and head share nothing."""
+    """GPTModel whose last stage returns values [T] float32. Embedding and head are not tied."""
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **{**kwargs, "share_embeddings_and_output_weights": False})
@@ -46,6 +46,6 @@ class ValueModel(PolicyModel):
             return hidden_states
         values: Tensor = self.output_layer(hidden_states)
         if self.config.sequence_parallel:
-            # the loss is the same on every rank: backward takes the rank's own tokens, nothing is summed
+            # the loss is the same on every rank: the backward pass selects the tokens of this rank and sums nothing
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values.view(-1)
