@@ -173,9 +173,9 @@ def test_megatron_knows_the_settings_of_an_optimizer_on_the_host() -> None:
     from dataclasses import fields
 
     from grpo_mega.config.policy_sections import OptimizerConfig
-    from grpo_mega.policy.build import _on_host, megatron_optimizer
+    from grpo_mega.policy.build import _host_optimizer_fields, megatron_optimizer
 
-    assert _on_host(OptimizerConfig()) == {}
-    settings = _on_host(OptimizerConfig(host_fraction=0.5))
+    assert _host_optimizer_fields(OptimizerConfig()) == {}
+    settings = _host_optimizer_fields(OptimizerConfig(host_fraction=0.5))
     assert settings["optimizer_offload_fraction"] == 0.5
     assert settings.keys() <= {field.name for field in fields(megatron_optimizer.OptimizerConfig)}
