@@ -1,9 +1,10 @@
-"""Log-probs from hidden states: peak memory and time of the sliced way against the naive one, in the same run.
+"""Measure peak memory and time of log-probs from hidden states: the sliced kernel and the naive method in one run.
 
-Naive: logits = hidden @ weight^T, log_softmax over the whole, gather, backward. Ours computes the entropy as well.
-Every measurement is a fresh process: inputs are made and touched, the libraries warmed up, then the peak of resident
-memory is reset (Linux: /proc/self/clear_refs), and forward plus backward run once. "Extra" is that peak minus what was
-resident before; the gradients of hidden states and head, which both ways return, are part of it.
+Naive: logits = hidden @ weight^T, log_softmax of the full logits, gather, backward. The sliced kernel also computes the
+entropy. Every measurement is a new process: inputs are allocated and touched, and a small pass warms up the libraries.
+Then the peak of resident memory is reset (Linux: /proc/self/clear_refs), and forward plus backward run once. "Extra" is
+the peak minus the resident memory before; it includes the gradients of hidden states and head, which both methods
+return.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ LogProbs = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def naive(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Whole logits and their whole log_softmax; the logits are free before the backward pass."""
+    """Return log-probs from full logits; the logits are freed before the backward pass."""
     return torch.log_softmax(hidden @ weight.t(), dim=-1).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 def sliced(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The kernel of this package, entropy included."""
+    """Return log-probs of the sliced kernel, which also computes the entropy."""
     return vocab_parallel_log_probs(hidden, weight, labels, temperature=1.0, vocab_size=len(weight), group=None)[0]
 
 
 def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process."""
+    """Return `VmRSS` (current) or `VmHWM` (peak) of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark needs Linux")
+    raise RuntimeError(f"/proc/self/status does not contain {field}; this benchmark needs Linux")
 
 
 def inputs(num_tokens: int, hidden_size: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden [T, H], weight [V, H], labels [T] and the gradient of the log-probs [T]; every page touched."""
+    """Return hidden [T, H], weight [V, H], labels [T] and the gradient of the log-probs [T], all pages touched."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(num_tokens, hidden_size, generator=generator).requires_grad_()
     weight = (0.1 * torch.randn(vocab_size, hidden_size, generator=generator)).requires_grad_()
@@ -57,7 +58,7 @@ def inputs(num_tokens: int, hidden_size: int, vocab_size: int) -> tuple[Tensor, 
 
 
 def measure(way: str, num_tokens: int, hidden_size: int, vocab_size: int, out: Path | None) -> dict[str, float]:
-    """One forward and backward pass in this process. `out` gets log-probs and gradients."""
+    """Measure one forward and backward pass in this process; save log-probs and gradients to `out`."""
     log_probs_of: LogProbs = {"naive": naive, "ours": sliced}[way]
     small = inputs(64, hidden_size, 1024)
     (log_probs_of(*small[:3]) * small[3]).sum().backward()
@@ -75,7 +76,7 @@ def measure(way: str, num_tokens: int, hidden_size: int, vocab_size: int, out: P
 
 
 def in_fresh_process(way: str, num_tokens: int, args: argparse.Namespace, out: Path | None) -> dict[str, float]:
-    """The result of `measure` in a process of its own."""
+    """Run `measure` in a new process and return its result."""
     command = [sys.executable, __file__, "--way", way, "--tokens", str(num_tokens)]
     command += ["--hidden-size", str(args.hidden_size), "--vocab-size", str(args.vocab_size)]
     command += [] if out is None else ["--out", str(out)]
@@ -85,13 +86,13 @@ def in_fresh_process(way: str, num_tokens: int, args: argparse.Namespace, out: P
 
 
 def largest_difference(measured: Path, reference: Path) -> dict[str, float]:
-    """Per tensor: max |a - b| / max |b|."""
+    """Return max |a - b| / max |b| for each tensor."""
     ours, theirs = torch.load(measured), torch.load(reference)
     return {name: ((ours[name] - theirs[name]).abs().max() / theirs[name].abs().max()).item() for name in theirs}
 
 
 def compare(args: argparse.Namespace) -> dict[str, object]:
-    """All measurements, interleaved; the least time and the largest memory of the rounds."""
+    """Make all measurements, interleaved; return the minimum time and maximum memory over the rounds."""
     runs: dict[str, list[dict[str, float]]] = {"naive": [], "ours": [], "ours_double": []}
     with tempfile.TemporaryDirectory() as folder:
         files = {way: Path(folder) / way for way in ("naive", "ours")}
@@ -132,15 +133,15 @@ def compare(args: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    """Prints a table and one JSON line."""
+    """Print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens T")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=151936)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", action="store_true", help="only the last line")
-    parser.add_argument("--way", choices=["naive", "ours"], help="measure this way in this process, once")
-    parser.add_argument("--out", type=Path, help="with --way: file for log-probs and gradients")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements per method")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
+    parser.add_argument("--way", choices=["naive", "ours"], help="internal: measure this method once in this process")
+    parser.add_argument("--out", type=Path, help="internal: file for log-probs and gradients")
     args = parser.parse_args()
     if args.way is not None:
         print(json.dumps(measure(args.way, args.tokens, args.hidden_size, args.vocab_size, args.out)))

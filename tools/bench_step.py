@@ -1,11 +1,11 @@
-"""Rollouts per second of a whole GRPO step, ours against TRL's GRPOTrainer, on the same model in the same run.
+"""Measure rollouts per second of a whole GRPO step, for this project and TRL's GRPOTrainer on the same model.
 
-`measured` is ours, `reference` TRL's, `ratio` how many times as fast we are per rollout (`ratio_per_token`: per
-completion token, since each side samples its own lengths). Beside it: training alone on given completions, and whole
-steps of a model whose answers all have the same length, where padding and waiting for the longest cost nothing.
+`measured` is this project, `reference` is TRL. `ratio` is seconds per rollout, TRL / ours; `ratio_per_token` is the
+same per completion token, because each side samples its own lengths. Two more comparisons: training only, on given
+completions; and whole steps with completions of equal length, without cost of padding or of the longest completion.
 
-Each side is one process with the same number of threads; they take turns, step by step. TRL runs in an environment of
-its own, which this script builds once (runs/bench/trl-venv).
+Each side is one process with the same number of threads. The sides make their steps alternately. TRL runs in its own
+environment, which this script builds once (runs/bench/trl-venv).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ROOT / "tools" / "step_sides"
 TRL_PINS = ("trl==1.16.0", "transformers==5.19.0", "accelerate==1.15.0", "datasets==5.2.0")
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own; the plain index may have CUDA builds only
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"  # index of PyTorch; PyPI may have CUDA builds only
 TARGET = 2.0
 MEAN_LENGTH, EQUAL_LENGTH = 48.0, 64  # tokens
 PROMPT_TOKENS = range(24, 41)
@@ -40,16 +40,16 @@ PROMPT_TOKENS = range(24, 41)
 class SideTime:
     """One step of one side."""
 
-    seconds: float  # of the wall clock
-    cpu_seconds: float  # of the side's process, what other programs on the machine change least
+    seconds: float  # wall clock
+    cpu_seconds: float  # of the side's process; the value that other programs change least
     num_rollouts: int
-    num_tokens: int  # of the completions
+    num_tokens: int  # completion tokens
     phases: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The steps of both sides at one kind of work, in the order in which they ran."""
+    """Steps of both sides for one kind of work, in the order in which they ran."""
 
     ours: Sequence[SideTime]
     trl: Sequence[SideTime]
@@ -73,7 +73,7 @@ class Comparison:
         return trl / ours
 
     def as_json(self) -> dict[str, Any]:
-        """Ratios, and per side seconds and median phases."""
+        """Return the ratios, and the seconds and median phases of each side."""
         ratios = {"ratio": self.ratio, "ratio_per_token": self.ratio_per_token, "cpu_ratio": self.cpu_ratio}
         return ratios | {
             name: {
@@ -92,14 +92,14 @@ def _median_per(steps: Sequence[SideTime], unit: str) -> float:
 
 
 def length_spread(lengths: Sequence[int]) -> dict[str, float]:
-    """Mean, p50, p95 (nearest rank), max and p95 / p50 of completion lengths."""
+    """Return mean, p50, p95 (nearest rank), max and p95 / p50 of completion lengths."""
     ordered = sorted(lengths)
     p50, p95 = (ordered[-(-len(ordered) * percent // 100) - 1] for percent in (50, 95))
     return {"mean": statistics.mean(ordered), "p50": p50, "p95": p95, "max": ordered[-1], "p95_over_p50": p95 / p50}
 
 
 def ensure_trl(venv: Path) -> Path:
-    """The Python of TRL's environment, with this environment's torch; built by the first call.
+    """Build TRL's environment with the torch version of this one, if needed; return its Python.
 
     Raises:
         RuntimeError: a package could not be installed; the end of pip's output is the message.
@@ -131,7 +131,7 @@ def _run(*command: str) -> None:
 
 
 class Side:
-    """A child process that makes one step at each command."""
+    """Child process that makes one step per command."""
 
     def __init__(self, python: Path, script: Path, settings: dict[str, Any], log: Path) -> None:
         self._log = log
@@ -145,10 +145,10 @@ class Side:
         started = self._answer()
         if started["threads"] != settings["threads"]:
             self.close()
-            raise RuntimeError(f"{script.name} computes with {started['threads']} threads, not {settings['threads']}")
+            raise RuntimeError(f"{script.name} uses {started['threads']} threads instead of {settings['threads']}")
 
     def step(self, completions: list[list[int]] | None = None) -> tuple[SideTime, list[list[int]]]:
-        """A whole step; with `completions`, all of it but the sampling."""
+        """Make a whole step; with given `completions`, without sampling."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"completions": completions}) + "\n")
         self._process.stdin.flush()
@@ -162,19 +162,19 @@ class Side:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            raise RuntimeError(f"a side ended with {self._process.returncode}:\n{self._log.read_text()[-3000:]}")
+            raise RuntimeError(f"a side exited with code {self._process.returncode}:\n{self._log.read_text()[-3000:]}")
         answer: dict[str, Any] = json.loads(line)
         self.peak_bytes = answer["peak_bytes"]
         return answer
 
     def close(self) -> None:
-        """Closing its commands ends it."""
+        """Close the command stream, which ends the process."""
         self._process.communicate()
 
 
 @contextmanager
 def both_sides(trl_python: Path, work: Path, settings: dict[str, Any]) -> Iterator[tuple[Side, Side]]:
-    """Our side and TRL's, started one after the other."""
+    """Start our side and TRL's side, one after the other."""
     from grpo_mega.parallel.ports import free_port
 
     with ExitStack() as stack:
@@ -186,8 +186,8 @@ def both_sides(trl_python: Path, work: Path, settings: dict[str, Any]) -> Iterat
         yield sides[0], sides[1]
 
 
-def take_turns(sides: tuple[Side, Side], rounds: int, given: list[list[int]] | None = None) -> Comparison:
-    """`rounds` steps of each side; who is first changes every round."""
+def alternate(sides: tuple[Side, Side], rounds: int, given: list[list[int]] | None = None) -> Comparison:
+    """Make `rounds` steps of each side; the side that starts alternates."""
     times: tuple[list[SideTime], list[SideTime]] = ([], [])
     for i in range(rounds):
         for which in (0, 1) if i % 2 == 0 else (1, 0):
@@ -200,7 +200,7 @@ def take_turns(sides: tuple[Side, Side], rounds: int, given: list[list[int]] | N
 
 
 def measure(arguments: argparse.Namespace, trl_python: Path, work: Path) -> dict[str, Any]:
-    """All comparisons, as the JSON of the last line."""
+    """Make all comparisons; return the JSON object of the last line."""
     sys.path.insert(0, str(SIDES))
     from model_folder import Architecture, make_model, write_prompts
 
@@ -222,19 +222,19 @@ def measure(arguments: argparse.Namespace, trl_python: Path, work: Path) -> dict
     equal = settings | {"model": str(work / "endless"), "max_tokens": EQUAL_LENGTH}
     (work / "a").mkdir()
     with both_sides(trl_python, work / "a", natural) as sides:
-        _, given = sides[0].step()  # both warm up with a whole step
+        _, given = sides[0].step()  # each side warms up with a whole step
         sides[1].step()
         print("whole step", file=sys.stderr)
-        whole = take_turns(sides, arguments.rounds)
-        print("training alone", file=sys.stderr)
-        train_only = take_turns(sides, arguments.rounds, given)
+        whole = alternate(sides, arguments.rounds)
+        print("training only", file=sys.stderr)
+        train_only = alternate(sides, arguments.rounds, given)
         peaks = {"ours": sides[0].peak_bytes, "trl": sides[1].peak_bytes}
     (work / "b").mkdir()
     with both_sides(trl_python, work / "b", equal) as sides:
-        print(f"whole step, every answer {EQUAL_LENGTH} tokens", file=sys.stderr)
+        print(f"whole step, every completion {EQUAL_LENGTH} tokens", file=sys.stderr)
         for side in sides:
             side.step()
-        equal_length = take_turns(sides, arguments.rounds)
+        equal_length = alternate(sides, arguments.rounds)
     rates = [1 / _median_per(steps, "num_rollouts") for steps in (whole.ours, whole.trl)]
     return {
         "name": "grpo_step",
@@ -273,7 +273,7 @@ def measure(arguments: argparse.Namespace, trl_python: Path, work: Path) -> dict
 
 
 def table(result: dict[str, Any]) -> str:
-    """The comparisons for a reader."""
+    """Return the comparisons as text."""
     lines = [f"{'':14} {'ours':>8} {'TRL':>8}  TRL / ours: per rollout, per token, CPU per rollout"]
     for kind in ("whole", "train_only", "equal_length"):
         found = result[kind]
@@ -287,16 +287,16 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Prints a table and one JSON line; exit code 1 when the whole step is below the target."""
+    """Print a table and one JSON line; return 1 if the ratio of the whole step is below the target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=256)
-    parser.add_argument("--threads", type=int, default=1, help="of each side")
-    parser.add_argument("--max-tokens-per-microbatch", type=int, default=4096, help="ours")
-    parser.add_argument("--trl-microbatch", type=int, default=8, help="rollouts in one backward pass of TRL")
-    parser.add_argument("--json", action="store_true", help="only the last line")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each side")
+    parser.add_argument("--max-tokens-per-microbatch", type=int, default=4096, help="row budget of our side")
+    parser.add_argument("--trl-microbatch", type=int, default=8, help="rollouts per backward pass of TRL")
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
     arguments = parser.parse_args()
     trl_python = ensure_trl(ROOT / "runs" / "bench" / "trl-venv")
     with tempfile.TemporaryDirectory(prefix="bench_step_") as work:

@@ -1,11 +1,11 @@
-"""Trains one config with several algorithms, on the same prompts and with the same budget, and compares them.
+"""Train one config with several algorithms on the same prompts and with the same budget, and compare the results.
 
     python tools/compare_algorithms.py [CONFIG] [--algorithms grpo,dr_grpo,dapo,rloo,ppo] [--out DIR] [key=value ...]
 
-Each run is `launch/train.sh CONFIG algorithm.name=NAME observe.memory_peaks=true key=value ...` in DIR/NAME; a run that
-is finished there is read and not repeated. Writes DIR/table.md and DIR/curves.png (which needs matplotlib, of the extra
-`dev`): held-out accuracy, bytes of trainable state (weights, gradients, optimizer; of policy and critic, on the first
-rank), peak memory of each phase, seconds of a step.
+Each run is `launch/train.sh CONFIG algorithm.name=NAME observe.memory_peaks=true key=value ...` in DIR/NAME. A finished
+run in that folder is read and not repeated. Writes DIR/table.md and DIR/curves.png (which needs matplotlib, part of the
+extra `dev`): held-out accuracy, bytes of trainable state (weights, gradients and optimizer of policy and critic on rank
+0), peak memory of each phase, seconds per step.
 
 Exit code 0: done; 1: a run failed; 2: the input is wrong.
 """
@@ -30,13 +30,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = "grpo,dr_grpo,dapo,rloo,ppo"
 PHASES = ("rollout", "log_probs", "critic", "train", "sync")
 STATE = ("params", "grads", "optimizer")
-SMOOTHED = 5  # steps of a curve's running mean
+SMOOTHED = 5  # steps of the running mean of a curve
 
 
 @dataclass(frozen=True)
 class AlgorithmResult:
-    """One run. `curve`: training accuracy of each step. `peak_bytes`: the most of any step but the first, which also
-    pays for what is made once. `discarded_groups` were sampled besides (dynamic sampling)."""
+    """Result of one run.
+
+    `curve` has the training accuracy of each step. `peak_bytes` is the maximum over all steps except the first, which
+    includes one-time allocations. `discarded_groups` counts the groups that dynamic sampling replaced.
+    """
 
     algorithm: str
     accuracy_before: float
@@ -53,10 +56,10 @@ class AlgorithmResult:
 
 
 def run(name: str, arguments: Sequence[str], out: Path, *, quiet: bool) -> Path:
-    """Train, unless it is done; returns the run's folder.
+    """Train unless the run is finished; return the run folder.
 
     Raises:
-        RuntimeError: the run failed; what it said is on the screen.
+        RuntimeError: the run failed; its message is on the screen.
     """
     folder = out / name
     command = [sys.executable, "-m", "grpo_mega.launch", str(ROOT / "launch" / "train.sh"), *arguments]
@@ -68,7 +71,7 @@ def run(name: str, arguments: Sequence[str], out: Path, *, quiet: bool) -> Path:
 
 
 def read(name: str, folder: Path) -> AlgorithmResult:
-    """What a finished run left behind."""
+    """Read the result of a finished run from its folder."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     last, steady = lines[-1], lines[1:] or lines
@@ -77,7 +80,7 @@ def read(name: str, folder: Path) -> AlgorithmResult:
     def largest(phase: str) -> int:
         return int(max(line.get(f"memory/peak_{phase}_bytes", 0) for line in steady))
 
-    def usual(phase: str) -> float:
+    def median_seconds(phase: str) -> float:
         return float(statistics.median(line.get(f"time/{phase}_seconds", 0.0) for line in steady))
 
     return AlgorithmResult(
@@ -89,17 +92,17 @@ def read(name: str, folder: Path) -> AlgorithmResult:
         policy_bytes=policy,
         critic_bytes=critic,
         peak_bytes={phase: size for phase in PHASES if (size := largest(phase))},
-        step_seconds=usual("step"),
-        phase_seconds={phase: seconds for phase in PHASES if (seconds := usual(phase))},
+        step_seconds=median_seconds("step"),
+        phase_seconds={phase: seconds for phase in PHASES if (seconds := median_seconds(phase))},
         discarded_groups=int(sum(line["group/discarded"] for line in lines)),
         curve=[line["reward/accuracy"] for line in lines],
     )
 
 
 def table(results: Sequence[AlgorithmResult]) -> str:
-    """Markdown."""
+    """Return the comparison as a Markdown table."""
     phases = [p for p in PHASES if any(p in r.peak_bytes for r in results)]
-    head = ["algorithm", "before", "after", "greedy", "trainable MB", "over the first's", "s/step", "discarded groups"]
+    head = ["algorithm", "before", "after", "greedy", "trainable MB", "/ first", "s/step", "discarded groups"]
     rows = [[*head, *(f"peak {p}, MiB" for p in phases)]]
     for r in results:
         greedy = "" if r.greedy_accuracy is None else f"{r.greedy_accuracy:.3f}"
@@ -121,7 +124,7 @@ def table(results: Sequence[AlgorithmResult]) -> str:
 
 
 def plot(results: Sequence[AlgorithmResult], path: Path) -> None:
-    """Training accuracy by step, and trainable state.
+    """Plot training accuracy by step, and trainable state.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -129,7 +132,9 @@ def plot(results: Sequence[AlgorithmResult], path: Path) -> None:
     try:
         import matplotlib as mpl
     except ModuleNotFoundError:
-        raise UserError("curves.png needs matplotlib, which is not installed: pip install 'grpo_mega[dev]'") from None
+        raise UserError(
+            "curves.png needs matplotlib, which is not installed", remedy="pip install 'grpo_mega[dev]'"
+        ) from None
     mpl.use("Agg")
     from matplotlib import pyplot
 
@@ -152,18 +157,20 @@ def plot(results: Sequence[AlgorithmResult], path: Path) -> None:
 
 
 def compare(args: argparse.Namespace) -> list[AlgorithmResult]:
-    """All runs, one after the other, and what is written of them.
+    """Make all runs, one after the other, and write the table and the plot.
 
     Raises:
-        UserError: an unknown algorithm, nothing held out, or a wrong config: before anything is started.
+        UserError: an algorithm is unknown, there are no held-out prompts, or the config is wrong; before any run.
         RuntimeError: a run failed.
     """
     names = [name.strip() for name in args.algorithms.split(",") if name.strip()]
     for name in names:
         if name not in get_args(AlgorithmName):
-            raise UserError(f"--algorithms: {name!r} is not one of {', '.join(get_args(AlgorithmName))}")
+            raise UserError(f"--algorithms: {name!r} must be one of {', '.join(get_args(AlgorithmName))}")
     if not names:
-        raise UserError(f"--algorithms={args.algorithms!r} names none", remedy=f"write for example {ALGORITHMS}")
+        raise UserError(
+            f"--algorithms={args.algorithms!r} must name at least one", remedy=f"use for example {ALGORITHMS}"
+        )
     for name in names:
         config = load_config(args.config, [*args.overrides, f"algorithm.name={name}"])
         if config.data.eval is None:
@@ -176,15 +183,17 @@ def compare(args: argparse.Namespace) -> list[AlgorithmResult]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", default=ROOT / "configs" / "quickstart.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--algorithms", default=ALGORITHMS, help=f"default: {ALGORITHMS}")
-    parser.add_argument("--out", type=Path, default=Path("runs/compare_algorithms"), help="folder of the runs")
-    parser.add_argument("--json", action="store_true", help="the list of results as the last line")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare_algorithms"), help="folder of the runs, the table and the plot"
+    )
+    parser.add_argument("--json", action="store_true", help="print the list of results as JSON on the last line")
     args = parser.parse_intermixed_args(argv)
-    if "=" in str(args.config):  # no CONFIG, as with launch/train.sh
+    if "=" in str(args.config):  # CONFIG may be omitted, as with launch/train.sh
         args.overrides, args.config = [str(args.config), *args.overrides], parser.get_default("config")
     args.out = args.out.resolve()
     try:

@@ -1,4 +1,4 @@
-"""Runs that several files look at, each made once."""
+"""Runs that several test files read; each is made once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.jobs import QUICKSTART, SMALL, train_well
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The quickstart with a quarter of its prompts and of its steps; the base model is taught if it is not cached."""
+    """The quickstart with a quarter of its prompts and steps; the base model is pre-trained if it is not cached."""
     root = tmp_path_factory.mktemp("quickstart")
     arguments = (
         QUICKSTART,
@@ -27,7 +27,7 @@ REWARDS = "[{name: exact}, {name: tests.helpers.bad_rewards.crashes}, {name: tes
 
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """TP2 x PP2 and two engine replicas of two ranks; two of its three rewards fail now and then."""
+    """TP2 x PP2 and two engine replicas of two ranks; two of its three rewards fail for some prompts."""
     root = tmp_path_factory.mktemp("four_ranks")
     arguments = (
         *SMALL,

@@ -1,4 +1,4 @@
-"""Every algorithm as a user names it: what the quickstart learns, and resumed runs where a run carries more state."""
+"""Every algorithm by name: accuracy of the quickstart, and resumed runs of algorithms with more state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_the_quickstart_ends_at_0_85(tmp_path: Path, name: str) -> None:
         ("algorithm.name=ppo",),
     ],
 )
-def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, keys: tuple[str, ...]) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path: Path, keys: tuple[str, ...]) -> None:
     arguments = (*SMALL, *keys, "checkpoint.every=1", "checkpoint.export_hf=false")
     for name, steps in (("whole", (4,)), ("parts", (2, 4))):
         for last in steps:
@@ -43,7 +43,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path, keys: tuple[str, .
 
 @pytest.mark.parametrize("name", ["gspo", "dapo", "rloo", "reinforce_plus_plus", "ppo"])
 def test_a_step_is_the_same_on_two_ranks(tmp_path: Path, name: str) -> None:
-    """The same rollouts, sampled by one engine of one rank and of two; the policy has two pipeline stages there."""
+    """The same rollouts on one rank, and on two ranks with two pipeline stages of the policy."""
     lines = []
     for world, keys in ((1, ()), (2, ("run.world_size=2", "parallel.pp=2", "engine.tp=2"))):
         out = tmp_path / str(world)

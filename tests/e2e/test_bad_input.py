@@ -1,4 +1,4 @@
-"""Wrong input through the command: exit code 2 and one message, soon; and rewards that fail, which stop nothing."""
+"""Wrong input on the command line gives exit code 2 and one message; failing rewards do not stop a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.finished_runs import Run
 from tests.helpers.jobs import QUICKSTART, Ended, read_lines, rollouts_of, train
 
 
-def is_refusal(ended: Ended, *words: str) -> None:
+def assert_rejected(ended: Ended, *words: str) -> None:
     assert ended.code == 2, ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
     messages = [line for line in ended.stderr.splitlines() if any(word in line for word in words)]
@@ -21,27 +21,27 @@ def is_refusal(ended: Ended, *words: str) -> None:
         assert word in messages[0]
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+def test_an_unknown_key_is_an_error_with_the_nearest_key(tmp_path: Path) -> None:
     ended = train(QUICKSTART, "train.stpes=3", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
-    is_refusal(ended, "train.stpes", "train.steps")
+    assert_rejected(ended, "train.stpes", "train.steps")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_port_in_use_is_refused_by_name(tmp_path: Path, world_size: int) -> None:
+def test_a_port_in_use_is_named_in_the_error(tmp_path: Path, world_size: int) -> None:
     with socket.socket() as server:
         server.bind(("", 0))
         server.listen(1)
         port = str(server.getsockname()[1])
         arguments = (QUICKSTART, f"run.world_size={world_size}", f"run.dir={tmp_path / 'run'}")
         ended = train(*arguments, output=tmp_path / "log", env={"MASTER_PORT": port})
-    is_refusal(ended, f"MASTER_PORT={port}", "in use")
+    assert_rejected(ended, f"MASTER_PORT={port}", "in use")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_folder_of_another_config_is_refused_with_the_keys_that_differ(quickstart: Run, tmp_path: Path) -> None:
+def test_the_error_of_a_run_folder_with_another_config_has_the_different_keys(quickstart: Run, tmp_path: Path) -> None:
     ended = train(*quickstart.arguments, "optimizer.lr=0.5", "run.seed=9", output=tmp_path / "log")
-    is_refusal(ended, "optimizer.lr", "run.seed", "run.overwrite=true")
+    assert_rejected(ended, "optimizer.lr", "run.seed", "run.overwrite=true")
     assert "train.steps" not in ended.stderr
 
 

@@ -1,4 +1,4 @@
-"""The job on the real GSM8K file: it learns the answer's format; and what is said where the file is missing."""
+"""Training on the real GSM8K file learns the format of the answers; a missing file is an error with a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = "configs/gsm8k-tiny.yaml"
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Path, seed: int) -> None:
-    """Mean of the last three steps against the first three; the base is taught if it is not cached."""
+    """Mean of the last three steps against the first three; the base is pre-trained if it is not cached."""
     arguments = (CONFIG, f"data.train={gsm8k_dir / 'train.jsonl'}", f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
     train_well(*arguments, output=tmp_path / "log", timeout_seconds=580)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -29,7 +29,7 @@ def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Pa
     assert summary["eval_after"] is None
 
 
-def test_a_missing_gsm8k_file_says_what_to_put_where(tmp_path: Path) -> None:
+def test_the_error_of_a_missing_gsm8k_file_has_its_source_and_path(tmp_path: Path) -> None:
     missing = tmp_path / "gsm8k" / "train.jsonl"
     ended = train(CONFIG, f"data.train={missing}", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
     assert ended.code == 2

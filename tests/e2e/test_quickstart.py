@@ -140,7 +140,7 @@ def test_old_log_probs_of_the_first_step_are_those_of_the_base_in_transformers(q
     assert worst <= 2e-5
 
 
-def test_the_export_is_the_final_policy_and_answers_alike_in_transformers(
+def test_the_export_is_the_final_policy_and_gives_the_same_answers_in_transformers(
     quickstart: Run, summary: dict[str, Any]
 ) -> None:
     from safetensors.torch import load_file
@@ -182,7 +182,7 @@ def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines:
     )
 
 
-def test_checkpoints_are_complete_and_the_log_and_config_are_there(quickstart: Run) -> None:
+def test_checkpoints_are_complete_and_log_and_config_exist(quickstart: Run) -> None:
     newest = quickstart.folder / "checkpoints" / f"step_{QUICKSTART_STEPS:06d}"
     assert (newest / "complete").is_file()
     assert not list((quickstart.folder / "checkpoints").glob("*.tmp"))
@@ -201,7 +201,7 @@ def test_the_same_command_again_prints_the_summary_and_names_run_overwrite(quick
 
 @pytest.mark.long
 def test_a_higher_number_of_steps_continues_a_finished_run(quickstart: Run, tmp_path: Path) -> None:
-    """On a copy, for the other tests look at the folder."""
+    """Use a copy, because other tests read the folder."""
     import shutil
 
     folder = Path(shutil.copytree(quickstart.folder, tmp_path / "run"))

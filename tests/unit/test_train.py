@@ -1,4 +1,4 @@
-"""The worker's command line: how many ranks a config wants, and one message with exit code 2 for wrong input."""
+"""Command line of the worker: number of ranks, and one message with exit code 2 for wrong input."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_world_size_of_the_config_comes_first(monkeypatch: pytest.MonkeyPatch) -
     assert wanted("run.world_size=4") == 4
 
 
-def test_world_size_is_else_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_world_size_of_the_launcher_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert wanted() == 6
 
@@ -80,7 +80,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-def test_the_launcher_is_told_what_the_config_wants() -> None:
+def test_for_launcher_prints_the_values_of_the_config() -> None:
     done = run(QUICKSTART, "run.world_size=8", "parallel.tp=2", "guard.timeout_seconds=60", "--for-launcher")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"world_size": 8, "configured": True, "timeout_seconds": 60.0}
@@ -102,7 +102,7 @@ def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_pat
 
 
 def exit_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[Any, str]:
-    """Exit code and stderr of `main`, which must not get as far as a process group."""
+    """Return exit code and stderr of `main`, which must fail before the first process group."""
 
     def reached(_: train.Prepared) -> NoReturn:
         pytest.fail("the input was found to be right")
@@ -197,7 +197,7 @@ def test_a_model_folder_without_a_usable_tokenizer_is_named(
         assert said.count("\n") == 1
 
 
-def test_an_unknown_reward_is_refused_before_prompts_are_read(
+def test_an_unknown_reward_is_an_error_before_prompts_are_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["reward.terms=[{name: exakt}]", "data.train=nothing.jsonl", "run.world_size=1"]
@@ -207,12 +207,12 @@ def test_an_unknown_reward_is_refused_before_prompts_are_read(
     assert "exakt" in said
 
 
-def test_only_the_first_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_rank_0_prints_the_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
     assert exit_of(monkeypatch, capsys, "train.steps=0") == (2, "")
 
 
-def test_preparing_right_input_gives_its_prompts_and_writes_nothing(tmp_path: Path) -> None:
+def test_preparing_valid_input_returns_its_prompts_and_writes_nothing(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, ["run.world_size=4", "parallel.tp=2", "engine.tp=2"])
     prepared = train.prepare(config)
     assert (prepared.topology.dp, prepared.topology.num_replicas) == (2, 2)

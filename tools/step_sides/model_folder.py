@@ -1,8 +1,8 @@
-"""A random Qwen3 model that ends its answers by itself, and prompts for it.
+"""Writes a random Qwen3 model whose completions end with EOS, and prompts for it.
 
-Feature 0 of the hidden states is made almost constant (a large entry in every embedding, no layer writes it), and the
-row of the head for EOS reads that feature alone: the probability of EOS is nearly the same at every position, so that
-lengths are distributed geometrically, with p95/p50 about 4.3. The other tokens' logits are those of a random model.
+Feature 0 of the hidden states is almost constant: every embedding has a large entry there, and no layer writes it. The
+row of the head for EOS reads only that feature, so the probability of EOS is nearly the same at every position.
+Therefore lengths have a geometric distribution, with p95/p50 about 4.3. The logits of other tokens are random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from grpo_mega.data.tokenizers import char_tokenizer
 
-FIRST_CHARACTER = 0x4E00  # from here on Unicode has thousands of letters, one token each
+FIRST_CHARACTER = 0x4E00  # start of a Unicode block with thousands of letters, one token each
 CONSTANT = 32.0  # of feature 0, large beside the others (0.06 in an embedding, below 1 after the last layer)
 ENDLESS_WEIGHT = -4.0  # of EOS on a feature of about 16: its probability is e^-64
 SPECIAL_TOKENS = 2  # <pad> and <eos>
@@ -25,7 +25,7 @@ SPECIAL_TOKENS = 2  # <pad> and <eos>
 
 @dataclass(frozen=True)
 class Architecture:
-    """Sizes in elements."""
+    """Sizes of the model."""
 
     num_layers: int = 4
     hidden_size: int = 256
@@ -38,12 +38,12 @@ class Architecture:
 
 
 def make_model(folder: Path, shape: Architecture, mean_length: float | None) -> int:
-    """Writes a Hugging Face folder.
+    """Write the model as a Hugging Face folder.
 
     Args:
-        folder: where.
-        shape: of the model.
-        mean_length: of an answer without a limit, tokens; None: no answer ends.
+        folder: output folder.
+        shape: sizes of the model.
+        mean_length: mean completion length without a limit, in tokens; None: completions do not end.
 
     Returns:
         The number of parameters.
@@ -68,7 +68,7 @@ def make_model(folder: Path, shape: Architecture, mean_length: float | None) -> 
 
 
 def write_prompts(path: Path, shape: Architecture, num_prompts: int, num_tokens: range) -> None:
-    """JSONL of random prompts; their lengths go through `num_tokens`."""
+    """Write random prompts as JSONL; their lengths increase over the range `num_tokens`."""
     rng = random.Random(0)
     rows = []
     for i in range(num_prompts):
@@ -98,7 +98,7 @@ def _config(shape: Architecture, eos: int, pad: int) -> Qwen3Config:
 
 
 def _eos_weight(model: Qwen3ForCausalLM, eos: int, mean_length: float) -> float:
-    """The w for which the mean over positions of p(EOS) = sigmoid(w * feature - logsumexp(others)) is 1/mean_length."""
+    """Return w with mean over positions of p(EOS) = sigmoid(w * feature - logsumexp(others)) equal to 1/mean_length."""
     token_ids = torch.randint(SPECIAL_TOKENS, model.config.vocab_size, (16, 128))
     hidden = model.model(input_ids=token_ids, use_cache=False).last_hidden_state
     logits = model.lm_head(hidden)

@@ -1,7 +1,7 @@
-"""Our side of tools/bench_step.py: the real job, one step of its own loop at each command.
+"""Our side of tools/bench_step.py: the training job, which makes one step of its loop per command.
 
-Everything that a run does in a step is in it: metrics, TensorBoard and the rollouts' file, the digests of every synced
-tensor; a checkpoint is not.
+A step includes everything that a run does: metrics, TensorBoard, the file of rollouts, and the digest of every synced
+tensor. Only the checkpoint is left out.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ MAX_STEPS = 10**6
 
 @reward(low=0.0, high=1.0)
 def short(prompt: str, completion: str, reference: str) -> float:
-    """Nearer to 1 the shorter the answer is."""
+    """Return 1 / (1 + length): short completions have a high reward."""
     return 1 / (1 + len(completion))
 
 
 def config_of(settings: dict[str, Any]) -> Config:
-    """One update per step, no KL, the reward above."""
+    """Return a config with one update per step, no KL, and the reward above."""
     return Config.model_validate(
         {
             "run": {"dir": settings["run_dir"]},
@@ -58,14 +58,14 @@ def config_of(settings: dict[str, Any]) -> Config:
 
 
 class NoCheckpoints:
-    """In the place of the job's checkpoints: `train` saves at the end of every call, and a call is one step here."""
+    """Replacement of the job's checkpoints: `train` would save at the end of every call, which is one step here."""
 
     def stage_if_due(self, *_: object) -> None:
-        """Never due."""
+        """Return None: no checkpoint is due."""
 
 
 class OurSide:
-    """A built job and where it is."""
+    """A built job and its present state."""
 
     def __init__(self, built: BuiltJob, prompts: Sequence[Prompt]) -> None:
         from grpo_mega.trainer.loop import push_weights
@@ -78,7 +78,7 @@ class OurSide:
         self.job.observer.started(first.policy_digest, None)
 
     def whole(self) -> dict[str, Any]:
-        """One step of loop.train."""
+        """Make one step of loop.train."""
         from grpo_mega.trainer.loop import train
 
         steps = self.state.step + 1
@@ -93,7 +93,7 @@ class OurSide:
         return {**taken, "phases": phases, "completions": self._completions(steps)}
 
     def train_only(self, completions: list[list[int]]) -> dict[str, Any]:
-        """Advantages, packing and the update on given completions; the sync after it is not timed."""
+        """Compute advantages, pack and update on given completions; the weight sync after it is not timed."""
         from grpo_mega.checkpoint.manager import LoopState
         from grpo_mega.trainer.loop import make_batch, push_weights, update, with_log_probs
 
@@ -110,7 +110,7 @@ class OurSide:
         return {**taken, "phases": {"train": taken["seconds"]}, "completions": completions}
 
     def _completions(self, step: int) -> list[list[int]]:
-        """What the step wrote to disk, in the order of the dataset's prompts."""
+        """Return the completions of the step from its file, in the order of the dataset's prompts."""
         order = {prompt.text: prompt.index for prompt in self.prompts}
         lines = (self.folder / "rollouts" / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = sorted((json.loads(line) for line in lines), key=lambda row: order[row["prompt"]])
@@ -134,7 +134,7 @@ class OurSide:
 
 
 def main() -> None:
-    """Serves commands until the parent closes."""
+    """Execute commands until the parent closes the stream."""
     channel, settings = Channel(), json.loads(sys.argv[1])
     import torch
 

@@ -1,6 +1,6 @@
-"""TRL's side of tools/bench_step.py: GRPOTrainer.train(), held before each optimizer step until a command comes.
+"""TRL's side of tools/bench_step.py: GRPOTrainer.train(), which waits for a command before each optimizer step.
 
-Runs in an environment of its own, where grpo_mega is not installed.
+Runs in its own environment, in which grpo_mega is not installed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 
 def short(completions: list[str], **_: Any) -> list[float]:
-    """Nearer to 1 the shorter the answer is."""
+    """Return 1 / (1 + length): short completions have a high reward."""
     return [1 / (1 + len(completion)) for completion in completions]
 
 
 def grpo_config(settings: dict[str, Any]) -> GRPOConfig:
-    """One generation batch of all rollouts, one update. Left as TRL has it: generation, head, optimizer, attention."""
+    """Return a config with one generation batch and one update; all else that affects speed has TRL's defaults."""
     num_rollouts = settings["num_prompts"] * settings["group_size"]
     return GRPOConfig(
         output_dir=settings["run_dir"],
@@ -34,7 +34,7 @@ def grpo_config(settings: dict[str, Any]) -> GRPOConfig:
         num_generations=settings["group_size"],
         per_device_train_batch_size=settings["trl_microbatch"],
         gradient_accumulation_steps=num_rollouts // settings["trl_microbatch"],
-        gradient_checkpointing=False,  # TRL's default recomputes the forward pass; memory is not short here
+        gradient_checkpointing=False,  # TRL's default recomputes the forward pass; memory is sufficient here
         max_completion_length=settings["max_tokens"],
         temperature=1.0,
         learning_rate=1e-6,
@@ -51,7 +51,7 @@ def grpo_config(settings: dict[str, Any]) -> GRPOConfig:
 
 
 class Clock:
-    """Seconds of the parts of a step, around methods of the trainer; on command, generation returns what is given."""
+    """Timer around methods of the trainer. With `given`, generation returns these completions."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.given: list[list[int]] = []
@@ -62,7 +62,7 @@ class Clock:
         trainer._calculate_rewards = self.score
 
     def generate(self, *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
-        """In the place of `_generate_single_turn`."""
+        """Replacement of `_generate_single_turn`."""
         started = time.perf_counter()
         if self.given:
             self.completions = [list(ids) for ids in self.given]
@@ -72,7 +72,7 @@ class Clock:
         return self.completions, None
 
     def score(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of `_calculate_rewards`."""
+        """Replacement of `_calculate_rewards`."""
         started = time.perf_counter()
         rewards = self._score(*args, **kwargs)
         self.phases["reward"] = time.perf_counter() - started
@@ -80,14 +80,14 @@ class Clock:
 
 
 class OnCommand(TrainerCallback):
-    """Waits before each optimizer step, answers after it."""
+    """Callback that waits for a command before each optimizer step and answers after it."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel, self.watch = channel, Stopwatch()
         self.clock: Clock | None = None
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Called before the first microbatch, so also before the generation."""
+        """Wait for a command; called before the first microbatch and therefore before the generation."""
         command = self.channel.receive()
         if command is None:
             sys.exit(0)
@@ -96,7 +96,7 @@ class OnCommand(TrainerCallback):
         self.watch = Stopwatch()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """Called after the optimizer's step."""
+        """Answer; called after the optimizer step."""
         assert self.clock is not None
         taken = self.watch.read()
         phases = {**self.clock.phases, "train": taken["seconds"] - sum(self.clock.phases.values())}
@@ -104,7 +104,7 @@ class OnCommand(TrainerCallback):
 
 
 def main() -> None:
-    """Serves commands until the parent closes."""
+    """Execute commands until the parent closes the stream."""
     channel, settings = Channel(), json.loads(sys.argv[1])
     torch.set_num_threads(settings["threads"])
     callback = OnCommand(channel)

@@ -35,7 +35,7 @@ def test_an_update_without_any_token_has_only_zeros() -> None:
     assert rollout_mean_weights([]) == token_mean_weights([]) == rollout_sum_weights([], 8) == []
 
 
-def test_what_cannot_be_counted_is_named() -> None:
+def test_invalid_counts_are_errors() -> None:
     with pytest.raises(ValueError, match="rollout 1 has -2"):
         token_mean_weights([3, -2])
     with pytest.raises(ValueError, match=r"3 rollouts .* group_size=2"):

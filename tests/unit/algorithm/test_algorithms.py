@@ -280,7 +280,7 @@ def test_corrections_multiply_the_surrogate_and_not_the_kl(form: str) -> None:
     torch.testing.assert_close(gradient(found, data), gradient(expected, data), rtol=1e-6, atol=1e-7)
 
 
-def test_a_veto_takes_out_whole_rollouts() -> None:
+def test_a_veto_excludes_whole_rollouts() -> None:
     data = make_data()
     least = [float((o - s).exp().min()) for o, s in zip(data.old, data.sampler, strict=True)]
     veto = 0.5

@@ -41,14 +41,14 @@ def test_a_sequence_factor_is_truncated_at_the_bound() -> None:
 
 
 @pytest.mark.parametrize("form", ["token_truncated", "sequence_truncated", "token_masked", None])
-def test_one_token_below_the_veto_takes_out_its_rollout(form: CorrectionForm | None) -> None:
+def test_one_token_below_the_veto_excludes_its_rollout(form: CorrectionForm | None) -> None:
     factor, _, vetoed = Correction(form, low=0.5, high=4.0, veto=0.1).factors(K.log(), SEGMENTS)
     assert vetoed.tolist() == [0.0] * 3 + [1.0] * 3
     assert factor[3:].tolist() == [0.0] * 3
     assert factor[:3].sum() > 0
 
 
-def test_equal_probabilities_leave_the_loss_as_it_is() -> None:
+def test_equal_probabilities_do_not_change_the_loss() -> None:
     old = torch.tensor([-1.0, -2.0])
     microbatch = row(torch.tensor([1.0, -1.0]), old_log_probs=old, sampler_log_probs=old)
     plain, _ = PolicyLoss(CLIPPED)(old + 0.1, torch.zeros(2), microbatch)
@@ -59,7 +59,7 @@ def test_equal_probabilities_leave_the_loss_as_it_is() -> None:
         assert metrics["correction"].tolist() == [1.0, 1.0]
 
 
-def test_what_is_taken_out_has_no_gradient_however_far_it_is() -> None:
+def test_masked_tokens_have_no_gradient_for_any_mismatch() -> None:
     log_probs = torch.tensor([500.0], requires_grad=True)
     microbatch = row(-torch.ones(1), old_log_probs=torch.zeros(1), sampler_log_probs=torch.tensor([50.0]))
     loss_of = PolicyLoss(CLIPPED, correction=Correction("token_masked", low=0.5, high=5.0, veto=None))

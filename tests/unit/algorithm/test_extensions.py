@@ -1,4 +1,4 @@
-"""A surrogate or an advantage estimator of the user is one file, and a built-in one declares the keys that it reads."""
+"""User-defined surrogates and advantage estimators in one file, and the table of the built-in ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation: by hand, its two ends, and the paper's sum."""
+"""Generalized advantage estimation: hand-computed numbers, lambda 0 and 1, and the sum of the paper."""
 
 from __future__ import annotations
 

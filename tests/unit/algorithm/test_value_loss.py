@@ -98,7 +98,7 @@ def test_a_clipped_token_has_no_gradient_and_is_counted() -> None:
         assert values.grad[at].item() == slope
 
 
-def test_without_returns_it_says_so() -> None:
+def test_missing_returns_are_an_error() -> None:
     (row,) = rows([[0]])
     with pytest.raises(ValueError, match="returns and old_values"):
         ValueLoss(0.2)(torch.zeros(60), row)

@@ -1,4 +1,4 @@
-"""Who says what, where: screen and file of a rank."""
+"""Log messages of a rank on the screen and in its file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_rank_0_shows_information_and_other_ranks_only_warnings(capsys: pytest.C
     ]
 
 
-def test_the_file_of_a_rank_holds_both_and_is_appended_to(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_file_of_a_rank_has_all_levels_and_is_appended_to(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for _ in range(2):
         configure_logging(5, "tp 1/2", tmp_path / "logs")
         say()
@@ -57,7 +59,7 @@ def test_the_file_of_a_rank_holds_both_and_is_appended_to(capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("name", ["vllm.engine", "megatron.core", "transformers"])
-def test_libraries_are_heard_from_warnings_on_in_our_form(capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_libraries_are_limited_to_warnings_and_use_our_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
     configure_logging(0)
     own = logging.StreamHandler(io.StringIO())
     library = logging.getLogger(name.split(".")[0])
@@ -70,9 +72,7 @@ def test_libraries_are_heard_from_warnings_on_in_our_form(capsys: pytest.Capture
     assert own.stream.getvalue() == ""
 
 
-def test_python_warnings_are_kept_in_the_file_and_off_the_screen(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_python_warnings_are_written_to_the_file_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     configure_logging(0, log_dir=tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Peaks by phase: whose they are, and that the peak of a process is read and set back."""
+"""Peak memory by phase, and the peak of a process, which is read and reset."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_mega.observe.metric_table import require_known
 from grpo_mega.types import UserError
 
 
-def test_a_peak_belongs_to_the_phase_that_was_running() -> None:
+def test_a_peak_counts_to_the_phase_that_was_running() -> None:
     taken = iter([1, 5, 7, 4, 3, 2])
     peaks = PhasePeaks(lambda: next(taken))
     peaks.phase("rollout")  # 1: before any phase
@@ -25,7 +25,7 @@ def test_a_peak_belongs_to_the_phase_that_was_running() -> None:
     assert peaks.step_metrics() == {"memory/peak_train_bytes": 2}
 
 
-def test_the_peak_of_this_process_is_set_back_when_it_is_read() -> None:
+def test_reading_the_peak_of_this_process_resets_it() -> None:
     take = device_peak("cpu")
     take()
     blocks = [bytearray(b"x" * 4096) for _ in range(32 << 8)]  # small ones: freed, they stay with the process
@@ -33,13 +33,13 @@ def test_the_peak_of_this_process_is_set_back_when_it_is_read() -> None:
     assert take() >= take() + (16 << 20)
 
 
-def test_where_it_cannot_be_read_the_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_peaks_on_an_unsupported_system_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "missing")
     with pytest.raises(UserError, match=r"observe\.memory_peaks=true needs Linux with glibc, or CUDA"):
         device_peak("cpu")
 
 
-def test_without_a_reader_there_are_no_peaks() -> None:
+def test_nothing_is_measured_without_a_reader() -> None:
     peaks = PhasePeaks(None)
     peaks.phase("train")
     assert peaks.step_metrics() == {}

@@ -63,13 +63,13 @@ def test_the_committed_reference_is_up_to_date() -> None:
     assert REFERENCE.read_text() == reference(), "run python tools/dev/make_metrics_reference.py"
 
 
-def test_an_unknown_name_is_refused_with_the_nearest_one(tmp_path: Path) -> None:
+def test_an_unknown_name_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
     with writer(tmp_path) as metrics, pytest.raises(ValueError, match=r"metric=reward/avg .* use reward/"):
         metrics.write(1, {"reward/avg": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_a_line_is_readable_at_once_with_step_first_and_every_metric(tmp_path: Path) -> None:
+def test_a_line_is_on_disk_at_once_with_step_first_and_every_metric(tmp_path: Path) -> None:
     metrics = writer(tmp_path)
     metrics.write(1, {"reward/mean": 0.25, "train/kl": 1e-9})
     metrics.write(2, {"reward/mean": 1})
@@ -114,7 +114,7 @@ def test_curves_hold_every_point_and_those_without_a_line(tmp_path: Path) -> Non
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
-def test_a_continued_run_hides_the_points_it_writes_again(tmp_path: Path) -> None:
+def test_tensorboard_hides_the_points_that_a_continued_run_writes_again(tmp_path: Path) -> None:
     with writer(tmp_path, tensorboard=True) as metrics:
         for step in (1, 2, 3):
             metrics.write(step, {"reward/mean": 0.0})
@@ -123,7 +123,9 @@ def test_a_continued_run_hides_the_points_it_writes_again(tmp_path: Path) -> Non
     assert [(p.step, p.value) for p in curves(tmp_path).Scalars("reward/mean")] == [(1, 0.0), (2, 1.0)]
 
 
-def test_without_tensorboard_its_package_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tensorboard_package_is_imported_only_if_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with writer(tmp_path) as metrics:
         metrics.write(1, {})

@@ -39,7 +39,7 @@ def test_a_step_is_one_plain_line_when_piped() -> None:
     ]
 
 
-def test_what_was_not_measured_is_not_shown() -> None:
+def test_missing_metrics_are_not_shown() -> None:
     stream = io.StringIO()
     Progress(total_steps=3, stream=stream).step(1, {"reward/mean": float("nan")})
     assert stream.getvalue() == "step 1/3  reward nan\n"
@@ -66,7 +66,7 @@ def test_a_terminal_shows_bar_numbers_and_the_current_phase() -> None:
     assert "\x1b[" in shown
 
 
-def test_a_terminal_is_given_back_after_an_exception() -> None:
+def test_the_terminal_is_restored_after_an_exception() -> None:
     stream, before = io.StringIO(), (sys.stdout, sys.stderr)
 
     def fail() -> None:

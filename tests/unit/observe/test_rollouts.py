@@ -1,4 +1,4 @@
-"""Rows of rollouts/*.jsonl and their rendering as text."""
+"""Rows of the rollout files, and their rendering as text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rollout(reward: float = 1.0, text: str = "46") -> Rollout:
     )
 
 
-def test_a_row_holds_what_a_script_and_a_replay_need() -> None:
+def test_a_row_has_all_data_for_scripts_and_replay() -> None:
     (row,) = rollout_rows([rollout()], [0.5], [[-1.0, -2.0, -3.0]])
     assert row == {
         "prompt": "12+34=",
@@ -52,7 +52,7 @@ def test_a_row_holds_what_a_script_and_a_replay_need() -> None:
     }
 
 
-def test_a_row_with_an_environment_says_who_wrote_which_token() -> None:
+def test_the_loss_mask_of_a_row_marks_tokens_of_the_environment() -> None:
     several = replace(rollout().completion, loss_mask=(True, False, True), num_turns=2)
     of_steps = ((0, 0.5), (2, 1.0))
     (row,) = rollout_rows([replace(rollout(), completion=several, steps=of_steps)], [0.0], [[-1.0, -3.0]])
@@ -67,14 +67,14 @@ def test_old_log_probs_may_be_absent() -> None:
     assert [row["old_log_probs"] for row in rollout_rows([rollout(), rollout()], [0.0, 0.0], None)] == [None, None]
 
 
-def test_lists_of_other_lengths_are_refused() -> None:
+def test_lists_of_different_lengths_are_an_error() -> None:
     with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 2 entries for 3"):
         rollout_rows([rollout()], [0.0], [[-1.0, -2.0]])
     with pytest.raises(ValueError, match="zip"):
         rollout_rows([rollout()], [0.0, 1.0], None)
 
 
-def test_a_file_is_a_json_object_per_line_whatever_a_completion_holds(tmp_path: Path) -> None:
+def test_a_file_has_one_json_object_per_line_for_any_text(tmp_path: Path) -> None:
     texts = ["a\nb", "\ud800", "\u2028", "naïve \x00"]
     rows = rollout_rows([rollout(text=text) for text in texts], [float("nan")] * 4, None)
     path = tmp_path / "rollouts" / "step_000012.jsonl"
@@ -85,7 +85,7 @@ def test_a_file_is_a_json_object_per_line_whatever_a_completion_holds(tmp_path: 
     assert [p.name for p in path.parent.iterdir()] == ["step_000012.jsonl"]
 
 
-def test_experts_lie_beside_the_rows_one_rollout_behind_the_other(tmp_path: Path) -> None:
+def test_routing_records_are_written_beside_the_rows_in_order(tmp_path: Path) -> None:
     path = tmp_path / "rollouts" / "step_000012.experts.npz"
     write_experts(path, [rollout(), rollout()])
     assert not path.parent.exists()
@@ -105,7 +105,7 @@ def test_experts_lie_beside_the_rows_one_rollout_behind_the_other(tmp_path: Path
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_text_cannot_leave_its_block() -> None:
+def test_no_text_ends_its_code_block() -> None:
     text = "```\n# heading\n```` <b>"
     (row,) = rollout_rows([rollout(text=text)], [0.5], None)
     assert f"`````\n{text}\n`````" in render_rollout(row)

@@ -1,4 +1,4 @@
-"""The run-folder rule: fresh, continued, finished, refused; and what a continued run finds."""
+"""State of the run folder: fresh, continued, finished or rejected; and the files of a continued run."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def test_raising_train_steps_continues_a_finished_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [None, Summary(status="interrupted", steps=20), Summary(status="done", steps=10)])
-def test_a_run_killed_between_its_last_checkpoint_and_its_summary_goes_on_to_its_end(
-    tmp_path: Path, left: Summary | None
-) -> None:
+def test_a_run_killed_between_last_checkpoint_and_summary_is_continued(tmp_path: Path, left: Summary | None) -> None:
     folder = start(tmp_path / "run").folder
     save_checkpoint(folder, 20)
     if left is not None:
@@ -114,7 +112,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_goes_on_to_its
     assert (state.status, state.step, state.previous) == ("continued", 20, left)
 
 
-def test_a_done_run_whose_later_checkpoints_were_removed_goes_on_from_what_is_left(tmp_path: Path) -> None:
+def test_a_finished_run_without_its_last_checkpoints_continues_from_the_newest(tmp_path: Path) -> None:
     folder = start(tmp_path / "run").folder
     save_checkpoint(folder, 10)
     write_summary(folder.summary, Summary(status="done", steps=20))
@@ -122,7 +120,7 @@ def test_a_done_run_whose_later_checkpoints_were_removed_goes_on_from_what_is_le
     assert (state.status, state.step) == ("continued", 10)
 
 
-def test_a_different_config_is_refused_naming_each_key_with_both_values(tmp_path: Path) -> None:
+def test_the_error_of_a_different_config_has_each_key_with_both_values(tmp_path: Path) -> None:
     folder = start(tmp_path / "run").folder
     before = folder.config.read_bytes()
     with pytest.raises(UserError) as caught:
@@ -136,7 +134,7 @@ def test_a_different_config_is_refused_naming_each_key_with_both_values(tmp_path
     assert folder.config.read_bytes() == before
 
 
-def test_a_different_config_is_refused_on_a_finished_run_too(tmp_path: Path) -> None:
+def test_a_different_config_is_an_error_for_a_finished_run_too(tmp_path: Path) -> None:
     folder = start(tmp_path / "run").folder
     save_checkpoint(folder, 20)
     write_summary(folder.summary, Summary(status="done", steps=20))

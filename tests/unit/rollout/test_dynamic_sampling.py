@@ -1,4 +1,4 @@
-"""The groups of a step, and how places of degenerate ones are filled again."""
+"""Sampling of the groups of a step, and replacement of degenerate groups."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PER_STEP = 6
 
 @dataclass
 class Recorder:
-    """Samples groups of two; the group of a prompt teaches if `teaches` says so."""
+    """Sampler of groups of two that records its calls; a group has equal rewards unless `is_useful(prompt)`."""
 
-    teaches: Callable[[int], bool]
+    is_useful: Callable[[int], bool]
     returns_records: bool = False
-    """The experts of all rollouts but the first."""
+    """Return routing records for all rollouts except the first."""
     calls: list[tuple[list[int], tuple[object, ...]]] = field(default_factory=list)
     asked: list[bool] = field(default_factory=list)
 
@@ -36,7 +36,7 @@ class Recorder:
         assert request.group_size == 2
         rollouts = []
         for prompt in prompts:
-            for reward in (0.0, float(self.teaches(prompt.index))):
+            for reward in (0.0, float(self.is_useful(prompt.index))):
                 choices = torch.zeros(1, 1, 1, dtype=torch.uint8) if self.returns_records and rollouts else None
                 completion = Completion((1,), (0.0,), "eos", 0, f"{seed_of}", choices)
                 rollouts.append(Rollout(prompt, completion, Reward(reward), 0))
@@ -81,7 +81,7 @@ def test_without_refill_a_step_samples_its_own_prompts_once(degenerate: str) -> 
     assert groups.num_discarded == 0
 
 
-def test_refill_replaces_degenerate_groups_where_they_stand_until_none_is_left() -> None:
+def test_refill_replaces_degenerate_groups_in_place_until_none_is_left() -> None:
     recorder = Recorder(lambda index: index % 3 == 0)
     groups = source(recorder, "algorithm.degenerate=refill").sample(3)
     own = recorder.calls[0][0]
@@ -100,7 +100,7 @@ def test_refill_replaces_degenerate_groups_where_they_stand_until_none_is_left()
     assert all(groups.rollouts[i].prompt == groups.rollouts[i + 1].prompt for i in range(0, 2 * PER_STEP, 2))
 
 
-def test_every_round_and_step_has_seeds_and_prompts_of_its_own_and_the_same_again() -> None:
+def test_rounds_and_steps_have_different_seeds_and_prompts_that_are_reproducible() -> None:
     def calls(step: int) -> list[tuple[list[int], tuple[object, ...]]]:
         recorder = Recorder(lambda index: index % 5 == 0)
         source(recorder, "algorithm.degenerate=refill").sample(step)
@@ -127,7 +127,7 @@ def test_refill_ends_with_its_rounds_or_its_prompts() -> None:
     assert [len(asked) for asked, _ in few.calls] == [PER_STEP, 4]
 
 
-def test_a_step_whose_groups_all_teach_samples_once() -> None:
+def test_a_step_without_degenerate_groups_samples_once() -> None:
     recorder = Recorder(lambda _: True)
     source(recorder, "algorithm.degenerate=refill").sample(1)
     assert len(recorder.calls) == 1

@@ -1,4 +1,4 @@
-"""What an evaluation reports, from scripted samples of two held-out sets."""
+"""Results of an evaluation of scripted samples of two held-out sets."""
 
 from __future__ import annotations
 
@@ -61,6 +61,6 @@ def test_several_sets_are_reported_together_and_by_name() -> None:
     assert (both.sets["hard"].accuracy, both.sets["hard"].pass_at_k) == (0.0, {"4": 0.0})
 
 
-def test_the_limit_of_prompts_holds_for_each_set() -> None:
+def test_max_prompts_applies_to_each_set() -> None:
     found = evaluate([DataSet("easy", prompts(0, 1)), DataSet("hard", prompts(2))], k=4, max_prompts=1)
     assert {name: part.num_prompts for name, part in found.sets.items()} == {"easy": 1, "hard": 1}

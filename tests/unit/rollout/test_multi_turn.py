@@ -1,4 +1,4 @@
-"""Turns between a scripted engine and a scripted environment: tokens, masks, budgets, order and seeds."""
+"""Rollouts with several turns of a scripted engine and environment: tokens, masks, token limits, order, seeds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REQUEST = SamplingRequest(group_size=2, temperature=0.5, max_tokens=12, seed=77)
 
 
 class ScriptedEngine:
-    """Says `answers[turn]` to every rollout, one token per character; the last rollout is done first."""
+    """Engine that returns `answers[turn]` with one token per character, and completes the last rollout first."""
 
     def __init__(self, *answers: str) -> None:
         self._answers = answers
@@ -43,7 +43,7 @@ class ScriptedEngine:
 
 
 class Letters:
-    """One token per character, two for a capital: what is tokenised again would be noticed."""
+    """Codec with one token per character and two per capital, so that a second tokenization changes the result."""
 
     def encode(self, result: str) -> tuple[int, ...]:
         if "?" in result:
@@ -55,7 +55,7 @@ class Letters:
 
 
 class ScriptedEnvironment:
-    """Replies by function of (prompt, turns); collects in the reverse order of asking."""
+    """Environment whose reply is a function of (prompt, turns); returns replies in reverse order."""
 
     def __init__(self, reply: Callable[[str, list[Turn]], Reply]) -> None:
         self._reply = reply
@@ -90,7 +90,7 @@ def take(
     return found, heard
 
 
-def test_a_rollout_is_the_sequence_of_what_was_sampled_and_what_was_replied() -> None:
+def test_a_rollout_is_the_sequence_of_answers_and_replies() -> None:
     engine = ScriptedEngine("ab!", "cd")
     found, _ = take(engine, ScriptedEnvironment(lambda _, turns: Reply("Xy" if len(turns) == 1 else None)))
     completion = found[1][0]
@@ -116,7 +116,7 @@ def test_the_environment_sees_each_answer_with_prompt_reference_and_history() ->
     assert environment.asked[4] == (3, "second", [Turn("a!", "r"), Turn("b")], "ref2")
 
 
-def test_rollouts_that_are_over_leave_the_others_in_their_order() -> None:
+def test_completed_rollouts_do_not_change_the_order_of_the_others() -> None:
     engine = ScriptedEngine("a!", "b!", "c!")
     found, heard = take(engine, ScriptedEnvironment(lambda prompt, _: Reply("r" if prompt == "second" else None)))
     assert [len(prompts) for prompts, _ in engine.calls] == [2, 2, 2]  # two groups of two, then one of them
@@ -146,7 +146,7 @@ def test_answers_and_replies_share_the_limit_of_tokens() -> None:
     assert just[0][0].text == "abcd!rrrrrre"
 
 
-def test_an_answer_that_was_cut_asks_nothing() -> None:
+def test_a_truncated_answer_is_not_sent_to_the_environment() -> None:
     environment = ScriptedEnvironment(lambda *_: Reply("r"))
     found, _ = take(ScriptedEngine("a" * 20), environment)
     assert environment.asked == []
@@ -154,7 +154,7 @@ def test_an_answer_that_was_cut_asks_nothing() -> None:
 
 
 @pytest.mark.parametrize("reply", [Reply(failure="timed out"), Reply("what?")])
-def test_a_failure_ends_its_rollout_and_is_told(reply: Reply) -> None:
+def test_a_failure_ends_its_rollout_and_is_reported(reply: Reply) -> None:
     def replies(prompt: str, turns: list[Turn]) -> Reply:
         if prompt == "first":
             return reply
@@ -166,7 +166,7 @@ def test_a_failure_ends_its_rollout_and_is_told(reply: Reply) -> None:
     assert [c.failure for c in found[1]] == [None] * 2
 
 
-def test_ranks_of_a_replica_make_the_same_calls_whatever_the_first_rank_waited_for() -> None:
+def test_ranks_of_a_replica_make_the_same_calls_despite_a_slow_environment() -> None:
     engines = [ScriptedEngine("a!", "b!", "c") for _ in range(2)]
     results: list[Any] = [None, None]
     meeting, box = threading.Barrier(2, timeout=20), [None]
@@ -201,7 +201,7 @@ def test_ranks_of_a_replica_make_the_same_calls_whatever_the_first_rank_waited_f
     assert [len(calls) for calls, _ in engines[0].calls] == [2, 4, 4]
 
 
-def test_what_breaks_on_the_first_rank_is_raised_on_all() -> None:
+def test_an_exception_on_the_first_rank_is_raised_on_all_ranks() -> None:
     shared: list[Any] = []
 
     class Broken(ScriptedEnvironment):
@@ -217,8 +217,8 @@ def test_what_breaks_on_the_first_rank_is_raised_on_all() -> None:
     assert isinstance(shared[0], RuntimeError)  # it was broadcast first
 
 
-def test_a_rank_without_open_rollouts_calls_its_engine_as_often_as_the_others_of_its_replica() -> None:
-    """A replica steps together: the first share has one turn, the second has none, the third takes three."""
+def test_a_rank_without_unfinished_rollouts_calls_its_engine_as_often_as_its_replica() -> None:
+    """The first prompt shard has one turn, the second has no prompts, the third takes three turns."""
     engines = [ScriptedEngine("a", "b", "c"), ScriptedEngine("a", "b", "c"), ScriptedEngine("a!", "b!", "c")]
     results: list[Any] = [None] * 3
     meeting, told = threading.Barrier(3, timeout=20), [False] * 3

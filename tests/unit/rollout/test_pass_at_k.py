@@ -1,4 +1,4 @@
-"""pass@k and maj@k against enumeration, and what counts as the same answer."""
+"""pass@k and maj@k compared with enumeration, and equality of final answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo_mega.rollout.pass_at_k import final_answer, majority_at_k, pass_at_k
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
-def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n: int) -> None:
+def test_pass_at_k_is_the_fraction_of_subsets_with_a_correct_sample(n: int) -> None:
     for num_right, k in product(range(n + 1), range(1, n + 1)):
         right = [True] * num_right + [False] * (n - num_right)
         subsets = list(combinations(right, k))
@@ -19,14 +19,14 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_sample(n: int) -> N
         assert pass_at_k(n, num_right, k) == pytest.approx(float(expected), abs=1e-12)
 
 
-def test_pass_at_k_does_not_lose_small_chances_among_many_samples() -> None:
+def test_pass_at_k_keeps_small_probabilities_for_many_samples() -> None:
     assert pass_at_k(10_000, 1, 1) == pytest.approx(1e-4, rel=1e-9)
     assert pass_at_k(10_000, 10_000, 1) == 1.0
     assert pass_at_k(200, 3, 100) == pytest.approx(1 - (100 * 99 * 98) / (200 * 199 * 198), rel=1e-12)
 
 
 @pytest.mark.parametrize(("n", "right", "k"), [(4, 2, 5), (4, 2, 0), (4, 5, 2), (4, -1, 2)])
-def test_what_is_not_defined_is_refused(n: int, right: int, k: int) -> None:
+def test_undefined_arguments_are_an_error(n: int, right: int, k: int) -> None:
     with pytest.raises(ValueError, match="is not defined"):
         pass_at_k(n, right, k)
 
@@ -72,7 +72,7 @@ def test_majority_by_hand() -> None:
         ("66", "6", False),
     ],
 )
-def test_final_answers_are_compared_by_meaning(first: str, second: str, same: bool) -> None:
+def test_final_answers_are_compared_by_value(first: str, second: str, same: bool) -> None:
     assert (final_answer(first) == final_answer(second)) is same
 
 

@@ -1,4 +1,4 @@
-"""Sampling over replicas with a scripted engine: waves, dealing, order, seeds, and who scores what."""
+"""Sampling over replicas with a scripted engine: waves, distribution of prompts, order, seeds and scoring."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GOLDEN = 227108348  # derived_seed("train", 0, 1, 0, 0)
 
 
 class ScriptedEngine:
-    """Answers prompt p, member m with the tokens (p, m, seed) m + 1 times over; the last rollout is done first."""
+    """Engine that returns the tokens (p, m, seed), repeated m + 1 times, and completes the last rollout first."""
 
     def __init__(self, lost: int = 0) -> None:
         self.calls: list[tuple[list[int], SamplingRequest]] = []
@@ -49,7 +49,7 @@ class ScriptedEngine:
 
 
 class ScriptedScorer:
-    """The reward is the number in the prompt's reference plus the member in the completion's text."""
+    """Scorer whose reward is the number in the reference plus the member in the completion."""
 
     def __init__(self) -> None:
         self.submitted: list[tuple[int, str, str, str]] = []
@@ -68,7 +68,7 @@ def prompts_of(count: int) -> list[Prompt]:
 def sampled(
     monkeypatch: pytest.MonkeyPatch, topology: Topology, count: int, per_wave: int | None, lost: int = 0
 ) -> tuple[list[SampledGroups], list[ScriptedEngine], list[ScriptedScorer | None]]:
-    """What each rank of the job gets; ranks are threads, and meet where the processes would."""
+    """Return the result of each rank; ranks are threads that exchange objects at the collective calls."""
     world = topology.world_size
     spoken: list[Any] = [None] * world
     meeting = threading.Barrier(world, timeout=10)
@@ -106,7 +106,7 @@ def sampled(
 
 @pytest.mark.parametrize("per_wave", [None, 1, 3, 4, 100])
 @pytest.mark.parametrize(("world", "engine_tp", "engine_dp"), [(1, 1, 1), (2, 1, 1), (2, 2, 1), (6, 2, 1), (8, 2, 2)])
-def test_all_ranks_get_all_groups_in_the_prompts_order(
+def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
     monkeypatch: pytest.MonkeyPatch, world: int, engine_tp: int, engine_dp: int, per_wave: int | None
 ) -> None:
     topology = Topology(world, engine_tp=engine_tp, engine_dp=engine_dp)
@@ -125,7 +125,7 @@ def test_all_ranks_get_all_groups_in_the_prompts_order(
         assert all(engine.calls == engines[first].calls for engine in engines[first : first + engine_tp])
 
 
-def test_waves_are_dealt_to_the_replicas_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_prompts_of_a_wave_are_distributed_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
     results, engines, _ = sampled(monkeypatch, Topology(2), 7, per_wave=3)
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10, 12], [13, 15], [16]], [[11], [14], []]]
@@ -135,8 +135,8 @@ def test_waves_are_dealt_to_the_replicas_in_turn(monkeypatch: pytest.MonkeyPatch
     assert results[0].tokens_per_replica(3) == [5 * 18, 2 * 18, 0]
 
 
-def test_data_parallel_ranks_of_a_replica_have_shares_and_seeds_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And all of them are called at every wave, with prompts or without."""
+def test_data_parallel_ranks_of_a_replica_have_their_own_prompts_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them call the engine in every wave, also without prompts."""
     results, engines, _ = sampled(monkeypatch, Topology(4, engine_dp=2), 7, per_wave=3)
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10], [13], [16]], [[11], [14], []], [[12], [15], []], [[], [], []]]
@@ -152,7 +152,7 @@ def test_without_a_wave_size_all_prompts_enter_together(monkeypatch: pytest.Monk
     assert [indices for indices, _ in engines[0].calls] == [list(range(10, 17))]
 
 
-def test_each_wave_and_replica_draws_from_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_wave_and_replica_has_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     _, engines, _ = sampled(monkeypatch, Topology(2), 7, per_wave=3)
     requests = [request for engine in engines for _, request in engine.calls]
     assert len({request.seed for request in requests}) == 6
@@ -161,7 +161,7 @@ def test_each_wave_and_replica_draws_from_a_seed_of_its_own(monkeypatch: pytest.
     assert seeds == [[derived_seed("train", 0, 4, wave, replica) for wave in range(3)] for replica in range(2)]
 
 
-def test_rollouts_that_an_engine_did_not_return_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_rollouts_of_an_engine_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="19 of 21 rollouts"):
         sampled(monkeypatch, Topology(1), 7, per_wave=None, lost=2)
 
@@ -212,7 +212,7 @@ def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(mon
         ("", ((0, 0.5),), ((0, 0.5),)),
     ],
 )
-def test_steps_end_in_the_token_that_holds_their_last_character(
+def test_the_end_token_of_a_step_contains_its_last_character(
     text: str, steps: tuple[tuple[int, float], ...], expected: tuple[tuple[int, float], ...]
 ) -> None:
     tokenizer = byte_tokenizer()

@@ -27,8 +27,8 @@ def bench() -> ModuleType:
 
 
 def test_ratios_compare_medians_per_rollout_per_token_and_per_cpu_second(bench: ModuleType) -> None:
-    ours = [bench.StepTime(seconds, 1.0, 10, 100, {"train": seconds}) for seconds in (1.0, 2.0, 50.0)]
-    trl = [bench.StepTime(seconds, 3.0, 10, 50, {"train": seconds}) for seconds in (8.0, 8.0, 8.0)]
+    ours = [bench.SideTime(seconds, 1.0, 10, 100, {"train": seconds}) for seconds in (1.0, 2.0, 50.0)]
+    trl = [bench.SideTime(seconds, 3.0, 10, 50, {"train": seconds}) for seconds in (8.0, 8.0, 8.0)]
     found = bench.Comparison(ours, trl)
     assert found.ratio == pytest.approx(4.0)
     assert found.ratio_per_token == pytest.approx(8.0)
@@ -43,7 +43,7 @@ def test_length_spread_takes_percentiles_by_nearest_rank(bench: ModuleType) -> N
     assert found["p95_over_p50"] == pytest.approx(1.9)
 
 
-def test_who_is_first_changes_every_round(bench: ModuleType) -> None:
+def test_the_side_that_starts_alternates(bench: ModuleType) -> None:
     order: list[str] = []
 
     class Fake:
@@ -52,7 +52,7 @@ def test_who_is_first_changes_every_round(bench: ModuleType) -> None:
 
         def step(self, given: object) -> tuple[object, None]:
             order.append(self.name)
-            return bench.StepTime(1.0, 1.0, 1, 1, {}), None
+            return bench.SideTime(1.0, 1.0, 1, 1, {}), None
 
-    bench.take_turns((Fake("ours"), Fake("trl")), 3)
+    bench.alternate((Fake("ours"), Fake("trl")), 3)
     assert order == ["ours", "trl", "trl", "ours", "ours", "trl"]

@@ -46,7 +46,7 @@ def test_a_run_is_read_by_hand(tmp_path: Path) -> None:
 def test_the_table_compares_with_the_first_algorithm(tmp_path: Path) -> None:
     results = [read(name, write_run(tmp_path / name, critic=name == "ppo")) for name in ("grpo", "ppo")]
     assert table(results).splitlines() == [
-        "| algorithm | before | after | greedy | trainable MB | over the first's | s/step | discarded groups "
+        "| algorithm | before | after | greedy | trainable MB | / first | s/step | discarded groups "
         "| peak rollout, MiB | peak critic, MiB | peak train, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         "| `grpo` | 0.480 | 0.950 | 0.970 | 16.00 | 1.00 | 3.00 | 6 | 98 |  | 98 |",
@@ -63,8 +63,8 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--algorithms", "grpo,dqn"], "--algorithms: 'dqn' is not one of grpo, dr_grpo"),
-        (["--algorithms", ","], "--algorithms=',' names none"),
+        (["--algorithms", "grpo,dqn"], "--algorithms: 'dqn' must be one of grpo, dr_grpo"),
+        (["--algorithms", ","], "--algorithms=',' must name at least one"),
         (["data.eval=null"], "data.eval=null: algorithms are compared by held-out accuracy"),
         (["optimizer.lr=fast"], "optimizer.lr"),
         (["no/such.yaml"], "no/such.yaml"),

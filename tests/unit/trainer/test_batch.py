@@ -1,4 +1,4 @@
-"""From rollouts to microbatches: global denominators and the same content for every split."""
+"""Building microbatches from rollouts: global denominators, and the same content for every split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OBJECTIVE = Objective(AlgorithmConfig(), max_tokens=64)
 
 
 def random_groups(num_groups: int, seed: int = 0) -> tuple[SampledGroups, list[float]]:
-    """Rollout i is made of tokens of its own (100 i and following); lengths of 2 to 40."""
+    """Return rollouts in which rollout i has the tokens from 100 i on, with lengths from 2 to 40."""
     rng = random.Random(seed)
     rollouts = []
     for i in range(num_groups * GROUP):
@@ -51,13 +51,13 @@ def batches(
     minibatches: int = 2,
     shape: RowShape = RowShape(),  # noqa: B008 - frozen
 ) -> list[TrainBatch]:
-    """One for each data-parallel rank."""
+    """Return one batch per data-parallel rank."""
     train = TrainConfig(steps=1, minibatches_per_epoch=minibatches, max_tokens_per_microbatch=budget)
     return [build_batch(groups, rewards, train, OBJECTIVE, dp=dp, dp_rank=rank, shape=shape) for rank in range(dp)]
 
 
 def loss_tokens(batch: TrainBatch, minibatch: int) -> Counter[tuple[int, int, float, float]]:
-    """(rollout, predicted token, weight, advantage) of every loss token."""
+    """Count (rollout, predicted token, weight, advantage) over all loss tokens."""
     found: Counter[tuple[int, int, float, float]] = Counter()
     for row in batch.minibatches[minibatch]:
         mask = row.loss_mask
@@ -88,7 +88,7 @@ def test_every_split_holds_the_same_tokens_weights_and_advantages(dp: int, budge
 
 
 @pytest.mark.parametrize("dp", [1, 3])
-def test_each_rollout_counts_one_over_the_minibatch_s_rollouts(dp: int) -> None:
+def test_each_rollout_has_the_total_weight_one_over_the_rollouts_of_its_minibatch(dp: int) -> None:
     groups, rewards = random_groups(7)
     for minibatch, num_rollouts in enumerate((12, 16)):
         shares: Counter[int] = Counter()
@@ -127,7 +127,7 @@ def test_advantages_are_those_of_the_groups() -> None:
             assert advantage == expected[rollout].item()
 
 
-def test_rank_without_a_rollout_brings_a_row_without_loss() -> None:
+def test_a_rank_without_a_rollout_has_a_row_without_loss() -> None:
     groups, rewards = random_groups(1)
     parts = batches(groups, rewards, 6, 10_000, minibatches=1)
     assert [bool(part.microbatches[0].rollout_ids) for part in parts] == [True] * 4 + [False] * 2
@@ -187,7 +187,7 @@ def test_shuffled_rewards_are_a_permutation_fixed_by_the_seed() -> None:
     assert shuffled_rewards(rewards, seed=4) != shuffled
 
 
-def test_explanation_by_hand() -> None:
+def test_the_description_of_a_step_has_the_hand_computed_numbers() -> None:
     overrides = [
         "data.prompts_per_step=10", "sampling.group_size=4", "sampling.prompts_per_wave=4", "train.steps=5",
         "train.epochs_per_rollout=2", "train.minibatches_per_epoch=3", "train.max_tokens_per_microbatch=512",

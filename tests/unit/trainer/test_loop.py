@@ -1,4 +1,4 @@
-"""The critic's part of a step: what it is asked, in which order, and what the batch carries afterwards."""
+"""The critic's part of a step: order of its calls, learning rates, and the values in the batch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TRAIN = TrainConfig(steps=1, epochs_per_rollout=2, minibatches_per_epoch=2, max_
 
 
 class FakeCritic:
-    """Says of each token its number; remembers what it was updated on."""
+    """Critic whose value of a token is the token id; records its updates."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -84,7 +84,7 @@ def step_of(algorithm: AlgorithmConfig) -> tuple[Objective, SampledGroups, Any]:
     return objective, groups, batch
 
 
-def test_the_critic_gives_values_and_learns_from_them_while_it_has_the_device() -> None:
+def test_the_critic_computes_values_and_is_updated_while_it_has_the_device() -> None:
     critic = FakeCritic()
     objective, groups, batch = step_of(AlgorithmConfig(name="ppo", kl_coef=0.0, critic_lr_factor=2.0))
     batch, updates = update_critic(job_of(critic), objective, batch, groups, policy_version=2)
@@ -105,6 +105,6 @@ def test_without_a_critic_nothing_changes() -> None:
     assert update_critic(job_of(None), objective, batch, groups, policy_version=0) == (batch, [])
 
 
-def test_bytes_of_all_that_is_trained() -> None:
+def test_state_bytes_covers_policy_and_critic() -> None:
     assert state_bytes(job_of(None)) == {"policy_params": 3, "policy_grads": 4}
     assert state_bytes(job_of(FakeCritic())) == {"policy_params": 3, "policy_grads": 4, "critic_params": 5}

@@ -1,4 +1,4 @@
-"""The section `algorithm`: names, rules between keys, shaped rewards, weights. Losses are in test_algorithms.py."""
+"""Config section `algorithm`: presets, rules between keys, credit of a step. Losses are in test_algorithms.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_name_passes_its_own_rules_and_survives_a_round_trip(name: str) ->
         assert getattr(algorithm, key) == value
 
 
-def test_what_is_set_wins_over_what_the_name_stands_for() -> None:
+def test_a_key_that_is_set_takes_precedence_over_the_preset_of_the_name() -> None:
     algorithm = AlgorithmConfig(name="dapo", clip_high=0.3, correction="token_masked", correction_low=0.25)
     assert (algorithm.clip_low, algorithm.clip_high, algorithm.aggregation) == (0.2, 0.3, "token_mean")
     assert (algorithm.correction_low, algorithm.correction_high) == (0.25, 5.0)
@@ -67,7 +67,7 @@ def test_each_rule_names_key_value_and_remedy(keys: dict[str, object], start: st
     assert remedy in str(error.value)[len(start) :]
 
 
-def test_estimates_of_two_rollouts_by_hand() -> None:
+def test_credit_of_two_rollouts_with_a_critic_by_hand() -> None:
     algorithm = AlgorithmConfig(name="ppo", gae_lambda=1.0, kl_coef=0.5, critic_lr_factor=3.0)
     objective = Objective(algorithm, max_tokens=16)
     given = groups([2, 1], [1.0, 0.0])
@@ -83,10 +83,8 @@ def test_estimates_of_two_rollouts_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
-def test_steps_of_a_process_reward_are_earned_where_they_end_as_in_the_sum_in_float64(
-    gamma: float, gae_lambda: float
-) -> None:
-    """One rollout with steps and a masked result (whose step counts for the token before it), one with an outcome."""
+def test_step_values_are_earned_at_their_end_tokens_as_in_the_float64_sum(gamma: float, gae_lambda: float) -> None:
+    """One rollout has steps and a masked tool result, whose step counts for the token before; one has an outcome."""
     given = masked(groups([6, 4], [0.5, 1.0]), "110011", "1111")
     first, second = given.rollouts
     given = replace(given, rollouts=[replace(first, steps=((5, -0.5), (0, 1.0), (3, 0.75), (1, 0.25))), second])
@@ -116,7 +114,7 @@ def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:
     assert without.credit(groups([16, 16], [1.0, 0.0]), [1.0, 0.0]).advantages == [0.5, -0.5]
 
 
-def test_a_group_is_degenerate_by_its_own_rewards_and_not_by_the_shaped_ones() -> None:
+def test_a_group_is_degenerate_by_its_rewards_before_the_overlong_penalty() -> None:
     objective = Objective(AlgorithmConfig(degenerate="drop", overlong_buffer_fraction=0.5), max_tokens=16)
     given = groups([4, 16, 4, 4], [1.0, 1.0, 1.0, 0.0])
     rewards = [r.reward.value for r in given.rollouts]
@@ -126,7 +124,7 @@ def test_a_group_is_degenerate_by_its_own_rewards_and_not_by_the_shaped_ones() -
     assert objective.credit(given, rewards, minibatches=[range(2), range(2, 4)]).token_weights == whole.token_weights
 
 
-def test_advantages_over_the_batch_need_no_group() -> None:
+def test_advantages_over_the_batch_allow_groups_of_one() -> None:
     given = groups([1, 3], [4.0, 0.0], size=1)
     algorithm = AlgorithmConfig(name="reinforce_plus_plus", kl_coef=0.0)
     found = Objective(algorithm, 16).credit(given, [4.0, 0.0]).advantages
@@ -154,7 +152,7 @@ def test_the_kl_coefficient_follows_the_step_s_mean_kl(kls: tuple[float, float],
 
 
 def masked(found: SampledGroups, *masks: str) -> SampledGroups:
-    """An environment wrote the tokens where a mask has a 0."""
+    """Return the groups with loss masks; 0 marks tokens that an environment wrote."""
     rollouts = [
         replace(r, completion=replace(r.completion, loss_mask=tuple(own == "1" for own in mask)))
         for r, mask in zip(found.rollouts, masks, strict=True)
@@ -199,12 +197,12 @@ def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ({"kl_in": "reward"}, "algorithm.kl_in=reward with algorithm.advantage=process"),
         ({"name": "dapo"}, "algorithm.overlong_buffer_fraction=0.2 with algorithm.advantage=process"),
     ],
 )
-def test_process_supervision_refuses_rewards_that_are_not_of_steps(keys: dict[str, str], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_process_supervision_rejects_keys_for_rewards_of_whole_rollouts(keys: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         check_algorithm(AlgorithmConfig.model_validate(keys | {"advantage": "process"}))

@@ -1,4 +1,4 @@
-"""Turns on the device: the order of calls, and that nothing is sampled from weights that are not the policy's."""
+"""Phases of the device: order of calls, and no sampling with stale engine weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo_mega.trainer.phases import Part, Phases
 
 
 class Recorder:
-    """Engine and policy in one: writes down what it is told."""
+    """Engine and policy in one object that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
@@ -56,7 +56,7 @@ def test_each_phase_frees_before_it_fills() -> None:
     ]
 
 
-def test_a_critic_is_on_the_device_inside_valuing_alone() -> None:
+def test_a_critic_is_on_the_device_only_inside_valuing() -> None:
     policy, critic = Recorder(), Recorder()
     everything = {"params", "grads", "optimizer"}
     phases = Phases(cast("Engine", Recorder()), policy, critic)
@@ -75,14 +75,14 @@ def test_a_critic_is_on_the_device_inside_valuing_alone() -> None:
     ]
 
 
-def test_sampling_before_the_first_sync_is_refused_before_anything_moves() -> None:
+def test_sampling_before_the_first_sync_is_an_error_and_moves_nothing() -> None:
     recorder, phases = recorded()
     with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
         pass
     assert recorder.calls == []
 
 
-def test_sampling_after_training_without_a_sync_is_refused() -> None:
+def test_sampling_after_training_without_a_sync_is_an_error() -> None:
     _, phases = recorded()
     with phases.syncing():
         pass
@@ -102,7 +102,7 @@ def test_one_sync_serves_several_samplings() -> None:
     assert recorder.calls.count("wake kv_cache") == 2
 
 
-def test_a_sync_that_fails_leaves_nothing_to_sample_from() -> None:
+def test_sampling_after_a_failed_sync_is_an_error() -> None:
     _, phases = recorded()
     with pytest.raises(ValueError, match="lost"), phases.syncing():
         raise ValueError("lost")
@@ -110,7 +110,7 @@ def test_a_sync_that_fails_leaves_nothing_to_sample_from() -> None:
         pass
 
 
-def test_a_policy_stays_where_it_is_while_an_engine_elsewhere_samples() -> None:
+def test_the_policy_is_not_offloaded_for_an_engine_on_other_devices() -> None:
     recorder = Recorder()
     phases = Phases(cast("Engine", recorder), recorder, engine_elsewhere=True)
     with phases.syncing():

@@ -1,4 +1,4 @@
-"""The numbers of a step, by hand."""
+"""Metrics of a step, with hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def result(updates: list[UpdateStats]) -> StepResult:
     return StepResult(4, groups, batch, old, updates, sync, kl_coef=0.04)
 
 
-def test_all_numbers_of_a_step_by_hand() -> None:
+def test_all_metrics_of_a_step_by_hand() -> None:
     found = result([stats(0.2, 1.5, 1e-4, kl=0.1), stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(3, lambda r: r.value == 1)
     k3 = (math.exp(-0.5) + 0.5 - 1 + math.exp(0.25) - 0.25 - 1) / 8
     assert found == pytest.approx(
@@ -105,7 +105,7 @@ def test_all_numbers_of_a_step_by_hand() -> None:
     require_known(found)
 
 
-def test_a_critic_is_reported_by_hand() -> None:
+def test_the_metrics_of_a_critic_by_hand() -> None:
     updates = [
         UpdateStats(g, r, {"loss": v, "clip_fraction": c}, {}) for g, r, v, c in ((2, 0.1, 3, 0), (4, 0.2, 5, 1))
     ]
@@ -131,7 +131,7 @@ def test_a_critic_is_reported_by_hand() -> None:
     )
 
 
-def test_tokens_without_a_record_of_their_experts_are_counted() -> None:
+def test_tokens_without_a_routing_record_are_counted() -> None:
     plain = result([stats(0.2, 1.5, 1e-4)])
     assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
     rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
@@ -176,7 +176,7 @@ def test_mismatch_of_tiny_differences_is_not_lost_in_rounding() -> None:
     assert found["train/mismatch_kl"] == pytest.approx(2.0**-41, rel=1e-5)
 
 
-def test_log_probs_that_are_not_one_per_token_are_refused() -> None:
+def test_a_number_of_log_probs_other_than_one_per_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         mismatch([rollout([-1.0, -2.0])], [[-1.0]])
     with pytest.raises(ValueError, match="zip"):
