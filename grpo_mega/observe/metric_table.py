@@ -43,7 +43,7 @@ METRICS: dict[str, Metric] = {
     "rollout/length_mean": Metric("tokens", "mean completion length"),
     "rollout/length_max": Metric("tokens", "longest completion"),
     "rollout/prompt_length_mean": Metric("tokens", "mean prompt length"),
-    "rollout/truncated_fraction": Metric("fraction", "completions that were cut at `sampling.max_tokens`"),
+    "rollout/truncated_fraction": Metric("fraction", "completions that were truncated at `sampling.max_tokens`"),
     "rollout/tokens": Metric("tokens", "completion tokens of the step, all replicas"),
     "rollout/turns_mean": Metric("turns", "mean answers of the policy per rollout; 1 without an environment"),
     "rollout/result_tokens": Metric("tokens", "part of `rollout/tokens` that the environment wrote", _ENVIRONMENT),

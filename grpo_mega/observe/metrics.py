@@ -66,6 +66,7 @@ class MetricsWriter:
             self._tensorboard.rollouts(step, rows, self._rollouts_shown)
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()

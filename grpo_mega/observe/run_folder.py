@@ -51,34 +51,42 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
+        """Resolved config, `config.yaml`."""
         return self.path / "config.yaml"
 
     @property
     def metrics(self) -> Path:
+        """Metrics, one line per step."""
         return self.path / "metrics.jsonl"
 
     @property
     def tensorboard(self) -> Path:
+        """Folder of TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
     def rollouts(self) -> Path:
+        """Folder of the rollouts."""
         return self.path / "rollouts"
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def logs(self) -> Path:
+        """Folder of the rank logs."""
         return self.path / "logs"
 
     @property
     def summary(self) -> Path:
+        """Summary of the run, `summary.json`."""
         return self.path / "summary.json"
 
     @property
     def fp8_report(self) -> Path:
+        """Report of quantization errors, `fp8_report.json`."""
         return self.path / "fp8_report.json"
 
     def rollouts_of(self, step: int) -> Path:

@@ -49,7 +49,9 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, token_ids: Sequence[int]) -> str: ...
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of the tokens."""
+        ...
 
 
 class Broadcast(Protocol):
@@ -75,6 +77,7 @@ class _Rollout:
     expert_choices: Any = None
 
     def add_answer(self, completion: Completion) -> None:
+        """Append an answer of the policy."""
         self.token_ids += completion.token_ids
         self.log_probs += completion.sampler_log_probs
         self.mask += [True] * len(completion.token_ids)
@@ -83,15 +86,18 @@ class _Rollout:
         self.expert_choices = completion.expert_choices  # covers the whole sequence, which includes the prompt
 
     def add_reply(self, result: str, token_ids: Sequence[int]) -> None:
+        """Append a reply of the environment."""
         self.token_ids += token_ids
         self.log_probs += [0.0] * len(token_ids)
         self.mask += [False] * len(token_ids)
         self.turns[-1] = replace(self.turns[-1], result=result)
 
     def next_prompt(self) -> Prompt:
+        """Return the prompt of the next answer: all tokens so far."""
         return replace(self.prompt, token_ids=(*self.prompt.token_ids, *self.token_ids))
 
     def completion(self, codec: Codec) -> Completion:
+        """Return the whole rollout as one completion."""
         return Completion(
             token_ids=tuple(self.token_ids),
             sampler_log_probs=tuple(self.log_probs),

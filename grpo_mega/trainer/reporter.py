@@ -27,23 +27,23 @@ class Observer(Protocol):
     """Receiver of a run's events, in this order: started, then per step evaluated (if due) and step, then finished."""
 
     def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
-        """The first weight sync and the first evaluation are complete; None: no evaluation was made."""
+        """Handle the end of the first weight sync and evaluation; None: no evaluation was made."""
         ...
 
     def evaluated(self, evaluation: Evaluation) -> None:
-        """An evaluation during the current step is complete."""
+        """Handle an evaluation during the current step."""
         ...
 
     def step(self, result: StepResult) -> None:
-        """A step is complete."""
+        """Handle a completed step."""
         ...
 
     def finished(self, evaluation: Evaluation | None) -> None:
-        """The run has reached its last step; `evaluation` is the last one."""
+        """Handle the end of the last step; `evaluation` is the last evaluation."""
         ...
 
     def failed(self, error: BaseException) -> None:
-        """The run ends with this exception."""
+        """Handle the exception that ends the run."""
         ...
 
 

@@ -89,7 +89,7 @@ def test_for_launcher_prints_the_values_of_the_config() -> None:
 def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "1+1=", "answer": "2"}\n\n{"prompt": "1+2=", "answer": \n')
-    for override, said in (
+    for override, message in (
         ("parallel.tpp=2", "error: parallel.tpp: unknown key; did you mean parallel.tp?\n"),
         (
             f"data.train={questions}",
@@ -98,7 +98,7 @@ def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_pat
         ),
     ):
         done = run(QUICKSTART, override)
-        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
 def exit_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[Any, str]:
@@ -132,7 +132,7 @@ def write_model(folder: Path, **files: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["train.steps=many"], "train.steps='many': input should be a valid integer"),
         (
@@ -162,11 +162,11 @@ def write_model(folder: Path, **files: str) -> Path:
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: list[str], said: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
 ) -> None:
     # where there are GPUs, a config that names no world size would want as many
     monkeypatch.setattr(train, "wanted_world_size", lambda config: config.run.world_size or 1)
-    assert exit_of(monkeypatch, capsys, *overrides) == (2, f"error: {said}\n")
+    assert exit_of(monkeypatch, capsys, *overrides) == (2, f"error: {message}\n")
 
 
 def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
@@ -174,8 +174,8 @@ def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "10+10=", "answer": "20"}\n')
-    code, said = exit_of(monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1")
-    assert (code, said) == (
+    code, message = exit_of(monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1")
+    assert (code, message) == (
         2,
         f"error: {questions}:2: the prompt has 6 tokens, more than data.max_prompt_tokens=5; raise the limit, or set "
         "data.overlong=skip\n",
@@ -190,21 +190,21 @@ def test_a_model_folder_without_a_usable_tokenizer_is_named(
         ("damaged", {"tokenizer": "{"}, "its tokenizer cannot be read ("),
     ):
         folder = write_model(tmp_path / name, **files)
-        code, said = exit_of(monkeypatch, capsys, "model.base=null", f"model.path={folder}", "run.world_size=1")
+        code, message = exit_of(monkeypatch, capsys, "model.base=null", f"model.path={folder}", "run.world_size=1")
         assert code == 2
-        assert said.startswith(f"error: model.path={folder}")
-        assert rule in said
-        assert said.count("\n") == 1
+        assert message.startswith(f"error: model.path={folder}")
+        assert rule in message
+        assert message.count("\n") == 1
 
 
 def test_an_unknown_reward_is_an_error_before_prompts_are_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["reward.terms=[{name: exakt}]", "data.train=nothing.jsonl", "run.world_size=1"]
-    code, said = exit_of(monkeypatch, capsys, *overrides)
+    code, message = exit_of(monkeypatch, capsys, *overrides)
     assert code == 2
-    assert said.startswith("error: reward.terms")
-    assert "exakt" in said
+    assert message.startswith("error: reward.terms")
+    assert "exakt" in message
 
 
 def test_only_rank_0_prints_the_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ def test_a_small_difference_on_a_large_reward_survives() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4,), (4, 0)])
-def test_a_group_of_less_than_two_is_refused(shape: tuple[int, ...]) -> None:
+def test_a_group_of_fewer_than_two_is_an_error(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="G >= 2"):
         group_advantages(torch.zeros(shape))
 
@@ -133,7 +133,7 @@ def test_equal_values_of_all_steps_give_exactly_zero(value: float) -> None:
     assert process_advantages([[], []], [2, 1], 2) == [[0.0] * 2, [0.0]]
 
 
-def test_a_step_outside_of_its_rollout_and_a_value_that_is_no_number_are_refused() -> None:
+def test_a_step_outside_of_its_rollout_and_a_value_that_is_not_finite_are_errors() -> None:
     with pytest.raises(ValueError, match="a step ends at token 3 of a completion of 3 tokens"):
         process_advantages([[(3, 1.0)], [(0, 0.0)]], [3, 3], 2)
     with pytest.raises(ValueError, match="rollouts 0 to 1 is not finite"):

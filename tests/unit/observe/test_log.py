@@ -25,7 +25,7 @@ def _restored_logging() -> Iterator[None]:
         logger.propagate = propagate
 
 
-def say(name: str = "grpo_mega.test") -> None:
+def log_messages(name: str = "grpo_mega.test") -> None:
     logger = logging.getLogger(name)
     logger.debug("a detail")
     logger.info("a fact")
@@ -34,9 +34,9 @@ def say(name: str = "grpo_mega.test") -> None:
 
 def test_rank_0_shows_information_and_other_ranks_only_warnings(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging(0)
-    say()
+    log_messages()
     configure_logging(5, "dp 1/2 pp 0/2 tp 1/2")
-    say()
+    log_messages()
     assert capsys.readouterr().err.splitlines() == [
         "[rank 0] a fact",
         "[rank 0] WARNING a warning",
@@ -49,7 +49,7 @@ def test_the_file_of_a_rank_has_all_levels_and_is_appended_to(
 ) -> None:
     for _ in range(2):
         configure_logging(5, "tp 1/2", tmp_path / "logs")
-        say()
+        log_messages()
     lines = (tmp_path / "logs" / "rank_00005.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [
         "[rank 5 | tp 1/2] INFO grpo_mega.test: a fact",
@@ -67,7 +67,7 @@ def test_libraries_are_limited_to_warnings_and_use_our_format(capsys: pytest.Cap
     library.setLevel(logging.INFO)
     library.propagate = False
     quiet_libraries()
-    say(name)
+    log_messages(name)
     assert capsys.readouterr().err == "[rank 0] WARNING a warning\n"
     assert own.stream.getvalue() == ""
 

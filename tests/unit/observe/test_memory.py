@@ -17,7 +17,7 @@ def test_a_peak_counts_to_the_phase_that_was_running() -> None:
     peaks = PhasePeaks(lambda: next(taken))
     peaks.phase("rollout")  # 1: before any phase
     peaks.phase("reward")  # 5
-    peaks.phase("rollout")  # 7: of the reward; the rollout goes on
+    peaks.phase("rollout")  # 7 counts to the reward; the rollout resumes
     peaks.phase("train")  # 4 of the rollout, which had 5
     found = peaks.step_metrics()  # 3
     assert found == {"memory/peak_rollout_bytes": 5, "memory/peak_reward_bytes": 7, "memory/peak_train_bytes": 3}

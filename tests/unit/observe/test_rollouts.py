@@ -89,16 +89,16 @@ def test_routing_records_are_written_beside_the_rows_in_order(tmp_path: Path) ->
     path = tmp_path / "rollouts" / "step_000012.experts.npz"
     write_experts(path, [rollout(), rollout()])
     assert not path.parent.exists()
-    told = [torch.arange(n * 4, dtype=torch.uint8).view(n, 2, 2) for n in (3, 2)]
+    records = [torch.arange(n * 4, dtype=torch.uint8).view(n, 2, 2) for n in (3, 2)]
     rollouts = [
         replace(r, completion=replace(r.completion, expert_choices=c))
-        for r, c in zip((rollout(),) * 2, told, strict=True)
+        for r, c in zip((rollout(),) * 2, records, strict=True)
     ]
     write_experts(path, [rollouts[0], rollout(), rollouts[1]])
     with np.load(path) as found:
         assert found["num_tokens"].tolist() == [3, 0, 2]
         assert found["choices"].dtype == np.uint8
-        np.testing.assert_array_equal(found["choices"], torch.cat(told))
+        np.testing.assert_array_equal(found["choices"], torch.cat(records))
     first = path.read_bytes()
     write_experts(path, [rollouts[0], rollout(), rollouts[1]])
     assert path.read_bytes() == first  # a resumed run writes the same file

@@ -233,7 +233,7 @@ def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path: Path, overwrite: 
     assert [p.name for p in tmp_path.rglob("*")] == ["home", "thesis.txt"]
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="is a file"):
         start(tmp_path / "run")
@@ -248,7 +248,7 @@ def test_resume_never_starts_only_where_no_run_is(tmp_path: Path) -> None:
 
 
 def test_resume_path_starts_a_fresh_run_from_that_checkpoint_and_then_continues_its_own(tmp_path: Path) -> None:
-    given = save_checkpoint(start(tmp_path / "teacher").folder, 5)
+    given = save_checkpoint(start(tmp_path / "source").folder, 5)
     first = start(tmp_path / "run", resume=str(given))
     assert (first.status, first.step, first.checkpoint) == ("fresh", 5, given)
     first.folder.metrics.write_text('{"step": 6}\n')

@@ -27,7 +27,7 @@ with run_lock(Path(sys.argv[1])):
 """
 
 
-def test_a_second_command_is_refused_by_name_until_the_first_is_killed(tmp_path: Path) -> None:
+def test_a_second_command_is_rejected_until_the_first_is_killed(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "one"
     with subprocess.Popen(
         [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

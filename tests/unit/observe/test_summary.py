@@ -61,7 +61,7 @@ def test_a_broken_summary_is_a_user_error(tmp_path: Path, text: str) -> None:
         read_summary(tmp_path / "summary.json")
 
 
-def test_an_evaluation_that_is_not_finite_is_refused() -> None:
+def test_an_evaluation_that_is_not_finite_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"Evaluation\.reward_mean=nan"):
         Evaluation(0.0, float("nan"), 0.0, 1)
 

@@ -27,7 +27,7 @@ class ScriptedEngine:
         self.calls: list[tuple[list[tuple[int, ...]], SamplingRequest]] = []
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingRequest, heard: Callable[[int, int, Completion], None]
+        self, prompts: Sequence[Prompt], sampling: SamplingRequest, received: Callable[[int, int, Completion], None]
     ) -> None:
         text = self._answers[len(self.calls)]
         self.calls.append(([p.token_ids for p in prompts], sampling))
@@ -39,7 +39,7 @@ class ScriptedEngine:
             if len(tokens) > limit:
                 tokens, reason = tokens[:limit], "length"
             log_probs = tuple(-float(len(self.calls)) for _ in tokens)
-            heard(position, member, Completion(tokens, log_probs, reason, 4, Letters().decode(tokens)))
+            received(position, member, Completion(tokens, log_probs, reason, 4, Letters().decode(tokens)))
 
 
 class Letters:
@@ -82,12 +82,12 @@ def take(
     request: SamplingRequest = REQUEST,
     share: Callable[[Any], Any] = lambda value: value,
 ) -> tuple[list[list[Completion]], list[tuple[int, int]]]:
-    heard: list[tuple[int, int]] = []
+    received: list[tuple[int, int]] = []
     turns = MultiTurnGenerator(
         cast("Engine", engine), environment, Letters(), stop=("!",), max_turns=max_turns, share=share
     )
-    found = turns.generate(PROMPTS, request, lambda position, member, _: heard.append((position, member)))
-    return found, heard
+    found = turns.generate(PROMPTS, request, lambda position, member, _: received.append((position, member)))
+    return found, received
 
 
 def test_a_rollout_is_the_sequence_of_answers_and_replies() -> None:
@@ -118,11 +118,11 @@ def test_the_environment_sees_each_answer_with_prompt_reference_and_history() ->
 
 def test_completed_rollouts_do_not_change_the_order_of_the_others() -> None:
     engine = ScriptedEngine("a!", "b!", "c!")
-    found, heard = take(engine, ScriptedEnvironment(lambda prompt, _: Reply("r" if prompt == "second" else None)))
+    found, received = take(engine, ScriptedEnvironment(lambda prompt, _: Reply("r" if prompt == "second" else None)))
     assert [len(prompts) for prompts, _ in engine.calls] == [2, 2, 2]  # two groups of two, then one of them
     assert [[c.num_turns for c in group] for group in found] == [[1, 1], [3, 3]]
     assert [[c.text for c in group] for group in found] == [["a!"] * 2, ["a!rb!rc!"] * 2]
-    assert sorted(heard) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(received) == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert found[0][0].loss_mask is None
     assert {c.stop_reason for group in found for c in group} == {"stop"}
 
@@ -169,16 +169,16 @@ def test_a_failure_ends_its_rollout_and_is_reported(reply: Reply) -> None:
 def test_ranks_of_a_replica_make_the_same_calls_despite_a_slow_environment() -> None:
     engines = [ScriptedEngine("a!", "b!", "c") for _ in range(2)]
     results: list[Any] = [None, None]
-    meeting, box = threading.Barrier(2, timeout=20), [None]
+    barrier, box = threading.Barrier(2, timeout=20), [None]
 
     def share(rank: int) -> Callable[[Any], Any]:
         def broadcast(value: Any) -> Any:
             if rank == 0:
                 box[0] = value
-            meeting.wait()
-            heard = box[0]
-            meeting.wait()
-            return heard
+            barrier.wait()
+            received = box[0]
+            barrier.wait()
+            return received
 
         return broadcast
 
@@ -221,14 +221,14 @@ def test_a_rank_without_unfinished_rollouts_calls_its_engine_as_often_as_its_rep
     """The first prompt shard has one turn, the second has no prompts, the third takes three turns."""
     engines = [ScriptedEngine("a", "b", "c"), ScriptedEngine("a", "b", "c"), ScriptedEngine("a!", "b!", "c")]
     results: list[Any] = [None] * 3
-    meeting, told = threading.Barrier(3, timeout=20), [False] * 3
+    barrier, unfinished = threading.Barrier(3, timeout=20), [False] * 3
 
     def any_unfinished(rank: int) -> Callable[[bool], bool]:
         def agree(here: bool) -> bool:
-            told[rank] = here
-            meeting.wait()
-            there = any(told)
-            meeting.wait()
+            unfinished[rank] = here
+            barrier.wait()
+            there = any(unfinished)
+            barrier.wait()
             return there
 
         return agree

@@ -70,14 +70,14 @@ def sampled(
 ) -> tuple[list[SampledGroups], list[ScriptedEngine], list[ScriptedScorer | None]]:
     """Return the result of each rank; ranks are threads that exchange objects at the collective calls."""
     world = topology.world_size
-    spoken: list[Any] = [None] * world
+    gathered: list[Any] = [None] * world
     meeting = threading.Barrier(world, timeout=10)
     rank_of = threading.local()
 
-    def all_gather_object(heard: list[Any], value: Any) -> None:
-        spoken[rank_of.rank] = value
+    def all_gather_object(received: list[Any], value: Any) -> None:
+        gathered[rank_of.rank] = value
         meeting.wait()
-        heard[:] = spoken
+        received[:] = gathered
 
     monkeypatch.setattr(sampler.dist, "all_gather_object", all_gather_object)
     engines = [ScriptedEngine(lost) for _ in range(world)]
@@ -190,11 +190,11 @@ def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(mon
             sampling: SamplingRequest,
             on_completion: Callable[[int, int, Completion], None],
         ) -> None:
-            def heard(local: int, member: int, completion: Completion) -> None:
+            def on_completion(local: int, member: int, completion: Completion) -> None:
                 failure = "timed out" if member == 1 else None
                 on_completion(local, member, replace(completion, failure=failure))
 
-            super().generate(prompts, sampling, heard)
+            super().generate(prompts, sampling, on_completion)
 
     scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
     sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, floor)

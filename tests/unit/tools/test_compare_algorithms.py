@@ -1,4 +1,4 @@
-"""tools/compare_algorithms.py: what is read of a run, table, plot, and what is refused before anything starts."""
+"""tools/compare_algorithms.py: result of a run, table, plot, and input errors before any run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--algorithms", "grpo,dqn"], "--algorithms: 'dqn' must be one of grpo, dr_grpo"),
         (["--algorithms", ","], "--algorithms=',' must name at least one"),
@@ -71,11 +71,11 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_message_and_nothing_starts(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_algorithms, "run", lambda *_, **__: pytest.fail("something was started"))
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

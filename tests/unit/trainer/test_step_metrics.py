@@ -135,8 +135,8 @@ def test_tokens_without_a_routing_record_are_counted() -> None:
     plain = result([stats(0.2, 1.5, 1e-4)])
     assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
     rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
-    for i, told in ((0, 4), (2, 5)):  # all that predict, and the first of three
-        choices = torch.zeros(told, 2, 2, dtype=torch.int16)
+    for i, num_recorded in ((0, 4), (2, 5)):  # all that predict, and the first of three
+        choices = torch.zeros(num_recorded, 2, 2, dtype=torch.int16)
         choices[0] = -1  # in the prompt: not trained on
         rollouts[i] = replace(rollouts[i], completion=replace(rollouts[i].completion, expert_choices=choices))
     found = replace(plain, groups=replace(plain.groups, rollouts=rollouts)).metrics(3, lambda _: True)
