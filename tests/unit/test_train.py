@@ -174,7 +174,9 @@ def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "10+10=", "answer": "20"}\n')
-    code, message = exit_of(monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1")
+    code, message = exit_of(
+        monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1"
+    )
     assert (code, message) == (
         2,
         f"error: {questions}:2: the prompt has 6 tokens, more than data.max_prompt_tokens=5; raise the limit, or set "

@@ -18,7 +18,9 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from grpo_mega.data.tokenizers import char_tokenizer
 
 FIRST_CHARACTER = 0x4E00  # start of a Unicode block with thousands of letters, one token each
-CONSTANT = 32.0  # value of feature 0, large compared with the others (0.06 in an embedding, below 1 after the last layer)
+CONSTANT = (
+    32.0  # value of feature 0, large compared with the others (0.06 in an embedding, below 1 after the last layer)
+)
 ENDLESS_WEIGHT = -4.0  # of EOS on a feature of about 16: its probability is e^-64
 SPECIAL_TOKENS = 2  # <pad> and <eos>
 

@@ -71,7 +71,11 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_message_and_nothing_starts(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(compare_algorithms, "run", lambda *_, **__: pytest.fail("something was started"))
     assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
