@@ -190,11 +190,11 @@ def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(mon
             sampling: SamplingRequest,
             on_completion: Callable[[int, int, Completion], None],
         ) -> None:
-            def on_completion(local: int, member: int, completion: Completion) -> None:
+            def add_failure(local: int, member: int, completion: Completion) -> None:
                 failure = "timed out" if member == 1 else None
                 on_completion(local, member, replace(completion, failure=failure))
 
-            super().generate(prompts, sampling, on_completion)
+            super().generate(prompts, sampling, add_failure)
 
     scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
     sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, floor)
