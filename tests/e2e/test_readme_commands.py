@@ -35,7 +35,7 @@ def commands() -> list[str]:
     """Return the lines that start a script of the repository, without comments, prompts and variables before them."""
     found = []
     for guide in GUIDES:
-        text = guide.read_text(encoding="utf-8")
+        text = guide.read_text(encoding="utf-8").replace("\\\n", "")  # a command may continue on the next line
         lines = [line for block in _BLOCK.findall(text) for line in block.splitlines()] + _INDENTED.findall(text)
         for line in lines:
             words = shlex.split(line, comments=True)
