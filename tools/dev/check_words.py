@@ -54,7 +54,9 @@ BRITISH = {
 }
 ALLOWED: dict[str, str] = {}
 _WORDS = {**PRIVATE_WORDS, **BRITISH}
-_PATTERN = re.compile("|".join(rf"(?P<w{i}>(?<![A-Za-z]){p}(?![A-Za-z]))" for i, p in enumerate(_WORDS)), re.IGNORECASE)
+_PATTERN = re.compile(
+    "|".join(rf"(?P<w{i}>(?<![A-Za-z])(?:{p})(?![A-Za-z]))" for i, p in enumerate(_WORDS)), re.IGNORECASE
+)
 _DOCSTRING = re.compile(r"(Of|As|What|Those|Whether|Who|How)\b")
 
 
