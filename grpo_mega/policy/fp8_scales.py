@@ -1,12 +1,11 @@
-"""What an update says of its FP8 scales, read from what Transformer Engine's layers keep.
+"""FP8 metrics of an update, read from the state of Transformer Engine's layers.
 
-The delayed recipe keeps a history of the largest values of weights, inputs and gradients. The other recipes find a
-scale from the tensor that it scales, so nothing goes beyond one; of inputs and gradients they keep nothing once the
-pass is over, of a weight the codes and scales. There a value may be too small beside the largest of its block: its code
-is 0.
+The delayed recipe keeps a history of the largest absolute values of weights, inputs and gradients. The other recipes
+compute a scale from the tensor itself, so nothing is clipped. They keep the quantized values and scales of a weight,
+and nothing of inputs and gradients. A value that is too small compared with the largest of its block is quantized to 0.
 
 Names and layouts are asserted against Transformer Engine's source by tests/unit/config/test_fp8_rules.py, the numbers
-by tests/unit/policy/test_fp8_scales.py. Never run on a GPU so far: unproven.
+by tests/unit/policy/test_fp8_scales.py. Not yet verified on a GPU.
 """
 
 from __future__ import annotations
@@ -22,15 +21,16 @@ from torch import Tensor
 
 from grpo_mega.config.policy_sections import Fp8Config
 
-_MAGNITUDE = 0x7F  # of a code: all but its sign
+_MAGNITUDE = 0x7F  # all bits of an e4m3 value but the sign
 
 
 @dataclass(frozen=True)
 class WeightCodes:
-    """A weight in e4m3, as the forward pass has it in either format.
+    """A weight in e4m3, the type of the forward pass in either format.
 
-    `codes`: uint8 [R, C]. `scales`: what the codes of a block of `block` = (rows, columns) are multiplied by, float32,
-    or uint8 exponents of 2 with bias 127; padded at the end of both dimensions. One scale for all: `block` is [R, C].
+    codes: quantized values, uint8 [R, C].
+    scales: factor of each block, float32 or uint8 exponents of 2 with bias 127, padded at the end of both dimensions.
+    block: (rows, columns) of a block; (R, C) for one scale per tensor.
     """
 
     codes: Tensor
@@ -38,26 +38,28 @@ class WeightCodes:
     block: tuple[int, int]
 
     def largest(self) -> Tensor:
-        """The largest absolute value that codes and scales say, float64 scalar."""
+        """Return the largest absolute dequantized value, a float64 scalar."""
         rows, columns = self.block
         magnitude = self.codes & _MAGNITUDE
         if self.codes.shape[0] % rows or self.codes.shape[1] % columns:
             magnitude = F.pad(magnitude, (0, -magnitude.shape[1] % columns, 0, -magnitude.shape[0] % rows))
         down, across = magnitude.shape[0] // rows, magnitude.shape[1] // columns
-        of_block = magnitude.view(down, rows, across, columns).amax((1, 3))  # larger bits say larger values
+        of_block = magnitude.view(down, rows, across, columns).amax((1, 3))  # e4m3 bits have the order of the values
         scales = self.scales.view(-1, self.scales.shape[-1])[:down, :across].double()
         if self.scales.dtype == torch.uint8:
             scales = torch.exp2(scales - 127)
         return (of_block.view(torch.float8_e4m3fn).double() * scales).amax()
 
     def zeros(self) -> Tensor:
-        """Codes of 0, also of -0."""
+        """Return the number of values quantized to 0 or -0."""
         return ((self.codes & _MAGNITUDE) == 0).sum()
 
 
 def weight_codes(model: Iterable[torch.nn.Module]) -> Iterator[WeightCodes]:
-    """Of each weight that the matrix products of a pass took in FP8: the parameter itself, or the copy that its layer
-    keeps beside it (Transformer Engine 2.x, module/base.py: `get_weight_workspace`)."""
+    """Yield each weight that a pass used in FP8: the parameter itself, or the copy that its layer keeps.
+
+    Copies: Transformer Engine 2.x, module/base.py, `get_weight_workspace`.
+    """
     for module in (each for chunk in model for each in chunk.modules()):
         for weight in (*module.parameters(recurse=False), *getattr(module, "_fp8_workspaces", {}).values()):
             if hasattr(weight, "_scale_inv"):
@@ -69,8 +71,10 @@ def weight_codes(model: Iterable[torch.nn.Module]) -> Iterator[WeightCodes]:
 
 
 def _of_blocks(weight: Any) -> WeightCodes:
-    """128 x 128 with float32 scales, or 32 along the dimension that a product sums over (MXFP8). Either order of a
-    weight will do; `_columnwise_data` is the transpose of a weight with 128 x 128, and is not of one with 32."""
+    """Return a weight with blocks of 128 x 128 (float32 scales), or of 32 along the contracted dimension (MXFP8).
+
+    Either order of a weight can be read. `_columnwise_data` is transposed with 128 x 128 blocks, but not with MXFP8.
+    """
     by_row = weight._rowwise_data is not None
     codes = weight._rowwise_data if by_row else weight._columnwise_data
     scales = weight._rowwise_scale_inv if by_row else weight._columnwise_scale_inv
@@ -79,7 +83,7 @@ def _of_blocks(weight: Any) -> WeightCodes:
 
 
 def weight_range(model: Iterable[torch.nn.Module]) -> Tensor:
-    """float64 [3] of the largest absolute value of an FP8 weight, of FP8 weights that are 0, and of all FP8 weights."""
+    """Return float64 [3]: largest absolute FP8 weight, number of FP8 weights that are 0, number of FP8 weights."""
     found = torch.zeros(3, dtype=torch.float64)
     for weight in weight_codes(model):
         found[0] = max(float(found[0]), float(weight.largest()))
@@ -89,12 +93,13 @@ def weight_range(model: Iterable[torch.nn.Module]) -> Tensor:
 
 
 def delayed_scales(model: Iterable[torch.nn.Module], fp8: Fp8Config, passes: int) -> Tensor:
-    """How the scales of the delayed recipe held in the last `passes` passes: float64 [3] of the largest absolute value
-    of any tensor, of tensors in a pass that went beyond what their scale could say (and were cut there), and of all.
+    """Return statistics of the delayed recipe over the last `passes` passes.
 
-    A scale is that of the largest value of earlier passes (1 before the first), so a tensor is cut when its largest
-    value is larger than those before it. `amax_history` [H, tensors] has the newest pass in its last row and the one
-    to come in its first (Transformer Engine 2.x, quantization.py: `_update_amax_history`).
+    float64 [3]: largest absolute value of any tensor, number of tensors that were clipped in a pass, number of tensors.
+
+    A scale comes from the largest value of earlier passes (1 before the first), so a tensor is clipped when its largest
+    value exceeds the earlier ones. `amax_history` [H, tensors] has the newest pass in its last row and the next
+    pass in its first (Transformer Engine 2.x, quantization.py: `_update_amax_history`).
     """
     largest = {"scaling_fwd": 448.0, "scaling_bwd": 57344.0 if fp8.format in (None, "hybrid") else 448.0}
     found = torch.zeros(3, dtype=torch.float64)
@@ -107,7 +112,7 @@ def delayed_scales(model: Iterable[torch.nn.Module], fp8: Fp8Config, passes: int
 
 
 def _add_history(found: Tensor, rows: Tensor, limit: float, passes: int) -> None:
-    """`rows`: [passes, tensors], the oldest first; 0 where there was none."""
+    """Add the statistics of `rows` [passes, tensors], oldest first; 0 where a pass did not use the tensor."""
     before = torch.cat([torch.zeros_like(rows[:1]), rows.cummax(0).values[:-1]])
     before = torch.where(before > 0, before, torch.full_like(before, limit))
     new, before = rows[-passes:], before[-passes:]
@@ -119,11 +124,11 @@ def _add_history(found: Tensor, rows: Tensor, limit: float, passes: int) -> None
 def reported_scales(
     models: Sequence[torch.nn.Module], fp8: Fp8Config, passes: int, device: torch.device
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Collective: (means, maxima) over all ranks for `UpdateStats`, after the passes of an update.
+    """Return (means, maxima) over all ranks for `UpdateStats`, after the passes of an update. Collective.
 
-    `fp8_amax`: the largest absolute value, of any tensor with the delayed recipe, of weights with the others.
-    `fp8_cut`: share of the tensors in a pass that were cut, with the delayed recipe only: with the others it would
-    always be 0. `fp8_zero`: share of FP8 weights whose code is 0. What no layer keeps anything of is absent, not 0.
+    `fp8_amax`: largest absolute value of any tensor (delayed recipe) or of weights (other recipes). `fp8_cut`: fraction
+    of tensors that were clipped in a pass; only for the delayed recipe, as it is always 0 for the others. `fp8_zero`:
+    fraction of FP8 weights that are quantized to 0. Metrics without data are absent.
     """
     weights = weight_range(models)
     delayed = delayed_scales(models, fp8, passes) if fp8.recipe == "delayed" else torch.zeros_like(weights)

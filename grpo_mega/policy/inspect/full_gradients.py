@@ -1,4 +1,4 @@
-"""Whole gradients, for comparisons: the distributed optimizer leaves each rank only its share of a reduced gradient.
+"""Whole gradients for comparisons. The distributed optimizer leaves each rank only its shard of a reduced gradient.
 
 Asserted by tests/parallel/test_update.py.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def gather_gradients(buffer: Any) -> None:
-    """Collective: every rank gets all reduced gradients of one of Megatron's flat buffers."""
+    """Gather all reduced gradients of one of Megatron's flat buffers on every rank. Collective."""
     group = buffer.data_parallel_group
     for bucket in buffer.buckets:
         own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
@@ -21,6 +21,6 @@ def gather_gradients(buffer: Any) -> None:
 
 
 def gradient_of(parameter: Tensor) -> Tensor:
-    """[shape of the parameter]; zeros for what is not trained by gradients."""
+    """Return the gradient, in the shape of the parameter; zeros for a tensor that has no gradient."""
     found: Tensor | None = getattr(parameter, "main_grad", None)
     return torch.zeros_like(parameter, dtype=torch.float32) if found is None else found

@@ -1,5 +1,6 @@
-"""What a policy really holds on this rank, in bytes: weights, gradients, optimizer state, and the tensors that autograd
-keeps between forward and backward pass. The planner's numbers are held against these (tools/measure_memory.py).
+"""Measured bytes of a policy on this rank: weights, gradients, optimizer state and tensors saved for backward.
+
+tools/measure_memory.py compares them with the planner's numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from grpo_mega.policy.offload import optimizer_tensors
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """On one rank; the optimizer's are its master weights (where they are not the parameters) and its moments."""
+    """Bytes on one rank. `optimizer` are master weights, unless they are the parameters themselves, and moments."""
 
     weights: int
     gradients: int
@@ -27,17 +28,17 @@ class HeldBytes:
 
 
 def held_bytes(parts: MegatronParts) -> HeldBytes:
-    """After the first update, when the moments exist."""
+    """Return the bytes of a policy. Call it after the first update, when the moments exist."""
     params = {_storage(b.param_data): b.param_data.untyped_storage().nbytes() for b in parts.buffers}
     grads = {_storage(b.grad_data): b.grad_data.untyped_storage().nbytes() for b in parts.buffers}
-    # a master weight or a moment may be a part of a larger storage: what counts is its own size, each once
+    # a master weight or a moment may be a part of a larger storage, so its own size is counted, each once
     state = {t.data_ptr(): t.nbytes for t in optimizer_tensors(parts.optimizer) if _storage(t) not in params}
     return HeldBytes(sum(params.values()), sum(grads.values()), sum(state.values()))
 
 
 @dataclass
 class SavedBytes:
-    """Bytes of the distinct storages that autograd holds for backward passes: now, and at most."""
+    """Bytes of the distinct storages that autograd holds for backward passes: current and peak."""
 
     now: int = 0
     peak: int = 0
@@ -47,7 +48,7 @@ class SavedBytes:
 
 @contextmanager
 def saved_for_backward(excluded: Iterable[Tensor]) -> Iterator[SavedBytes]:
-    """Counts inside the block; the storages of `excluded` (parameters) are not counted."""
+    """Count the bytes that autograd saves inside the block, without the storages of `excluded` (parameters)."""
     found = SavedBytes()
     outside = {_storage(t) for t in excluded}
     held: dict[int, tuple[int, int, tuple[int, ...], str]] = {}  # storage -> uses, bytes, shape, dtype
@@ -80,7 +81,7 @@ def saved_for_backward(excluded: Iterable[Tensor]) -> Iterator[SavedBytes]:
 
 
 class _Saved:
-    """Lives as long as autograd needs the tensor."""
+    """Wrapper that exists as long as autograd needs the tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Any = tensor

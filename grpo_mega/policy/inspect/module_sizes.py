@@ -1,7 +1,7 @@
-"""Sizes of the policy's modules, counted from the modules themselves, on the meta device: nothing is allocated.
+"""Parameter sizes of the policy's modules, counted from the modules on the meta device, without allocating memory.
 
-A process without a process group builds, in a "fake" one, the smallest model that has every kind of layer of the real
-one. Asserted by tests/unit/policy/inspect/test_module_sizes.py, against the modules of whole models.
+A fake process group is created, and in it the smallest model that has every kind of layer of the real model. Asserted
+by tests/unit/policy/inspect/test_module_sizes.py, against the modules of whole models.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def module_sizes(spec: ModelSpec, megatron: str = "{}", *, tp: int, ep: int, etp
 
 
 def meta_models(spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank: int) -> list[PolicyModel]:
-    """The model chunks of one rank of a job, without memory."""
+    """Build the model chunks of one rank of a job on the meta device."""
     axes = parallel
     topology = Topology(
         world_size, tp=axes.tp, pp=axes.pp, cp=axes.cp, ep=axes.ep, etp=axes.etp, vpp=axes.vpp
@@ -77,12 +77,12 @@ def meta_models(spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank
     ranks = Ranks(topology, topology.coordinates(rank), torch.device("meta"))
     with _fake_group(ranks), torch.device("meta"):
         config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
-        config.perform_initialization = False  # seconds of random numbers that nobody holds
+        config.perform_initialization = False  # saves seconds: random numbers are not needed
         return build_models(spec, config, parallel, ranks)
 
 
 def _sample(spec: ModelSpec) -> tuple[ModelSpec, list[str], list[str]]:
-    """A model with one layer of each kind, and the kinds."""
+    """Return a model with one layer of each kind, and the dense and expert kinds."""
     if spec.moe is None:
         return replace(spec, num_layers=1), ["dense"], []
     dense, experts = [["dense"], []][all(spec.moe.layers)], ["moe"]
@@ -91,7 +91,7 @@ def _sample(spec: ModelSpec) -> tuple[ModelSpec, list[str], list[str]]:
 
 
 def _part(name: str) -> tuple[str, str]:
-    """`decoder.layers.0.mlp.x` -> (layer 0, mlp.x)."""
+    """Return (part, name in the part): `decoder.layers.0.mlp.x` -> (layer 0, mlp.x)."""
     if name.startswith("decoder.layers."):
         _, _, layer, rest = name.split(".", 3)
         return f"layer {layer}", rest
@@ -100,11 +100,11 @@ def _part(name: str) -> tuple[str, str]:
 
 @contextmanager
 def _fake_group(ranks: Ranks) -> Iterator[None]:
-    """Megatron's groups in a job of which this process plays one rank."""
+    """Create Megatron's process groups for one rank of a job, in a fake process group."""
     # registers the backend "fake"
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    assert not dist.is_initialized(), "counting needs a process that is no rank of a job"
+    assert not dist.is_initialized(), "the process must not be a rank of a job"
     dist.init_process_group("fake", store=FakeStore(), rank=ranks.rank, world_size=ranks.topology.world_size)
     try:
         init_groups(ranks, 60.0)
