@@ -1,4 +1,4 @@
-"""Rules between the keys of `algorithm`: what a choice needs is set, and what it does not read is not."""
+"""Rules between the keys of `algorithm`: keys that a choice needs must be set, keys that it does not read must not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _ADVANTAGE_KEYS = ("gamma", "gae_lambda")
 
 
 def check_algorithm(algorithm: AlgorithmConfig) -> None:
-    """Raises UserError for the first broken rule."""
+    """Raise UserError for the first broken rule."""
     for rule in (
         _surrogate,
         _advantage,
