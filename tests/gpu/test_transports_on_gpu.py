@@ -1,4 +1,4 @@
-"""The ways of buckets between GPUs: memory that two processes have mapped, which one GPU suffices for, and NCCL."""
+"""Transports between GPUs: CUDA IPC, which one GPU suffices for, and NCCL."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def on_rank(rank: int, kind: str, gpus: int, store: str, folder: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "gpus"),
     [
-        pytest.param("cuda_ipc", 1, marks=pytest.mark.gpu(1)),  # NCCL refuses a GPU that comes twice
+        pytest.param("cuda_ipc", 1, marks=pytest.mark.gpu(1)),  # NCCL rejects a GPU that appears twice
         pytest.param("cuda_ipc", 2, marks=pytest.mark.gpu(2)),
         pytest.param("nccl", 2, marks=pytest.mark.gpu(2)),
     ],

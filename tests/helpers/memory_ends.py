@@ -20,7 +20,7 @@ def dtype_of(name: str, tensors: Mapping[str, SentTensor] = TENSORS) -> torch.dt
 
 
 def values(name: str, version: int, tensors: Mapping[str, SentTensor] = TENSORS) -> Tensor:
-    """The whole tensor at a version, the same in every process."""
+    """Return the whole tensor at a version, the same in every process."""
     seed = int.from_bytes(hashlib.sha256(f"{name} {version}".encode()).digest()[:4], "big")
     random = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(seed))
     return random.to(dtype_of(name, tensors))

@@ -1,4 +1,4 @@
-"""Layouts of a small model of every kind of tensor, written as arithmetic, apart from the tables of the package."""
+"""Layouts of a small model with every kind of tensor, computed independently of the package's tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOE_LAYERS = range(6, 12)
 
 
 def tensors() -> dict[str, SentTensor]:
-    """bf16, but for a correction bias in fp32."""
+    """Return all tensors: bf16, and a correction bias in fp32."""
     shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
     for layer in range(LAYERS):
         shapes |= {
@@ -39,7 +39,7 @@ VOCABULARY = ("embed", "head")
 
 
 def part(name: str, ways: int, index: int, axis: int) -> Iterator[TensorSlice]:
-    """One of equal parts; the vocabulary is padded first, and the last parts may be short or missing."""
+    """Yield one of equal parts. The vocabulary is padded first, so its last parts may be short or missing."""
     shape = TENSORS[name].shape
     size = -(-shape[axis] // ways)
     assert name in VOCABULARY or shape[axis] % ways == 0, f"{ways} parts of {name} {shape}"
@@ -55,8 +55,10 @@ def whole(name: str) -> Iterator[TensorSlice]:
 
 
 def policy(topology: Topology) -> RankSliceTable:
-    """Megatron's: layers over pp, rows and columns over tp, experts over ep and etp; head by head where it is
-    interleaved."""
+    """Return Megatron's layout: layers over pp, rows and columns over tp, experts over ep and etp.
+
+    Interleaved projections are split head by head.
+    """
     rows = []
     for rank in range(topology.world_size):
         at = topology.coordinates(rank)
@@ -93,7 +95,7 @@ def _policy_slices(topology: Topology, at: Coordinates) -> Iterator[TensorSlice]
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """`ep`: experts are spread whole over all tp x dp ranks of an engine; else each is cut over its tp ranks."""
+    """Axes of an engine. With `ep`, whole experts are spread over tp x dp ranks; otherwise each is split over tp."""
 
     tp: int
     dp: int = 1
@@ -104,7 +106,7 @@ class EngineLayout:
 
 
 def engine(layout: EngineLayout, world_size: int, first_rank: int = 0) -> RankSliceTable:
-    """vLLM's, for as many engines as `world_size` ranks hold, from `first_rank` on."""
+    """Return vLLM's layout for the engines on `world_size` ranks, from `first_rank` on."""
     size = layout.tp * layout.dp
     one = [table_of_rank(TENSORS, _engine_slices(layout, rank), rank) for rank in range(size)]
     return concatenate([one[rank % size].placed_on([first_rank + rank]) for rank in range(world_size)])

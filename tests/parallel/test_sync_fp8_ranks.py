@@ -1,5 +1,7 @@
-"""FP8 rollouts between real ranks: Megatron policies of several layouts, connected as a job connects them, to regions
-as vLLM's own FP8 loader fills them. What lies there is bit for bit the gathered bf16 weights, quantised afterwards."""
+"""FP8 syncs between real ranks, from Megatron policies of several layouts to regions of vLLM's recorded FP8 loader.
+
+The engines' values are bit-equal to gathering the bf16 weights and quantizing them afterwards.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ WORLD, ENGINE_TP, BUCKET_BYTES = 4, 2, 64 * 1024
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its policy's layout, and what vLLM's loader does on the two ranks of an engine."""
+    """A model, its policy's layout, and the traces of vLLM's loader on the two ranks of an engine."""
 
     layout: Layout
     spread: bool
@@ -48,7 +50,7 @@ class Case:
     tensors: tuple[str, ...] = ()
 
 
-# without a GPU tensor parallelism cuts latent projections inside of blocks
+# without a GPU, tensor parallelism splits latent projections inside blocks
 CASES: dict[str, Case] = {
     "qwen3": Case(Layout(WORLD, tp=2, pp=2), False, False),
     "qwen3_moe": Case(Layout(WORLD, tp=2, sequence_parallel=True, ep=2), False, True),
@@ -68,7 +70,7 @@ def cases(recorder: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactor
 
 
 class RecordedSink(RegionSink):
-    """vLLM's parameters of one rank in plain memory. `fault`: what it does wrong at the end of an update."""
+    """vLLM's parameters of one rank in plain memory, with an optional `fault` in an update."""
 
     def __init__(self, record: LoaderRecord, streaming_reason: str | None = None) -> None:
         dtypes = {copy.local.name: copy.dtype for copy in record.copies}
@@ -98,7 +100,7 @@ class RecordedSink(RegionSink):
             bits(self.parameters["model.layers.1.self_attn.o_proj.weight"])[5] ^= 1
 
     def differing(self, expected: dict[str, Tensor]) -> list[str]:
-        """Regions that hold other bits than these whole tensors."""
+        """Return the regions whose bits differ from these whole tensors."""
         return [
             str(copy.hf)
             for copy in self.copies
@@ -114,7 +116,7 @@ def bits(values: Tensor) -> Tensor:
 
 
 def open_ends(rank: int, case: Case, fp8: str | None = "scales", **sink: Any) -> tuple[Any, RecordedSink, Any]:
-    """The policy of a job, an engine's end, and the sync that the job makes of them. `fp8`: scales: the case's."""
+    """Return policy, sink and sync as a job builds them. `fp8="scales"` uses the kind of scales of the case."""
     from grpo_mega.models.config_readers import read_spec
     from grpo_mega.policy.policy import MegatronPolicy
     from grpo_mega.trainer.build import make_sync
@@ -129,15 +131,12 @@ def open_ends(rank: int, case: Case, fp8: str | None = "scales", **sink: Any) ->
     ranks = Ranks(topology, topology.coordinates(rank), torch.device("cpu"))
     policy = MegatronPolicy(config, read_spec(case.model), case.model, ranks, with_reference=False)
     end = RecordedSink(case.records[rank % ENGINE_TP], **sink)
-    return (
-        policy,
-        end,
-        make_sync(config, policy, SimpleNamespace(sink=end, sync_peers=lambda *_args, **_settings: None), ranks),
-    )  # type: ignore[arg-type]
+    local_engine: Any = SimpleNamespace(sink=end, sync_peers=lambda *_args, **_settings: None)
+    return policy, end, make_sync(config, policy, local_engine, ranks)
 
 
-def quantised_after(policy: Any, case: Case) -> dict[str, Tensor]:
-    """The FP8 checkpoint of the bf16 weights, gathered whole; by the definition of its blocks."""
+def quantized_checkpoint(policy: Any, case: Case) -> dict[str, Tensor]:
+    """Return the FP8 checkpoint of the gathered bf16 weights, computed block by block from its definition."""
     found: dict[str, Tensor] = {}
     for name, values in policy.full_tensors(1 << 24):
         found[name] = values.clone()
@@ -148,11 +147,11 @@ def quantised_after(policy: Any, case: Case) -> dict[str, Tensor]:
         codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
         for i in range(scales.shape[0]):
             for j in range(scales.shape[1]):
-                box = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
-                block = values[box].float()
+                block_index = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                block = values[block_index].float()
                 scale = block.abs().max() / 448.0
                 scales[i, j] = 2.0 ** torch.log2(scale).ceil() if case.power_of_two else scale
-                codes[box] = (block / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
+                codes[block_index] = (block / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
         found[name], found[name + "_scale_inv"] = codes, scales
     return found
 
@@ -162,7 +161,7 @@ def follow(rank: int, case: Case) -> dict[str, Any]:
     reports, wrong, scales = [], [], []
     for version in (1, 2):
         reports.append(sync.push(version, verify=True))
-        wrong += sink.differing(quantised_after(policy, case))
+        wrong += sink.differing(quantized_checkpoint(policy, case))
         scales.append(next(p for name, p in sink.parameters.items() if "scale_inv" in name).clone())
         for parameter in policy.parts.parameters:
             parameter.data.mul_(1.37)
@@ -171,20 +170,20 @@ def follow(rank: int, case: Case) -> dict[str, Any]:
         "reports": reports,
         "stored": sum(p.nbytes for p in sink.parameters.values()),
         "filled": sum(region_view(sink.parameters[c.local.name], c).nbytes for c in sink.copies),
-        "remade": not torch.equal(*scales),
+        "scales_changed": not torch.equal(*scales),
         "received": int(sync.plan.traffic.received_bytes()[rank]),
         "codes": sum(p.itemsize == 1 for p in sink.parameters.values()),
     }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_engines_hold_the_gathered_weights_quantised_afterwards_at_each_version(
+def test_engines_hold_the_quantized_gathered_weights_at_each_version(
     rank_pool: RankPool, cases: dict[str, Case], name: str
 ) -> None:
     for seen in rank_pool.call(WORLD, follow, cases[name]):
         assert seen["wrong"] == []
         assert seen["codes"] >= 6
-        assert seen["remade"], "scales are those of the version before"
+        assert seen["scales_changed"], "scales are those of the previous version"
         first, second = seen["reports"]
         assert first.policy_digest != second.policy_digest
         assert first.written_bytes == second.written_bytes == seen["filled"] == seen["stored"]
@@ -192,15 +191,13 @@ def test_engines_hold_the_gathered_weights_quantised_afterwards_at_each_version(
 
 
 def stream(rank: int, case: Case) -> tuple[int, list[str], dict[str, torch.dtype]]:
-    """Pushes, what the engine does not hold after them, and what it was given."""
+    """Return the number of pushes, the regions that differ, and the dtypes of the streamed tensors."""
     policy, sink, sync = open_ends(rank, case, streaming_reason="its loader computes")
     sync.push(1, verify=True)
-    return sync.count, sink.differing(quantised_after(policy, case)), sink.loaded
+    return sync.count, sink.differing(quantized_checkpoint(policy, case)), sink.loaded
 
 
-def test_an_engine_that_is_streamed_to_is_given_the_same_codes_and_scales(
-    rank_pool: RankPool, cases: dict[str, Case]
-) -> None:
+def test_a_streamed_engine_receives_the_same_values_and_scales(rank_pool: RankPool, cases: dict[str, Case]) -> None:
     for count, wrong, loaded in rank_pool.call(WORLD, stream, cases["qwen3"]):
         assert (count, wrong) == (1, [])
         assert list(loaded) == list(cases["qwen3"].tensors)
@@ -208,7 +205,7 @@ def test_an_engine_that_is_streamed_to_is_given_the_same_codes_and_scales(
 
 def messages(rank: int, case: Case) -> list[str]:
     _, sink, sync = open_ends(rank, case)
-    said = []
+    errors = []
     for version, fault in enumerate(["", "flipped", "stale", ""], 1):
         sink.fault = fault if rank == 1 else ""
         if fault == "stale":
@@ -216,13 +213,13 @@ def messages(rank: int, case: Case) -> list[str]:
                 parameter.data.mul_(1.37)
         try:
             sync.push(version, verify=True)
-            said.append("")
+            errors.append("")
         except WeightMismatchError as error:
-            said.append(str(error))
-    return said
+            errors.append(str(error))
+    return errors
 
 
-def test_a_flipped_code_and_a_scale_of_the_version_before_are_named_on_every_rank(
+def test_a_flipped_value_and_an_outdated_scale_are_named_on_every_rank(
     rank_pool: RankPool, cases: dict[str, Case]
 ) -> None:
     for fine, flipped, stale, after in rank_pool.call(WORLD, messages, cases["qwen3"]):
@@ -244,7 +241,7 @@ def report(rank: int, case: Case, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_moe"])
-def test_the_report_of_a_run_is_that_of_the_files_that_its_policy_was_read_from(
+def test_the_report_of_a_run_equals_that_of_the_policys_files(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, name: str
 ) -> None:
     rank_pool.call(WORLD, report, cases[name], tmp_path)
@@ -257,7 +254,7 @@ def test_the_report_of_a_run_is_that_of_the_files_that_its_policy_was_read_from(
 
 def misfit(rank: int, case: Case, fp8: str | None) -> str:
     record = case.records[rank % ENGINE_TP]
-    if fp8:  # a policy with codes, an engine that takes them for numbers
+    if fp8:  # the policy sends quantized values, the engine expects bf16
         copies = [
             mock.Mock(hf=c.hf, local=c.local, along=c.along, dtype=torch.bfloat16 if c.dtype.itemsize == 1 else c.dtype)
             for c in record.copies
@@ -275,12 +272,12 @@ def misfit(rank: int, case: Case, fp8: str | None) -> str:
 @pytest.mark.parametrize(
     ("fp8", "words"),
     [
-        ("scales", "in torch.float8_e4m3fn, the engine wants it in torch.bfloat16"),
+        ("scales", "in torch.float8_e4m3fn, but the engine needs it in torch.bfloat16"),
         (None, "_scale_inv[0:2, 0:2] on rank 0: the policy does not have this tensor"),
     ],
 )
-def test_codes_on_one_side_alone_are_refused_before_anything_moves(
+def test_quantized_values_on_one_side_only_are_rejected_before_the_first_push(
     rank_pool: RankPool, cases: dict[str, Case], fp8: str | None, words: str
 ) -> None:
-    for said in rank_pool.call(WORLD, misfit, cases["qwen3"], fp8):
-        assert words in said
+    for error in rank_pool.call(WORLD, misfit, cases["qwen3"], fp8):
+        assert words in error

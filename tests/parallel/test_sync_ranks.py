@@ -1,5 +1,8 @@
-"""A sync between real ranks, by each transport that a machine without a GPU has: what arrives, what it costs in
-memory, and that every fault is found and named on every rank before anything could be sampled."""
+"""A sync between real ranks, over each transport that works without a GPU.
+
+The engines hold the policy's weights, extra memory is bounded, and every fault is named on every rank before an engine
+can sample.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def open_sync(
     machines: int = 1,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[MemorySource, Any, WeightSync]:
-    """Both ends of this rank and the sync between them; the machine counts as several."""
+    """Return source, sink and sync of this rank. The ranks are spread over `machines` pretended machines."""
     axes, layout = layouts
     held, wanted = policy(Topology(WORLD, **axes)), engine(layout, WORLD)
     source = MemorySource(held, rank)
@@ -112,7 +115,7 @@ def follow(
     ],
     ids=["TP2PP2-shared_memory", "TP2PP2-gloo", "experts-two-machines", "same-process"],
 )
-def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memory(
+def test_engines_hold_the_policys_weights_at_each_version_with_two_buckets_of_extra_memory(
     rank_pool: RankPool, layouts: Layouts, transport: TransportKind, machines: int
 ) -> None:
     for seen in rank_pool.call(WORLD, follow, layouts, transport, machines):
@@ -130,7 +133,7 @@ def test_engines_hold_the_policy_at_each_version_with_two_buckets_of_extra_memor
 
 
 def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
-    """What is wrong, and how often this rank read another's memory; a container may forbid it to rank 2."""
+    """Return wrong slices and the number of reads of other ranks' memory. Unless `allowed`, rank 2 cannot read."""
     forbidden = rank == 2 and not allowed
     real, count = process_vm_readv.read_ranges, 0
 
@@ -147,7 +150,7 @@ def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_ranks_that_may_read_each_others_memory_do_and_the_others_get_the_same_bytes(
+def test_ranks_read_each_others_memory_where_allowed_and_all_receive_the_same_bytes(
     rank_pool: RankPool, allowed: bool
 ) -> None:
     wrong, counts = zip(*rank_pool.call(WORLD, follow_counting_reads, allowed), strict=True)
@@ -157,22 +160,22 @@ def test_ranks_that_may_read_each_others_memory_do_and_the_others_get_the_same_b
     assert allowed or counts[2] == 0
 
 
-def test_gloo_sends_large_pieces_out_of_the_policys_memory_into_the_engines(rank_pool: RankPool) -> None:
+def test_gloo_receives_large_pieces_in_the_engines_memory(rank_pool: RankPool) -> None:
     for seen in rank_pool.call(WORLD, follow, TP2PP2, "gloo", 1, 1 << 22):
         assert seen["wrong"] == []
         assert seen["in_place"] > 0
 
 
-# Faults: each is done by one rank.
+# Faults, each on one rank.
 
 
 def flip_bit(sink: MemorySink) -> None:
-    """After the update."""
+    """Flip one bit of the engine's weights after the update."""
     sink.part(TensorSlice("3.down", (7, 300), (1, 1))).view(torch.int16)[0, 0] ^= 1
 
 
 class Spoiled(MemorySink):
-    """Does one thing wrong; `fault` says what."""
+    """A sink with one fault, named by `fault`."""
 
     fault = ""
 
@@ -181,16 +184,16 @@ class Spoiled(MemorySink):
             return
         if self.fault == "swapped" and hf.name in ("2.k", "2.v"):
             hf = TensorSlice({"2.k": "2.v", "2.v": "2.k"}[hf.name], hf.offsets, hf.shape)
-        if self.fault == "refused" and hf.name == "5.up":
+        if self.fault == "rejected" and hf.name == "5.up":
             raise RuntimeError("no space left in the engine")
         super().write(hf, values)
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        return None if self.fault in ("stale", "swapped", "refused") else super().memory_of(hf)
+        return None if self.fault in ("stale", "swapped", "rejected") else super().memory_of(hf)
 
     def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
-        if self.fault == "silent":
-            raise RuntimeError("its process has ended")
+        if self.fault == "failing":
+            raise RuntimeError("its process exited")
         return super().digests(slices)
 
     def end_update(self, policy_version: int) -> None:
@@ -203,7 +206,7 @@ class Spoiled(MemorySink):
 
 
 def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
-    """The receiver finds what lay in the buffer before."""
+    """The receiver finds the previous content of the buffer."""
     real = transport.incoming
 
     def incoming(round_: Round, message: BucketMessage) -> Tensor:
@@ -217,7 +220,7 @@ def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
 
 
 def send_wrongly(executor: ScheduleExecutor, fault: str) -> Any:
-    """In round 3 the sender's buffer is left as it was ("twice"), or filled for the version before ("older")."""
+    """In round 3 the sender keeps the previous buffer ("twice"), or packs the previous version ("older")."""
     real = executor._send
 
     def send(kind: str, buffer: Tensor, round_: Round, by_tensor: Any, version: int) -> None:
@@ -230,27 +233,27 @@ def send_wrongly(executor: ScheduleExecutor, fault: str) -> Any:
 
 
 def spoil(sync: WeightSync, fault: str) -> Any:
-    """What a fault of the transport does to this rank."""
+    """Return a context that injects a fault of the transport on this rank."""
     if fault == "lost":
         return lose_bucket(sync.executor._transports["shared_memory"], 2)  # type: ignore[arg-type]
     return send_wrongly(sync.executor, fault) if fault in ("twice", "older") else nullcontext()
 
 
 def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
-    """What each fault on rank 1 lets the push say on this rank; nothing for a push without one, before and after."""
+    """Return the error of a push on this rank for each fault on rank 1; None for pushes without a fault."""
     sink = Spoiled(engine(TP2PP2[1], WORLD), rank)
     source, _, sync = open_sync(rank, sink)
-    said: dict[str, str | None] = {}
+    errors: dict[str, str | None] = {}
     for version, fault in enumerate(["", *faults, ""], 1):
         sink.fault = fault if rank == 1 else ""
         source.become(version)
         with spoil(sync, fault if rank == 1 else ""):
             try:
                 sync.push(version, verify=True)
-                said[f"{fault or 'none'} {version}"] = None
+                errors[f"{fault or 'none'} {version}"] = None
             except WeightMismatchError as error:
-                said[fault] = str(error)
-    return said
+                errors[fault] = str(error)
+    return errors
 
 
 FAULTS = {
@@ -259,11 +262,11 @@ FAULTS = {
     "swapped": ["2.k[", "2.v[", "on rank 1"],
     "packed": ["head[500:1000, 0:192] on rank 1", "the kernel computes with other weights"],
     "version": ["the engine of rank 1 reports version", "the policy sent version"],
-    "refused": ["5.up[", "on rank 1: the engine rejected it (no space left in the engine)"],
+    "rejected": ["5.up[", "on rank 1: the engine rejected it (no space left in the engine)"],
     "lost": ["bucket 2 from rank", "to rank 1 was expected", "bucket 0 of version"],
     "twice": ["bucket 3 from rank 1 to rank 3 was expected", "bucket 1 of version 9,"],
     "older": ["bucket 3 from rank 1 to rank 3 was expected", "bucket 3 of version 9,"],
-    "silent": ["the engine of rank 1 failed in the verification: its process has ended"],
+    "failing": ["the engine of rank 1 failed in the verification: its process exited"],
 }
 
 
@@ -277,9 +280,7 @@ def said(rank_pool: RankPool) -> list[dict[str, str | None]]:
 def test_a_fault_on_one_rank_is_named_on_all_with_tensor_rank_and_slice(
     said: list[dict[str, str | None]], fault: str
 ) -> None:
-    heard = {answers[fault] for answers in said}
-    assert len(heard) == 1
-    message = heard.pop()
+    (message,) = {answers[fault] for answers in said}
     assert message is not None
     for words in FAULTS[fault]:
         assert words in message
@@ -293,8 +294,8 @@ def test_pushes_without_a_fault_pass_before_and_after_one(said: list[dict[str, s
         assert answers[f"none {len(FAULTS) + 2}"] is None
 
 
-def absent_rank(rank: int) -> str:
-    """Rank 2 does not come to the second push."""
+def stalled_rank(rank: int) -> str:
+    """Rank 2 does not take part in the second push."""
     source, _, sync = open_sync(rank)
     source.become(1)
     sync.push(1, verify=True)
@@ -311,10 +312,30 @@ def absent_rank(rank: int) -> str:
 
 
 def test_a_rank_that_stalls_is_named_by_those_that_wait_for_it(rank_pool: RankPool) -> None:
-    answers = rank_pool.call(WORLD, absent_rank)
+    answers = rank_pool.call(WORLD, stalled_rank)
     waiting = [answers[rank] for rank in (0, 1, 3)]
     assert any("rank 2" in answer and "did not arrive within 3 s" in answer for answer in waiting), waiting
     assert all("nothing was raised" not in answer for answer in waiting)
+
+
+def missing_at_barrier(rank: int) -> str:
+    """Rank 2 does not reach the barrier in time."""
+    _, _, sync = open_sync(rank)
+    sync._barrier._timeout = 2.0
+    if rank == 2:
+        time.sleep(5.0)
+        return ""
+    try:
+        sync._barrier.gather(None, "testing")
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_barrier_names_the_missing_ranks_and_where_they_are(rank_pool: RankPool) -> None:
+    answers = rank_pool.call(WORLD, missing_at_barrier)
+    for rank in (0, 1, 3):
+        assert f"testing: rank {rank} (place {rank}) timed out after 2 s waiting for rank 2 (place 2)" in answers[rank]
 
 
 def withheld_bucket(rank: int) -> tuple[str, int]:
@@ -334,7 +355,7 @@ def withheld_bucket(rank: int) -> tuple[str, int]:
     return "nothing was raised", sink.policy_version
 
 
-def test_a_bucket_that_never_comes_is_named_with_both_ranks_and_its_receiver_keeps_the_version_of_before(
+def test_a_missing_bucket_is_named_with_both_ranks_and_its_receiver_keeps_the_previous_version(
     rank_pool: RankPool,
 ) -> None:
     answers = rank_pool.call(WORLD, withheld_bucket)
@@ -354,7 +375,7 @@ def dying_rank(rank: int) -> None:
     sync.push(2, verify=True)
 
 
-def test_a_rank_that_dies_ends_the_others_at_once_with_its_name(rank_pool: RankPool) -> None:
+def test_a_rank_that_exits_ends_the_others_at_once_with_its_name(rank_pool: RankPool) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError) as caught:
         rank_pool.call(WORLD, dying_rank)
@@ -383,11 +404,11 @@ def stream(rank: int) -> tuple[list[str], int]:
     return wrong, log.warning.call_count
 
 
-def test_an_engine_whose_loader_cannot_be_recorded_gets_whole_tensors_and_it_is_said_once(rank_pool: RankPool) -> None:
+def test_an_engine_without_slices_receives_whole_tensors_with_one_warning(rank_pool: RankPool) -> None:
     assert rank_pool.call(WORLD, stream) == [([], 1)] * WORLD
 
 
-def misfits(rank: int, change: str) -> str:
+def mismatched_layouts(rank: int, change: str) -> str:
     wanted = engine(EngineLayout(2), WORLD)
     numbers = {name: i for i, name in enumerate(TENSORS)}
     if change == "missing" and rank == 1:
@@ -410,7 +431,7 @@ def misfits(rank: int, change: str) -> str:
     ],
 )
 def test_tensors_that_do_not_match_are_named_on_every_rank(rank_pool: RankPool, change: str, words: str) -> None:
-    for message in rank_pool.call(WORLD, misfits, change):
+    for message in rank_pool.call(WORLD, mismatched_layouts, change):
         assert words in message
 
 
@@ -422,7 +443,7 @@ def test_ranks_with_different_plans_or_versions_are_named() -> None:
 
 
 class LateSlots:
-    """Buffers as a GPU's are: what was copied into them is seen by others once it has been waited for."""
+    """Stub of GPU buffers: other ranks see a copy only after `synchronize`."""
 
     def __init__(self, num_bytes: int, _device: torch.device) -> None:
         self.own = torch.zeros(num_bytes, dtype=torch.uint8)
@@ -449,12 +470,12 @@ def test_every_byte_of_every_round_arrives(rank_pool: RankPool, kind: str) -> No
     assert rank_pool.call(2, exchange, kind) == [[], []]
 
 
-def test_buffers_on_a_device_are_read_when_they_are_filled(rank_pool: RankPool) -> None:
-    """With memory that shows what was copied into it as late as a GPU's may; the real one is in tests/gpu."""
+def test_device_buffers_are_read_after_they_are_filled(rank_pool: RankPool) -> None:
+    """The stub shows a copy as late as a GPU may; the test on a GPU is in tests/gpu."""
     assert rank_pool.call(2, exchange_by_device) == [[], []]
 
 
-def test_a_transport_that_the_machine_does_not_have_is_refused() -> None:
+def test_an_unavailable_transport_is_rejected() -> None:
     for kind in ("nccl", "cuda_ipc"):
         with pytest.raises(ValueError, match=rf"weight_sync\.transport={kind} needs CUDA"):
             factory.transport_kinds(kind)  # type: ignore[arg-type]

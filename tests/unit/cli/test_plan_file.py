@@ -1,4 +1,4 @@
-"""A plan as a file: read back it is the same plan, and two of them can be compared line by line."""
+"""A plan file is read back as the same plan, and two plans are compared line by line."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_each_slice_has_a_line_with_sender_receiver_and_bucket(tmp_path: Path) -
     write_plan(plan_to(EngineLayout(2)), tmp_path / "plan.json", {})
     lines = (tmp_path / "plan.json").read_text().splitlines()
     (norm,) = [line for line in lines if line.startswith('  "norm[0:192]"')]
-    slots = json.loads("{" + norm.rstrip(",") + "}")["norm[0:192]"]
-    assert [(dst, src == dst, bucket == -1) for src, dst, bucket in slots] == [
+    transfers = json.loads("{" + norm.rstrip(",") + "}")["norm[0:192]"]
+    assert [(dst, src == dst, bucket == -1) for src, dst, bucket in transfers] == [
         (0, False, False),
         (1, False, False),
         (2, True, True),
@@ -57,7 +57,7 @@ def test_a_slice_keeps_name_offsets_and_shape() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"tensors": {}, "transfers": {"x[0:1]": [[0, 0, 0]]}, "nodes": []}'])
-def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_plan_is_rejected(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(UserError, match=r"plan\.json: not a plan of tools/plan_sync\.py"):
         read_plan(tmp_path / "plan.json")

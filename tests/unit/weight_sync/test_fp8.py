@@ -1,4 +1,4 @@
-"""FP8 on the way: what leaves the policy's ranks is bit for bit what quantising the whole weights would give."""
+"""FP8 rollouts: the values that the policy's ranks send are bit-equal to quantizing the whole weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from grpo_mega.weight_sync.verify import parts_of
 from tests.helpers.fp8_weights import DOWN, NORM, O, Q, Source, weights
 
 
-def boxes(rank: int) -> list[tuple[TensorSlice, bool]]:
-    """Of two: q in heads of 64 rows that alternate with those of another tensor, o by columns, the rest copied."""
+def rank_slices(rank: int) -> list[tuple[TensorSlice, bool]]:
+    """Return the slices of one of two ranks: alternating heads of q (64 rows), columns of o, and copies of the rest."""
     heads = [TensorSlice(Q, (256 * rank + 64 * i, 0), (64, 300)) for i in range(4)]
     columns = TensorSlice(O, (0, 256 * rank), (300, 256))
     copies = [TensorSlice(DOWN, (0, 0), (200, 130)), TensorSlice(NORM, (0,), (300,))]
@@ -27,11 +27,11 @@ def boxes(rank: int) -> list[tuple[TensorSlice, bool]]:
 
 
 def sources(*, power_of_two: bool = False) -> list[Fp8Source]:
-    return [Fp8Source(Source(weights(), boxes(rank)), power_of_two=power_of_two) for rank in range(2)]
+    return [Fp8Source(Source(weights(), rank_slices(rank)), power_of_two=power_of_two) for rank in range(2)]
 
 
 def expected(*, power_of_two: bool = False) -> dict[str, Tensor]:
-    """As if the bf16 weights had travelled, and were quantised whole."""
+    """Return the FP8 checkpoint of the whole bf16 weights."""
     found: dict[str, Tensor] = {}
     for name, value in weights().items():
         if name in (Q, O, DOWN):
@@ -47,11 +47,11 @@ def bits(values: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "PART", 5000)  # of a few rows: what is quantised in parts is quantised alike
+    monkeypatch.setattr(verify, "PART", 5000)  # a few rows: quantizing in parts gives the same values
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_codes_and_scales_of_all_shards_are_those_of_the_whole_weights(power_of_two: bool) -> None:
+def test_values_and_scales_of_all_shards_equal_those_of_the_whole_weights(power_of_two: bool) -> None:
     whole = expected(power_of_two=power_of_two)
     seen = {name: torch.zeros(value.shape, dtype=torch.int64) for name, value in whole.items()}
     for source in sources(power_of_two=power_of_two):
@@ -65,17 +65,17 @@ def test_codes_and_scales_of_all_shards_are_those_of_the_whole_weights(power_of_
 
 
 @pytest.mark.parametrize("box", [((100, 7), (30, 200)), ((127, 128), (2, 1)), ((64, 0), (64, 300))])
-def test_a_piece_that_an_engine_cuts_anywhere_has_the_codes_of_its_place(
+def test_a_piece_at_any_offset_has_the_quantized_values_of_the_whole(
     box: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
     piece, whole = TensorSlice(Q, *box), expected()
     held = HeldSlice(TensorSlice(Q, (0, 0), (512, 300)), (512, 300), weights()[Q])
-    ((coded), *_) = Fp8Source(Source({Q: weights()[Q]}, [(held.hf, True)]), power_of_two=False).shards()
-    assert isinstance(coded, QuantizedSlice)
-    assert torch.equal(bits(coded.part(piece)), bits(whole[Q][piece.index]))
+    (quantized, *_) = Fp8Source(Source({Q: weights()[Q]}, [(held.hf, True)]), power_of_two=False).shards()
+    assert isinstance(quantized, QuantizedSlice)
+    assert torch.equal(bits(quantized.part(piece)), bits(whole[Q][piece.index]))
 
 
-def test_digests_of_the_shards_add_up_to_those_of_the_quantised_whole() -> None:
+def test_digests_of_the_shards_add_up_to_those_of_the_whole() -> None:
     sums = dict.fromkeys(expected(), 0)
     for source in sources():
         for held in source.shards():
@@ -86,7 +86,7 @@ def test_digests_of_the_shards_add_up_to_those_of_the_quantised_whole() -> None:
         assert sums[name] == slice_digest(value, TensorSlice(name, (0,) * value.dim(), tuple(value.shape))), name
 
 
-def test_scales_as_powers_of_two_are_the_least_that_hold_the_block() -> None:
+def test_power_of_two_scales_are_the_smallest_that_fit_the_block() -> None:
     amax = torch.tensor([0.0, 448.0, 449.0, 896.0, 3.5, 1e-30])
     scales = scales_of(amax, power_of_two=True)
     assert scales.tolist()[:5] == [1.0, 1.0, 2.0, 2.0, 1 / 128]
@@ -96,7 +96,7 @@ def test_scales_as_powers_of_two_are_the_least_that_hold_the_block() -> None:
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_whole_tensors_that_are_streamed_have_the_same_codes_and_scales(power_of_two: bool) -> None:
+def test_streamed_whole_tensors_have_the_same_values_and_scales(power_of_two: bool) -> None:
     streamed = dict(fp8_tensors(lambda _: iter(weights().items()), power_of_two=power_of_two)(1))
     whole = expected(power_of_two=power_of_two)
     assert list(streamed) == list(fp8_shapes({name: tuple(value.shape) for name, value in weights().items()}))
@@ -106,18 +106,18 @@ def test_whole_tensors_that_are_streamed_have_the_same_codes_and_scales(power_of
     assert streamed[Q].dtype == CODE
 
 
-def test_a_block_that_no_rank_holds_whole_is_refused_with_its_place_and_a_remedy() -> None:
+def test_a_block_that_no_rank_holds_whole_is_rejected_with_its_position_and_a_remedy() -> None:
     slices = [(TensorSlice(Q, (0, 0), (320, 300)), True)]
     message = r"block of 0\.q_proj\.weight at \[256, 0\] .* holds 8192 elements; .* smaller parallel\.tp"
     with pytest.raises(UserError, match=message):
         Fp8Source(Source({Q: weights()[Q]}, slices), power_of_two=False).shards()
 
 
-def test_a_value_that_is_not_finite_is_refused() -> None:
+def test_a_value_that_is_not_finite_is_rejected() -> None:
     broken = weights()
     broken[DOWN][3, 4] = float("inf")
     with pytest.raises(WeightMismatchError, match=r"0\.down_proj\.weight has a value that is not finite"):
-        Fp8Source(Source(broken, boxes(0)), power_of_two=False).shards()
+        Fp8Source(Source(broken, rank_slices(0)), power_of_two=False).shards()
 
 
 @pytest.mark.parametrize(
@@ -135,12 +135,12 @@ def test_a_value_that_is_not_finite_is_refused() -> None:
         ("lm_head.weight", (64, 64), False),
     ],
 )
-def test_matrices_of_layers_are_coded_and_nothing_else(name: str, shape: tuple[int, ...], coded: bool) -> None:
+def test_only_matrices_of_layers_are_quantized(name: str, shape: tuple[int, ...], coded: bool) -> None:
     assert is_coded(name, shape) == coded
     assert len(fp8_shapes({name: shape})) == 1 + coded
 
 
-def test_the_config_of_the_checkpoint_names_the_matrices_that_stay() -> None:
+def test_the_checkpoints_config_names_the_matrices_that_stay_unquantized() -> None:
     shapes = {
         "model.embed_tokens.weight": (256, 64),
         "model.layers.0.mlp.gate.weight": (8, 64),

@@ -1,4 +1,4 @@
-"""The reshard plan over many pairs of layouts: what arrives, what it costs, and what is refused."""
+"""The reshard plan over many pairs of layouts: received slices, bytes per link, and rejected input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def name_of(pair: Any) -> str:
 
 
 def elements(table: RankSliceTable, rank: int) -> dict[str, np.ndarray[Any, Any]]:
-    """How often `rank` lists each element of each tensor."""
+    """Return the number of times that `rank` lists each element of each tensor."""
     counts = {name: np.zeros(tensor.shape, np.int64) for name, tensor in TENSORS.items()}
     mine = table.rows_on([rank])
     for i in range(len(mine)):
@@ -71,7 +71,7 @@ def num_bytes(counts: dict[str, np.ndarray[Any, Any]]) -> int:
 
 
 def row_of(case: Case) -> str:
-    """A line of docs/measurements/weight_sync.md."""
+    """Return the case's line of docs/measurements/weight_sync.md."""
     plan, traffic = case.plan, case.plan.traffic
     received = traffic.received_bytes()
     axes = " ".join(f"{axis.upper()}{size}" for axis, size in case.axes.items()) or "DP"
@@ -82,7 +82,7 @@ def row_of(case: Case) -> str:
 
 
 class Case:
-    """Both ends of one pair, and the plan between them."""
+    """A pair of layouts and the plan between them."""
 
     def __init__(self, pair: tuple[int, dict[str, int], EngineLayout]) -> None:
         self.world, self.axes, self.layout = pair
@@ -98,7 +98,7 @@ def case(request: pytest.FixtureRequest) -> Case:
     return Case(request.param)
 
 
-def test_each_rank_gets_every_element_that_it_stores_once_from_a_rank_that_has_it(case: Case) -> None:
+def test_each_rank_receives_every_element_that_it_stores_once_from_a_rank_that_holds_it(case: Case) -> None:
     arrived = [{name: np.zeros(t.shape, np.int64) for name, t in TENSORS.items()} for _ in range(case.world)]
     for rank in range(case.world):
         for _, piece, src, dst in case.plan.of_rank(rank):
@@ -110,7 +110,7 @@ def test_each_rank_gets_every_element_that_it_stores_once_from_a_rank_that_has_i
             assert (arrived[rank][name] == case.stores[rank][name]).all(), (rank, name)
 
 
-def test_received_bytes_are_those_stored_and_not_held_and_nothing_that_is_held_travels(case: Case) -> None:
+def test_a_rank_receives_exactly_the_bytes_that_it_stores_and_does_not_hold(case: Case) -> None:
     for rank in range(case.world):
         stored, held = case.stores[rank], case.has[rank]
         missing = {name: stored[name] * (held[name] == 0) for name in TENSORS}
@@ -132,14 +132,14 @@ def test_a_slice_crosses_nodes_only_when_no_rank_of_the_node_has_it(case: Case) 
 def test_the_busiest_link_carries_at_most_1_05_times_the_lower_bound(case: Case) -> None:
     assert case.plan.traffic.busiest_link_ratio() <= 1.05
     busiest = case.plan.traffic.busiest()
-    assert all(busiest[link] >= bound for link, bound in case.plan.bounds.items()), "the bound is none"
+    assert all(busiest[link] >= bound for link, bound in case.plan.bounds.items()), "not a lower bound"
 
 
-def test_the_committed_table_has_a_line_for_the_pair_that_says_what_its_plan_costs(case: Case) -> None:
+def test_the_committed_table_has_the_numbers_of_the_plan(case: Case) -> None:
     assert row_of(case) in TABLE.read_text().splitlines()
 
 
-def test_no_rank_has_more_than_one_bucket_in_flight_per_turn_and_turns_are_few(case: Case) -> None:
+def test_each_round_fits_a_bucket_on_every_rank_and_rounds_are_few(case: Case) -> None:
     plan = case.plan
     fill = np.zeros((plan.num_buckets + 1, case.world), np.int64)
     for bucket, src, dst, size in zip(plan.bucket, plan.src, plan.dst, plan.transfer_bytes, strict=True):
@@ -150,7 +150,7 @@ def test_no_rank_has_more_than_one_bucket_in_flight_per_turn_and_turns_are_few(c
     assert plan.num_buckets <= 1 + 1.35 * fill.sum(0).max() / BUCKET_BYTES
 
 
-def test_any_order_of_the_ranks_reports_gives_the_same_plan(case: Case) -> None:
+def test_the_plan_does_not_depend_on_the_order_of_the_ranks_reports(case: Case) -> None:
     shuffled = []
     for table in (case.held, case.wanted):
         ranks = np.random.default_rng(0).permutation(case.world).tolist()
@@ -165,7 +165,7 @@ def small_plan(**changes: Any) -> ReshardPlan:
     return plan_reshard(TENSORS, **(arguments | changes))
 
 
-def test_equal_layouts_move_nothing_but_what_another_padding_of_the_vocabulary_asks_for() -> None:
+def test_equal_layouts_send_nothing() -> None:
     plan = small_plan()
     assert plan.traffic.bytes_by_link()["same_node"] == plan.traffic.bytes_by_link()["across_nodes"] == 0
     assert plan.num_buckets == plan.traffic.peak_buffer_bytes() == 0
@@ -185,7 +185,7 @@ def test_hash_changes_with_bucket_bytes_nodes_layout_and_dtype() -> None:
     )
 
 
-def test_an_engine_on_other_ranks_receives_all_that_it_stores() -> None:
+def test_an_engine_on_other_ranks_receives_all_slices_that_it_stores() -> None:
     wanted = engine(EngineLayout(2), 2, first_rank=2)
     plan = small_plan(wanted=wanted, nodes=(0, 0, 1, 1))
     stored = [num_bytes(elements(wanted, rank)) for rank in range(4)]
@@ -196,44 +196,44 @@ def test_an_engine_on_other_ranks_receives_all_that_it_stores() -> None:
 W = {"w": SentTensor((8, 4), 2)}
 
 
-def boxes(rank: int, *rows: tuple[int, int]) -> RankSliceTable:
+def rows_of(rank: int, *rows: tuple[int, int]) -> RankSliceTable:
     return table_of_rank(W, [TensorSlice("w", (a, 0), (b - a, 4)) for a, b in rows], rank)
 
 
-def test_an_element_that_no_rank_holds_is_named_with_who_wants_it() -> None:
+def test_an_element_that_no_rank_holds_is_named_with_the_rank_that_needs_it() -> None:
     with pytest.raises(WeightMismatchError, match=r"w\[2:8, 0:4\], needed by rank 3 .*hold 20 of its 24 elements"):
-        plan_reshard(W, concatenate([boxes(0, (0, 4)), boxes(1, (5, 8))]), boxes(3, (2, 8)), (0,) * 4, 1024)
+        plan_reshard(W, concatenate([rows_of(0, (0, 4)), rows_of(1, (5, 8))]), rows_of(3, (2, 8)), (0,) * 4, 1024)
 
 
-def test_shards_that_overlap_without_being_equal_are_named_with_their_ranks() -> None:
+def test_overlapping_shards_that_differ_are_named_with_their_ranks() -> None:
     with pytest.raises(WeightMismatchError, match=r"rank 0 and rank 1 .* w\[3:4, 0:4\]"):
-        plan_reshard(W, concatenate([boxes(0, (0, 4)), boxes(1, (3, 8))]), boxes(0, (0, 8)), (0, 0), 1024)
+        plan_reshard(W, concatenate([rows_of(0, (0, 4)), rows_of(1, (3, 8))]), rows_of(0, (0, 8)), (0, 0), 1024)
 
 
 @pytest.mark.parametrize(
-    ("box", "message"),
+    ("hf", "message"),
     [
         (TensorSlice("x", (0,), (1,)), r"x\[0:1\] on rank 5: the policy does not have this tensor"),
         (TensorSlice("w", (7, 0), (2, 4)), r"w\[7:9, 0:4\] on rank 5 exceeds the tensor's shape \[8, 4\]"),
         (TensorSlice("w", (7,), (1,)), r"w\[7:8\] on rank 5 exceeds"),
     ],
 )
-def test_a_slice_that_the_policy_does_not_have_is_named(box: TensorSlice, message: str) -> None:
+def test_a_slice_that_the_policy_does_not_have_is_named(hf: TensorSlice, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        table_of_rank(W, [box], 5)
+        table_of_rank(W, [hf], 5)
 
 
-def test_a_box_that_a_rank_wants_twice_travels_once() -> None:
-    plan = plan_reshard(W, boxes(0, (0, 8)), concatenate([boxes(1, (0, 8)), boxes(1, (0, 8))]), (0, 0), 1024)
+def test_a_slice_that_a_rank_lists_twice_is_sent_once() -> None:
+    plan = plan_reshard(W, rows_of(0, (0, 8)), concatenate([rows_of(1, (0, 8)), rows_of(1, (0, 8))]), (0, 0), 1024)
     assert plan.traffic.received_bytes().tolist() == [0, 64]
 
 
-def test_a_bucket_smaller_than_eight_elements_is_refused() -> None:
+def test_a_bucket_smaller_than_eight_elements_is_rejected() -> None:
     with pytest.raises(ValueError, match=r"weight_sync\.bucket_bytes=15"):
-        plan_reshard(W, boxes(0, (0, 8)), boxes(1, (0, 8)), (0, 0), 15)
+        plan_reshard(W, rows_of(0, (0, 8)), rows_of(1, (0, 8)), (0, 0), 15)
 
 
-def test_cut_gives_disjoint_parts_within_the_limit_that_fill_the_box() -> None:
+def test_split_slice_yields_disjoint_parts_within_the_limit_that_fill_the_slice() -> None:
     seen = np.zeros((3, 5, 7), np.int64)
     for start, end in split_slice((0, 1, 0), (3, 5, 7), 10):
         part = tuple(slice(s, e) for s, e in zip(start, end, strict=True))

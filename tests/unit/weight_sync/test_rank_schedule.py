@@ -1,4 +1,4 @@
-"""The messages of one rank: how they are cut, the same at both ends."""
+"""The messages of one rank are split into the same parts at both ends."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ WORLD = 4
         (((10, 20), (50, 50)), [(0, 10), (10, 20), (30, 20), (50, 50)]),
     ],
 )
-def test_a_message_is_cut_around_what_is_large(
+def test_a_message_is_split_around_its_large_pieces(
     large: tuple[tuple[int, int], ...], parts: list[tuple[int, int]]
 ) -> None:
     assert list(BucketMessage(1, 0, 100, large).parts()) == parts
 
 
-def plans(kind: str) -> list[RankSchedule]:
+def schedules(kind: str) -> list[RankSchedule]:
     held, wanted = (
         policy(
             Topology(WORLD, tp=2, pp=2),
@@ -43,9 +43,9 @@ def plans(kind: str) -> list[RankSchedule]:
 
 
 @pytest.mark.parametrize("kind", ["gloo", "shared_memory"])
-def test_both_ends_of_a_message_cut_it_alike_and_only_gloo_does(kind: str) -> None:
-    ranks = plans(kind)
-    cut = dict.fromkeys(("gloo", "shared_memory"), 0)
+def test_both_ends_split_a_message_alike_and_only_gloo_sends_in_place(kind: str) -> None:
+    ranks = schedules(kind)
+    num_large = dict.fromkeys(("gloo", "shared_memory"), 0)
     for mine in ranks:
         for each, rounds in mine.rounds.items():
             for round_ in rounds:
@@ -57,6 +57,6 @@ def test_both_ends_of_a_message_cut_it_alike_and_only_gloo_does(kind: str) -> No
                     pieces = mine.pieces[round_.number, mine.rank, sent.peer]
                     assert sent.num_bytes == HEADER_BYTES + sum(piece.num_bytes for piece in pieces)
                     assert set(sent.large) <= {(piece.start, piece.num_bytes) for piece in pieces}
-                    cut[each] += len(sent.large)
-    assert cut["gloo"] > 0
-    assert cut["shared_memory"] == 0
+                    num_large[each] += len(sent.large)
+    assert num_large["gloo"] > 0
+    assert num_large["shared_memory"] == 0

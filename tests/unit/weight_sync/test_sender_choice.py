@@ -1,4 +1,4 @@
-"""Who sends: the same as the simple way, never better than what any choice allows."""
+"""Sender choice: equal to a simple greedy choice, and the lower bound holds for every possible choice."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def candidates(flows: Flows, f: int) -> tuple[int, ...]:
 
 
 def busiest(flows: Flows, src: Ints | tuple[int, ...]) -> dict[str, int]:
-    """Most that a rank sends, or receives, over each link."""
+    """Return the most bytes that a rank sends, or receives, over each link."""
     sums: defaultdict[tuple[str, str, int], int] = defaultdict(int)
     for f, sender in enumerate(src):
         dst = int(flows.dst[f])
@@ -44,8 +44,8 @@ def busiest(flows: Flows, src: Ints | tuple[int, ...]) -> dict[str, int]:
     return {link: max((n for (of, _, _), n in sums.items() if of == link), default=0) for link in REMOTE_LINKS}
 
 
-def one_after_the_other(flows: Flows) -> list[int]:
-    """Those without a choice; then the largest first, each to the candidate that has least to send."""
+def greedy_senders(flows: Flows) -> list[int]:
+    """Choose senders by definition: first flows with one candidate, then the largest, by the least load."""
     options = [candidates(flows, f) for f in range(len(flows.sizes))]
     load: defaultdict[tuple[bool, int], int] = defaultdict(int)
     chosen = [each[0] for each in options]
@@ -59,11 +59,11 @@ def one_after_the_other(flows: Flows) -> list[int]:
 
 
 @pytest.mark.parametrize("first", range(0, 400, 100))
-def test_senders_are_those_of_the_simple_way(first: int) -> None:
+def test_senders_equal_those_of_the_greedy_choice(first: int) -> None:
     for seed in range(first, first + 100):
         flows = random_flows(seed, ranks=8, flows=40)
         src = choose_senders(flows, np.arange(len(flows.sizes)), flows.sizes)
-        assert src.tolist() == one_after_the_other(flows), seed
+        assert src.tolist() == greedy_senders(flows), seed
 
 
 def test_parts_of_a_flow_are_sent_as_flows_of_their_size() -> None:
@@ -71,10 +71,10 @@ def test_parts_of_a_flow_are_sent_as_flows_of_their_size() -> None:
     columns = [np.repeat(column, 2) for column in (flows.sizes, flows.source, flows.dst)]
     twice = Flows(*columns, flows.holders, flows.nodes)
     src = choose_senders(flows, np.repeat(np.arange(20), 2), np.repeat(flows.sizes, 2))
-    assert src.tolist() == one_after_the_other(twice)
+    assert src.tolist() == greedy_senders(twice)
 
 
-def test_no_choice_of_senders_beats_the_lower_bound_and_the_chosen_one_is_at_most_a_third_above_the_best() -> None:
+def test_no_choice_beats_the_lower_bound_and_the_chosen_one_is_at_most_a_third_above_the_best() -> None:
     met = 0
     for seed in range(150):
         flows = random_flows(seed)

@@ -1,4 +1,4 @@
-"""Which tensors differ between policy and engine, from digests alone; and two thousand faults, each found."""
+"""Digests alone show which tensors differ between policy and engine; two thousand faults are all found."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ WORLD = 4
 
 
 class Job:
-    """Four ranks in one process: TP2 x PP2 to two engines of two ranks, in step with each other."""
+    """Four ranks in one process: a policy of TP2 x PP2 and two engines of two ranks, all at version 1."""
 
     def __init__(self) -> None:
         held, wanted = policy(Topology(WORLD, tp=2, pp=2)), engine(EngineLayout(2), WORLD)
@@ -80,7 +80,7 @@ class Job:
                     self.expected[name] = wrap(self.expected[name] + slice_digest(shard.view, shard.hf))
 
     def found(self, rank: int, *slices: TensorSlice) -> list[str]:
-        """What is said when only these slices of this rank may have changed."""
+        """Return the mismatches when only these slices of this rank may have changed."""
         replica = [dict(self.digests[r]) for r in ((0, 1), (2, 3))[rank // 2]]
         for hf in slices:
             (replica[rank % 2][hf],) = self.sinks[rank].digests([hf])
@@ -123,7 +123,7 @@ def test_every_one_of_a_thousand_swapped_slices_and_stale_tensors_is_found_and_n
         memory = job.sinks[rank].memory[hf]
         right = memory.clone()
         if i % 2:
-            memory.copy_(values(hf.name, 0)[hf.index])  # of the version before
+            memory.copy_(values(hf.name, 0)[hf.index])  # the previous version
         else:
             flat, size = memory.view(-1), choose.randrange(1, memory.numel() // 2)
             first = choose.randrange(memory.numel() - 2 * size + 1)
@@ -137,7 +137,7 @@ def test_every_one_of_a_thousand_swapped_slices_and_stale_tensors_is_found_and_n
         assert job.found(rank, hf) == []
 
 
-def test_a_bucket_that_is_missing_is_found_by_every_tensor_in_it() -> None:
+def test_a_missing_bucket_is_named_by_every_tensor_in_it() -> None:
     held, wanted = policy(Topology(WORLD, tp=2, pp=2)), engine(EngineLayout(2), WORLD)
     job = Job()
     job.plan = plan_reshard(TENSORS, held, wanted, (0,) * WORLD, 1 << 16)

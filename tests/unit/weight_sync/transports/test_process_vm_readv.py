@@ -1,4 +1,4 @@
-"""Tensors as runs of bytes, and reading them from another process."""
+"""Tensors as evenly spaced runs of bytes, read from the memory of another process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def runs(values: Tensor) -> StridedRange:
 
 @pytest.fixture
 def fork() -> Iterator[Callable[[], int]]:
-    """Starts a process that holds what this one holds, at the same addresses, and does nothing."""
+    """Start an idle process with the same memory at the same addresses as this one."""
     children: list[int] = []
 
     def start() -> int:
@@ -73,12 +73,12 @@ def test_a_view_of_another_process_arrives(fork: Callable[[], int], theirs: str,
     held = numbers(4, 6, 3 * WIDTH)
     process = fork()
     expected = view(held).clone()
-    held.zero_()  # here, not there
+    held.zero_()  # in this process only
     whole = torch.zeros_like(held)
     target = torch.zeros_like(expected) if ours == "without gaps" else view(whole)
-    place = StridedRange.of(view(held))
-    assert place is not None
-    read_ranges(process, [(place, runs(target))])
+    address = StridedRange.of(view(held))
+    assert address is not None
+    read_ranges(process, [(address, runs(target))])
     assert torch.equal(target, expected)
     if ours == "as theirs":
         assert whole.count_nonzero() == expected.count_nonzero(), "nothing else was touched"
@@ -101,10 +101,10 @@ def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
     held = numbers(12, 2 * WIDTH)
     process = fork()
     expected = [held[:4].clone(), held[5:9, :WIDTH].clone(), held[11:, 3:5].clone()]
-    places = [runs(held[:4]), runs(held[5:9, :WIDTH]), runs(held[11:, 3:5])]
+    ranges = [runs(held[:4]), runs(held[5:9, :WIDTH]), runs(held[11:, 3:5])]
     held.zero_()
     targets = [torch.zeros_like(each) for each in expected]
-    read_ranges(process, [(place, runs(target)) for place, target in zip(places, targets, strict=True)])
+    read_ranges(process, [(address, runs(target)) for address, target in zip(ranges, targets, strict=True)])
     for target, each in zip(targets, expected, strict=True):
         assert torch.equal(target, each)
 
@@ -117,27 +117,27 @@ def test_many_pairs_arrive_in_as_many_calls_as_their_bytes_need(
         numbers(8, WIDTH).t(),
         torch.zeros(0, 4),
     ],
-    ids=["short runs", "not evenly spaced", "turned", "empty"],
+    ids=["short runs", "not evenly spaced", "transposed", "empty"],
 )
-def test_what_is_no_evenly_spaced_long_runs_has_no_place(values: Tensor) -> None:
+def test_short_or_unevenly_spaced_runs_have_no_range(values: Tensor) -> None:
     assert StridedRange.of(values) is None
 
 
-def test_runs_that_do_not_divide_each_other_do_not_fit() -> None:
+def test_runs_that_do_not_divide_each_other_are_not_compatible() -> None:
     two, three = (runs(numbers(6, 7 * WIDTH)[:, : n * WIDTH]) for n in (2, 3))
     assert compatible(two, two)
     assert compatible(runs(numbers(12 * WIDTH)), two)
     assert not compatible(two, three)
 
 
-def test_a_table_of_places_says_what_was_put_into_it() -> None:
-    places = [runs(numbers(3, 2 * WIDTH)[:, :WIDTH]), StridedRange(2**47 - 8, 1, 3, 3)]
+def test_a_range_table_is_read_as_it_was_written() -> None:
+    ranges = [runs(numbers(3, 2 * WIDTH)[:, :WIDTH]), StridedRange(2**47 - 8, 1, 3, 3)]
     table = torch.zeros(2 * RANGE_BYTES + 8, dtype=torch.uint8)
-    write_range_table(table, places)
-    assert read_range_table(table, 2) == places
+    write_range_table(table, ranges)
+    assert read_range_table(table, 2) == ranges
 
 
-def test_a_process_that_is_gone_and_memory_that_is_not_there_are_errors() -> None:
+def test_an_exited_process_and_an_invalid_address_are_errors() -> None:
     process = os.fork()
     if process == 0:
         os._exit(0)
