@@ -10,8 +10,8 @@ Written against vLLM 0.32; asserted by tests/engine/test_vllm_fp8.py, and on a G
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -51,9 +51,19 @@ def fp8_arguments(spec: ModelSpec) -> dict[str, Any]:
     return {"hf_overrides": model_overrides(spec), "linear_backend": "triton", "moe_backend": "triton"}
 
 
-def built_for_fp8() -> AbstractContextManager[object]:
-    """Let vLLM build FP8 models on a CPU without AMX tiles, to record their loader; no kernel can compute with them."""
-    return mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True)
+@contextmanager
+def built_for_fp8() -> Iterator[None]:
+    """Let vLLM build FP8 models on any CPU, to record their loader; no kernel can compute with them.
+
+    vLLM's kernel for FP8 blocks asks for AMX tiles and for an operation that only the AMX build of its library has.
+    """
+    from vllm import _custom_ops
+
+    with (
+        mock.patch.object(torch.cpu, "_is_amx_tile_supported", return_value=True),
+        mock.patch.object(_custom_ops, "_supports_cpu_fp8_w8a16", True),
+    ):
+        yield
 
 
 def unknown_kernel(model: nn.Module, parameter: str) -> str | None:
