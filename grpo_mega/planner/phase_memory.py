@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_mega.interfaces import ModuleSizes
+from grpo_mega.models.module_sizes import ModuleSizes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
 from grpo_mega.planner.engine_memory import EngineMemory

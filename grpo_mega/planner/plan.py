@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import ModuleCounter, ModuleSizes
+from grpo_mega.models.module_sizes import ModuleCounter, ModuleSizes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import GIB, Cluster
 from grpo_mega.planner.inputs import PlanInputs

@@ -1,9 +1,9 @@
 """Static memory of each pipeline rank: its layers and parameters, and the bytes of weights, gradients and optimizer.
 
-Parameters are those of the real modules (interfaces.ModuleSizes). They are laid out as in Megatron's buffers: a
-parameter starts at a multiple of 64 elements, and a bucket ends at a multiple of lcm(dp, 128)
-(param_and_grad_buffer.py:635-665 of Megatron-Core 0.16).
-Asserted by tests/unit/planner/test_phase_memory.py and, against real runs, by tests/parallel/test_planner.py.
+Parameters are those of the real modules (models.module_sizes.ModuleSizes). They are laid out as in Megatron's buffers:
+a parameter starts at a multiple of 64 elements, and a bucket ends at a multiple of lcm(dp, 128)
+(param_and_grad_buffer.py:635-665 of Megatron-Core 0.16). Asserted by tests/unit/planner/test_phase_memory.py and,
+against real runs, by tests/parallel/test_planner.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import ModuleSizes
+from grpo_mega.models.module_sizes import ModuleSizes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.pipeline_split import stage_layers
 from grpo_mega.planner import fp8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import ModuleSizes, ParameterSize
 from grpo_mega.models.config_readers import spec_from_config
+from grpo_mega.models.module_sizes import ModuleSizes, ParameterSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.inputs import PlanInputs

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
-from grpo_mega.interfaces import ModuleCounter, ModuleSizes, ParameterSize
+from grpo_mega.models.module_sizes import ModuleCounter, ModuleSizes, ParameterSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
