@@ -2,11 +2,11 @@
 
     launch/serve.sh CONFIG [section.key=value ...] [--host ADDRESS] [--port PORT]
 
-Started with a job's own config. Prints one line with its address when it is ready; serves one job after the other and
-ends on SIGTERM. All ranks carry out what the first one hears: `meet` (make this end of the weight sync), `push` (take
-part in one) and `sample`. What goes wrong in a sync leaves a server that refuses to sample until the next one.
+The config is the job's own. The server prints one line with its address when it is ready, serves one job after the
+other, and exits on SIGTERM. All ranks execute the commands that the first rank receives: build this end of the weight
+sync, take part in a sync, sample. After a failed sync the server rejects sampling until another sync has succeeded.
 
-Exit code 0: asked to end. 2: the input is wrong, one message. 1: a failure.
+Exit code 0: SIGTERM. 1: failure. 2: wrong input, reported in one message. 130: SIGINT.
 Asserted by tests/parallel/test_servers.py and tests/e2e/test_server.py.
 """
 
@@ -20,9 +20,9 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
     from grpo_mega.engines.server.listener import ServerListener
-    from grpo_mega.engines.server.protocol import ServerMessage
+    from grpo_mega.engines.server.messages import Command, MeetCommand, PushCommand, SampleCommand, ServerMessage
     from grpo_mega.engines.vllm.engine import VllmEngine
     from grpo_mega.interfaces import HeldSlice
     from grpo_mega.weight_sync.sync import WeightSync
@@ -43,15 +43,17 @@ log = logging.getLogger("grpo_mega.serve")
 
 
 def main() -> None:
-    """Entry point of the server, and of each of its ranks."""
-    parser = argparse.ArgumentParser(prog="grpo_mega.serve", description="An engine for jobs elsewhere.")
-    parser.add_argument("config", type=Path, help="YAML of the job")
+    """Run the server, or one of its ranks when a launcher has set RANK."""
+    parser = argparse.ArgumentParser(
+        prog="grpo_mega.serve", description="Serve one engine replica to jobs with engine.placement=server."
+    )
+    parser.add_argument("config", type=Path, help="YAML file of the job")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--host", default="127.0.0.1", help="listen at this address (127.0.0.1)")
-    parser.add_argument("--port", type=int, default=0, help="and this port; 0: a free one (0)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")
+    parser.add_argument("--port", type=int, default=0, help="port to listen at; 0: any free port (default: 0)")
     args = parser.parse_intermixed_args()
     try:
-        config = load_config(args.config, [*args.overrides, "engine.placement=server", _any_url(args.host)])
+        config = load_config(args.config, [*args.overrides, "engine.placement=server", _placeholder_url(args.host)])
         from grpo_mega.engines.server.protocol import read_token, require_token
 
         require_token(args.host, read_token(), f"--host={args.host}")
@@ -65,8 +67,8 @@ def main() -> None:
         os._exit(2)
 
 
-def _any_url(host: str) -> str:
-    """A config for servers names some; this one's own is not known before it listens."""
+def _placeholder_url(host: str) -> str:
+    """Return an override that satisfies the config's check; the server's own port is not known yet."""
     return f"engine.urls=['{host}:1']"
 
 
@@ -80,16 +82,16 @@ def _start_ranks(num_ranks: int) -> int:
 
 
 def serve(config: Config, host: str, port: int) -> None:
-    """On every rank of the server; does not return.
+    """Run one rank of the server. Does not return.
 
     Raises:
-        UserError: the address is taken, or the engine does not fit the config.
+        UserError: the address is in use, or the engine does not support the config.
     """
-    end_on_signals()
+    exit_on_signals()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    listener = _bound(host, port) if os.environ["RANK"] == "0" else None
-    # from here on with torch, which takes seconds to load
+    listener = _bind(host, port) if os.environ["RANK"] == "0" else None
+    # these modules import torch, which takes seconds: the address is checked before
     from grpo_mega.engines.factory import make_vllm_engine
     from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
     from grpo_mega.engines.server.listener import ServerListener
@@ -102,130 +104,143 @@ def serve(config: Config, host: str, port: int) -> None:
 
     tp = config.engine.tp
     configure_logging(int(os.environ["RANK"]), "server")
-    folder = model_folder_of(config)  # of a tiny base the engine reads all but the weights
+    folder = model_folder_of(config)  # an engine with a tiny base reads only the other files, not the weights
     # longer than any wait of a job: the ranks of a server wait for each other while one of them waits for the job
     limit = 2 * config.guard.timeout_seconds + 60
     init_ranks(Topology(tp, engine_tp=tp), limit)
     ranks = ReplicaBroadcast(tp, config.guard.timeout_seconds)
     engine = make_vllm_engine(config, folder)
     quiet_libraries()
-    door = None
+    server_listener = None
     if listener is not None:
-        door = ServerListener(listener, read_token(), serving_facts(config, folder), config.guard.timeout_seconds)
-        door.open()
+        facts = serving_facts(config, folder)
+        server_listener = ServerListener(listener, read_token(), facts, lambda: engine.steps)
+        port = listener.getsockname()[1]
+        server_listener.open()
         shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
-        sys.stdout.write(f"listening at {f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}\n")
+        sys.stdout.write(f"listening at {f'[{shown}]' if ':' in shown else shown}:{port}\n")
         sys.stdout.flush()
-    Server(engine, ranks, door).run()
+    Server(engine, ranks, server_listener).run()
 
 
 class Server:
-    """One rank of a server. `door` is None but on the first."""
+    """One rank of a server. `listener` is None except on the first rank."""
 
-    def __init__(self, engine: VllmEngine, ranks: ReplicaBroadcast, door: ServerListener | None) -> None:
-        self._engine, self._ranks, self._door = engine, ranks, door
+    def __init__(self, engine: VllmEngine, ranks: ReplicaBroadcast, listener: ServerListener | None) -> None:
+        self._engine, self._ranks, self._listener = engine, ranks, listener
         self._sync: WeightSync | None = None
-        self._sound = False  # the last sync has succeeded
+        self._is_synced = False  # the last sync succeeded
 
     def run(self) -> None:
-        """Until the process ends."""
-        from grpo_mega.engines.server.listener import FREED
+        """Execute commands until the process ends."""
+        from grpo_mega.engines.server.messages import CommandFailed, JobEnded
 
-        told = self._door.commands(self._ranks.beat_seconds) if self._door is not None else iter(())
-        for message in self._ranks.broadcast_stream(told):
-            if message.kind == FREED:
-                self._sync, self._sound = None, False
+        commands = self._listener.commands(self._ranks.beat_seconds) if self._listener is not None else iter(())
+        for command in self._ranks.broadcast_stream(commands):
+            if isinstance(command, JobEnded):
+                self._sync, self._is_synced = None, False
                 continue
             try:
-                self.obey(message)
-            except Exception as error:  # of the engine: whatever it is, the other ranks may wait in it for this one
+                self.execute(command)
+            except Exception as error:  # the engine failed: its other ranks may wait for this one without a limit
                 log.exception("this server failed")
-                self._answer("failed", {"why": f"{type(error).__name__}: {error}"})
+                self._answer(CommandFailed(f"{type(error).__name__}: {error}"))
+                if self._listener is not None:
+                    self._listener.close()
                 logging.shutdown()
                 os._exit(1)
 
-    def obey(self, message: ServerMessage) -> None:
-        """Carry a command out and say how it went."""
-        commands = {"meet": self._meet, "push": self._push, "sample": self._sample}
-        with self._door.beating(lambda: self._engine.steps) if self._door is not None else nullcontext():
-            try:
-                commands[message.kind](message.fields)
-            except (ValueError, KeyError, TypeError) as error:  # of the request: the same on every rank
-                self._answer("failed", {"why": f"{type(error).__name__}: {error}"})
-            else:
-                self._answer("done")
+    def execute(self, command: Command) -> None:
+        """Execute a command and report its result to the job."""
+        from grpo_mega.engines.server.messages import (
+            CommandDone,
+            CommandFailed,
+            MeetCommand,
+            PushCommand,
+            SampleCommand,
+        )
 
-    def _meet(self, told: dict[str, Any]) -> None:
+        try:
+            match command:
+                case MeetCommand():
+                    self._meet(command)
+                case PushCommand():
+                    self._push(command)
+                case SampleCommand():
+                    self._sample(command)
+        except (ValueError, KeyError, TypeError) as error:  # errors of the request, which every rank raises
+            self._answer(CommandFailed(f"{type(error).__name__}: {error}"))
+        else:
+            self._answer(CommandDone())
+
+    def _meet(self, command: MeetCommand) -> None:
         import torch.distributed as dist
 
-        from grpo_mega.parallel.peer_group import find_store, join_world
+        from grpo_mega.parallel.peer_group import find_store, join_peers
         from grpo_mega.weight_sync.sync import SyncSettings, WeightSync
 
-        timeout, rank = told["timeout_seconds"], told["first_rank"] + dist.get_rank()
+        timeout, rank = command.timeout_seconds, command.first_rank + dist.get_rank()
         group = dist.group.WORLD
         assert group is not None, "init_ranks has made it"
-        with self._faults_told():
-            store = find_store(told["address"], told["port"], timeout)
-            check = self._door.check_job if self._door is not None else lambda: None
-            world = join_world(store, rank, told["names"], timeout, check)
+        with self._invalidate_sync_on_error():
+            store = find_store(command.address, command.port, timeout)
+            check = self._listener.check_job if self._listener is not None else lambda: None
+            peers = join_peers(store, rank, command.names, timeout, check)
             self._sync = WeightSync(
-                NoWeights({name: tuple(shape) for name, shape in told["shapes"].items()}),
+                NoWeights(command.shapes),
                 no_tensors,
                 self._engine.sink,
                 source_group=group,
-                replicas=told["replicas"],
+                replicas=[list(ranks) for ranks in command.replicas],
                 replica_group=group,
-                settings=SyncSettings(told["bucket_bytes"], timeout, told["transport"]),
-                where=told["names"][rank],
-                world=world,
+                settings=SyncSettings(command.bucket_bytes, timeout, command.transport),
+                where=command.names[rank],
+                world=peers,
             )
 
-    def _push(self, told: dict[str, Any]) -> None:
+    def _push(self, command: PushCommand) -> None:
         if self._sync is None:
-            raise ValueError("push before meet")
-        with self._faults_told():
-            self._sync.push(told["policy_version"], verify=told["verify"])
-        self._sound = True
+            raise ValueError("weight sync requested before the peer group was formed")
+        with self._invalidate_sync_on_error():
+            self._sync.push(command.policy_version, verify=command.verify)
+        self._is_synced = True
 
-    def _sample(self, told: dict[str, Any]) -> None:
-        from grpo_mega.engines.server.messages import read_sample, rollout_part
+    def _sample(self, command: SampleCommand) -> None:
+        from grpo_mega.engines.server.messages import read_prompts, rollout_reply
         from grpo_mega.types import Completion
 
-        prompts, request = read_sample(told)
-        if not self._sound:
-            raise ValueError("rollouts before a sync that succeeded")
-        if told["policy_version"] != self._engine.policy_version:
+        if not self._is_synced:
+            raise ValueError("sample requested before the first successful weight sync")
+        if command.policy_version != self._engine.policy_version:
             raise ValueError(
-                f"rollouts of version {told['policy_version']} are wanted, and this server has version "
+                f"sample requested with weights of version {command.policy_version}, but this server has version "
                 f"{self._engine.policy_version}"
             )
 
         def send(position: int, member: int, completion: Completion) -> None:
-            if self._door is not None:
-                self._door.answer("rollout", *rollout_part(position, member, completion))
+            self._answer(rollout_reply(position, member, completion))
 
-        self._engine.generate(prompts, request, send)
+        self._engine.generate(read_prompts(command), command.sampling, send)
 
-    def _answer(self, kind: str, fields: dict[str, Any] | None = None) -> None:
-        if self._door is not None:
-            self._door.answer(kind, fields)
+    def _answer(self, message: ServerMessage) -> None:
+        if self._listener is not None:
+            self._listener.answer(message)
 
     @contextmanager
-    def _faults_told(self) -> Iterator[None]:
-        """A job that is gone, or weights that are not the policy's: no rollout before another sync has succeeded."""
+    def _invalidate_sync_on_error(self) -> Iterator[None]:
+        """Reject sampling after a failed sync: the engine's weights may be incomplete, or the job may be gone."""
         try:
             yield
         except (RuntimeError, ValueError) as error:
             log.warning("%s", error)
-            self._sync, self._sound = None, False
+            self._sync, self._is_synced = None, False
             raise ValueError(str(error)) from error
 
 
 class NoWeights:
-    """`WeightSource` of a rank without a policy."""
+    """`WeightSource` of a rank that holds no part of the policy. `shapes`: of every tensor of the policy."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """`shapes`: of every tensor of the policy."""
         self._shapes = shapes
 
     def shards(self) -> Sequence[HeldSlice]:
@@ -236,25 +251,25 @@ class NoWeights:
 
 
 def no_tensors(bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors of a rank without a policy."""
-    raise AssertionError("servers get slices")
+    """Raise AssertionError: a server never sends whole tensors."""
+    raise AssertionError("a server takes part in a sync of slices only")
 
 
-def end_on_signals() -> None:
-    """SIGTERM and SIGINT end the process at once, whatever it waits for; called before other threads exist."""
-    wanted = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+def exit_on_signals() -> None:
+    """Exit at once on SIGTERM and SIGINT, whatever the process waits for. Call before other threads are started."""
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
-    def end() -> None:
-        number = signal.sigwait(wanted)
-        log.info("ended by %s", signal.Signals(number).name)
+    def wait_and_exit() -> None:
+        number = signal.sigwait(signals)
+        log.info("exiting on %s", signal.Signals(number).name)
         logging.shutdown()
         os._exit(0 if number == signal.SIGTERM else 130)
 
-    threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _bind(host: str, port: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -263,8 +278,9 @@ def _bound(host: str, port: int) -> socket.socket:
         with suppress(OSError):
             listener.close()
         raise UserError(
-            f"--host={host} --port={port}: cannot listen there ({error.strerror})", remedy="choose another"
-        ) from (error)
+            f"--host={host} --port={port}: cannot listen at this address ({error.strerror})",
+            remedy="choose another address",
+        ) from error
     return listener
 
 

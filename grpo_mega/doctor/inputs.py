@@ -68,16 +68,17 @@ def check_servers(config: Config) -> list[Finding]:
         name = f"engine.urls[{i}]"
 
         def check(name: str = name, url: str = url) -> str:
-            facts, serves = inspect_server(f"{name}={url}", Address.parse(url, name), read_token())
+            status = inspect_server(f"{name}={url}", Address.parse(url, name), read_token())
+            facts = status.facts
             # of a tiny base there is no folder before a job has taught it
             wanted = serving_facts(config, Path(config.model.path)) if config.model.path is not None else facts
             if different := differences(wanted, facts):
                 raise UserError(f"{url} has {', '.join(different)}", remedy="start it with this config")
-            if serves is not None:
+            if status.job is not None:
                 raise UserError(
-                    f"{url} serves another job ({serves})", remedy="wait for its end, or name another server"
+                    f"{url} serves another job ({status.job})", remedy="wait for its end, or name another server"
                 )
-            return f"{url} is an engine server of version {facts['version of grpo_mega']}, and free"
+            return f"{url} is an engine server of version {facts.program_version}, and free"
 
         found.append(tried(name, check))
     return found

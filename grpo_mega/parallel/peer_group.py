@@ -1,6 +1,6 @@
 """Ranks that speak with each other: those of the job, or those of the job and of its engine servers together.
 
-`job_peer_group` is torch.distributed's default group. `join_world` makes a group beside it, over a store that one of
+`job_peer_group` is torch.distributed's default group. `join_peers` makes a group beside it, over a store that one of
 its ranks has opened, so that programs that each have a default group of their own can meet; it touches neither. What
 ranks tell each other is pickled, but nothing that is read can call anything: only plain values and the project's own
 dataclasses, arrays of numbers and dtypes are made. Asserted by tests/parallel/test_world.py.
@@ -120,7 +120,7 @@ def find_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
 
-def join_world(
+def join_peers(
     store: Store,
     rank: int,
     names: Sequence[str],

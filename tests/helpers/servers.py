@@ -111,7 +111,7 @@ class Served:
         if self._sync is None:
             self._source = WholeTensors({name: tuple(tensor.shape) for name, tensor in tensors.items()})
             self._source.tensors = tensors
-            world = self._engine.meet(self._source.hf_shapes(), "the test", bucket_bytes=65536, transport="auto")
+            peers = self._engine.sync_peers(self._source.hf_shapes(), "the test", bucket_bytes=65536, transport="auto")
             group = dist.group.WORLD
             assert group is not None
             self._sync = WeightSync(
@@ -119,12 +119,12 @@ class Served:
                 lambda bucket_bytes: iter(()),
                 self._engine.sink,
                 source_group=group,
-                replicas=self._engine.replicas,
+                replicas=peers.replicas,
                 replica_group=group,
                 settings=SyncSettings(65536, 60.0),
                 where="the test",
-                world=world,
-                announce=self._engine.announce,
+                world=peers.group,
+                announce=peers.announce,
             )
         self._source.tensors = tensors
         self._sync.push(version, verify=True)

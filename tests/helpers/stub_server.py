@@ -1,6 +1,6 @@
-"""Engine servers without an engine: the real door, commands and weight sync around weights in plain memory.
+"""Engine servers without an engine: the real listener, commands and weight sync, with weights in plain memory.
 
-A file `fault` in its folder says what goes wrong when: `die in sampling`, `stop in a sync`, ...
+A file `fault` in the server's folder names a fault and when it occurs: `die in sampling`, `stop in a sync`, ...
 """
 
 from __future__ import annotations
@@ -17,42 +17,57 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.engines.server.messages import ServingFacts
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice
 from tests.helpers.memory_ends import MemorySink, values
 from tests.helpers.weight_layouts import EngineLayout, engine
 
-FACTS = {"config.json of the model": "0123456789abcdef", "engine.tp": 1, "precision.dtype": "bf16"}
+FACTS = ServingFacts(
+    program_version="0",
+    model_digest="0123456789abcdef",
+    tokenizer_digest="0",
+    dtype="bf16",
+    engine_kind="vllm",
+    tp=1,
+    ep=1,
+    fp8=None,
+    max_num_seqs=8,
+    kv_cache_tokens=None,
+    max_model_len=64,
+    routing_replay=False,
+)
 TOKEN = b"the secret of these tests"
 
 
-class StandInSink(MemorySink):
-    """In whose updates something can go wrong."""
+class FaultySink(MemorySink):
+    """A sink whose updates can fail."""
 
-    def __init__(self, tp: int, rank: int, happens: Callable[[str], None]) -> None:
+    def __init__(self, tp: int, rank: int, inject: Callable[[str], None]) -> None:
         super().__init__(engine(EngineLayout(tp), tp), rank)
-        self._happens = happens
+        self._inject_fault = inject
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
-        self._happens("in a sync")
+        self._inject_fault("in a sync")
         super().write(hf, values)
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        return None  # so that everything is written
+        return None  # so that `write` is called for everything
 
     def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
-        self._happens("in a proof")
+        self._inject_fault("in verification")
         return super().digests(slices)
 
 
 class StubEngine:
-    """Answers with the seed, and with how much of its memory is not that of the policy's version."""
+    """Returns the seed as token, and as text the number of slices that are not those of the policy's version."""
 
     def __init__(self, tp: int, rank: int, folder: Path) -> None:
-        self.sink = StandInSink(tp, rank, self._happens)
+        self.sink = FaultySink(tp, rank, self._inject_fault)
         self.steps = 0
         self._fault = folder / "fault"
 
@@ -72,11 +87,11 @@ class StubEngine:
             for member in range(sampling.group_size):
                 self.steps += 1
                 ids = (*prompt.token_ids, sampling.seed)
-                told = Completion(ids, (-0.1,) * len(ids), "eos", version, f"{wrong} of {len(self.sink.memory)}")
-                on_completion(position, member, told)
-                self._happens("in sampling")
+                completion = Completion(ids, (-0.1,) * len(ids), "eos", version, f"{wrong} of {len(self.sink.memory)}")
+                on_completion(position, member, completion)
+                self._inject_fault("in sampling")
 
-    def _happens(self, where: str) -> None:
+    def _inject_fault(self, where: str) -> None:
         what = self._fault.read_text() if self._fault.exists() else ""
         if what == f"die {where}":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -84,7 +99,7 @@ class StubEngine:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif what == f"make no step {where}":
             time.sleep(600)
-        elif what == f"dawdle {where}":
+        elif what == f"delay {where}":
             time.sleep(1.0)
         elif what == f"fail {where}":
             raise RuntimeError("no more memory")
@@ -92,7 +107,7 @@ class StubEngine:
 
 @dataclass
 class StubServer:
-    """A server with its ranks. Its folder holds faults."""
+    """A server and its ranks. `folder` holds the file `fault`."""
 
     folder: Path
     processes: list[ForkServerProcess] = field(default_factory=list)
@@ -101,12 +116,12 @@ class StubServer:
     def url(self) -> str:
         end = time.monotonic() + 30
         while not (self.folder / "url").exists():
-            assert time.monotonic() < end, "the server does not listen"
+            assert time.monotonic() < end, "the server did not start to listen"
             time.sleep(0.02)
         return (self.folder / "url").read_text()
 
     def fault(self, what: str) -> None:
-        """From now on; empty: none."""
+        """Inject this fault from now on; empty: none."""
         (self.folder / "fault").write_text(what)
 
     def kill(self) -> None:
@@ -117,7 +132,7 @@ class StubServer:
 
 @contextmanager
 def stub_server(folder: Path, tp: int = 1) -> Iterator[StubServer]:
-    """Ended on exit."""
+    """Start a server of `tp` ranks; kill it on exit."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("forkserver")
     server = StubServer(folder)
@@ -137,12 +152,13 @@ def _serve(folder: Path, tp: int, rank: int) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=tp)
-    ranks, door = ReplicaBroadcast(tp, 20.0), None
+    ranks, listener = ReplicaBroadcast(tp, 20.0), None
+    engine: Any = StubEngine(tp, rank, folder)
     if rank == 0:
-        listener = socket.create_server(("127.0.0.1", 0))
-        door = ServerListener(listener, TOKEN, {**FACTS, "engine.tp": tp}, 20.0)
-        door.open()
-        (folder / "url.tmp").write_text(f"127.0.0.1:{listener.getsockname()[1]}")
+        bound = socket.create_server(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+        listener = ServerListener(bound, TOKEN, msgspec.structs.replace(FACTS, tp=tp), lambda: engine.steps)
+        listener.open()
+        (folder / "url.tmp").write_text(f"127.0.0.1:{port}")
         (folder / "url.tmp").rename(folder / "url")
-    stand_in: Any = StubEngine(tp, rank, folder)
-    Server(stand_in, ranks, door).run()
+    Server(engine, ranks, listener).run()

@@ -71,7 +71,7 @@ def connect(session: RankSession, sink: WeightSink) -> WeightSync:
     replicas, more = [topology.replica_ranks(i) for i in range(topology.num_replicas)], dict[str, Any]()
     if topology.engine_servers:
         where, replicas = topology.describe(session.rank), engine.replicas
-        world = engine.meet(policy.source.hf_shapes(), where, bucket_bytes=BUCKET_BYTES, transport="auto")
+        peers = engine.sync_peers(policy.source.hf_shapes(), where, bucket_bytes=BUCKET_BYTES, transport="auto")
         more = {"world": world, "announce": engine.announce}
     return WeightSync(
         policy.source,

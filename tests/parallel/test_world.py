@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grpo_mega.parallel.peer_group import find_store, join_world, open_store, read_plain
+from grpo_mega.parallel.peer_group import find_store, join_peers, open_store, read_plain
 from grpo_mega.parallel.topology import Topology
 from tests.helpers.ranks import RankPool
 
@@ -26,7 +26,7 @@ def meets(rank: int, folder: Path) -> tuple[list[object], list[float], list[str]
     dist.barrier()
     if rank:
         store = find_store("127.0.0.1", int((folder / "port").read_text()), 30.0)
-    world = join_world(store, 2 - rank, ["server", "rank 1", "rank 0"], 30.0)
+    world = join_peers(store, 2 - rank, ["server", "rank 1", "rank 0"], 30.0)
     told = world.gather({"rank": rank, "numbers": np.arange(rank), "dtype": torch.bfloat16, "grid": Topology(2)})
     words = torch.tensor([float(rank)])
     world.broadcast(words, 2)
@@ -45,7 +45,7 @@ def comes_alone(rank: int, fault: str) -> str:
             raise RuntimeError(fault)
 
     with pytest.raises(RuntimeError) as caught:
-        join_world(open_store(5.0), rank, ["rank 0", "engine server host:7"], 2.5, look)
+        join_peers(open_store(5.0), rank, ["rank 0", "engine server host:7"], 2.5, look)
     return str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The command of an engine server: what is refused before anything heavy is imported."""
+"""The command of an engine server: input that it rejects before it imports torch."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        ((QUICKSTART, "--host", "0.0.0.0"), "--host=0.0.0.0 is reached from other machines and there is no secret; "),
+        ((QUICKSTART, "--host", "0.0.0.0"), "--host=0.0.0.0 is reachable from other machines, and no secret is set; "),
         ((QUICKSTART, "engine.kind=sglang"), "engine.placement=server with engine.kind=sglang, which runs beside "),
         ((QUICKSTART, "engine.tq=2"), "engine.tq: unknown key"),
     ],
 )
-def test_wrong_input_is_one_message(arguments: tuple[str, ...], told: str) -> None:
-    ended = serve(*arguments)
-    assert ended.returncode == 2
-    assert ended.stderr.startswith(f"error: {told}")
-    assert len(ended.stderr.splitlines()) == 1
-    assert ended.stdout == ""
+def test_wrong_input_is_one_message(arguments: tuple[str, ...], message: str) -> None:
+    result = serve(*arguments)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {message}")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
 
 
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        ended = serve(QUICKSTART, "--port", port)
-    assert ended.returncode == 2
-    assert ended.stderr == (
-        f"error: --host=127.0.0.1 --port={port}: cannot listen there (Address already in use); choose another\n"
+        result = serve(QUICKSTART, "--port", port)
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: --host=127.0.0.1 --port={port}: cannot listen at this address (Address already in use); choose another address\n"
     )

@@ -1,4 +1,4 @@
-"""The job's end of the connection to an engine server, on the first rank of an engine: every wait has a limit.
+"""The job's client of an engine server, on the first rank of an engine: claims the server and sends it commands.
 
 Asserted by tests/parallel/test_servers.py.
 """
@@ -9,208 +9,222 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
 
-from grpo_mega.engines.server.messages import differences
-from grpo_mega.engines.server.protocol import (
-    Address,
-    Connection,
-    ConnectionFailedError,
-    ServerMessage,
-    WrongPeerError,
-    require_token,
+from grpo_mega.engines.server.connection import ServerConnection, open_connection
+from grpo_mega.engines.server.messages import (
+    ClaimAccepted,
+    ClaimServer,
+    Command,
+    CommandDone,
+    CommandFailed,
+    EndJob,
+    Heartbeat,
+    MeetCommand,
+    PushCommand,
+    RolloutReply,
+    SampleCommand,
+    ServerBusy,
+    ServerStatus,
+    ServingFacts,
+    differences,
 )
+from grpo_mega.engines.server.protocol import Address, ConnectionFailedError, WrongPeerError, require_token
 from grpo_mega.types import UserError
 
 log = logging.getLogger("grpo_mega.engines")
 
-_GREETING_SECONDS = 10.0
-_AGAIN_SECONDS = 0.5  # between two tries to reach a server that is not there yet
-_TELL_SECONDS = 20.0  # between two lines that say who is waited for
-_LEAVING_SECONDS = 5.0  # until a server has noticed that its last job is gone
+_RETRY_SECONDS = 0.5  # between two attempts to claim a server
+_REMIND_SECONDS = 20.0  # between two log lines that name the server that this job waits for
+_RELEASE_SECONDS = 5.0  # a server that looks busy may only not have noticed yet that its last job is gone
+_COMMAND_NAMES = {MeetCommand: "meet", PushCommand: "push", SampleCommand: "sample"}
 
 
-def inspect_server(name: str, address: Address, token: bytes) -> tuple[dict[str, Any], str | None]:
-    """What a server says of itself, and which job it serves.
+def inspect_server(name: str, address: Address, token: bytes) -> ServerStatus:
+    """Return the settings of a server and the job that it serves.
 
     Raises:
-        UserError: nobody listens there, or it is no engine server that knows the secret.
+        UserError: there is no server at this address, or it has another secret or version.
     """
     try:
-        wire, facts, serves = _greeted(name, address, token)
+        connection, status = _connect(name, address, token)
     except (OSError, ConnectionFailedError) as error:
         raise UserError(f"{name} does not answer ({error})", remedy="start launch/serve.sh there") from error
-    with suppress(ConnectionFailedError):
-        wire.send("look")
-    wire.close()
-    return facts, serves
+    connection.close()
+    return status
 
 
 class ServerClient:
-    """A server that serves this job until `close`."""
+    """A server that serves this job until `close`.
+
+    Args:
+        name: of the server, for messages: `engine.urls[0]=host:port`.
+        address: at which the server listens.
+        token: the shared secret; empty: none, for servers of this machine.
+        facts: settings that the server must have in common with this job.
+        patience_seconds: limit of the wait for a server that does not listen yet.
+        timeout_seconds: limit of every other wait.
+
+    Raises:
+        UserError: the server does not answer, serves another job, or has an incompatible configuration.
+    """
 
     def __init__(
         self,
         name: str,
         address: Address,
         token: bytes,
-        facts: Mapping[str, Any],
+        facts: ServingFacts,
         *,
         patience_seconds: float,
         timeout_seconds: float,
     ) -> None:
-        """Waits until the server is there and free.
-
-        Args:
-            name: of the server, for messages: `engine.urls[0]=host:port`.
-            address: where it listens.
-            token: the secret; empty: none, which is for servers of this machine.
-            facts: what it must have in common with this job (serving.py).
-            patience_seconds: for a server that is not there yet.
-            timeout_seconds: of every other wait.
-
-        Raises:
-            UserError: it does not come, serves another job, or has something otherwise.
-        """
         self.name = name
         self._timeout = timeout_seconds
-        self._wire = _claimed(name, address, token, facts, patience_seconds)
-        self._wire.set_timeout(timeout_seconds)
-        self._owed = False  # the end of the answer to the last command
+        self._connection = _claim(name, address, token, facts, patience_seconds)
+        self._awaits_answer = False  # the last command's answer is not complete
         self._steps = -1
-        self._progress = time.monotonic()
+        self._progress_time = time.monotonic()
 
-    def start(self, command: str, fields: Mapping[str, Any] | None = None) -> None:
-        """Gives a command; its answer is heard by `check` or before the next one.
+    def start(self, command: Command) -> None:
+        """Send a command. `check` reads its answer, or the next command does.
 
         Raises:
-            RuntimeError: the last one failed, or the server is gone.
+            RuntimeError: the previous command failed, or the server is gone.
         """
-        for _ in self._parts("the rest of the last command", self._timeout):
+        for _ in self._replies("the rest of the last command", self._timeout):
             pass
-        self._progress, self._owed = time.monotonic(), True
+        self.check()
+        self._progress_time, self._awaits_answer = time.monotonic(), True
         try:
-            self._wire.send(command, fields)
+            self._connection.send(command)
         except ConnectionFailedError as error:
-            raise self._gone(command, error) from error
+            raise self._gone(_COMMAND_NAMES[type(command)], error) from error
 
-    def stream(self, command: str, fields: Mapping[str, Any], beat_seconds: float) -> Iterator[ServerMessage | None]:
-        """The parts of its answer as they come, and None at least every `beat_seconds`.
+    def stream(self, command: SampleCommand, heartbeat_seconds: float) -> Iterator[RolloutReply | None]:
+        """Send a command and yield the replies as they arrive, and None at least every `heartbeat_seconds`.
 
         Raises:
-            RuntimeError: it failed, is gone, or makes no step for `timeout_seconds`.
+            RuntimeError: the command failed, or the server is gone or made no engine step for `timeout_seconds`.
         """
-        self.start(command, fields)
-        yield from self._parts(command, beat_seconds)
+        self.start(command)
+        yield from self._replies(_COMMAND_NAMES[type(command)], heartbeat_seconds)
 
     def check(self) -> None:
-        """Raises RuntimeError if the server is gone or has said that the last command failed. Does not wait."""
-        while self._waits("sync", 0.0):
+        """Raise RuntimeError if the server is gone or reported that the last command failed. Does not wait."""
+        while self._wait("sync", 0.0):
             if self._read("sync") is not None:
-                raise RuntimeError(f"engine server {self.name} said something that nobody asked for")
+                raise RuntimeError(f"engine server {self.name} sent a rollout that was not requested")
 
     def close(self) -> None:
-        """The server is free for other jobs. A second call does nothing."""
+        """Release the server for other jobs. A second call does nothing."""
         with suppress(ConnectionFailedError):
-            self._wire.send("end")
-        self._wire.close()
+            self._connection.send(EndJob())
+        self._connection.close()
 
-    @property
-    def address_here(self) -> str:
-        """This machine's address, as the server reaches it."""
-        return self._wire.here
-
-    def _parts(self, command: str, beat_seconds: float) -> Iterator[ServerMessage | None]:
-        while self._owed:
-            left = self._progress + self._timeout - time.monotonic()
+    def _replies(self, command: str, heartbeat_seconds: float) -> Iterator[RolloutReply | None]:
+        while self._awaits_answer:
+            left = self._progress_time + self._timeout - time.monotonic()
             if left <= 0:
                 raise RuntimeError(
-                    f"engine server {self.name} stands still: no answer and no engine step for {self._timeout:g} s "
-                    f"({command})"
+                    f"engine server {self.name} is not responding: no answer and no engine step for "
+                    f"{self._timeout:g} s ({command})"
                 )
-            yield self._read(command) if self._waits(command, min(beat_seconds, left)) else None
+            yield self._read(command) if self._wait(command, min(heartbeat_seconds, left)) else None
 
-    def _waits(self, command: str, seconds: float) -> bool:
+    def _wait(self, command: str, seconds: float) -> bool:
         try:
-            return self._wire.waits(seconds)
-        except (OSError, ValueError) as error:  # its socket is closed
-            raise self._gone(command, error) from error
-
-    def _read(self, command: str) -> ServerMessage | None:
-        """A part; None for what is none."""
-        try:
-            message = self._wire.receive()
+            return self._connection.wait(seconds)
         except ConnectionFailedError as error:
             raise self._gone(command, error) from error
-        if message.kind == "beat":
-            if message.fields.get("steps") != self._steps:
-                self._steps, self._progress = message.fields.get("steps", -1), time.monotonic()
+
+    def _read(self, command: str) -> RolloutReply | None:
+        """Receive a message. Return a rollout; None for every other message."""
+        try:
+            message = self._connection.receive()
+        except ConnectionFailedError as error:
+            raise self._gone(command, error) from error
+        if isinstance(message, Heartbeat) and message.steps == self._steps:
             return None
-        self._progress = time.monotonic()
-        if message.kind == "done":
-            self._owed = False
-            return None
-        if message.kind == "failed":
-            self._owed = False
-            raise RuntimeError(f"engine server {self.name} failed ({command}): {message.fields.get('why')}")
-        return message
+        self._progress_time = time.monotonic()
+        match message:
+            case RolloutReply():
+                return message
+            case Heartbeat(steps=steps):
+                self._steps = steps
+            case CommandDone():
+                self._awaits_answer = False
+            case CommandFailed(reason=reason):
+                self._awaits_answer = False
+                raise RuntimeError(f"engine server {self.name} failed ({command}): {reason}")
+            case _:
+                raise RuntimeError(f"engine server {self.name} sent {type(message).__name__} during {command}")
+        return None
 
     def _gone(self, command: str, error: Exception) -> RuntimeError:
-        self._owed = False
+        self._awaits_answer = False
         return RuntimeError(f"engine server {self.name} {error} ({command})")
 
 
-def _greeted(name: str, address: Address, token: bytes) -> tuple[Connection, dict[str, Any], str | None]:
-    """Raises UserError: it is no engine server that knows the secret; OSError, ConnectionFailedError: it is not there
-    yet."""
+def _connect(name: str, address: Address, token: bytes) -> tuple[ServerConnection, ServerStatus]:
+    """Connect and read the server's status.
+
+    Raises:
+        UserError: the program there is not an engine server with the same secret and version.
+        OSError, ConnectionFailedError: the server does not answer yet.
+    """
     require_token(address.host, token, name)
-    wire = Connection(
-        socket.create_connection((address.host, address.port), _GREETING_SECONDS), "job", _GREETING_SECONDS
-    )
     try:
-        wire.handshake(token)
-        told = wire.receive().fields
-        return wire, dict(told["facts"]), told["serves"]
-    except (WrongPeerError, KeyError, TypeError) as error:
-        wire.close()
+        return open_connection(address, token)
+    except WrongPeerError as error:
         raise UserError(
-            f"{name}: what listens there {error}", remedy="start launch/serve.sh there, with the same secret"
-        ) from (error)
-    except ConnectionFailedError:
-        wire.close()
-        raise
+            f"{name}: the program that listens there {error}",
+            remedy="start launch/serve.sh there, with the same secret",
+        ) from error
 
 
-def _claimed(
-    name: str, address: Address, token: bytes, facts: Mapping[str, Any], patience_seconds: float
-) -> Connection:
-    start = told = time.monotonic()
+def _claim(name: str, address: Address, token: bytes, facts: ServingFacts, patience_seconds: float) -> ServerConnection:
+    """Connect to the server and claim it; retry until `patience_seconds` are over."""
+    start = reminded = time.monotonic()
     while True:
         waited = time.monotonic() - start
         try:
-            wire, theirs, _ = _greeted(name, address, token)
-            if different := differences(dict(facts), theirs):
-                wire.close()
+            connection, status = _connect(name, address, token)
+            if different := differences(facts, status.facts):
+                connection.close()
                 raise UserError(
                     f"{name}: that engine server has {'; '.join(different)}", remedy="start it with this job's config"
                 )
-            wire.send("claim", {"who": f"process {os.getpid()} of {socket.gethostname()}"})
-            answer = wire.receive()
-            if answer.kind == "yours":
-                return wire
-            wire.close()
-            why = f"serves another job ({answer.fields.get('who')})"
-            limit = patience_seconds if answer.kind == "later" else min(_LEAVING_SECONDS, patience_seconds)
+            busy = _send_claim(connection)
+            if busy is None:
+                return connection
+            reason = f"serves another job ({busy.job})"
+            limit = patience_seconds if busy.is_ending else min(_RELEASE_SECONDS, patience_seconds)
         except (OSError, ConnectionFailedError) as error:
-            why, limit = f"does not answer ({error})", patience_seconds
+            reason, limit = f"does not answer ({error})", patience_seconds
         if waited > limit:
             raise UserError(
-                f"{name}: no engine server was there for this job within {waited:.0f} s: it {why}",
-                remedy="start launch/serve.sh there, or name another",
+                f"{name}: no engine server was available to this job within {waited:.0f} s: it {reason}",
+                remedy="start launch/serve.sh there, or name another server",
             )
-        if time.monotonic() - told > _TELL_SECONDS:
-            told = time.monotonic()
-            log.info("waiting for the engine server %s, which %s", name, why)
-        time.sleep(_AGAIN_SECONDS)
+        if time.monotonic() - reminded > _REMIND_SECONDS:
+            reminded = time.monotonic()
+            log.info("waiting for the engine server %s: it %s", name, reason)
+        time.sleep(_RETRY_SECONDS)
+
+
+def _send_claim(connection: ServerConnection) -> ServerBusy | None:
+    """Claim the server. Return None if it accepted; else close the connection and return the server's answer."""
+    try:
+        connection.send(ClaimServer(f"process {os.getpid()} of {socket.gethostname()}"))
+        answer = connection.receive()
+        if isinstance(answer, ClaimAccepted):
+            return None
+        if isinstance(answer, ServerBusy):
+            connection.close()
+            return answer
+        raise ConnectionFailedError(f"answered a claim with {type(answer).__name__}")
+    except ConnectionFailedError:
+        connection.close()
+        raise

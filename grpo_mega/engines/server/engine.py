@@ -1,8 +1,8 @@
-"""Engines on other devices: each group of ranks is served by an engine that a server of its own runs (serve.py).
+"""Engines on other devices: each group of ranks uses an engine that a server of its own runs (serve.py).
 
-The ranks of the job are cut into as many contiguous groups as there are servers. The first rank of a group speaks to
-its server; the others hear from it what came back, in parts, so that no rank waits longer than a beat for another. The
-weights go from every rank that holds them to every rank of the servers that lacks them, in a process group of both.
+The ranks of the job are divided into as many contiguous groups as there are servers. The first rank of a group is the
+client of its server and broadcasts the rollouts to the others one by one, so no rank waits longer than a heartbeat.
+Every rank sends its shards of the weights to the servers' ranks, in one process group of the job and all servers.
 Asserted by tests/parallel/test_servers.py, tests/engine/test_engine_contract.py and tests/e2e/test_server.py.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal, cast
 
 import torch.distributed as dist
 from torch import Tensor
@@ -19,28 +19,35 @@ from torch import Tensor
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.server.client import ServerClient
-from grpo_mega.engines.server.messages import read_rollout, sample_command
-from grpo_mega.engines.server.protocol import Address, ServerMessage, read_token
+from grpo_mega.engines.server.messages import (
+    MeetCommand,
+    PushCommand,
+    ServingFacts,
+    Transport,
+    read_completion,
+    sample_command,
+)
+from grpo_mega.engines.server.protocol import Address, read_token
 from grpo_mega.interfaces import SinkRegion, SyncPeers, WeightSink
-from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_world, open_store
+from grpo_mega.parallel.peer_group import PeerGroup, find_store, join_peers, open_store
 from grpo_mega.types import Completion, Prompt, SamplingRequest, TensorSlice, UserError
 
-_CONNECT_SHARE = 0.8  # of the limit of a wait: the ranks that wait meanwhile have the whole of it
+_PATIENCE_SHARE = 0.8  # of the timeout: the ranks that wait for the connecting rank have the whole timeout
 
 
 class ServerEngine:
-    """`Engine` at `urls`. Sync before the first `generate`.
+    """`Engine` whose replicas are the servers at `urls`. A weight sync must precede the first `generate`.
 
     Args:
-        urls: of the servers, in the order of the groups of ranks that they serve.
-        tp: ranks of each server.
-        facts: what a server must have in common with this job (server/serving.py).
+        urls: addresses of the servers, in the order of the groups of ranks that use them.
+        tp: number of ranks of each server.
+        facts: settings that each server must have in common with this job.
         max_model_len: longest prompt plus completion, tokens.
         tell_experts: the servers can answer requests with `expert_choices`.
-        timeout_seconds: of every wait.
+        timeout_seconds: limit of every wait.
 
     Raises:
-        UserError: on all ranks; a server does not come, serves another job, or has something otherwise.
+        UserError: on all ranks; a server does not answer, serves another job, or has an incompatible configuration.
     """
 
     def __init__(
@@ -48,101 +55,71 @@ class ServerEngine:
         urls: Sequence[str],
         *,
         tp: int,
-        facts: dict[str, Any],
+        facts: ServingFacts,
         max_model_len: int,
         tell_experts: bool,
         timeout_seconds: float,
     ) -> None:
-        world, rank = dist.get_world_size(), dist.get_rank()
-        if world % len(urls):
-            raise UserError(f"engine.urls names {len(urls)} servers, which do not divide the {world} ranks of the job")
+        world_size, rank = dist.get_world_size(), dist.get_rank()
+        if world_size % len(urls):
+            raise UserError(
+                f"engine.urls names {len(urls)} servers, which does not divide the {world_size} ranks of the job",
+                remedy="name a number of servers that divides run.world_size",
+            )
         self._names = [f"engine.urls[{i}]={url}" for i, url in enumerate(urls)]
         self._addresses = [Address.parse(url, f"engine.urls[{i}]") for i, url in enumerate(urls)]
         self._tp, self._max_model_len, self._tell_experts = tp, max_model_len, tell_experts
         self._timeout = timeout_seconds
-        self._ranks = ReplicaBroadcast(world // len(urls), timeout_seconds)
-        self._link: ServerClient | None = None
-        served_by = rank // (world // len(urls))
-        fault = self._connect(served_by, facts) if self._ranks.is_first else None
-        faults: list[str | None] = [None] * world
-        dist.all_gather_object(faults, fault)
-        if any(faults):
+        self._ranks = ReplicaBroadcast(world_size // len(urls), timeout_seconds)
+        self._client: ServerClient | None = None
+        server_index = rank // (world_size // len(urls))
+        error = self._connect(server_index, facts) if self._ranks.is_first else None
+        errors: list[str | None] = [None] * world_size
+        dist.all_gather_object(errors, error)
+        if any(errors):
             self.close()
-            raise UserError("\n".join(fault for fault in faults if fault))
+            raise UserError("\n".join(error for error in errors if error))
         self._sink = ServedSink()
         self._asleep: set[str] = set()
 
     @property
     def policy_version(self) -> int:
-        """Updates behind the weights; -1 before the first sync."""
+        """Number of updates behind the servers' weights; -1 before the first sync."""
         return self._sink.policy_version
 
     @property
     def sink(self) -> WeightSink:
-        """Empty: the weights go to the ranks of the servers."""
+        """A sink without regions: the weights go to the ranks of the servers."""
         return self._sink
 
     @property
     def replicas(self) -> list[list[int]]:
-        """Ranks of each server in the world of `meet`: behind those of the job."""
+        """Ranks of each server in the peer group of `sync_peers`. They follow the ranks of the job."""
         first = dist.get_world_size()
         return [list(range(first + i * self._tp, first + (i + 1) * self._tp)) for i in range(len(self._names))]
 
-    def meet(self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str) -> PeerGroup:
-        """Collective: the ranks of the job and of all servers, which make their end of the weight sync meanwhile.
-
-        Args:
-            shapes: of every tensor that the policy holds.
-            where: this rank's coordinates, for messages.
-            bucket_bytes: of the sync.
-            transport: of the sync.
-
-        Raises:
-            RuntimeError: a server does not come.
-        """
-        size = dist.get_world_size()
-        names: list[str] = [""] * size
-        dist.all_gather_object(names, where)
-        names += [f"engine server {name}, rank {t} of {self._tp}" for name in self._names for t in range(self._tp)]
-        store = open_store(self._timeout) if dist.get_rank() == 0 else None
-        told = [None if store is None else (store.port, [_address_towards(each) for each in self._addresses])]
-        dist.broadcast_object_list(told, src=0)
-        assert told[0] is not None, "rank 0 has told"
-        port, addresses = told[0]
-        if store is None:
-            store = find_store(os.environ.get("MASTER_ADDR", "127.0.0.1"), port, self._timeout)
-        if self._link is not None:
-            number = self._names.index(self._link.name)
-            self._link.start(
-                "meet",
-                {
-                    "address": addresses[number],
-                    "port": port,
-                    "names": names,
-                    "first_rank": self.replicas[number][0],
-                    "replicas": self.replicas,
-                    "shapes": shapes,
-                    "bucket_bytes": bucket_bytes,
-                    "transport": transport,
-                    "timeout_seconds": self._timeout,
-                },
-            )
-        return join_world(store, dist.get_rank(), names, self._timeout, self._check)
-
     def announce(self, policy_version: int, verify: bool) -> None:
-        """Has the servers take part in a push."""
-        if self._link is not None:
-            self._link.start("push", {"policy_version": policy_version, "verify": verify})
+        """Ask the servers to take part in a weight sync."""
+        if self._client is not None:
+            self._client.start(PushCommand(policy_version, verify))
 
     def sync_peers(
         self, shapes: dict[str, tuple[int, ...]], where: str, *, bucket_bytes: int, transport: str
     ) -> SyncPeers:
-        """Collective: connect with the ranks of all servers (`Engine.sync_peers`).
+        """Form the peer group of the job and all servers; see `Engine.sync_peers`. Collective over the job.
+
+        Each server builds its end of the weight sync in the meantime.
+
+        Args:
+            shapes: of every tensor that the policy holds, by its Hugging Face name.
+            where: this rank's coordinates, for messages.
+            bucket_bytes: bucket size of the sync.
+            transport: of the sync, as in `weight_sync.transport`.
 
         Raises:
-            RuntimeError: a server did not connect in time (names it).
+            RuntimeError: a server does not join in time (names it).
         """
-        group = self.meet(shapes, where, bucket_bytes=bucket_bytes, transport=transport)
+        group = self._form_peer_group(shapes, where, bucket_bytes, cast("Transport", transport))
         return SyncPeers(group, self.replicas, self.announce)
 
     def generate(
@@ -151,38 +128,70 @@ class ServerEngine:
         sampling: SamplingRequest,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """G completions per prompt; `Engine.generate`.
+        """Sample G completions per prompt; see `Engine.generate`.
 
         Raises:
-            RuntimeError: asleep, in the middle of an update, before the first sync, or the server failed, is gone or
-                stands still (names it).
-            ValueError: a prompt and its completion do not fit `max_model_len`, or the servers tell no experts.
+            RuntimeError: the engine is asleep, in the middle of an update or before its first sync; or the server
+                failed, is gone or is not responding (names it).
+            ValueError: a prompt and its completion do not fit `max_model_len`, or the servers do not return
+                `expert_choices`.
         """
         self._check_ready(prompts, sampling)
         return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
-        """Releases nothing: nobody else wants the server's devices."""
+        """Release nothing: the server's devices have no other user."""
         self._asleep = {"kv_cache", "weights"}
 
     def wake(self, what: Literal["weights", "kv_cache"]) -> None:
         self._asleep.discard(what)
 
     def close(self) -> None:
-        """The servers are free for other jobs. A second call does nothing."""
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        """Release the servers for other jobs. A second call does nothing."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
-    def _connect(self, number: int, facts: dict[str, Any]) -> str | None:
-        """What is wrong with this group's server."""
+    def _form_peer_group(
+        self, shapes: dict[str, tuple[int, ...]], where: str, bucket_bytes: int, transport: Transport
+    ) -> PeerGroup:
+        size = dist.get_world_size()
+        names: list[str] = [""] * size
+        dist.all_gather_object(names, where)
+        names += [f"engine server {name}, rank {t} of {self._tp}" for name in self._names for t in range(self._tp)]
+        store = open_store(self._timeout) if dist.get_rank() == 0 else None
+        shared = [None if store is None else (store.port, [_local_address(each) for each in self._addresses])]
+        dist.broadcast_object_list(shared, src=0)
+        assert shared[0] is not None, "rank 0 broadcast the store's addresses"
+        port, addresses = shared[0]
+        if store is None:
+            store = find_store(os.environ.get("MASTER_ADDR", "127.0.0.1"), port, self._timeout)
+        if self._client is not None:
+            index = self._names.index(self._client.name)
+            self._client.start(
+                MeetCommand(
+                    address=addresses[index],
+                    port=port,
+                    names=tuple(names),
+                    first_rank=self.replicas[index][0],
+                    replicas=tuple(map(tuple, self.replicas)),
+                    shapes=shapes,
+                    bucket_bytes=bucket_bytes,
+                    transport=transport,
+                    timeout_seconds=self._timeout,
+                )
+            )
+        return join_peers(store, dist.get_rank(), names, self._timeout, self._check)
+
+    def _connect(self, index: int, facts: ServingFacts) -> str | None:
+        """Claim this group's server. Return the error's text, which the other ranks need too."""
         try:
-            self._link = ServerClient(
-                self._names[number],
-                self._addresses[number],
+            self._client = ServerClient(
+                self._names[index],
+                self._addresses[index],
                 read_token(),
                 facts,
-                patience_seconds=self._timeout * _CONNECT_SHARE,
+                patience_seconds=self._timeout * _PATIENCE_SHARE,
                 timeout_seconds=self._timeout,
             )
         except UserError as error:
@@ -190,38 +199,38 @@ class ServerEngine:
         return None
 
     def _check(self) -> None:
-        if self._link is not None:
-            self._link.check()
+        if self._client is not None:
+            self._client.check()
 
     def _check_ready(self, prompts: Sequence[Prompt], sampling: SamplingRequest) -> None:
         require_ready(self._asleep, updating=self._sink.updating, policy_version=self.policy_version)
         if sampling.expert_choices and not self._tell_experts:
-            raise ValueError("expert_choices of servers that were started without algorithm.routing_replay")
+            raise ValueError("expert_choices is not supported by servers started without algorithm.routing_replay")
         check_lengths(prompts, sampling, self._max_model_len)
 
     def _rollouts(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest
     ) -> Generator[tuple[int, int, Completion], None, None]:
-        for position, member, completion in self._ranks.broadcast_stream(self._sampled(prompts, sampling)):
+        for position, member, completion in self._ranks.broadcast_stream(self._receive_rollouts(prompts, sampling)):
             if completion.policy_version != self.policy_version:
                 raise RuntimeError(
-                    f"an engine server sampled with weights of version {completion.policy_version}, the policy has "
+                    f"an engine server sampled with weights of version {completion.policy_version}, but the policy "
                     f"sent version {self.policy_version}"
                 )
             yield position, member, completion
 
-    def _sampled(
+    def _receive_rollouts(
         self, prompts: Sequence[Prompt], sampling: SamplingRequest
     ) -> Iterator[tuple[int, int, Completion] | None]:
-        if self._link is None:
+        if self._client is None:
             return
         command = sample_command(prompts, sampling, self.policy_version)
-        for part in self._link.stream("sample", command, self._ranks.beat_seconds):
-            yield read_rollout(part) if isinstance(part, ServerMessage) else None
+        for reply in self._client.stream(command, self._ranks.beat_seconds):
+            yield None if reply is None else (reply.position, reply.member, read_completion(reply))
 
 
 class ServedSink:
-    """`WeightSink` of a rank whose engine's weights are elsewhere: it has no region, and only counts the versions."""
+    """`WeightSink` of a rank whose engine runs in a server: it has no regions, and only records the version."""
 
     supports_slices = True
     streaming_reason = ""
@@ -237,31 +246,31 @@ class ServedSink:
         self.updating = True
 
     def write(self, hf: TensorSlice, values: Tensor) -> None:
-        """Raises AssertionError: nothing is written here."""
-        raise AssertionError(f"{hf} on a rank without regions")
+        """Raise AssertionError: this sink has no regions."""
+        raise AssertionError(f"{hf}: write to a sink without regions")
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
         return None
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Raises AssertionError: nothing is streamed here."""
-        raise AssertionError(f"{name} on a rank without an engine")
+        """Raise AssertionError: servers receive slices, never whole tensors."""
+        raise AssertionError(f"{name}: load into a sink without regions")
 
     def end_update(self, policy_version: int) -> None:
         self.policy_version, self.updating = policy_version, False
 
     def digests(self, slices: Sequence[TensorSlice]) -> list[int]:
-        """Raises AssertionError: nothing is held here."""
-        assert not slices, f"{slices[0]} on a rank without regions"
+        """Return no digests. Raise AssertionError for a slice: this sink has no regions."""
+        assert not slices, f"{slices[0]}: digest of a sink without regions"
         return []
 
     def probe(self) -> dict[str, str]:
         return {}
 
 
-def _address_towards(other: Address) -> str:
-    """This machine's address on the way to `other`; nothing is sent."""
-    family, kind, _, _, at = socket.getaddrinfo(other.host, other.port, type=socket.SOCK_DGRAM)[0]
+def _local_address(remote: Address) -> str:
+    """Return this machine's address on the route to `remote`. Sends nothing."""
+    family, kind, _, _, resolved = socket.getaddrinfo(remote.host, remote.port, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(at)
+        probe.connect(resolved)
         return str(probe.getsockname()[0])

@@ -1,152 +1,239 @@
-"""The server's end: listens, lets in who knows the secret, and serves one job at a time.
+"""The server's end of the connection: accepts clients that know the secret, and serves one job at a time.
 
-Whoever connects is greeted in a thread of its own; the commands of the job that is served are read by the thread that
-carries them out. A job that ends, dies or is cut off frees the server.
-Asserted by tests/parallel/test_servers.py.
+One thread owns the ZeroMQ socket; it answers greetings, and queues the commands of the job for the engine's thread.
+ZeroMQ reports a connection that is gone when a message is sent to it: the heartbeat of every second finds out.
+Asserted by tests/parallel/test_servers.py and tests/unit/engines/server/test_connection.py.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from grpo_mega.engines.server.protocol import Connection, ConnectionFailedError, ServerMessage
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from grpo_mega.engines.server.messages import (
+    PROTOCOL,
+    ClaimAccepted,
+    ClaimServer,
+    Command,
+    EndJob,
+    Heartbeat,
+    Hello,
+    JobEnded,
+    JobMessage,
+    ServerBusy,
+    ServerMessage,
+    ServerStatus,
+    ServingFacts,
+    decode_job_message,
+    encode,
+)
+from grpo_mega.engines.server.protocol import ConnectionFailedError, configure_socket, curve_keys
 
 log = logging.getLogger("grpo_mega.engines")
 
-FREED = "freed"
-"""Kind of the message that stands for the end of a job."""
-_GREETING_SECONDS = 10.0
-_MOST_GUESTS = 32  # who are greeted at the same time
-_BEAT_SECONDS = 1.0
+_HEARTBEAT_SECONDS = 1.0
+_CLOSE_SECONDS = 2.0  # allowed for messages that were sent just before `close`
+_HANDSHAKE_FAULTS = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+_STOP = b""
+
+
+@dataclass(frozen=True)
+class ServedJob:
+    """The job that is served, and the identity of its connection."""
+
+    routing_id: bytes
+    name: str
 
 
 class ServerListener:
-    """On the first rank of a server."""
+    """Listens for jobs, on the first rank of a server.
 
-    def __init__(self, listener: socket.socket, token: bytes, facts: Mapping[str, Any], timeout_seconds: float) -> None:
-        """Lets nobody in before `open`.
+    Args:
+        listener: socket that is bound to the server's address; owned by this object from now on.
+        token: the shared secret; empty: none.
+        facts: settings that a job must have in common with this server.
+        steps: returns the number of engine steps so far, for heartbeats; called in another thread.
+    """
 
-        Args:
-            listener: bound to the server's address.
-            token: the secret; empty: none.
-            facts: what a job must have in common with this server (serving.py).
-            timeout_seconds: of a message to or from the job.
-        """
-        self._listener, self._token, self._facts, self._timeout = listener, token, facts, timeout_seconds
-        self._state = threading.Condition()
-        self._job: Connection | None = None
-        self._who = ""
-        self._gone = False  # the job is, and the server has not yet come to the end of what it asked for
-        self._guests = threading.Semaphore(_MOST_GUESTS)
+    def __init__(self, listener: socket.socket, token: bytes, facts: ServingFacts, steps: Callable[[], int]) -> None:
+        self._listener, self._token, self._facts, self._steps = listener, token, facts, steps
+        self._commands: queue.SimpleQueue[Command | JobEnded | Exception] = queue.SimpleQueue()
+        self._state = threading.Lock()
+        self._job: ServedJob | None = None
+        self._lost: str | None = None  # why the job is gone; the engine may still execute its last command
+        self._sending = threading.Lock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def open(self) -> None:
-        """From now on."""
+        """Accept connections from now on."""
         self._listener.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._context = zmq.Context()  # its thread keeps a reference, so it is never garbage-collected
+        self._outbox, self._inbox = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        self._outbox.bind("inproc://replies")
+        self._inbox.connect("inproc://replies")
+        self._router = self._open_router()
+        self._thread.start()
 
-    def commands(self, beat_seconds: float) -> Iterator[ServerMessage | None]:
-        """What jobs ask for, one job after the other without end; `FREED` behind each job, and None at least every
-        `beat_seconds`."""
+    def close(self) -> None:
+        """Send what is queued, and close all connections. A second call does nothing."""
+        if not self._thread.is_alive():
+            return
+        with self._sending:
+            self._outbox.send_multipart([_STOP, b""])
+        self._thread.join(_CLOSE_SECONDS + 1.0)
+
+    def commands(self, heartbeat_seconds: float) -> Iterator[Command | JobEnded | None]:
+        """Yield the commands of one job after the other, without end.
+
+        `JobEnded` follows the last command of each job. None is yielded after `heartbeat_seconds` without a command.
+
+        Raises:
+            RuntimeError: the listening thread failed.
+        """
         while True:
-            with self._state:
-                if self._job is None:
-                    self._state.wait(beat_seconds)
-                job = self._job
-            if job is None:
+            try:
+                message = self._commands.get(timeout=heartbeat_seconds)
+            except queue.Empty:
                 yield None
                 continue
-            try:
-                self.check_job()
-                if not job.waits(beat_seconds):
-                    yield None
-                    continue
-                message = job.receive()
-            except ConnectionFailedError as error:
-                message = ServerMessage("end", {"why": str(error)})
-            if message.kind == "end":
-                log.info("free: the job of %s %s", self._who, message.fields.get("why", "has ended"))
-                job.close()
-                yield ServerMessage(FREED)
+            if isinstance(message, Exception):
+                raise RuntimeError("the listener of this engine server failed") from message
+            yield message
+            if isinstance(message, JobEnded):
                 with self._state:
-                    self._job, self._gone = None, False
-            else:
-                yield message
+                    job, self._job, self._lost = self._job, None, None
+                assert job is not None, "only a job that was served can end"
+                log.info("free: the job of %s %s", job.name, message.reason)
 
-    def answer(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[bytes] = ()) -> None:
-        """To the job; if it is gone, to nobody."""
-        if self._job is None or self._gone:
-            return
-        try:
-            self._job.send(kind, fields, blobs)
-        except ConnectionFailedError as error:
-            log.warning("the job of %s %s", self._who, error)
-            self._gone = True
+    def answer(self, message: ServerMessage) -> None:
+        """Send a message to the job; does nothing if the job is gone."""
+        job = self._job
+        if job is not None and self._lost is None:
+            with self._sending:
+                self._outbox.send_multipart([job.routing_id, encode(message)])
 
     def check_job(self) -> None:
-        """Raises ConnectionFailedError if the job is known to be gone."""
-        if self._gone:
-            raise ConnectionFailedError("is gone")
+        """Raise ConnectionFailedError if the job is gone."""
+        if self._lost is not None:
+            raise ConnectionFailedError(f"the job {self._lost}")
 
-    @contextmanager
-    def beating(self, steps: Callable[[], int]) -> Iterator[None]:
-        """Inside, the job hears every second how many engine steps have been made."""
-        stop = threading.Event()
+    def _open_router(self) -> zmq.Socket[bytes]:
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("*", _SharedSecret(self._token))
+        router = self._context.socket(zmq.ROUTER)
+        configure_socket(router)
+        router.router_mandatory = True
+        router.curve_server = True
+        router.curve_publickey, router.curve_secretkey = curve_keys(self._token, "server")
+        self._monitor = router.get_monitor_socket(_HANDSHAKE_FAULTS)
+        host, port = self._listener.getsockname()[:2]
+        router.setsockopt(zmq.USE_FD, self._listener.detach())
+        router.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
+        return router
 
-        def beat() -> None:
-            while not stop.wait(_BEAT_SECONDS):
-                self.answer("beat", {"steps": steps()})
-
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
+    def _run(self) -> None:
         try:
-            yield
+            self._serve()
+        except Exception as error:  # the engine's thread must end the server: no job could reach it any more
+            self._commands.put(error)
         finally:
-            stop.set()
-            thread.join()
+            self._authenticator.stop()
+            self._context.destroy(linger=int(_CLOSE_SECONDS * 1000))
 
-    def _accept(self) -> None:
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        for each in (self._router, self._inbox, self._monitor):
+            poller.register(each, zmq.POLLIN)
+        next_heartbeat = time.monotonic()
         while True:
-            try:
-                connection, address = self._listener.accept()
-            except OSError as error:  # a caller that is gone already, or no descriptors left
-                log.warning("nobody could be let in: %s", error)
-                time.sleep(_BEAT_SECONDS)
-                continue
-            if self._guests.acquire(blocking=False):
-                threading.Thread(target=self._receive, args=(connection, str(address[0])), daemon=True).start()
-            else:
-                connection.close()
+            ready = dict(poller.poll(max(0, math.ceil((next_heartbeat - time.monotonic()) * 1000))))
+            if self._inbox in ready:
+                routing_id, data = self._inbox.recv_multipart()
+                if routing_id == _STOP:
+                    return
+                self._send(routing_id, data)
+            if self._monitor in ready:
+                self._monitor.recv_multipart()
+                log.warning("rejected a connection: it has another secret, or is not a job of this program")
+            if self._router in ready:
+                self._receive()
+            if time.monotonic() >= next_heartbeat:
+                next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
+                if self._job is not None and self._lost is None:
+                    self._send(self._job.routing_id, encode(Heartbeat(self._steps())))
 
-    def _receive(self, connection: socket.socket, peer: str) -> None:
-        stays = False
+    def _send(self, routing_id: bytes, data: bytes) -> None:
         try:
-            wire = Connection(connection, "server", _GREETING_SECONDS)
-            wire.handshake(self._token)
-            wire.send("facts", {"facts": dict(self._facts), "serves": self._who if self._job is not None else None})
-            stays = self._claimed(wire, wire.receive(), peer)
-        except (ConnectionFailedError, OSError) as error:
-            log.warning("who called from %s %s", peer, error)
-        finally:
-            self._guests.release()
-            if not stays:
-                connection.close()
+            self._router.send_multipart([routing_id, data])
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            self._end_job(routing_id, "closed the connection")
 
-    def _claimed(self, wire: Connection, wish: ServerMessage, peer: str) -> bool:
-        if wish.kind != "claim":
-            return False
+    def _receive(self) -> None:
+        frames = self._router.recv_multipart(copy=False)
+        routing_id, peer = frames[0].bytes, str(frames[0].get("Peer-Address"))
+        try:
+            message = decode_job_message(frames[1].bytes)
+        except msgspec.DecodeError as error:
+            log.warning("rejected a message from %s: %s", peer, error)
+            self._end_job(routing_id, "sent a message that this version cannot read")
+            return
+        self._dispatch(routing_id, peer, message)
+
+    def _dispatch(self, routing_id: bytes, peer: str, message: JobMessage) -> None:
+        match message:
+            case Hello(protocol=protocol):
+                self._send(routing_id, encode(Hello(PROTOCOL)))
+                if protocol == PROTOCOL:
+                    job = self._job
+                    self._send(routing_id, encode(ServerStatus(self._facts, None if job is None else job.name)))
+            case ClaimServer(job=name):
+                self._claim(ServedJob(routing_id, f"{name} ({peer})"))
+            case EndJob():
+                self._end_job(routing_id, "ended")
+            case _ if self._job is not None and self._job.routing_id == routing_id and self._lost is None:
+                self._commands.put(message)
+            case _:
+                log.warning("ignored a command from %s, which has not claimed this server", peer)
+
+    def _claim(self, job: ServedJob) -> None:
         with self._state:
-            if self._job is not None:
-                wire.send("later" if self._gone else "busy", {"who": self._who})
-                return False
-            wire.set_timeout(self._timeout)
-            wire.send("yours")
-            self._job, self._who = wire, f"{wish.fields.get('who')} ({peer})"
-            self._state.notify_all()
-        log.info("serving the job of %s", self._who)
-        return True
+            current, is_ending = self._job, self._lost is not None
+            if current is None:
+                self._job = job
+        if current is not None:
+            self._send(job.routing_id, encode(ServerBusy(current.name, is_ending)))
+            return
+        log.info("serving the job of %s", job.name)
+        self._send(job.routing_id, encode(ClaimAccepted()))
+
+    def _end_job(self, routing_id: bytes, reason: str) -> None:
+        with self._state:
+            if self._job is None or self._job.routing_id != routing_id or self._lost is not None:
+                return
+            self._lost = reason
+        self._commands.put(JobEnded(reason))
+
+
+class _SharedSecret:
+    """Credentials provider of the authenticator: accepts the public key that the job's side derives."""
+
+    def __init__(self, token: bytes) -> None:
+        self._public_key, _ = curve_keys(token, "job")
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._public_key

@@ -1,103 +1,80 @@
-"""Messages between a job and an engine server over TCP, between two that know the same secret.
+"""What both ends of the connection between a job and an engine server share: addresses, secret, keys, socket options.
 
-A message is a kind, fields (JSON) and blobs of bytes; nothing that is read can call anything. Both sides prove first
-that they know the secret, without sending it; from then on every message carries a code made with it and a count, so
-that a stranger can neither speak nor change, repeat or leave out a message. What is said is not hidden.
+The connection is ZeroMQ over TCP with CURVE (https://rfc.zeromq.org/spec/26/). Both key pairs are derived from the
+shared secret, so each side authenticates the other, and messages are encrypted. Without a secret the keys are derived
+from the empty string: anybody can compute them, which is why only loopback addresses are served then.
 Asserted by tests/unit/engines/server/test_protocol.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-import hmac
-import json
 import os
-import secrets
-import select
-import socket
-import struct
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+import zmq
+from zmq.utils import z85
 
 from grpo_mega.types import UserError
 
-PROTOCOL = 1
-"""Of the messages; both sides must speak the same."""
 TOKEN_VARIABLE = "GRPO_MEGA_SERVER_TOKEN"
 TOKEN_FILE_VARIABLE = "GRPO_MEGA_SERVER_TOKEN_FILE"
+HANDSHAKE_SECONDS = 10.0
 
-_LEAST_TOKEN_CHARACTERS = 16
-_SIZES = struct.Struct(">IQ")  # bytes of the JSON, of all blobs
-_CODE_BYTES = hashlib.sha256().digest_size
-_GREETING_BYTES = 4096  # of a message of somebody who has not proven to know the secret
-_MOST_BYTES = 1 << 32
-# A lost machine is noticed within a minute: the first three where nothing is said, the last where nothing is confirmed.
-_KEEP_ALIVE = (
-    (socket.TCP_KEEPIDLE, 20),
-    (socket.TCP_KEEPINTVL, 10),
-    (socket.TCP_KEEPCNT, 4),
-    (socket.TCP_USER_TIMEOUT, 60_000),
-)
+_MIN_TOKEN_CHARACTERS = 16
+_MAX_MESSAGE_BYTES = 1 << 30
+_MAX_UNCONFIRMED_MILLISECONDS = 60_000
 
 Side = Literal["job", "server"]
 
 
 class ConnectionFailedError(RuntimeError):
-    """The other side is gone, stands still, or is not who it should be."""
+    """The other side closed the connection, or did not respond in time."""
 
 
 class WrongPeerError(ConnectionFailedError):
-    """The other side answers, and will never be who it should be."""
-
-
-@dataclass(frozen=True)
-class ServerMessage:
-    """`kind` says what the fields are."""
-
-    kind: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    blobs: tuple[bytes, ...] = ()
+    """The other side has another secret, another protocol version, or is another program: a retry cannot help."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server listens."""
+    """The address at which a server listens."""
 
     host: str
     port: int
 
     @classmethod
     def parse(cls, url: str, key: str) -> Address:
-        """Of `host:port`, `[::1]:port`. `key` names the setting in messages.
+        """Parse `host:port` or `[::1]:port`. `key` is the setting that error messages name.
 
         Raises:
-            UserError: it is something else.
+            UserError: `url` has another form.
         """
         host, _, port = url.rpartition(":")
         host = host.removeprefix("[").removesuffix("]")
         if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise UserError(f"{key}={url} is no address", remedy="write host:port, as the server prints it")
+            raise UserError(f"{key}={url} is not an address", remedy="write host:port, as the server prints it")
         return cls(host, int(port))
 
     @property
     def is_loopback(self) -> bool:
-        """Only processes of this machine reach it."""
+        """True if only processes of this machine can connect to this address."""
         return is_loopback(self.host)
 
 
 def is_loopback(host: str) -> bool:
-    """Is it a name of this machine that others do not reach?"""
+    """Return True if `host` names this machine and other machines cannot connect to it."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
 def read_token(env: Mapping[str, str] = os.environ) -> bytes:
-    """The secret that jobs and servers share; empty where none is set.
+    """Read the secret that jobs and servers share; empty if none is set.
 
     Raises:
-        UserError: the file cannot be read, both variables are set, or the secret is short.
+        UserError: the file cannot be read, both variables are set, or the secret is too short.
     """
     path, token = env.get(TOKEN_FILE_VARIABLE), env.get(TOKEN_VARIABLE)
     if path and token:
@@ -111,157 +88,48 @@ def read_token(env: Mapping[str, str] = os.environ) -> bytes:
             ) from error
     if not token:
         return b""
-    if len(token) < _LEAST_TOKEN_CHARACTERS:
+    if len(token) < _MIN_TOKEN_CHARACTERS:
         raise UserError(
             f"the secret of {TOKEN_VARIABLE} or its file has {len(token)} characters",
-            remedy=f"use at least {_LEAST_TOKEN_CHARACTERS}, for example of: openssl rand -hex 32",
+            remedy=f"use at least {_MIN_TOKEN_CHARACTERS}, for example the output of: openssl rand -hex 32",
         )
     return token.encode()
 
 
-def require_token(host: str, token: bytes, what: str) -> None:
-    """Raises UserError: `what` is reached from other machines, and there is no secret."""
+def require_token(host: str, token: bytes, key: str) -> None:
+    """Raise UserError if other machines can connect to `host` and there is no secret. The message starts with `key`."""
     if not token and not is_loopback(host):
         raise UserError(
-            f"{what} is reached from other machines and there is no secret",
+            f"{key} is reachable from other machines, and no secret is set",
             remedy=f"set {TOKEN_VARIABLE}, or {TOKEN_FILE_VARIABLE} to the path of a file, to the same on both sides",
         )
 
 
-class Connection:
-    """One side of a connection. Sending is for any thread, receiving for one."""
+def curve_keys(token: bytes, side: Side) -> tuple[bytes, bytes]:
+    """Derive the CURVE key pair of one side from the shared secret.
 
-    def __init__(self, connection: socket.socket, side: Side, timeout_seconds: float) -> None:
-        """`timeout_seconds`: of a message that has begun, to come or to go."""
-        self._socket, self._side, self._timeout = connection, side, timeout_seconds
-        connection.settimeout(timeout_seconds)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in _KEEP_ALIVE:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        self._sending = threading.Lock()
-        self._keys: dict[Side, bytes] = {"job": b"", "server": b""}
-        self._sent = self._received = 0
-        self._most_bytes = _GREETING_BYTES
+    The secret key is BLAKE2b-256(token), personalized with the side's name; the public key follows from it.
 
-    @property
-    def here(self) -> str:
-        """This machine's address on this connection."""
-        return str(self._socket.getsockname()[0])
+    Returns:
+        (public key, secret key), both in Z85 encoding, 40 characters.
+    """
+    seed = hashlib.blake2b(token, digest_size=32, person=f"grpo_mega {side}".encode()).digest()
+    secret_key = z85.encode(seed)
+    return zmq.curve_public(secret_key), secret_key
 
-    @property
-    def peer(self) -> str:
-        """The other side's address."""
-        return str(self._socket.getpeername()[0])
 
-    def set_timeout(self, seconds: float) -> None:
-        """Of messages from now on."""
-        self._timeout = seconds
-        self._socket.settimeout(seconds)
+def configure_socket(socket: zmq.Socket[bytes]) -> None:
+    """Set the options that sockets of both sides share, before they bind or connect.
 
-    def handshake(self, token: bytes) -> None:
-        """Both sides call it first.
-
-        Raises:
-            WrongPeerError: the other side speaks another protocol, or does not know the same secret.
-            ConnectionFailedError: it is gone, or stands still.
-        """
-        mine = secrets.token_hex(16)
-        self.send("greeting", {"program": "grpo_mega engines", "protocol": PROTOCOL, "nonce": mine})
-        theirs = self.receive()
-        if theirs.kind != "greeting" or theirs.fields.get("program") != "grpo_mega engines":
-            raise WrongPeerError("is no engine server of this program")
-        if theirs.fields.get("protocol") != PROTOCOL:
-            raise WrongPeerError(
-                f"speaks version {theirs.fields.get('protocol')} of the protocol, this side {PROTOCOL}"
-            )
-        nonces = {self._side: mine, self._other: str(theirs.fields.get("nonce"))}
-        both = f"{nonces['job']} {nonces['server']}"
-
-        def code(purpose: str) -> bytes:
-            return hmac.new(token, f"{purpose} {both}".encode(), hashlib.sha256).digest()
-
-        self.send("proof", {"proof": code(self._side).hex()})
-        proof = str(self.receive().fields.get("proof"))
-        if not hmac.compare_digest(proof.encode(), code(self._other).hex().encode()):
-            raise WrongPeerError("does not know the same secret")
-        self._keys = {"job": code("from job"), "server": code("from server")}
-        self._sent = self._received = 0
-        self._most_bytes = _MOST_BYTES
-
-    def send(self, kind: str, fields: Mapping[str, Any] | None = None, blobs: Sequence[bytes] = ()) -> None:
-        """Raises ConnectionFailedError: the other side is gone, or takes nothing."""
-        text = json.dumps({"kind": kind, "fields": dict(fields or {}), "blobs": [len(blob) for blob in blobs]}).encode()
-        body = _SIZES.pack(len(text), sum(map(len, blobs))) + text + b"".join(blobs)
-        with self._sending:
-            try:
-                self._socket.sendall(body + self._code(self._side, self._sent, body))
-            except TimeoutError as error:
-                raise ConnectionFailedError(f"took no message for {self._timeout:g} s") from error
-            except OSError as error:
-                raise ConnectionFailedError(f"has ended its connection ({error})") from error
-            self._sent += 1
-
-    def waits(self, seconds: float) -> bool:
-        """Is there a message, or the end of the connection, within so many seconds?"""
-        poller = select.poll()
-        poller.register(self._socket, select.POLLIN)
-        return bool(poller.poll(max(0.0, seconds) * 1000))
-
-    def receive(self) -> ServerMessage:
-        """The next message.
-
-        Raises:
-            ConnectionFailedError: the connection has ended, the message does not come to its end, or is not the other
-            side's.
-        """
-        head = self._read(_SIZES.size)
-        num_text, num_blobs = _SIZES.unpack(head)
-        if num_text + num_blobs > self._most_bytes:
-            raise WrongPeerError(f"sends a message of {num_text + num_blobs} bytes, which is more than is taken")
-        body = self._read(num_text + num_blobs + _CODE_BYTES)
-        code = body[-_CODE_BYTES:]
-        if not hmac.compare_digest(code, self._code(self._other, self._received, head + body[:-_CODE_BYTES])):
-            raise WrongPeerError("sent a message that was changed on its way, or is not its own")
-        self._received += 1
-        try:
-            told = json.loads(body[:num_text])
-            kind, fields, sizes = str(told["kind"]), dict(told["fields"]), [int(size) for size in told["blobs"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConnectionFailedError("sent something that is no message") from error
-        if sum(sizes) != num_blobs or min(sizes, default=0) < 0:
-            raise ConnectionFailedError("sent something that is no message")
-        blobs, at = [], num_text
-        for size in sizes:
-            blobs.append(body[at : at + size])
-            at += size
-        return ServerMessage(kind, fields, tuple(blobs))
-
-    def close(self) -> None:
-        """A second call does nothing."""
-        self._socket.close()
-
-    @property
-    def _other(self) -> Side:
-        return "server" if self._side == "job" else "job"
-
-    def _code(self, side: Side, count: int, body: bytes) -> bytes:
-        digest = hmac.new(self._keys[side], count.to_bytes(8, "big"), hashlib.sha256)
-        digest.update(body)
-        return digest.digest()
-
-    def _read(self, num_bytes: int) -> bytes:
-        found = bytearray()
-        while len(found) < num_bytes:
-            try:
-                part = self._socket.recv(min(1 << 20, num_bytes - len(found)))
-            except TimeoutError as error:
-                raise ConnectionFailedError(
-                    f"stands still: no message came to its end within {self._timeout:g} s"
-                ) from error
-            except OSError as error:
-                raise ConnectionFailedError(f"has ended its connection ({error})") from error
-            if not part:
-                raise ConnectionFailedError("has ended its connection")
-            found += part
-        return bytes(found)
+    TCP keep-alive detects within a minute that a machine is lost: while nothing is sent after 20 s and four probes,
+    and while data is unconfirmed after `TCP_MAXRT`. A stopped process keeps its connection; ZeroMQ's own heartbeats
+    would close it.
+    """
+    socket.linger = 0  # what is left is sent only where `close` allows time for it
+    socket.ipv6 = True
+    socket.sndhwm = socket.rcvhwm = 0  # a full queue would drop messages; a step's rollouts bound them
+    socket.maxmsgsize = _MAX_MESSAGE_BYTES
+    socket.handshake_ivl = int(HANDSHAKE_SECONDS * 1000)
+    socket.tcp_keepalive = 1
+    socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = 20, 10, 4
+    socket.setsockopt(zmq.TCP_MAXRT, _MAX_UNCONFIRMED_MILLISECONDS)

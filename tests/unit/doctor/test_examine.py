@@ -307,13 +307,13 @@ def test_servers_answer_fit_and_are_free(model: Path) -> None:
     url = f"127.0.0.1:{listener.getsockname()[1]}"
     config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")
     facts = serving_facts(config, model)
-    ServerListener(listener, b"", facts, 5.0).open()
+    ServerListener(listener, b"", facts, lambda: 0).open()
     first, second = (f"engine.urls[{i}]" for i in range(2))
     findings = examine(config, Topology.of(config, 2), {})
     found, gone = only(findings, first), only(findings, second)
     assert (found.status, found.message) == (
         "pass",
-        f"{url} is an engine server of version {facts['version of grpo_mega']}, and free",
+        f"{url} is an engine server of version {facts.program_version}, and free",
     )
     assert gone.status == "fail"
     assert f"{second}=127.0.0.1:9 does not answer (" in gone.message

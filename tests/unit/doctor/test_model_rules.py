@@ -352,11 +352,11 @@ def test_a_server_of_another_machine_needs_a_secret_and_an_address(monkeypatch: 
     config = config_of("engine.placement=server", "engine.urls=['localhost:7', 'node3:7']")
     topology = Topology(2, engine_servers=2)
     assert message_of(config, topology) == (
-        "engine.urls[1]=node3:7 is reached from other machines and there is no secret; set GRPO_MEGA_SERVER_TOKEN, or "
+        "engine.urls[1]=node3:7 is reachable from other machines, and no secret is set; set GRPO_MEGA_SERVER_TOKEN, or "
         "GRPO_MEGA_SERVER_TOKEN_FILE to the path of a file, to the same on both sides"
     )
     monkeypatch.setenv("GRPO_MEGA_SERVER_TOKEN", "0123456789abcdef")
     check_model(config, topology)
     assert message_of(config_of("engine.placement=server", "engine.urls=[node3]"), topology) == (
-        "engine.urls[0]=node3 is no address; write host:port, as the server prints it"
+        "engine.urls[0]=node3 is not an address; write host:port, as the server prints it"
     )
