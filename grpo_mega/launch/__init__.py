@@ -1,4 +1,4 @@
-"""Start of a job: where it runs, the ranks of this machine, their supervision, rendezvous of machines, Slurm.
+"""The launcher: detects Slurm, starts and supervises the ranks of a machine, and joins the machines of a job.
 
-Start reading at `main.py`. Imports no torch: it must find a wrong argument at once.
+Start reading at `main.py`. Imports no torch, so that a wrong argument is reported at once.
 """

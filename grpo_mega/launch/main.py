@@ -1,9 +1,9 @@
-"""Starts the ranks of a job: looks where it is, then becomes a worker, becomes `srun`, or starts and watches workers.
+"""Start the ranks of a job: replace this process by a rank or by `srun`, or start ranks and supervise them.
 
-What a rank learns from its launcher is set here: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-MASTER_PORT. Imports no torch and reads no config itself (`grpo_mega.train --for-launcher` does), so a
-wrong argument is reported at once. Exit codes are those of the worker that failed first; its message is the last one on
-the screen. Tests: tests/unit/launch/test_main.py.
+This module sets the environment of every rank: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. It imports no torch and reads no config itself (`grpo_mega.train --for-launcher` does), so that a wrong
+argument is reported at once. The exit code is that of the rank that failed first; the message of that rank is the last
+one on the screen. Tests: tests/unit/launch/test_main.py.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from grpo_mega.types import UserError
 
 Place = Literal["worker", "slurm_step", "slurm_allocation", "machine"]
 
-_DEFAULT_PORT = 29500  # torchrun's, for several machines that must agree without talking
+_DEFAULT_PORT = 29500  # torchrun's default: machines that are started by hand must agree on a port
 
 
 @dataclass(frozen=True)
 class Node:
-    """This machine's part of the job: `num_ranks` ranks, the first of which is `node_rank * num_ranks`."""
+    """This machine in the job. Its `num_ranks` ranks start at rank `node_rank * num_ranks`."""
 
     num_nodes: int
     node_rank: int
@@ -46,7 +46,7 @@ class Node:
         return self.num_nodes * self.num_ranks
 
     def rank_environment(self, local_rank: int) -> dict[str, str]:
-        """What rank `local_rank` of this machine finds in its environment."""
+        """Return the environment variables of rank `local_rank` of this machine."""
         return {
             "RANK": str(self.node_rank * self.num_ranks + local_rank),
             "WORLD_SIZE": str(self.world_size),
@@ -58,7 +58,7 @@ class Node:
 
 
 def find_place(env: Mapping[str, str]) -> Place:
-    """Where this process runs, from what its launcher has put into the environment."""
+    """Detect from the environment how this process was started."""
     if "RANK" in env and "WORLD_SIZE" in env:
         return "worker"
     if in_step(env):
@@ -67,24 +67,24 @@ def find_place(env: Mapping[str, str]) -> Place:
 
 
 def ranks_per_node(world_size: int, num_nodes: int) -> int:
-    """The ranks are spread evenly.
+    """Return the number of ranks of each node.
 
     Raises:
-        UserError: world_size is not a multiple of num_nodes.
+        UserError: num_nodes does not divide world_size.
     """
     if world_size % num_nodes:
         raise UserError(
-            f"run.world_size={world_size} cannot be spread evenly over {num_nodes} nodes",
+            f"run.world_size={world_size} must be a multiple of the number of nodes, {num_nodes}",
             remedy=f"use a multiple of {num_nodes}, or another number of nodes",
         )
     return world_size // num_nodes
 
 
 def master_port(env: Mapping[str, str], default: int, *, hosted_here: bool) -> int:
-    """The user's MASTER_PORT, else `default`.
+    """Return the user's MASTER_PORT, or `default` if it is unset.
 
     Raises:
-        UserError: it is no port, or this machine would host it and somebody listens there already.
+        UserError: it is not a port, or this machine hosts it and another program uses it.
     """
     port = positive_int(env, "MASTER_PORT", default)
     if port > 65535:
@@ -95,7 +95,7 @@ def master_port(env: Mapping[str, str], default: int, *, hosted_here: bool) -> i
 
 
 def machine_node(env: Mapping[str, str], world_size: int) -> Node:
-    """One machine, or one of several that the user starts by hand with NNODES, NODE_RANK and MASTER_ADDR."""
+    """Return this machine's part of a job that the user starts by hand with NNODES, NODE_RANK and MASTER_ADDR."""
     num_nodes = positive_int(env, "NNODES", 1)
     node_rank = positive_int(env, "NODE_RANK", 0 if num_nodes == 1 else None, least=0)
     if node_rank >= num_nodes:
@@ -111,13 +111,13 @@ def machine_node(env: Mapping[str, str], world_size: int) -> Node:
 
 
 def first_slurm_address(env: Mapping[str, str]) -> str:
-    """The address of the step's first node, as all its nodes can reach it."""
+    """Return an address of the Slurm step's first node that all its nodes can resolve."""
     nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
     listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     name = listed.stdout.split()[0]
     try:
         socket.getaddrinfo(name, None)
-    except OSError:  # a node's name need not be its host's name: Slurm knows its address
+    except OSError:  # the name of a node may differ from its host name; Slurm knows its address
         shown = subprocess.run(["scontrol", "show", "node", name], capture_output=True, text=True, check=True)
         found = re.search(r"NodeAddr=(\S+)", shown.stdout)
         return found.group(1) if found else name
@@ -125,18 +125,21 @@ def first_slurm_address(env: Mapping[str, str]) -> str:
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """The same on every node of a step, another for the next step and after a requeue; below the range that systems
-    hand out freely."""
+    """Return a port that is equal on all nodes of a step and differs for the next step and after a requeue.
+
+    It lies below the range of ephemeral ports.
+    """
     start = int(env["SLURM_JOB_ID"]) * 31 + int(env["SLURM_STEP_ID"]) + 7 * int(env.get("SLURM_RESTART_COUNT", "0"))
     return 20000 + start % 10000
 
 
 def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | None]:
-    """This task's node inside a Slurm step, and its local rank; None when the task is the agent of its node.
+    """Return this task's node inside a Slurm step, and its local rank; None if the task is the agent of its node.
 
-    One task per node means an agent, also where each node has one rank.
+    With one task per node the task is an agent, even if each node has one rank.
+
     Raises:
-        UserError: the step has neither one task per node nor one per rank, or not the same number on each node.
+        UserError: the step has neither one task per node nor one per rank, or its nodes have different numbers.
     """
     step = slurm_step(env)
     if step.num_tasks not in (step.num_nodes, world_size):
@@ -147,8 +150,8 @@ def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | Non
     if len(set(step.tasks_per_node)) > 1:
         counts = ", ".join(map(str, step.tasks_per_node))
         raise UserError(
-            f"this Slurm step has {counts} tasks on its nodes: layouts need the same number of ranks on every node",
-            remedy="use --ntasks-per-node, and nodes with as many GPUs each",
+            f"this Slurm step has {counts} tasks on its nodes: every node must have the same number of ranks",
+            remedy="use --ntasks-per-node, and nodes with the same number of GPUs",
         )
     address = env.get("MASTER_ADDR") or first_slurm_address(env)
     port = master_port(env, slurm_port(env), hosted_here=step.task == 0)
@@ -157,9 +160,11 @@ def slurm_node(env: Mapping[str, str], world_size: int) -> tuple[Node, int | Non
 
 
 def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str], timeout_seconds: float) -> list[str]:
-    """One task per node of the allocation. `--cpu-bind=none`: the task's cores are for all ranks of the node. `--wait`,
-    from the end of the first task: nobody tells srun of a task that was lost with its node, when the node is back
-    before Slurm has missed it."""
+    """Return the command that starts one task per node of the allocation.
+
+    `--cpu-bind=none`: the task's cores are for all ranks of the node. `--wait` limits the time after the first task
+    exits: srun does not learn of a task that was lost with its node if the node returns before Slurm misses it.
+    """
     nodes = env.get("SLURM_JOB_NUM_NODES") or env["SLURM_NNODES"]
     options = [
         f"--nodes={nodes}",
@@ -174,62 +179,66 @@ def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str], 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What the config says to the launcher. `configured`: `world_size` is the config's own, not what is found here."""
+    """The values of the config that the launcher needs. `configured`: the config sets `world_size` itself."""
 
     world_size: int
     configured: bool
     timeout_seconds: float
 
 
-def ask_config(arguments: Sequence[str]) -> LaunchRequest:
-    """A wrong config ends the program with its exit code; the message is on the screen already."""
+def read_request(arguments: Sequence[str]) -> LaunchRequest:
+    """Read the values from the config in a subprocess.
+
+    Raises:
+        SystemExit: the config is wrong; the subprocess has printed the message.
+    """
     command = [sys.executable, "-m", "grpo_mega.train", "--for-launcher", *arguments]
-    asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if asked.returncode:
-        raise SystemExit(asked.returncode)
-    return LaunchRequest(**json.loads(asked.stdout.splitlines()[-1]))
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode:
+        raise SystemExit(result.returncode)
+    return LaunchRequest(**json.loads(result.stdout.splitlines()[-1]))
 
 
-def become(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
-    """Replaces this process, so that signals reach the command and its exit code is ours."""
+def replace_process(command: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+    """Replace this process by the command, which then receives signals and gives the exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execvpe(command[0], list(command), dict(env))
 
 
 def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
-    """Starts what belongs to this place; returns the exit code where it does not become something else."""
+    """Start this process's part of the job. Return the exit code, unless another program replaces this process."""
     worker = [sys.executable, "-m", "grpo_mega.train", *arguments]
     place = find_place(env)
     if place == "worker":
-        become(worker, env)
-    wishes = ask_config(arguments)
+        replace_process(worker, env)
+    request = read_request(arguments)
     local_rank: int | None = None
     if place == "slurm_allocation":
-        if wishes.configured:  # else the nodes look for their GPUs themselves; this may be a login node without any
+        if request.configured:  # else each node counts its own GPUs: this may be a login node without any
             nodes = positive_int(env, "SLURM_JOB_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
-            ranks_per_node(wishes.world_size, nodes)
-        become(srun_command(env, script, arguments, wishes.timeout_seconds), env)
+            ranks_per_node(request.world_size, nodes)
+        replace_process(srun_command(env, script, arguments, request.timeout_seconds), env)
     if place == "slurm_step":
-        node, local_rank = slurm_node(env, wishes.world_size)
+        node, local_rank = slurm_node(env, request.world_size)
     else:
-        node = machine_node(env, wishes.world_size)
+        node = machine_node(env, request.world_size)
     if node.world_size == 1 or local_rank is not None:
-        become(worker, {**env, **node.rank_environment(local_rank or 0)})
+        replace_process(worker, {**env, **node.rank_environment(local_rank or 0)})
     environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
     if node.num_nodes == 1:
         return run_ranks(worker, environments)
     me = NodeInfo(node.node_rank, node.num_nodes, node.num_ranks, socket.gethostname())
-    with rendezvous(me, node.master_addr, node.master_port, wishes.timeout_seconds) as meeting:
-        # srun ends the other tasks when the first has failed; what they have learned of it stays their exit code
+    with rendezvous(me, node.master_addr, node.master_port, request.timeout_seconds) as meeting:
+        # srun sends SIGTERM to the other tasks when one has failed: keep the exit code that was already received
         signal.signal(signal.SIGTERM, lambda *_: None)
         code = run_ranks(worker, environments, meeting)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # while it ends, Python gives handlers written in Python up
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python removes its own handlers while it exits
     return code
 
 
 def main(argv: Sequence[str]) -> int:
-    """`argv`: the path of launch/train.sh (what srun starts on the nodes), then CONFIG and overrides."""
+    """Run the launcher. `argv`: the path of launch/train.sh, which srun starts on the nodes; CONFIG; overrides."""
     try:
         return start(argv[0], argv[1:], os.environ)
     except UserError as error:
@@ -238,5 +247,5 @@ def main(argv: Sequence[str]) -> int:
     except RendezvousError as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    except KeyboardInterrupt:  # while it waited for other machines
+    except KeyboardInterrupt:  # during the rendezvous
         return 130

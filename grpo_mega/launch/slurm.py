@@ -1,4 +1,4 @@
-"""What Slurm tells a task about its step. Imports no torch: the launcher starts without it."""
+"""The environment variables that Slurm sets for a task. Imports no torch: the launcher starts without it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from grpo_mega.types import UserError
 
-# Slurm numbers the batch script's, the interactive shell's and other steps that are not started by srun from the top.
+# Steps that srun does not start (batch script, interactive shell) have the highest step numbers.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 def positive_int(env: Mapping[str, str], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """An integer >= `least` from the environment.
+    """Read an integer >= `least` from the environment.
 
     Raises:
-        UserError: it is missing without a default, or is not such a number.
+        UserError: the variable is unset without a default, or has another value.
     """
     text = env.get(key, "" if default is None else str(default))
     if not text.isdecimal() or int(text) < least:
@@ -28,7 +28,7 @@ def positive_int(env: Mapping[str, str], key: str, default: int | None = None, *
 
 @dataclass(frozen=True)
 class SlurmStep:
-    """A task of a step that srun has started: its numbers, and the tasks on each node."""
+    """A task of a step that srun started: its numbers, and the number of tasks on each node."""
 
     task: int
     local_task: int
@@ -39,20 +39,20 @@ class SlurmStep:
 
     @property
     def one_task_per_node(self) -> bool:
-        """Then the task is the agent of its node; also where each node has one rank."""
+        """True if the task is the agent of its node, even if each node has one rank."""
         return self.num_tasks == self.num_nodes
 
 
 def in_step(env: Mapping[str, str]) -> bool:
-    """Inside a step of srun's, not in a batch script or an interactive shell."""
+    """Return True inside a step that srun started, and False in a batch script or an interactive shell."""
     return "SLURM_PROCID" in env and int(env.get("SLURM_STEP_ID", _FIRST_SPECIAL_STEP)) < _FIRST_SPECIAL_STEP
 
 
 def slurm_step(env: Mapping[str, str]) -> SlurmStep:
-    """Reads the variables of a task.
+    """Read the variables of a task.
 
     Raises:
-        UserError: one that Slurm always sets is missing or is no number.
+        UserError: a variable that Slurm always sets is missing or is not a number.
     """
     num_tasks = positive_int(env, "SLURM_STEP_NUM_TASKS", positive_int(env, "SLURM_NTASKS", 1))
     num_nodes = positive_int(env, "SLURM_STEP_NUM_NODES", positive_int(env, "SLURM_NNODES", 1))
@@ -68,11 +68,11 @@ def slurm_step(env: Mapping[str, str]) -> SlurmStep:
 
 
 def tasks_per_node(text: str) -> tuple[int, ...]:
-    """`2(x3),1`, as Slurm shortens it, is (2, 2, 2, 1)."""
+    """Expand Slurm's short form: `2(x3),1` gives (2, 2, 2, 1)."""
     found: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
         if match is None:
-            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text} is not written as Slurm writes it, like 2(x3),1")
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text} must have the form that Slurm uses, for example 2(x3),1")
         found += [int(match[1])] * int(match[2] or 1)
     return tuple(found)

@@ -1,10 +1,10 @@
-"""Watches the ranks of one machine: starts them, passes signals on, ends all when one fails, says which one it was.
+"""Supervise the ranks of one machine: start them, forward signals, and end all when one fails.
 
-torchrun is not used for this: it answers every failure with exit code 1 and a traceback of its own, and its
-TORCHELASTIC_* variables make an engine's child processes wait for a store that nobody hosts. Invariants, each with a
-test in tests/unit/launch/test_main.py: the exit code is the first failing rank's, also where that is on another
-machine; that rank's last lines end the screen; no rank outlives this process; a wish to stop
-(grpo_mega/parallel/stop_signal.py) reaches every rank and ends none.
+torchrun is not used: it turns every failure into exit code 1 with its own traceback, and its TORCHELASTIC_* variables
+make an engine's child processes wait for a store that does not exist. Invariants, each with a test in
+tests/unit/launch/test_main.py: the exit code is that of the rank that failed first, even on another machine; the last
+lines of that rank are the last ones on the screen; no rank outlives this process; a stop request
+(grpo_mega/parallel/stop_signal.py) is forwarded to every rank and ends none.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from grpo_mega.launch.rendezvous import Rendezvous
 from grpo_mega.parallel.stop_signal import EXIT_CODE, STOP_SIGNAL, expect_stop, take_stop
 
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a rank may be writing its last log line
-_LISTEN_SECONDS = 0.2  # a signal that comes just before a blocking wait is handled only when the wait ends
-_TAIL_LINES = 40  # of a rank's stderr, kept to be shown again
-_MAX_TAIL_CHARACTERS = 20000  # of what other machines are told
+_POLL_SECONDS = 0.2  # a signal that arrives just before a blocking wait is handled only after the wait
+_TAIL_LINES = 40  # of each rank's stderr, kept to be printed again after a failure
+_MAX_TAIL_CHARACTERS = 20000  # of the text that is sent to other machines
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def _die_with_parent() -> None:
-    """Runs in the child before exec: the kernel ends it when the agent is gone, even by SIGKILL."""
+    """Have the kernel kill this child when its parent exits, even by SIGKILL. Runs in the child before exec."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class _Screen:
-    """Forwards each rank's stderr line by line and knows who wrote last."""
+class _StderrForwarder:
+    """Forwards each rank's stderr line by line and records which rank wrote last."""
 
     def __init__(self, num_ranks: int) -> None:
         self.tails: list[deque[bytes]] = [deque(maxlen=_TAIL_LINES) for _ in range(num_ranks)]
@@ -48,7 +48,7 @@ class _Screen:
         self._lock = threading.Lock()
 
     def forward(self, local_rank: int, descriptor: int) -> None:
-        """Until the pipe closes. A carriage return ends a line too: progress bars have no other."""
+        """Forward lines until the pipe closes. A carriage return also ends a line: progress bars use it."""
         rest = b""
         while chunk := os.read(descriptor, 65536):
             *lines, rest = (rest + chunk).replace(b"\r", b"\r\n").split(b"\n")
@@ -61,14 +61,14 @@ class _Screen:
         with self._lock:
             self.tails[local_rank].extend(lines)
             self.last_writer = local_rank
-            # A line that ended with a carriage return keeps it and gets no newline: the next one overwrites it.
+            # A line that ends with a carriage return gets no newline: the next line overwrites it.
             sys.stderr.buffer.write(b"".join(line if line.endswith(b"\r") else line + b"\n" for line in lines))
             sys.stderr.buffer.flush()
 
 
 @dataclass(frozen=True)
-class _End:
-    """A rank of this machine has ended with `code`; or, where `rank` is None, the job has failed elsewhere."""
+class _RankExit:
+    """Exit of a rank of this machine with `code`; or, if `rank` is None, a failure on another machine."""
 
     rank: int | None
     code: int
@@ -76,12 +76,12 @@ class _End:
 
 
 class _Ranks:
-    """The processes of this machine's ranks. Each leads a process group, which holds its own children too."""
+    """The processes of this machine's ranks. Each leads a process group that also holds its children."""
 
     def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> None:
         self.names = [env["RANK"] for env in environments]
-        self.screen = _Screen(len(environments))
-        self.ends: queue.SimpleQueue[_End] = queue.SimpleQueue()  # as they happen
+        self.screen = _StderrForwarder(len(environments))
+        self.exits: queue.SimpleQueue[_RankExit] = queue.SimpleQueue()  # as they happen
         self.processes = [
             subprocess.Popen(
                 command,
@@ -109,26 +109,26 @@ class _Ranks:
         self.screen.forward(rank, pipe.fileno())
 
     def _wait(self, rank: int) -> None:
-        self.ends.put(_End(rank, self.processes[rank].wait()))
+        self.exits.put(_RankExit(rank, self.processes[rank].wait()))
 
-    def next_end(self) -> _End:
-        """The next rank that ends; meanwhile a wish to stop is passed on to the ranks, not to their children."""
+    def next_exit(self) -> _RankExit:
+        """Wait for the next exit. Meanwhile, forward a stop request to the ranks, but not to their children."""
         while True:
             if take_stop():
                 for process in self.processes:
                     if process.returncode is None:
                         process.send_signal(STOP_SIGNAL)
             with suppress(queue.Empty):
-                return self.ends.get(timeout=_LISTEN_SECONDS)
+                return self.exits.get(timeout=_POLL_SECONDS)
 
     def send(self, number: int) -> None:
-        """A signal to every rank that still runs, and to its children."""
+        """Send a signal to every rank that is still running, and to its children."""
         for process in self.processes:
             if process.returncode is None:
                 _signal_group(process.pid, number)
 
-    def end(self) -> None:
-        """SIGTERM, then SIGKILL to what is left of every process group."""
+    def terminate(self) -> None:
+        """Send SIGTERM, then SIGKILL to the processes that are still running after 10 s."""
         self.send(signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_SECONDS
         while any(process.returncode is None for process in self.processes) and time.monotonic() < deadline:
@@ -147,12 +147,12 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def exit_code_of(return_code: int) -> int:
-    """2 stays 2 (the user's input), 130 an interruption; everything else is 1: a failure of ours or of the machine."""
+    """Map a return code to an exit code: 0, 2 (wrong input) and 130 (interrupted) stay; all others become 1."""
     return return_code if return_code in (0, 2, 130) else 1
 
 
 def _report(ranks: _Ranks, failed: int, return_code: int) -> str:
-    """Makes the failed rank's own message the last thing on the screen; returns it for the other machines."""
+    """Print the failed rank's last lines as the last text on the screen. Return them for the other machines."""
     tail = [line.decode(errors="replace") for line in ranks.screen.tails[failed]]
     cause: list[str] = []
     if return_code < 0:
@@ -177,34 +177,36 @@ def _show(text: str) -> None:
 def run_ranks(
     command: Sequence[str], environments: Sequence[Mapping[str, str]], meeting: Rendezvous | None = None
 ) -> int:
-    """Runs `command` once per environment and waits for all; the first that fails ends the others.
+    """Run `command` once per environment and wait for all ranks. The first failure ends the others.
 
     Args:
-        command: of a rank.
-        environments: one for each rank of this machine.
-        meeting: with the agents of the other machines, where there are any: what fails there ends the ranks here.
+        command: that starts a rank.
+        environments: one per rank of this machine.
+        meeting: rendezvous with the other machines, if any; a failure there ends the ranks of this machine.
 
     Returns:
-        0 when every rank returned 0, 130 after a signal or a wish to stop, else that of the rank that failed first
-        (`exit_code_of`).
+        0 if every rank returned 0; 130 after a signal or a stop request; else the exit code of the rank that failed
+        first (`exit_code_of`).
     """
     received: list[int] = []
     ranks: _Ranks | None = None
 
-    def pass_on(number: int, _frame: FrameType | None) -> None:
+    def forward_signal(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if ranks is not None:
-            # A rank that waits inside a collective hears nothing else: the second Ctrl-C means it.
+            # A rank that waits in a collective handles no other signal: the second Ctrl-C kills.
             ranks.send(number if len(received) == 1 else signal.SIGKILL)
 
     expect_stop()
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    previous = {
+        number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     try:
         ranks = _Ranks(command, environments)
-        if received:  # while they were started
+        if received:  # while the ranks were started
             ranks.send(received[0])
         if meeting is not None:
-            meeting.watch(lambda code, text: ranks.ends.put(_End(None, code, text)))
+            meeting.watch(lambda code, text: ranks.exits.put(_RankExit(None, code, text)))
         return _wait_for_all(ranks, received, meeting)
     finally:
         for number, handler in previous.items():
@@ -214,22 +216,24 @@ def run_ranks(
 def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Rendezvous | None) -> int:
     stopped = False
     for _ in ranks.processes:
-        end = ranks.next_end()
-        if end.rank is None:
-            ranks.end()
-            _show(end.text)
-            return end.code
-        if end.code == EXIT_CODE:  # all ranks have agreed on it: the others are about to end, too
+        exited = ranks.next_exit()
+        if exited.rank is None:
+            ranks.terminate()
+            _show(exited.text)
+            return exited.code
+        if exited.code == EXIT_CODE:  # all ranks agreed to stop: the others exit soon
             stopped = True
-        elif end.code != 0:
-            ranks.readers[end.rank].join(timeout=0.5)  # its last lines before those of ranks that it takes along
-            ranks.end()
-            code = 130 if received else exit_code_of(end.code)
+        elif exited.code != 0:
+            ranks.readers[exited.rank].join(
+                timeout=0.5
+            )  # print its last lines before those of the ranks that it makes fail
+            ranks.terminate()
+            code = 130 if received else exit_code_of(exited.code)
             text = f"launch: interrupted on {socket.gethostname()}\n"
             if not received:
-                text = _report(ranks, end.rank, end.code)
+                text = _report(ranks, exited.rank, exited.code)
             if meeting is not None:
-                meeting.tell(code, text)
+                meeting.report_failure(code, text)
             return code
     for reader in ranks.readers:
         reader.join(timeout=1.0)

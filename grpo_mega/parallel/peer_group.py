@@ -1,9 +1,9 @@
-"""Ranks that speak with each other: those of the job, or those of the job and of its engine servers together.
+"""Groups of ranks that exchange objects and tensors: the ranks of a job, alone or with those of its engine servers.
 
-`job_peer_group` is torch.distributed's default group. `join_peers` makes a group beside it, over a store that one of
-its ranks has opened, so that programs that each have a default group of their own can meet; it touches neither. What
-ranks tell each other is pickled, but nothing that is read can call anything: only plain values and the project's own
-dataclasses, arrays of numbers and dtypes are made. Asserted by tests/parallel/test_world.py.
+`job_peer_group` is torch.distributed's default group. `join_peers` forms a second group over a store that one rank
+opened, so that several programs, each with its own default group, can communicate. It changes no default group.
+Objects are pickled, but reading them cannot run code: the unpickler accepts only plain values, the project's
+dataclasses, numeric arrays and dtypes. Asserted by tests/parallel/test_peer_group.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch._C._distributed_c10d import (  # torch.distributed has these names, a
 
 T = TypeVar("T")
 
-_LOOK_SECONDS = 1.0  # between two looks whether somebody is known to be gone
+_POLL_SECONDS = 1.0  # between two calls of `check_others`
 _ARRAYS = {
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
@@ -40,18 +40,20 @@ _ARRAYS = {
 }
 
 
-def _nobody_is_gone() -> None:
+def _no_check() -> None:
     pass
 
 
 @dataclass(frozen=True)
 class PeerGroup:
-    """Some ranks, this one among them. `check_others` raises RuntimeError when a rank is known to be gone; every wait
-    for others looks there now and then."""
+    """A group of ranks that includes this rank.
+
+    `check_others` raises RuntimeError when another rank is known to be gone; long waits call it every second.
+    """
 
     group: dist.ProcessGroup
     store: Store
-    check_others: Callable[[], None] = _nobody_is_gone
+    check_others: Callable[[], None] = _no_check
 
     @property
     def rank(self) -> int:
@@ -62,7 +64,7 @@ class PeerGroup:
         return self.group.size()
 
     def gather(self, value: T) -> list[T]:
-        """Collective: one object from every rank, in the order of the ranks."""
+        """Return one object from every rank, in the order of the ranks. Collective."""
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.group)
@@ -76,46 +78,46 @@ class PeerGroup:
         ]
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Collective: the tensor of rank `source`, into everybody's."""
+        """Copy the tensor of rank `source` into the tensors of all other ranks. Collective."""
         options = BroadcastOptions()
         options.rootRank = source
         self.group.broadcast([tensor], options).wait()
 
     def await_keys(self, keys: Sequence[str], seconds: float) -> None:
-        """Until all are in the store.
+        """Wait until all keys are in the store.
 
         Raises:
-            RuntimeError: not in time, the store is gone, or another rank is.
+            RuntimeError: a key is missing after `seconds`, or the store or another rank is gone.
         """
         end = time.monotonic() + seconds
         while True:
             left = end - time.monotonic()
             try:
-                self.store.wait(list(keys), timedelta(seconds=max(0.001, min(_LOOK_SECONDS, left))))
+                self.store.wait(list(keys), timedelta(seconds=max(0.001, min(_POLL_SECONDS, left))))
                 return
             except dist.DistStoreError:
                 self.check_others()
-                if left <= _LOOK_SECONDS:
+                if left <= _POLL_SECONDS:
                     raise
 
 
 def job_peer_group() -> PeerGroup:
-    """All ranks of this program."""
+    """Return the group of all ranks of this job."""
     group = dist.group.WORLD
     assert group is not None, "the job's process group exists"
     return PeerGroup(group, dist.distributed_c10d._get_default_store())
 
 
 def open_store(timeout_seconds: float) -> TCPStore:
-    """On a port of its own, for all interfaces of this machine."""
+    """Open a store on a free port, on all interfaces of this machine."""
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
 
 def find_store(address: str, port: int, timeout_seconds: float) -> TCPStore:
-    """One that another rank has opened.
+    """Connect to a store that another rank opened.
 
     Raises:
-        RuntimeError: nobody answers there.
+        RuntimeError: no store answers at this address.
     """
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=timeout_seconds))
 
@@ -125,33 +127,34 @@ def join_peers(
     rank: int,
     names: Sequence[str],
     timeout_seconds: float,
-    check_others: Callable[[], None] = _nobody_is_gone,
+    check_others: Callable[[], None] = _no_check,
 ) -> PeerGroup:
-    """Collective over `len(names)` ranks of any programs.
+    """Form a group of `len(names)` ranks, which may belong to different programs. Collective.
 
     Args:
-        store: the same for all.
-        rank: of this one.
-        names: who each of them is, for messages.
-        timeout_seconds: of every wait.
+        store: connection to one store, the same for all ranks.
+        rank: of this process in the group.
+        names: of all ranks, for messages.
+        timeout_seconds: limit of every wait.
         check_others: as in `PeerGroup`.
 
     Raises:
-        RuntimeError: names who did not come.
+        RuntimeError: not all ranks joined in time (names the missing ranks).
     """
     keys = [f"here/{each}" for each in range(len(names))]
     store.set(keys[rank], "")
-    meeting = PeerGroup(cast("dist.ProcessGroup", None), store, check_others)
+    pending = PeerGroup(cast("dist.ProcessGroup", None), store, check_others)
     try:
-        meeting.await_keys(keys, timeout_seconds)
+        pending.await_keys(keys, timeout_seconds)
     except dist.DistStoreError as error:
-        absent = ", ".join(name for name, key in zip(names, keys, strict=True) if not store.check([key]))
-        raise RuntimeError(f"{names[rank]} waited in vain for {absent or 'nobody, at the second look'}") from error
+        missing = ", ".join(name for name, key in zip(names, keys, strict=True) if not store.check([key]))
+        reason = f"waiting for {missing}" if missing else "although all ranks had joined when they were checked again"
+        raise RuntimeError(f"{names[rank]} timed out after {timeout_seconds:g} s, {reason}") from error
     return PeerGroup(_make_group(store, rank, len(names), timedelta(seconds=timeout_seconds)), store, check_others)
 
 
 def _make_group(store: Store, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroup:
-    """Gloo for what lies on the host, with CUDA NCCL for what lies on a device."""
+    """Make a group that uses gloo for tensors on the host and, with CUDA, NCCL for tensors on a device."""
     group = dist.ProcessGroup(PrefixStore("group", store), rank, size)
     kinds = dist.ProcessGroup.BackendType
     gloo = ProcessGroupGloo(PrefixStore("gloo", store), rank, size, timeout)
@@ -177,13 +180,13 @@ class _PlainUnpickler(pickle.Unpickler):
             found = getattr(importlib.import_module(module), name, None)
             if isinstance(found, type) and dataclasses.is_dataclass(found):
                 return found
-        raise pickle.UnpicklingError(f"{module}.{name} is nothing that ranks tell each other")
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in rank-to-rank messages")
 
 
 def read_plain(pickled: bytes) -> object:
-    """What was pickled, if it is made of plain values, the project's dataclasses, arrays and dtypes.
+    """Unpickle an object made of plain values, the project's dataclasses, arrays and dtypes.
 
     Raises:
-        pickle.UnpicklingError: it is made of something else (names it).
+        pickle.UnpicklingError: the object contains another type or a function (names it).
     """
     return _PlainUnpickler(io.BytesIO(pickled)).load()

@@ -1,6 +1,6 @@
-"""Which layers each pipeline stage holds: evenly split, uneven at the ends, or an explicit layout. Pure.
+"""The layers of each pipeline stage: split evenly, uneven at the ends, or by an explicit layout. Pure functions.
 
-Stages are in the order of the model: stage i is model chunk i // pp of pipeline rank i % pp.
+Stages are in model order: stage i is model chunk i // pp of pipeline rank i % pp.
 Asserted by tests/unit/parallel/test_pipeline_split.py, and against the built modules by tests/parallel/test_update.py.
 """
 
@@ -14,15 +14,15 @@ from grpo_mega.types import UserError
 
 
 def stage_layers(num_layers: int, parallel: ParallelConfig, where: str) -> list[range]:
-    """The layers of each of the pp * vpp stages; `where` names the model in messages.
+    """Return the layers of each of the pp * vpp stages. `where` names the model in messages.
 
     Raises:
-        UserError: the split does not come out even, the explicit layout does not fit, or a rank has nothing.
+        UserError: the layers do not divide, the explicit layout does not fit, or a rank has no layer.
     """
     if parallel.pipeline_layout is not None:
-        counts = _explicit(parallel.pipeline_layout, num_layers, parallel, where)
+        counts = _layers_per_explicit_stage(parallel.pipeline_layout, num_layers, parallel, where)
     else:
-        per_rank = _per_rank(num_layers, parallel, where)
+        per_rank = _layers_per_rank(num_layers, parallel, where)
         for layers in per_rank:
             if layers % parallel.vpp:
                 raise UserError(
@@ -34,15 +34,15 @@ def stage_layers(num_layers: int, parallel: ParallelConfig, where: str) -> list[
     for rank in range(1, parallel.pp - 1):  # the first has the embedding, the last the head
         if not any(counts[rank :: parallel.pp]):
             raise UserError(
-                f"parallel.pp={parallel.pp}: pipeline rank {rank} has none of the {num_layers} layers of {where}, and "
-                "nothing to compute",
+                f"parallel.pp={parallel.pp}: pipeline rank {rank} must have at least one of the {num_layers} "
+                f"layers of {where}",
                 remedy="give it one in parallel.pipeline_layout, or use fewer stages",
             )
     return [range(begin, end) for begin, end in pairwise([0, *accumulate(counts)])]
 
 
-def _per_rank(num_layers: int, parallel: ParallelConfig, where: str) -> list[int]:
-    """Layers of each pipeline rank."""
+def _layers_per_rank(num_layers: int, parallel: ParallelConfig, where: str) -> list[int]:
+    """Return the number of layers of each pipeline rank."""
     first, last, pp = parallel.num_layers_first_stage, parallel.num_layers_last_stage, parallel.pp
     ends = [n for n in (first, last) if n is not None]
     left, ranks = num_layers - sum(ends), pp - len(ends)
@@ -66,9 +66,11 @@ def _per_rank(num_layers: int, parallel: ParallelConfig, where: str) -> list[int
     return ([first] if first is not None else []) + middle + ([last] if last is not None else [])
 
 
-def _explicit(text: str, num_layers: int, parallel: ParallelConfig, where: str) -> list[int]:
-    """Layers of each stage of an explicit layout: `|` between stages, E the embedding, t a layer, L the head, `x*3` and
-    `(x|y)*3` repeat."""
+def _layers_per_explicit_stage(text: str, num_layers: int, parallel: ParallelConfig, where: str) -> list[int]:
+    """Return the number of layers of each stage of an explicit layout.
+
+    Syntax: `|` between stages, E the embedding, t a layer, L the head; `x*3` and `(x|y)*3` repeat.
+    """
     key = f"parallel.pipeline_layout={text}"
     flat = text.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]+)\)\*(\d+)", r"([Et|L])\*(\d+)"):

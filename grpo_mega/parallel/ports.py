@@ -6,7 +6,7 @@ import socket
 
 
 def port_is_free(port: int) -> bool:
-    """Whether a server could listen on it. SO_REUSEADDR, as the rendezvous store itself sets it."""
+    """Return True if a server can listen on the port. Uses SO_REUSEADDR, as the rendezvous store does."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -18,7 +18,7 @@ def port_is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is free now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -1,6 +1,6 @@
-"""This process among the ranks: its coordinates, its device, and the default process group.
+"""This rank's coordinates and device, and the creation of the default process group.
 
-Everything is named and passed on; nothing here is global but torch.distributed's own default group.
+The only global state is torch.distributed's own default group.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank on the job's grid."""
+    """This rank's place in the job's grid of ranks, and its device."""
 
     topology: Topology
     at: Coordinates
@@ -35,7 +35,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 writes what is written once."""
+        """True on rank 0, which writes the files of the whole job."""
         return self.at.rank == 0
 
     @property
@@ -47,8 +47,8 @@ def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
     """Join the job that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe (gloo, or NCCL with CUDA).
 
     Raises:
-        UserError: MASTER_PORT is taken by another program, MASTER_ADDR leads nowhere, or the machines hold different
-            numbers of ranks.
+        UserError: MASTER_PORT is in use, MASTER_ADDR cannot be reached, or the machines hold different numbers of
+            ranks.
     """
     rank = int(os.environ["RANK"])
     if torch.cuda.is_available():
@@ -67,17 +67,17 @@ def init_ranks(topology: Topology, timeout_seconds: float) -> Ranks:
 
 
 def device_index(local_rank: int, num_devices: int) -> int:
-    """The device of a rank; Slurm may show each of its tasks one device alone, which is number 0 then.
+    """Return the device index of a rank. Slurm may show each task only its own device, which then has index 0.
 
     Raises:
-        UserError: there is none for it.
+        UserError: this machine has fewer devices than ranks.
     """
     if num_devices == 1:
         return 0
     if local_rank >= num_devices:
         raise UserError(
-            f"LOCAL_RANK={local_rank}, but this machine shows {num_devices} GPUs",
-            remedy="start one rank for each, or look at CUDA_VISIBLE_DEVICES",
+            f"LOCAL_RANK={local_rank} must be below the number of visible GPUs, {num_devices}",
+            remedy="start one rank per GPU, or change CUDA_VISIBLE_DEVICES",
         )
     return local_rank
 
@@ -88,14 +88,14 @@ def _join(backend: str, timeout_seconds: float) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         reason = str(error).split(" - ")[0].splitlines()[0]
         raise UserError(
-            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}: the ranks did "
-            f"not meet within {timeout_seconds:g} s ({reason})",
+            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}, MASTER_PORT={os.environ.get('MASTER_PORT')}: not all "
+            f"ranks connected within {timeout_seconds:g} s ({reason})",
             remedy="set MASTER_ADDR to the address of the machine of rank 0 and start all ranks",
         ) from error
 
 
 def _require_even_machines(world_size: int) -> None:
-    """Layouts place tensor-parallel and engine groups inside machines: all hold the same number of ranks."""
+    """Raise UserError if machines hold different numbers of ranks: groups of ranks must not cross machines unevenly."""
     if world_size == 1 or "LOCAL_WORLD_SIZE" not in os.environ:
         return
     mine = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -104,18 +104,18 @@ def _require_even_machines(world_size: int) -> None:
     if len(set(counts)) > 1:
         raise UserError(
             f"the machines of this job hold different numbers of ranks ({', '.join(map(str, sorted(set(counts))))}): "
-            "layouts need the same on each",
-            remedy="use machines with as many GPUs, or set run.world_size to what all can hold",
+            "every machine must have the same number",
+            remedy="use machines with the same number of GPUs, or set run.world_size to what all can hold",
         )
 
 
 def _require_free(port: int) -> None:
     if not port_is_free(port):
-        raise UserError(f"MASTER_PORT={port} is in use on this machine", remedy="choose another")
+        raise UserError(f"MASTER_PORT={port} is in use on this machine", remedy="choose another port")
 
 
 def agreed(action: Callable[[], T], ranks: Ranks) -> T:
-    """The result of `action`, run on rank 0, on every rank; what it raises is raised on every rank.
+    """Run `action` on rank 0 and return its result, or raise its exception, on every rank. Collective.
 
     A rank that fails alone would leave the others waiting in the next collective.
     """
@@ -123,7 +123,7 @@ def agreed(action: Callable[[], T], ranks: Ranks) -> T:
     if ranks.is_first:
         try:
             outcome[0] = action()
-        except Exception as error:  # passed on to all ranks
+        except Exception as error:  # raised on all ranks
             outcome[0] = error
     if ranks.topology.world_size > 1:
         dist.broadcast_object_list(outcome, src=0)

@@ -1,8 +1,8 @@
-"""A wish to stop: SIGUSR1, which Slurm sends some minutes before a job's time limit (launch/slurm.sbatch).
+"""Stop requests: SIGUSR1, which Slurm sends a few minutes before a job's time limit (launch/slurm.sbatch).
 
-The signal is blocked from the start of every process and looked for at the end of each step. A blocked signal is
-inherited by children and ends none of them, while the default action would end reward workers and engines half way.
-Imports no torch at the top: the launcher passes the wish on without it. Tests: tests/e2e/test_resume.py.
+Every process blocks the signal from its start, and the training loop checks for it at the end of each step. Children
+inherit the blocked signal, so it does not end reward workers and engines as its default action would. Imports no torch
+at the top, because the launcher forwards stop requests without it. Tests: tests/e2e/test_resume.py.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 STOP_SIGNAL = signal.SIGUSR1
 EXIT_CODE = 130
-"""Interrupted: neither done nor failed; the same command continues."""
+"""Exit code of an interrupted run, which the same command continues."""
 
 
-class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run left after a step, on a wish; its checkpoint is complete."""
+class Stopped(Exception):  # noqa: N818 - it is not an error
+    """The run stopped after a step because of a stop request; its checkpoint is complete."""
 
 
 def expect_stop() -> None:
-    """From now on the signal waits until somebody looks; called before other threads and processes exist."""
+    """Block the signal until it is checked. Call before other threads and processes are started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {STOP_SIGNAL})
 
 
 def take_stop() -> bool:
-    """Whether the signal has come since the last call."""
+    """Return True if the signal arrived since the last call."""
     if STOP_SIGNAL not in signal.sigpending():
         return False
     signal.sigwait({STOP_SIGNAL})
@@ -36,7 +36,7 @@ def take_stop() -> bool:
 
 
 def stop_wanted(ranks: Ranks) -> bool:
-    """Collective: has any rank been asked? The signal stays where it is, so every later call says the same."""
+    """Return True on all ranks if any rank received the signal, which stays pending. Collective."""
     wanted = STOP_SIGNAL in signal.sigpending()
     if ranks.topology.world_size == 1:
         return wanted

@@ -1,9 +1,9 @@
-"""The rank grid of a job, as arithmetic: who shares an axis with whom, and who forms an engine replica.
+"""The rank grid of a job: which ranks form each parallel axis, and which ranks form an engine replica. Pure arithmetic.
 
-Pure: no process group exists here. Order of the axes, fastest first, is Megatron's "tp-cp-ep-dp-pp": the dense layers
-lie on tp, cp, dp, pp, the experts on etp, ep, edp, pp over the same ranks. Engine replicas are contiguous runs of
-`engine_tp * engine_dp` ranks, tp fastest, that step together; each run of `engine_tp` ranks in it samples prompts of
-its own, a share. Where engines are servers elsewhere, each serves a contiguous run of `engine_ranks`, which is a share.
+The order of the axes, fastest first, is Megatron's "tp-cp-ep-dp-pp". Dense layers use the axes tp, cp, dp, pp; experts
+use etp, ep, edp, pp over the same ranks. An engine replica is a contiguous block of `engine_tp * engine_dp` ranks, tp
+fastest, that step together. Each block of `engine_tp` ranks in it samples its own prompt shard. If engines run as
+servers, each server samples for a contiguous block of `engine_ranks` ranks, which is one prompt shard.
 Asserted by tests/unit/parallel/test_topology.py, and against Megatron's own groups by tests/parallel.
 """
 
@@ -18,7 +18,7 @@ from grpo_mega.types import UserError
 
 @dataclass(frozen=True)
 class Coordinates:
-    """One rank's place on the three grids: dense layers, experts, engines."""
+    """Coordinates of one rank in the three grids: dense layers, experts, engines."""
 
     rank: int
     tp_rank: int
@@ -32,13 +32,15 @@ class Coordinates:
     engine_tp_rank: int
     engine_dp_rank: int
     share: int
-    """Which part of the prompts this rank samples, of `Topology.num_shares`."""
+    """Index of the prompt shard that this rank samples, below `Topology.num_shares`."""
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Sizes of the axes; `world_size` is `tp * cp * dp * pp`, `etp * ep * edp * pp`, and `num_replicas * engine_tp *
-    engine_dp`."""
+    """Sizes of the parallel axes.
+
+    `world_size` equals `tp * cp * dp * pp`, `etp * ep * edp * pp`, and `num_replicas * engine_tp * engine_dp`.
+    """
 
     world_size: int
     tp: int = 1
@@ -50,10 +52,10 @@ class Topology:
     vpp: int = 1
     engine_dp: int = 1
     engine_servers: int = 0
-    """Engines elsewhere; 0: they are on these ranks."""
+    """Number of engine servers; 0: the engines run on the ranks of the job."""
 
     def __post_init__(self) -> None:
-        """Raises UserError when the layout does not divide the ranks."""
+        """Raise UserError if the layout does not divide the ranks."""
         require_whole_grids(self.world_size, tp=self.tp, cp=self.cp, pp=self.pp, ep=self.ep, etp=self.etp)
         if self.engine_servers:
             require_equal_parts(self.world_size, self.engine_servers)
@@ -68,7 +70,7 @@ class Topology:
 
     @classmethod
     def of(cls, config: Config, world_size: int) -> Topology:
-        """The layout of a config on so many ranks."""
+        """Return the layout of a config on `world_size` ranks."""
         axes = config.parallel
         return cls(
             world_size,
@@ -85,27 +87,27 @@ class Topology:
 
     @property
     def dp(self) -> int:
-        """Ranks with the same weights of the dense layers and different rollouts."""
+        """Data-parallel size: ranks with the same shard of the dense layers and different rollouts."""
         return self.world_size // (self.tp * self.cp * self.pp)
 
     @property
     def edp(self) -> int:
-        """Ranks with the same experts."""
+        """Data-parallel size of the experts: ranks with the same shard of the experts."""
         return self.world_size // (self.etp * self.ep * self.pp)
 
     @property
     def engine_size(self) -> int:
-        """Ranks of one engine replica, wherever they are."""
+        """Number of ranks of one engine replica, in the job or in a server."""
         return self.engine_tp * self.engine_dp
 
     @property
     def engine_ranks(self) -> int:
-        """Ranks of this job that run one engine replica, or that one serves."""
+        """Number of this job's ranks that run one engine replica, or that one server samples for."""
         return self.world_size // self.engine_servers if self.engine_servers else self.engine_size
 
     @property
     def num_server_ranks(self) -> int:
-        """Devices beside those of this job: all ranks of all servers."""
+        """Number of devices outside of this job: all ranks of all servers."""
         return self.engine_servers * self.engine_size
 
     @property
@@ -114,17 +116,20 @@ class Topology:
 
     @property
     def share_size(self) -> int:
-        """Ranks that sample the same prompts."""
+        """Number of ranks that sample the same prompt shard."""
         return self.engine_ranks if self.engine_servers else self.engine_tp
 
     @property
     def num_shares(self) -> int:
-        """Parts into which the engines divide the prompts."""
+        """Number of prompt shards."""
         return self.world_size // self.share_size
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Inverse of rank = tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
-        = etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank))."""
+        """Return the coordinates of a rank.
+
+        Inverse of rank = tp_rank + tp * (cp_rank + cp * (dp_rank + dp * pp_rank))
+        = etp_rank + etp * (ep_rank + ep * (edp_rank + edp * pp_rank)).
+        """
         return Coordinates(
             rank=rank,
             tp_rank=rank % self.tp,
@@ -141,19 +146,19 @@ class Topology:
         )
 
     def replica_ranks(self, replica: int) -> list[int]:
-        """Ranks of one engine, in its own order: tensor-parallel ranks are neighbours; or those that it serves."""
+        """Return the ranks of one replica, tensor-parallel ranks adjacent; with servers, the ranks that it serves."""
         return list(range(replica * self.engine_ranks, (replica + 1) * self.engine_ranks))
 
     def share_ranks(self, share: int) -> list[int]:
-        """Ranks that sample the same prompts, in their tensor-parallel order."""
+        """Return the ranks that sample one prompt shard, in tensor-parallel order."""
         return list(range(share * self.share_size, (share + 1) * self.share_size))
 
     def loss_rank(self, dp_rank: int) -> int:
-        """The first rank of the last pipeline stage of one data-parallel replica: it has the log-probs."""
+        """Return the first rank of the last pipeline stage of a data-parallel replica: it has the log-probs."""
         return self.tp * self.cp * (dp_rank + self.dp * (self.pp - 1))
 
     def describe(self, rank: int) -> str:
-        """For messages: `rank 5 | dp 1/2 pp 0/2 tp 1/2`; cp and ep where they are more than 1."""
+        """Format a rank for messages: `rank 5 | dp 1/2 pp 0/2 tp 1/2`; with cp and ep if they are above 1."""
         at = self.coordinates(rank)
         axes = [("dp", at.dp_rank, self.dp), ("pp", at.pp_rank, self.pp), ("tp", at.tp_rank, self.tp)]
         more = [("cp", at.cp_rank, self.cp), ("ep", at.ep_rank, self.ep)]

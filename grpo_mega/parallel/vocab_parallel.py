@@ -1,15 +1,15 @@
 """Log-probs and entropy of one packed row, from hidden states and this rank's rows of the head.
 
-The logits [T, V/tp] never exist: rows of T are taken in slices, in the backward pass too, which computes a slice's
-logits again. Each slice is reduced to four numbers per token; those of all slices are combined over the TP ranks by one
-all_gather at the end of the forward pass. The backward pass communicates nothing.
+The full logits [T, V/tp] are never materialized: both passes process slices of T, and the backward pass recomputes the
+logits of each slice. Each slice is reduced to four numbers per token; those of all slices are combined over the TP
+ranks by one all_gather at the end of the forward pass. The backward pass communicates nothing.
 
 Rank r holds rows [r * V_pad/tp, (r + 1) * V_pad/tp) of the padded head. Rows from `vocab_size` on are padding: they
-take no part in softmax or entropy, whatever they hold, and their gradient is zero.
+are excluded from softmax and entropy, whatever their values, and their gradient is zero.
 
-Invariants: equal to log_softmax of the whole (test_values_and_gradients_equal_float64_log_softmax), for every slice
-size (test_slices_of_any_size_give_the_same), with garbage in the padding (test_padding_rows_are_inert) and for every tp
-(test_gloo_ranks_agree_bit_for_bit_with_one_collective).
+Invariants: equal to log_softmax over the whole vocabulary (test_values_and_gradients_equal_float64_log_softmax), for
+every slice size (test_slices_of_any_size_give_the_same), with garbage in the padding (test_padding_rows_are_inert) and
+for every tp (test_gloo_ranks_agree_bit_for_bit_with_one_collective).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Two float32 buffers [slice, V/tp] together: large enough for the matrix products to run at full speed.
+# Size of two float32 buffers [slice, V/tp] together: large enough for matrix products at full speed.
 SLICE_BYTES = 128 * 2**20
 
 
@@ -37,30 +37,31 @@ def vocab_parallel_log_probs(
     group: dist.ProcessGroup | None,
     slice_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob log softmax(z)[label] and entropy -sum_v p_v log p_v of z = hidden @ weight^T / temperature.
+    """Return log-probs log softmax(z)[label] and entropies -sum_v p_v log p_v of z = hidden @ weight^T / temperature.
 
     The product is computed in the dtype of `hidden` and `weight`, everything after it in float32. Both results carry
     gradient: d log_prob / dz_v = 1[v = label] - p_v and d entropy / dz_v = -p_v (log p_v + entropy). Without grad mode
-    nothing outlives the call but the results.
+    no other tensor is kept after the call.
 
-    Under TP the gradient of `hidden` is this rank's *partial* sum, over its own rows of the head: the caller puts in
-    front of `hidden` what is identity forward and all-reduce backward (or, with sequence parallelism, all-gather
-    forward and reduce-scatter backward). The gradient of `weight` is complete.
+    Under TP the gradient of `hidden` is this rank's *partial* sum, over its own rows of the head: the caller must
+    apply an operation to `hidden` that is identity forward and all-reduce backward (with sequence parallelism:
+    all-gather forward and reduce-scatter backward). The gradient of `weight` is complete.
 
     Args:
         hidden: [T, H], the same on all ranks of `group`.
         weight: [V_pad/tp, H], this rank's rows of the head.
-        labels: [T] int64 in [0, vocab_size), the predicted tokens; positions that are not trained on need one too.
+        labels: [T] int64 in [0, vocab_size), the predicted tokens, also at positions that are not trained on.
         temperature: > 0; divides the logits.
         vocab_size: rows of the whole head without padding.
         group: the TP ranks in the order of their rows; None: this rank holds all rows.
-        slice_tokens: tokens per slice; None: as many as SLICE_BYTES hold, at least one.
+        slice_tokens: tokens per slice; None: as many as fit into SLICE_BYTES, at least one.
 
     Returns:
         log_probs [T] and entropy [T], float32, bit-identical on all ranks of `group`.
 
     Raises:
-        ValueError: temperature <= 0, slice_tokens < 1, vocab_size beyond the rows of the group, or a label outside of
+        ValueError: temperature <= 0, slice_tokens < 1, vocab_size above the number of rows of the group, or a label
+        outside of
             the vocabulary (names the position).
     """
     tp = 1 if group is None else dist.get_world_size(group)
@@ -88,7 +89,7 @@ def vocab_parallel_log_probs(
 
 @dataclass(frozen=True)
 class _Shard:
-    """The rows [first_row, first_row + num_rows) of the vocabulary on this rank, without padding, and how T is cut."""
+    """This rank's rows [first_row, first_row + num_rows) of the vocabulary, without padding, and the slice size."""
 
     first_row: int
     num_rows: int
@@ -100,11 +101,11 @@ class _Shard:
         return [slice(t, min(t + self.slice_tokens, num_tokens)) for t in range(0, num_tokens, self.slice_tokens)]
 
     def buffer(self, like: Tensor) -> Tensor:
-        """One float32 [slice_tokens, num_rows], for every slice in turn."""
+        """Return a float32 buffer [slice_tokens, num_rows] that all slices reuse."""
         return torch.empty(self.slice_tokens, self.num_rows, dtype=torch.float32, device=like.device)
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """Scaled logits hidden @ weight^T / temperature in float32, in the first rows of `out`: [t, num_rows]."""
+        """Compute hidden @ weight^T / temperature in float32 into the first rows of `out`: [t, num_rows]."""
         out = out[: len(hidden)]
         if hidden.dtype == torch.float32:
             torch.mm(hidden, weight.t(), out=out)
@@ -113,14 +114,14 @@ class _Shard:
         return out if self.temperature == 1 else out.div_(self.temperature)
 
     def local_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels as rows of this shard [t, 1] (0 where another rank has them), and whether they are here [t, 1]."""
+        """Return labels as rows of this shard [t, 1], 0 where the row is not local, and a mask of local rows [t, 1]."""
         rows = (labels - self.first_row).unsqueeze(1)
         here = (rows >= 0) & (rows < self.num_rows)
         return torch.where(here, rows, 0), here
 
 
 def _slice_tokens(num_tokens: int, num_rows: int, wanted: int | None) -> int:
-    """Tokens per slice: at most what was asked for or fits, evened out so that the last slice is not a sliver."""
+    """Return the tokens per slice: at most `wanted` or what fits, with slices of nearly equal size."""
     if wanted is None:
         wanted = max(1, SLICE_BYTES // (2 * 4 * num_rows))
     if wanted < 1:
@@ -130,10 +131,10 @@ def _slice_tokens(num_tokens: int, num_rows: int, wanted: int | None) -> int:
 
 
 def _partials(hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> Tensor:
-    """[4, T] of this shard: m = max z; s = sum exp(z - m); u = sum exp(z - m) (z - m); z[label], or 0 if not here."""
+    """Return [4, T]: m = max z; s = sum exp(z - m); u = sum exp(z - m) (z - m); z[label], or 0 if not local."""
     partials = torch.zeros(4, len(labels), dtype=torch.float32, device=hidden.device)
     if shard.num_rows == 0:
-        # Padding only. Not -inf, whose product with s = 0 would be nan when shards are combined.
+        # Only padding. Not -inf: its product with s = 0 would be nan when shards are combined.
         partials[0] = torch.finfo(torch.float32).min
         return partials
     logits_buffer, exp_buffer = shard.buffer(hidden), shard.buffer(hidden)
@@ -151,13 +152,14 @@ def _partials(hidden: Tensor, weight: Tensor, labels: Tensor, shard: _Shard) -> 
 
 
 def _combine(partials: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """Online softmax over shards: M = max m_r, S = sum s_r exp(m_r - M), U = sum exp(m_r - M) (u_r + s_r (m_r - M)).
+    """Combine the softmax of all shards:
+    M = max m_r, S = sum s_r exp(m_r - M), U = sum exp(m_r - M) (u_r + s_r (m_r - M)).
 
     Args:
         partials: [tp, 4, T] in the order of the ranks, so that every rank adds in the same order.
 
     Returns:
-        log_probs = (z[label] - M) - log S, entropy = log S - U / S, and what the backward pass needs: M, S and U / S,
+        log_probs = (z[label] - M) - log S, entropy = log S - U / S, and for the backward pass M, S and U / S,
         the mean of z - M under p. Each [T].
     """
     maxima, sums_exp, sums_exp_z, label_logits = partials.unbind(dim=1)
@@ -171,7 +173,7 @@ def _combine(partials: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Te
 
 
 def _gather(partials: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[4, T] of every rank -> [tp, 4, T]: the one collective."""
+    """Gather [4, T] from every rank into [tp, 4, T]: the only collective."""
     if group is None or dist.get_world_size(group) == 1:
         return partials.unsqueeze(0)
     tp = dist.get_world_size(group)
@@ -199,7 +201,7 @@ class _LogProbs(torch.autograd.Function):
         shard: _Shard = ctx.shard
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        # float32 over the slices also for bfloat16 weights, so that the sum is rounded to bfloat16 once
+        # float32 even for bfloat16 weights, so that the sum over the slices is rounded to bfloat16 only once
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         if shard.num_rows and not (grad_log_probs is None and grad_entropy is None):
             rows = weight[: shard.num_rows]
@@ -227,10 +229,10 @@ def _grad_logits(
     upstream: list[Tensor | None],
     softmax: list[Tensor],
 ) -> Tensor:
-    """Gradient (g (1[v = label] - p_v) - h p_v (log p_v + entropy)) / temperature, in place of z [t, V/tp].
+    """Compute the gradient (g (1[v = label] - p_v) - h p_v (log p_v + entropy)) / temperature, in place of z [t, V/tp].
 
     g and h are the upstream gradients; they and M, S and mean_z of `softmax` are [t, 1]. With p = exp(z - M) / S and
-    log p + entropy = (z - M) - mean_z, no sum of M and log S is rounded, and 1 / S goes into the factors of the row.
+    log p + entropy = (z - M) - mean_z, no sum of M and log S is rounded; 1 / S is part of the row's factor.
     """
     grad_log_probs, grad_entropy = upstream
     maximum, sum_exp, mean_z = softmax
@@ -250,7 +252,7 @@ def _grad_logits(
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to `total`, which is float32: in place, or through one product in the operands' dtype."""
+    """Add left @ right to the float32 tensor `total`, directly or via a product in the operands' dtype."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

@@ -104,7 +104,7 @@ def test_machines_with_different_numbers_of_ranks_are_refused_on_both(checkout: 
     with agents(commands, checkout, tmp_path, machines(2), apart=0) as both:
         for agent in both:
             assert agent.code(180) == 2
-            assert "layouts need the same number on every machine" in agent.screen.read_text()
+            assert "every machine must have the same number" in agent.screen.read_text()
 
 
 def test_a_rank_that_fails_ends_the_other_machine_too_with_its_code_and_words(checkout: Path, tmp_path: Path) -> None:
@@ -154,4 +154,4 @@ def test_ranks_that_meet_without_agents_name_a_wrong_master_addr(tmp_path: Path)
     with agents([command], REPOSITORY, tmp_path, [{**env, "PYTHONPATH": str(REPOSITORY)}], apart=0) as (alone,):
         assert alone.code(120) == 2
     (said,) = [line for line in alone.screen.read_text().splitlines() if line.startswith("error: ")]
-    assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871: the ranks did not meet within 5 s" in said
+    assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871: not all ranks connected within 5 s" in said

@@ -65,7 +65,7 @@ def test_nodes_with_different_numbers_of_tasks_are_refused_with_the_reason(
     command = ("srun", "--nodes=2", "--ntasks=3", "launch/train.sh", *arguments)
     done = cluster.run(*command, cwd=checkout, env=environment())
     assert done.returncode == 2, done.stderr
-    assert "2, 1 tasks on its nodes: layouts need the same number of ranks on every node" in done.stderr
+    assert "2, 1 tasks on its nodes: every node must have the same number of ranks" in done.stderr
 
 
 SLURMS_OWN = ("srun:", "slurmstepd-")  # the latter when it signals the task of the other node, which is ending too

@@ -70,9 +70,9 @@ def connect(session: RankSession, sink: WeightSink) -> WeightSync:
     topology = policy.ranks.topology
     replicas, more = [topology.replica_ranks(i) for i in range(topology.num_replicas)], dict[str, Any]()
     if topology.engine_servers:
-        where, replicas = topology.describe(session.rank), engine.replicas
+        where = topology.describe(session.rank)
         peers = engine.sync_peers(policy.source.hf_shapes(), where, bucket_bytes=BUCKET_BYTES, transport="auto")
-        more = {"world": world, "announce": engine.announce}
+        replicas, more = peers.replicas, {"world": peers.group, "announce": peers.announce}
     return WeightSync(
         policy.source,
         policy.full_tensors,

@@ -45,6 +45,5 @@ def test_a_port_in_use_is_named() -> None:
         port = str(taken.getsockname()[1])
         result = serve(QUICKSTART, "--port", port)
     assert result.returncode == 2
-    assert result.stderr == (
-        f"error: --host=127.0.0.1 --port={port}: cannot listen at this address (Address already in use); choose another address\n"
-    )
+    assert result.stderr.startswith(f"error: --host=127.0.0.1 --port={port}: cannot listen")
+    assert "Address already in use" in result.stderr

@@ -1,4 +1,4 @@
-"""grpo_mega.launch.rendezvous: machines that start in any order meet, and hear of each other's failures."""
+"""Machines join a rendezvous in any order, and each receives the first failure of another."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def machine(node_rank: int, num_nodes: int = 2, num_ranks: int = 2) -> NodeInfo:
     return NodeInfo(node_rank, num_nodes, num_ranks, f"host{node_rank}")
 
 
-def later(action: Callable[[], Rendezvous], delay: float = 0.0) -> Future[Rendezvous]:
-    """Runs in a thread of its own, after a while."""
+def run_later(action: Callable[[], Rendezvous], delay: float = 0.0) -> Future[Rendezvous]:
+    """Run `action` in another thread after `delay` seconds."""
     future: Future[Rendezvous] = Future()
 
     def run() -> None:
@@ -37,46 +37,46 @@ def later(action: Callable[[], Rendezvous], delay: float = 0.0) -> Future[Rendez
     return future
 
 
-def all_of(*machines: NodeInfo, limit: float = 10.0, delay: float = 0.0) -> list[Future[Rendezvous]]:
+def join_all(*machines: NodeInfo, limit: float = 10.0, delay: float = 0.0) -> list[Future[Rendezvous]]:
     port = free_port()
-    return [later(lambda m=m: rendezvous(m, HERE, port, limit), delay * i) for i, m in enumerate(machines)]  # type: ignore[misc]
+    return [run_later(lambda m=m: rendezvous(m, HERE, port, limit), delay * i) for i, m in enumerate(machines)]  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_machines_meet_in_any_order(order: tuple[int, ...]) -> None:
-    joined = all_of(*(machine(i, 3) for i in order), delay=0.3)
+def test_machines_join_in_any_order(order: tuple[int, ...]) -> None:
+    joined = join_all(*(machine(i, 3) for i in order), delay=0.3)
     for meeting in [future.result(20) for future in joined]:
         with meeting:
             pass
 
 
 def failures_of(meeting: Rendezvous) -> queue.SimpleQueue[tuple[int, str]]:
-    heard: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-    meeting.watch(lambda code, text: heard.put((code, text)))
-    return heard
+    received: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
+    meeting.watch(lambda code, text: received.put((code, text)))
+    return received
 
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_failure_reaches_every_other_machine_with_its_code_and_text(failing: int) -> None:
-    meetings = [future.result(20) for future in all_of(*(machine(i, 3) for i in range(3)))]
-    heard = [failures_of(meeting) for meeting in meetings]
-    meetings[failing].tell(2, "rank 4: data.train=x is missing\n")
-    for i, queued in enumerate(heard):
+    meetings = [future.result(20) for future in join_all(*(machine(i, 3) for i in range(3)))]
+    received = [failures_of(meeting) for meeting in meetings]
+    meetings[failing].report_failure(2, "rank 4: data.train=x is missing\n")
+    for i, queued in enumerate(received):
         if i != failing:
             assert queued.get(timeout=5) == (2, "rank 4: data.train=x is missing\n")
-    assert heard[failing].empty()
+    assert received[failing].empty()
 
 
-def test_a_machine_that_ends_well_is_no_failure_and_one_that_vanishes_is() -> None:
-    meetings = [future.result(20) for future in all_of(*(machine(i, 3) for i in range(3)))]
-    heard = [failures_of(meeting) for meeting in meetings]
+def test_only_a_machine_that_closes_its_connection_without_a_message_has_failed() -> None:
+    meetings = [future.result(20) for future in join_all(*(machine(i, 3) for i in range(3)))]
+    received = [failures_of(meeting) for meeting in meetings]
     with meetings[1]:
         pass
     time.sleep(0.2)
-    assert heard[0].empty()
-    for line in meetings[2]._lines.values():  # as the kernel does when the process is killed
-        line.close()
-    code, text = heard[0].get(timeout=5)
+    assert received[0].empty()
+    for connection in meetings[2]._connections.values():  # as the kernel does when the process is killed
+        connection.close()
+    code, text = received[0].get(timeout=5)
     assert code == 1
     assert "machine 2 (host2) is gone" in text
 
@@ -91,7 +91,7 @@ def test_a_wrong_master_addr_is_named_when_the_limit_has_passed() -> None:
     assert time.monotonic() - begin < 30
 
 
-def test_another_program_at_the_address_is_told_apart() -> None:
+def test_another_program_at_the_address_is_reported() -> None:
     def answer(server: socket.socket) -> None:
         while True:
             connection, _ = server.accept()
@@ -104,7 +104,7 @@ def test_another_program_at_the_address_is_told_apart() -> None:
             rendezvous(machine(1), HERE, server.getsockname()[1], 0.5)
 
 
-def test_machine_0_names_those_that_did_not_come() -> None:
+def test_machine_0_names_the_missing_machines() -> None:
     port = free_port()
     with pytest.raises(RendezvousError, match=rf"NODE_RANK 1, 2 of 3 machines .* MASTER_ADDR=host0, port {port}"):
         rendezvous(machine(0, 3), "host0", port, 1.0)
@@ -118,27 +118,27 @@ def test_machine_0_names_those_that_did_not_come() -> None:
         (machine(1, num_nodes=3), "NNODES=2 on machine 0 .* but NNODES=3 on machine 1"),
     ],
 )
-def test_machines_that_do_not_go_together_are_refused_on_the_host(other: NodeInfo, message: str) -> None:
+def test_machine_0_rejects_machines_with_contradicting_settings(other: NodeInfo, message: str) -> None:
     port = free_port()
-    host = later(lambda: rendezvous(machine(0), HERE, port, 10.0))
+    host = run_later(lambda: rendezvous(machine(0), HERE, port, 10.0))
     deadline = time.monotonic() + 5
     while True:
         try:
-            line = JsonSocket(socket.create_connection((HERE, port)))
+            connection = JsonSocket(socket.create_connection((HERE, port)))
             break
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    line.send(other.__dict__)
+    connection.send(other.__dict__)
     with pytest.raises(UserError, match=message):
         host.result(10)
-    answer = line.receive(5)
+    answer = connection.receive(5)
     assert answer is not None
     assert answer["input"] is True
 
 
-def test_a_machine_with_other_ranks_hears_the_reason_too() -> None:
-    joined = all_of(machine(0), machine(1, num_ranks=4))
+def test_a_rejected_machine_reports_the_reason_too() -> None:
+    joined = join_all(machine(0), machine(1, num_ranks=4))
     for future in joined:
-        with pytest.raises(UserError, match=r"layouts need the same number on every machine"):
+        with pytest.raises(UserError, match=r"every machine must have the same number"):
             future.result(20)

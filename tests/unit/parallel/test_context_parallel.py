@@ -39,5 +39,5 @@ def test_shares_are_equal_hold_every_token_once_and_become_whole_again(cp: int, 
 
 
 def test_a_segment_that_is_not_padded_is_refused() -> None:
-    with pytest.raises(AssertionError, match="a segment of 6 tokens is not cut into 2 x 2 chunks"):
+    with pytest.raises(AssertionError, match="a segment of 6 tokens must be a multiple of 2 x cp = 4"):
         rank_index(torch.tensor([0, 4, 10]), 2, 0)

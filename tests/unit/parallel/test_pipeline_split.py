@@ -108,7 +108,7 @@ def test_explicit_layouts_read_as_megatron_reads_them(text: str) -> None:
             (
                 2,
                 {"pp": 3, **keys},
-                "parallel.pp=3: pipeline rank 1 has none of the 2 layers of the model, and nothing to compute; give it "
+                "parallel.pp=3: pipeline rank 1 must have at least one of the 2 layers of the model; give it "
                 "one in parallel.pipeline_layout, or use fewer stages",
             )
             for keys in (

@@ -1,0 +1,80 @@
+"""Ranks of several programs form a group beside their default groups; the objects they exchange are plain values."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from grpo_mega.parallel.peer_group import find_store, join_peers, open_store, read_plain
+from grpo_mega.parallel.topology import Topology
+from tests.helpers.ranks import RankPool
+
+
+def exchange(rank: int, folder: Path) -> tuple[list[object], list[float], list[str], int]:
+    """Ranks 0 and 1 are one program, rank 2 another; their default groups must not change."""
+    program = dist.new_group([0, 1]) if rank < 2 else None
+    if rank == 0:
+        store = open_store(30.0)
+        (folder / "tmp").write_text(str(store.port))
+        (folder / "tmp").rename(folder / "port")
+    dist.barrier()
+    if rank:
+        store = find_store("127.0.0.1", int((folder / "port").read_text()), 30.0)
+    peers = join_peers(store, 2 - rank, ["server", "rank 1", "rank 0"], 30.0)
+    gathered = peers.gather({"rank": rank, "numbers": np.arange(rank), "dtype": torch.bfloat16, "grid": Topology(2)})
+    tensor = torch.tensor([float(rank)])
+    peers.broadcast(tensor, 2)
+    del program
+    numbers = [str(each["numbers"]) for each in gathered]
+    return [each["rank"] for each in gathered], tensor.tolist(), numbers, dist.get_rank()
+
+
+def test_ranks_of_two_programs_exchange_objects_in_the_order_of_their_group(
+    rank_pool: RankPool, tmp_path: Path
+) -> None:
+    found = rank_pool.call(3, exchange, tmp_path)
+    assert found == [([2, 1, 0], [0.0], ["[0 1]", "[0]", "[]"], rank) for rank in range(3)]
+
+
+def join_alone(rank: int, fault: str) -> str:
+    def check_others() -> None:
+        if fault:
+            raise RuntimeError(fault)
+
+    with pytest.raises(RuntimeError) as caught:
+        join_peers(open_store(5.0), rank, ["rank 0", "engine server host:7"], 2.5, check_others)
+    return str(caught.value)
+
+
+def test_a_rank_that_does_not_join_is_named(rank_pool: RankPool) -> None:
+    (message,) = rank_pool.call(1, join_alone, "")
+    assert message.startswith("rank 0 timed out")
+    assert message.endswith("waiting for engine server host:7")
+
+
+def test_the_wait_ends_when_another_rank_is_known_to_be_gone(rank_pool: RankPool) -> None:
+    assert rank_pool.call(1, join_alone, "host:7 is gone") == ["host:7 is gone"]
+
+
+@dataclass
+class Foreign:
+    """A dataclass that does not belong to the project."""
+
+    number: int = 0
+
+
+@pytest.mark.parametrize(("value", "name"), [(print, "builtins.print"), (Foreign(), "Foreign"), (Path("/"), "pathlib")])
+def test_functions_and_foreign_classes_are_not_unpickled(value: object, name: str) -> None:
+    with pytest.raises(pickle.UnpicklingError, match=rf"{name}.* is not allowed in rank-to-rank messages"):
+        read_plain(pickle.dumps(value))
+
+
+def test_functions_of_the_project_are_not_unpickled() -> None:
+    with pytest.raises(pickle.UnpicklingError, match=r"grpo_mega\.parallel\.peer_group\.open_store is not allowed"):
+        read_plain(pickle.dumps(open_store))
