@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Shows a run folder, or a folder of run folders, in the browser.
+# Show a run folder, or a folder of run folders, in the browser.
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help || $# -eq 0 ]]; then
@@ -7,7 +7,7 @@ if [[ ${1-} == -h || ${1-} == --help || $# -eq 0 ]]; then
     [[ $# -gt 0 ]] && exit 0 || exit 2
 fi
 if [[ ! -d $1 ]]; then
-    echo "tensorboard.sh: RUN_DIR=$1 is no folder; name one that launch/train.sh has made, such as runs/quickstart" >&2
+    echo "tensorboard.sh: RUN_DIR=$1 is not a folder; name a folder that launch/train.sh created, such as runs/quickstart" >&2
     exit 2
 fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The main job: builds the environment if there is none, then trains. grpo_mega/launch/main.py decides what starts here.
+# Start a training job. Builds the environment first if it does not exist; then grpo_mega/launch/main.py starts ranks.
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help ]]; then
     cat <<'TEXT'
 usage: launch/train.sh [CONFIG] [section.key=value ...]
 
-Trains as CONFIG says (default: configs/quickstart.yaml). Overrides look like train.steps=20 or parallel.tp=2; values
-are YAML. The number of ranks is run.world_size; unset, it is what the launcher says, else the GPUs found, else 1.
+Trains with CONFIG (default: configs/quickstart.yaml). Overrides look like train.steps=20 or parallel.tp=2; values are
+YAML. The number of ranks is run.world_size; by default that of the launcher, else the number of GPUs, else 1.
 
   one machine        launch/train.sh CONFIG
   several machines   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/train.sh CONFIG     (NODE_RANK=1 on the second)
@@ -16,11 +16,11 @@ are YAML. The number of ranks is run.world_size; unset, it is what the launcher 
                      srun launch/train.sh CONFIG                                       (one task per node or per rank)
   torchrun           torchrun --nproc-per-node=8 -m grpo_mega.train CONFIG
 
-Several machines may start in any order; they wait for each other as long as guard.timeout_seconds says. SIGUSR1 ends
-the run after its current step, with a checkpoint; the same command continues.
+Several machines may start in any order; they wait for each other for at most guard.timeout_seconds. SIGUSR1 stops the
+run after its current step, with a checkpoint; the same command continues it.
 
 Variables: GRPO_MEGA_VENV (the environment's folder), MASTER_PORT, OMP_NUM_THREADS, and those of launch/env.sh.
-Exit code: 0 done, 2 wrong input (one message says what to change), 1 a failure, 130 interrupted.
+Exit code: 0 done, 1 failure, 2 wrong input (one message says what to change), 130 interrupted.
 TEXT
     exit 0
 fi

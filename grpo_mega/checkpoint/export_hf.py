@@ -1,9 +1,10 @@
-"""Writes the policy in Hugging Face format: sharded safetensors with an index, config and tokenizer of the base.
+"""Export of the policy in Hugging Face format: sharded safetensors, index, and the base model's config and tokenizer.
 
-Tensors are streamed whole, one bucket at a time; rank 0 writes a file when it is full. Those of the base that are not
-trained (multi-token-prediction layers) follow as they are. Weights are never FP8: the config says nothing of it.
-Written under a temporary name and renamed at the end. Asserted by tests/e2e/test_quickstart.py (it loads in
-`transformers` with the same log-probs) and tests/unit/checkpoint/test_export_hf.py.
+Whole tensors are streamed one bucket at a time; rank 0 writes a file when it is full. Tensors of the base model that
+are not trained (multi-token-prediction layers) are copied unchanged. Exported weights are never FP8, so the
+quantization entry of the config is removed. The folder is written under a temporary name and renamed at the end.
+Asserted by tests/e2e/test_quickstart.py (`transformers` loads it with the same log-probs) and
+tests/unit/checkpoint/test_export_hf.py.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
 
 def export_hf(policy: Policy, base: Path, folder: Path, ranks: Ranks, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Collective; replaces `folder` by the policy's present weights with the other files of `base`."""
-    writer = _Writer(folder.with_name(folder.name + ".tmp"), max_shard_bytes) if ranks.is_first else None
+    """Replace `folder` by the policy's current weights and the other files of `base`. Collective."""
+    writer = _ShardWriter(folder.with_name(folder.name + ".tmp"), max_shard_bytes) if ranks.is_first else None
     for name, tensor in policy.full_tensors(_BUCKET_BYTES):
         if writer is not None:
             writer.add(name, tensor)
@@ -43,7 +44,7 @@ def export_hf(policy: Policy, base: Path, folder: Path, ranks: Ranks, max_shard_
 
 
 def _untrained(base: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the base that the policy does not hold."""
+    """Yield the tensors of the base model that the policy does not hold."""
     shapes = hf_shapes_aside(read_spec(base))
     if not shapes:
         return
@@ -54,7 +55,9 @@ def _untrained(base: Path) -> Iterator[tuple[str, Tensor]]:
     files.close()
 
 
-class _Writer:
+class _ShardWriter:
+    """Writes tensors to safetensors files of at most `max_shard_bytes`."""
+
     def __init__(self, staging: Path, max_shard_bytes: int) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
@@ -66,7 +69,7 @@ class _Writer:
     def add(self, name: str, tensor: Tensor) -> None:
         if self._open and sum(t.nbytes for t in self._open.values()) + tensor.nbytes > self._limit:
             self._flush()
-        self._open[name] = tensor.to("cpu", copy=True)  # a bucket is overwritten by the next
+        self._open[name] = tensor.to("cpu", copy=True)  # the next bucket overwrites this one
         self._total_bytes += tensor.nbytes
 
     def finish(self, base: Path, folder: Path) -> None:
@@ -83,7 +86,7 @@ class _Writer:
         for path in base.iterdir():
             if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
                 shutil.copy2(path, self._staging)
-        _drop_quantisation(self._staging / "config.json")
+        _drop_quantization(self._staging / "config.json")
         shutil.rmtree(folder, ignore_errors=True)
         self._staging.rename(folder)
 
@@ -93,7 +96,7 @@ class _Writer:
         self._open = {}
 
 
-def _drop_quantisation(config: Path) -> None:
+def _drop_quantization(config: Path) -> None:
     raw = json.loads(config.read_text())
     if raw.pop("quantization_config", None) is not None:
         config.write_text(json.dumps(raw, indent=2))

@@ -96,7 +96,7 @@ def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
     slurm_helper.wait_until(mark.exists, 120)
     shown = cluster.wait(job, "COMPLETED", timeout=300)
     assert shown["Restarts"] == "1", screen(checkout, job)
-    assert "the time limit is near; the job goes back into the queue" in screen(checkout, job)
+    assert "the time limit is close; the job is requeued" in screen(checkout, job)
     assert ranks_of(tmp_path / "run") == [{**rank, "SLURM_RESTART_COUNT": 1} for rank in ON_TWO_NODES]
 
 

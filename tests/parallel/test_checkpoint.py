@@ -1,4 +1,5 @@
-"""A checkpoint continues the run, bit for bit at its layout and to rounding at another, and is whole or not there."""
+"""A checkpoint continues the run, bit for bit at its layout and within rounding at another; it is written
+atomically."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ TP2PP2, DP2, TP2 = Layout(4, tp=2, pp=2), Layout(2), Layout(2, tp=2)
     ],
     ids=str,
 )
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_to_rounding_at_another_layout(
+def test_a_resumed_run_equals_the_uninterrupted_one_within_rounding_at_another_layout(
     laboratory: Laboratory, tmp_path: Path, model: str, layout: Layout, other: Layout, dtype: str
 ) -> None:
     recorded = replace(laboratory.recorded(model), dtype=dtype)
@@ -55,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_to_rounding_at_a
         assert resumed == stats[SAVED_AFTER:]
         assert resumed_state == state
     if dtype == "bf16":
-        return  # another layout adds in another order, and bf16 is too coarse for a tight bound
+        return  # another layout sums in another order, and bf16 is too coarse for a tight bound
     for loop, resumed, _ in laboratory.pool.call(other.world, resume, recorded, other, checkpoint):
         assert loop.policy_version == SAVED_AFTER
         for found, wanted in zip(resumed, whole[0][0][SAVED_AFTER:], strict=True):
@@ -89,7 +90,7 @@ def reference_after_load(rank: int, recorded: Recorded, layout: Layout, checkpoi
 
 
 def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
-    """The weights after one update, when they become the reference, after another, and of the reference then."""
+    """Weights after one update, which become the reference; after a second update; and of the reference at the end."""
     policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
     train_on(rank, policy, recorded, layout, RATES[:1])
     policy.update_reference()
@@ -103,7 +104,7 @@ def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path
 
 
 def loaded_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
-    """The weights after a load, and those of the reference."""
+    """Weights after a load, and weights of the reference."""
     policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
     policy.load(folder)
     found = [weights_of(policy)]
@@ -113,7 +114,7 @@ def loaded_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path
 
 
 @pytest.mark.parametrize("other", [TP2, ONE], ids=str)
-def test_a_reference_that_moves_is_part_of_a_checkpoint_at_any_layout(
+def test_an_updated_reference_is_part_of_a_checkpoint_at_any_layout(
     laboratory: Laboratory, tmp_path: Path, other: Layout
 ) -> None:
     recorded = laboratory.recorded("qwen3")
@@ -126,7 +127,7 @@ def test_a_reference_that_moves_is_part_of_a_checkpoint_at_any_layout(
 
 
 def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> dict[str, Any]:
-    """What is visible at each moment; rank 0 looks."""
+    """The checkpoints that are visible after each operation."""
     policy = open_policy(rank, recorded, layout)
     manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
     run = RunFolder(folder.parent)
@@ -160,7 +161,7 @@ def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Pat
     return seen | {"history": history, "again": visible(), "names": sorted(p.name for p in folder.iterdir())}
 
 
-def test_a_staged_checkpoint_is_not_seen_a_stale_one_is_replaced_and_old_ones_go(
+def test_staged_checkpoints_are_not_visible_stale_ones_are_replaced_and_old_ones_deleted(
     laboratory: Laboratory, tmp_path: Path
 ) -> None:
     recorded, folder = laboratory.recorded("qwen3"), RunFolder(tmp_path).checkpoints
@@ -187,7 +188,7 @@ def publish_without_disk(rank: int, folder: Path) -> str:
     return ""
 
 
-def test_what_fails_on_the_first_rank_fails_on_all(laboratory: Laboratory, tmp_path: Path) -> None:
+def test_a_failure_on_rank_0_is_raised_on_all_ranks(laboratory: Laboratory, tmp_path: Path) -> None:
     (tmp_path / "step_000001.tmp").mkdir()
     for message in laboratory.pool.call(2, publish_without_disk, tmp_path):
         assert "No space left on device" in message

@@ -1,4 +1,4 @@
-"""A policy written in Hugging Face format: what is trained, what is not, and what its config says."""
+"""Export in Hugging Face format: trained tensors, copied tensors, and the config."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALONE = Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
 
 
 class Trained:
-    """A policy, as far as an export sees it."""
+    """A policy with the one method that an export calls."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
@@ -50,7 +50,7 @@ def make_base(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) ->
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
-def test_multi_token_prediction_layers_are_exported_as_they_are(tmp_path: Path, family: str) -> None:
+def test_multi_token_prediction_layers_are_copied_unchanged(tmp_path: Path, family: str) -> None:
     base = make_base(tmp_path / "base", family)
     aside = hf_shapes_aside(read_spec(tmp_path / "base"))
     assert any("eh_proj" in name for name in aside)
@@ -71,7 +71,7 @@ def test_a_base_without_such_layers_is_exported_without_them(tmp_path: Path) -> 
     assert load_file(tmp_path / "hf" / "model.safetensors").keys() == trained.keys()
 
 
-def test_an_fp8_base_is_exported_as_plain_numbers_and_a_config_that_says_so(tmp_path: Path) -> None:
+def test_an_fp8_base_is_exported_dequantized_without_quantization_config(tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "deepseek_v3", torch.float32)
     spec = read_spec(tmp_path / "base")
     name = next(name for name in hf_shapes_aside(spec) if name.endswith("eh_proj.weight"))

@@ -163,7 +163,7 @@ def test_a_missing_python_is_named(modules: str, message: str, tmp_path: Path) -
 def test_tensorboard_names_a_missing_run_folder(tmp_path: Path) -> None:
     refused = run(ROOT / "launch/tensorboard.sh", tmp_path / "none")
     assert refused.returncode == 2
-    assert "is no folder" in refused.stderr
+    assert "is not a folder" in refused.stderr
 
 
 def test_cpu_lock_pins_every_line_and_none_of_the_cuda_builds() -> None:
