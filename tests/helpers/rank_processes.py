@@ -1,4 +1,4 @@
-"""Processes of ranks and what they answer: what the pools of ranks (ranks.py, engine_ranks.py) have in common."""
+"""Rank processes and their answers, shared by the pools of ranks (ranks.py, engine_ranks.py)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-_GRACE_SECONDS = 1.0  # after a failure, for other ranks to say theirs
+_GRACE_SECONDS = 1.0  # after a failure, for answers of other ranks
 
 
 @dataclass(frozen=True)
 class RankProcess:
-    """A rank and this end of its connection, on which it answers (failed, result or traceback)."""
+    """A rank process and the connection on which it answers (failed, result or traceback)."""
 
     process: BaseProcess
     connection: Connection
@@ -22,7 +22,7 @@ class RankProcess:
 
 @dataclass(frozen=True)
 class Answers:
-    """By rank: what was returned, and what was raised or how a rank ended; `silent` said nothing in time."""
+    """Results by rank; tracebacks or exit codes of failed ranks; and the ranks that did not answer in time."""
 
     results: dict[int, Any]
     failures: dict[int, str]
@@ -30,7 +30,7 @@ class Answers:
 
 
 def collect(ranks: Sequence[RankProcess], timeout_seconds: float) -> Answers:
-    """One answer of each rank; after the first failure the others have a second more."""
+    """Collect one answer of each rank. After the first failure the others have one more second."""
     waiting = {member.connection: rank for rank, member in enumerate(ranks)}
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -53,7 +53,7 @@ def collect(ranks: Sequence[RankProcess], timeout_seconds: float) -> Answers:
 
 
 def end(ranks: Sequence[RankProcess], *, kill: bool) -> None:
-    """They leave when their connection closes, or are killed."""
+    """End the ranks: close their connections, or kill them."""
     for rank in ranks:
         rank.connection.close()
         if kill:

@@ -1,7 +1,7 @@
-"""Real gloo ranks for tests: processes forked after the heavy imports, started once and used by all tests of a run.
+"""Real gloo ranks for tests: processes forked after the slow imports, started once and used by all tests of a run.
 
-pytest's own process never joins a process group and never imports Megatron. A failure on one rank, a rank that died or
-a call that took too long ends all ranks; the next call starts new ones.
+The process of pytest never joins a process group and never imports Megatron. If a rank fails or dies, or a call times
+out, all ranks are ended; the next call starts new ones.
 """
 
 from __future__ import annotations
@@ -31,28 +31,31 @@ _PRELOADED = [
 
 
 class RankPool:
-    """`call(world, f, *args)` runs the module-level function `f(rank, *args)` on ranks 0 to world - 1 of a fresh
-    default process group and returns what each returned."""
+    """Runs functions on ranks.
+
+    `call(world, f, *args)` runs the module-level function `f(rank, *args)` on ranks 0 to world - 1 of a new default
+    process group and returns the results.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """`folder` holds the stores through which the ranks of a call meet."""
+        """`folder` holds the rendezvous store of each call."""
         self._folder = folder
         self._ranks: list[RankProcess] = []
         self._num_calls = 0
-        # spawned ranks would import torch and Megatron each: seconds and 300 MB apiece
+        # each spawned rank would import torch and Megatron: several seconds and 300 MB per rank
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_PRELOADED)
 
     @property
     def pids(self) -> list[int | None]:
-        """Of the ranks that run now."""
+        """Process ids of the ranks that are running."""
         return [rank.process.pid for rank in self._ranks]
 
     def call(self, world: int, function: Callable[..., Any], *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
-        """Results in the order of the ranks.
+        """Run `function` and return the results in the order of the ranks.
 
         Raises:
-            AssertionError: a rank raised or died; holds every traceback that came, each with its rank.
+            AssertionError: a rank raised or died; the message has every traceback, with its rank.
             TimeoutError: names the ranks that did not answer.
         """
         assert 1 <= world <= MAX_RANKS, f"world={world}; the pool has up to {MAX_RANKS} ranks"
@@ -62,26 +65,28 @@ class RankPool:
         store = self._folder / f"store_{self._num_calls}"
         for rank, member in enumerate(self._ranks[:world]):
             member.connection.send((rank, world, str(store), function, args, timeout_seconds))
-        heard = collect(self._ranks[:world], timeout_seconds)
-        if heard.failures:
+        answers = collect(self._ranks[:world], timeout_seconds)
+        if answers.failures:
             self.close(kill=True)
-            told = "\n".join(f"--- rank {rank} of {world}:\n{text}" for rank, text in sorted(heard.failures.items()))
-            raise AssertionError(f"{function.__name__} failed (no answer from ranks {heard.silent}):\n{told}")
-        if heard.silent:
+            tracebacks = "\n".join(
+                f"--- rank {rank} of {world}:\n{text}" for rank, text in sorted(answers.failures.items())
+            )
+            raise AssertionError(f"{function.__name__} failed (no answer from ranks {answers.silent}):\n{tracebacks}")
+        if answers.silent:
             self.close(kill=True)
             raise TimeoutError(
-                f"{function.__name__}: ranks {heard.silent} of {world} gave no answer in {timeout_seconds} s"
+                f"{function.__name__}: ranks {answers.silent} of {world} did not answer within {timeout_seconds} s"
             )
-        return [heard.results[rank] for rank in range(world)]
+        return [answers.results[rank] for rank in range(world)]
 
     def close(self, *, kill: bool = False) -> None:
-        """End the ranks: they leave when their connection closes, or are killed."""
+        """End the ranks: close their connections, or kill them."""
         end(self._ranks, kill=kill)
         self._ranks = []
 
     def _start(self) -> RankProcess:
         ours, theirs = self._context.Pipe()
-        # not a daemon: Megatron writes checkpoints from processes of its own, which a daemon may not have
+        # not a daemon: Megatron writes checkpoints from child processes, which a daemon must not have
         process = self._context.Process(target=_serve, args=(theirs,))
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             process.start()
@@ -98,15 +103,15 @@ def _serve(connection: Connection) -> None:
             rank, world, store, function, args, timeout_seconds = connection.recv()
         except EOFError:
             sys.stdout.flush()
-            os._exit(0)  # torch and Megatron take long to unload, and nothing here needs it
+            os._exit(0)  # skip the slow unloading of torch and Megatron
         try:
             _join(rank, world, store, timeout_seconds)
             answer = False, function(rank, *args)
-        except BaseException:  # whatever it is, the test shows it
+        except BaseException:  # any error is reported to the test
             answer = True, traceback.format_exc()
         failed = answer[0]
         connection.send(answer)
-        if not failed:  # a call that failed ends its processes
+        if not failed:  # after a failed call the processes are ended
             _leave()
 
 
@@ -126,11 +131,11 @@ def _leave() -> None:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    dist.barrier()  # a rank that is done must not close connections while another still opens them
-    # what a call built refers to itself in circles and keeps its process groups, with dozens of gloo threads each call
+    dist.barrier()  # a finished rank must not close connections while another rank opens them
+    # reference cycles of the call's objects keep its process groups alive, with dozens of gloo threads per call
     gc.collect()
-    # and, where experts keep a tensor of the last step, in circles through the graph of autograd, which gc cannot see
-    built = sys.modules.get("megatron.core.distributed.distributed_data_parallel")  # a call may have built nothing
+    # expert layers may keep a tensor of the last step: such cycles through the autograd graph are invisible to gc
+    built = sys.modules.get("megatron.core.distributed.distributed_data_parallel")  # None if the call built no model
     for wrapper in [each for each in gc.get_objects() if built and type(each) is built.DistributedDataParallel]:
         vars(wrapper).clear()
     parallel_state.destroy_model_parallel()

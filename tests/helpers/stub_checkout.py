@@ -1,6 +1,6 @@
-"""A checkout in which everything is the project's own but the rank itself, which is tests/helpers/stub_train.py.
+"""A checkout of the project in which tests/helpers/stub_train.py replaces the program of a rank.
 
-A start through it takes a second instead of half a minute: what is tested is how a job is started and ended.
+Tests of how a job starts and ends use it: a start takes a second instead of half a minute.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SHARED = ("configs", "constraints", "pyproject.toml", "tools")
 
 
 def make_checkout(folder: Path) -> Path:
-    """Returns `folder`."""
+    """Create the checkout in `folder` and return it."""
     (folder / "grpo_mega").mkdir(parents=True)
     shutil.copytree(REPOSITORY / "launch", folder / "launch")
     # The stub must not rebuild the environment of this test: a failed build is started again from nothing.

@@ -1,4 +1,4 @@
-"""The ranks of an engine beside them: all hear what the first one is told, the failure of its engine included."""
+"""`ReplicaBroadcast`: all ranks of a replica receive the values, and the failure, of the first rank's iterator."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from grpo_mega.types import UserError
 from tests.helpers.ranks import RankPool
 
 
-def told(rank: int, fails: bool) -> Iterator[str | None]:
+def values_of(rank: int, fails: bool) -> Iterator[str | None]:
     if rank % 2:
-        raise AssertionError("only the first rank of an engine is asked")
+        raise AssertionError("only the first rank of a replica reads its iterator")
     yield f"part of {rank}"
-    yield None  # a sign of life
+    yield None  # a heartbeat
     if fails and rank == 2:
-        raise RuntimeError("SGLang has ended")
+        raise RuntimeError("SGLang exited")
     yield f"end of {rank}"
 
 
-def hear(rank: int, fails: bool) -> tuple[list[str], str, int, bool]:
+def receive(rank: int, fails: bool) -> tuple[list[str], str, int, bool]:
     ranks = ReplicaBroadcast(2, 60.0)
-    heard: list[str] = []
+    received: list[str] = []
     error = ""
     try:
-        heard.extend(ranks.broadcast_stream(told(rank, fails)))
+        received.extend(ranks.broadcast_stream(values_of(rank, fails)))
     except RuntimeError as caught:
         error = str(caught)
-    return heard, error, ranks.number, ranks.is_first
+    return received, error, ranks.number, ranks.is_first
 
 
-def test_every_rank_hears_its_own_engine_and_nobody_else_fails_with_it(rank_pool: RankPool) -> None:
-    well = rank_pool.call(4, hear, False)
-    assert [found[0] for found in well] == [[f"part of {r}", f"end of {r}"] for r in (0, 0, 2, 2)]
-    assert [found[2:] for found in well] == [(0, True), (1, False)] * 2
-    ill = rank_pool.call(4, hear, True)
-    assert ill[:2] == well[:2]
-    assert [found[:2] for found in ill[2:]] == [(["part of 2"], "SGLang has ended")] * 2
+def test_every_rank_receives_the_values_and_the_failure_of_its_own_replica_only(rank_pool: RankPool) -> None:
+    successful = rank_pool.call(4, receive, False)
+    assert [found[0] for found in successful] == [[f"part of {r}", f"end of {r}"] for r in (0, 0, 2, 2)]
+    assert [found[2:] for found in successful] == [(0, True), (1, False)] * 2
+    failing = rank_pool.call(4, receive, True)
+    assert failing[:2] == successful[:2]
+    assert [found[:2] for found in failing[2:]] == [(["part of 2"], "SGLang exited")] * 2
 
 
 def slow(rank: int, beat_seconds: float) -> Iterator[str | None]:
@@ -55,25 +55,25 @@ def waits_longer_than_a_collective(_: int) -> tuple[list[str], float]:
     return list(ranks.broadcast_stream(slow(dist.get_rank(), 0.1))), ranks.beat_seconds
 
 
-def test_beats_are_shorter_than_the_limit_and_are_not_heard(rank_pool: RankPool) -> None:
+def test_heartbeats_are_shorter_than_the_timeout_and_are_not_returned(rank_pool: RankPool) -> None:
     assert rank_pool.call(2, waits_longer_than_a_collective) == [(["sampled"], 1.0)] * 2
 
 
-def not_divided(_: int) -> str:
+def construct_with_wrong_tp(_: int) -> str:
     with pytest.raises(UserError) as caught:
         ReplicaBroadcast(2, 60.0)
     return str(caught.value)
 
 
-def test_a_world_that_is_no_multiple_of_engine_tp_is_refused(rank_pool: RankPool) -> None:
+def test_a_world_size_that_engine_tp_does_not_divide_is_rejected(rank_pool: RankPool) -> None:
     message = "engine.tp=2 does not divide the 3 ranks of the job; use a divisor of the number of ranks"
-    assert rank_pool.call(3, not_divided) == [message] * 3
+    assert rank_pool.call(3, construct_with_wrong_tp) == [message] * 3
 
 
 def gathered(rank: int, tp: int) -> list[str]:
     return ReplicaBroadcast(tp, 60.0).gather(f"of {rank}")
 
 
-def test_ranks_of_an_engine_and_only_they_know_of_each_other(rank_pool: RankPool) -> None:
+def test_gather_returns_the_values_of_one_replica(rank_pool: RankPool) -> None:
     assert rank_pool.call(4, gathered, 2) == [["of 0", "of 1"]] * 2 + [["of 2", "of 3"]] * 2
     assert rank_pool.call(2, gathered, 1) == [["of 0"], ["of 1"]]

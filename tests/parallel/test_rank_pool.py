@@ -1,4 +1,4 @@
-"""The pool of ranks itself: one start for many calls, and no hang when a rank fails, dies or stays silent."""
+"""The pool of ranks: started once for many calls; it does not hang when a rank fails, dies or does not answer."""
 
 from __future__ import annotations
 
@@ -52,28 +52,28 @@ def test_calls_of_any_world_size_reuse_the_same_processes_with_fresh_groups(rank
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
+    ("function", "message"),
     [
         (fail_on_rank_one, r"rank 1 of 2:(.|\n)*ValueError: one is odd"),
         (die_on_rank_one, "rank 1 of 2:\nended with exit code 7"),
     ],
 )
 def test_a_failing_or_dying_rank_is_named_and_the_others_do_not_wait_for_it(
-    rank_pool: RankPool, function: object, told: str
+    rank_pool: RankPool, function: object, message: str
 ) -> None:
     start = time.monotonic()
-    with pytest.raises(AssertionError, match=told):
+    with pytest.raises(AssertionError, match=message):
         rank_pool.call(2, function)  # type: ignore[arg-type]
     assert time.monotonic() - start < 20
     assert [total for total, _ in rank_pool.call(2, summed_ranks, 1)] == [1, 1]
 
 
-def test_a_silent_rank_is_named_after_the_limit(rank_pool: RankPool) -> None:
+def test_a_rank_that_does_not_answer_is_named_after_the_timeout(rank_pool: RankPool) -> None:
     rank_pool.call(2, summed_ranks, 1)
     with pytest.raises(TimeoutError, match=r"ranks \[0\] of 2"):
         rank_pool.call(2, sleep_on_rank_zero, timeout_seconds=5.0)
 
 
-def test_pytests_own_process_joins_no_process_group(rank_pool: RankPool) -> None:
+def test_the_process_of_pytest_joins_no_process_group(rank_pool: RankPool) -> None:
     rank_pool.call(1, summed_ranks, 1)
     assert not dist.is_initialized()

@@ -1,4 +1,4 @@
-"""`Topology` says of each rank what Megatron's own process groups say."""
+"""The coordinates and groups of `Topology` equal those of Megatron's own process groups."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EIGHT = [
 
 
 def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
-    """For each layout: ranks on the axes and members of this rank's groups."""
+    """Return for each layout this rank's coordinates and the members of its groups."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 

@@ -1,4 +1,4 @@
-"""launch/*.sh and .ci/run as a shell sees them: arguments, exit codes, and an environment that is built once."""
+"""launch/*.sh and .ci/run: arguments, exit codes, and an environment that is built only once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def finished_environment(folder: Path, kind: str, extras: str) -> Path:
-    """What a finished build leaves behind: the marker alone, so a second call that does anything must fail."""
+    """An environment with the marker of a finished build only: a second build step in it would fail."""
     files = [ROOT / "pyproject.toml", ROOT / "constraints" / f"{kind}.txt", ROOT / "launch" / "setup.sh"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     folder.mkdir()
@@ -37,7 +37,7 @@ def finished_environment(folder: Path, kind: str, extras: str) -> Path:
 
 
 def machine_with_gpu(folder: Path) -> str:
-    """A PATH on which nvidia-smi answers."""
+    """Return a PATH on which nvidia-smi finds a GPU."""
     folder.mkdir()
     smi = folder / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'GPU 0'\n")
@@ -46,7 +46,7 @@ def machine_with_gpu(folder: Path) -> str:
 
 
 def machine_without_gpu(folder: Path) -> str:
-    """A PATH on which nvidia-smi finds nothing."""
+    """Return a PATH on which nvidia-smi finds no GPU."""
     path = machine_with_gpu(folder)
     (folder / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
     return path
@@ -78,20 +78,20 @@ def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None
         (["--with=sglang,fp8"], "Transformer Engine needs CUDA"),
     ],
 )
-def test_setup_refuses_wrong_arguments_before_it_builds(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_setup_rejects_wrong_arguments_before_it_builds(arguments: list[str], message: str, tmp_path: Path) -> None:
     path = machine_without_gpu(tmp_path / "bin")
-    refused = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
-    assert refused.returncode == 2
-    assert message in refused.stderr
+    result = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
+    assert result.returncode == 2
+    assert message in result.stderr
     assert not (tmp_path / "venv").exists()
 
 
-def test_both_engines_in_one_cuda_environment_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_two_engines_in_one_cuda_environment_are_rejected_with_the_reason(tmp_path: Path) -> None:
     path = machine_with_gpu(tmp_path / "bin")
-    refused = run(ROOT / "launch/setup.sh", "--with", "sglang,vllm", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
-    assert refused.returncode == 2
-    assert "torch 2.13.0" in refused.stderr
-    assert "torch 2.14.1" in refused.stderr
+    result = run(ROOT / "launch/setup.sh", "--with", "sglang,vllm", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
+    assert result.returncode == 2
+    assert "torch 2.13.0" in result.stderr
+    assert "torch 2.14.1" in result.stderr
     assert not (tmp_path / "venv").exists()
 
 
@@ -103,14 +103,14 @@ def test_the_reason_names_the_versions_of_the_constraints() -> None:
         assert f"{engine} {pins[kind]} needs torch {pins['torch']}" in script
 
 
-def test_adding_the_second_engine_to_a_cuda_environment_is_refused(tmp_path: Path) -> None:
+def test_a_second_engine_in_a_cuda_environment_is_rejected(tmp_path: Path) -> None:
     venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
     path = machine_with_gpu(tmp_path / "bin")
     before = tree(venv)
     assert run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(venv), PATH=path).returncode == 0
-    refused = run(ROOT / "launch/setup.sh", "--with", "sglang", GRPO_MEGA_VENV=str(venv), PATH=path)
-    assert refused.returncode == 2
-    assert "one CUDA environment" in refused.stderr
+    result = run(ROOT / "launch/setup.sh", "--with", "sglang", GRPO_MEGA_VENV=str(venv), PATH=path)
+    assert result.returncode == 2
+    assert "one CUDA environment" in result.stderr
     assert tree(venv) == before
 
 
@@ -124,19 +124,19 @@ def test_second_call_changes_nothing(arguments: list[str], tmp_path: Path) -> No
     assert tree(venv) == before
 
 
-def test_the_tests_of_a_cuda_environment_ask_for_no_second_engine(tmp_path: Path) -> None:
+def test_the_tests_of_a_cuda_environment_need_no_second_engine(tmp_path: Path) -> None:
     venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
     path = machine_with_gpu(tmp_path / "bin")
     again = run(ROOT / "launch/setup.sh", "--with", "tests", GRPO_MEGA_VENV=str(venv), PATH=path)
     assert (again.returncode, again.stderr) == (0, "")
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_an_environment_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     path = machine_without_gpu(tmp_path.with_name(tmp_path.name + "-bin"))
-    refused = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path), PATH=path)
-    assert refused.returncode == 2
-    assert "is not a Python environment" in refused.stderr
+    result = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path), PATH=path)
+    assert result.returncode == 2
+    assert "is not a Python environment" in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -151,19 +151,19 @@ def test_a_missing_python_is_named(modules: str, message: str, tmp_path: Path) -
         found = shutil.which(name)
         assert found
         (tools / name).symlink_to(found)
-    for name in ("python3.11", "python3.12", "python3.13", "python3"):  # answers "no" to the question of this name
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):  # fails for a command that contains this word
         (tools / name).write_text(f'#!/bin/sh\ncase "$2" in *{modules}*) exit 1 ;; esac\n')
         (tools / name).chmod(0o755)
-    refused = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=str(tools))
-    assert refused.returncode == 2
-    assert message in refused.stderr
+    result = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=str(tools))
+    assert result.returncode == 2
+    assert message in result.stderr
     assert not (tmp_path / "venv").exists()
 
 
 def test_tensorboard_names_a_missing_run_folder(tmp_path: Path) -> None:
-    refused = run(ROOT / "launch/tensorboard.sh", tmp_path / "none")
-    assert refused.returncode == 2
-    assert "is not a folder" in refused.stderr
+    result = run(ROOT / "launch/tensorboard.sh", tmp_path / "none")
+    assert result.returncode == 2
+    assert "is not a folder" in result.stderr
 
 
 def test_cpu_lock_pins_every_line_and_none_of_the_cuda_builds() -> None:

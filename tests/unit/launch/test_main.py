@@ -1,4 +1,4 @@
-"""grpo_mega.launch: where a job starts, with which ranks, and how a failing rank ends it."""
+"""grpo_mega.launch: how a job is started, its ranks, and the effect of a failing rank."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def environments(num_ranks: int) -> list[dict[str, str]]:
     return [{**os.environ, "RANK": str(rank)} for rank in range(num_ranks)]
 
 
-def test_place_is_found_from_what_the_launcher_has_set() -> None:
+def test_the_kind_of_start_is_detected_from_the_environment() -> None:
     assert main.find_place({"RANK": "0", "WORLD_SIZE": "2", **STEP}) == "worker"
     assert main.find_place(STEP) == "slurm_step"
     assert main.find_place({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}) == "slurm_allocation"  # sbatch's own script
@@ -99,21 +99,21 @@ def test_slurm_step_is_agent_or_worker(
     assert node.master_port == main.slurm_node({**env, "SLURM_NODEID": "0"}, world_size)[0].master_port
 
 
-def test_slurm_step_with_another_number_of_tasks_is_refused() -> None:
+def test_a_slurm_step_with_another_number_of_tasks_is_rejected() -> None:
     env = {**STEP, "SLURM_NTASKS": "4", "SLURM_NNODES": "2", "MASTER_ADDR": "host0"}
     with pytest.raises(UserError, match=r"run\.world_size=8, but this Slurm step has 4 tasks on 2 nodes"):
         main.slurm_node(env, 8)
 
 
 @pytest.mark.parametrize("tasks", ["2,1", "2(x2),1"])
-def test_a_slurm_step_with_unequal_nodes_is_refused_with_the_counts(tasks: str) -> None:
+def test_a_slurm_step_with_unequal_nodes_is_rejected_with_the_counts(tasks: str) -> None:
     num_tasks, num_nodes = (3, 2) if tasks == "2,1" else (5, 3)
     step = {"SLURM_NTASKS": str(num_tasks), "SLURM_NNODES": str(num_nodes), "SLURM_STEP_TASKS_PER_NODE": tasks}
     with pytest.raises(UserError, match=r"2, 1 tasks on its nodes: .* --ntasks-per-node"):
         main.slurm_node({**STEP, **step, "MASTER_ADDR": "host0"}, num_tasks)
 
 
-def test_a_requeued_step_does_not_meet_at_the_port_of_the_lost_one() -> None:
+def test_a_requeued_step_uses_another_port_than_the_lost_one() -> None:
     assert main.slurm_port(STEP) != main.slurm_port({**STEP, "SLURM_RESTART_COUNT": "1"})
 
 
@@ -124,7 +124,7 @@ def test_srun_starts_one_task_per_node_of_the_allocation() -> None:
     assert command[-3:] == ["launch/train.sh", "a.yaml", "train.steps=2"]
 
 
-def test_all_ranks_returning_zero_is_zero() -> None:
+def test_the_exit_code_is_zero_if_all_ranks_return_zero() -> None:
     assert run_ranks([sys.executable, "-S", "-c", "pass"], environments(2)) == 0
 
 
@@ -141,7 +141,7 @@ finally:
 
 
 @pytest.mark.parametrize(("code", "expected"), [(2, 2), (1, 1), (77, 1)])
-def test_first_failing_rank_ends_the_others_and_gives_the_exit_code(
+def test_the_first_failing_rank_ends_the_others_and_gives_the_exit_code(
     code: int, expected: int, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     started = time.monotonic()
@@ -167,7 +167,7 @@ time.sleep(60)
 """
 
 
-def test_message_of_the_first_failing_rank_ends_the_screen(
+def test_the_message_of_the_first_failing_rank_is_the_last_on_the_screen(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     ranks = [{**env, "READY": str(tmp_path / "ready")} for env in environments(2)]
@@ -181,8 +181,8 @@ def test_message_of_the_first_failing_rank_ends_the_screen(
 
 
 def test_killed_rank_is_named_with_its_signal(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
-    suicide = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert run_ranks([sys.executable, "-S", "-c", suicide], environments(1)) == 1
+    kill_itself = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run_ranks([sys.executable, "-S", "-c", kill_itself], environments(1)) == 1
     assert b"launch: rank 0 was ended by SIGKILL" in capfdbinary.readouterr().err
 
 
@@ -225,7 +225,7 @@ def test_a_signal_while_the_ranks_are_started_still_reaches_them(monkeypatch: py
 
 STOPPING = """
 import os, signal, subprocess, sys, time
-child = subprocess.Popen(["sleep", "2"])  # a reward worker: it must live
+child = subprocess.Popen(["sleep", "2"])  # a reward worker, which must not be ended
 open(os.environ["PIDS"] + "/" + os.environ["RANK"], "w").close()
 while signal.SIGUSR1 not in signal.sigpending():
     time.sleep(0.05)
@@ -233,7 +233,7 @@ sys.exit(130 if child.wait() == 0 else 1)
 """
 
 
-def test_a_wish_to_stop_reaches_every_rank_and_ends_no_child(tmp_path: Path) -> None:
+def test_a_stop_request_reaches_every_rank_and_ends_no_child(tmp_path: Path) -> None:
     code = f"""
 import os, sys
 from grpo_mega.launch.supervisor import run_ranks
@@ -249,7 +249,7 @@ sys.exit(run_ranks([sys.executable, "-S", "-c", {STOPPING!r}], env))
     assert (agent.returncode, shown) == (130, b"")
 
 
-def test_a_failure_on_another_machine_ends_the_ranks_here_with_its_code_and_words(
+def test_a_failure_on_another_machine_ends_the_ranks_with_its_code_and_message(
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
     port = free_port()
@@ -258,23 +258,23 @@ def test_a_failure_on_another_machine_ends_the_ranks_here_with_its_code_and_word
         joining = pool.submit(rendezvous, NodeInfo(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
         with rendezvous(NodeInfo(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
             other = joining.result()
-            Timer(0.3, other.tell, (2, "rank 1: sampling.top_p=2 is wrong\n")).start()
+            Timer(0.3, other.report_failure, (2, "rank 1: sampling.top_p=2 is wrong\n")).start()
             sleeping = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
             assert run_ranks(sleeping, environments(1), meeting) == 2
     assert capfdbinary.readouterr().err == b"rank 1: sampling.top_p=2 is wrong\n"
     assert time.monotonic() - begin < 30
 
 
-def test_other_machines_are_told_what_failed_here() -> None:
+def test_other_machines_receive_the_failure_of_this_machine() -> None:
     port = free_port()
-    heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
+    received: SimpleQueue[tuple[int, str]] = SimpleQueue()
     with ThreadPoolExecutor(1) as pool:
         joining = pool.submit(rendezvous, NodeInfo(1, 2, 1, "host1"), "127.0.0.1", port, 10.0)
         with rendezvous(NodeInfo(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
-            joining.result().watch(lambda code, text: heard.put((code, text)))
+            joining.result().watch(lambda code, text: received.put((code, text)))
             failing = [sys.executable, "-S", "-c", "import sys; sys.exit('the cause')"]
             assert run_ranks(failing, environments(1), meeting) == 1
-    code, text = heard.get(timeout=5)
+    code, text = received.get(timeout=5)
     assert code == 1
     assert text.splitlines()[0].startswith("launch: the last lines of rank 0 on ")
     assert text.splitlines()[-1] == "the cause"
@@ -283,18 +283,18 @@ def test_other_machines_are_told_what_failed_here() -> None:
 LAST_MOMENT = """
 import os, signal, sys
 from grpo_mega.launch import main
-class Last:  # destroyed when Python has given its signal handlers up
+class Last:  # destroyed after Python has removed its signal handlers
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
         kill(pid, number)
 sys.last = Last()
-main.ask_config = lambda arguments: main.LaunchRequest(2, True, 10.0)
+main.read_request = lambda arguments: main.LaunchRequest(2, True, 10.0)
 main.run_ranks = lambda *_: 2
 sys.exit(main.main(["train.sh"]))
 """
 
 
-def test_a_signal_in_the_last_moment_of_an_agent_does_not_change_its_exit_code() -> None:
-    """Slurm sends SIGTERM to all tasks when the first has ended with an error; the largest exit code is the job's."""
+def test_a_signal_while_an_agent_exits_does_not_change_its_exit_code() -> None:
+    """Slurm sends SIGTERM to all tasks when the first one fails; the job gets the largest exit code."""
     env = {**os.environ, "NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", LAST_MOMENT]
     agents = [subprocess.Popen(command, env={**env, "NODE_RANK": str(node)}) for node in range(2)]
