@@ -1,7 +1,7 @@
-"""Several machines without Slurm: their agents meet in any order, a wrong address is named, one failure ends all.
+"""Several machines without Slurm: agents start in any order, a wrong address is named, and one failure ends all.
 
-Both machines are this one. In the quick tier the ranks are stand-ins (tests/helpers/stub_checkout.py); in the long tier
-they train, started by `launch/train.sh` and by torchrun.
+This machine plays both machines. In the short tier the ranks are stubs (tests/helpers/stub_checkout.py); in the long
+tier they train, started by `launch/train.sh` and by torchrun.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ APART_SECONDS = 60
 
 @dataclass(frozen=True)
 class Agent:
-    """One machine's command."""
+    """The running command of one machine, and the file with its output."""
 
     process: psutil.Popen
     screen: Path
@@ -40,7 +40,7 @@ class Agent:
 def agents(
     commands: Sequence[Sequence[str]], folder: Path, screens: Path, envs: Sequence[Mapping[str, str]], apart: float
 ) -> Iterator[list[Agent]]:
-    """Starts a command per machine, `apart` seconds one after the other; none outlives the block."""
+    """Start one command per machine, `apart` seconds after each other; end all on exit."""
     started: list[Agent] = []
     try:
         for i, (command, env) in enumerate(zip(commands, envs, strict=True)):
@@ -74,11 +74,11 @@ def machines(num_nodes: int, **env: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkout(tmp_path_factory.mktemp("stand_in") / "checkout")
+    return make_checkout(tmp_path_factory.mktemp("stub") / "checkout")
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_machines_that_start_apart_meet_in_either_order(checkout: Path, tmp_path: Path, first: int) -> None:
+def test_machines_that_start_apart_join_in_either_order(checkout: Path, tmp_path: Path, first: int) -> None:
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
     envs = machines(2)
     ordered = [envs[first], envs[1 - first]]
@@ -94,12 +94,12 @@ def test_a_wrong_master_addr_ends_with_a_message_that_names_it(checkout: Path, t
     envs = [{**machines(2)[1], "MASTER_ADDR": "no-such-machine.invalid"}]
     with agents([command], checkout, tmp_path, envs, apart=0) as (alone,):
         assert alone.code(180) == 2
-    (said,) = alone.screen.read_text().splitlines()
-    assert said.startswith("error: MASTER_ADDR=no-such-machine.invalid, port ")
-    assert "machine 0 was not reached within 3 s" in said
+    (line,) = alone.screen.read_text().splitlines()
+    assert line.startswith("error: MASTER_ADDR=no-such-machine.invalid, port ")
+    assert "machine 0 was not reached within 3 s" in line
 
 
-def test_machines_with_different_numbers_of_ranks_are_refused_on_both(checkout: Path, tmp_path: Path) -> None:
+def test_machines_with_different_numbers_of_ranks_are_rejected_on_both(checkout: Path, tmp_path: Path) -> None:
     commands = [("launch/train.sh", QUICKSTART, f"run.world_size={size}", f"run.dir={tmp_path}/run") for size in (2, 4)]
     with agents(commands, checkout, tmp_path, machines(2), apart=0) as both:
         for agent in both:
@@ -107,12 +107,12 @@ def test_machines_with_different_numbers_of_ranks_are_refused_on_both(checkout: 
             assert "every machine must have the same number" in agent.screen.read_text()
 
 
-def test_a_rank_that_fails_ends_the_other_machine_too_with_its_code_and_words(checkout: Path, tmp_path: Path) -> None:
+def test_a_failing_rank_ends_the_other_machine_with_its_code_and_message(checkout: Path, tmp_path: Path) -> None:
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
-    with agents([command] * 2, checkout, tmp_path, machines(2, STAND_IN_EXIT="3:2"), apart=0) as both:
+    with agents([command] * 2, checkout, tmp_path, machines(2, STUB_EXIT="3:2"), apart=0) as both:
         for agent in both:
             assert agent.code(180) == 2
-            assert agent.screen.read_text().splitlines()[-1] == "error: rank 3 says why"
+            assert agent.screen.read_text().splitlines()[-1] == "error: rank 3 fails"
     assert "rank 3 on " in both[0].screen.read_text()
 
 
@@ -147,11 +147,11 @@ def test_two_torchrun_agents_started_a_minute_apart_train_together(tmp_path: Pat
 
 
 @pytest.mark.long
-def test_ranks_that_meet_without_agents_name_a_wrong_master_addr(tmp_path: Path) -> None:
-    """As srun starts them with one task per rank."""
+def test_ranks_without_agents_name_a_wrong_master_addr(tmp_path: Path) -> None:
+    """Started as by srun with one task per rank."""
     command = (sys.executable, "-m", "grpo_mega.train", *TRAIN, "guard.timeout_seconds=5", f"run.dir={tmp_path}/run")
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
     with agents([command], REPOSITORY, tmp_path, [{**env, "PYTHONPATH": str(REPOSITORY)}], apart=0) as (alone,):
         assert alone.code(120) == 2
-    (said,) = [line for line in alone.screen.read_text().splitlines() if line.startswith("error: ")]
-    assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871: not all ranks connected within 5 s" in said
+    (error,) = [line for line in alone.screen.read_text().splitlines() if line.startswith("error: ")]
+    assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871: not all ranks connected within 5 s" in error

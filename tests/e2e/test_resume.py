@@ -1,4 +1,5 @@
-"""kill -9, or a wish to stop, and the same command again: the run is the uninterrupted one, to the last bit."""
+"""After SIGKILL or a stop request the same command continues the run; the result equals the uninterrupted run
+exactly."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def is_the_same_run(run: Path, expected: Path) -> None:
 
 
 def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[str] = ARGUMENTS) -> None:
-    """Start the run, and SIGKILL everything of it once the checkpoint of `step` is there: the next step has begun."""
+    """Start the run, and kill all of its processes after the checkpoint of `step`, in the next step."""
     complete = run / "checkpoints" / f"step_{step:06d}" / "complete"
     with started([*arguments, f"run.dir={run}"], output) as process:
         deadline = time.monotonic() + 300
@@ -70,7 +71,7 @@ def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
     kill_when_complete(run, 2, tmp_path / "first")
     assert not (run / "checkpoints" / f"step_{STEPS:06d}" / "complete").exists(), "it ended before it was killed"
     assert read_json(run / "summary.json")["status"] == "interrupted"
-    # What a kill in the middle of the next step may leave as well.
+    # Files that a kill in the next step may also leave.
     (run / "rollouts" / f"step_{STEPS:06d}.jsonl").write_text("{}\n")
     (run / "checkpoints" / "step_000003.tmp").mkdir(exist_ok=True)
     with (run / "metrics.jsonl").open("a") as file:
@@ -78,14 +79,14 @@ def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
     train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     is_the_same_run(run, uninterrupted)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
-    assert continued["train/grad_norm"] > 0  # there was something to be the same
+    assert continued["train/grad_norm"] > 0  # the comparison is not of zeros
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1600)  # three starts of an engine of four processes
 @sglang_here
 def test_a_run_with_sglang_killed_and_continued_is_the_uninterrupted_run_and_leaves_no_process(tmp_path: Path) -> None:
-    """One engine for both ranks, in processes that are no children of a rank that is gone."""
+    """One engine serves both ranks; its processes must exit although they are not children of the killed rank."""
     arguments = (*ARGUMENTS, "engine.kind=sglang", "engine.tp=2")
     expected, run = tmp_path / "expected", tmp_path / "run"
     train_well(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
@@ -95,7 +96,7 @@ def test_a_run_with_sglang_killed_and_continued_is_the_uninterrupted_run_and_lea
 
 
 @pytest.mark.long
-def test_a_run_that_is_asked_to_stop_leaves_after_its_step_and_continued_is_the_uninterrupted_run(
+def test_a_stop_request_ends_the_run_after_its_step_and_the_continued_run_is_the_uninterrupted_run(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -105,11 +106,11 @@ def test_a_run_that_is_asked_to_stop_leaves_after_its_step_and_continued_is_the_
             assert process.poll() is None, (tmp_path / "first.err").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        process.send_signal(signal.SIGUSR1)  # to the agent alone, which passes it on
+        process.send_signal(signal.SIGUSR1)  # to the agent only, which forwards it
         code = process.wait(180)
-    said = (tmp_path / "first.err").read_text()
-    assert code == 130, said[-3000:]
-    assert "stopped after step 1; its checkpoint is complete" in said
+    output = (tmp_path / "first.err").read_text()
+    assert code == 130, output[-3000:]
+    assert "stopped after step 1; its checkpoint is complete" in output
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
@@ -121,7 +122,7 @@ def test_a_run_that_is_asked_to_stop_leaves_after_its_step_and_continued_is_the_
 def test_a_run_killed_at_random_moments_until_it_ends_is_the_uninterrupted_run(
     uninterrupted: Path, tmp_path: Path, seed: int
 ) -> None:
-    """Each attempt lives a little longer than the one before, so that the run ends."""
+    """Each attempt gets a little more time than the one before, so that the run ends."""
     rng = random.Random(seed)
     run, limit = tmp_path / "run", 10.0
     kills = 0

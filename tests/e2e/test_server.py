@@ -1,5 +1,4 @@
-"""A job whose engine is a server, as a user starts both: what it samples, what it learns, and what happens when one of
-the two is gone."""
+"""A job with an engine server, started as a user does: its rollouts and accuracy, and the loss of either side."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ LIMIT = "guard.timeout_seconds=60"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """Of the quickstart, for one job after the other."""
+    """A server for the quickstart, which serves one job after the other."""
     with serving([QUICKSTART, LIMIT], tmp_path_factory.mktemp("server") / "log", seconds=400.0) as found:
         yield found
 
@@ -46,7 +45,7 @@ def at(server: Serving) -> tuple[str, ...]:
     return "engine.placement=server", f"engine.urls=['{server.url}']", LIMIT
 
 
-def test_a_server_samples_what_an_engine_beside_the_policy_samples(server: Serving, tmp_path: Path) -> None:
+def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: Serving, tmp_path: Path) -> None:
     for name, more in (("here", (LIMIT,)), ("there", at(server)), ("again", at(server))):
         train_well(*SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
     here, there, again = (read_json(tmp_path / name / "summary.json") for name in ("here", "there", "again"))
@@ -74,7 +73,7 @@ def test_two_ranks_share_a_server_and_an_environment_answers(tmp_path: Path) -> 
     assert any(row["num_turns"] > 1 for row in rows)
 
 
-def test_the_experts_that_a_server_chose_are_those_of_an_engine_beside_the_policy(tmp_path: Path) -> None:
+def test_a_server_returns_the_same_expert_choices_as_a_colocated_engine(tmp_path: Path) -> None:
     raw = raw_family_config("qwen3_moe", num_hidden_layers=3, num_experts=32, num_experts_per_tok=4)
     model = make_family_model(tmp_path / "moe", raw, router_scale=0.05)
     arguments = (
@@ -103,11 +102,11 @@ def test_the_experts_that_a_server_chose_are_those_of_an_engine_beside_the_polic
 def wait_for_step(run: Path, step: int) -> None:
     end = time.monotonic() + 200
     while not (run / "metrics.jsonl").exists() or len(read_lines(run / "metrics.jsonl")) < step:
-        assert time.monotonic() < end, f"step {step} did not come"
+        assert time.monotonic() < end, f"step {step} was not reached"
         time.sleep(0.05)
 
 
-def test_a_job_that_is_killed_frees_the_server_and_continues_as_if_nothing_had_been(
+def test_a_killed_job_releases_the_server_and_its_continued_run_is_the_uninterrupted_run(
     server: Serving, tmp_path: Path
 ) -> None:
     keys = (*SMALL, *at(server), "train.steps=8", "checkpoint.every=2")
@@ -122,7 +121,7 @@ def test_a_job_that_is_killed_frees_the_server_and_continues_as_if_nothing_had_b
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM])
-def test_a_server_that_ends_or_stands_still_ends_the_job_with_its_name(tmp_path: Path, signal_number: int) -> None:
+def test_a_server_that_exits_or_is_stopped_ends_the_job_with_its_name(tmp_path: Path, signal_number: int) -> None:
     keys = (*SMALL, "guard.timeout_seconds=10", "train.steps=1000")
     with serving([*SMALL, LIMIT], tmp_path / "server") as server:
         run = tmp_path / "run"
@@ -135,16 +134,16 @@ def test_a_server_that_ends_or_stands_still_ends_the_job_with_its_name(tmp_path:
             assert time.monotonic() - began < 60
         if signal_number == signal.SIGTERM:
             assert server.process.wait(10) == 0
-    told = (tmp_path / "log.err").read_text()
-    assert f"engine server engine.urls[0]={server.url}" in told
+    output = (tmp_path / "log.err").read_text()
+    assert f"engine server engine.urls[0]={server.url}" in output
     assert read_json(run / "summary.json")["status"] == "failed"
 
 
 def test_a_server_of_another_config_is_wrong_input(server: Serving, tmp_path: Path) -> None:
     ended = train(*SMALL, *at(server), "sampling.max_tokens=9", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
     assert ended.code == 2
-    told = ended.stderr.splitlines()
-    assert told[-1] == (
+    lines = ended.stderr.splitlines()
+    assert lines[-1] == (
         f"error: engine.urls[0]={server.url}: that engine server has data.max_prompt_tokens + the largest max_tokens="
         "24, here 25; start it with this job's config"
     )
@@ -154,18 +153,18 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     (text,) = blocks("servers.md")
     short = f" train.steps=2 data.eval=null run.dir={tmp_path / 'run'} engine.placement=server"
     text = text.replace(" engine.placement=server", short).replace("7700", str(free_port()))
-    with (tmp_path / "told").open("w") as told:
+    with (tmp_path / "output").open("w") as output:
         script = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", f"{text}\nwait $!"],
             cwd=REPOSITORY,
             env=clean_environment(),
             stdin=subprocess.DEVNULL,
-            stdout=told,
-            stderr=told,
+            stdout=output,
+            stderr=output,
             timeout=600,
             check=False,
         )
-    assert script.returncode == 0, (tmp_path / "told").read_text()
+    assert script.returncode == 0, (tmp_path / "output").read_text()
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "done"
 
 

@@ -1,6 +1,6 @@
-"""The four ways to start under a real Slurm of two nodes, its requeue and its signal; a rank that fails there.
+"""Jobs on a real Slurm of two nodes: the four ways to start, requeue, the signal before the time limit, a failing rank.
 
-Here the ranks are stand-ins (tests/helpers/stub_checkout.py); the quickstart on this cluster is in test_slurm_long.py.
+The ranks are stubs (tests/helpers/stub_checkout.py); test_slurm_long.py runs the quickstart on this cluster.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkout(tmp_path_factory.mktemp("stand_in") / "checkout")
+    return make_checkout(tmp_path_factory.mktemp("stub") / "checkout")
 
 
 @pytest.fixture
@@ -47,8 +47,8 @@ def arguments(tmp_path: Path) -> tuple[str, ...]:
     return QUICKSTART, f"run.dir={tmp_path / 'run'}"
 
 
-def submitted(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
-    """The number of a job that `sbatch --nodes=2 ... launch/slurm.sbatch` has made."""
+def submit(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
+    """Run `sbatch --nodes=2 ... launch/slurm.sbatch` and return the job's number."""
     command = ("sbatch", "--nodes=2", f"--output={checkout}/job-%j.out", "launch/slurm.sbatch", *words)
     done = cluster.run(*command, cwd=checkout, env={**environment(), **env})
     assert done.returncode == 0, done.stderr
@@ -59,7 +59,7 @@ def screen(checkout: Path, job: str) -> str:
     return (checkout / f"job-{job}.out").read_text()
 
 
-def test_nodes_with_different_numbers_of_tasks_are_refused_with_the_reason(
+def test_nodes_with_different_numbers_of_tasks_are_rejected_with_the_reason(
     cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
 ) -> None:
     command = ("srun", "--nodes=2", "--ntasks=3", "launch/train.sh", *arguments)
@@ -68,27 +68,27 @@ def test_nodes_with_different_numbers_of_tasks_are_refused_with_the_reason(
     assert "2, 1 tasks on its nodes: every node must have the same number of ranks" in done.stderr
 
 
-SLURMS_OWN = ("srun:", "slurmstepd-")  # the latter when it signals the task of the other node, which is ending too
+SLURMS_OWN = ("srun:", "slurmstepd-")  # slurmstepd prints a line when it signals the task of the other node
 
 
-def test_a_failing_rank_ends_the_job_with_its_code_and_its_words(
+def test_a_failing_rank_ends_the_job_with_its_code_and_message(
     cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
 ) -> None:
-    """Rank 3 is on the other node than the script; srun would say 143, that of the agent it ends."""
-    job = submitted(cluster, checkout, *arguments, "run.world_size=4", STAND_IN_EXIT="3:2")
+    """Rank 3 and the script are on different nodes; srun would return 143, the code of the agent that it ends."""
+    job = submit(cluster, checkout, *arguments, "run.world_size=4", STUB_EXIT="3:2")
     shown = cluster.wait(job, "FAILED", timeout=180)
     assert shown["ExitCode"] == "2:0"
     assert shown["Restarts"] == "0"
-    said = [line for line in screen(checkout, job).splitlines() if not line.startswith(SLURMS_OWN)]
-    assert said[-1] == "error: rank 3 says why"
+    lines = [line for line in screen(checkout, job).splitlines() if not line.startswith(SLURMS_OWN)]
+    assert lines[-1] == "error: rank 3 fails"
 
 
 def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
     cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
-    """Slurm counts time limits in minutes; the signal that it would send is sent by hand."""
+    """Slurm counts time limits in minutes, so the test sends the signal itself."""
     mark = tmp_path / "stopped"
-    job = submitted(cluster, checkout, *arguments, "run.world_size=4", STAND_IN_WAIT=str(mark))
+    job = submit(cluster, checkout, *arguments, "run.world_size=4", STUB_WAIT=str(mark))
     cluster.wait(job, "RUNNING", timeout=180)
     slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 180)
     ranks_of(tmp_path / "run")
@@ -100,8 +100,8 @@ def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
     assert ranks_of(tmp_path / "run") == [{**rank, "SLURM_RESTART_COUNT": 1} for rank in ON_TWO_NODES]
 
 
-def tries(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
-    """A block of the guide, until its jobs have ended; returns what it has printed."""
+def run_block(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
+    """Run a block of the guide and wait for its jobs. Return the output."""
     done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**environment(), **env})
     assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
     slurm_helper.wait_until(lambda: cluster.ask("squeue", "--noheader") == "", 180)
@@ -110,7 +110,7 @@ def tries(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
 
 @pytest.mark.parametrize("command", [line for b in GUIDE if b not in (STOP_BLOCK, BY_HAND) for line in b.splitlines()])
 def test_a_command_of_the_guide_starts_four_ranks_on_two_nodes(cluster: Slurm, checkout: Path, command: str) -> None:
-    printed = tries(cluster, checkout, command)
+    printed = run_block(cluster, checkout, command)
     if command.startswith("squeue"):
         assert "JOBID" in printed
     else:
@@ -118,15 +118,17 @@ def test_a_command_of_the_guide_starts_four_ranks_on_two_nodes(cluster: Slurm, c
 
 
 def test_the_commands_of_the_guide_for_machines_without_slurm_start_four_ranks(cluster: Slurm, checkout: Path) -> None:
-    """Each line is typed on its own machine, so they run side by side; host0 is this one."""
+    """Each line is for a machine of its own; here all run on this machine, which replaces host0."""
     together = "".join(f"{line} &\nstarted+=($!)\n" for line in BY_HAND.replace("host0", "127.0.0.1").splitlines())
-    each = 'for machine in "${started[@]}"; do wait "$machine"; done\n'  # one that has ended already, too
-    tries(cluster, checkout, together + each, MASTER_PORT=str(free_port()))
+    each = (
+        'for machine in "${started[@]}"; do wait "$machine"; done\n'  # also works for a machine that has exited already
+    )
+    run_block(cluster, checkout, together + each, MASTER_PORT=str(free_port()))
     places = [{key: rank[key] for key in rank if key != "SLURM_NODEID"} for rank in ON_TWO_NODES]
     assert ranks_of(checkout / "runs" / "quickstart") == places
 
 
-def test_a_job_from_another_folder_is_told_where_to_submit_from(cluster: Slurm, checkout: Path, tmp_path: Path) -> None:
+def test_a_job_from_another_folder_fails_with_the_remedy(cluster: Slurm, checkout: Path, tmp_path: Path) -> None:
     script = str(checkout / "launch" / "slurm.sbatch")
     done = cluster.run("sbatch", "--wait", f"--output={tmp_path}/out", script, cwd=tmp_path)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""The quickstart itself under a real Slurm: each way to start it, and a node that is lost and comes back."""
+"""The quickstart on a real Slurm: each way to start it, and a node that is lost and restarts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACK_AFTER_SECONDS = 30
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     slurm_helper.install()
-    # A job must not start in the moment in which its node comes back: Slurm itself waits two minutes.
+    # A job must not start at the moment at which its node restarts: by default Slurm waits two minutes.
     with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster", requeue_seconds=60) as running:
         yield running
 
@@ -59,24 +59,24 @@ def test_a_step_of_the_quickstart_on_two_nodes(
 
 @pytest.mark.parametrize(
     ("lost", "seconds"),
-    # node1 holds the batch script, too; after two seconds Slurm has not missed the node, and srun waits for its task
+    # node1 also runs the batch script; after two seconds Slurm has not missed the node, and srun waits for its task
     [("node2", BACK_AFTER_SECONDS), ("node1", BACK_AFTER_SECONDS), ("node2", 2)],
 )
-def test_a_job_whose_node_is_lost_starts_again_on_both_when_it_is_back(
+def test_a_job_whose_node_is_lost_starts_again_on_both_nodes_after_its_restart(
     cluster: Slurm, tmp_path: Path, lost: str, seconds: float
 ) -> None:
-    """With ranks that only wait (tests/helpers/stub_checkout.py): what Slurm and the job script do."""
+    """The ranks are stubs that only wait (tests/helpers/stub_checkout.py)."""
     checkout, mark, screen = make_checkout(tmp_path / "checkout"), tmp_path / "mark", tmp_path / "screen"
     run = tmp_path / "run"
     options = ("--requeue", "--nodes=2", f"--output={screen}", "launch/slurm.sbatch")
     arguments = ("configs/quickstart.yaml", "run.world_size=4", f"run.dir={run}", "guard.timeout_seconds=20")
-    env = {**environment(), "STAND_IN_WAIT": str(mark)}
+    env = {**environment(), "STUB_WAIT": str(mark)}
     done = cluster.run("sbatch", *options, *arguments, cwd=checkout, env=env)
     job = re.findall(r"\d+", done.stdout)[-1]
     wait_until(lambda: len(list(run.glob("rank_*.json"))) == 4, 120)
     ranks_of(run)
     cluster.lose(lost)
-    mark.touch()  # the next start has nothing to wait for
+    mark.touch()  # the next start does not wait
     time.sleep(seconds)
     cluster.start_node(lost)
     shown = cluster.wait(job, "COMPLETED", "FAILED", timeout=300)
@@ -109,15 +109,15 @@ def test_a_lost_node_requeues_the_job_which_continues_from_its_last_checkpoint(
     wait_until(second.exists, 400)
     checkpoint = second.stat().st_mtime_ns
     killed = cluster.lose(lost)
-    assert len(killed) > 4  # slurmd, slurmstepd, the agent and two ranks at the least
+    assert len(killed) > 4  # at least slurmd, slurmstepd, the agent and two ranks
     time.sleep(BACK_AFTER_SECONDS)
     cluster.start_node(lost)
     shown = cluster.wait(job, "COMPLETED", "FAILED", timeout=500)
-    said = screen.read_text()
-    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), said[-5000:]
+    output = screen.read_text()
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "1"), output[-5000:]
     summary = read_json(run / "summary.json")
     assert (summary["status"], summary["steps"]) == ("done", STEPS)
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
-    assert re.search(r"continuing from \S*/checkpoints/step_00000[24]\b", said), said
+    assert re.search(r"continuing from \S*/checkpoints/step_00000[24]\b", output), output
     assert not second.exists() or second.stat().st_mtime_ns == checkpoint
     assert (run / "checkpoints" / f"step_{STEPS:06d}" / "complete").exists()

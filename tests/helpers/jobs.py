@@ -1,4 +1,4 @@
-"""The main job as a user starts it: `launch/train.sh` in processes of its own, and what its run folder holds."""
+"""Training jobs started as a user does, with `launch/train.sh`, and readers of their run folders."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = REPOSITORY / "launch" / "train.sh"
 QUICKSTART = "configs/quickstart.yaml"
 
-# A step of well under a second: 8 prompts x 4 rollouts, nothing evaluated.
+# A step takes well under a second: 8 prompts x 4 rollouts, no evaluation.
 SMALL = (
     QUICKSTART,
     "data.prompts_per_step=8",
@@ -27,13 +27,13 @@ SMALL = (
     "data.eval=null",
 )
 
-# What a test may not inherit: where somebody else's ranks are.
+# Variables of other ranks that a test must not inherit.
 _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "NNODES", "NODE_RANK", "TORCHELASTIC_")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A command that has ended, and how long it took."""
+    """Exit code, output and duration of a finished command."""
 
     code: int
     stdout: str
@@ -42,7 +42,7 @@ class Ended:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's, without what says where somebody else's ranks are."""
+    """Return the environment of this process without the variables of ranks and launchers."""
     own = {key: value for key, value in os.environ.items() if not key.startswith(_FOREIGN)}
     own.setdefault("OMP_NUM_THREADS", "1")
     return own
@@ -50,8 +50,10 @@ def clean_environment() -> dict[str, str]:
 
 @contextmanager
 def started(arguments: Sequence[str], output: Path, env: Mapping[str, str] | None = None) -> Iterator[psutil.Popen]:
-    """`launch/train.sh ARGUMENTS` in the checkout's folder, where the base model is cached; nothing of it outlives the
-    block. Streams go to `output`.out and `output`.err."""
+    """Run `launch/train.sh ARGUMENTS` in the checkout's folder, where the base model is cached; end it on exit.
+
+    The output goes to `output`.out and `output`.err.
+    """
     with output.with_suffix(".out").open("wb") as stdout, output.with_suffix(".err").open("wb") as stderr:
         process = psutil.Popen(
             [str(TRAIN), *arguments],
@@ -69,7 +71,7 @@ def started(arguments: Sequence[str], output: Path, env: Mapping[str, str] | Non
 
 
 def kill(process: psutil.Popen) -> None:
-    """SIGKILL to the process and everything below it, by pid."""
+    """Kill the process and all of its children by process id."""
     tree = []
     with suppress(psutil.NoSuchProcess):
         tree = [*process.children(recursive=True), process]
@@ -81,7 +83,7 @@ def kill(process: psutil.Popen) -> None:
 
 
 def train(*arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0) -> Ended:
-    """Run to the end. Raises subprocess.TimeoutExpired (nothing is left running) when that takes too long."""
+    """Run a job to its end. Raises subprocess.TimeoutExpired after the timeout; no process is left running."""
     begin = time.monotonic()
     with started(arguments, output, env) as process:
         code = int(process.wait(timeout_seconds))
@@ -90,7 +92,7 @@ def train(*arguments: str, output: Path, env: Mapping[str, str] | None = None, t
 
 
 def train_well(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> Ended:
-    """A run that must end with exit code 0; else its last lines are shown."""
+    """Run a job that must end with exit code 0; else the error has its last lines."""
     ended = train(*arguments, output=output, timeout_seconds=timeout_seconds)
     assert ended.code == 0, (
         f"exit code {ended.code} of {' '.join(arguments)}\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"
@@ -111,6 +113,6 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without what a clock decides."""
+    """Return a line of metrics.jsonl without the values that depend on time."""
     timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/")
     return {name: value for name, value in line.items() if not name.startswith(timed)}

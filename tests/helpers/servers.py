@@ -1,4 +1,4 @@
-"""Engine servers as a user starts them, and a job's end that has whole tensors instead of a policy."""
+"""Engine servers started as a user does, and a job's side that holds whole tensors instead of a policy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that listens."""
+    """A running server, its address and its log."""
 
     process: psutil.Popen
     url: str
@@ -36,7 +36,7 @@ class Serving:
 
 @contextmanager
 def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> Iterator[Serving]:
-    """`python -m grpo_mega.serve ARGUMENTS`, once it listens; nothing of it outlives the block."""
+    """Run `python -m grpo_mega.serve ARGUMENTS` and wait until it listens; end it on exit."""
     out, err = output.with_suffix(".out"), output.with_suffix(".err")
     with out.open("wb") as stdout, err.open("wb") as stderr:
         process = psutil.Popen(
@@ -50,17 +50,17 @@ def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> I
         )
     try:
         end = time.monotonic() + seconds
-        while not (told := out.read_text()).endswith("\n"):
+        while not (printed := out.read_text()).endswith("\n"):
             assert process.poll() is None, err.read_text()
-            assert time.monotonic() < end, f"the server does not listen within {seconds} s: {err.read_text()}"
+            assert time.monotonic() < end, f"the server did not listen within {seconds} s: {err.read_text()}"
             time.sleep(0.1)
-        yield Serving(process, told.strip().removeprefix("listening at "), err)
+        yield Serving(process, printed.strip().removeprefix("listening at "), err)
     finally:
         kill(process)
 
 
 def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: int, tp: int = 1) -> Path:
-    """Of a run with this model, as far as servers look at it."""
+    """Write a config with this model that has the settings that servers read."""
     values = {
         "model": {"path": str(model)},
         "engine": {"max_num_seqs": max_num_seqs, "tp": tp},
@@ -76,7 +76,7 @@ def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: i
 
 
 class WholeTensors:
-    """`WeightSource` of one rank that holds a checkpoint."""
+    """`WeightSource` of one rank that holds all tensors of a checkpoint."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
@@ -93,7 +93,7 @@ class WholeTensors:
 
 
 class Served:
-    """The job's end of the sync to one server; made at the first push."""
+    """The job's side of the weight sync with one server; created at the first push."""
 
     def __init__(self, engine: ServerEngine) -> None:
         self._engine = engine
@@ -101,7 +101,7 @@ class Served:
 
     @property
     def transfers(self) -> list[int]:
-        """Size in bytes of each."""
+        """Size of each transfer, bytes."""
         assert self._sync is not None, "push first"
         return [int(size) for size in self._sync.plan.transfer_bytes]
 
@@ -131,7 +131,7 @@ class Served:
 
 
 def open_served(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tuple[ServerEngine, Served]:
-    """The engines at `urls` and the way of their weights. `config`: the file that they were started with."""
+    """Open the servers at `urls`, which were started with `config`. Return the engine and its weight sync."""
     from grpo_mega.config.load import load_config
     from grpo_mega.engines.factory import make_engine
     from grpo_mega.engines.server.engine import ServerEngine

@@ -1,8 +1,8 @@
-"""A real Slurm on this machine: slurmctld, munged and two slurmd, installed from Debian's packages where they are not
-there, started for the tests that ask and ended with them, by pid.
+"""A real Slurm on this machine: slurmctld, munged and two slurmd, started for the tests that use it.
 
-Both nodes have the host's name and 127.0.0.1; what tells them apart is SLURM_NODEID. `lose` is a node that dies: its
-slurmd, its slurmstepd and everything below them, by SIGKILL.
+It is installed from Debian's packages if it is missing, and ended by process id. Both nodes have the host's name and
+address; SLURM_NODEID distinguishes them. `lose` simulates the loss of a node: SIGKILL to its slurmd, its slurmstepds
+and their children.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CONFIG = """\
 ClusterName=local
 SlurmctldHost=localhost
 AuthType=auth/munge
-# a requeued job waits until the credentials of its lost step have expired: two minutes, unless told otherwise
+# a requeued job waits until the credentials of its lost step have expired; the default is two minutes
 AuthInfo=socket={folder}/munge/socket,cred_expire={requeue_seconds}
 SlurmUser=root
 SlurmdUser=root
@@ -45,7 +45,7 @@ SelectType=select/linear
 ReturnToService=2
 MpiDefault=none
 SlurmdTimeout=15
-# the next job is started in a second instead of half a minute
+# start the next job within a second instead of half a minute
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 KillWait=5
 UnkillableStepTimeout=60
@@ -56,7 +56,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 
 
 def why_not() -> str:
-    """Why this machine cannot have a Slurm; empty: it can."""
+    """Return the reason why Slurm cannot run on this machine; empty if it can."""
     if all(shutil.which(program, path=_PATH) for program in PROGRAMS):
         return "" if os.geteuid() == 0 else "Slurm is started by root, and this is another user"
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
@@ -65,7 +65,7 @@ def why_not() -> str:
 
 
 def install() -> None:
-    """Debian's slurm-wlm and munge, where they are missing. Both come without running daemons in a container."""
+    """Install Debian's slurm-wlm and munge if they are missing. In a container they start no daemons."""
     if all(shutil.which(program, path=_PATH) for program in PROGRAMS):
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
@@ -78,7 +78,7 @@ def install() -> None:
 
 @dataclass(frozen=True)
 class Slurm:
-    """A running cluster. `env`: what its commands need."""
+    """A running cluster. `env`: environment of its commands."""
 
     folder: Path
     env: Mapping[str, str]
@@ -86,7 +86,7 @@ class Slurm:
     def run(
         self, *command: str, cwd: Path, timeout: float = 120, env: Mapping[str, str] | None = None
     ) -> subprocess.CompletedProcess[str]:
-        """A command of the user's, to its end; it is ended when that takes too long."""
+        """Run a user's command to its end; terminate it after the timeout."""
         process = psutil.Popen(
             list(command),
             cwd=cwd,
@@ -105,7 +105,7 @@ class Slurm:
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
     def ask(self, *command: str) -> str:
-        """What one of Slurm's own commands prints."""
+        """Run one of Slurm's commands and return its output."""
         done = subprocess.run(
             list(command), env=dict(self.env), capture_output=True, text=True, timeout=60, check=False
         )
@@ -113,12 +113,12 @@ class Slurm:
         return done.stdout
 
     def state(self, job: str) -> dict[str, str]:
-        """Of a job: JobState, Restarts, ExitCode and whatever else scontrol shows."""
+        """Return what scontrol shows of a job: JobState, Restarts, ExitCode and others."""
         shown = self.ask("scontrol", "--oneliner", "show", "job", job).split()
         return {key: value for key, found, value in (word.partition("=") for word in shown) if found}
 
     def wait(self, job: str, *states: str, timeout: float) -> dict[str, str]:
-        """Until the job is in one of the states."""
+        """Wait until the job is in one of the states."""
         deadline = time.monotonic() + timeout
         while (shown := self.state(job))["JobState"] not in states:
             assert time.monotonic() < deadline, (
@@ -128,7 +128,7 @@ class Slurm:
         return shown
 
     def wait_for_nodes(self, *states: str, timeout: float = 60) -> None:
-        """Until every node is in one of the states, like idle."""
+        """Wait until every node is in one of the states, such as idle."""
         deadline = time.monotonic() + timeout
         while True:
             found = self.ask("sinfo", "--noheader", "--Node", "--format=%t").split()
@@ -138,11 +138,11 @@ class Slurm:
             time.sleep(0.2)
 
     def start_node(self, name: str) -> None:
-        """Its slurmd, which puts itself into the background."""
+        """Start the slurmd of a node, which daemonizes itself."""
         self.ask("slurmd", "-N", name, "-f", self.env["SLURM_CONF"])
 
     def lose(self, name: str) -> list[int]:
-        """Kills slurmd, the slurmstepds of the node and all that they have started; returns the pids."""
+        """Kill the slurmd and the slurmstepds of the node and all their children. Return the process ids."""
         slurmd = psutil.Process(int((self.folder / f"slurmd-{name}.pid").read_text()))
         steps = [process for process in psutil.process_iter() if _is_step_of(process, name, self.folder)]
         lost = [slurmd, *steps]
@@ -152,11 +152,11 @@ class Slurm:
         for process in lost:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(lost, timeout=2)  # of another parent: pid 1 may take longer to bury them
+        psutil.wait_procs(lost, timeout=2)  # they are not our children: pid 1 may take longer to reap them
         return [process.pid for process in lost]
 
     def logs(self) -> str:
-        """The ends of the daemons' logs."""
+        """Return the last lines of the daemons' logs."""
         parts = []
         for path in sorted((self.folder / "log").iterdir()):
             parts.append(f"--- {path.name}\n{path.read_text(errors='replace')[-1500:]}")
@@ -164,7 +164,7 @@ class Slurm:
 
 
 def _is_step_of(process: psutil.Process, node: str, folder: Path) -> bool:
-    """A slurmstepd's environment and arguments say nothing; the log that it writes to says whose it is."""
+    """Return True for a slurmstepd of this node, which only its open log file identifies."""
     try:
         log = str(folder / "log" / f"{node}.log")
         return process.name() == "slurmstepd" and log in [file.path for file in process.open_files()]
@@ -174,7 +174,7 @@ def _is_step_of(process: psutil.Process, node: str, folder: Path) -> bool:
 
 @contextmanager
 def slurm(folder: Path, requeue_seconds: int = 5) -> Iterator[Slurm]:
-    """A cluster of two idle nodes; every process of it ends with the block. A requeued job waits `requeue_seconds`."""
+    """Run a cluster of two idle nodes; end all of its processes on exit. A requeued job waits `requeue_seconds`."""
     for name in ("state", "log", "munge", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
     ports: list[int] = []
@@ -195,7 +195,7 @@ def slurm(folder: Path, requeue_seconds: int = 5) -> Iterator[Slurm]:
 
 
 def _start_munge(cluster: Slurm) -> None:
-    """As root, with a key, a socket and a log of its own."""
+    """Start munged as root with its own key, socket and log."""
     own = cluster.folder / "munge"
     (own / "key").write_bytes(os.urandom(128))
     (own / "key").chmod(0o600)
@@ -215,13 +215,13 @@ def _end(cluster: Slurm) -> None:
             process = psutil.Process(int(path.read_text()))
             members = [process, *process.children(recursive=True)]
             for member in members:
-                member.kill()  # slurmctld would take seconds to save a state that nobody reads
+                member.kill()  # slurmctld would take seconds to save a state that is not needed
             psutil.wait_procs(members, timeout=2)
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> None:
-    """Polls."""
+    """Poll the condition until it is true."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, f"nothing within {timeout} s"
+        assert time.monotonic() < deadline, f"the condition was not true within {timeout} s"
         time.sleep(0.1)

@@ -32,12 +32,12 @@ def make_checkout(folder: Path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """The environment that this test runs in, for a checkout that has none of its own."""
+    """Return the variable that names this test's Python environment, for a checkout without its own."""
     return {"GRPO_MEGA_VENV": sys.prefix}
 
 
 def ranks_of(folder: Path) -> list[dict[str, int]]:
-    """What each rank has written down, in their order; then forgotten, for the next start."""
+    """Return the records of all ranks in rank order, and delete them for the next start."""
     found = {}
     for path in folder.glob("rank_*.json"):
         account = json.loads(path.read_text())

@@ -1,8 +1,8 @@
-"""Stands in for grpo_mega/train.py in a copied checkout (tests/helpers/stub_checkout.py): a rank that meets the others
-at MASTER_ADDR and MASTER_PORT, writes down where it is, and ends. Everything that starts it is real.
+"""Stub of grpo_mega/train.py in a copied checkout (tests/helpers/stub_checkout.py).
 
-STAND_IN_EXIT="3:2": rank 3 says why it fails and ends with 2; the others wait for their end. STAND_IN_WAIT=FILE: all
-wait for the wish to stop, and leave with 130; where FILE exists (an earlier start has made it) they do not wait.
+A stub rank connects to the other ranks at MASTER_ADDR and MASTER_PORT, records its environment, and exits. The programs
+that start it are real. STUB_EXIT="3:2": rank 3 prints an error and exits with 2; the others wait to be ended.
+STUB_WAIT=FILE: all wait for a stop request and exit with 130; if FILE exists, from an earlier start, they do not wait.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NODEID",
 
 
 def meet_ranks(rank: int, world_size: int) -> None:
-    """Every rank reaches rank 0."""
+    """Wait until every rank has connected to rank 0."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if rank == 0:
         with socket.create_server(("", address[1])) as server:
-            held = [server.accept()[0] for _ in range(world_size - 1)]
-            for connection in held:
-                connection.sendall(b"all are here")
+            connections = [server.accept()[0] for _ in range(world_size - 1)]
+            for connection in connections:
+                connection.sendall(b"all connected")
         return
     deadline = time.monotonic() + 60
     while True:
         try:
             with socket.create_connection(address, timeout=60) as connection:
-                if connection.recv(100) == b"all are here":
+                if connection.recv(100) == b"all connected":
                     return
         except OSError:
             if time.monotonic() > deadline:
@@ -53,13 +53,13 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     account = {name: int(os.environ[name]) for name in NAMES if name in os.environ}
     (folder / f"rank_{rank}.json").write_text(json.dumps(account))
-    if (failing := os.environ.get("STAND_IN_EXIT")) is not None:
-        who, code = map(int, failing.split(":"))
-        if rank == who:
-            sys.stderr.write(f"error: rank {rank} says why\n")
+    if (failing := os.environ.get("STUB_EXIT")) is not None:
+        failing_rank, code = map(int, failing.split(":"))
+        if rank == failing_rank:
+            sys.stderr.write(f"error: rank {rank} fails\n")
             sys.exit(code)
         time.sleep(60)
-    if (mark := os.environ.get("STAND_IN_WAIT")) is not None and not Path(mark).exists():
+    if (mark := os.environ.get("STUB_WAIT")) is not None and not Path(mark).exists():
         while not take_stop():
             time.sleep(0.05)
         Path(mark).touch()

@@ -1,5 +1,8 @@
-"""Ranks of a job and engine servers: the weights that arrive, who is served, and that every fault ends in an error that
-names the server, on every rank, before anything could be sampled. The servers' weights are plain memory."""
+"""Ranks of a job with engine servers: the weights that arrive, the job that is served, and the report of every fault.
+
+Every fault raises an error that names the server, on every rank, before anything is sampled. The servers' weights are
+plain memory.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +33,14 @@ BUCKET_BYTES = 128 * 1024
 MODEL_BYTES = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in TENSORS.values())
 Answers = list[tuple[tuple[int, ...], str, int]]
 PROMPTS = [Prompt(7, "", (1, 2, 3), ""), Prompt(8, "", (4,), "")]
-LIMIT = 3.0  # seconds of every wait, where one waits in vain
+LIMIT = 3.0  # seconds; the timeout of tests in which a server does not answer
 
 
 @pytest.fixture(scope="module")
 def servers(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StubServer]]:
-    """Two of one rank, which no test may break."""
+    """Two servers of one rank, which no test may break."""
     folder = tmp_path_factory.mktemp("servers")
-    rank_pool.call(1, nothing)  # the pool's imports are those of the servers
+    rank_pool.call(1, nothing)  # imports everything that the servers need
     with stub_server(folder / "first") as first, stub_server(folder / "second") as second:
         yield [first, second]
 
@@ -90,14 +93,14 @@ def rollouts(engine: ServerEngine, seed: int) -> Answers:
 def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[Answers], list[SyncReport], list[int]]:
     engine = open_engine(urls, tp)
     source, sync = connect(rank, engine, transport)
-    told: list[Answers] = []
+    answers: list[Answers] = []
     reports = []
     for version in (1, 2):
         source.become(version)
         reports.append(sync.push(version, verify=True))
-        told.append(rollouts(engine, rank))
+        answers.append(rollouts(engine, rank))
     engine.close()
-    return told, reports, sync.plan.traffic.received_bytes().tolist()
+    return answers, reports, sync.plan.traffic.received_bytes().tolist()
 
 
 @pytest.mark.parametrize("transport", ["gloo", pytest.param("shared_memory", marks=pytest.mark.long)])
@@ -105,12 +108,12 @@ def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
     rank_pool: RankPool, servers: list[StubServer], transport: str
 ) -> None:
     found = rank_pool.call(2, follow, [server.url for server in servers], 1, transport)
-    for rank, (told, reports, received) in enumerate(found):
-        # each rank's own server answers, and nothing in its memory is another version's
-        answers = {version: [(*p.token_ids, rank) for p in PROMPTS for _ in range(2)] for version in (1, 2)}
-        text = told[0][0][1]
+    for rank, (answers, reports, received) in enumerate(found):
+        # each rank's own server answers, and its memory holds no slice of another version
+        wanted = {version: [(*p.token_ids, rank) for p in PROMPTS for _ in range(2)] for version in (1, 2)}
+        text = answers[0][0][1]
         assert text.startswith("0 of ")
-        assert told == [[(ids, text, version) for ids in answers[version]] for version in (1, 2)]
+        assert answers == [[(ids, text, version) for ids in wanted[version]] for version in (1, 2)]
         assert received[:2] == [0, 0]
         assert received[2:] == [MODEL_BYTES] * 2
         assert [report.received_bytes for report in reports] == [0, 0]
@@ -121,27 +124,27 @@ def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
 def test_a_server_of_two_ranks_holds_each_slice_once(rank_pool: RankPool, tmp_path: Path) -> None:
     with stub_server(tmp_path / "wide", tp=2) as server:
         found = rank_pool.call(2, follow, [server.url], 2, "gloo")
-    for told, _, received in found:
-        assert [text for answers in told for _, text, _ in answers] == [told[0][0][1]] * 8
-        assert told[0][0][1].startswith("0 of ")
-        assert told == found[0][0]  # both ranks hear the same
+    for answers, _, received in found:
+        assert [text for version in answers for _, text, _ in version] == [answers[0][0][1]] * 8
+        assert answers[0][0][1].startswith("0 of ")
+        assert answers == found[0][0]  # both ranks receive the same
         assert received[:2] == [0, 0]
-        assert MODEL_BYTES < sum(received) < 1.1 * MODEL_BYTES  # both have the norms and the routers
+        assert MODEL_BYTES < sum(received) < 1.1 * MODEL_BYTES  # both hold the norms and the routers
         assert received[2] == pytest.approx(received[3], rel=0.05)
 
 
-def is_refused(rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object]) -> str:
+def open_error(rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object]) -> str:
     with pytest.raises(UserError) as caught:
         open_engine(urls, 1, seconds, token, **facts)
     return str(caught.value)
 
 
-def test_a_server_of_another_model_or_setting_is_refused_by_name(
+def test_a_server_with_another_model_or_setting_is_rejected_by_name(
     rank_pool: RankPool, servers: list[StubServer]
 ) -> None:
     urls = [server.url for server in servers]
     different: dict[str, object] = {"model_digest": "fedcba9876543210", "dtype": "fp32"}
-    first, second = rank_pool.call(2, is_refused, urls, 5.0, TOKEN, different)
+    first, second = rank_pool.call(2, open_error, urls, 5.0, TOKEN, different)
     assert first == second
     assert first.splitlines()[1] == (
         f"engine.urls[1]={urls[1]}: that engine server has config.json of the model=0123456789abcdef, here "
@@ -149,21 +152,21 @@ def test_a_server_of_another_model_or_setting_is_refused_by_name(
     )
 
 
-def test_another_secret_is_refused(rank_pool: RankPool, servers: list[StubServer]) -> None:
-    (told,) = rank_pool.call(1, is_refused, [servers[0].url], 5.0, b"another secret of a test", {})
-    assert told.startswith(f"engine.urls[0]={servers[0].url}: the program that listens there ")
-    assert told.endswith("; start launch/serve.sh there, with the same secret")
+def test_another_secret_is_rejected(rank_pool: RankPool, servers: list[StubServer]) -> None:
+    (message,) = rank_pool.call(1, open_error, [servers[0].url], 5.0, b"another secret of a test", {})
+    assert message.startswith(f"engine.urls[0]={servers[0].url}: the program that listens there ")
+    assert message.endswith("; start launch/serve.sh there, with the same secret")
 
 
-def test_a_server_that_is_not_there_is_waited_for_and_named(rank_pool: RankPool) -> None:
-    told = rank_pool.call(2, is_refused, ["127.0.0.1:9"], 2.0, TOKEN, {})
-    assert told[0] == told[1]
-    assert told[0].startswith("engine.urls[0]=127.0.0.1:9: no engine server was available to this job within ")
-    assert "does not answer" in told[0]
+def test_a_server_that_does_not_start_is_named_after_the_timeout(rank_pool: RankPool) -> None:
+    messages = rank_pool.call(2, open_error, ["127.0.0.1:9"], 2.0, TOKEN, {})
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("engine.urls[0]=127.0.0.1:9: no engine server was available to this job within ")
+    assert "does not answer" in messages[0]
 
 
 def two_jobs(rank: int, url: str) -> str | None:
-    """Both ranks are jobs of their own, of one rank each; the first is served."""
+    """Run each rank as a job of one rank; the first job is served. Return the error of the second."""
     mine = dist.new_group([0]), dist.new_group([1])
     with (
         mock.patch.object(dist, "get_world_size", return_value=1),
@@ -172,27 +175,27 @@ def two_jobs(rank: int, url: str) -> str | None:
     ):
         engine = open_engine([url]) if rank == 0 else None
         dist.barrier()
-        told = is_refused(0, [url], 1.0, TOKEN, {}) if rank == 1 else None
+        message = open_error(0, [url], 1.0, TOKEN, {}) if rank == 1 else None
         dist.barrier()
         if engine is not None:
             engine.close()
     del mine
-    return told
+    return message
 
 
 def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[StubServer]) -> None:
     address = Address.parse(servers[0].url, "")
     assert inspect_server("", address, TOKEN).job is None
-    _, told = rank_pool.call(2, two_jobs, servers[0].url)
-    assert f"engine.urls[0]={servers[0].url}: no engine server was available to this job within " in told
-    assert "it serves another job (process " in told
+    _, message = rank_pool.call(2, two_jobs, servers[0].url)
+    assert f"engine.urls[0]={servers[0].url}: no engine server was available to this job within " in message
+    assert "it serves another job (process " in message
     end = time.monotonic() + 5
-    while inspect_server("", address, TOKEN).job is not None:  # and is free when that has ended
+    while inspect_server("", address, TOKEN).job is not None:  # free once the job has ended
         assert time.monotonic() < end
 
 
-def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, float]:
-    """The first sync is well; then the fault. What this rank is told, and after how many seconds."""
+def run_with_fault(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, float]:
+    """Run one successful sync, then inject the fault. Return this rank's error and the seconds until it was raised."""
     engine = open_engine(urls, seconds=LIMIT)
     source, sync = connect(rank, engine, "gloo", seconds=LIMIT)
     source.become(1)
@@ -207,11 +210,11 @@ def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, fl
         rollouts(engine, 0)
     except RuntimeError as error:
         return str(error), time.monotonic() - start
-    raise AssertionError(f"{fault}: rank {rank} was told nothing")
+    raise AssertionError(f"{fault}: rank {rank} raised no error")
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "pattern"),
     [
         ("die in sampling", "{name} closed the connection \\(sample\\)"),
         ("die in a sync", "{name}"),
@@ -230,18 +233,21 @@ def fails(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, fl
     ],
 )
 def test_a_server_that_fails_ends_the_job_and_is_named(
-    rank_pool: RankPool, tmp_path: Path, fault: str, told: str
+    rank_pool: RankPool, tmp_path: Path, fault: str, pattern: str
 ) -> None:
     with stub_server(tmp_path / "server") as server:
-        (found,) = rank_pool.call(1, fails, [server.url], server.folder, fault)
+        (found,) = rank_pool.call(1, run_with_fault, [server.url], server.folder, fault)
     name = f"engine server engine.urls\\[0\\]={server.url}"
     message, seconds = found
-    assert re.search(told.format(name=name), message), message
+    assert re.search(pattern.format(name=name), message), message
     assert seconds < 3 * LIMIT
 
 
-def leaves_in_the_middle(rank: int, url: str, folder: Path, of: str) -> tuple[str, float, Answers]:
-    """A job that is cut off while its server works for it; then another. What that has to wait, and what it is told."""
+def disconnect_and_start_again(rank: int, url: str, folder: Path, of: str) -> tuple[str, float, Answers]:
+    """Disconnect a job while its server works for it, then start another job.
+
+    Return the second job's first error, its waiting time, and its answers after a sync.
+    """
     first = open_engine([url], seconds=LIMIT)
     source, sync = connect(rank, first, "gloo", seconds=LIMIT)
     client = first._client
@@ -252,7 +258,7 @@ def leaves_in_the_middle(rank: int, url: str, folder: Path, of: str) -> tuple[st
         (folder / "fault").write_text("delay in sampling")
         client.start(sample_command(PROMPTS, SamplingRequest(2, 1.0, 4, seed=0), 1))
     else:
-        first.announce(1, True)  # and sends nothing of it
+        first.announce(1, True)  # but sends no weights
     time.sleep(0.2)
     client._connection.close()
     start = time.monotonic()
@@ -272,12 +278,12 @@ def leaves_in_the_middle(rank: int, url: str, folder: Path, of: str) -> tuple[st
 
 @pytest.mark.long
 @pytest.mark.parametrize("of", ["sampling", "a sync"])
-def test_a_job_that_is_cut_off_leaves_a_server_that_wants_a_sync_first(
+def test_after_a_job_is_disconnected_the_server_samples_only_after_another_sync(
     rank_pool: RankPool, tmp_path: Path, of: str
 ) -> None:
     with stub_server(tmp_path / "server") as server:
-        ((told, waited, answers),) = rank_pool.call(1, leaves_in_the_middle, server.url, server.folder, of)
-    assert told.endswith("failed (sample): ValueError: sample requested before the first successful weight sync")
-    assert waited > 1.0  # for the server to come to the end of what it does
+        ((message, waited, answers),) = rank_pool.call(1, disconnect_and_start_again, server.url, server.folder, of)
+    assert message.endswith("failed (sample): ValueError: sample requested before the first successful weight sync")
+    assert waited > 1.0  # until the server has finished its last command
     assert [version for _, _, version in answers] == [5] * 4
     assert {text.startswith("0 of ") for _, text, _ in answers} == {True}
