@@ -1,4 +1,4 @@
-"""The zigzag cut of packed rows, by hand and as an identity."""
+"""The zigzag split of packed rows: values worked by hand, and split followed by gather is the identity."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_three_ranks_by_hand() -> None:
 
 @pytest.mark.parametrize("cp", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_shares_are_equal_hold_every_token_once_and_become_whole_again(cp: int, seed: int) -> None:
+def test_parts_have_equal_size_hold_every_token_once_and_gather_to_the_row(cp: int, seed: int) -> None:
     rng = random.Random(seed)
     lengths = [2 * cp * rng.randrange(0, 6) for _ in range(rng.randrange(1, 8))] + [2 * cp]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
@@ -32,12 +32,12 @@ def test_shares_are_equal_hold_every_token_once_and_become_whole_again(cp: int, 
     shares = [row[rank_index(bounds, cp, rank)] for rank in range(cp)]
     assert {len(share) for share in shares} == {len(row) // cp}
     assert torch.equal(torch.cat(shares)[row_index(bounds, cp)], row)
-    # causal attention costs each rank the same: the sum of the positions inside the sequences
+    # causal attention costs every rank the same: the sum of positions inside the sequences
     starts = torch.repeat_interleave(bounds[:-1], bounds.diff())
     positions = torch.arange(len(row)) - starts
     assert len({int(positions[rank_index(bounds, cp, rank)].sum()) for rank in range(cp)}) == 1
 
 
-def test_a_segment_that_is_not_padded_is_refused() -> None:
+def test_a_segment_that_is_not_padded_is_rejected() -> None:
     with pytest.raises(AssertionError, match="a segment of 6 tokens must be a multiple of 2 x cp = 4"):
         rank_index(torch.tensor([0, 4, 10]), 2, 0)

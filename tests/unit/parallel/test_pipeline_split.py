@@ -1,4 +1,4 @@
-"""Which layers each stage holds, by hand; each refusal says key, got, rule and remedy."""
+"""The layers of each pipeline stage, worked by hand; errors name key, value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_counts_by_hand(num_layers: int, keys: dict[str, Any], counts: list[int]
 @pytest.mark.parametrize(
     "text", ["Ett|t|tt|tL", "E|(t|)*6L", "Et*2|(tt|t|)*2L", "E,t|t*3|t,t|L", "Ettttttt|L", "(E)*1t|(t|)*2tt*2L"]
 )
-def test_explicit_layouts_read_as_megatron_reads_them(text: str) -> None:
+def test_explicit_layouts_are_parsed_as_in_megatron(text: str) -> None:
     from grpo_mega.policy.megatron_patches import cpu
 
     cpu.prepare_import()
@@ -52,7 +52,7 @@ def test_explicit_layouts_read_as_megatron_reads_them(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_layers", "keys", "said"),
+    ("num_layers", "keys", "message"),
     [
         (
             6,
@@ -118,7 +118,7 @@ def test_explicit_layouts_read_as_megatron_reads_them(text: str) -> None:
         ),
     ],
 )
-def test_a_split_that_does_not_come_out_is_refused(num_layers: int, keys: dict[str, Any], said: str) -> None:
+def test_a_split_that_does_not_divide_is_rejected(num_layers: int, keys: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         stages(num_layers, **keys)
-    assert str(caught.value) == said
+    assert str(caught.value) == message

@@ -1,4 +1,4 @@
-"""grpo_mega.parallel.stop_signal: the signal waits, and every look at it says the same."""
+"""grpo_mega.parallel.stop_signal: the signal stays pending, and every check returns the same result."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ assert not take_stop()
 """
 
 
-def test_the_signal_is_seen_by_every_look_until_it_is_taken() -> None:
+def test_every_check_sees_the_signal_until_it_is_consumed() -> None:
     ended = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, check=False)
     assert ended.returncode == 0, ended.stderr

@@ -1,4 +1,4 @@
-"""The rank grid, by hand and against Megatron's own generator of ranks."""
+"""The rank grid: values worked by hand, and a comparison with Megatron's own RankGenerator."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_grid_of_tp2_dp2_pp2_with_replicas_of_two_ranks_by_hand() -> None:
     assert Topology(8, tp=2, cp=2).describe(5) == "rank 5 | dp 1/2 pp 0/1 tp 1/2 cp 0/2"
 
 
-def test_replicas_of_tp2_dp2_have_two_shares_each() -> None:
+def test_replicas_of_tp2_dp2_have_two_prompt_shards_each() -> None:
     grid = Topology(8, engine_tp=2, engine_dp=2)
     assert (grid.engine_ranks, grid.num_replicas, grid.num_shares) == (4, 2, 4)
     assert [grid.replica_ranks(replica) for replica in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -75,7 +75,7 @@ def test_coordinates_number_every_rank_once(sizes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("sizes", GRIDS, ids=str)
-def test_ranks_that_share_an_axis_are_those_of_megatrons_generator(sizes: dict[str, Any]) -> None:
+def test_groups_of_each_axis_equal_those_of_megatrons_generator(sizes: dict[str, Any]) -> None:
     from grpo_mega.policy.megatron_patches import cpu
 
     cpu.prepare_import()
@@ -94,7 +94,7 @@ def test_ranks_that_share_an_axis_are_those_of_megatrons_generator(sizes: dict[s
 
 
 def sharing(grid: Topology, axes: list[str], all_axes: list[str]) -> list[list[int]]:
-    """Groups of ranks that differ on `axes` alone."""
+    """Return the groups of ranks that differ only in `axes`."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank in range(grid.world_size):
         at = grid.coordinates(rank)
@@ -103,7 +103,7 @@ def sharing(grid: Topology, axes: list[str], all_axes: list[str]) -> list[list[i
     return sorted(groups.values())
 
 
-def test_a_layout_that_does_not_divide_the_ranks_says_what_would() -> None:
+def test_a_layout_that_does_not_divide_the_ranks_is_rejected_with_a_remedy() -> None:
     with pytest.raises(UserError) as caught:
         Topology(6, tp=2, pp=2)
     assert str(caught.value) == (
@@ -134,10 +134,12 @@ def test_a_topology_has_every_axis_of_its_config() -> None:
     assert grid == Topology(60, tp=2, pp=3, engine_tp=4, cp=5, ep=10, etp=1, vpp=6, engine_dp=3)
 
 
-def test_ranks_are_cut_into_as_many_runs_as_there_are_servers() -> None:
+def test_ranks_are_divided_into_one_contiguous_block_per_server() -> None:
     grid = Topology(8, tp=2, engine_tp=4, engine_servers=2)
     assert (grid.num_replicas, grid.engine_ranks, grid.num_server_ranks) == (2, 4, 8)
-    one_each = Topology(8, tp=2, engine_tp=1, engine_servers=2)  # all that a server serves sample the same prompts
+    one_each = Topology(
+        8, tp=2, engine_tp=1, engine_servers=2
+    )  # all ranks of a server's block sample the same prompt shard
     assert (one_each.num_shares, [one_each.coordinates(rank).share for rank in (0, 3, 4)]) == (2, [0, 0, 1])
     assert [grid.replica_ranks(i) for i in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [(at.replica, at.engine_tp_rank) for at in map(grid.coordinates, range(8))] == [

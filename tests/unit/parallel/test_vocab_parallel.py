@@ -1,4 +1,4 @@
-"""Log-probs and entropy from hidden states against log_softmax in float64, on one rank and on real gloo ranks."""
+"""Log-probs and entropy from hidden states, compared with log_softmax in float64, on one rank and on gloo ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T, H, V, PADDED = 13, 8, 37, 48
 
 
 def problem(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Hidden states, a head with huge values in its padding, labels at both ends of it, upstream gradients."""
+    """Return hidden states, a head with huge values in its padding, labels at both ends of it, upstream gradients."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(PADDED, H, generator=generator)
     weight[V:] = 1e4
@@ -34,7 +34,7 @@ def problem(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 
 
 def oracle(given: dict[str, Tensor], temperature: float, uses: tuple[str, ...]) -> dict[str, Tensor]:
-    """Values and gradients by autograd over all logits in float64."""
+    """Compute values and gradients by autograd over all logits in float64."""
     hidden = given["hidden"].double().requires_grad_()
     weight = given["weight"].double().requires_grad_()
     log_p = torch.log_softmax(hidden @ weight[:V].t() / temperature, dim=-1)
@@ -63,7 +63,7 @@ def ours(
 def gradients_of(
     hidden: Tensor, weight: Tensor, log_probs: Tensor, entropy: Tensor, given: dict[str, Tensor], uses: tuple[str, ...]
 ) -> dict[str, Tensor]:
-    """Results, and gradients of what `uses` names, weighted with the upstream gradients."""
+    """Compute the results, and the gradients of those in `uses`, weighted with the upstream gradients."""
     results = {"log_probs": log_probs, "entropy": entropy}
     loss = torch.stack([(results[name] * given[f"grad_{name}"]).sum() for name in uses]).sum()
     grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight))
@@ -71,7 +71,7 @@ def gradients_of(
 
 
 def assert_close(measured: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each tensor within `tolerance` of the largest absolute value of the expected one."""
+    """Assert that each tensor differs by at most `tolerance` times the largest absolute value expected."""
     assert measured.keys() == expected.keys()
     for name, value in expected.items():
         error = (measured[name].double() - value.double()).abs().max().item()
@@ -95,7 +95,7 @@ def test_slices_of_any_size_give_the_same(slice_tokens: int) -> None:
     assert_close(sliced, whole, tolerance=5e-7)
 
 
-def test_no_more_logits_exist_than_a_slice_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_logits_of_only_one_slice_are_materialized(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     logits = vocab_parallel._Shard.logits
 
@@ -180,7 +180,7 @@ def test_bad_arguments_are_named(change: dict[str, Any], message: str) -> None:
 
 
 def run_rank(rank: int, tp: int, folder: str) -> None:
-    """One gloo rank with its rows of the head; writes its results and how many collectives it called."""
+    """Run one gloo rank with its rows of the head; write its results and the number of collectives."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp)
     given = problem()
