@@ -137,9 +137,8 @@ def test_a_topology_has_every_axis_of_its_config() -> None:
 def test_ranks_are_divided_into_one_contiguous_block_per_server() -> None:
     grid = Topology(8, tp=2, engine_tp=4, engine_servers=2)
     assert (grid.num_replicas, grid.engine_ranks, grid.num_server_ranks) == (2, 4, 8)
-    one_each = Topology(
-        8, tp=2, engine_tp=1, engine_servers=2
-    )  # all ranks of a server's block sample the same prompt shard
+    # all ranks of a server's block sample the same prompt shard
+    one_each = Topology(8, tp=2, engine_tp=1, engine_servers=2)
     assert (one_each.num_shares, [one_each.coordinates(rank).share for rank in (0, 3, 4)]) == (2, [0, 0, 1])
     assert [grid.replica_ranks(i) for i in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert [(at.replica, at.engine_tp_rank) for at in map(grid.coordinates, range(8))] == [
