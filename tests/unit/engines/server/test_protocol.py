@@ -56,7 +56,7 @@ def test_only_loopback_addresses_are_served_without_a_secret() -> None:
 
 
 def test_keys_are_derived_from_the_secret_and_the_side() -> None:
-    pairs = [curve_keys(token, side) for token in (b"", SECRET) for side in ("job", "server")]  # type: ignore[arg-type]
+    pairs = [curve_keys(token, side) for token in (b"", SECRET) for side in ("job", "server")]
     assert len({key for pair in pairs for key in pair}) == 8
     assert pairs[2] == curve_keys(SECRET, "job")
     for public_key, secret_key in pairs:
