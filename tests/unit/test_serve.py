@@ -28,7 +28,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     ("arguments", "message"),
     [
         ((QUICKSTART, "--host", "0.0.0.0"), "--host=0.0.0.0 is reachable from other machines, and no secret is set; "),
-        ((QUICKSTART, "engine.kind=sglang"), "engine.placement=server with engine.kind=sglang, which runs beside "),
+        ((QUICKSTART, "engine.kind=sglang"), "engine.placement=server is not supported with engine.kind=sglang; "),
         ((QUICKSTART, "engine.tq=2"), "engine.tq: unknown key"),
     ],
 )

@@ -145,5 +145,5 @@ def test_ranks_are_divided_into_one_contiguous_block_per_server() -> None:
         (rank // 4, rank % 4) for rank in range(8)
     ]
     assert Topology(1, engine_tp=8, engine_servers=1).replica_ranks(0) == [0]  # a server may be larger than the job
-    with pytest.raises(UserError, match=r"engine\.urls names 3 servers, which do not divide the 8 rank\(s\)"):
+    with pytest.raises(UserError, match=r"engine\.urls lists 3 servers, which does not divide run\.world_size=8"):
         Topology(8, engine_servers=3)
