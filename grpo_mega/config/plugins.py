@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,7 +60,9 @@ class Catalogue:
             )
         try:
             module = (
-                _module_of_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+                _module_of_file(Path(module_name).resolve())
+                if module_name.endswith(".py")
+                else importlib.import_module(module_name)
             )
         except Exception as error:  # a user's module may raise anything while it is imported
             raise UserError(
@@ -76,9 +79,10 @@ class Catalogue:
         return function  # type: ignore[no-any-return]
 
 
-def _module_of_file(file: str) -> ModuleType:
-    """Import a Python file by its path."""
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+@cache
+def _module_of_file(file: Path) -> ModuleType:
+    """Import a Python file by its path, once per process."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None, file
     assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
@@ -97,15 +101,15 @@ def check_args(
     """Check that the function can be called with the values of `given`, followed by `args` as keywords.
 
     Args:
-        where: the key in messages.
-        name: of the function.
-        args: of the config.
-        function: what is called.
-        given: as many values as it gets beside `args`.
-        check: called with `args`; raises UserError for a bad value.
+        where: config key, for messages.
+        name: name of the function in the config.
+        args: arguments in the config.
+        function: the function to check.
+        given: placeholders for the positional arguments that the program passes.
+        check: called with `args`; raises UserError for an invalid value.
 
     Raises:
-        UserError: an argument that the function does not take, one that is missing, or a value that `check` refuses.
+        UserError: an argument is unknown or missing, or `check` rejects a value.
     """
     signature = inspect.signature(function)
     try:

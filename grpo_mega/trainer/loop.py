@@ -88,9 +88,8 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         )
         job.observer.step(result)
         if staged is not None:
-            job.checkpoints.publish(
-                staged
-            )  # after the metrics line is on disk, so that a killed run has both or neither
+            # after the metrics line is on disk, so that a killed run has both or neither
+            job.checkpoints.publish(staged)
         if stopping:
             raise Stopped(
                 f"stopped after step {step}; its checkpoint is complete, and the same command continues the run"
@@ -138,9 +137,9 @@ def update_critic(
     if objective.kl_in_reward:
         kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
     if job.critic is None:
-        return (
-            batch if kl is None else batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
-        ), []
+        if kl is not None:
+            batch = batch.with_advantages(objective.credit(groups, batch.rewards, kl).advantages)
+        return batch, []
     with job.phases.valuing(), job.timers.phase("critic"):
         values = gather_by_rollout(job, batch, job.critic.values(batch.microbatches) or ())
         credit = objective.credit(groups, batch.rewards, kl, values)
