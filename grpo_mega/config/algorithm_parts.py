@@ -81,7 +81,7 @@ def find_part(kind: PartKind, name: str) -> Callable[..., Any]:
     function = _CATALOGUES[kind].find("algorithm", name)
     if getattr(function, _DECLARATION, None) != kind:
         raise UserError(
-            f"algorithm.{kind}={name!r} is not declared as {_WHAT[kind]}",
+            f"algorithm.{kind}={name!r} is not declared as {'an' if kind == 'advantage' else 'a'} {_WHAT[kind]}",
             remedy=f"put `@grpo_mega.algorithm.{kind}` above the function",
         )
     return function

@@ -77,7 +77,7 @@ def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension:
         ({"surrogate": "no_such_package:x"}, r"algorithm\.surrogate='no_such_package:x': cannot import"),
         ({"surrogate": "{file}:absent"}, r"has no function 'absent'; its surrogates: .*squared_ratio"),
         ({"surrogate": "{file}:undeclared"}, r"put `@grpo_mega\.algorithm\.surrogate`"),
-        ({"surrogate": "{file}:raw_reward"}, r"is not declared as surrogate"),
+        ({"surrogate": "{file}:raw_reward"}, r"is not declared as a surrogate"),
         ({"surrogate": "{file}:with_unknown_key", "clip_high": None}, r"parameter 'margin' is not a key of algorithm"),
         ({"surrogate": "{file}:squared_ratio", "clip_low": 0.2}, r"algorithm\.clip_low=0\.2 does nothing"),
         ({"surrogate": "{file}:squared_ratio", "clip_high": None}, r"algorithm\.clip_high=null.*needs a value"),
