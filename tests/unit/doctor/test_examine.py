@@ -209,7 +209,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% i
         (TEMPLATE + "{{ strftime_now('%d %b') }}", "warn", "today's date"),
         ("{{ messages | length }}" + TEMPLATE, "warn", "not the beginning"),
         ("{{ raise_exception('no') }}", "fail", "cannot be applied"),
-        (None, "fail", "has none"),
+        (None, "fail", "does not have"),
     ],
 )
 def test_a_chat_template_must_be_stable(model: Path, template: str | None, status: str, told: str) -> None:
