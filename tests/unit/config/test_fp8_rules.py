@@ -1,5 +1,5 @@
 """config/fp8_rules.py: the table agrees with Transformer Engine's own source of the pinned release; what does not go
-together is refused with its reason, on any machine."""
+together is rejected with its reason, on any machine."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_asks_for(sour
     tree = source["pytorch/quantization.py"]
     of_a_tensor = numbers_of(tree, "check_fp8_support")
     for name in ("delayed", "tensorwise"):
-        assert RECIPES[name].least == of_a_tensor[1] == (8, 9)  # below it: refused
+        assert RECIPES[name].least == of_a_tensor[1] == (8, 9)  # GPUs below it are rejected
         assert RECIPES[name].cuda == tuple(map(int, str(of_a_tensor[3]).split(".")))
     capability, cuda = numbers_of(tree, "check_fp8_block_scaling_support")
     assert RECIPES["blockwise"].least == capability
@@ -215,7 +215,7 @@ def test_the_table_holds_the_recipes_of_the_config() -> None:
         ("blockwise", (9, 0), (12, 8), "needs CUDA 12.9 or later, and torch is built for 12.8"),
     ],
 )
-def test_a_gpu_without_the_recipe_is_told_which_it_has(
+def test_the_message_for_an_unsupported_recipe_lists_the_supported_ones(
     recipe: str, capability: tuple[int, int], cuda: tuple[int, int], message: str
 ) -> None:
     assert re.search(message, check_generation(recipe, capability, cuda))
@@ -276,19 +276,19 @@ def test_the_doctor_finds_a_gpu_on_which_no_engine_computes_with_fp8() -> None:
         (("precision.fp8.recipe=nvfp4",), r"precision\.fp8\.recipe"),
     ],
 )
-def test_keys_that_do_not_go_together_are_refused(overrides: tuple[str, ...], message: str) -> None:
+def test_unsupported_combinations_of_keys_are_rejected(overrides: tuple[str, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(QUICKSTART, overrides)
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has GPUs")
-def test_without_cuda_fp8_is_refused_before_anything_starts() -> None:
+def test_fp8_without_cuda_is_rejected_before_a_run_starts() -> None:
     config = load_config(QUICKSTART, BLOCKWISE)
     with pytest.raises(UserError, match=r"precision\.fp8\.recipe=blockwise needs CUDA devices, and"):
         check_model(config, Topology.of(config, 1))
 
 
-def test_more_bf16_layers_than_a_stage_has_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_bf16_layers_than_a_pipeline_stage_has_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     config = load_config(QUICKSTART, (*BLOCKWISE, "parallel.pp=2", "precision.fp8.first_layers_bf16=3"))
     with pytest.raises(UserError, match=r"first_layers_bf16=3 is more than the 2 layers of a pipeline stage"):

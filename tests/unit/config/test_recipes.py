@@ -45,18 +45,18 @@ def test_a_recipe_passes_every_rule_and_splits_its_batch_as_the_paper_does(path:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_value_says_where_it_comes_from(path: Path) -> None:
     """By a comment on its line, or on that of the section or list that holds it. Names of paths and keys need none."""
-    told, silent = [], []
+    commented, silent = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         match = re.match(r"( *)(?:- )?\{?(\w+):(.*)", line)
         if match is None or line.lstrip().startswith("#"):
             continue
         indent, key, rest = len(match[1]), match[2], match[3]
-        told = [at for at in told if at < indent]
+        commented = [at for at in commented if at < indent]
         if re.search(r"#.*\b(paper|script|ours)\b", rest):
-            told.append(indent)
+            commented.append(indent)
         elif (
             rest.strip()
-            and not told
+            and not commented
             and key not in ("name", "overlong", "template", "path", "prompt_key", "answer_key")
         ):
             silent.append(line.strip())

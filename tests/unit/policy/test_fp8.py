@@ -1,4 +1,4 @@
-"""policy/fp8.py: what Megatron is told, in names that its classes have; values in and out of FP8 parameters."""
+"""policy/fp8.py: fields that it sets exist in Megatron, and FP8 parameters convert from and to values."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_experts_get_tokens_in_multiples() -> None:
     assert set(fields) <= names
 
 
-class Codes:
+class Fp8Parameter:
     """As Transformer Engine's tensors in FP8 behave: what is indexed is a copy, what is copied in is rounded."""
 
     shape = torch.Size([4])
@@ -78,9 +78,9 @@ class Codes:
 
 
 def test_values_go_into_an_fp8_parameter_whole_and_come_out_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8.fp8_utils, "is_float8tensor", lambda p: isinstance(p, Codes))
+    monkeypatch.setattr(fp8.fp8_utils, "is_float8tensor", lambda p: isinstance(p, Fp8Parameter))
     monkeypatch.setattr(fp8.fp8_utils, "dequantize_fp8_tensor", lambda p: p.dequantize())
-    parameter: Any = Codes()
+    parameter: Any = Fp8Parameter()
     room = fp8.room_for(parameter)
     room[:2].copy_(torch.tensor([1.0, 1.06]))
     room[2:].copy_(torch.tensor([-2.0, 0.0]))

@@ -1,4 +1,4 @@
-"""policy/fp8_scales.py: hand-worked codes and scales in tensors as Transformer Engine 2.11 keeps them."""
+"""policy/fp8_scales.py: hand-computed quantized values and scales in the layout of Transformer Engine 2.11."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grpo_mega.config.policy_sections import Fp8Config
 from grpo_mega.policy.fp8_scales import delayed_scales, reported_scales, weight_range
 
 
-def codes(values: list[list[float]] | torch.Tensor) -> torch.Tensor:
+def as_bytes(values: list[list[float]] | torch.Tensor) -> torch.Tensor:
     """e4m3 in bytes; whatever it is given must be a value of e4m3."""
     wanted = torch.as_tensor(values)
     found = wanted.to(torch.float8_e4m3fn)
@@ -28,12 +28,12 @@ def layer(*weights: Any) -> torch.nn.Module:
 
 
 def tensorwise(values: list[list[float]], scale: float) -> Any:
-    return SimpleNamespace(_data=codes(values), _transpose=None, _scale_inv=torch.tensor([scale]))
+    return SimpleNamespace(_data=as_bytes(values), _transpose=None, _scale_inv=torch.tensor([scale]))
 
 
 def blockwise(values: torch.Tensor, scales: list[list[float]]) -> Any:
     return SimpleNamespace(
-        _rowwise_data=codes(values),
+        _rowwise_data=as_bytes(values),
         _rowwise_scale_inv=torch.tensor(scales),
         _columnwise_data=None,
         _columnwise_scale_inv=None,
@@ -78,7 +78,7 @@ def test_scales_of_mxfp8_are_exponents_of_32_values_along_a_row_or_a_column() ->
 
 def test_parameters_in_fp8_and_copies_beside_bf16_ones_are_counted_together() -> None:
     held = torch.nn.Linear(2, 2, bias=False)
-    held.weight._data = codes([[3.0, 0.0], [0.0, 0.0]])  # type: ignore[assignment]
+    held.weight._data = as_bytes([[3.0, 0.0], [0.0, 0.0]])  # type: ignore[assignment]
     held.weight._scale_inv = torch.tensor([2.0])
     assert weight_range([held, layer(tensorwise([[1.0]], 5.0), tensorwise([[0.0]], 7.0))]).tolist() == [6, 4, 6]
 

@@ -84,7 +84,7 @@ def test_tokens_of_one_sequence_see_nothing_of_another() -> None:
     assert not torch.equal(before[changed], after[changed])
 
 
-def test_a_row_that_the_bounds_do_not_cover_is_refused() -> None:
+def test_a_row_that_cu_seqlens_does_not_cover_is_rejected() -> None:
     x = torch.zeros(5, 1, 4)
     with pytest.raises(AssertionError, match="cu_seqlens ends at 4, the row has 5 tokens"):
         packed_attention(x, x, x, bounds_of([4]), None)
