@@ -1,12 +1,12 @@
-"""The planner's bytes against real runs of tiny models on CPU and gloo: nine layouts of several ranks, or one rank.
+"""Compare the planner's bytes with real runs of tiny models on CPU and gloo: nine layouts, or one rank.
 
     python tools/measure_memory.py [--one-rank] [--json]
 
-Weights, gradients and optimizer state are what the policy's buffers hold; activations are the distinct storages that
-autograd keeps at most during an update (saved-tensor hooks). Per pipeline rank: the fullest rank of each, for
-activations the mean, because experts get unequal shares of the tokens.
+Weights, gradients and optimizer state are the bytes of the policy's buffers. Activations are the peak of the distinct
+storages that autograd keeps during an update (saved-tensor hooks). For each pipeline rank the fullest rank counts; for
+activations it is the mean, because experts get unequal numbers of tokens.
 
-Exit code 0: everything is within its bar (3%, activations 10%); 1: something is not, or a rank failed.
+Exit code 0: everything is within its tolerance (3%, activations 10%); 1: something is not, or a rank failed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ BARS = {"weights": 0.03, "gradients": 0.03, "optimizer": 0.03, "activations": 0.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--one-rank", action="store_true", help="every family, precision and recomputation, in one rank"
     )
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
-    warnings.simplefilter("ignore")  # libraries warn of what this machine lacks
+    warnings.simplefilter("ignore")  # libraries warn about missing optional features
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="measure_memory_") as work:
         for name in sorted({case.model for case in CASES}):
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_alone(case: Case, folder: Path) -> Bytes:
-    """A job of one rank, in this process."""
+    """Return the bytes of a job of one rank, which runs in this process."""
     import torch
     import torch.distributed as dist
 
@@ -74,7 +74,7 @@ def run_alone(case: Case, folder: Path) -> Bytes:
 
 
 def run_case(number: int, folder: Path, work: Path) -> list[Bytes]:
-    """What each rank measured.
+    """Return the bytes that each rank measured.
 
     Raises:
         RuntimeError: a rank failed.
@@ -95,7 +95,7 @@ def run_case(number: int, folder: Path, work: Path) -> list[Bytes]:
 
 
 def compared(case: Case, stages: list[Bytes], ranks: list[Bytes]) -> list[dict[str, Any]]:
-    """A row for each pipeline rank."""
+    """Return a row for each pipeline rank."""
     each = len(ranks) // len(stages)
     rows = []
     for pp_rank, wanted in enumerate(stages):
@@ -110,7 +110,7 @@ def compared(case: Case, stages: list[Bytes], ranks: list[Bytes]) -> list[dict[s
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """For a terminal, and for docs/measurements/planner.md."""
+    """Return a row as a Markdown table line, as in docs/measurements/planner.md."""
     cells = [f"{row['measured'][key]:,.0f} ({row['ratio'][key] - 1:+.1%})" for key in BARS]
     return f"| {row['case']} | {row['pp_rank']} | " + " | ".join(cells) + " |"
 

@@ -1,12 +1,12 @@
-"""Check by headers alone that a layout holds every tensor of a checkpoint exactly once, for models of any size.
+"""Check that the ranks of a layout hold every tensor of a checkpoint exactly once; only headers are read.
 
     python tools/check_mapping.py HF_DIR --layout tp=8,pp=16,ep=32,sequence_parallel=true
 
-HF_DIR holds config.json and safetensors files, of which only the headers are read. The ranks of one copy of the model
-are taken; their modules are Megatron's own, built without memory for numbers. Also checked: the tensors of the files
-are those of the config's model, with block scales for FP8 weights, and a converted checkpoint holds each once.
+HF_DIR holds config.json and safetensors files. The modules of the ranks of one model copy are Megatron's own, built
+without memory for weights. The tool also checks that the files have the tensors of the config's model, with block
+scales for FP8 weights, and that a converted checkpoint would hold each tensor once.
 
-Exit code 0: every element is held exactly once; 1: it is not, the faults are listed; 2: the input is wrong.
+Exit code 0: every element is held exactly once; 1: it is not, and the faults are listed; 2: the input is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from grpo_mega.types import UserError
 
 
 def faults_of_conversion(spec: ModelSpec, files: HfFiles) -> list[str]:
-    """Tensors that a Megatron checkpoint of the folder would not hold exactly once."""
+    """Return the tensors that a Megatron checkpoint of the folder would not hold exactly once."""
     covered: Counter[str] = Counter()
     for tensor in megatron_tensors(spec):
         for placed in tensor.placements:
@@ -48,8 +48,8 @@ def faults_of_conversion(spec: ModelSpec, files: HfFiles) -> list[str]:
 
 
 def check(folder: Path, layout: str) -> dict[str, Any]:
-    """The summary; `faults` is empty where all is well."""
-    warnings.filterwarnings("ignore", module="megatron")  # of its own fields and of Transformer Engine
+    """Return the summary; its `faults` are empty if the layout is right."""
+    warnings.filterwarnings("ignore", module="megatron")  # about deprecated fields and about Transformer Engine
     from grpo_mega.parallel.topology import Topology
     from grpo_mega.policy.inspect.slice_mapping import faults_of_mapping, held_by_ranks
     from grpo_mega.policy.weight_source import weight_copies
@@ -80,11 +80,11 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", type=Path, help="folder of config.json and safetensors files")
     parser.add_argument("--layout", default="", help="keys of `parallel`, as tp=2,pp=2 (default: one rank)")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     try:
         found = check(args.hf_dir, args.layout)

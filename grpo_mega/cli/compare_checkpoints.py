@@ -1,10 +1,11 @@
-"""Compare two checkpoints tensor by tensor by Hugging Face's names, in any formats and layouts.
+"""Compare two checkpoints of any format and layout, tensor by tensor, by Hugging Face names.
 
     python tools/compare_checkpoints.py A B
 
-A and B are Hugging Face folders, torch_dist checkpoints or checkpoints of a run. Tensors that differ are listed: in
-value (with the largest absolute difference), dtype, shape, or being in one of them only. Exit code 0: equal bit for
-bit; 1: different; 2: the input is wrong.
+A and B are Hugging Face folders, torch_dist checkpoints or checkpoints of a run. Tensors are listed that differ
+in value (with the largest absolute difference), dtype or shape, or that only one checkpoint has.
+
+Exit code 0: equal bit for bit; 1: different; 2: the input is wrong.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from grpo_mega.types import UserError
 
 
 def line_of(found: TensorComparison) -> str:
-    """What differs, on one line."""
+    """Return the difference as one line."""
     pairs = zip(found.shapes, found.dtypes, strict=True)
     sides = ["missing" if shape is None else f"{shape} {dtype}" for shape, dtype in pairs]
     gap = "" if found.max_abs_difference is None else f", max abs difference {found.max_abs_difference:.6g}"
@@ -29,12 +30,12 @@ def line_of(found: TensorComparison) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
     parser.add_argument("--base", type=Path, help="folder of config.json, for a torch_dist checkpoint without one")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     try:
         left, right = open_checkpoint(args.a, args.base, args.b), open_checkpoint(args.b, args.base, args.a)

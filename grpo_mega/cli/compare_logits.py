@@ -1,13 +1,13 @@
-"""Megatron's policy against transformers: the largest difference of logits and log-probs on random tokens, in fp32.
+"""Compare the policy with transformers: largest difference of logits and log-probs on random tokens, in fp32.
 
     python tools/compare_logits.py HF_DIR --layout tp=2,pp=2 [--json]
 
 The layout is a list of keys of `parallel` (and `dp`); its ranks are started on this machine. A model with experts needs
-sequence parallelism beside tp > 1: it is switched on where the layout does not speak of it. FP8 weights are compared as
-what they stand for. The sequences have ragged lengths and are packed several to a row. Differences are absolute: logits
-at every position, log-probs of every token but the first of each sequence.
+sequence parallelism with tp > 1, so it is switched on unless the layout contains the key. FP8 weights are dequantized.
+The sequences have different lengths, and several are packed into a row. Differences are absolute: logits at every
+position, log-probs of every token except the first of each sequence.
 
-Exit code 0: compared (and, with --tolerance, both differences are within it); 1: they are not, or a rank failed; 2: the
+Exit code 0: compared, and with --tolerance both differences are within it; 1: they are not, or a rank failed; 2: the
 input is wrong.
 """
 
@@ -35,7 +35,11 @@ NUM_SEQUENCES, LONGEST = 8, 48
 
 
 def config_of(folder: Path, spec: ModelSpec, layout: str, work: Path) -> Config:
-    """A run's config with this model and layout, with every rule of layouts checked."""
+    """Return a config with this model and layout, after checking the rules of layouts.
+
+    Raises:
+        UserError: the layout is not valid for the model.
+    """
     from grpo_mega.models.layout_rules import check_layout
     from grpo_mega.parallel.topology import Topology
 
@@ -61,14 +65,14 @@ def config_of(folder: Path, spec: ModelSpec, layout: str, work: Path) -> Config:
 
 
 def random_sequences(spec: ModelSpec, seed: int) -> list[list[int]]:
-    """Ragged; the longest has LONGEST tokens, or as many as the model has positions."""
+    """Return sequences of different lengths; the longest has LONGEST tokens, or as many as the model has positions."""
     rng, longest = random.Random(seed), min(LONGEST, spec.max_positions)
     lengths = [longest, *(rng.randint(2, longest) for _ in range(NUM_SEQUENCES - 1))]
     return [[rng.randrange(spec.vocab_size) for _ in range(length)] for length in lengths]
 
 
-def dequantised(folder: Path, work: Path) -> Path:
-    """`folder`, or a copy whose FP8 weights are bfloat16: transformers reads such files on a GPU only.
+def dequantized(folder: Path, work: Path) -> Path:
+    """Return `folder`, or a copy with FP8 weights in bfloat16, because transformers reads FP8 on a GPU only.
 
     Raises:
         UserError: a file is missing or damaged.
@@ -81,7 +85,7 @@ def dequantised(folder: Path, work: Path) -> Path:
     from grpo_mega.formats.safetensors_reader import HfFiles
     from grpo_mega.types import TensorSlice
 
-    copy, files = work / "dequantised", HfFiles(folder)
+    copy, files = work / "dequantized", HfFiles(folder)
     copy.mkdir()
     (copy / "config.json").write_text(json.dumps(raw))
     slices = [TensorSlice(name, (0,) * len(shape), shape) for name, shape in files.shapes.items()]
@@ -91,7 +95,7 @@ def dequantised(folder: Path, work: Path) -> Path:
 
 
 def expect(folder: Path, sequences: Sequence[Sequence[int]], file: Path) -> None:
-    """Logits [T, V] of each sequence, by transformers, one sequence at a time."""
+    """Write the logits [T, V] of each sequence, computed by transformers one sequence at a time."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
@@ -100,7 +104,7 @@ def expect(folder: Path, sequences: Sequence[Sequence[int]], file: Path) -> None
 
     quiet_libraries()
     model = AutoModelForCausalLM.from_pretrained(
-        dequantised(folder, file.parent),
+        dequantized(folder, file.parent),
         dtype=torch.float32,
         attn_implementation="eager",
         experts_implementation="eager",

@@ -1,4 +1,4 @@
-"""One rank of tools/compare_logits.py: logits and log-probs of given sequences, against those of transformers."""
+"""One rank of tools/compare_logits.py: compares logits and log-probs of given sequences with those of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 
 
 def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
-    """Every sequence once, half of them packed in each of two rows, or in as many as the schedule wants."""
+    """Return rows with every sequence once: two rows, or as many as the pipeline schedule needs."""
     shape = RowShape.of(config.parallel, config.precision)
     count = -(-2 // shape.microbatch_multiple) * shape.microbatch_multiple
     bins = [list(range(i, len(sequences), count)) for i in range(count)]
@@ -46,7 +46,7 @@ def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
 
 
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
-    """Every data-parallel rank computes the same rows; a rank of the last stage writes the largest differences."""
+    """Compute the rows, the same on every data-parallel rank; one rank of the last stage writes the differences."""
     folder = Path(job["model"])
     policy = MegatronPolicy(config, read_spec(folder), folder, ranks, with_reference=False)
     rows = make_rows(job["sequences"], config)

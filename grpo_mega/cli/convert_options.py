@@ -1,4 +1,4 @@
-"""What the two conversion tools share: options, the report, exit codes."""
+"""Options, report and exit codes of the two conversion tools."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from grpo_mega.convert.hf_to_megatron import DTYPES, ConversionReport
 from grpo_mega.types import UserError
 
-# what somebody who repairs folders and disks can repair; other errors of the system are not the input's
+# errors that the user can repair: exit code 2; all other system errors are exit code 1
 _WRONG_INPUT = (
     errno.EACCES,
     errno.EDQUOT,
@@ -34,15 +34,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def default_workers() -> int:
-    """Threads of a conversion: two per core, for one of them waits for the disk; at most 8, each holds 64 MiB."""
+    """Return two threads per core, because some wait for the disk; at most 8, because each holds 64 MiB."""
     return min(8, 2 * (os.cpu_count() or 1))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of both directions."""
-    parser.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="of the result (default: keep)")
+    """Add the options of both conversions."""
+    parser.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="dtype of the result (keep)")
     parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="a summary object as the last line")
+    parser.add_argument("--json", action="store_true", help="print a JSON summary as the last line")
 
 
 def parse_bytes(text: str) -> int:
@@ -54,23 +54,23 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
     if size < 1:
-        raise UserError(f"--shard-size={text} is no size above 0", remedy="write 5GB, 512MiB or a number of bytes")
+        raise UserError(f"--shard-size={text} must be a size above 0", remedy="use 5GB, 512MiB or a number of bytes")
     return size
 
 
 def exit_code(error: UserError | OSError) -> int:
-    """Says what is wrong: 2 where the input is, 1 where the machine is."""
+    """Print the error and return 2 for wrong input, or 1 for a failure of the machine."""
     print(f"error: {error}", file=sys.stderr)
     return 2 if isinstance(error, UserError) or error.errno in _WRONG_INPUT else 1
 
 
 def finish(convert: Callable[[], ConversionReport], args: argparse.Namespace) -> int:
-    """Run it, say what was done; returns the exit code."""
+    """Run the conversion, print its report, and return the exit code."""
     torch.set_num_threads(1)  # the workers are the parallelism
     start = time.monotonic()
     try:
         if args.workers < 1:
-            raise UserError(f"--workers={args.workers}: at least one thread has to work", remedy="leave it out")
+            raise UserError(f"--workers={args.workers} must be at least 1", remedy="leave it out")
         report = convert()
     except (UserError, OSError) as error:
         return exit_code(error)

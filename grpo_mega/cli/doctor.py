@@ -1,11 +1,12 @@
-"""Every check that can be made before a job starts: this machine, and what a config asks of it.
+"""Check this machine and a config before a job starts.
 
     python tools/doctor.py CONFIG [section.key=value ...] [--json]
     python tools/doctor.py --machine [--json]
 
-Run it on a node of the job. Starts no rank, reads no weight (headers only), writes nothing.
+Run it on a node of the job. It starts no rank, reads no weights (only headers), and writes nothing.
 
-Exit code 0: nothing failed (warnings may stand); 2: a check failed, or the input is wrong; 1: a failure of ours.
+Exit code 0: no check failed (there can be warnings); 2: a check failed, or the input is wrong; 1: a failure of the
+tool itself.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from grpo_mega.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--machine", action="store_true", help="this machine alone, without a config")
-    parser.add_argument("--json", action="store_true", help="a list of {check, status, message, remedy}, last line")
+    parser.add_argument("--machine", action="store_true", help="check this machine only, without a config")
+    parser.add_argument(
+        "--json", action="store_true", help="print a JSON list of {check, status, message, remedy} as the last line"
+    )
     args = parser.parse_intermixed_args(argv)
-    warnings.simplefilter("ignore")  # libraries warn of what this machine lacks
+    warnings.simplefilter("ignore")  # libraries warn about missing optional features
     try:
         findings = diagnose(args)
     except UserError as error:
@@ -49,7 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def diagnose(args: argparse.Namespace) -> list[Finding]:
-    """Raises UserError: the config cannot be read, or the ranks are no layout."""
+    """Return the findings of all checks.
+
+    Raises:
+        UserError: the config cannot be read, or the layout does not divide the ranks.
+    """
     if args.machine:
         return examine_machine()
     if args.config is None:

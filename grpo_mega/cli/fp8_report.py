@@ -26,7 +26,7 @@ from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
-from grpo_mega.quantization.fp8_checkpoint import is_coded
+from grpo_mega.quantization.fp8_checkpoint import is_quantized
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, table_lines
 
@@ -101,7 +101,7 @@ def report_of(folder: Path, *, power_of_two: bool) -> Report:
     with closing(HfFiles(folder)) as files:
         files.check(shapes, hf_shapes_aside(spec))
         for name, shape in shapes.items():
-            if is_coded(name, shape):
+            if is_quantized(name, shape):
                 whole = TensorSlice(name, (0, 0), shape)
                 report |= fp8_report(OneTensor(whole, files.read(whole)), None, power_of_two=power_of_two)
     if not report:

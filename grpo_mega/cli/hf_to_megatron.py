@@ -1,10 +1,12 @@
-"""Convert a Hugging Face folder to a standard Megatron torch_dist checkpoint, without a GPU.
+"""Convert a Hugging Face folder to a Megatron torch_dist checkpoint, without a GPU.
 
     python tools/hf_to_megatron.py HF_DIR OUT_DIR
 
-OUT_DIR appears when it is whole: release/, latest_checkpointed_iteration.txt, digests.json and hf/ with config and
-tokenizer. Until then OUT_DIR.partial holds the work; the same command again continues it. FP8 block-scaled weights
-become bf16. Exit code 0: done; 2: the input is wrong.
+OUT_DIR appears when it is complete: release/, latest_checkpointed_iteration.txt, digests.json and hf/ with config and
+tokenizer. Until then OUT_DIR.partial holds the unfinished result; the same command continues it. Block-scaled FP8
+weights become bf16.
+
+Exit code 0: done; 2: the input is wrong.
 """
 
 from __future__ import annotations
@@ -18,12 +20,12 @@ from grpo_mega.convert.hf_to_megatron import FILE_BYTES, hf_to_megatron
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", type=Path, help="folder of config.json and safetensors files")
-    parser.add_argument("out_dir", type=Path, help="must not exist, or be empty")
+    parser.add_argument("out_dir", type=Path, help="new or empty folder")
     add_options(parser)
-    parser.add_argument("--shard-size", default=str(FILE_BYTES), help="a file is closed at this size (default: 1 GiB)")
+    parser.add_argument("--shard-size", default=str(FILE_BYTES), help="size of a file (default: 1 GiB)")
     args = parser.parse_args(argv)
     code: int = finish(
         lambda: hf_to_megatron(

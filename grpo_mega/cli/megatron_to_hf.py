@@ -2,9 +2,10 @@
 
     python tools/megatron_to_hf.py CKPT_DIR OUT_DIR
 
-CKPT_DIR is what tools/hf_to_megatron.py wrote, a checkpoint of a run (RUN/checkpoints/step_000020) or one that
-Megatron-LM saved; then --base names the Hugging Face folder of its config and tokenizer. OUT_DIR appears when it is
-whole; until then OUT_DIR.partial holds the work, and the same command again continues it.
+CKPT_DIR is the result of tools/hf_to_megatron.py, a checkpoint of a run (RUN/checkpoints/step_000020), or a checkpoint
+of Megatron-LM; the last needs --base, the Hugging Face folder of its config and tokenizer. OUT_DIR appears when it is
+complete. Until then OUT_DIR.partial holds the unfinished result, and the same command continues it.
+
 Exit code 0: done; 2: the input is wrong.
 """
 
@@ -19,10 +20,10 @@ from grpo_mega.convert.megatron_to_hf import SHARD_BYTES, megatron_to_hf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ckpt_dir", type=Path, help="folder with .metadata or latest_checkpointed_iteration.txt")
-    parser.add_argument("out_dir", type=Path, help="must not exist, or be empty")
+    parser.add_argument("out_dir", type=Path, help="new or empty folder")
     add_options(parser)
     parser.add_argument("--shard-size", default=str(SHARD_BYTES), help="largest file (default: 5 GB)")
     parser.add_argument("--base", type=Path, help="folder of config.json and tokenizer (default: found if possible)")

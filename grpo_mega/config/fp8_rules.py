@@ -111,38 +111,39 @@ def _check_params(config: Config) -> None:
         )
 
 
-def check_generation(recipe: str, capability: Capability, cuda: Capability | None = None) -> str:
-    """Return why a GPU does not support a recipe, or an empty text if it does.
+def check_generation(recipe: str, capability: Capability, cuda: Capability | None = None) -> UserError | None:
+    """Return the reason why a GPU cannot compute with this recipe, or None if it can.
 
     Args:
-        recipe: name of the recipe.
-        capability: compute capability of the device.
-        cuda: CUDA version that torch is built for. None: not checked.
+        recipe: the name of the recipe.
+        capability: compute capability of the GPU.
+        cuda: the CUDA version that torch is built for; None: not checked.
     """
     needed = RECIPES[recipe]
     kinds = ", ".join(name for at, name in GENERATIONS.items() if needed.least <= at < needed.below)
     if not needed.least <= capability < needed.below:
-        supported = (
-            ", ".join(name for name, r in RECIPES.items() if r.least <= capability < r.below) or "none: use bf16"
-        )
-        return (
+        does = ", ".join(name for name, r in RECIPES.items() if r.least <= capability < r.below) or "none, use bf16"
+        return UserError(
             f"precision.fp8.recipe={recipe} is supported on {kinds}, and this GPU has compute capability "
-            f"{capability[0]}.{capability[1]}; recipes that it supports: {supported}"
+            f"{capability[0]}.{capability[1]}",
+            remedy=f"use a recipe that it supports: {does}",
         )
     if cuda is not None and cuda < needed.cuda:
-        return (
+        return UserError(
             f"precision.fp8.recipe={recipe} needs CUDA {needed.cuda[0]}.{needed.cuda[1]} or later, and torch is built "
-            f"for {cuda[0]}.{cuda[1]}; use a newer build, or another recipe"
+            f"for {cuda[0]}.{cuda[1]}",
+            remedy="use a newer build, or another recipe",
         )
-    return ""
+    return None
 
 
-def check_engine_generation(capability: Capability) -> str:
-    """Return why a GPU does not support `engine.fp8`, or an empty text if it does."""
+def check_engine_generation(capability: Capability) -> UserError | None:
+    """Return the reason why an engine cannot compute in FP8 (engine.fp8) on a GPU, or None if it can."""
     if capability >= ENGINE_LEAST:
-        return ""
+        return None
     kinds = ", ".join(GENERATIONS.values())
-    return (
+    return UserError(
         f"engine.fp8 needs a GPU with FP8 ({kinds}), and this one has compute capability {capability[0]}."
-        f"{capability[1]}; remove engine.fp8"
+        f"{capability[1]}",
+        remedy="remove engine.fp8",
     )

@@ -1,7 +1,7 @@
-"""Two checkpoints, tensor by tensor by Hugging Face's names, whatever format and layout each is in.
+"""Comparison of two checkpoints of any format and layout, tensor by tensor, by Hugging Face names.
 
-Streams slices of both, so memory does not grow with the model. FP8 block-scaled weights are compared as the bfloat16
-values that they stand for. Asserted by tests/e2e/test_convert_tools.py.
+Slices of both are streamed, so memory does not grow with the model. Block-scaled FP8 weights are compared as their
+bfloat16 values. Asserted by tests/e2e/test_convert_tools.py.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ class HfTensors(Protocol):
     shapes: dict[str, Shape]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the values that `read_into` gives without conversion."""
+        """Return the dtype that `read_into` reads without conversion."""
         ...
 
     def read_into(self, box: TensorSlice, out: Tensor) -> None:
-        """Fill `out` with the slice."""
+        """Fill `out` with a slice."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """`equal` means bit for bit. `max_abs_difference` is that of the values, where both have the shape."""
+    """The result for one tensor.
+
+    `equal` means bit for bit. `max_abs_difference` is None if the shapes differ.
+    """
 
     name: str
     verdict: Verdict
@@ -50,13 +53,15 @@ class TensorComparison:
 
 
 def open_checkpoint(folder: Path, base: Path | None, other: Path) -> HfTensors:
-    """A Hugging Face folder, a torch_dist checkpoint or one of a run.
+    """Open a Hugging Face folder, a torch_dist checkpoint or a checkpoint of a run.
 
     Args:
-        base: folder of the model's config.json for a torch_dist checkpoint that does not say its own.
-        other: what it is compared with: the last place where a config.json may be.
+        folder: the checkpoint.
+        base: folder of the model's config.json, for a torch_dist checkpoint without one.
+        other: the other checkpoint; its config.json is used if no other was found.
+
     Raises:
-        UserError: it is none of them, or damaged.
+        UserError: the folder is not a checkpoint, or it is damaged.
     """
     dist = checkpoint_folder(folder)
     if dist is None:
@@ -72,7 +77,7 @@ def open_checkpoint(folder: Path, base: Path | None, other: Path) -> HfTensors:
 
 
 def compare(a: HfTensors, b: HfTensors) -> Iterator[TensorComparison]:
-    """Every tensor of either, in the order of `a`."""
+    """Yield the result for every tensor of either checkpoint, in the order of `a`."""
     for name in [*a.shapes, *(n for n in b.shapes if n not in a.shapes)]:
         shapes = a.shapes.get(name), b.shapes.get(name)
         dtypes = _dtype_text(a, name), _dtype_text(b, name)
@@ -100,7 +105,7 @@ def _difference(a: HfTensors, b: HfTensors, name: str, shape: Shape) -> tuple[bo
             continue
         same = False
         gap = (left.double() - right.double()).abs()
-        # a NaN on one side only is as far away as a number can be
+        # a NaN on one side only counts as an infinite difference
         gap = torch.where(left.isnan() & right.isnan(), 0.0, gap.nan_to_num(nan=float("inf"), posinf=float("inf")))
         largest = max(largest, float(gap.max()))
     return same, largest

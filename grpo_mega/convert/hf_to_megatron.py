@@ -1,7 +1,7 @@
-"""Hugging Face -> a standard Megatron `torch_dist` checkpoint, file by file, without a GPU or a process group.
+"""Conversion of a Hugging Face folder to a Megatron `torch_dist` checkpoint, without a GPU or a process group.
 
-`OUT_DIR/release/` is what Megatron loads at any layout, `OUT_DIR/latest_checkpointed_iteration.txt` names it,
-`OUT_DIR/hf/` keeps config, tokenizer and, of an FP8 checkpoint, the block scales, for the way back.
+Megatron loads `OUT_DIR/release/` in any layout; `OUT_DIR/latest_checkpointed_iteration.txt` names it. `OUT_DIR/hf/`
+keeps config, tokenizer and the block scales of an FP8 checkpoint for the conversion back.
 Asserted by tests/e2e/test_convert_tools.py: a stock GPTModel loads it and gives the logits of transformers.
 """
 
@@ -35,7 +35,7 @@ FILE_BYTES = 1024**3
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """`redone`: names of the files that this call wrote; the others were complete already."""
+    """The result of a conversion. `redone` are the files that this call wrote; the others were already complete."""
 
     num_tensors: int
     num_bytes: int
@@ -47,18 +47,22 @@ class ConversionReport:
 def hf_to_megatron(
     hf: Path, out: Path, *, dtype: str = "keep", file_bytes: int = FILE_BYTES, workers: int = 2
 ) -> ConversionReport:
-    """Write `out`; it is whole or not there.
+    """Convert `hf` to the folder `out`, which appears only when it is complete.
 
     Args:
+        hf: a Hugging Face folder.
+        out: the new folder.
         dtype: keep, bf16, fp16 or fp32; FP8 weights become bf16.
-        file_bytes: size from which a file is closed.
+        file_bytes: a new file begins after this size.
+        workers: number of threads.
+
     Raises:
-        UserError: `hf` is damaged or unsupported, `out` holds something, the disk is full.
+        UserError: `hf` is damaged or not supported, `out` is not empty, or the disk is full.
     """
     spec = read_spec(hf)
     with Workspace(out, {"HF_DIR": hf}) as workspace, closing(HfFiles(hf, "HF_DIR", hf_shapes(spec))) as source:
         source.check(hf_shapes(spec), hf_shapes_aside(spec))
-        tensors = [tensor for tensor in megatron_tensors(spec) if _is_there(tensor, source)]
+        tensors = [tensor for tensor in megatron_tensors(spec) if _is_complete(tensor, source)]
         dtypes = [stored_dtype(t.placements[0].hf.name, dtype) or _common_dtype(t, source) for t in tensors]
         plan = DistPlan(RELEASE, file_bytes)
         plan.add_object(extra_state_keys(spec, tensors), [None])
@@ -88,18 +92,18 @@ def _write_side(hf: Path, source: HfFiles, result: Path) -> None:
 
 
 def stored_dtype(hf_name: str, wanted: str) -> torch.dtype | None:
-    """Of a tensor under --dtype=`wanted`; None: as it is."""
+    """Return the dtype of a tensor under --dtype=`wanted`; None means unchanged."""
     return None if keeps_float32(hf_name) else DTYPES.get(wanted)
 
 
-def _is_there(tensor: MegatronTensor, source: HfFiles) -> bool:
+def _is_complete(tensor: MegatronTensor, source: HfFiles) -> bool:
     names = sorted({p.hf.name for p in tensor.placements})
     missing = [name for name in names if name not in source.stored]
     if missing and len(missing) < len(names):
-        there = next(name for name in names if name not in missing)
+        present = next(name for name in names if name not in missing)
         shape = {p.hf.name: p.hf.shape for p in tensor.placements}[missing[0]]
         raise UserError(
-            f"HF_DIR: {missing[0]} of shape {shape} is missing, {there} of shape {source.shapes[there]} is there",
+            f"HF_DIR: {missing[0]} of shape {shape} is missing, but {present} of shape {source.shapes[present]} exists",
             remedy="they belong together: add it, or remove the whole multi-token-prediction layer",
         )
     return not missing
@@ -108,6 +112,6 @@ def _is_there(tensor: MegatronTensor, source: HfFiles) -> bool:
 def _common_dtype(tensor: MegatronTensor, source: HfFiles) -> torch.dtype:
     found = {p.hf.name: source.dtype(p.hf.name) for p in tensor.placements}
     if len(set(found.values())) > 1:
-        told = ", ".join(f"{name} of shape {source.stored[name].shape} {d}" for name, d in sorted(found.items()))
-        raise UserError(f"HF_DIR: {told} become one tensor and differ in dtype", remedy="choose one by --dtype")
+        listed = ", ".join(f"{name} of shape {source.stored[name].shape} {d}" for name, d in sorted(found.items()))
+        raise UserError(f"HF_DIR: {listed} become one tensor and differ in dtype", remedy="choose a dtype with --dtype")
     return next(iter(found.values()))

@@ -1,6 +1,6 @@
-"""A Megatron `torch_dist` checkpoint of any layout -> Hugging Face, tensor slice by tensor slice.
+"""Conversion of a Megatron `torch_dist` checkpoint of any layout to a Hugging Face folder, slice by slice.
 
-Reads what tools/hf_to_megatron.py wrote, what a training run saved and what Megatron-LM saved; never builds a model.
+The checkpoint can come from tools/hf_to_megatron.py, from a training run or from Megatron-LM. No model is built.
 Asserted by tests/e2e/test_convert_tools.py.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from grpo_mega.convert.hf_to_megatron import SCALES_FILE, ConversionReport, stored_dtype
 from grpo_mega.convert.resumable_output import Workspace, check_space
 from grpo_mega.convert.streaming_copy import Conversion, copy_side_files, identity_of
-from grpo_mega.formats.byte_ranges import Shape, read_box
-from grpo_mega.formats.planned_files import Chunk, CopyPiece, PlannedFile, rows_at_once
+from grpo_mega.formats.byte_ranges import Shape, read_slice
+from grpo_mega.formats.planned_files import Chunk, PlannedFile, SliceCopy, rows_at_once
 from grpo_mega.formats.safetensors_headers import DTYPES as STORED_DTYPES
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE, StoredTensor, read_header
 from grpo_mega.formats.safetensors_reader import HfFiles
@@ -32,7 +32,7 @@ from grpo_mega.types import TensorSlice, UserError
 
 SHARD_BYTES = 5 * 1000**3
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-_QUANTISED = re.compile(r"\.layers\..*\.((?!eh_)\w+_proj(_with_mqa)?|w[123])\.weight$")
+_LINEAR_WEIGHT = re.compile(r"\.layers\..*\.((?!eh_)\w+_proj(_with_mqa)?|w[123])\.weight$")
 
 
 def megatron_to_hf(
@@ -45,27 +45,32 @@ def megatron_to_hf(
     shard_bytes: int = SHARD_BYTES,
     workers: int = 2,
 ) -> ConversionReport:
-    """Write `out`; it is whole or not there.
+    """Convert a checkpoint to the folder `out`, which appears only when it is complete.
 
     Args:
-        base: folder of the model's config.json and tokenizer; by default the one that the checkpoint came from.
+        checkpoint: the checkpoint.
+        out: the new folder.
+        base: folder of the model's config.json and tokenizer; the default is the folder that the checkpoint names.
         dtype: keep, bf16, fp16 or fp32.
-        to_fp8: weights of linear layers as float8_e4m3fn with block scales, those of `base` where they still hold.
+        to_fp8: write linear layers as float8_e4m3fn with block scales; scales of `base` are kept where they fit.
         shard_bytes: largest file; a tensor is never split.
+        workers: number of threads.
+
     Raises:
-        UserError: the checkpoint is damaged or not of this model, `out` holds something, the disk is full.
+        UserError: the checkpoint is damaged or of another model, `out` is not empty, or the disk is full.
     """
     folder = checkpoint_folder(checkpoint)
     if folder is None:
         raise UserError(
-            f"CKPT_DIR={checkpoint} holds no .metadata and no latest_checkpointed_iteration.txt", remedy="name one"
+            f"CKPT_DIR={checkpoint} has no .metadata and no latest_checkpointed_iteration.txt",
+            remedy="use a checkpoint folder",
         )
     base = base or find_base(checkpoint, folder)
     with Workspace(out, {"CKPT_DIR": checkpoint}) as workspace, closing(DistAsHf(folder, base)) as source:
         codec = _Fp8Codec(base) if to_fp8 else None
         dtypes = {
-            name: block_fp8.CODE
-            if codec is not None and codec.is_quantised(name, shape)
+            name: block_fp8.FP8_DTYPE
+            if codec is not None and codec.is_quantized(name, shape)
             else stored_dtype(name, dtype) or source.dtype(name)
             for name, shape in source.shapes.items()
         }
@@ -88,7 +93,7 @@ def megatron_to_hf(
 def plan_safetensors(
     shapes: dict[str, Shape], dtypes: dict[str, torch.dtype], shard_bytes: int
 ) -> tuple[list[PlannedFile], dict[str, Any] | None]:
-    """The files, and the index when there are several."""
+    """Return the files, and the index if there are several."""
     groups: list[list[tuple[str, torch.dtype, Shape]]] = [[]]
     filled = total = 0
     for name, shape in shapes.items():
@@ -110,13 +115,13 @@ def plan_safetensors(
 
 def _stored_parts(name: str, dtype: torch.dtype, shape: Shape) -> list[tuple[str, torch.dtype, Shape]]:
     parts = [(name, dtype, shape)]
-    if dtype == block_fp8.CODE:
+    if dtype == block_fp8.FP8_DTYPE:
         parts.append((name + block_fp8.SCALE_SUFFIX, torch.float32, tuple(-(-n // block_fp8.BLOCK) for n in shape)))
     return parts
 
 
 def _plan_file(file: str, group: list[tuple[str, torch.dtype, Shape]]) -> PlannedFile:
-    # wide numbers first, so that every tensor starts at a multiple of its own size
+    # wide dtypes first, so that every tensor starts at a multiple of its item size
     ordered = sorted(group, key=lambda part: -part[1].itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -129,7 +134,7 @@ def _plan_file(file: str, group: list[tuple[str, torch.dtype, Shape]]) -> Planne
     chunks: list[Chunk] = []
     for name, dtype, shape in group:
         if not name.endswith(block_fp8.SCALE):
-            scale = header.get(name + block_fp8.SCALE_SUFFIX) if dtype == block_fp8.CODE else None
+            scale = header.get(name + block_fp8.SCALE_SUFFIX) if dtype == block_fp8.FP8_DTYPE else None
             scales_at = None if scale is None else data + scale["data_offsets"][0]
             chunks += _chunks_of(name, dtype, shape, data + header[name]["data_offsets"][0], scales_at)
     return PlannedFile(file, data + end, tuple(chunks), ((0, len(text).to_bytes(8, "little") + text),))
@@ -137,7 +142,7 @@ def _plan_file(file: str, group: list[tuple[str, torch.dtype, Shape]]) -> Planne
 
 def _chunks_of(name: str, dtype: torch.dtype, shape: Shape, position: int, scales_at: int | None) -> list[Chunk]:
     multiple = 1 if scales_at is None else block_fp8.BLOCK
-    # quantising works in float32 and needs several copies
+    # quantization works in float32 and needs several copies
     step = rows_at_once(shape, dtype if scales_at is None else torch.float64, multiple)
     row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
     chunks = []
@@ -145,49 +150,51 @@ def _chunks_of(name: str, dtype: torch.dtype, shape: Shape, position: int, scale
         part = (min(step, shape[0] - row), *shape[1:])
         box = TensorSlice(name, (row, *(0,) * (len(shape) - 1)), part)
         scale = None if scales_at is None else scales_at + row // block_fp8.BLOCK * -(-shape[1] // block_fp8.BLOCK) * 4
-        chunks.append(Chunk(position + row * row_bytes, part, dtype, (CopyPiece(box, (0,) * len(shape)),), scale))
+        chunks.append(Chunk(position + row * row_bytes, part, dtype, (SliceCopy(box, (0,) * len(shape)),), scale))
     return chunks
 
 
 class _Fp8Codec:
-    """Codes with the scales of `base`'s checkpoint where they still hold."""
+    """FP8 values of chunks, with the scales of the checkpoint `base` where they reproduce the values."""
 
     def __init__(self, base: Path) -> None:
-        """`base` may hold no scales: then every block is scaled by its largest value.
+        """Read the scales of `base`; if it has none, every block is scaled by its largest value.
 
         Raises:
-            UserError: its config wants scales that are not made here.
+            UserError: its config requires scales that are not supported.
         """
         self._stored: dict[str, StoredTensor] = {}
         found = json.loads((base / "config.json").read_text()).get("quantization_config") or FP8_SCHEME
         if found.get("quant_method") != "fp8":
             raise UserError(
                 f"--fp8: {base / 'config.json'} has quant_method={found.get('quant_method')}",
-                remedy="only fp8 is written, for bfloat16 leave --fp8 out",
+                remedy="leave --fp8 out to write bfloat16; only quant_method=fp8 is supported",
             )
         if found.get("scale_fmt", "float") != "float":
             raise UserError(
                 f"--fp8: {base / 'config.json'} has scale_fmt={found['scale_fmt']}",
-                remedy="only float32 scales are made",
+                remedy="use a base with float32 scales; no others are supported",
             )
-        self._left_out = tuple(found.get("modules_to_not_convert") or ())
+        self._unconverted = tuple(found.get("modules_to_not_convert") or ())
         if (base / SCALES_FILE).is_file():
             self._stored = read_header(base / SCALES_FILE)
         elif (base / INDEX).is_file() or (base / SINGLE).is_file():
             with closing(HfFiles(base, "--base")) as files:
                 self._stored = {name: files.stored[name] for name in files.scale_names}
 
-    def is_quantised(self, name: str, shape: Shape) -> bool:
-        """The weights that have scales in `base`; where it has none, those of all linear layers that it does not list
-        as modules_to_not_convert."""
+    def is_quantized(self, name: str, shape: Shape) -> bool:
+        """Return True for the weights that have scales in `base`.
+
+        If `base` has no scales, return True for all linear layers outside its modules_to_not_convert.
+        """
         if self._stored:
             return name + block_fp8.SCALE_SUFFIX in self._stored
         module = name.removesuffix(".weight")
-        left_out = any(module == each or module.startswith(f"{each}.") for each in self._left_out)
-        return len(shape) == 2 and _QUANTISED.search(name) is not None and not left_out
+        left_out = any(module == each or module.startswith(f"{each}.") for each in self._unconverted)
+        return len(shape) == 2 and _LINEAR_WEIGHT.search(name) is not None and not left_out
 
     def encode(self, chunk: Chunk, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and scales of rows that start at a multiple of the block."""
+        """Return quantized values and scales of rows that start at a multiple of the block."""
         box = chunk.pieces[0].source
         stored = self._stored.get(box.name + block_fp8.SCALE_SUFFIX)
         scales = None
@@ -195,18 +202,18 @@ class _Fp8Codec:
             scales = torch.empty(self.scales_shape(chunk.shape))
             with stored.path.open("rb") as file:
                 at = (box.offsets[0] // block_fp8.BLOCK, 0)
-                read_box(file.fileno(), stored.position, stored.shape, at, scales)
+                read_slice(file.fileno(), stored.position, stored.shape, at, scales)
         try:
-            return block_fp8.quantise(values, scales)
+            return block_fp8.quantize(values, scales)
         except UserError as error:
             raise UserError(f"{box}: {error}") from None
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
-        """[r, c] bfloat16."""
-        return block_fp8.dequantise(codes, scales)
+        """Return the values [r, c] bfloat16."""
+        return block_fp8.dequantize(codes, scales)
 
     def scales_shape(self, shape: Shape) -> Shape:
-        """One for each block."""
+        """Return the shape of the scales, one for each block."""
         return tuple(-(-n // block_fp8.BLOCK) for n in shape)
 
 

@@ -1,8 +1,8 @@
-"""The folder in which a result grows until it is whole.
+"""Resumable output folder, which is renamed into place when it is complete.
 
-`OUT.partial` holds the result so far, a record for each complete file and a lock; the last step is one rename to `OUT`.
-What a kill leaves behind is continued by the same command, and thrown away by another one. A folder of that name that
-is nobody's workspace is left alone, and two processes never share one.
+`OUT.partial` holds the unfinished result, a record of each complete file, and a lock. The last step renames it to
+`OUT`. After a kill the same command continues the work, and a different command discards it. A folder of that name
+that is not a workspace is not changed, and two processes cannot use one workspace.
 Asserted by tests/unit/convert/test_resumable_output.py and tests/e2e/test_convert_tools.py.
 """
 
@@ -20,31 +20,31 @@ from pathlib import Path
 from grpo_mega.types import UserError
 
 _PLAN, _LOCK, _RESULT, _RECORDS = "plan.sha256", "lock", "result", "records"
-_OURS = frozenset((_PLAN, _LOCK, _RESULT, _RECORDS))
+_WORKSPACE_NAMES = frozenset((_PLAN, _LOCK, _RESULT, _RECORDS))
 _log = logging.getLogger(__name__)
 
 
 class Workspace:
-    """`result` is the folder that becomes `out`. A context: at its end the lock is released."""
+    """Context manager of one output folder: `result` becomes `out`, and the lock is released at the end."""
 
     def __init__(self, out: Path, inputs: Mapping[str, Path]) -> None:
-        """Looks, and writes nothing. `inputs`: folders that are read, by the names that the user knows them by.
+        """Check the folders; nothing is written. `inputs` maps the user's names to the folders that are read.
 
         Raises:
-            UserError: `out` holds something or lies in an input, its workspace is somebody else's.
+            UserError: `out` is not empty or inside an input, or the workspace folder has unknown files.
         """
         self.out = Path(os.path.realpath(out))
         for key, folder in inputs.items():
             if self.out.is_relative_to(os.path.realpath(folder)):
-                raise UserError(f"OUT_DIR={out} is {key}={folder} or lies in it", remedy="name a folder elsewhere")
+                raise UserError(f"OUT_DIR={out} is {key}={folder} or inside it", remedy="use a folder elsewhere")
         self._check_free()
         self.folder = self.out.with_name(self.out.name + ".partial")
         self.result, self._records = self.folder / _RESULT, self.folder / _RECORDS
         self._lock: int | None = None
-        foreign = sorted({p.name for p in self.folder.iterdir()} - _OURS) if self.folder.is_dir() else []
+        foreign = sorted({p.name for p in self.folder.iterdir()} - _WORKSPACE_NAMES) if self.folder.is_dir() else []
         if foreign or (self.folder.exists() and not self.folder.is_dir()):
-            told = f" (it holds {foreign[0]})" if foreign else ""
-            raise UserError(f"{self.folder}: is needed to work in and not of a conversion{told}", remedy="move it away")
+            found = f" (it has {foreign[0]})" if foreign else ""
+            raise UserError(f"{self.folder}: is needed as the workspace and is not one{found}", remedy="move it")
 
     def __enter__(self) -> Workspace:
         return self
@@ -53,10 +53,10 @@ class Workspace:
         self._release()
 
     def begin(self, identity: str) -> None:
-        """Make the folder, or continue the one that was begun for the same `identity`.
+        """Create the workspace, or continue the one that was started for the same `identity`.
 
         Raises:
-            UserError: another process works in it.
+            UserError: another process uses it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
@@ -71,22 +71,22 @@ class Workspace:
             folder.mkdir(exist_ok=True)
 
     def record(self, name: str) -> Path:
-        """Where the record of the file `name` of the result is kept."""
+        """Return the path of the record of the file `name` of the result."""
         return self._records / (name.replace("/", "--") + ".json")
 
     def num_bytes(self) -> int:
-        """Of the result so far."""
+        """Return the bytes of the result so far."""
         return sum(path.stat().st_size for path in self.result.rglob("*") if path.is_file())
 
     def abandon(self) -> None:
-        """After an error: keep complete files; with none of them, nothing."""
+        """Clean up after an error: keep complete files, or remove the workspace if there are none."""
         for path in (*self.result.rglob("*.tmp"), *self._records.rglob("*.tmp")):
             path.unlink(missing_ok=True)
         if not any(self._records.iterdir()):
             shutil.rmtree(self.folder)
 
     def publish(self) -> None:
-        """The result gets its name, whole and on disk."""
+        """Rename the complete result to `out`, after all files are on disk."""
         for path in self.result.rglob("*"):
             sync_path(path)
         sync_path(self.result)
@@ -96,7 +96,7 @@ class Workspace:
 
     def _check_free(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"{self.out}: exists and is not empty", remedy="remove it or name another folder")
+            raise UserError(f"{self.out}: exists and is not empty", remedy="remove it or use another folder")
 
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -104,7 +104,7 @@ class Workspace:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{self.folder}: another process works in it", remedy="wait for it or name another OUT_DIR"
+                f"{self.folder}: another process uses it", remedy="wait for it or use another OUT_DIR"
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
@@ -118,7 +118,7 @@ class Workspace:
 
 
 def sync_path(path: Path) -> None:
-    """The file, or the names in the folder, are on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -127,18 +127,18 @@ def sync_path(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A file that is whole or not there."""
+    """Write a file that appears only when it is complete."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.rename(path)
 
 
 def check_space(folder: Path, num_bytes: int, largest: str) -> None:
-    """Raises UserError when the file system of `folder` has less room than `num_bytes`."""
-    there = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
-    free = shutil.disk_usage(there).free
+    """Raise UserError if the file system of `folder` has less free space than `num_bytes`."""
+    existing = next(p for p in [folder, *folder.absolute().parents] if p.is_dir())
+    free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(
             f"{folder}: needs {num_bytes} bytes, its file system has {free} (largest tensor: {largest})",
-            remedy="free space or name a folder elsewhere",
+            remedy="free space or use a folder elsewhere",
         )

@@ -1,9 +1,9 @@
-"""Writes files of tensors from slices of other files: streaming, in parallel, and able to go on after a kill.
+"""Streaming, parallel and resumable copy of tensor slices into new files.
 
-A conversion is a list of `PlannedFile`s: where each tensor's bytes will lie is known before anything is read. Workers
-fill chunks of at most 64 MiB, so memory does not grow with the model. Everything happens in a `Workspace`; a file gets
-its name when its bytes are on disk, then a record of its digests. A second call checks what is complete, byte by byte
-but for the padding, keeps it, and does the rest.
+A conversion is a list of `PlannedFile`s, so the position of each tensor is known before anything is read. Workers fill
+chunks of at most 64 MiB, so memory does not grow with the model. All work is done in a `Workspace`. A file gets its
+name when its bytes are on disk, then a record of its digests. A second call verifies every byte of the complete files
+except padding, keeps them, and writes the others.
 Asserted by tests/unit/convert/test_streaming_copy.py and tests/e2e/test_convert_tools.py.
 """
 
@@ -30,13 +30,13 @@ from grpo_mega.formats.byte_ranges import (
     BLOCK_BYTES,
     Shape,
     ShortFileError,
-    as_bytes,
-    read_box,
+    read_slice,
+    tensor_memory,
     write_all,
     write_blocks,
 )
 from grpo_mega.formats.planned_files import Chunk, ChunkCodec, PlannedFile, TensorSource
-from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.types import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -58,13 +58,13 @@ class Conversion:
     _arena: threading.local = field(default_factory=threading.local)
 
     def run(self, identity: str) -> dict[str, int]:
-        """Digest of every Hugging Face tensor.
+        """Write all files and return the digest of every Hugging Face tensor.
 
         Args:
-            identity: of the input and the options; what was begun for another one is thrown away.
+            identity: identifies input and options; unfinished work for another identity is discarded.
 
         Raises:
-            UserError: the disk is full (names file, tensor and shape), or the source says so.
+            UserError: the disk is full (the message names file, tensor and shape), or the source is damaged.
         """
         self.workspace.begin(f"{identity}\n{self.plan_digest()}")
         open_files: list[_OpenFile] = []
@@ -89,7 +89,7 @@ class Conversion:
         return dict(self._digests)
 
     def plan_digest(self) -> str:
-        """Of names, sizes and the bytes that are known beforehand."""
+        """Return a digest of the names, the sizes and the fixed bytes of all files."""
         total = hashlib.sha256()
         for planned in self.files:
             total.update(repr((planned.name, planned.num_bytes)).encode())
@@ -130,7 +130,7 @@ class Conversion:
                 _add(self._digests, found)
 
     def _is_complete(self, planned: PlannedFile, pool: ThreadPoolExecutor) -> bool:
-        """Whether the file is there with the digests of its record: read once more, chunk by chunk."""
+        """Return True if the file exists and its chunks, which are read again, have the digests of its record."""
         path, record = self.workspace.result / planned.name, self.workspace.record(planned.name)
         if not record.is_file() or not path.is_file() or path.stat().st_size != planned.num_bytes:
             return False
@@ -153,10 +153,10 @@ class Conversion:
 
     def _digests_on_disk(self, descriptor: int, chunk: Chunk) -> dict[str, int]:
         values = self._memory(chunk.shape, chunk.dtype)
-        read_box(descriptor, chunk.position, chunk.shape, (0,) * len(chunk.shape), values)
+        read_slice(descriptor, chunk.position, chunk.shape, (0,) * len(chunk.shape), values)
         if chunk.scales is not None:
             scales = torch.empty(self._codec().scales_shape(chunk.shape))
-            read_box(descriptor, chunk.scales, tuple(scales.shape), (0, 0), scales)
+            read_slice(descriptor, chunk.scales, tuple(scales.shape), (0, 0), scales)
             values = self._codec().decode(values, scales)
         return _digests_of(chunk, values)
 
@@ -165,9 +165,9 @@ class Conversion:
         return self.codec
 
     def _memory(self, shape: Shape, dtype: torch.dtype, position: int = 0) -> Tensor:
-        """The worker's own buffer, used again for every chunk: fresh pages cost as much as copying.
+        """Return the worker's buffer, which is reused for every chunk because new pages cost as much as copying.
 
-        It starts as far behind the begin of a block of memory as `position` is behind that of a block of the file.
+        Its offset within a block of memory is that of `position` within a block of the file.
         """
         size = math.prod(shape) * dtype.itemsize
         held: Tensor | None = getattr(self._arena, "bytes", None)
@@ -178,11 +178,11 @@ class Conversion:
 
 
 class _OpenFile:
-    """A file that is being written under a temporary name by several workers.
+    """A file that several workers write under a temporary name.
 
-    Whole blocks go from a worker's memory to the disk, past the system's cache of files, where the file system lets
-    them: what is written here is not read again soon, pages for it cost more than the writing, and the caches of a
-    login node are kept for others. The bytes of a begun block go the usual way.
+    Whole blocks bypass the page cache if the file system supports direct writes. The output is not read again soon,
+    pages for it cost more than writing, and the cache of a login node stays free for others. Partial blocks are written
+    through the page cache.
     """
 
     def __init__(self, workspace: Workspace, planned: PlannedFile) -> None:
@@ -194,18 +194,18 @@ class _OpenFile:
         self._left = len(planned.chunks)
         self._digests: dict[str, int] = defaultdict(int)
         self._lock = threading.Lock()
-        self._writing = threading.Lock()  # in the kernel a second writer of a file waits in a busy loop
+        self._writing = threading.Lock()  # a second writer of one file would busy-wait in the kernel
 
     def write(self, position: int, values: Tensor) -> None:
         usual, direct = self._open()
-        data = as_bytes(values)
+        data = tensor_memory(values)
         begin, end = (0, 0) if direct is None else write_blocks(direct, data, values.data_ptr(), position)
         with self._writing:
             write_all(usual, data[:begin], position)
             write_all(usual, data[end:], position + end)
 
     def end_chunk(self, digests: dict[str, int]) -> dict[str, int] | None:
-        """After the last chunk: the file is on disk under its name; its digests."""
+        """Count a finished chunk; after the last one, rename the complete file and return its digests."""
         with self._lock:
             _add(self._digests, digests)
             self._left -= 1
@@ -238,7 +238,7 @@ class _OpenFile:
 
 
 def _open_direct(path: Path) -> int | None:
-    """For writing past the system's cache; None where the file system or the system has no such thing."""
+    """Open a file for direct writes; return None if they are not supported."""
     try:
         return os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
     except (OSError, AttributeError):
@@ -254,17 +254,17 @@ def _digests_of(chunk: Chunk, values: Tensor) -> dict[str, int]:
 
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
     for name, digest in more.items():
-        total[name] = wrap(total.get(name, 0) + digest)
+        total[name] = wrap_int64(total.get(name, 0) + digest)
 
 
 def copy_side_files(base: Path, folder: Path) -> None:
-    """Config, tokenizer and whatever else is no weight."""
+    """Copy the files of a model folder that are not weights: config, tokenizer and others."""
     for path in base.iterdir():
         if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)  # not its mode: we may have to change it
+            shutil.copyfile(path, folder / path.name)  # without its mode, because the copy may have to be changed
 
 
 def identity_of(folder: Path, *options: object) -> str:
-    """Changes when a file of the input or an option does."""
+    """Return a text that changes if a file of the input or an option changes."""
     files = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.iterdir() if p.is_file())
     return repr((str(folder.absolute()), files, options))

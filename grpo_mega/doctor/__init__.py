@@ -1,1 +1,1 @@
-"""Every check that can be made before a job starts, each with its remedy. Starts and writes nothing."""
+"""Checks that are made before a job starts, each with its remedy. They start nothing and write nothing."""

@@ -1,6 +1,6 @@
 """All checks, in order: `examine` for tools/doctor.py, `examine_start` for the start of a job.
 
-The start leaves out what grpo_mega/train.py checks by itself (layout, rewards, data, tokenizer).
+`examine_start` leaves out what grpo_mega/train.py checks itself: layout, rewards, data and tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ _BYTES = {"fp32": 4, "bf16": 2}
 def examine_machine(
     num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, str] = os.environ, engine_kind: str = "vllm"
 ) -> list[Finding]:
-    """What concerns no config but for its engine. `num_ranks`: on this machine."""
+    """Check this machine: versions, GPUs, environment variables and shared memory.
+
+    Args:
+        num_ranks: ranks of the job on this machine.
+        num_nodes: nodes of the job.
+        env: environment variables.
+        engine_kind: the engine whose packages are checked.
+    """
     on_cuda = num_driver_gpus() > 0
     return [
         *machine.check_versions(on_cuda=on_cuda, engine_kind=engine_kind),
@@ -41,7 +48,10 @@ def examine_machine(
 
 
 def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = os.environ) -> list[Finding]:
-    """On the first rank of every machine, before a process group: machine, memory, disk, checkpoint headers."""
+    """Check machine, memory, disk and checkpoint headers.
+
+    The first rank of every machine does this before the process groups are created.
+    """
     local = int(env.get("LOCAL_WORLD_SIZE", str(topology.world_size)))
     nodes = max(1, topology.world_size // local)
     found = [*examine_machine(local, nodes, env, config.engine.kind), *_sizes(config, topology, nodes)]
@@ -55,7 +65,7 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
 
 
 def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Everything."""
+    """Run all checks."""
     found = [inputs.check_layout(config, topology), inputs.check_rewards(config)]
     found += examine_start(config, topology, env)
     found += inputs.check_servers(config)
@@ -64,7 +74,7 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
 
 
 def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
-    """Host memory and disk, from the number of parameters; a tiny base model needs next to nothing."""
+    """Check host memory and disk, from the number of parameters; the sizes of a tiny base are negligible."""
     if config.model.path is None or not (Path(config.model.path) / "config.json").is_file():
         return []
     from grpo_mega.models.config_readers import read_spec
@@ -73,10 +83,11 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     parameters = sum(math.prod(shape) for shape in hf_shapes(read_spec(Path(config.model.path))).values())
     itemsize = _BYTES[config.precision.dtype]
     state = 8 + (4 if itemsize < 4 else 0)
-    # each data-parallel replica has weights (without CUDA gradients and engine weights too), all of them one state
+    # Every data-parallel replica holds weights; without CUDA also gradients and engine weights. The optimizer state is
+    # divided over all replicas.
     on_cuda = num_driver_gpus() > 0
     copies = topology.dp * topology.cp
-    engines = 0 if topology.engine_servers else topology.num_replicas  # those of servers are elsewhere
+    engines = 0 if topology.engine_servers else topology.num_replicas  # servers have memory of their own
     weights = itemsize * copies if on_cuda else (itemsize + 4) * copies + itemsize * engines
     held = parameters * (weights + state)
     return [
@@ -86,10 +97,11 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
 
 
 def _tokenizer(config: Config) -> Finding:
+    """Check that the tokenizer loads, then its chat template."""
     from grpo_mega.data.chat import load_tokenizer
 
     if config.model.base is not None:
-        return passed("chat template", "a tiny base model: its recipe makes the tokenizer")
+        return passed("chat template", "the recipe of the tiny base makes the tokenizer")
     loaded = tried("tokenizer", lambda: f"{len(load_tokenizer(str(config.model.path)))} tokens")
     if loaded.status == "fail":
         return loaded

@@ -1,4 +1,4 @@
-"""What a check found."""
+"""Results of the checks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Status = Literal["pass", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`remedy` is empty where the status is pass."""
+    """The result of one check; `remedy` is empty if the status is pass."""
 
     check: str
     status: Status
@@ -21,17 +21,17 @@ class Finding:
     remedy: str = ""
 
     def as_json(self) -> dict[str, str]:
-        """`check status message remedy`."""
+        """Return the keys `check`, `status`, `message` and `remedy`."""
         return asdict(self)
 
 
 def passed(check: str, message: str) -> Finding:
-    """Nothing to do."""
+    """Return a finding that needs no action."""
     return Finding(check, "pass", message)
 
 
 def tried(check: str, action: Callable[[], str]) -> Finding:
-    """`action` returns what it saw; the message of its UserError is a failure, whose remedy is its last part."""
+    """Return a pass with the text that `action` returns, or a failure with the message and remedy of its UserError."""
     try:
         return passed(check, action())
     except UserError as error:
@@ -39,14 +39,14 @@ def tried(check: str, action: Callable[[], str]) -> Finding:
 
 
 def require(findings: Sequence[Finding]) -> None:
-    """Raises UserError: a check failed; with all that failed."""
+    """Raise UserError with all failed checks, if there is one."""
     failed = [f"{f.check}: {f.message}; {f.remedy}" for f in findings if f.status == "fail"]
     if failed:
         raise UserError("\n".join(failed))
 
 
 def in_words(findings: Sequence[Finding]) -> str:
-    """A line a finding, remedies below."""
+    """Return one line per finding, with the remedy on a line of its own."""
     lines = []
     for finding in findings:
         lines.append(f"{finding.status:<4}  {finding.check:<18} {finding.message}")

@@ -1,4 +1,4 @@
-"""The GPUs of this machine and the links between them, asked through NVML (nvidia-ml-py); starts no CUDA context."""
+"""Checks of this machine's GPUs and their links through NVML (nvidia-ml-py); no CUDA context is created."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Any
 from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
 from grpo_mega.doctor.finding import Finding, passed
 from grpo_mega.parallel.devices import num_driver_gpus
+from grpo_mega.types import UserError
 
 GIB = 2**30
 _USED_BY_OTHERS = 1 * GIB
 _MOST_LINKS = 18
-_UNKNOWN_CUDA = (99, 0)  # a torch that says nothing is believed
+_UNKNOWN_CUDA = (99, 0)  # newer than every requirement: a torch that does not name its CUDA version passes
 
 
 @dataclass(frozen=True)
 class Device:
-    """Bytes in all and in use; `links`: NVLinks that are up, None where the device has none."""
+    """One GPU: total and used bytes, and the number of active NVLinks (None: the device has no NVLink)."""
 
     name: str
     total: int
@@ -28,21 +29,21 @@ class Device:
 
 
 def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = False) -> list[Finding]:
-    """Enough, alike, empty and linked.
+    """Check that there are enough GPUs, of one kind, not in use, and linked.
 
     Args:
-        num_ranks: of the job on this machine.
-        nvml: the module pynvml.
-        one_each: Slurm may show every task its own device alone, so that fewer than ranks are no fault.
+        num_ranks: ranks of the job on this machine.
+        nvml: the module pynvml; None imports it.
+        one_each: True under Slurm, which may show each task only its own GPU: then one GPU is enough.
     """
     if nvml is None:
         if num_driver_gpus() == 0:
-            return [passed("GPUs", "none here: ranks compute on the CPU and talk over gloo")]
+            return [passed("GPUs", "none on this machine: ranks compute on the CPU and communicate over gloo")]
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
             return [
-                Finding("GPUs", "warn", "cannot be asked: pynvml is not installed", "pip install nvidia-ml-py"),
+                Finding("GPUs", "warn", "cannot be checked: pynvml is not installed", "pip install nvidia-ml-py"),
             ]
     nvml.nvmlInit()
     try:
@@ -53,7 +54,7 @@ def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = Fals
 
 
 def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Finding:
-    """Do the GPUs, and the CUDA that torch is built for, have this FP8 recipe?"""
+    """Check that the GPUs, and the CUDA version that torch is built for, support this FP8 recipe."""
     found = _capability(nvml)
     if isinstance(found, Finding):
         return found
@@ -63,27 +64,28 @@ def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Fi
 
 
 def check_engine_fp8(nvml: Any | None = None) -> Finding:
-    """Do the GPUs compute with the FP8 codes of an engine?"""
+    """Check that the GPUs support an engine in FP8."""
     found = _capability(nvml)
     if isinstance(found, Finding):
         return found
     return _fp8_finding(check_engine_generation(found), f"engine on compute capability {found[0]}.{found[1]}")
 
 
-def _fp8_finding(problem: str, fine: str) -> Finding:
-    if problem:
-        message, _, remedy = problem.rpartition("; ")
-        return Finding("FP8", "fail", message, remedy)
-    return passed("FP8", f"{fine}; unproven")
+def _fp8_finding(problem: UserError | None, supported: str) -> Finding:
+    if problem is not None:
+        return Finding("FP8", "fail", problem.message, problem.remedy)
+    return passed("FP8", f"{supported}; not verified on a GPU")
 
 
 def _capability(nvml: Any | None) -> tuple[int, int] | Finding:
-    """Of the first GPU; or why it cannot be asked."""
+    """Return the compute capability of the first GPU, or a finding that says why it cannot be read."""
     if nvml is None:
         try:
             nvml = importlib.import_module("pynvml")
         except ImportError:
-            return Finding("FP8", "warn", "the GPUs cannot be asked: no pynvml", "pip install nvidia-ml-py")
+            return Finding(
+                "FP8", "warn", "the GPUs cannot be checked: pynvml is not installed", "pip install nvidia-ml-py"
+            )
     nvml.nvmlInit()
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(0))
@@ -116,17 +118,17 @@ def _number(devices: list[Device], num_ranks: int) -> Finding:
     if len(devices) >= num_ranks:
         return passed("GPUs", f"{len(devices)} x {devices[0].name} for {num_ranks} rank(s)" if devices else "0")
     return Finding(
-        "GPUs", "fail", f"{len(devices)} for {num_ranks} rank(s) on this machine",
-        f"set run.world_size so that {len(devices)} ranks a node suffice, or use more nodes",
+        "GPUs", "fail", f"{len(devices)} GPU(s) for {num_ranks} rank(s) on this machine",
+        f"set run.world_size to {len(devices)} ranks per node, or use more nodes",
     )  # fmt: skip
 
 
 def _kinds(devices: list[Device]) -> Finding:
     kinds = sorted({device.name for device in devices})
     if len(kinds) <= 1:
-        return passed("GPU kinds", "all alike")
+        return passed("GPU kinds", "all GPUs are of one kind")
     return Finding(
-        "GPU kinds", "warn", f"{', '.join(kinds)}: the slowest sets the pace, the smallest the memory",
+        "GPU kinds", "warn", f"{', '.join(kinds)}: the slowest GPU limits the speed, the smallest limits the memory",
         "choose devices of one kind with CUDA_VISIBLE_DEVICES",
     )  # fmt: skip
 
@@ -134,24 +136,26 @@ def _kinds(devices: list[Device]) -> Finding:
 def _empty(devices: list[Device]) -> Finding:
     taken = [f"GPU {i}: {d.used / GIB:.1f} GiB" for i, d in enumerate(devices) if d.used > _USED_BY_OTHERS]
     if not taken:
-        return passed("GPU memory", "no other program holds any")
-    return Finding("GPU memory", "warn", f"in use by others: {', '.join(taken)}", "end those programs (nvidia-smi)")
+        return passed("GPU memory", "not in use by other programs")
+    return Finding(
+        "GPU memory", "warn", f"in use by other programs: {', '.join(taken)}", "stop those programs (nvidia-smi)"
+    )
 
 
 def _links(devices: list[Device]) -> Finding:
     if len(devices) < 2:
-        return passed("NVLink", "one device, no links")
+        return passed("NVLink", "one GPU needs no links")
     links = [device.links for device in devices]
     if all(n is None for n in links):
         return Finding(
             "NVLink",
             "warn",
-            "these devices have none: tensor parallelism goes over PCIe",
+            "these GPUs have no NVLink: tensor parallelism uses PCIe",
             "keep parallel.tp and engine.tp small",
         )
     if len(set(links)) > 1 or not links[0]:
         return Finding(
-            "NVLink", "warn", f"links that are up differ between the devices: {links}",
-            "reset the devices or their switches (nvidia-smi nvlink --status; systemctl status nvidia-fabricmanager)",
+            "NVLink", "warn", f"the number of active links differs between the GPUs: {links}",
+            "reset the GPUs or their switches (nvidia-smi nvlink --status; systemctl status nvidia-fabricmanager)",
         )  # fmt: skip
-    return passed("NVLink", f"{links[0]} links up on each device")
+    return passed("NVLink", f"{links[0]} active links on each GPU")

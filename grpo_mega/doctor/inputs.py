@@ -1,4 +1,4 @@
-"""What the user gives: checkpoint headers against the model and the layout, the chat template, rewards, ports."""
+"""Checks of the user's input: layout, checkpoint headers, rewards, engine servers, chat template, port."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _QUESTION = "What is 2 + 3?"
 
 
 def check_layout(config: Config, topology: Topology) -> Finding:
-    """The layout divides the model (grpo_mega/doctor/model_rules.py)."""
+    """Check the rules between config and model (grpo_mega/doctor/model_rules.py)."""
     from grpo_mega.doctor.model_rules import check_model
 
     def check() -> str:
@@ -30,7 +30,7 @@ def check_layout(config: Config, topology: Topology) -> Finding:
 
 
 def check_checkpoint(folder: Path) -> Finding:
-    """The safetensors headers hold every tensor that the model's config.json promises, in its shape."""
+    """Check that the safetensors headers hold every tensor of the model, in the shape that config.json gives."""
     from grpo_mega.formats.safetensors_reader import HfFiles
     from grpo_mega.models.config_readers import read_spec
     from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
@@ -48,7 +48,7 @@ def check_checkpoint(folder: Path) -> Finding:
 
 
 def check_rewards(config: Config) -> Finding:
-    """Every term is found and imported."""
+    """Check that every reward term is found and can be imported."""
     from grpo_mega.rewards.base import build_rewards
 
     def check() -> str:
@@ -58,7 +58,7 @@ def check_rewards(config: Config) -> Finding:
 
 
 def check_servers(config: Config) -> list[Finding]:
-    """Engine servers answer, have what this config needs, and are free."""
+    """Check that the engine servers answer, fit this config, and serve no other job."""
     from grpo_mega.engines.server.client import inspect_server
     from grpo_mega.engines.server.messages import differences, serving_facts
     from grpo_mega.engines.server.protocol import Address, read_token
@@ -85,10 +85,12 @@ def check_servers(config: Config) -> list[Finding]:
 
 
 def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Finding:
-    """The prompt of a conversation is the beginning of the longer conversation, opens an answer, and is the same today
-    and tomorrow: else what the engine continues is not what a later turn, or a resumed run, reads."""
+    """Check that the chat template renders the same prompt every time and as the beginning of a longer conversation.
+
+    Otherwise a later turn, or a resumed run, reads another prompt than the one that the engine continued.
+    """
     if config.data.template == "plain":
-        return passed("chat template", "data.template=plain: none is used")
+        return passed("chat template", "data.template=plain: no chat template is used")
     from grpo_mega.data.chat import render_prompt
 
     def text(*messages: tuple[str, str]) -> str:
@@ -101,19 +103,19 @@ def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Findin
         longer = text(("user", _QUESTION), ("assistant", "5"), ("user", "And 3 + 4?"))
     except UserError as error:
         return Finding("chat template", "fail", error.message, error.remedy)
-    except Exception as error:  # templates are programs: whatever one raises is its fault
+    except Exception as error:  # a template is a program and can raise anything
         return Finding("chat template", "fail", f"cannot be applied: {error}", "repair chat_template of the tokenizer")
     if short != again:
-        return Finding("chat template", "fail", "gives another text each time", "take random parts out of it")
+        return Finding("chat template", "fail", "renders another text each time", "remove its random parts")
     if "strftime_now" in str(tokenizer.chat_template):
         return Finding(
-            "chat template", "warn", "writes today's date: a run that is resumed tomorrow trains on other prompts",
+            "chat template", "warn", "contains today's date: a run that is resumed tomorrow trains on other prompts",
             "set data.system_prompt, or fix the date in the template",
         )  # fmt: skip
     if not longer.startswith(short):
         return Finding(
             "chat template", "warn", "the prompt of a first turn is not the beginning of the longer conversation's",
-            "use one turn a prompt, or a template that leaves earlier turns as they are",
+            "use one turn per prompt, or a template that does not change earlier turns",
         )  # fmt: skip
     return passed(
         "chat template", f"stable, {len(tokenizer.encode(short, add_special_tokens=False))} tokens for a short question"
@@ -121,12 +123,12 @@ def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Findin
 
 
 def check_port(env: Mapping[str, str]) -> Finding:
-    """Where the first rank will listen, if this machine is the one."""
+    """Check that the first rank can listen on MASTER_PORT, if it runs on this machine."""
     port, address = env.get("MASTER_PORT"), env.get("MASTER_ADDR", "127.0.0.1")
     if port is None:
-        return passed("port", "MASTER_PORT is not set: the launcher takes a free one")
+        return passed("port", "MASTER_PORT is not set: the launcher chooses a free port")
     if not port.isdecimal() or not 0 < int(port) < 65536:
         return Finding("port", "fail", f"MASTER_PORT={port} is not a port", "use a number from 1024 to 65535")
     if address in ("127.0.0.1", "localhost") and not port_is_free(int(port)):
-        return Finding("port", "fail", f"MASTER_PORT={port} is in use on this machine", "choose another")
+        return Finding("port", "fail", f"MASTER_PORT={port} is in use on this machine", "choose another port")
     return passed("port", f"{address}:{port}")

@@ -1,4 +1,4 @@
-"""This machine: versions that go together, environment variables, host memory and disk. Asks no GPU (gpus.py does)."""
+"""Checks of this machine: package versions, environment variables, host memory, disk. GPUs are checked in gpus.py."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import psutil
 from grpo_mega.doctor.finding import Finding, passed
 
 GIB = 2**30
-_MEGATRON = "0.16.1"  # policy/ leans on internals of this release
-_SGLANG = "0.5.23"  # engines/sglang_*.py lean on internals of this release
-_SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange through /dev/shm
+_MEGATRON = "0.16.1"  # policy/ depends on internals of this release
+_SGLANG = "0.5.23"  # engines/sglang/ depends on internals of this release
+_SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange data through /dev/shm
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 Version = Callable[[str], str | None]
 
 
 def installed(name: str) -> str | None:
-    """The version of a distribution; None: it is not installed."""
+    """Return the version of a distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -31,7 +31,7 @@ def installed(name: str) -> str | None:
 
 
 def check_versions(version: Version = installed, *, on_cuda: bool, engine_kind: str = "vllm") -> list[Finding]:
-    """Of Python, torch, Megatron-Core, the engine and, with CUDA, Transformer Engine."""
+    """Check the versions of Python, torch, Megatron-Core, the engine and, with CUDA, Transformer Engine."""
     python = ".".join(map(str, sys.version_info[:3]))
     found = [passed("python", python)]
     torch = version("torch")
@@ -47,7 +47,7 @@ def check_versions(version: Version = installed, *, on_cuda: bool, engine_kind: 
             Finding(
                 "torch add-ons",
                 "fail",
-                f"{', '.join(unwanted)} beside torch {torch}: their CUDA builds break the import of transformers",
+                f"{', '.join(unwanted)} with torch {torch}: their CUDA builds break the import of transformers",
                 f"pip uninstall {' '.join(unwanted)}",
             )
         )
@@ -58,7 +58,7 @@ def _megatron(found: str | None) -> Finding:
     if found == _MEGATRON:
         return passed("megatron-core", found)
     return Finding(
-        "megatron-core", "fail", f"{found or 'not installed'}; the policy is written for {_MEGATRON}",
+        "megatron-core", "fail", f"{found or 'not installed'}; the policy needs release {_MEGATRON}",
         f"pip install megatron-core=={_MEGATRON}",
     )  # fmt: skip
 
@@ -71,37 +71,37 @@ def _vllm(version: Version, torch: str) -> Finding:
 
 
 def _sglang(version: Version, torch: str, on_cuda: bool) -> Finding:
-    """What it pins beside itself is for CUDA; without, it has no compiled part that would ask for a torch."""
+    """Check SGLang. Its pinned torch matters on CUDA only: without CUDA it has no compiled part."""
     found = version("sglang")
     if found != _SGLANG:
         return Finding(
-            "engine", "fail", f"engine.kind=sglang: sglang {found or 'is not installed'}; the engine is written for "
+            "engine", "fail", f"engine.kind=sglang: sglang {found or 'is not installed'}; the engine needs release "
             f"{_SGLANG}", "run launch/setup.sh --with sglang",
         )  # fmt: skip
     if not on_cuda:
         return passed("engine", f"sglang {found}")
     if version("torch-memory-saver") is None:
         return Finding(
-            "engine", "fail", "torch-memory-saver is not installed: SGLang could not sleep while the policy trains",
+            "engine", "fail", "torch-memory-saver is not installed: SGLang cannot release its memory",
             "run launch/setup.sh --with sglang",
         )  # fmt: skip
     return _pinned_torch(torch, found, "sglang")
 
 
 def _pinned_torch(torch: str, engine: str, name: str) -> Finding:
-    """An engine's compiled kernels go with one release of torch."""
+    """Check that torch is the release for which the engine's kernels are compiled."""
     wanted = pinned_torch(name)
     release = torch.split("+")[0]
     if wanted is None or release == wanted:
         return passed("torch and engine", f"torch {torch}, {name} {engine}")
     return Finding(
-        "torch and engine", "fail", f"{name} {engine} is built for torch {wanted}, installed is {torch}",
-        "build the environment with launch/setup.sh, whose constraints go together",
+        "torch and engine", "fail", f"{name} {engine} is built for torch {wanted}, but torch {torch} is installed",
+        "build the environment with launch/setup.sh, which installs matching versions",
     )  # fmt: skip
 
 
 def pinned_torch(name: str) -> str | None:
-    """The release of torch that a distribution requires exactly; None: it does not say."""
+    """Return the release of torch that a distribution pins, or None."""
     try:
         needed = importlib.metadata.requires(name) or []
     except importlib.metadata.PackageNotFoundError:
@@ -114,9 +114,9 @@ def pinned_torch(name: str) -> str | None:
 
 def _transformer_engine(found: str | None, torch: str) -> Finding:
     if found is not None:
-        return passed("transformer-engine", f"{found} beside torch {torch}")
+        return passed("transformer-engine", f"{found} with torch {torch}")
     return Finding(
-        "transformer-engine", "fail", "not installed; on CUDA the policy's modules come from it",
+        "transformer-engine", "fail", "not installed; on CUDA the policy needs its modules",
         "pip install --no-build-isolation 'transformer-engine[pytorch]'",
     )  # fmt: skip
 
@@ -124,7 +124,7 @@ def _transformer_engine(found: str | None, torch: str) -> Finding:
 def check_environment(
     env: Mapping[str, str], *, on_cuda: bool, num_nodes: int, interfaces: frozenset[str], has_infiniband: bool
 ) -> list[Finding]:
-    """Variables that would make a job fail, hang or crawl."""
+    """Check the environment variables that make a job fail, hang or run slowly."""
     found = []
     for key in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         named = [name for name in env.get(key, "").lstrip("^=").split(",") if name]
@@ -134,20 +134,20 @@ def check_environment(
                 Finding(
                     key,
                     "fail",
-                    f"{env[key]}: this machine has no interface {', '.join(unknown)}",
-                    f"use one of {', '.join(sorted(interfaces))}, or leave it out",
+                    f"{env[key]}: the interface {', '.join(unknown)} was not found on this machine",
+                    f"use one of {', '.join(sorted(interfaces))}, or unset it",
                 )
             )
     if not on_cuda:
-        return found or [passed("environment", "no variable stands in the way")]
+        return found or [passed("environment", "no variable causes problems")]
     allocator = env.get("PYTORCH_CUDA_ALLOC_CONF", env.get("PYTORCH_ALLOC_CONF", ""))
     if re.search(r"expandable_segments:\s*true", allocator, re.IGNORECASE):
         found.append(
             Finding(
                 "allocator",
                 "fail",
-                f"PYTORCH_CUDA_ALLOC_CONF={allocator}: an engine cannot sleep with expandable segments",
-                "leave expandable_segments out",
+                f"PYTORCH_CUDA_ALLOC_CONF={allocator}: an engine cannot sleep with expandable_segments",
+                "remove expandable_segments",
             )
         )
     if env.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") != "1":
@@ -155,23 +155,23 @@ def check_environment(
             Finding(
                 "CUDA queues",
                 "warn",
-                f"CUDA_DEVICE_MAX_CONNECTIONS={env['CUDA_DEVICE_MAX_CONNECTIONS']}: Megatron's "
-                "overlap relies on one queue",
+                f"CUDA_DEVICE_MAX_CONNECTIONS={env['CUDA_DEVICE_MAX_CONNECTIONS']}: Megatron's overlap needs one queue",
                 "set it to 1",
             )
         )
     if num_nodes > 1:
-        found += _between_nodes(env, has_infiniband)
-    return found or [passed("environment", "no variable stands in the way")]
+        found += _internode_network(env, has_infiniband)
+    return found or [passed("environment", "no variable causes problems")]
 
 
-def _between_nodes(env: Mapping[str, str], has_infiniband: bool) -> list[Finding]:
+def _internode_network(env: Mapping[str, str], has_infiniband: bool) -> list[Finding]:
+    """Check the network between nodes."""
     if env.get("NCCL_IB_DISABLE", "0") == "1" and has_infiniband:
         return [
             Finding(
                 "InfiniBand",
                 "warn",
-                "NCCL_IB_DISABLE=1 on a machine with adapters: nodes talk over sockets, ten times slower",
+                "NCCL_IB_DISABLE=1 on a machine with adapters: nodes communicate over sockets, ten times slower",
                 "unset NCCL_IB_DISABLE",
             )
         ]
@@ -180,39 +180,39 @@ def _between_nodes(env: Mapping[str, str], has_infiniband: bool) -> list[Finding
             Finding(
                 "InfiniBand",
                 "warn",
-                "no adapter in /sys/class/infiniband: nodes talk over sockets",
-                "load the adapter's driver, or accept the speed of sockets",
+                "no adapter in /sys/class/infiniband: nodes communicate over sockets",
+                "load the driver of the adapter, or accept the lower speed",
             )
         ]
-    return [passed("InfiniBand", "adapters are there")]
+    return [passed("InfiniBand", "adapters were found")]
 
 
 def check_memory(needed: float, available: float | None = None) -> Finding:
-    """`needed`: bytes of host memory that this node's ranks will hold."""
+    """Check that the host memory holds `needed` bytes, which the ranks of this node will use."""
     free = float(psutil.virtual_memory().available) if available is None else available
-    told = f"{free / GIB:.1f} GiB available, about {needed / GIB:.1f} needed"
+    status = f"{free / GIB:.1f} GiB available, about {needed / GIB:.1f} needed"
     if needed <= free:
-        return passed("host memory", told)
-    return Finding("host memory", "fail", told, "use more nodes, or a machine with more memory")
+        return passed("host memory", status)
+    return Finding("host memory", "fail", status, "use more nodes, or a machine with more memory")
 
 
 def check_disk(folder: Path, checkpoint: float, keep: int, free: float | None = None) -> Finding:
-    """Room for `keep` checkpoints and the one that is being written, where the run folder will be."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    room = float(shutil.disk_usage(there).free) if free is None else free
-    told = f"{room / GIB:.1f} GiB free at {there}, a checkpoint takes about {checkpoint / GIB:.1f}"
+    """Check that the file system of the run folder holds `keep` checkpoints and the one that is being written."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    room = float(shutil.disk_usage(existing).free) if free is None else free
+    status = f"{room / GIB:.1f} GiB free at {existing}, a checkpoint takes about {checkpoint / GIB:.1f}"
     if room < checkpoint:
-        return Finding("disk", "fail", told, "set run.dir to a larger file system")
+        return Finding("disk", "fail", status, "set run.dir to a larger file system")
     if room < (keep + 1) * checkpoint:
         return Finding(
-            "disk", "warn", f"{told}; {keep} are kept while one is written",
+            "disk", "warn", f"{status}; {keep} are kept while one is written",
             f"free {((keep + 1) * checkpoint - room) / GIB:.1f} GiB, or lower checkpoint.keep",
         )  # fmt: skip
-    return passed("disk", told)
+    return passed("disk", status)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), size: float | None = None) -> Finding:
-    """Ranks of one machine exchange through it."""
+    """Check the size of shared memory, through which the ranks of one machine exchange data."""
     total = float(shutil.disk_usage(folder).total) if size is None else size
     if total >= _SHARED_MEMORY:
         return passed("shared memory", f"{folder} has {total / GIB:.1f} GiB")

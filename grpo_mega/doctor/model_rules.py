@@ -1,4 +1,7 @@
-"""Rules between the config and the model's config.json, checked before weights are read or process groups exist."""
+"""Rules between config and model, checked before process groups are created or weights are read.
+
+The rules of the layout are in models/layout_rules.py, those of the engine in engines/engine_rules.py.
+"""
 
 from __future__ import annotations
 
@@ -21,27 +24,27 @@ from grpo_mega.types import UserError
 
 
 def check_model(config: Config, topology: Topology, *, with_engine: bool = True) -> None:
-    """Does the layout divide the model, does a rollout fit its positions, and can the engine be given its weights?
+    """Check that the layout divides the model, that a rollout fits its positions, and that the engine supports it.
 
     Args:
-        config: the run's.
+        config: the run.
         topology: its ranks.
-        with_engine: False where no engine takes part: its rules are left out.
+        with_engine: False leaves out the rules of the engine.
 
     Raises:
-        UserError: names the key, the model's number and what would do.
+        UserError: a rule is broken; the message names the key and the model's number.
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
     _check_host_optimizer(config)
-    _check_fp8(config)
+    _check_fp8_device(config)
     if with_engine:
         check_engine_fp8_device(config)
-    spec = _spec(config)
+    spec = _read_spec(config)
     if with_engine:
         check_engine_model(spec, config)
         check_server_addresses(config)
     if config.algorithm.routing_replay and spec.moe is None:
-        raise UserError(f"algorithm.routing_replay=true does nothing: {where} has no experts", remedy="leave it out")
+        raise UserError(f"algorithm.routing_replay=true has no effect: {where} has no experts", remedy="leave it out")
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     _check_megatron_arguments(spec, config)
@@ -56,11 +59,11 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         )
     rope = spec.rope
     if with_engine and rope is not None and rope.kind == "yarn" and longest > rope.original_max_positions * rope.factor:
-        # engines compute that many positions at their start, and read behind the last one without a word
+        # Engines compute this many positions at their start, and read past the last one without an error.
         raise UserError(
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than "
             f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
-            "and engines know no positions behind them",
+            "and engines have no positions beyond them",
             remedy="lower one of the keys",
         )
 
@@ -74,7 +77,7 @@ def _check_megatron_arguments(spec: ModelSpec, config: Config) -> None:
 
 
 def _check_host_optimizer(config: Config) -> None:
-    """Raises UserError: there is no device that the host could relieve."""
+    """Raise UserError if optimizer.host_fraction is set without a CUDA device."""
     if config.optimizer.host_fraction > 0 and not has_cuda_driver():
         raise UserError(
             f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none",
@@ -82,8 +85,8 @@ def _check_host_optimizer(config: Config) -> None:
         )
 
 
-def _check_fp8(config: Config) -> None:
-    """Raises UserError: there is no device that has FP8."""
+def _check_fp8_device(config: Config) -> None:
+    """Raise UserError if precision.fp8 is set without a CUDA device."""
     if config.precision.fp8 is not None and not has_cuda_driver():
         raise UserError(
             f"precision.fp8.recipe={config.precision.fp8.recipe} needs CUDA devices, and this machine has none",
@@ -92,7 +95,7 @@ def _check_fp8(config: Config) -> None:
 
 
 def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
-    """Megatron counts the layers that stay in bf16 within the first and the last stage."""
+    """Check that the layers that stay in bf16 are within the first and the last stage, as Megatron requires."""
     fp8, stage = config.precision.fp8, spec.num_layers // config.parallel.pp
     if fp8 is None:
         return
@@ -104,11 +107,11 @@ def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
             )
 
 
-def _spec(config: Config) -> ModelSpec:
-    """Of the checkpoint, or of the recipe."""
+def _read_spec(config: Config) -> ModelSpec:
+    """Return the spec of the checkpoint, or of the recipe of the tiny base."""
     if config.model.base is not None:
         return recipe_spec(config.model.base.architecture)
     folder = Path(str(config.model.path))
     if not folder.is_dir():
-        raise UserError(f"model.path={folder} is not a folder", remedy="give a Hugging Face model folder")
+        raise UserError(f"model.path={folder} is not a folder", remedy="use a Hugging Face model folder")
     return read_spec(folder)

@@ -1,4 +1,4 @@
-"""Reading and writing boxes of row-major tensors in files by byte ranges: only the bytes of the box are touched."""
+"""Byte-range input and output of slices of row-major tensors in files; only the bytes of the slice are read."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-BLOCK_BYTES = 4096  # what every file system takes as a block of direct writing
+BLOCK_BYTES = 4096  # every file system accepts this block size for direct writes
 _WRITE_BYTES = 16 * 1024 * 1024  # a multiple of the block
 
 
 class ShortFileError(OSError):
-    """A file ended before the bytes that it should hold."""
+    """A file ends before the bytes that it should hold."""
 
 
-def read_box(fd: int, position: int, whole: Shape, offsets: Shape, out: Tensor) -> int:
-    """Fill `out` with the box at `offsets` of the row-major tensor of shape `whole` that starts at byte `position`.
+def read_slice(fd: int, position: int, whole: Shape, offsets: Shape, out: Tensor) -> int:
+    """Fill `out` with the slice at `offsets` of the row-major tensor of shape `whole` that starts at byte `position`.
 
     Returns:
-        The number of bytes read: those of the box, no others.
+        The number of bytes read, which are those of the slice.
+
     Raises:
-        ShortFileError: the file ends before.
+        ShortFileError: the file ends before the end of the slice.
     """
     if out.numel() == 0:
         return 0
     if not out.is_contiguous():
         compact = torch.empty(out.shape, dtype=out.dtype)
-        count = read_box(fd, position, whole, offsets, compact)
+        count = read_slice(fd, position, whole, offsets, compact)
         out.copy_(compact)
         return count
-    target = as_bytes(out)
+    target = tensor_memory(out)
     strides = [math.prod(whole[d + 1 :]) * out.itemsize for d in range(len(whole))]
-    # the trailing dimensions that the box covers whole, and the one before them, are one run of bytes
+    # The trailing dimensions that the slice covers whole, and the one before them, are contiguous bytes.
     split = len(whole)
     while split > 0 and (split == len(whole) or out.shape[split] == whole[split]):
         split -= 1
@@ -59,11 +60,11 @@ def write_all(fd: int, data: memoryview | bytes, position: int) -> None:
 
 
 def write_blocks(fd: int, data: memoryview, address: int, position: int) -> tuple[int, int]:
-    """Write the whole blocks among `data`, which lies at `address`, by a descriptor for direct writing.
+    """Write the whole blocks of `data`, which is at memory address `address`, through a descriptor for direct writes.
 
     Returns:
-        What is written: `data[begin:end]`; nothing where address and position differ in their distance to a block, or
-        where the file system asks for other blocks than these.
+        (begin, end) of the written part `data[begin:end]`. It is empty if `address` and `position` are not aligned to a
+        block in the same way, or if the file system needs another block size.
     """
     begin = min(-position % BLOCK_BYTES, len(data))
     end = begin + (len(data) - begin) // BLOCK_BYTES * BLOCK_BYTES
@@ -78,10 +79,12 @@ def write_blocks(fd: int, data: memoryview, address: int, position: int) -> tupl
     return begin, end
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
+def tensor_memory(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor as bytes."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    assert flat.numel() == 0 or flat.data_ptr() == tensor.data_ptr(), "a copy would be filled instead"
+    assert flat.numel() == 0 or flat.data_ptr() == tensor.data_ptr(), (
+        "the tensor must be contiguous: a copy would be filled instead"
+    )
     return flat.numpy().data
 
 

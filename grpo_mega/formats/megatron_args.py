@@ -1,4 +1,4 @@
-"""The arguments that Megatron-LM expects in `common.pt`: what `--use-checkpoint-args` and its loader read."""
+"""The arguments that Megatron-LM expects in `common.pt`; `--use-checkpoint-args` and its loader read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from grpo_mega.models.spec import MlaSpec, ModelSpec, MoeSpec
 
 
 def megatron_args(spec: ModelSpec, dtype: torch.dtype, iteration: int = 0) -> Namespace:
-    """Of a checkpoint of one rank without optimizer; Megatron-LM's names."""
+    """Return the arguments of a checkpoint of one rank without optimizer state, by Megatron-LM's names."""
     return Namespace(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -76,14 +76,14 @@ def megatron_args(spec: ModelSpec, dtype: torch.dtype, iteration: int = 0) -> Na
 
 
 def expert_settings(moe: MoeSpec) -> dict[str, Any]:
-    """Of experts and their router, where Megatron-LM's arguments and Megatron-Core's configs have the same names."""
+    """Return the settings of experts and router; their names are equal in Megatron-LM and Megatron-Core."""
     limited = moe.top_groups < moe.num_groups
     return {
         "moe_ffn_hidden_size": moe.expert_ffn_size,
         "moe_shared_expert_intermediate_size": moe.shared_ffn_size or None,
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": moe.score,
-        # softmax over the chosen is softmax over all, renormalised over the chosen
+        # softmax over the chosen experts is softmax over all experts, renormalized over the chosen
         "moe_router_pre_softmax": moe.score == "softmax" and not moe.normalize,
         "moe_router_num_groups": moe.num_groups if limited else None,
         "moe_router_group_topk": moe.top_groups if limited else None,
@@ -96,7 +96,7 @@ def expert_settings(moe: MoeSpec) -> dict[str, Any]:
 
 
 def latent_settings(mla: MlaSpec) -> dict[str, Any]:
-    """Sizes of latent attention, likewise."""
+    """Return the sizes of latent attention; their names are equal in Megatron-LM and Megatron-Core."""
     return {
         "q_lora_rank": mla.q_rank,
         "kv_lora_rank": mla.kv_rank,

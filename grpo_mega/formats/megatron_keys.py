@@ -1,10 +1,10 @@
-"""Under which keys Megatron's distributed checkpoints hold the parameters of a model.
+"""Keys of a model's parameters in Megatron's distributed checkpoints.
 
-A key names the whole tensor: tensor-parallel shards are boxes of the parameter that one rank would have, and the layers
-of a model whose layers are all alike are slices of one tensor with a leading dimension ("decoder.layers.mlp..."). A
-model of unlike layers has the layer's number in the key. Experts add a dimension in the same way, whichever module
-holds them. Norms before a projection go by the name of Transformer Engine's fused module, or by their own: it depends
-on the layer and on the layer spec, so where both may be asked for both are there, for the same bytes.
+A key names the whole tensor. Tensor-parallel shards are slices of the parameter that a single rank would have. If all
+layers of a model are of one kind, they are slices of one tensor with a leading dimension ("decoder.layers.mlp...").
+Otherwise the key contains the number of the layer. Experts add a dimension in the same way, in every module.
+A norm before a projection has the name of Transformer Engine's fused module or its own name, which depends on the layer
+and on the layer spec. If a loader can request both names, the checkpoint has both, for the same bytes.
 Asserted by tests/e2e/test_convert_tools.py and test_convert_families.py against Megatron itself.
 """
 
@@ -28,10 +28,10 @@ _PRE_MLP, _FUSED_PRE_MLP = "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_nor
 
 @dataclass(frozen=True)
 class MegatronTensor:
-    """One parameter: box `leading` + all of `shape` of the tensor `key`, which is of shape `leading_sizes + shape`.
+    """One parameter: the slice at `leading` of the tensor `key`, which has shape `leading_sizes + shape`.
 
-    `placements` are its pieces in the parameter of a single rank. `also` are other keys for the same numbers. `aside`:
-    a model works without it.
+    `placements` are its pieces in the parameter of a single rank. `also` are other keys of the same values. `aside` is
+    True for a parameter that the model does not need.
     """
 
     key: str
@@ -44,7 +44,7 @@ class MegatronTensor:
 
 
 def megatron_tensors(spec: ModelSpec) -> list[MegatronTensor]:
-    """What a checkpoint of `spec` holds: every Hugging Face tensor exactly once (a tied head is the embedding)."""
+    """Return the parameters of a checkpoint, with every Hugging Face tensor once (a tied head is the embedding)."""
     names = (n for n in parameter_names(spec) if not (spec.tie_embeddings and n == "output_layer.weight"))
     alone = Topology(1)
     at = alone.coordinates(0)
@@ -55,11 +55,11 @@ def megatron_tensors(spec: ModelSpec) -> list[MegatronTensor]:
     for name, placed in (*named, *aside):
         same = tuple(Placement(p.hf, type(p.local)("", p.local.offsets, p.local.shape)) for p in placed)
         found.setdefault(same, []).append(name)
-    return [_tensor_of(spec, _asked_for(spec, group), pieces, alike) for pieces, group in found.items()]
+    return [_tensor_of(spec, _requested_names(spec, group), pieces, alike) for pieces, group in found.items()]
 
 
 def extra_state_keys(spec: ModelSpec, tensors: list[MegatronTensor]) -> list[str]:
-    """Empty objects that Megatron's linear and attention modules ask for when they load."""
+    """Return the keys of the empty objects that Megatron's linear and attention modules load."""
     keys = {"decoder.final_layernorm._extra_state/shard_0_1"}
     for tensor in tensors:
         module = tensor.key.removesuffix(".weight")
@@ -75,12 +75,12 @@ def extra_state_keys(spec: ModelSpec, tensors: list[MegatronTensor]) -> list[str
     return sorted(keys)
 
 
-def _asked_for(spec: ModelSpec, names: list[str]) -> list[str]:
-    """Without the names of norms that no layer spec of Megatron gives to such a layer.
+def _requested_names(spec: ModelSpec, names: list[str]) -> list[str]:
+    """Remove the names of norms that no layer spec of Megatron uses for such a layer.
 
-    Transformer Engine fuses the norm with the projection behind it where there is one projection: not before latent
-    attention, not before experts. Local modules never do, and save under the fused names all the same, but for latent
-    attention (gpt_layer_specs.py:417).
+    Transformer Engine fuses a norm with the projection after it if there is one projection: not before latent
+    attention, and not before experts. Local modules do not fuse them. They save under the fused names nevertheless,
+    except for latent attention (gpt_layer_specs.py:417).
     """
     found = _LAYER.match(names[0])
     moe = spec.is_moe_layer(int(found[1])) if found else spec.moe is not None

@@ -1,6 +1,8 @@
-"""What the headers and the index of a Hugging Face folder of safetensors files say, checked against each other.
+"""Headers and index of a Hugging Face folder of safetensors files, checked against each other; no weight is read.
 
-Sizes against shapes and against the file's length, the index against the files; no weight is read.
+Sizes are checked against shapes and file lengths, and the index against the files. This module parses the header
+itself, because the `safetensors` library does not return the byte position of a tensor in its file. Slice reads into a
+reused buffer, and messages about truncated files, need that position (docs/decisions/layout.md).
 Asserted by tests/unit/formats/test_safetensors_reader.py.
 """
 
@@ -37,7 +39,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `position` is the byte in the file at which its data starts."""
+    """Location of a tensor: its data starts at byte `position` of the file."""
 
     path: Path
     dtype: torch.dtype
@@ -46,19 +48,23 @@ class StoredTensor:
 
 
 def open_folder(folder: Path, key: str, expected: dict[str, Shape]) -> dict[str, StoredTensor]:
-    """The tensors of all files; `key` is what the user set to `folder`, `expected` the shapes of config.json, both for
-    messages.
+    """Return the tensors of all files.
+
+    Args:
+        folder: a Hugging Face folder.
+        key: the name of the user's setting that holds `folder`, for messages.
+        expected: the shapes of config.json, for messages.
 
     Raises:
-        UserError: no safetensors there, a file is missing, truncated or damaged, or the index says other than they.
+        UserError: there are no safetensors files, one is missing, truncated or damaged, or the index contradicts them.
     """
     single, index = (folder / SINGLE).is_file(), (folder / INDEX).is_file()
     if not single and not index:
-        raise UserError(f"{key}={folder} holds no {SINGLE}", remedy="give a folder in safetensors format")
+        raise UserError(f"{key}={folder} has no {SINGLE}", remedy="use a folder in safetensors format")
     if not index:
         return read_header(folder / SINGLE)
     placed = _weight_map(folder / INDEX)
-    if single and SINGLE not in placed.values():  # others read the single file
+    if single and SINGLE not in placed.values():  # other programs read the single file
         raise UserError(
             f"{key}={folder} holds {SINGLE} and {INDEX} of other files", remedy="remove the one that is outdated"
         )
@@ -66,10 +72,11 @@ def open_folder(folder: Path, key: str, expected: dict[str, Shape]) -> dict[str,
     for file in sorted(set(placed.values())):
         if not (folder / file).is_file():
             names = [name for name, where in placed.items() if where == file]
-            told = ", ".join(f"{n} of shape {expected[n]}" if n in expected else n for n in names[:3])
+            listed = ", ".join(f"{n} of shape {expected[n]}" if n in expected else n for n in names[:3])
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UserError(
-                f"{folder / file}: is missing, the index places {told}{more} there", remedy="download the file again"
+                f"{folder / file}: was not found; the index places {listed}{more} there",
+                remedy="download the file again",
             )
         files[file] = read_header(folder / file)
     _check_places(folder, placed, files, expected)
@@ -84,18 +91,19 @@ def _check_places(
             others = [
                 f"{other} holds it with shape {files[other][name].shape}" for other in files if name in files[other]
             ]
-            told = ", ".join(others) or "no file of the index does"
+            listed = ", ".join(others) or "no file of the index holds it"
             wanted = f"{name} of shape {expected[name]}" if name in expected else name
             raise UserError(
-                f"{folder / file}: holds no {wanted}, which the index places there, {told}", remedy="use matching files"
+                f"{folder / file}: holds no {wanted}, which the index places there, {listed}",
+                remedy="use matching files",
             )
     for file, held in files.items():
         for name, stored in held.items():
             where = placed.get(name)
             if where != file:
-                told = "no file" if where is None else f"{where} with shape {files[where][name].shape}"
+                listed = "no file" if where is None else f"{where} with shape {files[where][name].shape}"
                 raise UserError(
-                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in {told}",
+                    f"{folder / file}: holds {name} of shape {stored.shape}, which the index places in {listed}",
                     remedy="use matching files",
                 )
 
@@ -106,21 +114,21 @@ def _weight_map(index: Path) -> dict[str, str]:
         placed = {str(name): str(file) for name, file in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # not JSON, or JSON of something else
         raise UserError(
-            f"{index}: is no index of safetensors files ({error!r})", remedy="download the file again"
+            f"{index}: is not an index of safetensors files ({error!r})", remedy="download the file again"
         ) from None
     for name, file in placed.items():
         if Path(file).name != file:
             raise UserError(
-                f"{index}: places {name} in {file!r}, which is no file of this folder", remedy="use matching files"
+                f"{index}: places {name} in {file!r}, which is not a file of this folder", remedy="use matching files"
             )
     return placed
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file.
+    """Return the tensors of one file.
 
     Raises:
-        UserError: it is not there, truncated, or its header contradicts itself or the file's length.
+        UserError: it is missing or truncated, or its header contradicts itself or the file length.
     """
     try:
         with path.open("rb") as file:
@@ -140,7 +148,7 @@ def _checked_header(header: dict[str, Any], path: Path, data: int) -> dict[str, 
     entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
     for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name} has dtype {entry['dtype']}, none of {', '.join(DTYPES)}")
+            raise ValueError(f"{name} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}")
         dtype, shape = DTYPES[entry["dtype"]], tuple(map(_size, entry["shape"]))
         begin, finish = map(_size, entry["data_offsets"])
         size = math.prod(shape) * dtype.itemsize
@@ -154,18 +162,18 @@ def _checked_header(header: dict[str, Any], path: Path, data: int) -> dict[str, 
 
 def _size(number: Any) -> int:
     if type(number) is not int or number < 0:
-        raise ValueError(f"{number!r} is no size")
+        raise ValueError(f"{number!r} is not a size")
     return number
 
 
 def _check_length(path: Path, tensors: dict[str, StoredTensor], expected: int) -> None:
     found = path.stat().st_size
-    told = ""
+    listed = ""
     for name, stored in tensors.items():
         row = math.prod(stored.shape[1:]) * stored.dtype.itemsize
         if stored.position + math.prod(stored.shape) * stored.dtype.itemsize > found:
             whole = max(0, found - stored.position) // max(1, row)
-            told = f"; of {name} of shape {stored.shape} there is {(whole, *stored.shape[1:])}"
+            listed = f"; of {name} of shape {stored.shape} there is {(whole, *stored.shape[1:])}"
             break
     if found != expected:
-        raise ValueError(f"the file has {found} bytes, its header says {expected}{told}")
+        raise ValueError(f"the file has {found} bytes, its header says {expected}{listed}")

@@ -1,6 +1,6 @@
-"""The tensors of a Hugging Face folder of safetensors files, read by byte ranges.
+"""Reader of a Hugging Face folder of safetensors files, by byte ranges.
 
-Only the bytes of the slices that are asked for are read (`bytes_read` counts them). Safe to use from several threads.
+Only the bytes of the requested slices are read (`bytes_read` counts them). Several threads can use one reader.
 Asserted by tests/unit/formats/test_safetensors_reader.py.
 """
 
@@ -15,36 +15,42 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo_mega.formats.byte_ranges import Shape, ShortFileError, read_box
+from grpo_mega.formats.byte_ranges import Shape, ShortFileError, read_slice
 from grpo_mega.formats.safetensors_headers import StoredTensor, open_folder
 from grpo_mega.quantization import block_fp8, mxfp4
 from grpo_mega.types import TensorSlice, UserError
 
-_COMPUTED = ".rotary_emb.inv_freq"  # old Llama checkpoints hold what everybody computes from config.json
+_COMPUTED = ".rotary_emb.inv_freq"  # old Llama checkpoints hold it; it is computed from config.json
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ELEMENTS_AT_ONCE = 1 << 22  # of a quantised weight
+_ELEMENTS_AT_ONCE = 1 << 22  # elements of a quantized weight that are dequantized at a time
 
 
 @dataclass(frozen=True)
 class _Packed:
-    """The two tensors that an MXFP4 weight is stored as."""
+    """The two stored tensors of an MXFP4 weight."""
 
     blocks: StoredTensor
     scales: StoredTensor
 
 
 class HfFiles:
-    """The tensors of a folder by name. FP8 weights with block scales, and MXFP4 ones, read as bfloat16."""
+    """The tensors of a folder by name; FP8 weights with block scales and MXFP4 weights are read as bfloat16."""
 
     def __init__(self, folder: Path, key: str = "model.path", expected: dict[str, Shape] | None = None) -> None:
-        """`key` is what the user set to `folder`, `expected` the shapes that config.json says: both for messages.
+        """Read the headers of all files.
+
+        Args:
+            folder: a Hugging Face folder.
+            key: the name of the user's setting that holds `folder`, for messages.
+            expected: the shapes of config.json, for messages.
 
         Raises:
-            UserError: no safetensors there, a file is missing, truncated or damaged, or the index says other than they.
+            UserError: there are no safetensors files, one is missing, truncated or damaged, or the index contradicts
+                them.
         """
         self.folder, self._key = folder, key
         self.stored = open_folder(folder, key, expected or {})
-        self._packed = _take_packed(self.stored, key)
+        self._packed = _extract_packed(self.stored, key)
         self.bytes_read = 0
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
@@ -57,31 +63,34 @@ class HfFiles:
             self._check_scale(name)
 
     def close(self) -> None:
-        """Afterwards nothing can be read."""
+        """Close all files; nothing can be read afterwards."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of the values that `read` gives: bfloat16 for a block-scaled FP8 weight."""
+        """Return the dtype of the values that `read` returns: bfloat16 for a quantized weight."""
         return torch.bfloat16 if name + block_fp8.SCALE_SUFFIX in self.scale_names else self.stored[name].dtype
 
     def check(self, shapes: dict[str, Shape], aside: dict[str, Shape] | None = None) -> None:
-        """Every tensor is there with its shape, holds floating-point numbers, and none is left over.
+        """Check that the folder has every tensor of `shapes` in floating point, and no unknown tensor.
 
-        Those of `aside`, a tied head, the scales of FP8 weights and rotary frequencies may be beside them.
+        Tensors of `aside`, a tied head, the scales of FP8 weights and rotary frequencies are allowed too.
+
+        Raises:
+            UserError: a tensor is missing, unknown, or has another shape or dtype.
         """
         aside = aside or {}
         missing = sorted(shapes.keys() - self.stored.keys())
         known = shapes.keys() | aside.keys() | {"lm_head.weight"} | self.scale_names
         extra = sorted(n for n in self.stored.keys() - known if not n.endswith(_COMPUTED))
         if missing or extra:
-            told = [f"{n} of shape {shapes[n]} missing" for n in missing[:3]]
-            told += [f"{n} of shape {self.stored[n].shape} unknown" for n in extra[:3]]
-            more = len(missing) + len(extra) - len(told)
+            listed = [f"{n} of shape {shapes[n]} missing" for n in missing[:3]]
+            listed += [f"{n} of shape {self.stored[n].shape} unknown" for n in extra[:3]]
+            more = len(missing) + len(extra) - len(listed)
             raise UserError(
-                f"{self._key}: tensors {', '.join(told)}{f' and {more} more' if more else ''}",
-                remedy=" is config.json of this model?",
+                f"{self._key}: tensors {', '.join(listed)}{f' and {more} more' if more else ''}",
+                remedy="check that config.json belongs to this model",
             )
         present = {name: shape for name, shape in aside.items() if name in self.stored}
         for name, shape in (shapes | present).items():
@@ -99,25 +108,25 @@ class HfFiles:
                 )
 
     def read(self, box: TensorSlice) -> Tensor:
-        """The slice; only its bytes are read."""
+        """Return a slice; only its bytes are read."""
         out = torch.empty(box.shape, dtype=self.dtype(box.name))
         self.read_into(box, out)
         return out
 
     def read_into(self, box: TensorSlice, out: Tensor) -> None:
-        """Fill `out`, of the slice's shape and any floating-point dtype."""
+        """Fill `out` with a slice; `out` has its shape and any floating-point dtype."""
         stored = self.stored[box.name]
         if box.name in self._packed:
             self._read_packed(self._packed[box.name], box, out)
         elif box.name + block_fp8.SCALE_SUFFIX in self.scale_names:
             rows, columns = box.shape
-            step = max(1, _ELEMENTS_AT_ONCE // max(1, columns))  # in float32 a whole weight would be four times itself
+            step = max(1, _ELEMENTS_AT_ONCE // max(1, columns))  # a whole weight in float32 takes four times its bytes
             for row in range(0, rows, step):
                 at = (box.offsets[0] + row, box.offsets[1])
                 part = TensorSlice(box.name, at, (min(step, rows - row), columns))
                 codes = torch.empty(part.shape, dtype=stored.dtype)
                 self._read(stored, part, codes)
-                out[row : row + step].copy_(block_fp8.dequantise(codes, self.scales(box.name), at))
+                out[row : row + step].copy_(block_fp8.dequantize(codes, self.scales(box.name), at))
         elif stored.dtype == out.dtype:
             self._read(stored, box, out)
         else:
@@ -126,7 +135,7 @@ class HfFiles:
             out.copy_(values)
 
     def _read_packed(self, packed: _Packed, box: TensorSlice, out: Tensor) -> None:
-        """Expert by expert and some columns at a time: in float32 a whole weight would be eight times itself."""
+        """Read some columns of one expert at a time, because a whole weight in float32 takes eight times its bytes."""
         experts, length, columns = box.shape
         first, groups = mxfp4.groups_of(box.offsets[1], length)
         begin = box.offsets[1] - first * mxfp4.BLOCK
@@ -138,10 +147,10 @@ class HfFiles:
             scales = torch.empty(shape, dtype=torch.uint8)
             self._read(packed.blocks, TensorSlice(box.name, (*at, 0), tuple(blocks.shape)), blocks)
             self._read(packed.scales, TensorSlice(box.name, at, shape), scales)
-            out[expert, :, column : column + count].copy_(mxfp4.dequantise(blocks, scales)[0, begin : begin + length])
+            out[expert, :, column : column + count].copy_(mxfp4.dequantize(blocks, scales)[0, begin : begin + length])
 
     def scales(self, name: str) -> Tensor:
-        """[ceil(R / 128), ceil(C / 128)] float32 of the FP8 weight `name`; read once."""
+        """Return the scales of the FP8 weight `name`, [ceil(R / 128), ceil(C / 128)] float32; they are read once."""
         scale = name + block_fp8.SCALE_SUFFIX
         with self._lock:
             found = self._scales.get(scale)
@@ -155,7 +164,7 @@ class HfFiles:
 
     def _read(self, stored: StoredTensor, box: TensorSlice, out: Tensor) -> None:
         try:
-            count = read_box(self._descriptor(stored.path), stored.position, stored.shape, box.offsets, out)
+            count = read_slice(self._descriptor(stored.path), stored.position, stored.shape, box.offsets, out)
         except ShortFileError as error:
             raise UserError(
                 f"{stored.path}: {box.name} cannot be read ({error})", remedy="download the file again"
@@ -181,20 +190,22 @@ class HfFiles:
             )
 
 
-def _take_packed(stored: dict[str, StoredTensor], key: str) -> dict[str, _Packed]:
-    """Put each MXFP4 weight into `stored` in the place of what it is stored as; those, by the weight's name."""
+def _extract_packed(stored: dict[str, StoredTensor], key: str) -> dict[str, _Packed]:
+    """Replace the stored tensors of each MXFP4 weight in `stored` by the weight, and return them by its name."""
     packed = {}
     for name in sorted(n.removesuffix(mxfp4.BLOCKS_SUFFIX) for n in stored if n.endswith(mxfp4.BLOCKS_SUFFIX)):
         blocks, scales = stored.pop(name + mxfp4.BLOCKS_SUFFIX), stored.pop(name + mxfp4.SCALES_SUFFIX, None)
-        told = f"{key}: {name}{mxfp4.BLOCKS_SUFFIX} of shape {blocks.shape} and dtype {blocks.dtype}"
+        description = f"{key}: {name}{mxfp4.BLOCKS_SUFFIX} of shape {blocks.shape} and dtype {blocks.dtype}"
         if scales is None or name in stored:
-            problem = f"has no {name}{mxfp4.SCALES_SUFFIX}" if scales is None else f"is there beside a {name}"
-            raise UserError(f"{told} {problem}", remedy="an MXFP4 weight is blocks and scales, use matching files")
+            problem = f"has no {name}{mxfp4.SCALES_SUFFIX}" if scales is None else f"is stored together with {name}"
+            raise UserError(
+                f"{description} {problem}", remedy="an MXFP4 weight is blocks and scales, use matching files"
+            )
         shape = mxfp4.shape_of(blocks.shape, scales.shape)
         if shape is None or {blocks.dtype, scales.dtype} != {torch.uint8}:
             raise UserError(
-                f"{told} and {name}{mxfp4.SCALES_SUFFIX} of shape {scales.shape} and dtype {scales.dtype} are no MXFP4"
-                " weight: uint8 [E, N, K / 32, 16] and [E, N, K / 32]",
+                f"{description} and {name}{mxfp4.SCALES_SUFFIX} of shape {scales.shape} and dtype {scales.dtype} must"
+                " be uint8 [E, N, K / 32, 16] and [E, N, K / 32]",
                 remedy="use matching files",
             )
         packed[name] = _Packed(blocks, scales)

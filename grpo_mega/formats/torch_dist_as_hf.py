@@ -1,4 +1,4 @@
-"""A `torch_dist` checkpoint seen as the Hugging Face tensors that it holds, whatever layout saved it."""
+"""A `torch_dist` checkpoint of any layout, read as Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grpo_mega.formats.byte_ranges import Shape
 from grpo_mega.formats.megatron_keys import MegatronTensor, megatron_tensors
-from grpo_mega.formats.planned_files import CopyPiece, pieces_within
+from grpo_mega.formats.planned_files import SliceCopy, pieces_within
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE
 from grpo_mega.formats.safetensors_reader import WEIGHT_DTYPES, HfFiles
 from grpo_mega.formats.torch_dist_reader import TorchDistFiles
@@ -19,24 +19,28 @@ from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 from grpo_mega.types import TensorSlice, UserError
 
-HF_SIDE = "hf"  # beside a converted checkpoint: config and tokenizer
+HF_SIDE = "hf"
+"""Folder beside a converted checkpoint, with config and tokenizer."""
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class DistAsHf:
-    """The tensors by Hugging Face's names."""
+    """The tensors of a checkpoint by their Hugging Face names."""
 
     def __init__(self, folder: Path, base: Path) -> None:
-        """`folder` holds `.metadata`; `base` says by its config.json what model it is.
+        """Read the metadata of a checkpoint.
 
-        What a run never had, the multi-token-prediction layers, is what it is in `base`, where that holds weights.
+        Args:
+            folder: the folder with `.metadata`.
+            base: a folder with the model's config.json. If it holds weights, the multi-token-prediction layers, which a
+                run does not train, are read from it.
 
         Raises:
-            UserError: damaged, a tensor of the model is missing, left over, or of another shape.
+            UserError: the checkpoint is damaged, or a tensor is missing, unknown, or has another shape.
         """
         spec = read_spec(base)
         self.folder, self._files = folder, TorchDistFiles(folder)
-        self._sources: dict[str, list[CopyPiece]] = defaultdict(list)
+        self._sources: dict[str, list[SliceCopy]] = defaultdict(list)
         shapes, shapes_aside = hf_shapes(spec), hf_shapes_aside(spec)
         known: set[str] = set()
         for tensor in megatron_tensors(spec):
@@ -48,9 +52,9 @@ class DistAsHf:
             for placed in tensor.placements:
                 ones = (1,) * len(leading)
                 there = TensorSlice(key, (*leading, *placed.local.offsets), (*ones, *placed.local.shape))
-                # within the Hugging Face tensor, its box is where the piece of the key lies
-                self._sources[placed.hf.name].append(CopyPiece(there, (0,) * len(ones) + placed.hf.offsets))
-        self._check_left_over(known, tied=spec.tie_embeddings)
+                # offsets in the Hugging Face tensor, with one leading dimension for each of the key's
+                self._sources[placed.hf.name].append(SliceCopy(there, (0,) * len(ones) + placed.hf.offsets))
+        self._check_unknown_tensors(known, tied=spec.tie_embeddings)
         self._aside = _weights_of(base) if shapes_aside.keys() - self._sources.keys() else None
         held = set(self._sources)
         if self._aside is not None:
@@ -59,13 +63,13 @@ class DistAsHf:
         self.shapes = shapes | {name: shape for name, shape in shapes_aside.items() if name in held}
 
     def close(self) -> None:
-        """Afterwards nothing can be read."""
+        """Close all files; nothing can be read afterwards."""
         self._files.close()
         if self._aside is not None:
             self._aside.close()
 
     def dtype(self, name: str) -> torch.dtype:
-        """As it was saved."""
+        """Return the dtype in which the tensor was saved."""
         if name not in self._sources:
             assert self._aside is not None, name
             return self._aside.dtype(name)
@@ -84,8 +88,10 @@ class DistAsHf:
                 self._files.read_into(part.source, region[(None,) * extra])
 
     def _find(self, tensor: MegatronTensor) -> tuple[str, Shape] | None:
-        """The key and the leading coordinates under which the checkpoint has it: layers in one tensor, or apart. None:
-        it may be missing."""
+        """Return the key and the leading offsets of a parameter, or None if it is missing and not needed.
+
+        The layers are stacked in one tensor, or each layer has its own key.
+        """
         candidates = [(key, tensor.leading, tensor.leading_sizes) for key in (tensor.key, *tensor.also)]
         if tensor.leading:
             apart = [
@@ -102,9 +108,9 @@ class DistAsHf:
             return None
         names = sorted({p.hf.name for p in tensor.placements})
         raise UserError(
-            f"{self.folder}: holds no {tensor.key} of shape {(*tensor.leading_sizes, *tensor.shape)}, which"
-            f" {', '.join(names[:3])} are made of",
-            remedy="is config.json of this model?",
+            f"{self.folder}: has no {tensor.key} of shape {(*tensor.leading_sizes, *tensor.shape)}, which"
+            f" contains {', '.join(names[:3])}",
+            remedy="check that config.json belongs to this model",
         )
 
     def _check_shape(self, key: str, expected: Shape) -> None:
@@ -113,22 +119,25 @@ class DistAsHf:
         if found.shape != expected and not padded:
             raise UserError(
                 f"{self.folder}: {key} has shape {found.shape}, config.json says {expected}",
-                remedy="is it of this model?",
+                remedy="check that the checkpoint belongs to this model",
             )
         if found.dtype not in WEIGHT_DTYPES:
             raise UserError(
                 f"{self.folder}: {key} of shape {found.shape} has dtype {found.dtype}, a weight of shape {expected} is"
                 " float32, bfloat16 or float16",
-                remedy="is it a checkpoint of this model?",
+                remedy="check that the checkpoint belongs to this model",
             )
 
-    def _check_left_over(self, known: set[str], *, tied: bool) -> None:
-        mine = (k for k in self._files.tensors if k.startswith(("embedding.", "decoder.", "output_layer.", "mtp.")))
-        left = sorted(set(mine) - known - ({"output_layer.weight"} if tied else set()))
+    def _check_unknown_tensors(self, known: set[str], *, tied: bool) -> None:
+        model_keys = (
+            k for k in self._files.tensors if k.startswith(("embedding.", "decoder.", "output_layer.", "mtp."))
+        )
+        left = sorted(set(model_keys) - known - ({"output_layer.weight"} if tied else set()))
         if left:
-            told = ", ".join(f"{key} of shape {self._files.tensors[key].shape}" for key in left[:3])
+            listed = ", ".join(f"{key} of shape {self._files.tensors[key].shape}" for key in left[:3])
             raise UserError(
-                f"{self.folder}: holds {told}, no part of the model", remedy="is config.json of this model?"
+                f"{self.folder}: holds {listed}, which is not part of the model",
+                remedy="check that config.json belongs to this model",
             )
 
 
@@ -137,11 +146,12 @@ def _weights_of(base: Path) -> HfFiles | None:
 
 
 def find_base(checkpoint: Path, folder: Path) -> Path:
-    """The folder with the config.json of the checkpoint: beside it, the one that its run was started from, or what the
-    run has exported.
+    """Return the folder with the config.json of a checkpoint.
+
+    It is the folder beside the checkpoint, the model folder of its run, or the exported model of its run.
 
     Raises:
-        UserError: there is none.
+        UserError: no such folder was found.
     """
     for near in (checkpoint / HF_SIDE, folder.parent / HF_SIDE):
         if (near / "config.json").is_file():
@@ -152,12 +162,12 @@ def find_base(checkpoint: Path, folder: Path) -> Path:
             if path is not None and (path / "config.json").is_file():
                 return path
     raise UserError(
-        f"CKPT_DIR={checkpoint} does not say which model it is", remedy="name its Hugging Face folder by --base"
+        f"CKPT_DIR={checkpoint} does not say which model it is", remedy="set --base to its Hugging Face folder"
     )
 
 
 def _model_of(run_config: Path) -> Path | None:
     try:
         return Path(yaml.safe_load(run_config.read_text())["model"]["path"])
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):  # the config of something else
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):  # not the config of a run
         return None

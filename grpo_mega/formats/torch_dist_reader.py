@@ -1,8 +1,10 @@
-"""Checkpoints in Megatron's `torch_dist` format, read without Megatron and without a process group.
+"""Reader of checkpoints in Megatron's `torch_dist` format, without Megatron and without a process group.
 
-Such a folder has `.metadata` (a pickle: which chunk of which tensor lies in which file), `metadata.json`, `common.pt`
-and `*.distcp` files, in which every chunk is one `torch.save`. Chunks are read by byte ranges, so a slice costs its own
-bytes. `.metadata` is read by an unpickler that knows only the classes of that format: nothing in it is executed.
+Such a folder has `.metadata` (a pickle that maps each chunk of a tensor to a file), `metadata.json`, `common.pt` and
+`*.distcp` files, in which every chunk is one `torch.save`. This module reads byte ranges, so a slice costs its own
+bytes. torch's own reader (torch.distributed.checkpoint) loads every chunk that a slice touches whole. Conversions would
+then exceed their memory limit, because one chunk can be as large as the largest tensor (docs/decisions/layout.md).
+`.metadata` is read by an unpickler that accepts only the classes of this format, so no code in it is executed.
 Asserted by tests/e2e/test_convert_tools.py and test_convert_bad_input.py.
 """
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 
-from grpo_mega.formats.byte_ranges import Shape, ShortFileError, read_box
+from grpo_mega.formats.byte_ranges import Shape, ShortFileError, read_slice
 from grpo_mega.types import TensorSlice, UserError
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -33,7 +35,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """One `torch.save`d box of a tensor: bytes `begin` to `begin + num_bytes` of a file."""
+    """One slice of a tensor, saved by `torch.save` in bytes `begin` to `begin + num_bytes` of a file."""
 
     offsets: Shape
     shape: Shape
@@ -44,6 +46,8 @@ class StoredChunk:
 
 @dataclass(frozen=True)
 class DistTensor:
+    """One tensor of the checkpoint, and its chunks."""
+
     dtype: torch.dtype
     shape: Shape
     chunks: tuple[StoredChunk, ...]
@@ -51,7 +55,7 @@ class DistTensor:
 
 @dataclass(frozen=True)
 class _Item:
-    """Where a chunk's numbers lie."""
+    """Location of the values of a chunk."""
 
     position: int
     dtype: torch.dtype
@@ -60,13 +64,13 @@ class _Item:
 
 
 class TorchDistFiles:
-    """The tensors of one checkpoint by Megatron's names. Safe to use from several threads."""
+    """The tensors of one checkpoint by Megatron's names. Several threads can use one reader."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` holds `.metadata`.
+        """Read `.metadata` of `folder`.
 
         Raises:
-            UserError: it is damaged, of another format, or a file is missing or shorter than it should be.
+            UserError: it is damaged or has another format, or a file is missing or too short.
         """
         self.folder = folder
         self.tensors = _read_metadata(folder)
@@ -79,7 +83,7 @@ class TorchDistFiles:
                 if chunk.path not in ends:
                     ends[chunk.path] = chunk.path.stat().st_size if chunk.path.is_file() else -1
                 if chunk.begin + chunk.num_bytes > ends[chunk.path]:
-                    found = "is missing" if ends[chunk.path] < 0 else f"has {ends[chunk.path]} bytes"
+                    found = "was not found" if ends[chunk.path] < 0 else f"has {ends[chunk.path]} bytes"
                     raise UserError(
                         f"{chunk.path}: {found}; {name} of shape {tensor.shape} has its part of shape {chunk.shape} at"
                         f" bytes {chunk.begin}:{chunk.begin + chunk.num_bytes}",
@@ -87,19 +91,19 @@ class TorchDistFiles:
                     )
 
     def close(self) -> None:
-        """Afterwards nothing can be read."""
+        """Close all files; nothing can be read afterwards."""
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors = {}
 
     def check(self, name: str) -> None:
-        """The parts of a tensor lie inside it, each at another place, and have as many numbers as it.
+        """Check that the chunks of a tensor are inside it, have different offsets, and have as many values as it.
 
         Raises:
             UserError: they do not.
         """
         tensor = self.tensors[name]
-        rule = "copy the checkpoint again"
+        remedy = "copy the checkpoint again"
         for chunk in tensor.chunks:
             ends = [o + n for o, n in zip(chunk.offsets, chunk.shape, strict=True)]
             if min((*chunk.offsets, *chunk.shape, chunk.begin, chunk.num_bytes)) < 0 or any(
@@ -108,7 +112,7 @@ class TorchDistFiles:
                 raise UserError(
                     f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has a part of shape {chunk.shape} at"
                     f" {chunk.offsets}, outside of it",
-                    remedy=f"{rule}",
+                    remedy=remedy,
                 )
         offsets = [chunk.offsets for chunk in tensor.chunks]
         if len(set(offsets)) < len(offsets):
@@ -116,21 +120,21 @@ class TorchDistFiles:
             raise UserError(
                 f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has two parts at {twice}, of shape"
                 f" {tensor.chunks[offsets.index(twice)].shape}",
-                remedy=f"{rule}",
+                remedy=remedy,
             )
         held, due = sum(math.prod(chunk.shape) for chunk in tensor.chunks), math.prod(tensor.shape)
         if held != due:
             raise UserError(
                 f"{self.folder / '.metadata'}: {name} of shape {tensor.shape} has {due} numbers, its parts of shapes"
                 f" {[c.shape for c in tensor.chunks[:3]]} (of {len(tensor.chunks)}) have {held}",
-                remedy=f"{rule}",
+                remedy=remedy,
             )
 
     def read_into(self, box: TensorSlice, out: Tensor) -> None:
-        """Fill `out`, of any floating-point dtype, with the slice.
+        """Fill `out`, which has any floating-point dtype, with a slice.
 
         Raises:
-            UserError: the chunks do not hold all of it.
+            UserError: the chunks do not hold the whole slice.
         """
         tensor, filled = self.tensors[box.name], 0
         for chunk in tensor.chunks:
@@ -158,10 +162,10 @@ class TorchDistFiles:
         try:
             if item.stride == _row_major(chunk.shape):
                 values = out if same else torch.empty(out.shape, dtype=item.dtype)
-                read_box(descriptor, item.position, chunk.shape, offsets, values)
-            else:  # a transposed tensor was saved as it lay
+                read_slice(descriptor, item.position, chunk.shape, offsets, values)
+            else:  # a transposed tensor is saved with its strides
                 flat = torch.empty(item.num_elements, dtype=item.dtype)
-                read_box(descriptor, item.position, (item.num_elements,), (0,), flat)
+                read_slice(descriptor, item.position, (item.num_elements,), (0,), flat)
                 whole = flat.as_strided(chunk.shape, item.stride)
                 values = whole[tuple(slice(o, o + n) for o, n in zip(offsets, out.shape, strict=True))]
         except ShortFileError as error:
@@ -203,7 +207,13 @@ class TorchDistFiles:
 
 
 def checkpoint_folder(folder: Path) -> Path | None:
-    """The folder with `.metadata`: `folder` itself, or the one that its latest_checkpointed_iteration.txt names."""
+    """Return the folder with `.metadata`: `folder`, or the one that its latest_checkpointed_iteration.txt names.
+
+    Returns None if `folder` is not a checkpoint.
+
+    Raises:
+        UserError: the named folder is not a checkpoint.
+    """
     if (folder / ".metadata").is_file():
         return folder
     if not (folder / LATEST).is_file():
@@ -212,7 +222,7 @@ def checkpoint_folder(folder: Path) -> Path | None:
     named = folder / (latest if latest == "release" else f"iter_{int(latest) if latest.isdecimal() else 0:07d}")
     if not (named / ".metadata").is_file():
         raise UserError(
-            f"{folder / LATEST}: names {latest}, but {named} holds no .metadata", remedy="copy the checkpoint again"
+            f"{folder / LATEST}: names {latest}, but {named} has no .metadata", remedy="copy the checkpoint again"
         )
     return named
 
@@ -241,19 +251,19 @@ def _tensor_of(name: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, A
         path = folder / info.relative_path
         if path.parent != folder or info.transform_descriptors:
             raise UserError(f"{folder / '.metadata'}: {name} lies in {info.relative_path}, transformed or elsewhere")
-        box = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
-        chunks.append(StoredChunk(*box, path, int(info.offset), int(info.length)))
+        extent = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
+        chunks.append(StoredChunk(*extent, path, int(info.offset), int(info.length)))
     return DistTensor(entry.properties.dtype, tuple(map(int, entry.size)), tuple(chunks))
 
 
-class _Old:
-    """Stands for Megatron's own classes in checkpoints of versions before 0.16: only their tensors matter."""
+class _IgnoredObject:
+    """Placeholder of Megatron's own classes in checkpoints of versions before 0.16; only their tensors are used."""
 
 
 def _enum_member(kind: Any, name: str) -> Any:
-    """What early releases of Python 3.11 pickle a member of an enumeration as: getattr(its class, its name)."""
+    """Return a member of an enumeration; early releases of Python 3.11 pickle it as getattr(class, name)."""
     if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
-        raise pickle.UnpicklingError(f"asks for {name!r} of {kind!r}, which is no part of the format")
+        raise pickle.UnpicklingError(f"contains {name!r} of {kind!r}, which is not part of the format")
     return kind[name]
 
 
@@ -280,13 +290,13 @@ _METADATA_CLASSES: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("builtins", "getattr"): _enum_member,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _Old,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _Old,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _IgnoredObject,
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _IgnoredObject,
 }
 
 
 class MetadataUnpickler(pickle.Unpickler):
-    """Calls nothing but the classes of the format."""
+    """Unpickler that accepts only the classes of the format."""
 
     def find_class(self, module: str, name: str) -> Any:
         known = _METADATA_CLASSES.get((module, name))
@@ -294,11 +304,11 @@ class MetadataUnpickler(pickle.Unpickler):
             return known
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"holds {module}.{name}, which is no part of the format")
+        raise pickle.UnpicklingError(f"contains {module}.{name}, which is not part of the format")
 
 
 class _ItemUnpickler(pickle.Unpickler):
-    """Of the `data.pkl` of a saved tensor: (storage, offset, shape, stride)."""
+    """Unpickler of the `data.pkl` of a saved tensor; it returns (storage, offset, shape, stride)."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -309,7 +319,7 @@ class _ItemUnpickler(pickle.Unpickler):
             return _STORAGES[name]
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
-        raise pickle.UnpicklingError(f"holds {module}.{name}, which no plain tensor has")
+        raise pickle.UnpicklingError(f"contains {module}.{name}, which is not part of a plain tensor")
 
     def persistent_load(self, saved: Any) -> Any:
         _, dtype, key, _, count = saved
@@ -331,7 +341,7 @@ _STORAGES = {
 
 
 def _read_item(descriptor: int, chunk: StoredChunk) -> _Item:
-    window = _Window(descriptor, chunk.begin, chunk.num_bytes)
+    window = _FileWindow(descriptor, chunk.begin, chunk.num_bytes)
     with zipfile.ZipFile(window) as archive:
         root = archive.namelist()[0].split("/")[0]
         (dtype, key, count), offset, shape, stride = _ItemUnpickler(io.BytesIO(archive.read(f"{root}/data.pkl"))).load()
@@ -344,12 +354,12 @@ def _read_item(descriptor: int, chunk: StoredChunk) -> _Item:
     if offset < 0 or min(stride, default=0) < 0 or (math.prod(shape) and last >= count):
         raise ValueError(f"shape {shape} and stride {stride} need more than {count} numbers")
     window.seek(data.header_offset)
-    local = window.read(30)  # name and extra field may differ in length from those of the directory
+    local = window.read(30)  # lengths of name and extra field can differ from those in the directory
     skip = 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
     if data.header_offset + skip + data.file_size > chunk.num_bytes:
-        raise ValueError("its numbers end after it")
+        raise ValueError("its values end after the chunk")
     position = chunk.begin + data.header_offset + skip + offset * dtype.itemsize
-    return _Item(position, dtype, _simplified(shape, stride), count - offset)
+    return _Item(position, dtype, _normalized_stride(shape, stride), count - offset)
 
 
 def _row_major(shape: Shape) -> Shape:
@@ -360,13 +370,13 @@ def _row_major(shape: Shape) -> Shape:
     return tuple(reversed(strides))
 
 
-def _simplified(shape: Shape, stride: Shape) -> Shape:
-    """The stride of a dimension of size 1 says nothing."""
+def _normalized_stride(shape: Shape, stride: Shape) -> Shape:
+    """Return the stride with the row-major value for dimensions of size 1, whose stride has no meaning."""
     return tuple(s if n != 1 else r for n, s, r in zip(shape, stride, _row_major(shape), strict=True))
 
 
-class _Window(io.RawIOBase):
-    """Part of a file as a file; it never moves the descriptor, which several threads share."""
+class _FileWindow(io.RawIOBase):
+    """A part of a file as a file object; it does not move the descriptor, which several threads share."""
 
     def __init__(self, descriptor: int, begin: int, size: int) -> None:
         self._descriptor, self._begin, self._size, self._at = descriptor, begin, size, 0

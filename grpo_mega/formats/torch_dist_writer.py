@@ -1,4 +1,4 @@
-"""Plans the files of a `torch_dist` checkpoint and writes its metadata, as Megatron's own loader reads them."""
+"""Plan of the files of a `torch_dist` checkpoint, and its metadata, in the format of Megatron's loader."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from grpo_mega.formats.byte_ranges import Shape
 from grpo_mega.formats.megatron_keys import MegatronTensor
-from grpo_mega.formats.planned_files import Chunk, CopyPiece, PlannedFile, pieces_within, rows_at_once
+from grpo_mega.formats.planned_files import Chunk, PlannedFile, SliceCopy, pieces_within, rows_at_once
 
-_ALIGNMENT = 64  # of a record in its file; within a record `torch.save` puts numbers at a multiple of it
+_ALIGNMENT = 64  # bytes; a record starts at a multiple of it, and so do the values within a record of `torch.save`
 _CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -30,10 +30,10 @@ _CONFIG = {
 
 
 class DistPlan:
-    """Files in the making: every chunk of a tensor becomes one `torch.save` in one of them."""
+    """The files of a checkpoint that is being planned; every chunk of a tensor is one `torch.save` record."""
 
     def __init__(self, folder: str, file_bytes: int) -> None:
-        """`folder` comes before the files' names; a file is closed when it has `file_bytes`."""
+        """Start a plan whose file names begin with `folder`; a new file begins after `file_bytes`."""
         self.files: list[PlannedFile] = []
         self._folder, self._file_bytes = folder, file_bytes
         self._chunks: list[Chunk] = []
@@ -43,7 +43,7 @@ class DistPlan:
         self._storage: dict[dcp.MetadataIndex, filesystem._StorageInfo] = {}
 
     def add_object(self, keys: Sequence[str], value: Any) -> None:
-        """The same pickled object under several keys; its bytes are there once."""
+        """Add one pickled object under several keys; its bytes are stored once."""
         buffer = io.BytesIO()
         torch.save(value, buffer)
         info = self._place(buffer.getvalue(), 0, b"")
@@ -52,8 +52,8 @@ class DistPlan:
             self._storage[dcp.MetadataIndex(key)] = info
 
     def add(self, tensor: MegatronTensor, dtype: torch.dtype) -> None:
-        """All of it, in chunks of rows."""
-        pieces = [CopyPiece(p.hf, p.local.offsets) for p in tensor.placements]
+        """Add a tensor in chunks of rows."""
+        pieces = [SliceCopy(p.hf, p.local.offsets) for p in tensor.placements]
         step = rows_at_once(tensor.shape, dtype)
         for row in range(0, tensor.shape[0], step):
             shape = (min(step, tensor.shape[0] - row), *tensor.shape[1:])
@@ -69,13 +69,13 @@ class DistPlan:
                 self._close_file()
 
     def finish(self) -> list[PlannedFile]:
-        """All files."""
+        """Return the plans of all files."""
         if self._chunks or self._fixed:
             self._close_file()
         return self.files
 
     def write_metadata(self, folder: Path, args: Namespace, save_id: str) -> None:
-        """What lies beside the files: `.metadata`, `metadata.json` and `common.pt`; the same bytes every time."""
+        """Write `.metadata`, `metadata.json` and `common.pt`; the same input gives the same bytes."""
         meta = dcp.Metadata(
             state_dict_metadata=self._tensors,
             storage_data=self._storage,
@@ -119,20 +119,20 @@ class DistPlan:
 
 @functools.lru_cache(maxsize=4096)
 def envelope(shape: Shape, dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` of a contiguous tensor writes before and after its numbers.
+    """Return the bytes that `torch.save` of a contiguous tensor writes before and after its values.
 
-    The record's checksum is left at zero, as `torch.serialization.set_crc32_options(False)` does; `torch.load` does not
-    look at it.
+    The checksum of the record stays zero, as with `torch.serialization.set_crc32_options(False)`; `torch.load` does not
+    check it.
     """
-    sink = _Sink()
+    sink = _EnvelopeFile()
     with torch.serialization.skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), sink)  # type: ignore[arg-type] # it needs no more of a file
-    assert sink.gap is not None, f"torch.save of {shape} {dtype} left no room for the numbers"
+        torch.save(torch.empty(shape, dtype=dtype), sink)  # type: ignore[arg-type] # torch.save uses only these methods
+    assert sink.gap is not None, f"torch.save of {shape} {dtype} did not skip the values"
     return bytes(sink.before), bytes(sink.after)
 
 
-class _Sink(io.RawIOBase):
-    """A file that keeps what is written before and after the one place that is skipped."""
+class _EnvelopeFile(io.RawIOBase):
+    """File object that keeps the bytes written before and after the one skipped range."""
 
     def __init__(self) -> None:
         self.before, self.after = bytearray(), bytearray()
@@ -147,7 +147,7 @@ class _Sink(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = 0) -> int:
         assert whence == io.SEEK_CUR, "torch.save skips data by a relative seek"
-        assert self.gap is None, "torch.save skipped two places"
+        assert self.gap is None, "torch.save skipped two ranges"
         self.gap = offset
         return len(self.before) + offset
 

@@ -1,4 +1,4 @@
-"""The fields of a `config.json`, taken one by one: a field that nobody took is an error, so none is ignored."""
+"""The fields of a `config.json`, read one by one; a field that no reader has read is an error."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ _HARMLESS = frozenset((
 
 
 class Fields:
-    """What a config says. `take`, `whole`, `number` and `flag` read a field, `only` insists on a value."""
+    """The fields of one config. `take`, `whole`, `number` and `flag` read a field; `only` requires certain values."""
 
     def __init__(self, raw: dict[str, Any], where: str, architecture: str, family: str) -> None:
         self.where, self.architecture, self.family = where, architecture, family
         self._left = {name: value for name, value in raw.items() if name not in _HARMLESS}
 
     def take(self, *names: str, default: Any = None) -> Any:
-        """The value under one of several names; two that differ are an error. null counts as not there."""
+        """Return the value under one of several names; null counts as missing.
+
+        Raises:
+            UserError: two of the names have different values.
+        """
         found = {name: self._left.pop(name) for name in names if name in self._left}
         values = {name: value for name, value in found.items() if value is not None}
         if not values:
@@ -49,47 +53,49 @@ class Fields:
         return value
 
     def whole(self, *names: str, default: int | None = None) -> int:
-        """A size; without a default it must be there."""
+        """Return a whole number; without a default the field is required."""
         value = self._required(names) if default is None else self.take(*names, default=default)
         return int(self._checked(names[0], value, number=int))
 
     def maybe_whole(self, *names: str) -> int | None:
-        """A size that may be missing or null."""
+        """Return a whole number, or None if the field is missing or null."""
         value = self.take(*names)
         return None if value is None else int(self._checked(names[0], value, number=int))
 
     def number(self, *names: str, default: float) -> float:
-        """A real number."""
+        """Return a real number."""
         return float(self._checked(names[0], self.take(*names, default=default), number=float))
 
     def flag(self, *names: str, default: bool = False) -> bool:
-        """A truth value."""
+        """Return a boolean."""
         value = self.take(*names, default=default)
         if not isinstance(value, bool):
-            raise UserError(
-                f"{self.where}: {names[0]}={value} is neither true nor false", remedy="download the file again"
-            )
+            raise UserError(f"{self.where}: {names[0]}={value} must be true or false", remedy="download the file again")
         return value
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Missing, null, or one of the allowed values."""
+        """Check that the field is missing, null, or one of the allowed values.
+
+        Raises:
+            UserError: it has another value.
+        """
         value = self._left.pop(name, None)
         if value is not None and value not in allowed:
-            self.refuse(f"{name}={_json(value)}")
+            self.reject(f"{name}={_json(value)}")
 
     def unused(self, *names: str) -> None:
-        """Known fields that say nothing beyond others."""
+        """Drop known fields that repeat what other fields contain."""
         for name in names:
             self._left.pop(name, None)
 
-    def refuse(self, what: str) -> None:
-        """Raises UserError: the field has no counterpart here."""
+    def reject(self, what: str) -> None:
+        """Raise UserError: this setting is not supported for the family."""
         raise UserError(
             f"{self.where}: {what} is not supported for {self.family}", remedy="use a checkpoint without it"
         )
 
     def finish(self) -> None:
-        """Raises UserError for a field that no reader took."""
+        """Raise UserError if there is a field that no reader has read."""
         for name in sorted(name for name, value in self._left.items() if value is not None):
             raise UserError(
                 f"{self.where}: the field {name} is not known for {self.family} and would be ignored",
@@ -108,9 +114,7 @@ class Fields:
     def _checked(self, name: str, value: Any, number: type) -> Any:
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and number(value) == value
         if not ok:
-            raise UserError(
-                f"{self.where}: a size is not a number ({name}={_json(value)})", remedy="download the file again"
-            )
+            raise UserError(f"{self.where}: {name}={_json(value)} must be a number", remedy="download the file again")
         return value
 
 

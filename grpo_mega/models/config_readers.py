@@ -1,7 +1,7 @@
-"""One small reader per model family: from the fields of its `config.json` to a `ModelSpec`.
+"""Readers that turn a `config.json` into a `ModelSpec`, one for each model family.
 
-A reader takes every field that it understands and insists on the plain value of those that have no counterpart here;
-`Fields.finish` refuses what is left.
+A reader reads every field that it supports, and requires the neutral value of the fields that are not supported.
+`Fields.finish` rejects all other fields.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SCALINGS = ("linear", "llama3", "yarn")
 
 @dataclass(frozen=True)
 class FamilyReader:
-    """Name of the family, and the function that reads its config."""
+    """The name of a family, and the function that reads its config."""
 
     family: str
     read: Callable[[Fields], ModelSpec]
@@ -31,12 +31,15 @@ class FamilyReader:
 def _common(
     fields: Fields, kinds: Collection[str], *, theta: float = 10000.0, fraction: float = 1.0, eps: float = 1e-6
 ) -> dict[str, Any]:
-    """What every family has. `kinds`: the rotary scalings that work here; the rest are the family's defaults."""
+    """Read the fields of every family.
+
+    `kinds` are the supported rotary scalings; the other arguments are the defaults of the family.
+    """
     fields.only("hidden_act", "silu")
     fields.only("attention_dropout", 0, 0.0)
-    quantised = fields.take("quantization_config")
-    if quantised is not None and not _is_block_fp8(quantised) and not _is_mxfp4(quantised, fields.family):
-        fields.refuse(f"quantization_config={quantised}")
+    quantized = fields.take("quantization_config")
+    if quantized is not None and not _is_block_fp8(quantized) and not _is_mxfp4(quantized, fields.family):
+        fields.reject(f"quantization_config={quantized}")
     heads, hidden = fields.whole("num_attention_heads"), fields.whole("hidden_size")
     max_positions = fields.whole("max_position_embeddings")
     rope = read_rope(fields, max_positions, kinds, theta=theta, fraction=fraction)
@@ -65,21 +68,23 @@ def _is_block_fp8(found: dict[str, Any]) -> bool:
 
 
 def _is_mxfp4(found: dict[str, Any], family: str) -> bool:
-    return bool(found.get("quant_method") == "mxfp4" and family == "gpt_oss")  # what has it is seen in the files
+    return bool(
+        found.get("quant_method") == "mxfp4" and family == "gpt_oss"
+    )  # the quantized tensors are found in the files
 
 
 def _no_partial_rotary(fields: Fields, common: dict[str, Any]) -> dict[str, Any]:
-    """The classes of these families in transformers rotate whole heads whatever the config says."""
+    """Reject partial rotary embeddings, which transformers ignores for these families."""
     if common["rotary_fraction"] != 1.0:
-        fields.refuse(f"partial_rotary_factor={common['rotary_fraction']}")
+        fields.reject(f"partial_rotary_factor={common['rotary_fraction']}")
     return common
 
 
 def _no_sliding_window(fields: Fields) -> None:
-    """`sliding_window` and `max_window_layers` say nothing while windows are off."""
+    """Reject sliding windows; `sliding_window` and `max_window_layers` have no effect while windows are off."""
     sliding = "sliding_attention" in (fields.take("layer_types") or ())
     if fields.flag("use_sliding_window") or sliding:
-        fields.refuse("use_sliding_window=true")
+        fields.reject("use_sliding_window=true")
     fields.unused("sliding_window", "max_window_layers")
 
 
@@ -89,7 +94,7 @@ def _no_biases(fields: Fields) -> None:
 
 
 def read_llama(fields: Fields) -> ModelSpec:
-    """Llama 2 and 3.x."""
+    """Read Llama 2 and 3.x."""
     fields.only("pretraining_tp", 1)
     _no_biases(fields)
     _no_sliding_window(fields)
@@ -97,14 +102,14 @@ def read_llama(fields: Fields) -> ModelSpec:
 
 
 def read_qwen2(fields: Fields) -> ModelSpec:
-    """Qwen2 and Qwen2.5: biases on query, key and value."""
+    """Read Qwen2 and Qwen2.5: biases on query, key and value."""
     _no_biases(fields)
     _no_sliding_window(fields)
     return ModelSpec(**_no_partial_rotary(fields, _common(fields, _SCALINGS)) | {"qkv_bias": True})
 
 
 def read_qwen3(fields: Fields) -> ModelSpec:
-    """Qwen3: a norm on each head of query and key."""
+    """Read Qwen3: a norm on each head of query and key."""
     _no_biases(fields)
     _no_sliding_window(fields)
     common = _no_partial_rotary(fields, _common(fields, _SCALINGS))
@@ -112,7 +117,7 @@ def read_qwen3(fields: Fields) -> ModelSpec:
 
 
 def read_qwen3_moe(fields: Fields) -> ModelSpec:
-    """Qwen3-MoE: softmax over all experts, the best `num_experts_per_tok`, renormalised or not."""
+    """Read Qwen3-MoE: softmax over all experts, the best `num_experts_per_tok`, renormalized or not."""
     _no_biases(fields)
     _no_sliding_window(fields)
     common = _no_partial_rotary(fields, _common(fields, _SCALINGS))
@@ -129,7 +134,7 @@ def read_qwen3_moe(fields: Fields) -> ModelSpec:
 
 
 def read_mixtral(fields: Fields) -> ModelSpec:
-    """Mixtral: experts in every layer, weights renormalised over the chosen."""
+    """Read Mixtral: experts in every layer, weights renormalized over the chosen experts."""
     fields.only("router_jitter_noise", 0, 0.0)
     fields.only("sliding_window")
     common = _no_partial_rotary(fields, _common(fields, _SCALINGS, theta=1e6, eps=1e-5))
@@ -145,13 +150,13 @@ def read_mixtral(fields: Fields) -> ModelSpec:
 
 
 def read_deepseek_v2(fields: Fields) -> ModelSpec:
-    """DeepSeek-V2: latent attention; softmax router whose weights are not renormalised."""
+    """Read DeepSeek-V2: latent attention, and a softmax router whose weights are not renormalized."""
     common = _latent_attention(fields)
     fields.only("scoring_func", "softmax")
     fields.only("norm_topk_prob", False)
     method = fields.take("topk_method", default="greedy")
     if method not in ("greedy", "group_limited_greedy"):
-        fields.refuse(f"topk_method={method}")
+        fields.reject(f"topk_method={method}")
     groups, best = fields.maybe_whole("n_group"), fields.maybe_whole("topk_group")
     limited = method == "group_limited_greedy"
     moe = MoeSpec(
@@ -166,23 +171,23 @@ def read_deepseek_v2(fields: Fields) -> ModelSpec:
 
 
 def read_deepseek_v3(fields: Fields) -> ModelSpec:
-    """DeepSeek-V3 and R1: latent attention; sigmoid router with correction bias."""
+    """Read DeepSeek-V3 and R1: latent attention; sigmoid router with correction bias."""
     common = _latent_attention(fields)
     fields.only("rope_interleave", True)
     return ModelSpec(**common | {"moe": _sigmoid_moe(fields, common), "num_mtp_layers": _mtp(fields)})
 
 
 def read_glm4_moe(fields: Fields) -> ModelSpec:
-    """GLM-4.5: grouped queries with biases and half-rotated heads; the router of DeepSeek-V3."""
+    """Read GLM-4.5: grouped queries with biases and half-rotated heads; the router of DeepSeek-V3."""
     common = _common(fields, _SCALINGS, fraction=0.5, eps=1e-5)
     common |= {"qkv_bias": fields.flag("attention_bias"), "qk_norm": fields.flag("use_qk_norm")}
     return ModelSpec(**common | {"moe": _sigmoid_moe(fields, common), "num_mtp_layers": _mtp(fields)})
 
 
 def read_gpt_oss(fields: Fields) -> ModelSpec:
-    """gpt-oss: every linear layer has a bias, attention has sinks, every other layer a window."""
+    """Read gpt-oss: biases in every linear layer, attention sinks, and a sliding window in every other layer."""
     fields.only("attention_bias", True)
-    fields.unused("initial_context_length")  # rope_scaling says it
+    fields.unused("initial_context_length")  # repeats rope_scaling
     common = _no_partial_rotary(fields, _common(fields, _SCALINGS, theta=150000.0, eps=1e-5))
     window, kinds = fields.maybe_whole("sliding_window"), fields.take("layer_types")
     if kinds is None:
@@ -193,7 +198,7 @@ def read_gpt_oss(fields: Fields) -> ModelSpec:
             remedy="download it again",
         )
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        fields.refuse(f"layer_types={sorted(unknown)}")
+        fields.reject(f"layer_types={sorted(unknown)}")
     moe = MoeSpec(
         layers=(True,) * common["num_layers"],
         num_experts=fields.whole("num_local_experts", "num_experts"),
@@ -220,11 +225,11 @@ def _latent_attention(fields: Fields) -> dict[str, Any]:
         nope_dim=fields.whole("qk_nope_head_dim"),
         rope_dim=fields.whole("qk_rope_head_dim"),
         v_dim=fields.whole("v_head_dim"),
-        latent_norm_eps=1e-6,  # transformers gives these norms no other
+        latent_norm_eps=1e-6,  # transformers uses this value whatever the config says
     )
     fields.unused("qk_head_dim")  # the sum of the two
     if common["num_kv_heads"] != common["num_heads"]:
-        fields.refuse(f"num_key_value_heads={common['num_kv_heads']} (less than num_attention_heads)")
+        fields.reject(f"num_key_value_heads={common['num_kv_heads']} (less than num_attention_heads)")
     return common | {"mla": mla, "head_dim": mla.v_dim}
 
 
@@ -241,14 +246,14 @@ def _sigmoid_moe(fields: Fields, common: dict[str, Any]) -> MoeSpec:
         correction_bias=True,
     )
     if not moe.normalize:
-        fields.refuse("norm_topk_prob=false")
+        fields.reject("norm_topk_prob=false")
     return _checked(fields, moe)
 
 
 def _deepseek_experts(fields: Fields, common: dict[str, Any]) -> dict[str, Any]:
     first, step = fields.whole("first_k_dense_replace", default=0), fields.whole("moe_layer_freq", default=1)
     if step != 1:
-        fields.refuse(f"moe_layer_freq={step}")
+        fields.reject(f"moe_layer_freq={step}")
     width = fields.whole("moe_intermediate_size")
     return {
         "layers": tuple(i >= first for i in range(common["num_layers"])),
@@ -265,19 +270,20 @@ def _mtp(fields: Fields) -> int:
 
 
 def _checked(fields: Fields, moe: MoeSpec) -> MoeSpec:
-    """Raises UserError for numbers that contradict each other."""
+    """Return `moe`, or raise UserError if its numbers contradict each other."""
     where = fields.where
     if not 1 <= moe.top_k <= moe.num_experts:
         raise UserError(
-            f"{where}: num_experts_per_tok={moe.top_k} of {moe.num_experts} experts", remedy="download it again"
+            f"{where}: num_experts_per_tok={moe.top_k} must be between 1 and the number of experts, {moe.num_experts}",
+            remedy="download it again",
         )
     if moe.top_k == 1 and moe.normalize:
         # Megatron leaves a single weight as it is, transformers makes it 1
-        fields.refuse("num_experts_per_tok=1 with normalised weights")
+        fields.reject("num_experts_per_tok=1 with normalized weights")
     group_size, rest = divmod(moe.num_experts, moe.num_groups)
     if moe.num_groups > 1 and (rest or group_size < moe.group_best):
         raise UserError(
-            f"{where}: n_group={moe.num_groups} does not cut n_routed_experts={moe.num_experts} into groups of "
+            f"{where}: n_group={moe.num_groups} does not divide n_routed_experts={moe.num_experts} into groups of "
             f"{moe.group_best} or more",
             remedy="download it again",
         )
@@ -306,23 +312,29 @@ FAMILIES = {architecture: reader.family for architecture, reader in READERS.item
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Raises UserError: no or malformed config.json, an architecture without a table, an unsupported field."""
+    """Read the `config.json` of a model folder.
+
+    Raises:
+        UserError: the file is missing or malformed, or its architecture or a field is not supported.
+    """
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"model.path={folder} holds no config.json", remedy="give a Hugging Face model folder")
+        raise UserError(f"model.path={folder} has no config.json", remedy="use a Hugging Face model folder")
     try:
         raw = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})", remedy="download the file again") from None
     if not isinstance(raw, dict):
-        raise UserError(
-            f"{path}: holds a {type(raw).__name__}, a model's config is an object", remedy="download the file again"
-        )
+        raise UserError(f"{path}: must be a JSON object, not a {type(raw).__name__}", remedy="download the file again")
     return spec_from_config(raw, str(path))
 
 
 def spec_from_config(raw: dict[str, Any], where: str) -> ModelSpec:
-    """From the fields of a `config.json`; `where` is its path for messages."""
+    """Return the spec for the fields of a `config.json`; error messages call its path `where`.
+
+    Raises:
+        UserError: the architecture or a field is not supported.
+    """
     architecture = (raw.get("architectures") or ["(none)"])[0]
     if architecture not in READERS:
         raise UserError(

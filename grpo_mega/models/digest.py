@@ -2,9 +2,9 @@
 
 digest(X) = sum over elements of bits(x[r, c]) * a[r] * b[c] mod 2^64, where r numbers the rows of X (all leading
 dimensions flattened), c its last dimension, and a, b are fixed pseudo-random odd numbers. The digest of a slice uses
-the positions it has in the whole tensor, so the digests of shards that tile X add up to digest(X): nothing is gathered.
-A single flipped bit always changes it (odd factors are invertible); any other fixed corruption goes unnoticed with a
-chance of about 2^-63. It protects against errors, not against an adversary.
+its position in the whole tensor. The digests of shards that tile X therefore add up to digest(X), without a gather.
+A single flipped bit always changes the digest, because odd factors are invertible. Any other fixed corruption has a
+probability of about 2^-63 to leave it unchanged. The digest protects against errors, not against an adversary.
 Asserted by tests/unit/models/test_digest.py.
 """
 
@@ -20,30 +20,30 @@ from torch import Tensor
 from grpo_mega.types import TensorSlice
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Elements converted to 64 bits at a time: on a CPU they stay in a core's cache, elsewhere a kernel has enough to do.
+# Elements converted to 64 bits at a time. On a CPU they stay in the cache of a core; a GPU kernel needs more work.
 _ELEMENTS_AT_ONCE = {"cpu": 1 << 15}
 _ELEMENTS_ELSEWHERE = 1 << 20
-# Bytes are multiplied as signed ones: factors are eight digits of base 256, and a sum over fewer than 2^17 bytes of
-# products of at most 2^14 fits into the 32 bits in which processors add such products.
+# Bytes are multiplied as signed numbers. A factor has eight digits of base 256. A sum over fewer than 2^17 products of
+# at most 2^14 fits into the 32 bits in which processors add such products.
 _DIGITS, _EXACT_ROW_BYTES, _BYTES_AT_ONCE, _FEW_ELEMENTS = 8, 1 << 17, 1 << 20, 1 << 14
-_LAST_COLUMN = 1 << 18  # of which digits are kept, 8 bytes for each byte of an element
+_LAST_COLUMN = 1 << 18  # columns whose digits are cached: 8 bytes for each byte of an element
 
 
 def slice_digest(values: Tensor, hf: TensorSlice) -> int:
-    """Digest of `values` as the slice `hf`, in [-2^63, 2^63); 0 for an empty one."""
+    """Return the digest of `values` as the slice `hf`, in [-2^63, 2^63); 0 for an empty slice."""
     if not values.numel():
         return 0
-    # not made contiguous: a slice of columns would be copied whole
+    # not `contiguous()`, which would copy a slice of columns
     rows = values.detach().view(_BITS[values.element_size()]).reshape(-1, values.shape[-1])
     weights = _row_factors(hf).to(values.device)
-    if _takes_bytes(rows, hf.offsets[-1] + hf.shape[-1]):
-        return wrap(_weighted_by_bytes(rows, hf.offsets[-1], weights))
+    if _can_multiply_bytes(rows, hf.offsets[-1] + hf.shape[-1]):
+        return wrap_int64(_weighted_by_bytes(rows, hf.offsets[-1], weights))
     columns = _factors(1, hf.offsets[-1], hf.shape[-1]).to(values.device)
-    return wrap(int((_sums_by_vectors(rows, columns) * weights).sum()))
+    return wrap_int64(int((_sums_by_vectors(rows, columns) * weights).sum()))
 
 
 def _sums_by_vectors(rows: Tensor, columns: Tensor) -> Tensor:
-    """[R] int64: sum over c of rows[r, c] * columns[c] mod 2^64."""
+    """Return [R] int64: the sum over c of rows[r, c] * columns[c] mod 2^64."""
     step = max(1, _ELEMENTS_AT_ONCE.get(rows.device.type, _ELEMENTS_ELSEWHERE) // rows.shape[1])
     products = columns.new_empty(min(step, rows.shape[0]), rows.shape[1])
     sums = columns.new_empty(rows.shape[0])
@@ -55,8 +55,8 @@ def _sums_by_vectors(rows: Tensor, columns: Tensor) -> Tensor:
     return sums
 
 
-def _takes_bytes(rows: Tensor, last_column: int) -> bool:
-    """Is a product of 8-bit matrices the faster way, and exact?"""
+def _can_multiply_bytes(rows: Tensor, last_column: int) -> bool:
+    """Return True if a product of 8-bit matrices is faster, and exact."""
     return (
         rows.device.type == "cpu"
         and rows.itemsize < 8
@@ -68,18 +68,18 @@ def _takes_bytes(rows: Tensor, last_column: int) -> bool:
 
 
 def _weighted_by_bytes(rows: Tensor, first_column: int, weights: Tensor) -> int:
-    """Sum over r, c of rows[r, c] * columns[c] * weights[r], as a matrix product of bytes.
+    """Return the sum over r, c of rows[r, c] * columns[c] * weights[r], as a matrix product of bytes.
 
-    An element is a sum of its bytes, of which only the highest has a sign. With its highest bit flipped a byte without
-    sign is a signed one plus 128, so the flipped rows are multiplied, and 128 times the factors of the flipped bytes
-    is added to each row.
+    An element is a sum of its bytes, and only the highest byte has a sign. An unsigned byte whose
+    highest bit is flipped is, read as a signed number, the byte minus 128. So the rows are multiplied with these bits
+    flipped, and 128 times the factors of the flipped bytes is added to each row.
     """
     itemsize, (count, width) = rows.itemsize, rows.shape
     digits = _digits(_table_size(first_column, width), itemsize)[
         first_column * itemsize : (first_column + width) * itemsize
     ]
     words = _as_words(rows)
-    flip = torch.frombuffer(bytearray(_flipped(itemsize) * (words.itemsize // itemsize)), dtype=words.dtype)
+    flip = torch.frombuffer(bytearray(_sign_bits(itemsize) * (words.itemsize // itemsize)), dtype=words.dtype)
     step = max(1, _BYTES_AT_ONCE // (width * itemsize))
     block = words.new_empty(min(step, count), words.shape[1])
     sums = torch.empty(count, _DIGITS, dtype=torch.int32)
@@ -89,35 +89,35 @@ def _weighted_by_bytes(rows: Tensor, first_column: int, weights: Tensor) -> int:
         torch.bitwise_xor(part, flip, out=flipped)
         sums[start : start + step] = torch._int_mm(flipped.view(torch.int8), digits)
     by_digit: list[int] = (sums.long() * weights[:, None]).sum(0).tolist()
-    added = 128 * sum(1 << (8 * i) for i, byte in enumerate(_flipped(itemsize)) if byte)
+    added = 128 * sum(1 << (8 * i) for i, byte in enumerate(_sign_bits(itemsize)) if byte)
     factors = int(_factors(1, first_column, width).sum()) * int(weights.sum())
     return sum(number << (8 * i) for i, number in enumerate(by_digit)) + added * factors
 
 
-def _flipped(itemsize: int) -> bytes:
-    """0x80 for the bytes of an element that have no sign, the lowest first."""
+def _sign_bits(itemsize: int) -> bytes:
+    """Return 0x80 for each unsigned byte of an element, the lowest byte first."""
     return b"\x80" * (itemsize - 1) + (b"\x00" if itemsize > 1 else b"\x80")
 
 
 def _as_words(rows: Tensor) -> Tensor:
-    """Of 64 bits where they lie so in memory: four times as fast to flip as 16."""
+    """Return the rows as 64-bit words if their memory allows it; flipping them is four times as fast as 16 bits."""
     places = rows.shape[1], rows.storage_offset(), rows.stride(0)
     whole = rows.stride(1) == 1 and all(place * rows.itemsize % 8 == 0 for place in places)
     return rows.view(torch.int64) if whole else rows
 
 
 def digest_text(digest: int) -> str:
-    """Sixteen hexadecimal digits for `digests.json`: not every reader of JSON keeps a number beyond 2^53."""
+    """Return sixteen hexadecimal digits for `digests.json`; some JSON readers lose digits of numbers above 2^53."""
     return f"{digest % (1 << 64):016x}"
 
 
-def wrap(number: int) -> int:
-    """Into the range of int64: digests add modulo 2^64."""
+def wrap_int64(number: int) -> int:
+    """Return the number modulo 2^64 in the range of int64; digests add modulo 2^64."""
     return (number + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def combined_digest(digests: dict[str, int]) -> str:
-    """One hexadecimal word for a whole model, independent of the order of its tensors."""
+    """Return one hexadecimal word for a whole model, independent of the order of its tensors."""
     text = "\n".join(f"{name} {value}" for name, value in sorted(digests.items()))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -127,7 +127,7 @@ def _row_factors(hf: TensorSlice) -> Tensor:
         return _factors(2, 0, 1)
     if len(hf.shape) == 2:
         return _factors(2, hf.offsets[0], hf.shape[0])
-    # stacked tensors: a leading dimension multiplies its own factors in
+    # a stacked tensor multiplies with the factors of its leading dimension too
     head = _row_factors(TensorSlice(hf.name, hf.offsets[1:], hf.shape[1:]))
     return torch.outer(_factors(len(hf.shape), hf.offsets[0], hf.shape[0]), head).flatten()
 
@@ -142,7 +142,7 @@ def _table_size(start: int, count: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _table(stream: int, size: int) -> Tensor:
-    """Odd pseudo-random factors by the SplitMix64 generator (Steele, Lea, Flood 2014)."""
+    """Return odd pseudo-random factors from the SplitMix64 generator (Steele, Lea, Flood 2014)."""
     with np.errstate(over="ignore"):
         z = (np.arange(size, dtype=np.uint64) + np.uint64(stream << 40)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -153,19 +153,25 @@ def _table(stream: int, size: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _digits(size: int, itemsize: int) -> Tensor:
-    """[size * itemsize, 8] int8, the lowest first: digits in [-128, 128) of the factor of each byte of each column."""
+    """Return [size * itemsize, 8] int8: the digits in [-128, 128) of the factor of each byte of each column.
+
+    The lowest digit is first.
+    """
     rest = (_table(1, size)[:, None] << (8 * torch.arange(itemsize))).flatten()
     digits = torch.empty(len(rest), _DIGITS, dtype=torch.int8)
     for i in range(_DIGITS):
         digits[:, i] = rest
-        rest = (rest - digits[:, i]) >> 8  # what is carried out of the highest is a multiple of 2^64
+        rest = (rest - digits[:, i]) >> 8  # the carry out of the highest digit is a multiple of 2^64
     return digits
 
 
 @functools.lru_cache(maxsize=1)
 def _adds_bytes_exactly() -> bool:
-    """Processors without instructions for it (VNNI, AMX) add pairs of products in 16 bits, which overflow."""
+    """Return True if this processor adds products of bytes without overflow.
+
+    Processors without VNNI or AMX add pairs of products in 16 bits, which overflow.
+    """
     ends = torch.tensor([-128, 127], dtype=torch.int8)
     rows, factors = ends.repeat_interleave(4096).view(2, 4096), ends.repeat(4096, _DIGITS // 2)
-    factors[2048:] = 127  # of both signs, and all of one
+    factors[2048:] = 127  # products of both signs, and of one sign only
     return torch.equal(torch._int_mm(rows, factors).long(), rows.long() @ factors.long())

@@ -1,8 +1,8 @@
-"""The parts of a layer as tables: Megatron parameter -> rule, for attention and feed-forwards of every kind.
+"""Tables of the parts of a layer: Megatron parameter -> rule, for every kind of attention and feed-forward.
 
-Keys are names inside `decoder.layers.{layer}.`. Names ending in `layer_norm_weight` are those of Transformer Engine's
-fused modules, `weight{expert}` those of its grouped experts; the others are those of Megatron's local modules. The
-checkpoint's side is the same.
+Keys are names inside `decoder.layers.{layer}.`. Names ending in `layer_norm_weight` belong to Transformer Engine's
+fused modules, and `weight{expert}` to its grouped experts. The other names belong to Megatron's local modules. Both
+names of a parameter have the same Hugging Face tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Table = dict[str, Rule]
 
 
 def norms(spec: ModelSpec) -> Table:
-    """Before attention, before the feed-forward."""
+    """Return the norms before the attention and before the feed-forward."""
     input_norm = Copy(LAYER + "input_layernorm.weight", (spec.hidden_size,), None)
     post_norm = Copy(LAYER + "post_attention_layernorm.weight", (spec.hidden_size,), None)
     return {
@@ -27,7 +27,7 @@ def norms(spec: ModelSpec) -> Table:
 
 
 def grouped_query_attention(spec: ModelSpec) -> Table:
-    """Llama, Qwen, Mixtral, GLM: with or without biases of query, key and value, and norms of each head."""
+    """Return the attention of Llama, Qwen, Mixtral, GLM and gpt-oss, with the biases and norms that the model has."""
     attention = LAYER + "self_attn."
     query, key, value = (f"{attention}{x}_proj." for x in "qkv")
     table: Table = {
@@ -49,8 +49,11 @@ def grouped_query_attention(spec: ModelSpec) -> Table:
 
 
 def latent_attention(spec: ModelSpec, *, latent_split: bool) -> Table:
-    """DeepSeek: `latent_split`: the projections to the latent vectors are cut by rows (Megatron's local modules), not
-    held whole by every rank (Transformer Engine)."""
+    """Return the latent attention of DeepSeek.
+
+    With `latent_split` the projections to the latent vectors are divided by rows (Megatron's local modules). Without it
+    every rank holds them whole (Transformer Engine).
+    """
     assert spec.mla is not None, "called for latent attention only"
     mla, hidden, attention = spec.mla, spec.hidden_size, LAYER + "self_attn."
     axis = 0 if latent_split else None
@@ -80,12 +83,12 @@ def latent_attention(spec: ModelSpec, *, latent_split: bool) -> Table:
 
 
 def dense_mlp(spec: ModelSpec) -> Table:
-    """Gate, up and down."""
+    """Return gate, up and down projection."""
     return {f"mlp.{name}": rule for name, rule in _gated(LAYER + "mlp.", spec.ffn_size, spec.hidden_size).items()}
 
 
 def experts(spec: ModelSpec) -> Table:
-    """Router, routed experts, and the shared one."""
+    """Return the router, the routed experts and the shared expert."""
     assert spec.moe is not None, "called for layers with experts only"
     moe, hidden = spec.moe, spec.hidden_size
     if moe.gate is not None:
@@ -107,7 +110,7 @@ def experts(spec: ModelSpec) -> Table:
 
 
 def _stacked_experts(moe: MoeSpec, hidden: int) -> Table:
-    """gpt-oss. The experts' tensors are cut along their first axis, by expert (policy/modules/clamped_experts.py)."""
+    """Return the experts of gpt-oss; their tensors are divided by expert (policy/modules/clamped_experts.py)."""
     block, count, width = LAYER + "mlp.", moe.num_experts, moe.expert_ffn_size
     return {
         "mlp.router.weight": Copy(block + "router.weight", (count, hidden), None),

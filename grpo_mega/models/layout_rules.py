@@ -1,4 +1,4 @@
-"""Rules of a layout: which sizes of the model the parallel degrees must divide."""
+"""Rules between layout and model: the sizes that the parallel degrees must divide."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from grpo_mega.types import UserError
 
 
 def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, where: str) -> None:
-    """Does the layout divide the model? `where` names the model in messages.
+    """Check that the layout divides the model. Error messages call the model `where`.
 
     Raises:
-        UserError: names the key, the model's number and what would do.
+        UserError: it does not; the message names the key and the model's number, the remedy the possible values.
     """
     numbers = {"attention heads": spec.num_heads}
     if spec.moe is None or not all(spec.moe.layers):
@@ -28,15 +28,15 @@ def check_layout(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, 
         _require_divisor("parallel.tp", topology.tp, latent, "kv_lora_rank + qk_rope_head_dim", where)
     if topology.engine_dp > 1 and spec.moe is None:
         raise UserError(
-            f"engine.dp={topology.engine_dp}: {where} has no experts for the copies to share",
-            remedy="leave it out, and every engine.tp ranks are a replica of their own",
+            f"engine.dp={topology.engine_dp} is not supported without experts to share, and {where} has none",
+            remedy="leave it out: then every engine.tp ranks are one replica",
         )
     _check_experts(spec, parallel, topology, where)
     parts = (("mla_up_proj", "latent attention", spec.mla), ("moe", "experts", spec.moe))
     for module, needed, part in parts:
         if module in (parallel.recompute_modules or ()) and part is None:
             raise UserError(
-                f"parallel.recompute_modules: {module} does nothing: {where} has no {needed}", remedy="leave it out"
+                f"parallel.recompute_modules: {module} has no effect: {where} has no {needed}", remedy="leave it out"
             )
     stage_layers(spec.num_layers, parallel, where)
 
@@ -46,13 +46,13 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
     if moe is None:
         for key, ranks in (("parallel.ep", topology.ep), ("parallel.etp", topology.etp)):
             if ranks > 1:
-                raise UserError(f"{key}={ranks} does nothing: {where} has no experts", remedy="leave it out")
+                raise UserError(f"{key}={ranks} has no effect: {where} has no experts", remedy="leave it out")
         return
     _require_divisor("parallel.ep", topology.ep, moe.num_experts, "experts", where)
     _require_divisor("parallel.etp", topology.etp, moe.expert_ffn_size, "feed-forward size of each expert", where)
     if moe.gate is not None and topology.etp > 1:
         raise UserError(
-            f"parallel.etp={topology.etp}: the experts of {where} have biases, and such experts are not cut",
+            f"parallel.etp={topology.etp} is not supported with the experts of {where}, which have biases",
             remedy="set parallel.etp=1 and use parallel.ep",
         )
     _require_divisor(
@@ -67,7 +67,7 @@ def _check_experts(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
 
 def _require_divisor(key: str, ranks: int, number: int, name: str, where: str) -> None:
     if number % ranks:
-        raise UserError(f"{key}={ranks} does not divide the {number} {name} of {where}", remedy=f"{_divisors(number)}")
+        raise UserError(f"{key}={ranks} does not divide the {number} {name} of {where}", remedy=_divisors(number))
 
 
 def _divisors(number: int) -> str:

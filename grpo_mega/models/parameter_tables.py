@@ -1,4 +1,4 @@
-"""One table per model family: Megatron parameter -> rule. Loading, saving, weight sync and planning use the same.
+"""Tables of Megatron parameter -> rule for every model family, used by loading, saving, weight sync and planning.
 
 A family is supported when its logits equal those of `transformers` in every layout (tests/parallel/test_update.py and
 test_families.py).
@@ -37,17 +37,17 @@ def parameter_placements(
     *,
     latent_split: bool = True,
 ) -> list[Placement]:
-    """The pieces of `parameter` on a rank; layers and experts are numbered from the model's first one.
+    """Return the pieces of `parameter` on a rank; layers and experts are numbered through the whole model.
 
     Args:
         spec: the model.
-        parameter: Megatron's name; the router's `expert_bias`, a buffer, counts as one.
-        topology: tp ranks share a dense layer, etp an expert, ep the experts where one parameter holds them all.
-        at: which of them.
+        parameter: Megatron's name; the router's `expert_bias`, which is a buffer, counts as a parameter.
+        topology: tp divides a dense layer, etp an expert, ep the experts that are stacked in one parameter.
+        at: the coordinates of the rank.
         latent_split: see `latent_attention`.
 
     Raises:
-        KeyError: the family's table has no such parameter.
+        KeyError: the parameter is not in the table of the family.
     """
     found = _LAYER.match(parameter)
     if found is None:
@@ -63,7 +63,7 @@ def parameter_placements(
 
 
 def parameter_names(spec: ModelSpec) -> Iterator[str]:
-    """Every name in the table, layers and experts numbered from the model's first; several may be the same tensor."""
+    """Yield all names, with layers and experts numbered through the model; several names can be the same tensor."""
     yield from _outer_table(spec)
     for layer in range(spec.num_layers):
         for name in _layer_table(spec, spec.is_moe_layer(layer), True):
@@ -73,8 +73,8 @@ def parameter_names(spec: ModelSpec) -> Iterator[str]:
 
 
 def hf_shapes(spec: ModelSpec) -> dict[str, Shape]:
-    """Every tensor of the checkpoint that is trained or used: embedding, layers in order, final norm, head."""
-    return dict(_shapes(spec))  # the caller's own: some add to it
+    """Return the shape of every tensor that is used: embedding, layers in order, final norm, head."""
+    return dict(_shapes(spec))  # a copy, because some callers add to it
 
 
 @functools.lru_cache(maxsize=4)
@@ -89,7 +89,7 @@ def _shapes(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def hf_shapes_aside(spec: ModelSpec) -> dict[str, Shape]:
-    """Tensors that a checkpoint may hold beside `hf_shapes`: those of the multi-token-prediction layers."""
+    """Return the shapes of the multi-token-prediction layers, which a checkpoint can hold beside `hf_shapes`."""
     shapes: dict[str, Shape] = {}
     for layer in range(spec.num_layers, spec.num_layers + spec.num_mtp_layers):
         first, last = _mtp_tables(spec)
@@ -102,9 +102,10 @@ def hf_shapes_aside(spec: ModelSpec) -> dict[str, Shape]:
 
 
 def placements_aside(spec: ModelSpec) -> Iterator[tuple[str, list[Placement]]]:
-    """Megatron's parameter of a multi-token-prediction layer, whole, and its pieces; several may be the same tensor.
+    """Yield each parameter of the multi-token-prediction layers with its pieces, for a single rank.
 
-    A stock Megatron has these names but for `embed_tokens` and `shared_head`: its layers share those of the model.
+    Several names can be the same tensor. Megatron has these names except `embed_tokens` and `shared_head`, because its
+    layers share those of the model.
     """
     for depth in range(spec.num_mtp_layers):
         layer, prefix = spec.num_layers + depth, f"mtp.layers.{depth}."
@@ -118,17 +119,20 @@ def placements_aside(spec: ModelSpec) -> Iterator[tuple[str, list[Placement]]]:
 
 
 def keeps_float32(hf_name: str) -> bool:
-    """Is this tensor float32 in a checkpoint whatever the others are?"""
+    """Return True if this tensor is float32 in every checkpoint."""
     return hf_name.endswith(".e_score_correction_bias")
 
 
 def is_expert_parameter(parameter: str) -> bool:
-    """Does this parameter of Megatron belong to a routed expert?"""
+    """Return True if this Megatron parameter belongs to a routed expert."""
     return _EXPERT.search(parameter) is not None or _STACKED.search(parameter) is not None
 
 
 def number_expert(parameter: str, first: int) -> str:
-    """Megatron numbers a rank's experts from 0; here from the model's first one. Others stay as they are."""
+    """Return the name with its expert number increased by `first`, so that it counts through the whole model.
+
+    Megatron numbers the experts of a rank from 0. Names without an expert are not changed.
+    """
     return _EXPERT.sub(lambda found: str(int(found[0]) + first), parameter)
 
 
@@ -149,7 +153,10 @@ def _layer_table(spec: ModelSpec, moe: bool, latent_split: bool) -> Table:
 
 
 def _mtp_tables(spec: ModelSpec) -> tuple[Table, Table]:
-    """Before and behind the layer itself. Source: DeepSeek-V3, arXiv:2412.19437, section 2.2."""
+    """Return the parameters before the transformer layer and after it.
+
+    Source: DeepSeek-V3, arXiv:2412.19437, section 2.2.
+    """
     hidden = (spec.hidden_size,)
     return (
         {
@@ -170,7 +177,7 @@ def _layer_shapes(spec: ModelSpec, layer: int, *, moe: bool) -> dict[str, Shape]
     for name, rule in _layer_table(spec, moe, True).items():
         if "{expert}" not in name:
             shapes |= _filled(rule, spec, layer, 0)
-        elif "local_experts" in name and "linear_fc1" in name:  # once, and each expert's tensors together
+        elif "local_experts" in name and "linear_fc1" in name:  # once per expert, so that its tensors are adjacent
             down = _layer_table(spec, moe, True)[name.replace("linear_fc1", "linear_fc2")]
             for expert in range(spec.moe.num_experts if spec.moe is not None else 0):
                 shapes |= _filled(rule, spec, layer, expert) | _filled(down, spec, layer, expert)

@@ -1,7 +1,7 @@
-"""Which slices of a checkpoint each rank of a policy holds, by arithmetic: no model is built, no rank runs.
+"""Slices of a checkpoint that each rank of a policy will hold, computed without a model and without ranks.
 
-The same tables and the same numbering as the policy itself (`policy/weight_source.py`), which has the last word: a plan
-made of these is for a job that does not run yet.
+The tables and the numbering are those of the policy (`policy/weight_source.py`). A running job uses the slices of the
+policy itself; these are for the plan of a job that is not running.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 def policy_slices(
     spec: ModelSpec, parallel: ParallelConfig, topology: Topology, at: Coordinates, *, latent_split: bool
 ) -> list[TensorSlice]:
-    """All slices on one rank, each once; a tied embedding is held by the first stage and by the last.
+    """Return all slices on one rank, each once; the first and the last stage both hold a tied embedding.
 
     Args:
         spec: the model.
-        parallel: how layers are laid out over stages.
+        parallel: gives the layers of each pipeline stage.
         topology: the ranks.
-        at: which of them.
-        latent_split: see `convert.families_layers.latent_attention`.
+        at: the coordinates of the rank.
+        latent_split: see `latent_attention` in models/layer_tables.py.
     """
     found: dict[TensorSlice, None] = {}
     for name in _names_of_rank(spec, parallel, topology, at):
@@ -41,15 +41,15 @@ def policy_slices(
 
 
 def _names_of_rank(spec: ModelSpec, parallel: ParallelConfig, topology: Topology, at: Coordinates) -> Iterator[str]:
-    """Megatron's parameters, layers and experts numbered from the model's first."""
+    """Yield the parameters of a rank, with layers and experts numbered through the whole model."""
     names = _names(spec)
-    mine = spec.moe.num_experts // topology.ep if spec.moe is not None else 0
+    experts_per_rank = spec.moe.num_experts // topology.ep if spec.moe is not None else 0
     if at.pp_rank == 0:
         yield from names[_EMBEDDING, _SHARED]
     for stage in stage_layers(spec.num_layers, parallel, "the model")[at.pp_rank :: topology.pp]:
         for layer in stage:
             yield from names[layer, _SHARED]
-            for expert in range(at.ep_rank * mine, (at.ep_rank + 1) * mine):
+            for expert in range(at.ep_rank * experts_per_rank, (at.ep_rank + 1) * experts_per_rank):
                 yield from names.get((layer, expert), ())
     if at.pp_rank == topology.pp - 1:
         yield from names[_LAST, _SHARED]
@@ -57,7 +57,7 @@ def _names_of_rank(spec: ModelSpec, parallel: ParallelConfig, topology: Topology
 
 @functools.lru_cache(maxsize=2)
 def _names(spec: ModelSpec) -> dict[tuple[int, int], list[str]]:
-    """(layer or end of the model, expert or _SHARED) -> names of parameters."""
+    """Return (layer or end of the model, expert or _SHARED) -> names of parameters."""
     found: dict[tuple[int, int], list[str]] = {(_EMBEDDING, _SHARED): [], (_LAST, _SHARED): []}
     for name in parameter_names(spec):
         parts = name.split(".")
@@ -65,7 +65,7 @@ def _names(spec: ModelSpec) -> dict[tuple[int, int], list[str]]:
             key = (_EMBEDDING, _SHARED)
         elif parts[1] != "layers":
             key = (_LAST, _SHARED)
-        elif ".experts.linear_fc" in name:  # Transformer Engine's name of an expert, the same tensor
+        elif ".experts.linear_fc" in name:  # Transformer Engine's name of the same tensor
             continue
         else:
             expert = _EXPERT.search(name)

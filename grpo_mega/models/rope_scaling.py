@@ -1,5 +1,7 @@
-"""Rotary embeddings as a `config.json` describes them: `rope_theta` and `rope_scaling` (transformers 4) or
-`rope_parameters` (transformers 5)."""
+"""Reader of the rotary embedding settings of a `config.json`.
+
+They are `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class Rope:
-    """Base of the frequencies, the share of a head that is rotated, and the scaling, if any."""
+    """The base of the frequencies, the fraction of a head that is rotated, and the scaling, if any."""
 
     theta: float
     fraction: float
@@ -39,33 +41,44 @@ class Rope:
 def read_rope(
     fields: Fields, max_positions: int, kinds: Collection[str], *, theta: float = 10000.0, fraction: float = 1.0
 ) -> Rope:
-    """`kinds` are the scalings that the family may have here; `theta` and `fraction` hold where the config is silent.
+    """Read the rotary settings.
+
+    Args:
+        fields: the config.
+        max_positions: positions of the model.
+        kinds: the supported scalings of the family.
+        theta: default of `rope_theta`.
+        fraction: default of `partial_rotary_factor`.
 
     Raises:
-        UserError: a kind of another sort, a setting that it does not have or lacks, or two places that contradict.
+        UserError: the scaling is not supported, a setting is missing or unknown, or two places contradict each other.
     """
     given = _merged(fields)
     kind = given.pop("rope_type", "default")
     theta = _number(fields, "rope_theta", given.pop("rope_theta", theta))
     fraction = _number(fields, "partial_rotary_factor", given.pop("partial_rotary_factor", fraction))
     if kind == "default":
-        _refuse_rest(fields, kind, given, set())
+        _reject_rest(fields, kind, given, set())
         return Rope(theta, fraction, None)
     if kind not in kinds:
-        fields.refuse(f"rope_type={kind}")
-    _refuse_rest(fields, kind, given, _KNOWN[kind])
+        fields.reject(f"rope_type={kind}")
+    _reject_rest(fields, kind, given, _KNOWN[kind])
     return Rope(theta, fraction, _scaling(fields, kind, given, max_positions))
 
 
 def _merged(fields: Fields) -> dict[str, Any]:
-    """The settings of all places; a setting that two of them give differently is an error."""
+    """Return the settings of all places.
+
+    Raises:
+        UserError: two places give a setting different values.
+    """
     places = {name: fields.take(name, default={}) for name in ("rope_parameters", "rope_scaling")}
     for name, found in places.items():
         if not isinstance(found, dict):
-            raise UserError(f"{fields.where}: {name}={found} is not an object", remedy="download the file again")
+            raise UserError(f"{fields.where}: {name}={found} must be a JSON object", remedy="download the file again")
         for key, value in found.items():
             if isinstance(value, dict):
-                fields.refuse(f"{name}.{key} (rotary settings of its own)")
+                fields.reject(f"{name}.{key} (separate rotary settings)")
     outer = ("rope_theta", "partial_rotary_factor")
     places["config"] = {name: fields.take(name) for name in outer}
     merged: dict[str, Any] = {}
@@ -87,7 +100,7 @@ def _scaling(fields: Fields, kind: str, given: dict[str, Any], max_positions: in
     needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
     for name in needed:
         if name not in given:
-            raise UserError(f"{fields.where}: rope_type={kind} has no {name}", remedy="download the file again")
+            raise UserError(f"{fields.where}: rope_type={kind} needs {name}", remedy="download the file again")
     factor = _number(fields, "factor", given["factor"])
     if kind == "linear":
         return RopeScaling("linear", factor)
@@ -111,12 +124,12 @@ def _scaling(fields: Fields, kind: str, given: dict[str, Any], max_positions: in
     )
 
 
-def _refuse_rest(fields: Fields, kind: str, given: dict[str, Any], known: set[str]) -> None:
+def _reject_rest(fields: Fields, kind: str, given: dict[str, Any], known: set[str]) -> None:
     for name in sorted(given.keys() - known):
-        fields.refuse(f"{name}={given[name]} with rope_type={kind}")
+        fields.reject(f"{name}={given[name]} with rope_type={kind}")
 
 
 def _number(fields: Fields, name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{fields.where}: a size is not a number ({name}={value})", remedy="download the file again")
+        raise UserError(f"{fields.where}: {name}={value} must be a number", remedy="download the file again")
     return float(value)

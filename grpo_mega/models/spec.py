@@ -1,4 +1,4 @@
-"""What a model is, in numbers: the sizes that every family has, and the parts that only some have."""
+"""The sizes of a model: those that every family has, and the parts that only some families have."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-FP8_BLOCK = 128  # rows and columns of a block of an FP8 weight that share a scale
+FP8_BLOCK = 128
+"""Rows and columns of a block of an FP8 weight; one block has one scale."""
 
 RopeKind = Literal["linear", "llama3", "yarn"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies are stretched beyond the positions of pre-training.
+    """Scaling of the rotary frequencies beyond the positions of pre-training.
 
-    `linear` divides all of them by `factor`; `llama3` and `yarn` only the slow ones, in between they interpolate.
+    `linear` divides all frequencies by `factor`. `llama3` and `yarn` divide only the low ones and interpolate between.
     Source: Llama 3.1 (arXiv:2407.21783, the released code); YaRN, arXiv:2309.00071, section 3.2 and 3.4.
     """
 
@@ -27,22 +28,25 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale_all_dim: float = 0.0
-    """yarn with latent attention: the logits are multiplied with mscale(factor, this)^2; 0: they are not."""
+    """For yarn with latent attention: the logits are multiplied by mscale(factor, this)^2; 0 means they are not."""
     attention_factor: float = 1.0
-    """yarn: cosine and sine are multiplied with it."""
+    """For yarn: factor of cosine and sine."""
     truncate: bool = True
-    """yarn: the bounds of the interpolated range are rounded to whole dimensions."""
+    """For yarn: round the bounds of the interpolated range to whole dimensions."""
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 mscale ln(factor) + 1 for a factor above 1, else 1. Source: arXiv:2309.00071, equation 22."""
+    """Return 0.1 mscale ln(factor) + 1 for a factor above 1, else 1. Source: arXiv:2309.00071, equation 22."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
 class ClampedGate:
-    """gate = min(gate, limit), up = clamp(up, -limit, limit), out = (up + 1) gate sigmoid(alpha gate), instead of
-    silu(gate) up. Source: gpt-oss, the released code."""
+    """The gated unit of gpt-oss, in place of silu(gate) up.
+
+    gate = min(gate, limit), up = clamp(up, -limit, limit), out = (up + 1) gate sigmoid(alpha gate).
+    Source: gpt-oss, the released code.
+    """
 
     alpha: float
     limit: float
@@ -50,15 +54,15 @@ class ClampedGate:
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """Routed experts. A router scores all experts, takes the best `top_k`, and adds up their outputs with weights.
+    """Routed experts: a router scores all experts, chooses the best `top_k`, and adds their outputs with weights.
 
-    `normalize`: the weights of the chosen add up to 1 (before `scaling`). With `num_groups`, experts are cut into so
-    many groups; only those of the `top_groups` best groups may be chosen, a group counting as the sum of its
+    With `normalize` the weights of the chosen experts add up to 1, before `scaling`. With `num_groups` > 1 the experts
+    form groups, and only experts of the `top_groups` best groups can be chosen. The score of a group is the sum of its
     `group_best` best scores.
     """
 
     layers: tuple[bool, ...]
-    """Which layers have experts; the others have a dense feed-forward."""
+    """For each layer, True if it has experts; the other layers have a dense feed-forward."""
     num_experts: int
     top_k: int
     expert_ffn_size: int
@@ -66,21 +70,23 @@ class MoeSpec:
     normalize: bool
     scaling: float = 1.0
     shared_ffn_size: int = 0
-    """Of the expert that every token visits; 0: there is none."""
+    """Feed-forward size of the shared expert, which computes every token; 0 means none."""
     num_groups: int = 1
     top_groups: int = 1
     group_best: int = 1
     correction_bias: bool = False
-    """A bias per expert is added to the scores for the choice only. It is not trained by gradient."""
+    """A bias per expert is added to the scores for the choice of experts only; no gradient trains it."""
     gate: ClampedGate | None = None
-    """Of experts whose tensors the checkpoint stacks, input by output, gate and up alternating in the columns; they and
-    the router have biases."""
+    """The gate of experts that the checkpoint stacks in one tensor: [experts, input, output], with gate and up
+    alternating in the columns. These experts and their router have biases."""
 
 
 @dataclass(frozen=True)
 class MlaSpec:
-    """Multi-head latent attention: keys and values are made of a latent vector of `kv_rank`, and one rotary key of
-    `rope_dim` that all heads share. `q_rank`: queries are made of a latent vector too; None: of the hidden state.
+    """Multi-head latent attention: keys and values are projections of one latent vector of size `kv_rank`.
+
+    All heads share one rotary key of size `rope_dim`. Queries are projections of a latent vector of size `q_rank`, or
+    of the hidden state if `q_rank` is None.
 
     Source: DeepSeek-V2, arXiv:2405.04434, section 2.1.
     """
@@ -95,9 +101,10 @@ class MlaSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes in elements. `rope_theta` is the base of the rotary frequencies, `norm_eps` is added to the mean square.
+    """A model in numbers; sizes are in elements.
 
-    `head_dim` is that of keys and queries; with latent attention (`mla`) it is that of the values.
+    `rope_theta` is the base of the rotary frequencies. `norm_eps` is added to the mean square in norms. `head_dim` is
+    the size of keys and queries; with latent attention (`mla`) it is the size of values.
     """
 
     family: str
@@ -115,21 +122,21 @@ class ModelSpec:
     qkv_bias: bool
     qk_norm: bool
     rotary_fraction: float = 1.0
-    """Share of each head's dimensions that is rotated."""
+    """Fraction of the dimensions of each head that is rotated."""
     rope: RopeScaling | None = None
     moe: MoeSpec | None = None
     mla: MlaSpec | None = None
     output_bias: bool = False
-    """The projection of the attention's output has a bias."""
+    """True if the output projection of the attention has a bias."""
     attention_sinks: bool = False
-    """Each head has a number that takes part in the softmax over its logits and then gives no value."""
+    """True if each head has a sink: a logit that takes part in the softmax and has no value."""
     sliding_window: int = 0
-    """Tokens that a query of a `windowed` layer sees, itself included."""
+    """Tokens that a query of a `windowed` layer attends to, itself included."""
     windowed: tuple[bool, ...] = ()
-    """Which layers see no more than the window; () : none."""
+    """For each layer, True if it has a sliding window; empty means none."""
     num_mtp_layers: int = 0
-    """Multi-token-prediction layers behind the last one in the checkpoint: kept aside, neither used nor trained."""
+    """Multi-token-prediction layers after the last layer of the checkpoint; they are kept, but not used or trained."""
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Has this layer routed experts?"""
+        """Return True if this layer has routed experts."""
         return self.moe is not None and self.moe.layers[layer]

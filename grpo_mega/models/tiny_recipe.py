@@ -1,4 +1,4 @@
-"""The `ModelSpec` of a tiny base model that is described by the config instead of a folder."""
+"""The `ModelSpec` of a tiny base, which the config describes instead of a model folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from grpo_mega.models.spec import ModelSpec
 
 
 def recipe_spec(recipe: ArchitectureConfig, vocab_size: int = 1) -> ModelSpec:
-    """Of a base model that is yet to be made; the vocabulary is its tokenizer's, which rules do not look at."""
+    """Return the spec of a tiny base that does not exist yet; `vocab_size` is that of its tokenizer."""
     return ModelSpec(
         family="qwen3",
         num_layers=recipe.num_layers,

@@ -14,7 +14,7 @@ from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.inputs import PlanInputs
-from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
+from grpo_mega.quantization.fp8_checkpoint import is_quantized, scales_shape
 
 SCALE_BYTES = 4
 """Bytes of the scale of one block of FP8 values."""
@@ -117,7 +117,7 @@ def _engine_sizes(spec: ModelSpec, itemsize: int, fp8: bool) -> _EngineSizes:
     sizes = _EngineSizes()
     for name, shape in hf_shapes(spec).items():
         plain = size = itemsize * math.prod(shape)
-        if fp8 and is_coded(name, shape):
+        if fp8 and is_quantized(name, shape):
             size = math.prod(shape) + SCALE_BYTES * math.prod(scales_shape(shape))
         if ".experts." in name:
             sizes.experts += size

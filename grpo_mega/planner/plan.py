@@ -141,16 +141,24 @@ def plan_resources(config: Config, spec: ModelSpec, count: ModuleCounter, cluste
         UserError: the layout does not divide the ranks or the layers, the device does not support the requested FP8,
             or `engine.kv_cache_tokens` does not hold one rollout.
     """
-    if (fp8 := config.precision.fp8) is not None and (why := check_generation(fp8.recipe, cluster.gpu.capability)):
-        raise UserError(f"--gpu={cluster.gpu.name}: {why}")
-    if config.engine.fp8 is not None and (why := check_engine_generation(cluster.gpu.capability)):
-        raise UserError(f"--gpu={cluster.gpu.name}: {why}")
+    _check_fp8_support(config, cluster)
     inputs = PlanInputs.from_config(config, spec, cluster)
     topology = inputs.topology
     sizes = count(tp=topology.tp, ep=topology.ep, etp=topology.etp)
     total = total_parameters(config, spec, count(tp=1, ep=1, etp=1), where)
     memory = plan_memory(inputs, sizes, total_parameters=total, where=where)
     return ResourcePlan(inputs, total, memory, plan_time(inputs, memory, total))
+
+
+def _check_fp8_support(config: Config, cluster: Cluster) -> None:
+    """Raise UserError if the device does not support the FP8 of the policy or of the engine."""
+    problems = []
+    if config.precision.fp8 is not None:
+        problems.append(check_generation(config.precision.fp8.recipe, cluster.gpu.capability))
+    if config.engine.fp8 is not None:
+        problems.append(check_engine_generation(cluster.gpu.capability))
+    for problem in filter(None, problems):
+        raise UserError(f"--gpu={cluster.gpu.name}: {problem.message}", remedy=problem.remedy)
 
 
 def total_parameters(config: Config, spec: ModelSpec, whole: ModuleSizes, where: str) -> int:

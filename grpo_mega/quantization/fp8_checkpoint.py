@@ -1,9 +1,9 @@
-"""What is in the FP8 checkpoint of a model: which weights are codes, where the scales of a slice lie, its config.
+"""Contents of the FP8 checkpoint of a model: its quantized weights, the scales of a slice, and its config.
 
-By names and shapes alone: a matrix `X.weight` of a layer is e4m3 codes, and `X.weight_scale_inv` has one float32 scale
-for each 128 x 128 block. Embedding, head, norms, biases and routers stay as they are.
-Asserted by tests/unit/weight_sync/test_fp8.py; that vLLM's loader takes exactly these, by
-tests/engine/test_vllm_record.py.
+Names and shapes decide: a matrix `X.weight` of a layer has e4m3 values, and `X.weight_scale_inv` has one float32 scale
+for each 128 x 128 block. Embedding, head, norms, biases and routers are not quantized.
+Asserted by tests/unit/weight_sync/test_fp8.py. tests/engine/test_vllm_record.py asserts that vLLM's loader reads
+exactly these tensors.
 """
 
 from __future__ import annotations
@@ -31,59 +31,62 @@ _KEPT = ("norm", "embed", "lm_head", "router", ".gate.weight")
 Shape = tuple[int, ...]
 
 
-def is_coded(name: str, shape: Shape) -> bool:
-    """Does an FP8 engine compute with codes of this tensor? Matrices of projections, shared and routed experts."""
+def is_quantized(name: str, shape: Shape) -> bool:
+    """Return True if an FP8 engine quantizes this tensor: matrices of projections, shared and routed experts."""
     return len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in _KEPT)
 
 
 def scales_shape(shape: Shape) -> Shape:
-    """One scale for each block: [ceil(R / 128), ceil(C / 128)]."""
+    """Return the shape of the scales, one for each block: [ceil(R / 128), ceil(C / 128)]."""
     return tuple(-(-size // BLOCK) for size in shape)
 
 
 def fp8_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The tensors of the FP8 checkpoint, each scale behind its codes."""
+    """Return the tensors of the FP8 checkpoint; the scales of a weight follow it."""
     found: dict[str, Shape] = {}
     for name, shape in shapes.items():
         found[name] = shape
-        if is_coded(name, shape):
+        if is_quantized(name, shape):
             found[name + SCALE_SUFFIX] = scales_shape(shape)
     return found
 
 
 def quantization_config(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """The `quantization_config` of its config.json. Layers whose matrix stays are named: a loader would expect codes of
-    every linear layer, a router's included."""
+    """Return the `quantization_config` of config.json.
+
+    It lists the layers whose matrix is not quantized. Otherwise a loader would expect quantized values for every linear
+    layer, also for routers.
+    """
     kept = [
         name.removesuffix(".weight")
         for name, shape in shapes.items()
-        if len(shape) == 2 and name.endswith(".weight") and not is_coded(name, shape)
+        if len(shape) == 2 and name.endswith(".weight") and not is_quantized(name, shape)
     ]
     return FP8_SCHEME | {"modules_to_not_convert": kept}
 
 
 def scale_slices(shapes: Mapping[str, Shape], slices: Sequence[TensorSlice]) -> Iterator[tuple[int, TensorSlice]]:
-    """(i, a box of scales) for slices of one rank, each block in one box: that of the slice i which begins it.
+    """Yield (i, a slice of scales) for the slices of one rank; a block belongs to the slice i that begins it.
 
     Args:
-        shapes: of the tensors without FP8.
-        slices: all that the rank holds, each element once.
+        shapes: shapes of the tensors without FP8.
+        slices: all slices on the rank, each element once.
 
     Raises:
-        UserError: the rank holds a part of a block (names tensor and block).
+        UserError: the rank holds a part of a block; the message names tensor and block.
     """
     by_name: dict[str, list[int]] = defaultdict(list)
     for i, hf in enumerate(slices):
-        if is_coded(hf.name, shapes[hf.name]):
+        if is_quantized(hf.name, shapes[hf.name]):
             by_name[hf.name].append(i)
     for name, numbers in by_name.items():
         held = [slices[i] for i in numbers]
-        for i, box in _boxes(held, _whole_blocks(held, shapes[name])):
+        for i, box in _blocks_by_slice(held, _whole_blocks(held, shapes[name])):
             yield numbers[i], TensorSlice(name + SCALE_SUFFIX, *box)
 
 
 def _whole_blocks(held: Sequence[TensorSlice], shape: Shape) -> NDArray[np.bool_]:
-    """Which blocks of one tensor are here, [ceil(R / 128), ceil(C / 128)]."""
+    """Return [ceil(R / 128), ceil(C / 128)] bool: the blocks of one tensor that the rank holds whole."""
     filled = np.zeros(scales_shape(shape), np.int64)
     for hf in held:
         rows, columns = (_elements(o, n) for o, n in zip(hf.offsets, hf.shape, strict=True))
@@ -103,19 +106,21 @@ def _whole_blocks(held: Sequence[TensorSlice], shape: Shape) -> NDArray[np.bool_
 
 
 def _elements(offset: int, size: int) -> NDArray[np.int64]:
-    """How much of [offset : offset + size] lies in each block that it touches."""
+    """Return the number of elements of [offset : offset + size] in each block that it touches."""
     edges = np.arange(offset // BLOCK * BLOCK, offset + size, BLOCK)
     sizes: NDArray[np.int64] = np.minimum(offset + size, edges + BLOCK) - np.maximum(offset, edges)
     return sizes
 
 
-def _boxes(held: Sequence[TensorSlice], whole: NDArray[np.bool_]) -> Iterator[tuple[int, tuple[Shape, Shape]]]:
-    """(i, offsets and shape in blocks) of the blocks that slice i begins."""
+def _blocks_by_slice(
+    held: Sequence[TensorSlice], whole: NDArray[np.bool_]
+) -> Iterator[tuple[int, tuple[Shape, Shape]]]:
+    """Yield (i, offsets and shape in blocks) of the blocks that slice i begins."""
     taken = np.zeros_like(whole)
     for i, hf in enumerate(held):
         low = [offset // BLOCK for offset in hf.offsets]
         high = [-(-(o + n) // BLOCK) for o, n in zip(hf.offsets, hf.shape, strict=True)]
-        # slices cut blocks in rows: the block that an earlier slice began is its own
+        # slices divide blocks by rows: a block belongs to the slice that begins it
         while low[0] < high[0] and taken[low[0], low[1]]:
             low[0] += 1
         while low[0] < high[0] and taken[high[0] - 1, low[1]]:

@@ -1,8 +1,8 @@
-"""Does a layout leave the 128 x 128 blocks of an FP8 engine's weights whole, on the policy's ranks and on the engine's?
+"""Rules of layouts for FP8 engines: no rank of policy or engine may hold a part of a 128 x 128 block of a weight.
 
-By arithmetic, before a run starts. The engine's rules are those of vLLM 0.32 (quantization/utils/fp8_utils.py,
-`validate_fp8_block_shape` and `validate_fp8_block_shape_moe`): of a matrix that is cut over ranks each part is whole
-blocks; of matrices that are fused on one rank all but the last are.
+They are checked by arithmetic before a run starts. The engine's rules are those of vLLM 0.32
+(quantization/utils/fp8_utils.py, `validate_fp8_block_shape` and `validate_fp8_block_shape_moe`). If a matrix is divided
+over ranks, each part must be whole blocks. If matrices are fused on one rank, all but the last must be whole blocks.
 Asserted by tests/unit/quantization/test_fp8_layout_rules.py, against vLLM itself by tests/engine/test_vllm_fp8.py.
 """
 
@@ -23,8 +23,10 @@ from grpo_mega.types import UserError
 
 @dataclass(frozen=True)
 class EngineGrid:
-    """One engine: `tp` ranks cut each of `dp` copies of the attention. `experts_spread`: experts are whole on one rank
-    each, not cut over all."""
+    """The ranks of one engine: `dp` copies of the attention, each divided over `tp` ranks.
+
+    With `experts_spread` each expert is whole on one rank; without it every expert is divided over all ranks.
+    """
 
     tp: int
     dp: int = 1
@@ -34,21 +36,22 @@ class EngineGrid:
 def check_fp8_layout(
     spec: ModelSpec, parallel: ParallelConfig, engine: EngineGrid, *, latent_split: bool, where: str
 ) -> None:
-    """Of an engine whose key engine.fp8 is set.
+    """Check the layout of a run with engine.fp8.
 
     Args:
         spec: the model.
         parallel: the policy's layout, which divides the model.
-        engine: its ranks, likewise.
-        latent_split: see `convert.families_layers.latent_attention`.
-        where: names the model in messages.
+        engine: the ranks of the engine, which divide the model.
+        latent_split: see `latent_attention` in models/layer_tables.py.
+        where: what messages call the model.
 
     Raises:
-        UserError: names the key, the model's number and what would do.
+        UserError: a block would not be whole; the message names the key and the model's number.
     """
     if spec.moe is not None and spec.moe.gate is not None:
         raise UserError(
-            f"engine.fp8: the experts of {where} are stacks with biases, which have no FP8 form", remedy="leave it out"
+            f"engine.fp8 is not supported with the experts of {where}, which are stacked and have biases",
+            remedy="leave it out",
         )
     for name, rows, is_expert in _engine_rows(spec, engine):
         if rows % BLOCK:
@@ -58,14 +61,14 @@ def check_fp8_layout(
                 remedy += f", or engine.ep={engine.tp * engine.dp}"
             raise UserError(
                 f"engine.fp8 with {ranks}: the {name} of {where} {'are' if name[-1] == 's' else 'is'} "
-                f"{rows} on a rank of the engine, no multiple of the {BLOCK} of a block",
+                f"{rows} on a rank of the engine, which must be a multiple of {BLOCK}",
                 remedy=f"{remedy}",
             )
     check_policy_blocks(spec, parallel.tp, parallel.etp, latent_split=latent_split)
 
 
 def _engine_rows(spec: ModelSpec, engine: EngineGrid) -> Iterator[tuple[str, int, bool]]:
-    """(what, its size on a rank, is it the experts') of everything that must be whole blocks."""
+    """Yield (name, size on a rank, belongs to experts) of every size that must be whole blocks."""
     tp = engine.tp
     heads = spec.num_heads // tp
     if spec.mla is not None:
@@ -83,7 +86,7 @@ def _engine_rows(spec: ModelSpec, engine: EngineGrid) -> Iterator[tuple[str, int
     if spec.moe is not None:
         ways = 1 if engine.experts_spread else tp * engine.dp
         yield "feed-forward size of each expert", spec.moe.expert_ffn_size // ways, True
-        if spec.moe.shared_ffn_size:  # which is not cut where copies with latent attention share the experts
+        if spec.moe.shared_ffn_size:  # not divided if copies with latent attention share the experts
             whole = spec.mla is not None and engine.dp > 1 and engine.experts_spread
             yield "feed-forward size of the shared expert", spec.moe.shared_ffn_size // (1 if whole else tp), False
 

@@ -22,8 +22,15 @@ import torch
 from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, WeightSource
-from grpo_mega.quantization.block_fp8 import CODE, codes_of, quantise, scales_of
-from grpo_mega.quantization.fp8_checkpoint import BLOCK, SCALE_SUFFIX, fp8_shapes, is_coded, scale_slices, scales_shape
+from grpo_mega.quantization.block_fp8 import FP8_DTYPE, block_scales, quantize, to_fp8
+from grpo_mega.quantization.fp8_checkpoint import (
+    BLOCK,
+    SCALE_SUFFIX,
+    fp8_shapes,
+    is_quantized,
+    scale_slices,
+    scales_shape,
+)
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.sync import FullTensors
 from grpo_mega.weight_sync.verify import parts_of
@@ -41,7 +48,7 @@ class QuantizedSlice(HeldSlice):
     @property
     def dtype(self) -> torch.dtype:
         """The FP8 dtype."""
-        return CODE
+        return FP8_DTYPE
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
         """Return None: `part` computes the values."""
@@ -50,7 +57,7 @@ class QuantizedSlice(HeldSlice):
     def part(self, hf: TensorSlice) -> Tensor:
         """Return the quantized values of `hf`. They are rounded to bfloat16 first, the dtype that is sent without
         FP8."""
-        return codes_of(super().part(hf).bfloat16(), self.scales, hf.offsets)
+        return to_fp8(super().part(hf).bfloat16(), self.scales, hf.offsets)
 
 
 class Fp8Source:
@@ -96,7 +103,7 @@ class Fp8Source:
         amaxes: dict[str, Tensor] = {}
         for held in slices:
             name = held.hf.name
-            if not is_coded(name, self._shapes[name]):
+            if not is_quantized(name, self._shapes[name]):
                 continue
             grid = scales_shape(self._shapes[name])
             amax = amaxes.setdefault(name, torch.zeros(grid, device=held.view.device))
@@ -106,7 +113,7 @@ class Fp8Source:
         for name, amax in amaxes.items():
             if not bool(torch.isfinite(amax).all()):
                 raise WeightMismatchError(f"{name} has a value that is not finite and cannot be quantized to FP8")
-        return {name: scales_of(amax, power_of_two=self._power_of_two) for name, amax in amaxes.items()}
+        return {name: block_scales(amax, power_of_two=self._power_of_two) for name, amax in amaxes.items()}
 
 
 def fp8_tensors(full_tensors: FullTensors, *, power_of_two: bool) -> FullTensors:
@@ -117,10 +124,10 @@ def fp8_tensors(full_tensors: FullTensors, *, power_of_two: bool) -> FullTensors
 
     def quantized_tensors(bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         for name, values in full_tensors(bucket_bytes):
-            if not is_coded(name, tuple(values.shape)):
+            if not is_quantized(name, tuple(values.shape)):
                 yield name, values
                 continue
-            codes, scales = quantise(values.bfloat16(), power_of_two=power_of_two)
+            codes, scales = quantize(values.bfloat16(), power_of_two=power_of_two)
             yield name, codes
             yield name + SCALE_SUFFIX, scales
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from grpo_mega.interfaces import HeldSlice, WeightSource
-from grpo_mega.quantization.block_fp8 import dequantise
-from grpo_mega.quantization.fp8_checkpoint import is_coded
+from grpo_mega.quantization.block_fp8 import dequantize
+from grpo_mega.quantization.fp8_checkpoint import is_quantized
 from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice
 from grpo_mega.weight_sync.verify import parts_of
 
@@ -35,7 +35,7 @@ def fp8_report(source: WeightSource, group: dist.ProcessGroup | None, *, power_o
         group: the ranks that hold one copy of the policy; None: this rank alone.
         power_of_two: as in `Fp8Source`.
     """
-    names = [name for name, shape in source.hf_shapes().items() if is_coded(name, shape)]
+    names = [name for name, shape in source.hf_shapes().items() if is_quantized(name, shape)]
     place = {name: i for i, name in enumerate(names)}
     sums, largest = torch.zeros(len(names), 2, dtype=torch.float64), torch.zeros(len(names), dtype=torch.float64)
     for held in Fp8Source(source, power_of_two=power_of_two).shards():
@@ -43,7 +43,7 @@ def fp8_report(source: WeightSource, group: dist.ProcessGroup | None, *, power_o
             continue
         for hf in parts_of(held.hf):
             values = HeldSlice.part(held, hf).bfloat16().double()
-            error = dequantise(held.part(hf), held.scales, hf.offsets).double() - values
+            error = dequantize(held.part(hf), held.scales, hf.offsets).double() - values
             i = place[hf.name]
             sums[i] += torch.stack([error.square().sum(), values.square().sum()]).cpu()
             largest[i] = max(float(largest[i]), float(error.abs().amax()))

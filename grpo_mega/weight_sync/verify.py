@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, SinkRegion, WeightSink
-from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.executor import values_of
 from grpo_mega.weight_sync.plan import ReshardPlan
@@ -41,7 +41,7 @@ def source_digests(
         if held.counted:
             name = held.hf.name
             for hf in parts_of(held.hf):
-                sums[name] = wrap(sums[name] + slice_digest(held.part(hf).to(dtypes[name]), hf))
+                sums[name] = wrap_int64(sums[name] + slice_digest(held.part(hf).to(dtypes[name]), hf))
     total = torch.tensor(list(sums.values()), dtype=torch.int64)
     if group.size() > 1:
         dist.all_reduce(total, group=group)  # int64 sums wrap, as digests do
@@ -79,7 +79,7 @@ def differing_tensors(expected: dict[str, int], held: Sequence[dict[TensorSlice,
                 unequal.add(hf.name)
     sums = dict.fromkeys((hf.name for hf in first), 0)
     for hf, digest in first.items():
-        sums[hf.name] = wrap(sums[hf.name] + digest)
+        sums[hf.name] = wrap_int64(sums[hf.name] + digest)
     return sorted(unequal | {name for name, digest in sums.items() if digest != expected[name]})
 
 

@@ -57,7 +57,7 @@ def test_deepseek_v3_is_mapped_exactly_once_by_its_headers(headers: Path, layout
 
 
 def test_a_tiny_model_is_mapped_exactly_once(tmp_path: Path) -> None:
-    hf = make_published(tmp_path / "hf", "deepseek_v3", quantised=True)
+    hf = make_published(tmp_path / "hf", "deepseek_v3", quantized=True)
     code, found = run_tool(hf, "tp=2,pp=2,ep=2,sequence_parallel=true")
     assert (code, found["faults"]) == (0, [])
     assert found["ranks"] == 4

@@ -60,9 +60,9 @@ def test_every_family_has_the_logits_of_transformers(tmp_path: Path, family: str
 def test_fp8_weights_are_compared_as_what_they_stand_for(model: Path, tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        tensors[name], tensors[name + block_fp8.SCALE_SUFFIX] = block_fp8.quantise(tensors[name])
-    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    (tmp_path / "config.json").write_text(json.dumps(raw_family_config("glm4_moe", quantization_config=quantised)))
+        tensors[name], tensors[name + block_fp8.SCALE_SUFFIX] = block_fp8.quantize(tensors[name])
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config("glm4_moe", quantization_config=quantized)))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     done = compare(str(tmp_path), "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -85,8 +85,8 @@ def test_mxfp4_experts_are_compared_as_what_they_stand_for(tmp_path: Path) -> No
             "needs sequence parallelism; set parallel.sequence_parallel=true",
         ),
         (("MODEL", "--layout", "qp=2"), "--layout: 'qp=2'"),
-        (("EMPTY",), "holds no config.json"),
-        (("EMPTY/none",), "is not a folder; give a Hugging Face model folder"),
+        (("EMPTY",), "has no config.json"),
+        (("EMPTY/none",), "is not a folder; use a Hugging Face model folder"),
     ],
 )
 def test_wrong_input_is_exit_code_2_and_one_line(

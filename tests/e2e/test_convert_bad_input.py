@@ -121,7 +121,7 @@ def make_a_folder_of_it(folder: Path) -> None:
 DOWN_SHAPED = rf"{DOWN} of shape \(128, 96\)"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, r"bytes, its header says \d+; of \S+ of shape \(\d+.*\) there is \(\d+.*\)\); download"),
-    "missing shard": (lambda f: place_of(f, DOWN).unlink(), r"is missing, the index places model\.\S+ of shape \("),
+    "missing shard": (lambda f: place_of(f, DOWN).unlink(), r"was not found; the index places model\.\S+ of shape \("),
     "shape": (reshape, rf"{DOWN} has shape \(128, 95\), config.json says \(128, 96\)"),
     "dtype": (retype, rf"{DOWN_SHAPED} has dtype torch.int64, a weight of shape \(128, 96\) is float32"),
     "tensor missing": (drop, rf"tensors {DOWN_SHAPED} missing"),
@@ -134,14 +134,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         add_to_another_file,
         rf"holds {DOWN_SHAPED}, which the index places in model-\S+ with shape \(128, 96\)",
     ),
-    "index garbage": (lambda f: (f / INDEX).write_text("{"), r"is no index of safetensors files"),
+    "index garbage": (lambda f: (f / INDEX).write_text("{"), r"is not an index of safetensors files"),
     "header garbage": (
         lambda f: place_of(f, DOWN).write_bytes(b"\xff" * 300),
         r"cannot be read \(a header of \d+ bytes\)",
     ),
     "header huge": (huge_header, r"cannot be read \(a header of 4611686018427387904 bytes\)"),
-    "shard is a folder": (make_a_folder_of_it, r"is missing, the index places model\.\S+ of shape \("),
-    "config missing": (lambda f: (f / "config.json").unlink(), r"holds no config\.json"),
+    "shard is a folder": (make_a_folder_of_it, r"was not found; the index places model\.\S+ of shape \("),
+    "config missing": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
     "config garbage": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), r"config\.json: not valid JSON"),
     "config list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
 }
@@ -183,7 +183,7 @@ def test_outputs_that_cannot_be_are_refused(
         for out in (source, source / "deeper" / "out"):
             code, said = run_tool(tool, source, out)
             assert code == 2
-            assert "or lies in it; name a folder elsewhere" in said
+            assert "or inside it; name a folder elsewhere" in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert sorted(sharded.rglob("*")) == before
 

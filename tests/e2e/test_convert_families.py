@@ -38,23 +38,23 @@ def digests_of(folder: Path) -> dict[str, str]:
     tensors, found = stored(folder), {}
     for name, tensor in tensors.items():
         scales = tensors.get(name + block_fp8.SCALE_SUFFIX)
-        values = tensor if scales is None else block_fp8.dequantise(tensor, scales)
+        values = tensor if scales is None else block_fp8.dequantize(tensor, scales)
         if not name.endswith(block_fp8.SCALE):
             found[name] = digest_text(slice_digest(values, TensorSlice(name, (0,) * values.dim(), tuple(values.shape))))
     return found
 
 
-@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_family_comes_back_bit_for_bit_with_the_same_digests(
-    tmp_path: Path, family: str, quantised: bool
+    tmp_path: Path, family: str, quantized: bool
 ) -> None:
-    sizes = {"intermediate_size": 200, "moe_intermediate_size": 136} if quantised else {}
+    sizes = {"intermediate_size": 200, "moe_intermediate_size": 136} if quantized else {}
     known = raw_family_config(family)
-    hf = make_published(tmp_path / "hf", family, quantised=quantised, **{k: v for k, v in sizes.items() if k in known})
-    assert any(t.dtype == block_fp8.CODE for t in stored(hf).values()) == quantised
+    hf = make_published(tmp_path / "hf", family, quantized=quantized, **{k: v for k, v in sizes.items() if k in known})
+    assert any(t.dtype == block_fp8.FP8_DTYPE for t in stored(hf).values()) == quantized
     hf_to_megatron(hf, tmp_path / "megatron", file_bytes=200_000)
-    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", to_fp8=quantised, shard_bytes=300_000)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", to_fp8=quantized, shard_bytes=300_000)
     assert_same_tensors(tmp_path / "back", hf)
     for side in ("megatron", "back"):
         assert json.loads((tmp_path / side / "digests.json").read_text()) == digests_of(hf)
@@ -75,10 +75,10 @@ def test_a_stock_megatron_loads_every_family_at_another_layout(tmp_path: Path, f
 
 
 def test_what_a_run_never_had_is_what_it_is_in_the_base(tmp_path: Path) -> None:
-    hf = make_published(tmp_path / "hf", "glm4_moe", quantised=True)
+    hf = make_published(tmp_path / "hf", "glm4_moe", quantized=True)
     mtp = re.compile(r"model\.layers\.2\.")
     without = tmp_path / "without"
-    make_published(without, "glm4_moe", quantised=True)
+    make_published(without, "glm4_moe", quantized=True)
     tensors = {name: tensor for name, tensor in stored(without).items() if not mtp.match(name)}
     save_file(tensors, without / "model.safetensors")
     hf_to_megatron(without, tmp_path / "megatron")
@@ -93,7 +93,7 @@ def test_half_a_multi_token_prediction_layer_is_refused(tmp_path: Path) -> None:
     tensors = load_file(hf / "model.safetensors")
     del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
     save_file(tensors, hf / "model.safetensors")
-    rule = r"model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight of shape \(32, 64\) is missing, .*gate_proj.* is there"
+    rule = r"model\.layers\.2\.mlp\.experts\.3\.up_proj\.weight of shape \(32, 64\) is missing, .*gate_proj.* exists"
     with pytest.raises(UserError, match=rule):
         hf_to_megatron(hf, tmp_path / "megatron")
 

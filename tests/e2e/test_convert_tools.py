@@ -104,19 +104,19 @@ def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
     for name, tensor in stored(hf).items():
         tensors[name] = tensor.bfloat16()
         if name.endswith("_proj.weight"):
-            codes, scales = block_fp8.quantise(tensor)
+            codes, scales = block_fp8.quantize(tensor)
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
             tensors |= {name: codes, name + block_fp8.SCALE_SUFFIX: scales}
     save_file(tensors, hf / "model.safetensors")
     config = json.loads((hf / "config.json").read_text())
-    quantised = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    (hf / "config.json").write_text(json.dumps(config | quantised))
+    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (hf / "config.json").write_text(json.dumps(config | quantized))
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "fp8", to_fp8=True)
     assert_same_tensors(tmp_path / "fp8", hf)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
     name = "model.layers.1.mlp.down_proj.weight"
-    values = block_fp8.dequantise(tensors[name], tensors[name + block_fp8.SCALE_SUFFIX])
+    values = block_fp8.dequantize(tensors[name], tensors[name + block_fp8.SCALE_SUFFIX])
     assert torch.equal(stored(tmp_path / "bf16")[name], values)
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
     texts = {(tmp_path / side / "digests.json").read_text() for side in ("megatron", "fp8", "bf16")}
@@ -128,7 +128,7 @@ def test_mxfp4_experts_become_the_bf16_that_they_stand_for(tmp_path: Path) -> No
     tensors = stored(hf)
     packed = {n.removesuffix("_blocks"): n for n in tensors if n.endswith("_blocks")}
     assert len(packed) == 4, "two weights of experts in each of two layers"
-    values = {n: mxfp4.dequantise(tensors.pop(p), tensors.pop(n + "_scales")) for n, p in packed.items()}
+    values = {n: mxfp4.dequantize(tensors.pop(p), tensors.pop(n + "_scales")) for n, p in packed.items()}
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
     found = stored(tmp_path / "bf16")
@@ -303,8 +303,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         lambda f: os.truncate(f / "__0_0.distcp", 90_000),
         r"has 90000 bytes; \S+ of shape \(.*part of shape \(",
     ),
-    "no file": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: is missing; \S+ of shape"),
-    "missing": (lambda f: change_metadata(f, without(FC2)), rf"holds no {FC2} of shape \(2, 128, 96\)"),
+    "no file": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: was not found; \S+ of shape"),
+    "missing": (lambda f: change_metadata(f, without(FC2)), rf"has no {FC2} of shape \(2, 128, 96\)"),
     "shape": (
         lambda f: change_metadata(f, with_shape(FC2, (2, 128, 95))),
         rf"{FC2} has shape \(2, 128, 95\), config.json says \(2, 128, 96\)",
@@ -326,7 +326,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         rf"{FC2} of shape \(2, 128, 96\) has two parts at \(0, 0, 0\), of shape \(1, 128, 96\)",
     ),
     "left over": (lambda f: change_metadata(f, renamed(NORM)), r"holds decoder.extra.weight of shape \(128,\)"),
-    "pickle": (lambda f: change_metadata(f, lambda _: Evil()), r"holds posix.system, which is no part of the format"),
+    "pickle": (lambda f: change_metadata(f, lambda _: Evil()), r"contains posix.system, which is not part of"),
     "garbage": (lambda f: (f / ".metadata").write_bytes(b"x"), r"\.metadata: cannot be read"),
 }
 
@@ -377,7 +377,7 @@ def test_the_tools_end_with_the_exit_codes_of_their_help(folders: Path, tmp_path
     assert {each["verdict"] for each in summary["different"]} == {"dtype"}
     wrong = run_tool("hf_to_megatron.py", tmp_path, tmp_path / "out")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert "holds no config.json" in wrong.stderr
+    assert "has no config.json" in wrong.stderr
     assert "Traceback" not in wrong.stderr
 
 

@@ -18,7 +18,7 @@ from tests.helpers.tiny_models import make_family_model
 LINEAR = re.compile(r"\.(\w+_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 
 
-def make_published(folder: Path, family: str, *, quantised: bool = False, **changes: object) -> Path:
+def make_published(folder: Path, family: str, *, quantized: bool = False, **changes: object) -> Path:
     """Write the folder; `changes` are fields of its config."""
     raw = raw_family_config(family, **changes)
     make_family_model(folder, raw)
@@ -30,9 +30,9 @@ def make_published(folder: Path, family: str, *, quantised: bool = False, **chan
     if raw.get("num_nextn_predict_layers"):
         config["num_nextn_predict_layers"] = raw["num_nextn_predict_layers"]
         tensors |= _mtp_layer(tensors, raw["num_hidden_layers"], raw["hidden_size"], raw["vocab_size"])
-    if quantised:
+    if quantized:
         config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
-        tensors = _quantised(tensors)
+        tensors = _quantized(tensors)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
@@ -74,14 +74,14 @@ def _mtp_layer(tensors: dict[str, Tensor], layer: int, hidden: int, vocab: int) 
     return {name: v if name.endswith("e_score_correction_bias") else v.bfloat16() for name, v in values.items()}
 
 
-def _quantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         found[name] = tensor
         if LINEAR.search(name) and "eh_proj" not in name:
-            codes, scales = block_fp8.quantise(tensor)
-            # a maker's scales need not be those that quantise would choose
+            codes, scales = block_fp8.quantize(tensor)
+            # a maker's scales need not be those that quantize would choose
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
             found |= {name: codes, name + "_scale_inv": scales}
     return found

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.models.config_readers import read_spec
-from grpo_mega.quantization.block_fp8 import quantise
-from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, is_coded
+from grpo_mega.quantization.block_fp8 import quantize
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, is_quantized
 from tests.helpers.family_configs import raw_family_config
 
 _SIZES: dict[str, Any] = {
@@ -93,8 +93,8 @@ def fp8_weights(folder: Path, seed: int) -> dict[str, Tensor]:
     found = {}
     for name, values in bf16_weights(folder, seed).items():
         found[name] = values
-        if is_coded(name, tuple(values.shape)):
-            found[name], found[name + SCALE_SUFFIX] = quantise(values)
+        if is_quantized(name, tuple(values.shape)):
+            found[name], found[name + SCALE_SUFFIX] = quantize(values)
     return found
 
 

@@ -294,13 +294,13 @@ def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
     """Sum of the digests of this rank's slices of each tensor."""
-    from grpo_mega.models.digest import slice_digest, wrap
+    from grpo_mega.models.digest import slice_digest, wrap_int64
 
     sums: dict[str, int] = {}
     for held in policy.source.shards():
         if not held.counted:
             continue
-        sums[held.hf.name] = wrap(sums.get(held.hf.name, 0) + slice_digest(held.view, held.hf))
+        sums[held.hf.name] = wrap_int64(sums.get(held.hf.name, 0) + slice_digest(held.view, held.hf))
     return sums
 
 

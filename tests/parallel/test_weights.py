@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.types import TensorSlice, UserError
 from tests.helpers.ranks import RankPool
 from tests.helpers.tiny_models import make_tiny_model
@@ -60,7 +60,7 @@ def test_digests_of_the_shards_add_up_to_that_of_the_whole_tensor(
         for rank, record in enumerate(records):
             if (at[rank].dp_rank, at[rank].cp_rank) == copy:
                 for name, digest in record.shard_digests.items():
-                    sums[name] = wrap(sums[name] + digest)
+                    sums[name] = wrap_int64(sums[name] + digest)
         assert sums == wanted
 
 
@@ -125,7 +125,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "missing": (change_tensors(lambda t: t.pop(NORM)), rf"{NORM} of shape \(64,\) missing"),
     "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(2))), r"extra of shape \(2,\) unknown"),
     "truncated": (truncate, r"model\.safetensors: cannot be read"),
-    "no file": (remove_weights, r"holds no model\.safetensors"),
+    "no file": (remove_weights, r"has no model\.safetensors"),
     "other config": (enlarge_ffn, r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \(96, 64\).*\(128, 64\)"),
 }
 

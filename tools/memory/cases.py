@@ -1,6 +1,6 @@
-"""Tiny models and layouts in which the planner is held against real runs; what is measured of one, and predicted.
+"""Tiny models and layouts for comparing the planner with real runs; measured and predicted bytes.
 
-Rows are full: each holds sequences of the longest length, which is what the planner assumes of memory.
+Every row is full of sequences of the longest length, as the planner assumes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """`parallel` are keys of that section."""
+    """One layout of one model; `parallel` are keys of that config section."""
 
     name: str
     model: str
@@ -56,7 +56,7 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
 
     def config(self, folder: Path) -> Config:
-        """Of a run that has this memory."""
+        """Return the config of the run."""
         rows = self.microbatches * (ROW // (PROMPT + COMPLETION)) * self._dp
         raw = {
             "run": {"world_size": self.world},
@@ -89,7 +89,7 @@ CASES = (
     Case("MLA tp2 pp2 sp", "mla", 4, parallel={**TP2, "pp": 2}),
     Case("MLA ep2 dp2 bf16", "mla", 2, dtype="bf16", parallel={"ep": 2}),
 )
-# every family, both precisions, every way to compute again; what several ranks add is in CASES
+# every model, both precisions, every kind of recomputation; CASES has several ranks
 ONE_RANK_CASES = tuple(
     Case(f"{model} {dtype} recompute={recompute}", model, 1, 1, dtype, {"recompute": recompute})
     for model in MODELS
@@ -100,7 +100,7 @@ ONE_RANK_CASES = tuple(
 
 @dataclass(frozen=True)
 class Bytes:
-    """On one rank, or the mean over the ranks of one pipeline rank."""
+    """Bytes on one rank, or the mean over the ranks of one pipeline rank."""
 
     weights: float
     gradients: float
@@ -109,7 +109,7 @@ class Bytes:
 
 
 def make_model(folder: Path, model: str) -> None:
-    """A random model of MODELS as a Hugging Face folder."""
+    """Write a random model of MODELS as a Hugging Face folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,7 +121,7 @@ def make_model(folder: Path, model: str) -> None:
 
 
 def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
-    """Collective: what this rank holds after an update, and what autograd holds at most during the next."""
+    """Return the bytes on this rank after an update, and the peak of activations during the next one. Collective."""
     from grpo_mega.policy.inspect.memory_use import held_bytes, saved_for_backward
     from grpo_mega.policy.policy import MegatronPolicy
 
@@ -136,7 +136,7 @@ def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
 
 
 def predicted(case: Case, folder: Path) -> list[Bytes]:
-    """For each pipeline rank, what the planner says."""
+    """Return the planner's bytes of each pipeline rank."""
     from grpo_mega.planner.hardware import cluster_of, gpu_named
     from grpo_mega.planner.plan import plan_resources
     from grpo_mega.policy.inspect.module_sizes import module_counter
@@ -172,7 +172,7 @@ def _row(vocab_size: int, seed: int) -> Microbatch:
 
 
 class _Loss:
-    """Any loss will do."""
+    """A simple loss; its values do not matter."""
 
     needs_reference = False
 

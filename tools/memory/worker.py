@@ -15,7 +15,7 @@ from tools.memory.cases import CASES, measured
 
 
 def main() -> None:
-    """Measures one case and writes what it found beside the model."""
+    """Measure one case and write the result beside the model."""
     number, folder, work = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     case = CASES[number]
     torch.set_num_threads(1)

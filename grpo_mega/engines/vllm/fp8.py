@@ -20,8 +20,8 @@ from torch import nn
 
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.quantization.block_fp8 import CODE
-from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
+from grpo_mega.quantization.block_fp8 import FP8_DTYPE
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_quantized, quantization_config
 
 Shape = tuple[int, ...]
 
@@ -36,7 +36,7 @@ def fp8_checkpoint_tensors(
     found = {}
     for name, shape in fp8_shapes({name: shape for name, (shape, _) in tensors.items()}).items():
         kept = tensors[name][1] if name in tensors else torch.float32
-        found[name] = (shape, CODE if is_coded(name, shape) else kept)
+        found[name] = (shape, FP8_DTYPE if is_quantized(name, shape) else kept)
     return found
 
 

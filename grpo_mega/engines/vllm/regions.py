@@ -21,7 +21,7 @@ from grpo_mega.engines.vllm.fp8 import unknown_kernel
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, RecordedCopy
 from grpo_mega.engines.weights.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
 from grpo_mega.interfaces import RegionKind, SinkRegion
-from grpo_mega.quantization.block_fp8 import dequantise
+from grpo_mega.quantization.block_fp8 import dequantize
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX
 from grpo_mega.types import Placement, TensorSlice
 
@@ -99,7 +99,7 @@ class AbsorbedProjection:
     def _projection(self) -> Tensor:
         """Return `kv_b_proj`, dequantized if it is FP8."""
         weight: Tensor = self.attention.kv_b_proj.weight.detach()
-        return dequantise(weight, self.attention.kv_b_proj.weight_scale_inv) if weight.itemsize == 1 else weight
+        return dequantize(weight, self.attention.kv_b_proj.weight_scale_inv) if weight.itemsize == 1 else weight
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_mega.engines.weights.regions import Regions
 from grpo_mega.interfaces import SinkRegion
-from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.types import TensorSlice
 
 
@@ -131,7 +131,7 @@ class RegionSink(SliceSink):
 
     def _digest(self, hf: TensorSlice) -> int:
         first, *others = (slice_digest(self._regions.read(region, hf), hf) for region in self._around(hf))
-        return first if all(other == first for other in others) else wrap(first + 1)
+        return first if all(other == first for other in others) else wrap_int64(first + 1)
 
 
 def contains(outer: TensorSlice, inner: TensorSlice) -> bool:

@@ -75,15 +75,15 @@ def test_an_fp8_base_is_exported_dequantized_without_quantization_config(tmp_pat
     base = make_base(tmp_path / "base", "deepseek_v3", torch.float32)
     spec = read_spec(tmp_path / "base")
     name = next(name for name in hf_shapes_aside(spec) if name.endswith("eh_proj.weight"))
-    codes, scales = block_fp8.quantise(base[name])
+    codes, scales = block_fp8.quantize(base[name])
     save_file(base | {name: codes, name + block_fp8.SCALE_SUFFIX: scales}, tmp_path / "base" / "model.safetensors")
-    quantised = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    raw = raw_family_config("deepseek_v3", quantization_config=quantised)
+    quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    raw = raw_family_config("deepseek_v3", quantization_config=quantized)
     (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
     trained = {name: tensor for name, tensor in base.items() if name in hf_shapes(spec)}
     export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found.keys() == base.keys()
-    assert torch.equal(found[name], block_fp8.dequantise(codes, scales, (0, 0)).to(torch.bfloat16))
+    assert torch.equal(found[name], block_fp8.dequantize(codes, scales, (0, 0)).to(torch.bfloat16))
     raw.pop("quantization_config")
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == raw

@@ -183,7 +183,7 @@ def test_every_item_of_every_phase_has_a_colour(tmp_path: Path, capsys: pytest.C
         (("--gpu", "h101"), "--gpu=h101"),
         (("--nodes", "0"), "--nodes=0"),
         (("parallel.tp=3", "run.world_size=24"), "parallel.tp=3 does not divide the 64 attention heads"),
-        (("model.path=no/such",), "model.path=no/such holds no config.json"),
+        (("model.path=no/such",), "model.path=no/such has no config.json"),
         (("engine.kv_cache_tokens=32",), "; use at least "),
         (("engine.kv_cache_tokens=32", "--search"), "; use at least "),
     ],

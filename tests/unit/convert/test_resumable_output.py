@@ -50,7 +50,7 @@ def test_after_an_error_complete_files_stay_and_without_them_nothing(tmp_path: P
 def test_a_folder_of_that_name_that_is_nobody_s_workspace_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"out\.partial: is needed to work in .*thesis\.txt"):
+    with pytest.raises(UserError, match=r"out\.partial: is needed as the workspace .*thesis\.txt"):
         Workspace(tmp_path / "out", {})
     assert names(tmp_path) == ["out.partial", "out.partial/thesis.txt"]
 
@@ -59,7 +59,7 @@ def test_two_never_work_in_one(tmp_path: Path) -> None:
     with Workspace(tmp_path / "out", {}) as first, Workspace(tmp_path / "out", {}) as second:
         first.begin("x")
         (first.result / "a").write_text("a")
-        with pytest.raises(UserError, match="another process works in it"):
+        with pytest.raises(UserError, match="another process uses it"):
             second.begin("y")
         assert names(first.result) == ["a"]
 
@@ -68,7 +68,7 @@ def test_two_never_work_in_one(tmp_path: Path) -> None:
 def test_an_output_inside_an_input_is_refused(tmp_path: Path, inside: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "elsewhere")
-    with pytest.raises(UserError, match=r"is HF_DIR=.*/in or lies in it"):
+    with pytest.raises(UserError, match=r"is HF_DIR=.*/in or inside it"):
         Workspace(tmp_path / "in" / inside, {"HF_DIR": tmp_path / "in"})
     Workspace(tmp_path / "into", {"HF_DIR": tmp_path / "in"})
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from grpo_mega.convert.streaming_copy import copy_side_files, identity_of
-from grpo_mega.formats.byte_ranges import BLOCK_BYTES, as_bytes, write_all, write_blocks
-from grpo_mega.formats.planned_files import CHUNK_BYTES, CopyPiece, pieces_within, rows_at_once
+from grpo_mega.formats.byte_ranges import BLOCK_BYTES, tensor_memory, write_all, write_blocks
+from grpo_mega.formats.planned_files import CHUNK_BYTES, SliceCopy, pieces_within, rows_at_once
 from grpo_mega.types import TensorSlice
 
 WHOLE = torch.arange(5 * 6).view(5, 6)
 # the tensor in four boxes, moved by (1, 2) in a larger one
 PIECES = [
-    CopyPiece(TensorSlice("x", (r, c), (rows, columns)), (r + 1, c + 2))
+    SliceCopy(TensorSlice("x", (r, c), (rows, columns)), (r + 1, c + 2))
     for r, rows in ((0, 3), (3, 2))
     for c, columns in ((0, 1), (1, 5))
 ]
@@ -75,11 +75,11 @@ def test_whole_blocks_written_directly_and_the_rest_are_the_bytes(tmp_path: Path
         usual = os.open(path, os.O_RDWR | os.O_CREAT)
         os.ftruncate(usual, position + length)
         direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        begin, end = write_blocks(direct, as_bytes(values), values.data_ptr(), position)
+        begin, end = write_blocks(direct, tensor_memory(values), values.data_ptr(), position)
         assert (position + begin) % BLOCK_BYTES == 0 or begin == end
         assert end - begin == max(0, (position + length) // BLOCK_BYTES - -(-position // BLOCK_BYTES)) * BLOCK_BYTES
-        write_all(usual, as_bytes(values)[:begin], position)
-        write_all(usual, as_bytes(values)[end:], position + end)
+        write_all(usual, tensor_memory(values)[:begin], position)
+        write_all(usual, tensor_memory(values)[end:], position + end)
         assert path.read_bytes() == bytes(position) + bytes(values.tolist())
         os.close(usual)
         os.close(direct)
@@ -89,7 +89,7 @@ def test_memory_that_lies_otherwise_than_the_file_is_not_written_directly(tmp_pa
     arena = torch.ones(4 * BLOCK_BYTES, dtype=torch.uint8)
     values = arena[-arena.data_ptr() % BLOCK_BYTES + 8 :]
     descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-    assert write_blocks(descriptor, as_bytes(values), values.data_ptr(), 0) == (0, 0)
+    assert write_blocks(descriptor, tensor_memory(values), values.data_ptr(), 0) == (0, 0)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        write_blocks(-1, as_bytes(values), values.data_ptr(), 8)  # an error that is none of alignment is told
+        write_blocks(-1, tensor_memory(values), values.data_ptr(), 8)  # an error that is none of alignment is told
     os.close(descriptor)

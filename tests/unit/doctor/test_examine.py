@@ -78,7 +78,7 @@ def test_the_engine_of_the_config_is_the_one_that_must_be_there(found: str | Non
     ("torch", "saver", "status", "said"),
     [
         ("2.14.1+cu130", "1", "pass", "torch 2.14.1"),
-        ("2.13.0+cu130", "1", "fail", "built for torch 2.14.1, installed is 2.13.0"),
+        ("2.13.0+cu130", "1", "fail", "built for torch 2.14.1, but torch 2.13.0"),
         ("2.14.1+cu130", None, "fail", "torch-memory-saver is not installed"),
     ],
 )

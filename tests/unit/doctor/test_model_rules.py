@@ -64,13 +64,13 @@ def message_of(config: Config, topology: Topology) -> str:
         (
             ("parallel.recompute=selective", "parallel.recompute_modules=[mlp, moe]"),
             Topology(1),
-            f"parallel.recompute_modules: moe does nothing: {RECIPE} has no experts; leave it out",
+            f"parallel.recompute_modules: moe has no effect: {RECIPE} has no experts; leave it out",
         ),
-        ((), Topology(2, ep=2), f"parallel.ep=2 does nothing: {RECIPE} has no experts; leave it out"),
+        ((), Topology(2, ep=2), f"parallel.ep=2 has no effect: {RECIPE} has no experts; leave it out"),
         (
             ("algorithm.routing_replay=true",),
             Topology(1),
-            f"algorithm.routing_replay=true does nothing: {RECIPE} has no experts; leave it out",
+            f"algorithm.routing_replay=true has no effect: {RECIPE} has no experts; leave it out",
         ),
         (
             ("sampling.max_tokens=49",),
@@ -106,7 +106,7 @@ def test_what_fits_is_accepted(overrides: tuple[str, ...], topology: Topology) -
 def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     config = config_of("model.base=null", f"model.path={folder}")
-    assert message_of(config, Topology(1)) == f"model.path={folder} is not a folder; give a Hugging Face model folder"
+    assert message_of(config, Topology(1)) == f"model.path={folder} is not a folder; use a Hugging Face model folder"
     folder.mkdir()
     raw = {
         "architectures": ["LlamaForCausalLM"],
@@ -230,8 +230,8 @@ def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> 
         f"engine.ep=2: {tmp_path} has no experts; use engine.ep=1"
     )
     assert message_of(load_config(QUICKSTART, ["engine.dp=2", "run.world_size=2"]), Topology(2, engine_dp=2)) == (
-        f"engine.dp=2: {RECIPE} has no experts for the copies to share; leave it out, and every engine.tp ranks are a "
-        "replica of their own"
+        f"engine.dp=2 is not supported without experts to share, and {RECIPE} has none; leave it out: then every "
+        "engine.tp ranks are one replica"
     )
 
 
@@ -318,9 +318,9 @@ SP = ParallelConfig(tp=2, sequence_parallel=True)
             {},
             ParallelConfig(etp=2),
             Topology(2, etp=2),
-            "parallel.etp=2: the experts of M have biases, and such experts are not cut; set parallel.etp=1 and use",
+            "parallel.etp=2 is not supported with the experts of M, which have biases; set parallel.etp=1 and use",
         ),
-        ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), "parallel.ep=2 does nothing: M has no experts"),
+        ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), "parallel.ep=2 has no effect: M has no experts"),
     ],
 )
 def test_experts_and_latent_attention_must_be_divided_by_the_layout(

@@ -59,7 +59,7 @@ def test_the_head_of_a_tied_model_may_be_left_over(tmp_path: Path) -> None:
 
 def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
     said = message_of(tmp_path)
-    assert said == f"model.path={tmp_path} holds no model.safetensors; give a folder in safetensors format"
+    assert said == f"model.path={tmp_path} has no model.safetensors; use a folder in safetensors format"
 
 
 @pytest.mark.parametrize(("kept", "told"), [(0, "a header of 0 bytes"), (60, "ends after 52"), (-8, "48 bytes")])
@@ -88,8 +88,8 @@ HEADERS = {
     b"[1, 2]": "no attribute 'items'",
     b'{"a": 1}': "not subscriptable",
     b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}': "a has dtype F99",
-    b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}': "1.0 is no size",
-    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}': "-1 is no size",
+    b'{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}': "1.0 is not a size",
+    b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}': "-1 is not a size",
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}': "too many values",
     b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}': "a of shape (1,), torch.float32, has bytes 4:8",
     b"[" * 200_000: "recursion",
@@ -120,7 +120,8 @@ def test_a_single_file_beside_an_index_of_others_is_ambiguous(tmp_path: Path) ->
 def test_missing_and_unknown_tensors_are_named(tmp_path: Path) -> None:
     write_single(tmp_path, {"a": TENSORS["a"], "c": torch.ones(1)})
     assert message_of(tmp_path) == (
-        "model.path: tensors b of shape (2,) missing, c of shape (1,) unknown; is config.json of this model?"
+        "model.path: tensors b of shape (2,) missing, c of shape (1,) unknown; check that config.json belongs to this "
+        "model"
     )
 
 
@@ -134,7 +135,8 @@ def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         HfFiles(tmp_path, expected=SHAPES)
     said = (
-        f"{tmp_path / 'three.safetensors'}: is missing, the index places b of shape (2,) there; download the file again"
+        f"{tmp_path / 'three.safetensors'}: was not found; the index places b of shape (2,) there; "
+        "download the file again"
     )
     assert str(caught.value) == said
 
@@ -142,7 +144,7 @@ def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -
 def test_a_tensor_that_is_not_in_the_file_that_the_index_names_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}})
     path = tmp_path / "one.safetensors"
-    said = f"{path}: holds no b, which the index places there, no file of the index does; use matching files"
+    said = f"{path}: holds no b, which the index places there, no file of the index holds it; use matching files"
     assert message_of(tmp_path) == said
 
 
@@ -158,7 +160,7 @@ def test_an_index_that_swaps_files_is_answered_with_where_the_tensor_is(tmp_path
 def test_a_damaged_index_is_named(tmp_path: Path, index: bytes) -> None:
     (tmp_path / INDEX).write_bytes(index)
     said = message_of(tmp_path)
-    assert said.startswith(f"{tmp_path / INDEX}: is no index of safetensors files (")
+    assert said.startswith(f"{tmp_path / INDEX}: is not an index of safetensors files (")
     assert said.endswith("; download the file again")
 
 
@@ -171,7 +173,7 @@ def test_an_index_that_places_a_tensor_in_another_file_than_it_is_in_is_named(tm
 
 def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "../one.safetensors", "b": "two.safetensors"}})
-    assert "places a in '../one.safetensors', which is no file of this folder" in message_of(tmp_path)
+    assert "places a in '../one.safetensors', which is not a file of this folder" in message_of(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
@@ -220,7 +222,7 @@ def test_block_scaled_weights_read_as_bfloat16_at_any_offset(tmp_path: Path) -> 
     scales = torch.rand(2, 3, generator=generator) + 0.5
     checkpoint = HfFiles(write_single(tmp_path, {"x.weight": codes, "x.weight_scale_inv": scales}))
     checkpoint.check({"x.weight": (200, 300)})
-    whole = block_fp8.dequantise(codes, scales)
+    whole = block_fp8.dequantize(codes, scales)
     box = TensorSlice("x.weight", (100, 250), (60, 50))
     assert torch.equal(checkpoint.read(box), whole[box.index])
     assert whole[130, 260] == (codes[130, 260].float() * scales[1, 2]).bfloat16()

@@ -43,5 +43,5 @@ def test_a_run_that_taught_its_own_base_has_it_in_what_it_exported(tmp_path: Pat
 
 def test_without_any_the_user_is_asked(checkpoint: Path) -> None:
     (checkpoint.parent.parent / "config.yaml").write_text("model: {base: {task: arithmetic}}")
-    with pytest.raises(UserError, match="does not say which model it is; name its Hugging Face folder by --base"):
+    with pytest.raises(UserError, match="does not say which model it is; set --base to its Hugging Face folder"):
         find_base(checkpoint, checkpoint)

@@ -110,7 +110,7 @@ def test_two_places_that_contradict_each_other_are_an_error(changes: dict[str, A
 def test_a_missing_rope_setting_is_named(missing: str) -> None:
     rope = {k: v for k, v in LLAMA3.items() if k != missing}
     assert refusal("llama", rope_scaling=rope) == (
-        f"config.json: rope_type=llama3 has no {missing}; download the file again"
+        f"config.json: rope_type=llama3 needs {missing}; download the file again"
     )
 
 
@@ -121,7 +121,7 @@ def test_a_missing_rope_setting_is_named(missing: str) -> None:
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
         ("qwen2", {"use_sliding_window": True}, "use_sliding_window=true"),
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window=true"),
-        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with normalised weights"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1 with normalized weights"),
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=true"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method=noaux_tc"),
         ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
@@ -142,9 +142,13 @@ def test_what_a_family_cannot_do_is_refused_by_name(family: str, changes: dict[s
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 of 8 experts"),
-        ("deepseek_v3", {"n_group": 3}, "n_group=3 does not cut n_routed_experts=8"),
-        ("deepseek_v3", {"n_group": 8}, "n_group=8 does not cut n_routed_experts=8 into groups of 2"),
+        (
+            "qwen3_moe",
+            {"num_experts_per_tok": 9},
+            "num_experts_per_tok=9 must be between 1 and",
+        ),
+        ("deepseek_v3", {"n_group": 3}, "n_group=3 does not divide n_routed_experts=8"),
+        ("deepseek_v3", {"n_group": 8}, "n_group=8 does not divide n_routed_experts=8 into groups of 2"),
         ("deepseek_v3", {"topk_group": 5}, "topk_group=5 of n_group=4"),
         ("deepseek_v3", {"topk_group": 1}, "topk_group=1 of n_group=4"),
     ],

@@ -13,15 +13,15 @@ from torch import Tensor
 from grpo_mega.models.digest import (
     _EXACT_ROW_BYTES,
     _adds_bytes_exactly,
+    _can_multiply_bytes,
     _factors,
     _row_factors,
     _sums_by_vectors,
-    _takes_bytes,
     _weighted_by_bytes,
     combined_digest,
     digest_text,
     slice_digest,
-    wrap,
+    wrap_int64,
 )
 from grpo_mega.types import TensorSlice
 
@@ -89,14 +89,14 @@ def test_digests_of_any_tiling_add_up_to_the_whole(shape: tuple[int, ...], dtype
     whole = whole_digest(values)
     for seed in range(8):
         tiles = list(random_tiling(shape, random.Random(seed)))
-        assert wrap(sum(slice_digest(values[tile.index], tile) for tile in tiles)) == whole
+        assert wrap_int64(sum(slice_digest(values[tile.index], tile) for tile in tiles)) == whole
 
 
 def test_parts_that_are_converted_one_after_the_other_add_up() -> None:
     values = random_tensor((3, 700_001), torch.uint8)  # one row and less than two fill a part
     whole = whole_digest(values)
     rows = [slice_digest(values[i : i + 1], TensorSlice("w", (i, 0), (1, 700_001))) for i in range(3)]
-    assert wrap(sum(rows)) == whole
+    assert wrap_int64(sum(rows)) == whole
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -157,7 +157,7 @@ def test_rows_and_columns_far_out_add_up() -> None:
         for r in range(2)
         for c in range(2)
     ]
-    assert wrap(sum(cells)) == whole
+    assert wrap_int64(sum(cells)) == whole
     assert whole == plain_digest(values, TensorSlice("w", (row, column), (2, 2)))
 
 
@@ -167,11 +167,11 @@ def test_an_empty_slice_adds_nothing(shape: tuple[int, ...]) -> None:
 
 
 def test_wrap_stays_within_64_bits() -> None:
-    assert wrap(2**63 - 1) == 2**63 - 1
-    assert wrap(2**63) == -(2**63)
-    assert wrap(-(2**63) - 1) == 2**63 - 1
-    assert wrap(3 * 2**64 + 5) == 5
-    assert wrap(wrap(2**63 - 1) + wrap(2**63 - 1)) == -2
+    assert wrap_int64(2**63 - 1) == 2**63 - 1
+    assert wrap_int64(2**63) == -(2**63)
+    assert wrap_int64(-(2**63) - 1) == 2**63 - 1
+    assert wrap_int64(3 * 2**64 + 5) == 5
+    assert wrap_int64(wrap_int64(2**63 - 1) + wrap_int64(2**63 - 1)) == -2
 
 
 def test_combined_digest_depends_on_names_and_values_alone() -> None:
@@ -188,7 +188,7 @@ def test_the_text_of_a_digest_has_sixteen_digits(digest: int, text: str) -> None
 
 def by_vectors(rows: Tensor, hf: TensorSlice) -> int:
     columns = _factors(1, hf.offsets[1], hf.shape[1])
-    return wrap(int((_sums_by_vectors(rows, columns) * _row_factors(hf)).sum()))
+    return wrap_int64(int((_sums_by_vectors(rows, columns) * _row_factors(hf)).sum()))
 
 
 @pytest.mark.skipif(not _adds_bytes_exactly(), reason="this processor has no exact sums of 8-bit products")
@@ -200,7 +200,7 @@ def test_a_product_of_bytes_loses_nothing_of_the_largest_sums(dtype: torch.dtype
     ends = [torch.full((1, columns), value, dtype=dtype) for value in (torch.iinfo(dtype).min, torch.iinfo(dtype).max)]
     noise = random_tensor((5, columns * dtype.itemsize), torch.uint8).view(dtype)
     rows, hf = torch.cat([*ends, noise]), TensorSlice("w", (11, 3), (7, columns))
-    assert wrap(_weighted_by_bytes(rows, 3, _row_factors(hf))) == by_vectors(rows, hf)
+    assert wrap_int64(_weighted_by_bytes(rows, 3, _row_factors(hf))) == by_vectors(rows, hf)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
@@ -214,9 +214,9 @@ def test_columns_cut_anywhere_are_read_where_they_lie(dtype: torch.dtype, start:
 
 def test_a_large_slice_goes_by_bytes_where_the_processor_adds_them_exactly() -> None:
     rows = torch.zeros(256, 64, dtype=torch.int16)
-    assert _takes_bytes(rows, 64) == _adds_bytes_exactly()
-    assert not _takes_bytes(rows[:1], 64)
-    assert not _takes_bytes(torch.zeros(1, _EXACT_ROW_BYTES, dtype=torch.uint8), _EXACT_ROW_BYTES)
+    assert _can_multiply_bytes(rows, 64) == _adds_bytes_exactly()
+    assert not _can_multiply_bytes(rows[:1], 64)
+    assert not _can_multiply_bytes(torch.zeros(1, _EXACT_ROW_BYTES, dtype=torch.uint8), _EXACT_ROW_BYTES)
 
 
 def test_a_processor_that_saturates_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

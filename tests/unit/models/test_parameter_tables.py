@@ -95,7 +95,7 @@ def test_sizes_that_a_config_may_leave_out_are_derived() -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale": 1.0}}, "mscale=1.0 with rope_type=linear"),
         ({"rope_parameters": {"mrope_section": [1]}}, "mrope_section=[1] with rope_type=default"),
-        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention (rotary settings of its own)"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention (separate rotary settings)"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor=0.25"),
@@ -152,8 +152,8 @@ def test_a_missing_field_is_named(field: str) -> None:
 
 
 def test_a_size_that_is_no_number_is_refused() -> None:
-    assert message_of(raw_config(vocab_size="many")).startswith("config.json: a size is not a number (")
-    assert message_of(raw_config(vocab_size=None)).startswith("config.json: a size is not a number (")
+    assert message_of(raw_config(vocab_size="many")).startswith("config.json: vocab_size=")
+    assert message_of(raw_config(vocab_size=None)).startswith("config.json: vocab_size=")
 
 
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
@@ -168,9 +168,9 @@ def test_an_unknown_architecture_is_answered_with_the_known_ones(architectures: 
 
 def test_a_folder_without_a_readable_config_is_named(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    with pytest.raises(UserError, match=r"holds no config\.json; give a Hugging Face model folder"):
+    with pytest.raises(UserError, match=r"has no config\.json; use a Hugging Face model folder"):
         read_spec(tmp_path)
-    for content, rule in (("{", "not valid JSON"), ("[]", "holds a list")):
+    for content, rule in (("{", "not valid JSON"), ("[]", "must be a JSON object, not a list")):
         path.write_text(content)
         with pytest.raises(UserError, match=rule) as caught:
             read_spec(tmp_path)

@@ -17,7 +17,7 @@ from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.phase_memory import RankMemory
 from grpo_mega.planner.plan import plan_resources
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
-from grpo_mega.quantization.fp8_checkpoint import is_coded, scales_shape
+from grpo_mega.quantization.fp8_checkpoint import is_quantized, scales_shape
 from grpo_mega.types import UserError
 from tests.helpers.planner_cases import SIZES, config_of, inputs_of, memory_of, spec_of
 
@@ -108,7 +108,7 @@ def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_sc
 def test_the_last_latent_projection_is_kept_in_bf16_beside_its_codes() -> None:
     spec, one = spec_of("deepseek_v3"), Topology(1)
     plain, coded = (engine_weight_bytes(spec, one, 2, spread=False, fp8=fp8) for fp8 in (False, True))
-    shapes = {name: shape for name, shape in hf_shapes(spec_of("deepseek_v3")).items() if is_coded(name, shape)}
+    shapes = {name: shape for name, shape in hf_shapes(spec_of("deepseek_v3")).items() if is_quantized(name, shape)}
     blocks = sum(math.prod(scales_shape(shape)) for shape in shapes.values())
     assert plain - coded == sum(math.prod(shape) for shape in shapes.values()) - 4 * blocks
 

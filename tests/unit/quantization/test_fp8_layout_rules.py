@@ -74,12 +74,12 @@ def test_deepseek_v3_fits_sixteen_ranks_or_copies_of_fewer_and_no_more() -> None
     assert "the feed-forward size of the model is 576 on" in said(spec, policy, EngineGrid(32, experts_spread=True))
     assert said(spec, policy, EngineGrid(8, 4)) == (
         "engine.fp8 with engine.tp=8 and engine.dp=4: the feed-forward size of each expert of the model is 64 on a "
-        "rank of the engine, no multiple of the 128 of a block; use a smaller engine.tp, or engine.ep=32"
+        "rank of the engine, which must be a multiple of 128; use a smaller engine.tp, or engine.ep=32"
     )
 
 
-def test_stacks_of_experts_are_refused() -> None:
-    assert "experts of the model are stacks with biases" in said(spec_of("gpt_oss"), {})
+def test_stacked_experts_are_rejected() -> None:
+    assert "experts of the model, which are stacked and have biases" in said(spec_of("gpt_oss"), {})
 
 
 # Configs
@@ -130,7 +130,7 @@ def test_where_there_are_gpus_the_layout_is_looked_at(monkeypatch: pytest.Monkey
     on_a_machine_with_gpus(monkeypatch)
     assert message_of("engine.fp8=scales_fp32") == (
         "engine.fp8 with engine.tp=1: the key-value heads of model.base.architecture are 64 on a rank of the engine, "
-        "no multiple of the 128 of a block; leave engine.fp8 out"
+        "which must be a multiple of 128; leave engine.fp8 out"
     )
 
 

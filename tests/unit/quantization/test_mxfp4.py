@@ -31,7 +31,7 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> HfFiles:
 def test_a_block_by_hand() -> None:
     blocks = torch.zeros(1, 1, 1, 16, dtype=torch.uint8)
     blocks[0, 0, 0, 0] = 0xF1  # elements 0 and 1: codes 1 and 15
-    found = mxfp4.dequantise(blocks, torch.full((1, 1, 1), 129, dtype=torch.uint8))
+    found = mxfp4.dequantize(blocks, torch.full((1, 1, 1), 129, dtype=torch.uint8))
     assert found.shape == (1, 32, 1)
     assert found[0, :3, 0].tolist() == [0.5 * 4, -6.0 * 4, 0.0]
 
@@ -41,7 +41,7 @@ def test_every_code_and_scale_is_what_transformers_makes_of_it() -> None:
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 252, 1, 1)
     scales = torch.arange(1, 253, dtype=torch.uint8)[None, :, None].repeat(1, 1, 16)  # what stays finite and normal
-    found = mxfp4.dequantise(blocks, scales)
+    found = mxfp4.dequantize(blocks, scales)
     assert torch.equal(found, convert_moe_packed_tensors(blocks, scales))
     assert torch.isfinite(found).all()
 
@@ -50,7 +50,7 @@ def test_values_are_exact_in_bfloat16() -> None:
     blocks, scales = random_packed()
     exact = mxfp4.CODES.double()[torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()]
     exact = (exact * 2.0 ** (scales.double()[..., None] - 127)).flatten(-2).transpose(1, 2)
-    assert torch.equal(mxfp4.dequantise(blocks, scales).double(), exact)
+    assert torch.equal(mxfp4.dequantize(blocks, scales).double(), exact)
 
 
 def test_slices_at_any_offset_are_those_of_the_whole_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +58,7 @@ def test_slices_at_any_offset_are_those_of_the_whole_weight(tmp_path: Path, monk
         "grpo_mega.formats.safetensors_reader._ELEMENTS_AT_ONCE", 200
     )  # one or several columns at a time
     blocks, scales = random_packed()
-    whole = mxfp4.dequantise(blocks, scales)
+    whole = mxfp4.dequantize(blocks, scales)
     files = write(tmp_path, {"w_blocks": blocks, "w_scales": scales})
     files.check({"w": (3, 128, 5)})
     assert files.dtype("w") == torch.bfloat16
@@ -79,7 +79,7 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
     blocks, scales = random_packed()
     for tensors, told in (
         ({"w_blocks": blocks}, r"w_blocks of shape \(3, 5, 4, 16\) and dtype torch.uint8 has no w_scales"),
-        ({"w_blocks": blocks, "w_scales": scales, "w": torch.ones(1)}, "is there beside a w;"),
+        ({"w_blocks": blocks, "w_scales": scales, "w": torch.ones(1)}, "is stored together with w;"),
         ({"w_blocks": blocks, "w_scales": scales[:, :, :3].contiguous()}, r"w_scales of shape \(3, 5, 3\)"),
         ({"w_blocks": blocks.short(), "w_scales": scales}, "dtype torch.int16"),
     ):

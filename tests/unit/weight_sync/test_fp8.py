@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice
-from grpo_mega.models.digest import slice_digest, wrap
-from grpo_mega.quantization.block_fp8 import CODE, quantise, scales_of
-from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_coded, quantization_config
+from grpo_mega.models.digest import slice_digest, wrap_int64
+from grpo_mega.quantization.block_fp8 import FP8_DTYPE, block_scales, quantize
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_quantized, quantization_config
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync import verify
 from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice, fp8_tensors
@@ -35,7 +35,7 @@ def expected(*, power_of_two: bool = False) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in weights().items():
         if name in (Q, O, DOWN):
-            found[name], found[name + SCALE_SUFFIX] = quantise(value.bfloat16(), power_of_two=power_of_two)
+            found[name], found[name + SCALE_SUFFIX] = quantize(value.bfloat16(), power_of_two=power_of_two)
         else:
             found[name] = value
     return found
@@ -81,14 +81,14 @@ def test_digests_of_the_shards_add_up_to_those_of_the_whole() -> None:
         for held in source.shards():
             if held.counted:
                 for hf in parts_of(held.hf):
-                    sums[hf.name] = wrap(sums[hf.name] + slice_digest(held.part(hf), hf))
+                    sums[hf.name] = wrap_int64(sums[hf.name] + slice_digest(held.part(hf), hf))
     for name, value in expected().items():
         assert sums[name] == slice_digest(value, TensorSlice(name, (0,) * value.dim(), tuple(value.shape))), name
 
 
 def test_power_of_two_scales_are_the_smallest_that_fit_the_block() -> None:
     amax = torch.tensor([0.0, 448.0, 449.0, 896.0, 3.5, 1e-30])
-    scales = scales_of(amax, power_of_two=True)
+    scales = block_scales(amax, power_of_two=True)
     assert scales.tolist()[:5] == [1.0, 1.0, 2.0, 2.0, 1 / 128]
     assert bool((amax / scales <= 448).all())
     assert bool((amax[1:] / (scales[1:] / 2) > 448).all())
@@ -103,7 +103,7 @@ def test_streamed_whole_tensors_have_the_same_values_and_scales(power_of_two: bo
     for name, value in whole.items():
         assert torch.equal(bits(streamed[name]), bits(value)), name
         assert streamed[name].dtype == value.dtype
-    assert streamed[Q].dtype == CODE
+    assert streamed[Q].dtype == FP8_DTYPE
 
 
 def test_a_block_that_no_rank_holds_whole_is_rejected_with_its_position_and_a_remedy() -> None:

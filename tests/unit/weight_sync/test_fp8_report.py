@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from grpo_mega.cli import fp8_report as tool
-from grpo_mega.quantization.block_fp8 import dequantise, quantise
+from grpo_mega.quantization.block_fp8 import dequantize, quantize
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.fp8_report import by_layer, fp8_report, table_lines
 from tests.helpers.fp8_weights import DOWN, O, Q, Source, weights
@@ -27,7 +27,7 @@ def test_the_report_holds_the_error_of_each_matrix() -> None:
     assert list(report) == [Q, O, DOWN]
     for name, found in report.items():
         value = weights()[name].bfloat16()
-        error = (dequantise(*quantise(value)).double() - value.double()).abs()
+        error = (dequantize(*quantize(value)).double() - value.double()).abs()
         assert found["largest"] == float(error.max())
         assert found["relative"] == pytest.approx(float(error.norm() / value.double().norm()), rel=1e-12)
         assert 0.01 < found["relative"] < 0.04  # three bits of mantissa
@@ -72,7 +72,7 @@ def test_the_tool_reports_the_matrices_of_the_files(
     assert set(found["tensors"]) == {name for name in stored if "_proj.weight" in name}
     name = "model.layers.1.mlp.up_proj.weight"
     value = stored[name].bfloat16()
-    error = dequantise(*quantise(value, power_of_two=scales == "power_of_two")).double() - value.double()
+    error = dequantize(*quantize(value, power_of_two=scales == "power_of_two")).double() - value.double()
     assert found["tensors"][name]["largest"] == float(error.abs().max())
     assert [layer["layer"] for layer in found["layers"]] == [0, 1]
     assert all(layer["matrices"] == 7 for layer in found["layers"])
@@ -92,7 +92,7 @@ def test_invalid_input_ends_with_one_message(capsys: pytest.CaptureFixture[str],
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     (broken / "config.json").write_text((model / "config.json").read_text())
     for arguments, message in (
-        ([str(tmp_path / "nothing")], "holds no config.json"),
+        ([str(tmp_path / "nothing")], "has no config.json"),
         ([str(QUICKSTART)], "has a model.base"),
         ([str(model), "train.steps=3"], "train.steps=3 overrides a config key"),
         ([str(broken)], "model.layers.0.mlp.up_proj.weight has a value that is not finite"),

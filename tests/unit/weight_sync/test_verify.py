@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from grpo_mega.models.digest import slice_digest, wrap
+from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
@@ -49,7 +49,7 @@ def test_a_copy_on_a_second_rank_counts_once() -> None:
 
 def test_sums_wrap_as_digests_do() -> None:
     large = (1 << 63) - 1
-    assert differing_tensors({"w": wrap(2 * large)}, [{TOP: large}, {BOTTOM: large}]) == []
+    assert differing_tensors({"w": wrap_int64(2 * large)}, [{TOP: large}, {BOTTOM: large}]) == []
 
 
 def test_all_differing_tensors_are_listed_in_order() -> None:
@@ -77,7 +77,7 @@ class Job:
             for shard in source.shards():
                 if shard.counted:
                     name = shard.hf.name
-                    self.expected[name] = wrap(self.expected[name] + slice_digest(shard.view, shard.hf))
+                    self.expected[name] = wrap_int64(self.expected[name] + slice_digest(shard.view, shard.hf))
 
     def found(self, rank: int, *slices: TensorSlice) -> list[str]:
         """Return the mismatches when only these slices of this rank may have changed."""
