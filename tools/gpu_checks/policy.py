@@ -150,13 +150,8 @@ def recipes(folder: Path, spec: ModelSpec, ranks: Ranks, gpu: str, expected: tor
         unsupported = check_generation(name, capability, (major, minor))
         for params in (False, True):
             key = f"{name}{' params' if params else ''}"
-<<<<<<< HEAD:tools/gpu_checks/policy.py
             if unsupported:
                 found[key] = {"status": "not on this GPU", "why": str(unsupported)}
-=======
-            if lacks:
-                found[key] = {"status": "not on this GPU", "why": str(lacks)}
->>>>>>> dd828ec (models, formats, quantization, convert, doctor: plain English; FP8 rules return a message and a remedy):tools/proof/policy.py
                 continue
             overrides = (f"precision.fp8.recipe={name}", f"precision.fp8.params={str(params).lower()}")
             try:

@@ -100,12 +100,13 @@ def on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             ["engine.fp8=scales_fp32", "engine.kind=sglang"],
-            "engine.fp8=scales_fp32 with engine.kind=sglang: which of its kernels read codes as they are stored is not "
-            "known; use engine.kind=vllm, or leave engine.fp8 out",
+            "engine.fp8=scales_fp32 is not supported with engine.kind=sglang: it is not known which of its kernels read "
+            "quantized values as they are stored; set engine.kind=vllm, or remove engine.fp8",
         ),
         (
             ["engine.fp8=scales_power_of_two", "precision.dtype=fp32"],
-            "engine.fp8=scales_power_of_two needs precision.dtype=bf16, not fp32: what is not FP8 is bf16; set it",
+            "engine.fp8=scales_power_of_two is not supported with precision.dtype=fp32: tensors that are not FP8 are bf16; "
+            "set precision.dtype=bf16, or remove engine.fp8",
         ),
         (
             ["engine.fp8=own_loader"],
