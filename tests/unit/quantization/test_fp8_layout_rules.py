@@ -100,13 +100,13 @@ def on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             ["engine.fp8=scales_fp32", "engine.kind=sglang"],
-            "engine.fp8=scales_fp32 is not supported with engine.kind=sglang: it is not known which of its kernels read "
-            "quantized values as they are stored; set engine.kind=vllm, or remove engine.fp8",
+            "engine.fp8=scales_fp32 is not supported with engine.kind=sglang: it is not known which of its kernels "
+            "read quantized values as they are stored; set engine.kind=vllm, or remove engine.fp8",
         ),
         (
             ["engine.fp8=scales_power_of_two", "precision.dtype=fp32"],
-            "engine.fp8=scales_power_of_two is not supported with precision.dtype=fp32: tensors that are not FP8 are bf16; "
-            "set precision.dtype=bf16, or remove engine.fp8",
+            "engine.fp8=scales_power_of_two is not supported with precision.dtype=fp32: tensors that are not FP8 are "
+            "bf16; set precision.dtype=bf16, or remove engine.fp8",
         ),
         (
             ["engine.fp8=own_loader"],

@@ -136,7 +136,7 @@ def test_a_value_that_is_not_finite_is_rejected() -> None:
     ],
 )
 def test_only_matrices_of_layers_are_quantized(name: str, shape: tuple[int, ...], coded: bool) -> None:
-    assert is_coded(name, shape) == coded
+    assert is_quantized(name, shape) == coded
     assert len(fp8_shapes({name: shape})) == 1 + coded
 
 
