@@ -7,7 +7,7 @@ from typing import Any
 
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.types import UpdateStats
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     LOSS,
     Layout,
     Recorded,

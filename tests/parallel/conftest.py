@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.ranks import RankPool
-from tests.helpers.tiny_models import make_tiny_model
-from tests.parallel.oracle import Expected, expect, perturbed_log_probs
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     DEEP_LAYOUTS,
     LAYOUTS,
     LONG_LAYOUTS,
@@ -23,6 +21,8 @@ from tests.parallel.recorded import (
     measure,
     sample_groups,
 )
+from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.update_oracle import Expected, expect, perturbed_log_probs
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ import torch
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.observe.run_folder import RunFolder
 from tests.helpers.checkpointed_training import RATES, SAVED_AFTER, resume, run_with_checkpoint, train_on, weights_of
-from tests.parallel.conftest import Laboratory
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     ONE,
     Layout,
     Recorded,
     make_rows,
     open_policy,
 )
+from tests.parallel.conftest import Laboratory
 
 PP2VPP2, PP2, CP2 = Layout(2, pp=2, vpp=2), Layout(2, pp=2, more=(("num_layers_last_stage", 3),)), Layout(2, cp=2)
 TP2PP2, DP2, TP2 = Layout(4, tp=2, pp=2), Layout(2), Layout(2, tp=2)

@@ -12,9 +12,8 @@ from grpo_mega.convert.compare import compare, open_checkpoint
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
 from tests.helpers.family_checkpoints import make_published
 from tests.helpers.family_configs import FAMILY_CONFIGS
-from tests.parallel.conftest import Laboratory
-from tests.parallel.recorded import LOSS as TOKEN_LOSS
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import LOSS as TOKEN_LOSS
+from tests.helpers.recorded_rollouts import (
     ONE,
     Layout,
     Recorded,
@@ -24,6 +23,7 @@ from tests.parallel.recorded import (
     sample_groups,
     with_recorded,
 )
+from tests.parallel.conftest import Laboratory
 
 
 def train_and_save(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> dict[str, bytes]:

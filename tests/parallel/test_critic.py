@@ -19,9 +19,7 @@ from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.trainer.batch import TrainBatch
 from grpo_mega.types import UpdateStats
-from tests.parallel.conftest import MODELS, Laboratory
-from tests.parallel.oracle import load
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     LOSS,
     ONE,
     OPTIMIZER,
@@ -35,6 +33,8 @@ from tests.parallel.recorded import (
     open_policy,
     with_recorded,
 )
+from tests.helpers.update_oracle import load
+from tests.parallel.conftest import MODELS, Laboratory
 
 CLIP = 0.3
 NUM_UPDATES = 2

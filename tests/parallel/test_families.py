@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 from safetensors.torch import load_file
 
+from tests.helpers.family_updates import FAMILY_MODELS, FamilyLaboratory, differences, layouts_of
 from tests.helpers.ranks import RankPool
-from tests.parallel.families import FAMILY_MODELS, FamilyLaboratory, differences, layouts_of
-from tests.parallel.recorded import OPTIMIZER, Layout
+from tests.helpers.recorded_rollouts import OPTIMIZER, Layout
 
 CASES = [
     pytest.param(model, layout, id=f"{model}-{layout}", marks=[] if quick else [pytest.mark.long])

@@ -10,9 +10,9 @@ import torch
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.observe.run_folder import RunFolder
 from tests.helpers.checkpointed_training import RATES, SAVED_AFTER, resume, run_with_checkpoint, train_on, weights_of
+from tests.helpers.family_updates import FamilyLaboratory
 from tests.helpers.ranks import RankPool
-from tests.parallel.families import FamilyLaboratory
-from tests.parallel.recorded import Layout, Recorded, make_rows, open_policy
+from tests.helpers.recorded_rollouts import Layout, Recorded, make_rows, open_policy
 
 DEEP = Layout(4, tp=2, pp=2, sequence_parallel=True, ep=2)
 WIDE = Layout(4, cp=2, ep=2, etp=2)

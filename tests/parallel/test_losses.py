@@ -11,8 +11,17 @@ import pytest
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import UpdateStats
+from tests.helpers.recorded_rollouts import (
+    ONE,
+    Layout,
+    Recorded,
+    as_array,
+    as_row,
+    make_rows,
+    open_policy,
+    with_recorded,
+)
 from tests.parallel.conftest import Laboratory
-from tests.parallel.recorded import ONE, Layout, Recorded, as_array, as_row, make_rows, open_policy, with_recorded
 
 # bounds around the ratios that the recorded old log-probs give, so that they hold for a part of the tokens
 ALGORITHMS: dict[str, dict[str, Any]] = {

@@ -1,5 +1,5 @@
 """Random models of each family in random layouts train as transformers does: the seeds of the long tier are fixed, any
-other is tried by `python -m tests.parallel.random_sweep SEED ...`."""
+other is tried by `python -m tests.helpers.random_sweep SEED ...`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.family_updates import is_within, measure_random
 from tests.helpers.ranks import RankPool
-from tests.parallel.families import is_within, measure_random
 
 
 @pytest.mark.long

@@ -16,9 +16,7 @@ from torch import Tensor
 from grpo_mega.types import UpdateStats
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.ranks import RankPool
-from tests.helpers.tiny_models import make_family_model
-from tests.parallel.oracle import _checkpoint_names, _forward, _loss, load, perturbed_log_probs
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     LOSS,
     ONE,
     Layout,
@@ -29,6 +27,8 @@ from tests.parallel.recorded import (
     sample_groups,
     with_recorded,
 )
+from tests.helpers.tiny_models import make_family_model
+from tests.helpers.update_oracle import _checkpoint_names, _forward, _loss, load, perturbed_log_probs
 
 LAYERS, EXPERTS, CHOSEN = 4, 8, 2
 # one dense layer in between: choices are found by the layer's number

@@ -32,8 +32,8 @@ from tests.helpers.family_configs import raw_family_config
 from tests.helpers.fp8_models import FP8_MODELS, fp8_tensors_of, record_fp8
 from tests.helpers.one_process import run
 from tests.helpers.ranks import RankPool
+from tests.helpers.recorded_rollouts import Layout, Recorded, make_config
 from tests.helpers.tiny_models import make_family_model
-from tests.parallel.recorded import Layout, Recorded, make_config
 
 WORLD, ENGINE_TP, BUCKET_BYTES = 4, 2, 64 * 1024
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.ranks import RankPool
-from tests.parallel.recorded import Layout, ranks_of
+from tests.helpers.recorded_rollouts import Layout, ranks_of
 
 EIGHT = [
     *(Layout(8, tp, pp) for tp, pp in ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (2, 4), (4, 2), (8, 1), (1, 8))),

@@ -18,8 +18,7 @@ import torch
 from grpo_mega.data.pack import pack
 from grpo_mega.parallel.pipeline_split import stage_layers
 from grpo_mega.types import Microbatch, UpdateStats
-from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     LOSS,
     ONE,
     OPTIMIZER,
@@ -36,6 +35,7 @@ from tests.parallel.recorded import (
     shard_digests,
     with_recorded,
 )
+from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
 
 
 def by_rollout(records: list[RankRecord], of: str, temperature: float = 1.0) -> list[dict[int, list[float]]]:

@@ -18,9 +18,9 @@ from torch import Tensor
 from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.types import TensorSlice, UserError
 from tests.helpers.ranks import RankPool
+from tests.helpers.recorded_rollouts import VOCAB, Layout, Recorded, as_array, open_policy
 from tests.helpers.tiny_models import make_tiny_model
 from tests.parallel.conftest import MODELS, Laboratory, every_case
-from tests.parallel.recorded import VOCAB, Layout, Recorded, as_array, open_policy
 
 
 def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:

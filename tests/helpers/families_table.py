@@ -1,6 +1,6 @@
 """The table of docs/measurements/families.md: what the long tier's test_families.py checks, as numbers.
 
-    python -m tests.parallel.families_table [MODEL ...] [--quick] [--out FILE.json]
+    python -m tests.helpers.families_table [MODEL ...] [--quick] [--out FILE.json]
 
 Prints a row per model and layout as soon as it is measured; exit code 1 where a bar is missed.
 """
@@ -14,8 +14,8 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from tests.helpers.family_updates import FAMILY_MODELS, FamilyLaboratory, differences, is_within, layouts_of
 from tests.helpers.ranks import RankPool
-from tests.parallel.families import FAMILY_MODELS, FamilyLaboratory, differences, is_within, layouts_of
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Random models in random layouts against transformers, by seed.
 
-    python -m tests.parallel.random_sweep FIRST LAST
+    python -m tests.helpers.random_sweep FIRST LAST
 
 Prints a row per seed: differences of logits, log-probs, gradients and weights, then the gradients' difference of
 transformers itself between float32 and float64; exit code 1 where a bar of test_random_families.py is missed.
@@ -13,9 +13,9 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from tests.helpers.family_updates import is_within, measure_random
 from tests.helpers.random_families import random_case
 from tests.helpers.ranks import RankPool
-from tests.parallel.families import is_within, measure_random
 
 
 def main() -> int:

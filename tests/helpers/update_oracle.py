@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.parallel.recorded import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UPDATES, OPTIMIZER, TEMPERATURES, Recorded
+from tests.helpers.recorded_rollouts import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UPDATES, OPTIMIZER, TEMPERATURES, Recorded
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,7 @@ import torch
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.random_families import random_case
 from tests.helpers.ranks import RankPool
-from tests.helpers.tiny_models import make_family_model
-from tests.parallel.oracle import Expected, expect, perturbed_log_probs
-from tests.parallel.recorded import (
+from tests.helpers.recorded_rollouts import (
     NUM_UPDATES,
     ONE,
     OPTIMIZER,
@@ -28,6 +26,8 @@ from tests.parallel.recorded import (
     sample_groups,
     with_recorded,
 )
+from tests.helpers.tiny_models import make_family_model
+from tests.helpers.update_oracle import Expected, expect, perturbed_log_probs
 
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.policy.policy import MegatronPolicy
