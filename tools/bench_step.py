@@ -250,25 +250,32 @@ def measure(arguments: argparse.Namespace, trl_python: Path, work: Path) -> dict
         "equal_length": equal_length.as_json(),
         "lengths": length_spread([len(ids) for ids in given]),
         "peak_bytes": peaks,
-        "conditions": {
-            "prompts": arguments.prompts,
-            "group_size": arguments.group_size,
-            "max_tokens": arguments.max_tokens,
-            "prompt_tokens": [PROMPT_TOKENS[0], PROMPT_TOKENS[-1]],
-            "architecture": vars(shape),
-            "num_parameters": num_parameters,
-            "dtype": "float32",
-            "rounds": arguments.rounds,
-            "threads": arguments.threads,
-            "max_tokens_per_microbatch": arguments.max_tokens_per_microbatch,
-            "trl_microbatch": arguments.trl_microbatch,
-            "target": TARGET,
-            "cores": os.cpu_count(),
-            "machine": platform.machine(),
-            "load_average_before_after": [load_before, os.getloadavg()[0]],
-            "torch": importlib.metadata.version("torch"),
-            "trl_environment": list(TRL_PINS),
-        },
+        "conditions": conditions(arguments, vars(shape), num_parameters, load_before),
+    }
+
+
+def conditions(
+    arguments: argparse.Namespace, architecture: dict[str, Any], num_parameters: int, load_before: float
+) -> dict[str, Any]:
+    """Return the conditions under which the numbers hold."""
+    return {
+        "prompts": arguments.prompts,
+        "group_size": arguments.group_size,
+        "max_tokens": arguments.max_tokens,
+        "prompt_tokens": [PROMPT_TOKENS[0], PROMPT_TOKENS[-1]],
+        "architecture": architecture,
+        "num_parameters": num_parameters,
+        "dtype": "float32",
+        "rounds": arguments.rounds,
+        "threads": arguments.threads,
+        "max_tokens_per_microbatch": arguments.max_tokens_per_microbatch,
+        "trl_microbatch": arguments.trl_microbatch,
+        "target": TARGET,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "load_average_before_after": [load_before, os.getloadavg()[0]],
+        "torch": importlib.metadata.version("torch"),
+        "trl_environment": list(TRL_PINS),
     }
 
 

@@ -2,10 +2,10 @@
 
 Such a folder has `.metadata` (a pickle that maps each chunk of a tensor to a file), `metadata.json`, `common.pt` and
 `*.distcp` files, in which every chunk is one `torch.save`. This module reads byte ranges, so a slice costs its own
-bytes. torch's own reader (torch.distributed.checkpoint) loads every chunk that a slice touches whole. Conversions would
-then exceed their memory limit, because one chunk can be as large as the largest tensor (docs/decisions/layout.md).
-`.metadata` is read by an unpickler that accepts only the classes of this format, so no code in it is executed.
-Asserted by tests/e2e/test_convert_tools.py and test_convert_bad_input.py.
+bytes. torch's own reader (torch.distributed.checkpoint) loads whole chunks. Conversions would then exceed their memory
+limit, because one chunk can be as large as the largest tensor (docs/decisions/layout.md).
+The unpickler of `.metadata` accepts only the classes of this format, so no code in it is executed. Asserted by
+tests/e2e/test_convert_tools.py and test_convert_bad_input.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from grpo_mega.planner.attention_activations import AttentionActivations
 from grpo_mega.planner.feed_forward_activations import FeedForwardActivations
 from grpo_mega.planner.fp8 import INPUT_BYTES
 from grpo_mega.planner.inputs import PlanInputs
-from grpo_mega.planner.row_shape import RowShape
+from grpo_mega.planner.row_shape import PackedRowShape
 from grpo_mega.planner.static_memory import ModelChunk
 
 LOGITS_SLICE_BYTES = 128 * 2**20
@@ -44,7 +44,7 @@ class Activations:
 
     def __init__(self, inputs: PlanInputs) -> None:
         self._spec, self._parallel = inputs.spec, inputs.config.parallel
-        self._row = RowShape.from_inputs(inputs)
+        self._row = PackedRowShape.from_inputs(inputs)
         self._attention = AttentionActivations(self._row, self._spec, self._parallel)
         imbalance = inputs.assumptions.routing_imbalance
         self._feed_forward = FeedForwardActivations(self._row, self._spec, self._parallel, imbalance)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.spec import MlaSpec, ModelSpec
-from grpo_mega.planner.row_shape import RowShape
+from grpo_mega.planner.row_shape import PackedRowShape
 
 
 class AttentionActivations:
     """Bytes that the attention of one layer keeps for its backward pass, on one rank."""
 
-    def __init__(self, row: RowShape, spec: ModelSpec, parallel: ParallelConfig) -> None:
+    def __init__(self, row: PackedRowShape, spec: ModelSpec, parallel: ParallelConfig) -> None:
         self._row, self._spec, self._parallel = row, spec, parallel
         self._query_heads, self._kv_heads = spec.num_heads / parallel.tp, spec.num_kv_heads / parallel.tp
 

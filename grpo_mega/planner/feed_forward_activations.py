@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.models.spec import ModelSpec, MoeSpec
-from grpo_mega.planner.row_shape import RowShape
+from grpo_mega.planner.row_shape import PackedRowShape
 
 
 class FeedForwardActivations:
     """Bytes that the feed-forward part of one layer keeps for its backward pass, on one rank."""
 
-    def __init__(self, row: RowShape, spec: ModelSpec, parallel: ParallelConfig, imbalance: float) -> None:
+    def __init__(self, row: PackedRowShape, spec: ModelSpec, parallel: ParallelConfig, imbalance: float) -> None:
         self._row, self._spec, self._parallel, self._imbalance = row, spec, parallel, imbalance
 
     def dense(self, i: int) -> float:

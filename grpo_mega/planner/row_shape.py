@@ -8,7 +8,7 @@ from grpo_mega.planner.inputs import PlanInputs
 
 
 @dataclass(frozen=True)
-class RowShape:
+class PackedRowShape:
     """Tokens of one packed row on one rank, and the bytes of an element."""
 
     row_tokens: int
@@ -25,7 +25,7 @@ class RowShape:
     """True for the modules of a machine without CUDA, False for Transformer Engine's."""
 
     @classmethod
-    def from_inputs(cls, inputs: PlanInputs) -> RowShape:
+    def from_inputs(cls, inputs: PlanInputs) -> PackedRowShape:
         """Return the shape of a full row."""
         parallel, work = inputs.config.parallel, inputs.workload
         tokens = work.row_tokens / parallel.cp
