@@ -3,9 +3,8 @@
 Such a folder has `.metadata` (a pickle that maps each chunk of a tensor to a file), `metadata.json`, `common.pt` and
 `*.distcp` files, in which every chunk is one `torch.save`. This module reads byte ranges, so a slice costs its own
 bytes. torch's own reader (torch.distributed.checkpoint) loads whole chunks. Conversions would then exceed their memory
-limit, because one chunk can be as large as the largest tensor (docs/decisions/layout.md).
-The unpickler of `.metadata` accepts only the classes of this format, so no code in it is executed. Asserted by
-tests/e2e/test_convert_tools.py and test_convert_bad_input.py.
+limit: a chunk can be as large as the largest tensor (docs/decisions/layout.md). The unpickler of `.metadata` accepts
+only classes of this format, so no code in it runs. Asserted by tests/e2e/test_convert_tools.py, test_convert_bad_input.
 """
 
 from __future__ import annotations
