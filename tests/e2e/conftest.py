@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
-from tests.helpers.jobs import QUICKSTART, SMALL, train_well
+from tests.helpers.jobs import QUICKSTART, SMALL, train_successfully
 
 
 @pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The quickstart with a quarter of its prompts and steps; the base model is pre-trained if it is not cached."""
+    """Run the quickstart with a quarter of its prompts and steps; the base is pre-trained unless it is cached."""
     root = tmp_path_factory.mktemp("quickstart")
     arguments = (
         QUICKSTART,
@@ -19,7 +19,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "train.minibatches_per_epoch=4",
         f"run.dir={root / 'run'}",
     )
-    return Run(arguments, root / "run", train_well(*arguments, output=root / "first", timeout_seconds=420))
+    return Run(arguments, root / "run", train_successfully(*arguments, output=root / "first", timeout_seconds=420))
 
 
 REWARDS = "[{name: exact}, {name: tests.helpers.bad_rewards.crashes}, {name: tests.helpers.bad_rewards.sleeps}]"
@@ -27,7 +27,7 @@ REWARDS = "[{name: exact}, {name: tests.helpers.bad_rewards.crashes}, {name: tes
 
 @pytest.fixture(scope="session")
 def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """TP2 x PP2 and two engine replicas of two ranks; two of its three rewards fail for some prompts."""
+    """Run TP2 x PP2 with two engine replicas of two ranks; two of the three rewards fail for some prompts."""
     root = tmp_path_factory.mktemp("four_ranks")
     arguments = (
         *SMALL,
@@ -41,4 +41,4 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "reward.timeout_seconds=0.5",
         f"run.dir={root / 'run'}",
     )
-    return Run(arguments, root / "run", train_well(*arguments, output=root / "first"))
+    return Run(arguments, root / "run", train_successfully(*arguments, output=root / "first"))

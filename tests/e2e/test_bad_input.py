@@ -9,10 +9,10 @@ import pytest
 
 from tests.helpers.bad_rewards import FLOOR, fails_for
 from tests.helpers.finished_runs import Run
-from tests.helpers.jobs import QUICKSTART, Ended, read_lines, rollouts_of, train
+from tests.helpers.jobs import QUICKSTART, FinishedCommand, read_lines, rollouts_of, train
 
 
-def assert_rejected(ended: Ended, *words: str) -> None:
+def assert_rejected(ended: FinishedCommand, *words: str) -> None:
     assert ended.code == 2, ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout
     messages = [line for line in ended.stderr.splitlines() if any(word in line for word in words)]

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 671B by headers alone: every tensor mapped exactly once, counted from Megatron's real modules."""
+"""DeepSeek-V3 671B from its headers: every tensor is mapped exactly once, counted from Megatron's real modules."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("671b")
     write_headers(folder)
     yield folder
-    for path in folder.glob("*.safetensors"):  # they look like 689 GB
+    for path in folder.glob("*.safetensors"):  # sparse files with an apparent size of 689 GB
         path.unlink()
 
 
@@ -63,7 +63,7 @@ def test_a_tiny_model_is_mapped_exactly_once(tmp_path: Path) -> None:
     assert found["ranks"] == 4
 
 
-def held(name: str, rank: int, begin: int, rows: int, local_rows: int | None = None) -> tuple[int, HeldSlice]:
+def slices_of(name: str, rank: int, begin: int, rows: int, local_rows: int | None = None) -> tuple[int, HeldSlice]:
     view = torch.empty(rows if local_rows is None else local_rows, 3, device="meta")
     return rank, HeldSlice(TensorSlice(name, (begin, 0), (rows, 3)), (4, 3), view)
 
@@ -80,10 +80,10 @@ def held(name: str, rank: int, begin: int, rows: int, local_rows: int | None = N
         ([("a", 0, 0, 4, 3)], ["a[0:4, 0:3] is a region of shape (3, 3) of a parameter on rank 0"]),
     ],
 )
-def test_every_way_of_not_covering_a_tensor_once_is_a_fault(
+def test_gaps_overlaps_and_unknown_slices_of_a_tensor_are_reported(
     slices: list[tuple[str, int, int, int]], faults: list[str]
 ) -> None:
     from grpo_mega.policy.inspect.slice_mapping import faults_of_mapping
 
-    assert set(faults) <= set(found := faults_of_mapping({"a": (4, 3)}, [held(*each) for each in slices]))
+    assert set(faults) <= set(found := faults_of_mapping({"a": (4, 3)}, [slices_of(*each) for each in slices]))
     assert bool(found) == bool(faults)

@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
 
 
-def test_layouts_of_a_users_model_and_a_tolerance_that_no_layout_keeps(tmp_path: Path) -> None:
+def test_layouts_of_a_users_model_pass_and_a_too_small_tolerance_fails(tmp_path: Path) -> None:
     config = {
         "model": {"path": str(make_tiny_model(tmp_path / "model", "qwen2", vocab=40))},
         "data": {"train": "arithmetic:train", "template": "plain", "max_prompt_tokens": 32},

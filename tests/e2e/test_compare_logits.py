@@ -1,4 +1,4 @@
-"""tools/compare_logits.py: what it says of a model with experts in a layout of two ranks, and of wrong input."""
+"""tools/compare_logits.py: a model with experts on two ranks, quantized weights, and wrong input."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_every_family_has_the_logits_of_transformers(tmp_path: Path, family: str
 
 
 @pytest.mark.long
-def test_fp8_weights_are_compared_as_what_they_stand_for(model: Path, tmp_path: Path) -> None:
+def test_fp8_weights_are_compared_by_their_dequantized_values(model: Path, tmp_path: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
         tensors[name], tensors[name + block_fp8.SCALE_SUFFIX] = block_fp8.quantize(tensors[name])
@@ -69,14 +69,14 @@ def test_fp8_weights_are_compared_as_what_they_stand_for(model: Path, tmp_path: 
 
 
 @pytest.mark.long
-def test_mxfp4_experts_are_compared_as_what_they_stand_for(tmp_path: Path) -> None:
+def test_mxfp4_experts_are_compared_by_their_dequantized_values(tmp_path: Path) -> None:
     folder = make_published_mxfp4(tmp_path / "model", hidden_size=64, intermediate_size=96)
     done = compare(str(folder), "--layout", "tp=2,ep=2", "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected_message"),
     [
         (("MODEL", "--layout", "tp=3"), "parallel.tp=3 does not divide the 4 attention heads"),
         (("MODEL", "--layout", "ep=3"), "parallel.ep=3 does not divide the 8 experts"),
@@ -90,7 +90,7 @@ def test_mxfp4_experts_are_compared_as_what_they_stand_for(tmp_path: Path) -> No
     ],
 )
 def test_wrong_input_is_exit_code_2_and_one_line(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], expected_message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "empty").mkdir()
@@ -98,6 +98,6 @@ def test_wrong_input_is_exit_code_2_and_one_line(
     paths = {"MODEL": "model", "EMPTY": "empty", "EMPTY/none": "empty/none"}
     given = [str(tmp_path / paths[a]) if a in paths else a for a in arguments]
     assert main(given) == 2
-    told = capsys.readouterr().err
-    assert said in told
-    assert len(told.strip().splitlines()) == 1, told
+    stderr = capsys.readouterr().err
+    assert expected_message in stderr
+    assert len(stderr.strip().splitlines()) == 1, stderr

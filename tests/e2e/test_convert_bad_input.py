@@ -1,4 +1,4 @@
-"""Wrong input to the conversion tools: exit code 2, the tensor and both shapes, no traceback, nothing left."""
+"""Wrong input to the conversion tools: exit code 2, a message with tensor and shapes, no output folder."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.we
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`hf` in several files, and `megatron`."""
+    """Return a folder with the checkpoint `hf` in several files, and its conversion `megatron`."""
     root = tmp_path_factory.mktemp("sharded")
     make_tiny_model(root / "single", "llama", vocab=21)
     hf_to_megatron(root / "single", root / "megatron")
@@ -38,7 +38,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """A tool's command line in this process: what it would end with, and stderr. An exception is a traceback."""
+    """Run a tool's command line in this process; return its exit code and stderr. Other exceptions are raised."""
     threads = torch.get_num_threads()
 
     def run(tool: str, *arguments: object) -> tuple[int, str]:
@@ -112,7 +112,7 @@ def huge_header(folder: Path) -> None:
     place_of(folder, DOWN).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
 
 
-def make_a_folder_of_it(folder: Path) -> None:
+def replace_by_folder(folder: Path) -> None:
     path = place_of(folder, DOWN)
     path.unlink()
     path.mkdir()
@@ -140,7 +140,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"cannot be read \(a header of \d+ bytes\)",
     ),
     "header huge": (huge_header, r"cannot be read \(a header of 4611686018427387904 bytes\)"),
-    "shard is a folder": (make_a_folder_of_it, r"was not found; the index places model\.\S+ of shape \("),
+    "shard is a folder": (replace_by_folder, r"was not found; the index places model\.\S+ of shape \("),
     "config missing": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
     "config garbage": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), r"config\.json: not valid JSON"),
     "config list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
@@ -148,22 +148,20 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", DAMAGE)
-def test_a_damaged_folder_is_refused_with_what_is_wrong(
+def test_a_damaged_folder_is_rejected_with_the_reason(
     sharded: Path, tmp_path: Path, fault: str, run_tool: Callable[..., tuple[int, str]]
 ) -> None:
     shutil.copytree(sharded / "hf", tmp_path / "damaged")
     DAMAGE[fault][0](tmp_path / "damaged")
-    code, said = run_tool("hf_to_megatron.py", tmp_path / "damaged", tmp_path / "out")
+    code, stderr = run_tool("hf_to_megatron.py", tmp_path / "damaged", tmp_path / "out")
     assert code == 2
-    assert said.startswith("error: ")
-    assert said.count("\n") == 1
-    assert re.search(DAMAGE[fault][1], said), said
+    assert stderr.startswith("error: ")
+    assert stderr.count("\n") == 1
+    assert re.search(DAMAGE[fault][1], stderr), stderr
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_outputs_that_cannot_be_are_refused(
-    sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]]
-) -> None:
+def test_invalid_outputs_are_rejected(sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]]) -> None:
     hf, megatron = sharded / "hf", sharded / "megatron"
     before = sorted(sharded.rglob("*"))
     (tmp_path / "file").write_text("x")
@@ -173,40 +171,40 @@ def test_outputs_that_cannot_be_are_refused(
         tmp_path / "file": "exists and is not empty",
         tmp_path / "full": "exists and is not empty",
         tmp_path / "file" / "below": "Not a directory",
-        Path("/proc/nobody/writes/here"): "/proc/nobody",
+        Path("/proc/no_such_folder/out"): "/proc/no_such_folder",
         tmp_path / ("x" * 300): "File name too long",
     }.items():
         for tool, source in (("hf_to_megatron.py", hf), ("megatron_to_hf.py", megatron)):
-            code, said = run_tool(tool, source, out)
-            assert (code, rule in said) == (2, True), said
+            code, stderr = run_tool(tool, source, out)
+            assert (code, rule in stderr) == (2, True), stderr
     for tool, source in (("hf_to_megatron.py", hf), ("megatron_to_hf.py", megatron)):
         for out in (source, source / "deeper" / "out"):
-            code, said = run_tool(tool, source, out)
+            code, stderr = run_tool(tool, source, out)
             assert code == 2
-            assert "or inside it; name a folder elsewhere" in said
+            assert "or inside it; name a folder elsewhere" in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert sorted(sharded.rglob("*")) == before
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000])
 @pytest.mark.parametrize(("tool", "source"), [("hf_to_megatron.py", "hf"), ("megatron_to_hf.py", "megatron")])
-def test_a_full_disk_ends_with_2_and_nothing_at_the_output(
+def test_a_full_disk_ends_with_exit_code_2_and_no_output(
     sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], tool: str, source: str, limit: int
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        code, said = run_tool(tool, sharded / source, tmp_path / "out")
+        code, stderr = run_tool(tool, sharded / source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
-    assert "no space left for" in said
-    assert "of shape (" in said
+    assert "no space left for" in stderr
+    assert "of shape (" in stderr
     assert list(tmp_path.iterdir()) == []
 
 
 def fuzzed(data: bytes, rng: random.Random) -> bytes:
-    """Some bytes changed, cut or doubled."""
+    """Return the data with some bytes changed, removed or duplicated."""
     found = bytearray(data)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(found))
@@ -235,20 +233,20 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_no_damage_ends_in_a_traceback_or_a_half_result(
+def test_random_damage_never_gives_a_traceback_or_a_partial_result(
     sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], name: str
 ) -> None:
     rng, source = random.Random(name), name.split("/")[0]
     shutil.copytree(sharded / source, tmp_path / source)
     whole = (tmp_path / name).read_bytes()
-    head = 3000 if name.endswith((".safetensors", ".distcp")) else len(whole)  # numbers are anybody's
-    refused = 0
+    head = 3000 if name.endswith((".safetensors", ".distcp")) else len(whole)  # the rest is numbers
+    rejected = 0
     for _ in range(12):
         (tmp_path / name).write_bytes(fuzzed(whole[:head], rng) + whole[head:])
-        code, said = run_tool(FILES[name], tmp_path / source, tmp_path / "out")
-        assert code in (0, 2), said
+        code, stderr = run_tool(FILES[name], tmp_path / source, tmp_path / "out")
+        assert code in (0, 2), stderr
         assert (tmp_path / "out").exists() == (code == 0)
         assert not (tmp_path / "out.partial").exists()
-        refused += code == 2
+        rejected += code == 2
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert refused >= 3
+    assert rejected >= 3

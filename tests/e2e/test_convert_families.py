@@ -1,4 +1,4 @@
-"""Every family through Megatron's format and back, bit for bit: bf16, FP8 blocks, multi-token-prediction layers."""
+"""Every family is converted to Megatron's format and back bit for bit, with FP8 blocks and multi-token prediction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.helpers.family_checkpoints import make_published
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 from tests.helpers.tiny_models import make_family_model
 
-# tp, pp, ep; and what makes Megatron's own group-limited router (topk // group_topk best experts) that of the family
+# tp, pp, ep; and the config with which Megatron's group-limited router (topk // group_topk best experts) equals the
+# router of the family
 STOCK = {
     "llama": (2, 2, 1, {}),
     "qwen2": (1, 2, 1, {}),
@@ -34,7 +35,7 @@ STOCK = {
 
 
 def digests_of(folder: Path) -> dict[str, str]:
-    """From the tensors themselves, FP8 as the values that it stands for."""
+    """Return the digests of the tensors; FP8 weights are dequantized first."""
     tensors, found = stored(folder), {}
     for name, tensor in tensors.items():
         scales = tensors.get(name + block_fp8.SCALE_SUFFIX)
@@ -46,7 +47,7 @@ def digests_of(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_every_family_comes_back_bit_for_bit_with_the_same_digests(
+def test_every_family_is_restored_bit_for_bit_with_the_same_digests(
     tmp_path: Path, family: str, quantized: bool
 ) -> None:
     sizes = {"intermediate_size": 200, "moe_intermediate_size": 136} if quantized else {}
@@ -74,7 +75,7 @@ def test_a_stock_megatron_loads_every_family_at_another_layout(tmp_path: Path, f
     assert_same_tensors(tmp_path / "back", hf)
 
 
-def test_what_a_run_never_had_is_what_it_is_in_the_base(tmp_path: Path) -> None:
+def test_tensors_that_a_run_does_not_train_are_copied_from_the_base(tmp_path: Path) -> None:
     hf = make_published(tmp_path / "hf", "glm4_moe", quantized=True)
     mtp = re.compile(r"model\.layers\.2\.")
     without = tmp_path / "without"
@@ -88,7 +89,7 @@ def test_what_a_run_never_had_is_what_it_is_in_the_base(tmp_path: Path) -> None:
     assert_same_tensors(tmp_path / "alone", without)
 
 
-def test_half_a_multi_token_prediction_layer_is_refused(tmp_path: Path) -> None:
+def test_an_incomplete_multi_token_prediction_layer_is_rejected(tmp_path: Path) -> None:
     hf = make_published(tmp_path / "hf", "deepseek_v3")
     tensors = load_file(hf / "model.safetensors")
     del tensors["model.layers.2.mlp.experts.3.up_proj.weight"]
@@ -98,7 +99,7 @@ def test_half_a_multi_token_prediction_layer_is_refused(tmp_path: Path) -> None:
         hf_to_megatron(hf, tmp_path / "megatron")
 
 
-def test_the_correction_bias_stays_float32_whatever_the_dtype_asked_for(tmp_path: Path) -> None:
+def test_the_correction_bias_stays_float32_for_every_requested_dtype(tmp_path: Path) -> None:
     hf = make_published(tmp_path / "hf", "deepseek_v3")
     hf_to_megatron(hf, tmp_path / "megatron", dtype="fp16")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype="bf16")

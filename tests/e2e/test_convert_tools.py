@@ -1,4 +1,4 @@
-"""Conversion both ways: bit-equal, standard, resumable; and what wrong input says."""
+"""Conversion in both directions is bit-equal, readable by stock Megatron, and resumable; wrong input is rejected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODELS: dict[str, tuple[Any, bool]] = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NAME/hf and NAME/megatron of every model."""
+    """Return a folder with NAME/hf and NAME/megatron of every model."""
     root = tmp_path_factory.mktemp("convert")
     for seed, (name, (family, tie)) in enumerate(MODELS.items()):
         make_tiny_model(root / name / "hf", family, tie, VOCAB, seed)
@@ -52,9 +52,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_and_back_is_bit_equal_with_index_digests_and_side_files(
-    folders: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_round_trip_is_bit_equal_with_index_digests_and_other_files(folders: Path, tmp_path: Path, name: str) -> None:
     hf = folders / name / "hf"
     megatron_to_hf(folders / name / "megatron", tmp_path / "back", shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
@@ -71,7 +69,7 @@ def test_there_and_back_is_bit_equal_with_index_digests_and_side_files(
 
 
 @pytest.mark.parametrize(("name", "tp", "pp"), [("qwen3", 2, 1), ("qwen2-tied", 1, 2)])
-def test_a_stock_megatron_loads_it_at_another_layout_and_what_it_saves_converts_back(
+def test_a_stock_megatron_loads_it_at_another_layout_and_its_checkpoint_converts_back(
     folders: Path, tmp_path: Path, name: str, tp: int, pp: int
 ) -> None:
     config = folders / name / "hf" / "config.json"
@@ -81,7 +79,7 @@ def test_a_stock_megatron_loads_it_at_another_layout_and_what_it_saves_converts_
     assert_same_tensors(tmp_path / "back", folders / name / "hf")
 
 
-def test_weights_that_only_a_stock_megatron_ever_had_convert(folders: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_created_by_a_stock_megatron_converts(folders: Path, tmp_path: Path) -> None:
     config = folders / "llama" / "hf" / "config.json"
     wanted = run_stock("save", config, tmp_path / "stock", tmp_path / "logits", 2, 1)
     megatron_to_hf(tmp_path / "stock", tmp_path / "hf", base=folders / "llama" / "hf")
@@ -98,7 +96,7 @@ def test_the_checkpoint_has_the_files_and_arguments_that_megatron_lm_expects(fol
     assert (args.untie_embeddings_and_output_weights, args.swiglu, args.normalization) == (True, True, "RMSNorm")
 
 
-def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
+def test_fp8_is_restored_bit_for_bit_and_can_be_read_as_bf16(tmp_path: Path) -> None:
     hf = make_tiny_model(tmp_path / "hf", "llama", vocab=VOCAB, intermediate_size=200)
     tensors, generator = {}, torch.Generator().manual_seed(0)
     for name, tensor in stored(hf).items():
@@ -123,7 +121,7 @@ def test_fp8_comes_back_bit_for_bit_and_reads_as_bf16(tmp_path: Path) -> None:
     assert len(texts) == 1
 
 
-def test_mxfp4_experts_become_the_bf16_that_they_stand_for(tmp_path: Path) -> None:
+def test_mxfp4_experts_become_their_dequantized_bf16_values(tmp_path: Path) -> None:
     hf = make_published_mxfp4(tmp_path / "hf", hidden_size=64, intermediate_size=96)
     tensors = stored(hf)
     packed = {n.removesuffix("_blocks"): n for n in tensors if n.endswith("_blocks")}
@@ -140,7 +138,7 @@ def test_mxfp4_experts_become_the_bf16_that_they_stand_for(tmp_path: Path) -> No
 
 
 def die_after(num_reads: int, hf: Path, out: Path) -> None:
-    """A conversion that ends as by kill -9."""
+    """Run a conversion that exits abruptly after `num_reads` reads, as after kill -9."""
     read, left = HfFiles.read_into, iter(range(num_reads))
 
     def counted(self: HfFiles, box: TensorSlice, values: Tensor) -> None:
@@ -153,7 +151,7 @@ def die_after(num_reads: int, hf: Path, out: Path) -> None:
 
 
 def killed(work: Callable[..., object], *arguments: object, after: float | None = None) -> bool:
-    """Whether SIGKILL came before the end; without `after`, `work` ends itself."""
+    """Run `work` in a process and kill it after `after` seconds, if given; return True if it did not finish."""
     child = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     child.start()
     child.join(after)
@@ -162,7 +160,7 @@ def killed(work: Callable[..., object], *arguments: object, after: float | None 
     return child.exitcode != 0
 
 
-def test_a_killed_conversion_continues_and_keeps_only_what_is_whole(folders: Path, tmp_path: Path) -> None:
+def test_a_killed_conversion_continues_and_keeps_only_complete_files(folders: Path, tmp_path: Path) -> None:
     hf, out = folders / "llama" / "hf", tmp_path / "out"
     assert killed(die_after, 20, hf, out)
     assert not out.exists()
@@ -171,7 +169,7 @@ def test_a_killed_conversion_continues_and_keeps_only_what_is_whole(folders: Pat
     damaged = complete[1:3]
     for path, position in zip(damaged, (path.stat().st_size // 2 for path in damaged), strict=True):
         data = bytearray(path.read_bytes())
-        data[position if path is damaged[0] else 5] ^= 1  # a number, and what is around the numbers
+        data[position if path is damaged[0] else 5] ^= 1  # a byte of a value, and bytes between the values
         path.write_bytes(data)
     report = hf_to_megatron(hf, out, file_bytes=60_000)
     kept = {f"release/{path.name}" for path in complete} - {f"release/{path.name}" for path in damaged}
@@ -196,7 +194,9 @@ def slowly(convert: Callable[..., object], *arguments: Path, **options: int) -> 
 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
-def test_killed_at_any_moments_it_ends_with_the_same_bytes(folders: Path, tmp_path: Path, direction: str) -> None:
+def test_a_conversion_killed_at_random_moments_ends_with_the_same_bytes(
+    folders: Path, tmp_path: Path, direction: str
+) -> None:
     llama = folders / "llama"
     convert: Callable[..., object] = hf_to_megatron if direction == "to_megatron" else megatron_to_hf
     source = llama / ("hf" if direction == "to_megatron" else "megatron")
@@ -214,13 +214,13 @@ def test_killed_at_any_moments_it_ends_with_the_same_bytes(folders: Path, tmp_pa
     assert_same_files(tmp_path / "out", tmp_path / "wanted")
 
 
-def test_what_was_begun_for_another_input_is_not_continued(folders: Path, tmp_path: Path) -> None:
+def test_an_unfinished_conversion_of_another_input_is_not_continued(folders: Path, tmp_path: Path) -> None:
     assert killed(die_after, 20, folders / "llama" / "hf", tmp_path / "out")
     report = hf_to_megatron(folders / "qwen3" / "hf", tmp_path / "out", file_bytes=60_000)
     assert len(report.redone) == report.num_files
 
 
-def test_a_full_disk_names_the_tensor_and_leaves_nothing(folders: Path, tmp_path: Path) -> None:
+def test_a_full_disk_names_the_tensor_and_leaves_no_output(folders: Path, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -234,7 +234,7 @@ def test_a_full_disk_names_the_tensor_and_leaves_nothing(folders: Path, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_without_room_is_found_before_anything_is_written(
+def test_too_little_disk_space_is_found_before_anything_is_written(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -244,7 +244,7 @@ def test_a_disk_without_room_is_found_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-class Evil:
+class MaliciousPickle:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.system, ("touch executed",)
 
@@ -326,13 +326,16 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         rf"{FC2} of shape \(2, 128, 96\) has two parts at \(0, 0, 0\), of shape \(1, 128, 96\)",
     ),
     "left over": (lambda f: change_metadata(f, renamed(NORM)), r"holds decoder.extra.weight of shape \(128,\)"),
-    "pickle": (lambda f: change_metadata(f, lambda _: Evil()), r"contains posix.system, which is not part of"),
+    "pickle": (
+        lambda f: change_metadata(f, lambda _: MaliciousPickle()),
+        r"contains posix.system, which is not part of",
+    ),
     "garbage": (lambda f: (f / ".metadata").write_bytes(b"x"), r"\.metadata: cannot be read"),
 }
 
 
 @pytest.mark.parametrize("fault", DAMAGE)
-def test_a_damaged_megatron_checkpoint_is_refused_with_what_is_wrong(
+def test_a_damaged_megatron_checkpoint_is_rejected_with_the_reason(
     folders: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -343,7 +346,7 @@ def test_a_damaged_megatron_checkpoint_is_refused_with_what_is_wrong(
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_bytes_that_are_no_saved_tensor_are_refused(folders: Path, tmp_path: Path) -> None:
+def test_bytes_that_are_not_a_saved_tensor_are_rejected(folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "llama" / "megatron", tmp_path / "damaged")
     path = tmp_path / "damaged" / "release" / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
@@ -352,7 +355,7 @@ def test_bytes_that_are_no_saved_tensor_are_refused(folders: Path, tmp_path: Pat
     assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_an_output_folder_that_holds_something_is_left_alone(folders: Path, tmp_path: Path) -> None:
+def test_an_output_folder_with_content_is_not_changed(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(UserError, match="exists and is not empty"):
         hf_to_megatron(folders / "llama" / "hf", tmp_path)
@@ -364,15 +367,15 @@ def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_tools_end_with_the_exit_codes_of_their_help(folders: Path, tmp_path: Path) -> None:
+def test_the_tools_return_the_exit_codes_of_their_help(folders: Path, tmp_path: Path) -> None:
     hf = folders / "qwen3" / "hf"
     done = run_tool("hf_to_megatron.py", hf, tmp_path / "megatron", "--json", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["tensors"] == len(stored(hf))
     assert run_tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--dtype", "fp32").returncode == 0
-    told = run_tool("compare_checkpoints.py", hf, tmp_path / "megatron", "--json")
-    summary = json.loads(told.stdout.splitlines()[-1])
-    assert told.returncode == 1, told.stderr
+    finished = run_tool("compare_checkpoints.py", hf, tmp_path / "megatron", "--json")
+    summary = json.loads(finished.stdout.splitlines()[-1])
+    assert finished.returncode == 1, finished.stderr
     assert 0 < summary["max_abs_difference"] < 0.01
     assert {each["verdict"] for each in summary["different"]} == {"dtype"}
     wrong = run_tool("hf_to_megatron.py", tmp_path, tmp_path / "out")
@@ -381,7 +384,7 @@ def test_the_tools_end_with_the_exit_codes_of_their_help(folders: Path, tmp_path
     assert "Traceback" not in wrong.stderr
 
 
-def test_comparison_names_what_differs_across_formats(folders: Path, tmp_path: Path) -> None:
+def test_a_comparison_across_formats_names_the_differences(folders: Path, tmp_path: Path) -> None:
     hf = tmp_path / "changed"
     shutil.copytree(folders / "llama" / "hf", hf)
     tensors = stored(hf)
@@ -403,7 +406,7 @@ def test_comparison_names_what_differs_across_formats(folders: Path, tmp_path: P
     assert {c.verdict for c in same} == {"equal"}
 
 
-def test_a_negative_zero_is_another_value(tmp_path: Path) -> None:
+def test_a_negative_zero_differs_from_zero(tmp_path: Path) -> None:
     for name, value in (("a", 0.0), ("b", -0.0)):
         (tmp_path / name).mkdir()
         save_file({"x": torch.tensor([value])}, tmp_path / name / "model.safetensors")

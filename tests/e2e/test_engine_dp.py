@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.family_configs import raw_family_config
-from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_successfully
 from tests.helpers.tiny_models import make_family_model
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(model: Path, folder: Path, *keys: str) -> list[dict[str, Any]]:
-    train_well(*KEYS, f"model.path={model}", f"run.dir={folder}", *keys, output=folder.with_suffix(".log"))
+    train_successfully(*KEYS, f"model.path={model}", f"run.dir={folder}", *keys, output=folder.with_suffix(".log"))
     assert read_json(folder / "summary.json")["status"] == "done"
     return read_lines(folder / "metrics.jsonl")
 
@@ -89,7 +89,7 @@ def test_a_late_reply_of_an_environment_does_not_change_the_rollouts(model: Path
     ],
 )
 def test_an_expert_parallel_policy_learns(model: Path, tmp_path: Path, engine: tuple[str, ...]) -> None:
-    """The reward is the share of digits, which are half of the characters."""
+    """Train with the fraction of digits as reward; half of the characters are digits."""
     keys = ("run.world_size=2", "parallel.ep=2", *engine, "train.steps=12", "data.prompts_per_step=16")
     lines = run(model, tmp_path / "learns", *keys, "sampling.group_size=8", "sampling.prompts_per_wave=16")
     assert lines[0]["reward/mean"] < 0.65

@@ -1,4 +1,4 @@
-"""tools/evaluate.py gives the numbers of the run's own evaluation for every form of its last weights."""
+"""tools/evaluate.py gives the numbers of the run's own evaluation for each format of its last weights."""
 
 from __future__ import annotations
 

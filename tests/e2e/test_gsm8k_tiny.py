@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import read_json, read_lines, train, train_well
+from tests.helpers.jobs import read_json, read_lines, train, train_successfully
 
 CONFIG = "configs/gsm8k-tiny.yaml"
 
@@ -15,9 +15,9 @@ CONFIG = "configs/gsm8k-tiny.yaml"
 @pytest.mark.long
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Path, seed: int) -> None:
-    """Mean of the last three steps against the first three; the base is pre-trained if it is not cached."""
+    """Compare the mean of the last three steps with the first three; the base is pre-trained unless it is cached."""
     arguments = (CONFIG, f"data.train={gsm8k_dir / 'train.jsonl'}", f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
-    train_well(*arguments, output=tmp_path / "log", timeout_seconds=580)
+    train_successfully(*arguments, output=tmp_path / "log", timeout_seconds=580)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     rewards = [line["reward/component/format"] for line in lines]
     assert len(rewards) == 10
@@ -25,7 +25,7 @@ def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Pa
     assert max(line["train/mismatch_max"] for line in lines) <= 1e-4
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["status"] == "done"
-    assert summary["eval_before"] is None  # the config holds nothing out
+    assert summary["eval_before"] is None  # the config has no held-out split
     assert summary["eval_after"] is None
 
 

@@ -74,7 +74,7 @@ def run_blocks(guide: str, checkout: Path, limit_seconds: float) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_reader_of_the_first_guide_gets_what_it_promises(tmp_path: Path) -> None:
+def test_the_commands_of_the_first_guide_give_the_described_results(tmp_path: Path) -> None:
     checkout = copy_of_the_checkout(tmp_path / "checkout")
     run_blocks("first-run.md", checkout, limit_seconds=1200)
     summary = read_json(checkout / "runs" / "quickstart" / "summary.json")
@@ -85,14 +85,14 @@ def test_a_reader_of_the_first_guide_gets_what_it_promises(tmp_path: Path) -> No
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_a_reader_of_the_guide_to_checkpoints_continues_and_converts(tmp_path: Path) -> None:
+def test_the_commands_of_the_checkpoint_guide_continue_and_convert_a_run(tmp_path: Path) -> None:
     checkout = copy_of_the_checkout(tmp_path / "checkout")
     run_blocks("checkpoints.md", checkout, limit_seconds=600)
     assert read_json(checkout / "runs" / "demo" / "summary.json")["steps"] == 6
 
 
 def test_the_guide_to_a_new_family_gives_a_family_whose_logits_equal_transformers(tmp_path: Path) -> None:
-    """A copy of the package with the two additions of docs/guides/family.md, and its first command."""
+    """Run the first command of docs/guides/family.md in a copy of the package with the two additions of the guide."""
     package = tmp_path / "grpo_mega"
     shutil.copytree(REPOSITORY / "grpo_mega", package, ignore=shutil.ignore_patterns("__pycache__"))
     added = python_blocks("guides/family.md")

@@ -1,4 +1,4 @@
-"""Other layouts than one rank, through the command."""
+"""Runs on several ranks, started by the command."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import psutil
 import pytest
 
 from tests.helpers.finished_runs import Run
-from tests.helpers.jobs import QUICKSTART, read_json, read_lines, rollouts_of, started, train_well
+from tests.helpers.jobs import QUICKSTART, read_json, read_lines, rollouts_of, started, train_successfully
 
 GIB = 1 << 30
 
 
-def test_four_ranks_finish_and_say_their_layout(four_ranks: Run) -> None:
+def test_four_ranks_finish_and_print_their_layout(four_ranks: Run) -> None:
     summary = read_json(four_ranks.folder / "summary.json")
     assert summary["status"] == "done"
     assert summary["steps"] == 2
@@ -37,7 +37,7 @@ def test_two_replicas_share_the_prompts_and_their_tokens_add_up(four_ranks: Run)
         assert line["train/mismatch_max"] <= 1e-4
 
 
-def test_before_the_first_update_the_policy_is_its_reference_and_no_ratio_moves(four_ranks: Run) -> None:
+def test_before_the_first_update_the_policy_equals_its_reference_and_every_ratio_is_1(four_ranks: Run) -> None:
     first, second = read_lines(four_ranks.folder / "metrics.jsonl")
     assert first["train/updates"] == 1
     assert first["train/kl"] == 0.0
@@ -70,7 +70,7 @@ def test_eight_ranks_of_the_quickstart_stay_below_18_gib_together(tmp_path: Path
 
 
 def _memory_bytes(process: psutil.Popen) -> int:
-    """Of the whole tree, a page that several share counted once (PSS)."""
+    """Return the memory of the process tree; pages that several processes share are counted once (PSS)."""
     total = 0
     for member in (process, *process.children(recursive=True)):
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -79,10 +79,10 @@ def _memory_bytes(process: psutil.Popen) -> int:
 
 
 @pytest.mark.long
-def test_bf16_learns_too(tmp_path: Path) -> None:
-    """Its rounding is coarse, so the sampler differs from the policy, but not by much."""
+def test_a_bf16_run_learns(tmp_path: Path) -> None:
+    """Train in bf16; rounding makes the sampler differ from the policy, within a tolerance."""
     arguments = (QUICKSTART, "precision.dtype=bf16", "train.steps=10", f"run.dir={tmp_path / 'run'}")
-    train_well(*arguments, output=tmp_path / "log", timeout_seconds=500)
+    train_successfully(*arguments, output=tmp_path / "log", timeout_seconds=500)
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["eval_after"]["accuracy"] >= summary["eval_before"]["accuracy"] + 0.15
     worst = max(line["train/mismatch_max"] for line in read_lines(tmp_path / "run" / "metrics.jsonl"))

@@ -1,6 +1,6 @@
 """Several machines without Slurm: agents start in any order, a wrong address is named, and one failure ends all.
 
-This machine plays both machines. In the short tier the ranks are stubs (tests/helpers/stub_checkout.py); in the long
+Both agents run on this machine. In the short tier the ranks are stubs (tests/helpers/stub_checkout.py); in the long
 tier they train, started by `launch/train.sh` and by torchrun.
 """
 
@@ -148,7 +148,7 @@ def test_two_torchrun_agents_started_a_minute_apart_train_together(tmp_path: Pat
 
 @pytest.mark.long
 def test_ranks_without_agents_name_a_wrong_master_addr(tmp_path: Path) -> None:
-    """Started as by srun with one task per rank."""
+    """Start the ranks as srun does with one task per rank."""
     command = (sys.executable, "-m", "grpo_mega.train", *TRAIN, "guard.timeout_seconds=5", f"run.dir={tmp_path}/run")
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
     with agents([command], REPOSITORY, tmp_path, [{**env, "PYTHONPATH": str(REPOSITORY)}], apart=0) as (alone,):

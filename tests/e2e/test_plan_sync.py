@@ -1,4 +1,4 @@
-"""tools/plan_sync.py: a reproducible plan from config files alone; invalid input ends with one message."""
+"""tools/plan_sync.py: a reproducible plan from config files; invalid input ends with one message."""
 
 from __future__ import annotations
 

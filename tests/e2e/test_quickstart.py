@@ -1,6 +1,7 @@
-"""The quickstart through its command: what it gains, what it leaves behind, and what the same command does next.
+"""The quickstart, started by its command: its accuracy, its run folder, and a second start of the same command.
 
-The oracles are apart from the code under test: log-probs and greedy answers by transformers, advantages by statistics.
+The oracles are independent of the code under test: transformers for log-probs and greedy answers, statistics
+for advantages.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def test_sampler_and_policy_agree_to_1e_4_in_every_step(lines: list[dict[str, An
     assert max(line["train/mismatch_max"] for line in lines) <= 1e-4
 
 
-def test_rollout_rows_are_what_the_metrics_say(quickstart: Run, lines: list[dict[str, Any]]) -> None:
+def test_rollout_rows_match_the_metrics(quickstart: Run, lines: list[dict[str, Any]]) -> None:
     seen: set[str] = set()
     for line in lines:
         rows = rollouts_of(quickstart.folder, line["step"])
@@ -160,7 +161,9 @@ def test_the_export_is_the_final_policy_and_gives_the_same_answers_in_transforme
         sampled = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=MAX_TOKENS)
         texts = tokenizer.batch_decode(sampled[:, ids.shape[1] :], skip_special_tokens=True)
         right += sum(text == answer(pair) for text, pair in zip(texts, same_length, strict=True))
-    assert abs(right - 300 * summary["eval_after"]["greedy_accuracy"]) <= 1.01  # two equal logits may fall either way
+    assert (
+        abs(right - 300 * summary["eval_after"]["greedy_accuracy"]) <= 1.01
+    )  # either of two equal logits may be chosen
 
 
 def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines: list[dict[str, Any]]) -> None:

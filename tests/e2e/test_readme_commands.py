@@ -81,7 +81,7 @@ def test_every_training_command_passes_all_checks_that_come_before_the_start(
     stub.write_text(json.dumps({"question": "What is 3 + 4?", "answer": "3 + 4 = <<3+4=7>>7\n#### 7"}) + "\n")
     arguments = [a.replace("FILE.jsonl", str(stub)) for a in train_arguments(command)]
     config = arguments.pop(0) if arguments and "=" not in arguments[0] else "configs/quickstart.yaml"
-    own_folder = f"run.dir={tmp_path / 'run'}"  # a reader may have a run of another config in the default one
+    own_folder = f"run.dir={tmp_path / 'run'}"  # the default run folder may contain a run of another config
     prepared = prepare(load_config(Path(config), [*arguments, own_folder]))
     assert len(prepared.train_prompts) > 0
     for override in arguments:
@@ -95,11 +95,11 @@ def test_every_training_command_passes_all_checks_that_come_before_the_start(
 def scripts() -> list[str]:
     named = {shlex.split(command)[0] for command in commands()} | {path for _, path in named_paths()}
     there = [name for name in named if name.startswith(("launch/", "tools/")) and (REPOSITORY / name).is_file()]
-    return sorted(name for name in there if name != "launch/env.sh")  # that one is sourced
+    return sorted(name for name in there if name != "launch/env.sh")  # this file is sourced
 
 
 @pytest.mark.parametrize("script", scripts())
-def test_every_script_that_a_guide_names_explains_itself(script: str) -> None:
+def test_every_script_that_a_guide_names_prints_its_help(script: str) -> None:
     command = [sys.executable, script] if script.endswith(".py") else [script]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     shown = subprocess.run(
@@ -111,8 +111,8 @@ def test_every_script_that_a_guide_names_explains_itself(script: str) -> None:
     assert Path(script).name in shown.stdout + shown.stderr
 
 
-def test_the_command_that_scores_a_file_scores_it(tmp_path: Path) -> None:
-    """Run as docs/rewards.md has it."""
+def test_the_score_command_writes_rewards(tmp_path: Path) -> None:
+    """Run the command of docs/rewards.md."""
     (command,) = [c for c in commands() if c.startswith("tools/score.py")]
     row = {"prompt": "1+1?", "completion": "so it is 2\n#### 2", "answer": "1+1=2\n#### 2"}
     (tmp_path / "completions.jsonl").write_text(json.dumps(row) + "\n")
@@ -131,8 +131,8 @@ def test_the_command_that_scores_a_file_scores_it(tmp_path: Path) -> None:
     assert json.loads(scored.stdout.splitlines()[0])["reward"] == 1.0
 
 
-def test_the_conversion_commands_convert_there_and_back(tmp_path: Path) -> None:
-    """Run as docs/convert.md and README.md have them, in this order. Those of a run are in test_guides.py."""
+def test_the_conversion_commands_convert_in_both_directions(tmp_path: Path) -> None:
+    """Run the commands of docs/convert.md and README.md in this order; test_guides.py has those that convert a run."""
     make_tiny_model(tmp_path / "HF_DIR", "llama")
     ran = []
     for tool in ("hf_to_megatron", "megatron_to_hf", "compare_checkpoints"):

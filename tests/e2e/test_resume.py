@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.helpers.engine_contract import sglang_here
-from tests.helpers.jobs import SMALL, kill, read_json, read_lines, started, train_well, without_times
+from tests.helpers.jobs import SMALL, kill, read_json, read_lines, started, train_successfully, without_times
 
 STEPS = 4
 ARGUMENTS = (
@@ -28,9 +28,9 @@ ARGUMENTS = (
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two data-parallel ranks with an engine each."""
+    """Run two data-parallel ranks with one engine each."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    train_well(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
+    train_successfully(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
     return root / "run"
 
 
@@ -64,7 +64,7 @@ def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[s
     assert [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
 
 
-def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
+def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_run(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -76,27 +76,29 @@ def test_a_run_killed_in_its_third_step_and_continued_is_the_uninterrupted_run(
     (run / "checkpoints" / "step_000003.tmp").mkdir(exist_ok=True)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
-    train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
+    train_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     is_the_same_run(run, uninterrupted)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
-    assert continued["train/grad_norm"] > 0  # the comparison is not of zeros
+    assert continued["train/grad_norm"] > 0  # the compared values are not all zero
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1600)  # three starts of an engine of four processes
 @sglang_here
-def test_a_run_with_sglang_killed_and_continued_is_the_uninterrupted_run_and_leaves_no_process(tmp_path: Path) -> None:
+def test_a_killed_and_continued_run_with_sglang_equals_the_uninterrupted_run_and_leaves_no_process(
+    tmp_path: Path,
+) -> None:
     """One engine serves both ranks; its processes must exit although they are not children of the killed rank."""
     arguments = (*ARGUMENTS, "engine.kind=sglang", "engine.tp=2")
     expected, run = tmp_path / "expected", tmp_path / "run"
-    train_well(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
+    train_successfully(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
     kill_when_complete(run, 2, tmp_path / "first", arguments)
-    train_well(*arguments, f"run.dir={run}", output=tmp_path / "second", timeout_seconds=500)
+    train_successfully(*arguments, f"run.dir={run}", output=tmp_path / "second", timeout_seconds=500)
     is_the_same_run(run, expected)
 
 
 @pytest.mark.long
-def test_a_stop_request_ends_the_run_after_its_step_and_the_continued_run_is_the_uninterrupted_run(
+def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -113,16 +115,16 @@ def test_a_stop_request_ends_the_run_after_its_step_and_the_continued_run_is_the
     assert "stopped after step 1; its checkpoint is complete" in output
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
-    train_well(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
+    train_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     is_the_same_run(run, uninterrupted)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
-def test_a_run_killed_at_random_moments_until_it_ends_is_the_uninterrupted_run(
+def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupted_run(
     uninterrupted: Path, tmp_path: Path, seed: int
 ) -> None:
-    """Each attempt gets a little more time than the one before, so that the run ends."""
+    """Kill and continue a run; each attempt gets more time than the one before, so that the run ends."""
     rng = random.Random(seed)
     run, limit = tmp_path / "run", 10.0
     kills = 0

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.family_configs import raw_family_config
-from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_well
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_successfully
 from tests.helpers.tiny_models import make_family_model
 
 STEPS = 2
@@ -34,7 +34,7 @@ def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> lis
         f"algorithm.routing_replay={str(replay).lower()}",
         f"run.dir={folder}",
     ]
-    train_well(*keys, output=folder.with_suffix(".log"), timeout_seconds=500)
+    train_successfully(*keys, output=folder.with_suffix(".log"), timeout_seconds=500)
     assert read_json(folder / "summary.json")["status"] == "done"
     return read_lines(folder / "metrics.jsonl")
 
@@ -60,18 +60,20 @@ def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> lis
 def test_with_the_engines_experts_the_policy_is_closer_to_the_sampler(tmp_path: Path, layout: tuple[str, ...]) -> None:
     config = ALL_EXPERTS if SGLANG in layout else CONFIG
     model = make_family_model(tmp_path / "moe", config, router_scale=0.05)
-    own, told = (run(model, tmp_path / name, replay, layout) for name, replay in (("own", False), ("told", True)))
-    first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("own", "told")]
+    plain_runs, replay_runs = (
+        run(model, tmp_path / name, replay, layout) for name, replay in (("plain", False), ("replay", True))
+    )
+    first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("plain", "replay")]
     assert first[0] == first[1]  # the tokens are equal; only the policy's routing differs
-    for plain, replayed in zip(own, told, strict=True):
+    for plain, replayed in zip(plain_runs, replay_runs, strict=True):
         assert replayed["train/mismatch_kl"] < 0.6 * plain["train/mismatch_kl"]
         assert replayed["train/unreplayed_fraction"] == 0.0
         assert replayed["train/grad_norm"] > 0
         assert "train/unreplayed_fraction" not in plain
-    assert not list((tmp_path / "own" / "rollouts").glob("*.npz"))
+    assert not list((tmp_path / "plain" / "rollouts").glob("*.npz"))
     for step in range(1, STEPS + 1):
-        rows = rollouts_of(tmp_path / "told", step)
-        with np.load(tmp_path / "told" / "rollouts" / f"step_{step:06d}.experts.npz") as found:
+        rows = rollouts_of(tmp_path / "replay", step)
+        with np.load(tmp_path / "replay" / "rollouts" / f"step_{step:06d}.experts.npz") as found:
             lengths = [len(row["prompt_ids"]) + len(row["completion_ids"]) - 1 for row in rows]
             assert found["num_tokens"].tolist() == lengths
             assert found["choices"].shape == (sum(lengths), 3, 4)

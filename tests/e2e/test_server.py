@@ -1,4 +1,4 @@
-"""A job with an engine server, started as a user does: its rollouts and accuracy, and the loss of either side."""
+"""A job with an engine server, started as a user does: its rollouts and accuracy, and the failure of job or server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers.jobs import (
     rollouts_of,
     started,
     train,
-    train_well,
+    train_successfully,
     without_times,
 )
 from tests.helpers.servers import Serving, serving
@@ -36,7 +36,7 @@ LIMIT = "guard.timeout_seconds=60"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    """A server for the quickstart, which serves one job after the other."""
+    """Start a server for the quickstart, which serves one job after the other."""
     with serving([QUICKSTART, LIMIT], tmp_path_factory.mktemp("server") / "log", seconds=400.0) as found:
         yield found
 
@@ -47,7 +47,9 @@ def at(server: Serving) -> tuple[str, ...]:
 
 def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: Serving, tmp_path: Path) -> None:
     for name, more in (("here", (LIMIT,)), ("there", at(server)), ("again", at(server))):
-        train_well(*SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
+        train_successfully(
+            *SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log"
+        )
     here, there, again = (read_json(tmp_path / name / "summary.json") for name in ("here", "there", "again"))
     assert here["policy_digest"] == there["policy_digest"] == again["policy_digest"]
     for step in (1, 2, 3):
@@ -61,11 +63,11 @@ def test_two_ranks_share_a_server_and_an_environment_answers(tmp_path: Path) -> 
     with serving(arguments, tmp_path / "server", seconds=600.0) as server:
         for name, more in (("here", ("engine.tp=1",)), ("there", at(server))):
             keys = ("train.steps=2", "checkpoint.export_hf=false", f"run.dir={tmp_path / name}")
-            train_well(*arguments, *more, *keys, output=tmp_path / f"{name}.log", timeout_seconds=600)
+            train_successfully(*arguments, *more, *keys, output=tmp_path / f"{name}.log", timeout_seconds=600)
         for step in (1, 2):
             assert rollouts_of(tmp_path / "here", step) == rollouts_of(tmp_path / "there", step)
         two = ("run.world_size=2", "parallel.tp=2", "train.steps=2", f"run.dir={tmp_path / 'two'}")
-        train_well(*arguments, *at(server), *two, output=tmp_path / "two.log", timeout_seconds=600)
+        train_successfully(*arguments, *at(server), *two, output=tmp_path / "two.log", timeout_seconds=600)
     rows = rollouts_of(tmp_path / "two", 1)
     assert [row["completion_ids"] for row in rows] == [
         row["completion_ids"] for row in rollouts_of(tmp_path / "here", 1)
@@ -89,7 +91,7 @@ def test_a_server_returns_the_same_expert_choices_as_a_colocated_engine(tmp_path
     )
     with serving(arguments, tmp_path / "server") as server:
         for name, more in (("here", ()), ("there", at(server))):
-            train_well(*arguments, *more, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
+            train_successfully(*arguments, *more, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
     here, there = (
         [without_times(line) for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("here", "there")
     )
@@ -106,15 +108,15 @@ def wait_for_step(run: Path, step: int) -> None:
         time.sleep(0.05)
 
 
-def test_a_killed_job_releases_the_server_and_its_continued_run_is_the_uninterrupted_run(
+def test_a_killed_job_releases_the_server_and_its_continued_run_equals_the_uninterrupted_run(
     server: Serving, tmp_path: Path
 ) -> None:
     keys = (*SMALL, *at(server), "train.steps=8", "checkpoint.every=2")
-    train_well(*keys, f"run.dir={tmp_path / 'whole'}", output=tmp_path / "whole.log")
+    train_successfully(*keys, f"run.dir={tmp_path / 'whole'}", output=tmp_path / "whole.log")
     with started([*keys, f"run.dir={tmp_path / 'cut'}"], tmp_path / "cut.log") as process:
         wait_for_step(tmp_path / "cut", 4)
         kill(process)
-    train_well(*keys, f"run.dir={tmp_path / 'cut'}", output=tmp_path / "rest.log")
+    train_successfully(*keys, f"run.dir={tmp_path / 'cut'}", output=tmp_path / "rest.log")
     whole, cut = (read_json(tmp_path / name / "summary.json") for name in ("whole", "cut"))
     assert whole["policy_digest"] == cut["policy_digest"]
     assert all(rollouts_of(tmp_path / "whole", n) == rollouts_of(tmp_path / "cut", n) for n in range(1, 9))
@@ -169,7 +171,9 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_learns_with_a_server(server: Serving, tmp_path: Path) -> None:
-    train_well(QUICKSTART, *at(server), f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=1200)
+    train_successfully(
+        QUICKSTART, *at(server), f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=1200
+    )
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["eval_before"]["accuracy"] < 0.6
     assert summary["eval_after"]["accuracy"] > 0.9

@@ -92,7 +92,7 @@ def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
     cluster.wait(job, "RUNNING", timeout=180)
     slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 180)
     ranks_of(tmp_path / "run")
-    cluster.ask(*shlex.split(STOP_BLOCK))
+    cluster.run_slurm_command(*shlex.split(STOP_BLOCK))
     slurm_helper.wait_until(mark.exists, 120)
     shown = cluster.wait(job, "COMPLETED", timeout=300)
     assert shown["Restarts"] == "1", screen(checkout, job)
@@ -104,7 +104,7 @@ def run_block(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
     """Run a block of the guide and wait for its jobs. Return the output."""
     done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**environment(), **env})
     assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
-    slurm_helper.wait_until(lambda: cluster.ask("squeue", "--noheader") == "", 180)
+    slurm_helper.wait_until(lambda: cluster.run_slurm_command("squeue", "--noheader") == "", 180)
     return done.stdout
 
 
@@ -118,7 +118,7 @@ def test_a_command_of_the_guide_starts_four_ranks_on_two_nodes(cluster: Slurm, c
 
 
 def test_the_commands_of_the_guide_for_machines_without_slurm_start_four_ranks(cluster: Slurm, checkout: Path) -> None:
-    """Each line is for a machine of its own; here all run on this machine, which replaces host0."""
+    """Run each line of the guide on this machine, which replaces host0; in the guide each is for a separate machine."""
     together = "".join(f"{line} &\nstarted+=($!)\n" for line in BY_HAND.replace("host0", "127.0.0.1").splitlines())
     each = (
         'for machine in "${started[@]}"; do wait "$machine"; done\n'  # also works for a machine that has exited already

@@ -75,7 +75,7 @@ def test_a_job_whose_node_is_lost_starts_again_on_both_nodes_after_its_restart(
     job = re.findall(r"\d+", done.stdout)[-1]
     wait_until(lambda: len(list(run.glob("rank_*.json"))) == 4, 120)
     ranks_of(run)
-    cluster.lose(lost)
+    cluster.kill_node(lost)
     mark.touch()  # the next start does not wait
     time.sleep(seconds)
     cluster.start_node(lost)
@@ -108,7 +108,7 @@ def test_a_lost_node_requeues_the_job_which_continues_from_its_last_checkpoint(
     second = run / "checkpoints" / "step_000002" / "complete"
     wait_until(second.exists, 400)
     checkpoint = second.stat().st_mtime_ns
-    killed = cluster.lose(lost)
+    killed = cluster.kill_node(lost)
     assert len(killed) > 4  # at least slurmd, slurmstepd, the agent and two ranks
     time.sleep(BACK_AFTER_SECONDS)
     cluster.start_node(lost)

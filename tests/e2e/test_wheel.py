@@ -20,7 +20,7 @@ BUILD_FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The `bin` folder of a new environment with the wheel; heavy packages are those of this environment."""
+    """Return the `bin` folder of a new environment with the wheel; it uses the heavy packages of this environment."""
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"
     listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -45,7 +45,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def without_checkout() -> dict[str, str]:
-    """The environment variables of a user who has no checkout."""
+    """Return the environment variables of a user without a checkout."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 

@@ -45,7 +45,7 @@ def test_the_engine_sleeps_wakes_and_matches_the_policys_log_probs(tmp_path: Pat
 
 
 def test_an_fp8_engine_receives_fewer_bytes_and_its_log_probs_are_close_to_the_policys(tmp_path: Path) -> None:
-    """Every sync verifies all values and scales; a kernel that reads other values would sample noise."""
+    """Every sync verifies all values and scales; a kernel that read other values would give random tokens."""
     plain, found = numbers_of("engine", tmp_path), numbers_of("engine_fp8", tmp_path)
     assert 0.5 < found["sync"]["bytes"] / plain["sync"]["bytes"] < 0.7  # embedding and head stay in bf16
     assert 0.01 < found["fp8_error"] < 0.04

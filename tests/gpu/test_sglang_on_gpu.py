@@ -28,7 +28,10 @@ pytestmark = [
 ]
 
 _START_SECONDS = 600.0  # kernels are compiled and CUDA graphs are captured
-_CLOSE, _FAR = 0.2, 1.0  # mean nats per token: same weights in bf16 (at most 0.06 without CUDA), other weights
+_CLOSE, _FAR = (
+    0.2,
+    1.0,
+)  # mean nats per token: limit for equal weights in bf16 (at most 0.06 without CUDA), minimum for other weights
 # Heads and rows that every attention and expert kernel supports.
 DENSE = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512}
 EXPERTS = {"hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 128, "mlp_only_layers": []}
@@ -49,7 +52,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def take_device(session: RankSession) -> None:
+def set_device(session: RankSession) -> None:
     torch.cuda.set_device(session.rank)
 
 
@@ -66,7 +69,7 @@ def start(session: RankSession, folder: Path, tp: int, ep: int) -> None:
     )
 
 
-def push_bf16(session: RankSession, folder: Path, version: int, spoil: bool = False) -> list[str]:
+def push_bf16(session: RankSession, folder: Path, version: int, flip_bit: bool = False) -> list[str]:
     """Write a folder's weights from the device; return the slices whose digest differs afterwards."""
     from safetensors.torch import load_file
 
@@ -78,7 +81,7 @@ def push_bf16(session: RankSession, folder: Path, version: int, spoil: bool = Fa
         values = tensors[hf.name][hf.index].to(region.dtype)
         sent[hf] = slice_digest(values, hf)
         sink.write(hf, values)
-    if spoil:
+    if flip_bit:
         session.engine._client._staging.memory[session.engine._client._staged[-1][2] + 1] ^= 4
     sink.end_update(version)
     assert sink.probe() == {}
@@ -104,7 +107,7 @@ def mean_error(folder: Path, groups: list[list[Completion]]) -> float:
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
-    with engine_ranks(1, tmp_path_factory.mktemp("ranks"), take_device) as ranks:
+    with engine_ranks(1, tmp_path_factory.mktemp("ranks"), set_device) as ranks:
         yield ranks
 
 
@@ -115,7 +118,7 @@ def engine(request: pytest.FixtureRequest, one: EngineRanks, models: dict[str, P
     return one, name
 
 
-def test_log_probs_are_those_of_the_written_weights(engine: tuple[EngineRanks, str], models: dict[str, Path]) -> None:
+def test_log_probs_match_the_written_weights(engine: tuple[EngineRanks, str], models: dict[str, Path]) -> None:
     ranks, name = engine
     for version, (mine, theirs) in enumerate([(name, f"{name}-other"), (f"{name}-other", name)]):
         assert ranks.call(push_bf16, models[mine], version) == [[]]
@@ -142,7 +145,7 @@ def test_a_bit_that_changes_between_rank_and_scheduler_is_found_by_the_digest(
 
 
 def sleep_twice(session: RankSession, folder: Path) -> dict[str, Any]:
-    """Return the free bytes of the device awake, asleep and awake again, and if the samples are equal."""
+    """Return the free bytes of the device awake, asleep and awake again, and True if the samples are equal."""
     engine = session.engine
     push_bf16(session, folder, 2)
     before = engine.generate(PROMPTS, SAMPLING)
@@ -153,7 +156,7 @@ def sleep_twice(session: RankSession, folder: Path) -> dict[str, Any]:
         engine.wake("weights")
         engine.wake("kv_cache")
         with pytest.raises(RuntimeError, match="before the weights are complete"):
-            engine.generate(PROMPTS, SAMPLING)  # released memory comes back undefined
+            engine.generate(PROMPTS, SAMPLING)  # the content of released memory is undefined after it is restored
         engine.sleep()
         engine.wake("weights")
         wrong = push_bf16(session, folder, version)
@@ -170,7 +173,7 @@ def test_sleep_releases_weights_and_cache_and_a_sync_restores_the_weights(
     (found,) = ranks.call(sleep_twice, models[name])
     total = torch.cuda.mem_get_info()[1]
     awake, asleep, again, asleep_again, last = found["free"]
-    assert asleep - awake > 0.4 * total  # of the 0.6 that the engine takes
+    assert asleep - awake > 0.4 * total  # part of the 0.6 that the engine uses
     assert asleep_again > asleep - 256 * 2**20
     assert max(again, last) < awake + 256 * 2**20
     assert found["same"]
@@ -181,7 +184,7 @@ def test_sleep_releases_weights_and_cache_and_a_sync_restores_the_weights(
 def test_both_ranks_of_an_engine_write_their_weights_and_return_the_same_completions(
     models: dict[str, Path], tmp_path: Path, tp: int, ep: int
 ) -> None:
-    with engine_ranks(2, tmp_path, take_device) as ranks:
+    with engine_ranks(2, tmp_path, set_device) as ranks:
         ranks.call(start, models["experts-bare"], tp, ep, timeout_seconds=_START_SECONDS)
         for version, mine in enumerate(("experts", "experts-other")):
             assert ranks.call(push_bf16, models[mine], version) == [[], []]

@@ -1,4 +1,4 @@
-"""Transports between GPUs: CUDA IPC, which one GPU suffices for, and NCCL."""
+"""Transports between GPUs: CUDA IPC, which runs on one GPU, and NCCL."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ REWARDS = [[1.0, 0.0, 0.25, 0.5], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 1.0, -0.5]]  
 
 @dataclass(frozen=True)
 class Data:
-    """Per rollout, float64; `log_probs` and `entropy` are leaves. `values` are a critic's."""
+    """Float64 values per rollout; `log_probs` and `entropy` are leaf tensors, `values` are those of a critic."""
 
     log_probs: list[Tensor]
     old: list[Tensor]
@@ -37,7 +37,7 @@ class Data:
     entropy: list[Tensor]
 
     def differ(self, i: int) -> Tensor:
-        """Log ratio of rollout i."""
+        """Return the log ratio of rollout i."""
         return self.log_probs[i] - self.old[i]
 
 
@@ -68,7 +68,7 @@ def make_groups() -> tuple[SampledGroups, list[float]]:
 
 
 def fill(values: list[Tensor], microbatch: Microbatch) -> Tensor:
-    """[T] from values per rollout; what is not trained on is garbage."""
+    """Return values per rollout as a row [T]; positions outside the loss mask get arbitrary numbers."""
     found = torch.full(microbatch.loss_mask.shape, math.nan, dtype=torch.float64)
     chosen = [values[i] for i in microbatch.rollout_ids]
     return found.masked_scatter(microbatch.loss_mask, torch.cat(chosen)) if chosen else found
@@ -77,7 +77,7 @@ def fill(values: list[Tensor], microbatch: Microbatch) -> Tensor:
 def ours(
     data: Data, algorithm: AlgorithmConfig, *, dp: int = 1, max_tokens: int = 10_000, row_multiple: int = 1
 ) -> tuple[Tensor, list[TrainBatch]]:
-    """The loss of an update as the ranks compute it, summed over all rows of all of them."""
+    """Return the loss of an update as the ranks compute it, summed over the rows of all ranks."""
     groups, rewards = make_groups()
     objective = Objective(algorithm, MAX_TOKENS)
     loss_of = objective.loss()

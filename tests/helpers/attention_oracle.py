@@ -15,8 +15,11 @@ def bounds_of(lengths: list[int]) -> Tensor:
 def oracle(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, sinks: Tensor | None = None, window: int = 0
 ) -> Tensor:
-    """softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64. A sink is one more
-    logit, whose share of the softmax is dropped; with a window a query sees so many tokens, itself included."""
+    """softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64.
+
+    A sink is an additional logit whose part of the softmax is dropped. With a window, a query attends to that many
+    tokens, including itself.
+    """
     out = torch.zeros(q.size(0), q.size(1), v.size(2), dtype=torch.float64)
     per_head = q.size(1) // k.size(1)
     for begin, end in pairwise(bounds.tolist()):

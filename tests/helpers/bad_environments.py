@@ -1,4 +1,4 @@
-"""Environments that fail in a way that the answer of the policy chooses."""
+"""Environments whose failure is chosen by the answer of the policy."""
 
 from __future__ import annotations
 

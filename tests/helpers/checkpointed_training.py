@@ -19,14 +19,14 @@ from tests.helpers.recorded_rollouts import (
     with_recorded,
 )
 
-RATES = (2e-3, 1.5e-3, 1e-3, 2e-3)  # the rate of an update is the loop's, not the checkpoint's
+RATES = (2e-3, 1.5e-3, 1e-3, 2e-3)  # the loop sets the learning rate; the checkpoint does not contain it
 
 
 SAVED_AFTER = 2
 
 
 def state_bytes(policy: Any) -> list[bytes]:
-    """Parameters, master weights, moments and step counters of this rank."""
+    """Return parameters, master weights, moments and step counters of this rank."""
     masters = [p for adam in adams(policy) for group in adam.param_groups for p in group["params"]]
     steps = [state["step"] for adam in adams(policy) for state in adam.state.values()]
     tensors = [*policy.parts.parameters, *masters, *moments(policy), *steps]
@@ -41,7 +41,7 @@ def train_on(rank: int, policy: Any, recorded: Recorded, layout: Layout, rates: 
 def run_with_checkpoint(
     rank: int, recorded: Recorded, layout: Layout, folder: Path
 ) -> tuple[list[UpdateStats], list[bytes]]:
-    """Four updates, with a checkpoint after the second."""
+    """Run four updates, with a checkpoint after the second."""
     policy = open_policy(rank, recorded, layout)
     manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
     stats = train_on(rank, policy, recorded, layout, RATES[:SAVED_AFTER])
@@ -55,7 +55,7 @@ def run_with_checkpoint(
 def resume(
     rank: int, recorded: Recorded, layout: Layout, checkpoint: Path
 ) -> tuple[LoopState, list[UpdateStats], list[bytes]]:
-    """The last two of the four, by a policy that starts from the base model's files."""
+    """Run the last two of the four updates with a policy that was built from the base model and then restored."""
     policy = open_policy(rank, recorded, layout)
     state = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0).load(policy, checkpoint)
     stats = train_on(rank, policy, recorded, layout, RATES[SAVED_AFTER:])
@@ -63,5 +63,5 @@ def resume(
 
 
 def weights_of(policy: Any) -> dict[str, bytes]:
-    """Whole tensors."""
+    """Return the gathered tensors."""
     return {name: as_array(tensor).tobytes() for name, tensor in policy.full_tensors(1 << 28)}

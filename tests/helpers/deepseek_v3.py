@@ -1,10 +1,10 @@
-"""The headers of DeepSeek-V3's 671B checkpoint, without a byte of its weights.
+"""Write the headers of DeepSeek-V3's 671B checkpoint without its weights.
 
     python -m tests.helpers.deepseek_v3 FOLDER
 
-Names and shapes come from `transformers` on the meta device, taken back to those of checkpoints by its own save
-conversion; block scales from which of its modules are linear; the multi-token-prediction layer is the published one.
-The files have holes where weights would be: FOLDER looks like 689 GB and takes a few megabytes.
+Names and shapes come from `transformers` on the meta device; its save conversion renames them as in checkpoints. Linear
+modules get block scales. The multi-token-prediction layer is the published one. The files are sparse: FOLDER has an
+apparent size of 689 GB and uses a few megabytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/config.json, what differs from the class's defaults
+# https://huggingface.co/deepseek-ai/DeepSeek-V3/blob/main/config.json, without the default values of the class
 PUBLISHED: dict[str, Any] = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "dtype": "bfloat16",
@@ -48,7 +48,7 @@ Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def model_tensors() -> tuple[dict[str, Any], Tensors]:
-    """The config, and name -> (dtype, shape) of what the checkpoint holds."""
+    """Return the config, and name -> (dtype, shape) of each tensor of the checkpoint."""
     from transformers import AutoModelForCausalLM, DeepseekV3Config
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -78,7 +78,7 @@ def model_tensors() -> tuple[dict[str, Any], Tensors]:
 
 
 def write_headers(folder: Path) -> None:
-    """Files of `FILE_BYTES` with the index."""
+    """Write files of at most `FILE_BYTES` and the index."""
     config, tensors = model_tensors()
     sizes = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
     groups: list[dict[str, Any]] = [{}]

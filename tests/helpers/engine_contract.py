@@ -13,7 +13,7 @@ from tests.helpers.engine_ranks import RankSession
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
-# The last one fills two whole blocks of vLLM's KV cache, which the members of its group share.
+# The last prompt fills two whole blocks of vLLM's KV cache, which the members of its group share.
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from tests.helpers.rank_processes import RankProcess, collect, end
 
 _ANSWER_SECONDS = 120.0
-_OPEN_SECONDS = 400.0  # an engine in processes of its own imports itself three times
+_OPEN_SECONDS = 400.0  # an engine with separate processes is imported three times
 
 
 @dataclass
@@ -33,10 +33,10 @@ class RankSession:
 
 
 class EngineRanks:
-    """A world of ranks. `call(f, *args)` runs the module-level function `f(session, *args)` on every rank.
+    """A group of ranks. `call(f, *args)` runs the module-level function `f(session, *args)` on every rank.
 
     A call that fails on any rank ends all ranks, and the next call starts new ranks without an engine. Therefore one
-    failure fails one test only, and a late answer is never taken for that of another call.
+    failure fails one test only, and a late answer is never returned by another call.
     """
 
     def __init__(self, world: int, folder: Path, prepare: Callable[[RankSession], None] | None = None) -> None:
@@ -50,7 +50,7 @@ class EngineRanks:
         """Run a function on every rank and return the results in rank order.
 
         Raises:
-            AssertionError: a rank raised or died (with its traceback), or did not answer in time.
+            AssertionError: a rank raised or exited (with its traceback), or timed out.
         """
         if not self._ranks:
             self._start()
@@ -66,7 +66,7 @@ class EngineRanks:
         return [answers.results[rank] for rank in range(self._world)]
 
     def open(self, config_dir: Path, *, tp: int, kind: str = "vllm", **settings: Any) -> None:
-        """Construct this engine on every rank, after closing another one; do nothing if it is already there."""
+        """Construct this engine on every rank, after closing another one; do nothing if it is already open."""
         self.call(_open, config_dir, kind, tp, settings, timeout_seconds=_OPEN_SECONDS)
 
     def close(self, *, kill: bool = False) -> None:

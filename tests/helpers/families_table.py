@@ -1,8 +1,8 @@
-"""The table of docs/measurements/families.md: what the long tier's test_families.py checks, as numbers.
+"""Print the table of docs/measurements/families.md: the differences that test_families.py checks in the long tier.
 
     python -m tests.helpers.families_table [MODEL ...] [--quick] [--out FILE.json]
 
-Prints a row per model and layout as soon as it is measured; exit code 1 where a bar is missed.
+Prints a row per model and layout as soon as it is measured; exit code 1 if a difference is above its tolerance.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"default: all of {', '.join(FAMILY_MODELS)}")
     parser.add_argument("--quick", action="store_true", help="the layouts of the quick suite only")
-    parser.add_argument("--out", type=Path, help="rows measured before are kept, those of this call are added")
+    parser.add_argument("--out", type=Path, help="JSON file; keeps earlier rows and adds the rows of this call")
     args = parser.parse_args()
     rows = json.loads(args.out.read_text()) if args.out is not None and args.out.exists() else {}
     print("| model | layout | logits | log-probs | gradient | weights | |\n|---|---|---|---|---|---|---|")

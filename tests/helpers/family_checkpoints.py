@@ -1,5 +1,8 @@
-"""Checkpoints of every family as their makers publish them: bf16 with fp32 correction biases, multi-token-prediction
-layers, FP8 blocks. Names come from `transformers` and from the published index, not from our tables."""
+"""Checkpoints of every family in their published form.
+
+They are bf16 with fp32 correction biases, multi-token-prediction layers, and FP8 blocks. Names come from `transformers`
+and from the published index, not from the tables of the package.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ LINEAR = re.compile(r"\.(\w+_proj|kv_a_proj_with_mqa|w[123])\.weight$")
 
 
 def make_published(folder: Path, family: str, *, quantized: bool = False, **changes: object) -> Path:
-    """Write the folder; `changes` are fields of its config."""
+    """Write a checkpoint folder; `changes` are fields of its config."""
     raw = raw_family_config(family, **changes)
     make_family_model(folder, raw)
     tensors = {
@@ -39,7 +42,7 @@ def make_published(folder: Path, family: str, *, quantized: bool = False, **chan
 
 
 def make_published_mxfp4(folder: Path, **changes: object) -> Path:
-    """gpt-oss as it is published: its experts' weights, whose inner sizes are multiples of 32, in MXFP4."""
+    """Write gpt-oss in its published form: expert weights, whose inner sizes are multiples of 32, in MXFP4."""
     make_published(folder, "gpt_oss", **changes)
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(2)
@@ -57,7 +60,7 @@ def make_published_mxfp4(folder: Path, **changes: object) -> Path:
 
 
 def _mtp_layer(tensors: dict[str, Tensor], layer: int, hidden: int, vocab: int) -> dict[str, Tensor]:
-    """As in model.safetensors.index.json of DeepSeek-V3: a layer like the last one, and what is around it."""
+    """Return an MTP layer as in DeepSeek-V3's model.safetensors.index.json: a layer and additional tensors."""
     generator = torch.Generator().manual_seed(layer)
     before, prefix = f"model.layers.{layer - 1}.", f"model.layers.{layer}."
     shapes = {
@@ -81,7 +84,7 @@ def _quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor
         if LINEAR.search(name) and "eh_proj" not in name:
             codes, scales = block_fp8.quantize(tensor)
-            # a maker's scales need not be those that quantize would choose
+            # published scales may differ from the scales that the package would compute
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
             found |= {name: codes, name + "_scale_inv": scales}
     return found

@@ -1,4 +1,4 @@
-"""A small config.json of every family, with each part that the family can have switched on."""
+"""A small config.json of every family with all optional parts of the family enabled."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DEEPSEEK_EXPERTS: dict[str, Any] = {
     "routed_scaling_factor": 1.5,
 }
 
-# name -> (architecture, model_type, settings beside the base)
+# name -> (architecture, model_type, settings in addition to the base)
 FAMILY_CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", "llama", {}),
     "qwen2": ("Qwen2ForCausalLM", "qwen2", {}),
@@ -101,6 +101,6 @@ FAMILY_CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def raw_family_config(family: str, **changes: Any) -> dict[str, Any]:
-    """The fields of a config.json."""
+    """Return the fields of a config.json."""
     architecture, model_type, settings = FAMILY_CONFIGS[family]
     return {"architectures": [architecture], "model_type": model_type} | _BASE | settings | changes

@@ -1,4 +1,4 @@
-"""Tiny models of every family beyond the dense ones, their layouts, and what a rank measures of them."""
+"""Tiny models of every model family, their layouts, and the measurements of a training run on each rank."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.trainer.batch import TrainBatch
 
 
-# positions of pre-training are few, so that rows of a dozen tokens reach the stretched frequencies
+# original_max_position_embeddings is small, so that rows of a dozen tokens use the scaled frequencies
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 1000.0}  # fmt: skip
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
@@ -61,19 +61,19 @@ FAMILY_MODELS: dict[str, dict[str, Any]] = {
     "glm4-moe": raw_family_config("glm4_moe"),
     "gpt-oss": raw_family_config("gpt_oss"),
     "qwen2-tied": raw_family_config("qwen2", tie_word_embeddings=True),
-    # with tp and without sequence parallelism, which experts need
+    # dense: runs with tp and without sequence parallelism, which experts require
     "deepseek-dense": raw_family_config("deepseek_v2", first_k_dense_replace=2),
     "qwen3-tied": raw_family_config("qwen3", tie_word_embeddings=True),
 }
-# where with the usual seed an expert is chosen by no token, and so has no gradient
+# With the usual seed of these models no token chooses one of the experts, which then has no gradient.
 SEEDS = {"qwen3-moe-sparse": 200, "deepseek-v2": 200}
 DENSE = ("llama3-rope", "llama-linear-rope", "qwen2-yarn", "qwen2-tied", "qwen3-tied", "deepseek-dense")
 
 SP = True
 # two layers over four model chunks
 SPREAD = ("pipeline_layout", "E|t|t|L")
-# each family in the first; in the second those that have all parts between them. Together every axis but vpp, and
-# experts that Megatron would take for dense layers (quirks.separate_experts)
+# DEEP_*: every family. WIDE_MOE: three families that together have every part. Together they use every axis but vpp,
+# and experts that Megatron would treat as dense layers (megatron_patches/fixes.py, separate_experts).
 DEEP_DENSE, DEEP_MOE = Layout(4, tp=2, pp=2), Layout(4, tp=2, pp=2, sequence_parallel=SP, ep=2)
 WIDE_MOE = Layout(4, cp=2, etp=2)
 QUICK_WIDE = ("mixtral", "deepseek-v3", "gpt-oss")
@@ -97,25 +97,25 @@ LONG_MOE = (
     Layout(4, tp=2, cp=2, sequence_parallel=SP, ep=4, more=(("recompute", "full"),)),
     Layout(8, tp=2, pp=2, cp=2, sequence_parallel=SP, ep=2),
 )
-# variants of a family that has all layouts: these of them
+# variants of a family that runs in all layouts; a variant runs in these few
 VARIANTS = ("llama-linear-rope", "qwen2-tied", "qwen3-moe-sparse", "deepseek-dense")
 FEW_DENSE, FEW_MOE = LONG_DENSE[-3:], LONG_MOE[-3:]
 
 
 def layouts_of(name: str, *, quick: bool) -> tuple[Layout, ...]:
-    """Those of the quick suite, or all others."""
+    """Return the layouts of a model in the quick suite, or all its other layouts."""
     few = name in VARIANTS
     if name in DENSE:
         return (DEEP_DENSE,) if quick else FEW_DENSE if few else LONG_DENSE
     wide = (WIDE_MOE,) if quick == (name in QUICK_WIDE) else ()
     found = (DEEP_MOE, *wide) if quick else (*wide, *(FEW_MOE if few else LONG_MOE))
-    # of gpt-oss experts are not cut
+    # the experts of gpt-oss cannot be split by expert tensor parallelism
     return found if name != "gpt-oss" else tuple(replace(layout, etp=1) for layout in found)
 
 
 @dataclass
 class FamilyRecord:
-    """What one rank saw of a family; gradients and tensors are whole, on rank 0."""
+    """The measurements of one rank for a family; rank 0 has the gathered gradients and tensors."""
 
     is_last_stage: bool = False
     logits: dict[int, np.ndarray[Any, Any]] = field(default_factory=dict)
@@ -126,7 +126,7 @@ class FamilyRecord:
 
 
 class FamilyLaboratory:
-    """Makes each model, its oracle and its run in a layout once, when it is first asked for."""
+    """Models of the families, their oracles and their runs; each is made once, on first use."""
 
     def __init__(self, pool: RankPool, folder: Path) -> None:
         self.pool = pool
@@ -136,20 +136,20 @@ class FamilyLaboratory:
         self._runs: dict[tuple[str, Layout], list[FamilyRecord]] = {}
 
     def recorded(self, name: str) -> Recorded:
-        """The model `name` of FAMILY_MODELS and rollouts for it."""
+        """Return the model `name` of FAMILY_MODELS and rollouts for it."""
         if name not in self._recorded:
             seed = SEEDS.get(name, 100 + list(FAMILY_MODELS).index(name))
             self._recorded[name] = record_family(self._folder / name, FAMILY_MODELS[name], seed)
         return self._recorded[name]
 
     def expected(self, name: str) -> Expected:
-        """The oracle's answer."""
+        """Return the results of the oracle."""
         if name not in self._expected:
             self._expected[name] = expect(self.recorded(name))
         return self._expected[name]
 
     def run(self, name: str, layout: Layout) -> list[FamilyRecord]:
-        """What each rank measured."""
+        """Return the measurements of each rank."""
         if (name, layout) not in self._runs:
             self._runs[name, layout] = self.pool.call(
                 layout.world, measure_family, self.recorded(name), layout, timeout_seconds=900.0
@@ -158,7 +158,7 @@ class FamilyLaboratory:
 
 
 def record_family(folder: Path, config: dict[str, Any], seed: int) -> Recorded:
-    """A random model, written to `folder`, and rollouts for it."""
+    """Write a random model to `folder`; return it with rollouts for it."""
     model = make_family_model(folder, config, seed)
     groups, rewards = sample_groups(4, 4, seed, vocab=config["vocab_size"])
     old = perturbed_log_probs(groups, model, 1.0, 0.01, seed + 10)
@@ -167,36 +167,39 @@ def record_family(folder: Path, config: dict[str, Any], seed: int) -> Recorded:
 
 
 def measure_random(pool: RankPool, folder: Path, seed: int) -> tuple[Differences, Differences]:
-    """A random model in a random layout; and what transformers in float32 differs by from itself in float64: of some
-    models rounding alone moves a gradient by more than 1e-5."""
+    """Return the differences of a random model in a random layout, and the rounding error of float32.
+
+    Both are differences to transformers in float64; the rounding error is the difference of transformers in float32. In
+    some models it alone changes a gradient by more than 1e-5.
+    """
     config, world, parallel = random_case(seed)
     axes = {name: getattr(parallel, name) for name in ("tp", "pp", "sequence_parallel", "cp", "vpp", "ep", "etp")}
-    given = {name: value for name, value in parallel.model_dump(exclude_defaults=True).items() if name not in axes}
+    other_keys = {name: value for name, value in parallel.model_dump(exclude_defaults=True).items() if name not in axes}
     recorded = record_family(folder / f"seed_{seed}", config, seed)
-    layout = Layout(world, more=tuple(given.items()), **axes)
+    layout = Layout(world, more=tuple(other_keys.items()), **axes)
     records = pool.call(world, measure_family, recorded, layout, timeout_seconds=900.0)
-    expected, rounded = expect(recorded), expect(recorded, torch.float32)
-    itself = FamilyRecord(
+    expected, float32_expected = expect(recorded), expect(recorded, torch.float32)
+    float32_record = FamilyRecord(
         is_last_stage=True,
-        logits={i: logits.numpy() for i, logits in enumerate(rounded.logits)},
-        log_probs=dict(enumerate(rounded.log_probs[1.0])),
-        gradients=[{name: g.numpy() for name, g in each.items()} for each in rounded.gradients],
-        tensors=[{name: t.numpy() for name, t in each.items()} for each in rounded.tensors],
+        logits={i: logits.numpy() for i, logits in enumerate(float32_expected.logits)},
+        log_probs=dict(enumerate(float32_expected.log_probs[1.0])),
+        gradients=[{name: g.numpy() for name, g in each.items()} for each in float32_expected.gradients],
+        tensors=[{name: t.numpy() for name, t in each.items()} for each in float32_expected.tensors],
     )
     return (
         differences(records, expected, every_tensor_is_used=False),
-        differences([itself], expected, every_tensor_is_used=False),
+        differences([float32_record], expected, every_tensor_is_used=False),
     )
 
 
 def is_within(found: Differences, rounding: Differences | None = None) -> bool:
-    """The bars; a gradient may differ by three times what transformers' own rounding makes of it."""
+    """Return True if all differences are within tolerance; gradients may differ by three times the rounding error."""
     gradient = max(1e-5, 3 * rounding.gradient if rounding is not None else 0.0)
     return max(found.logits, found.log_probs) <= 2e-5 and found.gradient <= gradient and found.weights <= 1e-6
 
 
 def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecord:
-    """On a rank: log-probs, then three updates with their gradients and weights."""
+    """Measure, on a rank, log-probs and logits, then gradients and weights of three updates."""
     policy = open_policy(rank, recorded, layout)
     rows = make_rows(rank, recorded, layout)
     batch = with_recorded(rows, recorded)
@@ -209,15 +212,15 @@ def measure_family(rank: int, recorded: Recorded, layout: Layout) -> FamilyRecor
         tensors = {name: as_array(t) for name, t in policy.full_tensors(4096)}
         record.tensors.append(tensors if rank == 0 else {})
         if update < NUM_UPDATES:
-            taken = take_gradients(policy)
+            gradients = record_gradients(policy)
             stats, _ = policy.update(batch.microbatches, loss, OPTIMIZER.lr)
             record.stats.append(stats)
-            record.gradients.append(taken if rank == 0 else {})
+            record.gradients.append(gradients if rank == 0 else {})
     return record
 
 
 def whole_logits(policy: MegatronPolicy, rows: TrainBatch) -> dict[int, np.ndarray[Any, Any]]:
-    """[T, V] per rollout of this rank, on the ranks of the last stage."""
+    """Return the logits [T, V] of each rollout of this rank; only ranks of the last pipeline stage have them."""
     found: dict[int, np.ndarray[Any, Any]] = {}
     for microbatch, values in zip(rows.microbatches, policy.logits(rows.microbatches) or [], strict=False):
         bounds = microbatch.cu_seqlens.tolist()
@@ -228,7 +231,7 @@ def whole_logits(policy: MegatronPolicy, rows: TrainBatch) -> dict[int, np.ndarr
 
 @dataclass(frozen=True)
 class Differences:
-    """The largest ones to the oracle: absolute, of gradients |g - g'| / |g'| over tensors and updates."""
+    """The largest differences to the oracle: absolute, except gradients: |g - g'| / |g'|, over tensors and updates."""
 
     logits: float
     log_probs: float
@@ -238,46 +241,49 @@ class Differences:
 
 
 def differences(records: list[FamilyRecord], expected: Expected, *, every_tensor_is_used: bool = True) -> Differences:
-    """Every rollout, every tensor, every update; asserts that none is missing. Where a tensor may be unused (an expert
-    that no token chose), a gradient below 1e-4 of the whole one's norm counts as that large."""
+    """Return the largest differences over rollouts, tensors and updates; asserts that none is missing.
+
+    A tensor may be unused (an expert that no token chose) unless `every_tensor_is_used`. The norm of its gradient is
+    then taken to be at least 1e-4 of the norm of the whole gradient.
+    """
     count = len(expected.logits)
     last = [record for record in records if record.is_last_stage]
-    for seen in ([r.logits for r in last], [r.log_probs for r in last]):
-        assert {i for values in seen for i in values} == set(range(count))
+    for by_rollout in ([r.logits for r in last], [r.log_probs for r in last]):
+        assert {i for values in by_rollout for i in values} == set(range(count))
     logits = max(float(np.abs(v[: len(w)] - w).max()) for r in last for i, v in r.logits.items()
                  for w in [expected.logits[i].numpy()])  # fmt: skip
     wanted = expected.log_probs[1.0]
     log_probs = max(float(np.abs(np.array(v) - wanted[i]).max()) for r in last for i, v in r.log_probs.items())
-    gradient, of = 0.0, ""
+    gradient, gradient_name = 0.0, ""
     for update, tensors in enumerate(expected.gradients):
         found = records[0].gradients[update]
         assert tensors.keys() == {name for name in found if not name.endswith("e_score_correction_bias")}
         for name, tensor in tensors.items():
             size = float(tensor.norm())
             if every_tensor_is_used:
-                assert size > 1e-5, f"{name} has no gradient that could be wrong"
+                assert size > 1e-5, f"{name} has a gradient of zero, which cannot be compared"
             else:
                 size = max(size, 1e-4 * expected.grad_norms[update])
             relative = float(np.linalg.norm(found[name] - tensor.numpy())) / size
-            gradient, of = max((gradient, of), (relative, f"{name}, update {update + 1}"))
+            gradient, gradient_name = max((gradient, gradient_name), (relative, f"{name}, update {update + 1}"))
     weights = 0.0
     for update, tensors in enumerate(expected.tensors):
         assert tensors.keys() == records[0].tensors[update].keys()
         for name, tensor in tensors.items():
             weights = max(weights, float(np.abs(records[0].tensors[update][name] - tensor.numpy()).max()))
-    return Differences(logits, log_probs, gradient, of, weights)
+    return Differences(logits, log_probs, gradient, gradient_name, weights)
 
 
-def take_gradients(policy: MegatronPolicy) -> dict[str, np.ndarray[Any, Any]]:
-    """Filled by the next update, before its step: every tensor's gradient, whole, by its name in the checkpoint."""
-    taken: dict[str, np.ndarray[Any, Any]] = {}
+def record_gradients(policy: MegatronPolicy) -> dict[str, np.ndarray[Any, Any]]:
+    """Return a dict that the next update fills before its step: checkpoint name -> gathered gradient of the tensor."""
+    gradients: dict[str, np.ndarray[Any, Any]] = {}
     optimizer = policy.parts.optimizer
 
     def prepare() -> Any:
-        answer = type(optimizer).prepare_grads(optimizer)
-        taken.update((name, as_array(t)) for name, t in policy.full_gradients(1 << 20))
+        result = type(optimizer).prepare_grads(optimizer)
+        gradients.update((name, as_array(t)) for name, t in policy.full_gradients(1 << 20))
         del optimizer.prepare_grads
-        return answer
+        return result
 
     optimizer.prepare_grads = prepare
-    return taken
+    return gradients

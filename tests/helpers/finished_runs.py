@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.helpers.jobs import Ended
+from tests.helpers.jobs import FinishedCommand
 
 QUICKSTART_STEPS = 15
 
@@ -16,4 +16,4 @@ class Run:
 
     arguments: tuple[str, ...]
     folder: Path
-    ended: Ended
+    ended: FinishedCommand

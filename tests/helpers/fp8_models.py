@@ -47,7 +47,7 @@ _LATENT: dict[str, Any] = {
 }
 FP8_MODELS: dict[str, dict[str, Any]] = {
     "llama": _SIZES,
-    "qwen2": _SIZES | {"hidden_size": 512},  # heads are of hidden_size / num_attention_heads
+    "qwen2": _SIZES | {"hidden_size": 512},  # head size is hidden_size / num_attention_heads
     "qwen3": _SIZES,
     "qwen3_moe": _SIZES | {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2},
     "mixtral": _SIZES | {"intermediate_size": 256},
@@ -71,7 +71,7 @@ def fp8_tensors_of(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype
 
 
 def record_fp8(folder: Path, tp: int, ranks: list[int], spread: bool, dp: int = 1) -> list[LoaderRecord]:
-    """Record vLLM's loader; call it in a process of its own."""
+    """Record vLLM's loader; call it in a separate process."""
     from grpo_mega.engines.vllm.offline import record_ranks
 
     return record_ranks(
@@ -128,7 +128,7 @@ def kernels_of_cuda() -> Iterator[None]:
 
 @contextmanager
 def _without_amx() -> Iterator[None]:
-    """Hide AMX, for which vLLM has another latent attention, and clear vLLM's cached choice."""
+    """Hide AMX, with which vLLM chooses another latent attention, and clear vLLM's cached choice."""
     from vllm.v1.attention import selector
 
     selector._cached_get_attn_backend.cache_clear()

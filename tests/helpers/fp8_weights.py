@@ -15,8 +15,8 @@ def weights() -> dict[str, Tensor]:
     random = torch.Generator().manual_seed(0)
     shapes = {Q: (512, 300), O: (300, 512), DOWN: (200, 130), NORM: (300,), "lm_head.weight": (64, 300)}
     made = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
-    made[Q][128:256, :128] = 0.0  # a block without a value
-    made[O] *= torch.logspace(-6, 6, 512)  # scales of every size
+    made[Q][128:256, :128] = 0.0  # a block of zeros
+    made[O] *= torch.logspace(-6, 6, 512)  # scales of different magnitudes
     return made
 
 

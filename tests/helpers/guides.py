@@ -1,4 +1,4 @@
-"""Commands and files in the guides, as a reader would type them."""
+"""Commands and files in the guides, in the form that a reader would type them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def blocks(guide: str) -> list[str]:
 
 
 def guides() -> list[Path]:
-    """Return the pages of `docs/` with commands. Measurements and decisions report what was done."""
+    """Return the pages of `docs/` with commands. Measurements and decisions report past results."""
     return sorted(path for path in (REPOSITORY / "docs").glob("*.md") if _BLOCK.search(path.read_text("utf-8")))
 
 

@@ -32,7 +32,7 @@ _FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_", "NNODES", "NODE
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedCommand:
     """Exit code, output and duration of a finished command."""
 
     code: int
@@ -82,17 +82,19 @@ def kill(process: psutil.Popen) -> None:
     process.wait(10)
 
 
-def train(*arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0) -> Ended:
+def train(
+    *arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0
+) -> FinishedCommand:
     """Run a job to its end. Raises subprocess.TimeoutExpired after the timeout; no process is left running."""
     begin = time.monotonic()
     with started(arguments, output, env) as process:
         code = int(process.wait(timeout_seconds))
     texts = [output.with_suffix(suffix).read_text(errors="replace") for suffix in (".out", ".err")]
-    return Ended(code, *texts, time.monotonic() - begin)
+    return FinishedCommand(code, *texts, time.monotonic() - begin)
 
 
-def train_well(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> Ended:
-    """Run a job that must end with exit code 0; else the error has its last lines."""
+def train_successfully(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> FinishedCommand:
+    """Run a job and assert exit code 0; the error shows its last lines."""
     ended = train(*arguments, output=output, timeout_seconds=timeout_seconds)
     assert ended.code == 0, (
         f"exit code {ended.code} of {' '.join(arguments)}\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"

@@ -18,7 +18,7 @@ def row(
     sampler_log_probs: Tensor | None = None,
     cu_seqlens: list[int] | None = None,
 ) -> Microbatch:
-    """A microbatch of one segment, or of those of `cu_seqlens`; what is not given is zero."""
+    """Return a microbatch of one segment, or of the segments of `cu_seqlens`; omitted values are zero."""
     length = len(advantages)
     tokens = torch.zeros(length, dtype=torch.int64)
     return Microbatch(

@@ -32,7 +32,7 @@ def slices(table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] =
 
 
 class MemorySource:
-    """`WeightSource`. `table` is of all ranks; of equal slices, the one on the lowest rank is counted."""
+    """A `WeightSource`. `table` covers all ranks; among equal slices, the slice on the lowest rank is counted."""
 
     def __init__(self, table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> None:
         self._tensors = tensors
@@ -45,7 +45,7 @@ class MemorySource:
             for hf in self._slices
         ]
 
-    def become(self, version: int) -> None:
+    def set_version(self, version: int) -> None:
         for held in self._held:
             held.view.copy_(values(held.hf.name, version, self._tensors)[held.hf.index])
 
@@ -57,7 +57,7 @@ class MemorySource:
 
 
 class MemorySink:
-    """`WeightSink`. Each region is a tensor of its own; `packed` is computed from the one tensor that is derived."""
+    """A `WeightSink`. Each region is a separate tensor; `packed` is computed from the one derived tensor."""
 
     supports_slices: bool = True
     streaming_reason: str = ""

@@ -1,4 +1,4 @@
-"""Runs a function in a process of its own, for tests that change process-wide state such as the rank."""
+"""A separate process for functions of tests that change process-wide state such as the rank."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ MAX_WORLD = 8
 
 
 def random_config(rng: random.Random, family: str) -> dict[str, Any]:
-    """The fields of a config.json: sizes, heads, experts, biases, norms, rotary scaling, tied or not."""
+    """Return random fields of a config.json: sizes, heads, experts, biases, norms, rotary scaling, tied embeddings."""
     layers, heads = rng.randint(1, 4), rng.choice((2, 4, 6, 8))
     kv = rng.choice([n for n in (1, 2, 3, 4, 6, 8) if heads % n == 0])
     changes: dict[str, Any] = {
@@ -81,7 +81,7 @@ def _rope(rng: random.Random, *, latent: bool) -> dict[str, Any]:
 
 
 def _groups(rng: random.Random, family: str, layers: int) -> dict[str, Any]:
-    """Of experts, with the number of those that are chosen."""
+    """Return the fields of a group-limited router and its number of experts per token."""
     groups = rng.choice((1, 2, 4))
     size = rng.choice((2, 3, 4))
     best = rng.randint(1, groups)
@@ -112,7 +112,7 @@ def _latent(rng: random.Random, heads: int) -> dict[str, Any]:
 
 
 def random_layout(rng: random.Random, spec: ModelSpec) -> tuple[int, ParallelConfig]:
-    """(number of ranks, layout) that divides the model."""
+    """Return a number of ranks and a layout that divides the model."""
     while True:
         tp, pp, cp = rng.choice((1, 2, 2, 4)), rng.choice((1, 2, 2, 3)), rng.choice((1, 1, 2))
         ep, etp = (1, 1) if spec.moe is None else (rng.choice((1, 2, 2, 4)), rng.choice((1, 1, 2)))
@@ -136,7 +136,7 @@ def random_layout(rng: random.Random, spec: ModelSpec) -> tuple[int, ParallelCon
 
 
 def _spread(rng: random.Random, stages: int, layers: int) -> str:
-    """Layers at random over the stages, as `parallel.pipeline_layout` has them."""
+    """Return a `parallel.pipeline_layout` with the layers spread randomly over the stages."""
     cuts = sorted(rng.randint(0, layers) for _ in range(stages - 1))
     bounds = [0, *cuts, layers]
     parts = ["t" * (end - begin) for begin, end in pairwise(bounds)]
@@ -145,7 +145,7 @@ def _spread(rng: random.Random, stages: int, layers: int) -> str:
 
 
 def random_case(seed: int) -> tuple[dict[str, Any], int, ParallelConfig]:
-    """(config.json, number of ranks, layout)."""
+    """Return a random config.json, a number of ranks and a layout."""
     rng = random.Random(seed)
     raw = random_config(rng, list(FAMILY_CONFIGS)[seed % len(FAMILY_CONFIGS)])
     return raw, *random_layout(rng, spec_from_config(raw, f"seed {seed}"))

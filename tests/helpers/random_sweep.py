@@ -1,9 +1,9 @@
-"""Random models in random layouts against transformers, by seed.
+"""Compare random models in random layouts with transformers, by seed.
 
     python -m tests.helpers.random_sweep FIRST LAST
 
-Prints a row per seed: differences of logits, log-probs, gradients and weights, then the gradients' difference of
-transformers itself between float32 and float64; exit code 1 where a bar of test_random_families.py is missed.
+Prints a row per seed: differences of logits, log-probs, gradients and weights, then the difference between the float32
+and float64 gradients of transformers; exit code 1 if a difference is above the tolerance of test_random_families.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.helpers.ranks import RankPool
 
 
 def main() -> int:
-    """All seeds from FIRST to LAST."""
+    """Compare the models of all seeds from FIRST to LAST; return the exit code."""
     first, last = map(int, sys.argv[1:])
     missed = []
     with tempfile.TemporaryDirectory(prefix="sweep_") as folder:

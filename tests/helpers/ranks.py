@@ -31,7 +31,7 @@ _PRELOADED = [
 
 
 class RankPool:
-    """Runs functions on ranks.
+    """A pool of ranks that run functions.
 
     `call(world, f, *args)` runs the module-level function `f(rank, *args)` on ranks 0 to world - 1 of a new default
     process group and returns the results.
@@ -55,7 +55,7 @@ class RankPool:
         """Run `function` and return the results in the order of the ranks.
 
         Raises:
-            AssertionError: a rank raised or died; the message has every traceback, with its rank.
+            AssertionError: a rank raised or exited; the message has every traceback, with its rank.
             TimeoutError: names the ranks that did not answer.
         """
         assert 1 <= world <= MAX_RANKS, f"world={world}; the pool has up to {MAX_RANKS} ranks"

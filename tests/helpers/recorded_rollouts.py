@@ -1,7 +1,7 @@
-"""One step's rollouts, recorded once, and what a layout makes of them: log-probs, three updates, weights.
+"""Recorded rollouts of one step, and the measurements of a layout that trains on them: log-probs, updates, weights.
 
-The old and the reference policy are the same model with its weights perturbed, so that ratios are clipped and the KL is
-not zero. `measure` runs on a rank; everything else is plain data that travels to and from the ranks.
+The old and the reference policy are the same model with perturbed weights, so that ratios are clipped and the KL is not
+zero. `measure` runs on a rank; everything else is plain data that is sent to and from the ranks.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.policy.policy import MegatronPolicy
 
-# 21: no tp but 3 and 7 divides it, so the head is padded
+# only tp=3 and tp=7 divide 21, so that the output layer is padded with tp=2
 VOCAB, EOS = 21, 1
 CLIP_LOW, CLIP_HIGH, KL_COEF = 0.2, 0.25, 0.1
 LOSS = PolicyLoss(partial(clipped_ratio, clip_low=CLIP_LOW, clip_high=CLIP_HIGH), kl_coef=KL_COEF)
 # Adam's first step is g / (|g| + eps), a sign when eps is small: where a gradient is as small as its rounding error, a
-# weight would move by +lr in one layout and by -lr in another. With eps = 1e-3 an error d of g moves it by at most
-# lr d / eps. clip_grad is below every norm that occurs, so that clipping takes part.
+# weight would change by +lr in one layout and by -lr in another. With eps = 1e-3 an error d of g changes it by at most
+# lr d / eps. clip_grad is below every gradient norm, so that all gradients are clipped.
 OPTIMIZER = OptimizerConfig(lr=2e-3, beta1=0.9, beta2=0.95, eps=1e-3, weight_decay=0.1, clip_grad=0.5)
 NUM_UPDATES = 3
 TEMPERATURES = (1.0, 0.7)
@@ -50,7 +50,7 @@ TEMPERATURES = (1.0, 0.7)
 
 @dataclass(frozen=True)
 class Layout:
-    """world = tp * cp * pp * dp. `more` are other keys of `parallel`, by name and value."""
+    """The layout of a run: world = tp * cp * pp * dp. `more`: names and values of other keys of `parallel`."""
 
     world: int = 1
     tp: int = 1
@@ -97,7 +97,7 @@ LAYOUTS = (
     Layout(8, tp=2, pp=2),
 )
 OVERLAP = (("overlap_grad_reduce", True), ("overlap_param_gather", True))
-# of a model of four layers
+# for the model of four layers
 DEEP_LAYOUTS = (
     ONE,
     Layout(2, pp=2, more=(("num_layers_first_stage", 1), ("recompute", "selective"))),
@@ -126,7 +126,7 @@ LONG_LAYOUTS = (
 
 @dataclass(frozen=True)
 class Recorded:
-    """What every layout trains on. `old` and `ref`: log-probs of each rollout's completion tokens."""
+    """The input of every layout. `old` and `ref`: log-probs of the completion tokens of each rollout."""
 
     model: Path
     groups: SampledGroups
@@ -141,23 +141,25 @@ class Recorded:
 def sample_groups(
     num_prompts: int, group_size: int, seed: int, vocab: int = VOCAB, *, with_results: bool = False
 ) -> tuple[SampledGroups, list[float]]:
-    """Rollouts of ragged lengths with rewards; those of the last group are all equal. `with_results`: an environment
-    wrote tokens in the middle of those that are long enough."""
+    """Return rollouts of different lengths with rewards, which are all equal in the last group.
+
+    `with_results`: an environment wrote tokens in the middle of the rollouts of at least four tokens.
+    """
     rng = random.Random(seed)
     rollouts, rewards = [], []
     for index in range(num_prompts):
         prompt = Prompt(index, "", tuple(rng.randrange(2, vocab) for _ in range(rng.randint(2, 7))), "")
         for _ in range(group_size):
             tokens = (*(rng.randrange(2, vocab) for _ in range(rng.randint(0, 13))), EOS)
-            mask = _mask_of(len(tokens), random.Random(len(rollouts))) if with_results else None
+            mask = _random_loss_mask(len(tokens), random.Random(len(rollouts))) if with_results else None
             completion = Completion(tokens, (-1.0,) * len(tokens), "eos", 0, "", loss_mask=mask)
             rewards.append(1.0 if index == num_prompts - 1 else rng.random())
             rollouts.append(Rollout(prompt, completion, Reward(rewards[-1]), 0))
     return SampledGroups(rollouts, group_size), rewards
 
 
-def _mask_of(num_tokens: int, rng: random.Random) -> tuple[bool, ...] | None:
-    """True at both ends, in between by chance."""
+def _random_loss_mask(num_tokens: int, rng: random.Random) -> tuple[bool, ...] | None:
+    """Return a loss mask: True at both ends, random in between."""
     if num_tokens < 4:
         return None
     own = [True, *(rng.random() < 0.5 for _ in range(num_tokens - 2)), True]
@@ -165,7 +167,7 @@ def _mask_of(num_tokens: int, rng: random.Random) -> tuple[bool, ...] | None:
 
 
 def make_config(recorded: Recorded, layout: Layout) -> Config:
-    """As a run would have it."""
+    """Return the config of a run with this layout."""
     return Config(
         model=ModelConfig(path=str(recorded.model)),
         data=DataConfig(train="arithmetic:train"),
@@ -185,7 +187,7 @@ def ranks_of(rank: int, layout: Layout) -> Ranks:
 def open_policy(
     rank: int, recorded: Recorded, layout: Layout, *, with_reference: bool = False, ref_update_every: int = 0
 ) -> MegatronPolicy:
-    """On a rank: the real policy."""
+    """Build the real policy on a rank."""
     from grpo_mega.policy.policy import MegatronPolicy
 
     algorithm = AlgorithmConfig(ref_update_every=ref_update_every)
@@ -194,7 +196,7 @@ def open_policy(
 
 
 def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
-    """This rank's microbatches, without old and reference log-probs."""
+    """Return this rank's microbatches, without old and reference log-probs."""
     return build_batch(
         recorded.groups,
         recorded.rewards,
@@ -207,7 +209,7 @@ def make_rows(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
 
 
 def with_recorded(batch: TrainBatch, recorded: Recorded) -> TrainBatch:
-    """The rows with the recorded log-probs."""
+    """Return the batch with the recorded log-probs."""
     return batch.with_log_probs(
         old=[as_row(recorded.old, m) for m in batch.microbatches],
         ref=[as_row(recorded.ref, m) for m in batch.microbatches],
@@ -215,7 +217,7 @@ def with_recorded(batch: TrainBatch, recorded: Recorded) -> TrainBatch:
 
 
 def as_row(values: list[list[float]], microbatch: Microbatch) -> Tensor:
-    """[T] from values per rollout; elsewhere a number that would show if it were used."""
+    """Return values per rollout as a row [T]; other positions are 1e3, which would change a loss that used them."""
     row = torch.full((len(microbatch.token_ids),), 1e3)
     row[microbatch.loss_mask] = torch.tensor([v for i in microbatch.rollout_ids for v in values[i]])
     return row
@@ -223,8 +225,11 @@ def as_row(values: list[list[float]], microbatch: Microbatch) -> Tensor:
 
 @dataclass
 class RankRecord:
-    """What one rank saw. Values per rollout are on the ranks of the last stage, whole tensors on rank 0 (after 0, 1, 2
-    and 3 updates; gradients of the first)."""
+    """The measurements of one rank.
+
+    Ranks of the last pipeline stage have the values per rollout. Rank 0 has the gathered tensors after 0, 1, 2 and 3
+    updates, and the gradients of the first update.
+    """
 
     is_last_stage: bool = False
     log_probs: dict[float, dict[int, list[float]]] = field(default_factory=dict)
@@ -241,7 +246,7 @@ class RankRecord:
 
 
 class RecordingLoss:
-    """The loss of `LOSS` that keeps the entropies it is given."""
+    """`LOSS`, which also records the entropies that it receives."""
 
     needs_reference = True
 
@@ -254,7 +259,7 @@ class RecordingLoss:
 
 
 def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
-    """On a rank: everything that the tests of updates and weights compare."""
+    """Measure, on a rank, everything that the tests of updates and weights compare."""
     policy = open_policy(rank, recorded, layout)
     rows = make_rows(rank, recorded, layout)
     batch = with_recorded(rows, recorded)
@@ -287,30 +292,30 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
 
 
 def as_array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """A copy; bfloat16, which numpy lacks, as its bits."""
+    """Return a copy as an array; bfloat16, which numpy does not have, as int16 with the same bits."""
     tensor = tensor.detach().clone()
     return np.array((tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy())
 
 
 def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
-    """Sum of the digests of this rank's slices of each tensor."""
+    """Return the sum of the digests of this rank's slices of each tensor."""
     from grpo_mega.models.digest import slice_digest, wrap_int64
 
     sums: dict[str, int] = {}
-    for held in policy.source.shards():
-        if not held.counted:
+    for shard in policy.source.shards():
+        if not shard.counted:
             continue
-        sums[held.hf.name] = wrap_int64(sums.get(held.hf.name, 0) + slice_digest(held.view, held.hf))
+        sums[shard.hf.name] = wrap_int64(sums.get(shard.hf.name, 0) + slice_digest(shard.view, shard.hf))
     return sums
 
 
 def adams(policy: MegatronPolicy) -> list[Any]:
-    """The torch optimizers under Megatron's."""
+    """Return the torch optimizers inside Megatron's optimizer."""
     chain = getattr(policy.parts.optimizer, "chained_optimizers", [policy.parts.optimizer])
     return [inner.optimizer for inner in chain]
 
 
 def moments(policy: MegatronPolicy) -> list[Tensor]:
-    """exp_avg and exp_avg_sq of this rank's shards."""
+    """Return exp_avg and exp_avg_sq of this rank's shards."""
     states = [state for adam in adams(policy) for state in adam.state.values()]
     return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]

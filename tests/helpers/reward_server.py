@@ -1,4 +1,4 @@
-"""A local HTTP server whose answers a test chooses: right, late, none, or malformed."""
+"""A local HTTP server whose answers a test chooses: correct, late, missing, or malformed."""
 
 from __future__ import annotations
 

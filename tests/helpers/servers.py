@@ -1,4 +1,4 @@
-"""Engine servers started as a user does, and a job's side that holds whole tensors instead of a policy."""
+"""Engine servers started as a user does, and a client that holds whole tensors instead of a policy."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> I
 
 
 def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: int, tp: int = 1) -> Path:
-    """Write a config with this model that has the settings that servers read."""
+    """Write a config of this model with the settings that servers read."""
     values = {
         "model": {"path": str(model)},
         "engine": {"max_num_seqs": max_num_seqs, "tp": tp},
@@ -101,7 +101,7 @@ class Served:
 
     @property
     def transfers(self) -> list[int]:
-        """Size of each transfer, bytes."""
+        """Return the size of each transfer, bytes."""
         assert self._sync is not None, "push first"
         return [int(size) for size in self._sync.plan.transfer_bytes]
 

@@ -1,8 +1,8 @@
 """A real Slurm on this machine: slurmctld, munged and two slurmd, started for the tests that use it.
 
 It is installed from Debian's packages if it is missing, and ended by process id. Both nodes have the host's name and
-address; SLURM_NODEID distinguishes them. `lose` simulates the loss of a node: SIGKILL to its slurmd, its slurmstepds
-and their children.
+address; SLURM_NODEID distinguishes them. `kill_node` simulates the loss of a node: SIGKILL to its slurmd, its
+slurmstepds and their children.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Slurm:
             raise AssertionError(f"{' '.join(command)} took over {timeout} s:\n{stdout}{stderr}") from None
         return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
 
-    def ask(self, *command: str) -> str:
+    def run_slurm_command(self, *command: str) -> str:
         """Run one of Slurm's commands and return its output."""
         done = subprocess.run(
             list(command), env=dict(self.env), capture_output=True, text=True, timeout=60, check=False
@@ -113,8 +113,8 @@ class Slurm:
         return done.stdout
 
     def state(self, job: str) -> dict[str, str]:
-        """Return what scontrol shows of a job: JobState, Restarts, ExitCode and others."""
-        shown = self.ask("scontrol", "--oneliner", "show", "job", job).split()
+        """Return the fields that scontrol shows for a job: JobState, Restarts, ExitCode and others."""
+        shown = self.run_slurm_command("scontrol", "--oneliner", "show", "job", job).split()
         return {key: value for key, found, value in (word.partition("=") for word in shown) if found}
 
     def wait(self, job: str, *states: str, timeout: float) -> dict[str, str]:
@@ -131,7 +131,7 @@ class Slurm:
         """Wait until every node is in one of the states, such as idle."""
         deadline = time.monotonic() + timeout
         while True:
-            found = self.ask("sinfo", "--noheader", "--Node", "--format=%t").split()
+            found = self.run_slurm_command("sinfo", "--noheader", "--Node", "--format=%t").split()
             if len(found) == len(NODES) and set(found) <= set(states):
                 return
             assert time.monotonic() < deadline, f"nodes are {found}, wanted {states}\n{self.logs()}"
@@ -139,9 +139,9 @@ class Slurm:
 
     def start_node(self, name: str) -> None:
         """Start the slurmd of a node, which daemonizes itself."""
-        self.ask("slurmd", "-N", name, "-f", self.env["SLURM_CONF"])
+        self.run_slurm_command("slurmd", "-N", name, "-f", self.env["SLURM_CONF"])
 
-    def lose(self, name: str) -> list[int]:
+    def kill_node(self, name: str) -> list[int]:
         """Kill the slurmd and the slurmstepds of the node and all their children. Return the process ids."""
         slurmd = psutil.Process(int((self.folder / f"slurmd-{name}.pid").read_text()))
         steps = [process for process in psutil.process_iter() if _is_step_of(process, name, self.folder)]
@@ -152,7 +152,7 @@ class Slurm:
         for process in lost:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(lost, timeout=2)  # they are not our children: pid 1 may take longer to reap them
+        psutil.wait_procs(lost, timeout=2)  # they are not children of this process: pid 1 may take longer to reap them
         return [process.pid for process in lost]
 
     def logs(self) -> str:
@@ -185,7 +185,7 @@ def slurm(folder: Path, requeue_seconds: int = 5) -> Iterator[Slurm]:
     cluster = Slurm(folder, env)
     try:
         _start_munge(cluster)
-        cluster.ask("slurmctld", "-f", env["SLURM_CONF"])
+        cluster.run_slurm_command("slurmctld", "-f", env["SLURM_CONF"])
         for node in NODES:
             cluster.start_node(node)
         cluster.wait_for_nodes("idle")
@@ -201,7 +201,7 @@ def _start_munge(cluster: Slurm) -> None:
     (own / "key").chmod(0o600)
     own.chmod(0o755)
     options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
-    cluster.ask("munged", "--force", *(f"--{name}={own / file}" for name, file in options.items()))
+    cluster.run_slurm_command("munged", "--force", *(f"--{name}={own / file}" for name, file in options.items()))
 
 
 def _end(cluster: Slurm) -> None:
@@ -209,7 +209,7 @@ def _end(cluster: Slurm) -> None:
     pid_files += [cluster.folder / "slurmctld.pid", cluster.folder / "munge" / "pid"]
     for node in NODES:
         with suppress(OSError, ValueError, psutil.Error):
-            cluster.lose(node)
+            cluster.kill_node(node)
     for path in pid_files:
         with suppress(OSError, ValueError, psutil.Error):
             process = psutil.Process(int(path.read_text()))

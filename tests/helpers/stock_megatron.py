@@ -2,8 +2,8 @@
 
     python stock_megatron.py save|load CONFIG.json CHECKPOINT OUT [TP PP [EP]]
 
-Imports nothing of grpo_mega: it stands for somebody else's Megatron. CONFIG.json is the `config.json` of a Hugging Face
-folder, of a dense model or one with experts or latent attention. `save` writes CHECKPOINT with random weights; `load`
+Imports nothing of grpo_mega: it represents an unmodified Megatron. CONFIG.json is the `config.json` of a Hugging Face
+model, which is dense or has experts or latent attention. `save` writes CHECKPOINT with random weights; `load`
 loads CHECKPOINT by `dist_checkpointing.load` and saves it again as OUT.again. Both write OUT, the float32 logits
 [B, S, V] of `token_ids`.
 """
@@ -27,7 +27,7 @@ def token_ids(vocab: int) -> torch.Tensor:
 
 
 class _Null:
-    """Stands for a stream or an event of a device that is not there."""
+    """Stub of a CUDA stream or event."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -47,7 +47,7 @@ class _Null:
 
 
 def _shims() -> Any:
-    """Megatron asks for the current CUDA device while it builds and runs; everything is on the CPU."""
+    """Replace the CUDA calls that Megatron makes while it builds and runs by calls for the CPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_: torch.zeros(1, dtype=torch.uint8)  # type: ignore[assignment]
@@ -80,7 +80,7 @@ def _shims() -> Any:
 
 
 class LatentCoreAttention(torch.nn.Module):
-    """Causal attention [S, B, n, d] whose values are narrower than its keys, which Megatron's own does not know."""
+    """Causal attention [S, B, n, d] whose values are narrower than its keys; Megatron's does not support this."""
 
     def __init__(self, config: Any, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class LatentCoreAttention(torch.nn.Module):
 
 
 def settings_of(raw: dict[str, Any]) -> dict[str, Any]:
-    """TransformerConfig's sizes."""
+    """Return the sizes of TransformerConfig."""
     heads, family = raw["num_attention_heads"], raw["model_type"]
     settings = {
         "num_layers": raw["num_hidden_layers"],
@@ -144,7 +144,7 @@ def settings_of(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def build(raw: dict[str, Any], tp: int, pp: int, ep: int, vocab: int) -> Any:
-    """The model of a `config.json` in Megatron's local spec."""
+    """Build the model of a `config.json` with Megatron's local spec."""
     from megatron.core import parallel_state
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
@@ -193,7 +193,7 @@ def build(raw: dict[str, Any], tp: int, pp: int, ep: int, vocab: int) -> Any:
 
 
 def logits_of(model: Any, ids: torch.Tensor, hidden_size: int) -> torch.Tensor | None:
-    """[B, S, V] on the last stage: stages hand over their hidden states by plain sends."""
+    """Return logits [B, S, V] on the last stage; each stage sends its hidden states to the next."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -225,7 +225,9 @@ def work(rank: int, arguments: list[str]) -> None:
     model = build(raw, tp, pp, ep, -(-raw["vocab_size"] // tp) * tp)
     if action == "save":
         for number, (name, parameter) in enumerate(model.named_parameters()):
-            split = getattr(parameter, "tensor_model_parallel", False)  # what is not split is the same on every rank
+            split = getattr(
+                parameter, "tensor_model_parallel", False
+            )  # tensors that are not split are the same on every rank
             generator = torch.Generator().manual_seed(100 * number + (rank if split else 0))
             parameter.data.normal_(float("norm" in name), 0.15, generator=generator)
         written = Path(checkpoint)
@@ -248,7 +250,7 @@ def work(rank: int, arguments: list[str]) -> None:
 def main() -> int:
     _shims()
     arguments = [*sys.argv[1:], *("1" * (8 - len(sys.argv)))]
-    from megatron.core.tensor_parallel import random  # here, before the ranks are forked
+    from megatron.core.tensor_parallel import random  # imported before the ranks are forked
 
     random._get_cuda_rng_state = lambda *_, **__: torch.zeros(1, dtype=torch.uint8)
     random._set_cuda_rng_state = lambda *_, **__: None

@@ -1,4 +1,4 @@
-"""A stub of engines/sglang/engine_process.py: the same protocol without SGLang, with a fault chosen by its settings."""
+"""A stub of engines/sglang/engine_process.py: same protocol, no SGLang, and a fault chosen by its settings."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class FaultySink(MemorySink):
 
 
 class StubEngine:
-    """Returns the seed as token, and as text the number of slices that are not those of the policy's version."""
+    """An engine that returns the seed as token, and as text the number of slices of another policy version."""
 
     def __init__(self, tp: int, rank: int, folder: Path) -> None:
         self.sink = FaultySink(tp, rank, self._inject_fault)

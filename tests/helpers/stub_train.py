@@ -1,8 +1,9 @@
 """Stub of grpo_mega/train.py in a copied checkout (tests/helpers/stub_checkout.py).
 
 A stub rank connects to the other ranks at MASTER_ADDR and MASTER_PORT, records its environment, and exits. The programs
-that start it are real. STUB_EXIT="3:2": rank 3 prints an error and exits with 2; the others wait to be ended.
-STUB_WAIT=FILE: all wait for a stop request and exit with 130; if FILE exists, from an earlier start, they do not wait.
+that start it are real. STUB_EXIT="3:2": rank 3 prints an error and exits with 2; the others wait for their
+termination. STUB_WAIT=FILE: all wait for a stop request and exit with 130. If FILE exists, from an earlier start, they
+do not wait.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from grpo_mega.parallel.stop_signal import EXIT_CODE, expect_stop, take_stop
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_NODEID", "SLURM_RESTART_COUNT")
 
 
-def meet_ranks(rank: int, world_size: int) -> None:
+def wait_for_ranks(rank: int, world_size: int) -> None:
     """Wait until every rank has connected to rank 0."""
     address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     if rank == 0:
@@ -47,7 +48,7 @@ def main() -> None:
         return
     expect_stop()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    meet_ranks(rank, world_size)
+    wait_for_ranks(rank, world_size)
     named = [word.partition("=")[2] for word in sys.argv if word.startswith("run.dir=")]
     folder = Path(named[0] if named else f"runs/{Path(sys.argv[1]).stem}")
     folder.mkdir(parents=True, exist_ok=True)

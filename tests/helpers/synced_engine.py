@@ -87,7 +87,7 @@ def connect(session: RankSession, sink: WeightSink) -> WeightSync:
 
 
 def push(session: RankSession, version: int) -> SyncReport:
-    """Plan and run a verified sync of the policy's present weights."""
+    """Plan and run a verified sync of the policy's current weights."""
     return connect(session, session.engine.sink).push(version, verify=True)
 
 

@@ -23,9 +23,10 @@ def make_tiny_model(
 ) -> Path:
     """Write config, fp32 weights and tokenizer of a random model to `folder`; `overrides` are keys of its config.
 
-    2 layers, 4 heads of 32 (vLLM's CPU attention takes no smaller ones), 2 KV heads, ffn 96; hidden 128, for qwen3 64,
-    so that code that derives head_dim from hidden goes wrong. Every tensor is random, norms and biases too, so that one
-    that is lost or swapped shows. Token 0 is padding, 1 EOS, the others are single characters.
+    2 layers, 4 heads of 32 (vLLM's CPU attention does not support smaller ones), 2 KV heads, ffn 96. The hidden size is
+    128, and 64 for qwen3, so that code that derives head_dim from it fails. Every tensor is random, also norms and
+    biases, so that a lost or swapped tensor changes the results. Token 0 is padding, 1 EOS, the others are single
+    characters.
     """
     from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -49,8 +50,8 @@ def make_tiny_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name else 0.0
-            parameter.copy_(centre + 0.15 * torch.randn(parameter.shape, generator=generator))
+            center = 1.0 if "norm" in name else 0.0
+            parameter.copy_(center + 0.15 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     make_char_tokenizer(folder, vocab)
     return folder
@@ -59,8 +60,8 @@ def make_tiny_model(
 def make_family_model(folder: Path, config: dict[str, Any], seed: int = 0, router_scale: float = 0.3) -> Path:
     """Write a random fp32 model of any family to `folder`, from the fields of its config.json.
 
-    Every tensor is random, norms, biases and routers' correction biases too. Routers are wide (`router_scale`), so that
-    the choice of experts differs between tokens and is not decided by rounding.
+    Every tensor is random, norms, biases and routers' correction biases too. Router weights are large (`router_scale`),
+    so that the choice of experts differs between tokens and does not depend on rounding.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -72,16 +73,16 @@ def make_family_model(folder: Path, config: dict[str, Any], seed: int = 0, route
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *buffers):
-            centre = 1.0 if "norm" in name else 0.0
+            center = 1.0 if "norm" in name else 0.0
             scale = router_scale if name.endswith(".gate.weight") else 0.1
-            tensor.copy_(centre + scale * torch.randn(tensor.shape, generator=generator))
+            tensor.copy_(center + scale * torch.randn(tensor.shape, generator=generator))
     model.save_pretrained(folder)
     make_char_tokenizer(folder, config["vocab_size"])
     return folder
 
 
 def make_char_tokenizer(folder: Path, vocab: int) -> None:
-    """A tokenizer of `vocab` tokens: <pad>, <eos>, then one character each."""
+    """Return a tokenizer of `vocab` tokens: <pad>, <eos>, then one character each."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

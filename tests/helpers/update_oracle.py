@@ -1,7 +1,7 @@
-"""What training on the recorded rollouts must give: transformers, autograd and torch's AdamW in float64.
+"""Oracle of three updates on recorded rollouts: transformers, autograd and torch's AdamW in float64.
 
-Written from DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO" with equation 4 as its KL, rollout by rollout
-and without packing, padding, masks or weights; shares no code with the package.
+Written from DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO", with equation 4 as its KL. It computes one
+rollout at a time, without packing, padding, masks or weights, and shares no code with the package.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from tests.helpers.recorded_rollouts import CLIP_HIGH, CLIP_LOW, KL_COEF, NUM_UP
 
 @dataclass(frozen=True)
 class Expected:
-    """Per update: loss, gradient norm (before clipping), share of clipped tokens, mean KL. Tensors after 0, 1, 2 and 3
-    updates; gradients of each update, before clipping. Logits [T, V] of each rollout, log-probs and entropies are those
-    before the first. Names are those of the checkpoint."""
+    """The expected results of three updates, with the tensor names of the checkpoint.
+
+    Per update: loss, gradient norm and gradients (before clipping), fraction of clipped tokens, mean KL. `tensors`:
+    after 0, 1, 2 and 3 updates. Logits [T, V], log-probs and entropies of each rollout: before the first update.
+    """
 
     logits: list[Tensor]
     log_probs: dict[float, list[list[float]]]
@@ -44,24 +46,26 @@ def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
 def perturbed_log_probs(
     recorded_groups: Any, folder: Path, temperature: float, scale: float, seed: int
 ) -> list[list[float]]:
-    """Of the model with every weight moved a little, per rollout."""
+    """Return the log-probs of each rollout under the model with noise of `scale` added to every weight."""
     model = load(folder)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-        return [_forward(model, rollout, temperature)[0].tolist() for rollout in recorded_groups.rollouts]
+        return [
+            log_probs_and_entropies(model, rollout, temperature)[0].tolist() for rollout in recorded_groups.rollouts
+        ]
 
 
 def expect(recorded: Recorded, dtype: torch.dtype = torch.float64) -> Expected:
-    """Three updates."""
+    """Compute three updates and return their results."""
     model = load(recorded.model, dtype)
     rollouts, temperature = recorded.groups.rollouts, recorded.temperature
     with torch.no_grad():
         logits = [_logits(model, r) for r in rollouts]
-        log_probs = {t: [_forward(model, r, t)[0].tolist() for r in rollouts] for t in TEMPERATURES}
-        entropy = [_forward(model, r, temperature)[1].tolist() for r in rollouts]
-    # of stacked experts biases are matrices
+        log_probs = {t: [log_probs_and_entropies(model, r, t)[0].tolist() for r in rollouts] for t in TEMPERATURES}
+        entropy = [log_probs_and_entropies(model, r, temperature)[1].tolist() for r in rollouts]
+    # biases of stacked experts are matrices
     decays = {name: p.dim() > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
     matrices, vectors = ([p for n, p in model.named_parameters() if decays[n] == many] for many in (True, False))
     adam = torch.optim.AdamW(
@@ -73,9 +77,9 @@ def expect(recorded: Recorded, dtype: torch.dtype = torch.float64) -> Expected:
     expected = Expected(logits, log_probs, entropy, [], [], [], [], [_tensors(model)], [])
     for _ in range(NUM_UPDATES):
         adam.zero_grad()
-        loss, clipped, kl = _loss(model, recorded)
+        loss, clipped, kl = grpo_loss(model, recorded)
         loss.backward()
-        expected.gradients.append(_checkpoint_names(model, {n: p.grad for n, p in model.named_parameters()}))
+        expected.gradients.append(by_checkpoint_name(model, {n: p.grad for n, p in model.named_parameters()}))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_grad)
         adam.step()
         expected.losses.append(float(loss.detach()))
@@ -86,8 +90,8 @@ def expect(recorded: Recorded, dtype: torch.dtype = torch.float64) -> Expected:
     return expected
 
 
-def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
-    """-J of GRPO, averaged over prompts; the shares are means over tokens, then over rollouts."""
+def grpo_loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
+    """Return -J of GRPO, the fraction of clipped tokens and the KL: means over tokens, then over rollouts."""
     size = recorded.groups.group_size
     total, clipped, divergence = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     for i, rollout in enumerate(recorded.groups.rollouts):
@@ -95,7 +99,7 @@ def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
         advantage = 0.0
         if rewards.std() > 0:
             advantage = float((recorded.rewards[i] - rewards.mean()) / (rewards.std() + 1e-6))
-        log_probs, _ = _forward(model, rollout, recorded.temperature)
+        log_probs, _ = log_probs_and_entropies(model, rollout, recorded.temperature)
         ratio = (log_probs - torch.tensor(recorded.old[i])).exp()
         bounded = ratio.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
         objective = torch.minimum(ratio * advantage, bounded * advantage)
@@ -108,8 +112,8 @@ def _loss(model: Any, recorded: Recorded) -> tuple[Tensor, float, float]:
     return total / count, clipped / count, divergence / count
 
 
-def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies of the completion's tokens that the policy sampled."""
+def log_probs_and_entropies(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies of the completion tokens that the policy sampled."""
     logits = _logits(model, rollout)[len(rollout.prompt.token_ids) - 1 : -1] / temperature
     every = torch.log_softmax(logits, -1)
     chosen = every.gather(1, torch.tensor(rollout.completion.token_ids)[:, None])[:, 0]
@@ -118,7 +122,7 @@ def _forward(model: Any, rollout: Any, temperature: float) -> tuple[Tensor, Tens
 
 
 def _logits(model: Any, rollout: Any) -> Tensor:
-    """[T, V] of prompt and completion."""
+    """Return the logits [T, V] of prompt and completion."""
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.completion.token_ids]])
     found: Tensor = model(input_ids=ids, use_cache=False).logits[0].double()
     return found
@@ -127,11 +131,11 @@ def _logits(model: Any, rollout: Any) -> Tensor:
 def _tensors(model: Any) -> dict[str, Tensor]:
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return _checkpoint_names(model, dict(model.named_parameters()) | buffers)
+    return by_checkpoint_name(model, dict(model.named_parameters()) | buffers)
 
 
-def _checkpoint_names(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
-    """Transformers stacks experts in memory; its own save conversion takes them apart."""
+def by_checkpoint_name(model: Any, tensors: dict[str, Any]) -> dict[str, Tensor]:
+    """Rename tensors as in the checkpoint: transformers stacks experts in memory, its save conversion splits them."""
     from transformers.core_model_loading import revert_weight_conversion
 
     copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}

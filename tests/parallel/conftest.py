@@ -1,4 +1,4 @@
-"""One pool of ranks for the whole run; recorded batches, their oracles and what each layout made of them, each once."""
+"""Fixtures of the parallel tests: a pool of ranks, recorded batches, their oracles, and the results of each layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.update_oracle import Expected, expect, perturbed_log_probs
 
 @dataclass(frozen=True)
 class Tiny:
-    """A tiny random model, at which temperature it is sampled, and whether an environment wrote part of the tokens."""
+    """A tiny random model, its sampling temperature, and whether an environment wrote some of the tokens."""
 
     family: Any
     tied: bool = False
@@ -49,7 +49,7 @@ every_case = pytest.mark.parametrize(("model", "layout"), [*CASES, *_LONG], ids=
 
 
 class Laboratory:
-    """Makes each thing when it is first asked for."""
+    """Models, oracles and runs; each is made once, on first use."""
 
     def __init__(self, pool: RankPool, folder: Path) -> None:
         self.pool = pool
@@ -59,7 +59,7 @@ class Laboratory:
         self._runs: dict[tuple[str, Layout], list[RankRecord]] = {}
 
     def recorded(self, name: str) -> Recorded:
-        """The model `name` of MODELS and rollouts for it."""
+        """Return the model `name` of MODELS and rollouts for it."""
         if name not in self._recorded:
             tiny, seed = MODELS[name], list(MODELS).index(name)
             temperature, layers = tiny.temperature, tiny.num_layers
@@ -72,20 +72,20 @@ class Laboratory:
         return self._recorded[name]
 
     def expected(self, name: str) -> Expected:
-        """The oracle's answer."""
+        """Return the results of the oracle."""
         if name not in self._expected:
             self._expected[name] = expect(self.recorded(name))
         return self._expected[name]
 
     def run(self, name: str, layout: Layout) -> list[RankRecord]:
-        """What each rank measured."""
+        """Return the measurements of each rank."""
         if (name, layout) not in self._runs:
             self._runs[name, layout] = self.pool.call(layout.world, measure, self.recorded(name), layout)
         return self._runs[name, layout]
 
 
 def _plant_negative_zeros(model: Path) -> None:
-    """In every tensor: a copy through arithmetic (x + 0) would lose their sign."""
+    """Write -0.0 into every tensor: a copy through arithmetic (x + 0) would lose the sign."""
     from safetensors.torch import load_file, save_file
 
     path = model / "model.safetensors"

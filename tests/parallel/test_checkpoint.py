@@ -1,5 +1,4 @@
-"""A checkpoint continues the run, bit for bit at its layout and within rounding at another; it is written
-atomically."""
+"""A resumed run is bit-equal in the same layout and equal within rounding in another; checkpoints appear atomically."""
 
 from __future__ import annotations
 
@@ -56,7 +55,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_within_rounding_at_another_l
         assert resumed == stats[SAVED_AFTER:]
         assert resumed_state == state
     if dtype == "bf16":
-        return  # another layout sums in another order, and bf16 is too coarse for a tight bound
+        return  # another layout sums in another order; bf16 rounds too much for a tight tolerance
     for loop, resumed, _ in laboratory.pool.call(other.world, resume, recorded, other, checkpoint):
         assert loop.policy_version == SAVED_AFTER
         for found, wanted in zip(resumed, whole[0][0][SAVED_AFTER:], strict=True):
@@ -90,7 +89,7 @@ def reference_after_load(rank: int, recorded: Recorded, layout: Layout, checkpoi
 
 
 def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
-    """Weights after one update, which become the reference; after a second update; and of the reference at the end."""
+    """Return the weights after one update (the new reference), after a second update, and of the final reference."""
     policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
     train_on(rank, policy, recorded, layout, RATES[:1])
     policy.update_reference()
@@ -104,7 +103,7 @@ def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path
 
 
 def loaded_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
-    """Weights after a load, and weights of the reference."""
+    """Return the weights of policy and reference after a load."""
     policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
     policy.load(folder)
     found = [weights_of(policy)]
@@ -127,7 +126,7 @@ def test_an_updated_reference_is_part_of_a_checkpoint_at_any_layout(
 
 
 def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> dict[str, Any]:
-    """The checkpoints that are visible after each operation."""
+    """Return the checkpoints that are visible after each operation."""
     policy = open_policy(rank, recorded, layout)
     manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
     run = RunFolder(folder.parent)

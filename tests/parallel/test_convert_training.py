@@ -1,4 +1,4 @@
-"""A checkpoint of a training run, of any layout, converts to the policy's weights without a rank or a model."""
+"""A training checkpoint of any layout is converted to the policy's weights without process groups or a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.parallel.conftest import Laboratory
 
 
 def train_and_save(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> dict[str, bytes]:
-    """One update; what every Hugging Face tensor then is."""
+    """Run one update, save a checkpoint, and return every Hugging Face tensor."""
     policy = open_policy(rank, recorded, layout)
     policy.update(with_recorded(make_rows(rank, recorded, layout), recorded).microbatches, TOKEN_LOSS, 1e-3)
     policy.save(folder, {"step": 1})
@@ -35,7 +35,7 @@ def train_and_save(rank: int, recorded: Recorded, layout: Layout, folder: Path) 
 
 
 @pytest.mark.parametrize(("name", "layout"), [("qwen3", Layout(4, tp=2, pp=2)), ("qwen3-tied", ONE)], ids=str)
-def test_a_run_s_checkpoint_converts_to_the_policy_s_weights_bit_for_bit(
+def test_a_training_checkpoint_converts_to_weights_bit_equal_to_the_policy(
     laboratory: Laboratory, tmp_path: Path, name: str, layout: Layout
 ) -> None:
     recorded = laboratory.recorded(name)
@@ -53,7 +53,7 @@ def test_a_run_s_checkpoint_converts_to_the_policy_s_weights_bit_for_bit(
 
 
 def load_and_save(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> None:
-    """With an update at learning rate 0 in between: there is an optimizer to save, the weights stay."""
+    """Load, run an update with learning rate 0 (it creates optimizer state and keeps the weights), and save."""
     policy = open_policy(rank, recorded, layout)
     policy.update(with_recorded(make_rows(rank, recorded, layout), recorded).microbatches, TOKEN_LOSS, 0.0)
     policy.save(folder, {"step": 1})
@@ -71,7 +71,7 @@ FAMILIES_IN_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("family", "layout"), FAMILIES_IN_LAYOUTS)
-def test_what_a_layout_loads_and_saves_converts_back_bit_for_bit(
+def test_weights_loaded_and_saved_by_a_layout_convert_back_bit_for_bit(
     laboratory: Laboratory, tmp_path: Path, family: str, layout: Layout
 ) -> None:
     hf = make_published(tmp_path / "hf", family)

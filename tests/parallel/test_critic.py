@@ -1,5 +1,7 @@
-"""The critic in every layout: values, loss, gradient of every tensor and of the head equal autograd in float64 on the
-transformers model; a resumed critic is the uninterrupted one bit for bit."""
+"""The critic in every layout equals autograd in float64 on the transformers model; a resumed critic is bit-equal.
+
+Compared are values, loss, and the gradient of every tensor and of the value head.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ from tests.parallel.conftest import MODELS, Laboratory
 
 CLIP = 0.3
 NUM_UPDATES = 2
-SHARED = (  # sequence parallelism and context parallelism cut what the head sees
+SHARED = (  # sequence and context parallelism split the input of the value head
     ("qwen3-tied", Layout(2, tp=2, sequence_parallel=True)),
     ("qwen3-tied", Layout(2, pp=2)),
     ("qwen3", Layout(8, tp=2, pp=2)),
@@ -56,7 +58,7 @@ CASES = [("qwen3-tied", ONE), *SHARED, *(pytest.param(*case, marks=pytest.mark.l
 
 
 def numbers(recorded: Recorded, seed: int) -> list[list[float]]:
-    """One per token of each rollout that the policy sampled."""
+    """Return one random number per sampled token of each rollout."""
     rng = random.Random(seed)
     return [[rng.gauss(0, 0.5) for _ in range(r.completion.num_loss_tokens)] for r in recorded.groups.rollouts]
 
@@ -70,7 +72,7 @@ def rows_with_values(rank: int, recorded: Recorded, layout: Layout) -> TrainBatc
 
 
 def open_critic(rank: int, recorded: Recorded, layout: Layout, *, plant: bool = True) -> tuple[Any, Any]:
-    """The policy, whose groups a critic uses, and a critic with a head that is not zero."""
+    """Return the policy, whose process groups a critic uses, and a critic with a nonzero value head."""
     from grpo_mega.policy.critic import MegatronCritic
 
     policy = open_policy(rank, recorded, layout)
@@ -106,7 +108,7 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
 
 
 class Oracle:
-    """The same in float64: transformers' body, a head, autograd and torch's AdamW."""
+    """The critic in float64: the transformers model, a value head, autograd and torch's AdamW."""
 
     def __init__(self, recorded: Recorded) -> None:
         model = load(recorded.model)
@@ -144,7 +146,7 @@ class Oracle:
 
     @staticmethod
     def _loss(recorded: Recorded, rows: list[Tensor]) -> Tensor:
-        """As the recorded rows are weighted: mean over a rollout's tokens, then over rollouts."""
+        """Return the loss as the recorded rows weight it: mean over the tokens of a rollout, then over rollouts."""
         parts = []
         for values, old, returns in zip(rows, numbers(recorded, 1), numbers(recorded, 2), strict=True):
             before, target = torch.tensor(old).double(), torch.tensor(returns).double()
@@ -192,13 +194,13 @@ def test_state_bytes_are_weights_gradients_and_two_moments(laboratory: Laborator
 
 
 def state(learner: Any) -> list[bytes]:
-    """Parameters, master weights, moments and step counters of this rank."""
+    """Return parameters, master weights, moments and step counters of this rank."""
     masters = [p for adam in adams(learner) for group in adam.param_groups for p in group["params"]]
     steps = [state["step"] for adam in adams(learner) for state in adam.state.values()]
     return [as_array(t).tobytes() for t in (*learner.parts.parameters, *masters, *moments(learner), *steps)]
 
 
-def both_learn(
+def update_both(
     rank: int, policy: Any, critic: Any, recorded: Recorded, layout: Layout, updates: int
 ) -> list[tuple[UpdateStats, UpdateStats]]:
     rows = rows_with_values(rank, recorded, layout).microbatches
@@ -206,14 +208,14 @@ def both_learn(
     return [(policy.update(batch, LOSS, 1e-3)[0], critic.update(rows, ValueLoss(CLIP), 2e-3)) for _ in range(updates)]
 
 
-def whole_run(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[Any, list[bytes]]:
+def uninterrupted_run(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[Any, list[bytes]]:
     policy, critic = open_critic(rank, recorded, layout)
     manager = CheckpointManager(folder, keep=2, is_first=rank == 0, critic=critic)
-    both_learn(rank, policy, critic, recorded, layout, 2)
+    update_both(rank, policy, critic, recorded, layout, 2)
     staged = manager.stage_if_due(policy, LoopState(step=1, policy_version=2), every=1, last_step=9)
     assert staged is not None
     manager.publish(staged)
-    stats = both_learn(rank, policy, critic, recorded, layout, 2)
+    stats = update_both(rank, policy, critic, recorded, layout, 2)
     return stats, state(policy) + state(critic)
 
 
@@ -221,7 +223,7 @@ def resumed_run(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path)
     policy, critic = open_critic(rank, recorded, layout, plant=False)
     manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, critic=critic)
     assert manager.load(policy, checkpoint) == LoopState(step=1, policy_version=2)
-    stats = both_learn(rank, policy, critic, recorded, layout, 2)
+    stats = update_both(rank, policy, critic, recorded, layout, 2)
     return stats, state(policy) + state(critic)
 
 
@@ -233,11 +235,11 @@ def resumed_run(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path)
     ],
     ids=str,
 )
-def test_a_resumed_critic_is_the_uninterrupted_one(
+def test_a_resumed_critic_is_bit_equal_to_an_uninterrupted_one(
     laboratory: Laboratory, tmp_path: Path, model: str, layout: Layout, other: Layout, dtype: str
 ) -> None:
     recorded = replace(laboratory.recorded(model), dtype=dtype)
-    whole = laboratory.pool.call(layout.world, whole_run, recorded, layout, RunFolder(tmp_path).checkpoints)
+    whole = laboratory.pool.call(layout.world, uninterrupted_run, recorded, layout, RunFolder(tmp_path).checkpoints)
     (checkpoint,) = RunFolder(tmp_path).complete_checkpoints().values()
     assert laboratory.pool.call(layout.world, resumed_run, recorded, layout, checkpoint) == whole
     tolerance = 1e-5 if dtype == "fp32" else 3e-2

@@ -43,20 +43,20 @@ def test_every_rank_receives_the_values_and_the_failure_of_its_own_replica_only(
     assert [found[:2] for found in failing[2:]] == [(["part of 2"], "SGLang exited")] * 2
 
 
-def slow(rank: int, beat_seconds: float) -> Iterator[str | None]:
+def yield_slowly(rank: int, beat_seconds: float) -> Iterator[str | None]:
     for _ in range(5):
         time.sleep(beat_seconds)
         yield None
     yield "sampled"
 
 
-def waits_longer_than_a_collective(_: int) -> tuple[list[str], float]:
+def iterate_longer_than_the_timeout(_: int) -> tuple[list[str], float]:
     ranks = ReplicaBroadcast(2, 4.0)
-    return list(ranks.broadcast_stream(slow(dist.get_rank(), 0.1))), ranks.beat_seconds
+    return list(ranks.broadcast_stream(yield_slowly(dist.get_rank(), 0.1))), ranks.beat_seconds
 
 
 def test_heartbeats_are_shorter_than_the_timeout_and_are_not_returned(rank_pool: RankPool) -> None:
-    assert rank_pool.call(2, waits_longer_than_a_collective) == [(["sampled"], 1.0)] * 2
+    assert rank_pool.call(2, iterate_longer_than_the_timeout) == [(["sampled"], 1.0)] * 2
 
 
 def construct_with_wrong_tp(_: int) -> str:
@@ -70,10 +70,10 @@ def test_a_world_size_that_engine_tp_does_not_divide_is_rejected(rank_pool: Rank
     assert rank_pool.call(3, construct_with_wrong_tp) == [message] * 3
 
 
-def gathered(rank: int, tp: int) -> list[str]:
+def gather_values(rank: int, tp: int) -> list[str]:
     return ReplicaBroadcast(tp, 60.0).gather(f"of {rank}")
 
 
 def test_gather_returns_the_values_of_one_replica(rank_pool: RankPool) -> None:
-    assert rank_pool.call(4, gathered, 2) == [["of 0", "of 1"]] * 2 + [["of 2", "of 3"]] * 2
-    assert rank_pool.call(2, gathered, 1) == [["of 0"], ["of 1"]]
+    assert rank_pool.call(4, gather_values, 2) == [["of 0", "of 1"]] * 2 + [["of 2", "of 3"]] * 2
+    assert rank_pool.call(2, gather_values, 1) == [["of 0"], ["of 1"]]

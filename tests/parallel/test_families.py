@@ -1,5 +1,8 @@
-"""Every family trains as transformers does, in every layout: logits, log-probs, gradients of each tensor, three
-updates, and the checkpoint comes back bit for bit. docs/measurements/families.md holds the numbers of all cases."""
+"""Every family gives the results of transformers in every layout, and its checkpoint is restored bit for bit.
+
+Compared are logits, log-probs, the gradient of each tensor and three updates. docs/measurements/families.md has the
+numbers of all cases.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,9 @@ def test_every_rank_reports_the_loss_and_the_gradient_norm_of_autograd(
 
 
 @every_case
-def test_whole_tensors_are_the_files_bit_for_bit(families: FamilyLaboratory, model: str, layout: Layout) -> None:
+def test_gathered_tensors_are_bit_equal_to_the_checkpoint_files(
+    families: FamilyLaboratory, model: str, layout: Layout
+) -> None:
     wanted = load_file(families.recorded(model).model / "model.safetensors")
     found = families.run(model, layout)[0].tensors[0]
     assert found.keys() == wanted.keys()

@@ -1,4 +1,4 @@
-"""Experts and latent attention in a checkpoint, and beside a reference: their buffers lie on ranks of their own."""
+"""Checkpoints and the reference of models with experts and latent attention, whose buffers have their own ranks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def families(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> F
     ],
     ids=str,
 )
-def test_a_resumed_family_is_the_uninterrupted_one_bit_for_bit_and_to_rounding_at_another_layout(
+def test_a_resumed_family_is_bit_equal_in_its_layout_and_within_rounding_in_another(
     families: FamilyLaboratory, tmp_path: Path, model: str, layout: Layout, other: Layout
 ) -> None:
     recorded, pool = families.recorded(model), families.pool
@@ -56,7 +56,10 @@ def test_a_resumed_family_is_the_uninterrupted_one_bit_for_bit_and_to_rounding_a
 
 
 def around_an_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[bool, bool, bool]:
-    """Is the reference what the policy was before an update, is the policy another, and the same behind the swap?"""
+    """Run one update beside a reference and return three facts.
+
+    The reference equals the policy before the update; the policy changed; a swap restores the policy.
+    """
     policy = open_policy(rank, recorded, layout, with_reference=True)
     rows = make_rows(rank, recorded, layout).microbatches
     base, base_weights = policy.log_probs(rows), weights_of(policy)
@@ -69,6 +72,6 @@ def around_an_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[boo
 
 
 @pytest.mark.parametrize("layout", [WIDE, pytest.param(DEEP, marks=pytest.mark.long)], ids=str)
-def test_the_reference_holds_the_experts_that_the_policy_began_with(families: FamilyLaboratory, layout: Layout) -> None:
+def test_the_reference_keeps_the_initial_experts_of_the_policy(families: FamilyLaboratory, layout: Layout) -> None:
     found = families.pool.call(layout.world, around_an_update, families.recorded("deepseek-v3"), layout)
     assert found == [(True, True, True)] * layout.world

@@ -1,4 +1,4 @@
-"""Losses that need a whole rollout are the same in layouts that cut rows: value, and the gradient of every tensor."""
+"""Losses over a whole rollout have the same value and gradients in layouts that split rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.recorded_rollouts import (
 )
 from tests.parallel.conftest import Laboratory
 
-# bounds around the ratios that the recorded old log-probs give, so that they hold for a part of the tokens
+# bounds near the ratios of the recorded log-probs, so that some of the tokens are clipped
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "gspo": {"clip_low": 0.05, "clip_high": 0.05, "correction": "sequence_truncated", "entropy_coef": 0.05},
     "gmpo": {"clip_low": 0.1, "clip_high": 0.1, "correction": "token_masked", "correction_veto": 0.8},
@@ -35,7 +35,7 @@ LONG = (Layout(2), Layout(4, pp=2, vpp=2, more=(("recompute", "full"),)), Layout
 
 
 def gradients(rank: int, recorded: Recorded, layout: Layout) -> dict[str, tuple[UpdateStats, dict[str, Any]]]:
-    """Of every algorithm, by one policy. The sampler's log-probs lie between those of the old and the reference."""
+    """Return the gradients of every algorithm. Sampler log-probs are between the old and the reference log-probs."""
     policy = open_policy(rank, recorded, layout)
     rows = with_recorded(make_rows(rank, recorded, layout), recorded).microbatches
     sampler = [
@@ -52,7 +52,7 @@ def gradients(rank: int, recorded: Recorded, layout: Layout) -> dict[str, tuple[
 
 
 @pytest.mark.parametrize("layout", [CUT, *(pytest.param(one, marks=pytest.mark.long) for one in LONG)], ids=str)
-def test_every_form_of_loss_is_the_same_when_rows_are_cut(laboratory: Laboratory, layout: Layout) -> None:
+def test_every_loss_is_the_same_when_rows_are_split(laboratory: Laboratory, layout: Layout) -> None:
     recorded = laboratory.recorded("deep")
     (wanted,) = laboratory.pool.call(1, gradients, recorded, ONE)
     found = laboratory.pool.call(layout.world, gradients, recorded, layout)

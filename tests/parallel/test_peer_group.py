@@ -1,4 +1,4 @@
-"""Ranks of several programs form a group beside their default groups; the objects they exchange are plain values."""
+"""Ranks of several programs form a process group beside their default groups and exchange plain objects."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.ranks import RankPool
 
 
 def exchange(rank: int, folder: Path) -> tuple[list[object], list[float], list[str], int]:
-    """Ranks 0 and 1 are one program, rank 2 another; their default groups must not change."""
+    """Exchange objects between ranks 0 and 1 of one program and rank 2 of another; default groups must not change."""
     program = dist.new_group([0, 1]) if rank < 2 else None
     if rank == 0:
         store = open_store(30.0)
@@ -58,13 +58,13 @@ def test_a_rank_that_does_not_join_is_named(rank_pool: RankPool) -> None:
     assert message.endswith("waiting for engine server host:7")
 
 
-def test_the_wait_ends_when_another_rank_is_known_to_be_gone(rank_pool: RankPool) -> None:
+def test_the_rendezvous_ends_when_another_rank_has_exited(rank_pool: RankPool) -> None:
     assert rank_pool.call(1, join_alone, "host:7 is gone") == ["host:7 is gone"]
 
 
 @dataclass
 class Foreign:
-    """A dataclass that does not belong to the project."""
+    """A dataclass that is not part of the project."""
 
     number: int = 0
 

@@ -1,4 +1,4 @@
-"""The planner's bytes are those of real runs: weights, gradients and optimizer within 3%, activations within 10%."""
+"""The planner predicts the bytes of real runs: weights, gradients and optimizer within 3%, activations within 10%."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def on_planner(_rank: int, case: Case, folder: Path) -> list[Bytes]:
     import torch.distributed as dist
 
     dist.barrier()
-    dist.destroy_process_group()  # the planner counts in a group of its own
+    dist.destroy_process_group()  # the planner counts it in a separate category
     answer = predicted(case, folder)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return answer
@@ -56,7 +56,7 @@ def _ranks(rank: int, case: Case, folder: Path) -> Ranks:
         for case in CASES
     ],
 )
-def test_predicted_bytes_are_those_of_a_real_run(case: Case, models: Path, rank_pool: RankPool) -> None:
+def test_predicted_bytes_match_a_real_run(case: Case, models: Path, rank_pool: RankPool) -> None:
     folder = models / case.model
     (stages,) = rank_pool.call(1, on_planner, case, folder)
     ranks = rank_pool.call(case.world, on_rank, case, folder)
@@ -66,5 +66,5 @@ def test_predicted_bytes_are_those_of_a_real_run(case: Case, models: Path, rank_
         for name, tolerance in (("weights", EXACT), ("gradients", EXACT), ("optimizer", EXACT)):
             worst = max(getattr(rank, name) for rank in found)
             assert getattr(wanted, name) == pytest.approx(worst, rel=tolerance), f"{name} of pipeline rank {pp_rank}"
-        mean = sum(rank.activations for rank in found) / each  # experts get unequal shares of the tokens
+        mean = sum(rank.activations for rank in found) / each  # experts receive different numbers of tokens
         assert wanted.activations == pytest.approx(mean, rel=ACTIVATIONS), f"activations of pipeline rank {pp_rank}"

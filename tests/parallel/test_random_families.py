@@ -1,5 +1,7 @@
-"""Random models of each family in random layouts train as transformers does: the seeds of the long tier are fixed, any
-other is tried by `python -m tests.helpers.random_sweep SEED ...`."""
+"""Random models of each family in random layouts give the results of transformers.
+
+The seeds of the long tier are fixed; `python -m tests.helpers.random_sweep FIRST LAST` runs any others.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool of ranks: started once for many calls; it does not hang when a rank fails, dies or does not answer."""
+"""The pool of ranks is started once for many calls and does not hang when a rank fails, exits or stops responding."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""Replayed experts: log-probs and gradients are those of one process that replays the same choices, and of transformers
-in float64 with its routers told what to choose; not those of the policy's own choices."""
+"""Routing replay: every layout has the log-probs and gradients of one process that replays the same expert choices.
+
+That process equals transformers in float64 whose routers are replaced to use the same choices. Without replay the
+gradients differ.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,16 @@ from tests.helpers.recorded_rollouts import (
     with_recorded,
 )
 from tests.helpers.tiny_models import make_family_model
-from tests.helpers.update_oracle import _checkpoint_names, _forward, _loss, load, perturbed_log_probs
+from tests.helpers.update_oracle import (
+    by_checkpoint_name,
+    grpo_loss,
+    load,
+    log_probs_and_entropies,
+    perturbed_log_probs,
+)
 
 LAYERS, EXPERTS, CHOSEN = 4, 8, 2
-# one dense layer in between: choices are found by the layer's number
+# layer 1 is dense: choices are looked up by layer number
 CONFIG = raw_family_config(
     "qwen3_moe", num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=CHOSEN, mlp_only_layers=[1]
 )
@@ -54,7 +63,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Run:
-    """Of one rank; gradients on rank 0."""
+    """The results of one rank; rank 0 has the gradients."""
 
     stats: UpdateStats
     log_probs: dict[int, list[float]]
@@ -62,7 +71,7 @@ class Run:
 
 
 def with_choices(recorded: Recorded) -> Recorded:
-    """Random experts for every rollout but the last two; the last token is never in a record, nor the third."""
+    """Add random expert choices to all rollouts but the last two; the third and the last token have no choices."""
     generator = torch.Generator().manual_seed(3)
     rollouts = []
     for rollout in recorded.groups.rollouts[:-2]:
@@ -86,13 +95,13 @@ def train(rank: int, recorded: Recorded, layout: Layout) -> Run:
     return Run(stats, {} if values is None else batch.completion_values(values), gradients if rank == 0 else {})
 
 
-class Told:
-    """The transformers model whose routers take a rollout's choices; called once for each rollout, in order."""
+class ReplayingModel:
+    """The transformers model with routers that use recorded choices; it is called once per rollout, in order."""
 
     def __init__(self, model: Any, recorded: Recorded) -> None:
         self.model = model
         self._records = itertools.cycle([r.completion.expert_choices for r in recorded.groups.rollouts])
-        self._now: Tensor | None = None
+        self._current: Tensor | None = None
         for layer, block in enumerate(model.model.layers):
             if hasattr(block.mlp, "gate"):
                 block.mlp.gate.forward = lambda hidden, gate=block.mlp.gate, layer=layer: self._choose(
@@ -100,21 +109,21 @@ class Told:
                 )
 
     def __call__(self, **arguments: Any) -> Any:
-        self._now = next(self._records)
+        self._current = next(self._records)
         return self.model(**arguments)
 
     def _choose(self, hidden: Tensor, gate: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         logits = hidden @ gate.weight.t()
         chosen = logits.topk(CHOSEN).indices
-        if self._now is not None:
+        if self._current is not None:
             record = torch.full_like(chosen, -1)
-            record[: len(self._now)] = self._now[:, layer].long()
+            record[: len(self._current)] = self._current[:, layer].long()
             chosen = torch.where(record >= 0, record, chosen)
         return logits, torch.softmax(logits.gather(1, chosen), -1), chosen
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+def recorded_choices(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder: Path = make_family_model(tmp_path_factory.mktemp("routing") / "model", CONFIG, 5)
     groups, rewards = sample_groups(4, 4, 5)
     old = perturbed_log_probs(groups, folder, 1.0, 0.01, 15)
@@ -123,53 +132,60 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 
 @pytest.fixture(scope="module")
-def one(rank_pool: RankPool, told: Recorded) -> Run:
-    (run,) = rank_pool.call(1, train, told, ONE)
+def reference(rank_pool: RankPool, recorded_choices: Recorded) -> Run:
+    (run,) = rank_pool.call(1, train, recorded_choices, ONE)
     return run
 
 
-def relative(found: Any, wanted: Any) -> float:
-    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+def relative(found: Any, expected: Any) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
-def test_one_process_equals_transformers_with_the_same_choices(told: Recorded, one: Run) -> None:
-    model = load(told.model)
-    replaying = Told(model, told)
+def test_one_process_equals_transformers_with_the_same_choices(recorded_choices: Recorded, reference: Run) -> None:
+    model = load(recorded_choices.model)
+    replaying_model = ReplayingModel(model, recorded_choices)
     with torch.no_grad():
-        wanted = [_forward(replaying, rollout, 1.0)[0].tolist() for rollout in told.groups.rollouts]
-    for i, values in enumerate(wanted):
-        np.testing.assert_allclose(one.log_probs[i], values, atol=2e-5)
-    loss, _, _ = _loss(replaying, told)
+        expected = [
+            log_probs_and_entropies(replaying_model, rollout, 1.0)[0].tolist()
+            for rollout in recorded_choices.groups.rollouts
+        ]
+    for i, values in enumerate(expected):
+        np.testing.assert_allclose(reference.log_probs[i], values, atol=2e-5)
+    loss, _, _ = grpo_loss(replaying_model, recorded_choices)
     loss.backward()
-    assert abs(one.stats.sums["loss"] - float(loss.detach())) <= 1e-5 * one.stats.sums["loss_magnitude"]
-    gradients = _checkpoint_names(model, {name: p.grad for name, p in model.named_parameters()})
-    assert gradients.keys() == one.gradients.keys()
+    assert abs(reference.stats.sums["loss"] - float(loss.detach())) <= 1e-5 * reference.stats.sums["loss_magnitude"]
+    gradients = by_checkpoint_name(model, {name: p.grad for name, p in model.named_parameters()})
+    assert gradients.keys() == reference.gradients.keys()
     for name, gradient in gradients.items():
-        assert relative(one.gradients[name], gradient.numpy()) <= 1e-5, name
+        assert relative(reference.gradients[name], gradient.numpy()) <= 1e-5, name
 
 
-def test_without_the_choices_it_is_another_gradient(rank_pool: RankPool, told: Recorded, one: Run) -> None:
-    rollouts = [replace(r, completion=replace(r.completion, expert_choices=None)) for r in told.groups.rollouts]
-    plain = replace(told, groups=replace(told.groups, rollouts=rollouts))
+def test_without_replay_the_gradient_differs(rank_pool: RankPool, recorded_choices: Recorded, reference: Run) -> None:
+    rollouts = [
+        replace(r, completion=replace(r.completion, expert_choices=None)) for r in recorded_choices.groups.rollouts
+    ]
+    plain = replace(recorded_choices, groups=replace(recorded_choices.groups, rollouts=rollouts))
     (own,) = rank_pool.call(1, train, plain, ONE)
-    assert abs(own.stats.grad_norm / one.stats.grad_norm - 1) > 1e-3
-    differing = [name for name in one.gradients if relative(own.gradients[name], one.gradients[name]) > 1e-2]
-    assert len(differing) == len(one.gradients)
-    # a rollout without a record is routed by the policy alone, beside others that are not
+    assert abs(own.stats.grad_norm / reference.stats.grad_norm - 1) > 1e-3
+    differing = [
+        name for name in reference.gradients if relative(own.gradients[name], reference.gradients[name]) > 1e-2
+    ]
+    assert len(differing) == len(reference.gradients)
+    # a rollout without recorded choices is routed by the policy, beside rollouts that are replayed
     last = len(rollouts) - 1
-    np.testing.assert_allclose(own.log_probs[last], one.log_probs[last], atol=1e-5)
-    assert np.abs(np.array(own.log_probs[0]) - np.array(one.log_probs[0])).max() > 1e-3
+    np.testing.assert_allclose(own.log_probs[last], reference.log_probs[last], atol=1e-5)
+    assert np.abs(np.array(own.log_probs[0]) - np.array(reference.log_probs[0])).max() > 1e-3
 
 
 @pytest.mark.parametrize("layout", CASES, ids=str)
 def test_every_layout_replays_what_one_process_replays(
-    rank_pool: RankPool, told: Recorded, one: Run, layout: Layout
+    rank_pool: RankPool, recorded_choices: Recorded, reference: Run, layout: Layout
 ) -> None:
-    runs = rank_pool.call(layout.world, train, told, layout)
+    runs = rank_pool.call(layout.world, train, recorded_choices, layout)
     found = {i: values for run in runs for i, values in run.log_probs.items()}
-    assert found.keys() == one.log_probs.keys()
-    for i, values in one.log_probs.items():
+    assert found.keys() == reference.log_probs.keys()
+    for i, values in reference.log_probs.items():
         np.testing.assert_allclose(found[i], values, atol=2e-5)
-    assert runs[0].stats.grad_norm == pytest.approx(one.stats.grad_norm, rel=1e-5)
-    for name, gradient in one.gradients.items():
+    assert runs[0].stats.grad_norm == pytest.approx(reference.stats.grad_norm, rel=1e-5)
+    for name, gradient in reference.gradients.items():
         assert relative(runs[0].gradients[name], gradient) <= 1e-5, name

@@ -96,7 +96,7 @@ def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[An
     answers: list[Answers] = []
     reports = []
     for version in (1, 2):
-        source.become(version)
+        source.set_version(version)
         reports.append(sync.push(version, verify=True))
         answers.append(rollouts(engine, rank))
     engine.close()
@@ -190,7 +190,7 @@ def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[St
     assert f"engine.urls[0]={servers[0].url}: no engine server was available to this job within " in message
     assert "it serves another job (process " in message
     end = time.monotonic() + 5
-    while inspect_server("", address, TOKEN).job is not None:  # free once the job has ended
+    while inspect_server("", address, TOKEN).job is not None:  # the server is free after the job exits
         assert time.monotonic() < end
 
 
@@ -198,14 +198,14 @@ def run_with_fault(rank: int, urls: list[str], folder: Path, fault: str) -> tupl
     """Run one successful sync, then inject the fault. Return this rank's error and the seconds until it was raised."""
     engine = open_engine(urls, seconds=LIMIT)
     source, sync = connect(rank, engine, "gloo", seconds=LIMIT)
-    source.become(1)
+    source.set_version(1)
     sync.push(1, verify=True)
     rollouts(engine, 0)
     dist.barrier()
     (folder / "fault").write_text(fault)
     start = time.monotonic()
     try:
-        source.become(2)
+        source.set_version(2)
         sync.push(2, verify=True)
         rollouts(engine, 0)
     except RuntimeError as error:
@@ -253,7 +253,7 @@ def disconnect_and_start_again(rank: int, url: str, folder: Path, of: str) -> tu
     client = first._client
     assert client is not None
     if of == "sampling":
-        source.become(1)
+        source.set_version(1)
         sync.push(1, verify=True)
         (folder / "fault").write_text("delay in sampling")
         client.start(sample_command(PROMPTS, SamplingRequest(2, 1.0, 4, seed=0), 1))
@@ -269,7 +269,7 @@ def disconnect_and_start_again(rank: int, url: str, folder: Path, of: str) -> tu
     with pytest.raises(RuntimeError) as caught:
         rollouts(second, 0)
     source, sync = connect(rank, second, "gloo")
-    source.become(5)
+    source.set_version(5)
     sync.push(5, verify=True)
     answers = rollouts(second, 0)
     second.close()

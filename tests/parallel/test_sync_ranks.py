@@ -87,7 +87,7 @@ def follow(
     reports: list[SyncReport] = []
     wrong: list[str] = []
     for version in (1, 2):
-        source.become(version)
+        source.set_version(version)
         reports.append(sync.push(version, verify=True))
         wrong += [
             str(hf) for hf, memory in sink.memory.items() if not torch.equal(memory, values(hf.name, version)[hf.index])
@@ -174,7 +174,7 @@ def flip_bit(sink: MemorySink) -> None:
     sink.part(TensorSlice("3.down", (7, 300), (1, 1))).view(torch.int16)[0, 0] ^= 1
 
 
-class Spoiled(MemorySink):
+class FaultySink(MemorySink):
     """A sink with one fault, named by `fault`."""
 
     fault = ""
@@ -232,7 +232,7 @@ def send_wrongly(executor: ScheduleExecutor, fault: str) -> Any:
     return mock.patch.object(executor, "_send", send)
 
 
-def spoil(sync: WeightSync, fault: str) -> Any:
+def inject_fault(sync: WeightSync, fault: str) -> Any:
     """Return a context that injects a fault of the transport on this rank."""
     if fault == "lost":
         return lose_bucket(sync.executor._transports["shared_memory"], 2)  # type: ignore[arg-type]
@@ -241,13 +241,13 @@ def spoil(sync: WeightSync, fault: str) -> Any:
 
 def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
     """Return the error of a push on this rank for each fault on rank 1; None for pushes without a fault."""
-    sink = Spoiled(engine(TP2PP2[1], WORLD), rank)
+    sink = FaultySink(engine(TP2PP2[1], WORLD), rank)
     source, _, sync = open_sync(rank, sink)
     errors: dict[str, str | None] = {}
     for version, fault in enumerate(["", *faults, ""], 1):
         sink.fault = fault if rank == 1 else ""
-        source.become(version)
-        with spoil(sync, fault if rank == 1 else ""):
+        source.set_version(version)
+        with inject_fault(sync, fault if rank == 1 else ""):
             try:
                 sync.push(version, verify=True)
                 errors[f"{fault or 'none'} {version}"] = None
@@ -271,16 +271,16 @@ FAULTS = {
 
 
 @pytest.fixture(scope="module")
-def said(rank_pool: RankPool) -> list[dict[str, str | None]]:
+def fault_errors(rank_pool: RankPool) -> list[dict[str, str | None]]:
     answers: list[dict[str, str | None]] = rank_pool.call(WORLD, messages, list(FAULTS))
     return answers
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_on_one_rank_is_named_on_all_with_tensor_rank_and_slice(
-    said: list[dict[str, str | None]], fault: str
+    fault_errors: list[dict[str, str | None]], fault: str
 ) -> None:
-    (message,) = {answers[fault] for answers in said}
+    (message,) = {answers[fault] for answers in fault_errors}
     assert message is not None
     for words in FAULTS[fault]:
         assert words in message
@@ -288,8 +288,8 @@ def test_a_fault_on_one_rank_is_named_on_all_with_tensor_rank_and_slice(
     assert not any(words in message for words in others), f"names more than the fault: {message}"
 
 
-def test_pushes_without_a_fault_pass_before_and_after_one(said: list[dict[str, str | None]]) -> None:
-    for answers in said:
+def test_pushes_without_a_fault_pass_before_and_after_one(fault_errors: list[dict[str, str | None]]) -> None:
+    for answers in fault_errors:
         assert answers["none 1"] is None
         assert answers[f"none {len(FAULTS) + 2}"] is None
 
@@ -297,7 +297,7 @@ def test_pushes_without_a_fault_pass_before_and_after_one(said: list[dict[str, s
 def stalled_rank(rank: int) -> str:
     """Rank 2 does not take part in the second push."""
     source, _, sync = open_sync(rank)
-    source.become(1)
+    source.set_version(1)
     sync.push(1, verify=True)
     sync.executor._transports["shared_memory"]._timeout = 3.0  # type: ignore[attr-defined]
     sync._barrier._timeout = 3.0
@@ -341,7 +341,7 @@ def test_a_barrier_names_the_missing_ranks_and_where_they_are(rank_pool: RankPoo
 def withheld_bucket(rank: int) -> tuple[str, int]:
     """Rank 1 takes part, but never sends its bucket 3."""
     source, sink, sync = open_sync(rank)
-    source.become(1)
+    source.set_version(1)
     sync.push(1, verify=True)
     transport = sync.executor._transports["shared_memory"]
     transport._timeout = sync._barrier._timeout = 3.0  # type: ignore[attr-defined]
@@ -359,16 +359,16 @@ def test_a_missing_bucket_is_named_with_both_ranks_and_its_receiver_keeps_the_pr
     rank_pool: RankPool,
 ) -> None:
     answers = rank_pool.call(WORLD, withheld_bucket)
-    assert all("nothing was raised" not in said for said, _ in answers)
-    said, version = answers[3]
-    assert "bucket 3" in said
-    assert "from rank 1 to rank 3 did not arrive within 3 s" in said
+    assert all("nothing was raised" not in message for message, _ in answers)
+    message, version = answers[3]
+    assert "bucket 3" in message
+    assert "from rank 1 to rank 3 did not arrive within 3 s" in message
     assert version == 1
 
 
 def dying_rank(rank: int) -> None:
     source, _, sync = open_sync(rank, seconds=60.0)
-    source.become(1)
+    source.set_version(1)
     sync.push(1, verify=True)
     if rank == 2:
         os._exit(3)
@@ -385,7 +385,7 @@ def test_a_rank_that_exits_ends_the_others_at_once_with_its_name(rank_pool: Rank
     assert time.monotonic() - start < 50
 
 
-class Unrecordable(MemorySink):
+class SinkWithoutSlices(MemorySink):
     supports_slices = False
     streaming_reason = "its loader computes"
 
@@ -394,10 +394,10 @@ class Unrecordable(MemorySink):
 
 
 def stream(rank: int) -> tuple[list[str], int]:
-    sink = Unrecordable(engine(EngineLayout(2), WORLD), rank)
+    sink = SinkWithoutSlices(engine(EngineLayout(2), WORLD), rank)
     with mock.patch("grpo_mega.weight_sync.sync.log") as log:
         source, _, sync = open_sync(rank, sink)
-        source.become(1)
+        source.set_version(1)
         sync.push(1, verify=True)
         sync.push(2, verify=True)
     wrong = [str(hf) for hf, memory in sink.memory.items() if not torch.equal(memory, values(hf.name, 1)[hf.index])]

@@ -50,12 +50,12 @@ def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def places(rank_pool: RankPool) -> list[list[dict[str, Any]]]:
-    """[rank][layout]."""
+    """Return the coordinates and groups of each rank and layout: [rank][layout]."""
     return rank_pool.call(8, megatron_places, EIGHT)
 
 
 @pytest.mark.parametrize("layout", EIGHT, ids=str)
-def test_coordinates_are_megatrons_ranks(places: list[list[dict[str, Any]]], layout: Layout) -> None:
+def test_coordinates_equal_the_ranks_in_megatrons_groups(places: list[list[dict[str, Any]]], layout: Layout) -> None:
     for rank in range(8):
         at, place = layout.topology.coordinates(rank), places[rank][EIGHT.index(layout)]
         for axis in ("tp", "cp", "pp", "dp", "ep", "etp", "edp"):

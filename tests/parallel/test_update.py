@@ -1,7 +1,7 @@
 """An update is the same in every layout, and the same as plain autograd and AdamW on the transformers model.
 
-Losses, gradient norms, log-probs, entropies and all weights over three updates; any split of the batch; bf16; losses
-that are not finite.
+The tests compare losses, gradient norms, log-probs, entropies and all weights over three updates. They also cover any
+split of the batch, bf16, and losses that are not finite.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
 
 
 def by_rollout(records: list[RankRecord], of: str, temperature: float = 1.0) -> list[dict[int, list[float]]]:
-    """What each rank of the last stage has, one dict of rollouts for each tensor-parallel rank."""
+    """Return the values of each rank of the last stage: rollout -> entropies (`of="entropy"`) or log-probs."""
     return [r.entropy if of == "entropy" else r.log_probs[temperature] for r in records if r.is_last_stage]
 
 
@@ -57,7 +57,7 @@ def test_log_probs_equal_those_of_transformers(laboratory: Laboratory, model: st
         found = by_rollout(records, "log_probs", temperature)
         assert largest_difference(found, expected.log_probs[temperature]) <= 2e-5
     cold, hot = (expected.log_probs[t][0] for t in (0.7, 1.0))
-    assert abs(cold[0] - hot[0]) > 1e-3, "the temperature does not matter here"
+    assert abs(cold[0] - hot[0]) > 1e-3, "the log-probs do not depend on the temperature"
 
 
 @every_case
@@ -75,7 +75,7 @@ def test_losses_and_gradient_norms_equal_autograd_over_three_updates(
         for update, stats in enumerate(record.stats):
             assert abs(stats.sums["loss"] - expected.losses[update]) <= 1e-5 * stats.sums["loss_magnitude"]
             assert stats.grad_norm == pytest.approx(expected.grad_norms[update], rel=1e-5)
-            assert stats.grad_norm > OPTIMIZER.clip_grad, "clipping takes no part"
+            assert stats.grad_norm > OPTIMIZER.clip_grad, "the gradient is not clipped"
             assert stats.sums["clip_fraction"] == pytest.approx(expected.clip_fractions[update], abs=1e-5)
             assert stats.sums["kl"] == pytest.approx(expected.kls[update], rel=1e-5)
             assert stats.sums["clip_fraction"] > 0.01
@@ -115,8 +115,8 @@ def test_all_ranks_report_the_same_update(laboratory: Laboratory) -> None:
         assert len({record.num_microbatches for record in records}) == 1
 
 
-def share_of_elements(shapes: dict[str, torch.Size], model: str, layout: Layout, pp_rank: int) -> int:
-    """Elements of a pipeline rank's share of the model, counted from Hugging Face's names and shapes."""
+def elements_of_rank(shapes: dict[str, torch.Size], model: str, layout: Layout, pp_rank: int) -> int:
+    """Return the number of elements of a pipeline rank, counted from Hugging Face names and shapes."""
     tied, stages = MODELS[model].tied, stage_layers(MODELS[model].num_layers, layout.parallel, model)
     layers = set(chain.from_iterable(stages[pp_rank :: layout.pp]))
     first, last = pp_rank == 0, pp_rank == layout.pp - 1
@@ -135,14 +135,14 @@ def share_of_elements(shapes: dict[str, torch.Size], model: str, layout: Layout,
 
 
 @every_case
-def test_a_rank_holds_its_share_of_the_model_and_of_the_optimizer(
+def test_a_rank_holds_its_part_of_the_model_and_of_the_optimizer(
     laboratory: Laboratory, model: str, layout: Layout
 ) -> None:
     shapes = {name: tensor.shape for name, tensor in laboratory.expected(model).tensors[0].items()}
-    copies = layout.topology.dp * layout.cp  # of each weight; its optimizer state is spread over them
+    copies = layout.topology.dp * layout.cp  # copies of each weight, which share its optimizer state
     for rank, record in enumerate(laboratory.run(model, layout)):
         at = layout.topology.coordinates(rank)
-        elements = share_of_elements(shapes, model, layout, at.pp_rank)
+        elements = elements_of_rank(shapes, model, layout, at.pp_rank)
         assert record.param_bytes == 4 * elements
         padding = 4 * 1024  # Megatron rounds its flat buffers up
         assert 4 * elements <= record.main_grad_bytes <= 4 * elements + padding
@@ -152,7 +152,7 @@ def test_a_rank_holds_its_share_of_the_model_and_of_the_optimizer(
         for rank, record in enumerate(laboratory.run(model, layout))
         if layout.topology.coordinates(rank).tp_rank == 0
     )
-    stages = [share_of_elements(shapes, model, layout, stage) for stage in range(layout.pp)]
+    stages = [elements_of_rank(shapes, model, layout, stage) for stage in range(layout.pp)]
     assert moments_of_one_shard == 8 * sum(stages), "each element has its two moments on exactly one data-parallel rank"
 
 
@@ -186,8 +186,10 @@ def test_the_token_budget_of_a_microbatch_does_not_change_the_gradient(laborator
 
 
 def uneven_rows(rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]) -> list[Microbatch]:
-    """`shares[dp_rank]` are the rollouts of each of its microbatches; weights and advantages as `build_batch` makes
-    them for the whole batch in one row."""
+    """Return rows with the weights and advantages that `build_batch` gives the whole batch in one row.
+
+    `shares[dp_rank]`: the rollouts of each microbatch of that rank.
+    """
     (whole,) = make_rows(0, replace(recorded, max_tokens=4096), ONE).microbatches
     first = dict(zip(whole.rollout_ids, whole.cu_seqlens.tolist(), strict=False))
     prompts = {i: len(recorded.groups.rollouts[i].prompt.token_ids) for i in whole.rollout_ids}
@@ -257,22 +259,24 @@ def update_with_nan(rank: int, recorded: Recorded, layout: Layout, bad_dp_rank: 
 
 
 @pytest.mark.parametrize("layout", [Layout(2), Layout(8, tp=2, pp=2)], ids=str)
-def test_a_loss_that_is_not_finite_stops_all_ranks_names_rank_and_microbatch_and_leaves_the_weights(
+def test_a_nonfinite_loss_raises_on_all_ranks_with_rank_and_microbatch_and_keeps_the_weights(
     laboratory: Laboratory, layout: Layout
 ) -> None:
     answers = laboratory.pool.call(layout.world, update_with_nan, laboratory.recorded("qwen3"), layout, 1)
-    guilty = [
+    failing_ranks = [
         rank
         for rank in range(layout.world)
         if (at := layout.topology.coordinates(rank)).dp_rank == 1 and at.pp_rank == layout.pp - 1
     ]
-    allowed = {f"the loss of microbatch 1 on rank {rank} is not finite; no update was made" for rank in guilty}
+    allowed = {f"the loss of microbatch 1 on rank {rank} is not finite; no update was made" for rank in failing_ranks}
     messages = {answer["message"] for answer in answers}
-    assert len(messages) <= layout.tp  # each tensor-parallel rank sees its own replica's
+    assert len(messages) <= layout.tp  # each tensor-parallel rank reports the error of its own replica
     assert messages <= allowed
     assert all(answer["unchanged"] for answer in answers)
     wanted = laboratory.run("qwen3", layout)[0].stats[0]
-    assert all(answer["stats"] == wanted for answer in answers), "the next update is that of a policy that never failed"
+    assert all(answer["stats"] == wanted for answer in answers), (
+        "the next update differs from an update without a failure"
+    )
 
 
 def bf16_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
@@ -320,7 +324,7 @@ def reference_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, An
         return policy.update(rows.with_log_probs(old=old, ref=ref).microbatches, LOSS, OPTIMIZER.lr)[0]
 
     base, ref, old = policy.log_probs(rows.microbatches), reference_log_probs(), policy.log_probs(rows.microbatches)
-    if base is None:  # not on the last stage: nothing that its loss would read
+    if base is None:  # ranks that are not on the last stage have no values that the loss reads
         ref = old = [torch.zeros_like(m.advantages) for m in rows.microbatches]
     stats = [update(old), update(old)]
     before = state()
@@ -346,7 +350,7 @@ def reference_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, An
 
 
 def run_without_swaps(rank: int, recorded: Recorded, layout: Layout) -> list[UpdateStats]:
-    """The same three updates of a policy whose reference log-probs were recorded: those before the first update."""
+    """Run the same three updates with reference log-probs that were recorded before the first update."""
     policy = open_policy(rank, recorded, layout)
     rows = make_rows(rank, recorded, layout)
     base = policy.log_probs(rows.microbatches) or [torch.zeros_like(m.advantages) for m in rows.microbatches]
@@ -365,7 +369,7 @@ def run_without_swaps(rank: int, recorded: Recorded, layout: Layout) -> list[Upd
     ],
     ids=str,
 )
-def test_the_reference_is_the_base_model_and_a_swap_leaves_no_trace(
+def test_the_reference_is_the_base_model_and_a_swap_restores_the_policy(
     laboratory: Laboratory, model: str, layout: Layout, dtype: str
 ) -> None:
     recorded = replace(laboratory.recorded(model), dtype=dtype)
@@ -385,7 +389,7 @@ def test_the_reference_is_the_base_model_and_a_swap_leaves_no_trace(
 def updates_in_small_buckets(
     rank: int, recorded: Recorded, layout: Layout
 ) -> tuple[list[UpdateStats], list[dict[str, Any]], int]:
-    """Return what `measure` returns, of a layout with many buckets; nothing is read after the first update."""
+    """Measure a layout with many gradient buckets; weights are not read between updates."""
     policy = open_policy(rank, recorded, layout)
     batch = with_recorded(make_rows(rank, recorded, layout), recorded)
     stats = [policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)[0] for _ in range(2)]
@@ -407,7 +411,7 @@ def test_gathers_and_reductions_that_overlap_in_many_buckets_change_nothing(labo
 
 
 def module_calls(rank: int, recorded: Recorded, parallel: dict[str, Any]) -> tuple[int, int, int, UpdateStats]:
-    """Calls of attention, feed-forward and norms in one update of one row."""
+    """Count the calls of attention, feed-forward and norms in one update of one row."""
     policy = open_policy(rank, recorded, Layout(more=tuple(parallel.items())))
     batch = with_recorded(make_rows(rank, recorded, ONE), recorded)
     calls = dict.fromkeys(("attention", "mlp", "norm"), 0)
@@ -437,7 +441,7 @@ def module_calls(rank: int, recorded: Recorded, parallel: dict[str, Any]) -> tup
     ],
     ids=str,
 )
-def test_what_is_recomputed_runs_twice_and_gives_the_same_update(
+def test_recomputed_modules_run_twice_and_give_the_same_update(
     laboratory: Laboratory, parallel: dict[str, Any], times: tuple[int, int, int]
 ) -> None:
     recorded = replace(laboratory.recorded("qwen3"), max_tokens=4096)

@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron -> Hugging Face is bit-equal in every layout; a broken folder is refused with its fault."""
+"""Hugging Face -> Megatron -> Hugging Face is bit-equal in every layout; a broken checkpoint is rejected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.tiny_models import make_tiny_model
 from tests.parallel.conftest import MODELS, Laboratory, every_case
 
 
-def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:
+def checkpoint_bytes(folder: Path, *, tied: bool) -> dict[str, Tensor]:
     tensors = load_file(folder / "model.safetensors")
     if tied:
         tensors.pop("lm_head.weight", None)
@@ -31,16 +31,18 @@ def stored(folder: Path, *, tied: bool) -> dict[str, Tensor]:
 
 
 @every_case
-def test_whole_tensors_are_the_files_bit_for_bit(laboratory: Laboratory, model: str, layout: Layout) -> None:
-    wanted = stored(laboratory.recorded(model).model, tied=MODELS[model].tied)
-    assert VOCAB % 2 == 1, "the vocabulary is to be padded under tp=2"
+def test_gathered_tensors_are_bit_equal_to_the_checkpoint_files(
+    laboratory: Laboratory, model: str, layout: Layout
+) -> None:
+    wanted = checkpoint_bytes(laboratory.recorded(model).model, tied=MODELS[model].tied)
+    assert VOCAB % 2 == 1, "VOCAB must be odd, so that tp=2 pads it"
     records = laboratory.run(model, layout)
     found = records[0].tensors[0]
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].shape == tuple(tensor.shape), name
         assert found[name].tobytes() == tensor.numpy().tobytes(), name
-        assert np.signbit(found[name].flat[-1]), f"{name}: the planted -0.0 is gone"
+        assert np.signbit(found[name].flat[-1]), f"{name}: the -0.0 is lost"
         assert found[name].flat[-1] == 0
     assert all(record.small_buckets_equal for record in records), "buckets of 1 KiB give other bytes than one bucket"
 
@@ -51,7 +53,7 @@ def test_digests_of_the_shards_add_up_to_that_of_the_whole_tensor(
 ) -> None:
     wanted = {
         name: slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
-        for name, tensor in stored(laboratory.recorded(model).model, tied=MODELS[model].tied).items()
+        for name, tensor in checkpoint_bytes(laboratory.recorded(model).model, tied=MODELS[model].tied).items()
     }
     records = laboratory.run(model, layout)
     at = [layout.topology.coordinates(rank) for rank in range(layout.world)]
@@ -65,7 +67,7 @@ def test_digests_of_the_shards_add_up_to_that_of_the_whole_tensor(
 
 
 def count_bytes(rank: int, recorded: Recorded, layout: Layout) -> tuple[int, int]:
-    """Read from the files by this rank, and held in its parameters."""
+    """Return the bytes that this rank reads from the files, and the bytes of its parameters."""
     policy = open_policy(rank, recorded, layout)
     return policy.weights.load_from_hf(recorded.model), sum(p.nbytes for p in policy.parts.parameters)
 
@@ -73,7 +75,7 @@ def count_bytes(rank: int, recorded: Recorded, layout: Layout) -> tuple[int, int
 @pytest.mark.parametrize("layout", [Layout(1), Layout(4, tp=2, pp=2)], ids=str)
 def test_each_rank_reads_only_the_bytes_that_it_holds(laboratory: Laboratory, layout: Layout) -> None:
     recorded = laboratory.recorded("qwen3")
-    padding_row = 4 * 64  # the last rank of two holds one row less of an odd vocabulary
+    padding_row = 4 * 64  # the last of two ranks has one row less of an odd vocabulary
     for rank, (read, held) in enumerate(laboratory.pool.call(layout.world, count_bytes, recorded, layout)):
         padded = layout.tp == 2 and layout.topology.coordinates(rank).tp_rank == 1
         assert held - read == (padding_row if padded else 0)
@@ -84,14 +86,14 @@ def stream(rank: int, recorded: Recorded, layout: Layout) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("vocab", [20, 22, 23])
-def test_a_padded_or_even_vocabulary_and_bf16_come_back_bit_for_bit(
+def test_a_padded_or_even_vocabulary_and_bf16_are_restored_bit_for_bit(
     laboratory: Laboratory, tmp_path: Path, vocab: int
 ) -> None:
     folder = make_tiny_model(
         tmp_path, "llama", tie=vocab == 23, vocab=vocab, seed=3, num_key_value_heads=4, num_hidden_layers=2
     )
     recorded = replace(laboratory.recorded("llama"), model=folder, dtype="bf16")
-    wanted = stored(folder, tied=vocab == 23)
+    wanted = checkpoint_bytes(folder, tied=vocab == 23)
     for found in laboratory.pool.call(4, stream, recorded, Layout(4, tp=4)):
         assert found == {name: as_array(t.bfloat16()).tobytes() for name, t in wanted.items()}
 
@@ -130,7 +132,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-def refusals(rank: int, recorded: Recorded, layout: Layout, folders: list[Path]) -> list[str]:
+def errors_of_broken_checkpoints(rank: int, recorded: Recorded, layout: Layout, folders: list[Path]) -> list[str]:
     messages = []
     for folder in folders:
         try:
@@ -142,22 +144,24 @@ def refusals(rank: int, recorded: Recorded, layout: Layout, folders: list[Path])
 
 
 @pytest.fixture(scope="module")
-def refused(
+def broken_checkpoint_errors(
     rank_pool: RankPool, laboratory: Laboratory, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[str]]:
-    """What each rank said to each broken folder."""
+    """Return the error of each rank for each broken checkpoint."""
     root, recorded = tmp_path_factory.mktemp("broken"), laboratory.recorded("qwen3")
     folders = []
-    for name, (breaking, _) in BROKEN.items():
+    for name, (break_checkpoint, _) in BROKEN.items():
         folders.append(root / name)
         shutil.copytree(recorded.model, folders[-1])
-        breaking(folders[-1])
-    answers = rank_pool.call(2, refusals, recorded, Layout(2, tp=2), folders)
-    return {name: [messages[i] for messages in answers] for i, name in enumerate(BROKEN)}
+        break_checkpoint(folders[-1])
+    by_rank = rank_pool.call(2, errors_of_broken_checkpoints, recorded, Layout(2, tp=2), folders)
+    return {name: [messages[i] for messages in by_rank] for i, name in enumerate(BROKEN)}
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_folder_is_refused_on_every_rank_with_what_is_wrong(refused: dict[str, list[str]], fault: str) -> None:
-    for message in refused[fault]:
+def test_a_broken_checkpoint_is_rejected_on_every_rank_with_the_reason(
+    broken_checkpoint_errors: dict[str, list[str]], fault: str
+) -> None:
+    for message in broken_checkpoint_errors[fault]:
         assert re.search(BROKEN[fault][1], message), message
         assert ";" in message or "(" in message

@@ -68,7 +68,7 @@ class Job:
         self.sources = [MemorySource(held, rank) for rank in range(WORLD)]
         self.sinks = [MemorySink(wanted, rank) for rank in range(WORLD)]
         for source, sink in zip(self.sources, self.sinks, strict=True):
-            source.become(1)
+            source.set_version(1)
             for hf, memory in sink.memory.items():
                 memory.copy_(values(hf.name, 1)[hf.index])
         self.digests = [dict(zip(sink.memory, sink.digests(list(sink.memory)), strict=True)) for sink in self.sinks]
