@@ -143,7 +143,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "shard is a folder": (replace_by_folder, r"was not found; the index places model\.\S+ of shape \("),
     "config missing": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
     "config garbage": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), r"config\.json: not valid JSON"),
-    "config list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: holds a list"),
+    "config list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: must be a JSON object"),
 }
 
 
@@ -181,7 +181,7 @@ def test_invalid_outputs_are_rejected(sharded: Path, tmp_path: Path, run_tool: C
         for out in (source, source / "deeper" / "out"):
             code, stderr = run_tool(tool, source, out)
             assert code == 2
-            assert "or inside it; name a folder elsewhere" in stderr
+            assert "or inside it; use a folder elsewhere" in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert sorted(sharded.rglob("*")) == before
 
