@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from grpo_mega.config.load import load_config, resolved
 from grpo_mega.config.schema import Config
-from grpo_mega.launch.slurm import in_step, positive_int, slurm_step
+from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.devices import num_visible_gpus
 from grpo_mega.parallel.stop_signal import EXIT_CODE as STOPPED
 from grpo_mega.parallel.stop_signal import Stopped, expect_stop
@@ -111,7 +111,7 @@ def prepare(config: Config) -> Prepared:
     """
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_held_out, load_train
-    from grpo_mega.data.rows import check_rows
+    from grpo_mega.data.prompt_rows import check_rows
     from grpo_mega.doctor.examine import examine_start
     from grpo_mega.doctor.finding import require
     from grpo_mega.doctor.model_rules import check_model

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from grpo_mega.data.rows import PromptSource
+from grpo_mega.data.prompt_rows import PromptSource
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from grpo_mega.config.data_rules import pattern_of
 from grpo_mega.config.data_sections import DataConfig, DataSource
 from grpo_mega.data.chat import render_prompt
-from grpo_mega.data.rows import PromptSource, keyed_sets, read_rows
+from grpo_mega.data.prompt_rows import PromptSource, keyed_sets, read_rows
 from grpo_mega.types import Prompt, UserError
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from grpo_mega.launch.rendezvous import NodeInfo, RendezvousError, rendezvous
-from grpo_mega.launch.slurm import in_step, positive_int, slurm_step
+from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port, port_is_free
 from grpo_mega.types import UserError

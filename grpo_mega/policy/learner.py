@@ -27,7 +27,7 @@ from grpo_mega.policy.fp8_scales import reported_scales
 from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.routing_replay import RowParams
-from grpo_mega.policy.offload import Part, PolicyMemory
+from grpo_mega.policy.phase_offload import Part, PolicyMemory
 from grpo_mega.policy.sharded_state import load_state, save_state
 from grpo_mega.policy.update_metrics import UpdateReport
 from grpo_mega.policy.weight_source import MegatronWeights

@@ -32,8 +32,8 @@ from grpo_mega.quantization.fp8_checkpoint import (
     scales_shape,
 )
 from grpo_mega.types import TensorSlice, WeightMismatchError
+from grpo_mega.weight_sync.digest_comparison import parts_of
 from grpo_mega.weight_sync.sync import FullTensors
-from grpo_mega.weight_sync.verify import parts_of
 
 
 @dataclass(frozen=True, kw_only=True)

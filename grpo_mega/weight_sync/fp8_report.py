@@ -17,8 +17,8 @@ import torch.distributed as dist
 from grpo_mega.interfaces import HeldSlice, WeightSource
 from grpo_mega.quantization.block_fp8 import dequantize
 from grpo_mega.quantization.fp8_checkpoint import is_quantized
+from grpo_mega.weight_sync.digest_comparison import parts_of
 from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice
-from grpo_mega.weight_sync.verify import parts_of
 
 Report = dict[str, dict[str, float]]
 _LAYER = re.compile(r"\.layers\.(\d+)\.")

@@ -28,6 +28,7 @@ from grpo_mega.interfaces import HeldSlice, WeightSink, WeightSource
 from grpo_mega.models.digest import combined_digest
 from grpo_mega.parallel.peer_group import PeerGroup, job_peer_group
 from grpo_mega.types import WeightMismatchError
+from grpo_mega.weight_sync.digest_comparison import source_digests
 from grpo_mega.weight_sync.executor import ScheduleExecutor
 from grpo_mega.weight_sync.handshake import SyncLayouts, exchange_layouts
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
@@ -37,7 +38,6 @@ from grpo_mega.weight_sync.transports.base import TransportError
 from grpo_mega.weight_sync.transports.factory import make_transports, node_numbers, transport_kinds
 from grpo_mega.weight_sync.transports.kinds import TransportKind
 from grpo_mega.weight_sync.verifier import SyncVerifier, raise_faults
-from grpo_mega.weight_sync.verify import source_digests
 
 log = logging.getLogger("grpo_mega.weight_sync")
 

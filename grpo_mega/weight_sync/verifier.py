@@ -12,15 +12,15 @@ import torch.distributed as dist
 
 from grpo_mega.interfaces import HeldSlice, WeightSink
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.plan import ReshardPlan
-from grpo_mega.weight_sync.straggler_barrier import StragglerBarrier
-from grpo_mega.weight_sync.verify import (
+from grpo_mega.weight_sync.digest_comparison import (
     PieceDigests,
     differing_tensors,
     localize_mismatches,
     piece_digests,
     sink_digests,
 )
+from grpo_mega.weight_sync.plan import ReshardPlan
+from grpo_mega.weight_sync.straggler_barrier import StragglerBarrier
 
 
 class SyncVerifier:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.policy.build import MegatronParts
-from grpo_mega.policy.offload import optimizer_tensors
+from grpo_mega.policy.phase_offload import optimizer_tensors
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from grpo_mega.config.data_sections import DataConfig
+from grpo_mega.data.prompt_rows import check_rows, read_rows
 from grpo_mega.data.records import read_records
-from grpo_mega.data.rows import check_rows, read_rows
 from grpo_mega.types import UserError
 
 ROWS: list[dict[str, Any]] = [

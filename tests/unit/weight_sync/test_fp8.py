@@ -11,9 +11,9 @@ from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.quantization.block_fp8 import FP8_DTYPE, block_scales, quantize
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_quantized, quantization_config
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
-from grpo_mega.weight_sync import verify
+from grpo_mega.weight_sync import digest_comparison
+from grpo_mega.weight_sync.digest_comparison import parts_of
 from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice, fp8_tensors
-from grpo_mega.weight_sync.verify import parts_of
 from tests.helpers.fp8_weights import DOWN, NORM, O, Q, Source, weights
 
 
@@ -47,7 +47,7 @@ def bits(values: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "PART", 5000)  # a few rows: quantizing in parts gives the same values
+    monkeypatch.setattr(digest_comparison, "PART", 5000)  # a few rows: quantizing in parts gives the same values
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

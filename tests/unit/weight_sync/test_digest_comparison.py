@@ -10,8 +10,8 @@ import torch
 from grpo_mega.models.digest import slice_digest, wrap_int64
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import TensorSlice
+from grpo_mega.weight_sync.digest_comparison import PieceDigests, differing_tensors, localize_mismatches, piece_digests
 from grpo_mega.weight_sync.plan import ReshardPlan, plan_reshard
-from grpo_mega.weight_sync.verify import PieceDigests, differing_tensors, localize_mismatches, piece_digests
 from tests.helpers.memory_ends import MemorySink, MemorySource, dtype_of, values
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
 

@@ -1,7 +1,7 @@
 """Moves tensors between device and host memory by their storages, so that every view of them stays valid.
 
 Tensors are addressed by storage: parameters and the distributed optimizer's shards are views into a few flat buffers.
-Asserted by tests/unit/policy/test_offload.py on host tensors; tests/gpu checks the freed device memory.
+Asserted by tests/unit/policy/test_phase_offload.py on host tensors; tests/gpu checks the freed device memory.
 """
 
 from __future__ import annotations

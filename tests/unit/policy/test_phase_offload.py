@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.policy.offload import Movable, Part, PolicyMemory
+from grpo_mega.policy.phase_offload import Movable, Part, PolicyMemory
 
 
 def held_bytes(*tensors: Tensor) -> int:

@@ -3,7 +3,7 @@
 A digest is additive over disjoint slices, so the ranks exchange only one number per tensor. The digests do not depend
 on the values that were sent. If a tensor differs, its pieces are compared one by one, to name slice, rank and sender.
 
-Asserted by tests/unit/weight_sync/test_verify.py, tests/parallel/test_sync_ranks.py and
+Asserted by tests/unit/weight_sync/test_digest_comparison.py, tests/parallel/test_sync_ranks.py and
 tests/engine/test_weight_sync.py.
 """
 
