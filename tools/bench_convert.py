@@ -1,13 +1,18 @@
-"""Conversion of a 2 GB checkpoint both ways: bytes per second against `cp` and against transformers, in one run.
+"""Measure the conversion of a 2 GB checkpoint in both directions, in bytes per second, next to `cp` and transformers.
 
     python tools/bench_convert.py
 
-Every measurement is a fresh process (cp: plus fsync of its files); what it imports is not timed on either side. The
-source's pages are in memory, outputs are on disk when the clock stops (fsync), digests are on. The four ways take
-turns, the least of the rounds counts. transformers: from_pretrained, save_pretrained and fsync. disk: as many bytes as
-the checkpoint has, from one piece of memory, past the system's cache, and fsync: what no way of writing them to this
-disk can undercut by much. Peak memory is the process's VmHWM, which counts the libraries and, for transformers, mapped
-pages of the source.
+Every measurement is a new process, and imports are not timed. The page cache contains the source, outputs are on disk
+when a measurement ends (fsync), and digests are computed. The methods run alternately, and the minimum of the rounds
+counts:
+
+- cp: `cp -r`, then fsync of its files;
+- transformers: from_pretrained, save_pretrained and fsync;
+- disk: writes as many bytes as the checkpoint has from one memory buffer, past the page cache (O_DIRECT), and fsync. No
+  other method can write them to this disk much faster;
+- to_megatron and to_hf: the two conversions.
+
+Peak memory is VmHWM of the process, which includes the libraries and, for transformers, mapped pages of the source.
 """
 
 from __future__ import annotations
@@ -40,7 +45,7 @@ BARS = {"against_cp": 0.5, "against_transformers": 2.0}
 
 
 def make_checkpoint(folder: Path, layers: int) -> None:
-    """A random bf16 Llama in shards of 1 GB, written by the package's own planner."""
+    """Write a random bf16 Llama checkpoint in shards of 1 GB, with the package's table of tensors."""
     from safetensors.torch import save_file
 
     from grpo_mega.models.parameter_tables import hf_shapes
@@ -78,12 +83,12 @@ def make_checkpoint(folder: Path, layers: int) -> None:
 
 
 def weight_bytes(folder: Path) -> int:
-    """Of all files of weights."""
+    """Return the bytes of all weight files in a folder."""
     return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in (".safetensors", ".distcp"))
 
 
 def fsync_files(folder: Path) -> None:
-    """As the conversion does with its own."""
+    """Flush all files of a folder to disk, as the conversion does with its own files."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -92,8 +97,8 @@ def fsync_files(folder: Path) -> None:
 
 
 def write_to_disk(path: Path, size: int) -> None:
-    """That many bytes, rounded up to the piece that is written again and again."""
-    with mmap.mmap(-1, 2**24) as piece:  # a page begins where a block of the disk may
+    """Write `size` bytes, rounded up to a multiple of the buffer, which is written repeatedly."""
+    with mmap.mmap(-1, 2**24) as piece:  # O_DIRECT needs a buffer that is aligned to a block of the disk
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
         for position in range(0, size, len(piece)):
             os.pwrite(descriptor, piece, position)
@@ -102,7 +107,7 @@ def write_to_disk(path: Path, size: int) -> None:
 
 
 def measure(way: str, source: Path, out: Path, workers: int) -> dict[str, float]:
-    """One way in this process: seconds, and the peak of resident memory."""
+    """Run one method in this process; return its seconds and the peak of resident memory."""
     run: Callable[[], Any]
     if way == "disk":
 
@@ -139,15 +144,19 @@ def measure(way: str, source: Path, out: Path, workers: int) -> dict[str, float]
 
 
 def peak_bytes() -> int:
-    """The most resident memory that this process ever had."""
+    """Return the peak of resident memory of this process.
+
+    Raises:
+        RuntimeError: the system is not Linux.
+    """
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; this benchmark needs Linux")
+    raise RuntimeError("/proc/self/status does not contain VmHWM; this benchmark needs Linux")
 
 
 def run_fresh(way: str, source: Path, out: Path, workers: int) -> dict[str, float]:
-    """`measure` in a process of its own, with the source in the page cache and nothing left to write."""
+    """Run `measure` in a new process, with the source in the page cache and no pending writes."""
     shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     os.sync()
     for path in sorted(source.rglob("*")):
@@ -164,7 +173,7 @@ def run_fresh(way: str, source: Path, out: Path, workers: int) -> dict[str, floa
 
 
 def bench(args: argparse.Namespace) -> dict[str, Any]:
-    """All ways, in turns."""
+    """Run all methods alternately and return the JSON object of the last line."""
     with tempfile.TemporaryDirectory(dir=args.dir) as scratch:
         root = Path(scratch)
         source, megatron = root / "hf", root / "megatron"
@@ -207,14 +216,16 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=LAYERS, help="126 MB each (default: 2.1 GB in all)")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each method (default: %(default)s)")
+    parser.add_argument(
+        "--layers", type=int, default=LAYERS, help="layers of 126 MB (default: %(default)s, a model of 2.1 GB)"
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="threads of the conversion")
-    parser.add_argument("--dir", type=Path, help="where to work; needs 7 GB (default: the system's temporary folder)")
+    parser.add_argument("--dir", type=Path, help="working folder with 7 GB of space (default: the temporary folder)")
     parser.add_argument("--measure", nargs=3, metavar=("WAY", "SOURCE", "OUT"), help=argparse.SUPPRESS)
-    parser.add_argument("--json", action="store_true", help="accepted: the last line is JSON anyway")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.measure:

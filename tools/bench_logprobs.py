@@ -1,5 +1,7 @@
 """Measure peak memory and time of log-probs from hidden states: the sliced kernel and the naive method in one run.
 
+    python tools/bench_logprobs.py [--tokens 4096] [--rounds 2] [--json]
+
 Naive: logits = hidden @ weight^T, log_softmax of the full logits, gather, backward. The sliced kernel also computes the
 entropy. Every measurement is a new process: inputs are allocated and touched, and a small pass warms up the libraries.
 Then the peak of resident memory is reset (Linux: /proc/self/clear_refs), and forward plus backward run once. "Extra" is
@@ -135,10 +137,10 @@ def compare(args: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     """Print a table and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens T")
-    parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--vocab-size", type=int, default=151936)
-    parser.add_argument("--rounds", type=int, default=2, help="measurements per method")
+    parser.add_argument("--tokens", type=int, default=4096, help="number of tokens T (default: %(default)s)")
+    parser.add_argument("--hidden-size", type=int, default=256, help="hidden size H (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=151936, help="vocabulary size V (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=2, help="measurements of each method (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--way", choices=["naive", "ours"], help="internal: measure this method once in this process")
     parser.add_argument("--out", type=Path, help="internal: file for log-probs and gradients")

@@ -223,8 +223,8 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, help="gradings: a GSM8K file; default: generated solutions of the same length"
     )
-    parser.add_argument("--gradings", type=int, default=20000)
-    parser.add_argument("--programs", type=int, default=200)
+    parser.add_argument("--gradings", type=int, default=20000, help="gradings: how many (default: %(default)s)")
+    parser.add_argument("--programs", type=int, default=200, help="programs: how many (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="programs: processes")
     parser.add_argument("--limit-seconds", type=float, default=2.0, help="hostile: the limit of each program")
     parser.add_argument("--labels", type=Path, help="labels: example_model_solutions.jsonl of grade-school-math")

@@ -1,5 +1,7 @@
 """Measure rollouts per second of a whole GRPO step, for this project and TRL's GRPOTrainer on the same model.
 
+    python tools/bench_step.py [--rounds 3] [--json]
+
 `measured` is this project, `reference` is TRL. `ratio` is seconds per rollout, TRL / ours; `ratio_per_token` is the
 same per completion token, because each side samples its own lengths. Two more comparisons: training only, on given
 completions; and whole steps with completions of equal length, without cost of padding or of the longest completion.
@@ -296,10 +298,10 @@ def table(result: dict[str, Any]) -> str:
 def main() -> int:
     """Print a table and one JSON line; return 1 if the ratio of the whole step is below the target."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each side (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=16, help="prompts of a step (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, default=16, help="rollouts per prompt (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=256, help="longest completion (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of each side")
     parser.add_argument("--max-tokens-per-microbatch", type=int, default=4096, help="row budget of our side")
     parser.add_argument("--trl-microbatch", type=int, default=8, help="rollouts per backward pass of TRL")

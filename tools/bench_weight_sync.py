@@ -1,4 +1,4 @@
-"""Measures a weight sync between ranks of this machine next to its lower bounds, in one run.
+"""Measure a weight sync between ranks of this machine next to its lower bounds, in one run.
 
     python tools/bench_weight_sync.py [--megabytes 1024] [--bucket-megabytes 32] [--rounds 5] [--json]
 
@@ -262,10 +262,10 @@ def measurements(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=1024, help="size of the model")
-    parser.add_argument("--bucket-megabytes", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--megabytes", type=int, default=1024, help="size of the model (default: %(default)s)")
+    parser.add_argument("--bucket-megabytes", type=int, default=32, help="size of a bucket (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each method (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     try:
         for name in ("megabytes", "bucket_megabytes", "rounds"):

@@ -1,4 +1,4 @@
-"""Measures everything that needs a GPU, in one command. No network is needed.
+"""Measure everything that needs a GPU, in one command. No network is needed.
 
     python tools/gpu_proof.py [--parts bf16,fp8,engine,engine_fp8|engine_sglang] [--size small|1b] [--gpu h100-80g]
                               [--out gpu-proof] [--json]
@@ -14,8 +14,8 @@
 Each part is a process of its own and writes OUT/gpu_PART.json with the machine, the versions and the command. A missing
 package or a failure in one part does not affect the others. The files belong in docs/measurements/.
 
-Exit code 0: every part was measured; 1: one was not (its file has the reason); 2: wrong input, or no GPU. Without a GPU
-nothing but that message is printed or written; there is no dry run.
+Exit code 0: every part was measured; 1: a part was not measured (its file contains the reason); 2: wrong input, or no
+GPU. Without a GPU the command only prints this error and writes nothing.
 """
 
 from __future__ import annotations
@@ -45,11 +45,13 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(DEFAULT_PARTS), help="names, separated by commas")
-    parser.add_argument("--size", choices=SIZES, default="1b", help="of the random model")
-    parser.add_argument("--gpu", default="h100-80g", help="as tools/plan.py calls it: its peak speed and its memory")
+    parser.add_argument("--parts", default=",".join(DEFAULT_PARTS), help="names of parts, separated by commas")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="size of the random model (default: 1b)")
+    parser.add_argument(
+        "--gpu", default="h100-80g", help="name of this GPU in tools/plan.py, for its peak speed and memory"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-proof"), help="folder of the JSON files")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     try:
         parts = parts_named(args.parts)

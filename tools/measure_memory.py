@@ -3,10 +3,10 @@
     python tools/measure_memory.py [--one-rank] [--json]
 
 Weights, gradients and optimizer state are the bytes of the policy's buffers. Activations are the peak of the distinct
-storages that autograd keeps during an update (saved-tensor hooks). For each pipeline rank the fullest rank counts; for
-activations it is the mean, because experts get unequal numbers of tokens.
+storages that autograd keeps during an update (saved-tensor hooks). For each pipeline stage the table has the maximum
+over its ranks; for activations it has the mean, because experts get unequal numbers of tokens.
 
-Exit code 0: everything is within its tolerance (3%, activations 10%); 1: something is not, or a rank failed.
+Exit code 0: every value is within its tolerance (3%, activations 10%); 1: a value is not, or a rank failed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Wheels for a machine without network: cut into parts that a link carries, joined there, proven by their digests.
+"""Split wheels into parts of limited size, and join them on a machine without network, with verified digests.
 
-    python tools/wheel_parts.py cut WHEELS OUT [--max-mib 60]      here: every wheel above the size becomes parts
-    python tools/wheel_parts.py join PARTS [--remove-parts]        there: the wheels again, beside their parts
+    python tools/wheel_parts.py cut WHEELS OUT [--max-mib 60]      on the machine that has the wheels
+    python tools/wheel_parts.py join PARTS [--remove-parts]        on the machine without network
 
-`cut` also copies the wheels that are small enough, and writes OUT/parts.json: each wheel's name, parts and SHA-256.
-Parts may arrive in any order, one after the other; `join` says which are missing, and joins what is whole. Then
-`pip install --no-index --find-links PARTS ...`.
+`cut` splits every wheel that is larger than the limit, copies all others, and writes OUT/parts.json: the name, the
+parts and the SHA-256 of each wheel. The files may be sent in any order. `join` writes the wheels beside their parts,
+and prints which parts are missing; it can be repeated. Then run `pip install --no-index --find-links PARTS ...`.
 
-Exit code 0: done; 1: parts are missing or damaged (named); 2: wrong input.
+Exit code 0: done; 1: parts are missing or damaged, and are printed; 2: wrong input.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ MIB = 2**20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     actions = parser.add_subparsers(dest="action", required=True)
-    cutting = actions.add_parser("cut", help="on the machine that has the wheels")
-    cutting.add_argument("wheels", type=Path)
-    cutting.add_argument("out", type=Path)
-    cutting.add_argument("--max-mib", type=int, default=60, help="of a part")
-    joining = actions.add_parser("join", help="on the machine without network")
-    joining.add_argument("parts", type=Path)
-    joining.add_argument("--remove-parts", action="store_true", help="of wheels that are whole again")
+    cutting = actions.add_parser("cut", help="split wheels, on the machine that has them")
+    cutting.add_argument("wheels", type=Path, help="folder of wheels")
+    cutting.add_argument("out", type=Path, help="folder of the parts, which is created")
+    cutting.add_argument("--max-mib", type=int, default=60, help="largest part in MiB (default: %(default)s)")
+    joining = actions.add_parser("join", help="join wheels, on the machine without network")
+    joining.add_argument("parts", type=Path, help="folder of the parts and parts.json")
+    joining.add_argument("--remove-parts", action="store_true", help="delete the parts of every joined wheel")
     args = parser.parse_args(argv)
     problems: list[str] = []
     try:
@@ -57,12 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def cut(wheels: Path, out: Path, max_bytes: int) -> dict[str, Any]:
-    """Raises UserError: there are no wheels, or no size."""
+    """Split every wheel of a folder that is larger than `max_bytes`, copy the others, and return the list of parts.
+
+    Raises:
+        UserError: the folder contains no wheels, or `max_bytes` is less than 1.
+    """
     found = sorted(wheels.glob("*.whl"))
     if not found:
-        raise UserError(f"{wheels} holds no wheels", remedy="fill it with pip download")
+        raise UserError(f"WHEELS={wheels}: no *.whl file was found", remedy="fill the folder with pip download")
     if max_bytes < 1:
-        raise UserError("--max-mib must be 1 or more")
+        raise UserError("--max-mib must be at least 1")
     out.mkdir(parents=True, exist_ok=True)
     listed = {}
     for wheel in found:
@@ -80,13 +84,16 @@ def cut(wheels: Path, out: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def join(folder: Path, *, remove: bool) -> tuple[list[str], dict[str, Any]]:
-    """What is missing or damaged, a line each, and the list.
+    """Join all wheels whose parts are complete.
+
+    Returns:
+        One line for each missing or damaged wheel, and the list of parts that `cut` wrote.
 
     Raises:
-        UserError: the folder has no list of parts.
+        UserError: the folder does not contain parts.json.
     """
     if not (folder / LIST).is_file():
-        raise UserError(f"{folder} holds no {LIST}", remedy="send the one that `cut` has written, too")
+        raise UserError(f"PARTS={folder}: {LIST} was not found", remedy="send the file that `cut` wrote")
     listed: dict[str, Any] = json.loads((folder / LIST).read_text(encoding="utf-8"))
     problems = []
     for name, wheel in listed.items():
@@ -94,12 +101,12 @@ def join(folder: Path, *, remove: bool) -> tuple[list[str], dict[str, Any]]:
         if not (whole.is_file() and _digest(whole) == wheel["sha256"]):
             missing = [part for part in wheel["parts"] if not (folder / part).is_file()]
             if missing:
-                problems.append(f"{name}: {', '.join(missing)} missing; send them")
+                problems.append(f"{name}: {', '.join(missing)} missing; send these parts")
                 continue
             if wheel["parts"] != [name]:
                 _write(whole, [folder / part for part in wheel["parts"]])
             if _digest(whole) != wheel["sha256"]:
-                problems.append(f"{name}: not what was cut: a part is damaged; send its parts again")
+                problems.append(f"{name}: a part is damaged, the SHA-256 differs; send the parts again")
                 continue
         if remove and wheel["parts"] != [name]:
             for part in wheel["parts"]:

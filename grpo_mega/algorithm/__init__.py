@@ -1,4 +1,4 @@
-"""What is optimized: advantages, loss per token, KL penalty and aggregation. Pure functions of tensors.
+"""The objective: advantages, loss per token, KL penalty and aggregation. Pure functions of tensors.
 
 Imports only torch, `types` and `interfaces`: no config and no process group. `surrogates/` and `advantages/` hold one
 function for each value of `algorithm.surrogate` and `algorithm.advantage`. The decorators below declare another one

@@ -1,5 +1,6 @@
 """Check that the ranks of a layout hold every tensor of a checkpoint exactly once; only headers are read.
 
+    grpo-mega compare mapping HF_DIR --layout tp=8,pp=16,ep=32,sequence_parallel=true
     python tools/check_mapping.py HF_DIR --layout tp=8,pp=16,ep=32,sequence_parallel=true
 
 HF_DIR holds config.json and safetensors files. The modules of the ranks of one model copy are Megatron's own, built
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", type=Path, help="folder of config.json and safetensors files")
-    parser.add_argument("--layout", default="", help="keys of `parallel`, as tp=2,pp=2 (default: one rank)")
+    parser.add_argument("--layout", default="", help="keys of `parallel`, for example tp=2,pp=2 (default: one rank)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     try:
@@ -98,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         print(
             f"{args.layout}: {found['parameters']} parameters of {found['tensors']} tensors on {found['ranks']} ranks,"
-            f" {found['tensors_aside']} tensors aside, {found['scales']} block scales: {len(found['faults'])} faults,"
+            f" {found['tensors_aside']} tensors that are not trained, {found['scales']} block scales:"
+            f" {len(found['faults'])} faults,"
             f" {found['seconds']} s, {found['peak_bytes'] / 2**30:.2f} GiB"
         )
     return 1 if found["faults"] else 0

@@ -1,9 +1,10 @@
 """Compare two checkpoints of any format and layout, tensor by tensor, by Hugging Face names.
 
+    grpo-mega compare checkpoints A B
     python tools/compare_checkpoints.py A B
 
-A and B are Hugging Face folders, torch_dist checkpoints or checkpoints of a run. Tensors are listed that differ
-in value (with the largest absolute difference), dtype or shape, or that only one checkpoint has.
+A and B are Hugging Face folders, torch_dist checkpoints or checkpoints of a run. The command lists tensors that differ
+in value (with the largest absolute difference), dtype or shape, and tensors that only one checkpoint contains.
 
 Exit code 0: equal bit for bit; 1: different; 2: the input is wrong.
 """
@@ -32,8 +33,8 @@ def line_of(found: TensorComparison) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("a", type=Path)
-    parser.add_argument("b", type=Path)
+    parser.add_argument("a", type=Path, help="folder of the first checkpoint")
+    parser.add_argument("b", type=Path, help="folder of the second checkpoint")
     parser.add_argument("--base", type=Path, help="folder of config.json, for a torch_dist checkpoint without one")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)

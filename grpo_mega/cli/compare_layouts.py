@@ -1,13 +1,15 @@
-"""Loss and gradient of one recorded batch in several layouts of the policy, against one rank.
+"""Compare loss and gradient of one batch in several layouts of the policy with those of a single rank.
 
+    grpo-mega compare layouts CONFIG --layouts "tp=2;pp=2,cp=2;pp=2,vpp=2,dp=2" [section.key=value ...]
     python tools/compare_layouts.py CONFIG --layouts "tp=2;pp=2,cp=2;pp=2,vpp=2,dp=2" [section.key=value ...]
 
-A layout is a list of keys of `parallel` and, where wanted, `dp`; `;` stands between layouts. Each runs in ranks of its
-own, on this machine. The batch is a file of a run (`--rollouts runs/NAME/rollouts/step_000001.jsonl`) or else made of
-the config's prompts and random answers. Says of each layout the loss, the gradient norm and the first tensor, in the
-order of the checkpoint, whose gradient differs from that of one rank by more than the tolerance.
+A layout is a comma-separated list of keys of `parallel`, optionally with `dp`; layouts are separated by `;`. The ranks
+of each layout are started on this machine. The batch is a file of a run (`--rollouts
+runs/NAME/rollouts/step_000001.jsonl`); without it, the batch has the config's prompts and random answers. The command
+prints the loss and the gradient norm of each layout. It also prints the first tensor, in checkpoint order, whose
+gradient differs from the single rank's gradient by more than the tolerance.
 
-Exit code 0: all layouts agree; 1: one differs, or failed; 2: the input is wrong.
+Exit code 0: all layouts agree; 1: a layout differs or failed; 2: the input is wrong.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
-# |g - g_one| / |g_one| of one tensor: above what rounding makes of a model that was trained, far below any fault
+# Limit of |g - g_one| / |g_one| of one tensor: more than the rounding error of a trained model, less than any defect.
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
 
 
@@ -46,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class LayoutResult:
-    """What one layout gave; the differences are to one rank."""
+    """Loss, gradient norm and largest gradient differences of one layout, compared with a single rank."""
 
     layout: str
     world_size: int
@@ -58,10 +60,10 @@ class LayoutResult:
 
 
 def parse_layout(text: str) -> Layout:
-    """`pp=2,cp=2,dp=1` as overrides of a config.
+    """Parse a layout such as `pp=2,cp=2,dp=1` into overrides of a config.
 
     Raises:
-        UserError: names the entry and what is wrong with it.
+        UserError: an entry is not valid; the message names it.
     """
     keys: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -69,7 +71,8 @@ def parse_layout(text: str) -> Layout:
         known = sorted({*ParallelConfig.model_fields, "dp"})
         if not equals or key not in known:
             raise UserError(
-                f"--layouts: {part!r} in {text!r} is not one of {', '.join(known)} with a value", remedy="write tp=2"
+                f"--layouts: {part!r} in {text!r} must be KEY=VALUE with a key of {', '.join(known)}",
+                remedy="write for example tp=2",
             )
         try:
             keys[key] = yaml.safe_load(value)
@@ -88,7 +91,7 @@ def parse_layout(text: str) -> Layout:
 
 
 def config_of(args: argparse.Namespace, layout: Layout) -> Config:
-    """The run's config in this layout, with every rule checked. The engine, which is not used, has one rank."""
+    """Return the run's config in this layout, after checking every rule. The unused engine has one rank."""
     from grpo_mega.doctor.model_rules import check_model
     from grpo_mega.parallel.topology import Topology
 
@@ -110,7 +113,7 @@ def measure_on_ranks(worker: str, job: Path, world: int) -> None:
         RuntimeError: a rank failed; its message is on the screen.
     """
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
-    # libraries warn of what this machine lacks, once a rank
+    # libraries warn about missing optional features, once per rank
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
     command = [sys.executable, "-m", "grpo_mega.cli.rank", worker, str(job)]
@@ -119,7 +122,7 @@ def measure_on_ranks(worker: str, job: Path, world: int) -> None:
 
 
 def run_layout(config: Config, folder: Path, work: Path, rollouts: Path | None) -> tuple[dict[str, Any], Path]:
-    """Start the ranks of one layout; returns what rank 0 wrote: loss and norm, and the file of gradients.
+    """Start the ranks of one layout; return the loss and gradient norm of rank 0, and the file of gradients.
 
     Raises:
         RuntimeError: a rank failed; its message is on the screen.
@@ -135,7 +138,11 @@ def run_layout(config: Config, folder: Path, work: Path, rollouts: Path | None) 
 
 
 def compare(found: Path, wanted: Path, tolerance: float) -> tuple[str | None, float, str]:
-    """(first tensor that differs by more than the tolerance, largest relative difference, whose it is)."""
+    """Compare two files of gradients.
+
+    Returns:
+        The first tensor that differs by more than the tolerance, the largest relative difference, and its tensor.
+    """
     from safetensors import safe_open
 
     first, largest, largest_of = None, 0.0, ""
@@ -152,15 +159,22 @@ def compare(found: Path, wanted: Path, tolerance: float) -> tuple[str | None, fl
 
 
 def compare_layouts(args: argparse.Namespace) -> list[LayoutResult]:
-    """One rank first, then each layout."""
+    """Run the batch on one rank, then in each layout, and return all results.
+
+    Raises:
+        UserError: a layout or the file of rollouts is not valid.
+        RuntimeError: a rank failed; its message is on the screen.
+    """
     from grpo_mega.tiny_base.train import model_folder_of
 
     layouts = [parse_layout(""), *(parse_layout(text) for text in args.layouts.split(";") if text.strip())]
     if len(layouts) == 1:
-        raise UserError(f"--layouts={args.layouts!r} names no layout", remedy="write for example 'tp=2;pp=2,cp=2'")
+        raise UserError(
+            f"--layouts={args.layouts!r} must contain a layout", remedy="write for example 'tp=2;pp=2,cp=2'"
+        )
     configs = [config_of(args, layout) for layout in layouts]
     if args.rollouts is not None and not args.rollouts.is_file():
-        raise UserError(f"--rollouts={args.rollouts}: no such file", remedy="a run writes rollouts/step_000001.jsonl")
+        raise UserError(f"--rollouts={args.rollouts} was not found", remedy="a run writes rollouts/step_000001.jsonl")
     one = configs[0]
     folder = model_folder_of(one)
     tolerance = args.tolerance if args.tolerance is not None else TOLERANCE[one.precision.dtype]
@@ -181,7 +195,7 @@ def compare_layouts(args: argparse.Namespace) -> list[LayoutResult]:
 
 
 def line_of(result: LayoutResult) -> str:
-    """For a terminal."""
+    """Return the result as one line of text."""
     verdict = "same" if result.first_difference is None else f"differs first at {result.first_difference}"
     if result.layout != "one rank":
         verdict += f" (largest relative difference {result.largest_difference:.1e}, {result.largest_difference_of})"
@@ -189,14 +203,18 @@ def line_of(result: LayoutResult) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--layouts", required=True, help='for example "tp=2;pp=2,cp=2"')
-    parser.add_argument("--rollouts", type=Path, help="rows of a run (default: the config's prompts, random answers)")
-    parser.add_argument("--tolerance", type=float, help="of a tensor's gradient, relative (fp32: 1e-4, bf16: 5e-2)")
-    parser.add_argument("--json", action="store_true", help="the list of results as the last line")
+    parser.add_argument("--layouts", required=True, help='layouts to compare, for example "tp=2;pp=2,cp=2"')
+    parser.add_argument(
+        "--rollouts", type=Path, help="file of a run's rollouts (default: the config's prompts with random answers)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, help="largest relative difference of a gradient (default: fp32 1e-4, bf16 5e-2)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the list of results as JSON on the last line")
     args = parser.parse_intermixed_args(argv)
     try:
         results = compare_layouts(args)

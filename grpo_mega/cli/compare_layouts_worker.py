@@ -1,7 +1,7 @@
-"""One rank of tools/compare_layouts.py: the gradient of the recorded batch, in the layout of its job file.
+"""One rank of `grpo-mega compare layouts`: computes the gradient of the batch in the layout of its job file.
 
-The first job (one rank) also records what the batch needs of the model: old and reference log-probs, moved a little
-away from the model's own, so that ratios are not 1 and the divergence is not 0.
+The first job (one rank) also writes the old and reference log-probs of the batch for all later jobs. They are the
+model's own log-probs plus noise, so that ratios differ from 1 and the KL divergence is not 0.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from grpo_mega.trainer.batch import TrainBatch, build_batch
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
 
-NUM_PROMPTS, GROUP_SIZE = 4, 4  # of a batch that is made up
-NOISE = 0.1  # standard deviation of what is added to log-probs, in nats
+NUM_PROMPTS, GROUP_SIZE = 4, 4  # of a generated batch
+NOISE = 0.1  # standard deviation of the noise on log-probs, in nats
 BUCKET_BYTES = 256 * 2**20
 
 
-def made_up(config: Config, folder: Path, vocab_size: int) -> SampledGroups:
-    """The config's first prompts with answers of random tokens and random rewards."""
+def random_groups(config: Config, folder: Path, vocab_size: int) -> SampledGroups:
+    """Return the config's first prompts with answers of random tokens and random rewards."""
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_train
 
@@ -46,11 +46,11 @@ def made_up(config: Config, folder: Path, vocab_size: int) -> SampledGroups:
     return SampledGroups(rollouts, GROUP_SIZE)
 
 
-def recorded(path: Path) -> SampledGroups:
-    """The rows of a run's rollouts/*.jsonl.
+def read_rollouts(path: Path) -> SampledGroups:
+    """Read the rows of a run's rollouts/*.jsonl.
 
     Raises:
-        UserError: a row lacks a key, or the groups are not of one size.
+        UserError: a row lacks a key, or the groups differ in size.
     """
     groups: dict[Any, list[Rollout]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -63,17 +63,21 @@ def recorded(path: Path) -> SampledGroups:
             rollout = Rollout(prompt, completion, Reward(row["reward"]), 0)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{number}: is no row of a run's rollouts ({error!r})", remedy="name such a file"
+                f"{path}:{number}: must be a row of a run's rollouts ({error!r})",
+                remedy="name a file in the folder rollouts of a run",
             ) from None
         groups.setdefault(prompt.token_ids, []).append(rollout)
     sizes = {len(group) for group in groups.values()}
     if len(sizes) != 1:
-        raise UserError(f"{path}: prompts have {sorted(sizes)} rollouts", remedy="name the file of one whole step")
+        raise UserError(
+            f"{path}: all prompts must have the same number of rollouts, and they have {sorted(sizes)}",
+            remedy="name the file of one whole step",
+        )
     return SampledGroups([r for group in groups.values() for r in group], sizes.pop())
 
 
-def as_rows(values: list[list[float]], batch: TrainBatch) -> list[Tensor]:
-    """[T] per microbatch from values per rollout."""
+def packed_values(values: list[list[float]], batch: TrainBatch) -> list[Tensor]:
+    """Return values per rollout as one tensor [T] per microbatch."""
 
     def row(microbatch: Microbatch) -> Tensor:
         found = torch.zeros(len(microbatch.token_ids))
@@ -83,15 +87,15 @@ def as_rows(values: list[list[float]], batch: TrainBatch) -> list[Tensor]:
     return [row(microbatch) for microbatch in batch.microbatches]
 
 
-def moved(values: dict[int, list[float]], seed: int) -> list[list[float]]:
-    """Log-probs per rollout with noise on them."""
+def add_noise(values: dict[int, list[float]], seed: int) -> list[list[float]]:
+    """Return the log-probs of each rollout plus normal noise with standard deviation NOISE."""
     generator = torch.Generator().manual_seed(seed)
     noisy = [torch.tensor(values[i]) + NOISE * torch.randn(len(values[i]), generator=generator) for i in sorted(values)]
     return [row.tolist() for row in noisy]
 
 
-def cut(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp_rank: int) -> TrainBatch:
-    """One minibatch of all groups, a data-parallel rank's share of it."""
+def batch_of_rank(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp_rank: int) -> TrainBatch:
+    """Return a data-parallel rank's part of one minibatch with all groups."""
     train = config.train.model_copy(update={"minibatches_per_epoch": 1})
     rewards = [r.reward.value for r in groups.rollouts]
     shape = RowShape.of(config.parallel, config.precision)
@@ -99,24 +103,24 @@ def cut(groups: SampledGroups, config: Config, objective: Objective, dp: int, dp
 
 
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
-    """Loss and gradient norm to the answer's file, gradients beside it."""
+    """Compute the gradient of the batch. Rank 0 writes loss and gradient norm, and the gradients to their own file."""
     folder, topology = Path(job["model"]), ranks.topology
     spec = read_spec(folder)
-    groups = recorded(Path(job["rollouts"])) if job["rollouts"] else made_up(config, folder, spec.vocab_size)
+    groups = read_rollouts(Path(job["rollouts"])) if job["rollouts"] else random_groups(config, folder, spec.vocab_size)
     policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
     objective = Objective(config.algorithm, config.sampling.max_tokens)
-    batch = cut(groups, config, objective, topology.dp, ranks.at.dp_rank)
+    batch = batch_of_rank(groups, config, objective, topology.dp, ranks.at.dp_rank)
     record = Path(job["work"]) / "log_probs.json"
     if not record.exists():
         log_probs = policy.log_probs(batch.microbatches)
         assert log_probs is not None, "the first job has one rank"
         values = batch.completion_values(log_probs)
-        record.write_text(json.dumps({"old": moved(values, 1), "ref": moved(values, 2)}))
+        record.write_text(json.dumps({"old": add_noise(values, 1), "ref": add_noise(values, 2)}))
     known = json.loads(record.read_text())
-    batch = batch.with_log_probs(old=as_rows(known["old"], batch), ref=as_rows(known["ref"], batch))
+    batch = batch.with_log_probs(old=packed_values(known["old"], batch), ref=packed_values(known["ref"], batch))
     if objective.kl_in_reward:
-        whole = cut(groups, config, objective, 1, 0)
-        whole = whole.with_log_probs(old=as_rows(known["old"], whole), ref=as_rows(known["ref"], whole))
+        whole = batch_of_rank(groups, config, objective, 1, 0)
+        whole = whole.with_log_probs(old=packed_values(known["old"], whole), ref=packed_values(known["ref"], whole))
         kl = [row for microbatch in whole.microbatches if (row := objective.kl(microbatch)) is not None]
         penalties = whole.completion_values(kl)
         ordered = [penalties[i] for i in range(len(groups.rollouts))]

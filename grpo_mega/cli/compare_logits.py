@@ -1,5 +1,6 @@
 """Compare the policy with transformers: largest difference of logits and log-probs on random tokens, in fp32.
 
+    grpo-mega compare logits HF_DIR --layout tp=2,pp=2 [--json]
     python tools/compare_logits.py HF_DIR --layout tp=2,pp=2 [--json]
 
 The layout is a list of keys of `parallel` (and `dp`); its ranks are started on this machine. A model with experts needs
@@ -118,7 +119,7 @@ def expect(folder: Path, sequences: Sequence[Sequence[int]], file: Path) -> None
 
 
 def run_layout(config: Config, job: dict[str, Any], work: Path) -> dict[str, float]:
-    """Start the ranks; returns the two differences.
+    """Start the ranks and return the largest differences of logits and of log-probs.
 
     Raises:
         RuntimeError: a rank failed; its message is on the screen.
@@ -131,9 +132,14 @@ def run_layout(config: Config, job: dict[str, Any], work: Path) -> dict[str, flo
 
 
 def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
-    """What --json prints."""
+    """Compare a model folder in a layout; return the object that --json prints.
+
+    Raises:
+        UserError: the folder or the layout is not valid.
+        RuntimeError: a rank failed; its message is on the screen.
+    """
     if not folder.is_dir():
-        raise UserError(f"HF_DIR={folder} is not a folder", remedy="give a Hugging Face model folder")
+        raise UserError(f"HF_DIR={folder} must be a folder", remedy="give a Hugging Face model folder")
     spec = read_spec(folder)
     sequences = random_sequences(spec, seed)
     with tempfile.TemporaryDirectory(prefix="compare_logits_") as name:
@@ -146,13 +152,13 @@ def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="Hugging Face model folder")
-    parser.add_argument("--layout", default="", help='for example "tp=2,pp=2" (default: one rank)')
-    parser.add_argument("--seed", type=int, default=0, help="of the random tokens")
-    parser.add_argument("--tolerance", type=float, help="exit code 1 where a difference is larger")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--layout", default="", help='keys of `parallel`, for example "tp=2,pp=2" (default: one rank)')
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random tokens (default: 0)")
+    parser.add_argument("--tolerance", type=float, help="exit with code 1 if a difference is larger than this")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args(argv)
     try:
         found = compare_logits(args.folder, args.layout, args.seed)

@@ -1,4 +1,4 @@
-"""One rank of tools/compare_logits.py: compares logits and log-probs of given sequences with those of transformers."""
+"""One rank of `grpo-mega compare logits`: compares logits and log-probs of sequences with those of transformers."""
 
 from __future__ import annotations
 

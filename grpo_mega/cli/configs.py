@@ -1,6 +1,8 @@
-"""`grpo-mega configs [NAME]`: list the shipped configs, or print one of them.
+"""List the configs that are shipped with the package, or print one of them.
 
-Every command that takes a CONFIG accepts such a name in place of a file.
+    grpo-mega configs [NAME]
+
+Every command with an argument CONFIG accepts such a name instead of a file.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from grpo_mega.config.shipped import find_config, shipped_config_names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", nargs="?", help="print this config")
+    parser.add_argument("name", nargs="?", help="name of a shipped config to print (default: list all names)")
     args = parser.parse_args(argv)
     if args.name is None:
         print("\n".join(shipped_config_names()))

@@ -1,4 +1,4 @@
-"""`grpo-mega convert to-megatron | to-hf`: the two directions of a conversion."""
+"""Dispatch `grpo-mega convert to-megatron | to-hf` to one module per direction."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from grpo_mega.cli.main import Command, dispatch
 
 DIRECTIONS = {
     "to-megatron": Command("hf_to_megatron", "a Hugging Face folder to a Megatron torch_dist checkpoint"),
-    "to-hf": Command("megatron_to_hf", "a Megatron checkpoint, or a run's, to a Hugging Face folder"),
+    "to-hf": Command("megatron_to_hf", "a checkpoint of Megatron or of a run to a Hugging Face folder"),
 }
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the subcommand and return its exit code."""
     return dispatch(argv, DIRECTIONS, "grpo-mega convert")

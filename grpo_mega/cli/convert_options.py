@@ -16,7 +16,7 @@ import torch
 from grpo_mega.convert.hf_to_megatron import DTYPES, ConversionReport
 from grpo_mega.types import UserError
 
-# errors that the user can repair: exit code 2; all other system errors are exit code 1
+# System errors that the user can correct: exit code 2. All other system errors: exit code 1.
 _WRONG_INPUT = (
     errno.EACCES,
     errno.EDQUOT,
@@ -40,16 +40,18 @@ def default_workers() -> int:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of both conversions."""
-    parser.add_argument("--dtype", choices=["keep", *DTYPES], default="keep", help="dtype of the result (keep)")
+    parser.add_argument(
+        "--dtype", choices=["keep", *DTYPES], default="keep", help="dtype of the result (default: that of the input)"
+    )
     parser.add_argument("--workers", type=int, default=default_workers(), help="threads (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print a JSON summary as the last line")
 
 
 def parse_bytes(text: str) -> int:
-    """5GB, 512MiB or a number of bytes.
+    """Parse a size such as 5GB or 512MiB, or a number of bytes, and return bytes.
 
     Raises:
-        UserError: it is none.
+        UserError: `text` is not a size above 0.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]*)", text.strip())
     size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0

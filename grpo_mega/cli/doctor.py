@@ -1,7 +1,8 @@
 """Check this machine and a config before a job starts.
 
+    grpo-mega doctor CONFIG [section.key=value ...] [--json]
+    grpo-mega doctor --machine [--json]
     python tools/doctor.py CONFIG [section.key=value ...] [--json]
-    python tools/doctor.py --machine [--json]
 
 Run it on a node of the job. It starts no rank, reads no weights (only headers), and writes nothing.
 

@@ -1,11 +1,12 @@
-"""pass@1, pass@k, maj@k and mean length of a checkpoint on held-out prompts, sampled with the engine.
+"""Measure pass@1, pass@k, maj@k and the mean length of a checkpoint on held-out prompts, sampled with the engine.
 
+    grpo-mega evaluate CHECKPOINT --data FILE [--k 1 4 16] [section.key=value ...]
     python tools/evaluate.py CHECKPOINT --data FILE [--k 1 4 16] [section.key=value ...]
 
-CHECKPOINT is a run folder (its newest checkpoint), one of its checkpoints, a Hugging Face folder, or what
-tools/hf_to_megatron.py wrote. Of a run's checkpoint, template, rewards, temperature and precision are those of its
-config.yaml; else they have their defaults, with --reward gsm8k. Overrides are those of a run: `engine.tp=2`,
-`data.template=plain`, `run.world_size=4` (engine replicas share the prompts).
+CHECKPOINT is a run folder (its newest checkpoint is used), a checkpoint of a run, a Hugging Face folder, or a
+checkpoint that tools/hf_to_megatron.py wrote. For a checkpoint of a run, the template, rewards, temperature and
+precision come from the run's config.yaml. For all others they have their defaults, with --reward gsm8k. Overrides are
+those of a run: `engine.tp=2`, `data.template=plain`, `run.world_size=4` (the engine replicas divide the prompts).
 
 Exit code 0: done; 1: a rank failed; 2: the input is wrong.
 """
@@ -37,8 +38,11 @@ from grpo_mega.types import UserError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`weights` are read, `values` is the config of the run or what stands for it, `model` the folder of config.json
-    and tokenizer; None: the base of the run's recipe."""
+    """A checkpoint to evaluate.
+
+    `weights` is the folder of its weights. `values` is the config of the run, or a generated one outside of runs.
+    `model` is the folder of config.json and tokenizer; None: the tiny base of the run's recipe.
+    """
 
     weights: Path
     values: dict[str, Any]
@@ -46,7 +50,7 @@ class Checkpoint:
 
 
 class RankFailedError(RuntimeError):
-    """A rank has said what is wrong and left with this exit code."""
+    """A rank has printed its error and exited with this code."""
 
     def __init__(self, code: int) -> None:
         super().__init__("a rank failed; its message is above")
@@ -54,14 +58,15 @@ class RankFailedError(RuntimeError):
 
 
 def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Checkpoint:
-    """What CHECKPOINT names.
+    """Find the checkpoint that `path` names.
 
     Raises:
-        UserError: nothing of the kinds above.
+        UserError: `path` is none of the kinds in the module docstring, or the run has no complete checkpoint.
     """
     if not path.is_dir():
         raise UserError(
-            f"CHECKPOINT={path} is not a folder", remedy="name a run, its checkpoint or a Hugging Face folder"
+            f"CHECKPOINT={path} must be a folder",
+            remedy="name the folder of a run, of a checkpoint, or of a Hugging Face model",
         )
     absolute = path.absolute()
     run = absolute if (path / "config.yaml").is_file() else absolute.parent.parent
@@ -72,7 +77,8 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
         checkpoints = RunFolder(path).complete_checkpoints()
         if not checkpoints:
             raise UserError(
-                f"CHECKPOINT={path}: the run has no complete checkpoint", remedy="wait for one, or name its base"
+                f"CHECKPOINT={path}: the run has no complete checkpoint",
+                remedy="wait for its first checkpoint, or name the folder of its base model",
             )
         weights = checkpoints[max(checkpoints)]
     try:
@@ -81,7 +87,7 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
         values["reward"]["terms"] = [{"name": reward}] if reward else values["reward"]["terms"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
-            f"{run / 'config.yaml'} is not the config of a run ({error})", remedy="name a Hugging Face folder"
+            f"{run / 'config.yaml'} must be the config of a run ({error})", remedy="name a Hugging Face folder"
         ) from None
     exported = run / "hf"
     model = exported if (exported / "config.json").is_file() else Path(named) if named else None
@@ -99,7 +105,11 @@ def _outside_of_runs(path: Path, reward: str, data: Sequence[str]) -> Checkpoint
 
 
 def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
-    """One engine replica and one policy rank, unless overrides say otherwise; every rule checked."""
+    """Return a config with one engine replica unless overrides change it, after checking its rules.
+
+    Raises:
+        UserError: the config or an override is not valid.
+    """
     values = dict(checkpoint.values)
     values["engine"] = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
     engine_tp = values["engine"].get("tp", 1)
@@ -117,7 +127,7 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
     if args.max_tokens is not None:
         values["evaluation"]["max_tokens"] = args.max_tokens
         values["sampling"] = {**(values.get("sampling") or {}), "max_tokens": args.max_tokens}
-    # the row of a training batch, which nobody makes here, must not limit max_tokens
+    # no training batch is built here, so its token budget must not limit max_tokens
     values["train"] = {**values["train"], "max_tokens_per_microbatch": 2**31}
     if checkpoint.model is not None:
         values["model"] = {"path": str(checkpoint.model)}
@@ -127,13 +137,14 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
         config = load_config(Path(file.name), args.overrides)
     if config.engine.placement == "server":
         raise UserError(
-            "engine.placement=server: a checkpoint is evaluated by an engine of this command", remedy="leave it out"
+            "engine.placement=server is not supported: this command starts its own engine",
+            remedy="leave engine.placement out",
         )
     return config
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """The numbers of one checkpoint.
+    """Evaluate one checkpoint and return the object that --json prints.
 
     Raises:
         UserError: the input is wrong.
@@ -166,7 +177,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
-    """For a terminal."""
+    """Return the result as lines of text."""
     lines = [f"{found['checkpoint']}: {found['samples']} samples at temperature {found['temperature']:g}"]
     for name, part in ({"all": found} | found["sets"] if found["sets"] else {"": found}).items():
         label = f"{name}: " if name else ""
@@ -178,24 +189,26 @@ def lines_of(found: dict[str, Any]) -> list[str]:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's words."""
+    """Parse the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="folder of a run, of a checkpoint or of a Hugging Face model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--data", action="append", required=True, help="what data.eval can name; may be repeated")
-    parser.add_argument("--k", type=int, nargs="+", default=[4], help="of pass@k and maj@k (default: 4)")
-    parser.add_argument("--samples", type=int, help="answers per prompt, at least the largest k (default: as many)")
-    parser.add_argument("--temperature", type=float, help="default: that of the run's evaluations, else 1")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: the run's, else 256)")
-    parser.add_argument("--max-prompts", type=int, help="the first so many of each file (default: all)")
-    parser.add_argument("--reward", help="which says that an answer is right (default: the run's, else gsm8k)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="the numbers as an object on the last line")
+    parser.add_argument("--data", action="append", required=True, help="any value of data.eval; may be repeated")
+    parser.add_argument("--k", type=int, nargs="+", default=[4], help="values of k of pass@k and maj@k (default: 4)")
+    parser.add_argument(
+        "--samples", type=int, help="answers per prompt, at least the largest k (default: the largest k)"
+    )
+    parser.add_argument("--temperature", type=float, help="default: the temperature of the run's evaluations, or 1")
+    parser.add_argument("--max-tokens", type=int, help="longest answer in tokens (default: that of the run, or 256)")
+    parser.add_argument("--max-prompts", type=int, help="use only the first prompts of each file (default: all)")
+    parser.add_argument("--reward", help="reward that grades the answers (default: that of the run, or gsm8k)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     return parser.parse_intermixed_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     args = parse_arguments(argv)
     try:
         found = evaluate(args)

@@ -1,4 +1,4 @@
-"""One rank of tools/evaluate.py: an engine with the weights of a checkpoint, and the evaluation of a run."""
+"""One rank of `grpo-mega evaluate`: loads the weights of a checkpoint into an engine and runs the evaluation."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_weights(sink: WeightSink, checkpoint: HfTensors, dtype: torch.dtype) -> None:
-    """Every slice that this rank of the engine takes, read from the files where it lies."""
+    """Read every slice that this engine rank holds from the checkpoint's files, and write it to the engine."""
     sink.begin_update()
     for region in sink.layout():
         hf = region.placement.hf
@@ -43,7 +43,7 @@ def load_weights(sink: WeightSink, checkpoint: HfTensors, dtype: torch.dtype) ->
 
 
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
-    """Collective."""
+    """Evaluate the checkpoint of the job. Collective."""
     folder = Path(job["model"])
     held_out = load_held_out(config.data, load_tokenizer(folder))
     assert held_out is not None, "tools/evaluate.py sets data.eval"
@@ -62,7 +62,7 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
 
 
 def main() -> int:
-    """Exit code 2 where the input is wrong."""
+    """Run the worker; return exit code 2 if its input is invalid."""
     job = json.loads(Path(sys.argv[1]).read_text())
     config = Config.model_validate_json(json.dumps(job["config"]))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

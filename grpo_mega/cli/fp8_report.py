@@ -1,10 +1,11 @@
 """Reports the quantization error of a model's weights in FP8, layer by layer, before a run uses FP8 engines.
 
+    grpo-mega fp8-report HF_DIR|CONFIG [section.key=value ...] [--scales fp32|power_of_two] [--json]
     python tools/fp8_report.py HF_DIR|CONFIG [section.key=value ...] [--scales fp32|power_of_two] [--json]
 
 Reads the safetensors of a Hugging Face folder, or of a config's `model.path`, matrix by matrix; needs no GPU. `median`
-and `worst` are of |W - q(W)| / |W| (Frobenius norm), `largest` is of |w - q(w)|. A run with `weight_sync.fp8_report`
-writes the same report of its policy to fp8_report.json.
+and `worst` are those of |W - q(W)| / |W| (Frobenius norm) over the matrices of a layer. `largest` is the largest
+|w - q(w)| of an element. A run with `weight_sync.fp8_report` writes the same report of its policy to fp8_report.json.
 
 Exit code 0: done; 2: invalid input; 1: an internal failure.
 """
@@ -37,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="HF_DIR|CONFIG", help="a folder with weights, or a run's YAML")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of a config")
-    parser.add_argument("--scales", choices=SCALES, help="default: those of the config's engine.fp8, else fp32")
-    parser.add_argument("--json", action="store_true", help="one object as the last line, with every matrix")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of CONFIG")
+    parser.add_argument("--scales", choices=SCALES, help="default: as in the config's engine.fp8, or fp32")
+    parser.add_argument("--json", action="store_true", help="print every matrix as one JSON object on the last line")
     args = parser.parse_intermixed_args(argv)
     try:
         return run(args)

@@ -1,5 +1,6 @@
 """Convert a Hugging Face folder to a Megatron torch_dist checkpoint, without a GPU.
 
+    grpo-mega convert to-megatron HF_DIR OUT_DIR
     python tools/hf_to_megatron.py HF_DIR OUT_DIR
 
 OUT_DIR appears when it is complete: release/, latest_checkpointed_iteration.txt, digests.json and hf/ with config and
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("hf_dir", type=Path, help="folder of config.json and safetensors files")
     parser.add_argument("out_dir", type=Path, help="new or empty folder")
     add_options(parser)
-    parser.add_argument("--shard-size", default=str(FILE_BYTES), help="size of a file (default: 1 GiB)")
+    parser.add_argument("--shard-size", default=str(FILE_BYTES), help="largest file, for example 5GB (default: 1 GiB)")
     args = parser.parse_args(argv)
     code: int = finish(
         lambda: hf_to_megatron(

@@ -24,18 +24,18 @@ class Command:
 
 
 COMMANDS = {
-    "train": Command("train", "train: CONFIG [section.key=value ...]"),
+    "train": Command("train", "train a model: CONFIG [section.key=value ...]"),
     "serve": Command("serve", "start an engine server for jobs with engine.placement=server"),
-    "plan": Command("plan", "memory and time per phase before a run; does it fit"),
-    "plan-sync": Command("plan_sync", "the reshard plan of a weight sync, without a GPU"),
-    "doctor": Command("doctor", "every check that can be made before a run starts"),
-    "configs": Command("configs", "list the configs shipped with the package"),
+    "plan": Command("plan", "predict memory and time per phase, and whether a run fits"),
+    "plan-sync": Command("plan_sync", "compute the reshard plan of a weight sync, without a GPU"),
+    "doctor": Command("doctor", "check this machine and a config before a job starts"),
+    "configs": Command("configs", "list or print the configs shipped with the package"),
     "convert": Command("convert", "convert checkpoints: to-megatron, to-hf"),
-    "compare": Command("compare", "compare checkpoints, logits, layouts, or check a mapping"),
-    "evaluate": Command("evaluate", "pass@1, pass@k and mean length of a checkpoint"),
+    "compare": Command("compare", "compare checkpoints, logits or layouts, or check a mapping"),
+    "evaluate": Command("evaluate", "measure pass@1, pass@k and mean length of a checkpoint"),
     "score": Command("score", "score a file of completions with a reward"),
-    "fp8-report": Command("fp8_report", "how far FP8 rollouts move a model's weights"),
-    "report": Command("report", "the summary of a run folder"),
+    "fp8-report": Command("fp8_report", "report the quantization error of a model's weights in FP8"),
+    "report": Command("report", "print the summary of a run folder"),
 }
 
 
@@ -49,7 +49,7 @@ def usage(commands: dict[str, Command] = COMMANDS, prog: str = "grpo-mega") -> s
 
 
 def dispatch(arguments: Sequence[str], commands: dict[str, Command], prog: str) -> int:
-    """Call the subcommand that `arguments` begin with; returns its exit code, 2 for an unknown name."""
+    """Call the subcommand that the first argument names; return its exit code, or 2 for an unknown name."""
     name, rest = (arguments[0], list(arguments[1:])) if arguments else ("", [])
     if name in ("-h", "--help"):
         print(usage(commands, prog))
@@ -67,7 +67,7 @@ def dispatch(arguments: Sequence[str], commands: dict[str, Command], prog: str) 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         print(__version__)

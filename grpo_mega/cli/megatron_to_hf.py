@@ -1,5 +1,6 @@
 """Convert a Megatron torch_dist checkpoint of any layout to a Hugging Face folder, without a GPU.
 
+    grpo-mega convert to-hf CKPT_DIR OUT_DIR
     python tools/megatron_to_hf.py CKPT_DIR OUT_DIR
 
 CKPT_DIR is the result of tools/hf_to_megatron.py, a checkpoint of a run (RUN/checkpoints/step_000020), or a checkpoint
@@ -25,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("ckpt_dir", type=Path, help="folder with .metadata or latest_checkpointed_iteration.txt")
     parser.add_argument("out_dir", type=Path, help="new or empty folder")
     add_options(parser)
-    parser.add_argument("--shard-size", default=str(SHARD_BYTES), help="largest file (default: 5 GB)")
+    parser.add_argument("--shard-size", default=str(SHARD_BYTES), help="largest file, for example 5GB (default: 5 GB)")
     parser.add_argument("--base", type=Path, help="folder of config.json and tokenizer (default: found if possible)")
-    parser.add_argument("--fp8", action="store_true", help="linear weights as float8_e4m3fn in 128 x 128 blocks")
+    parser.add_argument("--fp8", action="store_true", help="write linear weights as float8_e4m3fn in 128 x 128 blocks")
     args = parser.parse_args(argv)
     code: int = finish(
         lambda: megatron_to_hf(

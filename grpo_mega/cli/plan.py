@@ -1,10 +1,11 @@
 """Predict the memory and time of a run before it starts, on any machine: no GPU, no weights.
 
+    grpo-mega plan CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
     python tools/plan.py CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
 
 The model's folder needs only its config.json. If `model.path` is not a folder on this machine, the shipped
-configs/models/<its name> is used. The number of devices is that of `--nodes`, or else `run.world_size`, or else one
-node.
+configs/models/<its name> is used. The number of devices comes from `--nodes`. Without it, `run.world_size` is used,
+and without both, one node.
 
 Exit code 0: the run fits (with --search: a layout fits); 2: it does not fit, or the input is wrong; 1: a failure of
 the tool itself.

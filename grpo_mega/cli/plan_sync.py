@@ -1,5 +1,6 @@
 """Computes the reshard plan of a run on any machine: which rank sends which slice of the weights to which engine rank.
 
+    grpo-mega plan-sync CONFIG [section.key=value ...] [--out plan.json] [--against plan.json] [--json]
     python tools/plan_sync.py CONFIG [section.key=value ...] [--out plan.json] [--against plan.json] [--json]
 
 It needs the model's config.json, but no weights, no GPU and no other process. The policy's shards are computed, and the
@@ -63,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--out", type=Path, help="write the plan, one line per slice")
+    parser.add_argument("--out", type=Path, help="write the plan to this file, one line per slice")
     parser.add_argument("--against", type=Path, help="print the differences to a plan written earlier")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="ranks of a node (default: 8)")
     parser.add_argument(
         "--node-gb-per-second", type=float, default=450.0, help="speed of a rank, each way, inside a node"
     )
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--network-gb-per-second", type=float, default=50.0, help="speed of a rank, each way, between nodes"
     )
     parser.add_argument("--cpu", action="store_true", help="plan for machines without GPUs, which use other modules")
-    parser.add_argument("--json", action="store_true", help="one object as the last line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
     try:
         return run(args)
@@ -92,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(args.config, args.overrides)
     if config.run.world_size is None:
         raise UserError(
-            "run.world_size is not set, and GPUs of this machine are not counted", remedy="set run.world_size=N"
+            "run.world_size=null: the number of ranks must be set, because the GPUs of this machine are not counted",
+            remedy="set run.world_size=N",
         )
     if config.engine.kind != "vllm":
         raise UserError(

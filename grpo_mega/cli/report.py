@@ -1,6 +1,10 @@
-"""`grpo-mega report RUN_DIR [--json]`: status, gain, length and time of a run, from its summary.json.
+"""Print status, accuracy gain, answer length and time of a run, from its summary.json.
 
-Works while the run is going on, with the numbers of its newest checkpoint. Exit code 2: the folder has no summary.
+    grpo-mega report RUN_DIR [--json]
+
+The command also works during a run; it then prints the numbers of the newest checkpoint.
+
+Exit code 0: printed; 2: the folder does not contain a summary.
 """
 
 from __future__ import annotations
@@ -17,15 +21,15 @@ from grpo_mega.types import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path, help="folder of a run")
-    parser.add_argument("--json", action="store_true", help="the summary as one object on the last line")
+    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object on the last line")
     args = parser.parse_args(argv)
     file = args.run_dir / "summary.json"
     try:
         if not file.is_file():
-            raise UserError(f"RUN_DIR={args.run_dir} has no summary.json", "name the folder of a run (run.dir)")
+            raise UserError(f"RUN_DIR={args.run_dir}: summary.json was not found", "name the folder of a run (run.dir)")
         summary = read_summary(file)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

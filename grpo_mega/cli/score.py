@@ -1,9 +1,12 @@
 """Score a file of completions with any reward: print each row of {prompt, completion, answer} with `reward` added.
 
+    grpo-mega score --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
     python tools/score.py --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
 
 Rows keep their order and their other keys. The rows are scored by the same worker processes as in a run, with the same
-time limit. A failed scoring gets the reward's floor and is counted. Exit code 2: the input is wrong.
+time limit. A row that could not be scored gets the lowest value of the reward and is counted.
+
+Exit code 0: done; 2: the input is wrong.
 """
 
 from __future__ import annotations
@@ -73,10 +76,10 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
         reward_args = json.loads(args.args)
     except ValueError as error:
         raise UserError(
-            f"--args={args.args} is not JSON ({error})", remedy="write an object, for example '{}'"
+            f"--args={args.args} must be a JSON object ({error})", remedy="write for example '{}'"
         ) from error
     if not isinstance(reward_args, dict):
-        raise UserError(f"--args={args.args} is not a JSON object", remedy="write for example '{\"strict\": true}'")
+        raise UserError(f"--args={args.args} must be a JSON object", remedy="write for example '{\"strict\": true}'")
     if args.timeout_seconds <= 0 or args.workers < 1:
         raise UserError(
             f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive",
@@ -103,12 +106,12 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="JSONL")
+    parser.add_argument("file", type=Path, help="JSONL file of {prompt, completion, answer}")
     parser.add_argument("--reward", required=True, help="a name from docs/rewards.md, or package.module:function")
-    parser.add_argument("--args", default="{}", help="the reward's arguments, a JSON object")
+    parser.add_argument("--args", default="{}", help="arguments of the reward, as a JSON object (default: none)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--timeout-seconds", type=float, default=5.0, help="limit of one scoring")
-    parser.add_argument("--json", action="store_true", help="a summary object as the last line")
+    parser.add_argument("--timeout-seconds", type=float, default=5.0, help="time limit of one row (default: 5)")
+    parser.add_argument("--json", action="store_true", help="print a summary as one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     sys.path.insert(0, os.getcwd())  # dotted paths are resolved as by `python -m`

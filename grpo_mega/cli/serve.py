@@ -1,4 +1,4 @@
-"""`grpo-mega serve`: the engine server of grpo_mega/serve.py."""
+"""Start the engine server of grpo_mega/serve.py: `grpo-mega serve CONFIG ...`, as launch/serve.sh does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from grpo_mega.cli.environment import set_process_environment
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code. The server reads its arguments from `sys.argv`."""
+    """Run the command line and return the exit code. The server reads its arguments from `sys.argv`."""
     set_process_environment()
     serve.main()
     return 0

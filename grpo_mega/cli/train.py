@@ -1,8 +1,10 @@
-"""`grpo-mega train [CONFIG] [section.key=value ...]`: what `launch/train.sh` does, without building an environment.
+"""Train a model. The command does the same as `launch/train.sh`, but does not build an environment.
 
-CONFIG is a file, or the name of a shipped config (`grpo-mega configs` lists them); default: quickstart. The ranks start
-as `launch/train.sh --help` describes: one machine, several machines, Slurm, torchrun. Inside a Slurm allocation the
-command that srun starts on each node is `grpo-mega-train`, this module's own console script.
+    grpo-mega train [CONFIG] [section.key=value ...]
+
+CONFIG is a file, or the name of a shipped config (`grpo-mega configs` lists them); default: quickstart. The ranks are
+started as `launch/train.sh --help` describes: on one machine, on several machines, by Slurm or by torchrun. Inside a
+Slurm allocation srun starts `grpo-mega-train`, the console script of this module, on each node.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ SCRIPT = "grpo-mega-train"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] in (["-h"], ["--help"]):
         print(__doc__)

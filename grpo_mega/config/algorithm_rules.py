@@ -132,7 +132,7 @@ def _degenerate(algorithm: AlgorithmConfig) -> None:
     if algorithm.degenerate != "keep" and algorithm.advantage in ("batch", "gae"):
         raise UserError(
             f"algorithm.degenerate={algorithm.degenerate} with algorithm.advantage={algorithm.advantage}: groups of "
-            "equal rewards do teach when advantages are not relative to the group",
+            "equal rewards contribute to the gradient when advantages are not relative to the group",
             remedy="use degenerate=keep",
         )
 

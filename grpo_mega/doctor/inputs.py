@@ -70,7 +70,7 @@ def check_servers(config: Config) -> list[Finding]:
         def check(name: str = name, url: str = url) -> str:
             status = inspect_server(f"{name}={url}", Address.parse(url, name), read_token())
             facts = status.facts
-            # of a tiny base there is no folder before a job has taught it
+            # a tiny base has no folder before a job has pre-trained it
             wanted = serving_facts(config, Path(config.model.path)) if config.model.path is not None else facts
             if different := differences(wanted, facts):
                 raise UserError(f"{url} has {', '.join(different)}", remedy="start it with this config")

@@ -190,7 +190,7 @@ def _accept_all(me: NodeInfo, address: str, port: int, deadline: float, limit: f
         except (UserError, RendezvousError) as error:
             for connection in joined.values():
                 with suppress(OSError):
-                    connection.send({"refused": str(error), "input": isinstance(error, UserError)})
+                    connection.send({"rejected": str(error), "input": isinstance(error, UserError)})
                 connection.close()
             raise
     meeting = Rendezvous(joined)
@@ -282,8 +282,8 @@ def _read_welcome(connection: JsonSocket) -> str:
     answer = connection.receive(_ANSWER_SECONDS)
     if answer is None:
         raise OSError("the connection was closed")
-    if "refused" in answer:
-        raise UserError(str(answer["refused"]))
+    if "rejected" in answer:
+        raise UserError(str(answer["rejected"]))
     if "welcome" not in answer:
         raise OSError("another program answers there")
     return str(answer["welcome"])
@@ -294,11 +294,11 @@ def _wait_for_all(me: NodeInfo, connection: JsonSocket, host: str, deadline: flo
     try:
         answer = connection.receive(max(_ANSWER_SECONDS, deadline - time.monotonic() + _ANSWER_SECONDS))
     except OSError:
-        answer = {"refused": f"not all of {me.num_nodes} machines joined within {limit:g} s; start them all"}
+        answer = {"rejected": f"not all of {me.num_nodes} machines joined within {limit:g} s; start them all"}
     if answer is None:
         raise RendezvousError(f"machine 0 ({host}) exited before all machines had joined; see its own output")
-    if "refused" in answer:
-        raise (UserError if answer.get("input") else RendezvousError)(str(answer["refused"]))
+    if "rejected" in answer:
+        raise (UserError if answer.get("input") else RendezvousError)(str(answer["rejected"]))
     return Rendezvous({NodeInfo(0, me.num_nodes, me.num_ranks, host): connection})
 
 

@@ -93,8 +93,9 @@ def _engine_rows(spec: ModelSpec, engine: EngineGrid) -> Iterator[tuple[str, int
 
 @functools.lru_cache(maxsize=64)
 def check_policy_blocks(spec: ModelSpec, tp: int, etp: int, *, latent_split: bool) -> None:
-    """Of the policy's ranks alone; `latent_split` as in `check_fp8_layout`. Stages and experts are alike but for their
-    number: one stage with one expert a rank is looked at.
+    """Check that no rank of the policy holds a part of an FP8 block; `latent_split` as in `check_fp8_layout`.
+
+    Stages differ only in the numbers of layers and experts, so one stage with one expert per rank is checked.
 
     Raises:
         UserError: a rank would hold a part of a block (names tensor and block).

@@ -139,7 +139,7 @@ class ServerConnection:
         if self._is_authenticated:
             return ConnectionFailedError("closed the connection")
         if kind == zmq.EVENT_CLOSED:
-            return ConnectionFailedError("refused the connection")
+            return ConnectionFailedError("rejected the connection")
         if kind == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL and value == errno.EAGAIN:
             return ConnectionFailedError(f"did not complete the handshake within {HANDSHAKE_SECONDS:g} s")
         return WrongPeerError("has another secret, or is not an engine server of this program")

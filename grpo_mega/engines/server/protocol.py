@@ -1,4 +1,4 @@
-"""What both ends of the connection between a job and an engine server share: addresses, secret, keys, socket options.
+"""Addresses, secret, keys and socket options of the connection between a job and an engine server, for both ends.
 
 The connection is ZeroMQ over TCP with CURVE (https://rfc.zeromq.org/spec/26/). Both key pairs are derived from the
 shared secret, so each side authenticates the other, and messages are encrypted. Without a secret the keys are derived

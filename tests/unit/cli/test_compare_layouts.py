@@ -40,11 +40,11 @@ def test_a_layout_that_is_none_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--layouts", ";"], "--layouts=';' names no layout; write for example 'tp=2;pp=2,cp=2'"),
+        (["--layouts", ";"], "--layouts=';' must contain a layout; write for example 'tp=2;pp=2,cp=2'"),
         (["--layouts", "tp=2;tp=8"], "--layouts: tp=8: parallel.tp=8 does not divide the 4 attention heads"),
         (["--layouts", "tp=2;vpp=2"], "--layouts: vpp=2: parallel.vpp=2 needs a pipeline"),
         (["--layouts", "cp=64"], "--layouts: cp=64: train.max_tokens_per_microbatch="),
-        (["--layouts", "tp=2", "--rollouts", "/nowhere"], "--rollouts=/nowhere: no such file"),
+        (["--layouts", "tp=2", "--rollouts", "/nowhere"], "--rollouts=/nowhere was not found"),
         (["--layouts", "tp=2", "train.step=1"], "train.step: unknown key; did you mean train.steps?"),
     ],
 )

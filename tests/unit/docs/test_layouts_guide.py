@@ -17,7 +17,7 @@ TOOLS = {"tools/plan.py": plan.main, "tools/doctor.py": doctor.main}
 
 
 def test_the_guide_has_commands() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 8
 
 
 @pytest.mark.parametrize(("command", "shown"), BLOCKS, ids=[c.partition("tools/")[2][:60] for c, _ in BLOCKS])

@@ -47,8 +47,8 @@ def test_a_part_that_has_not_come_is_named_and_the_rest_is_joined(
     (out / f"{BIG}.part001").unlink()
     assert main(["--json", "join", str(out)]) == 1
     said = capsys.readouterr()
-    assert f"{BIG}: {BIG}.part001 missing; send them" in said.err
-    assert json.loads(said.out)["problems"] == [f"{BIG}: {BIG}.part001 missing; send them"]
+    assert f"{BIG}: {BIG}.part001 missing; send these parts" in said.err
+    assert json.loads(said.out)["problems"] == [f"{BIG}: {BIG}.part001 missing; send these parts"]
     assert not (out / BIG).exists()
 
 

@@ -186,7 +186,7 @@ def test_a_silent_program_and_a_closed_port_are_reported_in_time(silent: tuple[s
     with pytest.raises(ConnectionFailedError, match=r"did not answer within 0\.1 s"):
         connection.receive(0.1)
     connection.close()
-    with pytest.raises(ConnectionFailedError, match="refused the connection"):
+    with pytest.raises(ConnectionFailedError, match="rejected the connection"):
         open_connection(Address("127.0.0.1", 9), SECRET)
     with pytest.raises(OSError, match=r"not known|resolution"):
         open_connection(Address("no-such-host.invalid", 9), SECRET)
