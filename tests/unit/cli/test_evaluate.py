@@ -45,7 +45,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("nowhere", *DATA), "CHECKPOINT=nowhere is not a folder"),
+        (("nowhere", *DATA), "CHECKPOINT=nowhere must be a folder"),
         (("{model}", *DATA, "--k", "0"), "evaluation.k=0"),
         (("{model}", *DATA, "--k", "8", "--samples", "4"), "evaluation.report_k: 8 of evaluation.k=4 samples"),
         (("{model}", *DATA, "--temperature", "0"), "evaluation.temperature=0"),
@@ -67,7 +67,7 @@ def test_a_run_without_a_checkpoint_says_so(model: Path, tmp_path: Path, capsys:
     assert "the run has no complete checkpoint" in said(capsys, str(run), *DATA)
     (run / "checkpoints" / "step_000001").mkdir(parents=True)
     (run / "config.yaml").write_text("model: 3")
-    assert "is not the config of a run" in said(capsys, str(run / "checkpoints" / "step_000001"), *DATA)
+    assert "must be the config of a run" in said(capsys, str(run / "checkpoints" / "step_000001"), *DATA)
 
 
 def config_of(*arguments: str) -> tuple[Any, evaluate.Checkpoint]:
@@ -101,6 +101,4 @@ def test_a_run_with_servers_is_evaluated_without_them(
     config, _ = config_of(str(folder), *DATA)
     assert (config.engine.placement, config.engine.tp, config.run.world_size) == ("colocated", 2, 2)
     wished = "engine.placement=server", "engine.urls=['here:7']"
-    assert "engine.placement=server: a checkpoint is evaluated by an engine" in said(
-        capsys, str(folder), *DATA, *wished
-    )
+    assert "engine.placement=server is not supported" in said(capsys, str(folder), *DATA, *wished)

@@ -56,8 +56,8 @@ def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> Non
         ),
         (b'{"prompt": "", "completion": "", "answer": true}', ("--reward", "exact"), "rows.jsonl:2: answer=true"),
         (b"", ("--reward", "exakt"), "did you mean 'exact'"),
-        (b"", ("--reward", "exact", "--args", "[1]"), "--args=[1] is not a JSON object"),
-        (b"", ("--reward", "exact", "--args", "{"), "--args={ is not JSON"),
+        (b"", ("--reward", "exact", "--args", "[1]"), "--args=[1] must be a JSON object"),
+        (b"", ("--reward", "exact", "--args", "{"), "--args={ must be a JSON object"),
         (b"", ("--reward", "exact", "--timeout-seconds", "0"), "both must be positive"),
     ],
 )
