@@ -86,7 +86,7 @@ def test_mxfp4_experts_are_compared_by_their_dequantized_values(tmp_path: Path) 
         ),
         (("MODEL", "--layout", "qp=2"), "--layout: 'qp=2'"),
         (("EMPTY",), "has no config.json"),
-        (("EMPTY/none",), "is not a folder; use a Hugging Face model folder"),
+        (("EMPTY/none",), "must be a folder; give a Hugging Face model folder"),
     ],
 )
 def test_wrong_input_is_exit_code_2_and_one_line(
