@@ -102,13 +102,13 @@ def test_fp8_is_restored_bit_for_bit_and_can_be_read_as_bf16(tmp_path: Path) -> 
     for name, tensor in stored(hf).items():
         tensors[name] = tensor.bfloat16()
         if name.endswith("_proj.weight"):
-            codes, scales = block_fp8.quantize(tensor)
+            quantized, scales = block_fp8.quantize(tensor)
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
-            tensors |= {name: codes, name + block_fp8.SCALE_SUFFIX: scales}
+            tensors |= {name: quantized, name + block_fp8.SCALE_SUFFIX: scales}
     save_file(tensors, hf / "model.safetensors")
     config = json.loads((hf / "config.json").read_text())
-    quantized = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
-    (hf / "config.json").write_text(json.dumps(config | quantized))
+    fp8_fields = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (hf / "config.json").write_text(json.dumps(config | fp8_fields))
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "fp8", to_fp8=True)
     assert_same_tensors(tmp_path / "fp8", hf)

@@ -83,8 +83,8 @@ def _quantized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         found[name] = tensor
         if LINEAR.search(name) and "eh_proj" not in name:
-            codes, scales = block_fp8.quantize(tensor)
+            quantized, scales = block_fp8.quantize(tensor)
             # published scales may differ from the scales that the package would compute
             scales = scales * (1 + torch.rand(scales.shape, generator=generator))
-            found |= {name: codes, name + "_scale_inv": scales}
+            found |= {name: quantized, name + "_scale_inv": scales}
     return found

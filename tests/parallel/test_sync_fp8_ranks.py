@@ -144,15 +144,15 @@ def quantized_checkpoint(policy: Any, case: Case) -> dict[str, Tensor]:
             continue
         rows, columns = values.shape
         scales = torch.empty(-(-rows // 128), -(-columns // 128))
-        codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+        quantized = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
         for i in range(scales.shape[0]):
             for j in range(scales.shape[1]):
                 block_index = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
                 block = values[block_index].float()
                 scale = block.abs().max() / 448.0
                 scales[i, j] = 2.0 ** torch.log2(scale).ceil() if case.power_of_two else scale
-                codes[block_index] = (block / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
-        found[name], found[name + "_scale_inv"] = codes, scales
+                quantized[block_index] = (block / scales[i, j]).clamp(-448, 448).to(torch.float8_e4m3fn)
+        found[name], found[name + "_scale_inv"] = quantized, scales
     return found
 
 
@@ -172,7 +172,7 @@ def follow(rank: int, case: Case) -> dict[str, Any]:
         "filled": sum(region_view(sink.parameters[c.local.name], c).nbytes for c in sink.copies),
         "scales_changed": not torch.equal(*scales),
         "received": int(sync.plan.traffic.received_bytes()[rank]),
-        "codes": sum(p.itemsize == 1 for p in sink.parameters.values()),
+        "quantized": sum(p.itemsize == 1 for p in sink.parameters.values()),
     }
 
 
@@ -182,7 +182,7 @@ def test_engines_hold_the_quantized_gathered_weights_at_each_version(
 ) -> None:
     for seen in rank_pool.call(WORLD, follow, cases[name]):
         assert seen["wrong"] == []
-        assert seen["codes"] >= 6
+        assert seen["quantized"] >= 6
         assert seen["scales_changed"], "scales are those of the previous version"
         first, second = seen["reports"]
         assert first.policy_digest != second.policy_digest
@@ -252,7 +252,7 @@ def test_the_report_of_a_run_equals_that_of_the_policys_files(
         assert found[matrix] == pytest.approx(errors, rel=1e-12), matrix
 
 
-def misfit(rank: int, case: Case, fp8: str | None) -> str:
+def rejected_sync(rank: int, case: Case, fp8: str | None) -> str:
     record = case.records[rank % ENGINE_TP]
     if fp8:  # the policy sends quantized values, the engine expects bf16
         copies = [
@@ -279,5 +279,5 @@ def misfit(rank: int, case: Case, fp8: str | None) -> str:
 def test_quantized_values_on_one_side_only_are_rejected_before_the_first_push(
     rank_pool: RankPool, cases: dict[str, Case], fp8: str | None, words: str
 ) -> None:
-    for error in rank_pool.call(WORLD, misfit, cases["qwen3"], fp8):
+    for error in rank_pool.call(WORLD, rejected_sync, cases["qwen3"], fp8):
         assert words in error

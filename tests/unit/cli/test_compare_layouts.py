@@ -1,4 +1,4 @@
-"""tools/compare_layouts.py: what a layout means, what is refused before anything starts, which tensor is named."""
+"""tools/compare_layouts.py: layouts are parsed, wrong input is rejected, and differing tensors are named."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ QUICKSTART = str(REPOSITORY / "configs" / "quickstart.yaml")
         ("pp=2,pipeline_layout=Ett|ttL", {"parallel.pp=2", 'parallel.pipeline_layout="Ett|ttL"', "run.world_size=2"}),
     ],
 )
-def test_a_layout_is_keys_of_parallel_on_as_many_ranks_as_it_takes(text: str, overrides: set[str]) -> None:
+def test_a_layout_sets_keys_of_parallel_and_the_number_of_ranks(text: str, overrides: set[str]) -> None:
     assert set(parse_layout(text).overrides) == overrides
 
 
 @pytest.mark.parametrize("text", ["tp", "xp=2", "tp=x", "tp=0", "dp=0", "dp=1.5"])
-def test_a_layout_that_is_none_is_refused(text: str) -> None:
+def test_an_invalid_layout_is_rejected(text: str) -> None:
     with pytest.raises(UserError, match="--layouts: "):
         parse_layout(text)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--layouts", ";"], "--layouts=';' must contain a layout; write for example 'tp=2;pp=2,cp=2'"),
         (["--layouts", "tp=2;tp=8"], "--layouts: tp=8: parallel.tp=8 does not divide the 4 attention heads"),
@@ -48,15 +48,15 @@ def test_a_layout_that_is_none_is_refused(text: str) -> None:
         (["--layouts", "tp=2", "train.step=1"], "train.step: unknown key; did you mean train.steps?"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_starts(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+def test_wrong_input_is_rejected_before_the_start(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     config = ["train.max_tokens_per_microbatch=100"] if "cp=64" in arguments else []
     assert main([QUICKSTART, *config, *arguments]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
-def test_the_first_tensor_that_differs_is_the_first_of_the_checkpoint(tmp_path: Path) -> None:
+def test_the_first_differing_tensor_is_the_first_in_checkpoint_order(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     one = {name: torch.randn(50, generator=generator) for name in ("z", "b", "a")}
     (tmp_path / "one.json").write_text(json.dumps(list(one)))

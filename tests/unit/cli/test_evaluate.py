@@ -1,4 +1,4 @@
-"""What tools/evaluate.py makes of its arguments, and what it says to wrong ones."""
+"""tools/evaluate.py builds a config from its arguments and rejects wrong ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_run(folder: Path, model: Path, **sections: Any) -> Path:
     return folder
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert evaluate.main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -54,20 +54,22 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("{model}", *DATA, "--max-tokens", "100000"), "more than the"),
     ],
 )
-def test_wrong_arguments_are_told_apart(
+def test_each_wrong_argument_has_its_own_error(
     model: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], message: str
 ) -> None:
-    error = said(capsys, *(a.format(model=model) for a in arguments))
+    error = error_of(capsys, *(a.format(model=model) for a in arguments))
     assert message in error
     assert "Traceback" not in error
 
 
-def test_a_run_without_a_checkpoint_says_so(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_a_checkpoint_is_rejected(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = make_run(tmp_path / "run", model)
-    assert "the run has no complete checkpoint" in said(capsys, str(run), *DATA)
+    assert "the run has no complete checkpoint" in error_of(capsys, str(run), *DATA)
     (run / "checkpoints" / "step_000001").mkdir(parents=True)
     (run / "config.yaml").write_text("model: 3")
-    assert "must be the config of a run" in said(capsys, str(run / "checkpoints" / "step_000001"), *DATA)
+    assert "must be the config of a run" in error_of(capsys, str(run / "checkpoints" / "step_000001"), *DATA)
 
 
 def config_of(*arguments: str) -> tuple[Any, evaluate.Checkpoint]:
@@ -76,7 +78,7 @@ def config_of(*arguments: str) -> tuple[Any, evaluate.Checkpoint]:
     return evaluate.config_of(args, checkpoint), checkpoint
 
 
-def test_a_checkpoint_of_a_run_is_asked_as_the_run_asks(model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_run_is_evaluated_with_the_settings_of_the_run(model: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", model) / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)
     config, checkpoint = config_of(str(folder), *DATA, "--data", "b.jsonl", "--k", "1", "4")
@@ -100,5 +102,5 @@ def test_a_run_with_servers_is_evaluated_without_them(
     folder.mkdir(parents=True)
     config, _ = config_of(str(folder), *DATA)
     assert (config.engine.placement, config.engine.tp, config.run.world_size) == ("colocated", 2, 2)
-    wished = "engine.placement=server", "engine.urls=['here:7']"
-    assert "engine.placement=server is not supported" in said(capsys, str(folder), *DATA, *wished)
+    server_keys = "engine.placement=server", "engine.urls=['here:7']"
+    assert "engine.placement=server is not supported" in error_of(capsys, str(folder), *DATA, *server_keys)

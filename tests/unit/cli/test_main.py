@@ -20,7 +20,7 @@ from tests.helpers.jobs import REPOSITORY
 EVERY_COMMAND = [COMMANDS, convert.DIRECTIONS, compare.COMPARISONS]
 
 
-def test_help_names_every_command_and_nothing_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_every_command_and_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert [name for name in COMMANDS if f"  {name} " not in shown] == []
@@ -28,7 +28,7 @@ def test_help_names_every_command_and_nothing_is_an_error(capsys: pytest.Capture
     assert "a command is missing" in capsys.readouterr().err
 
 
-def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_prints_the_version_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.strip() == __version__
 
@@ -56,7 +56,7 @@ def test_every_tool_of_the_repository_is_a_thin_caller_of_the_same_function() ->
     assert modules >= commands - {"train", "serve", "configs", "convert", "compare", "report"}
 
 
-def test_the_environment_is_that_of_the_launch_scripts() -> None:
+def test_the_environment_equals_that_of_the_launch_scripts() -> None:
     script = (REPOSITORY / "launch" / "env.sh").read_text()
     assert dict(re.findall(r'^export (\w+)="\$\{\w+:-([^}]*)\}"$', script, re.MULTILINE)) == PROCESS_ENVIRONMENT
 
@@ -79,7 +79,7 @@ def test_configs_prints_one_and_rejects_an_unknown_name(capsys: pytest.CaptureFi
     assert main(["configs", "nothing"]) == 2
 
 
-def test_train_starts_the_launcher_with_the_quickstart_where_no_config_is_named(
+def test_train_without_a_config_starts_the_launcher_with_the_quickstart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[list[str]] = []

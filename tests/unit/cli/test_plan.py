@@ -1,4 +1,4 @@
-"""tools/plan.py: published models fit or do not, a remedy planned again fits, and what it prints can be read."""
+"""tools/plan.py: published models fit or not, a suggested remedy fits, and the output can be read by programs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.planner_cases import spec_of
 REPOSITORY = Path(__file__).resolve().parents[3]
 CONFIGS = REPOSITORY / "configs"
 PRODUCTION = sorted(path.name for path in CONFIGS.glob("*n8g*.yaml"))
-# as their publishers count them: model cards and papers
+# parameter counts from model cards and papers
 PUBLISHED_BILLIONS = {"qwen2.5-7b": 7.62, "qwen2.5-32b": 32.76, "llama-3.3-70b": 70.55, "qwen3-30b": 30.53,
                       "qwen3-235b": 235.09, "deepseek-v3": 671.03}  # fmt: skip
 QWEN = str(CONFIGS / "qwen2.5-7b-1n8g-tp2-vllm.yaml")
@@ -62,7 +62,7 @@ def test_each_production_config_loads_and_fits_on_the_devices_of_its_name(
 
 
 @pytest.mark.parametrize(
-    "misfit",
+    "arguments",
     [
         (LLAMA, "--nodes", "1", "parallel.pp=1"),
         (DEEPSEEK_64, "optimizer.host_fraction=0"),
@@ -71,21 +71,21 @@ def test_each_production_config_loads_and_fits_on_the_devices_of_its_name(
     ],
     ids=["70B-full-Adam-on-8", "671B-full-optimizer-on-64", "7B-with-long-rows"],
 )  # fmt: skip
-def test_a_known_misfit_says_no_and_its_remedy_planned_again_says_yes(
-    misfit: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+def test_a_plan_that_does_not_fit_has_a_remedy_that_fits(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found, errors = plan(capsys, *misfit)
+    code, found, errors = plan(capsys, *arguments)
     assert code == 2
     assert found["fits"] is False
     assert found["remedy"]
     assert "does not fit" in errors
     assert errors.startswith("error: ")
-    again, fitting, _ = plan(capsys, *misfit, *found["remedy"])
+    again, fitting, _ = plan(capsys, *arguments, *found["remedy"])
     assert (again, fitting["fits"]) == (0, True)
 
 
-def test_copies_of_an_engine_hold_its_experts_once_and_its_attention_each(capsys: pytest.CaptureFixture[str]) -> None:
-    """Qwen3-30B-A3B in bf16 on eight ranks a replica: 48 layers of 128 experts of 3 x 2048 x 768."""
+def test_data_parallel_engine_ranks_share_experts_and_replicate_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    """Plan Qwen3-30B-A3B in bf16 with eight ranks per replica: 48 layers of 128 experts of 3 x 2048 x 768."""
     config = str(CONFIGS / QWEN_30)
     layouts = {"tp4": ("engine.tp=4", "engine.ep=4"), "tp4dp2": ("engine.tp=4", "engine.dp=2", "engine.ep=8")}
     held, seconds = {}, {}
@@ -103,8 +103,8 @@ def test_copies_of_an_engine_hold_its_experts_once_and_its_attention_each(capsys
 DEEPSEEK = "deepseek-v3-671b-32n8g-tp2pp16ep16-vllm.yaml"
 QWEN_235 = "qwen3-235b-a22b-16n8g-tp2pp8ep16-vllm.yaml"
 QWEN_30 = "qwen3-30b-a3b-2n8g-ep8-vllm.yaml"
-# who runs it -> our config of the model, and their layout (NeMo-RL's performance summary r0.6.0; verl's docs/perf and
-# device tuning; slime's model pages); where they keep the optimizer on the host, so do we
+# project -> config of the model here, and the layout of the project (NeMo-RL's performance summary r0.6.0; verl's
+# docs/perf and device tuning; slime's model pages), with the optimizer on the host where the project has it there
 OTHERS: dict[str, tuple[str, ...]] = {
     "NeMo-RL DeepSeek-V3 on 256": (
         DEEPSEEK, "parallel.tp=1", "parallel.sequence_parallel=false", "sampling.max_tokens=512",
@@ -125,13 +125,13 @@ OTHERS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("who", OTHERS)
-def test_layouts_that_others_run_fit(who: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_layouts_of_other_projects_fit(who: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *arguments = OTHERS[who]
     code, found, _ = plan(capsys, str(CONFIGS / name), *arguments)
     assert (code, found["problems"]) == (0, [])
 
 
-def test_the_host_s_optimizer_has_a_price_in_time(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_optimizer_on_the_host_takes_time(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {
         share: plan(capsys, DEEPSEEK_64, f"optimizer.host_fraction={share}")[1]["phase_seconds"]["optimizer"]
         for share in ("0.0", "1.0")
@@ -150,12 +150,12 @@ def test_search_lists_layouts_that_fit_fastest_first(capsys: pytest.CaptureFixtu
     assert plan(capsys, QWEN, *best["overrides"])[1]["fits"]
 
 
-def test_search_without_a_fit_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_without_a_fitting_layout_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([LLAMA, "--nodes", "1", "--search", "--gpu", "h100-80g", "engine.kv_cache_tokens=100000000"]) == 2
     assert "no layout fits on 8" in capsys.readouterr().err
 
 
-def test_the_picture_holds_every_phase_and_the_device_s_line(
+def test_the_picture_has_every_phase_and_the_line_of_the_device(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "memory.html"
@@ -169,7 +169,7 @@ def test_the_picture_holds_every_phase_and_the_device_s_line(
     capsys.readouterr()
 
 
-def test_every_item_of_every_phase_has_a_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_item_of_every_phase_has_a_color(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "memory.html"
     for gpu in ("cpu", "h100-80g"):
         main([str(CONFIGS / "quickstart.yaml"), "--gpu", gpu, "algorithm.name=ppo", "--html", str(path)])
@@ -202,7 +202,7 @@ def served(number: int) -> tuple[str, str]:
     return "engine.placement=server", f"engine.urls={[f'host{i}:1' for i in range(number)]}"
 
 
-def test_servers_are_devices_beside_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+def test_servers_use_devices_in_addition_to_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
     _, beside, _ = plan(capsys, QWEN, "engine.tp=2")
     _, two, _ = plan(capsys, QWEN, "engine.tp=2", *served(2))
     assert (two["ranks"], two["server_ranks"], beside["server_ranks"]) == (8, 4, 0)
@@ -210,7 +210,7 @@ def test_servers_are_devices_beside_those_of_the_job(capsys: pytest.CaptureFixtu
     assert two["mfu"] * two["step_seconds"] * 12 == pytest.approx(beside["mfu"] * beside["step_seconds"] * 8)
 
 
-def test_a_step_with_servers_moves_nothing_off_the_devices_and_samples_on_theirs(
+def test_a_step_with_servers_offloads_nothing_and_samples_on_the_servers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     served_by = {n: plan(capsys, QWEN, "engine.tp=2", *served(n))[1] for n in (2, 4, 8)}
@@ -218,14 +218,14 @@ def test_a_step_with_servers_moves_nothing_off_the_devices_and_samples_on_theirs
     on_four = plan(capsys, QWEN, "engine.tp=2", "run.world_size=4")[1]["phase_seconds"]
     assert seconds[2]["offload"] == 0 < on_four["offload"]
     assert seconds[2]["rollout"] == on_four["rollout"]  # two engines of two ranks, too
-    # All of the weights cross the network; from 16 ranks of servers on, twice of it leaves each of the 8 of the job.
+    # All weights cross the network; with 16 server ranks, each of the 8 ranks of the job sends twice as much.
     between_nodes = cluster_of(gpu_named("h100-80g"), 8).link_speed(9)
     once = served_by[8]["sync_bytes"] / 16 / between_nodes
     assert seconds[8]["sync"] - seconds[4]["sync"] == pytest.approx(once, rel=1e-6)
     assert seconds[4]["sync"] == seconds[2]["sync"] > once
 
 
-def test_what_does_not_fit_on_a_server_is_told_of_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+def test_items_that_do_not_fit_on_a_server_are_reported_for_the_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([QWEN, *served(2), "engine.kv_cache_tokens=2000000"]) == 2
     words = capsys.readouterr().out
     assert "2 replica(s) on 2 more" in words
@@ -234,13 +234,13 @@ def test_what_does_not_fit_on_a_server_is_told_of_the_server(capsys: pytest.Capt
     assert re.search(r"^  train +[0-9.]+  \(pp 0\) ", words, re.MULTILINE)
 
 
-def test_search_looks_for_servers_that_fit_whatever_the_whole_policy_takes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_search_finds_servers_that_fit_for_any_policy_memory(capsys: pytest.CaptureFixture[str]) -> None:
     code, found, _ = plan(capsys, QWEN32, "--nodes", "4", "--search", *served(2))
     assert code == 0
     assert all(layout["fits"] for layout in found["layouts"])
 
 
-def test_a_server_may_be_given_more_ranks_than_divide_those_of_the_job() -> None:
+def test_the_remedy_for_a_server_is_not_limited_to_divisors_of_the_ranks_of_the_job() -> None:
     def remedy_of(*overrides: str) -> Any:
         config = load_config(
             Path(QWEN), ["run.world_size=6", "parallel.tp=1", "parallel.sequence_parallel=false", *overrides]

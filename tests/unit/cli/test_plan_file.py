@@ -48,7 +48,7 @@ def test_plans_that_differ_name_the_slices() -> None:
 
 
 @pytest.mark.parametrize("text", ["w[0:2, 3:5]", "model.layers.0.mlp.experts.3.up_proj.weight[7:8]"])
-def test_a_slice_is_read_as_it_is_written(text: str) -> None:
+def test_a_written_slice_is_read_back_unchanged(text: str) -> None:
     assert str(slice_from_text(text)) == text
 
 

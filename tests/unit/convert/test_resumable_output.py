@@ -1,4 +1,4 @@
-"""The folder that a result grows in: whose it is, what is kept, and that OUT is whole or not there."""
+"""The resumable output folder: it belongs to one conversion, keeps complete files, and becomes OUT when complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-def test_the_result_appears_by_one_rename_and_nothing_else_stays(tmp_path: Path) -> None:
+def test_the_result_appears_by_one_rename_and_no_other_file_remains(tmp_path: Path) -> None:
     with Workspace(tmp_path / "deep" / "out", {}) as workspace:
         assert names(tmp_path) == []
         workspace.begin("x")
@@ -26,7 +26,7 @@ def test_the_result_appears_by_one_rename_and_nothing_else_stays(tmp_path: Path)
     assert names(tmp_path) == ["deep", "deep/out", "deep/out/a"]
 
 
-def test_the_same_work_is_continued_and_another_s_is_thrown_away(tmp_path: Path) -> None:
+def test_the_same_conversion_is_continued_and_another_one_is_deleted(tmp_path: Path) -> None:
     for identity, kept in (("x", []), ("x", ["a"]), ("y", [])):
         with Workspace(tmp_path / "out", {}) as workspace:
             workspace.begin(identity)
@@ -34,7 +34,7 @@ def test_the_same_work_is_continued_and_another_s_is_thrown_away(tmp_path: Path)
             (workspace.result / "a").write_text("a")
 
 
-def test_after_an_error_complete_files_stay_and_without_them_nothing(tmp_path: Path) -> None:
+def test_after_an_error_only_complete_files_are_kept(tmp_path: Path) -> None:
     with Workspace(tmp_path / "out", {}) as workspace:
         workspace.begin("x")
         (workspace.result / "b.tmp").write_text("half")
@@ -47,15 +47,15 @@ def test_after_an_error_complete_files_stay_and_without_them_nothing(tmp_path: P
         assert names(workspace.result) == ["a"]
 
 
-def test_a_folder_of_that_name_that_is_nobody_s_workspace_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_of_that_name_that_is_not_a_workspace_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"out\.partial: is needed as the workspace .*thesis\.txt"):
+    (tmp_path / "out.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial: is needed as the workspace .*notes\.txt"):
         Workspace(tmp_path / "out", {})
-    assert names(tmp_path) == ["out.partial", "out.partial/thesis.txt"]
+    assert names(tmp_path) == ["out.partial", "out.partial/notes.txt"]
 
 
-def test_two_never_work_in_one(tmp_path: Path) -> None:
+def test_two_conversions_cannot_use_one_workspace(tmp_path: Path) -> None:
     with Workspace(tmp_path / "out", {}) as first, Workspace(tmp_path / "out", {}) as second:
         first.begin("x")
         (first.result / "a").write_text("a")
@@ -65,7 +65,7 @@ def test_two_never_work_in_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", [".", "deep/er", "link"])
-def test_an_output_inside_an_input_is_refused(tmp_path: Path, inside: str) -> None:
+def test_an_output_inside_an_input_is_rejected(tmp_path: Path, inside: str) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "link").symlink_to(tmp_path / "in" / "elsewhere")
     with pytest.raises(UserError, match=r"is HF_DIR=.*/in or inside it"):
@@ -73,7 +73,7 @@ def test_an_output_inside_an_input_is_refused(tmp_path: Path, inside: str) -> No
     Workspace(tmp_path / "into", {"HF_DIR": tmp_path / "in"})
 
 
-def test_an_output_that_holds_something_is_refused_and_an_empty_one_filled(tmp_path: Path) -> None:
+def test_a_nonempty_output_is_rejected_and_an_empty_one_is_used(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with Workspace(tmp_path / "out", {}) as workspace:
         workspace.begin("x")

@@ -1,4 +1,4 @@
-"""Pieces of chunks, cut against a brute-force count; what is a weight and what is copied beside it."""
+"""Pieces within chunks, compared with a brute-force count; direct writes; copies of the files that are not weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_mega.formats.planned_files import CHUNK_BYTES, SliceCopy, pieces_withi
 from grpo_mega.types import TensorSlice
 
 WHOLE = torch.arange(5 * 6).view(5, 6)
-# the tensor in four boxes, moved by (1, 2) in a larger one
+# the tensor in four pieces, at offset (1, 2) in a larger tensor
 PIECES = [
     SliceCopy(TensorSlice("x", (r, c), (rows, columns)), (r + 1, c + 2))
     for r, rows in ((0, 3), (3, 2))
@@ -23,7 +23,7 @@ PIECES = [
 ]
 
 
-def test_parts_of_pieces_inside_every_box_are_the_elements_inside_it() -> None:
+def test_parts_of_pieces_cover_the_elements_of_every_box() -> None:
     larger = torch.full((7, 9), -1)
     larger[1:6, 2:8] = WHOLE
     for begin in itertools.product(range(7), range(9)):
@@ -44,7 +44,7 @@ def test_chunks_stay_below_their_size_and_start_at_blocks() -> None:
     assert rows_at_once((100_000, 3000), torch.float64, 128) % 128 == 0
 
 
-def test_everything_but_weights_is_copied_and_may_be_written_to(tmp_path: Path) -> None:
+def test_all_files_but_weights_are_copied_and_made_writable(tmp_path: Path) -> None:
     base, folder = tmp_path / "base", tmp_path / "copy"
     base.mkdir()
     folder.mkdir()
@@ -58,7 +58,7 @@ def test_everything_but_weights_is_copied_and_may_be_written_to(tmp_path: Path) 
     assert all(path.stat().st_mode & 0o200 for path in folder.iterdir())
 
 
-def test_an_input_that_changed_is_another_input(tmp_path: Path) -> None:
+def test_the_identity_of_an_input_changes_with_its_files(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     before = identity_of(tmp_path, 5)
     assert identity_of(tmp_path, 5) == before != identity_of(tmp_path, 6)
@@ -66,9 +66,9 @@ def test_an_input_that_changed_is_another_input(tmp_path: Path) -> None:
     assert identity_of(tmp_path, 5) != before
 
 
-def test_whole_blocks_written_directly_and_the_rest_are_the_bytes(tmp_path: Path) -> None:
+def test_direct_writes_of_whole_blocks_and_the_rest_give_the_same_bytes(tmp_path: Path) -> None:
     arena = torch.randint(256, (5 * BLOCK_BYTES,), dtype=torch.uint8)
-    base = -arena.data_ptr() % BLOCK_BYTES  # of the first whole block
+    base = -arena.data_ptr() % BLOCK_BYTES  # offset of the first aligned block
     for position, length in ((0, BLOCK_BYTES), (100, 3 * BLOCK_BYTES), (4000, 96), (8, 2 * BLOCK_BYTES), (1, 5)):
         values = arena[base + position % BLOCK_BYTES :][:length]
         path = tmp_path / f"{position}_{length}"
@@ -85,11 +85,11 @@ def test_whole_blocks_written_directly_and_the_rest_are_the_bytes(tmp_path: Path
         os.close(direct)
 
 
-def test_memory_that_lies_otherwise_than_the_file_is_not_written_directly(tmp_path: Path) -> None:
+def test_memory_with_another_alignment_than_the_file_is_not_written_directly(tmp_path: Path) -> None:
     arena = torch.ones(4 * BLOCK_BYTES, dtype=torch.uint8)
     values = arena[-arena.data_ptr() % BLOCK_BYTES + 8 :]
     descriptor = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
     assert write_blocks(descriptor, tensor_memory(values), values.data_ptr(), 0) == (0, 0)
     with pytest.raises(OSError, match="Bad file descriptor"):
-        write_blocks(-1, tensor_memory(values), values.data_ptr(), 8)  # an error that is none of alignment is told
+        write_blocks(-1, tensor_memory(values), values.data_ptr(), 8)  # errors other than alignment are raised
     os.close(descriptor)

@@ -15,7 +15,7 @@ def test_every_path_of_the_page_exists() -> None:
     assert sorted(path for path in paths if not (REPOSITORY / path).exists()) == []
 
 
-def test_every_package_has_a_row_of_its_own() -> None:
+def test_every_package_has_its_own_row() -> None:
     packages = {path.parent.name for path in (REPOSITORY / "grpo_mega").glob("*/__init__.py")}
     rows = re.findall(r"^\| `grpo_mega/(\w+)/` \| \S.*\.", TEXT, re.MULTILINE)
     assert sorted(rows) == sorted(packages)

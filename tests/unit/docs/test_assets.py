@@ -1,4 +1,4 @@
-"""Pictures of the documentation are those that their scripts draw."""
+"""Pictures of the documentation equal the output of their scripts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tests.helpers.jobs import REPOSITORY
 from tools.dev import draw_step
 
 
-def test_the_picture_of_a_step_is_the_one_that_its_script_draws() -> None:
+def test_the_picture_of_a_step_equals_the_output_of_its_script() -> None:
     assert draw_step.PICTURE.read_text(encoding="utf-8") == draw_step.picture()
 
 

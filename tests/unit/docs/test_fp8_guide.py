@@ -1,4 +1,4 @@
-"""docs/fp8.md: its config is one, its table is the program's, its commands say what it shows."""
+"""docs/fp8.md: its config is valid, its table equals that of the program, its commands print the shown output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_the_config_of_the_guide_is_valid() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_table_of_the_guide_is_the_programs(name: str) -> None:
+def test_the_table_of_the_guide_equals_that_of_the_program(name: str) -> None:
     (line,) = [line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |")]
     _, _, devices, cuda = (cell.strip() for cell in line.strip("|").split("|"))
     recipe = RECIPES[name]
@@ -43,7 +43,7 @@ def test_the_table_of_the_guide_is_the_programs(name: str) -> None:
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="the guide shows a machine without GPUs")
-def test_the_commands_of_the_guide_say_what_it_shows(
+def test_the_commands_of_the_guide_print_the_shown_output(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(REPOSITORY)

@@ -31,7 +31,7 @@ GUIDES = sorted((REPOSITORY / "docs" / "guides").glob("*.md"))
 
 @pytest.fixture
 def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
-    """Writes the files of a guide into a folder from which they can be imported."""
+    """Return a function that writes the files of a guide into a folder from which they can be imported."""
 
     def write(guide: str) -> Path:
         for name, text in python_blocks(guide).items():
@@ -51,7 +51,7 @@ def command(guide: str, name: str) -> list[str]:
 
 
 def prepared(guide: str) -> Prepared:
-    """Return the guide's training job after all checks that come before the start."""
+    """Return the training job of the guide after all checks before the start."""
     config, *overrides = command(guide, "train")
     return prepare(load_config(find_config(Path(config)), overrides))
 
@@ -94,7 +94,7 @@ def test_the_algorithm_computes_its_formulas_and_passes_the_checks_of_a_run(read
 
 
 class OneRank:
-    """`EngineRanks` of one rank, in this process."""
+    """A replacement of `EngineRanks` with one rank, in this process."""
 
     def __init__(self, engine: Any) -> None:
         self._session = RankSession(0, engine)
@@ -104,7 +104,7 @@ class OneRank:
 
 
 def contract_tests() -> list[Callable[..., None]]:
-    """Return the tests of the engine contract that are not for another engine alone."""
+    """Return the tests of the engine contract that apply to this engine."""
     found = []
     for name, test in vars(contract).items():
         marks = [mark for mark in getattr(test, "pytestmark", []) if mark.args[:1] == ("opened",)]
@@ -131,7 +131,7 @@ def test_the_engine_passes_the_contract(
     assert len(contract_tests()) >= 10
 
 
-def test_every_guide_is_listed_and_every_block_of_python_is_named() -> None:
+def test_every_guide_is_listed_and_every_python_block_has_a_name() -> None:
     index = (REPOSITORY / "docs" / "guides" / "index.md").read_text(encoding="utf-8")
     for guide in GUIDES:
         assert guide.name == "index.md" or f"]({guide.name})" in index

@@ -1,4 +1,4 @@
-"""docs/layouts.md: its commands run, and print what it shows."""
+"""docs/layouts.md: its commands run and print the shown output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_guide_has_commands() -> None:
 
 
 @pytest.mark.parametrize(("command", "shown"), BLOCKS, ids=[c.partition("tools/")[2][:60] for c, _ in BLOCKS])
-def test_a_command_prints_what_the_guide_shows(
+def test_a_command_prints_the_shown_output(
     command: str, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(REPOSITORY)

@@ -32,7 +32,7 @@ def test_the_navigation_has_every_page_once() -> None:
     assert sorted(pages(site["nav"])) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
 
 
-def test_a_link_out_of_the_documentation_becomes_a_path() -> None:
+def test_a_link_to_a_file_outside_the_documentation_becomes_a_path() -> None:
     text = "[loop.py](../grpo_mega/trainer/loop.py#L3), [`types.py`](../grpo_mega/types.py), [here](guides/index.md)"
     found = without_outside_links(text, "page.md")
     assert found == "`grpo_mega/trainer/loop.py`, `grpo_mega/types.py`, [here](guides/index.md)"

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every message in it is one that the program says; its commands run."""
+"""docs/troubleshooting.md: every message in it is in the source code, and its commands run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
 def messages() -> list[str]:
-    """What stands in code in the first column of the tables."""
+    """Return the messages in the first column of the tables."""
     cells = [line.split("|")[1].strip() for line in TEXT.splitlines() if line.startswith("| `")]
     return [cell.strip("`").replace("` … `", " … ") for cell in cells]
 
@@ -45,7 +45,7 @@ def _texts(tree: ast.AST) -> list[str]:
 
 
 @cache
-def said() -> list[str]:
+def program_texts() -> list[str]:
     modules = [path.read_text("utf-8") for path in (REPOSITORY / "grpo_mega").rglob("*.py")]
     script = (REPOSITORY / "launch" / "setup.sh").read_text("utf-8")
     return [*(text for module in modules for text in _texts(ast.parse(module))), script]
@@ -56,10 +56,10 @@ def test_the_guide_has_messages() -> None:
 
 
 @pytest.mark.parametrize("message", messages())
-def test_a_message_of_the_guide_is_one_that_the_program_says(message: str) -> None:
-    """A filled-in part may be any text on either side."""
+def test_a_message_of_the_guide_is_in_the_source_code(message: str) -> None:
+    """Find the message in a text of the source code; a filled-in part matches any text."""
     pattern = re.compile(".+?".join(re.escape(part) for part in message.split("…")), re.DOTALL)
-    assert any(pattern.search(text) for text in said())
+    assert any(pattern.search(text) for text in program_texts())
 
 
 def test_the_command_of_the_guide_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_the_command_of_the_guide_runs(capsys: pytest.CaptureFixture[str], monke
     assert capsys.readouterr().out
 
 
-def test_files_that_the_guide_links_to_are_there() -> None:
+def test_files_that_the_guide_links_to_exist() -> None:
     linked = set(re.findall(r"\]\(([\w./-]+\.md)\)", TEXT))
     assert linked
     assert [name for name in linked if not (Path(REPOSITORY) / "docs" / name).is_file()] == []

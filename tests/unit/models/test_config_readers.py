@@ -1,4 +1,4 @@
-"""Every family's config.json, as transformers 4 and 5 write it: what is read, what is refused and by which name."""
+"""The config.json of every family, as transformers 4 and 5 write it: which fields are read and which are rejected."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def read(family: str, **changes: Any) -> ModelSpec:
     return spec_from_config(raw_family_config(family, **changes), "config.json")
 
 
-def refusal(family: str, **changes: Any) -> str:
+def error_of(family: str, **changes: Any) -> str:
     with pytest.raises(UserError) as caught:
         read(family, **changes)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_what_transformers_writes_is_read_as_the_same_model(family: str) -> None:
+def test_a_config_written_by_transformers_is_read_as_the_same_model(family: str) -> None:
     from transformers import AutoConfig
 
     raw = raw_family_config(family)
@@ -34,8 +34,8 @@ def test_what_transformers_writes_is_read_as_the_same_model(family: str) -> None
 
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
-def test_a_field_that_nobody_knows_is_an_error_that_names_it(family: str) -> None:
-    assert refusal(family, final_logit_softcapping=30.0) == (
+def test_an_unknown_field_is_an_error_that_names_it(family: str) -> None:
+    assert error_of(family, final_logit_softcapping=30.0) == (
         f"config.json: the field final_logit_softcapping is not known for {raw_family_config(family)['model_type']} "
         "and would be ignored; remove it if it does not change what the model computes"
     )
@@ -44,7 +44,7 @@ def test_a_field_that_nobody_knows_is_an_error_that_names_it(family: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_each_field_of_a_family_is_read(family: str) -> None:
-    """Whatever a config says differently either makes another spec or is refused."""
+    """Changing any field of a config either changes the spec or is rejected."""
     raw = raw_family_config(family)
     plain = read(family)
     for name, value in raw.items():
@@ -53,15 +53,15 @@ def test_each_field_of_a_family_is_read(family: str) -> None:
         other: Any = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v + 0.5}.get(type(value))
         if other is None:
             continue
-        assert answer(family, **{name: other(value)}) not in ("read", str(plain)), name
+        assert spec_or_error(family, **{name: other(value)}) not in ("read", str(plain)), name
 
 
-def answer(family: str, **changes: Any) -> str:
-    """The spec, or `refused` when the message names the field that was changed, or the message."""
+def spec_or_error(family: str, **changes: Any) -> str:
+    """Return the spec; `rejected` if an error names the changed field; `read` after any other error."""
     try:
         return str(read(family, **changes))
     except UserError as error:
-        return "refused" if next(iter(changes)) in str(error) else "read"
+        return "rejected" if next(iter(changes)) in str(error) else "read"
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -101,15 +101,15 @@ def test_yarn_has_the_attention_factor_of_transformers() -> None:
           "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "factor"),
     ],
 )  # fmt: skip
-def test_two_places_that_contradict_each_other_are_an_error(changes: dict[str, Any], key: str) -> None:
-    assert f"{key}=" in refusal("llama", **changes)
-    assert "contradict each other" in refusal("llama", **changes)
+def test_contradicting_fields_are_an_error(changes: dict[str, Any], key: str) -> None:
+    assert f"{key}=" in error_of("llama", **changes)
+    assert "contradict each other" in error_of("llama", **changes)
 
 
 @pytest.mark.parametrize("missing", ["factor", "low_freq_factor", "high_freq_factor"])
 def test_a_missing_rope_setting_is_named(missing: str) -> None:
     rope = {k: v for k, v in LLAMA3.items() if k != missing}
-    assert refusal("llama", rope_scaling=rope) == (
+    assert error_of("llama", rope_scaling=rope) == (
         f"config.json: rope_type=llama3 needs {missing}; download the file again"
     )
 
@@ -132,9 +132,11 @@ def test_a_missing_rope_setting_is_named(missing: str) -> None:
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads=2 (less than num_attention_heads)"),
     ],
 )
-def test_what_a_family_cannot_do_is_refused_by_name(family: str, changes: dict[str, Any], named: str) -> None:
+def test_unsupported_settings_of_a_family_are_rejected_by_name(
+    family: str, changes: dict[str, Any], named: str
+) -> None:
     model_type = raw_family_config(family)["model_type"]
-    assert refusal(family, **changes) == (
+    assert error_of(family, **changes) == (
         f"config.json: {named} is not supported for {model_type}; use a checkpoint without it"
     )
 
@@ -153,13 +155,11 @@ def test_what_a_family_cannot_do_is_refused_by_name(family: str, changes: dict[s
         ("deepseek_v3", {"topk_group": 1}, "topk_group=1 of n_group=4"),
     ],
 )
-def test_numbers_of_experts_that_contradict_each_other_are_refused(
-    family: str, changes: dict[str, Any], named: str
-) -> None:
-    assert named in refusal(family, **changes)
+def test_contradicting_numbers_of_experts_are_rejected(family: str, changes: dict[str, Any], named: str) -> None:
+    assert named in error_of(family, **changes)
 
 
-def test_layers_with_experts_are_those_of_the_config() -> None:
+def test_layers_with_experts_are_read_from_the_config() -> None:
     def layers(family: str, **changes: Any) -> tuple[bool, ...]:
         moe = read(family, num_hidden_layers=4, **changes).moe
         assert isinstance(moe, MoeSpec)

@@ -1,4 +1,4 @@
-"""The additive digest: shards add up to the whole, and what a sync can corrupt changes it."""
+"""The additive digest: digests of shards add up to the digest of the tensor, and corrupted data changes it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn]
 
 
 def random_tensor(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """All bit patterns, also those of NaN and infinity."""
+    """Return a tensor of random bits, which may be NaN or infinity."""
     rng = random.Random(seed)
     return torch.frombuffer(bytearray(rng.randbytes(math.prod(shape) * dtype.itemsize)), dtype=dtype).view(shape)
 
@@ -39,23 +39,23 @@ def whole_digest(values: Tensor) -> int:
 
 
 def random_tiling(shape: tuple[int, ...], rng: random.Random) -> Iterator[TensorSlice]:
-    """Boxes that cover `shape` once: each box is cut in two at a random place until no one wants to."""
-    boxes = [TensorSlice("w", (0,) * len(shape), shape)]
-    while boxes:
-        box = boxes.pop()
+    """Yield slices that cover `shape` once: they are split at random positions, each with probability 0.8."""
+    slices = [TensorSlice("w", (0,) * len(shape), shape)]
+    while slices:
+        piece = slices.pop()
         dim = rng.randrange(len(shape))
-        if box.shape[dim] == 1 or rng.random() < 0.2:
-            yield box
+        if piece.shape[dim] == 1 or rng.random() < 0.2:
+            yield piece
             continue
-        at = rng.randrange(1, box.shape[dim])
-        for begin, size in ((0, at), (at, box.shape[dim] - at)):
-            offsets, sizes = list(box.offsets), list(box.shape)
+        at = rng.randrange(1, piece.shape[dim])
+        for begin, size in ((0, at), (at, piece.shape[dim] - at)):
+            offsets, sizes = list(piece.offsets), list(piece.shape)
             offsets[dim], sizes[dim] = offsets[dim] + begin, size
-            boxes.append(TensorSlice("w", tuple(offsets), tuple(sizes)))
+            slices.append(TensorSlice("w", tuple(offsets), tuple(sizes)))
 
 
 def plain_digest(values: Tensor, hf: TensorSlice) -> int:
-    """The formula element by element in Python's integers."""
+    """Compute the formula element by element with Python integers."""
 
     def factor(stream: int, i: int) -> int:
         z = (i + (stream << 40)) * 0x9E3779B97F4A7C15 % 2**64
@@ -76,7 +76,7 @@ def plain_digest(values: Tensor, hf: TensorSlice) -> int:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offsets", [(5,), (3, 1022), (2, 7, 1)], ids=str)
-def test_digest_is_its_formula(dtype: torch.dtype, offsets: tuple[int, ...]) -> None:
+def test_the_digest_equals_its_formula(dtype: torch.dtype, offsets: tuple[int, ...]) -> None:
     hf = TensorSlice("w", offsets, (4, 3, 5)[: len(offsets)])
     values = random_tensor(hf.shape, dtype)
     assert slice_digest(values, hf) == plain_digest(values, hf)
@@ -92,8 +92,8 @@ def test_digests_of_any_tiling_add_up_to_the_whole(shape: tuple[int, ...], dtype
         assert wrap_int64(sum(slice_digest(values[tile.index], tile) for tile in tiles)) == whole
 
 
-def test_parts_that_are_converted_one_after_the_other_add_up() -> None:
-    values = random_tensor((3, 700_001), torch.uint8)  # one row and less than two fill a part
+def test_digests_of_rows_add_up_when_a_tensor_is_read_in_parts() -> None:
+    values = random_tensor((3, 700_001), torch.uint8)  # a part has room for one row, but not for two
     whole = whole_digest(values)
     rows = [slice_digest(values[i : i + 1], TensorSlice("w", (i, 0), (1, 700_001))) for i in range(3)]
     assert wrap_int64(sum(rows)) == whole
@@ -133,13 +133,13 @@ def test_equal_bytes_at_other_offsets_have_another_digest() -> None:
     assert len(digests) == 9
 
 
-def test_a_view_with_strides_has_the_digest_of_its_copy() -> None:
+def test_a_strided_view_has_the_digest_of_its_copy() -> None:
     values = random_tensor((9, 12), torch.float32)
     assert whole_digest(values.t()) == whole_digest(values.t().contiguous())
     assert whole_digest(values[::2, 1::3]) == whole_digest(values[::2, 1::3].clone())
 
 
-def test_zeros_of_either_sign_and_nans_of_other_bits_differ() -> None:
+def test_positive_and_negative_zeros_and_different_nans_differ() -> None:
     assert whole_digest(torch.tensor([0.0])) == 0
     assert whole_digest(torch.tensor([-0.0])) != 0
     nan = torch.tensor([0x7FC00000, 0x7FC00001], dtype=torch.int32).view(torch.float32)
@@ -148,7 +148,7 @@ def test_zeros_of_either_sign_and_nans_of_other_bits_differ() -> None:
     assert whole_digest(nan[:1]) != whole_digest(nan[1:])
 
 
-def test_rows_and_columns_far_out_add_up() -> None:
+def test_digests_at_large_offsets_add_up() -> None:
     values = random_tensor((2, 2), torch.float32)
     row, column = 1_000_000, 700_000
     whole = slice_digest(values, TensorSlice("w", (row, column), (2, 2)))
@@ -174,7 +174,7 @@ def test_wrap_stays_within_64_bits() -> None:
     assert wrap_int64(wrap_int64(2**63 - 1) + wrap_int64(2**63 - 1)) == -2
 
 
-def test_combined_digest_depends_on_names_and_values_alone() -> None:
+def test_the_combined_digest_depends_only_on_names_and_values() -> None:
     one = combined_digest({"a": 1, "b": -2})
     assert one == combined_digest({"b": -2, "a": 1})
     assert len({one, combined_digest({"a": -2, "b": 1}), combined_digest({"a": 1, "b": 2}), combined_digest({})}) == 4
@@ -194,7 +194,7 @@ def by_vectors(rows: Tensor, hf: TensorSlice) -> int:
 @pytest.mark.skipif(not _adds_bytes_exactly(), reason="this processor has no exact sums of 8-bit products")
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize("columns", [1, 7, 1000, 4096, -1])
-def test_a_product_of_bytes_loses_nothing_of_the_largest_sums(dtype: torch.dtype, columns: int) -> None:
+def test_byte_products_are_exact_for_the_largest_sums(dtype: torch.dtype, columns: int) -> None:
     if columns < 0:
         columns = _EXACT_ROW_BYTES // dtype.itemsize - 1
     ends = [torch.full((1, columns), value, dtype=dtype) for value in (torch.iinfo(dtype).min, torch.iinfo(dtype).max)]
@@ -205,23 +205,25 @@ def test_a_product_of_bytes_loses_nothing_of_the_largest_sums(dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
 @pytest.mark.parametrize(("start", "end", "step"), [(0, 512, 1), (1, 510, 1), (8, 508, 1), (3, 512, 4)])
-def test_columns_cut_anywhere_are_read_where_they_lie(dtype: torch.dtype, start: int, end: int, step: int) -> None:
+def test_slices_of_columns_have_the_digest_of_the_vector_sums(
+    dtype: torch.dtype, start: int, end: int, step: int
+) -> None:
     whole = random_tensor((300, 512 * dtype.itemsize), torch.uint8).view(dtype)
     rows = whole[1::2, start:end:step]
     hf = TensorSlice("w", (0, start), tuple(rows.shape))
     assert slice_digest(rows, hf) == by_vectors(rows, hf)
 
 
-def test_a_large_slice_goes_by_bytes_where_the_processor_adds_them_exactly() -> None:
+def test_large_slices_use_byte_products_if_the_processor_adds_them_exactly() -> None:
     rows = torch.zeros(256, 64, dtype=torch.int16)
     assert _can_multiply_bytes(rows, 64) == _adds_bytes_exactly()
     assert not _can_multiply_bytes(rows[:1], 64)
     assert not _can_multiply_bytes(torch.zeros(1, _EXACT_ROW_BYTES, dtype=torch.uint8), _EXACT_ROW_BYTES)
 
 
-def test_a_processor_that_saturates_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_with_saturating_sums_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturating(rows: Tensor, factors: Tensor) -> Tensor:
-        """Pairs of products are added in 16 bits, as by vpmaddubsw."""
+        """Add pairs of products in 16 bits, as vpmaddubsw does."""
         products = rows[:, :, None].int() * factors[None].int()
         return products.unflatten(1, (-1, 2)).sum(2).clamp(-(2**15), 2**15 - 1).sum(1).int()
 

@@ -1,4 +1,4 @@
-"""Sizes of the KV cache: worked by hand, and equal in the planner and in both engine adapters."""
+"""Sizes of the KV cache: computed by hand, and equal in the planner and in both engine adapters."""
 
 from __future__ import annotations
 

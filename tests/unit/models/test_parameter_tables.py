@@ -1,4 +1,4 @@
-"""The tables between Hugging Face and Megatron: what a config says, what is refused, and one place for every byte."""
+"""The tables between Hugging Face and Megatron: each element has one place, and unsupported configs are rejected."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from grpo_mega.types import UserError
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ALONE = Topology(1), Topology(1).coordinates(0)
-VOCAB = 5  # at tp=4 two rows per rank: rank 2 holds one and a padding row, rank 3 padding alone
+VOCAB = 5  # with tp=4 there are two rows per rank: rank 2 has one row and one of padding, rank 3 only padding
 
 
 def raw_config(family: str = "qwen3", **changes: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def raw_config(family: str = "qwen3", **changes: Any) -> dict[str, Any]:
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        "head_dim": 3 if family != "qwen3" else 6,  # qwen3's heads need not make up the hidden size
+        "head_dim": 3 if family != "qwen3" else 6,  # heads x head_dim of qwen3 may differ from the hidden size
         "vocab_size": VOCAB,
         "max_position_embeddings": 64,
         "rope_theta": 500000.0,
@@ -50,7 +50,7 @@ def message_of(raw: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_spec_holds_what_the_config_says() -> None:
+def test_the_spec_has_the_values_of_the_config() -> None:
     assert spec_of() == ModelSpec(
         family="qwen3",
         num_layers=2,
@@ -80,7 +80,7 @@ def test_rope_theta_is_read_in_both_forms() -> None:
     assert [spec_from_config(c, "").rope_theta for c in (old, new, neither, both)] == [7e5, 8e5, 1e4, 8e5]
 
 
-def test_sizes_that_a_config_may_leave_out_are_derived() -> None:
+def test_optional_sizes_are_derived() -> None:
     raw = raw_config("llama", head_dim=None)
     for name in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings"):
         del raw[name]
@@ -115,11 +115,11 @@ def test_sizes_that_a_config_may_leave_out_are_derived() -> None:
     ],
 )
 def test_each_field_that_would_be_ignored_is_an_error_that_names_it(changes: dict[str, Any], field: str) -> None:
-    said = message_of(raw_config(**changes))
-    assert said == f"config.json: {field} is not supported for qwen3; use a checkpoint without it"
+    message = message_of(raw_config(**changes))
+    assert message == f"config.json: {field} is not supported for qwen3; use a checkpoint without it"
 
 
-def test_fields_at_their_plain_values_are_accepted() -> None:
+def test_fields_with_default_values_are_accepted() -> None:
     harmless = {
         "rope_scaling": None,
         "layer_types": ["full_attention"] * 2,
@@ -151,13 +151,13 @@ def test_a_missing_field_is_named(field: str) -> None:
     assert message_of(raw) == f"config.json: the field '{field}' is missing; a Qwen3ForCausalLM config has it"
 
 
-def test_a_size_that_is_no_number_is_refused() -> None:
+def test_a_size_that_is_not_a_number_is_rejected() -> None:
     assert message_of(raw_config(vocab_size="many")).startswith("config.json: vocab_size=")
     assert message_of(raw_config(vocab_size=None)).startswith("config.json: vocab_size=")
 
 
 @pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
-def test_an_unknown_architecture_is_answered_with_the_known_ones(architectures: list[str] | None) -> None:
+def test_the_error_of_an_unknown_architecture_lists_the_known_ones(architectures: list[str] | None) -> None:
     name = architectures[0] if architectures else "(none)"
     assert message_of(raw_config(architectures=architectures)) == (
         f"config.json: architectures={name} is not supported; use one of LlamaForCausalLM, Qwen2ForCausalLM, "
@@ -220,7 +220,7 @@ def test_vocabulary_is_padded_to_the_next_multiple_of_tp() -> None:
 
 
 def local_shapes(spec: ModelSpec, tp: int) -> dict[str, tuple[int, ...]]:
-    """Parameters of Megatron's model on a rank: its modules' rules, written apart from the table."""
+    """Return the parameter shapes of Megatron's model on a rank, written independently of the table."""
     hidden, width = spec.hidden_size, spec.head_dim
     rows = -(-spec.vocab_size // tp)
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * width // tp
@@ -275,7 +275,7 @@ def test_every_element_has_one_place_over_the_tensor_parallel_ranks(family: str,
     assert readers == expected
 
 
-def test_layers_are_told_apart_and_fused_norms_are_the_same_tensors() -> None:
+def test_layers_have_their_own_tensors_and_fused_norms_map_to_the_separate_norms() -> None:
     spec = spec_of()
     for fused, local in (
         ("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight"),
@@ -288,14 +288,14 @@ def test_layers_are_told_apart_and_fused_norms_are_the_same_tensors() -> None:
         assert placed[0][0].name.startswith("model.layers.1.")
 
 
-def test_a_parameter_that_the_table_lacks_is_an_error() -> None:
+def test_a_parameter_that_is_not_in_the_table_is_an_error() -> None:
     with pytest.raises(KeyError, match=r"linear_qkv\.bias"):
         parameter_placements(spec_of("qwen3"), "decoder.layers.0.self_attention.linear_qkv.bias", *ALONE)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ARCHITECTURES)
-def test_tensors_are_those_of_the_transformers_model(family: str, tied: bool) -> None:
+def test_tensors_equal_those_of_the_transformers_model(family: str, tied: bool) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = raw_config(family, tie_word_embeddings=tied)
@@ -303,7 +303,7 @@ def test_tensors_are_those_of_the_transformers_model(family: str, tied: bool) ->
     config = AutoConfig.for_model(family, **settings, rope_parameters={"rope_type": "default", "rope_theta": theta})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    spec = spec_from_config(config.to_dict(), "config.json")  # what transformers itself writes into config.json
+    spec = spec_from_config(config.to_dict(), "config.json")  # the config.json that transformers writes
     assert spec == spec_of(family, tie_word_embeddings=tied)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if tied:

@@ -1,4 +1,4 @@
-"""What FP8 does to the planner's bytes and seconds, by hand."""
+"""Bytes and seconds that the planner predicts for FP8, computed by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from grpo_mega.quantization.fp8_checkpoint import is_quantized, scales_shape
 from grpo_mega.types import UserError
 from tests.helpers.planner_cases import SIZES, config_of, inputs_of, memory_of, spec_of
 
-MATRIX, EXPERT = 200, 300  # elements of a layer of SIZES that are multiplied with
+MATRIX, EXPERT = 200, 300  # elements of the matrices in a layer of SIZES
 NO_REFERENCE: dict[str, Any] = {"kl_coef": 0.0}
 
 
@@ -35,7 +35,7 @@ def fullest_rank(gpu: str = "h100-80g", **sections: dict[str, Any]) -> RankMemor
     return rank
 
 
-def test_a_weight_is_held_in_two_orders_beside_the_bf16_one() -> None:
+def test_a_weight_has_two_fp8_copies_beside_the_bf16_weight() -> None:
     chunk = ModelChunk((False, True, True), False, False, (False, True, True))
     plain = static_bytes([chunk], SIZES, inputs_of(config_of()))
     copied = static_bytes([chunk], SIZES, inputs_of(config_of(precision=fp8())))
@@ -43,7 +43,7 @@ def test_a_weight_is_held_in_two_orders_beside_the_bf16_one() -> None:
     assert (copied.weights, copied.optimizer) == (plain.weights, plain.optimizer)
 
 
-def test_a_weight_in_fp8_is_one_of_its_two_orders() -> None:
+def test_an_fp8_parameter_needs_only_one_more_fp8_copy() -> None:
     chunk = ModelChunk((False,), False, False, (True,))
     plain = static_bytes([chunk], SIZES, inputs_of(config_of()))
     held = static_bytes([chunk], SIZES, inputs_of(config_of(precision=fp8(params=True))))
@@ -51,7 +51,7 @@ def test_a_weight_in_fp8_is_one_of_its_two_orders() -> None:
     assert held.gradients == plain.gradients
 
 
-def test_copies_stay_on_the_device_of_an_offloaded_policy_only_where_they_are_parts_of_the_weights() -> None:
+def test_fp8_copies_of_an_offloaded_policy_stay_on_the_device_only_if_they_are_parameters() -> None:
     copied, held = fullest_rank(precision=fp8()), fullest_rank(precision=fp8(params=True))
     assert copied.phases["train"]["FP8 copies"] == 2 * 2 * MATRIX
     assert "FP8 copies" not in copied.phases["rollout"]
@@ -60,13 +60,13 @@ def test_copies_stay_on_the_device_of_an_offloaded_policy_only_where_they_are_pa
 
 
 @pytest.mark.parametrize(("first", "last", "layers"), [(0, 0, 2), (1, 0, 1), (1, 1, 0)])
-def test_layers_at_the_ends_can_stay_in_bf16(first: int, last: int, layers: int) -> None:
+def test_first_and_last_layers_can_stay_in_bf16(first: int, last: int, layers: int) -> None:
     found = fullest_rank(precision=fp8(first_layers_bf16=first, last_layers_bf16=last))
     assert found.phases["train"].get("FP8 copies", 0) == 2 * MATRIX * layers
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
+def test_inputs_of_matrix_products_are_stored_in_one_byte(family: str) -> None:
     """A token of llama keeps two normed states, the attention's output (twice: the core keeps it too) and a product.
 
     For qwen3_moe, the inputs of the experts and their products take the place of the product, for two experts per token
@@ -89,7 +89,7 @@ def test_inputs_of_products_are_kept_in_one_byte(family: str) -> None:
     assert kinds["bf16"] - kinds["fp8"] == pytest.approx(256 * (saved - attended))
 
 
-def test_a_device_without_the_recipe_is_refused() -> None:
+def test_a_device_without_the_recipe_is_rejected() -> None:
     config = config_of(precision=fp8(), algorithm=NO_REFERENCE)
     with pytest.raises(
         UserError, match=r"^--gpu=a100-80g: precision.fp8.recipe=blockwise is supported on H100, H200, H20"
@@ -97,7 +97,7 @@ def test_a_device_without_the_recipe_is_refused() -> None:
         plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 
-def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_scale_for_each_block() -> None:
+def test_an_fp8_engine_stores_a_byte_per_matrix_element_and_a_scale_per_block() -> None:
     # llama: vocab 21, hidden 64, ffn 96, 2 layers, 4 heads and 2 key heads of 16, every matrix within one block
     outer, norms = 2 * 21 * 64, 5 * 64
     matrices, scales = 2 * (2 * 64 * 64 + 3 * 64 * 96), 2 * 5
@@ -107,24 +107,26 @@ def test_an_engine_in_fp8_holds_a_byte_for_each_element_of_its_matrices_and_a_sc
     assert engine_weight_bytes(spec_of(), Topology(2, engine_tp=2), 2, spread=False, fp8=True) == whole / 2 + norms
 
 
-def test_the_last_latent_projection_is_kept_in_bf16_beside_its_codes() -> None:
+def test_the_last_latent_projection_is_stored_in_bf16_and_in_fp8() -> None:
     spec, one = spec_of("deepseek_v3"), Topology(1)
-    plain, coded = (engine_weight_bytes(spec, one, 2, spread=False, fp8=fp8) for fp8 in (False, True))
+    plain, quantized = (engine_weight_bytes(spec, one, 2, spread=False, fp8=fp8) for fp8 in (False, True))
     shapes = {name: shape for name, shape in hf_shapes(spec_of("deepseek_v3")).items() if is_quantized(name, shape)}
     blocks = sum(math.prod(scales_shape(shape)) for shape in shapes.values())
-    assert plain - coded == sum(math.prod(shape) for shape in shapes.values()) - 4 * blocks
+    assert plain - quantized == sum(math.prod(shape) for shape in shapes.values()) - 4 * blocks
 
 
-def test_an_engine_in_fp8_is_planned_and_refused_where_the_device_has_none() -> None:
+def test_an_fp8_engine_is_planned_and_rejected_on_a_device_without_fp8() -> None:
     config = config_of(engine={"fp8": "scales_fp32"}, algorithm=NO_REFERENCE)
-    plain, coded = (
+    plain, quantized = (
         plan_resources(each, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("h100-80g"), 1), "x")
         for each in (config_of(algorithm=NO_REFERENCE), config)
     )
     engine = engine_weight_bytes(spec_of(), Topology(1), 2, spread=False, fp8=True)
-    assert coded.sync_bytes == coded.memory.ranks[0].phases["sync"]["engine weights"] == engine < plain.sync_bytes
-    assert coded.time.phases["sync"] < plain.time.phases["sync"]
-    assert coded.time.phases["rollout"] < plain.time.phases["rollout"]
+    assert (
+        quantized.sync_bytes == quantized.memory.ranks[0].phases["sync"]["engine weights"] == engine < plain.sync_bytes
+    )
+    assert quantized.time.phases["sync"] < plain.time.phases["sync"]
+    assert quantized.time.phases["rollout"] < plain.time.phases["rollout"]
     with pytest.raises(UserError, match=r"^--gpu=a100-80g: engine.fp8 needs a GPU with FP8 \(L40S, .* 8\.0; remove"):
         plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
@@ -141,7 +143,7 @@ def test_passes_in_fp8_take_less_time() -> None:
     assert plain["rollout"] == fast["rollout"]
 
 
-def test_copies_between_microbatches_are_forgotten() -> None:
+def test_fp8_copies_are_freed_between_microbatches() -> None:
     from grpo_mega.policy.fp8 import forget_copies
 
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))

@@ -16,7 +16,7 @@ from grpo_mega.types import UserError
 from tests.helpers.planner_cases import SIZES, config_of, inputs_of, memory_of, spec_of
 
 
-def test_1f1b_holds_as_many_microbatches_as_stages_follow() -> None:
+def test_1f1b_holds_one_microbatch_per_remaining_stage() -> None:
     held = [peak_of_schedule([1.0], 4, rank, 8)[0] for rank in range(4)]
     assert held == [4, 3, 2, 1]
 
@@ -40,13 +40,13 @@ def test_buffers_are_padded_as_megatron_pads_them() -> None:
     assert found.optimizer == 12 * 384 // 4
 
 
-def test_fp32_weights_are_their_own_masters() -> None:
+def test_fp32_weights_need_no_master_weights() -> None:
     chunk = ModelChunk((False,), has_embedding=False, has_head=False)
     found = static_bytes([chunk], SIZES, inputs_of(config_of(precision={"dtype": "fp32"})))
     assert (found.weights, found.optimizer) == (4 * 384, 8 * 384)
 
 
-def test_experts_are_sharded_over_their_own_replicas() -> None:
+def test_expert_optimizer_state_is_sharded_over_expert_replicas() -> None:
     chunk = ModelChunk((True,), has_embedding=False, has_head=False)
     # experts: 300 -> 384 elements over edp = 4 / 4 = 1 rank; router: 10 -> 128 over dp = 4
     found = static_bytes([chunk], SIZES, inputs_of(config_of(parallel={"ep": 4}), world=4))
@@ -62,13 +62,13 @@ def test_a_tied_head_is_a_copy_only_on_another_stage() -> None:
     assert numels == [100, 110, 110]
 
 
-def test_the_host_takes_its_share_of_the_optimizer() -> None:
+def test_the_host_stores_its_fraction_of_the_optimizer() -> None:
     chunk = ModelChunk((False,), has_embedding=False, has_head=False)
     found = static_bytes([chunk], SIZES, inputs_of(config_of(optimizer={"host_fraction": 0.75})))
     assert (found.optimizer, found.optimizer_on_host) == (12 * 384 // 4, 12 * 384 * 3 // 4)
 
 
-def test_an_engine_repeats_norms_and_few_key_heads() -> None:
+def test_an_engine_replicates_norms_and_key_heads_fewer_than_its_ranks() -> None:
     # vocab 21, hidden 64, ffn 96, 2 layers, 4 heads and 2 key heads of 16
     matrices = 2 * 21 * 64 + 2 * (2 * 64 * 64 + 3 * 64 * 96)
     keys, norms = 2 * 2 * 32 * 64, 5 * 64
@@ -76,7 +76,7 @@ def test_an_engine_repeats_norms_and_few_key_heads() -> None:
     assert found == [2 * (matrices + keys + norms), 2 * (matrices / 4 + keys / 2 + norms)]
 
 
-def test_copies_of_an_engine_share_its_experts() -> None:
+def test_data_parallel_engine_ranks_share_the_experts() -> None:
     # Mixtral: 2 layers of 4 experts of 3 x 64 x 96, and a router of 4 x 64
     experts, attention = 2 * 4 * 3 * 64 * 96, 2 * 21 * 64 + 2 * 2 * 64 * 64
     keys, repeated = 2 * 2 * 32 * 64, 5 * 64 + 2 * 4 * 64
@@ -86,7 +86,7 @@ def test_copies_of_an_engine_share_its_experts() -> None:
         assert found == 2 * (experts / 8 + attention / 2 + keys / 2 + repeated)
 
 
-def test_the_engine_s_cache_holds_the_completions_of_an_evaluation() -> None:
+def test_the_kv_cache_has_room_for_the_completions_of_an_evaluation() -> None:
     sizes = [
         memory_of(config_of(evaluation={"max_tokens": most}), spec_of(), 1, "cpu").engine.kv_cache
         for most in (None, 32, 192)
@@ -95,7 +95,7 @@ def test_the_engine_s_cache_holds_the_completions_of_an_evaluation() -> None:
     assert sizes[2] / sizes[0] == pytest.approx(2, rel=1e-3)
 
 
-def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
+def test_servers_hold_the_engines_on_separate_devices() -> None:
     urls: dict[str, Any] = {"placement": "server", "urls": ("a:1", "a:2"), "tp": 2}
     beside = memory_of(config_of(engine={"tp": 2}), spec_of(), 4)
     elsewhere = memory_of(config_of(engine=urls), spec_of(), 4)
@@ -107,11 +107,11 @@ def test_servers_hold_the_engines_on_devices_of_their_own() -> None:
     for phase, items in rank.phases.items():
         if phase != "server":
             assert not {"engine weights", "KV cache", "engine asleep", "policy offloaded"} & set(items)
-            assert {"weights", "gradients", "optimizer"} <= set(items)  # which never leave
+            assert {"weights", "gradients", "optimizer"} <= set(items)  # which always stay on the device
     assert elsewhere.host["offloaded optimizer"] == 0 < beside.host["offloaded optimizer"]
 
 
-def test_phases_hold_what_their_table_says() -> None:
+def test_each_phase_holds_the_items_of_its_table() -> None:
     (rank,) = memory_of(config_of(), spec_of(), 1).ranks
     held = {phase: set(rank.phases[phase]) for phase in PHASES}
     assert {"weights", "gradients", "optimizer", "activations"} <= held["train"]
@@ -121,10 +121,12 @@ def test_phases_hold_what_their_table_says() -> None:
     assert {"weights", "engine weights", "sync buckets"} <= held["sync"]
     assert not {"gradients", "optimizer", "KV cache"} & held["sync"]
     bucket_bytes = config_of().weight_sync.bucket_bytes
-    assert rank.phases["sync"]["sync buckets"] == 2 * bucket_bytes, "tensors travel in pieces, two buckets at a time"
+    assert rank.phases["sync"]["sync buckets"] == 2 * bucket_bytes, (
+        "tensors are sent in pieces, with two buckets in memory"
+    )
 
 
-def test_a_critic_has_a_phase_of_its_own_and_doubles_what_the_host_keeps() -> None:
+def test_a_critic_has_its_own_phase_and_doubles_the_host_memory() -> None:
     plain, ppo = (memory_of(config_of(algorithm={"name": name}), spec_of(), 1) for name in ("grpo", "ppo"))
     assert "value" not in plain.phases
     assert {"weights", "gradients", "optimizer", "activations"} <= set(ppo.ranks[0].phases["value"])
@@ -132,19 +134,19 @@ def test_a_critic_has_a_phase_of_its_own_and_doubles_what_the_host_keeps() -> No
     assert ppo.host["offloaded optimizer"] == 2 * plain.host["offloaded optimizer"] > 0
 
 
-def test_a_reference_costs_host_memory_only_where_the_loss_needs_one() -> None:
+def test_a_reference_uses_host_memory_only_if_the_loss_needs_it() -> None:
     with_kl = memory_of(config_of(), spec_of(), 1).host["reference"]
     without = memory_of(config_of(algorithm={"kl_coef": 0.0}), spec_of(), 1).host["reference"]
     assert with_kl > without == 0
 
 
-def test_without_cuda_a_critic_is_there_in_every_phase() -> None:
+def test_without_cuda_a_critic_stays_in_memory_in_every_phase() -> None:
     (rank,) = memory_of(config_of(algorithm={"name": "ppo"}), spec_of(), 1, gpu="cpu").ranks
     state = rank.static.weights + rank.static.gradients + rank.static.optimizer
     assert all(items["critic"] == state for items in rank.phases.values())
 
 
-def test_recomputation_keeps_less_and_sequence_parallelism_cuts_it() -> None:
+def test_recomputation_stores_less_and_sequence_parallelism_splits_it() -> None:
     spec = spec_of(num_hidden_layers=4)
     plain, selective, full = (
         memory_of(config_of(parallel={"recompute": how}), spec, 1).ranks[0].activations
@@ -165,11 +167,11 @@ def test_the_workload_counts_microbatches_of_full_length() -> None:
     assert inputs_of(interleaved, spec_of(num_hidden_layers=6), 6).workload.num_microbatches == 9
 
 
-def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
+def test_an_unknown_device_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"--gpu=h101 .*; use one of .*h100-80g"):
         gpu_named("h101")
 
 
-def test_links_beyond_a_node_are_those_of_the_network() -> None:
+def test_links_between_nodes_have_the_speed_of_the_network() -> None:
     cluster = Cluster(gpu_named("h100-80g"), 16, Assumptions(link=1.0))
     assert (cluster.link_speed(8), cluster.link_speed(16)) == (450e9, 50e9)

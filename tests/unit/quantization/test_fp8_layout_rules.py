@@ -1,4 +1,4 @@
-"""Which layouts leave the blocks of FP8 weights whole, and what is said of a config that cannot have them."""
+"""Layouts that keep the blocks of FP8 weights whole are accepted; others are rejected with a remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def spec_of(family: str) -> ModelSpec:
     return spec_from_config(raw_family_config(family, **FP8_MODELS.get(family, {})), "config.json")
 
 
-def said(spec: ModelSpec, policy: dict[str, int], engine: EngineGrid = ONE, *, latent_split: bool = False) -> str:
+def layout_error(
+    spec: ModelSpec, policy: dict[str, int], engine: EngineGrid = ONE, *, latent_split: bool = False
+) -> str:
     layout = ParallelConfig(**policy)
     try:
         check_fp8_layout(spec, layout, engine, latent_split=latent_split, where="the model")
@@ -53,33 +55,39 @@ def said(spec: ModelSpec, policy: dict[str, int], engine: EngineGrid = ONE, *, l
         ),
     ],
 )
-def test_a_policy_that_cuts_blocks_is_refused_with_the_tensor(
+def test_a_policy_that_splits_blocks_is_rejected_with_the_tensor(
     family: str, policy: dict[str, int], message: str
 ) -> None:
-    found = said(spec_of(family), policy)
+    found = layout_error(spec_of(family), policy)
     assert bool(found) == bool(message)
     assert message in found
 
 
-def test_latent_projections_are_cut_by_the_modules_of_a_machine_without_a_gpu_alone() -> None:
+def test_latent_projections_are_split_only_without_a_gpu() -> None:
     spec = spec_of("deepseek_v3")
-    assert "kv_a_proj_with_mqa.weight at [0, 0]" in said(spec, {"tp": 2}, latent_split=True)
-    assert said(spec, {"tp": 1}, latent_split=True) == said(spec, {"tp": 2}) == ""
+    assert "kv_a_proj_with_mqa.weight at [0, 0]" in layout_error(spec, {"tp": 2}, latent_split=True)
+    assert layout_error(spec, {"tp": 1}, latent_split=True) == layout_error(spec, {"tp": 2}) == ""
 
 
-def test_deepseek_v3_fits_sixteen_ranks_or_copies_of_fewer_and_no_more() -> None:
+def test_deepseek_v3_fits_an_engine_of_at_most_sixteen_tensor_parallel_ranks() -> None:
     spec, policy = read_spec(DEEPSEEK), {"tp": 2, "ep": 16}
-    assert said(spec, policy, EngineGrid(16, experts_spread=True)) == said(spec, policy, EngineGrid(16)) == ""
-    assert said(spec, policy, EngineGrid(8, 4, experts_spread=True)) == ""
-    assert "the feed-forward size of the model is 576 on" in said(spec, policy, EngineGrid(32, experts_spread=True))
-    assert said(spec, policy, EngineGrid(8, 4)) == (
+    assert (
+        layout_error(spec, policy, EngineGrid(16, experts_spread=True))
+        == layout_error(spec, policy, EngineGrid(16))
+        == ""
+    )
+    assert layout_error(spec, policy, EngineGrid(8, 4, experts_spread=True)) == ""
+    assert "the feed-forward size of the model is 576 on" in layout_error(
+        spec, policy, EngineGrid(32, experts_spread=True)
+    )
+    assert layout_error(spec, policy, EngineGrid(8, 4)) == (
         "engine.fp8 with engine.tp=8 and engine.dp=4: the feed-forward size of each expert of the model is 64 on a "
         "rank of the engine, which must be a multiple of 128; use a smaller engine.tp, or engine.ep=32"
     )
 
 
 def test_stacked_experts_are_rejected() -> None:
-    assert "experts of the model, which are stacked and have biases" in said(spec_of("gpt_oss"), {})
+    assert "experts of the model, which are stacked and have biases" in layout_error(spec_of("gpt_oss"), {})
 
 
 # Configs
@@ -91,8 +99,8 @@ def message_of(*overrides: str) -> str:
     return str(caught.value)
 
 
-def on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "DRIVER_FOLDER", Path("/"))  # which is there
+def pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", Path("/"))  # any folder that exists
 
 
 @pytest.mark.parametrize(
@@ -114,31 +122,29 @@ def on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_keys_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
+def test_incompatible_keys_are_rejected(overrides: list[str], message: str) -> None:
     assert message_of(*overrides) == message
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has GPUs")
-def test_a_machine_without_cuda_is_told_the_key_and_the_remedy() -> None:
+def test_the_error_without_cuda_has_the_key_and_the_remedy() -> None:
     assert message_of("engine.fp8=scales_fp32") == (
         "engine.fp8=scales_fp32 needs CUDA devices, and this machine has none; remove engine.fp8"
     )
     elsewhere = message_of("engine.fp8=scales_fp32", "engine.placement=server", "engine.urls=['localhost:7']")
-    assert elsewhere.startswith("engine.fp8 with engine.tp=1: ")  # which its server will look for
+    assert elsewhere.startswith("engine.fp8 with engine.tp=1: ")  # its server checks for devices
 
 
-def test_where_there_are_gpus_the_layout_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    on_a_machine_with_gpus(monkeypatch)
+def test_with_gpus_the_layout_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpus(monkeypatch)
     assert message_of("engine.fp8=scales_fp32") == (
         "engine.fp8 with engine.tp=1: the key-value heads of model.base.architecture are 64 on a rank of the engine, "
         "which must be a multiple of 128; leave engine.fp8 out"
     )
 
 
-def test_an_fp8_checkpoint_may_be_given_where_the_engine_holds_fp8(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    on_a_machine_with_gpus(monkeypatch)
+def test_an_fp8_checkpoint_is_accepted_if_the_engine_uses_fp8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend_gpus(monkeypatch)
     scheme = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     folder = make_fp8_model(tmp_path, "deepseek_v3", quantization_config=scheme)
     given = ["model.base=null", f"model.path={folder}", "precision.dtype=bf16"]

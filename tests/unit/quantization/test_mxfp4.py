@@ -1,4 +1,4 @@
-"""MXFP4 weights of gpt-oss against transformers, every code and scale; slices; what does not belong together."""
+"""MXFP4 weights of gpt-oss equal those of transformers for every value and scale; mismatched tensors are rejected."""
 
 from __future__ import annotations
 
@@ -30,17 +30,19 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> HfFiles:
 
 def test_a_block_by_hand() -> None:
     blocks = torch.zeros(1, 1, 1, 16, dtype=torch.uint8)
-    blocks[0, 0, 0, 0] = 0xF1  # elements 0 and 1: codes 1 and 15
+    blocks[0, 0, 0, 0] = 0xF1  # elements 0 and 1: quantized values 1 and 15
     found = mxfp4.dequantize(blocks, torch.full((1, 1, 1), 129, dtype=torch.uint8))
     assert found.shape == (1, 32, 1)
     assert found[0, :3, 0].tolist() == [0.5 * 4, -6.0 * 4, 0.0]
 
 
-def test_every_code_and_scale_is_what_transformers_makes_of_it() -> None:
+def test_every_value_and_scale_equals_that_of_transformers() -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 252, 1, 1)
-    scales = torch.arange(1, 253, dtype=torch.uint8)[None, :, None].repeat(1, 1, 16)  # what stays finite and normal
+    scales = torch.arange(1, 253, dtype=torch.uint8)[None, :, None].repeat(
+        1, 1, 16
+    )  # scales with finite and normal results
     found = mxfp4.dequantize(blocks, scales)
     assert torch.equal(found, convert_moe_packed_tensors(blocks, scales))
     assert torch.isfinite(found).all()
@@ -53,7 +55,7 @@ def test_values_are_exact_in_bfloat16() -> None:
     assert torch.equal(mxfp4.dequantize(blocks, scales).double(), exact)
 
 
-def test_slices_at_any_offset_are_those_of_the_whole_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_at_any_offset_equal_those_of_the_whole_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "grpo_mega.formats.safetensors_reader._ELEMENTS_AT_ONCE", 200
     )  # one or several columns at a time
@@ -75,15 +77,15 @@ def test_slices_at_any_offset_are_those_of_the_whole_weight(tmp_path: Path, monk
     assert files.bytes_read - before == 2 * (16 + 1), "one block and its scale of each column, no others"
 
 
-def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
+def test_mismatched_tensors_are_named(tmp_path: Path) -> None:
     blocks, scales = random_packed()
-    for tensors, told in (
+    for tensors, message in (
         ({"w_blocks": blocks}, r"w_blocks of shape \(3, 5, 4, 16\) and dtype torch.uint8 has no w_scales"),
         ({"w_blocks": blocks, "w_scales": scales, "w": torch.ones(1)}, "is stored together with w;"),
         ({"w_blocks": blocks, "w_scales": scales[:, :, :3].contiguous()}, r"w_scales of shape \(3, 5, 3\)"),
         ({"w_blocks": blocks.short(), "w_scales": scales}, "dtype torch.int16"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             write(tmp_path, tensors)
     with pytest.raises(UserError, match=r"tensors w_scales of shape .* unknown"):
         write(tmp_path, {"w_scales": scales}).check({})

@@ -1,4 +1,4 @@
-"""What Megatron is given in place of CUDA, and that nobody else sees it. Each test has a process of its own."""
+"""The replacements of CUDA for Megatron, which no other package sees. Each test runs in its own process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from grpo_mega.policy.megatron_patches import cpu
 
-cpu.prepare_import()  # here, so that the children need not
+cpu.prepare_import()  # once here, so that forked children need not run it
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA nothing is replaced")
 
@@ -23,8 +23,10 @@ CUDA_FUNCTIONS = ("current_device", "synchronize", "Stream", "Event", "current_s
 
 
 def in_child(function: Callable[[], None], start: str = "fork") -> None:
-    """Run `function` in a process whose changes to torch and Megatron end with it; one that is spawned also begins
-    without those that other tests made here."""
+    """Run `function` in a child process, so that its changes to torch and Megatron do not affect other tests.
+
+    A spawned child also starts without the changes that other tests made in this process.
+    """
     context = multiprocessing.get_context(start)
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_report, args=(function, theirs))
@@ -40,22 +42,22 @@ def in_child(function: Callable[[], None], start: str = "fork") -> None:
 
 
 def _report(function: Callable[[], None], connection: Connection) -> None:
-    torch.set_num_threads(1)  # threads of the parent are not there
+    torch.set_num_threads(1)  # a forked child does not have the threads of its parent
     try:
         function()
         connection.send(None)
-    except BaseException:  # whatever it is, the test shows it
+    except BaseException:  # the test reports any failure
         connection.send(traceback.format_exc())
 
 
 def as_module(name: str) -> Callable[[str], Any]:
-    """Evaluates an expression with `t`, a tensor, as if it stood in the module `name`."""
+    """Return a function that evaluates an expression with `t`, a tensor, as if it were in the module `name`."""
     scope = {"__name__": name, "t": torch.zeros(1)}
     return lambda expression: eval(expression, scope)
 
 
 def snapshot() -> dict[str, Any]:
-    """Everything that `install` may not touch for others, and what it may for Megatron."""
+    """Return the objects that `install` must not change for other packages, and those that it replaces for Megatron."""
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import random
@@ -70,14 +72,14 @@ def snapshot() -> dict[str, Any]:
 CHANGED = {"Tensor.type", "Tensor.cuda", "parallel_state.torch", "thd", "rng"}
 
 
-def _leaves_torch_alone() -> None:
+def _leaves_torch_unchanged() -> None:
     before = snapshot()
     cpu.install()
     assert {name for name, value in snapshot().items() if value is not before[name]} == CHANGED
 
 
-def test_only_megatron_s_own_modules_and_two_tensor_methods_are_replaced() -> None:
-    in_child(_leaves_torch_alone, "spawn")
+def test_only_modules_of_megatron_and_two_tensor_methods_are_replaced() -> None:
+    in_child(_leaves_torch_unchanged, "spawn")
 
 
 def _does_nothing_with_cuda() -> None:
@@ -88,7 +90,7 @@ def _does_nothing_with_cuda() -> None:
     assert [name for name in after if after[name] is not before[name]] == []
 
 
-def test_install_is_a_no_op_where_cuda_is() -> None:
+def test_install_is_a_no_op_with_cuda() -> None:
     in_child(_does_nothing_with_cuda)
 
 
@@ -100,7 +102,7 @@ def _is_idempotent() -> None:
     assert [name for name in after if after[name] is not first[name]] == []
 
 
-def test_install_twice_is_install_once() -> None:
+def test_install_is_idempotent() -> None:
     in_child(_is_idempotent)
 
 
@@ -122,7 +124,7 @@ def _type_and_cuda() -> None:
         elsewhere("t.cuda()")
 
 
-def test_tensor_methods_answer_megatron_alone() -> None:
+def test_tensor_methods_differ_only_in_modules_of_megatron() -> None:
     in_child(_type_and_cuda)
 
 
@@ -130,8 +132,8 @@ def _factories() -> None:
     from megatron.core import parallel_state
 
     cpu.install()
-    stand_in = parallel_state.torch
-    assert stand_in is not torch
+    replacement = parallel_state.torch
+    assert replacement is not torch
     for name, args in (
         ("zeros", (2,)),
         ("empty", (2,)),
@@ -139,21 +141,21 @@ def _factories() -> None:
         ("tensor", ([1, 2],)),
         ("arange", (2,)),
     ):
-        assert getattr(stand_in, name)(*args, device="cuda").device.type == "cpu"
-        assert getattr(stand_in, name)(*args, device=torch.device("cuda", 1), pin_memory=True).device.type == "cpu"
-        assert getattr(stand_in, name)(*args, device="meta").device.type == "meta"
-    assert torch.zeros(1, device=stand_in.cuda.current_device()).device.type == "cpu"
-    assert stand_in.nn is torch.nn
-    assert stand_in.cuda.is_available is torch.cuda.is_available
-    with stand_in.cuda.stream(stand_in.cuda.Stream()):
-        stand_in.cuda.current_stream().wait_event(stand_in.cuda.Event())
+        assert getattr(replacement, name)(*args, device="cuda").device.type == "cpu"
+        assert getattr(replacement, name)(*args, device=torch.device("cuda", 1), pin_memory=True).device.type == "cpu"
+        assert getattr(replacement, name)(*args, device="meta").device.type == "meta"
+    assert torch.zeros(1, device=replacement.cuda.current_device()).device.type == "cpu"
+    assert replacement.nn is torch.nn
+    assert replacement.cuda.is_available is torch.cuda.is_available
+    with replacement.cuda.stream(replacement.cuda.Stream()):
+        replacement.cuda.current_stream().wait_event(replacement.cuda.Event())
     with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
         torch.zeros(1, device="cuda")
 
 
-def test_megatron_s_torch_makes_its_cuda_tensors_on_the_host() -> None:
+def test_torch_in_megatron_creates_cuda_tensors_on_the_cpu() -> None:
     in_child(_factories)
 
 
-def test_importing_megatron_leaves_torch_compile_as_it_was() -> None:
+def test_importing_megatron_does_not_change_torch_compile() -> None:
     assert torch.compile.__module__ == "torch"

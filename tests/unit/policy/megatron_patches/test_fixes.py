@@ -1,4 +1,4 @@
-"""What is repaired of Megatron's arithmetic, without ranks: each against a formula, where Megatron differs."""
+"""Patches of Megatron's arithmetic, tested without ranks against formulas from which unpatched Megatron differs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grpo_mega.policy.megatron_patches import fixes
 from grpo_mega.policy.weight_source import weight_copies
 from tests.helpers.family_configs import raw_family_config
 
-from megatron.core.transformer.moe import moe_utils  # isort: skip - after policy.quirks, which prepares the import
+from megatron.core.transformer.moe import moe_utils  # isort: skip - after megatron_patches, which prepares the import
 
 
 def best_of_groups(scores: list[float], size: int, best: int, group_topk: int, topk: int) -> list[int]:
-    """Experts, one token at a time: groups by the sum of their `best` largest scores, then experts among them."""
+    """Return the experts of one token: the best groups by the sum of their `best` scores, then their best experts."""
     groups = [scores[i : i + size] for i in range(0, len(scores), size)]
     order = sorted(range(len(groups)), key=lambda g: -sum(sorted(groups[g])[-best:]))[:group_topk]
     among = [g * size + i for g in order for i in range(size)]
@@ -28,7 +28,7 @@ def best_of_groups(scores: list[float], size: int, best: int, group_topk: int, t
 
 @pytest.mark.parametrize(("family", "best"), [("deepseek_v2", 1), ("deepseek_v3", 2), ("glm4_moe", 2)])
 @pytest.mark.parametrize("topk", [2, 3, 4])
-def test_groups_of_experts_count_as_their_family_says_whatever_topk_is(family: str, best: int, topk: int) -> None:
+def test_expert_groups_are_scored_by_the_rule_of_the_family_for_every_topk(family: str, best: int, topk: int) -> None:
     fixes.fit_to(spec_from_config(raw_family_config(family), "config.json"))
     scores: Tensor = torch.rand(200, 16, generator=torch.Generator().manual_seed(0))
     values, experts = moe_utils.group_limited_topk(scores, topk, 200, 16, 4, 2)
@@ -37,7 +37,7 @@ def test_groups_of_experts_count_as_their_family_says_whatever_topk_is(family: s
     assert torch.equal(values, scores.gather(1, experts))
 
 
-def test_experts_are_taken_apart_from_dense_layers() -> None:
+def test_experts_are_separated_from_dense_layers() -> None:
     model = torch.nn.Module()
     model.decoder = torch.nn.Module()
     names = ("mlp.experts.local_experts.0.linear_fc1", "mlp.experts.gate_up", "mlp.shared_experts.linear_fc1")
@@ -67,11 +67,11 @@ def test_experts_are_taken_apart_from_dense_layers() -> None:
     ],
     ids=str,
 )
-def test_a_copy_of_the_weights_lies_on_the_fewest_neighbours(topology: Topology, copies: list[list[int]]) -> None:
+def test_a_copy_of_the_weights_is_on_the_fewest_adjacent_ranks(topology: Topology, copies: list[list[int]]) -> None:
     assert weight_copies(topology) == copies
 
 
-def test_an_optimizer_without_parameters_has_the_step_of_the_others_while_a_checkpoint_is_described() -> None:
+def test_an_optimizer_without_parameters_has_the_step_of_the_others_in_a_checkpoint() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     trained, without = torch.optim.AdamW([weight]), torch.optim.AdamW([{"params": []}])
     weight.grad = torch.ones(3)
@@ -81,7 +81,7 @@ def test_an_optimizer_without_parameters_has_the_step_of_the_others_while_a_chec
         chained_optimizers=[SimpleNamespace(optimizer=trained), SimpleNamespace(optimizer=without)]
     )
     with fixes.placeholder_steps(chain):
-        for adam in (trained, without):  # as distrib_optimizer.py:641 asks
+        for adam in (trained, without):  # the check of distrib_optimizer.py:641
             assert {state["step"].item() for state in adam.state_dict()["state"].values()} == {2.0}
     assert without.state == {}
     assert list(trained.state) == [weight]
