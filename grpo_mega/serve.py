@@ -274,11 +274,12 @@ def _bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last two: a port or a name that cannot exist
         with suppress(OSError):
             listener.close()
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"--host={host} --port={port}: cannot listen at this address ({error.strerror})",
+            f"--host={host} --port={port}: cannot listen at this address ({reason})",
             remedy="choose another address",
         ) from error
     return listener

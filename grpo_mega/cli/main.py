@@ -73,3 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     return dispatch(arguments, COMMANDS, "grpo-mega")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

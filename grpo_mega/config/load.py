@@ -52,12 +52,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         UserError: the file was not found or is malformed, a key is unknown (names the nearest), or a value has the
             wrong type or breaks a rule (config/rules.py).
     """
-    path = find_config(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near[0]}?" if near else "see configs/"))
     try:
-        raw = yaml.load(path.read_text(), _Loader)
+        path = find_config(path)
+        if not path.is_file():
+            others = [p.name for p in path.parent.glob("*.yaml") if p.is_file()]
+            near = difflib.get_close_matches(path.name, others, 1)
+            raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near[0]}?" if near else "see configs/"))
+        raw = _parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"CONFIG={path} cannot be read ({error.strerror})", remedy="name a readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
     if not isinstance(raw, dict):
@@ -71,6 +74,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run.dir or _run_dir(path)})})
     check(config)
     return config
+
+
+def _parse_yaml(text: str) -> Any:
+    """Parse one YAML document. Every error is a YAMLError.
+
+    PyYAML itself raises other exceptions for an impossible date, a wrong `!!int` and deep nesting.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (ValueError, LookupError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -89,7 +103,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             f"override {override!r} must have the form section.key=value", remedy="for example train.steps=20"
         )
     try:
-        value = yaml.load(text, _Loader)
+        value = _parse_yaml(text)
     except yaml.YAMLError:
         raise UserError(
             f"{key}={text} is not valid YAML", remedy="put quotes around text that contains : or ["

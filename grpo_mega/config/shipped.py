@@ -30,6 +30,8 @@ def find_config(path: Path) -> Path:
     if path.exists() or path.is_absolute():
         return path
     name = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    if not name.name:
+        return path
     shipped = shipped_folder() / name.with_name(f"{name.name.removesuffix('.yaml')}.yaml")
     return shipped if shipped.is_file() else path
 

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from grpo_mega.serve import _bind
+from grpo_mega.types import UserError
 from tests.helpers.jobs import QUICKSTART, REPOSITORY, clean_environment
 
 
@@ -47,3 +49,9 @@ def test_a_port_in_use_is_named() -> None:
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --host=127.0.0.1 --port={port}: cannot listen")
     assert "Address already in use" in result.stderr
+
+
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_an_impossible_port_is_an_error_of_the_user(port: int) -> None:
+    with pytest.raises(UserError, match=f"--port={port}: cannot listen at this address"):
+        _bind("127.0.0.1", port)

@@ -68,6 +68,7 @@ def test_shipped_configs_are_found_by_name_from_any_folder(tmp_path: Path, monke
     assert find_config(Path("quickstart")) == find_config(Path("configs/quickstart.yaml"))
     assert all(find_config(Path(name)).is_file() for name in names)
     assert find_config(Path("nothing.yaml")) == Path("nothing.yaml")
+    assert find_config(Path("configs")) == Path("configs")
     assert (shipped_model_folder(Path("Qwen/Qwen2.5-7B-Instruct")) / "config.json").is_file()
     (tmp_path / "quickstart").write_text("")
     assert find_config(Path("quickstart")) == Path("quickstart")

@@ -154,6 +154,9 @@ def test_a_file_that_is_not_a_config_is_named_with_its_reason(tmp_path: Path) ->
     assert "\n" not in message_of(path)
     path.write_bytes(b"\xff\xfe\x00")
     assert message_of(path).startswith(f"{path} is not valid YAML")
+    for text in ("a: 2024-13-45", "a: !!int b", "a: !!bool b", "a: " + "9" * 5000, "[" * 500):
+        path.write_text(text)
+        assert message_of(path).startswith(f"{path} is not valid YAML")
     path.write_text("- a\n- b\n")
     assert message_of(path).startswith(f"{path} must hold sections")
     assert "list" in message_of(path)
@@ -167,6 +170,10 @@ def test_a_missing_file_is_answered_with_the_nearest_one(minimal: Path) -> None:
     assert message_of(wanted) == f"CONFIG={wanted}: no such file; did you mean tiny.yaml?"
     wanted = minimal.parent / "nowhere" / "x.yaml"
     assert message_of(wanted) == f"CONFIG={wanted}: no such file; see configs/"
+    wanted = minimal.with_name("folder.yaml")
+    wanted.mkdir()
+    assert message_of(wanted) == f"CONFIG={wanted}: no such file; see configs/"
+    assert message_of(Path("x" * 300)).endswith("cannot be read (File name too long); name a readable file")
 
 
 def test_config_is_frozen(minimal: Path) -> None:
