@@ -133,7 +133,7 @@ class EnvironmentPool:
                     self._pending.discard(job.key)
                     self._replies[job.key] = reply
                     self._changed.notify_all()
-        except (OSError, RuntimeError) as error:  # reported to the caller, which would otherwise wait forever
+        except Exception as error:  # reported to the caller, which would otherwise wait forever
             with self._changed:
                 self._broken = error
                 self._changed.notify_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -21,6 +22,8 @@ def obeys(prompt: str, turns: Sequence[Turn], reference: str, shout: bool = Fals
         raise LookupError("as asked")
     if answer.startswith("number"):
         return 7
+    if answer.startswith("garbage"):
+        os.write(int(sys.argv[1]), b"garbage\n")
     if answer.startswith("over"):
         return None
     if answer.startswith("slow"):

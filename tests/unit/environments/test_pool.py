@@ -71,6 +71,13 @@ def test_every_key_is_returned_with_its_own_reply(pool: EnvironmentPool) -> None
     assert pool.collect() == {3: Reply()}
 
 
+def test_a_worker_that_sends_something_else_is_an_error_and_no_hang() -> None:
+    with EnvironmentPool(spec(), workers=1, timeout_seconds=5.0) as made:
+        made.submit(0, "q", [Turn("garbage")], "r")
+        with pytest.raises(RuntimeError, match="environment workers cannot be restarted"):
+            made.collect()
+
+
 def test_failures_affect_no_other_turn(pool: EnvironmentPool, caplog: pytest.LogCaptureFixture) -> None:
     answers = ["hang", "crash", "raise", "number", "fine", "fine", "over"]
     begin = time.monotonic()

@@ -23,6 +23,7 @@ def prepare(setup):
     def handle(job):
         if job == "exit": os._exit(7)
         if job == "sleep": time.sleep(60)
+        if job == "fork": os.fork()
         if job == "alarm": call_with_alarm(0.1, lambda: time.sleep(60))
         if job == "raise": job = call_with_alarm(5.0, lambda: 1 / 0)
         yield job
@@ -101,3 +102,11 @@ def test_an_exception_in_a_job_is_its_problem() -> None:
         worker.wait_until_ready()
         worker.send("raise")
         assert worker.wait_for_message(60.0) == [None, "ZeroDivisionError: division by zero"]
+
+
+def test_a_forked_process_sends_no_second_answer() -> None:
+    with running() as worker:
+        worker.wait_until_ready()
+        for message in ["fork", "a", "fork", "b"]:
+            worker.send(message)
+            assert worker.wait_for_message(60.0) == message
