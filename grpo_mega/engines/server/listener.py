@@ -25,6 +25,7 @@ from grpo_mega.engines.server.messages import (
     ClaimAccepted,
     ClaimServer,
     Command,
+    CommandFailed,
     EndJob,
     Heartbeat,
     Hello,
@@ -190,6 +191,7 @@ class ServerListener:
             message = decode_job_message(frames[1].bytes)
         except msgspec.DecodeError as error:
             log.warning("rejected a message from %s: %s", peer, error)
+            self._send(routing_id, encode(CommandFailed(f"this server cannot read the message: {error}")))
             self._end_job(routing_id, "sent a message that this version cannot read")
             return
         self._dispatch(routing_id, peer, message)

@@ -204,6 +204,17 @@ def test_a_message_above_the_limit_is_rejected() -> None:
     local.listener.close()
 
 
+def test_a_message_that_the_server_cannot_read_is_answered_and_frees_the_server(server: LocalServer) -> None:
+    job = connect_and_claim(server)
+    job._socket.send(b"\xc1")
+    while isinstance(failure := job.receive(5.0), Heartbeat):
+        pass
+    assert isinstance(failure, CommandFailed)
+    assert "this server cannot read the message" in failure.reason
+    assert next(server.commands) == JobEnded("sent a message that this version cannot read")
+    job.close()
+
+
 def test_a_job_that_is_gone_frees_the_server(server: LocalServer) -> None:
     first = connect_and_claim(server)
     second, status = open_connection(server.address, SECRET)
