@@ -139,14 +139,16 @@ def model_of(config: Config, gpu: Gpu) -> PlannedModel:
     """Read the model of a config; no weights are read.
 
     Raises:
-        UserError: config.json was not found, or the model family is not supported.
+        UserError: config.json was not found, the model family is not supported, or `engine.args` is wrong.
     """
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore")  # libraries warn about missing optional features
+    from grpo_mega.engines.pass_through import check_engine_args
     from grpo_mega.models.config_readers import read_spec
     from grpo_mega.models.tiny_recipe import recipe_spec
     from grpo_mega.policy.inspect.module_sizes import module_counter
 
+    check_engine_args(config, on_cuda=gpu.name != "cpu")
     if config.model.base is not None:
         from grpo_mega.tiny_base.train import base_tokenizer
 

@@ -70,10 +70,14 @@ _SGLANG = {
 _SGLANG_ON_CPU = {"": "attention_backend disable_cuda_graph"}
 
 
-def check_engine_args(config: Config) -> None:
+def check_engine_args(config: Config, *, on_cuda: bool | None = None) -> None:
     """Check `engine.args` by name and type against the installed class of arguments of `engine.kind`.
 
     Where the package is not installed, only the fields that the program sets are checked, and a warning says so.
+
+    Args:
+        config: the run.
+        on_cuda: True if the run uses CUDA; None: if this machine has a driver.
 
     Raises:
         UserError: an argument is unknown, has the wrong type, or is set by this program.
@@ -86,7 +90,8 @@ def check_engine_args(config: Config) -> None:
     if fields is None:
         logger.warning("engine.args was not checked against %s: the package is not installed here", target)
         fields = dict.fromkeys(given, Any)
-    check_arguments("engine.args", given, fields, owned_fields(kind, on_cuda=has_cuda_driver()), target)
+    on_cuda = has_cuda_driver() if on_cuda is None else on_cuda
+    check_arguments("engine.args", given, fields, owned_fields(kind, on_cuda=on_cuda), target)
 
 
 def owned_fields(kind: str, *, on_cuda: bool) -> dict[str, str]:

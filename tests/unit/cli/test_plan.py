@@ -272,3 +272,10 @@ def test_a_cache_that_the_engine_would_reject_does_not_fit(capsys: pytest.Captur
     sizes = ("run.world_size=1", "engine.kv_cache_tokens=32", "evaluation.max_tokens=40")
     assert main([str(CONFIGS / "quickstart.yaml"), "--gpu", "cpu", *sizes]) == 2
     assert re.search(r"error: engine\.kv_cache_tokens=32 .* tokens; use at least \d+", capsys.readouterr().err)
+
+
+def test_the_arguments_of_the_engine_are_checked_for_the_planned_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([QWEN, "engine.args={enforce_eager: true}", "--gpu", "h100-80g"]) in (0, 2)
+    assert "engine.args" not in capsys.readouterr().err
+    assert main([QWEN, "engine.args={max_num_seqs: 3}", "--gpu", "h100-80g"]) == 2
+    assert "set engine.max_num_seqs" in capsys.readouterr().err
