@@ -38,7 +38,7 @@ class EngineConfig(Section):
     """Most rollouts that a replica, or each of its `dp` copies, decodes at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
     """KV-cache capacity of a replica, or of each of its `dp` copies, in tokens. null: enough for `max_num_seqs`
-    rollouts of full length, or the free device memory on CUDA."""
+    rollouts of full length; on CUDA what is left of 60% of the GPU memory after the engine's weights."""
     args: dict[str, Any] = Field({})
     """Further arguments of the engine, name -> value: fields of vLLM's `EngineArgs` or SGLang's `ServerArgs`, by
     `engine.kind`. Fields that this program sets itself are rejected."""

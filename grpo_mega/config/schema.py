@@ -1,7 +1,8 @@
 """The configuration of one run: a frozen pydantic model with one section per concern.
 
-Defaults live in the sections and nowhere else. Unknown keys are errors (load.py names the nearest key). Rules between
-keys are in rules.py; docs/reference/config.md is generated from these classes.
+The defaults of keys live in the sections; an `algorithm.name` changes some of them (algorithm_presets.py). Unknown keys
+are errors (load.py names the nearest key). Rules between keys are in rules.py; docs/reference/config.md is generated
+from these classes.
 """
 
 from __future__ import annotations
@@ -34,20 +35,21 @@ class RunConfig(Section):
     world_size: int | None = Field(None, ge=1)
     """Number of ranks on all nodes. null: the number that the launcher sets, else the number of GPUs, else 1."""
     deterministic: bool = False
-    """Raise an error in operations that have no deterministic implementation. All operations on CPU have one."""
+    """Raise an error in operations that have no deterministic implementation. On CPU every operation is
+    deterministic."""
     overwrite: bool = False
     """Rename an existing run folder and start from the beginning."""
 
 
 class TrainConfig(Section):
-    """Number and size of the optimizer steps."""
+    """Number and size of the updates."""
 
     steps: int = Field(ge=1)
     """Number of rollout batches (steps) of the run."""
     epochs_per_rollout: int = Field(1, ge=1)
     """Passes over each rollout batch."""
     minibatches_per_epoch: int = Field(1, ge=1)
-    """Optimizer steps per pass. A minibatch holds whole groups."""
+    """Updates (calls of the optimizer) per pass. A minibatch holds whole groups."""
     max_tokens_per_microbatch: int = Field(8192, ge=1)
     """Capacity of one packed row, in tokens; at least `data.max_prompt_tokens` + `sampling.max_tokens`."""
 
@@ -58,7 +60,7 @@ class WeightSyncConfig(Section):
     verify: Literal["every", "first", "off"] = "every"
     """Syncs after which digests of the engine's weights are compared with the policy's."""
     bucket_bytes: int = Field(256 * 1024 * 1024, ge=1024)
-    """Bytes that a rank sends or receives at a time. The sync needs twice that as additional memory."""
+    """Bytes that a rank sends and receives in one round, summed. The sync needs at most twice that as extra memory."""
     fp8_report: bool = False
     """Write the quantization error of each matrix of the policy to fp8_report.json at the start of the run."""
     transport: Literal["auto", "gloo", "nccl", "shared_memory", "cuda_ipc"] = "auto"
@@ -123,7 +125,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer of the policy."""
     train: TrainConfig
-    """Number and size of the optimizer steps."""
+    """Number and size of the updates."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Evaluation on held-out prompts."""
     precision: PrecisionConfig = PrecisionConfig()

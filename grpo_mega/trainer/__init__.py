@@ -2,7 +2,7 @@
 
 From a batch to its loss there are four files:
 
-    1. trainer/loop.py        a training step: `make_batch`, `with_log_probs`, `update`
+    1. trainer/loop.py        a training step: `make_batch`, `with_log_probs`, `update_critic`, `update`
     2. trainer/batch.py       `build_batch`: rollouts to packed microbatches of this rank
     3. trainer/objective.py   `Objective.credit`: advantages and token weights; `Objective.loss`: the loss function
     4. algorithm/loss.py      `PolicyLoss`: loss per token, with the surrogate that the config names

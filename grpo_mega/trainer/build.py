@@ -40,7 +40,7 @@ from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
 from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync
 
-log = logging.getLogger("grpo_mega.trainer.run")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

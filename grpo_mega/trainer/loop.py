@@ -1,7 +1,8 @@
 """The training loop: sample, score, compute advantages, update, sync weights. Every rank runs the same program.
 
 The differences between backends, precisions and algorithms are inside the objects of a `TrainerState`. A step is a pure
-function of the weights, the optimizer state and (run.seed, step); therefore a resumed run equals an uninterrupted one.
+function of the saved state (weights and optimizer of policy and critic, reference, `LoopState`) and of run.seed;
+therefore a resumed run equals an uninterrupted one.
 Asserted by tests/unit/trainer/test_loop.py and tests/e2e/test_resume.py.
 """
 
@@ -232,5 +233,5 @@ def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Ten
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:
-    assert all(v is not None for v in values), "the last stage has log-probs of every microbatch"
+    assert all(v is not None for v in values), "the last pipeline stage lacks the log-probs of a microbatch"
     return [v for v in values if v is not None]

@@ -151,14 +151,15 @@ class WeightSync:
         self._holders = sorted({each for rank_set in np.unique(held.rank_set) for each in held.rank_sets[rank_set]})
 
     def push(self, policy_version: int, *, verify: bool) -> SyncReport:
-        """Collective: transfer the policy's present weights to all engines.
+        """Collective: transfer the policy's current weights to all engines.
 
         Args:
             policy_version: the number of updates behind the weights.
             verify: compare the digests of policy and engines.
 
         Raises:
-            WeightMismatchError: on every rank; the weights of an engine differ from the policy's.
+            WeightMismatchError: on every rank; an engine's weights differ from the policy's, or it failed to take
+                them.
             RuntimeError: on every rank that is still running; a rank exited, timed out or failed (names both ranks).
         """
         start = time.perf_counter()

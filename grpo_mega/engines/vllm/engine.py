@@ -40,8 +40,8 @@ class VllmEngine:
     """`Engine` with the real vLLM in this process. It starts awake with dummy weights, so a sync must come first.
 
     Raises:
-        UserError: the model has no layout table or no EOS token, `tp` does not fit it, or its experts cannot be
-            recorded.
+        UserError: the model has no layout table or no EOS token, `tp` does not fit it, or the choices of its
+            routers cannot be recorded.
         ImportError: vLLM is not installed.
     """
 
@@ -119,6 +119,7 @@ class VllmEngine:
         self._asleep = {"weights", "kv_cache"}
 
     def wake(self, what: Resident) -> None:
+        """Take back the memory of the weights or of the KV cache; does nothing if it was not released."""
         if what not in self._asleep:
             return
         if self._on_cuda:
@@ -244,5 +245,5 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _without_compilation(on_cuda: bool) -> Any:
-    """Turn compilation off on CPU, where vLLM would compile a kernel for unused token ranks (15 s per process)."""
+    """Turn compilation off on CPU, where vLLM would compile a kernel for an output that is not used (15 s per process)."""
     return nullcontext() if on_cuda else torch.compiler.set_stance("force_eager")

@@ -1,5 +1,5 @@
-"""Attention of each context-parallel rank's queries against the formula for the whole row; the messages between ranks
-are stood in for by what they must bring. (Real ranks: tests/parallel/test_context.py and test_update.py.)"""
+"""Attention of each context-parallel rank's queries against the formula for the whole row; the messages between
+ranks are replaced by their expected contents. (Real ranks: tests/parallel/test_update.py.)"""
 
 from __future__ import annotations
 
