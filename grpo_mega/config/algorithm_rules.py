@@ -34,7 +34,7 @@ def _surrogate(algorithm: AlgorithmConfig) -> None:
             raise UserError(
                 f"algorithm.{key}={value} does nothing with algorithm.surrogate={algorithm.surrogate} "
                 f"(algorithm.name={algorithm.name})",
-                remedy="set it to null",
+                remedy=f"set algorithm.{key}=null",
             )
     _require(algorithm, "surrogate", required)
 
@@ -149,5 +149,5 @@ def _process(algorithm: AlgorithmConfig) -> None:
         raise UserError(
             f"algorithm.overlong_buffer_fraction={algorithm.overlong_buffer_fraction} with "
             "algorithm.advantage=process: the penalty is of whole rollouts",
-            remedy="set it to null",
+            remedy="set algorithm.overlong_buffer_fraction=null",
         )

@@ -245,5 +245,5 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _without_compilation(on_cuda: bool) -> Any:
-    """Turn compilation off on CPU, where vLLM would compile a kernel for an output that is not used (15 s per process)."""
+    """Turn compilation off on CPU, where vLLM would compile a kernel for an unused output (15 s per process)."""
     return nullcontext() if on_cuda else torch.compiler.set_stance("force_eager")
