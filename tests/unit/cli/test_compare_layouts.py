@@ -42,7 +42,7 @@ def test_an_invalid_layout_is_rejected(text: str) -> None:
     [
         (["--layouts", ";"], "--layouts=';' must contain a layout; write for example 'tp=2;pp=2,cp=2'"),
         (["--layouts", "tp=2;tp=8"], "--layouts: tp=8: parallel.tp=8 does not divide the 4 attention heads"),
-        (["--layouts", "tp=2;vpp=2"], "--layouts: vpp=2: parallel.vpp=2 needs a pipeline"),
+        (["--layouts", "tp=2;vpp=2"], "--layouts: vpp=2: parallel.vpp=2 does nothing with parallel.pp=1"),
         (["--layouts", "cp=64"], "--layouts: cp=64: train.max_tokens_per_microbatch="),
         (["--layouts", "tp=2", "--rollouts", "/nowhere"], "--rollouts=/nowhere was not found"),
         (["--layouts", "tp=2", "train.step=1"], "train.step: unknown key; did you mean train.steps?"),
