@@ -203,7 +203,7 @@ def test_a_full_disk_ends_with_exit_code_2_and_no_output(
     assert list(tmp_path.iterdir()) == []
 
 
-def fuzzed(data: bytes, rng: random.Random) -> bytes:
+def damage_bytes(data: bytes, rng: random.Random) -> bytes:
     """Return the data with some bytes changed, removed or duplicated."""
     found = bytearray(data)
     for _ in range(rng.randint(1, 4)):
@@ -242,7 +242,7 @@ def test_random_damage_never_gives_a_traceback_or_a_partial_result(
     head = 3000 if name.endswith((".safetensors", ".distcp")) else len(whole)  # the rest is numbers
     rejected = 0
     for _ in range(12):
-        (tmp_path / name).write_bytes(fuzzed(whole[:head], rng) + whole[head:])
+        (tmp_path / name).write_bytes(damage_bytes(whole[:head], rng) + whole[head:])
         code, stderr = run_tool(FILES[name], tmp_path / source, tmp_path / "out")
         assert code in (0, 2), stderr
         assert (tmp_path / "out").exists() == (code == 0)

@@ -15,7 +15,7 @@ from grpo_mega.convert.megatron_to_hf import megatron_to_hf
 from grpo_mega.models.digest import digest_text, slice_digest
 from grpo_mega.quantization import block_fp8
 from grpo_mega.types import TensorSlice, UserError
-from tests.helpers.checkpoint_checks import assert_same_tensors, hf_logits, run_stock, stored
+from tests.helpers.checkpoint_checks import assert_same_tensors, hf_logits, read_tensors, run_stock
 from tests.helpers.family_checkpoints import make_published
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 from tests.helpers.tiny_models import make_family_model
@@ -36,7 +36,7 @@ STOCK = {
 
 def digests_of(folder: Path) -> dict[str, str]:
     """Return the digests of the tensors; FP8 weights are dequantized first."""
-    tensors, found = stored(folder), {}
+    tensors, found = read_tensors(folder), {}
     for name, tensor in tensors.items():
         scales = tensors.get(name + block_fp8.SCALE_SUFFIX)
         values = tensor if scales is None else block_fp8.dequantize(tensor, scales)
@@ -53,7 +53,7 @@ def test_every_family_is_restored_bit_for_bit_with_the_same_digests(
     sizes = {"intermediate_size": 200, "moe_intermediate_size": 136} if quantized else {}
     known = raw_family_config(family)
     hf = make_published(tmp_path / "hf", family, quantized=quantized, **{k: v for k, v in sizes.items() if k in known})
-    assert any(t.dtype == block_fp8.FP8_DTYPE for t in stored(hf).values()) == quantized
+    assert any(t.dtype == block_fp8.FP8_DTYPE for t in read_tensors(hf).values()) == quantized
     hf_to_megatron(hf, tmp_path / "megatron", file_bytes=200_000)
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", to_fp8=quantized, shard_bytes=300_000)
     assert_same_tensors(tmp_path / "back", hf)
@@ -80,7 +80,7 @@ def test_tensors_that_a_run_does_not_train_are_copied_from_the_base(tmp_path: Pa
     mtp = re.compile(r"model\.layers\.2\.")
     without = tmp_path / "without"
     make_published(without, "glm4_moe", quantized=True)
-    tensors = {name: tensor for name, tensor in stored(without).items() if not mtp.match(name)}
+    tensors = {name: tensor for name, tensor in read_tensors(without).items() if not mtp.match(name)}
     save_file(tensors, without / "model.safetensors")
     hf_to_megatron(without, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", base=hf, to_fp8=True)
@@ -104,5 +104,5 @@ def test_the_correction_bias_stays_float32_for_every_requested_dtype(tmp_path: P
     hf_to_megatron(hf, tmp_path / "megatron", dtype="fp16")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back", dtype="bf16")
     bias = "model.layers.1.mlp.gate.e_score_correction_bias"
-    assert torch.equal(stored(tmp_path / "back")[bias], stored(hf)[bias])
-    assert stored(tmp_path / "back")["model.norm.weight"].dtype == torch.bfloat16
+    assert torch.equal(read_tensors(tmp_path / "back")[bias], read_tensors(hf)[bias])
+    assert read_tensors(tmp_path / "back")["model.norm.weight"].dtype == torch.bfloat16

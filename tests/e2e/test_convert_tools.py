@@ -29,7 +29,7 @@ from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.models.digest import digest_text, slice_digest
 from grpo_mega.quantization import block_fp8, mxfp4
 from grpo_mega.types import TensorSlice, UserError
-from tests.helpers.checkpoint_checks import ENVIRONMENT, VOCAB, assert_same_tensors, hf_logits, run_stock, stored
+from tests.helpers.checkpoint_checks import ENVIRONMENT, VOCAB, assert_same_tensors, hf_logits, read_tensors, run_stock
 from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
@@ -57,11 +57,12 @@ def test_a_round_trip_is_bit_equal_with_index_digests_and_other_files(folders: P
     megatron_to_hf(folders / name / "megatron", tmp_path / "back", shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     assert_same_tensors(tmp_path / "back", hf)
-    HfFiles(tmp_path / "back").check({n: tuple(t.shape) for n, t in stored(hf).items()})
+    HfFiles(tmp_path / "back").check({n: tuple(t.shape) for n, t in read_tensors(hf).items()})
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "back" / file).read_bytes() == (hf / file).read_bytes()
     digests = {
-        n: digest_text(slice_digest(t, TensorSlice(n, (0,) * t.dim(), tuple(t.shape)))) for n, t in stored(hf).items()
+        n: digest_text(slice_digest(t, TensorSlice(n, (0,) * t.dim(), tuple(t.shape))))
+        for n, t in read_tensors(hf).items()
     }
     for side in (folders / name / "megatron", tmp_path / "back"):
         assert json.loads((side / "digests.json").read_text()) == digests
@@ -99,7 +100,7 @@ def test_the_checkpoint_has_the_files_and_arguments_that_megatron_lm_expects(fol
 def test_fp8_is_restored_bit_for_bit_and_can_be_read_as_bf16(tmp_path: Path) -> None:
     hf = make_tiny_model(tmp_path / "hf", "llama", vocab=VOCAB, intermediate_size=200)
     tensors, generator = {}, torch.Generator().manual_seed(0)
-    for name, tensor in stored(hf).items():
+    for name, tensor in read_tensors(hf).items():
         tensors[name] = tensor.bfloat16()
         if name.endswith("_proj.weight"):
             quantized, scales = block_fp8.quantize(tensor)
@@ -115,7 +116,7 @@ def test_fp8_is_restored_bit_for_bit_and_can_be_read_as_bf16(tmp_path: Path) -> 
     megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
     name = "model.layers.1.mlp.down_proj.weight"
     values = block_fp8.dequantize(tensors[name], tensors[name + block_fp8.SCALE_SUFFIX])
-    assert torch.equal(stored(tmp_path / "bf16")[name], values)
+    assert torch.equal(read_tensors(tmp_path / "bf16")[name], values)
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
     texts = {(tmp_path / side / "digests.json").read_text() for side in ("megatron", "fp8", "bf16")}
     assert len(texts) == 1
@@ -123,13 +124,13 @@ def test_fp8_is_restored_bit_for_bit_and_can_be_read_as_bf16(tmp_path: Path) -> 
 
 def test_mxfp4_experts_become_their_dequantized_bf16_values(tmp_path: Path) -> None:
     hf = make_published_mxfp4(tmp_path / "hf", hidden_size=64, intermediate_size=96)
-    tensors = stored(hf)
+    tensors = read_tensors(hf)
     packed = {n.removesuffix("_blocks"): n for n in tensors if n.endswith("_blocks")}
     assert len(packed) == 4, "two weights of experts in each of two layers"
     values = {n: mxfp4.dequantize(tensors.pop(p), tensors.pop(n + "_scales")) for n, p in packed.items()}
     hf_to_megatron(hf, tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "bf16")
-    found = stored(tmp_path / "bf16")
+    found = read_tensors(tmp_path / "bf16")
     assert found.keys() == tensors.keys() | values.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in (tensors | values).items())
     assert "quantization_config" not in json.loads((tmp_path / "bf16" / "config.json").read_text())
@@ -141,16 +142,16 @@ def die_after(num_reads: int, hf: Path, out: Path) -> None:
     """Run a conversion that exits abruptly after `num_reads` reads, as after kill -9."""
     read, left = HfFiles.read_into, iter(range(num_reads))
 
-    def counted(self: HfFiles, box: TensorSlice, values: Tensor) -> None:
+    def read_or_exit(self: HfFiles, box: TensorSlice, values: Tensor) -> None:
         if next(left, None) is None:
             os._exit(9)
         read(self, box, values)
 
-    HfFiles.read_into = counted  # type: ignore[method-assign]
+    HfFiles.read_into = read_or_exit  # type: ignore[method-assign]
     hf_to_megatron(hf, out, file_bytes=60_000, workers=1)
 
 
-def killed(work: Callable[..., object], *arguments: object, after: float | None = None) -> bool:
+def run_and_kill(work: Callable[..., object], *arguments: object, after: float | None = None) -> bool:
     """Run `work` in a process and kill it after `after` seconds, if given; return True if it did not finish."""
     child = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     child.start()
@@ -162,7 +163,7 @@ def killed(work: Callable[..., object], *arguments: object, after: float | None 
 
 def test_a_killed_conversion_continues_and_keeps_only_complete_files(folders: Path, tmp_path: Path) -> None:
     hf, out = folders / "llama" / "hf", tmp_path / "out"
-    assert killed(die_after, 20, hf, out)
+    assert run_and_kill(die_after, 20, hf, out)
     assert not out.exists()
     complete = sorted((tmp_path / "out.partial/result/release").glob("*.distcp"))
     assert len(complete) >= 3
@@ -187,7 +188,7 @@ def assert_same_files(found: Path, wanted: Path) -> None:
         assert path.is_dir() or left[name].read_bytes() == path.read_bytes(), name
 
 
-def slowly(convert: Callable[..., object], *arguments: Path, **options: int) -> None:
+def convert_slowly(convert: Callable[..., object], *arguments: Path, **options: int) -> None:
     write = os.pwrite
     os.pwrite = lambda *a: (time.sleep(0.005), write(*a))[1]  # type: ignore[assignment]
     convert(*arguments, **options)
@@ -203,8 +204,9 @@ def test_a_conversion_killed_at_random_moments_ends_with_the_same_bytes(
     options = {"file_bytes" if direction == "to_megatron" else "shard_bytes": 60_000, "workers": 2}
     convert(source, tmp_path / "wanted", **options)
     moments, kills = random.Random(5), 0
-    while killed(
-        partial(slowly, convert, source, tmp_path / "out", **options), after=moments.uniform(0.02, 0.08 + 0.02 * kills)
+    while run_and_kill(
+        partial(convert_slowly, convert, source, tmp_path / "out", **options),
+        after=moments.uniform(0.02, 0.08 + 0.02 * kills),
     ):
         kills += 1
         if (tmp_path / "out").exists():  # killed after the last step, the renaming
@@ -215,7 +217,7 @@ def test_a_conversion_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 def test_an_unfinished_conversion_of_another_input_is_not_continued(folders: Path, tmp_path: Path) -> None:
-    assert killed(die_after, 20, folders / "llama" / "hf", tmp_path / "out")
+    assert run_and_kill(die_after, 20, folders / "llama" / "hf", tmp_path / "out")
     report = hf_to_megatron(folders / "qwen3" / "hf", tmp_path / "out", file_bytes=60_000)
     assert len(report.redone) == report.num_files
 
@@ -371,7 +373,7 @@ def test_the_tools_return_the_exit_codes_of_their_help(folders: Path, tmp_path: 
     hf = folders / "qwen3" / "hf"
     done = run_tool("hf_to_megatron.py", hf, tmp_path / "megatron", "--json", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["tensors"] == len(stored(hf))
+    assert json.loads(done.stdout.splitlines()[-1])["tensors"] == len(read_tensors(hf))
     assert run_tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back", "--dtype", "fp32").returncode == 0
     finished = run_tool("compare_checkpoints.py", hf, tmp_path / "megatron", "--json")
     summary = json.loads(finished.stdout.splitlines()[-1])
@@ -387,7 +389,7 @@ def test_the_tools_return_the_exit_codes_of_their_help(folders: Path, tmp_path: 
 def test_a_comparison_across_formats_names_the_differences(folders: Path, tmp_path: Path) -> None:
     hf = tmp_path / "changed"
     shutil.copytree(folders / "llama" / "hf", hf)
-    tensors = stored(hf)
+    tensors = read_tensors(hf)
     up, down, norm = (f"model.layers.1.{n}.weight" for n in ("mlp.up_proj", "mlp.down_proj", "input_layernorm"))
     tensors[up][95, 127] += 0.5
     tensors[down] = tensors[down][:, :-1].clone()

@@ -42,7 +42,7 @@ def run(model: Path, folder: Path, *keys: str) -> list[dict[str, Any]]:
     return read_lines(folder / "metrics.jsonl")
 
 
-def sampled(folder: Path, step: int) -> list[tuple[list[int], list[float]]]:
+def sampled_rows(folder: Path, step: int) -> list[tuple[list[int], list[float]]]:
     return [(row["completion_ids"], row["sampler_log_probs"]) for row in rollouts_of(folder, step)]
 
 
@@ -58,13 +58,13 @@ def test_a_resumed_job_samples_the_same_rollouts_as_an_uninterrupted_one(model: 
         assert "rollout/tokens_per_replica/1" not in line
     assert read_json(tmp_path / "whole" / "summary.json")["eval_after"]["num_prompts"] == 4
     assert len(rollouts_of(tmp_path / "whole", 2)) == 5 * 4
-    answers = [ids for ids, _ in sampled(tmp_path / "whole", 1)]
+    answers = [ids for ids, _ in sampled_rows(tmp_path / "whole", 1)]
     assert len({tuple(ids) for ids in answers}) > 15
     assert answers[12:16] != answers[16:]  # one prompt per copy, and the prompts are equal: each copy has its own seed
     for steps in (1, 2):
         run(model, tmp_path / "parts", *COPIES, *keys, f"train.steps={steps}", "checkpoint.every=1")
-    assert [sampled(tmp_path / "parts", step) for step in (1, 2)] == [
-        sampled(tmp_path / "whole", step) for step in (1, 2)
+    assert [sampled_rows(tmp_path / "parts", step) for step in (1, 2)] == [
+        sampled_rows(tmp_path / "whole", step) for step in (1, 2)
     ]
     other = ("run.world_size=2", "parallel.ep=2", "engine.tp=2", "engine.ep=2")
     lines = run(model, tmp_path / "parts", *other, *keys, "train.steps=3", "checkpoint.every=1")
@@ -78,7 +78,7 @@ def test_a_late_reply_of_an_environment_does_not_change_the_rollouts(model: Path
         lines = run(model, tmp_path / name, *COPIES, *TURNS, pausing, "train.steps=1")
         assert lines[0]["train/mismatch_max"] <= 1e-4
     assert {1, 4} <= {row["num_turns"] for row in rollouts_of(tmp_path / "prompt", 1)}
-    assert sampled(tmp_path / "late", 1) == sampled(tmp_path / "prompt", 1)
+    assert sampled_rows(tmp_path / "late", 1) == sampled_rows(tmp_path / "prompt", 1)
 
 
 @pytest.mark.parametrize(

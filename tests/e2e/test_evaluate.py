@@ -18,7 +18,7 @@ NUMBERS = ("accuracy", "greedy_accuracy", "reward_mean", "length_mean", "num_pro
 PLAIN = ("--reward", "exact", "--max-tokens", "8", "data.template=plain", "data.max_prompt_tokens=16")
 
 
-def evaluated(checkpoint: Path, *arguments: str) -> dict[str, Any]:
+def run_evaluation(checkpoint: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, str(REPOSITORY / "tools" / "evaluate.py"), str(checkpoint), *arguments, "--json"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -26,7 +26,7 @@ def evaluated(checkpoint: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_a_run_folder_gives_the_numbers_of_the_runs_last_evaluation(quickstart: Run) -> None:
-    found = evaluated(quickstart.folder, "--data", "arithmetic:heldout")
+    found = run_evaluation(quickstart.folder, "--data", "arithmetic:heldout")
     expected = read_json(quickstart.folder / "summary.json")["eval_after"]
     assert {name: found[name] for name in NUMBERS} == {name: expected[name] for name in NUMBERS}
     assert found["checkpoint"].endswith(f"checkpoints/step_{QUICKSTART_STEPS:06d}")
@@ -36,10 +36,10 @@ def test_a_run_folder_gives_the_numbers_of_the_runs_last_evaluation(quickstart: 
 def test_the_exported_weights_give_the_same_numbers_and_replicas_share_the_prompts(quickstart: Run) -> None:
     expected = read_json(quickstart.folder / "summary.json")["eval_after"]
     arguments = ("--data", "arithmetic:heldout", *PLAIN, "precision.dtype=fp32")
-    exported = evaluated(quickstart.folder / "hf", *arguments)
+    exported = run_evaluation(quickstart.folder / "hf", *arguments)
     assert {name: exported[name] for name in NUMBERS} == {name: expected[name] for name in NUMBERS}
     checkpoint = quickstart.folder / "checkpoints" / f"step_{QUICKSTART_STEPS:06d}"
-    four = evaluated(checkpoint, *arguments, "--k", "1", "2", "run.world_size=4", "engine.tp=2")
+    four = run_evaluation(checkpoint, *arguments, "--k", "1", "2", "run.world_size=4", "engine.tp=2")
     assert four["num_prompts"] == 300
     assert four["greedy_accuracy"] == pytest.approx(expected["greedy_accuracy"], abs=0.01)
     assert set(four["pass_at_k"]) == {"1", "2"}

@@ -20,12 +20,12 @@ VOCAB = 21  # odd: under tp=2 it is padded
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     return {k: v for file in sorted(folder.glob("model*.safetensors")) for k, v in load_file(file).items()}
 
 
 def assert_same_tensors(found: Path, wanted: Path) -> None:
-    left, right = stored(found), stored(wanted)
+    left, right = read_tensors(found), read_tensors(wanted)
     assert left.keys() == right.keys()
     for name, tensor in right.items():
         assert left[name].dtype == tensor.dtype, name
