@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -80,9 +81,9 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
         ) from error
     if not isinstance(reward_args, dict):
         raise UserError(f"--args={args.args} must be a JSON object", remedy="write for example '{\"strict\": true}'")
-    if args.timeout_seconds <= 0 or args.workers < 1:
+    if not 0 < args.timeout_seconds < math.inf or args.workers < 1:
         raise UserError(
-            f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive",
+            f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive and finite",
             remedy="correct them, or use the defaults",
         )
     term = RewardTerm(name=args.reward, args=reward_args)

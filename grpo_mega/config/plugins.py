@@ -64,7 +64,7 @@ class Catalogue:
                 if module_name.endswith(".py")
                 else importlib.import_module(module_name)
             )
-        except Exception as error:  # a user's module may raise anything while it is imported
+        except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
             raise UserError(
                 f"{key}={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error})",
                 remedy="check the path and PYTHONPATH",

@@ -59,6 +59,7 @@ def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> Non
         (b"", ("--reward", "exact", "--args", "[1]"), "--args=[1] must be a JSON object"),
         (b"", ("--reward", "exact", "--args", "{"), "--args={ must be a JSON object"),
         (b"", ("--reward", "exact", "--timeout-seconds", "0"), "both must be positive"),
+        (b"", ("--reward", "exact", "--timeout-seconds", "nan"), "both must be positive and finite"),
     ],
 )
 def test_wrong_input_is_exit_2_with_one_message(

@@ -123,3 +123,9 @@ def test_rewards_are_imported_without_torch_and_without_pydantic() -> None:
     code = f"import {modules}, sys; print([m for m in ('torch', 'pydantic', 'vllm', 'megatron') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_file_that_exits_while_it_is_imported_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "exits.py").write_text("raise SystemExit(0)")
+    with pytest.raises(UserError, match=r"cannot import .*exits\.py' \(SystemExit: 0\)"):
+        build_rewards([RewardTerm(name=f"{tmp_path}/exits.py:score")])
