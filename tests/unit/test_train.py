@@ -132,41 +132,33 @@ def write_model(folder: Path, **files: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "parts"),
     [
-        (["train.steps=many"], "train.steps='many': input should be a valid integer"),
-        (
-            ["engine.fp8=own_loader"],
-            "engine.fp8='own_loader': input should be 'scales_fp32' or 'scales_power_of_two'",
-        ),
-        (["sampling.group_size=1"], "sampling.group_size=1: an advantage is relative to its group; use 2 or more"),
+        (["train.steps=many"], ("train.steps='many'", "valid integer")),
+        (["engine.fp8=own_loader"], ("engine.fp8='own_loader'", "'scales_fp32' or 'scales_power_of_two'")),
+        (["sampling.group_size=1"], ("sampling.group_size=1", "use 2 or more")),
         (
             ["parallel.tp=2"],
-            "run.world_size=1 is not a multiple of parallel.tp x parallel.cp x parallel.pp = 2 x 1 x 1; use a multiple "
-            "of 2",
+            ("run.world_size=1", "parallel.tp x parallel.cp x parallel.pp = 2 x 1 x 1", "use a multiple of 2"),
         ),
         (
             ["parallel.tp=4", "run.world_size=4"],
-            "parallel.tp=4 does not divide the 2 key-value heads of model.base.architecture; use one of 1, 2",
+            ("parallel.tp=4", "does not divide the 2 key-value heads of model.base.architecture", "use one of 1, 2"),
         ),
-        (
-            ["data.train=nothing.jsonl"],
-            "data.train=nothing.jsonl: no such file; give a JSONL file with a prompt and an answer per line, or "
-            "arithmetic:train / arithmetic:heldout",
-        ),
-        (
-            ["data.eval=nothing.jsonl"],
-            "data.eval=nothing.jsonl: no such file; give a JSONL file with a prompt and an answer per line, or "
-            "arithmetic:train / arithmetic:heldout",
-        ),
+        (["data.train=nothing.jsonl"], ("data.train=nothing.jsonl", "arithmetic:train / arithmetic:heldout")),
+        (["data.eval=nothing.jsonl"], ("data.eval=nothing.jsonl", "arithmetic:train / arithmetic:heldout")),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overrides: list[str], parts: tuple[str, ...]
 ) -> None:
     # where there are GPUs, a config that names no world size would want as many
     monkeypatch.setattr(train, "wanted_world_size", lambda config: config.run.world_size or 1)
-    assert exit_of(monkeypatch, capsys, *overrides) == (2, f"error: {message}\n")
+    code, message = exit_of(monkeypatch, capsys, *overrides)
+    assert code == 2
+    assert message.startswith(f"error: {parts[0]}")
+    assert message.count("\n") == 1
+    assert [part for part in parts if part not in message] == []
 
 
 def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
@@ -177,11 +169,11 @@ def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
     code, message = exit_of(
         monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1"
     )
-    assert (code, message) == (
-        2,
-        f"error: {questions}:2: the prompt has 6 tokens, more than data.max_prompt_tokens=5; raise the limit, or set "
-        "data.overlong=skip\n",
-    )
+    assert code == 2
+    assert message.startswith(f"error: {questions}:2: ")
+    assert "data.max_prompt_tokens=5" in message
+    assert "data.overlong=skip" in message
+    assert message.count("\n") == 1
 
 
 def test_a_model_folder_without_a_usable_tokenizer_is_named(

@@ -142,7 +142,7 @@ def test_the_functions_that_megatron_enters_fp8_by_are_there(source: Any) -> Non
 
 
 def assigned(tree: ast.Module) -> dict[str, str]:
-    """What is assigned anywhere to a name or an attribute -> the last value, as source."""
+    """Return name or attribute -> the last value assigned to it anywhere, as source."""
     return {
         ast.unparse(target): ast.unparse(node.value)
         for node in ast.walk(tree)

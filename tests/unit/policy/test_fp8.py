@@ -62,7 +62,7 @@ def test_experts_get_tokens_in_multiples() -> None:
 
 
 class Fp8Parameter:
-    """As Transformer Engine's tensors in FP8 behave: what is indexed is a copy, what is copied in is rounded."""
+    """Behaves like an FP8 tensor of Transformer Engine: indexing returns a copy, and values copied in are rounded."""
 
     shape = torch.Size([4])
     device = torch.device("cpu")

@@ -54,7 +54,7 @@ def test_a_weight_whose_rows_were_given_back_is_read_from_its_transpose() -> Non
 def test_the_largest_value_of_blocks_is_not_always_in_the_one_with_the_largest_scale() -> None:
     values = torch.ones(130, 129)  # 2 x 2 blocks, three of them cut short
     values[0, 0], values[129, 128], values[129, 0] = 0.0, 448.0, -3.0
-    padding = [1000.0, 1000.0]  # scales are padded to four columns; what stands there is nobody's
+    padding = [1000.0, 1000.0]  # scales are padded to four columns; the padding belongs to no block
     weight = blockwise(values, [[4.0, 2.0, *padding], [0.5, 0.25, *padding]])
     assert weight_range([layer(weight)]).tolist() == [448 * 0.25, 1, 130 * 129]
 

@@ -61,7 +61,7 @@ def test_a_damaged_part_is_found(wheels: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("action", ["cut", "join"])
-def test_a_folder_with_nothing_to_do_is_refused(action: str, tmp_path: Path) -> None:
+def test_a_folder_with_nothing_to_do_is_rejected(action: str, tmp_path: Path) -> None:
     arguments = [action, str(tmp_path), *([str(tmp_path / "out")] if action == "cut" else [])]
     assert main(arguments) == 2
     assert wheel_parts.__doc__

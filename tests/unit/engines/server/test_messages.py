@@ -89,7 +89,7 @@ def test_other_data_is_not_decoded(data: bytes) -> None:
         decode_job_message(data)
 
 
-def test_the_greeting_of_a_later_version_can_be_read() -> None:
+def test_the_hello_of_a_later_version_can_be_read() -> None:
     later = msgspec.msgpack.encode({"type": "Hello", "protocol": 9, "more": [1]})
     assert decode_job_message(later) == decode_server_message(later) == Hello(9)
 
