@@ -49,7 +49,7 @@ def check_arguments(
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
             raise UserError(
-                f"{where}: {target} has no field of this name",
+                f"{where}: no field of this name exists in {target}",
                 remedy=f"did you mean {near[0]}?" if near else f"remove {key}.{name}",
             )
         fault = type_fault(value, fields[name])

@@ -77,7 +77,7 @@ def _section_of(name: str, value: Any) -> str:
     declaring = [section for section in CLASSES if name in _TYPES[section]]
     if not declaring:
         every_type = {each: kind for fields in _TYPES.values() for each, kind in fields.items()}
-        check_arguments(KEY, {name: value}, every_type, {}, " and ".join(map(_class_name, CLASSES)))
+        check_arguments(KEY, {name: value}, every_type, {}, " or ".join(map(_class_name, CLASSES)))
     if len(declaring) > 1 and any(name not in OWNED[s] and name not in NOT_SUPPORTED[s] for s in declaring):
         raise UserError(
             f"{KEY}.{name}: Megatron's {' and '.join(map(_class_name, declaring))} both declare this field",

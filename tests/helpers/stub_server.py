@@ -37,6 +37,7 @@ FACTS = ServingFacts(
     ep=1,
     fp8=None,
     max_num_seqs=8,
+    engine_args="{}",
     kv_cache_tokens=None,
     max_model_len=64,
     routing_replay=False,

@@ -9,6 +9,7 @@ Asserted by tests/unit/engines/server/test_messages.py.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -47,6 +48,8 @@ class ServingFacts(msgspec.Struct, frozen=True, kw_only=True):
     ep: int = msgspec.field(name="engine.ep")
     fp8: str | None = msgspec.field(name="engine.fp8")
     max_num_seqs: int | None = msgspec.field(name="engine.max_num_seqs")
+    engine_args: str = msgspec.field(name="engine.args")
+    """As JSON with sorted keys."""
     kv_cache_tokens: int | None = msgspec.field(name="engine.kv_cache_tokens")
     max_model_len: int = msgspec.field(name="data.max_prompt_tokens + the largest max_tokens")
     routing_replay: bool = msgspec.field(name="algorithm.routing_replay")
@@ -219,6 +222,7 @@ def serving_facts(config: Config, model_folder: Path) -> ServingFacts:
         ep=engine.ep,
         fp8=engine.fp8,
         max_num_seqs=engine.max_num_seqs,
+        engine_args=json.dumps(engine.args, sort_keys=True, default=str),
         kv_cache_tokens=engine.kv_cache_tokens,
         max_model_len=config.longest_rollout,
         routing_replay=config.algorithm.routing_replay,

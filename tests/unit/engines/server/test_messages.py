@@ -98,3 +98,10 @@ def test_differences_are_named_as_the_config_names_them() -> None:
     other = msgspec.structs.replace(FACTS, dtype="fp32", tp=2)
     assert differences(FACTS, FACTS) == []
     assert differences(other, FACTS) == ["precision.dtype=bf16, here fp32", "engine.tp=1, here 2"]
+
+
+def test_other_arguments_of_the_engine_are_a_difference() -> None:
+    other = msgspec.structs.replace(FACTS, engine_args='{"scheduling_policy": "priority"}')
+    assert differences(FACTS, FACTS) == []
+    (found,) = differences(FACTS, other)
+    assert found.startswith('engine.args={"scheduling_policy": "priority"}')
