@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
     try:
+        check_output_file("--html", args.html)
         return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.cli.plan_file import difference, read_plan, write_plan
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
     try:
+        check_output_file("--out", args.out)
         return run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
