@@ -55,6 +55,12 @@ PARTS: Mapping[PartKind, Mapping[str, AlgorithmPart]] = {
 }
 """Value of `algorithm.surrogate` or `algorithm.advantage` -> the function."""
 
+_ARGUMENTS: Mapping[PartKind, tuple[str, ...]] = {
+    "surrogate": ("log_probs", "log_ratio", "advantages", "segments"),
+    "advantage": ("step",),
+}
+"""Positional arguments of each kind of function; `grpo_mega.algorithm.base` describes them."""
+
 _WHAT: Mapping[PartKind, str] = {"surrogate": "surrogate", "advantage": "advantage estimator"}
 _CATALOGUES = {
     kind: Catalogue(_WHAT[kind], {name: part.path for name, part in parts.items()}, _DECLARATION, key=kind)
@@ -76,7 +82,8 @@ def find_part(kind: PartKind, name: str) -> Callable[..., Any]:
     """Import and return the function that `algorithm.<kind>` names.
 
     Raises:
-        UserError: the name is unknown, the module cannot be imported, or the function is not declared.
+        UserError: the name is unknown, the module cannot be imported, or the function is not declared or takes other
+            arguments.
     """
     function = _CATALOGUES[kind].find("algorithm", name)
     if getattr(function, _DECLARATION, None) != kind:
@@ -84,7 +91,23 @@ def find_part(kind: PartKind, name: str) -> Callable[..., Any]:
             f"algorithm.{kind}={name!r} is not declared as {'an' if kind == 'advantage' else 'a'} {_WHAT[kind]}",
             remedy=f"put `@grpo_mega.algorithm.{kind}` above the function",
         )
+    if not inspect.isfunction(function) or not _takes(function, _ARGUMENTS[kind]):
+        raise UserError(
+            f"algorithm.{kind}={name!r} must be a function of {len(_ARGUMENTS[kind])} positional argument(s)",
+            remedy=f"write it as def {getattr(function, '__name__', kind)}({', '.join(_ARGUMENTS[kind])}, *, keys ...)",
+        )
     return function
+
+
+def _takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+    """Return True if the function can be called with these positional arguments and its keyword-only parameters."""
+    signature = inspect.signature(function)
+    keys = {p.name: None for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    try:
+        signature.bind(*arguments, **keys)
+    except TypeError:
+        return False
+    return True
 
 
 def part_keys(kind: PartKind, name: str, known: Mapping[str, object]) -> tuple[tuple[str, ...], tuple[str, ...]]:

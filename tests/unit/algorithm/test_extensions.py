@@ -37,6 +37,21 @@ def with_unknown_key(log_probs, log_ratio, advantages, segments, *, margin):
     return log_ratio * advantages, advantages > margin
 
 
+@surrogate
+def too_few(log_probs, log_ratio):
+    return log_ratio, log_ratio > 0
+
+
+@surrogate
+class NotAFunction:
+    pass
+
+
+@advantage
+def too_many(step, other):
+    return Estimates(list(step.rewards))
+
+
 def undeclared(log_probs, log_ratio, advantages, segments):
     return log_ratio * advantages, advantages > 0
 """
@@ -78,6 +93,9 @@ def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension:
         ({"surrogate": "{file}:absent"}, r"has no function 'absent'; its surrogates: .*squared_ratio"),
         ({"surrogate": "{file}:undeclared"}, r"put `@grpo_mega\.algorithm\.surrogate`"),
         ({"surrogate": "{file}:raw_reward"}, r"is not declared as a surrogate"),
+        ({"surrogate": "{file}:too_few"}, r"must be a function of 4 positional argument.*def too_few\(log_probs"),
+        ({"surrogate": "{file}:NotAFunction"}, r"must be a function of 4 positional argument"),
+        ({"advantage": "{file}:too_many"}, r"must be a function of 1 positional argument.*def too_many\(step"),
         ({"surrogate": "{file}:with_unknown_key", "clip_high": None}, r"parameter 'margin' is not a key of algorithm"),
         ({"surrogate": "{file}:squared_ratio", "clip_low": 0.2}, r"algorithm\.clip_low=0\.2 does nothing"),
         ({"surrogate": "{file}:squared_ratio", "clip_high": None}, r"algorithm\.clip_high=null.*needs a value"),
