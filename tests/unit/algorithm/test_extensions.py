@@ -95,7 +95,10 @@ def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension:
         ({"surrogate": "{file}:raw_reward"}, r"is not declared as a surrogate"),
         ({"surrogate": "{file}:too_few"}, r"must be a function of 4 positional argument.*def too_few\(log_probs"),
         ({"surrogate": "{file}:NotAFunction"}, r"must be a function of 4 positional argument"),
-        ({"advantage": "{file}:too_many"}, r"must be a function of 1 positional argument.*def too_many\(step"),
+        (
+            {"advantage": "{file}:too_many", "clip_low": 0.2},
+            r"must be a function of 1 positional argument.*def too_many\(step",
+        ),
         ({"surrogate": "{file}:with_unknown_key", "clip_high": None}, r"parameter 'margin' is not a key of algorithm"),
         ({"surrogate": "{file}:squared_ratio", "clip_low": 0.2}, r"algorithm\.clip_low=0\.2 does nothing"),
         ({"surrogate": "{file}:squared_ratio", "clip_high": None}, r"algorithm\.clip_high=null.*needs a value"),
