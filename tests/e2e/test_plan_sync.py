@@ -49,7 +49,7 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_an_earlier_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "run.world_size is not set"),
+        ([], "set run.world_size=N"),
         (["run.world_size=4", "--gpus-per-node", "0"], "--gpus-per-node=0 must be more than 0"),
         (["run.world_size=4", "engine.kind=sglang"], "engine.kind=sglang is not supported"),
         (["run.world_size=4", "parallel.tp=3"], "run.world_size=4 is not a multiple of parallel.tp"),
