@@ -50,12 +50,14 @@ def serving(answer: Callable[[Request], tuple[int, Any]]) -> Iterator[RewardServ
                 server.num_concurrent += 1
                 server.max_concurrent = max(server.max_concurrent, server.num_concurrent)
             try:
-                self.respond(*server.answer(request))
-            except (BrokenPipeError, ConnectionResetError):
-                return
-            finally:
+                status, body = server.answer(request)
+            finally:  # before the answer is written: a client may send its next request as soon as it has the answer
                 with server.lock:
                     server.num_concurrent -= 1
+            try:
+                self.respond(status, body)
+            except (BrokenPipeError, ConnectionResetError):
+                return
 
         def respond(self, status: int, body: Any) -> None:
             if body is None:  # the client gets no answer
