@@ -50,7 +50,7 @@ SIZE = RewardTerm(name="user_batched:size", weight=0.5)
 
 
 def score_all(terms: list[RewardTerm], completions: list[str]) -> dict[int, Reward]:
-    with RewardPool(terms, workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool(terms, workers=1, timeout_seconds=60.0) as pool:
         for key, completion in enumerate(completions):
             pool.submit(key, "prompt", completion, "7")
         return pool.collect()
@@ -101,7 +101,7 @@ def test_the_error_for_an_unknown_argument_of_a_batched_reward_lists_the_known_o
 
 
 def test_rows_are_scored_in_batches_by_the_requested_threads_and_submit_does_not_wait() -> None:
-    sizes, threads, most = [], set(), [0, 0]
+    sizes, threads, most, finished = [], set(), [0, 0], []
     lock, gate = threading.Lock(), threading.Event()
 
     def score(rows: Sequence[ScoringRow]) -> list[float]:
@@ -110,16 +110,16 @@ def test_rows_are_scored_in_batches_by_the_requested_threads_and_submit_does_not
             threads.add(threading.get_ident())
             most[0] += 1
             most[1] = max(most)
-        gate.wait(20.0)
+        gate.wait(60.0)
         with lock:
             most[0] -= 1
+            finished.append(len(rows))
         return [float(len(row.completion)) for row in rows]
 
     scorer = ThreadedScorer(score, batch_size=4, concurrency=2)
-    started = time.monotonic()
     for key in range(20):
         scorer.submit(key, ScoringRow("", "x" * key, ""))
-    assert time.monotonic() - started < 5.0
+    assert finished == []
     while most[0] < 2:
         time.sleep(0.01)
     gate.set()
@@ -147,13 +147,17 @@ def test_the_rows_of_a_score_that_raises_or_returns_too_many_values_get_the_reas
 
 
 def test_close_does_not_wait_for_running_requests() -> None:
-    never = threading.Event()
-    scorer = ThreadedScorer(lambda rows: [float(never.wait(60.0))] * len(rows), batch_size=1, concurrency=1)
+    never, finished = threading.Event(), []
+
+    def score(rows: Sequence[ScoringRow]) -> list[float]:
+        finished.append(never.wait(60.0))
+        return [0.0] * len(rows)
+
+    scorer = ThreadedScorer(score, batch_size=1, concurrency=1)
     scorer.submit(0, ScoringRow("", "", ""))
-    started = time.monotonic()
     scorer.close()
     assert isinstance(scorer.collect()[0], TimeoutError)
-    assert time.monotonic() - started < 5.0
+    assert finished == []
     never.set()
 
 
@@ -172,7 +176,7 @@ def test_a_late_value_has_failed_and_is_not_used_in_the_next_step() -> None:
     gates[1].set()
     scorer.submit(0, ScoringRow("", "", "1"))
     gates[0].set()
-    limit = time.monotonic() + 20.0
+    limit = time.monotonic() + 60.0
     while (found := scorer.collect()) == {} or isinstance(found[0], Exception):
         assert time.monotonic() < limit
         scorer.submit(0, ScoringRow("", "", "1"))

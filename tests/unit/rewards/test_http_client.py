@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
 from tests.helpers.reward_server import Request, RewardServer, judged, serving
 
-QUICK = {"request_seconds": 0.5, "retries": 2, "backoff_seconds": 0.01}
+QUICK = {"request_seconds": 60.0, "retries": 2, "backoff_seconds": 0.01}
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +80,24 @@ def test_the_api_key_is_read_from_the_environment(server: RewardServer, monkeypa
 
 
 def test_remote_scores_many_completions_with_one_request_and_few_at_a_time(server: RewardServer) -> None:
+    all_submitted = threading.Event()
+
     def answer(request: Request) -> tuple[int, Any]:
-        time.sleep(0.2)
+        all_submitted.wait(60.0)
         return 200, {"rewards": [len(row["completion"]) / 100 for row in request.body["rows"]]}
 
     server.answer = answer
-    found = remote(server, *("x" * n for n in range(40)), batch_size=8, concurrency=2, request_seconds=60.0)
-    assert found == [n / 100 for n in range(40)]
-    assert 5 <= len(server.requests) < 15
+    scorer = opened("remote", url=f"{server.url}/score", batch_size=8, concurrency=2, **QUICK)
+    for key in range(40):
+        scorer.submit(key, ScoringRow("the question", "x" * key, "the reference"))
+    limit = time.monotonic() + 60.0
+    while server.max_concurrent < 2:
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+    all_submitted.set()
+    assert scorer.collect() == {key: key / 100 for key in range(40)}
+    scorer.close()
+    assert 5 <= len(server.requests) <= 7  # two with what was queued first, then full batches
     assert max(len(request.body["rows"]) for request in server.requests) == 8
     assert server.max_concurrent == 2
     row = {"prompt": "the question", "completion": "", "reference": "the reference"}
@@ -118,20 +129,27 @@ def test_a_transient_error_is_retried(server: RewardServer, failure: tuple[int, 
         ((200, judged("Score: 11")), 3, "mark 11 is not on the scale 1 to 10"),
         ((200, [1, 2]), 3, "the answer has the wrong form (TypeError"),
         ((200, b"[" * 100_000), 3, "RecursionError"),
-        ((200, None), 3, "no answer within 0.5 s"),
-        ((200, "drip"), 3, "within 0.5 s"),
     ],
 )
-def test_a_server_without_a_usable_answer_fails_within_its_limits(
+def test_a_server_without_a_usable_answer_fails_within_its_attempts(
     server: RewardServer, answer: tuple[int, Any], attempts: int, reason: str
 ) -> None:
     server.answer = lambda request: answer
-    started = time.monotonic()
     (found,) = judge(server, "a")
     assert isinstance(found, Exception)
     assert reason in str(found)
     assert len(server.requests) == attempts
-    assert time.monotonic() - started < 15.0
+
+
+@pytest.mark.parametrize(("answer", "reason"), [(None, "no answer within 0.5 s"), ("drip", "within 0.5 s")])
+def test_a_server_that_does_not_finish_its_answer_fails_within_its_limits(
+    server: RewardServer, answer: str | None, reason: str
+) -> None:
+    server.answer = lambda request: (200, answer)
+    (found,) = judge(server, "a", request_seconds=0.5)  # the server would wait for 60 s, or answer forever
+    assert isinstance(found, Exception)
+    assert "3 attempts failed" in str(found)
+    assert reason in str(found)
 
 
 def test_the_wait_doubles_with_each_attempt(server: RewardServer) -> None:
@@ -154,7 +172,7 @@ def test_a_server_that_exited_scores_the_floor_without_an_error() -> None:
             RewardTerm(name="remote", args={"url": short_lived.url, "low": -3.0, **QUICK}),
             RewardTerm(name="exact"),
         ]
-        pool = RewardPool(terms, workers=1, timeout_seconds=5.0)
+        pool = RewardPool(terms, workers=1, timeout_seconds=60.0)
         pool.submit(0, "", "7", "7")
         assert pool.collect()[0].value == 2.0
     pool.submit(1, "", "7", "7")

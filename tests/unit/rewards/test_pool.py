@@ -65,14 +65,17 @@ def user_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 OBEY = RewardTerm(name="user_rewards:obey")
 
 
-def score_all(completions: list[str], *, terms: list[RewardTerm], workers: int = 1) -> dict[int, Reward]:
-    with RewardPool(terms, workers=workers, timeout_seconds=0.4) as pool:
+def score_all(
+    completions: list[str], *, terms: list[RewardTerm], workers: int = 1, timeout_seconds: float = 60.0
+) -> dict[int, Reward]:
+    """Score with a time limit that a busy machine does not reach, unless the test needs one that is reached."""
+    with RewardPool(terms, workers=workers, timeout_seconds=timeout_seconds) as pool:
         for key, completion in enumerate(completions):
             pool.submit(key, "prompt", completion, "7")
         return pool.collect()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     limit = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > limit:
@@ -103,7 +106,7 @@ def test_a_reward_that_fails_scores_its_floor_and_affects_no_other_scoring(
     completions = [text for what in bad for text in (what, "fine", "#### 7")]
     terms = [OBEY, RewardTerm(name="gsm8k", weight=0.25)]
     with caplog.at_level(logging.WARNING):
-        rewards = score_all(completions, terms=terms, workers=workers)
+        rewards = score_all(completions, terms=terms, workers=workers, timeout_seconds=2.0)
     assert sorted(rewards) == list(range(30))
     for key, completion in enumerate(completions):
         failed = completion in bad
@@ -121,7 +124,7 @@ def test_a_reward_that_fails_scores_its_floor_and_affects_no_other_scoring(
 def test_steps_come_back_weighted_and_a_number_beside_them_ends_with_the_completion() -> None:
     text = "steps [[4, 0.5], [9, -0.25]]"
     terms = [RewardTerm(name="user_rewards:obey", weight=2.0), RewardTerm(name="user_rewards:is_clean", weight=3.0)]
-    with RewardPool(terms, workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool(terms, workers=1, timeout_seconds=60.0) as pool:
         pool.submit(0, "", text, "")
         pool.submit(1, "", "fine", "")
         found = pool.collect()
@@ -135,14 +138,14 @@ def test_steps_come_back_weighted_and_a_number_beside_them_ends_with_the_complet
     "steps", ["[]", "[[1]]", "[[1, 2, 3]]", "[[-1, 0.5]]", "[[0.5, 0.5]]", "[[1, 2.0]]", "[[1, null]]"]
 )
 def test_malformed_steps_fail_like_any_other_value(steps: str) -> None:
-    with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool([OBEY], workers=1, timeout_seconds=60.0) as pool:
         pool.submit(0, "", f"steps {steps}", "")
         found = pool.collect()[0]
     assert (found.value, found.failures, found.steps) == (-0.5, ("obey",), None)
 
 
 def test_failures_are_counted_over_the_life_of_the_pool() -> None:
-    with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool([OBEY], workers=1, timeout_seconds=60.0) as pool:
         for _ in range(2):
             for key, completion in enumerate(["raise", "fine", "exit"]):
                 pool.submit(key, "", completion, "")
@@ -156,14 +159,14 @@ def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit_by_the_pro
 ) -> None:
     monkeypatch.setattr(json_worker, "GRACE_SECONDS", 60.0)  # on a busy machine an alarm may come late
     terms = [RewardTerm(name="format", args={"pattern": "(a+)+b$"})]
-    rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms)
+    rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms, timeout_seconds=2.0)
     assert f"the first: key 0 exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent SIGKILL
     assert [rewards[key].failures for key in range(3)] == [("format",), (), ("format",)]
     assert rewards[1].value == 1.0
 
 
 def test_a_reward_that_disables_the_alarm_is_ended_by_the_parent() -> None:
-    rewards = score_all(["ignore_alarm", "fine"], terms=[OBEY])
+    rewards = score_all(["ignore_alarm", "fine"], terms=[OBEY], timeout_seconds=2.0)
     assert rewards[0].failures == ("obey",)
     assert rewards[1] == Reward(value=1.0, components={"obey": 1.0})
 
@@ -174,7 +177,7 @@ def test_scoring_continues_while_the_caller_does_something_else(tmp_path: Path) 
         for key in range(4):
             pool.submit(key, "", f"await {gate}", str(key))
         gate.touch()  # a submit that waits for its scoring would never return
-        assert wait_until(lambda: len(list(tmp_path.glob("gate.*"))) == 4, seconds=60.0)  # before `collect`
+        assert wait_until(lambda: len(list(tmp_path.glob("gate.*"))) == 4)  # before `collect`
         assert {reward.failures for reward in pool.collect().values()} == {()}
 
 
@@ -186,7 +189,7 @@ def test_values_do_not_depend_on_the_number_of_workers() -> None:
 
 def test_any_text_reaches_the_worker_unchanged() -> None:
     texts = ["\0", "\ud800", "\u2028\n\r\n", "\U0001f600" * 1000, '"\\', "x" * 300_000]
-    with RewardPool([RewardTerm(name="exact")], workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool([RewardTerm(name="exact")], workers=1, timeout_seconds=60.0) as pool:
         for key, text in enumerate(texts):
             pool.submit(key, text, text, text)
         assert [reward.value for _, reward in sorted(pool.collect().items())] == [1.0] * len(texts)
@@ -208,7 +211,7 @@ def test_output_of_a_reward_does_not_reach_the_stdout_of_the_parent(capfd: pytes
 
 
 def test_a_worker_that_is_killed_while_idle_is_replaced_without_a_failure() -> None:
-    with RewardPool([OBEY], workers=2, timeout_seconds=5.0) as pool:
+    with RewardPool([OBEY], workers=2, timeout_seconds=60.0) as pool:
         victims = pool.worker_pids
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
@@ -223,7 +226,7 @@ def test_a_wrong_term_is_rejected_before_a_worker_starts() -> None:
 
 
 def test_a_key_submitted_twice_and_a_closed_pool_are_errors() -> None:
-    with RewardPool([OBEY], workers=1, timeout_seconds=5.0) as pool:
+    with RewardPool([OBEY], workers=1, timeout_seconds=60.0) as pool:
         pool.submit(5, "", "fine", "")
         with pytest.raises(ValueError, match="key=5 was submitted twice"):
             pool.submit(5, "", "fine", "")
@@ -287,4 +290,4 @@ def test_no_worker_outlives_a_parent_that_was_killed(parent: tuple[subprocess.Po
     assert all(is_running(pid) for pid in pids)
     process.kill()
     process.wait()
-    assert wait_until(lambda: not any(is_running(pid) for pid in pids), seconds=3.0)
+    assert wait_until(lambda: not any(is_running(pid) for pid in pids))
