@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from grpo_mega.algorithm.degenerate import rewards_are_equal
 from grpo_mega.algorithm.segments import Segments
 from grpo_mega.types import Rollout
 
@@ -78,10 +79,17 @@ class StepRewards:
 
     @property
     def reward_matrix(self) -> Tensor:
-        """[P, G] float32: reward of each rollout minus the sum of its penalties."""
-        rewards = self.rewards
+        """[P, G] float32: reward of each rollout minus the sum of its penalties.
+
+        The rewards of a group that differ only by rounding (`rewards_are_equal`) are replaced by the first of them.
+        """
+        rewards = list(self.rewards)
         if self.penalties is not None:
             rewards = [r - sum(row) for r, row in zip(rewards, self.penalties, strict=True)]
+        for first in range(0, len(rewards), self.group_size):
+            group = slice(first, first + self.group_size)
+            if rewards_are_equal(rewards[group]):
+                rewards[group] = [rewards[first]] * self.group_size
         return torch.tensor(rewards, dtype=torch.float32).view(-1, self.group_size)
 
 

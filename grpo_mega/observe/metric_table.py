@@ -48,7 +48,9 @@ METRICS: dict[str, Metric] = {
     "rollout/turns_mean": Metric("turns", "mean answers of the policy per rollout; 1 without an environment"),
     "rollout/result_tokens": Metric("tokens", "part of `rollout/tokens` that the environment wrote", _ENVIRONMENT),
     "rollout/tokens_per_replica/*": Metric("tokens", "completion tokens that one replica sampled"),
-    "group/degenerate_fraction": Metric("fraction", "sampled groups whose rewards are all equal: no training signal"),
+    "group/degenerate_fraction": Metric(
+        "fraction", "sampled groups whose rewards are equal up to rounding: no training signal"
+    ),
     "group/discarded": Metric("groups", "degenerate groups that were replaced by others; no other metric counts them"),
     "train/loss": Metric("loss", "loss, mean over the step's updates"),
     "train/kl": Metric("nats per token", "KL divergence of the policy from the reference", "`algorithm.kl_coef` > 0"),

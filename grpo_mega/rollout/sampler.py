@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
+from grpo_mega.algorithm.degenerate import is_degenerate
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
@@ -60,11 +61,9 @@ class SampledGroups:
     num_discarded: int = 0
 
     def is_degenerate(self, group: int) -> bool:
-        """Return True if all rewards of a group are equal; for a process reward, the values of all steps."""
+        """Return True if the rewards of a group differ by no more than rounding (algorithm/degenerate.py)."""
         first = group * self.group_size
-        rollouts = self.rollouts[first : first + self.group_size]
-        values = {value for r in rollouts for _, value in r.steps or ((0, r.reward.value),)}
-        return len(values) == 1
+        return is_degenerate(self.rollouts[first : first + self.group_size])
 
     def tokens_per_replica(self, num_replicas: int) -> list[int]:
         """Return the number of completion tokens that each replica sampled."""

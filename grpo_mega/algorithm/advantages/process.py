@@ -8,6 +8,7 @@ from itertools import accumulate, compress
 import torch
 
 from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
+from grpo_mega.algorithm.degenerate import equal_up_to_rounding
 
 
 @advantage
@@ -40,7 +41,8 @@ def process_advantages(
         group_size: rollouts of a group.
 
     Returns:
-        One list per rollout, one number per completion token; all zero in a group whose values are all equal.
+        One list per rollout, one number per completion token; all zero in a group whose values are equal up to rounding
+        (algorithm/degenerate.py).
 
     Raises:
         ValueError: a step does not end within its rollout, or a value is not finite.
@@ -54,7 +56,7 @@ def process_advantages(
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"the value of a step of rollouts {begin} to {begin + group_size - 1} is not finite")
         mean, std = float(values.mean()) if len(values) else 0.0, 0.0
-        if len(values) > 1 and not bool((values == values[0]).all()):
+        if len(values) > 1 and not equal_up_to_rounding(values.tolist()):
             std = float(values.std(correction=1))
         for row, length in zip(group, lengths[begin : begin + group_size], strict=True):
             gains = [0.0] * length
