@@ -146,7 +146,7 @@ class WeightSink(Protocol):
         ...
 
     def load(self, name: str, tensor: Tensor) -> None:
-        """Pass a whole tensor to the engine's own loader."""
+        """Pass the whole tensor `name`, in its checkpoint shape, to the engine's own loader."""
         ...
 
     def end_update(self, policy_version: int) -> None:
@@ -222,8 +222,14 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Sample G completions per prompt and return them in the prompts' order.
 
-        `on_completion(prompt_position, member, completion)` is called as soon as a rollout is complete, while others
-        are still being sampled.
+        Args:
+            prompts: tokenized prompts; empty where the other data-parallel ranks of the replica have prompts.
+            sampling: group size G, temperature, limits in tokens, and the seed.
+            on_completion: called as `on_completion(prompt_position, member, completion)` as soon as a rollout is
+                complete, while others are still being sampled.
+
+        Returns:
+            One list of G completions per prompt, with log-probs in nats.
 
         Raises:
             RuntimeError: the engine is asleep, is being updated, or has no weights yet.
@@ -293,7 +299,16 @@ class Critic(Protocol):
         ...
 
     def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
-        """Take one optimizer step on the microbatches, which carry `returns` and `old_values`."""
+        """Take one optimizer step on the microbatches, which carry `returns` and `old_values`, both [T].
+
+        Args:
+            microbatches: of this data-parallel rank; all ranks pass the same number, with rows of one length.
+            loss: loss per token, multiplied by `token_weights` and summed over all tokens of all ranks.
+            learning_rate: of this step.
+
+        Raises:
+            RuntimeError: the loss or the gradient is not finite; no update was made.
+        """
         ...
 
     def offload(self, *parts: LearnerState) -> None:
@@ -335,9 +350,18 @@ class Policy(Protocol):
     def update(
         self, microbatches: Sequence[Microbatch], loss: TokenLoss, learning_rate: float
     ) -> tuple[UpdateStats, list[Tensor] | None]:
-        """Take one optimizer step. All ranks pass the same number of microbatches, of one row length.
+        """Take one optimizer step.
 
-        Also returns the log-probs before the step, as `log_probs` returns them.
+        Args:
+            microbatches: of this data-parallel rank; all ranks pass the same number, with rows of one length.
+            loss: loss per token, multiplied by `token_weights` and summed over all tokens of all ranks.
+            learning_rate: of this step.
+
+        Returns:
+            The statistics, and the log-probs before the step as `log_probs` returns them: [T] per microbatch, in nats.
+
+        Raises:
+            RuntimeError: the loss or the gradient is not finite; no update was made.
         """
         ...
 
@@ -375,6 +399,6 @@ class Policy(Protocol):
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole tensor) of every Hugging Face tensor in checkpoint order, on every rank.
 
-        At most one bucket of `bucket_bytes` is alive at a time.
+        The shapes are those of `WeightSource.hf_shapes`. At most one bucket of `bucket_bytes` is alive at a time.
         """
         ...

@@ -110,7 +110,7 @@ class Reward:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer to one prompt with its reward; a row of `rollouts/*.jsonl`. The G rollouts of a prompt form a
+    """One answer to one prompt with its reward; a row of `rollouts/step_*.jsonl`. The G rollouts of a prompt form a
     group."""
 
     prompt: Prompt

@@ -8,7 +8,10 @@ from grpo_mega.planner.row_shape import PackedRowShape
 
 
 class AttentionActivations:
-    """Bytes that the attention of one layer keeps for its backward pass, on one rank."""
+    """Bytes that the attention of one layer keeps for its backward pass, on one rank.
+
+    `i` is the number of bytes of an element that a matrix product reads.
+    """
 
     def __init__(self, row: PackedRowShape, spec: ModelSpec, parallel: ParallelConfig) -> None:
         self._row, self._spec, self._parallel = row, spec, parallel

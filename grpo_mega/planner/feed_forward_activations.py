@@ -8,7 +8,16 @@ from grpo_mega.planner.row_shape import PackedRowShape
 
 
 class FeedForwardActivations:
-    """Bytes that the feed-forward part of one layer keeps for its backward pass, on one rank."""
+    """Bytes that the feed-forward part of one layer keeps for its backward pass, on one rank.
+
+    `i` is the number of bytes of an element that a matrix product reads.
+
+    Args:
+        row: tokens of a packed row on this rank.
+        spec: the model.
+        parallel: its layout.
+        imbalance: tokens of the busiest expert-parallel rank, divided by the mean.
+    """
 
     def __init__(self, row: PackedRowShape, spec: ModelSpec, parallel: ParallelConfig, imbalance: float) -> None:
         self._row, self._spec, self._parallel, self._imbalance = row, spec, parallel, imbalance

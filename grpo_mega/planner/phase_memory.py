@@ -104,7 +104,15 @@ class _Stage:
 def activation_bytes(
     activations: Activations, chunks: list[ModelChunk], pp: int, pp_rank: int, num_microbatches: int
 ) -> float:
-    """Return the peak of activations on one rank: all microbatches in flight, and what is recomputed beside them."""
+    """Return the peak bytes of activations on one rank: all microbatches in flight, and the largest recomputed part.
+
+    Args:
+        activations: bytes of one microbatch in each chunk.
+        chunks: the vpp chunks of this pipeline rank.
+        pp: number of pipeline ranks.
+        pp_rank: this pipeline rank.
+        num_microbatches: microbatches of one update; with vpp > 1 a multiple of pp.
+    """
     kept, recomputed = zip(*(activations.chunk(chunk) for chunk in chunks), strict=True)
     peak, _ = peak_of_schedule(kept, pp, pp_rank, num_microbatches)
     return peak + float(max(recomputed))

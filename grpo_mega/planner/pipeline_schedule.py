@@ -1,7 +1,8 @@
 """Number of microbatches that a pipeline rank holds at once, from walking through Megatron's schedules.
 
-1F1B (arXiv:2104.04473, figure 3): rank r of pp runs pp - r - 1 forward passes ahead. Interleaved (figure 4):
-2 (pp - r - 1) + (vpp - 1) pp passes (schedules.py of Megatron-Core 0.16, get_pp_rank_microbatches).
+1F1B (arXiv:2104.04473, section "Default Schedule"): rank r of pp runs pp - r - 1 forward passes ahead. Interleaved
+(section "Schedule with Interleaved Stages"): 2 (pp - r - 1) + (vpp - 1) pp passes (schedules.py of Megatron-Core 0.16,
+get_pp_rank_microbatches).
 Pure arithmetic. Asserted by tests/unit/planner/test_phase_memory.py.
 """
 
@@ -20,6 +21,9 @@ def peak_of_schedule(
         pp: number of pipeline ranks.
         pp_rank: this pipeline rank.
         num_microbatches: microbatches of one update; with vpp > 1 a multiple of pp.
+
+    Source: Narayanan et al., "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+        arXiv:2104.04473; the interleaved order is that of Megatron-Core's schedules.py.
     """
     vpp = len(chunk_bytes)
     if vpp == 1:

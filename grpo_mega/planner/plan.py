@@ -162,7 +162,17 @@ def _check_fp8_support(config: Config, cluster: Cluster) -> None:
 
 
 def total_parameters(config: Config, spec: ModelSpec, whole: ModuleSizes, where: str) -> int:
-    """Return the number of parameters of the model, each counted once. `whole` are the sizes on a single rank."""
+    """Return the number of parameters of the model, each counted once.
+
+    Args:
+        config: gives the pipeline layout.
+        spec: the model.
+        whole: sizes of the modules on a single rank.
+        where: what error messages call the source of the model.
+
+    Raises:
+        UserError: the layers do not divide into the pipeline stages.
+    """
     numel = 0
     for chunks in model_chunks(spec, config, where):
         for chunk in chunks:

@@ -56,7 +56,12 @@ def even_layout(num_layers: int, pp: int) -> str:
 def remedy(plan: ResourcePlan, planner: Planner, num_layers: int) -> Change | None:
     """Return the fewest changes that make the plan fit, or None.
 
-    More devices are tried only if no other change makes it fit.
+    More devices are tried only if no other change makes it fit, up to 32 times as many.
+
+    Args:
+        plan: a plan that does not fit.
+        planner: plans a changed config.
+        num_layers: of the model.
     """
     config = plan.inputs.config
     for found in _fitting_changes(config, planner, list(_changes(plan.inputs, num_layers))):

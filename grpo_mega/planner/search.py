@@ -32,7 +32,16 @@ class FittingLayout:
 def search(
     config: Config, spec: ModelSpec, planner: Planner, num_ranks: int, per_node: int, keep: int
 ) -> list[FittingLayout]:
-    """Return at most `keep` layouts of `num_ranks` devices that fit, the fastest step first."""
+    """Return at most `keep` layouts of `num_ranks` devices that fit, the fastest step first.
+
+    Args:
+        config: the run; its layout, recomputation and optimizer placement are replaced.
+        spec: its model.
+        planner: plans a changed config.
+        num_ranks: devices of the policy.
+        per_node: devices of a node, the largest tp.
+        keep: number of layouts.
+    """
     found: list[FittingLayout] = []
     for engine in _engine_layouts(config, planner, num_ranks):
         for layout in _layouts(spec, num_ranks, per_node):

@@ -48,7 +48,15 @@ class TokenCost:
 
 
 def token_cost(spec: ModelSpec, total_parameters: int, mean_length: float) -> TokenCost:
-    """Return the cost of one token: without the embedding, which is a lookup, and with `top_k` of the experts."""
+    """Return the cost of one token: without the embedding, which is a lookup, and with `top_k` of the experts.
+
+    Args:
+        spec: the model.
+        total_parameters: of the whole model.
+        mean_length: mean tokens of a rollout, over which attention is computed.
+
+    Source: arXiv:2104.04473, appendix (2 operations per weight and token in the forward pass).
+    """
     active = float(total_parameters)
     if not spec.tie_embeddings:
         active -= spec.vocab_size * spec.hidden_size
@@ -62,7 +70,13 @@ def token_cost(spec: ModelSpec, total_parameters: int, mean_length: float) -> To
 
 
 def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> StepTime:
-    """Return the seconds of one step of rollouts of mean length; the longest one reaches sampling.max_tokens."""
+    """Return the seconds of one step of rollouts of mean length; the longest one reaches sampling.max_tokens.
+
+    Args:
+        inputs: the run, its cluster and the assumed efficiencies.
+        memory: bytes of weights, optimizer state, KV cache and checkpoint.
+        total_parameters: of the whole model.
+    """
     config, topology, assumed, gpu = inputs.config, inputs.topology, inputs.assumptions, inputs.gpu
     work = inputs.workload
     cost = token_cost(inputs.spec, total_parameters, work.mean)

@@ -30,7 +30,14 @@ class Environments(Protocol):
     """Interface of the environment workers (environments/pool.py)."""
 
     def submit(self, key: int, prompt: str, turns: Sequence[Turn], reference: str) -> None:
-        """Start computing a reply; returns at once."""
+        """Start computing a reply; returns at once.
+
+        Args:
+            key: number of the rollout, with which `collect` returns the reply.
+            prompt: text after the chat template.
+            turns: answers and replies so far; the last turn has no reply yet.
+            reference: the data set's answer to the prompt.
+        """
         ...
 
     def collect(self) -> dict[int, Reply]:
@@ -149,7 +156,11 @@ class MultiTurnGenerator:
         return wave.completions()
 
     def replies(self) -> dict[int, Reply]:
-        """Return the replies that the first rank of the shard collected. An exception there is raised on every rank."""
+        """Return the replies that the first rank of the prompt shard collected, by key. Collective.
+
+        Raises:
+            Exception: the exception of `collect` on the first rank, whatever its type, on every rank of the shard.
+        """
         outcome: dict[int, Reply] | Exception | None = None
         if self.environments is not None:
             try:

@@ -24,6 +24,11 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     The k samples are drawn without replacement; c of the n samples are correct. The estimate of the probability for k
     new samples is unbiased for every k <= n.
 
+    Args:
+        num_samples: n, samples of one prompt.
+        num_right: c, correct ones.
+        k: samples that are drawn, 1 <= k <= n.
+
     Raises:
         ValueError: k is not within 1 to n, or c is not within 0 to n.
 

@@ -41,7 +41,14 @@ class Scorer(Protocol):
     """Interface of the reward workers (rewards/pool.py)."""
 
     def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
-        """Start scoring; returns at once."""
+        """Start scoring; returns at once.
+
+        Args:
+            key: number of the rollout, with which `collect` returns the reward.
+            prompt: text after the chat template.
+            completion: text of the completion.
+            reference: the data set's answer to the prompt.
+        """
         ...
 
     def collect(self) -> dict[int, Reward]:
@@ -128,7 +135,10 @@ class Sampler:
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         """Sample and score one group per prompt. Collective.
 
-        `request.seed` is replaced by a seed that is derived from `seed_of`, the wave and the prompt shard.
+        Args:
+            prompts: all prompts of the step, the same on every rank.
+            request: group size, temperature and limits; its seed is replaced.
+            seed_of: values from which, with wave and prompt shard, the seed is derived (`derived_seed`).
 
         Raises:
             RuntimeError: the engines did not return one rollout per request.

@@ -118,6 +118,9 @@ def build_batch(
         dp: number of data-parallel ranks.
         dp_rank: data-parallel rank of this rank.
         shape: multiples that the layout requires of row and segment lengths.
+
+    Raises:
+        ValueError: a reward, a step value or an advantage is not finite.
     """
     size = groups.group_size
     lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]

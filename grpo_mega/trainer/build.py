@@ -86,7 +86,20 @@ def building(
     prompts: PromptDataset,
     held_out: PromptDataset | None,
 ) -> Iterator[BuiltJob]:
-    """Construct all objects of a rank; on exit they are closed in reverse order."""
+    """Construct all objects of a rank; on exit they are closed in reverse order. Collective.
+
+    Args:
+        config: the checked config.
+        ranks: coordinates and device of this rank.
+        run: the open run folder, and the checkpoint to continue from.
+        model_folder: Hugging Face folder of the base model.
+        prompts: training prompts.
+        held_out: prompts of the evaluation; None: no evaluation.
+
+    Raises:
+        UserError: the engine or the weight sync does not support the config on this machine.
+        WeightMismatchError: the tensors of policy and engine do not match (names them).
+    """
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         measured = ranks.is_first and config.observe.memory_peaks
@@ -152,6 +165,17 @@ def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ran
     """Collective: connect the policy with its engines.
 
     All ranks create the process groups of all engine replicas here, in the same order.
+
+    Args:
+        config: gives bucket size in bytes, transport and timeout in seconds.
+        policy: of this rank.
+        engine: of this rank.
+        ranks: coordinates of this rank.
+
+    Raises:
+        UserError: the transport is not available on this machine.
+        WeightMismatchError: the tensors of policy and engine do not match (names them).
+        RuntimeError: ranks made different plans, or an engine server did not connect in time.
     """
     replicas = [ranks.topology.replica_ranks(i) for i in range(ranks.topology.num_replicas)]
     groups = [dist.new_group(members) for members in replicas]
@@ -185,7 +209,14 @@ def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, Fu
 
 
 def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_first: bool) -> None:
-    """Write fp8_report.json and log it as a table. Collective."""
+    """Write fp8_report.json and log it as a table. Collective.
+
+    Args:
+        config: gives the form of the scales.
+        policy: whose matrices are quantized for the report.
+        folder: the run folder.
+        is_first: True on the rank that writes.
+    """
     power_of_two = config.engine.fp8 == "scales_power_of_two"
     report = fp8_report(policy.source, policy.model_parallel_group, power_of_two=power_of_two)
     if is_first:

@@ -52,7 +52,16 @@ def start_workers(config: Config, ranks: Ranks, stack: ExitStack) -> Workers:
 def make_sampler(
     config: Config, engine: Engine, workers: Workers, ranks: Ranks, timers: PhaseTimer, model_folder: Path
 ) -> Sampler:
-    """Build the sampler. Collective if replicas have several ranks and there is an environment."""
+    """Build the sampler. Collective if replicas have several ranks and there is an environment.
+
+    Args:
+        config: sections sampling, environment, reward and algorithm.
+        engine: of this rank.
+        workers: of `start_workers`.
+        ranks: coordinates of this rank.
+        timers: timer of the phase `reward`.
+        model_folder: holds the tokenizer.
+    """
     generator: Generator = engine
     if config.environment is not None:
         generator = _multi_turn_generator(config, engine, workers, ranks, model_folder)

@@ -99,7 +99,17 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
 
 
 def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
-    """Build this rank's packed rows with advantages and token weights."""
+    """Build this rank's packed rows with advantages and token weights.
+
+    Args:
+        job: config and coordinates of this rank.
+        objective: computes advantages and token weights.
+        groups: all rollouts of the step.
+        step: number of the step, the seed of `reward.shuffle`.
+
+    Raises:
+        ValueError: a reward, a step value or an advantage is not finite.
+    """
     rewards = [r.reward for r in groups.rollouts]
     shuffle_seed = derived_seed("shuffle", job.config.run.seed, step)
     values = shuffled_rewards(rewards, shuffle_seed) if job.config.reward.shuffle else [r.value for r in rewards]
@@ -133,7 +143,21 @@ def with_log_probs(job: TrainerState, objective: Objective, batch: TrainBatch) -
 def update_critic(
     job: TrainerState, objective: Objective, batch: TrainBatch, groups: SampledGroups, policy_version: int
 ) -> tuple[TrainBatch, list[UpdateStats]]:
-    """Set the advantages that need log-probs or values, and update the critic on this batch."""
+    """Set the advantages that need log-probs or values, and update the critic on this batch.
+
+    Args:
+        job: critic, phases and timers.
+        objective: computes advantages, returns and the critic's loss.
+        batch: rows with the log-probs of the policy and of the reference, [T] in nats.
+        groups: all rollouts of the step.
+        policy_version: number of updates before this step, which selects the learning rate.
+
+    Returns:
+        The batch with advantages, values and returns, and the statistics of the critic's updates (empty without one).
+
+    Raises:
+        RuntimeError: the critic's loss or gradient is not finite.
+    """
     kl = None
     if objective.kl_in_reward:
         kl = gather_by_rollout(job, batch, [objective.kl(m) for m in batch.microbatches])
@@ -167,7 +191,20 @@ def state_bytes(job: TrainerState) -> dict[str, int]:
 def update(
     job: TrainerState, loss: TokenLoss, batch: TrainBatch, policy_version: int
 ) -> tuple[TrainBatch, list[UpdateStats]]:
-    """Make all optimizer steps on this batch; return the batch with its `old_log_probs`, and the statistics."""
+    """Make all optimizer steps on this batch: every minibatch once per epoch.
+
+    Args:
+        job: policy and config.
+        loss: loss per token.
+        batch: rows of this rank.
+        policy_version: number of updates before this step, which selects the learning rate.
+
+    Returns:
+        The batch with its `old_log_probs` ([T] in nats), and the statistics of each update.
+
+    Raises:
+        RuntimeError: the loss or the gradient is not finite.
+    """
     stats: list[UpdateStats] = []
     before: list[Tensor] | None = None
     for _ in range(job.config.train.epochs_per_rollout):
@@ -202,7 +239,12 @@ def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
 
 
 def push_weights(job: TrainerState, state: LoopState) -> SyncReport:
-    """Send the policy's weights to the engines, with the verification that `weight_sync.verify` selects."""
+    """Send the policy's weights to the engines, with the verification that `weight_sync.verify` selects.
+
+    Raises:
+        WeightMismatchError: an engine's weights differ from the policy's (names tensor, rank and slice).
+        RuntimeError: a rank exited, timed out or failed.
+    """
     verify = job.config.weight_sync.verify
     with job.phases.syncing(), job.timers.phase("sync"):
         return job.sync.push(

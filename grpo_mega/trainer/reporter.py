@@ -67,7 +67,17 @@ class NullObserver:
 
 
 class RunReporter:
-    """Observer of rank 0. `is_right` returns True if a reward means a right answer."""
+    """Observer of rank 0.
+
+    Args:
+        config: section observe.
+        topology: layout, for the summary and the metrics of each replica.
+        run: the open run folder.
+        timers: seconds of each phase.
+        peaks: peak device memory of each phase, in bytes.
+        progress: display on the terminal.
+        is_right: returns True if a reward means a right answer.
+    """
 
     def __init__(
         self,

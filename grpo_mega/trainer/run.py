@@ -27,6 +27,12 @@ from grpo_mega.trainer.build import building, log
 def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out: PromptDataset | None) -> None:
     """Run a job to its end. Collective: every rank calls it.
 
+    Args:
+        config: the checked config.
+        topology: layout of the job's ranks.
+        prompts: training prompts.
+        held_out: prompts of the evaluation; None: no evaluation.
+
     Raises:
         UserError: the run folder cannot be used.
         Stopped: a rank received the stop signal; the checkpoint is complete.

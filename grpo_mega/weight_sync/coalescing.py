@@ -98,6 +98,9 @@ class TransferClasses:
         return order, np.append(group_starts, len(sizes)).astype(np.int64)
 
     def transfers(self, group_class: Ints) -> tuple[Ints, Ints]:
-        """Return (group, flow) for every group and every rank that receives it, given the class of each group."""
+        """Return (group, flow), both [transfers], for every group and every rank that receives it.
+
+        `group_class` is [groups], the class of each group.
+        """
         count = self.count[group_class]
         return np.repeat(np.arange(len(group_class)), count), expand_ranges(self.begin[group_class], count)

@@ -50,12 +50,14 @@ class ScheduleExecutor:
         plan_hash: str,
         sink: WeightSink,
     ) -> None:
-        """Args:
-        schedule: of this rank.
-        transports: by kind, as in `schedule.rounds`.
-        buffer_bytes: bytes that this rank holds for its transports.
-        plan_hash: `ReshardPlan.hash`, for the headers.
-        sink: the engine's end on this rank.
+        """Create the executor of this rank.
+
+        Args:
+            schedule: of this rank.
+            transports: by kind, as in `schedule.rounds`.
+            buffer_bytes: bytes that this rank holds for its transports.
+            plan_hash: `ReshardPlan.hash`, for the headers.
+            sink: the engine's end on this rank.
         """
         self._schedule, self._transports, self._sink = schedule, transports, sink
         self.buffer_bytes = buffer_bytes
@@ -208,7 +210,7 @@ def _addresses_of(
 
 
 def values_of(by_tensor: ShardsByTensor, hf: TensorSlice) -> Tensor:
-    """Return the policy's values of `hf`, which one of the shards contains."""
+    """Return the policy's values of `hf`, shaped `hf.shape`; one of the shards must contain the slice."""
     return slice_holding(by_tensor, hf).part(hf)
 
 

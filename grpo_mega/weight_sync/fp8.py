@@ -51,12 +51,14 @@ class QuantizedSlice(HeldSlice):
         return FP8_DTYPE
 
     def memory_of(self, hf: TensorSlice) -> Tensor | None:
-        """Return None: `part` computes the values."""
+        """Return None, whatever the shape of `hf`: `part` computes the values."""
         return None
 
     def part(self, hf: TensorSlice) -> Tensor:
-        """Return the quantized values of `hf`. They are rounded to bfloat16 first, the dtype that is sent without
-        FP8."""
+        """Return the quantized values of `hf`, shaped `hf.shape`.
+
+        They are rounded to bfloat16 first, the dtype that is sent without FP8.
+        """
         return to_fp8(super().part(hf).bfloat16(), self.scales, hf.offsets)
 
 
@@ -64,9 +66,11 @@ class Fp8Source:
     """`WeightSource` that presents another source's weights as an FP8 checkpoint."""
 
     def __init__(self, source: WeightSource, *, power_of_two: bool) -> None:
-        """Args:
-        source: the policy's weights.
-        power_of_two: round scales up to powers of two, as some kernels need; False: scales are any fp32 numbers.
+        """Present the weights of `source`, without computing anything yet.
+
+        Args:
+            source: the policy's weights.
+            power_of_two: round scales up to powers of two, as some kernels need; False: scales are any fp32 numbers.
         """
         self._source, self._power_of_two = source, power_of_two
         self._shapes = source.hf_shapes()

@@ -103,7 +103,7 @@ class ReshardPlan:
         return as_slice(self._names, self.tensors, int(row[0]), row[1], row[2])
 
     def pieces_of(self, transfers: Ints) -> tuple[Ints, Ints]:
-        """Return (transfer, piece) for every piece of the given transfers."""
+        """Return (transfer, piece), both [pieces of all transfers], for every piece of `transfers` ([n], numbers)."""
         begin = self.group_starts[self.group[transfers]]
         count = self.group_starts[self.group[transfers] + 1] - begin
         return np.repeat(transfers, count), expand_ranges(begin, count)

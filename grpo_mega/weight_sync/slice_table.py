@@ -62,7 +62,7 @@ class RankSliceTable(SliceTable):
         return RankSliceTable(self.tensors, self.starts, self.ends, np.zeros(len(self), np.int64), here)
 
     def select(self, index: NDArray[np.bool_] | Ints) -> RankSliceTable:
-        """Return the rows that `index` selects."""
+        """Return the rows that `index` selects: [N] bool, or [n] numbers of rows."""
         return RankSliceTable(
             self.tensors[index], self.starts[index], self.ends[index], self.rank_set[index], self.rank_sets
         )
@@ -117,7 +117,14 @@ def table_of_rank(
 
 
 def table_from_columns(numbers: Ints, starts: Ints, ends: Ints, ranks: RankSet) -> RankSliceTable:
-    """Return the table of slices `starts : ends` ([N, at most DIMS]) of tensors `numbers` ([N]), each on `ranks`."""
+    """Return a table of N slices, each of which is on all of `ranks`.
+
+    Args:
+        numbers: [N] number of the tensor.
+        starts: [N, at most DIMS] first index in each dimension.
+        ends: [N, at most DIMS] end of the slice in each dimension.
+        ranks: sorted.
+    """
     padding = ((0, 0), (0, DIMS - starts.shape[1]))
     starts, ends = np.pad(starts, padding), np.pad(ends, padding, constant_values=1)
     return RankSliceTable(numbers, starts, ends, np.zeros(len(numbers), np.int64), (ranks,))
@@ -172,7 +179,11 @@ def merge_equal_slices(table: RankSliceTable) -> RankSliceTable:
 
 
 def overlaps(left: SliceTable, right: SliceTable) -> tuple[Ints, Ints, Ints, Ints]:
-    """Return all pairs of slices that share an element: (row of left, row of right, starts, ends of the overlap)."""
+    """Return all pairs of slices that share an element.
+
+    Returns:
+        For each of the n pairs: row of `left` [n], row of `right` [n], starts and ends of the overlap [n, DIMS].
+    """
     order = np.argsort(right.tensors, kind="stable")
     sorted_tensors = right.tensors[order]
     begin = np.searchsorted(sorted_tensors, left.tensors, "left")
@@ -195,7 +206,15 @@ def expand_ranges(begin: Ints, count: Ints) -> Ints:
 def as_slice(
     names: Sequence[str], tensors: Mapping[str, SentTensor], tensor: int, start: Ints, end: Ints
 ) -> TensorSlice:
-    """Return a row as a `TensorSlice` with the tensor's own number of dimensions."""
+    """Return a row as a `TensorSlice` with the tensor's own number of dimensions.
+
+    Args:
+        names: of all tensors, by number.
+        tensors: name -> tensor.
+        tensor: number of the row's tensor.
+        start: [DIMS] first index in each dimension.
+        end: [DIMS] end of the slice in each dimension.
+    """
     name = names[tensor]
     dims = len(tensors[name].shape)
     offsets = tuple(int(x) for x in start[:dims])

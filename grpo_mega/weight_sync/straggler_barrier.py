@@ -16,11 +16,13 @@ class StragglerBarrier:
     """Barriers in a sequence of phases, each of which gathers one object from every rank."""
 
     def __init__(self, name: str, where: list[str], timeout_seconds: float, world: PeerGroup) -> None:
-        """Args:
-        name: prefix of the keys in the store.
-        where: `where[r]` is the coordinates of rank r, for messages.
-        timeout_seconds: limit of the wait in each phase.
-        world: all ranks.
+        """Create the barriers of this rank. All ranks use the same name.
+
+        Args:
+            name: prefix of the keys in the store.
+            where: `where[r]` is the coordinates of rank r, for messages.
+            timeout_seconds: limit of the wait in each phase.
+            world: all ranks.
         """
         self._name, self._where, self._phase = name, where, 0
         self._timeout, self._world = timeout_seconds, world

@@ -228,7 +228,11 @@ class WeightSync:
 
 
 def check_same_plan(hashes: Sequence[str]) -> None:
-    """Raise RuntimeError if two ranks made different plans; `hashes[r]` is the hash of rank r's plan."""
+    """Check that all ranks made the same plan; `hashes[r]` is the hash of rank r's plan.
+
+    Raises:
+        RuntimeError: two hashes differ (names both ranks).
+    """
     for rank, plan_hash in enumerate(hashes):
         if plan_hash != hashes[0]:
             raise RuntimeError(
@@ -238,7 +242,11 @@ def check_same_plan(hashes: Sequence[str]) -> None:
 
 
 def check_versions(found: Sequence[int], sent: int) -> None:
-    """Raise WeightMismatchError if the engine of a rank reports another version than `sent`."""
+    """Check that the engine of every rank reports the version that was sent; `found[r]` is that of rank r.
+
+    Raises:
+        WeightMismatchError: an engine reports another version (names the rank and both versions).
+    """
     for rank, version in enumerate(found):
         if version != sent:
             raise WeightMismatchError(

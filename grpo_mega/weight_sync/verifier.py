@@ -34,12 +34,14 @@ class SyncVerifier:
         barrier: StragglerBarrier,
         replica_group: dist.ProcessGroup,
     ) -> None:
-        """Args:
-        sink: the engine's end on this rank.
-        plan: of the sync.
-        dtypes: tensor -> dtype in which it is sent.
-        barrier: over all ranks.
-        replica_group: the ranks of this engine in this program.
+        """Create the verifier of this rank.
+
+        Args:
+            sink: the engine's end on this rank.
+            plan: of the sync.
+            dtypes: tensor -> dtype in which it is sent.
+            barrier: over all ranks.
+            replica_group: the ranks of this engine in this program.
         """
         self._sink, self._plan, self._dtypes = sink, plan, dtypes
         self._barrier, self._replica_group = barrier, replica_group
@@ -89,6 +91,10 @@ class SyncVerifier:
 
 
 def raise_faults(faults: Sequence[str]) -> None:
-    """Raise WeightMismatchError with the first of `faults`, if there are any."""
+    """Do nothing without faults.
+
+    Raises:
+        WeightMismatchError: there are faults; the text holds the first five and the number of all.
+    """
     if faults:
         raise WeightMismatchError("weight sync: " + "; ".join(faults[:5]) + f" ({len(faults)} in all)")

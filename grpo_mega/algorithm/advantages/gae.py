@@ -26,6 +26,14 @@ def gae(step: StepRewards, *, gamma: float, gae_lambda: float) -> Estimates:
     stays at the last token. A step that ends in a tool's result belongs to the last token that the policy sampled
     before it.
 
+    Args:
+        step: rewards, penalties and values, in units of the reward.
+        gamma: discount per token, (0, 1].
+        gae_lambda: weight of later temporal differences, [0, 1].
+
+    Raises:
+        ValueError: a step does not end within its rollout, or an advantage is not finite.
+
     Source: PPO, arXiv:1707.06347, equations 11 and 12.
     """
     if step.values is None:

@@ -58,19 +58,37 @@ def leave_one_out_advantages(rewards: Tensor) -> Tensor:
 
 @advantage
 def group_std(step: StepRewards) -> Estimates:
-    """Return (r - mean) / (std + 1e-6) over the group, one number per rollout (`group_advantages`)."""
+    """Return (r - mean) / (std + 1e-6) over the group, one number per rollout.
+
+    Raises:
+        ValueError: a group has one rollout, or a reward is not finite.
+
+    Source: see `group_advantages`.
+    """
     return Estimates(group_advantages(step.reward_matrix, scale="std").flatten().tolist())
 
 
 @advantage
 def group_mean(step: StepRewards) -> Estimates:
-    """Return r - mean over the group, one number per rollout (`group_advantages` with scale "none")."""
+    """Return r - mean over the group, one number per rollout.
+
+    Raises:
+        ValueError: a group has one rollout, or a reward is not finite.
+
+    Source: see `group_advantages`, scale "none".
+    """
     return Estimates(group_advantages(step.reward_matrix, scale="none").flatten().tolist())
 
 
 @advantage
 def leave_one_out(step: StepRewards) -> Estimates:
-    """Return r - mean of the other rollouts of the group, one number per rollout (`leave_one_out_advantages`)."""
+    """Return r - mean of the other rollouts of the group, one number per rollout.
+
+    Raises:
+        ValueError: a group has one rollout, or a reward is not finite.
+
+    Source: see `leave_one_out_advantages`.
+    """
     return Estimates(leave_one_out_advantages(step.reward_matrix).flatten().tolist())
 
 

@@ -15,8 +15,12 @@ from grpo_mega.algorithm.degenerate import equal_up_to_rounding
 def process(step: StepRewards) -> Estimates:
     """Return one number per loss token: the normalized values of the steps that end with or after the token.
 
-    A rollout without steps counts as one step, which ends with its completion and has the value of its reward. Formula
-    and source: `process_advantages`.
+    A rollout without steps counts as one step, which ends with its completion and has the value of its reward.
+
+    Raises:
+        ValueError: a step does not end within its rollout, or a value is not finite.
+
+    Source: see `process_advantages`.
     """
     lengths = [len(r.completion.token_ids) for r in step.rollouts]
     steps = [
@@ -39,6 +43,7 @@ def process_advantages(
         steps: (end_token, value) of each rollout's steps, in any order, groups in order.
         lengths: completion tokens of each rollout.
         group_size: rollouts of a group.
+        eps: keeps the quotient finite; it must be small compared with differences of values.
 
     Returns:
         One list per rollout, one number per completion token; all zero in a group whose values are equal up to rounding

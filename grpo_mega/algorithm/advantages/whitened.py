@@ -12,14 +12,26 @@ from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
 
 @advantage
 def batch(step: StepRewards) -> Estimates:
-    """Return the whitened returns of the tokens (`token_returns`, `whitened`), one number per loss token."""
+    """Return the whitened returns of the tokens, one number per loss token.
+
+    Raises:
+        ValueError: a reward or a penalty is not finite.
+
+    Source: see `token_returns` and `whitened`.
+    """
     pairs = zip(step.rewards, step.token_penalties, strict=True)
     return Estimates(whitened([token_returns(reward, row) for reward, row in pairs]))
 
 
 @advantage
 def group_batch(step: StepRewards) -> Estimates:
-    """Return r - mean over the group, whitened over the tokens of the step, one number per loss token."""
+    """Return r - mean over the group, whitened over the tokens of the step, one number per loss token.
+
+    Raises:
+        ValueError: a group has one rollout, or a reward is not finite.
+
+    Source: see `group_advantages`, scale "none", and `whitened`.
+    """
     values = group_advantages(step.reward_matrix, scale="none").flatten().tolist()
     return Estimates(whitened([[value] * n for value, n in zip(values, step.num_loss_tokens, strict=True)]))
 
@@ -29,6 +41,7 @@ def whitened(values: Sequence[Sequence[float]], eps: float = 1e-8) -> list[list[
 
     Args:
         values: one list per rollout, one value per loss token.
+        eps: keeps the quotient finite; it must be small compared with differences of values.
 
     Returns:
         The same shape; all zero if all values are equal.
@@ -53,7 +66,7 @@ def token_returns(reward: float, penalties: Sequence[float]) -> list[float]:
 
     Args:
         reward: of the rollout.
-        penalties: one per loss token.
+        penalties: one per loss token, in units of the reward: kl_coef times its KL divergence in nats.
 
     Returns:
         One number per loss token.

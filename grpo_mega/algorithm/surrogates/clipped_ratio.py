@@ -24,7 +24,8 @@ def clipped_ratio(
 ) -> tuple[Tensor, Tensor]:
     """Return min(ratio * A, clamp(ratio, 1 - clip_low, 1 + clip_high) * A), [T], and the bounded tokens, [T] bool.
 
-    With `dual_clip` c and A < 0 the surrogate is the maximum of that and c * A.
+    With `dual_clip` c and A < 0 the surrogate is the maximum of that and c * A. The positional arguments are those of
+    `Surrogate`. The bounds have no unit: `clip_low` is in (0, 1), `clip_high` > 0, `dual_clip` > 1 or None.
 
     Source: DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO". Two bounds: DAPO, arXiv:2503.14476, section
         "Raise the Ceiling: Clip-Higher". Dual clip: Ye et al., arXiv:1912.09729, section "Dual-clip PPO".

@@ -24,7 +24,8 @@ def clipped_sequence_ratio(
 
     The mean is over the loss tokens of the rollout, and sg stops the gradient: s_t has the value of the sequence's
     ratio and the gradient of the token's own ratio. If the tokens of a rollout share one advantage and one weight,
-    value and gradient equal those of the sequence form min(s * A, clamp(s) * A). Shapes are those of `clipped_ratio`.
+    value and gradient equal those of the sequence form min(s * A, clamp(s) * A). Shapes and bounds are those of
+    `clipped_ratio`, the positional arguments are those of `Surrogate`.
 
     Source: GSPO, arXiv:2507.18071, section "GSPO-token: A Token-level Objective Variant".
     """

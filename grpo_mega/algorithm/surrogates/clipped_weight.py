@@ -22,7 +22,8 @@ def clipped_weight(
 ) -> tuple[Tensor, Tensor]:
     """Return sg[clamp(ratio, 1 - clip_low, 1 + clip_high)] * A * log_probs, [T], and the clipped tokens, [T] bool.
 
-    sg stops the gradient, and every token keeps the gradient of its log-prob. `clip_low` None: no lower bound.
+    sg stops the gradient, and every token keeps the gradient of its log-prob. The positional arguments are those of
+    `Surrogate`. The bounds have no unit; `clip_low` None: no lower bound.
 
     Source: CISPO, MiniMax-M1, arXiv:2506.13585, section "Efficient RL Scaling with CISPO".
     """

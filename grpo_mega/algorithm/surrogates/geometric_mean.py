@@ -16,7 +16,8 @@ def geometric_mean(
     """Return A * exp(mean over the rollout of c_t), [T], and the bounded tokens, [T] bool.
 
     c_t = min(log_ratio, clip_high) if A > 0, else max(log_ratio, -clip_low): the bounds apply to the log ratio. Each
-    token has the value of its rollout and the gradient of its own c_t, which is 0 where the bound holds.
+    token has the value of its rollout and the gradient of its own c_t, which is 0 where the bound holds. The positional
+    arguments are those of `Surrogate`. The bounds are in nats.
 
     Source: GMPO, arXiv:2507.20673, the objective of section "Geometric-Mean Policy Optimization".
     """

@@ -15,6 +15,8 @@ def policy_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Return A * log_probs, [T], and all False, [T]. The old policy is not used.
 
+    The positional arguments are those of `Surrogate`.
+
     Source: Back to Basics, arXiv:2402.14740, section "REINFORCE".
     """
     return advantages * log_probs, torch.zeros_like(advantages, dtype=torch.bool)

@@ -21,7 +21,8 @@ def soft_gate(
 ) -> tuple[Tensor, Tensor]:
     """Return A * (4 / tau) * sigmoid(tau * (ratio - 1)), [T], and all False, [T]: no token is bounded.
 
-    tau = gate_positive if A > 0, else gate_negative.
+    tau = gate_positive if A > 0, else gate_negative; both are > 0 and have no unit. The positional
+    arguments are those of `Surrogate`.
 
     Source: SAPO, arXiv:2511.20347, the objective of section "Soft Adaptive Policy Optimization".
     """

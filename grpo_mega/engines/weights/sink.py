@@ -20,9 +20,11 @@ class SliceSink:
     """`WeightSink` without `load`, `digests` and `probe`; subclasses implement `_put` and `_finish_update`."""
 
     def __init__(self, regions: Sequence[SinkRegion], streaming_reason: str | None) -> None:
-        """Args:
-        regions: every region of this rank; empty if the engine needs whole tensors.
-        streaming_reason: the reason why it does; None if it takes slices.
+        """Create the sink of this rank.
+
+        Args:
+            regions: every region of this rank; empty if the engine needs whole tensors.
+            streaming_reason: the reason why it does; None if it takes slices.
         """
         self.supports_slices, self.streaming_reason = streaming_reason is None, streaming_reason or ""
         self._layout = tuple(regions)

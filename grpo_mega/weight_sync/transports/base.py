@@ -78,16 +78,30 @@ class Transport(Protocol):
         ...
 
     def send_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
-        """Send the part of a message that begins at byte `start` from `memory` instead of the send buffer.
+        """Send a part of a message from parameter memory instead of the send buffer. Called before `start`.
 
-        Called before `start`. Return False if it is not possible; the caller then fills the buffer.
+        Args:
+            round_: the round of the message.
+            message: the message.
+            start: first byte of the part in the message.
+            memory: the values of the part, of any shape; its bytes are sent in order.
+
+        Returns:
+            False if it is not possible; the caller then fills the buffer.
         """
         ...
 
     def receive_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
-        """Receive the part of a message that begins at byte `start` into `memory`.
+        """Receive a part of a message into parameter memory instead of the buffer. Called before `start`.
 
-        Called before `start`. Return False if it is not possible; the part then arrives in the buffer.
+        Args:
+            round_: the round of the message.
+            message: the message.
+            start: first byte of the part in the message.
+            memory: target of the part, of any shape.
+
+        Returns:
+            False if it is not possible; the part then arrives in the buffer.
         """
         ...
 

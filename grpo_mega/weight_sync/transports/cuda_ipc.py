@@ -28,7 +28,7 @@ class DeviceSlots:
         """Plain values: the device, the driver's handle, the position of the buffers in its memory, their lifetime."""
 
     def map(self, handle: tuple[Any, ...] | None, rank: int) -> Tensor:
-        """Return the buffers of `rank` as uint8. They stay mapped as long as the tensor lives.
+        """Return the buffers of `rank`, [num_bytes] uint8. They stay mapped as long as the tensor lives.
 
         Raises:
             UserError: that GPU is not visible to this process, or has no peer access.

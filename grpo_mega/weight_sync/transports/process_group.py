@@ -32,12 +32,14 @@ class GroupTransport:
     def __init__(
         self, buffers: Sequence[Tensor], starts: Sequence[int], group: dist.ProcessGroup, timeout: float
     ) -> None:
-        """Args:
-        buffers: the two buffers of this rank, uint8.
-        starts: `starts[n]` is the first byte of this transport's part of the buffer in round n. Sent messages come
-            first, then received messages.
-        group: all ranks.
-        timeout: limit of every wait, seconds.
+        """Create the transport of this rank.
+
+        Args:
+            buffers: the two buffers of this rank, uint8.
+            starts: `starts[n]` is the first byte of this transport's part of the buffer in round n. Sent messages come
+                first, then received messages.
+            group: all ranks.
+            timeout: limit of every wait, seconds.
         """
         self._buffers, self._starts = buffers, starts
         self._group, self._timeout, self._rank = group, timeout, group.rank()

@@ -53,7 +53,7 @@ class StridedRange:
 
     @classmethod
     def of(cls, values: Tensor) -> StridedRange | None:
-        """Return the runs of a host tensor, or None if they are too short or not evenly spaced."""
+        """Return the runs of a host tensor of any shape, or None if they are too short or not evenly spaced."""
         if values.device.type != "cpu" or not values.numel():
             return None
         run, size = values.itemsize, values.dim()
@@ -71,7 +71,7 @@ class StridedRange:
 
     @classmethod
     def whole(cls, values: Tensor) -> StridedRange:
-        """Return the single run of a contiguous tensor."""
+        """Return the single run of a contiguous tensor of any shape."""
         return cls(values.data_ptr(), 1, values.nbytes, values.nbytes)
 
     @property
@@ -138,13 +138,13 @@ RANGE_BYTES = 32  # of one range in a table: four words of 64 bits
 
 
 def write_range_table(table: Tensor, ranges: list[StridedRange]) -> None:
-    """Write ranges to the first bytes of `table` (uint8), RANGE_BYTES each."""
+    """Write ranges to the first bytes of `table` ([bytes] uint8), RANGE_BYTES each."""
     words = torch.tensor([astuple(each) for each in ranges], dtype=torch.int64)
     table[: words.nbytes].view(torch.int64).copy_(words.flatten())
 
 
 def read_range_table(table: Tensor, count: int) -> list[StridedRange]:
-    """Return the first `count` ranges that `write_range_table` has written to `table` (uint8)."""
+    """Return the first `count` ranges that `write_range_table` has written to `table` ([bytes] uint8)."""
     words = table[: count * RANGE_BYTES].view(torch.int64).view(count, -1)
     return [StridedRange(*row) for row in words.tolist()]
 
@@ -181,7 +181,11 @@ class PeerMemory:
         return rank in self._readers
 
     def read(self, rank: int, pairs: Sequence[tuple[StridedRange, StridedRange]]) -> None:
-        """Call `read_ranges` with the process of `rank`."""
+        """Copy memory of `rank` into memory of this process; the pairs are those of `read_ranges`.
+
+        Raises:
+            OSError: the process has exited, may not be read, or an address is invalid. Names both processes.
+        """
         read_ranges(self._processes[rank], pairs)
 
     def _can_read(self, rank: int, address: StridedRange, word: int) -> bool:

@@ -91,7 +91,10 @@ class SharedMemoryTransport:
 
     @property
     def buffers(self) -> Sequence[Tensor]:
-        """The two buffers of this rank, whole. Bytes after the sends of a round are free for other transports."""
+        """The two buffers of this rank, whole, each [slot_bytes] uint8.
+
+        Bytes after the sends of a round are free for other transports.
+        """
         return [self._slot(self._rank, number) for number in (0, 1)]
 
     def outgoing(self, round_: Round) -> Tensor:
@@ -102,11 +105,11 @@ class SharedMemoryTransport:
         return self._slot(self._rank, round_.number)[: round_.send_bytes]
 
     def send_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
-        """Return False: not supported. `peer_memory` serves the same purpose."""
+        """See `Transport`. Returns False: not supported. `peer_memory` serves the same purpose."""
         return False
 
     def receive_in_place(self, round_: Round, message: BucketMessage, start: int, memory: Tensor) -> bool:
-        """Return False: not supported. `peer_memory` serves the same purpose."""
+        """See `Transport`. Returns False: not supported. `peer_memory` serves the same purpose."""
         return False
 
     def start(self, round_: Round) -> None:
