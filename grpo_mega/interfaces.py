@@ -288,7 +288,23 @@ class TokenValueLoss(Protocol):
         ...
 
 
-class Critic(Protocol):
+class LearnerMemory(Protocol):
+    """The memory of a trained model on this rank."""
+
+    def offload(self, *parts: LearnerState) -> None:
+        """Move these parts from the device to host memory. Gradients are discarded: they are zero after `reload`."""
+        ...
+
+    def reload(self, *parts: LearnerState) -> None:
+        """Bring these parts back to the device."""
+        ...
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the bytes on this rank of `params`, `grads` and `optimizer` (master weights, moments)."""
+        ...
+
+
+class Critic(LearnerMemory, Protocol):
     """A second trained model on this rank. It estimates the expected reward before each token of a rollout."""
 
     def values(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
@@ -311,18 +327,6 @@ class Critic(Protocol):
         """
         ...
 
-    def offload(self, *parts: LearnerState) -> None:
-        """Move these parts from the device to host memory. Gradients are discarded: they are zero after `reload`."""
-        ...
-
-    def reload(self, *parts: LearnerState) -> None:
-        """Bring these parts back to the device."""
-        ...
-
-    def state_bytes(self) -> dict[str, int]:
-        """Return the bytes on this rank of `params`, `grads` and `optimizer` (master weights, moments)."""
-        ...
-
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
         """Collective: write weights, optimizer state and `extra` into an existing, empty folder."""
         ...
@@ -332,7 +336,7 @@ class Critic(Protocol):
         ...
 
 
-class Policy(Protocol):
+class Policy(LearnerMemory, Protocol):
     """The trained model on this rank."""
 
     @property
@@ -371,18 +375,6 @@ class Policy(Protocol):
 
     def update_reference(self) -> None:
         """Collective: make the present weights the reference."""
-        ...
-
-    def offload(self, *parts: LearnerState) -> None:
-        """Move these parts from the device to host memory. Gradients are discarded: they are zero after `reload`."""
-        ...
-
-    def reload(self, *parts: LearnerState) -> None:
-        """Bring these parts back to the device."""
-        ...
-
-    def state_bytes(self) -> dict[str, int]:
-        """Return the bytes on this rank of `params`, `grads` and `optimizer` (master weights, moments)."""
         ...
 
     def save(self, folder: Path, extra: dict[str, Any]) -> None:
