@@ -30,6 +30,7 @@ from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
+from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.loop import TrainerState, push_weights, train
@@ -97,13 +98,11 @@ def building(
         held_out: prompts of the evaluation; None: no evaluation.
 
     Raises:
-        UserError: the engine or the weight sync does not support the config on this machine.
-        WeightMismatchError: the tensors of policy and engine do not match (names them).
+        UserError, RuntimeError: see `MegatronPolicy`, `make_engine` and `make_sync`.
     """
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
-        measured = ranks.is_first and config.observe.memory_peaks
-        peaks = PhasePeaks(device_peak(ranks.device.type) if measured else None)
+        peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
 
         def on_phase(name: str) -> None:
             peaks.phase(name)
@@ -129,16 +128,7 @@ def building(
             if config.weight_sync.fp8_report:
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
-        answer = build_rewards(config.reward.terms)[0]
-        evaluator = Evaluator(
-            sampler,
-            held_out.sets if held_out is not None else (),
-            config.evaluation,
-            config.evaluation.max_tokens or config.sampling.max_tokens,
-            config.run.seed,
-            answer.name,
-            answer.high,
-        )
+        evaluator = _make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
         if progress is not None:
             observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
@@ -159,6 +149,19 @@ def building(
             observer=observer,
         )
         yield BuiltJob(job, run, model_folder, state, policy)
+
+
+def _make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:
+    answer = build_rewards(config.reward.terms)[0]
+    return Evaluator(
+        sampler,
+        held_out.sets if held_out is not None else (),
+        config.evaluation,
+        config.evaluation.max_tokens or config.sampling.max_tokens,
+        config.run.seed,
+        answer.name,
+        answer.high,
+    )
 
 
 def make_sync(config: Config, policy: MegatronPolicy, engine: Engine, ranks: Ranks) -> WeightSync:
