@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from grpo_mega.data.answer_ends import cut_at_stop
 from grpo_mega.data.prompt_rows import PromptSource
 from grpo_mega.types import UserError
 
@@ -119,6 +120,10 @@ class ResultText:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens, without special tokens."""
         return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def cut_at_stop(self, token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, str] | None:
+        """Return the text up to and including the stop text that the last token completes, and that stop text."""
+        return cut_at_stop(self.tokenizer, token_ids, stop)
 
 
 def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:

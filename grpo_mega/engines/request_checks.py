@@ -1,13 +1,11 @@
-"""Checks of requests, grouping of completions, and EOS tokens; shared by all engines."""
+"""Checks of requests and grouping of completions; shared by all engines."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import closing
-from pathlib import Path
 
-from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
+from grpo_mega.types import Completion, Prompt, SamplingRequest
 
 
 def require_ready(asleep: Collection[str], *, updating: bool, policy_version: int) -> None:
@@ -54,23 +52,3 @@ def check_lengths(prompts: Sequence[Prompt], sampling: SamplingRequest, max_mode
                 f"prompt {prompt.index}: {len(prompt.token_ids)} tokens plus max_tokens={max_tokens} "
                 f"exceed the engine's max_model_len={max_model_len}"
             )
-
-
-def eos_ids(config_dir: Path, tokenizer_eos: int | None) -> tuple[int, ...]:
-    """Return the tokens that end a rollout, from generation_config.json, else config.json, else the tokenizer.
-
-    Raises:
-        UserError: none of the three names one.
-    """
-    for source in ("generation_config.json", "config.json"):
-        path = config_dir / source
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        if found is not None:
-            return tuple(found) if isinstance(found, list) else (int(found),)
-    if tokenizer_eos is None:
-        raise UserError(
-            f"model.path={config_dir}: neither generation_config.json nor config.json nor the tokenizer names an EOS "
-            "token, so rollouts could not end",
-            remedy="set eos_token_id in generation_config.json",
-        )
-    return (tokenizer_eos,)

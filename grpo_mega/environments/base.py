@@ -29,10 +29,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer of the policy and the environment's result for it; the last turn has no result yet."""
+    """An answer of the policy and the environment's result for it; the last turn has no result yet.
+
+    `stop_text` is the stop text that ended the answer, and `answer` ends with it; None: EOS ended the answer. The last
+    sampled token may contain characters after the stop text. `answer` does not contain them; the rollout does.
+    """
 
     answer: str
     result: str | None = None
+    stop_text: str | None = None
 
 
 class EnvironmentSpec(Protocol):

@@ -34,7 +34,7 @@ class Reply:
 class _Job:
     key: int
     prompt: str
-    turns: list[tuple[str, str | None]]
+    turns: list[tuple[str, str | None, str | None]]
     reference: str
 
 
@@ -84,7 +84,7 @@ class EnvironmentPool:
             if key in self._pending or key in self._replies:
                 raise ValueError(f"key={key} was submitted twice since the last collect; keys must differ")
             self._pending.add(key)
-        self._jobs.put(_Job(key, prompt, [(turn.answer, turn.result) for turn in turns], reference))
+        self._jobs.put(_Job(key, prompt, [(turn.answer, turn.result, turn.stop_text) for turn in turns], reference))
 
     def collect(self) -> dict[int, Reply]:
         """Wait for the replies to everything that was submitted since the last call, and return them by key.

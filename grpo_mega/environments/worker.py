@@ -1,8 +1,8 @@
 """The child's side of an environment worker: `python -m grpo_mega.environments.worker DESCRIPTOR PARENT_PID`.
 
 Setup: `{"name": ..., "args": {...}, "timeout_seconds": s}`.
-Job: `[prompt, [[answer, result or null], ...], reference]`; its answer: `{"result": text or null}` or
-`{"failure": reason}`. How jobs travel and how a job is ended at its limit: grpo_mega/workers/.
+Job: `[prompt, [[answer, result or null, stop text or null], ...], reference]`; its answer: `{"result": text or null}`
+or `{"failure": reason}`. How jobs travel and how a job is ended at its limit: grpo_mega/workers/.
 """
 
 from __future__ import annotations

@@ -60,6 +60,10 @@ class Codec(Protocol):
         """Return the text of the tokens."""
         ...
 
+    def cut_at_stop(self, token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, str] | None:
+        """Return the text up to and including the stop text that the last token completes, and that stop text."""
+        ...
+
 
 class Broadcast(Protocol):
     """Broadcast from the first rank of a prompt shard; other ranks pass None and receive the value."""
@@ -83,12 +87,12 @@ class _Rollout:
     failure: str | None = None
     expert_choices: Any = None
 
-    def add_answer(self, completion: Completion) -> None:
-        """Append an answer of the policy."""
+    def add_answer(self, completion: Completion, turn: Turn) -> None:
+        """Append an answer of the policy, which the environment gets as `turn`."""
         self.token_ids += completion.token_ids
         self.log_probs += completion.sampler_log_probs
         self.mask += [True] * len(completion.token_ids)
-        self.turns.append(Turn(completion.text))
+        self.turns.append(turn)
         self.stop_reason, self.policy_version = completion.stop_reason, completion.policy_version
         self.expert_choices = completion.expert_choices  # covers the whole sequence, which includes the prompt
 
@@ -223,7 +227,7 @@ class _Wave:
 
     def _add_completion(self, place: int, completion: Completion, is_last: bool) -> None:
         rollout = self._unfinished[place]
-        rollout.add_answer(completion)
+        rollout.add_answer(completion, self._turn(completion))
         if is_last or completion.stop_reason == "length":
             self._finish(rollout)
             return
@@ -231,6 +235,13 @@ class _Wave:
         if self._owner.environments is not None:
             prompt = rollout.prompt
             self._owner.environments.submit(place, prompt.text, rollout.turns, prompt.answer)
+
+    def _turn(self, completion: Completion) -> Turn:
+        """Return the answer as the environment gets it: without characters of the last token after the stop text."""
+        cut = None
+        if completion.stop_reason == "stop":
+            cut = self._owner.codec.cut_at_stop(completion.token_ids, self._owner.stop)
+        return Turn(completion.text) if cut is None else Turn(cut[0], stop_text=cut[1])
 
     def _apply_reply(self, rollout: _Rollout, reply: Reply) -> bool:
         """Apply a reply; return True if another answer follows."""

@@ -18,21 +18,25 @@ import psutil
 import pytest
 import torch
 
+from grpo_mega.data.answer_ends import cut_at_stop
+from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.types import Completion, Prompt, TensorSlice
 from tests.helpers.engine_contract import (
+    ENDS,
     PROMPTS,
     SAMPLING,
     SETTINGS,
     generate,
     largest_log_prob_error,
+    make_contract_models,
     push,
     sglang_here,
+    text_of,
     tokens,
 )
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.servers import serving, write_config
-from tests.helpers.tiny_models import EOS, make_tiny_model
 
 Kind = Literal["vllm", "sglang", "server"]
 SETTINGS_OF_KIND: dict[Kind, dict[str, Any]] = {"vllm": {}, "sglang": {"stop_texts": True, "timeout_seconds": 200.0}}
@@ -45,7 +49,7 @@ ONLY_SGLANG = pytest.mark.parametrize("opened", _SGLANG, indirect=True, scope="m
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Make the models; engines are built from `config`, which has no weights."""
     root = tmp_path_factory.mktemp("models")
-    found = {"qwen3": make_tiny_model(root / "qwen3"), "other": make_tiny_model(root / "other", seed=1)}
+    found = make_contract_models(root)
     found["config"] = Path(
         shutil.copytree(root / "qwen3", root / "config", ignore=shutil.ignore_patterns("*.safetensors"))
     )
@@ -103,27 +107,34 @@ def test_rollouts_end_with_eos_or_at_max_tokens(engine: EngineRanks) -> None:
     assert {c.stop_reason for c in rollouts} == {"eos", "length"}
     for completion in rollouts:
         if completion.stop_reason == "eos":
-            assert completion.token_ids.index(EOS) == len(completion.token_ids) - 1
+            assert completion.token_ids[-1] in ENDS
+            assert not set(ENDS) & set(completion.token_ids[:-1])
         else:
-            assert EOS not in completion.token_ids
+            assert not set(ENDS) & set(completion.token_ids)
             assert len(completion.token_ids) == SAMPLING.max_tokens
         assert len(completion.sampler_log_probs) == len(completion.token_ids)
-        characters = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids if i > EOS)
-        assert completion.text == characters
+        assert completion.text == text_of(completion.token_ids)
+    assert {c.token_ids[-1] for c in rollouts if c.stop_reason == "eos"} == set(ENDS)
 
 
 def test_a_completion_ends_with_the_token_that_ends_a_stop_text(engine: EngineRanks, models: dict[str, Path]) -> None:
-    stopping = replace(SAMPLING, stop=("7", "="), max_tokens=16)
+    stopping = replace(SAMPLING, stop=("7", "="), max_tokens=6)
     groups = engine.call(generate, PROMPTS, stopping)[0]
     rollouts = [c for group in groups for c in group]
     assert {c.stop_reason for c in rollouts} == {"eos", "length", "stop"}
+    tokenizer, last_texts = load_tokenizer(models["config"]), set()
     for completion in rollouts:
-        without_last = "".join("0123456789+-*/= ?."[i - 2] for i in completion.token_ids[:-1] if i > EOS)
+        without_last = text_of(completion.token_ids[:-1])
         assert "7" not in without_last
         assert "=" not in without_last
-        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "="))
-        assert (completion.stop_reason == "eos") == (completion.token_ids[-1] == EOS)
+        assert (completion.stop_reason == "stop") == completion.text.endswith(("7", "=", "7."))
+        assert (completion.stop_reason == "eos") == (completion.token_ids[-1] in ENDS)
+        if completion.stop_reason == "stop":
+            last = text_of(completion.token_ids[-1:])
+            last_texts.add(last)
+            assert cut_at_stop(tokenizer, completion.token_ids, ("7", "=")) == (without_last + last[0], last[0])
         assert len(completion.sampler_log_probs) == len(completion.token_ids)
+    assert last_texts == {"7", "=", "7."}
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
     assert engine.call(generate, PROMPTS, SAMPLING)[0] == engine.call(generate, PROMPTS, SAMPLING)[0]
 

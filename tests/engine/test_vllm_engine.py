@@ -17,7 +17,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grpo_mega.engines.request_checks import eos_ids
 from grpo_mega.engines.vllm.arguments import VllmSettings, kv_cache_bytes
 from grpo_mega.engines.vllm.engine import VllmEngine
 from grpo_mega.engines.vllm.lifecycle import start
@@ -411,13 +410,3 @@ def start_error(session: RankSession, folder: Path) -> str:
     with pytest.raises(UserError) as caught:
         VllmEngine(VllmSettings(folder, dtype="fp32", tp=1, seed=0, **SETTINGS))
     return str(caught.value)
-
-
-def test_eos_comes_from_generation_config_then_config_then_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"model\.path=.*EOS"):
-        eos_ids(tmp_path, None)
-    assert eos_ids(tmp_path, 4) == (4,)
-    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
-    assert eos_ids(tmp_path, 4) == (3,)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert eos_ids(tmp_path, 4) == (1, 2)

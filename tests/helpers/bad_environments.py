@@ -24,6 +24,8 @@ def obeys(prompt: str, turns: Sequence[Turn], reference: str, shout: bool = Fals
         return 7
     if answer.startswith("garbage"):
         os.write(int(sys.argv[1]), b"garbage\n")
+    if answer.startswith("told"):
+        return turns[-1].stop_text
     if answer.startswith("over"):
         return None
     if answer.startswith("slow"):

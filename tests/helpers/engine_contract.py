@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,37 @@ import torch
 
 from grpo_mega.types import Completion, Prompt, SamplingRequest
 from tests.helpers.engine_ranks import RankSession
+from tests.helpers.tiny_models import EOS, make_tiny_model
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 SAMPLING = SamplingRequest(group_size=8, temperature=1.0, max_tokens=8, seed=5)
 # The last prompt fills two whole blocks of vLLM's KV cache, which the members of its group share.
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9, 6, 70])]
 
+SLASH = 15
+ENDS = (EOS, SLASH)
+"""Tokens that end an answer: the tokenizer's EOS, and the only one that generation_config.json names."""
+_TEXTS = (*"0123456789+-*/= ?", "7.")
+"""Texts of the tokens from 2. The last one contains a stop text and another character."""
 
 # With CUDA the environment contains only one engine, and SGLang computes in 16 bits.
 sglang_here = pytest.mark.skipif(
     torch.cuda.is_available(), reason="compares SGLang in fp32; tests/gpu/test_sglang_on_gpu.py is for CUDA"
 )
+
+
+def make_contract_models(root: Path) -> dict[str, Path]:
+    """Make two models that differ in their weights; `qwen3` has two EOS tokens and a token of two characters."""
+    found = {"qwen3": make_tiny_model(root / "qwen3"), "other": make_tiny_model(root / "other", seed=1)}
+    tokenizer = root / "qwen3" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace('".": 19', '"7.": 19'))
+    (root / "qwen3" / "generation_config.json").write_text(json.dumps({"eos_token_id": [SLASH]}))
+    return found
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    """Return the text of tokens of `qwen3`."""
+    return "".join(_TEXTS[i - 2] for i in token_ids if i > EOS)
 
 
 # Functions that run on the ranks.

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grpo_mega.data.answer_ends import eos_ids
 from grpo_mega.data.expert_records import narrow_record
-from grpo_mega.engines.request_checks import eos_ids
 from grpo_mega.engines.sglang.arguments import SglangSettings
 from grpo_mega.engines.sglang.messages import Sampled, SamplingBatch
 from grpo_mega.models.spec import ModelSpec

@@ -21,7 +21,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from grpo_mega.engines.request_checks import check_lengths, eos_ids, in_groups, require_ready
+from grpo_mega.data.answer_ends import eos_ids
+from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
 from grpo_mega.engines.vllm.lifecycle import keep_generators, start, stop
 from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps

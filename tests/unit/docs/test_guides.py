@@ -21,10 +21,10 @@ from grpo_mega.config.load import load_config
 from grpo_mega.config.shipped import find_config
 from grpo_mega.train import Prepared, prepare
 from tests.engine import test_engine_contract as contract
+from tests.helpers.engine_contract import make_contract_models
 from tests.helpers.engine_ranks import RankSession
 from tests.helpers.guides import blocks, python_blocks
 from tests.helpers.jobs import REPOSITORY
-from tests.helpers.tiny_models import make_tiny_model
 
 GUIDES = sorted((REPOSITORY / "docs" / "guides").glob("*.md"))
 
@@ -120,7 +120,8 @@ def test_the_engine_passes_the_contract(
     from transformers_engine import TransformersEngine  # type: ignore[import-not-found]
 
     root = tmp_path_factory.mktemp("models")
-    models = {"qwen3": make_tiny_model(root / "qwen3"), "other": make_tiny_model(root / "other", seed=1)}
+    models = make_contract_models(root)
+    models["config"] = models["qwen3"]
     engine: Any = OneRank(TransformersEngine(models["qwen3"], max_model_len=96))
     with pytest.raises(RuntimeError, match="before the weights are complete"):
         engine.call(contract.generate, contract.PROMPTS, contract.SAMPLING)

@@ -71,6 +71,12 @@ def test_every_key_is_returned_with_its_own_reply(pool: EnvironmentPool) -> None
     assert pool.collect() == {3: Reply()}
 
 
+def test_the_environment_is_told_the_stop_text(pool: EnvironmentPool) -> None:
+    pool.submit(0, "q", [Turn("told!", stop_text="!")], "r")
+    pool.submit(1, "q", [Turn("told")], "r")
+    assert pool.collect() == {0: Reply("!"), 1: Reply()}
+
+
 def test_a_worker_that_sends_something_else_is_an_error_and_no_hang() -> None:
     with EnvironmentPool(spec(), workers=1, timeout_seconds=60.0) as made:
         made.submit(0, "q", [Turn("garbage")], "r")

@@ -35,7 +35,7 @@ class ScriptedEngine:
         for position, member in reversed(places):
             limit = sampling.max_tokens_of(position)
             tokens = tuple(ord(c) for c in text)
-            reason: Any = "stop" if text.endswith("!") else "eos"
+            reason: Any = "stop" if "!" in text else "eos"
             if len(tokens) > limit:
                 tokens, reason = tokens[:limit], "length"
             log_probs = tuple(-float(len(self.calls)) for _ in tokens)
@@ -52,6 +52,9 @@ class Letters:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(map(chr, token_ids))
+
+    def cut_at_stop(self, token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, str] | None:
+        return self.decode(token_ids).partition(stop[0])[0] + stop[0], stop[0]
 
 
 class ScriptedEnvironment:
@@ -112,8 +115,17 @@ def test_a_rollout_is_the_sequence_of_answers_and_replies() -> None:
 def test_the_environment_sees_each_answer_with_prompt_reference_and_history() -> None:
     environment = ScriptedEnvironment(lambda _, turns: Reply("r" if len(turns) == 1 else None))
     take(ScriptedEngine("a!", "b"), environment)
-    assert environment.asked[3] == (0, "first", [Turn("a!")], "ref1")
-    assert environment.asked[4] == (3, "second", [Turn("a!", "r"), Turn("b")], "ref2")
+    assert environment.asked[3] == (0, "first", [Turn("a!", stop_text="!")], "ref1")
+    assert environment.asked[4] == (3, "second", [Turn("a!", "r", "!"), Turn("b")], "ref2")
+
+
+def test_characters_after_the_stop_text_are_sampled_but_not_in_the_turn() -> None:
+    environment = ScriptedEnvironment(lambda _, turns: Reply("r" if len(turns) == 1 else None))
+    found, _ = take(ScriptedEngine("a!.", "b"), environment)
+    assert environment.asked[0][2] == [Turn("a!", stop_text="!")]
+    assert environment.asked[-1][2] == [Turn("a!", "r", "!"), Turn("b")]
+    assert found[0][0].text == "a!.rb"
+    assert found[0][0].loss_mask == (True, True, True, False, True)
 
 
 def test_completed_rollouts_do_not_change_the_order_of_the_others() -> None:
