@@ -2,7 +2,8 @@
 
 Whole tensors are streamed one bucket at a time; rank 0 writes a file when it is full. Tensors of the base model that
 are not trained (multi-token-prediction layers) are copied unchanged. Exported weights are never FP8, so the
-quantization entry of the config is removed. The folder is written under a temporary name and renamed at the end.
+quantization entry of the config is removed. Its dtype becomes the dtype that most of the weights have. The folder is
+written under a temporary name and renamed at the end.
 Asserted by tests/e2e/test_quickstart.py (`transformers` loads it with the same log-probs) and
 tests/unit/checkpoint/test_export_hf.py.
 """
@@ -11,15 +12,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.interfaces import Policy
+from grpo_mega.models.config_fields import with_dtype
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes_aside
 from grpo_mega.parallel.ranks import Ranks
@@ -65,12 +69,14 @@ class _ShardWriter:
         self._open: dict[str, Tensor] = {}
         self._files: list[list[str]] = []
         self._total_bytes = 0
+        self._elements: Counter[torch.dtype] = Counter()
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self._open and sum(t.nbytes for t in self._open.values()) + tensor.nbytes > self._limit:
             self._flush()
         self._open[name] = tensor.to("cpu", copy=True)  # the next bucket overwrites this one
         self._total_bytes += tensor.nbytes
+        self._elements[tensor.dtype] += tensor.numel()
 
     def finish(self, base: Path, folder: Path) -> None:
         self._flush()
@@ -86,7 +92,7 @@ class _ShardWriter:
         for path in base.iterdir():
             if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
                 shutil.copy2(path, self._staging)
-        _drop_quantization(self._staging / "config.json")
+        _describe_weights(self._staging / "config.json", self._elements.most_common(1)[0][0])
         shutil.rmtree(folder, ignore_errors=True)
         self._staging.rename(folder)
 
@@ -96,7 +102,10 @@ class _ShardWriter:
         self._open = {}
 
 
-def _drop_quantization(config: Path) -> None:
+def _describe_weights(config: Path, dtype: torch.dtype) -> None:
+    """Write the dtype of the weights to config.json and remove its quantization entry."""
     raw = json.loads(config.read_text())
-    if raw.pop("quantization_config", None) is not None:
-        config.write_text(json.dumps(raw, indent=2))
+    wanted = with_dtype(raw, str(dtype).removeprefix("torch."))
+    wanted.pop("quantization_config", None)
+    if wanted != raw:
+        config.write_text(json.dumps(wanted, indent=2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from grpo_mega.formats.safetensors_headers import INDEX, SINGLE, StoredTensor, r
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.torch_dist_as_hf import DistAsHf, find_base
 from grpo_mega.formats.torch_dist_reader import checkpoint_folder
+from grpo_mega.models.config_fields import with_dtype
 from grpo_mega.models.digest import digest_text
 from grpo_mega.quantization import block_fp8
 from grpo_mega.quantization.fp8_checkpoint import FP8_SCHEME
@@ -82,7 +84,7 @@ def megatron_to_hf(
         found = conversion.run(identity_of(folder, dtype, to_fp8, shard_bytes, identity_of(base)))
         digests = {name: digest_text(value) for name, value in sorted(found.items())}
         copy_side_files(base, workspace.result)
-        _rewrite_config(workspace.result / "config.json", next(iter(dtypes.values())), to_fp8)
+        _rewrite_config(workspace.result / "config.json", main_dtype(source.shapes, dtypes), to_fp8)
         if index is not None:
             (workspace.result / INDEX).write_text(json.dumps(index, indent=2))
         (workspace.result / "digests.json").write_text(json.dumps(digests, indent=1))
@@ -217,14 +219,21 @@ class _Fp8Codec:
         return tuple(-(-n // block_fp8.BLOCK) for n in shape)
 
 
+def main_dtype(shapes: dict[str, Shape], dtypes: dict[str, torch.dtype]) -> torch.dtype:
+    """Return the dtype that most elements have, without those that are quantized."""
+    elements: Counter[torch.dtype] = Counter()
+    for name, shape in shapes.items():
+        elements[dtypes[name]] += torch.Size(shape).numel()
+    del elements[block_fp8.FP8_DTYPE]
+    return elements.most_common(1)[0][0]
+
+
 def _rewrite_config(path: Path, dtype: torch.dtype, to_fp8: bool) -> None:
     raw = json.loads(path.read_text())
-    wanted = dict(raw)
+    wanted = with_dtype(raw, str(dtype).removeprefix("torch."))
     if to_fp8:
         wanted.setdefault("quantization_config", FP8_SCHEME)
     else:
         wanted.pop("quantization_config", None)
-        name = str(dtype).removeprefix("torch.")
-        wanted |= {key: name for key in ("dtype", "torch_dtype") if key in raw}
     if wanted != raw:
         path.write_text(json.dumps(wanted, indent=2))

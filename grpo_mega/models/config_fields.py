@@ -26,6 +26,14 @@ _HARMLESS = frozenset((
 # fmt: on
 
 
+def with_dtype(raw: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the fields of a config.json with another dtype of the weights, for example `bfloat16`.
+
+    A config that names no dtype still names none: its readers use the dtype of the tensors.
+    """
+    return raw | {key: dtype for key in ("dtype", "torch_dtype") if key in raw}
+
+
 class Fields:
     """The fields of one config. `take`, `whole`, `number` and `flag` read a field; `only` requires certain values."""
 

@@ -87,3 +87,13 @@ def test_an_fp8_base_is_exported_dequantized_without_quantization_config(tmp_pat
     assert torch.equal(found[name], block_fp8.dequantize(codes, scales, (0, 0)).to(torch.bfloat16))
     raw.pop("quantization_config")
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == raw
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_config_names_the_dtype_of_the_exported_weights(key: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "deepseek_v3")
+    raw = raw_family_config("deepseek_v3") | {key: "bfloat16"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
+    trained = {name: base[name].float() for name in hf_shapes(read_spec(tmp_path / "base"))}
+    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    assert json.loads((tmp_path / "hf" / "config.json").read_text()) == raw | {key: "float32"}
