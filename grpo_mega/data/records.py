@@ -8,6 +8,7 @@ Asserted by tests/unit/data/test_records.py.
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ def _jsonl_records(path: Path, key: str) -> Iterator[Record]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if line.strip():
                     yield f"{path}:{number}", _parse(f"{path}:{number}", line)
     except OSError as error:

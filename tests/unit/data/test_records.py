@@ -184,3 +184,9 @@ def test_every_defect_of_a_file_is_a_user_error_that_names_it(name: str, tmp_pat
             messages.append(str(error))
     assert len(messages) > 200
     assert all(str(path) in message for message in messages)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n', encoding="utf-8-sig")
+    assert [record["prompt"] for _, record in read_records(path, "data.train", None)] == ["a", "b"]
