@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -11,6 +12,15 @@ from grpo_mega.config.data_sections import DataConfig, DataSource, RowFilter
 from grpo_mega.types import UserError
 
 MAX_PATTERN = 100_000
+
+# Arguments of transformers' apply_chat_template that this program sets itself.
+# fmt: off
+_TEMPLATE_ARGUMENTS = frozenset((
+    "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length", "messages",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs",
+    "truncation",
+))
+# fmt: on
 
 
 def check_data(data: DataConfig) -> None:
@@ -25,6 +35,7 @@ def check_data(data: DataConfig) -> None:
             for number, row_filter in enumerate(source.filters):
                 _check_filter(f"{where}.filters[{number}]", row_filter)
     _check_weights(data)
+    _check_chat_template(data)
 
 
 def pattern_of(weights: Sequence[float]) -> tuple[int, ...]:
@@ -102,3 +113,21 @@ def _check_weights(data: DataConfig) -> None:
             f"must be at most {MAX_PATTERN}",
             remedy="round the weights to fewer digits",
         )
+
+
+def _check_chat_template(data: DataConfig) -> None:
+    for key in ("chat_template", "chat_template_kwargs"):
+        if data.template == "plain" and (value := getattr(data, key)):
+            raise UserError(
+                f"data.{key}={value} has no effect with data.template=plain", remedy="use data.template=chat"
+            )
+    for name, value in data.chat_template_kwargs.items():
+        if name in _TEMPLATE_ARGUMENTS:
+            raise UserError(f"data.chat_template_kwargs.{name} is set by this program", remedy=f"remove {name}")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"data.chat_template_kwargs.{name}={value!r} is not a JSON value ({error})",
+                remedy="use text, numbers, true, false, null, lists and mappings",
+            ) from error

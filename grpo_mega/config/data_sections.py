@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -78,7 +78,13 @@ class DataConfig(Section):
     answer_key: str | None = None
     """Key of the reference answer in a row. null: `answer`."""
     template: Literal["chat", "plain"] = "chat"
-    """`chat`: the model's chat template. `plain`: the contents of the messages, joined by blank lines."""
+    """`chat`: a chat template. `plain`: the contents of the messages, joined by blank lines."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, for `template: chat`. null: the template of the model's tokenizer."""
+    chat_template_kwargs: dict[str, Any] = Field({})
+    """Variables of the chat template, name -> JSON value, for example `enable_thinking: false`."""
+    allow_special_tokens: bool = False
+    """Encode the text of a special token in a row, such as `<|im_end|>`, as that token. false: as ordinary text."""
     system_prompt: str | None = None
     """System message of every prompt that has none of its own. null: none."""
     max_prompt_tokens: int = Field(1024, ge=1)

@@ -1,24 +1,18 @@
-"""Conversion of a prompt into the tokens that the engine gets: the model's tokenizer and the prompt template.
-
-`chat` applies the tokenizer's own chat template and opens the assistant's turn; `plain` uses the text unchanged. The
-tokens made here are the tokens that are trained on: no later step tokenizes text again.
-"""
+"""The model's tokenizer, and what rollouts need of it: replies of environments, and the texts of tokens."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from grpo_mega.data.answer_ends import cut_at_stop
-from grpo_mega.data.prompt_rows import PromptSource
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Template = Literal["chat", "plain"]
 
 # Each of these files can hold the vocabulary. Without one, transformers builds an empty tokenizer from config.json.
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -28,7 +22,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face model folder.
 
     Raises:
-        UserError: the folder does not exist, its tokenizer is missing or damaged, or the tokenizer has no EOS token.
+        UserError: the folder does not exist, its tokenizer is missing or damaged, the tokenizer has no EOS token, or
+            tokens that are not in the model's vocabulary.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -52,42 +47,24 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"model.path={path}: the tokenizer has no EOS token, which ends every completion",
             remedy="set eos_token in tokenizer_config.json",
         )
+    _check_vocabulary(tokenizer, folder)
     return tokenizer
 
 
-def render_prompt(
-    prompt: PromptSource,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    system_prompt: str | None,
-) -> tuple[str, tuple[int, ...]]:
-    """Apply the template to a prompt; return its text and its tokens.
-
-    Args:
-        prompt: a string (one user message) or a list of `{role, content}` messages.
-        tokenizer: the model's tokenizer.
-        template: `chat` applies the tokenizer's chat template and opens the assistant's turn; `plain` joins the
-            contents of the messages with blank lines, so that a string is unchanged.
-        system_prompt: added before a prompt that has no system message.
-
-    Raises:
-        UserError: the template is `chat` and the tokenizer has no chat template.
-    """
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    if template == "plain":
-        text = "\n\n".join(message["content"] for message in messages)
-        return text, tuple(tokenizer.encode(text))
-    if tokenizer.chat_template is None:
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise UserError if the tokenizer can produce a token that the model has no embedding for."""
+    config = folder / "config.json"
+    vocab_size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    if not isinstance(vocab_size, int):  # grpo_mega/models/config_readers.py reports it
+        return
+    outside = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size)
+    if outside:
+        named = ", ".join(f"{token!r} ({token_id})" for token_id, token in outside[:5])
         raise UserError(
-            "data.template=chat needs a chat template, which the model's tokenizer does not have",
-            remedy="use data.template=plain",
+            f"model.path={folder}: {len(outside)} tokens of the tokenizer are not in the model's vocabulary, which has "
+            f"vocab_size={vocab_size}: {named}{', ...' if len(outside) > 5 else ''}",
+            remedy="use the tokenizer of this model, or enlarge the model's embedding (resize_token_embeddings)",
         )
-    text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    # The template has already written BOS and other special tokens.
-    return text, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
 @dataclass(frozen=True)

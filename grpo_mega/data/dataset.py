@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from grpo_mega.config.data_rules import pattern_of
 from grpo_mega.config.data_sections import DataConfig, DataSource
-from grpo_mega.data.chat import render_prompt
 from grpo_mega.data.prompt_rows import PromptSource, keyed_sets, read_rows
+from grpo_mega.data.prompt_template import PromptTemplate, RenderedPrompt
 from grpo_mega.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -117,29 +117,33 @@ def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Pro
 def _load(keyed: list[tuple[str, DataSource]], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
     sets: list[DataSet] = []
     begin = 0
+    template = PromptTemplate(config, tokenizer)
     for key, source in keyed:
-        found, num_rows = _load_set(key, source, config, tokenizer, begin)
+        found, num_rows = _load_set(key, source, config, template, begin)
         sets.append(found)
         begin += num_rows
     return PromptDataset(tuple(sets))
 
 
 def _load_set(
-    key: str, source: DataSource, config: DataConfig, tokenizer: PreTrainedTokenizerBase, begin: int
+    key: str, source: DataSource, config: DataConfig, template: PromptTemplate, begin: int
 ) -> tuple[DataSet, int]:
     """Return the set and its number of rows; the prompts are indexed from `begin`."""
     prompts: list[Prompt] = []
     num_skipped, num_filtered, num_rows = 0, 0, 0
+    spelled: list[str] = []
     for row in read_rows(source, key, config):
         index, num_rows = begin + num_rows, num_rows + 1
         if row is None:
             num_filtered += 1
             continue
-        text, token_ids = _render(row.where, row.prompt, tokenizer, config)
+        rendered = _render(row.where, row.prompt, template)
+        token_ids = rendered.token_ids
+        spelled += rendered.spelled[:1]
         if not (source.min_prompt_tokens or 1) <= len(token_ids) <= (source.max_prompt_tokens or len(token_ids)):
             num_filtered += 1
         elif len(token_ids) <= config.max_prompt_tokens:
-            prompts.append(Prompt(index, text, token_ids, row.answer, source.label))
+            prompts.append(Prompt(index, rendered.text, token_ids, row.answer, source.label))
         elif config.overlong == "skip":
             num_skipped += 1
         else:
@@ -150,6 +154,12 @@ def _load_set(
             )
     found = DataSet(source.label, tuple(prompts), source.weight, num_skipped, num_filtered)
     _check_not_empty(key, source, found, config)
+    if spelled:
+        log.warning(
+            "%s: %d prompts contain special tokens of the tokenizer, for example %s; they are encoded as text. Set "
+            "data.allow_special_tokens=true if the rows are rendered already",
+            source.path, len(spelled), spelled[0],
+        )  # fmt: skip
     if num_skipped:
         log.info(
             "%s: skipped %d of %d prompts with more than data.max_prompt_tokens=%d tokens",
@@ -206,20 +216,16 @@ def _epoch_order(size: int, stream: str, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _render(
-    where: str, prompt: PromptSource, tokenizer: PreTrainedTokenizerBase, config: DataConfig
-) -> tuple[str, tuple[int, ...]]:
+def _render(where: str, prompt: PromptSource, template: PromptTemplate) -> RenderedPrompt:
     try:
-        text, token_ids = render_prompt(
-            prompt, tokenizer=tokenizer, template=config.template, system_prompt=config.system_prompt
-        )
-    except UserError:
-        raise
+        rendered = template.render(prompt)
+    except UserError as error:
+        raise UserError(f"{where}: {error.message}", remedy=error.remedy) from error
     except Exception as error:  # the tokenizers library and chat templates raise plain Exceptions
         raise UserError(
             f"{where}: the model's tokenizer cannot encode the prompt ({error})",
             remedy="change the prompt or the model",
         ) from error
-    if not token_ids:
+    if not rendered.token_ids:
         raise UserError(f"{where}: the prompt is empty", remedy="write a prompt of at least one token")
-    return text, token_ids
+    return rendered

@@ -15,6 +15,7 @@ import psutil
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.finding import Finding, passed, tried
+from grpo_mega.doctor.prompt_example import check_prompt
 from grpo_mega.parallel.devices import num_driver_gpus
 from grpo_mega.parallel.topology import Topology
 
@@ -69,7 +70,7 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
     found = [inputs.check_layout(config, topology), inputs.check_rewards(config)]
     found += examine_start(config, topology, env)
     found += inputs.check_servers(config)
-    found += [_tokenizer(config), inputs.check_port(env)]
+    found += [*_tokenizer(config), inputs.check_port(env)]
     return found
 
 
@@ -96,13 +97,17 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     ]
 
 
-def _tokenizer(config: Config) -> Finding:
-    """Check that the tokenizer loads, then its chat template."""
+def _tokenizer(config: Config) -> list[Finding]:
+    """Check that the tokenizer loads, then its chat template, and show the first prompt."""
     from grpo_mega.data.chat import load_tokenizer
 
     if config.model.base is not None:
-        return passed("chat template", "the recipe of the tiny base makes the tokenizer")
+        from grpo_mega.tiny_base.train import base_tokenizer
+
+        template = passed("chat template", "the recipe of the tiny base makes the tokenizer")
+        return [template, *check_prompt(config, base_tokenizer(config.model.base))]
     loaded = tried("tokenizer", lambda: f"{len(load_tokenizer(str(config.model.path)))} tokens")
     if loaded.status == "fail":
-        return loaded
-    return inputs.check_template(config, load_tokenizer(str(config.model.path)))
+        return [loaded]
+    tokenizer = load_tokenizer(str(config.model.path))
+    return [inputs.check_template(config, tokenizer), *check_prompt(config, tokenizer)]

@@ -49,7 +49,8 @@ def in_words(findings: Sequence[Finding]) -> str:
     """Return one line per finding, with the remedy on a line of its own."""
     lines = []
     for finding in findings:
-        lines.append(f"{finding.status:<4}  {finding.check:<18} {finding.message}")
+        message = finding.message.replace("\n", f"\n{'':<25}")
+        lines.append(f"{finding.status:<4}  {finding.check:<18} {message}")
         if finding.remedy:
             lines.append(f"{'':<25}-> {finding.remedy}")
     return "\n".join(lines)

@@ -91,23 +91,22 @@ def check_template(config: Config, tokenizer: PreTrainedTokenizerBase) -> Findin
     """
     if config.data.template == "plain":
         return passed("chat template", "data.template=plain: no chat template is used")
-    from grpo_mega.data.chat import render_prompt
+    from grpo_mega.data.prompt_template import PromptTemplate
 
     def text(*messages: tuple[str, str]) -> str:
-        turns = [{"role": role, "content": content} for role, content in messages]
-        system = config.data.system_prompt
-        return render_prompt(turns, tokenizer=tokenizer, template="chat", system_prompt=system)[0]
+        return template.render([{"role": role, "content": content} for role, content in messages]).text
 
     try:
+        template = PromptTemplate(config.data, tokenizer)
         short, again = text(("user", _QUESTION)), text(("user", _QUESTION))
         longer = text(("user", _QUESTION), ("assistant", "5"), ("user", "And 3 + 4?"))
     except UserError as error:
         return Finding("chat template", "fail", error.message, error.remedy)
     except Exception as error:  # a template is a program and can raise anything
-        return Finding("chat template", "fail", f"cannot be applied: {error}", "repair chat_template of the tokenizer")
+        return Finding("chat template", "fail", f"cannot be applied: {error}", "repair the chat template")
     if short != again:
         return Finding("chat template", "fail", "renders another text each time", "remove its random parts")
-    if "strftime_now" in str(tokenizer.chat_template):
+    if "strftime_now" in str(template.source):
         return Finding(
             "chat template", "warn", "contains today's date: a run that is resumed tomorrow trains on other prompts",
             "set data.system_prompt, or fix the date in the template",
