@@ -1,7 +1,9 @@
 """Reward `code`: the Python program of the completion passes its tests. It runs only in the sandbox.
 
-The program is the last fenced Python block of the completion, else the whole completion. The reference holds the tests
-in one of three forms:
+The program is the last fenced block of the answer whose label names Python (`python`, `Python`, `py`, `python3.11`).
+Without such a block it is the last block without a label, where blocks that look like a program come before outputs. An
+answer without any fence is a program as a whole. A thought is not part of the answer (thought.py). fenced_blocks.py
+finds the blocks. The reference holds the tests in one of three forms:
 
 - `{"inputs": [...], "outputs": [...]}`: the input and the expected output of the program, one process per pair.
 - `{"tests": ["assert add(1, 2) == 3", ...], "setup": "import math"}`: statements that run after the program, in its
@@ -24,11 +26,16 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.fenced_blocks import fenced_blocks
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.sandbox.sandbox import Limits, Outcome, Sandbox, check_limits, python_command, require_isolation
 from grpo_mega.types import UserError
 
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*(\w*)[ \t]*\r?$", re.MULTILINE)
-_PYTHON = ("", "python", "python3", "py")
+_PYTHON = re.compile(r"(?:python|py|ipython|cpython|pypy)(?:[-_]?[23](?:\.[0-9]{1,3}){0,2})?|[\w.-]*\.py")
+_PYTHON_SESSION = re.compile(r"\s*>>>")
+_STATEMENT = re.compile(
+    r"^[ \t]*(?:def|class|import|from|for|while|if|with|try|return|print|async|@)\b|[\w\])] ?=|\w\(", re.M
+)
 _MEGABYTE = 1 << 20
 _SHORTEST_SECONDS = 0.05  # enough time to start a process
 
@@ -109,7 +116,7 @@ def code(
     """Return 1 when the program passes all tests, else 0; with `partial`, the fraction of tests that it passes.
 
     Args:
-        prompt: not used.
+        prompt: if it ends with an opened thought, the completion begins inside of it.
         completion: the program is extracted from it.
         reference: the tests, see the docstring of this module.
         partial: return the fraction of passed tests; all tests run then.
@@ -125,7 +132,7 @@ def code(
     """
     deadline = time.monotonic() + seconds
     tests = _parse_tests(reference)
-    program = program_of(completion)
+    program = program_of(answer_part(prompt, completion))
     if not program.strip():
         return 0.0
     limits = Limits(
@@ -151,15 +158,15 @@ def code(
     return passed / tests.number if partial else float(passed == tests.number)
 
 
-def program_of(completion: str) -> str:
-    """Return the last fenced block that is marked as Python or not marked, else the whole completion."""
-    fences = list(_FENCE.finditer(completion))
-    for opening, closing in zip(reversed(fences[:-1]), reversed(fences[1:]), strict=True):
-        if opening[1].lower() in _PYTHON and not closing[1]:
-            block = completion[opening.end() : closing.start()]
-            if opening[1] or block.strip():
-                return block.removeprefix("\n")
-    return completion
+def program_of(answer: str) -> str:
+    """Return the program of an answer; empty if the answer has fenced blocks, but none with a Python program."""
+    blocks = fenced_blocks(answer)
+    if not blocks:
+        return answer
+    python = [b for b in blocks if _PYTHON.fullmatch(b.label) and not _PYTHON_SESSION.match(b.content)]
+    unlabeled = [] if python else [b for b in blocks if not b.label and not _PYTHON_SESSION.match(b.content)]
+    programs = [b.content for b in python or unlabeled if b.content.strip()]
+    return next((p for p in reversed(programs) if python or _STATEMENT.search(p)), programs[-1] if programs else "")
 
 
 def same_output(expected: str, printed: str) -> bool:

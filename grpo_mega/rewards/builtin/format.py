@@ -4,21 +4,26 @@ Kinds: `gsm8k` (the last non-empty line is `#### <number>`, and there is no othe
 `\boxed{...}`, closed and not empty), `think_answer` (`<think>...</think><answer>...</answer>` and nothing else),
 `think` (`<think>...</think>`, then an answer without tags), `tags` (the named tags in their order, and nothing around
 them), `regex` (`pattern` is found in the completion).
+
+`gsm8k` and `boxed` judge the answer, without its thought. The kinds with tags judge the completion as the prompt began
+it: if the prompt ends with one of the tags, opened, then the completion is read as if it began with that tag.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Sequence
 
 from grpo_mega.rewards.answer_parsing import BOXED_START, boxed_contents
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.thought import answer_part, with_opened_tag
 from grpo_mega.types import UserError
 
 KINDS = ("gsm8k", "boxed", "think_answer", "think", "tags", "regex")
 
-_GSM8K_LINE = re.compile(r"#### [-+\u2212]?\$?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z")
+_GSM8K_LINE = re.compile(r"#### [-+\u2212]?\$?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z")
 _TAG_NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
 
 
@@ -62,7 +67,7 @@ def answer_format(
     """Return 1 when the completion has the requested format, else 0.
 
     Args:
-        prompt: not used.
+        prompt: only the tag that its end opens matters.
         completion: its format is checked.
         reference: not used.
         kind: `gsm8k`, `boxed`, `think_answer`, `think`, `tags` or `regex`; default: `regex` if there is a pattern, else
@@ -73,22 +78,28 @@ def answer_format(
     if pattern is not None:
         return float(_compile(pattern).search(completion) is not None)
     if kind == "boxed":
-        contents = boxed_contents(completion)
-        return float(completion.count(BOXED_START) == 1 and contents is not None and contents.strip() != "")
-    if kind == "think_answer":
-        return float(_is_tagged(completion, ("think", "answer")))
+        answer = answer_part(prompt, completion)
+        contents = boxed_contents(answer)
+        return float(answer.count(BOXED_START) == 1 and contents is not None and _is_visible(contents))
+    if kind == "think_answer" or tags is not None:
+        names = tags or ("think", "answer")
+        return float(_is_tagged(with_opened_tag(prompt, completion, names), names))
     if kind == "think":
-        thought, end, answer = completion.partition("</think>")
-        return float(_is_tagged(thought + end, ("think",)) and answer.strip() != "" and "think>" not in answer)
-    if tags is not None:
-        return float(_is_tagged(completion, tags))
-    lines = completion.rstrip().rsplit("\n", 1)
-    return float(completion.count("####") == 1 and _GSM8K_LINE.match(lines[-1].strip()) is not None)
+        thought, end, answer = with_opened_tag(prompt, completion, ("think",)).partition("</think>")
+        return float(_is_tagged(thought + end, ("think",)) and _is_visible(answer) and "think>" not in answer)
+    answer = answer_part(prompt, completion)
+    lines = answer.rstrip().rsplit("\n", 1)
+    return float(answer.count("####") == 1 and _GSM8K_LINE.match(lines[-1].strip()) is not None)
 
 
 @functools.lru_cache(maxsize=64)
 def _compile(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
+
+
+def _is_visible(text: str) -> bool:
+    """Return True if the text has a character that is neither white space nor invisible (category C or Z)."""
+    return any(unicodedata.category(character)[0] not in "CZ" for character in text)
 
 
 def _is_tag_name(tag: object) -> bool:
@@ -104,7 +115,7 @@ def _is_tagged(completion: str, tags: Sequence[str]) -> bool:
         if not rest.startswith(f"<{tag}>"):
             return False
         content, _, rest = rest.removeprefix(f"<{tag}>").partition(f"</{tag}>")
-        if not content.strip() or any(f"<{other}>" in content for other in tags):
+        if not _is_visible(content) or any(f"<{other}>" in content for other in tags):
             return False
         rest = rest.lstrip()
     return rest == ""

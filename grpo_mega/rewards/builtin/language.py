@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Mapping
 
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.thought import with_opened_tag
 from grpo_mega.types import UserError
 
 _LATIN = ("LATIN",)
@@ -56,7 +57,7 @@ def language_consistency(prompt: str, completion: str, reference: str, language:
     """Return (words in the desired language) / (all words); 0 if there are no words.
 
     Args:
-        prompt: not used.
+        prompt: if it ends with `<think>`, the completion begins inside of the thought.
         completion: its words are counted.
         reference: not used.
         language: a two-letter code, see SCRIPTS.
@@ -65,7 +66,8 @@ def language_consistency(prompt: str, completion: str, reference: str, language:
     Differs: languages are recognized by their script.
     """
     if part == "think":
-        completion = completion.partition("<think>")[2].partition("</think>")[0]
+        together = with_opened_tag(prompt, completion, ("think",))
+        completion = together.partition("<think>")[2].partition("</think>")[0]
     scripts, matching, total = SCRIPTS[language], 0, 0
     for run in _WORD.findall(_NO_LANGUAGE.sub(" ", completion)):
         for script, number in _words_by_script(run):

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.fenced_blocks import fenced_blocks
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.sandbox.sandbox import Limits, Sandbox, check_limits, require_isolation
 from grpo_mega.types import UserError
 
@@ -31,7 +33,6 @@ AXIOMS = ("propext", "Classical.choice", "Quot.sound")
 """The axioms of Lean's own logic."""
 
 _FILE = "Proof.lean"
-_FENCE = re.compile(r"^[ \t]{0,3}```[ \t]*(\w*)[ \t]*\r?$", re.MULTILINE)
 _NAME = re.compile(r"\b(?:theorem|lemma)\s+([^\s:({\[⦃]+)")
 _FORBIDDEN = re.compile(
     r"#|\b(?:abbrev|attribute|axiom|builtin_initialize|by_elab|class|constant|declare_syntax_cat|def|elab|elab_rules|end|"
@@ -96,7 +97,7 @@ def proof(
     """Return 1 when Lean accepts the proof, else 0.
 
     Args:
-        prompt: not used.
+        prompt: if it ends with an opened thought, the completion begins inside of it.
         completion: the proof is extracted from it.
         reference: the statement of a theorem with a name.
         header: text before the statement: imports, open namespaces, definitions.
@@ -114,7 +115,7 @@ def proof(
     name = _NAME.search(reference)
     if name is None:
         raise ValueError(f"the reference {reference[:80]!r} states no theorem; correct the data or its answer_key")
-    body = proof_of(completion, reference)
+    body = proof_of(answer_part(prompt, completion), reference)
     if not body.strip() or len(body) > _MAX_PROOF_CHARACTERS or _FORBIDDEN.search(body):
         return 0.0
     indented = "\n".join("  " + line for line in body.strip("\n").splitlines())
@@ -134,13 +135,13 @@ def proof(
 
 
 def proof_of(completion: str, statement: str) -> str:
-    """Return the last fenced Lean block, else the whole completion, without a repeated statement before it."""
-    fences = list(_FENCE.finditer(completion))
-    text = completion
-    for opening, closing in zip(reversed(fences[:-1]), reversed(fences[1:]), strict=True):
-        if opening[1].lower() in ("", "lean", "lean4") and not closing[1]:
-            text = completion[opening.end() : closing.start()]
-            break
+    """Return the last fenced block of Lean, else the last without a label, without a repeated statement before it.
+
+    A completion without any fence is a proof as a whole.
+    """
+    blocks = fenced_blocks(completion)
+    lean = [b.content for b in blocks if b.label in ("lean", "lean4")] or [b.content for b in blocks if not b.label]
+    text = f"\n{lean[-1]}" if lean else "" if blocks else completion
     words = r"\s+".join(re.escape(word) for word in statement.split())
     repeated = re.search(words, text)
     return text[repeated.end() :] if repeated is not None else text

@@ -13,6 +13,7 @@ from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.builtin.code import code, program_of, same_output
 from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.sandbox.sandbox import require_isolation
 from grpo_mega.types import UserError
 
@@ -85,11 +86,53 @@ def test_a_program_does_not_see_the_files_of_its_earlier_tests() -> None:
         ("```\nplain\n```", "plain\n"),
         ("```python\nprogram\n```\nand its output:\n```text\n4\n```", "program\n"),
         ("just = 1", "just = 1"),
-        ("```python\nnever closed", "```python\nnever closed"),
+        ("```python\nnever closed", "never closed"),
+        ("```c++\nint main(){}\n```", ""),
+        ("```\nprint(1)\n```\nOutput:\n```\n1\n```", "print(1)\n"),
+        ("```\n1\n```", "1\n"),
+        ("```python\n```\n", ""),
+        ("```python\nprint(1)\n```\n```python\n\n```\n", "print(1)\n"),
+        ("```python\nf = abs\n```\n```python\n>>> f(-1)\n1\n```", "f = abs\n"),
+        ("```pycon\n1\n```\n```main.py\nprint(1)\n```\n```sh\npython main.py\n```", "print(1)\n"),
+        ("```python\nfirst\n\nBetter:\n```python\nsecond\n```", "second\n"),
+        ("````python\ns = '''\n```\n'''\n````", "s = '''\n```\n'''\n"),
+        ("1. Run\n     ```python\n     if a:\n         b\n     ```", "if a:\n    b\n"),
     ],
 )
 def test_the_program_is_the_last_block_of_python(completion: str, program: str) -> None:
     assert program_of(completion) == program
+
+
+# Completions on which graders of other systems took the wrong block; `@@` stands for the program.
+RECORDED = {
+    "an output block without a label after the program": "Here:\n```python\n@@```\n\nExample output:\n```\n4\n```\n",
+    "a text block after the program": "```python\n@@```\n```text\n4\n```\n",
+    "a c++ translation after the program": "```python\n@@```\n\nIn C++:\n```c++\nint main(){}\n```\n",
+    "label python3.11": "x\n```python3.11\n@@```\n",
+    "info string": 'x\n```python title="a.py"\n@@```\n',
+    "tildes": "x\n~~~python\n@@~~~\n",
+    "unclosed fence": "Here\n```python\n@@",
+    "a draft in the thought": "<think>\n```python\nbad```\n</think>\n```python\n@@```\n",
+}
+
+
+@pytest.mark.parametrize("completion", RECORDED.values(), ids=RECORDED.keys())
+def test_the_program_of_every_recorded_case_is_found(completion: str) -> None:
+    program = "print(int(input())**2)\n"
+    assert program_of(answer_part("", completion.replace("@@", program))) == program
+
+
+@pytest.mark.parametrize("label", ["Python", "PYTHON3", "py", "py3", "python3.11", "python title='a'", "{.python}"])
+@pytest.mark.parametrize("fence", ["```", "~~~~"])
+def test_every_usual_label_of_python_is_known(label: str, fence: str) -> None:
+    assert program_of(f"{fence}text\n0\n{fence}\n{fence}{label}\na\n{fence}\n{fence}\n1\n{fence}") == "a\n"
+
+
+def test_a_program_in_the_thought_is_not_run() -> None:
+    right, wrong = fenced("print(int(input()) ** 2)"), fenced("print(0)")
+    assert code("", f"<think>{right}</think>{wrong}", SQUARES, seconds=60.0) == 0.0
+    assert code("<think>\n", right, SQUARES, seconds=60.0) == 0.0
+    assert code("<think>\n", f"{wrong}</think>{right}", SQUARES, seconds=60.0) == 1.0
 
 
 @pytest.mark.parametrize(

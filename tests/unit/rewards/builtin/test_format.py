@@ -30,6 +30,10 @@ def test_gsm8k_accepts_one_marked_number_on_the_last_line(answer: str) -> None:
         "#### 72\nDone.",
         "#### 71\n#### 72",
         "#### 1,08",
+        "#### 0,108",
+        "#### \u0667\u0662",
+        "#### 72 or 73",
+        "#### 72%",
         "#### 72.",
         "#### 7 2",
         "#### 72####",
@@ -112,6 +116,50 @@ def test_think_requires_a_thought_and_then_an_answer(completion: str, expected: 
 )
 def test_each_tag_must_occur_once_and_in_order(completion: str, expected: float) -> None:
     assert answer_format("", completion, "", kind="tags", tags=["plan", "code"]) == expected
+
+
+OPENED = "<|im_start|>assistant\n<think>\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "completion", "expected"),
+    [
+        ("think", "2 + 2</think>It is 4.", 1.0),
+        ("think", "2 + 2</think>", 0.0),
+        ("think", "</think>4", 0.0),
+        ("think", "It is 4.", 0.0),
+        ("think", "<think>2 + 2</think>4", 0.0),  # the prompt opened the thought already
+        ("think_answer", "2 + 2</think><answer>4</answer>", 1.0),
+        ("think_answer", "2 + 2</think>4", 0.0),
+        ("tags", "2 + 2</think><plan>4</plan>", 1.0),
+        ("tags", "<plan>4</plan>", 0.0),
+    ],
+)
+def test_a_tag_that_the_prompt_opened_belongs_to_the_completion(kind: str, completion: str, expected: float) -> None:
+    args: dict[str, Any] = {"tags": ["think", "plan"]} if kind == "tags" else {}
+    assert answer_format(OPENED, completion, "", kind=kind, **args) == expected
+    assert answer_format("assistant\n", completion, "", kind=kind, **args) in (0.0, 1.0 - expected)
+    assert answer_format("Write <think> first.", completion, "", kind=kind, **args) in (0.0, 1.0 - expected)
+
+
+def test_a_tag_that_the_format_does_not_name_is_not_added() -> None:
+    assert answer_format("<plan>", "a</plan>", "", kind="tags", tags=["plan"]) == 1.0
+    assert answer_format("<other>", "<plan>a</plan>", "", kind="tags", tags=["plan"]) == 1.0
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("gsm8k", "#### 72"), ("boxed", r"\boxed{72}")])
+def test_a_formatted_answer_in_the_thought_does_not_count(kind: str, answer: str) -> None:
+    assert answer_format("", f"<think>{answer}</think>\n{answer}", "", kind=kind) == 1.0
+    assert answer_format("", f"<think>\n{answer}", "", kind=kind) == 0.0
+    assert answer_format(OPENED, answer, "", kind=kind) == 0.0
+    assert answer_format("", f"<think>a</think>{answer}</think>", "", kind="think") == 0.0
+
+
+@pytest.mark.parametrize("blank", ["\u200b", "\u2060 \ufeff", "\u3000\u00ad", "\0"])
+def test_invisible_characters_are_no_content(blank: str) -> None:
+    assert answer_format("", f"\\boxed{{{blank}}}", "", kind="boxed") == 0.0
+    assert answer_format("", f"<think>{blank}</think>4", "", kind="think") == 0.0
+    assert answer_format("", f"<think>a</think>{blank}", "", kind="think") == 0.0
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,13 @@ def test_only_the_thought_counts_with_part_think() -> None:
     assert language_consistency("", "no tags", "", language="en", part="think") == 0.0
 
 
+def test_a_thought_that_the_prompt_opened_counts_with_part_think() -> None:
+    completion = "we think</think>答案是四"
+    assert language_consistency("assistant\n<think>\n", completion, "", language="en", part="think") == 1.0
+    assert language_consistency("assistant\n<think>\n", "we", "", language="en", part="think") == 1.0
+    assert language_consistency("Use <think>.", completion, "", language="en", part="think") == 0.0
+
+
 @pytest.mark.parametrize(("name", "value"), [("language", "klingon"), ("part", "answer")])
 def test_a_bad_argument_is_rejected_before_the_run(name: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{name}='{value}' is unknown"):

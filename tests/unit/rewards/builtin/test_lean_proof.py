@@ -65,6 +65,11 @@ def test_the_statement_may_be_repeated_before_the_proof() -> None:
     assert proof_of(f"```lean4\nimport Nat\n\n{text}\n```", STATEMENT) == "\n  rfl\n"
     assert proof_of("```lean\ntheorem other : True := by\n  rfl\n```", STATEMENT).startswith("\ntheorem other")
     assert proof_of("rfl", STATEMENT) == "rfl"
+    assert proof_of("~~~lean title=a\nrfl\n~~~\n```\nno goals\n```", STATEMENT) == "\nrfl\n"
+
+
+def test_a_proof_in_the_thought_does_not_count(lean: str) -> None:
+    assert score(lean, "<think>\n```lean\nrfl\n```\n</think>\nwrong") == 0.0
 
 
 def test_compiled_modules_are_found_and_can_be_read(lean: str, tmp_path: Path) -> None:

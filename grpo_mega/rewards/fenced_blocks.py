@@ -1,0 +1,122 @@
+"""Fenced blocks of a Markdown text, by the rules of CommonMark (section 4.5, "Fenced code blocks").
+
+A fence is a line of at least three backticks or tildes; it may stand in a quotation or a list item. A block ends at a
+fence of the same character that is at least as long and has no info string, or with the text. Its lines lose the
+indentation of the opening fence. Where language models depart from CommonMark, this module does too:
+
+- An opening fence may be indented by any number of columns.
+- A fence with an info string inside a block of the same character begins the next block: the closing fence was
+  forgotten.
+- A block without a language, or of Markdown, that contains a block with a language is replaced by the blocks in it.
+
+Asserted by tests/unit/rewards/test_fenced_blocks.py.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from dataclasses import dataclass
+
+_FENCE = re.compile(
+    r"(?P<lead>[ \t]*(?:(?:>|[-*+](?=[ \t])|[0-9]{1,9}[.)](?=[ \t]))[ \t]*)*)(?P<mark>`{3,}|~{3,})(?P<info>[^\r]*)\r?\Z"
+)
+_QUOTE = re.compile(r"[ \t]*>[ ]?")
+_LABEL = re.compile(r"[{.\s]*(?:language-|lang=)?([A-Za-z0-9_+#.-]*)")
+_MARKDOWN = ("", "markdown", "md")
+_FIRST_OF_TILDE_INFO = frozenset(string.ascii_letters + "{.")  # `~~~^~~~` is a part of a traceback of Python
+_MAX_DEPTH = 3
+_MAX_CLOSING_INDENT = 3
+
+
+@dataclass(frozen=True)
+class FencedBlock:
+    """The content of a block, and its label: the first word of the info string in lower case, empty without one."""
+
+    label: str
+    content: str
+    is_closed: bool
+
+
+@dataclass(frozen=True)
+class _Opening:
+    mark: str
+    info: str
+    columns: int
+    num_quotes: int
+
+    def is_ended_by(self, fence: _Opening) -> bool:
+        same = fence.mark[0] == self.mark[0] and len(fence.mark) >= len(self.mark)
+        return same and fence.num_quotes == self.num_quotes and fence.columns <= self.columns + _MAX_CLOSING_INDENT
+
+
+def fenced_blocks(text: str) -> list[FencedBlock]:
+    """Return the fenced blocks of a text in order."""
+    return _blocks(text, 0)
+
+
+def _blocks(text: str, depth: int) -> list[FencedBlock]:
+    if "```" not in text and "~~~" not in text:
+        return []
+    found: list[FencedBlock] = []
+    opening: _Opening | None = None
+    lines: list[str] = []
+
+    def end_block(*, is_closed: bool) -> None:
+        if opening is not None:
+            found.extend(_finished(opening, lines, depth, is_closed=is_closed))
+        lines.clear()
+
+    rows = text.split("\n")
+    for number, row in enumerate(rows):
+        line = row if number == len(rows) - 1 else row + "\n"
+        fence = _read_fence(row)
+        if opening is not None and opening.num_quotes and row.count(">") < opening.num_quotes:
+            end_block(is_closed=False)  # the quotation ended, and the block with it
+            opening = None
+        if opening is None:
+            opening = fence
+        elif fence is not None and opening.is_ended_by(fence):
+            end_block(is_closed=not fence.info)
+            opening = fence if fence.info else None
+        else:
+            lines.append(_without_indent(line, opening))
+    end_block(is_closed=False)
+    return found
+
+
+def _read_fence(row: str) -> _Opening | None:
+    match = _FENCE.match(row)
+    if match is None:
+        return None
+    info = match["info"].strip()
+    if "`" in info if match["mark"][0] == "`" else info and info[0] not in _FIRST_OF_TILDE_INFO:
+        return None
+    return _Opening(match["mark"], info, _columns(match["lead"]), match["lead"].count(">"))
+
+
+def _finished(opening: _Opening, lines: list[str], depth: int, *, is_closed: bool) -> list[FencedBlock]:
+    match = _LABEL.match(opening.info)
+    label = match[1].lower() if match is not None else ""
+    content = "".join(lines)
+    inner = _blocks(content, depth + 1) if label in _MARKDOWN and depth < _MAX_DEPTH else []
+    return inner if any(block.label for block in inner) else [FencedBlock(label, content, is_closed)]
+
+
+def _columns(text: str) -> int:
+    return len(text.expandtabs(4))
+
+
+def _without_indent(line: str, opening: _Opening) -> str:
+    """Return a line of a block without its quotation marks and at most the opening fence's indentation."""
+    columns = opening.columns
+    for _ in range(opening.num_quotes):
+        match = _QUOTE.match(line)
+        if match is not None:
+            columns -= _columns(match.group())
+            line = line[match.end() :]
+    position = 0
+    while position < len(line) and columns > 0 and line[position] in " \t":
+        columns -= 1 if line[position] == " " else 4
+        position += 1
+    return " " * -columns + line[position:] if columns < 0 and position else line[position:]
