@@ -8,6 +8,7 @@ the length of the text.
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,15 +17,20 @@ MAX_DIGITS = 100
 
 BOXED_START = r"\boxed{"
 
+_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)\s?\{")
+_BRACE = re.compile(r"\\?[{}]")
+
+_FRACTIONS = "\u00bc\u00bd\u00be" + "".join(map(chr, range(0x2150, 0x215F)))
 _CHARACTERS = str.maketrans(
-    {chr(0xFF10 + digit): str(digit) for digit in range(10)}  # fullwidth digits
-    | dict.fromkeys("\u2212\ufe63\uff0d", "-")  # minus signs
+    {fraction: f" {unicodedata.normalize('NFKC', fraction)}".replace("\u2044", "/") for fraction in _FRACTIONS}
+    | dict.fromkeys("\u2010\u2011\u2012\u2212\u207b\u02d7\u2796\ufe63\uff0d", "-")  # hyphens and minus signs
     | dict.fromkeys("\u00a0\u2007\u2009\u202f", "\u2009")  # spaces that group digits become one kind of space
-    | dict.fromkeys("\u200b\u2060\ufeff", "")  # characters without width
+    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")  # characters without width
     | {"\uff0c": ",", "\uff0e": ".", "\uff0b": "+", "\u2044": "/", "\u00d7": "*", "\u22c5": "*", "\u2248": "="}
-    | {"\u00bd": " 1/2", "\u00bc": " 1/4", "\u00be": " 3/4", "\u2153": " 1/3", "\u2154": " 2/3"}
-    | {"\u2155": " 1/5", "\u2156": " 2/5", "\u2157": " 3/5", "\u2158": " 4/5", "\u215b": " 1/8"}
+    | {"\u066b": ".", "\u066c": ","}  # separators between Arabic digits
 )
+_DIGITS_OF_OTHER_SCRIPTS = re.compile(r"[^\x00-\x7f\D]")
+_MINUS_AS_DASH = re.compile(r"(?<![^\s$({])[\u2014\u2015](?=[0-9.$])")
 _LATEX: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"<<[^<>\n]*>>"), ""),  # GSM8K's calculator annotations
     (re.compile(r"\\[dtc]?frac\s?\{([^{}]{1,40})\}\s?\{([^{}]{1,40})\}"), r" \1/\2"),
@@ -44,7 +50,7 @@ _MARKS: tuple[tuple[re.Pattern[str], str], ...] = (
 _THIN_GROUPS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:\u2009[0-9]{3})+(?![0-9])")
 _SPACED_GROUPS = re.compile(r"(?<![0-9.,])(?<![0-9] )[0-9]{1,3}(?: [0-9]{3})+(?! ?[0-9])")
 _CURRENCY = r"(?:[$\u20ac\u00a3\u00a5\u20b9]|(?:USD|EUR|GBP|Rs\.?)(?=[\s0-9]))"
-_NOT_INSIDE = r"(?<![0-9A-Za-z^])(?<![0-9A-Za-z]_)(?<!\^\{)"  # not a part of a word, an index or an exponent
+_NOT_INSIDE = r"(?<![0-9A-Za-z^])(?<![0-9A-Za-z]_)(?<![\^_]\{)"  # not a part of a word, an index or an exponent
 _RUN = rf"(?:{_NOT_INSIDE}(?<!\.)\.|{_NOT_INSIDE})[0-9][0-9.,:'\u2019_]*"
 _NUMBER = re.compile(
     r"(?=[-+\u2013.0-9$\u20ac\u00a3\u00a5\u20b9UEGR])"  # the first characters of a number; rejects most positions early
@@ -52,10 +58,18 @@ _NUMBER = re.compile(
     r"(?P<exponent>[eE][-+]?[0-9]{1,2}(?![0-9A-Za-z.])|\s?\*\s?10\s?\^\s?\{?\s?(?P<power>-?[0-9]{1,2})(?![0-9]))?"
     rf"(?:(?P<mixed>[ ]{{1,2}}[0-9]{{1,9}}/[0-9]{{1,9}}(?![0-9.,/]))|\s?/\s?(?P<denominator>{_RUN}))?"
 )
-_SHAPE = re.compile(r"(?:[0-9]{1,3}(?:,[0-9]{2,3})*,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?")
-_SCALE = re.compile(r"\s{0,2}(?:(thousand|million|billion|trillion)s?\b|(k)\b)", re.IGNORECASE)
-_SCALES = {"k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_GLUED = re.compile(r"\s?(?:[\^\u00b2\u00b3\u00b9!]|[eE][-+]?[0-9]|[-+*/\u00f7\u2013x]\s?[$\u20ac\u00a3]?\.?[0-9])")
+_SHAPE = re.compile(  # 1,234,567 or 12,34,567
+    r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?"
+)
+_SCALE = re.compile(r"\s{0,2}(?:(hundred|thousand|million|billion|trillion|dozen)s?\b|(k)\b)", re.IGNORECASE)
+_SCALES = {"dozen": 12, "hundred": 100, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_SCALES |= {"trillion": 10**12}
+_ALWAYS_SCALED = ("hundred", "k")
+_UNITS_IN_LATEX = "quad|qquad|degree|cent|hspace|end|checkmark|square|blacksquare|Box|newline|par|implies|R?rightarrow"
+_GLUED = re.compile(
+    r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u2079]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
+    rf"|(?:[xyz\u03c0]|pi)(?![A-Za-z])|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +87,8 @@ class FoundNumber:
 def normalize(text: str) -> str:
     """Replace Unicode and LaTeX forms by ASCII ones, and join digits that thin spaces group."""
     if not text.isascii():
-        text = text.translate(_CHARACTERS)
+        text = _DIGITS_OF_OTHER_SCRIPTS.sub(lambda match: str(unicodedata.decimal(match.group())), text)
+        text = _MINUS_AS_DASH.sub("-", text.translate(_CHARACTERS))
     for pattern, replacement in _LATEX if "\\" in text else _LATEX[:1]:
         text = pattern.sub(replacement, text)
     for pattern, replacement in _MARKS:
@@ -94,25 +109,44 @@ def find_numbers(text: str, last: int | None = None) -> list[FoundNumber]:
     return [_read_number(match, text) for match in (matches if last is None else matches[-last:])]
 
 
-def are_one_list(first: FoundNumber, second: FoundNumber, text: str) -> bool:
-    """Return True when both numbers are adjacent, so that they form one answer (`3, 4`, `3 or 4`, `3 4`)."""
-    between = text[first.end : second.start].strip(" $")
-    return between in ("", ",", ";", "&", "or", "and", "to", "-", "\u2013", ", or", ", and", "/", ":")
+@dataclass(frozen=True)
+class FoundBox:
+    r"""A `\boxed{...}` or `\fbox{...}` in a text. `content` is None if the box is not closed."""
+
+    start: int
+    end: int
+    content: str | None
+
+
+def find_boxes(text: str) -> list[FoundBox]:
+    """Return the outermost boxes of a text. The content of a box in a box has no command: only its braces are left."""
+    boxes: list[FoundBox] = []
+    position = 0
+    while (match := _BOX_COMMAND.search(text, position)) is not None:
+        end = _closing_brace(text, match.end())
+        content = None if end is None else without_box_commands(text[match.end() : end])
+        position = len(text) if end is None else end + 1
+        boxes.append(FoundBox(match.start(), position, content))
+    return boxes
+
+
+def without_box_commands(text: str) -> str:
+    r"""Return the text with `{` instead of `\boxed{` and `\fbox{`."""
+    return _BOX_COMMAND.sub("{", text)
 
 
 def boxed_contents(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}`, with balanced braces; None without a closed box."""
-    start = text.rfind(BOXED_START)
-    if start < 0:
-        return None
-    begin, depth = start + len(BOXED_START), 1
-    for match in re.compile(r"\\?[{}]").finditer(text, begin):
-        if match.group() == "{":
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
-            if depth == 0:
-                return text[begin : match.start()]
+    """Return the content of the last box, with balanced braces; None without a box, or if the last is not closed."""
+    boxes = find_boxes(text)
+    return boxes[-1].content if boxes else None
+
+
+def _closing_brace(text: str, position: int) -> int | None:
+    depth = 1
+    for match in _BRACE.finditer(text, position):
+        depth += {"{": 1, "}": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.start()
     return None
 
 
@@ -123,7 +157,7 @@ def _read_number(match: re.Match[str], text: str) -> FoundNumber:
     start = match.end("sign") if sign_is_operator else match.start()
     malformed = FoundNumber(start, end, frozenset())
     value = _parse_decimal(run)
-    if value is None or (_GLUED.match(text, end) is not None):
+    if value is None or _GLUED.match(text, end) is not None or _touches_other_numeral(text, start, end):
         return malformed
     if match["power"]:
         value *= Fraction(10) ** int(match["power"])
@@ -147,8 +181,15 @@ def _read_number(match: re.Match[str], text: str) -> FoundNumber:
     scale = _SCALE.match(text, end)
     if scale is None:
         return FoundNumber(start, end, frozenset((value,)))
-    factor = _SCALES[(scale[1] or scale[2]).lower()]
-    return FoundNumber(start, scale.end(), frozenset((value, value * factor)))
+    word = (scale[1] or scale[2]).lower()
+    scaled = value * _SCALES[word]
+    return FoundNumber(start, scale.end(), frozenset((scaled,) if word in _ALWAYS_SCALED else (value, scaled)))
+
+
+def _touches_other_numeral(text: str, start: int, end: int) -> bool:
+    """Return True if a numeral that is no digit is next to the number: `42\u4e07` is 420,000, `4\u00b2` is 16."""
+    behind = text[end : end + 2].lstrip(" ")[:1]
+    return text[max(0, start - 1) : start].isnumeric() or (behind.isnumeric() and not behind.isascii())
 
 
 def _ends_a_term(text: str, position: int) -> bool:

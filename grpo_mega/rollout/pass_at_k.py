@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from grpo_mega.rewards.answer_parsing import boxed_contents
-from grpo_mega.rewards.builtin.gsm8k import final_values
+from grpo_mega.rewards.builtin.gsm8k import final_answer as final_numbers
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = "####"
@@ -84,8 +84,8 @@ def final_answer(completion: str) -> Hashable | None:
     if marked is None and (tagged := _ANSWER_TAG.findall(completion)):
         marked = tagged[-1]
     if marked is None:
-        return final_values(completion, strict=False) or _text(completion)
-    numbers = final_values(f"{_MARKER} {marked}", strict=True) if _VARIABLE.search(marked) is None else None
+        return final_numbers(completion, strict=False) or _text(completion)
+    numbers = final_numbers(f"{_MARKER} {marked}", strict=True) if _VARIABLE.search(marked) is None else None
     return numbers or _text(marked)
 
 

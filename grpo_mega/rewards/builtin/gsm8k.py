@@ -1,41 +1,70 @@
 r"""Reward `gsm8k`: the final answer of the completion is numerically equal to that of the reference.
 
 The final answer is the last `#### x`, else the last `\boxed{x}`. Unless `strict`, it may also be the last "answer is
-x", else the last number of the completion. Values are compared exactly, as fractions: 0.5 equals 1/2, and 33.33 does
-not equal 100/3. `answer_parsing.py` defines the forms of a number. Two alternatives (`#### 3 or 4`) are not an answer.
+x", else the last number. Answers in a thought do not count. Values are compared exactly, as fractions: 0.5 equals 1/2,
+and 33.33 does not equal 100/3. `answer_parsing.py` defines the forms of a number, `number_answers.py` how an answer is
+read. An answer that names several numbers (`3 or 4`, adjacent boxes) is right only if the reference names the same.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from fractions import Fraction
+from dataclasses import dataclass
 
 from grpo_mega.rewards.answer_parsing import (
-    BOXED_START,
-    are_one_list,
-    boxed_contents,
+    find_boxes,
     find_numbers,
     join_spaced_groups,
     normalize,
+    without_box_commands,
 )
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.number_answers import (
+    NO_ANSWER,
+    Answer,
+    distinct,
+    is_doubtful,
+    is_hedged,
+    is_operand,
+    named_numbers,
+    same_answer,
+    starts_with_number,
+)
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 MARKER = "####"
 
 _WINDOW = 160  # characters read in prose on either side of the last digit; longer than any number
-_LEAD_IN = re.compile(
-    r"[\s*_$({\[\"':]*(?:(?:so|thus|the|final|correct|answer|is|are|total|=|:)[\s:*]+){0,6}[\s*_$({\[\"']*",
-    re.IGNORECASE,
-)
+_MAX_LINE = 2000
+_MAX_STATEMENTS = 64  # markers or boxes that are read, from the end of the text
 _LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
 _ANSWER_PHRASE = re.compile(
     r"(?:\b(?:the|final)|^\W{0,4})(?:\W{1,4}final| correct)?\s{0,2}answer(?: is\b|:)", re.I | re.M
 )
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
-_HEDGES = ("or", "-", "\u2013")
-_NO_ANSWER: frozenset[Fraction] = frozenset()
+_SENTENCE_START = re.compile(r".*(?:\n|[.!?]\s)", re.DOTALL)
+_LIST_BEFORE = re.compile(r"[0-9][\s$]*(?:[-\u2013\u2014,;/:&]|\band\b|\bto\b)[\s$]*\Z", re.IGNORECASE)
+_GAP_OF_LIST = re.compile(
+    r"(?:[\s$*_,;.:&/|()\[\]\\#]|\b(?:or|and|maybe|perhaps|possibly|also|alternatively)\b)*", re.I
+)
+_GAP_WITH_HEDGE = re.compile(
+    r"[^\n]{0,40}?\b(?:or|maybe|perhaps|possibly|alternatively|might|could|either)\b[^\n]{0,40}\Z", re.IGNORECASE
+)
+_HEDGE_BEHIND = re.compile(r"[\s$.,;:?!)\]*_]*(?:or|alternatively|maybe|perhaps|possibly)\b", re.IGNORECASE)
+_HEDGE_BEFORE = re.compile(
+    r"\b(?:(?:or|maybe|perhaps|possibly|alternatively)[\s$*_:({\[]*|not[ $*_:({\[]*)\Z", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True)
+class _Statement:
+    """An answer that a marker or a box states. `answer` is None for a box that is not closed."""
+
+    start: int
+    end: int
+    answer: Answer | None
 
 
 def check_gsm8k_args(strict: bool = False) -> None:
@@ -63,91 +92,130 @@ def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) ->
     Source: the answer convention of GSM8K, arXiv:2110.14168.
     Differs: also reads boxes and prose, and compares values instead of strings.
     """
-    expected = reference_values(reference)
-    return float(not expected.isdisjoint(final_values(completion, strict=strict)))
+    found = final_answer(answer_part(prompt, completion), strict=strict)
+    return float(same_answer(reference_answer(reference), found))
 
 
 @functools.lru_cache(maxsize=4096)
-def reference_values(reference: str) -> frozenset[Fraction]:
-    """Return the possible values of the reference's answer, at least one.
+def reference_answer(reference: str) -> Answer:
+    """Return the numbers that the reference names, at least one.
 
     Raises:
         ValueError: the reference contains no number.
     """
-    values = final_values(reference, strict=True) or _values_of_bare_answer(reference, words_may_lead=True)
-    if not values:
+    answer = final_answer(reference, strict=True) or named_numbers(reference, words_may_lead=True)
+    if not answer:
         raise ValueError(
             f"the reference {reference[-80:]!r} does not end in a number; correct the data or its answer_key"
         )
-    return values
+    return answer
 
 
-def final_values(text: str, *, strict: bool) -> frozenset[Fraction]:
-    """Return the possible values of the final answer of `text`; empty when it has no final answer."""
-    marked = _values_after_last_marker(text)
-    if marked is not None:
-        return marked
-    if BOXED_START in text:
-        contents = boxed_contents(text)
-        if contents is not None:
-            return _values_of_bare_answer(contents, words_may_lead=True)
-    return _NO_ANSWER if strict else _values_in_prose(text)
+def final_answer(text: str, *, strict: bool) -> Answer:
+    """Return the numbers that the final answer of `text` names; empty when it has no final answer."""
+    markers = _marked_statements(text)
+    boxes = _boxed_statements(text, markers)
+    if not markers and len(boxes) == 1 and boxes[0].answer is None:
+        boxes = []  # an unfinished box: its number is the last one in the text
+    statements = sorted([*markers, *boxes], key=lambda statement: statement.start)
+    if not statements:
+        return NO_ANSWER if strict else _answer_in_prose(text)
+    return _joined(text, statements, statements.index(markers[-1] if markers else boxes[-1]))
 
 
-def _values_after_last_marker(text: str) -> frozenset[Fraction] | None:
-    """Return the values of the last `#### x`; None when every marker is a heading or has no answer behind it."""
+def _joined(text: str, statements: list[_Statement], chosen: int) -> Answer:
+    """Return the numbers of a statement and of those that are adjacent to it, without other text between them."""
+    first = last = chosen
+    while first > 0 and _are_adjacent(text, statements[first - 1], statements[first]):
+        first -= 1
+    while last + 1 < len(statements) and _are_adjacent(text, statements[last], statements[last + 1]):
+        last += 1
+    begin, end = statements[first].start, statements[last].end
+    if _HEDGE_BEFORE.search(text[max(0, begin - 40) : begin]) or _HEDGE_BEHIND.match(text, end):
+        return NO_ANSWER
+    return _united([statement.answer or NO_ANSWER for statement in statements[first : last + 1]])
+
+
+def _united(answers: list[Answer]) -> Answer:
+    if not all(answers):
+        return NO_ANSWER
+    if all(same_answer(answers[0], answer) for answer in answers[1:]):
+        return answers[0]
+    return distinct([values for answer in answers for values in answer])
+
+
+def _are_adjacent(text: str, left: _Statement, right: _Statement) -> bool:
+    gap = text[left.end : right.start][:200]
+    is_whole = right.start - left.end <= len(gap)
+    return is_whole and bool(_GAP_OF_LIST.fullmatch(gap) or _GAP_WITH_HEDGE.match(gap))
+
+
+def _marked_statements(text: str) -> list[_Statement]:
+    """Return what each `#### x` states, without markers that are headings or have no answer behind them."""
+    found: list[_Statement] = []
     end = len(text)
-    while (start := text.rfind(MARKER, 0, end)) >= 0:
-        end = start
-        if start > 0 and text[start - 1] == "#":
-            continue
-        rest = text[start + len(MARKER) :][:2000].lstrip("#")
-        line, _, below = rest.lstrip().partition("\n")
-        if _LIST_HEADING.match(line) is not None and below.strip():
-            continue
-        answer = _marked_values(line, is_last_line=not below.strip())
-        if answer is not None:
-            return answer
-    return None
+    while len(found) < _MAX_STATEMENTS and (last := text.rfind(MARKER, 0, end)) >= 0:
+        position = last
+        while position and text[position - 1] == "#":
+            position -= 1
+        statement = _marked_statement(text, position, last + len(MARKER), end)
+        found += [statement] if statement is not None else []
+        end = position
+    return found[::-1]
 
 
-def _marked_values(line: str, *, is_last_line: bool) -> frozenset[Fraction] | None:
+def _marked_statement(text: str, position: int, begin: int, end: int) -> _Statement | None:
+    rest = text[begin : min(end, begin + _MAX_LINE)]
+    skipped = len(rest) - len(rest.lstrip())
+    line, _, below = rest[skipped:].partition("\n")
+    is_last_line = not below.strip()
+    if _LIST_HEADING.match(line) is not None and not is_last_line:
+        return None
+    line_end = begin + skipped + len(line)
+    line = without_box_commands(line)
     plain = join_spaced_groups(normalize(line))
-    if _starts_with_number(plain) or (find_numbers(plain) and ("=" in plain or is_last_line)):
-        return _values_of_bare_answer(line, words_may_lead=is_last_line)
-    return None
+    if not starts_with_number(line) and not (find_numbers(plain) and ("=" in plain or is_last_line)):
+        return None
+    return _Statement(position, line_end, named_numbers(line, words_may_lead=is_last_line))
 
 
-def _values_of_bare_answer(text: str, *, words_may_lead: bool) -> frozenset[Fraction]:
-    """Return the values of a text that should contain only the answer: a number, then perhaps a unit or a remark."""
-    plain = join_spaced_groups(normalize(text)).rpartition("=")[2]
-    numbers = find_numbers(plain)
-    if not numbers or (len(numbers) > 1 and are_one_list(numbers[0], numbers[1], plain)):
-        return _NO_ANSWER
-    if _LEAD_IN.fullmatch(plain, 0, numbers[0].start) is None and not (words_may_lead and len(numbers) == 1):
-        return _NO_ANSWER
-    return numbers[0].values
+def _boxed_statements(text: str, markers: list[_Statement]) -> list[_Statement]:
+    """Return what each box states, without the boxes in the lines of markers."""
+    found = []
+    lines = iter([(marker.start, marker.end) for marker in markers] + [(len(text), len(text))])
+    start, end = next(lines)
+    for box in find_boxes(text)[-_MAX_STATEMENTS:]:
+        while box.start >= end and end < len(text):
+            start, end = next(lines)
+        if start <= box.start < end:
+            continue
+        answer = None if box.content is None else named_numbers(box.content, words_may_lead=True)
+        found.append(_Statement(box.start, box.end, answer))
+    return found
 
 
-def _values_in_prose(text: str) -> frozenset[Fraction]:
-    """Return the values of the last "answer is x", else of the last number."""
-    phrases = [match.end() for match in _ANSWER_PHRASE.finditer(text)]
+def _answer_in_prose(text: str) -> Answer:
+    """Return the number of the last "answer is x", else the last number."""
+    phrases = list(_ANSWER_PHRASE.finditer(text))
     if phrases:
-        sentence = _SENTENCE_END.split(text[phrases[-1] : phrases[-1] + _WINDOW], maxsplit=1)[0]
-        if _starts_with_number(join_spaced_groups(normalize(sentence))):
-            return _values_of_bare_answer(sentence, words_may_lead=False)
+        begin, end = phrases[-1].span()
+        sentence = _SENTENCE_END.split(text[end : end + _WINDOW], maxsplit=1)[0]
+        if starts_with_number(sentence):
+            hedged = _HEDGE_BEFORE.search(text[max(0, begin - 40) : begin]) is not None
+            hedged |= _HEDGE_BEHIND.match(text, end + len(sentence)) is not None
+            return NO_ANSWER if hedged else named_numbers(sentence, words_may_lead=False)
     if not text.isascii():
         text = normalize(text)
     last = max(text.rfind(digit) for digit in "0123456789")
     if last < 0:
-        return _NO_ANSWER
+        return NO_ANSWER
     plain = normalize(text[max(0, last - _WINDOW) : last + _WINDOW])
-    numbers = find_numbers(plain, last=2)
-    if not numbers or (len(numbers) > 1 and plain[numbers[-2].end : numbers[-1].start].strip(" $") in _HEDGES):
-        return _NO_ANSWER
-    return numbers[-1].values
-
-
-def _starts_with_number(plain: str) -> bool:
-    numbers = find_numbers(plain)
-    return bool(numbers) and _LEAD_IN.fullmatch(plain, 0, numbers[0].start) is not None
+    numbers = find_numbers(plain, last=1)
+    if not numbers:
+        return NO_ANSWER
+    number = numbers[-1]
+    before = _SENTENCE_START.sub("", plain[: number.start])
+    behind = _SENTENCE_END.split(plain[number.end :], maxsplit=1)[0]
+    if is_hedged(before) or is_operand(plain, number) or _LIST_BEFORE.search(before) or is_doubtful(behind):
+        return NO_ANSWER
+    return distinct([number.values])

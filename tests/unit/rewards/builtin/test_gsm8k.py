@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.rewards.builtin.gsm8k import final_values, gsm8k, reference_values
+from grpo_mega.rewards.builtin.gsm8k import final_answer, gsm8k, reference_answer
 
 NINES = "9" * 5000
 
@@ -87,7 +87,7 @@ RIGHT = [
     (r"\boxed{5 m^2}", "5"),
     ("#### 5 m\xb2", "5"),
     ("#### 72\n\nQuestion: foo 5", "72"),
-    ("#### 5\n#### 6", "6"),
+    ("#### 5\nNo, that is wrong.\n#### 6", "6"),
     (r"The answer is $10\,000$", "10000"),
     (r"#### 90^\circ", "90"),
     ("#### 90\xb0", "90"),
@@ -156,7 +156,7 @@ def test_a_right_answer_scores_one_in_any_spelling(completion: str, reference: s
 
 @pytest.mark.parametrize(("completion", "reference"), RIGHT)
 def test_a_right_answer_to_another_question_scores_zero(completion: str, reference: str) -> None:
-    (value,) = reference_values(reference)
+    ((value,),) = reference_answer(reference)
     assert gsm8k("", completion, str(value + 1)) == 0.0
     assert gsm8k("", completion, str(value * 10 + 7)) == 0.0
 
@@ -167,9 +167,9 @@ def test_a_wrong_or_hedged_answer_scores_zero(completion: str, reference: str) -
 
 
 def test_the_marker_is_preferred_to_the_box_and_the_box_to_the_last_number() -> None:
-    assert gsm8k("", r"#### 5, as \boxed{6} says; 7", "5") == 1.0
+    assert gsm8k("", "#### 5\nas \\boxed{6} says; 7", "5") == 1.0
     assert gsm8k("", r"it is \boxed{6}; 7", "6") == 1.0
-    assert gsm8k("", "it is 6; 7", "7") == 1.0
+    assert gsm8k("", "it is 6; then 7", "7") == 1.0
 
 
 def test_strict_reads_no_number_from_prose() -> None:
@@ -249,4 +249,4 @@ def test_a_whole_solution_without_its_marker_still_ends_in_the_answer(gsm8k_dir:
 
 
 def test_four_million_may_answer_a_question_in_millions_or_in_units() -> None:
-    assert final_values("#### $4 million", strict=True) == {4, 4_000_000}
+    assert final_answer("#### $4 million", strict=True) == ({4, 4_000_000},)

@@ -1,0 +1,158 @@
+r"""Read the numbers that a short text names as its answer: the line after `####`, the content of a box, a sentence.
+
+An answer is a tuple of named numbers, each with its possible values (`answer_parsing.FoundNumber`); `72` names one,
+`3 or 4` names two, and an empty tuple is no answer. What cannot be read as a number with a unit or a remark is no
+answer: an unfinished expression, an inequality, a denial, a second number without a preposition before it.
+Asserted by tests/unit/rewards/builtin/test_gsm8k.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, join_spaced_groups, normalize
+
+Answer = tuple[frozenset[Fraction], ...]
+NO_ANSWER: Answer = ()
+
+LEAD_IN = re.compile(
+    r"[\s*_$({\[\"':]*(?:(?:so|thus|the|final|correct|answer|is|are|total|=|:)[\s:*]+){0,6}[\s*_$({\[\"']*",
+    re.IGNORECASE,
+)
+_LIST_SEPARATOR = re.compile(r"[\s$]*(?:[,;&]|\b(?:or|and|maybe|possibly|perhaps)\b)?[\s$,;]*(?:or|and)?[\s$]*", re.I)
+_RANGE_SEPARATOR = re.compile(r"[\s$]*(?:-|\u2013|\u2014|/|:|\bto\b)[\s$]*", re.IGNORECASE)
+_WORDS = re.compile(r"[^\\^+*/<>|~!%\u00b1\u221a-\u221c\u2260\u2264-\u2267=]*")
+_DENIAL = re.compile(
+    r"\b(?:not|never|neither|nor|no|without|except|unlike|than|least|most|minus|negative|between|under|over|above|below)"
+    r"\b|n't\b",
+    re.IGNORECASE,
+)
+_HEDGE_BEFORE = re.compile(
+    r"(?:\b(?:or|nor|maybe|perhaps|possibly|alternatively|not|cannot|never|than|least|most|minus|negative|between|either)\b"
+    r"|n't\b|\\[A-Za-z]+|[-\u2013])[^\w\\]*(?:[^\W\d]+[^\w\\]+)?\Z",
+    re.IGNORECASE,
+)
+_OPERATORS = frozenset("+-\u2013\u2014*/^<>\u00b1\u221a\u221b\u221c\u2260\u2264\u2265\u2266\u2267\u00f7!|")
+_DOUBT = re.compile(
+    r"\bor\b|[\u2264\u2265\u2260]|<(?![/|]|\w+>)|(?<![\w|/])>|^[A-Za-z]+[0-9]"
+    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^\s?(?:[+*/^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
+    r"|\b(?:is|was|are)\s*(?:n't|not)\b|\bnot (?:the|correct|right|sure|certain)\b|\b(?:wrong|incorrect|false)\b"
+    r"|^\W{0,3}(?:plus|minus|divided|multiplied|squared|cubed|factorial|choose|mod|point)\b|(?:%|\bpercent)\s*of\b"
+    r"|\band (?:an?|one|two|three)[ -](?:half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?)\b",
+    re.IGNORECASE,
+)
+_QUALIFIER = re.compile(
+    r"\b(?:for|in|per|of|after|over|every|each|with|at|on|from|among|by|within|during|as|since|because|not)"
+    r"[\s$({\u20ac\u00a3]*(?:(?:the|all|about|only|just)\s)?[\s$]*\Z",
+    re.IGNORECASE,
+)
+_LONE_BEFORE = re.compile(r"[\s$*_:()\[\]]*")
+_LONE_BEHIND = re.compile(r"[\s$*_.,;:()\[\]]*(?:\b(?:or|and)\b)?\s*(?:[A-Za-z]\w?)?\s*")  # `41, x` of `x = 41, x = 42`
+
+
+def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
+    """Return the numbers that a text names: one, or several that commas, `or` or `and` join.
+
+    Args:
+        text: the answer, perhaps with a unit or a remark behind it, and with an equation before it.
+        words_may_lead: accept other words than "the answer is" before the number, if there is only one number.
+    """
+    segments = join_spaced_groups(normalize(text)).split("=")
+    plain = segments[-1]
+    numbers = find_numbers(plain)
+    if not numbers or not _may_lead(plain, numbers, words_may_lead=words_may_lead):
+        return NO_ANSWER
+    named = [numbers[0]]
+    for number in numbers[1:]:
+        between = plain[named[-1].end : number.start]
+        if _RANGE_SEPARATOR.fullmatch(between):
+            return NO_ANSWER
+        if not _LIST_SEPARATOR.fullmatch(between):
+            break
+        named.append(number)
+    rest = numbers[len(named) - 1 :]
+    for previous, number in itertools.pairwise(rest):
+        is_same = number.values and not number.values.isdisjoint(named[0].values) and len(named) == 1
+        if not is_same and not _QUALIFIER.search(plain[previous.end : number.start]):
+            return NO_ANSWER
+    if is_doubtful(plain[named[-1].end :]):
+        return NO_ANSWER
+    answer = distinct([number.values for number in named])
+    return answer if _agree(segments[:-1], answer) else NO_ANSWER
+
+
+def starts_with_number(text: str) -> bool:
+    """Return True if a number comes first in a text, or after words like "the answer is"."""
+    plain = join_spaced_groups(normalize(text))
+    numbers = find_numbers(plain)
+    return bool(numbers) and LEAD_IN.fullmatch(plain, 0, numbers[0].start) is not None
+
+
+def is_doubtful(tail: str) -> bool:
+    """Return True if the text behind a number makes it an alternative, an expression, or denies it."""
+    return _DOUBT.search(tail) is not None
+
+
+def is_hedged(before: str) -> bool:
+    """Return True if the text before a number makes it an alternative, a bound, an operand, or denies it."""
+    return _HEDGE_BEFORE.search(before[-60:]) is not None or before.rstrip()[-1:] in _OPERATORS
+
+
+def is_operand(plain: str, number: FoundNumber) -> bool:
+    """Return True if the sign of a number is the operator of an expression, as in `n + 5`."""
+    sign, before = plain[number.start : number.start + 2], plain[: number.start].rstrip()[-1:]
+    return (sign[:1] == "+" or sign in ("- ", "\u2013 ")) and (before.isalnum() or before in (")", "]", "}"))
+
+
+def distinct(values: Sequence[frozenset[Fraction]]) -> Answer:
+    """Return the different numbers in their order; no answer if one of them could not be read."""
+    if not all(values):
+        return NO_ANSWER
+    return tuple(dict.fromkeys(values))
+
+
+def same_answer(first: Answer, second: Answer) -> bool:
+    """Return True if both name the same numbers, in any order."""
+    if len(first) != len(second) or not first:
+        return False
+    if len(first) == 1:
+        return not first[0].isdisjoint(second[0])
+    left = list(second)
+    for values in first:
+        match = next((other for other in left if not values.isdisjoint(other)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _may_lead(plain: str, numbers: Sequence[FoundNumber], *, words_may_lead: bool) -> bool:
+    first = numbers[0]
+    if LEAD_IN.fullmatch(plain, 0, first.start) is not None:
+        return True
+    before = plain[: first.start]
+    return (
+        words_may_lead
+        and len(numbers) == 1
+        and before[-1:] not in (",", "'")
+        and _WORDS.fullmatch(before) is not None
+        and _DENIAL.search(before) is None
+        and not is_operand(plain, first)
+        and not is_hedged(before)
+    )
+
+
+def _agree(segments: Sequence[str], answer: Answer) -> bool:
+    """Return False if an equation states another number: `41 = 42`."""
+    for segment in segments:
+        numbers = find_numbers(segment)
+        if len(numbers) != 1 or not _LONE_BEFORE.fullmatch(segment, 0, numbers[0].start):
+            continue
+        if not _LONE_BEHIND.fullmatch(segment, numbers[0].end):
+            continue
+        if len(answer) != 1 or numbers[0].values.isdisjoint(answer[0]):
+            return False
+    return True
