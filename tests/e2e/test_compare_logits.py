@@ -20,7 +20,7 @@ from tests.helpers.tiny_models import make_family_model
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_compare_logits(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/compare_logits.py", *arguments]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=200)
@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_model_with_experts_in_two_ranks_has_the_logits_of_transformers(model: Path) -> None:
     layout = "tp=2,ep=2"
-    done = compare(str(model), "--layout", layout, "--json", "--tolerance", "2e-5")
+    done = run_compare_logits(str(model), "--layout", layout, "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["family"], found["layout"]) == ("glm4_moe", layout)
@@ -43,7 +43,7 @@ def test_a_model_with_experts_in_two_ranks_has_the_logits_of_transformers(model:
 
 @pytest.mark.long
 def test_a_tolerance_that_is_not_met_is_exit_code_1(model: Path) -> None:
-    assert compare(str(model), "--tolerance", "1e-12").returncode == 1
+    assert run_compare_logits(str(model), "--tolerance", "1e-12").returncode == 1
 
 
 @pytest.mark.long
@@ -51,7 +51,7 @@ def test_a_tolerance_that_is_not_met_is_exit_code_1(model: Path) -> None:
 @pytest.mark.parametrize("layout", ["tp=2,pp=2", "cp=2,pp=2", "tp=2,dp=2"])
 def test_every_family_has_the_logits_of_transformers(tmp_path: Path, family: str, layout: str) -> None:
     folder = make_family_model(tmp_path / family, raw_family_config(family), seed=2)
-    done = compare(str(folder), "--layout", layout, "--json", "--tolerance", "2e-5")
+    done = run_compare_logits(str(folder), "--layout", layout, "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["family"] == family
 
@@ -64,14 +64,14 @@ def test_fp8_weights_are_compared_by_their_dequantized_values(model: Path, tmp_p
     quantized = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (tmp_path / "config.json").write_text(json.dumps(raw_family_config("glm4_moe", quantization_config=quantized)))
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    done = compare(str(tmp_path), "--json", "--tolerance", "2e-5")
+    done = run_compare_logits(str(tmp_path), "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.long
 def test_mxfp4_experts_are_compared_by_their_dequantized_values(tmp_path: Path) -> None:
     folder = make_published_mxfp4(tmp_path / "model", hidden_size=64, intermediate_size=96)
-    done = compare(str(folder), "--layout", "tp=2,ep=2", "--json", "--tolerance", "2e-5")
+    done = run_compare_logits(str(folder), "--layout", "tp=2,ep=2", "--json", "--tolerance", "2e-5")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

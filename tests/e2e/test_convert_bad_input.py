@@ -27,7 +27,7 @@ DOWN, UP = "model.layers.1.mlp.down_proj.weight", "model.layers.1.mlp.up_proj.we
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the checkpoint `hf` in several files, and its conversion `megatron`."""
     root = tmp_path_factory.mktemp("sharded")
     make_tiny_model(root / "single", "llama", vocab=21)
@@ -53,7 +53,7 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     return run
 
 
-def place_of(folder: Path, name: str) -> Path:
+def file_of_tensor(folder: Path, name: str) -> Path:
     return folder / str(json.loads((folder / INDEX).read_text())["weight_map"][name])
 
 
@@ -64,7 +64,7 @@ def change_index(folder: Path, change: Callable[[dict[str, str]], object]) -> No
 
 
 def change_tensors(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    path = place_of(folder, name)
+    path = file_of_tensor(folder, name)
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -75,57 +75,63 @@ def swap_files(placed: dict[str, str]) -> None:
     placed[DOWN] = other
 
 
-def drop(folder: Path) -> None:
+def drop_tensor(folder: Path) -> None:
     change_tensors(folder, DOWN, lambda t: t.pop(DOWN))
     change_index(folder, lambda placed: placed.pop(DOWN))
 
 
 def add_to_another_file(folder: Path) -> None:
-    tensor = load_file(place_of(folder, DOWN))[DOWN]
+    tensor = load_file(file_of_tensor(folder, DOWN))[DOWN]
     other = next(
         name
         for name in json.loads((folder / INDEX).read_text())["weight_map"]
-        if place_of(folder, name) != place_of(folder, DOWN)
+        if file_of_tensor(folder, name) != file_of_tensor(folder, DOWN)
     )
     change_tensors(folder, other, lambda t: t.update({DOWN: tensor}))
 
 
-def add_extra(folder: Path) -> None:
+def add_unknown_tensor(folder: Path) -> None:
     change_tensors(folder, DOWN, lambda t: t.update({"model.extra.weight": torch.ones(3, 2)}))
     change_index(folder, lambda placed: placed.update({"model.extra.weight": placed[DOWN]}))
 
 
-def reshape(folder: Path) -> None:
+def reshape_tensor(folder: Path) -> None:
     change_tensors(folder, DOWN, lambda t: t.update({DOWN: t[DOWN][:, :-1].clone()}))
 
 
-def retype(folder: Path) -> None:
+def change_dtype(folder: Path) -> None:
     change_tensors(folder, DOWN, lambda t: t.update({DOWN: t[DOWN].long()}))
 
 
-def truncate(folder: Path) -> None:
-    path = place_of(folder, DOWN)
+def truncate_file(folder: Path) -> None:
+    path = file_of_tensor(folder, DOWN)
     os.truncate(path, path.stat().st_size - 1000)
 
 
-def huge_header(folder: Path) -> None:
-    place_of(folder, DOWN).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
+def claim_huge_header(folder: Path) -> None:
+    file_of_tensor(folder, DOWN).write_bytes((2**62).to_bytes(8, "little") + bytes(100))
 
 
-def replace_by_folder(folder: Path) -> None:
-    path = place_of(folder, DOWN)
+def replace_file_by_folder(folder: Path) -> None:
+    path = file_of_tensor(folder, DOWN)
     path.unlink()
     path.mkdir()
 
 
 DOWN_SHAPED = rf"{DOWN} of shape \(128, 96\)"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (truncate, r"bytes, its header says \d+; of \S+ of shape \(\d+.*\) there is \(\d+.*\)\); download"),
-    "missing shard": (lambda f: place_of(f, DOWN).unlink(), r"was not found; the index places model\.\S+ of shape \("),
-    "shape": (reshape, rf"{DOWN} has shape \(128, 95\), config.json says \(128, 96\)"),
-    "dtype": (retype, rf"{DOWN_SHAPED} has dtype torch.int64, a weight of shape \(128, 96\) is float32"),
-    "tensor missing": (drop, rf"tensors {DOWN_SHAPED} missing"),
-    "tensor left over": (add_extra, r"model.extra.weight of shape \(3, 2\) unknown"),
+    "truncated": (
+        truncate_file,
+        r"bytes, its header says \d+; of \S+ of shape \(\d+.*\) there is \(\d+.*\)\); download",
+    ),
+    "missing shard": (
+        lambda f: file_of_tensor(f, DOWN).unlink(),
+        r"was not found; the index places model\.\S+ of shape \(",
+    ),
+    "shape": (reshape_tensor, rf"{DOWN} has shape \(128, 95\), config.json says \(128, 96\)"),
+    "dtype": (change_dtype, rf"{DOWN_SHAPED} has dtype torch.int64, a weight of shape \(128, 96\) is float32"),
+    "tensor missing": (drop_tensor, rf"tensors {DOWN_SHAPED} missing"),
+    "tensor left over": (add_unknown_tensor, r"model.extra.weight of shape \(3, 2\) unknown"),
     "index lies": (
         lambda f: change_index(f, swap_files),
         rf"holds no {DOWN_SHAPED}, which the index places there, .* holds it with shape \(128, 96\)",
@@ -136,11 +142,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index garbage": (lambda f: (f / INDEX).write_text("{"), r"is not an index of safetensors files"),
     "header garbage": (
-        lambda f: place_of(f, DOWN).write_bytes(b"\xff" * 300),
+        lambda f: file_of_tensor(f, DOWN).write_bytes(b"\xff" * 300),
         r"cannot be read \(a header of \d+ bytes\)",
     ),
-    "header huge": (huge_header, r"cannot be read \(a header of 4611686018427387904 bytes\)"),
-    "shard is a folder": (replace_by_folder, r"was not found; the index places model\.\S+ of shape \("),
+    "header huge": (claim_huge_header, r"cannot be read \(a header of 4611686018427387904 bytes\)"),
+    "shard is a folder": (replace_file_by_folder, r"was not found; the index places model\.\S+ of shape \("),
     "config missing": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
     "config garbage": (lambda f: (f / "config.json").write_bytes(b"\xff\x00"), r"config\.json: not valid JSON"),
     "config list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: must be a JSON object"),
@@ -149,9 +155,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("fault", DAMAGE)
 def test_a_damaged_folder_is_rejected_with_the_reason(
-    sharded: Path, tmp_path: Path, fault: str, run_tool: Callable[..., tuple[int, str]]
+    sharded_checkpoint: Path, tmp_path: Path, fault: str, run_tool: Callable[..., tuple[int, str]]
 ) -> None:
-    shutil.copytree(sharded / "hf", tmp_path / "damaged")
+    shutil.copytree(sharded_checkpoint / "hf", tmp_path / "damaged")
     DAMAGE[fault][0](tmp_path / "damaged")
     code, stderr = run_tool("hf_to_megatron.py", tmp_path / "damaged", tmp_path / "out")
     assert code == 2
@@ -161,9 +167,11 @@ def test_a_damaged_folder_is_rejected_with_the_reason(
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_invalid_outputs_are_rejected(sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]]) -> None:
-    hf, megatron = sharded / "hf", sharded / "megatron"
-    before = sorted(sharded.rglob("*"))
+def test_invalid_outputs_are_rejected(
+    sharded_checkpoint: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]]
+) -> None:
+    hf, megatron = sharded_checkpoint / "hf", sharded_checkpoint / "megatron"
+    before = sorted(sharded_checkpoint.rglob("*"))
     (tmp_path / "file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
@@ -183,18 +191,23 @@ def test_invalid_outputs_are_rejected(sharded: Path, tmp_path: Path, run_tool: C
             assert code == 2
             assert "or inside it; use a folder elsewhere" in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
-    assert sorted(sharded.rglob("*")) == before
+    assert sorted(sharded_checkpoint.rglob("*")) == before
 
 
 @pytest.mark.parametrize("limit", [2_000, 60_000])
 @pytest.mark.parametrize(("tool", "source"), [("hf_to_megatron.py", "hf"), ("megatron_to_hf.py", "megatron")])
 def test_a_full_disk_ends_with_exit_code_2_and_no_output(
-    sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], tool: str, source: str, limit: int
+    sharded_checkpoint: Path,
+    tmp_path: Path,
+    run_tool: Callable[..., tuple[int, str]],
+    tool: str,
+    source: str,
+    limit: int,
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        code, stderr = run_tool(tool, sharded / source, tmp_path / "out")
+        code, stderr = run_tool(tool, sharded_checkpoint / source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 2
@@ -234,10 +247,10 @@ FILES = {
 
 @pytest.mark.parametrize("name", FILES)
 def test_random_damage_never_gives_a_traceback_or_a_partial_result(
-    sharded: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], name: str
+    sharded_checkpoint: Path, tmp_path: Path, run_tool: Callable[..., tuple[int, str]], name: str
 ) -> None:
     rng, source = random.Random(name), name.split("/")[0]
-    shutil.copytree(sharded / source, tmp_path / source)
+    shutil.copytree(sharded_checkpoint / source, tmp_path / source)
     whole = (tmp_path / name).read_bytes()
     head = 3000 if name.endswith((".safetensors", ".distcp")) else len(whole)  # the rest is numbers
     rejected = 0

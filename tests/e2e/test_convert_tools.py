@@ -256,7 +256,7 @@ def change_metadata(folder: Path, change: Any) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(change(found)))
 
 
-def without(key: str) -> Any:
+def remove_key(key: str) -> Any:
     def change(found: Any) -> Any:
         found.state_dict_metadata.pop(key)
         return found
@@ -264,7 +264,7 @@ def without(key: str) -> Any:
     return change
 
 
-def with_shape(key: str, shape: tuple[int, ...]) -> Any:
+def set_shape(key: str, shape: tuple[int, ...]) -> Any:
     def change(found: Any) -> Any:
         found.state_dict_metadata[key].size = torch.Size(shape)
         return found
@@ -272,7 +272,7 @@ def with_shape(key: str, shape: tuple[int, ...]) -> Any:
     return change
 
 
-def renamed(key: str) -> Any:
+def rename_key(key: str) -> Any:
     def change(found: Any) -> Any:
         found.state_dict_metadata["decoder.extra.weight"] = found.state_dict_metadata[key]
         found.storage_data = dict(found.storage_data) | {
@@ -283,7 +283,7 @@ def renamed(key: str) -> Any:
     return change
 
 
-def with_dtype(key: str, dtype: torch.dtype) -> Any:
+def set_dtype(key: str, dtype: torch.dtype) -> Any:
     def change(found: Any) -> Any:
         found.state_dict_metadata[key].properties.dtype = dtype
         return found
@@ -291,7 +291,7 @@ def with_dtype(key: str, dtype: torch.dtype) -> Any:
     return change
 
 
-def with_parts(key: str, parts: Any) -> Any:
+def set_parts(key: str, parts: Any) -> Any:
     def change(found: Any) -> Any:
         found.state_dict_metadata[key].chunks = parts(found.state_dict_metadata[key].chunks)
         return found
@@ -306,28 +306,28 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         r"has 90000 bytes; \S+ of shape \(.*part of shape \(",
     ),
     "no file": (lambda f: (f / "__0_0.distcp").unlink(), r"__0_0.distcp: was not found; \S+ of shape"),
-    "missing": (lambda f: change_metadata(f, without(FC2)), rf"has no {FC2} of shape \(2, 128, 96\)"),
+    "missing": (lambda f: change_metadata(f, remove_key(FC2)), rf"has no {FC2} of shape \(2, 128, 96\)"),
     "shape": (
-        lambda f: change_metadata(f, with_shape(FC2, (2, 128, 95))),
+        lambda f: change_metadata(f, set_shape(FC2, (2, 128, 95))),
         rf"{FC2} has shape \(2, 128, 95\), config.json says \(2, 128, 96\)",
     ),
     "dtype": (
-        lambda f: change_metadata(f, with_dtype(FC2, torch.bfloat16)),
+        lambda f: change_metadata(f, set_dtype(FC2, torch.bfloat16)),
         rf"{FC2}, part of shape \(1, 128, 96\), has dtype torch.float32, .metadata says torch.bfloat16 for all of",
     ),
     "integers": (
-        lambda f: change_metadata(f, with_dtype(FC2, torch.int32)),
+        lambda f: change_metadata(f, set_dtype(FC2, torch.int32)),
         rf"{FC2} of shape \(2, 128, 96\) has dtype torch.int32, a weight of shape \(2, 128, 96\) is float32",
     ),
     "a part missing": (
-        lambda f: change_metadata(f, with_parts(FC2, lambda parts: parts[1:])),
+        lambda f: change_metadata(f, set_parts(FC2, lambda parts: parts[1:])),
         rf"{FC2} of shape \(2, 128, 96\) has 24576 numbers, its parts of shapes \[\(1, 128, 96\)\] \(of 1\) have 12288",
     ),
     "a part twice": (
-        lambda f: change_metadata(f, with_parts(FC2, lambda parts: [parts[0], parts[0]])),
+        lambda f: change_metadata(f, set_parts(FC2, lambda parts: [parts[0], parts[0]])),
         rf"{FC2} of shape \(2, 128, 96\) has two parts at \(0, 0, 0\), of shape \(1, 128, 96\)",
     ),
-    "left over": (lambda f: change_metadata(f, renamed(NORM)), r"holds decoder.extra.weight of shape \(128,\)"),
+    "left over": (lambda f: change_metadata(f, rename_key(NORM)), r"holds decoder.extra.weight of shape \(128,\)"),
     "pickle": (
         lambda f: change_metadata(f, lambda _: MaliciousPickle()),
         r"contains posix.system, which is not part of",

@@ -37,7 +37,7 @@ class Agent:
 
 
 @contextmanager
-def agents(
+def running_agents(
     commands: Sequence[Sequence[str]], folder: Path, screens: Path, envs: Sequence[Mapping[str, str]], apart: float
 ) -> Iterator[list[Agent]]:
     """Start one command per machine, `apart` seconds after each other; end all on exit."""
@@ -64,7 +64,7 @@ def agents(
             kill(agent.process)
 
 
-def machines(num_nodes: int, **env: str) -> list[dict[str, str]]:
+def machine_environments(num_nodes: int, **env: str) -> list[dict[str, str]]:
     port = str(free_port())
     return [
         {"NNODES": str(num_nodes), "NODE_RANK": str(i), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env}
@@ -80,9 +80,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("first", [0, 1])
 def test_machines_that_start_apart_join_in_either_order(checkout: Path, tmp_path: Path, first: int) -> None:
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
-    envs = machines(2)
+    envs = machine_environments(2)
     ordered = [envs[first], envs[1 - first]]
-    with agents([command] * 2, checkout, tmp_path, ordered, apart=4) as both:
+    with running_agents([command] * 2, checkout, tmp_path, ordered, apart=4) as both:
         for agent in both:
             assert agent.code(180) == 0, agent.screen.read_text()
     ranks = ranks_of(tmp_path / "run")
@@ -91,8 +91,8 @@ def test_machines_that_start_apart_join_in_either_order(checkout: Path, tmp_path
 
 def test_a_wrong_master_addr_ends_with_a_message_that_names_it(checkout: Path, tmp_path: Path) -> None:
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", "guard.timeout_seconds=3", f"run.dir={tmp_path}/run")
-    envs = [{**machines(2)[1], "MASTER_ADDR": "no-such-machine.invalid"}]
-    with agents([command], checkout, tmp_path, envs, apart=0) as (alone,):
+    envs = [{**machine_environments(2)[1], "MASTER_ADDR": "no-such-machine.invalid"}]
+    with running_agents([command], checkout, tmp_path, envs, apart=0) as (alone,):
         assert alone.code(180) == 2
     (line,) = alone.screen.read_text().splitlines()
     assert line.startswith("error: MASTER_ADDR=no-such-machine.invalid, port ")
@@ -101,7 +101,7 @@ def test_a_wrong_master_addr_ends_with_a_message_that_names_it(checkout: Path, t
 
 def test_machines_with_different_numbers_of_ranks_are_rejected_on_both(checkout: Path, tmp_path: Path) -> None:
     commands = [("launch/train.sh", QUICKSTART, f"run.world_size={size}", f"run.dir={tmp_path}/run") for size in (2, 4)]
-    with agents(commands, checkout, tmp_path, machines(2), apart=0) as both:
+    with running_agents(commands, checkout, tmp_path, machine_environments(2), apart=0) as both:
         for agent in both:
             assert agent.code(180) == 2
             assert "every machine must have the same number" in agent.screen.read_text()
@@ -109,7 +109,7 @@ def test_machines_with_different_numbers_of_ranks_are_rejected_on_both(checkout:
 
 def test_a_failing_rank_ends_the_other_machine_with_its_code_and_message(checkout: Path, tmp_path: Path) -> None:
     command = ("launch/train.sh", QUICKSTART, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
-    with agents([command] * 2, checkout, tmp_path, machines(2, STUB_EXIT="3:2"), apart=0) as both:
+    with running_agents([command] * 2, checkout, tmp_path, machine_environments(2, STUB_EXIT="3:2"), apart=0) as both:
         for agent in both:
             assert agent.code(180) == 2
             assert agent.screen.read_text().splitlines()[-1] == "error: rank 3 fails"
@@ -122,7 +122,7 @@ TRAIN = (*SMALL, "parallel.tp=2", "train.steps=1")
 @pytest.mark.long
 def test_two_agents_started_a_minute_apart_train_together(tmp_path: Path) -> None:
     command = ("launch/train.sh", *TRAIN, "run.world_size=4", f"run.dir={tmp_path / 'run'}")
-    with agents([command] * 2, REPOSITORY, tmp_path, machines(2), apart=APART_SECONDS) as both:
+    with running_agents([command] * 2, REPOSITORY, tmp_path, machine_environments(2), apart=APART_SECONDS) as both:
         for agent in both:
             assert agent.code(400) == 0, agent.screen.read_text()
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "done"
@@ -140,7 +140,7 @@ def test_two_torchrun_agents_started_a_minute_apart_train_together(tmp_path: Pat
         for i in (1, 0)
     ]
     envs = [{"PYTHONPATH": str(REPOSITORY)}] * 2
-    with agents(commands, REPOSITORY, tmp_path, envs, apart=APART_SECONDS) as both:
+    with running_agents(commands, REPOSITORY, tmp_path, envs, apart=APART_SECONDS) as both:
         for agent in both:
             assert agent.code(400) == 0, agent.screen.read_text()[-5000:]
     assert read_json(tmp_path / "run" / "summary.json")["layout"]["world_size"] == 4
@@ -151,7 +151,7 @@ def test_ranks_without_agents_name_a_wrong_master_addr(tmp_path: Path) -> None:
     """Start the ranks as srun does with one task per rank."""
     command = (sys.executable, "-m", "grpo_mega.train", *TRAIN, "guard.timeout_seconds=5", f"run.dir={tmp_path}/run")
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
-    with agents([command], REPOSITORY, tmp_path, [{**env, "PYTHONPATH": str(REPOSITORY)}], apart=0) as (alone,):
+    with running_agents([command], REPOSITORY, tmp_path, [{**env, "PYTHONPATH": str(REPOSITORY)}], apart=0) as (alone,):
         assert alone.code(120) == 2
     (error,) = [line for line in alone.screen.read_text().splitlines() if line.startswith("error: ")]
     assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871: not all ranks connected within 5 s" in error

@@ -24,14 +24,14 @@ KEYS = {
 LAYOUT = ["run.world_size=4", "parallel.tp=2", "parallel.pp=2", "engine.tp=2"]
 
 
-def plan_sync(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_plan_sync(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "tools/plan_sync.py", "configs/quickstart.yaml", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.long
 def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_an_earlier_plan(tmp_path: Path) -> None:
-    first = plan_sync(*LAYOUT, "--out", str(tmp_path / "plan.json"), "--json")
+    first = run_plan_sync(*LAYOUT, "--out", str(tmp_path / "plan.json"), "--json")
     assert first.returncode == 0, first.stderr
     summary = json.loads(first.stdout.splitlines()[-1])
     assert summary.keys() >= KEYS
@@ -39,10 +39,10 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_an_earlier_p
     links = summary["bytes_by_link"]
     assert links["same_process"] + links["same_node"] == summary["bytes"]
     assert links["across_nodes"] == 0
-    again = plan_sync(*LAYOUT, "--against", str(tmp_path / "plan.json"), "--json")
+    again = run_plan_sync(*LAYOUT, "--against", str(tmp_path / "plan.json"), "--json")
     repeated = json.loads(again.stdout.splitlines()[-1])
     assert (repeated["differences"], repeated["hash"]) == (0, summary["hash"])
-    other = plan_sync(*LAYOUT[:3], "engine.tp=1", "--against", str(tmp_path / "plan.json"), "--json")
+    other = run_plan_sync(*LAYOUT[:3], "engine.tp=1", "--against", str(tmp_path / "plan.json"), "--json")
     assert json.loads(other.stdout.splitlines()[-1])["differences"] > 0
 
 
@@ -56,7 +56,7 @@ def test_the_quickstart_is_planned_for_four_ranks_and_compared_with_an_earlier_p
     ],
 )
 def test_wrong_input_ends_with_one_message(arguments: list[str], message: str) -> None:
-    done = plan_sync(*arguments)
+    done = run_plan_sync(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr

@@ -31,7 +31,7 @@ _INDENTED = re.compile(r"^ {4}(\S.*)$", re.MULTILINE)
 _PATH = re.compile(rf"(?<![\w./-])((?:{'|'.join(map(re.escape, FOLDERS))})/[\w./-]*[\w/])")
 
 
-def commands() -> list[str]:
+def script_commands() -> list[str]:
     """Return the lines that start a script of the repository, without comments, prompts and variables before them."""
     found = []
     for guide in GUIDES:
@@ -46,7 +46,7 @@ def commands() -> list[str]:
     return sorted(set(found))
 
 
-def named_paths() -> list[tuple[str, str]]:
+def paths_in_guides() -> list[tuple[str, str]]:
     """Return (guide, path) for every path of the repository in a guide."""
     return sorted(
         {
@@ -62,15 +62,15 @@ def train_arguments(command: str) -> list[str]:
 
 
 def test_the_guides_hold_the_two_commands() -> None:
-    assert {"launch/train.sh", "launch/test.sh"} <= set(commands())
-    assert len(named_paths()) > 10
+    assert {"launch/train.sh", "launch/test.sh"} <= set(script_commands())
+    assert len(paths_in_guides()) > 10
 
 
 def test_every_path_that_a_guide_names_exists() -> None:
-    assert [f"{guide}: {path}" for guide, path in named_paths() if not (REPOSITORY / path).exists()] == []
+    assert [f"{guide}: {path}" for guide, path in paths_in_guides() if not (REPOSITORY / path).exists()] == []
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if shlex.split(c)[0] == "launch/train.sh"])
+@pytest.mark.parametrize("command", [c for c in script_commands() if shlex.split(c)[0] == "launch/train.sh"])
 def test_every_training_command_passes_all_checks_that_come_before_the_start(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,13 +92,13 @@ def test_every_training_command_passes_all_checks_that_come_before_the_start(
         assert (list(found) if isinstance(found, tuple) else found) == yaml.safe_load(value), key
 
 
-def scripts() -> list[str]:
-    named = {shlex.split(command)[0] for command in commands()} | {path for _, path in named_paths()}
+def launch_scripts() -> list[str]:
+    named = {shlex.split(command)[0] for command in script_commands()} | {path for _, path in paths_in_guides()}
     there = [name for name in named if name.startswith(("launch/", "tools/")) and (REPOSITORY / name).is_file()]
     return sorted(name for name in there if name != "launch/env.sh")  # this file is sourced
 
 
-@pytest.mark.parametrize("script", scripts())
+@pytest.mark.parametrize("script", launch_scripts())
 def test_every_script_that_a_guide_names_prints_its_help(script: str) -> None:
     command = [sys.executable, script] if script.endswith(".py") else [script]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -113,7 +113,7 @@ def test_every_script_that_a_guide_names_prints_its_help(script: str) -> None:
 
 def test_the_score_command_writes_rewards(tmp_path: Path) -> None:
     """Run the command of docs/rewards.md."""
-    (command,) = [c for c in commands() if c.startswith("tools/score.py")]
+    (command,) = [c for c in script_commands() if c.startswith("tools/score.py")]
     row = {"prompt": "1+1?", "completion": "so it is 2\n#### 2", "answer": "1+1=2\n#### 2"}
     (tmp_path / "completions.jsonl").write_text(json.dumps(row) + "\n")
     script, *arguments = shlex.split(command)
@@ -136,7 +136,7 @@ def test_the_conversion_commands_convert_in_both_directions(tmp_path: Path) -> N
     make_tiny_model(tmp_path / "HF_DIR", "llama")
     ran = []
     for tool in ("hf_to_megatron", "megatron_to_hf", "compare_checkpoints"):
-        for command in (c for c in commands() if c.startswith(f"tools/{tool}.py") and "runs/" not in c):
+        for command in (c for c in script_commands() if c.startswith(f"tools/{tool}.py") and "runs/" not in c):
             script, *arguments = shlex.split(command)
             shutil.rmtree(tmp_path / "HF_AGAIN" if tool == "megatron_to_hf" else tmp_path / "-", ignore_errors=True)
             ended = subprocess.run(

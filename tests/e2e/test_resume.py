@@ -34,7 +34,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "run"
 
 
-def is_the_same_run(run: Path, expected: Path) -> None:
+def assert_same_run(run: Path, expected: Path) -> None:
     lines = [without_times(line) for line in read_lines(run / "metrics.jsonl")]
     assert lines == [without_times(line) for line in read_lines(expected / "metrics.jsonl")]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -77,7 +77,7 @@ def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_r
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     train_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
-    is_the_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # the compared values are not all zero
 
@@ -94,7 +94,7 @@ def test_a_killed_and_continued_run_with_sglang_equals_the_uninterrupted_run_and
     train_successfully(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
     kill_when_complete(run, 2, tmp_path / "first", arguments)
     train_successfully(*arguments, f"run.dir={run}", output=tmp_path / "second", timeout_seconds=500)
-    is_the_same_run(run, expected)
+    assert_same_run(run, expected)
 
 
 @pytest.mark.long
@@ -116,7 +116,7 @@ def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     train_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
-    is_the_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)
 
 
 @pytest.mark.long
@@ -139,4 +139,4 @@ def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupt
             assert code == 0, (tmp_path / f"attempt-{kills}.err").read_text()[-3000:]
             break
     assert kills > 0
-    is_the_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted)

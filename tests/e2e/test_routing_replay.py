@@ -19,7 +19,7 @@ ALL_EXPERTS = CONFIG | {"mlp_only_layers": []}  # the model that SGLang builds
 SGLANG = "engine.kind=sglang"
 
 
-def run(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> list[dict[str, float]]:
+def run_training(model: Path, folder: Path, replay: bool, layout: tuple[str, ...]) -> list[dict[str, float]]:
     keys = [
         *SMALL,
         *layout,
@@ -61,7 +61,7 @@ def test_with_the_engines_experts_the_policy_is_closer_to_the_sampler(tmp_path: 
     config = ALL_EXPERTS if SGLANG in layout else CONFIG
     model = make_family_model(tmp_path / "moe", config, router_scale=0.05)
     plain_runs, replay_runs = (
-        run(model, tmp_path / name, replay, layout) for name, replay in (("plain", False), ("replay", True))
+        run_training(model, tmp_path / name, replay, layout) for name, replay in (("plain", False), ("replay", True))
     )
     first = [[row["completion_ids"] for row in rollouts_of(tmp_path / name, 1)] for name in ("plain", "replay")]
     assert first[0] == first[1]  # the tokens are equal; only the policy's routing differs

@@ -41,12 +41,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
         yield found
 
 
-def at(server: Serving) -> tuple[str, ...]:
+def server_overrides(server: Serving) -> tuple[str, ...]:
     return "engine.placement=server", f"engine.urls=['{server.url}']", LIMIT
 
 
 def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: Serving, tmp_path: Path) -> None:
-    for name, more in (("here", (LIMIT,)), ("there", at(server)), ("again", at(server))):
+    for name, more in (("here", (LIMIT,)), ("there", server_overrides(server)), ("again", server_overrides(server))):
         train_successfully(
             *SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log"
         )
@@ -61,13 +61,15 @@ def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: Servin
 def test_two_ranks_share_a_server_and_an_environment_answers(tmp_path: Path) -> None:
     arguments = ("configs/calculator-tiny.yaml", "data.prompts_per_step=8", "data.eval=null", LIMIT)
     with serving(arguments, tmp_path / "server", seconds=600.0) as server:
-        for name, more in (("here", ("engine.tp=1",)), ("there", at(server))):
+        for name, more in (("here", ("engine.tp=1",)), ("there", server_overrides(server))):
             keys = ("train.steps=2", "checkpoint.export_hf=false", f"run.dir={tmp_path / name}")
             train_successfully(*arguments, *more, *keys, output=tmp_path / f"{name}.log", timeout_seconds=600)
         for step in (1, 2):
             assert rollouts_of(tmp_path / "here", step) == rollouts_of(tmp_path / "there", step)
         two = ("run.world_size=2", "parallel.tp=2", "train.steps=2", f"run.dir={tmp_path / 'two'}")
-        train_successfully(*arguments, *at(server), *two, output=tmp_path / "two.log", timeout_seconds=600)
+        train_successfully(
+            *arguments, *server_overrides(server), *two, output=tmp_path / "two.log", timeout_seconds=600
+        )
     rows = rollouts_of(tmp_path / "two", 1)
     assert [row["completion_ids"] for row in rows] == [
         row["completion_ids"] for row in rollouts_of(tmp_path / "here", 1)
@@ -90,7 +92,7 @@ def test_a_server_returns_the_same_expert_choices_as_a_colocated_engine(tmp_path
         LIMIT,
     )
     with serving(arguments, tmp_path / "server") as server:
-        for name, more in (("here", ()), ("there", at(server))):
+        for name, more in (("here", ()), ("there", server_overrides(server))):
             train_successfully(*arguments, *more, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
     here, there = (
         [without_times(line) for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("here", "there")
@@ -111,7 +113,7 @@ def wait_for_step(run: Path, step: int) -> None:
 def test_a_killed_job_releases_the_server_and_its_continued_run_equals_the_uninterrupted_run(
     server: Serving, tmp_path: Path
 ) -> None:
-    keys = (*SMALL, *at(server), "train.steps=8", "checkpoint.every=2")
+    keys = (*SMALL, *server_overrides(server), "train.steps=8", "checkpoint.every=2")
     train_successfully(*keys, f"run.dir={tmp_path / 'whole'}", output=tmp_path / "whole.log")
     with started([*keys, f"run.dir={tmp_path / 'cut'}"], tmp_path / "cut.log") as process:
         wait_for_step(tmp_path / "cut", 4)
@@ -142,7 +144,13 @@ def test_a_server_that_exits_or_is_stopped_ends_the_job_with_its_name(tmp_path: 
 
 
 def test_a_server_of_another_config_is_wrong_input(server: Serving, tmp_path: Path) -> None:
-    ended = train(*SMALL, *at(server), "sampling.max_tokens=9", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
+    ended = train(
+        *SMALL,
+        *server_overrides(server),
+        "sampling.max_tokens=9",
+        f"run.dir={tmp_path / 'run'}",
+        output=tmp_path / "log",
+    )
     assert ended.code == 2
     lines = ended.stderr.splitlines()
     assert lines[-1] == (
@@ -172,7 +180,11 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
 
 def test_the_quickstart_learns_with_a_server(server: Serving, tmp_path: Path) -> None:
     train_successfully(
-        QUICKSTART, *at(server), f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=1200
+        QUICKSTART,
+        *server_overrides(server),
+        f"run.dir={tmp_path / 'run'}",
+        output=tmp_path / "log",
+        timeout_seconds=1200,
     )
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["eval_before"]["accuracy"] < 0.6

@@ -43,11 +43,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def arguments(tmp_path: Path) -> tuple[str, ...]:
+def job_arguments(tmp_path: Path) -> tuple[str, ...]:
     return QUICKSTART, f"run.dir={tmp_path / 'run'}"
 
 
-def submit(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
+def submit_job(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
     """Run `sbatch --nodes=2 ... launch/slurm.sbatch` and return the job's number."""
     command = ("sbatch", "--nodes=2", f"--output={checkout}/job-%j.out", "launch/slurm.sbatch", *words)
     done = cluster.run(*command, cwd=checkout, env={**environment(), **env})
@@ -55,14 +55,14 @@ def submit(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
     return re.findall(r"\d+", done.stdout)[-1]
 
 
-def screen(checkout: Path, job: str) -> str:
+def read_job_output(checkout: Path, job: str) -> str:
     return (checkout / f"job-{job}.out").read_text()
 
 
 def test_nodes_with_different_numbers_of_tasks_are_rejected_with_the_reason(
-    cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
+    cluster: Slurm, checkout: Path, job_arguments: tuple[str, ...]
 ) -> None:
-    command = ("srun", "--nodes=2", "--ntasks=3", "launch/train.sh", *arguments)
+    command = ("srun", "--nodes=2", "--ntasks=3", "launch/train.sh", *job_arguments)
     done = cluster.run(*command, cwd=checkout, env=environment())
     assert done.returncode == 2, done.stderr
     assert "2, 1 tasks on its nodes: every node must have the same number of ranks" in done.stderr
@@ -72,31 +72,31 @@ SLURMS_OWN = ("srun:", "slurmstepd-")  # slurmstepd prints a line when it signal
 
 
 def test_a_failing_rank_ends_the_job_with_its_code_and_message(
-    cluster: Slurm, checkout: Path, arguments: tuple[str, ...]
+    cluster: Slurm, checkout: Path, job_arguments: tuple[str, ...]
 ) -> None:
     """Rank 3 and the script are on different nodes; srun would return 143, the code of the agent that it ends."""
-    job = submit(cluster, checkout, *arguments, "run.world_size=4", STUB_EXIT="3:2")
+    job = submit_job(cluster, checkout, *job_arguments, "run.world_size=4", STUB_EXIT="3:2")
     shown = cluster.wait(job, "FAILED", timeout=180)
     assert shown["ExitCode"] == "2:0"
     assert shown["Restarts"] == "0"
-    lines = [line for line in screen(checkout, job).splitlines() if not line.startswith(SLURMS_OWN)]
+    lines = [line for line in read_job_output(checkout, job).splitlines() if not line.startswith(SLURMS_OWN)]
     assert lines[-1] == "error: rank 3 fails"
 
 
 def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
-    cluster: Slurm, checkout: Path, tmp_path: Path, arguments: tuple[str, ...]
+    cluster: Slurm, checkout: Path, tmp_path: Path, job_arguments: tuple[str, ...]
 ) -> None:
     """Slurm counts time limits in minutes, so the test sends the signal itself."""
     mark = tmp_path / "stopped"
-    job = submit(cluster, checkout, *arguments, "run.world_size=4", STUB_WAIT=str(mark))
+    job = submit_job(cluster, checkout, *job_arguments, "run.world_size=4", STUB_WAIT=str(mark))
     cluster.wait(job, "RUNNING", timeout=180)
     slurm_helper.wait_until(lambda: len(list((tmp_path / "run").glob("rank_*.json"))) == 4, 180)
     ranks_of(tmp_path / "run")
     cluster.run_slurm_command(*shlex.split(STOP_BLOCK))
     slurm_helper.wait_until(mark.exists, 120)
     shown = cluster.wait(job, "COMPLETED", timeout=300)
-    assert shown["Restarts"] == "1", screen(checkout, job)
-    assert "the time limit is close; the job is requeued" in screen(checkout, job)
+    assert shown["Restarts"] == "1", read_job_output(checkout, job)
+    assert "the time limit is close; the job is requeued" in read_job_output(checkout, job)
     assert ranks_of(tmp_path / "run") == [{**rank, "SLURM_RESTART_COUNT": 1} for rank in ON_TWO_NODES]
 
 

@@ -56,7 +56,7 @@ def set_device(session: RankSession) -> None:
     torch.cuda.set_device(session.rank)
 
 
-def start(session: RankSession, folder: Path, tp: int, ep: int) -> None:
+def start_engine(session: RankSession, folder: Path, tp: int, ep: int) -> None:
     from grpo_mega.engines.sglang.arguments import SglangSettings
     from grpo_mega.engines.sglang.engine import SglangEngine
 
@@ -106,16 +106,18 @@ def mean_error(folder: Path, groups: list[list[Completion]]) -> float:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
+def single_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineRanks]:
     with engine_ranks(1, tmp_path_factory.mktemp("ranks"), set_device) as ranks:
         yield ranks
 
 
 @pytest.fixture(scope="module", params=["dense", "experts"])
-def engine(request: pytest.FixtureRequest, one: EngineRanks, models: dict[str, Path]) -> tuple[EngineRanks, str]:
+def engine(
+    request: pytest.FixtureRequest, single_rank: EngineRanks, models: dict[str, Path]
+) -> tuple[EngineRanks, str]:
     name: str = request.param
-    one.call(start, models[f"{name}-bare"], 1, 1, timeout_seconds=_START_SECONDS)
-    return one, name
+    single_rank.call(start_engine, models[f"{name}-bare"], 1, 1, timeout_seconds=_START_SECONDS)
+    return single_rank, name
 
 
 def test_log_probs_match_the_written_weights(engine: tuple[EngineRanks, str], models: dict[str, Path]) -> None:
@@ -185,7 +187,7 @@ def test_both_ranks_of_an_engine_write_their_weights_and_return_the_same_complet
     models: dict[str, Path], tmp_path: Path, tp: int, ep: int
 ) -> None:
     with engine_ranks(2, tmp_path, set_device) as ranks:
-        ranks.call(start, models["experts-bare"], tp, ep, timeout_seconds=_START_SECONDS)
+        ranks.call(start_engine, models["experts-bare"], tp, ep, timeout_seconds=_START_SECONDS)
         for version, mine in enumerate(("experts", "experts-other")):
             assert ranks.call(push_bf16, models[mine], version) == [[], []]
             first, second = ranks.call(generate, PROMPTS, SAMPLING)

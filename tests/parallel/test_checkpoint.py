@@ -88,7 +88,7 @@ def reference_after_load(rank: int, recorded: Recorded, layout: Layout, checkpoi
     return same and not any(torch.equal(a, b) for a, b in zip(base, loaded, strict=True))  # type: ignore[arg-type]
 
 
-def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
+def run_moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
     """Return the weights after one update (the new reference), after a second update, and of the final reference."""
     policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
     train_on(rank, policy, recorded, layout, RATES[:1])
@@ -102,7 +102,7 @@ def moving_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path
     return found
 
 
-def loaded_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
+def load_with_reference(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[dict[str, bytes]]:
     """Return the weights of policy and reference after a load."""
     policy = open_policy(rank, recorded, layout, with_reference=True, ref_update_every=1)
     policy.load(folder)
@@ -117,10 +117,10 @@ def test_an_updated_reference_is_part_of_a_checkpoint_at_any_layout(
     laboratory: Laboratory, tmp_path: Path, other: Layout
 ) -> None:
     recorded = laboratory.recorded("qwen3")
-    first, second, reference = laboratory.pool.call(2, moving_reference, recorded, DP2, tmp_path)[0]
+    first, second, reference = laboratory.pool.call(2, run_moving_reference, recorded, DP2, tmp_path)[0]
     assert first == reference
     assert first != second
-    for policy, loaded in laboratory.pool.call(other.world, loaded_reference, recorded, other, tmp_path):
+    for policy, loaded in laboratory.pool.call(other.world, load_with_reference, recorded, other, tmp_path):
         assert policy == second
         assert loaded == reference
 

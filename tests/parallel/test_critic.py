@@ -57,7 +57,7 @@ LONG = (
 CASES = [("qwen3-tied", ONE), *SHARED, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG)]
 
 
-def numbers(recorded: Recorded, seed: int) -> list[list[float]]:
+def random_numbers(recorded: Recorded, seed: int) -> list[list[float]]:
     """Return one random number per sampled token of each rollout."""
     rng = random.Random(seed)
     return [[rng.gauss(0, 0.5) for _ in range(r.completion.num_loss_tokens)] for r in recorded.groups.rollouts]
@@ -68,7 +68,7 @@ def head_weight(hidden_size: int) -> Tensor:
 
 
 def rows_with_values(rank: int, recorded: Recorded, layout: Layout) -> TrainBatch:
-    return make_rows(rank, recorded, layout).with_values(numbers(recorded, 1), numbers(recorded, 2))
+    return make_rows(rank, recorded, layout).with_values(random_numbers(recorded, 1), random_numbers(recorded, 2))
 
 
 def open_critic(rank: int, recorded: Recorded, layout: Layout, *, plant: bool = True) -> tuple[Any, Any]:
@@ -86,7 +86,7 @@ def open_critic(rank: int, recorded: Recorded, layout: Layout, *, plant: bool = 
     return policy, critic
 
 
-def measure(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
+def measure_critic(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
     _, critic = open_critic(rank, recorded, layout)
     batch = rows_with_values(rank, recorded, layout)
     values = critic.values(batch.microbatches)
@@ -148,7 +148,7 @@ class Oracle:
     def _loss(recorded: Recorded, rows: list[Tensor]) -> Tensor:
         """Return the loss as the recorded rows weight it: mean over the tokens of a rollout, then over rollouts."""
         parts = []
-        for values, old, returns in zip(rows, numbers(recorded, 1), numbers(recorded, 2), strict=True):
+        for values, old, returns in zip(rows, random_numbers(recorded, 1), random_numbers(recorded, 2), strict=True):
             before, target = torch.tensor(old).double(), torch.tensor(returns).double()
             kept = before + (values - before).clamp(-CLIP, CLIP)
             parts.append(torch.maximum((values - target) ** 2, (kept - target) ** 2).mean() / 2)
@@ -165,7 +165,7 @@ def test_values_loss_and_gradient_equal_autograd_in_float64(
     laboratory: Laboratory, oracle: Any, model: str, layout: Layout
 ) -> None:
     wanted = oracle(model)
-    answers = laboratory.pool.call(layout.world, measure, laboratory.recorded(model), layout)
+    answers = laboratory.pool.call(layout.world, measure_critic, laboratory.recorded(model), layout)
     found: dict[int, list[float]] = {}
     for answer in answers:
         found |= answer["values"]
@@ -187,7 +187,7 @@ def test_values_loss_and_gradient_equal_autograd_in_float64(
 
 
 def test_state_bytes_are_weights_gradients_and_two_moments(laboratory: Laboratory) -> None:
-    (answer,) = laboratory.pool.call(1, measure, laboratory.recorded("qwen3-tied"), ONE)
+    (answer,) = laboratory.pool.call(1, measure_critic, laboratory.recorded("qwen3-tied"), ONE)
     weights, padding = 4 * answer["parameters"], 4 * 1024  # Megatron rounds its flat buffers up
     for part, factor in (("params", 1), ("grads", 1), ("optimizer", 2)):
         assert factor * weights <= answer["bytes"][part] <= factor * weights + padding
@@ -208,7 +208,7 @@ def update_both(
     return [(policy.update(batch, LOSS, 1e-3)[0], critic.update(rows, ValueLoss(CLIP), 2e-3)) for _ in range(updates)]
 
 
-def uninterrupted_run(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[Any, list[bytes]]:
+def run_uninterrupted(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[Any, list[bytes]]:
     policy, critic = open_critic(rank, recorded, layout)
     manager = CheckpointManager(folder, keep=2, is_first=rank == 0, critic=critic)
     update_both(rank, policy, critic, recorded, layout, 2)
@@ -219,7 +219,7 @@ def uninterrupted_run(rank: int, recorded: Recorded, layout: Layout, folder: Pat
     return stats, state(policy) + state(critic)
 
 
-def resumed_run(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path) -> tuple[Any, list[bytes]]:
+def run_resumed(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path) -> tuple[Any, list[bytes]]:
     policy, critic = open_critic(rank, recorded, layout, plant=False)
     manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, critic=critic)
     assert manager.load(policy, checkpoint) == LoopState(step=1, policy_version=2)
@@ -239,11 +239,11 @@ def test_a_resumed_critic_is_bit_equal_to_an_uninterrupted_one(
     laboratory: Laboratory, tmp_path: Path, model: str, layout: Layout, other: Layout, dtype: str
 ) -> None:
     recorded = replace(laboratory.recorded(model), dtype=dtype)
-    whole = laboratory.pool.call(layout.world, uninterrupted_run, recorded, layout, RunFolder(tmp_path).checkpoints)
+    whole = laboratory.pool.call(layout.world, run_uninterrupted, recorded, layout, RunFolder(tmp_path).checkpoints)
     (checkpoint,) = RunFolder(tmp_path).complete_checkpoints().values()
-    assert laboratory.pool.call(layout.world, resumed_run, recorded, layout, checkpoint) == whole
+    assert laboratory.pool.call(layout.world, run_resumed, recorded, layout, checkpoint) == whole
     tolerance = 1e-5 if dtype == "fp32" else 3e-2
-    for stats, _ in laboratory.pool.call(other.world, resumed_run, recorded, other, checkpoint):
+    for stats, _ in laboratory.pool.call(other.world, run_resumed, recorded, other, checkpoint):
         for found, wanted in zip(stats, whole[0][0], strict=True):
             assert found[1].grad_norm == pytest.approx(wanted[1].grad_norm, rel=tolerance)
             assert found[1].sums["loss"] == pytest.approx(wanted[1].sums["loss"], rel=tolerance)

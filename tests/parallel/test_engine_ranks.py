@@ -13,7 +13,7 @@ from grpo_mega.types import UserError
 from tests.helpers.ranks import RankPool
 
 
-def values_of(rank: int, fails: bool) -> Iterator[str | None]:
+def yield_values(rank: int, fails: bool) -> Iterator[str | None]:
     if rank % 2:
         raise AssertionError("only the first rank of a replica reads its iterator")
     yield f"part of {rank}"
@@ -23,22 +23,22 @@ def values_of(rank: int, fails: bool) -> Iterator[str | None]:
     yield f"end of {rank}"
 
 
-def receive(rank: int, fails: bool) -> tuple[list[str], str, int, bool]:
+def receive_values(rank: int, fails: bool) -> tuple[list[str], str, int, bool]:
     ranks = ReplicaBroadcast(2, 60.0)
     received: list[str] = []
     error = ""
     try:
-        received.extend(ranks.broadcast_stream(values_of(rank, fails)))
+        received.extend(ranks.broadcast_stream(yield_values(rank, fails)))
     except RuntimeError as caught:
         error = str(caught)
     return received, error, ranks.number, ranks.is_first
 
 
 def test_every_rank_receives_the_values_and_the_failure_of_its_own_replica_only(rank_pool: RankPool) -> None:
-    successful = rank_pool.call(4, receive, False)
+    successful = rank_pool.call(4, receive_values, False)
     assert [found[0] for found in successful] == [[f"part of {r}", f"end of {r}"] for r in (0, 0, 2, 2)]
     assert [found[2:] for found in successful] == [(0, True), (1, False)] * 2
-    failing = rank_pool.call(4, receive, True)
+    failing = rank_pool.call(4, receive_values, True)
     assert failing[:2] == successful[:2]
     assert [found[:2] for found in failing[2:]] == [(["part of 2"], "SGLang exited")] * 2
 

@@ -55,7 +55,7 @@ def test_a_resumed_family_is_bit_equal_in_its_layout_and_within_rounding_in_anot
             assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)
 
 
-def around_an_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[bool, bool, bool]:
+def check_state_around_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[bool, bool, bool]:
     """Run one update beside a reference and return three facts.
 
     The reference equals the policy before the update; the policy changed; a swap restores the policy.
@@ -73,5 +73,5 @@ def around_an_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[boo
 
 @pytest.mark.parametrize("layout", [WIDE, pytest.param(DEEP, marks=pytest.mark.long)], ids=str)
 def test_the_reference_keeps_the_initial_experts_of_the_policy(families: FamilyLaboratory, layout: Layout) -> None:
-    found = families.pool.call(layout.world, around_an_update, families.recorded("deepseek-v3"), layout)
+    found = families.pool.call(layout.world, check_state_around_update, families.recorded("deepseek-v3"), layout)
     assert found == [(True, True, True)] * layout.world

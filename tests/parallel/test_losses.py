@@ -34,7 +34,7 @@ CUT = Layout(4, tp=2, cp=2, sequence_parallel=True)
 LONG = (Layout(2), Layout(4, pp=2, vpp=2, more=(("recompute", "full"),)), Layout(8, tp=2, pp=2, cp=2), Layout(4, cp=4))
 
 
-def gradients(rank: int, recorded: Recorded, layout: Layout) -> dict[str, tuple[UpdateStats, dict[str, Any]]]:
+def compute_gradients(rank: int, recorded: Recorded, layout: Layout) -> dict[str, tuple[UpdateStats, dict[str, Any]]]:
     """Return the gradients of every algorithm. Sampler log-probs are between the old and the reference log-probs."""
     policy = open_policy(rank, recorded, layout)
     rows = with_recorded(make_rows(rank, recorded, layout), recorded).microbatches
@@ -54,8 +54,8 @@ def gradients(rank: int, recorded: Recorded, layout: Layout) -> dict[str, tuple[
 @pytest.mark.parametrize("layout", [CUT, *(pytest.param(one, marks=pytest.mark.long) for one in LONG)], ids=str)
 def test_every_loss_is_the_same_when_rows_are_split(laboratory: Laboratory, layout: Layout) -> None:
     recorded = laboratory.recorded("deep")
-    (wanted,) = laboratory.pool.call(1, gradients, recorded, ONE)
-    found = laboratory.pool.call(layout.world, gradients, recorded, layout)
+    (wanted,) = laboratory.pool.call(1, compute_gradients, recorded, ONE)
+    found = laboratory.pool.call(layout.world, compute_gradients, recorded, layout)
     for name in ALGORITHMS:
         (stats, tensors), (one, expected) = found[0][name], wanted[name]
         assert all(rank[name][0] == stats for rank in found)

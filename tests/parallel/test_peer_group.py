@@ -16,7 +16,7 @@ from grpo_mega.parallel.topology import Topology
 from tests.helpers.ranks import RankPool
 
 
-def exchange(rank: int, folder: Path) -> tuple[list[object], list[float], list[str], int]:
+def exchange_objects(rank: int, folder: Path) -> tuple[list[object], list[float], list[str], int]:
     """Exchange objects between ranks 0 and 1 of one program and rank 2 of another; default groups must not change."""
     program = dist.new_group([0, 1]) if rank < 2 else None
     if rank == 0:
@@ -38,7 +38,7 @@ def exchange(rank: int, folder: Path) -> tuple[list[object], list[float], list[s
 def test_ranks_of_two_programs_exchange_objects_in_the_order_of_their_group(
     rank_pool: RankPool, tmp_path: Path
 ) -> None:
-    found = rank_pool.call(3, exchange, tmp_path)
+    found = rank_pool.call(3, exchange_objects, tmp_path)
     assert found == [([2, 1, 0], [0.0], ["[0 1]", "[0]", "[]"], rank) for rank in range(3)]
 
 

@@ -83,7 +83,7 @@ def with_choices(recorded: Recorded) -> Recorded:
     return replace(recorded, groups=groups)
 
 
-def train(rank: int, recorded: Recorded, layout: Layout) -> Run:
+def run_updates(rank: int, recorded: Recorded, layout: Layout) -> Run:
     policy = open_policy(rank, recorded, layout)
     batch = with_recorded(make_rows(rank, recorded, layout), recorded)
     values = policy.log_probs(batch.microbatches)
@@ -133,11 +133,11 @@ def recorded_choices(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 
 @pytest.fixture(scope="module")
 def reference(rank_pool: RankPool, recorded_choices: Recorded) -> Run:
-    (run,) = rank_pool.call(1, train, recorded_choices, ONE)
+    (run,) = rank_pool.call(1, run_updates, recorded_choices, ONE)
     return run
 
 
-def relative(found: Any, expected: Any) -> float:
+def relative_difference(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
@@ -157,7 +157,7 @@ def test_one_process_equals_transformers_with_the_same_choices(recorded_choices:
     gradients = by_checkpoint_name(model, {name: p.grad for name, p in model.named_parameters()})
     assert gradients.keys() == reference.gradients.keys()
     for name, gradient in gradients.items():
-        assert relative(reference.gradients[name], gradient.numpy()) <= 1e-5, name
+        assert relative_difference(reference.gradients[name], gradient.numpy()) <= 1e-5, name
 
 
 def test_without_replay_the_gradient_differs(rank_pool: RankPool, recorded_choices: Recorded, reference: Run) -> None:
@@ -165,10 +165,12 @@ def test_without_replay_the_gradient_differs(rank_pool: RankPool, recorded_choic
         replace(r, completion=replace(r.completion, expert_choices=None)) for r in recorded_choices.groups.rollouts
     ]
     plain = replace(recorded_choices, groups=replace(recorded_choices.groups, rollouts=rollouts))
-    (own,) = rank_pool.call(1, train, plain, ONE)
+    (own,) = rank_pool.call(1, run_updates, plain, ONE)
     assert abs(own.stats.grad_norm / reference.stats.grad_norm - 1) > 1e-3
     differing = [
-        name for name in reference.gradients if relative(own.gradients[name], reference.gradients[name]) > 1e-2
+        name
+        for name in reference.gradients
+        if relative_difference(own.gradients[name], reference.gradients[name]) > 1e-2
     ]
     assert len(differing) == len(reference.gradients)
     # a rollout without recorded choices is routed by the policy, beside rollouts that are replayed
@@ -181,11 +183,11 @@ def test_without_replay_the_gradient_differs(rank_pool: RankPool, recorded_choic
 def test_every_layout_replays_what_one_process_replays(
     rank_pool: RankPool, recorded_choices: Recorded, reference: Run, layout: Layout
 ) -> None:
-    runs = rank_pool.call(layout.world, train, recorded_choices, layout)
+    runs = rank_pool.call(layout.world, run_updates, recorded_choices, layout)
     found = {i: values for run in runs for i, values in run.log_probs.items()}
     assert found.keys() == reference.log_probs.keys()
     for i, values in reference.log_probs.items():
         np.testing.assert_allclose(found[i], values, atol=2e-5)
     assert runs[0].stats.grad_norm == pytest.approx(reference.stats.grad_norm, rel=1e-5)
     for name, gradient in reference.gradients.items():
-        assert relative(runs[0].gradients[name], gradient) <= 1e-5, name
+        assert relative_difference(runs[0].gradients[name], gradient) <= 1e-5, name

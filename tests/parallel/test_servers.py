@@ -40,12 +40,12 @@ LIMIT = 3.0  # seconds; the timeout of tests in which a server does not answer
 def servers(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StubServer]]:
     """Two servers of one rank, which no test may break."""
     folder = tmp_path_factory.mktemp("servers")
-    rank_pool.call(1, nothing)  # imports everything that the servers need
+    rank_pool.call(1, do_nothing)  # imports everything that the servers need
     with stub_server(folder / "first") as first, stub_server(folder / "second") as second:
         yield [first, second]
 
 
-def nothing(rank: int) -> None: ...
+def do_nothing(rank: int) -> None: ...
 
 
 def open_engine(
@@ -62,7 +62,7 @@ def open_engine(
         )
 
 
-def connect(
+def connect_sync(
     rank: int, engine: ServerEngine, transport: str = "auto", seconds: float = 20.0
 ) -> tuple[MemorySource, WeightSync]:
     size = dist.get_world_size()
@@ -85,20 +85,20 @@ def connect(
     return source, sync
 
 
-def rollouts(engine: ServerEngine, seed: int) -> Answers:
+def sample_rollouts(engine: ServerEngine, seed: int) -> Answers:
     request = SamplingRequest(2, 1.0, 4, seed=seed)
     return [(c.token_ids, c.text, c.policy_version) for group in engine.generate(PROMPTS, request) for c in group]
 
 
-def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[Answers], list[SyncReport], list[int]]:
+def run_syncs(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[Answers], list[SyncReport], list[int]]:
     engine = open_engine(urls, tp)
-    source, sync = connect(rank, engine, transport)
+    source, sync = connect_sync(rank, engine, transport)
     answers: list[Answers] = []
     reports = []
     for version in (1, 2):
         source.set_version(version)
         reports.append(sync.push(version, verify=True))
-        answers.append(rollouts(engine, rank))
+        answers.append(sample_rollouts(engine, rank))
     engine.close()
     return answers, reports, sync.plan.traffic.received_bytes().tolist()
 
@@ -107,7 +107,7 @@ def follow(rank: int, urls: list[str], tp: int, transport: str) -> tuple[list[An
 def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
     rank_pool: RankPool, servers: list[StubServer], transport: str
 ) -> None:
-    found = rank_pool.call(2, follow, [server.url for server in servers], 1, transport)
+    found = rank_pool.call(2, run_syncs, [server.url for server in servers], 1, transport)
     for rank, (answers, reports, received) in enumerate(found):
         # each rank's own server answers, and its memory holds no slice of another version
         wanted = {version: [(*p.token_ids, rank) for p in PROMPTS for _ in range(2)] for version in (1, 2)}
@@ -123,7 +123,7 @@ def test_two_servers_hold_the_policy_of_two_ranks_at_each_version(
 
 def test_a_server_of_two_ranks_holds_each_slice_once(rank_pool: RankPool, tmp_path: Path) -> None:
     with stub_server(tmp_path / "wide", tp=2) as server:
-        found = rank_pool.call(2, follow, [server.url], 2, "gloo")
+        found = rank_pool.call(2, run_syncs, [server.url], 2, "gloo")
     for answers, _, received in found:
         assert [text for version in answers for _, text, _ in version] == [answers[0][0][1]] * 8
         assert answers[0][0][1].startswith("0 of ")
@@ -133,7 +133,7 @@ def test_a_server_of_two_ranks_holds_each_slice_once(rank_pool: RankPool, tmp_pa
         assert received[2] == pytest.approx(received[3], rel=0.05)
 
 
-def open_error(rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object]) -> str:
+def error_of_open(rank: int, urls: list[str], seconds: float, token: bytes, facts: dict[str, object]) -> str:
     with pytest.raises(UserError) as caught:
         open_engine(urls, 1, seconds, token, **facts)
     return str(caught.value)
@@ -144,7 +144,7 @@ def test_a_server_with_another_model_or_setting_is_rejected_by_name(
 ) -> None:
     urls = [server.url for server in servers]
     different: dict[str, object] = {"model_digest": "fedcba9876543210", "dtype": "fp32"}
-    first, second = rank_pool.call(2, open_error, urls, 5.0, TOKEN, different)
+    first, second = rank_pool.call(2, error_of_open, urls, 5.0, TOKEN, different)
     assert first == second
     assert first.splitlines()[1] == (
         f"engine.urls[1]={urls[1]}: that engine server has config.json of the model=0123456789abcdef, here "
@@ -153,19 +153,19 @@ def test_a_server_with_another_model_or_setting_is_rejected_by_name(
 
 
 def test_another_secret_is_rejected(rank_pool: RankPool, servers: list[StubServer]) -> None:
-    (message,) = rank_pool.call(1, open_error, [servers[0].url], 5.0, b"another secret of a test", {})
+    (message,) = rank_pool.call(1, error_of_open, [servers[0].url], 5.0, b"another secret of a test", {})
     assert message.startswith(f"engine.urls[0]={servers[0].url}: the program that listens there ")
     assert message.endswith("; start launch/serve.sh there, with the same secret")
 
 
 def test_a_server_that_does_not_start_is_named_after_the_timeout(rank_pool: RankPool) -> None:
-    messages = rank_pool.call(2, open_error, ["127.0.0.1:9"], 2.0, TOKEN, {})
+    messages = rank_pool.call(2, error_of_open, ["127.0.0.1:9"], 2.0, TOKEN, {})
     assert messages[0] == messages[1]
     assert messages[0].startswith("engine.urls[0]=127.0.0.1:9: no engine server was available to this job within ")
     assert "does not answer" in messages[0]
 
 
-def two_jobs(rank: int, url: str) -> str | None:
+def run_two_jobs(rank: int, url: str) -> str | None:
     """Run each rank as a job of one rank; the first job is served. Return the error of the second."""
     mine = dist.new_group([0]), dist.new_group([1])
     with (
@@ -175,7 +175,7 @@ def two_jobs(rank: int, url: str) -> str | None:
     ):
         engine = open_engine([url]) if rank == 0 else None
         dist.barrier()
-        message = open_error(0, [url], 1.0, TOKEN, {}) if rank == 1 else None
+        message = error_of_open(0, [url], 1.0, TOKEN, {}) if rank == 1 else None
         dist.barrier()
         if engine is not None:
             engine.close()
@@ -186,7 +186,7 @@ def two_jobs(rank: int, url: str) -> str | None:
 def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[StubServer]) -> None:
     address = Address.parse(servers[0].url, "")
     assert inspect_server("", address, TOKEN).job is None
-    _, message = rank_pool.call(2, two_jobs, servers[0].url)
+    _, message = rank_pool.call(2, run_two_jobs, servers[0].url)
     assert f"engine.urls[0]={servers[0].url}: no engine server was available to this job within " in message
     assert "it serves another job (process " in message
     end = time.monotonic() + 5
@@ -197,17 +197,17 @@ def test_a_server_serves_one_job_at_a_time(rank_pool: RankPool, servers: list[St
 def run_with_fault(rank: int, urls: list[str], folder: Path, fault: str) -> tuple[str, float]:
     """Run one successful sync, then inject the fault. Return this rank's error and the seconds until it was raised."""
     engine = open_engine(urls, seconds=LIMIT)
-    source, sync = connect(rank, engine, "gloo", seconds=LIMIT)
+    source, sync = connect_sync(rank, engine, "gloo", seconds=LIMIT)
     source.set_version(1)
     sync.push(1, verify=True)
-    rollouts(engine, 0)
+    sample_rollouts(engine, 0)
     dist.barrier()
     (folder / "fault").write_text(fault)
     start = time.monotonic()
     try:
         source.set_version(2)
         sync.push(2, verify=True)
-        rollouts(engine, 0)
+        sample_rollouts(engine, 0)
     except RuntimeError as error:
         return str(error), time.monotonic() - start
     raise AssertionError(f"{fault}: rank {rank} raised no error")
@@ -249,7 +249,7 @@ def disconnect_and_start_again(rank: int, url: str, folder: Path, of: str) -> tu
     Return the second job's first error, its waiting time, and its answers after a sync.
     """
     first = open_engine([url], seconds=LIMIT)
-    source, sync = connect(rank, first, "gloo", seconds=LIMIT)
+    source, sync = connect_sync(rank, first, "gloo", seconds=LIMIT)
     client = first._client
     assert client is not None
     if of == "sampling":
@@ -267,11 +267,11 @@ def disconnect_and_start_again(rank: int, url: str, folder: Path, of: str) -> tu
     (folder / "fault").write_text("")
     second._sink.policy_version = 1
     with pytest.raises(RuntimeError) as caught:
-        rollouts(second, 0)
-    source, sync = connect(rank, second, "gloo")
+        sample_rollouts(second, 0)
+    source, sync = connect_sync(rank, second, "gloo")
     source.set_version(5)
     sync.push(5, verify=True)
-    answers = rollouts(second, 0)
+    answers = sample_rollouts(second, 0)
     second.close()
     return str(caught.value), waited, answers
 

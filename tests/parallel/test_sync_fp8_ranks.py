@@ -97,7 +97,7 @@ class RecordedSink(RegionSink):
 
     def _finish_update(self, policy_version: int) -> None:
         if self.fault == "flipped":
-            bits(self.parameters["model.layers.1.self_attn.o_proj.weight"])[5] ^= 1
+            as_bits(self.parameters["model.layers.1.self_attn.o_proj.weight"])[5] ^= 1
 
     def differing(self, expected: dict[str, Tensor]) -> list[str]:
         """Return the regions whose bits differ from these whole tensors."""
@@ -105,13 +105,13 @@ class RecordedSink(RegionSink):
             str(copy.hf)
             for copy in self.copies
             if not torch.equal(
-                bits(region_view(self.parameters[copy.local.name], copy).contiguous()),
-                bits(expected[copy.hf.name][copy.hf.index].to(copy.dtype).contiguous()),
+                as_bits(region_view(self.parameters[copy.local.name], copy).contiguous()),
+                as_bits(expected[copy.hf.name][copy.hf.index].to(copy.dtype).contiguous()),
             )
         ]
 
 
-def bits(values: Tensor) -> Tensor:
+def as_bits(values: Tensor) -> Tensor:
     return values.view(-1).view(torch.uint8)
 
 
@@ -156,7 +156,7 @@ def quantized_checkpoint(policy: Any, case: Case) -> dict[str, Tensor]:
     return found
 
 
-def follow(rank: int, case: Case) -> dict[str, Any]:
+def run_syncs(rank: int, case: Case) -> dict[str, Any]:
     policy, sink, sync = open_ends(rank, case)
     reports, wrong, scales = [], [], []
     for version in (1, 2):
@@ -180,7 +180,7 @@ def follow(rank: int, case: Case) -> dict[str, Any]:
 def test_engines_hold_the_quantized_gathered_weights_at_each_version(
     rank_pool: RankPool, cases: dict[str, Case], name: str
 ) -> None:
-    for seen in rank_pool.call(WORLD, follow, cases[name]):
+    for seen in rank_pool.call(WORLD, run_syncs, cases[name]):
         assert seen["wrong"] == []
         assert seen["quantized"] >= 6
         assert seen["scales_changed"], "scales are those of the previous version"
@@ -190,7 +190,7 @@ def test_engines_hold_the_quantized_gathered_weights_at_each_version(
         assert 0 < first.received_bytes == seen["received"] < first.written_bytes
 
 
-def stream(rank: int, case: Case) -> tuple[int, list[str], dict[str, torch.dtype]]:
+def run_streaming(rank: int, case: Case) -> tuple[int, list[str], dict[str, torch.dtype]]:
     """Return the number of pushes, the regions that differ, and the dtypes of the streamed tensors."""
     policy, sink, sync = open_ends(rank, case, streaming_reason="its loader computes")
     sync.push(1, verify=True)
@@ -198,12 +198,12 @@ def stream(rank: int, case: Case) -> tuple[int, list[str], dict[str, torch.dtype
 
 
 def test_a_streamed_engine_receives_the_same_values_and_scales(rank_pool: RankPool, cases: dict[str, Case]) -> None:
-    for count, wrong, loaded in rank_pool.call(WORLD, stream, cases["qwen3"]):
+    for count, wrong, loaded in rank_pool.call(WORLD, run_streaming, cases["qwen3"]):
         assert (count, wrong) == (1, [])
         assert list(loaded) == list(cases["qwen3"].tensors)
 
 
-def messages(rank: int, case: Case) -> list[str]:
+def collect_errors(rank: int, case: Case) -> list[str]:
     _, sink, sync = open_ends(rank, case)
     errors = []
     for version, fault in enumerate(["", "flipped", "stale", ""], 1):
@@ -222,7 +222,7 @@ def messages(rank: int, case: Case) -> list[str]:
 def test_a_flipped_value_and_an_outdated_scale_are_named_on_every_rank(
     rank_pool: RankPool, cases: dict[str, Case]
 ) -> None:
-    for fine, flipped, stale, after in rank_pool.call(WORLD, messages, cases["qwen3"]):
+    for fine, flipped, stale, after in rank_pool.call(WORLD, collect_errors, cases["qwen3"]):
         assert fine == after == ""
         assert "model.layers.1.self_attn.o_proj.weight[" in flipped
         assert "on rank 1: the engine's bytes differ from those of the policy's rank" in flipped
@@ -231,7 +231,7 @@ def test_a_flipped_value_and_an_outdated_scale_are_named_on_every_rank(
         assert "rank 3: the engine" not in flipped + stale
 
 
-def report(rank: int, case: Case, folder: Path) -> None:
+def write_reports(rank: int, case: Case, folder: Path) -> None:
     from grpo_mega.observe.run_folder import RunFolder
     from grpo_mega.trainer.build import report_fp8
 
@@ -244,7 +244,7 @@ def report(rank: int, case: Case, folder: Path) -> None:
 def test_the_report_of_a_run_equals_that_of_the_policys_files(
     rank_pool: RankPool, cases: dict[str, Case], tmp_path: Path, name: str
 ) -> None:
-    rank_pool.call(WORLD, report, cases[name], tmp_path)
+    rank_pool.call(WORLD, write_reports, cases[name], tmp_path)
     found = json.loads((tmp_path / "fp8_report.json").read_text())
     expected = report_of(cases[name].model, power_of_two=cases[name].power_of_two)
     assert list(found) == list(expected)
@@ -252,7 +252,7 @@ def test_the_report_of_a_run_equals_that_of_the_policys_files(
         assert found[matrix] == pytest.approx(errors, rel=1e-12), matrix
 
 
-def rejected_sync(rank: int, case: Case, fp8: str | None) -> str:
+def error_of_sync(rank: int, case: Case, fp8: str | None) -> str:
     record = case.records[rank % ENGINE_TP]
     if fp8:  # the policy sends quantized values, the engine expects bf16
         copies = [
@@ -279,5 +279,5 @@ def rejected_sync(rank: int, case: Case, fp8: str | None) -> str:
 def test_quantized_values_on_one_side_only_are_rejected_before_the_first_push(
     rank_pool: RankPool, cases: dict[str, Case], fp8: str | None, words: str
 ) -> None:
-    for error in rank_pool.call(WORLD, rejected_sync, cases["qwen3"], fp8):
+    for error in rank_pool.call(WORLD, error_of_sync, cases["qwen3"], fp8):
         assert words in error

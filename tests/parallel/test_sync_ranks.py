@@ -80,7 +80,7 @@ def open_sync(
     return source, sink, sync
 
 
-def follow(
+def run_syncs(
     rank: int, layouts: Layouts, transport: TransportKind, machines: int, bucket_bytes: int = BUCKET_BYTES
 ) -> dict[str, Any]:
     source, sink, sync = open_sync(rank, None, layouts, transport, machines=machines, bucket_bytes=bucket_bytes)
@@ -118,7 +118,7 @@ def follow(
 def test_engines_hold_the_policys_weights_at_each_version_with_two_buckets_of_extra_memory(
     rank_pool: RankPool, layouts: Layouts, transport: TransportKind, machines: int
 ) -> None:
-    for seen in rank_pool.call(WORLD, follow, layouts, transport, machines):
+    for seen in rank_pool.call(WORLD, run_syncs, layouts, transport, machines):
         assert seen["wrong"] == []
         first, second = seen["reports"]
         assert first.written_bytes == second.written_bytes == seen["stored"]
@@ -132,7 +132,7 @@ def test_engines_hold_the_policys_weights_at_each_version_with_two_buckets_of_ex
             assert (seen["links"]["across_nodes"] > 0) == (machines > 1)
 
 
-def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
+def run_syncs_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
     """Return wrong slices and the number of reads of other ranks' memory. Unless `allowed`, rank 2 cannot read."""
     forbidden = rank == 2 and not allowed
     real, count = process_vm_readv.read_ranges, 0
@@ -145,7 +145,7 @@ def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
         real(process, pairs)
 
     with mock.patch.object(process_vm_readv, "read_ranges", read_runs):
-        seen = follow(rank, TP2PP2, "shared_memory", 1)
+        seen = run_syncs(rank, TP2PP2, "shared_memory", 1)
     return seen["wrong"], count
 
 
@@ -153,7 +153,7 @@ def follow_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
 def test_ranks_read_each_others_memory_where_allowed_and_all_receive_the_same_bytes(
     rank_pool: RankPool, allowed: bool
 ) -> None:
-    wrong, counts = zip(*rank_pool.call(WORLD, follow_counting_reads, allowed), strict=True)
+    wrong, counts = zip(*rank_pool.call(WORLD, run_syncs_counting_reads, allowed), strict=True)
     assert list(wrong) == [[]] * WORLD
     probes = WORLD - 1
     assert all(count > probes + 20 for rank, count in enumerate(counts) if allowed or rank != 2), counts
@@ -161,7 +161,7 @@ def test_ranks_read_each_others_memory_where_allowed_and_all_receive_the_same_by
 
 
 def test_gloo_receives_large_pieces_in_the_engines_memory(rank_pool: RankPool) -> None:
-    for seen in rank_pool.call(WORLD, follow, TP2PP2, "gloo", 1, 1 << 22):
+    for seen in rank_pool.call(WORLD, run_syncs, TP2PP2, "gloo", 1, 1 << 22):
         assert seen["wrong"] == []
         assert seen["in_place"] > 0
 
@@ -239,7 +239,7 @@ def inject_fault(sync: WeightSync, fault: str) -> Any:
     return send_wrongly(sync.executor, fault) if fault in ("twice", "older") else nullcontext()
 
 
-def messages(rank: int, faults: list[str]) -> dict[str, str | None]:
+def collect_fault_errors(rank: int, faults: list[str]) -> dict[str, str | None]:
     """Return the error of a push on this rank for each fault on rank 1; None for pushes without a fault."""
     sink = FaultySink(engine(TP2PP2[1], WORLD), rank)
     source, _, sync = open_sync(rank, sink)
@@ -272,7 +272,7 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def fault_errors(rank_pool: RankPool) -> list[dict[str, str | None]]:
-    answers: list[dict[str, str | None]] = rank_pool.call(WORLD, messages, list(FAULTS))
+    answers: list[dict[str, str | None]] = rank_pool.call(WORLD, collect_fault_errors, list(FAULTS))
     return answers
 
 
@@ -294,7 +294,7 @@ def test_pushes_without_a_fault_pass_before_and_after_one(fault_errors: list[dic
         assert answers[f"none {len(FAULTS) + 2}"] is None
 
 
-def stalled_rank(rank: int) -> str:
+def error_of_stalled_rank(rank: int) -> str:
     """Rank 2 does not take part in the second push."""
     source, _, sync = open_sync(rank)
     source.set_version(1)
@@ -312,13 +312,13 @@ def stalled_rank(rank: int) -> str:
 
 
 def test_a_rank_that_stalls_is_named_by_those_that_wait_for_it(rank_pool: RankPool) -> None:
-    answers = rank_pool.call(WORLD, stalled_rank)
+    answers = rank_pool.call(WORLD, error_of_stalled_rank)
     waiting = [answers[rank] for rank in (0, 1, 3)]
     assert any("rank 2" in answer and "did not arrive within 3 s" in answer for answer in waiting), waiting
     assert all("nothing was raised" not in answer for answer in waiting)
 
 
-def missing_at_barrier(rank: int) -> str:
+def error_of_missing_rank(rank: int) -> str:
     """Rank 2 does not reach the barrier in time."""
     _, _, sync = open_sync(rank)
     sync._barrier._timeout = 2.0
@@ -333,12 +333,12 @@ def missing_at_barrier(rank: int) -> str:
 
 
 def test_a_barrier_names_the_missing_ranks_and_where_they_are(rank_pool: RankPool) -> None:
-    answers = rank_pool.call(WORLD, missing_at_barrier)
+    answers = rank_pool.call(WORLD, error_of_missing_rank)
     for rank in (0, 1, 3):
         assert f"testing: rank {rank} (place {rank}) timed out after 2 s waiting for rank 2 (place 2)" in answers[rank]
 
 
-def withheld_bucket(rank: int) -> tuple[str, int]:
+def error_of_withheld_bucket(rank: int) -> tuple[str, int]:
     """Rank 1 takes part, but never sends its bucket 3."""
     source, sink, sync = open_sync(rank)
     source.set_version(1)
@@ -358,7 +358,7 @@ def withheld_bucket(rank: int) -> tuple[str, int]:
 def test_a_missing_bucket_is_named_with_both_ranks_and_its_receiver_keeps_the_previous_version(
     rank_pool: RankPool,
 ) -> None:
-    answers = rank_pool.call(WORLD, withheld_bucket)
+    answers = rank_pool.call(WORLD, error_of_withheld_bucket)
     assert all("nothing was raised" not in message for message, _ in answers)
     message, version = answers[3]
     assert "bucket 3" in message
@@ -366,7 +366,7 @@ def test_a_missing_bucket_is_named_with_both_ranks_and_its_receiver_keeps_the_pr
     assert version == 1
 
 
-def dying_rank(rank: int) -> None:
+def kill_one_rank(rank: int) -> None:
     source, _, sync = open_sync(rank, seconds=60.0)
     source.set_version(1)
     sync.push(1, verify=True)
@@ -378,7 +378,7 @@ def dying_rank(rank: int) -> None:
 def test_a_rank_that_exits_ends_the_others_at_once_with_its_name(rank_pool: RankPool) -> None:
     start = time.monotonic()
     with pytest.raises(AssertionError) as caught:
-        rank_pool.call(WORLD, dying_rank)
+        rank_pool.call(WORLD, kill_one_rank)
     assert "ended with exit code 3" in str(caught.value)
     assert "from rank 2" in str(caught.value)
     assert "the process of rank 2 exited" in str(caught.value)
@@ -393,7 +393,7 @@ class SinkWithoutSlices(MemorySink):
         return []
 
 
-def stream(rank: int) -> tuple[list[str], int]:
+def run_streaming(rank: int) -> tuple[list[str], int]:
     sink = SinkWithoutSlices(engine(EngineLayout(2), WORLD), rank)
     with mock.patch("grpo_mega.weight_sync.sync.log") as log:
         source, _, sync = open_sync(rank, sink)
@@ -405,10 +405,10 @@ def stream(rank: int) -> tuple[list[str], int]:
 
 
 def test_an_engine_without_slices_receives_whole_tensors_with_one_warning(rank_pool: RankPool) -> None:
-    assert rank_pool.call(WORLD, stream) == [([], 1)] * WORLD
+    assert rank_pool.call(WORLD, run_streaming) == [([], 1)] * WORLD
 
 
-def mismatched_layouts(rank: int, change: str) -> str:
+def error_of_mismatched_layouts(rank: int, change: str) -> str:
     wanted = engine(EngineLayout(2), WORLD)
     numbers = {name: i for i, name in enumerate(TENSORS)}
     if change == "missing" and rank == 1:
@@ -431,7 +431,7 @@ def mismatched_layouts(rank: int, change: str) -> str:
     ],
 )
 def test_tensors_that_do_not_match_are_named_on_every_rank(rank_pool: RankPool, change: str, words: str) -> None:
-    for message in rank_pool.call(WORLD, mismatched_layouts, change):
+    for message in rank_pool.call(WORLD, error_of_mismatched_layouts, change):
         assert words in message
 
 

@@ -18,7 +18,7 @@ EIGHT = [
 ]
 
 
-def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
+def layouts_in_megatron(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
     """Return for each layout this rank's coordinates and the members of its groups."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -51,7 +51,7 @@ def megatron_places(rank: int, layouts: list[Layout]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def places(rank_pool: RankPool) -> list[list[dict[str, Any]]]:
     """Return the coordinates and groups of each rank and layout: [rank][layout]."""
-    return rank_pool.call(8, megatron_places, EIGHT)
+    return rank_pool.call(8, layouts_in_megatron, EIGHT)
 
 
 @pytest.mark.parametrize("layout", EIGHT, ids=str)

@@ -38,7 +38,7 @@ from tests.helpers.recorded_rollouts import (
 from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
 
 
-def by_rollout(records: list[RankRecord], of: str, temperature: float = 1.0) -> list[dict[int, list[float]]]:
+def values_by_rollout(records: list[RankRecord], of: str, temperature: float = 1.0) -> list[dict[int, list[float]]]:
     """Return the values of each rank of the last stage: rollout -> entropies (`of="entropy"`) or log-probs."""
     return [r.entropy if of == "entropy" else r.log_probs[temperature] for r in records if r.is_last_stage]
 
@@ -54,7 +54,7 @@ def largest_difference(found: list[dict[int, list[float]]], expected: list[list[
 def test_log_probs_equal_those_of_transformers(laboratory: Laboratory, model: str, layout: Layout) -> None:
     records, expected = laboratory.run(model, layout), laboratory.expected(model)
     for temperature in TEMPERATURES:
-        found = by_rollout(records, "log_probs", temperature)
+        found = values_by_rollout(records, "log_probs", temperature)
         assert largest_difference(found, expected.log_probs[temperature]) <= 2e-5
     cold, hot = (expected.log_probs[t][0] for t in (0.7, 1.0))
     assert abs(cold[0] - hot[0]) > 1e-3, "the log-probs do not depend on the temperature"
@@ -63,7 +63,7 @@ def test_log_probs_equal_those_of_transformers(laboratory: Laboratory, model: st
 @every_case
 def test_entropies_equal_those_of_transformers(laboratory: Laboratory, model: str, layout: Layout) -> None:
     records, expected = laboratory.run(model, layout), laboratory.expected(model)
-    assert largest_difference(by_rollout(records, "entropy"), expected.entropy) <= 2e-5
+    assert largest_difference(values_by_rollout(records, "entropy"), expected.entropy) <= 2e-5
 
 
 @every_case
@@ -156,7 +156,7 @@ def test_a_rank_holds_its_part_of_the_model_and_of_the_optimizer(
     assert moments_of_one_shard == 8 * sum(stages), "each element has its two moments on exactly one data-parallel rank"
 
 
-def one_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[UpdateStats, dict[str, Any], int]:
+def run_one_update(rank: int, recorded: Recorded, layout: Layout) -> tuple[UpdateStats, dict[str, Any], int]:
     policy = open_policy(rank, recorded, layout)
     batch = with_recorded(make_rows(rank, recorded, layout), recorded)
     stats, _ = policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)
@@ -177,7 +177,7 @@ def test_the_token_budget_of_a_microbatch_does_not_change_the_gradient(laborator
     counts = []
     for max_tokens in (20, 4096):
         stats, tensors, count = laboratory.pool.call(
-            layout.world, one_update, replace(recorded, max_tokens=max_tokens), layout
+            layout.world, run_one_update, replace(recorded, max_tokens=max_tokens), layout
         )[0]
         assert_same_update((stats, tensors), wanted)
         counts.append(count)
@@ -185,7 +185,7 @@ def test_the_token_budget_of_a_microbatch_does_not_change_the_gradient(laborator
     assert counts[1] == 1
 
 
-def uneven_rows(rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]) -> list[Microbatch]:
+def make_uneven_rows(rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]) -> list[Microbatch]:
     """Return rows with the weights and advantages that `build_batch` gives the whole batch in one row.
 
     `shares[dp_rank]`: the rollouts of each microbatch of that rank.
@@ -210,11 +210,11 @@ def uneven_rows(rank: int, recorded: Recorded, layout: Layout, shares: list[list
     return rows
 
 
-def uneven_update(
+def run_uneven_update(
     rank: int, recorded: Recorded, layout: Layout, shares: list[list[list[int]]]
 ) -> tuple[UpdateStats, dict[str, Any], list[int]]:
     policy = open_policy(rank, recorded, layout)
-    rows = uneven_rows(rank, recorded, layout, shares)
+    rows = make_uneven_rows(rank, recorded, layout, shares)
     batch = with_recorded(replace(make_rows(rank, recorded, layout), minibatches=[rows]), recorded)
     stats, _ = policy.update(batch.microbatches, LOSS, OPTIMIZER.lr)
     tokens = [m.num_loss_tokens for m in batch.microbatches]
@@ -231,7 +231,7 @@ def test_ranks_with_five_and_two_microbatches_and_one_without_a_loss_token_give_
     all_and_none = [[everything[:8], everything[8:]], [[], []]]
     empty_rows = []
     for shares in (five_and_two, all_and_none):
-        answers = laboratory.pool.call(layout.world, uneven_update, recorded, layout, shares)
+        answers = laboratory.pool.call(layout.world, run_uneven_update, recorded, layout, shares)
         for stats, tensors, _ in answers:
             assert_same_update((stats, tensors), wanted)
         empty_rows.append([tokens.count(0) for _, _, tokens in answers])
@@ -239,7 +239,7 @@ def test_ranks_with_five_and_two_microbatches_and_one_without_a_loss_token_give_
     assert sorted(set(empty_rows[1])) == [0, 2]
 
 
-def update_with_nan(rank: int, recorded: Recorded, layout: Layout, bad_dp_rank: int) -> dict[str, Any]:
+def run_update_with_nan(rank: int, recorded: Recorded, layout: Layout, bad_dp_rank: int) -> dict[str, Any]:
     policy = open_policy(rank, recorded, layout)
     batch = with_recorded(make_rows(rank, recorded, layout), recorded)
     good = batch.microbatches
@@ -262,7 +262,7 @@ def update_with_nan(rank: int, recorded: Recorded, layout: Layout, bad_dp_rank: 
 def test_a_nonfinite_loss_raises_on_all_ranks_with_rank_and_microbatch_and_keeps_the_weights(
     laboratory: Laboratory, layout: Layout
 ) -> None:
-    answers = laboratory.pool.call(layout.world, update_with_nan, laboratory.recorded("qwen3"), layout, 1)
+    answers = laboratory.pool.call(layout.world, run_update_with_nan, laboratory.recorded("qwen3"), layout, 1)
     failing_ranks = [
         rank
         for rank in range(layout.world)
@@ -279,7 +279,7 @@ def test_a_nonfinite_loss_raises_on_all_ranks_with_rank_and_microbatch_and_keeps
     )
 
 
-def bf16_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
+def run_in_bf16(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
     policy = open_policy(rank, recorded, layout)
     rows = make_rows(rank, recorded, layout)
     values = policy.log_probs(rows.microbatches)
@@ -299,7 +299,7 @@ def test_bf16_keeps_gradients_masters_and_moments_in_fp32_and_agrees_between_lay
     recorded, expected = replace(laboratory.recorded("qwen3"), dtype="bf16"), laboratory.expected("qwen3")
     losses = []
     for layout in (ONE, Layout(4, tp=2, pp=2)):
-        answers = laboratory.pool.call(layout.world, bf16_run, recorded, layout)
+        answers = laboratory.pool.call(layout.world, run_in_bf16, recorded, layout)
         for answer in answers:
             assert answer["params"] == {torch.bfloat16}
             assert answer["grads"] == answer["masters"] == answer["moments"] == {torch.float32}
@@ -309,7 +309,7 @@ def test_bf16_keeps_gradients_masters_and_moments_in_fp32_and_agrees_between_lay
     assert abs(losses[0] - losses[1]) <= 5e-3
 
 
-def reference_run(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
+def run_with_reference(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]:
     policy = open_policy(rank, recorded, layout, with_reference=True)
     rows = make_rows(rank, recorded, layout)
 
@@ -373,7 +373,7 @@ def test_the_reference_is_the_base_model_and_a_swap_restores_the_policy(
     laboratory: Laboratory, model: str, layout: Layout, dtype: str
 ) -> None:
     recorded = replace(laboratory.recorded(model), dtype=dtype)
-    answers = laboratory.pool.call(layout.world, reference_run, recorded, layout)
+    answers = laboratory.pool.call(layout.world, run_with_reference, recorded, layout)
     for answer in answers:
         assert answer["kl_max"][0] == 0.0, "before the first update the policy is its own reference"
         assert answer["kl_max"][1] > 0
@@ -386,7 +386,7 @@ def test_the_reference_is_the_base_model_and_a_swap_restores_the_policy(
     assert [answer["stats"] for answer in answers] == unswapped
 
 
-def updates_in_small_buckets(
+def run_in_small_buckets(
     rank: int, recorded: Recorded, layout: Layout
 ) -> tuple[list[UpdateStats], list[dict[str, Any]], int]:
     """Measure a layout with many gradient buckets; weights are not read between updates."""
@@ -401,7 +401,7 @@ def updates_in_small_buckets(
 def test_gathers_and_reductions_that_overlap_in_many_buckets_change_nothing(laboratory: Laboratory, model: str) -> None:
     recorded, wanted = laboratory.recorded(model), laboratory.run(model, ONE)[0]
     layout = Layout(2, more=(*OVERLAP, ("megatron", {"ddp.bucket_size": 3000})))
-    for stats, (tensors, again), buckets in laboratory.pool.call(2, updates_in_small_buckets, recorded, layout):
+    for stats, (tensors, again), buckets in laboratory.pool.call(2, run_in_small_buckets, recorded, layout):
         assert buckets >= 8
         for update in range(2):
             assert stats[update].grad_norm == pytest.approx(wanted.stats[update].grad_norm, rel=1e-5)
@@ -410,7 +410,7 @@ def test_gathers_and_reductions_that_overlap_in_many_buckets_change_nothing(labo
             assert tensor.tobytes() == again[name].tobytes()
 
 
-def module_calls(rank: int, recorded: Recorded, parallel: dict[str, Any]) -> tuple[int, int, int, UpdateStats]:
+def count_module_calls(rank: int, recorded: Recorded, parallel: dict[str, Any]) -> tuple[int, int, int, UpdateStats]:
     """Count the calls of attention, feed-forward and norms in one update of one row."""
     policy = open_policy(rank, recorded, Layout(more=tuple(parallel.items())))
     batch = with_recorded(make_rows(rank, recorded, ONE), recorded)
@@ -445,8 +445,8 @@ def test_recomputed_modules_run_twice_and_give_the_same_update(
     laboratory: Laboratory, parallel: dict[str, Any], times: tuple[int, int, int]
 ) -> None:
     recorded = replace(laboratory.recorded("qwen3"), max_tokens=4096)
-    ((*once, plain),) = laboratory.pool.call(1, module_calls, recorded, {})
-    ((*calls, stats),) = laboratory.pool.call(1, module_calls, recorded, parallel)
+    ((*once, plain),) = laboratory.pool.call(1, count_module_calls, recorded, {})
+    ((*calls, stats),) = laboratory.pool.call(1, count_module_calls, recorded, parallel)
     assert once == [2, 2, 2]  # two layers, one row
     assert calls == [2 * n for n in times]
     assert stats == plain

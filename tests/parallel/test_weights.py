@@ -81,7 +81,7 @@ def test_each_rank_reads_only_the_bytes_that_it_holds(laboratory: Laboratory, la
         assert held - read == (padding_row if padded else 0)
 
 
-def stream(rank: int, recorded: Recorded, layout: Layout) -> dict[str, bytes]:
+def stream_tensors(rank: int, recorded: Recorded, layout: Layout) -> dict[str, bytes]:
     return {name: as_array(t).tobytes() for name, t in open_policy(rank, recorded, layout).full_tensors(4096)}
 
 
@@ -94,7 +94,7 @@ def test_a_padded_or_even_vocabulary_and_bf16_are_restored_bit_for_bit(
     )
     recorded = replace(laboratory.recorded("llama"), model=folder, dtype="bf16")
     wanted = checkpoint_bytes(folder, tied=vocab == 23)
-    for found in laboratory.pool.call(4, stream, recorded, Layout(4, tp=4)):
+    for found in laboratory.pool.call(4, stream_tensors, recorded, Layout(4, tp=4)):
         assert found == {name: as_array(t.bfloat16()).tobytes() for name, t in wanted.items()}
 
 
@@ -107,7 +107,7 @@ def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[P
     return apply
 
 
-def truncate(folder: Path) -> None:
+def truncate_file(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
 
@@ -126,7 +126,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "shape": (change_tensors(lambda t: t.update({UP: torch.zeros(96, 63)})), rf"{UP} has shape \(96, 63\).*\(96, 64\)"),
     "missing": (change_tensors(lambda t: t.pop(NORM)), rf"{NORM} of shape \(64,\) missing"),
     "left over": (change_tensors(lambda t: t.update(extra=torch.zeros(2))), r"extra of shape \(2,\) unknown"),
-    "truncated": (truncate, r"model\.safetensors: cannot be read"),
+    "truncated": (truncate_file, r"model\.safetensors: cannot be read"),
     "no file": (remove_weights, r"has no model\.safetensors"),
     "other config": (enlarge_ffn, r"model\.layers\.0\.mlp\.gate_proj\.weight has shape \(96, 64\).*\(128, 64\)"),
 }

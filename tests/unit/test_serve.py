@@ -13,7 +13,7 @@ from grpo_mega.types import UserError
 from tests.helpers.jobs import QUICKSTART, REPOSITORY, clean_environment
 
 
-def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     own = {key: value for key, value in clean_environment().items() if not key.startswith("GRPO_MEGA_SERVER")}
     return subprocess.run(
         [sys.executable, "-m", "grpo_mega.serve", *arguments],
@@ -35,7 +35,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_wrong_input_is_one_message(arguments: tuple[str, ...], message: str) -> None:
-    result = serve(*arguments)
+    result = run_serve(*arguments)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: {message}")
     assert len(result.stderr.splitlines()) == 1
@@ -45,7 +45,7 @@ def test_wrong_input_is_one_message(arguments: tuple[str, ...], message: str) ->
 def test_a_port_in_use_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = serve(QUICKSTART, "--port", port)
+        result = run_serve(QUICKSTART, "--port", port)
     assert result.returncode == 2
     assert result.stderr.startswith(f"error: --host=127.0.0.1 --port={port}: cannot listen")
     assert "Address already in use" in result.stderr

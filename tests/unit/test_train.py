@@ -14,6 +14,7 @@ import pytest
 from grpo_mega import train
 from grpo_mega.config.load import load_config
 from grpo_mega.types import UserError
+from tests.helpers.error_messages import assert_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
@@ -27,29 +28,27 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def wanted(*overrides: str) -> int:
+def wanted_world_size(*overrides: str) -> int:
     return train.wanted_world_size(load_config(QUICKSTART, overrides))
 
 
 def test_world_size_of_the_config_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NNODES", "3")
-    assert wanted("run.world_size=4") == 4
+    assert wanted_world_size("run.world_size=4") == 4
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert wanted("run.world_size=4") == 4
+    assert wanted_world_size("run.world_size=4") == 4
 
 
 def test_world_size_of_the_launcher_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
-    assert wanted() == 6
+    assert wanted_world_size() == 6
 
 
 def test_a_launcher_with_another_number_of_ranks_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError) as caught:
-        wanted("run.world_size=4")
-    assert str(caught.value) == (
-        "run.world_size=4, but the launcher started 2 ranks; leave run.world_size out, or start that many ranks"
-    )
+        wanted_world_size("run.world_size=4")
+    assert_names(caught.value, "run.world_size=4", "2 ranks", "leave run.world_size out")
 
 
 def test_world_size_inside_a_slurm_step_is_its_tasks_or_a_rank_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,19 +57,19 @@ def test_world_size_inside_a_slurm_step_is_its_tasks_or_a_rank_for_each_node(mon
     for name, value in step.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_NTASKS", "6")
-    assert wanted() == 6
+    assert wanted_world_size() == 6
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    assert wanted() == 8  # an agent on each node, which starts a rank for each of its devices
+    assert wanted_world_size() == 8  # an agent on each node, which starts a rank for each of its devices
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="counts the GPUs of this machine")
 def test_world_size_without_gpus_is_one_for_each_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert wanted() == 1
+    assert wanted_world_size() == 1
     monkeypatch.setenv("NNODES", "3")
-    assert wanted() == 3
+    assert wanted_world_size() == 3
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_train(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "grpo_mega.train", *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
@@ -81,7 +80,7 @@ def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_for_launcher_prints_the_values_of_the_config() -> None:
-    done = run(QUICKSTART, "run.world_size=8", "parallel.tp=2", "guard.timeout_seconds=60", "--for-launcher")
+    done = run_train(QUICKSTART, "run.world_size=8", "parallel.tp=2", "guard.timeout_seconds=60", "--for-launcher")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"world_size": 8, "configured": True, "timeout_seconds": 60.0}
 
@@ -97,11 +96,13 @@ def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_pat
             "per line\n",
         ),
     ):
-        done = run(QUICKSTART, override)
+        done = run_train(QUICKSTART, override)
         assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
 
 
-def exit_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[Any, str]:
+def exit_of_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[Any, str]:
     """Return exit code and stderr of `main`, which must fail before the first process group."""
 
     def reached(_: train.Prepared) -> NoReturn:
@@ -154,7 +155,7 @@ def test_wrong_input_is_one_message_and_exit_code_2(
 ) -> None:
     # where there are GPUs, a config that names no world size would want as many
     monkeypatch.setattr(train, "wanted_world_size", lambda config: config.run.world_size or 1)
-    code, message = exit_of(monkeypatch, capsys, *overrides)
+    code, message = exit_of_main(monkeypatch, capsys, *overrides)
     assert code == 2
     assert message.startswith(f"error: {parts[0]}")
     assert message.count("\n") == 1
@@ -166,7 +167,7 @@ def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
 ) -> None:
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "10+10=", "answer": "20"}\n')
-    code, message = exit_of(
+    code, message = exit_of_main(
         monkeypatch, capsys, f"data.train={questions}", "data.max_prompt_tokens=5", "run.world_size=1"
     )
     assert code == 2
@@ -184,7 +185,7 @@ def test_a_model_folder_without_a_usable_tokenizer_is_named(
         ("damaged", {"tokenizer": "{"}, "its tokenizer cannot be read ("),
     ):
         folder = write_model(tmp_path / name, **files)
-        code, message = exit_of(monkeypatch, capsys, "model.base=null", f"model.path={folder}", "run.world_size=1")
+        code, message = exit_of_main(monkeypatch, capsys, "model.base=null", f"model.path={folder}", "run.world_size=1")
         assert code == 2
         assert message.startswith(f"error: model.path={folder}")
         assert rule in message
@@ -195,7 +196,7 @@ def test_an_unknown_reward_is_an_error_before_prompts_are_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = ["reward.terms=[{name: exakt}]", "data.train=nothing.jsonl", "run.world_size=1"]
-    code, message = exit_of(monkeypatch, capsys, *overrides)
+    code, message = exit_of_main(monkeypatch, capsys, *overrides)
     assert code == 2
     assert message.startswith("error: reward.terms")
     assert "exakt" in message
@@ -203,7 +204,7 @@ def test_an_unknown_reward_is_an_error_before_prompts_are_read(
 
 def test_only_rank_0_prints_the_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert exit_of(monkeypatch, capsys, "train.steps=0") == (2, "")
+    assert exit_of_main(monkeypatch, capsys, "train.steps=0") == (2, "")
 
 
 def test_preparing_valid_input_returns_its_prompts_and_writes_nothing(tmp_path: Path) -> None:

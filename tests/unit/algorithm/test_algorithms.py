@@ -30,7 +30,7 @@ def mean_advantage(i: int) -> float:
     return group[i % GROUP] - sum(group) / GROUP
 
 
-def clipped(ratio: Tensor, advantage: float | Tensor, low: float, high: float) -> Tensor:
+def clipped_objective(ratio: Tensor, advantage: float | Tensor, low: float, high: float) -> Tensor:
     return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
@@ -39,17 +39,21 @@ def k3(data: Data, i: int) -> Tensor:
     return d.exp() - d - 1
 
 
-def every(function: Callable[[int], Tensor]) -> list[Tensor]:
+def stack_rollouts(function: Callable[[int], Tensor]) -> list[Tensor]:
     return [function(i) for i in range(len(LENGTHS))]
 
 
 def grpo(data: Data) -> Tensor:
-    parts = every(lambda i: (clipped(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean())
+    parts = stack_rollouts(
+        lambda i: (clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean()
+    )
     return -torch.stack(parts).mean()
 
 
 def dr_grpo(data: Data) -> Tensor:
-    parts = every(lambda i: clipped(data.differ(i).exp(), mean_advantage(i), 0.2, 0.2).sum() / MAX_TOKENS)
+    parts = stack_rollouts(
+        lambda i: clipped_objective(data.differ(i).exp(), mean_advantage(i), 0.2, 0.2).sum() / MAX_TOKENS
+    )
     return -torch.stack(parts).mean()
 
 
@@ -62,12 +66,14 @@ def dapo(data: Data) -> Tensor:
     groups = rewards.view(-1, GROUP)
     std = groups.std(dim=1, keepdim=True)
     advantages = torch.where(std > 0, (groups - groups.mean(1, keepdim=True)) / (std + 1e-6), 0.0).flatten()
-    parts = every(lambda i: clipped(data.differ(i).exp(), advantages[i], 0.2, 0.28).sum())
+    parts = stack_rollouts(lambda i: clipped_objective(data.differ(i).exp(), advantages[i], 0.2, 0.28).sum())
     return -torch.stack(parts).sum() / sum(LENGTHS[:4] + LENGTHS[8:])
 
 
 def gspo(data: Data) -> Tensor:
-    return -torch.stack(every(lambda i: clipped(data.differ(i).mean().exp(), std_advantage(i), 3e-4, 4e-4))).mean()
+    return -torch.stack(
+        stack_rollouts(lambda i: clipped_objective(data.differ(i).mean().exp(), std_advantage(i), 3e-4, 4e-4))
+    ).mean()
 
 
 def gmpo(data: Data) -> Tensor:
@@ -79,7 +85,7 @@ def gmpo(data: Data) -> Tensor:
         bounded = torch.minimum(ratio * sign, ratio.clamp(math.exp(-0.4), math.exp(0.4)) * sign)
         return (bounded.abs() * abs(advantage)).log().mean().exp() * sign if advantage else ratio.sum() * 0
 
-    return -torch.stack(every(one)).mean()
+    return -torch.stack(stack_rollouts(one)).mean()
 
 
 def cispo(data: Data) -> Tensor:
@@ -98,7 +104,7 @@ def sapo(data: Data) -> Tensor:
         tau = 1.0 if std_advantage(i) > 0 else 1.05
         return (4 / tau / (1 + (-tau * (data.differ(i).exp() - 1)).exp()) * std_advantage(i)).mean()
 
-    return -torch.stack(every(one)).mean()
+    return -torch.stack(stack_rollouts(one)).mean()
 
 
 def rloo(data: Data) -> Tensor:
@@ -111,7 +117,7 @@ def rloo(data: Data) -> Tensor:
         others = [rewards[j] for j in range(first, first + GROUP) if j != i]
         return (rewards[i] - sum(others) / len(others)) * data.log_probs[i].sum()
 
-    return -torch.stack(every(one)).mean()
+    return -torch.stack(stack_rollouts(one)).mean()
 
 
 def reinforce_plus_plus(data: Data) -> Tensor:
@@ -121,14 +127,14 @@ def reinforce_plus_plus(data: Data) -> Tensor:
         advantages.append(torch.stack([REWARDS[i // GROUP][i % GROUP] - penalty[t:].sum() for t in range(n)]))
     flat = torch.cat(advantages)
     norm = [(a - flat.mean()) / flat.std(correction=0) for a in advantages]
-    return -torch.cat(every(lambda i: clipped(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
+    return -torch.cat(stack_rollouts(lambda i: clipped_objective(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
 
 
 def reinforce_plus_plus_baseline(data: Data) -> Tensor:
     flat = torch.cat([torch.full((n,), mean_advantage(i), dtype=torch.float64) for i, n in enumerate(LENGTHS)])
     norm = iter(((flat - flat.mean()) / flat.std(correction=0)).split(LENGTHS))
-    kl = every(lambda i: (data.log_probs[i] - data.ref[i]) ** 2 / 2)
-    parts = every(lambda i: clipped(data.differ(i).exp(), next(norm), 0.2, 0.2) - 0.001 * kl[i])
+    kl = stack_rollouts(lambda i: (data.log_probs[i] - data.ref[i]) ** 2 / 2)
+    parts = stack_rollouts(lambda i: clipped_objective(data.differ(i).exp(), next(norm), 0.2, 0.2) - 0.001 * kl[i])
     return -torch.cat(parts).mean()
 
 
@@ -143,7 +149,7 @@ def ppo(data: Data) -> Tensor:
         advantages.append(torch.stack([sum(0.95 ** (u - t) * delta[u] for u in range(t, n)) for t in range(n)]))
     flat = torch.cat(advantages)
     norm = [(a - flat.mean()) / flat.std(correction=0) for a in advantages]
-    return -torch.cat(every(lambda i: clipped(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
+    return -torch.cat(stack_rollouts(lambda i: clipped_objective(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
 
 
 PAPERS: dict[str, Callable[[Data], Tensor]] = {
@@ -235,10 +241,10 @@ def test_dual_clip_is_that_of_its_paper() -> None:
     data = make_data()
 
     def one(i: int) -> Tensor:
-        inner = clipped(data.differ(i).exp(), std_advantage(i), 0.2, 0.2)
+        inner = clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2)
         return (torch.maximum(inner, torch.tensor(1.3 * std_advantage(i))) if std_advantage(i) < 0 else inner).mean()
 
-    expected = -torch.stack(every(one)).mean()
+    expected = -torch.stack(stack_rollouts(one)).mean()
     found, _ = ours(data, AlgorithmConfig(kl_coef=0.0, dual_clip=1.3))
     assert abs(found - ours(data, AlgorithmConfig(kl_coef=0.0))[0]) > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
@@ -248,7 +254,7 @@ def test_dual_clip_is_that_of_its_paper() -> None:
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
 def test_kl_in_the_loss_and_in_the_reward(estimator: str) -> None:
     data = make_data()
-    d = every(lambda i: data.log_probs[i] - data.ref[i])
+    d = stack_rollouts(lambda i: data.log_probs[i] - data.ref[i])
     kl = {"k1": d, "k2": [x**2 / 2 for x in d], "k3": [(-x).exp() + x - 1 for x in d]}[estimator]
     in_loss, _ = ours(data, AlgorithmConfig(kl_coef=0.3, kl_estimator=estimator))
     none, _ = ours(data, AlgorithmConfig(kl_coef=0.0))
@@ -271,8 +277,10 @@ def test_corrections_multiply_the_surrogate_and_not_the_kl(form: str) -> None:
             return k.prod().clamp(max=2.0).expand_as(k)
         return k * ((k >= 0.5) & (k <= 5.0))
 
-    parts = every(
-        lambda i: (factor(i) * clipped(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean()
+    parts = stack_rollouts(
+        lambda i: (
+            factor(i) * clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)
+        ).mean()
     )
     expected = -torch.stack(parts).mean()
     found, _ = ours(data, AlgorithmConfig(correction=form))
@@ -285,9 +293,9 @@ def test_a_veto_excludes_whole_rollouts() -> None:
     least = [float((o - s).exp().min()) for o, s in zip(data.old, data.sampler, strict=True)]
     veto = 0.5
     assert 0 < sum(k < veto for k in least) < len(least)
-    parts = every(
+    parts = stack_rollouts(
         lambda i: (
-            (least[i] >= veto) * clipped(data.differ(i).exp(), std_advantage(i), 0.2, 0.2).mean()
+            (least[i] >= veto) * clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2).mean()
             - 0.04 * k3(data, i).mean()
         )
     )
@@ -299,7 +307,9 @@ def test_a_veto_excludes_whole_rollouts() -> None:
 
 def test_filtered_rollouts_are_counted_and_dropped_groups_are_not() -> None:
     data = make_data()
-    parts = every(lambda i: (clipped(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean())
+    parts = stack_rollouts(
+        lambda i: (clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean()
+    )
     filtered, batches = ours(data, AlgorithmConfig(overlong_filter=True))
     torch.testing.assert_close(filtered, -torch.stack([*parts[:2], *parts[3:]]).sum() / 12, rtol=1e-6, atol=1e-7)
     assert batches[0].is_trained == [i != 2 for i in range(12)]

@@ -10,7 +10,7 @@ from grpo_mega.algorithm.segments import Segments
 from tests.helpers.loss_rows import row
 
 
-def segments() -> Segments:
+def make_segments() -> Segments:
     """Positions 0-2, 3, 4-6 and a padding segment 7-8; the second and the last have no loss token."""
     mask = torch.tensor([False, True, True, False, True, True, True, False, False])
     return Segments.of(row(torch.zeros(9), loss_mask=mask, cu_seqlens=[0, 3, 4, 7, 9]))
@@ -18,7 +18,7 @@ def segments() -> Segments:
 
 def test_sums_and_means_take_loss_tokens_only() -> None:
     values = torch.tensor([math.nan, 1.0, 3.0, math.inf, 2.0, 4.0, 9.0, math.nan, 0.0], requires_grad=True)
-    found = segments()
+    found = make_segments()
     assert found.num_tokens.tolist() == [2.0, 0.0, 3.0, 0.0]
     assert found.sum(values).tolist() == [4.0, 0.0, 15.0, 0.0]
     assert found.mean(values).tolist() == [2.0, 0.0, 5.0, 0.0]
@@ -26,7 +26,7 @@ def test_sums_and_means_take_loss_tokens_only() -> None:
 
 
 def test_spread_gives_each_position_the_value_of_its_segment() -> None:
-    spread = segments().spread(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.float32)
+    spread = make_segments().spread(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.float32)
     assert spread.tolist() == [1.0, 1.0, 1.0, 2.0, 3.0, 3.0, 3.0, 4.0, 4.0]
     assert spread.dtype == torch.float32
 

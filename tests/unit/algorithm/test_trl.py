@@ -29,17 +29,17 @@ CASES: dict[str, tuple[str, str, bool, dict[str, Any]]] = {
 }
 
 
-def padded(values: list[Tensor]) -> Tensor:
+def pad_rows(values: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
 
 
-def of_trl(data: Data, algorithm: AlgorithmConfig, loss_type: str, level: str, scale: bool) -> Tensor:
+def trl_loss(data: Data, algorithm: AlgorithmConfig, loss_type: str, level: str, scale: bool) -> Tensor:
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + 1e-6)  # our eps: TRL adds 1e-4
-    log_probs = padded(data.log_probs)
-    mask = padded([torch.ones(n) for n in LENGTHS])
+    log_probs = pad_rows(data.log_probs)
+    mask = pad_rows([torch.ones(n) for n in LENGTHS])
     high = algorithm.clip_high or 0.0
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (log_probs, torch.zeros_like(log_probs), None),
@@ -73,8 +73,8 @@ def of_trl(data: Data, algorithm: AlgorithmConfig, loss_type: str, level: str, s
         "completion_ids": ids,
         "completion_mask": mask,
         "advantages": advantages.flatten(),
-        "old_per_token_logps": padded(data.old),
-        "ref_per_token_logps": padded(data.ref),
+        "old_per_token_logps": pad_rows(data.old),
+        "ref_per_token_logps": pad_rows(data.ref),
         "num_items_in_batch": mask.sum(),
     }
     loss: Tensor = trl.GRPOTrainer._compute_loss(trainer, None, inputs)
@@ -87,7 +87,7 @@ def test_loss_and_gradient_equal_those_of_trl(name: str, spread: float) -> None:
     loss_type, level, scale, keys = CASES[name]
     algorithm = AlgorithmConfig(name=name, **keys)
     data = make_data(spread)
-    expected = of_trl(data, algorithm, loss_type, level, scale)
+    expected = trl_loss(data, algorithm, loss_type, level, scale)
     found, _ = ours(data, algorithm)
     assert expected.abs() > 1e-6
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -16,7 +16,7 @@ from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 LENGTHS = [3, 1, 9, 1, 6]
 
 
-def rows(cuts: list[list[int]], row_tokens: int = 60) -> list[Microbatch]:
+def make_rows(cuts: list[list[int]], row_tokens: int = 60) -> list[Microbatch]:
     """Rollouts with one prompt token each; every token weighs 1/20."""
     rollouts = [
         Rollout(Prompt(i, "", (3, 4), ""), Completion((5,) * n, (-1.0,) * n, "eos", 0, ""), Reward(0.0), 0)
@@ -40,20 +40,20 @@ def random_values() -> list[list[Tensor]]:
     return [[torch.randn(n, dtype=torch.float64) for n in LENGTHS] for _ in range(3)]
 
 
-def fill(values: list[Tensor], microbatch: Microbatch) -> Tensor:
+def as_row(values: list[Tensor], microbatch: Microbatch) -> Tensor:
     found = torch.full(microbatch.loss_mask.shape, math.nan, dtype=torch.float64)
     chosen = [values[i] for i in microbatch.rollout_ids]
     return found.masked_scatter(microbatch.loss_mask, torch.cat(chosen)) if chosen else found
 
 
-def ours(clip: float | None, cuts: list[list[int]]) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(clip: float | None, cuts: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Loss summed over all rows, and its gradient."""
     values, old, returns = random_values()
     leaves = [v.requires_grad_() for v in values]
     total = torch.zeros((), dtype=torch.float64)
-    for row in rows(cuts):
-        filled = replace(row, old_values=fill(old, row), returns=fill(returns, row))
-        loss, metrics = ValueLoss(clip)(fill(leaves, row), filled)
+    for row in make_rows(cuts):
+        filled = replace(row, old_values=as_row(old, row), returns=as_row(returns, row))
+        loss, metrics = ValueLoss(clip)(as_row(leaves, row), filled)
         assert torch.equal(loss[~row.loss_mask], torch.zeros_like(loss[~row.loss_mask]))
         assert not metrics["clip_fraction"][~row.loss_mask].any()
         total = total + (loss * row.token_weights).sum()
@@ -72,13 +72,13 @@ def test_loss_and_gradient_are_those_of_the_papers_for_every_split(clip: float |
         squared = torch.maximum(squared, (kept - returns) ** 2)
     expected = squared.sum() / 2 / 20
     (gradient,) = torch.autograd.grad(expected, values)
-    total, found = ours(clip, cuts)
+    total, found = loss_and_gradient(clip, cuts)
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(found, gradient, rtol=1e-6, atol=1e-7)
 
 
 def test_a_clipped_token_has_no_gradient_and_is_counted() -> None:
-    (row,) = rows([[1]])
+    (row,) = make_rows([[1]])
     at = row.loss_mask.nonzero().squeeze(1)
     assert len(at) == 1
     old, returns = torch.zeros(60), torch.full((60,), 0.25)
@@ -99,6 +99,6 @@ def test_a_clipped_token_has_no_gradient_and_is_counted() -> None:
 
 
 def test_missing_returns_are_an_error() -> None:
-    (row,) = rows([[0]])
+    (row,) = make_rows([[0]])
     with pytest.raises(ValueError, match="returns and old_values"):
         ValueLoss(0.2)(torch.zeros(60), row)

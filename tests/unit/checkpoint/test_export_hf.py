@@ -22,7 +22,7 @@ from tests.helpers.family_configs import raw_family_config
 ALONE = Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
 
 
-class Trained:
+class StubPolicy:
     """A policy with the one method that an export calls."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -55,7 +55,7 @@ def test_multi_token_prediction_layers_are_copied_unchanged(tmp_path: Path, fami
     aside = hf_shapes_aside(read_spec(tmp_path / "base"))
     assert any("eh_proj" in name for name in aside)
     trained = {name: tensor + 1 for name, tensor in base.items() if name not in aside}
-    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    export_hf(StubPolicy(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found.keys() == base.keys()
     for name, tensor in found.items():
@@ -67,7 +67,7 @@ def test_a_base_without_such_layers_is_exported_without_them(tmp_path: Path) -> 
     base = make_base(tmp_path / "base", "deepseek_v3")
     trained = {name: tensor for name, tensor in base.items() if name in hf_shapes(read_spec(tmp_path / "base"))}
     save_file(trained, tmp_path / "base" / "model.safetensors")
-    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    export_hf(StubPolicy(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
     assert load_file(tmp_path / "hf" / "model.safetensors").keys() == trained.keys()
 
 
@@ -81,7 +81,7 @@ def test_an_fp8_base_is_exported_dequantized_without_quantization_config(tmp_pat
     raw = raw_family_config("deepseek_v3", quantization_config=quantized)
     (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
     trained = {name: tensor for name, tensor in base.items() if name in hf_shapes(spec)}
-    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    export_hf(StubPolicy(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found.keys() == base.keys()
     assert torch.equal(found[name], block_fp8.dequantize(codes, scales, (0, 0)).to(torch.bfloat16))

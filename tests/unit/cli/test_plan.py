@@ -30,7 +30,7 @@ LLAMA = str(CONFIGS / "llama-3.3-70b-8n8g-tp8pp2-vllm.yaml")
 DEEPSEEK_64 = str(CONFIGS / "deepseek-v3-671b-8n8g-tp8pp8ep8-host-vllm.yaml")
 
 
-def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
     code = main([*arguments, "--json"])
     streams = capsys.readouterr()
     return code, json.loads(streams.out.splitlines()[-1]), streams.err
@@ -47,7 +47,7 @@ def test_each_production_config_loads_and_fits_on_the_devices_of_its_name(
 ) -> None:
     nodes = int(re.search(r"-(\d+)n8g-", name)[1])  # type: ignore[index]
     assert load_config(CONFIGS / name).run.world_size == 8 * nodes
-    code, found, _ = plan(capsys, str(CONFIGS / name))
+    code, found, _ = run_plan(capsys, str(CONFIGS / name))
     assert code == 0
     assert found["fits"] is True
     assert found["ranks"] == 8 * nodes
@@ -74,13 +74,13 @@ def test_each_production_config_loads_and_fits_on_the_devices_of_its_name(
 def test_a_plan_that_does_not_fit_has_a_remedy_that_fits(
     arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, found, errors = plan(capsys, *arguments)
+    code, found, errors = run_plan(capsys, *arguments)
     assert code == 2
     assert found["fits"] is False
     assert found["remedy"]
     assert "does not fit" in errors
     assert errors.startswith("error: ")
-    again, fitting, _ = plan(capsys, *arguments, *found["remedy"])
+    again, fitting, _ = run_plan(capsys, *arguments, *found["remedy"])
     assert (again, fitting["fits"]) == (0, True)
 
 
@@ -90,7 +90,7 @@ def test_data_parallel_engine_ranks_share_experts_and_replicate_attention(capsys
     layouts = {"tp4": ("engine.tp=4", "engine.ep=4"), "tp4dp2": ("engine.tp=4", "engine.dp=2", "engine.ep=8")}
     held, seconds = {}, {}
     for name, keys in layouts.items():
-        code, found, _ = plan(capsys, config, *keys)
+        code, found, _ = run_plan(capsys, config, *keys)
         assert code == 0
         held[name] = found["pipeline_ranks"][0]["phases"]["sync"]["engine weights"]
         seconds[name] = found["phase_seconds"]["rollout"]
@@ -127,27 +127,27 @@ OTHERS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("who", OTHERS)
 def test_layouts_of_other_projects_fit(who: str, capsys: pytest.CaptureFixture[str]) -> None:
     name, *arguments = OTHERS[who]
-    code, found, _ = plan(capsys, str(CONFIGS / name), *arguments)
+    code, found, _ = run_plan(capsys, str(CONFIGS / name), *arguments)
     assert (code, found["problems"]) == (0, [])
 
 
 def test_an_optimizer_on_the_host_takes_time(capsys: pytest.CaptureFixture[str]) -> None:
     seconds = {
-        share: plan(capsys, DEEPSEEK_64, f"optimizer.host_fraction={share}")[1]["phase_seconds"]["optimizer"]
+        share: run_plan(capsys, DEEPSEEK_64, f"optimizer.host_fraction={share}")[1]["phase_seconds"]["optimizer"]
         for share in ("0.0", "1.0")
     }
     assert seconds["1.0"] > 10 * seconds["0.0"]
 
 
 def test_search_lists_layouts_that_fit_fastest_first(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, _ = plan(capsys, QWEN, "--nodes", "1", "--search")
+    code, found, _ = run_plan(capsys, QWEN, "--nodes", "1", "--search")
     seconds = [layout["step_seconds"] for layout in found["layouts"]]
     assert code == 0
     assert len(seconds) == 5
     assert seconds == sorted(seconds)
     assert all(layout["fits"] for layout in found["layouts"])
     best = found["layouts"][0]
-    assert plan(capsys, QWEN, *best["overrides"])[1]["fits"]
+    assert run_plan(capsys, QWEN, *best["overrides"])[1]["fits"]
 
 
 def test_a_search_without_a_fitting_layout_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,13 +198,13 @@ def test_wrong_input_is_exit_2_with_one_message(
     assert "Traceback" not in errors
 
 
-def served(number: int) -> tuple[str, str]:
+def server_overrides(number: int) -> tuple[str, str]:
     return "engine.placement=server", f"engine.urls={[f'host{i}:1' for i in range(number)]}"
 
 
 def test_servers_use_devices_in_addition_to_those_of_the_job(capsys: pytest.CaptureFixture[str]) -> None:
-    _, beside, _ = plan(capsys, QWEN, "engine.tp=2")
-    _, two, _ = plan(capsys, QWEN, "engine.tp=2", *served(2))
+    _, beside, _ = run_plan(capsys, QWEN, "engine.tp=2")
+    _, two, _ = run_plan(capsys, QWEN, "engine.tp=2", *server_overrides(2))
     assert (two["ranks"], two["server_ranks"], beside["server_ranks"]) == (8, 4, 0)
     assert two["sync_bytes"] * 2 == beside["sync_bytes"]  # four ranks store an engine, where eight did
     assert two["mfu"] * two["step_seconds"] * 12 == pytest.approx(beside["mfu"] * beside["step_seconds"] * 8)
@@ -213,9 +213,9 @@ def test_servers_use_devices_in_addition_to_those_of_the_job(capsys: pytest.Capt
 def test_a_step_with_servers_offloads_nothing_and_samples_on_the_servers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    served_by = {n: plan(capsys, QWEN, "engine.tp=2", *served(n))[1] for n in (2, 4, 8)}
+    served_by = {n: run_plan(capsys, QWEN, "engine.tp=2", *server_overrides(n))[1] for n in (2, 4, 8)}
     seconds = {n: found["phase_seconds"] for n, found in served_by.items()}
-    on_four = plan(capsys, QWEN, "engine.tp=2", "run.world_size=4")[1]["phase_seconds"]
+    on_four = run_plan(capsys, QWEN, "engine.tp=2", "run.world_size=4")[1]["phase_seconds"]
     assert seconds[2]["offload"] == 0 < on_four["offload"]
     assert seconds[2]["rollout"] == on_four["rollout"]  # two engines of two ranks, too
     # All weights cross the network; with 16 server ranks, each of the 8 ranks of the job sends twice as much.
@@ -226,7 +226,7 @@ def test_a_step_with_servers_offloads_nothing_and_samples_on_the_servers(
 
 
 def test_items_that_do_not_fit_on_a_server_are_reported_for_the_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([QWEN, *served(2), "engine.kv_cache_tokens=2000000"]) == 2
+    assert main([QWEN, *server_overrides(2), "engine.kv_cache_tokens=2000000"]) == 2
     words = capsys.readouterr().out
     assert "2 replica(s) on 2 more" in words
     assert re.search(r"^  server: [0-9.]+ GiB on a server, the device has 79\.1$", words, re.MULTILINE)
@@ -235,7 +235,7 @@ def test_items_that_do_not_fit_on_a_server_are_reported_for_the_server(capsys: p
 
 
 def test_search_finds_servers_that_fit_for_any_policy_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, _ = plan(capsys, QWEN32, "--nodes", "4", "--search", *served(2))
+    code, found, _ = run_plan(capsys, QWEN32, "--nodes", "4", "--search", *server_overrides(2))
     assert code == 0
     assert all(layout["fits"] for layout in found["layouts"])
 
@@ -253,12 +253,12 @@ def test_the_remedy_for_a_server_is_not_limited_to_divisors_of_the_ranks_of_the_
             28,
         )
 
-    assert remedy_of(*served(2)) == {"engine.tp": 4}
+    assert remedy_of(*server_overrides(2)) == {"engine.tp": 4}
     assert remedy_of() != {"engine.tp": 4}
 
 
 def test_the_quickstart_can_be_planned_for_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    code, found, _ = plan(capsys, str(CONFIGS / "quickstart.yaml"), "--gpu", "cpu", "run.world_size=2")
+    code, found, _ = run_plan(capsys, str(CONFIGS / "quickstart.yaml"), "--gpu", "cpu", "run.world_size=2")
     assert code == 0
     assert found["parameters"] == pytest.approx(0.8e6, rel=0.05)
 

@@ -13,7 +13,7 @@ import pytest
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "score.py"
 
 
-def score(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_score(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(TOOL), "--workers", "1", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
 
@@ -26,7 +26,7 @@ def test_rows_keep_order_and_keys_and_get_a_reward(tmp_path: Path) -> None:
         {"prompt": "q", "completion": "#### 7", "answer": "nothing"},
     ]
     (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
-    done = score("--reward", "gsm8k", "--args", '{"strict": true}', "--json", "rows.jsonl", cwd=tmp_path)
+    done = run_score("--reward", "gsm8k", "--args", '{"strict": true}', "--json", "rows.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *scored, summary = [json.loads(line) for line in done.stdout.splitlines()]
     assert scored == [row | {"reward": value} for row, value in zip(rows, [1.0, 0.0, 0.0, 0.0], strict=True)]
@@ -38,7 +38,7 @@ def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> Non
     code = "from grpo_mega.rewards import reward\n@reward(low=0, high=9)\ndef f(p, c, r, n=1): return len(c) * n\n"
     (tmp_path / "mine.py").write_text(code, encoding="utf-8")
     (tmp_path / "rows.jsonl").write_text('{"prompt": "", "completion": "abc", "answer": ""}\n', encoding="utf-8")
-    done = score("--reward", "mine:f", "--args", '{"n": 2}', "rows.jsonl", cwd=tmp_path)
+    done = run_score("--reward", "mine:f", "--args", '{"n": 2}', "rows.jsonl", cwd=tmp_path)
     assert json.loads(done.stdout)["reward"] == 6.0
 
 
@@ -82,5 +82,5 @@ def test_wrong_input_is_exit_2_with_one_message(
 
 
 def test_a_missing_file_is_exit_2(tmp_path: Path) -> None:
-    done = score("--reward", "exact", "absent.jsonl", cwd=tmp_path)
+    done = run_score("--reward", "exact", "absent.jsonl", cwd=tmp_path)
     assert (done.returncode, done.stderr.startswith("error: absent.jsonl: No such file")) == (2, True)

@@ -41,7 +41,7 @@ MEMBERS = (
 BLOCKWISE = ("precision.dtype=bf16", "precision.fp8.recipe=blockwise")
 
 
-def pinned() -> str:
+def pinned_requirement() -> str:
     """transformer-engine==... of both CUDA environments."""
     found = {
         match[1]
@@ -53,15 +53,15 @@ def pinned() -> str:
 
 
 @pytest.fixture(scope="module")
-def source(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def read_te_module(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Reads a module of Transformer Engine's pure-Python distribution as a syntax tree; it is never imported."""
-    name = f"transformer_engine-{pinned()}"
+    name = f"transformer_engine-{pinned_requirement()}"
     cache = pytestconfig.cache
     folder = Path(cache.mkdir("transformer_engine")) if cache else tmp_path_factory.mktemp("transformer_engine")
     if not list(folder.glob(f"{name}-*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run(
-            [*command, f"--dest={folder}", f"transformer_engine=={pinned()}"],
+            [*command, f"--dest={folder}", f"transformer_engine=={pinned_requirement()}"],
             capture_output=True,
             text=True,
             timeout=120,
@@ -74,7 +74,7 @@ def source(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory
         return {member: ast.parse(archive.read(f"transformer_engine/{member}")) for member in MEMBERS}
 
 
-def classes(tree: ast.Module) -> dict[str, dict[str, ast.expr | None]]:
+def fields_by_class(tree: ast.Module) -> dict[str, dict[str, ast.expr | None]]:
     """Class -> its annotated fields and their defaults."""
     return {
         node.name: {
@@ -87,7 +87,7 @@ def classes(tree: ast.Module) -> dict[str, dict[str, ast.expr | None]]:
     }
 
 
-def numbers_of(tree: ast.Module, function: str) -> list[Any]:
+def compared_numbers(tree: ast.Module, function: str) -> list[Any]:
     """The constants that a function compares with, in order."""
     (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     return [
@@ -97,8 +97,8 @@ def numbers_of(tree: ast.Module, function: str) -> list[Any]:
     ]
 
 
-def test_every_recipe_is_a_class_of_transformer_engine_with_the_fields_that_megatron_sets(source: Any) -> None:
-    found = classes(source["common/recipe/__init__.py"])
+def test_every_recipe_is_a_class_of_transformer_engine_with_the_fields_that_megatron_sets(read_te_module: Any) -> None:
+    found = fields_by_class(read_te_module["common/recipe/__init__.py"])
     for recipe in RECIPES.values():
         fields = found[recipe.te_class]
         assert "fp8_format" in fields, recipe.te_class
@@ -109,39 +109,41 @@ def test_every_recipe_is_a_class_of_transformer_engine_with_the_fields_that_mega
     assert "fp8_dpa" in found["Float8CurrentScaling"]
 
 
-def test_the_default_history_is_transformer_engines(source: Any) -> None:
+def test_the_default_history_is_transformer_engines(read_te_module: Any) -> None:
     from grpo_mega.policy.fp8 import _DEFAULT_HISTORY
 
-    default = classes(source["common/recipe/__init__.py"])["DelayedScaling"]["amax_history_len"]
+    default = fields_by_class(read_te_module["common/recipe/__init__.py"])["DelayedScaling"]["amax_history_len"]
     assert isinstance(default, ast.Constant)
     assert default.value == _DEFAULT_HISTORY
 
 
-def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_asks_for(source: Any) -> None:
-    tree = source["pytorch/quantization.py"]
-    of_a_tensor = numbers_of(tree, "check_fp8_support")
+def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_asks_for(read_te_module: Any) -> None:
+    tree = read_te_module["pytorch/quantization.py"]
+    of_a_tensor = compared_numbers(tree, "check_fp8_support")
     for name in ("delayed", "tensorwise"):
         assert RECIPES[name].least == of_a_tensor[1] == (8, 9)  # GPUs below it are rejected
         assert RECIPES[name].cuda == tuple(map(int, str(of_a_tensor[3]).split(".")))
-    capability, cuda = numbers_of(tree, "check_fp8_block_scaling_support")
+    capability, cuda = compared_numbers(tree, "check_fp8_block_scaling_support")
     assert RECIPES["blockwise"].least == capability
     assert RECIPES["blockwise"].cuda == tuple(map(int, str(cuda).split(".")))
-    too_new, least = numbers_of(tree, "check_mxfp8_support")
+    too_new, least = compared_numbers(tree, "check_mxfp8_support")
     assert (RECIPES["mxfp8"].below, RECIPES["mxfp8"].least) == (too_new, least)
 
 
-def test_the_functions_that_megatron_enters_fp8_by_are_there(source: Any) -> None:
-    names = {a.name for n in source["pytorch/__init__.py"].body if isinstance(n, ast.ImportFrom) for a in n.names}
+def test_the_functions_that_megatron_enters_fp8_by_are_there(read_te_module: Any) -> None:
+    names = {
+        a.name for n in read_te_module["pytorch/__init__.py"].body if isinstance(n, ast.ImportFrom) for a in n.names
+    }
     assert {"fp8_autocast", "fp8_model_init"} <= names
     (init,) = [
         n
-        for n in ast.walk(source["pytorch/quantization.py"])
+        for n in ast.walk(read_te_module["pytorch/quantization.py"])
         if isinstance(n, ast.FunctionDef) and n.name == "fp8_model_init"
     ]
     assert {"enabled", "recipe", "preserve_high_precision_init_val"} <= {a.arg for a in init.args.args}
 
 
-def assigned(tree: ast.Module) -> dict[str, str]:
+def last_assignments(tree: ast.Module) -> dict[str, str]:
     """Return name or attribute -> the last value assigned to it anywhere, as source."""
     return {
         ast.unparse(target): ast.unparse(node.value)
@@ -151,21 +153,21 @@ def assigned(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def test_weights_in_fp8_keep_what_fp8_scales_reads(source: Any) -> None:
-    of_a_tensor = classes(source[f"{STORAGE}/float8_tensor_storage.py"])["Float8TensorStorage"]
+def test_weights_in_fp8_keep_what_fp8_scales_reads(read_te_module: Any) -> None:
+    of_a_tensor = fields_by_class(read_te_module[f"{STORAGE}/float8_tensor_storage.py"])["Float8TensorStorage"]
     assert {"_data", "_transpose", "_scale_inv"} <= set(of_a_tensor)
     orders = {"_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv"}
     for module, name in (("float8_blockwise", "Float8BlockwiseQTensorStorage"), ("mxfp8", "MXFP8TensorStorage")):
-        found = set(classes(source[f"{STORAGE}/{module}_tensor_storage.py"])[name])
+        found = set(fields_by_class(read_te_module[f"{STORAGE}/{module}_tensor_storage.py"])[name])
         assert orders <= found, name
         assert "_scale_inv" not in found, name
-    assert assigned(source["pytorch/tensor/float8_blockwise_tensor.py"])["self.block_len"] == "128"
-    assert assigned(source["pytorch/constants.py"])["MXFP8_BLOCK_SCALING_SIZE"] == "32"
-    assert "self._fp8_workspaces" in assigned(source["pytorch/module/base.py"])
+    assert last_assignments(read_te_module["pytorch/tensor/float8_blockwise_tensor.py"])["self.block_len"] == "128"
+    assert last_assignments(read_te_module["pytorch/constants.py"])["MXFP8_BLOCK_SCALING_SIZE"] == "32"
+    assert "self._fp8_workspaces" in last_assignments(read_te_module["pytorch/module/base.py"])
 
 
-def test_the_scales_of_blocks_of_a_weight_are_padded_at_the_end_and_transposed_with_it(source: Any) -> None:
-    tree = source["pytorch/tensor/float8_blockwise_tensor.py"]
+def test_the_scales_of_blocks_of_a_weight_are_padded_at_the_end_and_transposed_with_it(read_te_module: Any) -> None:
+    tree = read_te_module["pytorch/tensor/float8_blockwise_tensor.py"]
     scope: dict[str, Any] = {"math": math, "round_up_to_nearest_multiple": lambda value, of: -(-value // of) * of}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in ("get_scale_shape", "get_columnwise_shape"):
@@ -176,10 +178,10 @@ def test_the_scales_of_blocks_of_a_weight_are_padded_at_the_end_and_transposed_w
     assert scope["get_scale_shape"](quantizer, (300, 640), True) == (5, 4)
 
 
-def test_the_forward_pass_is_in_e4m3_in_either_format(source: Any) -> None:
+def test_the_forward_pass_is_in_e4m3_in_either_format(read_te_module: Any) -> None:
     (found,) = [
         node
-        for node in source["pytorch/quantization.py"].body
+        for node in read_te_module["pytorch/quantization.py"].body
         if isinstance(node, ast.FunctionDef) and node.name == "get_fp8_te_dtype"
     ]
     types = SimpleNamespace(DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2"))

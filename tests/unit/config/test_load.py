@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from grpo_mega.config.load import load_config, resolved
 from grpo_mega.types import UserError
+from tests.helpers.error_messages import assert_names
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 MINIMAL: dict[str, Any] = {
@@ -22,15 +23,15 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def write(folder: Path, config: object = None) -> Path:
+def write_config(folder: Path, config: object = None) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(MINIMAL if config is None else config))
     return path
 
 
 @pytest.fixture
-def minimal(tmp_path: Path) -> Path:
-    return write(tmp_path)
+def minimal_config(tmp_path: Path) -> Path:
+    return write_config(tmp_path)
 
 
 def message_of(path: Path, *overrides: str) -> str:
@@ -48,16 +49,16 @@ def test_each_config_of_the_repository_loads_and_survives_its_resolved_form(path
     assert load_config(again) == config
 
 
-def test_resolved_form_holds_every_default(minimal: Path) -> None:
-    values = resolved(load_config(minimal))
+def test_resolved_form_holds_every_default(minimal_config: Path) -> None:
+    values = resolved(load_config(minimal_config))
     assert values["sampling"] == {"group_size": 8, "temperature": 1.0, "max_tokens": 256, "prompts_per_wave": None}
     assert values["reward"]["terms"] == [{"name": "exact", "weight": 1.0, "args": {}}]
     assert values["model"]["base"]["architecture"]["head_dim"] == 32
 
 
-def test_overrides_are_yaml_values_of_their_key(minimal: Path) -> None:
+def test_overrides_are_yaml_values_of_their_key(minimal_config: Path) -> None:
     config = load_config(
-        minimal,
+        minimal_config,
         [
             "train.steps=20",
             "optimizer.lr=1e-4",
@@ -98,13 +99,13 @@ def test_a_key_that_occurs_twice_in_a_file_is_rejected_with_its_line(tmp_path: P
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer:\n  lr: 3e-5\n  lr: 1e-5\n")
     line = len(path.read_text().splitlines())
-    assert message_of(path) == f"{path} is not valid YAML: line {line}: the key lr occurs twice"
+    assert_names(message_of(path), str(path), f"line {line}", "lr occurs twice")
     path.write_text(yaml.safe_dump(MINIMAL) + "train: {steps: 3}\n")
-    assert "the key train occurs twice" in message_of(path)
+    assert_names(message_of(path), str(path), "train occurs twice")
 
 
-def test_the_last_of_two_overrides_of_a_key_holds(minimal: Path) -> None:
-    assert load_config(minimal, ["train.steps=5", "train.steps=7"]).train.steps == 7
+def test_the_last_of_two_overrides_of_a_key_holds(minimal_config: Path) -> None:
+    assert load_config(minimal_config, ["train.steps=5", "train.steps=7"]).train.steps == 7
 
 
 @pytest.mark.parametrize(
@@ -114,24 +115,26 @@ def test_the_last_of_two_overrides_of_a_key_holds(minimal: Path) -> None:
         ("sampling.tempera=1", ["sampling.tempera", "sampling.temperature"]),
         ("model.base.architecture.layers=2", ["model.base.architecture.layers", "model.base.architecture.num_layers"]),
         ("zzzzzzzzzzzz.q=1", ["zzzzzzzzzzzz", "config.md"]),
-        ("train.steps=many", ["train.steps='many'", ": input should be a valid integer"]),
-        ("train.steps=1e3", ["train.steps=1000.0", ": input should be a valid integer"]),
-        ("train.steps='3'", ["train.steps='3'", ": input should be a valid integer"]),
-        ("run.overwrite=1", ["run.overwrite=1", ": input should be a valid boolean"]),
-        ("data.train=7", ["data.train=7", ": input should be a valid string"]),
+        ("train.steps=many", ["train.steps='many'", "integer"]),
+        ("train.steps=1e3", ["train.steps=1000.0", "integer"]),
+        ("train.steps='3'", ["train.steps='3'", "integer"]),
+        ("run.overwrite=1", ["run.overwrite=1", "boolean"]),
+        ("data.train=7", ["data.train=7", "string"]),
         ("train.steps=0", ["train.steps=0", "1"]),
         ("algorithm.clip_low=1.0", ["algorithm.clip_low=1.0", "1"]),
-        ("optimizer.lr=.inf", ["optimizer.lr=inf", ": input should be a finite number"]),
-        ("guard.timeout_seconds=.nan", ["guard.timeout_seconds=nan", ": input should be a finite number"]),
+        ("optimizer.lr=.inf", ["optimizer.lr=inf", "finite number"]),
+        ("guard.timeout_seconds=.nan", ["guard.timeout_seconds=nan", "finite number"]),
         ("precision.dtype=fp16", ["precision.dtype='fp16'", "'fp32'", "'bf16'"]),
         ("train.steps.more=3", ["train.steps={'more'", "3"]),
         ("train=3", ["override 'train=3'", "section.key=value", "train.steps=20"]),
         ("train.steps", ["override 'train.steps'", "section.key=value", "train.steps=20"]),
-        ("data.train=[a", ["data.train=[a", "put quotes around text that contains : or ["]),
+        ("data.train=[a", ["data.train=[a", "quotes"]),
     ],
 )
-def test_a_wrong_override_is_rejected_with_key_value_and_rule(minimal: Path, override: str, parts: list[str]) -> None:
-    message = message_of(minimal, override)
+def test_a_wrong_override_is_rejected_with_key_value_and_rule(
+    minimal_config: Path, override: str, parts: list[str]
+) -> None:
+    message = message_of(minimal_config, override)
     assert message.startswith(parts[0])
     for part in parts:
         assert part in message
@@ -140,18 +143,19 @@ def test_a_wrong_override_is_rejected_with_key_value_and_rule(minimal: Path, ove
 @pytest.mark.parametrize("missing", ["model", "data", "reward", "train"])
 def test_a_missing_section_is_named(tmp_path: Path, missing: str) -> None:
     config = {name: section for name, section in MINIMAL.items() if name != missing}
-    assert message_of(write(tmp_path, config)) == f"{missing}: this key is required; set it"
+    assert_names(message_of(write_config(tmp_path, config)), missing, "required", "set it")
 
 
 def test_missing_keys_are_named_each_on_a_line(tmp_path: Path) -> None:
-    said = message_of(write(tmp_path, MINIMAL | {"train": {}, "data": {}}))
-    assert said.splitlines() == [f"{key}: this key is required; set it" for key in ("data.train", "train.steps")]
+    lines = message_of(write_config(tmp_path, MINIMAL | {"train": {}, "data": {}})).splitlines()
+    for line, key in zip(lines, ("data.train", "train.steps"), strict=True):
+        assert_names(line, key, "required", "set it")
 
 
 def test_a_file_that_is_not_a_config_is_named_with_its_reason(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text("model: [a\ntrain: {")
-    assert message_of(path).startswith(f"{path} is not valid YAML: while parsing a flow")
+    assert message_of(path).startswith(f"{path} is not valid YAML")
     assert "\n" not in message_of(path)
     path.write_bytes(b"\xff\xfe\x00")
     assert message_of(path).startswith(f"{path} is not valid YAML")
@@ -173,19 +177,19 @@ def test_a_file_that_is_not_a_config_is_named_with_its_reason(tmp_path: Path) ->
     assert "NoneType" in message_of(path)
 
 
-def test_a_missing_file_is_answered_with_the_nearest_one(minimal: Path) -> None:
-    wanted = minimal.with_name("tiyn.yaml")
-    assert message_of(wanted) == f"CONFIG={wanted}: no such file; did you mean tiny.yaml?"
-    wanted = minimal.parent / "nowhere" / "x.yaml"
-    assert message_of(wanted) == f"CONFIG={wanted}: no such file; see configs/"
-    wanted = minimal.with_name("folder.yaml")
+def test_a_missing_file_is_answered_with_the_nearest_one(minimal_config: Path) -> None:
+    wanted = minimal_config.with_name("tiyn.yaml")
+    assert_names(message_of(wanted), f"CONFIG={wanted}", "did you mean tiny.yaml")
+    wanted = minimal_config.parent / "nowhere" / "x.yaml"
+    assert_names(message_of(wanted), f"CONFIG={wanted}", "see configs/")
+    wanted = minimal_config.with_name("folder.yaml")
     wanted.mkdir()
-    assert message_of(wanted) == f"CONFIG={wanted}: no such file; see configs/"
-    assert message_of(Path("x" * 300)).endswith("cannot be read (File name too long); name a readable file")
+    assert_names(message_of(wanted), f"CONFIG={wanted}", "see configs/")
+    assert_names(message_of(Path("x" * 300)), "cannot be read", "name a readable file")
 
 
-def test_config_is_frozen(minimal: Path) -> None:
-    config = load_config(minimal)
+def test_config_is_frozen(minimal_config: Path) -> None:
+    config = load_config(minimal_config)
     with pytest.raises(ValidationError, match="frozen"):
         config.train.steps = 4
 
@@ -278,9 +282,9 @@ def test_config_is_frozen(minimal: Path) -> None:
     ],
 )
 def test_each_rule_between_keys_names_key_value_and_remedy(
-    minimal: Path, overrides: list[str], parts: list[str]
+    minimal_config: Path, overrides: list[str], parts: list[str]
 ) -> None:
-    message = message_of(minimal, *overrides)
+    message = message_of(minimal_config, *overrides)
     assert message.startswith(parts[0])
     for part in parts:
         assert part in message
@@ -304,5 +308,5 @@ def test_each_rule_between_keys_names_key_value_and_remedy(
         ["evaluation.every=2", "data.eval=arithmetic:heldout"],
     ],
 )
-def test_the_remedies_of_the_rules_are_accepted(minimal: Path, overrides: list[str]) -> None:
-    load_config(minimal, overrides)
+def test_the_remedies_of_the_rules_are_accepted(minimal_config: Path, overrides: list[str]) -> None:
+    load_config(minimal_config, overrides)

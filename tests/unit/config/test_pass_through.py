@@ -42,13 +42,13 @@ TYPES = dataclass_types(Target)
 OWNED = {"seed": "run.seed", "load_format": ""}
 
 
-def check(**given: Any) -> None:
+def check_given(**given: Any) -> None:
     check_arguments("engine.args", given, TYPES, OWNED, "vLLM's EngineArgs")
 
 
 def message_of(**given: Any) -> str:
     with pytest.raises(UserError) as raised:
-        check(**given)
+        check_given(**given)
     return str(raised.value)
 
 
@@ -59,8 +59,8 @@ def test_types_come_from_every_base_and_leave_out_what_the_constructor_does_not_
 
 
 def test_values_of_the_declared_types_are_accepted() -> None:
-    check(block_size=None, backend="cutlass", enforce_eager=True, share=1, sizes=[1, 2], color="red")
-    check(inner={"depth": 3}, unknown=object())
+    check_given(block_size=None, backend="cutlass", enforce_eager=True, share=1, sizes=[1, 2], color="red")
+    check_given(inner={"depth": 3}, unknown=object())
 
 
 @pytest.mark.parametrize(

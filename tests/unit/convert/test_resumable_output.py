@@ -10,27 +10,27 @@ from grpo_mega.convert.resumable_output import Workspace
 from grpo_mega.types import UserError
 
 
-def names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def test_the_result_appears_by_one_rename_and_no_other_file_remains(tmp_path: Path) -> None:
     with Workspace(tmp_path / "deep" / "out", {}) as workspace:
-        assert names(tmp_path) == []
+        assert file_names(tmp_path) == []
         workspace.begin("x")
         (workspace.result / "a").write_text("a")
         workspace.record("a").write_text("{}")
         assert workspace.num_bytes() == 1
         assert not workspace.out.exists()
         workspace.publish()
-    assert names(tmp_path) == ["deep", "deep/out", "deep/out/a"]
+    assert file_names(tmp_path) == ["deep", "deep/out", "deep/out/a"]
 
 
 def test_the_same_conversion_is_continued_and_another_one_is_deleted(tmp_path: Path) -> None:
     for identity, kept in (("x", []), ("x", ["a"]), ("y", [])):
         with Workspace(tmp_path / "out", {}) as workspace:
             workspace.begin(identity)
-            assert names(workspace.result) == kept
+            assert file_names(workspace.result) == kept
             (workspace.result / "a").write_text("a")
 
 
@@ -39,12 +39,12 @@ def test_after_an_error_only_complete_files_are_kept(tmp_path: Path) -> None:
         workspace.begin("x")
         (workspace.result / "b.tmp").write_text("half")
         workspace.abandon()
-        assert names(tmp_path) == []
+        assert file_names(tmp_path) == []
         workspace.begin("x")
         for path in (workspace.result / "a", workspace.result / "b.tmp", workspace.record("a")):
             path.write_text("{}")
         workspace.abandon()
-        assert names(workspace.result) == ["a"]
+        assert file_names(workspace.result) == ["a"]
 
 
 def test_a_folder_of_that_name_that_is_not_a_workspace_is_not_changed(tmp_path: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_folder_of_that_name_that_is_not_a_workspace_is_not_changed(tmp_path: 
     (tmp_path / "out.partial" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"out\.partial: is needed as the workspace .*notes\.txt"):
         Workspace(tmp_path / "out", {})
-    assert names(tmp_path) == ["out.partial", "out.partial/notes.txt"]
+    assert file_names(tmp_path) == ["out.partial", "out.partial/notes.txt"]
 
 
 def test_two_conversions_cannot_use_one_workspace(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_two_conversions_cannot_use_one_workspace(tmp_path: Path) -> None:
         (first.result / "a").write_text("a")
         with pytest.raises(UserError, match="another process uses it"):
             second.begin("y")
-        assert names(first.result) == ["a"]
+        assert file_names(first.result) == ["a"]
 
 
 @pytest.mark.parametrize("inside", [".", "deep/er", "link"])

@@ -30,7 +30,7 @@ GUIDES = sorted((REPOSITORY / "docs" / "guides").glob("*.md"))
 
 
 @pytest.fixture
-def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+def write_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """Return a function that writes the files of a guide into a folder from which they can be imported."""
 
     def write(guide: str) -> Path:
@@ -43,43 +43,43 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], P
     return write
 
 
-def command(guide: str, name: str) -> list[str]:
+def command_arguments(guide: str, name: str) -> list[str]:
     """Return the arguments of the guide's command `grpo-mega NAME`."""
     lines = [line for block in blocks(guide) for line in block.splitlines()]
     (found,) = [line for line in lines if line.startswith(f"grpo-mega {name} ")]
     return shlex.split(found, comments=True)[2:]
 
 
-def prepared(guide: str) -> Prepared:
+def prepare_job(guide: str) -> Prepared:
     """Return the training job of the guide after all checks before the start."""
-    config, *overrides = command(guide, "train")
+    config, *overrides = command_arguments(guide, "train")
     return prepare(load_config(find_config(Path(config)), overrides))
 
 
 def test_the_reward_scores_the_file_and_passes_the_checks_of_a_run(
-    reader: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    write_guide: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = reader("guides/reward.md")
+    folder = write_guide("guides/reward.md")
     text = (REPOSITORY / "docs" / "guides" / "reward.md").read_text(encoding="utf-8")
     (rows,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     (folder / "answers.jsonl").write_text(rows)
-    assert cli.main(["score", *command("guides/reward.md", "score")]) == 0
+    assert cli.main(["score", *command_arguments("guides/reward.md", "score")]) == 0
     scored = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"prompt"')]
     assert [row["reward"] for row in scored] == [1.0, 0.5, 0.0]
-    assert prepared("guides/reward.md").config.reward.terms[0].name == "my_rewards:closeness"
+    assert prepare_job("guides/reward.md").config.reward.terms[0].name == "my_rewards:closeness"
 
 
-def test_the_environment_replies_and_passes_the_checks_of_a_run(reader: Callable[[str], Path]) -> None:
-    folder = reader("guides/environment.md")
+def test_the_environment_replies_and_passes_the_checks_of_a_run(write_guide: Callable[[str], Path]) -> None:
+    folder = write_guide("guides/environment.md")
     exec(compile((folder / "try_it.py").read_text(), "try_it.py", "exec"), {})
-    environment = prepared("guides/environment.md").config.environment
+    environment = prepare_job("guides/environment.md").config.environment
     assert environment is not None
     assert environment.name == "my_tools:shop"
 
 
-def test_the_algorithm_computes_its_formulas_and_passes_the_checks_of_a_run(reader: Callable[[str], Path]) -> None:
-    reader("guides/algorithm.md")
-    algorithm = prepared("guides/algorithm.md").config.algorithm
+def test_the_algorithm_computes_its_formulas_and_passes_the_checks_of_a_run(write_guide: Callable[[str], Path]) -> None:
+    write_guide("guides/algorithm.md")
+    algorithm = prepare_job("guides/algorithm.md").config.algorithm
     surrogate, advantage = bound_part("surrogate", algorithm), bound_part("advantage", algorithm)
     log_probs = torch.tensor([-1.0, -1.0, -1.0], requires_grad=True)
     log_ratio = log_probs - torch.tensor([-1.5, -1.0, -0.5])
@@ -114,9 +114,9 @@ def contract_tests() -> list[Callable[..., None]]:
 
 
 def test_the_engine_passes_the_contract(
-    reader: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+    write_guide: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    reader("guides/engine.md")
+    write_guide("guides/engine.md")
     from transformers_engine import TransformersEngine  # type: ignore[import-not-found]
 
     root = tmp_path_factory.mktemp("models")

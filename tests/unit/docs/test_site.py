@@ -16,12 +16,12 @@ from tests.helpers.jobs import REPOSITORY, clean_environment
 from tools.dev.mkdocs_links import without_outside_links
 
 
-def pages(nav: list[Any]) -> Iterator[str]:
+def navigation_pages(nav: list[Any]) -> Iterator[str]:
     """Yield the paths of a navigation in the format of mkdocs.yml."""
     for entry in nav:
         for value in entry.values() if isinstance(entry, dict) else [entry]:
             if isinstance(value, list):
-                yield from pages(value)
+                yield from navigation_pages(value)
             else:
                 yield value
 
@@ -29,7 +29,7 @@ def pages(nav: list[Any]) -> Iterator[str]:
 def test_the_navigation_has_every_page_once() -> None:
     site = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"))
     docs = REPOSITORY / "docs"
-    assert sorted(pages(site["nav"])) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
+    assert sorted(navigation_pages(site["nav"])) == sorted(str(path.relative_to(docs)) for path in docs.rglob("*.md"))
 
 
 def test_a_link_to_a_file_outside_the_documentation_becomes_a_path() -> None:

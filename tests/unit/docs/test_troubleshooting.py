@@ -17,7 +17,7 @@ from tests.helpers.jobs import REPOSITORY
 TEXT = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
 
 
-def messages() -> list[str]:
+def documented_messages() -> list[str]:
     """Return the messages in the first column of the tables."""
     cells = [line.split("|")[1].strip() for line in TEXT.splitlines() if line.startswith("| `")]
     return [cell.strip("`").replace("` … `", " … ") for cell in cells]
@@ -52,10 +52,10 @@ def program_texts() -> list[str]:
 
 
 def test_the_guide_has_messages() -> None:
-    assert len(messages()) > 20
+    assert len(documented_messages()) > 20
 
 
-@pytest.mark.parametrize("message", messages())
+@pytest.mark.parametrize("message", documented_messages())
 def test_a_message_of_the_guide_is_in_the_source_code(message: str) -> None:
     """Find the message in a text of the source code; a filled-in part matches any text."""
     pattern = re.compile(".+?".join(re.escape(part) for part in message.split("…")), re.DOTALL)

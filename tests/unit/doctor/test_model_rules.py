@@ -17,6 +17,7 @@ from grpo_mega.models.layout_rules import check_layout
 from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
+from tests.helpers.error_messages import assert_names
 from tests.helpers.family_configs import raw_family_config
 
 QUICKSTART = Path(__file__).resolve().parents[3] / "configs" / "quickstart.yaml"
@@ -36,60 +37,53 @@ def message_of(config: Config, topology: Topology) -> str:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "topology", "expected"),
+    ("overrides", "topology", "named"),
     [
-        ((), Topology(3, tp=3), f"parallel.tp=3 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4"),
-        (
-            (),
-            Topology(8, engine_tp=8),
-            f"engine.tp=8 does not divide the 4 attention heads of {RECIPE}; use one of 1, 2, 4",
-        ),
+        ((), Topology(3, tp=3), ("parallel.tp=3", "4 attention heads", RECIPE, "use one of 1, 2, 4")),
+        ((), Topology(8, engine_tp=8), ("engine.tp=8", "4 attention heads", RECIPE, "use one of 1, 2, 4")),
         (
             (SHAPE + "ffn_size=9",),
             Topology(2, tp=2),
-            f"parallel.tp=2 does not divide the 9 feed-forward size of {RECIPE}; use one of 1, 3, 9",
+            ("parallel.tp=2", "9 feed-forward size", RECIPE, "use one of 1, 3, 9"),
         ),
         (
             (SHAPE + "ffn_size=10",),
             Topology(4, engine_tp=4),
-            f"engine.tp=4 does not divide the 10 feed-forward size of {RECIPE}; use one of 1, 2, 5, 10",
+            ("engine.tp=4", "10 feed-forward size", RECIPE, "use one of 1, 2, 5, 10"),
         ),
-        ((), Topology(4, tp=4), f"parallel.tp=4 does not divide the 2 key-value heads of {RECIPE}; use one of 1, 2"),
+        ((), Topology(4, tp=4), ("parallel.tp=4", "2 key-value heads", RECIPE, "use one of 1, 2")),
         (
             ("parallel.pp=3",),
             Topology(3, pp=3),
-            f"parallel.pp=3 does not divide the 4 layers of {RECIPE}; use one of 1, 2, 4, or set "
-            "parallel.num_layers_first_stage, parallel.num_layers_last_stage or parallel.pipeline_layout",
+            ("parallel.pp=3", "4 layers", RECIPE, "1, 2, 4", "parallel.num_layers_first_stage", "pipeline_layout"),
         ),
         (
             ("parallel.recompute=selective", "parallel.recompute_modules=[mlp, moe]"),
             Topology(1),
-            f"parallel.recompute_modules: moe has no effect: {RECIPE} has no experts; leave it out",
+            ("parallel.recompute_modules", "moe", RECIPE, "no experts", "leave it out"),
         ),
-        ((), Topology(2, ep=2), f"parallel.ep=2 has no effect: {RECIPE} has no experts; leave it out"),
+        ((), Topology(2, ep=2), ("parallel.ep=2", RECIPE, "no experts", "leave it out")),
         (
             ("algorithm.routing_replay=true",),
             Topology(1),
-            f"algorithm.routing_replay=true has no effect: {RECIPE} has no experts; leave it out",
+            ("algorithm.routing_replay=true", RECIPE, "no experts", "leave it out"),
         ),
         (
             ("sampling.max_tokens=49",),
             Topology(1),
-            f"data.max_prompt_tokens + the largest max_tokens = 65 is more than the 64 positions of {RECIPE}; lower "
-            "one of them",
+            ("data.max_prompt_tokens", "max_tokens", "65", "64 positions", RECIPE, "lower"),
         ),
         (
             ("evaluation.max_tokens=60",),
             Topology(1),
-            f"data.max_prompt_tokens + the largest max_tokens = 76 is more than the 64 positions of {RECIPE}; lower "
-            "one of them",
+            ("data.max_prompt_tokens", "max_tokens", "76", "64 positions", RECIPE, "lower"),
         ),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_rejected(
-    overrides: tuple[str, ...], topology: Topology, expected: str
+    overrides: tuple[str, ...], topology: Topology, named: tuple[str, ...]
 ) -> None:
-    assert message_of(config_of(*overrides), topology) == expected
+    assert_names(message_of(config_of(*overrides), topology), *named)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,7 @@ def test_settings_that_fit_the_model_are_accepted(overrides: tuple[str, ...], to
 def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     config = config_of("model.base=null", f"model.path={folder}")
-    assert message_of(config, Topology(1)) == f"model.path={folder} is not a folder; use a Hugging Face model folder"
+    assert_names(message_of(config, Topology(1)), f"model.path={folder}", "not a folder", "Hugging Face model folder")
     folder.mkdir()
     raw = {
         "architectures": ["LlamaForCausalLM"],
@@ -122,11 +116,10 @@ def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
     }
     (folder / "config.json").write_text(json.dumps(raw))
     check_model(config_of("model.base=null", f"model.path={folder}", "parallel.pp=5"), Topology(15, 3, 5, engine_tp=3))
-    assert message_of(config, Topology(2, tp=2)) == (
-        f"parallel.tp=2 does not divide the 3 key-value heads of {folder}; use one of 1, 3"
-    )
-    expected = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
-    assert expected.startswith(f"parallel.pp=2 does not divide the 5 layers of {folder}; use one of 1, 5, or set ")
+    message = message_of(config, Topology(2, tp=2))
+    assert_names(message, "parallel.tp=2", "3 key-value heads", str(folder), "use one of 1, 3")
+    message = message_of(config_of("model.base=null", f"model.path={folder}", "parallel.pp=2"), Topology(2, pp=2))
+    assert_names(message, "parallel.pp=2", "5 layers", str(folder), "use one of 1, 5")
 
 
 def family_config(tmp_path: Path, family: str, **changes: Any) -> Config:
@@ -150,8 +143,7 @@ def test_configs_that_the_engine_computes_differently_are_rejected(
     tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
     message = message_of(family_config(tmp_path, "gpt_oss", **GPT_OSS | changes), Topology(1))
-    assert message.startswith(f"model.path={tmp_path}: ")
-    assert [word for word in [*words, "; use a model with"] if word not in message] == [], message
+    assert_names(message, f"model.path={tmp_path}", *words, "use a model with")
 
 
 @pytest.mark.parametrize("on_cuda", [False, True])
@@ -167,40 +159,33 @@ def test_sglang_supports_expert_parallelism_only_with_cuda(
         if ep == 1 or on_cuda:
             check_model(changed, Topology(2, engine_tp=2))
         else:
-            assert message_of(changed, Topology(2, engine_tp=2)) == (
-                "engine.ep=2 with engine.kind=sglang: SGLang supports expert parallelism only with CUDA; "
-                "use engine.ep=1"
-            )
+            message = message_of(changed, Topology(2, engine_tp=2))
+            assert_names(message, "engine.ep=2", "engine.kind=sglang", "CUDA", "use engine.ep=1")
 
 
 def test_sglang_on_cuda_computes_in_16_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path)
     config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[])
     sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
-    assert message_of(sglang, Topology(1)) == (
-        "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention kernels for CUDA compute in 16 bits; use "
-        "precision.dtype=bf16, or engine.kind=vllm"
+    message = message_of(sglang, Topology(1))
+    assert_names(
+        message, "precision.dtype=fp32", "engine.kind=sglang", "CUDA", "precision.dtype=bf16", "engine.kind=vllm"
     )
 
 
 def test_sglang_accepts_only_verified_families(tmp_path: Path) -> None:
     config = family_config(tmp_path, "deepseek_v3")
     sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
-    assert message_of(sglang, Topology(1)) == (
-        f"engine.kind=sglang: a sync of the family deepseek_v3 ({tmp_path}) to this engine was not verified; use "
-        "engine.kind=vllm, or a model of llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe"
-    )
+    families = "llama, qwen2, qwen3, qwen3_moe, mixtral, glm4_moe"
+    message = message_of(sglang, Topology(1))
+    assert_names(message, "engine.kind=sglang", "deepseek_v3", str(tmp_path), "engine.kind=vllm", families)
     config = family_config(tmp_path, "qwen3_moe", mlp_only_layers=[1])
     sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
-    assert message_of(sglang, Topology(1)) == (
-        f"engine.kind=sglang: SGLang builds every layer of {tmp_path} with experts and ignores mlp_only_layers and "
-        "decoder_sparse_step of its config.json; use engine.kind=vllm"
-    )
+    message = message_of(sglang, Topology(1))
+    assert_names(message, "engine.kind=sglang", str(tmp_path), "mlp_only_layers", "config.json", "engine.kind=vllm")
     config = family_config(tmp_path, "mixtral", head_dim=32)
     sglang = config.model_copy(update={"engine": config.engine.model_copy(update={"kind": "sglang"})})
-    assert message_of(sglang, Topology(1)).endswith(
-        "has 4 heads of head_dim=32, and SGLang builds Mixtral with heads of 16; use engine.kind=vllm"
-    )
+    assert_names(message_of(sglang, Topology(1)), "4 heads", "head_dim=32", "16", "engine.kind=vllm")
 
 
 @pytest.mark.parametrize(
@@ -221,50 +206,40 @@ def test_families_with_experts_pass(tmp_path: Path, family: str, fields: dict[st
 
 
 def test_the_config_must_name_a_router_that_the_engine_would_replace_by_another(tmp_path: Path) -> None:
-    assert message_of(family_config(tmp_path, "deepseek_v3", scoring_func="sigmoid"), Topology(1)) == (
-        f"model.path={tmp_path}: its config.json does not set topk_method=noaux_tc, and vLLM would use "
-        "another router than deepseek_v3; add it to config.json"
-    )
+    message = message_of(family_config(tmp_path, "deepseek_v3", scoring_func="sigmoid"), Topology(1))
+    assert_names(message, f"model.path={tmp_path}", "topk_method=noaux_tc", "deepseek_v3", "add it to config.json")
 
 
 def test_expert_parallelism_of_a_model_without_experts_is_rejected(tmp_path: Path) -> None:
     family_config(tmp_path, "llama")
     overrides = ("model.base=null", f"model.path={tmp_path}", "engine.tp=2", "engine.ep=2", "run.world_size=2")
-    assert message_of(load_config(QUICKSTART, overrides), Topology(2, engine_tp=2)) == (
-        f"engine.ep=2: {tmp_path} has no experts; use engine.ep=1"
-    )
-    assert message_of(load_config(QUICKSTART, ["engine.dp=2", "run.world_size=2"]), Topology(2, engine_dp=2)) == (
-        f"engine.dp=2 is not supported without experts to share, and {RECIPE} has none; leave it out: then every "
-        "engine.tp ranks are one replica"
-    )
+    message = message_of(load_config(QUICKSTART, overrides), Topology(2, engine_tp=2))
+    assert_names(message, "engine.ep=2", str(tmp_path), "no experts", "use engine.ep=1")
+    message = message_of(load_config(QUICKSTART, ["engine.dp=2", "run.world_size=2"]), Topology(2, engine_dp=2))
+    assert_names(message, "engine.dp=2", "experts", RECIPE, "leave it out", "engine.tp")
 
 
 def test_rollouts_longer_than_the_scaled_positions_of_the_engine_are_rejected(tmp_path: Path) -> None:
     fields = raw_family_config("gpt_oss", **GPT_OSS)
     rope = fields["rope_parameters"] | {"factor": 1.4375}  # 16 x 1.4375 = 23, and the quickstart takes 16 + 8
     config = family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope)
-    assert "= 24 is more than original_max_position_embeddings x factor = 16 x 1.4375 of " in message_of(
-        config, Topology(1)
-    )
+    assert_names(message_of(config, Topology(1)), "24", "original_max_position_embeddings", "16 x 1.4375")
     check_model(family_config(tmp_path, "gpt_oss", **GPT_OSS, rope_parameters=rope | {"factor": 1.5}), Topology(1))
 
 
 def test_more_ranks_than_experts_are_rejected(tmp_path: Path) -> None:
     family_config(tmp_path, "mixtral", vocab_size=160)
     overrides = ("model.base=null", f"model.path={tmp_path}", "engine.dp=8", "engine.ep=8", "run.world_size=8")
-    assert message_of(load_config(QUICKSTART, overrides), Topology(8, engine_dp=8)) == (
-        f"engine.ep=8: {tmp_path} has only 4 experts, and every rank needs one; use fewer ranks, or engine.ep=1"
-    )
+    message = message_of(load_config(QUICKSTART, overrides), Topology(8, engine_dp=8))
+    assert_names(message, "engine.ep=8", str(tmp_path), "4 experts", "fewer ranks", "engine.ep=1")
 
 
 def test_fp8_weights_are_rejected_if_the_engine_would_quantize_again(tmp_path: Path) -> None:
     config = family_config(
         tmp_path, "llama", quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
     )
-    assert message_of(config, Topology(1)) == (
-        f"model.path={tmp_path} has a quantization_config, and the engine would quantize the weights of a sync; "
-        "use an unquantized checkpoint, or set engine.fp8=scales_fp32"
-    )
+    message = message_of(config, Topology(1))
+    assert_names(message, f"model.path={tmp_path}", "quantization_config", "unquantized", "engine.fp8=scales_fp32")
     check_model(config, Topology(1), with_engine=False)
 
 
@@ -272,7 +247,7 @@ def test_fp8_weights_are_rejected_if_the_engine_would_quantize_again(tmp_path: P
 def test_every_family_passes_without_an_engine(tmp_path: Path, family: str) -> None:
     config = family_config(tmp_path, family)
     check_model(config, Topology(1), with_engine=False)
-    with pytest.raises(UserError, match="does not divide the 4 attention heads"):
+    with pytest.raises(UserError, match=r"parallel\.tp=3.*4 attention heads"):
         check_model(config, Topology(3, tp=3), with_engine=False)
 
 
@@ -285,55 +260,55 @@ SP = ParallelConfig(tp=2, sequence_parallel=True)
 
 
 @pytest.mark.parametrize(
-    ("family", "changes", "parallel", "topology", "expected"),
+    ("family", "changes", "parallel", "topology", "named"),
     [
-        ("qwen3_moe", {}, ParallelConfig(ep=3), Topology(3, ep=3), "parallel.ep=3 does not divide the 8 experts of M"),
+        ("qwen3_moe", {}, ParallelConfig(ep=3), Topology(3, ep=3), ("parallel.ep=3", "8 experts")),
         (
             "qwen3_moe",
             {"moe_intermediate_size": 33},
             ParallelConfig(etp=2),
             Topology(2, etp=2),
-            "parallel.etp=2 does not divide the 33 feed-forward size of each expert of M",
+            ("parallel.etp=2", "33 feed-forward size of each expert"),
         ),
         (
             "deepseek_v3",
             {"n_shared_experts": 1, "moe_intermediate_size": 33},
             SP,
             Topology(2, tp=2),
-            "parallel.tp=2 does not divide the 33 feed-forward size of the shared expert of M",
+            ("parallel.tp=2", "33 feed-forward size of the shared expert"),
         ),
-        ("deepseek_v3", {"q_lora_rank": 21}, SP, Topology(2, tp=2), "parallel.tp=2 does not divide the 21 q_lora_rank"),
+        ("deepseek_v3", {"q_lora_rank": 21}, SP, Topology(2, tp=2), ("parallel.tp=2", "21 q_lora_rank")),
         (
             "deepseek_v2",
             {"kv_lora_rank": 25},
             SP,
             Topology(2, tp=2),
-            "parallel.tp=2 does not divide the 33 kv_lora_rank + qk_rope_head_dim of M",
+            ("parallel.tp=2", "33 kv_lora_rank + qk_rope_head_dim"),
         ),
         (
             "mixtral",
             {},
             ParallelConfig(tp=2),
             Topology(2, tp=2),
-            "parallel.tp=2 with the experts of M needs sequence parallelism; set parallel.sequence_parallel=true",
+            ("parallel.tp=2", "experts", "parallel.sequence_parallel=true"),
         ),
         (
             "gpt_oss",
             {},
             ParallelConfig(etp=2),
             Topology(2, etp=2),
-            "parallel.etp=2 is not supported with the experts of M, which have biases; set parallel.etp=1 and use",
+            ("parallel.etp=2", "biases", "parallel.etp=1"),
         ),
-        ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), "parallel.ep=2 has no effect: M has no experts"),
+        ("llama", {}, ParallelConfig(ep=2), Topology(2, ep=2), ("parallel.ep=2", "no experts")),
     ],
 )
 def test_experts_and_latent_attention_must_be_divided_by_the_layout(
-    family: str, changes: dict[str, Any], parallel: ParallelConfig, topology: Topology, expected: str
+    family: str, changes: dict[str, Any], parallel: ParallelConfig, topology: Topology, named: tuple[str, ...]
 ) -> None:
     spec = spec_from_config(raw_family_config(family, **changes), "config.json")
     with pytest.raises(UserError) as caught:
         check_layout(spec, parallel, topology, "M")
-    assert str(caught.value).startswith(expected)
+    assert_names(caught.value, *named)
 
 
 def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
@@ -346,8 +321,8 @@ def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has devices")
 def test_an_optimizer_on_the_host_needs_cuda_devices() -> None:
-    expected = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
-    assert expected == "optimizer.host_fraction=0.5 needs CUDA devices, and this machine has none; leave it out"
+    message = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
+    assert_names(message, "optimizer.host_fraction=0.5", "CUDA", "leave it out")
 
 
 def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,12 +330,9 @@ def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: 
     monkeypatch.delenv("GRPO_MEGA_SERVER_TOKEN_FILE", raising=False)
     config = config_of("engine.placement=server", "engine.urls=['localhost:7', 'node3:7']")
     topology = Topology(2, engine_servers=2)
-    assert message_of(config, topology) == (
-        "engine.urls[1]=node3:7 is reachable from other machines, and no secret is set; set GRPO_MEGA_SERVER_TOKEN, or "
-        "GRPO_MEGA_SERVER_TOKEN_FILE to the path of a file, to the same on both sides"
-    )
+    message = message_of(config, topology)
+    assert_names(message, "engine.urls[1]=node3:7", "secret", "GRPO_MEGA_SERVER_TOKEN", "GRPO_MEGA_SERVER_TOKEN_FILE")
     monkeypatch.setenv("GRPO_MEGA_SERVER_TOKEN", "0123456789abcdef")
     check_model(config, topology)
-    assert message_of(config_of("engine.placement=server", "engine.urls=[node3]"), topology) == (
-        "engine.urls[0]=node3 is not an address; write host:port, as the server prints it"
-    )
+    message = message_of(config_of("engine.placement=server", "engine.urls=[node3]"), topology)
+    assert_names(message, "engine.urls[0]=node3", "host:port")

@@ -16,12 +16,12 @@ FILES = sorted((REPOSITORY / "docker").glob("Dockerfile.*"))
 every_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 
 
-def instructions(file: Path, name: str) -> list[str]:
+def docker_instructions(file: Path, name: str) -> list[str]:
     joined = file.read_text().replace("\\\n", " ")
     return [line.split(None, 1)[1] for line in joined.splitlines() if line.startswith(name + " ")]
 
 
-def pins(path: Path) -> dict[str, str]:
+def pinned_versions(path: Path) -> dict[str, str]:
     lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
     return dict(line.split("==") for line in lines if "==" in line)  # type: ignore[misc]
 
@@ -32,20 +32,20 @@ def test_there_is_an_image_for_each_engine() -> None:
 
 @every_file
 def test_the_base_has_an_exact_tag(file: Path) -> None:
-    (base,) = instructions(file, "FROM")
+    (base,) = docker_instructions(file, "FROM")
     assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-cudnn-devel-ubuntu\d+\.\d+(@sha256:[0-9a-f]{64})?", base)
 
 
 @every_file
 def test_the_image_does_not_run_as_root(file: Path) -> None:
-    user, _, group = instructions(file, "USER")[-1].partition(":")
+    user, _, group = docker_instructions(file, "USER")[-1].partition(":")
     assert int(user) > 0
     assert int(group) > 0
 
 
 @every_file
 def test_the_healthcheck_runs_the_doctor(file: Path) -> None:
-    (check,) = instructions(file, "HEALTHCHECK")
+    (check,) = docker_instructions(file, "HEALTHCHECK")
     command = json.loads(check[check.index("[") :])
     script = REPOSITORY / command[1].removeprefix("/opt/grpo_mega/source/")
     assert script == REPOSITORY / "tools" / "doctor.py"
@@ -64,7 +64,7 @@ def test_everything_that_a_build_reads_is_copied_before_it(file: Path) -> None:
 def test_every_python_package_is_installed_under_constraints_that_pin_it(file: Path) -> None:
     installs = re.findall(r"pip install ([^&\n]+)", file.read_text().replace("\\\n", " "))
     (constraints,) = {found for line in installs for found in re.findall(r"-c (\S+)", line)}
-    pinned = pins(REPOSITORY / constraints)
+    pinned = pinned_versions(REPOSITORY / constraints)
     assert {"torch", "megatron-core", "transformer-engine"} <= pinned.keys()
     assert all("-c " in line or "/tmp/apex" in line for line in installs)
     assert re.search(r"git clone --depth 1 --branch \d+\.\d+ https://github.com/NVIDIA/apex", file.read_text())
@@ -83,7 +83,7 @@ def test_hadolint_has_nothing_to_say(file: Path) -> None:
 @pytest.mark.parametrize("constraints", ["cuda-vllm.txt", "cuda-sglang.txt"])
 def test_the_package_index_has_every_pinned_version(constraints: str) -> None:
     missing = []
-    for name, version in pins(REPOSITORY / "constraints" / constraints).items():
+    for name, version in pinned_versions(REPOSITORY / "constraints" / constraints).items():
         command = [sys.executable, "-m", "pip", "index", "versions", "--disable-pip-version-check", name]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         if done.returncode != 0 and re.search(

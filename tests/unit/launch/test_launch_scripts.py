@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted([*ROOT.glob("launch/*.s[hb]*"), ROOT / ".ci" / "run"])
 
 
-def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run_script(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
         env={**os.environ, **env},
@@ -52,18 +52,18 @@ def machine_without_gpu(folder: Path) -> str:
     return path
 
 
-def tree(folder: Path) -> dict[str, int]:
+def file_times(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_is_valid_bash(script: Path) -> None:
-    assert run("bash", "-n", script).returncode == 0
+    assert run_script("bash", "-n", script).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["setup.sh", "train.sh", "serve.sh", "test.sh", "tensorboard.sh"])
 def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None:
-    shown = run(ROOT / "launch" / name, "--help", GRPO_MEGA_VENV=str(tmp_path / "venv"))
+    shown = run_script(ROOT / "launch" / name, "--help", GRPO_MEGA_VENV=str(tmp_path / "venv"))
     assert shown.returncode == 0
     assert f"usage: launch/{name}" in shown.stdout + shown.stderr
     assert not (tmp_path / "venv").exists()
@@ -80,7 +80,7 @@ def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None
 )
 def test_setup_rejects_wrong_arguments_before_it_builds(arguments: list[str], message: str, tmp_path: Path) -> None:
     path = machine_without_gpu(tmp_path / "bin")
-    result = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
+    result = run_script(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "venv").exists()
@@ -88,7 +88,9 @@ def test_setup_rejects_wrong_arguments_before_it_builds(arguments: list[str], me
 
 def test_two_engines_in_one_cuda_environment_are_rejected_with_the_reason(tmp_path: Path) -> None:
     path = machine_with_gpu(tmp_path / "bin")
-    result = run(ROOT / "launch/setup.sh", "--with", "sglang,vllm", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path)
+    result = run_script(
+        ROOT / "launch/setup.sh", "--with", "sglang,vllm", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path
+    )
     assert result.returncode == 2
     assert "torch 2.13.0" in result.stderr
     assert "torch 2.14.1" in result.stderr
@@ -106,35 +108,35 @@ def test_the_reason_names_the_versions_of_the_constraints() -> None:
 def test_a_second_engine_in_a_cuda_environment_is_rejected(tmp_path: Path) -> None:
     venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
     path = machine_with_gpu(tmp_path / "bin")
-    before = tree(venv)
-    assert run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(venv), PATH=path).returncode == 0
-    result = run(ROOT / "launch/setup.sh", "--with", "sglang", GRPO_MEGA_VENV=str(venv), PATH=path)
+    before = file_times(venv)
+    assert run_script(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(venv), PATH=path).returncode == 0
+    result = run_script(ROOT / "launch/setup.sh", "--with", "sglang", GRPO_MEGA_VENV=str(venv), PATH=path)
     assert result.returncode == 2
     assert "one CUDA environment" in result.stderr
-    assert tree(venv) == before
+    assert file_times(venv) == before
 
 
 @pytest.mark.parametrize("arguments", [[], ["--with", "sglang"], ["--with=vllm"], ["--with", "tests"]])
 def test_second_call_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
     venv = finished_environment(tmp_path / "venv", "cpu", "sglang")
     path = machine_without_gpu(tmp_path / "bin")
-    before = tree(venv)
-    again = run(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(venv), PATH=path)
+    before = file_times(venv)
+    again = run_script(ROOT / "launch/setup.sh", *arguments, GRPO_MEGA_VENV=str(venv), PATH=path)
     assert (again.returncode, again.stdout, again.stderr) == (0, "", "")
-    assert tree(venv) == before
+    assert file_times(venv) == before
 
 
 def test_the_tests_of_a_cuda_environment_need_no_second_engine(tmp_path: Path) -> None:
     venv = finished_environment(tmp_path / "venv", "cuda-vllm", "vllm")
     path = machine_with_gpu(tmp_path / "bin")
-    again = run(ROOT / "launch/setup.sh", "--with", "tests", GRPO_MEGA_VENV=str(venv), PATH=path)
+    again = run_script(ROOT / "launch/setup.sh", "--with", "tests", GRPO_MEGA_VENV=str(venv), PATH=path)
     assert (again.returncode, again.stderr) == (0, "")
 
 
 def test_a_folder_that_is_not_an_environment_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     path = machine_without_gpu(tmp_path.with_name(tmp_path.name + "-bin"))
-    result = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path), PATH=path)
+    result = run_script(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path), PATH=path)
     assert result.returncode == 2
     assert "is not a Python environment" in result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
@@ -154,14 +156,14 @@ def test_a_missing_python_is_named(modules: str, message: str, tmp_path: Path) -
     for name in ("python3.11", "python3.12", "python3.13", "python3"):  # fails for a command that contains this word
         (tools / name).write_text(f'#!/bin/sh\ncase "$2" in *{modules}*) exit 1 ;; esac\n')
         (tools / name).chmod(0o755)
-    result = run(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=str(tools))
+    result = run_script(ROOT / "launch/setup.sh", GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=str(tools))
     assert result.returncode == 2
     assert message in result.stderr
     assert not (tmp_path / "venv").exists()
 
 
 def test_tensorboard_names_a_missing_run_folder(tmp_path: Path) -> None:
-    result = run(ROOT / "launch/tensorboard.sh", tmp_path / "none")
+    result = run_script(ROOT / "launch/tensorboard.sh", tmp_path / "none")
     assert result.returncode == 2
     assert "is not a folder" in result.stderr
 
@@ -185,4 +187,4 @@ def test_every_tool_of_the_dev_extra_is_in_each_constraints_file() -> None:
 
 def test_env_keeps_what_the_user_has_set() -> None:
     script = f'source "{ROOT}/launch/env.sh" && echo "$HF_HUB_OFFLINE $VLLM_CPU_KVCACHE_SPACE"'
-    assert run("bash", "-c", script, HF_HUB_OFFLINE="0", VLLM_CPU_KVCACHE_SPACE="7").stdout == "0 7\n"
+    assert run_script("bash", "-c", script, HF_HUB_OFFLINE="0", VLLM_CPU_KVCACHE_SPACE="7").stdout == "0 7\n"

@@ -25,7 +25,7 @@ from grpo_mega.types import UserError
 STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NODEID": "1", "SLURM_LOCALID": "0"}
 
 
-def environments(num_ranks: int) -> list[dict[str, str]]:
+def rank_environments(num_ranks: int) -> list[dict[str, str]]:
     return [{**os.environ, "RANK": str(rank)} for rank in range(num_ranks)]
 
 
@@ -125,7 +125,7 @@ def test_srun_starts_one_task_per_node_of_the_allocation() -> None:
 
 
 def test_the_exit_code_is_zero_if_all_ranks_return_zero() -> None:
-    assert run_ranks([sys.executable, "-S", "-c", "pass"], environments(2)) == 0
+    assert run_ranks([sys.executable, "-S", "-c", "pass"], rank_environments(2)) == 0
 
 
 FAILING = """
@@ -146,7 +146,7 @@ def test_the_first_failing_rank_ends_the_others_and_gives_the_exit_code(
 ) -> None:
     started = time.monotonic()
     command = [sys.executable, "-S", "-c", FAILING.replace("CODE", str(code))]
-    assert run_ranks(command, environments(3)) == expected
+    assert run_ranks(command, rank_environments(3)) == expected
     assert time.monotonic() - started < 8
     assert capfdbinary.readouterr().err == b"rank 1: data.train=x is missing\n"
 
@@ -170,7 +170,7 @@ time.sleep(60)
 def test_the_message_of_the_first_failing_rank_is_the_last_on_the_screen(
     tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    ranks = [{**env, "READY": str(tmp_path / "ready")} for env in environments(2)]
+    ranks = [{**env, "READY": str(tmp_path / "ready")} for env in rank_environments(2)]
     assert run_ranks([sys.executable, "-S", "-c", LATE_NOISE], ranks) == 1
     assert capfdbinary.readouterr().err.splitlines() == [
         b"the cause",
@@ -182,7 +182,7 @@ def test_the_message_of_the_first_failing_rank_is_the_last_on_the_screen(
 
 def test_killed_rank_is_named_with_its_signal(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     kill_itself = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert run_ranks([sys.executable, "-S", "-c", kill_itself], environments(1)) == 1
+    assert run_ranks([sys.executable, "-S", "-c", kill_itself], rank_environments(1)) == 1
     assert b"launch: rank 0 was ended by SIGKILL" in capfdbinary.readouterr().err
 
 
@@ -219,7 +219,7 @@ def test_a_signal_while_the_ranks_are_started_still_reaches_them(monkeypatch: py
 
     monkeypatch.setattr(subprocess, "Popen", interrupted)
     begin = time.monotonic()
-    assert run_ranks([sys.executable, "-S", "-c", "import time; time.sleep(60)"], environments(1)) == 130
+    assert run_ranks([sys.executable, "-S", "-c", "import time; time.sleep(60)"], rank_environments(1)) == 130
     assert time.monotonic() - begin < 30
 
 
@@ -260,7 +260,7 @@ def test_a_failure_on_another_machine_ends_the_ranks_with_its_code_and_message(
             other = joining.result()
             Timer(0.3, other.report_failure, (2, "rank 1: sampling.top_p=2 is wrong\n")).start()
             sleeping = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-            assert run_ranks(sleeping, environments(1), meeting) == 2
+            assert run_ranks(sleeping, rank_environments(1), meeting) == 2
     assert capfdbinary.readouterr().err == b"rank 1: sampling.top_p=2 is wrong\n"
     assert time.monotonic() - begin < 30
 
@@ -273,7 +273,7 @@ def test_other_machines_receive_the_failure_of_this_machine() -> None:
         with rendezvous(NodeInfo(0, 2, 1, "host0"), "127.0.0.1", port, 10.0) as meeting:
             joining.result().watch(lambda code, text: received.put((code, text)))
             failing = [sys.executable, "-S", "-c", "import sys; sys.exit('the cause')"]
-            assert run_ranks(failing, environments(1), meeting) == 1
+            assert run_ranks(failing, rank_environments(1), meeting) == 1
     code, text = received.get(timeout=5)
     assert code == 1
     assert text.splitlines()[0].startswith("launch: the last lines of rank 0 on ")

@@ -18,7 +18,7 @@ from grpo_mega.types import UserError
 HERE = "127.0.0.1"
 
 
-def machine(node_rank: int, num_nodes: int = 2, num_ranks: int = 2) -> NodeInfo:
+def node_info(node_rank: int, num_nodes: int = 2, num_ranks: int = 2) -> NodeInfo:
     return NodeInfo(node_rank, num_nodes, num_ranks, f"host{node_rank}")
 
 
@@ -44,7 +44,7 @@ def join_all(*machines: NodeInfo, limit: float = 10.0, delay: float = 0.0) -> li
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_machines_join_in_any_order(order: tuple[int, ...]) -> None:
-    joined = join_all(*(machine(i, 3) for i in order), delay=0.3)
+    joined = join_all(*(node_info(i, 3) for i in order), delay=0.3)
     for meeting in [future.result(20) for future in joined]:
         with meeting:
             pass
@@ -58,7 +58,7 @@ def failures_of(meeting: Rendezvous) -> queue.SimpleQueue[tuple[int, str]]:
 
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_failure_reaches_every_other_machine_with_its_code_and_text(failing: int) -> None:
-    meetings = [future.result(20) for future in join_all(*(machine(i, 3) for i in range(3)))]
+    meetings = [future.result(20) for future in join_all(*(node_info(i, 3) for i in range(3)))]
     received = [failures_of(meeting) for meeting in meetings]
     meetings[failing].report_failure(2, "rank 4: data.train=x is missing\n")
     for i, queued in enumerate(received):
@@ -68,7 +68,7 @@ def test_a_failure_reaches_every_other_machine_with_its_code_and_text(failing: i
 
 
 def test_only_a_machine_that_closes_its_connection_without_a_message_has_failed() -> None:
-    meetings = [future.result(20) for future in join_all(*(machine(i, 3) for i in range(3)))]
+    meetings = [future.result(20) for future in join_all(*(node_info(i, 3) for i in range(3)))]
     received = [failures_of(meeting) for meeting in meetings]
     with meetings[1]:
         pass
@@ -84,10 +84,10 @@ def test_only_a_machine_that_closes_its_connection_without_a_message_has_failed(
 def test_a_wrong_master_addr_is_named_when_the_limit_has_passed() -> None:
     begin = time.monotonic()
     with pytest.raises(UserError, match=r"MASTER_ADDR=no-such-host\.invalid, port 29500: .* within 1 s .*NODE_RANK=0"):
-        rendezvous(machine(1), "no-such-host.invalid", 29500, 1.0)
+        rendezvous(node_info(1), "no-such-host.invalid", 29500, 1.0)
     port = free_port()
     with pytest.raises(UserError, match=rf"MASTER_ADDR={HERE}, port {port}: .*Connection refused"):
-        rendezvous(machine(1), HERE, port, 1.0)
+        rendezvous(node_info(1), HERE, port, 1.0)
     assert time.monotonic() - begin < 30
 
 
@@ -101,26 +101,26 @@ def test_another_program_at_the_address_is_reported() -> None:
     with socket.create_server((HERE, 0)) as server:
         threading.Thread(target=answer, args=(server,), daemon=True).start()
         with pytest.raises(UserError, match="another program answers there"):
-            rendezvous(machine(1), HERE, server.getsockname()[1], 0.5)
+            rendezvous(node_info(1), HERE, server.getsockname()[1], 0.5)
 
 
 def test_machine_0_names_the_missing_machines() -> None:
     port = free_port()
     with pytest.raises(RendezvousError, match=rf"NODE_RANK 1, 2 of 3 machines .* MASTER_ADDR=host0, port {port}"):
-        rendezvous(machine(0, 3), "host0", port, 1.0)
+        rendezvous(node_info(0, 3), "host0", port, 1.0)
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (machine(1, num_ranks=4), r"machine 0 \(host0\) has 2 ranks and machine 1 \(host1\) has 4"),
-        (machine(0), "NODE_RANK=0 on host0 and on host0"),
-        (machine(1, num_nodes=3), "NNODES=2 on machine 0 .* but NNODES=3 on machine 1"),
+        (node_info(1, num_ranks=4), r"machine 0 \(host0\) has 2 ranks and machine 1 \(host1\) has 4"),
+        (node_info(0), "NODE_RANK=0 on host0 and on host0"),
+        (node_info(1, num_nodes=3), "NNODES=2 on machine 0 .* but NNODES=3 on machine 1"),
     ],
 )
 def test_machine_0_rejects_machines_with_contradicting_settings(other: NodeInfo, message: str) -> None:
     port = free_port()
-    host = run_later(lambda: rendezvous(machine(0), HERE, port, 10.0))
+    host = run_later(lambda: rendezvous(node_info(0), HERE, port, 10.0))
     deadline = time.monotonic() + 5
     while True:
         try:
@@ -138,7 +138,7 @@ def test_machine_0_rejects_machines_with_contradicting_settings(other: NodeInfo,
 
 
 def test_a_rejected_machine_reports_the_reason_too() -> None:
-    joined = join_all(machine(0), machine(1, num_ranks=4))
+    joined = join_all(node_info(0), node_info(1, num_ranks=4))
     for future in joined:
         with pytest.raises(UserError, match=r"every machine must have the same number"):
             future.result(20)

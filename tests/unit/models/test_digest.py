@@ -186,7 +186,7 @@ def test_the_text_of_a_digest_has_sixteen_digits(digest: int, text: str) -> None
     assert digest_text(digest) == text
 
 
-def by_vectors(rows: Tensor, hf: TensorSlice) -> int:
+def vectorized_digest(rows: Tensor, hf: TensorSlice) -> int:
     columns = _factors(1, hf.offsets[1], hf.shape[1])
     return wrap_int64(int((_sums_by_vectors(rows, columns) * _row_factors(hf)).sum()))
 
@@ -200,7 +200,7 @@ def test_byte_products_are_exact_for_the_largest_sums(dtype: torch.dtype, column
     ends = [torch.full((1, columns), value, dtype=dtype) for value in (torch.iinfo(dtype).min, torch.iinfo(dtype).max)]
     noise = random_tensor((5, columns * dtype.itemsize), torch.uint8).view(dtype)
     rows, hf = torch.cat([*ends, noise]), TensorSlice("w", (11, 3), (7, columns))
-    assert wrap_int64(_weighted_by_bytes(rows, 3, _row_factors(hf))) == by_vectors(rows, hf)
+    assert wrap_int64(_weighted_by_bytes(rows, 3, _row_factors(hf))) == vectorized_digest(rows, hf)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
@@ -211,7 +211,7 @@ def test_slices_of_columns_have_the_digest_of_the_vector_sums(
     whole = random_tensor((300, 512 * dtype.itemsize), torch.uint8).view(dtype)
     rows = whole[1::2, start:end:step]
     hf = TensorSlice("w", (0, start), tuple(rows.shape))
-    assert slice_digest(rows, hf) == by_vectors(rows, hf)
+    assert slice_digest(rows, hf) == vectorized_digest(rows, hf)
 
 
 def test_large_slices_use_byte_products_if_the_processor_adds_them_exactly() -> None:

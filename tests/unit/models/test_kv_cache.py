@@ -59,7 +59,7 @@ def engine_bytes(config: Config, spec: ModelSpec) -> int:
     return (tokens + 1) * kv_bytes_per_token(spec, config.engine.tp, itemsize)  # SGLang's pools hold one page more
 
 
-def outcome(compute: Any) -> float | str:
+def value_or_error(compute: Any) -> float | str:
     try:
         return float(compute())
     except UserError as error:
@@ -70,8 +70,8 @@ def test_planner_and_engine_agree_on_random_configs() -> None:
     outcomes = []
     for seed in SEEDS:
         config, spec = random_case(seed)
-        planned = outcome(lambda c=config, s=spec: memory_of(c, s, 8, "cpu").engine.kv_cache)
-        assert planned == outcome(lambda c=config, s=spec: engine_bytes(c, s)), f"seed {seed}"
+        planned = value_or_error(lambda c=config, s=spec: memory_of(c, s, 8, "cpu").engine.kv_cache)
+        assert planned == value_or_error(lambda c=config, s=spec: engine_bytes(c, s)), f"seed {seed}"
         outcomes.append(planned)
     assert sum(isinstance(found, str) for found in outcomes) > 20, "some caches are too small"
     assert sum(isinstance(found, float) for found in outcomes) > 100

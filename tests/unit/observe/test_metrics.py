@@ -44,11 +44,11 @@ STABLE_NAMES = [
 ]
 
 
-def writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -> MetricsWriter:
+def make_writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -> MetricsWriter:
     return MetricsWriter(RunFolder(path), first_step=first_step, tensorboard=tensorboard, rollouts_shown=2)
 
 
-def curves(path: Path) -> EventAccumulator:
+def read_curves(path: Path) -> EventAccumulator:
     accumulator = EventAccumulator(str(path / "tensorboard"), purge_orphaned_data=True)
     accumulator.Reload()
     return accumulator
@@ -64,13 +64,13 @@ def test_the_committed_reference_is_up_to_date() -> None:
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_name(tmp_path: Path) -> None:
-    with writer(tmp_path) as metrics, pytest.raises(ValueError, match=r"metric=reward/avg .* use reward/"):
+    with make_writer(tmp_path) as metrics, pytest.raises(ValueError, match=r"metric=reward/avg .* use reward/"):
         metrics.write(1, {"reward/avg": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_a_line_is_on_disk_at_once_with_step_first_and_every_metric(tmp_path: Path) -> None:
-    metrics = writer(tmp_path)
+    metrics = make_writer(tmp_path)
     metrics.write(1, {"reward/mean": 0.25, "train/kl": 1e-9})
     metrics.write(2, {"reward/mean": 1})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -83,7 +83,7 @@ def test_a_line_is_on_disk_at_once_with_step_first_and_every_metric(tmp_path: Pa
 
 
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
-    with writer(tmp_path) as metrics:
+    with make_writer(tmp_path) as metrics:
         metrics.write(1, {"reward/mean": float("nan"), "train/loss": float("inf"), "train/kl": 0.5})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
@@ -92,11 +92,11 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
 
 
 def test_a_step_is_written_once_and_a_continued_run_appends(tmp_path: Path) -> None:
-    with writer(tmp_path) as metrics:
+    with make_writer(tmp_path) as metrics:
         metrics.write(1, {})
         with pytest.raises(ValueError, match=r"step=1 .* 2$"):
             metrics.write(1, {})
-    with writer(tmp_path, first_step=2) as metrics:
+    with make_writer(tmp_path, first_step=2) as metrics:
         with pytest.raises(ValueError, match="step=1 "):
             metrics.write(1, {})
         metrics.write(2, {})
@@ -104,31 +104,31 @@ def test_a_step_is_written_once_and_a_continued_run_appends(tmp_path: Path) -> N
 
 
 def test_curves_hold_every_point_and_those_without_a_line(tmp_path: Path) -> None:
-    with writer(tmp_path, tensorboard=True) as metrics:
+    with make_writer(tmp_path, tensorboard=True) as metrics:
         metrics.write_curves(0, {"eval/accuracy": 0.5})
         metrics.write(1, {"reward/mean": 0.25})
         metrics.write(2, {"reward/mean": 0.75})
-    found = curves(tmp_path)
+    found = read_curves(tmp_path)
     assert [(p.step, p.value) for p in found.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
     assert [(p.step, p.value) for p in found.Scalars("eval/accuracy")] == [(0, 0.5)]
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_tensorboard_hides_the_points_that_a_continued_run_writes_again(tmp_path: Path) -> None:
-    with writer(tmp_path, tensorboard=True) as metrics:
+    with make_writer(tmp_path, tensorboard=True) as metrics:
         for step in (1, 2, 3):
             metrics.write(step, {"reward/mean": 0.0})
-    with writer(tmp_path, first_step=2, tensorboard=True) as metrics:
+    with make_writer(tmp_path, first_step=2, tensorboard=True) as metrics:
         metrics.write(2, {"reward/mean": 1.0})
-    assert [(p.step, p.value) for p in curves(tmp_path).Scalars("reward/mean")] == [(1, 0.0), (2, 1.0)]
+    assert [(p.step, p.value) for p in read_curves(tmp_path).Scalars("reward/mean")] == [(1, 0.0), (2, 1.0)]
 
 
 def test_the_tensorboard_package_is_imported_only_if_it_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with writer(tmp_path) as metrics:
+    with make_writer(tmp_path) as metrics:
         metrics.write(1, {})
     assert not (tmp_path / "tensorboard").exists()
     with pytest.raises(ImportError, match=r"observe\.tensorboard=true needs tensorboard"):
-        writer(tmp_path, tensorboard=True)
+        make_writer(tmp_path, tensorboard=True)

@@ -18,7 +18,7 @@ from grpo_mega.observe.tensorboard import render_rollout
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 
 
-def rollout(reward: float = 1.0, text: str = "46") -> Rollout:
+def make_rollout(reward: float = 1.0, text: str = "46") -> Rollout:
     return Rollout(
         prompt=Prompt(index=7, text="12+34=", token_ids=(1, 2), answer="46"),
         completion=Completion((4, 6, 0), (-0.5, -0.25, -0.125), "eos", 3, text),
@@ -28,7 +28,7 @@ def rollout(reward: float = 1.0, text: str = "46") -> Rollout:
 
 
 def test_a_row_has_all_data_for_scripts_and_replay() -> None:
-    (row,) = rollout_rows([rollout()], [0.5], [[-1.0, -2.0, -3.0]])
+    (row,) = rollout_rows([make_rollout()], [0.5], [[-1.0, -2.0, -3.0]])
     assert row == {
         "prompt": "12+34=",
         "completion": "46",
@@ -53,30 +53,33 @@ def test_a_row_has_all_data_for_scripts_and_replay() -> None:
 
 
 def test_the_loss_mask_of_a_row_marks_tokens_of_the_environment() -> None:
-    several = replace(rollout().completion, loss_mask=(True, False, True), num_turns=2)
+    several = replace(make_rollout().completion, loss_mask=(True, False, True), num_turns=2)
     of_steps = ((0, 0.5), (2, 1.0))
-    (row,) = rollout_rows([replace(rollout(), completion=several, steps=of_steps)], [0.0], [[-1.0, -3.0]])
+    (row,) = rollout_rows([replace(make_rollout(), completion=several, steps=of_steps)], [0.0], [[-1.0, -3.0]])
     assert row["steps"] == [(0, 0.5), (2, 1.0)]
     assert (row["loss_mask"], row["num_turns"]) == ([1, 0, 1], 2)
     assert row["old_log_probs"] == [-1.0, 0.0, -3.0]
     with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 3 entries for 2"):
-        rollout_rows([replace(rollout(), completion=several)], [0.0], [[-1.0, -2.0, -3.0]])
+        rollout_rows([replace(make_rollout(), completion=several)], [0.0], [[-1.0, -2.0, -3.0]])
 
 
 def test_old_log_probs_may_be_absent() -> None:
-    assert [row["old_log_probs"] for row in rollout_rows([rollout(), rollout()], [0.0, 0.0], None)] == [None, None]
+    assert [row["old_log_probs"] for row in rollout_rows([make_rollout(), make_rollout()], [0.0, 0.0], None)] == [
+        None,
+        None,
+    ]
 
 
 def test_lists_of_different_lengths_are_an_error() -> None:
     with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 2 entries for 3"):
-        rollout_rows([rollout()], [0.0], [[-1.0, -2.0]])
+        rollout_rows([make_rollout()], [0.0], [[-1.0, -2.0]])
     with pytest.raises(ValueError, match="zip"):
-        rollout_rows([rollout()], [0.0, 1.0], None)
+        rollout_rows([make_rollout()], [0.0, 1.0], None)
 
 
 def test_a_file_has_one_json_object_per_line_for_any_text(tmp_path: Path) -> None:
     texts = ["a\nb", "\ud800", "\u2028", "naïve \x00"]
-    rows = rollout_rows([rollout(text=text) for text in texts], [float("nan")] * 4, None)
+    rows = rollout_rows([make_rollout(text=text) for text in texts], [float("nan")] * 4, None)
     path = tmp_path / "rollouts" / "step_000012.jsonl"
     write_rollouts(path, rows)
     read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -87,32 +90,32 @@ def test_a_file_has_one_json_object_per_line_for_any_text(tmp_path: Path) -> Non
 
 def test_routing_records_are_written_beside_the_rows_in_order(tmp_path: Path) -> None:
     path = tmp_path / "rollouts" / "step_000012.experts.npz"
-    write_experts(path, [rollout(), rollout()])
+    write_experts(path, [make_rollout(), make_rollout()])
     assert not path.parent.exists()
     records = [torch.arange(n * 4, dtype=torch.uint8).view(n, 2, 2) for n in (3, 2)]
     rollouts = [
         replace(r, completion=replace(r.completion, expert_choices=c))
-        for r, c in zip((rollout(),) * 2, records, strict=True)
+        for r, c in zip((make_rollout(),) * 2, records, strict=True)
     ]
-    write_experts(path, [rollouts[0], rollout(), rollouts[1]])
+    write_experts(path, [rollouts[0], make_rollout(), rollouts[1]])
     with np.load(path) as found:
         assert found["num_tokens"].tolist() == [3, 0, 2]
         assert found["choices"].dtype == np.uint8
         np.testing.assert_array_equal(found["choices"], torch.cat(records))
     first = path.read_bytes()
-    write_experts(path, [rollouts[0], rollout(), rollouts[1]])
+    write_experts(path, [rollouts[0], make_rollout(), rollouts[1]])
     assert path.read_bytes() == first  # a resumed run writes the same file
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
 def test_no_text_ends_its_code_block() -> None:
     text = "```\n# heading\n```` <b>"
-    (row,) = rollout_rows([rollout(text=text)], [0.5], None)
+    (row,) = rollout_rows([make_rollout(text=text)], [0.5], None)
     assert f"`````\n{text}\n`````" in render_rollout(row)
 
 
 def test_tensorboard_shows_the_best_and_the_worst_rollout(tmp_path: Path) -> None:
-    rows = rollout_rows([rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)], [0.0, -1.0, 1.0], None)
+    rows = rollout_rows([make_rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)], [0.0, -1.0, 1.0], None)
     folder = RunFolder(tmp_path)
     with MetricsWriter(folder, first_step=1, tensorboard=True, rollouts_shown=2) as metrics:
         metrics.write_rollouts(4, rows)

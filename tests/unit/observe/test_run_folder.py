@@ -14,7 +14,7 @@ from grpo_mega.observe.summary import Summary, write_summary
 from grpo_mega.types import UserError
 
 
-def config(**changes: Any) -> dict[str, Any]:
+def resolved_config(**changes: Any) -> dict[str, Any]:
     """A resolved config; `changes` are `section__key=value`."""
     values: dict[str, Any] = {
         "run": {"dir": "somewhere", "seed": 0, "overwrite": False, "world_size": 1},
@@ -32,8 +32,10 @@ def config(**changes: Any) -> dict[str, Any]:
     return values
 
 
-def start(path: Path, *, overwrite: bool = False, steps: int = 20, resume: str = "auto", **changes: Any) -> RunState:
-    resolved = config(train__steps=steps, **changes)
+def open_folder(
+    path: Path, *, overwrite: bool = False, steps: int = 20, resume: str = "auto", **changes: Any
+) -> RunState:
+    resolved = resolved_config(train__steps=steps, **changes)
     return open_run(path, resolved, overwrite=overwrite, train_steps=steps, resume=resume)
 
 
@@ -51,80 +53,80 @@ def metric_steps(folder: RunFolder) -> list[int]:
 
 
 def test_a_new_path_is_fresh_and_holds_the_resolved_config(tmp_path: Path) -> None:
-    state = start(tmp_path / "deep" / "run")
+    state = open_folder(tmp_path / "deep" / "run")
     assert (state.status, state.step, state.checkpoint, state.previous) == ("fresh", 0, None, None)
     written = yaml.safe_load(state.folder.config.read_text())
     assert written["reward"]["terms"] == [{"name": "exact", "weight": 1.0}]
-    assert list(written) == list(config())
+    assert list(written) == list(resolved_config())
 
 
 def test_a_folder_with_only_launcher_logs_is_fresh(tmp_path: Path) -> None:
     (tmp_path / "run" / "logs").mkdir(parents=True)
-    assert start(tmp_path / "run").status == "fresh"
+    assert open_folder(tmp_path / "run").status == "fresh"
 
 
 def test_the_same_command_continues_from_the_newest_complete_checkpoint(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 5)
     newest = save_checkpoint(folder, 10)
     save_checkpoint(folder, 15, complete=False)
     save_checkpoint(folder, 16).rename(folder.checkpoints / "step_000016.tmp")
-    state = start(tmp_path / "run")
+    state = open_folder(tmp_path / "run")
     assert (state.status, state.step, state.checkpoint) == ("continued", 10, newest)
 
 
 def test_an_unfinished_run_without_a_checkpoint_continues_from_step_0(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     folder.metrics.write_text('{"step": 1}\n')
-    state = start(tmp_path / "run")
+    state = open_folder(tmp_path / "run")
     assert (state.status, state.step, state.checkpoint) == ("continued", 0, None)
     assert metric_steps(folder) == []
 
 
 def test_a_run_whose_checkpoint_and_summary_reached_train_steps_is_finished(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     newest = save_checkpoint(folder, 20)
     summary = Summary(status="done", steps=20, policy_digest="d")
     write_summary(folder.summary, summary)
     before = folder.config.read_bytes()
-    state = start(tmp_path / "run", checkpoint__keep=7)
+    state = open_folder(tmp_path / "run", checkpoint__keep=7)
     assert (state.status, state.step, state.checkpoint, state.previous) == ("finished", 20, newest, summary)
     assert folder.config.read_bytes() == before
-    assert start(tmp_path / "run", steps=10).status == "finished"
+    assert open_folder(tmp_path / "run", steps=10).status == "finished"
 
 
 def test_raising_train_steps_continues_a_finished_run(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 20)
     write_summary(folder.summary, Summary(status="done", steps=20))
-    state = start(tmp_path / "run", steps=40)
+    state = open_folder(tmp_path / "run", steps=40)
     assert (state.status, state.step) == ("continued", 20)
     assert yaml.safe_load(folder.config.read_text())["train"]["steps"] == 40
 
 
 @pytest.mark.parametrize("left", [None, Summary(status="interrupted", steps=20), Summary(status="done", steps=10)])
 def test_a_run_killed_between_last_checkpoint_and_summary_is_continued(tmp_path: Path, left: Summary | None) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 20)
     if left is not None:
         write_summary(folder.summary, left)
-    state = start(tmp_path / "run")
+    state = open_folder(tmp_path / "run")
     assert (state.status, state.step, state.previous) == ("continued", 20, left)
 
 
 def test_a_finished_run_without_its_last_checkpoints_continues_from_the_newest(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 10)
     write_summary(folder.summary, Summary(status="done", steps=20))
-    state = start(tmp_path / "run")
+    state = open_folder(tmp_path / "run")
     assert (state.status, state.step) == ("continued", 10)
 
 
 def test_the_error_of_a_different_config_has_each_key_with_both_values(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     before = folder.config.read_bytes()
     with pytest.raises(UserError) as caught:
-        start(tmp_path / "run", optimizer__lr=3e-4, run__seed=1, engine__new=4, parallel__tp=2)
+        open_folder(tmp_path / "run", optimizer__lr=3e-4, run__seed=1, engine__new=4, parallel__tp=2)
     message = str(caught.value)
     assert "optimizer.lr (1e-05 there, 0.0003 now)" in message
     assert "run.seed (0 there, 1 now)" in message
@@ -135,11 +137,11 @@ def test_the_error_of_a_different_config_has_each_key_with_both_values(tmp_path:
 
 
 def test_a_different_config_is_an_error_for_a_finished_run_too(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 20)
     write_summary(folder.summary, Summary(status="done", steps=20))
     with pytest.raises(UserError, match=r"optimizer\.lr"):
-        start(tmp_path / "run", optimizer__lr=3e-4)
+        open_folder(tmp_path / "run", optimizer__lr=3e-4)
 
 
 @pytest.mark.parametrize(
@@ -161,25 +163,25 @@ def test_a_different_config_is_an_error_for_a_finished_run_too(tmp_path: Path) -
     ids=lambda change: next(iter(change)),
 )
 def test_changeable_keys_do_not_make_a_config_different(tmp_path: Path, change: dict[str, Any]) -> None:
-    start(tmp_path / "run")
-    state = open_run(tmp_path / "run", config(**change), overwrite=False, train_steps=20)
+    open_folder(tmp_path / "run")
+    state = open_run(tmp_path / "run", resolved_config(**change), overwrite=False, train_steps=20)
     assert state.status == "continued"
     section, key = next(iter(change)).split("__")
     assert yaml.safe_load(state.folder.config.read_text())[section][key] == next(iter(change.values()))
 
 
 def test_engine_kind_is_not_changeable(tmp_path: Path) -> None:
-    start(tmp_path / "run")
+    open_folder(tmp_path / "run")
     with pytest.raises(UserError, match=r"engine\.kind \('vllm' there, 'sglang' now\)"):
-        start(tmp_path / "run", engine__kind="sglang")
+        open_folder(tmp_path / "run", engine__kind="sglang")
 
 
 def test_overwrite_moves_the_old_folder_to_the_next_free_name(tmp_path: Path) -> None:
     path = tmp_path / "run"
     for number in (1, 2):
-        folder = start(path, overwrite=number > 1).folder
+        folder = open_folder(path, overwrite=number > 1).folder
         save_checkpoint(folder, number)
-    state = start(path, overwrite=True, optimizer__lr=1.0)
+    state = open_folder(path, overwrite=True, optimizer__lr=1.0)
     assert (state.status, state.step, state.moved_to) == ("fresh", 0, tmp_path / "run.old-2")
     assert (tmp_path / "run.old-1" / "checkpoints" / "step_000001" / "weights").exists()
     assert (tmp_path / "run.old-2" / "checkpoints" / "step_000002" / "weights").exists()
@@ -187,41 +189,41 @@ def test_overwrite_moves_the_old_folder_to_the_next_free_name(tmp_path: Path) ->
 
 
 def test_continuing_removes_metrics_and_rollouts_after_the_checkpoint_and_a_torn_last_line(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 2)
     folder.metrics.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
     folder.rollouts.mkdir()
     for name in ("step_000001.jsonl", "step_000002.jsonl", "step_000003.jsonl", "step_000002.jsonl.tmp"):
         (folder.rollouts / name).write_text("{}\n")
-    start(tmp_path / "run")
+    open_folder(tmp_path / "run")
     assert folder.metrics.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n'
     assert sorted(p.name for p in folder.rollouts.iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
 
 
 def test_a_last_line_cut_before_its_line_end_is_kept_whole(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 2)
     folder.metrics.write_text('{"step": 1}\n{"step": 2}')
-    start(tmp_path / "run")
+    open_folder(tmp_path / "run")
     assert folder.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_broken_line_in_the_middle_is_named_and_nothing_is_removed(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     folder.metrics.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is not a JSON object"):
-        start(tmp_path / "run")
+        open_folder(tmp_path / "run")
     assert "rubbish" in folder.metrics.read_text()
 
 
 @pytest.mark.parametrize("text", ["run: [1,\n", "just words", "", "\x00", "!!python/object:os.system {}"])
 def test_an_unreadable_config_is_a_user_error_of_one_line_unless_overwritten(tmp_path: Path, text: str) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     folder.config.write_text(text)
     with pytest.raises(UserError, match=r"config\.yaml .*run\.overwrite=true") as caught:
-        start(tmp_path / "run")
+        open_folder(tmp_path / "run")
     assert "\n" not in str(caught.value)
-    assert start(tmp_path / "run", overwrite=True).status == "fresh"
+    assert open_folder(tmp_path / "run", overwrite=True).status == "fresh"
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -229,50 +231,50 @@ def test_a_folder_that_is_not_a_run_is_never_touched(tmp_path: Path, overwrite: 
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds thesis\.txt but no config\.yaml"):
-        start(tmp_path / "home", overwrite=overwrite)
+        open_folder(tmp_path / "home", overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == ["home", "thesis.txt"]
 
 
 def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        start(tmp_path / "run")
+        open_folder(tmp_path / "run")
     with pytest.raises(UserError, match="cannot be written"):
-        start(tmp_path / "run" / "below")
+        open_folder(tmp_path / "run" / "below")
 
 
 def test_resume_never_starts_only_where_no_run_is(tmp_path: Path) -> None:
-    assert start(tmp_path / "run", resume="never").status == "fresh"
+    assert open_folder(tmp_path / "run", resume="never").status == "fresh"
     with pytest.raises(UserError, match=r"checkpoint\.resume=never, but .* holds a run at step 0"):
-        start(tmp_path / "run", resume="never")
+        open_folder(tmp_path / "run", resume="never")
 
 
 def test_resume_path_starts_a_fresh_run_from_that_checkpoint_and_then_continues_its_own(tmp_path: Path) -> None:
-    given = save_checkpoint(start(tmp_path / "source").folder, 5)
-    first = start(tmp_path / "run", resume=str(given))
+    given = save_checkpoint(open_folder(tmp_path / "source").folder, 5)
+    first = open_folder(tmp_path / "run", resume=str(given))
     assert (first.status, first.step, first.checkpoint) == ("fresh", 5, given)
     first.folder.metrics.write_text('{"step": 6}\n')
-    again = start(tmp_path / "run", resume=str(given))
+    again = open_folder(tmp_path / "run", resume=str(given))
     assert (again.status, again.step, again.checkpoint) == ("continued", 5, given)
     own = save_checkpoint(first.folder, 10)
-    later = start(tmp_path / "run", resume=str(given))
+    later = open_folder(tmp_path / "run", resume=str(given))
     assert (later.status, later.step, later.checkpoint) == ("continued", 10, own)
 
 
 def test_resume_path_survives_overwrite_of_the_folder_it_lies_in(tmp_path: Path) -> None:
-    given = save_checkpoint(start(tmp_path / "run").folder, 5)
-    state = start(tmp_path / "run", overwrite=True, resume=str(given))
+    given = save_checkpoint(open_folder(tmp_path / "run").folder, 5)
+    state = open_folder(tmp_path / "run", overwrite=True, resume=str(given))
     assert (state.status, state.step) == ("fresh", 5)
     assert state.checkpoint == tmp_path / "run.old-1" / "checkpoints" / "step_000005"
 
 
 def test_resume_path_must_be_complete_and_the_newest_of_its_own_run(tmp_path: Path) -> None:
-    folder = start(tmp_path / "run").folder
+    folder = open_folder(tmp_path / "run").folder
     older, torn = save_checkpoint(folder, 5), save_checkpoint(folder, 6, complete=False)
     newest = save_checkpoint(folder, 10)
-    assert start(tmp_path / "run", resume=str(newest)).checkpoint == newest
+    assert open_folder(tmp_path / "run", resume=str(newest)).checkpoint == newest
     with pytest.raises(UserError, match="not the newest complete checkpoint of its run, which is at step 10"):
-        start(tmp_path / "run", resume=str(older))
+        open_folder(tmp_path / "run", resume=str(older))
     with pytest.raises(UserError, match="is not a complete checkpoint"):
-        start(tmp_path / "other", resume=str(torn))
+        open_folder(tmp_path / "other", resume=str(torn))
     assert not (tmp_path / "other").exists()

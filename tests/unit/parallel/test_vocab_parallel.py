@@ -17,7 +17,7 @@ from grpo_mega.parallel.vocab_parallel import vocab_parallel_log_probs
 T, H, V, PADDED = 13, 8, 37, 48
 
 
-def problem(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def make_problem(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return hidden states, a head with huge values in its padding, labels at both ends of it, upstream gradients."""
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(PADDED, H, generator=generator)
@@ -33,7 +33,7 @@ def problem(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     }
 
 
-def oracle(given: dict[str, Tensor], temperature: float, uses: tuple[str, ...]) -> dict[str, Tensor]:
+def compute_oracle(given: dict[str, Tensor], temperature: float, uses: tuple[str, ...]) -> dict[str, Tensor]:
     """Compute values and gradients by autograd over all logits in float64."""
     hidden = given["hidden"].double().requires_grad_()
     weight = given["weight"].double().requires_grad_()
@@ -43,7 +43,7 @@ def oracle(given: dict[str, Tensor], temperature: float, uses: tuple[str, ...]) 
     return gradients_of(hidden, weight, log_probs, entropy, given, uses)
 
 
-def ours(
+def compute_in_slices(
     given: dict[str, Tensor], temperature: float, uses: tuple[str, ...], slice_tokens: int | None = None
 ) -> dict[str, Tensor]:
     hidden = given["hidden"].clone().requires_grad_()
@@ -84,14 +84,14 @@ USES = [("log_probs",), ("entropy",), ("log_probs", "entropy")]
 @pytest.mark.parametrize("uses", USES, ids="+".join)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_values_and_gradients_equal_float64_log_softmax(temperature: float, uses: tuple[str, ...]) -> None:
-    given = problem()
-    assert_close(ours(given, temperature, uses), oracle(given, temperature, uses), tolerance=1e-6)
+    given = make_problem()
+    assert_close(compute_in_slices(given, temperature, uses), compute_oracle(given, temperature, uses), tolerance=1e-6)
 
 
 @pytest.mark.parametrize("slice_tokens", [1, 3, T])
 def test_slices_of_any_size_give_the_same(slice_tokens: int) -> None:
-    given = problem()
-    whole, sliced = ours(given, 0.7, USES[2]), ours(given, 0.7, USES[2], slice_tokens)
+    given = make_problem()
+    whole, sliced = compute_in_slices(given, 0.7, USES[2]), compute_in_slices(given, 0.7, USES[2], slice_tokens)
     assert_close(sliced, whole, tolerance=5e-7)
 
 
@@ -105,37 +105,37 @@ def test_the_logits_of_only_one_slice_are_materialized(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(vocab_parallel._Shard, "logits", watched)
     monkeypatch.setattr(vocab_parallel, "SLICE_BYTES", 2 * 4 * PADDED * 4)  # four tokens, in two float32 buffers
-    given = problem()
-    results = ours(given, 1.0, USES[2])
+    given = make_problem()
+    results = compute_in_slices(given, 1.0, USES[2])
     assert taken == [4 * V] * 8  # ceil(13 / 4) slices, forward and backward
     monkeypatch.undo()
-    assert_close(results, ours(given, 1.0, USES[2]), tolerance=5e-7)
+    assert_close(results, compute_in_slices(given, 1.0, USES[2]), tolerance=5e-7)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_padding_rows_are_inert(value: float) -> None:
-    clean, poisoned = problem(), problem()
+    clean, poisoned = make_problem(), make_problem()
     clean["weight"][V:] = 0
     poisoned["weight"][V:] = value
-    expected, measured = ours(clean, 1.0, USES[2]), ours(poisoned, 1.0, USES[2])
+    expected, measured = compute_in_slices(clean, 1.0, USES[2]), compute_in_slices(poisoned, 1.0, USES[2])
     assert all(torch.equal(measured[name], expected[name]) for name in expected)
     assert (measured["grad_weight"][V:] == 0).all()
 
 
 def test_large_logits_do_not_overflow() -> None:
-    given = problem()
+    given = make_problem()
     given["hidden"] = given["hidden"] * 1e4
-    measured, expected = ours(given, 1.0, USES[0]), oracle(given, 1.0, USES[0])
+    measured, expected = compute_in_slices(given, 1.0, USES[0]), compute_oracle(given, 1.0, USES[0])
     assert_close(measured, expected, tolerance=1e-6)
 
 
 def test_bfloat16_takes_and_returns_bfloat16_gradients() -> None:
-    given = problem(torch.bfloat16)
-    measured = ours(given, 1.0, USES[0], slice_tokens=5)
+    given = make_problem(torch.bfloat16)
+    measured = compute_in_slices(given, 1.0, USES[0], slice_tokens=5)
     assert measured["log_probs"].dtype == measured["entropy"].dtype == torch.float32
     assert measured["grad_hidden"].dtype == measured["grad_weight"].dtype == torch.bfloat16
     # the logits are a bfloat16 product
-    assert_close(measured, oracle(given, 1.0, USES[0]), tolerance=2e-2)
+    assert_close(measured, compute_oracle(given, 1.0, USES[0]), tolerance=2e-2)
 
 
 def test_bfloat16_gradient_of_many_slices_is_summed_in_float32() -> None:
@@ -156,7 +156,7 @@ def test_bfloat16_gradient_of_many_slices_is_summed_in_float32() -> None:
 
 
 def test_without_grad_mode_nothing_is_kept() -> None:
-    given = problem()
+    given = make_problem()
     hidden, weight = given["hidden"].requires_grad_(), given["weight"].requires_grad_()
     with torch.no_grad():
         results = vocab_parallel_log_probs(hidden, weight, given["labels"], temperature=1.0, vocab_size=V, group=None)
@@ -183,7 +183,7 @@ def run_rank(rank: int, tp: int, folder: str) -> None:
     """Run one gloo rank with its rows of the head; write its results and the number of collectives."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=tp)
-    given = problem()
+    given = make_problem()
     given["weight"] = given["weight"].chunk(tp)[rank].contiguous()
     calls: list[str] = []
     gather = dist.all_gather_into_tensor
@@ -228,4 +228,4 @@ def test_gloo_ranks_agree_bit_for_bit_with_one_collective(tp: int, tmp_path: Pat
         "grad_hidden": torch.stack([results["grad_hidden"] for results in ranks]).sum(dim=0),
         "grad_weight": torch.cat([results["grad_weight"] for results in ranks]),
     }
-    assert_close(joined, oracle(problem(), 0.7, USES[2]), tolerance=1e-6)
+    assert_close(joined, compute_oracle(make_problem(), 0.7, USES[2]), tolerance=1e-6)

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig  # isort: skip
 from megatron.core.transformer import TransformerConfig  # isort: skip
 
 
-def precision(recipe: str, **keys: Any) -> PrecisionConfig:
+def fp8_precision(recipe: str, **keys: Any) -> PrecisionConfig:
     return PrecisionConfig(dtype="bf16", fp8=Fp8Config.model_validate({"recipe": recipe, **keys}))
 
 
@@ -30,7 +30,7 @@ def test_without_fp8_nothing_is_set() -> None:
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_megatron_knows_every_recipe_and_field(recipe: str) -> None:
     extra = {} if recipe == "delayed" else {"first_layers_bf16": 1, "last_layers_bf16": 2}
-    wanted = precision(recipe, params=True, **extra)
+    wanted = fp8_precision(recipe, params=True, **extra)
     fields = fp8.transformer_fields(wanted, has_experts=False)
     config = TransformerConfig(num_layers=8, hidden_size=64, num_attention_heads=4, bf16=True, **fields)
     assert config.fp8_recipe == Fp8Recipe(recipe)
@@ -43,19 +43,19 @@ def test_megatron_knows_every_recipe_and_field(recipe: str) -> None:
 
 
 def test_formats_and_history() -> None:
-    assert fp8.transformer_fields(precision("delayed"), has_experts=False) == {
+    assert fp8.transformer_fields(fp8_precision("delayed"), has_experts=False) == {
         "fp8": "hybrid",
         "fp8_recipe": "delayed",
         "fp8_param": False,
         "fp8_amax_history_len": 1024,
         "fp8_amax_compute_algo": "max",
     }
-    assert fp8.transformer_fields(precision("blockwise"), has_experts=False)["fp8"] == "e4m3"
-    assert fp8.transformer_fields(precision("blockwise", format="hybrid"), has_experts=False)["fp8"] == "hybrid"
+    assert fp8.transformer_fields(fp8_precision("blockwise"), has_experts=False)["fp8"] == "e4m3"
+    assert fp8.transformer_fields(fp8_precision("blockwise", format="hybrid"), has_experts=False)["fp8"] == "hybrid"
 
 
 def test_experts_get_tokens_in_multiples() -> None:
-    fields = fp8.transformer_fields(precision("blockwise"), has_experts=True)
+    fields = fp8.transformer_fields(fp8_precision("blockwise"), has_experts=True)
     assert fields["moe_router_padding_for_quantization"] is True
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     assert set(fields) <= names

@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo_mega.policy.phase_offload import Movable, Part, PolicyMemory
 
 
-def held_bytes(*tensors: Tensor) -> int:
+def allocated_bytes(*tensors: Tensor) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -23,9 +23,9 @@ def test_storages_shrink_to_nothing_and_come_back_under_all_their_views() -> Non
     movable = Movable([*views, flat, other])
     assert movable.num_bytes == 12 * 4 + 5 * 2
     movable.offload()
-    assert held_bytes(flat, *views, other) == 0
+    assert allocated_bytes(flat, *views, other) == 0
     movable.reload()
-    assert held_bytes(flat, *views, other) == 58
+    assert allocated_bytes(flat, *views, other) == 58
     assert all(torch.equal(t, copy) for t, copy in zip((flat, *views, other), copies, strict=True))
     views[0][0, 0] = 7.0
     assert flat[0] == 7.0
@@ -111,9 +111,9 @@ def test_each_part_is_freed_alone_and_comes_back_equal() -> None:
     }
     for part in tensors:
         policy.memory.offload(part)
-        assert {name: held_bytes(*held) == 0 for name, held in tensors.items()} == {n: n == part for n in tensors}
+        assert {name: allocated_bytes(*held) == 0 for name, held in tensors.items()} == {n: n == part for n in tensors}
         policy.memory.reload(part)
-        assert all(held_bytes(*held) for held in tensors.values())
+        assert all(allocated_bytes(*held) for held in tensors.values())
     assert policy.content() == before
     assert policy.grads.tolist() == [0.0] * 6
 
@@ -121,11 +121,11 @@ def test_each_part_is_freed_alone_and_comes_back_equal() -> None:
 def test_master_weights_that_are_the_parameters_move_with_them_alone() -> None:
     policy = TinyPolicy(torch.float32)
     policy.memory.offload("optimizer")
-    assert held_bytes(policy.params) == 24
+    assert allocated_bytes(policy.params) == 24
     policy.memory.offload("params")
-    assert held_bytes(policy.params, *policy.masters) == 0
+    assert allocated_bytes(policy.params, *policy.masters) == 0
     policy.memory.reload("optimizer")
-    assert held_bytes(policy.params) == 0
+    assert allocated_bytes(policy.params) == 0
     policy.memory.reload("params")
     assert policy.params.tolist() == [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     assert policy.masters[1].tolist() == [5.0, 6.0]
@@ -139,7 +139,7 @@ def test_moments_are_moved_once_they_exist() -> None:
     policy.step()
     before = policy.content()
     policy.memory.offload("optimizer")
-    assert held_bytes(*policy.moments()) == 0
+    assert allocated_bytes(*policy.moments()) == 0
     policy.memory.reload("optimizer")
     assert policy.content() == before
 
@@ -165,7 +165,7 @@ def test_moments_that_live_elsewhere_stay_where_they_are() -> None:
     with_it = policy.memory.num_bytes()["optimizer"]
     policy.memory.offload("optimizer")
     assert elsewhere.untyped_storage().nbytes() == 24
-    assert held_bytes(*[m for m in policy.moments() if m.device.type == "cpu"]) == 0
+    assert allocated_bytes(*[m for m in policy.moments() if m.device.type == "cpu"]) == 0
     assert with_it == policy.memory.num_bytes()["optimizer"]
 
 

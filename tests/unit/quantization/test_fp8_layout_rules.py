@@ -15,6 +15,7 @@ from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout
 from grpo_mega.types import UserError
+from tests.helpers.error_messages import assert_names
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.fp8_models import FP8_MODELS, make_fp8_model
 from tests.helpers.jobs import REPOSITORY
@@ -77,17 +78,13 @@ def test_deepseek_v3_fits_an_engine_of_at_most_sixteen_tensor_parallel_ranks() -
         == ""
     )
     assert layout_error(spec, policy, EngineGrid(8, 4, experts_spread=True)) == ""
-    assert "the feed-forward size of the model is 576 on" in layout_error(
-        spec, policy, EngineGrid(32, experts_spread=True)
-    )
-    assert layout_error(spec, policy, EngineGrid(8, 4)) == (
-        "engine.fp8 with engine.tp=8 and engine.dp=4: the feed-forward size of each expert of the model is 64 on a "
-        "rank of the engine, which must be a multiple of 128; use a smaller engine.tp, or engine.ep=32"
-    )
+    assert_names(layout_error(spec, policy, EngineGrid(32, experts_spread=True)), "feed-forward size", "576")
+    error = layout_error(spec, policy, EngineGrid(8, 4))
+    assert_names(error, "engine.fp8", "engine.tp=8", "engine.dp=4", "64", "128", "smaller engine.tp", "engine.ep=32")
 
 
 def test_stacked_experts_are_rejected() -> None:
-    assert "experts of the model, which are stacked and have biases" in layout_error(spec_of("gpt_oss"), {})
+    assert_names(layout_error(spec_of("gpt_oss"), {}), "experts", "stacked", "biases")
 
 
 # Configs
@@ -104,43 +101,34 @@ def pretend_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("overrides", "named"),
     [
         (
             ["engine.fp8=scales_fp32", "engine.kind=sglang"],
-            "engine.fp8=scales_fp32 is not supported with engine.kind=sglang: it is not known which of its kernels "
-            "read quantized values as they are stored; set engine.kind=vllm, or remove engine.fp8",
+            ["engine.fp8=scales_fp32", "engine.kind=sglang", "engine.kind=vllm", "remove engine.fp8"],
         ),
         (
             ["engine.fp8=scales_power_of_two", "precision.dtype=fp32"],
-            "engine.fp8=scales_power_of_two is not supported with precision.dtype=fp32: tensors that are not FP8 are "
-            "bf16; set precision.dtype=bf16, or remove engine.fp8",
+            ["engine.fp8=scales_power_of_two", "precision.dtype=fp32", "precision.dtype=bf16", "remove engine.fp8"],
         ),
-        (
-            ["engine.fp8=own_loader"],
-            "engine.fp8='own_loader': input should be 'scales_fp32' or 'scales_power_of_two'",
-        ),
+        (["engine.fp8=own_loader"], ["engine.fp8='own_loader'", "'scales_fp32'", "'scales_power_of_two'"]),
     ],
 )
-def test_incompatible_keys_are_rejected(overrides: list[str], message: str) -> None:
-    assert message_of(*overrides) == message
+def test_incompatible_keys_are_rejected(overrides: list[str], named: list[str]) -> None:
+    assert_names(message_of(*overrides), *named)
 
 
 @pytest.mark.skipif(Path("/proc/driver/nvidia/gpus").is_dir(), reason="this machine has GPUs")
 def test_the_error_without_cuda_has_the_key_and_the_remedy() -> None:
-    assert message_of("engine.fp8=scales_fp32") == (
-        "engine.fp8=scales_fp32 needs CUDA devices, and this machine has none; remove engine.fp8"
-    )
+    assert_names(message_of("engine.fp8=scales_fp32"), "engine.fp8=scales_fp32", "CUDA", "remove engine.fp8")
     elsewhere = message_of("engine.fp8=scales_fp32", "engine.placement=server", "engine.urls=['localhost:7']")
     assert elsewhere.startswith("engine.fp8 with engine.tp=1: ")  # its server checks for devices
 
 
 def test_with_gpus_the_layout_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpus(monkeypatch)
-    assert message_of("engine.fp8=scales_fp32") == (
-        "engine.fp8 with engine.tp=1: the key-value heads of model.base.architecture are 64 on a rank of the engine, "
-        "which must be a multiple of 128; leave engine.fp8 out"
-    )
+    words = ("engine.fp8", "engine.tp=1", "key-value heads", "64", "128", "leave engine.fp8 out")
+    assert_names(message_of("engine.fp8=scales_fp32"), *words)
 
 
 def test_an_fp8_checkpoint_is_accepted_if_the_engine_uses_fp8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def random_packed(experts: int = 3, columns: int = 5, groups: int = 4) -> tuple[
     )
 
 
-def write(folder: Path, tensors: dict[str, Tensor]) -> HfFiles:
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> HfFiles:
     save_file(tensors, folder / "model.safetensors")
     return HfFiles(folder)
 
@@ -61,7 +61,7 @@ def test_slices_at_any_offset_equal_those_of_the_whole_weight(tmp_path: Path, mo
     )  # one or several columns at a time
     blocks, scales = random_packed()
     whole = mxfp4.dequantize(blocks, scales)
-    files = write(tmp_path, {"w_blocks": blocks, "w_scales": scales})
+    files = write_tensors(tmp_path, {"w_blocks": blocks, "w_scales": scales})
     files.check({"w": (3, 128, 5)})
     assert files.dtype("w") == torch.bfloat16
     for at, shape in (
@@ -86,6 +86,6 @@ def test_mismatched_tensors_are_named(tmp_path: Path) -> None:
         ({"w_blocks": blocks.short(), "w_scales": scales}, "dtype torch.int16"),
     ):
         with pytest.raises(UserError, match=message):
-            write(tmp_path, tensors)
+            write_tensors(tmp_path, tensors)
     with pytest.raises(UserError, match=r"tensors w_scales of shape .* unknown"):
-        write(tmp_path, {"w_scales": scales}).check({})
+        write_tensors(tmp_path, {"w_scales": scales}).check({})

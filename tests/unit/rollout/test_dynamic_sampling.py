@@ -43,17 +43,17 @@ class Recorder:
         return SampledGroups(rollouts, 2)
 
 
-def config(*overrides: str) -> Config:
+def make_config(*overrides: str) -> Config:
     keys = (f"data.prompts_per_step={PER_STEP}", "train.minibatches_per_epoch=1", "sampling.group_size=2")
     return load_config(QUICKSTART, [*keys, *overrides])
 
 
-def source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> GroupSource:
+def make_source(recorder: Recorder, *overrides: str, num_prompts: int = 40) -> GroupSource:
     prompts = tuple(Prompt(i, str(i), (i,), "") for i in range(num_prompts))
-    return GroupSource(recorder, PromptDataset((DataSet("test", prompts),)), config(*overrides))
+    return GroupSource(recorder, PromptDataset((DataSet("test", prompts),)), make_config(*overrides))
 
 
-def indices(groups: SampledGroups) -> list[int]:
+def prompt_indices(groups: SampledGroups) -> list[int]:
     return [groups.rollouts[i].prompt.index for i in range(0, len(groups.rollouts), 2)]
 
 
@@ -62,30 +62,30 @@ def test_routing_replay_without_routing_records_is_an_error_that_names_the_engin
     for count, returns_records in ((12, False), (1, True)):
         recorder = Recorder(lambda _: True, returns_records=returns_records)
         with pytest.raises(UserError, match=r"set algorithm\.routing_replay=false") as error:
-            source(recorder, keys).sample(1)
+            make_source(recorder, keys).sample(1)
         assert str(error.value).startswith("algorithm.routing_replay=true: engine.kind=vllm")
         assert f"{count} of 12 rollouts" in str(error.value)
         assert f"prompt {recorder.calls[0][0][0]}" in str(error.value)
         assert recorder.asked == [True]
     plain = Recorder(lambda _: True)
-    source(plain).sample(1)
+    make_source(plain).sample(1)
     assert plain.asked == [False]
 
 
 @pytest.mark.parametrize("degenerate", ["keep", "drop"])
 def test_without_refill_a_step_samples_its_own_prompts_once(degenerate: str) -> None:
     recorder = Recorder(lambda _: False)
-    groups = source(recorder, f"algorithm.degenerate={degenerate}").sample(3)
+    groups = make_source(recorder, f"algorithm.degenerate={degenerate}").sample(3)
     assert [seed for _, seed in recorder.calls] == [("train", 0, 3)]
-    assert indices(groups) == recorder.calls[0][0]
+    assert prompt_indices(groups) == recorder.calls[0][0]
     assert groups.num_discarded == 0
 
 
 def test_refill_replaces_degenerate_groups_in_place_until_none_is_left() -> None:
     recorder = Recorder(lambda index: index % 3 == 0)
-    groups = source(recorder, "algorithm.degenerate=refill").sample(3)
+    groups = make_source(recorder, "algorithm.degenerate=refill").sample(3)
     own = recorder.calls[0][0]
-    found = indices(groups)
+    found = prompt_indices(groups)
     assert all(index % 3 == 0 for index in found)
     assert len(found) == len(set(found)) == PER_STEP
     assert all(found[place] == index for place, index in enumerate(own) if index % 3 == 0)
@@ -103,7 +103,7 @@ def test_refill_replaces_degenerate_groups_in_place_until_none_is_left() -> None
 def test_rounds_and_steps_have_different_seeds_and_prompts_that_are_reproducible() -> None:
     def calls(step: int) -> list[tuple[list[int], tuple[object, ...]]]:
         recorder = Recorder(lambda index: index % 5 == 0)
-        source(recorder, "algorithm.degenerate=refill").sample(step)
+        make_source(recorder, "algorithm.degenerate=refill").sample(step)
         return recorder.calls
 
     first = calls(1)
@@ -118,16 +118,16 @@ def test_rounds_and_steps_have_different_seeds_and_prompts_that_are_reproducible
 
 def test_refill_ends_with_its_rounds_or_its_prompts() -> None:
     never = Recorder(lambda _: False)
-    groups = source(never, "algorithm.degenerate=refill", "algorithm.refill_rounds=2").sample(1)
+    groups = make_source(never, "algorithm.degenerate=refill", "algorithm.refill_rounds=2").sample(1)
     assert [len(asked) for asked, _ in never.calls] == [PER_STEP] * 3
-    assert indices(groups) == never.calls[0][0]
+    assert prompt_indices(groups) == never.calls[0][0]
     assert groups.num_discarded == 2 * PER_STEP
     few = Recorder(lambda _: False)
-    source(few, "algorithm.degenerate=refill", num_prompts=10).sample(1)
+    make_source(few, "algorithm.degenerate=refill", num_prompts=10).sample(1)
     assert [len(asked) for asked, _ in few.calls] == [PER_STEP, 4]
 
 
 def test_a_step_without_degenerate_groups_samples_once() -> None:
     recorder = Recorder(lambda _: True)
-    source(recorder, "algorithm.degenerate=refill").sample(1)
+    make_source(recorder, "algorithm.degenerate=refill").sample(1)
     assert len(recorder.calls) == 1

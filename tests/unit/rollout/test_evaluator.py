@@ -32,17 +32,17 @@ class ScriptedSampler:
         return SampledGroups(rollouts, request.group_size)
 
 
-def evaluate(sets: list[DataSet], **config: Any) -> Evaluation:
+def run_evaluation(sets: list[DataSet], **config: Any) -> Evaluation:
     sampler = cast("Sampler", ScriptedSampler())
     return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, "exact", 1.0).evaluate()
 
 
-def prompts(*indices: int) -> tuple[Prompt, ...]:
+def make_prompts(*indices: int) -> tuple[Prompt, ...]:
     return tuple(Prompt(i, "q", (1,), "7") for i in indices)
 
 
 def test_one_set_reports_pass_at_1_k_and_majority() -> None:
-    found = evaluate([DataSet("easy", prompts(0, 1))], k=4, report_k=(1, 2, 4))
+    found = run_evaluation([DataSet("easy", make_prompts(0, 1))], k=4, report_k=(1, 2, 4))
     assert (found.accuracy, found.greedy_accuracy, found.num_prompts) == (4 / 8, 1 / 2, 2)
     assert found.reward_mean == 4 / 16
     assert found.length_mean == (7 + 7 + 8 + 7 + 8 + 8 + 9 + 7) / 8
@@ -54,13 +54,13 @@ def test_one_set_reports_pass_at_1_k_and_majority() -> None:
 
 
 def test_several_sets_are_reported_together_and_by_name() -> None:
-    easy, hard = DataSet("easy", prompts(0, 1)), DataSet("hard", prompts(2))
-    both = evaluate([easy, hard], k=4)
-    assert both.sets == {"easy": evaluate([easy], k=4), "hard": evaluate([hard], k=4)}
+    easy, hard = DataSet("easy", make_prompts(0, 1)), DataSet("hard", make_prompts(2))
+    both = run_evaluation([easy, hard], k=4)
+    assert both.sets == {"easy": run_evaluation([easy], k=4), "hard": run_evaluation([hard], k=4)}
     assert (both.accuracy, both.num_prompts) == (4 / 12, 3)
     assert (both.sets["hard"].accuracy, both.sets["hard"].pass_at_k) == (0.0, {"4": 0.0})
 
 
 def test_max_prompts_applies_to_each_set() -> None:
-    found = evaluate([DataSet("easy", prompts(0, 1)), DataSet("hard", prompts(2))], k=4, max_prompts=1)
+    found = run_evaluation([DataSet("easy", make_prompts(0, 1)), DataSet("hard", make_prompts(2))], k=4, max_prompts=1)
     assert {name: part.num_prompts for name, part in found.sets.items()} == {"easy": 1, "hard": 1}

@@ -78,7 +78,7 @@ class ScriptedEnvironment:
 PROMPTS = [Prompt(10, "first", (5, 6), "ref1"), Prompt(11, "second", (7,), "ref2")]
 
 
-def take(
+def generate_rollouts(
     engine: ScriptedEngine,
     environment: ScriptedEnvironment,
     max_turns: int = 3,
@@ -95,7 +95,7 @@ def take(
 
 def test_a_rollout_is_the_sequence_of_answers_and_replies() -> None:
     engine = ScriptedEngine("ab!", "cd")
-    found, _ = take(engine, ScriptedEnvironment(lambda _, turns: Reply("Xy" if len(turns) == 1 else None)))
+    found, _ = generate_rollouts(engine, ScriptedEnvironment(lambda _, turns: Reply("Xy" if len(turns) == 1 else None)))
     completion = found[1][0]
     assert completion.text == "ab!^xycd"
     assert completion.token_ids == tuple(map(ord, "ab!^xycd"))
@@ -114,14 +114,14 @@ def test_a_rollout_is_the_sequence_of_answers_and_replies() -> None:
 
 def test_the_environment_sees_each_answer_with_prompt_reference_and_history() -> None:
     environment = ScriptedEnvironment(lambda _, turns: Reply("r" if len(turns) == 1 else None))
-    take(ScriptedEngine("a!", "b"), environment)
+    generate_rollouts(ScriptedEngine("a!", "b"), environment)
     assert environment.asked[3] == (0, "first", [Turn("a!", stop_text="!")], "ref1")
     assert environment.asked[4] == (3, "second", [Turn("a!", "r", "!"), Turn("b")], "ref2")
 
 
 def test_characters_after_the_stop_text_are_sampled_but_not_in_the_turn() -> None:
     environment = ScriptedEnvironment(lambda _, turns: Reply("r" if len(turns) == 1 else None))
-    found, _ = take(ScriptedEngine("a!.", "b"), environment)
+    found, _ = generate_rollouts(ScriptedEngine("a!.", "b"), environment)
     assert environment.asked[0][2] == [Turn("a!", stop_text="!")]
     assert environment.asked[-1][2] == [Turn("a!", "r", "!"), Turn("b")]
     assert found[0][0].text == "a!.rb"
@@ -130,7 +130,9 @@ def test_characters_after_the_stop_text_are_sampled_but_not_in_the_turn() -> Non
 
 def test_completed_rollouts_do_not_change_the_order_of_the_others() -> None:
     engine = ScriptedEngine("a!", "b!", "c!")
-    found, received = take(engine, ScriptedEnvironment(lambda prompt, _: Reply("r" if prompt == "second" else None)))
+    found, received = generate_rollouts(
+        engine, ScriptedEnvironment(lambda prompt, _: Reply("r" if prompt == "second" else None))
+    )
     assert [len(prompts) for prompts, _ in engine.calls] == [2, 2, 2]  # two groups of two, then one of them
     assert [[c.num_turns for c in group] for group in found] == [[1, 1], [3, 3]]
     assert [[c.text for c in group] for group in found] == [["a!"] * 2, ["a!rb!rc!"] * 2]
@@ -140,19 +142,19 @@ def test_completed_rollouts_do_not_change_the_order_of_the_others() -> None:
 
 
 def test_one_answer_without_a_reply_is_the_engines_own_completion() -> None:
-    found, _ = take(ScriptedEngine("ab"), ScriptedEnvironment(lambda *_: Reply()))
+    found, _ = generate_rollouts(ScriptedEngine("ab"), ScriptedEnvironment(lambda *_: Reply()))
     expected = Completion(tuple(map(ord, "ab")), (-1.0, -1.0), "eos", 4, "ab")
     assert found == [[expected] * 2] * 2
 
 
 def test_answers_and_replies_share_the_limit_of_tokens() -> None:
     # 12 tokens: "abcd!" and "rrr" leave 4
-    found, _ = take(ScriptedEngine("abcd!", "efghi"), ScriptedEnvironment(lambda *_: Reply("rrr")))
+    found, _ = generate_rollouts(ScriptedEngine("abcd!", "efghi"), ScriptedEnvironment(lambda *_: Reply("rrr")))
     assert (found[0][0].text, found[0][0].stop_reason) == ("abcd!rrrefgh", "length")
     # a reply that leaves no token for an answer is left out
-    full, _ = take(ScriptedEngine("abcd!"), ScriptedEnvironment(lambda *_: Reply("r" * 7)))
+    full, _ = generate_rollouts(ScriptedEngine("abcd!"), ScriptedEnvironment(lambda *_: Reply("r" * 7)))
     assert (full[0][0].text, full[0][0].stop_reason, full[0][0].loss_mask) == ("abcd!", "length", None)
-    just, _ = take(
+    just, _ = generate_rollouts(
         ScriptedEngine("abcd!", "e"), ScriptedEnvironment(lambda _, t: Reply("r" * 6 if len(t) < 2 else None))
     )
     assert just[0][0].text == "abcd!rrrrrre"
@@ -160,7 +162,7 @@ def test_answers_and_replies_share_the_limit_of_tokens() -> None:
 
 def test_a_truncated_answer_is_not_sent_to_the_environment() -> None:
     environment = ScriptedEnvironment(lambda *_: Reply("r"))
-    found, _ = take(ScriptedEngine("a" * 20), environment)
+    found, _ = generate_rollouts(ScriptedEngine("a" * 20), environment)
     assert environment.asked == []
     assert {c.stop_reason for group in found for c in group} == {"length"}
 
@@ -172,7 +174,7 @@ def test_a_failure_ends_its_rollout_and_is_reported(reply: Reply) -> None:
             return reply
         return Reply("r" if len(turns) == 1 else None)
 
-    found, _ = take(ScriptedEngine("a!", "b"), ScriptedEnvironment(replies))
+    found, _ = generate_rollouts(ScriptedEngine("a!", "b"), ScriptedEnvironment(replies))
     assert [c.failure for c in found[0]] == [reply.failure or "no token for ?"] * 2
     assert [c.text for c in found[0]] == ["a!"] * 2
     assert [c.failure for c in found[1]] == [None] * 2
@@ -225,7 +227,7 @@ def test_an_exception_on_the_first_rank_is_raised_on_all_ranks() -> None:
         return value
 
     with pytest.raises(RuntimeError, match="no workers"):
-        take(ScriptedEngine("a!"), Broken(lambda *_: Reply()), share=share)
+        generate_rollouts(ScriptedEngine("a!"), Broken(lambda *_: Reply()), share=share)
     assert isinstance(shared[0], RuntimeError)  # it was broadcast first
 
 

@@ -65,7 +65,7 @@ def prompts_of(count: int) -> list[Prompt]:
     return [Prompt(10 + i, f"question {10 + i}", (i,), str(i)) for i in range(count)]
 
 
-def sampled(
+def sample_on_ranks(
     monkeypatch: pytest.MonkeyPatch, topology: Topology, count: int, per_wave: int | None, lost: int = 0
 ) -> tuple[list[SampledGroups], list[ScriptedEngine], list[ScriptedScorer | None]]:
     """Return the result of each rank; ranks are threads that exchange objects at the collective calls."""
@@ -110,7 +110,7 @@ def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
     monkeypatch: pytest.MonkeyPatch, world: int, engine_tp: int, engine_dp: int, per_wave: int | None
 ) -> None:
     topology = Topology(world, engine_tp=engine_tp, engine_dp=engine_dp)
-    results, engines, scorers = sampled(monkeypatch, topology, 7, per_wave)
+    results, engines, scorers = sample_on_ranks(monkeypatch, topology, 7, per_wave)
     assert all(result == results[0] for result in results)
     rollouts = results[0].rollouts
     assert [r.prompt for r in rollouts] == [p for p in prompts_of(7) for _ in range(3)]
@@ -126,7 +126,7 @@ def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
 
 
 def test_the_prompts_of_a_wave_are_distributed_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
-    results, engines, _ = sampled(monkeypatch, Topology(2), 7, per_wave=3)
+    results, engines, _ = sample_on_ranks(monkeypatch, Topology(2), 7, per_wave=3)
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10, 12], [13, 15], [16]], [[11], [14], []]]
     assert [r.replica for r in results[0].rollouts[::3]] == [0, 1, 0, 0, 1, 0, 0]
@@ -137,7 +137,7 @@ def test_the_prompts_of_a_wave_are_distributed_round_robin(monkeypatch: pytest.M
 
 def test_data_parallel_ranks_of_a_replica_have_their_own_prompts_and_seeds(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them call the engine in every wave, also without prompts."""
-    results, engines, _ = sampled(monkeypatch, Topology(4, engine_dp=2), 7, per_wave=3)
+    results, engines, _ = sample_on_ranks(monkeypatch, Topology(4, engine_dp=2), 7, per_wave=3)
     dealt = [[indices for indices, _ in engine.calls] for engine in engines]
     assert dealt == [[[10], [13], [16]], [[11], [14], []], [[12], [15], []], [[], [], []]]
     assert [r.replica for r in results[0].rollouts[::3]] == [0, 0, 1, 0, 0, 1, 0]
@@ -148,12 +148,12 @@ def test_data_parallel_ranks_of_a_replica_have_their_own_prompts_and_seeds(monke
 
 
 def test_without_a_wave_size_all_prompts_enter_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, engines, _ = sampled(monkeypatch, Topology(1), 7, per_wave=None)
+    _, engines, _ = sample_on_ranks(monkeypatch, Topology(1), 7, per_wave=None)
     assert [indices for indices, _ in engines[0].calls] == [list(range(10, 17))]
 
 
 def test_each_wave_and_replica_has_its_own_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, engines, _ = sampled(monkeypatch, Topology(2), 7, per_wave=3)
+    _, engines, _ = sample_on_ranks(monkeypatch, Topology(2), 7, per_wave=3)
     requests = [request for engine in engines for _, request in engine.calls]
     assert len({request.seed for request in requests}) == 6
     assert {(r.group_size, r.temperature, r.max_tokens) for r in requests} == {(3, 0.5, 9)}
@@ -163,11 +163,11 @@ def test_each_wave_and_replica_has_its_own_seed(monkeypatch: pytest.MonkeyPatch)
 
 def test_missing_rollouts_of_an_engine_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RuntimeError, match="19 of 21 rollouts"):
-        sampled(monkeypatch, Topology(1), 7, per_wave=None, lost=2)
+        sample_on_ranks(monkeypatch, Topology(1), 7, per_wave=None, lost=2)
 
 
 def test_no_prompts_give_no_rollouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    results, _, _ = sampled(monkeypatch, Topology(1), 0, per_wave=None)
+    results, _, _ = sample_on_ranks(monkeypatch, Topology(1), 0, per_wave=None)
     assert results[0].rollouts == []
 
 

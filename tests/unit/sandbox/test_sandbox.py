@@ -33,7 +33,7 @@ def sandbox() -> Iterator[Sandbox]:
         yield box
 
 
-def run(sandbox: Sandbox, source: str, stdin: str = "") -> Outcome:
+def run_program(sandbox: Sandbox, source: str, stdin: str = "") -> Outcome:
     return sandbox.run_python(source, seconds=SECONDS, stdin=stdin)
 
 
@@ -46,7 +46,7 @@ try:
 except BaseException as error:
     print(type(error).__name__, getattr(error, "errno", ""))
 """
-    outcome = run(sandbox, source)
+    outcome = run_program(sandbox, source)
     assert outcome.succeeded, outcome
     return outcome.stdout.strip()
 
@@ -58,7 +58,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def commands() -> str:
+def all_command_lines() -> str:
     """Return the command lines of all processes of this machine."""
     texts = []
     for process in Path("/proc").glob("[0-9]*/cmdline"):
@@ -68,10 +68,10 @@ def commands() -> str:
 
 
 def test_a_program_reads_its_input_and_its_output_is_returned(sandbox: Sandbox) -> None:
-    outcome = run(sandbox, "print(sum(map(int, input().split())), 'é')", stdin="1 2 3\n")
+    outcome = run_program(sandbox, "print(sum(map(int, input().split())), 'é')", stdin="1 2 3\n")
     assert (outcome.reason, outcome.status, outcome.stdout) == ("ended", 0, "6 é\n")
-    assert run(sandbox, "raise SystemExit(3)").status == 3
-    assert run(sandbox, "def").status == 1
+    assert run_program(sandbox, "raise SystemExit(3)").status == 3
+    assert run_program(sandbox, "def").status == 1
 
 
 @pytest.mark.parametrize(
@@ -115,10 +115,10 @@ for _ in range(100):
         break
 print(started)
 """
-    assert run(sandbox, source).stdout.strip() == str(LIMITS.processes - 1)
+    assert run_program(sandbox, source).stdout.strip() == str(LIMITS.processes - 1)
     bomb = sandbox.run_python("import os\nwhile True:\n try: os.fork()\n except OSError: pass", seconds=0.5)
     assert bomb.reason == "time"
-    assert run(sandbox, "print('the next one works')").succeeded
+    assert run_program(sandbox, "print('the next one works')").succeeded
 
 
 def test_files_are_limited_and_each_program_starts_with_an_empty_folder(sandbox: Sandbox) -> None:
@@ -132,7 +132,7 @@ def test_files_are_limited_and_each_program_starts_with_an_empty_folder(sandbox:
 
 
 def test_output_is_cut_at_its_limit(sandbox: Sandbox) -> None:
-    outcome = run(sandbox, "while True: print('x' * 1000)")
+    outcome = run_program(sandbox, "while True: print('x' * 1000)")
     assert (outcome.reason, len(outcome.stdout)) == ("output", LIMITS.output_bytes)
 
 
@@ -183,15 +183,15 @@ def test_rights_cannot_be_gained(sandbox: Sandbox) -> None:
     assert evaluate_inside(sandbox, "os.setuid(0)") in ("PermissionError 1", "OSError 22")
     assert evaluate_inside(sandbox, "os.chroot('.')") == "PermissionError 1"
     assert evaluate_inside(sandbox, "os.kill(1, 9)") in ("PermissionError 1", "None")  # process 1 ignores it
-    assert run(sandbox, "print('process 1 is there')").succeeded
+    assert run_program(sandbox, "print('process 1 is there')").succeeded
 
 
 def test_kill_of_every_process_reaches_no_process_outside(sandbox: Sandbox) -> None:
     source = (
         "import os, signal\nfor pid in (0, -1, os.getppid()):\n  try: os.kill(pid, signal.SIGKILL)\n  except OSError: 0"
     )
-    run(sandbox, source)
-    assert run(sandbox, "print(1)").succeeded
+    run_program(sandbox, source)
+    assert run_program(sandbox, "print(1)").succeeded
 
 
 def test_a_process_that_detaches_itself_ends_with_its_program(sandbox: Sandbox) -> None:
@@ -209,7 +209,7 @@ while not os.path.exists("alive"):
 print("left", flush=True)
 os._exit(0)
 """
-    assert run(sandbox, source).stdout == "left\n"
+    assert run_program(sandbox, source).stdout == "left\n"
     others = "[n for n in range(2, 400) if n != os.getpid() and ctypes.CDLL(None).getsid(n) >= 0]"
     assert evaluate_inside(sandbox, others) == "[]"
 
@@ -232,11 +232,11 @@ box.run([*python_command()[:-1], "import time; {marker}"], seconds=1000.0)
     )
     assert starter.stdout is not None
     assert starter.stdout.readline() == b"ready\n"
-    wait_for(lambda: marker in commands())
+    wait_for(lambda: marker in all_command_lines())
     starter.kill()
     starter.wait()
     starter.stdout.close()
-    wait_for(lambda: marker not in commands())
+    wait_for(lambda: marker not in all_command_lines())
 
 
 LAUNCHER_ENDS = """

@@ -23,13 +23,13 @@ def wheels(tmp_path: Path) -> Path:
     return folder
 
 
-def cut(wheels: Path, out: Path) -> None:
+def cut_wheels(wheels: Path, out: Path) -> None:
     assert main(["cut", str(wheels), str(out), "--max-mib", "1"]) == 0
 
 
 def test_joined_wheels_are_those_that_were_cut(wheels: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    cut(wheels, out)
+    cut_wheels(wheels, out)
     assert sorted(p.name for p in out.iterdir()) == [f"{BIG}.part{i:03d}" for i in range(3)] + ["parts.json", SMALL]
     assert max(p.stat().st_size for p in out.iterdir()) <= MIB
     assert main(["join", str(out), "--remove-parts"]) == 0
@@ -43,7 +43,7 @@ def test_a_part_that_has_not_come_is_named_and_the_rest_is_joined(
     wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    cut(wheels, out)
+    cut_wheels(wheels, out)
     (out / f"{BIG}.part001").unlink()
     assert main(["--json", "join", str(out)]) == 1
     said = capsys.readouterr()
@@ -54,7 +54,7 @@ def test_a_part_that_has_not_come_is_named_and_the_rest_is_joined(
 
 def test_a_damaged_part_is_found(wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    cut(wheels, out)
+    cut_wheels(wheels, out)
     (out / f"{BIG}.part002").write_bytes(b"other")
     assert main(["join", str(out)]) == 1
     assert "a part is damaged" in capsys.readouterr().err

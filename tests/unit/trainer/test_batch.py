@@ -43,7 +43,7 @@ def random_groups(num_groups: int, seed: int = 0) -> tuple[SampledGroups, list[f
     return SampledGroups(rollouts, GROUP), [r.reward.value for r in rollouts]
 
 
-def batches(
+def build_batches(
     groups: SampledGroups,
     rewards: list[float],
     dp: int,
@@ -72,8 +72,8 @@ def loss_tokens(batch: TrainBatch, minibatch: int) -> Counter[tuple[int, int, fl
 @pytest.mark.parametrize("budget", [48, 100, 10_000])
 def test_every_split_holds_the_same_tokens_weights_and_advantages(dp: int, budget: int, shape: RowShape) -> None:
     groups, rewards = random_groups(7)
-    whole = batches(groups, rewards, 1, 10_000)[0]
-    parts = batches(groups, rewards, dp, budget, shape=shape)
+    whole = build_batches(groups, rewards, 1, 10_000)[0]
+    parts = build_batches(groups, rewards, dp, budget, shape=shape)
     for minibatch, rollouts in enumerate((range(12), range(12, 28))):
         tokens = sum((loss_tokens(part, minibatch) for part in parts), Counter())
         assert tokens == loss_tokens(whole, minibatch)
@@ -93,7 +93,7 @@ def test_each_rollout_has_the_total_weight_one_over_the_rollouts_of_its_minibatc
     for minibatch, num_rollouts in enumerate((12, 16)):
         shares: Counter[int] = Counter()
         counted: Counter[int] = Counter()
-        for part in batches(groups, rewards, dp, 64):
+        for part in build_batches(groups, rewards, dp, 64):
             for (rollout, _, weight, _), n in loss_tokens(part, minibatch).items():
                 shares[rollout] += n * weight
                 counted[rollout] += n
@@ -105,21 +105,21 @@ def test_each_rollout_has_the_total_weight_one_over_the_rollouts_of_its_minibatc
 
 def test_all_rows_of_a_step_have_one_length_on_all_ranks() -> None:
     groups, rewards = random_groups(7)
-    rows = [row for part in batches(groups, rewards, 3, 64, minibatches=3) for row in part.microbatches]
+    rows = [row for part in build_batches(groups, rewards, 3, 64, minibatches=3) for row in part.microbatches]
     assert len(rows) > 9
     assert len({row.token_ids.numel() for row in rows}) == 1
 
 
 def test_weights_and_advantages_are_zero_where_nothing_is_trained() -> None:
     groups, rewards = random_groups(5)
-    for row in batches(groups, rewards, 2, 64)[1].microbatches:
+    for row in build_batches(groups, rewards, 2, 64)[1].microbatches:
         assert not row.token_weights[~row.loss_mask].any()
         assert not row.advantages[~row.loss_mask].any()
 
 
 def test_advantages_are_those_of_the_groups() -> None:
     groups, rewards = random_groups(3)
-    batch = batches(groups, rewards, 1, 1000)[0]
+    batch = build_batches(groups, rewards, 1, 1000)[0]
     expected = group_advantages(torch.tensor(rewards).view(3, GROUP)).flatten()
     assert batch.advantages == expected.tolist()
     for minibatch in range(2):
@@ -129,14 +129,14 @@ def test_advantages_are_those_of_the_groups() -> None:
 
 def test_a_rank_without_a_rollout_has_a_row_without_loss() -> None:
     groups, rewards = random_groups(1)
-    parts = batches(groups, rewards, 6, 10_000, minibatches=1)
+    parts = build_batches(groups, rewards, 6, 10_000, minibatches=1)
     assert [bool(part.microbatches[0].rollout_ids) for part in parts] == [True] * 4 + [False] * 2
     assert parts[5].microbatches[0].num_loss_tokens == 0
 
 
 def test_log_probs_are_attached_to_their_own_rows() -> None:
     groups, rewards = random_groups(6)
-    batch = batches(groups, rewards, 2, 64)[1]
+    batch = build_batches(groups, rewards, 2, 64)[1]
     assert len(batch.microbatches) > 3
     old = [row.token_ids + 0.5 for row in batch.microbatches]
     ref = [row.token_ids + 0.25 for row in batch.microbatches]
@@ -157,7 +157,7 @@ def test_values_and_returns_are_on_the_tokens_of_their_rollouts() -> None:
     groups, rewards = random_groups(6)
     numbers = [[float(t) for t in r.completion.token_ids] for r in groups.rollouts]
     halves = [[n / 2 for n in row] for row in numbers]
-    for part in batches(groups, rewards, 3, 64):
+    for part in build_batches(groups, rewards, 3, 64):
         filled = part.with_values(numbers, halves)
         assert filled.values == numbers
         assert filled.returns == halves
@@ -171,7 +171,7 @@ def test_values_and_returns_are_on_the_tokens_of_their_rollouts() -> None:
 def test_completion_values_over_all_ranks_are_those_of_each_rollout() -> None:
     groups, rewards = random_groups(6)
     found: dict[int, list[float]] = {}
-    for part in batches(groups, rewards, 3, 64):
+    for part in build_batches(groups, rewards, 3, 64):
         mine = part.completion_values([row.labels.float() for row in part.microbatches])
         assert not mine.keys() & found.keys()
         found |= mine

@@ -15,7 +15,7 @@ from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, UpdateStats, UserError
 
 
-def groups(lengths: list[int], rewards: list[float], size: int = 2) -> SampledGroups:
+def make_groups(lengths: list[int], rewards: list[float], size: int = 2) -> SampledGroups:
     return SampledGroups(
         [
             Rollout(Prompt(i // size, "", (0,), ""), Completion((0,) * n, (0.0,) * n, "eos", 0, ""), Reward(r), 0)
@@ -70,7 +70,7 @@ def test_each_rule_names_key_value_and_remedy(keys: dict[str, object], start: st
 def test_credit_of_two_rollouts_with_a_critic_by_hand() -> None:
     algorithm = AlgorithmConfig(name="ppo", gae_lambda=1.0, kl_coef=0.5, critic_lr_factor=3.0)
     objective = Objective(algorithm, max_tokens=16)
-    given = groups([2, 1], [1.0, 0.0])
+    given = make_groups([2, 1], [1.0, 0.0])
     assert objective.credit(given, [1.0, 0.0]).advantages == [0.0, 0.0]  # the values are not known yet
     found = objective.credit(given, [1.0, 0.0], kl=[[0.5, -0.5], [1.0]], values=[[0.5, 0.75], [0.25]])
     # returns: 1 + 0.25 - 0.25, 1 + 0.25, -0.5; less the values: 0.5, 0.5, -0.75, which have mean 1/12
@@ -85,7 +85,7 @@ def test_credit_of_two_rollouts_with_a_critic_by_hand() -> None:
 @pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0)])
 def test_step_values_are_earned_at_their_end_tokens_as_in_the_float64_sum(gamma: float, gae_lambda: float) -> None:
     """One rollout has steps and a masked tool result, whose step counts for the token before; one has an outcome."""
-    given = masked(groups([6, 4], [0.5, 1.0]), "110011", "1111")
+    given = with_masks(make_groups([6, 4], [0.5, 1.0]), "110011", "1111")
     first, second = given.rollouts
     given = replace(given, rollouts=[replace(first, steps=((5, -0.5), (0, 1.0), (3, 0.75), (1, 0.25))), second])
     values = torch.tensor([[0.3, -0.2, 0.7, 0.1], [0.2, 0.6, -0.4, 0.5]], dtype=torch.float64)
@@ -107,16 +107,16 @@ def test_step_values_are_earned_at_their_end_tokens_as_in_the_float64_sum(gamma:
 def test_the_overlong_penalty_falls_linearly_over_the_buffer() -> None:
     keys = {"advantage": "group_mean", "overlong_penalty": 2.0, "overlong_buffer_fraction": 0.25}
     objective = Objective(AlgorithmConfig.model_validate(keys), max_tokens=16)
-    given = groups([4, 12, 13, 16], [1.0] * 4, size=4)
+    given = make_groups([4, 12, 13, 16], [1.0] * 4, size=4)
     # the rewards become 1, 1, 0.5 and -2: their mean is 0.125
     assert objective.credit(given, [1.0, 1.0, 1.0, 0.0]).advantages == [0.875, 0.875, 0.375, -2.125]
     without = Objective(AlgorithmConfig(advantage="group_mean"), 16)
-    assert without.credit(groups([16, 16], [1.0, 0.0]), [1.0, 0.0]).advantages == [0.5, -0.5]
+    assert without.credit(make_groups([16, 16], [1.0, 0.0]), [1.0, 0.0]).advantages == [0.5, -0.5]
 
 
 def test_a_group_is_degenerate_by_its_rewards_before_the_overlong_penalty() -> None:
     objective = Objective(AlgorithmConfig(degenerate="drop", overlong_buffer_fraction=0.5), max_tokens=16)
-    given = groups([4, 16, 4, 4], [1.0, 1.0, 1.0, 0.0])
+    given = make_groups([4, 16, 4, 4], [1.0, 1.0, 1.0, 0.0])
     rewards = [r.reward.value for r in given.rollouts]
     whole = objective.credit(given, rewards)
     assert whole.is_trained == [False, False, True, True]
@@ -125,7 +125,7 @@ def test_a_group_is_degenerate_by_its_rewards_before_the_overlong_penalty() -> N
 
 
 def test_advantages_over_the_batch_allow_groups_of_one() -> None:
-    given = groups([1, 3], [4.0, 0.0], size=1)
+    given = make_groups([1, 3], [4.0, 0.0], size=1)
     algorithm = AlgorithmConfig(name="reinforce_plus_plus", kl_coef=0.0)
     found = Objective(algorithm, 16).credit(given, [4.0, 0.0]).advantages
     assert found == [pytest.approx([3**0.5]), pytest.approx([-(3**-0.5)] * 3)]
@@ -151,7 +151,7 @@ def test_the_kl_coefficient_follows_the_step_s_mean_kl(kls: tuple[float, float],
     assert Objective(AlgorithmConfig(), 16).at(None).loss().kl_coef == 0.04
 
 
-def masked(found: SampledGroups, *masks: str) -> SampledGroups:
+def with_masks(found: SampledGroups, *masks: str) -> SampledGroups:
     """Return the groups with loss masks; 0 marks tokens that an environment wrote."""
     rollouts = [
         replace(r, completion=replace(r.completion, loss_mask=tuple(own == "1" for own in mask)))
@@ -170,20 +170,20 @@ def masked(found: SampledGroups, *masks: str) -> SampledGroups:
     ],
 )
 def test_denominators_count_the_tokens_that_the_policy_sampled(aggregation: str, expected: list[float]) -> None:
-    found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
+    found = with_masks(make_groups([4, 6], [1.0, 0.0]), "1001", "011100")
     objective = Objective(AlgorithmConfig.model_validate({"aggregation": aggregation}), max_tokens=8)
     assert objective.credit(found, [1.0, 0.0]).token_weights == pytest.approx(expected)
 
 
 def test_advantages_per_token_have_one_for_each_token_that_the_policy_sampled() -> None:
-    found = masked(groups([4, 6], [1.0, 0.0]), "1001", "011100")
+    found = with_masks(make_groups([4, 6], [1.0, 0.0]), "1001", "011100")
     for name in ("reinforce_plus_plus", "reinforce_plus_plus_baseline"):
         advantages = Objective(AlgorithmConfig.model_validate({"name": name}), 8).credit(found, [1.0, 0.0]).advantages
         assert [len(row) for row in advantages if isinstance(row, list)] == [2, 3]
 
 
 def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_the_whole_group() -> None:
-    found = masked(groups([4, 3], [0.5, 1.0]), "1001", "111")
+    found = with_masks(make_groups([4, 3], [0.5, 1.0]), "1001", "111")
     first, second = found.rollouts
     found = replace(found, rollouts=[replace(first, steps=((0, 1.0), (3, 0.0))), second])
     objective = Objective(AlgorithmConfig(advantage="process"), 8)
@@ -193,7 +193,7 @@ def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_
     assert first_row == pytest.approx([up + down, down], abs=1e-5)
     assert second_row == pytest.approx([up] * 3, abs=1e-5)
     assert not found.is_degenerate(0)
-    assert groups([4, 3], [0.5, 0.5]).is_degenerate(0)
+    assert make_groups([4, 3], [0.5, 0.5]).is_degenerate(0)
 
 
 @pytest.mark.parametrize(

@@ -29,13 +29,13 @@ class Recorder:
         self.calls.append(("reload", set(parts)))
 
 
-def recorded() -> tuple[Recorder, Phases]:
+def recorded_phases() -> tuple[Recorder, Phases]:
     recorder = Recorder()
     return recorder, Phases(cast("Engine", recorder), recorder)
 
 
 def test_each_phase_frees_before_it_fills() -> None:
-    recorder, phases = recorded()
+    recorder, phases = recorded_phases()
     with phases.syncing():
         recorder.calls.append("sync")
     with phases.sampling():
@@ -76,14 +76,14 @@ def test_a_critic_is_on_the_device_only_inside_valuing() -> None:
 
 
 def test_sampling_before_the_first_sync_is_an_error_and_moves_nothing() -> None:
-    recorder, phases = recorded()
+    recorder, phases = recorded_phases()
     with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
         pass
     assert recorder.calls == []
 
 
 def test_sampling_after_training_without_a_sync_is_an_error() -> None:
-    _, phases = recorded()
+    _, phases = recorded_phases()
     with phases.syncing():
         pass
     with phases.training():
@@ -93,7 +93,7 @@ def test_sampling_after_training_without_a_sync_is_an_error() -> None:
 
 
 def test_one_sync_serves_several_samplings() -> None:
-    recorder, phases = recorded()
+    recorder, phases = recorded_phases()
     with phases.syncing():
         pass
     for _ in range(2):
@@ -103,7 +103,7 @@ def test_one_sync_serves_several_samplings() -> None:
 
 
 def test_sampling_after_a_failed_sync_is_an_error() -> None:
-    _, phases = recorded()
+    _, phases = recorded_phases()
     with pytest.raises(ValueError, match="lost"), phases.syncing():
         raise ValueError("lost")
     with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():

@@ -16,7 +16,7 @@ from grpo_mega.types import Completion, Prompt, Reward, Rollout, StopReason, Upd
 from grpo_mega.weight_sync.sync import SyncReport
 
 
-def rollout(
+def make_rollout(
     sampler_log_probs: list[float],
     value: float = 0.0,
     *,
@@ -34,7 +34,7 @@ def rollout(
     )
 
 
-def stats(loss: float, ratio: float, learning_rate: float, **more: float) -> UpdateStats:
+def make_stats(loss: float, ratio: float, learning_rate: float, **more: float) -> UpdateStats:
     return UpdateStats(
         grad_norm=10 * loss,
         learning_rate=learning_rate,
@@ -43,12 +43,12 @@ def stats(loss: float, ratio: float, learning_rate: float, **more: float) -> Upd
     )
 
 
-def result(updates: list[UpdateStats]) -> StepResult:
+def make_result(updates: list[UpdateStats]) -> StepResult:
     rollouts = [
-        rollout([-1.0, -2.0], 1.0, num_prompt_tokens=3),
-        rollout([-1.0], 0.0, num_prompt_tokens=3, stop="length"),
-        rollout([-0.5, -0.5, -0.5], 0.5, num_prompt_tokens=5, replica=2, failures=("exact",)),
-        rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
+        make_rollout([-1.0, -2.0], 1.0, num_prompt_tokens=3),
+        make_rollout([-1.0], 0.0, num_prompt_tokens=3, stop="length"),
+        make_rollout([-0.5, -0.5, -0.5], 0.5, num_prompt_tokens=5, replica=2, failures=("exact",)),
+        make_rollout([-1.0, -1.0], 0.5, num_prompt_tokens=5, replica=2),
     ]
     old = [[-1.0, -2.0], [-1.5], [-0.5, -0.5, -0.5], [-0.75, -1.0]]
     sync = SyncReport(
@@ -60,7 +60,9 @@ def result(updates: list[UpdateStats]) -> StepResult:
 
 
 def test_all_metrics_of_a_step_by_hand() -> None:
-    found = result([stats(0.2, 1.5, 1e-4, kl=0.1), stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(3, lambda r: r.value == 1)
+    found = make_result([make_stats(0.2, 1.5, 1e-4, kl=0.1), make_stats(0.4, 1.25, 2e-4, kl=0.3)]).metrics(
+        3, lambda r: r.value == 1
+    )
     k3 = (math.exp(-0.5) + 0.5 - 1 + math.exp(0.25) - 0.25 - 1) / 8
     assert found == pytest.approx(
         {
@@ -109,7 +111,7 @@ def test_the_metrics_of_a_critic_by_hand() -> None:
     updates = [
         UpdateStats(g, r, {"loss": v, "clip_fraction": c}, {}) for g, r, v, c in ((2, 0.1, 3, 0), (4, 0.2, 5, 1))
     ]
-    plain = result([stats(0.2, 1.5, 1e-4)])
+    plain = make_result([make_stats(0.2, 1.5, 1e-4)])
     assert not any(name.startswith(("critic/", "memory/")) for name in plain.metrics(3, lambda _: True))
     batch = replace(plain.batch, values=[[0.0, 1.0], [1.0]], returns=[[1.0, 1.0], [4.0]])
     found = replace(plain, batch=batch, critic_updates=updates, state_bytes={"critic_params": 7}).metrics(
@@ -132,7 +134,7 @@ def test_the_metrics_of_a_critic_by_hand() -> None:
 
 
 def test_tokens_without_a_routing_record_are_counted() -> None:
-    plain = result([stats(0.2, 1.5, 1e-4)])
+    plain = make_result([make_stats(0.2, 1.5, 1e-4)])
     assert "train/unreplayed_fraction" not in plain.metrics(3, lambda _: True)
     rollouts = list(plain.groups.rollouts)  # of 2, 1, 3 and 2 completion tokens, behind prompts of 3, 3, 5 and 5
     for i, num_recorded in ((0, 4), (2, 5)):  # all that predict, and the first of three
@@ -145,25 +147,25 @@ def test_tokens_without_a_routing_record_are_counted() -> None:
 
 
 def test_fp8_scales_are_reported_where_there_are_any() -> None:
-    updates = [stats(0.2, 1.5, 1e-4, fp8_cut=cut, fp8_zero=cut / 2) for cut in (0.25, 0.75)]
+    updates = [make_stats(0.2, 1.5, 1e-4, fp8_cut=cut, fp8_zero=cut / 2) for cut in (0.25, 0.75)]
     for update, amax in zip(updates, (3.0, 2.0), strict=True):
         update.maxima["fp8_amax"] = amax
-    found = result(updates).metrics(3, lambda _: True)
+    found = make_result(updates).metrics(3, lambda _: True)
     assert (found["train/fp8_cut_fraction"], found["train/fp8_zero_fraction"], found["train/fp8_amax"]) == (
         0.5,
         0.25,
         3.0,
     )
     require_known(found)
-    assert not [name for name in result([stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True) if "fp8" in name]
+    assert not [name for name in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True) if "fp8" in name]
 
 
 def test_a_loss_without_a_reference_reports_no_kl() -> None:
-    assert "train/kl" not in result([stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
+    assert "train/kl" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
 
 
 def test_mismatch_by_hand() -> None:
-    rollouts = [rollout([-1.0, -2.0]), rollout([-3.0])]
+    rollouts = [make_rollout([-1.0, -2.0]), make_rollout([-3.0])]
     assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == {"train/mismatch_max": 0.0, "train/mismatch_kl": 0.0}
     found = mismatch(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
     assert found["train/mismatch_max"] == pytest.approx(math.log(4), rel=1e-12)
@@ -172,12 +174,12 @@ def test_mismatch_by_hand() -> None:
 
 
 def test_mismatch_of_tiny_differences_is_not_lost_in_rounding() -> None:
-    found = mismatch([rollout([-1.0])], [[-1.0 + 2**-20]])
+    found = mismatch([make_rollout([-1.0])], [[-1.0 + 2**-20]])
     assert found["train/mismatch_kl"] == pytest.approx(2.0**-41, rel=1e-5)
 
 
 def test_a_number_of_log_probs_other_than_one_per_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
-        mismatch([rollout([-1.0, -2.0])], [[-1.0]])
+        mismatch([make_rollout([-1.0, -2.0])], [[-1.0]])
     with pytest.raises(ValueError, match="zip"):
-        mismatch([rollout([-1.0])], [])
+        mismatch([make_rollout([-1.0])], [])

@@ -43,7 +43,7 @@ def echo_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def running(setup: object = None) -> Iterator[JsonWorker]:
+def running_worker(setup: object = None) -> Iterator[JsonWorker]:
     worker = JsonWorker("echo_worker", setup if setup is not None else {})
     try:
         yield worker
@@ -53,7 +53,7 @@ def running(setup: object = None) -> Iterator[JsonWorker]:
 
 def test_messages_of_any_size_come_back_in_order() -> None:
     messages = ["a", {"long": "x" * 3_000_000}, ["\n", None, 1.5]]
-    with running() as worker:
+    with running_worker() as worker:
         worker.wait_until_ready()
         for message in messages:
             worker.send(message)
@@ -62,25 +62,25 @@ def test_messages_of_any_size_come_back_in_order() -> None:
 
 
 def test_an_error_of_the_setup_is_reported() -> None:
-    with running("raise") as worker, pytest.raises(RuntimeError, match="ValueError: bad setup"):
+    with running_worker("raise") as worker, pytest.raises(RuntimeError, match="ValueError: bad setup"):
         worker.wait_until_ready()
 
 
 def test_an_exit_during_the_start_has_its_status() -> None:
-    with running("exit") as worker, pytest.raises(WorkerExitedError) as caught:
+    with running_worker("exit") as worker, pytest.raises(WorkerExitedError) as caught:
         worker.wait_until_ready()
     assert caught.value.status == 5
 
 
 def test_a_start_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_worker, "START_SECONDS", 0.0)
-    with running() as worker, pytest.raises(RuntimeError, match="not ready within 0 s"):
+    with running_worker() as worker, pytest.raises(RuntimeError, match="not ready within 0 s"):
         worker.wait_until_ready()
 
 
 @pytest.mark.parametrize(("job", "status"), [("exit", 7), ("alarm", -signal.SIGALRM)])
 def test_an_exit_during_a_job_has_its_status(job: str, status: int) -> None:
-    with running() as worker:
+    with running_worker() as worker:
         worker.wait_until_ready()
         worker.send(job)
         with pytest.raises(WorkerExitedError) as caught:
@@ -89,7 +89,7 @@ def test_an_exit_during_a_job_has_its_status(job: str, status: int) -> None:
 
 
 def test_a_worker_that_does_not_answer_is_a_timeout() -> None:
-    with running() as worker:
+    with running_worker() as worker:
         worker.wait_until_ready()
         worker.send("sleep")
         with pytest.raises(TimeoutError):
@@ -98,14 +98,14 @@ def test_a_worker_that_does_not_answer_is_a_timeout() -> None:
 
 
 def test_an_exception_in_a_job_is_its_problem() -> None:
-    with running() as worker:
+    with running_worker() as worker:
         worker.wait_until_ready()
         worker.send("raise")
         assert worker.wait_for_message(60.0) == [None, "ZeroDivisionError: division by zero"]
 
 
 def test_a_forked_process_sends_no_second_answer() -> None:
-    with running() as worker:
+    with running_worker() as worker:
         worker.wait_until_ready()
         for message in ["fork", "a", "fork", "b"]:
             worker.send(message)

@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def of_transformers(raw: dict[str, Any]) -> tuple[torch.Tensor, float]:
+def transformers_rotary(raw: dict[str, Any]) -> tuple[torch.Tensor, float]:
     """(frequencies, factor of cosine and sine)."""
     from transformers import AutoConfig, AutoModel
 
@@ -53,7 +53,7 @@ def test_frequencies_are_those_of_transformers(kind: str) -> None:
     family, rope = KINDS[kind]
     raw = raw_family_config(family, rope_parameters=rope)
     spec = spec_from_config(raw, "config.json")
-    wanted, factor = of_transformers(raw)
+    wanted, factor = transformers_rotary(raw)
     torch.testing.assert_close(rotary_frequencies(spec), wanted.float(), rtol=1e-6, atol=0)
     assert (1.0 if spec.rope is None else spec.rope.attention_factor) == pytest.approx(factor, rel=1e-12)
 
