@@ -54,7 +54,7 @@ def _data_folder(config: pytest.Config, name: str, file: str) -> Path:
 
 @pytest.fixture(scope="session")
 def recorder() -> Iterator[ProcessPoolExecutor]:
-    """A process that acts as ranks of engines, so that vLLM is imported only once."""
+    """Yield a process that acts as ranks of engines, so that vLLM is imported only once."""
     from tests.helpers.one_process import one_process
 
     with one_process() as pool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
-from tests.helpers.jobs import QUICKSTART, SMALL, train_successfully
+from tests.helpers.jobs import QUICKSTART, SMALL, run_job_successfully
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +19,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "train.minibatches_per_epoch=4",
         f"run.dir={root / 'run'}",
     )
-    return Run(arguments, root / "run", train_successfully(*arguments, output=root / "first", timeout_seconds=420))
+    return Run(arguments, root / "run", run_job_successfully(*arguments, output=root / "first", timeout_seconds=420))
 
 
 REWARDS = "[{name: exact}, {name: tests.helpers.bad_rewards.crashes}, {name: tests.helpers.bad_rewards.sleeps}]"
@@ -41,4 +41,4 @@ def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "reward.timeout_seconds=0.5",
         f"run.dir={root / 'run'}",
     )
-    return Run(arguments, root / "run", train_successfully(*arguments, output=root / "first"))
+    return Run(arguments, root / "run", run_job_successfully(*arguments, output=root / "first"))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.bad_rewards import FLOOR, fails_for
 from tests.helpers.finished_runs import Run
-from tests.helpers.jobs import QUICKSTART, FinishedCommand, read_lines, rollouts_of, train
+from tests.helpers.jobs import QUICKSTART, FinishedCommand, read_lines, rollouts_of, run_job
 
 
 def assert_rejected(ended: FinishedCommand, *words: str) -> None:
@@ -22,7 +22,7 @@ def assert_rejected(ended: FinishedCommand, *words: str) -> None:
 
 
 def test_an_unknown_key_is_an_error_with_the_nearest_key(tmp_path: Path) -> None:
-    ended = train(QUICKSTART, "train.stpes=3", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
+    ended = run_job(QUICKSTART, "train.stpes=3", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
     assert_rejected(ended, "train.stpes", "train.steps")
     assert not (tmp_path / "run").exists()
 
@@ -34,13 +34,13 @@ def test_a_port_in_use_is_named_in_the_error(tmp_path: Path, world_size: int) ->
         server.listen(1)
         port = str(server.getsockname()[1])
         arguments = (QUICKSTART, f"run.world_size={world_size}", f"run.dir={tmp_path / 'run'}")
-        ended = train(*arguments, output=tmp_path / "log", env={"MASTER_PORT": port})
+        ended = run_job(*arguments, output=tmp_path / "log", env={"MASTER_PORT": port})
     assert_rejected(ended, f"MASTER_PORT={port}", "in use")
     assert not (tmp_path / "run").exists()
 
 
 def test_the_error_of_a_run_folder_with_another_config_has_the_different_keys(quickstart: Run, tmp_path: Path) -> None:
-    ended = train(*quickstart.arguments, "optimizer.lr=0.5", "run.seed=9", output=tmp_path / "log")
+    ended = run_job(*quickstart.arguments, "optimizer.lr=0.5", "run.seed=9", output=tmp_path / "log")
     assert_rejected(ended, "optimizer.lr", "run.seed", "run.overwrite=true")
     assert "train.steps" not in ended.stderr
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_mega.data.tokenizers import byte_tokenizer
-from tests.helpers.jobs import read_json, read_lines, rollouts_of, train_successfully, without_times
+from tests.helpers.jobs import read_json, read_lines, rollouts_of, run_job_successfully, without_times
 
 CONFIG = "configs/calculator-tiny.yaml"
 # a base that produces the form of a call, but not the correct expression
@@ -58,7 +58,7 @@ def check_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def test_rollouts_contain_the_calculators_replies_and_do_not_train_on_them(tmp_path: Path) -> None:
-    train_successfully(*SHORT, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=420)
+    run_job_successfully(*SHORT, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=420)
     run = tmp_path / "run"
     rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
     assert len(with_several_turns(rows)) >= len(rows) // 10
@@ -84,7 +84,7 @@ def test_two_replicas_of_two_ranks_use_the_tool_and_sample_the_same_rollouts_aga
     )
     runs = []
     for name in ("first", "second"):
-        train_successfully(
+        run_job_successfully(
             *SHORT, *layout, "train.steps=1", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log"
         )
         runs.append(tmp_path / name)
@@ -99,7 +99,7 @@ def test_two_replicas_of_two_ranks_use_the_tool_and_sample_the_same_rollouts_aga
 
 @pytest.mark.long
 def test_the_policy_learns_to_call_the_calculator(tmp_path: Path) -> None:
-    ended = train_successfully(CONFIG, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=900)
+    ended = run_job_successfully(CONFIG, f"run.dir={tmp_path / 'run'}", output=tmp_path / "log", timeout_seconds=900)
     summary = read_json(tmp_path / "run" / "summary.json")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["rollout/turns_mean"] > lines[0]["rollout/turns_mean"] + 0.3, ended.stdout
@@ -110,7 +110,7 @@ def test_the_policy_learns_to_call_the_calculator(tmp_path: Path) -> None:
 def test_the_calculator_answers_on_the_gsm8k_file(gsm8k_dir: Path, tmp_path: Path) -> None:
     config, data = "configs/gsm8k-calculator-tiny.yaml", f"data.train={gsm8k_dir / 'train.jsonl'}"
     run = tmp_path / "run"
-    train_successfully(config, data, "train.steps=2", f"run.dir={run}", output=tmp_path / "log", timeout_seconds=600)
+    run_job_successfully(config, data, "train.steps=2", f"run.dir={run}", output=tmp_path / "log", timeout_seconds=600)
     rows = [row for step in (1, 2) for row in rollouts_of(run, step)]
     assert len(with_several_turns(rows)) >= len(rows) // 4
     for row in with_several_turns(rows):

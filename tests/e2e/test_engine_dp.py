@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.family_configs import raw_family_config
-from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_successfully
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, run_job_successfully
 from tests.helpers.tiny_models import make_family_model
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_training(model: Path, folder: Path, *keys: str) -> list[dict[str, Any]]:
-    train_successfully(*KEYS, f"model.path={model}", f"run.dir={folder}", *keys, output=folder.with_suffix(".log"))
+    run_job_successfully(*KEYS, f"model.path={model}", f"run.dir={folder}", *keys, output=folder.with_suffix(".log"))
     assert read_json(folder / "summary.json")["status"] == "done"
     return read_lines(folder / "metrics.jsonl")
 

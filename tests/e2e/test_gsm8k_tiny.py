@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import read_json, read_lines, train, train_successfully
+from tests.helpers.jobs import read_json, read_lines, run_job, run_job_successfully
 
 CONFIG = "configs/gsm8k-tiny.yaml"
 
@@ -17,7 +17,7 @@ CONFIG = "configs/gsm8k-tiny.yaml"
 def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Path, seed: int) -> None:
     """Compare the mean of the last three steps with the first three; the base is pre-trained unless it is cached."""
     arguments = (CONFIG, f"data.train={gsm8k_dir / 'train.jsonl'}", f"run.seed={seed}", f"run.dir={tmp_path / 'run'}")
-    train_successfully(*arguments, output=tmp_path / "log", timeout_seconds=580)
+    run_job_successfully(*arguments, output=tmp_path / "log", timeout_seconds=580)
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     rewards = [line["reward/component/format"] for line in lines]
     assert len(rewards) == 10
@@ -31,7 +31,7 @@ def test_ten_steps_raise_the_format_reward_by_0_10(gsm8k_dir: Path, tmp_path: Pa
 
 def test_the_error_of_a_missing_gsm8k_file_has_its_source_and_path(tmp_path: Path) -> None:
     missing = tmp_path / "gsm8k" / "train.jsonl"
-    ended = train(CONFIG, f"data.train={missing}", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
+    ended = run_job(CONFIG, f"data.train={missing}", f"run.dir={tmp_path / 'run'}", output=tmp_path / "log")
     assert ended.code == 2
     (message,) = [line for line in ended.stderr.splitlines() if "train.jsonl" in line]
     assert f"data.train={missing}" in message

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.guides import blocks, guides, python_blocks
+from tests.helpers.guides import command_pages, python_blocks, shell_blocks
 from tests.helpers.jobs import REPOSITORY, clean_environment, read_json
-from tests.helpers.stub_checkout import environment
+from tests.helpers.stub_checkout import python_environment
 from tests.helpers.tiny_models import make_family_model
 
 # The test file that runs the commands of each guide.
@@ -34,7 +34,7 @@ TESTS = {
 
 
 def test_every_guide_with_commands_has_a_test_that_runs_them() -> None:
-    assert {path.name for path in guides()} <= set(TESTS)
+    assert {path.name for path in command_pages()} <= set(TESTS)
     for guide, test in TESTS.items():
         assert guide in (REPOSITORY / test).read_text() or "docs" in (REPOSITORY / test).read_text(), guide
 
@@ -57,8 +57,8 @@ def copy_of_the_checkout(folder: Path) -> Path:
 
 def run_blocks(guide: str, checkout: Path, limit_seconds: float) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**clean_environment(), **environment(), "PATH": path, "PYTHONPATH": str(checkout)}
-    for block in blocks(guide):
+    env = {**clean_environment(), **python_environment(), "PATH": path, "PYTHONPATH": str(checkout)}
+    for block in shell_blocks(guide):
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
             cwd=checkout,
@@ -104,7 +104,9 @@ def test_the_guide_to_a_new_family_gives_a_family_whose_logits_equal_transformer
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
     mistral = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
     folder = make_family_model(tmp_path / "HF_DIR", mistral | sizes | heads)
-    (line,) = [line for line in blocks("guides/family.md")[0].splitlines() if "logits" in line and "layout" not in line]
+    (line,) = [
+        line for line in shell_blocks("guides/family.md")[0].splitlines() if "logits" in line and "layout" not in line
+    ]
     call = "import sys; from grpo_mega.cli.main import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", call, *line.replace("HF_DIR", str(folder)).split()[1:], "--json"],

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.helpers.finished_runs import Run
-from tests.helpers.jobs import QUICKSTART, read_json, read_lines, rollouts_of, started, train_successfully
+from tests.helpers.jobs import QUICKSTART, read_json, read_lines, rollouts_of, run_job_successfully, running_job
 
 GIB = 1 << 30
 
@@ -58,7 +58,7 @@ def test_eight_ranks_of_the_quickstart_stay_below_18_gib_together(tmp_path: Path
         f"run.dir={tmp_path / 'run'}",
     ]
     peak = 0
-    with started(arguments, tmp_path / "log") as process:
+    with running_job(arguments, tmp_path / "log") as process:
         deadline = time.monotonic() + 540
         while process.poll() is None:
             assert time.monotonic() < deadline
@@ -82,7 +82,7 @@ def _memory_bytes(process: psutil.Popen) -> int:
 def test_a_bf16_run_learns(tmp_path: Path) -> None:
     """Train in bf16; rounding makes the sampler differ from the policy, within a tolerance."""
     arguments = (QUICKSTART, "precision.dtype=bf16", "train.steps=10", f"run.dir={tmp_path / 'run'}")
-    train_successfully(*arguments, output=tmp_path / "log", timeout_seconds=500)
+    run_job_successfully(*arguments, output=tmp_path / "log", timeout_seconds=500)
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["eval_after"]["accuracy"] >= summary["eval_before"]["accuracy"] + 0.15
     worst = max(line["train/mismatch_max"] for line in read_lines(tmp_path / "run" / "metrics.jsonl"))

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from grpo_mega.parallel.ports import free_port
-from tests.helpers.jobs import REPOSITORY, SMALL, clean_environment, kill, read_json
-from tests.helpers.stub_checkout import environment, make_checkout, ranks_of
+from tests.helpers.jobs import REPOSITORY, SMALL, clean_environment, kill_with_children, read_json
+from tests.helpers.stub_checkout import make_checkout, python_environment, ranks_of
 
 QUICKSTART = "configs/quickstart.yaml"
 APART_SECONDS = 60
@@ -51,7 +51,7 @@ def running_agents(
                 process = psutil.Popen(
                     list(command),
                     cwd=folder,
-                    env={**clean_environment(), **environment(), **env},
+                    env={**clean_environment(), **python_environment(), **env},
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=stream,
@@ -61,7 +61,7 @@ def running_agents(
         yield started
     finally:
         for agent in started:
-            kill(agent.process)
+            kill_with_children(agent.process)
 
 
 def machine_environments(num_nodes: int, **env: str) -> list[dict[str, str]]:

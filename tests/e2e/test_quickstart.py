@@ -22,7 +22,7 @@ from grpo_mega.models.digest import combined_digest, slice_digest
 from grpo_mega.tiny_base.train import ensure_base
 from grpo_mega.types import TensorSlice
 from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
-from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, train
+from tests.helpers.jobs import REPOSITORY, read_json, read_lines, rollouts_of, run_job
 
 PROMPTS, GROUP, MAX_TOKENS = 16, 16, 8
 METRICS = [
@@ -194,7 +194,7 @@ def test_checkpoints_are_complete_and_log_and_config_exist(quickstart: Run) -> N
 
 def test_the_same_command_again_prints_the_summary_and_names_run_overwrite(quickstart: Run, tmp_path: Path) -> None:
     before = (quickstart.folder / "summary.json").read_bytes()
-    ended = train(*quickstart.arguments, output=tmp_path / "again")
+    ended = run_job(*quickstart.arguments, output=tmp_path / "again")
     assert ended.code == 0
     assert "run.overwrite=true" in ended.stdout
     assert f"Done: {QUICKSTART_STEPS} steps" in ended.stdout
@@ -209,7 +209,7 @@ def test_a_higher_number_of_steps_continues_a_finished_run(quickstart: Run, tmp_
 
     folder = Path(shutil.copytree(quickstart.folder, tmp_path / "run"))
     arguments = [a for a in quickstart.arguments if not a.startswith(("train.steps", "run.dir"))]
-    ended = train(*arguments, f"train.steps={QUICKSTART_STEPS + 1}", f"run.dir={folder}", output=tmp_path / "more")
+    ended = run_job(*arguments, f"train.steps={QUICKSTART_STEPS + 1}", f"run.dir={folder}", output=tmp_path / "more")
     assert ended.code == 0
     more, summary = read_lines(folder / "metrics.jsonl"), read_json(folder / "summary.json")
     assert more[:-1] == read_lines(quickstart.folder / "metrics.jsonl")

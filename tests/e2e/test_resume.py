@@ -13,7 +13,15 @@ import psutil
 import pytest
 
 from tests.helpers.engine_contract import sglang_here
-from tests.helpers.jobs import SMALL, kill, read_json, read_lines, started, train_successfully, without_times
+from tests.helpers.jobs import (
+    SMALL,
+    kill_with_children,
+    read_json,
+    read_lines,
+    run_job_successfully,
+    running_job,
+    without_times,
+)
 
 STEPS = 4
 ARGUMENTS = (
@@ -30,7 +38,7 @@ ARGUMENTS = (
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run two data-parallel ranks with one engine each."""
     root = tmp_path_factory.mktemp("uninterrupted")
-    train_successfully(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
+    run_job_successfully(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
     return root / "run"
 
 
@@ -52,7 +60,7 @@ def assert_same_run(run: Path, expected: Path) -> None:
 def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[str] = ARGUMENTS) -> None:
     """Start the run, and kill all of its processes after the checkpoint of `step`, in the next step."""
     complete = run / "checkpoints" / f"step_{step:06d}" / "complete"
-    with started([*arguments, f"run.dir={run}"], output) as process:
+    with running_job([*arguments, f"run.dir={run}"], output) as process:
         deadline = time.monotonic() + 300
         while not complete.exists():
             assert process.poll() is None, output.with_suffix(".err").read_text()[-3000:]
@@ -60,7 +68,7 @@ def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[s
             time.sleep(0.01)
         time.sleep(0.1)
         members = process.children(recursive=True)
-        kill(process)
+        kill_with_children(process)
     assert [member for member in members if member.is_running() and member.status() != psutil.STATUS_ZOMBIE] == []
 
 
@@ -76,7 +84,7 @@ def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_r
     (run / "checkpoints" / "step_000003.tmp").mkdir(exist_ok=True)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
-    train_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
+    run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     assert_same_run(run, uninterrupted)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # the compared values are not all zero
@@ -91,9 +99,9 @@ def test_a_killed_and_continued_run_with_sglang_equals_the_uninterrupted_run_and
     """One engine serves both ranks; its processes must exit although they are not children of the killed rank."""
     arguments = (*ARGUMENTS, "engine.kind=sglang", "engine.tp=2")
     expected, run = tmp_path / "expected", tmp_path / "run"
-    train_successfully(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
+    run_job_successfully(*arguments, f"run.dir={expected}", output=tmp_path / "uninterrupted", timeout_seconds=500)
     kill_when_complete(run, 2, tmp_path / "first", arguments)
-    train_successfully(*arguments, f"run.dir={run}", output=tmp_path / "second", timeout_seconds=500)
+    run_job_successfully(*arguments, f"run.dir={run}", output=tmp_path / "second", timeout_seconds=500)
     assert_same_run(run, expected)
 
 
@@ -102,7 +110,7 @@ def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run
     uninterrupted: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with started([*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"], tmp_path / "first") as process:
+    with running_job([*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"], tmp_path / "first") as process:
         deadline = time.monotonic() + 180
         while not (run / "config.yaml").exists():
             assert process.poll() is None, (tmp_path / "first.err").read_text()[-3000:]
@@ -115,7 +123,7 @@ def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run
     assert "stopped after step 1; its checkpoint is complete" in output
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
-    train_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
+    run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     assert_same_run(run, uninterrupted)
 
 
@@ -129,11 +137,11 @@ def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupt
     run, limit = tmp_path / "run", 10.0
     kills = 0
     while True:
-        with started([*ARGUMENTS, f"run.dir={run}"], tmp_path / f"attempt-{kills}") as process:
+        with running_job([*ARGUMENTS, f"run.dir={run}"], tmp_path / f"attempt-{kills}") as process:
             try:
                 code = process.wait(rng.uniform(limit / 2, limit))
             except psutil.TimeoutExpired:
-                kill(process)
+                kill_with_children(process)
                 kills, limit = kills + 1, limit * 1.25
                 continue
             assert code == 0, (tmp_path / f"attempt-{kills}.err").read_text()[-3000:]

@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers.engine_contract import sglang_here
 from tests.helpers.family_configs import raw_family_config
-from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_successfully
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, run_job_successfully
 from tests.helpers.tiny_models import make_family_model
 
 STEPS = 2
@@ -34,7 +34,7 @@ def run_training(model: Path, folder: Path, replay: bool, layout: tuple[str, ...
         f"algorithm.routing_replay={str(replay).lower()}",
         f"run.dir={folder}",
     ]
-    train_successfully(*keys, output=folder.with_suffix(".log"), timeout_seconds=500)
+    run_job_successfully(*keys, output=folder.with_suffix(".log"), timeout_seconds=500)
     assert read_json(folder / "summary.json")["status"] == "done"
     return read_lines(folder / "metrics.jsonl")
 

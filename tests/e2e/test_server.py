@@ -12,19 +12,19 @@ import pytest
 
 from grpo_mega.parallel.ports import free_port
 from tests.helpers.family_configs import raw_family_config
-from tests.helpers.guides import blocks
+from tests.helpers.guides import shell_blocks
 from tests.helpers.jobs import (
     QUICKSTART,
     REPOSITORY,
     SMALL,
     clean_environment,
-    kill,
+    kill_with_children,
     read_json,
     read_lines,
     rollouts_of,
-    started,
-    train,
-    train_successfully,
+    run_job,
+    run_job_successfully,
+    running_job,
     without_times,
 )
 from tests.helpers.servers import Serving, serving
@@ -47,7 +47,7 @@ def server_overrides(server: Serving) -> tuple[str, ...]:
 
 def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: Serving, tmp_path: Path) -> None:
     for name, more in (("here", (LIMIT,)), ("there", server_overrides(server)), ("again", server_overrides(server))):
-        train_successfully(
+        run_job_successfully(
             *SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log"
         )
     here, there, again = (read_json(tmp_path / name / "summary.json") for name in ("here", "there", "again"))
@@ -63,11 +63,11 @@ def test_two_ranks_share_a_server_and_an_environment_answers(tmp_path: Path) -> 
     with serving(arguments, tmp_path / "server", seconds=600.0) as server:
         for name, more in (("here", ("engine.tp=1",)), ("there", server_overrides(server))):
             keys = ("train.steps=2", "checkpoint.export_hf=false", f"run.dir={tmp_path / name}")
-            train_successfully(*arguments, *more, *keys, output=tmp_path / f"{name}.log", timeout_seconds=600)
+            run_job_successfully(*arguments, *more, *keys, output=tmp_path / f"{name}.log", timeout_seconds=600)
         for step in (1, 2):
             assert rollouts_of(tmp_path / "here", step) == rollouts_of(tmp_path / "there", step)
         two = ("run.world_size=2", "parallel.tp=2", "train.steps=2", f"run.dir={tmp_path / 'two'}")
-        train_successfully(
+        run_job_successfully(
             *arguments, *server_overrides(server), *two, output=tmp_path / "two.log", timeout_seconds=600
         )
     rows = rollouts_of(tmp_path / "two", 1)
@@ -93,7 +93,7 @@ def test_a_server_returns_the_same_expert_choices_as_a_colocated_engine(tmp_path
     )
     with serving(arguments, tmp_path / "server") as server:
         for name, more in (("here", ()), ("there", server_overrides(server))):
-            train_successfully(*arguments, *more, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
+            run_job_successfully(*arguments, *more, f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log")
     here, there = (
         [without_times(line) for line in read_lines(tmp_path / n / "metrics.jsonl")] for n in ("here", "there")
     )
@@ -114,11 +114,11 @@ def test_a_killed_job_releases_the_server_and_its_continued_run_equals_the_unint
     server: Serving, tmp_path: Path
 ) -> None:
     keys = (*SMALL, *server_overrides(server), "train.steps=8", "checkpoint.every=2")
-    train_successfully(*keys, f"run.dir={tmp_path / 'whole'}", output=tmp_path / "whole.log")
-    with started([*keys, f"run.dir={tmp_path / 'cut'}"], tmp_path / "cut.log") as process:
+    run_job_successfully(*keys, f"run.dir={tmp_path / 'whole'}", output=tmp_path / "whole.log")
+    with running_job([*keys, f"run.dir={tmp_path / 'cut'}"], tmp_path / "cut.log") as process:
         wait_for_step(tmp_path / "cut", 4)
-        kill(process)
-    train_successfully(*keys, f"run.dir={tmp_path / 'cut'}", output=tmp_path / "rest.log")
+        kill_with_children(process)
+    run_job_successfully(*keys, f"run.dir={tmp_path / 'cut'}", output=tmp_path / "rest.log")
     whole, cut = (read_json(tmp_path / name / "summary.json") for name in ("whole", "cut"))
     assert whole["policy_digest"] == cut["policy_digest"]
     assert all(rollouts_of(tmp_path / "whole", n) == rollouts_of(tmp_path / "cut", n) for n in range(1, 9))
@@ -130,7 +130,7 @@ def test_a_server_that_exits_or_is_stopped_ends_the_job_with_its_name(tmp_path: 
     with serving([*SMALL, LIMIT], tmp_path / "server") as server:
         run = tmp_path / "run"
         arguments = (*keys, "engine.placement=server", f"engine.urls=['{server.url}']", f"run.dir={run}")
-        with started(arguments, tmp_path / "log") as process:
+        with running_job(arguments, tmp_path / "log") as process:
             wait_for_step(run, 2)
             server.process.send_signal(signal_number)
             began = time.monotonic()
@@ -144,7 +144,7 @@ def test_a_server_that_exits_or_is_stopped_ends_the_job_with_its_name(tmp_path: 
 
 
 def test_a_server_of_another_config_is_wrong_input(server: Serving, tmp_path: Path) -> None:
-    ended = train(
+    ended = run_job(
         *SMALL,
         *server_overrides(server),
         "sampling.max_tokens=9",
@@ -160,7 +160,7 @@ def test_a_server_of_another_config_is_wrong_input(server: Serving, tmp_path: Pa
 
 
 def test_the_commands_of_the_guide(tmp_path: Path) -> None:
-    (text,) = blocks("servers.md")
+    (text,) = shell_blocks("servers.md")
     short = f" train.steps=2 data.eval=null run.dir={tmp_path / 'run'} engine.placement=server"
     text = text.replace(" engine.placement=server", short).replace("7700", str(free_port()))
     with (tmp_path / "output").open("w") as output:
@@ -179,7 +179,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
 
 
 def test_the_quickstart_learns_with_a_server(server: Serving, tmp_path: Path) -> None:
-    train_successfully(
+    run_job_successfully(
         QUICKSTART,
         *server_overrides(server),
         f"run.dir={tmp_path / 'run'}",

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.helpers.engine_contract import sglang_here
-from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, train_successfully
+from tests.helpers.jobs import SMALL, read_json, read_lines, rollouts_of, run_job_successfully
 
 
 @sglang_here
 def test_two_steps_with_sglang_sample_from_the_newest_weights_and_match_the_policy(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (*SMALL, "engine.kind=sglang", "train.steps=2", f"run.dir={run}")
-    train_successfully(*arguments, output=tmp_path / "log", timeout_seconds=500)
+    run_job_successfully(*arguments, output=tmp_path / "log", timeout_seconds=500)
     summary = read_json(run / "summary.json")
     assert (summary["status"], summary["versions"]["sglang"]) == ("done", "0.5.23")
     lines = read_lines(run / "metrics.jsonl")

@@ -14,26 +14,26 @@ import pytest
 
 from grpo_mega.parallel.ports import free_port
 from tests.helpers import slurm as slurm_helper
-from tests.helpers.guides import blocks
+from tests.helpers.guides import shell_blocks
 from tests.helpers.slurm import Slurm
-from tests.helpers.stub_checkout import environment, make_checkout, ranks_of
+from tests.helpers.stub_checkout import make_checkout, python_environment, ranks_of
 
 QUICKSTART = "configs/quickstart.yaml"
 ON_TWO_NODES = [
     {"RANK": r, "WORLD_SIZE": 4, "LOCAL_RANK": r % 2, "LOCAL_WORLD_SIZE": 2, "SLURM_NODEID": r // 2} for r in range(4)
 ]
 
-GUIDE = blocks("slurm.md")
+GUIDE = shell_blocks("slurm.md")
 (STOP_BLOCK,) = [block for block in GUIDE if block.startswith("scancel")]
 (BY_HAND,) = [block for block in GUIDE if block.startswith("NNODES=")]
 
-pytestmark = pytest.mark.skipif(bool(slurm_helper.why_not()), reason=slurm_helper.why_not())
+pytestmark = pytest.mark.skipif(bool(slurm_helper.reason_unavailable()), reason=slurm_helper.reason_unavailable())
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    slurm_helper.install()
-    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+    slurm_helper.install_slurm()
+    with slurm_helper.running_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
         yield running
 
 
@@ -50,7 +50,7 @@ def job_arguments(tmp_path: Path) -> tuple[str, ...]:
 def submit_job(cluster: Slurm, checkout: Path, *words: str, **env: str) -> str:
     """Run `sbatch --nodes=2 ... launch/slurm.sbatch` and return the job's number."""
     command = ("sbatch", "--nodes=2", f"--output={checkout}/job-%j.out", "launch/slurm.sbatch", *words)
-    done = cluster.run(*command, cwd=checkout, env={**environment(), **env})
+    done = cluster.run(*command, cwd=checkout, env={**python_environment(), **env})
     assert done.returncode == 0, done.stderr
     return re.findall(r"\d+", done.stdout)[-1]
 
@@ -63,7 +63,7 @@ def test_nodes_with_different_numbers_of_tasks_are_rejected_with_the_reason(
     cluster: Slurm, checkout: Path, job_arguments: tuple[str, ...]
 ) -> None:
     command = ("srun", "--nodes=2", "--ntasks=3", "launch/train.sh", *job_arguments)
-    done = cluster.run(*command, cwd=checkout, env=environment())
+    done = cluster.run(*command, cwd=checkout, env=python_environment())
     assert done.returncode == 2, done.stderr
     assert "2, 1 tasks on its nodes: every node must have the same number of ranks" in done.stderr
 
@@ -102,7 +102,7 @@ def test_the_signal_before_the_time_limit_stops_the_ranks_and_requeues_the_job(
 
 def run_block(cluster: Slurm, checkout: Path, block: str, **env: str) -> str:
     """Run a block of the guide and wait for its jobs. Return the output."""
-    done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**environment(), **env})
+    done = cluster.run("bash", "-euo", "pipefail", "-c", block, cwd=checkout, env={**python_environment(), **env})
     assert done.returncode == 0, f"{block}\n{done.stdout}{done.stderr}"
     slurm_helper.wait_until(lambda: cluster.run_slurm_command("squeue", "--noheader") == "", 180)
     return done.stdout

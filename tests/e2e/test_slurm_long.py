@@ -12,12 +12,12 @@ import pytest
 from tests.helpers import slurm as slurm_helper
 from tests.helpers.jobs import REPOSITORY, SMALL, read_json, read_lines
 from tests.helpers.slurm import Slurm, wait_until
-from tests.helpers.stub_checkout import environment, make_checkout, ranks_of
+from tests.helpers.stub_checkout import make_checkout, python_environment, ranks_of
 
 pytestmark = [
     pytest.mark.long,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(bool(slurm_helper.why_not()), reason=slurm_helper.why_not()),
+    pytest.mark.skipif(bool(slurm_helper.reason_unavailable()), reason=slurm_helper.reason_unavailable()),
 ]
 STEPS = 8
 BACK_AFTER_SECONDS = 30
@@ -25,9 +25,9 @@ BACK_AFTER_SECONDS = 30
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    slurm_helper.install()
+    slurm_helper.install_slurm()
     # A job must not start at the moment at which its node restarts: by default Slurm waits two minutes.
-    with slurm_helper.slurm(tmp_path_factory.mktemp("slurm") / "cluster", requeue_seconds=60) as running:
+    with slurm_helper.running_cluster(tmp_path_factory.mktemp("slurm") / "cluster", requeue_seconds=60) as running:
         yield running
 
 
@@ -48,7 +48,7 @@ def test_a_step_of_the_quickstart_on_two_nodes(
     if not script:
         starter = (starter[0], f"--output={tmp_path}/screen", *starter[1:])
     arguments = (*SMALL, ranks, "parallel.tp=2", "train.steps=1", f"run.dir={tmp_path / 'run'}")
-    done = cluster.run(*starter, *script, *arguments, cwd=REPOSITORY, timeout=400, env=environment())
+    done = cluster.run(*starter, *script, *arguments, cwd=REPOSITORY, timeout=400, env=python_environment())
     assert done.returncode == 0, done.stdout + done.stderr
     summary = read_json(tmp_path / "run" / "summary.json")
     assert summary["status"] == "done"
@@ -70,7 +70,7 @@ def test_a_job_whose_node_is_lost_starts_again_on_both_nodes_after_its_restart(
     run = tmp_path / "run"
     options = ("--requeue", "--nodes=2", f"--output={screen}", "launch/slurm.sbatch")
     arguments = ("configs/quickstart.yaml", "run.world_size=4", f"run.dir={run}", "guard.timeout_seconds=20")
-    env = {**environment(), "STUB_WAIT": str(mark)}
+    env = {**python_environment(), "STUB_WAIT": str(mark)}
     done = cluster.run("sbatch", *options, *arguments, cwd=checkout, env=env)
     job = re.findall(r"\d+", done.stdout)[-1]
     wait_until(lambda: len(list(run.glob("rank_*.json"))) == 4, 120)
@@ -103,7 +103,7 @@ def test_a_lost_node_requeues_the_job_which_continues_from_its_last_checkpoint(
         f"run.dir={run}",
     )
     options = ("--requeue", "--nodes=2", f"--output={screen}")
-    done = cluster.run("sbatch", *options, "launch/slurm.sbatch", *arguments, cwd=REPOSITORY, env=environment())
+    done = cluster.run("sbatch", *options, "launch/slurm.sbatch", *arguments, cwd=REPOSITORY, env=python_environment())
     job = re.findall(r"\d+", done.stdout)[-1]
     second = run / "checkpoints" / "step_000002" / "complete"
     wait_until(second.exists, 400)

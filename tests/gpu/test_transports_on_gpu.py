@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.helpers.exchange import exchange
+from tests.helpers.exchange import exchange_on_two_ranks
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -18,7 +18,7 @@ def on_rank(rank: int, kind: str, gpus: int, store: str, folder: str) -> None:
     torch.cuda.set_device(rank % gpus)
     backend = "cpu:gloo,cuda:nccl" if kind == "nccl" else "gloo"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=2)
-    wrong = exchange(rank, kind)
+    wrong = exchange_on_two_ranks(rank, kind)
     Path(folder, f"rank_{rank}").write_text("\n".join(wrong))
     dist.destroy_process_group()
 

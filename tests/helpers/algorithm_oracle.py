@@ -67,14 +67,14 @@ def make_groups() -> tuple[SampledGroups, list[float]]:
     return SampledGroups(rollouts, GROUP), rewards
 
 
-def fill(values: list[Tensor], microbatch: Microbatch) -> Tensor:
+def as_padded_row(values: list[Tensor], microbatch: Microbatch) -> Tensor:
     """Return values per rollout as a row [T]; positions outside the loss mask get arbitrary numbers."""
     found = torch.full(microbatch.loss_mask.shape, math.nan, dtype=torch.float64)
     chosen = [values[i] for i in microbatch.rollout_ids]
     return found.masked_scatter(microbatch.loss_mask, torch.cat(chosen)) if chosen else found
 
 
-def ours(
+def compute_update_loss(
     data: Data, algorithm: AlgorithmConfig, *, dp: int = 1, max_tokens: int = 10_000, row_multiple: int = 1
 ) -> tuple[Tensor, list[TrainBatch]]:
     """Return the loss of an update as the ranks compute it, summed over the rows of all ranks."""
@@ -97,14 +97,14 @@ def ours(
         for microbatch in batch.microbatches:
             row = replace(
                 microbatch,
-                old_log_probs=fill(data.old, microbatch),
-                ref_log_probs=fill(data.ref, microbatch),
-                sampler_log_probs=fill(data.sampler, microbatch),
+                old_log_probs=as_padded_row(data.old, microbatch),
+                ref_log_probs=as_padded_row(data.ref, microbatch),
+                sampler_log_probs=as_padded_row(data.sampler, microbatch),
             )
-            loss, _ = loss_of(fill(data.log_probs, row), fill(data.entropy, row), row)
+            loss, _ = loss_of(as_padded_row(data.log_probs, row), as_padded_row(data.entropy, row), row)
             total = total + (loss * row.token_weights).sum()
     return total, batches
 
 
-def gradient(loss: Tensor, data: Data) -> Tensor:
+def gradient_of(loss: Tensor, data: Data) -> Tensor:
     return torch.cat(torch.autograd.grad(loss, data.log_probs, allow_unused=False))

@@ -12,10 +12,10 @@ def bounds_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
 
 
-def oracle(
+def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, sinks: Tensor | None = None, window: int = 0
 ) -> Tensor:
-    """softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64.
+    """Return softmax(q k^T scale + causal mask) v, one sequence and one head after the other, in float64.
 
     A sink is an additional logit whose part of the softmax is dropped. With a window, a query attends to that many
     tokens, including itself.

@@ -11,11 +11,11 @@ from tests.helpers.recorded_rollouts import (
     LOSS,
     Layout,
     Recorded,
-    adams,
     as_array,
     make_rows,
-    moments,
     open_policy,
+    optimizer_moments,
+    torch_optimizers,
     with_recorded,
 )
 
@@ -27,9 +27,9 @@ SAVED_AFTER = 2
 
 def state_bytes(policy: Any) -> list[bytes]:
     """Return parameters, master weights, moments and step counters of this rank."""
-    masters = [p for adam in adams(policy) for group in adam.param_groups for p in group["params"]]
-    steps = [state["step"] for adam in adams(policy) for state in adam.state.values()]
-    tensors = [*policy.parts.parameters, *masters, *moments(policy), *steps]
+    masters = [p for adam in torch_optimizers(policy) for group in adam.param_groups for p in group["params"]]
+    steps = [state["step"] for adam in torch_optimizers(policy) for state in adam.state.values()]
+    tensors = [*policy.parts.parameters, *masters, *optimizer_moments(policy), *steps]
     return [as_array(t).tobytes() for t in tensors]
 
 
@@ -52,7 +52,7 @@ def run_with_checkpoint(
     return stats, state_bytes(policy)
 
 
-def resume(
+def resume_training(
     rank: int, recorded: Recorded, layout: Layout, checkpoint: Path
 ) -> tuple[LoopState, list[UpdateStats], list[bytes]]:
     """Run the last two of the four updates with a policy that was built from the base model and then restored."""

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tests.helpers.rank_processes import RankProcess, collect, end
+from tests.helpers.rank_processes import RankProcess, collect_answers, end_ranks
 
 _ANSWER_SECONDS = 120.0
 _OPEN_SECONDS = 400.0  # an engine with separate processes is imported three times
@@ -58,7 +58,7 @@ class EngineRanks:
                 self.call(self._prepare)
         for rank in self._ranks:
             rank.connection.send((function, args))
-        answers = collect(self._ranks, timeout_seconds)
+        answers = collect_answers(self._ranks, timeout_seconds)
         if answers.failures or answers.silent:
             self.close(kill=True)
             errors = "".join(f"\n--- rank {rank}:\n{text}" for rank, text in sorted(answers.failures.items()))
@@ -71,7 +71,7 @@ class EngineRanks:
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks."""
-        end(self._ranks, kill=kill)
+        end_ranks(self._ranks, kill=kill)
         self._ranks = []
 
     def _start(self) -> None:
@@ -119,7 +119,7 @@ def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: 
     from grpo_mega.engines.sglang.engine import SglangEngine
     from grpo_mega.engines.vllm.arguments import VllmSettings
     from grpo_mega.engines.vllm.engine import VllmEngine
-    from tests.helpers.servers import open_served
+    from tests.helpers.servers import open_servers
 
     wanted = (config_dir, kind, tp, *sorted(settings.items()))
     if session.opened != wanted:
@@ -127,7 +127,7 @@ def _open(session: RankSession, config_dir: Path, kind: str, tp: int, settings: 
             session.engine.close()
         session.engine, session.opened = None, None
         if kind == "server":
-            session.engine, session.kept["served"] = open_served(config_dir, **settings)
+            session.engine, session.kept["served"] = open_servers(config_dir, **settings)
         elif kind == "vllm":
             session.engine = VllmEngine(VllmSettings(config_dir, dtype="fp32", tp=tp, seed=0, **settings))
         else:

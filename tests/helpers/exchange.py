@@ -13,13 +13,13 @@ NUM_ROUNDS, SYNCS = 7, 2
 NUM_BYTES = 1 << 20
 
 
-def pattern(sender: int, sync: int, number: int) -> torch.Tensor:
-    """The bytes that `sender` sends in a round."""
+def expected_bytes(sender: int, sync: int, number: int) -> torch.Tensor:
+    """Return the bytes that `sender` sends in a round."""
     generator = torch.Generator().manual_seed(1000 * sender + 100 * sync + number)
     return torch.randint(0, 256, (NUM_BYTES - 64 * number,), generator=generator, dtype=torch.uint8)
 
 
-def exchange(rank: int, kind: str) -> list[str]:
+def exchange_on_two_ranks(rank: int, kind: str) -> list[str]:
     """Run on both ranks; return the rounds in which this rank received other bytes than were sent."""
     other = 1 - rank
     messages = [BucketMessage(other, 0, NUM_BYTES - 64 * n) for n in range(NUM_ROUNDS)]
@@ -29,11 +29,11 @@ def exchange(rank: int, kind: str) -> list[str]:
     for sync in range(SYNCS):
         for n in range(NUM_ROUNDS + 1):
             if n < NUM_ROUNDS:
-                transport.outgoing(rounds[n])[: rounds[n].sends[0].num_bytes].copy_(pattern(rank, sync, n))
+                transport.outgoing(rounds[n])[: rounds[n].sends[0].num_bytes].copy_(expected_bytes(rank, sync, n))
                 transport.start(rounds[n])
             if n:
                 found = transport.incoming(rounds[n - 1], rounds[n - 1].receives[0]).cpu()
-                if not torch.equal(found, pattern(other, sync, n - 1)):
+                if not torch.equal(found, expected_bytes(other, sync, n - 1)):
                     wrong.append(f"round {n - 1} of sync {sync}")
                 transport.finish(rounds[n - 1])
     dist.barrier()

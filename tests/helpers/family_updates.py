@@ -27,7 +27,7 @@ from tests.helpers.recorded_rollouts import (
     with_recorded,
 )
 from tests.helpers.tiny_models import make_family_model
-from tests.helpers.update_oracle import Expected, expect, perturbed_log_probs
+from tests.helpers.update_oracle import Expected, compute_expected, perturbed_log_probs
 
 if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.policy.policy import MegatronPolicy
@@ -145,7 +145,7 @@ class FamilyLaboratory:
     def expected(self, name: str) -> Expected:
         """Return the results of the oracle."""
         if name not in self._expected:
-            self._expected[name] = expect(self.recorded(name))
+            self._expected[name] = compute_expected(self.recorded(name))
         return self._expected[name]
 
     def run(self, name: str, layout: Layout) -> list[FamilyRecord]:
@@ -178,7 +178,7 @@ def measure_random(pool: RankPool, folder: Path, seed: int) -> tuple[Differences
     recorded = record_family(folder / f"seed_{seed}", config, seed)
     layout = Layout(world, more=tuple(other_keys.items()), **axes)
     records = pool.call(world, measure_family, recorded, layout, timeout_seconds=900.0)
-    expected, float32_expected = expect(recorded), expect(recorded, torch.float32)
+    expected, float32_expected = compute_expected(recorded), compute_expected(recorded, torch.float32)
     float32_record = FamilyRecord(
         is_last_stage=True,
         logits={i: logits.numpy() for i, logits in enumerate(float32_expected.logits)},

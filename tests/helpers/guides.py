@@ -11,12 +11,12 @@ _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _PYTHON = re.compile(r"^```python\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(guide: str) -> list[str]:
+def shell_blocks(guide: str) -> list[str]:
     """Return the fenced shell blocks of `docs/GUIDE`, in order."""
     return _BLOCK.findall((REPOSITORY / "docs" / guide).read_text(encoding="utf-8"))
 
 
-def guides() -> list[Path]:
+def command_pages() -> list[Path]:
     """Return the pages of `docs/` with commands. Measurements and decisions report past results."""
     return sorted(path for path in (REPOSITORY / "docs").glob("*.md") if _BLOCK.search(path.read_text("utf-8")))
 

@@ -49,7 +49,7 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def started(arguments: Sequence[str], output: Path, env: Mapping[str, str] | None = None) -> Iterator[psutil.Popen]:
+def running_job(arguments: Sequence[str], output: Path, env: Mapping[str, str] | None = None) -> Iterator[psutil.Popen]:
     """Run `launch/train.sh ARGUMENTS` in the checkout's folder, where the base model is cached; end it on exit.
 
     The output goes to `output`.out and `output`.err.
@@ -67,10 +67,10 @@ def started(arguments: Sequence[str], output: Path, env: Mapping[str, str] | Non
         try:
             yield process
         finally:
-            kill(process)
+            kill_with_children(process)
 
 
-def kill(process: psutil.Popen) -> None:
+def kill_with_children(process: psutil.Popen) -> None:
     """Kill the process and all of its children by process id."""
     tree = []
     with suppress(psutil.NoSuchProcess):
@@ -82,20 +82,20 @@ def kill(process: psutil.Popen) -> None:
     process.wait(10)
 
 
-def train(
+def run_job(
     *arguments: str, output: Path, env: Mapping[str, str] | None = None, timeout_seconds: float = 300.0
 ) -> FinishedCommand:
     """Run a job to its end. Raises subprocess.TimeoutExpired after the timeout; no process is left running."""
     begin = time.monotonic()
-    with started(arguments, output, env) as process:
+    with running_job(arguments, output, env) as process:
         code = int(process.wait(timeout_seconds))
     texts = [output.with_suffix(suffix).read_text(errors="replace") for suffix in (".out", ".err")]
     return FinishedCommand(code, *texts, time.monotonic() - begin)
 
 
-def train_successfully(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> FinishedCommand:
+def run_job_successfully(*arguments: str, output: Path, timeout_seconds: float = 300.0) -> FinishedCommand:
     """Run a job and assert exit code 0; the error shows its last lines."""
-    ended = train(*arguments, output=output, timeout_seconds=timeout_seconds)
+    ended = run_job(*arguments, output=output, timeout_seconds=timeout_seconds)
     assert ended.code == 0, (
         f"exit code {ended.code} of {' '.join(arguments)}\n{ended.stdout[-1000:]}{ended.stderr[-4000:]}"
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from grpo_mega.types import Microbatch
 
 
-def row(
+def make_row(
     advantages: Tensor,
     *,
     loss_mask: Tensor | None = None,

@@ -26,7 +26,7 @@ def values(name: str, version: int, tensors: Mapping[str, SentTensor] = TENSORS)
     return random.to(dtype_of(name, tensors))
 
 
-def slices(table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> list[TensorSlice]:
+def tensor_slices(table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> list[TensorSlice]:
     mine, names = table.rows_on([rank]), list(tensors)
     return [as_slice(names, tensors, int(mine.tensors[i]), mine.starts[i], mine.ends[i]) for i in range(len(mine))]
 
@@ -36,8 +36,8 @@ class MemorySource:
 
     def __init__(self, table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> None:
         self._tensors = tensors
-        self._slices = slices(table, rank, tensors)
-        lower = {hf for other in range(rank) for hf in slices(table, other, tensors)}
+        self._slices = tensor_slices(table, rank, tensors)
+        lower = {hf for other in range(rank) for hf in tensor_slices(table, other, tensors)}
         self._held = [
             HeldSlice(
                 hf, tensors[hf.name].shape, torch.empty(hf.shape, dtype=dtype_of(hf.name, tensors)), hf not in lower
@@ -64,7 +64,7 @@ class MemorySink:
 
     def __init__(self, table: RankSliceTable, rank: int, tensors: Mapping[str, SentTensor] = TENSORS) -> None:
         self.memory = {
-            hf: torch.zeros(hf.shape, dtype=dtype_of(hf.name, tensors)) for hf in slices(table, rank, tensors)
+            hf: torch.zeros(hf.shape, dtype=dtype_of(hf.name, tensors)) for hf in tensor_slices(table, rank, tensors)
         }
         self.policy_version = -1
         self.packed: dict[TensorSlice, Tensor] = {}

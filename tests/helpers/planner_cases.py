@@ -31,16 +31,16 @@ def spec_of(family: str = "llama", **changes: Any) -> ModelSpec:
     return spec_from_config(raw_family_config(family, **changes), "config.json")
 
 
-def one(name: str, *shape: int, is_expert: bool = False) -> ParameterSize:
+def parameter_size(name: str, *shape: int, is_expert: bool = False) -> ParameterSize:
     return ParameterSize(name, shape, is_expert)
 
 
 SIZES = ModuleSizes(
-    embedding=(one("embedding", 10, 10),),
-    dense_layer=(one("norm", 10), one("matrix", 10, 20)),
-    moe_layer=(one("router", 10), one("expert", 10, 30, is_expert=True)),
-    final_norm=(one("final", 10),),
-    head=(one("head", 10, 10),),
+    embedding=(parameter_size("embedding", 10, 10),),
+    dense_layer=(parameter_size("norm", 10), parameter_size("matrix", 10, 20)),
+    moe_layer=(parameter_size("router", 10), parameter_size("expert", 10, 30, is_expert=True)),
+    final_norm=(parameter_size("final", 10),),
+    head=(parameter_size("head", 10, 10),),
 )
 
 

@@ -29,7 +29,7 @@ class Answers:
     silent: list[int]
 
 
-def collect(ranks: Sequence[RankProcess], timeout_seconds: float) -> Answers:
+def collect_answers(ranks: Sequence[RankProcess], timeout_seconds: float) -> Answers:
     """Collect one answer of each rank. After the first failure the others have one more second."""
     waiting = {member.connection: rank for rank, member in enumerate(ranks)}
     results: dict[int, Any] = {}
@@ -52,7 +52,7 @@ def collect(ranks: Sequence[RankProcess], timeout_seconds: float) -> Answers:
     return Answers(results, failures, sorted(waiting.values()))
 
 
-def end(ranks: Sequence[RankProcess], *, kill: bool) -> None:
+def end_ranks(ranks: Sequence[RankProcess], *, kill: bool) -> None:
     """End the ranks: close their connections, or kill them."""
     for rank in ranks:
         rank.connection.close()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.helpers.rank_processes import RankProcess, collect, end
+from tests.helpers.rank_processes import RankProcess, collect_answers, end_ranks
 
 MAX_RANKS = 8
 _PRELOADED = [
@@ -65,7 +65,7 @@ class RankPool:
         store = self._folder / f"store_{self._num_calls}"
         for rank, member in enumerate(self._ranks[:world]):
             member.connection.send((rank, world, str(store), function, args, timeout_seconds))
-        answers = collect(self._ranks[:world], timeout_seconds)
+        answers = collect_answers(self._ranks[:world], timeout_seconds)
         if answers.failures:
             self.close(kill=True)
             tracebacks = "\n".join(
@@ -81,7 +81,7 @@ class RankPool:
 
     def close(self, *, kill: bool = False) -> None:
         """End the ranks: close their connections, or kill them."""
-        end(self._ranks, kill=kill)
+        end_ranks(self._ranks, kill=kill)
         self._ranks = []
 
     def _start(self) -> RankProcess:

@@ -1,7 +1,7 @@
 """Recorded rollouts of one step, and the measurements of a layout that trains on them: log-probs, updates, weights.
 
 The old and the reference policy are the same model with perturbed weights, so that ratios are clipped and the KL is not
-zero. `measure` runs on a rank; everything else is plain data that is sent to and from the ranks.
+zero. `measure_layout` runs on a rank; everything else is plain data that is sent to and from the ranks.
 """
 
 from __future__ import annotations
@@ -258,7 +258,7 @@ class RecordingLoss:
         return LOSS(log_probs, entropy, microbatch)
 
 
-def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
+def measure_layout(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
     """Measure, on a rank, everything that the tests of updates and weights compare."""
     policy = open_policy(rank, recorded, layout)
     rows = make_rows(rank, recorded, layout)
@@ -287,7 +287,7 @@ def measure(rank: int, recorded: Recorded, layout: Layout) -> RankRecord:
         record.entropy = batch.completion_values(loss.seen[: len(batch.microbatches)])
     record.param_bytes = sum(p.nbytes for p in policy.parts.parameters)
     record.main_grad_bytes = sum(b.grad_data.nbytes for b in policy.parts.buffers)
-    record.moment_bytes = sum(m.nbytes for m in moments(policy))
+    record.moment_bytes = sum(m.nbytes for m in optimizer_moments(policy))
     return record
 
 
@@ -309,13 +309,13 @@ def shard_digests(policy: MegatronPolicy) -> dict[str, int]:
     return sums
 
 
-def adams(policy: MegatronPolicy) -> list[Any]:
+def torch_optimizers(policy: MegatronPolicy) -> list[Any]:
     """Return the torch optimizers inside Megatron's optimizer."""
     chain = getattr(policy.parts.optimizer, "chained_optimizers", [policy.parts.optimizer])
     return [inner.optimizer for inner in chain]
 
 
-def moments(policy: MegatronPolicy) -> list[Tensor]:
+def optimizer_moments(policy: MegatronPolicy) -> list[Tensor]:
     """Return exp_avg and exp_avg_sq of this rank's shards."""
-    states = [state for adam in adams(policy) for state in adam.state.values()]
+    states = [state for adam in torch_optimizers(policy) for state in adam.state.values()]
     return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]

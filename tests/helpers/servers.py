@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.types import TensorSlice
-from tests.helpers.jobs import REPOSITORY, clean_environment, kill
+from tests.helpers.jobs import REPOSITORY, clean_environment, kill_with_children
 
 if TYPE_CHECKING:
     from grpo_mega.engines.server.engine import ServerEngine
@@ -56,7 +56,7 @@ def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> I
             time.sleep(0.1)
         yield Serving(process, printed.strip().removeprefix("listening at "), err)
     finally:
-        kill(process)
+        kill_with_children(process)
 
 
 def write_config(path: Path, model: Path, *, max_model_len: int, max_num_seqs: int, tp: int = 1) -> Path:
@@ -92,7 +92,7 @@ class WholeTensors:
         return self._shapes
 
 
-class Served:
+class ServerWeightSync:
     """The job's side of the weight sync with one server; created at the first push."""
 
     def __init__(self, engine: ServerEngine) -> None:
@@ -130,7 +130,7 @@ class Served:
         self._sync.push(version, verify=True)
 
 
-def open_served(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tuple[ServerEngine, Served]:
+def open_servers(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tuple[ServerEngine, ServerWeightSync]:
     """Open the servers at `urls`, which were started with `config`. Return the engine and its weight sync."""
     from grpo_mega.config.load import load_config
     from grpo_mega.engines.factory import make_engine
@@ -138,4 +138,4 @@ def open_served(config_dir: Path, *, urls: tuple[str, ...], config: Path) -> tup
 
     engine = make_engine(load_config(config, ["engine.placement=server", f"engine.urls={list(urls)}"]), config_dir)
     assert isinstance(engine, ServerEngine)
-    return engine, Served(engine)
+    return engine, ServerWeightSync(engine)

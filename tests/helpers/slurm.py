@@ -55,7 +55,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe
 """
 
 
-def why_not() -> str:
+def reason_unavailable() -> str:
     """Return the reason why Slurm cannot run on this machine; empty if it can."""
     if all(shutil.which(program, path=_PATH) for program in PROGRAMS):
         return "" if os.geteuid() == 0 else "Slurm is started by root, and this is another user"
@@ -64,7 +64,7 @@ def why_not() -> str:
     return ""
 
 
-def install() -> None:
+def install_slurm() -> None:
     """Install Debian's slurm-wlm and munge if they are missing. In a container they start no daemons."""
     if all(shutil.which(program, path=_PATH) for program in PROGRAMS):
         return
@@ -173,7 +173,7 @@ def _is_step_of(process: psutil.Process, node: str, folder: Path) -> bool:
 
 
 @contextmanager
-def slurm(folder: Path, requeue_seconds: int = 5) -> Iterator[Slurm]:
+def running_cluster(folder: Path, requeue_seconds: int = 5) -> Iterator[Slurm]:
     """Run a cluster of two idle nodes; end all of its processes on exit. A requeued job waits `requeue_seconds`."""
     for name in ("state", "log", "munge", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)

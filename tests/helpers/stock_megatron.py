@@ -143,7 +143,7 @@ def settings_of(raw: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def build(raw: dict[str, Any], tp: int, pp: int, ep: int, vocab: int) -> Any:
+def build_model(raw: dict[str, Any], tp: int, pp: int, ep: int, vocab: int) -> Any:
     """Build the model of a `config.json` with Megatron's local spec."""
     from megatron.core import parallel_state
     from megatron.core.models.backends import LocalSpecProvider
@@ -209,7 +209,7 @@ def logits_of(model: Any, ids: torch.Tensor, hidden_size: int) -> torch.Tensor |
     return None
 
 
-def work(rank: int, arguments: list[str]) -> None:
+def run_rank(rank: int, arguments: list[str]) -> None:
     action, config, checkpoint, out = arguments[:4]
     tp, pp, ep = map(int, arguments[4:7])
     torch.set_num_threads(1)
@@ -222,7 +222,7 @@ def work(rank: int, arguments: list[str]) -> None:
         tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=1, create_gloo_process_groups=False
     )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-    model = build(raw, tp, pp, ep, -(-raw["vocab_size"] // tp) * tp)
+    model = build_model(raw, tp, pp, ep, -(-raw["vocab_size"] // tp) * tp)
     if action == "save":
         for number, (name, parameter) in enumerate(model.named_parameters()):
             split = getattr(
@@ -256,7 +256,7 @@ def main() -> int:
     random._set_cuda_rng_state = lambda *_, **__: None
 
     context = multiprocessing.get_context("fork")
-    ranks = [context.Process(target=work, args=(r, arguments)) for r in range(math.prod(map(int, arguments[4:7])))]
+    ranks = [context.Process(target=run_rank, args=(r, arguments)) for r in range(math.prod(map(int, arguments[4:7])))]
     for rank in ranks:
         rank.start()
     for rank in ranks:

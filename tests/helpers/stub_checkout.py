@@ -31,7 +31,7 @@ def make_checkout(folder: Path) -> Path:
     return folder
 
 
-def environment() -> dict[str, str]:
+def python_environment() -> dict[str, str]:
     """Return the variable that names this test's Python environment, for a checkout without its own."""
     return {"GRPO_MEGA_VENV": sys.prefix}
 

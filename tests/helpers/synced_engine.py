@@ -91,7 +91,7 @@ def push(session: RankSession, version: int) -> SyncReport:
     return connect(session, session.engine.sink).push(version, verify=True)
 
 
-def noise(name: str, shape: Sequence[int], seed: int) -> Tensor:
+def noise_of(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Return what `perturb` adds to a whole Hugging Face tensor."""
     digest = hashlib.sha256(f"{name} {seed}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
@@ -105,7 +105,7 @@ def perturb(session: RankSession, seed: int) -> None:
         for name, parameter in weights._parameters.items():
             for placement in weights._placements(name):
                 hf = placement.hf
-                parameter[placement.local.index] += noise(hf.name, weights.hf_shapes()[hf.name], seed)[hf.index]
+                parameter[placement.local.index] += noise_of(hf.name, weights.hf_shapes()[hf.name], seed)[hf.index]
 
 
 def sample(
@@ -159,6 +159,6 @@ def expected_digest(weights: Path, *seeds: int) -> str:
     digests = {}
     for name, tensor in load_file(weights / "model.safetensors").items():
         for seed in seeds:
-            tensor = tensor + noise(name, tensor.shape, seed)
+            tensor = tensor + noise_of(name, tensor.shape, seed)
         digests[name] = slice_digest(tensor, TensorSlice(name, (0,) * tensor.dim(), tuple(tensor.shape)))
     return combined_digest(digests)

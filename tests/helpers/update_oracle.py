@@ -35,7 +35,7 @@ class Expected:
     gradients: list[dict[str, Tensor]]
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
+def load_model(folder: Path, dtype: torch.dtype = torch.float64) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(
@@ -47,7 +47,7 @@ def perturbed_log_probs(
     recorded_groups: Any, folder: Path, temperature: float, scale: float, seed: int
 ) -> list[list[float]]:
     """Return the log-probs of each rollout under the model with noise of `scale` added to every weight."""
-    model = load(folder)
+    model = load_model(folder)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -57,9 +57,9 @@ def perturbed_log_probs(
         ]
 
 
-def expect(recorded: Recorded, dtype: torch.dtype = torch.float64) -> Expected:
+def compute_expected(recorded: Recorded, dtype: torch.dtype = torch.float64) -> Expected:
     """Compute three updates and return their results."""
-    model = load(recorded.model, dtype)
+    model = load_model(recorded.model, dtype)
     rollouts, temperature = recorded.groups.rollouts, recorded.temperature
     with torch.no_grad():
         logits = [_logits(model, r) for r in rollouts]

@@ -13,7 +13,7 @@ LAYERS, HIDDEN, FFN, EXPERTS, EXPERT_FFN, VOCAB, HEADS, KV_HEADS, HEAD = 12, 192
 MOE_LAYERS = range(6, 12)
 
 
-def tensors() -> dict[str, SentTensor]:
+def all_tensors() -> dict[str, SentTensor]:
     """Return all tensors: bf16, and a correction bias in fp32."""
     shapes: dict[str, tuple[int, ...]] = {"embed": (VOCAB, HIDDEN)}
     for layer in range(LAYERS):
@@ -34,11 +34,11 @@ def tensors() -> dict[str, SentTensor]:
     return {name: SentTensor(shape, 4 if name.endswith("bias") else 2) for name, shape in shapes.items()}
 
 
-TENSORS = tensors()
+TENSORS = all_tensors()
 VOCABULARY = ("embed", "head")
 
 
-def part(name: str, ways: int, index: int, axis: int) -> Iterator[TensorSlice]:
+def equal_part(name: str, ways: int, index: int, axis: int) -> Iterator[TensorSlice]:
     """Yield one of equal parts. The vocabulary is padded first, so its last parts may be short or missing."""
     shape = TENSORS[name].shape
     size = -(-shape[axis] // ways)
@@ -50,8 +50,8 @@ def part(name: str, ways: int, index: int, axis: int) -> Iterator[TensorSlice]:
         yield TensorSlice(name, tuple(offsets), tuple(extent))
 
 
-def whole(name: str) -> Iterator[TensorSlice]:
-    yield from part(name, 1, 0, 0)
+def whole_tensor(name: str) -> Iterator[TensorSlice]:
+    yield from equal_part(name, 1, 0, 0)
 
 
 def policy(topology: Topology) -> RankSliceTable:
@@ -69,28 +69,28 @@ def policy(topology: Topology) -> RankSliceTable:
 def _policy_slices(topology: Topology, at: Coordinates) -> Iterator[TensorSlice]:
     per_stage = LAYERS // topology.pp
     if at.pp_rank == 0:
-        yield from part("embed", topology.tp, at.tp_rank, 0)
+        yield from equal_part("embed", topology.tp, at.tp_rank, 0)
     for layer in range(at.pp_rank * per_stage, (at.pp_rank + 1) * per_stage):
-        yield from whole(f"{layer}.norm")
+        yield from whole_tensor(f"{layer}.norm")
         for x, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             mine = KV_HEADS // topology.tp
             for kv_head in range(at.tp_rank * mine, (at.tp_rank + 1) * mine):
-                yield from part(f"{layer}.{x}", KV_HEADS, kv_head, 0)
+                yield from equal_part(f"{layer}.{x}", KV_HEADS, kv_head, 0)
             assert heads % KV_HEADS == 0
-        yield from part(f"{layer}.o", topology.tp, at.tp_rank, 1)
+        yield from equal_part(f"{layer}.o", topology.tp, at.tp_rank, 1)
         if layer not in MOE_LAYERS:
-            yield from part(f"{layer}.up", topology.tp, at.tp_rank, 0)
-            yield from part(f"{layer}.down", topology.tp, at.tp_rank, 1)
+            yield from equal_part(f"{layer}.up", topology.tp, at.tp_rank, 0)
+            yield from equal_part(f"{layer}.down", topology.tp, at.tp_rank, 1)
             continue
-        yield from whole(f"{layer}.router")
-        yield from whole(f"{layer}.bias")
+        yield from whole_tensor(f"{layer}.router")
+        yield from whole_tensor(f"{layer}.bias")
         experts = EXPERTS // topology.ep
         for e in range(at.ep_rank * experts, (at.ep_rank + 1) * experts):
-            yield from part(f"{layer}.{e}.up", topology.etp, at.etp_rank, 0)
-            yield from part(f"{layer}.{e}.down", topology.etp, at.etp_rank, 1)
+            yield from equal_part(f"{layer}.{e}.up", topology.etp, at.etp_rank, 0)
+            yield from equal_part(f"{layer}.{e}.down", topology.etp, at.etp_rank, 1)
     if at.pp_rank == topology.pp - 1:
-        yield from whole("norm")
-        yield from part("head", topology.tp, at.tp_rank, 0)
+        yield from whole_tensor("norm")
+        yield from equal_part("head", topology.tp, at.tp_rank, 0)
 
 
 @dataclass(frozen=True)
@@ -117,14 +117,14 @@ def _engine_slices(layout: EngineLayout, rank: int) -> Iterator[TensorSlice]:
     for name in TENSORS:
         kind = name.rpartition(".")[2]
         if kind in ("norm", "router", "bias"):
-            yield from whole(name)
+            yield from whole_tensor(name)
         elif kind in VOCABULARY:
-            yield from part(name, tp, tp_rank, 0)
+            yield from equal_part(name, tp, tp_rank, 0)
         elif kind in "kv" and tp > KV_HEADS:
-            yield from part(name, KV_HEADS, tp_rank * KV_HEADS // tp, 0)
+            yield from equal_part(name, KV_HEADS, tp_rank * KV_HEADS // tp, 0)
         elif name.count(".") == 2 and layout.ep:
             ranks = layout.tp * layout.dp
             if int(name.split(".")[1]) // (EXPERTS // ranks) == rank:
-                yield from whole(name)
+                yield from whole_tensor(name)
         else:
-            yield from part(name, tp, tp_rank, 1 if kind in ("o", "down") else 0)
+            yield from equal_part(name, tp, tp_rank, 1 if kind in ("o", "down") else 0)

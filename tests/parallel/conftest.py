@@ -18,11 +18,11 @@ from tests.helpers.recorded_rollouts import (
     Layout,
     RankRecord,
     Recorded,
-    measure,
+    measure_layout,
     sample_groups,
 )
 from tests.helpers.tiny_models import make_tiny_model
-from tests.helpers.update_oracle import Expected, expect, perturbed_log_probs
+from tests.helpers.update_oracle import Expected, compute_expected, perturbed_log_probs
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Laboratory:
     def expected(self, name: str) -> Expected:
         """Return the results of the oracle."""
         if name not in self._expected:
-            self._expected[name] = expect(self.recorded(name))
+            self._expected[name] = compute_expected(self.recorded(name))
         return self._expected[name]
 
     def run(self, name: str, layout: Layout) -> list[RankRecord]:
         """Return the measurements of each rank."""
         if (name, layout) not in self._runs:
-            self._runs[name, layout] = self.pool.call(layout.world, measure, self.recorded(name), layout)
+            self._runs[name, layout] = self.pool.call(layout.world, measure_layout, self.recorded(name), layout)
         return self._runs[name, layout]
 
 

@@ -14,7 +14,14 @@ import torch
 
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.observe.run_folder import RunFolder
-from tests.helpers.checkpointed_training import RATES, SAVED_AFTER, resume, run_with_checkpoint, train_on, weights_of
+from tests.helpers.checkpointed_training import (
+    RATES,
+    SAVED_AFTER,
+    resume_training,
+    run_with_checkpoint,
+    train_on,
+    weights_of,
+)
 from tests.helpers.recorded_rollouts import (
     ONE,
     Layout,
@@ -49,14 +56,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one_within_rounding_at_another_l
     whole = laboratory.pool.call(layout.world, run_with_checkpoint, recorded, layout, checkpoints)
     (checkpoint,) = RunFolder(tmp_path).complete_checkpoints().values()
     for (stats, state), (loop, resumed, resumed_state) in zip(
-        whole, laboratory.pool.call(layout.world, resume, recorded, layout, checkpoint), strict=True
+        whole, laboratory.pool.call(layout.world, resume_training, recorded, layout, checkpoint), strict=True
     ):
         assert loop == LoopState(step=1, policy_version=SAVED_AFTER)
         assert resumed == stats[SAVED_AFTER:]
         assert resumed_state == state
     if dtype == "bf16":
         return  # another layout sums in another order; bf16 rounds too much for a tight tolerance
-    for loop, resumed, _ in laboratory.pool.call(other.world, resume, recorded, other, checkpoint):
+    for loop, resumed, _ in laboratory.pool.call(other.world, resume_training, recorded, other, checkpoint):
         assert loop.policy_version == SAVED_AFTER
         for found, wanted in zip(resumed, whole[0][0][SAVED_AFTER:], strict=True):
             assert abs(found.sums["loss"] - wanted.sums["loss"]) <= 1e-5 * wanted.sums["loss_magnitude"]

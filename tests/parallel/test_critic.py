@@ -27,15 +27,15 @@ from tests.helpers.recorded_rollouts import (
     OPTIMIZER,
     Layout,
     Recorded,
-    adams,
     as_array,
     make_config,
     make_rows,
-    moments,
     open_policy,
+    optimizer_moments,
+    torch_optimizers,
     with_recorded,
 )
-from tests.helpers.update_oracle import load
+from tests.helpers.update_oracle import load_model
 from tests.parallel.conftest import MODELS, Laboratory
 
 CLIP = 0.3
@@ -111,7 +111,7 @@ class Oracle:
     """The critic in float64: the transformers model, a value head, autograd and torch's AdamW."""
 
     def __init__(self, recorded: Recorded) -> None:
-        model = load(recorded.model)
+        model = load_model(recorded.model)
         self.head = torch.nn.Parameter(head_weight(model.config.hidden_size).double())
         body = dict(model.named_parameters())
         body.pop("lm_head.weight", None)
@@ -195,9 +195,9 @@ def test_state_bytes_are_weights_gradients_and_two_moments(laboratory: Laborator
 
 def state(learner: Any) -> list[bytes]:
     """Return parameters, master weights, moments and step counters of this rank."""
-    masters = [p for adam in adams(learner) for group in adam.param_groups for p in group["params"]]
-    steps = [state["step"] for adam in adams(learner) for state in adam.state.values()]
-    return [as_array(t).tobytes() for t in (*learner.parts.parameters, *masters, *moments(learner), *steps)]
+    masters = [p for adam in torch_optimizers(learner) for group in adam.param_groups for p in group["params"]]
+    steps = [state["step"] for adam in torch_optimizers(learner) for state in adam.state.values()]
+    return [as_array(t).tobytes() for t in (*learner.parts.parameters, *masters, *optimizer_moments(learner), *steps)]
 
 
 def update_both(

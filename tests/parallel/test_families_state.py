@@ -9,7 +9,14 @@ import torch
 
 from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.observe.run_folder import RunFolder
-from tests.helpers.checkpointed_training import RATES, SAVED_AFTER, resume, run_with_checkpoint, train_on, weights_of
+from tests.helpers.checkpointed_training import (
+    RATES,
+    SAVED_AFTER,
+    resume_training,
+    run_with_checkpoint,
+    train_on,
+    weights_of,
+)
 from tests.helpers.family_updates import FamilyLaboratory
 from tests.helpers.ranks import RankPool
 from tests.helpers.recorded_rollouts import Layout, Recorded, make_rows, open_policy
@@ -44,12 +51,12 @@ def test_a_resumed_family_is_bit_equal_in_its_layout_and_within_rounding_in_anot
     checkpoints = RunFolder(tmp_path).checkpoints
     whole = pool.call(layout.world, run_with_checkpoint, recorded, layout, checkpoints, timeout_seconds=600.0)
     (checkpoint,) = RunFolder(tmp_path).complete_checkpoints().values()
-    again = pool.call(layout.world, resume, recorded, layout, checkpoint, timeout_seconds=600.0)
+    again = pool.call(layout.world, resume_training, recorded, layout, checkpoint, timeout_seconds=600.0)
     for (stats, state), (loop, resumed, resumed_state) in zip(whole, again, strict=True):
         assert loop == LoopState(step=1, policy_version=SAVED_AFTER)
         assert resumed == stats[SAVED_AFTER:]
         assert resumed_state == state
-    for _, resumed, _ in pool.call(other.world, resume, recorded, other, checkpoint, timeout_seconds=600.0):
+    for _, resumed, _ in pool.call(other.world, resume_training, recorded, other, checkpoint, timeout_seconds=600.0):
         for found, wanted in zip(resumed, whole[0][0][SAVED_AFTER:], strict=True):
             assert abs(found.sums["loss"] - wanted.sums["loss"]) <= 1e-5 * wanted.sums["loss_magnitude"]
             assert found.grad_norm == pytest.approx(wanted.grad_norm, rel=1e-5)

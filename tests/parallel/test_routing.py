@@ -34,7 +34,7 @@ from tests.helpers.tiny_models import make_family_model
 from tests.helpers.update_oracle import (
     by_checkpoint_name,
     grpo_loss,
-    load,
+    load_model,
     log_probs_and_entropies,
     perturbed_log_probs,
 )
@@ -142,7 +142,7 @@ def relative_difference(found: Any, expected: Any) -> float:
 
 
 def test_one_process_equals_transformers_with_the_same_choices(recorded_choices: Recorded, reference: Run) -> None:
-    model = load(recorded_choices.model)
+    model = load_model(recorded_choices.model)
     replaying_model = ReplayingModel(model, recorded_choices)
     with torch.no_grad():
         expected = [

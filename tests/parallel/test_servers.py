@@ -38,7 +38,7 @@ LIMIT = 3.0  # seconds; the timeout of tests in which a server does not answer
 
 @pytest.fixture(scope="module")
 def servers(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[StubServer]]:
-    """Two servers of one rank, which no test may break."""
+    """Start two servers of one rank, which no test may break."""
     folder = tmp_path_factory.mktemp("servers")
     rank_pool.call(1, do_nothing)  # imports everything that the servers need
     with stub_server(folder / "first") as first, stub_server(folder / "second") as second:

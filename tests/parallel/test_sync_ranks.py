@@ -28,7 +28,7 @@ from grpo_mega.weight_sync.transports.base import BucketMessage, Round
 from grpo_mega.weight_sync.transports.kinds import TransportKind
 from grpo_mega.weight_sync.transports.process_vm_readv import StridedRange
 from grpo_mega.weight_sync.transports.shared_memory import SharedMemoryTransport
-from tests.helpers.exchange import exchange
+from tests.helpers.exchange import exchange_on_two_ranks
 from tests.helpers.memory_ends import MemorySink, MemorySource, values
 from tests.helpers.ranks import RankPool
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
@@ -206,7 +206,7 @@ class FaultySink(MemorySink):
 
 
 def lose_bucket(transport: SharedMemoryTransport, number: int) -> Any:
-    """The receiver finds the previous content of the buffer."""
+    """Return a context in which the receiver reads the previous content of the buffer."""
     real = transport.incoming
 
     def incoming(round_: Round, message: BucketMessage) -> Tensor:
@@ -460,14 +460,14 @@ class LateSlots:
 
 def exchange_by_device(rank: int) -> list[str]:
     with mock.patch.object(factory, "DeviceSlots", LateSlots):
-        wrong = exchange(rank, "cuda_ipc")
+        wrong = exchange_on_two_ranks(rank, "cuda_ipc")
     Path("/dev/shm", f"grpo_mega_late_{os.getpid()}").unlink()
     return wrong
 
 
 @pytest.mark.parametrize("kind", ["shared_memory", "gloo"])
 def test_every_byte_of_every_round_arrives(rank_pool: RankPool, kind: str) -> None:
-    assert rank_pool.call(2, exchange, kind) == [[], []]
+    assert rank_pool.call(2, exchange_on_two_ranks, kind) == [[], []]
 
 
 def test_device_buffers_are_read_after_they_are_filled(rank_pool: RankPool) -> None:

@@ -27,12 +27,12 @@ from tests.helpers.recorded_rollouts import (
     Layout,
     RankRecord,
     Recorded,
-    adams,
     as_array,
     make_rows,
-    moments,
     open_policy,
+    optimizer_moments,
     shard_digests,
+    torch_optimizers,
     with_recorded,
 )
 from tests.parallel.conftest import CASES, MODELS, Laboratory, every_case
@@ -284,14 +284,14 @@ def run_in_bf16(rank: int, recorded: Recorded, layout: Layout) -> dict[str, Any]
     rows = make_rows(rank, recorded, layout)
     values = policy.log_probs(rows.microbatches)
     stats, _ = policy.update(with_recorded(rows, recorded).microbatches, LOSS, OPTIMIZER.lr)
-    masters = [p for adam in adams(policy) for group in adam.param_groups for p in group["params"]]
+    masters = [p for adam in torch_optimizers(policy) for group in adam.param_groups for p in group["params"]]
     return {
         "log_probs": {} if values is None else rows.completion_values(values),
         "stats": stats,
         "params": {p.dtype for p in policy.parts.parameters},
         "grads": {p.main_grad.dtype for p in policy.parts.parameters},
         "masters": {p.dtype for p in masters},
-        "moments": {m.dtype for m in moments(policy)},
+        "moments": {m.dtype for m in optimizer_moments(policy)},
     }
 
 

@@ -62,5 +62,5 @@ def test_no_module_has_a_vague_name() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(p for p in PACKAGE.rglob("*") if any(p.glob("*.py"))), ids=name_of)
-def test_every_package_says_what_it_owns(package: Path) -> None:
+def test_every_package_has_a_docstring(package: Path) -> None:
     assert ast.get_docstring(tree(package / "__init__.py")), package

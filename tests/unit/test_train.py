@@ -32,14 +32,14 @@ def wanted_world_size(*overrides: str) -> int:
     return train.wanted_world_size(load_config(QUICKSTART, overrides))
 
 
-def test_world_size_of_the_config_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_world_size_of_the_config_has_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NNODES", "3")
     assert wanted_world_size("run.world_size=4") == 4
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert wanted_world_size("run.world_size=4") == 4
 
 
-def test_world_size_of_the_launcher_comes_second(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_world_size_of_the_launcher_is_used_if_the_config_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "6")
     assert wanted_world_size() == 6
 

@@ -62,7 +62,7 @@ def test_a_reward_that_is_not_finite_is_named(value: float) -> None:
         group_advantages(rewards)
 
 
-def test_without_a_scale_the_mean_is_all_that_goes() -> None:
+def test_without_a_scale_only_the_mean_is_subtracted() -> None:
     advantages = group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [3.0, 3.0, 3.0, 3.0]]), scale="none")
     assert advantages.tolist() == [[0.75, -0.25, -0.25, -0.25], [0.0] * 4]
 

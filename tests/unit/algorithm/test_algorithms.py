@@ -15,7 +15,16 @@ from torch import Tensor
 
 from grpo_mega.config.algorithm_presets import ALGORITHM_DEFAULTS
 from grpo_mega.config.algorithm_section import AlgorithmConfig
-from tests.helpers.algorithm_oracle import GROUP, LENGTHS, MAX_TOKENS, REWARDS, Data, gradient, make_data, ours
+from tests.helpers.algorithm_oracle import (
+    GROUP,
+    LENGTHS,
+    MAX_TOKENS,
+    REWARDS,
+    Data,
+    compute_update_loss,
+    gradient_of,
+    make_data,
+)
 
 # --- the papers ---
 
@@ -179,23 +188,25 @@ def test_every_name_has_an_oracle() -> None:
 def test_loss_and_gradient_are_those_of_the_paper(name: str, spread: float) -> None:
     data = make_data(spread)
     expected = PAPERS[name](data)
-    found, _ = ours(data, AlgorithmConfig(name=name))
+    found, _ = compute_update_loss(data, AlgorithmConfig(name=name))
     # advantages and weights are float32
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(gradient(found, data), gradient(expected, data), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient_of(found, data), gradient_of(expected, data), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(("dp", "max_tokens", "row_multiple"), [(1, 25, 1), (3, 60, 8), (16, 40, 1)])
 @pytest.mark.parametrize("name", PAPERS)
 def test_loss_and_gradient_are_the_same_for_every_split(name: str, dp: int, max_tokens: int, row_multiple: int) -> None:
     data = make_data()
-    whole, _ = ours(data, AlgorithmConfig(name=name))
-    parts, batches = ours(data, AlgorithmConfig(name=name), dp=dp, max_tokens=max_tokens, row_multiple=row_multiple)
+    whole, _ = compute_update_loss(data, AlgorithmConfig(name=name))
+    parts, batches = compute_update_loss(
+        data, AlgorithmConfig(name=name), dp=dp, max_tokens=max_tokens, row_multiple=row_multiple
+    )
     rows = [row for batch in batches for row in batch.microbatches]
     assert len(rows) > 1
     assert dp < 16 or any(not row.rollout_ids for row in rows)  # some ranks have nothing to do
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gradient(parts, data), gradient(whole, data), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient_of(parts, data), gradient_of(whole, data), rtol=1e-12, atol=1e-14)
 
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -218,18 +229,20 @@ OPTIONS: dict[str, dict[str, object]] = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_gives_the_same_for_every_split(option: str, dp: int, max_tokens: int, row_multiple: int) -> None:
     data, keys = make_data(), OPTIONS[option]
-    plain, _ = ours(data, AlgorithmConfig(name=str(keys.get("name", "grpo"))))  # type: ignore[arg-type]
-    whole, _ = ours(data, AlgorithmConfig(**keys))  # type: ignore[arg-type]
-    parts, _ = ours(data, AlgorithmConfig(**keys), dp=dp, max_tokens=max_tokens, row_multiple=row_multiple)  # type: ignore[arg-type]
+    plain, _ = compute_update_loss(data, AlgorithmConfig(name=str(keys.get("name", "grpo"))))  # type: ignore[arg-type]
+    whole, _ = compute_update_loss(data, AlgorithmConfig(**keys))  # type: ignore[arg-type]
+    parts, _ = compute_update_loss(
+        data, AlgorithmConfig(**keys), dp=dp, max_tokens=max_tokens, row_multiple=row_multiple
+    )  # type: ignore[arg-type]
     assert abs(whole - plain) > 1e-4, "the option does nothing here"
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(gradient(parts, data), gradient(whole, data), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(gradient_of(parts, data), gradient_of(whole, data), rtol=1e-12, atol=1e-14)
 
 
 def test_the_entropy_bonus_is_weighted_as_the_loss() -> None:
     data = make_data()
-    with_bonus, _ = ours(data, AlgorithmConfig(entropy_coef=0.1))
-    without, _ = ours(data, AlgorithmConfig())
+    with_bonus, _ = compute_update_loss(data, AlgorithmConfig(entropy_coef=0.1))
+    without, _ = compute_update_loss(data, AlgorithmConfig())
     expected = -0.1 * torch.stack([e.mean() for e in data.entropy]).mean()
     torch.testing.assert_close(with_bonus - without, expected, rtol=1e-6, atol=1e-7)
     found = torch.cat(torch.autograd.grad(with_bonus, data.entropy))
@@ -245,10 +258,10 @@ def test_dual_clip_is_that_of_its_paper() -> None:
         return (torch.maximum(inner, torch.tensor(1.3 * std_advantage(i))) if std_advantage(i) < 0 else inner).mean()
 
     expected = -torch.stack(stack_rollouts(one)).mean()
-    found, _ = ours(data, AlgorithmConfig(kl_coef=0.0, dual_clip=1.3))
-    assert abs(found - ours(data, AlgorithmConfig(kl_coef=0.0))[0]) > 1e-3
+    found, _ = compute_update_loss(data, AlgorithmConfig(kl_coef=0.0, dual_clip=1.3))
+    assert abs(found - compute_update_loss(data, AlgorithmConfig(kl_coef=0.0))[0]) > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(gradient(found, data), gradient(expected, data), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient_of(found, data), gradient_of(expected, data), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -256,12 +269,12 @@ def test_kl_in_the_loss_and_in_the_reward(estimator: str) -> None:
     data = make_data()
     d = stack_rollouts(lambda i: data.log_probs[i] - data.ref[i])
     kl = {"k1": d, "k2": [x**2 / 2 for x in d], "k3": [(-x).exp() + x - 1 for x in d]}[estimator]
-    in_loss, _ = ours(data, AlgorithmConfig(kl_coef=0.3, kl_estimator=estimator))
-    none, _ = ours(data, AlgorithmConfig(kl_coef=0.0))
+    in_loss, _ = compute_update_loss(data, AlgorithmConfig(kl_coef=0.3, kl_estimator=estimator))
+    none, _ = compute_update_loss(data, AlgorithmConfig(kl_coef=0.0))
     expected = 0.3 * torch.stack([x.mean() for x in kl]).mean()
     torch.testing.assert_close(in_loss - none, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(
-        gradient(in_loss, data) - gradient(none, data), gradient(expected, data), rtol=1e-6, atol=1e-7
+        gradient_of(in_loss, data) - gradient_of(none, data), gradient_of(expected, data), rtol=1e-6, atol=1e-7
     )
 
 
@@ -283,9 +296,9 @@ def test_corrections_multiply_the_surrogate_and_not_the_kl(form: str) -> None:
         ).mean()
     )
     expected = -torch.stack(parts).mean()
-    found, _ = ours(data, AlgorithmConfig(correction=form))
+    found, _ = compute_update_loss(data, AlgorithmConfig(correction=form))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(gradient(found, data), gradient(expected, data), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient_of(found, data), gradient_of(expected, data), rtol=1e-6, atol=1e-7)
 
 
 def test_a_veto_excludes_whole_rollouts() -> None:
@@ -300,9 +313,9 @@ def test_a_veto_excludes_whole_rollouts() -> None:
         )
     )
     expected = -torch.stack(parts).mean()
-    found, _ = ours(data, AlgorithmConfig(correction_veto=veto))
+    found, _ = compute_update_loss(data, AlgorithmConfig(correction_veto=veto))
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(gradient(found, data), gradient(expected, data), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient_of(found, data), gradient_of(expected, data), rtol=1e-6, atol=1e-7)
 
 
 def test_filtered_rollouts_are_counted_and_dropped_groups_are_not() -> None:
@@ -310,9 +323,9 @@ def test_filtered_rollouts_are_counted_and_dropped_groups_are_not() -> None:
     parts = stack_rollouts(
         lambda i: (clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean()
     )
-    filtered, batches = ours(data, AlgorithmConfig(overlong_filter=True))
+    filtered, batches = compute_update_loss(data, AlgorithmConfig(overlong_filter=True))
     torch.testing.assert_close(filtered, -torch.stack([*parts[:2], *parts[3:]]).sum() / 12, rtol=1e-6, atol=1e-7)
     assert batches[0].is_trained == [i != 2 for i in range(12)]
-    dropped, batches = ours(data, AlgorithmConfig(degenerate="drop"))
+    dropped, batches = compute_update_loss(data, AlgorithmConfig(degenerate="drop"))
     torch.testing.assert_close(dropped, -torch.stack([*parts[:4], *parts[8:]]).sum() / 8, rtol=1e-6, atol=1e-7)
     assert batches[0].is_trained == [not 4 <= i < 8 for i in range(12)]

@@ -11,12 +11,12 @@ from grpo_mega.algorithm.correction import Correction, CorrectionForm
 from grpo_mega.algorithm.loss import PolicyLoss
 from grpo_mega.algorithm.segments import Segments
 from grpo_mega.algorithm.surrogates.clipped_ratio import clipped_ratio
-from tests.helpers.loss_rows import row
+from tests.helpers.loss_rows import make_row
 
 # two rollouts of three tokens: policy over engine per token, whose products are 3 and 0.02
 K = torch.tensor([0.25, 2.0, 6.0, 1.0, 0.4, 0.05])
 CLIPPED = partial(clipped_ratio, clip_low=0.2, clip_high=0.2)
-SEGMENTS = Segments.of(row(torch.zeros(6), cu_seqlens=[0, 3, 6]))
+SEGMENTS = Segments.of(make_row(torch.zeros(6), cu_seqlens=[0, 3, 6]))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_one_token_below_the_veto_excludes_its_rollout(form: CorrectionForm | No
 
 def test_equal_probabilities_do_not_change_the_loss() -> None:
     old = torch.tensor([-1.0, -2.0])
-    microbatch = row(torch.tensor([1.0, -1.0]), old_log_probs=old, sampler_log_probs=old)
+    microbatch = make_row(torch.tensor([1.0, -1.0]), old_log_probs=old, sampler_log_probs=old)
     plain, _ = PolicyLoss(CLIPPED)(old + 0.1, torch.zeros(2), microbatch)
     for form in ("token_truncated", "sequence_truncated", "token_masked"):
         correction = Correction(form, low=0.5, high=2.0, veto=0.1)
@@ -61,7 +61,7 @@ def test_equal_probabilities_do_not_change_the_loss() -> None:
 
 def test_masked_tokens_have_no_gradient_for_any_mismatch() -> None:
     log_probs = torch.tensor([500.0], requires_grad=True)
-    microbatch = row(-torch.ones(1), old_log_probs=torch.zeros(1), sampler_log_probs=torch.tensor([50.0]))
+    microbatch = make_row(-torch.ones(1), old_log_probs=torch.zeros(1), sampler_log_probs=torch.tensor([50.0]))
     loss_of = PolicyLoss(CLIPPED, correction=Correction("token_masked", low=0.5, high=5.0, veto=None))
     loss, metrics = loss_of(log_probs, torch.zeros(1), microbatch)
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)

@@ -14,7 +14,7 @@ from grpo_mega.config.algorithm_parts import PARTS, PartKind, find_part, signatu
 from grpo_mega.config.algorithm_rules import check_algorithm
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.types import UserError
-from tests.helpers.algorithm_oracle import make_data, ours
+from tests.helpers.algorithm_oracle import compute_update_loss, make_data
 
 EXTENSION = """
 import torch
@@ -72,7 +72,7 @@ def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension:
     config = algorithm(surrogate=f"{extension}:squared_ratio", advantage=f"{extension}:raw_reward", clip_high=0.3)
     check_algorithm(config)
     data = make_data()
-    loss, batches = ours(data, config)
+    loss, batches = compute_update_loss(data, config)
     rewards = batches[0].rewards
     parts = [
         (2 * data.differ(i).clamp(max=0.3)).exp().mean() * torch.tensor(reward) for i, reward in enumerate(rewards)

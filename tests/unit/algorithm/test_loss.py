@@ -19,7 +19,7 @@ from grpo_mega.algorithm.surrogates.clipped_weight import clipped_weight
 from grpo_mega.algorithm.surrogates.geometric_mean import geometric_mean
 from grpo_mega.algorithm.surrogates.policy_gradient import policy_gradient
 from grpo_mega.algorithm.surrogates.soft_gate import soft_gate
-from tests.helpers.loss_rows import row
+from tests.helpers.loss_rows import make_row
 
 NAN, INF = float("nan"), float("inf")
 CLIPPED = partial(clipped_ratio, clip_low=0.2, clip_high=0.2)
@@ -28,7 +28,7 @@ CLIPPED = partial(clipped_ratio, clip_low=0.2, clip_high=0.2)
 def test_loss_of_six_tokens_is_the_hand_computed_one() -> None:
     ratio = torch.tensor([1.5, 1.25, 0.5, 1.5, 0.75, 0.9])
     log_probs = ratio.log().requires_grad_()
-    microbatch = row(torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0]), old_log_probs=torch.zeros(6))
+    microbatch = make_row(torch.tensor([2.0, 2.0, 2.0, -2.0, -2.0, -2.0]), old_log_probs=torch.zeros(6))
     loss, metrics = PolicyLoss(partial(clipped_ratio, clip_low=0.2, clip_high=0.3))(
         log_probs, torch.ones(6), microbatch
     )
@@ -62,7 +62,7 @@ def test_masked_garbage_gives_zero_loss_and_zero_gradient(
 ) -> None:
     values = torch.tensor([garbage, -1.0])
     log_probs = values.clone().requires_grad_()
-    microbatch = row(
+    microbatch = make_row(
         torch.tensor([garbage, 1.0]),
         loss_mask=torch.tensor([False, True]),
         old_log_probs=values.clone(),
@@ -81,7 +81,7 @@ def test_masked_garbage_gives_zero_loss_and_zero_gradient(
 def test_without_old_log_probs_the_ratio_is_one_and_carries_the_policy_gradient() -> None:
     log_probs = torch.tensor([-1.0, -2.0], requires_grad=True)
     advantages = torch.tensor([0.5, -3.0])
-    loss, metrics = PolicyLoss(CLIPPED)(log_probs, torch.zeros(2), row(advantages))
+    loss, metrics = PolicyLoss(CLIPPED)(log_probs, torch.zeros(2), make_row(advantages))
     assert loss.tolist() == [-0.5, 3.0]
     assert metrics["ratio"].tolist() == [1.0, 1.0]
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
@@ -91,7 +91,7 @@ def test_without_old_log_probs_the_ratio_is_one_and_carries_the_policy_gradient(
 def test_extreme_log_ratios_give_the_clipped_value_and_no_nan() -> None:
     log_probs = torch.tensor([0.0, 0.0, -500.0, -500.0], requires_grad=True)
     old = torch.tensor([-500.0, -500.0, 0.0, 0.0])
-    microbatch = row(torch.tensor([1.0, 0.0, 1.0, -1.0]), old_log_probs=old)
+    microbatch = make_row(torch.tensor([1.0, 0.0, 1.0, -1.0]), old_log_probs=old)
     loss, _ = PolicyLoss(CLIPPED)(log_probs, torch.zeros(4), microbatch)
     torch.testing.assert_close(loss, torch.tensor([-1.2, 0.0, 0.0, 0.8]), rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
@@ -99,14 +99,14 @@ def test_extreme_log_ratios_give_the_clipped_value_and_no_nan() -> None:
 
 
 def test_an_infinite_loss_stays_infinite() -> None:
-    microbatch = row(torch.tensor([-1.0]), old_log_probs=torch.tensor([-500.0]))
+    microbatch = make_row(torch.tensor([-1.0]), old_log_probs=torch.tensor([-500.0]))
     loss, _ = PolicyLoss(CLIPPED)(torch.zeros(1), torch.zeros(1), microbatch)
     assert loss.item() == INF
 
 
 def test_kl_is_added_with_its_coefficient_and_reported_without_it() -> None:
     log_probs = torch.tensor([-1.0], requires_grad=True)
-    microbatch = row(torch.zeros(1), ref_log_probs=torch.tensor([-1.0 + math.log(2)]))
+    microbatch = make_row(torch.zeros(1), ref_log_probs=torch.tensor([-1.0 + math.log(2)]))
     loss, metrics = PolicyLoss(CLIPPED, kl_coef=0.5)(log_probs, torch.zeros(1), microbatch)
     assert loss.item() == pytest.approx(0.5 * (1 - math.log(2)), rel=1e-6)
     assert metrics["kl"].item() == pytest.approx(1 - math.log(2), rel=1e-6)
@@ -117,7 +117,7 @@ def test_a_reference_is_needed_exactly_when_the_coefficient_is_positive() -> Non
     with_kl, without = PolicyLoss(CLIPPED, kl_coef=0.04), PolicyLoss(CLIPPED)
     assert with_kl.needs_reference
     assert not without.needs_reference
-    microbatch = row(torch.ones(1))
+    microbatch = make_row(torch.ones(1))
     assert "kl" not in without(torch.zeros(1), torch.zeros(1), microbatch)[1]
     with pytest.raises(ValueError, match="ref_log_probs"):
         with_kl(torch.zeros(1), torch.zeros(1), microbatch)
@@ -126,7 +126,7 @@ def test_a_reference_is_needed_exactly_when_the_coefficient_is_positive() -> Non
 
 def test_a_kl_that_is_only_in_the_reward_is_reported_and_not_added() -> None:
     log_probs = torch.tensor([-1.0], requires_grad=True)
-    microbatch = row(torch.zeros(1), ref_log_probs=torch.tensor([-3.0]))
+    microbatch = make_row(torch.zeros(1), ref_log_probs=torch.tensor([-3.0]))
     loss, metrics = PolicyLoss(CLIPPED, kl_estimator="k1")(log_probs, torch.zeros(1), microbatch)
     assert loss.item() == 0
     assert metrics["kl"].item() == 2
@@ -134,7 +134,7 @@ def test_a_kl_that_is_only_in_the_reward_is_reported_and_not_added() -> None:
 
 def test_the_entropy_bonus_lowers_the_loss_and_carries_gradient() -> None:
     entropy = torch.tensor([2.0, 3.0], requires_grad=True)
-    microbatch = row(torch.zeros(2), loss_mask=torch.tensor([True, False]))
+    microbatch = make_row(torch.zeros(2), loss_mask=torch.tensor([True, False]))
     loss, _ = PolicyLoss(CLIPPED, entropy_coef=0.5)(torch.zeros(2), entropy, microbatch)
     assert loss.tolist() == [-1.0, 0.0]
     (gradient,) = torch.autograd.grad(loss.sum(), entropy)
@@ -145,7 +145,7 @@ def test_the_entropy_bonus_lowers_the_loss_and_carries_gradient() -> None:
 @pytest.mark.parametrize("log_ratio", [-500.0, 500.0])
 def test_an_extreme_ratio_of_a_good_rollout_gives_no_nan(surrogate: Surrogate, log_ratio: float) -> None:
     log_probs = torch.tensor([log_ratio], requires_grad=True)
-    loss, _ = PolicyLoss(surrogate)(log_probs, torch.zeros(1), row(torch.ones(1), old_log_probs=torch.zeros(1)))
+    loss, _ = PolicyLoss(surrogate)(log_probs, torch.zeros(1), make_row(torch.ones(1), old_log_probs=torch.zeros(1)))
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
     assert torch.isfinite(loss).all()
     assert torch.isfinite(gradient).all()
@@ -153,7 +153,7 @@ def test_an_extreme_ratio_of_a_good_rollout_gives_no_nan(surrogate: Surrogate, l
 
 def test_a_dual_clip_bounds_the_loss_of_a_bad_token() -> None:
     log_probs = torch.tensor([4.0, 2.0, 0.5]).log().requires_grad_()
-    microbatch = row(torch.full((3,), -2.0), old_log_probs=torch.zeros(3))
+    microbatch = make_row(torch.full((3,), -2.0), old_log_probs=torch.zeros(3))
     loss, metrics = PolicyLoss(partial(CLIPPED, dual_clip=3.0))(log_probs, torch.zeros(3), microbatch)
     torch.testing.assert_close(loss, torch.tensor([6.0, 4.0, 1.6]), rtol=1e-6, atol=0)
     assert metrics["clip_fraction"].tolist() == [1.0, 0.0, 1.0]

@@ -7,13 +7,13 @@ import math
 import torch
 
 from grpo_mega.algorithm.segments import Segments
-from tests.helpers.loss_rows import row
+from tests.helpers.loss_rows import make_row
 
 
 def make_segments() -> Segments:
-    """Positions 0-2, 3, 4-6 and a padding segment 7-8; the second and the last have no loss token."""
+    """Return segments of positions 0-2, 3, 4-6 and 7-8 (padding); the second and the last have no loss token."""
     mask = torch.tensor([False, True, True, False, True, True, True, False, False])
-    return Segments.of(row(torch.zeros(9), loss_mask=mask, cu_seqlens=[0, 3, 4, 7, 9]))
+    return Segments.of(make_row(torch.zeros(9), loss_mask=mask, cu_seqlens=[0, 3, 4, 7, 9]))
 
 
 def test_sums_and_means_take_loss_tokens_only() -> None:
@@ -32,7 +32,7 @@ def test_spread_gives_each_position_the_value_of_its_segment() -> None:
 
 
 def test_a_sum_of_many_small_float32_numbers_is_not_rounded_away() -> None:
-    found = Segments.of(row(torch.zeros(100_001)))
+    found = Segments.of(make_row(torch.zeros(100_001)))
     values = torch.full((100_001,), 1e-4)
     values[0] = 1e4
     assert abs(float(found.sum(values)[0]) - (1e4 + 10.0)) < 1e-5

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
-from tests.helpers.algorithm_oracle import LENGTHS, MAX_TOKENS, REWARDS, Data, gradient, make_data, ours
+from tests.helpers.algorithm_oracle import (
+    LENGTHS,
+    MAX_TOKENS,
+    REWARDS,
+    Data,
+    compute_update_loss,
+    gradient_of,
+    make_data,
+)
 
 trl = pytest.importorskip("trl", reason="TRL is not installed; tools/bench_step.py makes an environment with it")
 
@@ -88,7 +96,7 @@ def test_loss_and_gradient_equal_those_of_trl(name: str, spread: float) -> None:
     algorithm = AlgorithmConfig(name=name, **keys)
     data = make_data(spread)
     expected = trl_loss(data, algorithm, loss_type, level, scale)
-    found, _ = ours(data, algorithm)
+    found, _ = compute_update_loss(data, algorithm)
     assert expected.abs() > 1e-6
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gradient(found, data), gradient(expected, data), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient_of(found, data), gradient_of(expected, data), rtol=1e-5, atol=1e-6)

@@ -17,7 +17,7 @@ LENGTHS = [3, 1, 9, 1, 6]
 
 
 def make_rows(cuts: list[list[int]], row_tokens: int = 60) -> list[Microbatch]:
-    """Rollouts with one prompt token each; every token weighs 1/20."""
+    """Return rows of rollouts with one prompt token each; every token weighs 1/20."""
     rollouts = [
         Rollout(Prompt(i, "", (3, 4), ""), Completion((5,) * n, (-1.0,) * n, "eos", 0, ""), Reward(0.0), 0)
         for i, n in enumerate(LENGTHS)
@@ -35,7 +35,7 @@ def make_rows(cuts: list[list[int]], row_tokens: int = 60) -> list[Microbatch]:
 
 
 def random_values() -> list[list[Tensor]]:
-    """values, old values, returns: per rollout, float64."""
+    """Return values, old values and returns of each rollout, float64."""
     torch.manual_seed(0)
     return [[torch.randn(n, dtype=torch.float64) for n in LENGTHS] for _ in range(3)]
 
@@ -47,7 +47,7 @@ def as_row(values: list[Tensor], microbatch: Microbatch) -> Tensor:
 
 
 def loss_and_gradient(clip: float | None, cuts: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Loss summed over all rows, and its gradient."""
+    """Return the loss summed over all rows, and its gradient."""
     values, old, returns = random_values()
     leaves = [v.requires_grad_() for v in values]
     total = torch.zeros((), dtype=torch.float64)

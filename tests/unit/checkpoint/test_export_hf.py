@@ -39,7 +39,7 @@ def _no_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_base(folder: Path, family: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
-    """Random tensors of a model with its multi-token-prediction layers."""
+    """Write a base checkpoint and return its random tensors: a model with its multi-token-prediction layers."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(raw_family_config(family)))
     spec = read_spec(folder)

@@ -41,8 +41,8 @@ MEMBERS = (
 BLOCKWISE = ("precision.dtype=bf16", "precision.fp8.recipe=blockwise")
 
 
-def pinned_requirement() -> str:
-    """transformer-engine==... of both CUDA environments."""
+def pinned_version() -> str:
+    """Return the version of Transformer Engine that both CUDA environments pin."""
     found = {
         match[1]
         for path in (REPOSITORY / "constraints").glob("cuda-*.txt")
@@ -54,14 +54,14 @@ def pinned_requirement() -> str:
 
 @pytest.fixture(scope="module")
 def read_te_module(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Reads a module of Transformer Engine's pure-Python distribution as a syntax tree; it is never imported."""
-    name = f"transformer_engine-{pinned_requirement()}"
+    """Return a function that parses a module of Transformer Engine's pure-Python distribution; it is never imported."""
+    name = f"transformer_engine-{pinned_version()}"
     cache = pytestconfig.cache
     folder = Path(cache.mkdir("transformer_engine")) if cache else tmp_path_factory.mktemp("transformer_engine")
     if not list(folder.glob(f"{name}-*.whl")):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run(
-            [*command, f"--dest={folder}", f"transformer_engine=={pinned_requirement()}"],
+            [*command, f"--dest={folder}", f"transformer_engine=={pinned_version()}"],
             capture_output=True,
             text=True,
             timeout=120,
@@ -75,7 +75,7 @@ def read_te_module(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPat
 
 
 def fields_by_class(tree: ast.Module) -> dict[str, dict[str, ast.expr | None]]:
-    """Class -> its annotated fields and their defaults."""
+    """Return class -> its annotated fields and their defaults."""
     return {
         node.name: {
             item.target.id: item.value
@@ -88,7 +88,7 @@ def fields_by_class(tree: ast.Module) -> dict[str, dict[str, ast.expr | None]]:
 
 
 def compared_numbers(tree: ast.Module, function: str) -> list[Any]:
-    """The constants that a function compares with, in order."""
+    """Return the constants that a function compares with, in order."""
     (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function]
     return [
         ast.literal_eval(node.comparators[0])
@@ -117,7 +117,7 @@ def test_the_default_history_is_transformer_engines(read_te_module: Any) -> None
     assert default.value == _DEFAULT_HISTORY
 
 
-def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_asks_for(read_te_module: Any) -> None:
+def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_requires(read_te_module: Any) -> None:
     tree = read_te_module["pytorch/quantization.py"]
     of_a_tensor = compared_numbers(tree, "check_fp8_support")
     for name in ("delayed", "tensorwise"):
@@ -130,7 +130,7 @@ def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_asks_for(read
     assert (RECIPES["mxfp8"].below, RECIPES["mxfp8"].least) == (too_new, least)
 
 
-def test_the_functions_that_megatron_enters_fp8_by_are_there(read_te_module: Any) -> None:
+def test_the_functions_with_which_megatron_enables_fp8_exist(read_te_module: Any) -> None:
     names = {
         a.name for n in read_te_module["pytorch/__init__.py"].body if isinstance(n, ast.ImportFrom) for a in n.names
     }
@@ -153,7 +153,7 @@ def last_assignments(tree: ast.Module) -> dict[str, str]:
     }
 
 
-def test_weights_in_fp8_keep_what_fp8_scales_reads(read_te_module: Any) -> None:
+def test_fp8_weights_store_what_fp8_scales_reads(read_te_module: Any) -> None:
     of_a_tensor = fields_by_class(read_te_module[f"{STORAGE}/float8_tensor_storage.py"])["Float8TensorStorage"]
     assert {"_data", "_transpose", "_scale_inv"} <= set(of_a_tensor)
     orders = {"_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv"}

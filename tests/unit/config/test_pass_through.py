@@ -52,7 +52,7 @@ def message_of(**given: Any) -> str:
     return str(raised.value)
 
 
-def test_types_come_from_every_base_and_leave_out_what_the_constructor_does_not_take() -> None:
+def test_fields_of_all_base_classes_are_used_except_those_that_the_constructor_lacks() -> None:
     assert list(TYPES) == ["block_size", "backend", "enforce_eager", "share", "sizes", "color", "inner", "unknown"]
     assert TYPES["block_size"] == int | None
     assert TYPES["unknown"] is Any

@@ -43,7 +43,7 @@ def test_a_recipe_passes_every_rule_and_splits_its_batch_as_the_paper_does(path:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_value_says_where_it_comes_from(path: Path) -> None:
+def test_every_value_has_its_source(path: Path) -> None:
     """By a comment on its line, or on that of the section or list that holds it. Names of paths and keys need none."""
     commented, silent = [], []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -14,7 +14,7 @@ from grpo_mega.cli import doctor, fp8_report, plan
 from grpo_mega.config.fp8_rules import GENERATIONS, RECIPES
 from grpo_mega.config.policy_sections import PrecisionConfig
 from grpo_mega.config.rollout_sections import EngineConfig
-from tests.helpers.guides import blocks
+from tests.helpers.guides import shell_blocks
 from tests.helpers.jobs import REPOSITORY
 from tests.helpers.tiny_models import make_tiny_model
 
@@ -47,7 +47,7 @@ def test_the_commands_of_the_guide_print_the_shown_output(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    asked, planned, reported, engine = (shlex.split(block) for block in blocks("fp8.md"))
+    asked, planned, reported, engine = (shlex.split(block) for block in shell_blocks("fp8.md"))
     (shown,) = re.findall(r"```text\n(.*?)\n```", TEXT, re.DOTALL)
     assert asked[:2] == ["python", "tools/doctor.py"]
     assert doctor.main(asked[2:]) == 2

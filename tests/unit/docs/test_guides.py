@@ -23,7 +23,7 @@ from grpo_mega.train import Prepared, prepare
 from tests.engine import test_engine_contract as contract
 from tests.helpers.engine_contract import make_contract_models
 from tests.helpers.engine_ranks import RankSession
-from tests.helpers.guides import blocks, python_blocks
+from tests.helpers.guides import python_blocks, shell_blocks
 from tests.helpers.jobs import REPOSITORY
 
 GUIDES = sorted((REPOSITORY / "docs" / "guides").glob("*.md"))
@@ -45,7 +45,7 @@ def write_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
 
 def command_arguments(guide: str, name: str) -> list[str]:
     """Return the arguments of the guide's command `grpo-mega NAME`."""
-    lines = [line for block in blocks(guide) for line in block.splitlines()]
+    lines = [line for block in shell_blocks(guide) for line in block.splitlines()]
     (found,) = [line for line in lines if line.startswith(f"grpo-mega {name} ")]
     return shlex.split(found, comments=True)[2:]
 

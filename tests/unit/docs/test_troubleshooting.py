@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.cli import doctor
-from tests.helpers.guides import blocks
+from tests.helpers.guides import shell_blocks
 from tests.helpers.jobs import REPOSITORY
 
 TEXT = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
@@ -64,7 +64,7 @@ def test_a_message_of_the_guide_is_in_the_source_code(message: str) -> None:
 
 def test_the_command_of_the_guide_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    (block,) = blocks("troubleshooting.md")
+    (block,) = shell_blocks("troubleshooting.md")
     python, tool, *arguments = shlex.split(block)
     assert (python, tool) == ("python", "tools/doctor.py")
     assert doctor.main(arguments) == 0

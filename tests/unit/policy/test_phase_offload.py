@@ -15,7 +15,7 @@ def allocated_bytes(*tensors: Tensor) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def test_storages_shrink_to_nothing_and_come_back_under_all_their_views() -> None:
+def test_storages_are_freed_and_restored_for_all_their_views() -> None:
     flat = torch.randn(12, generator=torch.Generator().manual_seed(0))
     views = (flat[:6].view(2, 3), flat[6:], flat[::2])
     other = torch.arange(5, dtype=torch.bfloat16)
@@ -40,7 +40,7 @@ def test_bits_that_are_no_number_survive() -> None:
     assert torch.equal(floats.view(torch.int32), bits)
 
 
-def test_each_trip_keeps_the_content_of_its_own_time() -> None:
+def test_each_offload_keeps_the_content_at_its_time() -> None:
     tensor = torch.ones(4)
     movable = Movable([tensor])
     for value in (2.0, 3.0):
@@ -61,7 +61,7 @@ def test_repeated_calls_do_nothing() -> None:
     assert tensor.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
-def test_content_that_is_not_kept_comes_back_as_zeros() -> None:
+def test_discarded_content_is_restored_as_zeros() -> None:
     tensor = torch.ones(4)
     movable = Movable([tensor], keep=False)
     movable.offload()
@@ -99,7 +99,7 @@ class TinyPolicy:
         return [t.tolist() for t in (self.params, *self.masters, *self.moments())]
 
 
-def test_each_part_is_freed_alone_and_comes_back_equal() -> None:
+def test_each_part_is_freed_separately_and_restored_with_equal_values() -> None:
     policy = TinyPolicy(torch.bfloat16)
     policy.grads.fill_(0.5)
     policy.step()
@@ -156,7 +156,7 @@ def test_training_with_trips_is_training_without_them() -> None:
     assert policies[0].content() == policies[1].content()
 
 
-def test_moments_that_live_elsewhere_stay_where_they_are() -> None:
+def test_moments_on_another_device_are_not_moved() -> None:
     policy = TinyPolicy(torch.float32)
     policy.step()
     elsewhere = torch.empty(6, device="meta")
@@ -169,7 +169,7 @@ def test_moments_that_live_elsewhere_stay_where_they_are() -> None:
     assert with_it == policy.memory.num_bytes()["optimizer"]
 
 
-def test_megatron_knows_the_settings_of_an_optimizer_on_the_host() -> None:
+def test_megatron_has_the_settings_of_an_optimizer_on_the_host() -> None:
     from dataclasses import fields
 
     from grpo_mega.config.policy_sections import OptimizerConfig

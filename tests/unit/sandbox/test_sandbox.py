@@ -102,7 +102,7 @@ def test_memory_is_limited(sandbox: Sandbox) -> None:
     assert evaluate_inside(sandbox, "len('a' * 10**6)") == "1000000"
 
 
-def test_a_fork_bomb_gets_no_more_than_its_processes(sandbox: Sandbox) -> None:
+def test_a_fork_bomb_is_limited_to_its_number_of_processes(sandbox: Sandbox) -> None:
     source = """
 import os, time
 started = 0

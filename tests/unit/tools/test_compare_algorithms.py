@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def write_run(folder: Path, critic: bool) -> Path:
-    """Three steps; the first is slower and larger than the others."""
+    """Write a run of three steps; the first is slower and larger than the others."""
     folder.mkdir(parents=True)
     lines = []
     for step, (seconds, accuracy) in enumerate([(90.0, 0.5), (2.0, 0.6), (4.0, 0.7)], 1):

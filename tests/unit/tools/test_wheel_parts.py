@@ -39,7 +39,7 @@ def test_joined_wheels_are_those_that_were_cut(wheels: Path, tmp_path: Path) -> 
     assert main(["join", str(out)]) == 0  # a second time
 
 
-def test_a_part_that_has_not_come_is_named_and_the_rest_is_joined(
+def test_a_missing_part_is_named_and_the_other_parts_are_joined(
     wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,71 +41,81 @@ def echo_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_worker, "GRACE_SECONDS", 0.1)
 
 
-@contextmanager
-def running_worker(setup: object = None) -> Iterator[JsonWorker]:
-    worker = JsonWorker("echo_worker", setup if setup is not None else {})
-    try:
-        yield worker
-    finally:
+@pytest.fixture
+def start_worker() -> Iterator[Callable[..., JsonWorker]]:
+    """Return a function that starts a worker with a setup; the workers are killed after the test."""
+    workers = []
+
+    def start(setup: object = None) -> JsonWorker:
+        workers.append(JsonWorker("echo_worker", setup if setup is not None else {}))
+        return workers[-1]
+
+    yield start
+    for worker in workers:
         worker.kill()
 
 
-def test_messages_of_any_size_come_back_in_order() -> None:
+def test_messages_of_any_size_come_back_in_order(start_worker: Callable[..., JsonWorker]) -> None:
     messages = ["a", {"long": "x" * 3_000_000}, ["\n", None, 1.5]]
-    with running_worker() as worker:
+    worker = start_worker()
+    worker.wait_until_ready()
+    for message in messages:
+        worker.send(message)
+        assert worker.wait_for_message(60.0) == message
+    assert worker.backlog == b""
+
+
+def test_an_error_of_the_setup_is_reported(start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker("raise")
+    with pytest.raises(RuntimeError, match="ValueError: bad setup"):
         worker.wait_until_ready()
-        for message in messages:
-            worker.send(message)
-            assert worker.wait_for_message(60.0) == message
-        assert worker.backlog == b""
 
 
-def test_an_error_of_the_setup_is_reported() -> None:
-    with running_worker("raise") as worker, pytest.raises(RuntimeError, match="ValueError: bad setup"):
-        worker.wait_until_ready()
-
-
-def test_an_exit_during_the_start_has_its_status() -> None:
-    with running_worker("exit") as worker, pytest.raises(WorkerExitedError) as caught:
+def test_an_exit_during_the_start_has_its_status(start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker("exit")
+    with pytest.raises(WorkerExitedError) as caught:
         worker.wait_until_ready()
     assert caught.value.status == 5
 
 
-def test_a_start_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_that_takes_too_long_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, start_worker: Callable[..., JsonWorker]
+) -> None:
     monkeypatch.setattr(json_worker, "START_SECONDS", 0.0)
-    with running_worker() as worker, pytest.raises(RuntimeError, match="not ready within 0 s"):
+    worker = start_worker()
+    with pytest.raises(RuntimeError, match="not ready within 0 s"):
         worker.wait_until_ready()
 
 
 @pytest.mark.parametrize(("job", "status"), [("exit", 7), ("alarm", -signal.SIGALRM)])
-def test_an_exit_during_a_job_has_its_status(job: str, status: int) -> None:
-    with running_worker() as worker:
-        worker.wait_until_ready()
-        worker.send(job)
-        with pytest.raises(WorkerExitedError) as caught:
-            worker.wait_for_message(60.0)
-        assert (caught.value.status, worker.is_alive) == (status, False)
+def test_an_exit_during_a_job_has_its_status(job: str, status: int, start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker()
+    worker.wait_until_ready()
+    worker.send(job)
+    with pytest.raises(WorkerExitedError) as caught:
+        worker.wait_for_message(60.0)
+    assert (caught.value.status, worker.is_alive) == (status, False)
 
 
-def test_a_worker_that_does_not_answer_is_a_timeout() -> None:
-    with running_worker() as worker:
-        worker.wait_until_ready()
-        worker.send("sleep")
-        with pytest.raises(TimeoutError):
-            worker.wait_for_message(0.2)
-        assert worker.kill() == -signal.SIGKILL
+def test_a_worker_that_does_not_answer_is_a_timeout(start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker()
+    worker.wait_until_ready()
+    worker.send("sleep")
+    with pytest.raises(TimeoutError):
+        worker.wait_for_message(0.2)
+    assert worker.kill() == -signal.SIGKILL
 
 
-def test_an_exception_in_a_job_is_its_problem() -> None:
-    with running_worker() as worker:
-        worker.wait_until_ready()
-        worker.send("raise")
-        assert worker.wait_for_message(60.0) == [None, "ZeroDivisionError: division by zero"]
+def test_an_exception_in_a_job_is_its_problem(start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker()
+    worker.wait_until_ready()
+    worker.send("raise")
+    assert worker.wait_for_message(60.0) == [None, "ZeroDivisionError: division by zero"]
 
 
-def test_a_forked_process_sends_no_second_answer() -> None:
-    with running_worker() as worker:
-        worker.wait_until_ready()
-        for message in ["fork", "a", "fork", "b"]:
-            worker.send(message)
-            assert worker.wait_for_message(60.0) == message
+def test_a_forked_process_sends_no_second_answer(start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker()
+    worker.wait_until_ready()
+    for message in ["fork", "a", "fork", "b"]:
+        worker.send(message)
+        assert worker.wait_for_message(60.0) == message

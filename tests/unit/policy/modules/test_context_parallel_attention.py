@@ -14,7 +14,7 @@ from torch import Tensor
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.policy.modules import context_parallel_attention as module
 from grpo_mega.policy.modules.context_parallel_attention import context_attention, query_batches
-from tests.helpers.attention_oracle import bounds_of, oracle
+from tests.helpers.attention_oracle import bounds_of, reference_attention
 
 
 class Ranks:
@@ -61,7 +61,7 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     exact = [torch.randn(total, *s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     upstream = torch.randn(total, heads, v_width, generator=generator, dtype=torch.float64)
     sinks = torch.randn(heads, generator=generator, dtype=torch.float64, requires_grad=True) if has_sinks else None
-    expected = oracle(*exact, bounds, scale if scale is not None else width**-0.5, sinks, window)
+    expected = reference_attention(*exact, bounds, scale if scale is not None else width**-0.5, sinks, window)
     expected.backward(upstream)
     q, k, v = (x.detach().float() for x in exact)
     gathered = torch.cat([k, k.new_zeros(total, kv_heads, 1)], -1) if has_sinks else k  # of `add_sinks`
@@ -87,7 +87,7 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
         torch.testing.assert_close(ours.grad.double(), sinks.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_mask_holds_at_most_so_many_elements_and_no_key_is_taken_that_no_query_sees() -> None:
+def test_masks_have_a_maximum_size_and_keys_without_a_query_are_skipped() -> None:
     bounds = bounds_of([4096, 256, 1024, 1024])
     for rank in range(2):
         places = []

@@ -12,11 +12,11 @@ import torch
 
 from grpo_mega.policy.megatron_patches.cpu import _rotary_packed
 from grpo_mega.policy.modules.packed_attention import PackedAttention, RMSNorm, length_batches, packed_attention
-from tests.helpers.attention_oracle import bounds_of, oracle
+from tests.helpers.attention_oracle import bounds_of, reference_attention
 
 
 def random_lengths(seed: int) -> list[int]:
-    """Ragged, with sequences of one token, and a padding segment at the end."""
+    """Return ragged lengths, with sequences of one token, and a padding segment at the end."""
     rng = random.Random(seed)
     return [1, *(rng.choice([1, 2, 3, 7, 8, 9, 30, 64]) for _ in range(rng.randrange(1, 12))), rng.randrange(1, 40)]
 
@@ -35,7 +35,7 @@ def test_packed_attention_is_attention_per_sequence_with_its_gradient(
     ours = [x.detach().float().requires_grad_() for x in exact]
     upstream = torch.randn(total, heads, v_width, generator=generator, dtype=torch.float64)
 
-    expected = oracle(*exact, bounds, scale if scale is not None else width**-0.5)
+    expected = reference_attention(*exact, bounds, scale if scale is not None else width**-0.5)
     found = packed_attention(*ours, bounds, scale)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -60,7 +60,7 @@ def test_sinks_and_windows_are_those_of_the_formula_with_their_gradients(
     ours = [x.detach().float().requires_grad_() for x in exact]
     upstream = torch.randn(total, heads, 12, generator=generator, dtype=torch.float64)
     sinks = (exact[3], ours[3]) if has_sinks else (None, None)
-    expected = oracle(*exact[:3], bounds, scale if scale is not None else 8**-0.5, sinks[0], window)
+    expected = reference_attention(*exact[:3], bounds, scale if scale is not None else 8**-0.5, sinks[0], window)
     found = packed_attention(*ours[:3], bounds, scale, sinks=sinks[1], window=window)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     expected.backward(upstream)
@@ -71,7 +71,7 @@ def test_sinks_and_windows_are_those_of_the_formula_with_their_gradients(
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_tokens_of_one_sequence_see_nothing_of_another() -> None:
+def test_tokens_do_not_attend_to_other_sequences() -> None:
     bounds = bounds_of([5, 1, 9, 4])
     q, k, v = torch.randn(3, 19, 2, 8, generator=torch.Generator().manual_seed(0)).unbind()
     before = packed_attention(q, k, v, bounds, None)

@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def transformers_rotary(raw: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """(frequencies, factor of cosine and sine)."""
+    """Return (frequencies, factor of cosine and sine) of transformers."""
     from transformers import AutoConfig, AutoModel
 
     settings = {name: value for name, value in raw.items() if name not in ("model_type", "architectures")}
@@ -59,7 +59,7 @@ def test_frequencies_are_those_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["yarn", "yarn-factor", "yarn-latent"])
-def test_megatron_gets_the_setting_that_gives_the_attention_factor(kind: str) -> None:
+def test_megatron_receives_the_setting_that_gives_the_attention_factor(kind: str) -> None:
     family, rope = KINDS[kind]
     spec = spec_from_config(raw_family_config(family, rope_parameters=rope), "config.json")
     assert spec.rope is not None
@@ -67,7 +67,7 @@ def test_megatron_gets_the_setting_that_gives_the_attention_factor(kind: str) ->
     assert found == pytest.approx(spec.rope.attention_factor, rel=1e-12)
 
 
-def test_a_module_of_megatron_forgets_what_it_computed_with_other_frequencies() -> None:
+def test_a_megatron_module_recomputes_its_values_after_its_frequencies_change() -> None:
     cleared = []
     rotary = SimpleNamespace(inv_freq=torch.zeros(2), forward=SimpleNamespace(cache_clear=lambda: cleared.append(True)))
     spec = spec_from_config(raw_family_config("llama", rope_parameters=KINDS["linear"][1]), "config.json")
