@@ -95,5 +95,5 @@ def test_the_config_names_the_dtype_of_the_exported_weights(key: str, tmp_path: 
     raw = raw_family_config("deepseek_v3") | {key: "bfloat16"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(raw))
     trained = {name: base[name].float() for name in hf_shapes(read_spec(tmp_path / "base"))}
-    export_hf(Trained(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    export_hf(StubPolicy(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == raw | {key: "float32"}
