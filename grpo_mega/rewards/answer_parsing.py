@@ -87,8 +87,7 @@ class FoundNumber:
 def normalize(text: str) -> str:
     """Replace Unicode and LaTeX forms by ASCII ones, and join digits that thin spaces group."""
     if not text.isascii():
-        text = _DIGITS_OF_OTHER_SCRIPTS.sub(lambda match: str(unicodedata.decimal(match.group())), text)
-        text = _MINUS_AS_DASH.sub("-", text.translate(_CHARACTERS))
+        text = _MINUS_AS_DASH.sub("-", with_ascii_digits(text).translate(_CHARACTERS))
     for pattern, replacement in _LATEX if "\\" in text else _LATEX[:1]:
         text = pattern.sub(replacement, text)
     for pattern, replacement in _MARKS:
@@ -96,6 +95,11 @@ def normalize(text: str) -> str:
     if "\u2009" in text:
         text = _THIN_GROUPS.sub(lambda match: match.group().replace("\u2009", ""), text).replace("\u2009", " ")
     return text
+
+
+def with_ascii_digits(text: str) -> str:
+    """Return the text with the decimal digits of all scripts as `0` to `9`."""
+    return _DIGITS_OF_OTHER_SCRIPTS.sub(lambda match: str(unicodedata.decimal(match.group())), text)
 
 
 def join_spaced_groups(text: str) -> str:

@@ -1,9 +1,10 @@
 """Reward `countdown`: an arithmetic expression over given numbers whose value is the target.
 
 The reference is JSON, `{"target": 98, "numbers": [44, 19, 35]}`. The expression is read from the last
-`<answer>...</answer>`, else the last box, else the last line; the text after its `=` is dropped. It is evaluated in
-exact fractions by this module, never by Python's eval. Only numbers, `+ - * /`, their signs `x ÷ −` and brackets are
-allowed.
+`<answer>...</answer>`, else the last box, else the last line of the answer, without its thought. Expressions that stand
+next to each other are alternatives, of which none counts. What stands behind a `=` must have the same value. The
+expression is evaluated in exact fractions by this module, never by Python's eval. Only whole numbers, `+ - * /`, their
+signs `× ÷ −` and brackets are allowed.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from grpo_mega.rewards.answer_parsing import boxed_contents
+from grpo_mega.rewards.answer_parsing import find_boxes, with_ascii_digits
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.number_answers import are_adjacent, has_hedge_around
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 _MAX_EXPRESSION_CHARACTERS = 300
 _MAX_BRACKET_DEPTH = 50
 _TOKEN = re.compile(r"\s*(?:([0-9]{1,12})|([-+*/()]))")
+_RESULT = re.compile(r"\s*([-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?)(?![0-9.])(?!\s*[-+*/(])")
+_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 _LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", ""))
 
@@ -42,7 +47,7 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
     """Return 1 when the expression equals the target, `valid_score` when it only uses the right numbers, else 0.
 
     Args:
-        prompt: not used.
+        prompt: if it ends with an opened thought, the completion begins inside of it.
         completion: the expression is extracted from it.
         reference: JSON with `target` and `numbers`, whole numbers.
         use_all: true: each number must be used exactly once; false: at most once.
@@ -52,14 +57,22 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
         ValueError: the reference is not JSON of this form.
     """
     target, numbers = _parse_task(reference)
-    expression = _extract_expression(completion)
+    expression, *results = _extract_equation(answer_part(prompt, completion)).split("=")
     used = Counter(int(token) for token in re.findall(r"[0-9]{1,12}", expression))
     if used != numbers if use_all else not used or used - numbers:
         return 0.0
     value = evaluate(expression)
     if value is None:
         return 0.0
-    return 1.0 if value == target else float(valid_score)
+    if value != target:
+        return float(valid_score)
+    return float(all(_states(result, value) for result in results))
+
+
+def _states(result: str, value: Fraction) -> bool:
+    """Return True if the text behind a `=` begins with the value, or is an expression of it, or is empty."""
+    number = _RESULT.match(result)
+    return not result.strip() or (Fraction(number[1]) if number is not None else evaluate(result)) == value
 
 
 def evaluate(expression: str) -> Fraction | None:
@@ -109,20 +122,37 @@ def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
     return value, end + 1
 
 
-def _extract_expression(completion: str) -> str:
-    """Return the expression of a completion in ASCII signs; empty when it is too long."""
-    _, tag, tail = completion.rpartition("<answer>")
-    boxed = boxed_contents(completion)
-    if tag:
-        text = tail.partition("</answer>")[0]
-    elif boxed is not None:
-        text = boxed
+def _extract_equation(answer: str) -> str:
+    """Return the expression of an answer and its results in ASCII signs; empty when it is too long or ambiguous."""
+    stated = [(match.start(), match.end(), match[1]) for match in _TAGGED.finditer(answer)]
+    stated = stated or [(box.start, box.end, box.content or "") for box in find_boxes(answer)]
+    if stated:
+        start, end, text = stated[-1]
+        for before_start, before_end, before in reversed(stated[:-1]):
+            if not are_adjacent(answer, before_end, start):
+                break
+            if before.split() != text.split():
+                return ""
+            start = before_start
+        if has_hedge_around(answer, start, end):
+            return ""
     else:
-        text = completion[-2 * _MAX_EXPRESSION_CHARACTERS :].rstrip().rpartition("\n")[2]
-    text = text.strip()[: 2 * _MAX_EXPRESSION_CHARACTERS].partition("=")[0]
+        text = answer[-2 * _MAX_EXPRESSION_CHARACTERS :].rstrip().rpartition("\n")[2]
+    text = with_ascii_digits(text.strip()[: 2 * _MAX_EXPRESSION_CHARACTERS])
     for latex, plain in _LATEX:
         text = text.replace(latex, plain)
-    return text.translate(_SIGNS) if len(text) <= _MAX_EXPRESSION_CHARACTERS else ""
+    is_readable = len(text) <= _MAX_EXPRESSION_CHARACTERS and _brackets_match(text)
+    return text.translate(_SIGNS) if is_readable else ""
+
+
+def _brackets_match(text: str) -> bool:
+    pending: list[str] = []
+    for character in text:
+        if character in "([":
+            pending.append(")" if character == "(" else "]")
+        elif character in ")]" and (not pending or pending.pop() != character):
+            return False
+    return not pending
 
 
 @functools.lru_cache(maxsize=4096)

@@ -23,7 +23,9 @@ from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.number_answers import (
     NO_ANSWER,
     Answer,
+    are_adjacent,
     distinct,
+    has_hedge_around,
     is_doubtful,
     is_hedged,
     is_operand,
@@ -46,16 +48,6 @@ _ANSWER_PHRASE = re.compile(
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _SENTENCE_START = re.compile(r".*(?:\n|[.!?]\s)", re.DOTALL)
 _LIST_BEFORE = re.compile(r"[0-9][\s$]*(?:[-\u2013\u2014,;/:&]|\band\b|\bto\b)[\s$]*\Z", re.IGNORECASE)
-_GAP_OF_LIST = re.compile(
-    r"(?:[\s$*_,;.:&/|()\[\]\\#]|\b(?:or|and|maybe|perhaps|possibly|also|alternatively)\b)*", re.I
-)
-_GAP_WITH_HEDGE = re.compile(
-    r"[^\n]{0,40}?\b(?:or|maybe|perhaps|possibly|alternatively|might|could|either)\b[^\n]{0,40}\Z", re.IGNORECASE
-)
-_HEDGE_BEHIND = re.compile(r"[\s$.,;:?!)\]*_]*(?:or|alternatively|maybe|perhaps|possibly)\b", re.IGNORECASE)
-_HEDGE_BEFORE = re.compile(
-    r"\b(?:(?:or|maybe|perhaps|possibly|alternatively)[\s$*_:({\[]*|not[ $*_:({\[]*)\Z", re.IGNORECASE
-)
 
 
 @dataclass(frozen=True)
@@ -126,12 +118,11 @@ def final_answer(text: str, *, strict: bool) -> Answer:
 def _joined(text: str, statements: list[_Statement], chosen: int) -> Answer:
     """Return the numbers of a statement and of those that are adjacent to it, without other text between them."""
     first = last = chosen
-    while first > 0 and _are_adjacent(text, statements[first - 1], statements[first]):
+    while first > 0 and are_adjacent(text, statements[first - 1].end, statements[first].start):
         first -= 1
-    while last + 1 < len(statements) and _are_adjacent(text, statements[last], statements[last + 1]):
+    while last + 1 < len(statements) and are_adjacent(text, statements[last].end, statements[last + 1].start):
         last += 1
-    begin, end = statements[first].start, statements[last].end
-    if _HEDGE_BEFORE.search(text[max(0, begin - 40) : begin]) or _HEDGE_BEHIND.match(text, end):
+    if has_hedge_around(text, statements[first].start, statements[last].end):
         return NO_ANSWER
     return _united([statement.answer or NO_ANSWER for statement in statements[first : last + 1]])
 
@@ -142,12 +133,6 @@ def _united(answers: list[Answer]) -> Answer:
     if all(same_answer(answers[0], answer) for answer in answers[1:]):
         return answers[0]
     return distinct([values for answer in answers for values in answer])
-
-
-def _are_adjacent(text: str, left: _Statement, right: _Statement) -> bool:
-    gap = text[left.end : right.start][:200]
-    is_whole = right.start - left.end <= len(gap)
-    return is_whole and bool(_GAP_OF_LIST.fullmatch(gap) or _GAP_WITH_HEDGE.match(gap))
 
 
 def _marked_statements(text: str) -> list[_Statement]:
@@ -201,8 +186,7 @@ def _answer_in_prose(text: str) -> Answer:
         begin, end = phrases[-1].span()
         sentence = _SENTENCE_END.split(text[end : end + _WINDOW], maxsplit=1)[0]
         if starts_with_number(sentence):
-            hedged = _HEDGE_BEFORE.search(text[max(0, begin - 40) : begin]) is not None
-            hedged |= _HEDGE_BEHIND.match(text, end + len(sentence)) is not None
+            hedged = has_hedge_around(text, begin, end + len(sentence))
             return NO_ANSWER if hedged else named_numbers(sentence, words_may_lead=False)
     if not text.isascii():
         text = normalize(text)

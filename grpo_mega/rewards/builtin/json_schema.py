@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -22,9 +21,9 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.fenced_blocks import fenced_blocks
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
-
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[ \t]*$", re.MULTILINE)
 
 
 def check_json_schema_args(schema: Mapping[str, Any] | None = None) -> None:
@@ -50,8 +49,8 @@ def json_schema(prompt: str, completion: str, reference: str, schema: Mapping[st
     """Return 1 when the completion is one JSON value that the schema accepts, else 0.
 
     Args:
-        prompt: not used.
-        completion: only JSON, or a text with one fenced block of JSON.
+        prompt: if it ends with an opened thought, the completion begins inside of it.
+        completion: only JSON, or a text with one fenced block of JSON and no other object; thoughts are left out.
         reference: the schema as JSON text, when `schema` is unset.
         schema: the schema of all prompts.
 
@@ -60,7 +59,8 @@ def json_schema(prompt: str, completion: str, reference: str, schema: Mapping[st
     """
     validator = _validator(json.dumps(schema) if schema is not None else reference)
     try:
-        value = json.loads(_json_of(completion), parse_constant=_reject_constant)
+        text = _json_of(answer_part(prompt, completion))
+        value = json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_object_of)
         return float(validator.is_valid(value))
     except (ValueError, RecursionError, OverflowError):
         return 0.0
@@ -96,12 +96,21 @@ def _references(document: object) -> Iterator[str]:
             yield from _references(value)
 
 
-def _json_of(completion: str) -> str:
-    """Return the only fenced block, else the whole completion."""
-    fences = list(_FENCE.finditer(completion))
-    if len(fences) == 2 and fences[0][1] in ("", "json") and not fences[1][1]:
-        return completion[fences[0].end() : fences[1].start()]
-    return completion
+def _json_of(answer: str) -> str:
+    """Return the only fenced block if there is no object outside of it, else the whole answer."""
+    blocks = fenced_blocks(answer)
+    if len(blocks) == 1 and blocks[0].is_closed and blocks[0].label in ("", "json"):
+        content = blocks[0].content
+        return content if answer.count("{") == content.count("{") else answer
+    return answer
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; a name that occurs twice would offer two values for one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has two members of the same name")
+    return found
 
 
 def _reject_constant(constant: str) -> NoReturn:

@@ -23,6 +23,10 @@ TASK = '{"target": 98, "numbers": [44, 19, 35]}'
         "I try.\n44 - (-19) + 35",
         "<answer> [44 + 19] + 35 </answer>",
         "<answer>1</answer> no: <answer>44+19+35</answer>",
+        "<answer>44+19+35</answer>, so <answer>44 + 19 + 35</answer>",
+        "<answer>44 + 19 + 35 = 63 + 35 = 98</answer>",
+        "<answer>44 + 19 + 35 = 98.0 points</answer>",
+        "<answer>\uff14\uff14 + \u0661\u0669 \u2212 \u221235</answer>",
     ],
 )
 def test_an_expression_that_equals_the_target_scores_one(completion: str) -> None:
@@ -44,12 +48,35 @@ def test_an_expression_that_equals_the_target_scores_one(completion: str) -> Non
         "<answer>__import__('os').getpid() * 0 + 44 + 19 + 35</answer>",
         "<answer>44 ** 19 + 35</answer>",
         "<answer>44 / (19 - 19) + 35</answer>",
+        "<answer>44+19+35</answer> or <answer>44*19</answer>",
+        "<answer>44*19</answer>\n<answer>44+19+35</answer>",
+        "<answer>44+19+35</answer> or 44*19",
+        "<answer>44+19+35 or 44*19</answer>",
+        "<answer>44+19+35, 44*19</answer>",
+        "<answer>44+19+35 = 97</answer>",
+        "<answer>44+19+35 = 98 = 97</answer>",
+        "<answer>44+19+35 = 97 + 2</answer>",
+        "<answer>44.0+19+35</answer>",
+        "<answer>44%+19+35</answer>",
+        "<answer>4,4+19+35</answer>",
+        "<answer>44+19+35 km</answer>",
+        "<answer>44+19\u00b2+35</answer>",
+        "<answer>(44+19]+35</answer>",
+        r"\boxed{44+19} \boxed{44+19+35}",
+        r"not \boxed{44+19+35}",
+        "<think><answer>44+19+35</answer></think>",
+        "<think>\n44+19+35",
         "<answer>" + "(" * 200 + "44+19+35" + ")" * 200 + "</answer>",
         "<answer>" + "-" * 290 + "44+19+35</answer>",
     ],
 )
 def test_anything_else_scores_zero(completion: str) -> None:
     assert countdown("", completion, TASK) == 0.0
+
+
+def test_an_expression_in_the_thought_does_not_count() -> None:
+    assert countdown("<think>\n", "<answer>44+19+35</answer>", TASK) == 0.0
+    assert countdown("<think>\n", "<answer>1</answer></think><answer>44+19+35</answer>", TASK) == 1.0
 
 
 def test_a_valid_expression_with_another_value_scores_valid_score() -> None:
