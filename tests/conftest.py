@@ -26,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=None,
         help="folder with college_math_300.jsonl (default: data/math, else ../shared/data/math)",
     )
+    parser.addoption(
+        "--cases-dir",
+        type=Path,
+        default=None,
+        help="folder with the labeled inputs math.jsonl (default: data/cases, else ../shared/cases)",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -40,13 +46,19 @@ def math_dir(pytestconfig: pytest.Config) -> Path:
     return _data_folder(pytestconfig, "math", "college_math_300.jsonl")
 
 
-def _data_folder(config: pytest.Config, name: str, file: str) -> Path:
+@pytest.fixture(scope="session")
+def cases_dir(pytestconfig: pytest.Config) -> Path:
+    """Return the folder with labeled inputs of graders, found like `gsm8k_dir`."""
+    return _data_folder(pytestconfig, "cases", "math.jsonl", shared="cases")
+
+
+def _data_folder(config: pytest.Config, name: str, file: str, *, shared: str | None = None) -> Path:
     named: Path | None = config.getoption(f"--{name}-dir")
     if named is not None:
         if not (named / file).is_file():
             pytest.fail(f"--{name}-dir={named} holds no {file}; name the folder that does")
         return named
-    for folder in (REPOSITORY / "data" / name, REPOSITORY.parent / "shared" / "data" / name):
+    for folder in (REPOSITORY / "data" / name, REPOSITORY.parent / "shared" / (shared or f"data/{name}")):
         if (folder / file).is_file():
             return folder
     pytest.skip(f"no {file}: put it into data/{name} or name its folder by --{name}-dir")

@@ -1,0 +1,234 @@
+r"""Split an answer in LaTeX or plain text into tokens.
+
+Equivalent spellings get the same token: `\dfrac` and `\frac`, `\leqslant` and `<=`, `²` and `^{2}`, `1{,}000` and
+`1000`. Only layout is dropped: white space, sizes of brackets and dollar signs around formulas. Every other character
+is part of a token, so two texts with equal tokens are equal.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+from grpo_mega.rewards.math_answers.vocabulary import (
+    COMMANDS,
+    FONTS,
+    FUNCTION_NAMES,
+    GREEK,
+    PLAIN_NAMES,
+    STYLES,
+    TEXT_COMMANDS,
+    UNICODE,
+    WORDS,
+)
+
+
+class Token(NamedTuple):
+    """A token. `kind` is one of number, symbol, upright, word, function, mark and unknown."""
+
+    kind: str
+    text: str
+
+
+_LONGEST_PRODUCT = 4  # a longer run of letters is a word: `abcd` is a product, `apples` is a word
+_SUPERSCRIPTS = {"⁰": "0", "¹": "1", "²": "2", "³": "3", "⁴": "4", "⁵": "5", "⁶": "6", "⁷": "7", "⁸": "8", "⁹": "9"}
+_SUPERSCRIPTS |= {"⁻": "-", "⁺": "+", "ⁿ": "n", "ˣ": "x"}
+_SUPERSCRIPT_RUN = re.compile(f"[{''.join(_SUPERSCRIPTS)}]+")
+_SUBSCRIPT_RUN = re.compile("[₀-₉]+")
+_DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![A-Za-z]))|°|\\degree(?:s)?(?![A-Za-z])")
+_DELIMITERS = re.compile(r"(?<!\\)\$|\\[()\[\]]")
+_NULL_DELIMITER = re.compile(r"\\(?:left|right)\s*\.")
+_SIZES = re.compile(
+    r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf|it)(?![A-Za-z])"
+)
+_GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;|~|[\u2009\u202f\u00a0])\d{3})+)(?!\d)")
+_SPACED = re.compile(r"(?<![\d.,])(?<!\d )([1-9]\d{0,2})((?: \d{3})+)(?! ?\d)")
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+_REPEATING = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\d)")
+_TIME_OF_DAY = re.compile(r"\b([AaPp])\.\s?([Mm])(?:\.|\b)")
+_NUMBER = re.compile(r"\d*\.\d*\(\d+\)_|\d+(?:\.\d+)?|\.\d+")
+_SCIENTIFIC = re.compile(r"[eE][-+]?\d+(?![\d.A-Za-z])")
+_LETTERS = re.compile(r"[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:[A-Za-z]+\*?|.)", re.DOTALL)
+_PLAIN_MARK = re.compile(r"\*\*|<=|>=|!=|==|\.\.\.+|->|=>|[-+*/^_!'=<>,;:|.()\[\]{}&%@#?\"~`]")
+_MARKS = {"**": "^", "==": "=", "\u2026": "...", "->": "arrow", "=>": "arrow", "%": "percent", "&": "amp"}
+_ARRAY_COLUMNS = re.compile(r"\s*(?:\[[a-z]\]\s*)?\{[lcrp|\s@{}!*0-9.]*?\}")
+
+
+def normalize_text(text: str) -> str:
+    """Replace Unicode signs and equivalent LaTeX layout by one spelling, and join digits that thin spaces group."""
+    if not text.isascii():
+        text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run.group()) + "}", text)
+        text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + "".join(chr(ord(c) - 0x2050) for c in run.group()) + "}", text)
+        text = "".join(UNICODE.get(c) or _ascii_form(c) for c in text)
+    text = _TIME_OF_DAY.sub(r"\1\2", text)
+    text = _GROUPED.sub(lambda match: match[1] + re.sub(r"[^\d]", "", match[2]), text)
+    text = _SPACED.sub(lambda match: match[1] + match[2].replace(" ", ""), text)
+    if "\\" in text or "$" in text:
+        text = _NULL_DELIMITER.sub(r" \\nulldelimiter ", text)
+        text = _SIZES.sub(" ", _DELIMITERS.sub(" ", text.replace("\\\\", "\\row ")))
+        text = _REPEATING.sub(r"\1(\2)_", text)
+    return _DEGREES.sub(r" \\degree ", text) if "\\" in text or "°" in text else text
+
+
+def _ascii_form(character: str) -> str:
+    if character.isascii():
+        return character
+    digit = unicodedata.decimal(character, None)
+    if digit is not None:
+        return str(digit)
+    plain = unicodedata.normalize("NFKC", character)  # full-width letters and mathematical alphanumerics
+    return plain if len(plain) == 1 and plain.isascii() else character
+
+
+def tokenize(text: str, *, join_thousands: bool = True) -> list[Token]:
+    """Return all tokens of a text. With `join_thousands`, `1,000` outside of brackets is one number."""
+    return _Tokenizer(normalize_text(text), join_thousands).tokens
+
+
+class _Tokenizer:
+    def __init__(self, text: str, join_thousands: bool, *, in_words: bool = False) -> None:
+        self.text, self.position, self.in_words = text, 0, in_words
+        self.join_thousands = join_thousands
+        self.depth = 0  # of ( [ \{, in which a comma separates
+        self.tokens: list[Token] = []
+        while self.position < len(text):
+            self._read_one()
+
+    def _add(self, kind: str, text: str) -> None:
+        self.tokens.append(Token(kind, text))
+        if kind == "mark":
+            if text in ("(", "[", "\\{"):
+                self.depth += 1
+            elif text in (")", "]", "\\}"):
+                self.depth -= 1
+
+    def _take(self, pattern: re.Pattern[str]) -> str | None:
+        match = pattern.match(self.text, self.position)
+        if match is None:
+            return None
+        self.position = match.end()
+        return match.group()
+
+    def _read_one(self) -> None:
+        character = self.text[self.position]
+        if character.isspace():
+            self.position += 1
+        elif character.isdigit() or (character == "." and self.text[self.position + 1 : self.position + 2].isdigit()):
+            self._read_number()
+        elif character == "\\":
+            self._read_command()
+        elif character.isascii() and character.isalpha():
+            letters = self._take(_LETTERS)
+            assert letters is not None
+            self._add_letters(letters)
+        else:
+            self._read_mark()
+
+    def _read_number(self) -> None:
+        grouped = self._take(_THOUSANDS) if self.join_thousands and self.depth == 0 else None
+        if grouped is not None:
+            digits = grouped.replace(",", "")
+            if self.text[self.position : self.position + 1] == ".":
+                digits += (self._take(_NUMBER) or "").removesuffix("_")
+        else:
+            digits = (self._take(_NUMBER) or "").removesuffix("_")
+        if not digits:  # a digit that is not a decimal digit, such as a circled one
+            self._add("unknown", self.text[self.position])
+            self.position += 1
+            return
+        exponent = self._take(_SCIENTIFIC) if not digits.endswith(")") else None
+        self._add("number", digits + (exponent or "").lower())
+
+    def _read_mark(self) -> None:
+        mark = self._take(_PLAIN_MARK)
+        if mark is None:
+            self._add("unknown", self.text[self.position])
+            self.position += 1
+        elif mark != "~":
+            mark = "..." if mark.startswith("...") else mark
+            self._add("mark", _MARKS.get(mark, mark))
+
+    def _add_letters(self, letters: str) -> None:
+        lower = letters.casefold()
+        if self.in_words:
+            self._add("word", letters)
+        elif letters in PLAIN_NAMES:
+            self._add(*PLAIN_NAMES[letters])
+        elif len(letters) > 1 and (lower in WORDS or len(letters) > _LONGEST_PRODUCT):
+            self._add("word", letters)
+        else:
+            for letter in letters:
+                self._add("symbol", letter)
+
+    def _read_command(self) -> None:
+        command = self._take(_COMMAND)
+        if command is None:
+            self._add("unknown", "\\")
+            self.position += 1
+            return
+        name = command[1:]
+        if name in TEXT_COMMANDS:
+            self._read_text_command(name)
+        elif name in STYLES:
+            self._read_styled(name)
+        elif name in ("begin", "end"):
+            group = self._group() or ""
+            if name == "begin" and group in ("array", "tabular"):
+                self._take(_ARRAY_COLUMNS)
+            self._add("mark", f"{name} {group.rstrip('*')}")
+        elif name in GREEK:
+            self._add("symbol", GREEK[name])
+        elif name in FUNCTION_NAMES:
+            self._add("function", name)
+        elif name in COMMANDS:
+            token = COMMANDS[name]
+            if token is not None:
+                self._add(*token)
+        else:
+            self._add("unknown", command)
+
+    def _group(self) -> str | None:
+        r"""Return the content of the next `{...}` and move behind it; None when there is no closed group."""
+        match = re.compile(r"\s*\{").match(self.text, self.position)
+        if match is None:
+            return None
+        depth = 1
+        for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(self.text, match.end()):
+            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
+            if depth == 0:
+                content = self.text[match.end() : brace.start()]
+                self.position = brace.end()
+                return content
+        return None
+
+    def _read_text_command(self, name: str) -> None:
+        content = self._group()
+        if content is None:
+            self._add("unknown", "\\" + name)
+            return
+        stripped = content.strip(" ~")
+        if name in ("mathrm", "operatorname", "rm") and stripped in FUNCTION_NAMES:
+            self._add("function", stripped)
+        elif name != "text" and len(stripped) == 1 and stripped.isalpha():  # \mathrm{e}, or the unit of \mathrm{~N}
+            self._add("symbol" if stripped in ("e", "i") else "upright", stripped)
+        else:
+            nested = _Tokenizer(content, self.join_thousands, in_words=True)
+            for kind, text in nested.tokens:
+                self._add(kind, text)
+
+    def _read_styled(self, name: str) -> None:
+        r"""Read `\mathbf{x}` or `\vec{v}` as one symbol, and a style around anything else as a group."""
+        start = self.position
+        content = self._group()
+        if content is None:
+            content = self._take(re.compile(r"\s*(?:[A-Za-z]|\\[A-Za-z]+)"))
+        plain = (content or "").strip()
+        if content is not None and re.fullmatch(r"\\?[A-Za-z]+'*", plain):
+            self._add("symbol", f"\\{STYLES[name]}{{{plain}}}" if STYLES[name] else plain)
+        elif content is not None and name in FONTS:
+            self.position = start  # \mathbf{5}: the style is dropped, its group remains
+        else:
+            self.position = start
+            self._add("unknown", "\\" + name)

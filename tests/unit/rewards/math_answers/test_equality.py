@@ -1,0 +1,64 @@
+r"""Equality of final answers against labels: every kind of answer that the rules of docs/rewards.md name.
+
+`labeled_answers.jsonl` holds rows of {completion, answer, right}. Its first rows are inputs on which public graders
+failed (issues of huggingface/Math-Verify and huggingface/lighteval); the others were written and labeled by hand.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.rewards.builtin.math import math
+from grpo_mega.rewards.math_answers.equality import is_prose, is_right
+
+ROWS = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "labeled_answers.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
+def test_an_answer_is_graded_as_labeled(row: dict[str, Any]) -> None:
+    assert math("", row["completion"], row["answer"]) == row["right"]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
+def test_a_strict_reward_grades_boxes_in_the_same_way(row: dict[str, Any]) -> None:
+    assert math("", f"We compute.\n\nSo {row['completion']}.", row["answer"], strict=True) == row["right"]
+
+
+def test_the_shared_cases_are_graded_as_labeled(cases_dir: Path) -> None:
+    rows = [json.loads(line) for line in (cases_dir / "math.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row for row in rows if math("", row["completion"], row["answer"]) != row["right"]] == []
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"\frac{\pi\sqrt{3}}{6}",
+        r"(-\infty, 1) \cup (2, \infty)",
+        r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}",
+        r"10 \text{ cm per hour}",
+        r"\sin \theta \cos \theta",
+        r"\alpha + \beta",
+        r"x \geqslant 2",
+    ],
+)
+def test_a_reference_in_bare_latex_is_not_prose(formula: str) -> None:
+    assert not is_prose(formula)
+    assert is_right(f"${formula}$", formula)
+
+
+def test_an_unreadable_reference_is_compared_token_by_token() -> None:
+    reference = r"\int_0^1 f(x)\,dx \text{ diverges}"
+    assert is_right(r"\int_{0}^1 f(x) dx \text{ diverges}", reference)
+    assert not is_right(r"\int_0^2 f(x)\,dx \text{ diverges}", reference)
+
+
+def test_an_answer_far_longer_than_its_reference_is_wrong() -> None:
+    assert is_right("1" + "+0" * 250, "1")
+    assert not is_right("1" + "+0" * 1500, "1")

@@ -1,0 +1,69 @@
+r"""Where the final answer of a text is: boxes, markers, phrases and the last value of the last sentence."""
+
+from __future__ import annotations
+
+import pytest
+
+from grpo_mega.rewards.math_answers.final_answer import after_thought, answer_in_prose, boxed_answer, sentence_tails
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"so \boxed{5}.", "5"),
+        (r"\boxed {5}", "5"),
+        (r"\fbox{5}", "5"),
+        (r"$\boxed 5$", "5"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{5}}", "{5}"),
+        (r"\boxed{3 or \boxed{4}}", "3 or {4}"),
+        (r"\boxed{3} no, \boxed{4}", "4"),
+        (r"\boxed{3} or \boxed{4}", "3 ; 4"),
+        (r"$\boxed{3}$, $\boxed{4}$", "3 ; 4"),
+        (r"\boxed{1} \boxed{2} \boxed{3} \boxed{4} \boxed{5}", "1 ; 2 ; 3 ; 4 ; 5"),
+        (r"\boxed{4}. So \boxed{4}", "4"),
+        (r"\boxed{4} \boxed{4}", "4"),
+        (r"$x=\boxed{1}$ and $y=\boxed{2}$", "2"),
+        (r"\boxed{4", ""),
+        (r"\boxed{3} and then \boxed{4", ""),
+        (r"\boxed{\frac{1}2}}", ""),
+        (r"\text{the answer \boxed{5}}", "5"),
+        ("no box 5", None),
+    ],
+)
+def test_the_boxed_answer(text: str, answer: str | None) -> None:
+    assert boxed_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("We add.\n#### 42", "42"),
+        ("We add.\n#### 42 or 41", "42 or 41"),
+        ("The answer is 12.", "12"),
+        ("The answer is: **12**", "12"),
+        ("Therefore, the final answer is $-2$. I hope it is correct.", "$-2$"),
+        ("The answer is 3.5 or 4.", "3.5 or 4"),
+        ("First 3. In the end there are 7 apples.", "7"),
+        ("So we get 3 or 4.", "3 or 4"),
+        ("So we get $x=3$ or $x=4$.", "$x=3$ or $x=4$"),
+        ("So $x = 5$.", "$x = 5$"),
+        ("It is a casino", None),
+        ("", None),
+    ],
+)
+def test_the_answer_in_prose(text: str, answer: str | None) -> None:
+    assert answer_in_prose(text) == answer
+
+
+def test_a_thought_contains_no_answer() -> None:
+    assert after_thought("<think> 4 </think> 5") == " 5"
+    assert after_thought("4 </think> 5", "Question <think>\n") == " 5"
+    assert after_thought("<think> 4") is None
+    assert after_thought("4", "Question <think>\n") is None
+    assert after_thought("4 </think> <think> 5") is None
+    assert after_thought("4") == "4"
+
+
+def test_sentence_tails_begin_with_a_sentence() -> None:
+    assert sentence_tails("We see. It is not even", 4) == ["It is not even", "We see. It is not even"]
