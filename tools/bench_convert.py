@@ -36,7 +36,7 @@ import torch
 from grpo_mega.cli.convert_options import default_workers
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 2048, 8192, 15, 16, 8, 128, 32000
 SHARD_BYTES = 10**9
@@ -70,7 +70,7 @@ def make_checkpoint(folder: Path, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(0)
     groups: list[dict[str, torch.Tensor]] = [{}]
-    for name, shape in hf_shapes(read_spec(folder)).items():
+    for name, shape in hf_shapes(checkpoint_spec(folder)).items():
         if sum(t.nbytes for t in groups[-1].values()) > SHARD_BYTES:
             save_file(groups[-1], folder / f"{len(groups)}.safetensors", metadata={"format": "pt"})
             groups[-1] = dict.fromkeys(groups[-1], torch.empty(0))

@@ -2,8 +2,8 @@
 
 Whole tensors are streamed one bucket at a time; rank 0 writes a file when it is full. Tensors of the base model that
 are not trained (multi-token-prediction layers) are copied unchanged. Exported weights are never FP8, so the
-quantization entry of the config is removed. Its dtype becomes the dtype that most of the weights have. The folder is
-written under a temporary name and renamed at the end.
+quantization entry of the config is removed. Its dtype becomes the dtype that most of the weights have. With a head that
+is not tied, `tie_word_embeddings` is false. The folder is written under a temporary name and renamed at the end.
 Asserted by tests/e2e/test_quickstart.py (`transformers` loads it with the same log-probs) and
 tests/unit/checkpoint/test_export_hf.py.
 """
@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.stored_head import HEAD, checkpoint_spec, untie_config
 from grpo_mega.interfaces import Policy
 from grpo_mega.models.config_fields import with_dtype
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes_aside
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import TensorSlice
@@ -49,7 +49,7 @@ def export_hf(policy: Policy, base: Path, folder: Path, ranks: Ranks, max_shard_
 
 def _untrained(base: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the base model that the policy does not hold."""
-    shapes = hf_shapes_aside(read_spec(base))
+    shapes = hf_shapes_aside(checkpoint_spec(base))
     if not shapes:
         return
     files = HfFiles(base)
@@ -93,6 +93,8 @@ class _ShardWriter:
             if path.is_file() and path.suffix not in _WEIGHT_FILES and not path.name.endswith(".index.json"):
                 shutil.copy2(path, self._staging)
         _describe_weights(self._staging / "config.json", self._elements.most_common(1)[0][0])
+        if any(HEAD in tensors for tensors in self._files):
+            untie_config(self._staging / "config.json")
         shutil.rmtree(folder, ignore_errors=True)
         self._staging.rename(folder)
 

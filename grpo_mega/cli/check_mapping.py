@@ -28,7 +28,7 @@ from grpo_mega.cli.compare_logits import config_of
 from grpo_mega.cli.convert_options import exit_code
 from grpo_mega.formats.megatron_keys import megatron_tensors
 from grpo_mega.formats.safetensors_reader import HfFiles
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
@@ -56,7 +56,7 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
     from grpo_mega.policy.weight_source import weight_copies
 
     start = time.monotonic()
-    spec = read_spec(folder)
+    spec = checkpoint_spec(folder)
     shapes = hf_shapes(spec)
     files = HfFiles(folder, "HF_DIR", shapes)
     files.check(shapes, hf_shapes_aside(spec))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout.sampler import SampledGroups
@@ -105,7 +105,7 @@ def batch_of_rank(groups: SampledGroups, config: Config, objective: Objective, d
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     """Compute the gradient of the batch. Rank 0 writes loss and gradient norm, and the gradients to their own file."""
     folder, topology = Path(job["model"]), ranks.topology
-    spec = read_spec(folder)
+    spec = checkpoint_spec(folder)
     groups = read_rollouts(Path(job["rollouts"])) if job["rollouts"] else random_groups(config, folder, spec.vocab_size)
     policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
     objective = Objective(config.algorithm, config.sampling.max_tokens)

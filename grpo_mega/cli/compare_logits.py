@@ -28,7 +28,7 @@ import yaml
 from grpo_mega.cli.compare_layouts import measure_on_ranks, parse_layout
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
@@ -140,7 +140,7 @@ def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise UserError(f"HF_DIR={folder} must be a folder", remedy="give a Hugging Face model folder")
-    spec = read_spec(folder)
+    spec = checkpoint_spec(folder)
     sequences = random_sequences(spec, seed)
     with tempfile.TemporaryDirectory(prefix="compare_logits_") as name:
         work = Path(name)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape, pack
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
@@ -48,7 +48,7 @@ def make_rows(sequences: list[list[int]], config: Config) -> list[Microbatch]:
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     """Compute the rows, the same on every data-parallel rank; one rank of the last stage writes the differences."""
     folder = Path(job["model"])
-    policy = MegatronPolicy(config, read_spec(folder), folder, ranks, with_reference=False)
+    policy = MegatronPolicy(config, checkpoint_spec(folder), folder, ranks, with_reference=False)
     rows = make_rows(job["sequences"], config)
     logits, log_probs = policy.logits(rows), policy.log_probs(rows)
     if logits is None or log_probs is None or ranks.rank != ranks.topology.loss_rank(0):

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from grpo_mega.config.load import load_config
 from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import HeldSlice
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 from grpo_mega.quantization.fp8_checkpoint import is_quantized
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
@@ -96,7 +96,7 @@ def report_of(folder: Path, *, power_of_two: bool) -> Report:
         UserError: the checkpoint is incomplete, or has no matrix that an FP8 engine quantizes.
         WeightMismatchError: a weight is not finite.
     """
-    spec = read_spec(folder)
+    spec = checkpoint_spec(folder)
     shapes = hf_shapes(spec)
     report: Report = {}
     with closing(HfFiles(folder)) as files:

@@ -146,7 +146,7 @@ def model_of(config: Config, gpu: Gpu) -> PlannedModel:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.simplefilter("ignore")  # libraries warn about missing optional features
     from grpo_mega.engines.pass_through import check_engine_args
-    from grpo_mega.models.config_readers import read_spec
+    from grpo_mega.formats.stored_head import checkpoint_spec
     from grpo_mega.models.tiny_recipe import recipe_spec
     from grpo_mega.policy.inspect.module_sizes import module_counter
 
@@ -158,5 +158,5 @@ def model_of(config: Config, gpu: Gpu) -> PlannedModel:
         spec, where = recipe_spec(config.model.base.architecture, vocab_size), "model.base.architecture"
     else:
         folder = shipped_model_folder(Path(str(config.model.path)))
-        spec, where = read_spec(folder), str(folder)
+        spec, where = checkpoint_spec(folder), str(folder)
     return PlannedModel(spec, gpu, where, module_counter(spec, config.parallel.megatron))

@@ -37,7 +37,7 @@ from grpo_mega.engines.vllm.arguments import checkpoint_tensors
 from grpo_mega.engines.vllm.layout_extrapolation import NoRuleError, layouts_of_all, sampled_ranks
 from grpo_mega.engines.vllm.offline import record_ranks
 from grpo_mega.engines.vllm.tp_rules import check_tp
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.layout_rules import check_layout
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.rank_slices import policy_slices
@@ -136,9 +136,9 @@ def model_of(config: Config, work: Path) -> tuple[Path, ModelSpec]:
     """
     if config.model.base is not None:
         base_config(config.model.base, base_tokenizer(config.model.base)).save_pretrained(work)
-        return work, read_spec(work)
+        return work, checkpoint_spec(work)
     folder = shipped_model_folder(Path(str(config.model.path)))
-    return folder, read_spec(folder)
+    return folder, checkpoint_spec(folder)
 
 
 def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *, local_modules: bool) -> ReshardPlan:

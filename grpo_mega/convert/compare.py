@@ -17,6 +17,7 @@ from torch import Tensor
 from grpo_mega.formats.byte_ranges import Shape
 from grpo_mega.formats.planned_files import rows_at_once
 from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.stored_head import HEAD, checkpoint_spec
 from grpo_mega.formats.torch_dist_as_hf import DistAsHf, find_base
 from grpo_mega.formats.torch_dist_reader import checkpoint_folder
 from grpo_mega.types import TensorSlice, UserError
@@ -65,7 +66,7 @@ def open_checkpoint(folder: Path, base: Path | None, other: Path) -> HfTensors:
     """
     dist = checkpoint_folder(folder)
     if dist is None:
-        return HfFiles(folder, "folder")
+        return _hf_tensors(folder)
     if base is None:
         try:
             base = find_base(folder, dist)
@@ -74,6 +75,14 @@ def open_checkpoint(folder: Path, base: Path | None, other: Path) -> HfTensors:
                 raise
             base = other
     return DistAsHf(dist, base)
+
+
+def _hf_tensors(folder: Path) -> HfFiles:
+    """Open a Hugging Face folder without a head that is a copy of the embedding; the embedding is compared."""
+    files = HfFiles(folder, "folder")
+    if HEAD in files.shapes and (folder / "config.json").is_file() and checkpoint_spec(folder).tie_embeddings:
+        files.shapes.pop(HEAD)
+    return files
 
 
 def compare(a: HfTensors, b: HfTensors) -> Iterator[TensorComparison]:

@@ -20,10 +20,10 @@ from grpo_mega.convert.streaming_copy import Conversion, copy_side_files, identi
 from grpo_mega.formats.megatron_args import megatron_args
 from grpo_mega.formats.megatron_keys import MegatronTensor, extra_state_keys, megatron_tensors
 from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.stored_head import checkpoint_spec, untie_config
 from grpo_mega.formats.torch_dist_as_hf import HF_SIDE
 from grpo_mega.formats.torch_dist_reader import LATEST
 from grpo_mega.formats.torch_dist_writer import DistPlan
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.digest import digest_text
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside, keeps_float32
 from grpo_mega.types import UserError
@@ -59,7 +59,7 @@ def hf_to_megatron(
     Raises:
         UserError: `hf` is damaged or not supported, `out` is not empty, or the disk is full.
     """
-    spec = read_spec(hf)
+    spec = checkpoint_spec(hf)
     with Workspace(out, {"HF_DIR": hf}) as workspace, closing(HfFiles(hf, "HF_DIR", hf_shapes(spec))) as source:
         source.check(hf_shapes(spec), hf_shapes_aside(spec))
         tensors = [tensor for tensor in megatron_tensors(spec) if _is_complete(tensor, source)]
@@ -77,6 +77,8 @@ def hf_to_megatron(
         digests = {name: digest_text(value) for name, value in sorted(found.items())}
         plan.write_metadata(workspace.result / RELEASE, megatron_args(spec, dtypes[0]), conversion.plan_digest())
         _write_side(hf, source, workspace.result)
+        if not spec.tie_embeddings:
+            untie_config(workspace.result / HF_SIDE / "config.json")
         (workspace.result / "digests.json").write_text(json.dumps(digests, indent=1))
         workspace.publish()
     return ConversionReport(len(digests), total, len(files), tuple(conversion.redone), digests)

@@ -24,6 +24,7 @@ from grpo_mega.formats.planned_files import Chunk, PlannedFile, SliceCopy, rows_
 from grpo_mega.formats.safetensors_headers import DTYPES as STORED_DTYPES
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE, StoredTensor, read_header
 from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.stored_head import HEAD, untie_config
 from grpo_mega.formats.torch_dist_as_hf import DistAsHf, find_base
 from grpo_mega.formats.torch_dist_reader import checkpoint_folder
 from grpo_mega.models.config_fields import with_dtype
@@ -85,6 +86,8 @@ def megatron_to_hf(
         digests = {name: digest_text(value) for name, value in sorted(found.items())}
         copy_side_files(base, workspace.result)
         _rewrite_config(workspace.result / "config.json", main_dtype(source.shapes, dtypes), to_fp8)
+        if HEAD in source.shapes:
+            untie_config(workspace.result / "config.json")
         if index is not None:
             (workspace.result / INDEX).write_text(json.dumps(index, indent=2))
         (workspace.result / "digests.json").write_text(json.dumps(digests, indent=1))

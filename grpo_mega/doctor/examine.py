@@ -78,10 +78,10 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     """Check host memory and disk, from the number of parameters; the sizes of a tiny base are negligible."""
     if config.model.path is None or not (Path(config.model.path) / "config.json").is_file():
         return []
-    from grpo_mega.models.config_readers import read_spec
+    from grpo_mega.formats.stored_head import checkpoint_spec
     from grpo_mega.models.parameter_tables import hf_shapes
 
-    parameters = sum(math.prod(shape) for shape in hf_shapes(read_spec(Path(config.model.path))).values())
+    parameters = sum(math.prod(shape) for shape in hf_shapes(checkpoint_spec(Path(config.model.path))).values())
     itemsize = _BYTES[config.precision.dtype]
     state = 8 + (4 if itemsize < 4 else 0)
     # Every data-parallel replica holds weights; without CUDA also gradients and engine weights. The optimizer state is

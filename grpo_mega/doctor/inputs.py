@@ -32,19 +32,30 @@ def check_layout(config: Config, topology: Topology) -> Finding:
 def check_checkpoint(folder: Path) -> Finding:
     """Check that the safetensors headers hold every tensor of the model, in the shape that config.json gives."""
     from grpo_mega.formats.safetensors_reader import HfFiles
+    from grpo_mega.formats.stored_head import HEAD, checkpoint_spec, stored_head
     from grpo_mega.models.config_readers import read_spec
     from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 
     def check() -> str:
-        spec = read_spec(folder)
+        spec = checkpoint_spec(folder)
         files = HfFiles(folder)
         try:
             files.check(hf_shapes(spec), hf_shapes_aside(spec))
         finally:
             files.close()
-        return f"{len(files.stored)} tensors of {spec.family} in {folder}"
+        copied = ", the head is a copy of the embedding and tied to it"
+        note = copied if spec.tie_embeddings and stored_head(folder) == "copy" else ""
+        return f"{len(files.stored)} tensors of {spec.family} in {folder}{note}"
 
-    return tried("checkpoint", check)
+    found = tried("checkpoint", check)
+    if found.status == "pass" and read_spec(folder).tie_embeddings and not checkpoint_spec(folder).tie_embeddings:
+        return Finding(
+            "checkpoint", "warn",
+            f"config.json has tie_word_embeddings=true, but {HEAD} differs from the embedding: the head is not tied, "
+            "as in transformers 5",
+            "set tie_word_embeddings=false in config.json, or remove the head from the files to tie it",
+        )  # fmt: skip
+    return found
 
 
 def check_rewards(config: Config) -> Finding:

@@ -14,7 +14,7 @@ from grpo_mega.engines.engine_rules import (
     check_engine_model,
     check_server_addresses,
 )
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.layout_rules import check_layout
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.models.tiny_recipe import recipe_spec
@@ -114,4 +114,4 @@ def _read_spec(config: Config) -> ModelSpec:
     folder = Path(str(config.model.path))
     if not folder.is_dir():
         raise UserError(f"model.path={folder} is not a folder", remedy="use a Hugging Face model folder")
-    return read_spec(folder)
+    return checkpoint_spec(folder)

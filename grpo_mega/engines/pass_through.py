@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 _LENGTHS = "data.max_prompt_tokens and sampling.max_tokens"
 # Config key -> the fields that the program sets from it; "": fields that it sets without a config key.
 _VLLM = {
-    "model.path": "model tokenizer hf_config_path",
+    "model.path": "model tokenizer hf_config_path hf_overrides",
     "precision.dtype": "dtype",
     "run.seed": "seed",
     "engine.tp": "tensor_parallel_size pipeline_parallel_size",
@@ -34,7 +34,7 @@ _VLLM = {
     "data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_hybrid_lb "
     "data_parallel_external_lb",
     "engine.ep": "enable_expert_parallel",
-    "engine.fp8": "quantization quantization_config hf_overrides linear_backend moe_backend",
+    "engine.fp8": "quantization quantization_config linear_backend moe_backend",
     "engine.max_num_seqs": "max_num_seqs",
     "engine.kv_cache_tokens": "kv_cache_memory_bytes num_gpu_blocks_override gpu_memory_utilization",
     "algorithm.routing_replay": "enable_return_routed_experts",

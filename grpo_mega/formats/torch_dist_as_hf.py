@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,17 +12,18 @@ from torch import Tensor
 
 from grpo_mega.formats.byte_ranges import Shape
 from grpo_mega.formats.megatron_keys import MegatronTensor, megatron_tensors
-from grpo_mega.formats.planned_files import SliceCopy, pieces_within
+from grpo_mega.formats.planned_files import SliceCopy, pieces_within, rows_at_once
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE
 from grpo_mega.formats.safetensors_reader import WEIGHT_DTYPES, HfFiles
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.formats.torch_dist_reader import TorchDistFiles
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import TensorSlice, UserError
 
 HF_SIDE = "hf"
 """Folder beside a converted checkpoint, with config and tokenizer."""
-_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+_VOCABULARY = _EMBEDDING, _HEAD = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 class DistAsHf:
@@ -38,8 +40,8 @@ class DistAsHf:
         Raises:
             UserError: the checkpoint is damaged, or a tensor is missing, unknown, or has another shape.
         """
-        spec = read_spec(base)
         self.folder, self._files = folder, TorchDistFiles(folder)
+        spec = self._untied_if_stored(checkpoint_spec(base))
         self._sources: dict[str, list[SliceCopy]] = defaultdict(list)
         shapes, shapes_aside = hf_shapes(spec), hf_shapes_aside(spec)
         known: set[str] = set()
@@ -54,13 +56,31 @@ class DistAsHf:
                 there = TensorSlice(key, (*leading, *placed.local.offsets), (*ones, *placed.local.shape))
                 # offsets in the Hugging Face tensor, with one leading dimension for each of the key's
                 self._sources[placed.hf.name].append(SliceCopy(there, (0,) * len(ones) + placed.hf.offsets))
-        self._check_unknown_tensors(known, tied=spec.tie_embeddings)
+        self._check_unknown_tensors(known | ({_HEAD} if spec.tie_embeddings else set()))
         self._aside = _weights_of(base) if shapes_aside.keys() - self._sources.keys() else None
         held = set(self._sources)
         if self._aside is not None:
             self._aside.check({}, shapes | shapes_aside)
             held |= self._aside.stored.keys()
         self.shapes = shapes | {name: shape for name, shape in shapes_aside.items() if name in held}
+
+    def _untied_if_stored(self, spec: ModelSpec) -> ModelSpec:
+        """Return the spec without tying if the checkpoint holds a head that differs from the embedding."""
+        files = self._files.tensors
+        if not spec.tie_embeddings or _HEAD not in files or _EMBEDDING not in files:
+            return spec
+        shape = (spec.vocab_size, spec.hidden_size)
+        for key in (_EMBEDDING, _HEAD):
+            self._check_shape(key, shape)
+        step = rows_at_once(shape, torch.float32)
+        for row in range(0, shape[0], step):
+            part = (min(step, shape[0] - row), shape[1])
+            values = [torch.empty(part, dtype=files[key].dtype) for key in (_EMBEDDING, _HEAD)]
+            for key, out in zip((_EMBEDDING, _HEAD), values, strict=True):
+                self._files.read_into(TensorSlice(key, (row, 0), part), out)
+            if not torch.equal(values[0].float(), values[1].float()):
+                return replace(spec, tie_embeddings=False)
+        return spec
 
     def close(self) -> None:
         """Close all files; nothing can be read afterwards."""
@@ -128,11 +148,11 @@ class DistAsHf:
                 remedy="check that the checkpoint belongs to this model",
             )
 
-    def _check_unknown_tensors(self, known: set[str], *, tied: bool) -> None:
+    def _check_unknown_tensors(self, known: set[str]) -> None:
         model_keys = (
             k for k in self._files.tensors if k.startswith(("embedding.", "decoder.", "output_layer.", "mtp."))
         )
-        left = sorted(set(model_keys) - known - ({"output_layer.weight"} if tied else set()))
+        left = sorted(set(model_keys) - known)
         if left:
             listed = ", ".join(f"{key} of shape {self._files.tensors[key].shape}" for key in left[:3])
             raise UserError(

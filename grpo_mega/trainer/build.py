@@ -15,8 +15,8 @@ from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.factory import make_engine
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import Engine, WeightSource
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.observe.atomic_files import to_json, write_atomically
 from grpo_mega.observe.log import quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
@@ -111,7 +111,7 @@ def building(
 
         timers = PhaseTimer(on_phase)
         with timers.phase("start"):
-            spec = read_spec(model_folder)
+            spec = checkpoint_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)
             workers = start_workers(config, ranks, stack)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.algorithm.needs_reference)

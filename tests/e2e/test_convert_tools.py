@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from grpo_mega.convert.compare import compare, open_checkpoint
+from grpo_mega.convert.compare import TensorComparison, compare, open_checkpoint
 from grpo_mega.convert.hf_to_megatron import hf_to_megatron
 from grpo_mega.convert.megatron_to_hf import megatron_to_hf
 from grpo_mega.formats.safetensors_reader import HfFiles
@@ -32,7 +32,7 @@ from grpo_mega.types import TensorSlice, UserError
 from tests.helpers.checkpoint_checks import ENVIRONMENT, VOCAB, assert_same_tensors, hf_logits, read_tensors, run_stock
 from tests.helpers.family_checkpoints import make_published_mxfp4
 from tests.helpers.jobs import REPOSITORY
-from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.tiny_models import make_tiny_model, store_head
 
 MODELS: dict[str, tuple[Any, bool]] = {
     "qwen3": ("qwen3", False),
@@ -78,6 +78,35 @@ def test_a_stock_megatron_loads_it_at_another_layout_and_its_checkpoint_converts
     assert float((found - hf_logits(folders / name / "hf")).abs().max()) <= 2e-5
     megatron_to_hf(tmp_path / "logits.again", tmp_path / "back", base=folders / name / "hf")
     assert_same_tensors(tmp_path / "back", folders / name / "hf")
+
+
+@pytest.mark.parametrize("head", ["copy", "different"])
+def test_a_head_that_the_files_of_a_tied_model_hold_is_kept_if_it_differs(tmp_path: Path, head: Any) -> None:
+    """The logits are those of transformers at every stage; a copy is compared as the embedding that it equals."""
+    hf = store_head(make_tiny_model(tmp_path / "hf", "qwen3", True, VOCAB), head)
+    wanted = hf_logits(hf)
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "again", base=hf)
+    for folder in (tmp_path / "back", tmp_path / "again"):
+        assert torch.equal(hf_logits(folder), wanted)
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is (head == "copy")
+        assert ("lm_head.weight" in read_tensors(folder)) == (head == "different")
+    for side in (tmp_path / "megatron", tmp_path / "back"):
+        assert [each.verdict for each in compare_all(hf, side)] == ["equal"] * (25 if head == "different" else 24)
+
+
+def test_a_checkpoint_with_another_head_is_not_tied_even_if_its_config_says_so(tmp_path: Path) -> None:
+    hf = store_head(make_tiny_model(tmp_path / "hf", "qwen3", True, VOCAB), "different")
+    hf_to_megatron(hf, tmp_path / "megatron")
+    config = tmp_path / "megatron" / "hf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert torch.equal(hf_logits(tmp_path / "back"), hf_logits(hf))
+
+
+def compare_all(a: Path, b: Path) -> list[TensorComparison]:
+    return list(compare(open_checkpoint(a, None, b), open_checkpoint(b, None, a)))
 
 
 def test_a_checkpoint_created_by_a_stock_megatron_converts(folders: Path, tmp_path: Path) -> None:

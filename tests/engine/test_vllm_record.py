@@ -15,7 +15,13 @@ from torch import nn
 
 from grpo_mega.engines.vllm.record import record_vllm
 from grpo_mega.engines.vllm.regions import by_expert
-from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, RecordedCopy, record_loader
+from grpo_mega.engines.weights.loader_recording import (
+    CannotRecordError,
+    LoaderRecord,
+    RecordedCopy,
+    UnfilledError,
+    record_loader,
+)
 from grpo_mega.engines.weights.regions import Zeros, region_view
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.types import TensorSlice
@@ -324,6 +330,38 @@ def every_other(fused: Any, w: dict[str, torch.Tensor]) -> None:
 def test_a_loader_that_does_not_only_copy_slices_is_rejected(load: Callable[..., None], message: str) -> None:
     with pytest.raises(CannotRecordError, match=message):
         recorded_copies_of(load)
+
+
+def nothing(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    del fused, w
+
+
+def empty_slice(fused: Any, w: dict[str, torch.Tensor]) -> None:
+    fused[0, :0].copy_(w["b"].t()[:0])
+    fused[0:].fill_(0)
+
+
+def test_a_padded_parameter_without_any_tensor_is_rejected() -> None:
+    with pytest.raises(UnfilledError, match=r"no tensor of the checkpoint fills fused \[2, 6, 4\]"):
+        record_loader(Loader(nothing), TENSORS, {"fused"})
+
+
+def test_a_padded_parameter_into_which_the_loader_copies_an_empty_slice_is_padding_alone() -> None:
+    record = record_loader(Loader(empty_slice), TENSORS, {"fused"})
+    assert (record.copies, record.empty) == ([], {"fused"})
+
+
+def test_a_parameter_that_the_engine_sets_itself_needs_no_tensor() -> None:
+    assert record_loader(Loader(nothing), TENSORS, set(), preset={"fused"}).copies == []
+    with pytest.raises(UnfilledError, match="24 of the 48"):
+        record_loader(Loader(incomplete), TENSORS, set(), preset={"fused"})
+
+
+def test_a_tied_parameter_that_the_loader_forgets_is_filled_by_its_tensor() -> None:
+    loader = Loader(nothing)
+    loader.fused.weight_loader = lambda fused, w: (fused[0].copy_(w.t()), fused[1].copy_(w.t()))
+    copies = record_loader(loader, TENSORS, set(), tied={"fused": "b", "absent": "a"}).copies
+    assert [(copy.hf.name, copy.local.offsets) for copy in copies] == [("b", (0, 0, 0)), ("b", (1, 0, 0))]
 
 
 def test_only_the_last_rows_of_a_padded_parameter_may_stay_unfilled() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest, TensorSlice, WeightMismatchError
-from tests.helpers.engine_contract import sglang_here
+from tests.helpers.engine_contract import largest_log_prob_error, sglang_here
 from tests.helpers.engine_ranks import EngineRanks, RankSession, engine_ranks
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.servers import serving, write_config
@@ -33,7 +33,7 @@ from tests.helpers.synced_engine import (
     prepare_policy,
     push,
 )
-from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model
+from tests.helpers.tiny_models import Family, make_family_model, make_tiny_model, store_head
 
 SETTINGS: dict[str, Any] = {"max_model_len": 96, "max_num_seqs": 48, "kv_cache_tokens": None}
 PROMPTS = [Prompt(i, "", tuple(2 + (3 * i + j * j) % 18 for j in range(n)), "") for i, n in enumerate([6, 1, 9])]
@@ -217,6 +217,69 @@ def test_servers_receive_the_policys_weights(
         answers = world.call(sampled)
         assert (answers[0] == answers[1]) == (servers == 1)
         world.close()
+
+
+def make_stored_head(folder: Path, family: Any, head: Any) -> Path:
+    """Make a model whose config.json ties the head that its files hold nevertheless."""
+    if family == "qwen3_moe":
+        tied = raw_family_config(family, mlp_only_layers=[], tie_word_embeddings=True)
+        return store_head(make_family_model(folder, tied), head)
+    return store_head(make_tiny_model(folder, family, tie=True, vocab=70), head)
+
+
+def stored_head_cases(kind: str) -> list[Any]:
+    """Return (kind, family, head, policy's axes, engine_tp); two cases with vLLM are in the short tier."""
+    short = [("qwen3", "copy", {"tp": 2}, 1), ("qwen3", "different", {"pp": 2}, 2)]
+    layouts: dict[str, Any] = {"llama": ({"pp": 2}, 2), "qwen2": ({"tp": 2}, 1), "qwen3_moe": ({"ep": 2}, 1)}
+    others = [(family, head, *layout) for family, layout in layouts.items() for head in ("copy", "different")]
+    marks = [pytest.mark.long, *([sglang_here] if kind == "sglang" else [])]
+    return [
+        pytest.param(kind, *case, marks=marks if kind == "sglang" or case in others else (),
+                     id=f"{kind}-{case[0]}-{case[1]}")
+        for case in (*short, *others)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "head", "axes", "engine_tp"), [*stored_head_cases("vllm"), *stored_head_cases("sglang")]
+)
+def test_a_head_that_the_files_of_a_tied_model_hold_is_synchronized_as_transformers_reads_it(
+    world: EngineRanks, tmp_path: Path, kind: str, family: str, head: str, axes: dict[str, int], engine_tp: int
+) -> None:
+    """Transformers ties a copy and unties another head; vLLM would untie both and leave the copy unfilled."""
+    folder = make_stored_head(tmp_path / "model", family, head)
+    world.open(folder, tp=engine_tp, kind=kind, **SETTINGS)
+    world.call(build, Path(shutil.copytree(folder, tmp_path / "weights")), axes, {"tp": engine_tp})
+    world.call(push, 0)
+    assert world.call(largest_mismatch)[0] <= 1e-4
+    assert largest_log_prob_error(folder, PROMPTS, world.call(sampled)[0], 1.0) <= 2e-5
+    world.call(perturb, 1)
+    assert world.call(largest_mismatch)[0] > 1e-2
+    second = world.call(push, 1)
+    assert world.call(largest_mismatch)[0] <= 1e-4
+    if head == "different":
+        assert {report.policy_digest for report in second} == {expected_digest(folder, 1)}
+
+
+def untied_parameters(_session: RankSession, folder: Path) -> str:
+    """Start vLLM with the choice that it makes by itself, and return the error."""
+    from grpo_mega.engines.vllm import lifecycle
+    from grpo_mega.engines.vllm.arguments import VllmSettings
+    from grpo_mega.engines.vllm.engine import VllmEngine
+
+    settings = VllmSettings(folder, "fp32", tp=1, seed=0, **SETTINGS)
+    with mock.patch.object(lifecycle, "tied_as_configured", ExitStack), pytest.raises(RuntimeError) as raised:
+        VllmEngine(settings)
+    return str(raised.value)
+
+
+def test_a_parameter_that_no_tensor_of_the_sync_fills_stops_the_start(world: EngineRanks, tmp_path: Path) -> None:
+    folder = make_stored_head(tmp_path / "model", "qwen3", "copy")
+    try:
+        messages = world.call(untied_parameters, folder)
+    finally:
+        world.close()  # vLLM's process groups of a start that failed remain
+    assert all("no tensor of the checkpoint fills lm_head.weight [128, 64]" in message for message in messages)
 
 
 def supports_slices(session: RankSession) -> bool:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import pack, unpack
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.digest import combined_digest, slice_digest
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
@@ -55,7 +55,7 @@ def build(session: RankSession, weights: Path, axes: dict[str, Any], engine: dic
     )
     topology = Topology.of(config, dist.get_world_size())
     ranks = init_ranks(topology, 60.0)
-    policy = MegatronPolicy(config, read_spec(weights), weights, ranks, with_reference=False)
+    policy = MegatronPolicy(config, checkpoint_spec(weights), weights, ranks, with_reference=False)
     groups = [dist.new_group(topology.replica_ranks(i)) for i in range(topology.num_replicas)]
     session.kept.update(policy=policy, groups=groups)
     dist.barrier()

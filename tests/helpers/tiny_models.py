@@ -93,3 +93,16 @@ def make_char_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     fast.save_pretrained(folder)
+
+
+def store_head(folder: Path, head: Literal["copy", "different"]) -> Path:
+    """Add `lm_head.weight` to the files of a tied model: a copy of the embedding, or another matrix."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors, "the model must be tied"
+    embedding = tensors["model.embed_tokens.weight"]
+    other = 0.15 * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(9))
+    tensors["lm_head.weight"] = (embedding if head == "copy" else other.to(embedding)).clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder

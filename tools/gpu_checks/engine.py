@@ -17,8 +17,8 @@ import torch.distributed as dist
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.factory import make_engine
 from grpo_mega.engines.vllm.engine import VllmEngine
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import Engine
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.parallel.ranks import init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.policy import MegatronPolicy
@@ -42,7 +42,7 @@ def main() -> None:
         folder = Path(work) / "model"
         parameters = subject.make_subject(job, folder)
         overrides = _OVERRIDES.get(job.part, [])
-        config, spec = subject.config_of(folder, *overrides), read_spec(folder)
+        config, spec = subject.config_of(folder, *overrides), checkpoint_spec(folder)
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
         engine = make_engine(config, folder)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from grpo_mega.config.fp8_rules import RECIPES, check_generation
 from grpo_mega.config.schema import Config
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.digest import slice_digest
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks, init_ranks
@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
         folder = Path(work) / "model"
         parameters = subject.make_subject(job, folder)
-        config, spec = subject.config_of(folder), read_spec(folder)
+        config, spec = subject.config_of(folder), checkpoint_spec(folder)
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         measured, expected = step_of(config, spec, folder, ranks, job.gpu)
         numbers: dict[str, Any] = {"parameters": parameters, "bf16": measured}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.config.schema import Config
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import checkpoint_spec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
     from grpo_mega.policy.inspect.memory_use import held_bytes, saved_for_backward
     from grpo_mega.policy.policy import MegatronPolicy
 
-    spec = read_spec(folder)
+    spec = checkpoint_spec(folder)
     policy = MegatronPolicy(case.config(folder), spec, folder, ranks, with_reference=False)
     rows = [_row(spec.vocab_size, seed) for seed in range(case.microbatches)]
     policy.update(rows, _Loss(), 1e-4)  # the moments appear with the first one
@@ -141,7 +141,7 @@ def predicted(case: Case, folder: Path) -> list[Bytes]:
     from grpo_mega.planner.plan import plan_resources
     from grpo_mega.policy.inspect.module_sizes import module_counter
 
-    spec = read_spec(folder)
+    spec = checkpoint_spec(folder)
     plan = plan_resources(
         case.config(folder), spec, module_counter(spec), cluster_of(gpu_named("cpu"), case.world), str(folder)
     )

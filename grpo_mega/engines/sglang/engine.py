@@ -10,6 +10,7 @@ run (tests/gpu/test_sglang_on_gpu.py).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -36,8 +37,8 @@ from grpo_mega.engines.sglang.sink import SglangSink
 from grpo_mega.engines.sglang.staging import Staging
 from grpo_mega.engines.sglang.weight_client import WeightClient
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
@@ -63,7 +64,7 @@ class SglangEngine:
     def __init__(self, settings: SglangSettings, log: Path | None = None) -> None:
         self._on_cuda = torch.cuda.is_available()
         check_sglang(on_cuda=self._on_cuda)
-        spec = read_spec(settings.config_dir)
+        spec = checkpoint_spec(settings.config_dir)
         if settings.return_experts and spec.moe is None:
             raise UserError(
                 f"algorithm.routing_replay=true: {settings.config_dir} has no experts", remedy="set it to false"
@@ -78,6 +79,8 @@ class SglangEngine:
         self._process: SglangProcess | None = None
         gpus, memory = self._own_devices()
         arguments = engine_arguments(settings, memory, free_port())  # on every rank, so that all raise the same error
+        # not that of config.json, if the files hold a head that differs from the embedding (formats/stored_head.py)
+        arguments["json_model_override_args"] = json.dumps({"tie_word_embeddings": spec.tie_embeddings})
         if self._ranks.is_first:
             self._process = SglangProcess(
                 arguments, tp=settings.tp, gpus=gpus, log=log, timeout_seconds=settings.timeout_seconds

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from grpo_mega.engines.sglang.weight_server import WeightServer, WeightServerAddress
 from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, UnfilledError, record_loader
+from grpo_mega.formats.stored_head import EMBEDDING, HEAD
 
 LOADER = f"{__name__}.serve"
 
@@ -80,7 +81,8 @@ def _share(model: nn.Module, _: Sequence[tuple[str, Tensor]], tensors: str) -> S
     _mark_experts_unknown()
     expected = pickle.loads(Path(tensors).read_bytes())
     try:
-        record = record_loader(model, expected, _padded(model))
+        tied = {} if HEAD in expected else {HEAD: EMBEDDING}  # Qwen3-MoE has a head even if it is tied
+        record = record_loader(model, expected, _padded(model), tied=tied)
     except UnfilledError as error:  # streaming whole tensors would leave the same parameters unfilled
         raise RuntimeError(f"SGLang's model does not match the checkpoint: {error}") from error
     except CannotRecordError as error:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from grpo_mega.config.schema import Config
-from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors
+from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors, model_overrides
 from grpo_mega.engines.vllm.record import RECORDING
 from grpo_mega.models.kv_cache import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
@@ -161,9 +161,12 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "seed": settings.seed,
+        # not that of config.json, if the files hold a head that differs from the embedding (formats/stored_head.py)
+        "hf_overrides": {"tie_word_embeddings": spec.tie_embeddings},
     }
     if settings.fp8:
-        arguments |= fp8_arguments(spec)
+        arguments |= fp8_arguments()
+        arguments["hf_overrides"] |= model_overrides(spec)
     on_cuda = torch.cuda.is_available()
     if settings.kv_cache_tokens is not None or not on_cuda:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)

@@ -27,8 +27,8 @@ from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
 from grpo_mega.engines.vllm.lifecycle import keep_generators, start, stop
 from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm.sink import VllmSink
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
-from grpo_mega.models.config_readers import read_spec
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class VllmEngine:
     def __init__(self, settings: VllmSettings) -> None:
         from transformers import AutoTokenizer
 
-        spec = read_spec(settings.config_dir)
+        spec = checkpoint_spec(settings.config_dir)
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(settings.config_dir))
         self._eos_ids = eos_ids(settings.config_dir, self._tokenizer.eos_token_id)
         self._max_model_len = settings.max_model_len

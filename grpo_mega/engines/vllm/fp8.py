@@ -45,10 +45,10 @@ def model_overrides(spec: ModelSpec) -> dict[str, Any]:
     return {"quantization_config": quantization_config(hf_shapes(spec))}
 
 
-def fp8_arguments(spec: ModelSpec) -> dict[str, Any]:
-    """Return the arguments of vLLM's `EngineArgs` for FP8 weights, kernels included. Also turns DeepGEMM off."""
+def fp8_arguments() -> dict[str, Any]:
+    """Return the kernels for FP8 weights as arguments of vLLM's `EngineArgs`. Also turns DeepGEMM off."""
     os.environ["VLLM_USE_DEEP_GEMM"] = "0"  # it would also compute absorbed projections with other rounding
-    return {"hf_overrides": model_overrides(spec), "linear_backend": "triton", "moe_backend": "triton"}
+    return {"linear_backend": "triton", "moe_backend": "triton"}
 
 
 @contextmanager

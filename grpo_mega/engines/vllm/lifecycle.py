@@ -33,7 +33,7 @@ from grpo_mega.engines.vllm.arguments import (
     engine_arguments,
 )
 from grpo_mega.engines.vllm.cpu import patch_vllm
-from grpo_mega.engines.vllm.record import recording_load_format
+from grpo_mega.engines.vllm.record import recording_load_format, tied_as_configured
 from grpo_mega.engines.vllm.routing import Steps, bind_routers
 from grpo_mega.engines.vllm.tp_rules import check_tp
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
@@ -87,6 +87,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         if not torch.cuda.is_available():
             stack.enter_context(_cpu_construction())
         register_model(settings.config_dir)
+        stack.enter_context(tied_as_configured())
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype]
         steps: list[Steps] = []
         records = recording_load_format(

@@ -24,7 +24,7 @@ from grpo_mega.engines.vllm.fp8 import built_for_fp8, model_overrides
 from grpo_mega.engines.vllm.lifecycle import prepare_environment, register_model
 from grpo_mega.engines.vllm.record import record_vllm
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, Shape
-from grpo_mega.models.config_readers import read_spec
+from grpo_mega.formats.stored_head import HEAD, checkpoint_spec
 from grpo_mega.types import UserError
 
 
@@ -58,7 +58,9 @@ def record_ranks(
     """
     prepare_environment()
     register_model(config_dir)
-    overrides = model_overrides(read_spec(config_dir)) if fp8 else {}
+    overrides: dict[str, Any] = {"tie_word_embeddings": HEAD not in tensors}
+    if fp8:
+        overrides |= model_overrides(checkpoint_spec(config_dir))
     with built_for_fp8() if fp8 else nullcontext():
         return [_record_rank(config_dir, tensors, dtype, tp, dp, rank, experts_spread, overrides) for rank in ranks]
 

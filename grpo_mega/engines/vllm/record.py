@@ -5,13 +5,21 @@ Asserted by tests/engine/test_vllm_record.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
-from grpo_mega.engines.weights.loader_recording import CannotRecordError, LoaderRecord, Shape, record_loader
+from grpo_mega.engines.weights.loader_recording import (
+    CannotRecordError,
+    LoaderRecord,
+    Shape,
+    UnfilledError,
+    record_loader,
+)
 
 RECORDING = "grpo_mega_recording"  # the load format
 
@@ -21,8 +29,9 @@ def record_vllm(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dtype
 
     Raises:
         CannotRecordError: the loader does something other than copying slices.
+        UnfilledError: a parameter is not filled by the tensors of the checkpoint.
     """
-    return record_loader(model, tensors, vocabulary_parameters(model) | cache_scales(model))
+    return record_loader(model, tensors, vocabulary_parameters(model), preset=cache_scales(model))
 
 
 def cache_scales(model: nn.Module) -> set[str]:
@@ -45,7 +54,8 @@ def recording_load_format(
         loaded: called with each model once it is complete, and with vLLM's config.
 
     Returns:
-        A list to which each load appends its record, or the reason why its loader cannot be recorded.
+        A list to which each load appends its record, or the reason why its loader cannot be recorded. A load raises
+        RuntimeError if the tensors leave a parameter unfilled: streaming whole tensors would leave it unfilled too.
     """
     from vllm.model_executor.model_loader import register_model_loader
     from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
@@ -63,11 +73,27 @@ def recording_load_format(
             super().load_weights(model, model_config)
             try:
                 records.append(record_vllm(model, tensors))
+            except UnfilledError as error:
+                raise RuntimeError(f"vLLM's model does not match the checkpoint: {error}") from error
             except CannotRecordError as error:
                 records.append(str(error))
 
     register_model_loader(RECORDING)(RecordingLoader)
     return records
+
+
+@contextmanager
+def tied_as_configured() -> Iterator[None]:
+    """Keep `tie_word_embeddings` as `hf_overrides` sets it while vLLM builds its config.
+
+    vLLM unties a model whose files hold `lm_head.weight` (config/model.py, `maybe_untie_word_embeddings`), and ties it
+    again if the loaded tensors are equal. RECORDING reads no files, as vLLM's `dummy` format, for which vLLM does not
+    untie either (config/vllm.py). The program has compared the files itself (formats/stored_head.py).
+    """
+    from vllm.config import ModelConfig
+
+    with mock.patch.object(ModelConfig, "maybe_untie_word_embeddings", return_value=None):
+        yield
 
 
 def vocabulary_parameters(model: nn.Module) -> set[str]:

@@ -10,7 +10,7 @@ Asserted by tests/engine/test_vllm_record.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +54,8 @@ class LoaderRecord:
     zeros: list[TensorSlice] = field(default_factory=list)
     """Slices of parameters that are zero on this rank for any checkpoint, such as a bias that another rank adds."""
     strides: dict[str, Shape] = field(default_factory=dict)
+    empty: set[str] = field(default_factory=set)
+    """Parameters into which the loader copied a slice without elements: ranks that hold only padding."""
 
 
 def recording_tensors(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[str, Tensor]:
@@ -61,16 +63,27 @@ def recording_tensors(tensors: Mapping[str, tuple[Shape, torch.dtype]]) -> dict[
     return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in tensors.items()}
 
 
-def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dtype]], padded: set[str]) -> LoaderRecord:
+def record_loader(
+    model: nn.Module,
+    tensors: Mapping[str, tuple[Shape, torch.dtype]],
+    padded: set[str],
+    *,
+    preset: Collection[str] = (),
+    tied: Mapping[str, str] | None = None,
+) -> LoaderRecord:
     """Run `model.load_weights` on meta tensors and return what it copies.
 
     Args:
         model: the engine's model before loading; its parameters may be on any device, including meta.
         tensors: name -> (shape, dtype) of every tensor of the checkpoint.
         padded: parameters whose last rows may be padding.
+        preset: parameters that the engine sets itself if the checkpoint has no tensor for them.
+        tied: parameter -> tensor of the checkpoint that it equals. If the loader leaves such a parameter unfilled, its
+            own `weight_loader` copies the tensor.
 
     Raises:
         CannotRecordError: the loader does something other than copying slices.
+        UnfilledError: the loader leaves a part of a parameter unfilled, or has no tensor for it.
     """
     sources = recording_tensors(tensors)
     parameters = dict(model.named_parameters())
@@ -84,12 +97,21 @@ def record_loader(model: nn.Module, tensors: Mapping[str, tuple[Shape, torch.dty
         loader: Any = model
         try:
             loader.load_weights(iter(sources.items()))
+            for name in _unfilled(record, (tied or {}).keys() & parameters.keys()):
+                owner: Any = parameters[name]
+                owner.weight_loader(owner, sources[(tied or {})[name]])
         except (RuntimeError, NotImplementedError, AttributeError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, CannotRecordError):
                 raise
             raise CannotRecordError(f"{type(model).__name__}.load_weights on meta tensors: {error}") from error
-    check_coverage(record, padded)
+    check_coverage(record, padded, preset)
     return record
+
+
+def _unfilled(record: LoaderRecord, names: Collection[str]) -> list[str]:
+    """Return those of `names` that no tensor of the checkpoint was copied into."""
+    filled = {copy.local.name for copy in record.copies} | record.empty
+    return sorted(set(names) - filled)
 
 
 @contextmanager
@@ -154,8 +176,10 @@ class _Recorder(TorchDispatchMode):
             self.zeroed.append(TensorSlice(parameter, *box[0]))
 
     def _record_copy(self, target: Tensor, source: Tensor) -> None:
-        if not target.numel():
-            return  # a rank that holds no part of a small vocabulary
+        if not target.numel():  # a rank that holds no part of a small vocabulary
+            if _storage(target) in self._targets:
+                self._record.empty.add(self._targets[_storage(target)][0])
+            return
         name, whole = self._sources[_storage(source)]
         if _storage(target) not in self._targets:
             raise CannotRecordError(f"{name} is copied into a tensor that is not a parameter")
@@ -222,8 +246,11 @@ def _box(view: Tensor, whole: Tensor) -> tuple[tuple[Shape, Shape], tuple[int, .
     return (tuple(offsets), tuple(extent)), tuple(axes)
 
 
-def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
+def check_coverage(record: LoaderRecord, padded: set[str], preset: Collection[str] = ()) -> None:
     """Check that each element of each parameter is filled exactly once, except the last rows of `padded` parameters.
+
+    A padded parameter without any row of a tensor is accepted only if the loader copied an empty slice into it. Without
+    such a copy no tensor of the checkpoint belongs to the parameter, and a sync would leave it as it is.
 
     Raises:
         CannotRecordError: an element is filled twice (names the parameter).
@@ -237,8 +264,10 @@ def check_coverage(record: LoaderRecord, padded: set[str]) -> None:
         if twice := _first_overlap(found):
             raise CannotRecordError(f"{twice} is filled twice")
         filled = sum(_volume(box.shape) for box in found)
-        if filled == _volume(shape):
+        if filled == _volume(shape) or (not found and name in preset):
             continue
+        if not found and name not in record.empty:
+            raise UnfilledError(f"no tensor of the checkpoint fills {name} {list(shape)}")
         rows = max((box.offsets[0] + box.shape[0] for box in found), default=0)
         if name not in padded or filled != rows * _volume(shape[1:]):
             raise UnfilledError(f"{filled} of the {_volume(shape)} elements of {name} {list(shape)} are filled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grpo_mega.checkpoint.export_hf import export_hf
+from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.quantization import block_fp8
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.tiny_models import make_tiny_model, store_head
 
 ALONE = Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
 
@@ -97,3 +100,19 @@ def test_the_config_names_the_dtype_of_the_exported_weights(key: str, tmp_path: 
     trained = {name: base[name].float() for name in hf_shapes(read_spec(tmp_path / "base"))}
     export_hf(StubPolicy(trained), tmp_path / "base", tmp_path / "hf", ALONE)  # type: ignore[arg-type]
     assert json.loads((tmp_path / "hf" / "config.json").read_text()) == raw | {key: "float32"}
+
+
+@pytest.mark.parametrize("head", ["copy", "different"])
+def test_the_config_of_an_export_is_tied_exactly_if_the_policy_is(tmp_path: Path, head: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = store_head(make_tiny_model(tmp_path / "base", "qwen3", True), head)
+    shapes = hf_shapes(checkpoint_spec(base))
+    trained = {name: tensor for name, tensor in load_file(base / "model.safetensors").items() if name in shapes}
+    export_hf(StubPolicy(trained), base, tmp_path / "hf", ALONE)  # type: ignore[arg-type]
+    assert load_file(tmp_path / "hf" / "model.safetensors").keys() == trained.keys()
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["tie_word_embeddings"] is (head == "copy")
+    logits = [
+        AutoModelForCausalLM.from_pretrained(f)(torch.tensor([[3, 4, 5]])).logits for f in (base, tmp_path / "hf")
+    ]
+    assert torch.equal(*logits)

@@ -23,7 +23,7 @@ from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
-from tests.helpers.tiny_models import make_tiny_model
+from tests.helpers.tiny_models import make_tiny_model, store_head
 
 GIB = 2**30
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -185,6 +185,15 @@ def test_each_gpu_fault_is_found(devices: list[tuple[str, int, list[int]]], chec
 
 def config_for(model: Path, *overrides: str) -> Any:
     return load_config(QUICKSTART, ["model.base=null", f"model.path={model}", *overrides])
+
+
+def test_a_head_that_contradicts_tie_word_embeddings_is_reported(tmp_path: Path) -> None:
+    copied = inputs.check_checkpoint(store_head(make_tiny_model(tmp_path / "copy", "qwen3", True), "copy"))
+    assert (copied.status, "copy of the embedding" in copied.message) == ("pass", True)
+    other = inputs.check_checkpoint(store_head(make_tiny_model(tmp_path / "other", "qwen3", True), "different"))
+    assert other.status == "warn"
+    assert "tie_word_embeddings=true" in other.message
+    assert "set tie_word_embeddings=false in config.json" in other.remedy
 
 
 def test_a_checkpoint_that_does_not_match_the_config_fails_with_the_tensor_name(model: Path, tmp_path: Path) -> None:
