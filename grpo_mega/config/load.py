@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from grpo_mega.config.json_values import reject_endless_values
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import find_config
@@ -67,6 +68,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} must hold sections such as `model:` and `train:`, not {type(raw).__name__}")
     for override in overrides:
         _apply_override(raw, override)
+    reject_endless_values(raw)
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from grpo_mega.config.json_values import require_json_values
 from grpo_mega.types import UserError
 
 
@@ -109,7 +110,8 @@ def check_args(
         check: called with `args`; raises UserError for an invalid value.
 
     Raises:
-        UserError: an argument is unknown or missing, or `check` rejects a value.
+        UserError: an argument is unknown or missing, its value cannot cross to a worker process as JSON, or `check`
+            rejects it.
     """
     signature = inspect.signature(function)
     try:
@@ -123,6 +125,7 @@ def check_args(
             f"{where}.args={dict(args)} does not fit {name!r} ({error}){hint} "
             f"it takes: {', '.join(known) or 'no arguments'}"
         ) from error
+    require_json_values(f"{where}.args", args)
     if check is not None:
         try:
             check(**args)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from grpo_mega.environments.base import EnvironmentSpec, Turn, build_environment
 from grpo_mega.workers.json_worker import JsonWorker, WorkerExitedError
@@ -147,10 +148,25 @@ class EnvironmentPool:
         """Return the reply of the environment, or how it failed; after a timeout or a crash the worker is dead."""
         worker.send([job.prompt, job.turns, job.reference])
         try:
-            return Reply(**worker.wait_for_message(self._timeout_seconds))
+            return _reply(worker, worker.wait_for_message(self._timeout_seconds))
         except TimeoutError:
             worker.kill()
             return Reply(failure="timed out")
         except WorkerExitedError as error:
             timed_out = error.status == -signal.SIGALRM
-            return Reply(failure="timed out" if timed_out else f"crashed, exit status {error.status}")
+            return Reply(failure="timed out" if timed_out else f"crashed, {error.reason}")
+
+
+def _reply(worker: JsonWorker, message: Any) -> Reply:
+    """Return the reply that a message holds (environments/worker.py).
+
+    Raises:
+        WorkerExitedError: the message is something else, which the environment must have written; the worker is killed.
+    """
+    match message:
+        case {"result": str() | None as text, **others} if not others:
+            return Reply(result=text)
+        case {"failure": str() as reason, **others} if not others:
+            return Reply(failure=reason)
+    worker.reject(message)
+    raise worker.exited()

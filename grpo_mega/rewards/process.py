@@ -5,8 +5,10 @@ The worker process itself is a `JsonWorker`; what it runs is grpo_mega/rewards/w
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from grpo_mega.rewards.base import Value
 from grpo_mega.workers.json_worker import JsonWorker
@@ -60,13 +62,19 @@ class RewardProcess:
         self.worker.send([serial, job.remaining, job.prompt, job.completion, job.reference])
 
     def receive(self) -> tuple[list[Answer], bool]:
-        """Return the answers that have arrived, and whether the worker is still connected.
+        """Return the answers that have arrived, and whether the worker can send more.
 
-        Answers come in the order of `in_flight`; the caller removes a job from it after the job's last answer.
+        Answers come in the order of `in_flight`; the caller removes a job from it after the job's last answer. A
+        message that is not the next answer ends the worker, because the reward must have written it.
         """
         messages, is_open = self.worker.receive()
+        expected = ((serial, position) for serial, job in self.in_flight for position in job.remaining)
         answers = []
-        for serial, position, value, problem, seconds in messages:
+        for message in messages:
+            if not (_is_answer(message) and tuple(message[:2]) == next(expected, None)):
+                self.worker.reject(message)
+                return answers, False
+            serial, position, value, problem, seconds = message
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             if isinstance(value, list):
                 value = tuple((end, of_step) for end, of_step in value)
@@ -76,3 +84,25 @@ class RewardProcess:
     def is_overdue(self, timeout_seconds: float) -> bool:
         """Return True when the current scoring has passed its limit and the worker's alarm did not end it."""
         return bool(self.in_flight) and self.worker.is_late(timeout_seconds)
+
+
+def _is_answer(message: Any) -> bool:
+    """Return True for `[serial, position, value or null, problem or null, seconds]` (rewards/worker.py)."""
+    if not (isinstance(message, list) and len(message) == 5):
+        return False
+    serial, position, value, problem, seconds = message
+    return (
+        type(serial) is int
+        and type(position) is int
+        and (value is None or _is_number(value) or (isinstance(value, list) and all(map(_is_step, value))))
+        and (problem is None or isinstance(problem, str))
+        and _is_number(seconds)
+    )
+
+
+def _is_step(step: Any) -> bool:
+    return isinstance(step, list) and len(step) == 2 and type(step[0]) is int and _is_number(step[1])
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)

@@ -153,8 +153,7 @@ class ScoringThread:
         was_ready = process.worker.is_ready
         answers, is_open = process.receive()
         for answer in answers:
-            serial, job = process.in_flight[0]
-            assert serial == answer.serial, (serial, answer)
+            _, job = process.in_flight[0]
             if answer.value is None:
                 self._failures.fail(job, answer.position, "raised or returned no number", answer.problem or "")
             else:
@@ -169,8 +168,8 @@ class ScoringThread:
             self._num_failed_starts = 0
             self._queue.report_ready_worker()
         if not is_open:
-            status = process.worker.reap()
-            self._replace(process, "timed out" if status == -signal.SIGALRM else "crashed", f"exit status {status}")
+            ended = process.worker.exited()
+            self._replace(process, "timed out" if ended.status == -signal.SIGALRM else "crashed", ended.reason)
 
     def _replace(self, process: RewardProcess, kind: FailureKind, detail: str) -> None:
         """Replace a dead worker. Its current scoring has failed; its other jobs return to the front of the queue."""

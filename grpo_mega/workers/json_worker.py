@@ -7,6 +7,9 @@ process which it starts is killed with it.
 The first line that the parent sends is the setup. The worker answers it with `{"ready": true}` or `{"error": "..."}`.
 Every later line is a job or an answer, in the format of the module. The child's side is `worker_main.py`.
 
+A user's function runs in the process that holds the connection, and may write to it. A worker whose connection brings
+anything but messages of its module has failed: the parent kills it, as if it had crashed.
+
 Asserted by tests/unit/workers/test_json_worker.py.
 """
 
@@ -28,6 +31,10 @@ START_SECONDS = 120.0
 GRACE_SECONDS = 1.0
 """Time past the limit of a job before the parent kills the worker; the worker's own alarm normally ends it first."""
 _KILL_SECONDS = 10.0
+_PIECE_BYTES = 1 << 16
+_MAX_PIECES = 256  # of one read, so that a worker that never stops writing does not hold up the others
+_MAX_MESSAGE_BYTES = 1 << 28
+_SHOWN_CHARACTERS = 100  # of something that is not a message
 _EXIT_SECONDS = 1.0  # from the end of the connection to the exit of the process
 
 _DROPPED_PREFIXES = ("CUDA_", "GLOO_", "LOCAL_", "MASTER_", "NCCL_", "PMI", "ROLE_", "SLURM_", "TORCH", "VLLM_")
@@ -35,15 +42,18 @@ _DROPPED = frozenset(("RANK", "WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "L
 
 
 class WorkerExitedError(RuntimeError):
-    """The worker process exited before it answered; `status` is its exit status, negative for a signal."""
+    """The worker process exited before it answered, or was killed because it sent something that is not a message.
 
-    def __init__(self, status: int) -> None:
-        super().__init__(f"the worker process exited, exit status {status}")
-        self.status = status
+    `status` is its exit status, negative for a signal; `reason` says what ended it.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"the worker process exited, {reason}")
+        self.status, self.reason = status, reason
 
 
 class JsonWorker:
-    """One worker process and the connection to it. No method blocks, except those named `wait_...`, `kill` and `reap`.
+    """One worker process and the connection to it. Only `wait_...`, `kill` and `exited` block.
 
     A caller that serves several workers watches `connection`: always for reading, and for writing while there is a
     `backlog` of bytes that the socket did not take yet.
@@ -64,7 +74,10 @@ class JsonWorker:
         self.setup_error: str | None = None
         self.started = self.last_progress = time.monotonic()
         self.backlog = bytearray()
-        self._incoming = b""
+        self.invalid_message: str | None = None
+        """What arrived instead of a message; `exited` kills the worker then."""
+        self._incoming: list[bytes] = []  # of a line whose end has not arrived
+        self._incoming_bytes = 0
         self.send(setup)
 
     def send(self, message: object) -> None:
@@ -80,29 +93,62 @@ class JsonWorker:
                 self.last_progress = time.monotonic()  # the worker's clock starts only when it has the whole job
 
     def receive(self) -> tuple[list[Any], bool]:
-        """Return the messages that have arrived, and whether the connection is still open.
+        """Return the messages that have arrived, and whether the worker can send more.
 
-        The answer to the setup is not returned: it sets `is_ready` or `setup_error`.
+        It cannot after it has closed the connection or sent a line that is not JSON (`invalid_message`). The answer to
+        the setup is not returned: it sets `is_ready` or `setup_error`.
         """
-        is_open, pieces = True, [self._incoming]
-        try:
-            while piece := self.connection.recv(1 << 16):
-                pieces.append(piece)
-            is_open = False
-        except BlockingIOError:
-            pass
-        except ConnectionResetError:
-            is_open = False
-        *lines, self._incoming = b"".join(pieces).split(b"\n")
+        lines, is_open = self._read_lines()
         messages = []
         for line in lines:
             self.last_progress = time.monotonic()
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except (ValueError, RecursionError):
+                self.reject(line)
+                return messages, False
             if self.is_ready:
                 messages.append(message)
-            else:
+            elif isinstance(message, dict) and ("ready" in message or isinstance(message.get("error"), str)):
                 self.is_ready, self.setup_error = "ready" in message, message.get("error")
+            else:
+                self.reject(message)
+                return messages, False
         return messages, is_open
+
+    def reject(self, message: object) -> None:
+        """Record that `message` is not in the format of the module; the first one is kept."""
+        if self.invalid_message is None:
+            shown = repr(message)
+            cut = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
+            self.invalid_message = f"its connection, to which only grpo_mega may write, brought {cut}"
+
+    def _read_lines(self) -> tuple[list[bytes], bool]:
+        """Return the complete lines that have arrived, and whether the connection is still open.
+
+        Each byte is copied a fixed number of times, however many reads an incomplete line takes.
+        """
+        lines: list[bytes] = []
+        try:
+            for _ in range(_MAX_PIECES):
+                piece = self.connection.recv(_PIECE_BYTES)
+                if not piece:
+                    return lines, False
+                end_of_lines, newline, rest = piece.rpartition(b"\n")
+                if newline:
+                    lines += b"".join((*self._incoming, end_of_lines)).split(b"\n")
+                    self._incoming, self._incoming_bytes = [], 0
+                if rest:
+                    self._incoming.append(rest)
+                    self._incoming_bytes += len(rest)
+        except BlockingIOError:
+            pass
+        except ConnectionResetError:
+            return lines, False
+        if self._incoming_bytes > _MAX_MESSAGE_BYTES:
+            self.reject(self._incoming[0])
+            return lines, False
+        return lines, True
 
     def is_late(self, seconds: float) -> bool:
         """Return True when no byte has moved for `seconds` and the grace after them."""
@@ -123,14 +169,14 @@ class JsonWorker:
             if self.setup_error is not None:
                 raise RuntimeError(self.setup_error)
             if not is_open and not self.is_ready:
-                raise WorkerExitedError(self.reap())
+                raise self.exited()
 
     def wait_for_message(self, seconds: float) -> Any:
         """Return the next message.
 
         Raises:
             TimeoutError: no byte has moved for `seconds` and the grace after them; the worker is still running.
-            WorkerExitedError: the worker exited first.
+            WorkerExitedError: the worker exited first, or sent something that is not a message.
         """
         while not self.is_late(seconds):
             self._poll(self.last_progress + seconds + GRACE_SECONDS - time.monotonic())
@@ -138,7 +184,7 @@ class JsonWorker:
             if messages:
                 return messages[0]
             if not is_open:
-                raise WorkerExitedError(self.reap())
+                raise self.exited()
         raise TimeoutError(f"no message within {seconds:g} s")
 
     def kill(self) -> int:
@@ -152,11 +198,17 @@ class JsonWorker:
         except subprocess.TimeoutExpired:  # blocked inside a system call; the kernel ends it when the call returns
             return -signal.SIGKILL
 
-    def reap(self) -> int:
-        """Wait for a worker that closed its connection to exit, then kill what it left; return its exit status."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(_EXIT_SECONDS)
-        return self.kill()
+    def exited(self) -> WorkerExitedError:
+        """End a worker that cannot send more: wait for its exit if it closed its connection, kill what is left of it.
+
+        Returns:
+            The exit status and the reason of the end, for the caller to raise or to report.
+        """
+        if self.invalid_message is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_EXIT_SECONDS)
+        status = self.kill()
+        return WorkerExitedError(status, self.invalid_message or f"exit status {status}")
 
     def _poll(self, seconds: float) -> None:
         """Wait until a message arrives, or the socket takes more of the backlog, or the time is over."""

@@ -35,9 +35,10 @@ def serve(prepare: Callable[[Any], Handler]) -> None:
     _exit_with_parent(parent)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     connection = socket.socket(fileno=descriptor)
+    connection.set_inheritable(False)  # programs that a job starts do not get it
     connection.setblocking(True)
     try:
-        with connection, connection.makefile("rb") as lines:
+        with connection.makefile("rb") as lines:  # the exit of the process closes the connection
             setup = json.loads(lines.readline() or b"null")
             if setup is None:
                 return
@@ -52,6 +53,8 @@ def serve(prepare: Callable[[Any], Handler]) -> None:
                     _send(connection, answer)
     except (BrokenPipeError, ConnectionResetError):
         sys.exit(0)  # the parent has exited
+    except OSError as error:  # for example a reward that closed every descriptor of its process
+        sys.exit(f"worker {_worker_pid}: the code that it runs has closed its connection ({error.strerror})")
 
 
 def call_with_alarm(seconds: float, function: Callable[[], _Result]) -> tuple[_Result | None, str | None]:

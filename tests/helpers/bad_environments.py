@@ -22,10 +22,10 @@ def obeys(prompt: str, turns: Sequence[Turn], reference: str, shout: bool = Fals
         raise LookupError("as asked")
     if answer.startswith("number"):
         return 7
-    if answer.startswith("garbage"):
-        os.write(int(sys.argv[1]), b"garbage\n")
     if answer.startswith("told"):
         return turns[-1].stop_text
+    if answer.startswith("write"):
+        os.write(int(sys.argv[1]), answer.removeprefix("write ").encode() + b"\n")
     if answer.startswith("over"):
         return None
     if answer.startswith("slow"):

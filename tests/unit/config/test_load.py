@@ -104,6 +104,13 @@ def test_a_key_that_occurs_twice_in_a_file_is_rejected_with_its_line(tmp_path: P
     assert_names(message_of(path), str(path), "train occurs twice")
 
 
+@pytest.mark.parametrize("key", ["engine.args", "parallel.megatron"])
+def test_an_alias_inside_its_own_value_is_rejected_with_its_key(minimal_config: Path, key: str) -> None:
+    message = message_of(minimal_config, f"{key}={{a: &x {{b: *x}}}}")
+    assert message.startswith(f"{key}.a.b: this YAML alias")
+    assert "without an alias" in message
+
+
 def test_the_last_of_two_overrides_of_a_key_holds(minimal_config: Path) -> None:
     assert load_config(minimal_config, ["train.steps=5", "train.steps=7"]).train.steps == 7
 

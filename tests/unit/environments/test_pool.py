@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -77,11 +78,21 @@ def test_the_environment_is_told_the_stop_text(pool: EnvironmentPool) -> None:
     assert pool.collect() == {0: Reply("!"), 1: Reply()}
 
 
-def test_a_worker_that_sends_something_else_is_an_error_and_no_hang() -> None:
+@pytest.mark.parametrize("written", ["garbage", "5", '{"result": 3}', '{"result": "a", "failure": "b"}'])
+def test_an_environment_that_writes_to_the_connection_of_its_worker_fails_that_turn_only(written: str) -> None:
     with EnvironmentPool(spec(), workers=1, timeout_seconds=60.0) as made:
-        made.submit(0, "q", [Turn("garbage")], "r")
-        with pytest.raises(RuntimeError, match="environment workers cannot be restarted"):
-            made.collect()
+        made.submit(0, "q", [Turn(f"write {written}")], "r")
+        made.submit(1, "q", [Turn("a")], "r")
+        replies = made.collect()
+    assert replies[1] == Reply("q|r|a>None")
+    assert replies[0].result is None
+    assert str(replies[0].failure).startswith("crashed, its connection")
+
+
+@pytest.mark.parametrize("args", [{"shout": dt.date(2026, 1, 2)}, {"shout": {1: "a"}}], ids=str)
+def test_an_argument_that_json_cannot_hold_is_rejected_with_its_key(args: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^environment\.args\.shout.*put quotes"):
+        build_environment(spec(args=args))
 
 
 def test_failures_affect_no_other_turn(pool: EnvironmentPool, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import importlib
 import subprocess
 import sys
@@ -84,6 +85,20 @@ def test_a_wrong_argument_value_is_rejected_before_the_run(name: str, args: dict
     message = error_message(RewardTerm(name=name, args=args))
     assert fragment in message
     assert message.startswith("reward.terms[0].args")
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        (dt.date(2026, 1, 2), ["reward.terms[0].args.pattern=2026-01-02", 'put quotes around it: "2026-01-02"']),
+        ({"a": {1: "b"}}, ["reward.terms[0].args.pattern.a: the key 1", 'put quotes around it: "1"']),
+        ([b"bytes"], ["reward.terms[0].args.pattern[0]=b'bytes'", "bytes"]),
+    ],
+    ids=str,
+)
+def test_an_argument_that_does_not_survive_json_is_rejected_before_the_run(value: object, parts: list[str]) -> None:
+    message = error_message(RewardTerm(name="format", args={"pattern": value}))
+    assert [part for part in parts if part not in message] == [], message
 
 
 def test_the_error_for_a_wrong_path_names_the_missing_part(user_rewards: str) -> None:

@@ -41,6 +41,12 @@ def obey(prompt, completion, reference):
     if what == "segv": os.kill(os.getpid(), signal.SIGSEGV)
     if what == "raise": raise KeyError("no such thing")
     if what == "leave": sys.exit("leaving")
+    if what == "write": os.write(int(sys.argv[1]), argument.encode("latin-1"))
+    if what == "close": os.closerange(3, 64)
+    if what == "replace":
+        os.close(int(sys.argv[1]))
+        os.open(os.devnull, os.O_RDWR)
+    if what == "child": return float(os.system(f"test -e /proc/self/fd/{sys.argv[1]}") != 0)
     if what == "print": print("noise on stdout", flush=True)
     if what == "steps": return json.loads(argument)
     return {"none": None, "text": "1.0", "nan": float("nan"), "high": 1.5}.get(what, 1.0)
@@ -208,6 +214,45 @@ def test_output_of_a_reward_does_not_reach_the_stdout_of_the_parent(capfd: pytes
     captured = capfd.readouterr()
     assert captured.out == ""
     assert "noise on stdout" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("completion", "shown"),
+    [
+        ("write garbage\n", "brought b'garbage'"),
+        ("write no end of line", "brought b'no end of line["),
+        ("write \xff\n", r"brought b'\xff'"),
+        ("write \n", "brought b''"),
+        ("write 5\n", "brought 5"),
+        ("write null\n", "brought None"),
+        ("write [7, 0, 1.0, null, 0.0]\n", "brought [7, 0, 1.0, None, 0.0]"),
+        ('write [0, 0, "1.0", null, 0.0]\n', "brought [0, 0, '1.0', None, 0.0]"),
+        ("write [0, 0, NaN, null, 0.0]\n", "brought [0, 0, nan, None, 0.0]"),
+        ("write [0, 0, 1.0, null]\n", "brought [0, 0, 1.0, None]"),
+        ("close", "exit status 1"),
+        ("replace", "exit status 1"),
+    ],
+    ids=repr,
+)
+def test_a_reward_that_writes_to_the_connection_of_its_worker_or_closes_it_crashes_that_scoring_only(
+    completion: str, shown: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with RewardPool([OBEY], workers=1, timeout_seconds=60.0) as pool:
+        for key, text in enumerate([completion, "fine"]):
+            pool.submit(key, "", text, "")
+        found = pool.collect()
+        assert pool.failure_counts == {"obey": 1}
+    assert (found[0].value, found[0].failures) == (-0.5, ("obey",))
+    assert (found[1].value, found[1].failures) == (1.0, ())
+    assert "obey crashed for 1 of 2 completions" in caplog.text
+    assert shown in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_programs_that_a_reward_starts_do_not_get_the_connection() -> None:
+    with RewardPool([OBEY], workers=1, timeout_seconds=60.0) as pool:
+        pool.submit(0, "", "child", "")
+        assert pool.collect()[0].value == 1.0
 
 
 def test_a_worker_that_is_killed_while_idle_is_replaced_without_a_failure() -> None:

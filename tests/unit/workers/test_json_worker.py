@@ -12,7 +12,7 @@ from grpo_mega.workers import json_worker
 from grpo_mega.workers.json_worker import JsonWorker, WorkerExitedError
 
 ECHO = """
-import os, time
+import os, sys, time
 from grpo_mega.workers.worker_main import call_with_alarm, serve
 
 def prepare(setup):
@@ -24,6 +24,7 @@ def prepare(setup):
         if job == "sleep": time.sleep(60)
         if job == "fork": os.fork()
         if job == "alarm": call_with_alarm(0.1, lambda: time.sleep(60))
+        if job == "write": os.write(int(sys.argv[1]), b"not JSON\\n")
         if job == "raise": job = call_with_alarm(5.0, lambda: 1 / 0)
         yield job
 
@@ -119,3 +120,63 @@ def test_a_forked_process_sends_no_second_answer(start_worker: Callable[..., Jso
     for message in ["fork", "a", "fork", "b"]:
         worker.send(message)
         assert worker.wait_for_message(60.0) == message
+
+
+def test_a_line_that_is_not_a_message_ends_the_worker_with_the_reason(start_worker: Callable[..., JsonWorker]) -> None:
+    worker = start_worker()
+    worker.wait_until_ready()
+    worker.send("write")
+    with pytest.raises(WorkerExitedError, match="brought b'not JSON'") as caught:
+        worker.wait_for_message(60.0)
+    assert (caught.value.status, worker.is_alive) == (-signal.SIGKILL, False)
+
+
+class Pieces:
+    """A connection that brings one piece per read, and between pieces has nothing."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = [part for piece in pieces for part in (piece, None)]
+
+    def recv(self, num_bytes: int) -> bytes:
+        part = self.pieces.pop(0)
+        if part is None:
+            raise BlockingIOError
+        return part
+
+
+@pytest.fixture
+def received(start_worker: Callable[..., JsonWorker]) -> Iterator[JsonWorker]:
+    worker = start_worker()
+    worker.wait_until_ready()
+    own = worker.connection
+    yield worker
+    worker.connection = own
+
+
+def test_pieces_of_an_incomplete_line_are_not_joined_again_at_each_read(received: JsonWorker) -> None:
+    pieces = [b'"', *[bytes([97 + i % 26]) * 1000 for i in range(50)]]
+    received.connection = Pieces([*pieces, b'"\n[1]\n"re', b'st"\n'])  # type: ignore[assignment]
+    for _ in pieces:
+        assert received.receive() == ([], True)
+    assert [id(kept) for kept in received._incoming] == [id(piece) for piece in pieces]
+    assert received.receive() == ([b"".join(pieces[1:]).decode(), [1]], True)
+    assert received.receive() == (["rest"], True)
+
+
+def test_a_line_without_an_end_is_rejected_before_it_fills_the_memory(
+    received: JsonWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_worker, "_MAX_MESSAGE_BYTES", 2500)
+    received.connection = Pieces([b"x" * 1000] * 3)  # type: ignore[assignment]
+    assert [received.receive()[1] for _ in range(3)] == [True, True, False]
+    assert "brought b'xxx" in str(received.invalid_message)
+
+
+def test_a_worker_that_never_stops_writing_does_not_hold_up_the_caller(
+    received: JsonWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_worker, "_MAX_PIECES", 3)
+    endless = Pieces([])
+    endless.pieces = [b'"a"\n'] * 10
+    received.connection = endless  # type: ignore[assignment]
+    assert received.receive() == (["a"] * 3, True)
