@@ -69,7 +69,7 @@ class RewardProcess:
         """
         messages, is_open = self.worker.receive()
         expected = ((serial, position) for serial, job in self.in_flight for position in job.remaining)
-        answers = []
+        answers: list[Answer] = []
         for message in messages:
             if not (_is_answer(message) and tuple(message[:2]) == next(expected, None)):
                 self.worker.reject(message)

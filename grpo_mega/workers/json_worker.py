@@ -99,7 +99,7 @@ class JsonWorker:
         the setup is not returned: it sets `is_ready` or `setup_error`.
         """
         lines, is_open = self._read_lines()
-        messages = []
+        messages: list[Any] = []
         for line in lines:
             self.last_progress = time.monotonic()
             try:
