@@ -1,31 +1,82 @@
-"""Checks of arguments that a config passes through to another package: names, types and who else sets them.
+"""Checks of arguments that a config passes through to another package: names, types, limits and who else sets them.
 
-`engine.args` reaches vLLM's `EngineArgs` or SGLang's `ServerArgs`; `parallel.megatron` reaches Megatron's
-`TransformerConfig`. Each caller supplies the fields of the installed class and a table of the fields that this program
-sets itself. The checks run before a process group exists. Asserted by tests/unit/config/test_pass_through.py.
+`engine.args` reaches vLLM's `EngineArgs` or SGLang's `ServerArgs`; `parallel.megatron` reaches Megatron's configs. Each
+caller supplies the fields of the installed class, their limits, and a table of the fields that this program sets
+itself. The checks run before a process group exists. Asserted by tests/unit/config/test_pass_through.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
+import operator
+import re
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation
 
+from grpo_mega.config.json_values import require_json_values
+from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.types import UserError
+
+_SIZE_WORDS = {"size", "sizes", "num", "max", "bytes", "gb", "mb", "tokens", "layers", "seqs", "reqs", "requests"}
+_SIZE_WORDS |= {"threads", "workers", "capacity", "length"}
+_NEGATIVE_MEANING = re.compile(r"-\s?1\b|negative|<=? ?0\b")
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueLimit:
+    """Limits of a field: bounds of a number, or the accepted values. They hold for each element of a list."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: tuple[Any, ...] = ()
+
+    def rule(self, value: Any) -> str | None:
+        """Return the rule that a value breaks, in the form "be at least 1", or None. None itself breaks no rule."""
+        if isinstance(value, list | tuple):
+            return next((rule for rule in map(self.rule, value) if rule is not None), None)
+        if self.choices and value is not None and value not in self.choices:
+            return f"be one of {', '.join(map(str, self.choices))}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None
+        bounds: list[tuple[str, float | None, Callable[[float, float], bool]]] = [
+            ("at least", self.ge, operator.ge),
+            ("greater than", self.gt, operator.gt),
+            ("at most", self.le, operator.le),
+            ("less than", self.lt, operator.lt),
+        ]
+        known = [(words, bound, holds(value, bound)) for words, bound, holds in bounds if bound is not None]
+        text = " and ".join(f"{words} {bound:g}" for words, bound, _ in known)
+        return None if all(holds for _, _, holds in known) else f"be {text}"
+
+
+def size_limit(name: str, default: Any, description: str) -> ValueLimit | None:
+    """Return the limit of a field that is a size or a count by its name, where the class declares no limit itself.
+
+    None: the name is none of a size, or a negative value has a meaning by the default or the description.
+    """
+    is_size = any(word in _SIZE_WORDS for word in name.split("_"))
+    negative = isinstance(default, int | float) and default < 0
+    return ValueLimit(ge=0) if is_size and not negative and not _NEGATIVE_MEANING.search(description) else None
 
 
 def check_arguments(
-    key: str, given: Mapping[str, Any], fields: Mapping[str, Any], owned: Mapping[str, str], target: str
+    key: str,
+    given: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    owned: Mapping[str, str],
+    target: str,
+    limits: Mapping[str, ValueLimit] = types.MappingProxyType({}),
 ) -> None:
-    """Check that every given argument exists in the target class, has its type, and may be set by the user.
+    """Check that every given argument exists in the target class, is accepted by it, and may be set by the user.
 
     Args:
         key: the config key that holds the arguments, for example `engine.args`.
@@ -33,11 +84,13 @@ def check_arguments(
         fields: name -> type of every field of the target class; `Any` accepts each value (`dataclass_types`).
         owned: name -> config key of the fields that this program sets; an empty text where no key sets the field.
         target: the name of the target class in messages, for example `vLLM's EngineArgs`.
+        limits: name -> limit of the fields that have one.
 
     Raises:
-        UserError: an argument is unknown (names the nearest one), is set by this program (names the config key), or
-            has the wrong type.
+        UserError: an argument is unknown (names the nearest one), is set by this program (names the config key), has
+            the wrong type, is outside of the limits, or is no plain data.
     """
+    require_json_values(key, given, text_keys=False)
     for name, value in given.items():
         where = f"{key}.{name}={value!r}"
         if name in owned:
@@ -47,14 +100,26 @@ def check_arguments(
                 remedy=f"set {own}" if own else f"remove {key}.{name}",
             )
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, 1, cutoff=0.5)
             raise UserError(
                 f"{where}: no field of this name exists in {target}",
-                remedy=f"did you mean {near[0]}?" if near else f"remove {key}.{name}",
+                remedy=unknown_name_remedy(f"{key}.{name}", name, [*fields], owned),
             )
         fault = type_fault(value, fields[name])
         if fault is not None:
             raise UserError(f"{where}: {fault}", remedy=f"give the type that {target} declares")
+        rule = limits[name].rule(value) if name in limits else None
+        if rule is not None:
+            raise UserError(f"{where} must {rule} in {target}", remedy=f"change the value, or remove {key}.{name}")
+
+
+def unknown_name_remedy(key: str, name: str, known: Sequence[str], owned: Mapping[str, str]) -> str:
+    """Return the remedy for an unknown name: the nearest known one and who sets it, or to remove the key."""
+    near = nearest_name(name, known)
+    if near is None:
+        return f"remove {key}"
+    if near not in owned:
+        return f"did you mean {near}?"
+    return f"did you mean {near}? {f'{owned[near]} sets it' if owned[near] else 'The program sets it itself'}"
 
 
 def type_fault(value: Any, annotation: Any) -> str | None:

@@ -7,7 +7,6 @@ tests/unit/environments/test_pool.py and tests/unit/algorithm/test_extensions.py
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -19,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from grpo_mega.config.json_values import require_json_values
+from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.types import UserError
 
 
@@ -53,9 +53,10 @@ class Catalogue:
         path = self.builtin.get(name, name)
         module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
         if not module_name or not attribute:
-            nearest = difflib.get_close_matches(name, self.builtin, n=1, cutoff=0.0)[0]
+            nearest = nearest_name(name, self.builtin)
+            hint = f", did you mean {nearest!r}?" if nearest else ""
             raise UserError(
-                f"{key}={name!r} is not a known {self.what}, did you mean {nearest!r}?",
+                f"{key}={name!r} is not a known {self.what}{hint}",
                 remedy=f"use one of {', '.join(sorted(self.builtin))}, or a path package.module:function or "
                 "./file.py:function",
             )
@@ -119,8 +120,8 @@ def check_args(
     except TypeError as error:
         known = list(signature.parameters)[len(given) :]
         unknown = [key for key in args if key not in known]
-        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0) if unknown else []
-        hint = f", did you mean {near[0]!r}?" if near else ";"
+        near = nearest_name(unknown[0], known) if unknown else None
+        hint = f", did you mean {near!r}?" if near else ";"
         raise UserError(
             f"{where}.args={dict(args)} does not fit {name!r} ({error}){hint} "
             f"it takes: {', '.join(known) or 'no arguments'}"

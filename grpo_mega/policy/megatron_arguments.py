@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grpo_mega.config.pass_through import check_arguments, dataclass_types
+from grpo_mega.config.nearest_name import nearest_name
+from grpo_mega.config.pass_through import ValueLimit, check_arguments, dataclass_types, unknown_name_remedy
 from grpo_mega.policy.megatron_patches import cpu
 from grpo_mega.types import UserError
 
@@ -48,9 +49,11 @@ def split_arguments(given: Mapping[str, Any]) -> MegatronArguments:
 
     Raises:
         UserError: a field is unknown (names the nearest), is set by the program (names the config key), is not
-            supported, has the wrong type, or is declared by several classes and has no prefix.
+            supported, has the wrong type, is outside of its limits, occurs twice, or is declared by several classes and
+            has no prefix.
     """
     found = MegatronArguments()
+    written: dict[tuple[str, str], str] = {}  # (class, field) -> the name that the user wrote
     for name, value in _flattened(given):
         prefix, _, field_name = name.rpartition(".")
         if prefix and prefix not in CLASSES:
@@ -58,7 +61,13 @@ def split_arguments(given: Mapping[str, Any]) -> MegatronArguments:
                 f"{KEY}.{name}: {prefix!r} is not a prefix", remedy=f"use one of {', '.join(f'{s}.' for s in CLASSES)}"
             )
         section = prefix or _section_of(name, value)
-        _check_field(section, field_name, value)
+        _check_field(section, prefix, field_name, value)
+        first = written.setdefault((section, field_name), name)
+        if first != name or field_name in getattr(found, section):
+            raise UserError(
+                f"{KEY}.{name}={value!r}: {KEY}.{first} sets the same field of Megatron's {_class_name(section)}",
+                remedy="remove one of the two",
+            )
         kind = _ENUMS.get((section, field_name))
         getattr(found, section)[field_name] = value if kind is None else kind[value]
     return found
@@ -66,10 +75,15 @@ def split_arguments(given: Mapping[str, Any]) -> MegatronArguments:
 
 def _flattened(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for name, value in given.items():
-        if name in CLASSES and isinstance(value, Mapping):  # from parallel.megatron.ddp.bucket_size=1
+        if name not in CLASSES:
+            yield name, value
+        elif isinstance(value, Mapping):  # from parallel.megatron.ddp.bucket_size=1
             yield from ((f"{name}.{short}", each) for short, each in value.items())
         else:
-            yield name, value
+            raise UserError(
+                f"{KEY}.{name}={value!r}: {name} is the prefix of a class and must hold a mapping of its fields",
+                remedy=f"write {KEY}.{name}.FIELD=VALUE",
+            )
 
 
 def _section_of(name: str, value: Any) -> str:
@@ -77,7 +91,11 @@ def _section_of(name: str, value: Any) -> str:
     declaring = [section for section in CLASSES if name in _TYPES[section]]
     if not declaring:
         every_type = {each: kind for fields in _TYPES.values() for each, kind in fields.items()}
-        check_arguments(KEY, {name: value}, every_type, {}, " or ".join(map(_class_name, CLASSES)))
+        owned = {each: key for fields in OWNED.values() for each, key in fields.items()}
+        raise UserError(
+            f"{KEY}.{name}={value!r}: no field of this name exists in {' or '.join(map(_class_name, CLASSES))}",
+            remedy=unknown_name_remedy(f"{KEY}.{name}", name, [*every_type], owned),
+        )
     if len(declaring) > 1 and any(name not in OWNED[s] and name not in NOT_SUPPORTED[s] for s in declaring):
         raise UserError(
             f"{KEY}.{name}: Megatron's {' and '.join(map(_class_name, declaring))} both declare this field",
@@ -86,12 +104,23 @@ def _section_of(name: str, value: Any) -> str:
     return declaring[0]
 
 
-def _check_field(section: str, name: str, value: Any) -> None:
+def _check_field(section: str, prefix: str, name: str, value: Any) -> None:
+    """Check one field of a class; messages name it with the prefix that the user wrote."""
+    key = f"{KEY}.{prefix}" if prefix else KEY
     if name in NOT_SUPPORTED[section]:
         raise UserError(
-            f"{KEY}.{name}={value!r} is not supported: {NOT_SUPPORTED[section][name]}", remedy=f"remove {KEY}.{name}"
+            f"{key}.{name}={value!r} is not supported: {NOT_SUPPORTED[section][name]}", remedy=f"remove {key}.{name}"
         )
-    check_arguments(KEY, {name: value}, _TYPES[section], OWNED[section], f"Megatron's {_class_name(section)}")
+    if name not in _TYPES[section]:
+        others = [other for other in CLASSES if name in _TYPES[other]]
+        near = nearest_name(name, _TYPES[section])
+        full = f"{others[0]}.{name}" if others else f"{section}.{near}" if near else ""
+        raise UserError(
+            f"{key}.{name}={value!r}: no field of this name exists in Megatron's {_class_name(section)}",
+            remedy=f"did you mean {full}?" if full else f"remove {key}.{name}",
+        )
+    target = f"Megatron's {_class_name(section)}"
+    check_arguments(key, {name: value}, _TYPES[section], OWNED[section], target, LIMITS[section])
 
 
 def _class_name(section: str) -> str:
@@ -242,6 +271,14 @@ NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
     ),
 }
 """Class -> field -> reason. A field that changes memory is here unless the planner counts it."""
+
+LIMITS: Mapping[str, Mapping[str, ValueLimit]] = {
+    # "p2p" and the others are the values that Transformer Engine accepts; "a2a+p2p" needs hierarchical groups
+    "transformer": {"cp_comm_type": ValueLimit(choices=("p2p", "all_gather", "a2a"))},
+    "ddp": {"bucket_size": ValueLimit(ge=1)},
+    "optimizer": {},
+}
+"""Class -> field -> values that Megatron or its kernels can use, for fields that their classes do not check."""
 
 _ENUMS: dict[tuple[str, str], type[enum.Enum]] = {}
 _TYPES: dict[str, dict[str, Any]] = {}

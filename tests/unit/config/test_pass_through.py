@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
 
-from grpo_mega.config.pass_through import check_arguments, dataclass_types, type_fault
+from grpo_mega.config.pass_through import ValueLimit, check_arguments, dataclass_types, size_limit, type_fault
 from grpo_mega.types import UserError
+
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
 
 
 class Color(enum.Enum):
@@ -40,10 +44,16 @@ class Target(Base):
 
 TYPES = dataclass_types(Target)
 OWNED = {"seed": "run.seed", "load_format": ""}
+LIMITS = {
+    "block_size": ValueLimit(ge=1, lt=64),
+    "share": ValueLimit(gt=0, le=1),
+    "sizes": ValueLimit(ge=0),
+    "color": ValueLimit(choices=("RED", "red")),
+}
 
 
 def check_given(**given: Any) -> None:
-    check_arguments("engine.args", given, TYPES, OWNED, "vLLM's EngineArgs")
+    check_arguments("engine.args", given, TYPES | {"seed": int}, OWNED, "vLLM's EngineArgs", LIMITS)
 
 
 def message_of(**given: Any) -> str:
@@ -60,13 +70,21 @@ def test_fields_of_all_base_classes_are_used_except_those_that_the_constructor_l
 
 def test_values_of_the_declared_types_are_accepted() -> None:
     check_given(block_size=None, backend="cutlass", enforce_eager=True, share=1, sizes=[1, 2], color="red")
-    check_given(inner={"depth": 3}, unknown=object())
+    check_given(inner={"depth": 3}, unknown=[1, "a"])
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"enforce_eagr": True}, ["engine.args.enforce_eagr=True", "did you mean enforce_eager?"]),
+        ({"sede": 1}, ["engine.args.sede=1", "did you mean seed? run.seed sets it"]),
+        ({"block_size": 0}, ["engine.args.block_size=0 must be at least 1 and less than 64", "remove"]),
+        ({"block_size": 64}, ["engine.args.block_size=64 must be at least 1 and less than 64"]),
+        ({"share": 0.0}, ["engine.args.share=0.0 must be greater than 0 and at most 1"]),
+        ({"share": float("nan")}, ["engine.args.share=nan must be greater than 0"]),
+        ({"sizes": [1, -1]}, ["engine.args.sizes=[1, -1] must be at least 0"]),
+        ({"backend": dt.date(2026, 1, 2)}, ["engine.args.backend=2026-01-02", "put quotes around it"]),
+        ({"inner": {"depth": ENDLESS}}, ["engine.args.inner.depth[0]", "alias"]),
         ({"zzz": 1}, ["engine.args.zzz=1", "vLLM's EngineArgs", "remove engine.args.zzz"]),
         ({"enforce_eager": 1}, ["engine.args.enforce_eager=1", "boolean"]),
         ({"block_size": "3"}, ["engine.args.block_size='3'", "integer"]),
@@ -80,6 +98,41 @@ def test_values_of_the_declared_types_are_accepted() -> None:
 def test_a_message_names_key_value_and_remedy(given: dict[str, Any], words: list[str]) -> None:
     message = message_of(**given)
     assert [word for word in words if word not in message] == [], message
+
+
+@pytest.mark.parametrize("name", ["zzz", "enforce", "bl", "backend_of_the_block", "e" * 400])
+def test_a_name_that_is_near_to_none_is_answered_without_a_suggestion(name: str) -> None:
+    assert "did you mean" not in message_of(**{name: 1})
+
+
+def test_a_mapping_may_have_numbers_as_keys() -> None:
+    check_given(unknown={1: "a"})
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "description", "limited"),
+    [
+        ("bucket_size", None, "", True),
+        ("max_loras", 1, "Most adapters.", True),
+        ("resize", 0, "", False),
+        ("temperature", 1.0, "", False),
+        ("max_states", -1, "", False),
+        ("chunk_size", None, "Set to -1 to disable.", False),
+        ("num_workers", 0, "A negative number means all cores.", False),
+        ("cache_size", 1, "<= 0 disables the cache", False),
+    ],
+)
+def test_a_size_without_a_limit_of_its_own_must_not_be_negative(
+    name: str, default: Any, description: str, limited: bool
+) -> None:
+    limit = size_limit(name, default, description)
+    assert (limit is not None and limit.rule(-1) == "be at least 0" and limit.rule(0) is None) == limited
+
+
+def test_a_limit_accepts_none_and_says_nothing_about_text_or_booleans() -> None:
+    for value in (None, True, "many", []):
+        assert ValueLimit(ge=2).rule(value) is None
+    assert ValueLimit(choices=("a",)).rule(None) is None
 
 
 def test_a_value_that_fits_no_part_of_a_union_is_reported_with_the_union() -> None:

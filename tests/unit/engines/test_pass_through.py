@@ -16,7 +16,7 @@ import torch
 from grpo_mega.config.load import load_config, resolved
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.engines import pass_through
-from grpo_mega.engines.pass_through import check_engine_args, installed_fields, owned_fields
+from grpo_mega.engines.pass_through import check_engine_args, installed_fields, installed_limits, owned_fields
 from grpo_mega.engines.sglang import arguments as sglang_arguments
 from grpo_mega.engines.vllm import arguments as vllm_arguments
 from grpo_mega.models.config_readers import spec_from_config
@@ -48,7 +48,9 @@ def check(kind: str, **args: Any) -> None:
     ("kind", "args"),
     [
         ("vllm", {"disable_cascade_attn": True, "performance_mode": "throughput"}),
+        ("vllm", {"max_logprobs": -1, "watermark": 0.5, "cudagraph_capture_sizes": [1, 2]}),
         ("sglang", {"schedule_policy": "lpm"}),
+        ("sglang", {"expert_distribution_recorder_buffer_size": -1, "mamba_max_states_per_path": -1}),
     ],
 )
 def test_arguments_with_the_type_that_the_engine_declares_are_accepted(kind: str, args: dict[str, Any]) -> None:
@@ -65,6 +67,22 @@ def test_arguments_with_the_type_that_the_engine_declares_are_accepted(kind: str
         ("vllm", {"seed": 3}, ["engine.args.seed=3", "set run.seed"]),
         ("vllm", {"block_size": 16}, ["engine.args.block_size=16", "remove engine.args.block_size"]),
         ("vllm", {"gpu_memory_utilization": 0.5}, ["set engine.kv_cache_tokens"]),
+        ("vllm", {"max_model_length": 64}, ["did you mean max_model_len?", "sampling.max_tokens sets it"]),
+        ("vllm", {"watermark": 1.0}, ["engine.args.watermark=1.0 must be at least 0 and less than 1"]),
+        ("vllm", {"max_logprobs": -2}, ["engine.args.max_logprobs=-2 must be at least -1"]),
+        ("vllm", {"max_num_scheduled_tokens": 0}, ["max_num_scheduled_tokens=0 must be at least 1"]),
+        (
+            "vllm",
+            {"cudagraph_capture_sizes": [8, -8]},
+            ["engine.args.cudagraph_capture_sizes=[8, -8] must be at least"],
+        ),
+        ("sglang", {"tokenizer_worker_num": -1}, ["engine.args.tokenizer_worker_num=-1 must be at least 0"]),
+        (
+            "sglang",
+            {"schedule_policy": "fast"},
+            ["engine.args.schedule_policy='fast' must be one of lpm, random, fcfs"],
+        ),
+        ("sglang", {"sampling_backnd": "x"}, ["did you mean sampling_backend? The program sets it itself"]),
         ("sglang", {"schedule_polcy": "lpm"}, ["SGLang's ServerArgs", "did you mean schedule_policy?"]),
         ("sglang", {"schedule_policy": 3}, ["engine.args.schedule_policy=3", "string"]),
         ("sglang", {"context_length": 64}, ["set data.max_prompt_tokens and sampling.max_tokens"]),
@@ -132,6 +150,30 @@ def test_fields_read_from_the_source_of_vllm_are_those_of_the_imported_class(rec
     known = [name for name, each in read.items() if each is not Any and not get_args(each)]
     assert len(known) > 100
     assert [name for name in known if str(read[name]) != imported[name]] == []
+
+
+def test_limits_come_from_the_source_of_either_package() -> None:
+    for kind, least in (("vllm", 40), ("sglang", 100)):
+        fields = fields_of(kind)
+        limits = {name: limit for name, limit in installed_limits(kind).items() if name in fields}
+        assert len(limits) > least
+    assert installed_limits("sglang")["mamba_backend"].choices == ("triton", "flashinfer")
+    assert installed_limits("sglang")["moe_runner_backend"].choices[0] == "auto"  # a list in a module of its own
+
+
+def defaults_outside_of_their_limits() -> list[str]:
+    """Return the fields of vLLM whose default is outside of the limit; in a process of its own."""
+    from dataclasses import fields
+
+    from vllm.engine.arg_utils import EngineArgs
+
+    limits = installed_limits("vllm")
+    return [each.name for each in fields(EngineArgs) if each.name in limits and limits[each.name].rule(each.default)]
+
+
+def test_no_default_of_vllm_is_outside_of_its_limit(recorder: ProcessPoolExecutor) -> None:
+    fields_of("vllm")
+    assert run(recorder, defaults_outside_of_their_limits) == []
 
 
 def test_most_types_of_either_package_are_known() -> None:
