@@ -26,7 +26,7 @@ from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
-from grpo_mega.models.kv_cache import KvCacheSize
+from grpo_mega.models.kv_cache_memory import KvCacheSize
 from grpo_mega.models.module_sizes import ModuleCounter
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.hardware import GPUS, Gpu, cluster_of, gpu_named

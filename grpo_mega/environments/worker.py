@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_mega.environments.base import Turn, build_environment
-from grpo_mega.workers.worker_main import Handler, call_with_alarm, serve
+from grpo_mega.workers.time_limit import call_with_alarm
+from grpo_mega.workers.worker_main import Handler, serve
 
 
 @dataclass(frozen=True)

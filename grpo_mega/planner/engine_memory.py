@@ -9,7 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from grpo_mega.models.kv_cache import kv_bytes_per_token
+from grpo_mega.models.kv_cache_memory import kv_bytes_per_token
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology

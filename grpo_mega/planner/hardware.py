@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from grpo_mega.models.kv_cache import CUDA_MEMORY_SHARE
+from grpo_mega.models.kv_cache_memory import CUDA_MEMORY_SHARE
 from grpo_mega.types import UserError
 
 GIB = 2**30

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
-from grpo_mega.models.kv_cache import KvCacheSize
+from grpo_mega.models.kv_cache_memory import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, Gpu

@@ -31,7 +31,8 @@ from megatron.core.distributed import (  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 from grpo_mega.policy.modules.policy_model import PolicyModel  # noqa: E402
-from grpo_mega.policy.transformer_config import DTYPES, build_models, transformer_config  # noqa: E402
+from grpo_mega.policy.optimizer_config import optimizer_config  # noqa: E402
+from grpo_mega.policy.transformer_config import build_models, transformer_config  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def build_policy(
         for chunk, model in enumerate(models)
     ]
     adam = megatron_optimizer.get_megatron_optimizer(
-        megatron_optimizer.OptimizerConfig(**(optimizer_fields(optimizer, precision) | passed.optimizer)),
+        optimizer_config(optimizer, precision, passed.optimizer),
         ddps,
         use_gloo_process_groups=False,
     )
@@ -126,40 +127,6 @@ def ddp_fields(parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str
         "overlap_grad_reduce": parallel.overlap_grad_reduce,
         "overlap_param_gather": parallel.overlap_param_gather,
         **fp8.ddp_fields(precision),
-    }
-
-
-def optimizer_fields(optimizer: OptimizerConfig, precision: PrecisionConfig) -> dict[str, Any]:
-    """Return the fields of Megatron's OptimizerConfig that the program sets."""
-    dtype = DTYPES[precision.dtype]
-    return {
-        "optimizer": "adam",
-        "lr": optimizer.lr,
-        "weight_decay": optimizer.weight_decay,
-        "adam_beta1": optimizer.beta1,
-        "adam_beta2": optimizer.beta2,
-        "adam_eps": optimizer.eps,
-        "clip_grad": optimizer.clip_grad,
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "use_distributed_optimizer": True,
-        **fp8.optimizer_fields(precision),
-        **_host_optimizer_fields(optimizer),
-    }
-
-
-def _host_optimizer_fields(optimizer: OptimizerConfig) -> dict[str, Any]:
-    """Return the fields that keep a fraction of the master weights and moments on the host and update them there.
-
-    Only with the precision-aware optimizer does the hybrid optimizer hold no second master weight on the device.
-    """
-    if optimizer.host_fraction == 0:
-        return {}
-    return {
-        "optimizer_cpu_offload": True,
-        "optimizer_offload_fraction": optimizer.host_fraction,
-        "overlap_cpu_optimizer_d2h_h2d": True,
-        "use_precision_aware_optimizer": True,
     }
 
 

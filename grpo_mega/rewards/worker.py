@@ -16,7 +16,8 @@ from functools import partial
 from typing import Any
 
 from grpo_mega.rewards.base import build_rewards
-from grpo_mega.workers.worker_main import Handler, call_with_alarm, serve
+from grpo_mega.workers.time_limit import call_with_alarm
+from grpo_mega.workers.worker_main import Handler, serve
 
 
 @dataclass(frozen=True)

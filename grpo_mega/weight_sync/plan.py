@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_mega.types import TensorSlice, WeightMismatchError
-from grpo_mega.weight_sync.bucketing import fill_buckets
 from grpo_mega.weight_sync.coalescing import TransferClasses
 from grpo_mega.weight_sync.sender_choice import Link, choose_senders, lower_bounds
 from grpo_mega.weight_sync.slice_table import (
@@ -38,6 +37,7 @@ from grpo_mega.weight_sync.slice_table import (
     split_slice,
 )
 from grpo_mega.weight_sync.traffic import LOCAL, PlanTraffic
+from grpo_mega.weight_sync.transfer_order import fill_buckets
 
 TRANSFERS_PER_BUCKET = 8  # a transfer is at most 1/8 of a bucket, so that buckets fill well
 

@@ -1,5 +1,7 @@
 """The schedule of one rank: its part of a reshard plan as rounds of messages, and the pieces in each message.
 
+The round of a transfer, and so what is sent first, comes from `transfer_order.py`.
+
 Pure functions. Asserted by tests/unit/weight_sync/test_rank_schedule.py.
 """
 

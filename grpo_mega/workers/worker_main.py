@@ -1,8 +1,7 @@
 """The child's side of one worker process (json_worker.py): `python -m MODULE DESCRIPTOR PARENT_PID`.
 
-The process ends with its parent: when the connection closes, and on Linux by the parent-death signal. A job that takes
-too long is ended by the kernel's alarm, which kills the process. The alarm needs neither the interpreter (a
-catastrophic regular expression never releases it) nor the parent.
+The process ends with its parent: when the connection closes, and on Linux by the parent-death signal. The time limit of
+a job is in time_limit.py.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
-_MAX_PROBLEM_CHARACTERS = 500
-_Result = TypeVar("_Result")
 _worker_pid = os.getpid()
 
 Handler = Callable[[Any], Iterable[object]]
@@ -55,21 +52,6 @@ def serve(prepare: Callable[[Any], Handler]) -> None:
         sys.exit(0)  # the parent has exited
     except OSError as error:  # for example a reward that closed every descriptor of its process
         sys.exit(f"worker {_worker_pid}: the code that it runs has closed its connection ({error.strerror})")
-
-
-def call_with_alarm(seconds: float, function: Callable[[], _Result]) -> tuple[_Result | None, str | None]:
-    """Return (result, None), or (None, problem) when the function raises. After `seconds` the kernel kills the process.
-
-    The default handler of the alarm is restored each time, because a user's function may have replaced it.
-    """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        return function(), None
-    except (Exception, SystemExit) as error:  # a failure of this job only; the worker continues
-        return None, f"{type(error).__name__}: {error}"[:_MAX_PROBLEM_CHARACTERS]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _exit_with_parent(parent: int) -> None:

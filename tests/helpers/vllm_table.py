@@ -16,7 +16,7 @@ import torch
 
 from grpo_mega.engines.vllm.tp_rules import check_tp, padded_vocab
 from grpo_mega.interfaces import RegionKind, SinkRegion
-from grpo_mega.models.kv_cache import local_kv_heads
+from grpo_mega.models.kv_cache_memory import local_kv_heads
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import Placement, TensorSlice
 

@@ -35,7 +35,7 @@ import grpo_mega
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
-from grpo_mega.models.kv_cache import BATCHED_TOKENS, CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
+from grpo_mega.models.kv_cache_memory import BATCHED_TOKENS, CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.types import UserError
 
 STAGING_BYTES = 16 * 2**20  # in addition to the buckets of a sync; a larger buffer is not faster
@@ -207,7 +207,7 @@ def static_fraction(memory: GpuMemory) -> float:
 
 
 def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len: int) -> int:
-    """Return the tokens of SGLang's KV cache (models/kv_cache.py).
+    """Return the tokens of SGLang's KV cache (models/kv_cache_memory.py).
 
     Raises:
         UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.

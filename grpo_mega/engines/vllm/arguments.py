@@ -11,7 +11,7 @@ import torch
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors, model_overrides
 from grpo_mega.engines.vllm.record import RECORDING
-from grpo_mega.models.kv_cache import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
+from grpo_mega.models.kv_cache_memory import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
@@ -74,7 +74,7 @@ def kv_cache_size(settings: VllmSettings) -> KvCacheSize:
 
 
 def kv_cache_bytes(settings: VllmSettings, spec: ModelSpec) -> int:
-    """Return the bytes of the KV cache on one rank (models/kv_cache.py).
+    """Return the bytes of the KV cache on one rank (models/kv_cache_memory.py).
 
     Raises:
         UserError: `engine.kv_cache_tokens` does not hold one rollout of full length.

@@ -10,7 +10,7 @@ TEXT = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def test_every_path_of_the_page_exists() -> None:
-    paths = set(re.findall(r"`((?:grpo_mega|configs|tools)/[\w./-]*)`", TEXT))
+    paths = set(re.findall(r"`((?:grpo_mega|configs|tools|launch)/[\w./-]*)`", TEXT))
     assert len(paths) > 40
     assert sorted(path for path in paths if not (REPOSITORY / path).exists()) == []
 
@@ -33,3 +33,19 @@ def test_the_rows_are_in_the_order_of_the_import_layers() -> None:
     }
     rows = re.findall(r"^\| `grpo_mega/(\w+)/` \|", TEXT, re.MULTILINE)
     assert rows == sorted(rows, key=lambda name: height[name])
+
+
+def test_the_tour_of_the_repository_names_files_that_exist() -> None:
+    tour = (REPOSITORY / "docs" / "decisions" / "newcomers-tour.md").read_text(encoding="utf-8")
+    second = tour[tour.index("## Second tour") :]
+    found = re.findall(r"`((?:grpo_mega|launch)/[\w./-]*)`", second)
+    assert len(found) >= 9
+    assert [path for path in found if not (REPOSITORY / path).exists()] == []
+
+
+def test_the_table_of_changes_names_each_file_of_the_tour() -> None:
+    tour = (REPOSITORY / "docs" / "decisions" / "newcomers-tour.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \((\w)\) .*?\| `([\w./-]+)`", tour, re.MULTILINE)
+    assert [letter for letter, _ in rows] == list("abcdefghi")
+    changes = TEXT[TEXT.index("## Where to change what") :]
+    assert [path for _, path in rows if f"`{path}`" not in changes] == []

@@ -13,9 +13,10 @@ from grpo_mega.config.policy_sections import Fp8Config, OptimizerConfig, Paralle
 from grpo_mega.config.schema import Config
 from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.policy import build
+from grpo_mega.policy.build import ddp_fields
 from grpo_mega.policy.inspect.module_sizes import module_counter
 from grpo_mega.policy.megatron_arguments import CLASSES, NOT_SUPPORTED, OWNED, split_arguments
+from grpo_mega.policy.optimizer_config import optimizer_fields
 from grpo_mega.policy.transformer_config import transformer_config, transformer_fields
 from grpo_mega.types import UserError
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
@@ -61,8 +62,8 @@ def test_every_transformer_field_that_the_program_sets_is_owned(family: str, pre
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.fp8 and p.fp8.recipe))
 def test_every_ddp_and_optimizer_field_that_the_program_sets_is_owned(precision: PrecisionConfig) -> None:
-    assert not set(build.ddp_fields(ALL_KEYS, precision)) - set(OWNED["ddp"])
-    fields = build.optimizer_fields(OptimizerConfig(host_fraction=0.5), precision)
+    assert not set(ddp_fields(ALL_KEYS, precision)) - set(OWNED["ddp"])
+    fields = optimizer_fields(OptimizerConfig(host_fraction=0.5), precision)
     assert not set(fields) - set(OWNED["optimizer"])
 
 

@@ -167,15 +167,3 @@ def test_moments_on_another_device_are_not_moved() -> None:
     assert elsewhere.untyped_storage().nbytes() == 24
     assert allocated_bytes(*[m for m in policy.moments() if m.device.type == "cpu"]) == 0
     assert with_it == policy.memory.num_bytes()["optimizer"]
-
-
-def test_megatron_has_the_settings_of_an_optimizer_on_the_host() -> None:
-    from dataclasses import fields
-
-    from grpo_mega.config.policy_sections import OptimizerConfig
-    from grpo_mega.policy.build import _host_optimizer_fields, megatron_optimizer
-
-    assert _host_optimizer_fields(OptimizerConfig()) == {}
-    settings = _host_optimizer_fields(OptimizerConfig(host_fraction=0.5))
-    assert settings["optimizer_offload_fraction"] == 0.5
-    assert settings.keys() <= {field.name for field in fields(megatron_optimizer.OptimizerConfig)}

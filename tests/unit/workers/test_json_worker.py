@@ -13,7 +13,8 @@ from grpo_mega.workers.json_worker import JsonWorker, WorkerExitedError
 
 ECHO = """
 import os, sys, time
-from grpo_mega.workers.worker_main import call_with_alarm, serve
+from grpo_mega.workers.time_limit import call_with_alarm
+from grpo_mega.workers.worker_main import serve
 
 def prepare(setup):
     if setup == "raise": raise ValueError("bad setup")

@@ -1,9 +1,10 @@
-"""Assignment of transfers to buckets.
+"""Order of the transfers of a weight sync: what is sent first, and in which bucket each transfer is.
 
-A bucket is one round of a sync, in which all ranks take part. The bytes that a rank sends and receives in one round
-must fit its buffer. Transfers are sorted by the progress of their senders, so that all ranks are busy at the same time.
-Each transfer goes into the first bucket in which sender and receiver both have room, among the last WINDOW that they
-used.
+A bucket is one round of a sync, in which all ranks take part; bucket 0 is sent first. The bytes that a rank sends and
+receives in one round must fit its buffer. Transfers are sorted by the progress of their senders, so that all ranks are
+busy at the same time. Each transfer goes into the first bucket in which sender and receiver both have room, among the
+last WINDOW that they used. `rank_schedule.py` places the transfers of a bucket in messages and does not change the
+order.
 
 Pure functions. Asserted by tests/unit/weight_sync/test_plan.py.
 """

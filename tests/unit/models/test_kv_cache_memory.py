@@ -12,7 +12,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.engines.sglang.arguments import cached_tokens
 from grpo_mega.engines.vllm.arguments import VllmSettings, kv_cache_bytes
 from grpo_mega.models.config_readers import spec_from_config
-from grpo_mega.models.kv_cache import KvCacheSize, kv_bytes_per_token
+from grpo_mega.models.kv_cache_memory import KvCacheSize, kv_bytes_per_token
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 from tests.helpers.planner_cases import config_of, memory_of, spec_of

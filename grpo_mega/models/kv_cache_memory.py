@@ -1,9 +1,9 @@
-"""Sizes of an engine's KV cache: block size, bytes per token, number of blocks and of tokens.
+"""Memory of an engine's KV cache: share of the GPU, block size, bytes per token, number of blocks and of tokens.
 
 The planner, the vLLM adapter and the SGLang adapter all take these numbers from here, so a plan and an engine agree.
 This module imports no engine and allocates nothing.
 
-Asserted by tests/unit/models/test_kv_cache.py.
+Asserted by tests/unit/models/test_kv_cache_memory.py.
 """
 
 from __future__ import annotations
