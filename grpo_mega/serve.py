@@ -12,7 +12,6 @@ Asserted by tests/parallel/test_servers.py and tests/e2e/test_server.py.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -24,7 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_mega.config.load import load_config
+from grpo_mega.config.load import known_keys, load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
@@ -44,9 +44,10 @@ log = logging.getLogger("grpo_mega.serve")
 
 def main() -> None:
     """Run the server, or one of its ranks when a launcher has set RANK."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="grpo_mega.serve", description="Serve one engine replica to jobs with engine.placement=server."
     )
+    parser.config_keys = known_keys()
     parser.add_argument("config", type=Path, help="YAML file of the job")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1)")

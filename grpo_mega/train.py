@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from grpo_mega.config.load import load_config, resolved
+from grpo_mega.config.load import known_keys, load_config, resolved
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.devices import num_visible_gpus
@@ -49,10 +50,11 @@ class Prepared:
 
 def main() -> None:
     """Entry point of a rank."""
-    parser = argparse.ArgumentParser(prog="grpo_mega.train", description="Run one rank of a GRPO training run.")
+    parser = OptionParser(prog="grpo_mega.train", description="Run one rank of a GRPO training run.")
+    parser.config_keys = known_keys()
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
-    parser.add_argument("--for-launcher", action="store_true", help="print the number of ranks as JSON and exit")
+    parser.add_argument("--for-launcher", action="store_true", help=argparse.SUPPRESS)  # prints what it needs as JSON
     arguments = parser.parse_args()
     expect_stop()
     try:

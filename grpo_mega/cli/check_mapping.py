@@ -26,6 +26,7 @@ from typing import Any
 
 from grpo_mega.cli.compare_logits import config_of
 from grpo_mega.cli.convert_options import exit_code
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.formats.megatron_keys import megatron_tensors
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.stored_head import checkpoint_spec
@@ -82,7 +83,7 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("hf_dir", type=Path, help="folder of config.json and safetensors files")
     parser.add_argument("--layout", default="", help="keys of `parallel`, for example tp=2,pp=2 (default: one rank)")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")

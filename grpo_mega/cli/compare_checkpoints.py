@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from grpo_mega.cli.convert_options import exit_code
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.convert.compare import TensorComparison, compare, open_checkpoint
 from grpo_mega.types import UserError
 
@@ -32,7 +33,7 @@ def line_of(found: TensorComparison) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a", type=Path, help="folder of the first checkpoint")
     parser.add_argument("b", type=Path, help="folder of the second checkpoint")
     parser.add_argument("--base", type=Path, help="folder of config.json, for a torch_dist checkpoint without one")

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.config.schema import Config
 from grpo_mega.launch.supervisor import run_ranks
@@ -204,7 +205,7 @@ def line_of(result: LayoutResult) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--layouts", required=True, help='layouts to compare, for example "tp=2;pp=2,cp=2"')

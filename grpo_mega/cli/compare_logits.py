@@ -27,6 +27,7 @@ import yaml
 
 from grpo_mega.cli.compare_layouts import measure_on_ranks, parse_layout
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.spec import ModelSpec
@@ -153,7 +154,7 @@ def compare_logits(folder: Path, layout: str, seed: int) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="Hugging Face model folder")
     parser.add_argument("--layout", default="", help='keys of `parallel`, for example "tp=2,pp=2" (default: one rank)')
     parser.add_argument("--seed", type=int, default=0, help="seed of the random tokens (default: 0)")

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.doctor.examine import examine, examine_machine
 from grpo_mega.doctor.finding import Finding, in_words
 from grpo_mega.parallel.topology import Topology
@@ -29,7 +30,7 @@ from grpo_mega.types import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--machine", action="store_true", help="check this machine only, without a config")

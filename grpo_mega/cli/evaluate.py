@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.launch.supervisor import run_ranks
@@ -190,7 +191,7 @@ def lines_of(found: dict[str, Any]) -> list[str]:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the arguments of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a run, of a checkpoint or of a Hugging Face model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--data", action="append", required=True, help="any value of data.eval; may be repeated")

@@ -23,6 +23,7 @@ from pathlib import Path
 from torch import Tensor
 
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import HeldSlice
@@ -36,7 +37,7 @@ SCALES = ("fp32", "power_of_two")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, metavar="HF_DIR|CONFIG", help="a folder with weights, or a run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of CONFIG")
     parser.add_argument("--scales", choices=SCALES, help="default: as in the config's engine.fp8, or fp32")

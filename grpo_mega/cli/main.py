@@ -6,13 +6,13 @@ is called, so `grpo-mega --help` needs neither torch nor an engine.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo_mega import __version__
+from grpo_mega.config.nearest_name import nearest_name
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def dispatch(arguments: Sequence[str], commands: dict[str, Command], prog: str) 
         print(usage(commands, prog))
         return 0
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, 1)
+        near = nearest_name(name, commands)
         problem = f"{name!r} is not a command" if name else "a command is missing"
-        hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(commands)}"
+        hint = f"did you mean {near}?" if near else f"use one of {', '.join(commands)}"
         print(f"error: {prog}: {problem}; {hint}", file=sys.stderr)
         return 2
     sys.argv = [f"{prog} {name}", *rest]  # argparse prints the first word of it as the program's name

@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_mega.cli.convert_options import add_options, finish, parse_bytes
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.convert.megatron_to_hf import SHARD_BYTES, megatron_to_hf
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ckpt_dir", type=Path, help="folder with .metadata or latest_checkpointed_iteration.txt")
     parser.add_argument("out_dir", type=Path, help="new or empty folder")
     add_options(parser)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
 from grpo_mega.models.kv_cache_memory import KvCacheSize
@@ -67,7 +68,7 @@ class PlannedModel:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpu", default="h100-80g", help=f"one of {', '.join(GPUS)}")

@@ -30,6 +30,7 @@ import torch
 from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.cli.plan_file import difference, read_plan, write_plan
 from grpo_mega.config.load import load_config
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
 from grpo_mega.engines.engine_rules import check_engine_fp8
@@ -62,7 +63,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, help="YAML of a run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--out", type=Path, help="write the plan to this file, one line per slice")

@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
@@ -106,7 +107,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL file of {prompt, completion, answer}")
     parser.add_argument("--reward", required=True, help="a name from docs/rewards.md, or package.module:function")
     parser.add_argument("--args", default="{}", help="arguments of the reward, as a JSON object (default: none)")

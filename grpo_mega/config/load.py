@@ -5,7 +5,6 @@ Imports no torch, so that a command with a wrong argument fails at once.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from grpo_mega.config.json_values import reject_endless_values
+from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import find_config
@@ -57,8 +57,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         path = find_config(path)
         if not path.is_file():
             others = [p.name for p in path.parent.glob("*.yaml") if p.is_file()]
-            near = difflib.get_close_matches(path.name, others, 1)
-            raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near[0]}?" if near else "see configs/"))
+            near = nearest_name(path.name, sorted(others))
+            raise UserError(f"CONFIG={path}: no such file; " + (f"did you mean {near}?" if near else "see configs/"))
         raw = _parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"CONFIG={path} cannot be read ({error.strerror})", remedy="name a readable file") from None
@@ -123,20 +123,21 @@ def _explain(error: Any) -> str:
     """Return one pydantic error as `key=value: rule`."""
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # without the tags of a union
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(where, _known_keys(Config), 1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else "; docs/reference/config.md lists the keys"
+        near = nearest_name(where, known_keys())
+        hint = f"; did you mean {near}?" if near else "; docs/reference/config.md lists the keys"
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{where}: this key is required; set it"
     return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Return the keys of a section and of the sections in it, each after its section."""
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         for kind in _nested_sections(field.annotation):
-            keys += _known_keys(kind, f"{prefix}{name}.")
+            keys += known_keys(kind, f"{prefix}{name}.")
     return keys
 
 

@@ -7,9 +7,9 @@ from these classes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.data_sections import DataConfig
@@ -22,7 +22,7 @@ from grpo_mega.config.rollout_sections import (
     RewardConfig,
     SamplingConfig,
 )
-from grpo_mega.config.section import Section
+from grpo_mega.config.section import Section, off_from_yaml
 
 
 class RunConfig(Section):
@@ -57,7 +57,7 @@ class TrainConfig(Section):
 class WeightSyncConfig(Section):
     """Transfer of the policy's weights to the engines."""
 
-    verify: Literal["every", "first", "off"] = "every"
+    verify: Annotated[Literal["every", "first", "off"], BeforeValidator(off_from_yaml)] = "every"
     """Syncs after which digests of the engine's weights are compared with the policy's."""
     bucket_bytes: int = Field(256 * 1024 * 1024, ge=1024)
     """Bytes that a rank sends and receives in one round, summed. The sync needs at most twice that as extra memory."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -20,3 +22,8 @@ class Section(BaseModel):
         protected_namespaces=(),
         use_attribute_docstrings=True,
     )
+
+
+def off_from_yaml(value: Any) -> Any:
+    """Return "off" for False, and any other value as it is: YAML 1.1 reads `off` without quotes as False."""
+    return "off" if value is False else value

@@ -32,6 +32,30 @@ def wanted_world_size(*overrides: str) -> int:
     return train.wanted_world_size(load_config(QUICKSTART, overrides))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--bogus"], ["--bogus is not an option of grpo_mega.train", "--help"]),
+        (["--hepl"], ["--hepl", "did you mean --help?"]),
+        ([str(QUICKSTART), "--train.steps=3"], ["--train.steps", "did you mean the override train.steps=3?"]),
+        (
+            [str(QUICKSTART), "--group-size", "8"],
+            ["--group-size", "did you mean the override sampling.group_size=VALUE?"],
+        ),
+    ],
+)
+def test_an_unknown_option_is_named_before_a_missing_argument(
+    arguments: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["grpo_mega.train", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        train.main()
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message.count("\n") == 1
+    assert [word for word in words if word not in message] == [], message
+
+
 def test_the_world_size_of_the_config_has_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NNODES", "3")
     assert wanted_world_size("run.world_size=4") == 4

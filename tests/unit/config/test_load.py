@@ -111,6 +111,24 @@ def test_an_alias_inside_its_own_value_is_rejected_with_its_key(minimal_config: 
     assert "without an alias" in message
 
 
+@pytest.mark.parametrize("written", ["off", "'off'", "false", "Off"])
+def test_the_verification_of_a_weight_sync_can_be_switched_off_with_and_without_quotes(
+    minimal_config: Path, written: str, tmp_path: Path
+) -> None:
+    config = load_config(minimal_config, [f"weight_sync.verify={written}"])
+    assert config.weight_sync.verify == "off"
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(resolved(config)))
+    assert load_config(again).weight_sync.verify == "off"
+
+
+@pytest.mark.parametrize("written", ["on", "0", "never"])
+def test_other_values_of_the_verification_are_rejected_with_the_choices(minimal_config: Path, written: str) -> None:
+    message = message_of(minimal_config, f"weight_sync.verify={written}")
+    assert message.startswith("weight_sync.verify=")
+    assert "'every', 'first' or 'off'" in message
+
+
 def test_the_last_of_two_overrides_of_a_key_holds(minimal_config: Path) -> None:
     assert load_config(minimal_config, ["train.steps=5", "train.steps=7"]).train.steps == 7
 
@@ -121,6 +139,7 @@ def test_the_last_of_two_overrides_of_a_key_holds(minimal_config: Path) -> None:
         ("train.step=3", ["train.step", "train.steps"]),
         ("sampling.tempera=1", ["sampling.tempera", "sampling.temperature"]),
         ("model.base.architecture.layers=2", ["model.base.architecture.layers", "model.base.architecture.num_layers"]),
+        ("optimizer.zzzzzzzzz=1", ["optimizer.zzzzzzzzz", "config.md"]),
         ("zzzzzzzzzzzz.q=1", ["zzzzzzzzzzzz", "config.md"]),
         ("train.steps=many", ["train.steps='many'", "integer"]),
         ("train.steps=1e3", ["train.steps=1000.0", "integer"]),
