@@ -13,6 +13,10 @@ from torch import Tensor
 
 KlEstimator = Literal["k1", "k2", "k3"]
 
+MAX_REPORTED_LOG_RATIO = 40.0
+"""Metrics take the exp of a log-ratio of at most this many nats: exp(40) = 2.4e17, and a float32 holds the sum over
+1e21 tokens. A larger ratio says no more than that the two log-probs do not belong together."""
+
 
 def k1(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """Return log_probs - ref_log_probs, an unbiased estimate of KL(policy || reference) that can be negative.

@@ -6,6 +6,7 @@ Asserted by tests/unit/algorithm/test_loss.py.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from grpo_mega.algorithm.base import Surrogate
 from grpo_mega.algorithm.correction import Correction
-from grpo_mega.algorithm.kl import KL_ESTIMATORS, KlEstimator
+from grpo_mega.algorithm.kl import KL_ESTIMATORS, MAX_REPORTED_LOG_RATIO, KlEstimator
 from grpo_mega.algorithm.segments import Segments
 from grpo_mega.types import Microbatch
 
@@ -54,7 +55,7 @@ class PolicyLoss:
         Returns:
             Loss [T], and detached tensors [T]: `ratio`; `clip_fraction` (1 where a bound of the surrogate holds);
             `entropy`; `kl` if there are `ref_log_probs`; with a correction `correction` (its factor), `masked` and
-            `vetoed`.
+            `vetoed`. `ratio` and `kl` are at most exp(40), so that no sum over tokens overflows.
 
         Raises:
             ValueError: kl_coef > 0 without `ref_log_probs`.
@@ -74,7 +75,8 @@ class PolicyLoss:
         )
         segments = Segments.of(microbatch)
         log_ratio = log_probs - old_log_probs
-        metrics = {"ratio": torch.where(mask, log_ratio.detach().exp(), 0.0), "entropy": entropy.detach()}
+        ratio = log_ratio.detach().clamp(max=MAX_REPORTED_LOG_RATIO).exp()
+        metrics = {"ratio": torch.where(mask, ratio, 0.0), "entropy": entropy.detach()}
         if self.correction is not None:
             mismatch = old_log_probs - masked_to_zero(microbatch.sampler_log_probs)
             factor, masked, vetoed = (masked_to_zero(v) for v in self.correction.factors(mismatch, segments))
@@ -86,7 +88,7 @@ class PolicyLoss:
         if microbatch.ref_log_probs is not None:
             kl = KL_ESTIMATORS[self.kl_estimator](log_probs, masked_to_zero(microbatch.ref_log_probs))
             loss = loss + self.kl_coef * kl if self.kl_coef else loss
-            metrics["kl"] = kl.detach()
+            metrics["kl"] = kl.detach().clamp(max=math.exp(MAX_REPORTED_LOG_RATIO))
         elif self.needs_reference:
             raise ValueError(f"kl_coef={self.kl_coef} requires ref_log_probs in the microbatch; got None")
         if self.entropy_coef:

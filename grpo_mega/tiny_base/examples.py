@@ -98,7 +98,7 @@ def _read_gsm8k(path: Path) -> list[tuple[str, str, str]]:
             remedy="put GSM8K's train.jsonl there (grade_school_math/data/train.jsonl of openai/grade-school-math)",
         )
     rows: list[tuple[str, str, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
         try:
             record = json.loads(line)
             question, solution = str(record["question"]), str(record["answer"])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, repeat
 
+from grpo_mega.algorithm.kl import MAX_REPORTED_LOG_RATIO
 from grpo_mega.data.expert_records import widen_record
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
@@ -154,7 +155,7 @@ def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float
     """Return the mismatch metrics of policy and sampler for the same weights: m = old_log_probs - sampler_log_probs.
 
     `mismatch_max` = max |m|; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
-    KL(sampler || policy), in nats per token.
+    KL(sampler || policy), in nats per token. There an m above 40 counts as 40, so that exp does not overflow.
     """
     differences = [
         old - sampled
@@ -163,5 +164,7 @@ def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float
     ]
     return {
         "train/mismatch_max": max(abs(m) for m in differences),
-        "train/mismatch_kl": statistics.fmean(math.expm1(m) - m for m in differences),
+        "train/mismatch_kl": statistics.fmean(
+            math.expm1(m) - m for m in (min(m, MAX_REPORTED_LOG_RATIO) for m in differences)
+        ),
     }

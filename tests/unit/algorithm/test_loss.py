@@ -104,6 +104,18 @@ def test_an_infinite_loss_stays_infinite() -> None:
     assert loss.item() == INF
 
 
+@pytest.mark.parametrize("log_ratio", [1000.0, -1000.0])
+def test_metrics_stay_finite_for_log_ratios_of_any_size(log_ratio: float) -> None:
+    microbatch = make_row(
+        torch.ones(1), old_log_probs=torch.tensor([-log_ratio]), ref_log_probs=torch.tensor([log_ratio])
+    )
+    _, metrics = PolicyLoss(CLIPPED)(torch.zeros(1), torch.zeros(1), microbatch)
+    bound = math.exp(40)
+    assert metrics["ratio"].item() == pytest.approx(bound if log_ratio > 0 else 0.0, rel=1e-5)
+    assert metrics["kl"].item() == pytest.approx(bound if log_ratio > 0 else 999.0, rel=1e-5)
+    assert torch.isfinite(metrics["kl"] * 1e15).all()  # the sum over a step's tokens
+
+
 def test_kl_is_added_with_its_coefficient_and_reported_without_it() -> None:
     log_probs = torch.tensor([-1.0], requires_grad=True)
     microbatch = make_row(torch.zeros(1), ref_log_probs=torch.tensor([-1.0 + math.log(2)]))

@@ -25,7 +25,7 @@ def test_rows_keep_order_and_keys_and_get_a_reward(tmp_path: Path) -> None:
         {"prompt": "q", "completion": "\ud800", "answer": "7"},
         {"prompt": "q", "completion": "#### 7", "answer": "nothing"},
     ]
-    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8-sig")  # with a BOM
     done = run_score("--reward", "gsm8k", "--args", '{"strict": true}', "--json", "rows.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     *scored, summary = [json.loads(line) for line in done.stdout.splitlines()]

@@ -95,6 +95,14 @@ def test_exponents_in_the_file_are_numbers_too(tmp_path: Path) -> None:
     assert (optimizer.lr, optimizer.weight_decay, optimizer.eps) == (3e-5, 0.1, 1e-9)
 
 
+def test_a_byte_order_mark_at_the_start_of_the_file_is_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8-sig")
+    marked = load_config(path)
+    path.write_text(yaml.safe_dump(MINIMAL), encoding="utf-8")
+    assert marked == load_config(path)
+
+
 def test_a_key_that_occurs_twice_in_a_file_is_rejected_with_its_line(tmp_path: Path) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(MINIMAL) + "optimizer:\n  lr: 3e-5\n  lr: 1e-5\n")

@@ -75,6 +75,12 @@ def test_gsm8k_examples_are_the_last_calculation_with_and_without_the_format(tmp
     }, "the first half of the file, nothing else"
 
 
+def test_a_byte_order_mark_at_the_start_of_a_gsm8k_file_is_skipped(tmp_path: Path) -> None:
+    path = _gsm8k(tmp_path / "t.jsonl")
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert gsm8k_examples(path, 0.5, max_bytes=100)(random.Random(0))[0].startswith("Question")
+
+
 def test_the_requested_fraction_of_examples_calls_the_calculator(tmp_path: Path) -> None:
     draw, rng = gsm8k_examples(_gsm8k(tmp_path / "t.jsonl"), 0.5, max_bytes=100, tool_fraction=0.5), random.Random(0)
     drawn = [draw(rng)[1] for _ in range(400)]

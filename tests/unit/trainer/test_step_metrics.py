@@ -178,6 +178,13 @@ def test_mismatch_of_tiny_differences_is_not_lost_in_rounding() -> None:
     assert found["train/mismatch_kl"] == pytest.approx(2.0**-41, rel=1e-5)
 
 
+def test_log_ratios_of_any_size_give_finite_mismatch_metrics() -> None:
+    found = mismatch([make_rollout([-1000.0, -1.0])], [[0.0, -1001.0]])
+    assert found["train/mismatch_max"] == 1000.0
+    # exp(m) - m - 1 for m = 1000, which counts as 40, and for m = -1000
+    assert found["train/mismatch_kl"] == pytest.approx((math.expm1(40) - 40 + 999) / 2, rel=1e-12)
+
+
 def test_a_number_of_log_probs_other_than_one_per_token_is_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
         mismatch([make_rollout([-1.0, -2.0])], [[-1.0]])
