@@ -15,12 +15,12 @@ from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
 from grpo_mega.rewards.math_answers.equality import MAX_ANSWER_CHARACTERS, is_prose, is_right, words_of
 from grpo_mega.rewards.math_answers.final_answer import (
-    after_thought,
     answer_in_prose,
     boxed_answer,
     marked_answer,
     sentence_tails,
 )
+from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 
@@ -64,8 +64,8 @@ def math(prompt: str, completion: str, reference: str, strict: bool = False, cpu
 
 
 def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool) -> bool:
-    text = after_thought(completion, prompt)
-    if text is None:
+    text = answer_part(prompt, completion)
+    if not text.strip():
         return False
     answer = boxed_answer(text)
     if answer is not None:

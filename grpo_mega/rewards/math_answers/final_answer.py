@@ -1,7 +1,7 @@
 r"""Find the final answer in a completion or a reference.
 
-A text's final answer is its last box. Boxes that only a comma, `or` or `and` separates are one list. Text before
-`</think>` is never searched. All patterns take linear time in the length of the text.
+A text's final answer is its last box. Boxes that only a comma, `or` or `and` separates are one list. All patterns take
+linear time in the length of the text.
 """
 
 from __future__ import annotations
@@ -129,12 +129,3 @@ def sentence_tails(text: str, length: int) -> list[str]:
     tail = text[-longest:].rstrip()
     starts = [match.end() for match in _SENTENCE_START.finditer(tail) if match.start() or len(text) <= longest]
     return [tail[start:] for start in reversed(starts) if 2 * len(tail[start:]) >= length][:20]
-
-
-def after_thought(text: str, prompt: str = "") -> str | None:
-    """Return the text after `</think>`; None when the text or the prompt opened a thought that is not closed."""
-    _, closing, rest = text.rpartition("</think>")
-    if closing:
-        return None if "<think>" in rest else rest
-    is_open = "<think>" in text or prompt.rstrip().endswith("<think>")
-    return None if is_open else text

@@ -21,6 +21,7 @@ PLAIN = "<|im_start|>assistant\n"
         (PLAIN, "<think>3</think>4</think>5", " 4 5"),
         (PLAIN, "<thinking>3 </think> 3</thinking>4", " 4"),
         (PLAIN, "3</think>4", "4"),
+        (PLAIN, "3</think><think>4", ""),
         (PLAIN, "<reasoning>3</reasoning><answer>4</answer>", " <answer>4</answer>"),
         (PLAIN, "", ""),
         (OPENED, "3?</think>4", " 4"),

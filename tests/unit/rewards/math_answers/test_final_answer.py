@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.rewards.math_answers.final_answer import after_thought, answer_in_prose, boxed_answer, sentence_tails
+from grpo_mega.rewards.math_answers.final_answer import answer_in_prose, boxed_answer, sentence_tails
 
 
 @pytest.mark.parametrize(
@@ -54,15 +54,6 @@ def test_the_boxed_answer(text: str, answer: str | None) -> None:
 )
 def test_the_answer_in_prose(text: str, answer: str | None) -> None:
     assert answer_in_prose(text) == answer
-
-
-def test_a_thought_contains_no_answer() -> None:
-    assert after_thought("<think> 4 </think> 5") == " 5"
-    assert after_thought("4 </think> 5", "Question <think>\n") == " 5"
-    assert after_thought("<think> 4") is None
-    assert after_thought("4", "Question <think>\n") is None
-    assert after_thought("4 </think> <think> 5") is None
-    assert after_thought("4") == "4"
 
 
 def test_sentence_tails_begin_with_a_sentence() -> None:
