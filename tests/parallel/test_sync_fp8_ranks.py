@@ -225,7 +225,7 @@ def test_a_flipped_value_and_an_outdated_scale_are_named_on_every_rank(
     for fine, flipped, stale, after in rank_pool.call(WORLD, collect_errors, cases["qwen3"]):
         assert fine == after == ""
         assert "model.layers.1.self_attn.o_proj.weight[" in flipped
-        assert "on rank 1: the engine's bytes differ from those of the policy's rank" in flipped
+        assert "on rank 1" in flipped
         assert "model.layers.0.self_attn.o_proj.weight_scale_inv[" in stale
         assert "on rank 1" in stale
         assert "rank 3: the engine" not in flipped + stale

@@ -362,7 +362,7 @@ def test_a_missing_bucket_is_named_with_both_ranks_and_its_receiver_keeps_the_pr
     assert all("nothing was raised" not in message for message, _ in answers)
     message, version = answers[3]
     assert "bucket 3" in message
-    assert "from rank 1 to rank 3 did not arrive within 3 s" in message
+    assert "rank 1 to rank 3" in message
     assert version == 1
 
 
@@ -436,9 +436,9 @@ def test_tensors_that_do_not_match_are_named_on_every_rank(rank_pool: RankPool, 
 
 
 def test_ranks_with_different_plans_or_versions_are_named() -> None:
-    with pytest.raises(RuntimeError, match="rank 0 made plan a, rank 2 made plan b"):
+    with pytest.raises(RuntimeError, match=r"rank 0 .*plan a.*rank 2 .*plan b"):
         check_same_plan(["a", "a", "b"])
-    with pytest.raises(WeightMismatchError, match="engine of rank 1 reports version 3, but the policy sent version 4"):
+    with pytest.raises(WeightMismatchError, match=r"rank 1 .*version 3.*version 4"):
         check_versions([4, 3], 4)
 
 

@@ -134,7 +134,7 @@ def test_equal_values_of_all_steps_give_exactly_zero(value: float) -> None:
 
 
 def test_a_step_outside_of_its_rollout_and_a_value_that_is_not_finite_are_errors() -> None:
-    with pytest.raises(ValueError, match="a step ends at token 3 of a completion of 3 tokens"):
+    with pytest.raises(ValueError, match=r"token 3 .*3 tokens"):
         process_advantages([[(3, 1.0)], [(0, 0.0)]], [3, 3], 2)
     with pytest.raises(ValueError, match="rollouts 0 to 1 is not finite"):
         process_advantages([[(0, float("nan"))], [(0, 0.0)]], [3, 3], 2)

@@ -88,13 +88,13 @@ def gspo(data: Data) -> Tensor:
 def gmpo(data: Data) -> Tensor:
     """The product over tokens to the power 1/|o|, written as a product, with the sign outside."""
 
-    def one(i: int) -> Tensor:
+    def rollout_term(i: int) -> Tensor:
         ratio, advantage = data.differ(i).exp(), std_advantage(i)
         sign = math.copysign(1.0, advantage)
         bounded = torch.minimum(ratio * sign, ratio.clamp(math.exp(-0.4), math.exp(0.4)) * sign)
         return (bounded.abs() * abs(advantage)).log().mean().exp() * sign if advantage else ratio.sum() * 0
 
-    return -torch.stack(stack_rollouts(one)).mean()
+    return -torch.stack(stack_rollouts(rollout_term)).mean()
 
 
 def cispo(data: Data) -> Tensor:
@@ -109,11 +109,11 @@ def cispo(data: Data) -> Tensor:
 
 
 def sapo(data: Data) -> Tensor:
-    def one(i: int) -> Tensor:
+    def rollout_term(i: int) -> Tensor:
         tau = 1.0 if std_advantage(i) > 0 else 1.05
         return (4 / tau / (1 + (-tau * (data.differ(i).exp() - 1)).exp()) * std_advantage(i)).mean()
 
-    return -torch.stack(stack_rollouts(one)).mean()
+    return -torch.stack(stack_rollouts(rollout_term)).mean()
 
 
 def rloo(data: Data) -> Tensor:
@@ -121,12 +121,12 @@ def rloo(data: Data) -> Tensor:
         REWARDS[i // GROUP][i % GROUP] - 0.05 * float((data.old[i] - data.ref[i]).sum()) for i in range(len(LENGTHS))
     ]
 
-    def one(i: int) -> Tensor:
+    def rollout_term(i: int) -> Tensor:
         first = i // GROUP * GROUP
         others = [rewards[j] for j in range(first, first + GROUP) if j != i]
         return (rewards[i] - sum(others) / len(others)) * data.log_probs[i].sum()
 
-    return -torch.stack(stack_rollouts(one)).mean()
+    return -torch.stack(stack_rollouts(rollout_term)).mean()
 
 
 def reinforce_plus_plus(data: Data) -> Tensor:
@@ -253,11 +253,11 @@ def test_the_entropy_bonus_is_weighted_as_the_loss() -> None:
 def test_dual_clip_is_that_of_its_paper() -> None:
     data = make_data()
 
-    def one(i: int) -> Tensor:
+    def rollout_term(i: int) -> Tensor:
         inner = clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2)
         return (torch.maximum(inner, torch.tensor(1.3 * std_advantage(i))) if std_advantage(i) < 0 else inner).mean()
 
-    expected = -torch.stack(stack_rollouts(one)).mean()
+    expected = -torch.stack(stack_rollouts(rollout_term)).mean()
     found, _ = compute_update_loss(data, AlgorithmConfig(kl_coef=0.0, dual_clip=1.3))
     assert abs(found - compute_update_loss(data, AlgorithmConfig(kl_coef=0.0))[0]) > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)

@@ -51,5 +51,5 @@ def test_a_step_is_earned_at_its_token_and_the_rest_at_the_end() -> None:
     assert token_rewards(0.0, [0.5, 0.0, 0.0], [(2, 1.0), (0, 2.0), (2, 4.0)]) == [1.5, 0.0, 5.0]
     assert token_rewards(-0.5, [0.0, 0.0], [(0, 1.0)]) == [1.0, -0.5]
     for end in (-1, 2):
-        with pytest.raises(ValueError, match=f"a step ends at loss token {end}; the rollout has 2"):
+        with pytest.raises(ValueError, match=f"loss token {end}.* 2"):
             token_rewards(0.0, [0.0, 0.0], [(end, 1.0)])

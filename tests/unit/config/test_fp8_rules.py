@@ -283,7 +283,7 @@ def test_fp8_without_cuda_is_rejected_before_a_run_starts() -> None:
 def test_more_bf16_layers_than_a_pipeline_stage_has_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_dir", lambda self: True)
     config = load_config(QUICKSTART, (*BLOCKWISE, "parallel.pp=2", "precision.fp8.first_layers_bf16=3"))
-    with pytest.raises(UserError, match=r"first_layers_bf16=3 is more than the 2 layers of a pipeline stage"):
+    with pytest.raises(UserError, match=r"first_layers_bf16=3 .*2 layers"):
         check_model(config, Topology.of(config, 2))
 
 

@@ -140,5 +140,5 @@ def test_machine_0_rejects_machines_with_contradicting_settings(other: NodeInfo,
 def test_a_rejected_machine_reports_the_reason_too() -> None:
     joined = join_all(node_info(0), node_info(1, num_ranks=4))
     for future in joined:
-        with pytest.raises(UserError, match=r"every machine must have the same number"):
+        with pytest.raises(UserError, match="the same number"):
             future.result(20)

@@ -59,7 +59,7 @@ def test_the_loss_mask_of_a_row_marks_tokens_of_the_environment() -> None:
     assert row["steps"] == [(0, 0.5), (2, 1.0)]
     assert (row["loss_mask"], row["num_turns"]) == ([1, 0, 1], 2)
     assert row["old_log_probs"] == [-1.0, 0.0, -3.0]
-    with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 3 entries for 2"):
+    with pytest.raises(ValueError, match=r"old_log_probs.* prompt 7 .*3 .*2"):
         rollout_rows([replace(make_rollout(), completion=several)], [0.0], [[-1.0, -2.0, -3.0]])
 
 
@@ -71,7 +71,7 @@ def test_old_log_probs_may_be_absent() -> None:
 
 
 def test_lists_of_different_lengths_are_an_error() -> None:
-    with pytest.raises(ValueError, match="old_log_probs of a rollout of prompt 7 has 2 entries for 3"):
+    with pytest.raises(ValueError, match=r"old_log_probs.* prompt 7 .*2 .*3"):
         rollout_rows([make_rollout()], [0.0], [[-1.0, -2.0]])
     with pytest.raises(ValueError, match="zip"):
         rollout_rows([make_rollout()], [0.0, 1.0], None)

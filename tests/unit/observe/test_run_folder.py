@@ -245,7 +245,7 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 def test_resume_never_starts_only_in_a_folder_without_a_run(tmp_path: Path) -> None:
     assert open_folder(tmp_path / "run", resume="never").status == "fresh"
-    with pytest.raises(UserError, match=r"checkpoint\.resume=never, but .* holds a run at step 0"):
+    with pytest.raises(UserError, match=r"checkpoint\.resume=never.* step 0"):
         open_folder(tmp_path / "run", resume="never")
 
 
@@ -273,7 +273,7 @@ def test_resume_path_must_be_complete_and_the_newest_of_its_own_run(tmp_path: Pa
     older, torn = save_checkpoint(folder, 5), save_checkpoint(folder, 6, complete=False)
     newest = save_checkpoint(folder, 10)
     assert open_folder(tmp_path / "run", resume=str(newest)).checkpoint == newest
-    with pytest.raises(UserError, match="not the newest complete checkpoint of its run, which is at step 10"):
+    with pytest.raises(UserError, match=r"newest complete checkpoint.* step 10"):
         open_folder(tmp_path / "run", resume=str(older))
     with pytest.raises(UserError, match="is not a complete checkpoint"):
         open_folder(tmp_path / "other", resume=str(torn))

@@ -39,5 +39,5 @@ def test_parts_have_equal_size_hold_every_token_once_and_gather_to_the_row(cp: i
 
 
 def test_a_segment_that_is_not_padded_is_rejected() -> None:
-    with pytest.raises(AssertionError, match="a segment of 6 tokens must be a multiple of 2 x cp = 4"):
+    with pytest.raises(AssertionError, match=r"6 tokens .*2 x cp = 4"):
         rank_index(torch.tensor([0, 4, 10]), 2, 0)

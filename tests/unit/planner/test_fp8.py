@@ -91,9 +91,7 @@ def test_inputs_of_matrix_products_are_stored_in_one_byte(family: str) -> None:
 
 def test_a_device_without_the_recipe_is_rejected() -> None:
     config = config_of(precision=fp8(), algorithm=NO_REFERENCE)
-    with pytest.raises(
-        UserError, match=r"^--gpu=a100-80g: precision.fp8.recipe=blockwise is supported on H100, H200, H20"
-    ):
+    with pytest.raises(UserError, match=r"^--gpu=a100-80g: precision\.fp8\.recipe=blockwise .*H100"):
         plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 
@@ -127,7 +125,7 @@ def test_an_fp8_engine_is_planned_and_rejected_on_a_device_without_fp8() -> None
     )
     assert quantized.time.phases["sync"] < plain.time.phases["sync"]
     assert quantized.time.phases["rollout"] < plain.time.phases["rollout"]
-    with pytest.raises(UserError, match=r"^--gpu=a100-80g: engine.fp8 needs a GPU with FP8 \(L40S, .* 8\.0; remove"):
+    with pytest.raises(UserError, match=r"^--gpu=a100-80g: engine\.fp8 .*; remove"):
         plan_resources(config, spec_of(), lambda **_: SIZES, cluster_of(gpu_named("a100-80g"), 1), "x")
 
 

@@ -77,5 +77,5 @@ def test_the_largest_value_is_quantized_to_448_and_zero_stays_zero() -> None:
 def test_values_that_are_not_finite_and_scales_of_another_shape_are_rejected() -> None:
     with pytest.raises(UserError, match="not finite"):
         block_fp8.quantize(torch.full((2, 2), float("nan")))
-    with pytest.raises(UserError, match=r"scales have shape \(2, 2\), but \(2, 2\) values need \(1, 1\)"):
+    with pytest.raises(UserError, match=r"scales .*\(2, 2\).*\(1, 1\)"):
         block_fp8.quantize(torch.ones(2, 2), torch.ones(2, 2))

@@ -77,7 +77,7 @@ def test_a_critic_is_on_the_device_only_inside_valuing() -> None:
 
 def test_sampling_before_the_first_sync_is_an_error_and_moves_nothing() -> None:
     recorder, phases = recorded_phases()
-    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
+    with pytest.raises(RuntimeError, match=r"weight sync.*before sampling"), phases.sampling():
         pass
     assert recorder.calls == []
 
@@ -88,7 +88,7 @@ def test_sampling_after_training_without_a_sync_is_an_error() -> None:
         pass
     with phases.training():
         pass
-    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
+    with pytest.raises(RuntimeError, match=r"weight sync.*before sampling"), phases.sampling():
         pass
 
 
@@ -106,7 +106,7 @@ def test_sampling_after_a_failed_sync_is_an_error() -> None:
     _, phases = recorded_phases()
     with pytest.raises(ValueError, match="lost"), phases.syncing():
         raise ValueError("lost")
-    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
+    with pytest.raises(RuntimeError, match=r"weight sync.*before sampling"), phases.sampling():
         pass
 
 
@@ -120,5 +120,5 @@ def test_the_policy_is_not_offloaded_for_an_engine_on_other_devices() -> None:
     with phases.training():
         recorder.calls.append("train")
     assert [call for call in recorder.calls if "offload" in call] == []
-    with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
+    with pytest.raises(RuntimeError, match=r"weight sync.*before sampling"), phases.sampling():
         pass

@@ -86,7 +86,7 @@ def test_tokens_do_not_attend_to_other_sequences() -> None:
 
 def test_a_row_that_cu_seqlens_does_not_cover_is_rejected() -> None:
     x = torch.zeros(5, 1, 4)
-    with pytest.raises(AssertionError, match="cu_seqlens ends at 4, the row has 5 tokens"):
+    with pytest.raises(AssertionError, match=r"cu_seqlens .*4.* 5 tokens"):
         packed_attention(x, x, x, bounds_of([4]), None)
 
 
