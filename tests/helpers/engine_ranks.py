@@ -79,11 +79,11 @@ class EngineRanks:
         store = str(self._folder / f"store_{self._starts}")
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             for rank in range(self._world):
-                ours, theirs = self._context.Pipe()
-                process = self._context.Process(target=_serve, args=(theirs, rank, self._world, store), daemon=True)
+                parent_end, child_end = self._context.Pipe()
+                process = self._context.Process(target=_serve, args=(child_end, rank, self._world, store), daemon=True)
                 process.start()
-                theirs.close()  # otherwise the connection stays open when a rank dies
-                self._ranks.append(RankProcess(process, ours))
+                child_end.close()  # otherwise the connection stays open when a rank dies
+                self._ranks.append(RankProcess(process, parent_end))
 
 
 @contextmanager

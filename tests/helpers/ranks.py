@@ -85,13 +85,13 @@ class RankPool:
         self._ranks = []
 
     def _start(self) -> RankProcess:
-        ours, theirs = self._context.Pipe()
+        parent_end, child_end = self._context.Pipe()
         # not a daemon: Megatron writes checkpoints from child processes, which a daemon must not have
-        process = self._context.Process(target=_serve, args=(theirs,))
+        process = self._context.Process(target=_serve, args=(child_end,))
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             process.start()
-        theirs.close()
-        return RankProcess(process, ours)
+        child_end.close()
+        return RankProcess(process, parent_end)
 
 
 def _serve(connection: Connection) -> None:

@@ -47,9 +47,9 @@ def test_explicit_layouts_are_parsed_as_in_megatron(text: str) -> None:
     cpu.prepare_import()
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    theirs = [sum(x.name == "decoder" for x in s) for s in PipelineParallelLayerLayout.parse_str_to_list(text)]
-    found = split_stages(sum(theirs), pp=len(theirs), pipeline_layout=text)
-    assert [len(layers) for layers in found] == theirs
+    megatron_split = [sum(x.name == "decoder" for x in s) for s in PipelineParallelLayerLayout.parse_str_to_list(text)]
+    found = split_stages(sum(megatron_split), pp=len(megatron_split), pipeline_layout=text)
+    assert [len(layers) for layers in found] == megatron_split
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,12 @@ def in_child(function: Callable[[], None], start: str = "fork") -> None:
     A spawned child also starts without the changes that other tests made in this process.
     """
     context = multiprocessing.get_context(start)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(function, theirs))
+    parent_end, child_end = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(function, child_end))
     process.start()
-    theirs.close()
+    child_end.close()
     try:
-        failure = ours.recv() if ours.poll(120) else "no answer in 120 s"
+        failure = parent_end.recv() if parent_end.poll(120) else "no answer in 120 s"
     finally:
         process.join(10)
         process.kill()

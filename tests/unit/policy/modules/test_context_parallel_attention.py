@@ -66,11 +66,11 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     q, k, v = (x.detach().float() for x in exact)
     gathered = torch.cat([k, k.new_zeros(total, kv_heads, 1)], -1) if has_sinks else k  # of `add_sinks`
     ranks = Ranks(monkeypatch, cp, gathered, v)
-    ours = None if sinks is None else sinks.detach().float().requires_grad_()
+    float_sinks = None if sinks is None else sinks.detach().float().requires_grad_()
     for ranks.rank in range(cp):
         share = rank_index(bounds, cp, ranks.rank)
         mine = [x[share].requires_grad_() for x in (q, k, v)]
-        found = context_attention(*mine, bounds, scale, ranks.group, sinks=ours, window=window)
+        found = context_attention(*mine, bounds, scale, ranks.group, sinks=float_sinks, window=window)
         torch.testing.assert_close(found.double(), expected[share].detach(), rtol=1e-5, atol=1e-6)
         found.backward(upstream[share].float())
         assert exact[0].grad is not None
@@ -81,10 +81,10 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     found_keys = found_keys.view(total, kv_heads, -1)[:, :, :width]
     torch.testing.assert_close(found_keys, exact[1].grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found_values, exact[2].grad.flatten(1), rtol=1e-4, atol=1e-5)
-    if ours is not None:
-        assert ours.grad is not None
+    if float_sinks is not None:
+        assert float_sinks.grad is not None
         assert sinks is not None
-        torch.testing.assert_close(ours.grad.double(), sinks.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(float_sinks.grad.double(), sinks.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_masks_have_a_maximum_size_and_keys_without_a_query_are_skipped() -> None:

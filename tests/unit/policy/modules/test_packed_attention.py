@@ -32,16 +32,16 @@ def test_packed_attention_is_attention_per_sequence_with_its_gradient(
     generator = torch.Generator().manual_seed(seed)
     shapes = ((heads, width), (kv_heads, width), (kv_heads, v_width))
     exact = [torch.randn(total, *s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    ours = [x.detach().float().requires_grad_() for x in exact]
+    inputs = [x.detach().float().requires_grad_() for x in exact]
     upstream = torch.randn(total, heads, v_width, generator=generator, dtype=torch.float64)
 
     expected = reference_attention(*exact, bounds, scale if scale is not None else width**-0.5)
-    found = packed_attention(*ours, bounds, scale)
+    found = packed_attention(*inputs, bounds, scale)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
     expected.backward(upstream)
     found.backward(upstream.float())
-    for x, y in zip(ours, exact, strict=True):
+    for x, y in zip(inputs, exact, strict=True):
         assert x.grad is not None
         assert y.grad is not None
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
@@ -57,15 +57,15 @@ def test_sinks_and_windows_are_those_of_the_formula_with_their_gradients(
     total, generator = int(bounds[-1]), torch.Generator().manual_seed(0)
     shapes = ((total, heads, 8), (total, kv_heads, 8), (total, kv_heads, 12), (heads,))
     exact = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
-    ours = [x.detach().float().requires_grad_() for x in exact]
+    inputs = [x.detach().float().requires_grad_() for x in exact]
     upstream = torch.randn(total, heads, 12, generator=generator, dtype=torch.float64)
-    sinks = (exact[3], ours[3]) if has_sinks else (None, None)
+    sinks = (exact[3], inputs[3]) if has_sinks else (None, None)
     expected = reference_attention(*exact[:3], bounds, scale if scale is not None else 8**-0.5, sinks[0], window)
-    found = packed_attention(*ours[:3], bounds, scale, sinks=sinks[1], window=window)
+    found = packed_attention(*inputs[:3], bounds, scale, sinks=sinks[1], window=window)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
     expected.backward(upstream)
     found.backward(upstream.float())
-    for x, y in zip(ours[: 3 + has_sinks], exact, strict=False):
+    for x, y in zip(inputs[: 3 + has_sinks], exact, strict=False):
         assert x.grad is not None
         assert y.grad is not None
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=1e-4, atol=1e-5)
@@ -160,5 +160,5 @@ def test_rotary_in_one_gather_is_megatron_s_function_per_sequence(interleaved: b
         expected = rope_utils._apply_rotary_pos_emb_thd(
             share, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=group
         )
-        ours = _rotary_packed(share, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=group)
-        assert torch.equal(ours, expected)
+        rotated = _rotary_packed(share, bounds, freqs, rotary_interleaved=interleaved, mscale=1.5, cp_group=group)
+        assert torch.equal(rotated, expected)
