@@ -119,11 +119,11 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.doctor.model_rules import check_model
     from grpo_mega.environments.base import build_environment
     from grpo_mega.observe.run_folder import check_run
-    from grpo_mega.rewards.base import build_rewards
+    from grpo_mega.rewards.base import build_rewards, needs_fields
 
     topology = Topology.of(config, wanted_world_size(config))
     check_model(config, topology)
-    build_rewards(config.reward.terms, config.reward.timeout_seconds)
+    rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds)
     if config.environment is not None:
         build_environment(config.environment)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
@@ -138,7 +138,9 @@ def prepare(config: Config) -> Prepared:
         tokenizer = load_tokenizer(str(config.model.path))
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
         require(examine_start(config, topology))
-    return Prepared(config, topology, load_train(data, tokenizer), load_held_out(data, tokenizer))
+    fields = needs_fields(rewards)
+    train = load_train(data, tokenizer, with_fields=fields)
+    return Prepared(config, topology, train, load_held_out(data, tokenizer, with_fields=fields))
 
 
 def run_worker(prepared: Prepared) -> None:

@@ -7,8 +7,9 @@ Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-pa
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:  # config and the launcher import UserError and must start without torch
     from torch import Tensor
@@ -46,7 +47,8 @@ class Prompt:
     """A question, tokenized for the engine.
 
     `index` is the row among all rows of the run's training (or held-out) data sets. `text` is the tokenized text, after
-    the chat template. `data_set` is the name of the data set.
+    the chat template. `data_set` is the name of the data set. `messages` are the prompt before the template, with
+    `role` and `content`. `fields` are the other columns of the row, loaded if a reward reads them.
     """
 
     index: int
@@ -54,6 +56,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     answer: str
     data_set: str = ""
+    messages: tuple[Mapping[str, str], ...] = field(default=(), hash=False)
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -95,14 +99,19 @@ class Completion:
 class Reward:
     """The reward of one rollout: the weighted sum in `value`, and each component before its weight.
 
+    `value` is None for a rollout that could not be scored and is left out (`reward.on_failure=drop`): it has no
+    advantage, and nothing of it is trained on. `components` has the terms that apply to the rollout's data set and
+    have a value.
+
     `steps` is present if a component scored steps: pairs (end, weighted value), where `end` is the position of the
     step's last character in the text. The value of a component with steps is their mean. A component without steps
     counts as one step that ends with the completion.
 
-    `failures` names the components that timed out, crashed or returned a non-number, and so scored their floor.
+    `failures` names the components that timed out, crashed or returned a non-number, and so scored their floor or
+    none.
     """
 
-    value: float
+    value: float | None
     components: dict[str, float] = field(default_factory=dict)
     failures: tuple[str, ...] = ()
     steps: tuple[tuple[int, float], ...] | None = None

@@ -115,7 +115,7 @@ def measure_gradings(path: Path | None, number: int) -> dict[str, Any]:
         rewards = pool.collect()
         pooled = number / (time.perf_counter() - started)
         caller = (time.process_time() - started_cpu) / number
-    assert sum(item.value for item in rewards.values()) == num_right == number
+    assert sum(item.value or 0.0 for item in rewards.values()) == num_right == number
     return {
         "measured": pooled,
         "reference": in_process,
@@ -139,7 +139,7 @@ def measure_programs(number: int, workers: int) -> dict[str, Any]:
             pool.submit(key, "", PROGRAM, TESTS)
         rewards = pool.collect()
         per_minute = 60.0 * number / (time.perf_counter() - started)
-    num_right = sum(item.value for item in rewards.values())
+    num_right = sum(item.value or 0.0 for item in rewards.values())
     return {
         "measured": per_minute,
         "processor_seconds_per_program": (children_seconds() - children) / number,

@@ -54,11 +54,14 @@ class StepRewards:
 
     Attributes:
         rollouts: all rollouts of the step.
-        rewards: one per rollout, after the overlong penalty.
+        rewards: one per rollout, after the overlong penalty. A rollout without a reward has the mean of its group
+            here (0 in a group without rewards), so that it does not change the mean of the group.
         group_size: rollouts per group.
         penalties: with `algorithm.kl_in=reward`, kl_coef times the KL divergence of each loss token of each rollout;
             None: no penalties.
         values: with a critic, the value of each loss token of each rollout; None: not known, or no critic.
+        is_scored: False for rollouts without a reward (`reward.on_failure=drop`); None: all have one. Whatever
+            advantage an estimator returns for such a rollout, it is 0 in training, and so is its weight in the loss.
     """
 
     rollouts: Sequence[Rollout]
@@ -66,6 +69,17 @@ class StepRewards:
     group_size: int
     penalties: Sequence[Sequence[float]] | None = None
     values: Sequence[Sequence[float]] | None = None
+    is_scored: Sequence[bool] | None = None
+
+    @property
+    def scored(self) -> list[bool]:
+        """`is_scored`, with True instead of None."""
+        return [True] * len(self.rewards) if self.is_scored is None else list(self.is_scored)
+
+    @property
+    def scored_matrix(self) -> Tensor:
+        """[P, G] bool: False for rollouts without a reward."""
+        return torch.tensor(self.scored, dtype=torch.bool).view(-1, self.group_size)
 
     @property
     def num_loss_tokens(self) -> list[int]:

@@ -46,7 +46,13 @@ def rewards_are_equal(rewards: Sequence[float]) -> bool:
 
 
 def is_degenerate(rollouts: Sequence[Rollout]) -> bool:
-    """Return True if the rewards of a group are equal; for a process reward, if the values of all its steps are."""
-    if any(rollout.steps for rollout in rollouts):
-        return equal_up_to_rounding([value for r in rollouts for _, value in r.steps or ((0, r.reward.value),)])
-    return rewards_are_equal([rollout.reward.value for rollout in rollouts])
+    """Return True if the rewards of a group are equal; for a process reward, if the values of all its steps are.
+
+    Rollouts without a reward are left out. A group with fewer than two rewards is degenerate.
+    """
+    scored = [(rollout, value) for rollout in rollouts if (value := rollout.reward.value) is not None]
+    if len(scored) < 2:
+        return True
+    if any(rollout.steps for rollout, _ in scored):
+        return equal_up_to_rounding([step for r, value in scored for _, step in r.steps or ((0, value),)])
+    return rewards_are_equal([value for _, value in scored])

@@ -23,7 +23,7 @@ from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.base import build_rewards, full_marks, needs_fields
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.types import UserError
@@ -45,7 +45,8 @@ def load_weights(sink: WeightSink, checkpoint: HfTensors, dtype: torch.dtype) ->
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
     """Evaluate the checkpoint of the job. Collective."""
     folder = Path(job["model"])
-    held_out = load_held_out(config.data, load_tokenizer(folder))
+    rewards = build_rewards(config.reward.terms)
+    held_out = load_held_out(config.data, load_tokenizer(folder), with_fields=needs_fields(rewards))
     assert held_out is not None, "tools/evaluate.py sets data.eval"
     with ExitStack() as stack:
         workers = start_workers(config, ranks, stack)
@@ -53,11 +54,10 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> Evaluation:
         stack.callback(engine.close)
         quiet_libraries()
         load_weights(engine.sink, open_checkpoint(Path(job["weights"]), folder, folder), DTYPES[config.precision.dtype])
-        answer = build_rewards(config.reward.terms)[0]
         sampler = make_sampler(config, engine, workers, ranks, PhaseTimer(), folder)
         limits = config.evaluation
         max_tokens = limits.max_tokens or config.sampling.max_tokens
-        evaluator = Evaluator(sampler, held_out.sets, limits, max_tokens, config.run.seed, answer.name, answer.high)
+        evaluator = Evaluator(sampler, held_out.sets, limits, max_tokens, config.run.seed, full_marks(rewards))
         return evaluator.evaluate()
 
 

@@ -4,7 +4,11 @@
     python tools/score.py --reward gsm8k --args '{"strict": true}' completions.jsonl > scored.jsonl
 
 Rows keep their order and their other keys. The rows are scored by the same worker processes as in a run, with the same
-time limit. A row that could not be scored gets the lowest value of the reward and is counted.
+time limit. A row that could not be scored gets the lowest value of the reward, or null (--on-failure), and is counted.
+
+A reward gets the same inputs as in a run. The prompt may be a list of messages; a text is one message of the user,
+unless there is a key `messages`. `completion_with_special_tokens` and `dataset` are read from keys of these names, if
+the row has them, and every other key is one of the row's `fields`.
 
 Exit code 0: done; 2: the input is wrong.
 """
@@ -24,10 +28,14 @@ from typing import Any
 
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.rollout_sections import RewardTerm
+from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
 
 ROWS_AT_A_TIME = 2000
+_INPUT_KEYS = frozenset(
+    ("prompt", "completion", "answer", "messages", "completion_with_special_tokens", "dataset", "data_set")
+)
 
 
 def rows_of(path: Path) -> Iterator[dict[str, Any]]:
@@ -66,10 +74,45 @@ def parse_row(where: str, line: bytes) -> dict[str, Any]:
     for key in ("prompt", "completion", "answer"):
         if key not in row:
             raise UserError(f"{where}: {key!r} is missing; the row has {', '.join(row) or 'no keys'}", remedy="add it")
+        if key == "prompt" and _are_messages(row[key]):
+            continue
         is_number = key == "answer" and isinstance(row[key], int | float) and not isinstance(row[key], bool)
         if not isinstance(row[key], str) and not is_number:
             raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} must be a string", remedy="write one")
+    for key in ("completion_with_special_tokens", "dataset", "data_set"):
+        if not isinstance(row.get(key, ""), str):
+            raise UserError(f"{where}: {key}={json.dumps(row[key])[:60]} must be a string", remedy="write one")
+    if "messages" in row and not _are_messages(row["messages"]):
+        raise UserError(
+            f"{where}: messages={json.dumps(row['messages'])[:60]} must be a list of {{role, content}}",
+            remedy="correct it, or remove it",
+        )
     return row
+
+
+def _are_messages(prompt: object) -> bool:
+    return (
+        isinstance(prompt, list)
+        and bool(prompt)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+        )
+    )
+
+
+def scoring_row(row: dict[str, Any], index: int) -> ScoringRow:
+    """Return what a reward gets for a checked row of the file; `index` is the position of the row."""
+    prompt, answer = row["prompt"], row["answer"]
+    return ScoringRow(
+        prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt),
+        row["completion"],
+        answer if isinstance(answer, str) else json.dumps(answer),
+        messages=row.get("messages", () if isinstance(prompt, str) else prompt),
+        completion_with_special_tokens=row.get("completion_with_special_tokens"),
+        fields={key: value for key, value in row.items() if key not in _INPUT_KEYS},
+        dataset=row.get("dataset", row.get("data_set", "")),
+        index=index,
+    )
 
 
 def score(args: argparse.Namespace) -> dict[str, Any]:
@@ -88,20 +131,22 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
             remedy="correct them, or use the defaults",
         )
     term = RewardTerm(name=args.reward, args=reward_args)
-    num_rows, total, failures = 0, 0.0, 0
-    with RewardPool([term], workers=args.workers, timeout_seconds=args.timeout_seconds) as pool:
+    num_rows, values, failures = 0, list[float](), 0
+    with RewardPool(
+        [term], workers=args.workers, timeout_seconds=args.timeout_seconds, on_failure=args.on_failure
+    ) as pool:
         rows = rows_of(args.file)
         while batch := list(islice(rows, ROWS_AT_A_TIME)):
             for key, row in enumerate(batch):
-                answer = row["answer"] if isinstance(row["answer"], str) else json.dumps(row["answer"])
-                pool.submit(key, row["prompt"], row["completion"], answer)
+                pool.submit_row(key, scoring_row(row, num_rows + key))
             rewards = pool.collect()
             for key, row in enumerate(batch):
-                print(json.dumps(row | {"reward": rewards[key].value}))
-                total += rewards[key].value
+                value = rewards[key].value
+                print(json.dumps(row | {"reward": value}))
+                values += [] if value is None else [value]
                 failures += bool(rewards[key].failures)
             num_rows += len(batch)
-    mean = total / num_rows if num_rows else None
+    mean = sum(values) / len(values) if values else None
     return {"reward_name": args.reward, "num_rows": num_rows, "reward_mean": mean, "num_failures": failures}
 
 
@@ -113,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--args", default="{}", help="arguments of the reward, as a JSON object (default: none)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--timeout-seconds", type=float, default=5.0, help="time limit of one row (default: 5)")
+    parser.add_argument(
+        "--on-failure", choices=("floor", "drop"), help="as reward.on_failure of a run (default: by the reward)"
+    )
     parser.add_argument("--json", action="store_true", help="print a summary as one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)

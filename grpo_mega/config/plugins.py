@@ -99,6 +99,7 @@ def check_args(
     function: Callable[..., Any],
     given: Sequence[Any],
     check: Callable[..., None] | None,
+    named: Sequence[str] = (),
 ) -> None:
     """Check that the function can be called with the values of `given`, followed by `args` as keywords.
 
@@ -109,6 +110,7 @@ def check_args(
         function: the function to check.
         given: placeholders for the positional arguments that the program passes.
         check: called with `args`; raises UserError for an invalid value.
+        named: keyword arguments that the program passes.
 
     Raises:
         UserError: an argument is unknown or missing, its value cannot cross to a worker process as JSON, or `check`
@@ -116,9 +118,9 @@ def check_args(
     """
     signature = inspect.signature(function)
     try:
-        signature.bind(*given, **args)
+        signature.bind(*given, **dict.fromkeys(named), **args)
     except TypeError as error:
-        known = list(signature.parameters)[len(given) :]
+        known = [key for key in list(signature.parameters)[len(given) :] if key not in named]
         unknown = [key for key in args if key not in known]
         near = nearest_name(unknown[0], known) if unknown else None
         hint = f", did you mean {near!r}?" if near else ";"

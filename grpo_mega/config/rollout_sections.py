@@ -66,17 +66,23 @@ class RewardTerm(Section):
     """Factor of this term in the sum."""
     args: dict[str, Any] = Field({})
     """Keyword arguments of the reward."""
+    datasets: tuple[str, ...] | None = Field(None, strict=False)
+    """Names of the sets in `data.train` and `data.eval` whose rows this term scores. null: all sets."""
 
 
 class RewardConfig(Section):
     """Rewards and the processes that compute them."""
 
     terms: tuple[RewardTerm, ...] = Field(strict=False)
-    """Reward functions, at least one. The first decides whether an evaluation sample is right."""
+    """Reward functions, at least one. The first that applies to a row decides whether its answer is right."""
     workers: int = Field(1, ge=1)
     """Reward processes per engine replica, or per attention copy in it (engine.dp)."""
     timeout_seconds: float = Field(5.0, gt=0)
     """Wall-clock limit for scoring one rollout, in seconds. Batched rewards have their own limits (docs/rewards.md)."""
+    on_failure: Literal["floor", "drop"] | None = None
+    """Effect of a scoring that fails (time-out, exception, no number in the range). `floor`: the term scores the lowest
+    value of its range. `drop`: the rollout has no reward and is left out of the mean of its group and of the loss.
+    null: `drop` for `remote`, `judge`, `reward_model` and other batched rewards, `floor` for functions."""
     shuffle: bool = False
     """Permute the rewards over the rollouts of a step: a control experiment in which nothing can be learned."""
 

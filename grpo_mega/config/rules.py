@@ -11,6 +11,7 @@ import math
 from grpo_mega.config.algorithm_rules import check_algorithm
 from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.fp8_rules import check_fp8
+from grpo_mega.config.reward_rules import check_reward_sets
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -296,6 +297,7 @@ def _rewards(config: Config) -> None:
         raise UserError(
             "reward.terms=[] must hold at least one reward", remedy="add a reward, for example {name: exact}"
         )
+    check_reward_sets(config)
 
 
 def _shuffled_rewards(config: Config) -> None:

@@ -103,6 +103,11 @@ class ResultText:
         return cut_at_stop(self.tokenizer, token_ids, stop)
 
 
+def text_with_special_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """Return the text of tokens, special tokens such as `<|im_end|>` included."""
+    return str(tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
 def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
     """Return, per token, the number of characters of the text up to the end of that token.
 

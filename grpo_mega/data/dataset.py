@@ -9,6 +9,7 @@ over each pattern.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import random
 from dataclasses import dataclass
@@ -57,12 +58,14 @@ class PromptDataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the sets, weights, prompts and answers: everything that decides the prompts of each step."""
+        """SHA-256 of sets, weights, prompts, answers and fields: all that decides the prompts and rewards of a step."""
         found = hashlib.sha256()
         for part in self.sets:
             found.update(repr((part.name, part.weight, len(part.prompts))).encode())
             for prompt in part.prompts:
                 found.update(f"{len(prompt.text)} {prompt.text}{prompt.answer}".encode(errors="surrogatepass"))
+                if prompt.fields:
+                    found.update(json.dumps(prompt.fields, sort_keys=True).encode())
         return found.hexdigest()
 
     def batch(self, step: int, num_prompts: int, seed: int) -> list[Prompt]:
@@ -98,41 +101,51 @@ class PromptDataset:
         return prompts[_epoch_order(len(prompts), stream, epoch)[at]]
 
 
-def load_train(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+def load_train(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, with_fields: bool = False) -> PromptDataset:
     """Load the sets of `data.train`.
+
+    Args:
+        config: config section.
+        tokenizer: of the model.
+        with_fields: keep all columns of the rows (`Prompt.fields`), for rewards that read them.
 
     Raises:
         UserError: a file is missing or empty, a row is malformed, lacks a key or has a wrong type, or a prompt cannot
             be encoded or is too long under `data.overlong=error`. The message names file and row.
     """
-    return _load([(key, s) for key, s in keyed_sets(config) if key.startswith("data.train")], config, tokenizer)
+    keyed = [(key, source) for key, source in keyed_sets(config) if key.startswith("data.train")]
+    return _load(keyed, config, tokenizer, with_fields=with_fields)
 
 
-def load_held_out(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset | None:
+def load_held_out(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, with_fields: bool = False
+) -> PromptDataset | None:
     """Load the sets of `data.eval`, or return None if there are none; raises the errors of `load_train`."""
     keyed = [(key, source) for key, source in keyed_sets(config) if key.startswith("data.eval")]
-    return _load(keyed, config, tokenizer) if keyed else None
+    return _load(keyed, config, tokenizer, with_fields=with_fields) if keyed else None
 
 
-def _load(keyed: list[tuple[str, DataSource]], config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+def _load(
+    keyed: list[tuple[str, DataSource]], config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, with_fields: bool
+) -> PromptDataset:
     sets: list[DataSet] = []
     begin = 0
     template = PromptTemplate(config, tokenizer)
     for key, source in keyed:
-        found, num_rows = _load_set(key, source, config, template, begin)
+        found, num_rows = _load_set(key, source, config, template, begin, with_fields=with_fields)
         sets.append(found)
         begin += num_rows
     return PromptDataset(tuple(sets))
 
 
 def _load_set(
-    key: str, source: DataSource, config: DataConfig, template: PromptTemplate, begin: int
+    key: str, source: DataSource, config: DataConfig, template: PromptTemplate, begin: int, *, with_fields: bool
 ) -> tuple[DataSet, int]:
     """Return the set and its number of rows; the prompts are indexed from `begin`."""
     prompts: list[Prompt] = []
     num_skipped, num_filtered, num_rows = 0, 0, 0
     spelled: list[str] = []
-    for row in read_rows(source, key, config):
+    for row in read_rows(source, key, config, with_fields=with_fields):
         index, num_rows = begin + num_rows, num_rows + 1
         if row is None:
             num_filtered += 1
@@ -143,7 +156,8 @@ def _load_set(
         if not (source.min_prompt_tokens or 1) <= len(token_ids) <= (source.max_prompt_tokens or len(token_ids)):
             num_filtered += 1
         elif len(token_ids) <= config.max_prompt_tokens:
-            prompts.append(Prompt(index, rendered.text, token_ids, row.answer, source.label))
+            messages = tuple(template.messages(row.prompt))
+            prompts.append(Prompt(index, rendered.text, token_ids, row.answer, source.label, messages, row.fields))
         elif config.overlong == "skip":
             num_skipped += 1
         else:

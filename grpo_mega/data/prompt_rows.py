@@ -5,9 +5,11 @@ This module imports neither torch nor transformers, so an error in a file is rep
 
 from __future__ import annotations
 
+import base64
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,12 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt and its answer; `where` is their position (`file:line`)."""
+    """A prompt and its answer; `where` is their position (`file:line`). `fields` are the other columns, on request."""
 
     where: str
     prompt: PromptSource
     answer: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 def keyed_sets(config: DataConfig) -> list[tuple[str, DataSource]]:
@@ -44,13 +47,16 @@ def keyed_sets(config: DataConfig) -> list[tuple[str, DataSource]]:
     return found
 
 
-def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[PromptRow | None]:
+def read_rows(
+    source: DataSource, key: str, config: DataConfig, *, with_fields: bool = False
+) -> Iterator[PromptRow | None]:
     """Yield the rows of a set, and None for each row that a filter removes.
 
     Args:
         source: the set.
         key: its config key, for messages.
         config: the section with the default keys.
+        with_fields: keep all other columns (`PromptRow.fields`).
 
     Raises:
         UserError: the file is missing or damaged, or a row is malformed, lacks a key or has a wrong type. The message
@@ -63,7 +69,9 @@ def read_rows(source: DataSource, key: str, config: DataConfig) -> Iterator[Prom
     answer_key = source.answer_key or config.answer_key or "answer"
     for where, record in read_records(Path(source.path), key, source.split):
         if all(_passes(where, record, row_filter) for row_filter in source.filters):
-            yield PromptRow(where, _prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key))
+            prompt, answer = _prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key)
+            used = {prompt_key or _default_prompt_key(record), answer_key}
+            yield PromptRow(where, prompt, answer, _other_fields(record, used) if with_fields else {})
         else:
             yield None
 
@@ -82,9 +90,9 @@ def _arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
             f"{key}={source.path} is not a set of the arithmetic task",
             remedy="use arithmetic:train or arithmetic:heldout",
         )
-    for field in ("split", "prompt_key", "answer_key", "filters"):
-        if getattr(source, field):
-            raise UserError(f"{key}={source.path}: {field} has no effect on a generated set", remedy="remove it")
+    for name_of_key in ("split", "prompt_key", "answer_key", "filters"):
+        if getattr(source, name_of_key):
+            raise UserError(f"{key}={source.path}: {name_of_key} has no effect on a generated set", remedy="remove it")
     for index, pair in enumerate(arithmetic.pairs("train" if name == "train" else "heldout")):
         yield PromptRow(f"{source.path}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair))
 
@@ -117,9 +125,9 @@ def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
 
 
 def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> PromptSource:
-    accepted = (prompt_key,) if prompt_key else _PROMPT_KEYS
-    name = next((name for name in accepted if _lookup(record, name) is not _MISSING), None)
-    if name is None:
+    name = prompt_key or _default_prompt_key(record)
+    if name is None or _lookup(record, name) is _MISSING:
+        accepted = (prompt_key,) if prompt_key else _PROMPT_KEYS
         raise UserError(
             f"{where}: key {' or '.join(repr(name) for name in accepted)} was not found in {sorted(record)}",
             remedy="set data.prompt_key to the key of the prompt",
@@ -133,6 +141,21 @@ def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> Pr
         f"{where}: {name}={_shorten(value)} must be a string or a list of {{role, content}} messages",
         remedy="correct it",
     )
+
+
+def _default_prompt_key(record: Mapping[str, Any]) -> str | None:
+    return next((name for name in _PROMPT_KEYS if _lookup(record, name) is not _MISSING), None)
+
+
+def _other_fields(record: Mapping[str, Any], used: Container[str | None]) -> dict[str, Any]:
+    """Return the other columns as JSON values: dates and decimals as text, bytes as base64."""
+    others = {name: value for name, value in record.items() if name not in used}
+    found: dict[str, Any] = json.loads(json.dumps(others, default=_as_text))
+    return found
+
+
+def _as_text(value: object) -> str:
+    return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
 
 
 def _is_message(item: object) -> bool:

@@ -16,6 +16,7 @@ _CRITIC = "`algorithm.advantage=gae`"
 _FP8 = "`precision.fp8`"
 _CORRECTION = "with a correction or a veto"
 _EVALUATION = "after an evaluation"
+_SETS = "a step with rollouts of the set, with several training sets"
 _ENVIRONMENT = "every step; 0 without an environment"
 
 
@@ -39,7 +40,15 @@ METRICS: dict[str, Metric] = {
     "reward/std": Metric("reward", "standard deviation of the rewards over all rollouts of the step"),
     "reward/accuracy": Metric("fraction", "rollouts with the correct answer"),
     "reward/failed_fraction": Metric("fraction", "rollouts with a reward that timed out, crashed or was not a number"),
-    "reward/component/*": Metric("reward", "mean of one reward term, before its weight"),
+    "reward/dropped_fraction": Metric(
+        "fraction", "rollouts without a reward (`reward.on_failure=drop`), which no mean of rewards and no loss counts"
+    ),
+    "reward/component/*": Metric("reward", "mean of one reward term, before its weight", "a step in which it applies"),
+    "set/*/rollouts": Metric("rollouts", "rollouts of one training set", _SETS),
+    "set/*/reward_mean": Metric("reward", "mean reward of one training set", _SETS),
+    "set/*/accuracy": Metric("fraction", "rollouts of one training set with the correct answer", _SETS),
+    "set/*/length_mean": Metric("tokens", "mean completion length of one training set", _SETS),
+    "set/*/failed_fraction": Metric("fraction", "rollouts of one training set with a reward that failed", _SETS),
     "rollout/length_mean": Metric("tokens", "mean completion length"),
     "rollout/length_max": Metric("tokens", "longest completion"),
     "rollout/prompt_length_mean": Metric("tokens", "mean prompt length"),
@@ -111,6 +120,7 @@ METRICS: dict[str, Metric] = {
     "eval/accuracy": Metric("fraction", "pass@1 on the held-out prompts", _EVALUATION),
     "eval/greedy_accuracy": Metric("fraction", "accuracy on the held-out prompts with greedy decoding", _EVALUATION),
     "eval/reward_mean": Metric("reward", "mean reward on the held-out prompts", _EVALUATION),
+    "eval/failed_fraction": Metric("fraction", "samples with a reward that failed", _EVALUATION),
     "eval/length_mean": Metric("tokens", "mean completion length on the held-out prompts", _EVALUATION),
     "eval/pass_at_*": Metric("fraction", "probability that at least one of k samples is correct", _EVALUATION),
     "eval/majority_at_*": Metric(

@@ -22,13 +22,14 @@ class RolloutRow(TypedDict):
     Log-probs have one entry per token of `completion_ids`, 0 for tokens that an environment wrote. `old_log_probs` is
     None if they were not computed, because a single update does not need them. `loss_mask` is 1 for tokens that the
     policy sampled and 0 for tokens of an environment; None: the policy sampled all tokens. `steps` has (end_token,
-    value) of each step of a process reward.
+    value) of each step of a process reward. `reward` is None for a rollout that could not be scored and was left out of
+    the loss; `reward_failures` names the terms that failed.
     """
 
     prompt: str
     completion: str
     answer: str
-    reward: float
+    reward: float | None
     reward_components: dict[str, float]
     reward_failures: list[str]
     advantage: float

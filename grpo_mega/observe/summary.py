@@ -46,6 +46,7 @@ class Evaluation:
         pass_at_k: pass@k for each reported k.
         majority_at_k: maj@k for each reported k.
         sets: result of each held-out set, if there are several.
+        failed_fraction: samples with a reward that failed.
     """
 
     accuracy: float
@@ -56,6 +57,7 @@ class Evaluation:
     pass_at_k: dict[str, float] = field(default_factory=dict)
     majority_at_k: dict[str, float] = field(default_factory=dict)
     sets: dict[str, Evaluation] = field(default_factory=dict)
+    failed_fraction: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.numbers().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ class TensorBoardWriter:
 
 
 def _spread(rows: Sequence[RolloutRow], shown: int) -> list[RolloutRow]:
-    by_reward = sorted(rows, key=lambda row: -row["reward"])
+    by_reward = sorted(rows, key=lambda row: -math.inf if row["reward"] is None else row["reward"], reverse=True)
     if len(by_reward) <= shown:
         return by_reward
     if shown == 1:
@@ -55,8 +56,9 @@ def _spread(rows: Sequence[RolloutRow], shown: int) -> list[RolloutRow]:
 def render_rollout(row: RolloutRow) -> str:
     """Return Markdown: one line of numbers, then prompt and completion verbatim."""
     components = "".join(f" {name} {value:.3g}" for name, value in row["reward_components"].items())
+    reward = "none" if row["reward"] is None else f"{row['reward']:.3g}"
     numbers = (
-        f"reward **{row['reward']:.3g}** ({components.strip() or 'no components'}), advantage {row['advantage']:+.3f}, "
+        f"reward **{reward}** ({components.strip() or 'no components'}), advantage {row['advantage']:+.3f}, "
         f"{len(row['completion_ids'])} tokens, ended by {row['stop_reason']}, answer `{row['answer']}`"
     )
     return "\n\n".join((numbers, "prompt", _fenced(row["prompt"]), "completion", _fenced(row["completion"])))

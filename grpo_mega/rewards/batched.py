@@ -13,17 +13,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from grpo_mega.rewards.inputs import ScoringRow
 
-@dataclass(frozen=True)
-class ScoringRow:
-    """The texts of one completion that a reward scores."""
-
-    prompt: str
-    completion: str
-    reference: str
+__all__ = ["BatchScorer", "ScoringRow", "ThreadedScorer"]
 
 
 class BatchScorer(Protocol):

@@ -1,6 +1,7 @@
-"""Failed scorings of a reward pool: they score the floor of their component, are counted, and are logged.
+"""Failed scorings of a reward pool: they are counted and logged, and score a floor or leave the rollout without reward.
 
-A failed scoring timed out, crashed its worker, raised, or returned no number in the declared range.
+A failed scoring timed out, crashed its worker, raised, returned no number in the declared range, or got no answer from
+a server. Each kind has its own line in the log; an exception also has its traceback.
 """
 
 from __future__ import annotations
@@ -9,14 +10,31 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
 
 from grpo_mega.rewards.base import RewardComponent
+from grpo_mega.rewards.http_client import ServerError
 from grpo_mega.rewards.process import ScoringJob
+from grpo_mega.rewards.scoring_errors import BadValueError, FailureKind, summary_of, traceback_of
 
 logger = logging.getLogger(__name__)
 
-FailureKind = Literal["timed out", "crashed", "raised or returned no number"]
+
+def failure_of(error: Exception) -> tuple[FailureKind, str]:
+    """Return the kind of a batched reward's failure, and its details."""
+    if isinstance(error, BadValueError):
+        return "returned no number in its range", summary_of(error)
+    if isinstance(error, ServerError | TimeoutError):
+        return "got no answer from its server", summary_of(error)
+    return "raised an exception", traceback_of(error)
+
+
+@dataclass
+class _Failures:
+    """Failures of one kind of one component since the last log."""
+
+    first: str
+    count: int = 0
 
 
 class FailureLog:
@@ -26,26 +44,30 @@ class FailureLog:
         self._components = components
         self._lock = threading.Lock()  # guards the next two
         self.counts: Counter[str] = Counter()
-        self._details: dict[tuple[int, FailureKind], list[str]] = {}
+        self._found: dict[tuple[int, FailureKind], _Failures] = {}
 
     def fail(self, job: ScoringJob, position: int, kind: FailureKind, detail: str) -> None:
-        """Give the component at `position` its floor in this job, and record the failure."""
+        """Record that the component at `position` failed in this job, and give it its floor unless failures drop."""
         component = self._components[position]
-        job.components[position] = component.low
+        if component.on_failure == "floor":
+            job.components[position] = float(component.low)
         job.failures.add(position)
         if position in job.remaining:
             job.remaining.remove(position)
         with self._lock:
             self.counts[component.name] += 1
-            self._details.setdefault((position, kind), []).append(f"key {job.key} {detail}".rstrip())
+            first = f"{job.row.description}\n{detail}".rstrip()
+            self._found.setdefault((position, kind), _Failures(first)).count += 1
 
     def log(self, num_completions: int) -> None:
-        """Log one line per component and kind of failure since the last call."""
+        """Log one message per component and kind of failure since the last call: its count, first row and details."""
         with self._lock:
-            details, self._details = self._details, {}
-        for (position, kind), texts in details.items():
+            found, self._found = self._found, {}
+        for (position, kind), failures in found.items():
             component = self._components[position]
+            drops = component.on_failure == "drop"
+            effect = "are left out of the loss" if drops else f"score its floor {component.low:g}"
             logger.warning(
-                "reward %s %s for %d of %d completions, which score its floor %g; the first: %s",
-                *(component.name, kind, len(texts), num_completions, component.low, texts[0]),
+                "reward %s %s for %d of %d completions, which %s; the first: %s",
+                *(component.name, kind, failures.count, num_completions, effect, failures.first),
             )

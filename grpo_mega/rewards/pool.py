@@ -6,8 +6,8 @@ reward there are no workers.
 
 Invariants (tests/unit/rewards/test_pool.py): every submitted key is returned by `collect`, whatever its reward did;
 `submit` does not wait; no worker outlives its parent; the values do not depend on the number of workers. A scoring that
-times out, crashes, raises or returns no number scores its declared floor. It is named in `Reward.failures`, counted in
-`failure_counts` and logged (failures.py).
+times out, crashes, raises or returns no number is named in `Reward.failures`, counted in `failure_counts` and logged
+(failures.py). It scores its declared floor, or the reward has no value (`OnFailure`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Unpack
 
-from grpo_mega.rewards.base import Term, build_rewards
-from grpo_mega.rewards.batched import BatchScorer, ScoringRow
+from grpo_mega.rewards.base import OnFailure, Term, build_rewards
+from grpo_mega.rewards.batched import BatchScorer
 from grpo_mega.rewards.combine import combine
-from grpo_mega.rewards.failures import FailureLog
+from grpo_mega.rewards.failures import FailureLog, failure_of
+from grpo_mega.rewards.inputs import INPUTS, TEXTS, RowContext, ScoringRow
 from grpo_mega.rewards.process import ScoringJob
+from grpo_mega.rewards.scoring_errors import BadValueError
 from grpo_mega.rewards.scoring_queue import ScoringQueue
 from grpo_mega.rewards.scoring_thread import ScoringThread
 from grpo_mega.types import Reward
@@ -34,14 +37,17 @@ class RewardPool:
         workers: number of processes; each uses one core.
         timeout_seconds: wall-clock limit of one component of one completion; the process that passes it is killed and
             replaced.
+        on_failure: effect of a failed scoring for all terms; None: what each reward declares.
 
     Raises:
         UserError: a term is wrong (see `build_rewards`).
         RuntimeError: the workers do not start on this machine.
     """
 
-    def __init__(self, terms: Sequence[Term], *, workers: int, timeout_seconds: float) -> None:
-        self._components = build_rewards(terms, timeout_seconds)
+    def __init__(
+        self, terms: Sequence[Term], *, workers: int, timeout_seconds: float, on_failure: OnFailure | None = None
+    ) -> None:
+        self._components = build_rewards(terms, timeout_seconds, on_failure)
         self._positions = [i for i, component in enumerate(self._components) if not component.is_batched]
         self._scorers = {i: component.open() for i, component in enumerate(self._components) if component.is_batched}
         self._failures = FailureLog(self._components)
@@ -54,8 +60,14 @@ class RewardPool:
             "timeout_seconds": timeout_seconds,
         }
         num_workers = workers if self._positions else 0
+        read = {name for i in self._positions for name in self._components[i].inputs}
         self._thread = ScoringThread(
-            self._queue, self._failures, setup, num_workers=num_workers, timeout_seconds=timeout_seconds
+            self._queue,
+            self._failures,
+            setup,
+            inputs=[*TEXTS, *(name for name in INPUTS if name in read - set(TEXTS))],
+            num_workers=num_workers,
+            timeout_seconds=timeout_seconds,
         )
         error = self._queue.wait_for_workers(num_workers)
         if error is not None:
@@ -72,16 +84,22 @@ class RewardPool:
         """Process ids of the current workers."""
         return self._thread.worker_pids
 
-    def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
+    def submit(self, key: int, prompt: str, completion: str, reference: str, **context: Unpack[RowContext]) -> None:
+        """Queue one completion for scoring, as `submit_row`. The other arguments are those of `ScoringRow`."""
+        self.submit_row(key, ScoringRow(prompt, completion, reference, **context))
+
+    def submit_row(self, key: int, row: ScoringRow) -> None:
         """Queue one completion for scoring; return at once.
 
         Raises:
             ValueError: `key` was submitted before and is not collected yet.
             RuntimeError: the pool is closed or its workers cannot be restarted.
         """
-        was_empty = self._queue.add(ScoringJob(key, prompt, completion, reference, list(self._positions)))
-        for scorer in self._scorers.values():
-            scorer.submit(key, ScoringRow(prompt, completion, reference))
+        applying = [i for i in self._positions if self._components[i].applies_to(row.dataset)]
+        was_empty = self._queue.add(ScoringJob(key, row, applying))
+        for position, scorer in self._scorers.items():
+            if self._components[position].applies_to(row.dataset):
+                scorer.submit(key, row)
         if was_empty:
             self._thread.wake()
 
@@ -125,9 +143,11 @@ class RewardPool:
         except Exception as error:  # an error of a scorer must not end the run
             values = dict.fromkeys(jobs, error)
         for key, job in jobs.items():
+            if not component.applies_to(job.row.dataset):
+                continue
             try:
-                job.components[position] = component.checked(values.get(key, KeyError("the scorer returned no value")))
-            except Exception as error:  # raised by the scorer, or by the check of its value
-                self._failures.fail(
-                    job, position, "raised or returned no number", f"{type(error).__name__}: {error}"[:500]
+                job.components[position] = component.checked(
+                    values.get(key, BadValueError("the scorer returned no value"))
                 )
+            except Exception as error:  # raised by the scorer, or by the check of its value
+                self._failures.fail(job, position, *failure_of(error))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_mega.rewards.base import Value
+from grpo_mega.rewards.inputs import TEXTS, ScoringRow
+from grpo_mega.rewards.scoring_errors import FailureKind
 from grpo_mega.workers.json_worker import JsonWorker
 
 _MAX_IN_FLIGHT = 64
@@ -22,9 +25,7 @@ class ScoringJob:
     """One completion to score; `remaining` holds the positions of the terms that have no value yet."""
 
     key: int
-    prompt: str
-    completion: str
-    reference: str
+    row: ScoringRow
     remaining: list[int]
     components: dict[int, Value] = field(default_factory=dict)
     failures: set[int] = field(default_factory=set)
@@ -32,19 +33,24 @@ class ScoringJob:
 
 @dataclass(frozen=True)
 class Answer:
-    """The value of one component of one job; None when the scoring failed, for the reason `problem`."""
+    """The value of one component of one job; None when the scoring failed, for the reason `problem`.
+
+    `problem` is the kind of the failure and its details.
+    """
 
     serial: int
     position: int
     value: Value | None
-    problem: str | None
+    problem: tuple[FailureKind, str] | None
 
 
 class RewardProcess:
     """A reward worker and the jobs that were sent to it, oldest first."""
 
-    def __init__(self, setup: dict[str, object]) -> None:
+    def __init__(self, setup: dict[str, object], inputs: Sequence[str] = TEXTS) -> None:
+        """Start the worker. `inputs` names the parts of a row that its rewards read."""
         self.worker = JsonWorker("grpo_mega.rewards.worker", setup)
+        self._inputs = inputs
         self.in_flight: deque[tuple[int, ScoringJob]] = deque()
         self._mean_seconds = _PREFETCH_SECONDS
 
@@ -59,7 +65,7 @@ class RewardProcess:
     def submit(self, serial: int, job: ScoringJob) -> None:
         """Send a job to this worker."""
         self.in_flight.append((serial, job))
-        self.worker.send([serial, job.remaining, job.prompt, job.completion, job.reference])
+        self.worker.send([serial, job.remaining, {name: job.row.input(name) for name in self._inputs}])
 
     def receive(self) -> tuple[list[Answer], bool]:
         """Return the answers that have arrived, and whether the worker can send more.
@@ -78,7 +84,7 @@ class RewardProcess:
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
             if isinstance(value, list):
                 value = tuple((end, of_step) for end, of_step in value)
-            answers.append(Answer(serial, position, value, problem))
+            answers.append(Answer(serial, position, value, None if problem is None else tuple(problem)))
         return answers, is_open
 
     def is_overdue(self, timeout_seconds: float) -> bool:

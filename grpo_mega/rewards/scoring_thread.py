@@ -11,9 +11,11 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Sequence
 
-from grpo_mega.rewards.failures import FailureKind, FailureLog
+from grpo_mega.rewards.failures import FailureLog
 from grpo_mega.rewards.process import RewardProcess
+from grpo_mega.rewards.scoring_errors import FailureKind
 from grpo_mega.rewards.scoring_queue import ScoringQueue
 from grpo_mega.workers import json_worker
 
@@ -58,6 +60,7 @@ class ScoringThread:
         queue: of the pool.
         failures: where failed scorings are recorded.
         setup: of every worker (worker.py).
+        inputs: parts of a row that the rewards of a worker read.
         num_workers: may be 0.
         timeout_seconds: limit of one scoring.
     """
@@ -68,10 +71,11 @@ class ScoringThread:
         failures: FailureLog,
         setup: dict[str, object],
         *,
+        inputs: Sequence[str],
         num_workers: int,
         timeout_seconds: float,
     ) -> None:
-        self._queue, self._failures, self._setup = queue, failures, setup
+        self._queue, self._failures, self._setup, self._inputs = queue, failures, setup, inputs
         self._timeout_seconds = timeout_seconds
         self._processes: list[RewardProcess] = []
         self._serials = itertools.count()
@@ -112,7 +116,7 @@ class ScoringThread:
             self._wake_up.close()
 
     def _start(self) -> None:
-        process = RewardProcess(self._setup)
+        process = RewardProcess(self._setup, self._inputs)
         self._processes.append(process)
         self._selector.register(process.worker.connection, selectors.EVENT_READ, process)
 
@@ -155,7 +159,8 @@ class ScoringThread:
         for answer in answers:
             _, job = process.in_flight[0]
             if answer.value is None:
-                self._failures.fail(job, answer.position, "raised or returned no number", answer.problem or "")
+                kind, detail = answer.problem or ("raised an exception", "")
+                self._failures.fail(job, answer.position, kind, detail)
             else:
                 job.components[answer.position] = answer.value
                 job.remaining.remove(answer.position)

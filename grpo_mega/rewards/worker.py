@@ -2,9 +2,10 @@
 
 Setup: `{"terms": [[name, weight, args] or null, ...], "timeout_seconds": s}`; null marks a term that is scored in the
 process of the rank.
-Job: `[serial, positions of terms, prompt, completion, reference]`. Each position gets a line of its own,
-`[serial, position, value or null, problem or null, seconds]`, as soon as its value is known. So the parent can name the
-reward that was running when a worker dies. How jobs travel and how a job is ended at its limit: grpo_mega/workers/.
+Job: `[serial, positions of terms, row]`; the row has the inputs (inputs.py) that a term of this worker reads. Each
+position gets a line of its own, `[serial, position, value or null, problem or null, seconds]`, as soon as its value is
+known. A problem is `[kind, details]`; the details of an exception are its traceback. So the parent can name the reward
+that was running when a worker dies. How jobs travel and how a job is ended at its limit: grpo_mega/workers/.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.base import RewardComponent, Value, build_rewards
+from grpo_mega.rewards.inputs import TEXTS, ScoringRow
+from grpo_mega.rewards.scoring_errors import FailureKind, summary_of, traceback_of
 from grpo_mega.workers.time_limit import call_with_alarm
 from grpo_mega.workers.worker_main import Handler, serve
 
@@ -27,6 +30,7 @@ class WorkerTerm:
     name: str
     weight: float = 1.0
     args: dict[str, Any] = field(default_factory=dict)
+    datasets: None = None  # the parent sends only positions that apply
 
 
 def prepare(setup: dict[str, Any]) -> Handler:
@@ -36,13 +40,27 @@ def prepare(setup: dict[str, Any]) -> Handler:
     components = dict(zip(positions, built, strict=True))
 
     def handle(job: list[Any]) -> Iterator[object]:
-        serial, positions, *texts = job
+        serial, positions, texts = job
+        row = ScoringRow(**{**dict.fromkeys(TEXTS, ""), **texts})
         for position in positions:
             started = time.monotonic()
-            value, problem = call_with_alarm(setup["timeout_seconds"], partial(components[position], *texts))
-            yield [serial, position, value, problem, time.monotonic() - started]
+            scored, problem = call_with_alarm(setup["timeout_seconds"], partial(_score, components[position], row))
+            value, failure = scored if scored is not None else (None, ("raised an exception", problem))
+            yield [serial, position, value, failure, time.monotonic() - started]
 
     return handle
+
+
+def _score(component: RewardComponent, row: ScoringRow) -> tuple[Value | None, tuple[FailureKind, str] | None]:
+    """Return the value of a row, or the kind of the failure with its details."""
+    try:
+        returned = component.called(row)
+    except (Exception, SystemExit) as error:
+        return None, ("raised an exception", traceback_of(error))
+    try:
+        return component.checked(returned), None
+    except (Exception, SystemExit) as error:  # conversion to a number runs code of the user's object
+        return None, ("returned no number in its range", summary_of(error))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,13 @@ Asserted by tests/unit/rollout/test_evaluator.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.data.dataset import DataSet
 from grpo_mega.observe.summary import Evaluation
+from grpo_mega.rewards.combine import has_full_marks
 from grpo_mega.rollout.pass_at_k import final_answer, majority_at_k, pass_at_k
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.types import Reward, Rollout, SamplingRequest
@@ -20,7 +21,8 @@ from grpo_mega.types import Reward, Rollout, SamplingRequest
 class Evaluator:
     """Evaluator of the held-out sets.
 
-    `answer_term` is the reward term that measures correctness; an answer is correct if its value is `full_marks`.
+    `full_marks` is the highest value of each reward term. An answer is correct if the first term that applies to it has
+    its highest value.
     """
 
     sampler: Sampler
@@ -28,8 +30,7 @@ class Evaluator:
     config: EvaluationConfig
     max_tokens: int
     seed: int
-    answer_term: str
-    full_marks: float
+    full_marks: Mapping[str, float]
 
     def evaluate(self) -> Evaluation:
         """Sample and score all held-out prompts. Collective.
@@ -55,26 +56,38 @@ class Evaluator:
 
     def is_right(self, reward: Reward) -> bool:
         """Return True if the reward means a correct answer."""
-        return reward.components[self.answer_term] >= self.full_marks
+        return has_full_marks(reward, self.full_marks)
 
     def _evaluation(self, sampled: Sequence[Rollout], greedy: Sequence[Rollout]) -> Evaluation:
-        """Evaluate prompts with k samples each, in order."""
+        """Evaluate prompts with k samples each, in order. Samples without a reward are left out of all but the length.
+
+        pass@k and maj@k are means over the prompts with at least k samples that have a reward. A mean over nothing is
+        0, and `failed_fraction` is 1 then.
+        """
         n = self.config.k
-        groups = [sampled[begin : begin + n] for begin in range(0, len(sampled), n)]
+        samples = [sampled[begin : begin + n] for begin in range(0, len(sampled), n)]
+        groups = [[r for r in group if r.reward.value is not None] for group in samples]
         right = [[self.is_right(r.reward) for r in group] for group in groups]
         answers = [[final_answer(r.completion.text) for r in group] for group in groups]
         ks = self.config.report_k or (n,)
-        votes = list(zip(answers, right, strict=True))
         return Evaluation(
             accuracy=_mean([is_right for group in right for is_right in group]),
-            reward_mean=_mean([r.reward.value for r in sampled]),
+            reward_mean=_mean([r.reward.value for r in sampled if r.reward.value is not None]),
             length_mean=_mean([len(r.completion.token_ids) for r in sampled]),
             num_prompts=len(groups),
-            greedy_accuracy=_mean([self.is_right(r.reward) for r in greedy]),
-            pass_at_k={str(k): _mean([pass_at_k(n, sum(group), k) for group in right]) for k in ks},
-            majority_at_k={str(k): _mean([majority_at_k(a, is_right, k) for a, is_right in votes]) for k in ks},
+            greedy_accuracy=_mean([self.is_right(r.reward) for r in greedy if r.reward.value is not None]),
+            failed_fraction=_mean([bool(r.reward.failures) for r in sampled]),
+            pass_at_k={
+                str(k): _mean([pass_at_k(len(group), sum(group), k) for group in right if len(group) >= k]) for k in ks
+            },
+            majority_at_k={
+                str(k): _mean(
+                    [majority_at_k(a, group, k) for a, group in zip(answers, right, strict=True) if len(group) >= k]
+                )
+                for k in ks
+            },
         )
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else 0.0

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from grpo_mega.algorithm.degenerate import is_degenerate
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
 
 
@@ -40,14 +41,12 @@ class Generator(Protocol):
 class Scorer(Protocol):
     """Interface of the reward workers (rewards/pool.py)."""
 
-    def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
+    def submit_row(self, key: int, row: ScoringRow) -> None:
         """Start scoring; returns at once.
 
         Args:
             key: number of the rollout, with which `collect` returns the reward.
-            prompt: text after the chat template.
-            completion: text of the completion.
-            reference: the data set's answer to the prompt.
+            row: everything that a reward may read.
         """
         ...
 
@@ -115,8 +114,9 @@ class Sampler:
         ranks: Ranks,
         timers: PhaseTimer,
         prompts_per_wave: int | None,
-        floor: Reward | None = None,
+        floor_of: Callable[[str], Reward] | None = None,
         ends_of: StepEnds | None = None,
+        special_text_of: Callable[[Sequence[int]], str] | None = None,
     ) -> None:
         """Create the sampler of this rank.
 
@@ -126,11 +126,13 @@ class Sampler:
             ranks: coordinates of this rank.
             timers: timer of the phase `reward`.
             prompts_per_wave: prompts that enter the engines together; None: all.
-            floor: reward of a rollout whose environment failed.
+            floor_of: returns the reward of a rollout whose environment failed, by the name of the data set.
             ends_of: finds the end tokens of a process reward's steps; None: steps are ignored.
+            special_text_of: returns the text of tokens with special tokens; None: no reward reads it.
         """
         self._generator, self._scorer, self._ranks, self._timers = generator, scorer, ranks, timers
-        self._prompts_per_wave, self._floor, self._ends_of = prompts_per_wave, floor, ends_of
+        self._prompts_per_wave, self._floor_of, self._ends_of = prompts_per_wave, floor_of, ends_of
+        self._special_text_of = special_text_of
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         """Sample and score one group per prompt. Collective.
@@ -160,7 +162,7 @@ class Sampler:
                 key = positions[local] * group_size + member
                 mine[key] = (completion, at.replica)
                 if self._scorer is not None and completion.failure is None:
-                    self._scorer.submit(key, chosen[local].text, completion.text, chosen[local].answer)
+                    self._submit(self._scorer, key, chosen[local], completion)
 
             seed = derived_seed(*seed_of, wave, at.share)
             self._generator.generate(chosen, replace(request, seed=seed), submit)
@@ -174,8 +176,9 @@ class Sampler:
         scored = None
         if self._scorer is not None:
             rewards = self._scorer.collect()
-            failed = {key: self._floor for key, (completion, _) in mine.items() if completion.failure is not None}
-            rewards |= {key: floor for key, floor in failed.items() if floor is not None}
+            for key, (completion, _) in mine.items():
+                if completion.failure is not None and self._floor_of is not None:
+                    rewards[key] = self._floor_of(prompts[key // group_size].data_set)
             scored = {key: (completion, rewards[key], replica) for key, (completion, replica) in mine.items()}
         gathered: list[dict[int, tuple[Completion, Reward, int]] | None] = [scored]
         if self._ranks.topology.world_size > 1:
@@ -186,6 +189,21 @@ class Sampler:
         if len(by_key) != expected:
             raise RuntimeError(f"the engines returned {len(by_key)} of {expected} rollouts")
         return [self._make_rollout(prompts[key // group_size], *by_key[key]) for key in range(expected)]
+
+    def _submit(self, scorer: Scorer, key: int, prompt: Prompt, completion: Completion) -> None:
+        """Start the scoring of one completion with everything that a reward may read."""
+        special = self._special_text_of(completion.token_ids) if self._special_text_of is not None else None
+        row = ScoringRow(
+            prompt.text,
+            completion.text,
+            prompt.answer,
+            messages=prompt.messages,
+            completion_with_special_tokens=special,
+            fields=prompt.fields,
+            dataset=prompt.data_set,
+            index=prompt.index,
+        )
+        scorer.submit_row(key, row)
 
     def _make_rollout(self, prompt: Prompt, completion: Completion, reward: Reward, replica: int) -> Rollout:
         steps = locate_step_tokens(reward, completion, self._ends_of) if self._ends_of is not None else None

@@ -34,7 +34,7 @@ class TrainBatch:
     Attributes:
         minibatches: `minibatches[i]` are the microbatches of one optimizer step.
         advantages: of each rollout.
-        rewards: from which the advantages were computed, before the overlong penalty.
+        rewards: from which the advantages were computed, before the overlong penalty; None: not scored.
         is_trained: False for rollouts without loss.
         values: with a critic, the value of each loss token; otherwise empty.
         returns: with a critic, the return of each loss token; otherwise empty.
@@ -42,7 +42,7 @@ class TrainBatch:
 
     minibatches: list[list[Microbatch]]
     advantages: list[Advantage]
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
     is_trained: list[bool] = field(default_factory=list)
     values: list[list[float]] = field(default_factory=list)
     returns: list[list[float]] = field(default_factory=list)
@@ -100,7 +100,7 @@ class TrainBatch:
 
 def build_batch(
     groups: SampledGroups,
-    rewards: Sequence[float],
+    rewards: Sequence[float | None],
     train: TrainConfig,
     objective: Objective,
     *,
@@ -112,7 +112,7 @@ def build_batch(
 
     Args:
         groups: all rollouts of the step.
-        rewards: one per rollout, before the overlong penalty.
+        rewards: one per rollout, before the overlong penalty; None: the rollout could not be scored.
         train: number of minibatches and token budget of a row.
         objective: computes advantages and weights. Advantages that need log-probs are set later (`with_advantages`).
         dp: number of data-parallel ranks.
@@ -164,11 +164,15 @@ def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tens
     return values
 
 
-def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float]:
-    """Return the rewards in random order: a control run, which cannot learn the task from them."""
-    values = [r.value for r in rewards]
+def shuffled_rewards(rewards: Sequence[Reward], seed: int) -> list[float | None]:
+    """Return the rewards in random order: a control run, which cannot learn the task from them.
+
+    Rollouts without a reward stay without.
+    """
+    values = [r.value for r in rewards if r.value is not None]
     random.Random(seed).shuffle(values)
-    return values
+    shuffled = iter(values)
+    return [None if r.value is None else next(shuffled) for r in rewards]
 
 
 def explain_batch(config: Config, topology: Topology) -> str:

@@ -27,7 +27,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
-from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.base import build_rewards, full_marks
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import Sampler
@@ -152,15 +152,13 @@ def building(
 
 
 def _make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:
-    answer = build_rewards(config.reward.terms)[0]
     return Evaluator(
         sampler,
         held_out.sets if held_out is not None else (),
         config.evaluation,
         config.evaluation.max_tokens or config.sampling.max_tokens,
         config.run.seed,
-        answer.name,
-        answer.high,
+        full_marks(build_rewards(config.reward.terms)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -10,13 +11,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.chat import ResultText, load_tokenizer, token_ends
+from grpo_mega.data.chat import ResultText, load_tokenizer, text_with_special_tokens, token_ends
 from grpo_mega.environments.base import build_environment
 from grpo_mega.environments.pool import EnvironmentPool
 from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.rewards.base import build_rewards
+from grpo_mega.rewards.base import RewardComponent, build_rewards
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_rank_within, broadcast_within
 from grpo_mega.rollout.sampler import Generator, Sampler
@@ -39,7 +40,12 @@ def start_workers(config: Config, ranks: Ranks, stack: ExitStack) -> Workers:
     if ranks.at.engine_tp_rank != 0:
         return Workers()
     reward, environment = config.reward, config.environment
-    rewards = RewardPool(reward.terms, workers=reward.workers, timeout_seconds=reward.timeout_seconds)
+    rewards = RewardPool(
+        reward.terms,
+        workers=reward.workers,
+        timeout_seconds=reward.timeout_seconds,
+        on_failure=reward.on_failure,
+    )
     stack.enter_context(rewards)
     if environment is None:
         return Workers(rewards)
@@ -65,11 +71,15 @@ def make_sampler(
     generator: Generator = engine
     if config.environment is not None:
         generator = _multi_turn_generator(config, engine, workers, ranks, model_folder)
-    ends_of = None
+    ends_of = special_text_of = None
     if config.algorithm.advantage in ("process", "gae") and not config.reward.shuffle:  # shuffled rewards have no steps
         ends_of = partial(token_ends, load_tokenizer(model_folder))
+    components = build_rewards(config.reward.terms)
+    if any("completion_with_special_tokens" in component.inputs for component in components):
+        special_text_of = partial(text_with_special_tokens, load_tokenizer(model_folder))
+    floor_of = partial(_lowest_reward, components)
     per_wave = config.sampling.prompts_per_wave
-    return Sampler(generator, workers.rewards, ranks, timers, per_wave, _lowest_reward(config), ends_of)
+    return Sampler(generator, workers.rewards, ranks, timers, per_wave, floor_of, ends_of, special_text_of)
 
 
 def _multi_turn_generator(
@@ -96,8 +106,8 @@ def _multi_turn_generator(
     )
 
 
-def _lowest_reward(config: Config) -> Reward:
-    """Return the reward of a rollout whose environment failed: the lowest value of every term."""
-    terms = build_rewards(config.reward.terms)
+def _lowest_reward(components: Sequence[RewardComponent], dataset: str) -> Reward:
+    """Return the reward of a rollout whose environment failed: the lowest value of every term of its data set."""
+    terms = [component for component in components if component.applies_to(dataset)]
     value = sum(term.weight * term.low for term in terms)  # the same as for a reward that fails
     return Reward(value, {term.name: term.low for term in terms}, ("environment",))

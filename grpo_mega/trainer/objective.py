@@ -7,6 +7,7 @@ Asserted by tests/unit/trainer/test_objective.py and tests/unit/algorithm/test_a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -38,7 +39,7 @@ class Credit:
         advantages: a number for all loss tokens of the rollout, or one number per loss token.
         token_weights: factor of the loss of each token of the rollout, which contains all denominators of its update;
             0 where nothing is trained.
-        is_trained: False for filtered rollouts and for rollouts of dropped groups.
+        is_trained: False for filtered rollouts, rollouts without a reward and rollouts of dropped groups.
         returns: targets of the critic, one number per loss token; empty without `values`.
     """
 
@@ -77,7 +78,7 @@ class Objective:
     def credit(
         self,
         groups: SampledGroups,
-        rewards: Sequence[float],
+        rewards: Sequence[float | None],
         kl: Sequence[Sequence[float]] | None = None,
         values: Sequence[Sequence[float]] | None = None,
         *,
@@ -89,7 +90,8 @@ class Objective:
 
         Args:
             groups: all rollouts of the step.
-            rewards: one per rollout, before the overlong penalty.
+            rewards: one per rollout, before the overlong penalty. None: the rollout could not be scored; it has
+                advantage 0 and weight 0, and no mean or denominator counts it.
             kl: with `kl_in_reward`, the KL divergence of each loss token, in nats. kl_coef times their sum is
                 subtracted from the reward of the rollout; advantage=batch and advantage=gae subtract it token by token.
                 None before the log-probs are known.
@@ -101,23 +103,26 @@ class Objective:
             ValueError: a reward, a step value or an advantage is not finite.
         """
         shaped = self._shape(groups, rewards)
+        scored = [reward is not None for reward in rewards]
         penalties = [[self.algorithm.kl_coef * k for k in row] for row in kl] if kl is not None else None
-        step = StepRewards(groups.rollouts, shaped, groups.group_size, penalties, values)
+        step = StepRewards(
+            groups.rollouts, _without_gaps(shaped, groups.group_size), groups.group_size, penalties, values, scored
+        )
         estimates = bound_part("advantage", self.algorithm)(step)
         updates = minibatches if minibatches is not None else [range(len(groups.rollouts))]
-        weights = {i: w for ids in updates for i, w in zip(ids, self._token_weights(groups, ids), strict=True)}
+        weights = {i: w for ids in updates for i, w in zip(ids, self._token_weights(groups, scored, ids), strict=True)}
         return Credit(
-            list(estimates.advantages),
+            [a if has else _zero_like(a) for a, has in zip(estimates.advantages, scored, strict=True)],
             [weights[i] for i in range(len(groups.rollouts))],
             [
-                not self._is_filtered(rollout) and not self._is_dropped(groups, i // groups.group_size)
-                for i, rollout in enumerate(groups.rollouts)
+                has and not self._is_filtered(rollout) and not self._is_dropped(groups, i // groups.group_size)
+                for i, (rollout, has) in enumerate(zip(groups.rollouts, scored, strict=True))
             ],
             estimates.returns,
         )
 
-    def _shape(self, groups: SampledGroups, rewards: Sequence[float]) -> list[float]:
-        """Return the rewards minus the soft overlong penalty.
+    def _shape(self, groups: SampledGroups, rewards: Sequence[float | None]) -> list[float | None]:
+        """Return the rewards minus the soft overlong penalty; None stays None.
 
         The penalty is 0 up to max_tokens - buffer tokens. From there it rises linearly to overlong_penalty at
         max_tokens.
@@ -131,7 +136,9 @@ class Objective:
         buffer = fraction * self.max_tokens
         lengths = [len(r.completion.token_ids) for r in groups.rollouts]
         return [
-            reward - self.algorithm.overlong_penalty * max(0.0, length - (self.max_tokens - buffer)) / buffer
+            None
+            if reward is None
+            else reward - self.algorithm.overlong_penalty * max(0.0, length - (self.max_tokens - buffer)) / buffer
             for reward, length in zip(rewards, lengths, strict=True)
         ]
 
@@ -183,19 +190,27 @@ class Objective:
             "group_token_mean": "mean over a group's completion tokens, then mean over the update's groups",
         }[self.algorithm.aggregation]
 
-    def _token_weights(self, groups: SampledGroups, ids: Sequence[int]) -> list[float]:
+    def _token_weights(self, groups: SampledGroups, scored: Sequence[bool], ids: Sequence[int]) -> list[float]:
         """Return one weight per rollout of an update that consists of the rollouts `ids`.
 
-        Dropped groups are not counted by the denominators. Filtered rollouts are counted, with 0 tokens.
+        Dropped groups and rollouts without a reward are not counted by the denominators. Filtered rollouts are counted,
+        with 0 tokens.
 
         Source: overlong filtering and dynamic sampling: DAPO, arXiv:2503.14476, sections "Hide and Seek: Overlong
             Reward Shaping" and "The More the Merrier: Dynamic Sampling".
         """
         size = groups.group_size
-        kept = [i for i in ids if not self._is_dropped(groups, i // size)]
-        rollouts = [groups.rollouts[i] for i in kept]
-        counts = [0 if self._is_filtered(r) else r.completion.num_loss_tokens for r in rollouts]
         mode = self.algorithm.aggregation
+        kept = [i for i in ids if scored[i] and not self._is_dropped(groups, i // size)]
+        if mode == "group_token_mean":  # whole groups, in which rollouts without a reward have 0 tokens
+            with_reward = {i // size for i in kept}
+            kept = [i for i in ids if i // size in with_reward]
+        counts = [
+            groups.rollouts[i].completion.num_loss_tokens
+            if scored[i] and not self._is_filtered(groups.rollouts[i])
+            else 0
+            for i in kept
+        ]
         if mode == "rollout_mean":
             weights = rollout_mean_weights(counts)
         elif mode == "token_mean":
@@ -212,3 +227,18 @@ class Objective:
 
     def _is_dropped(self, groups: SampledGroups, group: int) -> bool:
         return self.algorithm.degenerate != "keep" and groups.is_degenerate(group)
+
+
+def _without_gaps(rewards: Sequence[float | None], group_size: int) -> list[float]:
+    """Return the rewards with the mean of the group in place of None; 0 in a group without rewards."""
+    found: list[float] = []
+    for begin in range(0, len(rewards), group_size):
+        group = rewards[begin : begin + group_size]
+        known = [reward for reward in group if reward is not None]
+        mean = math.fsum(known) / len(known) if known else 0.0
+        found += [mean if reward is None else reward for reward in group]
+    return found
+
+
+def _zero_like(advantage: Advantage) -> Advantage:
+    return [0.0] * len(advantage) if isinstance(advantage, list) else 0.0

@@ -91,6 +91,8 @@ class RunReporter:
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
         self._progress, self._is_right = progress, is_right
+        names = [source.label for source in config.data.train_sets]
+        self._sets = names if len(names) > 1 else []
         self._metrics = MetricsWriter(
             run.folder,
             first_step=run.step + 1,
@@ -124,7 +126,7 @@ class RunReporter:
         rows = rollout_rows(result.groups.rollouts, result.batch.mean_advantages, result.old_log_probs)
         self._metrics.write_rollouts(result.step, rows)
         write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
-        metrics = result.metrics(self._topology.num_replicas, self._is_right)
+        metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         times = self._timers.step_metrics()
         tokens = sum(r.num_tokens for r in result.groups.rollouts)
         speed = {

@@ -36,10 +36,19 @@ class StepResult:
     critic_updates: list[UpdateStats] = field(default_factory=list)
     state_bytes: Mapping[str, int] = field(default_factory=dict)
 
-    def metrics(self, num_replicas: int, is_right: Callable[[Reward], bool]) -> dict[str, float]:
-        """Return all metrics except times, throughput and memory peaks. observe/metric_table.py describes each name."""
+    def metrics(
+        self, num_replicas: int, is_right: Callable[[Reward], bool], sets: Sequence[str] = ()
+    ) -> dict[str, float]:
+        """Return all metrics except times, throughput and memory peaks. observe/metric_table.py describes each name.
+
+        Args:
+            num_replicas: engine replicas of the run.
+            is_right: returns True if a reward means a right answer.
+            sets: names of the training sets, if there are several; each has its own metrics.
+        """
         return {
             **_rewards(self.groups, is_right),
+            **_sets(self.groups.rollouts, sets, is_right),
             **_lengths(self.groups, num_replicas),
             **_updates(self.updates),
             **mismatch(self.groups.rollouts, self.old_log_probs),
@@ -56,20 +65,48 @@ class StepResult:
 
 
 def _rewards(groups: SampledGroups, is_right: Callable[[Reward], bool]) -> dict[str, float]:
+    """Return the metrics of rewards and groups. Means are over rollouts with a reward; NaN if there is none."""
     rewards = [r.reward for r in groups.rollouts]
-    values = [r.value for r in rewards]
-    num_groups = len(values) // groups.group_size
+    values = [r.value for r in rewards if r.value is not None]
+    num_groups = len(rewards) // groups.group_size
     num_degenerate = sum(groups.is_degenerate(group) for group in range(num_groups))
-    components = {name: [r.components[name] for r in rewards] for name in rewards[0].components}
+    components: dict[str, list[float]] = {}
+    for reward in rewards:
+        for name, value in reward.components.items():
+            components.setdefault(name, []).append(value)
     return {
-        "reward/mean": statistics.fmean(values),
-        "reward/std": statistics.pstdev(values),
-        "reward/accuracy": statistics.fmean(is_right(r) for r in rewards),
+        "reward/mean": _mean(values),
+        "reward/std": statistics.pstdev(values) if values else math.nan,
+        "reward/accuracy": _mean([is_right(r) for r in rewards if r.value is not None]),
         "reward/failed_fraction": statistics.fmean(bool(r.failures) for r in rewards),
+        "reward/dropped_fraction": statistics.fmean(r.value is None for r in rewards),
         "group/degenerate_fraction": (num_degenerate + groups.num_discarded) / (num_groups + groups.num_discarded),
         "group/discarded": float(groups.num_discarded),
         **{f"reward/component/{name}": statistics.fmean(v) for name, v in components.items()},
     }
+
+
+def _sets(rollouts: Sequence[Rollout], sets: Sequence[str], is_right: Callable[[Reward], bool]) -> dict[str, float]:
+    """Return the metrics of each training set that has rollouts in this step."""
+    found: dict[str, float] = {}
+    for name in sets:
+        own = [r for r in rollouts if r.prompt.data_set == name]
+        if not own:
+            continue
+        rewards = [r.reward for r in own if r.reward.value is not None]
+        numbers = {
+            "rollouts": float(len(own)),
+            "reward_mean": _mean([r.value for r in rewards if r.value is not None]),
+            "accuracy": _mean([is_right(r) for r in rewards]),
+            "length_mean": statistics.fmean(len(r.completion.token_ids) for r in own),
+            "failed_fraction": statistics.fmean(bool(r.reward.failures) for r in own),
+        }
+        found |= {f"set/{name}/{key}": value for key, value in numbers.items()}
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
 
 
 def _lengths(groups: SampledGroups, num_replicas: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from grpo_mega.algorithm.advantages.whitened import whitened
+from grpo_mega.algorithm.advantages.whitened import whitened_over_scored
 from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
 from grpo_mega.types import Rollout
 
@@ -24,7 +24,7 @@ def gae(step: StepRewards, *, gamma: float, gae_lambda: float) -> Estimates:
     earned in full at the token that ends the step, in place of the outcome: `Reward.value` holds the mean of the steps,
     which is not added again. Components without steps are a step that ends with the completion. The overlong penalty
     stays at the last token. A step that ends in a tool's result belongs to the last token that the policy sampled
-    before it.
+    before it. A rollout without a reward is not counted by the whitening, and its advantages are 0.
 
     Args:
         step: rewards, penalties and values, in units of the reward.
@@ -47,7 +47,7 @@ def gae(step: StepRewards, *, gamma: float, gae_lambda: float) -> Estimates:
         )
     ]
     returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, step.values, strict=True)]
-    return Estimates(whitened(advantages), returns)
+    return Estimates(whitened_over_scored(step, advantages), returns)
 
 
 def token_rewards(reward: float, penalties: Sequence[float], steps: Sequence[tuple[int, float]] = ()) -> list[float]:
@@ -106,7 +106,7 @@ def generalized_advantages(
 
 def _rollout_token_rewards(rollout: Rollout, reward: float, penalties: Sequence[float]) -> list[float]:
     """Return the reward of each loss token; `reward` is the rollout's, after the overlong penalty."""
-    if rollout.steps is None:
+    if rollout.steps is None or rollout.reward.value is None:
         return token_rewards(reward, penalties)
     mask = rollout.completion.loss_mask
     sampled = [i for i in range(len(rollout.completion.token_ids)) if mask is None or mask[i]]

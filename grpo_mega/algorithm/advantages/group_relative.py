@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -65,7 +67,7 @@ def group_std(step: StepRewards) -> Estimates:
 
     Source: see `group_advantages`.
     """
-    return Estimates(group_advantages(step.reward_matrix, scale="std").flatten().tolist())
+    return Estimates(over_scored(step, partial(group_advantages, scale="std")).flatten().tolist())
 
 
 @advantage
@@ -77,7 +79,7 @@ def group_mean(step: StepRewards) -> Estimates:
 
     Source: see `group_advantages`, scale "none".
     """
-    return Estimates(group_advantages(step.reward_matrix, scale="none").flatten().tolist())
+    return Estimates(over_scored(step, partial(group_advantages, scale="none")).flatten().tolist())
 
 
 @advantage
@@ -89,7 +91,27 @@ def leave_one_out(step: StepRewards) -> Estimates:
 
     Source: see `leave_one_out_advantages`.
     """
-    return Estimates(leave_one_out_advantages(step.reward_matrix).flatten().tolist())
+    return Estimates(over_scored(step, leave_one_out_advantages).flatten().tolist())
+
+
+def over_scored(step: StepRewards, advantages_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the advantages of each group's rollouts that have a reward, as if the group had no others.
+
+    Args:
+        step: rewards of the step.
+        advantages_of: maps rewards [P, G] to advantages [P, G], group by group.
+
+    Returns:
+        [P, G] float32; 0 for rollouts without a reward, and in groups with fewer than two rewards.
+    """
+    rewards, scored = step.reward_matrix, step.scored_matrix
+    found = torch.zeros_like(rewards)
+    is_whole = scored.all(dim=1)
+    if bool(is_whole.any()):
+        found[is_whole] = advantages_of(rewards[is_whole])
+    for group in (~is_whole & (scored.sum(dim=1) >= 2)).nonzero().flatten().tolist():
+        found[group, scored[group]] = advantages_of(rewards[group, scored[group]].unsqueeze(0))[0]
+    return found
 
 
 def _finite_float64(rewards: Tensor) -> Tensor:

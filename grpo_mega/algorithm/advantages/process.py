@@ -15,7 +15,8 @@ from grpo_mega.algorithm.degenerate import equal_up_to_rounding
 def process(step: StepRewards) -> Estimates:
     """Return one number per loss token: the normalized values of the steps that end with or after the token.
 
-    A rollout without steps counts as one step, which ends with its completion and has the value of its reward.
+    A rollout without steps counts as one step, which ends with its completion and has the value of its reward. A
+    rollout without a reward has no steps.
 
     Raises:
         ValueError: a step does not end within its rollout, or a value is not finite.
@@ -24,8 +25,8 @@ def process(step: StepRewards) -> Estimates:
     """
     lengths = [len(r.completion.token_ids) for r in step.rollouts]
     steps = [
-        rollout.steps if rollout.steps is not None else ((length - 1, reward),)
-        for rollout, length, reward in zip(step.rollouts, lengths, step.rewards, strict=True)
+        () if not has else rollout.steps if rollout.steps is not None else ((length - 1, reward),)
+        for rollout, length, reward, has in zip(step.rollouts, lengths, step.rewards, step.scored, strict=True)
     ]
     rows = process_advantages(steps, lengths, step.group_size)
     masks = [r.completion.loss_mask for r in step.rollouts]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import compress
 
 import torch
 
-from grpo_mega.algorithm.advantages.group_relative import group_advantages
+from grpo_mega.algorithm.advantages.group_relative import group_advantages, over_scored
 from grpo_mega.algorithm.base import Estimates, StepRewards, advantage
 
 
@@ -20,7 +22,7 @@ def batch(step: StepRewards) -> Estimates:
     Source: see `token_returns` and `whitened`.
     """
     pairs = zip(step.rewards, step.token_penalties, strict=True)
-    return Estimates(whitened([token_returns(reward, row) for reward, row in pairs]))
+    return Estimates(whitened_over_scored(step, [token_returns(reward, row) for reward, row in pairs]))
 
 
 @advantage
@@ -32,8 +34,15 @@ def group_batch(step: StepRewards) -> Estimates:
 
     Source: see `group_advantages`, scale "none", and `whitened`.
     """
-    values = group_advantages(step.reward_matrix, scale="none").flatten().tolist()
-    return Estimates(whitened([[value] * n for value, n in zip(values, step.num_loss_tokens, strict=True)]))
+    values = over_scored(step, partial(group_advantages, scale="none")).flatten().tolist()
+    rows = [[value] * n for value, n in zip(values, step.num_loss_tokens, strict=True)]
+    return Estimates(whitened_over_scored(step, rows))
+
+
+def whitened_over_scored(step: StepRewards, values: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Return `whitened` over the tokens of the rollouts that have a reward; 0 for the tokens of the others."""
+    found = iter(whitened(list(compress(values, step.scored))))
+    return [next(found) if has else [0.0] * len(row) for row, has in zip(values, step.scored, strict=True)]
 
 
 def whitened(values: Sequence[Sequence[float]], eps: float = 1e-8) -> list[list[float]]:

@@ -1,14 +1,15 @@
 """Reward `judge`: the mark that another model gives the completion, from any server with OpenAI's chat completions API.
 
-The mark is the last match of `pattern` in the judge's answer. An answer without a mark on the scale is requested again;
-after the last retry the scoring has failed. A completion may try to persuade the judge, so the reward is only as
-reliable as the judge.
+The judge reads the conversation as messages, without the markup of the policy's chat template. The mark is the last
+match of `pattern` in the judge's answer. An answer without a mark on the scale is requested again; after the last retry
+the scoring has failed. A completion may try to persuade the judge, so the reward is only as reliable as the judge.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,7 @@ Is the answer correct, complete and clear? Explain in two sentences, then write 
 whole number from 1 (useless) to 10 (perfect)."""
 PATTERN = r"Score:\s*\**\s*(-?[0-9]+(?:\.[0-9]+)?)"
 
-_PLACEHOLDERS = re.compile(r"\{(prompt|completion|reference)\}")
+_PLACEHOLDERS = re.compile(r"\{(prompt|completion|reference|dataset|fields\.[^{}\s]+)\}")
 _MAX_TEXT_CHARACTERS = 50_000
 _CONCURRENCY = 8
 
@@ -70,7 +71,13 @@ def check_judge_args(
     check_server(server)
 
 
-@batched_reward(low=0.0, high=1.0, check_args=check_judge_args)
+def inputs_of_template(template: str = TEMPLATE, **_: object) -> list[str]:
+    """Return the inputs that a template reads."""
+    names = ["messages", "completion", "reference"]
+    return [*names, "fields"] if "{fields." in template else names
+
+
+@batched_reward(low=0.0, high=1.0, check_args=check_judge_args, inputs_of=inputs_of_template)
 @asks_server(concurrency=_CONCURRENCY)
 def judge(
     server: RewardServer,
@@ -86,7 +93,8 @@ def judge(
         server: its `url` is the base URL of the API, for example http://localhost:8000/v1; requests are sent to
             `/chat/completions` below it.
         model: the name of the judge on that server.
-        template: the question to the judge; `{prompt}`, `{reference}` and `{completion}` are filled in.
+        template: the question to the judge. `{prompt}`, `{completion}`, `{reference}`, `{dataset}` and `{fields.NAME}`
+            (a column of the row) are filled in.
         pattern: regular expression whose first group is the mark.
         scale: lowest and highest mark.
         max_tokens: limit of the judge's answer, which is sampled at temperature 0.
@@ -106,13 +114,21 @@ def judge(
 
     def score(rows: Sequence[ScoringRow]) -> list[float | Exception]:
         (row,) = rows
+        *question, answer = row.conversation
         texts = {
-            name: sendable(getattr(row, name), _MAX_TEXT_CHARACTERS) for name in ("prompt", "completion", "reference")
+            "prompt": text_of_messages(question),
+            "completion": answer["content"],
+            "reference": row.reference,
+            "dataset": row.dataset,
         }
-        question = _PLACEHOLDERS.sub(lambda match: texts[match[1]], template)
+        texts |= {f"fields.{name}": _text_of_field(value) for name, value in row.fields.items()}
+        try:
+            content = _PLACEHOLDERS.sub(lambda match: sendable(texts[match[1]], _MAX_TEXT_CHARACTERS), template)
+        except KeyError as error:
+            return [ValueError(f"template has {{{error.args[0]}}}; the columns of the row are {sorted(row.fields)}")]
         body = {
             "model": model,
-            "messages": [{"role": "user", "content": question}],
+            "messages": [{"role": "user", "content": content}],
             "temperature": 0.0,
             "max_tokens": max_tokens,
         }
@@ -122,3 +138,14 @@ def judge(
             return [error]
 
     return ThreadedScorer(score, batch_size=1, concurrency=server.concurrency, wait_seconds=server.wait_seconds)
+
+
+def text_of_messages(messages: Sequence[Mapping[str, str]]) -> str:
+    """Return messages as text for a reader: the content of a single one, else each after its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def _text_of_field(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,12 @@ def declared_range(bound: float | None = None, **_: object) -> tuple[float, floa
     return (0.0, 1.0) if bound is None else (-bound, bound)
 
 
-@batched_reward(low=0.0, high=1.0, check_args=check_reward_model_args, range_of=declared_range)
+def inputs_read(**_: object) -> tuple[str, ...]:
+    """Return the inputs that the model gets."""
+    return "prompt", "completion", "messages"
+
+
+@batched_reward(low=0.0, high=1.0, check_args=check_reward_model_args, range_of=declared_range, inputs_of=inputs_read)
 def reward_model(
     path: str,
     bound: float | None = None,
@@ -86,7 +92,8 @@ def reward_model(
     Args:
         path: Hugging Face folder with the model and its tokenizer.
         bound: range of the logit; default: use the sigmoid instead.
-        chat: apply the model's own chat template to prompt and completion; false: concatenate them.
+        chat: apply the model's own chat template to the messages of the prompt and the completion as the assistant's
+            answer. false: concatenate the prompt as the policy got it, after the policy's template, and the completion.
         batch_size: completions per forward pass.
         max_tokens: limit of prompt and completion together; a longer text loses its beginning.
         dtype: of the weights and the computation.
@@ -139,7 +146,7 @@ class _ModelScorer:
     def _token_ids(self, row: ScoringRow) -> list[int]:
         completion = row.completion[-_MAX_TEXT_CHARACTERS:].encode("utf-8", "replace").decode("utf-8")
         if self._chat:
-            turns = [{"role": "user", "content": row.prompt}, {"role": "assistant", "content": completion}]
+            turns = replace(row, completion=completion).conversation
             text = str(self._tokenizer.apply_chat_template(turns, tokenize=False))
         else:
             text = row.prompt + completion

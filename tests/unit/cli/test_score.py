@@ -34,6 +34,36 @@ def test_rows_keep_order_and_keys_and_get_a_reward(tmp_path: Path) -> None:
     assert "does not end in a number" in done.stderr
 
 
+def test_a_reward_gets_the_same_inputs_as_in_a_run(tmp_path: Path) -> None:
+    code = (
+        "import json\nfrom grpo_mega.rewards import reward\n@reward(low=0, high=9)\n"
+        "def f(*, prompt, completion, reference, messages, completion_with_special_tokens, fields, dataset):\n"
+        "    with open('seen.jsonl', 'a') as file: file.write(json.dumps(locals(), default=str) + '\\n')\n"
+        "    if 'level' not in fields: raise KeyError('level')\n"
+        "    return fields['level']\n"
+    )
+    (tmp_path / "mine.py").write_text(code, encoding="utf-8")
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    rows = [
+        {"prompt": chat, "completion": "7", "answer": 7, "level": 3, "dataset": "sums",
+         "completion_with_special_tokens": "7<|end|>"},
+        {"prompt": "q", "completion": "7", "answer": "7"},
+    ]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = score("--reward", "mine:f", "--on-failure", "drop", "--json", "rows.jsonl", cwd=tmp_path)
+    *scored, summary = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["reward"] for row in scored] == [3.0, None]
+    assert (summary["reward_mean"], summary["num_failures"]) == (3.0, 1)
+    assert "if 'level' not in fields: raise KeyError('level')" in done.stderr
+    seen = [json.loads(line) for line in (tmp_path / "seen.jsonl").read_text().splitlines()]
+    assert [{key: found[key] for key in sorted(found) if key != "file"} for found in seen] == [
+        {"completion": "7", "completion_with_special_tokens": "7<|end|>", "dataset": "sums", "fields": {"level": 3},
+         "messages": chat, "prompt": "s\n\nq", "reference": "7"},
+        {"completion": "7", "completion_with_special_tokens": "7", "dataset": "", "fields": {},
+         "messages": [{"role": "user", "content": "q"}], "prompt": "q", "reference": "7"},
+    ]  # fmt: skip
+
+
 def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> None:
     code = "from grpo_mega.rewards import reward\n@reward(low=0, high=9)\ndef f(p, c, r, n=1): return len(c) * n\n"
     (tmp_path / "mine.py").write_text(code, encoding="utf-8")
@@ -53,6 +83,21 @@ def test_a_users_reward_is_found_in_the_working_directory(tmp_path: Path) -> Non
             b'{"prompt": 1, "completion": "", "answer": "b"}',
             ("--reward", "exact"),
             "rows.jsonl:2: prompt=1 must be a string",
+        ),
+        (
+            b'{"prompt": [{"role": "user"}], "completion": "", "answer": "b"}',
+            ("--reward", "exact"),
+            'rows.jsonl:2: prompt=[{"role": "user"}] must be a string',
+        ),
+        (
+            b'{"prompt": "", "completion": "", "answer": "", "messages": "x"}',
+            ("--reward", "exact"),
+            'rows.jsonl:2: messages="x" must be a list of {role, content}',
+        ),
+        (
+            b'{"prompt": "", "completion": "", "answer": "", "dataset": 3}',
+            ("--reward", "exact"),
+            "rows.jsonl:2: dataset=3 must be a string",
         ),
         (b'{"prompt": "", "completion": "", "answer": true}', ("--reward", "exact"), "rows.jsonl:2: answer=true"),
         (b"", ("--reward", "exakt"), "did you mean 'exact'"),

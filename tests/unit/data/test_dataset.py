@@ -1,9 +1,12 @@
 """Reading of prompts, their order over the steps, and the message for each error."""
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from grpo_mega.checkpoint.manager import LoopState
@@ -86,6 +89,38 @@ def test_chat_template_opens_the_answer_and_takes_the_system_prompt(tmp_path: Pa
     config = DataConfig(train=source, template="chat", system_prompt="short")
     texts = [p.text for p in load_train(config, tokenizer).prompts]
     assert texts == ["[system]short\n[user]a\n[answer]", "[system]own\n[user]b\n[answer]"]
+
+
+def test_a_prompt_keeps_its_messages_with_the_system_prompt(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    path = _write(tmp_path / "rows.jsonl", {"prompt": "1+1", "answer": "2"}, {"prompt": chat, "answer": "d"})
+    system = {"role": "system", "content": "Be short."}
+    found = _load(path, system_prompt="Be short.").prompts
+    assert [list(p.messages) for p in found] == [[system, {"role": "user", "content": "1+1"}], [system, *chat]]
+    assert found[0].text == "Be short.\n\n1+1"
+
+
+def test_the_other_columns_are_kept_on_request_as_json_values(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"{i}+{i}", "meta": {"answer": str(2 * i), "level": i}, "tags": ["sum"], "when": None}
+        for i in range(2)
+    ]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(
+        pa.Table.from_pylist(
+            [row | {"when": datetime.date(2024, 1, 1 + i), "raw": bytes([i])} for i, row in enumerate(rows)]
+        ),
+        path,
+    )
+    config = DataConfig(train=str(path), template="plain", answer_key="meta.answer")
+    with_fields, without = (load_train(config, byte_tokenizer(), with_fields=on) for on in (True, False))
+    assert [p.answer for p in with_fields.prompts] == ["0", "2"]
+    assert [dict(p.fields) for p in with_fields.prompts] == [
+        {"meta": {"answer": str(2 * i), "level": i}, "tags": ["sum"], "when": f"2024-01-0{1 + i}", "raw": raw}
+        for i, raw in enumerate(["AA==", "AQ=="])
+    ]
+    assert [dict(p.fields) for p in without.prompts] == [{}, {}]
+    assert with_fields.digest != without.digest  # a column that a reward reads decides its values
 
 
 def test_plain_template_joins_contents_with_blank_lines(tmp_path: Path) -> None:

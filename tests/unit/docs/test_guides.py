@@ -43,10 +43,10 @@ def write_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
     return write
 
 
-def command_arguments(guide: str, name: str) -> list[str]:
-    """Return the arguments of the guide's command `grpo-mega NAME`."""
+def command_arguments(guide: str, name: str, contains: str = "") -> list[str]:
+    """Return the arguments of the guide's only command `grpo-mega NAME` that contains a text."""
     lines = [line for block in shell_blocks(guide) for line in block.splitlines()]
-    (found,) = [line for line in lines if line.startswith(f"grpo-mega {name} ")]
+    (found,) = [line for line in lines if line.startswith(f"grpo-mega {name} ") and contains in line]
     return shlex.split(found, comments=True)[2:]
 
 
@@ -63,10 +63,24 @@ def test_the_reward_scores_the_file_and_passes_the_checks_of_a_run(
     text = (REPOSITORY / "docs" / "guides" / "reward.md").read_text(encoding="utf-8")
     (rows,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     (folder / "answers.jsonl").write_text(rows)
-    assert cli.main(["score", *command_arguments("guides/reward.md", "score")]) == 0
+    assert cli.main(["score", *command_arguments("guides/reward.md", "score", "my_rewards:")]) == 0
     scored = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"prompt"')]
     assert [row["reward"] for row in scored] == [1.0, 0.5, 0.0]
     assert prepare_job("guides/reward.md").config.reward.terms[0].name == "my_rewards:closeness"
+
+
+def test_the_reward_that_reads_columns_and_messages_scores_the_file(
+    write_guide: Callable[[str], Path], capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_guide("guides/reward.md")
+    text = (REPOSITORY / "docs" / "guides" / "reward.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"```jsonl\n(.*?)```", text, re.DOTALL)
+    (folder / "levels.jsonl").write_text(rows)
+    assert cli.main(["score", *command_arguments("guides/reward.md", "score", "my_levels:")]) == 0
+    scored = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"prompt"')]
+    assert [row["reward"] for row in scored] == [0.5, 1.0, 0.0, None]
+    assert "KeyError: 'level'" in caplog.text
+    assert "for 1 of 4 completions" in caplog.text
 
 
 def test_the_environment_replies_and_passes_the_checks_of_a_run(write_guide: Callable[[str], Path]) -> None:

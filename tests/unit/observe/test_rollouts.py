@@ -108,6 +108,20 @@ def test_routing_records_are_written_beside_the_rows_in_order(tmp_path: Path) ->
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_rollout_without_a_reward_has_null_and_is_shown_last(tmp_path: Path) -> None:
+    lost = replace(rollout(text="lost"), reward=Reward(None, {"exact": 1.0}, ("judge",)))
+    rows = rollout_rows([lost, rollout(0.0, "wrong")], [0.0, -1.0], None)
+    assert (rows[0]["reward"], rows[0]["reward_failures"]) == (None, ["judge"])
+    assert "reward **none** (exact 1)" in render_rollout(rows[0])
+    with MetricsWriter(RunFolder(tmp_path), first_step=1, tensorboard=True, rollouts_shown=1) as metrics:
+        metrics.write_rollouts(4, rows)
+    first, _ = (tmp_path / "rollouts" / "step_000004.jsonl").read_text().splitlines()
+    assert json.loads(first)["reward"] is None
+    found = EventAccumulator(str(RunFolder(tmp_path).tensorboard))
+    found.Reload()
+    assert b"wrong" in found.Tensors("rollouts/0/text_summary")[0].tensor_proto.string_val[0]
+
+
 def test_no_text_ends_its_code_block() -> None:
     text = "```\n# heading\n```` <b>"
     (row,) = rollout_rows([make_rollout(text=text)], [0.5], None)

@@ -71,22 +71,43 @@ def test_without_other_rewards_there_are_no_workers() -> None:
             assert pool.collect() == {0: Reward(value=0.5 * step, components={"size": float(step)})}
 
 
-def test_a_completion_without_a_value_scores_the_floor_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_completion_without_a_value_is_left_out_and_named(caplog: pytest.LogCaptureFixture) -> None:
     completions = ["bad", "ok", "nan", "text", "high", "lost"]
     with caplog.at_level(logging.WARNING):
         rewards = score_all([SIZE, RewardTerm(name="exact")], completions)
-    assert [rewards[key].components["size"] for key in range(6)] == [-1.0, 2.0, -1.0, -1.0, -1.0, -1.0]
+    assert [rewards[key].value for key in range(6)] == [None, 1.0, None, None, None, None]
     assert [rewards[key].failures for key in range(6)] == [("size",), (), *[("size",)] * 4]
-    assert [rewards[key].components["exact"] for key in range(6)] == [0.0] * 6
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert "size raised or returned no number for 5 of 6 completions, which score its floor -1" in line
-    assert "key 0 ValueError: no idea" in line
+    assert rewards[1].components == {"size": 2.0, "exact": 0.0}
+    assert [rewards[key].components for key in (0, 2, 3, 4, 5)] == [{"exact": 0.0}] * 5
+    raised, bad = (record.getMessage() for record in caplog.records)
+    assert "size raised an exception for 1 of 6 completions, which are left out of the loss" in raised
+    assert "completion='bad'" in raised
+    assert "ValueError: no idea" in raised
+    assert "size returned no number in its range for 4 of 6 completions" in bad
 
 
-def test_a_scorer_that_raises_fails_for_all_completions_without_an_error() -> None:
+def test_a_completion_without_a_value_scores_the_floor_on_request() -> None:
+    with RewardPool([SIZE], workers=1, timeout_seconds=60.0, on_failure="floor") as pool:
+        pool.submit(0, "", "nan", "")
+        assert pool.collect()[0] == Reward(value=-0.5, components={"size": -1.0}, failures=("size",))
+
+
+def test_a_scorer_that_raises_fails_for_all_completions_without_an_error(caplog: pytest.LogCaptureFixture) -> None:
     rewards = score_all([SIZE], ["explode", "ok"])
-    assert [rewards[key].components["size"] for key in range(2)] == [-1.0, -1.0]
-    assert rewards[1].failures == ("size",)
+    assert rewards[0] == rewards[1] == Reward(value=None, failures=("size",))
+    assert 'raise RuntimeError("out of memory")' in caplog.text  # the traceback
+
+
+def test_a_batched_reward_gets_only_the_rows_of_its_sets() -> None:
+    with RewardPool(
+        [SIZE.model_copy(update={"datasets": ("a",)}), RewardTerm(name="exact")], workers=1, timeout_seconds=60.0
+    ) as pool:
+        pool.submit(0, "", "xx", "xx", dataset="a")
+        pool.submit(1, "", "xx", "xx", dataset="b")
+        assert {key: reward.components for key, reward in pool.collect().items()} == {
+            0: {"size": 2.0, "exact": 1.0},
+            1: {"exact": 1.0},
+        }
 
 
 def test_the_range_may_depend_on_the_arguments() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from grpo_mega.config.rollout_sections import RewardTerm
 from grpo_mega.rewards import build_rewards
 from grpo_mega.rewards.batched import BatchScorer, ScoringRow
 from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.types import UserError
+from grpo_mega.types import Reward, UserError
 from tests.helpers.reward_server import Request, RewardServer, judged, serving
 
 QUICK = {"request_seconds": 60.0, "retries": 2, "backoff_seconds": 0.01}
@@ -100,8 +101,76 @@ def test_remote_scores_many_completions_with_one_request_and_few_at_a_time(serve
     assert 5 <= len(server.requests) <= 7  # two with what was queued first, then full batches
     assert max(len(request.body["rows"]) for request in server.requests) == 8
     assert server.max_concurrent == 2
-    row = {"prompt": "the question", "completion": "", "reference": "the reference"}
+    row = {
+        "prompt": "the question",
+        "completion": "",
+        "reference": "the reference",
+        "messages": [{"role": "user", "content": "the question"}],
+        "completion_with_special_tokens": "",
+        "fields": {},
+        "dataset": "",
+    }
     assert row in [row for request in server.requests for row in request.body["rows"]]
+
+
+CHAT = ScoringRow(
+    "<|im_start|>user\n2+2<|im_end|>\n<|im_start|>assistant\n",
+    "It is 4",
+    "4",
+    messages=({"role": "user", "content": "2+2"},),
+    completion_with_special_tokens="It is 4<|im_end|>",
+    fields={"level": 3, "rubric": "be short \ud800", "nan": float("nan")},
+    dataset="sums",
+)
+
+
+def scored(scorer: BatchScorer, row: ScoringRow) -> float | Exception:
+    scorer.submit(0, row)
+    (value,) = scorer.collect().values()
+    scorer.close()
+    return value
+
+
+def test_remote_sends_everything_that_a_reward_gets_or_what_its_inputs_name(server: RewardServer) -> None:
+    server.answer = lambda request: (200, {"rewards": [1.0] * len(request.body["rows"])})
+    assert scored(opened("remote", url=server.url, **QUICK), CHAT) == 1.0
+    (row,) = server.requests[0].body["rows"]
+    assert row == {
+        "prompt": CHAT.prompt,
+        "completion": "It is 4",
+        "reference": "4",
+        "messages": [{"role": "user", "content": "2+2"}],
+        "completion_with_special_tokens": "It is 4<|im_end|>",
+        "fields": {"level": 3, "rubric": "be short ?", "nan": None},
+        "dataset": "sums",
+    }
+    assert scored(opened("remote", url=server.url, inputs=["completion", "dataset"], **QUICK), CHAT) == 1.0
+    assert server.requests[1].body["rows"] == [{"completion": "It is 4", "dataset": "sums"}]
+
+
+def test_the_judge_reads_messages_and_columns_without_the_markup_of_the_policy(server: RewardServer) -> None:
+    server.answer = lambda request: (200, judged("Score: 10"))
+    template = "{prompt}|{completion}|{reference}|{dataset}|{fields.rubric}|{fields.level}"
+    asked = [
+        CHAT,
+        replace(CHAT, messages=({"role": "system", "content": "Sums."}, *CHAT.messages)),
+        replace(CHAT, messages=(*CHAT.messages, {"role": "assistant", "content": "Well. "})),
+    ]
+    for row in asked:
+        assert scored(opened("judge", url=f"{server.url}/v1", model="m", template=template, **QUICK), row) == 1.0
+    assert [request.body["messages"][0]["content"] for request in server.requests] == [
+        "2+2|It is 4|4|sums|be short ?|3",
+        "System: Sums.\n\nUser: 2+2|It is 4|4|sums|be short ?|3",
+        "2+2|Well. It is 4|4|sums|be short ?|3",
+    ]
+
+
+def test_a_column_of_the_judges_template_that_the_row_lacks_is_named(server: RewardServer) -> None:
+    template = "{completion}{fields.rubrik}"
+    found = scored(opened("judge", url=f"{server.url}/v1", model="m", template=template, **QUICK), CHAT)
+    assert isinstance(found, ValueError)
+    assert "{fields.rubrik}; the columns of the row are ['level', 'nan', 'rubric']" in str(found)
+    assert server.requests == []
 
 
 def test_remote_reads_an_engines_classification(server: RewardServer) -> None:
@@ -166,7 +235,7 @@ def test_the_wait_doubles_with_each_attempt(server: RewardServer) -> None:
     assert second >= 0.2
 
 
-def test_a_server_that_exited_scores_the_floor_without_an_error() -> None:
+def test_the_completions_of_a_server_that_exited_are_left_out_without_an_error() -> None:
     with serving(lambda request: (200, {"rewards": [1.0] * len(request.body["rows"])})) as short_lived:
         terms = [
             RewardTerm(name="remote", args={"url": short_lived.url, "low": -3.0, **QUICK}),
@@ -178,7 +247,7 @@ def test_a_server_that_exited_scores_the_floor_without_an_error() -> None:
     pool.submit(1, "", "7", "7")
     lost = pool.collect()[1]
     pool.close()
-    assert (lost.value, lost.failures, lost.components["exact"]) == (-2.0, ("remote",), 1.0)
+    assert lost == Reward(value=None, components={"exact": 1.0}, failures=("remote",))
 
 
 @pytest.mark.parametrize(
@@ -223,6 +292,8 @@ def test_a_value_that_is_not_a_number_fails_alone(server: RewardServer) -> None:
         ("remote", {"low": 1.0}, "low=1.0 high=1.0 must be"),
         ("remote", {"protocol": "grpc"}, "protocol='grpc' is unknown"),
         ("remote", {"protocol": "classify"}, "set model for protocol classify"),
+        ("remote", {"inputs": ["promt"]}, "inputs=['promt'] must list names of inputs"),
+        ("remote", {"inputs": "prompt"}, "inputs='prompt' must list"),
         ("remote", {"batch_size": 0}, "batch_size=0 must be a whole number"),
     ],
 )

@@ -121,10 +121,54 @@ def test_a_reward_that_fails_scores_its_floor_and_affects_no_other_scoring(
         assert rewards[key].components["gsm8k"] == float(completion == "#### 7")  # scored even after a crash
         assert rewards[key].value == (-0.5 if failed else 1.0) + 0.25 * (completion == "#### 7")
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 3  # one for each kind, however many failed
+    assert len(lines) == 4  # one for each kind, however many failed
     assert any("obey timed out for 2 of 30 completions, which score its floor -0.5" in line for line in lines)
     assert any("obey crashed for 2 of 30" in line for line in lines)
-    assert any("obey raised or returned no number for 6 of 30" in line and "key 12 KeyError" in line for line in lines)
+    assert any("obey raised an exception for 2 of 30" in line and "completion='raise'" in line for line in lines)
+    assert any("obey returned no number in its range for 4 of 30" in line and "NoneType" in line for line in lines)
+
+
+def test_an_exception_is_logged_with_its_traceback_and_row_and_a_bad_value_without(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING), RewardPool([OBEY], workers=1, timeout_seconds=60.0) as pool:
+        for key, completion in enumerate(["fine", "raise", "raise", "nan"]):
+            pool.submit(key, "the question", completion, "7", dataset="sums", index=10 + key)
+        pool.collect()
+    raised, bad = (record.getMessage() for record in caplog.records)
+    assert "raised an exception for 2 of 4 completions, which score its floor -0.5" in raised
+    assert "row 11 of data set sums, prompt='the question', completion='raise', reference='7'" in raised
+    assert 'if what == "raise": raise KeyError("no such thing")' in raised  # the line of the user's file
+    assert raised.endswith("KeyError: 'no such thing'")
+    assert "worker.py" not in raised
+    assert "returned no number in its range for 1 of 4 completions" in bad
+    assert "row 13 of data set sums" in bad
+    assert "Traceback" not in bad
+
+
+def test_a_failed_scoring_leaves_the_reward_without_a_value_if_failures_drop() -> None:
+    terms = [OBEY, RewardTerm(name="gsm8k", weight=0.25)]
+    with RewardPool(terms, workers=1, timeout_seconds=60.0, on_failure="drop") as pool:
+        for key, completion in enumerate(["raise", "nan", "exit", "#### 7"]):
+            pool.submit(key, "", completion, "7")
+        found = pool.collect()
+    for key in range(3):
+        assert found[key] == Reward(value=None, components={"gsm8k": 0.0}, failures=("obey",))
+    assert found[3] == Reward(value=1.25, components={"obey": 1.0, "gsm8k": 1.0})
+
+
+def test_a_term_scores_only_the_rows_of_its_sets() -> None:
+    terms = [
+        RewardTerm(name="gsm8k", datasets=("sums",)),
+        RewardTerm(name="exact", weight=2.0, datasets=("words", "names")),
+        RewardTerm(name="format", weight=0.5),
+    ]
+    with RewardPool(terms, workers=1, timeout_seconds=60.0) as pool:
+        for key, dataset in enumerate(["sums", "words", "names"]):
+            pool.submit(key, "", "#### 7", "#### 7", dataset=dataset)
+        found = pool.collect()
+    assert found[0] == Reward(value=1.5, components={"gsm8k": 1.0, "format": 1.0})
+    assert found[1] == found[2] == Reward(value=2.5, components={"exact": 1.0, "format": 1.0})
 
 
 def test_steps_come_back_weighted_and_a_number_beside_them_ends_with_the_completion() -> None:
@@ -166,7 +210,7 @@ def test_a_catastrophic_regular_expression_is_ended_at_the_time_limit_by_the_pro
     monkeypatch.setattr(json_worker, "GRACE_SECONDS", 60.0)  # on a busy machine an alarm may come late
     terms = [RewardTerm(name="format", args={"pattern": "(a+)+b$"})]
     rewards = score_all(["a" * 60, "aab", "a" * 60], terms=terms, timeout_seconds=2.0)
-    assert f"the first: key 0 exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent SIGKILL
+    assert f"exit status -{signal.SIGALRM}" in caplog.text  # the parent would have sent SIGKILL
     assert [rewards[key].failures for key in range(3)] == [("format",), (), ("format",)]
     assert rewards[1].value == 1.0
 

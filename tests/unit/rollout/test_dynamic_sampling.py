@@ -25,6 +25,8 @@ class Recorder:
     """Sampler of groups of two that records its calls; a group has equal rewards unless `is_useful(prompt)`."""
 
     is_useful: Callable[[int], bool]
+    is_unscored: Callable[[int], bool] = lambda _: False
+    """The second rollout of the group could not be scored."""
     returns_records: bool = False
     """Return routing records for all rollouts except the first."""
     calls: list[tuple[list[int], tuple[object, ...]]] = field(default_factory=list)
@@ -39,7 +41,8 @@ class Recorder:
             for reward in (0.0, float(self.is_useful(prompt.index))):
                 choices = torch.zeros(1, 1, 1, dtype=torch.uint8) if self.returns_records and rollouts else None
                 completion = Completion((1,), (0.0,), "eos", 0, f"{seed_of}", choices)
-                rollouts.append(Rollout(prompt, completion, Reward(reward), 0))
+                lost = len(rollouts) % 2 == 1 and self.is_unscored(prompt.index)
+                rollouts.append(Rollout(prompt, completion, Reward(None if lost else reward), 0))
         return SampledGroups(rollouts, 2)
 
 
@@ -98,6 +101,13 @@ def test_refill_replaces_degenerate_groups_in_place_until_none_is_left() -> None
     assert open_places[-1] == 0
     assert groups.num_discarded == len(asked) - PER_STEP
     assert all(groups.rollouts[i].prompt == groups.rollouts[i + 1].prompt for i in range(0, 2 * PER_STEP, 2))
+
+
+def test_refill_replaces_groups_with_fewer_than_two_rewards() -> None:
+    recorder = Recorder(lambda index: index % 3 == 0, is_unscored=lambda index: index % 2 == 0)
+    found = indices(source(recorder, "algorithm.degenerate=refill").sample(3))
+    assert len(found) == PER_STEP
+    assert all(index % 3 == 0 and index % 2 == 1 for index in found)
 
 
 def test_rounds_and_steps_have_different_seeds_and_prompts_that_are_reproducible() -> None:

@@ -12,8 +12,8 @@ from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import SampledGroups, Sampler
 from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
 
-# answers to each prompt: those of the samples, then the greedy one; "7" is right
-ANSWERS = {0: "7787" + "7", 1: "8897" + "8", 2: "9999" + "9"}
+# answers to each prompt: those of the samples, then the greedy one; "7" is right, "6" could not be scored
+ANSWERS = {0: "7787" + "7", 1: "8897" + "8", 2: "9999" + "9", 3: "7668" + "6", 4: "6666" + "6"}
 
 
 class ScriptedSampler:
@@ -28,13 +28,16 @@ class ScriptedSampler:
             for text in answers[: request.group_size]:
                 right = float(text == "7")
                 completion = Completion((1,) * int(text), (0.0,) * int(text), "eos", 0, text)
-                rollouts.append(Rollout(prompt, completion, Reward(right / 2, {"exact": right}), 0))
+                reward = Reward(right / 2, {"exact": right})
+                if text == "6":
+                    reward = Reward(None, {}, ("exact",))
+                rollouts.append(Rollout(prompt, completion, reward, 0))
         return SampledGroups(rollouts, request.group_size)
 
 
 def run_evaluation(sets: list[DataSet], **config: Any) -> Evaluation:
     sampler = cast("Sampler", ScriptedSampler())
-    return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, "exact", 1.0).evaluate()
+    return Evaluator(sampler, sets, EvaluationConfig(**config), 8, 0, {"exact": 1.0}).evaluate()
 
 
 def make_prompts(*indices: int) -> tuple[Prompt, ...]:
@@ -64,3 +67,23 @@ def test_several_sets_are_reported_together_and_by_name() -> None:
 def test_max_prompts_applies_to_each_set() -> None:
     found = run_evaluation([DataSet("easy", make_prompts(0, 1)), DataSet("hard", make_prompts(2))], k=4, max_prompts=1)
     assert {name: part.num_prompts for name, part in found.sets.items()} == {"easy": 1, "hard": 1}
+
+
+def test_samples_without_a_reward_are_left_out_and_counted() -> None:
+    found = evaluate([DataSet("easy", prompts(0, 3))], k=4, report_k=(2, 4))
+    # prompt 0 has 3 right of 4; prompt 3 has 1 of the 2 that were scored
+    assert (found.accuracy, found.reward_mean, found.greedy_accuracy) == (4 / 6, 4 / 12, 1.0)
+    assert found.failed_fraction == 2 / 8
+    assert found.pass_at_k == {"2": 1.0, "4": 1.0}  # 1 - C(1, 2) / C(4, 2) and 1 - C(1, 2) / C(2, 2)
+    assert found.majority_at_k == {"2": ((1 + 1 / 2) / 2 + 1 / 2) / 2, "4": 1.0}  # prompt 3 has no 4 samples
+    nothing = evaluate([DataSet("hard", prompts(4))], k=4)
+    assert (nothing.accuracy, nothing.reward_mean, nothing.failed_fraction) == (0.0, 0.0, 1.0)
+
+
+def test_the_first_term_that_applies_to_a_row_decides_whether_it_is_right() -> None:
+    evaluator = Evaluator(
+        cast("Sampler", ScriptedSampler()), [], EvaluationConfig(), 8, 0, {"gsm8k": 1.0, "exact": 2.0, "format": 1.0}
+    )
+    assert evaluator.is_right(Reward(1.5, {"gsm8k": 1.0, "format": 0.5}))
+    assert not evaluator.is_right(Reward(2.0, {"exact": 1.0, "format": 1.0}))
+    assert not evaluator.is_right(Reward(None, {"format": 1.0}, ("exact",)))

@@ -18,6 +18,7 @@ from grpo_mega.interfaces import Engine
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rollout import sampler
 from grpo_mega.rollout.sampler import SampledGroups, Sampler, derived_seed, locate_step_tokens
 from grpo_mega.types import Completion, Prompt, Reward, SamplingRequest
@@ -53,9 +54,11 @@ class ScriptedScorer:
 
     def __init__(self) -> None:
         self.submitted: list[tuple[int, str, str, str]] = []
+        self.rows: dict[int, ScoringRow] = {}
 
-    def submit(self, key: int, prompt: str, completion: str, reference: str) -> None:
-        self.submitted.append((key, prompt, completion, reference))
+    def submit_row(self, key: int, row: ScoringRow) -> None:
+        self.submitted.append((key, row.prompt, row.completion, row.reference))
+        self.rows[key] = row
 
     def collect(self) -> dict[int, Reward]:
         return {key: Reward(float(ref) + int(text.split()[1]) / 10) for key, _, text, ref in self.submitted}
@@ -123,6 +126,27 @@ def test_all_ranks_get_all_groups_in_the_order_of_the_prompts(
     ]
     for first in range(0, world, engine_tp):  # the ranks of a share make the same calls
         assert all(engine.calls == engines[first].calls for engine in engines[first : first + engine_tp])
+
+
+def test_a_reward_gets_everything_that_is_known_of_a_completion() -> None:
+    scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
+    prompt = Prompt(7, "<|user|>2+2", (3,), "4", "sums", ({"role": "user", "content": "2+2"},), {"level": 3})
+
+    def special(token_ids: Sequence[int]) -> str:
+        return f"{len(token_ids)} tokens<|end|>"
+
+    sampler = Sampler(cast("Engine", ScriptedEngine()), scorer, ranks, PhaseTimer(), None, special_text_of=special)
+    sampler.sample([prompt], replace(REQUEST, group_size=2), SEED_OF)
+    assert scorer.rows[1] == ScoringRow(
+        "<|user|>2+2",
+        "answer 1 to 7",
+        "4",
+        messages=({"role": "user", "content": "2+2"},),
+        completion_with_special_tokens="6 tokens<|end|>",
+        fields={"level": 3},
+        dataset="sums",
+        index=7,
+    )
 
 
 def test_the_prompts_of_a_wave_are_distributed_round_robin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +221,7 @@ def test_a_rollout_whose_environment_failed_is_not_scored_and_gets_the_floor(mon
             super().generate(prompts, sampling, add_failure)
 
     scorer, ranks = ScriptedScorer(), Ranks(Topology(1), Topology(1).coordinates(0), torch.device("cpu"))
-    sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, floor)
+    sampler = Sampler(cast("Engine", Failing()), scorer, ranks, PhaseTimer(), None, lambda dataset: floor)
     rollouts = sampler.sample(prompts_of(2), REQUEST, SEED_OF).rollouts
     assert [r.reward for r in rollouts] == [Reward(0.0), floor, Reward(0.2), Reward(1.0), floor, Reward(1.2)]
     assert sorted(key for key, *_ in scorer.submitted) == [0, 2, 3, 5]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +21,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch, explain_batch, shuffled_rewards
 from grpo_mega.trainer.objective import Objective
-from grpo_mega.types import Completion, Prompt, Reward, Rollout
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 GROUP = 4
@@ -45,7 +48,7 @@ def random_groups(num_groups: int, seed: int = 0) -> tuple[SampledGroups, list[f
 
 def build_batches(
     groups: SampledGroups,
-    rewards: list[float],
+    rewards: Sequence[float | None],
     dp: int,
     budget: int,
     minibatches: int = 2,
@@ -101,6 +104,43 @@ def test_each_rollout_has_the_total_weight_one_over_the_rollouts_of_its_minibatc
         assert list(shares.values()) == pytest.approx([1 / num_rollouts] * num_rollouts, rel=1e-6)
         assert sum(shares.values()) == pytest.approx(1.0, rel=1e-6)
         assert all(counted[i] == len(groups.rollouts[i].completion.token_ids) for i in counted)
+
+
+@pytest.mark.parametrize("dp", [1, 2, 3])
+def test_rollouts_without_a_reward_change_no_loss_in_any_split(dp: int) -> None:
+    """The loss of the step is that of the rollouts with a reward; the others get no gradient."""
+    groups, known = random_groups(7)
+    rewards = [None if i % 5 == 0 or i // GROUP == 3 else reward for i, reward in enumerate(known)]
+    parts = batches(groups, rewards, dp, 100, minibatches=1)
+    total = 0.0
+    for row in (row for part in parts for row in part.microbatches):
+        ref = -0.001 * row.labels.float()
+        old = ref - 0.04 * (row.labels // 100 % 5)  # the ratio of rollout i is e^(0.04 (i mod 5)), which is not clipped
+        log_probs = ref.clone().requires_grad_()
+        row = replace(row, old_log_probs=old, ref_log_probs=ref)
+        loss = (OBJECTIVE.loss()(log_probs, torch.zeros_like(ref), row)[0] * row.token_weights).sum()
+        loss.backward()
+        total += loss.item()
+        assert log_probs.grad is not None
+        for rollout, gradient in _by_rollout(row, log_probs.grad).items():
+            assert (gradient == 0).all() == (rewards[rollout] is None), rollout
+    expected, num_scored = 0.0, sum(reward is not None for reward in rewards)
+    for begin in range(0, 28, GROUP):
+        scored = [i for i in range(begin, begin + GROUP) if rewards[i] is not None]
+        advantages = group_advantages(torch.tensor([[known[i] for i in scored]]))[0].tolist() if scored else []
+        for i, advantage in zip(scored, advantages, strict=True):
+            expected -= advantage * math.exp(0.04 * (i % 5)) / num_scored
+    assert abs(expected) > 1e-3
+    assert total == pytest.approx(expected, abs=1e-6)
+
+
+def _by_rollout(row: Microbatch, values: torch.Tensor) -> dict[int, torch.Tensor]:
+    return {
+        rollout: values[begin:end][row.loss_mask[begin:end]]
+        for rollout, begin, end in zip(
+            row.rollout_ids, row.cu_seqlens.tolist(), row.cu_seqlens.tolist()[1:], strict=False
+        )
+    }
 
 
 def test_all_rows_of_a_step_have_one_length_on_all_ranks() -> None:
@@ -185,6 +225,14 @@ def test_shuffled_rewards_are_a_permutation_fixed_by_the_seed() -> None:
     assert sorted(shuffled) == [r.value for r in rewards]
     assert shuffled_rewards(rewards, seed=3) == shuffled
     assert shuffled_rewards(rewards, seed=4) != shuffled
+
+
+def test_rollouts_without_a_reward_stay_without_when_rewards_are_shuffled() -> None:
+    rewards = [Reward(None if i % 3 == 0 else float(i)) for i in range(50)]
+    shuffled = shuffled_rewards(rewards, seed=3)
+    assert [value is None for value in shuffled] == [i % 3 == 0 for i in range(50)]
+    assert sorted(v for v in shuffled if v is not None) == [float(i) for i in range(50) if i % 3]
+    assert shuffled != [r.value for r in rewards]
 
 
 def test_the_description_of_a_step_has_the_hand_computed_numbers() -> None:

@@ -206,3 +206,101 @@ def test_process_supervision_gives_a_number_per_trained_token_from_the_steps_of_
 def test_process_supervision_rejects_keys_for_rewards_of_whole_rollouts(keys: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_algorithm(AlgorithmConfig.model_validate(keys | {"advantage": "process"}))
+
+
+GAPS = [3.0, 1.0, None, None, None, None, 5.0, None, None, 0.0, 1.0, 2.0]
+"""Rewards of four groups of three: one rollout could not be scored, then all, then two, then none."""
+GAP_LENGTHS = [2, 1, 4, 1, 1, 1, 1, 3, 3, 1, 2, 1]
+
+
+def gap_groups() -> SampledGroups:
+    found = groups(GAP_LENGTHS, [0.0] * 12, size=3)
+    rollouts = [replace(r, reward=Reward(value)) for r, value in zip(found.rollouts, GAPS, strict=True)]
+    return replace(found, rollouts=rollouts)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        # group 1: mean 2, std (n - 1) sqrt(2); group 3 has one reward; group 4: mean 1, std 1
+        ({"advantage": "group_std"}, [0.5**0.5, -(0.5**0.5), 0, 0, 0, 0, 0, 0, 0, -1, 0, 1]),
+        ({"advantage": "group_mean"}, [1, -1, 0, 0, 0, 0, 0, 0, 0, -1, 0, 1]),
+        # less the mean of the other one (n - 1 = 1), of the other two
+        ({"advantage": "leave_one_out"}, [2, -2, 0, 0, 0, 0, 0, 0, 0, -1.5, 0, 1.5]),
+        # each rollout without steps is one step: as group_std
+        ({"advantage": "process"}, [0.5**0.5, -(0.5**0.5), 0, 0, 0, 0, 0, 0, 0, -1, 0, 1]),
+        # 8 tokens: 3, 3, 1, 5, 0, 1, 1, 2: mean 2, mean square of deviations (1+1+1+9+4+1+1+0)/8 = 9/4
+        ({"name": "reinforce_plus_plus", "kl_coef": 0.0}, [2 / 3, -2 / 3, 0, 0, 0, 0, 2, 0, 0, -4 / 3, -2 / 3, 0]),
+        # 8 tokens of r - mean: 1, 1, -1, 0, -1, 0, 0, 1: mean 1/8, mean square 5/8
+        (
+            {"name": "reinforce_plus_plus_baseline", "kl_coef": 0.0},
+            [(v - 1 / 8) / (5 / 8 - 1 / 64) ** 0.5 for v in (1, -1)]
+            + [0] * 4
+            + [(-1 / 8) / (5 / 8 - 1 / 64) ** 0.5, 0, 0]
+            + [(v - 1 / 8) / (5 / 8 - 1 / 64) ** 0.5 for v in (-1, 0, 1)],
+        ),
+        # values 0, no discount: each token's advantage is the reward, as in reinforce_plus_plus
+        (
+            {"name": "ppo", "gae_lambda": 1.0, "kl_coef": 0.0},
+            [2 / 3, -2 / 3, 0, 0, 0, 0, 2, 0, 0, -4 / 3, -2 / 3, 0],
+        ),
+    ],
+)
+def test_rollouts_without_a_reward_are_left_out_of_every_advantage_by_hand(
+    keys: dict[str, object], expected: list[float]
+) -> None:
+    objective = Objective(AlgorithmConfig.model_validate(keys), max_tokens=4)
+    values = [[0.0] * n for n in GAP_LENGTHS] if keys.get("name") == "ppo" else None
+    found = objective.credit(gap_groups(), GAPS, values=values).advantages
+    for advantage, length, wanted in zip(found, GAP_LENGTHS, expected, strict=True):
+        row = advantage if isinstance(advantage, list) else [advantage] * length
+        assert row == pytest.approx([wanted] * length, abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        # 6 rollouts with a reward and 8 tokens, in 3 groups with 3, 1 and 4 tokens
+        ("rollout_mean", [1 / 12, 1 / 6, 0, 0, 0, 0, 1 / 6, 0, 0, 1 / 6, 1 / 12, 1 / 6]),
+        ("token_mean", [1 / 8, 1 / 8, 0, 0, 0, 0, 1 / 8, 0, 0, 1 / 8, 1 / 8, 1 / 8]),
+        ("rollout_sum", [1 / 24, 1 / 24, 0, 0, 0, 0, 1 / 24, 0, 0, 1 / 24, 1 / 24, 1 / 24]),
+        ("group_token_mean", [1 / 9, 1 / 9, 0, 0, 0, 0, 1 / 3, 0, 0, 1 / 12, 1 / 12, 1 / 12]),
+    ],
+)
+def test_rollouts_without_a_reward_are_in_no_denominator(aggregation: str, expected: list[float]) -> None:
+    objective = Objective(AlgorithmConfig.model_validate({"aggregation": aggregation}), max_tokens=4)
+    found = objective.credit(gap_groups(), GAPS)
+    assert found.token_weights == pytest.approx(expected, rel=1e-12)
+    assert found.is_trained == [reward is not None for reward in GAPS]
+    # each update has denominators of its own: groups 1 and 2, groups 3 and 4
+    halves = objective.credit(gap_groups(), GAPS, minibatches=[range(6), range(6, 12)]).token_weights
+    first = {"rollout_mean": 1 / 4, "token_mean": 1 / 3, "rollout_sum": 1 / 8, "group_token_mean": 1 / 3}
+    assert halves[0] == pytest.approx(first[aggregation])
+    assert halves[2:6] == [0.0] * 4
+
+
+def test_a_group_with_fewer_than_two_rewards_is_degenerate() -> None:
+    given = gap_groups()
+    assert [given.is_degenerate(group) for group in range(4)] == [False, True, True, False]
+    dropped = Objective(AlgorithmConfig(degenerate="drop"), max_tokens=4).credit(given, GAPS)
+    assert dropped.is_trained == [True, True, *[False] * 7, True, True, True]
+    assert dropped.token_weights[6] == 0.0  # the only reward of its group
+    assert dropped.token_weights[9] == pytest.approx(1 / 5)
+
+
+def test_a_step_without_rewards_trains_nothing() -> None:
+    given = groups([1, 2], [0.0, 0.0])
+    for name in ("grpo", "rloo", "dr_grpo", "reinforce_plus_plus"):
+        found = Objective(AlgorithmConfig.model_validate({"name": name}), 4).credit(given, [None, None])
+        assert found.token_weights == [0.0, 0.0]
+        assert found.is_trained == [False, False]
+        assert {a for row in found.advantages for a in (row if isinstance(row, list) else [row])} == {0.0}
+
+
+def test_the_overlong_penalty_and_the_kl_penalty_skip_rollouts_without_a_reward() -> None:
+    keys = {"name": "rloo", "kl_coef": 0.5, "overlong_penalty": 1.0, "overlong_buffer_fraction": 0.5}
+    objective = Objective(AlgorithmConfig.model_validate(keys), max_tokens=4)
+    given = groups([1, 4, 4], [0.0] * 3, size=3)
+    # rewards 2 - 0.5 * 1 and 3 - 1 (at the limit): 1.5 - 2 and 2 - 1.5
+    found = objective.credit(given, [2.0, 3.0, None], kl=[[1.0], [0.0] * 4, [100.0] * 4])
+    assert found.advantages == [-0.5, 0.5, 0.0]

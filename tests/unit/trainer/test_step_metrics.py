@@ -70,6 +70,7 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "reward/std": math.sqrt(0.125),
             "reward/accuracy": 0.25,
             "reward/failed_fraction": 0.25,
+            "reward/dropped_fraction": 0.0,
             "reward/component/exact": 0.5,
             "reward/component/format": 1.0,
             "group/degenerate_fraction": 0.75,
@@ -104,6 +105,64 @@ def test_all_metrics_of_a_step_by_hand() -> None:
         },
         rel=1e-12,
     )
+    require_known(found)
+
+
+def with_rewards(found: StepResult, rewards: list[Reward], sets: str) -> StepResult:
+    rollouts = [
+        replace(r, reward=reward, prompt=replace(r.prompt, data_set=name))
+        for r, reward, name in zip(found.groups.rollouts, rewards, sets, strict=True)
+    ]
+    return replace(found, groups=replace(found.groups, rollouts=rollouts))
+
+
+def test_rollouts_without_a_reward_are_in_no_mean_of_rewards() -> None:
+    rewards = [
+        Reward(1.0, {"exact": 1.0, "judge": 0.5}),
+        Reward(None, {"exact": 1.0}, ("judge",)),
+        Reward(0.0, {"exact": 0.0, "judge": 0.25}),
+        Reward(None, {"exact": 0.0}, ("judge",)),
+    ]
+    given = with_rewards(result([stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
+    found = given.metrics(3, lambda r: r.value == 1)
+    assert {name: value for name, value in found.items() if name.startswith(("reward/", "set/", "group/de"))} == {
+        "reward/mean": 0.5,
+        "reward/std": 0.5,
+        "reward/accuracy": 0.5,
+        "reward/failed_fraction": 0.5,
+        "reward/dropped_fraction": 0.5,
+        "reward/component/exact": 0.5,
+        "reward/component/judge": 0.375,
+        "group/degenerate_fraction": 1.0,  # both groups have one reward, and two were replaced
+    }
+    found = with_rewards(given, [Reward(None)] * 4, "aabb").metrics(3, lambda r: r.value == 1)
+    assert all(math.isnan(found[f"reward/{name}"]) for name in ("mean", "std", "accuracy"))
+    require_known(found)
+
+
+def test_each_of_several_sets_has_its_own_metrics_by_hand() -> None:
+    rewards = [
+        Reward(1.0, {"gsm8k": 1.0}),
+        Reward(None, {}, ("gsm8k",)),
+        Reward(0.25, {"exact": 0.25}),
+        Reward(0.5, {"exact": 0.5}),
+    ]
+    given = with_rewards(result([stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
+    found = given.metrics(3, lambda r: r.value == 1, ["a", "b", "c"])
+    assert {name: value for name, value in found.items() if name.startswith(("set/", "reward/component"))} == {
+        "reward/component/gsm8k": 1.0,
+        "reward/component/exact": 0.375,
+        "set/a/rollouts": 2.0,
+        "set/a/reward_mean": 1.0,
+        "set/a/accuracy": 1.0,
+        "set/a/length_mean": 1.5,
+        "set/a/failed_fraction": 0.5,
+        "set/b/rollouts": 2.0,
+        "set/b/reward_mean": 0.375,
+        "set/b/accuracy": 0.0,
+        "set/b/length_mean": 2.5,
+        "set/b/failed_fraction": 0.0,
+    }
     require_known(found)
 
 

@@ -77,6 +77,19 @@ def test_chat_applies_the_models_own_chat_template(folder: Path) -> None:
     assert scored(folder, chat=True) == pytest.approx(expected, abs=1e-6)
 
 
+def test_chat_gets_the_messages_and_not_the_text_that_the_policy_got(folder: Path) -> None:
+    (component,) = build_rewards(
+        [RewardTerm(name="reward_model", args={"path": str(folder), "max_tokens": 32, "chat": True})]
+    )
+    messages = [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    expected = 1 / (1 + math.exp(-logit_of(folder, "uabacudaef")))
+    assert component("uabacuda", "ef", "", messages=messages) == pytest.approx(expected, abs=1e-6)
+
+
 def test_the_pool_adds_it_to_other_rewards(folder: Path) -> None:
     terms = [RewardTerm(name="reward_model", args={"path": str(folder), "max_tokens": 32}), RewardTerm(name="exact")]
     with RewardPool(terms, workers=1, timeout_seconds=30.0) as pool:
