@@ -103,6 +103,8 @@ def over_scored(step: StepRewards, advantages_of: Callable[[Tensor], Tensor]) ->
 
     Returns:
         [P, G] float32; 0 for rollouts without a reward, and in groups with fewer than two rewards.
+
+    Source: this project. A group in which n rollouts have a reward is a group of size n.
     """
     rewards, scored = step.reward_matrix, step.scored_matrix
     found = torch.zeros_like(rewards)

@@ -40,7 +40,17 @@ def group_batch(step: StepRewards) -> Estimates:
 
 
 def whitened_over_scored(step: StepRewards, values: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Return `whitened` over the tokens of the rollouts that have a reward; 0 for the tokens of the others."""
+    """Return `whitened` over the tokens of the rollouts that have a reward; 0 for the tokens of the others.
+
+    Args:
+        step: says which rollouts have a reward.
+        values: one list per rollout, one value per loss token.
+
+    Raises:
+        ValueError: a value of a rollout with a reward is not finite.
+
+    Source: this project. The step is whitened as if it had only the rollouts with a reward.
+    """
     found = iter(whitened(list(compress(values, step.scored))))
     return [next(found) if has else [0.0] * len(row) for row, has in zip(values, step.scored, strict=True)]
 
