@@ -50,7 +50,7 @@ def test_a_reward_gets_the_same_inputs_as_in_a_run(tmp_path: Path) -> None:
         {"prompt": "q", "completion": "7", "answer": "7"},
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    done = score("--reward", "mine:f", "--on-failure", "drop", "--json", "rows.jsonl", cwd=tmp_path)
+    done = run_score("--reward", "mine:f", "--on-failure", "drop", "--json", "rows.jsonl", cwd=tmp_path)
     *scored, summary = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["reward"] for row in scored] == [3.0, None]
     assert (summary["reward_mean"], summary["num_failures"]) == (3.0, 1)

@@ -109,8 +109,8 @@ def test_routing_records_are_written_beside_the_rows_in_order(tmp_path: Path) ->
 
 
 def test_a_rollout_without_a_reward_has_null_and_is_shown_last(tmp_path: Path) -> None:
-    lost = replace(rollout(text="lost"), reward=Reward(None, {"exact": 1.0}, ("judge",)))
-    rows = rollout_rows([lost, rollout(0.0, "wrong")], [0.0, -1.0], None)
+    lost = replace(make_rollout(text="lost"), reward=Reward(None, {"exact": 1.0}, ("judge",)))
+    rows = rollout_rows([lost, make_rollout(0.0, "wrong")], [0.0, -1.0], None)
     assert (rows[0]["reward"], rows[0]["reward_failures"]) == (None, ["judge"])
     assert "reward **none** (exact 1)" in render_rollout(rows[0])
     with MetricsWriter(RunFolder(tmp_path), first_step=1, tensorboard=True, rollouts_shown=1) as metrics:

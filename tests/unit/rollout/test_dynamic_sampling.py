@@ -105,7 +105,7 @@ def test_refill_replaces_degenerate_groups_in_place_until_none_is_left() -> None
 
 def test_refill_replaces_groups_with_fewer_than_two_rewards() -> None:
     recorder = Recorder(lambda index: index % 3 == 0, is_unscored=lambda index: index % 2 == 0)
-    found = indices(source(recorder, "algorithm.degenerate=refill").sample(3))
+    found = prompt_indices(make_source(recorder, "algorithm.degenerate=refill").sample(3))
     assert len(found) == PER_STEP
     assert all(index % 3 == 0 and index % 2 == 1 for index in found)
 

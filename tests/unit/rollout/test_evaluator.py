@@ -70,13 +70,13 @@ def test_max_prompts_applies_to_each_set() -> None:
 
 
 def test_samples_without_a_reward_are_left_out_and_counted() -> None:
-    found = evaluate([DataSet("easy", prompts(0, 3))], k=4, report_k=(2, 4))
+    found = run_evaluation([DataSet("easy", make_prompts(0, 3))], k=4, report_k=(2, 4))
     # prompt 0 has 3 right of 4; prompt 3 has 1 of the 2 that were scored
     assert (found.accuracy, found.reward_mean, found.greedy_accuracy) == (4 / 6, 4 / 12, 1.0)
     assert found.failed_fraction == 2 / 8
     assert found.pass_at_k == {"2": 1.0, "4": 1.0}  # 1 - C(1, 2) / C(4, 2) and 1 - C(1, 2) / C(2, 2)
     assert found.majority_at_k == {"2": ((1 + 1 / 2) / 2 + 1 / 2) / 2, "4": 1.0}  # prompt 3 has no 4 samples
-    nothing = evaluate([DataSet("hard", prompts(4))], k=4)
+    nothing = run_evaluation([DataSet("hard", make_prompts(4))], k=4)
     assert (nothing.accuracy, nothing.reward_mean, nothing.failed_fraction) == (0.0, 0.0, 1.0)
 
 

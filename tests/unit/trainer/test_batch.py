@@ -111,7 +111,7 @@ def test_rollouts_without_a_reward_change_no_loss_in_any_split(dp: int) -> None:
     """The loss of the step is that of the rollouts with a reward; the others get no gradient."""
     groups, known = random_groups(7)
     rewards = [None if i % 5 == 0 or i // GROUP == 3 else reward for i, reward in enumerate(known)]
-    parts = batches(groups, rewards, dp, 100, minibatches=1)
+    parts = build_batches(groups, rewards, dp, 100, minibatches=1)
     total = 0.0
     for row in (row for part in parts for row in part.microbatches):
         ref = -0.001 * row.labels.float()

@@ -214,7 +214,7 @@ GAP_LENGTHS = [2, 1, 4, 1, 1, 1, 1, 3, 3, 1, 2, 1]
 
 
 def gap_groups() -> SampledGroups:
-    found = groups(GAP_LENGTHS, [0.0] * 12, size=3)
+    found = make_groups(GAP_LENGTHS, [0.0] * 12, size=3)
     rollouts = [replace(r, reward=Reward(value)) for r, value in zip(found.rollouts, GAPS, strict=True)]
     return replace(found, rollouts=rollouts)
 
@@ -289,7 +289,7 @@ def test_a_group_with_fewer_than_two_rewards_is_degenerate() -> None:
 
 
 def test_a_step_without_rewards_trains_nothing() -> None:
-    given = groups([1, 2], [0.0, 0.0])
+    given = make_groups([1, 2], [0.0, 0.0])
     for name in ("grpo", "rloo", "dr_grpo", "reinforce_plus_plus"):
         found = Objective(AlgorithmConfig.model_validate({"name": name}), 4).credit(given, [None, None])
         assert found.token_weights == [0.0, 0.0]
@@ -300,7 +300,7 @@ def test_a_step_without_rewards_trains_nothing() -> None:
 def test_the_overlong_penalty_and_the_kl_penalty_skip_rollouts_without_a_reward() -> None:
     keys = {"name": "rloo", "kl_coef": 0.5, "overlong_penalty": 1.0, "overlong_buffer_fraction": 0.5}
     objective = Objective(AlgorithmConfig.model_validate(keys), max_tokens=4)
-    given = groups([1, 4, 4], [0.0] * 3, size=3)
+    given = make_groups([1, 4, 4], [0.0] * 3, size=3)
     # rewards 2 - 0.5 * 1 and 3 - 1 (at the limit): 1.5 - 2 and 2 - 1.5
     found = objective.credit(given, [2.0, 3.0, None], kl=[[1.0], [0.0] * 4, [100.0] * 4])
     assert found.advantages == [-0.5, 0.5, 0.0]

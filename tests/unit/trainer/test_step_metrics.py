@@ -123,7 +123,7 @@ def test_rollouts_without_a_reward_are_in_no_mean_of_rewards() -> None:
         Reward(0.0, {"exact": 0.0, "judge": 0.25}),
         Reward(None, {"exact": 0.0}, ("judge",)),
     ]
-    given = with_rewards(result([stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
+    given = with_rewards(make_result([make_stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
     found = given.metrics(3, lambda r: r.value == 1)
     assert {name: value for name, value in found.items() if name.startswith(("reward/", "set/", "group/de"))} == {
         "reward/mean": 0.5,
@@ -147,7 +147,7 @@ def test_each_of_several_sets_has_its_own_metrics_by_hand() -> None:
         Reward(0.25, {"exact": 0.25}),
         Reward(0.5, {"exact": 0.5}),
     ]
-    given = with_rewards(result([stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
+    given = with_rewards(make_result([make_stats(0.2, 1.5, 1e-4)]), rewards, "aabb")
     found = given.metrics(3, lambda r: r.value == 1, ["a", "b", "c"])
     assert {name: value for name, value in found.items() if name.startswith(("set/", "reward/component"))} == {
         "reward/component/gsm8k": 1.0,
