@@ -12,11 +12,17 @@ SPECIAL = ("<pad>", "<|begin|>", "<|end|>", "<|start|>", "<|stop|>")
 
 
 def bpe_tokenizer(
-    words: Sequence[str] = (), *, add_bos: bool = False, add_eos: bool = False, **settings: object
+    words: Sequence[str] = (),
+    *,
+    special: Sequence[str] = (),
+    add_bos: bool = False,
+    add_eos: bool = False,
+    **settings: object,
 ) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer: the special tokens, 256 bytes, and merges that give each of `words` one token.
 
-    `add_bos` and `add_eos` make it add these tokens to every text, as Llama's tokenizers do.
+    `special` are further special tokens, after the bytes and the words. `add_bos` and `add_eos` make it add these
+    tokens to every text, as Llama's tokenizers do.
     """
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *symbols])}
@@ -30,7 +36,7 @@ def bpe_tokenizer(
     core = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL, *special)])
     if add_bos or add_eos:
         begin, end = ("<|begin|> " if add_bos else ""), (" <|end|>" if add_eos else "")
         core.post_processor = processors.TemplateProcessing(

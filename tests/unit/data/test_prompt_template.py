@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,17 @@ from grpo_mega.data.prompt_rows import PromptSource
 from grpo_mega.data.prompt_template import PromptTemplate, RenderedPrompt
 from grpo_mega.types import UserError
 from tests.helpers.small_tokenizers import SPECIAL, bpe_tokenizer
+
+_TRL = find_spec("trl")
+assert _TRL is not None
+assert _TRL.origin is not None
+FAMILIES = ("deepseek", "glm", "gptoss", "llama3", "phi3", "qwen")
+TEMPLATES = sorted(
+    path for path in (Path(_TRL.origin).parent / "chat_templates").glob("*.jinja") if path.stem.startswith(FAMILIES)
+)
+"""Chat templates of the supported families, as TRL ships them."""
+assert len(TEMPLATES) > 10
+SPECIAL_IN_TEMPLATE = re.compile(r"<\|\w+\|>|<\uff5c[^\uff5c]+\uff5c>")
 
 BEGIN, END, START, STOP = range(1, 5)
 TEMPLATE = (
@@ -118,6 +131,30 @@ def test_a_template_that_reads_a_special_token_in_the_row_is_an_error_and_not_an
     with pytest.raises(UserError, match=r"'<\|stop\|>' in the row.*data\.allow_special_tokens=true"):
         render(tokenizer, "a<|stop|>b")
     assert render(tokenizer, "a<|stop|>b", allow_special_tokens=True).token_ids == ids(tokenizer, "b", STOP)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_special_tokens_are_text_in_the_templates_of_all_families(template: Path) -> None:
+    special = sorted(set(SPECIAL_IN_TEMPLATE.findall(template.read_text(encoding="utf-8"))) - set(SPECIAL))
+    tokenizer = bpe_tokenizer(special=special)
+
+    def rendered(first: str, second: str) -> list[RenderedPrompt]:
+        user, answer = {"role": "user", "content": f"a {first}"}, {"role": "assistant", "content": f"b {second}"}
+        system, last = {"role": "system", "content": f"{second}c"}, {"role": "user", "content": f"{first}{second}"}
+        conversations = [[last], [user, answer, last], [system, last], [user, answer]]
+        return [render(tokenizer, messages, chat_template=str(template)) for messages in conversations]
+
+    attack = (special[0], "<|end|>")
+    for harmless, found in zip(rendered("\u00e9", "\u00e8"), rendered(*attack), strict=True):
+        expected: list[int] = []
+        for token_id in harmless.token_ids:
+            expected.append(token_id)
+            for letter, text in zip("\u00e9\u00e8", attack, strict=True):
+                spelled = ids(tokenizer, letter)
+                if tuple(expected[-len(spelled) :]) == spelled:
+                    expected[-len(spelled) :] = ids(tokenizer, text)
+        assert list(found.token_ids) == expected
+        assert tokenizer.decode(found.token_ids) == found.text
 
 
 def test_a_warning_counts_the_rows_with_special_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
