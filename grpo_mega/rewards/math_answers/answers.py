@@ -155,8 +155,12 @@ def _parse_item(tokens: Sequence[Token], depth: int) -> MathAnswer:
 
 
 def _parse_equation(sides: list[list[Token]], operators: list[str], depth: int) -> MathAnswer:
-    if is_label(sides[0]):
-        value = _parse_value(sides[1], depth) if len(sides) == 2 else _parse_chain(sides[1:], operators[1:], depth)
+    num_labels = 0
+    while num_labels < len(sides) - 1 and is_label(sides[num_labels]):  # AB = CD = 5
+        num_labels += 1
+    if num_labels:
+        rest = sides[num_labels:]
+        value = _parse_value(rest[0], depth) if len(rest) == 1 else _parse_chain(rest, operators[num_labels:], depth)
         return value._replace(label=tuple(sides[0]))
     if len(sides) == 2 and is_label(sides[1]):
         return _parse_value(sides[0], depth)._replace(label=tuple(sides[1]))
@@ -168,21 +172,31 @@ def _parse_chain(sides: list[list[Token]], operators: list[str], depth: int) -> 
 
 
 def is_label(tokens: Sequence[Token]) -> bool:
-    r"""Return True for the name of a quantity: `x`, `f^{-1}(x)`, `AB`, `\mathbf{u}_2`, `(x, y)`, `\text{Area}`."""
+    r"""Return True for the name of a quantity: `x`, `f^{-1}(x)`, `AB`, `\mathbf{u}_2`, `(x, y)`, `\text{Area}`.
+
+    `xy` and `x^2` are expressions and no names.
+    """
     if not 0 < len(tokens) <= 20 or all(token.text in _CONSTANTS for token in tokens):
         return False
-    previous = ""
-    for kind, text in tokens:
-        if kind == "number" and previous not in ("_", "^", "{", "-"):
+    texts = [token.text for token in tokens]
+    for position, (kind, text) in enumerate(tokens):
+        previous = texts[position - 1] if position else ""
+        if kind == "number" and previous not in ("_", "{", "-"):
             return False
-        if kind == "mark" and (text not in _LABEL_MARKS or (text == "-" and previous != "{")):
+        if kind == "mark" and text in ("^", "-") and texts[position : position + 5] != ["^", "{", "-", "1", "}"]:
+            if text == "^" or texts[position - 2 : position] != ["^", "{"]:
+                return False
+        elif kind == "mark" and text not in _LABEL_MARKS:
             return False
         if kind == "function" or (kind == "unknown" and text not in ("\\angle", "\\triangle", "\\overrightarrow")):
             return False
         if kind == "word" and text.casefold() in _NOT_LABELS:
             return False
-        previous = text
     kind, text = tokens[0]
+    if "^" in texts and not (text in ("f", "g", "h") or text.isupper()):
+        return False
+    if len(tokens) > 1 and all(token.kind == "symbol" for token in tokens) and not "".join(texts).isupper():
+        return False
     return kind in ("symbol", "upright", "word", "unknown") or (text == "(" and Token("mark", ",") in tokens)
 
 

@@ -81,8 +81,8 @@ def is_prose(reference: str) -> bool:
 def _answer_tokens(text: str, *, join_thousands: bool = True) -> list[Token]:
     match = _LEAD_IN.match(text)
     if match is not None and match.end() < len(text):
-        opened = "\\text" in match.group() and "}" not in match.group()
-        text = text[match.end() :] if not opened else text
+        is_open = "\\text" in match.group() and "}" not in match.group()
+        text = text[match.end() :].replace("}", "", is_open)  # \text{The answer is 5}
     tokens = tokenize(text, join_thousands=join_thousands)
     while tokens and tokens[-1] in (Token("mark", "."), Token("mark", ",")):
         tokens.pop()
@@ -95,7 +95,7 @@ def _comparable(tokens: Sequence[Token]) -> tuple[str, ...]:
     for kind, text in tokens:
         if is_prose and kind == "mark" and text in _PUNCTUATION:
             continue
-        texts.append(text.casefold() if kind == "word" else text)
+        texts.append(text.casefold() if kind == "word" and len(text) > 1 else text)
     position = 0
     while position + 3 < len(texts):  # x^{2} is x^2
         if texts[position] in ("^", "_") and texts[position + 1] == "{" and texts[position + 3] == "}":
@@ -255,7 +255,8 @@ def _values_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
     if set(kinds) <= {"list", "set"}:
         return _collections_agree(reference, answer)
     for one, other in ((reference, answer), (answer, reference)):
-        if one.kind == "set" and other.kind == "scalar" and len(one.parts[0]) == 1:
+        is_one_value = one.kind == "set" and len(one.parts[0]) == 1 and not _is_empty_symbol(one.parts[0][0])
+        if is_one_value and other.kind == "scalar":
             return _agree(one.parts[0][0], other)
         if one.kind == "words" and (other == MathAnswer("set", ((),)) or _is_empty_symbol(other)):
             return one.parts in _NOTHING

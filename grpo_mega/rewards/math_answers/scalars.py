@@ -47,13 +47,15 @@ def are_equal_scalars(first: Expression, second: Expression) -> bool:
     """Return True when both expressions have a value and the same one, for all values of their variables."""
     if first == second:
         return True
+    names = depends_on(first) | depends_on(second)
+    if names & {"oo", "empty"}:  # no arithmetic with infinity
+        return False
     try:
         return all(residue(first, point) == residue(second, point) for point in (1, 2)) or _is_rounded(first, second)
     except NotRationalError:
         pass
     except (UndefinedError, ZeroDivisionError):
         return False
-    names = depends_on(first) | depends_on(second)
     if _has_log(first) or _has_log(second):
         return any(_agree_numerically(first, second, names, decimal_log=base_10) for base_10 in (False, True))
     return _agree_numerically(first, second, names) or (not names and _is_rounded(first, second))
@@ -82,11 +84,14 @@ def _agree_at(first: Expression, second: Expression, point: int, *, signed: bool
     for _ in range(3):
         evaluator = NumericEvaluator(point, bits=bits, signed=signed, decimal_log=decimal_log)
         try:
-            a, b = evaluator.evaluate(first), evaluator.evaluate(second)
+            a = evaluator.evaluate(first)
+            is_first_complex, evaluator.is_complex = evaluator.is_complex, False
+            b = evaluator.evaluate(second)
         except UndefinedError:
             return None
-        if signed and evaluator.is_complex:
-            return None
+        if signed and (is_first_complex or evaluator.is_complex):
+            has_absolute = contains_kind(first, "absolute") or contains_kind(second, "absolute")
+            return False if has_absolute and is_first_complex != evaluator.is_complex else None
         needed = _needed_bits(a, b, evaluator)
         if needed <= bits:
             return bool(abs(a - b) <= max(abs(a), abs(b)) * power_of_two(-(bits * 3) // 4))

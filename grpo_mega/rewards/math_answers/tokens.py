@@ -79,7 +79,7 @@ def _ascii_form(character: str) -> str:
     if digit is not None:
         return str(digit)
     plain = unicodedata.normalize("NFKC", character)  # full-width letters and mathematical alphanumerics
-    return plain if len(plain) == 1 and plain.isascii() else character
+    return plain if len(plain) == 1 and plain.isascii() and not plain.isdigit() else character
 
 
 def tokenize(text: str, *, join_thousands: bool = True) -> list[Token]:
