@@ -276,6 +276,7 @@ def _is_empty_symbol(answer: MathAnswer) -> bool:
 
 
 def _collections_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
+    reference, answer = _without_numbered_labels(reference), _without_numbered_labels(answer)
     first, second = reference.parts[0], answer.parts[0]
     if (_named_values(reference) is None) != (_named_values(answer) is None):
         return False  # x=1, y=2 is not 1, 2
@@ -288,6 +289,18 @@ def _collections_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
             any(_agree(a, b) for a in first) for b in second
         )
     return _match_in_any_order(first, second)
+
+
+def _without_numbered_labels(answer: MathAnswer) -> MathAnswer:
+    r"""Remove the labels of `x_1 = 2, x_2 = 3`: they number the values of one variable."""
+    labels = [item.label for item in answer.parts[0]]
+    is_numbered = all(
+        len(label) >= 3 and label[1].text == "_" and label[-1 - (label[-1].text == "}")].text.isdigit()
+        for label in labels
+    )
+    if len(labels) < 2 or not is_numbered or len({label[0] for label in labels}) > 1 or len(set(labels)) < len(labels):
+        return answer
+    return answer._replace(parts=(tuple(item._replace(label=()) for item in answer.parts[0]),))
 
 
 def _agree_in_order(first: Sequence[MathAnswer], second: Sequence[MathAnswer]) -> bool:

@@ -19,13 +19,21 @@ _BETWEEN_BOXES = re.compile(
     re.IGNORECASE,
 )
 _FORMULA = r"\$\$.*?\$\$|\$[^$]+\$|\\\[.*?\\\]|\\\(.*?\\\)"
-_SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S))+", re.DOTALL)
+_SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S)|(?<=\d)[!?])+", re.DOTALL)
 _ANSWER_PHRASE = re.compile(r"\b(?:answer|solution|result)s?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
-_NUMBER = r"(?<![\w^.\\])[-+\u2212]?\\?[$\u20ac\u00a3]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\s?(?:\\?%)?(?![\w^!/])"
+_NUMBER = (
+    r"(?<![\w^.\\])(?:[-+\u2212]\s?)?\\?[$\u20ac\u00a3]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:/\d+)?\s?(?:\\?%)?(?![\w^!?/])"
+)
 _VALUE = re.compile(rf"{_FORMULA}|{_NUMBER}", re.DOTALL)
 _HEDGE = re.compile(
     r"[\s,;/&]*(?:\b(?:or|and|to|maybe|possibly|perhaps|either)\b[\s,;]*)*[-\u2013/]?\s*", re.IGNORECASE
 )
+_NEGATION = re.compile(
+    r"\b(?:not|never|neither|wrong|incorrect|cannot|unless|except|about|approximately|around|roughly|almost|nearly"
+    r"|between|(?:more|less|fewer|greater) than|at (?:least|most))\b|n't\b",
+    re.IGNORECASE,
+)
+_MAX_SENTENCES = 4  # at the end of a text, in which a value is searched
 _SENTENCE_START = re.compile(r"(?:^|[.!?:\n])\s*", re.DOTALL)
 _DECORATION = " \t\r\n*_`:"
 
@@ -44,9 +52,9 @@ def boxed_answer(text: str) -> str | None:
     for box_start, box_end, content in reversed(boxes):
         if answers and _BETWEEN_BOXES.fullmatch(text, box_end, start) is None:
             break
-        start = box_start
-        if content is None or _closes_too_much(text, box_start, box_end):
+        if content is None or (start == len(text) and _closes_too_much(text, box_start, box_end)):
             return ""
+        start = box_start
         if content not in answers:
             answers.insert(0, content)
     return answers[0] if len(answers) == 1 else " ; ".join(answers)
@@ -100,7 +108,7 @@ def marked_answer(text: str) -> str | None:
 
 
 def answer_in_prose(text: str) -> str | None:
-    """Return the answer of a text without a box: `#### x`, "the answer is x", or the last value of the last sentence.
+    """Return the answer of a text without a box: `#### x`, "the answer is x", or the last value of the text.
 
     The last value is a formula or a number. Values that `or`, `and` or a comma joins are returned together.
     """
@@ -110,17 +118,29 @@ def answer_in_prose(text: str) -> str | None:
     tail = text[-_TAIL_CHARACTERS:]
     phrases = list(_ANSWER_PHRASE.finditer(tail))
     if phrases:
-        start = phrases[-1].end() + len(tail[phrases[-1].end() :]) - len(tail[phrases[-1].end() :].lstrip(_DECORATION))
-        sentence = _SENTENCE.match(tail, start)
-        return sentence.group().strip(_DECORATION) if sentence is not None else None
+        rest = tail[phrases[-1].end() :].lstrip(_DECORATION)
+        sentence = _SENTENCE.match(rest)
+        if sentence is None:
+            return None
+        has_value_first = _VALUE.match(sentence.group()) is not None
+        last = None if has_value_first else _last_values(sentence.group())
+        return last or sentence.group().strip(_DECORATION)
     sentences = [match.group() for match in _SENTENCE.finditer(tail) if match.group().strip()]
-    values = list(_VALUE.finditer(sentences[-1])) if sentences else []
-    if not values:
+    for sentence_text in reversed(sentences[-_MAX_SENTENCES:]):
+        if _VALUE.search(sentence_text) is not None:
+            return _last_values(sentence_text)
+    return None
+
+
+def _last_values(sentence: str) -> str | None:
+    """Return the last value of a sentence, with the values joined to it; None for a negated or vague sentence."""
+    values = list(_VALUE.finditer(sentence))
+    if not values or _NEGATION.search(sentence) is not None:
         return None
     first = len(values) - 1
-    while first and _HEDGE.fullmatch(sentences[-1], values[first - 1].end(), values[first].start()):
+    while first and _HEDGE.fullmatch(sentence, values[first - 1].end(), values[first].start()):
         first -= 1
-    return sentences[-1][values[first].start() : values[-1].end()]
+    return sentence[values[first].start() : values[-1].end()]
 
 
 def sentence_tails(text: str, length: int) -> list[str]:

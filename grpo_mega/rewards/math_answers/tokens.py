@@ -42,7 +42,7 @@ _NULL_DELIMITER = re.compile(r"\\(?:left|right)\s*\.")
 _SIZES = re.compile(
     r"\\(?:left|right|middle|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|mathstrut|rm|bf|it)(?![A-Za-z])"
 )
-_GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|\\!|,\\!|\\ |\\;|~|[\u2009\u202f\u00a0])\d{3})+)(?!\d)")
+_GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|\\!|,\\!\s?|\\ |\\;|~|[\u2009\u202f\u00a0])\d{3})+)(?!\d)")
 _SPACED = re.compile(r"(?<![\d.,])(?<!\d )([1-9]\d{0,2})((?: \d{3})+)(?! ?\d)")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _REPEATING = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\d)")

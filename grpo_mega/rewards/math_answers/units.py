@@ -49,7 +49,7 @@ _NAMES = {
     "dollar": "usd",
     "cent": "",
     "euro": "eur",
-    "percent": "pct",
+    "percent": "pct percentage",
     "unit": "",
 }
 _SYNONYMS = {name: symbol for symbol, names in _NAMES.items() for name in (symbol, *names.split())}

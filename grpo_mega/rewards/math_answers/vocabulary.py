@@ -143,7 +143,7 @@ WORDS = frozenset(
     split_words(
         "or and no yes not is the so if for all any odd even none true false both only either per sq cu dne cm mm km "
         "kg mg ml ft yd mi mph kph hr hrs min sec lb lbs oz gal deg rad hz khz kw kwh mw ev pa kpa am pm rpm usd eur "
-        "gbp day days mod men mins in at to by of than maybe nor xor vs are"
+        "gbp pct day days mod men mins in at to by of than maybe nor xor vs are"
     )
 )
 """Runs of letters that are a word and not a product of variables."""

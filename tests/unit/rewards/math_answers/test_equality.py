@@ -2,6 +2,7 @@ r"""Equality of final answers against labels: every kind of answer that the rule
 
 `labeled_answers.jsonl` holds rows of {completion, answer, right}. Its first rows are inputs on which public graders
 failed (issues of huggingface/Math-Verify and huggingface/lighteval); the others were written and labeled by hand.
+`labeled_completions.jsonl` holds completions with and without boxes.
 """
 
 from __future__ import annotations
@@ -15,14 +16,23 @@ import pytest
 from grpo_mega.rewards.builtin.math import math
 from grpo_mega.rewards.math_answers.equality import is_prose, is_right
 
-ROWS = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "labeled_answers.jsonl").read_text(encoding="utf-8").splitlines()
-]
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+ROWS = rows_of("labeled_answers.jsonl")
+COMPLETIONS = rows_of("labeled_completions.jsonl")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
 def test_an_answer_is_graded_as_labeled(row: dict[str, Any]) -> None:
+    assert math("", row["completion"], row["answer"]) == row["right"]
+
+
+@pytest.mark.parametrize("row", COMPLETIONS, ids=lambda row: f"{row['completion']} for {row['answer']}")
+def test_the_final_answer_of_a_completion_is_graded_as_labeled(row: dict[str, Any]) -> None:
     assert math("", row["completion"], row["answer"]) == row["right"]
 
 

@@ -48,6 +48,10 @@ def test_the_boxed_answer(text: str, answer: str | None) -> None:
         ("So we get 3 or 4.", "3 or 4"),
         ("So we get $x=3$ or $x=4$.", "$x=3$ or $x=4$"),
         ("So $x = 5$.", "$x = 5$"),
+        ("There are 12 sequences. I hope it is correct.", "12"),
+        ("Final Answer: The volume of $ABC$ is 120. I hope it is correct.", "120"),
+        ("It is not 5.", None),
+        ("It is about 5.", None),
         ("It is a casino", None),
         ("", None),
     ],
@@ -58,3 +62,8 @@ def test_the_answer_in_prose(text: str, answer: str | None) -> None:
 
 def test_sentence_tails_begin_with_a_sentence() -> None:
     assert sentence_tails("We see. It is not even", 4) == ["It is not even", "We see. It is not even"]
+
+
+def test_many_boxes_take_linear_time() -> None:
+    assert boxed_answer(r"\boxed{5} or " * 20_000) == "5"
+    assert boxed_answer("\\boxed{" * 20_000) == ""
