@@ -7,6 +7,8 @@ indentation of the opening fence. Where language models depart from CommonMark, 
 - An opening fence may be indented by any number of columns.
 - A fence with an info string inside a block of the same character begins the next block: the closing fence was
   forgotten.
+- An opening fence with a label may stand at the end of a line of text: "The program: ```python".
+- The last block of a text may end with a fence behind its last line of code, if it is not closed otherwise.
 - A block without a language, or of Markdown, that contains a block with a language is replaced by the blocks in it.
 
 Asserted by tests/unit/rewards/test_fenced_blocks.py.
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 _FENCE = re.compile(
     r"(?P<lead>[ \t]*(?:(?:>|[-*+](?=[ \t])|[0-9]{1,9}[.)](?=[ \t]))[ \t]*)*)(?P<mark>`{3,}|~{3,})(?P<info>[^\r]*)\r?\Z"
 )
+_FENCE_BEHIND_TEXT = re.compile(r"(?P<text>[^`]*)(?P<mark>`{3,})(?P<info>[A-Za-z][\w+#.-]*)[ \t]*\r?\Z")
 _QUOTE = re.compile(r"[ \t]*>[ ]?")
 _LABEL = re.compile(r"[{.\s]*(?:language-|lang=)?([A-Za-z0-9_+#.-]*)")
 _MARKDOWN = ("", "markdown", "md")
@@ -75,7 +78,7 @@ def _blocks(text: str, depth: int) -> list[FencedBlock]:
             end_block(is_closed=False)  # the quotation ended, and the block with it
             opening = None
         if opening is None:
-            opening = fence
+            opening = fence or _read_fence_behind_text(row)
         elif fence is not None and opening.is_ended_by(fence):
             end_block(is_closed=not fence.info)
             opening = fence if fence.info else None
@@ -95,10 +98,18 @@ def _read_fence(row: str) -> _Opening | None:
     return _Opening(match["mark"], info, _columns(match["lead"]), match["lead"].count(">"))
 
 
+def _read_fence_behind_text(row: str) -> _Opening | None:
+    match = _FENCE_BEHIND_TEXT.match(row)
+    return _Opening(match["mark"], match["info"], 0, 0) if match is not None and match["text"].strip() else None
+
+
 def _finished(opening: _Opening, lines: list[str], depth: int, *, is_closed: bool) -> list[FencedBlock]:
     match = _LABEL.match(opening.info)
     label = match[1].lower() if match is not None else ""
     content = "".join(lines)
+    if not is_closed and (glued := content.rstrip()).endswith(opening.mark):
+        code = glued.removesuffix(opening.mark)
+        content = code if code == code.rstrip() else content
     inner = _blocks(content, depth + 1) if label in _MARKDOWN and depth < _MAX_DEPTH else []
     return inner if any(block.label for block in inner) else [FencedBlock(label, content, is_closed)]
 

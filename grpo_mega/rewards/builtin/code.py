@@ -31,7 +31,9 @@ from grpo_mega.rewards.thought import answer_part
 from grpo_mega.sandbox.sandbox import Limits, Outcome, Sandbox, check_limits, python_command, require_isolation
 from grpo_mega.types import UserError
 
-_PYTHON = re.compile(r"(?:python|py|ipython|cpython|pypy)(?:[-_]?[23](?:\.[0-9]{1,3}){0,2})?|[\w.-]*\.py")
+_PYTHON = re.compile(
+    r"(?:python|py|ipython|cpython|pypy)(?:[-_]?[23](?:\.[0-9]{1,3}){0,2})?(?:[-_](?:code|exec|script))?|[\w.-]*\.py"
+)
 _PYTHON_SESSION = re.compile(r"\s*>>>")
 _STATEMENT = re.compile(
     r"^[ \t]*(?:def|class|import|from|for|while|if|with|try|return|print|async|@)\b|[\w\])] ?=|\w\(", re.M

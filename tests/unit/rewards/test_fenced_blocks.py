@@ -47,6 +47,10 @@ def test_blocks_follow_commonmark(text: str, blocks: list[tuple[str, str]]) -> N
         ("```py\na\nBetter:\n```py\nb\n```", [("py", "a\nBetter:\n"), ("py", "b\n")]),
         ("````markdown\nRun:\n```py\na\n```\n````", [("py", "a\n")]),
         ("~~~\n```py\na\n```\n~~~", [("py", "a\n")]),
+        ("The program: ```py\na\n```\nIt runs.", [("py", "a\n")]),
+        ("Use ```py``` and ```a``` here.\n", []),
+        ("```py\na```", [("py", "a")]),
+        ("```py\nprint(1)```\n", [("py", "print(1)")]),
         ("Traceback:\n    ~~~^~~~\n```py\na\n```", [("py", "a\n")]),
     ],
 )
