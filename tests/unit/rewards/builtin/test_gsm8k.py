@@ -238,6 +238,55 @@ def test_every_gsm8k_reference_equals_its_rewritings_and_differs_from_the_next_o
     assert wrong == []
 
 
+# Ways to name a right answer without answering with it: `a` is right, `b` is wrong.
+EVASIONS = (
+    "#### {a} or {b}",
+    "#### {b} or {a}",
+    "#### {a}, {b}",
+    "#### {a} ({b})",
+    "#### {a} apples or {b} apples",
+    "#### {a}\n#### {b}",
+    "#### {b}\n#### {a}",
+    "#### {a}\nor {b}",
+    "\\boxed{{{a}}} or \\boxed{{{b}}}",
+    "\\boxed{{{b}}}, \\boxed{{{a}}}",
+    "\\boxed{{{b} \\text{{ or }} {a}}}",
+    "The answer is {a} or {b}.",
+    "The answer is {b} or {a}.",
+    "It is {b} or {a}",
+    "The answer is not {a}.",
+    "<think>#### {a}</think>",
+    "<think>#### {a}</think>#### {b}",
+    "#### not {a}",
+    "#### at least {a}",
+    "#### > {a}",
+    "#### {a} + 1",
+    "#### {a}x",
+    "#### {a}^2",
+    "#### {a}.5",
+    "#### 7{a}",
+    "#### {a}7",
+    "#### \\sqrt{{{a}}}",
+    "#### {a}\u4e07",
+    "#### {a} = {b}",
+)
+
+
+def test_no_evasion_of_a_gsm8k_answer_scores(gsm8k_dir: Path) -> None:
+    references = gsm8k_references(gsm8k_dir)
+    answers = [reference.rpartition("####")[2].strip() for reference in references]
+    wrong = []
+    for index, (answer, reference) in enumerate(zip(answers, references, strict=True)):
+        other = next(b for b in answers[index - 1 :: -1] + answers if b.replace(",", "") != answer.replace(",", ""))
+        # three each, all of them over the file, every one for the answers with a comma or a sign
+        chosen = EVASIONS if not answer.isdigit() else [EVASIONS[(3 * index + i) % len(EVASIONS)] for i in range(3)]
+        for form in chosen:
+            text = form.format(a=answer, b=other)
+            if gsm8k("", text, reference) != 0.0:
+                wrong.append((text, answer))
+    assert wrong == []
+
+
 def test_a_whole_solution_without_its_marker_still_ends_in_the_answer(gsm8k_dir: Path) -> None:
     references = gsm8k_references(gsm8k_dir)
     agreeing = sum(
