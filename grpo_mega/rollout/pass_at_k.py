@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 
 from grpo_mega.rewards.answer_parsing import boxed_contents
 from grpo_mega.rewards.builtin.gsm8k import final_answer as final_numbers
+from grpo_mega.rewards.thought import answer_part
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _MARKER = "####"
@@ -75,9 +76,10 @@ def final_answer(completion: str) -> Hashable | None:
     r"""Return the final answer of a completion, for counting votes; None for an empty completion.
 
     The answer is the content of the last `\boxed{x}`, else the text after the last `#### x`, else the text between the
-    last <answer> tags, else the last number, else the whole text. Numbers compare by value, other answers as text. An
-    expression with a variable is text.
+    last <answer> tags, else the last number, else the whole text. A thought is not read. Numbers compare by value,
+    other answers as text. An expression with a variable is text.
     """
+    completion = answer_part("", completion)
     marked = boxed_contents(completion)
     if marked is None and _MARKER in completion:
         marked = completion.rpartition(_MARKER)[2].partition("\n")[0]
