@@ -56,6 +56,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+def keep_requests_in_the_scheduler(_session: RankSession) -> None:
+    """Start SGLang's processes with the command `while_running` (tests/helpers/sglang_process_with_faults.py)."""
+    from grpo_mega.engines.sglang import engine_client
+
+    engine_client._HOST_MODULE = "tests.helpers.sglang_process_with_faults"
+
+
 @pytest.fixture(scope="module", params=["vllm", pytest.param("sglang", marks=sglang_here), "server"])
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]
@@ -64,7 +71,7 @@ def opened(
     folder = tmp_path_factory.mktemp(f"{kind}-rank")
 
     with ExitStack() as stack:
-        ranks = stack.enter_context(engine_ranks(1, folder))
+        ranks = stack.enter_context(engine_ranks(1, folder, keep_requests_in_the_scheduler))
         if kind == "server":
             sizes = {key: SETTINGS[key] for key in ("max_model_len", "max_num_seqs")}
             config = write_config(folder / "config.yaml", models["config"], **sizes)
@@ -397,6 +404,22 @@ def test_a_bit_that_changes_between_rank_and_scheduler_is_found_by_the_digest(
     engine: EngineRanks, models: dict[str, Path]
 ) -> None:
     assert engine.call(push_with_a_changed_buffer, models["other"]) == [["model.layers.0.mlp.up_proj.weight"]]
+
+
+def run_while_the_scheduler_has_a_request(session: RankSession) -> list[int]:
+    """Run the commands that need idle schedulers while one has a request; return the lengths of its completions."""
+    process, batch = session.engine._process, session.engine._requests.batch(PROMPTS[:1], SAMPLING)
+    released = process.call("while_running", 80, "release", ["kv_cache", "weights"])
+    process.call("resume", ["weights", "kv_cache"])
+    finished = process.call("while_running", 80, "finish_update", 3)
+    *_, sampled = process.stream("while_running", 80, "sample", batch, beat_seconds=60.0)
+    return [released, finished, sampled]
+
+
+@ONLY_SGLANG
+def test_commands_wait_until_the_schedulers_are_idle(engine: EngineRanks) -> None:
+    """A completion arrives before the scheduler is idle; SGLang ends its processes if it must release memory then."""
+    assert engine.call(run_while_the_scheduler_has_a_request) == [[80, 80, 80]]
 
 
 def kill_scheduler_during_an_update(session: RankSession, folder: Path) -> tuple[list[str], list[int]]:

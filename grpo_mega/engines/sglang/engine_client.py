@@ -67,7 +67,8 @@ class SglangProcess:
             )
         self._connection = Connection(ours.detach())
         self._answer_pending = True  # at first the answer to the start
-        self._send(HostSettings(arguments, self._folder, tp))
+        # half of the timeout: the process reports schedulers that do not become idle before this client gives up
+        self._send(HostSettings(arguments, self._folder, tp, idle_seconds=timeout_seconds / 2))
 
     @property
     def pid(self) -> int:

@@ -6,6 +6,8 @@ No training rank may own the Engine: it spawns schedulers and a detokenizer, ins
 of torchrun that does not exist, and kills the whole process tree on any error of a child. DESCRIPTOR is one end of a
 socket pair. Requests are (command, arguments). Answers are ("part", value) any number of times, then ("done", value) or
 ("failed", text). The process exits when the other end is closed.
+Commands that need idle schedulers wait for them. Asserted by tests/unit/engines/sglang/test_engine_process.py and
+tests/engine/test_engine_contract.py.
 """
 
 from __future__ import annotations
@@ -57,11 +59,14 @@ class Host:
 
     def finish_update(self, version: int) -> None:
         """Set the version of the complete weights, and clear caches that were computed with earlier ones."""
-        self._run_in_schedulers("finish_update", {}, version=version, flush=True)
+        self._run_in_schedulers("finish_update", {}, version=version)
+        self._flush("finish_update")
 
     def sample(self, batch: SamplingBatch) -> None:
         """Sample a batch and send a `Sampled` for each request as soon as it is complete."""
-        self._run_in_schedulers("seed", {"seed": batch.seed}, flush=not batch.keep_prefixes)
+        if not batch.keep_prefixes:
+            self._flush("sample")
+        self._run_in_schedulers("seed", {"seed": batch.seed})
         if not batch.prompts:
             return
         parts = self._engine.generate(
@@ -80,7 +85,8 @@ class Host:
                 self._answer(Sampled(part["index"], token_ids, log_probs, finish, experts))
 
     def release(self, tags: list[str]) -> None:
-        """Release SGLang's memory of these kinds."""
+        """Release SGLang's memory of these kinds, once the schedulers are idle."""
+        self._flush("release")
         self._engine.release_memory_occupation(tags)
 
     def resume(self, tags: list[str]) -> None:
@@ -91,6 +97,21 @@ class Host:
         """End SGLang's own processes."""
         self._engine.shutdown()
 
+    def _flush(self, command: str) -> None:
+        """Wait until the schedulers are idle and empty their prefix caches.
+
+        A completion arrives here before the scheduler has removed it from its running batch. Until then the scheduler
+        rejects a flush, and `release_memory_occupation` ends all processes of SGLang
+        (managers/scheduler_components/weight_updater.py:339). SGLang itself repeats a flush that has a timeout
+        (managers/scheduler_components/flush_wrapper.py).
+        """
+        engine, seconds = self._engine, self._settings.idle_seconds
+        flushed = engine.loop.run_until_complete(engine.tokenizer_manager.flush_cache(timeout_s=seconds))
+        if not flushed.success:
+            raise RuntimeError(
+                f"{command}: SGLang's schedulers still have requests after {seconds:g} s ({flushed.message})"
+            )
+
     def _run_in_schedulers(
         self,
         command: str,
@@ -98,7 +119,6 @@ class Host:
         tensors: Sequence[tuple[str, Tensor]] = (),
         *,
         version: int | None = None,
-        flush: bool = False,
     ) -> list[Any]:
         """Run a command of sglang/scheduler_hooks.py in every scheduler process and return their answers."""
         import torch
@@ -114,7 +134,7 @@ class Host:
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[payload] * self._settings.tp,
             load_format=LOADER,
-            flush_cache=flush,
+            flush_cache=False,  # it fails if the scheduler is not idle yet; see _flush
             weight_version=None if version is None else str(version),
         )
         engine = self._engine

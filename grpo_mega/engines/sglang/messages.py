@@ -20,6 +20,8 @@ class HostSettings:
     answers: Path
     """Folder through which the schedulers answer."""
     tp: int
+    idle_seconds: float
+    """Limit for the schedulers to become idle after the last completion."""
 
 
 @dataclass(frozen=True)
