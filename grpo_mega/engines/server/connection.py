@@ -33,6 +33,7 @@ from grpo_mega.engines.server.protocol import (
     WrongPeerError,
     configure_socket,
     curve_keys,
+    split_frames,
 )
 
 _CLOSE_SECONDS = 1.0  # allowed for messages that were sent just before `close`
@@ -81,7 +82,7 @@ class ServerConnection:
             ConnectionFailedError: the connection is lost.
         """
         self.wait(0.0)
-        self._socket.send(encode(message))
+        self._socket.send_multipart(split_frames(encode(message)))
 
     def wait(self, seconds: float) -> bool:
         """Wait until there is a message, at most for `seconds`. Return False if there is none.
@@ -116,7 +117,7 @@ class ServerConnection:
         if not self.wait(timeout_seconds):
             raise ConnectionFailedError(f"did not answer within {timeout_seconds:g} s")
         try:
-            return decode_server_message(self._socket.recv())
+            return decode_server_message(b"".join(self._socket.recv_multipart()))
         except msgspec.DecodeError as error:
             raise WrongPeerError(f"sent a message that this version cannot read ({error})") from error
 

@@ -2,6 +2,8 @@
 
 One thread owns the ZeroMQ socket; it answers greetings, and queues the commands of the job for the engine's thread.
 ZeroMQ reports a connection that is gone when a message is sent to it: the heartbeat of every second finds out.
+A client without the secret can hold `_MAX_CONNECTIONS` connections at most, each until the handshake times out, and
+make the server buffer one frame (`configure_socket`) on each.
 Asserted by tests/parallel/test_servers.py and tests/unit/engines/server/test_connection.py.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import queue
 import socket
 import threading
@@ -19,6 +22,7 @@ from dataclasses import dataclass
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from grpo_mega.engines.server.messages import (
     PROTOCOL,
@@ -38,12 +42,14 @@ from grpo_mega.engines.server.messages import (
     decode_job_message,
     encode,
 )
-from grpo_mega.engines.server.protocol import ConnectionFailedError, configure_socket, curve_keys
+from grpo_mega.engines.server.protocol import ConnectionFailedError, configure_socket, curve_keys, split_frames
 
 log = logging.getLogger("grpo_mega.engines")
 
 _HEARTBEAT_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0  # allowed for messages that were sent just before `close`
+_MAX_CONNECTIONS = 64  # at the same time: the job, jobs that wait, and clients that are not authenticated yet
+_WARNING_SECONDS = 60.0  # between two log lines that count rejected connections
 _HANDSHAKE_FAULTS = (
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
@@ -75,6 +81,8 @@ class ServerListener:
         self._job: ServedJob | None = None
         self._lost: str | None = None  # why the job is gone; the engine may still execute its last command
         self._sending = threading.Lock()
+        self._connections: set[int] = set()  # file descriptors
+        self._rejections = RejectionCount()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def open(self) -> None:
@@ -139,8 +147,8 @@ class ServerListener:
         router.router_mandatory = True
         router.curve_server = True
         router.curve_publickey, router.curve_secretkey = curve_keys(self._token, "server")
-        self._monitor = router.get_monitor_socket(_HANDSHAKE_FAULTS)
-        host, port = self._listener.getsockname()[:2]
+        self._monitor = router.get_monitor_socket(_HANDSHAKE_FAULTS | zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
+        host, port = self._address = self._listener.getsockname()[:2]
         router.setsockopt(zmq.USE_FD, self._listener.detach())
         router.bind(f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}")
         return router
@@ -167,18 +175,31 @@ class ServerListener:
                     return
                 self._send(routing_id, data)
             if self._monitor in ready:
-                self._monitor.recv_multipart()
-                log.warning("rejected a connection: it has another secret, or is not a job of this program")
+                self._read_event()
             if self._router in ready:
                 self._receive()
             if time.monotonic() >= next_heartbeat:
                 next_heartbeat = time.monotonic() + _HEARTBEAT_SECONDS
+                self._rejections.report(time.monotonic())
                 if self._job is not None and self._lost is None:
                     self._send(self._job.routing_id, encode(Heartbeat(self._steps())))
 
+    def _read_event(self) -> None:
+        """Count connections, and close a new one above the limit."""
+        event = parse_monitor_message(self._monitor.recv_multipart())
+        kind, descriptor = event["event"], event["value"]
+        if kind == zmq.EVENT_ACCEPTED:
+            self._connections.add(descriptor)
+            if len(self._connections) > _MAX_CONNECTIONS:
+                _shut_down(descriptor, self._address[1])
+        elif kind == zmq.EVENT_DISCONNECTED:
+            self._connections.discard(descriptor)
+        else:
+            self._rejections.add(time.monotonic())
+
     def _send(self, routing_id: bytes, data: bytes) -> None:
         try:
-            self._router.send_multipart([routing_id, data])
+            self._router.send_multipart([routing_id, *split_frames(data)])
         except zmq.ZMQError as error:
             if error.errno != zmq.EHOSTUNREACH:
                 raise
@@ -188,7 +209,7 @@ class ServerListener:
         frames = self._router.recv_multipart(copy=False)
         routing_id, peer = frames[0].bytes, str(frames[0].get("Peer-Address"))
         try:
-            message = decode_job_message(frames[1].bytes)
+            message = decode_job_message(b"".join(frame.bytes for frame in frames[1:]))
         except msgspec.DecodeError as error:
             log.warning("rejected a message from %s: %s", peer, error)
             self._send(routing_id, encode(CommandFailed(f"this server cannot read the message: {error}")))
@@ -229,6 +250,41 @@ class ServerListener:
                 return
             self._lost = reason
         self._commands.put(JobEnded(reason))
+
+
+class RejectionCount:
+    """Logs rejected connections: the first at once, then their number once in a while. Times are monotonic."""
+
+    def __init__(self) -> None:
+        self._count, self._next_report = 0, 0.0
+
+    def add(self, now: float) -> None:
+        """Count a rejected connection."""
+        self._count += 1
+        self.report(now)
+
+    def report(self, now: float) -> None:
+        """Log the connections that were not logged yet, unless the last line is recent."""
+        if self._count and now >= self._next_report:
+            log.warning(
+                "rejected connections: %d with another secret, not from a job of this program, or above %d at once",
+                self._count,
+                _MAX_CONNECTIONS,
+            )
+            self._count, self._next_report = 0, now + _WARNING_SECONDS
+
+
+def _shut_down(descriptor: int, port: int) -> None:
+    """Shut down a connection to `port` that ZeroMQ accepted; ZeroMQ then closes it.
+
+    ZeroMQ may have closed it already and the descriptor may be another file by now, which must not be touched.
+    """
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as connection:
+            if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] == port:
+                connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        return  # it is closed
 
 
 class _SharedSecret:

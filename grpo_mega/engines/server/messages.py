@@ -22,8 +22,8 @@ import grpo_mega
 from grpo_mega.config.schema import Config
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
-PROTOCOL = 2
-"""Version of these messages; must be raised with every change of a field. Both sides must have the same."""
+PROTOCOL = 3
+"""Version of these messages and of their framing; must be raised with every change. Both sides must have the same."""
 
 Transport: TypeAlias = Literal["auto", "gloo", "nccl", "shared_memory", "cuda_ipc"]
 """Values of `weight_sync.transport`."""

@@ -25,7 +25,8 @@ TOKEN_FILE_VARIABLE = "GRPO_MEGA_SERVER_TOKEN_FILE"
 HANDSHAKE_SECONDS = 10.0
 
 _MIN_TOKEN_CHARACTERS = 16
-_MAX_MESSAGE_BYTES = 1 << 30
+_MAX_FRAME_BYTES = 1 << 20  # what a client can make the server buffer before it is authenticated
+_FRAME_OVERHEAD_BYTES = 128  # of the encryption
 _MAX_UNCONFIRMED_MILLISECONDS = 60_000
 
 Side = Literal["job", "server"]
@@ -118,6 +119,16 @@ def curve_keys(token: bytes, side: Side) -> tuple[bytes, bytes]:
     return zmq.curve_public(secret_key), secret_key
 
 
+def split_frames(data: bytes) -> list[memoryview]:
+    """Split a message into the frames of one ZeroMQ multipart message, each within the limit of `configure_socket`.
+
+    The limit of a frame applies to both sides of a connection, and before a client is authenticated. ZeroMQ delivers
+    all frames of a message or none.
+    """
+    size, view = _MAX_FRAME_BYTES - _FRAME_OVERHEAD_BYTES, memoryview(data)
+    return [view[start : start + size] for start in range(0, len(view), size)]
+
+
 def configure_socket(socket: zmq.Socket[bytes]) -> None:
     """Set the options that sockets of both sides share, before they bind or connect.
 
@@ -128,7 +139,7 @@ def configure_socket(socket: zmq.Socket[bytes]) -> None:
     socket.linger = 0  # what is left is sent only where `close` allows time for it
     socket.ipv6 = True
     socket.sndhwm = socket.rcvhwm = 0  # a full queue would drop messages; a step's rollouts bound them
-    socket.maxmsgsize = _MAX_MESSAGE_BYTES
+    socket.maxmsgsize = _MAX_FRAME_BYTES
     socket.handshake_ivl = int(HANDSHAKE_SECONDS * 1000)
     socket.tcp_keepalive = 1
     socket.tcp_keepalive_idle, socket.tcp_keepalive_intvl, socket.tcp_keepalive_cnt = 20, 10, 4

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from unittest import mock
 
@@ -111,7 +111,7 @@ def test_another_secret_is_rejected_by_both_sides(
     with pytest.raises(WrongPeerError, match="has another secret, or is not an engine server"):
         open_connection(server.address, token)
     end = time.monotonic() + 5.0
-    while "rejected a connection: it has another secret" not in caplog.text:
+    while "rejected connections: 1 with another secret" not in caplog.text:
         assert time.monotonic() < end
         time.sleep(0.02)
 
@@ -192,16 +192,67 @@ def test_a_silent_program_and_a_closed_port_are_reported_in_time(silent: tuple[s
         open_connection(Address("no-such-host.invalid", 9), SECRET)
 
 
-def test_a_message_above_the_limit_is_rejected() -> None:
-    with mock.patch.object(protocol, "_MAX_MESSAGE_BYTES", 10_000):
+def test_a_frame_above_the_limit_is_rejected(server: LocalServer) -> None:
+    job = connect_and_claim(server)
+    job._socket.send(b"x" * (protocol._MAX_FRAME_BYTES + 1))
+    assert receive_to_the_end(job) == []
+    assert isinstance(next(server.commands), JobEnded)
+
+
+@pytest.fixture
+def patient() -> Iterator[LocalServer]:
+    """A server that waits ten minutes for a handshake, so that another reason closes connections in a test."""
+    with mock.patch.object(protocol, "HANDSHAKE_SECONDS", 600.0):
         local = LocalServer()
-        with mock.patch.object(protocol, "_MAX_MESSAGE_BYTES", 1 << 30):
-            job = connect_and_claim(local)
-        job.send(ClaimServer("x" * 20_000))
-        assert receive_to_the_end(job) == []
-    ended = next(local.commands)
-    assert isinstance(ended, JobEnded)
+    yield local
     local.listener.close()
+
+
+def read_to_the_end(stranger: socket.socket) -> None:
+    """Return when the server has closed the connection; fail after 60 s."""
+    stranger.settimeout(60.0)
+    with suppress(ConnectionResetError):
+        while stranger.recv(1000):
+            pass
+
+
+def test_a_client_cannot_make_the_server_buffer_a_large_frame_before_it_is_authenticated(patient: LocalServer) -> None:
+    """The client starts the handshake of ZMTP 3.0 with CURVE, then sends the header of a command of 2 MiB."""
+    start = b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\x00") + bytes(32)
+    with closing(socket.create_connection((patient.address.host, patient.address.port))) as stranger:
+        stranger.sendall(start + b"\x06" + (2 << 20).to_bytes(8, "big"))
+        read_to_the_end(stranger)
+    connect_and_claim(patient).close()
+
+
+def test_connections_above_the_limit_are_closed_and_the_job_is_served(patient: LocalServer) -> None:
+    with mock.patch.object(listener_module, "_MAX_CONNECTIONS", 3), ExitStack() as strangers:
+        job = connect_and_claim(patient)
+        for _ in range(2):
+            strangers.enter_context(socket.create_connection((patient.address.host, patient.address.port)))
+        last = strangers.enter_context(socket.create_connection((patient.address.host, patient.address.port)))
+        read_to_the_end(last)
+        job.send(PushCommand(1, True))
+        assert next(patient.commands) == PushCommand(1, True)
+        strangers.close()
+        end = time.monotonic() + 60.0
+        while True:  # until the server has noticed that the others are gone
+            try:
+                open_connection(patient.address, SECRET)[0].close()
+            except ConnectionFailedError:
+                assert time.monotonic() < end
+            else:
+                break
+        job.close()
+
+
+def test_rejected_connections_are_logged_once_with_their_number(caplog: pytest.LogCaptureFixture) -> None:
+    count = listener_module.RejectionCount()
+    for now in (100.0, 101.0, 102.0, 159.0):
+        count.add(now)
+    count.report(161.0)
+    count.report(300.0)
+    assert [record.args for record in caplog.records] == [(1, 64), (3, 64)]
 
 
 def test_a_message_that_the_server_cannot_read_is_answered_and_frees_the_server(server: LocalServer) -> None:
