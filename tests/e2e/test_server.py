@@ -27,7 +27,7 @@ from tests.helpers.jobs import (
     running_job,
     without_times,
 )
-from tests.helpers.servers import Serving, serving
+from tests.helpers.servers import RunningServer, serving
 from tests.helpers.tiny_models import make_family_model
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
@@ -35,17 +35,17 @@ LIMIT = "guard.timeout_seconds=60"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Start a server for the quickstart, which serves one job after the other."""
     with serving([QUICKSTART, LIMIT], tmp_path_factory.mktemp("server") / "log", seconds=400.0) as found:
         yield found
 
 
-def server_overrides(server: Serving) -> tuple[str, ...]:
+def server_overrides(server: RunningServer) -> tuple[str, ...]:
     return "engine.placement=server", f"engine.urls=['{server.url}']", LIMIT
 
 
-def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: Serving, tmp_path: Path) -> None:
+def test_a_server_samples_the_same_rollouts_as_a_colocated_engine(server: RunningServer, tmp_path: Path) -> None:
     for name, more in (("here", (LIMIT,)), ("there", server_overrides(server)), ("again", server_overrides(server))):
         run_job_successfully(
             *SMALL, *more, "train.steps=3", f"run.dir={tmp_path / name}", output=tmp_path / f"{name}.log"
@@ -111,7 +111,7 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def test_a_killed_job_releases_the_server_and_its_continued_run_equals_the_uninterrupted_run(
-    server: Serving, tmp_path: Path
+    server: RunningServer, tmp_path: Path
 ) -> None:
     keys = (*SMALL, *server_overrides(server), "train.steps=8", "checkpoint.every=2")
     run_job_successfully(*keys, f"run.dir={tmp_path / 'whole'}", output=tmp_path / "whole.log")
@@ -143,7 +143,7 @@ def test_a_server_that_exits_or_is_stopped_ends_the_job_with_its_name(tmp_path: 
     assert read_json(run / "summary.json")["status"] == "failed"
 
 
-def test_a_server_of_another_config_is_wrong_input(server: Serving, tmp_path: Path) -> None:
+def test_a_server_of_another_config_is_wrong_input(server: RunningServer, tmp_path: Path) -> None:
     ended = run_job(
         *SMALL,
         *server_overrides(server),
@@ -178,7 +178,7 @@ def test_the_commands_of_the_guide(tmp_path: Path) -> None:
     assert read_json(tmp_path / "run" / "summary.json")["status"] == "done"
 
 
-def test_the_quickstart_learns_with_a_server(server: Serving, tmp_path: Path) -> None:
+def test_the_quickstart_learns_with_a_server(server: RunningServer, tmp_path: Path) -> None:
     run_job_successfully(
         QUICKSTART,
         *server_overrides(server),

@@ -26,7 +26,7 @@ REWARDS = [[1.0, 0.0, 0.25, 0.5], [0.1, 0.1, 0.1, 0.1], [0.0, 1.0, 1.0, -0.5]]  
 
 
 @dataclass(frozen=True)
-class Data:
+class RolloutValues:
     """Float64 values per rollout; `log_probs` and `entropy` are leaf tensors, `values` are those of a critic."""
 
     log_probs: list[Tensor]
@@ -41,7 +41,7 @@ class Data:
         return self.log_probs[i] - self.old[i]
 
 
-def make_data(spread: float = 0.4) -> Data:
+def make_data(spread: float = 0.4) -> RolloutValues:
     torch.manual_seed(0)
     ref = [-3 * torch.rand(n, dtype=torch.float64) for n in LENGTHS]
     old = [r + 0.3 * torch.randn_like(r) for r in ref]
@@ -49,7 +49,7 @@ def make_data(spread: float = 0.4) -> Data:
     sampler = [o + 0.5 * torch.randn_like(o) for o in old]
     values = [torch.randn_like(o) for o in old]
     entropy = [torch.rand_like(o).requires_grad_() for o in old]
-    return Data(log_probs, old, ref, sampler, values, entropy)
+    return RolloutValues(log_probs, old, ref, sampler, values, entropy)
 
 
 def make_groups() -> tuple[SampledGroups, list[float]]:
@@ -75,7 +75,7 @@ def as_padded_row(values: list[Tensor], microbatch: Microbatch) -> Tensor:
 
 
 def compute_update_loss(
-    data: Data, algorithm: AlgorithmConfig, *, dp: int = 1, max_tokens: int = 10_000, row_multiple: int = 1
+    data: RolloutValues, algorithm: AlgorithmConfig, *, dp: int = 1, max_tokens: int = 10_000, row_multiple: int = 1
 ) -> tuple[Tensor, list[TrainBatch]]:
     """Return the loss of an update as the ranks compute it, summed over the rows of all ranks."""
     groups, rewards = make_groups()
@@ -106,5 +106,5 @@ def compute_update_loss(
     return total, batches
 
 
-def gradient_of(loss: Tensor, data: Data) -> Tensor:
+def gradient_of(loss: Tensor, data: RolloutValues) -> Tensor:
     return torch.cat(torch.autograd.grad(loss, data.log_probs, allow_unused=False))

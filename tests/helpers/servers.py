@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Serving:
+class RunningServer:
     """A running server, its address and its log."""
 
     process: psutil.Popen
@@ -35,7 +35,7 @@ class Serving:
 
 
 @contextmanager
-def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> Iterator[Serving]:
+def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> Iterator[RunningServer]:
     """Run `python -m grpo_mega.serve ARGUMENTS` and wait until it listens; end it on exit."""
     out, err = output.with_suffix(".out"), output.with_suffix(".err")
     with out.open("wb") as stdout, err.open("wb") as stderr:
@@ -54,7 +54,7 @@ def serving(arguments: Sequence[str], output: Path, seconds: float = 120.0) -> I
             assert process.poll() is None, err.read_text()
             assert time.monotonic() < end, f"the server did not listen within {seconds} s: {err.read_text()}"
             time.sleep(0.1)
-        yield Serving(process, printed.strip().removeprefix("listening at "), err)
+        yield RunningServer(process, printed.strip().removeprefix("listening at "), err)
     finally:
         kill_with_children(process)
 

@@ -23,6 +23,8 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 SHAPE = re.compile(r"\[[A-Za-z_][^\]]*\]|shape")
 ARRAY = re.compile(r"\b(Tensor|Ints|NDArray)\b")
+TIMES = {"timeout", "delay", "duration", "interval"}
+"""Names that need a unit, such as `timeout_seconds`."""
 CONTRACT = re.compile(r"See `\w+|contract is `\w+|arguments are those of\s+`\w+")
 """A docstring that names the protocol, or the function, whose docstring holds the rest."""
 
@@ -125,6 +127,7 @@ def faults(function: PublicFunction, *, has_formula: bool) -> Iterator[str]:
         listed = re.findall(rf"^{indent[0] if indent else ''}(\w+):", arguments, re.MULTILINE)
         if listed != parameters:
             yield f"Args: {listed} instead of {parameters}"
+    yield from (f"unit of {name}" for name in parameters if name in TIMES)
     if has_formula and function.section("Source") is None:
         yield "Source"
 
@@ -148,6 +151,7 @@ def test_public_functions_document_arguments_shapes_errors_and_sources() -> None
         ('def scale(x: Tensor) -> int:\n    """Return a number."""', "shape of an array"),
         ('def scale(a: int, b: int, c: int, d: int) -> int:\n    """Return a number."""', "Args: more than three"),
         ('def scale(a: int) -> int:\n    """Scale.\n\n    Args:\n        b: a number.\n    """', "Args: ['b']"),
+        ('def scale(timeout: float) -> int:\n    """Return a number."""', "unit of timeout"),
         ('def scale(x: int) -> int:\n    """Return a number."""\n    raise ValueError(x)', "Raises: ValueError"),
         (
             'def scale(x: int) -> int:\n    """Return a number."""\n    return _check(x)\n'

@@ -30,7 +30,7 @@ class GroupTransport:
     peer_memory: PeerMemory | None = None
 
     def __init__(
-        self, buffers: Sequence[Tensor], starts: Sequence[int], group: dist.ProcessGroup, timeout: float
+        self, buffers: Sequence[Tensor], starts: Sequence[int], group: dist.ProcessGroup, timeout_seconds: float
     ) -> None:
         """Create the transport of this rank.
 
@@ -39,10 +39,10 @@ class GroupTransport:
             starts: `starts[n]` is the first byte of this transport's part of the buffer in round n. Sent messages come
                 first, then received messages.
             group: all ranks.
-            timeout: limit of every wait, seconds.
+            timeout_seconds: limit of every wait.
         """
         self._buffers, self._starts = buffers, starts
-        self._group, self._timeout, self._rank = group, timeout, group.rank()
+        self._group, self._timeout, self._rank = group, timeout_seconds, group.rank()
         self._pending: dict[tuple[int, int, bool], list[Any]] = {}
         self._received: dict[tuple[int, int], Tensor] = {}
         self._in_place: dict[tuple[int, int, bool, int], Tensor] = {}

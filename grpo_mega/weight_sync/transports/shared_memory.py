@@ -53,7 +53,7 @@ class SharedMemoryTransport:
         rounds: Sequence[Round],
         slot_bytes: int,
         world: PeerGroup,
-        timeout: float,
+        timeout_seconds: float,
         device_slots: DeviceSlots | None = None,
     ) -> None:
         """Map the segments of all ranks of this machine.
@@ -62,13 +62,13 @@ class SharedMemoryTransport:
             rounds: the rounds of this rank; all messages are between ranks of this machine.
             slot_bytes: of each of the two buffers. This transport uses the first `send_bytes` of a round.
             world: all ranks.
-            timeout: limit of every wait, seconds.
+            timeout_seconds: limit of every wait.
             device_slots: buffers on the rank's GPU; None: the buffers are in the segment.
 
         Raises:
             UserError: /dev/shm has too little free space.
         """
-        self._timeout, self._rank = timeout, world.rank
+        self._timeout, self._rank = timeout_seconds, world.rank
         self._receivers = {each.number: [m.peer for m in each.sends] for each in rounds}
         self._past_rounds = 0  # of earlier syncs; counters only grow
         self._num_rounds = max((each.number for each in rounds), default=-1) + 1

@@ -20,7 +20,7 @@ from tests.helpers.algorithm_oracle import (
     LENGTHS,
     MAX_TOKENS,
     REWARDS,
-    Data,
+    RolloutValues,
     compute_update_loss,
     gradient_of,
     make_data,
@@ -43,7 +43,7 @@ def clipped_objective(ratio: Tensor, advantage: float | Tensor, low: float, high
     return torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
-def k3(data: Data, i: int) -> Tensor:
+def k3(data: RolloutValues, i: int) -> Tensor:
     d = data.ref[i] - data.log_probs[i]
     return d.exp() - d - 1
 
@@ -52,21 +52,21 @@ def stack_rollouts(function: Callable[[int], Tensor]) -> list[Tensor]:
     return [function(i) for i in range(len(LENGTHS))]
 
 
-def grpo(data: Data) -> Tensor:
+def grpo(data: RolloutValues) -> Tensor:
     parts = stack_rollouts(
         lambda i: (clipped_objective(data.differ(i).exp(), std_advantage(i), 0.2, 0.2) - 0.04 * k3(data, i)).mean()
     )
     return -torch.stack(parts).mean()
 
 
-def dr_grpo(data: Data) -> Tensor:
+def dr_grpo(data: RolloutValues) -> Tensor:
     parts = stack_rollouts(
         lambda i: clipped_objective(data.differ(i).exp(), mean_advantage(i), 0.2, 0.2).sum() / MAX_TOKENS
     )
     return -torch.stack(parts).mean()
 
 
-def dapo(data: Data) -> Tensor:
+def dapo(data: RolloutValues) -> Tensor:
     """The buffer is a fifth of 20 tokens: a rollout of 17 tokens loses 1/4, one of 20 loses 1. The constraint on the
     groups leaves the one of equal rewards out."""
     rewards = torch.tensor(REWARDS, dtype=torch.float64).flatten()
@@ -79,13 +79,13 @@ def dapo(data: Data) -> Tensor:
     return -torch.stack(parts).sum() / sum(LENGTHS[:4] + LENGTHS[8:])
 
 
-def gspo(data: Data) -> Tensor:
+def gspo(data: RolloutValues) -> Tensor:
     return -torch.stack(
         stack_rollouts(lambda i: clipped_objective(data.differ(i).mean().exp(), std_advantage(i), 3e-4, 4e-4))
     ).mean()
 
 
-def gmpo(data: Data) -> Tensor:
+def gmpo(data: RolloutValues) -> Tensor:
     """The product over tokens to the power 1/|o|, written as a product, with the sign outside."""
 
     def rollout_term(i: int) -> Tensor:
@@ -97,7 +97,7 @@ def gmpo(data: Data) -> Tensor:
     return -torch.stack(stack_rollouts(rollout_term)).mean()
 
 
-def cispo(data: Data) -> Tensor:
+def cispo(data: RolloutValues) -> Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for group in range(len(REWARDS)):
         ids = range(group * GROUP, (group + 1) * GROUP)
@@ -108,7 +108,7 @@ def cispo(data: Data) -> Tensor:
     return -total / len(REWARDS)
 
 
-def sapo(data: Data) -> Tensor:
+def sapo(data: RolloutValues) -> Tensor:
     def rollout_term(i: int) -> Tensor:
         tau = 1.0 if std_advantage(i) > 0 else 1.05
         return (4 / tau / (1 + (-tau * (data.differ(i).exp() - 1)).exp()) * std_advantage(i)).mean()
@@ -116,7 +116,7 @@ def sapo(data: Data) -> Tensor:
     return -torch.stack(stack_rollouts(rollout_term)).mean()
 
 
-def rloo(data: Data) -> Tensor:
+def rloo(data: RolloutValues) -> Tensor:
     rewards = [
         REWARDS[i // GROUP][i % GROUP] - 0.05 * float((data.old[i] - data.ref[i]).sum()) for i in range(len(LENGTHS))
     ]
@@ -129,7 +129,7 @@ def rloo(data: Data) -> Tensor:
     return -torch.stack(stack_rollouts(rollout_term)).mean()
 
 
-def reinforce_plus_plus(data: Data) -> Tensor:
+def reinforce_plus_plus(data: RolloutValues) -> Tensor:
     advantages = []
     for i, n in enumerate(LENGTHS):
         penalty = 0.001 * (data.old[i] - data.ref[i])
@@ -139,7 +139,7 @@ def reinforce_plus_plus(data: Data) -> Tensor:
     return -torch.cat(stack_rollouts(lambda i: clipped_objective(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
 
 
-def reinforce_plus_plus_baseline(data: Data) -> Tensor:
+def reinforce_plus_plus_baseline(data: RolloutValues) -> Tensor:
     flat = torch.cat([torch.full((n,), mean_advantage(i), dtype=torch.float64) for i, n in enumerate(LENGTHS)])
     norm = iter(((flat - flat.mean()) / flat.std(correction=0)).split(LENGTHS))
     kl = stack_rollouts(lambda i: (data.log_probs[i] - data.ref[i]) ** 2 / 2)
@@ -147,7 +147,7 @@ def reinforce_plus_plus_baseline(data: Data) -> Tensor:
     return -torch.cat(parts).mean()
 
 
-def ppo(data: Data) -> Tensor:
+def ppo(data: RolloutValues) -> Tensor:
     """Advantages as the sum of equation 11 with the deltas of equation 12, whitened over the step's tokens."""
     advantages = []
     for i, n in enumerate(LENGTHS):
@@ -161,7 +161,7 @@ def ppo(data: Data) -> Tensor:
     return -torch.cat(stack_rollouts(lambda i: clipped_objective(data.differ(i).exp(), norm[i], 0.2, 0.2))).mean()
 
 
-PAPERS: dict[str, Callable[[Data], Tensor]] = {
+PAPERS: dict[str, Callable[[RolloutValues], Tensor]] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "dapo": dapo,

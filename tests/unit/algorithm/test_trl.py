@@ -18,7 +18,7 @@ from tests.helpers.algorithm_oracle import (
     LENGTHS,
     MAX_TOKENS,
     REWARDS,
-    Data,
+    RolloutValues,
     compute_update_loss,
     gradient_of,
     make_data,
@@ -41,7 +41,7 @@ def pad_rows(values: list[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
 
 
-def trl_loss(data: Data, algorithm: AlgorithmConfig, loss_type: str, level: str, scale: bool) -> Tensor:
+def trl_loss(data: RolloutValues, algorithm: AlgorithmConfig, loss_type: str, level: str, scale: bool) -> Tensor:
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale:
