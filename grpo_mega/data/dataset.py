@@ -88,6 +88,16 @@ class PromptDataset:
             found.append(self._prompt(chosen, cycle * counts[chosen] + rank, seed))
         return found
 
+    def metrics(self, steps: int, num_prompts: int) -> dict[str, float]:
+        """Return the metrics after `steps` steps of `num_prompts` prompts each.
+
+        With several sets, `data/epoch` is the mean over all prompts: a set with a larger weight is further on.
+        """
+        return {
+            "data/epoch": steps * num_prompts / len(self),
+            "data/skipped_prompts": float(sum(part.num_skipped for part in self.sets)),
+        }
+
     def shuffled(self, seed: int) -> list[Prompt]:
         """Return all prompts of all sets, each once, in a shuffled order."""
         prompts = self.prompts

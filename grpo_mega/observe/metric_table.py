@@ -109,14 +109,10 @@ METRICS: dict[str, Metric] = {
     "time/step_seconds": Metric("seconds", "the whole step"),
     "throughput/tokens_per_second": Metric("tokens / s", "prompt and completion tokens per second of the step"),
     "throughput/rollout_tokens_per_second": Metric("tokens / s", "completion tokens per second of sampling"),
-    "throughput/mfu": Metric("fraction", "part of the device's peak arithmetic that training used", "reserved"),
     "sync/bytes": Metric("bytes", "bytes written into the engine of rank 0, or sent to servers by rank 0"),
     "sync/received_bytes": Metric("bytes", "part of `sync/bytes` that came from other ranks"),
     "sync/verify_seconds": Metric("seconds", "part of the sync that its verification took"),
     "sync/gb_per_second": Metric("GB / s", "`sync/bytes` / time of the sync"),
-    "sync/probe_error": Metric(
-        "relative", "largest error of a layer that the engine computes from a copy of its weights", "reserved"
-    ),
     "eval/accuracy": Metric("fraction", "pass@1 on the held-out prompts", _EVALUATION),
     "eval/greedy_accuracy": Metric("fraction", "accuracy on the held-out prompts with greedy decoding", _EVALUATION),
     "eval/reward_mean": Metric("reward", "mean reward on the held-out prompts", _EVALUATION),
@@ -127,11 +123,10 @@ METRICS: dict[str, Metric] = {
         "fraction", "probability that the most frequent answer of k samples is correct", _EVALUATION
     ),
     "eval/set/*": Metric("as above", "the same numbers for one held-out set", "with several held-out sets"),
-    "data/epoch": Metric("passes", "passes over the training prompts so far", "reserved"),
-    "data/skipped_prompts": Metric("prompts", "prompts left out so far because they exceed the limit", "reserved"),
+    "data/epoch": Metric("passes", "prompts of all steps so far / training prompts of all sets, without refills"),
+    "data/skipped_prompts": Metric("prompts", "prompts left out of the training sets: they exceed the limit"),
     "memory/peak_*_bytes": Metric("bytes", "peak memory of rank 0 during one phase", "`observe.memory_peaks`"),
     "memory/*": Metric("bytes", "memory of rank 0 for one part of the policy's or the critic's state"),
-    "gpu/*": Metric("device unit", "values that the device reports", "reserved"),
 }
 """Name, or shell pattern, of a metric -> its description. The section is the part of the name before the slash."""
 

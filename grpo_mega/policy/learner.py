@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import Config
+from grpo_mega.interfaces import LearnerState
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.parallel.ranks import Ranks
@@ -27,7 +28,7 @@ from grpo_mega.policy.fp8_scales import reported_scales
 from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.routing_replay import RowParams
-from grpo_mega.policy.phase_offload import Part, PolicyMemory
+from grpo_mega.policy.phase_offload import PolicyMemory
 from grpo_mega.policy.sharded_state import load_state, save_state
 from grpo_mega.policy.update_metrics import UpdateReport
 from grpo_mega.policy.weight_source import MegatronWeights
@@ -69,7 +70,7 @@ class MegatronLearner:
             gather_gradients(buffer)
         return self.weights.mirrored(gradient_of).full_tensors(bucket_bytes)
 
-    def offload(self, *parts: Part) -> None:
+    def offload(self, *parts: LearnerState) -> None:
         """Move these parts to host memory. Without CUDA there is only one memory, and this does nothing."""
         if self.ranks.device.type == "cuda":
             self._settle()
@@ -77,7 +78,7 @@ class MegatronLearner:
                 forget_copies(self.parts.models)
             self._memory.offload(*parts)
 
-    def reload(self, *parts: Part) -> None:
+    def reload(self, *parts: LearnerState) -> None:
         """Move these parts back to the device."""
         if self.ranks.device.type == "cuda":
             self._memory.reload(*parts)

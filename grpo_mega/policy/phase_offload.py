@@ -7,12 +7,12 @@ Asserted by tests/unit/policy/test_phase_offload.py on host tensors; tests/gpu c
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Part = Literal["params", "grads", "optimizer"]
+from grpo_mega.interfaces import LearnerState
 
 
 class Movable:
@@ -66,7 +66,7 @@ class PolicyMemory:
         params = [b.param_data for b in buffers]
         shared = {t.untyped_storage().data_ptr() for t in params}  # fp32 master weights are views of the parameters
         masters = [t for t in _masters(optimizer) if t.untyped_storage().data_ptr() not in shared]
-        self._parts: dict[Part, list[Movable]] = {
+        self._parts: dict[LearnerState, list[Movable]] = {
             "params": [Movable(params)],
             "grads": [Movable((b.grad_data for b in buffers), keep=False)],
             "optimizer": [Movable(masters)],
@@ -81,7 +81,7 @@ class PolicyMemory:
             found["optimizer"] += Movable(self._device_moments()).num_bytes
         return found
 
-    def offload(self, *parts: Part) -> None:
+    def offload(self, *parts: LearnerState) -> None:
         """Move these parts to the host and free their device memory."""
         if "optimizer" in parts and not self._has_moments and (moments := self._device_moments()):
             self._parts["optimizer"].append(Movable(moments))  # moments exist after the first update
@@ -90,7 +90,7 @@ class PolicyMemory:
             for movable in self._parts[part]:
                 movable.offload()
 
-    def reload(self, *parts: Part) -> None:
+    def reload(self, *parts: LearnerState) -> None:
         """Move these parts back to the device."""
         for part in parts:
             for movable in self._parts[part]:

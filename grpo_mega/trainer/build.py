@@ -131,7 +131,9 @@ def building(
         evaluator = _make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
         if progress is not None:
-            observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, evaluator.is_right)
+            observer = reporter = RunReporter(
+                config, ranks.topology, run, timers, peaks, progress, prompts, evaluator.is_right
+            )
             stack.callback(reporter.close)
             progress.note(explain_batch(config, ranks.topology))
         job = TrainerState(

@@ -19,24 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import get_args
 
-from grpo_mega.interfaces import Engine
+from grpo_mega.interfaces import Engine, LearnerMemory, LearnerState
 
-Part = Literal["params", "grads", "optimizer"]
-_ALL: tuple[Part, ...] = ("params", "grads", "optimizer")
-
-
-class MovableLearner(Protocol):
-    """Interface of a policy or critic for the phases."""
-
-    def offload(self, *parts: Part) -> None:
-        """Free the device memory of these parts."""
-        ...
-
-    def reload(self, *parts: Part) -> None:
-        """Copy these parts back to the device."""
-        ...
+_ALL: tuple[LearnerState, ...] = get_args(LearnerState)
 
 
 class Phases:
@@ -45,8 +32,8 @@ class Phases:
     def __init__(
         self,
         engine: Engine,
-        policy: MovableLearner,
-        critic: MovableLearner | None = None,
+        policy: LearnerMemory,
+        critic: LearnerMemory | None = None,
         *,
         engine_elsewhere: bool = False,
     ) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from grpo_mega.config.schema import Config
+from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
@@ -76,6 +77,7 @@ class RunReporter:
         timers: seconds of each phase.
         peaks: peak device memory of each phase, in bytes.
         progress: display on the terminal.
+        prompts: training prompts.
         is_right: returns True if a reward means a right answer.
     """
 
@@ -87,12 +89,14 @@ class RunReporter:
         timers: PhaseTimer,
         peaks: PhasePeaks,
         progress: Progress,
+        prompts: PromptDataset,
         is_right: Callable[[Reward], bool],
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
         self._progress, self._is_right = progress, is_right
         names = [source.label for source in config.data.train_sets]
         self._sets = names if len(names) > 1 else []
+        self._prompts, self._prompts_per_step = prompts, config.data.prompts_per_step
         self._metrics = MetricsWriter(
             run.folder,
             first_step=run.step + 1,
@@ -133,7 +137,8 @@ class RunReporter:
             "throughput/tokens_per_second": tokens / times["time/step_seconds"],
             "throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"],
         }
-        line = {**metrics, **times, **speed, **self._peaks.step_metrics(), **self._held_out}
+        data = self._prompts.metrics(result.step, self._prompts_per_step)
+        line = {**metrics, **data, **times, **speed, **self._peaks.step_metrics(), **self._held_out}
         self._held_out = {}
         self._metrics.write(result.step, line)
         self._progress.step(result.step, line)

@@ -15,7 +15,9 @@ tests/parallel/test_sync_ranks.py and tests/engine/test_weight_sync.py, with inj
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -210,11 +212,15 @@ class WeightSync:
     def _stream(self, policy_version: int) -> SyncReport:
         """Pass whole tensors to the engine's own loader. The digest is that of the policy; nothing is verified."""
         start = time.perf_counter()
-        num_bytes = 0
+        num_bytes = num_own = 0
+        own_elements = Counter[str]()
+        for held in self._source.shards():
+            own_elements[held.hf.name] += math.prod(held.hf.shape)
         self._sink.begin_update()
         for name, tensor in self._full_tensors(self._settings.bucket_bytes):
             self._sink.load(name, tensor)
             num_bytes += tensor.nbytes
+            num_own += min(own_elements[name], tensor.numel()) * tensor.element_size()
         self._sink.end_update(policy_version)
         shards = self._source.shards()
         own_dtypes = {held.hf.name: held.dtype for held in shards}
@@ -224,7 +230,7 @@ class WeightSync:
         dtypes = {name: dtypes_by_name[name] for name in self._source.hf_shapes()}
         digests = source_digests(shards, dtypes, self._source_group)
         self.count += 1
-        return SyncReport(time.perf_counter() - start, 0.0, num_bytes, num_bytes, combined_digest(digests))
+        return SyncReport(time.perf_counter() - start, 0.0, num_bytes, num_bytes - num_own, combined_digest(digests))
 
 
 def check_same_plan(hashes: Sequence[str]) -> None:

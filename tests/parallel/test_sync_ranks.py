@@ -132,6 +132,23 @@ def test_engines_hold_the_policys_weights_at_each_version_with_two_buckets_of_ex
             assert (seen["links"]["across_nodes"] > 0) == (machines > 1)
 
 
+def stream_whole_tensors(rank: int) -> tuple[SyncReport, int]:
+    """Push to a sink that supports no slices; return the report and the bytes of the shards of this rank."""
+    sink = MemorySink(engine(TP2PP2[1], WORLD), rank)
+    sink.supports_slices, sink.streaming_reason = False, "this test"
+    source, _, sync = open_sync(rank, sink)
+    source.set_version(1)
+    report = sync.push(1, verify=True)
+    return report, sum(held.view.nbytes for held in source.shards())
+
+
+def test_a_streamed_sync_receives_what_the_rank_does_not_hold(rank_pool: RankPool) -> None:
+    whole = sum(values(name, 1).nbytes for name in TENSORS)
+    for report, own_bytes in rank_pool.call(WORLD, stream_whole_tensors):
+        assert report.written_bytes == whole
+        assert 0 < report.received_bytes == whole - own_bytes
+
+
 def run_syncs_counting_reads(rank: int, allowed: bool) -> tuple[list[str], int]:
     """Return wrong slices and the number of reads of other ranks' memory. Unless `allowed`, rank 2 cannot read."""
     forbidden = rank == 2 and not allowed

@@ -27,12 +27,13 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import grpo_mega
 from grpo_mega.config.schema import Config
+from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
 from grpo_mega.models.kv_cache_memory import BATCHED_TOKENS, CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
@@ -61,54 +62,28 @@ _CUDA_ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class SglangSettings:
-    """Settings of one replica: tp ranks with one set of weights."""
+class SglangSettings(ReplicaSettings):
+    """Settings of one SGLang replica of tp ranks. Without CUDA, a replica with `ep` above 1 cannot sample.
 
-    config_dir: Path
-    """Hugging Face folder with config.json and the tokenizer; its weights are not read."""
-    dtype: Literal["fp32", "bf16"]
-    tp: int
-    """Ranks of one replica."""
-    max_model_len: int
-    """Longest prompt plus completion, in tokens."""
-    max_num_seqs: int
-    """Rollouts that are sampled at the same time."""
-    kv_cache_tokens: int | None
-    """Capacity of the KV cache; None: `max_num_seqs` rollouts of `max_model_len` tokens (on CUDA: what is left of the
-    engine's memory share)."""
-    seed: int
-    """Of SGLang's dummy weights; each request has its own seed."""
-    ep: int = 1
-    """1: every expert is split over the tp ranks; tp: each expert is whole on one rank. Without CUDA such an engine
-    receives and verifies weights, but cannot sample."""
+    It still receives and verifies weights.
+    """
+
     stop_texts: bool = False
     """Support requests with `stop`, for which SGLang reads the tokenizer."""
-    return_experts: bool = False
-    """Return which experts each token is routed to, for requests with `expert_choices`."""
     timeout_seconds: float = 600.0
     """Limit for every answer of SGLang's processes except sampling."""
     staging_bytes: int = STAGING_BYTES
     """Size of the buffer through which a rank writes into SGLang's memory."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """`engine.args`: further arguments of SGLang's `ServerArgs`, checked by engines/pass_through.py."""
 
     @classmethod
     def from_config(cls, config: Config, model_folder: Path) -> SglangSettings:
         """Return the settings of the replica that the config asks for."""
-        return cls(
+        return cls.from_parts(
+            config,
             model_folder,
-            dtype=config.precision.dtype,
-            tp=config.engine.tp,
-            max_model_len=config.longest_rollout,
-            max_num_seqs=config.engine.max_num_seqs,
-            kv_cache_tokens=config.engine.kv_cache_tokens,
-            seed=config.run.seed,
-            ep=config.engine.ep,
             stop_texts=config.environment is not None,
-            return_experts=config.algorithm.routing_replay,
             timeout_seconds=config.guard.timeout_seconds,
             staging_bytes=min(config.weight_sync.bucket_bytes, STAGING_BYTES),
-            args=config.engine.args,
         )
 
 

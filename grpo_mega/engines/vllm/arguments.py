@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from grpo_mega.config.schema import Config
+from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors, model_overrides
 from grpo_mega.engines.vllm.record import RECORDING
 from grpo_mega.models.kv_cache_memory import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
@@ -22,50 +23,18 @@ _CPU_LATENT = (512, 64)  # kv_lora_rank and qk_rope_head_dim, in csrc/cpu/mla_de
 
 
 @dataclass(frozen=True)
-class VllmSettings:
-    """Settings of one replica: tp * dp ranks with one set of weights. Sizes are per copy of the attention."""
+class VllmSettings(ReplicaSettings):
+    """Settings of one vLLM replica of tp * dp ranks; with `ep` above 1 it is tp * dp."""
 
-    config_dir: Path
-    """Hugging Face folder with config.json and the tokenizer; its weights are not read."""
-    dtype: Literal["fp32", "bf16"]
-    tp: int
-    """Ranks that split one copy of the attention."""
-    max_model_len: int
-    """Longest prompt plus completion, in tokens."""
-    max_num_seqs: int
-    """Rollouts that are sampled at the same time."""
-    kv_cache_tokens: int | None
-    """Capacity of the KV cache; None: `max_num_seqs` rollouts of `max_model_len` tokens (on CUDA: what is left of the
-    engine's memory share)."""
-    seed: int
     dp: int = 1
     """Data-parallel copies of the attention; they share the experts."""
-    ep: int = 1
-    """1: every expert is split over the tp * dp ranks; tp * dp: each expert is whole on one rank."""
-    return_experts: bool = False
-    """Record which experts each token is routed to, for requests with `expert_choices`."""
     fp8: bool = False
     """Hold matrices as FP8 values with a scale per 128 x 128 block; a sync brings both."""
-    args: dict[str, Any] = field(default_factory=dict)
-    """`engine.args`: further arguments of vLLM's `EngineArgs`, checked by engines/pass_through.py."""
 
     @classmethod
     def from_config(cls, config: Config, model_folder: Path) -> VllmSettings:
         """Return the settings of the replica that the config asks for."""
-        return cls(
-            model_folder,
-            dtype=config.precision.dtype,
-            tp=config.engine.tp,
-            max_model_len=config.longest_rollout,
-            max_num_seqs=config.engine.max_num_seqs,
-            kv_cache_tokens=config.engine.kv_cache_tokens,
-            seed=config.run.seed,
-            dp=config.engine.dp,
-            ep=config.engine.ep,
-            return_experts=config.algorithm.routing_replay,
-            fp8=config.engine.fp8 is not None,
-            args=config.engine.args,
-        )
+        return cls.from_parts(config, model_folder, dp=config.engine.dp, fp8=config.engine.fp8 is not None)
 
 
 def kv_cache_size(settings: VllmSettings) -> KvCacheSize:

@@ -54,6 +54,13 @@ def test_every_prompt_occurs_once_per_epoch_before_any_occurs_again(count: int, 
     assert len({tuple(epoch) for epoch in epochs}) > 1, "each epoch has an order of its own"
 
 
+def test_metrics_count_passes_over_all_prompts_and_skipped_prompts(tmp_path: Path) -> None:
+    assert _numbered(6, 4).metrics(5, 3) == {"data/epoch": 1.5, "data/skipped_prompts": 0.0}
+    path = _write(tmp_path / "rows.jsonl", *({"prompt": text, "answer": ""} for text in ("a" * 90, "b", "c" * 90)))
+    found = _load(path, max_prompt_tokens=50, overlong="skip").metrics(2, 3)
+    assert found == {"data/epoch": 6.0, "data/skipped_prompts": 2.0}
+
+
 def test_a_batch_depends_on_seed_and_step_alone() -> None:
     straight = [_numbered(50).batch(step, 8, seed=3) for step in range(30)]
     fresh = _numbered(50)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.policy.phase_offload import Movable, Part, PolicyMemory
+from grpo_mega.interfaces import LearnerState
+from grpo_mega.policy.phase_offload import Movable, PolicyMemory
 
 
 def allocated_bytes(*tensors: Tensor) -> int:
@@ -104,7 +105,7 @@ def test_each_part_is_freed_separately_and_restored_with_equal_values() -> None:
     policy.grads.fill_(0.5)
     policy.step()
     before = policy.content()
-    tensors: dict[Part, list[Tensor]] = {
+    tensors: dict[LearnerState, list[Tensor]] = {
         "params": [policy.params],
         "grads": [policy.grads],
         "optimizer": [m.data for m in policy.masters] + policy.moments(),

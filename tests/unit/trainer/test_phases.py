@@ -6,8 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from grpo_mega.interfaces import Engine
-from grpo_mega.trainer.phases import Part, Phases
+from grpo_mega.interfaces import Engine, LearnerState
+from grpo_mega.trainer.phases import Phases
 
 
 class Recorder:
@@ -22,11 +22,14 @@ class Recorder:
     def wake(self, what: str) -> None:
         self.calls.append(f"wake {what}")
 
-    def offload(self, *parts: Part) -> None:
+    def offload(self, *parts: LearnerState) -> None:
         self.calls.append(("offload", set(parts)))
 
-    def reload(self, *parts: Part) -> None:
+    def reload(self, *parts: LearnerState) -> None:
         self.calls.append(("reload", set(parts)))
+
+    def state_bytes(self) -> dict[str, int]:
+        return {}
 
 
 def recorded_phases() -> tuple[Recorder, Phases]:
