@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,13 +103,7 @@ def building(
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
-
-        def on_phase(name: str) -> None:
-            peaks.phase(name)
-            if progress is not None:
-                progress.phase(name)
-
-        timers = PhaseTimer(on_phase)
+        timers = PhaseTimer(_phase_listener(peaks, progress))
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)
@@ -151,6 +145,17 @@ def building(
             observer=observer,
         )
         yield BuiltJob(job, run, model_folder, state, policy)
+
+
+def _phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[str], None]:
+    """Return the function that is called at the start of each phase."""
+
+    def on_phase(name: str) -> None:
+        peaks.phase(name)
+        if progress is not None:
+            progress.phase(name)
+
+    return on_phase
 
 
 def _make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:
