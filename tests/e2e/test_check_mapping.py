@@ -31,7 +31,7 @@ def run_tool(folder: Path, layout: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def header_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("671b")
     write_headers(folder)
     yield folder
@@ -47,8 +47,8 @@ def headers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "tp=1,pp=8,ep=64,pipeline_layout=Et*8|(t*8|)*6t*5L",
     ],
 )
-def test_deepseek_v3_is_mapped_exactly_once_by_its_headers(headers: Path, layout: str) -> None:
-    code, found = run_tool(headers, layout)
+def test_deepseek_v3_is_mapped_exactly_once_by_its_headers(header_folder: Path, layout: str) -> None:
+    code, found = run_tool(header_folder, layout)
     assert (code, found["faults"]) == (0, [])
     assert found["ranks"] == 512
     assert found["parameters"] == 671_026_419_200, "with the 14,848 correction biases of the routers"

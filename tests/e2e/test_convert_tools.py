@@ -42,7 +42,7 @@ MODELS: dict[str, tuple[Any, bool]] = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with NAME/hf and NAME/megatron of every model."""
     root = tmp_path_factory.mktemp("convert")
     for seed, (name, (family, tie)) in enumerate(MODELS.items()):
@@ -52,9 +52,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_round_trip_is_bit_equal_with_index_digests_and_other_files(folders: Path, tmp_path: Path, name: str) -> None:
-    hf = folders / name / "hf"
-    megatron_to_hf(folders / name / "megatron", tmp_path / "back", shard_bytes=100_000)
+def test_a_round_trip_is_bit_equal_with_index_digests_and_other_files(
+    converted_models: Path, tmp_path: Path, name: str
+) -> None:
+    hf = converted_models / name / "hf"
+    megatron_to_hf(converted_models / name / "megatron", tmp_path / "back", shard_bytes=100_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
     assert_same_tensors(tmp_path / "back", hf)
     HfFiles(tmp_path / "back").check({n: tuple(t.shape) for n, t in read_tensors(hf).items()})
@@ -64,20 +66,20 @@ def test_a_round_trip_is_bit_equal_with_index_digests_and_other_files(folders: P
         n: digest_text(slice_digest(t, TensorSlice(n, (0,) * t.dim(), tuple(t.shape))))
         for n, t in read_tensors(hf).items()
     }
-    for side in (folders / name / "megatron", tmp_path / "back"):
+    for side in (converted_models / name / "megatron", tmp_path / "back"):
         assert json.loads((side / "digests.json").read_text()) == digests
     assert not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize(("name", "tp", "pp"), [("qwen3", 2, 1), ("qwen2-tied", 1, 2)])
 def test_a_stock_megatron_loads_it_at_another_layout_and_its_checkpoint_converts_back(
-    folders: Path, tmp_path: Path, name: str, tp: int, pp: int
+    converted_models: Path, tmp_path: Path, name: str, tp: int, pp: int
 ) -> None:
-    config = folders / name / "hf" / "config.json"
-    found = run_stock("load", config, folders / name / "megatron" / "release", tmp_path / "logits", tp, pp)
-    assert float((found - hf_logits(folders / name / "hf")).abs().max()) <= 2e-5
-    megatron_to_hf(tmp_path / "logits.again", tmp_path / "back", base=folders / name / "hf")
-    assert_same_tensors(tmp_path / "back", folders / name / "hf")
+    config = converted_models / name / "hf" / "config.json"
+    found = run_stock("load", config, converted_models / name / "megatron" / "release", tmp_path / "logits", tp, pp)
+    assert float((found - hf_logits(converted_models / name / "hf")).abs().max()) <= 2e-5
+    megatron_to_hf(tmp_path / "logits.again", tmp_path / "back", base=converted_models / name / "hf")
+    assert_same_tensors(tmp_path / "back", converted_models / name / "hf")
 
 
 @pytest.mark.parametrize("head", ["copy", "different"])
@@ -109,15 +111,15 @@ def compare_all(a: Path, b: Path) -> list[TensorComparison]:
     return list(compare(open_checkpoint(a, None, b), open_checkpoint(b, None, a)))
 
 
-def test_a_checkpoint_created_by_a_stock_megatron_converts(folders: Path, tmp_path: Path) -> None:
-    config = folders / "llama" / "hf" / "config.json"
+def test_a_checkpoint_created_by_a_stock_megatron_converts(converted_models: Path, tmp_path: Path) -> None:
+    config = converted_models / "llama" / "hf" / "config.json"
     wanted = run_stock("save", config, tmp_path / "stock", tmp_path / "logits", 2, 1)
-    megatron_to_hf(tmp_path / "stock", tmp_path / "hf", base=folders / "llama" / "hf")
+    megatron_to_hf(tmp_path / "stock", tmp_path / "hf", base=converted_models / "llama" / "hf")
     assert float((hf_logits(tmp_path / "hf") - wanted).abs().max()) <= 2e-5
 
 
-def test_the_checkpoint_has_the_files_and_arguments_that_megatron_lm_expects(folders: Path) -> None:
-    folder = folders / "qwen3" / "megatron"
+def test_the_checkpoint_has_the_files_and_arguments_that_megatron_lm_expects(converted_models: Path) -> None:
+    folder = converted_models / "qwen3" / "megatron"
     assert (folder / "latest_checkpointed_iteration.txt").read_text() == "release"
     names = {path.name for path in (folder / "release").iterdir()}
     assert names == {".metadata", "metadata.json", "common.pt", "__0_0.distcp"}
@@ -190,8 +192,8 @@ def run_and_kill(work: Callable[..., object], *arguments: object, after: float |
     return child.exitcode != 0
 
 
-def test_a_killed_conversion_continues_and_keeps_only_complete_files(folders: Path, tmp_path: Path) -> None:
-    hf, out = folders / "llama" / "hf", tmp_path / "out"
+def test_a_killed_conversion_continues_and_keeps_only_complete_files(converted_models: Path, tmp_path: Path) -> None:
+    hf, out = converted_models / "llama" / "hf", tmp_path / "out"
     assert run_and_kill(die_after, 20, hf, out)
     assert not out.exists()
     complete = sorted((tmp_path / "out.partial/result/release").glob("*.distcp"))
@@ -225,9 +227,9 @@ def convert_slowly(convert: Callable[..., object], *arguments: Path, **options: 
 
 @pytest.mark.parametrize("direction", ["to_megatron", "to_hf"])
 def test_a_conversion_killed_at_random_moments_ends_with_the_same_bytes(
-    folders: Path, tmp_path: Path, direction: str
+    converted_models: Path, tmp_path: Path, direction: str
 ) -> None:
-    llama = folders / "llama"
+    llama = converted_models / "llama"
     convert: Callable[..., object] = hf_to_megatron if direction == "to_megatron" else megatron_to_hf
     source = llama / ("hf" if direction == "to_megatron" else "megatron")
     options = {"file_bytes" if direction == "to_megatron" else "shard_bytes": 60_000, "workers": 2}
@@ -245,20 +247,20 @@ def test_a_conversion_killed_at_random_moments_ends_with_the_same_bytes(
     assert_same_files(tmp_path / "out", tmp_path / "wanted")
 
 
-def test_an_unfinished_conversion_of_another_input_is_not_continued(folders: Path, tmp_path: Path) -> None:
-    assert run_and_kill(die_after, 20, folders / "llama" / "hf", tmp_path / "out")
-    report = hf_to_megatron(folders / "qwen3" / "hf", tmp_path / "out", file_bytes=60_000)
+def test_an_unfinished_conversion_of_another_input_is_not_continued(converted_models: Path, tmp_path: Path) -> None:
+    assert run_and_kill(die_after, 20, converted_models / "llama" / "hf", tmp_path / "out")
+    report = hf_to_megatron(converted_models / "qwen3" / "hf", tmp_path / "out", file_bytes=60_000)
     assert len(report.redone) == report.num_files
 
 
-def test_a_full_disk_names_the_tensor_and_leaves_no_output(folders: Path, tmp_path: Path) -> None:
+def test_a_full_disk_names_the_tensor_and_leaves_no_output(converted_models: Path, tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(
             UserError, match=r"no space left for model\.safetensors .*model\..*\[.*free space"
         ) as caught:
-            megatron_to_hf(folders / "llama" / "megatron", tmp_path / "out")
+            megatron_to_hf(converted_models / "llama" / "megatron", tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "of shape (" in str(caught.value)
@@ -266,12 +268,12 @@ def test_a_full_disk_names_the_tensor_and_leaves_no_output(folders: Path, tmp_pa
 
 
 def test_too_little_disk_space_is_found_before_anything_is_written(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    converted_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"its file system has 1000 \(largest tensor: .* of shape"):
-        hf_to_megatron(folders / "llama" / "hf", tmp_path / "out")
+        hf_to_megatron(converted_models / "llama" / "hf", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -367,18 +369,18 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("fault", DAMAGE)
 def test_a_damaged_megatron_checkpoint_is_rejected_with_the_reason(
-    folders: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    converted_models: Path, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(folders / "llama" / "megatron", tmp_path / "damaged")
+    shutil.copytree(converted_models / "llama" / "megatron", tmp_path / "damaged")
     DAMAGE[fault][0](tmp_path / "damaged" / "release")
     with pytest.raises(UserError, match=DAMAGE[fault][1]):
         megatron_to_hf(tmp_path / "damaged", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_bytes_that_are_not_a_saved_tensor_are_rejected(folders: Path, tmp_path: Path) -> None:
-    shutil.copytree(folders / "llama" / "megatron", tmp_path / "damaged")
+def test_bytes_that_are_not_a_saved_tensor_are_rejected(converted_models: Path, tmp_path: Path) -> None:
+    shutil.copytree(converted_models / "llama" / "megatron", tmp_path / "damaged")
     path = tmp_path / "damaged" / "release" / "__0_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(UserError, match=r"part of shape \(.*cannot be read"):
@@ -386,10 +388,10 @@ def test_bytes_that_are_not_a_saved_tensor_are_rejected(folders: Path, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["damaged"]
 
 
-def test_an_output_folder_with_content_is_not_changed(folders: Path, tmp_path: Path) -> None:
+def test_an_output_folder_with_content_is_not_changed(converted_models: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     with pytest.raises(UserError, match="exists and is not empty"):
-        hf_to_megatron(folders / "llama" / "hf", tmp_path)
+        hf_to_megatron(converted_models / "llama" / "hf", tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 
@@ -398,8 +400,8 @@ def run_tool(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_the_tools_return_the_exit_codes_of_their_help(folders: Path, tmp_path: Path) -> None:
-    hf = folders / "qwen3" / "hf"
+def test_the_tools_return_the_exit_codes_of_their_help(converted_models: Path, tmp_path: Path) -> None:
+    hf = converted_models / "qwen3" / "hf"
     done = run_tool("hf_to_megatron.py", hf, tmp_path / "megatron", "--json", "--dtype", "bf16")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["tensors"] == len(read_tensors(hf))
@@ -415,9 +417,9 @@ def test_the_tools_return_the_exit_codes_of_their_help(folders: Path, tmp_path: 
     assert "Traceback" not in wrong.stderr
 
 
-def test_a_comparison_across_formats_names_the_differences(folders: Path, tmp_path: Path) -> None:
+def test_a_comparison_across_formats_names_the_differences(converted_models: Path, tmp_path: Path) -> None:
     hf = tmp_path / "changed"
-    shutil.copytree(folders / "llama" / "hf", hf)
+    shutil.copytree(converted_models / "llama" / "hf", hf)
     tensors = read_tensors(hf)
     up, down, norm = (f"model.layers.1.{n}.weight" for n in ("mlp.up_proj", "mlp.down_proj", "input_layernorm"))
     tensors[up][95, 127] += 0.5
@@ -425,7 +427,7 @@ def test_a_comparison_across_formats_names_the_differences(folders: Path, tmp_pa
     del tensors[norm]
     tensors["extra"] = torch.ones(1)
     save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    megatron = folders / "llama" / "megatron"
+    megatron = converted_models / "llama" / "megatron"
     found = {
         c.name: (c.verdict, c.max_abs_difference)
         for c in compare(open_checkpoint(megatron, None, hf), open_checkpoint(hf, None, megatron))
@@ -433,7 +435,7 @@ def test_a_comparison_across_formats_names_the_differences(folders: Path, tmp_pa
     }
     assert found[up] == ("value", pytest.approx(0.5))
     assert found | {up: 0} == {up: 0, down: ("shape", None), norm: ("only in A", None), "extra": ("only in B", None)}
-    same = compare(open_checkpoint(megatron, None, hf), open_checkpoint(folders / "llama" / "hf", None, hf))
+    same = compare(open_checkpoint(megatron, None, hf), open_checkpoint(converted_models / "llama" / "hf", None, hf))
     assert {c.verdict for c in same} == {"equal"}
 
 

@@ -35,7 +35,7 @@ ARGUMENTS = (
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run two data-parallel ranks with one engine each."""
     root = tmp_path_factory.mktemp("uninterrupted")
     run_job_successfully(*ARGUMENTS, f"run.dir={root / 'run'}", output=root / "log")
@@ -73,7 +73,7 @@ def kill_when_complete(run: Path, step: int, output: Path, arguments: Sequence[s
 
 
 def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_run(
-    uninterrupted: Path, tmp_path: Path
+    uninterrupted_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     kill_when_complete(run, 2, tmp_path / "first")
@@ -85,7 +85,7 @@ def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_r
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')
     run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
-    assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted_run)
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # the compared values are not all zero
 
@@ -107,7 +107,7 @@ def test_a_killed_and_continued_run_with_sglang_equals_the_uninterrupted_run_and
 
 @pytest.mark.long
 def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run(
-    uninterrupted: Path, tmp_path: Path
+    uninterrupted_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with running_job([*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"], tmp_path / "first") as process:
@@ -124,13 +124,13 @@ def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run
     assert read_json(run / "summary.json")["status"] == "interrupted"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
     run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
-    assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted_run)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(5))
 def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupted_run(
-    uninterrupted: Path, tmp_path: Path, seed: int
+    uninterrupted_run: Path, tmp_path: Path, seed: int
 ) -> None:
     """Kill and continue a run; each attempt gets more time than the one before, so that the run ends."""
     rng = random.Random(seed)
@@ -147,4 +147,4 @@ def test_a_run_killed_at_random_moments_until_it_finishes_equals_the_uninterrupt
             assert code == 0, (tmp_path / f"attempt-{kills}.err").read_text()[-3000:]
             break
     assert kills > 0
-    assert_same_run(run, uninterrupted)
+    assert_same_run(run, uninterrupted_run)

@@ -193,7 +193,7 @@ def test_state_bytes_are_weights_gradients_and_two_moments(laboratory: Laborator
         assert factor * weights <= answer["bytes"][part] <= factor * weights + padding
 
 
-def state(learner: Any) -> list[bytes]:
+def learner_state(learner: Any) -> list[bytes]:
     """Return parameters, master weights, moments and step counters of this rank."""
     masters = [p for adam in torch_optimizers(learner) for group in adam.param_groups for p in group["params"]]
     steps = [state["step"] for adam in torch_optimizers(learner) for state in adam.state.values()]
@@ -216,7 +216,7 @@ def run_uninterrupted(rank: int, recorded: Recorded, layout: Layout, folder: Pat
     assert staged is not None
     manager.publish(staged)
     stats = update_both(rank, policy, critic, recorded, layout, 2)
-    return stats, state(policy) + state(critic)
+    return stats, learner_state(policy) + learner_state(critic)
 
 
 def run_resumed(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path) -> tuple[Any, list[bytes]]:
@@ -224,7 +224,7 @@ def run_resumed(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path)
     manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, critic=critic)
     assert manager.load(policy, checkpoint) == LoopState(step=1, policy_version=2)
     stats = update_both(rank, policy, critic, recorded, layout, 2)
-    return stats, state(policy) + state(critic)
+    return stats, learner_state(policy) + learner_state(critic)
 
 
 @pytest.mark.parametrize(

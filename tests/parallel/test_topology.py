@@ -49,15 +49,17 @@ def layouts_in_megatron(rank: int, layouts: list[Layout]) -> list[dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def places(rank_pool: RankPool) -> list[list[dict[str, Any]]]:
+def layouts_of_ranks(rank_pool: RankPool) -> list[list[dict[str, Any]]]:
     """Return the coordinates and groups of each rank and layout: [rank][layout]."""
     return rank_pool.call(8, layouts_in_megatron, EIGHT)
 
 
 @pytest.mark.parametrize("layout", EIGHT, ids=str)
-def test_coordinates_equal_the_ranks_in_megatrons_groups(places: list[list[dict[str, Any]]], layout: Layout) -> None:
+def test_coordinates_equal_the_ranks_in_megatrons_groups(
+    layouts_of_ranks: list[list[dict[str, Any]]], layout: Layout
+) -> None:
     for rank in range(8):
-        at, place = layout.topology.coordinates(rank), places[rank][EIGHT.index(layout)]
+        at, place = layout.topology.coordinates(rank), layouts_of_ranks[rank][EIGHT.index(layout)]
         for axis in ("tp", "cp", "pp", "dp", "ep", "etp", "edp"):
             assert getattr(at, axis + "_rank") == place[axis + "_rank"], (rank, axis)
         assert ranks_of(rank, layout).is_last_stage == place["is_last_stage"]
@@ -65,11 +67,11 @@ def test_coordinates_equal_the_ranks_in_megatrons_groups(places: list[list[dict[
 
 @pytest.mark.parametrize("layout", EIGHT, ids=str)
 def test_ranks_that_share_the_other_axes_form_megatrons_groups(
-    places: list[list[dict[str, Any]]], layout: Layout
+    layouts_of_ranks: list[list[dict[str, Any]]], layout: Layout
 ) -> None:
     at = [layout.topology.coordinates(rank) for rank in range(8)]
     for rank in range(8):
-        place, me = places[rank][EIGHT.index(layout)], at[rank]
+        place, me = layouts_of_ranks[rank][EIGHT.index(layout)], at[rank]
         same = {
             "tp_group": [
                 o.rank for o in at if (o.cp_rank, o.dp_rank, o.pp_rank) == (me.cp_rank, me.dp_rank, me.pp_rank)
@@ -89,7 +91,9 @@ def test_ranks_that_share_the_other_axes_form_megatrons_groups(
 
 
 @pytest.mark.parametrize("layout", EIGHT, ids=str)
-def test_the_loss_rank_of_a_replica_is_on_its_last_stage(places: list[list[dict[str, Any]]], layout: Layout) -> None:
+def test_the_loss_rank_of_a_replica_is_on_its_last_stage(
+    layouts_of_ranks: list[list[dict[str, Any]]], layout: Layout
+) -> None:
     for dp_rank in range(layout.topology.dp):
-        place = places[layout.topology.loss_rank(dp_rank)][EIGHT.index(layout)]
+        place = layouts_of_ranks[layout.topology.loss_rank(dp_rank)][EIGHT.index(layout)]
         assert (place["dp_rank"], place["tp_rank"], place["is_last_stage"]) == (dp_rank, 0, True)

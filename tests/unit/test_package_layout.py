@@ -19,7 +19,7 @@ VAGUE_NAMES = {"boxes", "held", "named", "files", "start", "make", "utils", "mis
 
 
 @cache
-def tree(path: Path) -> ast.Module:
+def syntax_tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
@@ -36,7 +36,7 @@ def test_the_root_of_the_package_has_few_files() -> None:
 def test_class_names_are_unique() -> None:
     homes = defaultdict(list)
     for path in MODULES:
-        for node in ast.walk(tree(path)):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(name_of(path))
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
@@ -51,7 +51,7 @@ def test_no_function_is_long() -> None:
     lengths = {
         f"{name_of(path)}:{node.lineno} {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
         for path in MODULES
-        for node in ast.walk(tree(path))
+        for node in ast.walk(syntax_tree(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     }
     assert {name: n for name, n in lengths.items() if n > MAX_FUNCTION_LINES} == {}
@@ -63,4 +63,4 @@ def test_no_module_has_a_vague_name() -> None:
 
 @pytest.mark.parametrize("package", sorted(p for p in PACKAGE.rglob("*") if any(p.glob("*.py"))), ids=name_of)
 def test_every_package_has_a_docstring(package: Path) -> None:
-    assert ast.get_docstring(tree(package / "__init__.py")), package
+    assert ast.get_docstring(syntax_tree(package / "__init__.py")), package

@@ -58,7 +58,7 @@ def undeclared(log_probs, log_ratio, advantages, segments):
 
 
 @pytest.fixture
-def extension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def extension_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "my_algorithm.py").write_text(EXTENSION)
     monkeypatch.chdir(tmp_path)
     return "./my_algorithm.py"
@@ -68,8 +68,10 @@ def algorithm(**keys: object) -> AlgorithmConfig:
     return AlgorithmConfig.model_validate({"kl_coef": 0.0, "clip_low": None} | keys)
 
 
-def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension: str) -> None:
-    config = algorithm(surrogate=f"{extension}:squared_ratio", advantage=f"{extension}:raw_reward", clip_high=0.3)
+def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension_module: str) -> None:
+    config = algorithm(
+        surrogate=f"{extension_module}:squared_ratio", advantage=f"{extension_module}:raw_reward", clip_high=0.3
+    )
     check_algorithm(config)
     data = make_data()
     loss, batches = compute_update_loss(data, config)
@@ -105,9 +107,11 @@ def test_one_file_adds_a_surrogate_and_an_advantage_that_train_a_loss(extension:
     ],
 )
 def test_a_wrong_name_or_key_is_an_error_when_the_config_is_checked(
-    extension: str, keys: dict[str, object], message: str
+    extension_module: str, keys: dict[str, object], message: str
 ) -> None:
-    given = {key: value.format(file=extension) if isinstance(value, str) else value for key, value in keys.items()}
+    given = {
+        key: value.format(file=extension_module) if isinstance(value, str) else value for key, value in keys.items()
+    }
     with pytest.raises(UserError, match=message):
         check_algorithm(algorithm(**given))
 
