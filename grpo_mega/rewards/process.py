@@ -13,7 +13,7 @@ from typing import Any
 
 from grpo_mega.rewards.base import Value
 from grpo_mega.rewards.inputs import TEXTS, ScoringRow
-from grpo_mega.rewards.scoring_errors import FailureKind
+from grpo_mega.rewards.scoring_errors import REPORTED, FailureKind
 from grpo_mega.workers.json_worker import JsonWorker
 
 _MAX_IN_FLIGHT = 64
@@ -101,9 +101,14 @@ def _is_answer(message: Any) -> bool:
         type(serial) is int
         and type(position) is int
         and (value is None or _is_number(value) or (isinstance(value, list) and all(map(_is_step, value))))
-        and (problem is None or isinstance(problem, str))
+        and (problem is None or _is_problem(problem))
         and _is_number(seconds)
     )
+
+
+def _is_problem(problem: Any) -> bool:
+    """Return True for `[kind, details]` with a kind that a worker reports itself."""
+    return isinstance(problem, list) and len(problem) == 2 and problem[0] in REPORTED and isinstance(problem[1], str)
 
 
 def _is_step(step: Any) -> bool:

@@ -9,6 +9,8 @@ from typing import Literal
 FailureKind = Literal[
     "timed out", "crashed", "raised an exception", "returned no number in its range", "got no answer from its server"
 ]
+REPORTED: tuple[FailureKind, ...] = ("raised an exception", "returned no number in its range")
+"""Kinds that a worker process reports itself; the parent notices the others."""
 
 _CALLERS = frozenset(("base.py", "worker.py", "batched.py", "pool.py"))
 _MAX_TRACEBACK_CHARACTERS = 4000
