@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
-from grpo_mega.rewards.math_answers.equality import MAX_ANSWER_CHARACTERS, is_prose, is_right, words_of
+from grpo_mega.rewards.math_answers.comparable_tokens import words_of
+from grpo_mega.rewards.math_answers.equality import MAX_ANSWER_CHARACTERS, is_prose, is_right
 from grpo_mega.rewards.math_answers.final_answer import (
     answer_in_prose,
     boxed_answer,

@@ -259,9 +259,10 @@ def _parse_set(inner: Sequence[Token], depth: int) -> MathAnswer:
         return MathAnswer("set", ((),))
     parts = list(split_at_top(inner, ("|", ":")))
     if len(parts) == 2:  # \{x \mid x > 2\}
-        name, condition = parts[0][0], parts[1][0]
-        name = next(part for part, _ in split_at_top(name, ("in",)))
-        if not is_label(name) or not condition:
+        (name, _), *domains = split_at_top(parts[0][0], ("in",))
+        condition = parts[1][0]
+        is_real = all(part == [Token("symbol", r"\bb{R}")] for part, _ in domains)
+        if not is_label(name) or not condition or not is_real:
             raise UnreadableError
         return parse_answer(condition, depth + 1)
     content = parse_answer(inner, depth + 1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_mega.rewards.math_answers.answers import MathAnswer, parse_answer, split_at_top
+from grpo_mega.rewards.math_answers.comparable_tokens import answer_tokens, comparable_texts
 from grpo_mega.rewards.math_answers.exact import (
     UndefinedError,
     contains_minus_plus,
@@ -23,17 +23,12 @@ from grpo_mega.rewards.math_answers.exact import (
 from grpo_mega.rewards.math_answers.expressions import MAX_TOKENS, Expression, UnreadableError, parse_expression
 from grpo_mega.rewards.math_answers.regions import are_equal_regions, read_region, variable_of
 from grpo_mega.rewards.math_answers.scalars import are_equal_scalars, are_proportional, difference
-from grpo_mega.rewards.math_answers.tokens import Token, tokenize
+from grpo_mega.rewards.math_answers.tokens import Token
 from grpo_mega.rewards.math_answers.units import read_unit
 
 MAX_ANSWER_CHARACTERS = 2000
 _MAX_VARIANTS = 16
 _MAX_ITEMS = 60
-_LEAD_IN = re.compile(
-    r"\s*(?:\\text\s*\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?(?:solutions?|answers?)\s*(?:(?:is|are)\s*:?|:)\s*\}?\s*",
-    re.IGNORECASE,
-)
-_PUNCTUATION = frozenset((".", ",", ";", ":", "?", '"', "`"))
 _PERCENT = frozenset((("percent", 1),))
 _HUNDREDTH = Expression("number", (1, 1, -2))
 _NOTHING = ("no", "solution"), ("no", "solutions")
@@ -43,19 +38,19 @@ def is_right(answer: str, reference: str) -> bool:
     """Return True when the answer equals the reference answer."""
     if len(answer) > MAX_ANSWER_CHARACTERS + 2 * len(reference):
         return False
-    tokens, forms = _read_reference(reference)
-    answer_tokens = _answer_tokens(answer)
-    if not answer_tokens:
+    expected, forms = _read_reference(reference)
+    tokens = answer_tokens(answer)
+    if not tokens:
         return False
-    if _comparable(answer_tokens) == tokens:
+    if comparable_texts(tokens) == expected:
         return True
-    if not forms or len(answer_tokens) > MAX_TOKENS:
+    if not forms or len(tokens) > MAX_TOKENS:
         return False
-    if _parses_and_agrees(answer_tokens, forms):
+    if _parses_and_agrees(tokens, forms):
         return True
     lists = [form for form in forms if form.kind == "list"]
-    separate = _answer_tokens(answer, join_thousands=False) if lists else answer_tokens
-    return separate != answer_tokens and _parses_and_agrees(separate, lists)  # 40,200 where the reference is 40, 200
+    separate = answer_tokens(answer, join_thousands=False) if lists else tokens
+    return separate != tokens and _parses_and_agrees(separate, lists)  # 40,200 where the reference is 40, 200
 
 
 def _parses_and_agrees(tokens: Sequence[Token], forms: Sequence[MathAnswer]) -> bool:
@@ -66,55 +61,22 @@ def _parses_and_agrees(tokens: Sequence[Token], forms: Sequence[MathAnswer]) -> 
         return False
 
 
-def words_of(text: str) -> tuple[str, ...]:
-    """Return the comparable tokens of a text: words in lower case, without punctuation between them."""
-    return _comparable(_answer_tokens(text))
-
-
 def is_prose(reference: str) -> bool:
     """Return True when a reference is compared as words: it contains a word, and is no formula, list or number."""
     forms = _read_reference(reference)[1]
-    has_word = any(token.kind == "word" for token in _answer_tokens(reference))
+    has_word = any(token.kind == "word" for token in answer_tokens(reference))
     return has_word and all(form.kind == "words" for form in forms)
-
-
-def _answer_tokens(text: str, *, join_thousands: bool = True) -> list[Token]:
-    match = _LEAD_IN.match(text)
-    if match is not None and match.end() < len(text):
-        is_open = "\\text" in match.group() and "}" not in match.group()
-        text = text[match.end() :].replace("}", "", is_open)  # \text{The answer is 5}
-    tokens = tokenize(text, join_thousands=join_thousands)
-    while tokens and tokens[-1] in (Token("mark", "."), Token("mark", ",")):
-        tokens.pop()
-    return tokens
-
-
-def _comparable(tokens: Sequence[Token]) -> tuple[str, ...]:
-    texts: list[str] = []
-    is_prose = any(token.kind == "word" for token in tokens)
-    for kind, text in tokens:
-        if is_prose and kind == "mark" and text in _PUNCTUATION:
-            continue
-        texts.append(text.casefold() if kind == "word" and len(text) > 1 else text)
-    position = 0
-    while position + 3 < len(texts):  # x^{2} is x^2
-        if texts[position] in ("^", "_") and texts[position + 1] == "{" and texts[position + 3] == "}":
-            texts[position + 1 : position + 4] = [texts[position + 2]]
-        position += 1
-    while len(texts) > 2 and texts[0] == "{" and texts[-1] == "}" and texts.count("{") == 1:
-        texts = texts[1:-1]
-    return tuple(texts)
 
 
 @functools.lru_cache(maxsize=4096)
 def _read_reference(reference: str) -> tuple[tuple[str, ...], tuple[MathAnswer, ...]]:
     r"""Return the comparable tokens of a reference, and its parsed forms.
 
-    There may be several: `x \le 2: (-\infty, 2]` has both halves, `1,234` may be one number or two, and a chain of
-    equations has its last member.
+    There may be several: `x \le 2: (-\infty, 2]` has both halves, and a chain of equations that
+    cannot be parsed has its last member.
     """
-    tokens = _answer_tokens(reference)
-    alternatives = [tokens, _answer_tokens(reference, join_thousands=False)]
+    tokens = answer_tokens(reference)
+    alternatives = [tokens]
     halves = [part for part, _ in split_at_top(tokens, (":",))]
     if len(halves) == 2 and any(token.text in ("<", ">", "<=", ">=", "empty") for token in tokens):
         alternatives += [half for half in halves if half]
@@ -129,7 +91,7 @@ def _read_reference(reference: str) -> tuple[tuple[str, ...], tuple[MathAnswer, 
             continue
         if alternative is not members[-1] or not forms:
             forms.append(form)
-    return _comparable(tokens), tuple(dict.fromkeys(forms))
+    return comparable_texts(tokens), tuple(dict.fromkeys(forms))
 
 
 def _with_variants(answer: MathAnswer) -> MathAnswer:
@@ -262,6 +224,8 @@ def _values_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
             return one.parts in _NOTHING
         if one == MathAnswer("set", ((),)) and _is_empty_symbol(other):
             return True
+        if one.kind == "words" and len(one.parts) == 1 and all(token.kind == "symbol" for token in other.tokens):
+            return bool("".join(token.text for token in other.tokens).casefold() == one.parts[0])  # east, \text{east}
     if kinds[0] == kinds[1] and kinds[0] in ("words", "dots"):
         return reference.parts == answer.parts
     if {"union", "difference"} & set(kinds):
@@ -354,11 +318,7 @@ def _relations_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
     if reference.label == answer.label or not (reference.label and answer.label):
         names = variable_of(reference), variable_of(answer)
         same_variable = reference.kind != answer.kind or names[0] == names[1]
-        if (
-            {reference.kind, answer.kind} != {"scalar", "relation"}
-            and same_variable
-            and _regions_agree(reference, answer)
-        ):
+        if same_variable and _regions_agree(reference, answer):
             return True
     first, second = _as_relation(reference), _as_relation(answer)
     if first is None or second is None:

@@ -62,7 +62,10 @@ _NOT_UNITS = frozenset(
         "zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty "
         "seventy eighty ninety infinity infinite negative minus plus times over divided multiplied root factorial "
         "choose mod base vs versus between from with without solution solutions answer answers undefined none "
-        "nothing only also alternatively instead actually so then hence thus equals equal remainder i"
+        "nothing only also alternatively instead actually so then hence thus equals equal remainder i squared "
+        "cubed doubled tripled halved halves thirds quarters fourth fourths fifth fifths sixth sixths seventh "
+        "sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths gross bn "
+        "mn more-or-less below above under beyond"
     )
 )
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
@@ -96,7 +99,7 @@ def read_unit(tokens: Sequence[Token]) -> Unit | None:
             next_power = 2 if lower.startswith("sq") else 3
         elif kind == "word" and lower in ("squared", "cubed") and last is not None:
             powers[last] *= 2 if lower == "squared" else 3
-        elif (kind in ("word", "upright") and lower not in _NOT_UNITS) or text in ("degree", "percent"):
+        elif (kind in ("word", "upright") and _may_be_unit(text)) or text in ("degree", "percent"):
             num_words += 1
             for name, power in _COMPOUND.get(lower, ((_canonical_name(text), 1),)):
                 last = name
@@ -107,6 +110,11 @@ def read_unit(tokens: Sequence[Token]) -> Unit | None:
     if not 0 < num_words <= _MOST_WORDS or next_power != 1:
         return None
     return frozenset((name, power) for name, power in powers.items() if power)
+
+
+def _may_be_unit(text: str) -> bool:
+    """Return False for words that change a value (`5 or`, `5 million`, `5 tenths`), and for unknown single letters."""
+    return text in _SYNONYMS if len(text) == 1 else text.casefold() not in _NOT_UNITS
 
 
 def _read_exponent(tokens: Sequence[Token], position: int) -> tuple[int | None, int]:
