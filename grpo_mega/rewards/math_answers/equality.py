@@ -240,7 +240,10 @@ def _is_empty_symbol(answer: MathAnswer) -> bool:
 
 
 def _collections_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
-    reference, answer = _without_numbered_labels(reference), _without_numbered_labels(answer)
+    if not answer.label and not any(item.label for item in answer.parts[0]):
+        reference = _without_numbered_labels(reference)
+    if not reference.label and not any(item.label for item in reference.parts[0]):
+        answer = _without_numbered_labels(answer)
     first, second = reference.parts[0], answer.parts[0]
     if (_named_values(reference) is None) != (_named_values(answer) is None):
         return False  # x=1, y=2 is not 1, 2

@@ -43,7 +43,10 @@ def variable_of(answer: MathAnswer) -> str | None:
 
 
 def read_region(answer: MathAnswer) -> list[Interval] | None:
-    """Return disjoint intervals in increasing order; None when the answer is no set of real numbers."""
+    """Return disjoint intervals in increasing order; None when the answer is no set of real numbers.
+
+    Relations that `or` joins must be disjoint: `x < 2 or x < 1` is a hedge.
+    """
     intervals = _intervals(answer)
     if intervals is None or len(intervals) > _MAX_INTERVALS:
         return None
@@ -71,14 +74,26 @@ def _intervals(answer: MathAnswer) -> list[Interval] | None:
         return [Interval(p, True, p, True) for p in points] if len(points) == len(answer.parts[0]) else None
     if answer.kind == "scalar" and answer.parts[0] == Expression("symbol", (r"\bb{R}",)):
         return [_ALL]
-    if answer.kind == "union" or (answer.kind == "list" and answer.separator == "or"):
-        parts = [_intervals(part) for part in (answer.parts if answer.kind == "union" else answer.parts[0])]
-        return None if None in parts else [interval for part in parts if part for interval in part]
+    if answer.kind == "union":
+        return _united([_intervals(part) for part in answer.parts])
+    if answer.kind == "list" and answer.separator == "or" and all(item.kind == "relation" for item in answer.parts[0]):
+        intervals = _united([_intervals(item) for item in answer.parts[0]])
+        merged = None if intervals is None or len(intervals) > _MAX_INTERVALS else _merged(intervals)
+        return merged if merged is not None and intervals is not None and len(merged) == len(intervals) else None
     if answer.kind == "difference":
         whole, removed = _intervals(answer.parts[0]), _intervals(answer.parts[1])
         if whole == [_ALL] and removed is not None and all(point.low == point.high for point in removed):
             return _complement([point.low for point in removed])
     return None
+
+
+def _united(parts: list[list[Interval] | None]) -> list[Interval] | None:
+    united: list[Interval] = []
+    for part in parts:
+        if part is None:
+            return None
+        united += part
+    return united
 
 
 def _bracket_interval(answer: MathAnswer) -> list[Interval] | None:
