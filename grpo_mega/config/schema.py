@@ -95,10 +95,15 @@ class ObserveConfig(Section):
 
 
 class GuardConfig(Section):
-    """Limits that end a run which makes no progress."""
+    """Limits that end a run which makes no progress, or whose engine does not compute what the policy computes."""
 
     timeout_seconds: float = Field(600.0, gt=0)
     """Longest wait of one rank for another, in seconds."""
+    max_mismatch: Literal["auto"] | Annotated[float, Field(gt=0)] | None = "auto"
+    """Largest difference between the log-probs of policy and engine in a step, in nats, over tokens with a probability
+    above 1e-3 in one of them; a larger one stops the run. `auto`: 0.01 with `precision.dtype=fp32` and 0.5 with `bf16`;
+    2 with FP8, and for experts without `algorithm.routing_replay`. A positive number is a bound of yours. null: no
+    bound."""
 
 
 class Config(Section):
@@ -137,7 +142,7 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
     """Metrics and records of the run."""
     guard: GuardConfig = GuardConfig()
-    """Limits of waiting."""
+    """Limits of waiting, and of the difference between policy and engine."""
 
     @property
     def longest_training_rollout(self) -> int:

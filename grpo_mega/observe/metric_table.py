@@ -71,6 +71,9 @@ METRICS: dict[str, Metric] = {
     "train/learning_rate": Metric("rate", "learning rate of the step's last update"),
     "train/mismatch_kl": Metric("nats per token", "KL divergence between sampler and policy for the same weights"),
     "train/mismatch_max": Metric("nats", "largest \\|old_log_probs - sampler_log_probs\\| of a token"),
+    "train/mismatch_likely_max": Metric(
+        "nats", "the same over tokens with a probability above 1e-3, which `guard.max_mismatch` bounds"
+    ),
     "train/correction_mean": Metric("factor", "mean factor that corrects the mismatch", _CORRECTION),
     "train/masked_fraction": Metric("fraction", "tokens that the correction masked", _CORRECTION),
     "train/vetoed_fraction": Metric("fraction", "tokens of rollouts that the veto excluded", _CORRECTION),

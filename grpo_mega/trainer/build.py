@@ -34,6 +34,7 @@ from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.loop import TrainerState, push_weights, train
+from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
@@ -119,8 +120,7 @@ def building(
             stack.callback(engine.close)
             quiet_libraries()
             sync = make_sync(config, policy, engine, ranks)
-            if config.weight_sync.fp8_report:
-                report_fp8(config, policy, run.folder, is_first=ranks.is_first)
+            report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
         evaluator = _make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
@@ -143,6 +143,7 @@ def building(
             evaluator=evaluator if held_out is not None else None,
             timers=timers,
             observer=observer,
+            mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
         )
         yield BuiltJob(job, run, model_folder, state, policy)
 
@@ -217,7 +218,7 @@ def policy_end(config: Config, policy: MegatronPolicy) -> tuple[WeightSource, Fu
 
 
 def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_first: bool) -> None:
-    """Write fp8_report.json and log it as a table. Collective.
+    """Write fp8_report.json and log it as a table, if `weight_sync.fp8_report` is set. Collective.
 
     Args:
         config: gives the form of the scales.
@@ -225,6 +226,8 @@ def report_fp8(config: Config, policy: MegatronPolicy, folder: RunFolder, *, is_
         folder: the run folder.
         is_first: True on the rank that writes.
     """
+    if not config.weight_sync.fp8_report:
+        return
     power_of_two = config.engine.fp8 == "scales_power_of_two"
     report = fp8_report(policy.source, policy.model_parallel_group, power_of_two=power_of_two)
     if is_first:

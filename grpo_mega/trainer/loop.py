@@ -26,6 +26,7 @@ from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import SampledGroups, derived_seed
 from grpo_mega.trainer.batch import TrainBatch, build_batch, shuffled_rewards
+from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
@@ -53,6 +54,7 @@ class TrainerState:
     evaluator: Evaluator | None
     timers: PhaseTimer
     observer: Observer
+    mismatch_guard: MismatchGuard
 
 
 def train(job: TrainerState, state: LoopState) -> LoopState:
@@ -60,6 +62,7 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
 
     Raises:
         Stopped: on every rank, after a step and its checkpoint, if one rank has received the stop signal.
+        EngineMismatchError: on every rank, before the checkpoint of a step whose engine differs from the policy.
     """
     config, timers = job.config, job.timers
     for step in range(state.step + 1, config.train.steps + 1):
@@ -76,6 +79,7 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
                 batch, updates = update(job, objective.loss(), batch, state.policy_version)
                 update_reference_if_due(job, step)
             old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
+        job.mismatch_guard.check(step, groups.rollouts, old_log_probs, job.sync.describe_checks())
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)

@@ -15,6 +15,7 @@ from grpo_mega.algorithm.kl import MAX_REPORTED_LOG_RATIO
 from grpo_mega.data.expert_records import widen_record
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.mismatch_guard import largest_mismatch
 from grpo_mega.types import Reward, Rollout, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
 
@@ -191,7 +192,8 @@ def _replay(rollouts: Sequence[Rollout]) -> dict[str, float]:
 def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Mapping[str, float]:
     """Return the mismatch metrics of policy and sampler for the same weights: m = old_log_probs - sampler_log_probs.
 
-    `mismatch_max` = max |m|; `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
+    `mismatch_max` = max |m|; `mismatch_likely_max` = the same over the tokens that `guard.max_mismatch` bounds, 0 if
+    there are none (mismatch_guard.py); `mismatch_kl` = mean over tokens of exp(m) - m - 1, the k3 estimate of
     KL(sampler || policy), in nats per token. There an m above 40 counts as 40, so that exp does not overflow.
     """
     differences = [
@@ -199,8 +201,10 @@ def mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float
         for rollout, olds in zip(rollouts, old_log_probs, strict=True)
         for old, sampled in zip(olds, rollout.completion.loss_log_probs, strict=True)
     ]
+    likely = largest_mismatch(rollouts, old_log_probs)
     return {
         "train/mismatch_max": max(abs(m) for m in differences),
+        "train/mismatch_likely_max": 0.0 if likely is None else likely.size,
         "train/mismatch_kl": statistics.fmean(
             math.expm1(m) - m for m in (min(m, MAX_REPORTED_LOG_RATIO) for m in differences)
         ),

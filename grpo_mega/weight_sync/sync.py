@@ -121,6 +121,7 @@ class WeightSync:
         self._barrier = StragglerBarrier("weight_sync", self._where, settings.timeout_seconds, self._world)
         self.count = 0
         """Number of pushes that succeeded."""
+        self._last: tuple[int, bool] | None = None  # version of the last push, and whether it was verified
         support = self._barrier.gather((sink.supports_slices, sink.streaming_reason), "comparing engines")
         reasons = [reason for supports_slices, reason in support if not supports_slices]
         if reasons:
@@ -179,9 +180,26 @@ class WeightSync:
         if verify:
             self._verifier.verify(shards, digests)
         end = time.perf_counter()
-        self.count += 1
+        self.count, self._last = self.count + 1, (policy_version, verify)
         return SyncReport(
             end - start, end - loaded, self._written_bytes, self._received_bytes, combined_digest(digests)
+        )
+
+    def describe_checks(self) -> str:
+        """Describe what the last push checked and what it did not, for messages."""
+        if self._last is None:
+            return "no sync has run"
+        version, verified = self._last
+        if self._layouts is None:
+            return f"version {version} was streamed through the engine's own loader, and nothing was verified"
+        digests = (
+            "the digests of policy and engine were equal"
+            if verified
+            else "the digests were not compared (weight_sync.verify)"
+        )
+        return (
+            f"every rank reported version {version}; each of the {len(self._layouts.tensors)} tensors of the policy "
+            f"has its place in the engine, and each parameter of the engine has its tensor; {digests}"
         )
 
     def _execute(self, shards: Sequence[HeldSlice], policy_version: int) -> list[str]:
@@ -229,7 +247,7 @@ class WeightSync:
             dtypes_by_name |= part
         dtypes = {name: dtypes_by_name[name] for name in self._source.hf_shapes()}
         digests = source_digests(shards, dtypes, self._source_group)
-        self.count += 1
+        self.count, self._last = self.count + 1, (policy_version, False)
         return SyncReport(time.perf_counter() - start, 0.0, num_bytes, num_bytes - num_own, combined_digest(digests))
 
 

@@ -95,6 +95,7 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "train/ratio_max": 1.5,
             "train/updates": 2.0,
             "train/mismatch_max": 0.5,
+            "train/mismatch_likely_max": 0.5,
             "train/mismatch_kl": k3,
             "train/num_loss_tokens": 5.0,
             "train/unused_rollouts": 1.0,
@@ -225,7 +226,8 @@ def test_a_loss_without_a_reference_reports_no_kl() -> None:
 
 def test_mismatch_by_hand() -> None:
     rollouts = [make_rollout([-1.0, -2.0]), make_rollout([-3.0])]
-    assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == {"train/mismatch_max": 0.0, "train/mismatch_kl": 0.0}
+    names = ("train/mismatch_max", "train/mismatch_likely_max", "train/mismatch_kl")
+    assert mismatch(rollouts, [[-1.0, -2.0], [-3.0]]) == dict.fromkeys(names, 0.0)
     found = mismatch(rollouts, [[-1.0 + math.log(2), -2.0], [-3.0 - math.log(4)]])
     assert found["train/mismatch_max"] == pytest.approx(math.log(4), rel=1e-12)
     # exp(m) - m - 1: 2 - ln 2 - 1, 0, 1/4 + ln 4 - 1
@@ -242,6 +244,12 @@ def test_log_ratios_of_any_size_give_finite_mismatch_metrics() -> None:
     assert found["train/mismatch_max"] == 1000.0
     # exp(m) - m - 1 for m = 1000, which counts as 40, and for m = -1000
     assert found["train/mismatch_kl"] == pytest.approx((math.expm1(40) - 40 + 999) / 2, rel=1e-12)
+
+
+def test_unlikely_tokens_count_for_the_maximum_of_all_tokens_only() -> None:
+    found = mismatch([make_rollout([-1.0, -8.0])], [[-1.25, -9.0]])
+    assert (found["train/mismatch_max"], found["train/mismatch_likely_max"]) == (1.0, 0.25)
+    assert mismatch([make_rollout([-8.0])], [[-9.0]])["train/mismatch_likely_max"] == 0.0
 
 
 def test_a_number_of_log_probs_other_than_one_per_token_is_an_error() -> None:

@@ -1,0 +1,39 @@
+"""A run whose engine is wrong although the sync was verified stops at its first step, on all ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.jobs import SMALL, read_lines, train
+from tests.helpers.tiny_models import make_tiny_model
+
+
+@pytest.mark.parametrize(
+    ("reward", "bound", "code"),
+    [
+        ("tests.helpers.wrong_engine.length", "auto", 1),
+        pytest.param("tests.helpers.wrong_engine.length", "null", 0, marks=pytest.mark.long),
+        pytest.param("exact", "auto", 0, marks=pytest.mark.long),
+    ],
+)
+def test_a_wrong_engine_stops_the_run_although_the_sync_was_verified(
+    tmp_path: Path, reward: str, bound: str, code: int
+) -> None:
+    """Only the engine of rank 1 is wrong; both ranks stop before a checkpoint is written."""
+    model, run = make_tiny_model(tmp_path / "model"), tmp_path / "run"
+    keys = ("model.base=null", f"model.path={model}", f"reward.terms=[{{name: {reward}}}]", f"run.dir={run}")
+    keys += ("run.world_size=2", "train.steps=2", "checkpoint.every=1", f"guard.max_mismatch={bound}")
+    ended = train(*SMALL, *keys, output=tmp_path / "log")
+    assert ended.code == code, ended.stderr[-2000:]
+    checkpoints = list((run / "checkpoints").glob("step_*"))
+    if code == 0:
+        worst = max(line["train/mismatch_likely_max"] for line in read_lines(run / "metrics.jsonl"))
+        assert (worst > 0.01) == (reward != "exact")
+        return
+    assert "guard.max_mismatch=auto with precision.dtype=fp32" in ended.stderr
+    assert "the digests of policy and engine were equal" in ended.stderr
+    assert checkpoints == []
+    logs = [path.read_text() for path in (run / "logs").glob("rank_*.log")]
+    assert any("EngineMismatchError: step 1" in text for text in logs)  # the first one ends the other rank
