@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from grpo_mega.data.answer_ends import cut_at_stop
+from grpo_mega.data.answer_ends import cut_at_stop, eos_ids
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
     Raises:
         UserError: the folder does not exist, its tokenizer is missing or damaged, the tokenizer has no EOS token, or
-            tokens that are not in the model's vocabulary.
+            tokens that are not in the model's vocabulary, or a file of the folder has a wrong `eos_token_id`.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -48,6 +48,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             remedy="set eos_token in tokenizer_config.json",
         )
     _check_vocabulary(tokenizer, folder)
+    eos_ids(folder, tokenizer.eos_token_id)  # the engine reads them later; an error must come before the start
     return tokenizer
 
 

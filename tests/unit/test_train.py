@@ -13,6 +13,7 @@ import pytest
 
 from grpo_mega import train
 from grpo_mega.config.load import load_config
+from grpo_mega.data.tokenizers import byte_tokenizer
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 
@@ -172,6 +173,11 @@ def write_model(folder: Path, **files: str) -> Path:
         ),
         (["data.train=nothing.jsonl"], ("data.train=nothing.jsonl", "arithmetic:train / arithmetic:heldout")),
         (["data.eval=nothing.jsonl"], ("data.eval=nothing.jsonl", "arithmetic:train / arithmetic:heldout")),
+        (
+            ["data.template=chat", "data.chat_template=none.jinja"],
+            ("data.chat_template=none.jinja", "cannot be read", "name a readable file"),
+        ),
+        (["data.chat_template_kwargs=thinking"], ("data.chat_template_kwargs='thinking'", "valid dictionary")),
     ],
 )
 def test_wrong_input_is_one_message_and_exit_code_2(
@@ -204,9 +210,15 @@ def test_a_prompt_longer_than_the_limit_is_named_with_its_line(
 def test_a_model_folder_without_a_usable_tokenizer_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    larger = {"tokenizer": byte_tokenizer().backend_tokenizer.to_str(), "tokenizer_config": '{"eos_token": "<eos>"}'}
     for name, files, rule in (
         ("bare", {}, "contains no tokenizer (none of tokenizer.json, "),
         ("damaged", {"tokenizer": "{"}, "its tokenizer cannot be read ("),
+        (
+            "larger",
+            larger,
+            ": 248 tokens of the tokenizer are not in the model's vocabulary, which has vocab_size=10: ",
+        ),
     ):
         folder = write_model(tmp_path / name, **files)
         code, message = exit_of_main(monkeypatch, capsys, "model.base=null", f"model.path={folder}", "run.world_size=1")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.data.answer_ends import cut_at_stop, eos_ids
+from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.types import UserError
 from tests.helpers.small_tokenizers import bpe_tokenizer
 
@@ -43,8 +44,10 @@ def test_a_model_without_any_eos_is_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["</s>", [1, "x"], True, -1, 2.0])
 def test_an_eos_that_is_no_token_id_names_the_file(value: object, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.* must be a token id"):
-        eos_ids(_write(tmp_path, generation_config=value), 1)
+    bpe_tokenizer().save_pretrained(_write(tmp_path, generation_config=value))
+    for read in (lambda: eos_ids(tmp_path, 1), lambda: load_tokenizer(tmp_path)):
+        with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.* must be a token id"):
+            read()
 
 
 @pytest.mark.parametrize(
