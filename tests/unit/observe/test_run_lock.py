@@ -46,7 +46,7 @@ def test_a_second_command_is_rejected_until_the_first_is_killed(tmp_path: Path) 
         assert not folder.exists()
 
 
-def test_a_folder_that_cannot_be_made_is_the_users_to_name(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run.dir=.* cannot be written"):
         run_lock(tmp_path / "file" / "run").__enter__()

@@ -32,7 +32,7 @@ def test_storages_are_freed_and_restored_for_all_their_views() -> None:
     assert flat[0] == 7.0
 
 
-def test_bits_that_are_no_number_survive() -> None:
+def test_bits_of_values_that_are_not_numbers_are_preserved() -> None:
     bits = torch.tensor([0x7FC00001, -(2**31), 1], dtype=torch.int32)
     floats = bits.clone().view(torch.float32)
     movable = Movable([floats])
@@ -145,7 +145,7 @@ def test_moments_are_moved_once_they_exist() -> None:
     assert policy.content() == before
 
 
-def test_training_with_trips_is_training_without_them() -> None:
+def test_training_with_offloads_equals_training_without_them() -> None:
     policies = [TinyPolicy(torch.bfloat16), TinyPolicy(torch.bfloat16)]
     for update in range(3):
         for moves, policy in enumerate(policies):

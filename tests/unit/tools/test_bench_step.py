@@ -43,7 +43,7 @@ def test_length_spread_takes_percentiles_by_nearest_rank(bench: ModuleType) -> N
     assert found["p95_over_p50"] == pytest.approx(1.9)
 
 
-def test_the_side_that_starts_alternates(bench: ModuleType) -> None:
+def test_the_first_side_of_a_comparison_alternates(bench: ModuleType) -> None:
     order: list[str] = []
 
     class Fake:

@@ -37,7 +37,7 @@ def recorded_phases() -> tuple[Recorder, Phases]:
     return recorder, Phases(cast("Engine", recorder), recorder)
 
 
-def test_each_phase_frees_before_it_fills() -> None:
+def test_each_phase_offloads_before_it_reloads() -> None:
     recorder, phases = recorded_phases()
     with phases.syncing():
         recorder.calls.append("sync")

@@ -112,7 +112,7 @@ def test_no_batch_of_sequences_needs_more_than_twice_the_row(seed: int) -> None:
     assert sum(b.index.size(0) * b.index.size(1) ** 2 for b in batches) <= 4 * sum(n * n for n in lengths)
 
 
-def test_empty_segments_are_passed_over() -> None:
+def test_empty_segments_are_skipped() -> None:
     bounds = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     x = torch.randn(5, 2, 4, generator=torch.Generator().manual_seed(0))
     assert torch.equal(packed_attention(x, x, x, bounds, None), packed_attention(x, x, x, bounds_of([3, 2]), None))
