@@ -1,5 +1,6 @@
 """Moves tensors between device and host memory by their storages, so that every view of them stays valid.
 
+It moves state between the phases of a step. The part of the optimizer that stays on the host is in optimizer_config.py.
 Tensors are addressed by storage: parameters and the distributed optimizer's shards are views into a few flat buffers.
 Asserted by tests/unit/policy/test_phase_offload.py on host tensors; tests/gpu checks the freed device memory.
 """

@@ -1,7 +1,8 @@
 """A soft limit on the CPU time of one scoring, for rewards that call libraries which may not return.
 
-The hard limit is the alarm of the worker, which kills the process. This soft limit keeps the process and its imports.
-It acts between two bytecodes, so a single long operation in C is ended by the hard limit only.
+The hard limit, `reward.timeout_seconds`, is the alarm of the worker (workers/time_limit.py), which kills the process.
+This soft limit keeps the process and its imports. It acts between two bytecodes, so a single long operation in C is
+ended by the hard limit only.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A thread of the caller's process owns the workers (scoring_thread.py); the caller shares a queue with it
 (scoring_queue.py). Batched rewards (batched.py) are scored in the caller's process at the same time. Without any other
-reward there are no workers.
+reward there are no workers. `reward.timeout_seconds` is enforced by workers/time_limit.py in the worker, and by
+scoring_thread.py.
 
 Invariants (tests/unit/rewards/test_pool.py): every submitted key is returned by `collect`, whatever its reward did;
 `submit` does not wait; no worker outlives its parent; the values do not depend on the number of workers. A scoring that
