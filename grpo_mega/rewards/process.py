@@ -101,6 +101,7 @@ def _is_answer(message: Any) -> bool:
         type(serial) is int
         and type(position) is int
         and (value is None or _is_number(value) or (isinstance(value, list) and all(map(_is_step, value))))
+        and (value is None) == (problem is not None)
         and (problem is None or _is_problem(problem))
         and _is_number(seconds)
     )

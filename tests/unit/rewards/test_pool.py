@@ -273,6 +273,8 @@ def test_output_of_a_reward_does_not_reach_the_stdout_of_the_parent(capfd: pytes
         ('write [0, 0, "1.0", null, 0.0]\n', "brought [0, 0, '1.0', None, 0.0]"),
         ("write [0, 0, NaN, null, 0.0]\n", "brought [0, 0, nan, None, 0.0]"),
         ("write [0, 0, 1.0, null]\n", "brought [0, 0, 1.0, None]"),
+        ("write [0, 0, null, null, 0.0]\n", "brought [0, 0, None, None, 0.0]"),
+        ('write [0, 0, null, ["sneezed", ""], 0.0]\n', "brought [0, 0, None, ['sneezed', '']"),
         ("close", "exit status 1"),
         ("replace", "exit status 1"),
     ],
