@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -101,8 +102,15 @@ def _outside_of_runs(path: Path, reward: str, data: Sequence[str]) -> Checkpoint
 
     dist = checkpoint_folder(path)
     model = path if dist is None else find_base(path, dist)
-    values = {"model": {"path": str(model)}, "data": {"train": data[0]}, "train": {"steps": 1}}
+    values = {"model": {"path": str(model)}, "data": {"train": [data_source(data[0])]}, "train": {"steps": 1}}
     return Checkpoint(path, values | {"reward": {"terms": [{"name": reward}]}}, model)
+
+
+def data_source(text: str) -> dict[str, str]:
+    """Return a set from `PATH` or `NAME=PATH`; rewards with `datasets` go by the name."""
+    name, separator, path = text.partition("=")
+    is_named = separator and not Path(text).exists() and re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+    return {"path": path, "name": name} if is_named else {"path": text}
 
 
 def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
@@ -115,7 +123,7 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
     values["engine"] = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
     engine_tp = values["engine"].get("tp", 1)
     values |= {"parallel": {}, "checkpoint": {}, "run": {"world_size": engine_tp, "seed": args.seed}}
-    values["data"] = {**values["data"], "eval": [{"path": path} for path in args.data]}
+    values["data"] = {**values["data"], "eval": [data_source(text) for text in args.data]}
     known = {
         "k": args.samples or max(args.k),
         "report_k": sorted(set(args.k)),
@@ -194,7 +202,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="folder of a run, of a checkpoint or of a Hugging Face model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--data", action="append", required=True, help="any value of data.eval; may be repeated")
+    parser.add_argument(
+        "--data", action="append", required=True, help="any path of data.eval, or NAME=PATH; may be repeated"
+    )
     parser.add_argument("--k", type=int, nargs="+", default=[4], help="values of k of pass@k and maj@k (default: 4)")
     parser.add_argument(
         "--samples", type=int, help="answers per prompt, at least the largest k (default: the largest k)"

@@ -94,6 +94,21 @@ def test_a_checkpoint_of_a_run_is_evaluated_with_the_settings_of_the_run(model: 
     assert [term.name for term in newest.reward.terms] == ["gsm8k"]
 
 
+def test_a_set_may_be_named_so_that_the_rewards_of_its_name_apply(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = {"terms": [{"name": "exact", "datasets": ["sums"]}, {"name": "gsm8k", "datasets": ["stories"]}]}
+    data = {"train": [{"path": "a.jsonl", "name": "sums"}, {"path": "b.jsonl", "name": "stories"}],
+            "template": "plain", "max_prompt_tokens": 16}  # fmt: skip
+    folder = make_run(tmp_path / "run", model, reward=reward, data=data) / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    config, _ = config_of(str(folder), "--data", "sums=arithmetic:heldout")
+    assert [(source.label, source.path) for source in config.data.eval_sets] == [("sums", "arithmetic:heldout")]
+    assert "'arithmetic_heldout' has no reward" in error_of(capsys, str(folder), *DATA)
+    (tmp_path / "a=b.jsonl").touch()
+    assert evaluate.data_source(str(tmp_path / "a=b.jsonl")) == {"path": str(tmp_path / "a=b.jsonl")}
+
+
 def test_a_run_with_servers_is_evaluated_without_them(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -277,6 +278,23 @@ def test_rollouts_without_a_reward_are_in_no_denominator(aggregation: str, expec
     first = {"rollout_mean": 1 / 4, "token_mean": 1 / 3, "rollout_sum": 1 / 8, "group_token_mean": 1 / 3}
     assert halves[0] == pytest.approx(first[aggregation])
     assert halves[2:6] == [0.0] * 4
+
+
+def test_an_estimator_that_knows_nothing_of_missing_rewards_gets_the_mean_of_the_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "from grpo_mega.algorithm import Estimates, advantage\n"
+        "@advantage\n"
+        "def less_the_mean(step):\n"
+        "    rewards = step.reward_matrix\n"
+        "    return Estimates((rewards - rewards.mean(1, keepdim=True) + 100).flatten().tolist())\n"
+    )
+    (tmp_path / "simple_advantage.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    objective = Objective(AlgorithmConfig(advantage="./simple_advantage.py:less_the_mean"), max_tokens=4)
+    found = objective.credit(gap_groups(), GAPS).advantages
+    assert found == [101.0, 99.0, 0.0, 0.0, 0.0, 0.0, 100.0, 0.0, 0.0, 99.0, 100.0, 101.0]
 
 
 def test_a_group_with_fewer_than_two_rewards_is_degenerate() -> None:
