@@ -210,6 +210,7 @@ class Microbatch:
     old_values: Tensor | None = None  # [T] float32, the critic's, before the update
     returns: Tensor | None = None  # [T] float32, the critic's targets
     expert_choices: Tensor | None = None  # [T, L, K] small integers: the engine's experts; -1: not recorded
+    token_mask: Tensor | None = None  # [T] bool, False for padding; None: not known
 
     @property
     def num_loss_tokens(self) -> int:

@@ -79,6 +79,9 @@ class AlgorithmConfig(Section):
     routing_replay: bool = False
     """Mixture-of-experts models: route every token to the experts that the engine chose for it. The choices are saved
     beside the rollouts."""
+    router_bias_update_rate: float = Field(0.0, ge=0)
+    """Mixture-of-experts models with a correction bias (DeepSeek-V3, GLM-4.5): every update moves the bias of each
+    expert by this rate, up if the expert computed fewer tokens than the mean and down if more. 0: biases stay."""
     overlong_filter: bool = False
     """Do not train on truncated rollouts."""
     overlong_buffer_fraction: float | None = Field(None, gt=0, le=1)

@@ -139,7 +139,7 @@ def pack(
     if total > row_tokens:
         raise ValueError(f"{len(rollouts)} rollouts of {total} tokens in all do not fit a row of {row_tokens}")
     token_ids, labels = (torch.full((row_tokens,), pad_id, dtype=torch.int64) for _ in range(2))
-    loss_mask = torch.zeros(row_tokens, dtype=torch.bool)
+    loss_mask, token_mask = (torch.zeros(row_tokens, dtype=torch.bool) for _ in range(2))
     position_ids = torch.zeros(row_tokens, dtype=torch.int64)
     row_advantages, row_weights, sampler_log_probs = (torch.zeros(row_tokens) for _ in range(3))
     bounds = [0]
@@ -147,7 +147,7 @@ def pack(
         tokens = torch.tensor([*rollout.prompt.token_ids, *rollout.completion.token_ids], dtype=torch.int64)
         begin, end = bounds[-1], bounds[-1] + len(tokens)
         padded_end = begin + shape.padded(len(tokens))
-        token_ids[begin:end] = tokens
+        token_ids[begin:end], token_mask[begin:end] = tokens, True
         position_ids[begin:padded_end] = torch.arange(padded_end - begin)
         labels[begin : end - 1] = tokens[1:]
         _check(rollout)
@@ -174,6 +174,7 @@ def pack(
         token_weights=row_weights,
         sampler_log_probs=sampler_log_probs,
         expert_choices=_expert_choices([rollout for _, rollout in rollouts], bounds, row_tokens),
+        token_mask=token_mask,
     )
 
 

@@ -45,6 +45,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         check_server_addresses(config)
     if config.algorithm.routing_replay and spec.moe is None:
         raise UserError(f"algorithm.routing_replay=true has no effect: {where} has no experts", remedy="leave it out")
+    _check_router_bias(spec, config.algorithm.router_bias_update_rate, where)
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     _check_megatron_arguments(spec, config)
@@ -65,6 +66,15 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
             f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
             "and engines have no positions beyond them",
             remedy="lower one of the keys",
+        )
+
+
+def _check_router_bias(spec: ModelSpec, rate: float, where: str) -> None:
+    """Raise UserError if a rate is set for a model whose routers have no correction bias."""
+    if rate and (spec.moe is None or not spec.moe.correction_bias):
+        missing = "has no experts" if spec.moe is None else "has routers without a correction bias"
+        raise UserError(
+            f"algorithm.router_bias_update_rate={rate} has no effect: {where} {missing}", remedy="leave it out"
         )
 
 

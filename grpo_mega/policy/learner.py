@@ -173,8 +173,26 @@ class MegatronLearner:
         """Return the expert choices of the tokens that this rank routes, from those of a whole row [T, L, K]."""
         if microbatch.expert_choices is None:
             return None
-        choices = self._context_parallel_part(microbatch.expert_choices, microbatch)
-        return choices.chunk(self.ranks.topology.tp)[self.ranks.at.tp_rank] if self._sequence_parallel else choices
+        return self._routed_part(microbatch.expert_choices, microbatch)
+
+    def _routed_part(self, values: Tensor, microbatch: Microbatch) -> Tensor:
+        """Return the values of the tokens that this rank routes, from those of a whole row [T, ...]."""
+        part = self._context_parallel_part(values, microbatch)
+        return part.chunk(self.ranks.topology.tp)[self.ranks.at.tp_rank] if self._sequence_parallel else part
+
+    def _row_params(self, microbatch: Microbatch) -> RowParams:
+        longest = int(microbatch.cu_seqlens.diff().max())
+        return RowParams(
+            qkv_format="thd",
+            cu_seqlens_q=microbatch.cu_seqlens,
+            cu_seqlens_kv=microbatch.cu_seqlens,
+            cu_seqlens_q_padded=microbatch.cu_seqlens,  # padding belongs to the sequence before it
+            cu_seqlens_kv_padded=microbatch.cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            expert_choices=self._expert_choices(microbatch),
+            token_mask=None if microbatch.token_mask is None else self._routed_part(microbatch.token_mask, microbatch),
+        )
 
     def _run_schedule(
         self,
@@ -191,7 +209,7 @@ class MegatronLearner:
                 self._context_parallel_part(microbatch.token_ids, microbatch)[None],
                 self._context_parallel_part(microbatch.position_ids, microbatch)[None],
                 None,
-                packed_seq_params=_row_params(microbatch, self._expert_choices(microbatch)),
+                packed_seq_params=self._row_params(microbatch),
             )
             return output, lambda last: last_stage(last, microbatch)
 
@@ -212,20 +230,6 @@ class MegatronLearner:
 
 
 _NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron would divide by this number of tokens; this program does not
-
-
-def _row_params(microbatch: Microbatch, expert_choices: Tensor | None) -> RowParams:
-    longest = int(microbatch.cu_seqlens.diff().max())
-    return RowParams(
-        qkv_format="thd",
-        cu_seqlens_q=microbatch.cu_seqlens,
-        cu_seqlens_kv=microbatch.cu_seqlens,
-        cu_seqlens_q_padded=microbatch.cu_seqlens,  # padding belongs to the sequence before it
-        cu_seqlens_kv_padded=microbatch.cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        expert_choices=expert_choices,
-    )
 
 
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

@@ -165,13 +165,14 @@ OWNED: Mapping[str, Mapping[str, str]] = {
             "precision.fp8.first_layers_bf16": "num_layers_at_start_in_bf16",
             "precision.fp8.last_layers_bf16": "num_layers_at_end_in_bf16",
             "algorithm.routing_replay": "moe_enable_routing_replay",
+            "algorithm.router_bias_update_rate": "moe_router_bias_update_rate",
             "model.path": """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
             normalization layernorm_epsilon qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias
             softmax_type softmax_scale window_size window_attn_skip_freq num_moe_experts moe_layer_freq
             moe_ffn_hidden_size moe_shared_expert_intermediate_size moe_shared_expert_gate moe_router_topk
             moe_router_score_function moe_router_pre_softmax moe_router_num_groups moe_router_group_topk
             moe_router_topk_limited_devices moe_router_topk_scaling_factor moe_router_enable_expert_bias
-            moe_router_bias_update_rate moe_latent_size moe_apply_probs_on_input multi_latent_attention q_lora_rank
+            moe_latent_size moe_apply_probs_on_input multi_latent_attention q_lora_rank
             kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_base rotary_percent
             rotary_interleaved rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale
             mscale_all_dim no_rope_freq mrope_section qk_l2_norm attention_output_gate glu_linear_offset

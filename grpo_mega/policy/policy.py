@@ -22,6 +22,7 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import init_groups
 from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.policy.modules.policy_model import PolicyModel
+from grpo_mega.policy.modules.router_bias import correction_biases, move_biases_with_load
 from grpo_mega.policy.modules.routing_replay import replay_routing
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.sharded_state import load_weights, save_weights
@@ -37,12 +38,14 @@ class MegatronPolicy(MegatronLearner):
         init_groups(ranks, config.guard.timeout_seconds)
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
         replay_routing(self.parts.models, config.parallel.recompute_modules or ())
+        move_biases_with_load(self.parts.config, self.parts.models, config.algorithm.router_bias_update_rate)
         self.temperature = config.sampling.temperature
         self.model_parallel_group = weight_copy_group(ranks)
         self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group, self._settle)
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
-        self._reference = Reference(self.parts.buffers) if with_reference else None
+        biases = [*correction_biases(self.parts.models)]
+        self._reference = Reference(self.parts.buffers, biases) if with_reference else None
         self._reference_is_updated = config.algorithm.ref_update_every > 0
 
     @property

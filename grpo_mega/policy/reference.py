@@ -18,11 +18,18 @@ from torch import Tensor
 
 
 class Reference:
-    """A snapshot of the weights in Megatron's flat buffers."""
+    """A snapshot of the weights in Megatron's flat buffers, and of small tensors outside of them."""
 
-    def __init__(self, buffers: Sequence[Any]) -> None:
+    def __init__(self, buffers: Sequence[Any], others: Sequence[Tensor] = ()) -> None:
+        """Take the first snapshot.
+
+        Args:
+            buffers: Megatron's buffers of parameters.
+            others: tensors that updates change and that are equal on the ranks that share them: routers' biases.
+        """
         # the replicas of an expert are not on the same ranks as the replicas of a dense layer
         self._buffers: list[tuple[Tensor, dist.ProcessGroup]] = [(b.param_data, b.data_parallel_group) for b in buffers]
+        self._others = tuple(others)
         self._reference = self._copy_own_shards()
 
     @property
@@ -45,10 +52,13 @@ class Reference:
             self._fill(policy)
 
     def _copy_own_shards(self) -> list[Tensor]:
-        return [b.detach().view(g.size(), -1)[g.rank()].to("cpu", copy=True) for b, g in self._buffers]
+        shards = [b.detach().view(g.size(), -1)[g.rank()] for b, g in self._buffers]
+        return [values.to("cpu", copy=True) for values in (*shards, *(other.detach() for other in self._others))]
 
     def _fill(self, parts: list[Tensor]) -> None:
-        for (buffer, group), part in zip(self._buffers, parts, strict=True):
+        for other, part in zip(self._others, parts[len(self._buffers) :], strict=True):
+            other.copy_(part)
+        for (buffer, group), part in zip(self._buffers, parts[: len(self._buffers)], strict=True):
             if group.size() == 1:
                 buffer.copy_(part)
             else:

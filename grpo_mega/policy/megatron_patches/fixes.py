@@ -78,7 +78,7 @@ def keep_after_build(config: Any) -> None:
     if config.multi_latent_attention:
         # :354 treats the norms of latent vectors as per-head norms, and would sum gradients that are already complete
         config.qk_layernorm = False
-    # :476 would update the routers' biases toward a balanced load, which belongs to pre-training
+    # :476 would move the routers' biases toward a balanced load; modules/router_bias.py switches it on if it is wanted
     config.moe_router_enable_expert_bias = False
 
 

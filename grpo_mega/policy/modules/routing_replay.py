@@ -32,9 +32,13 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402 - only
 
 @dataclass
 class RowParams(PackedSeqParams):
-    """Megatron's description of a packed row, with expert choices [tokens of this rank, L, K] (-1: none)."""
+    """Megatron's description of a packed row, with expert choices [tokens of this rank, L, K] (-1: none).
+
+    `token_mask` [tokens of this rank] is False for padding.
+    """
 
     expert_choices: Tensor | None = None
+    token_mask: Tensor | None = None
 
 
 class ReplayedRouter:
@@ -42,14 +46,16 @@ class ReplayedRouter:
 
     def __init__(self, *, experts_recomputed: bool) -> None:
         self._experts_recomputed = experts_recomputed
-        self._choices: Tensor | None = None
-        self._waiting: deque[Tensor | None] = deque()
+        self._row: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._waiting: deque[tuple[Tensor | None, Tensor | None]] = deque()
+        self.token_mask: Tensor | None = None
+        """[T] bool, False for padding, of the row that the router computes; set by `get_replay_topk`."""
 
-    def begin(self, choices: Tensor | None) -> None:
-        """Set the choices [T, K] of the row that the layer of this router is called with."""
-        self._choices = choices
+    def begin(self, choices: Tensor | None, token_mask: Tensor | None) -> None:
+        """Set the choices [T, K] and the token mask [T] of the row that the layer of this router is called with."""
+        self._row = (choices, token_mask)
         if self._experts_recomputed and torch.is_grad_enabled():
-            self._waiting.append(choices)
+            self._waiting.append(self._row)
 
     def get_replay_topk(
         self,
@@ -62,7 +68,7 @@ class ReplayedRouter:
         """Return (scores [T, K] of the chosen experts, their indices [T, K]) from the router's `scores` [T, E]."""
         # the first pass of a recomputed module runs without gradient
         is_recomputation = self._experts_recomputed and torch.is_grad_enabled()
-        choices = self._waiting.popleft() if is_recomputation else self._choices
+        choices, self.token_mask = self._waiting.popleft() if is_recomputation else self._row
         values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if choices is None:
             return values, own
@@ -83,5 +89,5 @@ def replay_routing(models: Sequence[torch.nn.Module], recompute_modules: Sequenc
 
 
 def _begin(router: ReplayedRouter, layer: int, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    choices = kwargs["packed_seq_params"].expert_choices
-    router.begin(None if choices is None else choices[:, layer])
+    row = kwargs["packed_seq_params"]
+    router.begin(None if row.expert_choices is None else row.expert_choices[:, layer], row.token_mask)

@@ -44,6 +44,8 @@ def test_three_rollouts_packed_by_hand() -> None:
     mask = [0, 0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0, 0, 0]
     assert row.loss_mask.tolist() == [bool(m) for m in mask]
     assert row.cu_seqlens.tolist() == [0, 5, 7, 12, 15]
+    assert row.token_mask is not None
+    assert row.token_mask.tolist() == [True] * 12 + [False] * 3
     assert row.advantages.tolist() == [0, 0, 1, 1, 0, -2, 0, 0, 0.5, 0.5, 0.5, 0, 0, 0, 0]
     assert row.token_weights.tolist() == [0, 0, 0.25, 0.25, 0, 0.5, 0, 0, 0.125, 0.125, 0.125, 0, 0, 0, 0]
     assert row.sampler_log_probs.tolist() == [0, 0, -1, -2, 0, -3, 0, 0, -4, -5, -6, 0, 0, 0, 0]

@@ -69,6 +69,11 @@ def message_of(config: Config, topology: Topology) -> str:
             ("algorithm.routing_replay=true", RECIPE, "no experts", "leave it out"),
         ),
         (
+            ("algorithm.router_bias_update_rate=0.001",),
+            Topology(1),
+            ("algorithm.router_bias_update_rate=0.001", RECIPE, "no experts", "leave it out"),
+        ),
+        (
             ("sampling.max_tokens=49",),
             Topology(1),
             ("data.max_prompt_tokens", "max_tokens", "65", "64 positions", RECIPE, "lower"),
@@ -97,6 +102,19 @@ def test_settings_that_do_not_fit_the_model_are_rejected(
 )
 def test_settings_that_fit_the_model_are_accepted(overrides: tuple[str, ...], topology: Topology) -> None:
     check_model(config_of(*overrides), topology)
+
+
+@pytest.mark.parametrize(("family", "accepted"), [("qwen3_moe", False), ("deepseek_v3", True), ("glm4_moe", True)])
+def test_only_routers_with_a_correction_bias_can_move_it(tmp_path: Path, family: str, accepted: bool) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(raw_family_config(family)))
+    config = config_of("model.base=null", f"model.path={tmp_path}", "algorithm.router_bias_update_rate=0.001")
+    if accepted:
+        check_model(config, Topology(1), with_engine=False)
+        return
+    with pytest.raises(UserError) as caught:
+        check_model(config, Topology(1), with_engine=False)
+    named = ("algorithm.router_bias_update_rate=0.001", str(tmp_path), "without a correction bias", "leave it out")
+    assert_names(str(caught.value), *named)
 
 
 def test_sizes_of_a_checkpoint_are_read_from_its_config(tmp_path: Path) -> None:
