@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from grpo_mega.models.config_readers import read_spec
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import TensorSlice
 
+_log = logging.getLogger(__name__)
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 StoredHead = Literal["none", "copy", "different"]
 """`none`: the files hold no head, or no embedding. `copy`: it equals the embedding. `different`: it does not."""
@@ -40,8 +42,19 @@ def checkpoint_spec(folder: Path) -> ModelSpec:
     """
     spec = read_spec(folder)
     if spec.tie_embeddings and stored_head(folder) == "different":
+        _warn_of_head(folder)
         return replace(spec, tie_embeddings=False)
     return spec
+
+
+@functools.cache
+def _warn_of_head(folder: Path) -> None:
+    """Log once per process and folder that the model is not tied."""
+    _log.warning(
+        "%s: config.json has tie_word_embeddings=true, but %s differs from the embedding and is used as it is",
+        folder,
+        HEAD,
+    )
 
 
 def stored_head(folder: Path) -> StoredHead:

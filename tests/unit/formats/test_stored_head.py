@@ -40,6 +40,16 @@ def test_a_model_is_tied_exactly_if_transformers_ties_it(tmp_path: Path, family:
     assert ("lm_head.weight" in hf_shapes(spec)) == (head == "different")
 
 
+def test_an_untied_model_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = store_head(make_tiny_model(tmp_path, "qwen3", True), "different")
+    for _ in range(2):
+        checkpoint_spec(folder)
+    (record,) = [r for r in caplog.records if r.name == "grpo_mega.formats.stored_head"]
+    assert record.levelname == "WARNING"
+    assert str(folder) in record.getMessage()
+    assert "tie_word_embeddings=true" in record.getMessage()
+
+
 def test_without_a_stored_head_and_without_files_the_config_decides(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path, "qwen3", True)
     assert (stored_head(folder), checkpoint_spec(folder).tie_embeddings) == ("none", True)
