@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.jobs import SMALL, read_lines, train
+from tests.helpers.jobs import SMALL, read_lines, run_job
 from tests.helpers.tiny_models import make_tiny_model
 
 
@@ -25,7 +25,7 @@ def test_a_wrong_engine_stops_the_run_although_the_sync_was_verified(
     model, run = make_tiny_model(tmp_path / "model"), tmp_path / "run"
     keys = ("model.base=null", f"model.path={model}", f"reward.terms=[{{name: {reward}}}]", f"run.dir={run}")
     keys += ("run.world_size=2", "train.steps=2", "checkpoint.every=1", f"guard.max_mismatch={bound}")
-    ended = train(*SMALL, *keys, output=tmp_path / "log")
+    ended = run_job(*SMALL, *keys, output=tmp_path / "log")
     assert ended.code == code, ended.stderr[-2000:]
     checkpoints = list((run / "checkpoints").glob("step_*"))
     if code == 0:
