@@ -27,6 +27,7 @@ _NOT_LABELS = frozenset(("not", "no", "or", "and", "either", "maybe"))
 _ANGLE_FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
 _MAX_DEPTH = 12
 _DOTS = Token("mark", "...")
+_SPEED = ["m", "/", "s"]  # the only unit that may be written in letters of variables
 
 
 class MathAnswer(NamedTuple):
@@ -316,14 +317,15 @@ def _parse_scalar(tokens: Sequence[Token]) -> MathAnswer:
         return amount._replace(unit=frozenset(((tokens[0].text, 1),)), tokens=original)
     for position in range(1, len(tokens)):
         kind, text = tokens[position]
-        if not (kind in ("word", "upright") or text in ("degree", "percent", *_CURRENCIES)):
+        is_speed = tokens[position - 1].kind == "number" and [t.text for t in tokens[position : position + 3]] == _SPEED
+        if not (kind in ("word", "upright") or is_speed or text in ("degree", "percent", *_CURRENCIES)):
             continue
         if tokens[position - 1].text in ("_", "{") or (
             text == "degree" and any(token.text in _ANGLE_FUNCTIONS for token in tokens)
         ):
             continue
         power = SCALES.get(text.casefold(), 0) if kind == "word" else 0
-        rest = [Token("word", t) if t in _CURRENCIES else Token(k, t) for k, t in tokens[position + (power > 0) :]]
+        rest = _as_unit_tokens(tokens[position + (power > 0) :], is_speed)
         unit = read_unit(rest) if rest else None
         if unit is None and not (power and not rest):
             continue
@@ -332,3 +334,13 @@ def _parse_scalar(tokens: Sequence[Token]) -> MathAnswer:
             value = Expression("multiply", (value, read_number(f"1e{power}")))
         return MathAnswer("scalar", (value,), unit=unit or None, tokens=original)
     return MathAnswer("scalar", (parse_expression(tokens),), tokens=original)
+
+
+def _as_unit_tokens(tokens: Sequence[Token], is_speed: bool) -> list[Token]:
+    """Return the tokens of a possible unit, with currencies as words and the letter in `km/h` as a unit."""
+    unit: list[Token] = []
+    for position, (kind, text) in enumerate(tokens):
+        is_letter = kind == "symbol" and (is_speed or (position > 1 and tokens[position - 1].text == "/"))
+        new_kind = "upright" if is_letter else "word" if text in _CURRENCIES else kind
+        unit.append(Token(new_kind, text))
+    return unit
