@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
@@ -32,13 +33,14 @@ def test_every_folder_of_unit_tests_is_a_package_of_the_code() -> None:
     assert [folder for folder in sorted(folders) if not (REPOSITORY / "grpo_mega" / folder).is_dir()] == []
 
 
+@cache
 def names_of_module(path: Path) -> set[str]:
     """Return the names that a module defines or imports, at any depth."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
-        elif isinstance(node, ast.Name):
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
         elif isinstance(node, ast.alias):
             names.add(node.asname or node.name)
