@@ -8,14 +8,16 @@ The comparison is |old_log_probs - sampler_log_probs| of every loss token whose 
 the policy or for the sampler; the log-probs of less likely tokens are dominated by rounding. Sampling has no other
 setting than the temperature, at which the policy computes too, and corrections (`algorithm.correction`) do not change
 the compared values. Legitimate differences are rounding, FP8 values, and experts that the engine's router and the
-policy's choose differently; the bounds of AUTO are for these.
+policy's choose differently; the bounds of AUTO are for these. Rounding has a tail: of the 160,000 tokens of 40 steps of
+the quickstart in bf16, one had 0.49 nats. Therefore a run stops if the bound is exceeded by more than 2 tokens and by
+more than one in a thousand, or by a single token fourfold. A wrong engine changes the log-probs of most tokens.
 Asserted by tests/unit/trainer/test_mismatch_guard.py and tests/e2e/test_mismatch_guard.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
@@ -26,6 +28,12 @@ AUTO = {"fp32": 1e-2, "bf16": 0.5}
 """Bound by `precision.dtype`, in nats."""
 AUTO_COARSE = 2.0
 """Bound with FP8 in policy or engine, and with experts whose choices are not replayed, in nats."""
+
+
+MOST_OUTLIERS, OUTLIER_FRACTION = 2, 1e-3
+"""Tokens of a step that may exceed the bound: this number, or this fraction if it is more."""
+FAR = 4.0
+"""A single token that exceeds the bound by this factor stops the run."""
 
 
 class EngineMismatchError(RuntimeError):
@@ -47,23 +55,24 @@ class TokenMismatch:
 
 
 def largest_mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> TokenMismatch | None:
-    """Return the largest difference among tokens with a probability above MIN_PROBABILITY; None if there are none.
+    """Return the largest of `likely_mismatches`; None if there are none."""
+    return max(likely_mismatches(rollouts, old_log_probs), key=lambda each: each.size, default=None)
+
+
+def likely_mismatches(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> Iterator[TokenMismatch]:
+    """Yield the difference of each loss token with a probability above MIN_PROBABILITY.
 
     Args:
         rollouts: all rollouts of the step.
         old_log_probs: for each rollout, the log-probs of its loss tokens before the update.
     """
     least = math.log(MIN_PROBABILITY)
-    worst: TokenMismatch | None = None
     for i, (rollout, olds) in enumerate(zip(rollouts, old_log_probs, strict=True)):
         for t, (old, sampled) in enumerate(zip(olds, rollout.completion.loss_log_probs, strict=True)):
             if old <= least and sampled <= least:
                 continue
             size = abs(old - sampled)
-            size = math.inf if math.isnan(size) else size
-            if worst is None or size > worst.size:
-                worst = TokenMismatch(size, i, t, old, sampled)
-    return worst
+            yield TokenMismatch(math.inf if math.isnan(size) else size, i, t, old, sampled)
 
 
 @dataclass(frozen=True)
@@ -98,16 +107,22 @@ class MismatchGuard:
             passed: the checks that the last weight sync passed, for the message.
 
         Raises:
-            EngineMismatchError: on every rank; the largest difference exceeds the bound.
+            EngineMismatchError: on every rank; too many tokens exceed the bound, or one by far (see above).
         """
-        worst = largest_mismatch(rollouts, old_log_probs) if self.bound is not None else None
-        if worst is None or self.bound is None or worst.size <= self.bound:
+        if self.bound is None:
+            return
+        found = list(likely_mismatches(rollouts, old_log_probs))
+        beyond = [each for each in found if each.size > self.bound]
+        if not beyond:
+            return
+        worst = max(beyond, key=lambda each: each.size)
+        if len(beyond) <= max(MOST_OUTLIERS, OUTLIER_FRACTION * len(found)) and worst.size <= FAR * self.bound:
             return
         versions = ", ".join(map(str, sorted({r.completion.policy_version for r in rollouts})))
         prompt = rollouts[worst.rollout].prompt.index
         raise EngineMismatchError(
             f"step {step}: policy and engine differ by {worst.size:.3g} nats, more than {self.bound:g} "
-            f"({self.reason}): "
+            f"({self.reason}), and {len(beyond)} of {len(found)} tokens exceed the bound: "
             f"token {worst.token} of a rollout of prompt {prompt} has log-prob {worst.old_log_prob:.4f} in the policy "
             f"and {worst.sampler_log_prob:.4f} in the engine, which sampled with weights of version {versions}. "
             f"The run stops before its checkpoint. Checks of the last weight sync: {passed}. The engine therefore "

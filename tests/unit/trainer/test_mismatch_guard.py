@@ -84,15 +84,36 @@ def test_a_bound_must_be_positive(value: Any) -> None:
         config(guard={"max_mismatch": value})
 
 
-def test_the_bound_itself_is_accepted_and_more_stops_with_what_the_user_needs() -> None:
+@pytest.mark.parametrize(
+    ("tokens", "beyond", "stops"), [(10, 2, False), (10, 3, True), (4000, 4, False), (4000, 5, True)]
+)
+def test_a_few_tokens_may_exceed_the_bound(tokens: int, beyond: int, stops: bool) -> None:
+    """Two of a small step, one in a thousand of a large one; a difference equal to the bound does not count."""
+    guard, old = MismatchGuard(0.5, ""), [-1.75] * beyond + [-1.5] * (tokens - beyond)
+    if not stops:
+        guard.check(1, [rollout([-1.0] * tokens)], [old], "")
+        return
+    with pytest.raises(EngineMismatchError, match=f"{beyond} of {tokens} tokens"):
+        guard.check(1, [rollout([-1.0] * tokens)], [old], "")
+
+
+def test_a_token_far_beyond_the_bound_stops_with_what_the_user_needs() -> None:
     guard = MismatchGuard(0.5, "guard.max_mismatch=auto with precision.dtype=bf16")
     rollouts = [rollout([-1.0]), rollout([-2.0])]
-    guard.check(3, rollouts, [[-1.5], [-2.0]], "everything")
+    guard.check(3, rollouts, [[-3.0], [-2.0]], "everything")  # one token, four times the bound
     with pytest.raises(EngineMismatchError) as raised:
-        guard.check(3, rollouts, [[-1.75], [-2.0]], "the digests were equal")
-    for part in ("step 3", "0.75 nats", "more than 0.5", "precision.dtype=bf16", "prompt 7", "version 4"):
+        guard.check(3, rollouts, [[-3.25], [-2.0]], "the digests were equal")
+    for part in (
+        "step 3",
+        "2.25 nats",
+        "1 of 2 tokens",
+        "more than 0.5",
+        "precision.dtype=bf16",
+        "prompt 7",
+        "version 4",
+    ):
         assert part in str(raised.value)
-    for part in ("-1.7500", "-1.0000", "the digests were equal", "tools/compare_logits.py", "guard.max_mismatch"):
+    for part in ("-3.2500", "-1.0000", "the digests were equal", "tools/compare_logits.py", "guard.max_mismatch"):
         assert part in str(raised.value)
 
 
