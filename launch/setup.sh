@@ -160,10 +160,14 @@ rm -f "$marker"
 : >"$log"
 
 # A pip that outlives a killed setup.sh keeps the lock (descriptor 9), so no second build starts beside it.
-# --no-deps: those constraints files are complete. --no-compile: most of the modules are never imported.
+# --no-compile: most of the modules are never imported.
 pip_install() {
     "$venv/bin/python" -m pip --disable-pip-version-check install --no-input --no-compile "$@" >>"$log" 2>&1
 }
+
+# --no-deps: constraints/cpu.txt is complete. --ignore-requires-python: megatron-core 0.19 states Python 3.12 and has wheels
+# for 3.11; the flag applies to every package of a command, so it is used only where nothing is left to be resolved.
+pip_install_pinned() { pip_install --no-deps --ignore-requires-python "$@"; }
 
 pins_of() { # pins_of FILE SECTION: the pins between "# [SECTION]" and the next such line; SECTION "" is the beginning
     awk -v section="$2" '/^# \[/ { at = substr($2, 2, length($2) - 2); next } /^[^#]/ && at == section' "$1"
@@ -175,16 +179,18 @@ install_cpu() {
     pip_install --no-deps "$torch_cpu" ||
         pip_install --no-deps --index-url "$torch_cpu_index" "$torch_cpu" || failed "installing $torch_cpu"
     say "the other packages: Megatron-Core, vLLM, transformers, tools"
-    pip_install --no-deps -r <(pins_of "$lock" "") || failed "installing constraints/cpu.txt"
+    pip_install_pinned -r <(pins_of "$lock" "") || failed "installing constraints/cpu.txt"
     for extra in ${extras//,/ }; do
         [[ $extra != none ]] || continue
         say "--with $extra"
-        pip_install --no-deps -r <(pins_of "$lock" "$extra") || failed "installing $extra"
+        pip_install_pinned -r <(pins_of "$lock" "$extra") || failed "installing $extra"
     done
 }
 
 install_cuda() { # the CUDA builds come with their own dependencies; the constraints hold what must agree
     say "the packages of constraints/$kind.txt"
+    pip_install_pinned "$(grep -o '^megatron-core==[^ ]*' "$root/constraints/$kind.txt")" ||
+        failed "installing megatron-core"
     pip_install -c "$root/constraints/$kind.txt" -e "$root[$extras,dev]" || failed "installing constraints/$kind.txt"
 }
 

@@ -14,7 +14,7 @@ import psutil
 from grpo_mega.doctor.finding import Finding, passed
 
 GIB = 2**30
-_MEGATRON = "0.16.1"  # policy/ depends on internals of this release
+_MEGATRON = "0.19.2"  # policy/ depends on internals of this release
 _SGLANG = "0.5.23"  # engines/sglang/ depends on internals of this release
 _SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange data through /dev/shm
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")

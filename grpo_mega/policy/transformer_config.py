@@ -24,6 +24,7 @@ cpu.prepare_import()
 from megatron.core import parallel_state  # noqa: E402 - only after prepare_import
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig  # noqa: E402
+from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 
 from grpo_mega.policy.modules.clamped_experts import ClampedExperts  # noqa: E402
 from grpo_mega.policy.modules.packed_attention import PackedSpecProvider, RMSNorm  # noqa: E402
@@ -74,6 +75,7 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "num_attention_heads": spec.num_heads,
         "num_query_groups": spec.num_kv_heads,
         "kv_channels": spec.head_dim,
+        "transformer_impl": "transformer_engine" if cuda else "local",
         "normalization": "RMSNorm",
         "layernorm_epsilon": spec.norm_eps,
         "qk_layernorm": spec.qk_norm,
@@ -238,14 +240,17 @@ def _chunk(
 
 
 def _layer_spec(config: TransformerConfig, spec: ModelSpec, vp_stage: int | None) -> Any:
-    transformer_engine = torch.cuda.is_available()
+    transformer_engine = config.transformer_impl == "transformer_engine"
     if not transformer_engine:
-        # hard-coded at gpt_layer_specs.py:344 (layers) and :644 (final norm)
+        # hard-coded in gpt_layer_specs.py (layers and final norm)
         gpt_layer_specs.LocalSpecProvider = PackedSpecProvider
         gpt_layer_specs.LNImpl = RMSNorm
     block = gpt_layer_specs.get_gpt_decoder_block_spec(
         config, use_transformer_engine=transformer_engine, normalization="RMSNorm", vp_stage=vp_stage
     )
+    if spec.mla is not None and config.q_lora_rank is None:
+        for layer in block.layer_specs:  # the builder sets a norm, which mla_qk_norm_config.py:173 rejects
+            layer.submodules.self_attention.submodules.q_layernorm = IdentityOp
     if spec.moe is not None and spec.moe.gate is not None:
         gate = {"alpha": spec.moe.gate.alpha, "limit": spec.moe.gate.limit}
         for layer in block.layer_specs:

@@ -1,4 +1,4 @@
-"""Patches that let Megatron-Core 0.16 run without CUDA. With CUDA they do nothing.
+"""Patches that let Megatron-Core 0.19 run without CUDA. With CUDA they do nothing.
 
 Megatron hard-codes the device "cuda". In every loaded `megatron.core` module, the global name `torch` is replaced by a
 proxy. The proxy forwards to torch, except for the entries below; each names the Megatron line that needs it. torch
@@ -30,7 +30,7 @@ from grpo_mega.parallel.context_parallel import rank_index
 def prepare_import() -> None:
     """Import the Megatron modules in use with `torch.compile` disabled. Call it before any import of `megatron`.
 
-    Megatron decorates functions with `torch.compile` at import time (jit.py:23). On CPU that needs a C++ compiler and
+    Megatron decorates functions with `torch.compile` at import time (jit.py:21). On CPU that needs a C++ compiler and
     takes minutes.
     """
     if torch.cuda.is_available() or "megatron.core" in sys.modules:
@@ -41,6 +41,7 @@ def prepare_import() -> None:
         with warnings.catch_warnings():
             # Megatron warns seven times that Apex and Transformer Engine are missing, which is expected here
             warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine)")
+            sys.modules.setdefault(_PAGED_STASH, _without_triton())
             for name in _MODULES:
                 importlib.import_module(name)
     finally:
@@ -74,7 +75,26 @@ _MODULES = (
     "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.dist_checkpointing.strategies.torch",
     "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",  # imported at the first save
 )
+
+
+# paged_stash.py:12 imports kernels whose module imports triton at :4 without a guard. They are called with CUDA only.
+_PAGED_STASH = "megatron.core.transformer.moe.ops.paged_stash"
+
+
+def _without_triton() -> types.ModuleType:
+    """Return a module with the names that paged_stash.py:12-16 imports."""
+
+    def needs_cuda(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the kernels of Megatron's paged stash need CUDA and triton")
+
+    module = types.ModuleType(_PAGED_STASH)
+    module.__dict__.update(
+        GLOBAL_BLOCK_SIZE=1024, paged_stash_copy_kernel=needs_cuda, paged_stash_pop_kernel=needs_cuda
+    )
+    return module
 
 
 def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) -> Any:
@@ -84,7 +104,7 @@ def _identity_decorator(function: Callable[..., Any] | None = None, **_: Any) ->
 class _NullStream:
     """Stub of Stream and Event: work is complete when a call returns, so there is nothing to wait for.
 
-    Needed by token_dispatcher.py:445,871,874,895; param_and_grad_buffer.py:417; shared_experts.py:123.
+    Needed by token_dispatcher.py:469,925; param_and_grad_buffer.py:686; shared_experts.py:192,237,260,321,335,354.
     """
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -142,19 +162,19 @@ def _rng_state(*_: Any, **__: Any) -> Tensor:
 
 
 _CUDA_ENTRIES: dict[str, Any] = {
-    # tensor_parallel/mappings.py:91,141,181,442; tensor_parallel/layers.py:552; p2p_communication.py:313,321;
-    # param_and_grad_buffer.py:800,806; utils.py:631; moe/router.py:90; rotary_pos_embedding.py:78,162;
-    # distrib_optimizer.py:791,1077; strategies/async_utils.py:165,604
+    # tensor_parallel/mappings.py:95,145,152,185,447; tensor_parallel/layers.py:647; p2p_communication.py:334,342;
+    # param_and_grad_buffer.py:1162,1180,1186; utils.py:715; moe/router.py:98,100; rotary_pos_embedding.py:78,162;
+    # distrib_optimizer.py:998,1362; strategies/async_utils.py:224,698; strategies/state_dict_saver.py:252
     "current_device": _cpu,
-    # p2p_communication.py:398; async_utils.py:212; filesystem_async.py:230
+    # p2p_communication.py:419; async_utils.py:273; filesystem_async.py:248; fully_parallel.py:287,296
     "synchronize": _nothing,
-    # async_utils.py:488
+    # async_utils.py:565
     "set_device": _nothing,
     "Stream": _NullStream,
     "Event": _NullStream,
     "stream": _null_stream,
     "current_stream": _null_stream,
-    # tensor_parallel/random.py:235-240,250,255,273,277: states are recorded although every dropout is 0
+    # tensor_parallel/random.py:298-308,318,323,341: states are recorded although every dropout is 0
     "get_rng_state": _rng_state,
     "set_rng_state": _nothing,
     "manual_seed": _nothing,
@@ -177,8 +197,8 @@ class _TorchOnCpu(types.ModuleType):
 def _without_cuda(factory: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a tensor factory so that device="cuda" creates a CPU tensor.
 
-    Needed by pipeline_parallel/schedules.py:596,983,2138; optimizer.py:481,485,907;
-    clip_grads.py:103,174; utils.py:1207. Pinned memory needs CUDA as well: rope_utils.py:63.
+    Needed by pipeline_parallel/schedules.py:749,1121,2292; optimizer.py:315,690,698,702,1249;
+    clip_grads.py:96,108,112,180,231; utils.py:1332. Pinned memory needs CUDA as well: rope_utils.py:63.
     """
 
     @functools.wraps(factory)
@@ -202,22 +222,16 @@ _TORCH = _TorchOnCpu(
 def _replace_functions() -> None:
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import mappings, random
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    # random.py:422,447,457 read and set the CUDA generator through torch._C
+    # random.py:104,135 read and set the CUDA generator through torch._C
     random._get_cuda_rng_state = _rng_state
     random._set_cuda_rng_state = _nothing
-    # random.py:589-592,660: a recomputed module reads the FP8 state even without Transformer Engine (:636)
+    # random.py:693-696,787: a recomputed module reads the FP8 state even without Transformer Engine (:740)
     if not hasattr(random, "FP8GlobalStateManager"):
         random.FP8GlobalStateManager = _NoFp8
         random.activation_recompute_forward = random.fp8_autocast = _null_context
-    # moe_utils.py:1192,1225: the name is only defined with Transformer Engine
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-    # multi_latent_attention.py:62 mistakes a stub for Transformer Engine, and :185 then fails in isinstance(..., None)
-    multi_latent_attention.HAVE_TE = False
-    # moe_utils.py:1093 converts only GPU tensors into the lists of integers that all_to_all needs
+    # moe_utils.py:1184 converts only GPU tensors into the lists of integers that all_to_all needs
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_numpy
     # gloo gathers and scatters equal sizes only, and experts that are sharded by etp receive unequal numbers of tokens
     if mappings._gather_along_first_dim.__module__ == mappings.__name__:
@@ -239,7 +253,7 @@ def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = 
 def _gather_unequal(
     gather: Callable[..., Tensor], input_: Tensor, group: Any, output_split_sizes: Any = None, *args: Any
 ) -> Tensor:
-    """Gather unequal parts (mappings.py:150): pad all to the largest, gather, and remove the padding."""
+    """Gather unequal parts (mappings.py:154): pad all to the largest, gather, and remove the padding."""
     if output_split_sizes is None or group.size() == 1:
         return gather(input_, group, output_split_sizes, *args)
     sizes = [int(size) for size in output_split_sizes]
@@ -252,7 +266,7 @@ def _gather_unequal(
 def _reduce_scatter_unequal(
     scatter: Callable[..., Tensor], input_: Tensor, group: Any, input_split_sizes: Any = None, *args: Any
 ) -> Tensor:
-    """Reduce-scatter unequal parts (mappings.py:193): all-reduce the whole tensor and return this rank's part."""
+    """Reduce-scatter unequal parts (mappings.py:197): all-reduce the whole tensor and return this rank's part."""
     if input_split_sizes is None or group.size() == 1:
         return scatter(input_, group, input_split_sizes, *args)
     total = input_.contiguous().clone()
@@ -266,7 +280,7 @@ def _rotary_packed(
     cu_seqlens: Tensor,
     freqs: Tensor,
     rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
+    mla_rotary_interleaved: bool = False,
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> Tensor:
@@ -285,7 +299,7 @@ def _rotary_packed(
         t.unsqueeze(1),
         freqs[positions],
         rotary_interleaved=rotary_interleaved,
-        multi_latent_attention=multi_latent_attention,
+        mla_rotary_interleaved=mla_rotary_interleaved,
         mscale=mscale,
     )
     return rotated.squeeze(1)
@@ -299,7 +313,7 @@ def _replace_tensor_methods() -> None:
     @functools.wraps(real_type)
     def tensor_type(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         answer = real_type(self, *args, **kwargs)
-        # distrib_optimizer.py:361,420,582; optimizer.py:671,690; clip_grads.py:167 compare parameters by type name
+        # distrib_optimizer.py:401,466,758; optimizer.py:1009,1028; clip_grads.py:174 compare parameters by type name
         if isinstance(answer, str) and sys._getframe(1).f_globals.get("__name__", "").startswith(
             "megatron.core.optimizer"
         ):
@@ -308,7 +322,7 @@ def _replace_tensor_methods() -> None:
 
     @functools.wraps(real_cuda)
     def tensor_cuda(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        # distrib_optimizer.py:1089; rope_utils.py:63
+        # distrib_optimizer.py:1374; rope_utils.py:63
         if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
             return self
         return real_cuda(self, *args, **kwargs)

@@ -1,8 +1,7 @@
-"""Patches of defects in Megatron-Core 0.16, each with the upstream line. They apply on every machine.
+"""Patches of defects in Megatron-Core 0.19, each with the upstream line. They apply on every machine.
 
-Each patch has a test that fails without it: in tests/parallel/test_checkpoint.py (optimizer state, the queue),
-tests/parallel/test_update.py (pipeline messages), tests/parallel/test_families.py (reductions, experts, latent
-attention) and tests/unit/policy/megatron_patches/test_fixes.py (groups of experts, steps of optimizers).
+Each patch has a test that fails once Megatron-Core no longer needs it: in tests/parallel/test_patches_needed.py
+(pipeline messages, latent attention, optimizer state) and tests/unit/policy/megatron_patches/test_fixes.py (the others).
 """
 
 from __future__ import annotations
@@ -23,12 +22,14 @@ from grpo_mega.policy.megatron_patches import cpu
 cpu.prepare_import()
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402 - only after prepare_import
+from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
 from megatron.core.transformer import multi_latent_attention  # noqa: E402
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver  # noqa: E402
 from megatron.core.transformer.moe import moe_utils  # noqa: E402
 
-# Fields of TransformerConfig for pipeline messages. p2p_communication.py:28-47 posts send-previous, receive-previous,
+# Fields of TransformerConfig for pipeline messages. p2p_communication.py:17-51 posts send-previous, receive-previous,
 # send-next, receive-next in one group. With two stages, previous and next are the same rank, and messages are matched
 # in order: an interleaved schedule would receive a gradient as an activation.
 PIPELINE_MESSAGES = {"batch_p2p_comm": False}
@@ -42,11 +43,12 @@ def install() -> None:
     sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
     if not getattr(sharded, "counts_padding", False):
         DistributedOptimizer.sharded_param_state_fully_reshardable = _counting_padding(sharded)
-    # filesystem_async.py:54 starts a server process for a queue that a synchronous save uses within one process. That
+    # filesystem_async.py:65 starts a server process for a queue that a synchronous save uses within one process. That
     # costs seconds at the first save and 270 MB, and the server outlives a rank that is killed.
-    filesystem_async._get_write_results_queue = _results_of_this_process
-    if not getattr(mappings._reduce, "returns_the_sum", False):
-        mappings._reduce = _reducing_contiguous(mappings._reduce)
+    filesystem_async.get_write_results_queue = _results_of_this_process
+    projection = QKNormConfigResolver._mla_fused_linear_or_default
+    if not getattr(projection, "leaves_queries", False):
+        QKNormConfigResolver._mla_fused_linear_or_default = _without_query_norm(projection)
     gather = multi_latent_attention.gather_from_tensor_model_parallel_region
     if not getattr(gather, "sums_shared_key", False):
         multi_latent_attention.gather_from_tensor_model_parallel_region = _summing_shared_key(gather)
@@ -55,7 +57,7 @@ def install() -> None:
 def fit_to(spec: ModelSpec) -> None:
     """Set the number of experts that score a group of experts. Call it before a model is built.
 
-    moe_utils.py:548 sums the topk // group_topk best experts of a group. DeepSeek-V2 uses the best one and DeepSeek-V3
+    moe_utils.py:656 sums the topk // group_topk best experts of a group. DeepSeek-V2 uses the best one and DeepSeek-V3
     the best two, independent of these numbers.
     """
     if spec.moe is not None:
@@ -65,8 +67,8 @@ def fit_to(spec: ModelSpec) -> None:
 def separate_experts(model: torch.nn.Module) -> None:
     """Mark expert parameters as reduced over the expert data-parallel group. Call it after a model is built.
 
-    tensor_parallel/layers.py:886 treats experts as dense layers if ep = 1. If etp differs from tp, other ranks hold
-    the same experts than the same dense layers. Gradients would then be summed over the wrong ranks.
+    tensor_parallel/layers.py:961 marks them only where that group is not the one of the dense layers. With the mark in
+    every layout, a checkpoint has the same optimizers in every layout: one of dense parameters and one of experts.
     """
     for name, parameter in model.named_parameters():
         if is_expert_parameter(name):
@@ -76,9 +78,9 @@ def separate_experts(model: torch.nn.Module) -> None:
 def keep_after_build(config: Any) -> None:
     """Switch off settings that finalize_model_grads.py misreads. Call it after all models are built."""
     if config.multi_latent_attention:
-        # :354 treats the norms of latent vectors as per-head norms, and would sum gradients that are already complete
+        # :453 treats the norms of latent vectors as per-head norms, and would sum gradients that are already complete
         config.qk_layernorm = False
-    # :476 would move the routers' biases toward a balanced load; modules/router_bias.py switches it on if it is wanted
+    # :665 would move the routers' biases toward a balanced load; modules/router_bias.py switches it on if it is wanted
     config.moe_router_enable_expert_bias = False
 
 
@@ -97,9 +99,13 @@ def mark_shared_keys(model: torch.nn.Module) -> None:
 def placeholder_steps(optimizer: Any) -> Iterator[None]:
     """Give optimizers without parameters a step counter inside the block: that of the other optimizers, or 0.
 
-    distrib_optimizer.py:642 asserts that each optimizer of a rank has parameters with a step. The optimizer of experts
-    has none on a pipeline stage without experts, and no optimizer has one before the first step.
+    distrib_optimizer.py:838 asserts that each optimizer of a rank has parameters with a step. The optimizer of experts
+    has none on a pipeline stage without experts, and no optimizer has one before the first step. With the optimizers
+    of Transformer Engine or Apex, which count steps per group of parameters, Megatron accepts both (:852).
     """
+    if distrib_optimizer.HAVE_APEX_OR_TE:
+        yield
+        return
     adams = [inner.optimizer for inner in getattr(optimizer, "chained_optimizers", [optimizer])]
     steps = [state["step"].item() for adam in adams for state in adam.state.values()]
     without = [adam for adam in adams if not adam.state]
@@ -115,8 +121,8 @@ def placeholder_steps(optimizer: Any) -> Iterator[None]:
 def _with_own_step(setter: Any) -> Any:
     """Give every parameter its own step tensor when a checkpoint is loaded.
 
-    distrib_optimizer.py:939 expects the key `step` among the loaded tensors, but the checkpoint stores it elsewhere.
-    :825 gives all parameters one shared step tensor, which AdamW would then increment once per parameter.
+    distrib_optimizer.py:1222 expects the key `step` among the loaded tensors, but the checkpoint stores it elsewhere.
+    :1032 gives all parameters one shared step tensor, which AdamW would then increment once per parameter.
     """
 
     @functools.wraps(setter)
@@ -140,7 +146,7 @@ def _results_of_this_process() -> queue.Queue[Any]:
 def _counting_padding(sharded: Any) -> Any:
     """Report no bucket as padded while the optimizer state is sharded.
 
-    distrib_optimizer.py:1113 concatenates buckets without the padding at their ends, but :1501 slices parameters at
+    distrib_optimizer.py:1398 concatenates buckets without the padding at their ends, but :1789 slices parameters at
     offsets that include the padding. After a padded bucket, every parameter would get the master weights and moments of
     another. (A tied head with pipeline parallelism has a bucket of its own.)
     """
@@ -161,18 +167,21 @@ def _counting_padding(sharded: Any) -> Any:
     return state
 
 
-def _reducing_contiguous(reduce: Any) -> Any:
-    """Make the input contiguous before the reduction.
+def _without_query_norm(projection: Any) -> Any:
+    """Build an uncompressed query projection of latent attention without a norm.
 
-    mappings.py:31-33 all-reduces `input_.contiguous()` and returns `input_`, so the sum of a strided tensor is lost.
+    mla_qk_norm_config.py:148 requires a norm inside the query projection if the latent vectors of keys and values have
+    one. DeepSeek-V2-Lite has none there (q_lora_rank is null, `q_proj` reads the layer's normalized input).
     """
 
-    @functools.wraps(reduce)
-    def reduced(input_: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return reduce(input_.contiguous(), *args, **kwargs)  # type: ignore[no-any-return]
+    @functools.wraps(projection)
+    def projection_class(self: Any, module_spec: Any, module_name: str) -> Any:
+        if module_name == "linear_q_proj":
+            return self._non_fused_or_default(module_spec, module_name)
+        return projection(self, module_spec, module_name)
 
-    reduced.returns_the_sum = True  # type: ignore[attr-defined]
-    return reduced
+    projection_class.leaves_queries = True  # type: ignore[attr-defined]
+    return projection_class
 
 
 def _mark(widths: tuple[int, int], module: torch.nn.Module, inputs: Any, outputs: tuple[Tensor, Any]) -> None:
@@ -183,7 +192,7 @@ def _mark(widths: tuple[int, int], module: torch.nn.Module, inputs: Any, outputs
 def _summing_shared_key(gather: Any) -> Any:
     """Sum the gradient of the shared rotary key over the tensor-parallel ranks.
 
-    multi_latent_attention.py:607 gathers the latent vector and the rotary key, and its backward pass only splits. That
+    multi_latent_attention.py:739 gathers the latent vector and the rotary key, and its backward pass only splits. That
     is correct for the latent vector, whose gradient the up-projection has already summed over the tensor-parallel
     ranks. The heads of one rank give only a part of the gradient of the key.
     """

@@ -47,7 +47,7 @@ def test_versions_of_this_environment_are_compatible() -> None:
 @pytest.mark.parametrize(
     ("changes", "on_cuda", "check", "remedy"),
     [
-        ({"megatron-core": "0.17.0"}, False, "megatron-core", "pip install megatron-core==0.16.1"),
+        ({"megatron-core": "0.16.1"}, False, "megatron-core", "pip install megatron-core==0.19.2"),
         ({"torch": "2.12.0+cpu"}, False, "torch and engine", "launch/setup.sh"),
         ({"torchvision": "0.28.0"}, False, "torch add-ons", "pip uninstall torchvision"),
         ({}, True, "transformer-engine", "transformer-engine[pytorch]"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import importlib.util
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,21 @@ from grpo_mega.policy.megatron_patches import fixes
 from grpo_mega.policy.weight_source import weight_copies
 from tests.helpers.family_configs import raw_family_config
 
-from megatron.core.transformer.moe import moe_utils  # isort: skip - after megatron_patches, which prepares the import
+from megatron.core.optimizer import distrib_optimizer  # isort: skip - after megatron_patches, which prepares the import
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear  # isort: skip
+from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
+from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver  # isort: skip
+from megatron.core.transformer.moe import moe_utils  # isort: skip
+
+
+def unpatched(name: str) -> ModuleType:
+    """Execute a module of the installed Megatron-Core again, as a module of its own without patches."""
+    spec = importlib.util.find_spec(f"megatron.core.{name}")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def best_of_groups(scores: list[float], size: int, best: int, group_topk: int, topk: int) -> list[int]:
@@ -35,6 +51,59 @@ def test_expert_groups_are_scored_by_the_rule_of_the_family_for_every_topk(famil
     for token in range(200):
         assert sorted(experts[token].tolist()) == best_of_groups(scores[token].tolist(), 4, best, 2, topk)
     assert torch.equal(values, scores.gather(1, experts))
+
+
+@pytest.mark.parametrize(("best", "topk"), [(1, 4), (2, 2)])
+def test_megatron_scores_groups_by_another_rule_without_the_patch(best: int, topk: int) -> None:
+    scores: Tensor = torch.rand(200, 16, generator=torch.Generator().manual_seed(0))
+    _, experts = unpatched("transformer.moe.moe_utils").group_limited_topk(scores, topk, 200, 16, 4, 2)
+    expected = [best_of_groups(row.tolist(), 4, best, 2, topk) for row in scores]
+    assert [sorted(row.tolist()) for row in experts] != expected
+
+
+def latent_attention() -> tuple[Any, Any]:
+    """Return config and submodules of latent attention without a compressed query, as DeepSeek-V2-Lite has it."""
+    config = SimpleNamespace(
+        q_lora_rank=None, experimental_attention_variant=None, transformer_impl="local", normalization="RMSNorm",
+        qk_l2_norm=False, qk_layernorm=True,
+    )  # fmt: skip
+    submodules = SimpleNamespace(
+        linear_q_proj=ColumnParallelLinear, linear_kv_up_proj=ColumnParallelLinear, linear_q_up_proj=None,
+        q_layernorm=IdentityOp, kv_layernorm=torch.nn.RMSNorm,
+    )  # fmt: skip
+    return config, submodules
+
+
+def test_an_uncompressed_query_of_latent_attention_has_no_norm() -> None:
+    fixes.install()
+    found = QKNormConfigResolver(*latent_attention()).resolve()
+    assert (found["linear_q_proj"], found["q_layernorm"]) == (ColumnParallelLinear, IdentityOp)
+    assert (found["linear_kv_up_proj"], found["kv_layernorm"]) == (ColumnParallelLinear, torch.nn.RMSNorm)
+
+
+def test_megatron_requires_a_norm_of_the_uncompressed_query_without_the_patch() -> None:
+    resolver = unpatched("transformer.mla_qk_norm_config").QKNormConfigResolver(*latent_attention())
+    with pytest.raises(RuntimeError, match="linear_q_proj"):
+        resolver.resolve()
+
+
+def test_megatron_starts_a_process_for_the_results_of_a_save_without_the_patch() -> None:
+    before = set(psutil.Process().children())
+    stock = unpatched("dist_checkpointing.strategies.filesystem_async").get_write_results_queue("fork")
+    started = set(psutil.Process().children()) - before
+    del stock
+    for process in started:
+        process.kill()
+    assert started
+
+
+def test_the_optimizers_of_transformer_engine_need_no_placeholder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their steps are counted per group: a parameter's state has no `step`."""
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", True)
+    weight = torch.nn.Parameter(torch.ones(3))
+    fused: Any = SimpleNamespace(state={weight: {"exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}})
+    with fixes.placeholder_steps(SimpleNamespace(optimizer=fused)):
+        assert list(fused.state) == [weight]
 
 
 def test_experts_are_separated_from_dense_layers() -> None:
@@ -81,7 +150,7 @@ def test_an_optimizer_without_parameters_has_the_step_of_the_others_in_a_checkpo
         chained_optimizers=[SimpleNamespace(optimizer=trained), SimpleNamespace(optimizer=without)]
     )
     with fixes.placeholder_steps(chain):
-        for adam in (trained, without):  # the check of distrib_optimizer.py:641
+        for adam in (trained, without):  # the check of distrib_optimizer.py:838
             assert {state["step"].item() for state in adam.state_dict()["state"].values()} == {2.0}
     assert without.state == {}
     assert list(trained.state) == [weight]
