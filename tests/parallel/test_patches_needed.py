@@ -1,4 +1,4 @@
-"""The installed Megatron-Core is still wrong without each patch of megatron_patches/fixes.py that concerns several ranks.
+"""The installed Megatron-Core is still wrong without each patch of megatron_patches/fixes.py that needs several ranks.
 
 A failure here means that the release repaired the defect: delete the patch.
 """

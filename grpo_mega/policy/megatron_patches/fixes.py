@@ -1,12 +1,13 @@
 """Patches of defects in Megatron-Core 0.19, each with the upstream line. They apply on every machine.
 
-Each patch has a test that fails once Megatron-Core no longer needs it: in tests/parallel/test_patches_needed.py
-(pipeline messages, latent attention, optimizer state) and tests/unit/policy/megatron_patches/test_fixes.py (the others).
+Each patch has a test that fails once Megatron-Core no longer needs it: tests/parallel/test_patches_needed.py (pipeline
+messages, latent attention, optimizer state) and tests/unit/policy/megatron_patches/test_fixes.py (the others).
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,10 +34,19 @@ from megatron.core.transformer.moe import moe_utils  # noqa: E402
 # send-next, receive-next in one group. With two stages, previous and next are the same rank, and messages are matched
 # in order: an interleaved schedule would receive a gradient as an activation.
 PIPELINE_MESSAGES = {"batch_p2p_comm": False}
+# Warnings on which a user cannot act: about the class that this project builds (docs/decisions/hybrid-model.md), about
+# a layout that Megatron computes itself, and about asynchronous saves, which are also reported for a synchronous one.
+_WARNINGS = {
+    "megatron.core.models.gpt.gpt_model": "GPTModel IS DEPRECATED",
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
 
 
 def install() -> None:
     """Apply the patches that do not depend on a model. Idempotent."""
+    for name in _WARNINGS:
+        logging.getLogger(name).addFilter(_concerns_a_user)
     setter = DistributedOptimizer._set_main_param_and_optimizer_states
     if not getattr(setter, "keeps_own_step", False):
         DistributedOptimizer._set_main_param_and_optimizer_states = _with_own_step(setter)
@@ -52,6 +62,10 @@ def install() -> None:
     gather = multi_latent_attention.gather_from_tensor_model_parallel_region
     if not getattr(gather, "sums_shared_key", False):
         multi_latent_attention.gather_from_tensor_model_parallel_region = _summing_shared_key(gather)
+
+
+def _concerns_a_user(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_WARNINGS[record.name])
 
 
 def fit_to(spec: ModelSpec) -> None:

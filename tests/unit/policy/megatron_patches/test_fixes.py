@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -154,3 +156,17 @@ def test_an_optimizer_without_parameters_has_the_step_of_the_others_in_a_checkpo
             assert {state["step"].item() for state in adam.state_dict()["state"].values()} == {2.0}
     assert without.state == {}
     assert list(trained.state) == [weight]
+
+
+def test_three_warnings_of_megatron_are_not_logged_and_others_are(caplog: pytest.LogCaptureFixture) -> None:
+    fixes.install()
+    fixes.install()
+    logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
+    logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
+    logger.warning("another warning")
+    assert [record.getMessage() for record in caplog.records] == ["another warning"]
+    for name, text in fixes._WARNINGS.items():  # the release still logs them from there
+        source = importlib.util.find_spec(name)
+        assert source is not None
+        assert source.origin is not None
+        assert text in Path(source.origin).read_text()
