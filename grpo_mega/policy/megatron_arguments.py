@@ -214,6 +214,7 @@ _MODEL = "no supported model family has such modules"
 _LOSS = "Megatron scales router losses for a division by the number of tokens that this program does not make"
 _ENGINE = "the engine would not compute the same function as the policy"
 _UNUSED = "it has no effect in this program"
+_PARAMETERS = "the mapping of a checkpoint's tensors expects the parameters that Megatron builds without it"
 _SHARDS = "weight sync and checkpoints read the buffers of Megatron's plain distributed optimizer"
 
 NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
@@ -226,21 +227,40 @@ NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
             external_cuda_graph cuda_graph_impl cuda_graph_scope init_model_with_meta_device
             overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release delay_wgrad_compute
             defer_embedding_wgrad_compute wgrad_deferral_limit
-            deallocate_pipeline_outputs microbatch_group_size_per_vp_stage""",
+            deallocate_pipeline_outputs microbatch_group_size_per_vp_stage activation_offload_fraction
+            cpu_offloading_retain_pinned_cpu_buffers cuda_graph_modules delay_offload_until_cuda_graph
+            delta_offload_bytes_across_pp_ranks fine_grained_offloading_max_inflight_offloads mlp_chunks_for_training
+            moe_paged_stash moe_paged_stash_buffer_size_factor_cpu moe_paged_stash_buffer_size_factor_cuda
+            moe_paged_stash_page_size overlap_dispatch_backward_with_experts_wgrad""",
             _MODEL: """mtp_num_layers mtp_loss_scaling_factor mtp_standalone experimental_attention_variant
             dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk dsa_indexer_loss_coeff
             dsa_indexer_use_sparse_loss linear_attention_freq linear_conv_kernel_dim linear_key_head_dim
             linear_value_head_dim linear_num_key_heads linear_num_value_heads is_hybrid_model mamba_state_dim
             mamba_head_dim mamba_num_groups mamba_num_heads use_mamba_mem_eff_path heterogeneous_block_specs
-            hetereogenous_dist_checkpoint moe_use_legacy_grouped_gemm""",
-            _LOSS: "moe_aux_loss_coeff moe_z_loss_coeff",
+            hetereogenous_dist_checkpoint
+            dsa_indexer_k_norm_epsilon dsa_indexer_k_norm_fp32 dsa_indexer_rope_interleaved
+            dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_skip_topk_offset dsa_indexer_topk_freq
+            dsa_kernel_backend experimental_attention_variant_loss_scale_func mamba_training_ssm_states_dtype
+            mtp_detach_heads mtp_grad_scale_func mtp_hybrid_override_pattern mtp_use_repeated_layer use_mup
+            mup_attn_scale_power mup_base_head_dim mup_base_hidden_size mup_embedding_mult mup_output_mult
+            mup_width_mult""",
+            _PARAMETERS: """mla_down_proj_fusion moe_single_grouped_weight moe_single_grouped_bias
+            moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size use_grouped_gemm_for_dense_mlp
+            use_grouped_gemm_for_shared_expert use_transformer_engine_op_fuser""",
+            _SHARDS: """gtp_weight_remat_size expert_gtp_weight_remat_size tensor_parallel_num_weight_shards
+            expert_tensor_parallel_num_weight_shards""",
+            _LOSS: "moe_aux_loss_coeff moe_z_loss_coeff moe_grad_scale_func",
             _ENGINE: """moe_input_jitter_eps moe_token_dropping moe_expert_capacity_factor moe_token_drop_policy
             moe_pad_expert_input_to_capacity moe_router_force_load_balancing qk_clip qk_clip_alpha qk_clip_threshold
+            moe_expert_rank_capacity_factor moe_router_force_biased moe_router_quantile_balancing_ema fp8_output_proj
             fp4 fp4_recipe fp4_param fp4_quantizer_factory quant_recipe use_kitchen use_kitchen_attention
             kitchen_attention_backend test_mode""",
             _UNUSED: """init_method_std embedding_init_method_std cross_entropy_loss_fusion cross_entropy_fusion_impl
             flash_decode cache_mla_latents inference_rng_tracker inference_sampling_seed use_inference_optimized_layers
-            inference_fuse_tp_communication mlp_chunks_for_prefill symmetric_ar_type moe_extended_tp
+            inference_fuse_tp_communication mlp_chunks_for_prefill symmetric_ar_type
+            inference_cuda_graph_scope inference_disable_triton_nvls_kernels inference_grouped_gemm_backend
+            inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type
+            moe_pad_experts_for_cuda_graph_inference nccl_all_reduce_for_prefill
             moe_per_layer_logging log_max_attention_logit use_fused_weighted_squared_relu
             pipeline_model_parallel_comm_backend""",
             "the program does not create the user buffers of Transformer Engine": """tp_comm_overlap tp_comm_bulk_wgrad
@@ -249,25 +269,38 @@ NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
             tp_comm_overlap_disable_fc1 tp_comm_bootstrap_backend""",
             "the program creates Megatron's own random-number trackers": "use_te_rng_tracker",
             "it needs the token dispatcher `flex`, and the program uses `alltoall`": """moe_enable_deepep
-            moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms""",
+            moe_flex_dispatcher_backend moe_deepep_num_sms moe_hybridep_num_sms moe_flex_dispatcher_num_sms
+            moe_hybridep_num_blocks_permute moe_hybridep_num_blocks_unpermute moe_hybridep_num_sms_preprocessing
+            moe_hybridep_pad_uneven_dispatch_inputs moe_permute_fusion_into_hybridep moe_ncclep_static_shape
+            moe_ncclep_zero_copy""",
             "the packing of rows assumes the plain context-parallel layout": """hierarchical_context_parallel_sizes
             hybrid_context_parallel max_seqlen_per_dp_cp_rank variable_seq_lengths""",
         }
     ),
     "ddp": _by_name(
         {
-            _SHARDS: """use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy preserve_fp32_weights
+            _SHARDS: """use_megatron_fsdp use_custom_fsdp data_parallel_sharding_strategy
+            fsdp_all_gather_in_start_param_sync fsdp_db_use_persist_buf_on_alloc_fail megatron_fsdp_cuda_graph_mode
+            megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_grad_comm_dtype megatron_fsdp_main_grads_dtype
+            megatron_fsdp_main_params_dtype megatron_fsdp_max_pool_double_buffer megatron_fsdp_use_decoupled_grad
             suggested_communication_unit_size fsdp_double_buffer outer_dp_sharding_strategy fsdp_manual_registration
             num_distributed_optimizer_instances""",
-            _MEMORY: "nccl_ub disable_symmetric_registration delay_wgrad_compute",
+            _MEMORY: """nccl_ub disable_symmetric_registration delay_wgrad_compute
+            param_name_patterns_for_fp32_local_accumulation""",
+            _ENGINE: "fp4_param_gather",
         }
     ),
     "optimizer": _by_name(
         {
-            _MEMORY: "main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype store_param_remainders",
+            _MEMORY: """main_grads_dtype main_params_dtype exp_avg_dtype exp_avg_sq_dtype store_param_remainders
+            optimizer_cuda_graph""",
+            _SHARDS: "use_layer_wise_distributed_optimizer",
+            "Megatron would leave out an update that this program counts": "grad_norm_skip_threshold",
             _UNUSED: """log_num_zeros_in_grad loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis
-            sgd_momentum muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec
-            muon_num_ns_steps muon_tp_mode muon_extra_scale_factor""",
+            sgd_momentum muon_momentum muon_split_qkv muon_nesterov muon_scale_mode muon_fp32_matmul_prec
+            muon_num_ns_steps muon_tp_mode muon_extra_scale_factor muon_coefficient_type muon_scalar_optimizer
+            adaptive_muon_beta2 adaptive_muon_eps adaptive_muon_moment2_method lion_beta1 lion_beta2
+            soap_precondition_frequency soap_shampoo_beta soap_use_kl_shampoo""",
         }
     ),
 }

@@ -6,6 +6,7 @@ Some settings are only correct while the model is built; `build_models` switches
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ cpu.prepare_import()
 
 from megatron.core import parallel_state  # noqa: E402 - only after prepare_import
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
-from megatron.core.transformer import MLATransformerConfig, ModuleSpec, TransformerConfig  # noqa: E402
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig  # noqa: E402
 from megatron.core.transformer.identity_op import IdentityOp  # noqa: E402
 
 from grpo_mega.policy.modules.clamped_experts import ClampedExperts  # noqa: E402
@@ -252,7 +253,7 @@ def _layer_spec(config: TransformerConfig, spec: ModelSpec, vp_stage: int | None
         for layer in block.layer_specs:  # the builder sets a norm, which mla_qk_norm_config.py:173 rejects
             layer.submodules.self_attention.submodules.q_layernorm = IdentityOp
     if spec.moe is not None and spec.moe.gate is not None:
-        gate = {"alpha": spec.moe.gate.alpha, "limit": spec.moe.gate.limit}
-        for layer in block.layer_specs:
-            layer.submodules.mlp.submodules.experts = ModuleSpec(module=ClampedExperts, params=gate)
+        experts = functools.partial(ClampedExperts, alpha=spec.moe.gate.alpha, limit=spec.moe.gate.limit)
+        for layer in block.layer_specs:  # moe_module_specs.py:93: the builder of a layer's experts is an argument
+            layer.submodules.mlp.keywords["submodules"].experts = experts
     return block
