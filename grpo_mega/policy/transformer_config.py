@@ -95,8 +95,9 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        # the fused kernel for packed rows does not scale cosine and sine (rope_utils.py:278)
-        "apply_rope_fusion": cuda and not (yarn and spec.mla is None),
+        # the fused kernel of latent attention is for YaRN only (transformer_config.py:2966); the one of other attention
+        # does not scale cosine and sine of packed rows, as YaRN requires (rope_utils.py:321)
+        "apply_rope_fusion": cuda and yarn == (spec.mla is not None),
         "persist_layer_norm": cuda,
         "calculate_per_token_loss": True,
         **fp8.transformer_fields(precision, has_experts=spec.moe is not None),
