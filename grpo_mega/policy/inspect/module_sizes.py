@@ -78,6 +78,7 @@ def meta_models(spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank
     with _fake_group(ranks), torch.device("meta"):
         config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
         config.perform_initialization = False  # saves seconds: random numbers are not needed
+        config.init_model_with_meta_device = True  # otherwise modules of Transformer Engine are built on the GPU
         return build_models(spec, config, parallel, ranks)
 
 

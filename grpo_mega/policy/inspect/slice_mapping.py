@@ -43,6 +43,7 @@ def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology)
             assert world_group is not None, "init_process_group was called above"
             with meta:
                 config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
+                config.init_model_with_meta_device = True  # otherwise Transformer Engine builds on the GPU
                 models = bare_models(spec, config, parallel)
             for rank in stage:  # all ranks of a stage have the same modules
                 ranks = Ranks(topology, topology.coordinates(rank), meta)
