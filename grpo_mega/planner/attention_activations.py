@@ -57,10 +57,11 @@ class AttentionActivations:
         """Return the bytes of rotated queries, keys, values, the output, and what the kernel keeps."""
         n, m, b, t = self._query_heads, self._kv_heads, self._row.itemsize, self._row.tokens
         if self._spec.mla is not None:
+            # Megatron pads values, and so the output, to the width of queries (multi_latent_attention.py:96)
             qk, v = self._spec.mla.nope_dim + self._spec.mla.rope_dim, self._spec.mla.v_dim
-            if self._row.local:  # torch's kernel for unequal head sizes computes in float32, keeps the probabilities
-                return 4 * t * n * (2 * qk + v + self._row.longest) + 2 * t * n * v * b
-            return t * n * b * (2 * qk + 2 * v) + 4 * t * n
+            if self._row.local:  # gathered queries, keys, values and output; the output in the order of the row
+                return t * n * (5 * qk + v) * b + 4 * t * n
+            return t * n * b * 4 * qk + 4 * t * n
         d = self._spec.head_dim
         if not self._row.local:
             return t * d * b * (2 * n + 2 * m) + 4 * t * n
@@ -73,8 +74,7 @@ class AttentionActivations:
         """Return the bytes that stay when the core is recomputed: its inputs and its output."""
         n, m, b, t = self._query_heads, self._kv_heads, self._row.itemsize, self._row.tokens
         if self._spec.mla is not None:
-            qk, v = self._spec.mla.nope_dim + self._spec.mla.rope_dim, self._spec.mla.v_dim
-            return t * n * b * (2 * qk + 2 * v)
+            return t * n * b * 4 * (self._spec.mla.nope_dim + self._spec.mla.rope_dim)
         d = self._spec.head_dim
         if self._row.local and not (self._spec.qk_norm and b == 4):
             return t * d * b * (2 * n + m + n + 2 * m)  # the value is a view that keeps the whole projection alive

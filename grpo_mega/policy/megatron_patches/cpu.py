@@ -220,6 +220,7 @@ _TORCH = _TorchOnCpu(
 
 
 def _replace_functions() -> None:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
@@ -231,6 +232,9 @@ def _replace_functions() -> None:
     if not hasattr(random, "FP8GlobalStateManager"):
         random.FP8GlobalStateManager = _NoFp8
         random.activation_recompute_forward = random.fp8_autocast = _null_context
+    # mapping.py:251: the default of an argument is torch.empty itself; exchange_utils.py:97 passes "cuda"
+    if ShardedTensor.init_data.__module__ == ShardedTensor.__module__:
+        ShardedTensor.init_data = functools.partialmethod(_init_data, ShardedTensor.init_data)
     # moe_utils.py:1184 converts only GPU tensors into the lists of integers that all_to_all needs
     token_dispatcher.maybe_move_tensor_to_cpu = _splits_as_numpy
     # gloo gathers and scatters equal sizes only, and experts that are sharded by etp receive unequal numbers of tokens
@@ -243,6 +247,10 @@ def _replace_functions() -> None:
     # row of 500 short rollouts spends most of its forward pass there. With CUDA a fused kernel replaces it.
     if rope_utils._apply_rotary_pos_emb_thd.__module__ == rope_utils.__name__:
         rope_utils._apply_rotary_pos_emb_thd = _rotary_packed
+
+
+def _init_data(tensor: Any, init_data: Callable[..., None], device: Any, *args: Any, **kwargs: Any) -> None:
+    init_data(tensor, "cpu" if str(device).startswith("cuda") else device, *args, **kwargs)
 
 
 def _splits_as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
