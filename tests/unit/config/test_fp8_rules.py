@@ -6,8 +6,6 @@ from __future__ import annotations
 import ast
 import math
 import re
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from grpo_mega.doctor import gpus
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
+from tests.helpers.transformer_engine_sources import transformer_engine_wheel
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
@@ -41,35 +40,12 @@ MEMBERS = (
 BLOCKWISE = ("precision.dtype=bf16", "precision.fp8.recipe=blockwise")
 
 
-def pinned_version() -> str:
-    """Return the version of Transformer Engine that both CUDA environments pin."""
-    found = {
-        match[1]
-        for path in (REPOSITORY / "constraints").glob("cuda-*.txt")
-        for match in re.finditer(r"^transformer-engine==(\S+)", path.read_text(), re.MULTILINE)
-    }
-    (version,) = found
-    return version
-
-
 @pytest.fixture(scope="module")
 def read_te_module(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a function that parses a module of Transformer Engine's pure-Python distribution; it is never imported."""
-    name = f"transformer_engine-{pinned_version()}"
     cache = pytestconfig.cache
     folder = Path(cache.mkdir("transformer_engine")) if cache else tmp_path_factory.mktemp("transformer_engine")
-    if not list(folder.glob(f"{name}-*.whl")):
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-        done = subprocess.run(
-            [*command, f"--dest={folder}", f"transformer_engine=={pinned_version()}"],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        if done.returncode:
-            pytest.skip(f"the package index is not reachable: {done.stderr.strip().splitlines()[-1]}")
-    (wheel,) = folder.glob(f"{name}-*.whl")
+    wheel = transformer_engine_wheel(folder)
     with zipfile.ZipFile(wheel) as archive:
         return {member: ast.parse(archive.read(f"transformer_engine/{member}")) for member in MEMBERS}
 
@@ -119,14 +95,14 @@ def test_the_default_history_is_transformer_engines(read_te_module: Any) -> None
 
 def test_the_gpus_of_each_recipe_are_those_that_transformer_engine_requires(read_te_module: Any) -> None:
     tree = read_te_module["pytorch/quantization.py"]
-    of_a_tensor = compared_numbers(tree, "check_fp8_support")
+    of_a_tensor = compared_numbers(tree, "_compute_fp8_support")
     for name in ("delayed", "tensorwise"):
         assert RECIPES[name].least == of_a_tensor[1] == (8, 9)  # GPUs below it are rejected
         assert RECIPES[name].cuda == tuple(map(int, str(of_a_tensor[3]).split(".")))
-    capability, cuda = compared_numbers(tree, "check_fp8_block_scaling_support")
+    capability, cuda = compared_numbers(tree, "_compute_fp8_block_scaling_support")
     assert RECIPES["blockwise"].least == capability
     assert RECIPES["blockwise"].cuda == tuple(map(int, str(cuda).split(".")))
-    too_new, least = compared_numbers(tree, "check_mxfp8_support")
+    too_new, least = compared_numbers(tree, "_compute_mxfp8_support")
     assert (RECIPES["mxfp8"].below, RECIPES["mxfp8"].least) == (too_new, least)
 
 
@@ -186,7 +162,7 @@ def test_the_forward_pass_is_in_e4m3_in_either_format(read_te_module: Any) -> No
     ]
     types = SimpleNamespace(DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2"))
     formats = SimpleNamespace(E4M3="E4M3", HYBRID="HYBRID")
-    scope: dict[str, Any] = {"tex": types, "Format": formats}
+    scope: dict[str, Any] = {"DType": types.DType, "Format": formats}
     exec("from __future__ import annotations\n" + ast.unparse(found), scope)
     for name in ("E4M3", "HYBRID"):
         assert scope["get_fp8_te_dtype"](SimpleNamespace(fp8_format=name)) == "e4m3"

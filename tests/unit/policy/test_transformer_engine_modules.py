@@ -1,0 +1,56 @@
+"""Every family is built from Transformer Engine's modules of the pinned release, and its checkpoint fits them.
+
+The compiled part of Transformer Engine is mocked (tests/helpers/mocked_transformer_engine.py), so nothing is computed.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.family_configs import FAMILY_CONFIGS
+from tests.helpers.transformer_engine_sources import REPOSITORY, transformer_engine_wheel
+
+FAMILIES = sorted(FAMILY_CONFIGS)
+
+
+@pytest.fixture(scope="module")
+def built(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Describe the modules of all families, from one process."""
+    cache, folder = pytestconfig.cache, tmp_path_factory.mktemp("transformer_engine")
+    wheel = transformer_engine_wheel(Path(cache.mkdir("transformer_engine")) if cache else folder)
+    zipfile.ZipFile(wheel).extractall(folder / "unpacked")
+    command = [sys.executable, "-m", "tests.helpers.mocked_transformer_engine", str(folder / "unpacked"), *FAMILIES]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_of_the_family_fits_the_modules_of_every_rank(built: Any, family: str) -> None:
+    for layout, found in built[family].items():
+        assert found["parameters"], layout
+        assert found["faults"] == [], layout
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_part_of_the_projections_and_experts_are_grouped(built: Any, family: str) -> None:
+    names = built[family]["one rank"]["parameters"]
+    fused = [name for name in names if name.endswith(("layer_norm_weight", "layer_norm_bias"))]
+    assert fused, "Transformer Engine fuses the norm before a projection into it"
+    experts = [name for name in names if ".experts." in name]
+    assert not any("local_experts" in name for name in experts), "one module computes all experts of a rank"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counting_modules_allocates_nothing_on_a_gpu(built: Any, family: str) -> None:
+    for found in built[family].values():
+        # DotProductAttention allocates the logits of the attention sinks, one per head, wherever the rest is built
+        assert set(found["on_cuda"]) == ({"zeros"} if family == "gpt_oss" else set())
