@@ -12,7 +12,7 @@ taken where there are several, because the tests run on it.
 
   --with sglang   adds the SGLang engine; on a CUDA machine it takes the place of vLLM
   --with vllm     the vLLM engine (the default)
-  --with fp8      adds Transformer Engine (CUDA only)
+  --with fp8      has no effect: Transformer Engine is part of every CUDA environment
   --with tests    the packages that launch/test.sh needs: without CUDA also SGLang
 
 Exit code: 0 done, 2 wrong arguments or a missing requirement, 1 an installation failed.
@@ -188,10 +188,16 @@ install_cpu() {
 }
 
 install_cuda() { # the CUDA builds come with their own dependencies; the constraints hold what must agree
+    local constraints=$root/constraints/$kind.txt
+    say "torch and what Transformer Engine is built with"
+    pip_install -c "$constraints" torch numpy "setuptools<81" wheel packaging pybind11 ninja || failed "installing torch"
+    pip_install_pinned -c "$constraints" megatron-core || failed "installing megatron-core"
     say "the packages of constraints/$kind.txt"
-    pip_install_pinned "$(grep -o '^megatron-core==[^ ]*' "$root/constraints/$kind.txt")" ||
-        failed "installing megatron-core"
-    pip_install -c "$root/constraints/$kind.txt" -e "$root[$extras,dev]" || failed "installing constraints/$kind.txt"
+    pip_install -c "$constraints" -e "$root[$(without "$extras" fp8),dev]" || failed "installing constraints/$kind.txt"
+    say "Transformer Engine, compiled against the installed torch (some minutes)"
+    # without isolation: a build environment of its own would hold the newest torch instead of the pinned one
+    NVTE_FRAMEWORK=pytorch pip_install --no-build-isolation -c "$constraints" "transformer-engine[core_cu13,pytorch]" ||
+        failed "installing Transformer Engine"
 }
 
 say "building $venv ($kind; log: $log)"

@@ -14,6 +14,7 @@ import psutil
 from grpo_mega.doctor.finding import Finding, passed
 
 GIB = 2**30
+_TRANSFORMER_ENGINE = "2.20.2"  # its modules are those that the tests build
 _MEGATRON = "0.19.2"  # policy/ depends on internals of this release
 _SGLANG = "0.5.23"  # engines/sglang/ depends on internals of this release
 _SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange data through /dev/shm
@@ -117,7 +118,7 @@ def _transformer_engine(found: str | None, torch: str) -> Finding:
         return passed("transformer-engine", f"{found} with torch {torch}")
     return Finding(
         "transformer-engine", "fail", "not installed; on CUDA the policy needs its modules",
-        "pip install --no-build-isolation 'transformer-engine[pytorch]'",
+        f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]=={_TRANSFORMER_ENGINE}'",
     )  # fmt: skip
 
 

