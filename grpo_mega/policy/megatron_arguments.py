@@ -140,7 +140,7 @@ OWNED: Mapping[str, Mapping[str, str]] = {
             moe_grouped_gemm moe_router_dtype moe_router_load_balancing_type moe_token_dispatcher_type batch_p2p_comm
             hidden_dropout attention_dropout finalize_model_grads_func no_sync_func grad_scale_func grad_sync_func
             param_sync_func timers init_method output_layer_init_method embedding_init_method _cpu_offloading_context
-            transformer_impl""",
+            transformer_impl init_model_with_meta_device""",
             "parallel.tp": "tensor_model_parallel_size",
             "parallel.pp": "pipeline_model_parallel_size",
             "parallel.vpp": "virtual_pipeline_model_parallel_size",
@@ -224,7 +224,7 @@ NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
             cpu_offloading_double_buffering fine_grained_activation_offloading offload_modules
             min_offloaded_tensor_size fp32_residual_connection memory_efficient_layer_norm
             enable_cuda_graph cuda_graph_use_single_mempool cuda_graph_retain_backward_graph cuda_graph_warmup_steps
-            external_cuda_graph cuda_graph_impl cuda_graph_scope init_model_with_meta_device
+            external_cuda_graph cuda_graph_impl cuda_graph_scope
             overlap_moe_expert_parallel_comm ep_overlap_early_attn_memory_release delay_wgrad_compute
             defer_embedding_wgrad_compute wgrad_deferral_limit
             deallocate_pipeline_outputs microbatch_group_size_per_vp_stage activation_offload_fraction

@@ -93,7 +93,8 @@ def _hybrid_name(name: str) -> str:
 
 def largest_difference(layers: int, tokens: int) -> float:
     """Return the largest difference of the logits [T, V] of one packed row with two sequences."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         topology = Topology(1)
         init_groups(Ranks(topology, topology.coordinates(0), torch.device("cpu")), 60.0)

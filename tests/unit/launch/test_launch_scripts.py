@@ -151,7 +151,7 @@ def test_a_cuda_environment_gets_torch_then_megatron_then_the_rest_then_transfor
     python.write_text(PYTHON_THAT_RECORDS_PIP)
     python.chmod(0o755)
     calls = tmp_path / "calls"
-    result = run(
+    result = run_script(
         ROOT / "launch/setup.sh", "--with", f"{kind},fp8",
         GRPO_MEGA_VENV=str(tmp_path / "venv"), PATH=path, PIP_CALLS=str(calls),
     )  # fmt: skip
