@@ -46,7 +46,7 @@ def correction_biases(models: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
 
 
 def _count_tokens(router: Any, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
-    """Add the tokens of each expert to the router's counter, in place of Megatron's method (router.py:532).
+    """Add the tokens of each expert to the router's counter, in place of Megatron's method (router.py:728).
 
     Args:
         router: Megatron's router.
