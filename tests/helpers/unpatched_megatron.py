@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.checkpointed_training import resume, run_with_checkpoint
+from tests.helpers.checkpointed_training import resume_training, run_with_checkpoint
 from tests.helpers.family_updates import FamilyRecord, measure_family
 from tests.helpers.recorded_rollouts import Layout, Recorded
 
@@ -55,7 +55,7 @@ def resume_without(rank: int, patch: str, recorded: Recorded, layout: Layout, fo
         _, state = run_with_checkpoint(rank, recorded, layout, folder)
         (checkpoint,) = (path for path in folder.iterdir() if path.is_dir())
         try:
-            _, _, resumed = resume(rank, recorded, layout, checkpoint)
+            _, _, resumed = resume_training(rank, recorded, layout, checkpoint)
         except KeyError as error:
             return str(error)
     return state, resumed
