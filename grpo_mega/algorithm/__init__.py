@@ -6,6 +6,6 @@ function for each value of `algorithm.surrogate` and `algorithm.advantage`. The 
 """
 
 from grpo_mega.algorithm.base import Estimates, StepRewards, advantage, surrogate
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.rollout_sums import Segments
 
 __all__ = ["Estimates", "Segments", "StepRewards", "advantage", "surrogate"]

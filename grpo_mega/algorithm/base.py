@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.degenerate import rewards_are_equal
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.rollout_sums import Segments
 from grpo_mega.types import Rollout
 
 Advantage = float | list[float]

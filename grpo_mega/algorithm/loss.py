@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.base import Surrogate
-from grpo_mega.algorithm.correction import Correction
 from grpo_mega.algorithm.kl import KL_ESTIMATORS, MAX_REPORTED_LOG_RATIO, KlEstimator
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.mismatch_correction import Correction
+from grpo_mega.algorithm.rollout_sums import Segments
 from grpo_mega.types import Microbatch
 
 

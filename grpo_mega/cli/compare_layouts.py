@@ -117,7 +117,7 @@ def measure_on_ranks(worker: str, job: Path, world: int) -> None:
     # libraries warn about missing optional features, once per rank
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
-    command = [sys.executable, "-m", "grpo_mega.cli.rank", worker, str(job)]
+    command = [sys.executable, "-m", "grpo_mega.cli.layout_worker", worker, str(job)]
     if run_ranks(command, ranks) != 0:
         raise RuntimeError(f"a rank failed in a layout of {world} rank(s); its message is above")
 

@@ -69,7 +69,7 @@ class AlgorithmConfig(Section):
     entropy_coef: float = Field(0.0, ge=0)
     """Coefficient of the entropy bonus."""
     correction: Literal["token_truncated", "sequence_truncated", "token_masked"] | None = None
-    """Importance weight for the mismatch between policy and engine (formulas: algorithm/correction.py). null: none."""
+    """Importance weight for policy and engine that differ (formulas: algorithm/mismatch_correction.py). null: none."""
     correction_low: float | None = Field(None, gt=0, lt=1)
     """`token_masked`: tokens with a probability ratio policy / engine below it are masked. null: 0.5."""
     correction_high: float | None = Field(None, ge=1)

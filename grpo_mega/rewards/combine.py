@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from grpo_mega.rewards.base import RewardComponent, Steps, Value
-from grpo_mega.rewards.process import ScoringJob
+from grpo_mega.rewards.worker_jobs import ScoringJob
 from grpo_mega.types import Reward
 
 

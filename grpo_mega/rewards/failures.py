@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from grpo_mega.rewards.base import RewardComponent
 from grpo_mega.rewards.http_client import ServerError
-from grpo_mega.rewards.process import ScoringJob
 from grpo_mega.rewards.scoring_errors import BadValueError, FailureKind, summary_of, traceback_of
+from grpo_mega.rewards.worker_jobs import ScoringJob
 
 logger = logging.getLogger(__name__)
 

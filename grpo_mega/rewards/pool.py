@@ -23,10 +23,10 @@ from grpo_mega.rewards.batched import BatchScorer
 from grpo_mega.rewards.combine import combine
 from grpo_mega.rewards.failures import FailureLog, failure_of
 from grpo_mega.rewards.inputs import INPUTS, TEXTS, RowContext, ScoringRow
-from grpo_mega.rewards.process import ScoringJob
 from grpo_mega.rewards.scoring_errors import BadValueError
 from grpo_mega.rewards.scoring_queue import ScoringQueue
 from grpo_mega.rewards.scoring_thread import ScoringThread
+from grpo_mega.rewards.worker_jobs import ScoringJob
 from grpo_mega.types import Reward
 
 

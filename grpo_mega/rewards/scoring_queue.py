@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from grpo_mega.rewards.process import ScoringJob
+from grpo_mega.rewards.worker_jobs import ScoringJob
 
 
 class ScoringQueue:

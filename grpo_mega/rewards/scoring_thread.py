@@ -14,9 +14,9 @@ import time
 from collections.abc import Sequence
 
 from grpo_mega.rewards.failures import FailureLog
-from grpo_mega.rewards.process import RewardProcess
 from grpo_mega.rewards.scoring_errors import FailureKind
 from grpo_mega.rewards.scoring_queue import ScoringQueue
+from grpo_mega.rewards.worker_jobs import RewardProcess
 from grpo_mega.workers import json_worker
 
 _START_ATTEMPTS = 3

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from grpo_mega.algorithm.adaptive_kl import adapted_kl_coef
 from grpo_mega.algorithm.aggregate import (
     group_token_mean_weights,
     rollout_mean_weights,
@@ -20,10 +21,9 @@ from grpo_mega.algorithm.aggregate import (
     token_mean_weights,
 )
 from grpo_mega.algorithm.base import Advantage, StepRewards
-from grpo_mega.algorithm.controller import adapted_kl_coef
-from grpo_mega.algorithm.correction import Correction
 from grpo_mega.algorithm.kl import KL_ESTIMATORS
 from grpo_mega.algorithm.loss import PolicyLoss
+from grpo_mega.algorithm.mismatch_correction import Correction
 from grpo_mega.algorithm.value_loss import ValueLoss
 from grpo_mega.config.algorithm_parts import bound_part
 from grpo_mega.config.algorithm_section import AlgorithmConfig

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_mega.engines.vllm.record import record_vllm
+from grpo_mega.engines.vllm.recording_loader import record_vllm
 from grpo_mega.engines.vllm.regions import by_expert
 from grpo_mega.engines.weights.loader_recording import (
     CannotRecordError,

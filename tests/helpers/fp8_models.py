@@ -148,7 +148,7 @@ def build_fp8(
     from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
     from grpo_mega.engines.vllm import offline
-    from grpo_mega.engines.vllm.record import record_vllm
+    from grpo_mega.engines.vllm.recording_loader import record_vllm
 
     built: list[nn.Module] = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from grpo_mega.algorithm.base import surrogate
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.rollout_sums import Segments
 from grpo_mega.algorithm.surrogates.clipped_ratio import clipped_ratio
 
 

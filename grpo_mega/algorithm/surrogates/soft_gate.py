@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.base import surrogate
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.rollout_sums import Segments
 
 
 @surrogate

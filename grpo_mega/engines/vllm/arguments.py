@@ -11,7 +11,7 @@ import torch
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors, model_overrides
-from grpo_mega.engines.vllm.record import RECORDING
+from grpo_mega.engines.vllm.recording_loader import RECORDING
 from grpo_mega.models.kv_cache_memory import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
 from grpo_mega.models.spec import ModelSpec

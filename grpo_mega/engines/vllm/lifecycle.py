@@ -33,7 +33,7 @@ from grpo_mega.engines.vllm.arguments import (
     engine_arguments,
 )
 from grpo_mega.engines.vllm.cpu import patch_vllm
-from grpo_mega.engines.vllm.record import recording_load_format, tied_as_configured
+from grpo_mega.engines.vllm.recording_loader import recording_load_format, tied_as_configured
 from grpo_mega.engines.vllm.routing import Steps, bind_routers
 from grpo_mega.engines.vllm.tp_rules import check_tp
 from grpo_mega.engines.weights.loader_recording import LoaderRecord

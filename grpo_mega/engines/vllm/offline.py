@@ -1,8 +1,8 @@
 """Recording of vLLM's loader for any rank of any layout in one process, without other ranks, weights or devices.
 
 The model is built for one rank of a fake process group, with its floating-point parameters on the meta device, and its
-loader is recorded (vllm/record.py). The process cannot start an engine afterwards, so only planning tools use this
-module, never a job.
+loader is recorded (vllm/recording_loader.py). The process cannot start an engine afterwards, so only planning tools use
+this module, never a job.
 Asserted by tests/engine/test_vllm_record.py.
 """
 
@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from grpo_mega.engines.vllm.fp8 import built_for_fp8, model_overrides
 from grpo_mega.engines.vllm.lifecycle import prepare_environment, register_model
-from grpo_mega.engines.vllm.record import record_vllm
+from grpo_mega.engines.vllm.recording_loader import record_vllm
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, Shape
 from grpo_mega.formats.stored_head import HEAD, checkpoint_spec
 from grpo_mega.types import UserError

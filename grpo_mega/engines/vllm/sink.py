@@ -1,7 +1,7 @@
 """The vLLM end of a weight sync on one rank: writes slices where vLLM's kernels read them, and verifies them there.
 
-The layout is the recorded loader of vLLM (vllm/record.py) plus the derived copies that vLLM makes of loaded parameters
-(vllm/regions.py). If the loader cannot be recorded, whole tensors are streamed through it.
+The layout is the recorded loader of vLLM (vllm/recording_loader.py) plus the derived copies that vLLM makes of loaded
+parameters (vllm/regions.py). If the loader cannot be recorded, whole tensors are streamed through it.
 Asserted by tests/engine/test_vllm_engine.py (a stale packed head) and test_weight_sync.py.
 """
 

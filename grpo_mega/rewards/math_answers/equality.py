@@ -21,7 +21,7 @@ from grpo_mega.rewards.math_answers.exact import (
     sign_variants,
 )
 from grpo_mega.rewards.math_answers.expressions import MAX_TOKENS, Expression, UnreadableError, parse_expression
-from grpo_mega.rewards.math_answers.regions import are_equal_regions, read_region, variable_of
+from grpo_mega.rewards.math_answers.interval_sets import are_equal_regions, read_region, variable_of
 from grpo_mega.rewards.math_answers.scalars import are_equal_scalars, are_proportional, difference
 from grpo_mega.rewards.math_answers.tokens import Token
 from grpo_mega.rewards.math_answers.units import read_unit

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from grpo_mega.algorithm.base import Surrogate
-from grpo_mega.algorithm.correction import Correction, CorrectionForm
 from grpo_mega.algorithm.loss import PolicyLoss
+from grpo_mega.algorithm.mismatch_correction import Correction, CorrectionForm
 from grpo_mega.algorithm.surrogates.clipped_ratio import clipped_ratio
 from grpo_mega.algorithm.surrogates.clipped_sequence_ratio import clipped_sequence_ratio
 from grpo_mega.algorithm.surrogates.clipped_weight import clipped_weight

@@ -7,9 +7,9 @@ from functools import partial
 import pytest
 import torch
 
-from grpo_mega.algorithm.correction import Correction, CorrectionForm
 from grpo_mega.algorithm.loss import PolicyLoss
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.mismatch_correction import Correction, CorrectionForm
+from grpo_mega.algorithm.rollout_sums import Segments
 from grpo_mega.algorithm.surrogates.clipped_ratio import clipped_ratio
 from tests.helpers.loss_rows import make_row
 

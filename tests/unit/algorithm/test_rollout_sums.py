@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.rollout_sums import Segments
 from tests.helpers.loss_rows import make_row
 
 

@@ -3,7 +3,7 @@
 A loss always receives whole rollouts: all loss tokens of a rollout are in one row, and the row is not split. With
 context parallelism the policy gathers the row's log-probs and entropies, two float32 numbers per token, before it calls
 the loss. Nothing here has a gradient: a sequence-level factor is a constant factor of each token's own ratio.
-Asserted by tests/unit/algorithm/test_segments.py.
+Asserted by tests/unit/algorithm/test_rollout_sums.py.
 """
 
 from __future__ import annotations

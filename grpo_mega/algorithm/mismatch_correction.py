@@ -3,7 +3,7 @@
 The engine samples from its own probabilities q; the loss assumes p, those of the policy before the update. The factor
 is a bounded form of p / q = exp(mismatch), mismatch = old_log_probs - sampler_log_probs. It does not change KL and
 entropy.
-Asserted by tests/unit/algorithm/test_correction.py.
+Asserted by tests/unit/algorithm/test_mismatch_correction.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grpo_mega.algorithm.segments import Segments
+from grpo_mega.algorithm.rollout_sums import Segments
 
 CorrectionForm = Literal["token_truncated", "sequence_truncated", "token_masked"]
 

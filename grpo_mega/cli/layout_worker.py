@@ -1,4 +1,4 @@
-"""Runs one rank of a command that compares layouts: `python -m grpo_mega.cli.rank WORKER JOB`.
+"""Runs one rank of a command that compares layouts: `python -m grpo_mega.cli.layout_worker WORKER JOB`.
 
 It calls `measure` of the module WORKER. JOB is a JSON file with the config and the inputs of the worker.
 """
