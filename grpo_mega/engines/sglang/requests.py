@@ -17,6 +17,8 @@ from grpo_mega.engines.sglang.messages import Sampled, SamplingBatch
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
 
+_NOT_A_TOKEN = "NaN happened"
+
 
 class RequestTranslator:
     """Builds the batch of a call of `generate` and reads its results.
@@ -92,8 +94,11 @@ def stop_reason(finish: dict[str, Any]) -> StopReason:
     """Return the stop reason for SGLang's `finish_reason`.
 
     Raises:
-        RuntimeError: SGLang aborted the request.
+        RuntimeError: SGLang aborted the request, or sampled a token outside of the vocabulary, as it does from logits
+            that are not numbers; it then replaces the token by EOS and reports a stop text (schedule_batch.py:1989).
     """
+    if finish.get("matched") == _NOT_A_TOKEN:
+        raise RuntimeError("SGLang sampled a token outside of the vocabulary: its logits are not finite numbers")
     if finish["type"] == "length":
         return "length"
     if finish["type"] == "stop":

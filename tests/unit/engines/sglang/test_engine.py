@@ -159,6 +159,15 @@ def test_stop_reasons(finish: dict[str, Any], expected: str) -> None:
     assert stop_reason(finish) == expected
 
 
+def test_a_token_outside_of_the_vocabulary_is_not_a_stop_text() -> None:
+    with pytest.raises(RuntimeError, match="logits"):
+        stop_reason({"type": "stop", "matched": "NaN happened"})
+    package = importlib.util.find_spec("sglang")
+    if package is not None and package.origin is not None:  # the installed release still reports it by this text
+        source = Path(package.origin).parent / "srt" / "managers" / "schedule_batch.py"
+        assert 'FINISH_MATCHED_STR(matched="NaN happened")' in source.read_text()
+
+
 def test_an_aborted_rollout_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"SGLang ended a rollout early: .*out of memory"):
         stop_reason({"type": "abort", "message": "out of memory"})
