@@ -205,7 +205,7 @@ if [[ $kind == cpu ]]; then install_cpu; else install_cuda; fi
 say "grpo_mega itself"
 pip_install --no-deps --no-build-isolation -e "$root" || failed "installing grpo_mega"
 say "checking that the packages can be imported"
-modules="torch megatron.core transformers tensorboard pytest grpo_mega.launch.main"
+modules="torch grpo_mega.policy.build transformers tensorboard pytest grpo_mega.launch.main"
 if [[ $kind == cuda-sglang ]]; then modules+=" sglang"; else modules+=" vllm.entrypoints.llm"; fi
 [[ $kind != cpu ]] || modules+=" vllm.v1.worker.cpu_worker"
 # These imports verify the installation. They also compile the modules of a job once instead of in every rank of every

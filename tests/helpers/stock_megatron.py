@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,12 @@ def _shims() -> Any:
 
     torch.tensor, torch.empty, torch.zeros, torch.ones, torch.arange = map(on_cpu, factory)
     torch.compile = lambda f=None, **_: f if f is not None else (lambda g: g)  # type: ignore[assignment]
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    kernels = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")  # imports triton, for CUDA only
+    kernels.GLOBAL_BLOCK_SIZE = 1024  # type: ignore[attr-defined]
+    kernels.paged_stash_copy_kernel = kernels.paged_stash_pop_kernel = None  # type: ignore[attr-defined]
+    sys.modules[kernels.__name__] = kernels
+    from megatron.core.transformer.moe import token_dispatcher
 
-    multi_latent_attention.HAVE_TE = False
-    moe_utils.te_general_gemm = None
     token_dispatcher.maybe_move_tensor_to_cpu = lambda t, as_numpy=False, **_: (
         t.numpy() if as_numpy and torch.is_tensor(t) else t
     )
@@ -103,6 +105,7 @@ def settings_of(raw: dict[str, Any]) -> dict[str, Any]:
         "num_query_groups": raw["num_key_value_heads"],
         "kv_channels": raw.get("head_dim") or raw["hidden_size"] // heads,
         "layernorm_epsilon": raw["rms_norm_eps"],
+        "transformer_impl": "local",
         "qk_layernorm": family in ("qwen3", "qwen3_moe") or raw.get("use_qk_norm", False),
         "add_qkv_bias": family == "qwen2" or (family == "glm4_moe" and raw["attention_bias"]),
     }
