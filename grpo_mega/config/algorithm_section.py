@@ -82,6 +82,10 @@ class AlgorithmConfig(Section):
     router_bias_update_rate: float = Field(0.0, ge=0)
     """Mixture-of-experts models with a correction bias (DeepSeek-V3, GLM-4.5): every update moves the bias of each
     expert by this rate, up if the expert computed fewer tokens than the mean and down if more. 0: biases stay."""
+    aux_loss_coef: float = Field(0.0, ge=0)
+    """Mixture-of-experts models: coefficient of the load-balancing loss of the routers, which is computed per rollout
+    without padding, summed over layers, and its mean over the update's rollouts is added to the loss
+    (docs/algorithms.md). 0: none."""
     overlong_filter: bool = False
     """Do not train on truncated rollouts."""
     overlong_buffer_fraction: float | None = Field(None, gt=0, le=1)

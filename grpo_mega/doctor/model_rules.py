@@ -45,6 +45,11 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
         check_server_addresses(config)
     if config.algorithm.routing_replay and spec.moe is None:
         raise UserError(f"algorithm.routing_replay=true has no effect: {where} has no experts", remedy="leave it out")
+    if config.algorithm.aux_loss_coef and spec.moe is None:
+        raise UserError(
+            f"algorithm.aux_loss_coef={config.algorithm.aux_loss_coef} has no effect: {where} has no experts",
+            remedy="leave it out",
+        )
     _check_router_bias(spec, config.algorithm.router_bias_update_rate, where)
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)

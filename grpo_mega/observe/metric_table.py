@@ -89,6 +89,11 @@ METRICS: dict[str, Metric] = {
     "train/unreplayed_fraction": Metric(
         "fraction", "trained tokens without a routing record of the engine", "`algorithm.routing_replay`"
     ),
+    "train/aux_loss": Metric(
+        "loss",
+        "balance loss of the routers without its coefficient, mean over rollouts and layers; 1 is an equal load",
+        "`algorithm.aux_loss_coef` > 0",
+    ),
     "train/unused_rollouts": Metric("rollouts", "rollouts that are not trained on: filtered, or of dropped groups"),
     "train/updates": Metric("updates", "optimizer steps of the step"),
     "train/num_loss_tokens": Metric("tokens", "tokens trained on in one epoch over the step's rollouts"),

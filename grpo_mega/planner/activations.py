@@ -47,7 +47,9 @@ class Activations:
         self._row = PackedRowShape.from_inputs(inputs)
         self._attention = AttentionActivations(self._row, self._spec, self._parallel)
         imbalance = inputs.assumptions.routing_imbalance
-        self._feed_forward = FeedForwardActivations(self._row, self._spec, self._parallel, imbalance)
+        self._feed_forward = FeedForwardActivations(
+            self._row, self._spec, self._parallel, imbalance, aux_loss=inputs.config.algorithm.aux_loss_coef > 0
+        )
         self._layers: dict[tuple[bool, bool], LayerActivations] = {}
 
     @property

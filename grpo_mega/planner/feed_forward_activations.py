@@ -17,10 +17,14 @@ class FeedForwardActivations:
         spec: the model.
         parallel: its layout.
         imbalance: tokens of the busiest expert-parallel rank, divided by the mean.
+        aux_loss: whether routers have an auxiliary loss.
     """
 
-    def __init__(self, row: PackedRowShape, spec: ModelSpec, parallel: ParallelConfig, imbalance: float) -> None:
+    def __init__(
+        self, row: PackedRowShape, spec: ModelSpec, parallel: ParallelConfig, imbalance: float, *, aux_loss: bool
+    ) -> None:
         self._row, self._spec, self._parallel, self._imbalance = row, spec, parallel, imbalance
+        self._aux_loss = aux_loss
 
     def dense(self, i: int) -> float:
         """Return the bytes of a dense feed-forward layer."""
@@ -40,6 +44,7 @@ class FeedForwardActivations:
         assert moe is not None, "a layer of experts in a model without experts"
         routed = self.routed_tokens(moe)
         per_token = self._spec.hidden_size * i + (5 * b + i) * moe.expert_ffn_size / self._parallel.etp
-        router = self._row.sequence_tokens * (12 * moe.num_experts + 40 * moe.top_k)
+        scores = 20 if self._aux_loss else 12  # the loss keeps scores and loads in float32
+        router = self._row.sequence_tokens * (scores * moe.num_experts + 40 * moe.top_k)
         shared = self._gated_unit(moe.shared_ffn_size / self._parallel.tp, i)
         return routed * (per_token + 8) + router + shared

@@ -166,6 +166,7 @@ OWNED: Mapping[str, Mapping[str, str]] = {
             "precision.fp8.last_layers_bf16": "num_layers_at_end_in_bf16",
             "algorithm.routing_replay": "moe_enable_routing_replay",
             "algorithm.router_bias_update_rate": "moe_router_bias_update_rate",
+            "algorithm.aux_loss_coef": "moe_aux_loss_coeff",
             "model.path": """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
             normalization layernorm_epsilon qk_layernorm gated_linear_unit activation_func add_bias_linear add_qkv_bias
             softmax_type softmax_scale window_size window_attn_skip_freq num_moe_experts moe_layer_freq
@@ -249,7 +250,7 @@ NOT_SUPPORTED: Mapping[str, Mapping[str, str]] = {
             use_grouped_gemm_for_shared_expert use_transformer_engine_op_fuser""",
             _SHARDS: """gtp_weight_remat_size expert_gtp_weight_remat_size tensor_parallel_num_weight_shards
             expert_tensor_parallel_num_weight_shards""",
-            _LOSS: "moe_aux_loss_coeff moe_z_loss_coeff moe_grad_scale_func",
+            _LOSS: "moe_z_loss_coeff moe_grad_scale_func",
             _ENGINE: """moe_input_jitter_eps moe_token_dropping moe_expert_capacity_factor moe_token_drop_policy
             moe_pad_expert_input_to_capacity moe_router_force_load_balancing qk_clip qk_clip_alpha qk_clip_threshold
             moe_expert_rank_capacity_factor moe_router_force_biased moe_router_quantile_balancing_ema fp8_output_proj

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import init_groups
 from grpo_mega.policy.learner import MegatronLearner
 from grpo_mega.policy.modules.policy_model import PolicyModel
+from grpo_mega.policy.modules.router_aux_loss import RouterBalance, segments_of
 from grpo_mega.policy.modules.router_bias import correction_biases, move_biases_with_load
-from grpo_mega.policy.modules.routing_replay import replay_routing
+from grpo_mega.policy.modules.routing_replay import RowParams, replay_routing
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.sharded_state import load_weights, save_weights
 from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
@@ -39,6 +41,9 @@ class MegatronPolicy(MegatronLearner):
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
         replay_routing(self.parts.models, config.parallel.recompute_modules or ())
         move_biases_with_load(self.parts.config, self.parts.models, config.algorithm.router_bias_update_rate)
+        self._balance: RouterBalance | None = None
+        if config.algorithm.aux_loss_coef > 0 and spec.moe is not None:
+            self._balance = RouterBalance(self.parts.models, config.algorithm.aux_loss_coef, sum(spec.moe.layers))
         self.temperature = config.sampling.temperature
         self.model_parallel_group = weight_copy_group(ranks)
         self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group, self._settle)
@@ -102,7 +107,11 @@ class MegatronPolicy(MegatronLearner):
             token_loss, metrics = loss(values, entropy, microbatch)
             return token_loss, metrics, values.detach()
 
-        return self._gradient(microbatches, token_losses)
+        if self._balance is None:
+            return self._gradient(microbatches, token_losses)
+        self._balance.begin(microbatches, self.dp_group, self.ranks.device)
+        stats, outputs = self._gradient(microbatches, token_losses)
+        return replace(stats, sums=stats.sums | {"aux_loss": self._balance.mean(self.ranks.device)}), outputs
 
     def update_reference(self) -> None:
         """Make the current weights the reference. Collective."""
@@ -127,6 +136,12 @@ class MegatronPolicy(MegatronLearner):
             load_weights(self.parts, folder / _REFERENCE)
             self.update_reference()
         return super().load(folder)
+
+    def _row_params(self, microbatch: Microbatch) -> RowParams:
+        row = super()._row_params(microbatch)
+        if self._balance is not None:
+            row.segments = self._routed_part(segments_of(microbatch.cu_seqlens), microbatch)
+        return row
 
     def _head(self, hidden: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and entropies [T] of the whole row on every rank of the last pipeline stage."""

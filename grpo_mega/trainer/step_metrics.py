@@ -149,6 +149,7 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "correction": "train/correction_mean",
         "masked": "train/masked_fraction",
         "vetoed": "train/vetoed_fraction",
+        "aux_loss": "train/aux_loss",
         "fp8_cut": "train/fp8_cut_fraction",
         "fp8_zero": "train/fp8_zero_fraction",
     }

@@ -6,7 +6,6 @@ gradients differ.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from grpo_mega.types import UpdateStats
-from tests.helpers.family_configs import raw_family_config
 from tests.helpers.ranks import RankPool
 from tests.helpers.recorded_rollouts import (
     LOSS,
@@ -30,6 +27,7 @@ from tests.helpers.recorded_rollouts import (
     sample_groups,
     with_recorded,
 )
+from tests.helpers.replayed_choices import REPLAYED_CONFIG, ReplayingModel, with_choices
 from tests.helpers.tiny_models import make_family_model
 from tests.helpers.update_oracle import (
     by_checkpoint_name,
@@ -39,11 +37,6 @@ from tests.helpers.update_oracle import (
     perturbed_log_probs,
 )
 
-LAYERS, EXPERTS, CHOSEN = 4, 8, 2
-# layer 1 is dense: choices are looked up by layer number
-CONFIG = raw_family_config(
-    "qwen3_moe", num_hidden_layers=LAYERS, num_experts=EXPERTS, num_experts_per_tok=CHOSEN, mlp_only_layers=[1]
-)
 FULL = (("recompute", "full"),)
 MOE = (("recompute", "selective"), ("recompute_modules", ("moe",)))
 CASES = [
@@ -70,19 +63,6 @@ class Run:
     gradients: dict[str, Any]
 
 
-def with_choices(recorded: Recorded) -> Recorded:
-    """Add random expert choices to all rollouts but the last two; the third and the last token have no choices."""
-    generator = torch.Generator().manual_seed(3)
-    rollouts = []
-    for rollout in recorded.groups.rollouts[:-2]:
-        size = (rollout.num_tokens - 1, LAYERS, EXPERTS)
-        choices = torch.rand(size, generator=generator).topk(CHOSEN).indices.to(torch.int16)
-        choices[2] = -1
-        rollouts.append(replace(rollout, completion=replace(rollout.completion, expert_choices=choices)))
-    groups = replace(recorded.groups, rollouts=[*rollouts, *recorded.groups.rollouts[-2:]])
-    return replace(recorded, groups=groups)
-
-
 def run_updates(rank: int, recorded: Recorded, layout: Layout) -> Run:
     policy = open_policy(rank, recorded, layout)
     batch = with_recorded(make_rows(rank, recorded, layout), recorded)
@@ -95,36 +75,9 @@ def run_updates(rank: int, recorded: Recorded, layout: Layout) -> Run:
     return Run(stats, {} if values is None else batch.completion_values(values), gradients if rank == 0 else {})
 
 
-class ReplayingModel:
-    """The transformers model with routers that use recorded choices; it is called once per rollout, in order."""
-
-    def __init__(self, model: Any, recorded: Recorded) -> None:
-        self.model = model
-        self._records = itertools.cycle([r.completion.expert_choices for r in recorded.groups.rollouts])
-        self._current: Tensor | None = None
-        for layer, block in enumerate(model.model.layers):
-            if hasattr(block.mlp, "gate"):
-                block.mlp.gate.forward = lambda hidden, gate=block.mlp.gate, layer=layer: self._choose(
-                    hidden, gate, layer
-                )
-
-    def __call__(self, **arguments: Any) -> Any:
-        self._current = next(self._records)
-        return self.model(**arguments)
-
-    def _choose(self, hidden: Tensor, gate: Any, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        logits = hidden @ gate.weight.t()
-        chosen = logits.topk(CHOSEN).indices
-        if self._current is not None:
-            record = torch.full_like(chosen, -1)
-            record[: len(self._current)] = self._current[:, layer].long()
-            chosen = torch.where(record >= 0, record, chosen)
-        return logits, torch.softmax(logits.gather(1, chosen), -1), chosen
-
-
 @pytest.fixture(scope="module")
 def recorded_choices(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
-    folder: Path = make_family_model(tmp_path_factory.mktemp("routing") / "model", CONFIG, 5)
+    folder: Path = make_family_model(tmp_path_factory.mktemp("routing") / "model", REPLAYED_CONFIG, 5)
     groups, rewards = sample_groups(4, 4, 5)
     old = perturbed_log_probs(groups, folder, 1.0, 0.01, 15)
     ref = perturbed_log_probs(groups, folder, 1.0, 0.02, 25)

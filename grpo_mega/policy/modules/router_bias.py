@@ -56,7 +56,7 @@ def _count_tokens(router: Any, routing_map: Tensor, padding_mask: Tensor | None 
     del padding_mask
     if not torch.is_grad_enabled():
         return
-    mask = router.router_replay.token_mask
+    mask = router.router_replay.row.token_mask
     assert mask is not None, "rows of an update have a token mask"
     with torch.no_grad():
         router.local_tokens_per_expert += (routing_map & mask[:, None]).sum(0)

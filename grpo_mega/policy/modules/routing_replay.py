@@ -34,11 +34,13 @@ from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402 - only
 class RowParams(PackedSeqParams):
     """Megatron's description of a packed row, with expert choices [tokens of this rank, L, K] (-1: none).
 
-    `token_mask` [tokens of this rank] is False for padding.
+    `token_mask` [tokens of this rank] is False for padding. `segments` [tokens of this rank] is the number of the
+    segment of each token (`cu_seqlens_q`); only the auxiliary loss of routers needs it.
     """
 
     expert_choices: Tensor | None = None
     token_mask: Tensor | None = None
+    segments: Tensor | None = None
 
 
 class ReplayedRouter:
@@ -46,14 +48,14 @@ class ReplayedRouter:
 
     def __init__(self, *, experts_recomputed: bool) -> None:
         self._experts_recomputed = experts_recomputed
-        self._row: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._waiting: deque[tuple[Tensor | None, Tensor | None]] = deque()
-        self.token_mask: Tensor | None = None
-        """[T] bool, False for padding, of the row that the router computes; set by `get_replay_topk`."""
+        self._row: tuple[Tensor | None, RowParams] = (None, RowParams())
+        self._waiting: deque[tuple[Tensor | None, RowParams]] = deque()
+        self.row = RowParams()
+        """The row that the router computes; set by `get_replay_topk`."""
 
-    def begin(self, choices: Tensor | None, token_mask: Tensor | None) -> None:
-        """Set the choices [T, K] and the token mask [T] of the row that the layer of this router is called with."""
-        self._row = (choices, token_mask)
+    def begin(self, choices: Tensor | None, row: RowParams) -> None:
+        """Set the row that the layer of this router is called with, and the choices [T, K] of this layer."""
+        self._row = (choices, row)
         if self._experts_recomputed and torch.is_grad_enabled():
             self._waiting.append(self._row)
 
@@ -68,7 +70,7 @@ class ReplayedRouter:
         """Return (scores [T, K] of the chosen experts, their indices [T, K]) from the router's `scores` [T, E]."""
         # the first pass of a recomputed module runs without gradient
         is_recomputation = self._experts_recomputed and torch.is_grad_enabled()
-        choices, self.token_mask = self._waiting.popleft() if is_recomputation else self._row
+        choices, self.row = self._waiting.popleft() if is_recomputation else self._row
         values, own = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
         if choices is None:
             return values, own
@@ -90,4 +92,4 @@ def replay_routing(models: Sequence[torch.nn.Module], recompute_modules: Sequenc
 
 def _begin(router: ReplayedRouter, layer: int, _: Any, args: Any, kwargs: dict[str, Any]) -> None:
     row = kwargs["packed_seq_params"]
-    router.begin(None if row.expert_choices is None else row.expert_choices[:, layer], row.token_mask)
+    router.begin(None if row.expert_choices is None else row.expert_choices[:, layer], row)

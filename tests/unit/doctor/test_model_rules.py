@@ -74,6 +74,11 @@ def message_of(config: Config, topology: Topology) -> str:
             ("algorithm.router_bias_update_rate=0.001", RECIPE, "no experts", "leave it out"),
         ),
         (
+            ("algorithm.aux_loss_coef=0.001",),
+            Topology(1),
+            ("algorithm.aux_loss_coef=0.001", RECIPE, "no experts", "leave it out"),
+        ),
+        (
             ("sampling.max_tokens=49",),
             Topology(1),
             ("data.max_prompt_tokens", "max_tokens", "65", "64 positions", RECIPE, "lower"),

@@ -125,6 +125,7 @@ def test_every_owning_key_is_a_key_of_the_config() -> None:
         ({"calculate_per_token_loss": False}, ["calculate_per_token_loss=False", "remove"]),
         ({"fp16": True}, ["fp16=True", "set precision.dtype"]),
         ({"moe_z_loss_coeff": 1e-3}, ["moe_z_loss_coeff=0.001 is not supported", "number of tokens"]),
+        ({"moe_aux_loss_coeff": 1e-3}, ["moe_aux_loss_coeff=0.001", "set algorithm.aux_loss_coef"]),
         ({"cpu_offloading": True}, ["cpu_offloading=True is not supported", "planner"]),
         ({"bucket_size": "many"}, ["bucket_size='many'", "integer"]),
         ({"moe_permute_fusion": 1}, ["moe_permute_fusion=1", "boolean"]),

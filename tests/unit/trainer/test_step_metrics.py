@@ -220,6 +220,13 @@ def test_fp8_scales_are_reported_where_there_are_any() -> None:
     assert not [name for name in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True) if "fp8" in name]
 
 
+def test_the_auxiliary_loss_is_reported_where_there_is_one() -> None:
+    found = make_result([make_stats(0.2, 1.5, 1e-4, aux_loss=loss) for loss in (1.0, 1.5)]).metrics(3, lambda _: True)
+    assert found["train/aux_loss"] == 1.25
+    require_known(found)
+    assert "train/aux_loss" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
+
+
 def test_a_loss_without_a_reference_reports_no_kl() -> None:
     assert "train/kl" not in make_result([make_stats(0.2, 1.5, 1e-4)]).metrics(3, lambda _: True)
 
