@@ -362,6 +362,9 @@ WRONG = [
     ("#### 0.42%", "42"),
     ("#### 42%", "0.42"),
     ("#### 42 percent", "0.42"),
+    ("\\boxed{3} no, \\boxed{42}", "42"),
+    ("\\boxed{41}. Wait, I made an error. The answer is \\boxed{42}.", "42"),
+    ("We get \\boxed{5} apples in the first box. Later she buys more and the total is \\boxed{42}.", "42"),
 ]
 
 # One answer in the spellings of honest completions.
@@ -394,7 +397,6 @@ RIGHT = [
     ("\\boxed {42}", "42"),
     ("\\fbox{42}", "42"),
     ("\\boxed{42}. So \\boxed{42}.", "42"),
-    ("\\boxed{3} no, \\boxed{42}", "42"),
     ("\\boxed{42\\text{ apples}}", "42"),
     ("\\boxed{\\text{42 apples}}", "42"),
     ("\\boxed{x=42}", "42"),
@@ -489,8 +491,6 @@ RIGHT = [
     ("\\boxed{\\dfrac{84}{2}}", "42"),
     ("\\boxed{\\mathbf{42}}", "42"),
     ("\\boxed{\\boxed{42}}", "42"),
-    ("\\boxed{41}. Wait, I made an error. The answer is \\boxed{42}.", "42"),
-    ("We get \\boxed{5} apples in the first box. Later she buys more and the total is \\boxed{42}.", "42"),
     ("The answer is 41. Wait, no. The answer is 42.", "42"),
     ("**Answer: 42**", "42"),
     ("Answer: **42**", "42"),
