@@ -69,7 +69,7 @@ _UNITS_IN_LATEX = "quad|qquad|degree|cent|hspace|end|checkmark|square|blacksquar
 _VARIABLE = r"(?!(?:in|oz|yr|px|pc|cc|ea)\b)(?:[bcefijnopqruvwxyz]|(?<=[0-9])(?:a|[abcefijnopqruvwxyz]{2}))(?![A-Za-z])"
 _GLUED = re.compile(
     r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u2079]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
-    rf"|\u03c0|pi(?![A-Zb-qs-z])|{_VARIABLE}|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
+    rf"|[MB](?![A-Za-z])|\u03c0|pi(?![A-Zb-qs-z])|{_VARIABLE}|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
 )
 
 

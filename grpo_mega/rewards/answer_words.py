@@ -37,14 +37,33 @@ WORDS_BEFORE = (
     r"not|cannot|never|neither|nor|no|none|nothing|without|except|unlike|than|least|most|between|under|above|below|or"
     rf"|either|alternatively|exceed\w*|up to|{_UNKNOWN}|{_ESTIMATE}|{_OPERATION}"
 )
-"""Words that make the number behind them no answer, as alternatives of a regular expression."""
+"""Words that make a number anywhere behind them no answer, as alternatives of a regular expression."""
 
-_APPROXIMATE = re.compile(r"[\s*_$({\[]*~|[^0-9]*(?:\u2248|\u2243|\\(?:approx|sim|simeq)\b)")
+WORDS_DIRECTLY_BEFORE = (
+    rf"{WORDS_BEFORE}|probably|likely|could be|might be|may be|can be|rounded|false|wrong|incorrect|invalid|error"
+    r"|(?:every|any|no)?(?:thing|one|body) but|all but|other|excluding|besides|instead of|rather|beyond|past|until"
+    r"|before|after|since|within|couple(?: of)?|pair of|dozens?|hundreds?|thousands?|max|min|over|step|question|case"
+    r"|item|option|one of|every|per|from"
+)
+"""Words that make the number directly behind them, or behind one more word, no answer."""
+
+_ESTIMATE_SIGN = (
+    r"(?:[\u2248\u2243\u2245\u223c\u2213\u00ac!#\u2211\u220f\u03a3]|\\(?:approx|sim|simeq|cong|neg|not|mp)\b)"
+)
+_APPROXIMATE = re.compile(rf"[\s*_$({{\[]*~|[^0-9]*{_ESTIMATE_SIGN}")
+_APPROXIMATE_END = re.compile(rf"(?:\A|\n|[.!?:]\s)[^0-9\n]*(?:{_ESTIMATE_SIGN}|~)[\s$*({{\[]*[-+]?[$0-9.,]*\Z")
+_SHORT_FORM_BEFORE = re.compile(r"\b(?:approx|ca|c|no)\.\s*\Z|[A-Za-z]\(\Z|[\u03a3\u2211\u220f]\s*\Z", re.IGNORECASE)
 _DIRECTLY_BEHIND = re.compile(
-    rf"[\s-]*(?:{_FRACTION_WORD}|(?:st|nd|rd|th)\s+(?:roots?|power)|sin|cos|tan|exp|ish|odd|fold|something|over|choose|by|mod|modulo|plus|minus|divided|multiplied"
+    rf"[\s-]*(?:{_FRACTION_WORD}|(?:st|nd|rd|th)\s+(?:roots?|power)|sin|cos|tan|exp|ish|odd|fold|something"
+    r"|over|choose|by|mod|modulo|plus|minus|divided|multiplied"
     r"|raised|factorial|squared|cubed|sqrt|root|log|ln|to the|power|times(?=\s*[0-9(]|\s+[b-z]\b))\b"
-    r"|\s*of\W*\Z|\((?![^()]*[A-Za-z]{2})(?=[^()\s])"
-    r"|\s*[-+\u2013\u2014*/^<>\u00f7\u00d7]+[^\w]*\Z",
+    r"|\s*(?:of|and|or|to|by|from|with|without|per|every|not|no|never)\W*\Z"
+    r"|\s*\?|\s*\((?:no|not|wrong|false)\b"
+    r"|\s*R\s?[0-9]"
+    r"|\s*(?:[^\W\d]|\s|[-,(])*[0-9]+(?:ths|rds|nds)\b|\s*(?:in|percent|per cent|pct) (?:of|binary|octal|hex\w*|base)\b"
+    r"|\s?(?:bn|mln|mn)\b|\s*parts? (?:of|out)\b|\s*[\u221e\u2213\u2080-\u2089\u2215\u2219\u00b7\u2022]"
+    r"|\((?![^()]*[A-Za-z]{2})(?=[^()\s])"
+    r"|\s*[-+\u2013\u2014*/^<>=\u00f7\u00d7]+[^\w]*\Z",
     re.IGNORECASE,
 )
 _OPERATOR_BEHIND = re.compile(
@@ -53,7 +72,8 @@ _OPERATOR_BEHIND = re.compile(
     re.IGNORECASE,
 )
 _BEHIND = re.compile(
-    rf"\b(?:{_UNKNOWN}|maybe|perhaps|possibly|at (?:least|most)|to the power|and (?:an? )?half"
+    rf"\b(?:{_UNKNOWN}|maybe|perhaps|possibly|probably|likely|invalid|rounded|doubled|tripled|halved"
+    rf"|increased|decreased|reduced|and (?:change|some|more)|at (?:least|most)|to the power|and (?:an? )?half"
     r"|and (?:up|above|below|over|under|more|less)|too (?:low|high|small|big|large|few|many|much))(?!\w)",
     re.IGNORECASE,
 )
@@ -64,6 +84,16 @@ _DIRECTLY_BEFORE = re.compile(r"[\s($]*(?:of\b[\s($]*)?\Z", re.IGNORECASE)
 def is_approximate(text: str) -> bool:
     r"""Return True if a sign like `~` or `\approx` comes before the first digit of a text that is not normalized."""
     return _APPROXIMATE.match(text) is not None
+
+
+def is_approximate_before(before: str) -> bool:
+    """Return True if a text that is not normalized, and ends in a number, has such a sign or a function before it."""
+    return _APPROXIMATE_END.search(before) is not None
+
+
+def has_short_form_before(before: str) -> bool:
+    """Return True if a text ends in a short form like `approx.` or in the name of a function: `f(`."""
+    return _SHORT_FORM_BEFORE.search(before) is not None
 
 
 def names_other_number_before(before: str, values: Collection[Fraction], *, only_adjacent: bool = False) -> bool:

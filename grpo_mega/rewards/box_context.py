@@ -8,12 +8,18 @@ from __future__ import annotations
 import re
 
 from grpo_mega.rewards.answer_parsing import joins_number, normalize
-from grpo_mega.rewards.answer_words import WORDS_BEFORE, changes_by_sign_or_word
+from grpo_mega.rewards.answer_words import (
+    WORDS_DIRECTLY_BEFORE,
+    changes_by_sign_or_word,
+    changes_number_before,
+    has_short_form_before,
+    names_other_number_before,
+)
 
 _WINDOW = 80
 _MATH_OPENED = re.compile(r"(?:\$|\\\(|\\\[|\\displaystyle\b|\s)*\Z")
 _OPERATOR_BEFORE = re.compile(
-    r"(?:[-+*/^_\u00d7\u00f7\u00b1\u2212\u2013\u2044\u221a\u221b<>\u2260\u2264\u2265|~\u2248]|[(\[]\s*[-+])\Z"
+    r"(?:[-+*/^_\u00d7\u00f7\u00b1\u2212\u2013\u2044\u221a\u221b<>\u2260\u2264\u2265|~\u2248\u2245\u2243\u223c\u2213\u00ac]|[(\[]\s*[-+])\Z"
 )
 _EMPHASIS = re.compile(r"(?:\*\*|__)\Z")
 _FONT = re.compile(
@@ -27,8 +33,23 @@ _HARMLESS_COMMANDS |= {"to", "displaystyle", "left", "equiv", "newline", "par"}
 _OPERAND = re.compile(r"(?:[0-9.,!%)\]\u00b0\u00b2\u00b3\u03c0]|(?<![A-Za-z'])(?!a\b)[A-Za-z])\Z")
 _MARKED_ITEM = re.compile(r"(?:^|\n)\s*(?:[0-9]{1,2}|[A-Za-z])[.)]\Z")
 _SENTENCE_END = re.compile(r"[.,!)\]%]\s+[$\s*]*\Z")
+_CLAUSE_END = re.compile(r"[=.;,\n]|\b(?:because|since|as|so|which|where|for|when|if|and)\b", re.IGNORECASE)
+_SECOND = re.compile(
+    r"[\s$*]*(?:"
+    r"[,/:&|\u2192~\u2245\u223c\u2261%]|->|=>|\+/-|\b(?:and|or|to|vs\.?|versus|becomes|rounds? to|rounded to)\b)"
+    r"[\s$*(]*(?:about )?(?:[0-9]|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)\b)"
+    r"|\s*\W?\s*(?:is(?:n't| not)|was not|not\W*\Z|wrong|false|incorrect|invalid|[(]mod|hundred|thousand|base)\b"
+    r"|\s*[\u2032'][0-9]|\s*-?to-",
+    re.IGNORECASE,
+)
+_QUALIFIED = re.compile(r"\b(?:for|in|per|of|after|every|each|with|at|on|from|among|by|during|the)\s+\Z", re.IGNORECASE)
+_NUMBER_BEHIND = re.compile(
+    r"\s*(?:(?!(?:for|in|per|of|after|over|every|each|with|at|on|from|among|by|within|during|out)\b)[A-Za-z(]+\s)?[(]?[0-9]"
+)
+_SENTENCE_START = re.compile(r"[.!?](?:\s|\Z)|\n")
+_DENIED_LINE = re.compile(r"(?:\b(?:not|never|cannot be|than|twice|half of|minus)|n't)[\s:]*\Z", re.IGNORECASE)
 _WORD_BEFORE = re.compile(
-    rf"(?:\b(?:{WORDS_BEFORE})\b|n't\b)[^\w\\]*(?:(?:the|an?|of)\b[^\w\\]*){{0,2}}\Z", re.IGNORECASE
+    rf"(?:\b(?:{WORDS_DIRECTLY_BEFORE})\b|n't\b)[^\w\\]*(?:(?:the|an?|of)\b[^\w\\]*){{0,2}}\Z", re.IGNORECASE
 )
 
 
@@ -39,7 +60,12 @@ def is_operand_box(text: str, start: int, end: int) -> bool:
 
 def _changes_before(before: str) -> bool:
     outside = _MATH_OPENED.sub("", before)
-    if _WORD_BEFORE.search(outside[-40:]) is not None:
+    sentence = _SENTENCE_START.split(before)[-1]
+    if _DENIED_LINE.search(outside) is not None:
+        return True
+    if _WORD_BEFORE.search(sentence) is not None or has_short_form_before(sentence):
+        return True
+    if names_other_number_before(sentence, (), only_adjacent=True):
         return True
     if _EMPHASIS.search(outside):
         outside = outside[:-2].rstrip()
@@ -66,4 +92,6 @@ def _changes_behind(behind: str) -> bool:
     tail = re.sub(r"\A[\s$]+", " ", tail)
     if is_math_ended and re.match(r"\s*[!]", tail):
         return False
-    return changes_by_sign_or_word(tail)
+    clause = _CLAUSE_END.split(tail, maxsplit=1)[0]
+    second = changes_by_sign_or_word(tail) or _SECOND.match(tail) is not None
+    return second or changes_number_before(clause, (), _QUALIFIED) or _NUMBER_BEHIND.match(clause) is not None

@@ -16,7 +16,9 @@ from fractions import Fraction
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, join_spaced_groups, normalize
 from grpo_mega.rewards.answer_words import (
     WORDS_BEFORE,
+    WORDS_DIRECTLY_BEFORE,
     changes_number_before,
+    has_short_form_before,
     is_approximate,
     names_other_number_before,
 )
@@ -33,12 +35,12 @@ _RANGE_SEPARATOR = re.compile(r"[\s$]*(?:-|\u2013|\u2014|/|:|\bto\b)[\s$]*", re.
 _WORDS = re.compile(r"[^\\^+*/<>|~!%\u00b1\u221a-\u221c\u2260\u2264-\u2267=]*")
 _DENIAL = re.compile(rf"\b(?:{WORDS_BEFORE}|over)\b|n't\b", re.IGNORECASE)
 _HEDGE_BEFORE = re.compile(
-    rf"(?:\b(?:{WORDS_BEFORE})\b|n't\b|\\[A-Za-z]+|[-\u2013])[^\w\\]*(?:[^\W\d]+[^\w\\]+)?\Z", re.IGNORECASE
+    rf"(?:\b(?:{WORDS_DIRECTLY_BEFORE})\b|n't\b|\\[A-Za-z]+|[-\u2013])[^\w\\]*(?:[^\W\d]+[^\w\\]+)?\Z", re.IGNORECASE
 )
 _OPERATORS = frozenset("+-\u2013\u2014*/^<>\u00b1\u221a\u221b\u221c\u2260\u2264\u2265\u2266\u2267\u00f7!|")
 _DOUBT = re.compile(
     r"\bor\b|[\u2264\u2265\u2260]|<(?![/|]|\w+>)|(?<![\w|/])>|^[A-Za-z]+[0-9]"
-    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^\s?(?:[+*/^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
+    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^\s?(?:/(?![A-Za-z]{2}|[hsL]\b)|[+*^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
     r"|\b(?:is|was|are)\s*(?:n't|not)\b|\bnot (?:the|correct|right|sure|certain)\b|\b(?:wrong|incorrect|false)\b"
     r"|^\W{0,3}(?:plus|minus|divided|multiplied|squared|cubed|factorial|choose|mod|point)\b|(?:%|\bpercent)\s*of\b"
     r"|\band (?:an?|one|two|three)[ -](?:half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?)\b",
@@ -110,6 +112,13 @@ def is_doubtful(tail: str, number: FoundNumber) -> bool:
 
 def is_hedged(before: str) -> bool:
     """Return True if the text before a number makes it an alternative, a bound, an operand, or denies it."""
+    left, equals, behind_sign = before.rpartition("=")
+    if equals and left[-1:] not in ("!", "<", ">", "~", "/"):
+        before = behind_sign  # an equation: the words before its sign describe its left side
+        if not before.strip():
+            return False
+    if has_short_form_before(before):
+        return True
     return _HEDGE_BEFORE.search(before[-60:]) is not None or before.rstrip()[-1:] in _OPERATORS
 
 

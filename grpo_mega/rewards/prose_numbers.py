@@ -10,7 +10,12 @@ from __future__ import annotations
 import re
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, normalize
-from grpo_mega.rewards.answer_words import WORDS_BEFORE, names_other_number_before
+from grpo_mega.rewards.answer_words import (
+    WORDS_BEFORE,
+    has_short_form_before,
+    is_approximate_before,
+    names_other_number_before,
+)
 from grpo_mega.rewards.number_answers import (
     NO_ANSWER,
     QUALIFIER,
@@ -77,10 +82,15 @@ def _statement_behind(text: str, begin: int, end: int) -> Answer | None:
 
 
 def _last_number(text: str) -> Answer:
+    raw = text
     if not text.isascii():
         text = normalize(text)
+        digits = [position for position, character in enumerate(raw[-4 * _WINDOW :]) if character.isdecimal()]
+        raw = raw[-4 * _WINDOW :][: digits[-1] + 1] if digits else raw
     last = max(text.rfind(digit) for digit in "0123456789")
     if last < 0:
+        return NO_ANSWER
+    if is_approximate_before((raw if raw is not text and not raw.isascii() else text[: last + 1])[-_WINDOW:]):
         return NO_ANSWER
     plain = normalize(text[max(0, last - _WINDOW) : last + _WINDOW])
     numbers = find_numbers(plain, last=1)
@@ -91,7 +101,9 @@ def _last_number(text: str) -> Answer:
     behind = _SENTENCE_END.split(plain[number.end :], maxsplit=1)[0]
     if is_hedged(before) or is_operand(plain, number) or is_doubtful(behind, number):
         return NO_ANSWER
-    if names_other_number_before(before, number.values, only_adjacent=True):
+    if has_short_form_before(plain[: number.start]) or names_other_number_before(
+        before, number.values, only_adjacent=True
+    ):
         return NO_ANSWER
     if _LIST_BEFORE.search(before) or _COMPOUND_BEFORE.search(before):
         return NO_ANSWER

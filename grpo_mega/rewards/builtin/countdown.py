@@ -3,8 +3,8 @@ r"""Reward `countdown`: an arithmetic expression over given numbers whose value 
 The reference is JSON, `{"target": 98, "numbers": [44, 19, 35]}`. The expression is read from the last
 `<answer>...</answer>`, else the last box, else the last line of the answer, without its thought. Expressions that stand
 next to each other, and different boxes, are alternatives, of which none counts. What stands behind a `=`, or a number
-in front of it, must have the same value. The expression is evaluated in exact fractions by this module, never by Python's
-eval. Only whole numbers in ASCII digits, `+ - * /`, their signs `× ÷ −`, `\frac` and brackets are allowed.
+in front of it, must have the same value. This module evaluates the expression in exact fractions, never Python's eval.
+Only whole numbers in ASCII digits, `+ - * /`, their signs `× ÷ −`, `\frac` and brackets are allowed.
 """
 
 from __future__ import annotations
