@@ -39,16 +39,9 @@ _MAX_FRACTION_DEPTH = 5
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
 _LATEX = (
-    ("\\times", "*"),
-    ("\\cdot", "*"),
-    ("\\div", "/"),
-    ("\\left", ""),
-    ("\\right", ""),
-    ("$", ""),
-    ("\\(", ""),
-    ("\\)", ""),
+    *(("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", "")),
+    *(("\\(", ""), ("\\)", ""), ("\\[", ""), ("\\]", ""), ("`", "")),
 )
-_LATEX += (("\\[", ""), ("\\]", ""), ("`", ""))
 
 
 def check_countdown_args(use_all: bool = True, valid_score: float = 0.0) -> None:
