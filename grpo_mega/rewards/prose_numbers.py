@@ -7,6 +7,7 @@ Asserted by tests/unit/rewards/builtin/test_gsm8k.py and test_gsm8k_attacks.py.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, normalize
@@ -35,6 +36,7 @@ _MAX_PHRASES = 16
 _ANSWER_PHRASE = re.compile(
     r"(?:\b(?:the|final)|^\W{0,4})(?:\W{1,4}final| correct)?\s{0,2}answer(?: is\b|:)", re.I | re.M
 )
+_NEXT_QUESTION = re.compile(r"\n\W*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
 _SENTENCE_START = re.compile(r".*(?:\n|[.!?]\s)", re.DOTALL)
 _LIST_BEFORE = re.compile(r"[0-9][\s$]*(?:[-\u2013\u2014,;/:&]|\band\b|\bto\b)?[\s$]*\Z", re.IGNORECASE)
@@ -67,6 +69,17 @@ def number_in_prose(text: str) -> Answer:
                     return NO_ANSWER
             return last
     return _last_number(text)
+
+
+def states_other_number(text: str, position: int, answer: Answer) -> bool:
+    """Return True if "the answer is x" stands behind `position` with another number, before a next question."""
+    end = _NEXT_QUESTION.search(text, position)
+    last = len(text) if end is None else end.start()
+    for match in itertools.islice(_ANSWER_PHRASE.finditer(text, position, last), _MAX_PHRASES):
+        stated = _statement_behind(text, match.start(), match.end())
+        if stated and not same_answer(stated, answer):
+            return True
+    return False
 
 
 def _statement_behind(text: str, begin: int, end: int) -> Answer | None:

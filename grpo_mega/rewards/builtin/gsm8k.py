@@ -31,7 +31,7 @@ from grpo_mega.rewards.number_answers import (
     same_answer,
     starts_with_number,
 )
-from grpo_mega.rewards.prose_numbers import number_in_prose
+from grpo_mega.rewards.prose_numbers import number_in_prose, states_other_number
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
@@ -104,11 +104,13 @@ def final_answer(text: str, *, strict: bool) -> Answer:
     statements = sorted([*markers, *boxes], key=lambda statement: statement.start)
     if not statements:
         return NO_ANSWER if strict else number_in_prose(text)
-    if not markers:
-        if has_hedge_around(text, boxes[-1].start, boxes[-1].end):
-            return NO_ANSWER
-        return _united([box.answer or NO_ANSWER for box in boxes])
-    return _joined(text, statements, statements.index(markers[-1]))
+    last = markers[-1] if markers else boxes[-1]
+    if markers:
+        answer = _joined(text, statements, statements.index(last))
+    else:
+        answer = _united([box.answer or NO_ANSWER for box in boxes])
+        answer = NO_ANSWER if has_hedge_around(text, last.start, last.end) else answer
+    return NO_ANSWER if answer and states_other_number(text, last.end, answer) else answer
 
 
 def _joined(text: str, statements: list[_Statement], chosen: int) -> Answer:

@@ -11,6 +11,9 @@ from grpo_mega.rewards.builtin.gsm8k import gsm8k
 
 # Several answers, expressions, bounds, denials, wrong separators, numerals of other kinds, answers in the thought.
 WRONG = [
+    ("\\boxed{42}\nThe answer is 41.", "42"),
+    ("#### 42\nThe final answer is 41.", "42"),
+    ("The answer is 41. The answer is 42.", "42"),
     ("#### 42 or 41", "42"),
     ("#### 41 or 42", "42"),
     ("#### 42 (or 41)", "42"),
@@ -369,6 +372,8 @@ WRONG = [
 
 # One answer in the spellings of honest completions.
 RIGHT = [
+    ("\\boxed{42}\nThe answer is 42.", "42"),
+    ("#### 42\n\nQuestion: What is 2 + 3?\nThe answer is 5.", "42"),
     ("#### 42", "42"),
     ("#### 42.0", "42"),
     ("#### 42.", "42"),
