@@ -158,6 +158,9 @@ def _extract_equation(answer: str) -> str:
             return ""
     else:
         text = answer[-2 * _MAX_EXPRESSION_CHARACTERS :].rstrip().rpartition("\n")[2]
+    boxes = find_boxes(text.strip())
+    if len(boxes) == 1 and (boxes[0].start, boxes[0].end) == (0, len(text.strip())):
+        text = boxes[0].content or ""  # `<answer>\boxed{..}</answer>`
     return _in_ascii_signs(text.strip()[: 2 * _MAX_EXPRESSION_CHARACTERS])
 
 

@@ -39,6 +39,7 @@ MARKER = "####"
 
 _MAX_LINE = 2000
 _MAX_STATEMENTS = 64  # markers or boxes that are read, from the end of the text
+_TAGS = re.compile(r"</?(?:answer|b|strong|i|em|u|p|br|div|span|center)\s?/?>", re.IGNORECASE)
 _LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
 
 
@@ -97,6 +98,7 @@ def reference_answer(reference: str) -> Answer:
 
 def final_answer(text: str, *, strict: bool) -> Answer:
     """Return the numbers that the final answer of `text` names; empty when it has no final answer."""
+    text = _TAGS.sub(" ", text)
     markers = _marked_statements(text)
     boxes = _boxed_statements(text, markers)
     if not markers and len(boxes) == 1 and boxes[0].answer is None:
@@ -173,6 +175,7 @@ def _boxed_statements(text: str, markers: list[_Statement]) -> list[_Statement]:
         if start <= box.start < end:
             continue
         answer = None if box.content is None else named_numbers(box.content, words_may_lead=True)
-        answer = NO_ANSWER if answer and is_operand_box(text, box.start, box.end) else answer
+        if answer and is_operand_box(text, box.start, box.end, frozenset().union(*answer)):
+            answer = NO_ANSWER
         found.append(_Statement(box.start, box.end, answer))
     return found

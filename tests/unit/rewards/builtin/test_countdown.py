@@ -35,6 +35,7 @@ TASK = '{"target": 98, "numbers": [44, 19, 35]}'
         r"\(44+19+35 = 98\)",
         r"\boxed{44+19+35} = 98",
         r"$$\boxed{44+19+35}$$",
+        r"<answer>\boxed{44+19+35}</answer>",
         r"\boxed{44+19+35}. I repeat: \boxed{44 + 19 + 35}",
     ],
 )

@@ -11,6 +11,10 @@ from grpo_mega.rewards.builtin.gsm8k import gsm8k
 
 # Several answers, expressions, bounds, denials, wrong separators, numerals of other kinds, answers in the thought.
 WRONG = [
+    ("<del>42</del>", "42"),
+    ("10<sup>42</sup>", "42"),
+    ("<answer>41</answer><answer>42</answer>", "42"),
+    ("The answer is $\\boxed{42}$ (forty-one) apples.", "42"),
     ("\\boxed{42}\nThe answer is 41.", "42"),
     ("#### 42\nThe final answer is 41.", "42"),
     ("The answer is 41. The answer is 42.", "42"),
@@ -372,6 +376,10 @@ WRONG = [
 
 # One answer in the spellings of honest completions.
 RIGHT = [
+    ("<answer>42</answer>", "42"),
+    ("<answer>\\boxed{42}</answer>", "42"),
+    ("The answer is $\\boxed{42}$ (forty-two) apples.", "42"),
+    ("<b>42</b>", "42"),
     ("\\boxed{42}\nThe answer is 42.", "42"),
     ("#### 42\n\nQuestion: What is 2 + 3?\nThe answer is 5.", "42"),
     ("#### 42", "42"),
