@@ -64,11 +64,12 @@ _SHAPE = re.compile(  # 1,234,567 or 12,34,567
 _SCALE = re.compile(r"\s{0,2}(?:(hundred|thousand|million|billion|trillion|dozen)s?\b|(k)\b)", re.IGNORECASE)
 _SCALES = {"dozen": 12, "hundred": 100, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _SCALES |= {"trillion": 10**12}
-_ALWAYS_SCALED = ("hundred", "k")
+_ALWAYS_SCALED = ("hundred", "thousand", "k")
 _UNITS_IN_LATEX = "quad|qquad|degree|cent|hspace|end|checkmark|square|blacksquare|Box|newline|par|implies|R?rightarrow"
+_VARIABLE = r"(?!(?:in|oz|yr|px|pc|cc|ea)\b)(?:[bcefijnopqruvwxyz]|(?<=[0-9])(?:a|[abcefijnopqruvwxyz]{2}))(?![A-Za-z])"
 _GLUED = re.compile(
     r"\s?(?:[\^!]|_\{?[0-9A-Za-z]|-?[\u00b2\u00b3\u00b9\u2070-\u2079]|(?<=[0-9])[ie](?![A-Za-z])|[eE][-+]?[0-9]|[-+*/\u00f7\u2013\u2014x]\s?[$\u20ac\u00a3]?\.?[0-9]"
-    rf"|(?:[xyz\u03c0]|pi)(?![A-Za-z])|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
+    rf"|[MB](?![A-Za-z])|\u03c0|pi(?![A-Zb-qs-z])|{_VARIABLE}|[\u221a-\u221c]|\\(?!(?:{_UNITS_IN_LATEX})\b)[A-Za-z])"
 )
 
 
@@ -111,6 +112,11 @@ def find_numbers(text: str, last: int | None = None) -> list[FoundNumber]:
     """Return the numbers of a normalized text from left to right; with `last`, only that many at its end."""
     matches = list(_NUMBER.finditer(text))
     return [_read_number(match, text) for match in (matches if last is None else matches[-last:])]
+
+
+def joins_number(tail: str) -> bool:
+    """Return True if the normalized text behind a number belongs to its term: a power, a variable, another factor."""
+    return _GLUED.match(tail) is not None or _GLUED.match(f"0{tail}", 1) is not None
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,8 @@ def _read_number(match: re.Match[str], text: str) -> FoundNumber:
             return malformed
         value /= divisor
     outer = None if sign_is_operator or match["sign"] is None else match["sign"].strip()
+    if (match["inner_sign"] and match["sign"]) or _has_sign_before(text, match.start()):
+        return malformed  # `--5`
     if (outer in ("-", "\u2013")) != (match["inner_sign"] == "-"):
         value = -value
     scale = _SCALE.match(text, end)
@@ -188,6 +196,13 @@ def _read_number(match: re.Match[str], text: str) -> FoundNumber:
     word = (scale[1] or scale[2]).lower()
     scaled = value * _SCALES[word]
     return FoundNumber(start, scale.end(), frozenset((scaled,) if word in _ALWAYS_SCALED else (value, scaled)))
+
+
+def _has_sign_before(text: str, position: int) -> bool:
+    return text[position : position + 1] in ("-", "+") and text[max(0, position - 2) : position].strip()[-1:] in (
+        "-",
+        "+",
+    )
 
 
 def _touches_other_numeral(text: str, start: int, end: int) -> bool:

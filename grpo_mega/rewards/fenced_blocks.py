@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import re
 import string
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 _FENCE = re.compile(
     r"(?P<lead>[ \t]*(?:(?:>|[-*+](?=[ \t])|[0-9]{1,9}[.)](?=[ \t]))[ \t]*)*)(?P<mark>`{3,}|~{3,})(?P<info>[^\r]*)\r?\Z"
@@ -58,34 +59,66 @@ def fenced_blocks(text: str) -> list[FencedBlock]:
     return _blocks(text, 0)
 
 
+@dataclass(frozen=True)
+class BlockSpan:
+    """Where a block stands in a text, its fences included. `is_last` is True if only the end of the text ended it."""
+
+    start: int
+    end: int
+    is_closed: bool
+    is_last: bool
+
+
+def block_spans(text: str, position: int = 0) -> Iterator[BlockSpan]:
+    """Yield where the fenced blocks of text[position:] stand, from left to right; blocks in blocks are not searched."""
+    for raw in _raw_blocks(text, position):
+        yield BlockSpan(raw.start, raw.end, raw.is_closed, raw.is_last)
+
+
+@dataclass
+class _RawBlock:
+    opening: _Opening
+    start: int
+    end: int = 0
+    is_closed: bool = False
+    is_last: bool = False
+    lines: list[str] = field(default_factory=list)
+
+
 def _blocks(text: str, depth: int) -> list[FencedBlock]:
     if "```" not in text and "~~~" not in text:
         return []
-    found: list[FencedBlock] = []
-    opening: _Opening | None = None
-    lines: list[str] = []
+    return [
+        block
+        for raw in _raw_blocks(text, 0)
+        for block in _finished(raw.opening, raw.lines, depth, is_closed=raw.is_closed)
+    ]
 
-    def end_block(*, is_closed: bool) -> None:
-        if opening is not None:
-            found.extend(_finished(opening, lines, depth, is_closed=is_closed))
-        lines.clear()
 
-    rows = text.split("\n")
-    for number, row in enumerate(rows):
-        line = row if number == len(rows) - 1 else row + "\n"
+def _raw_blocks(text: str, position: int) -> Iterator[_RawBlock]:
+    block: _RawBlock | None = None
+    while position < len(text):
+        begin, newline = position, text.find("\n", position)
+        row = text[begin:] if newline < 0 else text[begin:newline]
+        position = len(text) if newline < 0 else newline + 1
+        line = text[begin:position]
         fence = _read_fence(row)
-        if opening is not None and opening.num_quotes and row.count(">") < opening.num_quotes:
-            end_block(is_closed=False)  # the quotation ended, and the block with it
-            opening = None
-        if opening is None:
+        if block is not None and block.opening.num_quotes and row.count(">") < block.opening.num_quotes:
+            block.end = begin  # the quotation ended, and the block with it
+            yield block
+            block = None
+        if block is None:
             opening = fence or _read_fence_behind_text(row)
-        elif fence is not None and opening.is_ended_by(fence):
-            end_block(is_closed=not fence.info)
-            opening = fence if fence.info else None
+            block = _RawBlock(opening, begin) if opening is not None else None
+        elif fence is not None and block.opening.is_ended_by(fence):
+            block.end, block.is_closed = (begin, False) if fence.info else (position, True)
+            yield block
+            block = _RawBlock(fence, begin) if fence.info else None
         else:
-            lines.append(_without_indent(line, opening))
-    end_block(is_closed=False)
-    return found
+            block.lines.append(_without_indent(line, block.opening))
+    if block is not None:
+        block.end, block.is_last = len(text), True
+        yield block
 
 
 def _read_fence(row: str) -> _Opening | None:

@@ -14,6 +14,14 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, join_spaced_groups, normalize
+from grpo_mega.rewards.answer_words import (
+    WORDS_BEFORE,
+    WORDS_DIRECTLY_BEFORE,
+    changes_number_before,
+    has_short_form_before,
+    is_approximate,
+    names_other_number_before,
+)
 
 Answer = tuple[frozenset[Fraction], ...]
 NO_ANSWER: Answer = ()
@@ -25,26 +33,20 @@ LEAD_IN = re.compile(
 _LIST_SEPARATOR = re.compile(r"[\s$]*(?:[,;&]|\b(?:or|and|maybe|possibly|perhaps)\b)?[\s$,;]*(?:or|and)?[\s$]*", re.I)
 _RANGE_SEPARATOR = re.compile(r"[\s$]*(?:-|\u2013|\u2014|/|:|\bto\b)[\s$]*", re.IGNORECASE)
 _WORDS = re.compile(r"[^\\^+*/<>|~!%\u00b1\u221a-\u221c\u2260\u2264-\u2267=]*")
-_DENIAL = re.compile(
-    r"\b(?:not|never|neither|nor|no|without|except|unlike|than|least|most|minus|negative|between|under|over|above|below)"
-    r"\b|n't\b",
-    re.IGNORECASE,
-)
+_DENIAL = re.compile(rf"\b(?:{WORDS_BEFORE}|over)\b|n't\b", re.IGNORECASE)
 _HEDGE_BEFORE = re.compile(
-    r"(?:\b(?:or|nor|maybe|perhaps|possibly|alternatively|not|cannot|never|than|least|most|minus|negative|between|either)\b"
-    r"|n't\b|\\[A-Za-z]+|[-\u2013])[^\w\\]*(?:[^\W\d]+[^\w\\]+)?\Z",
-    re.IGNORECASE,
+    rf"(?:\b(?:{WORDS_DIRECTLY_BEFORE})\b|n't\b|\\[A-Za-z]+|[-\u2013])[^\w\\]*(?:[^\W\d]+[^\w\\]+)?\Z", re.IGNORECASE
 )
 _OPERATORS = frozenset("+-\u2013\u2014*/^<>\u00b1\u221a\u221b\u221c\u2260\u2264\u2265\u2266\u2267\u00f7!|")
 _DOUBT = re.compile(
     r"\bor\b|[\u2264\u2265\u2260]|<(?![/|]|\w+>)|(?<![\w|/])>|^[A-Za-z]+[0-9]"
-    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^\s?(?:[+*/^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
+    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^\s?(?:/(?![A-Za-z]{2}|[hsL]\b)|[+*^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
     r"|\b(?:is|was|are)\s*(?:n't|not)\b|\bnot (?:the|correct|right|sure|certain)\b|\b(?:wrong|incorrect|false)\b"
     r"|^\W{0,3}(?:plus|minus|divided|multiplied|squared|cubed|factorial|choose|mod|point)\b|(?:%|\bpercent)\s*of\b"
     r"|\band (?:an?|one|two|three)[ -](?:half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?)\b",
     re.IGNORECASE,
 )
-_QUALIFIER = re.compile(
+QUALIFIER = re.compile(
     r"\b(?:for|in|per|of|after|over|every|each|with|at|on|from|among|by|within|during|as|since|because|not)"
     r"[\s$({\u20ac\u00a3]*(?:(?:the|all|about|only|just)\s)?[\s$]*\Z",
     re.IGNORECASE,
@@ -70,6 +72,8 @@ def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
         text: the answer, perhaps with a unit or a remark behind it, and with an equation before it.
         words_may_lead: accept other words than "the answer is" before the number, if there is only one number.
     """
+    if is_approximate(text):
+        return NO_ANSWER
     segments = join_spaced_groups(normalize(text)).split("=")
     plain = segments[-1]
     numbers = find_numbers(plain)
@@ -86,9 +90,9 @@ def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
     rest = numbers[len(named) - 1 :]
     for previous, number in itertools.pairwise(rest):
         is_same = number.values and not number.values.isdisjoint(named[0].values) and len(named) == 1
-        if not is_same and not _QUALIFIER.search(plain[previous.end : number.start]):
+        if not is_same and not QUALIFIER.search(plain[previous.end : number.start]):
             return NO_ANSWER
-    if is_doubtful(plain[named[-1].end :]):
+    if is_doubtful(plain[named[-1].end :], named[-1]):
         return NO_ANSWER
     answer = distinct([number.values for number in named])
     return answer if _agree(segments[:-1], answer) else NO_ANSWER
@@ -101,13 +105,20 @@ def starts_with_number(text: str) -> bool:
     return bool(numbers) and LEAD_IN.fullmatch(plain, 0, numbers[0].start) is not None
 
 
-def is_doubtful(tail: str) -> bool:
+def is_doubtful(tail: str, number: FoundNumber) -> bool:
     """Return True if the text behind a number makes it an alternative, an expression, or denies it."""
-    return _DOUBT.search(tail) is not None
+    return _DOUBT.search(tail) is not None or changes_number_before(tail, number.values, QUALIFIER)
 
 
 def is_hedged(before: str) -> bool:
     """Return True if the text before a number makes it an alternative, a bound, an operand, or denies it."""
+    left, equals, behind_sign = before.rpartition("=")
+    if equals and left[-1:] not in ("!", "<", ">", "~", "/"):
+        before = behind_sign  # an equation: the words before its sign describe its left side
+        if not before.strip():
+            return False
+    if has_short_form_before(before):
+        return True
     return _HEDGE_BEFORE.search(before[-60:]) is not None or before.rstrip()[-1:] in _OPERATORS
 
 
@@ -166,7 +177,8 @@ def _may_lead(plain: str, numbers: Sequence[FoundNumber], *, words_may_lead: boo
     return (
         words_may_lead
         and len(numbers) == 1
-        and before[-1:] not in (",", "'")
+        and before.rstrip()[-1:] not in (",", "'", "?", ";")
+        and not names_other_number_before(before, first.values)
         and _WORDS.fullmatch(before) is not None
         and _DENIAL.search(before) is None
         and not is_operand(plain, first)

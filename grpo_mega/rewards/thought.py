@@ -10,13 +10,16 @@ Asserted by tests/unit/rewards/test_thought.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+
+from grpo_mega.rewards.fenced_blocks import BlockSpan, block_spans
 
 THOUGHT_TAGS = ("think", "thinking", "thought", "reasoning")
 """Names of the tags around a thought."""
 
 _OPENED = re.compile(r"<([A-Za-z][\w-]{0,63})>\s*\Z")
 _LONGEST_END = 300  # characters of the prompt that are searched for an opened tag
+_FENCE = re.compile(r"```|~~~")
 _THOUGHT_TAG = re.compile(rf"<(/?)({'|'.join(THOUGHT_TAGS)})>")
 
 
@@ -37,22 +40,60 @@ def answer_part(prompt: str, completion: str) -> str:
 
     A thought begins at the prompt's end or at an opening tag of THOUGHT_TAGS and ends at the closing tag with the same
     name; a tag inside of it is a part of it. A thought that is never closed ends with the completion. A closing tag
-    before any opening tag ends a thought that began before the completion.
+    before any opening tag ends a thought that began before the completion. Outside of a thought, a tag in a fenced
+    block is text of the program, as in `print("</think>")`.
     """
     text = with_opened_tag(prompt, completion)
     parts: list[str] = []
-    position, opened, is_first = 0, "", True
-    for match in _THOUGHT_TAG.finditer(text):
-        closes, name = match[1] == "/", match[2]
-        if opened:
-            if not closes or name != opened:
-                continue
-            opened = ""
-        else:
-            if not (closes and is_first):
-                parts.append(text[position : match.start()])
-            opened = "" if closes else name
-        position, is_first = match.end(), False
-    if not opened:
-        parts.append(text[position:])
+    position, is_first = 0, True
+    while (tag := _next_tag(text, position, is_first=is_first)) is not None:
+        closes, name = tag[1] == "/", tag[2]
+        if not (closes and is_first):
+            parts.append(text[position : tag.start()])
+        position, is_first = tag.end(), False
+        if not closes:
+            position = _end_of_thought(text, position, name)
+            if position < 0:
+                return " ".join(parts)
+    parts.append(text[position:])
     return " ".join(parts)
+
+
+def _end_of_thought(text: str, position: int, name: str) -> int:
+    closing = f"</{name}>"
+    found = text.find(closing, position)
+    return -1 if found < 0 else found + len(closing)
+
+
+def _next_tag(text: str, position: int, *, is_first: bool) -> re.Match[str] | None:
+    """Return the first tag of a thought at or behind `position`, which is outside of thoughts and blocks."""
+    blocks: Iterator[BlockSpan] | None = None
+    block: BlockSpan | None = None
+    found = _THOUGHT_TAG.search(text, position)
+    while found is not None:
+        if blocks is None and _FENCE.search(text, position, found.start()) is not None:
+            blocks = block_spans(text, position)
+        if blocks is None:
+            return found
+        while block is None or block.end <= found.start():
+            block = next(blocks, None)
+            if block is None:
+                return found
+        if not _contains(text, block, found, is_first=is_first):
+            return found
+        found = _THOUGHT_TAG.search(text, found.end())
+    return None
+
+
+def _contains(text: str, block: BlockSpan, tag: re.Match[str], *, is_first: bool) -> bool:
+    """Return True if a tag is text of a block.
+
+    A tag in a line of its own may end a block that is not closed, and the first closing tag a thought that began before
+    the completion, in a block that a draft left open.
+    """
+    if block.start > tag.start() or not (block.is_closed or block.is_last):
+        return False
+    line_start = text.rfind("\n", 0, tag.start()) + 1
+    line_end = text.find("\n", tag.end())
+    rest = text[line_start : tag.start()] + text[tag.end() : line_end if line_end >= 0 else len(text)]
+    return bool(rest.strip()) or (block.is_closed and not (is_first and tag[1]))

@@ -1,10 +1,10 @@
-"""Reward `countdown`: an arithmetic expression over given numbers whose value is the target.
+r"""Reward `countdown`: an arithmetic expression over given numbers whose value is the target.
 
 The reference is JSON, `{"target": 98, "numbers": [44, 19, 35]}`. The expression is read from the last
 `<answer>...</answer>`, else the last box, else the last line of the answer, without its thought. Expressions that stand
-next to each other are alternatives, of which none counts. What stands behind a `=` must have the same value. The
-expression is evaluated in exact fractions by this module, never by Python's eval. Only whole numbers, `+ - * /`, their
-signs `× ÷ −` and brackets are allowed.
+next to each other, and different boxes, are alternatives, of which none counts. What stands behind a `=`, or a number
+in front of it, must have the same value. This module evaluates the expression in exact fractions, never Python's eval.
+Only whole numbers in ASCII digits, `+ - * /`, their signs `× ÷ −`, `\frac` and brackets are allowed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from grpo_mega.rewards.answer_parsing import find_boxes, with_ascii_digits
+from grpo_mega.rewards.answer_parsing import find_boxes
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.box_context import is_operand_box
 from grpo_mega.rewards.number_answers import are_adjacent, has_hedge_around
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
@@ -24,10 +25,23 @@ from grpo_mega.types import UserError
 _MAX_EXPRESSION_CHARACTERS = 300
 _MAX_BRACKET_DEPTH = 50
 _TOKEN = re.compile(r"\s*(?:([0-9]{1,12})|([-+*/()]))")
-_RESULT = re.compile(r"\s*([-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?)(?![0-9.])(?!\s*[-+*/(])")
+_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?\s*")
+_RESULT = re.compile(
+    r"\s*([-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?)(?![0-9])(?!\s*[-+*/(])(?!.*\b(?:or|not|no|wrong|incorrect)\b)[^0-9]*",
+    re.S,
+)
+_RESULT_BEHIND_BOX = re.compile(r"[ \t$]*=[^\n$]*")
+_LEAD_IN = re.compile(
+    r"(?:[\s:,]|\*\*|\b(?:so|thus|hence|the|my|final|correct|answer|solution|expression|equation|is)\b)*", re.I
+)
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
+_MAX_FRACTION_DEPTH = 5
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 _SIGNS = str.maketrans({"×": "*", "⋅": "*", "·": "*", "÷": "/", "−": "-", "–": "-", "[": "(", "]": ")"})
-_LATEX = (("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", ""))
+_LATEX = (
+    *(("\\times", "*"), ("\\cdot", "*"), ("\\div", "/"), ("\\left", ""), ("\\right", ""), ("$", "")),
+    *(("\\(", ""), ("\\)", ""), ("\\[", ""), ("\\]", ""), ("`", "")),
+)
 
 
 def check_countdown_args(use_all: bool = True, valid_score: float = 0.0) -> None:
@@ -57,9 +71,11 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
         ValueError: the reference is not JSON of this form.
     """
     target, numbers = _parse_task(reference)
-    expression, *results = _extract_equation(answer_part(prompt, completion)).split("=")
-    used = Counter(int(token) for token in re.findall(r"[0-9]{1,12}", expression))
-    if used != numbers if use_all else not used or used - numbers:
+    sides = _extract_equation(answer_part(prompt, completion)).split("=")
+    if len(sides) > 1 and _NUMBER.fullmatch(sides[0]) and not _uses(sides[0], numbers, use_all=use_all):
+        sides[:2] = sides[1::-1]  # `98 = 44+19+35`
+    expression, *results = sides
+    if not _uses(expression, numbers, use_all=use_all):
         return 0.0
     value = evaluate(expression)
     if value is None:
@@ -69,9 +85,14 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
     return float(all(_states(result, value) for result in results))
 
 
+def _uses(expression: str, numbers: Counter[int], *, use_all: bool) -> bool:
+    used = Counter(int(token) for token in re.findall(r"[0-9]{1,12}", expression))
+    return used == numbers if use_all else bool(used) and not used - numbers
+
+
 def _states(result: str, value: Fraction) -> bool:
-    """Return True if the text behind a `=` begins with the value, or is an expression of it, or is empty."""
-    number = _RESULT.match(result)
+    """Return True if the text behind a `=` is the value with a unit, or is an expression of it, or is empty."""
+    number = _RESULT.fullmatch(result)
     return not result.strip() or (Fraction(number[1]) if number is not None else evaluate(result)) == value
 
 
@@ -124,8 +145,7 @@ def _operand(tokens: list[str], at: int, depth: int) -> tuple[Fraction, int]:
 
 def _extract_equation(answer: str) -> str:
     """Return the expression of an answer and its results in ASCII signs; empty when it is too long or ambiguous."""
-    stated = [(match.start(), match.end(), match[1]) for match in _TAGGED.finditer(answer)]
-    stated = stated or [(box.start, box.end, box.content or "") for box in find_boxes(answer)]
+    stated = [(match.start(), match.end(), match[1]) for match in _TAGGED.finditer(answer)] or _boxed(answer)
     if stated:
         start, end, text = stated[-1]
         for before_start, before_end, before in reversed(stated[:-1]):
@@ -138,9 +158,33 @@ def _extract_equation(answer: str) -> str:
             return ""
     else:
         text = answer[-2 * _MAX_EXPRESSION_CHARACTERS :].rstrip().rpartition("\n")[2]
-    text = with_ascii_digits(text.strip()[: 2 * _MAX_EXPRESSION_CHARACTERS])
+    boxes = find_boxes(text.strip())
+    if len(boxes) == 1 and (boxes[0].start, boxes[0].end) == (0, len(text.strip())):
+        text = boxes[0].content or ""  # `<answer>\boxed{..}</answer>`
+    return _in_ascii_signs(text.strip()[: 2 * _MAX_EXPRESSION_CHARACTERS])
+
+
+def _boxed(answer: str) -> list[tuple[int, int, str]]:
+    """Return the boxes with the result behind each one; an empty text for boxes that differ and for operands."""
+    found = []
+    for box in find_boxes(answer):
+        result = _RESULT_BEHIND_BOX.match(answer, box.end)
+        end = box.end if result is None else result.end()
+        text = (box.content or "") + ("" if result is None else result.group().replace("$", ""))
+        found.append((box.start, end, "" if is_operand_box(answer, box.start, end) else text))
+    return found if len({"".join(text.split()) for _, _, text in found}) <= 1 else [(*found[-1][:2], "")]
+
+
+def _in_ascii_signs(text: str) -> str:
+    """Return an equation without words before it and LaTeX; empty when it is too long or its brackets do not match."""
+    for _ in range(_MAX_FRACTION_DEPTH):
+        text = _FRACTION.sub(r"((\1)/(\2))", text)
     for latex, plain in _LATEX:
         text = text.replace(latex, plain)
+    text = text.strip().removesuffix(".").rstrip()
+    lead = _LEAD_IN.match(text)
+    if lead is not None:
+        text = text[lead.end() :].removesuffix("**" if "**" in lead.group() else "")
     is_readable = len(text) <= _MAX_EXPRESSION_CHARACTERS and _brackets_match(text)
     return text.translate(_SIGNS) if is_readable else ""
 

@@ -20,34 +20,27 @@ from grpo_mega.rewards.answer_parsing import (
     without_box_commands,
 )
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.box_context import is_operand_box
 from grpo_mega.rewards.number_answers import (
     NO_ANSWER,
     Answer,
     are_adjacent,
     distinct,
     has_hedge_around,
-    is_doubtful,
-    is_hedged,
-    is_operand,
     named_numbers,
     same_answer,
     starts_with_number,
 )
+from grpo_mega.rewards.prose_numbers import number_in_prose, states_other_number
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 MARKER = "####"
 
-_WINDOW = 160  # characters read in prose on either side of the last digit; longer than any number
 _MAX_LINE = 2000
 _MAX_STATEMENTS = 64  # markers or boxes that are read, from the end of the text
+_TAGS = re.compile(r"</?(?:answer|b|strong|i|em|u|p|br|div|span|center)\s?/?>", re.IGNORECASE)
 _LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
-_ANSWER_PHRASE = re.compile(
-    r"(?:\b(?:the|final)|^\W{0,4})(?:\W{1,4}final| correct)?\s{0,2}answer(?: is\b|:)", re.I | re.M
-)
-_SENTENCE_END = re.compile(r"\n|[.!?](?=\s|$)")
-_SENTENCE_START = re.compile(r".*(?:\n|[.!?]\s)", re.DOTALL)
-_LIST_BEFORE = re.compile(r"[0-9][\s$]*(?:[-\u2013\u2014,;/:&]|\band\b|\bto\b)[\s$]*\Z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -105,14 +98,21 @@ def reference_answer(reference: str) -> Answer:
 
 def final_answer(text: str, *, strict: bool) -> Answer:
     """Return the numbers that the final answer of `text` names; empty when it has no final answer."""
+    text = _TAGS.sub(" ", text)
     markers = _marked_statements(text)
     boxes = _boxed_statements(text, markers)
     if not markers and len(boxes) == 1 and boxes[0].answer is None:
         boxes = []  # an unfinished box: its number is the last one in the text
     statements = sorted([*markers, *boxes], key=lambda statement: statement.start)
     if not statements:
-        return NO_ANSWER if strict else _answer_in_prose(text)
-    return _joined(text, statements, statements.index(markers[-1] if markers else boxes[-1]))
+        return NO_ANSWER if strict else number_in_prose(text)
+    last = markers[-1] if markers else boxes[-1]
+    if markers:
+        answer = _joined(text, statements, statements.index(last))
+    else:
+        answer = _united([box.answer or NO_ANSWER for box in boxes])
+        answer = NO_ANSWER if has_hedge_around(text, last.start, last.end) else answer
+    return NO_ANSWER if answer and states_other_number(text, last.end, answer) else answer
 
 
 def _joined(text: str, statements: list[_Statement], chosen: int) -> Answer:
@@ -175,31 +175,7 @@ def _boxed_statements(text: str, markers: list[_Statement]) -> list[_Statement]:
         if start <= box.start < end:
             continue
         answer = None if box.content is None else named_numbers(box.content, words_may_lead=True)
+        if answer and is_operand_box(text, box.start, box.end, frozenset().union(*answer)):
+            answer = NO_ANSWER
         found.append(_Statement(box.start, box.end, answer))
     return found
-
-
-def _answer_in_prose(text: str) -> Answer:
-    """Return the number of the last "answer is x", else the last number."""
-    phrases = list(_ANSWER_PHRASE.finditer(text))
-    if phrases:
-        begin, end = phrases[-1].span()
-        sentence = _SENTENCE_END.split(text[end : end + _WINDOW], maxsplit=1)[0]
-        if starts_with_number(sentence):
-            hedged = has_hedge_around(text, begin, end + len(sentence))
-            return NO_ANSWER if hedged else named_numbers(sentence, words_may_lead=False)
-    if not text.isascii():
-        text = normalize(text)
-    last = max(text.rfind(digit) for digit in "0123456789")
-    if last < 0:
-        return NO_ANSWER
-    plain = normalize(text[max(0, last - _WINDOW) : last + _WINDOW])
-    numbers = find_numbers(plain, last=1)
-    if not numbers:
-        return NO_ANSWER
-    number = numbers[-1]
-    before = _SENTENCE_START.sub("", plain[: number.start])
-    behind = _SENTENCE_END.split(plain[number.end :], maxsplit=1)[0]
-    if is_hedged(before) or is_operand(plain, number) or _LIST_BEFORE.search(before) or is_doubtful(behind):
-        return NO_ANSWER
-    return distinct([number.values])

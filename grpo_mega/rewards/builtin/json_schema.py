@@ -1,7 +1,7 @@
 """Reward `json_schema`: the completion is JSON that a schema accepts.
 
 The schema is the argument `schema`, or, per prompt, the reference. Nothing is downloaded: a `$ref` to another document
-is an error. If a pattern of the schema backtracks without end, the limit of the worker ends the scoring.
+is an error. A scoring has a limit of CPU time, because a pattern of the schema (`^(a+)+$`) may backtrack without end.
 """
 
 from __future__ import annotations
@@ -21,17 +21,22 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.cpu_limit import within_cpu_seconds
 from grpo_mega.rewards.fenced_blocks import fenced_blocks
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
 
-def check_json_schema_args(schema: Mapping[str, Any] | None = None) -> None:
+def check_json_schema_args(schema: Mapping[str, Any] | None = None, cpu_seconds: float = 2.0) -> None:
     """Check the arguments of `json_schema`.
 
     Raises:
-        UserError: the schema is not a JSON schema; the message says why.
+        UserError: the schema is not a JSON schema, or `cpu_seconds` is out of range; the message says why.
     """
+    if isinstance(cpu_seconds, bool) or not isinstance(cpu_seconds, int | float) or not 0 < cpu_seconds < 3600:
+        raise UserError(
+            f"cpu_seconds={cpu_seconds!r} must be a number of seconds above 0", remedy="use for example 2.0"
+        )
     if schema is None:
         return
     if not isinstance(schema, Mapping):
@@ -45,7 +50,13 @@ def check_json_schema_args(schema: Mapping[str, Any] | None = None) -> None:
 
 
 @reward(low=0.0, high=1.0, check_args=check_json_schema_args)
-def json_schema(prompt: str, completion: str, reference: str, schema: Mapping[str, Any] | None = None) -> float:
+def json_schema(
+    prompt: str,
+    completion: str,
+    reference: str,
+    schema: Mapping[str, Any] | None = None,
+    cpu_seconds: float = 2.0,
+) -> float:
     """Return 1 when the completion is one JSON value that the schema accepts, else 0.
 
     Args:
@@ -53,13 +64,22 @@ def json_schema(prompt: str, completion: str, reference: str, schema: Mapping[st
         completion: only JSON, or a text with one fenced block of JSON and no other object; thoughts are left out.
         reference: the schema as JSON text, when `schema` is unset.
         schema: the schema of all prompts.
+        cpu_seconds: CPU time of one scoring.
 
     Raises:
         ValueError: the reference is not a JSON schema.
+        TimeoutError: the scoring used `cpu_seconds`. The rollout gets the floor and is counted as a failed scoring.
     """
     validator = _validator(json.dumps(schema) if schema is not None else reference)
+    result = within_cpu_seconds(cpu_seconds, lambda: _accepts(validator, answer_part(prompt, completion)))
+    if result is None:
+        raise TimeoutError(f"cpu_seconds={cpu_seconds:g} were used; simplify the patterns of the schema")
+    return result
+
+
+def _accepts(validator: jsonschema.protocols.Validator, answer: str) -> float:
     try:
-        text = _json_of(answer_part(prompt, completion))
+        text = _json_of(answer)
         value = json.loads(text, parse_constant=_reject_constant, object_pairs_hook=_object_of)
         return float(validator.is_valid(value))
     except (ValueError, RecursionError, OverflowError):
@@ -97,11 +117,16 @@ def _references(document: object) -> Iterator[str]:
 
 
 def _json_of(answer: str) -> str:
-    """Return the only fenced block if there is no object outside of it, else the whole answer."""
+    """Return the only fenced block if there is no object outside of it, else the whole answer.
+
+    A block may also end at a fence with text behind it, if no other block has any content.
+    """
     blocks = fenced_blocks(answer)
-    if len(blocks) == 1 and blocks[0].is_closed and blocks[0].label in ("", "json"):
-        content = blocks[0].content
-        return content if answer.count("{") == content.count("{") else answer
+    filled = [number for number, block in enumerate(blocks) if block.content.strip()]
+    if len(filled) == 1 and blocks[filled[0]].label in ("", "json"):
+        block = blocks[filled[0]]
+        is_ended = block.is_closed or filled[0] + 1 < len(blocks)
+        return block.content if is_ended and answer.count("{") == block.content.count("{") else answer
     return answer
 
 

@@ -28,6 +28,15 @@ PLAIN = "<|im_start|>assistant\n"
         (OPENED, "It is 4.", ""),
         (OPENED, "3 <think> 3</think>4", " 4"),
         ("Think in <think> tags.", "4", "4"),
+        (PLAIN, "<think>a</think>```py\nprint('</think>')\n```", " ```py\nprint('</think>')\n```"),
+        (PLAIN, "```py\nprint('<think>')\n```\n4", "```py\nprint('<think>')\n```\n4"),
+        (PLAIN, "```py\nprint('</think>')\n```", "```py\nprint('</think>')\n```"),
+        (PLAIN, "```py\nprint('<think>')\nprint(1)", "```py\nprint('<think>')\nprint(1)"),
+        (PLAIN, "```py\na\n```\n<think>3</think>4", "```py\na\n```\n 4"),
+        (PLAIN, "```py\nbad\n</think>\n```\n4\n```", "\n```\n4\n```"),
+        (PLAIN, "<think>\n```py\nbad\n</think>\n4", " \n4"),
+        (OPENED, "```py\nprint('</think>')\n```", " ')\n```"),  # the thought is open, and the fence is a part of it
+        (OPENED, "```py\nbad\n</think>\n```py\n'<think>'\n```", " \n```py\n'<think>'\n```"),
     ],
 )
 def test_the_answer_is_the_text_outside_of_thoughts(prompt: str, completion: str, answer: str) -> None:
@@ -58,4 +67,7 @@ def test_the_opened_tag_is_put_before_the_completion() -> None:
 
 def test_many_tags_take_linear_time() -> None:
     assert answer_part("", "<think>" * 100_000) == ""
+    assert answer_part("", "```\n" + "'<think>'\n" * 50_000 + "```") != ""
+    assert answer_part("", "```\n```\n<think></think>\n" * 20_000) != ""
+    assert answer_part("", "```a\n<think></think>\n" * 20_000) != ""
     assert set(answer_part("", "<think></think>" * 100_000)) == {" "}

@@ -26,7 +26,17 @@ TASK = '{"target": 98, "numbers": [44, 19, 35]}'
         "<answer>44+19+35</answer>, so <answer>44 + 19 + 35</answer>",
         "<answer>44 + 19 + 35 = 63 + 35 = 98</answer>",
         "<answer>44 + 19 + 35 = 98.0 points</answer>",
-        "<answer>\uff14\uff14 + \u0661\u0669 \u2212 \u221235</answer>",
+        "<answer>44 + 19 \u2212 \u221235</answer>",
+        "<answer>98 = 44+19+35</answer>",
+        "<answer>98 = 44+19+35 = 98</answer>",
+        "The answer: 44+19+35 = 98",
+        "So the final answer is **44+19+35 = 98**.",
+        "The answer is $44+19+35$.",
+        r"\(44+19+35 = 98\)",
+        r"\boxed{44+19+35} = 98",
+        r"$$\boxed{44+19+35}$$",
+        r"<answer>\boxed{44+19+35}</answer>",
+        r"\boxed{44+19+35}. I repeat: \boxed{44 + 19 + 35}",
     ],
 )
 def test_an_expression_that_equals_the_target_scores_one(completion: str) -> None:
@@ -57,6 +67,21 @@ def test_an_expression_that_equals_the_target_scores_one(completion: str) -> Non
         "<answer>44+19+35 = 98 = 97</answer>",
         "<answer>44+19+35 = 97 + 2</answer>",
         "<answer>44.0+19+35</answer>",
+        "<answer>\uff14\uff14 + 19 + 35</answer>",
+        "<answer>44 + \u0661\u0669 + 35</answer>",
+        "<answer>97 = 44+19+35</answer>",
+        "<answer>98 = 97 = 44+19+35</answer>",
+        "<answer>98 = 98</answer>",
+        "<answer>98 =</answer>",
+        "<answer>44+19+35 = 98, 44*19</answer>",
+        "<answer>44+19+35 = 98 or 97</answer>",
+        "<answer>44+19+35 = 98 is wrong</answer>",
+        "The answer: 44+19+35 = 97",
+        "The answer is not 44+19+35",
+        r"\boxed{44+19+35} = 97",
+        r"-\boxed{44+19+35}",
+        r"$2\boxed{44+19+35}$",
+        r"\boxed{44*19}. Wait, no: \boxed{44+19+35}",
         "<answer>44%+19+35</answer>",
         "<answer>4,4+19+35</answer>",
         "<answer>44+19+35 km</answer>",
@@ -72,6 +97,16 @@ def test_an_expression_that_equals_the_target_scores_one(completion: str) -> Non
 )
 def test_anything_else_scores_zero(completion: str) -> None:
     assert countdown("", completion, TASK) == 0.0
+
+
+def test_fractions_of_latex_are_divisions() -> None:
+    task = '{"target": 4, "numbers": [6, 3, 2]}'
+    assert countdown("", r"<answer>\frac{6}{3}*2</answer>", task) == 1.0
+    assert countdown("", r"\boxed{2 \times \dfrac{6}{3} = 4}", task) == 1.0
+    assert countdown("", r"<answer>\frac{6*2}{3} = \frac{12}{3}</answer>", task) == 1.0
+    assert countdown("", r"<answer>\frac{6}{3*2}</answer>", task) == 0.0
+    assert countdown("", r"<answer>2\frac{6}{3}</answer>", task) == 0.0
+    assert countdown("", r"<answer>\frac{\frac{6}{3}}{2}</answer>", '{"target": 1, "numbers": [6, 3, 2]}') == 1.0
 
 
 def test_an_expression_in_the_thought_does_not_count() -> None:

@@ -11,6 +11,13 @@ from grpo_mega.rewards.builtin.gsm8k import gsm8k
 
 # Several answers, expressions, bounds, denials, wrong separators, numerals of other kinds, answers in the thought.
 WRONG = [
+    ("<del>42</del>", "42"),
+    ("10<sup>42</sup>", "42"),
+    ("<answer>41</answer><answer>42</answer>", "42"),
+    ("The answer is $\\boxed{42}$ (forty-one) apples.", "42"),
+    ("\\boxed{42}\nThe answer is 41.", "42"),
+    ("#### 42\nThe final answer is 41.", "42"),
+    ("The answer is 41. The answer is 42.", "42"),
     ("#### 42 or 41", "42"),
     ("#### 41 or 42", "42"),
     ("#### 42 (or 41)", "42"),
@@ -362,10 +369,19 @@ WRONG = [
     ("#### 0.42%", "42"),
     ("#### 42%", "0.42"),
     ("#### 42 percent", "0.42"),
+    ("\\boxed{3} no, \\boxed{42}", "42"),
+    ("\\boxed{41}. Wait, I made an error. The answer is \\boxed{42}.", "42"),
+    ("We get \\boxed{5} apples in the first box. Later she buys more and the total is \\boxed{42}.", "42"),
 ]
 
 # One answer in the spellings of honest completions.
 RIGHT = [
+    ("<answer>42</answer>", "42"),
+    ("<answer>\\boxed{42}</answer>", "42"),
+    ("The answer is $\\boxed{42}$ (forty-two) apples.", "42"),
+    ("<b>42</b>", "42"),
+    ("\\boxed{42}\nThe answer is 42.", "42"),
+    ("#### 42\n\nQuestion: What is 2 + 3?\nThe answer is 5.", "42"),
     ("#### 42", "42"),
     ("#### 42.0", "42"),
     ("#### 42.", "42"),
@@ -394,7 +410,6 @@ RIGHT = [
     ("\\boxed {42}", "42"),
     ("\\fbox{42}", "42"),
     ("\\boxed{42}. So \\boxed{42}.", "42"),
-    ("\\boxed{3} no, \\boxed{42}", "42"),
     ("\\boxed{42\\text{ apples}}", "42"),
     ("\\boxed{\\text{42 apples}}", "42"),
     ("\\boxed{x=42}", "42"),
@@ -489,8 +504,6 @@ RIGHT = [
     ("\\boxed{\\dfrac{84}{2}}", "42"),
     ("\\boxed{\\mathbf{42}}", "42"),
     ("\\boxed{\\boxed{42}}", "42"),
-    ("\\boxed{41}. Wait, I made an error. The answer is \\boxed{42}.", "42"),
-    ("We get \\boxed{5} apples in the first box. Later she buys more and the total is \\boxed{42}.", "42"),
     ("The answer is 41. Wait, no. The answer is 42.", "42"),
     ("**Answer: 42**", "42"),
     ("Answer: **42**", "42"),

@@ -27,6 +27,9 @@ SCHEMA = {
         (' \n{"name": "Ann"}\n', 1.0),
         ('Here:\n```json\n{"name": "Ann"}\n```\nDone.', 1.0),
         ('```\n{"name": "Ann"}\n```', 1.0),
+        ('Here: ```json\n{"name": "Ann"}\n``` done', 1.0),
+        ('Here: ```json\n{"name": "Ann"}\n```\n', 1.0),
+        ('Here: ```json\n{"name": "Ann"}\n``` or\n{}', 0.0),
         ('{"name": "Ann", "age": -3}', 0.0),
         ('{"name": "Ann", "age": 1e400}', 0.0),
         ('{"name": "Ann", "age": NaN}', 0.0),
@@ -82,3 +85,12 @@ def test_a_reference_that_is_not_a_schema_is_an_error_of_the_data() -> None:
 def test_a_schema_that_cannot_be_used_is_rejected_before_the_run(schema: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_rewards([RewardTerm(name="json_schema", args={"schema": schema})])
+
+
+def test_a_pattern_that_backtracks_without_end_is_stopped() -> None:
+    schema = {"type": "string", "pattern": "^(a+)+$"}
+    assert json_schema("", json.dumps("a" * 40), "", schema=schema, cpu_seconds=0.2) == 1.0
+    with pytest.raises(TimeoutError, match=r"cpu_seconds=0\.2"):
+        json_schema("", json.dumps("a" * 60 + "!"), "", schema=schema, cpu_seconds=0.2)
+    with pytest.raises(UserError, match="cpu_seconds=0"):
+        build_rewards([RewardTerm(name="json_schema", args={"schema": schema, "cpu_seconds": 0})])
