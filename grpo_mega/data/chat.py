@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer
+
 from grpo_mega.data.answer_ends import cut_at_stop, eos_ids
 from grpo_mega.types import UserError
 
@@ -53,12 +55,21 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Raise UserError if the tokenizer can produce a token that the model has no embedding for."""
+    """Raise UserError if the folder's tokenizer has a token that the model has no embedding for.
+
+    Tokens that are in no file of the folder do not count: transformers' class for a model type adds its default special
+    tokens to any tokenizer (Qwen2Tokenizer adds `<|endoftext|>`), and text that names one is encoded as text.
+    """
     config = folder / "config.json"
     vocab_size = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
     if not isinstance(vocab_size, int):  # grpo_mega/models/config_readers.py reports it
         return
-    outside = sorted((token_id, token) for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size)
+    own = _tokens_of_files(folder)
+    outside = sorted(
+        (token_id, token)
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= vocab_size and (own is None or token in own)
+    )
     if outside:
         named = ", ".join(f"{token!r} ({token_id})" for token_id, token in outside[:5])
         raise UserError(
@@ -66,6 +77,18 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
             f"vocab_size={vocab_size}: {named}{', ...' if len(outside) > 5 else ''}",
             remedy="use the tokenizer of this model, or enlarge the model's embedding (resize_token_embeddings)",
         )
+
+
+def _tokens_of_files(folder: Path) -> set[str] | None:
+    """Return the tokens that the folder's files name; None if its tokenizer is not in tokenizer.json."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    tokens = set(Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True))
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        added = json.loads(settings.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+        tokens |= {str(entry.get("content")) for entry in added.values()}
+    return tokens
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from grpo_mega.data.prompt_rows import PromptSource
 from grpo_mega.data.prompt_template import PromptTemplate, RenderedPrompt
 from grpo_mega.types import UserError
 from tests.helpers.small_tokenizers import SPECIAL, bpe_tokenizer
+from tests.helpers.tiny_models import make_tiny_model
 
 _TRL = find_spec("trl")
 assert _TRL is not None
@@ -225,3 +226,8 @@ def test_tokens_that_are_not_in_the_vocabulary_of_the_model_are_named(tmp_path: 
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size + 7}))
     assert len(load_tokenizer(tmp_path)) == size + 7
+
+
+def test_a_token_that_only_the_class_of_the_tokenizer_adds_does_not_count(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "model", "qwen2", vocab=40)
+    assert len(load_tokenizer(folder)) == 41  # Qwen2Tokenizer adds <|endoftext|>, which no file names
