@@ -24,23 +24,29 @@ _FORMULA_END = re.compile(r"(?<!\\)\$|\\[)\]]|\\\\|\n\s*\n|\\end\{|\\(?:boxed|fb
 _PLAIN_BEFORE = re.compile(r"(?:\\[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|[^A-Za-z\\\n]){0,400}\Z")
 _PLAIN_BEHIND = re.compile(r"(?:\\[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|[^A-Za-z\\\n$])*")
 _LIST_MARK = re.compile(r"\s*(?:[-*+>|]\s+|\(?\w{1,3}[.)]\s+)\Z")
+_SPACE_BEFORE = re.compile(r"(?:\s|~|\\[,;:!> ])+\Z")
 _COMPLETE_BEFORE = re.compile(
-    r"(?:\A|(?<![<>!])=|[:,;.&`\"]|\*\*|->|=>|\u2192|\u21d2|\u2248|~"
+    r"(?:\A|(?<![<>!])=|(?<![\d\\])[:,;.]|(?<!\\)[:,;.](?=\s)|[&`\"]|\*\*|->|=>|\u2192|\u21d2|\u2234|\u2248"
     r"|\\(?:approx|simeq|in|equiv|implies|Rightarrow|Longrightarrow|rightarrow|to|iff|therefore|quad|qquad|lor|land"
-    r"|displaystyle|large|Large|LARGE|huge|colon|cup|[,;:!> ])|\\(?:text|mathrm|textbf)\s*\{[^{}]*\})\s*\\?\s*\Z"
+    r"|displaystyle|large|Large|LARGE|huge|colon|cup)|\\(?:text|mathrm|textbf)\s*\{[^{}]*\})\s*\\?\s*\Z"
+)
+_LAYOUT_COMMAND = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|hspace\*?|vspace\*?|color|textcolor|bbox|begin|phantom)\s*(?:\[[^\[\]]*\]|\{[^{}]*\})"
+    r"|\\(?:center|centering|hfill|noindent|par|displaystyle|large|Large|LARGE|huge|Huge))\s*(\{?)\s*\Z"
 )
 _SPACE_BEHIND = re.compile(r"(?:\s|~|\\[,;:! ])*(?:\\q?quad(?![A-Za-z]).*)?", re.DOTALL)
 _COMPLETE_BEHIND = re.compile(
-    r"\Z|[,;:?&`\"\u2192](?!\d)|\.(?!\d)|\*\*|->|=>|=\s*\Z|[\u2705\u2713\u2714\u25a0\u220e\u25a1]|\\(?:text|mathrm|textbf|textit)\b"
+    r"\Z|\(\s*\\text|[,;:?&`\"\u2192](?!\d)|\.(?!\d)|\*\*|->|=>|=\s*\Z|[\u2705\u2713\u2714\u25a0\u220e\u25a1]|\\(?:text|mathrm|textbf|textit)\b"
     r"|\\(?:lor|land|cup|implies|Rightarrow|rightarrow|to|iff|tag|label|qed|end|square|blacksquare|Box|checkmark)(?![A-Za-z])"
 )
 _DASH_BEHIND = re.compile(r"\s+[-\u2013\u2014]\s*\Z|\s*[|)]|\s+\(")
 _SCALE_BEHIND = re.compile(
-    r"[\s$]*(?:\\text\s*\{)?\s*(hundred|thousand|million|billion|trillion|dozen|squared|cubed|factorial)\b",
+    r"[\s$]*(?:\\text\s*\{)?\s*(and (?:a|one) \w+|hundred"
+    r"|thousand|million|billion|trillion|dozen|squared|cubed|factorial)\b",
     re.IGNORECASE,
 )
 _HEDGE_BEHIND = re.compile(
-    r"[\s$*)\]\\.,]*\b(?:or|maybe|perhaps|possibly|or maybe|or perhaps)\s+(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
+    r"[\s$*)\]\\.,]*\b(?:or|maybe|perhaps|possibly|alternatively)\b,?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
     re.IGNORECASE,
 )
 _UNIT_BEHIND = re.compile(
@@ -55,7 +61,7 @@ _MODULUS = re.compile(
 )
 _CHOICE = re.compile(r"\b(?:or|and|nor|plus|minus|times)\b", re.IGNORECASE)
 _LAYOUT = re.compile(r"\s*[\"'`*_(\\{\[]*")
-_SEPARATED = re.compile(r"(?:\A|[A-Za-z)\]*_#|(]|\\)\s+\Z")
+_SEPARATED = re.compile(r"(?:\A|[A-Za-z)\]_#|(]|\*\*|\\)\s+\Z")
 _COMMAND_BEFORE = re.compile(r"\\[A-Za-z]+\s+\Z")
 _WRAPPER = re.compile(
     r"\\(?:textbf|mathbf|bm|boldsymbol|textit|emph|mathrm|mathit|underline|ensuremath|large|color\s*\{\w+\})\s*\{\s*\Z"
@@ -63,12 +69,14 @@ _WRAPPER = re.compile(
 )
 _LABEL = re.compile(r"(?:\A|[\s,&;{(])([A-Za-z](?:_\{?\w{1,4}\}?)?)\s*&?\s*=\s*\Z")
 _DENIED_BEFORE = re.compile(
-    r"(?:\bnot|n't|\bnever|\bneither|\bnor|\bexcept|\bunless|\banything but|\bminus|\bnegative|\bhalf of|\btwice)"
-    r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[\\]*\Z",
+    r"(?:\b(?:not|never|neither|nor|except|unless|anything but|minus|negative|half of|twice|root of|false that[^.\n]*"
+    r"|(?:more|less|fewer|greater|larger|smaller) than|ln|log|lg|sin|cos|tan|cot|sec|csc|exp|sqrt|arc\w+)|n't"
+    r"|(?<!only )\b(?:if|suppose|assume|let)\s+\$?[A-Za-z]\s*=)"
+    r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[]*\Z|[-+\u2212\u221a^/]\$\s*\Z",
     re.IGNORECASE,
 )
 _DENIED_BEHIND = re.compile(
-    r"[\s$*)\]\\.,]*(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect|right\?|correct\?)\b",
+    r"[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?)",
     re.IGNORECASE,
 )
 _RETRACTION = re.compile(
@@ -126,7 +134,9 @@ def _answer_with_formula(text: str, previous_end: int, start: int, end: int, con
     before, behind = _without_wrapper(before, behind)
     label = _LABEL.search(before)
     name = label[1] if label is not None else ""
-    has_left = _COMPLETE_BEFORE.search(before) is None and not (not is_formula and _is_separate(before))
+    trimmed = _SPACE_BEFORE.sub("", before)
+    is_complete = _COMPLETE_BEFORE.search(trimmed) is not None or _COMPLETE_BEFORE.search(before) is not None
+    has_left = not is_complete and not (not is_formula and _is_separate(before))
     if _MODULUS.match(behind) is not None and not has_left:
         return BoxedAnswer(content, name)
     unit = _UNIT_BEHIND.match(behind)
@@ -161,7 +171,8 @@ def _surroundings(text: str, previous_end: int, start: int, end: int) -> tuple[s
         return _ROW_START.split(before)[-1], behind, True
     tag = _TAG.match(behind_window)
     behind_window = behind_window if tag is None else ""
-    before_match = _PLAIN_BEFORE.search(text[max(previous_end, start - _MOST_CHARACTERS) : start])
+    window = _LAYOUT_COMMAND.sub(r"\1", text[max(previous_end, start - _MOST_CHARACTERS) : start])
+    before_match = _PLAIN_BEFORE.search(window)
     follows_tag = _TAG_BEFORE.search(text, max(0, start - 40), start) is not None
     before = "" if before_match is None or follows_tag else before_match.group().rpartition("$")[2]
     behind_match = _PLAIN_BEHIND.match(_BOX_COMMAND.split(behind_window)[0])
@@ -193,6 +204,7 @@ def _without_wrapper(before: str, behind: str) -> tuple[str, str]:
     if before.strip() == "(" and behind.lstrip().startswith(")"):
         return "", behind.lstrip()[1:]
     for _ in range(4):
+        before = _LAYOUT_COMMAND.sub(r"\1", before)
         wrapper = _WRAPPER.search(before)
         closing = re.match(r"[^{}$\\]*\}" if wrapper and "text" in wrapper.group() else r"\s*\}", behind)
         if wrapper is None or closing is None:

@@ -11,7 +11,7 @@ _LEAD_IN = re.compile(
     r"\s*(?:\\text\s*\{)?\s*(?:the\s+)?(?:final\s+|correct\s+)?(?:solutions?|answers?)\s*(?:(?:is|are)\s*:?|:)\s*\}?\s*",
     re.IGNORECASE,
 )
-_PUNCTUATION = frozenset((".", ",", ";", ":", "?", '"', "`"))
+_PUNCTUATION = frozenset((".", ",", ";", ":", '"', "`"))
 
 
 def words_of(text: str) -> tuple[str, ...]:

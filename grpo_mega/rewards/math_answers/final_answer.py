@@ -13,6 +13,7 @@ _MARKER = "####"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX_WITHOUT_BRACES = re.compile(r"[^\n$]*")
+_SPACE_COMMAND = re.compile(r"(?<!\\)\\\s+\Z")
 _BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;&/]|\\[(),;:!\[\] ]|\\q?quad|\\(?:text|mathrm)\s*\{\s*(?:or|and)\s*\}"
     r"|\b(?:or|and|maybe|possibly|perhaps)\b)*",
@@ -66,7 +67,7 @@ def find_boxes(text: str) -> list[Box]:
             line = _BOX_WITHOUT_BRACES.match(text, match.end())
             assert line is not None
             content, position = line.group().strip().rstrip("."), line.end()
-        plain = None if content is None else _without_inner_boxes(content).strip()
+        plain = None if content is None else _without_inner_boxes(_SPACE_COMMAND.sub("", content)).strip()
         boxes.append(Box(match.start(), position, plain, False))
     if boxes and boxes[-1].content is not None:
         last = boxes[-1]

@@ -41,10 +41,12 @@ _RETRACTION = re.compile(r"\b(?:no,|wait|actually|correction|mistake|error|oops|
 _LEAD = re.compile(
     r"(?:\b(?:is|are|was|were|equals?|gets?|have|has|obtain|obtains|finds?|gives?|yields?|makes?|be|it's|there's|total"
     r"|equal to|on|in|needs?|takes?|costs?|pays?|earns?|requires?|spends?|weighs?|measures?)\s*[:=]?"
-    r"|(?:\A|[,:]\s*)(?:so|hence|thus|therefore|then|finally|and|in total|that's)\s*[,:]?|[:=])\s*"
+    r"|(?:\A|[,:]\s*)(?:so|hence|thus|therefore|then|finally|and|in total|that's|overall"
+    r"|in conclusion|consequently|as a result)\s*[,:]?|[:=])\s*"
     r"(?:(?:exactly|therefore|thus|the (?:number|value|integer|point|set|interval))\s+)?\Z",
     re.IGNORECASE,
 )
+_ALTERNATIVE = re.compile(r"[\s.,]*(?:or|alternatively|otherwise)\b", re.IGNORECASE)
 _CONNECTIVE = re.compile(r"(?:therefore|thus|hence|then|simply|exactly|just|indeed|equal to)\b[\s,:]*", re.IGNORECASE)
 _REASON = re.compile(r",?\s+(?:because|since|which)\b", re.IGNORECASE)
 _NAME = re.compile(r"\$?\s*([A-Za-z]\w?(?:_\{?\w+\}?)?)\s*=")
@@ -52,7 +54,8 @@ _LEFT_SIDE = re.compile(r"(?:\A|(?<=\s))((?:[-+*/^()\d.\s]|(?<![A-Za-z])[A-Za-z]
 _IN_TOTAL = re.compile(r"\s*\b(?:in total|in all|altogether|left|remaining|overall)\Z", re.IGNORECASE)
 _DECORATION = " \t\r\n*_`:"
 _WORD_STATEMENT = re.compile(
-    r"(?:(?:so|hence|thus|therefore|then),?\s+)?(?:the|it|this|that|he|she)\b(?:\s+[a-z]+){0,3}?\s*\b(?:is|are)\s+(.+)",
+    r"(?:(?:so|hence|thus|therefore|then),?\s+)?"
+    r"(?:(?:the|it|this|that|he|she)\b(?:\s+[a-z]+){0,3}?\s*\b(?:is|are)|it's|that's)\s+(.+)",
     re.IGNORECASE | re.DOTALL,
 )
 _TAGGED = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL | re.IGNORECASE)
@@ -106,7 +109,11 @@ def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings
         if sentence is None or _DENIAL.search(tail, sentence_start, phrase.start()) is not None:
             return []
         following = rest[sentence.end() :]
-        if following.startswith("?") or _DENIED_LATER.search(following) is not None:
+        if (
+            following.startswith("?")
+            or _ALTERNATIVE.match(following) is not None
+            or _DENIED_LATER.search(following) is not None
+        ):
             return []
         statements.append(_phrase_readings(sentence.group()))
     return list(dict.fromkeys(statements))
@@ -171,7 +178,7 @@ def _stated_value(sentence: str) -> tuple[str, str] | None:
     while first and _HEDGE.fullmatch(sentence, values[first - 1].end(), values[first].start()):
         first -= 1
     lead, behind = sentence[: values[first].start()].strip(), sentence[values[-1].end() :].strip(_DECORATION + ".,")
-    behind = _IN_TOTAL.sub("", behind)
+    behind = re.sub(r"\Asuch\s+", "", _IN_TOTAL.sub("", behind))
     name = _LEFT_SIDE.search(lead)
     start = values[first].start()
     if name is not None:
@@ -188,7 +195,8 @@ def _stated_value(sentence: str) -> tuple[str, str] | None:
 def stated_word(text: str) -> str | None:
     """Return the word of a text that is one sentence like `It is Wednesday.` or `The function is even.`"""
     stripped = text.strip(_DECORATION).rstrip(".")
-    if re.search(r"[.!?\n]", stripped) is not None or _DENIAL.search(stripped) is not None or len(stripped) > 200:
+    match = _WORD_STATEMENT.fullmatch(stripped) if len(stripped) <= 200 else None
+    if match is None or re.search(r"[.!?\n]", stripped) is not None or _DENIAL.search(stripped[: match.start(1)]):
         return None
-    match = _WORD_STATEMENT.fullmatch(stripped)
-    return None if match is None else match[1].strip(_DECORATION)
+    word = match[1].strip(_DECORATION)
+    return word if word.casefold() == "false" or _DENIAL.search(word) is None else None
