@@ -65,10 +65,12 @@ def _is_commutative(tokens: Sequence[Token]) -> bool:
     ):
         return False
     capitals = {text for kind, text in tokens if kind == "symbol" and len(text) == 1 and text.isupper()}
-    has_inverse = any(
-        texts[k] in capitals and texts[k + 1 : k + 5] == ["^", "{", "-", "1"] for k in range(len(texts) - 4)
+    matrix_powers = (["^", "{", "-", "1"], ["^", "T"], ["^", "{", "T"])
+    has_matrix = any(
+        texts[k] in capitals and any(texts[k + 1 : k + 1 + len(power)] == power for power in matrix_powers)
+        for k in range(len(texts))
     )
-    return not (has_inverse and len(capitals) > 1)
+    return not (has_matrix and len(capitals - {"T"}) > 1)
 
 
 def _derivative_part(tokens: Sequence[Token]) -> str | None:

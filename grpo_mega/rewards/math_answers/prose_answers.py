@@ -58,7 +58,6 @@ _WORD_STATEMENT = re.compile(
     r"(?:(?:the|it|this|that|he|she)\b(?:\s+[a-z]+){0,3}?\s*\b(?:is|are)|it's|that's)\s+(.+)",
     re.IGNORECASE | re.DOTALL,
 )
-_TAGGED = re.compile(r"<answer>(.*?)</answer>\s*\Z", re.DOTALL | re.IGNORECASE)
 _PLAIN_BOX = re.compile(r"\\?\b[Bb]oxed\{([^{}]*)\}")
 _NO_ANSWER = re.compile(r"\b(?:cannot|can't|could not|unable|don't know|do not know)\b", re.IGNORECASE)
 
@@ -72,9 +71,9 @@ def prose_answers(text: str) -> list[Readings]:
     All of them must be right, or together name the values of the reference.
     """
     text = _PLAIN_BOX.sub(r"\1", text)
-    tagged = _TAGGED.search(text)
-    if tagged is not None:
-        return [(tagged[1].strip(),)]
+    stripped = text.rstrip()
+    if stripped.endswith("</answer>") and "<answer>" in stripped:
+        return [(stripped.rpartition("<answer>")[2].removesuffix("</answer>").strip(),)]
     if _MARKER in text:
         return _marked_statements(text)
     tail = text[-_TAIL_CHARACTERS:]

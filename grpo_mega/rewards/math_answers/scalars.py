@@ -33,7 +33,7 @@ from grpo_mega.rewards.math_answers.numeric import (
 )
 
 _POSITIVE_POINTS = (1, 2, 3)
-_SIGNED_POINTS = ((4, 1), (5, 1), (6, 10), (7, 10), (8, 300), (9, 300))
+_SIGNED_POINTS = ((4, 1), (5, 1), (6, 10), (7, 10), (8, 300), (9, 300), (10, 20_000), (11, 20_000))
 """Numbers of points at which variables may be negative, and the scale of the variables there."""
 _BITS_OF_CONSTANTS = 420
 _MIN_ROUNDED_DIGITS = 6

@@ -102,8 +102,11 @@ def _ascii_form(character: str) -> str:
 def tokenize(text: str, *, join_thousands: bool = True) -> list[Token]:
     """Return all tokens of a text. With `join_thousands`, `1,000` outside of brackets is one number."""
     tokens = _Tokenizer(normalize_text(text), join_thousands).tokens
-    if any(kind == "symbol" and text.startswith("\\vec{") for kind, text in tokens):
+    if any(kind == "symbol" and text.startswith(("\\vec{", "\\hat{")) for kind, text in tokens):
         return tokens  # a cross product is no dot product
+    sides = zip(tokens, tokens[1:], tokens[2:], strict=False)
+    if any(mark.text == "times" and left.text.isupper() and right.text.isupper() for left, mark, right in sides):
+        return tokens  # the product of two sets
     return [Token("mark", "*") if token == ("mark", "times") else token for token in tokens]
 
 
