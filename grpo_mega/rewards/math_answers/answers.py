@@ -27,7 +27,7 @@ _CONSTANTS = frozenset(("e", "i", "pi", "oo", "empty"))
 _NOT_LABELS = frozenset(
     split_words(
         "not no or and either maybe if suppose assume let unless when false that perhaps possibly never option "
-        "consider given for try choose take case say like"
+        "consider given for try choose take case say like possible likely unlikely"
     )
 )
 _ANGLE_FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))

@@ -56,9 +56,7 @@ _UNIT_BEHIND = re.compile(
 _WORDS_BEHIND = re.compile(r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|textrm|mbox|textbf)\s*\{([^{}]*)\}")
 _TAG = re.compile(r"\s*</?[A-Za-z]\w*>")
 _TAG_BEFORE = re.compile(r"<[A-Za-z]\w{0,20}>\s*\Z")
-_MODULUS = re.compile(
-    r"\s*(?:\\[,;: ]|\s)*\\(?:pmod(?![A-Za-z])|(?:bmod|mod)\s*\{?\d+\}?[\s.]*\Z)|\s*\(\s*(?:\\bmod|\\mod|mod)\b"
-)
+_MODULUS = re.compile(r"\s*(?:\\[,;: ]|\s)*\\pmod(?![A-Za-z])|\s*\(\s*(?:\\bmod|\\mod|mod)\b")
 _CHOICE = re.compile(r"\b(?:or|and|nor|plus|minus|times)\b", re.IGNORECASE)
 _LAYOUT = re.compile(r"\s*[\"'`*_(\\{\[]*")
 _SEPARATED = re.compile(r"(?:\A|[A-Za-z)\]_#|(]|\*\*|\\)\s+\Z")
@@ -69,18 +67,20 @@ _WRAPPER = re.compile(
 )
 _LABEL = re.compile(r"(?:\A|[\s,&;{(])([A-Za-z](?:_\{?\w{1,4}\}?)?)\s*&?\s*=\s*\Z")
 _DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|neither|nor|except|unless|anything but|minus|negative|half of|twice|root of|false that[^.\n]*"
+    r"(?:\b(?:not|never|neither|nor|except|unless|anything but|minus|negative|half of|twice|double|triple"
+    r"|(?:reciprocal|opposite|inverse|negative|square|cube|multiple|factor) of|root of|false that[^.\n]*"
     r"|(?:more|less|fewer|greater|larger|smaller) than|ln|log|lg|sin|cos|tan|cot|sec|csc|exp|sqrt|arc\w+)|n't"
     r"|(?<!only )\b(?:if|suppose|assume|let)\s+\$?[A-Za-z]\s*=)"
     r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[]*\Z|[-+\u2212\u221a^/]\$\s*\Z",
     re.IGNORECASE,
 )
 _DENIED_BEHIND = re.compile(
-    r"[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?)",
+    r"[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?"
+    r"|or (?:more|less|greater|fewer|so)\b|(?:plus|minus|times|to|over|divided by)\s+\$?[-\d\\])",
     re.IGNORECASE,
 )
 _RETRACTION = re.compile(
-    r"\b(?:no\b(?=\s*[,.:!;])|wait|actually|correction|corrected|mistake|error|oops|sorry|was wrong|is wrong"
+    r"\b(?:no\b(?=\s*[,.:!;])|wait|actually|correction|corrected|mistake|an error|oops|sorry|was wrong|is wrong"
     r"|is incorrect|was incorrect|not correct|not right|recheck|re-check|on second thought|let me redo)",
     re.IGNORECASE,
 )
@@ -146,7 +146,7 @@ def _answer_with_formula(text: str, previous_end: int, start: int, end: int, con
             return BoxedAnswer(f"{content} {unit[1]}", name)
         return BoxedAnswer(content, name)
     words = _WORDS_BEHIND.match(behind)
-    if words is not None and _CHOICE.search(words[1]) is not None and behind[words.end() :].strip():
+    if words is not None and (_CHOICE.search(words[1]) or words[1].endswith("of ")) and behind[words.end() :].strip():
         return BoxedAnswer(f"{content} {behind}", name)  # \boxed{5} \text{ or } 6
     space = _SPACE_BEHIND.match(behind)
     has_right = _COMPLETE_BEHIND.match(behind, space.end() if space is not None else 0) is None

@@ -30,7 +30,7 @@ _HEDGE = re.compile(
 _DENIAL = re.compile(
     r"\b(?:no|not|never|neither|nor|false|wrong|incorrect|cannot|unless|except|anything but|about|approximately|around"
     r"|roughly|almost|nearly|between|(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most)|if|whether"
-    r"|suppose|supposing|assume|assuming|let|could|might|may|maybe|perhaps|possibly|would|should|either|doubt|unsure"
+    r"|suppose|supposing|assume|assuming|let|could|might|may|maybe|perhaps|possibly|possible|probably|probable|unlikely|would|should|either|doubt|unsure"
     r"|guess|options?|choices|step|question|vs)\b|n't\b",
     re.IGNORECASE,
 )
