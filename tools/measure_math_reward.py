@@ -123,7 +123,9 @@ def mutations(answer: str, others: list[str], source: random.Random) -> Iterator
         yield "dropped operator", text
     for hedge in source.sample(_HEDGES, 3):
         yield "added hedge", hedge.format(answer, source.choice(others))
-    yield "two boxes", f"{answer}}}$ or $\\boxed{{{source.choice(others)}"
+    others = [other for other in others if math("", boxed(other), answer) == 0.0]  # `5` repeats `5 cm`
+    if others:
+        yield "two boxes", f"{answer}}}$ or $\\boxed{{{source.choice(others)}"
 
 
 def is_same_number(first: str, second: str) -> bool:
@@ -160,7 +162,8 @@ def measure_mutations(args: argparse.Namespace) -> dict[str, Any]:
     for answer in answers:
         others = [other for other in source.sample(answers, 8) if not is_same_number(other, answer)]
         for kind, text in mutations(answer, others, source):
-            if not is_same_number(text, answer) and "^{0}" not in answer:  # a mutated base of a power 0 is equal
+            is_determinant = kind == "changed digit" and r"\left|\begin" in answer  # another one may have this value
+            if not is_same_number(text, answer) and "^{0}" not in answer and not is_determinant:  # x^{0} is always 1
                 pairs.append((kind, boxed(text), answer, False))
     return _rates(pairs, args.show)
 

@@ -11,18 +11,19 @@ expensive to evaluate.
 
 from __future__ import annotations
 
+import re
+
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
+from grpo_mega.rewards.math_answers.boxed_answers import boxed_answers
 from grpo_mega.rewards.math_answers.comparable_tokens import words_of
 from grpo_mega.rewards.math_answers.equality import MAX_ANSWER_CHARACTERS, is_prose, is_right
-from grpo_mega.rewards.math_answers.final_answer import (
-    answer_in_prose,
-    boxed_answer,
-    marked_answer,
-    sentence_tails,
-)
+from grpo_mega.rewards.math_answers.final_answer import boxed_answer, marked_answer, sentence_tails
+from grpo_mega.rewards.math_answers.prose_answers import prose_answers, stated_word
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
+
+_CONTRARY = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 
 def check_math_args(strict: bool = False, cpu_seconds: float = 2.0) -> None:
@@ -68,16 +69,39 @@ def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool)
     text = answer_part(prompt, completion)
     if not text.strip():
         return False
-    answer = boxed_answer(text)
-    if answer is not None:
-        return is_right(answer, expected)
+    boxed = boxed_answers(text)
+    if boxed is not None:
+        labeled = [f"{name} = {box}" if name and "=" not in box else box for box, name in boxed]
+        return all(is_right(box, expected) for box, _ in boxed) or (
+            len(boxed) > 1 and is_right(" ; ".join(labeled), expected)
+        )
     if strict:
         return False
-    if len(text) <= MAX_ANSWER_CHARACTERS and is_right(text, expected):  # the completion is only the answer
+    for only_answer in dict.fromkeys((text, text.strip("*_` \n"))):  # the completion is only the answer
+        if len(only_answer) <= MAX_ANSWER_CHARACTERS and is_right(only_answer, expected):
+            return True
+    word = stated_word(text)
+    if word is not None and is_right(word, expected):
         return True
     if is_prose(expected):
-        words = words_of(expected)
-        if any(words_of(tail) == words for tail in sentence_tails(text, len(expected))):
-            return True
-    answer = answer_in_prose(text)
-    return answer is not None and is_right(answer, expected)
+        return _says_words(text, expected)
+    statements = prose_answers(text)
+    if not statements:
+        return False
+    return all(any(is_right(reading, expected) for reading in readings) for readings in statements) or (
+        len(statements) > 1 and is_right(" ; ".join(readings[0] for readings in statements), expected)
+    )
+
+
+def _says_words(text: str, expected: str) -> bool:
+    """Return True when a completion ends with the words of a reference in words, and does not say the contrary."""
+    words = words_of(expected)
+    statements = prose_answers(text)
+    if statements and all(any(words_of(reading) == words for reading in readings) for readings in statements):
+        return True
+    contrary = _CONTRARY.get(words[0]) if words else None
+    for tail in sentence_tails(text, len(expected)):
+        if words_of(tail) == words:
+            before = text.rstrip()[: len(text.rstrip()) - len(tail)]
+            return contrary is None or re.search(rf"(?:^|[.!?\n])\s*{contrary}\b", before, re.IGNORECASE) is None
+    return False

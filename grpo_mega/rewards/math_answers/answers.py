@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from grpo_mega.rewards.math_answers.expressions import Expression, UnreadableError, parse_expression, read_number
 from grpo_mega.rewards.math_answers.tokens import Token
 from grpo_mega.rewards.math_answers.units import SCALES, Unit, read_unit
+from grpo_mega.rewards.math_answers.vocabulary import split_words
 
 _OPENING = frozenset(("(", "[", "{", "\\{", "lfloor", "lceil"))
 _CLOSING = frozenset((")", "]", "}", "\\}", "rfloor", "rceil"))
@@ -23,8 +24,14 @@ _RELATIONS = frozenset(("=", "~=", "<", ">", "<=", ">=", "!=", "in"))
 _CURRENCIES = ("dollar", "euro", "pound", "yen")
 _LABEL_MARKS = frozenset(("'", "_", "{", "}", "^", "-", "(", ")", ","))
 _CONSTANTS = frozenset(("e", "i", "pi", "oo", "empty"))
-_NOT_LABELS = frozenset(("not", "no", "or", "and", "either", "maybe"))
+_NOT_LABELS = frozenset(
+    split_words(
+        "not no or and either maybe if suppose assume let unless when false that perhaps possibly never option "
+        "consider given for try choose take case say like possible likely unlikely"
+    )
+)
 _ANGLE_FUNCTIONS = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
+_LOGIC = {Token("mark", "lor"): Token("word", "or"), Token("mark", "land"): Token("word", "and")}
 _MAX_DEPTH = 12
 _DOTS = Token("mark", "...")
 _SPEED = ["m", "/", "s"]  # the only unit that may be written in letters of variables
@@ -55,7 +62,10 @@ def parse_answer(tokens: Sequence[Token], depth: int = 0) -> MathAnswer:
     if depth > _MAX_DEPTH:
         raise UnreadableError
     check_brackets(tokens)
-    tokens = _without_group(tokens)
+    tokens = _with_words_for_logic(_without_group(tokens))
+    groups = _named_groups(tokens, depth)
+    if groups is not None:
+        return groups
     items, separators = _split_list(tokens)
     if len(items) == 1:
         return _parse_item(items[0], depth)
@@ -66,6 +76,29 @@ def parse_answer(tokens: Sequence[Token], depth: int = 0) -> MathAnswer:
         label, parsed = labels[0], [item._replace(label=()) for item in parsed]
     separator = "or" if separators == {"or"} else "and"
     return MathAnswer("list", (tuple(parsed),), label=label, separator=separator)
+
+
+def _named_groups(tokens: Sequence[Token], depth: int) -> MathAnswer | None:
+    """Return the list of solutions `x=1, y=2 or x=3, y=4`; None if the tokens are not of this form."""
+    for mark in (";", "or"):
+        parts = [part for part, _ in split_at_top(tokens, (mark,))]
+        if len(parts) < 2 or not all(Token("mark", ",") in part and Token("mark", "=") in part for part in parts):
+            continue
+        groups = tuple(parse_answer(part, depth + 1) for part in parts)
+        labels = [[item.label for item in group.parts[0]] for group in groups if group.kind == "list"]
+        if len(labels) == len(groups) and all(all(names) and len(names) == len(set(names)) for names in labels):
+            return MathAnswer("list", (groups,), separator="and")
+    return None
+
+
+def _with_words_for_logic(tokens: Sequence[Token]) -> Sequence[Token]:
+    r"""Replace `\lor` and `\land` between relations by `or` and `and`; a formula of logic keeps them."""
+    if not any(token in _LOGIC for token in tokens):
+        return tokens
+    parts = list(split_at_top(tokens, ("lor", "land")))
+    if not all(len(list(split_at_top(part, _RELATIONS))) > 1 for part, _ in parts):
+        raise UnreadableError
+    return [_LOGIC.get(token, token) for token in tokens]
 
 
 def check_brackets(tokens: Sequence[Token]) -> None:
@@ -177,6 +210,8 @@ def is_label(tokens: Sequence[Token]) -> bool:
 
     `xy` and `x^2` are expressions and no names.
     """
+    if len(tokens) > 2 and tokens[0] == tokens[-1] == Token("mark", "|"):  # the length |AB|
+        return all(kind == "symbol" and text.isupper() for kind, text in tokens[1:-1])
     if not 0 < len(tokens) <= 20 or all(token.text in _CONSTANTS for token in tokens):
         return False
     texts = [token.text for token in tokens]
@@ -215,6 +250,8 @@ def _parse_value(tokens: Sequence[Token], depth: int) -> MathAnswer:
             return MathAnswer(kind, tuple(_parse_value(part, depth + 1) for part in parts))
     if any(kind == "mark" and text.startswith("begin ") for kind, text in tokens):
         return _parse_matrix(tokens)
+    if [token.text for token in tokens[:3]] == [r"\bb{R}", "-", "\\{"] and _matching(tokens[2:]) == len(tokens) - 3:
+        return MathAnswer("difference", (_parse_value(tokens[:1], depth + 1), _parse_value(tokens[2:], depth + 1)))
     words = _read_words(tokens)
     if words is not None:
         return words
@@ -297,12 +334,29 @@ def _parse_matrix(tokens: Sequence[Token]) -> MathAnswer:
         rows, after = list(zip(*rows, strict=True)), []
     if after or (before and before[-1].text in ("+", "=")):
         raise UnreadableError
+    if kind == "|" and len(rows) == len(rows[0]) <= 3:
+        determinant = _determinant(rows)
+        if [token.text for token in before] in ([], ["-"]):
+            return MathAnswer("scalar", (Expression("negate", (determinant,)) if before else determinant,))
+        factor = parse_expression(before[:-1] if before[-1].text == "*" else before)
+        return MathAnswer("scalar", (Expression("multiply", (factor, determinant)),))
     if [token.text for token in before] == ["-"]:
         rows = [tuple(Expression("negate", (cell,)) for cell in row) for row in rows]
     elif before:
         factor = parse_expression(before[:-1] if before[-1].text == "*" else before)
         rows = [tuple(Expression("multiply", (factor, cell)) for cell in row) for row in rows]
     return MathAnswer("matrix", ("|" if kind == "|" else "norm" if kind == "norm" else "[", tuple(rows)))
+
+
+def _determinant(rows: Sequence[Sequence[Expression]]) -> Expression:
+    if len(rows) == 1:
+        return rows[0][0]
+    terms: list[Expression] = []
+    for column, cell in enumerate(rows[0]):
+        minor = _determinant([[*row[:column], *row[column + 1 :]] for row in rows[1:]])
+        term = Expression("multiply", (cell, minor))
+        terms.append(Expression("negate", (term,)) if column % 2 else term)
+    return Expression("add", tuple(terms))
 
 
 def _parse_scalar(tokens: Sequence[Token]) -> MathAnswer:

@@ -21,10 +21,15 @@ from grpo_mega.rewards.math_answers.exact import (
     sign_variants,
 )
 from grpo_mega.rewards.math_answers.expressions import MAX_TOKENS, Expression, UnreadableError, parse_expression
-from grpo_mega.rewards.math_answers.interval_sets import are_equal_regions, read_region, variable_of
+from grpo_mega.rewards.math_answers.interval_sets import (
+    are_equal_regions,
+    increasing_relation,
+    read_region,
+    variable_of,
+)
 from grpo_mega.rewards.math_answers.scalars import are_equal_scalars, are_proportional, difference
 from grpo_mega.rewards.math_answers.tokens import Token
-from grpo_mega.rewards.math_answers.units import read_unit
+from grpo_mega.rewards.math_answers.units import NOT_UNITS, read_unit
 
 MAX_ANSWER_CHARACTERS = 2000
 _MAX_VARIANTS = 16
@@ -91,7 +96,23 @@ def _read_reference(reference: str) -> tuple[tuple[str, ...], tuple[MathAnswer, 
             continue
         if alternative is not members[-1] or not forms:
             forms.append(form)
+    forms += [] if forms else _value_with_unknown_unit(tokens)
     return comparable_texts(tokens), tuple(dict.fromkeys(forms))
+
+
+def _value_with_unknown_unit(tokens: Sequence[Token]) -> list[MathAnswer]:
+    """Return the value of a reference like `5 widgets`, with the words behind it as its unit."""
+    position = len(tokens)
+    while position and tokens[position - 1].kind == "word" and tokens[position - 1].text.casefold() not in NOT_UNITS:
+        position -= 1
+    if position in (0, len(tokens)) or any(token.kind == "word" for token in tokens[:position]):
+        return []
+    try:
+        form = _with_variants(parse_answer(tokens[:position]))
+    except (UnreadableError, UndefinedError):
+        return []
+    name = " ".join(token.text.casefold() for token in tokens[position:])
+    return [form._replace(unit=frozenset(((name, 1),)))] if form.kind == "scalar" and form.unit is None else []
 
 
 def _with_variants(answer: MathAnswer) -> MathAnswer:
@@ -228,6 +249,13 @@ def _values_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
             return bool("".join(token.text for token in other.tokens).casefold() == one.parts[0])  # east, \text{east}
     if kinds[0] == kinds[1] and kinds[0] in ("words", "dots"):
         return reference.parts == answer.parts
+    if kinds in (("bracket", "scalar"), ("scalar", "bracket")):
+        line = Expression("symbol", (r"\bb{R}",))
+        is_line = any(a.kind == "scalar" and a.parts[0] == line for a in (reference, answer))
+        return is_line and _regions_agree(reference, answer)
+    for one, other in ((reference, answer), (answer, reference)):
+        if (one.kind, other.kind) == ("list", "bracket"):
+            return _regions_agree(reference, answer)  # x > 1 and x < 3
     if {"union", "difference"} & set(kinds):
         if kinds == ("union", "union") and _match_in_any_order(reference.parts, answer.parts):
             return True
@@ -240,6 +268,7 @@ def _is_empty_symbol(answer: MathAnswer) -> bool:
 
 
 def _collections_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
+    reference, answer = _with_common_label(reference, answer), _with_common_label(answer, reference)
     if not answer.label and not any(item.label for item in answer.parts[0]):
         reference = _without_numbered_labels(reference)
     if not reference.label and not any(item.label for item in reference.parts[0]):
@@ -270,6 +299,14 @@ def _without_numbered_labels(answer: MathAnswer) -> MathAnswer:
     return answer._replace(parts=(tuple(item._replace(label=()) for item in answer.parts[0]),))
 
 
+def _with_common_label(numbered: MathAnswer, other: MathAnswer) -> MathAnswer:
+    r"""Replace the labels of `x_1 = 2, x_2 = 3` by `x` if this is the label of the other list: `x = 2, 3`."""
+    plain = _without_numbered_labels(numbered)
+    if plain is numbered or len(other.label) != 1 or numbered.parts[0][0].label[:1] != other.label:
+        return numbered
+    return plain._replace(label=other.label)
+
+
 def _agree_in_order(first: Sequence[MathAnswer], second: Sequence[MathAnswer]) -> bool:
     return len(first) == len(second) and all(_agree(a, b) for a, b in zip(first, second, strict=True))
 
@@ -294,12 +331,20 @@ def _scalars_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
     first, second = reference.parts[0], answer.parts[0]
     if reference.unit is not None and answer.unit is not None and reference.unit != answer.unit:
         return False
+    if reference.unit is None and _is_ambiguous_letter(answer):
+        return False
     if are_equal_scalars(first, second):
         return True
     if (reference.unit == _PERCENT) == (answer.unit == _PERCENT):
         return False
     percent, other = (first, second) if reference.unit == _PERCENT else (second, first)
     return fraction_value(other) is not None and are_equal_scalars(Expression("multiply", (percent, _HUNDREDTH)), other)
+
+
+def _is_ambiguous_letter(answer: MathAnswer) -> bool:
+    """Return True for a unit of one capital letter: `5 K` may be 5000, and `5 N` may be a product."""
+    has_one_unit = answer.unit is not None and len(answer.unit) == 1
+    return has_one_unit and len(answer.tokens[-1].text) == 1 and answer.tokens[-1].text.isupper()
 
 
 def _with_plain_unit(answer: MathAnswer, other: MathAnswer) -> MathAnswer:
@@ -326,15 +371,12 @@ def _relations_agree(reference: MathAnswer, answer: MathAnswer) -> bool:
     first, second = _as_relation(reference), _as_relation(answer)
     if first is None or second is None:
         return False
+    first, second = increasing_relation(*first), increasing_relation(*second)
     if len(first[0]) > 1 or len(second[0]) > 1:
         same_sides: Callable[[Any, Any], bool] = are_equal_scalars
         return first[0] == second[0] and all(map(same_sides, first[1], second[1]))
     (op_a,), (left_a, right_a) = first
     (op_b,), (left_b, right_b) = second
-    if op_a in (">", ">="):
-        op_a, left_a, right_a = op_a.replace(">", "<"), right_a, left_a
-    if op_b in (">", ">="):
-        op_b, left_b, right_b = op_b.replace(">", "<"), right_b, left_b
     is_order = op_a in ("<", "<=")
     return op_a == op_b and are_proportional(
         difference(left_a, right_a), difference(left_b, right_b), positive=is_order

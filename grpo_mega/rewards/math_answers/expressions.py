@@ -16,6 +16,7 @@ MAX_TOKENS = 600
 _MAX_DEPTH = 40
 _CLOSING = {"(": ")", "[": "]", "{": "}", "lfloor": "rfloor", "lceil": "rceil"}
 _UNKNOWN_FUNCTIONS = frozenset(("f", "g"))
+COMMUTATIVE_FUNCTIONS = frozenset(("\\gcd", "\\lcm", "\\max", "\\min"))
 _ARGUMENT_KINDS = ("number", "symbol", "upright")
 
 
@@ -43,11 +44,41 @@ def parse_expression(tokens: Sequence[Token]) -> Expression:
     """
     if not tokens or len(tokens) > MAX_TOKENS:
         raise UnreadableError
+    if not _is_commutative(tokens):
+        raise UnreadableError
     parser = _Parser(tokens)
     expression = parser.sum()
     if parser.position < len(tokens):
         raise UnreadableError
     return expression
+
+
+def _is_commutative(tokens: Sequence[Token]) -> bool:
+    r"""Return False where the order of factors matters: `\vec{a} \vec{b}`, and `A^{-1}B` of matrices."""
+    num_vectors = sum(kind == "symbol" and text.startswith("\\vec{") for kind, text in tokens)
+    if num_vectors == 0 and not any(kind == "symbol" and text.isupper() for kind, text in tokens):
+        return True
+    texts = [token.text for token in tokens]
+    if num_vectors > 1 and any(
+        follows_vector and (text in ("*", "times", "(") or text.startswith("\\vec{"))
+        for follows_vector, text in zip((text.startswith("\\vec{") for text in texts), texts[1:], strict=False)
+    ):
+        return False
+    capitals = {text for kind, text in tokens if kind == "symbol" and len(text) == 1 and text.isupper()}
+    matrix_powers = (["^", "{", "-", "1"], ["^", "T"], ["^", "{", "T"])
+    has_matrix = any(
+        texts[k] in capitals and any(texts[k + 1 : k + 1 + len(power)] == power for power in matrix_powers)
+        for k in range(len(texts))
+    )
+    return not (has_matrix and len(capitals - {"T"}) > 1)
+
+
+def _derivative_part(tokens: Sequence[Token]) -> str | None:
+    """Return a name for `dx`, `d^2 y` or `dx^2` as a part of a derivative; None for other tokens."""
+    texts = [token.text for token in tokens if token.text not in ("{", "}")]
+    if texts[:1] != ["d"] or len(texts) > 5 or any(token.kind not in ("symbol", "number", "mark") for token in tokens):
+        return None
+    return " ".join(texts)
 
 
 def read_number(text: str) -> Expression:
@@ -125,7 +156,7 @@ class _Parser:
                 self.position += 1
                 value, is_quotient = Expression("divide", (value, self.signed(self.factor))), True
             elif self.starts_factor():
-                if is_quotient or self.peek().kind == "number":
+                if is_quotient or (self.peek().kind == "number" and self.tokens[self.position - 1].text != "!"):
                     raise UnreadableError  # 1/2x, x2
                 value = Expression("multiply", (value, self.factor()))
             else:
@@ -228,7 +259,9 @@ class _Parser:
         while self.at("'"):
             self.position += 1
             name += "'"
-        if name.rstrip("'") in _UNKNOWN_FUNCTIONS and self.at("("):
+        if name in COMMUTATIVE_FUNCTIONS and not self.at("("):
+            raise UnreadableError
+        if self.at("(") and (name in COMMUTATIVE_FUNCTIONS or name.rstrip("'") in _UNKNOWN_FUNCTIONS):
             return self.call(name)
         return Expression("symbol", (name,))
 
@@ -280,6 +313,9 @@ class _Parser:
     def function(self) -> Expression:
         name = self.next().text
         if name == "frac":
+            derivative = self.derivative()
+            if derivative is not None:
+                return derivative
             return Expression("divide", (self.fraction_part(), self.fraction_part()))
         if name == "binom":
             return Expression("binomial", (self.fraction_part(), self.fraction_part()))
@@ -301,6 +337,27 @@ class _Parser:
                 raise UnreadableError
             return Expression("function", ("arc" + name, argument))
         return Expression("power", (value, exponent))
+
+    def derivative(self) -> Expression | None:
+        r"""Parse the arguments of `\frac{dy}{dx}`: one name, in which `d` is no factor."""
+        groups: list[str] = []
+        position = self.position
+        for _ in range(2):
+            if position >= len(self.tokens) or self.tokens[position].text != "{":
+                return None
+            depth, end = 1, position + 1
+            while depth and end < len(self.tokens):
+                depth += {"{": 1, "}": -1}.get(self.tokens[end].text, 0)
+                end += 1
+            name = _derivative_part(self.tokens[position + 1 : end - 1])
+            if name is None:
+                return None
+            groups.append(name)
+            position = end
+        if groups[1] == "d":
+            return None
+        self.position = position
+        return Expression("symbol", (" / ".join(groups),))
 
     def root(self, *, is_command: bool) -> Expression:
         degree = Expression("number", (2, 1, 0))

@@ -39,7 +39,11 @@ def variable_of(answer: MathAnswer) -> str | None:
     if answer.kind != "relation":
         return None
     variables = [side for side in answer.parts[1] if depends_on(side) - {"oo"}]
-    return variables[0].args[0] if len(variables) == 1 and variables[0].kind == "symbol" else None
+    side = variables[0] if len(variables) == 1 else None
+    if side is not None and side.kind == "absolute":
+        side = side.args[0]
+        side = side.args[0] if side.kind == "add" else side
+    return side.args[0] if side is not None and side.kind == "symbol" else None
 
 
 def read_region(answer: MathAnswer) -> list[Interval] | None:
@@ -64,6 +68,15 @@ def are_equal_regions(first: Sequence[Interval], second: Sequence[Interval]) -> 
     )
 
 
+def increasing_relation(
+    operators: tuple[str, ...], sides: tuple[Expression, ...]
+) -> tuple[tuple[str, ...], tuple[Expression, ...]]:
+    """Return `a < b <= c` for `c >= b > a`, and other relations unchanged."""
+    if any(operator not in (">", ">=") for operator in operators):
+        return operators, sides
+    return tuple(operator.replace(">", "<") for operator in reversed(operators)), tuple(reversed(sides))
+
+
 def _intervals(answer: MathAnswer) -> list[Interval] | None:
     if answer.kind == "bracket":
         return _bracket_interval(answer)
@@ -80,11 +93,48 @@ def _intervals(answer: MathAnswer) -> list[Interval] | None:
         intervals = _united([_intervals(item) for item in answer.parts[0]])
         merged = None if intervals is None or len(intervals) > _MAX_INTERVALS else _merged(intervals)
         return merged if merged is not None and intervals is not None and len(merged) == len(intervals) else None
+    if answer.kind == "list" and answer.separator == "and" and len(answer.parts[0]) == 2:
+        return _intersected(answer)
     if answer.kind == "difference":
         whole, removed = _intervals(answer.parts[0]), _intervals(answer.parts[1])
         if whole == [_ALL] and removed is not None and all(point.low == point.high for point in removed):
             return _complement([point.low for point in removed])
     return None
+
+
+def _intersected(answer: MathAnswer) -> list[Interval] | None:
+    """Return the interval of `x > 1 and x < 3`: one relation bounds it from below and the other from above."""
+    if any(item.kind != "relation" for item in answer.parts[0]) or variable_of(answer) is None:
+        return None
+    bounds = [_intervals(item) for item in answer.parts[0]]
+    if any(part is None or len(part) != 1 for part in bounds):
+        return None
+    first, second = (part[0] for part in bounds if part)
+    if first.high != INFINITY:
+        first, second = second, first
+    if first.high != INFINITY or second.low != _MINUS_INFINITY or INFINITY in (second.high, first.low):
+        return None
+    return None if first.low == _MINUS_INFINITY else [Interval(first.low, first.has_low, second.high, second.has_high)]
+
+
+def _absolute_interval(inner: Expression, operator: str, bound: Expression) -> list[Interval] | None:
+    """Return the intervals of `|x| < 2`, where the bound is a positive number."""
+    value = fraction_value(bound)
+    center = Expression("number", (0, 1, 0))
+    if (
+        inner.kind == "add"
+        and len(inner.args) == 2
+        and inner.args[0].kind == "symbol"
+        and not depends_on(inner.args[1])
+    ):
+        inner, center = inner.args[0], Expression("negate", (inner.args[1],))
+    if inner.kind != "symbol" or value is None or value <= 0 or operator not in ("<", "<=", ">", ">="):
+        return None
+    low, has_bound = Expression("add", (center, Expression("negate", (bound,)))), operator.endswith("=")
+    bound = Expression("add", (center, bound))
+    if operator.startswith("<"):
+        return [Interval(low, has_bound, bound, has_bound)]
+    return [Interval(_MINUS_INFINITY, False, low, has_bound), Interval(bound, has_bound, INFINITY, False)]
 
 
 def _united(parts: list[list[Interval] | None]) -> list[Interval] | None:
@@ -106,6 +156,9 @@ def _bracket_interval(answer: MathAnswer) -> list[Interval] | None:
 
 def _relation_intervals(operators: tuple[str, ...], sides: tuple[Expression, ...]) -> list[Interval] | None:
     places = [position for position, side in enumerate(sides) if depends_on(side) - {"oo"}]
+    if len(operators) == 1 and len(places) == 1 and sides[places[0]].kind == "absolute":
+        operator = operators[0] if places[0] == 0 else _REVERSED.get(operators[0], "")
+        return _absolute_interval(sides[places[0]].args[0], operator, sides[1 - places[0]])
     if len(places) != 1 or sides[places[0]].kind != "symbol" or not set(operators) <= set(_REVERSED):
         return None
     place = places[0]

@@ -12,7 +12,7 @@ from typing import Any
 from mpmath import MPContext  # type: ignore[import-untyped]
 
 from grpo_mega.rewards.math_answers.exact import UndefinedError, fraction_value
-from grpo_mega.rewards.math_answers.expressions import Expression
+from grpo_mega.rewards.math_answers.expressions import COMMUTATIVE_FUNCTIONS, Expression
 
 BITS = 140
 MAX_BITS = 6000
@@ -28,13 +28,16 @@ class NumericEvaluator:
     Args:
         point: number of the pseudo-random values of the variables.
         bits: precision.
-        signed: variables may be negative.
+        signed: variables may be negative; points 2n and 2n+1 have opposite signs.
+        scale: factor of the absolute values of the variables.
         decimal_log: a logarithm without a base has base 10 instead of e.
     """
 
-    def __init__(self, point: int, *, bits: int = BITS, signed: bool = False, decimal_log: bool = False) -> None:
-        self.point, self.bits, self.signed, self.decimal_log = point, bits, signed, decimal_log
-        self.is_complex = False
+    def __init__(
+        self, point: int, *, bits: int = BITS, signed: bool = False, scale: int = 1, decimal_log: bool = False
+    ) -> None:
+        self.point, self.bits, self.signed, self.scale, self.decimal_log = point, bits, signed, scale, decimal_log
+        self.is_complex = self.has_negative = False
         self.largest, self.smallest = -_MAX_MAGNITUDE, _MAX_MAGNITUDE  # binary exponents of the terms of sums
 
     def evaluate(self, expression: Expression) -> Any:
@@ -70,8 +73,12 @@ class NumericEvaluator:
         if name == "i":
             return _context.mpc(0, 1)
         digest = zlib.crc32(f"{self.point} {name}".encode())
-        value = _context.mpf(digest) / 2**32 * 2.5 + 0.4
-        return -value if self.signed and (digest >> 3) % 2 ^ self.point % 2 else value
+        value = (_context.mpf(digest) / 2**32 * 2.5 + 0.4) * self.scale
+        sign = zlib.crc32(name.encode()) >> self.point // 2 & 1
+        if not (self.signed and sign ^ self.point % 2):
+            return value
+        self.has_negative = True
+        return -value
 
     def _add(self, *terms: Expression) -> Any:
         values = [self._value(term) for term in terms]
@@ -179,8 +186,10 @@ class NumericEvaluator:
     def _call(self, name: str, *arguments: Expression) -> Any:
         """Return the value of an unknown function: a smooth function that its name selects."""
         value = _context.mpf(zlib.crc32(name.encode())) / 2**32
-        for position, argument in enumerate(arguments):
-            number = self._value(argument)
+        numbers = [self._value(argument) for argument in arguments]
+        if name in COMMUTATIVE_FUNCTIONS:
+            numbers.sort(key=lambda number: (_context.re(number), _context.im(number)))
+        for position, number in enumerate(numbers):
             if not abs(number) < 1000:
                 raise UndefinedError
             value += _context.cos((2 + position + value) * number)

@@ -33,7 +33,9 @@ from grpo_mega.rewards.math_answers.numeric import (
 )
 
 _POSITIVE_POINTS = (1, 2, 3)
-_SIGNED_POINTS = (4, 5, 6)
+_SIGNED_POINTS = ((4, 1), (5, 1), (6, 10), (7, 10), (8, 300), (9, 300), (10, 20_000), (11, 20_000))
+"""Numbers of points at which variables may be negative, and the scale of the variables there."""
+_BITS_OF_CONSTANTS = 420
 _MIN_ROUNDED_DIGITS = 6
 _TOO_FAR_APART = 60  # binary orders between terms of a sum, beyond which more precision is used
 
@@ -68,38 +70,55 @@ def _has_log(expression: Expression) -> bool:
 def _agree_numerically(
     first: Expression, second: Expression, names: frozenset[str], *, decimal_log: bool = False
 ) -> bool:
-    """Compare at positive points, and at signed points where both expressions are real without complex parts."""
+    """Compare at small positive points, and at signed points of several sizes where both expressions are real."""
     for point in _POSITIVE_POINTS if names else (1,):
-        if _agree_at(first, second, point, signed=False, decimal_log=decimal_log) is not True:
+        bits = BITS if names else _BITS_OF_CONSTANTS
+        if _agree_at(first, second, NumericEvaluator(point, bits=bits, decimal_log=decimal_log)) is not True:
             return False
-    return all(
-        _agree_at(first, second, point, signed=True, decimal_log=decimal_log) is not False
-        for point in (_SIGNED_POINTS if names else ())
-    )
+    has_factorial = any(contains_kind(side, kind) for side in (first, second) for kind in ("factorial", "binomial"))
+    for point, scale in _SIGNED_POINTS if names else ():
+        if has_factorial and scale > 1:  # the values have too many digits
+            continue
+        evaluator = NumericEvaluator(point, signed=True, scale=scale, decimal_log=decimal_log)
+        if _agree_at(first, second, evaluator) is False:
+            return False
+    return True
 
 
-def _agree_at(first: Expression, second: Expression, point: int, *, signed: bool, decimal_log: bool) -> bool | None:
-    """Return None when the point says nothing: an expression is undefined there, or not real at a signed point."""
-    bits = BITS
+def _agree_at(first: Expression, second: Expression, evaluator: NumericEvaluator) -> bool | None:
+    r"""Return None when the point says nothing: an expression is undefined there, or not real at a signed point.
+
+    If one expression is real and one is not, they are different, unless a negative variable is the cause: `\ln(xy)` is
+    `\ln x + \ln y`.
+    """
     for _ in range(3):
-        evaluator = NumericEvaluator(point, bits=bits, signed=signed, decimal_log=decimal_log)
-        try:
-            a = evaluator.evaluate(first)
-            is_first_complex, evaluator.is_complex = evaluator.is_complex, False
-            b = evaluator.evaluate(second)
-        except UndefinedError:
-            return None
-        if signed and (is_first_complex or evaluator.is_complex):
-            has_absolute = contains_kind(first, "absolute") or contains_kind(second, "absolute")
-            return False if has_absolute and is_first_complex != evaluator.is_complex else None
+        a, is_first_complex = _value_at(first, evaluator)
+        evaluator.is_complex = False
+        b, _ = _value_at(second, evaluator)
+        if a is None or b is None:
+            is_small = evaluator.signed and evaluator.scale == 1  # `0^x` is undefined, and nothing is too large
+            return False if is_small and (a is None) != (b is None) else None
+        if evaluator.signed and (is_first_complex or evaluator.is_complex):
+            is_same_domain = is_first_complex == evaluator.is_complex
+            may_differ = evaluator.has_negative and not any(contains_kind(side, "absolute") for side in (first, second))
+            return None if is_same_domain or may_differ else False
         needed = _needed_bits(a, b, evaluator)
-        if needed <= bits:
-            return bool(abs(a - b) <= max(abs(a), abs(b)) * power_of_two(-(bits * 3) // 4))
+        if needed <= evaluator.bits:
+            rounding = power_of_two(evaluator.largest - evaluator.bits + 20)
+            return bool(abs(a - b) <= max(max(abs(a), abs(b)) * power_of_two(-(evaluator.bits * 3) // 4), rounding))
         if needed > MAX_BITS:
             return None
-        bits = needed
+        evaluator.bits = needed
     size = power_of_two(evaluator.largest - (evaluator.bits * 3) // 4)  # all digits of both sides cancel
     return bool(abs(a - b) <= size)
+
+
+def _value_at(expression: Expression, evaluator: NumericEvaluator) -> tuple[Any, bool]:
+    """Return the value, None if it is undefined, and True if the expression is not real."""
+    try:
+        return evaluator.evaluate(expression), evaluator.is_complex
+    except UndefinedError:
+        return None, evaluator.is_complex
 
 
 def _needed_bits(a: Any, b: Any, evaluator: NumericEvaluator) -> int:
@@ -154,20 +173,28 @@ def are_proportional(first: Expression, second: Expression, *, positive: bool = 
         pass
     except (UndefinedError, ZeroDivisionError):
         return False
-    try:
-        values = [
-            (NumericEvaluator(point).evaluate(first), NumericEvaluator(point).evaluate(second))
-            for point in _POSITIVE_POINTS
-        ]
-    except UndefinedError:
-        return False
-    left, right = [pair[0] for pair in values], [pair[1] for pair in values]
     noise = power_of_two(-BITS // 2)
-    if any(abs(value) <= noise for value in [*left, *right]):
-        return False
-    if positive and not all(getattr(a / b, "imag", 0) == 0 and (a / b).real > 0 for a, b in values):
-        return False
+    pairs: list[tuple[Any, Any]] = []
+    for point, scale in (*((point, 1) for point in _POSITIVE_POINTS), *_SIGNED_POINTS):
+        is_signed = len(pairs) >= len(_POSITIVE_POINTS)
+        evaluator = NumericEvaluator(point, signed=is_signed, scale=scale)
+        try:
+            a, b = evaluator.evaluate(first), evaluator.evaluate(second)
+        except UndefinedError:
+            if not is_signed:
+                return False
+            continue
+        if is_signed and evaluator.is_complex:
+            continue
+        if abs(a) <= noise or abs(b) <= noise or (positive and not _is_positive(a / b)):
+            return False
+        pairs.append((a, b))
+    left, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return _cross_products_agree(left, right, lambda x, y: abs(x - y) <= abs(x) * noise)
+
+
+def _is_positive(value: Any) -> bool:
+    return bool(getattr(value, "imag", 0) == 0 and value.real > 0)
 
 
 def _cross_products_agree(a: list[Any], b: list[Any], agree: Callable[[Any, Any], bool]) -> bool:

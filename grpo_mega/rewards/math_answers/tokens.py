@@ -21,6 +21,7 @@ from grpo_mega.rewards.math_answers.vocabulary import (
     TEXT_COMMANDS,
     UNICODE,
     WORDS,
+    split_words,
 )
 
 
@@ -31,6 +32,7 @@ class Token(NamedTuple):
     text: str
 
 
+_NAME_OF_CAPITALS = 3  # from this length on, a run of capital letters is one name: `ABC` is not `BAC`
 _LONGEST_PRODUCT = 4  # a longer run of letters is a word: `abcd` is a product, `apples` is a word
 _SUPERSCRIPTS = {"⁰": "0", "¹": "1", "²": "2", "³": "3", "⁴": "4", "⁵": "5", "⁶": "6", "⁷": "7", "⁸": "8", "⁹": "9"}
 _SUPERSCRIPTS |= {"⁻": "-", "⁺": "+", "ⁿ": "n", "ˣ": "x"}
@@ -46,6 +48,11 @@ _GROUPED = re.compile(r"(?<![\d.,])(\d{1,3})((?:(?:\{,\}|\\,|\\!|,\\!\s?|\\ |\\;
 _SPACED = re.compile(r"(?<![\d.,])(?<!\d )([1-9]\d{0,2})((?: \d{3})+)(?! ?\d)")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _REPEATING = re.compile(r"(\d*\.\d*)\\(?:overline|bar|dot)\s*\{?(\d+)\}?(?!\d)")
+_INFIX = re.compile(r"\{([^{}]*)\\(over|choose|atop)(?![A-Za-z])([^{}]*)\}")
+_BASES = dict(zip(split_words("two three four five six seven eight nine ten"), range(2, 11), strict=True))
+_BASE_IN_WORDS = re.compile(rf"(?<=\d)_\{{\s*\\(?:text|mathrm)\s*\{{\s*({'|'.join(_BASES)})\s*\}}\s*\}}")
+_COLON = re.compile(r"\{\s*:\s*\}")
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}(?!\d)|\d{1,2}/\d{1,2}/\d{4}(?!\d)")
 _TIME_OF_DAY = re.compile(r"\b([AaPp])\.\s?([Mm])(?:\.|\b)")
 _NUMBER = re.compile(r"\d*\.\d*\(\d+\)_|\d+(?:\.\d+)?|\.\d+")
 _SCIENTIFIC = re.compile(r"[eE][-+]?\d+(?![\d.A-Za-z])")
@@ -62,14 +69,24 @@ def normalize_text(text: str) -> str:
         text = _SUPERSCRIPT_RUN.sub(lambda run: "^{" + "".join(_SUPERSCRIPTS[c] for c in run.group()) + "}", text)
         text = _SUBSCRIPT_RUN.sub(lambda run: "_{" + "".join(chr(ord(c) - 0x2050) for c in run.group()) + "}", text)
         text = "".join(UNICODE.get(c) or _ascii_form(c) for c in text)
+    text = _COLON.sub(":", text)
     text = _TIME_OF_DAY.sub(r"\1\2", text)
     text = _GROUPED.sub(lambda match: match[1] + re.sub(r"[^\d]", "", match[2]), text)
     text = _SPACED.sub(lambda match: match[1] + match[2].replace(" ", ""), text)
     if "\\" in text or "$" in text:
+        text = _BASE_IN_WORDS.sub(lambda match: f"_{{{_BASES[match[1]]}}}", text)
         text = _NULL_DELIMITER.sub(r" \\nulldelimiter ", text)
         text = _SIZES.sub(" ", _DELIMITERS.sub(" ", text.replace("\\\\", "\\row ")))
         text = _REPEATING.sub(r"\1(\2)_", text)
+        if "\\over" in text or "\\choose" in text:
+            text = _INFIX.sub(_prefix_form, text)
     return _DEGREES.sub(r" \\degree ", text) if "\\" in text or "°" in text else text
+
+
+def _prefix_form(match: re.Match[str]) -> str:
+    r"""Return `\frac{1}{2}` for `{1 \over 2}` and `\binom{5}{2}` for `{5 \choose 2}`."""
+    command = {"over": r"\frac", "choose": r"\binom"}.get(match[2])
+    return match.group() if command is None else f"{{{command}{{{match[1]}}}{{{match[3]}}}}}"
 
 
 def _ascii_form(character: str) -> str:
@@ -84,7 +101,13 @@ def _ascii_form(character: str) -> str:
 
 def tokenize(text: str, *, join_thousands: bool = True) -> list[Token]:
     """Return all tokens of a text. With `join_thousands`, `1,000` outside of brackets is one number."""
-    return _Tokenizer(normalize_text(text), join_thousands).tokens
+    tokens = _Tokenizer(normalize_text(text), join_thousands).tokens
+    if any(kind == "symbol" and text.startswith(("\\vec{", "\\hat{")) for kind, text in tokens):
+        return tokens  # a cross product is no dot product
+    sides = zip(tokens, tokens[1:], tokens[2:], strict=False)
+    if any(mark.text == "times" and left.text.isupper() and right.text.isupper() for left, mark, right in sides):
+        return tokens  # the product of two sets
+    return [Token("mark", "*") if token == ("mark", "times") else token for token in tokens]
 
 
 class _Tokenizer:
@@ -127,6 +150,10 @@ class _Tokenizer:
             self._read_mark()
 
     def _read_number(self) -> None:
+        date = self._take(_DATE) if not self.tokens or self.tokens[-1].kind != "number" else None
+        if date is not None:
+            self._add("unknown", date)
+            return
         grouped = self._take(_THOUSANDS) if self.join_thousands and self.depth == 0 else None
         if grouped is not None:
             digits = grouped.replace(",", "")
@@ -146,7 +173,7 @@ class _Tokenizer:
         if mark is None:
             self._add("unknown", self.text[self.position])
             self.position += 1
-        elif mark != "~":
+        elif mark != "~" or (not self.tokens and self.text[self.position : self.position + 1].isdigit()):  # ~5: about 5
             mark = "..." if mark.startswith("...") else mark
             self._add("mark", _MARKS.get(mark, mark))
 
@@ -156,6 +183,8 @@ class _Tokenizer:
             self._add("word", letters)
         elif letters in PLAIN_NAMES:
             self._add(*PLAIN_NAMES[letters])
+        elif len(letters) >= _NAME_OF_CAPITALS and letters.isupper():
+            self._add("symbol", letters)
         elif len(letters) > 1 and (lower in WORDS or len(letters) > _LONGEST_PRODUCT):
             self._add("word", letters)
         else:

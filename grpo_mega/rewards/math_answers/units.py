@@ -54,7 +54,35 @@ _NAMES = {
 }
 _SYNONYMS = {name: symbol for symbol, names in _NAMES.items() for name in (symbol, *names.split())}
 _COMPOUND = {"mph": (("mi", 1), ("hr", -1)), "kph": (("km", 1), ("hr", -1)), "kmh": (("km", 1), ("hr", -1))}
-_NOT_UNITS = frozenset(
+_COUNTED = frozenset(
+    split_words(
+        "apple apples arrangement arrangements bag bags ball balls banana bananas bird birds board boards book books "
+        "bottle bottles box boxes boy boys brick bricks bus buses byte bytes bit bits cake cakes candle candles candy "
+        "candies car cars card cards case cases cat cats chair chairs chicken chickens child children choice choices "
+        "circle circles class classes coin coins color colors combination combinations committee "
+        "committees cookie cookies cow cows cube cubes cup cups customer customers desk desks digit digits dog dogs "
+        "doll dolls edge edges egg eggs element elements employee employees face faces fish flower flowers friend "
+        "friends function functions game games girl girls glass glasses goal goals grape grapes group groups guest "
+        "guests hat hats horse horses house houses integer integers item items jar jars letter letters line lines "
+        "man marble marbles match matches member members men mango mangoes month months number numbers orange oranges "
+        "outcome outcomes page pages pair pairs path paths pen pens pencil pencils people person permutation "
+        "permutations pie pies piece pieces pizza pizzas plant plants player players point points pole poles prime "
+        "primes problem problems quarterly quart quarts rectangle rectangles region regions revolution revolutions "
+        "root roots rose roses row rows sandwich sandwiches seat seats sequence sequences set sets sheep shirt shirts "
+        "shoe shoes side sides song songs square squares star stars step steps sticker stickers stone stones string "
+        "strings student students subset subsets term terms ticket tickets tile tiles times toy toys train trains "
+        "tree trees triangle triangles trip trips value values vertex vertices vote votes ways way week weeks wheel "
+        "wheels woman women word words worker workers year years acre acres hectare hectares ton tons tonne tonnes "
+        "kilowatt kilowatts kw kwh watt-hour volts ohm ohms farad mole moles mol atm bar ev kpa khz mhz ghz mph rpm "
+        "pint pints cup bushel bushels decade decades century centuries fortnight dm nm um light-year parsec knot "
+        "knots calorie calories kcal cal gbp inr rupee rupees peso pesos yuan franc francs krona penny pennies pence "
+        "nickel nickels dime dimes pp ppm kb mb gb tb gram-force dozen-egg turn turns lap laps floor floors room rooms "
+        "table tables cent cents dollar dollars minute minutes hour hours"
+    )
+)
+"""Names of counted things that may follow a number. Any other word changes the number, or means something else."""
+
+NOT_UNITS = frozenset(
     split_words(
         "or and not nor either neither maybe perhaps possibly approximately approx about around to than less more "
         "least most is are was no yes if but unless except else otherwise some any all other wrong incorrect true "
@@ -68,9 +96,11 @@ _NOT_UNITS = frozenset(
         "mn more-or-less below above under beyond"
     )
 )
+"""Words that change the value before them, and are no unit in a reference."""
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 """Words that multiply a number by a power of ten."""
 
+_WITHOUT_POWERS = frozenset(("percent", "degree", "dollar", "cent", "euro"))
 _MOST_WORDS = 5
 
 
@@ -105,16 +135,24 @@ def read_unit(tokens: Sequence[Token]) -> Unit | None:
                 last = name
                 powers[name] = powers.get(name, 0) + sign * next_power * power
             next_power = 1
-        elif kind != "word" or lower not in ("of", "the", "a"):
+        elif kind != "word" or (lower not in ("of", "the", "a") and (lower != "old" or last != "yr")):
             return None
     if not 0 < num_words <= _MOST_WORDS or next_power != 1:
+        return None
+    if any(abs(power) > 1 and (name in _WITHOUT_POWERS or name in _COUNTED) for name, power in powers.items()):
         return None
     return frozenset((name, power) for name, power in powers.items() if power)
 
 
 def _may_be_unit(text: str) -> bool:
-    """Return False for words that change a value (`5 or`, `5 million`, `5 tenths`), and for unknown single letters."""
-    return text in _SYNONYMS if len(text) == 1 else text.casefold() not in _NOT_UNITS
+    """Return True for a name of the lists above: any other word may change a value (`5 tens`, `5 or`)."""
+    if len(text) == 1:
+        return text in _SYNONYMS
+    lower = text.casefold()
+    return (
+        any(name in _SYNONYMS for name in (text, lower, lower.removesuffix("s")))
+        or lower in _COUNTED | _COMPOUND.keys()
+    )
 
 
 def _read_exponent(tokens: Sequence[Token], position: int) -> tuple[int | None, int]:

@@ -10,7 +10,8 @@ def split_words(text: str) -> list[str]:
 
 _SIGNS = {
     "\u2212\u2013\u2014\ufe63\uff0d\u2010\u2011": "-",
-    "\u00d7\u22c5\u00b7\u2217\u2219": r" \cdot ",
+    "\u00d7": r" \times ",
+    "\u22c5\u00b7\u2217\u2219": r" \cdot ",
     "\u00f7\u2044\u2215": "/",
     "\u2264\u2a7d": "<=",
     "\u2265\u2a7e": ">=",
@@ -88,20 +89,22 @@ FONTS = frozenset(("mathbf", "boldsymbol", "bm", "mathit", "mathsf"))
 COMMANDS: dict[str, tuple[str, str] | None] = dict.fromkeys(
     (",", ";", ":", "!", " ", ">", "quad", "qquad", "thinspace", "enspace", "/", "mathopen", "mathclose", "nobreak")
 )
-COMMANDS |= dict.fromkeys(("cdot", "times", "ast", "bullet"), ("mark", "*"))
+COMMANDS |= dict.fromkeys(("cdot", "ast", "bullet"), ("mark", "*"))
 COMMANDS |= dict.fromkeys(("le", "leq", "leqslant", "leqq"), ("mark", "<="))
 COMMANDS |= dict.fromkeys(("ge", "geq", "geqslant", "geqq"), ("mark", ">="))
 COMMANDS |= dict.fromkeys(("ne", "neq"), ("mark", "!="))
 COMMANDS |= dict.fromkeys(("approx", "simeq", "thickapprox"), ("mark", "~="))
 COMMANDS |= dict.fromkeys(("ldots", "dots", "cdots", "dotsc", "dotsb"), ("mark", "..."))
-COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac"), ("function", "frac"))
+COMMANDS |= dict.fromkeys(("dfrac", "tfrac", "cfrac", "nicefrac", "sfrac"), ("function", "frac"))
 COMMANDS |= dict.fromkeys(("dbinom", "tbinom"), ("function", "binom"))
 COMMANDS |= dict.fromkeys(("lvert", "rvert", "vert", "mid"), ("mark", "|"))
 COMMANDS |= dict.fromkeys(("to", "rightarrow", "mapsto", "implies", "Rightarrow"), ("mark", "arrow"))
-COMMANDS |= dict.fromkeys(("lor", "vee"), ("word", "or"))
-COMMANDS |= dict.fromkeys(("land", "wedge"), ("word", "and"))
+COMMANDS |= dict.fromkeys(("lor", "vee"), ("mark", "lor"))
+COMMANDS |= dict.fromkeys(("land", "wedge"), ("mark", "land"))
 COMMANDS |= {name: ("mark", name) for name in ("pm", "mp", "cup", "cap", "in", "lfloor", "rfloor", "lceil", "rceil")}
+COMMANDS |= {name: ("symbol", f"\\{name}") for name in ("gcd", "max", "min", "lcm")}
 COMMANDS |= {
+    "times": ("mark", "times"),
     "div": ("mark", "/"),
     "lt": ("mark", "<"),
     "gt": ("mark", ">"),

@@ -42,7 +42,7 @@ RIGHT = [
     (r"\boxed{5.25}", r"$5 \frac{1}{4} \mathrm{~min}$"),
     (r"\boxed{7474}", r"$7.474 \times 10^{3}$"),
     (r"\boxed{\begin{pmatrix}0&1\\0&0\end{pmatrix}}", r"$\left[\begin{array}{ll}0 & 1 \\ 0 & 0\end{array}\right]$"),
-    (r"first \boxed{3}, then \boxed{4}", "4"),
+    (r"first \boxed{3}. No, \boxed{4}", "4"),
     ("Therefore, the final answer is $-2$. I hope it is correct.", "-2"),
     ("The answer is 12.", "12"),
     (r"\boxed{4}", r"2 + 2 makes \boxed{4}"),
@@ -67,6 +67,7 @@ WRONG = [
     ("", "4"),
     (r"\boxed{4", "5"),
     (r"\boxed{3}, no: \boxed{4}", "3"),
+    (r"first \boxed{3}, then \boxed{4}", "4"),
     (r"\boxed{x^2-15}", "$x^{2}-16$"),
 ]
 

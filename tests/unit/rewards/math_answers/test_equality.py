@@ -26,6 +26,16 @@ ROWS = rows_of("labeled_answers.jsonl")
 COMPLETIONS = rows_of("labeled_completions.jsonl")
 
 
+KNOWN_FALSE_NEGATIVES = [
+    (r"\boxed{|x|=2}", r"x=\pm 2"),
+    (r"\boxed{\max\{a,b\}}", r"\max\{b,a\}"),
+    (r"\boxed{\mathbb{R}\setminus\{1,2\}}", r"x\ne 1,2"),
+    (r"\boxed{x \equiv 3 \pmod{7}}", r"3 \pmod 7"),
+    (r"\boxed{\frac{1}{\sqrt6}}", r"\frac{NO}{BO}=\frac{1}{\sqrt{6}}"),
+    (r"\boxed{\mathbf{x}}", "x"),
+]
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
 def test_an_answer_is_graded_as_labeled(row: dict[str, Any]) -> None:
     assert math("", row["completion"], row["answer"]) == row["right"]
@@ -39,6 +49,11 @@ def test_the_final_answer_of_a_completion_is_graded_as_labeled(row: dict[str, An
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['completion']} for {row['answer']}")
 def test_a_strict_reward_grades_boxes_in_the_same_way(row: dict[str, Any]) -> None:
     assert math("", f"We compute.\n\nSo {row['completion']}.", row["answer"], strict=True) == row["right"]
+
+
+@pytest.mark.parametrize(("completion", "reference"), KNOWN_FALSE_NEGATIVES)
+def test_these_right_answers_are_not_recognized_yet(completion: str, reference: str) -> None:
+    assert math("", completion, reference) == 0.0
 
 
 def test_the_shared_cases_are_graded_as_labeled(cases_dir: Path) -> None:

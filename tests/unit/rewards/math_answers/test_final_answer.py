@@ -1,10 +1,10 @@
-r"""Where the final answer of a text is: boxes, markers, phrases and the last value of the last sentence."""
+r"""Where the final answer of a text is: boxes, markers and the sentences at the end."""
 
 from __future__ import annotations
 
 import pytest
 
-from grpo_mega.rewards.math_answers.final_answer import answer_in_prose, boxed_answer, sentence_tails
+from grpo_mega.rewards.math_answers.final_answer import boxed_answer, find_boxes, marked_answer, sentence_tails
 
 
 @pytest.mark.parametrize(
@@ -35,31 +35,6 @@ def test_the_boxed_answer(text: str, answer: str | None) -> None:
     assert boxed_answer(text) == answer
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("We add.\n#### 42", "42"),
-        ("We add.\n#### 42 or 41", "42 or 41"),
-        ("The answer is 12.", "12"),
-        ("The answer is: **12**", "12"),
-        ("Therefore, the final answer is $-2$. I hope it is correct.", "$-2$"),
-        ("The answer is 3.5 or 4.", "3.5 or 4"),
-        ("First 3. In the end there are 7 apples.", "7"),
-        ("So we get 3 or 4.", "3 or 4"),
-        ("So we get $x=3$ or $x=4$.", "$x=3$ or $x=4$"),
-        ("So $x = 5$.", "$x = 5$"),
-        ("There are 12 sequences. I hope it is correct.", "12"),
-        ("Final Answer: The volume of $ABC$ is 120. I hope it is correct.", "120"),
-        ("It is not 5.", None),
-        ("It is about 5.", None),
-        ("It is a casino", None),
-        ("", None),
-    ],
-)
-def test_the_answer_in_prose(text: str, answer: str | None) -> None:
-    assert answer_in_prose(text) == answer
-
-
 def test_sentence_tails_begin_with_a_sentence() -> None:
     assert sentence_tails("We see. It is not even", 4) == ["It is not even", "We see. It is not even"]
 
@@ -67,3 +42,13 @@ def test_sentence_tails_begin_with_a_sentence() -> None:
 def test_many_boxes_take_linear_time() -> None:
     assert boxed_answer(r"\boxed{5} or " * 20_000) == "5"
     assert boxed_answer("\\boxed{" * 20_000) == ""
+
+
+def test_a_box_has_its_place_and_content() -> None:
+    box = find_boxes(r"so \boxed{5}.")[0]
+    assert (box.start, box.end, box.content, box.closes_too_much) == (3, 12, "5", False)
+
+
+def test_the_last_marker_names_the_answer_of_a_reference() -> None:
+    assert marked_answer("#### 4\n#### **5**\nmore") == "5"
+    assert marked_answer("####\n") is None

@@ -1,0 +1,213 @@
+r"""Read the boxes of a completion together with the formula around each of them.
+
+`\boxed{5}` is the answer 5, and so is `x = \boxed{5}`. In `-\boxed{5}`, `\boxed{5}^2` and `\frac{1}{\boxed{5}}` the box
+is a part of a formula, and the whole formula is the answer. Several boxes are several answers, unless the text between
+two of them retracts the earlier ones.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from grpo_mega.rewards.math_answers.final_answer import find_boxes
+from grpo_mega.rewards.math_answers.tokens import tokenize
+from grpo_mega.rewards.math_answers.units import read_unit
+
+_MOST_CHARACTERS = 400  # of a formula before or behind a box
+_MOST_PARAGRAPH_CHARACTERS = 2000
+_MOST_BOXES = 100
+_DELIMITER = re.compile(r"(?<!\\)\$\$?|(?<!\\)\\[()\[\]]")
+_ROW_START = re.compile(r"\\\\|\\begin\{[a-z]+\*?\}")
+_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
+_FORMULA_END = re.compile(r"(?<!\\)\$|\\[)\]]|\\\\|\n\s*\n|\\end\{|\\(?:boxed|fbox)(?![A-Za-z])")
+_PLAIN_BEFORE = re.compile(r"(?:\\[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|[^A-Za-z\\\n]){0,400}\Z")
+_PLAIN_BEHIND = re.compile(r"(?:\\[A-Za-z]+|(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|[^A-Za-z\\\n$])*")
+_LIST_MARK = re.compile(r"\s*(?:[-*+>|]\s+|\(?\w{1,3}[.)]\s+)\Z")
+_SPACE_BEFORE = re.compile(r"(?:\s|~|\\[,;:!> ])+\Z")
+_COMPLETE_BEFORE = re.compile(
+    r"(?:\A|(?<![<>!])=|(?<![\d\\])[:,;.]|(?<!\\)[:,;.](?=\s)|[&`\"]|\*\*|->|=>|\u2192|\u21d2|\u2234|\u2248"
+    r"|\\(?:approx|simeq|in|equiv|implies|Rightarrow|Longrightarrow|rightarrow|to|iff|therefore|quad|qquad|lor|land"
+    r"|displaystyle|large|Large|LARGE|huge|colon|cup)|\\(?:text|mathrm|textbf)\s*\{[^{}]*\})\s*\\?\s*\Z"
+)
+_LAYOUT_COMMAND = re.compile(
+    r"(?:\\(?:text|textbf|mathrm|hspace\*?|vspace\*?|color|textcolor|bbox|begin|phantom)\s*(?:\[[^\[\]]*\]|\{[^{}]*\})"
+    r"|\\(?:center|centering|hfill|noindent|par|displaystyle|large|Large|LARGE|huge|Huge))\s*(\{?)\s*\Z"
+)
+_SPACE_BEHIND = re.compile(r"(?:\s|~|\\[,;:! ])*(?:\\q?quad(?![A-Za-z]).*)?", re.DOTALL)
+_COMPLETE_BEHIND = re.compile(
+    r"\Z|\(\s*\\text|[,;:?&`\"\u2192](?!\d)|\.(?!\d)|\*\*|->|=>|=\s*\Z|[\u2705\u2713\u2714\u25a0\u220e\u25a1]|\\(?:text|mathrm|textbf|textit)\b"
+    r"|\\(?:lor|land|cup|implies|Rightarrow|rightarrow|to|iff|tag|label|qed|end|square|blacksquare|Box|checkmark)(?![A-Za-z])"
+)
+_DASH_BEHIND = re.compile(r"\s+[-\u2013\u2014]\s*\Z|\s*[|)]|\s+\(")
+_SCALE_BEHIND = re.compile(
+    r"[\s$]*(?:\\text\s*\{)?\s*(and (?:a|one) \w+|hundred"
+    r"|thousand|million|billion|trillion|dozen|squared|cubed|factorial)\b",
+    re.IGNORECASE,
+)
+_HEDGE_BEHIND = re.compile(
+    r"[\s$*)\]\\.,]*\b(?:or|maybe|perhaps|possibly|alternatively)\b,?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
+    re.IGNORECASE,
+)
+_UNIT_BEHIND = re.compile(
+    r"\s*(?:\\[,;: !]|~)*\s*(\\(?:text|mathrm|textrm|mbox|operatorname)\s*\{[^{}]*\}(?:\s*\^\s*(?:\{-?\d\}|\d))?"
+    r"|\\?%|\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*\\?(?:text|mathrm)\{[CF]\}|\s*[CF]\b)?|\u00b0|\\degree)\s*[.,]?\s*\Z"
+)
+_WORDS_BEHIND = re.compile(r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|textrm|mbox|textbf)\s*\{([^{}]*)\}")
+_TAG = re.compile(r"\s*</?[A-Za-z]\w*>")
+_TAG_BEFORE = re.compile(r"<[A-Za-z]\w{0,20}>\s*\Z")
+_MODULUS = re.compile(r"\s*(?:\\[,;: ]|\s)*\\pmod(?![A-Za-z])|\s*\(\s*(?:\\bmod|\\mod|mod)\b")
+_CHOICE = re.compile(r"\b(?:or|and|nor|plus|minus|times)\b", re.IGNORECASE)
+_LAYOUT = re.compile(r"\s*[\"'`*_(\\{\[]*")
+_SEPARATED = re.compile(r"(?:\A|[A-Za-z)\]_#|(]|\*\*|\\)\s+\Z")
+_COMMAND_BEFORE = re.compile(r"\\[A-Za-z]+\s+\Z")
+_WRAPPER = re.compile(
+    r"\\(?:textbf|mathbf|bm|boldsymbol|textit|emph|mathrm|mathit|underline|ensuremath|large|color\s*\{\w+\})\s*\{\s*\Z"
+    r"|\\(?:text|mbox|textrm)\s*\{[^{}$]*\Z|(?:\A|[\s=:,])\{\s*\Z"
+)
+_LABEL = re.compile(r"(?:\A|[\s,&;{(])([A-Za-z](?:_\{?\w{1,4}\}?)?)\s*&?\s*=\s*\Z")
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not|never|neither|nor|except|unless|anything but|minus|negative|half of|twice|double|triple"
+    r"|(?:reciprocal|opposite|inverse|negative|square|cube|multiple|factor) of|root of|false that[^.\n]*"
+    r"|(?:more|less|fewer|greater|larger|smaller) than|ln|log|lg|sin|cos|tan|cot|sec|csc|exp|sqrt|arc\w+)|n't"
+    r"|(?<!only )\b(?:if|suppose|assume|let)\s+\$?[A-Za-z]\s*=)"
+    r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[]*\Z|[-+\u2212\u221a^/]\$\s*\Z",
+    re.IGNORECASE,
+)
+_DENIED_BEHIND = re.compile(
+    r"[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?"
+    r"|or (?:more|less|greater|fewer|so)\b|(?:plus|minus|times|to|over|divided by)\s+\$?[-\d\\])",
+    re.IGNORECASE,
+)
+_RETRACTION = re.compile(
+    r"\b(?:no\b(?=\s*[,.:!;])|wait|actually|correction|corrected|mistake|an error|oops|sorry|was wrong|is wrong"
+    r"|is incorrect|was incorrect|not correct|not right|recheck|re-check|on second thought|let me redo)",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|either|could|might|option|both)\b", re.IGNORECASE)
+
+
+class BoxedAnswer(NamedTuple):
+    """The content of a box, or the formula around it, and the name that an equation before it gives (`x = `)."""
+
+    text: str
+    label: str = ""
+
+
+def boxed_answers(text: str) -> list[BoxedAnswer] | None:
+    r"""Return the different boxed answers after the last retraction; None without a box.
+
+    A box that is not closed, or is denied (`not \boxed{5}`), is an empty answer.
+    """
+    boxes = find_boxes(text)
+    if not boxes:
+        return None
+    first = 0
+    for k in range(len(boxes) - 1, 0, -1):
+        between = text[boxes[k - 1].end : boxes[k].start]
+        if _RETRACTION.search(between) is not None and _HEDGE.search(between) is None:
+            first = k
+            break
+    if boxes[-1].closes_too_much or len(boxes) > _MOST_BOXES + first:
+        return [BoxedAnswer("")]
+    answers: list[BoxedAnswer] = []
+    for k in range(first, len(boxes)):
+        box = boxes[k]
+        if box.content is None:
+            return [BoxedAnswer("")]
+        start = boxes[k - 1].end if k else 0
+        answers.append(_answer_with_formula(text, start, box.start, box.end, box.content))
+        hedge = _HEDGE_BEHIND.match(text, box.end, box.end + _MOST_CHARACTERS)
+        if hedge is not None and _BOX_COMMAND.search(hedge[1]) is None:
+            answers.append(BoxedAnswer(hedge[1]))
+    return list(dict.fromkeys(answers))
+
+
+def _answer_with_formula(text: str, previous_end: int, start: int, end: int, content: str) -> BoxedAnswer:
+    window, behind_window = text[max(previous_end, start - 100) : start], text[end : end + 100]
+    if _DENIED_BEFORE.search(window) is not None or _DENIED_BEHIND.match(behind_window) is not None:
+        return BoxedAnswer("")
+    scale = _SCALE_BEHIND.match(behind_window)
+    if scale is not None:
+        return BoxedAnswer(f"{content} {scale[1]}")
+    before, behind, is_formula = _surroundings(text, previous_end, start, end)
+    before, behind = _without_wrapper(before, behind)
+    label = _LABEL.search(before)
+    name = label[1] if label is not None else ""
+    trimmed = _SPACE_BEFORE.sub("", before)
+    is_complete = _COMPLETE_BEFORE.search(trimmed) is not None or _COMPLETE_BEFORE.search(before) is not None
+    has_left = not is_complete and not (not is_formula and _is_separate(before))
+    if _MODULUS.match(behind) is not None and not has_left:
+        return BoxedAnswer(content, name)
+    unit = _UNIT_BEHIND.match(behind)
+    if unit is not None and not has_left:
+        is_known = read_unit(tokenize(unit[1])) is not None
+        if is_known or _CHOICE.search(unit[1]) is not None:
+            return BoxedAnswer(f"{content} {unit[1]}", name)
+        return BoxedAnswer(content, name)
+    words = _WORDS_BEHIND.match(behind)
+    if words is not None and (_CHOICE.search(words[1]) or words[1].endswith("of ")) and behind[words.end() :].strip():
+        return BoxedAnswer(f"{content} {behind}", name)  # \boxed{5} \text{ or } 6
+    space = _SPACE_BEHIND.match(behind)
+    has_right = _COMPLETE_BEHIND.match(behind, space.end() if space is not None else 0) is None
+    if not is_formula and _DASH_BEHIND.match(behind) is not None:
+        has_right = False
+    if not (has_left or has_right):
+        return BoxedAnswer(content, name)
+    if (before[-1:].isdigit() and has_left) or (has_right and re.match(r"\.?\d", behind)):
+        return BoxedAnswer("")  # 1\boxed{5}, \boxed{5}.5
+    formula = f"{before if has_left else ''}({content}){behind if has_right else ''}"
+    return BoxedAnswer(formula.strip())
+
+
+def _surroundings(text: str, previous_end: int, start: int, end: int) -> tuple[str, str, bool]:
+    """Return the parts of the formula before and behind a box, and True if delimiters enclose it."""
+    behind_window = text[end : end + _MOST_CHARACTERS]
+    opening = _formula_start(text, start)
+    if opening is not None:
+        ending = _FORMULA_END.search(behind_window)
+        behind = behind_window if ending is None else behind_window[: ending.start()]
+        before = text[max(opening, previous_end, start - _MOST_CHARACTERS) : start]
+        return _ROW_START.split(before)[-1], behind, True
+    tag = _TAG.match(behind_window)
+    behind_window = behind_window if tag is None else ""
+    window = _LAYOUT_COMMAND.sub(r"\1", text[max(previous_end, start - _MOST_CHARACTERS) : start])
+    before_match = _PLAIN_BEFORE.search(window)
+    follows_tag = _TAG_BEFORE.search(text, max(0, start - 40), start) is not None
+    before = "" if before_match is None or follows_tag else before_match.group().rpartition("$")[2]
+    behind_match = _PLAIN_BEHIND.match(_BOX_COMMAND.split(behind_window)[0])
+    behind = "" if behind_match is None else behind_match.group()
+    return "" if _LIST_MARK.fullmatch(before) is not None else before, behind, False
+
+
+def _formula_start(text: str, position: int) -> int | None:
+    """Return where the formula that contains a position begins; None outside of a formula."""
+    paragraph = max(text.rfind("\n\n", 0, position), position - _MOST_PARAGRAPH_CHARACTERS, 0)
+    opening, mark = None, ""
+    for match in _DELIMITER.finditer(text, paragraph, position):
+        if opening is None and match.group() not in ("\\]", "\\)"):
+            opening, mark = match.end(), match.group()
+        elif opening is not None and match.group() in (mark, {"\\[": "\\]", "\\(": "\\)"}.get(mark)):
+            opening = None
+    return opening
+
+
+def _is_separate(before: str) -> bool:
+    """Return True when layout, or a letter or bracket with white space behind it, is before a box in plain text."""
+    if _LAYOUT.fullmatch(before) is not None:
+        return True
+    return _SEPARATED.search(before) is not None and _COMMAND_BEFORE.search(before) is None
+
+
+def _without_wrapper(before: str, behind: str) -> tuple[str, str]:
+    r"""Remove commands that enclose the box and have no meaning, like `\textbf{`."""
+    if before.strip() == "(" and behind.lstrip().startswith(")"):
+        return "", behind.lstrip()[1:]
+    for _ in range(4):
+        before = _LAYOUT_COMMAND.sub(r"\1", before)
+        wrapper = _WRAPPER.search(before)
+        closing = re.match(r"[^{}$\\]*\}" if wrapper and "text" in wrapper.group() else r"\s*\}", behind)
+        if wrapper is None or closing is None:
+            break
+        before, behind = before[: wrapper.start()], behind[closing.end() :]
+    return before, behind

@@ -1,0 +1,201 @@
+r"""Find the final answer of a completion without a box: `#### x`, "the answer is x", or a statement at the end.
+
+A statement is read completely or not at all: an operator, a relation, a function or an unknown word next to a number
+makes it another answer or none.
+"""
+
+from __future__ import annotations
+
+import re
+
+from grpo_mega.rewards.math_answers.tokens import tokenize
+from grpo_mega.rewards.math_answers.units import read_unit
+
+_MARKER = "####"
+_TAIL_CHARACTERS = 1000
+_MAX_SENTENCES = 4  # at the end of a text, in which a statement is searched
+_MAX_STATEMENTS = 20
+_FORMULA = r"\$\$.*?\$\$|\$[^$]+\$|\\\[.*?\\\]|\\\(.*?\\\)"
+_SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S)|(?<=\d)[!?])+", re.DOTALL)
+_STRONG_PHRASE = re.compile(r"\banswers?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
+_WEAK_PHRASE = re.compile(r"\b(?:solution|result|option|choice)s?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
+_NUMBER = (
+    r"(?<![\w^.\\:/])(?:[-+\u2212]\s?)?\\?[$\u20ac\u00a3]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[/:]\d+|\^-?\d+)?\s?(?:\\?%)?"
+    r"(?![\w^!?/:])"
+)
+_VALUE = re.compile(rf"{_FORMULA}|\([^()]{{1,80}},[^()]{{1,80}}\)|{_NUMBER}", re.DOTALL)
+_HEDGE = re.compile(
+    r"[\s,;/&]*(?:\b(?:or|and|to|maybe|possibly|perhaps|either)\b[\s,;]*)*[-\u2013/]?\s*", re.IGNORECASE
+)
+_DENIAL = re.compile(
+    r"\b(?:no|not|never|neither|nor|false|wrong|incorrect|cannot|unless|except|anything but|about|approximately|around"
+    r"|roughly|almost|nearly|between|(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most)|if|whether"
+    r"|suppose|supposing|assume|assuming|let|could|might|may|maybe|perhaps|possibly|possible|probably|probable|unlikely|would|should|either|doubt|unsure"
+    r"|guess|options?|choices|step|question|vs)\b|n't\b",
+    re.IGNORECASE,
+)
+_DENIED_LATER = re.compile(
+    r"\b(?:wrong|incorrect|false|not (?:correct|right|true|the answer)|kidding|joking|mistaken)\b", re.IGNORECASE
+)
+_RETRACTION = re.compile(r"\b(?:no,|wait|actually|correction|mistake|error|oops|sorry|wrong|incorrect)", re.IGNORECASE)
+_LEAD = re.compile(
+    r"(?:\b(?:is|are|was|were|equals?|gets?|have|has|obtain|obtains|finds?|gives?|yields?|makes?|be|it's|there's|total"
+    r"|equal to|on|in|needs?|takes?|costs?|pays?|earns?|requires?|spends?|weighs?|measures?)\s*[:=]?"
+    r"|(?:\A|[,:]\s*)(?:so|hence|thus|therefore|then|finally|and|in total|that's|overall"
+    r"|in conclusion|consequently|as a result)\s*[,:]?|[:=])\s*"
+    r"(?:(?:exactly|therefore|thus|the (?:number|value|integer|point|set|interval))\s+)?\Z",
+    re.IGNORECASE,
+)
+_ALTERNATIVE = re.compile(r"[\s.,]*(?:or|alternatively|otherwise)\b", re.IGNORECASE)
+_CONNECTIVE = re.compile(r"(?:therefore|thus|hence|then|simply|exactly|just|indeed|equal to)\b[\s,:]*", re.IGNORECASE)
+_REASON = re.compile(r",?\s+(?:because|since|which)\b", re.IGNORECASE)
+_NAME = re.compile(r"\$?\s*([A-Za-z]\w?(?:_\{?\w+\}?)?)\s*=")
+_LEFT_SIDE = re.compile(r"(?:\A|(?<=\s))((?:[-+*/^()\d.\s]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){1,60}=)\s*\Z")
+_IN_TOTAL = re.compile(r"\s*\b(?:in total|in all|altogether|left|remaining|overall)\Z", re.IGNORECASE)
+_DECORATION = " \t\r\n*_`:"
+_WORD_STATEMENT = re.compile(
+    r"(?:(?:so|hence|thus|therefore|then),?\s+)?"
+    r"(?:(?:the|it|this|that|he|she)\b(?:\s+[a-z]+){0,3}?\s*\b(?:is|are)|it's|that's)\s+(.+)",
+    re.IGNORECASE | re.DOTALL,
+)
+_PLAIN_BOX = re.compile(r"\\?\b[Bb]oxed\{([^{}]*)\}")
+_NO_ANSWER = re.compile(r"\b(?:cannot|can't|could not|unable|don't know|do not know)\b", re.IGNORECASE)
+
+Readings = tuple[str, ...]
+"""The ways in which one statement may be read; it is right if one of them is."""
+
+
+def prose_answers(text: str) -> list[Readings]:
+    """Return the final statements of a text without a box; empty if there is none.
+
+    All of them must be right, or together name the values of the reference.
+    """
+    text = _PLAIN_BOX.sub(r"\1", text)
+    stripped = text.rstrip()
+    if stripped.endswith("</answer>") and "<answer>" in stripped:
+        return [(stripped.rpartition("<answer>")[2].removesuffix("</answer>").strip(),)]
+    if _MARKER in text:
+        return _marked_statements(text)
+    tail = text[-_TAIL_CHARACTERS:]
+    for pattern in (_STRONG_PHRASE, _WEAK_PHRASE):
+        phrases = list(pattern.finditer(tail))
+        if phrases:
+            return _phrase_statements(tail, phrases)
+    return _last_statements(tail)
+
+
+def _marked_statements(text: str) -> list[Readings]:
+    lines = [part.lstrip().partition("\n")[0].strip(_DECORATION) for part in text.split(_MARKER)[1:]]
+    lines = [line for line in lines if line]
+    if not lines:
+        return []
+    answers = [line for line in lines[:-1] if re.match(r"[A-Za-z]{3,}", line) is None]  # others are headings
+    statements: list[Readings] = [(line,) for line in dict.fromkeys([*answers, lines[-1]])]
+    return statements if len(statements) <= _MAX_STATEMENTS else []
+
+
+def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings]:
+    first = 0
+    for k in range(len(phrases) - 1, 0, -1):
+        if _RETRACTION.search(tail, phrases[k - 1].end(), phrases[k].start()) is not None:
+            first = k
+            break
+    statements: list[Readings] = []
+    for phrase in phrases[first:][-_MAX_STATEMENTS:]:
+        rest = tail[phrase.end() :].lstrip(_DECORATION)
+        sentence = _SENTENCE.match(rest)
+        sentence_start = max(tail.rfind(mark, 0, phrase.start()) for mark in ".!?\n") + 1
+        if sentence is None or _DENIAL.search(tail, sentence_start, phrase.start()) is not None:
+            return []
+        following = rest[sentence.end() :]
+        if (
+            following.startswith("?")
+            or _ALTERNATIVE.match(following) is not None
+            or _DENIED_LATER.search(following) is not None
+        ):
+            return []
+        statements.append(_phrase_readings(sentence.group()))
+    return list(dict.fromkeys(statements))
+
+
+def _phrase_readings(sentence: str) -> Readings:
+    whole = _REASON.split(sentence)[0]
+    connective = _CONNECTIVE.match(whole)
+    whole = (whole if connective is None else whole[connective.end() :]).strip(_DECORATION)
+    value = _stated_value(sentence)
+    if whole.startswith("~"):  # about
+        return ("",)
+    return (whole,) if value is None or _VALUE.match(whole) is not None else (whole, value[1])
+
+
+def _last_statements(tail: str) -> list[Readings]:
+    sentences = [(match.group(), tail[match.end() : match.end() + 1]) for match in _SENTENCE.finditer(tail)]
+    sentences = [pair for pair in sentences if pair[0].strip()]
+    statements: list[Readings] = []
+    lead = name = None
+    for k in range(len(sentences) - 1, max(-1, len(sentences) - _MAX_SENTENCES - 1 - len(statements)), -1):
+        sentence, ending = sentences[k]
+        if _VALUE.search(sentence) is None:
+            if statements or _DENIED_LATER.search(sentence) is not None or _NO_ANSWER.search(sentence) is not None:
+                break
+            continue
+        stated = None if ending == "?" else _stated_value(sentence)
+        if not statements:
+            if stated is None:
+                return []
+            lead, name = stated[0], _name_of(stated[1])
+        elif stated is None or stated[0] != lead or _name_of(stated[1]) != name:
+            if not lead and (_is_part_of_list(sentence) or re.search(r"\bvs\s*\Z", sentence) is not None):
+                return []
+            break
+        assert stated is not None
+        statements.insert(0, (stated[1],))
+    if any(_DENIED_LATER.search(sentence) is not None for sentence, _ in sentences[-1:]):
+        return []
+    return list(dict.fromkeys(statements))
+
+
+def _is_part_of_list(sentence: str) -> bool:
+    return re.fullmatch(r"\s*(?:\(?\w[).]\s*)?[\d\s.,;:/|-]+", sentence) is not None
+
+
+def _name_of(value: str) -> str:
+    match = _NAME.match(value)
+    return "" if match is None else match[1]
+
+
+def _stated_value(sentence: str) -> tuple[str, str] | None:
+    """Return the words before the last value of a sentence, and the value with the values joined to it and its unit.
+
+    None for a sentence that is denied or vague, and where other words than a unit are next to the value.
+    """
+    sentence = re.sub(r"(?<=\s)\*\*|\*\*(?=\W|\Z)|\A\*\*", "", sentence.strip(_DECORATION))
+    values = list(_VALUE.finditer(sentence))
+    if not values or _DENIAL.search(sentence) is not None:
+        return None
+    first = len(values) - 1
+    while first and _HEDGE.fullmatch(sentence, values[first - 1].end(), values[first].start()):
+        first -= 1
+    lead, behind = sentence[: values[first].start()].strip(), sentence[values[-1].end() :].strip(_DECORATION + ".,")
+    behind = re.sub(r"\Asuch\s+", "", _IN_TOTAL.sub("", behind))
+    name = _LEFT_SIDE.search(lead)
+    start = values[first].start()
+    if name is not None:
+        lead, start = lead[: name.start()].strip(), lead.rfind(name[1])
+        start = sentence.find(name[1], start)
+    if lead and _LEAD.search(lead + " ") is None and _LEAD.search(lead) is None:
+        return None
+    if behind and (not lead or read_unit(tokenize(rf"\text{{{behind}}}")) is None):
+        return None
+    value = sentence[start : values[-1].end()]
+    return lead.casefold(), value if not behind or "$" in value else f"{value} \\text{{{behind}}}"
+
+
+def stated_word(text: str) -> str | None:
+    """Return the word of a text that is one sentence like `It is Wednesday.` or `The function is even.`"""
+    stripped = text.strip(_DECORATION).rstrip(".")
+    match = _WORD_STATEMENT.fullmatch(stripped) if len(stripped) <= 200 else None
+    if match is None or re.search(r"[.!?\n]", stripped) is not None or _DENIAL.search(stripped[: match.start(1)]):
+        return None
+    word = match[1].strip(_DECORATION)
+    return word if word.casefold() == "false" or _DENIAL.search(word) is None else None
