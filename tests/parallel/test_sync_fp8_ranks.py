@@ -236,7 +236,8 @@ def write_reports(rank: int, case: Case, folder: Path) -> None:
     from grpo_mega.trainer.build import report_fp8
 
     policy, _, _ = open_ends(rank, case)
-    config = SimpleNamespace(engine=SimpleNamespace(fp8="scales_power_of_two" if case.power_of_two else "scales_fp32"))
+    scales = "scales_power_of_two" if case.power_of_two else "scales_fp32"
+    config = SimpleNamespace(engine=SimpleNamespace(fp8=scales), weight_sync=SimpleNamespace(fp8_report=True))
     report_fp8(config, policy, RunFolder(folder), is_first=rank == 0)  # type: ignore[arg-type]
 
 
