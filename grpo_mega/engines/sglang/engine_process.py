@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, install_stubs, other_models
-from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch
+from grpo_mega.engines.sglang.messages import HostSettings, Sampled, SamplingBatch, pickled_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ class Host:
         for path in paths:
             path.unlink(missing_ok=True)
         first = (json.dumps({"command": command, **arguments}), torch.zeros(()))
-        payload = pickle.dumps([first, *tensors])  # by value: SGLang's own serializer supports one reader only
+        payload = pickled_tensors([first, *tensors])  # by value: SGLang's own serializer supports one reader only
         request = UpdateWeightsFromTensorReqInput(
             serialized_named_tensors=[payload] * self._settings.tp,
             load_format=LOADER,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import socket
 import struct
 from collections.abc import Sequence
@@ -56,3 +58,29 @@ def set_timeouts(connection: socket.socket, seconds: float) -> None:
     limit = struct.pack("@ll", math.ceil(seconds), 0)
     for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, limit)
+
+
+def pickled_tensors(tensors: Sequence[tuple[str, Any]]) -> bytes:
+    """Return the pickle of (name, tensor) pairs; the values are part of it.
+
+    Its storages name torch's own function. Megatron (core/__init__.py) puts another one in its place for the whole
+    process, which SGLang's schedulers reject, and whose import would bring Megatron into SGLang's process.
+    """
+    import torch.storage
+
+    present = torch.storage._load_from_bytes
+    torch.storage._load_from_bytes = _load_from_bytes
+    try:
+        return pickle.dumps(list(tensors))
+    finally:
+        torch.storage._load_from_bytes = present
+
+
+def _load_from_bytes(data: bytes) -> Any:
+    """Load a storage as torch.storage._load_from_bytes does, whose name it has in a pickle."""
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+_load_from_bytes.__module__ = "torch.storage"

@@ -11,13 +11,13 @@ Asserted by tests/engine/test_engine_contract.py.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from grpo_mega.engines.sglang.engine_client import SglangProcess
+from grpo_mega.engines.sglang.messages import pickled_tensors
 from grpo_mega.engines.sglang.staging import parts_that_fit
 from grpo_mega.engines.sglang.weight_client import WeightClient
 from grpo_mega.engines.sglang.weight_server import recorded_regions
@@ -123,5 +123,5 @@ class SglangSink(SliceSink):
     def _send_bucket(self) -> None:
         if self._bucket and self._process is not None:
             # pickled by value: torch's multiprocessing pickler sends descriptors that only child processes can open
-            self._process.call("load", pickle.dumps(self._bucket))
+            self._process.call("load", pickled_tensors(self._bucket))
         self._bucket = []

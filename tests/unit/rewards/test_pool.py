@@ -42,7 +42,7 @@ def obey(prompt, completion, reference):
     if what == "raise": raise KeyError("no such thing")
     if what == "leave": sys.exit("leaving")
     if what == "write": os.write(int(sys.argv[1]), argument.encode("latin-1"))
-    if what == "close": os.closerange(3, 64)
+    if what == "close": os.closerange(3, 65536)
     if what == "replace":
         os.close(int(sys.argv[1]))
         os.open(os.devnull, os.O_RDWR)
