@@ -89,7 +89,7 @@ class ReshardPlan:
 
     @property
     def num_transfers(self) -> int:
-        """Number of pieces that are brought to a rank; a piece for several ranks counts once for each."""
+        """Number of pieces that are sent to a rank; a piece for several ranks counts once for each."""
         return int(np.diff(self.group_starts)[self.group].sum())
 
     @property

@@ -121,7 +121,7 @@ class JsonWorker:
         if self.invalid_message is None:
             shown = repr(message)
             cut = shown if len(shown) <= _SHOWN_CHARACTERS else f"{shown[:_SHOWN_CHARACTERS]}..."
-            self.invalid_message = f"its connection, to which only grpo_mega may write, brought {cut}"
+            self.invalid_message = f"its connection, to which only grpo_mega may write, contained {cut}"
 
     def _read_lines(self) -> tuple[list[bytes], bool]:
         """Return the complete lines that have arrived, and whether the connection is still open.

@@ -127,7 +127,7 @@ def test_a_line_that_is_not_a_message_ends_the_worker_with_the_reason(start_work
     worker = start_worker()
     worker.wait_until_ready()
     worker.send("write")
-    with pytest.raises(WorkerExitedError, match="brought b'not JSON'") as caught:
+    with pytest.raises(WorkerExitedError, match="contained b'not JSON'") as caught:
         worker.wait_for_message(60.0)
     assert (caught.value.status, worker.is_alive) == (-signal.SIGKILL, False)
 
@@ -170,7 +170,7 @@ def test_a_line_without_an_end_is_rejected_before_it_fills_the_memory(
     monkeypatch.setattr(json_worker, "_MAX_MESSAGE_BYTES", 2500)
     received.connection = Pieces([b"x" * 1000] * 3)  # type: ignore[assignment]
     assert [received.receive()[1] for _ in range(3)] == [True, True, False]
-    assert "brought b'xxx" in str(received.invalid_message)
+    assert "contained b'xxx" in str(received.invalid_message)
 
 
 def test_a_worker_that_never_stops_writing_does_not_hold_up_the_caller(
