@@ -3,14 +3,13 @@
 Such a folder has `.metadata` (a pickle that maps each chunk of a tensor to a file), `metadata.json`, `common.pt` and
 `*.distcp` files, in which every chunk is one `torch.save`. This module reads byte ranges, so a slice costs its own
 bytes. torch's own reader (torch.distributed.checkpoint) loads whole chunks. Conversions would then exceed their memory
-limit: a chunk can be as large as the largest tensor (docs/decisions/layout.md). The unpickler of `.metadata` accepts
-only classes of this format, so no code in it runs. Asserted by tests/e2e/test_convert_tools.py, test_convert_bad_input.
+limit: a chunk can be as large as the largest tensor (docs/decisions/layout.md). Pickles are read by allow-lists
+(allowed_pickles.py), so no code in them runs. Asserted by tests/e2e/test_convert_tools.py, test_convert_bad_input.
 """
 
 from __future__ import annotations
 
 import collections
-import enum
 import io
 import math
 import os
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 
+from grpo_mega.formats.allowed_pickles import load_metadata
 from grpo_mega.formats.byte_ranges import Shape, ShortFileError, read_slice
 from grpo_mega.types import TensorSlice, UserError
 
@@ -228,8 +227,8 @@ def checkpoint_folder(folder: Path) -> Path | None:
 
 def _read_metadata(folder: Path) -> dict[str, DistTensor]:
     path = folder / ".metadata"
+    found = load_metadata(path.read_bytes(), path)
     try:
-        found = MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         return {
             name: _tensor_of(name, entry, found.storage_data, folder)
             for name, entry in found.state_dict_metadata.items()
@@ -237,7 +236,7 @@ def _read_metadata(folder: Path) -> dict[str, DistTensor]:
         }
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle raises anything
+    except Exception as error:  # a damaged pickle holds anything
         raise UserError(
             f"{path}: cannot be read ({type(error).__name__}: {error})", remedy="copy the checkpoint again"
         ) from None
@@ -253,57 +252,6 @@ def _tensor_of(name: str, entry: dcp.TensorStorageMetadata, storage: dict[Any, A
         extent = tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes))
         chunks.append(StoredChunk(*extent, path, int(info.offset), int(info.length)))
     return DistTensor(entry.properties.dtype, tuple(map(int, entry.size)), tuple(chunks))
-
-
-class _IgnoredObject:
-    """Placeholder of Megatron's own classes in checkpoints of versions before 0.16; only their tensors are used."""
-
-
-def _enum_member(kind: Any, name: str) -> Any:
-    """Return a member of an enumeration; early releases of Python 3.11 pickle it as getattr(class, name)."""
-    if not isinstance(kind, type) or not issubclass(kind, enum.Enum):
-        raise pickle.UnpicklingError(f"contains {name!r} of {kind!r}, which is not part of the format")
-    return kind[name]
-
-
-_METADATA_CLASSES: dict[tuple[str, str], Any] = {
-    **{
-        (dcp.__name__, name): getattr(dcp, name)
-        for name in (
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "StorageMeta",
-            "_MEM_FORMAT_ENCODING",
-        )
-    },
-    **{
-        (planner.__name__, name): getattr(planner, name)
-        for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")
-    },
-    (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "getattr"): _enum_member,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): _IgnoredObject,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): _IgnoredObject,
-}
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Unpickler that accepts only the classes of the format."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = _METADATA_CLASSES.get((module, name))
-        if known is not None:
-            return known
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f"contains {module}.{name}, which is not part of the format")
 
 
 class _ItemUnpickler(pickle.Unpickler):

@@ -17,7 +17,7 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
-from grpo_mega.policy.megatron_patches import cpu, fixes
+from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes
 
 cpu.prepare_import()
 
@@ -63,6 +63,7 @@ def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
     """Create Megatron's process groups, which are its own globals, for the layout of `ranks`."""
     cpu.install()
     fixes.install()
+    checkpoint_reading.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(

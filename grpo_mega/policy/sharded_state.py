@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grpo_mega.policy.build import MegatronParts
-from grpo_mega.policy.megatron_patches import cpu, fixes
+from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip - after policy.build prepares the import
 from megatron.core.dist_checkpointing.serialization import (  # isort: skip
@@ -38,7 +38,8 @@ def load_weights(parts: MegatronParts, folder: Path) -> None:
     """Load the parameters that `save_weights` saved, in any layout; the optimizer is unchanged. Collective."""
     cpu.install()
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
-    state = dist_checkpointing.load({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
+    with checkpoint_reading.loading(folder):
+        state = dist_checkpointing.load({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
     _fill_models(parts, state["model"])
 
 
@@ -55,7 +56,9 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
     cpu.install()
     groups = [{k: g[k] for k in _FROM_CONFIG if k in g} for g in parts.optimizer.param_groups]
     strategy = FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(str(folder)), _dp_group())
-    state = dist_checkpointing.load(_sharded_state(parts, is_loading=True), str(folder), sharded_strategy=strategy)
+    sharded = _sharded_state(parts, is_loading=True)
+    with checkpoint_reading.loading(folder):
+        state = dist_checkpointing.load(sharded, str(folder), sharded_strategy=strategy)
     _fill_models(parts, state["model"])
     with torch.no_grad():
         parts.optimizer.load_state_dict(state["optimizer"])
