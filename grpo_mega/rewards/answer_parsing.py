@@ -61,10 +61,10 @@ _NUMBER = re.compile(
 _SHAPE = re.compile(  # 1,234,567 or 12,34,567
     r"(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]?(?:,[0-9]{2})+,[0-9]{3}|[0-9]*)(?:\.[0-9]+)?"
 )
-_SCALE = re.compile(r"\s{0,2}(?:(hundred|thousand|million|billion|trillion|dozen)s?\b|(k)\b)", re.IGNORECASE)
-_SCALES = {"dozen": 12, "hundred": 100, "k": 10**3, "thousand": 10**3, "million": 10**6, "billion": 10**9}
-_SCALES |= {"trillion": 10**12}
-_ALWAYS_SCALED = ("hundred", "thousand", "k")
+SCALES = {"dozen": 12, "score": 20, "hundred": 100, "gross": 144, "k": 10**3, "thousand": 10**3, "lakh": 10**5}
+SCALES |= {"million": 10**6, "crore": 10**7, "billion": 10**9, "trillion": 10**12, "quadrillion": 10**15}
+"""Words that multiply the number before them."""
+_SCALE = re.compile(rf"[\s-]{{0,2}}({'|'.join(SCALES)})(?:s|es)?\b", re.IGNORECASE)
 _UNITS_IN_LATEX = "quad|qquad|degree|cent|hspace|end|checkmark|square|blacksquare|Box|newline|par|implies|R?rightarrow"
 _VARIABLE = r"(?!(?:in|oz|yr|px|pc|cc|ea)\b)(?:[bcefijnopqruvwxyz]|(?<=[0-9])(?:a|[abcefijnopqruvwxyz]{2}))(?![A-Za-z])"
 _GLUED = re.compile(
@@ -75,14 +75,11 @@ _GLUED = re.compile(
 
 @dataclass(frozen=True)
 class FoundNumber:
-    """A number in a normalized text. `values` holds its possible values; empty for a malformed number (`5:30`, `1/0`).
-
-    `4 million` has two possible values: 4 (if the question asks for millions) and 4,000,000.
-    """
+    """A number in a normalized text. `value` is None for a malformed number (`5:30`, `1/0`); `4 dozen` is 48."""
 
     start: int
     end: int
-    values: frozenset[Fraction]
+    value: Fraction | None
 
 
 def normalize(text: str) -> str:
@@ -165,7 +162,7 @@ def _read_number(match: re.Match[str], text: str) -> FoundNumber:
     end = match.end() if match["denominator"] or match["mixed"] or match["exponent"] else match.start("run") + len(run)
     sign_is_operator = match["sign"] is not None and _ends_a_term(text, match.start())
     start = match.end("sign") if sign_is_operator else match.start()
-    malformed = FoundNumber(start, end, frozenset())
+    malformed = FoundNumber(start, end, None)
     value = _parse_decimal(run)
     if value is None or _GLUED.match(text, end) is not None or _touches_other_numeral(text, start, end):
         return malformed
@@ -192,10 +189,8 @@ def _read_number(match: re.Match[str], text: str) -> FoundNumber:
         value = -value
     scale = _SCALE.match(text, end)
     if scale is None:
-        return FoundNumber(start, end, frozenset((value,)))
-    word = (scale[1] or scale[2]).lower()
-    scaled = value * _SCALES[word]
-    return FoundNumber(start, scale.end(), frozenset((scaled,) if word in _ALWAYS_SCALED else (value, scaled)))
+        return FoundNumber(start, end, value)
+    return FoundNumber(start, scale.end(), value * SCALES[scale[1].lower()])
 
 
 def _has_sign_before(text: str, position: int) -> bool:

@@ -8,8 +8,9 @@ Asserted by tests/unit/rewards/builtin/test_gsm8k_attacks.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from fractions import Fraction
+
+from grpo_mega.rewards.answer_parsing import SCALES
 
 _ONES = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -17,10 +18,9 @@ _ONES = (
 )
 _TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 _VALUES = {word: value for value, word in enumerate(_ONES)} | {word: 20 + 10 * i for i, word in enumerate(_TENS)}
-_SCALES = ("hundred", "thousand", "million", "billion", "dozen")
 _NUMBER_WORD = re.compile(
     rf"\b(?:(?:{'|'.join(_TENS)})(?:[- ](?:{'|'.join(_ONES[1:10])}))?|{'|'.join(_ONES)}"
-    rf"|{'|'.join(_SCALES)})\b",
+    rf"|{'|'.join(SCALES.keys() - {'k'})})\b",
     re.IGNORECASE,
 )
 _FRACTION_WORD = (
@@ -44,8 +44,8 @@ WORDS_BEFORE = (
 WORDS_DIRECTLY_BEFORE = (
     rf"{WORDS_BEFORE}|probably|likely|could be|might be|may be|can be|rounded|false|wrong|incorrect|invalid|error"
     r"|(?:every|any|no)?(?:thing|one|body) but|all but|other|excluding|besides|instead of|rather|beyond|past|until"
-    r"|before|after|since|within|couple(?: of)?|pair of|dozens?|hundreds?|thousands?|max|min|over|step|question|case"
-    r"|item|option|one of|every|per|from"
+    r"|first|second|last|next|previous|before|after|since|within|couple(?: of)?|pair of|dozens?|hundreds?|thousands?"
+    r"|max|min|over|step|question|case|item|option|one of|every|per|from"
 )
 """Words that make the number directly behind them, or behind one more word, no answer."""
 
@@ -98,7 +98,7 @@ def has_short_form_before(before: str) -> bool:
     return _SHORT_FORM_BEFORE.search(before) is not None
 
 
-def names_other_number_before(before: str, values: Collection[Fraction], *, only_adjacent: bool = False) -> bool:
+def names_other_number_before(before: str, value: Fraction | None, *, only_adjacent: bool = False) -> bool:
     """Return True if the text before a number holds another number in words: `two 5`, but not `five (5)`.
 
     With `only_adjacent`, only a word directly before the number counts.
@@ -107,28 +107,28 @@ def names_other_number_before(before: str, values: Collection[Fraction], *, only
         if only_adjacent and not _DIRECTLY_BEFORE.match(before, match.end()):
             continue
         is_pronoun = match.group().lower() == "one" and not _DIRECTLY_BEFORE.match(before, match.end())
-        if not is_pronoun and _value(match.group()) not in values:
+        if not is_pronoun and _value(match.group()) != value:
             return True
     return False
 
 
-def changes_number_before(tail: str, values: Collection[Fraction], qualifier: re.Pattern[str]) -> bool:
+def changes_number_before(tail: str, value: Fraction | None, qualifier: re.Pattern[str]) -> bool:
     """Return True if the text behind a number makes it an operand, a guess, or adds another number in words.
 
     Args:
         tail: the text that begins directly behind the number.
-        values: possible values of the number.
+        value: value of the number.
         qualifier: matches a text behind whose end another number may stand, like "for" in `5 for two people`.
     """
     if _DIRECTLY_BEHIND.match(tail) is not None or _BEHIND.search(tail) is not None:
         return True
     for match in _NUMBER_WORD.finditer(tail):
         between = tail[: match.start()]
-        if match.group().lower() in _SCALES and between.rstrip()[-1:].isdigit():
+        if match.group().lower() in SCALES and between.rstrip()[-1:].isdigit():
             continue  # a part of another numeral
         if match.group().lower() == "one" and between.strip() and not _ONE_IN_LIST.search(between):
             continue
-        if _value(match.group()) not in values and not qualifier.search(between):
+        if _value(match.group()) != value and not qualifier.search(between):
             return True
     return False
 

@@ -6,7 +6,6 @@ Asserted by tests/unit/rewards/builtin/test_gsm8k_attacks.py.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from fractions import Fraction
 
 from grpo_mega.rewards.answer_parsing import joins_number, normalize
@@ -55,27 +54,27 @@ _WORD_BEFORE = re.compile(
 )
 
 
-def is_operand_box(text: str, start: int, end: int, values: Collection[Fraction] = ()) -> bool:
+def is_operand_box(text: str, start: int, end: int, value: Fraction | None = None) -> bool:
     r"""Return True if the text around the box text[start:end] makes it a part of an expression or denies it.
 
     Args:
         text: contains the box.
         start: first position of the box.
         end: first position behind the box.
-        values: numbers that the box names; the text may repeat them in words, as in `\boxed{5} (five)`.
+        value: the number that the box names; the text may repeat it in words, as in `\boxed{5} (five)`.
     """
     before, behind = text[max(0, start - _WINDOW) : start], text[end : end + _WINDOW]
-    return _changes_before(before, values) or _changes_behind(behind, values)
+    return _changes_before(before, value) or _changes_behind(behind, value)
 
 
-def _changes_before(before: str, values: Collection[Fraction]) -> bool:
+def _changes_before(before: str, value: Fraction | None) -> bool:
     outside = _MATH_OPENED.sub("", before)
     sentence = _SENTENCE_START.split(before)[-1]
     if _DENIED_LINE.search(outside) is not None:
         return True
     if _WORD_BEFORE.search(sentence) is not None or has_short_form_before(sentence):
         return True
-    if names_other_number_before(sentence, values, only_adjacent=True):
+    if names_other_number_before(sentence, value, only_adjacent=True):
         return True
     if _EMPHASIS.search(outside):
         outside = outside[:-2].rstrip()
@@ -94,7 +93,7 @@ def _changes_before(before: str, values: Collection[Fraction]) -> bool:
     return _SENTENCE_END.search(before[len(outside) - 1 :]) is None
 
 
-def _changes_behind(behind: str, values: Collection[Fraction]) -> bool:
+def _changes_behind(behind: str, value: Fraction | None) -> bool:
     tail = normalize(behind.partition("\n")[0])
     if joins_number(tail):
         return True
@@ -104,4 +103,4 @@ def _changes_behind(behind: str, values: Collection[Fraction]) -> bool:
         return False
     clause = _CLAUSE_END.split(tail, maxsplit=1)[0]
     second = changes_by_sign_or_word(tail) or _SECOND.match(tail) is not None
-    return second or changes_number_before(clause, values, _QUALIFIED) or _NUMBER_BEHIND.match(clause) is not None
+    return second or changes_number_before(clause, value, _QUALIFIED) or _NUMBER_BEHIND.match(clause) is not None

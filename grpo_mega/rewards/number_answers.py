@@ -1,8 +1,8 @@
 r"""Read the numbers that a short text names as its answer: the line after `####`, the content of a box, a sentence.
 
-An answer is a tuple of named numbers, each with its possible values (`answer_parsing.FoundNumber`); `72` names one,
-`3 or 4` names two, and an empty tuple is no answer. What cannot be read as a number with a unit or a remark is no
-answer: an unfinished expression, an inequality, a denial, a second number without a preposition before it.
+An answer is a tuple of the named numbers: `72` names one, `3 or 4` names two, and an empty tuple is no answer. What
+cannot be read as a number with a unit or a remark is no answer: an unfinished expression, an inequality, a denial, a
+second number without a preposition before it.
 Asserted by tests/unit/rewards/builtin/test_gsm8k.py.
 """
 
@@ -23,7 +23,7 @@ from grpo_mega.rewards.answer_words import (
     names_other_number_before,
 )
 
-Answer = tuple[frozenset[Fraction], ...]
+Answer = tuple[Fraction, ...]
 NO_ANSWER: Answer = ()
 
 LEAD_IN = re.compile(
@@ -89,12 +89,12 @@ def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
         named.append(number)
     rest = numbers[len(named) - 1 :]
     for previous, number in itertools.pairwise(rest):
-        is_same = number.values and not number.values.isdisjoint(named[0].values) and len(named) == 1
+        is_same = number.value is not None and number.value == named[0].value and len(named) == 1
         if not is_same and not QUALIFIER.search(plain[previous.end : number.start]):
             return NO_ANSWER
     if is_doubtful(plain[named[-1].end :], named[-1]):
         return NO_ANSWER
-    answer = distinct([number.values for number in named])
+    answer = distinct([number.value for number in named])
     return answer if _agree(segments[:-1], answer) else NO_ANSWER
 
 
@@ -107,7 +107,7 @@ def starts_with_number(text: str) -> bool:
 
 def is_doubtful(tail: str, number: FoundNumber) -> bool:
     """Return True if the text behind a number makes it an alternative, an expression, or denies it."""
-    return _DOUBT.search(tail) is not None or changes_number_before(tail, number.values, QUALIFIER)
+    return _DOUBT.search(tail) is not None or changes_number_before(tail, number.value, QUALIFIER)
 
 
 def is_hedged(before: str) -> bool:
@@ -147,26 +147,15 @@ def has_hedge_around(text: str, start: int, end: int) -> bool:
     return _HEDGE_BEFORE_STATEMENT.search(before) is not None or _HEDGE_BEHIND.match(text, end) is not None
 
 
-def distinct(values: Sequence[frozenset[Fraction]]) -> Answer:
+def distinct(values: Sequence[Fraction | None]) -> Answer:
     """Return the different numbers in their order; no answer if one of them could not be read."""
-    if not all(values):
-        return NO_ANSWER
-    return tuple(dict.fromkeys(values))
+    read = [value for value in values if value is not None]
+    return tuple(dict.fromkeys(read)) if len(read) == len(values) else NO_ANSWER
 
 
 def same_answer(first: Answer, second: Answer) -> bool:
     """Return True if both name the same numbers, in any order."""
-    if len(first) != len(second) or not first:
-        return False
-    if len(first) == 1:
-        return not first[0].isdisjoint(second[0])
-    left = list(second)
-    for values in first:
-        match = next((other for other in left if not values.isdisjoint(other)), None)
-        if match is None:
-            return False
-        left.remove(match)
-    return True
+    return bool(first) and set(first) == set(second)
 
 
 def _may_lead(plain: str, numbers: Sequence[FoundNumber], *, words_may_lead: bool) -> bool:
@@ -178,7 +167,7 @@ def _may_lead(plain: str, numbers: Sequence[FoundNumber], *, words_may_lead: boo
         words_may_lead
         and len(numbers) == 1
         and before.rstrip()[-1:] not in (",", "'", "?", ";")
-        and not names_other_number_before(before, first.values)
+        and not names_other_number_before(before, first.value)
         and _WORDS.fullmatch(before) is not None
         and _DENIAL.search(before) is None
         and not is_operand(plain, first)
@@ -194,6 +183,6 @@ def _agree(segments: Sequence[str], answer: Answer) -> bool:
             continue
         if not _LONE_BEHIND.fullmatch(segment, numbers[0].end):
             continue
-        if len(answer) != 1 or numbers[0].values.isdisjoint(answer[0]):
+        if len(answer) != 1 or numbers[0].value != answer[0]:
             return False
     return True

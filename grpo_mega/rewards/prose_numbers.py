@@ -115,14 +115,14 @@ def _last_number(text: str) -> Answer:
     if is_hedged(before) or is_operand(plain, number) or is_doubtful(behind, number):
         return NO_ANSWER
     if has_short_form_before(plain[: number.start]) or names_other_number_before(
-        before, number.values, only_adjacent=True
+        before, number.value, only_adjacent=True
     ):
         return NO_ANSWER
     if _LIST_BEFORE.search(before) or _COMPOUND_BEFORE.search(before):
         return NO_ANSWER
     if QUALIFIER.search(before) and _DIGITS.search(before):
         return NO_ANSWER  # `72 apples after 3 days`
-    return NO_ANSWER if _repeats_statement(plain, before, number, behind) else distinct([number.values])
+    return NO_ANSWER if _repeats_statement(plain, before, number, behind) else distinct([number.value])
 
 
 def _repeats_statement(plain: str, before: str, number: FoundNumber, behind: str) -> bool:
@@ -131,7 +131,7 @@ def _repeats_statement(plain: str, before: str, number: FoundNumber, behind: str
     earlier = [part for part in _SENTENCE_END.split(plain[: number.start - len(before)]) if part.strip()]
     for part in earlier if len(own) <= _SHORT_STATEMENT else earlier[-1:]:
         numbers = find_numbers(part)
-        if len(numbers) == 1 and numbers[0].values.isdisjoint(number.values):
+        if len(numbers) == 1 and numbers[0].value != number.value:
             other = f"{part[: numbers[0].start]}0{part[numbers[0].end :]}"
             if _skeleton(other) == own:
                 return True

@@ -20,7 +20,8 @@ THOUGHT_TAGS = ("think", "thinking", "thought", "reasoning")
 _OPENED = re.compile(r"<([A-Za-z][\w-]{0,63})>\s*\Z")
 _LONGEST_END = 300  # characters of the prompt that are searched for an opened tag
 _FENCE = re.compile(r"```|~~~")
-_THOUGHT_TAG = re.compile(rf"<(/?)({'|'.join(THOUGHT_TAGS)})>")
+_THOUGHT_TAG = re.compile(rf"<(/?)\s{{0,9}}({'|'.join(THOUGHT_TAGS)})\s{{0,9}}>", re.IGNORECASE)
+_CLOSING_TAGS = {name: re.compile(rf"</\s{{0,9}}{name}\s{{0,9}}>", re.IGNORECASE) for name in THOUGHT_TAGS}
 
 
 def opened_tag(prompt: str) -> str | None:
@@ -32,7 +33,7 @@ def opened_tag(prompt: str) -> str | None:
 def with_opened_tag(prompt: str, completion: str, names: Collection[str] = THOUGHT_TAGS) -> str:
     """Return the completion after the tag that the prompt opened, if that tag is one of `names`."""
     tag = opened_tag(prompt)
-    return f"<{tag}>{completion}" if tag in names else completion
+    return f"<{tag}>{completion}" if tag is not None and tag.lower() in names else completion
 
 
 def answer_part(prompt: str, completion: str) -> str:
@@ -60,9 +61,8 @@ def answer_part(prompt: str, completion: str) -> str:
 
 
 def _end_of_thought(text: str, position: int, name: str) -> int:
-    closing = f"</{name}>"
-    found = text.find(closing, position)
-    return -1 if found < 0 else found + len(closing)
+    closing = _CLOSING_TAGS[name.lower()].search(text, position)
+    return -1 if closing is None else closing.end()
 
 
 def _next_tag(text: str, position: int, *, is_first: bool) -> re.Match[str] | None:

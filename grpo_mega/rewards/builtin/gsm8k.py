@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from grpo_mega.rewards.answer_parsing import (
+    SCALES,
     find_boxes,
     find_numbers,
     join_spaced_groups,
@@ -40,6 +41,7 @@ MARKER = "####"
 _MAX_LINE = 2000
 _MAX_STATEMENTS = 64  # markers or boxes that are read, from the end of the text
 _TAGS = re.compile(r"</?(?:answer|b|strong|i|em|u|p|br|div|span|center)\s?/?>", re.IGNORECASE)
+_SCALE_ASKED = re.compile(r"\b(?:how many|number of|in)\s(dozen|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
 _LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
 
 
@@ -67,7 +69,8 @@ def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) ->
     """Return 1 when the final answers of completion and reference are numerically equal, else 0.
 
     Args:
-        prompt: not used.
+        prompt: an open `<think>` at its end means that the completion begins inside a thought. If it asks for dozens,
+            thousands or millions, `4 million` also equals 4.
         completion: the final answer is extracted from it.
         reference: a worked solution that ends in `#### x`, or only the answer.
         strict: accept only `#### x` or a box; a number in prose is not an answer then.
@@ -78,7 +81,14 @@ def gsm8k(prompt: str, completion: str, reference: str, strict: bool = False) ->
     Differs: also reads boxes and prose, and compares values instead of strings.
     """
     found = final_answer(answer_part(prompt, completion), strict=strict)
-    return float(same_answer(reference_answer(reference), found))
+    expected = reference_answer(reference)
+    return float(any(same_answer(expected, answer) for answer in (found, *_in_units_of(prompt, found))))
+
+
+def _in_units_of(prompt: str, answer: Answer) -> list[Answer]:
+    """Return a large answer in the dozens, thousands or millions for which the question asks: `4 million` is 4 then."""
+    scales = {SCALES[match[1].lower()] for match in _SCALE_ASKED.finditer(prompt)} if answer else set()
+    return [tuple(value / scale for value in answer) for scale in scales if min(map(abs, answer)) >= scale]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,7 +185,7 @@ def _boxed_statements(text: str, markers: list[_Statement]) -> list[_Statement]:
         if start <= box.start < end:
             continue
         answer = None if box.content is None else named_numbers(box.content, words_may_lead=True)
-        if answer and is_operand_box(text, box.start, box.end, frozenset().union(*answer)):
+        if answer and is_operand_box(text, box.start, box.end, answer[0] if len(answer) == 1 else None):
             answer = NO_ANSWER
         found.append(_Statement(box.start, box.end, answer))
     return found

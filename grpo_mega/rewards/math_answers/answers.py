@@ -10,16 +10,15 @@ Rules for answers with several parts:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from grpo_mega.rewards.math_answers.brackets import check_brackets, matching_bracket, split_at_top, without_group
 from grpo_mega.rewards.math_answers.expressions import Expression, UnreadableError, parse_expression, read_number
 from grpo_mega.rewards.math_answers.tokens import Token
 from grpo_mega.rewards.math_answers.units import SCALES, Unit, read_unit
 from grpo_mega.rewards.math_answers.vocabulary import split_words
 
-_OPENING = frozenset(("(", "[", "{", "\\{", "lfloor", "lceil"))
-_CLOSING = frozenset((")", "]", "}", "\\}", "rfloor", "rceil"))
 _RELATIONS = frozenset(("=", "~=", "<", ">", "<=", ">=", "!=", "in"))
 _CURRENCIES = ("dollar", "euro", "pound", "yen")
 _LABEL_MARKS = frozenset(("'", "_", "{", "}", "^", "-", "(", ")", ","))
@@ -62,7 +61,7 @@ def parse_answer(tokens: Sequence[Token], depth: int = 0) -> MathAnswer:
     if depth > _MAX_DEPTH:
         raise UnreadableError
     check_brackets(tokens)
-    tokens = _with_words_for_logic(_without_group(tokens))
+    tokens = _with_words_for_logic(without_group(tokens))
     groups = _named_groups(tokens, depth)
     if groups is not None:
         return groups
@@ -101,59 +100,6 @@ def _with_words_for_logic(tokens: Sequence[Token]) -> Sequence[Token]:
     return [_LOGIC.get(token, token) for token in tokens]
 
 
-def check_brackets(tokens: Sequence[Token]) -> None:
-    """Raise UnreadableError when a bracket is not closed, or a closing bracket has no partner."""
-    closing = {"(": ")]", "[": ")]", "{": "}", "\\{": ("\\}",), "lfloor": ("rfloor",), "lceil": ("rceil",)}
-    stack: list[str] = []
-    for kind, text in tokens:
-        if kind == "mark" and (text in _OPENING or text.startswith("begin ")):
-            stack.append(text)
-        elif kind == "mark" and (text in _CLOSING or text.startswith("end ")):
-            opening = stack.pop() if stack else ""
-            if text not in closing.get(opening, ()) and text != opening.replace("begin", "end"):
-                raise UnreadableError
-    if stack:
-        raise UnreadableError
-
-
-def split_at_top(tokens: Sequence[Token], marks: frozenset[str] | tuple[str, ...]) -> Iterator[tuple[list[Token], str]]:
-    """Yield the parts between marks outside of all brackets, each with the mark behind it (empty for the last part)."""
-    part: list[Token] = []
-    depth = 0
-    for token in tokens:
-        kind, text = token
-        if kind == "mark":
-            depth += text in _OPENING or text.startswith("begin ")
-            depth -= text in _CLOSING or text.startswith("end ")
-        if depth == 0 and (kind == "mark" or (kind == "word" and text.casefold() in ("or", "and"))):
-            name = text.casefold() if kind == "word" else text
-            if name in marks:
-                yield part, name
-                part = []
-                continue
-        part.append(token)
-    yield part, ""
-
-
-def _without_group(tokens: Sequence[Token]) -> Sequence[Token]:
-    """Remove TeX's braces around everything."""
-    while len(tokens) > 1 and tokens[0] == Token("mark", "{") and _matching(tokens) == len(tokens) - 1:
-        tokens = tokens[1:-1]
-    return tokens
-
-
-def _matching(tokens: Sequence[Token]) -> int:
-    """Return the position of the bracket that closes the first token."""
-    depth = 0
-    for position, (kind, text) in enumerate(tokens):
-        if kind == "mark":
-            depth += text in _OPENING or text.startswith("begin ")
-            depth -= text in _CLOSING or text.startswith("end ")
-        if depth == 0:
-            return position
-    raise UnreadableError
-
-
 def _split_list(tokens: Sequence[Token]) -> tuple[list[list[Token]], set[str]]:
     items: list[list[Token]] = []
     separators: set[str] = set()
@@ -172,7 +118,7 @@ def _split_list(tokens: Sequence[Token]) -> tuple[list[list[Token]], set[str]]:
 
 
 def _parse_item(tokens: Sequence[Token], depth: int) -> MathAnswer:
-    tokens = _without_group(tokens)
+    tokens = without_group(tokens)
     pieces = list(split_at_top(tokens, _RELATIONS))
     sides, operators = [part for part, _ in pieces], [mark for _, mark in pieces[:-1]]
     if not operators:
@@ -203,6 +149,11 @@ def _parse_equation(sides: list[list[Token]], operators: list[str], depth: int) 
 
 def _parse_chain(sides: list[list[Token]], operators: list[str], depth: int) -> MathAnswer:
     return MathAnswer("chain", (tuple(_parse_value(side, depth) for side in sides), tuple(operators)))
+
+
+def is_word_of_capitals(tokens: Sequence[Token]) -> bool:
+    """Return True for two or more capital letters without a sign between them: points, outcomes or a product."""
+    return len(tokens) > 1 and all(kind == "symbol" and len(text) == 1 and text.isupper() for kind, text in tokens)
 
 
 def is_label(tokens: Sequence[Token]) -> bool:
@@ -237,7 +188,7 @@ def is_label(tokens: Sequence[Token]) -> bool:
 
 
 def _parse_value(tokens: Sequence[Token], depth: int) -> MathAnswer:
-    tokens = _without_group(tokens)
+    tokens = without_group(tokens)
     if not tokens:
         raise UnreadableError
     if list(tokens) == [_DOTS]:
@@ -250,13 +201,14 @@ def _parse_value(tokens: Sequence[Token], depth: int) -> MathAnswer:
             return MathAnswer(kind, tuple(_parse_value(part, depth + 1) for part in parts))
     if any(kind == "mark" and text.startswith("begin ") for kind, text in tokens):
         return _parse_matrix(tokens)
-    if [token.text for token in tokens[:3]] == [r"\bb{R}", "-", "\\{"] and _matching(tokens[2:]) == len(tokens) - 3:
+    is_line_without = [token.text for token in tokens[:3]] == [r"\bb{R}", "-", "\\{"]
+    if is_line_without and matching_bracket(tokens[2:]) == len(tokens) - 3:
         return MathAnswer("difference", (_parse_value(tokens[:1], depth + 1), _parse_value(tokens[2:], depth + 1)))
     words = _read_words(tokens)
     if words is not None:
         return words
     first = tokens[0].text if tokens[0].kind == "mark" else ""
-    if first in ("(", "[", "\\{") and _matching(tokens) == len(tokens) - 1:
+    if first in ("(", "[", "\\{") and matching_bracket(tokens) == len(tokens) - 1:
         structure = _parse_bracket(first, tokens[-1].text, tokens[1:-1], depth)
         if structure is not None:
             return structure
@@ -312,7 +264,7 @@ def _parse_set(inner: Sequence[Token], depth: int) -> MathAnswer:
 def _parse_matrix(tokens: Sequence[Token]) -> MathAnswer:
     r"""Parse `c [begin ... end]^T`: a matrix with an optional factor before it and an optional transposition."""
     begin = next(k for k, token in enumerate(tokens) if token.text.startswith("begin "))
-    end = begin + _matching(tokens[begin:])
+    end = begin + matching_bracket(tokens[begin:])
     name, kind = tokens[begin].text[6:], ""
     before, after = list(tokens[:begin]), list(tokens[end + 1 :])
     brackets = {"array": ("(", "[", "|", "{"), "matrix": ("(", "[", "|"), "smallmatrix": ("(", "[", "|")}.get(name, ())

@@ -31,11 +31,20 @@ class NumericEvaluator:
         signed: variables may be negative; points 2n and 2n+1 have opposite signs.
         scale: factor of the absolute values of the variables.
         decimal_log: a logarithm without a base has base 10 instead of e.
+        denominator: if it is not 0, variables are small fractions with this denominator, in lowest terms.
     """
 
     def __init__(
-        self, point: int, *, bits: int = BITS, signed: bool = False, scale: int = 1, decimal_log: bool = False
+        self,
+        point: int,
+        *,
+        bits: int = BITS,
+        signed: bool = False,
+        scale: int = 1,
+        decimal_log: bool = False,
+        denominator: int = 0,
     ) -> None:
+        self.denominator = denominator
         self.point, self.bits, self.signed, self.scale, self.decimal_log = point, bits, signed, scale, decimal_log
         self.is_complex = self.has_negative = False
         self.largest, self.smallest = -_MAX_MAGNITUDE, _MAX_MAGNITUDE  # binary exponents of the terms of sums
@@ -73,7 +82,10 @@ class NumericEvaluator:
         if name == "i":
             return _context.mpc(0, 1)
         digest = zlib.crc32(f"{self.point} {name}".encode())
-        value = (_context.mpf(digest) / 2**32 * 2.5 + 0.4) * self.scale
+        if self.denominator:
+            value = _context.mpf(1 + digest % 5 * self.denominator) / self.denominator
+        else:
+            value = (_context.mpf(digest) / 2**32 * 2.5 + 0.4) * self.scale
         sign = zlib.crc32(name.encode()) >> self.point // 2 & 1
         if not (self.signed and sign ^ self.point % 2):
             return value
@@ -154,7 +166,10 @@ class NumericEvaluator:
         value = self._value(operand)
         if exact is not None:
             return _context.mpf(exact.numerator // exact.denominator)
-        if isinstance(value, _context.mpc) or abs(value - _context.nint(value)) < 1e-20:
+        if isinstance(value, _context.mpc):
+            raise UndefinedError
+        distance = abs(value - _context.nint(value))
+        if distance < 1e-20 and not (self.denominator and distance == 0):
             raise UndefinedError
         return _context.floor(value)
 

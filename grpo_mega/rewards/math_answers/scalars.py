@@ -35,6 +35,9 @@ from grpo_mega.rewards.math_answers.numeric import (
 _POSITIVE_POINTS = (1, 2, 3)
 _SIGNED_POINTS = ((4, 1), (5, 1), (6, 10), (7, 10), (8, 300), (9, 300), (10, 20_000), (11, 20_000))
 """Numbers of points at which variables may be negative, and the scale of the variables there."""
+_LATTICE_POINTS = tuple((point, denominator) for denominator in (1, 2) for point in (12, 13, 14, 15))
+"""Numbers of points at which variables are whole numbers, or halves, and their denominator there."""
+_STEPS = ("floor", "ceiling")  # kinds of expressions that change suddenly at these points
 _BITS_OF_CONSTANTS = 420
 _MIN_ROUNDED_DIGITS = 6
 _TOO_FAR_APART = 60  # binary orders between terms of a sum, beyond which more precision is used
@@ -82,6 +85,11 @@ def _agree_numerically(
         evaluator = NumericEvaluator(point, signed=True, scale=scale, decimal_log=decimal_log)
         if _agree_at(first, second, evaluator) is False:
             return False
+    has_steps = any(contains_kind(side, kind) for side in (first, second) for kind in _STEPS)
+    for point, denominator in _LATTICE_POINTS if names and has_steps else ():
+        evaluator = NumericEvaluator(point, signed=True, decimal_log=decimal_log, denominator=denominator)
+        if _agree_at(first, second, evaluator) is False:
+            return False
     return True
 
 
@@ -96,7 +104,8 @@ def _agree_at(first: Expression, second: Expression, evaluator: NumericEvaluator
         evaluator.is_complex = False
         b, _ = _value_at(second, evaluator)
         if a is None or b is None:
-            is_small = evaluator.signed and evaluator.scale == 1  # `0^x` is undefined, and nothing is too large
+            # `0^x` is undefined, and nothing is too large
+            is_small = evaluator.signed and evaluator.scale == 1 and not evaluator.denominator
             return False if is_small and (a is None) != (b is None) else None
         if evaluator.signed and (is_first_complex or evaluator.is_complex):
             is_same_domain = is_first_complex == evaluator.is_complex

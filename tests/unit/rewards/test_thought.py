@@ -71,3 +71,10 @@ def test_many_tags_take_linear_time() -> None:
     assert answer_part("", "```\n```\n<think></think>\n" * 20_000) != ""
     assert answer_part("", "```a\n<think></think>\n" * 20_000) != ""
     assert set(answer_part("", "<think></think>" * 100_000)) == {" "}
+
+
+@pytest.mark.parametrize("tag", ["THINK", "Think", "think ", " think", "Reasoning"])
+def test_a_tag_is_recognized_in_any_case_and_with_spaces(tag: str) -> None:
+    assert answer_part("", f"<{tag}>5</{tag}>").strip() == ""
+    assert answer_part("", f"<{tag}>5").strip() == ""
+    assert answer_part("<THINK>", "5</think> 6").strip() == "6"

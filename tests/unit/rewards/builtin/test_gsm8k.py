@@ -67,7 +67,6 @@ RIGHT = [
     ("#### Step 1: add\nfoo 3\n#### Step 2: mul\n\\boxed{9}", "9"),
     ("#### 1. Add\nfoo\n#### 2. Mul\n7", "7"),
     ("#### 4 million", "4000000"),
-    ("#### $4 million", "4"),
     ("#### 3 + 4 = 7", "7"),
     ("#### x = 5", "5"),
     ("####72", "72"),
@@ -156,7 +155,7 @@ def test_a_right_answer_scores_one_in_any_spelling(completion: str, reference: s
 
 @pytest.mark.parametrize(("completion", "reference"), RIGHT)
 def test_a_right_answer_to_another_question_scores_zero(completion: str, reference: str) -> None:
-    ((value,),) = reference_answer(reference)
+    (value,) = reference_answer(reference)
     assert gsm8k("", completion, str(value + 1)) == 0.0
     assert gsm8k("", completion, str(value * 10 + 7)) == 0.0
 
@@ -297,5 +296,23 @@ def test_a_whole_solution_without_its_marker_still_ends_in_the_answer(gsm8k_dir:
     assert agreeing == len(references)
 
 
-def test_four_million_may_answer_a_question_in_millions_or_in_units() -> None:
-    assert final_answer("#### $4 million", strict=True) == ({4, 4_000_000},)
+@pytest.mark.parametrize(
+    ("prompt", "completion", "right"),
+    [
+        ("What is the profit in millions of dollars?", "#### $4 million", 1),
+        ("How many million dollars does he earn?", "#### 4000000", 1),
+        ("How many dozens does she buy?", "#### 4 dozen", 1),
+        ("How many dozens does she buy?", "#### 4", 1),
+        ("How many dozens does she buy?", "#### 4 million", 0),
+        ("She buys 4 dozen eggs. How many eggs?", "#### 4 dozen", 0),
+        ("q", "#### $4 million", 0),
+        ("", "#### 4 dozen", 0),
+    ],
+)
+def test_a_multiple_answers_a_question_that_asks_for_this_unit(prompt: str, completion: str, right: int) -> None:
+    assert gsm8k(prompt, completion, "4") == right
+
+
+def test_a_word_behind_a_number_multiplies_it() -> None:
+    assert final_answer("#### $4 million", strict=True) == (4_000_000,)
+    assert final_answer("#### 5-dozen", strict=True) == (60,)

@@ -11,6 +11,18 @@ from grpo_mega.rewards.builtin.gsm8k import gsm8k
 
 # Several answers, expressions, bounds, denials, wrong separators, numerals of other kinds, answers in the thought.
 WRONG = [
+    ("#### 5 dozen", "5"),
+    ("#### 5 dozens of eggs", "5"),
+    ("#### 5 million", "5"),
+    ("#### 5 million five", "5"),
+    ("#### 5 score", "5"),
+    ("#### 5 lakh", "5"),
+    ("#### 5 quadrillion", "5"),
+    ("#### first 5", "5"),
+    ("#### the last 5", "5"),
+    ("#### the next 5", "5"),
+    ("\\boxed{first 5}", "5"),
+    ("The answer is the second 5", "5"),
     ("<del>42</del>", "42"),
     ("10<sup>42</sup>", "42"),
     ("<answer>41</answer><answer>42</answer>", "42"),
@@ -532,7 +544,6 @@ RIGHT = [
     ("#### 42 hundred", "4200"),
     ("#### 3.5 dozen", "42"),
     ("#### 42 million", "42000000"),
-    ("#### 42 million", "42"),
     ("The final answer is 42. I hope it is correct.", "42"),
     ("Final answer: 42.", "42"),
     ("#### Final answer: 42", "42"),
