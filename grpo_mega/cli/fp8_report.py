@@ -27,8 +27,8 @@ from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import HeldSlice
+from grpo_mega.models.fp8_tensors import is_quantized
 from grpo_mega.models.parameter_tables import hf_shapes, hf_shapes_aside
-from grpo_mega.quantization.fp8_checkpoint import is_quantized
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync.fp8_report import Report, by_layer, fp8_report, table_lines
 

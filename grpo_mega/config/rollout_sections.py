@@ -38,7 +38,10 @@ class EngineConfig(Section):
     """Most rollouts that a replica, or each of its `dp` copies, decodes at the same time."""
     kv_cache_tokens: int | None = Field(None, ge=16)
     """KV-cache capacity of a replica, or of each of its `dp` copies, in tokens. null: enough for `max_num_seqs`
-    rollouts of full length; on CUDA what is left of 60% of the GPU memory after the engine's weights."""
+    rollouts of full length; on CUDA what `memory_share` leaves."""
+    memory_share: float = Field(0.85, gt=0, le=1)
+    """Fraction of the memory of each GPU for the engine's weights, workspace and KV cache. The policy leaves the GPU
+    before the engine uses it. CUDA only, and without `kv_cache_tokens`."""
     args: dict[str, Any] = Field({})
     """Further arguments of the engine, name -> value: fields of vLLM's `EngineArgs` or SGLang's `ServerArgs`, by
     `engine.kind`. Fields that this program sets itself are rejected."""

@@ -26,6 +26,7 @@ def check(config: Config) -> None:
         _recompute,
         _overlap,
         _servers,
+        _memory_share,
         _engine_divides,
         _sglang_data_parallel,
         _engine_fp8,
@@ -178,6 +179,16 @@ def require_equal_parts(world: int, num_servers: int) -> None:
             f"engine.urls lists {num_servers} servers, which does not divide run.world_size={world}: each server "
             "serves an equal part of the ranks",
             remedy=f"use a number of servers that divides {world}",
+        )
+
+
+def _memory_share(config: Config) -> None:
+    share, tokens = config.engine.memory_share, config.engine.kv_cache_tokens
+    if tokens is not None and share != type(config.engine).model_fields["memory_share"].default:
+        raise UserError(
+            f"engine.memory_share={share:g} does nothing with engine.kv_cache_tokens={tokens}, which sets the size of "
+            "the KV cache",
+            remedy="remove one of them",
         )
 
 

@@ -60,6 +60,8 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
         found.append(gpus.check_recipe(config.precision.fp8.recipe, machine.installed("torch") or ""))
     if config.engine.fp8 is not None and num_driver_gpus():
         found.append(gpus.check_engine_fp8())
+    if config.engine.placement == "colocated" and num_driver_gpus():
+        found += _engine_share(config, topology)
     if config.model.path is not None:
         found.append(inputs.check_checkpoint(Path(config.model.path)))
     return found
@@ -72,6 +74,15 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
     found += inputs.check_servers(config)
     found += [*_tokenizer(config), inputs.check_port(env)]
     return found
+
+
+def _engine_share(config: Config, topology: Topology) -> list[Finding]:
+    """Check the engine's share of GPU memory. A missing model folder is reported by `inputs.check_checkpoint`."""
+    if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
+        return []
+    from grpo_mega.doctor.model_rules import read_spec
+
+    return [gpus.check_engine_share(config, read_spec(config), topology)]
 
 
 def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
-from grpo_mega.doctor.finding import Finding, passed
+from grpo_mega.config.schema import Config
+from grpo_mega.doctor.finding import Finding, passed, tried
+from grpo_mega.models.engine_memory import check_memory_share
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.devices import num_driver_gpus
+from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
 GIB = 2**30
@@ -36,21 +41,41 @@ def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = Fals
         nvml: the module pynvml; None imports it.
         one_each: True under Slurm, which may show each task only its own GPU: then one GPU is enough.
     """
-    if nvml is None:
-        if num_driver_gpus() == 0:
-            return [passed("GPUs", "none on this machine: ranks compute on the CPU and communicate over gloo")]
-        try:
-            nvml = importlib.import_module("pynvml")
-        except ImportError:
-            return [
-                Finding("GPUs", "warn", "cannot be checked: pynvml is not installed", "pip install nvidia-ml-py"),
-            ]
-    nvml.nvmlInit()
-    try:
-        devices = [_device(nvml, i) for i in range(nvml.nvmlDeviceGetCount())]
-    finally:
-        nvml.nvmlShutdown()
+    if nvml is None and num_driver_gpus() == 0:
+        return [passed("GPUs", "none on this machine: ranks compute on the CPU and communicate over gloo")]
+    devices = _devices(nvml)
+    if isinstance(devices, Finding):
+        return [devices]
     return [_number(devices, 1 if one_each else num_ranks), _kinds(devices), _empty(devices), _links(devices)]
+
+
+def check_engine_share(config: Config, spec: ModelSpec, topology: Topology, nvml: Any | None = None) -> Finding:
+    """Check that `engine.memory_share` of the smallest GPU holds the engine, and that the fullest GPU has it free.
+
+    Args:
+        config: the run.
+        spec: its model.
+        topology: its ranks.
+        nvml: the module pynvml; None imports it.
+    """
+    name = "engine memory"
+    found = _devices(nvml)
+    if isinstance(found, Finding):
+        return Finding(name, found.status, found.message, found.remedy)
+    total, free = min(d.total for d in found), min(d.total - d.used for d in found)
+
+    def check() -> str:
+        share = check_memory_share(config, spec, topology, total)
+        if share.limit > free:
+            raise UserError(
+                f"engine.memory_share={config.engine.memory_share:g} is {share.limit / GIB:.1f} GiB, and "
+                f"{free / GIB:.1f} of {total / GIB:.1f} GiB of a GPU are free",
+                remedy=f"stop other programs (nvidia-smi), or use at most engine.memory_share="
+                f"{math.floor(100 * free / total) / 100:g}",
+            )
+        return f"{share.kv_cache / GIB:.1f} of {total / GIB:.1f} GiB of a GPU are left for the KV cache"
+
+    return tried(name, check)
 
 
 def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Finding:
@@ -92,6 +117,20 @@ def _capability(nvml: Any | None) -> tuple[int, int] | Finding:
     finally:
         nvml.nvmlShutdown()
     return major, minor
+
+
+def _devices(nvml: Any | None) -> list[Device] | Finding:
+    """Return the GPUs of this machine, or a finding that says why they cannot be read."""
+    if nvml is None:
+        try:
+            nvml = importlib.import_module("pynvml")
+        except ImportError:
+            return Finding("GPUs", "warn", "cannot be checked: pynvml is not installed", "pip install nvidia-ml-py")
+    nvml.nvmlInit()
+    try:
+        return [_device(nvml, i) for i in range(nvml.nvmlDeviceGetCount())]
+    finally:
+        nvml.nvmlShutdown()
 
 
 def _device(nvml: Any, index: int) -> Device:

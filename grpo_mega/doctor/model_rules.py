@@ -12,6 +12,7 @@ from grpo_mega.engines.engine_rules import (
     check_engine_fp8,
     check_engine_fp8_device,
     check_engine_model,
+    check_memory_share_device,
     check_server_addresses,
 )
 from grpo_mega.formats.stored_head import checkpoint_spec
@@ -39,7 +40,8 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     _check_fp8_device(config)
     if with_engine:
         check_engine_fp8_device(config)
-    spec = _read_spec(config)
+        check_memory_share_device(config)
+    spec = read_spec(config)
     if with_engine:
         check_engine_model(spec, config)
         check_server_addresses(config)
@@ -122,8 +124,12 @@ def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
             )
 
 
-def _read_spec(config: Config) -> ModelSpec:
-    """Return the spec of the checkpoint, or of the recipe of the tiny base."""
+def read_spec(config: Config) -> ModelSpec:
+    """Return the spec of the checkpoint, or of the recipe of the tiny base.
+
+    Raises:
+        UserError: `model.path` is not a folder of a supported model.
+    """
     if config.model.base is not None:
         return recipe_spec(config.model.base.architecture)
     folder = Path(str(config.model.path))

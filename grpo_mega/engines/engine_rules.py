@@ -36,6 +36,20 @@ def check_engine_fp8_device(config: Config) -> None:
         )
 
 
+def check_memory_share_device(config: Config) -> None:
+    """Check that `engine.memory_share` is set for GPUs only.
+
+    Raises:
+        UserError: it is set, and this machine has no CUDA devices.
+    """
+    share = config.engine.memory_share
+    if share != type(config.engine).model_fields["memory_share"].default and not has_cuda_driver():
+        raise UserError(
+            f"engine.memory_share={share:g} does nothing without CUDA devices, and this machine has none",
+            remedy="set engine.kv_cache_tokens",
+        )
+
+
 def check_engine_fp8(spec: ModelSpec, config: Config, where: str, *, latent_split: bool = False) -> None:
     """Check that neither policy nor engine splits FP8 blocks, if they are used or `weight_sync.fp8_report` is set.
 

@@ -36,14 +36,16 @@ _VLLM = {
     "engine.ep": "enable_expert_parallel",
     "engine.fp8": "quantization quantization_config linear_backend moe_backend",
     "engine.max_num_seqs": "max_num_seqs",
-    "engine.kv_cache_tokens": "kv_cache_memory_bytes num_gpu_blocks_override gpu_memory_utilization",
+    "engine.kv_cache_tokens": "kv_cache_memory_bytes num_gpu_blocks_override",
+    "engine.memory_share": "gpu_memory_utilization",
     "algorithm.routing_replay": "enable_return_routed_experts",
     _LENGTHS: "max_model_len",
     "": "load_format model_loader_extra_config skip_tokenizer_init generation_config override_generation_config "
     "logprobs_mode logits_processors distributed_executor_backend nnodes node_rank master_addr master_port worker_cls "
     "prefill_context_parallel_size decode_context_parallel_size max_num_batched_tokens block_size kv_cache_dtype "
-    "enable_prefix_caching disable_log_stats enable_sleep_mode sleep_preserve_parameter_names cpu_offload_gb "
-    "cpu_offload_params offload_params offload_backend offload_group_size offload_num_in_group offload_prefetch_step "
+    "enable_prefix_caching disable_log_stats enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph "
+    "enable_nccl_comm_suspend sleep_preserve_parameter_names cpu_offload_gb cpu_offload_params offload_params "
+    "offload_backend offload_group_size offload_num_in_group offload_prefetch_step "
     "kv_offloading_size kv_offloading_backend enable_cumem_allocator speculative_config spec_method spec_model "
     "spec_tokens enable_lora async_scheduling disable_hybrid_kv_cache_manager enable_eplb eplb_config "
     "weight_transfer_config",
@@ -56,7 +58,8 @@ _SGLANG = {
     "engine.tp": "tp_size pp_size dp_size",
     "engine.ep": "ep_size",
     "engine.max_num_seqs": "max_running_requests",
-    "engine.kv_cache_tokens": "max_total_tokens mem_fraction_static",
+    "engine.kv_cache_tokens": "max_total_tokens",
+    "engine.memory_share": "mem_fraction_static",
     "algorithm.routing_replay": "enable_return_routed_experts",
     _LENGTHS: "context_length",
     "": "load_format custom_weight_loader skip_tokenizer_init nccl_port nnodes node_rank dist_init_addr base_gpu_id "

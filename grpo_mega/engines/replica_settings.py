@@ -23,10 +23,12 @@ class ReplicaSettings:
     max_num_seqs: int
     """Rollouts that are sampled at the same time."""
     kv_cache_tokens: int | None
-    """Capacity of the KV cache; None: `max_num_seqs` rollouts of `max_model_len` tokens (on CUDA: what is left of the
-    engine's memory share)."""
+    """Capacity of the KV cache; None: `max_num_seqs` rollouts of `max_model_len` tokens (on CUDA: what is left of
+    `memory_share`)."""
     seed: int
     """Seed of the engine's dummy weights; each request has its own seed."""
+    memory_share: float = 0.85
+    """Fraction of a GPU's memory for weights, workspace and KV cache."""
     ep: int = 1
     """1: every expert is split over the ranks of the replica; else their number: each expert is whole on one rank."""
     return_experts: bool = False
@@ -45,6 +47,7 @@ class ReplicaSettings:
             max_num_seqs=config.engine.max_num_seqs,
             kv_cache_tokens=config.engine.kv_cache_tokens,
             seed=config.run.seed,
+            memory_share=config.engine.memory_share,
             ep=config.engine.ep,
             return_experts=config.algorithm.routing_replay,
             args=config.engine.args,

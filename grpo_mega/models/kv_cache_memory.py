@@ -1,4 +1,4 @@
-"""Memory of an engine's KV cache: share of the GPU, block size, bytes per token, number of blocks and of tokens.
+"""Memory of an engine's KV cache: block size, bytes per token, number of blocks and of tokens.
 
 The planner, the vLLM adapter and the SGLang adapter all take these numbers from here, so a plan and an engine agree.
 This module imports no engine and allocates nothing.
@@ -16,10 +16,6 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
 EngineKind = Literal["vllm", "sglang"]
-
-CUDA_MEMORY_SHARE = 0.6
-"""Fraction of a GPU's memory for the engine's weights and KV cache together, when `engine.kv_cache_tokens` is not set.
-The policy has left the GPU before the engine uses it."""
 
 BATCHED_TOKENS = 8192
 """Prompt tokens that an engine computes in one step; see `KvCacheSize.batched_tokens` for long rollouts."""

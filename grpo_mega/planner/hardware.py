@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from grpo_mega.models.kv_cache_memory import CUDA_MEMORY_SHARE
+from grpo_mega.models.engine_memory import GRAPHS_AND_KERNELS
 from grpo_mega.types import UserError
 
 GIB = 2**30
@@ -102,16 +102,12 @@ class Assumptions:
     """Device memory that an offloaded policy keeps."""
     engine_residue: float = 1.0 * GIB
     """Device memory that a sleeping engine keeps."""
-    engine_workspace: float = 2.0 * GIB
-    """CUDA graphs and kernel workspaces of an engine."""
-    engine_share: float = CUDA_MEMORY_SHARE
-    """Fraction of the device for the engine's weights and KV cache, when engine.kv_cache_tokens is not set."""
     process_host_bytes: float = 6.0 * GIB
     """Host memory of one rank's process before any tensor."""
 
     def described(self) -> dict[str, float]:
-        """Return name -> value."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        """Return name -> value, with the assumption that the engines share with the planner."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"engine_graphs_and_kernels": GRAPHS_AND_KERNELS}
 
 
 CPU_ASSUMPTIONS = Assumptions(
@@ -121,7 +117,6 @@ CPU_ASSUMPTIONS = Assumptions(
     allocator_share=0,
     policy_residue=0,
     engine_residue=0,
-    engine_workspace=0,
 )
 
 

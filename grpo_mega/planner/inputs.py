@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
+from grpo_mega.models.engine_memory import ITEMSIZE
 from grpo_mega.models.kv_cache_memory import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, Gpu
-
-ITEMSIZE = {"fp32": 4, "bf16": 2}
-"""Bytes of one element for each `precision.dtype`."""
 
 
 @dataclass(frozen=True)

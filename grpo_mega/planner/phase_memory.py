@@ -67,7 +67,7 @@ def plan_memory(inputs: PlanInputs, sizes: ModuleSizes, *, total_parameters: int
         where: what error messages call the source of the model.
 
     Raises:
-        UserError: the layers do not divide into the pipeline stages, or the KV cache does not hold one rollout.
+        UserError: the layers do not divide into the pipeline stages, or the engine does not hold one rollout.
     """
     config, itemsize = inputs.config, inputs.itemsize
     activations, engine = Activations(inputs), EngineMemory.from_inputs(inputs)

@@ -34,7 +34,7 @@ class ResourcePlan:
     @cached_property
     def problems(self) -> list[str]:
         """The reasons why the run does not fit, one line each; empty if it fits."""
-        return [*self._device_problems(), *self._cache_problems(), *self._host_problems()]
+        return [*self._device_problems(), *self._host_problems()]
 
     def _device_problems(self) -> list[str]:
         capacity, problems = self.inputs.gpu.memory, []
@@ -46,16 +46,6 @@ class ResourcePlan:
                     f"{phase}: {rank.peak(phase) / GIB:.1f} GiB on {where}, the device has {capacity / GIB:.1f}"
                 )
         return problems
-
-    def _cache_problems(self) -> list[str]:
-        size, engine = self.inputs.kv_cache, self.memory.engine
-        needed = size.tokens_per_rollout * engine.kv_bytes_per_token
-        if engine.kv_cache >= needed:
-            return []
-        return [
-            f"rollout: the KV cache of {engine.kv_cache / GIB:.1f} GiB does not hold one rollout of "
-            f"{size.max_model_len} tokens ({needed / GIB:.1f} GiB)"
-        ]
 
     def _host_problems(self) -> list[str]:
         used, capacity = sum(self.memory.host.values()), self.inputs.gpu.host_memory
@@ -139,7 +129,7 @@ def plan_resources(config: Config, spec: ModelSpec, count: ModuleCounter, cluste
 
     Raises:
         UserError: the layout does not divide the ranks or the layers, the device does not support the requested FP8,
-            or `engine.kv_cache_tokens` does not hold one rollout.
+            or `engine.kv_cache_tokens` or `engine.memory_share` does not hold one rollout.
     """
     _check_fp8_support(config, cluster)
     inputs = PlanInputs.from_config(config, spec, cluster)

@@ -70,10 +70,8 @@ def _engine_layouts(config: Config, planner: Planner, num_ranks: int) -> list[Ch
         except UserError:
             pass
         else:
-            phase, engine = "server" if plan.inputs.uses_servers else "rollout", plan.memory.engine
-            rollout_fits = plan.memory.fullest(phase).peak(phase) <= plan.inputs.gpu.memory
-            one_rollout = plan.inputs.kv_cache.tokens_per_rollout * engine.kv_bytes_per_token
-            if rollout_fits and engine.kv_cache >= one_rollout:
+            phase = "server" if plan.inputs.uses_servers else "rollout"
+            if plan.memory.fullest(phase).peak(phase) <= plan.inputs.gpu.memory:
                 timed.append((plan.time.phases["rollout"], tp, change))
         tp *= 2
     return [change for _, _, change in sorted(timed, key=lambda each: each[:2])[:_ENGINE_CHOICES]]

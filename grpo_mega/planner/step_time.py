@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from grpo_mega.models.engine_memory import ITEMSIZE
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.planner.inputs import ITEMSIZE, PlanInputs, Workload
+from grpo_mega.planner.inputs import PlanInputs, Workload
 from grpo_mega.planner.phase_memory import MemoryPlan
 from grpo_mega.planner.static_memory import StaticBytes
 

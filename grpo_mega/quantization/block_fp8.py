@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_mega.models.fp8_tensors import scales_shape
 from grpo_mega.quantization.fp8_checkpoint import BLOCK as BLOCK
 from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX as SCALE_SUFFIX
-from grpo_mega.quantization.fp8_checkpoint import scales_shape
 from grpo_mega.types import UserError
 
 SCALE = ".weight" + SCALE_SUFFIX

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grpo_mega.models.fp8_tensors import Shape, is_quantized, scales_shape
 from grpo_mega.models.spec import FP8_BLOCK
 from grpo_mega.types import TensorSlice, UserError
 
@@ -26,19 +27,6 @@ FP8_SCHEME: dict[str, Any] = {
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
 }
-_KEPT = ("norm", "embed", "lm_head", "router", ".gate.weight")
-
-Shape = tuple[int, ...]
-
-
-def is_quantized(name: str, shape: Shape) -> bool:
-    """Return True if an FP8 engine quantizes this tensor: matrices of projections, shared and routed experts."""
-    return len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in _KEPT)
-
-
-def scales_shape(shape: Shape) -> Shape:
-    """Return the shape of the scales, one for each block: [ceil(R / 128), ceil(C / 128)]."""
-    return tuple(-(-size // BLOCK) for size in shape)
 
 
 def fp8_shapes(shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -22,15 +22,9 @@ import torch
 from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice, WeightSource
+from grpo_mega.models.fp8_tensors import is_quantized, scales_shape
 from grpo_mega.quantization.block_fp8 import FP8_DTYPE, block_scales, quantize, to_fp8
-from grpo_mega.quantization.fp8_checkpoint import (
-    BLOCK,
-    SCALE_SUFFIX,
-    fp8_shapes,
-    is_quantized,
-    scale_slices,
-    scales_shape,
-)
+from grpo_mega.quantization.fp8_checkpoint import BLOCK, SCALE_SUFFIX, fp8_shapes, scale_slices
 from grpo_mega.types import TensorSlice, WeightMismatchError
 from grpo_mega.weight_sync.digest_comparison import parts_of
 from grpo_mega.weight_sync.sync import FullTensors

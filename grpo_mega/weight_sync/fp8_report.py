@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from grpo_mega.interfaces import HeldSlice, WeightSource
+from grpo_mega.models.fp8_tensors import is_quantized
 from grpo_mega.quantization.block_fp8 import dequantize
-from grpo_mega.quantization.fp8_checkpoint import is_quantized
 from grpo_mega.weight_sync.digest_comparison import parts_of
 from grpo_mega.weight_sync.fp8 import Fp8Source, QuantizedSlice
 

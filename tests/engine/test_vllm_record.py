@@ -77,8 +77,8 @@ def test_copies_share_experts_replicate_the_rest_and_are_derived_from_four_ranks
     recorder: ProcessPoolExecutor, tmp_path: Path, family: str, tp: int, dp: int, spread: bool
 ) -> None:
     from grpo_mega.engines.vllm.layout_extrapolation import layouts_of_all, sampled_ranks
+    from grpo_mega.models.engine_memory import engine_weight_bytes
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.planner.engine_memory import engine_weight_bytes
 
     experts = {"deepseek_v3": {"n_routed_experts": 48, "topk_method": "noaux_tc"}, "qwen3_moe": {"num_experts": 16}}
     config = raw_family_config(family, moe_intermediate_size=64, vocab_size=121, **experts[family])

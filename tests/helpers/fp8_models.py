@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.models.config_readers import read_spec
+from grpo_mega.models.fp8_tensors import is_quantized
 from grpo_mega.quantization.block_fp8 import quantize
-from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, is_quantized
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX
 from tests.helpers.family_configs import raw_family_config
 
 _SIZES: dict[str, Any] = {

@@ -25,6 +25,7 @@ Asserted by tests/unit/engines/sglang/test_engine.py.
 from __future__ import annotations
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,9 @@ from grpo_mega.config.schema import Config
 from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
-from grpo_mega.models.kv_cache_memory import BATCHED_TOKENS, CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
+from grpo_mega.models.engine_memory import workspace_bytes
+from grpo_mega.models.kv_cache_memory import BATCHED_TOKENS, CACHE_FORMATS, KvCacheSize
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
 
 STAGING_BYTES = 16 * 2**20  # in addition to the buckets of a sync; a larger buffer is not faster
@@ -93,6 +96,8 @@ class GpuMemory:
 
     free: int
     total: int
+    workspace: float
+    """What the engine needs beside weights and KV cache (models/engine_memory.py)."""
 
 
 def engine_arguments(settings: SglangSettings, memory: GpuMemory | None, port: int) -> dict[str, Any]:
@@ -153,7 +158,7 @@ def _cuda_arguments(settings: SglangSettings, memory: GpuMemory) -> dict[str, An
         "device": "cuda",
         "enable_memory_saver": True,
         "moe_runner_backend": "triton",
-        "mem_fraction_static": static_fraction(memory),
+        "mem_fraction_static": static_fraction(memory, settings.memory_share),
     }
     if settings.kv_cache_tokens is not None:
         arguments["max_total_tokens"] = cached_tokens(
@@ -162,23 +167,31 @@ def _cuda_arguments(settings: SglangSettings, memory: GpuMemory) -> dict[str, An
     return arguments
 
 
-def static_fraction(memory: GpuMemory) -> float:
-    """Return `mem_fraction_static` for the memory share of the engine.
+def static_fraction(memory: GpuMemory, share: float) -> float:
+    """Return `mem_fraction_static` for `engine.memory_share`.
 
-    SGLang applies the fraction to the memory that is free at its start (mem_cache/kv_cache_configurator.py:3007). The
-    engine's share is a share of the whole device, as for vLLM and the planner.
+    SGLang applies the fraction to the memory that is free at its start (mem_cache/kv_cache_configurator.py:3007), and
+    to weights and KV cache only. `engine.memory_share` is a share of the whole device and includes the workspace, as
+    for vLLM and the planner.
 
     Raises:
         UserError: less memory is free than the engine's share.
     """
-    wanted = CUDA_MEMORY_SHARE * memory.total
+    wanted = share * memory.total
     if wanted >= memory.free:
         raise UserError(
-            f"engine.kind=sglang: {memory.free / 2**30:.1f} GiB of a GPU are free when the engine starts, and it needs "
-            f"{CUDA_MEMORY_SHARE:g} of its {memory.total / 2**30:.1f} GiB",
-            remedy="split the policy over more ranks (parallel.tp, parallel.pp), or end other processes on the GPU",
+            f"engine.memory_share={share:g}: the engine needs this fraction of the {memory.total / 2**30:.1f} GiB of "
+            f"a GPU, and {memory.free / 2**30:.1f} GiB are free when it starts",
+            remedy=f"end other processes on the GPU, or use at most engine.memory_share="
+            f"{math.floor(100 * memory.free / memory.total) / 100:g}",
         )
-    return round(wanted / memory.free, 4)
+    return round((wanted - memory.workspace) / memory.free, 4)
+
+
+def engine_workspace(settings: SglangSettings, spec: ModelSpec) -> float:
+    """Return the bytes that the engine needs on one GPU beside weights and KV cache."""
+    size = KvCacheSize("sglang", settings.max_model_len, settings.max_num_seqs, settings.kv_cache_tokens)
+    return workspace_bytes(size, spec)
 
 
 def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len: int) -> int:

@@ -28,6 +28,7 @@ from grpo_mega.engines.sglang.arguments import (
     check_one_machine,
     check_sglang,
     engine_arguments,
+    engine_workspace,
     visible_gpu,
 )
 from grpo_mega.engines.sglang.engine_client import SglangProcess
@@ -77,7 +78,7 @@ class SglangEngine:
         }
         self._ranks = ReplicaBroadcast(settings.tp, settings.timeout_seconds)
         self._process: SglangProcess | None = None
-        gpus, memory = self._own_devices()
+        gpus, memory = self._own_devices(engine_workspace(settings, spec))
         arguments = engine_arguments(settings, memory, free_port())  # on every rank, so that all raise the same error
         # not that of config.json, if the files hold a head that differs from the embedding (formats/stored_head.py)
         arguments["json_model_override_args"] = json.dumps({"tie_word_embeddings": spec.tie_embeddings})
@@ -159,13 +160,17 @@ class SglangEngine:
             yield from self._process.started(self._ranks.beat_seconds)
             yield self._process.call("share", tensors)
 
-    def _own_devices(self) -> tuple[list[str] | None, GpuMemory | None]:
-        """Return the GPUs of the engine's ranks and the memory of the fullest; None without CUDA. Collective."""
+    def _own_devices(self, workspace: float) -> tuple[list[str] | None, GpuMemory | None]:
+        """Return the GPUs of the engine's ranks and the memory of the fullest; None without CUDA. Collective.
+
+        Args:
+            workspace: bytes that the engine needs beside weights and KV cache.
+        """
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         gpu, memory = None, None
         if self._on_cuda:
             gpu = visible_gpu(os.environ, torch.cuda.current_device())
-            memory = GpuMemory(*torch.cuda.mem_get_info())
+            memory = GpuMemory(*torch.cuda.mem_get_info(), workspace)
         gathered = self._ranks.gather((machine, gpu, memory))
         check_one_machine([each for each, _, _ in gathered], len(gathered))
         if not self._on_cuda:

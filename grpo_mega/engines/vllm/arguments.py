@@ -12,7 +12,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors, model_overrides
 from grpo_mega.engines.vllm.recording_loader import RECORDING
-from grpo_mega.models.kv_cache_memory import CACHE_FORMATS, CUDA_MEMORY_SHARE, KvCacheSize
+from grpo_mega.models.kv_cache_memory import CACHE_FORMATS, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
@@ -140,7 +140,13 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
     if settings.kv_cache_tokens is not None or not on_cuda:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes(settings, spec)
     if on_cuda:
-        arguments |= {"gpu_memory_utilization": CUDA_MEMORY_SHARE, "enable_sleep_mode": True}
+        arguments |= {
+            "gpu_memory_utilization": settings.memory_share,
+            "enable_sleep_mode": True,
+            # A sleeping engine frees the memory of its CUDA graphs and of its NCCL communicators too.
+            "sleep_mode_offload_cudagraph": True,
+            "enable_nccl_comm_suspend": True,
+        }
     else:
         arguments["enforce_eager"] = True
         if spec.mla is not None:  # with AMX vLLM would choose a kernel that reads packed copies of the weights

@@ -18,10 +18,11 @@ from unittest import mock
 import torch
 from torch import nn
 
+from grpo_mega.models.fp8_tensors import is_quantized
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.quantization.block_fp8 import FP8_DTYPE
-from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_quantized, quantization_config
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, quantization_config
 
 Shape = tuple[int, ...]
 

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
+from grpo_mega import train
 from grpo_mega.cli.doctor import main
+from grpo_mega.cli.plan import main as plan_main
 from grpo_mega.config.load import load_config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
 from grpo_mega.doctor.finding import Finding, require
+from grpo_mega.doctor.model_rules import read_spec
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.listener import ServerListener
 from grpo_mega.engines.server.messages import serving_facts
 from grpo_mega.engines.server.protocol import Address
 from grpo_mega.parallel import devices
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.hardware import GPUS
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 from tests.helpers.tiny_models import make_tiny_model, store_head
@@ -186,6 +192,52 @@ def test_each_gpu_fault_is_found(devices: list[tuple[str, int, list[int]]], chec
 
 def config_for(model: Path, *overrides: str) -> Any:
     return load_config(QUICKSTART, ["model.base=null", f"model.path={model}", *overrides])
+
+
+def share_finding(model: Path, share: float, used: int = 0) -> Finding:
+    config = config_for(model, f"engine.memory_share={share}", "engine.kv_cache_tokens=null")
+    return gpus.check_engine_share(config, read_spec(config), Topology(1), FakeNvml(H100, (H100[0], used, [])))
+
+
+def test_the_memory_share_of_the_engine_must_hold_a_rollout_and_be_free(model: Path) -> None:
+    assert share_finding(model, 0.85).status == "pass"
+    small, busy = share_finding(model, 0.01), share_finding(model, 0.85, used=20 * GIB)
+    assert (small.status, busy.status) == ("fail", "fail")
+    assert_names(small.message, "engine.memory_share=0.01", "80.0 GiB", "0 tokens fit")
+    assert_names(busy.message, "engine.memory_share=0.85", "60.0 of 80.0 GiB of a GPU are free")
+    assert "engine.memory_share=0.75" in busy.remedy
+    assert "engine.memory_share=0.03" in small.remedy
+    assert share_finding(model, 0.03).status == "pass"
+
+
+@pytest.fixture
+def a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("0000:01", "0000:02"):
+        (tmp_path / "gpus" / name).mkdir(parents=True)
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path / "gpus")
+    nvml = ModuleType("pynvml")
+    for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName",
+                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetNvLinkState", "NVMLError"):  # fmt: skip
+        setattr(nvml, name, getattr(FakeNvml(H100, H100), name))
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+
+
+def test_doctor_start_and_planner_reject_the_same_share_with_the_same_words(
+    model: Path, a_machine_with_two_gpus: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ["model.base=null", f"model.path={model}", "engine.kv_cache_tokens=null", "engine.memory_share=0.01"]
+    assert main([str(QUICKSTART), *overrides]) == 2
+    of_the_doctor = capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["train", str(QUICKSTART), *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    of_the_start = capsys.readouterr().err
+    assert stopped.value.code == 2
+    monkeypatch.setitem(GPUS, "h100-80g", replace(GPUS["h100-80g"], memory=80 * GIB))
+    assert plan_main([str(QUICKSTART), *overrides]) == 2
+    of_the_planner = capsys.readouterr().err
+    for text in (of_the_doctor, of_the_start, of_the_planner):
+        assert_names(text, "engine.memory_share=0.01", "0 tokens fit", "use at least engine.memory_share=0.03")
 
 
 def test_a_head_that_contradicts_tie_word_embeddings_is_reported(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.helpers.one_process import run
 
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
 KINDS = ("vllm", "sglang")
-GPU = sglang_arguments.GpuMemory(60 * 2**30, 80 * 2**30)
+GPU = sglang_arguments.GpuMemory(75 * 2**30, 80 * 2**30, workspace=0)
 
 
 def fields_of(kind: str) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def test_arguments_with_the_type_that_the_engine_declares_are_accepted(kind: str
         ("vllm", {"performance_mode": "fast"}, ["engine.args.performance_mode='fast'", "'throughput'"]),
         ("vllm", {"seed": 3}, ["engine.args.seed=3", "set run.seed"]),
         ("vllm", {"block_size": 16}, ["engine.args.block_size=16", "remove engine.args.block_size"]),
-        ("vllm", {"gpu_memory_utilization": 0.5}, ["set engine.kv_cache_tokens"]),
+        ("vllm", {"gpu_memory_utilization": 0.5}, ["set engine.memory_share"]),
+        ("vllm", {"enable_nccl_comm_suspend": False}, ["remove engine.args.enable_nccl_comm_suspend"]),
         ("vllm", {"max_model_length": 64}, ["did you mean max_model_len?", "sampling.max_tokens sets it"]),
         ("vllm", {"watermark": 1.0}, ["engine.args.watermark=1.0 must be at least 0 and less than 1"]),
         ("vllm", {"max_logprobs": -2}, ["engine.args.max_logprobs=-2 must be at least -1"]),

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from grpo_mega.models.engine_memory import engine_weight_bytes
+from grpo_mega.models.fp8_tensors import is_quantized, scales_shape
 from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
-from grpo_mega.planner.engine_memory import engine_weight_bytes
 from grpo_mega.planner.hardware import cluster_of, gpu_named
 from grpo_mega.planner.phase_memory import RankMemory
 from grpo_mega.planner.plan import plan_resources
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
-from grpo_mega.quantization.fp8_checkpoint import is_quantized, scales_shape
 from grpo_mega.types import UserError
 from tests.helpers.planner_cases import SIZES, config_of, inputs_of, memory_of, spec_of
 

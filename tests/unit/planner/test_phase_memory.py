@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from grpo_mega.models.engine_memory import engine_weight_bytes
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.planner.engine_memory import engine_weight_bytes
 from grpo_mega.planner.hardware import Assumptions, Cluster, gpu_named
 from grpo_mega.planner.phase_memory import PHASES, num_groups
 from grpo_mega.planner.pipeline_schedule import peak_of_schedule

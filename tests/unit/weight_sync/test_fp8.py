@@ -8,8 +8,9 @@ from torch import Tensor
 
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.digest import slice_digest, wrap_int64
+from grpo_mega.models.fp8_tensors import is_quantized
 from grpo_mega.quantization.block_fp8 import FP8_DTYPE, block_scales, quantize
-from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, is_quantized, quantization_config
+from grpo_mega.quantization.fp8_checkpoint import SCALE_SUFFIX, fp8_shapes, quantization_config
 from grpo_mega.types import TensorSlice, UserError, WeightMismatchError
 from grpo_mega.weight_sync import digest_comparison
 from grpo_mega.weight_sync.digest_comparison import parts_of

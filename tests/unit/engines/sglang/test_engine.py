@@ -27,6 +27,7 @@ from grpo_mega.engines.sglang.arguments import (
 )
 from grpo_mega.engines.sglang.requests import stop_reason
 from grpo_mega.types import UserError
+from tests.helpers.error_messages import assert_names
 
 SETTINGS = SglangSettings(
     config_dir=Path("model"),
@@ -39,7 +40,7 @@ SETTINGS = SglangSettings(
     seed=7,
     return_experts=True,
 )
-H100 = GpuMemory(free=60 * 2**30, total=80 * 2**30)
+H100 = GpuMemory(free=75 * 2**30, total=80 * 2**30, workspace=2 * 2**30)
 
 
 @pytest.mark.parametrize(("on_cuda", "missing"), [(False, "sglang"), (True, "torch_memory_saver")])
@@ -100,12 +101,14 @@ def test_every_argument_and_choice_exists_in_sglang() -> None:
 
 
 def test_the_memory_share_is_of_the_whole_device_for_every_amount_of_free_memory() -> None:
-    """SGLang applies its fraction to the memory that is free when it starts."""
+    """SGLang applies its fraction to the memory that is free when it starts, and to weights and cache only."""
+    settings = replace(SETTINGS, memory_share=0.6)
     for free in (50, 60, 80):
-        memory = GpuMemory(free * 2**30, 80 * 2**30)
-        assert engine_arguments(SETTINGS, memory, 1234)["mem_fraction_static"] * free == pytest.approx(48, abs=0.01)
-    with pytest.raises(UserError, match=r"48\.0 GiB of a GPU are free .* 0\.6 of its 80\.0 GiB; split the policy"):
-        engine_arguments(SETTINGS, GpuMemory(48 * 2**30, 80 * 2**30), 1234)
+        memory = GpuMemory(free * 2**30, 80 * 2**30, workspace=3 * 2**30)
+        assert engine_arguments(settings, memory, 1234)["mem_fraction_static"] * free == pytest.approx(45, abs=0.01)
+    with pytest.raises(UserError) as raised:
+        engine_arguments(settings, GpuMemory(47 * 2**30, 80 * 2**30, workspace=0), 1234)
+    assert_names(raised.value, "engine.memory_share=0.6", "80.0 GiB", "47.0 GiB", "at most engine.memory_share=0.58")
 
 
 def test_kv_cache_tokens_must_hold_a_rollout() -> None:
