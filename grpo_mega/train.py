@@ -24,7 +24,8 @@ from grpo_mega.config.load import known_keys, load_config, resolved
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
-from grpo_mega.parallel.devices import num_visible_gpus
+from grpo_mega.parallel.device_queues import set_device_queues
+from grpo_mega.parallel.devices import num_driver_gpus, num_visible_gpus
 from grpo_mega.parallel.stop_signal import EXIT_CODE as STOPPED
 from grpo_mega.parallel.stop_signal import Stopped, expect_stop
 from grpo_mega.parallel.topology import Topology
@@ -62,6 +63,7 @@ def main() -> None:
         if arguments.for_launcher:
             sys.stdout.write(f"{json.dumps(for_launcher(config))}\n")
             return
+        limit_device_queues(config)
         prepared = prepare(config)
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -103,6 +105,24 @@ def wanted_world_size(config: Config) -> int:
             return step.num_tasks
         num_nodes = step.num_nodes
     return max(1, num_visible_gpus(env)) * num_nodes
+
+
+def limit_device_queues(config: Config) -> None:
+    """Set CUDA_DEVICE_MAX_CONNECTIONS for the layout, and warn if the user has set a value that conflicts with it.
+
+    Nothing has imported torch yet: CUDA reads the variable only once.
+
+    Raises:
+        UserError: the layout does not divide the ranks.
+    """
+    if not num_driver_gpus():
+        return
+    from grpo_mega.doctor.gpus import compute_capability
+
+    topology = Topology.of(config, wanted_world_size(config))
+    conflict = set_device_queues(topology, os.environ, compute_capability())
+    if conflict is not None and os.environ.get("RANK", "0") == "0":
+        log.warning("%s; unset it, and the program sets it", conflict)
 
 
 def prepare(config: Config) -> Prepared:

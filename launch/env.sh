@@ -12,8 +12,6 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # The threads of tokenizers deadlock if a process forks after using them, as checkpoint writers do.
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
-# Megatron's tensor-parallel overlap relies on the order in which kernels reach a device: one queue only.
-export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 grpo_mega_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # Import the code of this checkout from any working folder, even if several checkouts share one environment.

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from grpo_mega.config.schema import Config
-from grpo_mega.doctor import gpus, inputs, machine
+from grpo_mega.doctor import cuda_machine, gpus, inputs, machine
 from grpo_mega.doctor.finding import Finding, passed, tried
 from grpo_mega.doctor.prompt_example import check_prompt
 from grpo_mega.parallel.devices import num_driver_gpus
@@ -23,29 +25,37 @@ _BYTES = {"fp32": 4, "bf16": 2}
 
 
 def examine_machine(
-    num_ranks: int = 1, num_nodes: int = 1, env: Mapping[str, str] = os.environ, engine_kind: str = "vllm"
+    env: Mapping[str, str] = os.environ, config: Config | None = None, topology: Topology | None = None
 ) -> list[Finding]:
-    """Check this machine: versions, GPUs, environment variables and shared memory.
+    """Check this machine: versions, GPUs, libraries, environment variables, open files and shared memory.
 
     Args:
-        num_ranks: ranks of the job on this machine.
-        num_nodes: nodes of the job.
         env: environment variables.
-        engine_kind: the engine whose packages are checked.
+        config: of the job; None: a job of one rank with vLLM.
+        topology: the layout of the job; None leaves out the rules that depend on it.
     """
     on_cuda = num_driver_gpus() > 0
-    return [
-        *machine.check_versions(on_cuda=on_cuda, engine_kind=engine_kind),
-        *gpus.check_gpus(num_ranks, one_each="SLURM_PROCID" in env),
-        *machine.check_environment(
-            env,
-            on_cuda=on_cuda,
-            num_nodes=num_nodes,
-            interfaces=frozenset(psutil.net_if_addrs()),
-            has_infiniband=Path("/sys/class/infiniband").is_dir(),
-        ),
-        machine.check_shared_memory(),
-    ]
+    kind = "vllm" if config is None else config.engine.kind
+    world_size = 1 if topology is None else topology.world_size
+    num_ranks = int(env.get("LOCAL_WORLD_SIZE", str(world_size))) if topology is not None else 1
+    found = machine.check_versions(on_cuda=on_cuda, engine_kind=kind)
+    found += gpus.check_gpus(num_ranks, one_each="SLURM_PROCID" in env)
+    if on_cuda:
+        transport = "auto" if config is None else config.weight_sync.transport
+        found += cuda_machine.check_cuda(cuda_machine.read_facts(env), env, topology, kind, transport)
+    found += machine.check_environment(
+        env,
+        on_cuda=on_cuda,
+        num_nodes=max(1, world_size // num_ranks),
+        interfaces=frozenset(psutil.net_if_addrs()),
+        has_infiniband=Path("/sys/class/infiniband").is_dir(),
+    )
+    if topology is not None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        limit = sys.maxsize if soft == resource.RLIM_INFINITY else soft
+        with_vllm = kind == "vllm" and topology.engine_servers == 0
+        found.append(machine.check_open_files(topology, limit, on_cuda=on_cuda, with_vllm=with_vllm))
+    return [*found, machine.check_shared_memory()]
 
 
 def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = os.environ) -> list[Finding]:
@@ -55,9 +65,9 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     """
     local = int(env.get("LOCAL_WORLD_SIZE", str(topology.world_size)))
     nodes = max(1, topology.world_size // local)
-    found = [*examine_machine(local, nodes, env, config.engine.kind), *_sizes(config, topology, nodes)]
+    found = [*examine_machine(env, config, topology), *_sizes(config, topology, nodes)]
     if config.precision.fp8 is not None and num_driver_gpus():
-        found.append(gpus.check_recipe(config.precision.fp8.recipe, machine.installed("torch") or ""))
+        found.append(gpus.check_recipe(config.precision.fp8.recipe, cuda_machine.torch_cuda()))
     if config.engine.fp8 is not None and num_driver_gpus():
         found.append(gpus.check_engine_fp8())
     if config.engine.placement == "colocated" and num_driver_gpus():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,14 +77,19 @@ def check_engine_share(config: Config, spec: ModelSpec, topology: Topology, nvml
     return tried(name, check)
 
 
-def check_recipe(recipe: str, torch_version: str, nvml: Any | None = None) -> Finding:
+def check_recipe(recipe: str, torch_cuda: tuple[int, int] | None, nvml: Any | None = None) -> Finding:
     """Check that the GPUs, and the CUDA version that torch is built for, support this FP8 recipe."""
     found = _capability(nvml)
     if isinstance(found, Finding):
         return found
-    built = re.search(r"\+cu(\d+)(\d)$", torch_version)
-    cuda = (int(built[1]), int(built[2])) if built else _UNKNOWN_CUDA
+    cuda = _UNKNOWN_CUDA if torch_cuda is None else torch_cuda
     return _fp8_finding(check_generation(recipe, found, cuda), f"{recipe} on compute capability {found[0]}.{found[1]}")
+
+
+def compute_capability(nvml: Any | None = None) -> tuple[int, int] | None:
+    """Return the compute capability of the first GPU; None if NVML is not installed."""
+    found = _capability(nvml)
+    return None if isinstance(found, Finding) else found
 
 
 def check_engine_fp8(nvml: Any | None = None) -> Finding:

@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 
 from grpo_mega.doctor.finding import Finding, passed
+from grpo_mega.parallel.gloo_descriptors import needed_descriptors
+from grpo_mega.parallel.topology import Topology
 
 GIB = 2**30
 _TRANSFORMER_ENGINE = "2.20.2"  # its modules are those that the tests build
@@ -139,28 +141,7 @@ def check_environment(
                     f"use one of {', '.join(sorted(interfaces))}, or unset it",
                 )
             )
-    if not on_cuda:
-        return found or [passed("environment", "no variable causes problems")]
-    allocator = env.get("PYTORCH_CUDA_ALLOC_CONF", env.get("PYTORCH_ALLOC_CONF", ""))
-    if re.search(r"expandable_segments:\s*true", allocator, re.IGNORECASE):
-        found.append(
-            Finding(
-                "allocator",
-                "fail",
-                f"PYTORCH_CUDA_ALLOC_CONF={allocator}: an engine cannot sleep with expandable_segments",
-                "remove expandable_segments",
-            )
-        )
-    if env.get("CUDA_DEVICE_MAX_CONNECTIONS", "1") != "1":
-        found.append(
-            Finding(
-                "CUDA queues",
-                "warn",
-                f"CUDA_DEVICE_MAX_CONNECTIONS={env['CUDA_DEVICE_MAX_CONNECTIONS']}: Megatron's overlap needs one queue",
-                "set it to 1",
-            )
-        )
-    if num_nodes > 1:
+    if on_cuda and num_nodes > 1:
         found += _internode_network(env, has_infiniband)
     return found or [passed("environment", "no variable causes problems")]
 
@@ -210,6 +191,26 @@ def check_disk(folder: Path, checkpoint: float, keep: int, free: float | None = 
             f"free {((keep + 1) * checkpoint - room) / GIB:.1f} GiB, or lower checkpoint.keep",
         )  # fmt: skip
     return passed("disk", status)
+
+
+def check_open_files(topology: Topology, limit: int, *, on_cuda: bool, with_vllm: bool) -> Finding:
+    """Check that a rank may open as many files as its gloo groups need (parallel/gloo_descriptors.py).
+
+    Args:
+        topology: the layout.
+        limit: the soft limit of this process, `ulimit -n`.
+        on_cuda: the ranks have GPUs.
+        with_vllm: vLLM runs in the processes of the ranks.
+    """
+    needed = needed_descriptors(topology, on_cuda=on_cuda, with_vllm=with_vllm)
+    message = f"ulimit -n is {limit}, and a rank of {topology.world_size} opens about {needed}"
+    if needed <= limit:
+        return passed("open files", message)
+    wanted = 1 << (needed - 1).bit_length()
+    return Finding(
+        "open files", "fail", f"{message}: gloo connects every rank with every other rank of each group",
+        f"ulimit -n {wanted} before the job starts (Slurm: srun --propagate=NOFILE, containers: --ulimit nofile)",
+    )  # fmt: skip
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), size: float | None = None) -> Finding:

@@ -66,16 +66,17 @@ def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
     checkpoint_reading.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        ranks.topology.tp,
-        ranks.topology.pp,
-        ranks.topology.vpp if ranks.topology.vpp > 1 else None,
-        context_parallel_size=ranks.topology.cp,
-        expert_model_parallel_size=ranks.topology.ep,
-        expert_tensor_parallel_size=ranks.topology.etp,
-        create_gloo_process_groups=False,
-        distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
-    )
+    with fixes.device_groups():
+        parallel_state.initialize_model_parallel(
+            ranks.topology.tp,
+            ranks.topology.pp,
+            ranks.topology.vpp if ranks.topology.vpp > 1 else None,
+            context_parallel_size=ranks.topology.cp,
+            expert_model_parallel_size=ranks.topology.ep,
+            expert_tensor_parallel_size=ranks.topology.etp,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=max(1, round(timeout_seconds / 60)),
+        )
     tensor_parallel.model_parallel_cuda_manual_seed(1)
 
 

@@ -14,6 +14,7 @@ import pytest
 from grpo_mega import train
 from grpo_mega.config.load import load_config
 from grpo_mega.data.tokenizers import byte_tokenizer
+from grpo_mega.parallel.device_queues import VARIABLE
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 
@@ -102,6 +103,44 @@ def run_train(*arguments: object, **environment: str) -> subprocess.CompletedPro
         text=True,
         timeout=120,
     )
+
+
+START_ON_A_GPU = """
+import os, sys
+from pathlib import Path
+from grpo_mega.parallel import devices
+devices.DRIVER_FOLDER = Path(sys.argv[1])  # of a machine whose driver lists one GPU
+from grpo_mega import train
+from grpo_mega.types import UserError
+
+def prepare(config):
+    raise UserError(f"{os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS')} {'torch' in sys.modules}", remedy="none")
+
+train.prepare = prepare
+sys.argv[1:] = sys.argv[2:]
+train.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("layout", "found", "result"),
+    [("parallel.tp=2", {}, "1"), ("parallel.pp=2", {}, "None"), ("parallel.tp=2", {VARIABLE: "8"}, "8")],
+)
+def test_a_rank_sets_the_queues_of_its_layout_before_torch_is_imported(
+    layout: str, found: dict[str, str], result: str, tmp_path: Path
+) -> None:
+    (tmp_path / "gpus" / "0000:00:00.0").mkdir(parents=True)
+    environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
+    done = subprocess.run(
+        [sys.executable, "-c", START_ON_A_GPU, str(tmp_path / "gpus"), str(QUICKSTART), layout, "run.world_size=2"],
+        env={**environment, "PYTHONPATH": str(REPOSITORY), "RANK": "0", "WORLD_SIZE": "2", **found},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"error: {result} False" in done.stderr
+    assert ("CUDA_DEVICE_MAX_CONNECTIONS=8: with parallel.tp=2" in done.stderr) == (result == "8")
 
 
 def test_for_launcher_prints_the_values_of_the_config() -> None:

@@ -22,7 +22,8 @@ from grpo_mega.policy.megatron_patches import cpu
 
 cpu.prepare_import()
 
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402 - only after prepare_import
+from megatron.core import parallel_state  # noqa: E402 - only after prepare_import
+from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
@@ -107,6 +108,28 @@ def mark_shared_keys(model: torch.nn.Module) -> None:
         if isinstance(module, multi_latent_attention.MLASelfAttention):
             widths = (module.config.kv_lora_rank, module.config.qk_pos_emb_head_dim)
             module.linear_kv_down_proj.register_forward_hook(functools.partial(_mark, widths))
+
+
+@contextmanager
+def device_groups() -> Iterator[None]:
+    """Let Megatron create its process groups inside the block with NCCL alone, where there is CUDA.
+
+    parallel_state.py:259 creates groups with the backends of the default group, which has gloo for the program's own
+    exchanges. Megatron expects NCCL groups and sends tensors of the device through them, and gloo would open one socket
+    for each member of each of about twenty groups (parallel/gloo_descriptors.py).
+    """
+    create = parallel_state.create_group
+
+    @functools.wraps(create)
+    def create_on_device(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return create(*args, backend=backend or "nccl", **kwargs)
+
+    if torch.cuda.is_available():
+        parallel_state.create_group = create_on_device
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
 
 
 @contextmanager

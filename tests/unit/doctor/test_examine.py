@@ -106,11 +106,9 @@ def test_sglang_on_cuda_needs_its_torch_version_and_the_memory_saver(
 @pytest.mark.parametrize(
     ("env", "check", "status"),
     [
-        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, "allocator", "fail"),
-        ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "CUDA queues", "warn"),
         ({"NCCL_SOCKET_IFNAME": "ib9"}, "NCCL_SOCKET_IFNAME", "fail"),
         ({"NCCL_IB_DISABLE": "1"}, "InfiniBand", "warn"),
-        ({"NCCL_SOCKET_IFNAME": "eth", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}, "InfiniBand", "pass"),
+        ({"NCCL_SOCKET_IFNAME": "eth"}, "InfiniBand", "pass"),
         ({"NCCL_SOCKET_IFNAME": "^lo"}, "InfiniBand", "pass"),
     ],
 )
@@ -150,6 +148,8 @@ class FakeNvml:
             "nvmlDeviceGetCount": lambda: len(self._devices),
             "nvmlDeviceGetHandleByIndex": lambda i: self._devices[i],
             "nvmlDeviceGetName": lambda d: d[0],
+            "nvmlDeviceGetCudaComputeCapability": lambda d: [9, 0],
+            "nvmlSystemGetCudaDriverVersion_v2": lambda: 13000,
             "nvmlDeviceGetMemoryInfo": lambda d: SimpleNamespace(total=80 * GIB, used=d[1]),
         }
         return answers[name]
@@ -217,7 +217,8 @@ def a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path / "gpus")
     nvml = ModuleType("pynvml")
     for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName",
-                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetNvLinkState", "NVMLError"):  # fmt: skip
+                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetNvLinkState", "nvmlDeviceGetCudaComputeCapability",
+                 "nvmlSystemGetCudaDriverVersion_v2", "NVMLError"):  # fmt: skip
         setattr(nvml, name, getattr(FakeNvml(H100, H100), name))
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
 

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
@@ -170,3 +171,28 @@ def test_three_warnings_of_megatron_are_not_logged_and_others_are(caplog: pytest
         assert source is not None
         assert source.origin is not None
         assert text in Path(source.origin).read_text()
+
+
+@pytest.mark.parametrize(("on_cuda", "backend"), [(True, "nccl"), (False, None)])
+def test_groups_of_megatron_have_no_gloo_on_cuda(on_cuda: bool, backend: str | None) -> None:
+    """Needed as long as `create_group` takes the backends of the default group, which has gloo."""
+    from megatron.core import parallel_state
+
+    backends: list[str | None] = []
+
+    def new_group(**arguments: Any) -> None:
+        backends.append(arguments["backend"])
+
+    recorded = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0, new_group=new_group)
+    with (
+        mock.patch.object(torch.cuda, "is_available", return_value=on_cuda),
+        mock.patch.object(parallel_state, "torch", SimpleNamespace(distributed=recorded)),
+        mock.patch.object(parallel_state, "_global_process_group_list", [None]),
+        fixes.device_groups(),
+    ):
+        parallel_state.create_group([0], backend=None)
+        parallel_state.create_group([0], timeout=None)
+        parallel_state.create_group([0], backend="gloo")
+    assert backends == [backend, backend, "gloo"]
+    assert parallel_state.create_group.__name__ == "create_group"
+    assert not hasattr(parallel_state.create_group, "__wrapped__")
