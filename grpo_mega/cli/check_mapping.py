@@ -54,6 +54,7 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
     warnings.filterwarnings("ignore", module="megatron")  # about deprecated fields and about Transformer Engine
     from grpo_mega.parallel.topology import Topology
     from grpo_mega.policy.inspect.slice_mapping import faults_of_mapping, held_by_ranks
+    from grpo_mega.policy.module_choice import choose_modules
     from grpo_mega.policy.weight_source import weight_copies
 
     start = time.monotonic()
@@ -64,7 +65,7 @@ def check(folder: Path, layout: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as work:
         config = config_of(folder, spec, layout, Path(work))
     topology = Topology.of(config, config.run.world_size or 1)
-    held = list(held_by_ranks(spec, config.parallel, topology))
+    held = list(held_by_ranks(spec, config.parallel, topology, choose_modules(config)))
     aside = {name: shape for name, shape in hf_shapes_aside(spec).items() if name in files.shapes}
     return {
         "layout": layout,

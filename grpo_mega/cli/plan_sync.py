@@ -109,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be more than 0")
     with tempfile.TemporaryDirectory() as work:
         folder, spec = model_of(config, Path(work))
-        plan = plan_of(config, spec, folder, args.gpus_per_node, local_modules=args.cpu)
+        local = args.cpu or config.policy.modules == "local"
+        plan = plan_of(config, spec, folder, args.gpus_per_node, local_modules=local)
     summary = summarize(plan, args.node_gb_per_second, args.network_gb_per_second)
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["cpu_seconds"] = round(time.process_time(), 1)
@@ -150,7 +151,7 @@ def plan_of(config: Config, spec: ModelSpec, folder: Path, gpus_per_node: int, *
         spec: of the model.
         folder: with the model's config.json.
         gpus_per_node: ranks of a node.
-        local_modules: the policy uses the modules for machines without GPUs.
+        local_modules: the policy uses local modules instead of Transformer Engine's.
 
     Raises:
         UserError: a layout does not divide the model.

@@ -69,6 +69,12 @@ def check_fp8(config: Config) -> None:
             "are bf16",
             remedy="set precision.dtype=bf16, or remove precision.fp8",
         )
+    if config.policy.modules == "local":
+        raise UserError(
+            f"precision.fp8.recipe={fp8.recipe} is not supported with policy.modules=local: only Transformer Engine "
+            "has FP8 matrix products",
+            remedy="set policy.modules=auto or transformer_engine, or remove precision.fp8",
+        )
     if not recipe.layers_differ:
         for key, number in (("first_layers_bf16", fp8.first_layers_bf16), ("last_layers_bf16", fp8.last_layers_bf16)):
             if number:

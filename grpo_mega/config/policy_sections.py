@@ -1,4 +1,4 @@
-"""Config sections `parallel`, `optimizer` and `precision`: the Megatron side of the policy."""
+"""Config sections `policy`, `parallel`, `optimizer` and `precision`: the Megatron side of the policy."""
 
 from __future__ import annotations
 
@@ -9,6 +9,15 @@ from pydantic import Field
 from grpo_mega.config.section import Section
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe"]
+
+
+class PolicyConfig(Section):
+    """Implementation of the policy."""
+
+    modules: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Modules that compute the policy. `transformer_engine`: those of Transformer Engine, which need CUDA. `local`:
+    Megatron's own and those of grpo_mega/policy/modules, on every device. `auto`: `transformer_engine` on CUDA where it
+    is installed, otherwise `local`."""
 
 
 class ParallelConfig(Section):

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from grpo_mega.config.algorithm_section import AlgorithmConfig
 from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.config.model_sections import ModelConfig
-from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
+from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PolicyConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import (
     EngineConfig,
     EnvironmentConfig,
@@ -114,6 +114,8 @@ class Config(Section):
     """Identity and size of the run."""
     model: ModelConfig
     """Base model of the policy."""
+    policy: PolicyConfig = PolicyConfig()
+    """Implementation of the policy."""
     parallel: ParallelConfig = ParallelConfig()
     """Parallel layout of the policy."""
     engine: EngineConfig = EngineConfig()

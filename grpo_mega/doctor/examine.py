@@ -20,6 +20,7 @@ from grpo_mega.doctor.finding import Finding, passed, tried
 from grpo_mega.doctor.prompt_example import check_prompt
 from grpo_mega.parallel.devices import num_driver_gpus
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.module_choice import installed
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -38,7 +39,8 @@ def examine_machine(
     kind = "vllm" if config is None else config.engine.kind
     world_size = 1 if topology is None else topology.world_size
     num_ranks = int(env.get("LOCAL_WORLD_SIZE", str(world_size))) if topology is not None else 1
-    found = machine.check_versions(on_cuda=on_cuda, engine_kind=kind)
+    modules = "auto" if config is None else config.policy.modules
+    found = machine.check_versions(on_cuda=on_cuda, engine_kind=kind, modules=modules)
     found += gpus.check_gpus(num_ranks, one_each="SLURM_PROCID" in env)
     if on_cuda:
         transport = "auto" if config is None else config.weight_sync.transport

@@ -6,34 +6,35 @@ import importlib.metadata
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
-from grpo_mega.doctor.finding import Finding, passed
+from grpo_mega.doctor.finding import Finding, Status, passed
 from grpo_mega.parallel.gloo_descriptors import needed_descriptors
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.module_choice import (
+    INSTALL_TRANSFORMER_ENGINE,
+    Version,
+    installed,
+    transformer_engine_release,
+)
 
 GIB = 2**30
-_TRANSFORMER_ENGINE = "2.20.2"  # its modules are those that the tests build
 _MEGATRON = "0.19.2"  # policy/ depends on internals of this release
 _SGLANG = "0.5.23"  # engines/sglang/ depends on internals of this release
 _SHARED_MEMORY = 1 * GIB  # gloo, NCCL and the engines exchange data through /dev/shm
 _UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
-Version = Callable[[str], str | None]
+Modules = Literal["auto", "transformer_engine", "local"]
+"""Values of `policy.modules`."""
 
 
-def installed(name: str) -> str | None:
-    """Return the version of a distribution, or None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def check_versions(version: Version = installed, *, on_cuda: bool, engine_kind: str = "vllm") -> list[Finding]:
+def check_versions(
+    version: Version = installed, *, on_cuda: bool, engine_kind: str = "vllm", modules: Modules = "auto"
+) -> list[Finding]:
     """Check the versions of Python, torch, Megatron-Core, the engine and, with CUDA, Transformer Engine."""
     python = ".".join(map(str, sys.version_info[:3]))
     found = [passed("python", python)]
@@ -43,7 +44,7 @@ def check_versions(version: Version = installed, *, on_cuda: bool, engine_kind: 
     found.append(_megatron(version("megatron-core")))
     found.append(_sglang(version, torch, on_cuda) if engine_kind == "sglang" else _vllm(version, torch))
     if on_cuda:
-        found.append(_transformer_engine(version("transformer-engine") or version("transformer-engine-torch"), torch))
+        found.append(_transformer_engine(transformer_engine_release(version), torch, modules))
     unwanted = [name for name in _UNWANTED if version(name) is not None]
     if unwanted and "+cpu" in torch:
         found.append(
@@ -115,13 +116,17 @@ def pinned_torch(name: str) -> str | None:
     return None
 
 
-def _transformer_engine(found: str | None, torch: str) -> Finding:
+def _transformer_engine(found: str | None, torch: str, modules: Modules) -> Finding:
+    if modules == "local":
+        return passed("transformer-engine", "not used: policy.modules=local")
     if found is not None:
         return passed("transformer-engine", f"{found} with torch {torch}")
-    return Finding(
-        "transformer-engine", "fail", "not installed; on CUDA the policy needs its modules",
-        f"pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]=={_TRANSFORMER_ENGINE}'",
-    )  # fmt: skip
+    if modules == "transformer_engine":
+        status: Status = "fail"
+        what = "not installed; policy.modules=transformer_engine needs it"
+    else:
+        status, what = "warn", "not installed; policy.modules=auto uses local modules, which are slower"
+    return Finding("transformer-engine", status, what, INSTALL_TRANSFORMER_ENGINE)
 
 
 def check_environment(

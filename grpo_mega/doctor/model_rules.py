@@ -21,6 +21,7 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.models.tiny_recipe import recipe_spec
 from grpo_mega.parallel.devices import has_cuda_driver
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.policy.module_choice import ModuleChoice, check_attention, choose_modules
 from grpo_mega.types import UserError
 
 
@@ -55,9 +56,11 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     _check_router_bias(spec, config.algorithm.router_bias_update_rate, where)
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
-    _check_megatron_arguments(spec, config)
+    modules = choose_modules(config)
+    check_attention(spec, config, modules)
+    _check_megatron_arguments(spec, config, modules)
     if with_engine:
-        check_engine_fp8(spec, config, where, latent_split=not has_cuda_driver())
+        check_engine_fp8(spec, config, where, latent_split=not modules.transformer_engine)
     longest = config.longest_rollout
     if longest > spec.max_positions:
         raise UserError(
@@ -85,12 +88,12 @@ def _check_router_bias(spec: ModelSpec, rate: float, where: str) -> None:
         )
 
 
-def _check_megatron_arguments(spec: ModelSpec, config: Config) -> None:
+def _check_megatron_arguments(spec: ModelSpec, config: Config, modules: ModuleChoice) -> None:
     """Raise UserError if Megatron would not accept the fields of `parallel.megatron`."""
     if config.parallel.megatron:
         from grpo_mega.policy.transformer_config import transformer_config  # imports Megatron: seconds
 
-        transformer_config(spec, config.parallel, config.precision)
+        transformer_config(spec, config.parallel, config.precision, modules)
 
 
 def _check_host_optimizer(config: Config) -> None:

@@ -17,7 +17,8 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
-from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes
+from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes, local_modules
+from grpo_mega.policy.module_choice import ModuleChoice
 
 cpu.prepare_import()
 
@@ -64,9 +65,10 @@ def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
     cpu.install()
     fixes.install()
     checkpoint_reading.install()
+    local_modules.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    with fixes.device_groups():
+    with fixes.device_groups(ranks.device):
         parallel_state.initialize_model_parallel(
             ranks.topology.tp,
             ranks.topology.pp,
@@ -86,6 +88,7 @@ def build_policy(
     precision: PrecisionConfig,
     optimizer: OptimizerConfig,
     ranks: Ranks,
+    modules: ModuleChoice,
     model: type[PolicyModel] = PolicyModel,
 ) -> MegatronParts:
     """Build the model, its data-parallel wrapper and its distributed optimizer.
@@ -93,7 +96,7 @@ def build_policy(
     The weights must be loaded afterwards (policy/weight_source.py).
     """
     passed = split_arguments(parallel.megatron)
-    config = transformer_config(spec, parallel, precision)
+    config = transformer_config(spec, parallel, precision, modules)
     models = build_models(spec, config, parallel, ranks, model)
     ddp_config = DistributedDataParallelConfig(**(ddp_fields(parallel, precision) | passed.ddp))
     ddps = [

@@ -84,7 +84,7 @@ def _of_blocks(weight: Any) -> WeightCodes:
 
 def weight_range(model: Iterable[torch.nn.Module]) -> Tensor:
     """Return float64 [3]: largest absolute FP8 weight, number of FP8 weights that are 0, number of FP8 weights."""
-    found = torch.zeros(3, dtype=torch.float64)
+    found = torch.zeros(3, dtype=torch.float64, device="cpu")
     for weight in weight_codes(model):
         found[0] = max(float(found[0]), float(weight.largest()))
         found[1] += int(weight.zeros())
@@ -102,7 +102,7 @@ def delayed_scales(model: Iterable[torch.nn.Module], fp8: Fp8Config, passes: int
     pass in its first (Transformer Engine 2.x, quantization.py: `_update_amax_history`).
     """
     largest = {"scaling_fwd": 448.0, "scaling_bwd": 57344.0 if fp8.format in (None, "hybrid") else 448.0}
-    found = torch.zeros(3, dtype=torch.float64)
+    found = torch.zeros(3, dtype=torch.float64, device="cpu")
     for module in (each for chunk in model for each in chunk.modules()):
         for key, limit in largest.items():
             state = getattr(module, "fp8_meta", {}).get(key)

@@ -26,6 +26,7 @@ from grpo_mega.policy.build import MegatronParts, build_policy
 from grpo_mega.policy.fp8 import forget_copies
 from grpo_mega.policy.fp8_scales import reported_scales
 from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
+from grpo_mega.policy.module_choice import choose_modules
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.routing_replay import RowParams
 from grpo_mega.policy.phase_offload import PolicyMemory
@@ -55,7 +56,10 @@ class MegatronLearner:
         self.spec, self.ranks = spec, ranks
         self._sequence_parallel = config.parallel.sequence_parallel
         self._overlaps_gather, self._gather_pending = config.parallel.overlap_param_gather, False
-        self.parts: MegatronParts = build_policy(spec, config.parallel, config.precision, optimizer, ranks, model)
+        modules = choose_modules(config, on_cuda=ranks.device.type == "cuda")
+        self.parts: MegatronParts = build_policy(
+            spec, config.parallel, config.precision, optimizer, ranks, modules, model
+        )
         self.dp_group = parallel_state.get_data_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         self._fp8 = config.precision.fp8
@@ -167,7 +171,7 @@ class MegatronLearner:
         cp = self.ranks.topology.cp
         if cp == 1:
             return values
-        return values[rank_index(microbatch.cu_seqlens, cp, self.ranks.at.cp_rank).to(values.device)]
+        return values[rank_index(microbatch.cu_seqlens, cp, self.ranks.at.cp_rank, values.size(0))]
 
     def _expert_choices(self, microbatch: Microbatch) -> Tensor | None:
         """Return the expert choices of the tokens that this rank routes, from those of a whole row [T, L, K]."""
@@ -229,7 +233,7 @@ class MegatronLearner:
         return outputs
 
 
-_NO_TOKENS = torch.zeros((), dtype=torch.int)  # Megatron would divide by this number of tokens; this program does not
+_NO_TOKENS = torch.zeros((), dtype=torch.int, device="cpu")  # Megatron would divide by it; this program does not
 
 
 def _to_device(microbatch: Microbatch, device: torch.device) -> Microbatch:

@@ -19,6 +19,7 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
 from grpo_mega.policy.megatron_patches import cpu, fixes
+from grpo_mega.policy.module_choice import ModuleChoice
 
 cpu.prepare_import()
 
@@ -36,7 +37,9 @@ from grpo_mega.types import UserError  # noqa: E402
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig) -> TransformerConfig:
+def transformer_config(
+    spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig, modules: ModuleChoice
+) -> TransformerConfig:
     """Return Megatron's description of `spec`, with the fields of `parallel.megatron`.
 
     Raises:
@@ -44,7 +47,7 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
             is not accepted (`split_arguments`).
     """
     passed = split_arguments(parallel.megatron).transformer
-    settings = transformer_fields(spec, parallel, precision) | passed
+    settings = transformer_fields(spec, parallel, precision, modules) | passed
     kind = TransformerConfig if spec.mla is None else MLATransformerConfig
     try:
         config = kind(**settings)
@@ -62,12 +65,11 @@ def transformer_config(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
     return config
 
 
-def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig) -> dict[str, Any]:
-    """Return the fields of Megatron's TransformerConfig that the program sets.
-
-    On CUDA the model uses the fused kernels of Transformer Engine, elsewhere none.
-    """
-    dtype, cuda = DTYPES[precision.dtype], torch.cuda.is_available()
+def transformer_fields(
+    spec: ModelSpec, parallel: ParallelConfig, precision: PrecisionConfig, modules: ModuleChoice
+) -> dict[str, Any]:
+    """Return the fields of Megatron's TransformerConfig that the program sets."""
+    dtype = DTYPES[precision.dtype]
     yarn = spec.rope is not None and spec.rope.kind == "yarn"
     settings: dict[str, Any] = {
         "num_layers": spec.num_layers,
@@ -76,7 +78,7 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "num_attention_heads": spec.num_heads,
         "num_query_groups": spec.num_kv_heads,
         "kv_channels": spec.head_dim,
-        "transformer_impl": "transformer_engine" if cuda else "local",
+        **modules.fields(),
         "normalization": "RMSNorm",
         "layernorm_epsilon": spec.norm_eps,
         "qk_layernorm": spec.qk_norm,
@@ -90,15 +92,13 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": not cuda,
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
-        # the fused kernel of latent attention is for YaRN only (transformer_config.py:2966); the one of other attention
-        # does not scale cosine and sine of packed rows, as YaRN requires (rope_utils.py:321)
-        "apply_rope_fusion": cuda and yarn == (spec.mla is not None),
-        "persist_layer_norm": cuda,
+        # Transformer Engine has the kernels. The one of latent attention is for YaRN only (transformer_config.py:2966);
+        # the one of other attention does not scale cosine and sine of packed rows, as YaRN requires (rope_utils.py:321)
+        "apply_rope_fusion": modules.transformer_engine and yarn == (spec.mla is not None),
         "calculate_per_token_loss": True,
         **fp8.transformer_fields(precision, has_experts=spec.moe is not None),
         **fixes.PIPELINE_MESSAGES,
@@ -106,7 +106,7 @@ def transformer_fields(spec: ModelSpec, parallel: ParallelConfig, precision: Pre
     settings |= _recompute(parallel)
     settings |= _attention_extras(spec)
     if spec.moe is not None:
-        settings |= _moe_settings(spec.moe, cuda)
+        settings |= _moe_settings(spec.moe, modules.transformer_engine)
     if spec.mla is not None:
         settings |= _mla_settings(spec)
     return settings

@@ -88,6 +88,7 @@ class MegatronWeights:
             name: p for model in models for name, p in _named_globally(model, ranks.at.ep_rank * experts)
         }
         self._shapes = hf_shapes(spec)
+        self._latent_split = models[0].config.transformer_impl == "local"  # type: ignore[union-attr]
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of every tensor of the checkpoint."""
@@ -178,8 +179,9 @@ class MegatronWeights:
         return torch.float32 if keeps_float32(name) else next(iter(self._parameters.values())).dtype
 
     def _placements(self, parameter: str) -> list[Placement]:
-        split = not torch.cuda.is_available()
-        return parameter_placements(self._spec, parameter, self._ranks.topology, self._ranks.at, latent_split=split)
+        return parameter_placements(
+            self._spec, parameter, self._ranks.topology, self._ranks.at, latent_split=self._latent_split
+        )
 
 
 def _named_globally(model: torch.nn.Module, first_expert: int) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@
 
 FOLDER holds the unpacked wheel. Run it in a process of its own: it replaces parts of torch. Prints one JSON object:
 family -> layout -> {"parameters": names of rank 0, "faults": of the mapping of a checkpoint, "on_cuda": names of the
-functions that allocated memory on the GPU}.
+functions that allocated memory on the GPU, "local_on_cuda": the same while local modules are counted}.
 
 Recipe: NVTE_PROJECT_BUILDING keeps Transformer Engine from loading its libraries; `transformer_engine_torch`, triton,
 onnx and onnxscript are modules whose every attribute is a mock, except for the two enumerations that Transformer Engine
@@ -78,7 +78,8 @@ class OnMeta(torch.overrides.TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        if str(kwargs.get("device", "")).startswith("cuda"):
+        device = kwargs.get("device")
+        if str(device).startswith("cuda") or isinstance(device, int):
             self.names.append(function.__name__)
             kwargs["device"] = "meta"
         return function(*args, **kwargs)
@@ -107,7 +108,7 @@ def import_transformer_engine(folder: Path) -> None:
         setattr(compiled, name, enum.IntEnum(name, {prefix + member: i for i, member in enumerate(names)}))
     properties = types.SimpleNamespace(major=9, minor=0, name="H100", multi_processor_count=132, total_memory=80 << 30)
     replaced = {
-        "is_available": lambda: True, "device_count": lambda: 8, "current_device": lambda: torch.device("meta"),
+        "is_available": lambda: True, "device_count": lambda: 8, "current_device": lambda: 0,
         "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
         "Stream": mock.MagicMock, "Event": mock.MagicMock, "manual_seed": lambda *_: None,
         "get_rng_state": lambda *_, **__: torch.zeros(1, dtype=torch.uint8), "set_rng_state": lambda *_, **__: None,
@@ -131,9 +132,10 @@ def describe(family: str) -> dict[str, Any]:
     from grpo_mega.models.config_readers import spec_from_config
     from grpo_mega.models.parameter_tables import hf_shapes
     from grpo_mega.parallel.topology import Topology
-    from grpo_mega.policy.inspect.module_sizes import meta_models
+    from grpo_mega.policy.inspect.module_sizes import meta_models, module_sizes
     from grpo_mega.policy.inspect.slice_mapping import faults_of_mapping, held_by_ranks
     from tests.helpers.family_configs import raw_family_config
+    from tests.helpers.module_choices import TRANSFORMER_ENGINE
 
     spec = spec_from_config(raw_family_config(family), "config.json")
     axes: dict[str, Any] = {"tp": 2, "pp": 2, "sequence_parallel": True}
@@ -143,9 +145,17 @@ def describe(family: str) -> dict[str, Any]:
         parallel = ParallelConfig(**given)
         topology = Topology(world, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep)
         with OnMeta() as allocations:
-            parameters = [n for m in meta_models(spec, parallel, world, 0) for n, _ in m.named_parameters()]
-            faults = faults_of_mapping(hf_shapes(spec), held_by_ranks(spec, parallel, topology))
-        found[name] = {"parameters": parameters, "faults": faults, "on_cuda": allocations.names}
+            models = meta_models(spec, parallel, world, 0, TRANSFORMER_ENGINE)
+            parameters = [n for m in models for n, _ in m.named_parameters()]
+            faults = faults_of_mapping(hf_shapes(spec), held_by_ranks(spec, parallel, topology, TRANSFORMER_ENGINE))
+        with OnMeta() as local_allocations:
+            module_sizes(spec, tp=parallel.tp, ep=parallel.ep, etp=parallel.etp)
+        found[name] = {
+            "parameters": parameters,
+            "faults": faults,
+            "on_cuda": allocations.names,
+            "local_on_cuda": local_allocations.names,
+        }
     return found
 
 

@@ -21,6 +21,7 @@ from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.megatron_patches import cpu, fixes
+from grpo_mega.policy.module_choice import ModuleChoice
 
 cpu.prepare_import()
 
@@ -53,11 +54,12 @@ def build_both(layers: int) -> tuple[Any, Any]:
         "vocab_size": spec.vocab_size, "max_sequence_length": spec.max_positions, "position_embedding_type": "rope",
         "rotary_base": int(spec.rope_theta), "parallel_output": False,
     }  # fmt: skip
-    config = transformer_config(spec, ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    modules = ModuleChoice(transformer_engine=False, device="cpu")
+    config = transformer_config(spec, ParallelConfig(), PrecisionConfig(dtype="fp32"), modules)
     block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")
     gpt = GPTModel(config, block, **settings)
     hybrid_block.TENorm = RMSNorm  # the class of the final norm is hard-coded
-    hybrid_config = transformer_config(spec, ParallelConfig(), PrecisionConfig(dtype="fp32"))
+    hybrid_config = transformer_config(spec, ParallelConfig(), PrecisionConfig(dtype="fp32"), modules)
     hybrid_config.num_layers = 2 * layers  # attention and MLP are layers of their own
     hybrid = HybridModel(hybrid_config, _stack(block.layer_specs[0].submodules), hybrid_layer_pattern="*-" * layers,
                          **settings)  # fmt: skip

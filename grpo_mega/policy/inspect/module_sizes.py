@@ -1,7 +1,9 @@
 """Parameter sizes of the policy's modules, counted from the modules on the meta device, without allocating memory.
 
-A fake process group is created, and in it the smallest model that has every kind of layer of the real model. Asserted
-by tests/unit/policy/inspect/test_module_sizes.py, against the modules of whole models.
+A fake process group is created, and in it the smallest model that has every kind of layer of the real model. Local
+modules are counted on every machine: those of Transformer Engine have the same parameters under other names.
+Asserted by tests/unit/policy/inspect/test_module_sizes.py, against the modules of whole models, and by
+tests/unit/policy/test_transformer_engine_modules.py: nothing is allocated on a GPU.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.build import init_groups
+from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.policy.module_choice import LOCAL_ON_META, ModuleChoice
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.transformer_config import build_models, transformer_config
 
@@ -52,7 +56,7 @@ def module_sizes(spec: ModelSpec, megatron: str = "{}", *, tp: int, ep: int, etp
     """
     sample, dense, experts = _sample(spec)
     parallel = ParallelConfig(tp=tp, ep=ep, etp=etp, sequence_parallel=tp > 1, megatron=json.loads(megatron))
-    (model,) = meta_models(sample, parallel, math.lcm(tp, ep * etp), 0)
+    (model,) = meta_models(sample, parallel, math.lcm(tp, ep * etp), 0, LOCAL_ON_META)
     found: dict[str, list[ParameterSize]] = {}
     for name, parameter in model.named_parameters():
         part, name = _part(name)
@@ -68,17 +72,18 @@ def module_sizes(spec: ModelSpec, megatron: str = "{}", *, tp: int, ep: int, etp
     )
 
 
-def meta_models(spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank: int) -> list[PolicyModel]:
+def meta_models(
+    spec: ModelSpec, parallel: ParallelConfig, world_size: int, rank: int, modules: ModuleChoice
+) -> list[PolicyModel]:
     """Build the model chunks of one rank of a job on the meta device."""
     axes = parallel
     topology = Topology(
         world_size, tp=axes.tp, pp=axes.pp, cp=axes.cp, ep=axes.ep, etp=axes.etp, vpp=axes.vpp
     )  # fmt: skip
     ranks = Ranks(topology, topology.coordinates(rank), torch.device("meta"))
-    with _fake_group(ranks), torch.device("meta"):
-        config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
+    with cpu.without_gpu(ranks.device), _fake_group(ranks), ranks.device:
+        config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"), modules.on_meta)
         config.perform_initialization = False  # saves seconds: random numbers are not needed
-        config.init_model_with_meta_device = True  # otherwise modules of Transformer Engine are built on the GPU
         return build_models(spec, config, parallel, ranks)
 
 

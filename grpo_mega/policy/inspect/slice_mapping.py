@@ -22,12 +22,16 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.build import init_groups
+from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.policy.module_choice import ModuleChoice
 from grpo_mega.policy.transformer_config import bare_models, transformer_config
 from grpo_mega.policy.weight_source import MegatronWeights, weight_copies
 from grpo_mega.types import TensorSlice
 
 
-def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology) -> Iterator[tuple[int, HeldSlice]]:
+def held_by_ranks(
+    spec: ModelSpec, parallel: ParallelConfig, topology: Topology, modules: ModuleChoice
+) -> Iterator[tuple[int, HeldSlice]]:
     """Yield (rank, counted slice) over the ranks of one copy of the model.
 
     Call it in a process without process groups.
@@ -38,12 +42,11 @@ def held_by_ranks(spec: ModelSpec, parallel: ParallelConfig, topology: Topology)
     for stage in (copy[i : i + size] for i in range(0, len(copy), size)):
         dist.init_process_group("fake", rank=stage[0], world_size=topology.world_size, store=FakeStore())
         try:
-            init_groups(Ranks(topology, topology.coordinates(stage[0]), meta), 60)
             world_group = dist.group.WORLD
             assert world_group is not None, "init_process_group was called above"
-            with meta:
-                config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"))
-                config.init_model_with_meta_device = True  # otherwise Transformer Engine builds on the GPU
+            with cpu.without_gpu(meta), meta:
+                init_groups(Ranks(topology, topology.coordinates(stage[0]), meta), 60)
+                config = transformer_config(spec, parallel, PrecisionConfig(dtype="bf16"), modules.on_meta)
                 models = bare_models(spec, config, parallel)
             for rank in stage:  # all ranks of a stage have the same modules
                 ranks = Ranks(topology, topology.coordinates(rank), meta)

@@ -6,7 +6,8 @@ itself is unchanged, so other libraries in the process, such as the engine, are 
 cannot be replaced that way: they are wrapped, and the wrapper acts only on calls from Megatron.
 
 Nothing here changes arithmetic, except that reductions of unequal shards are expressed by operations that gloo has.
-Attention is in modules/packed_attention.py, corrections of defects are in fixes.py.
+Attention is in modules/packed_attention.py, corrections of defects are in fixes.py, and what local modules need on
+every device is in local_modules.py.
 Asserted by tests/unit/policy/megatron_patches/test_cpu.py and by every test in tests/parallel.
 """
 
@@ -18,13 +19,11 @@ import importlib
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from grpo_mega.parallel.context_parallel import rank_index
 
 
 def prepare_import() -> None:
@@ -33,7 +32,7 @@ def prepare_import() -> None:
     Megatron decorates functions with `torch.compile` at import time (jit.py:21). On CPU that needs a C++ compiler and
     takes minutes.
     """
-    if torch.cuda.is_available() or "megatron.core" in sys.modules:
+    if has_cuda() or "megatron.core" in sys.modules:
         return
     compiler = torch.compile
     torch.compile = _identity_decorator  # type: ignore[assignment]
@@ -48,15 +47,50 @@ def prepare_import() -> None:
         torch.compile = compiler
 
 
+def has_cuda() -> bool:
+    """Return whether torch finds a CUDA device: the only place in policy/ that asks."""
+    return torch.cuda.is_available()
+
+
 def install() -> None:
     """Give every loaded Megatron module the torch proxy. Idempotent; call it again after a module was imported."""
-    if torch.cuda.is_available():
+    if has_cuda():
         return
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = _TORCH  # type: ignore[attr-defined]
     _replace_functions()
     _replace_tensor_methods()
+
+
+@contextlib.contextmanager
+def without_gpu(device: torch.device) -> Iterator[None]:
+    """Keep Megatron from allocating on a GPU inside the block: its current device is `device`.
+
+    Megatron builds embeddings, heads, routers and rotary frequencies on the current GPU, even on the meta device
+    (tensor_parallel/layers.py:305,1000; moe/router.py:184,193), and records the state of its random numbers.
+    On a machine without CUDA this does nothing, because `install` is permanent there.
+    """
+    if not has_cuda():
+        yield
+        return
+    from megatron.core.tensor_parallel import random
+
+    entries = _CUDA_ENTRIES | {"current_device": lambda: device}
+    proxy = _TorchOnCpu(torch, {"cuda": _TorchOnCpu(torch.cuda, entries)})
+    modules = [
+        m for n, m in list(sys.modules.items()) if n.startswith("megatron.core") and vars(m).get("torch") is torch
+    ]
+    functions = {name: getattr(random, name) for name in ("_get_cuda_rng_state", "_set_cuda_rng_state")}
+    random._get_cuda_rng_state, random._set_cuda_rng_state = _rng_state, _nothing
+    for module in modules:
+        module.torch = proxy  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.torch = torch  # type: ignore[attr-defined]
+        vars(random).update(functions)
 
 
 # `prepare_import` imports these, so that nothing in them is compiled and `install` finds every module in use.
@@ -145,20 +179,8 @@ def _null_stream(*_: Any, **__: Any) -> _NullStream:
     return _NullStream()
 
 
-def _null_context(*_: Any, **__: Any) -> contextlib.nullcontext[None]:
-    return contextlib.nullcontext()
-
-
-class _NoFp8:
-    """Stub of Transformer Engine's FP8GlobalStateManager."""
-
-    @staticmethod
-    def is_fp8_enabled() -> bool:
-        return False
-
-
 def _rng_state(*_: Any, **__: Any) -> Tensor:
-    return torch.zeros(1, dtype=torch.uint8)
+    return torch.zeros(1, dtype=torch.uint8, device="cpu")
 
 
 _CUDA_ENTRIES: dict[str, Any] = {
@@ -221,17 +243,12 @@ _TORCH = _TorchOnCpu(
 
 def _replace_functions() -> None:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
-    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
 
     # random.py:104,135 read and set the CUDA generator through torch._C
     random._get_cuda_rng_state = _rng_state
     random._set_cuda_rng_state = _nothing
-    # random.py:693-696,787: a recomputed module reads the FP8 state even without Transformer Engine (:740)
-    if not hasattr(random, "FP8GlobalStateManager"):
-        random.FP8GlobalStateManager = _NoFp8
-        random.activation_recompute_forward = random.fp8_autocast = _null_context
     # mapping.py:251: the default of an argument is torch.empty itself; exchange_utils.py:97 passes "cuda"
     if ShardedTensor.init_data.__module__ == ShardedTensor.__module__:
         ShardedTensor.init_data = functools.partialmethod(_init_data, ShardedTensor.init_data)
@@ -243,10 +260,6 @@ def _replace_functions() -> None:
         mappings._reduce_scatter_along_first_dim = functools.partial(
             _reduce_scatter_unequal, mappings._reduce_scatter_along_first_dim
         )
-    # Megatron's unfused rotary embedding of packed rows loops over sequences in Python, for q and k in every layer: a
-    # row of 500 short rollouts spends most of its forward pass there. With CUDA a fused kernel replaces it.
-    if rope_utils._apply_rotary_pos_emb_thd.__module__ == rope_utils.__name__:
-        rope_utils._apply_rotary_pos_emb_thd = _rotary_packed
 
 
 def _init_data(tensor: Any, init_data: Callable[..., None], device: Any, *args: Any, **kwargs: Any) -> None:
@@ -281,36 +294,6 @@ def _reduce_scatter_unequal(
     torch.distributed.all_reduce(total, group=group)
     part: Tensor = total.split([int(size) for size in input_split_sizes])[group.rank()]
     return part
-
-
-def _rotary_packed(
-    t: Tensor,
-    cu_seqlens: Tensor,
-    freqs: Tensor,
-    rotary_interleaved: bool = False,
-    mla_rotary_interleaved: bool = False,
-    mscale: float = 1.0,
-    cp_group: Any = None,
-) -> Tensor:
-    """Apply the rotary embedding to this rank's tokens [T/cp, n, d] of a packed row with one gather of frequencies.
-
-    The position of a token is its index in the row minus the start of its sequence.
-    """
-    from megatron.core.models.common.embeddings import rope_utils
-
-    total = t.size(0) * (cp_group.size() if cp_group is not None else 1)
-    starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=total)
-    positions = torch.arange(total, device=t.device) - starts
-    if total != t.size(0):
-        positions = positions[rank_index(cu_seqlens, cp_group.size(), cp_group.rank())]
-    rotated: Tensor = rope_utils._apply_rotary_pos_emb_bshd(
-        t.unsqueeze(1),
-        freqs[positions],
-        rotary_interleaved=rotary_interleaved,
-        mla_rotary_interleaved=mla_rotary_interleaved,
-        mscale=mscale,
-    )
-    return rotated.squeeze(1)
 
 
 def _replace_tensor_methods() -> None:

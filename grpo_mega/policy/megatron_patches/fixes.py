@@ -111,8 +111,8 @@ def mark_shared_keys(model: torch.nn.Module) -> None:
 
 
 @contextmanager
-def device_groups() -> Iterator[None]:
-    """Let Megatron create its process groups inside the block with NCCL alone, where there is CUDA.
+def device_groups(device: torch.device) -> Iterator[None]:
+    """Let Megatron create its process groups inside the block with NCCL alone, if the ranks compute on CUDA.
 
     parallel_state.py:259 creates groups with the backends of the default group, which has gloo for the program's own
     exchanges. Megatron expects NCCL groups and sends tensors of the device through them, and gloo would open one socket
@@ -124,7 +124,7 @@ def device_groups() -> Iterator[None]:
     def create_on_device(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         return create(*args, backend=backend or "nccl", **kwargs)
 
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         parallel_state.create_group = create_on_device
     try:
         yield
@@ -147,7 +147,7 @@ def placeholder_steps(optimizer: Any) -> Iterator[None]:
     steps = [state["step"].item() for adam in adams for state in adam.state.values()]
     without = [adam for adam in adams if not adam.state]
     for adam in without:
-        adam.state["placeholder"] = {"step": torch.tensor(max(steps, default=0.0))}
+        adam.state["placeholder"] = {"step": torch.tensor(max(steps, default=0.0), device="cpu")}
     try:
         yield
     finally:

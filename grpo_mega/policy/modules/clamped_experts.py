@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.policy.modules.allocation import allocation_device
 
 cpu.prepare_import()
 
@@ -26,8 +27,9 @@ class StackedLinear(torch.nn.Module):
 
     def __init__(self, num_experts: int, width: int, out: int, config: TransformerConfig) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(num_experts, width, out, dtype=config.params_dtype))
-        self.bias = torch.nn.Parameter(torch.empty(num_experts, out, dtype=config.params_dtype))
+        dtype, device = config.params_dtype, allocation_device(config)
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, width, out, dtype=dtype, device=device))
+        self.bias = torch.nn.Parameter(torch.empty(num_experts, out, dtype=dtype, device=device))
         for parameter in (self.weight, self.bias):
             # other ranks hold other experts, so the gradient norm counts each once, as it does for shards
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)

@@ -1,5 +1,7 @@
 """Core attention of a packed row that is split over context-parallel ranks, without Transformer Engine.
 
+The attention of CPUs, and of what the flash kernel does not support (flash_context_attention.py).
+
 Each rank has the queries, keys and values of its part of every sequence (parallel/context_parallel.py). Keys and
 values of all ranks are gathered in the forward pass, and again in the backward pass, which returns to each rank the
 summed gradient of its own keys and values.
@@ -121,7 +123,7 @@ class QueryBatch:
             part = slice(begin, min(begin + size, num_queries))
             positions = self.positions[:, part]
             seen = int(positions.max()) + 1
-            places = torch.arange(seen)
+            places = torch.arange(seen, device=positions.device)
             mask = places <= positions[:, :, None]
             if window:
                 mask &= places > positions[:, :, None] - window
@@ -130,21 +132,21 @@ class QueryBatch:
 
 def query_batches(cu_seqlens: Tensor, cp: int, cp_rank: int) -> tuple[QueryBatch, ...]:
     """Split a row into batches whose longest sequence is less than twice as long as the shortest."""
-    return _query_batches(tuple(cu_seqlens.tolist()), cp, cp_rank)
+    return _query_batches(tuple(cu_seqlens.tolist()), cp, cp_rank, cu_seqlens.device)
 
 
 @functools.lru_cache(maxsize=16)  # used by all layers of a row and by the backward pass
-def _query_batches(cu_seqlens: tuple[int, ...], cp: int, cp_rank: int) -> tuple[QueryBatch, ...]:
-    here = rank_index(torch.tensor(cu_seqlens), cp, cp_rank)
+def _query_batches(cu_seqlens: tuple[int, ...], cp: int, cp_rank: int, device: torch.device) -> tuple[QueryBatch, ...]:
+    here = rank_index(torch.tensor(cu_seqlens, device=device), cp, cp_rank, cu_seqlens[-1])
     by_size: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(cu_seqlens):
         if end > start:
             by_size.setdefault((end - start).bit_length(), []).append((start, end))
     batches = []
     for _, spans in sorted(by_size.items()):
-        starts = torch.tensor([s for s, _ in spans])[:, None]
-        lengths = torch.tensor([e - s for s, e in spans])[:, None]
-        places = torch.arange(int(lengths.max()))[None]
+        starts = torch.tensor([s for s, _ in spans], device=device)[:, None]
+        lengths = torch.tensor([e - s for s, e in spans], device=device)[:, None]
+        places = torch.arange(max(e - s for s, e in spans), device=device)[None]
         shares = places[:, : places.size(1) // cp]
         queries = starts // cp + torch.minimum(shares, lengths // cp - 1)
         keys = starts + torch.minimum(places, lengths - 1)
@@ -158,7 +160,7 @@ class _ContextAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.row = row
         cu_seqlens, group = row.cu_seqlens, row.group
-        key_row, value_row = _gather_keys_and_values(k, v, cu_seqlens, group)
+        key_row, value_row = gather_keys_and_values(k, v, cu_seqlens, group)
         out = q.new_empty(q.size(0), q.size(1), v.size(2))
         for batch in query_batches(cu_seqlens, group.size(), group.rank()):
             keys, values = (_take(x, batch.keys) for x in (key_row, value_row))
@@ -175,7 +177,7 @@ class _ContextAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         row: RowLayout = ctx.row
         cu_seqlens, group = row.cu_seqlens, row.group
-        key_row, value_row = _gather_keys_and_values(k, v, cu_seqlens, group)
+        key_row, value_row = gather_keys_and_values(k, v, cu_seqlens, group)
         grad_q = torch.zeros_like(q)
         # float32 even for bfloat16, because the gradient of a key is a sum over slices and ranks
         grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (key_row, value_row))
@@ -194,20 +196,25 @@ class _ContextAttention(torch.autograd.Function):
                 for total, part_grad in ((grad_keys, part_k), (grad_values, part_v)):
                     rows = part_grad.transpose(1, 2).flatten(0, 1).to(total.dtype)
                     total.index_add_(0, batch.keys[:, :seen].flatten(), rows)
-        grad_k, grad_v = _split(
-            sum_shares(torch.cat([grad_keys.flatten(1), grad_values.flatten(1)], 1), cu_seqlens, group), k, v
-        )
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        return grad_q, *sum_gradients(grad_keys, grad_values, k, v, cu_seqlens, group), None
 
 
-def _gather_keys_and_values(
-    k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def gather_keys_and_values(k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Gather keys [T, m, d] and values [T, m, e] of the whole row in one message."""
-    return _split(gather_rows(torch.cat([k.flatten(1), v.flatten(1)], 1), cu_seqlens, group), k, v)
+    return split_keys_and_values(gather_rows(torch.cat([k.flatten(1), v.flatten(1)], 1), cu_seqlens, group), k, v)
 
 
-def _split(both: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def sum_gradients(
+    grad_keys: Tensor, grad_values: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Sum the gradients of the keys and values of a row over the ranks; return those of this rank's k and v."""
+    both = sum_shares(torch.cat([grad_keys.flatten(1), grad_values.flatten(1)], 1), cu_seqlens, group)
+    grad_k, grad_v = split_keys_and_values(both, k, v)
+    return grad_k.to(k.dtype), grad_v.to(v.dtype)
+
+
+def split_keys_and_values(both: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return keys and values with the heads of k and v, from their concatenation [T, ...]."""
     keys, values = both.split([k[0].numel(), v[0].numel()], dim=1)
     return keys.reshape(-1, *k.shape[1:]), values.reshape(-1, *v.shape[1:])
 

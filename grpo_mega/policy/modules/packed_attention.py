@@ -1,16 +1,20 @@
-"""Core attention over packed rows for machines without Transformer Engine.
+"""Core attention over packed rows without Transformer Engine.
 
 Takes what Transformer Engine's attention takes (`PackedSeqParams`, thd) and computes, per sequence,
 softmax(q k^T * scale) v with a causal mask inside the sequence and nothing across sequences. Megatron's own module
 does not support packed rows (dot_product_attention.py:153).
 
-Memory: sequences are gathered into batches of similar length, padded to at most twice their length, and go through
-torch's fused attention; no [T, T] matrix exists. Asserted by tests/unit/policy/modules/test_packed_attention.py.
+On CUDA one flash kernel computes the row (flash_attention.py) if it supports the dtype and the head dimensions. In all
+other cases, and on CPU, sequences are gathered into batches of similar length, padded to at most twice their length,
+and go through torch's fused attention.
+
+Memory: no [T, T] matrix exists. Asserted by tests/unit/policy/modules/test_packed_attention.py.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -20,7 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.policy.modules.allocation import allocation_device
 from grpo_mega.policy.modules.context_parallel_attention import add_sinks, attend, context_attention
+from grpo_mega.policy.modules.flash_attention import LARGEST_WIDTH, Spans, can_use_flash, flash_attention
+from grpo_mega.policy.modules.flash_context_attention import flash_context_attention
 
 cpu.prepare_import()
 
@@ -32,6 +39,8 @@ from megatron.core.transformer.utils import (  # noqa: E402
     is_layer_window_attention,
     make_sharded_tensors_for_checkpoint,
 )
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,20 +58,20 @@ class LengthBatch:
 
 def length_batches(cu_seqlens: Tensor) -> tuple[LengthBatch, ...]:
     """Split a packed row into batches whose longest sequence is less than twice as long as the shortest."""
-    return _length_batches(tuple(cu_seqlens.tolist()))
+    return _length_batches(tuple(cu_seqlens.tolist()), cu_seqlens.device)
 
 
-@functools.lru_cache(maxsize=16)  # used by q, k and v of all layers of a row and by the backward pass
-def _length_batches(cu_seqlens: tuple[int, ...]) -> tuple[LengthBatch, ...]:
+@functools.lru_cache(maxsize=16)  # used by all layers of a row
+def _length_batches(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[LengthBatch, ...]:
     by_size: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(cu_seqlens):
         if end > start:
             by_size.setdefault((end - start).bit_length(), []).append((start, end))
     batches = []
     for _, spans in sorted(by_size.items()):
-        starts = torch.tensor([s for s, _ in spans])
-        lengths = torch.tensor([e - s for s, e in spans])
-        places = torch.arange(int(lengths.max()))
+        starts = torch.tensor([s for s, _ in spans], device=device)
+        lengths = torch.tensor([e - s for s, e in spans], device=device)
+        places = torch.arange(max(e - s for s, e in spans), device=device)
         index = starts[:, None] + torch.minimum(places[None], lengths[:, None] - 1)
         kept = (places[None] < lengths[:, None]).flatten().nonzero().squeeze(1)
         batches.append(LengthBatch(index, kept, index.flatten()[kept]))
@@ -107,15 +116,17 @@ def packed_attention(
                 qb, kb, vb, is_causal=True, scale=scale, enable_gqa=grouped
             )
         else:
-            out = attend(qb, kb, vb, _causal_mask(batch.index.size(1), window), scale, sinks=sinks is not None)
+            out = attend(
+                qb, kb, vb, _causal_mask(batch.index.size(1), window, q.device), scale, sinks=sinks is not None
+            )
         outputs.append(out.transpose(1, 2).reshape(-1, heads, width)[batch.kept])
     order = torch.cat([b.targets for b in batches])
-    return torch.empty(total, heads, width, dtype=q.dtype).index_copy(0, order, torch.cat(outputs))
+    return q.new_empty(total, heads, width).index_copy(0, order, torch.cat(outputs))
 
 
-def _causal_mask(length: int, window: int) -> Tensor:
+def _causal_mask(length: int, window: int, device: torch.device) -> Tensor:
     """Return a mask [L, L] that is True where a query sees a key."""
-    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return seen.triu(1 - window) if window else seen
 
 
@@ -140,9 +151,11 @@ class PackedAttention(torch.nn.Module):
         self.softmax_offset: torch.nn.Parameter | None = None
         if config.softmax_type == "learnable":
             heads = config.num_attention_heads // config.tensor_model_parallel_size
-            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            empty = torch.empty(heads, dtype=config.params_dtype, device=allocation_device(config))
+            self.softmax_offset = torch.nn.Parameter(empty)
             set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
         self.cp_group: dist.ProcessGroup | None = getattr(pg_collection, "cp", None)
+        self._logs_kernel = layer_number == 1
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, _mask: Any = None, *_: Any,
@@ -150,14 +163,34 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:  # fmt: skip
         if packed_seq_params is None:
             raise AssertionError("the policy always packs; rows without packed_seq_params do not occur")
-        bounds = packed_seq_params.cu_seqlens_q
+        bounds, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
+        options: dict[str, Any] = {"sinks": self.softmax_offset, "window": self.window}
+        uses_flash = can_use_flash(q, v)
+        self._log_kernel(q, v, uses_flash=uses_flash)
         if self.cp_group is not None and self.cp_group.size() > 1:
-            out = context_attention(
-                q, k, v, bounds, self.scale, self.cp_group, sinks=self.softmax_offset, window=self.window
-            )
+            if uses_flash:
+                out = flash_context_attention(q, k, v, bounds, longest, self.scale, self.cp_group, **options)
+            else:
+                out = context_attention(q, k, v, bounds, self.scale, self.cp_group, **options)
+        elif uses_flash:
+            out = flash_attention(q, k, v, Spans(bounds, bounds, longest, longest), self.scale, **options)
         else:
-            out = packed_attention(q, k, v, bounds, self.scale, sinks=self.softmax_offset, window=self.window)
+            out = packed_attention(q, k, v, bounds, self.scale, **options)
         return out.flatten(1)
+
+    def _log_kernel(self, q: Tensor, v: Tensor, *, uses_flash: bool) -> None:
+        """Log once, for the first layer, which attention a GPU computes, and why it is not the flash kernel."""
+        if self._logs_kernel and q.device.type == "cuda":
+            self._logs_kernel = False
+            if uses_flash:
+                _log.info("attention of packed rows: flash kernel")
+            else:
+                _log.warning(
+                    "attention of packed rows: batches of sequences of similar length, which is slower than the flash "
+                    "kernel; that one needs 16-bit values and equal head dimensions (a multiple of 8, at most %d) on a "
+                    "GPU of compute capability 8.0 or higher, and these are %s, %d and %d",
+                    LARGEST_WIDTH, str(q.dtype).removeprefix("torch."), q.size(-1), v.size(-1),
+                )  # fmt: skip
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Return the sharded attention sinks."""
@@ -179,7 +212,8 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        ones = torch.ones(hidden_size, dtype=config.params_dtype, device=allocation_device(config))
+        self.weight = torch.nn.Parameter(ones)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from grpo_mega.models.spec import ModelSpec, RopeScaling
 
 
 def rotary_frequencies(spec: ModelSpec) -> Tensor:
-    """Return [D/2] float32 radians per position for the D rotated dimensions of a head.
+    """Return [D/2] float32 radians per position for the D rotated dimensions of a head, on the CPU.
 
     Source: RoFormer, arXiv:2104.09864, equation 15; Llama 3.1's released code; YaRN, arXiv:2309.00071, section 3.2.
     """
     width = spec.mla.rope_dim if spec.mla is not None else int(spec.head_dim * spec.rotary_fraction)
-    plain = 1.0 / (spec.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    plain = 1.0 / (spec.rope_theta ** (torch.arange(0, width, 2, dtype=torch.float32, device="cpu") / width))
     rope = spec.rope
     if rope is None:
         return plain
@@ -34,8 +34,7 @@ def rotary_frequencies(spec: ModelSpec) -> Tensor:
 
 def set_frequencies(rotary: Any, spec: ModelSpec) -> None:
     """Set the frequencies of Megatron's rotary module to those of `spec`."""
-    with torch.device("cpu"):  # real values, even if the module is built on the meta device
-        frequencies = rotary_frequencies(spec).to(rotary.inv_freq.device)
+    frequencies = rotary_frequencies(spec).to(rotary.inv_freq.device)
     rotary.inv_freq = frequencies
     if hasattr(rotary, "inv_freq_extra"):  # YarnRotaryEmbedding interpolates between these two, so they are set equal
         rotary.inv_freq_extra = rotary.inv_freq_inter = frequencies
@@ -72,4 +71,4 @@ def _yarn_weight(width: int, theta: float, rope: RopeScaling) -> Tensor:
     low, high = max(low, 0), min(high, width - 1)
     if low == high:
         high += 0.001
-    return 1 - ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    return 1 - ((torch.arange(width // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)

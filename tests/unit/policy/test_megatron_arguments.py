@@ -20,6 +20,7 @@ from grpo_mega.policy.optimizer_config import optimizer_fields
 from grpo_mega.policy.transformer_config import transformer_config, transformer_fields
 from grpo_mega.types import UserError
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
+from tests.helpers.module_choices import LOCAL_ON_CPU
 
 from megatron.core.transformer.enums import AttnBackend  # isort: skip - after policy prepares the import
 
@@ -57,7 +58,9 @@ def config_attributes_set_in_policy() -> set[str]:
 @pytest.mark.parametrize("family", FAMILY_CONFIGS)
 def test_every_transformer_field_that_the_program_sets_is_owned(family: str, precision: PrecisionConfig) -> None:
     for parallel in (ALL_KEYS, ALL_KEYS.model_copy(update={"recompute": "full"})):
-        assert not set(transformer_fields(spec_of(family), parallel, precision)) - set(OWNED["transformer"])
+        assert not set(transformer_fields(spec_of(family), parallel, precision, LOCAL_ON_CPU)) - set(
+            OWNED["transformer"]
+        )
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: str(p.fp8 and p.fp8.recipe))
@@ -164,14 +167,14 @@ def test_a_transformer_field_reaches_the_config_that_is_built(family: str) -> No
     precision = PrecisionConfig(dtype="fp32")
     for passed in (True, False):
         parallel = ParallelConfig(megatron={"clone_scatter_output_in_embedding": passed})
-        config = transformer_config(spec_of(family), parallel, precision)
+        config = transformer_config(spec_of(family), parallel, precision, LOCAL_ON_CPU)
         assert config.clone_scatter_output_in_embedding is passed
 
 
 def test_a_combination_that_megatron_rejects_names_the_config_key() -> None:
     parallel = ParallelConfig(megatron={"overlap_p2p_comm_warmup_flush": True})
     with pytest.raises(UserError, match=r"^parallel\.megatron=\{'overlap_p2p_comm_warmup_flush': True\}: Megatron"):
-        transformer_config(spec_of("llama"), parallel, PrecisionConfig(dtype="fp32"))
+        transformer_config(spec_of("llama"), parallel, PrecisionConfig(dtype="fp32"), LOCAL_ON_CPU)
 
 
 def test_the_planner_counts_the_modules_that_these_fields_give(monkeypatch: pytest.MonkeyPatch) -> None:

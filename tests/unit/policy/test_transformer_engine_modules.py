@@ -50,7 +50,13 @@ def test_norms_are_part_of_the_projections_and_experts_are_grouped(built: Any, f
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_counting_modules_allocates_nothing_on_a_gpu(built: Any, family: str) -> None:
+def test_modules_on_the_meta_device_allocate_nothing_on_a_gpu(built: Any, family: str) -> None:
     for found in built[family].values():
         # DotProductAttention allocates the logits of the attention sinks, one per head, wherever the rest is built
         assert set(found["on_cuda"]) == ({"zeros"} if family == "gpt_oss" else set())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counting_modules_allocates_nothing_on_a_gpu(built: Any, family: str) -> None:
+    for found in built[family].values():
+        assert found["local_on_cuda"] == []

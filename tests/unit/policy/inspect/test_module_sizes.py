@@ -16,6 +16,7 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.plan import total_parameters
 from grpo_mega.planner.static_memory import chunk_parts, model_chunks
 from grpo_mega.policy.inspect.module_sizes import meta_models, module_sizes
+from grpo_mega.policy.module_choice import LOCAL_ON_META
 from tests.helpers.family_configs import FAMILY_CONFIGS, raw_family_config
 
 MODELS = Path(__file__).resolve().parents[4] / "configs" / "models"
@@ -62,7 +63,7 @@ def test_each_rank_s_parameters_are_those_of_its_real_modules(
     for pp_rank, chunks in enumerate(model_chunks(spec, config, "config.json")):
         parts = [part for chunk in chunks for part in chunk_parts(chunk, spec.tie_embeddings)]
         counted = [p.numel for part in parts for p in getattr(sizes, part)]
-        models = meta_models(spec, axes, world, pp_rank * (world // axes.pp))
+        models = meta_models(spec, axes, world, pp_rank * (world // axes.pp), LOCAL_ON_META)
         real = [p.numel() for model in models for p in model.parameters()]
         assert sorted(counted) == sorted(real), f"pipeline rank {pp_rank}"
 

@@ -59,17 +59,15 @@ def as_module(name: str) -> Callable[[str], Any]:
 def snapshot() -> dict[str, Any]:
     """Return the objects that `install` must not change for other packages, and those that it replaces for Megatron."""
     from megatron.core import parallel_state
-    from megatron.core.models.common.embeddings import rope_utils
     from megatron.core.tensor_parallel import random
 
     found: dict[str, Any] = {f"torch.{name}": getattr(torch, name) for name in FUNCTIONS}
     found |= {f"torch.cuda.{name}": getattr(torch.cuda, name) for name in CUDA_FUNCTIONS}
     found |= {"Tensor.type": torch.Tensor.type, "Tensor.cuda": torch.Tensor.cuda, "compile": torch.compile}
-    found |= {"parallel_state.torch": parallel_state.torch, "thd": rope_utils._apply_rotary_pos_emb_thd}
-    return found | {"rng": random._get_cuda_rng_state}
+    return found | {"parallel_state.torch": parallel_state.torch, "rng": random._get_cuda_rng_state}
 
 
-CHANGED = {"Tensor.type", "Tensor.cuda", "parallel_state.torch", "thd", "rng"}
+CHANGED = {"Tensor.type", "Tensor.cuda", "parallel_state.torch", "rng"}
 
 
 def _leaves_torch_unchanged() -> None:

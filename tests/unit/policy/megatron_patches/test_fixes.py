@@ -185,10 +185,9 @@ def test_groups_of_megatron_have_no_gloo_on_cuda(on_cuda: bool, backend: str | N
 
     recorded = SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 0, new_group=new_group)
     with (
-        mock.patch.object(torch.cuda, "is_available", return_value=on_cuda),
         mock.patch.object(parallel_state, "torch", SimpleNamespace(distributed=recorded)),
         mock.patch.object(parallel_state, "_global_process_group_list", [None]),
-        fixes.device_groups(),
+        fixes.device_groups(torch.device("cuda", 0) if on_cuda else torch.device("cpu")),
     ):
         parallel_state.create_group([0], backend=None)
         parallel_state.create_group([0], timeout=None)

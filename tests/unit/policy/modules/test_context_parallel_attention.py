@@ -4,36 +4,15 @@ ranks are replaced by their expected contents. (Real ranks: tests/parallel/test_
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.policy.modules import context_parallel_attention as module
 from grpo_mega.policy.modules.context_parallel_attention import context_attention, query_batches
 from tests.helpers.attention_oracle import bounds_of, reference_attention
-
-
-class Ranks:
-    """Stands for the collectives of one rank: gathers what is known of the whole row, and keeps the gradient of it."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, cp: int, keys: Tensor, values: Tensor) -> None:
-        self.cp, self.row = cp, torch.cat([keys.flatten(1), values.flatten(1)], 1).detach()
-        self.grads = torch.zeros_like(self.row)
-        self.rank = 0
-        monkeypatch.setattr(module, "gather_rows", lambda *_: self.row)
-        monkeypatch.setattr(module, "sum_shares", self.keep)
-
-    def keep(self, grads: Tensor, bounds: Tensor, group: Any) -> Tensor:
-        self.grads += grads
-        return grads[rank_index(bounds, self.cp, self.rank)]
-
-    @property
-    def group(self) -> Any:
-        return SimpleNamespace(size=lambda: self.cp, rank=lambda: self.rank)
+from tests.helpers.context_ranks import ContextRanks
 
 
 @pytest.mark.parametrize("mask_elements", [1, 500, 1 << 20])
@@ -65,7 +44,7 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     expected.backward(upstream)
     q, k, v = (x.detach().float() for x in exact)
     gathered = torch.cat([k, k.new_zeros(total, kv_heads, 1)], -1) if has_sinks else k  # of `add_sinks`
-    ranks = Ranks(monkeypatch, cp, gathered, v)
+    ranks = ContextRanks(monkeypatch, module, cp, gathered, v)
     float_sinks = None if sinks is None else sinks.detach().float().requires_grad_()
     for ranks.rank in range(cp):
         share = rank_index(bounds, cp, ranks.rank)
