@@ -20,7 +20,6 @@ from grpo_mega.doctor.finding import Finding, passed, tried
 from grpo_mega.doctor.prompt_example import check_prompt
 from grpo_mega.parallel.devices import num_driver_gpus
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.policy.module_choice import installed
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
