@@ -34,7 +34,7 @@ _VLLM = {
     "data_parallel_address data_parallel_rpc_port data_parallel_backend data_parallel_hybrid_lb "
     "data_parallel_external_lb",
     "engine.ep": "enable_expert_parallel",
-    "engine.fp8": "quantization quantization_config linear_backend moe_backend",
+    "engine.fp8": "quantization quantization_config linear_backend",
     "engine.max_num_seqs": "max_num_seqs",
     "engine.kv_cache_tokens": "kv_cache_memory_bytes num_gpu_blocks_override",
     "engine.memory_share": "gpu_memory_utilization",
@@ -48,7 +48,7 @@ _VLLM = {
     "offload_backend offload_group_size offload_num_in_group offload_prefetch_step "
     "kv_offloading_size kv_offloading_backend enable_cumem_allocator speculative_config spec_method spec_model "
     "spec_tokens enable_lora async_scheduling disable_hybrid_kv_cache_manager enable_eplb eplb_config "
-    "weight_transfer_config",
+    "weight_transfer_config moe_backend kernel_config",
 }
 _VLLM_ON_CPU = {"": "enforce_eager attention_backend"}
 _SGLANG = {

@@ -83,6 +83,15 @@ class PeerGroup:
         options.rootRank = source
         self.group.broadcast([tensor], options).wait()
 
+    def connect(self, device: torch.device) -> None:
+        """Connect all ranks for messages between tensors of `device`, by one sum over all ranks. Collective.
+
+        NCCL connects a group at its first use, which all ranks must make together. Messages between two ranks may not
+        be that use: a rank that sends and receives none in the first round would not take part, and the others would
+        wait for it.
+        """
+        dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+
     def await_keys(self, keys: Sequence[str], seconds: float) -> None:
         """Wait until all keys are in the store.
 

@@ -147,6 +147,10 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
             "sleep_mode_offload_cudagraph": True,
             "enable_nccl_comm_suspend": True,
         }
+        if spec.moe is not None:
+            # On Blackwell layers/fused_moe/oracle/unquantized.py:70 would prefer FlashInfer's kernels, which reorder
+            # experts in place. Triton's, the default on Hopper, read them as they were loaded.
+            arguments["moe_backend"] = "triton"
     else:
         arguments["enforce_eager"] = True
         if spec.mla is not None:  # with AMX vLLM would choose a kernel that reads packed copies of the weights

@@ -81,7 +81,7 @@ def start(settings: VllmSettings, spec: ModelSpec) -> StartedEngine:
         patch_vllm()
     with ExitStack() as stack:
         stack.enter_context(keep_generators())
-        stack.enter_context(_environment_of_ranks(settings))
+        stack.enter_context(environment_of_ranks(settings))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)  # vLLM uses deprecated names of torch.distributed
         if not torch.cuda.is_available():
@@ -145,25 +145,29 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def _environment_of_ranks(settings: VllmSettings) -> Iterator[None]:
-    """Set RANK and LOCAL_RANK for vLLM's external launcher; a forked process does not have them.
+def environment_of_ranks(settings: VllmSettings) -> Iterator[None]:
+    """Set RANK and LOCAL_RANK for vLLM's external launcher, as vLLM reads them.
 
     config/parallel.py computes the data-parallel rank as RANK // tp, as if all ranks were one replica. With several
     replicas RANK is therefore the rank within the replica. (Process groups use torch.distributed's own ranks, which is
     right for any number of replicas.)
+    v1/worker/gpu_worker.py:492 takes LOCAL_RANK as the index of the device. That is not the rank's place on its machine
+    where Slurm shows each task only its own GPU (`--gpus-per-task=1`).
     """
     previous = {key: os.environ.get(key) for key in ("RANK", "LOCAL_RANK")}
     if previous["RANK"] is None or settings.dp > 1:
         ranks = settings.tp * settings.dp
         os.environ["RANK"] = str(dist.get_rank() % ranks if settings.dp > 1 else dist.get_rank())
-    if previous["LOCAL_RANK"] is None:
-        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    if torch.cuda.is_available():
+        os.environ["LOCAL_RANK"] = str(torch.cuda.current_device())
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")  # a forked process does not have it
     try:
         yield
     finally:
         for key, value in previous.items():
             if value is None:
-                del os.environ[key]
+                os.environ.pop(key, None)
             else:
                 os.environ[key] = value
 

@@ -4,7 +4,9 @@ vLLM processes weights after loading. Every parameter must end up in a form that
 - On CPU linear layers keep a plain weight (vllm/lifecycle.py).
 - The head computes from a packed copy beside its plain weight, and latent attention from transposed copies of
   `kv_b_proj`. Both are rebuilt at the end of an update and verified.
+- Some attention backends read copies of the attention sinks (vllm/attention_sinks.py).
 - Experts are packed in place: slices are written to the packed positions and read back from there.
+  On CUDA the arguments choose a kernel that keeps their order (vllm/arguments.py).
 - For FP8 values and scales the kernel must be known too (vllm/fp8.py), because some kernels use their own order or
   scales.
 """
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grpo_mega.engines.vllm.attention_sinks import sink_copies
 from grpo_mega.engines.vllm.fp8 import unknown_kernel
 from grpo_mega.engines.weights.loader_recording import LoaderRecord, RecordedCopy
 from grpo_mega.engines.weights.regions import DerivedCopy, PlainRegion, Region, Regions, Zeros, region_view
@@ -129,7 +132,7 @@ def declare_regions(model: nn.Module, record: LoaderRecord | None) -> Regions:
         RuntimeError: the kernels read a parameter in a form that is not known here.
     """
     parameters = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-    derived: list[DerivedCopy] = [*packed_heads(model), *absorbed_projections(model)]
+    derived: list[DerivedCopy] = [*packed_heads(model), *absorbed_projections(model), *sink_copies(model)]
     copied = {copy.parameter for copy in derived}
     if record is None:
         return Regions([], [], derived)

@@ -53,8 +53,8 @@ def make_transports(
     Returns:
         The transports by kind, and the bytes of the two buffers that they share.
     """
-    needed = world.gather({kind for kind, each in rounds.items() if any(r.sends for r in each)})
-    for kind in [kind for kind in rounds if not any(kind in each for each in needed)]:
+    needed = set().union(*world.gather({kind for kind, each in rounds.items() if any(r.sends for r in each)}))
+    for kind in [kind for kind in rounds if kind not in needed]:
         del rounds[kind]
     segments = [kind for kind in rounds if TRANSPORTS[kind].has_segment]
     segment_bytes = [each.send_bytes for kind in segments for each in rounds[kind]]
@@ -71,6 +71,8 @@ def make_transports(
         made[kind], buffers = segment, segment.buffers
     if not segments:
         buffers = [torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    if any(not TRANSPORTS[kind].has_segment for kind in needed):
+        world.connect(device)
     for kind in rounds.keys() - set(segments):
         starts = segment_bytes or [0] * len(rounds[kind])
         made[kind] = GroupTransport(buffers, starts, world.group, timeout_seconds)
