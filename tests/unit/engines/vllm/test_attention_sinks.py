@@ -38,7 +38,7 @@ def step_after_loading(module: str) -> Any:
 
 
 class Attention(nn.Module):
-    """As vLLM's: the layer has the parameter, and its backend reads a copy."""
+    """Stub of vLLM's layer: it has the parameter, and its backend reads a copy."""
 
     def __init__(self, module: str) -> None:
         super().__init__()
