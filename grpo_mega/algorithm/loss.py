@@ -24,7 +24,8 @@ class PolicyLoss:
     """L = -w * surrogate + kl_coef * kl(log_probs, ref_log_probs) - entropy_coef * entropy, per token.
 
     w is the factor of `correction`, 1 without one. Means over tokens and rollouts are in `token_weights`, for all three
-    terms. With `kl_coef` 0 the loss has no KL term (the reward may have one).
+    terms. With `kl_coef` 0 the loss has no KL term (the reward may have one). With `old_is_sampler` the ratio
+    is policy / sampler, and the mismatch of the correction is that of the current policy.
 
     Source: DeepSeekMath, arXiv:2402.03300, section "From PPO to GRPO", with the sign of a loss. The sources of the
         surrogates are in their files.
@@ -35,6 +36,7 @@ class PolicyLoss:
     kl_estimator: KlEstimator = "k3"
     entropy_coef: float = 0.0
     correction: Correction | None = None
+    old_is_sampler: bool = False
 
     @property
     def needs_reference(self) -> bool:
@@ -70,15 +72,17 @@ class PolicyLoss:
             masked_to_zero(entropy),
             masked_to_zero(microbatch.advantages),
         )
-        old_log_probs = (
-            log_probs.detach() if microbatch.old_log_probs is None else masked_to_zero(microbatch.old_log_probs)
-        )
+        sampler_log_probs = masked_to_zero(microbatch.sampler_log_probs)
+        before = log_probs.detach()
+        if microbatch.old_log_probs is not None and not self.old_is_sampler:
+            before = masked_to_zero(microbatch.old_log_probs)
+        old_log_probs = sampler_log_probs if self.old_is_sampler else before
         segments = Segments.of(microbatch)
         log_ratio = log_probs - old_log_probs
         ratio = log_ratio.detach().clamp(max=MAX_REPORTED_LOG_RATIO).exp()
         metrics = {"ratio": torch.where(mask, ratio, 0.0), "entropy": entropy.detach()}
         if self.correction is not None:
-            mismatch = old_log_probs - masked_to_zero(microbatch.sampler_log_probs)
+            mismatch = before - sampler_log_probs
             factor, masked, vetoed = (masked_to_zero(v) for v in self.correction.factors(mismatch, segments))
             advantages = advantages * factor  # surrogates are linear in the advantage, and skip exp for 0
             metrics |= {"correction": factor, "masked": masked, "vetoed": vetoed}

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from grpo_mega.algorithm.rollout_sums import Segments
 
+TRUNCATED = ("token_truncated", "sequence_truncated")
+"""Forms whose factor is a weight everywhere; `ratio_has_mismatch` excludes them."""
+
 CorrectionForm = Literal["token_truncated", "sequence_truncated", "token_masked"]
 
 
@@ -33,6 +36,8 @@ class Correction:
         low: lower bound of k_t for token_masked.
         high: upper bound.
         veto: see above; None: no veto.
+        ratio_has_mismatch: the ratio of the surrogate is p / q already (`algorithm.old_log_probs=sampler`), so the
+            factor must not contain it a second time: it is 1 wherever it is not 0.
 
     Source: truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
         Training", 2025. token_masked: IcePop in "Every Step Evolves", arXiv:2510.18855. The veto is common practice in
@@ -43,6 +48,12 @@ class Correction:
     low: float
     high: float
     veto: float | None
+    ratio_has_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a form that would count the mismatch twice."""
+        if self.ratio_has_mismatch and self.form in TRUNCATED:
+            raise ValueError(f"form={self.form} multiplies by policy / engine, which the ratio has already")
 
     def factors(self, mismatch: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
         """Return factor [T], masked [T] and vetoed [T]. The last two are 1 where the mask or the veto gave factor 0.
@@ -67,4 +78,6 @@ class Correction:
             hits = segments.sum((mismatch < math.log(self.veto)).to(mismatch.dtype))
             vetoed = segments.spread((hits > 0).double(), mismatch.dtype)
             factor = torch.where(vetoed > 0, 0.0, factor)
+        if self.ratio_has_mismatch:
+            factor = torch.where(factor == 0, factor, 1.0)
         return factor, masked, vetoed

@@ -102,5 +102,7 @@ REFILL_ROUNDS = 8
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `algorithm` section with the defaults of its choices; keys that are set keep their value."""
     found = {**ALGORITHM_DEFAULTS.get(str(values.get("name", "grpo")), {}), **values}
+    if found.get("old_log_probs") == "sampler":
+        found = {"correction": "token_masked", **found}
     found = {**CORRECTION_DEFAULTS.get(str(found.get("correction")), {}), **found}
     return {"refill_rounds": REFILL_ROUNDS, **found} if found.get("degenerate") == "refill" else found

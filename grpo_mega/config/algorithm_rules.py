@@ -17,6 +17,7 @@ def check_algorithm(algorithm: AlgorithmConfig) -> None:
         _advantage,
         _critic,
         _aggregation_length,
+        _old_log_probs,
         _correction,
         _overlong,
         _reference,
@@ -78,6 +79,37 @@ def _aggregation_length(algorithm: AlgorithmConfig) -> None:
             f"algorithm.aggregation_length={algorithm.aggregation_length} does nothing with "
             f"algorithm.aggregation={algorithm.aggregation}",
             remedy="leave it out, or use aggregation=rollout_sum",
+        )
+
+
+def _old_log_probs(algorithm: AlgorithmConfig) -> None:
+    """Check what `algorithm.old_log_probs=sampler` needs: a surrogate with a ratio, and a bound on the mismatch."""
+    if algorithm.old_log_probs == "policy":
+        return
+    chosen = "algorithm.old_log_probs=sampler"
+    if algorithm.surrogate == "policy_gradient":
+        raise UserError(
+            f"{chosen} with algorithm.surrogate=policy_gradient: it has no ratio, so the mismatch of policy and engine "
+            "would not be corrected",
+            remedy="use surrogate=clipped_weight, or old_log_probs=policy",
+        )
+    if algorithm.kl_in == "reward" and algorithm.kl_coef > 0:
+        raise UserError(
+            f"{chosen} with algorithm.kl_in=reward: the penalty is computed from the policy's log-probs before the "
+            "update, which need the separate pass",
+            remedy="use kl_in=loss, kl_coef=0, or old_log_probs=policy",
+        )
+    if algorithm.correction in ("token_truncated", "sequence_truncated"):
+        raise UserError(
+            f"{chosen} with algorithm.correction={algorithm.correction}: the ratio contains policy / engine already, "
+            "and this correction would multiply by it again",
+            remedy="leave correction out (token_masked), or use old_log_probs=policy",
+        )
+    if algorithm.correction is None:
+        raise UserError(
+            f"{chosen} with algorithm.correction=null: the ratio contains policy / engine, which nothing bounds for "
+            "tokens with a negative advantage",
+            remedy="leave correction out (token_masked), or use old_log_probs=policy",
         )
 
 

@@ -68,6 +68,11 @@ class AlgorithmConfig(Section):
     """Steps between updates of the reference to the current policy. 0: the reference stays the base model."""
     entropy_coef: float = Field(0.0, ge=0)
     """Coefficient of the entropy bonus."""
+    old_log_probs: Literal["policy", "sampler"] = "policy"
+    """Log-probs in the denominator of the ratio. `policy`: those of the policy before the update; the forward pass of
+    the first update gives those of the first minibatch, and a separate pass those of the others. `sampler`: those of
+    the engine, without a separate pass. The ratio then contains the mismatch of policy and engine, so `correction` must
+    be `token_masked`, which is then the default and masks tokens without weighting the others a second time."""
     correction: Literal["token_truncated", "sequence_truncated", "token_masked"] | None = None
     """Importance weight for policy and engine that differ (formulas: algorithm/mismatch_correction.py). null: none."""
     correction_low: float | None = Field(None, gt=0, lt=1)

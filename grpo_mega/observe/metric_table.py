@@ -70,7 +70,11 @@ METRICS: dict[str, Metric] = {
     "train/grad_norm": Metric("norm", "gradient norm before clipping, mean over the step's updates"),
     "train/learning_rate": Metric("rate", "learning rate of the step's last update"),
     "train/mismatch_kl": Metric("nats per token", "KL divergence between sampler and policy for the same weights"),
-    "train/mismatch_max": Metric("nats", "largest \\|old_log_probs - sampler_log_probs\\| of a token"),
+    "train/mismatch_max": Metric(
+        "nats",
+        "largest \\|old_log_probs - sampler_log_probs\\| of a token; of the first minibatch with "
+        "algorithm.old_log_probs=sampler",
+    ),
     "train/mismatch_likely_max": Metric(
         "nats", "the same over tokens with a probability above 1e-3, which `guard.max_mismatch` bounds"
     ),

@@ -20,8 +20,8 @@ class RolloutRow(TypedDict):
     """One line of the file.
 
     Log-probs have one entry per token of `completion_ids`, 0 for tokens that an environment wrote. `old_log_probs` is
-    None if they were not computed, because a single update does not need them. `loss_mask` is 1 for tokens that the
-    policy sampled and 0 for tokens of an environment; None: the policy sampled all tokens. `steps` has (end_token,
+    None where they are not known (`algorithm.old_log_probs=sampler`). `loss_mask` is 1 for tokens that the policy
+    sampled and 0 for tokens of an environment; None: the policy sampled all tokens. `steps` has (end_token,
     value) of each step of a process reward. `reward` is None for a rollout that could not be scored and was left out of
     the loss; `reward_failures` names the terms that failed.
     """
@@ -48,19 +48,19 @@ class RolloutRow(TypedDict):
 
 
 def rollout_rows(
-    rollouts: Sequence[Rollout], advantages: Sequence[float], old_log_probs: Sequence[Sequence[float]] | None
+    rollouts: Sequence[Rollout], advantages: Sequence[float], old_log_probs: Sequence[Sequence[float] | None] | None
 ) -> list[RolloutRow]:
     """Return one row per rollout, in order.
 
     Args:
         rollouts: rollouts of a step.
         advantages: one per rollout.
-        old_log_probs: one list per rollout with an entry per token that the policy sampled; or None.
+        old_log_probs: one list per rollout with an entry per token that the policy sampled; None where not known.
 
     Raises:
         ValueError: lengths differ.
     """
-    olds: Sequence[Sequence[float] | None] = [None] * len(rollouts) if old_log_probs is None else old_log_probs
+    olds = [None] * len(rollouts) if old_log_probs is None else old_log_probs
     return [_row(r, advantage, old) for r, advantage, old in zip(rollouts, advantages, olds, strict=True)]
 
 

@@ -62,8 +62,8 @@ class TrainBatch:
         ]
         return replace(self, minibatches=minibatches, values=list(values), returns=list(returns))
 
-    def with_log_probs(self, *, old: Sequence[Tensor] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
-        """Return a copy with log-probs: one [T] tensor per entry of `microbatches`. None: unchanged."""
+    def with_log_probs(self, *, old: Sequence[Tensor | None] | None, ref: Sequence[Tensor] | None) -> TrainBatch:
+        """Return a copy with log-probs: one [T] tensor per entry of `microbatches`; None (also an entry): unchanged."""
         rows = iter(range(len(self.microbatches)))
         filled = []
         for minibatch in self.minibatches:
@@ -73,12 +73,16 @@ class TrainBatch:
                 part.append(
                     replace(
                         microbatch,
-                        old_log_probs=old[i] if old is not None else microbatch.old_log_probs,
+                        old_log_probs=microbatch.old_log_probs if old is None or old[i] is None else old[i],
                         ref_log_probs=ref[i] if ref is not None else microbatch.ref_log_probs,
                     )
                 )
             filled.append(part)
         return replace(self, minibatches=filled)
+
+    def of_minibatches(self, numbers: range) -> TrainBatch:
+        """Return a copy that has only these minibatches; the lists per rollout stay complete."""
+        return replace(self, minibatches=[self.minibatches[i] for i in numbers])
 
     @property
     def mean_advantages(self) -> list[float]:

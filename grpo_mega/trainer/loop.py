@@ -26,7 +26,7 @@ from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import SampledGroups, derived_seed
 from grpo_mega.trainer.batch import TrainBatch, build_batch, shuffled_rewards
-from grpo_mega.trainer.mismatch_guard import MismatchGuard
+from grpo_mega.trainer.mismatch_guard import MismatchGuard, with_known
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
@@ -78,8 +78,8 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
             with timers.phase("train"):
                 batch, updates = update(job, objective.loss(), batch, state.policy_version)
                 update_reference_if_due(job, step)
-            old_log_probs = gather_by_rollout(job, batch, [m.old_log_probs for m in batch.microbatches])
-        job.mismatch_guard.check(step, groups.rollouts, old_log_probs, job.sync.describe_checks())
+            old_log_probs = gather_old_log_probs(job, batch)
+        job.mismatch_guard.check(step, *with_known(groups.rollouts, old_log_probs), job.sync.describe_checks())
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
@@ -129,18 +129,21 @@ def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, s
 
 
 def with_log_probs(job: TrainerState, objective: Objective, batch: TrainBatch) -> TrainBatch:
-    """Add the log-probs of the policy before the update, and of the reference.
+    """Add the log-probs of the reference, and those of the policy before the update where a separate pass is needed.
 
-    With a single update the forward pass of the update gives the policy's log-probs, so no separate pass is made.
+    The first update of the step has the weights from before the update, so that its own forward pass gives the
+    log-probs of the first minibatch (`update`). A penalty in the reward needs those of all minibatches before it. With
+    `algorithm.old_log_probs=sampler` no pass is made.
     """
     ref = None
     if objective.algorithm.needs_reference:
         with job.policy.reference():
             ref = job.policy.log_probs(batch.microbatches)
-    updates = job.config.train.epochs_per_rollout * len(batch.minibatches)
-    old = None
-    if updates > 1 or objective.kl_in_reward:
-        old = job.policy.log_probs(batch.microbatches)
+    skipped = 0 if objective.kl_in_reward else len(batch.minibatches[0])
+    later, old = batch.microbatches[skipped:], None
+    if objective.algorithm.old_log_probs == "policy" and later:
+        found = job.policy.log_probs(later)
+        old = None if found is None else [*[None] * skipped, *found]
     return batch.with_log_probs(old=old, ref=ref)
 
 
@@ -204,19 +207,22 @@ def update(
         policy_version: number of updates before this step, which selects the learning rate.
 
     Returns:
-        The batch with its `old_log_probs` ([T] in nats), and the statistics of each update.
+        The batch with the `old_log_probs` of its first minibatch ([T] in nats), from the forward pass of the first
+        update, and the statistics of each update.
 
     Raises:
         RuntimeError: the loss or the gradient is not finite.
     """
     stats: list[UpdateStats] = []
-    before: list[Tensor] | None = None
     for _ in range(job.config.train.epochs_per_rollout):
-        for minibatch in batch.minibatches:
+        for i in range(len(batch.minibatches)):
             rate = learning_rate(job.config.optimizer, policy_version + len(stats))
-            stat, before = job.policy.update(minibatch, loss, rate)
+            stat, log_probs = job.policy.update(batch.minibatches[i], loss, rate)
+            if not stats and log_probs is not None and batch.microbatches[0].old_log_probs is None:
+                later = len(batch.microbatches) - len(log_probs)
+                batch = batch.with_log_probs(old=[*log_probs, *[None] * later], ref=None)
             stats.append(stat)
-    return (batch.with_log_probs(old=before, ref=None) if len(stats) == 1 else batch), stats
+    return batch, stats
 
 
 def update_reference_if_due(job: TrainerState, step: int) -> None:
@@ -265,8 +271,25 @@ def evaluate_if_due(job: TrainerState, step: int) -> None:
         job.observer.evaluated(evaluation)
 
 
+def gather_old_log_probs(job: TrainerState, batch: TrainBatch) -> list[list[float] | None]:
+    """Gather the log-probs of the policy that sampled, nats, one list of loss tokens per rollout of the step.
+
+    With `algorithm.old_log_probs=sampler` they are known for the first minibatch only; the others are None.
+    """
+    if job.config.algorithm.old_log_probs == "sampler":
+        batch = batch.of_minibatches(range(1))
+    found = _gather(job, batch, [m.old_log_probs for m in batch.microbatches])
+    return [found.get(i) for i in range(len(batch.advantages))]
+
+
 def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> list[list[float]]:
     """Gather one [T] tensor per microbatch into one list of loss tokens per rollout of the step, on every rank."""
+    found = _gather(job, batch, values)
+    return [found[i] for i in range(len(batch.advantages))]
+
+
+def _gather(job: TrainerState, batch: TrainBatch, values: Sequence[Tensor | None]) -> dict[int, list[float]]:
+    """Return {rollout id: values of its loss tokens} of the microbatches of all ranks."""
     mine: dict[int, list[float]] = {}
     if job.ranks.is_last_stage and (job.ranks.at.tp_rank, job.ranks.at.cp_rank) == (0, 0):
         mine = batch.completion_values(_present(values))
@@ -274,8 +297,7 @@ def gather_by_rollout(job: TrainerState, batch: TrainBatch, values: Sequence[Ten
     if job.ranks.topology.world_size > 1:
         parts = [{} for _ in range(job.ranks.topology.world_size)]
         dist.all_gather_object(parts, mine)
-    found = {key: value for part in parts for key, value in part.items()}
-    return [found[i] for i in range(len(batch.advantages))]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def _present(values: Sequence[Tensor | None]) -> list[Tensor]:

@@ -54,6 +54,14 @@ class TokenMismatch:
     sampler_log_prob: float
 
 
+def with_known(
+    rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float] | None]
+) -> tuple[list[Rollout], list[Sequence[float]]]:
+    """Return the rollouts whose log-probs before the update are known, and these log-probs."""
+    known = [(rollout, olds) for rollout, olds in zip(rollouts, old_log_probs, strict=True) if olds is not None]
+    return [rollout for rollout, _ in known], [olds for _, olds in known]
+
+
 def largest_mismatch(rollouts: Sequence[Rollout], old_log_probs: Sequence[Sequence[float]]) -> TokenMismatch | None:
     """Return the largest of `likely_mismatches`; None if there are none."""
     return max(likely_mismatches(rollouts, old_log_probs), key=lambda each: each.size, default=None)

@@ -169,6 +169,7 @@ class Objective:
                 low=algorithm.correction_low or 0.0,
                 high=algorithm.correction_high or 1.0,
                 veto=algorithm.correction_veto,
+                ratio_has_mismatch=algorithm.old_log_probs == "sampler",
             )
         return PolicyLoss(
             bound_part("surrogate", algorithm),
@@ -176,6 +177,7 @@ class Objective:
             kl_estimator=algorithm.kl_estimator,
             entropy_coef=algorithm.entropy_coef,
             correction=correction,
+            old_is_sampler=algorithm.old_log_probs == "sampler",
         )
 
     def describe(self, num_rollouts: str) -> str:

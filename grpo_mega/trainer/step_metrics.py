@@ -15,7 +15,7 @@ from grpo_mega.algorithm.kl import MAX_REPORTED_LOG_RATIO
 from grpo_mega.data.expert_records import widen_record
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch
-from grpo_mega.trainer.mismatch_guard import largest_mismatch
+from grpo_mega.trainer.mismatch_guard import largest_mismatch, with_known
 from grpo_mega.types import Reward, Rollout, UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport
 
@@ -24,13 +24,14 @@ from grpo_mega.weight_sync.sync import SyncReport
 class StepResult:
     """Results of a step; equal on every rank except for `state_bytes`.
 
-    `old_log_probs` has one list per rollout. `critic_updates` is empty without a critic.
+    `old_log_probs` has one list per rollout, None where they are not known (loop.gather_old_log_probs).
+    `critic_updates` is empty without a critic.
     """
 
     step: int
     groups: SampledGroups
     batch: TrainBatch
-    old_log_probs: list[list[float]]
+    old_log_probs: list[list[float] | None]
     updates: list[UpdateStats]
     sync: SyncReport
     kl_coef: float
@@ -52,7 +53,7 @@ class StepResult:
             **_sets(self.groups.rollouts, sets, is_right),
             **_lengths(self.groups, num_replicas),
             **_updates(self.updates),
-            **mismatch(self.groups.rollouts, self.old_log_probs),
+            **mismatch(*with_known(self.groups.rollouts, self.old_log_probs)),
             "train/kl_coef": self.kl_coef,
             **_critic(self.critic_updates, self.batch),
             **_replay(self.groups.rollouts),

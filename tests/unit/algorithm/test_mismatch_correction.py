@@ -67,3 +67,40 @@ def test_masked_tokens_have_no_gradient_for_any_mismatch() -> None:
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
     assert loss.item() == gradient.item() == 0
     assert metrics["masked"].item() == 1
+
+
+def test_with_the_sampler_as_old_policy_the_ratio_is_the_weight_and_the_correction_only_masks() -> None:
+    # ratios policy / sampler: 1.1 (inside), 1.5 (beyond the clip), 6 and 0.4 (beyond the mask), 0.9 (inside)
+    sampler = torch.tensor([-1.0, -2.0, -3.0, -0.5, -1.5])
+    ratios = torch.tensor([1.1, 1.5, 6.0, 0.4, 0.9])
+    advantages = torch.tensor([1.0, 1.0, -1.0, 1.0, -2.0])
+    log_probs = (sampler + ratios.log()).requires_grad_()
+    correction = Correction("token_masked", low=0.5, high=5.0, veto=None, ratio_has_mismatch=True)
+    row = make_row(advantages, sampler_log_probs=sampler, old_log_probs=torch.full((5,), -9.0))  # old is not read
+    loss, metrics = PolicyLoss(CLIPPED, correction=correction, old_is_sampler=True)(log_probs, torch.zeros(5), row)
+    torch.testing.assert_close(loss.detach(), torch.tensor([-1.1, -1.2, 0.0, 0.0, 1.8]))
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    torch.testing.assert_close(gradient, torch.tensor([-1.1, 0.0, 0.0, 0.0, 1.8]))  # -A * ratio where no bound holds
+    torch.testing.assert_close(metrics["ratio"], ratios)
+    assert metrics["masked"].tolist() == [0.0, 0.0, 1.0, 1.0, 0.0]
+    assert metrics["correction"].tolist() == [1.0, 1.0, 0.0, 0.0, 1.0]
+
+
+def test_with_the_sampler_as_old_policy_a_veto_excludes_its_rollout_without_a_weight() -> None:
+    correction = Correction("token_masked", low=0.3, high=10.0, veto=0.1, ratio_has_mismatch=True)
+    factor, _, vetoed = correction.factors(K.log(), SEGMENTS)
+    assert factor.tolist() == [0.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert vetoed.tolist() == [0.0] * 3 + [1.0] * 3
+
+
+@pytest.mark.parametrize("form", ["token_truncated", "sequence_truncated"])
+def test_the_mismatch_is_not_counted_twice(form: CorrectionForm) -> None:
+    with pytest.raises(ValueError, match=rf"form={form}"):
+        Correction(form, low=0.0, high=2.0, veto=None, ratio_has_mismatch=True)
+
+
+def test_a_mismatch_that_is_not_a_number_is_not_hidden_by_the_mask() -> None:
+    correction = Correction("token_masked", low=0.5, high=5.0, veto=None, ratio_has_mismatch=True)
+    row = make_row(torch.ones(1), sampler_log_probs=torch.tensor([float("nan")]))
+    loss, _ = PolicyLoss(CLIPPED, correction=correction, old_is_sampler=True)(torch.zeros(1), torch.zeros(1), row)
+    assert loss.isnan().all()

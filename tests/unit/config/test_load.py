@@ -274,6 +274,22 @@ def test_config_is_frozen(minimal_config: Path) -> None:
                 "set both to true, or both to false",
             ],
         ),
+        (
+            ["algorithm.name=rloo", "algorithm.kl_in=loss", "algorithm.old_log_probs=sampler"],
+            ["algorithm.old_log_probs=sampler", "algorithm.surrogate=policy_gradient", "surrogate=clipped_weight"],
+        ),
+        (
+            ["algorithm.old_log_probs=sampler", "algorithm.kl_in=reward"],
+            ["algorithm.old_log_probs=sampler", "algorithm.kl_in=reward", "use kl_in=loss"],
+        ),
+        (
+            ["algorithm.old_log_probs=sampler", "algorithm.correction=token_truncated"],
+            ["algorithm.old_log_probs=sampler", "algorithm.correction=token_truncated", "again", "token_masked"],
+        ),
+        (
+            ["algorithm.old_log_probs=sampler", "algorithm.correction=null"],
+            ["algorithm.old_log_probs=sampler", "algorithm.correction=null", "token_masked"],
+        ),
         (["run.world_size=3", "engine.tp=2"], ["run.world_size=3", "engine.tp=2", "2"]),
         (
             ["engine.urls=['a:1']"],
@@ -336,6 +352,16 @@ def test_each_rule_between_keys_names_key_value_and_remedy(
         ["parallel.pp=2", "parallel.pipeline_layout='Et|tL'"],
         ["parallel.recompute=selective", "parallel.recompute_modules=[mlp, core_attn]"],
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+        ["algorithm.old_log_probs=sampler"],
+        ["algorithm.old_log_probs=sampler", "algorithm.name=gspo"],
+        ["algorithm.old_log_probs=sampler", "algorithm.name=ppo", "algorithm.kl_in=loss"],
+        [
+            "algorithm.old_log_probs=sampler",
+            "algorithm.name=rloo",
+            "algorithm.kl_coef=0",
+            "algorithm.surrogate=clipped_weight",
+            "algorithm.clip_high=4.0",
+        ],
         ["train.max_tokens_per_microbatch=1280"],
         ["train.max_tokens_per_microbatch=1284", "parallel.cp=3"],
         ["train.minibatches_per_epoch=32"],

@@ -1,4 +1,4 @@
-"""The critic's part of a step: order of its calls, learning rates, and the values in the batch."""
+"""The log-probs of a step and the critic's part of it: order of calls, learning rates, and the values in the batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import build_batch
-from grpo_mega.trainer.loop import TrainerState, state_bytes, update_critic
+from grpo_mega.trainer.loop import (
+    TrainerState,
+    gather_old_log_probs,
+    state_bytes,
+    update,
+    update_critic,
+    with_log_probs,
+)
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats
 
@@ -108,3 +115,76 @@ def test_without_a_critic_nothing_changes() -> None:
 def test_state_bytes_covers_policy_and_critic() -> None:
     assert state_bytes(job_of(None)) == {"policy_params": 3, "policy_grads": 4}
     assert state_bytes(job_of(FakeCritic())) == {"policy_params": 3, "policy_grads": 4, "critic_params": 5}
+
+
+class FakePolicy:
+    """Policy whose log-prob of a token is minus the number of updates so far; records the rows of its passes."""
+
+    def __init__(self, *, on_last_stage: bool = True) -> None:
+        self.passes: list[tuple[int, ...]] = []
+        self.old: list[float | None] = []
+        self._updates, self._on_last_stage = 0, on_last_stage
+
+    def _log_probs(self, microbatches: list[Microbatch]) -> list[Tensor] | None:
+        return (
+            [torch.full((len(m.labels),), -float(self._updates)) for m in microbatches] if self._on_last_stage else None
+        )
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        yield
+
+    def log_probs(self, microbatches: list[Microbatch]) -> list[Tensor] | None:
+        self.passes.append(tuple(i for m in microbatches for i in m.rollout_ids))
+        return self._log_probs(microbatches)
+
+    def update(self, microbatches: list[Microbatch], loss: Any, rate: float) -> tuple[UpdateStats, list[Tensor] | None]:
+        self.old += [None if m.old_log_probs is None else m.old_log_probs[0].item() for m in microbatches]
+        found = self._log_probs(microbatches)
+        self._updates += 1
+        return UpdateStats(1.0, rate, {}, {}), found
+
+
+def run_updates(algorithm: AlgorithmConfig, policy: FakePolicy) -> list[list[float] | None]:
+    objective, _, batch = step_of(algorithm)
+    job = job_of(None)
+    job.policy, job.config.algorithm = policy, algorithm  # type: ignore[misc, assignment]
+    batch = with_log_probs(job, objective, batch)
+    batch, stats = update(job, objective.loss(), batch, 0)
+    assert len(stats) == 4
+    return gather_old_log_probs(job, batch)
+
+
+WITHOUT_REFERENCE = {"kl_coef": 0.0}
+
+
+def test_the_first_minibatch_gets_its_old_log_probs_from_the_first_update() -> None:
+    policy = FakePolicy()
+    found = run_updates(AlgorithmConfig(**WITHOUT_REFERENCE), policy)
+    assert policy.passes == [(2, 3)]  # of two minibatches with two rollouts
+    assert policy.old == [None, 0.0, 0.0, 0.0]  # the second epoch reads those of the first update
+    assert found == [[0.0] * n for n in (1, 3, 2, 2)]
+
+
+def test_a_penalty_in_the_reward_needs_the_log_probs_of_all_minibatches_first() -> None:
+    policy = FakePolicy()
+    run_updates(AlgorithmConfig(kl_in="reward", kl_coef=0.1), policy)
+    assert policy.passes == [(0, 1, 2, 3)] * 2  # reference and policy
+    assert policy.old == [0.0] * 4
+
+
+def test_with_the_log_probs_of_the_sampler_no_pass_is_made_and_the_others_stay_unknown() -> None:
+    policy = FakePolicy()
+    found = run_updates(AlgorithmConfig(old_log_probs="sampler", **WITHOUT_REFERENCE), policy)
+    assert policy.passes == []
+    assert found == [[0.0], [0.0] * 3, None, None]  # the second minibatch is computed after an update
+
+
+def test_a_stage_without_log_probs_makes_the_same_passes() -> None:
+    policy = FakePolicy(on_last_stage=False)
+    objective, _, batch = step_of(AlgorithmConfig(**WITHOUT_REFERENCE))
+    job = job_of(None)
+    job.policy = policy  # type: ignore[misc, assignment]
+    batch, _ = update(job, objective.loss(), with_log_probs(job, objective, batch), 0)
+    assert policy.passes == [(2, 3)]
+    assert policy.old == [None] * 4

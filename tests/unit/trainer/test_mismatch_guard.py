@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 
 from grpo_mega.config.schema import Config
-from grpo_mega.trainer.mismatch_guard import EngineMismatchError, MismatchGuard, TokenMismatch, largest_mismatch
+from grpo_mega.trainer.mismatch_guard import (
+    EngineMismatchError,
+    MismatchGuard,
+    TokenMismatch,
+    largest_mismatch,
+    with_known,
+)
 from grpo_mega.types import Completion, Prompt, Reward, Rollout
 
 
@@ -48,6 +54,13 @@ def test_a_log_prob_that_is_not_a_number_is_an_infinite_difference() -> None:
     assert found.size == math.inf
     with pytest.raises(EngineMismatchError):
         MismatchGuard(1e9, "").check(1, [rollout([-1.0])], [[math.nan]], "")
+
+
+def test_rollouts_whose_log_probs_before_the_update_are_not_known_do_not_count() -> None:
+    first, second = rollout([-1.0]), rollout([-2.0])
+    assert with_known([first, second], [None, [-2.5]]) == ([second], [[-2.5]])
+    with pytest.raises(EngineMismatchError, match="differ by 0"):
+        MismatchGuard(0.1, "").check(1, *with_known([first, second], [None, [-2.5]]), "")
 
 
 def config(**sections: Any) -> Config:

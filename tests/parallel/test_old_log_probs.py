@@ -1,0 +1,112 @@
+"""Log-probs before the update, from a pass of their own or from the first forward pass, in real policies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from grpo_mega.config.algorithm_section import AlgorithmConfig
+from grpo_mega.config.schema import TrainConfig
+from grpo_mega.data.pack import RowShape
+from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.trainer.loop import TrainerState, gather_old_log_probs, update, with_log_probs
+from grpo_mega.trainer.objective import Objective
+from grpo_mega.types import Rollout, UpdateStats
+from tests.helpers.recorded_rollouts import (
+    ONE,
+    OPTIMIZER,
+    OVERLAP,
+    Layout,
+    Recorded,
+    open_policy,
+    ranks_of,
+    shard_digests,
+)
+from tests.parallel.conftest import Laboratory
+
+LAYOUTS = [ONE, Layout(4, tp=2, pp=2), Layout(4, pp=2, vpp=2, cp=2, more=OVERLAP)]
+
+
+def job_and_batch(
+    rank: int, recorded: Recorded, layout: Layout, algorithm: AlgorithmConfig, epochs: int
+) -> tuple[TrainerState, Objective, TrainBatch]:
+    train = TrainConfig(
+        steps=1, epochs_per_rollout=epochs, minibatches_per_epoch=2, max_tokens_per_microbatch=recorded.max_tokens
+    )
+    objective, ranks = Objective(algorithm, max_tokens=recorded.max_tokens), ranks_of(rank, layout)
+    policy = open_policy(rank, recorded, layout)
+    config = SimpleNamespace(train=train, optimizer=OPTIMIZER, algorithm=algorithm)
+    job = cast("TrainerState", SimpleNamespace(policy=policy, config=config, ranks=ranks))
+    shape, dp_rank = RowShape.of(layout.parallel), ranks.at.dp_rank
+    batch = build_batch(
+        recorded.groups, recorded.rewards, train, objective, dp=layout.topology.dp, dp_rank=dp_rank, shape=shape
+    )
+    return job, objective, batch
+
+
+def run(
+    rank: int, recorded: Recorded, layout: Layout, algorithm: AlgorithmConfig, whole_pass: bool
+) -> tuple[list[UpdateStats], list[list[float] | None], dict[str, int]]:
+    """Run two epochs of two updates; with `whole_pass` one pass computes the log-probs of both minibatches first."""
+    job, objective, batch = job_and_batch(rank, recorded, layout, algorithm, epochs=2)
+    if whole_pass:
+        batch = batch.with_log_probs(old=job.policy.log_probs(batch.microbatches), ref=None)
+    else:
+        batch = with_log_probs(job, objective, batch)
+    batch, stats = update(job, objective.loss(), batch, 0)
+    return stats, gather_old_log_probs(job, batch), shard_digests(job.policy)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_updates_are_bit_equal_to_those_after_a_pass_over_all_minibatches(
+    laboratory: Laboratory, layout: Layout
+) -> None:
+    recorded, algorithm = laboratory.recorded("deep"), AlgorithmConfig(kl_coef=0.0)
+    answers = [
+        laboratory.pool.call(layout.world, run, recorded, layout, algorithm, whole_pass) for whole_pass in (True, False)
+    ]
+    assert answers[0] == answers[1]
+    stats, old, _ = answers[1][0]
+    assert len(stats) == 4
+    assert None not in old
+    assert stats[0].maxima["ratio"] == 1.0, "the policy before the update is the old policy"
+    assert stats[1].maxima["ratio"] != 1.0, "the second minibatch is compared with the policy before the first update"
+
+
+def sampled_by_the_policy(recorded: Recorded, log_probs: list[list[float]], shift: float) -> Recorded:
+    """Return the rollouts with these log-probs as the sampler's, one token of each shifted."""
+
+    def of(rollout: Rollout, values: list[float]) -> Rollout:
+        completion = rollout.completion
+        own = iter([values[0] + shift, *values[1:]])
+        mask = completion.loss_mask or (True,) * len(completion.token_ids)
+        sampled = tuple(next(own) if used else 0.0 for used in mask)
+        return replace(rollout, completion=replace(completion, sampler_log_probs=sampled))
+
+    groups = recorded.groups
+    rollouts = [of(r, v) for r, v in zip(groups.rollouts, log_probs, strict=True)]
+    return replace(recorded, groups=SampledGroups(rollouts, groups.group_size))
+
+
+def test_with_the_log_probs_of_the_sampler_layouts_agree_and_the_ratio_contains_the_mismatch(
+    laboratory: Laboratory,
+) -> None:
+    recorded = laboratory.recorded("deep")
+    known = laboratory.pool.call(1, run, recorded, ONE, AlgorithmConfig(kl_coef=0.0), True)[0][1]
+    shifted = sampled_by_the_policy(recorded, cast("list[list[float]]", known), shift=-0.1)
+    algorithm = AlgorithmConfig(kl_coef=0.0, old_log_probs="sampler", correction_low=0.2, correction_high=3.0)
+    found: list[Any] = [
+        laboratory.pool.call(layout.world, run, shifted, layout, algorithm, False)[0] for layout in LAYOUTS
+    ]
+    for stats, old, _ in found:
+        assert stats[0].maxima["ratio"] == pytest.approx(1.1052, abs=1e-3)  # exp(0.1): policy over sampler
+        for of_this, of_one in zip(stats, found[0][0], strict=True):
+            assert of_this.grad_norm == pytest.approx(of_one.grad_norm, rel=1e-4)
+            assert of_this.sums["correction"] == pytest.approx(of_one.sums["correction"], rel=1e-6)
+        half = len(old) // 2
+        assert all(v == pytest.approx(k, abs=1e-4) for v, k in zip(old[:half], known, strict=False))
+        assert old[half:] == [None] * half
