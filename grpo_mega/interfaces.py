@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from grpo_mega.types import Completion, Microbatch, Placement, Prompt, SamplingRequest, TensorSlice, UpdateStats
+from grpo_mega.types import (
+    Completion,
+    Microbatch,
+    Placement,
+    Prompt,
+    SamplingRequest,
+    StateRecords,
+    TensorSlice,
+    UpdateStats,
+)
 
 if TYPE_CHECKING:
     from grpo_mega.parallel.peer_group import PeerGroup
@@ -304,7 +313,27 @@ class LearnerMemory(Protocol):
         ...
 
 
-class Critic(LearnerMemory, Protocol):
+class SavedLearner(LearnerMemory, Protocol):
+    """A trained model on this rank whose state is part of a checkpoint."""
+
+    def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
+        """Collective: write weights, optimizer state and `extra` into an existing, empty folder.
+
+        A reference that is updated during training is saved too. Return the records of the live tensors, which were
+        computed before anything was written.
+        """
+        ...
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Collective: read what `save` wrote, from any layout, and return `extra`. A frozen reference is unchanged."""
+        ...
+
+    def live_records(self, *, with_optimizer: bool) -> StateRecords:
+        """Collective: return what `save` returns; without master weights and moments unless `with_optimizer`."""
+        ...
+
+
+class Critic(SavedLearner, Protocol):
     """A second trained model on this rank. It estimates the expected reward before each token of a rollout."""
 
     def values(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:
@@ -317,26 +346,12 @@ class Critic(LearnerMemory, Protocol):
     def update(self, microbatches: Sequence[Microbatch], loss: TokenValueLoss, learning_rate: float) -> UpdateStats:
         """Take one optimizer step on the microbatches, which carry `returns` and `old_values`, both [T].
 
-        Args:
-            microbatches: of this data-parallel rank; all ranks pass the same number, with rows of one length.
-            loss: loss per token, multiplied by `token_weights` and summed over all tokens of all ranks.
-            learning_rate: of this step.
-
-        Raises:
-            RuntimeError: the loss or the gradient is not finite; no update was made.
+        Arguments and errors are those of `Policy.update`.
         """
         ...
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: write weights, optimizer state and `extra` into an existing, empty folder."""
-        ...
 
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: read what `save` wrote, from any layout, and return `extra`."""
-        ...
-
-
-class Policy(LearnerMemory, Protocol):
+class Policy(SavedLearner, Protocol):
     """The trained model on this rank."""
 
     @property
@@ -375,17 +390,6 @@ class Policy(LearnerMemory, Protocol):
 
     def update_reference(self) -> None:
         """Collective: make the present weights the reference."""
-        ...
-
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Collective: write weights, optimizer state and `extra` into an existing, empty folder.
-
-        A reference that is updated during training is saved too.
-        """
-        ...
-
-    def load(self, folder: Path) -> dict[str, Any]:
-        """Collective: read what `save` wrote, from any layout, and return `extra`. A frozen reference is unchanged."""
         ...
 
     def full_tensors(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:

@@ -43,6 +43,19 @@ class WeightMismatchError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class TensorRecord:
+    """Shape without padding, dtype and digest (models/digest.py, sixteen hexadecimal digits) of a whole tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    digest: str
+
+
+StateRecords = Mapping[str, Mapping[str, TensorRecord]]
+"""Folder in a checkpoint (`.` for its own) -> Megatron's name of a tensor -> record, the same on every rank."""
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A question, tokenized for the engine.
 

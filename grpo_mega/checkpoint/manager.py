@@ -1,7 +1,8 @@
 """Atomic checkpoints of a run, of which the newest few are kept.
 
-A checkpoint is a directory `step_000020` in Megatron's `torch_dist` format. It is written under a temporary name,
-marked with a file `complete`, and renamed, so a kill at any moment leaves the previous checkpoint intact. It holds the
+A checkpoint is a directory `step_000020` in Megatron's `torch_dist` format. It is written under a temporary name, read
+back and compared with the live state (written_state.py), described by a manifest (formats/checkpoint_manifest.py),
+flushed to disk, and renamed, so a kill at any moment leaves the previous checkpoint intact. It holds the
 weights and the optimizer state of the policy, and of the critic if there is one, in a form that every layout can load,
 and the counters of the training loop. It needs nothing else: prompts, sampling and shuffles are functions of
 (run.seed, step).
@@ -11,16 +12,27 @@ Asserted by tests/parallel/test_checkpoint.py and tests/e2e/test_resume.py.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 
+from grpo_mega.checkpoint.written_state import compare_with_live
+from grpo_mega.formats.checkpoint_manifest import (
+    COMPLETE,
+    DamagedCheckpointError,
+    Manifest,
+    damaged,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
 from grpo_mega.interfaces import Critic, Policy
-from grpo_mega.types import UserError
+from grpo_mega.types import TensorRecord, UserError
 
-_COMPLETE = "complete"
 _CRITIC = "critic"
 
 
@@ -63,13 +75,37 @@ class CheckpointManager:
     """Manages the folder `checkpoints/` of a run. Every rank has one; only rank 0 creates, renames and deletes
     folders."""
 
-    def __init__(self, folder: Path, keep: int, *, is_first: bool, critic: Critic | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        *,
+        is_first: bool,
+        critic: Critic | None = None,
+        model: str = "",
+        layout: str = "",
+    ) -> None:
+        """Create the manager of this rank.
+
+        Args:
+            folder: `checkpoints/` of the run.
+            keep: number of checkpoints to keep.
+            is_first: True on rank 0.
+            critic: critic of this rank, if any.
+            model: description of the model, for the manifest.
+            layout: parallel layout of the ranks, for the manifest.
+        """
         self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
+        self._model, self._layout = model, layout
 
     def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> Path | None:
         """Write a checkpoint that is not visible yet, every `every` steps and at the last step. Collective.
 
         Return its folder, or None if no checkpoint is due.
+
+        Raises:
+            RuntimeError: the disk is full or read-only, or what was written differs from the live state. The previous
+                checkpoints are not changed.
         """
         if state.step != last_step and (every is None or state.step % every):
             return None
@@ -80,10 +116,14 @@ class CheckpointManager:
             staged.mkdir(parents=True)
 
         self._run_on_first(empty_folder)
-        policy.save(staged, asdict(state))
-        if self._critic is not None:
-            self._run_on_first((staged / _CRITIC).mkdir)
-            self._critic.save(staged / _CRITIC, {})
+        with self._writing(staged):
+            live = dict(policy.save(staged, asdict(state)))
+            if self._critic is not None:
+                self._run_on_first((staged / _CRITIC).mkdir)
+                live[_CRITIC] = self._critic.save(staged / _CRITIC, {})["."]
+        files = compare_with_live(staged, live)
+        manifest = Manifest(state.step, self._model, self._layout, files, live)
+        self._run_on_first(lambda: write_manifest(staged, manifest))
         return staged
 
     def publish(self, staged: Path) -> None:
@@ -91,19 +131,73 @@ class CheckpointManager:
         self._run_on_first(lambda: self._rename(staged))
 
     def load(self, policy: Policy, checkpoint: Path) -> LoopState:
-        """Load a checkpoint into the policy and the critic; return the state of the loop. Collective."""
+        """Load a checkpoint into the policy and the critic; return the state of the loop. Collective.
+
+        Afterwards the live weights are compared with the manifest; in another layout also master weights and moments.
+
+        Raises:
+            UserError: the checkpoint is damaged or of another model.
+            RuntimeError: the loaded tensors differ from the saved ones (names them).
+        """
+        try:
+            manifest = read_manifest(checkpoint)
+        except DamagedCheckpointError as error:
+            raise damaged(str(error)) from None
         if self._critic is not None:
             self._critic.load(checkpoint / _CRITIC)
-        return LoopState(**policy.load(checkpoint))
+        state = LoopState(**policy.load(checkpoint))
+        if manifest is None:
+            return state
+        with_optimizer = manifest.layout != self._layout
+        live = dict(policy.live_records(with_optimizer=with_optimizer))
+        if self._critic is not None:
+            live[_CRITIC] = self._critic.live_records(with_optimizer=with_optimizer)["."]
+        differing = [
+            f"{place}/{name}"
+            for place, records in live.items()
+            for name, record in records.items()
+            if not _same_values(record, manifest.tensors.get(place, {}).get(name))
+        ]
+        if differing or state.step != manifest.step:
+            raise RuntimeError(
+                f"{checkpoint}: step {state.step} was loaded, with {len(differing)} tensors that differ from the"
+                f" saved state of step {manifest.step}: {', '.join(differing[:3])}"
+            )
+        return state
 
     def _rename(self, staged: Path) -> None:
-        (staged / _COMPLETE).touch()
         final = staged.with_suffix("")
+        replaced = final.with_suffix(".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(replaced)
         staged.rename(final)
-        for old in sorted(p.parent for p in self._folder.glob(f"step_*/{_COMPLETE}"))[: -self._keep]:
-            shutil.rmtree(old)
+        sync_folder(self._folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        complete = sorted((p.parent for p in self._folder.glob(f"step_*/{COMPLETE}")), key=_step_of)
+        for old in complete[: -self._keep]:
+            if old != final:
+                shutil.rmtree(old)
+
+    @contextmanager
+    def _writing(self, staged: Path) -> Iterator[None]:
+        """Say what could not be written and how much space there is, and remove what was written. A failure ends the
+        run with the checkpoints of earlier steps unchanged."""
+        try:
+            yield
+        except (OSError, RuntimeError, AssertionError, CheckpointException) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason, needed = lines[-1] if lines else type(error).__name__, ""
+            free = shutil.disk_usage(self._folder).free
+            if self._is_first:
+                earlier = [path for path in self._folder.glob("step_*") if path.suffix == ""]
+                sizes = [sum(file.stat().st_size for file in path.rglob("*")) for path in earlier]
+                needed = f", and an earlier checkpoint has {max(sizes)} bytes" if sizes else ""
+                shutil.rmtree(staged, ignore_errors=True)
+            raise RuntimeError(
+                f"checkpoint {staged} cannot be written: its file system has {free} bytes free{needed} ({reason}); "
+                "earlier checkpoints are unchanged: after freeing space, the same command continues from the newest"
+            ) from error
 
     def _run_on_first(self, action: Callable[[], object]) -> None:
         """Run `action` on rank 0. If it fails, raise RuntimeError on every rank, so that no rank waits for it."""
@@ -117,3 +211,14 @@ class CheckpointManager:
             dist.broadcast_object_list(message, src=0)
         if message[0] is not None:
             raise RuntimeError(f"checkpoint in {self._folder}: {message[0]}")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_").partition(".")[0])
+
+
+def _same_values(live: TensorRecord, saved: TensorRecord | None) -> bool:
+    """Return True if a loaded tensor has the saved values. A fork may load them in another dtype."""
+    if saved is None or saved.shape != live.shape:
+        return False
+    return saved.dtype != live.dtype or saved.digest == live.digest

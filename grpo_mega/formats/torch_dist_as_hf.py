@@ -11,6 +11,7 @@ import yaml
 from torch import Tensor
 
 from grpo_mega.formats.byte_ranges import Shape
+from grpo_mega.formats.checkpoint_manifest import require_undamaged
 from grpo_mega.formats.megatron_keys import MegatronTensor, megatron_tensors
 from grpo_mega.formats.planned_files import SliceCopy, pieces_within, rows_at_once
 from grpo_mega.formats.safetensors_headers import INDEX, SINGLE
@@ -40,6 +41,7 @@ class DistAsHf:
         Raises:
             UserError: the checkpoint is damaged, or a tensor is missing, unknown, or has another shape.
         """
+        require_undamaged(folder)
         self.folder, self._files = folder, TorchDistFiles(folder)
         spec = self._untied_if_stored(checkpoint_spec(base))
         self._sources: dict[str, list[SliceCopy]] = defaultdict(list)

@@ -153,6 +153,16 @@ class TorchDistFiles:
                 remedy="copy the checkpoint again",
             )
 
+    def chunk_values(self, name: str, chunk: StoredChunk, shape: Shape) -> Tensor:
+        """Return the first values of a chunk of tensor `name`, with `shape`, which is at most the shape of the chunk.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        values = torch.empty(shape, dtype=self.tensors[name].dtype)
+        self._read_chunk(name, chunk, (0,) * len(shape), values)
+        return values
+
     def _read_chunk(self, name: str, chunk: StoredChunk, offsets: Shape, out: Tensor) -> None:
         descriptor = self._descriptor(chunk.path)
         item = self._item(name, chunk, descriptor)

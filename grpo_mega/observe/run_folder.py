@@ -103,10 +103,36 @@ class RunFolder:
 
     def complete_checkpoints(self) -> dict[int, Path]:
         """Return {step: folder}, oldest first. A complete checkpoint contains the file `complete`, written last."""
-        if not self.checkpoints.is_dir():
+        return {step: path for step, path in self.all_checkpoints().items() if (path / _COMPLETE_MARK).is_file()}
+
+    def all_checkpoints(self) -> dict[int, Path]:
+        """Return {step: path} of everything with the name of a checkpoint, damaged or not, oldest first.
+
+        Raises:
+            UserError: `checkpoints` is not a folder, or cannot be read.
+        """
+        try:
+            entries = list(self.checkpoints.iterdir())
+        except FileNotFoundError:
             return {}
-        found = {step: path for path in self.checkpoints.iterdir() if (step := _checkpoint_step(path)) is not None}
+        except OSError as error:
+            raise UserError(
+                f"{self.checkpoints}: cannot be read ({error.strerror})",
+                remedy="restore the folder, or start again with run.overwrite=true",
+            ) from error
+        found = {step: path for path in entries if (step := checkpoint_step(path)) is not None}
         return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class CheckpointsToVerify:
+    """Checkpoints from which a command could continue, newest first; the first whole one is used.
+
+    `named_by_user`: it is the one of `checkpoint.resume=PATH`, and no other may take its place.
+    """
+
+    newest_first: tuple[Path, ...] = ()
+    named_by_user: bool = False
 
 
 @dataclass(frozen=True)
@@ -131,6 +157,27 @@ class RunState:
     moved_to: Path | None
 
 
+def checkpoints_to_verify(
+    path: Path, resolved: Mapping[str, Any], *, overwrite: bool, train_steps: int, resume: str = "auto"
+) -> CheckpointsToVerify:
+    """Return the checkpoints that must be verified before `open_run`. The arguments are those of `open_run`.
+
+    Raises:
+        UserError: see `open_run`. Nothing was changed.
+    """
+    folder = RunFolder(path)
+    if _holds_run(folder) and not overwrite:
+        _require_same_config(folder, resolved, CHANGEABLE)
+        own = folder.all_checkpoints()
+        if _is_finished(folder, train_steps):
+            return CheckpointsToVerify()
+        if own:
+            return CheckpointsToVerify(tuple(reversed(own.values())))
+    if resume in ("auto", "never"):
+        return CheckpointsToVerify()
+    return CheckpointsToVerify((_given_checkpoint(resume, train_steps)[1],), named_by_user=True)
+
+
 def open_run(
     path: Path,
     resolved: Mapping[str, Any],
@@ -153,7 +200,7 @@ def open_run(
 
     Raises:
         UserError: the folder contains other files, an unreadable config, or a run with a different config; or `resume`
-            is not a checkpoint that this run can use.
+            is not a checkpoint that this run can use, or has reached `train_steps`.
     """
     folder = RunFolder(path)
     moved_to = None
@@ -162,21 +209,27 @@ def open_run(
         moved_to = _move_aside(path)
         exists = False
     if not exists:
-        return _start_new(folder, resolved, resume, moved_to)
+        return _start_new(folder, resolved, resume, train_steps, moved_to)
     _require_same_config(folder, resolved, changeable)
     checkpoints = folder.complete_checkpoints()
     step = max(checkpoints, default=0)
     _require_resumable(folder, step, resume)
     previous = read_summary(folder.summary) if folder.summary.exists() else None
-    ended = previous is not None and previous.status == "done" and previous.steps >= train_steps
-    if step >= train_steps and ended:
+    if _is_finished(folder, train_steps):
         return RunState(folder, "finished", step, checkpoints[step], previous, None)
     checkpoint = checkpoints.get(step)
     if checkpoint is None and resume != "auto":
-        step, checkpoint = _given_checkpoint(resume)
+        step, checkpoint = _given_checkpoint(resume, train_steps)
     _remove_after(folder, step)
     _write_config(folder, resolved)
     return RunState(folder, "continued", step, checkpoint, previous, None)
+
+
+def _is_finished(folder: RunFolder, train_steps: int) -> bool:
+    """Return True if the newest complete checkpoint and the summary have reached `train_steps`."""
+    previous = read_summary(folder.summary) if folder.summary.exists() else None
+    ended = previous is not None and previous.status == "done" and previous.steps >= train_steps
+    return ended and max(folder.complete_checkpoints(), default=0) >= train_steps
 
 
 def check_run(path: Path, resolved: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -205,8 +258,12 @@ def _holds_run(folder: RunFolder) -> bool:
     return False
 
 
-def _start_new(folder: RunFolder, resolved: Mapping[str, Any], resume: str, moved_to: Path | None) -> RunState:
-    step, checkpoint = (0, None) if resume in ("auto", "never") else _given_checkpoint(resume, moved_to, folder)
+def _start_new(
+    folder: RunFolder, resolved: Mapping[str, Any], resume: str, train_steps: int, moved_to: Path | None
+) -> RunState:
+    step, checkpoint = 0, None
+    if resume not in ("auto", "never"):
+        step, checkpoint = _given_checkpoint(resume, train_steps, moved_to, folder)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         _write_config(folder, resolved)
@@ -217,24 +274,32 @@ def _start_new(folder: RunFolder, resolved: Mapping[str, Any], resume: str, move
     return RunState(folder, "fresh", step, checkpoint, None, moved_to)
 
 
-def _given_checkpoint(resume: str, moved_to: Path | None = None, folder: RunFolder | None = None) -> tuple[int, Path]:
+def _given_checkpoint(
+    resume: str, train_steps: int, moved_to: Path | None = None, folder: RunFolder | None = None
+) -> tuple[int, Path]:
     """Return step and folder of `checkpoint.resume=PATH`, also if PATH was in the folder that was just moved aside."""
     path = Path(resume)
     if moved_to is not None and folder is not None and path.absolute().is_relative_to(folder.path.absolute()):
         path = moved_to / path.absolute().relative_to(folder.path.absolute())
-    step = _checkpoint_step(path)
-    if step is None:
+    step = checkpoint_step(path)
+    if step is None or not (path / _COMPLETE_MARK).is_file():
         raise UserError(
             f"checkpoint.resume={resume} is not a complete checkpoint (a folder step_NNNNNN that contains the file "
             f"`{_COMPLETE_MARK}`)",
             remedy="use auto, never, or the path of a complete checkpoint",
         )
+    if step >= train_steps:
+        raise UserError(
+            f"checkpoint.resume={resume} is at step {step}, which has reached train.steps={train_steps} already",
+            remedy=f"use train.steps={step + train_steps} to train {train_steps} more steps",
+        )
     return step, path
 
 
-def _checkpoint_step(path: Path) -> int | None:
+def checkpoint_step(path: Path) -> int | None:
+    """Return the step in the name of a checkpoint, or None for other names."""
     named = _STEP_NAME.fullmatch(path.name)
-    return int(named[1]) if named and (path / _COMPLETE_MARK).is_file() else None
+    return int(named[1]) if named else None
 
 
 def _require_resumable(folder: RunFolder, step: int, resume: str) -> None:

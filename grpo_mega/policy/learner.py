@@ -30,10 +30,10 @@ from grpo_mega.policy.module_choice import choose_modules
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.routing_replay import RowParams
 from grpo_mega.policy.phase_offload import PolicyMemory
-from grpo_mega.policy.sharded_state import load_state, save_state
+from grpo_mega.policy.sharded_state import live_records, load_state, save_state
 from grpo_mega.policy.update_metrics import UpdateReport
 from grpo_mega.policy.weight_source import MegatronWeights
-from grpo_mega.types import Microbatch, UpdateStats
+from grpo_mega.types import Microbatch, StateRecords, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
@@ -91,15 +91,23 @@ class MegatronLearner:
         """Return the bytes of `params`, `grads` and `optimizer` (master weights, moments) on this rank."""
         return self._memory.num_bytes()
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
-        """Save weights, optimizer state and `extra` into an existing, empty folder. Collective."""
+    def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
+        """Save weights, optimizer state and `extra` into an existing, empty folder. Collective.
+
+        Return the records of the live state.
+        """
         self._settle()
-        save_state(self.parts, folder, extra)
+        return {".": save_state(self.parts, folder, extra, self.spec.vocab_size)}
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, in any layout, and return `extra`. Collective."""
         self._settle()
         return load_state(self.parts, folder)
+
+    def live_records(self, *, with_optimizer: bool) -> StateRecords:
+        """Return the records of the weights and, if asked for, of master weights and moments. Collective."""
+        self._settle()
+        return {".": live_records(self.parts, self.spec.vocab_size, with_optimizer=with_optimizer)}
 
     def _run_inference(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Tensor, Microbatch], Tensor]

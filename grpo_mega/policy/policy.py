@@ -29,7 +29,7 @@ from grpo_mega.policy.modules.routing_replay import RowParams, replay_routing
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.sharded_state import load_weights, save_weights
 from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
-from grpo_mega.types import Microbatch, UpdateStats
+from grpo_mega.types import Microbatch, StateRecords, UpdateStats
 
 
 class MegatronPolicy(MegatronLearner):
@@ -119,15 +119,19 @@ class MegatronPolicy(MegatronLearner):
         self._settle()
         self._reference.update()
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> None:
+    def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
         """Save weights, optimizer state and `extra` into an existing, empty folder. Collective.
 
-        The reference is saved as well if `algorithm.ref_update_every` is set.
+        The reference is saved as well if `algorithm.ref_update_every` is set. Return the records of the live state.
         """
-        super().save(folder, extra)
+        records = super().save(folder, extra)
         if self._reference_is_updated:
             with self.reference():
-                save_weights(self.parts, folder / _REFERENCE, is_first=self.ranks.is_first)
+                saved = save_weights(
+                    self.parts, folder / _REFERENCE, self.spec.vocab_size, is_first=self.ranks.is_first
+                )
+            records = {**records, _REFERENCE: saved}
+        return records
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, in any layout, and return `extra`. Collective. A frozen reference is unchanged."""
@@ -136,6 +140,17 @@ class MegatronPolicy(MegatronLearner):
             load_weights(self.parts, folder / _REFERENCE)
             self.update_reference()
         return super().load(folder)
+
+    def live_records(self, *, with_optimizer: bool) -> StateRecords:
+        """Return the records of the weights, of master weights and moments if asked for, and of the reference.
+
+        Collective. The reference is included if it is part of a checkpoint.
+        """
+        records = super().live_records(with_optimizer=with_optimizer)
+        if self._reference_is_updated:
+            with self.reference():
+                records = {**records, _REFERENCE: super().live_records(with_optimizer=False)["."]}
+        return records
 
     def _row_params(self, microbatch: Microbatch) -> RowParams:
         row = super()._row_params(microbatch)

@@ -9,6 +9,8 @@ import torch
 
 from grpo_mega.policy.build import MegatronParts
 from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes
+from grpo_mega.policy.state_records import state_records
+from grpo_mega.types import TensorRecord
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip - after policy.build prepares the import
 from megatron.core.dist_checkpointing.serialization import (  # isort: skip
@@ -24,14 +26,17 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (  # isor
 _FROM_CONFIG = ("lr", "max_lr", "min_lr", "weight_decay", "betas", "eps")
 
 
-def save_weights(parts: MegatronParts, folder: Path, *, is_first: bool) -> None:
-    """Save only the parameters, into a folder that the first rank creates. Collective."""
+def save_weights(parts: MegatronParts, folder: Path, vocab_size: int, *, is_first: bool) -> dict[str, TensorRecord]:
+    """Save only the parameters, into a folder that the first rank creates; return their records. Collective."""
     cpu.install()
     if is_first:
         folder.mkdir()
     torch.distributed.barrier()
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
-    dist_checkpointing.save({"model": _sharded_weights(parts)}, str(folder), sharded_strategy=strategy)
+    weights = _sharded_weights(parts)
+    records = state_records(weights, vocab_size)
+    dist_checkpointing.save({"model": weights}, str(folder), sharded_strategy=strategy)
+    return records
 
 
 def load_weights(parts: MegatronParts, folder: Path) -> None:
@@ -43,12 +48,25 @@ def load_weights(parts: MegatronParts, folder: Path) -> None:
     _fill_models(parts, state["model"])
 
 
-def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any]) -> None:
-    """Save weights, optimizer state and `extra`, plain values that are equal on every rank. Collective."""
+def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any], vocab_size: int) -> dict[str, TensorRecord]:
+    """Save weights, optimizer state and `extra`, plain values that are equal on every rank. Collective.
+
+    Return the records of the live tensors, which are computed before anything is written.
+    """
     cpu.install()
     state = _sharded_state(parts, is_loading=False) | {"extra": extra}
+    records = state_records(state, vocab_size)
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
+    return records
+
+
+def live_records(parts: MegatronParts, vocab_size: int, *, with_optimizer: bool) -> dict[str, TensorRecord]:
+    """Return the records of the weights and, if asked for, of the optimizer state. Collective."""
+    cpu.install()
+    return state_records(
+        _sharded_state(parts, is_loading=False) if with_optimizer else _sharded_weights(parts), vocab_size
+    )
 
 
 def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:

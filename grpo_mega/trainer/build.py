@@ -15,8 +15,11 @@ from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.factory import make_engine
+from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
-from grpo_mega.interfaces import Engine, WeightSource
+from grpo_mega.interfaces import Critic, Engine, WeightSource
+from grpo_mega.models.parameter_tables import hf_shapes
+from grpo_mega.models.spec import ModelSpec
 from grpo_mega.observe.atomic_files import to_json, write_atomically
 from grpo_mega.observe.log import quiet_libraries
 from grpo_mega.observe.memory import PhasePeaks, device_peak
@@ -61,7 +64,8 @@ class BuiltJob:
         try:
             first = push_weights(job, self.state)
             known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
-            before = None if known or self.state.step else self._evaluate()
+            is_new = self.run_state.status == "fresh" or self.state.step == 0  # a fork starts at a later step
+            before = self._evaluate() if is_new and not known else None
             observer.started(first.policy_digest, before)
             train(job, self.state)
             after = self._evaluate()
@@ -111,9 +115,7 @@ def building(
             workers = start_workers(config, ranks, stack)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.algorithm.needs_reference)
             critic = MegatronCritic(config, spec, model_folder, ranks) if config.algorithm.needs_critic else None
-            checkpoints = CheckpointManager(
-                run.folder.checkpoints, config.checkpoint.keep, is_first=ranks.is_first, critic=critic
-            )
+            checkpoints = _make_checkpoints(config, spec, run.folder.checkpoints, critic, ranks)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(prompts.digest, same_run=run.status == "continued")
             engine = make_engine(config, model_folder, run.folder.logs)
@@ -146,6 +148,25 @@ def building(
             mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
         )
         yield BuiltJob(job, run, model_folder, state, policy)
+
+
+def _make_checkpoints(
+    config: Config, spec: ModelSpec, folder: Path, critic: Critic | None, ranks: Ranks
+) -> CheckpointManager:
+    """Return the manager of the checkpoints in `folder`.
+
+    The layout in their manifests is the number of ranks and the keys of `parallel` that differ from their defaults.
+    """
+    keys = config.parallel.model_dump(exclude_defaults=True)
+    layout = " ".join([f"world_size={ranks.topology.world_size}", *(f"{key}={value}" for key, value in keys.items())])
+    return CheckpointManager(
+        folder,
+        config.checkpoint.keep,
+        is_first=ranks.is_first,
+        critic=critic,
+        model=describe_model(hf_shapes(spec)),
+        layout=layout,
+    )
 
 
 def _phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[str], None]:

@@ -6,15 +6,20 @@ import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from grpo_mega.checkpoint.verification import verify_checkpoints
 from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.formats.checkpoint_manifest import describe_model
+from grpo_mega.formats.stored_head import checkpoint_spec
+from grpo_mega.models.parameter_tables import hf_shapes
 from grpo_mega.observe.log import configure_logging
-from grpo_mega.observe.run_folder import RunState, open_run
+from grpo_mega.observe.run_folder import CheckpointsToVerify, RunState, checkpoints_to_verify, open_run
 from grpo_mega.observe.run_lock import run_lock
 from grpo_mega.observe.summary import render
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
@@ -45,13 +50,22 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
     ranks = init_ranks(topology, config.guard.timeout_seconds)
     try:
         with ExitStack() as lock:
-            run = agreed(lambda: _open(config, lock), ranks)
+            wanted = agreed(lambda: _lock_and_list(config, lock), ranks)
+            verify_checkpoints(wanted, describe_model(hf_shapes(checkpoint_spec(folder))), ranks)
+            run = agreed(lambda: open_run(**_arguments(config)), ranks)
             if run.status == "finished":
                 _print_finished(run, ranks)
                 return
             configure_logging(rank, coordinates, run.folder.logs)
-            if run.checkpoint is not None and run.status == "continued":
-                log.info("continuing from %s", run.checkpoint)
+            if run.checkpoint is not None:
+                log.info(
+                    "%s from %s: step %d of %d is complete, %d remain",
+                    "continuing" if run.status == "continued" else "starting a new run",
+                    run.checkpoint,
+                    run.step,
+                    config.train.steps,
+                    config.train.steps - run.step,
+                )
             with building(config, ranks, run, folder, prompts, held_out) as built:
                 try:
                     built.run()
@@ -62,16 +76,20 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
         dist.destroy_process_group()
 
 
-def _open(config: Config, lock: ExitStack) -> RunState:
-    """Lock and open the run folder on rank 0. No other process can open it until `lock` is closed."""
+def _lock_and_list(config: Config, lock: ExitStack) -> CheckpointsToVerify:
+    """Lock the run folder on rank 0, and list its checkpoints. No other process can open it until `lock` is closed."""
     lock.enter_context(run_lock(Path(str(config.run.dir))))
-    return open_run(
-        Path(str(config.run.dir)),
-        resolved(config),
-        overwrite=config.run.overwrite,
-        train_steps=config.train.steps,
-        resume=config.checkpoint.resume,
-    )
+    return checkpoints_to_verify(**_arguments(config))
+
+
+def _arguments(config: Config) -> dict[str, Any]:
+    return {
+        "path": Path(str(config.run.dir)),
+        "resolved": resolved(config),
+        "overwrite": config.run.overwrite,
+        "train_steps": config.train.steps,
+        "resume": config.checkpoint.resume,
+    }
 
 
 def _print_finished(run: RunState, ranks: Ranks) -> None:

@@ -43,7 +43,7 @@ def run_with_checkpoint(
 ) -> tuple[list[UpdateStats], list[bytes]]:
     """Run four updates, with a checkpoint after the second."""
     policy = open_policy(rank, recorded, layout)
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
+    manager = CheckpointManager(folder, keep=2, is_first=rank == 0, layout=str(layout))
     stats = train_on(rank, policy, recorded, layout, RATES[:SAVED_AFTER])
     staged = manager.stage_if_due(policy, LoopState(step=1, policy_version=SAVED_AFTER), every=1, last_step=9)
     assert staged is not None
@@ -57,7 +57,8 @@ def resume_training(
 ) -> tuple[LoopState, list[UpdateStats], list[bytes]]:
     """Run the last two of the four updates with a policy that was built from the base model and then restored."""
     policy = open_policy(rank, recorded, layout)
-    state = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0).load(policy, checkpoint)
+    manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, layout=str(layout))
+    state = manager.load(policy, checkpoint)
     stats = train_on(rank, policy, recorded, layout, RATES[SAVED_AFTER:])
     return state, stats, state_bytes(policy)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import re
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import torch
 
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.formats.checkpoint_manifest import require_undamaged
 from grpo_mega.observe.run_folder import RunFolder
 from tests.helpers.checkpointed_training import (
     RATES,
@@ -28,6 +32,7 @@ from tests.helpers.recorded_rollouts import (
     Recorded,
     make_rows,
     open_policy,
+    optimizer_moments,
 )
 from tests.parallel.conftest import Laboratory
 
@@ -181,6 +186,86 @@ def test_staged_checkpoints_are_not_visible_stale_ones_are_replaced_and_old_ones
         assert seen["names"] == ["step_000008", "step_000009"]
     checkpoint = RunFolder(tmp_path).complete_checkpoints()[9]
     assert laboratory.pool.call(1, reference_after_load, recorded, ONE, checkpoint) == [True]
+
+
+def save_what_is_not_live(rank: int, recorded: Recorded, layout: Layout, folder: Path, part: str) -> str:
+    """Save while Megatron writes other values than those of the live state; return the error."""
+    from grpo_mega.policy import sharded_state
+
+    policy = open_policy(rank, recorded, layout)
+    train_on(rank, policy, recorded, layout, RATES[:1])
+    real_save = sharded_state.dist_checkpointing.save
+    tensor = {"weights": policy.parts.parameters[-1], "moments": optimizer_moments(policy)[0]}[part]
+
+    def save_old_values(state: Any, *args: Any, **kwargs: Any) -> None:
+        if part == "moments":
+            moment = next(s["exp_avg"] for s in state["optimizer"]["param_state"].values())
+            moment.data = moment.data + 1
+        else:
+            tensor.data.add_(1)
+        real_save(state, *args, **kwargs)
+        if part == "weights":
+            tensor.data.sub_(1)
+
+    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
+    with mock.patch.object(sharded_state.dist_checkpointing, "save", save_old_values):
+        try:
+            manager.stage_if_due(policy, LoopState(step=2, policy_version=2), every=1, last_step=9)
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("part", "tensor"), [("weights", "./output_layer.weight"), ("moments", "./optimizer.state.exp_avg.")]
+)
+def test_a_save_of_values_that_are_not_live_fails_on_every_rank_and_is_not_visible(
+    laboratory: Laboratory, tmp_path: Path, part: str, tensor: str
+) -> None:
+    folder = RunFolder(tmp_path).checkpoints
+    for message in laboratory.pool.call(2, save_what_is_not_live, laboratory.recorded("qwen3"), DP2, folder, part):
+        assert "is not the present state" in message
+        assert tensor in message
+    assert RunFolder(tmp_path).complete_checkpoints() == {}
+
+
+def save_until_it_fails(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> str:
+    policy = open_policy(rank, recorded, layout)
+    manager = CheckpointManager(folder, keep=9, is_first=rank == 0)
+    train_on(rank, policy, recorded, layout, RATES[:1])
+    for step in range(1, 9):
+        try:
+            staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
+        except RuntimeError as error:
+            return str(error)
+        assert staged is not None
+        manager.publish(staged)
+    return ""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 4 MB, which holds one checkpoint and not three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs the rights of root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_with_its_earlier_checkpoints_whole(laboratory: Laboratory, small_disk: Path) -> None:
+    folder = RunFolder(small_disk).checkpoints
+    (message,) = laboratory.pool.call(1, save_until_it_fails, laboratory.recorded("qwen3"), ONE, folder)
+    free, size = (int(number) for number in re.findall(r"has (\d+) bytes", message))
+    assert free < size
+    assert "step_000003.tmp cannot be written" in message
+    complete = RunFolder(small_disk).complete_checkpoints()
+    assert complete
+    assert sorted(path.name for path in folder.iterdir()) == [path.name for path in complete.values()]
+    for path in complete.values():
+        require_undamaged(path)
 
 
 def publish_without_disk(rank: int, folder: Path) -> str:
