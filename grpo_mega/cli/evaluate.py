@@ -26,7 +26,7 @@ from typing import Any
 
 import yaml
 
-from grpo_mega.config.load import load_config
+from grpo_mega.config.load import config_from_values
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor.model_rules import check_model
@@ -140,10 +140,7 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
     values["train"] = {**values["train"], "max_tokens_per_microbatch": 2**31}
     if checkpoint.model is not None:
         values["model"] = {"path": str(checkpoint.model)}
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(values, file)
-        file.flush()
-        config = load_config(Path(file.name), args.overrides)
+    config = config_from_values(values, args.overrides, [Path.cwd()])
     if config.engine.placement == "server":
         raise UserError(
             "engine.placement=server is not supported: this command starts its own engine",

@@ -28,6 +28,7 @@ from typing import Any
 
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.rollout_sections import RewardTerm
+from grpo_mega.config.user_code import absolute_name
 from grpo_mega.rewards.inputs import ScoringRow
 from grpo_mega.rewards.pool import RewardPool
 from grpo_mega.types import UserError
@@ -130,7 +131,7 @@ def score(args: argparse.Namespace) -> dict[str, Any]:
             f"--timeout-seconds={args.timeout_seconds} --workers={args.workers}: both must be positive and finite",
             remedy="correct them, or use the defaults",
         )
-    term = RewardTerm(name=args.reward, args=reward_args)
+    term = RewardTerm(name=absolute_name("--reward", args.reward, [Path.cwd()]), args=reward_args)
     num_rows, values, failures = 0, list[float](), 0
     with RewardPool(
         [term], workers=args.workers, timeout_seconds=args.timeout_seconds, on_failure=args.on_failure
@@ -154,7 +155,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     parser = OptionParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="JSONL file of {prompt, completion, answer}")
-    parser.add_argument("--reward", required=True, help="a name from docs/rewards.md, or package.module:function")
+    parser.add_argument(
+        "--reward", required=True, help="a name of docs/rewards.md, ./file.py:function or package.module:function"
+    )
     parser.add_argument("--args", default="{}", help="arguments of the reward, as a JSON object (default: none)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--timeout-seconds", type=float, default=5.0, help="time limit of one row (default: 5)")
@@ -164,7 +167,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print a summary as one JSON object on the last line")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    sys.path.insert(0, os.getcwd())  # dotted paths are resolved as by `python -m`
     try:
         summary = score(args)
         if args.json:

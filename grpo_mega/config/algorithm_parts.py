@@ -82,14 +82,15 @@ def find_part(kind: PartKind, name: str) -> Callable[..., Any]:
     """Import and return the function that `algorithm.<kind>` names.
 
     Raises:
-        UserError: the name is unknown, the module cannot be imported, or the function is not declared or takes other
-            arguments.
+        UserError: the name is unknown, the module cannot be imported, or the function is declared as the other kind or
+            takes other arguments.
     """
     function = _CATALOGUES[kind].find("algorithm", name)
-    if getattr(function, _DECLARATION, None) != kind:
+    declared = getattr(function, _DECLARATION, kind)
+    if declared != kind:
         raise UserError(
-            f"algorithm.{kind}={name!r} is not declared as {'an' if kind == 'advantage' else 'a'} {_WHAT[kind]}",
-            remedy=f"put `@grpo_mega.algorithm.{kind}` above the function",
+            f"algorithm.{kind}={name!r} is declared with @grpo_mega.algorithm.{declared}",
+            remedy=f"set algorithm.{declared} to it, or put `@grpo_mega.algorithm.{kind}` above the function",
         )
     if not inspect.isfunction(function) or not _takes(function, _ARGUMENTS[kind]):
         raise UserError(

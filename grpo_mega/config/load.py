@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from grpo_mega.config.algorithm_parts import PARTS
 from grpo_mega.config.json_values import reject_endless_values
 from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import find_config
+from grpo_mega.config.user_code import absolute_name
 from grpo_mega.types import UserError
 
 
@@ -47,11 +49,22 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of one run.
+    """Return the config of one run. Names of functions in files get absolute paths (user_code.py).
 
     Raises:
         UserError: the file was not found or is malformed, a key is unknown (names the nearest), or a value has the
             wrong type or breaks a rule (config/rules.py).
+    """
+    raw = read_values(path)
+    config = config_from_values(raw, overrides, [Path.cwd(), find_config(path).parent])
+    return config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run.dir or _run_dir(path)})})
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Return the sections of a YAML file as nested plain values, unchecked.
+
+    Raises:
+        UserError: the file was not found or is malformed.
     """
     try:
         path = find_config(path)
@@ -66,16 +79,52 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `model:` and `train:`, not {type(raw).__name__}")
+    return raw
+
+
+def config_from_values(values: dict[str, Any], overrides: Sequence[str], folders: Sequence[Path]) -> Config:
+    """Return the checked config of nested plain values and overrides, which are written into `values`.
+
+    Args:
+        values: sections, as in a YAML file.
+        overrides: `section.key=value`.
+        folders: where functions in files are looked for (user_code.py).
+
+    Raises:
+        UserError: a key is unknown (names the nearest), or a value has the wrong type or breaks a rule.
+    """
     for override in overrides:
-        _apply_override(raw, override)
-    reject_endless_values(raw)
+        _apply_override(values, override)
+    reject_endless_values(values)
     try:
-        config = Config.model_validate(raw)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(e) for e in error.errors()[:5])) from None
-    config = config.model_copy(update={"run": config.run.model_copy(update={"dir": config.run.dir or _run_dir(path)})})
+    config = _with_absolute_names(config, folders)
     check(config)
     return config
+
+
+def _with_absolute_names(config: Config, folders: Sequence[Path]) -> Config:
+    """Return the config with the absolute paths of the files that hold the user's functions."""
+    terms = tuple(
+        term.model_copy(update={"name": absolute_name(f"reward.terms[{position}].name", term.name, folders)})
+        for position, term in enumerate(config.reward.terms)
+    )
+    parts: dict[str, str] = {
+        kind: absolute_name(f"algorithm.{kind}", getattr(config.algorithm, kind), folders) for kind in PARTS
+    }
+    environment = config.environment
+    if environment is not None:
+        name = absolute_name("environment.name", environment.name, folders)
+        environment = environment.model_copy(update={"name": name})
+    return config.model_copy(
+        update={
+            "reward": config.reward.model_copy(update={"terms": terms}),
+            "algorithm": config.algorithm.model_copy(update=parts),
+            "environment": environment,
+        }
+    )
 
 
 def _parse_yaml(text: str) -> Any:

@@ -8,18 +8,19 @@ tests/unit/environments/test_pool.py and tests/unit/algorithm/test_extensions.py
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from grpo_mega.config.json_values import require_json_values
 from grpo_mega.config.nearest_name import nearest_name
+from grpo_mega.config.user_code import absolute_name, import_file, split_name
 from grpo_mega.types import UserError
+
+_DECLARATION_SUFFIX = "_declaration__"
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ class Catalogue:
 
         Args:
             where: config section, for messages.
-            name: short name, `package.module:function`, `package.module.function` or `./file.py:function` (relative to
-                the working directory).
+            name: short name, `package.module:function`, `package.module.function` or `./file.py:function`. The config
+                loader has made relative paths absolute (user_code.py); here they are relative to the working directory.
 
         Raises:
             UserError: the name is unknown, or the module or the function was not found.
         """
         key = f"{where}.{self.key}"
-        path = self.builtin.get(name, name)
-        module_name, _, attribute = path.rpartition(":" if ":" in path else ".")
-        if not module_name or not attribute:
+        module_name, attribute = split_name(self.builtin.get(name) or absolute_name(key, name, [Path.cwd()]))
+        if module_name and not attribute:
+            raise UserError(
+                f"{key}={name!r} names no function", remedy=f"write {name.rstrip(':')}:FUNCTION with its {self.what}"
+            )
+        if not module_name:
             nearest = nearest_name(name, self.builtin)
             hint = f", did you mean {nearest!r}?" if nearest else ""
             raise UserError(
@@ -61,35 +65,52 @@ class Catalogue:
                 "./file.py:function",
             )
         try:
-            module = (
-                _module_of_file(Path(module_name).resolve())
-                if module_name.endswith(".py")
-                else importlib.import_module(module_name)
-            )
+            is_file = module_name.endswith(".py")
+            module = import_file(Path(module_name)) if is_file else importlib.import_module(module_name)
         except (Exception, SystemExit) as error:  # a user's module may raise anything while it is imported
             raise UserError(
                 f"{key}={name!r}: cannot import {module_name!r} ({type(error).__name__}: {error})",
-                remedy="check the path and PYTHONPATH",
+                remedy="correct it; modules are looked for in the working directory, in the folder of the config, and "
+                "among the installed packages",
             ) from error
         function = getattr(module, attribute, None)
         if not callable(function):
-            functions = [n for n, value in vars(module).items() if hasattr(value, self.declaration)]
+            functions = [n for n, value in vars(module).items() if self._is_candidate(n, value, module)]
+            near = nearest_name(attribute, functions)
+            hint = f", did you mean {near!r}?" if near else ""
             raise UserError(
-                f"{key}={name!r}: module {module_name!r} has no function {attribute!r}",
+                f"{key}={name!r}: module {module_name!r} has no function {attribute!r}{hint}",
                 remedy=f"its {self.what}s: {', '.join(functions) or 'none'}",
             )
+        self._require_kind(key, name, function)
         return function  # type: ignore[no-any-return]
 
+    def _require_kind(self, key: str, name: str, function: Callable[..., Any]) -> None:
+        """Raise UserError for a function that another kind's decorator declares, or that cannot be called as one."""
+        declared = [name for name in getattr(function, "__dict__", {}) if name.endswith(_DECLARATION_SUFFIX)]
+        if self.declaration in declared:
+            return
+        if declared:
+            other = declared[0].removeprefix("__").removesuffix(_DECLARATION_SUFFIX)
+            raise UserError(
+                f"{key}={name!r} has the decorator of another kind: {other}", remedy=f"name a function for {key}"
+            )
+        try:
+            inspect.signature(function)
+        except (ValueError, TypeError):
+            is_function = False
+        else:
+            is_function = not inspect.isclass(function)
+        if not is_function:
+            raise UserError(
+                f"{key}={name!r} is not a Python function with a signature",
+                remedy=f"name a function for {key}",
+            )
 
-@cache
-def _module_of_file(file: Path) -> ModuleType:
-    """Import a Python file by its path, once per process."""
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None, file
-    assert spec.loader is not None, file
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    def _is_candidate(self, name: str, value: object, module: ModuleType) -> bool:
+        """Return True for a declared function, and for a public function that the module defines itself."""
+        is_own = inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+        return is_own or hasattr(value, self.declaration)
 
 
 def check_args(

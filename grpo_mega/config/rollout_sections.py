@@ -64,7 +64,7 @@ class RewardTerm(Section):
     """One reward function. The reward of a rollout is the weighted sum of its terms."""
 
     name: str
-    """Name of a built-in reward (docs/rewards.md), or `package.module:function`."""
+    """Name of a built-in reward (docs/rewards.md), `./file.py:function` or `package.module:function`."""
     weight: float = 1.0
     """Factor of this term in the sum."""
     args: dict[str, Any] = Field({})
@@ -94,7 +94,7 @@ class EnvironmentConfig(Section):
     """Environment that replies to the policy in multi-turn rollouts (docs/environments.md)."""
 
     name: str
-    """`calculator`, or `package.module:function`."""
+    """`calculator`, `./file.py:function` or `package.module:function`."""
     args: dict[str, Any] = Field({})
     """Keyword arguments of the environment."""
     max_turns: int = Field(4, ge=2)

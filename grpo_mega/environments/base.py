@@ -3,7 +3,7 @@
 An environment is a function `(prompt, turns, reference, **args) -> str | None`. It gets all answers of the rollout and
 the results between them. It returns the next result, or None to end the rollout. It keeps no state: everything that it
 needs is in the turns, so that a process that died can be replaced, and the same answers get the same results. It
-declares the texts that end an answer with `@environment(stop=(...,))`.
+declares the texts that end an answer with `@environment(stop=(...,))`; without a declaration only EOS ends an answer.
 
 This module imports no torch: worker processes import it together with the environments, and must start fast.
 Asserted by tests/unit/environments/test_pool.py.
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from grpo_mega.config.plugins import Catalogue, check_args
-from grpo_mega.types import UserError
 
 BUILTIN_ENVIRONMENTS: Mapping[str, str] = {"calculator": "grpo_mega.environments.calculator:calculator"}
 """Short name -> path of the function; the module is imported only when a config names it."""
@@ -100,15 +99,9 @@ def build_environment(spec: EnvironmentSpec) -> Environment:
     """Resolve and check the config's section.
 
     Raises:
-        UserError: the name is unknown, the path cannot be imported, the function is not declared as an environment, or
-            an argument is unknown or has a wrong value.
+        UserError: the name is unknown, the path cannot be imported, or an argument is unknown or has a wrong value.
     """
     function = _ENVIRONMENTS.find(_KEY, spec.name)
-    declaration = getattr(function, _DECLARATION, None)
-    if not isinstance(declaration, EnvironmentDeclaration):
-        raise UserError(
-            f"{_KEY}.name={spec.name!r} is not declared as an environment",
-            remedy="decorate the function with `@grpo_mega.environments.environment(stop=(...,))`",
-        )
+    declaration = getattr(function, _DECLARATION, EnvironmentDeclaration(()))
     check_args(_KEY, spec.name, spec.args, function, ("", (), ""), declaration.check_args)
     return Environment(function, declaration.stop, dict(spec.args))

@@ -1,13 +1,13 @@
 """The contract of a reward, and the conversion of the config's reward terms into callables.
 
 A reward is a function that takes the inputs which its parameters name (inputs.py) and the term's `args`, and returns a
-number. It declares its range with `@reward(low=..., high=...)`. A batched reward is a factory `(**args) -> BatchScorer`
-that declares its range with `@batched_reward` (batched.py). A process reward returns a list of steps (end, value)
-instead of one number.
+number. It declares its range with `@reward(low=..., high=...)`; without a declaration the range is [0, 1], and a failed
+scoring leaves the rollout out. A batched reward is a factory `(**args) -> BatchScorer` that declares its range with
+`@batched_reward` (batched.py). A process reward returns a list of steps (end, value) instead of one number.
 
-The config names a reward by its short name (`exact`, `gsm8k`, `format`) or by a dotted path: `package.module:function`
-or `package.module.function`. Names, arguments and their values are checked before the run starts
-(tests/unit/rewards/test_base.py). Each returned value is checked when it is returned.
+The config names a reward by its short name (`exact`, `gsm8k`, `format`) or by a path: `./file.py:function`,
+`package.module:function` or `package.module.function`. Names, arguments and their values are checked before the run
+starts (tests/unit/rewards/test_base.py). Each returned value is checked when it is returned.
 
 This module imports no torch: worker processes import it together with the rewards, and must start fast.
 """
@@ -81,6 +81,9 @@ class RewardDeclaration:
     range_of: Callable[..., tuple[float, float]] | None = None
     inputs_of: Callable[..., Sequence[str]] | None = None
     on_failure: OnFailure = "floor"
+
+
+_UNDECLARED = RewardDeclaration(0.0, 1.0, on_failure="drop")
 
 
 def reward(
@@ -242,7 +245,9 @@ class RewardComponent:
             raise BadValueError(f"returned {type(value).__name__}, not a number")
         number = float(value)  # type: ignore[arg-type]
         if not self.low <= number <= self.high:  # also true for NaN
-            raise BadValueError(f"returned {number}, outside the declared range [{self.low}, {self.high}]")
+            undeclared = getattr(self.function, _DECLARATION, None) is None
+            kind = "of a function without @grpo_mega.rewards.reward(low=..., high=...)" if undeclared else "it declares"
+            raise BadValueError(f"returned {number}, outside the range [{self.low}, {self.high}] {kind}")
         return number
 
 
@@ -257,8 +262,8 @@ def build_rewards(
         on_failure: effect of a failed scoring for all terms; None: what each reward declares.
 
     Raises:
-        UserError: there are no terms, a name is unknown, a path cannot be imported, a function declares no range, or an
-            argument is unknown or has a wrong value. The message names the term.
+        UserError: there are no terms, a name is unknown, a path cannot be imported, or an argument is unknown or has a
+            wrong value. The message names the term.
     """
     if not terms:
         raise UserError("reward.terms is empty; a run needs at least one term", remedy="add for example {name: exact}")
@@ -267,12 +272,7 @@ def build_rewards(
     for position, term in enumerate(terms):
         where = f"reward.terms[{position}]"
         function = _REWARDS.find(where, term.name)
-        declaration = getattr(function, _DECLARATION, None)
-        if not isinstance(declaration, RewardDeclaration):
-            raise UserError(
-                f"{where}.name={term.name!r} declares no range",
-                remedy="put `@grpo_mega.rewards.reward(low=..., high=...)` above the function",
-            )
+        declaration = getattr(function, _DECLARATION, _UNDECLARED)
         by_position, inputs = (False, ()) if declaration.is_batched else call_inputs(function, term.args)
         texts = [""] * len(TEXTS) if by_position else []
         check_args(where, term.name, term.args, function, texts, declaration.check_args, inputs)

@@ -28,12 +28,8 @@ def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
     [
         ("calculaotr", {}, r"environment\.name='calculaotr' is not a known environment, did you mean 'calculator'\?"),
         ("nowhere.module:f", {}, r"cannot import 'nowhere\.module' \(ModuleNotFoundError"),
-        (f"{BAD}:obey", {}, r"has no function 'obey'; its environments: obeys"),
-        (
-            f"{BAD}.undeclared",
-            {},
-            r"is not declared as an environment; decorate .*`@grpo_mega\.environments\.environment",
-        ),
+        (f"{BAD}:obey", {}, r"has no function 'obey', did you mean 'obeys'\?; its environments: obeys"),
+        ("tests.helpers.plain_rewards:digits", {}, r"has the decorator of another kind: reward; name"),
         (
             f"{BAD}:obeys",
             {"loud": True},
@@ -45,6 +41,11 @@ def spec(name: str = f"{BAD}:obeys", **settings: Any) -> EnvironmentConfig:
 def test_the_error_for_a_wrong_environment_names_it(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_environment(spec(name, args=args))
+
+
+def test_an_environment_needs_no_decorator() -> None:
+    built = build_environment(spec(f"{BAD}.undeclared"))
+    assert built.stop == ()
 
 
 def test_an_environment_gets_all_turns_and_its_args() -> None:

@@ -21,8 +21,8 @@ from grpo_mega.rewards import reward
 def length(prompt, completion, reference, scale=1.0):
     return min(2.0, len(completion) * scale)
 
-def undeclared(prompt, completion, reference):
-    return 1.0
+def undeclared(prompt, completion, reference, value=1.0):
+    return value
 """
 
 
@@ -105,8 +105,28 @@ def test_the_error_for_a_wrong_path_names_the_missing_part(user_rewards: str) ->
     assert "cannot import 'no_such_package.rewards'" in error_message(RewardTerm(name="no_such_package.rewards:f"))
     message = error_message(RewardTerm(name=f"{user_rewards}:lengths"))
     assert "has no function 'lengths'" in message
-    assert "its rewards: length" in message
-    assert "declares no range" in error_message(RewardTerm(name=f"{user_rewards}:undeclared"))
+    assert "did you mean 'length'?; its rewards: length, undeclared" in message
+
+
+def test_a_reward_without_a_decorator_has_the_range_0_to_1_and_leaves_failed_rollouts_out(user_rewards: str) -> None:
+    (component,) = build_rewards([RewardTerm(name=f"{user_rewards}:undeclared", args={"value": 0.5})])
+    assert (component.low, component.high, component.on_failure) == (0.0, 1.0, "drop")
+    assert component("", "", "") == 0.5
+    (beyond,) = build_rewards([RewardTerm(name=f"{user_rewards}:undeclared", args={"value": 3.0})])
+    with pytest.raises(ValueError, match=r"returned 3\.0, outside the range \[0\.0, 1\.0\] .*@grpo_mega"):
+        beyond("", "", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tests.helpers.plain_environments:asks_on", "has the decorator of another kind: environment"),
+        ("pathlib:Path", "is not a Python function"),
+        ("builtins:max", "is not a Python function"),
+    ],
+)
+def test_what_is_no_reward_is_named_before_the_run(name: str, message: str) -> None:
+    assert message in error_message(RewardTerm(name=name))
 
 
 def test_an_empty_list_of_terms_is_rejected() -> None:
