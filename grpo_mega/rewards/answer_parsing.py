@@ -15,11 +15,6 @@ from fractions import Fraction
 MAX_DIGITS = 100
 """A longer run of digits is not an answer: Python rejects thousands of digits, and no question needs them."""
 
-BOXED_START = r"\boxed{"
-
-_BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)\s?\{")
-_BRACE = re.compile(r"\\?[{}]")
-
 _FRACTIONS = "\u00bc\u00bd\u00be" + "".join(map(chr, range(0x2150, 0x215F)))
 _CHARACTERS = str.maketrans(
     {fraction: f" {unicodedata.normalize('NFKC', fraction)}".replace("\u2044", "/") for fraction in _FRACTIONS}
@@ -114,47 +109,6 @@ def find_numbers(text: str, last: int | None = None) -> list[FoundNumber]:
 def joins_number(tail: str) -> bool:
     """Return True if the normalized text behind a number belongs to its term: a power, a variable, another factor."""
     return _GLUED.match(tail) is not None or _GLUED.match(f"0{tail}", 1) is not None
-
-
-@dataclass(frozen=True)
-class FoundBox:
-    r"""A `\boxed{...}` or `\fbox{...}` in a text. `content` is None if the box is not closed."""
-
-    start: int
-    end: int
-    content: str | None
-
-
-def find_boxes(text: str) -> list[FoundBox]:
-    """Return the outermost boxes of a text. The content of a box in a box has no command: only its braces are left."""
-    boxes: list[FoundBox] = []
-    position = 0
-    while (match := _BOX_COMMAND.search(text, position)) is not None:
-        end = _closing_brace(text, match.end())
-        content = None if end is None else without_box_commands(text[match.end() : end])
-        position = len(text) if end is None else end + 1
-        boxes.append(FoundBox(match.start(), position, content))
-    return boxes
-
-
-def without_box_commands(text: str) -> str:
-    r"""Return the text with `{` instead of `\boxed{` and `\fbox{`."""
-    return _BOX_COMMAND.sub("{", text)
-
-
-def boxed_contents(text: str) -> str | None:
-    """Return the content of the last box, with balanced braces; None without a box, or if the last is not closed."""
-    boxes = find_boxes(text)
-    return boxes[-1].content if boxes else None
-
-
-def _closing_brace(text: str, position: int) -> int | None:
-    depth = 1
-    for match in _BRACE.finditer(text, position):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return match.start()
-    return None
 
 
 def _read_number(match: re.Match[str], text: str) -> FoundNumber:

@@ -53,16 +53,6 @@ QUALIFIER = re.compile(
 )
 _LONE_BEFORE = re.compile(r"[\s$*_:()\[\]]*")
 _LONE_BEHIND = re.compile(r"[\s$*_.,;:()\[\]]*(?:\b(?:or|and)\b)?\s*(?:[A-Za-z]\w?)?\s*")  # `41, x` of `x = 41, x = 42`
-_GAP_OF_LIST = re.compile(
-    r"(?:[\s$*_,;.:&/|()\[\]\\#]|\b(?:or|and|maybe|perhaps|possibly|also|alternatively)\b)*", re.I
-)
-_GAP_WITH_HEDGE = re.compile(
-    r"[^\n]{0,40}?\b(?:or|maybe|perhaps|possibly|alternatively|might|could|either)\b[^\n]{0,40}\Z", re.IGNORECASE
-)
-_HEDGE_BEHIND = re.compile(r"[\s$.,;:?!)\]*_]*(?:or|alternatively|maybe|perhaps|possibly)\b", re.IGNORECASE)
-_HEDGE_BEFORE_STATEMENT = re.compile(
-    r"\b(?:(?:or|maybe|perhaps|possibly|alternatively)[\s$*_:({\[]*|not[ $*_:({\[]*)\Z", re.IGNORECASE
-)
 
 
 def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
@@ -126,25 +116,6 @@ def is_operand(plain: str, number: FoundNumber) -> bool:
     """Return True if the sign of a number is the operator of an expression, as in `n + 5`."""
     sign, before = plain[number.start : number.start + 2], plain[: number.start].rstrip()[-1:]
     return (sign[:1] == "+" or sign in ("- ", "\u2013 ")) and (before.isalnum() or before in (")", "]", "}"))
-
-
-def are_adjacent(text: str, end: int, start: int) -> bool:
-    """Return True if the text between two statements of an answer makes them one list.
-
-    Args:
-        text: contains both statements.
-        end: end of the first statement.
-        start: start of the second statement.
-    """
-    gap = text[end : min(start, end + 200)]
-    is_whole = start - end <= len(gap)
-    return is_whole and bool(_GAP_OF_LIST.fullmatch(gap) or _GAP_WITH_HEDGE.match(gap))
-
-
-def has_hedge_around(text: str, start: int, end: int) -> bool:
-    """Return True if words directly before or behind text[start:end] offer an alternative to it or deny it."""
-    before = text[max(0, start - 40) : start]
-    return _HEDGE_BEFORE_STATEMENT.search(before) is not None or _HEDGE_BEHIND.match(text, end) is not None
 
 
 def distinct(values: Sequence[Fraction | None]) -> Answer:

@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
-from grpo_mega.rewards.answer_parsing import boxed_contents
 from grpo_mega.rewards.builtin.gsm8k import final_answer as final_numbers
+from grpo_mega.rewards.final_answers.answer_boxes import last_box_content
 from grpo_mega.rewards.thought import answer_part
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
@@ -80,7 +80,7 @@ def final_answer(completion: str) -> Hashable | None:
     other answers as text. An expression with a variable is text.
     """
     completion = answer_part("", completion)
-    marked = boxed_contents(completion)
+    marked = last_box_content(completion)
     if marked is None and _MARKER in completion:
         marked = completion.rpartition(_MARKER)[2].partition("\n")[0]
     if marked is None and (tagged := _ANSWER_TAG.findall(completion)):

@@ -15,11 +15,12 @@ import re
 from collections import Counter
 from fractions import Fraction
 
-from grpo_mega.rewards.answer_parsing import find_boxes
 from grpo_mega.rewards.base import reward
-from grpo_mega.rewards.box_context import is_operand_box
-from grpo_mega.rewards.number_answers import are_adjacent, has_hedge_around
+from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
+from grpo_mega.rewards.final_answers.box_context import read_box
+from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around
 from grpo_mega.rewards.thought import answer_part
+from grpo_mega.rewards.words_around_box import words_change_box
 from grpo_mega.types import UserError
 
 _MAX_EXPRESSION_CHARACTERS = 300
@@ -166,12 +167,15 @@ def _extract_equation(answer: str) -> str:
 
 def _boxed(answer: str) -> list[tuple[int, int, str]]:
     """Return the boxes with the result behind each one; an empty text for boxes that differ and for operands."""
-    found = []
+    found: list[tuple[int, int, str]] = []
     for box in find_boxes(answer):
         result = _RESULT_BEHIND_BOX.match(answer, box.end)
         end = box.end if result is None else result.end()
-        text = (box.content or "") + ("" if result is None else result.group().replace("$", ""))
-        found.append((box.start, end, "" if is_operand_box(answer, box.start, end) else text))
+        content = box.content or ""
+        text = content + ("" if result is None else result.group().replace("$", ""))
+        is_part = read_box(answer, found[-1][1] if found else 0, box.start, end, content).is_part
+        is_part = is_part or words_change_box(answer, box.start, end, None)
+        found.append((box.start, end, "" if is_part else text))
     return found if len({"".join(text.split()) for _, _, text in found}) <= 1 else [(*found[-1][:2], "")]
 
 

@@ -16,8 +16,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from grpo_mega.rewards.answer_parsing import BOXED_START, boxed_contents
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.final_answers.answer_boxes import BOXED_START, last_box_content
 from grpo_mega.rewards.thought import answer_part, with_opened_tag
 from grpo_mega.types import UserError
 
@@ -79,7 +79,7 @@ def answer_format(
         return float(_compile(pattern).search(completion) is not None)
     if kind == "boxed":
         answer = answer_part(prompt, completion)
-        contents = boxed_contents(answer)
+        contents = last_box_content(answer)
         return float(answer.count(BOXED_START) == 1 and contents is not None and _is_visible(contents))
     if kind == "think_answer" or tags is not None:
         names = tags or ("think", "answer")

@@ -1,57 +1,36 @@
 r"""Reward `gsm8k`: the final answer of the completion is numerically equal to that of the reference.
 
-The final answer is the last `#### x`, else the last `\boxed{x}`. Unless `strict`, it may also be the last "answer is
-x", else the last number. Answers in a thought do not count. Values are compared exactly, as fractions: 0.5 equals 1/2,
-and 33.33 does not equal 100/3. `answer_parsing.py` defines the forms of a number, `number_answers.py` how an answer is
-read. An answer that names several numbers (`3 or 4`, adjacent boxes) is right only if the reference names the same.
+The final answer is what all `#### x` state, else all `\boxed{x}`. Unless `strict`, it may also be the last "answer is
+x", else the last number. `final_answers/finder.py` finds it. Answers in a thought do not count. Values are compared
+exactly, as fractions: 0.5 equals 1/2, and 33.33 does not equal 100/3. `answer_parsing.py` defines the forms of a
+number, `number_answers.py` how a statement is read. An answer that names several numbers (`3 or 4`, two boxes) is right
+only if the reference names the same.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
 
-from grpo_mega.rewards.answer_parsing import (
-    SCALES,
-    find_boxes,
-    find_numbers,
-    join_spaced_groups,
-    normalize,
-    without_box_commands,
-)
+from grpo_mega.rewards.answer_parsing import SCALES
 from grpo_mega.rewards.base import reward
-from grpo_mega.rewards.box_context import is_operand_box
+from grpo_mega.rewards.final_answers.box_context import BoxedAnswer
+from grpo_mega.rewards.final_answers.finder import FinalAnswer, Source, find_final_answer
+from grpo_mega.rewards.last_number import is_denied, last_number
 from grpo_mega.rewards.number_answers import (
     NO_ANSWER,
     Answer,
-    are_adjacent,
     distinct,
-    has_hedge_around,
     named_numbers,
     same_answer,
     starts_with_number,
 )
-from grpo_mega.rewards.prose_numbers import number_in_prose, states_other_number
 from grpo_mega.rewards.thought import answer_part
+from grpo_mega.rewards.words_around_box import words_change_box
 from grpo_mega.types import UserError
 
-MARKER = "####"
-
-_MAX_LINE = 2000
-_MAX_STATEMENTS = 64  # markers or boxes that are read, from the end of the text
 _TAGS = re.compile(r"</?(?:answer|b|strong|i|em|u|p|br|div|span|center)\s?/?>", re.IGNORECASE)
 _SCALE_ASKED = re.compile(r"\b(?:how many|number of|in)\s(dozen|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
-_LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
-
-
-@dataclass(frozen=True)
-class _Statement:
-    """An answer that a marker or a box states. `answer` is None for a box that is not closed."""
-
-    start: int
-    end: int
-    answer: Answer | None
 
 
 def check_gsm8k_args(strict: bool = False) -> None:
@@ -109,83 +88,35 @@ def reference_answer(reference: str) -> Answer:
 def final_answer(text: str, *, strict: bool) -> Answer:
     """Return the numbers that the final answer of `text` names; empty when it has no final answer."""
     text = _TAGS.sub(" ", text)
-    markers = _marked_statements(text)
-    boxes = _boxed_statements(text, markers)
-    if not markers and len(boxes) == 1 and boxes[0].answer is None:
-        boxes = []  # an unfinished box: its number is the last one in the text
-    statements = sorted([*markers, *boxes], key=lambda statement: statement.start)
-    if not statements:
-        return NO_ANSWER if strict else number_in_prose(text)
-    last = markers[-1] if markers else boxes[-1]
-    if markers:
-        answer = _joined(text, statements, statements.index(last))
-    else:
-        answer = _united([box.answer or NO_ANSWER for box in boxes])
-        answer = NO_ANSWER if has_hedge_around(text, last.start, last.end) else answer
-    return NO_ANSWER if answer and states_other_number(text, last.end, answer) else answer
-
-
-def _joined(text: str, statements: list[_Statement], chosen: int) -> Answer:
-    """Return the numbers of a statement and of those that are adjacent to it, without other text between them."""
-    first = last = chosen
-    while first > 0 and are_adjacent(text, statements[first - 1].end, statements[first].start):
-        first -= 1
-    while last + 1 < len(statements) and are_adjacent(text, statements[last].end, statements[last + 1].start):
-        last += 1
-    if has_hedge_around(text, statements[first].start, statements[last].end):
+    sources: tuple[Source, ...] = ("markers", "boxes") if strict else ("markers", "boxes", "phrases")
+    found = find_final_answer(text, sources, boxes_may_be_retracted=False)
+    if found is None:
+        return NO_ANSWER if strict else last_number(text)
+    if found.is_vague:
         return NO_ANSWER
-    return _united([statement.answer or NO_ANSWER for statement in statements[first : last + 1]])
+    if found.source == "phrases":
+        return _phrases(text, found)
+    answers = [named_numbers(line.text, words_may_lead=line.is_last) for line in found.lines]
+    answer = _united([*answers, *(_boxed(text, box) for box in found.boxes)])
+    contrary = [named_numbers(readings[0], words_may_lead=False) for readings in found.readings]
+    return NO_ANSWER if any(other and not same_answer(other, answer) for other in contrary) else answer
+
+
+def _phrases(text: str, found: FinalAnswer) -> Answer:
+    """Return the number that all statements name; without a number in the last one, the last number of the text."""
+    sentences = [readings[0] for readings in found.readings]
+    if not any(character.isnumeric() for character in sentences[-1]):
+        return NO_ANSWER if is_denied(sentences[-1]) else last_number(text)
+    answers = [named_numbers(sentence, words_may_lead=not starts_with_number(sentence)) for sentence in sentences]
+    is_one = all(same_answer(answer, answers[-1]) for answer in answers if answer)
+    return answers[-1] if is_one else NO_ANSWER
+
+
+def _boxed(text: str, box: BoxedAnswer) -> Answer:
+    answer = NO_ANSWER if box.is_part else named_numbers(box.text, words_may_lead=True)
+    value = answer[0] if len(answer) == 1 else None
+    return NO_ANSWER if words_change_box(text, box.start, box.end, value) else answer
 
 
 def _united(answers: list[Answer]) -> Answer:
-    if not all(answers):
-        return NO_ANSWER
-    if all(same_answer(answers[0], answer) for answer in answers[1:]):
-        return answers[0]
-    return distinct([values for answer in answers for values in answer])
-
-
-def _marked_statements(text: str) -> list[_Statement]:
-    """Return what each `#### x` states, without markers that are headings or have no answer behind them."""
-    found: list[_Statement] = []
-    end = len(text)
-    while len(found) < _MAX_STATEMENTS and (last := text.rfind(MARKER, 0, end)) >= 0:
-        position = last
-        while position and text[position - 1] == "#":
-            position -= 1
-        statement = _marked_statement(text, position, last + len(MARKER), end)
-        found += [statement] if statement is not None else []
-        end = position
-    return found[::-1]
-
-
-def _marked_statement(text: str, position: int, begin: int, end: int) -> _Statement | None:
-    rest = text[begin : min(end, begin + _MAX_LINE)]
-    skipped = len(rest) - len(rest.lstrip())
-    line, _, below = rest[skipped:].partition("\n")
-    is_last_line = not below.strip()
-    if _LIST_HEADING.match(line) is not None and not is_last_line:
-        return None
-    line_end = begin + skipped + len(line)
-    line = without_box_commands(line)
-    plain = join_spaced_groups(normalize(line))
-    if not starts_with_number(line) and not (find_numbers(plain) and ("=" in plain or is_last_line)):
-        return None
-    return _Statement(position, line_end, named_numbers(line, words_may_lead=is_last_line))
-
-
-def _boxed_statements(text: str, markers: list[_Statement]) -> list[_Statement]:
-    """Return what each box states, without the boxes in the lines of markers."""
-    found = []
-    lines = iter([(marker.start, marker.end) for marker in markers] + [(len(text), len(text))])
-    start, end = next(lines)
-    for box in find_boxes(text)[-_MAX_STATEMENTS:]:
-        while box.start >= end and end < len(text):
-            start, end = next(lines)
-        if start <= box.start < end:
-            continue
-        answer = None if box.content is None else named_numbers(box.content, words_may_lead=True)
-        if answer and is_operand_box(text, box.start, box.end, answer[0] if len(answer) == 1 else None):
-            answer = NO_ANSWER
-        found.append(_Statement(box.start, box.end, answer))
-    return found
+    return distinct([value for answer in answers for value in answer]) if all(answers) else NO_ANSWER

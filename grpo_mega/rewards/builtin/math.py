@@ -12,17 +12,21 @@ expensive to evaluate.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
-from grpo_mega.rewards.math_answers.boxed_answers import boxed_answers
+from grpo_mega.rewards.final_answers.answer_boxes import boxed_answer
+from grpo_mega.rewards.final_answers.finder import FinalAnswer, Source, find_final_answer
+from grpo_mega.rewards.final_answers.markers import DECORATION, marked_answer
+from grpo_mega.rewards.final_answers.statements import Readings, sentence_tails, stated_word
 from grpo_mega.rewards.math_answers.comparable_tokens import words_of
 from grpo_mega.rewards.math_answers.equality import MAX_ANSWER_CHARACTERS, is_prose, is_right
-from grpo_mega.rewards.math_answers.final_answer import boxed_answer, marked_answer, sentence_tails
-from grpo_mega.rewards.math_answers.prose_answers import prose_answers, stated_word
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
+_SOURCES_WITHOUT_BOX: tuple[Source, ...] = ("tags", "markers", "phrases", "results", "sentences")
+_PLAIN_BOX = re.compile(r"\\?\b[Bb]oxed\{([^{}]*)\}")
 _CONTRARY = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 
 
@@ -69,12 +73,9 @@ def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool)
     text = answer_part(prompt, completion)
     if not text.strip():
         return False
-    boxed = boxed_answers(text)
-    if boxed is not None:
-        labeled = [f"{name} = {box}" if name and "=" not in box else box for box, name in boxed]
-        return all(is_right(box, expected) for box, _ in boxed) or (
-            len(boxed) > 1 and is_right(" ; ".join(labeled), expected)
-        )
+    found = find_final_answer(text, ("boxes",), boxes_may_be_retracted=True)
+    if found is not None:
+        return _are_right_boxes(found, expected)
     if strict:
         return False
     for only_answer in dict.fromkeys((text, text.strip("*_` \n"))):  # the completion is only the answer
@@ -83,9 +84,30 @@ def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool)
     word = stated_word(text)
     if word is not None and is_right(word, expected):
         return True
+    found = find_final_answer(_PLAIN_BOX.sub(r"\1", text), _SOURCES_WITHOUT_BOX, boxes_may_be_retracted=True)
+    statements = _statements(found) if found is not None else []
     if is_prose(expected):
-        return _says_words(text, expected)
-    statements = prose_answers(text)
+        return _says_words(text, statements, expected)
+    return _are_right(statements, expected)
+
+
+def _are_right_boxes(found: FinalAnswer, expected: str) -> bool:
+    if found.is_vague:
+        return False
+    texts = list(dict.fromkeys((box.text, box.label) for box in found.boxes))
+    behind = all(any(is_right(reading, expected) for reading in readings) for readings in found.readings)
+    if behind and all(is_right(text, expected) for text, _ in texts):
+        return True
+    labeled = [f"{name} = {text}" if name and "=" not in text else text for text, name in texts]
+    return len(texts) > 1 and is_right(" ; ".join(labeled), expected)
+
+
+def _statements(found: FinalAnswer) -> list[Readings]:
+    lines = [(line.text.strip(DECORATION),) for line in found.lines]
+    return [] if found.is_vague else list(dict.fromkeys([*lines, *found.readings]))
+
+
+def _are_right(statements: Sequence[Readings], expected: str) -> bool:
     if not statements:
         return False
     return all(any(is_right(reading, expected) for reading in readings) for readings in statements) or (
@@ -93,10 +115,9 @@ def _has_right_answer(prompt: str, completion: str, expected: str, strict: bool)
     )
 
 
-def _says_words(text: str, expected: str) -> bool:
+def _says_words(text: str, statements: Sequence[Readings], expected: str) -> bool:
     """Return True when a completion ends with the words of a reference in words, and does not say the contrary."""
     words = words_of(expected)
-    statements = prose_answers(text)
     if statements and all(any(words_of(reading) == words for reading in readings) for readings in statements):
         return True
     contrary = _CONTRARY.get(words[0]) if words else None

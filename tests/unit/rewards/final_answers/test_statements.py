@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.rewards.math_answers.prose_answers import prose_answers, stated_word
+from grpo_mega.rewards.final_answers.statements import (
+    Readings,
+    last_statements,
+    phrase_statements,
+    result_statements,
+    sentence_tails,
+    stated_word,
+    statements_behind,
+    tagged_statement,
+)
+
+
+def prose_answers(text: str) -> list[Readings]:
+    found = phrase_statements(text)
+    return (last_statements(text) or []) if found is None else found
 
 
 @pytest.mark.parametrize(
     ("text", "answers"),
     [
-        ("We add.\n#### 42", ["42"]),
-        ("We add.\n#### 42 or 41", ["42 or 41"]),
-        ("#### 4\n#### 5", ["4", "5"]),
-        ("#### Step 1\nAdd.\n#### 5", ["5"]),
         ("The answer is 12.", ["12"]),
         ("The answer is: **12**", ["12"]),
         ("The answer is log 5", ["log 5"]),
@@ -58,3 +68,26 @@ def test_a_sentence_behind_the_phrase_has_two_readings() -> None:
 )
 def test_the_word_that_a_sentence_states(text: str, word: str | None) -> None:
     assert stated_word(text) == word
+
+
+def test_sentence_tails_begin_with_a_sentence() -> None:
+    assert sentence_tails("We see. It is not even", 4) == ["It is not even", "We see. It is not even"]
+
+
+def test_a_tag_at_the_end_holds_the_answer() -> None:
+    assert tagged_statement("So\n<answer> 5 </answer>\n") == [("5",)]
+    assert tagged_statement("<answer>5</answer> or 6") is None
+
+
+def test_statements_behind_a_box_end_at_the_next_question() -> None:
+    text = "[box] The answer is 6. The answer is as follows.\nQuestion: 2+2?\nThe answer is 4."
+    assert statements_behind(text, 5) == [("6",)]
+
+
+def test_a_unit_per_answer_is_no_statement() -> None:
+    assert phrase_statements("24 answers * 2 points/answer = 48") is None
+
+
+def test_a_result_is_a_weaker_statement() -> None:
+    assert phrase_statements("The result is 5.") is None
+    assert result_statements("The result is 5.") == [("5",)]

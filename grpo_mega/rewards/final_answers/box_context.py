@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from grpo_mega.rewards.math_answers.final_answer import find_boxes
+from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
+from grpo_mega.rewards.final_answers.hedges import is_retraction
 from grpo_mega.rewards.math_answers.tokens import tokenize
 from grpo_mega.rewards.math_answers.units import read_unit
 
@@ -61,6 +62,7 @@ _CHOICE = re.compile(r"\b(?:or|and|nor|plus|minus|times)\b", re.IGNORECASE)
 _LAYOUT = re.compile(r"\s*[\"'`*_(\\{\[]*")
 _SEPARATED = re.compile(r"(?:\A|[A-Za-z)\]_#|(]|\*\*|\\)\s+\Z")
 _COMMAND_BEFORE = re.compile(r"\\[A-Za-z]+\s+\Z")
+_CURRENCY_BEFORE = re.compile(r"(?:\A|(?<=[\s=:]))(\\\$|[\u20ac\u00a3])\s*\Z")
 _WRAPPER = re.compile(
     r"\\(?:textbf|mathbf|bm|boldsymbol|textit|emph|mathrm|mathit|underline|ensuremath|large|color\s*\{\w+\})\s*\{\s*\Z"
     r"|\\(?:text|mbox|textrm)\s*\{[^{}$]*\Z|(?:\A|[\s=:,])\{\s*\Z"
@@ -79,85 +81,98 @@ _DENIED_BEHIND = re.compile(
     r"|or (?:more|less|greater|fewer|so)\b|(?:plus|minus|times|to|over|divided by)\s+\$?[-\d\\])",
     re.IGNORECASE,
 )
-_RETRACTION = re.compile(
-    r"\b(?:no\b(?=\s*[,.:!;])|wait|actually|correction|corrected|mistake|an error|oops|sorry|was wrong|is wrong"
-    r"|is incorrect|was incorrect|not correct|not right|recheck|re-check|on second thought|let me redo)",
-    re.IGNORECASE,
-)
-_HEDGE = re.compile(r"\b(?:or|maybe|perhaps|possibly|alternatively|either|could|might|option|both)\b", re.IGNORECASE)
 
 
 class BoxedAnswer(NamedTuple):
-    """The content of a box, or the formula around it, and the name that an equation before it gives (`x = `)."""
+    """The statement of a box. start and end: its place in the text.
 
+    text: the content of the box with a unit behind it, or the formula around it; empty if the box is not closed or
+        denied.
+    label: the name that an equation before it gives (`x = `).
+    is_part: the box is a part of a formula, or denied.
+    """
+
+    start: int
+    end: int
     text: str
     label: str = ""
+    is_part: bool = False
 
 
-def boxed_answers(text: str) -> list[BoxedAnswer] | None:
-    r"""Return the different boxed answers after the last retraction; None without a box.
+def boxed_answers(text: str, *, may_be_retracted: bool = True) -> list[BoxedAnswer]:
+    r"""Return what the boxes of a text state.
 
-    A box that is not closed, or is denied (`not \boxed{5}`), is an empty answer.
+    With `may_be_retracted`, only the boxes after the last retraction. A box that is not closed, or is denied
+    (`not \boxed{5}`), is an empty answer. A formula that "or" joins to a box is another answer.
     """
     boxes = find_boxes(text)
-    if not boxes:
-        return None
     first = 0
-    for k in range(len(boxes) - 1, 0, -1):
-        between = text[boxes[k - 1].end : boxes[k].start]
-        if _RETRACTION.search(between) is not None and _HEDGE.search(between) is None:
+    for k in range(len(boxes) - 1, 0, -1) if may_be_retracted else ():
+        if is_retraction(text[boxes[k - 1].end : boxes[k].start]):
             first = k
             break
-    if boxes[-1].closes_too_much or len(boxes) > _MOST_BOXES + first:
-        return [BoxedAnswer("")]
+    if boxes and (boxes[-1].closes_too_much or boxes[-1].content is None or len(boxes) > _MOST_BOXES + first):
+        return [BoxedAnswer(boxes[first].start, boxes[-1].end, "", is_part=True)]
     answers: list[BoxedAnswer] = []
     for k in range(first, len(boxes)):
         box = boxes[k]
-        if box.content is None:
-            return [BoxedAnswer("")]
         start = boxes[k - 1].end if k else 0
-        answers.append(_answer_with_formula(text, start, box.start, box.end, box.content))
+        answers.append(read_box(text, start, box.start, box.end, box.content or ""))
         hedge = _HEDGE_BEHIND.match(text, box.end, box.end + _MOST_CHARACTERS)
         if hedge is not None and _BOX_COMMAND.search(hedge[1]) is None:
-            answers.append(BoxedAnswer(hedge[1]))
-    return list(dict.fromkeys(answers))
+            answers.append(BoxedAnswer(hedge.start(1), hedge.end(1), hedge[1]))
+    return answers
 
 
-def _answer_with_formula(text: str, previous_end: int, start: int, end: int, content: str) -> BoxedAnswer:
+def read_box(text: str, previous_end: int, start: int, end: int, content: str) -> BoxedAnswer:
+    """Return what a box states together with the text around it.
+
+    Args:
+        text: contains the box.
+        previous_end: end of the box before it, or 0.
+        start: first position of the box.
+        end: first position behind the box.
+        content: what the box contains.
+    """
+    answer = BoxedAnswer(start, end, content)
     window, behind_window = text[max(previous_end, start - 100) : start], text[end : end + 100]
     if _DENIED_BEFORE.search(window) is not None or _DENIED_BEHIND.match(behind_window) is not None:
-        return BoxedAnswer("")
+        return answer._replace(text="", is_part=True)
     scale = _SCALE_BEHIND.match(behind_window)
     if scale is not None:
-        return BoxedAnswer(f"{content} {scale[1]}")
+        return answer._replace(text=f"{content} {scale[1]}")
     before, behind, is_formula = _surroundings(text, previous_end, start, end)
     before, behind = _without_wrapper(before, behind)
+    currency = _CURRENCY_BEFORE.search(before)
+    if currency is not None:
+        before, content = before[: currency.start(1)], currency[1] + content
+        answer = answer._replace(text=content)
     label = _LABEL.search(before)
-    name = label[1] if label is not None else ""
+    answer = answer._replace(label=label[1] if label is not None else "")
     trimmed = _SPACE_BEFORE.sub("", before)
     is_complete = _COMPLETE_BEFORE.search(trimmed) is not None or _COMPLETE_BEFORE.search(before) is not None
     has_left = not is_complete and not (not is_formula and _is_separate(before))
     if _MODULUS.match(behind) is not None and not has_left:
-        return BoxedAnswer(content, name)
+        return answer
     unit = _UNIT_BEHIND.match(behind)
     if unit is not None and not has_left:
         is_known = read_unit(tokenize(unit[1])) is not None
         if is_known or _CHOICE.search(unit[1]) is not None:
-            return BoxedAnswer(f"{content} {unit[1]}", name)
-        return BoxedAnswer(content, name)
+            return answer._replace(text=f"{content} {unit[1]}")
+        return answer
     words = _WORDS_BEHIND.match(behind)
     if words is not None and (_CHOICE.search(words[1]) or words[1].endswith("of ")) and behind[words.end() :].strip():
-        return BoxedAnswer(f"{content} {behind}", name)  # \boxed{5} \text{ or } 6
+        return answer._replace(text=f"{content} {behind}")  # \boxed{5} \text{ or } 6
     space = _SPACE_BEHIND.match(behind)
     has_right = _COMPLETE_BEHIND.match(behind, space.end() if space is not None else 0) is None
     if not is_formula and _DASH_BEHIND.match(behind) is not None:
         has_right = False
     if not (has_left or has_right):
-        return BoxedAnswer(content, name)
+        return answer
     if (before[-1:].isdigit() and has_left) or (has_right and re.match(r"\.?\d", behind)):
-        return BoxedAnswer("")  # 1\boxed{5}, \boxed{5}.5
+        return answer._replace(text="", is_part=True)  # 1\boxed{5}, \boxed{5}.5
     formula = f"{before if has_left else ''}({content}){behind if has_right else ''}"
-    return BoxedAnswer(formula.strip())
+    return answer._replace(text=formula.strip(), label="", is_part=True)
 
 
 def _surroundings(text: str, previous_end: int, start: int, end: int) -> tuple[str, str, bool]:

@@ -1,10 +1,10 @@
-r"""Where the final answer of a text is: boxes, markers and the sentences at the end."""
+r"""Boxes of a text, their content and their place."""
 
 from __future__ import annotations
 
 import pytest
 
-from grpo_mega.rewards.math_answers.final_answer import boxed_answer, find_boxes, marked_answer, sentence_tails
+from grpo_mega.rewards.final_answers.answer_boxes import boxed_answer, find_boxes, last_box_content, without_boxes
 
 
 @pytest.mark.parametrize(
@@ -35,10 +35,6 @@ def test_the_boxed_answer(text: str, answer: str | None) -> None:
     assert boxed_answer(text) == answer
 
 
-def test_sentence_tails_begin_with_a_sentence() -> None:
-    assert sentence_tails("We see. It is not even", 4) == ["It is not even", "We see. It is not even"]
-
-
 def test_many_boxes_take_linear_time() -> None:
     assert boxed_answer(r"\boxed{5} or " * 20_000) == "5"
     assert boxed_answer("\\boxed{" * 20_000) == ""
@@ -49,6 +45,12 @@ def test_a_box_has_its_place_and_content() -> None:
     assert (box.start, box.end, box.content, box.closes_too_much) == (3, 12, "5", False)
 
 
-def test_the_last_marker_names_the_answer_of_a_reference() -> None:
-    assert marked_answer("#### 4\n#### **5**\nmore") == "5"
-    assert marked_answer("####\n") is None
+@pytest.mark.parametrize(
+    ("text", "content"), [(r"\boxed{4} \boxed{5}", "5"), (r"\boxed{5} \boxed{6", None), ("5", None)]
+)
+def test_the_content_of_the_last_box(text: str, content: str | None) -> None:
+    assert last_box_content(text) == content
+
+
+def test_boxes_are_removed_but_not_their_content() -> None:
+    assert without_boxes(r"$\boxed{5}$ and \fbox{6}") == "${5}$ and {6}"

@@ -1,7 +1,6 @@
-r"""Find the final answer in a completion or a reference.
+r"""Find the boxes of a text: `\boxed{x}`, `\fbox{x}`, and `\boxed x` up to the end of the line.
 
-A text's final answer is its last box. Boxes that only a comma, `or` or `and` separates are one list. All patterns take
-linear time in the length of the text.
+Boxes that only a comma, `or` or `and` separates are one list. All patterns take linear time in the length of the text.
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-_MARKER = "####"
+BOXED_START = r"\boxed{"
+
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX_WITHOUT_BRACES = re.compile(r"[^\n$]*")
@@ -19,8 +19,6 @@ _BETWEEN_BOXES = re.compile(
     r"|\b(?:or|and|maybe|possibly|perhaps)\b)*",
     re.IGNORECASE,
 )
-_SENTENCE_START = re.compile(r"(?:^|[.!?:\n])\s*", re.DOTALL)
-_DECORATION = " \t\r\n*_`:"
 
 
 class Box(NamedTuple):
@@ -67,7 +65,7 @@ def find_boxes(text: str) -> list[Box]:
             line = _BOX_WITHOUT_BRACES.match(text, match.end())
             assert line is not None
             content, position = line.group().strip().rstrip("."), line.end()
-        plain = None if content is None else _without_inner_boxes(_SPACE_COMMAND.sub("", content)).strip()
+        plain = None if content is None else without_boxes(_SPACE_COMMAND.sub("", content)).strip()
         boxes.append(Box(match.start(), position, plain, False))
     if boxes and boxes[-1].content is not None:
         last = boxes[-1]
@@ -94,20 +92,12 @@ def _closing_brace(text: str, position: int) -> int | None:
     return None
 
 
-def _without_inner_boxes(content: str) -> str:
-    return _BOX.sub(lambda match: match[1], content)
+def last_box_content(text: str) -> str | None:
+    """Return the content of the last box; None without a box, or if the last one is not closed."""
+    boxes = find_boxes(text)
+    return boxes[-1].content if boxes else None
 
 
-def marked_answer(text: str) -> str | None:
-    """Return the line behind the last `####`; None when there is no marker or nothing behind it."""
-    _, marker, rest = text.rpartition(_MARKER)
-    line = rest.lstrip().partition("\n")[0].strip(_DECORATION) if marker else ""
-    return line or None
-
-
-def sentence_tails(text: str, length: int) -> list[str]:
-    """Return the ends of a text that begin with a sentence and are about `length` characters long, shortest first."""
-    longest = 2 * length + 80
-    tail = text[-longest:].rstrip()
-    starts = [match.end() for match in _SENTENCE_START.finditer(tail) if match.start() or len(text) <= longest]
-    return [tail[start:] for start in reversed(starts) if 2 * len(tail[start:]) >= length][:20]
+def without_boxes(text: str) -> str:
+    r"""Return the text with `{x}` instead of `\boxed{x}`."""
+    return _BOX.sub(lambda match: match[1], text)

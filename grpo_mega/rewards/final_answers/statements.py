@@ -1,4 +1,4 @@
-r"""Find the final answer of a completion without a box: `#### x`, "the answer is x", or a statement at the end.
+r"""Find the final answer of a completion without a box and a marker: "the answer is x", or a statement at the end.
 
 A statement is read completely or not at all: an operator, a relation, a function or an unknown word next to a number
 makes it another answer or none.
@@ -11,14 +11,16 @@ import re
 from grpo_mega.rewards.math_answers.tokens import tokenize
 from grpo_mega.rewards.math_answers.units import read_unit
 
-_MARKER = "####"
 _TAIL_CHARACTERS = 1000
 _MAX_SENTENCES = 4  # at the end of a text, in which a statement is searched
 _MAX_STATEMENTS = 20
 _FORMULA = r"\$\$.*?\$\$|\$[^$]+\$|\\\[.*?\\\]|\\\(.*?\\\)"
 _SENTENCE = re.compile(rf"(?:{_FORMULA}|[^\n.!?]|[.!?](?=\S)|(?<=\d)[!?])+", re.DOTALL)
-_STRONG_PHRASE = re.compile(r"\banswers?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
-_WEAK_PHRASE = re.compile(r"\b(?:solution|result|option|choice)s?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
+_NEXT_QUESTION = re.compile(r"\n\W*(?:Q|Question|Problem|User|Human|Instruction)\b", re.IGNORECASE)
+_ANSWER_PHRASE = re.compile(r"(?<!/)\banswers?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE)
+_RESULT_PHRASE = re.compile(
+    r"\b(?:solution|result|option|choice)s?\s{0,3}(?:(?:is|are)\b|[:=])(?:\s*:)?", re.IGNORECASE
+)
 _NUMBER = (
     r"(?<![\w^.\\:/])(?:[-+\u2212]\s?)?\\?[$\u20ac\u00a3]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[/:]\d+|\^-?\d+)?\s?(?:\\?%)?"
     r"(?![\w^!?/:])"
@@ -52,46 +54,58 @@ _REASON = re.compile(r",?\s+(?:because|since|which)\b", re.IGNORECASE)
 _NAME = re.compile(r"\$?\s*([A-Za-z]\w?(?:_\{?\w+\}?)?)\s*=")
 _LEFT_SIDE = re.compile(r"(?:\A|(?<=\s))((?:[-+*/^()\d.\s]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){1,60}=)\s*\Z")
 _IN_TOTAL = re.compile(r"\s*\b(?:in total|in all|altogether|left|remaining|overall)\Z", re.IGNORECASE)
+_SENTENCE_START = re.compile(r"(?:^|[.!?:\n])\s*", re.DOTALL)
 _DECORATION = " \t\r\n*_`:"
 _WORD_STATEMENT = re.compile(
     r"(?:(?:so|hence|thus|therefore|then),?\s+)?"
     r"(?:(?:the|it|this|that|he|she)\b(?:\s+[a-z]+){0,3}?\s*\b(?:is|are)|it's|that's)\s+(.+)",
     re.IGNORECASE | re.DOTALL,
 )
-_PLAIN_BOX = re.compile(r"\\?\b[Bb]oxed\{([^{}]*)\}")
 _NO_ANSWER = re.compile(r"\b(?:cannot|can't|could not|unable|don't know|do not know)\b", re.IGNORECASE)
 
 Readings = tuple[str, ...]
 """The ways in which one statement may be read; it is right if one of them is."""
 
 
-def prose_answers(text: str) -> list[Readings]:
-    """Return the final statements of a text without a box; empty if there is none.
-
-    All of them must be right, or together name the values of the reference.
-    """
-    text = _PLAIN_BOX.sub(r"\1", text)
+def tagged_statement(text: str) -> list[Readings] | None:
+    """Return the content of the last `<answer>...</answer>` if it ends the text, else None."""
     stripped = text.rstrip()
-    if stripped.endswith("</answer>") and "<answer>" in stripped:
-        return [(stripped.rpartition("<answer>")[2].removesuffix("</answer>").strip(),)]
-    if _MARKER in text:
-        return _marked_statements(text)
+    if not stripped.endswith("</answer>") or "<answer>" not in stripped:
+        return None
+    return [(stripped.rpartition("<answer>")[2].removesuffix("</answer>").strip(),)]
+
+
+def phrase_statements(text: str) -> list[Readings] | None:
+    """Return what the sentences with "the answer is x" state, after the last retraction; None without such a sentence.
+
+    An empty list: a sentence is denied, vague, or has an alternative behind it.
+    """
+    return _stated_behind(_ANSWER_PHRASE, text)
+
+
+def result_statements(text: str) -> list[Readings] | None:
+    """Return the same for "the result is x", "solution: x" and "the option is x"."""
+    return _stated_behind(_RESULT_PHRASE, text)
+
+
+def _stated_behind(pattern: re.Pattern[str], text: str) -> list[Readings] | None:
     tail = text[-_TAIL_CHARACTERS:]
-    for pattern in (_STRONG_PHRASE, _WEAK_PHRASE):
-        phrases = list(pattern.finditer(tail))
-        if phrases:
-            return _phrase_statements(tail, phrases)
-    return _last_statements(tail)
+    phrases = list(pattern.finditer(tail))
+    return _phrase_statements(tail, phrases) if phrases else None
 
 
-def _marked_statements(text: str) -> list[Readings]:
-    lines = [part.lstrip().partition("\n")[0].strip(_DECORATION) for part in text.split(_MARKER)[1:]]
-    lines = [line for line in lines if line]
-    if not lines:
-        return []
-    answers = [line for line in lines[:-1] if re.match(r"[A-Za-z]{3,}", line) is None]  # others are headings
-    statements: list[Readings] = [(line,) for line in dict.fromkeys([*answers, lines[-1]])]
-    return statements if len(statements) <= _MAX_STATEMENTS else []
+def statements_behind(text: str, position: int) -> list[Readings]:
+    """Return what "the answer is x" states behind a position and before a next question, if x begins with a value."""
+    question = _NEXT_QUESTION.search(text, position)
+    rest = text[position : len(text) if question is None else question.start()]
+    phrases = list(_ANSWER_PHRASE.finditer(rest))[:_MAX_STATEMENTS]
+    statements = [(phrase, _statement_behind(rest, phrase)) for phrase in phrases]
+    return [readings for _, readings in statements if readings and _VALUE.match(readings[0]) is not None]
+
+
+def last_statements(text: str) -> list[Readings] | None:
+    """Return the last statements of a text that have the same form, `x = 5`, `So we get 5.`; None without any."""
+    return _last_statements(text[-_TAIL_CHARACTERS:]) or None
 
 
 def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings]:
@@ -118,6 +132,11 @@ def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings
     return list(dict.fromkeys(statements))
 
 
+def _statement_behind(text: str, phrase: re.Match[str]) -> Readings:
+    sentence = _SENTENCE.match(text[phrase.end() :].lstrip(_DECORATION))
+    return () if sentence is None else _phrase_readings(sentence.group())
+
+
 def _phrase_readings(sentence: str) -> Readings:
     whole = _REASON.split(sentence)[0]
     connective = _CONNECTIVE.match(whole)
@@ -126,6 +145,14 @@ def _phrase_readings(sentence: str) -> Readings:
     if whole.startswith("~"):  # about
         return ("",)
     return (whole,) if value is None or _VALUE.match(whole) is not None else (whole, value[1])
+
+
+def sentence_tails(text: str, length: int) -> list[str]:
+    """Return the ends of a text that begin with a sentence and are about `length` characters long, shortest first."""
+    longest = 2 * length + 80
+    tail = text[-longest:].rstrip()
+    starts = [match.end() for match in _SENTENCE_START.finditer(tail) if match.start() or len(text) <= longest]
+    return [tail[start:] for start in reversed(starts) if 2 * len(tail[start:]) >= length][:20]
 
 
 def _last_statements(tail: str) -> list[Readings]:
