@@ -39,8 +39,10 @@ class MetricsWriter:
         # Unbuffered: a line is written in one call. A crash can leave an incomplete line, which `open_run` removes.
         self._file = Path(folder.metrics).open("ab", buffering=0)  # noqa: SIM115 - closed by `close`
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float], config_changes: Sequence[str] = ()) -> None:
         """Write the line of a step: `step` first, then every metric. A value that is not finite becomes null.
+
+        Config keys that changed before this step are the list `config_changes` of the line, and text in TensorBoard.
 
         Raises:
             ValueError: a name is unknown, or the step was already written.
@@ -48,10 +50,13 @@ class MetricsWriter:
         if step < self._next_step:
             raise ValueError(f"step={step} of metrics.jsonl was already written; the next step is {self._next_step}")
         values = self._known_floats(metrics)
-        self._file.write(f"{to_json({'step': step, **values})}\n".encode())
+        changed = {"config_changes": list(config_changes)} if config_changes else {}
+        self._file.write(f"{to_json({'step': step, **values, **changed})}\n".encode())
         self._next_step = step + 1
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, values)
+            if config_changes:
+                self._tensorboard.config_changes(step, config_changes)
 
     def write_curves(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write TensorBoard points only, for values without a line: the first and the last evaluation."""

@@ -12,31 +12,16 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from grpo_mega.observe.atomic_files import TEMPORARY_SUFFIX, write_atomically
+from grpo_mega.observe.config_changes import ConfigChange, compare_configs, record_changes
 from grpo_mega.observe.summary import Summary, read_summary
 from grpo_mega.types import UserError
 
-CHANGEABLE = (
-    "train.steps",
-    "observe.*",
-    "checkpoint.*",
-    "parallel.*",
-    "run.world_size",
-    "engine.tp",
-    "engine.dp",
-    "engine.ep",
-    "engine.placement",
-    "engine.urls",
-)
-"""Keys (shell patterns) that may change between two commands of one run."""
-
-_NEVER_COMPARED = ("run.overwrite", "run.dir")
 _COMPLETE_MARK = "complete"
 _STEP_NAME = re.compile(r"step_(\d{6,})")
 # Files of a launcher, or of a start that failed before it wrote config.yaml: not a run, so the folder can be used.
@@ -58,6 +43,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Metrics, one line per step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def config_changes(self) -> Path:
+        """Keys that changed while the run continued, `config_changes.jsonl`."""
+        return self.path / "config_changes.jsonl"
 
     @property
     def tensorboard(self) -> Path:
@@ -147,6 +137,7 @@ class RunState:
         checkpoint: weights after `step` steps; None: the base model.
         previous: last summary of earlier commands of this run, whose times and first evaluation are kept; or None.
         moved_to: new path of the folder that `run.overwrite` moved aside, or None.
+        changes: keys that have another value from the next step on.
     """
 
     folder: RunFolder
@@ -155,6 +146,7 @@ class RunState:
     checkpoint: Path | None
     previous: Summary | None
     moved_to: Path | None
+    changes: tuple[ConfigChange, ...] = ()
 
 
 def checkpoints_to_verify(
@@ -167,7 +159,7 @@ def checkpoints_to_verify(
     """
     folder = RunFolder(path)
     if _holds_run(folder) and not overwrite:
-        _require_same_config(folder, resolved, CHANGEABLE)
+        _allowed_changes(folder, resolved)
         own = folder.all_checkpoints()
         if _is_finished(folder, train_steps):
             return CheckpointsToVerify()
@@ -184,7 +176,6 @@ def open_run(
     *,
     overwrite: bool,
     train_steps: int,
-    changeable: Sequence[str] = CHANGEABLE,
     resume: str = "auto",
 ) -> RunState:
     """Determine the state of the run in `path` and prepare the folder for the next step.
@@ -195,7 +186,6 @@ def open_run(
         overwrite: move an existing folder to `<name>.old-1`, `-2`, ... and start a new run.
         train_steps: a run is finished if its newest complete checkpoint and its summary have reached this step. A run
             that was killed between the two is continued, to write the summary.
-        changeable: shell patterns of keys that may differ from the config in the folder.
         resume: `auto`; `never` (the folder must not contain a run); or the checkpoint from which a new run starts.
 
     Raises:
@@ -210,7 +200,7 @@ def open_run(
         exists = False
     if not exists:
         return _start_new(folder, resolved, resume, train_steps, moved_to)
-    _require_same_config(folder, resolved, changeable)
+    changes = _allowed_changes(folder, resolved)
     checkpoints = folder.complete_checkpoints()
     step = max(checkpoints, default=0)
     _require_resumable(folder, step, resume)
@@ -221,8 +211,9 @@ def open_run(
     if checkpoint is None and resume != "auto":
         step, checkpoint = _given_checkpoint(resume, train_steps)
     _remove_after(folder, step)
+    changes = record_changes(folder.config_changes, step, changes)
     _write_config(folder, resolved)
-    return RunState(folder, "continued", step, checkpoint, previous, None)
+    return RunState(folder, "continued", step, checkpoint, previous, None, changes)
 
 
 def _is_finished(folder: RunFolder, train_steps: int) -> bool:
@@ -239,7 +230,7 @@ def check_run(path: Path, resolved: Mapping[str, Any], *, overwrite: bool) -> No
         UserError: see `open_run`.
     """
     if _holds_run(RunFolder(path)) and not overwrite:
-        _require_same_config(RunFolder(path), resolved, CHANGEABLE)
+        _allowed_changes(RunFolder(path), resolved)
 
 
 def _holds_run(folder: RunFolder) -> bool:
@@ -329,21 +320,20 @@ def _write_config(folder: RunFolder, resolved: Mapping[str, Any]) -> None:
     write_atomically(folder.config, yaml.safe_dump(dict(resolved), sort_keys=False))
 
 
-def _require_same_config(folder: RunFolder, resolved: Mapping[str, Any], changeable: Sequence[str]) -> None:
-    stored = _flatten(_read_config(folder))
-    # Converted to YAML and back, like the stored config (tuples become lists).
-    now = _flatten(yaml.safe_load(yaml.safe_dump(dict(resolved), sort_keys=False)))
-    patterns = (*changeable, *_NEVER_COMPARED)
-    differences = [
-        f"{key} ({_shown(stored, key)} there, {_shown(now, key)} now)"
-        for key in dict.fromkeys((*stored, *now))
-        if _shown(stored, key) != _shown(now, key) and not any(fnmatchcase(key, pattern) for pattern in patterns)
-    ]
-    if differences:
+def _allowed_changes(folder: RunFolder, resolved: Mapping[str, Any]) -> tuple[ConfigChange, ...]:
+    """Return the changes that take effect in later steps.
+
+    Raises:
+        UserError: a key differs that must not change within a run.
+    """
+    changes = compare_configs(_read_config(folder), resolved)
+    if changes.frozen:
         raise UserError(
-            f"run.dir={folder.path} holds a run with a different config: {', '.join(differences)}",
-            remedy="use another run.dir, the values of that run to continue it, or run.overwrite=true to move it aside",
+            f"run.dir={folder.path} holds a run with a different config: {', '.join(map(str, changes.frozen))}",
+            remedy="use the values of that run to continue it, another run.dir with checkpoint.resume=PATH to branch"
+            " from one of its checkpoints, or run.overwrite=true to move it aside and start again",
         )
+    return changes.future
 
 
 def _read_config(folder: RunFolder) -> dict[str, Any]:
@@ -356,21 +346,6 @@ def _read_config(folder: RunFolder) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"run.dir={folder.path}: its config.yaml has no sections", remedy=remedy)
     return config
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {'a.b': 1} for {'a': {'b': 1}}. A list and an empty section are values."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "unset"
 
 
 def _remove_after(folder: RunFolder, step: int) -> None:

@@ -39,6 +39,11 @@ class TensorBoardWriter:
             self._writer.add_text(f"rollouts/{position}", render_rollout(row), step)
         self._writer.flush()
 
+    def config_changes(self, step: int, changes: Sequence[str]) -> None:
+        """Add the config keys that changed before a step as text."""
+        self._writer.add_text("config_changes", "\n\n".join(f"`{change}`" for change in changes), step)
+        self._writer.flush()
+
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()

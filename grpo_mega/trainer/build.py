@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
@@ -118,6 +118,8 @@ def building(
             checkpoints = _make_checkpoints(config, spec, run.folder.checkpoints, critic, ranks)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(prompts.digest, same_run=run.status == "continued")
+            if any(change.key in ("algorithm.kl_coef", "algorithm.kl_target") for change in run.changes):
+                state = replace(state, kl_coef=None)  # not the coefficient that was adapted so far
             engine = make_engine(config, model_folder, run.folder.logs)
             stack.callback(engine.close)
             quiet_libraries()

@@ -140,7 +140,8 @@ class RunReporter:
         data = self._prompts.metrics(result.step, self._prompts_per_step)
         line = {**metrics, **data, **times, **speed, **self._peaks.step_metrics(), **self._held_out}
         self._held_out = {}
-        self._metrics.write(result.step, line)
+        changes = self._run.changes if result.step == self._run.step + 1 else ()
+        self._metrics.write(result.step, line, [f"{each.key}: {each.before} -> {each.now}" for each in changes])
         self._progress.step(result.step, line)
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 

@@ -66,6 +66,8 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
                     config.train.steps,
                     config.train.steps - run.step,
                 )
+            for change in run.changes:
+                log.info("from step %d on: %s=%s (%s before)", run.step + 1, change.key, change.now, change.before)
             with building(config, ranks, run, folder, prompts, held_out) as built:
                 try:
                     built.run()

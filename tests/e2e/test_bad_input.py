@@ -40,9 +40,11 @@ def test_a_port_in_use_is_named_in_the_error(tmp_path: Path, world_size: int) ->
 
 
 def test_the_error_of_a_run_folder_with_another_config_has_the_different_keys(quickstart: Run, tmp_path: Path) -> None:
-    ended = run_job(*quickstart.arguments, "optimizer.lr=0.5", "run.seed=9", output=tmp_path / "log")
-    assert_rejected(ended, "optimizer.lr", "run.seed", "run.overwrite=true")
+    changed = ("data.overlong=skip", "optimizer.lr=0.5", "run.seed=9")
+    ended = run_job(*quickstart.arguments, *changed, output=tmp_path / "log")
+    assert_rejected(ended, "run.seed", "data.overlong", "checkpoint.resume=PATH", "run.overwrite=true")
     assert "train.steps" not in ended.stderr
+    assert "optimizer.lr" not in ended.stderr
 
 
 def test_rewards_that_crash_or_hang_score_their_floor_and_are_counted(four_ranks: Run) -> None:

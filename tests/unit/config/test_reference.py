@@ -30,11 +30,11 @@ def test_the_reference_lists_keys_of_nested_sections_and_of_lists() -> None:
 @pytest.mark.parametrize(
     "row",
     [
-        "| `kl_coef` | number | `0.04` | >= 0 |",
-        "| `steps` | integer | required | >= 1 |",
+        "| `kl_coef` | number | `0.04` | >= 0 | `changes_future` |",
+        "| `steps` | integer | required | >= 1 | `changes_speed` |",
         "| `host_fraction` | number | `0.0` | >= 0, <= 1 |",
         "| `stop` | list of strings | `null` |  |",
-        "| `template` | choice | `chat` | `chat`, `plain` |",
+        "| `template` | choice | `chat` | `chat`, `plain` | `frozen` |",
     ],
 )
 def test_a_row_has_type_default_and_range(row: str) -> None:

@@ -126,12 +126,13 @@ def test_the_error_of_a_different_config_has_each_key_with_both_values(tmp_path:
     folder = open_folder(tmp_path / "run").folder
     before = folder.config.read_bytes()
     with pytest.raises(UserError) as caught:
-        open_folder(tmp_path / "run", optimizer__lr=3e-4, run__seed=1, engine__new=4, parallel__tp=2)
+        open_folder(tmp_path / "run", optimizer__lr=3e-4, run__seed=1, engine__kind="sglang", parallel__tp=2)
     message = str(caught.value)
-    assert "optimizer.lr (1e-05 there, 0.0003 now)" in message
+    assert "engine.kind ('vllm' there, 'sglang' now)" in message
     assert "run.seed (0 there, 1 now)" in message
-    assert "engine.new (unset there, 4 now)" in message
+    assert "optimizer.lr" not in message
     assert "parallel.tp" not in message
+    assert "checkpoint.resume=PATH" in message
     assert "run.overwrite=true" in message
     assert folder.config.read_bytes() == before
 
@@ -140,8 +141,8 @@ def test_a_different_config_is_an_error_for_a_finished_run_too(tmp_path: Path) -
     folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 20)
     write_summary(folder.summary, Summary(status="done", steps=20))
-    with pytest.raises(UserError, match=r"optimizer\.lr"):
-        open_folder(tmp_path / "run", optimizer__lr=3e-4)
+    with pytest.raises(UserError, match=r"run\.seed"):
+        open_folder(tmp_path / "run", run__seed=3)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +169,17 @@ def test_changeable_keys_do_not_make_a_config_different(tmp_path: Path, change: 
     assert state.status == "continued"
     section, key = next(iter(change)).split("__")
     assert yaml.safe_load(state.folder.config.read_text())[section][key] == next(iter(change.values()))
+
+
+def test_a_key_that_changes_later_steps_is_reported_until_the_next_checkpoint(tmp_path: Path) -> None:
+    folder = open_folder(tmp_path / "run").folder
+    save_checkpoint(folder, 5)
+    expected = ("optimizer.lr (1e-05 there, 0.001 now)",)
+    for _ in range(2):  # the second start is after a kill before step 6
+        state = open_folder(tmp_path / "run", optimizer__lr=1e-3)
+        assert (state.status, state.step, tuple(map(str, state.changes))) == ("continued", 5, expected)
+    save_checkpoint(folder, 6)
+    assert open_folder(tmp_path / "run", optimizer__lr=1e-3).changes == ()
 
 
 def test_engine_kind_is_not_changeable(tmp_path: Path) -> None:
