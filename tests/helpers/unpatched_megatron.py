@@ -33,7 +33,6 @@ def without_patch(patch: str) -> Iterator[None]:
         "pipeline messages": lambda: _attribute(fixes, "PIPELINE_MESSAGES", {}),
         "norms of latent vectors": lambda: _attribute(fixes, "keep_after_build", lambda config: None),
         "shared rotary key": lambda: _attribute(fixes, "mark_shared_keys", lambda model: None),
-        "padded buckets": lambda: _original(fixes.DistributedOptimizer, "sharded_param_state_fully_reshardable"),
         "step of each parameter": lambda: _original(fixes.DistributedOptimizer, "_set_main_param_and_optimizer_states"),
     }
     with undone[patch](), _attribute(fixes, "install", lambda: None):

@@ -199,7 +199,7 @@ def save_what_is_not_live(rank: int, recorded: Recorded, layout: Layout, folder:
 
     def save_old_values(state: Any, *args: Any, **kwargs: Any) -> None:
         if part == "moments":
-            moment = next(s["exp_avg"] for s in state["optimizer"]["param_state"].values())
+            moment = next(s["exp_avg"][0] for s in state["optimizer"]["param_state"].values())
             moment.data = moment.data + 1
         else:
             tensor.data.add_(1)

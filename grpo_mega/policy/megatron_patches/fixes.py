@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_mega.models.parameter_tables import is_expert_parameter
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.policy.megatron_patches import cpu, optimizer_state
 
 cpu.prepare_import()
 
@@ -51,9 +51,7 @@ def install() -> None:
     setter = DistributedOptimizer._set_main_param_and_optimizer_states
     if not getattr(setter, "keeps_own_step", False):
         DistributedOptimizer._set_main_param_and_optimizer_states = _with_own_step(setter)
-    sharded = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if not getattr(sharded, "counts_padding", False):
-        DistributedOptimizer.sharded_param_state_fully_reshardable = _counting_padding(sharded)
+    optimizer_state.install()
     # filesystem_async.py:65 starts a server process for a queue that a synchronous save uses within one process. That
     # costs seconds at the first save and 270 MB, and the server outlives a rank that is killed.
     filesystem_async.get_write_results_queue = _results_of_this_process
@@ -178,30 +176,6 @@ def _with_own_step(setter: Any) -> Any:
 @functools.cache
 def _results_of_this_process() -> queue.Queue[Any]:
     return queue.Queue()
-
-
-def _counting_padding(sharded: Any) -> Any:
-    """Report no bucket as padded while the optimizer state is sharded.
-
-    distrib_optimizer.py:1398 concatenates buckets without the padding at their ends, but :1789 slices parameters at
-    offsets that include the padding. After a padded bucket, every parameter would get the master weights and moments of
-    another. (A tied head with pipeline parallelism has a bucket of its own.)
-    """
-
-    @functools.wraps(sharded)
-    def state(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sized = [(b, b.grad_data.numel()) for buffer in self.buffers for b in (buffer, *buffer.buckets)]
-        unpadded = [b.numel_unpadded for b, _ in sized]
-        for b, numel in sized:
-            b.numel_unpadded = numel
-        try:
-            return sharded(self, *args, **kwargs)
-        finally:
-            for (b, _), numel in zip(sized, unpadded, strict=True):
-                b.numel_unpadded = numel
-
-    state.counts_padding = True  # type: ignore[attr-defined]
-    return state
 
 
 def _without_query_norm(projection: Any) -> Any:

@@ -1,0 +1,31 @@
+"""Rectangles of a flat range: they partition it in order, and there are few of them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from grpo_mega.policy.megatron_patches.optimizer_state import rectangles
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (3, 1, 2, 2)])
+def test_rectangles_partition_every_range_in_order(shape: tuple[int, ...]) -> None:
+    whole = torch.arange(math.prod(shape)).view(shape)
+    for start in range(whole.numel() + 1):
+        for end in range(start, whole.numel() + 1):
+            found = list(rectangles(start, end, shape))
+            values = [
+                whole[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].flatten()
+                for offsets, sizes in found
+            ]
+            assert torch.cat([*values, torch.empty(0, dtype=torch.int64)]).tolist() == list(range(start, end))
+            assert len(found) <= max(1, 2 * len(shape) - 1)
+            assert all(0 not in sizes for _, sizes in found)
+
+
+def test_a_range_of_a_matrix_is_part_of_a_row_whole_rows_and_part_of_a_row() -> None:
+    assert list(rectangles(3, 14, (4, 4))) == [((0, 3), (1, 1)), ((1, 0), (2, 4)), ((3, 0), (1, 2))]
+    assert list(rectangles(5, 7, (4, 4))) == [((1, 1), (1, 2))]
+    assert list(rectangles(0, 16, (4, 4))) == [((0, 0), (4, 4))]
