@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.helpers.exchange import exchange_on_two_ranks
+from tools.gpu_checks.exchange import exchange_on_two_ranks
 
 pytestmark = pytest.mark.timeout(600)
 

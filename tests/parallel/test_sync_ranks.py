@@ -28,10 +28,10 @@ from grpo_mega.weight_sync.transports.base import BucketMessage, Round
 from grpo_mega.weight_sync.transports.kinds import TransportKind
 from grpo_mega.weight_sync.transports.process_vm_readv import StridedRange
 from grpo_mega.weight_sync.transports.shared_memory import SharedMemoryTransport
-from tests.helpers.exchange import exchange_on_two_ranks
 from tests.helpers.memory_ends import MemorySink, MemorySource, values
 from tests.helpers.ranks import RankPool
 from tests.helpers.weight_layouts import TENSORS, EngineLayout, engine, policy
+from tools.gpu_checks.exchange import exchange_on_two_ranks
 
 WORLD = 4
 TOPOLOGY = Topology(WORLD, tp=2, pp=2, engine_tp=2)

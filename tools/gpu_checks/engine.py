@@ -6,7 +6,6 @@ The engine is vLLM with weights in bf16, vLLM with FP8 values and scales, or SGL
 from __future__ import annotations
 
 import random
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,41 +28,41 @@ from grpo_mega.types import Reward, Rollout, SamplingRequest
 from grpo_mega.weight_sync.fp8_report import fp8_report
 from grpo_mega.weight_sync.sync import WeightSync
 from tools.gpu_checks import subject
+from tools.gpu_checks.part_job import PartJob
+from tools.step_sides.model_folder import Architecture, make_model
 
 CYCLES = 5  # of sleep and wake
 _OVERRIDES = {"engine_fp8": ["engine.fp8=scales_fp32"], "engine_sglang": ["engine.kind=sglang"]}
 
 
-def main() -> None:
-    """Measure the part and write its result file."""
-    job = subject.job_of(sys.argv[1:])
-    subject.require_cuda()
+def main(job: PartJob) -> None:
+    """Measure the part."""
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
         folder = Path(work) / "model"
-        parameters = subject.make_subject(job, folder)
+        shape = subject.SHAPES[job.size].model_dump(exclude={"tie_embeddings"})
+        architecture = Architecture(**shape, vocab_size=subject.VOCAB[job.size])
+        parameters = make_model(folder, architecture, mean_length=None)  # completions of full length
         overrides = _OVERRIDES.get(job.part, [])
-        config, spec = subject.config_of(folder, *overrides), checkpoint_spec(folder)
+        config, spec = subject.config_of(job.size, folder, *overrides), checkpoint_spec(folder)
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
         engine = make_engine(config, folder)
         try:
             sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
-            numbers: dict[str, Any] = {
-                "parameters": parameters,
-                "sync": measure_sync(sync, phases),
-                "mismatch": measure_mismatch(engine, policy, phases, config, spec.vocab_size),
-                "sleep": measure_sleep(engine, sync, phases),
-            }
+            job.result.add(parameters=parameters, sync=measure_sync(job, sync, phases))
+            mismatch = measure_mismatch(job.size, engine, policy, phases, config, spec.vocab_size)
+            job.result.add(mismatch=mismatch)
+            job.result.add(sleep=measure_sleep(job, engine, sync, phases))
             if config.engine.fp8 is not None:
                 report = fp8_report(policy.source, None, power_of_two=False)
-                numbers["fp8_error"] = max(each["relative"] for each in report.values())
+                job.result.add(fp8_error=max(each["relative"] for each in report.values()))
         finally:
             engine.close()
-        subject.write(job, numbers)
+        job.result.put(main=f"KL of engine and policy {mismatch['kl']:.2e}")
         dist.destroy_process_group()
 
 
-def measure_sync(sync: WeightSync, phases: Phases) -> dict[str, float]:
+def measure_sync(job: PartJob, sync: WeightSync, phases: Phases) -> dict[str, float]:
     """Measure a push with and without verification, and a device-to-device copy of as many bytes."""
     version = 0
 
@@ -74,10 +73,10 @@ def measure_sync(sync: WeightSync, phases: Phases) -> dict[str, float]:
 
     with phases.syncing():
         num_bytes = push(True)
-        plain, verified = subject.seconds_of(lambda: push(False)), subject.seconds_of(lambda: push(True))
+        plain, verified = job.seconds_of(lambda: push(False)), job.seconds_of(lambda: push(True))
     source = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copied = subject.seconds_of(lambda: target.copy_(source))
+    copied = job.seconds_of(lambda: target.copy_(source))
     return {
         "bytes": num_bytes,
         "seconds": plain,
@@ -89,13 +88,12 @@ def measure_sync(sync: WeightSync, phases: Phases) -> dict[str, float]:
 
 
 def measure_mismatch(
-    engine: Engine, policy: MegatronPolicy, phases: Phases, config: Config, vocab_size: int
+    size: str, engine: Engine, policy: MegatronPolicy, phases: Phases, config: Config, vocab_size: int
 ) -> dict[str, float]:
     """Return statistics of old - sampler log-probs, in nats, over tokens that the engine sampled."""
-    request = SamplingRequest(
-        group_size=subject.GROUP_SIZE, temperature=1.0, max_tokens=subject.COMPLETION_TOKENS, seed=1
-    )
-    prompts = subject.prompts_of(vocab_size)
+    shape = subject.BATCHES[size]
+    request = SamplingRequest(group_size=shape.group_size, temperature=1.0, max_tokens=shape.completion_tokens, seed=1)
+    prompts = subject.prompts_of(size, vocab_size)
     with phases.sampling():
         groups = engine.generate(prompts, request)
     rng = random.Random(2)
@@ -104,7 +102,7 @@ def measure_mismatch(
         for prompt, group in zip(prompts, groups, strict=True)
         for completion in group
     ]
-    batch, _ = subject.batch_of(SampledGroups(rollouts, subject.GROUP_SIZE), config)
+    batch, _ = subject.batch_of(SampledGroups(rollouts, shape.group_size), config)
     with phases.training():
         old = policy.log_probs(batch.microbatches)
     assert old is not None, "one rank has every stage"
@@ -124,17 +122,17 @@ def measure_mismatch(
     }
 
 
-def measure_sleep(engine: Engine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
+def measure_sleep(job: PartJob, engine: Engine, sync: WeightSync, phases: Phases) -> dict[str, Any]:
     """Return the device memory in use in each phase of several steps; growth between steps is a leak."""
     asleep, awake = [], []
     for cycle in range(CYCLES):
         with phases.training():
             torch.cuda.empty_cache()
-            asleep.append(subject.used_bytes())
+            asleep.append(job.memory()["used"])
         with phases.syncing():
             sync.push(1000 + cycle, verify=True)
         with phases.sampling():
-            awake.append(subject.used_bytes())
+            awake.append(job.memory()["used"])
     found = {
         "used_in_training_bytes": asleep,
         "used_in_sampling_bytes": awake,

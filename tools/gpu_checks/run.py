@@ -1,4 +1,4 @@
-"""Runs one part of tools/gpu_proof.py: `python -m tools.gpu_checks.run PART SIZE GPU ANSWER`.
+"""Runs one part of tools/gpu_proof.py: `python -m tools.gpu_checks.run PART SIZE GPU ANSWER [--rehearse]`.
 
 Checks that there is a GPU before the slow imports.
 """
@@ -8,23 +8,28 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from grpo_mega.parallel.devices import num_visible_gpus
-
-MODULES = {
-    "bf16": "tools.gpu_checks.policy",
-    "fp8": "tools.gpu_checks.policy",
-    "engine": "tools.gpu_checks.engine",
-    "engine_fp8": "tools.gpu_checks.engine",
-    "engine_sglang": "tools.gpu_checks.engine",
-}
+from tools.gpu_checks.parts import PARTS
+from tools.gpu_checks.result_file import ResultFile
 
 
 def main() -> None:
     """Run the part that the command line names; without a GPU, exit with code 1 and one line."""
-    if not num_visible_gpus(os.environ):
-        sys.exit("no CUDA device: tools/gpu_proof.py measures on GPUs only")
-    importlib.import_module(MODULES[sys.argv[1]]).main()
+    part, size, gpu, answer, *options = sys.argv[1:]
+    rehearsal = options == ["--rehearse"]
+    if not rehearsal and not num_visible_gpus(os.environ):
+        import torch
+
+        if not torch.cuda.is_available():
+            sys.exit("no CUDA device: tools/gpu_proof.py measures on GPUs only")
+    result = ResultFile(Path(answer), part, rehearsal=rehearsal)
+    from tools.gpu_checks.part_job import PartJob
+
+    job = PartJob.start(part, size, gpu, result, rehearsal=rehearsal)
+    importlib.import_module(f"tools.gpu_checks.{PARTS[part].module}").main(job)
+    result.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rounds between two ranks over one transport; checks what a receiver finds in each round."""
+"""Rounds between two ranks over one transport, and the bytes that each receiver finds."""
 
 from __future__ import annotations
 
