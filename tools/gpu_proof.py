@@ -254,8 +254,9 @@ def table_of(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the table that the command prints: part, status, seconds, main number or reason."""
     rows = [("part", "status", "seconds", "main result")]
     for name, result in results.items():
-        text = result.get("why") or result.get("main") or ""
-        rows.append((name, result["status"], f"{result['seconds']:.1f}", text.splitlines()[0] if text else ""))
+        lines = (result.get("why") or result.get("main") or "").splitlines() or [""]
+        text = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"  # the last line of a traceback
+        rows.append((name, result["status"], f"{result['seconds']:.1f}", text))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return "\n".join("  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip() for row in rows)
 

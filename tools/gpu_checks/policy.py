@@ -186,9 +186,12 @@ def check_step(job: PartJob, step: dict[str, Any]) -> None:
         "allocated bytes after offload", residue, 0.1 * max(step["peak_allocated_bytes"], 1),
         reason="what stays is rotary tables and the batch; a buffer that was not moved is larger",
     )  # fmt: skip
-    job.check_memory(
-        "peak over planned", step["peak_over_planned"], 1.15, at_least=0.6,
-        reason="a run must fit where the planner says so; 15% is the margin that its verdicts leave",
+    fused = step["modules"] == "transformer_engine"
+    ratio = step["peak_over_planned"]
+    job.result.check(
+        "peak over planned", ratio, [0.6, 1.15], passed=0.6 <= ratio <= 1.15 if job.on_gpu and fused else None,
+        reason="a run must fit where the planner says so. The planner knows the activations of Transformer Engine on "
+        "CUDA only, so the ratio of other modules is recorded and not checked",
     )  # fmt: skip
 
 

@@ -78,12 +78,12 @@ def state_digests(policy: MegatronPolicy) -> dict[str, int]:
     """Return a digest of all weights, and one of the optimizer's master weights and moments."""
     weights = sum(slice_digest(held.view, held.hf) for held in policy.source.shards())
     optimizer = sum(
-        (number + 1) * _flat_digest(tensor) for number, tensor in enumerate(optimizer_tensors(policy.parts.optimizer))
+        (number + 1) * flat_digest(tensor) for number, tensor in enumerate(optimizer_tensors(policy.parts.optimizer))
     )
     return {"weights": wrap_int64(weights), "optimizer": wrap_int64(optimizer)}
 
 
-def _flat_digest(tensor: Tensor) -> int:
+def flat_digest(tensor: Tensor) -> int:
     """Return the digest of a tensor of any shape, as a matrix of _COLUMNS columns and a rest."""
     flat = tensor.detach().flatten()
     whole = len(flat) // _COLUMNS * _COLUMNS
