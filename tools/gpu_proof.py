@@ -37,7 +37,7 @@ from grpo_mega.parallel.devices import num_visible_gpus  # noqa: E402 - after th
 from grpo_mega.parallel.ports import free_port  # noqa: E402
 from grpo_mega.types import UserError  # noqa: E402
 from tools.gpu_checks import result_file  # noqa: E402
-from tools.gpu_checks.deadline import Clock, Deadline, RealClock, SimulatedClock  # noqa: E402
+from tools.gpu_checks.deadline import Deadline, DeadlineClock, RealClock, SimulatedClock  # noqa: E402
 from tools.gpu_checks.kit import install_kit  # noqa: E402
 from tools.gpu_checks.part_process import run_limited  # noqa: E402
 from tools.gpu_checks.parts import PARTS, CheckPart  # noqa: E402
@@ -50,7 +50,7 @@ _MEASUREMENTS = REPOSITORY / "docs" / "measurements"
 
 @dataclass(frozen=True)
 class CheckRun:
-    """What all parts of one run of the command share."""
+    """Settings that all parts of one run of the command share."""
 
     out: Path
     size: str
@@ -135,10 +135,10 @@ def parts_named(parts: str | None, *, rehearsal: bool) -> list[CheckPart]:
     return chosen
 
 
-def _deadline_of(args: argparse.Namespace) -> tuple[Deadline, Clock]:
+def _deadline_of(args: argparse.Namespace) -> tuple[Deadline, DeadlineClock]:
     if args.minutes is not None and not 0 < args.minutes < float("inf"):
         raise UserError(f"--minutes={args.minutes}: must be positive", remedy="use --minutes 12")
-    clock: Clock = SimulatedClock() if args.rehearse else RealClock()
+    clock: DeadlineClock = SimulatedClock() if args.rehearse else RealClock()
     return Deadline(args.minutes, clock), clock
 
 
@@ -198,7 +198,9 @@ def _environment(site: Path, work: Path, rehearsal: bool) -> dict[str, str]:
     return env
 
 
-def _run_parts(run: CheckRun, parts: list[CheckPart], deadline: Deadline, clock: Clock) -> dict[str, dict[str, Any]]:
+def _run_parts(
+    run: CheckRun, parts: list[CheckPart], deadline: Deadline, clock: DeadlineClock
+) -> dict[str, dict[str, Any]]:
     """Run the parts one after the other and return their results, which are also in their files."""
     for part in parts:  # results of an earlier run must not be taken for this one's
         run.file(f"{part.name}.json").unlink(missing_ok=True)

@@ -11,8 +11,8 @@ RESERVE_SECONDS = 5.0
 """Kept for stopping the last part and writing its result."""
 
 
-class Clock(Protocol):
-    """A clock that is told when a part has ended."""
+class DeadlineClock(Protocol):
+    """A clock that is told when a part finished."""
 
     def now(self) -> float:
         """Return seconds since any fixed time."""
@@ -27,11 +27,11 @@ class RealClock:
     """The monotonic clock of the machine."""
 
     def now(self) -> float:
-        """See `Clock`."""
+        """See `DeadlineClock`."""
         return time.monotonic()
 
     def after(self, part: CheckPart) -> None:
-        """See `Clock`."""
+        """See `DeadlineClock`."""
 
 
 class SimulatedClock:
@@ -44,18 +44,18 @@ class SimulatedClock:
         self._seconds = 0.0
 
     def now(self) -> float:
-        """See `Clock`."""
+        """See `DeadlineClock`."""
         return self._seconds
 
     def after(self, part: CheckPart) -> None:
-        """See `Clock`."""
+        """See `DeadlineClock`."""
         self._seconds += part.expected_seconds
 
 
 class Deadline:
     """The end of the whole check. `minutes=None`: there is none, and parts have only their own limits."""
 
-    def __init__(self, minutes: float | None, clock: Clock) -> None:
+    def __init__(self, minutes: float | None, clock: DeadlineClock) -> None:
         self._clock, self._minutes = clock, minutes
         self._end = None if minutes is None else clock.now() + 60 * minutes
 

@@ -52,7 +52,7 @@ class PartJob:
             raise RuntimeError("a rehearsal runs without a GPU; tools/gpu_proof.py hides it with CUDA_VISIBLE_DEVICES")
         if not rehearsal:
             require_cuda()
-        device = torch.device("cpu" if rehearsal else "cuda", None if rehearsal else 0)
+        device = torch.device("cpu") if rehearsal else torch.device("cuda", 0)
         if gpu == "auto":
             gpu = "cpu" if rehearsal else planner_name(torch.cuda.get_device_name())
         result.put(size=size, conditions=conditions(device) | {"planner_gpu": gpu})

@@ -79,7 +79,7 @@ def _marked_processes(mark: str) -> list[int]:
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # the process has ended, or belongs to another user
+        except OSError:  # the process finished, or belongs to another user
             continue
         if entry in environment and state not in "ZX":
             found.append(int(folder.name))

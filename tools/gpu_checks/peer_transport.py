@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from grpo_mega.parallel.peer_group import job_peer_group
 from grpo_mega.weight_sync.transports.base import BucketMessage, Round
@@ -27,7 +27,7 @@ def main(job: PartJob) -> None:
     kind = "cuda_ipc" if job.on_gpu else "shared_memory"
     with tempfile.TemporaryDirectory(prefix="gpu_proof_") as work:
         size = _BYTES if job.on_gpu else 2**16
-        mp.spawn(_on_rank, (kind, str(job.device), size, work), nprocs=2)
+        spawn(_on_rank, (kind, str(job.device), size, work), nprocs=2)
         wrong = [line for rank in (0, 1) for line in (Path(work) / f"wrong_{rank}").read_text().splitlines()]
         seconds = max(float((Path(work) / f"seconds_{rank}").read_text()) for rank in (0, 1))
     job.result.check(

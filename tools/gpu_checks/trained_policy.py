@@ -33,7 +33,7 @@ _COLUMNS = 1024
 
 @dataclass(frozen=True)
 class PolicySetup:
-    """What builds a policy, once or several times, and the batch that it trains on."""
+    """Arguments that build a policy, once or several times, and the batch that it trains on."""
 
     config: Config
     spec: ModelSpec
