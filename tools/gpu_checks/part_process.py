@@ -17,7 +17,7 @@ _LAST_LINES = 20
 
 @dataclass(frozen=True)
 class ProcessEnd:
-    """How a process ended: its seconds, and the reason if it failed (empty otherwise)."""
+    """Outcome of a process: its seconds, and the reason if it failed (empty otherwise)."""
 
     seconds: float
     reason: str
