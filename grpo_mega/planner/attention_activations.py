@@ -56,6 +56,8 @@ class AttentionActivations:
     def core(self) -> float:
         """Return the bytes of rotated queries, keys, values, the output, and what the kernel keeps."""
         n, m, b, t = self._query_heads, self._kv_heads, self._row.itemsize, self._row.tokens
+        if self._row.local and self._row.flash:  # its own: one float32 per token and head
+            return self.core_inputs_and_output() + 4 * t * n
         if self._spec.mla is not None:
             # Megatron pads values, and so the output, to the width of queries (multi_latent_attention.py:96)
             qk, v = self._spec.mla.nope_dim + self._spec.mla.rope_dim, self._spec.mla.v_dim

@@ -22,7 +22,9 @@ class PackedRowShape:
     hidden_size: int
     itemsize: int
     local: bool
-    """True for the modules of a machine without CUDA, False for Transformer Engine's."""
+    """True for local modules (`policy.modules`), False for Transformer Engine's."""
+    flash: bool
+    """True if local modules compute attention with the flash kernel, which reads queries, keys and values in place."""
 
     @classmethod
     def from_inputs(cls, inputs: PlanInputs) -> PackedRowShape:
@@ -36,7 +38,8 @@ class PackedRowShape:
             longest=min(work.longest, work.row_tokens),
             hidden_size=inputs.spec.hidden_size,
             itemsize=inputs.itemsize,
-            local=inputs.is_cpu_job,
+            local=inputs.is_cpu_job or inputs.config.policy.modules == "local",
+            flash=not inputs.is_cpu_job and inputs.itemsize == 2,
         )
 
     @property
