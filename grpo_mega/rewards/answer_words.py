@@ -33,11 +33,12 @@ _OPERATION = (
     r"plus|minus|times|multipl\w+|divided|squared?|cubed?|sqrt|roots?|log|ln|exp|sin|cos|tan|factorial|reciprocal"
     r"|inverse|opposite|absolute|modulus|mod|modulo|power|twice|thrice|doubled?|tripled?|quadrupled?|negative|(?:some|any"
     r"|all|one|each|part|sum|product|difference|quotient|fraction|factors?|multiples?|divisors?) of"
-    rf"|{_FRACTION_WORD}"
+    rf"|complement|supplement|conjugate|triple|{_FRACTION_WORD}"
 )
 WORDS_BEFORE = (
     r"not|cannot|never|neither|nor|no|none|nothing|without|except|unlike|than|least|most|between|under|above|below|or"
-    rf"|either|alternatively|exceed\w*|up to|{_UNKNOWN}|{_ESTIMATE}|{_OPERATION}"
+    rf"|depends|tbd|todo|nicht|keine?|pas|\u043d\u0435|either|alternatively"
+    rf"|exceed\w*|up to|{_UNKNOWN}|{_ESTIMATE}|{_OPERATION}"
 )
 """Words that make a number anywhere behind them no answer, as alternatives of a regular expression."""
 
@@ -63,7 +64,11 @@ _DIRECTLY_BEHIND = re.compile(
     r"|\s*\?|\s*\((?:no|not|wrong|false)\b"
     r"|\s*R\s?[0-9]"
     r"|\s*(?:[^\W\d]|\s|[-,(])*[0-9]+(?:ths|rds|nds)\b|\s*(?:in|percent|per cent|pct) (?:of|binary|octal|hex\w*|base)\b"
-    r"|\s?(?:bn|mln|mn)\b|\s*parts? (?:of|out)\b|\s*[\u221e\u2213\u2080-\u2089\u2215\u2219\u00b7\u2022]"
+    r"|\s?(?:bn|mln|mn|mil|mille|mila"
+    r"|tausend|\u0442\u044b\u0441\w*|\u043c\u043b\u043d|tens|ppm|ppb|bps|basis points?|pairs of)\b"
+    r"|\s?\u2030"
+    r"|\s*[-\[({]\s*(?:no|not|wrong|false)\b"
+    r"|\s*parts? (?:of|out)\b|\s*[\u221e\u2213\u2080-\u2089\u2215\u2219\u00b7\u2022]"
     r"|\((?![^()]*[A-Za-z]{2})(?=[^()\s])"
     r"|\s*[-+\u2013\u2014*/^<>=\u00f7\u00d7]+[^\w]*\Z",
     re.IGNORECASE,
@@ -74,7 +79,8 @@ _OPERATOR_BEHIND = re.compile(
     re.IGNORECASE,
 )
 _BEHIND = re.compile(
-    rf"\b(?:{_UNKNOWN}|maybe|perhaps|possibly|probably|likely|invalid|rounded|doubled|tripled|halved"
+    rf"\b(?:{_UNKNOWN}|depend\w*|tbd|todo|maximum|max|minimum|at best|at worst|tops|when"
+    rf"|maybe|perhaps|possibly|probably|likely|invalid|rounded|doubled|tripled|halved"
     rf"|increased|decreased|reduced|and (?:change|some|more)|at (?:least|most)|to the power|and (?:an? )?half"
     r"|and (?:up|above|below|over|under|more|less)|too (?:low|high|small|big|large|few|many|much))(?!\w)",
     re.IGNORECASE,

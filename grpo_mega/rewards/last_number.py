@@ -23,6 +23,7 @@ from grpo_mega.rewards.number_answers import (
     is_doubtful,
     is_hedged,
     is_operand,
+    is_unreadable,
 )
 
 _WINDOW = 160  # characters read in prose on either side of the last digit; longer than any number
@@ -68,6 +69,8 @@ def last_number(text: str) -> Answer:
     if has_short_form_before(plain[: number.start]) or names_other_number_before(
         before, number.value, only_adjacent=True
     ):
+        return NO_ANSWER
+    if is_unreadable(f"{before}0{behind}"):
         return NO_ANSWER
     if _LIST_BEFORE.search(before) or _COMPOUND_BEFORE.search(before):
         return NO_ANSWER

@@ -33,6 +33,11 @@ LEAD_IN = re.compile(
 _LIST_SEPARATOR = re.compile(r"[\s$]*(?:[,;&]|\b(?:or|and|maybe|possibly|perhaps)\b)?[\s$,;]*(?:or|and)?[\s$]*", re.I)
 _RANGE_SEPARATOR = re.compile(r"[\s$]*(?:-|\u2013|\u2014|/|:|\bto\b)[\s$]*", re.IGNORECASE)
 _WORDS = re.compile(r"[^\\^+*/<>|~!%\u00b1\u221a-\u221c\u2260\u2264-\u2267=]*")
+_UNREADABLE = re.compile(  # a condition, a mark of rejection, a stroke through digits, an equation for a multiple
+    r"\A\W*(?:if|suppose|assume|let)\b|[\u0300-\u036f\u20d0-\u20f0\u2717\u2718\u274c\u274e\u26d4\U0001f6ab\U0001f937]"
+    r"|[\u4e0d\u975e]\u662f?\s*[0-9]|(?<![0-9A-Za-z])[0-9]*[a-z]\s?/\s?[0-9]+\s?=|(?<![0-9A-Za-z])[0-9]+[a-z]\s?=",
+    re.IGNORECASE,
+)
 _DENIAL = re.compile(rf"\b(?:{WORDS_BEFORE}|over)\b|n't\b", re.IGNORECASE)
 _HEDGE_BEFORE = re.compile(
     rf"(?:\b(?:{WORDS_DIRECTLY_BEFORE})\b|n't\b|\\[A-Za-z]+|[-\u2013])[^\w\\]*(?:[^\W\d]+[^\w\\]+)?\Z", re.IGNORECASE
@@ -62,7 +67,7 @@ def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
         text: the answer, perhaps with a unit or a remark behind it, and with an equation before it.
         words_may_lead: accept other words than "the answer is" before the number, if there is only one number.
     """
-    if is_approximate(text):
+    if is_approximate(text) or is_unreadable(text):
         return NO_ANSWER
     segments = join_spaced_groups(normalize(text)).split("=")
     plain = segments[-1]
@@ -86,6 +91,11 @@ def named_numbers(text: str, *, words_may_lead: bool) -> Answer:
         return NO_ANSWER
     answer = distinct([number.value for number in named])
     return answer if _agree(segments[:-1], answer) else NO_ANSWER
+
+
+def is_unreadable(text: str) -> bool:
+    """Return True for a condition, and for a text with a mark of rejection or a stroke through its digits."""
+    return _UNREADABLE.search(text) is not None
 
 
 def starts_with_number(text: str) -> bool:

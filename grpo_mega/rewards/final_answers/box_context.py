@@ -73,11 +73,15 @@ _DENIED_BEFORE = re.compile(
     r"|(?:reciprocal|opposite|inverse|negative|square|cube|multiple|factor) of|root of|false that[^.\n]*"
     r"|(?:more|less|fewer|greater|larger|smaller) than|ln|log|lg|sin|cos|tan|cot|sec|csc|exp|sqrt|arc\w+)|n't"
     r"|(?<!only )\b(?:if|suppose|assume|let)\s+\$?[A-Za-z]\s*=)"
-    r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[]*\Z|[-+\u2212\u221a^/]\$\s*\Z",
+    r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[]*\Z"
+    r"|\b(?:not true that|between [^.\n]{1,40} and)[\s$*:({\[]*\Z"
+    r"|\b(?:if|suppose|assume)\b[^.\n]{0,40}\Z"
+    r"|(?:[-+\u2212\u221a^/<\u2260\u2264\u2265]|(?<=[\w)}]\s)>)\s*\$\s*\Z|(?<![\d.\\])\d+\$\s*\Z",
     re.IGNORECASE,
 )
 _DENIED_BEHIND = re.compile(
-    r"[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?"
+    r"\$+\s?[-+*/^]\s?\$?\d|\$?\s*\|\s*-?\$?\d"
+    r"|[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?"
     r"|or (?:more|less|greater|fewer|so)\b|(?:plus|minus|times|to|over|divided by)\s+\$?[-\d\\])",
     re.IGNORECASE,
 )

@@ -6,11 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from grpo_mega.rewards.final_answers.answer_boxes import BOXED_START
 from grpo_mega.rewards.final_answers.box_context import BoxedAnswer, boxed_answers
-from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around, is_retraction
-from grpo_mega.rewards.final_answers.markers import MarkedLine, marked_lines
+from grpo_mega.rewards.final_answers.hedges import (
+    are_adjacent,
+    has_hedge_around,
+    is_denied_before,
+    is_denied_behind,
+    is_retraction,
+    without_struck_out,
+)
+from grpo_mega.rewards.final_answers.markers import DECORATION, MARKER, MarkedLine, marked_lines
 from grpo_mega.rewards.final_answers.statements import (
     Readings,
+    begins_with_value,
     last_statements,
     phrase_statements,
     result_statements,
@@ -54,6 +63,7 @@ def find_final_answer(text: str, sources: Sequence[Source], *, boxes_may_be_retr
         sources: in the order of their priority.
         boxes_may_be_retracted: a box before words like "no, wait" is no statement if another box follows.
     """
+    text = without_struck_out(text)
     for source in sources:
         found = _find(text, source, boxes_may_be_retracted)
         if found is not None:
@@ -76,8 +86,9 @@ def _boxes(text: str, may_be_retracted: bool) -> FinalAnswer | None:
     boxes = boxed_answers(text, may_be_retracted=may_be_retracted)
     if not boxes:
         return None
-    behind = statements_behind(text, boxes[-1].end)
-    is_vague = has_hedge_around(text, boxes[0].start, boxes[-1].end)
+    start, end = boxes[0].start, boxes[-1].end
+    behind = [*_marked_values(text), *statements_behind(text, end)]
+    is_vague = has_hedge_around(text, start, end) or is_denied_behind(text, end)
     return FinalAnswer("boxes", boxes=tuple(boxes), readings=tuple(behind), is_vague=is_vague)
 
 
@@ -93,8 +104,17 @@ def _lines(text: str) -> FinalAnswer | None:
     start, end = min(lines[0].start, *(b.start for b in boxes), len(text)), lines[-1].end
     end = max(end, *(box.end for box in boxes), 0)
     behind = statements_behind(text, end)
-    is_vague = has_hedge_around(text, start, end)
+    is_vague = has_hedge_around(text, start, end) or is_denied_behind(text, end)
+    is_vague = is_vague or any(is_denied_before(text, line.start) for line in lines)
     return FinalAnswer("markers", tuple(boxes), tuple(lines), tuple(behind), is_vague)
+
+
+def _marked_values(text: str) -> list[Readings]:
+    """Return the marked lines without a box, if they begin with a value."""
+    if MARKER not in text:
+        return []
+    lines = [line for line in marked_lines(text) if BOXED_START not in text[line.start : line.end]]
+    return [(line.text.strip(DECORATION),) for line in lines if begins_with_value(line.text.strip(DECORATION))]
 
 
 def _boxes_next_to(text: str, lines: Sequence[MarkedLine]) -> list[BoxedAnswer]:

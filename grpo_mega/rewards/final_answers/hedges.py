@@ -12,7 +12,7 @@ _GAP_WITH_HEDGE = re.compile(
 )
 _HEDGE_BEHIND = re.compile(r"[\s$.,;:?!)\]*_]*(?:or|alternatively|maybe|perhaps|possibly)\b", re.IGNORECASE)
 _HEDGE_BEFORE_STATEMENT = re.compile(
-    r"\b(?:(?:or|maybe|perhaps|possibly|alternatively)[\s$*_:({\[]*|not[ $*_:({\[]*)\Z", re.IGNORECASE
+    r"(?:\b(?:or|maybe|perhaps|possibly|alternatively)[\s$*_:({\[]*|\bnot[ $*_:({\[]*|\d\s*\|[\s$]*)\Z", re.IGNORECASE
 )
 
 _RETRACTION = re.compile(
@@ -23,6 +23,36 @@ _RETRACTION = re.compile(
 _HEDGE_WORD = re.compile(
     r"\b(?:or|maybe|perhaps|possibly|alternatively|either|could|might|option|both)\b", re.IGNORECASE
 )
+_DENIED_BEHIND = re.compile(
+    r"\b(?:wrong|incorrect|false|not (?:correct|right|true|sure|certain|the answer)|unsure|kidding|joking|mistaken)\b",
+    re.IGNORECASE,
+)
+_DENIED_BEFORE = re.compile(
+    r"\b(?:not|never|neither|nor|if|suppose|assume|let|half of|twice|double|minus|about|approximately|around|roughly"
+    r"|at (?:least|most)|between|(?:more|less|fewer|greater|larger|smaller) than)\b|n't\b"
+    r"|(?:[-+/^~=<>({\u2248\u2264\u2265]|\d)\s*\Z",
+    re.IGNORECASE,
+)
+_SENTENCE_START = re.compile(r".*(?:[.!?][\s*_]|[\n:;])", re.DOTALL)
+_STRUCK_OUT = re.compile(r"~~.{1,400}?~~|<(del|s|strike)>.{0,400}?</\1>|<!--.{0,2000}?-->", re.DOTALL | re.IGNORECASE)
+_BEHIND = 200  # characters
+
+
+def without_struck_out(text: str) -> str:
+    """Return a text without what Markdown or HTML strikes out or hides: `~~5~~`, `<del>5</del>`, comments."""
+    return _STRUCK_OUT.sub(" ", text) if "~~" in text or "<" in text else text
+
+
+def is_denied_behind(text: str, end: int) -> bool:
+    """Return True if the text behind a statement takes it back or doubts it."""
+    behind = text[end : end + _BEHIND]
+    return _DENIED_BEHIND.search(behind) is not None or _RETRACTION.search(behind) is not None
+
+
+def is_denied_before(text: str, start: int) -> bool:
+    """Return True if the sentence before a statement denies it, limits it, or makes it an operand."""
+    sentence = _SENTENCE_START.sub("", text[max(0, start - _BEHIND) : start])
+    return _DENIED_BEFORE.search(sentence) is not None
 
 
 def are_adjacent(text: str, end: int, start: int) -> bool:

@@ -15,7 +15,10 @@ DECORATION = " \t\r\n*_`:"
 """Layout around an answer in a line."""
 _LIST_HEADING = re.compile(r"\s*[*_]*[0-9]{1,2}[.):]\s+[*_]*[A-Za-z]")
 _WORD = re.compile(r"[\s*_(]*[A-Za-z]{3,}")
-_ANSWER = re.compile(r"[\s*_(]*(?:(?:the|so|thus|hence|final|correct)\b\W{1,3}){0,4}answer\b", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"[\s*_(]*(?:(?:the|so|thus|hence|final|correct)\b\W{1,3}){0,4}answer\b[\s*_:]*(?:is\b)?[\s*_:]*[^\s*_:.]",
+    re.IGNORECASE,
+)
 
 
 class MarkedLine(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from grpo_mega.rewards.final_answers.hedges import is_denied_behind
 from grpo_mega.rewards.math_answers.tokens import tokenize
 from grpo_mega.rewards.math_answers.units import read_unit
 
@@ -44,13 +45,15 @@ _LEAD = re.compile(
     r"(?:\b(?:is|are|was|were|equals?|gets?|have|has|obtain|obtains|finds?|gives?|yields?|makes?|be|it's|there's|total"
     r"|equal to|on|in|needs?|takes?|costs?|pays?|earns?|requires?|spends?|weighs?|measures?)\s*[:=]?"
     r"|(?:\A|[,:]\s*)(?:so|hence|thus|therefore|then|finally|and|in total|that's|overall"
-    r"|in conclusion|consequently|as a result)\s*[,:]?|[:=])\s*"
+    r"|in conclusion|consequently|as a result)\s*[,:]?|(?<![!<>])[:=])\s*"
     r"(?:(?:exactly|therefore|thus|the (?:number|value|integer|point|set|interval))\s+)?\Z",
     re.IGNORECASE,
 )
+_ALTERNATIVE_BEFORE = re.compile(r"\bor\s+(?:the\s+)?(?:final\s+|correct\s+)?\Z", re.IGNORECASE)
 _ALTERNATIVE = re.compile(r"[\s.,]*(?:or|alternatively|otherwise)\b", re.IGNORECASE)
 _CONNECTIVE = re.compile(r"(?:therefore|thus|hence|then|simply|exactly|just|indeed|equal to)\b[\s,:]*", re.IGNORECASE)
 _REASON = re.compile(r",?\s+(?:because|since|which)\b", re.IGNORECASE)
+_NEW_LINE = re.compile(r"[\s$.*]*?\n")
 _NAME = re.compile(r"\$?\s*([A-Za-z]\w?(?:_\{?\w+\}?)?)\s*=")
 _LEFT_SIDE = re.compile(r"(?:\A|(?<=\s))((?:[-+*/^()\d.\s]|(?<![A-Za-z])[A-Za-z](?![A-Za-z])){1,60}=)\s*\Z")
 _IN_TOTAL = re.compile(r"\s*\b(?:in total|in all|altogether|left|remaining|overall)\Z", re.IGNORECASE)
@@ -94,13 +97,24 @@ def _stated_behind(pattern: re.Pattern[str], text: str) -> list[Readings] | None
     return _phrase_statements(tail, phrases) if phrases else None
 
 
+def begins_with_value(text: str) -> bool:
+    """Return True if a text begins with a number, a formula or a pair."""
+    return _VALUE.match(text) is not None
+
+
 def statements_behind(text: str, position: int) -> list[Readings]:
-    """Return what "the answer is x" states behind a position and before a next question, if x begins with a value."""
+    """Return the values that "the answer is x" states behind a position, or a text that is only a value.
+
+    A next question ends the text.
+    """
     question = _NEXT_QUESTION.search(text, position)
     rest = text[position : len(text) if question is None else question.start()]
+    only = rest.strip(_DECORATION + "$.")
+    if _NEW_LINE.match(rest) is not None and _VALUE.fullmatch(only) is not None:
+        return [(only,)]
     phrases = list(_ANSWER_PHRASE.finditer(rest))[:_MAX_STATEMENTS]
-    statements = [(phrase, _statement_behind(rest, phrase)) for phrase in phrases]
-    return [readings for _, readings in statements if readings and _VALUE.match(readings[0]) is not None]
+    statements = [_statement_behind(rest, phrase) for phrase in phrases]
+    return [readings for readings in statements if readings and begins_with_value(readings[0])]
 
 
 def last_statements(text: str) -> list[Readings] | None:
@@ -119,13 +133,15 @@ def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings
         rest = tail[phrase.end() :].lstrip(_DECORATION)
         sentence = _SENTENCE.match(rest)
         sentence_start = max(tail.rfind(mark, 0, phrase.start()) for mark in ".!?\n") + 1
-        if sentence is None or _DENIAL.search(tail, sentence_start, phrase.start()) is not None:
+        before = tail[sentence_start : phrase.start()]
+        if sentence is None or _DENIAL.search(before) is not None or _ALTERNATIVE_BEFORE.search(before) is not None:
             return []
         following = rest[sentence.end() :]
         if (
             following.startswith("?")
             or _ALTERNATIVE.match(following) is not None
             or _DENIED_LATER.search(following) is not None
+            or (phrase is phrases[-1] and is_denied_behind(following, 0))
         ):
             return []
         statements.append(_phrase_readings(sentence.group()))

@@ -132,3 +132,14 @@ def test_a_token_far_beyond_the_bound_stops_with_what_the_user_needs() -> None:
 
 def test_without_a_bound_nothing_is_checked() -> None:
     MismatchGuard(None, "").check(1, [rollout([-1.0])], [[math.nan]], "")
+
+
+def test_equal_rollouts_of_a_prompt_count_once() -> None:
+    """16 equal rollouts have the same rounding; rollouts that differ before the token count each."""
+    guard = MismatchGuard(0.5, "")
+    guard.check(1, [rollout([-1.0])] * 16, [[-1.75]] * 16, "")
+    different = [rollout([-1.0, -1.0], mask=(False, True)) for _ in range(3)]
+    for k, each in enumerate(different):
+        object.__setattr__(each.completion, "token_ids", (k, 9))
+    with pytest.raises(EngineMismatchError, match="3 of 3 tokens"):
+        guard.check(1, different, [[-1.75]] * 3, "")

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around, is_retraction
+from grpo_mega.rewards.final_answers.hedges import (
+    are_adjacent,
+    has_hedge_around,
+    is_denied_before,
+    is_denied_behind,
+    is_retraction,
+    without_struck_out,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,3 +33,29 @@ def test_words_around_a_statement() -> None:
 )
 def test_a_retraction_offers_no_alternative(between: str, retracts: bool) -> None:
     assert is_retraction(between) == retracts
+
+
+@pytest.mark.parametrize("behind", ["\nThat is wrong.", " (just kidding)", "\nNo, it is 6.", ". I am not sure."])
+def test_text_behind_a_statement_denies_it(behind: str) -> None:
+    assert is_denied_behind(f"[5]{behind}", 3)
+    assert not is_denied_behind("[5]\nI hope it helps.", 3)
+
+
+@pytest.mark.parametrize(
+    ("before", "is_denied"),
+    [
+        ("It is not true that ", True),
+        ("x > ", True),
+        ("2", True),
+        ("half of ", True),
+        ("I think it is 5, not 6. ", False),
+        ("**", False),
+    ],
+)
+def test_the_sentence_before_a_statement_denies_it(before: str, is_denied: bool) -> None:
+    assert is_denied_before(f"{before}#### 5", len(before)) == is_denied
+
+
+def test_struck_out_and_hidden_text_is_removed() -> None:
+    assert without_struck_out("~~5~~ <del>6</del> <!-- 7 --> 8").split() == ["8"]
+    assert without_struck_out("a < b ~ c") == "a < b ~ c"
