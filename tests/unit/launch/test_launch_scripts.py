@@ -72,10 +72,15 @@ def test_help_exits_zero_and_names_the_script(name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--with", "tensorrt"], "--with tensorrt: unknown name; use sglang, vllm, fp8 or tests"),
+        (["--with", "tensorrt"], "--with tensorrt: unknown name; use sglang, vllm, fp8, kernels or tests"),
         (["--with"], "--with needs a name"),
         (["--fast"], "unknown argument --fast"),
         (["--with=sglang,fp8"], "Transformer Engine needs CUDA"),
+        (["--with", "kernels"], "FlashInfer needs CUDA"),
+        (["--with", "local"], "--with local: unknown name"),
+        (["--without"], "--without needs a name: transformer-engine"),
+        (["--without", "vllm"], "--without vllm: unknown name; use transformer-engine"),
+        (["--without=transformer-engine"], "Transformer Engine needs CUDA"),
     ],
 )
 def test_setup_rejects_wrong_arguments_before_it_builds(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -138,6 +143,7 @@ case "$1 $2" in
     "-c "*) exit 0 ;;
     "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && touch "$3/pyvenv.cfg" && exit 0 ;;
     "-m pip") echo "${NVTE_FRAMEWORK-} ${*:3}" >>"$PIP_CALLS" ;;
+    "-m flashinfer") echo "$FLASHINFER_DISABLE_VERSION_CHECK flashinfer $3" >>"$PIP_CALLS" ;;
 esac
 """
 
@@ -164,6 +170,25 @@ def test_a_cuda_environment_gets_torch_then_megatron_then_the_rest_then_transfor
     assert engine.startswith("pytorch ")
     assert engine.endswith(f"--no-build-isolation {constraints} transformer-engine[core_cu13,pytorch]")
     assert itself.endswith(f"-e {ROOT}")
+
+
+def test_a_cuda_environment_without_transformer_engine_stays_without_it(tmp_path: Path) -> None:
+    path = machine_with_gpu(tmp_path / "bin")
+    python = tmp_path / "bin" / "python3.11"
+    python.write_text(PYTHON_THAT_RECORDS_PIP)
+    python.chmod(0o755)
+    calls = tmp_path / "calls"
+    variables = {"GRPO_MEGA_VENV": str(tmp_path / "venv"), "PATH": path, "PIP_CALLS": str(calls)}
+    setup = ROOT / "launch/setup.sh"
+    result = run_script(setup, "--without", "transformer-engine", "--with", "kernels", **variables)
+    assert result.returncode == 0, result.stderr
+    _, _, rest, kernels, itself = calls.read_text().splitlines()
+    assert rest.endswith(f"-e {ROOT}[vllm,dev]")
+    assert kernels == "1 flashinfer download-kernels"
+    assert itself.endswith(f"-e {ROOT}")
+    conflict = run_script(setup, "--with", "fp8", **variables)
+    assert conflict.returncode == 2
+    assert "--without transformer-engine left it out" in conflict.stderr
 
 
 def test_a_folder_that_is_not_an_environment_is_not_changed(tmp_path: Path) -> None:
