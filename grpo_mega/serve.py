@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from grpo_mega.config.load import known_keys, load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
+from grpo_mega.parallel.error_report import report_error
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
 
@@ -62,9 +63,7 @@ def main() -> None:
             sys.exit(_start_ranks(config.engine.tp))
         serve(config, args.host, args.port)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
-            sys.stderr.flush()
+        report_error(error)
         os._exit(2)
 
 

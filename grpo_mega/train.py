@@ -15,17 +15,17 @@ import json
 import logging
 import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from grpo_mega.config.load import known_keys, load_config, resolved
+from grpo_mega.config.load import known_keys, load_config, precedence_notes, resolved
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.device_queues import set_device_queues
 from grpo_mega.parallel.devices import num_driver_gpus, num_visible_gpus
+from grpo_mega.parallel.error_report import report_error
 from grpo_mega.parallel.stop_signal import EXIT_CODE as STOPPED
 from grpo_mega.parallel.stop_signal import Stopped, expect_stop
 from grpo_mega.parallel.topology import Topology
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from grpo_mega.data.dataset import PromptDataset
 
 log = logging.getLogger("grpo_mega.train")
-
-_FIRST_RANK_REPORTS_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +62,12 @@ def main() -> None:
             sys.stdout.write(f"{json.dumps(for_launcher(config))}\n")
             return
         limit_device_queues(config)
+        if os.environ.get("RANK", "0") == "0":
+            for note in precedence_notes(arguments.config, arguments.overrides):
+                sys.stderr.write(f"note: {note}\n")
         prepared = prepare(config)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
+        report_error(error)
         sys.exit(2)
     run_worker(prepared)
 
@@ -172,9 +172,8 @@ def run_worker(prepared: Prepared) -> None:
     except Stopped as stopped:
         _exit(STOPPED, f"{stopped}\n" if os.environ["RANK"] == "0" else "")
     except UserError as error:  # for example a port in use, a run folder with another config, or a damaged checkpoint
-        if os.environ["RANK"] != "0":
-            time.sleep(_FIRST_RANK_REPORTS_SECONDS)  # most input errors occur on every rank, and rank 0 reports them
-        _exit(2, f"error: {error}\n")
+        report_error(error)
+        _exit(2)
     except Exception:  # every failure of this rank must reach the screen and its log
         log.exception("this rank failed")
         _exit(1)

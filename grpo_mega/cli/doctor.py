@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo_mega.config.load import load_config
+from grpo_mega.config.load import load_config, precedence_notes
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.doctor.examine import examine, examine_machine
 from grpo_mega.doctor.finding import Finding, in_words
@@ -64,4 +64,6 @@ def diagnose(args: argparse.Namespace) -> list[Finding]:
     if args.config is None:
         raise UserError("CONFIG is missing", remedy="name a config, or use --machine")
     config = load_config(args.config, args.overrides)
+    for note in precedence_notes(args.config, args.overrides):
+        print(f"note: {note}", file=sys.stderr)
     return examine(config, Topology.of(config, wanted_world_size(config)))

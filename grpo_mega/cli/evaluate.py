@@ -1,12 +1,14 @@
 """Measure pass@1, pass@k, maj@k and the mean length of a checkpoint on held-out prompts, sampled with the engine.
 
-    grpo-mega evaluate CHECKPOINT --data FILE [--k 1 4 16] [section.key=value ...]
-    python tools/evaluate.py CHECKPOINT --data FILE [--k 1 4 16] [section.key=value ...]
+    grpo-mega evaluate CHECKPOINT [--data FILE] [--k 1 4 16] [section.key=value ...]
+    python tools/evaluate.py CHECKPOINT [--data FILE] [--k 1 4 16] [section.key=value ...]
 
 CHECKPOINT is a run folder (its newest checkpoint is used), a checkpoint of a run, a Hugging Face folder, or a
-checkpoint that tools/hf_to_megatron.py wrote. For a checkpoint of a run, the template, rewards, temperature and
-precision come from the run's config.yaml. For all others they have their defaults, with --reward gsm8k. Overrides are
-those of a run: `engine.tp=2`, `data.template=plain`, `run.world_size=4` (the engine replicas divide the prompts).
+checkpoint that tools/hf_to_megatron.py wrote. For a checkpoint of a run, everything comes from the run: held-out sets,
+seed, samples, temperature, rewards, number and layout of the engine replicas. Its last checkpoint gives the numbers of
+the run's last evaluation; a line on stderr names what an option or an override changes. For all others --data is
+required, and the rest has its defaults, with --reward gsm8k. Overrides are those of a run: `engine.tp=2`,
+`data.template=plain`, `run.world_size=4` (the engine replicas divide the prompts).
 
 Exit code 0: done; 1: a rank failed; 2: the input is wrong.
 """
@@ -14,6 +16,7 @@ Exit code 0: done; 1: a rank failed; 2: the input is wrong.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -21,17 +24,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from grpo_mega.config.load import config_from_values
+from grpo_mega.config.load import config_from_values, resolved
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.observe.summary import read_summary
+from grpo_mega.parallel.devices import num_visible_gpus
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.base import build_rewards
@@ -43,12 +49,14 @@ class Checkpoint:
     """A checkpoint to evaluate.
 
     `weights` is the folder of its weights. `values` is the config of the run, or a generated one outside of runs.
-    `model` is the folder of config.json and tokenizer; None: the tiny base of the run's recipe.
+    `model` is the folder of config.json and tokenizer; None: the tiny base of the run's recipe. `run` is the folder of
+    the run; None outside of runs.
     """
 
     weights: Path
     values: dict[str, Any]
     model: Path | None
+    run: Path | None = None
 
 
 class RankFailedError(RuntimeError):
@@ -85,18 +93,19 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
         weights = checkpoints[max(checkpoints)]
     try:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        named = values["model"]["path"]
-        values["reward"]["terms"] = [{"name": reward}] if reward else values["reward"]["terms"]
+        named, _ = values["model"]["path"], values["reward"]["terms"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"{run / 'config.yaml'} must be the config of a run ({error})", remedy="name a Hugging Face folder"
         ) from None
     exported = run / "hf"
     model = exported if (exported / "config.json").is_file() else Path(named) if named else None
-    return Checkpoint(weights, values, model)
+    return Checkpoint(weights, values, model, run)
 
 
 def _outside_of_runs(path: Path, reward: str, data: Sequence[str]) -> Checkpoint:
+    if not data:
+        raise UserError(f"CHECKPOINT={path} is not a run, so it has no held-out prompts", remedy="give --data FILE")
     from grpo_mega.formats.torch_dist_as_hf import find_base
     from grpo_mega.formats.torch_dist_reader import checkpoint_folder
 
@@ -114,30 +123,35 @@ def data_source(text: str) -> dict[str, str]:
 
 
 def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
-    """Return a config with one engine replica unless overrides change it, after checking its rules.
+    """Return the config of the evaluation: that of the run, changed by options and overrides, after checking its rules.
 
     Raises:
-        UserError: the config or an override is not valid.
+        UserError: the config or an override is not valid, or the run had no evaluation and --data is missing.
     """
-    values = dict(checkpoint.values)
-    values["engine"] = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
-    engine_tp = values["engine"].get("tp", 1)
-    values |= {"parallel": {}, "checkpoint": {}, "run": {"world_size": engine_tp, "seed": args.seed}}
-    values["data"] = {**values["data"], "eval": [data_source(text) for text in args.data]}
-    known = {
-        "k": args.samples or max(args.k),
-        "report_k": sorted(set(args.k)),
-        "max_prompts": args.max_prompts,
-        "every": None,
-    }
-    values["evaluation"] = {**(values.get("evaluation") or {}), **known}
-    if args.temperature is not None:
-        values["evaluation"]["temperature"] = args.temperature
+    values = copy.deepcopy(checkpoint.values)
+    engine = {**(values.get("engine") or {}), "placement": "colocated", "urls": []}
+    seed = (values.get("run") or {}).get("seed", 0) if args.seed is None else args.seed
+    run = {"world_size": _num_ranks(checkpoint), "seed": seed}
+    values |= {"engine": engine, "parallel": {}, "checkpoint": {}, "run": run}
+    if args.data:
+        values["data"]["eval"] = [data_source(text) for text in args.data]
+    elif not values["data"].get("eval"):
+        raise UserError(
+            f"CHECKPOINT={args.checkpoint}: its run had no held-out prompts (data.eval=null)", remedy="give --data FILE"
+        )
+    if args.reward:
+        values["reward"]["terms"] = [{"name": args.reward}]
+    evaluation = {**(values.get("evaluation") or {}), "every": None}
+    if args.k is not None:
+        evaluation |= {"k": args.samples or max(args.k), "report_k": sorted(set(args.k))}
+    elif args.samples is not None:
+        evaluation["k"] = args.samples
+    given = {"max_prompts": args.max_prompts, "temperature": args.temperature, "max_tokens": args.max_tokens}
+    values["evaluation"] = evaluation | {key: value for key, value in given.items() if value is not None}
     if args.max_tokens is not None:
-        values["evaluation"]["max_tokens"] = args.max_tokens
         values["sampling"] = {**(values.get("sampling") or {}), "max_tokens": args.max_tokens}
     # no training batch is built here, so its token budget must not limit max_tokens
-    values["train"] = {**values["train"], "max_tokens_per_microbatch": 2**31}
+    values["train"]["max_tokens_per_microbatch"] = 2**31
     if checkpoint.model is not None:
         values["model"] = {"path": str(checkpoint.model)}
     config = config_from_values(values, args.overrides, [Path.cwd()])
@@ -146,7 +160,58 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
             "engine.placement=server is not supported: this command starts its own engine",
             remedy="leave engine.placement out",
         )
+    _require_gpus(config)
     return config
+
+
+def _num_ranks(checkpoint: Checkpoint) -> int:
+    """Return the number of ranks that sample as the run did: seeds depend on the number of engine replicas."""
+    engine = checkpoint.values.get("engine") or {}
+    size = int(engine.get("tp", 1) * engine.get("dp", 1))
+    if engine.get("placement") == "server":
+        return size * len(engine["urls"])
+    summary = RunFolder(checkpoint.run).summary if checkpoint.run is not None else None
+    if summary is None or not summary.is_file():
+        return size
+    return int(read_summary(summary).layout.get("world_size", size))
+
+
+def _require_gpus(config: Config) -> None:
+    ranks, gpus = config.run.world_size or 1, num_visible_gpus(os.environ)
+    replica = config.engine.tp * config.engine.dp
+    if 0 < gpus < ranks:
+        raise UserError(
+            f"run.world_size={ranks} as in the run, but this machine has {gpus} GPU(s)",
+            remedy=f"add run.world_size={max(1, gpus // replica) * replica}; other samples are drawn then",
+        )
+
+
+_COMPARED = ("run.seed", "run.world_size", "engine.*", "sampling.*", "data.*", "reward.*", "environment*",
+             "evaluation.*", "precision.*")  # fmt: skip
+_NOT_COMPARED = ("data.train", "evaluation.every", "engine.placement", "engine.urls")
+
+
+def differences(config: Config, checkpoint: Checkpoint) -> list[str]:
+    """Return `key=value (run: value)` for every key on which the numbers depend and in which the run differs."""
+    theirs = copy.deepcopy(checkpoint.values)
+    theirs["run"] = {**(theirs.get("run") or {}), "world_size": _num_ranks(checkpoint)}
+    before, now = _flat(Config.model_validate(theirs)), _flat(config)
+    return [
+        f"{key}={now.get(key)} (run: {before.get(key)})"
+        for key in now | before
+        if now.get(key) != before.get(key)
+        and any(fnmatchcase(key, pattern) for pattern in _COMPARED)
+        and key not in _NOT_COMPARED
+    ]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Return the values by `section.key`; in lists of sets and rewards, only keys with a value of their own."""
+    values = resolved(config)
+    values["reward"]["terms"] = [term.model_dump(mode="json", exclude_defaults=True) for term in config.reward.terms]
+    values["data"]["eval"] = [source.model_dump(mode="json", exclude_defaults=True) for source in config.data.eval_sets]
+    sections = {name: section if isinstance(section, dict) else {"": section} for name, section in values.items()}
+    return {f"{name}.{key}".rstrip("."): v for name, section in sections.items() for key, v in section.items()}
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -158,6 +223,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """
     checkpoint = find_checkpoint(args.checkpoint, args.reward, args.data)
     config = config_of(args, checkpoint)
+    if checkpoint.run is not None and (changed := differences(config, checkpoint)):
+        print(f"not the same evaluation as in the run: {', '.join(changed)}", file=sys.stderr)
     world = config.run.world_size or 1
     build_rewards(config.reward.terms)
     check_model(config, Topology.of(config, world))
@@ -179,7 +246,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
             raise RankFailedError(code)
         found = json.loads(answer.read_text())
     sampling = {"samples": config.evaluation.k, "temperature": config.evaluation.temperature}
-    return {"checkpoint": str(checkpoint.weights), "data": args.data, **sampling, **found}
+    data = [source.path for source in config.data.eval_sets]
+    return {"checkpoint": str(checkpoint.weights), "data": data, **sampling, **found}
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
@@ -200,17 +268,26 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("checkpoint", type=Path, help="folder of a run, of a checkpoint or of a Hugging Face model")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument(
-        "--data", action="append", required=True, help="any path of data.eval, or NAME=PATH; may be repeated"
+        "--data",
+        action="append",
+        default=[],
+        help="any path of data.eval, or NAME=PATH; may be repeated (default: data.eval of the run)",
     )
-    parser.add_argument("--k", type=int, nargs="+", default=[4], help="values of k of pass@k and maj@k (default: 4)")
     parser.add_argument(
-        "--samples", type=int, help="answers per prompt, at least the largest k (default: the largest k)"
+        "--k", type=int, nargs="+", help="values of k of pass@k and maj@k (default: as in the run, or 4)"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        help="answers per prompt (default: as in the run, or the largest k)",
     )
     parser.add_argument("--temperature", type=float, help="default: the temperature of the run's evaluations, or 1")
     parser.add_argument("--max-tokens", type=int, help="longest answer in tokens (default: that of the run, or 256)")
-    parser.add_argument("--max-prompts", type=int, help="use only the first prompts of each file (default: all)")
+    parser.add_argument(
+        "--max-prompts", type=int, help="only the first prompts of each set (default: as in the run, or all)"
+    )
     parser.add_argument("--reward", help="reward that grades the answers (default: that of the run, or gsm8k)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of the sampling (default: that of the run, or 0)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object on the last line")
     return parser.parse_intermixed_args(argv)
 

@@ -21,6 +21,7 @@ from grpo_mega.interfaces import WeightSink
 from grpo_mega.observe.log import configure_logging, quiet_libraries
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.error_report import report_error
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rewards.base import build_rewards, full_marks, needs_fields
@@ -72,8 +73,7 @@ def main() -> int:
     try:
         found = measure(job, config, ranks)
     except UserError as error:
-        if ranks.is_first:
-            sys.stderr.write(f"error: {error}\n")
+        report_error(error)
         return 2
     if ranks.is_first:
         Path(job["answer"]).write_text(json.dumps(asdict(found)))

@@ -99,6 +99,12 @@ REFILL_ROUNDS = 8
 """Default of `algorithm.refill_rounds` with `algorithm.degenerate=refill`."""
 
 
+def settings_before_presets(name: str, section: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return {key: (value, default of the algorithm)} for keys of a section that change a default of `name`."""
+    defaults = ALGORITHM_DEFAULTS.get(name, {})
+    return {key: (section[key], default) for key, default in defaults.items() if section.get(key, default) != default}
+
+
 def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the `algorithm` section with the defaults of its choices; keys that are set keep their value."""
     found = {**ALGORITHM_DEFAULTS.get(str(values.get("name", "grpo")), {}), **values}

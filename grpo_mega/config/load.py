@@ -5,6 +5,7 @@ Imports no torch, so that a command with a wrong argument fails at once.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from grpo_mega.config.algorithm_parts import PARTS
+from grpo_mega.config.algorithm_presets import settings_before_presets
 from grpo_mega.config.json_values import reject_endless_values
+from grpo_mega.config.key_suggestions import suggest_key
 from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.rules import check
 from grpo_mega.config.schema import Config
@@ -147,12 +150,32 @@ def _run_dir(path: Path) -> str:
     return f"runs/{path.stem}"
 
 
+def precedence_notes(path: Path, overrides: Sequence[str]) -> list[str]:
+    """Return a line for every value of the file that stays, although an override names another algorithm.
+
+    Args:
+        path: the YAML file of the run, which `load_config` accepts.
+        overrides: `section.key=value`; only `algorithm.name` leads to lines.
+    """
+    section = read_values(path).get("algorithm") or {}
+    given = dict(override.split("=", 1) for override in overrides)
+    name = given.get("algorithm.name")
+    if name is None or name == section.get("name", "grpo"):
+        return []
+    stays = {key: value for key, value in section.items() if f"algorithm.{key}" not in given}
+    return [
+        f"algorithm.{key}={json.dumps(value)} of {path} takes precedence over {json.dumps(default)}, the default of "
+        f"algorithm.name={name}; for the default add algorithm.{key}={json.dumps(default)}"
+        for key, (value, default) in settings_before_presets(name, stays).items()
+    ]
+
+
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not re.fullmatch(r"[A-Za-z_0-9]+(\.[A-Za-z_0-9]+)+", key):
-        raise UserError(
-            f"override {override!r} must have the form section.key=value", remedy="for example train.steps=20"
-        )
+        near = suggest_key(key, known_keys()) if separator and "." not in key and key not in known_keys() else None
+        example = f"did you mean {near}={text}?" if near and "." in near else "for example train.steps=20"
+        raise UserError(f"override {override!r} must have the form section.key=value", remedy=example)
     try:
         value = _parse_yaml(text)
     except yaml.YAMLError:
@@ -172,12 +195,22 @@ def _explain(error: Any) -> str:
     """Return one pydantic error as `key=value: rule`."""
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # without the tags of a union
     if error["type"] == "extra_forbidden":
-        near = nearest_name(where, known_keys())
+        where = _first_leaf(where, error["input"])
+        near = suggest_key(where, known_keys())
         hint = f"; did you mean {near}?" if near else "; docs/reference/config.md lists the keys"
         return f"{where}: unknown key{hint}"
     if error["type"] == "missing":
         return f"{where}: this key is required; set it"
-    return f"{where}={error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].replace("valid tuple", "list")  # YAML has lists; a config holds them as tuples
+    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _first_leaf(where: str, value: object) -> str:
+    """Return the key of the first value in an unknown section, for example `optimzer.lr` for {optimzer: {lr: 1}}."""
+    while isinstance(value, dict) and value:
+        key, value = next(iter(value.items()))
+        where = f"{where}.{key}"
+    return where
 
 
 def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from grpo_mega.config.key_suggestions import suggest_key
 from grpo_mega.config.nearest_name import nearest_name
 
 _NEGATIVE_NUMBER = re.compile(r"-\d+|-\d*\.\d+")  # as argparse has it
@@ -51,7 +52,7 @@ class OptionParser(argparse.ArgumentParser):
             return f"did you mean {near}?"
         words = option.lstrip("-").replace("-", "_")
         by_last_part = {key.rpartition(".")[2]: key for key in reversed(self.config_keys)}
-        key = nearest_name(words, self.config_keys) or by_last_part.get(nearest_name(words, by_last_part) or "")
+        key = suggest_key(words, self.config_keys) or by_last_part.get(nearest_name(words, by_last_part) or "")
         if key is not None:
             return f"did you mean the override {key}={value}?"
         return f"its options are {', '.join(options)}"

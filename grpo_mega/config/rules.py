@@ -292,8 +292,12 @@ def _learning_rate(config: Config) -> None:
 
 def _evaluation(config: Config) -> None:
     evaluation = config.evaluation
-    if evaluation.every is not None and config.data.eval is None:
-        raise UserError(f"evaluation.every={evaluation.every} does nothing without data.eval", remedy="set data.eval")
+    turned_off = "eval" in config.data.model_fields_set  # data.eval=null alone turns evaluation off
+    if evaluation.every is not None and config.data.eval is None and not turned_off:
+        raise UserError(
+            f"evaluation.every={evaluation.every} does nothing without data.eval",
+            remedy="set data.eval, or data.eval=null",
+        )
     wrong = [k for k in evaluation.report_k or () if not 1 <= k <= evaluation.k]
     if wrong:
         raise UserError(

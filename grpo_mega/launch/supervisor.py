@@ -29,6 +29,7 @@ from grpo_mega.parallel.stop_signal import EXIT_CODE, STOP_SIGNAL, expect_stop, 
 
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a rank may be writing its last log line
 _POLL_SECONDS = 0.2  # a signal that arrives just before a blocking wait is handled only after the wait
+_REASON_SECONDS = 5.0  # from the exit of a rank without a message to the message of another rank
 _TAIL_LINES = 40  # of each rank's stderr, kept to be printed again after a failure
 _MAX_TAIL_CHARACTERS = 20000  # of the text that is sent to other machines
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -169,6 +170,32 @@ def _report(ranks: _Ranks, failed: int, return_code: int) -> str:
     return "".join(f"{line}\n" for line in [heading, *tail, *cause])[-_MAX_TAIL_CHARACTERS:]
 
 
+def _show_reason(ranks: _Ranks, reason: _RankExit) -> str:
+    """Print the reason of a failure as the last text on the screen. Return it for the other machines."""
+    if reason.rank is not None:
+        return _report(ranks, reason.rank, reason.code)
+    _show(reason.text)
+    return reason.text
+
+
+def _exit_with_reason(ranks: _Ranks, first: _RankExit) -> _RankExit:
+    """Return the exit whose rank wrote the reason of the failure: `first`, or the next exit with a message.
+
+    A rank that exits without a message leaves the message to another rank that has the same error. If no rank here
+    writes one within 5 s, and no other machine reports a failure, the result is `first`.
+    """
+    exited, deadline = first, time.monotonic() + _REASON_SECONDS
+    while exited.rank is not None:
+        ranks.readers[exited.rank].join(timeout=0.5)  # before the lines of the ranks that it makes fail
+        if exited.code < 0 or (exited.code not in (0, EXIT_CODE) and ranks.screen.tails[exited.rank]):
+            return exited
+        try:
+            exited = ranks.exits.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            return first
+    return exited
+
+
 def _show(text: str) -> None:
     sys.stderr.write(text)
     sys.stderr.flush()
@@ -224,14 +251,12 @@ def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Rendezvous | 
         if exited.code == EXIT_CODE:  # all ranks agreed to stop: the others exit soon
             stopped = True
         elif exited.code != 0:
-            ranks.readers[exited.rank].join(
-                timeout=0.5
-            )  # print its last lines before those of the ranks that it makes fail
+            reason = exited if received else _exit_with_reason(ranks, exited)
             ranks.terminate()
             code = 130 if received else exit_code_of(exited.code)
             text = f"launch: interrupted on {socket.gethostname()}\n"
             if not received:
-                text = _report(ranks, exited.rank, exited.code)
+                text = _show_reason(ranks, reason)
             if meeting is not None:
                 meeting.report_failure(code, text)
             return code

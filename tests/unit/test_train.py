@@ -277,11 +277,6 @@ def test_an_unknown_reward_is_an_error_before_prompts_are_read(
     assert "exakt" in message
 
 
-def test_only_rank_0_prints_the_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert exit_of_main(monkeypatch, capsys, "train.steps=0") == (2, "")
-
-
 def test_preparing_valid_input_returns_its_prompts_and_writes_nothing(tmp_path: Path) -> None:
     config = load_config(QUICKSTART, ["run.world_size=4", "parallel.tp=2", "engine.tp=2"])
     prepared = train.prepare(config)

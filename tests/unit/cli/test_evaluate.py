@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from grpo_mega.cli import evaluate
+from grpo_mega.observe.summary import Summary, write_summary
 from tests.helpers.tiny_models import make_tiny_model
 
 DATA = ("--data", "arithmetic:heldout")
@@ -90,8 +91,56 @@ def test_a_checkpoint_of_a_run_is_evaluated_with_the_settings_of_the_run(model: 
     (folder / "complete").touch()
     newest, run = config_of(str(tmp_path / "run"), *DATA, "--samples", "16", "--reward", "gsm8k", "run.world_size=4")
     assert run.weights == folder
-    assert (newest.evaluation.k, newest.evaluation.report_k, newest.run.world_size) == (16, (4,), 4)
+    assert (newest.evaluation.k, newest.evaluation.report_k, newest.run.world_size) == (16, None, 4)
     assert [term.name for term in newest.reward.terms] == ["gsm8k"]
+
+
+def test_the_settings_of_the_run_are_the_default_and_a_change_is_named(model: Path, tmp_path: Path) -> None:
+    data = {"train": "gone.jsonl", "eval": "arithmetic:heldout", "template": "plain", "max_prompt_tokens": 16}
+    evaluation = {"temperature": 0.7, "k": 2, "report_k": [1, 2], "max_prompts": 7, "every": 3}
+    run = make_run(tmp_path / "run", model, data=data, evaluation=evaluation, run={"seed": 5, "world_size": None})
+    layout = {"world_size": 8, "engine_replicas": 4}
+    write_summary(run / "summary.json", Summary("done", 9, layout=layout))
+    folder = run / "checkpoints" / "step_000009"
+    folder.mkdir(parents=True)
+    config, checkpoint = config_of(str(folder))
+    assert (config.run.seed, config.run.world_size, config.engine.tp) == (5, 8, 2)
+    assert config.data.eval == "arithmetic:heldout"
+    limits = config.evaluation
+    assert (limits.temperature, limits.k, limits.report_k, limits.max_prompts) == (0.7, 2, (1, 2), 7)
+    assert evaluate.differences(config, checkpoint) == []
+    same = ("--data", "arithmetic:heldout", "--seed", "5", "--k", "1", "2", "--temperature", "0.7")
+    assert evaluate.differences(*config_of(str(folder), *same)) == []
+    changed = ("--seed", "6", "--k", "4", "--max-prompts", "3", "--reward", "exact", "run.world_size=2")
+    assert evaluate.differences(*config_of(str(folder), *changed, "--data", "b.jsonl")) == [
+        "run.seed=6 (run: 5)",
+        "run.world_size=2 (run: 8)",
+        "data.eval=[{'path': 'b.jsonl'}] (run: [{'path': 'arithmetic:heldout'}])",
+        "reward.terms=[{'name': 'exact'}] (run: [{'name': 'exact'}, {'name': 'format'}])",
+        "evaluation.k=4 (run: 2)",
+        "evaluation.report_k=[4] (run: [1, 2])",
+        "evaluation.max_prompts=3 (run: 7)",
+    ]
+
+
+def test_more_ranks_than_gpus_are_rejected_with_the_number_to_use(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", model) / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(evaluate, "num_visible_gpus", lambda env: 5)
+    error = error_of(capsys, str(folder), *DATA, "run.world_size=8")
+    assert "run.world_size=8" in error
+    assert "add run.world_size=4" in error
+
+
+def test_without_held_out_prompts_the_option_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path / "run", model) / "checkpoints" / "step_000003"
+    folder.mkdir(parents=True)
+    assert "data.eval=null" in error_of(capsys, str(folder))
+    assert "give --data FILE" in error_of(capsys, str(model))
 
 
 def test_a_set_may_be_named_so_that_the_rewards_of_its_name_apply(

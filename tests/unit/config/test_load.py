@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from grpo_mega.config.load import load_config, resolved
+from grpo_mega.config.load import load_config, precedence_notes, resolved
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 
@@ -370,3 +370,35 @@ def test_each_rule_between_keys_names_key_value_and_remedy(
 )
 def test_the_remedies_of_the_rules_are_accepted(minimal_config: Path, overrides: list[str]) -> None:
     load_config(minimal_config, overrides)
+
+
+def test_a_value_of_the_file_stays_under_another_algorithm_and_a_note_says_so(tmp_path: Path) -> None:
+    path = write_config(tmp_path, MINIMAL | {"algorithm": {"kl_coef": 0.04, "clip_high": 0.28, "clip_low": 0.1}})
+    assert load_config(path, ["algorithm.name=dapo"]).algorithm.kl_coef == 0.04
+    (note,) = precedence_notes(path, ["algorithm.name=dapo"])
+    assert_names(note, "algorithm.kl_coef=0.04", str(path), "algorithm.name=dapo", "add algorithm.kl_coef=0.0")
+    assert precedence_notes(path, ["algorithm.name=dapo", "algorithm.kl_coef=0.0"]) == []
+    assert precedence_notes(path, ["algorithm.name=grpo"]) == precedence_notes(path, []) == []
+
+
+def test_evaluation_is_turned_off_by_one_key(tmp_path: Path) -> None:
+    path = write_config(tmp_path, MINIMAL | {"evaluation": {"every": 5}})
+    assert "evaluation.every=5" in message_of(path)
+    path = write_config(tmp_path, MINIMAL | {"evaluation": {"every": 5}, "data": MINIMAL["data"] | {"eval": "a.jsonl"}})
+    assert load_config(path, ["data.eval=null"]).data.eval_sets == ()
+
+
+@pytest.mark.parametrize("key", ["engine.urls", "evaluation.report_k", "reward.terms"])
+def test_a_list_is_called_a_list(minimal_config: Path, key: str) -> None:
+    assert message_of(minimal_config, f"{key}=5") == f"{key}=5: input should be a list"
+
+
+def test_verification_is_turned_off_from_the_file_and_the_command_line(tmp_path: Path) -> None:
+    assert load_config(write_config(tmp_path), ["weight_sync.verify=off"]).weight_sync.verify == "off"
+    path = tmp_path / "off.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL) + "weight_sync: {verify: off}\n")
+    assert load_config(path).weight_sync.verify == "off"
+
+
+def test_an_override_without_a_section_names_the_whole_key(minimal_config: Path) -> None:
+    assert "did you mean optimizer.lr=1e-5?" in message_of(minimal_config, "lr=1e-5")

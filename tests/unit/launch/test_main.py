@@ -180,6 +180,32 @@ def test_the_message_of_the_first_failing_rank_is_the_last_on_the_screen(
     ]
 
 
+SILENT_FIRST = """
+import os, signal, sys, time
+if os.environ["RANK"] == "2":
+    os._exit(2)  # leaves the message to rank 0, which has the same error
+time.sleep(1.0)
+if os.environ["RANK"] == "0":
+    LATER
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("later", "last"),
+    [
+        ('sys.stderr.write("error: the cause\\n"); sys.exit(2)', b"error: the cause"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", b"launch: rank 0 was ended by SIGSEGV"),
+        ("pass", b"launch: rank 2 ended with exit code 2 and no message"),
+    ],
+)
+def test_a_rank_that_ends_without_a_message_leaves_the_last_line_to_the_reason(
+    later: str, last: bytes, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    assert run_ranks([sys.executable, "-S", "-c", SILENT_FIRST.replace("LATER", later)], rank_environments(3)) == 2
+    assert capfdbinary.readouterr().err.splitlines() == [last]
+
+
 def test_killed_rank_is_named_with_its_signal(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     kill_itself = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     assert run_ranks([sys.executable, "-S", "-c", kill_itself], rank_environments(1)) == 1
