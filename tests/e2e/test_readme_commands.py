@@ -41,6 +41,8 @@ def script_commands() -> list[str]:
             words = shlex.split(line, comments=True)
             while words and (re.fullmatch(r"[A-Z_]+=.*", words[0]) or words[0] in ("python", "$")):
                 words.pop(0)
+            if len(words) > 1 and words[0] == "launch/tool.sh":
+                words[:2] = [f"tools/{words[1]}.py"]
             if words and words[0].startswith(("launch/", "tools/", ".ci/")):
                 found.append(shlex.join(words))
     return sorted(set(found))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.stub_checkout import make_checkout, python_environment
+
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = sorted([*ROOT.glob("launch/*.s[hb]*"), ROOT / ".ci" / "run"])
 
@@ -246,3 +248,32 @@ def test_every_tool_of_the_dev_extra_is_in_each_constraints_file() -> None:
 def test_env_keeps_what_the_user_has_set() -> None:
     script = f'source "{ROOT}/launch/env.sh" && echo "$HF_HUB_OFFLINE $VLLM_CPU_KVCACHE_SPACE"'
     assert run_script("bash", "-c", script, HF_HUB_OFFLINE="0", VLLM_CPU_KVCACHE_SPACE="7").stdout == "0 7\n"
+
+
+def test_a_tool_runs_in_the_environment_and_in_the_current_folder(tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
+    (tmp_path / "own_code.py").write_text("def half(prompt, completion, reference):\n    return 0.5\n")
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b", "answer": "b"}\n')
+    command = [checkout / "launch" / "tool.sh", "score", "--reward", "own_code:half", "--workers", "1", "rows.jsonl"]
+    env = {"PATH": "/usr/bin:/bin", **python_environment()}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert '"reward": 0.5' in done.stdout
+
+
+@pytest.mark.parametrize("name", ["", "no_such_tool", "../setup"])
+def test_an_unknown_tool_is_rejected_with_the_names(name: str) -> None:
+    done = run_script(ROOT / "launch" / "tool.sh", *([name] if name else []))
+    assert done.returncode == 2
+    assert f"NAME={name} is not a tool" in done.stderr
+    assert " score" in done.stderr
+
+
+def test_the_guides_start_tools_in_the_environment() -> None:
+    """A fresh checkout has no `python` with the packages: a command of a guide starts with a script or `grpo-mega`."""
+    guides = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
+    for guide in guides:
+        text = guide.read_text(encoding="utf-8")
+        assert re.findall(r"^python tools/.*$", text, re.MULTILINE) == [], guide
+        for name in re.findall(r"^launch/tool\.sh (\S+)", text, re.MULTILINE):
+            assert (ROOT / "tools" / f"{name}.py").is_file(), f"{guide}: {name}"
