@@ -206,7 +206,7 @@ def _explain(error: Any) -> str:
 
 
 def _first_leaf(where: str, value: object) -> str:
-    """Return the key of the first value in an unknown section, for example `optimzer.lr` for {optimzer: {lr: 1}}."""
+    """Return the key of the first value in an unknown section, for example `optimixer.lr` for {optimixer: {lr: 1}}."""
     while isinstance(value, dict) and value:
         key, value = next(iter(value.items()))
         where = f"{where}.{key}"
