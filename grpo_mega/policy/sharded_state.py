@@ -9,7 +9,7 @@ import torch
 
 from grpo_mega.policy.build import MegatronParts
 from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes
-from grpo_mega.policy.state_records import state_records
+from grpo_mega.policy.state_records import require_live_optimizer, state_records
 from grpo_mega.types import TensorRecord
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip - after policy.build prepares the import
@@ -55,6 +55,7 @@ def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any], vocab_
     """
     cpu.install()
     state = _sharded_state(parts, is_loading=False) | {"extra": extra}
+    require_live_optimizer(parts.optimizer, state["optimizer"])
     records = state_records(state, vocab_size)
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)
@@ -78,12 +79,24 @@ def load_state(parts: MegatronParts, folder: Path) -> dict[str, Any]:
     with checkpoint_reading.loading(folder):
         state = dist_checkpointing.load(sharded, str(folder), sharded_strategy=strategy)
     _fill_models(parts, state["model"])
+    _adopt_rates(parts.optimizer, state["optimizer"])
     with torch.no_grad():
         parts.optimizer.load_state_dict(state["optimizer"])
     for group, values in zip(parts.optimizer.param_groups, groups, strict=True):
         group.update(values)
     extra: dict[str, Any] = state["extra"]
     return extra
+
+
+def _adopt_rates(optimizer: Any, state: dict[Any, Any]) -> None:
+    """Give the loaded groups of parameters the learning rates of the config, which may differ from those of the save.
+
+    distrib_optimizer.py:938 finds the saved group of each present group by values that include these rates.
+    """
+    present = optimizer.param_groups[0]
+    for part in [state] if "optimizer" in state else state.values():
+        for group in part["optimizer"]["param_groups"]:
+            group.update({key: present[key] for key in ("max_lr", "min_lr") if key in group and key in present})
 
 
 def _sharded_weights(parts: MegatronParts) -> dict[int, Any]:

@@ -76,3 +76,18 @@ def test_a_fork_names_its_origin_and_reports_the_accuracy_at_its_start(three_ste
     assert f"starting a new run from {origin}: step 3 of 4 is complete, 1 remain" in ended.stdout + ended.stderr
     assert [line["step"] for line in read_lines(tmp_path / "fork" / "metrics.jsonl")] == [4]
     assert read_json(tmp_path / "fork" / "summary.json")["eval_before"]["num_prompts"] == 8
+
+
+def test_a_changed_learning_rate_is_used_from_the_next_step_on_and_reported(three_steps: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(three_steps, run)
+    changes = ("optimizer.lr=0.5e-3", "train.max_tokens_per_microbatch=4096", "reward.workers=2")
+    ended = run_job_successfully(*ARGUMENTS, *changes, "train.steps=4", f"run.dir={run}", output=tmp_path / "log")
+    assert "from step 4 on: optimizer.lr=0.0005" in ended.stdout + ended.stderr
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines if "config_changes" in line] == [4]
+    (change,) = lines[-1]["config_changes"]
+    assert change.startswith("optimizer.lr: ")
+    assert change.endswith(" -> 0.0005")
+    assert lines[-1]["train/learning_rate"] > 2 * lines[-2]["train/learning_rate"]
+    assert any(b"config_changes" in file.read_bytes() for file in (run / "tensorboard").iterdir())

@@ -1,0 +1,203 @@
+"""Measure saving, verifying and loading a checkpoint of more than 1 GB on one rank, next to `cp` of the same files.
+
+    python tools/bench_checkpoint.py
+
+One process holds a bf16 policy with fp32 master weights and moments. The methods run alternately, the minimum of the
+rounds counts, and the files are in the page cache:
+
+- cp: `cp -r` of the checkpoint and fsync of its files;
+- save: everything from the live state to the visible checkpoint: digests of the live tensors, writing, reading back and
+  comparing, manifest, fsync and rename. `live_digests`, `write` and `read_back` are its parts;
+- load: verification of the files, reading into the policy, comparison of the live weights with the manifest. `verify`
+  and `read` are its parts; `verify` holds both comparisons.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_mega.checkpoint import manager as managers
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.checkpoint.verification import verify_checkpoints
+from grpo_mega.cli.compare_logits_worker import make_rows
+from grpo_mega.config.data_sections import DataConfig
+from grpo_mega.config.model_sections import ModelConfig
+from grpo_mega.config.rollout_sections import RewardConfig
+from grpo_mega.config.schema import Config, TrainConfig
+from grpo_mega.formats.stored_head import checkpoint_spec
+from grpo_mega.interfaces import Policy
+from grpo_mega.observe.run_folder import CheckpointsToVerify
+from grpo_mega.parallel.ports import free_port
+from grpo_mega.parallel.ranks import Ranks, init_ranks
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.types import Microbatch
+
+HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 768, 2048, 8, 12, 4, 64, 32000
+BARS = {"save_against_cp": 0.5, "load_against_cp": 0.5, "verify_fraction_of_read": 0.3}
+
+
+def make_model(folder: Path) -> None:
+    """Write a random dense model as a Hugging Face folder."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        tie_word_embeddings=False,
+    )
+    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def make_policy(folder: Path, ranks: Ranks, config: Config) -> Policy:
+    """Return the policy after one update, with random moments."""
+    from grpo_mega.policy.phase_offload import optimizer_tensors
+    from grpo_mega.policy.policy import MegatronPolicy
+
+    policy = MegatronPolicy(config, checkpoint_spec(folder), folder, ranks, with_reference=False)
+    policy.update(make_rows([[1, 2, 3, 4], [5, 6, 7, 8]], config), _NegativeLogProb(), 1e-6)
+    for tensor in optimizer_tensors(policy.parts.optimizer):
+        tensor.normal_()
+    return policy
+
+
+class _NegativeLogProb:
+    needs_reference = False
+
+    def __call__(
+        self, log_probs: torch.Tensor, entropy: torch.Tensor, microbatch: Microbatch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -log_probs, {}
+
+
+class PartTimes:
+    """Seconds of named parts; the minimum over all rounds counts."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def measure(self, name: str, action: Callable[[], Any]) -> Any:
+        """Run `action` and keep its seconds if they are the fewest so far."""
+        begin = time.perf_counter()
+        result = action()
+        seconds = time.perf_counter() - begin
+        self.seconds[name] = min(seconds, self.seconds.get(name, seconds))
+        return result
+
+    @contextmanager
+    def watching(self, owner: Any, name: str, label: str) -> Any:
+        """Measure every call of the function `name` of `owner`."""
+        real = getattr(owner, name)
+        setattr(owner, name, lambda *args, **kwargs: self.measure(label, lambda: real(*args, **kwargs)))
+        try:
+            yield
+        finally:
+            setattr(owner, name, real)
+
+
+def copy(source: Path, out: Path) -> None:
+    """Copy a checkpoint with `cp`, and flush the files to disk."""
+    subprocess.run(["cp", "-r", str(source), str(out)], check=True)
+    for path in out.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def run(work: Path, rounds: int, ranks: Ranks, config: Config) -> dict[str, Any]:
+    """Run all methods alternately and return the summary."""
+    from megatron.core import dist_checkpointing
+
+    from grpo_mega.policy import sharded_state
+
+    policy = make_policy(work / "model", ranks, config)
+    folder, watch = work / "checkpoints", PartTimes()
+    manager = CheckpointManager(folder, keep=1, is_first=True)
+    for number in range(1, rounds + 1):
+
+        def save(step: int = number) -> Path:
+            staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=step)
+            assert staged is not None
+            manager.publish(staged)
+            return staged.with_suffix("")
+
+        with (
+            watch.watching(sharded_state, "state_records", "live_digests"),
+            watch.watching(managers, "compare_with_live", "read_back"),
+            watch.watching(dist_checkpointing, "save", "write"),
+        ):
+            checkpoint = watch.measure("save", save)
+        size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
+        watch.measure("cp", partial(copy, checkpoint, work / "copy"))
+        shutil.rmtree(work / "copy")
+
+        def load(source: Path = checkpoint) -> None:
+            wanted = CheckpointsToVerify((source,))
+            watch.measure("verify_files", lambda: verify_checkpoints(wanted, "", ranks))
+            with watch.watching(policy, "load", "read"), watch.watching(policy, "live_records", "verify_live"):
+                manager.load(policy, source)
+
+        watch.measure("load", load)
+    seconds = watch.seconds
+    seconds["verify"] = seconds["verify_files"] + seconds["verify_live"]
+    ratios = {
+        "save_against_cp": seconds["cp"] / seconds["save"],
+        "load_against_cp": seconds["cp"] / seconds["load"],
+        "verify_fraction_of_read": seconds["verify"] / seconds["read"],
+    }
+    return {
+        "name": "checkpoint",
+        "measured": {name: round(value, 3) for name, value in ratios.items()},
+        "reference": BARS,
+        "ratio": round(ratios["save_against_cp"], 3),
+        "unit": "ratio of times",
+        "bytes": size,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "conditions": {"cpus": os.cpu_count(), "machine": platform.machine(), "torch": torch.__version__},
+    }
+
+
+def main() -> None:
+    """Run the benchmark and print JSON as the last line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, help="folder for the files; default: a temporary folder")
+    parser.add_argument("--json", action="store_true", help="no effect: the last line is always JSON")
+    args = parser.parse_args()
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update(rank, MASTER_PORT=str(free_port()))
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        work = Path(folder)
+        make_model(work / "model")
+        config = Config(
+            model=ModelConfig(path=str(work / "model")),
+            data=DataConfig(train="arithmetic:train"),
+            reward=RewardConfig(terms=({"name": "exact"},)),
+            train=TrainConfig(steps=1),
+        )
+        ranks = init_ranks(Topology(1), 600.0)
+        print(json.dumps(run(work, args.rounds, ranks, config)))
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
