@@ -9,7 +9,7 @@ import torch
 
 from grpo_mega.policy.build import MegatronParts
 from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes
-from grpo_mega.policy.state_records import require_live_optimizer, state_records
+from grpo_mega.policy.state_records import state_records
 from grpo_mega.types import TensorRecord
 
 from megatron.core import dist_checkpointing, parallel_state  # isort: skip - after policy.build prepares the import
@@ -55,7 +55,6 @@ def save_state(parts: MegatronParts, folder: Path, extra: dict[str, Any], vocab_
     """
     cpu.install()
     state = _sharded_state(parts, is_loading=False) | {"extra": extra}
-    require_live_optimizer(parts.optimizer, state["optimizer"])
     records = state_records(state, vocab_size)
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), _dp_group(), False)
     dist_checkpointing.save(state, str(folder), sharded_strategy=strategy)

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
 from grpo_mega.policy.megatron_patches import cpu
@@ -60,47 +58,6 @@ def state_records(sharded: Any, vocab_size: int) -> dict[str, TensorRecord]:
         key: each for found, _ in everywhere for key, each in found.items()
     }
     return {key: TensorRecord(shape, dtype, digest_text(total[key])) for key, (shape, dtype) in sorted(known.items())}
-
-
-def require_live_optimizer(optimizer: Any, sharded: Any) -> None:
-    """Compare the optimizer state that Megatron gathered for a save with the shards that the optimizer updates.
-
-    Collective. Every data-parallel rank holds a range of each flattened parameter; the digests of the ranges add up to
-    the digest of the gathered tensor.
-
-    Args:
-        optimizer: Megatron's optimizer, whose shards are the live state.
-        sharded: its sharded state, with the gathered tensors.
-
-    Raises:
-        RuntimeError: a gathered tensor differs from the live shards (names it).
-    """
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    states = [sharded] if len(inner) == 1 else [sharded[i] for i in range(len(inner))]
-    for each, state in zip(inner, states, strict=True):
-        params = [param for buffer in each.buffers for param in buffer.param_index_map]
-        keys, differences = [], []
-        for position, param in enumerate(params):
-            held = param in each.model_param_gbuf_map  # a rank may hold no part of a small parameter
-            live = each._get_main_param_and_optimizer_states(param) if held else {}
-            begin = each._get_model_param_range_map(param)["param"].start if held else 0
-            for name, gathered in state["param_state"][position].items():
-                mine = _flat_digest(live[name], begin) if name in live else 0
-                whole = _flat_digest(gathered.data, 0) if each.data_parallel_group.rank() == 0 else 0
-                keys.append(gathered.key)
-                differences.append(wrap_int64(mine - whole))
-        if not params:
-            continue
-        sums = torch.tensor(differences, device=params[0].device)
-        dist.all_reduce(sums, group=each.data_parallel_group)  # sums of int64 are modulo 2^64
-        wrong = [key for key, difference in zip(keys, sums.tolist(), strict=True) if difference]
-        if wrong:
-            raise RuntimeError(f"checkpoint: the state to save is not the present one: {', '.join(wrong[:3])}")
-
-
-def _flat_digest(values: Tensor, begin: int) -> int:
-    flat = values.detach().reshape(-1)
-    return slice_digest(flat, TensorSlice("", (begin,), (flat.numel(),)))
 
 
 def _main_replicas(sharded: Any) -> Iterator[ShardedTensor]:

@@ -229,39 +229,6 @@ def test_a_save_of_values_that_are_not_live_fails_on_every_rank_and_is_not_visib
     assert RunFolder(tmp_path).complete_checkpoints() == {}
 
 
-def save_a_stale_gather(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> list[str]:
-    """Save while Megatron gathers other optimizer state than the optimizer holds; return the errors."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    policy = open_policy(rank, recorded, layout)
-    train_on(rank, policy, recorded, layout, RATES[:1])
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
-    real_gather, errors = DistributedOptimizer.get_parameter_state_dp_zero, []
-    for part in ("param", "exp_avg", "exp_avg_sq"):
-
-        def gather(self: Any, *args: Any, stale: str = part, **kwargs: Any) -> Any:
-            found = real_gather(self, *args, **kwargs)
-            for of_dtype in found[0].values():
-                of_dtype[stale][5] += 0.5
-            return found
-
-        with mock.patch.object(DistributedOptimizer, "get_parameter_state_dp_zero", gather):
-            try:
-                manager.stage_if_due(policy, LoopState(step=2, policy_version=2), every=1, last_step=9)
-            except RuntimeError as error:
-                errors.append(str(error))
-    return errors
-
-
-def test_a_stale_copy_of_the_optimizer_state_is_not_saved(laboratory: Laboratory, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path).checkpoints
-    for errors in laboratory.pool.call(2, save_a_stale_gather, laboratory.recorded("qwen3"), DP2, folder):
-        assert len(errors) == 3
-        for part, error in zip(("param", "exp_avg", "exp_avg_sq"), errors, strict=True):
-            assert f"is not the present one: optimizer.state.{part}." in error
-    assert RunFolder(tmp_path).complete_checkpoints() == {}
-
-
 def save_until_it_fails(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> str:
     policy = open_policy(rank, recorded, layout)
     manager = CheckpointManager(folder, keep=9, is_first=rank == 0)
