@@ -50,11 +50,14 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass recomputes: none, those of `recompute_modules`, or those of whole layers."""
     recompute_modules: tuple[RecomputeModule, ...] | None = Field(None, strict=False)
-    """Modules whose activations `recompute: selective` recomputes. null: `[core_attn]`."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients over the data-parallel ranks while the backward pass is still running."""
-    overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass is already running. Needs `overlap_grad_reduce`."""
+    """Modules whose activations `recompute: selective` recomputes. null: `[core_attn]` on CPU. On CUDA the attention
+    kernel recomputes its scores itself: `[mla_up_proj]` for latent attention, nothing for other models."""
+    overlap_grad_reduce: bool | None = None
+    """Reduce gradients over the data-parallel ranks while the backward pass is still running. null: on with CUDA and
+    several data-parallel ranks."""
+    overlap_param_gather: bool | None = None
+    """Gather updated parameters while the next forward pass is already running. Needs `overlap_grad_reduce`. null: on
+    with CUDA and several data-parallel ranks."""
     megatron: dict[str, Any] = Field({})
     """Fields of Megatron-Core's TransformerConfig, DistributedDataParallelConfig and OptimizerConfig, by name. Names
     that several of them declare need the prefix `transformer.`, `ddp.` or `optimizer.`. Fields that other keys set, or

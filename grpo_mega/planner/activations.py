@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from grpo_mega.models.placement_rules import padded_vocab
+from grpo_mega.models.recompute import recomputed_modules
 from grpo_mega.planner.attention_activations import AttentionActivations
 from grpo_mega.planner.feed_forward_activations import FeedForwardActivations
 from grpo_mega.planner.fp8 import INPUT_BYTES
@@ -102,7 +103,7 @@ class Activations:
         self, is_moe: bool, norms: float, inner: float, core: float, feed_forward: float, i: int
     ) -> list[float]:
         """Return the bytes that each recomputed module does not keep."""
-        modules = self._parallel.recompute_modules or ("core_attn",)
+        modules = recomputed_modules(self._spec, self._parallel, fused_attention=not self._row.local or self._row.flash)
         attention = self._attention
         output = self._row.sequence_tokens * self._spec.hidden_size * i
         dropped = []

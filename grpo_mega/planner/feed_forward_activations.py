@@ -31,8 +31,9 @@ class FeedForwardActivations:
         return self._gated_unit(self._spec.ffn_size / self._parallel.tp, i)
 
     def _gated_unit(self, f: float, i: int) -> float:
-        """Return the bytes of [gate; up], silu(gate), up and their product: Megatron's unfused gated unit."""
-        return f * self._row.tokens * (4 * self._row.itemsize + i)
+        """Return the bytes of [gate; up] and of their product; unfused also of silu(gate) and of a copy of up."""
+        kept = 4 if self._row.local else 2
+        return f * self._row.tokens * (kept * self._row.itemsize + i)
 
     def routed_tokens(self, moe: MoeSpec) -> float:
         """Return the number of tokens that the experts of the busiest rank receive."""
@@ -43,7 +44,8 @@ class FeedForwardActivations:
         moe, b = self._spec.moe, self._row.itemsize
         assert moe is not None, "a layer of experts in a model without experts"
         routed = self.routed_tokens(moe)
-        per_token = self._spec.hidden_size * i + (5 * b + i) * moe.expert_ffn_size / self._parallel.etp
+        kept = 2 if not self._row.local and moe.gate is None else 5  # unfused also the product before the router weight
+        per_token = self._spec.hidden_size * i + (kept * b + i) * moe.expert_ffn_size / self._parallel.etp
         scores = 20 if self._aux_loss else 12  # the loss keeps scores and loads in float32
         router = self._row.sequence_tokens * (scores * moe.num_experts + 40 * moe.top_k)
         shared = self._gated_unit(moe.shared_ffn_size / self._parallel.tp, i)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.config.schema import Config
 from grpo_mega.models.engine_memory import ITEMSIZE
 from grpo_mega.models.kv_cache_memory import KvCacheSize
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.overlap import with_overlap
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, Gpu
 
@@ -60,6 +62,12 @@ class PlanInputs:
     def policy_is_offloaded(self) -> bool:
         """True if the policy leaves its devices between the phases that use it."""
         return not self.is_cpu_job and (not self.uses_servers or self.config.algorithm.needs_critic)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """The section `parallel` with the defaults that depend on the device and the layout."""
+        copies = self.topology.dp * self.topology.cp
+        return with_overlap(self.config.parallel, copies=copies, on_cuda=not self.is_cpu_job)
 
     @property
     def kv_cache(self) -> KvCacheSize:

@@ -105,7 +105,7 @@ def static_bytes(chunks: Iterable[ModelChunk], sizes: ModuleSizes, inputs: PlanI
         dense = [s.dense_aligned for s in sums], topology.dp * topology.cp
         experts = [s.expert_aligned for s in sums], topology.edp
         for elements, ranks in (dense, experts):
-            size = _buffer_elements(elements, ranks, config.parallel.overlap_grad_reduce)
+            size = _buffer_elements(elements, ranks, bool(inputs.parallel.overlap_grad_reduce))
             buffer += size
             shard += size // ranks
     state = (master + 8) * shard

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from grpo_mega.config.schema import Config
 from grpo_mega.models.engine_memory import ITEMSIZE
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.planner.inputs import PlanInputs, Workload
@@ -91,7 +92,8 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     recomputed = 1 / 3 if config.parallel.recompute == "full" else 0.0
     messages = _message_seconds(inputs, tokens / topology.dp)
     forward = tokens * cost.forward / rate * bubble + messages / 3
-    passes = (1 if work.updates > 1 else 0) + (1 if config.algorithm.needs_reference else 0)
+    computed = (3 + recomputed) * tokens * cost.forward / rate * bubble
+    passes = _policy_passes(config) + (1 if config.algorithm.needs_reference else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
     stays_on_device = inputs.uses_servers and not config.algorithm.needs_critic
     offload = 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie)
@@ -99,8 +101,8 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     phases = {
         "rollout": _rollout_seconds(inputs, memory, work, cost),
         "log_probs": passes * forward,
-        "train": epochs * ((3 + recomputed) * tokens * cost.forward / rate * bubble + messages)
-        + work.updates * _gradient_seconds(inputs, static),
+        "train": epochs * (computed + messages)
+        + work.updates * _exposed_gradient_seconds(inputs, static, epochs * computed / work.updates / max(1, rows)),
         "optimizer": work.updates * _optimizer_seconds(inputs, static),
         "offload": 0.0 if stays_on_device else offload,
         "sync": _sync_seconds(inputs, memory.engine.weights),
@@ -111,10 +113,26 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     return StepTime(phases, tokens, 3 * tokens * cost.forward)
 
 
+def _policy_passes(config: Config) -> float:
+    """Return the fraction of the batch whose log-probs before the update need a pass of the policy.
+
+    The first update's forward pass gives those of the first minibatch (trainer/loop.py).
+    """
+    algorithm, minibatches = config.algorithm, config.train.minibatches_per_epoch
+    if algorithm.old_log_probs == "sampler":
+        return 0.0
+    if algorithm.kl_in == "reward" and algorithm.needs_reference:
+        return 1.0
+    return (minibatches - 1) / minibatches
+
+
 def _rollout_seconds(inputs: PlanInputs, memory: MemoryPlan, work: Workload, cost: TokenCost) -> float:
     """Return the seconds of sampling: each prompt is computed once, then each decode step reads weights and cache.
 
-    Rollouts that do not fit at once run in rounds. The last round lasts as long as its longest rollout.
+    Rollouts that do not fit at once run in rounds. The last round lasts as long as its longest rollout. Lengths are
+    assumed to be uniform from 0 to max_tokens, M, whose mean is `mean_length`; P is the mean prompt. While finished
+    rollouts are replaced, a running rollout has P + M / 3 tokens in the cache on average. In the last round those that
+    finish leave the cache: on average P / 2 + M / 6 tokens for each rollout that it began with.
     """
     config, topology, spec = inputs.config, inputs.topology, inputs.spec
     assumed, gpu, engine = inputs.assumptions, inputs.gpu, memory.engine
@@ -128,19 +146,20 @@ def _rollout_seconds(inputs: PlanInputs, memory: MemoryPlan, work: Workload, cos
         elements = sum(spec.moe.layers) * 3 * spec.hidden_size * spec.moe.expert_ffn_size * spec.moe.num_experts
         experts = elements * (1 if config.engine.fp8 else ITEMSIZE[config.precision.dtype]) / topology.engine_size
         weights -= experts * (1 - routed_fraction) ** (at_once * topology.engine_dp)
-    read = (weights + at_once * work.mean * engine.kv_bytes_per_token) / (
-        gpu.memory_bandwidth * assumed.decode_bandwidth
-    )
+    longest, prompt = config.sampling.max_tokens, config.data.max_prompt_tokens * assumed.mean_length
+    bandwidth = gpu.memory_bandwidth * assumed.decode_bandwidth
+    cache = at_once * (prompt + longest / 3) * engine.kv_bytes_per_token
     computed = at_once * 2 * cost.active / config.engine.tp / (gpu.bf16_flops * assumed.prefill_flops)
     latency = 2 * spec.num_layers * assumed.collective_latency if config.engine.tp > 1 else 0.0
     if spec.moe is not None and topology.engine_dp > 1:  # tokens are gathered for the experts, their sums scattered
         latency += 2 * sum(spec.moe.layers) * assumed.collective_latency
-    decode = max(read, computed) + latency
-    steps = (rounds - 1) * assumed.mean_length * config.sampling.max_tokens + config.sampling.max_tokens
+    full = max((weights + cache) / bandwidth, computed) + latency
+    last = max((weights + cache / 2) / bandwidth, computed) + latency
+    decoding = (rounds - 1) * assumed.mean_length * longest * full + longest * last
     prompts = config.data.prompts_per_step * config.data.max_prompt_tokens * assumed.mean_length
     devices = topology.num_server_ranks or topology.world_size
     prefill = prompts * cost.forward / (devices * gpu.bf16_flops * assumed.prefill_flops)
-    return steps * decode + prefill
+    return decoding + prefill
 
 
 def _message_seconds(inputs: PlanInputs, tokens: float) -> float:
@@ -171,6 +190,22 @@ def _gradient_seconds(inputs: PlanInputs, static: StaticBytes) -> float:
         return 0.0
     moved = (static.gradients + static.weights) * (copies - 1) / copies
     return moved / inputs.cluster.link_speed(inputs.topology.tp * copies)
+
+
+def _exposed_gradient_seconds(inputs: PlanInputs, static: StaticBytes, row_seconds: float) -> float:
+    """Return the part of `_gradient_seconds` that is not hidden behind the computation of one row.
+
+    With overlap, gradients are reduced during the backward pass of the last row of an update (two thirds of its time),
+    and weights are gathered during the forward pass of the next one.
+    """
+    seconds = _gradient_seconds(inputs, static)
+    reduced = seconds * static.gradients / (static.gradients + static.weights)
+    gathered = seconds - reduced
+    if inputs.parallel.overlap_grad_reduce:
+        reduced = max(0.0, reduced - row_seconds * 2 / 3)
+    if inputs.parallel.overlap_param_gather:
+        gathered = max(0.0, gathered - row_seconds / 3)
+    return reduced + gathered
 
 
 def _optimizer_seconds(inputs: PlanInputs, static: StaticBytes) -> float:

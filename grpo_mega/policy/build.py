@@ -14,6 +14,7 @@ import torch
 
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.parallel.overlap import with_overlap
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
@@ -95,6 +96,8 @@ def build_policy(
 
     The weights must be loaded afterwards (policy/weight_source.py).
     """
+    copies = ranks.topology.dp * ranks.topology.cp
+    parallel = with_overlap(parallel, copies=copies, on_cuda=ranks.device.type == "cuda")
     passed = split_arguments(parallel.megatron)
     config = transformer_config(spec, parallel, precision, modules)
     models = build_models(spec, config, parallel, ranks, model)

@@ -55,11 +55,11 @@ class MegatronLearner:
         """Build the model and its optimizer. The weights must be loaded afterwards."""
         self.spec, self.ranks = spec, ranks
         self._sequence_parallel = config.parallel.sequence_parallel
-        self._overlaps_gather, self._gather_pending = config.parallel.overlap_param_gather, False
         modules = choose_modules(config, on_cuda=ranks.device.type == "cuda")
         self.parts: MegatronParts = build_policy(
             spec, config.parallel, config.precision, optimizer, ranks, modules, model
         )
+        self._overlaps_gather, self._gather_pending = self.parts.ddps[0].ddp_config.overlap_param_gather, False
         self.dp_group = parallel_state.get_data_parallel_group()
         self.cp_group = parallel_state.get_context_parallel_group()
         self._fp8 = config.precision.fp8

@@ -135,13 +135,13 @@ def _by_name(table: Mapping[str, str]) -> dict[str, str]:
 OWNED: Mapping[str, Mapping[str, str]] = {
     "transformer": _by_name(
         {
-            "": """calculate_per_token_loss perform_initialization gradient_accumulation_fusion bias_activation_fusion
-            bias_dropout_fusion masked_softmax_fusion moe_router_dtype moe_router_load_balancing_type
+            "": """calculate_per_token_loss perform_initialization moe_router_dtype moe_router_load_balancing_type
             moe_token_dispatcher_type batch_p2p_comm hidden_dropout attention_dropout finalize_model_grads_func
             no_sync_func grad_scale_func grad_sync_func param_sync_func timers init_method output_layer_init_method
             embedding_init_method _cpu_offloading_context""",
             "policy.modules": """transformer_impl use_cpu_initialization init_model_with_meta_device apply_rope_fusion
-            persist_layer_norm moe_grouped_gemm""",
+            persist_layer_norm moe_grouped_gemm gradient_accumulation_fusion bias_activation_fusion bias_dropout_fusion
+            masked_softmax_fusion moe_permute_fusion""",
             "parallel.tp": "tensor_model_parallel_size",
             "parallel.pp": "pipeline_model_parallel_size",
             "parallel.vpp": "virtual_pipeline_model_parallel_size",

@@ -14,11 +14,12 @@ import torch
 from grpo_mega.config.policy_sections import ParallelConfig, PrecisionConfig
 from grpo_mega.formats.megatron_args import expert_settings, latent_settings
 from grpo_mega.models.placement_rules import padded_vocab
+from grpo_mega.models.recompute import recomputed_modules
 from grpo_mega.models.spec import ModelSpec, MoeSpec
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
-from grpo_mega.policy.megatron_patches import cpu, fixes
+from grpo_mega.policy.megatron_patches import cpu, fixes, head_gradient
 from grpo_mega.policy.module_choice import ModuleChoice
 
 cpu.prepare_import()
@@ -92,10 +93,7 @@ def transformer_fields(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "gradient_accumulation_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
+        **_fused_kernels(spec, modules),
         # Transformer Engine has the kernels. The one of latent attention is for YaRN only (transformer_config.py:2966);
         # the one of other attention does not scale cosine and sine of packed rows, as YaRN requires (rope_utils.py:321)
         "apply_rope_fusion": modules.transformer_engine and yarn == (spec.mla is not None),
@@ -103,7 +101,8 @@ def transformer_fields(
         **fp8.transformer_fields(precision, has_experts=spec.moe is not None),
         **fixes.PIPELINE_MESSAGES,
     }
-    settings |= _recompute(parallel)
+    flash = modules.device == "cuda" and dtype == torch.bfloat16
+    settings |= _recompute(spec, parallel, fused_attention=modules.transformer_engine or flash)
     settings |= _attention_extras(spec)
     if spec.moe is not None:
         settings |= _moe_settings(spec.moe, modules.transformer_engine)
@@ -143,13 +142,29 @@ def _attention_extras(spec: ModelSpec) -> dict[str, Any]:
     return settings
 
 
-def _recompute(parallel: ParallelConfig) -> dict[str, Any]:
-    if parallel.recompute == "none":
-        return {}
+def _fused_kernels(spec: ModelSpec, modules: ModuleChoice) -> dict[str, Any]:
+    """Return the fields of the fused kernels, which are on with Transformer Engine.
+
+    The gated unit and the residual sum are compiled by torch (fusions/fused_bias_swiglu.py, fused_bias_dropout.py). The
+    linear layers of Transformer Engine add the gradient of a weight to the float32 buffer in the matrix product
+    (extensions/transformer_engine.py:1037); the head needs no such kernel (megatron_patches/head_gradient.py). The
+    fused permutation of routed tokens is Transformer Engine's, since 2.1. The clamped gate of gpt-oss has no kernel.
+    """
+    on, moe = modules.transformer_engine, spec.moe
+    return {
+        "gradient_accumulation_fusion": on,
+        "bias_activation_fusion": on and (moe is None or moe.gate is None),
+        "bias_dropout_fusion": on,
+        "masked_softmax_fusion": False,  # of attention that is not fused
+        **({"moe_permute_fusion": on} if moe is not None else {}),
+    }
+
+
+def _recompute(spec: ModelSpec, parallel: ParallelConfig, *, fused_attention: bool) -> dict[str, Any]:
     if parallel.recompute == "full":
         return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    modules = parallel.recompute_modules or ("core_attn",)
-    return {"recompute_granularity": "selective", "recompute_modules": list(modules)}
+    modules = recomputed_modules(spec, parallel, fused_attention=fused_attention)
+    return {"recompute_granularity": "selective", "recompute_modules": list(modules)} if modules else {}
 
 
 def _moe_settings(moe: MoeSpec, grouped: bool) -> dict[str, Any]:
@@ -225,20 +240,21 @@ def _chunk(
 ) -> PolicyModel:
     """Build model chunk `chunk` of the `parallel.vpp` chunks of this rank."""
     stage = chunk if parallel.vpp > 1 else None
-    return model_type(
-        config,
-        _layer_spec(config, spec, stage),
-        vocab_size=padded_vocab(spec.vocab_size, parallel.tp),
-        max_sequence_length=spec.max_positions,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
-        parallel_output=True,
-        share_embeddings_and_output_weights=spec.tie_embeddings,
-        position_embedding_type="rope",
-        rotary_percent=spec.rotary_fraction,
-        rotary_base=spec.rope_theta,
-        vp_stage=stage,
-    )
+    with head_gradient.head_without_apex():
+        return model_type(
+            config,
+            _layer_spec(config, spec, stage),
+            vocab_size=padded_vocab(spec.vocab_size, parallel.tp),
+            max_sequence_length=spec.max_positions,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+            parallel_output=True,
+            share_embeddings_and_output_weights=spec.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_percent=spec.rotary_fraction,
+            rotary_base=spec.rope_theta,
+            vp_stage=stage,
+        )
 
 
 def _layer_spec(config: TransformerConfig, spec: ModelSpec, vp_stage: int | None) -> Any:

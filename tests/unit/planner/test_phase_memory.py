@@ -149,15 +149,19 @@ def test_without_cuda_a_critic_stays_in_memory_in_every_phase() -> None:
 def test_recomputation_stores_less_and_sequence_parallelism_splits_it() -> None:
     spec = spec_of(num_hidden_layers=4)
     plain, selective, full = (
-        memory_of(config_of(parallel={"recompute": how}), spec, 1).ranks[0].activations
+        memory_of(config_of(parallel={"recompute": how}), spec, 1, "cpu").ranks[0].activations
         for how in ("none", "selective", "full")
     )
     assert full < selective < plain
+    fused = [
+        memory_of(config_of(parallel={"recompute": how}), spec, 1).ranks[0].activations for how in ("none", "selective")
+    ]
+    assert fused[0] == fused[1], "a fused kernel recomputes its scores itself"
     tp, cut = (
         memory_of(config_of(parallel={"tp": 2, "sequence_parallel": sp}), spec, 2).ranks[0].activations
         for sp in (False, True)
     )
-    assert cut < tp < plain
+    assert cut < tp < fused[0]
 
 
 def test_the_workload_counts_microbatches_of_full_length() -> None:

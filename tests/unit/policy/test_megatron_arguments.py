@@ -99,7 +99,7 @@ def test_every_owning_key_is_a_key_of_the_config() -> None:
     [
         ({"bucket_sise": 1}, ["bucket_sise=1", "TransformerConfig", "did you mean bucket_size?"]),
         ({"ddp.bucket_sise": 1}, ["megatron.ddp.bucket_sise=1", "did you mean ddp.bucket_size?"]),
-        ({"ddp.moe_permute_fusion": True}, ["DistributedDataParallelConfig", "did you mean transformer.moe_permute_f"]),
+        ({"ddp.moe_router_fusion": True}, ["DistributedDataParallelConfig", "did you mean transformer.moe_router_f"]),
         (
             {"tensor_parallel_size": 2},
             ["tensor_parallel_size=2", "did you mean tensor_model_parallel_size? parallel.tp"],
@@ -131,7 +131,7 @@ def test_every_owning_key_is_a_key_of_the_config() -> None:
         ({"moe_aux_loss_coeff": 1e-3}, ["moe_aux_loss_coeff=0.001", "set algorithm.aux_loss_coef"]),
         ({"cpu_offloading": True}, ["cpu_offloading=True is not supported", "planner"]),
         ({"bucket_size": "many"}, ["bucket_size='many'", "integer"]),
-        ({"moe_permute_fusion": 1}, ["moe_permute_fusion=1", "boolean"]),
+        ({"moe_router_fusion": 1}, ["moe_router_fusion=1", "boolean"]),
         ({"attention_backend": "fast"}, ["attention_backend='fast'", "'flash'"]),
         (
             {"barrier_with_L1_time": False},

@@ -12,6 +12,8 @@ from grpo_mega.policy.transformer_config import transformer_config, transformer_
 from tests.helpers.family_configs import raw_family_config
 from tests.helpers.module_choices import LOCAL_ON_CPU, LOCAL_ON_CUDA, TRANSFORMER_ENGINE
 
+from megatron.core.transformer.moe import moe_utils  # isort: skip - after the import of transformer_config
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1000.0}
 PLAIN = {"rope_type": "default", "rope_theta": 1000.0}
 BF16 = PrecisionConfig(dtype="bf16")
@@ -35,7 +37,12 @@ def test_rotary_embeddings_are_fused_where_megatron_has_a_kernel(
         assert fields["apply_rope_fusion"] is (modules.transformer_engine and fused)
 
 
-def test_latent_attention_without_yarn_has_a_config_on_cuda() -> None:
+PERMUTATIONS = ("permute", "permute_with_probs", "sort_chunks_by_index", "sort_chunks_by_index_with_probs", "unpermute")
+
+
+def test_latent_attention_without_yarn_has_a_config_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PERMUTATIONS:  # Megatron's config checks that Transformer Engine has these kernels
+        monkeypatch.setattr(moe_utils, f"fused_{name}", object())
     spec = spec_from_config(raw_family_config("deepseek_v3", rope_parameters=PLAIN), "config.json")
     config = transformer_config(spec, ParallelConfig(), BF16, TRANSFORMER_ENGINE)
     assert (config.rope_type, config.apply_rope_fusion) == ("rope", False)
@@ -50,3 +57,42 @@ def test_what_only_transformer_engine_has_is_off_with_local_modules() -> None:
     }
     assert found[LOCAL_ON_CPU] == found[LOCAL_ON_CUDA] == ["local", False, False, False]
     assert found[TRANSFORMER_ENGINE] == ["transformer_engine", True, True, True]
+
+
+KERNELS = ("gradient_accumulation_fusion", "bias_activation_fusion", "bias_dropout_fusion", "moe_permute_fusion")
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        ("llama", [True, True, True, None]),
+        ("qwen3_moe", [True, True, True, True]),
+        ("deepseek_v3", [True, True, True, True]),
+        ("gpt_oss", [True, False, True, True]),  # its clamped gate has no kernel
+    ],
+)
+def test_fused_kernels_are_on_with_transformer_engine_only(family: str, fused: list[bool | None]) -> None:
+    spec = spec_from_config(raw_family_config(family), "config.json")
+    found = transformer_fields(spec, ParallelConfig(), BF16, TRANSFORMER_ENGINE)
+    assert [found.get(name) for name in KERNELS] == fused
+    assert found["masked_softmax_fusion"] is False
+    for modules in (LOCAL_ON_CPU, LOCAL_ON_CUDA):
+        fields = transformer_fields(spec, ParallelConfig(), BF16, modules)
+        assert not any(fields.get(name) for name in KERNELS)
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "recomputed"),
+    [
+        ("llama", LOCAL_ON_CPU, ["core_attn"]),
+        ("llama", LOCAL_ON_CUDA, None),
+        ("llama", TRANSFORMER_ENGINE, None),
+        ("deepseek_v3", TRANSFORMER_ENGINE, ["mla_up_proj"]),
+    ],
+)
+def test_selective_recomputation_leaves_out_attention_that_recomputes_itself(
+    family: str, modules: Any, recomputed: list[str] | None
+) -> None:
+    spec = spec_from_config(raw_family_config(family), "config.json")
+    fields = transformer_fields(spec, ParallelConfig(recompute="selective"), BF16, modules)
+    assert fields.get("recompute_modules") == recomputed
