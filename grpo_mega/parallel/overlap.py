@@ -1,4 +1,4 @@
-"""Whether gradients are reduced and parameters gathered while the model computes: the defaults of two config keys.
+"""Defaults of `parallel.overlap_grad_reduce` and `overlap_param_gather`, by device and layout.
 
 Asserted by tests/unit/parallel/test_overlap.py.
 """
