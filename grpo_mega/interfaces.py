@@ -247,7 +247,10 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Release the KV cache and, on a device, the weights."""
+        """Release the KV cache and the weights. Sampling before the next sync is an error.
+
+        An engine whose devices have no other user releases nothing, and keeps its weights.
+        """
         ...
 
     def wake(self, what: Literal["weights", "kv_cache"]) -> None:

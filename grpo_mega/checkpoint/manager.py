@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from grpo_mega.formats.checkpoint_manifest import (
     sync_folder,
     write_manifest,
 )
-from grpo_mega.interfaces import Critic, Policy
+from grpo_mega.interfaces import Critic, LearnerMemory, Policy
 from grpo_mega.types import TensorRecord, UserError
 
 _CRITIC = "critic"
@@ -79,6 +79,7 @@ class CheckpointManager:
         self,
         folder: Path,
         keep: int,
+        on_device: Callable[[LearnerMemory], AbstractContextManager[None]],
         *,
         is_first: bool,
         critic: Critic | None = None,
@@ -90,13 +91,14 @@ class CheckpointManager:
         Args:
             folder: `checkpoints/` of the run.
             keep: number of checkpoints to keep.
+            on_device: phase of the device in which policy or critic can be saved and loaded.
             is_first: True on rank 0.
             critic: critic of this rank, if any.
             model: description of the model, for the manifest.
             layout: parallel layout of the ranks, for the manifest.
         """
         self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
-        self._model, self._layout = model, layout
+        self._on_device, self._model, self._layout = on_device, model, layout
 
     def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> Path | None:
         """Write a checkpoint that is not visible yet, every `every` steps and at the last step. Collective.
@@ -117,10 +119,12 @@ class CheckpointManager:
 
         self._run_on_first(empty_folder)
         with self._writing(staged):
-            live = dict(policy.save(staged, asdict(state)))
+            with self._on_device(policy):
+                live = dict(policy.save(staged, asdict(state)))
             if self._critic is not None:
                 self._run_on_first((staged / _CRITIC).mkdir)
-                live[_CRITIC] = self._critic.save(staged / _CRITIC, {})["."]
+                with self._on_device(self._critic):
+                    live[_CRITIC] = self._critic.save(staged / _CRITIC, {})["."]
         files = compare_with_live(staged, live)
         manifest = Manifest(state.step, self._model, self._layout, files, live)
         self._run_on_first(lambda: write_manifest(staged, manifest))
@@ -143,15 +147,19 @@ class CheckpointManager:
             manifest = read_manifest(checkpoint)
         except DamagedCheckpointError as error:
             raise damaged(str(error)) from None
+        with_optimizer = manifest is not None and manifest.layout != self._layout
+        of_critic = None
         if self._critic is not None:
-            self._critic.load(checkpoint / _CRITIC)
-        state = LoopState(**policy.load(checkpoint))
+            with self._on_device(self._critic):
+                self._critic.load(checkpoint / _CRITIC)
+                of_critic = self._critic.live_records(with_optimizer=with_optimizer)["."]
+        with self._on_device(policy):
+            state = LoopState(**policy.load(checkpoint))
+            live = dict(policy.live_records(with_optimizer=with_optimizer))
         if manifest is None:
             return state
-        with_optimizer = manifest.layout != self._layout
-        live = dict(policy.live_records(with_optimizer=with_optimizer))
-        if self._critic is not None:
-            live[_CRITIC] = self._critic.live_records(with_optimizer=with_optimizer)["."]
+        if of_critic is not None:
+            live[_CRITIC] = of_critic
         differing = [
             f"{place}/{name}"
             for place, records in live.items()

@@ -28,7 +28,7 @@ class MegatronCritic(MegatronLearner):
 
     def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks) -> None:
         super().__init__(config, spec, ranks, config.optimizer, ValueModel)
-        weights = MegatronWeights(self.parts.models, spec, ranks, weight_copy_group(ranks), self._settle)
+        weights = MegatronWeights(self.parts.models, spec, ranks, weight_copy_group(ranks), self._readable_weights)
         self.weights = weights.without(HEAD)
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load

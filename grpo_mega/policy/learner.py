@@ -70,44 +70,75 @@ class MegatronLearner:
 
         Call it after `backward`.
         """
+        self._require("full_gradients", "training", "params", "grads")
         for buffer in self.parts.buffers:
             gather_gradients(buffer)
         return self.weights.mirrored(gradient_of).full_tensors(bucket_bytes)
 
     def offload(self, *parts: LearnerState) -> None:
-        """Move these parts to host memory. Without CUDA there is only one memory, and this does nothing."""
+        """Move these parts to host memory and free their device memory, also for other allocators."""
+        self._settle()
+        if "params" in parts:
+            forget_copies(self.parts.models)
+        self._memory.offload(*parts)
         if self.ranks.device.type == "cuda":
-            self._settle()
-            if "params" in parts:
-                forget_copies(self.parts.models)
-            self._memory.offload(*parts)
+            torch.cuda.empty_cache()
 
     def reload(self, *parts: LearnerState) -> None:
         """Move these parts back to the device."""
-        if self.ranks.device.type == "cuda":
-            self._memory.reload(*parts)
+        self._memory.reload(*parts)
 
     def state_bytes(self) -> dict[str, int]:
-        """Return the bytes of `params`, `grads` and `optimizer` (master weights, moments) on this rank."""
+        """Return the bytes of `params`, `grads` and `optimizer` (master weights, moments) of this rank."""
         return self._memory.num_bytes()
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Return the bytes of `params`, `grads` and `optimizer` that are on the device of this rank now."""
+        return self._memory.resident_bytes()
 
     def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
         """Save weights, optimizer state and `extra` into an existing, empty folder. Collective.
 
         Return the records of the live state.
+
+        Raises:
+            RuntimeError: weights and optimizer state are not on the device.
         """
+        self._require("save", "checkpointing", "params", "optimizer")
         self._settle()
         return {".": save_state(self.parts, folder, extra, self.spec.vocab_size)}
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load what `save` wrote, in any layout, and return `extra`. Collective."""
+        """Load what `save` wrote, in any layout, and return `extra`. Collective.
+
+        Raises:
+            RuntimeError: weights and optimizer state are not on the device.
+        """
+        self._require("load", "checkpointing", "params", "optimizer")
         self._settle()
+        self._memory.changed()
         return load_state(self.parts, folder)
 
     def live_records(self, *, with_optimizer: bool) -> StateRecords:
-        """Return the records of the weights and, if asked for, of master weights and moments. Collective."""
+        """Return the records of the weights and, if asked for, of master weights and moments. Collective.
+
+        Raises:
+            RuntimeError: they are not on the device.
+        """
+        if with_optimizer:
+            self._require("live_records", "checkpointing", "params", "optimizer")
+        self._require("live_records", "checkpointing", "params", reference=True)
         self._settle()
         return {".": live_records(self.parts, self.spec.vocab_size, with_optimizer=with_optimizer)}
+
+    def _require(self, reader: str, phase: str, *parts: LearnerState, reference: bool = False) -> None:
+        """Check that these parts are on the device; see `PolicyMemory.require`."""
+        self._memory.require(f"{type(self).__name__}.{reader}", phase, *parts, reference=reference)
+
+    def _readable_weights(self) -> None:
+        """Prepare a read of the weights by a sync or an export: check that they are on the device, and settle them."""
+        self._require("weights", "reading_weights or syncing", "params", reference=True)
+        self._settle()
 
     def _run_inference(
         self, microbatches: Sequence[Microbatch], compute: Callable[[Tensor, Microbatch], Tensor]
@@ -115,7 +146,11 @@ class MegatronLearner:
         """Return `compute(output, microbatch)` of each microbatch without gradient.
 
         The values are on every rank of the last pipeline stage; other ranks return None.
+
+        Raises:
+            RuntimeError: the parameters are not on the device.
         """
+        self._require("log_probs, logits or values", "training or valuing", "params", reference=True)
 
         def keep(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
             values = compute(output, microbatch)
@@ -133,8 +168,10 @@ class MegatronLearner:
         Also returns the last values of `token_losses`. `owner` names the model in messages, such as "critic's ".
 
         Raises:
-            RuntimeError: loss or gradient is not finite (names rank and microbatch).
+            RuntimeError: loss or gradient is not finite (names rank and microbatch), or parameters and gradients are
+                not on the device.
         """
+        self._require("update or backward", "training or valuing", "params", "grads")
         report = UpdateReport(self.ranks, owner)
 
         def last_stage(output: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,6 +198,8 @@ class MegatronLearner:
 
     def _step(self, stats: UpdateStats, learning_rate: float) -> UpdateStats:
         """Run the optimizer step after `_gradient`."""
+        self._require("update", "training or valuing", "params", "grads", "optimizer")
+        self._memory.changed()
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
         self.parts.optimizer.step()

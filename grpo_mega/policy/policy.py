@@ -45,12 +45,12 @@ class MegatronPolicy(MegatronLearner):
         if config.algorithm.aux_loss_coef > 0 and spec.moe is not None:
             self._balance = RouterBalance(self.parts.models, config.algorithm.aux_loss_coef, sum(spec.moe.layers))
         self.temperature = config.sampling.temperature
-        self.model_parallel_group = weight_copy_group(ranks)
-        self.weights = MegatronWeights(self.parts.models, spec, ranks, self.model_parallel_group, self._settle)
+        self.model_parallel_group = group = weight_copy_group(ranks)
+        self.weights = MegatronWeights(self.parts.models, spec, ranks, group, self._readable_weights)
         self.weights.load_from_hf(folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
         biases = [*correction_biases(self.parts.models)]
-        self._reference = Reference(self.parts.buffers, biases) if with_reference else None
+        self._reference = Reference(self.parts.buffers, self._memory, biases) if with_reference else None
         self._reference_is_updated = config.algorithm.ref_update_every > 0
 
     @property
@@ -65,6 +65,7 @@ class MegatronPolicy(MegatronLearner):
     def reference(self) -> AbstractContextManager[None]:
         """Return a context in which `log_probs` returns the log-probabilities of the reference."""
         assert self._reference is not None, "no reference was built: the loss does not need one"
+        self._require("reference", "training or checkpointing", "params")
         self._settle()
         return self._reference.active()
 
@@ -116,6 +117,7 @@ class MegatronPolicy(MegatronLearner):
     def update_reference(self) -> None:
         """Make the current weights the reference. Collective."""
         assert self._reference is not None, "no reference was built: the loss does not need one"
+        self._require("update_reference", "training or checkpointing", "params")
         self._settle()
         self._reference.update()
 
@@ -136,7 +138,9 @@ class MegatronPolicy(MegatronLearner):
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, in any layout, and return `extra`. Collective. A frozen reference is unchanged."""
         if self._reference_is_updated:
+            self._require("load", "checkpointing", "params")
             self._settle()
+            self._memory.changed()
             load_weights(self.parts, folder / _REFERENCE)
             self.update_reference()
         return super().load(folder)

@@ -70,7 +70,8 @@ class BuiltJob:
             train(job, self.state)
             after = self._evaluate()
             if job.config.checkpoint.export_hf:
-                export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
+                with job.phases.reading_weights():
+                    export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
             observer.finished(after)
         except BaseException as error:
             observer.failed(error)
@@ -114,17 +115,20 @@ def building(
             objective = Objective(config.algorithm, config.sampling.max_tokens)
             workers = start_workers(config, ranks, stack)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.algorithm.needs_reference)
-            critic = MegatronCritic(config, spec, model_folder, ranks) if config.algorithm.needs_critic else None
-            checkpoints = _make_checkpoints(config, spec, run.folder.checkpoints, critic, ranks)
+            phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
+            critic = None
+            if config.algorithm.needs_critic:
+                critic = phases.build_critic(lambda: MegatronCritic(config, spec, model_folder, ranks))
+            checkpoints = _make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(prompts.digest, same_run=run.status == "continued")
             if any(change.key in ("algorithm.kl_coef", "algorithm.kl_target") for change in run.changes):
                 state = replace(state, kl_coef=None)  # not the coefficient that was adapted so far
-            engine = make_engine(config, model_folder, run.folder.logs)
-            stack.callback(engine.close)
+            engine = phases.start_engine(lambda: _make_engine(config, model_folder, run.folder.logs, stack))
             quiet_libraries()
-            sync = make_sync(config, policy, engine, ranks)
-            report_fp8(config, policy, run.folder, is_first=ranks.is_first)
+            with phases.reading_weights():
+                sync = make_sync(config, policy, engine, ranks)
+                report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
         evaluator = _make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
@@ -141,7 +145,7 @@ def building(
             policy=policy,
             critic=critic,
             objective=objective,
-            phases=Phases(engine, policy, critic, engine_elsewhere=config.engine.placement == "server"),
+            phases=phases,
             sync=sync,
             checkpoints=checkpoints,
             evaluator=evaluator if held_out is not None else None,
@@ -153,7 +157,7 @@ def building(
 
 
 def _make_checkpoints(
-    config: Config, spec: ModelSpec, folder: Path, critic: Critic | None, ranks: Ranks
+    config: Config, spec: ModelSpec, folder: Path, phases: Phases, critic: Critic | None, ranks: Ranks
 ) -> CheckpointManager:
     """Return the manager of the checkpoints in `folder`.
 
@@ -164,6 +168,7 @@ def _make_checkpoints(
     return CheckpointManager(
         folder,
         config.checkpoint.keep,
+        phases.checkpointing,
         is_first=ranks.is_first,
         critic=critic,
         model=describe_model(hf_shapes(spec)),
@@ -180,6 +185,13 @@ def _phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[s
             progress.phase(name)
 
     return on_phase
+
+
+def _make_engine(config: Config, model_folder: Path, logs: Path, stack: ExitStack) -> Engine:
+    """Build the engine; `stack` closes it."""
+    engine = make_engine(config, model_folder, logs)
+    stack.callback(engine.close)
+    return engine
 
 
 def _make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:

@@ -81,12 +81,15 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
             old_log_probs = gather_old_log_probs(job, batch)
         job.mismatch_guard.check(step, *with_known(groups.rollouts, old_log_probs), job.sync.describe_checks())
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
+        with timers.phase("checkpoint"):
+            # before the sync: the engine still sleeps, and loses no weights
+            staged = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
         stopping = step < config.train.steps and stop_wanted(job.ranks)
-        with timers.phase("checkpoint"):
-            every = 1 if stopping else config.checkpoint.every
-            staged = job.checkpoints.stage_if_due(job.policy, state, every, config.train.steps)
+        if stopping and staged is None:
+            with timers.phase("checkpoint"):
+                staged = job.checkpoints.stage_if_due(job.policy, state, 1, config.train.steps)
         kl_coef = objective.algorithm.kl_coef
         result = StepResult(
             step, groups, batch, old_log_probs, updates, synced, kl_coef, critic_updates, state_bytes(job)

@@ -276,7 +276,7 @@ def test_the_engine_samples_as_before_after_a_failing_callback(engine: EngineRan
     assert engine.call(failing_callback) == [True]
 
 
-def sleep_twice(session: RankSession) -> bool:
+def sleep_twice(session: RankSession, folder: Path, loses_weights: bool) -> bool:
     engine = session.engine
     before = engine.generate(PROMPTS, SAMPLING)
     for _ in range(2):
@@ -289,11 +289,26 @@ def sleep_twice(session: RankSession) -> bool:
             engine.generate(PROMPTS, SAMPLING)
         engine.wake("kv_cache")
         engine.wake("kv_cache")
+        if loses_weights:
+            with pytest.raises(RuntimeError, match="before the weights are complete"):
+                engine.generate(PROMPTS, SAMPLING)
+            engine.sleep()
+            engine.wake("weights")
+            push(session, folder, 0)
+            engine.wake("kv_cache")
     return bool(engine.generate(PROMPTS, SAMPLING) == before)
 
 
-def test_an_engine_samples_after_wake_as_before_sleep(engine: EngineRanks) -> None:
-    assert engine.call(sleep_twice) == [True]
+@COLOCATED
+def test_an_engine_that_slept_samples_as_before_after_a_sync_and_not_earlier(
+    engine: EngineRanks, models: dict[str, Path]
+) -> None:
+    assert engine.call(sleep_twice, models["qwen3"], True) == [True]
+
+
+@pytest.mark.parametrize("opened", ["server"], indirect=True, scope="module")
+def test_an_engine_server_samples_after_wake_as_before_sleep(engine: EngineRanks, models: dict[str, Path]) -> None:
+    assert engine.call(sleep_twice, models["qwen3"], False) == [True]
 
 
 # Only SGLang: its processes, and whole tensors.
@@ -356,31 +371,6 @@ def stub_packages_on_rank(session: RankSession) -> list[str]:
 @ONLY_SGLANG
 def test_stub_packages_exist_only_in_sglangs_processes(engine: EngineRanks) -> None:
     assert engine.call(stub_packages_on_rank) == [[]]
-
-
-def sleep_as_on_cuda(session: RankSession, folder: Path) -> bool:
-    """Sleep as on CUDA, where SGLang loses its weights; without CUDA only the rank's side can be tested."""
-    engine = session.engine
-    push(session, folder, 3)
-    before = engine.generate(PROMPTS, SAMPLING)
-    with mock.patch.object(engine, "_on_cuda", True):
-        engine.sleep()
-        engine.wake("weights")
-        engine.wake("kv_cache")
-        with pytest.raises(RuntimeError, match="before the weights are complete"):
-            engine.generate(PROMPTS, SAMPLING)
-        engine.sleep()
-        engine.wake("weights")
-        push(session, folder, 3)
-        engine.wake("kv_cache")
-    return bool(engine.generate(PROMPTS, SAMPLING) == before)
-
-
-@ONLY_SGLANG
-def test_an_engine_whose_weights_were_released_cannot_sample_before_a_sync(
-    engine: EngineRanks, models: dict[str, Path]
-) -> None:
-    assert engine.call(sleep_as_on_cuda, models["qwen3"]) == [True]
 
 
 def push_with_a_changed_buffer(session: RankSession, folder: Path) -> list[str]:

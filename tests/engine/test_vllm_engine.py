@@ -208,27 +208,40 @@ def generate_shard(session: RankSession) -> list[list[Completion]]:
     return generate(session, PROMPTS[:2] if session.rank == 0 else PROMPTS[2:], SAMPLING)
 
 
-def sleep_and_wake(session: RankSession) -> dict[str, Any]:
+def sleep_and_wake(session: RankSession, folder: Path) -> dict[str, Any]:
     engine = session.engine
-    seen: dict[str, Any] = {"awake": engine.kv_cache_bytes, "before": engine.generate(PROMPTS, SAMPLING)}
+    model = engine._llm.model_executor.driver_worker.worker.model_runner.model
+
+    def state() -> tuple[int, int]:
+        return engine.kv_cache_bytes, engine.weight_bytes
+
+    described = [(name, p.shape, p.dtype) for name, p in model.named_parameters()]
+    buffers = [b.clone() for b in model.buffers()]
+    seen: dict[str, Any] = {"awake": state(), "before": engine.generate(PROMPTS, SAMPLING)}
     engine.sleep()
-    seen["asleep"] = engine.kv_cache_bytes
-    with pytest.raises(RuntimeError, match="generate while kv_cache and weights sleep"):
-        engine.generate(PROMPTS, SAMPLING)
+    seen["asleep"], seen["parameters"] = state(), {p.untyped_storage().nbytes() for p in model.parameters()}
     engine.wake("weights")
-    seen["weights"] = engine.kv_cache_bytes
-    with pytest.raises(RuntimeError, match="generate while kv_cache sleep"):
-        engine.generate(PROMPTS, SAMPLING)
+    seen["weights"] = state()
+    assert described == [(name, p.shape, p.dtype) for name, p in model.named_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
+    assert not any(p.any() for p in model.parameters())
+    push(session, folder, 0)
     engine.wake("kv_cache")
-    seen["woken"], seen["after"] = engine.kv_cache_bytes, engine.generate(PROMPTS, SAMPLING)
+    seen["woken"], seen["after"] = state(), engine.generate(PROMPTS, SAMPLING)
     return seen
 
 
-def test_sleep_releases_the_kv_cache_and_wake_restores_it(replicas: EngineRanks) -> None:
-    seen = replicas.call(sleep_and_wake)[0]
+def test_sleep_releases_kv_cache_and_weights_and_a_sync_restores_them(
+    replicas: EngineRanks, models: dict[str, Path]
+) -> None:
+    seen = replicas.call(sleep_and_wake, models["qwen3"])[0]
     # 48 rollouts x 3 blocks of 32 tokens, and the null block; keys and values, 2 layers, 2 heads of 32, 4 bytes.
-    assert seen["awake"] == seen["woken"] == (48 * 3 + 1) * 32 * 2 * 2 * 2 * 32 * 4
-    assert seen["asleep"] == seen["weights"] == 0
+    kv_cache = (48 * 3 + 1) * 32 * 2 * 2 * 2 * 32 * 4
+    weights = seen["awake"][1]
+    assert weights > 100_000
+    assert seen["awake"] == seen["woken"] == (kv_cache, weights)
+    assert (seen["asleep"], seen["parameters"]) == ((0, 0), {0})
+    assert seen["weights"] == (0, weights)
     assert seen["after"] == seen["before"]
 
 
@@ -257,9 +270,10 @@ def sample_shards(
     return groups, dummies.call_count
 
 
-def sleep_and_wake_all(session: RankSession) -> None:
+def sleep_and_wake_all(session: RankSession, folder: Path) -> None:
     session.engine.sleep()
     session.engine.wake("weights")
+    push(session, folder, 0)
     session.engine.wake("kv_cache")
 
 
@@ -280,7 +294,7 @@ def test_data_parallel_ranks_share_experts_and_step_together_for_any_prompt_shar
     assert longest[0][1] > 8 >= longest[0][0]
     assert [dummies for _, dummies in answers] == [longest[0][1] - longest[0][0], 0]
     assert [dummies for _, dummies in alone] == [0, longest[1][0]]
-    world.call(sleep_and_wake_all)
+    world.call(sleep_and_wake_all, models["experts"])
     for late in (0, 1):
         assert world.call(sample_shards, uneven, late) == answers
 

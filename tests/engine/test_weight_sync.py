@@ -441,7 +441,8 @@ def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, veri
     sink = session.engine.sink
     chosen = fault(sink) if session.rank == at else sink
     sync = connect(session, chosen)
-    phases = Phases(session.engine, session.kept["policy"])
+    phases = Phases(session.kept["policy"])
+    phases.start_engine(lambda: session.engine)
     message = None
     try:
         with phases.syncing():
@@ -451,6 +452,7 @@ def push_with_fault(session: RankSession, fault: type[FaultySink], at: int, veri
     if message is not None:
         with pytest.raises(RuntimeError, match="a weight sync must run before sampling"), phases.sampling():
             pytest.fail("a token can be sampled from weights that failed verification")
+    session.engine.wake("kv_cache")
     return message
 
 

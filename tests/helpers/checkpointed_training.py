@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import UpdateStats
 from tests.helpers.recorded_rollouts import (
     LOSS,
@@ -43,11 +44,13 @@ def run_with_checkpoint(
 ) -> tuple[list[UpdateStats], list[bytes]]:
     """Run four updates, with a checkpoint after the second."""
     policy = open_policy(rank, recorded, layout)
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0, layout=str(layout))
+    manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0, layout=str(layout))
     stats = train_on(rank, policy, recorded, layout, RATES[:SAVED_AFTER])
+    policy.offload("params", "grads", "optimizer")
     staged = manager.stage_if_due(policy, LoopState(step=1, policy_version=SAVED_AFTER), every=1, last_step=9)
     assert staged is not None
     manager.publish(staged)
+    policy.reload("params", "grads", "optimizer")
     stats += train_on(rank, policy, recorded, layout, RATES[SAVED_AFTER:])
     return stats, state_bytes(policy)
 
@@ -57,8 +60,10 @@ def resume_training(
 ) -> tuple[LoopState, list[UpdateStats], list[bytes]]:
     """Run the last two of the four updates with a policy that was built from the base model and then restored."""
     policy = open_policy(rank, recorded, layout)
-    manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, layout=str(layout))
+    on_device = Phases(policy).checkpointing
+    manager = CheckpointManager(checkpoint.parent, 2, on_device, is_first=rank == 0, layout=str(layout))
     state = manager.load(policy, checkpoint)
+    policy.reload("params", "grads", "optimizer")
     stats = train_on(rank, policy, recorded, layout, RATES[SAVED_AFTER:])
     return state, stats, state_bytes(policy)
 

@@ -18,6 +18,7 @@ import torch
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.formats.checkpoint_manifest import require_undamaged
 from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.trainer.phases import Phases
 from tests.helpers.checkpointed_training import (
     RATES,
     SAVED_AFTER,
@@ -140,7 +141,7 @@ def test_an_updated_reference_is_part_of_a_checkpoint_at_any_layout(
 def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> dict[str, Any]:
     """Return the checkpoints that are visible after each operation."""
     policy = open_policy(rank, recorded, layout)
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
+    manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0)
     run = RunFolder(folder.parent)
 
     def visible() -> list[int]:
@@ -269,7 +270,7 @@ def test_a_full_disk_stops_the_run_with_its_earlier_checkpoints_whole(laboratory
 
 
 def publish_without_disk(rank: int, folder: Path) -> str:
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
+    manager = CheckpointManager(folder, 2, mock.Mock(), is_first=rank == 0)
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch("pathlib.Path.rename", side_effect=full):
         try:

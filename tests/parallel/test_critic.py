@@ -20,6 +20,7 @@ from grpo_mega.algorithm.value_loss import ValueLoss
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.observe.run_folder import RunFolder
 from grpo_mega.trainer.batch import TrainBatch
+from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import UpdateStats
 from tests.helpers.recorded_rollouts import (
     LOSS,
@@ -200,31 +201,48 @@ def learner_state(learner: Any) -> list[bytes]:
     return [as_array(t).tobytes() for t in (*learner.parts.parameters, *masters, *optimizer_moments(learner), *steps)]
 
 
+def state_of_both(phases: Phases, policy: Any, critic: Any) -> list[bytes]:
+    with phases.training():
+        state = learner_state(policy)
+        with phases.valuing():
+            return state + learner_state(critic)
+
+
 def update_both(
-    rank: int, policy: Any, critic: Any, recorded: Recorded, layout: Layout, updates: int
+    rank: int, phases: Phases, policy: Any, critic: Any, recorded: Recorded, layout: Layout, updates: int
 ) -> list[tuple[UpdateStats, UpdateStats]]:
     rows = rows_with_values(rank, recorded, layout).microbatches
     batch = with_recorded(make_rows(rank, recorded, layout), recorded).microbatches
-    return [(policy.update(batch, LOSS, 1e-3)[0], critic.update(rows, ValueLoss(CLIP), 2e-3)) for _ in range(updates)]
+    stats = []
+    for _ in range(updates):
+        with phases.training():
+            with phases.valuing():
+                of_critic = critic.update(rows, ValueLoss(CLIP), 2e-3)
+            stats.append((policy.update(batch, LOSS, 1e-3)[0], of_critic))
+    return stats
 
 
 def run_uninterrupted(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[Any, list[bytes]]:
     policy, critic = open_critic(rank, recorded, layout)
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0, critic=critic)
-    update_both(rank, policy, critic, recorded, layout, 2)
+    phases = Phases(policy)
+    phases.build_critic(lambda: critic)
+    manager = CheckpointManager(folder, 2, phases.checkpointing, is_first=rank == 0, critic=critic)
+    update_both(rank, phases, policy, critic, recorded, layout, 2)
     staged = manager.stage_if_due(policy, LoopState(step=1, policy_version=2), every=1, last_step=9)
     assert staged is not None
     manager.publish(staged)
-    stats = update_both(rank, policy, critic, recorded, layout, 2)
-    return stats, learner_state(policy) + learner_state(critic)
+    stats = update_both(rank, phases, policy, critic, recorded, layout, 2)
+    return stats, state_of_both(phases, policy, critic)
 
 
 def run_resumed(rank: int, recorded: Recorded, layout: Layout, checkpoint: Path) -> tuple[Any, list[bytes]]:
     policy, critic = open_critic(rank, recorded, layout, plant=False)
-    manager = CheckpointManager(checkpoint.parent, keep=2, is_first=rank == 0, critic=critic)
+    phases = Phases(policy)
+    phases.build_critic(lambda: critic)
+    manager = CheckpointManager(checkpoint.parent, 2, phases.checkpointing, is_first=rank == 0, critic=critic)
     assert manager.load(policy, checkpoint) == LoopState(step=1, policy_version=2)
-    stats = update_both(rank, policy, critic, recorded, layout, 2)
-    return stats, learner_state(policy) + learner_state(critic)
+    stats = update_both(rank, phases, policy, critic, recorded, layout, 2)
+    return stats, state_of_both(phases, policy, critic)
 
 
 @pytest.mark.parametrize(

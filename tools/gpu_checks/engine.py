@@ -46,15 +46,18 @@ def main(job: PartJob) -> None:
         config, spec = subject.config_of(job.size, folder, *overrides), checkpoint_spec(folder)
         ranks = init_ranks(Topology.of(config, 1), config.guard.timeout_seconds)
         policy = MegatronPolicy(config, spec, folder, ranks, with_reference=False)
-        engine = make_engine(config, folder)
+        phases = Phases(policy)
+        engine = phases.start_engine(lambda: make_engine(config, folder))
         try:
-            sync, phases = make_sync(config, policy, engine, ranks), Phases(engine, policy)
+            with phases.reading_weights():
+                sync = make_sync(config, policy, engine, ranks)
             job.result.add(parameters=parameters, sync=measure_sync(job, sync, phases))
             mismatch = measure_mismatch(job.size, engine, policy, phases, config, spec.vocab_size)
             job.result.add(mismatch=mismatch)
             job.result.add(sleep=measure_sleep(job, engine, sync, phases))
             if config.engine.fp8 is not None:
-                report = fp8_report(policy.source, None, power_of_two=False)
+                with phases.reading_weights():
+                    report = fp8_report(policy.source, None, power_of_two=False)
                 job.result.add(fp8_error=max(each["relative"] for each in report.values()))
         finally:
             engine.close()

@@ -95,7 +95,6 @@ class SglangEngine:
             raise
         self._sink = SglangSink(self._process, target, tensors)
         self._asleep: set[Resident] = set()
-        self._sleep_logged = False
 
     @property
     def policy_version(self) -> int:
@@ -126,17 +125,17 @@ class SglangEngine:
         return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
-        """Release the KV cache, then the weights, which the next sync brings back. Without CUDA both stay in memory."""
+        """Release the KV cache, then the weights, which the next sync brings back.
+
+        Without CUDA both stay in the memory of SGLang's processes, because its memory saver is a library for CUDA;
+        sampling before the next sync is an error all the same.
+        """
         if self._asleep:
             return
-        if not self._on_cuda and not self._sleep_logged:
-            logger.info("without CUDA SGLang releases nothing: KV cache and weights stay in host memory")
-            self._sleep_logged = True
         if self._process is not None:
             self._process.call("release", ["kv_cache", "weights"])
         self._asleep = {"weights", "kv_cache"}
-        if self._on_cuda:
-            self._sink.forget()
+        self._sink.forget()
 
     def wake(self, what: Resident) -> None:
         """Allocate again what `sleep` released. SGLang needs the weights, which a sync then fills, before the cache."""

@@ -78,10 +78,6 @@ class SglangSink(SliceSink):
     def probe(self) -> dict[str, str]:
         return {} if self._client is None else dict(self._client.call("probe"))
 
-    def forget(self) -> None:
-        """Reset the version after SGLang released its weights; a full sync must come before sampling."""
-        self.policy_version = -1
-
     def load(self, name: str, tensor: Tensor) -> None:
         """Give a whole tensor to SGLang's loader.
 

@@ -11,7 +11,6 @@ seed and prompts give the same tokens. The prefix cache is empty at the start of
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -24,14 +23,13 @@ import torch
 from grpo_mega.data.answer_ends import eos_ids
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
+from grpo_mega.engines.vllm.host_storages import ReleasedStorages
 from grpo_mega.engines.vllm.lifecycle import keep_generators, start, stop
 from grpo_mega.engines.vllm.routing import RoutingRecorder, record_steps
 from grpo_mega.engines.vllm.sink import VllmSink
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.types import Completion, Prompt, SamplingRequest, StopReason
-
-logger = logging.getLogger(__name__)
 
 Resident = Literal["weights", "kv_cache"]
 _STOP_REASONS: dict[str, StopReason] = {"stop": "eos", "length": "length"}
@@ -63,9 +61,9 @@ class VllmEngine:
             self._routing = RoutingRecorder(started.steps, num_experts=spec.moe.num_experts, block_tokens=BLOCK_TOKENS)
             record_steps(runner, self._routing)
         self._sink = VllmSink(runner.model, started.record, self._drop_prefixes)
-        self._kv_cache = _KvStorage(runner.kv_caches)
+        self._kv_cache = ReleasedStorages(runner.kv_caches)
+        self._weights = ReleasedStorages(runner.model.parameters(), kept=runner.model.buffers())
         self._asleep: set[Resident] = set()
-        self._sleep_logged = False
         self.steps = 0
         """Number of engine steps so far; an engine server reports it in its heartbeats."""
 
@@ -82,6 +80,11 @@ class VllmEngine:
     def kv_cache_bytes(self) -> int:
         """Bytes that the KV cache occupies on this rank now."""
         return self._kv_cache.num_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that the model's parameters occupy on this rank now; valid without CUDA."""
+        return self._weights.num_bytes
 
     def sync_peers(self, *_args: object, **_settings: object) -> None:
         """Return None: the weights of this engine are on the ranks of the job (`Engine.sync_peers`)."""
@@ -106,17 +109,19 @@ class VllmEngine:
             return in_groups(self._rollouts(prompts, sampling), len(prompts), sampling.group_size, on_completion)
 
     def sleep(self) -> None:
-        """Release the KV cache and, on CUDA, the weights, which the next sync brings back."""
+        """Release the KV cache and the weights, which the next sync brings back.
+
+        Without CUDA the parameters are released; buffers and copies that are derived from parameters stay.
+        """
         if self._asleep:
             return
         if self._on_cuda:
             self._llm.sleep(level=2)
         else:
-            if not self._sleep_logged:
-                logger.info("without CUDA a sleeping engine releases its KV cache; its weights stay in host memory")
-                self._sleep_logged = True
             self._drop_prefixes()
             self._kv_cache.release()
+            self._weights.release()
+        self._sink.forget()
         self._asleep = {"weights", "kv_cache"}
 
     def wake(self, what: Resident) -> None:
@@ -125,8 +130,8 @@ class VllmEngine:
             return
         if self._on_cuda:
             self._llm.wake_up(tags=[what])
-        elif what == "kv_cache":
-            self._kv_cache.restore()
+        else:
+            (self._kv_cache if what == "kv_cache" else self._weights).restore()
         self._asleep.remove(what)
 
     def close(self) -> None:
@@ -210,29 +215,6 @@ class VllmEngine:
             raise RuntimeError("vLLM kept its prefix cache: requests of an earlier call are still running")
         if self._routing is not None:
             self._routing.drop()
-
-
-class _KvStorage:
-    """The storages of the KV cache, released and restored in place, so that the tensors stay the same objects."""
-
-    def __init__(self, caches: Sequence[torch.Tensor]) -> None:
-        # In vLLM 0.32 all layers are views of one storage; this class does not rely on it.
-        self._storages = {cache.untyped_storage()._cdata: cache.untyped_storage() for cache in caches}
-        self._sizes = {key: storage.nbytes() for key, storage in self._storages.items()}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(storage.nbytes() for storage in self._storages.values())
-
-    def release(self) -> None:
-        for storage in self._storages.values():
-            storage.resize_(0)
-
-    def restore(self) -> None:
-        for key, storage in self._storages.items():
-            storage.resize_(self._sizes[key])
-            # Zeros, as vLLM allocates it: kernels read whole blocks, and 0 * NaN is NaN.
-            torch.empty(0, dtype=torch.uint8).set_(storage).zero_()
 
 
 @contextmanager

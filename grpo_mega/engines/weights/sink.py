@@ -71,6 +71,10 @@ class SliceSink:
         self.policy_version = policy_version
         self.updating = False
 
+    def forget(self) -> None:
+        """Reset the version after the engine released its weights; a full sync must come before sampling."""
+        self.policy_version = -1
+
     def require_update(self, what: object) -> None:
         """Check that an update is in progress.
 

@@ -1,15 +1,23 @@
-"""Moving storages away and back, on host tensors: the memory is freed, every view is valid again and equal."""
+"""Moving storages away and back, on host tensors, moved and copied: freed, and every view valid again and equal."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from grpo_mega.interfaces import LearnerState
+from grpo_mega.policy.host_memory import CopiedMemory, MovedMemory
 from grpo_mega.policy.phase_offload import Movable, PolicyMemory
+
+
+@pytest.fixture(autouse=True, params=[MovedMemory, CopiedMemory])
+def _both_kinds_of_host_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are what CUDA devices use."""
+    monkeypatch.setattr("grpo_mega.policy.phase_offload.host_memory", request.param)
 
 
 def allocated_bytes(*tensors: Tensor) -> int:
@@ -46,6 +54,7 @@ def test_each_offload_keeps_the_content_at_its_time() -> None:
     movable = Movable([tensor])
     for value in (2.0, 3.0):
         tensor.fill_(value)
+        movable.changed()
         movable.offload()
         movable.reload()
         assert tensor.tolist() == [value] * 4
@@ -85,6 +94,7 @@ class TinyPolicy:
         self.memory = PolicyMemory([buffer], SimpleNamespace(chained_optimizers=[inner]))
 
     def step(self) -> None:
+        self.memory.changed()
         for master, grad in zip(self.masters, (self.grads[:4], self.grads[4:]), strict=True):
             master.grad = grad.clone()
         self.adam.step()
@@ -113,6 +123,7 @@ def test_each_part_is_freed_separately_and_restored_with_equal_values() -> None:
     for part in tensors:
         policy.memory.offload(part)
         assert {name: allocated_bytes(*held) == 0 for name, held in tensors.items()} == {n: n == part for n in tensors}
+        assert policy.memory.resident_bytes() == {n: allocated_bytes(*held) for n, held in tensors.items()}
         policy.memory.reload(part)
         assert all(allocated_bytes(*held) for held in tensors.values())
     assert policy.content() == before
@@ -168,3 +179,45 @@ def test_moments_on_another_device_are_not_moved() -> None:
     assert elsewhere.untyped_storage().nbytes() == 24
     assert allocated_bytes(*[m for m in policy.moments() if m.device.type == "cpu"]) == 0
     assert with_it == policy.memory.num_bytes()["optimizer"]
+
+
+def test_moments_that_were_replaced_are_found_again() -> None:
+    policy = TinyPolicy(torch.float32)
+    policy.step()
+    policy.memory.offload("optimizer")
+    policy.memory.reload("optimizer")
+    state = policy.adam.state[policy.masters[0]]
+    state["exp_avg"] = torch.full((4,), 9.0)  # as loading a checkpoint may do
+    policy.memory.changed()
+    policy.memory.offload("optimizer")
+    assert allocated_bytes(*policy.moments()) == 0
+    policy.memory.reload("optimizer")
+    assert state["exp_avg"].tolist() == [9.0] * 4
+
+
+def test_parameters_set_aside_are_restored_and_their_buffers_are_writable() -> None:
+    policy = TinyPolicy(torch.float32)
+    before = policy.content()
+    with policy.memory.params_set_aside():
+        assert policy.memory.resident_bytes()["params"] == 24
+        policy.params.fill_(5.0)
+        assert policy.masters[1].tolist() == [5.0, 5.0]
+    assert policy.content() == before
+    with pytest.raises(TypeError), policy.memory.params_set_aside():
+        policy.params.fill_("lost")  # type: ignore[arg-type]
+    assert policy.content() == before
+
+
+def test_a_reader_of_an_offloaded_part_gets_an_error_with_part_and_phase() -> None:
+    memory = TinyPolicy(torch.float32).memory
+    memory.require("Model.save", "checkpointing", "params", "optimizer")
+    memory.offload("optimizer")
+    memory.require("Model.log_probs", "training", "params")
+    with pytest.raises(RuntimeError, match=r"^optimizer=host: Model.save needs .*Phases\.checkpointing"):
+        memory.require("Model.save", "checkpointing", "params", "optimizer")
+    memory.reload("optimizer")
+    with memory.params_set_aside():
+        memory.require("Model.log_probs", "training", "params", reference=True)
+        with pytest.raises(RuntimeError, match=r"^params=set aside: Model.update "):
+            memory.require("Model.update", "training", "params")
+    memory.require("Model.update", "training", "params", "grads", "optimizer")
