@@ -50,7 +50,7 @@ class PlanInputs:
 
     @property
     def is_cpu_job(self) -> bool:
-        """True without CUDA: policy and engine share one memory, and nothing is offloaded."""
+        """True without CUDA: the device's memory is a part of the host's."""
         return self.gpu.kernels == "local"
 
     @property
@@ -61,7 +61,7 @@ class PlanInputs:
     @property
     def policy_is_offloaded(self) -> bool:
         """True if the policy leaves its devices between the phases that use it."""
-        return not self.is_cpu_job and (not self.uses_servers or self.config.algorithm.needs_critic)
+        return not self.uses_servers or self.config.algorithm.needs_critic
 
     @property
     def parallel(self) -> ParallelConfig:

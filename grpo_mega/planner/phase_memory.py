@@ -127,9 +127,6 @@ def _phases(
     if inputs.config.algorithm.needs_critic:  # the policy's modules with a head of one row, counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= _offloaded_policy(inputs, stage.static)
-        if inputs.is_cpu_job:  # one memory: neither the policy nor the critic leaves it
-            for items in phases.values():
-                items["critic"] = sum(_training_state(stage.static).values())
     assumed = inputs.assumptions
     context = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(inputs.topology)
     for items in phases.values():
@@ -149,7 +146,7 @@ def _offloaded_policy(inputs: PlanInputs, static: StaticBytes) -> Items:
     """Return what stays on the device while the policy is offloaded."""
     items: Items = {"policy offloaded": inputs.assumptions.policy_residue}
     fp8 = inputs.config.precision.fp8
-    if static.fp8_copies and fp8 is not None and fp8.params:  # the copies are parts of the weights' own tensors
+    if static.fp8_copies and fp8 is not None and fp8.params and fp8.recipe == "mxfp8":  # cannot be made from the rows
         items["FP8 copies"] = static.fp8_copies
     return items
 
@@ -225,15 +222,16 @@ def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     ranks_per_node = min(inputs.gpu.per_node, topology.world_size)
     static = max(ranks, key=lambda rank: rank.static.weights).static
     offloads = inputs.policy_is_offloaded
+    keeps_weights = offloads or algorithm.needs_reference  # the reference takes the place of the policy's weights
     reference = static.weights / (topology.dp * topology.cp) if algorithm.needs_reference else 0.0
     learners = 2 if algorithm.needs_critic else 1
     # 12 bytes of state and 4 of gradient for each parameter that the host updates
     updated = static.optimizer_on_host * 4 / 3
     items = {
         "processes": inputs.assumptions.process_host_bytes,
-        "offloaded weights": learners * static.weights if offloads else 0.0,
+        "offloaded weights": learners * static.weights if keeps_weights else 0.0,
         "offloaded optimizer": learners * static.optimizer if offloads else 0.0,
         "optimizer on the host": learners * updated,
-        "reference": 2 * reference,
+        "reference": reference,
     }
     return {name: ranks_per_node * size for name, size in items.items()}

@@ -61,15 +61,27 @@ def optimizer_fields(precision: PrecisionConfig) -> dict[str, Any]:
 
 
 def forget_copies(model: Iterable[torch.nn.Module]) -> None:
-    """Free the FP8 copies of bf16 weights that Transformer Engine's layers keep between microbatches.
+    """Free the FP8 copies that Transformer Engine's layers keep beside their weights; the next pass makes them again.
 
-    The next pass creates them again (module/base.py of 2.x: `get_weight_workspace`).
+    Copies of bf16 weights are in the modules (module/base.py of 2.x: `get_weight_workspace`). A weight that is stored
+    in FP8 has a second copy in the order of its columns, which its backward pass makes from the rows
+    (`update_usage` in tensor/storage/). That of MXFP8 cannot be made from the rows, so it stays.
     """
     for chunk in model:
         for module in chunk.modules():
             copies = getattr(module, "_fp8_workspaces", None)
             if copies is not None:
                 copies.clear()
+        for parameter in chunk.parameters():
+            if _can_transpose_again(parameter):
+                parameter.update_usage(rowwise_usage=True, columnwise_usage=False)  # type: ignore[attr-defined]
+
+
+def _can_transpose_again(parameter: Any) -> bool:
+    """Return True if the parameter is stored in FP8 by rows, from which Transformer Engine can make the columns."""
+    if hasattr(parameter, "_transpose"):  # Float8Tensor
+        return parameter._data is not None
+    return getattr(parameter, "_is_2D_scaled", False) and parameter._rowwise_data is not None  # Float8BlockwiseQTensor
 
 
 def values_of(parameter: Tensor) -> Tensor:

@@ -4,7 +4,8 @@
 
 FOLDER holds the unpacked wheel. Run it in a process of its own: it replaces parts of torch. Prints one JSON object:
 family -> layout -> {"parameters": names of rank 0, "faults": of the mapping of a checkpoint, "on_cuda": names of the
-functions that allocated memory on the GPU, "local_on_cuda": the same while local modules are counted}.
+functions that allocated memory on the GPU, "local_on_cuda": the same while local modules are counted}; and "kept": kind
+of FP8 weight -> its orders that are left while the engine samples.
 
 Recipe: NVTE_PROJECT_BUILDING keeps Transformer Engine from loading its libraries; `transformer_engine_torch`, triton,
 onnx and onnxscript are modules whose every attribute is a mock, except for the two enumerations that Transformer Engine
@@ -159,11 +160,47 @@ def describe(family: str) -> dict[str, Any]:
     return found
 
 
+def kept_orders() -> dict[str, dict[str, bool]]:
+    """Return kind of FP8 weight -> order of its values -> True if it is left after `forget_copies`."""
+    import transformer_engine_torch as compiled
+    from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockwiseQTensor
+    from transformer_engine.pytorch.tensor.float8_tensor import Float8Tensor
+    from transformer_engine.pytorch.tensor.mxfp8_tensor import MXFP8Tensor
+    from transformer_engine.pytorch.tensor.storage import float8_tensor_storage
+
+    from grpo_mega.policy.fp8 import forget_copies
+
+    def both(columns: tuple[int, int]) -> dict[str, Any]:
+        return {
+            "rowwise_data": torch.zeros(128, 256, dtype=torch.uint8), "rowwise_scale_inv": torch.ones(1, 4),
+            "columnwise_data": torch.zeros(*columns, dtype=torch.uint8), "columnwise_scale_inv": torch.ones(2, 4),
+            "quantizer": None,
+        }  # fmt: skip
+
+    float8_tensor_storage.is_non_tn_fp8_gemm_supported = lambda: False  # Hopper
+    common = {"fp8_dtype": compiled.DType.kFloat8E4M3, "dtype": torch.bfloat16, "requires_grad": True}
+    scale, shape = torch.ones(1), (128, 256)
+    whole = {"data": torch.zeros(128, 256, dtype=torch.uint8), "data_transpose": torch.zeros(256, 128), **common}
+    weights = {
+        "tensorwise": Float8Tensor(shape, fp8_scale_inv=scale, **whole),
+        "blockwise": Float8BlockwiseQTensor(shape, is_2D_scaled=True, **both((256, 128)), **common),
+        "mxfp8": MXFP8Tensor(shape, with_gemm_swizzled_scales=False, **both((128, 256)), **common),
+    }
+    found = {}
+    for kind, weight in weights.items():
+        module = torch.nn.Module()
+        module.weight = torch.nn.Parameter(weight)
+        forget_copies([module])
+        orders = ("_data", "_transpose", "_rowwise_data", "_columnwise_data")
+        found[kind] = {name: getattr(module.weight, name) is not None for name in orders if hasattr(weight, name)}
+    return found
+
+
 def main(folder: Path, families: list[str]) -> None:
-    """Print the description of each family."""
+    """Print the description of each family, and which orders of FP8 weights are kept."""
     warnings.simplefilter("ignore")
     import_transformer_engine(folder)
-    print(json.dumps({family: describe(family) for family in families}))
+    print(json.dumps({family: describe(family) for family in families} | {"kept": kept_orders()}))
 
 
 if __name__ == "__main__":

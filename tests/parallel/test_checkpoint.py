@@ -208,7 +208,7 @@ def save_what_is_not_live(rank: int, recorded: Recorded, layout: Layout, folder:
         if part == "weights":
             tensor.data.sub_(1)
 
-    manager = CheckpointManager(folder, keep=2, is_first=rank == 0)
+    manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0)
     with mock.patch.object(sharded_state.dist_checkpointing, "save", save_old_values):
         try:
             manager.stage_if_due(policy, LoopState(step=2, policy_version=2), every=1, last_step=9)
@@ -232,7 +232,7 @@ def test_a_save_of_values_that_are_not_live_fails_on_every_rank_and_is_not_visib
 
 def save_until_it_fails(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> str:
     policy = open_policy(rank, recorded, layout)
-    manager = CheckpointManager(folder, keep=9, is_first=rank == 0)
+    manager = CheckpointManager(folder, 9, Phases(policy).checkpointing, is_first=rank == 0)
     train_on(rank, policy, recorded, layout, RATES[:1])
     for step in range(1, 9):
         try:

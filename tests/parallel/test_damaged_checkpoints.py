@@ -19,6 +19,7 @@ from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.checkpoint.verification import DAMAGED, verify_checkpoints
 from grpo_mega.formats.checkpoint_manifest import COMPLETE, MANIFEST, DamagedCheckpointError, read_manifest
 from grpo_mega.observe.run_folder import CheckpointsToVerify, RunFolder
+from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import UserError
 from tests.helpers.checkpointed_training import RATES, train_on
 from tests.helpers.recorded_rollouts import ONE, Layout, Recorded, open_policy, ranks_of
@@ -32,7 +33,7 @@ Damage = Callable[[Path, random.Random], None]
 def save_three(rank: int, recorded: Recorded, folder: Path) -> None:
     """Save steps 2, 3 and 4 with an update between them."""
     policy = open_policy(rank, recorded, Layout(2))
-    manager = CheckpointManager(folder, keep=3, is_first=rank == 0, model=MODEL)
+    manager = CheckpointManager(folder, 3, Phases(policy).checkpointing, is_first=rank == 0, model=MODEL)
     for step in (2, 3, 4):
         train_on(rank, policy, recorded, Layout(2), RATES[:1])
         staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from grpo_mega.config.schema import Config
 from grpo_mega.formats.stored_head import checkpoint_spec
@@ -16,7 +16,9 @@ from grpo_mega.formats.stored_head import checkpoint_spec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from grpo_mega.interfaces import Engine
     from grpo_mega.parallel.ranks import Ranks
+    from grpo_mega.planner.phase_memory import RankMemory
     from grpo_mega.types import Microbatch
 
 PROMPT, COMPLETION = 16, 48
@@ -120,6 +122,27 @@ def make_model(folder: Path, model: str) -> None:
     )
 
 
+def resident(case: Case, folder: Path, ranks: Ranks) -> dict[str, dict[str, int]]:
+    """Return phase of the planner -> part -> bytes on the device of this rank, after an update. Collective."""
+    from grpo_mega.policy.policy import MegatronPolicy
+    from grpo_mega.trainer.phases import Phases
+
+    spec = checkpoint_spec(folder)
+    policy = MegatronPolicy(case.config(folder), spec, folder, ranks, with_reference=False)
+    phases, found = Phases(policy), {}
+    phases.start_engine(lambda: cast("Engine", _NoEngine()))
+    with phases.training():
+        policy.update([_row(spec.vocab_size, seed) for seed in range(case.microbatches)], _Loss(), 1e-4)
+        found["train"] = policy.resident_bytes()
+    with phases.syncing():
+        found["sync"] = policy.resident_bytes()
+    with phases.sampling():
+        found["rollout"] = policy.resident_bytes()
+    with phases.training():
+        found["log_probs"] = policy.resident_bytes()
+    return found
+
+
 def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
     """Return the bytes on this rank after an update, and the peak of activations during the next one. Collective."""
     from grpo_mega.policy.inspect.memory_use import held_bytes, saved_for_backward
@@ -137,6 +160,14 @@ def measured(case: Case, folder: Path, ranks: Ranks) -> Bytes:
 
 def predicted(case: Case, folder: Path) -> list[Bytes]:
     """Return the planner's bytes of each pipeline rank."""
+    return [
+        Bytes(rank.static.weights, rank.static.gradients, rank.static.optimizer, rank.activations)
+        for rank in planned_ranks(case, folder)
+    ]
+
+
+def planned_ranks(case: Case, folder: Path) -> list[RankMemory]:
+    """Return the planner's memory of each pipeline rank."""
     from grpo_mega.planner.hardware import cluster_of, gpu_named
     from grpo_mega.planner.plan import plan_resources
     from grpo_mega.policy.inspect.module_sizes import module_counter
@@ -145,10 +176,7 @@ def predicted(case: Case, folder: Path) -> list[Bytes]:
     plan = plan_resources(
         case.config(folder), spec, module_counter(spec), cluster_of(gpu_named("cpu"), case.world), str(folder)
     )
-    return [
-        Bytes(rank.static.weights, rank.static.gradients, rank.static.optimizer, rank.activations)
-        for rank in plan.memory.ranks
-    ]
+    return plan.memory.ranks
 
 
 def _row(vocab_size: int, seed: int) -> Microbatch:
@@ -178,3 +206,13 @@ class _Loss:
 
     def __call__(self, log_probs: Tensor, entropy: Tensor, microbatch: Microbatch) -> tuple[Tensor, dict[str, Tensor]]:
         return -log_probs * microbatch.advantages, {}
+
+
+class _NoEngine:
+    """An engine without memory."""
+
+    def sleep(self) -> None:
+        """Release nothing."""
+
+    def wake(self, what: str) -> None:
+        """Allocate nothing."""

@@ -63,3 +63,12 @@ def test_modules_on_the_meta_device_allocate_nothing_on_a_gpu(built: Any, family
 def test_counting_modules_allocates_nothing_on_a_gpu(built: Any, family: str) -> None:
     for found in built[family].values():
         assert found["local_on_cuda"] == []
+
+
+def test_fp8_weights_keep_only_their_rows_while_the_engine_samples(built: Any) -> None:
+    """The columns of MXFP8 cannot be made from its rows again."""
+    assert built["kept"] == {
+        "tensorwise": {"_data": True, "_transpose": False},
+        "blockwise": {"_rowwise_data": True, "_columnwise_data": False},
+        "mxfp8": {"_rowwise_data": True, "_columnwise_data": True},
+    }
