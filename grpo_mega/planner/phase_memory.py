@@ -215,7 +215,7 @@ def num_groups(topology: Topology) -> int:
 def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     """Return the host memory of the fullest node.
 
-    It holds the processes, pinned copies of what leaves the device, the optimizer state that is updated on the host
+    It holds the processes, what leaves the device (pinned copies on CUDA), the optimizer state that is updated on the host
     with its gradients, and the reference.
     """
     topology, algorithm = inputs.topology, inputs.config.algorithm

@@ -178,7 +178,7 @@ def kept_orders() -> dict[str, dict[str, bool]]:
         }  # fmt: skip
 
     float8_tensor_storage.is_non_tn_fp8_gemm_supported = lambda: False  # Hopper
-    common = {"fp8_dtype": compiled.DType.kFloat8E4M3, "dtype": torch.bfloat16, "requires_grad": True}
+    common = {"fp8_dtype": compiled.DType.kFloat8E4M3, "dtype": torch.bfloat16, "device": "cpu"}
     scale, shape = torch.ones(1), (128, 256)
     whole = {"data": torch.zeros(128, 256, dtype=torch.uint8), "data_transpose": torch.zeros(256, 128), **common}
     weights = {
@@ -189,7 +189,7 @@ def kept_orders() -> dict[str, dict[str, bool]]:
     found = {}
     for kind, weight in weights.items():
         module = torch.nn.Module()
-        module.weight = torch.nn.Parameter(weight)
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
         forget_copies([module])
         orders = ("_data", "_transpose", "_rowwise_data", "_columnwise_data")
         found[kind] = {name: getattr(module.weight, name) is not None for name in orders if hasattr(weight, name)}

@@ -33,9 +33,11 @@ Damage = Callable[[Path, random.Random], None]
 def save_three(rank: int, recorded: Recorded, folder: Path) -> None:
     """Save steps 2, 3 and 4 with an update between them."""
     policy = open_policy(rank, recorded, Layout(2))
-    manager = CheckpointManager(folder, 3, Phases(policy).checkpointing, is_first=rank == 0, model=MODEL)
+    phases = Phases(policy)
+    manager = CheckpointManager(folder, 3, phases.checkpointing, is_first=rank == 0, model=MODEL)
     for step in (2, 3, 4):
-        train_on(rank, policy, recorded, Layout(2), RATES[:1])
+        with phases.training():
+            train_on(rank, policy, recorded, Layout(2), RATES[:1])
         staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
         assert staged is not None
         manager.publish(staged)
