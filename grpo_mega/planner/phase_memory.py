@@ -215,8 +215,8 @@ def num_groups(topology: Topology) -> int:
 def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     """Return the host memory of the fullest node.
 
-    It holds the processes, what leaves the device (pinned copies on CUDA), the optimizer state that is updated on the host
-    with its gradients, and the reference.
+    It holds the processes, what leaves the device (pinned copies on CUDA), the optimizer state that is updated on the
+    host with its gradients, and the reference.
     """
     topology, algorithm = inputs.topology, inputs.config.algorithm
     ranks_per_node = min(inputs.gpu.per_node, topology.world_size)
