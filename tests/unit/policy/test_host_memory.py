@@ -55,7 +55,7 @@ def test_a_copy_is_made_again_only_after_a_change() -> None:
     memory.take()
     memory.give()
     values.fill_(1)
-    memory.take()  # nobody noted the change
+    memory.take()  # the change was not noted
     memory.give()
     assert values.tolist() == [0.0] * 4
     values.fill_(2)
