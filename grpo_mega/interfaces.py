@@ -247,10 +247,7 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Release the KV cache and the weights. Sampling before the next sync is an error.
-
-        An engine whose devices have no other user releases nothing, and keeps its weights.
-        """
+        """Release KV cache and weights, and reject sampling until a sync; with servers, release nothing."""
         ...
 
     def wake(self, what: Literal["weights", "kv_cache"]) -> None:

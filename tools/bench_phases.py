@@ -73,7 +73,7 @@ def measure(built: BuiltJob, rounds: int) -> dict[str, Any]:
     """Make `rounds` rounds of alternating steps and return their seconds."""
     from grpo_mega.trainer.loop import push_weights, train
 
-    class NoCheckpoints:
+    class SkippedCheckpoints:
         def stage_if_due(self, *_: object) -> None:
             """Return None: no checkpoint is due."""
 
@@ -86,7 +86,7 @@ def measure(built: BuiltJob, rounds: int) -> dict[str, Any]:
         until = job.config.train.model_copy(update={"steps": state.step + 1})
         config = job.config.model_copy(update={"train": until})
         start = time.perf_counter()
-        state = train(replace(job, config=config, checkpoints=NoCheckpoints()), state)  # type: ignore[arg-type]
+        state = train(replace(job, config=config, checkpoints=SkippedCheckpoints()), state)  # type: ignore[arg-type]
         return time.perf_counter() - start
 
     step()  # allocates the moments and warms up
