@@ -5,8 +5,8 @@ Tensors are addressed by storage: parameters and the distributed optimizer's sha
 Without CUDA, device and host memory are the same, but an offloaded storage has 0 bytes there as well: native code that
 reads it ends the process. Therefore every public function of a learner first checks with `PolicyMemory.require` that
 what it reads is on the device.
-Asserted by tests/unit/policy/test_phase_offload.py and tests/parallel/test_planner.py; tests/gpu checks the freed memory
-of a device.
+Asserted by tests/unit/policy/test_phase_offload.py and tests/parallel/test_planner.py; tests/gpu checks the freed
+memory of a device.
 """
 
 from __future__ import annotations
