@@ -44,6 +44,7 @@ from grpo_mega.observe.run_folder import CheckpointsToVerify
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.parallel.ranks import Ranks, init_ranks
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Microbatch
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 768, 2048, 8, 12, 4, 64, 32000
@@ -131,7 +132,7 @@ def run(work: Path, rounds: int, ranks: Ranks, config: Config) -> dict[str, Any]
 
     policy = make_policy(work / "model", ranks, config)
     folder, watch = work / "checkpoints", PartTimes()
-    manager = CheckpointManager(folder, keep=1, is_first=True)
+    manager = CheckpointManager(folder, 1, Phases(policy).checkpointing, is_first=True)
     for number in range(1, rounds + 1):
 
         def save(step: int = number) -> Path:
