@@ -37,3 +37,23 @@ def test_a_wrong_engine_stops_the_run_although_the_sync_was_verified(
     assert checkpoints == []
     logs = [path.read_text() for path in (run / "logs").glob("rank_*.log")]
     assert any("EngineMismatchError: step 1" in text for text in logs)  # the first one ends the other rank
+
+
+@pytest.mark.parametrize(
+    ("kind", "step"),
+    [
+        ("layer_norm", 1),
+        ("stale_layer", 2),
+        pytest.param("embedding_row", 1, marks=pytest.mark.long),
+        pytest.param("heads", 1, marks=pytest.mark.long),
+    ],
+)
+def test_a_small_error_of_one_layer_stops_a_run_in_fp32(tmp_path: Path, kind: str, step: int) -> None:
+    """The base model of the quickstart on one rank; the stale layer is right until the policy's first update."""
+    run = tmp_path / "run"
+    keys = ("reward.terms=[{name: tests.helpers.wrong_engine.length}]", f"run.dir={run}", "run.world_size=1")
+    keys += ("precision.dtype=fp32", "train.steps=2", "weight_sync.verify=every")
+    ended = run_job(*SMALL, *keys, output=tmp_path / "log", env={"WRONG_ENGINE": kind})
+    assert ended.code == 1, ended.stderr[-2000:]
+    logs = [path.read_text() for path in (run / "logs").glob("rank_*.log")]
+    assert any(f"EngineMismatchError: step {step}:" in text for text in logs), ended.stderr[-2000:]

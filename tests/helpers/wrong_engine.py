@@ -1,6 +1,13 @@
 """A reward whose module makes the engine of the last rank wrong after every verification of a weight sync.
 
-`engines.weights.sink.RegionSink.digests` returns the digests of the right weights, and changes the final norm then.
+`engines.weights.sink.RegionSink.digests` returns the digests of the right weights, and changes the memory then. The
+variable WRONG_ENGINE says how:
+
+- `final_norm` (default): the final norm times 3
+- `embedding_row`: row 5 of the embedding is row 6
+- `layer_norm`: the input norm of layer 1 times 1.1
+- `heads`: the first two query heads of layer 1, of 32 rows each, are swapped
+- `stale_layer`: layer 1 keeps the weights of the first sync; right at the first step
 """
 
 from __future__ import annotations
@@ -8,11 +15,28 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+import torch
+
 from grpo_mega.engines.weights.sink import RegionSink
 from grpo_mega.rewards.base import reward
 from grpo_mega.types import TensorSlice
 
 _digests = RegionSink.digests
+_first: dict[str, torch.Tensor] = {}
+
+
+def _change(kind: str, name: str, memory: torch.Tensor) -> None:
+    match kind, name:
+        case "final_norm", "model.norm.weight":
+            memory.mul_(3)
+        case "embedding_row", "model.embed_tokens.weight":
+            memory[5] = memory[6]
+        case "layer_norm", "model.layers.1.input_layernorm.weight":
+            memory.mul_(1.1)
+        case "heads", "model.layers.1.self_attn.q_proj.weight":
+            memory[:64] = torch.cat((memory[32:64], memory[:32]))
+        case "stale_layer", _ if name.startswith("model.layers.1."):
+            memory.copy_(_first.setdefault(name, memory.clone()))
 
 
 def _change_after(sink: RegionSink, slices: Sequence[TensorSlice]) -> list[int]:
@@ -20,10 +44,9 @@ def _change_after(sink: RegionSink, slices: Sequence[TensorSlice]) -> list[int]:
     if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
         for region in sink.layout():
             hf = region.placement.hf
-            if hf.name == "model.norm.weight":
-                memory = sink._regions.memory_of(region, hf)
-                assert memory is not None, "the norm is a plain parameter"
-                memory.mul_(3)
+            memory = sink._regions.memory_of(region, hf)
+            if memory is not None:
+                _change(os.environ.get("WRONG_ENGINE", "final_norm"), hf.name, memory)
     return found
 
 
