@@ -65,6 +65,7 @@ class CopiedMemory:
 
     def __init__(self, storages: Sequence[torch.UntypedStorage]) -> None:
         self._storages, self._sizes = list(storages), [storage.nbytes() for storage in storages]
+        self._device = self._storages[0].device if self._storages else torch.device("cpu")
         self._copies: HostBuffers | None = None
         self._is_current = False
 
@@ -72,10 +73,10 @@ class CopiedMemory:
         if self._is_current:
             return
         if self._copies is None:
-            self._copies = HostBuffers(self._sizes, pinned=torch.cuda.is_available())
+            self._copies = HostBuffers(self._sizes, self._device)
         for i, storage in enumerate(self._storages):
             self._copies.write(i, as_bytes(storage))
-        _wait_for_copies()
+        _wait_for_copies(self._device)
         self._is_current = True
 
     def give(self) -> None:
@@ -83,7 +84,7 @@ class CopiedMemory:
         for i, (storage, size) in enumerate(zip(self._storages, self._sizes, strict=True)):
             storage.resize_(size)
             self._copies.read(i, as_bytes(storage))
-        _wait_for_copies()
+        _wait_for_copies(self._device)
 
     def changed(self) -> None:
         self._is_current = False
@@ -92,8 +93,12 @@ class CopiedMemory:
 class HostBuffers:
     """Host memory for parts of `sizes` bytes, in buffers that waste little of what the pinned allocator rounds up."""
 
-    def __init__(self, sizes: Sequence[int], *, pinned: bool) -> None:
-        self._pieces = [torch.empty(n, dtype=torch.uint8, pin_memory=pinned) for n in piece_sizes(sum(sizes))]
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        """Allocate the memory, pinned if `device`, to and from which it is copied, is a CUDA device."""
+        pinned = device.type == "cuda"
+        self._pieces = [
+            torch.empty(n, dtype=torch.uint8, device="cpu", pin_memory=pinned) for n in piece_sizes(sum(sizes))
+        ]
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
     @property
@@ -148,6 +153,6 @@ def as_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-def _wait_for_copies() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
+def _wait_for_copies(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -36,7 +36,7 @@ class Reference:
         self._buffers: list[tuple[Tensor, dist.ProcessGroup]] = [(b.param_data, b.data_parallel_group) for b in buffers]
         self._memory, self._others = memory, tuple(others)
         sizes = [buffer.nbytes // group.size() for buffer, group in self._buffers]
-        self._shards = HostBuffers(sizes, pinned=torch.cuda.is_available())
+        self._shards = HostBuffers(sizes, self._buffers[0][0].device)
         self.update()
 
     @property

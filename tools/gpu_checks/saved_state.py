@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from grpo_mega.trainer.phases import Phases
 from tools.gpu_checks.part_job import PartJob
 from tools.gpu_checks.trained_policy import (
     ALL,
@@ -30,10 +31,10 @@ def main(job: PartJob) -> None:
         folder = setup.folder.parent / "checkpoint"
         folder.mkdir()
         policy.offload(*ALL)  # as it is while the engine samples
-        policy.reload("params", "optimizer")
-        begin = time.perf_counter()
-        policy.save(folder, _EXTRA)
-        saved = time.perf_counter() - begin
+        with Phases(policy).checkpointing(policy):
+            begin = time.perf_counter()
+            policy.save(folder, _EXTRA)
+            saved = time.perf_counter() - begin
         policy.reload(*ALL)
         check_equal(job, "state after the save", state_digests(policy), trained, "a save changes nothing")
         setup.update(policy)
@@ -43,10 +44,10 @@ def main(job: PartJob) -> None:
 
         loaded = setup.build()
         loaded.offload(*ALL)
-        loaded.reload("params", "optimizer")
-        begin = time.perf_counter()
-        extra = loaded.load(folder)
-        seconds = time.perf_counter() - begin
+        with Phases(loaded).checkpointing(loaded):
+            begin = time.perf_counter()
+            extra = loaded.load(folder)
+            seconds = time.perf_counter() - begin
         loaded.reload(*ALL)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         job.result.add(save_seconds=saved, load_seconds=seconds, checkpoint_bytes=size)

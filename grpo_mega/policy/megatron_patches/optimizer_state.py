@@ -91,7 +91,7 @@ def sharded_parameter_state(
         states = {} if is_loading else optimizer._get_main_param_and_optimizer_states(parameter)
         found[index] = {}
         for name in names:
-            state = torch.empty(end - start) if is_loading else states[name].detach().float()
+            state = torch.empty(end - start, device="cpu") if is_loading else states[name].detach().float()
             found[index][name] = dict(enumerate(_pieces(by_parameter[parameter], name, state, start, end)))
     return found
 

@@ -91,7 +91,7 @@ def test_parts_may_span_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(0)
     sizes = [draw.randrange(200) for _ in range(20)]
     parts = [torch.tensor([draw.randrange(256) for _ in range(n)], dtype=torch.uint8) for n in sizes]
-    buffers = HostBuffers(sizes, pinned=False)
+    buffers = HostBuffers(sizes, torch.device("cpu"))
     assert buffers.num_bytes == sum(sizes)
     for i, part in enumerate(parts):
         buffers.write(i, part)

@@ -48,8 +48,7 @@ def calls_of_is_available(source: str) -> list[int]:
     ]
 
 
-HOST_COPIES = {"phase_offload.py", "host_memory.py", "reference.py"}  # create host memory only
-MODULES = sorted({path.relative_to(POLICY).as_posix() for path in POLICY.rglob("*.py")} - HOST_COPIES)
+MODULES = sorted(path.relative_to(POLICY).as_posix() for path in POLICY.rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES)
