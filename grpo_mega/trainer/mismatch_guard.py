@@ -18,11 +18,12 @@ Asserted by tests/unit/trainer/test_mismatch_guard.py and tests/e2e/test_mismatc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby, islice
 
 from grpo_mega.config.schema import Config
-from grpo_mega.types import Rollout
+from grpo_mega.types import Completion, Rollout
 
 MIN_PROBABILITY = 1e-3
 AUTO = {"fp32": 1e-2, "bf16": 0.5}
@@ -120,8 +121,8 @@ class MismatchGuard:
         """
         if self.bound is None:
             return
-        found = list(likely_mismatches(rollouts, old_log_probs))
-        beyond = _without_repetitions(rollouts, [each for each in found if each.size > self.bound])
+        found = _without_repetitions(rollouts, likely_mismatches(rollouts, old_log_probs))
+        beyond = [each for each in found if each.size > self.bound]
         if not beyond:
             return
         worst = max(beyond, key=lambda each: each.size)
@@ -141,13 +142,23 @@ class MismatchGuard:
         )
 
 
-def _without_repetitions(rollouts: Sequence[Rollout], found: Sequence[TokenMismatch]) -> list[TokenMismatch]:
-    """Return one mismatch for each token of a prompt with the same tokens before it: equal rollouts round equally."""
-    distinct: dict[tuple[object, ...], TokenMismatch] = {}
-    for each in sorted(found, key=lambda mismatch: mismatch.size):
-        completion = rollouts[each.rollout].completion
-        mask = completion.loss_mask or (True,) * len(completion.token_ids)
-        positions = [t for t, has_loss in enumerate(mask) if has_loss]
-        prefix = completion.token_ids[: positions[each.token] + 1]
-        distinct[rollouts[each.rollout].prompt.index, tuple(prefix)] = each
+def _without_repetitions(rollouts: Sequence[Rollout], found: Iterable[TokenMismatch]) -> list[TokenMismatch]:
+    """Return the largest mismatch of each token of a prompt with the same tokens before it.
+
+    Equal rollouts round equally. `found` is ordered by rollout.
+    """
+    distinct: dict[tuple[int, int], TokenMismatch] = {}
+    for i, group in groupby(found, key=lambda each: each.rollout):
+        prefixes = _prefix_hashes(rollouts[i].completion)
+        for each in group:
+            key = rollouts[i].prompt.index, prefixes[each.token]
+            if key not in distinct or distinct[key].size < each.size:
+                distinct[key] = each
     return list(distinct.values())
+
+
+def _prefix_hashes(completion: Completion) -> list[int]:
+    """Return for each loss token a hash of the tokens of the completion up to it."""
+    mask = completion.loss_mask or (True,) * len(completion.token_ids)
+    hashes = accumulate(completion.token_ids, lambda before, token: hash((before, token)), initial=0)
+    return [value for value, has_loss in zip(islice(hashes, 1, None), mask, strict=True) if has_loss]

@@ -112,7 +112,7 @@ def test_a_few_tokens_may_exceed_the_bound(tokens: int, beyond: int, stops: bool
 
 def test_a_token_far_beyond_the_bound_stops_with_what_the_user_needs() -> None:
     guard = MismatchGuard(0.5, "guard.max_mismatch=auto with precision.dtype=bf16")
-    rollouts = [rollout([-1.0]), rollout([-2.0])]
+    rollouts = [rollout([-1.0]), rollout([-1.0, -2.0], mask=(False, True))]
     guard.check(3, rollouts, [[-3.0], [-2.0]], "everything")  # one token, four times the bound
     with pytest.raises(EngineMismatchError) as raised:
         guard.check(3, rollouts, [[-3.25], [-2.0]], "the digests were equal")
@@ -143,3 +143,6 @@ def test_equal_rollouts_of_a_prompt_count_once() -> None:
         object.__setattr__(each.completion, "token_ids", (k, 9))
     with pytest.raises(EngineMismatchError, match="3 of 3 tokens"):
         guard.check(1, different, [[-1.75]] * 3, "")
+    right = [rollout([-1.0] * 400)] * 10  # 4,000 tokens, of which 400 are distinct
+    with pytest.raises(EngineMismatchError, match="3 of 403 tokens"):
+        guard.check(1, [*right, *different], [*[[-1.0] * 400] * 10, *[[-1.75]] * 3], "")
