@@ -32,7 +32,7 @@ class ParameterSize:
 
 @dataclass(frozen=True)
 class SizeSums:
-    """Numbers of elements, summed over some parameters.
+    """Numbers of elements, summed over some parameters; `largest` is the number of the largest parameter.
 
     `dense_aligned` and `expert_aligned` round each parameter up to 64 elements, as Megatron's flat buffers do
     (param_and_grad_buffer.py:658). `matrices` counts the parameters that layers multiply with, without routers.
@@ -42,13 +42,20 @@ class SizeSums:
     dense_aligned: int
     expert_aligned: int
     matrices: int
+    largest: int
 
     @classmethod
     def of(cls, parameters: Sequence[ParameterSize]) -> SizeSums:
         """Sum the sizes of `parameters`."""
         aligned = {kind: sum(-(-p.numel // 64) * 64 for p in parameters if p.is_expert == kind) for kind in (0, 1)}
         matrices = sum(p.numel for p in parameters if len(p.shape) > 1 and ".router." not in p.name)
-        return cls(sum(p.numel for p in parameters), aligned[0], aligned[1], matrices)
+        return cls(
+            sum(p.numel for p in parameters),
+            aligned[0],
+            aligned[1],
+            matrices,
+            max((p.numel for p in parameters), default=0),
+        )
 
 
 @dataclass(frozen=True)

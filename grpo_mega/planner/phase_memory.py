@@ -215,8 +215,9 @@ def num_groups(topology: Topology) -> int:
 def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     """Return the host memory of the fullest node.
 
-    It holds the processes, what leaves the device (pinned copies on CUDA), the optimizer state that is updated on the
-    host with its gradients, and the reference.
+    It holds the processes, what leaves the device (pinned copies on CUDA, which are kept while the policy computes and
+    is saved), the optimizer state that is updated on the host with its gradients, the reference, and the one tensor of
+    each rank that a checkpoint copies at a time (policy/megatron_patches/checkpoint_writing.py).
     """
     topology, algorithm = inputs.topology, inputs.config.algorithm
     ranks_per_node = min(inputs.gpu.per_node, topology.world_size)
@@ -233,5 +234,6 @@ def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
         "offloaded optimizer": learners * static.optimizer if offloads else 0.0,
         "optimizer on the host": learners * updated,
         "reference": reference,
+        "checkpoint": max(rank.static.largest_state for rank in ranks),
     }
     return {name: ranks_per_node * size for name, size in items.items()}

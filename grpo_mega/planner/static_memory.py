@@ -21,6 +21,7 @@ from grpo_mega.planner.inputs import PlanInputs
 
 GRADIENT_BYTES = 4
 """Bytes of an element of the main gradients, which are float32."""
+_STATE_BYTES = 4  # of an element of a master weight or moment, which are saved in float32
 _OVERLAP_BUCKET = 40_000_000  # elements; distributed_data_parallel.py:65
 
 
@@ -56,6 +57,8 @@ class StaticBytes:
     """The part of the optimizer state that is stored and updated on the host."""
     fp8_copies: int = 0
     """Copies of the weights in FP8, as Transformer Engine's matrix products read them."""
+    largest_state: int = 0
+    """The largest tensor that a rank saves: master weight or moment of its largest parameter, in float32."""
 
 
 def model_chunks(spec: ModelSpec, config: Config, where: str) -> list[list[ModelChunk]]:
@@ -95,10 +98,11 @@ def static_bytes(chunks: Iterable[ModelChunk], sizes: ModuleSizes, inputs: PlanI
     """Return the static bytes of one pipeline rank, which computes these chunks."""
     config, topology, itemsize = inputs.config, inputs.topology, inputs.itemsize
     master = 4 if itemsize < 4 else 0  # in fp32 the weights are their own masters
-    numel = buffer = shard = quantized = 0
+    numel = buffer = shard = quantized = largest = 0
     for chunk in chunks:
         sums = [sizes.sums[part] for part in chunk_parts(chunk, inputs.spec.tie_embeddings)]
         numel += sum(s.numel for s in sums)
+        largest = max([largest, *(s.largest for s in sums)])
         quantized += sum(
             sizes.sums["moe_layer" if is_moe else "dense_layer"].matrices for is_moe, in_fp8 in chunk.layers if in_fp8
         )
@@ -112,7 +116,13 @@ def static_bytes(chunks: Iterable[ModelChunk], sizes: ModuleSizes, inputs: PlanI
     on_host = round(config.optimizer.host_fraction * state)
     weights = itemsize * buffer - fp8.saved_weight_bytes(config, quantized)
     return StaticBytes(
-        numel, weights, GRADIENT_BYTES * buffer, state - on_host, on_host, fp8.copied_weight_bytes(config, quantized)
+        parameters=numel,
+        weights=weights,
+        gradients=GRADIENT_BYTES * buffer,
+        optimizer=state - on_host,
+        optimizer_on_host=on_host,
+        fp8_copies=fp8.copied_weight_bytes(config, quantized),
+        largest_state=_STATE_BYTES * largest,
     )
 
 

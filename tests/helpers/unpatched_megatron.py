@@ -1,16 +1,28 @@
-"""Training on ranks with one patch of Megatron-Core undone, to show what the installed release does without it."""
+"""The installed Megatron-Core without patches: single modules, and training on ranks with one patch undone."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from tests.helpers.checkpointed_training import resume_training, run_with_checkpoint
 from tests.helpers.family_updates import FamilyRecord, measure_family
 from tests.helpers.recorded_rollouts import Layout, Recorded
+
+
+def unpatched(name: str) -> ModuleType:
+    """Execute a module of the installed Megatron-Core again, as a module of its own without patches."""
+    spec = importlib.util.find_spec(f"megatron.core.{name}")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_mega.models.parameter_tables import is_expert_parameter
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.policy.megatron_patches import cpu, optimizer_state
+from grpo_mega.policy.megatron_patches import checkpoint_writing, cpu, optimizer_state
 
 cpu.prepare_import()
 
@@ -52,6 +52,7 @@ def install() -> None:
     if not getattr(setter, "keeps_own_step", False):
         DistributedOptimizer._set_main_param_and_optimizer_states = _with_own_step(setter)
     optimizer_state.install()
+    checkpoint_writing.install()
     # filesystem_async.py:65 starts a server process for a queue that a synchronous save uses within one process. That
     # costs seconds at the first save and 270 MB, and the server outlives a rank that is killed.
     filesystem_async.get_write_results_queue = _results_of_this_process

@@ -140,6 +140,16 @@ def test_a_reference_uses_host_memory_only_if_the_loss_needs_it() -> None:
     assert with_kl > without == 0
 
 
+def test_a_checkpoint_copies_one_state_of_the_largest_parameter_on_each_rank_of_a_node() -> None:
+    # the matrix of a layer has 10 x 20 elements, the embedding and the head 10 x 10; 8 ranks per node
+    for world, ranks_per_node in ((1, 1), (4, 4), (16, 8)):
+        plan = memory_of(config_of(data={"prompts_per_step": 16}), spec_of(), world)
+        assert plan.host["checkpoint"] == ranks_per_node * 4 * 200
+    # a state on the host is copied, too, where it is a part of a larger tensor
+    on_host = memory_of(config_of(optimizer={"host_fraction": 1.0}, parallel={"pp": 2}), spec_of(), 2)
+    assert on_host.host["checkpoint"] == 2 * 4 * 200
+
+
 def test_without_cuda_policy_and_critic_leave_the_device_as_on_cuda() -> None:
     plan = memory_of(config_of(algorithm={"name": "ppo"}), spec_of(), 1, gpu="cpu")
     (rank,) = plan.ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,22 +19,13 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.policy.megatron_patches import fixes
 from grpo_mega.policy.weight_source import weight_copies
 from tests.helpers.family_configs import raw_family_config
+from tests.helpers.unpatched_megatron import unpatched
 
 from megatron.core.optimizer import distrib_optimizer  # isort: skip - after megatron_patches, which prepares the import
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear  # isort: skip
 from megatron.core.transformer.identity_op import IdentityOp  # isort: skip
 from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver  # isort: skip
 from megatron.core.transformer.moe import moe_utils  # isort: skip
-
-
-def unpatched(name: str) -> ModuleType:
-    """Execute a module of the installed Megatron-Core again, as a module of its own without patches."""
-    spec = importlib.util.find_spec(f"megatron.core.{name}")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def best_of_groups(scores: list[float], size: int, best: int, group_topk: int, topk: int) -> list[int]:
