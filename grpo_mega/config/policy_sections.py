@@ -87,7 +87,8 @@ class OptimizerConfig(Section):
     clip_grad: float = Field(1.0, gt=0)
     """Largest global gradient norm; larger gradients are scaled down to it."""
     host_fraction: float = Field(0.0, ge=0, le=1)
-    """Fraction of the master weights and moments that stay in host memory and are updated there (CUDA only)."""
+    """Fraction of the master weights and moments that stay in host memory and are updated there (CUDA only). During the
+    update each rank uses its share of the node's cores, whatever OMP_NUM_THREADS is."""
 
 
 class Fp8Config(Section):

@@ -89,7 +89,7 @@ class Assumptions:
     routing_imbalance: float = 1.25
     """Tokens of the busiest expert-parallel rank, divided by the mean."""
     host_adam_bandwidth: float = 150e9
-    """Bytes per second that Adam reads and writes on the processors of a node."""
+    """Bytes per second that Adam reads and writes on a node whose ranks use all its cores (policy/host_threads.py)."""
     checkpoint_bandwidth: float = 5e9
     """Bytes per second that a node writes to disk."""
     context_bytes: float = 0.6 * GIB

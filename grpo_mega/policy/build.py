@@ -18,7 +18,7 @@ from grpo_mega.parallel.overlap import with_overlap
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
-from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes, local_modules
+from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes, host_optimizer, local_modules
 from grpo_mega.policy.module_choice import ModuleChoice
 
 cpu.prepare_import()
@@ -67,6 +67,7 @@ def init_groups(ranks: Ranks, timeout_seconds: float) -> None:
     fixes.install()
     checkpoint_reading.install()
     local_modules.install()
+    host_optimizer.install()
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     with fixes.device_groups(ranks.device):

@@ -25,6 +25,7 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import MegatronParts, build_policy
 from grpo_mega.policy.fp8 import forget_copies
 from grpo_mega.policy.fp8_scales import reported_scales
+from grpo_mega.policy.host_threads import host_threads, intra_op_threads
 from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
 from grpo_mega.policy.module_choice import choose_modules
 from grpo_mega.policy.modules.policy_model import PolicyModel
@@ -64,6 +65,7 @@ class MegatronLearner:
         self.cp_group = parallel_state.get_context_parallel_group()
         self._fp8 = config.precision.fp8
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
+        self._host_threads = host_threads(ranks) if optimizer.host_fraction > 0 else None
 
     def full_gradients(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole float32 gradient) of every HF tensor in checkpoint order on every rank.
@@ -202,7 +204,8 @@ class MegatronLearner:
         self._memory.changed()
         for group in self.parts.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.parts.optimizer.step()
+        with intra_op_threads(self._host_threads):
+            self.parts.optimizer.step()
         self._gather_pending = self._overlaps_gather
         return replace(stats, learning_rate=learning_rate)
 
