@@ -49,15 +49,15 @@ def test_the_commands_of_the_guide_print_the_shown_output(
     monkeypatch.chdir(REPOSITORY)
     asked, planned, reported, engine = (shlex.split(block) for block in shell_blocks("fp8.md"))
     (shown,) = re.findall(r"```text\n(.*?)\n```", TEXT, re.DOTALL)
-    assert asked[:2] == ["python", "tools/doctor.py"]
+    assert asked[:2] == ["launch/tool.sh", "doctor"]
     assert doctor.main(asked[2:]) == 2
     assert shown in capsys.readouterr().err
-    assert planned[:2] == ["python", "tools/plan.py"]
+    assert planned[:2] == ["launch/tool.sh", "plan"]
     assert plan.main(planned[2:]) == 0
     assert "fits" in capsys.readouterr().out
     assert engine[:2] == planned[:2]
     assert plan.main(engine[2:]) == 0
     assert "engine tp 8, dp 4" in capsys.readouterr().out
-    assert reported[:3] == ["python", "tools/fp8_report.py", "HF_DIR"]
+    assert reported[:3] == ["launch/tool.sh", "fp8_report", "HF_DIR"]
     assert fp8_report.main([str(make_tiny_model(tmp_path)), *reported[3:]]) == 0
     assert "power_of_two scales" in capsys.readouterr().out

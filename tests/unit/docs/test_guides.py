@@ -66,7 +66,7 @@ def test_the_reward_scores_the_file_and_passes_the_checks_of_a_run(
     assert cli.main(["score", *command_arguments("guides/reward.md", "score", "my_rewards:")]) == 0
     scored = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"prompt"')]
     assert [row["reward"] for row in scored] == [1.0, 0.5, 0.0]
-    assert prepare_job("guides/reward.md").config.reward.terms[0].name == "my_rewards:closeness"
+    assert prepare_job("guides/reward.md").config.reward.terms[0].name == f"{folder}/my_rewards.py:closeness"
 
 
 def test_the_reward_that_reads_columns_and_messages_scores_the_file(
@@ -88,7 +88,7 @@ def test_the_environment_replies_and_passes_the_checks_of_a_run(write_guide: Cal
     exec(compile((folder / "try_it.py").read_text(), "try_it.py", "exec"), {})
     environment = prepare_job("guides/environment.md").config.environment
     assert environment is not None
-    assert environment.name == "my_tools:shop"
+    assert environment.name == f"{folder}/my_tools.py:shop"
 
 
 def test_the_algorithm_computes_its_formulas_and_passes_the_checks_of_a_run(write_guide: Callable[[str], Path]) -> None:

@@ -65,8 +65,8 @@ def test_a_message_of_the_guide_is_in_the_source_code(message: str) -> None:
 def test_the_command_of_the_guide_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     (block,) = shell_blocks("troubleshooting.md")
-    python, tool, *arguments = shlex.split(block)
-    assert (python, tool) == ("python", "tools/doctor.py")
+    program, tool, *arguments = shlex.split(block)
+    assert (program, tool) == ("launch/tool.sh", "doctor")
     assert doctor.main(arguments) == 0
     assert capsys.readouterr().out
 

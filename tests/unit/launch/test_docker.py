@@ -31,9 +31,9 @@ def test_there_is_an_image_for_each_engine() -> None:
 
 
 @every_file
-def test_the_base_has_an_exact_tag(file: Path) -> None:
+def test_the_base_has_an_exact_tag_and_no_second_cudnn(file: Path) -> None:
     (base,) = docker_instructions(file, "FROM")
-    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-cudnn-devel-ubuntu\d+\.\d+(@sha256:[0-9a-f]{64})?", base)
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-devel-ubuntu\d+\.\d+(@sha256:[0-9a-f]{64})?", base)
 
 
 @every_file
