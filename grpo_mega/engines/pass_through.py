@@ -43,7 +43,7 @@ _VLLM = {
     "": "load_format model_loader_extra_config skip_tokenizer_init generation_config override_generation_config "
     "logprobs_mode logits_processors distributed_executor_backend nnodes node_rank master_addr master_port worker_cls "
     "prefill_context_parallel_size decode_context_parallel_size max_num_batched_tokens block_size kv_cache_dtype "
-    "enable_prefix_caching disable_log_stats enable_sleep_mode sleep_mode_backend sleep_mode_offload_cudagraph "
+    "enable_prefix_caching disable_log_stats enable_sleep_mode sleep_mode_offload_cudagraph "
     "enable_nccl_comm_suspend sleep_preserve_parameter_names cpu_offload_gb cpu_offload_params offload_params "
     "offload_backend offload_group_size offload_num_in_group offload_prefetch_step "
     "kv_offloading_size kv_offloading_backend enable_cumem_allocator speculative_config spec_method spec_model "

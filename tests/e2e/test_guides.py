@@ -25,6 +25,7 @@ TESTS = {
     "environments.md": "tests/e2e/test_readme_commands.py",
     "first-run.md": "tests/e2e/test_guides.py",
     "fp8.md": "tests/unit/docs/test_fp8_guide.py",
+    "gpu-check.md": "tests/unit/tools/test_gpu_rehearsal.py",
     "layouts.md": "tests/unit/docs/test_layouts_guide.py",
     "rewards.md": "tests/e2e/test_readme_commands.py",
     "servers.md": "tests/e2e/test_server.py",

@@ -17,7 +17,8 @@ from grpo_mega.engines.vllm.arguments import VllmSettings
 def test_engines_read_the_common_settings_from_the_same_keys(
     settings_class: type[VllmSettings] | type[SglangSettings],
 ) -> None:
-    overrides = ["engine.max_num_seqs=9", "engine.kv_cache_tokens=4096", "run.seed=11", "precision.dtype=fp32"]
+    sizes = ["engine.max_num_seqs=9", "engine.kv_cache_tokens=4096", "engine.memory_share=0.7"]
+    overrides = [*sizes, "run.seed=11", "precision.dtype=fp32"]
     config = load_config(Path("configs/quickstart.yaml"), overrides)
     found = settings_class.from_config(config, Path("model"))
     common = {each.name: getattr(found, each.name) for each in fields(ReplicaSettings)}
@@ -28,6 +29,7 @@ def test_engines_read_the_common_settings_from_the_same_keys(
         "max_model_len": config.longest_rollout,
         "max_num_seqs": 9,
         "kv_cache_tokens": 4096,
+        "memory_share": 0.7,
         "seed": 11,
         "ep": 1,
         "return_experts": False,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.guides import shell_blocks
 from tests.helpers.jobs import REPOSITORY
 from tools.gpu_checks.part_job import PartJob
 from tools.gpu_checks.parts import PARTS
@@ -22,12 +23,25 @@ REHEARSED = [part.name for part in PARTS.values() if part.rehearsable]
 MEASUREMENTS = REPOSITORY / "docs" / "measurements"
 
 
+REHEARSE = ["--rehearse", "--minutes", "12"]
+
+
+def test_the_commands_of_the_guide_are_those_that_are_tested() -> None:
+    """test_gpu_kit.py runs the first two, for this Python and as a rehearsal; this file runs the third."""
+    commands = [line for block in shell_blocks("gpu-check.md") for line in block.splitlines()]
+    assert commands == [
+        "launch/gpu_proof_kit.sh --python 3.12 --out gpu-proof-kit",
+        "python tools/gpu_proof.py --minutes 12 --wheels gpu-proof-kit",
+        " ".join(["launch/tool.sh gpu_proof", *REHEARSE]),
+    ]
+
+
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rehearse the twelve minutes and return the output folder."""
     out = tmp_path_factory.mktemp("rehearsal")
     before = sorted(MEASUREMENTS.iterdir())
-    command = [sys.executable, "tools/gpu_proof.py", "--rehearse", "--minutes", "12", "--out", str(out)]
+    command = [sys.executable, "tools/gpu_proof.py", *REHEARSE, "--out", str(out)]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     (out / "table").write_text(done.stdout)
