@@ -91,9 +91,9 @@ def _engine_share(config: Config, topology: Topology) -> list[Finding]:
     """Check the engine's share of GPU memory. A missing model folder is reported by `inputs.check_checkpoint`."""
     if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
         return []
-    from grpo_mega.doctor.model_rules import read_spec
+    from grpo_mega.doctor.model_rules import configured_spec
 
-    return [gpus.check_engine_share(config, read_spec(config), topology)]
+    return [gpus.check_engine_share(config, configured_spec(config), topology)]
 
 
 def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:

@@ -42,7 +42,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     if with_engine:
         check_engine_fp8_device(config)
         check_memory_share_device(config)
-    spec = read_spec(config)
+    spec = configured_spec(config)
     if with_engine:
         check_engine_model(spec, config)
         check_server_addresses(config)
@@ -127,7 +127,7 @@ def _check_fp8_layers(spec: ModelSpec, config: Config, where: str) -> None:
             )
 
 
-def read_spec(config: Config) -> ModelSpec:
+def configured_spec(config: Config) -> ModelSpec:
     """Return the spec of the checkpoint, or of the recipe of the tiny base.
 
     Raises:

@@ -19,7 +19,7 @@ from grpo_mega.config.load import load_config
 from grpo_mega.doctor import gpus, inputs, machine
 from grpo_mega.doctor.examine import examine, examine_start
 from grpo_mega.doctor.finding import Finding, require
-from grpo_mega.doctor.model_rules import read_spec
+from grpo_mega.doctor.model_rules import configured_spec
 from grpo_mega.engines.server.client import ServerClient
 from grpo_mega.engines.server.listener import ServerListener
 from grpo_mega.engines.server.messages import serving_facts
@@ -217,7 +217,7 @@ def config_for(model: Path, *overrides: str) -> Any:
 
 def share_finding(model: Path, share: float, used: int = 0) -> Finding:
     config = config_for(model, f"engine.memory_share={share}", "engine.kv_cache_tokens=null")
-    return gpus.check_engine_share(config, read_spec(config), Topology(1), FakeNvml(H100, (H100[0], used, [])))
+    return gpus.check_engine_share(config, configured_spec(config), Topology(1), FakeNvml(H100, (H100[0], used, [])))
 
 
 def test_the_memory_share_of_the_engine_must_hold_a_rollout_and_be_free(model: Path) -> None:

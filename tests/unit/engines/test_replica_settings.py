@@ -17,7 +17,7 @@ from grpo_mega.engines.vllm.arguments import VllmSettings
 def test_engines_read_the_common_settings_from_the_same_keys(
     settings_class: type[VllmSettings] | type[SglangSettings],
 ) -> None:
-    sizes = ["engine.max_num_seqs=9", "engine.kv_cache_tokens=4096", "engine.memory_share=0.7"]
+    sizes = ["engine.max_num_seqs=9", "engine.kv_cache_tokens=null", "engine.memory_share=0.7"]
     overrides = [*sizes, "run.seed=11", "precision.dtype=fp32"]
     config = load_config(Path("configs/quickstart.yaml"), overrides)
     found = settings_class.from_config(config, Path("model"))
@@ -28,7 +28,7 @@ def test_engines_read_the_common_settings_from_the_same_keys(
         "tp": config.engine.tp,
         "max_model_len": config.longest_rollout,
         "max_num_seqs": 9,
-        "kv_cache_tokens": 4096,
+        "kv_cache_tokens": None,
         "memory_share": 0.7,
         "seed": 11,
         "ep": 1,
