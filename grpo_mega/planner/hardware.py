@@ -6,7 +6,9 @@ runs. docs/measurements/planner.md gives the source of each, and says which were
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
 from typing import Literal
 
 from grpo_mega.models.engine_memory import GRAPHS_AND_KERNELS
@@ -74,8 +76,11 @@ class Assumptions:
     """The same fraction for models with experts (published: 0.16 to 0.26 with forced balance)."""
     fp8_speedup: float = 1.3
     """Speed of training and log-prob passes in FP8 over bf16, end to end (published: 1.2 to 1.5)."""
-    decode_bandwidth: float = 0.60
-    """Fraction of memory bandwidth while the engine decodes."""
+    decode_bandwidth: float = 0.85
+    """Fraction of memory bandwidth while the engine decodes, and while the optimizer reads and writes its state."""
+    engine_step: float = 5e-3
+    """Seconds of an engine's processes between two forward passes of a decode step: scheduling, sampling, and the new
+    tokens. With `decode_bandwidth` it gives the published seconds of a decode step (docs/measurements/planner.md)."""
     prefill_flops: float = 0.45
     """Fraction of bf16 FLOP/s while the engine computes prompts."""
     link: float = 0.70
@@ -83,9 +88,13 @@ class Assumptions:
     pcie: float = 0.80
     """Fraction of PCIe speed in copies between device and host."""
     collective_latency: float = 15e-6
-    """Seconds of one small all-reduce in a decode step."""
+    """Seconds of one small all-reduce in a decode step, inside a node."""
+    network_latency: float = 80e-6
+    """Seconds of one small all-reduce in a decode step, between nodes."""
     mean_length: float = 0.5
     """Mean completion, as a fraction of sampling.max_tokens; the longest completion reaches sampling.max_tokens."""
+    text_bytes_per_token: float = 4.0
+    """Bytes of text of a token in a rollout file."""
     routing_imbalance: float = 1.25
     """Tokens of the busiest expert-parallel rank, divided by the mean."""
     host_adam_bandwidth: float = 150e9
@@ -104,6 +113,11 @@ class Assumptions:
     """Device memory that a sleeping engine keeps."""
     process_host_bytes: float = 6.0 * GIB
     """Host memory of one rank's process before any tensor."""
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of all assumptions."""
+        return [field.name for field in fields(cls)]
 
     def described(self) -> dict[str, float]:
         """Return name -> value, with the assumption that the engines share with the planner."""
@@ -138,7 +152,13 @@ class Cluster:
         in_one_node = ranks <= self.gpu.per_node
         return (self.gpu.nvlink if in_one_node else self.gpu.network) * self.assumptions.link
 
+    def collective_latency(self, ranks: int) -> float:
+        """Return the seconds of one small all-reduce among consecutive ranks."""
+        assumed = self.assumptions
+        return assumed.collective_latency if ranks <= self.gpu.per_node else assumed.network_latency
 
-def cluster_of(gpu: Gpu, num_ranks: int) -> Cluster:
-    """Return a cluster with the assumptions for its kind of device."""
-    return Cluster(gpu, num_ranks, CPU_ASSUMPTIONS if gpu.kernels == "local" else Assumptions())
+
+def cluster_of(gpu: Gpu, num_ranks: int, assumed: Mapping[str, float] = MappingProxyType({})) -> Cluster:
+    """Return a cluster with the assumptions for its kind of device; `assumed` replaces some of them."""
+    defaults = CPU_ASSUMPTIONS if gpu.kernels == "local" else Assumptions()
+    return Cluster(gpu, num_ranks, replace(defaults, **assumed))

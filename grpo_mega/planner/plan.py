@@ -10,6 +10,7 @@ from grpo_mega.config.fp8_rules import check_engine_generation, check_generation
 from grpo_mega.config.schema import Config
 from grpo_mega.models.module_sizes import ModuleCounter, ModuleSizes
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.planner.disk import DiskPlan, plan_disk
 from grpo_mega.planner.hardware import GIB, Cluster
 from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.phase_memory import MemoryPlan, plan_memory
@@ -78,6 +79,11 @@ class ResourcePlan:
         return self.time.seconds * self.inputs.config.train.steps / _SECONDS_PER_DAY
 
     @property
+    def disk(self) -> DiskPlan:
+        """Bytes that the run writes to its folder."""
+        return plan_disk(self.inputs, checkpoint=self.memory.checkpoint, total_parameters=self.parameters)
+
+    @property
     def sync_bytes(self) -> int:
         """Bytes that the engines receive in one sync."""
         ranks = self.inputs.topology.num_server_ranks or self.inputs.topology.world_size
@@ -102,6 +108,7 @@ class ResourcePlan:
             "host_bytes_per_node": round(sum(memory.host.values())),
             "host_items": {name: round(size) for name, size in memory.host.items()},
             "checkpoint_bytes": round(memory.checkpoint),
+            "disk_bytes": self.disk.as_json(),
             "tokens_per_second": self.tokens_per_second,
             "mfu": self.mfu,
             "days": self.days,

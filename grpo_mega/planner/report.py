@@ -50,7 +50,7 @@ def plan_text(plan: ResourcePlan, remedy: list[str] | None) -> str:
     host = ", ".join(f"{name} {size / _GIB:.0f}" for name, size in plan.memory.host.items() if size >= _GIB)
     lines += [
         f"  host       {sum(plan.memory.host.values()) / _GIB:6.0f}  per node, of {gpu.host_memory / _GIB:.0f}: {host}",
-        f"  disk       {plan.memory.checkpoint / _GIB:6.0f}  per checkpoint",
+        _disk_line(plan),
         "",
         "predicted seconds of a step: "
         + ", ".join(f"{name} {seconds:.1f}" for name, seconds in plan.time.phases.items())
@@ -63,6 +63,24 @@ def plan_text(plan: ResourcePlan, remedy: list[str] | None) -> str:
     lines += ["", "does not fit:", *(f"  {problem}" for problem in plan.problems)]
     lines.append("remedy: " + (" ".join(remedy) if remedy else "none was found, with up to 32 times as many devices"))
     return "\n".join(lines)
+
+
+def _disk_line(plan: ResourcePlan) -> str:
+    """Return the line of the bytes that the run writes to its folder."""
+    disk, config = plan.disk, plan.inputs.config
+    kept = round(disk.checkpoints / disk.checkpoint)
+    parts = [f"{kept} checkpoint(s) of {_size(disk.checkpoint)}"]
+    if disk.export:
+        parts.append(f"export {_size(disk.export)}")
+    parts.append(
+        f"rollouts {_size(disk.rollouts)} ({config.train.steps} steps of {_size(disk.rollouts_per_step)}, all are kept)"
+    )
+    return f"  disk       {disk.run / _GIB:6.0f}  in the run folder: {', '.join(parts)}"
+
+
+def _size(num_bytes: float) -> str:
+    """Return a number of bytes in GiB, or in MiB below one GiB."""
+    return f"{num_bytes / _GIB:.1f} GiB" if num_bytes >= _GIB else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def search_text(found: list[FittingLayout], num_ranks: int) -> str:

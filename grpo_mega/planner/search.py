@@ -83,19 +83,19 @@ def _trivial_layout(num_ranks: int) -> Change:
 
 
 def _layouts(spec: ModelSpec, num_ranks: int, per_node: int) -> Iterator[Change]:
-    """Yield the layouts of the policy: powers of two of tp, pp and ep."""
+    """Yield the layouts of the policy: powers of two of tp and ep, and every pp that divides the devices."""
     experts = spec.moe.num_experts if spec.moe is not None else 1
     for tp in (1, 2, 4, 8):
         if tp > per_node or num_ranks % tp:
             continue
-        pp = 1
-        while pp <= min(spec.num_layers, num_ranks // tp, _MOST_STAGES):
+        for pp in range(1, min(spec.num_layers, num_ranks // tp, _MOST_STAGES) + 1):
+            if num_ranks // tp % pp:
+                continue
             ep = 1
             while ep <= min(experts, num_ranks // pp):
                 pipeline_layout = even_layout(spec.num_layers, pp) if spec.num_layers % pp else None
                 yield _layout(tp, pp, ep, pipeline_layout)
                 ep *= 2
-            pp *= 2
 
 
 def _layout(tp: int, pp: int, ep: int, pipeline_layout: str | None) -> Change:

@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
-from grpo_mega.models.engine_memory import ITEMSIZE
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.planner.inputs import PlanInputs, Workload
+from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.phase_memory import MemoryPlan
+from grpo_mega.planner.rollout_time import rollout_seconds
 from grpo_mega.planner.static_memory import StaticBytes
 
 
@@ -99,7 +99,7 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     offload = 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie)
     checkpoint = memory.checkpoint / inputs.cluster.num_nodes / assumed.checkpoint_bandwidth
     phases = {
-        "rollout": _rollout_seconds(inputs, memory, work, cost),
+        "rollout": rollout_seconds(inputs, memory.engine, cost.forward, cost.active),
         "log_probs": passes * forward,
         "train": epochs * (computed + messages)
         + work.updates * _exposed_gradient_seconds(inputs, static, epochs * computed / work.updates / max(1, rows)),
@@ -124,42 +124,6 @@ def _policy_passes(config: Config) -> float:
     if algorithm.kl_in == "reward" and algorithm.needs_reference:
         return 1.0
     return (minibatches - 1) / minibatches
-
-
-def _rollout_seconds(inputs: PlanInputs, memory: MemoryPlan, work: Workload, cost: TokenCost) -> float:
-    """Return the seconds of sampling: each prompt is computed once, then each decode step reads weights and cache.
-
-    Rollouts that do not fit at once run in rounds. The last round lasts as long as its longest rollout. Lengths are
-    assumed to be uniform from 0 to max_tokens, M, whose mean is `mean_length`; P is the mean prompt. While finished
-    rollouts are replaced, a running rollout has P + M / 3 tokens in the cache on average. In the last round those that
-    finish leave the cache: on average P / 2 + M / 6 tokens for each rollout that it began with.
-    """
-    config, topology, spec = inputs.config, inputs.topology, inputs.spec
-    assumed, gpu, engine = inputs.assumptions, inputs.gpu, memory.engine
-    rollouts = math.ceil(work.rollouts / topology.num_shares)
-    fit_in_cache = engine.kv_cache / (engine.kv_bytes_per_token * max(1.0, work.mean))
-    at_once = max(1.0, min(rollouts, config.engine.max_num_seqs, fit_in_cache))
-    rounds = math.ceil(rollouts / at_once)
-    weights = engine.weights
-    if spec.moe is not None:  # experts that no token is routed to are not read
-        routed_fraction = spec.moe.top_k / spec.moe.num_experts
-        elements = sum(spec.moe.layers) * 3 * spec.hidden_size * spec.moe.expert_ffn_size * spec.moe.num_experts
-        experts = elements * (1 if config.engine.fp8 else ITEMSIZE[config.precision.dtype]) / topology.engine_size
-        weights -= experts * (1 - routed_fraction) ** (at_once * topology.engine_dp)
-    longest, prompt = config.sampling.max_tokens, config.data.max_prompt_tokens * assumed.mean_length
-    bandwidth = gpu.memory_bandwidth * assumed.decode_bandwidth
-    cache = at_once * (prompt + longest / 3) * engine.kv_bytes_per_token
-    computed = at_once * 2 * cost.active / config.engine.tp / (gpu.bf16_flops * assumed.prefill_flops)
-    latency = 2 * spec.num_layers * assumed.collective_latency if config.engine.tp > 1 else 0.0
-    if spec.moe is not None and topology.engine_dp > 1:  # tokens are gathered for the experts, their sums scattered
-        latency += 2 * sum(spec.moe.layers) * assumed.collective_latency
-    full = max((weights + cache) / bandwidth, computed) + latency
-    last = max((weights + cache / 2) / bandwidth, computed) + latency
-    decoding = (rounds - 1) * assumed.mean_length * longest * full + longest * last
-    prompts = config.data.prompts_per_step * config.data.max_prompt_tokens * assumed.mean_length
-    devices = topology.num_server_ranks or topology.world_size
-    prefill = prompts * cost.forward / (devices * gpu.bf16_flops * assumed.prefill_flops)
-    return decoding + prefill
 
 
 def _message_seconds(inputs: PlanInputs, tokens: float) -> float:

@@ -16,9 +16,12 @@ import pytest
 import torch
 import yaml
 
+from grpo_mega.cli.plan import model_of
+from grpo_mega.config.load import load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.data.arithmetic import answer, pairs, question
 from grpo_mega.models.digest import combined_digest, slice_digest
+from grpo_mega.planner.hardware import gpu_named
 from grpo_mega.tiny_base.train import ensure_base
 from grpo_mega.types import TensorSlice
 from tests.helpers.finished_runs import QUICKSTART_STEPS, Run
@@ -183,6 +186,22 @@ def test_tensorboard_reads_the_curves_and_shows_rollouts(quickstart: Run, lines:
         f"```\n{row['prompt']}\n```\n\ncompletion\n\n```\n{row['completion']}\n```" in text
         for row in rollouts_of(quickstart.folder, 1)
     )
+
+
+def test_the_plan_counts_the_bytes_that_the_run_wrote(quickstart: Run) -> None:
+    """With the run's own mean length; files of a checkpoint also have names and digests of its tensors."""
+    rows = [row for step in range(1, QUICKSTART_STEPS + 1) for row in rollouts_of(quickstart.folder, step)]
+    mean_length = statistics.fmean(len(row["completion_ids"]) for row in rows) / MAX_TOKENS
+    config = load_config(quickstart.folder / "config.yaml", ["run.world_size=1"])
+    assumed = {"mean_length": mean_length, "text_bytes_per_token": 1.0}  # a token is a character
+    disk = model_of(config, gpu_named("cpu"), assumed).plan(config).disk
+
+    def written(*names: str) -> int:
+        return sum(path.stat().st_size for path in quickstart.folder.joinpath(*names).rglob("*") if path.is_file())
+
+    assert written("rollouts") == pytest.approx(disk.rollouts, rel=0.15)
+    assert written("checkpoints") == pytest.approx(disk.checkpoints, rel=0.1)
+    assert (quickstart.folder / "hf" / "model.safetensors").stat().st_size == pytest.approx(disk.export, rel=0.02)
 
 
 def test_checkpoints_are_complete_and_log_and_config_exist(quickstart: Run) -> None:
