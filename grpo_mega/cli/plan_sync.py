@@ -6,7 +6,8 @@
 It needs the model's config.json, but no weights, no GPU and no other process. The policy's shards are computed, and the
 engine's layout is recorded from its own weight loader. `run.world_size` is the number of ranks. If `model.path` is not
 a folder on this machine, configs/models/<its name> is used. The predicted seconds are those of the busiest link at the
-given speeds, without latency and verification.
+given speeds, without latency and verification. Changes of bucket, transport and engine.tp that make the sync faster are
+listed with their predicted effect; `--search` plans other engine.tp also for large models.
 
 Exit code 0: planned; 2: invalid input; 1: an internal failure.
 """
@@ -29,6 +30,7 @@ import torch
 
 from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.cli.plan_file import difference, read_plan, write_plan
+from grpo_mega.cli.sync_remedies import MOST_TRANSFERS_REPEATED, SyncRemedy, remedies
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
@@ -75,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--network-gb-per-second", type=float, default=50.0, help="speed of a rank, each way, between nodes"
     )
+    parser.add_argument("--search", action="store_true", help="plan other engine.tp also if a plan takes long")
     parser.add_argument("--cpu", action="store_true", help="plan for machines without GPUs, which use other modules")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_intermixed_args(argv)
@@ -105,17 +108,33 @@ def run(args: argparse.Namespace) -> int:
             remedy="use engine.kind=vllm",
         )
     for name in ("gpus_per_node", "node_gb_per_second", "network_gb_per_second"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')}={getattr(args, name)} must be more than 0")
+        if not getattr(args, name) > 0:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"{option}={getattr(args, name)} must be more than 0",
+                remedy=f"leave {option} out, or use a larger value",
+            )
     with tempfile.TemporaryDirectory() as work:
         folder, spec = model_of(config, Path(work))
         local = args.cpu or config.policy.modules == "local"
-        plan = plan_of(config, spec, folder, args.gpus_per_node, local_modules=local)
-    summary = summarize(plan, args.node_gb_per_second, args.network_gb_per_second)
+
+        def planned(changed: Config) -> ReshardPlan:
+            return plan_of(changed, spec, folder, args.gpus_per_node, local_modules=local)
+
+        def replan(changed: Config) -> dict[str, Any]:
+            return summarize(planned(changed), args.node_gb_per_second, args.network_gb_per_second)
+
+        plan = planned(config)
+        summary = summarize(plan, args.node_gb_per_second, args.network_gb_per_second)
+        found = remedies(config, summary, replan, on_cpu=args.cpu, search=args.search)
+    summary["remedies"] = [each.as_json() for each in found]
     summary["seconds"] = round(time.monotonic() - start, 1)
     summary["cpu_seconds"] = round(time.process_time(), 1)
     summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(summary_text(summary, config, args))
+    print(remedies_text(found))
+    if summary["transfers"] > MOST_TRANSFERS_REPEATED and not args.search:
+        print("other values of engine.tp were not planned; --search plans them")
     if args.against is not None:
         changed = difference(read_plan(args.against), plan)
         print("\n".join(changed[:20]) or f"equal to {args.against}")
@@ -273,6 +292,13 @@ def summary_text(summary: dict[str, Any], config: Config, args: argparse.Namespa
         f"planned in {summary['seconds']:.0f} s, {summary['cpu_seconds']:.0f} s of CPU time, with "
         f"{summary['peak_memory_bytes'] / 1e9:.1f} GB"
     )
+
+
+def remedies_text(found: list[SyncRemedy]) -> str:
+    """Return the changes that make the sync faster, as text."""
+    if not found:
+        return "no change of buckets, transport or engine.tp makes it 10% faster"
+    return "\n".join(["faster with (predicted, with 2 ms per round):", *(f"  {each.text}" for each in found)])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ KEYS = {
     "busiest_link_ratio",
     "peak_buffer_bytes",
     "predicted_seconds",
+    "remedies",
 }
 LAYOUT = ["run.world_size=4", "parallel.tp=2", "parallel.pp=2", "engine.tp=2"]
 
