@@ -4,8 +4,10 @@
     python tools/plan.py CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
 
 The model's folder needs only its config.json. If `model.path` is not a folder on this machine, the shipped
-configs/models/<its name> is used. The number of devices comes from `--nodes`. Without it, `run.world_size` is used,
-and without both, one node.
+configs/models/<its name> is used. The number of devices comes from `--nodes` and `--gpus-per-node`. Without them,
+`run.world_size` is used, and without all, one node. If the layout of the config does not divide the devices of these
+options, the layouts that fit on them are searched, as with `--search`.
+`--assume NAME=VALUE` replaces an assumption, for example `mean_length=0.2`; `--json` lists all of them.
 
 Exit code 0: the run fits (with --search: a layout fits); 2: it does not fit, or the input is wrong; 1: a failure of
 the tool itself.
@@ -15,22 +17,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from grpo_mega.cli.output_files import check_output_file
 from grpo_mega.config.load import load_config
+from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import shipped_model_folder
 from grpo_mega.models.kv_cache_memory import KvCacheSize
 from grpo_mega.models.module_sizes import ModuleCounter
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.planner.hardware import GPUS, Gpu, cluster_of, gpu_named
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.planner.hardware import GPUS, Assumptions, Gpu, cluster_of, gpu_named
 from grpo_mega.planner.plan import ResourcePlan, plan_resources
 from grpo_mega.planner.remedies import as_overrides, remedy
 from grpo_mega.planner.report import memory_picture, plan_text, search_text
@@ -49,6 +55,8 @@ class PlannedModel:
     gpu: Gpu
     where: str
     count: ModuleCounter
+    assumed: Mapping[str, float] = field(default_factory=dict)
+    """Assumptions that replace the planner's."""
 
     def plan(self, config: Config) -> ResourcePlan:
         """Return the plan of a config.
@@ -58,12 +66,11 @@ class PlannedModel:
         """
         from grpo_mega.engines.engine_rules import check_engine_fp8
         from grpo_mega.models.layout_rules import check_layout
-        from grpo_mega.parallel.topology import Topology
 
         ranks = config.run.world_size or self.gpu.per_node
         check_layout(self.spec, config.parallel, Topology.of(config, ranks), self.where)
         check_engine_fp8(self.spec, config, self.where)
-        return plan_resources(config, self.spec, self.count, cluster_of(self.gpu, ranks), self.where)
+        return plan_resources(config, self.spec, self.count, cluster_of(self.gpu, ranks, self.assumed), self.where)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--gpu", default="h100-80g", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--nodes", type=int, help="nodes of the GPU's usual size; overrides run.world_size")
+    parser.add_argument("--gpus-per-node", type=int, help="GPUs of a node (default: the usual number, 8)")
+    parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption")
     parser.add_argument("--search", action="store_true", help="list the layouts that fit, the fastest first")
     parser.add_argument("--html", type=Path, help="write a picture of the memory per phase to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -91,20 +100,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the input is wrong.
     """
-    gpu = gpu_named(args.gpu)
-    if args.nodes is not None and args.nodes < 1:
-        raise UserError(f"--nodes={args.nodes} must be at least 1")
+    gpu, assumed = gpu_of(args), assumptions_of(args.assume)
     if args.search:  # the search chooses the number of devices and the layout
         config = load_config(args.config, args.overrides)
         KvCacheSize.from_config(config).check()  # the same for every layout
-        return run_search(args, config, model_of(config, gpu))
-    overrides = list(args.overrides)
-    if args.nodes is not None:
-        overrides.append(f"run.world_size={args.nodes * gpu.per_node}")
-    config = load_config(args.config, overrides)
-    if config.run.world_size is None:
-        config = load_config(args.config, [*overrides, f"run.world_size={gpu.per_node}"])
-    model = model_of(config, gpu)
+        return run_search(args, config, model_of(config, gpu, assumed))
+    planned = planned_config(args, gpu)
+    if planned is None:
+        return search_instead(args, gpu, assumed)
+    config = planned
+    model = model_of(config, gpu, assumed)
     plan = model.plan(config)
     change = None if plan.fits else remedy(plan, model.plan, model.spec.num_layers)
     overrides_to_fit = as_overrides(change) if change is not None else None
@@ -121,8 +126,84 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan.fits else 2
 
 
+def gpu_of(args: argparse.Namespace) -> Gpu:
+    """Return the device of `--gpu`, in nodes of `--gpus-per-node` with that part of the usual node's host memory.
+
+    Raises:
+        UserError: an option has a value that is not possible.
+    """
+    gpu = gpu_named(args.gpu)
+    for option, value in (("--nodes", args.nodes), ("--gpus-per-node", args.gpus_per_node)):
+        if value is not None and value < 1:
+            raise UserError(f"{option}={value} must be at least 1", remedy=f"use {option}=1 or more, or leave it out")
+    if args.gpus_per_node is None:
+        return gpu
+    host_memory = gpu.host_memory * args.gpus_per_node / gpu.per_node
+    return replace(gpu, per_node=args.gpus_per_node, host_memory=host_memory)
+
+
+def assumptions_of(texts: Sequence[str]) -> dict[str, float]:
+    """Return name -> value of the options `--assume NAME=VALUE`.
+
+    Raises:
+        UserError: a name is unknown, or a value is not a positive number.
+    """
+    assumed, names = {}, Assumptions.names()
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names:
+            near = nearest_name(name, names)
+            known = f"did you mean {near}?" if near else f"use one of {', '.join(names)}"
+            raise UserError(f"--assume={text} is not an assumption of the planner", remedy=known)
+        try:
+            assumed[name] = float(value)
+        except ValueError:
+            assumed[name] = math.nan
+        most = 1.0 if name == "mean_length" else math.inf
+        if not 0 < assumed[name] <= most or math.isinf(assumed[name]):
+            allowed = "a number above 0" + (", at most 1" if name == "mean_length" else "")
+            raise UserError(f"--assume={text} must be {allowed}", remedy=f"use --assume {name}=NUMBER")
+    return assumed
+
+
+def planned_config(args: argparse.Namespace, gpu: Gpu) -> Config | None:
+    """Return the config on the devices of the options, or None if its layout does not divide them.
+
+    Raises:
+        UserError: the config is wrong on any number of devices.
+    """
+    if args.nodes is None and args.gpus_per_node is None:
+        config = load_config(args.config, args.overrides)
+        if config.run.world_size is not None:
+            return config
+        return load_config(args.config, [*args.overrides, f"run.world_size={gpu.per_node}"])
+    ranks = (args.nodes or 1) * gpu.per_node
+    if args.nodes is None:
+        ranks = load_config(args.config, args.overrides).run.world_size or ranks
+    config = load_config(args.config, [*args.overrides, "run.world_size=null"])
+    try:
+        Topology.of(config, ranks)
+    except UserError as error:
+        print(f"the layout of {args.config} does not divide {ranks} devices: {error.message}")
+        return None
+    return load_config(args.config, [*args.overrides, f"run.world_size={ranks}"])
+
+
+def search_instead(args: argparse.Namespace, gpu: Gpu, assumed: Mapping[str, float]) -> int:
+    """Search the layouts that fit on the devices of the options, and return the exit code."""
+    config = load_config(args.config, [*args.overrides, "run.world_size=null"])
+    KvCacheSize.from_config(config).check()
+    if args.html is not None:
+        raise UserError(
+            f"--html={args.html} needs one layout, and that of the config does not divide the devices",
+            remedy="leave it out, and use it with the overrides of a layout that is found",
+        )
+    print("the layouts that fit, the fastest step first:")
+    return run_search(args, config, model_of(config, gpu, assumed))
+
+
 def run_search(args: argparse.Namespace, config: Config, model: PlannedModel) -> int:
-    """Search on one number of nodes, or on 1 to 64 nodes, and return the exit code."""
+    """Search on the given number of nodes, or on 1 to 64 nodes, and return the exit code."""
     nodes = NODES_SEARCHED if args.nodes is None else (args.nodes,)
     results: dict[int, list[FittingLayout]] = {}
     for num_nodes in nodes:
@@ -138,7 +219,7 @@ def run_search(args: argparse.Namespace, config: Config, model: PlannedModel) ->
     return 0
 
 
-def model_of(config: Config, gpu: Gpu) -> PlannedModel:
+def model_of(config: Config, gpu: Gpu, assumed: Mapping[str, float] = MappingProxyType({})) -> PlannedModel:
     """Read the model of a config; no weights are read.
 
     Raises:
@@ -160,4 +241,4 @@ def model_of(config: Config, gpu: Gpu) -> PlannedModel:
     else:
         folder = shipped_model_folder(Path(str(config.model.path)))
         spec, where = checkpoint_spec(folder), str(folder)
-    return PlannedModel(spec, gpu, where, module_counter(spec, config.parallel.megatron))
+    return PlannedModel(spec, gpu, where, module_counter(spec, config.parallel.megatron), assumed)

@@ -38,7 +38,7 @@ def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
 
 def test_there_is_a_config_for_each_published_size() -> None:
     assert {name.split("-")[0] + "-" + name.split("-")[1] for name in PRODUCTION} >= {"qwen2.5-7b", "qwen2.5-32b"}
-    assert len(PRODUCTION) == 11
+    assert len(PRODUCTION) == 12
 
 
 @pytest.mark.parametrize("name", PRODUCTION)
@@ -181,7 +181,15 @@ def test_every_item_of_every_phase_has_a_color(tmp_path: Path, capsys: pytest.Ca
     ("arguments", "message"),
     [
         (("--gpu", "h101"), "--gpu=h101"),
-        (("--nodes", "0"), "--nodes=0"),
+        (("--nodes", "0"), "--nodes=0 must be at least 1; use --nodes=1"),
+        (("--nodes", "-3"), "--nodes=-3 must be at least 1; use --nodes=1"),
+        (("--gpus-per-node", "0"), "--gpus-per-node=0 must be at least 1; use --gpus-per-node=1"),
+        (("--assume", "mean_lenght=0.2"), "--assume=mean_lenght=0.2 is not an assumption of the planner; did you mean"),
+        (("--assume", "mean_length=2"), "--assume=mean_length=2 must be a number above 0, at most 1; use --assume"),
+        (("--assume", "link=fast"), "--assume=link=fast must be a number above 0; use --assume link=NUMBER"),
+        (("--assume", "link"), "--assume=link must be a number above 0; use --assume link=NUMBER"),
+        (("engine.memory_share=0.1",), "engine.memory_share=0.1 is 7.9 of 79.1 GiB"),
+        (("--nodes", "3", "--html", "memory.html"), "--html=memory.html needs one layout"),
         (("parallel.tp=3", "run.world_size=24"), "parallel.tp=3 does not divide the 64 attention heads"),
         (("model.path=no/such",), "model.path=no/such has no config.json"),
         (("engine.kv_cache_tokens=32",), "; use at least "),
@@ -279,3 +287,67 @@ def test_the_arguments_of_the_engine_are_checked_for_the_planned_device(capsys: 
     assert "engine.args" not in capsys.readouterr().err
     assert main([QWEN, "engine.args={max_num_seqs: 3}", "--gpu", "h100-80g"]) == 2
     assert "set engine.max_num_seqs" in capsys.readouterr().err
+
+
+def test_nodes_that_the_layout_does_not_divide_are_searched(capsys: pytest.CaptureFixture[str]) -> None:
+    """A layout of 16 devices on 3 nodes."""
+    config = "llama-3.3-70b-8n8g-tp8pp2-vllm.yaml"
+    assert main([LLAMA, "--nodes", "3", "--gpu", "h200-141g", "--json"]) == 0
+    out = capsys.readouterr().out
+    assert f"{config} does not divide 24 devices" in out
+    assert "not a multiple of parallel.tp x parallel.cp x parallel.pp = 8 x 1 x 2" in out
+    layouts = json.loads(out.splitlines()[-1])["layouts"]
+    assert {layout["ranks"] for layout in layouts} == {24}
+    seconds = [layout["step_seconds"] for layout in layouts]
+    assert seconds == sorted(seconds)
+    # a layout that is found can be planned, also with a pp that is not a power of two
+    code, found, _ = run_plan(capsys, LLAMA, "--gpu", "h200-141g", *layouts[0]["overrides"])
+    assert (code, found["step_seconds"]) == (0, pytest.approx(seconds[0]))
+
+
+def test_nodes_of_another_size_have_their_part_of_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    code, four, _ = run_plan(capsys, QWEN, "--nodes", "2", "--gpus-per-node", "4")
+    assert (code, four["ranks"]) == (0, 8)
+    _, eight, _ = run_plan(capsys, QWEN, "--nodes", "1")
+    assert four["host_bytes_per_node"] * 2 == pytest.approx(eight["host_bytes_per_node"], rel=1e-6)
+    assert main([QWEN, "--gpus-per-node", "4"]) == 0  # the 8 ranks of the config on two nodes
+    out = capsys.readouterr().out
+    assert "8 x h100-80g (2 node(s))" in out
+    assert re.search(r"^  host +\d+  per node, of 931:", out, re.MULTILINE)
+
+
+def test_an_assumption_can_be_replaced_by_a_measured_value(capsys: pytest.CaptureFixture[str]) -> None:
+    _, usual, _ = run_plan(capsys, QWEN)
+    _, short, _ = run_plan(capsys, QWEN, "--assume", "mean_length=0.1", "--assume", "engine_step=0.001")
+    assert short["assumptions"]["mean_length"] == 0.1
+    assert short["phase_seconds"]["rollout"] < usual["phase_seconds"]["rollout"] - 0.004 * 2048
+    assert short["phase_seconds"]["train"] < 0.5 * usual["phase_seconds"]["train"]
+
+
+def test_the_plan_counts_the_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([QWEN, "--json"]) == 0
+    out = capsys.readouterr().out
+    disk = json.loads(out.splitlines()[-1])["disk_bytes"]
+    assert disk["checkpoint"] == pytest.approx(7.62e9 * 14, rel=0.01)
+    assert disk["checkpoints"] == pytest.approx(3 * disk["checkpoint"])  # two are kept while the third is written
+    assert disk["export"] == pytest.approx(7.62e9 * 2, rel=0.01)
+    assert disk["rollouts"] == pytest.approx(300 * disk["rollouts_per_step"])
+    assert disk["run"] == pytest.approx(disk["checkpoints"] + disk["export"] + disk["rollouts"])
+    assert "3 checkpoint(s) of" in out
+    assert "300 steps of" in out
+
+
+RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("recipes/*.yaml"))
+ON_CPU = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.name not in PRODUCTION)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_is_planned_without_the_folder_of_its_model(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, errors = run_plan(capsys, str(CONFIGS / name))
+    assert (code, errors, found["problems"]) == (0, "", [])
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_each_small_config_is_planned_for_the_cpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, errors = run_plan(capsys, str(CONFIGS / name), "--gpu", "cpu", "run.world_size=1")
+    assert (code, errors, found["problems"]) == (0, "", [])
