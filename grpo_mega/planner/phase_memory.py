@@ -81,7 +81,7 @@ def plan_memory(inputs: PlanInputs, sizes: ModuleSizes, *, total_parameters: int
         )
         phases = _phases(inputs, stage, activations, engine)
         ranks.append(RankMemory(pp_rank, stage.static, stage.activations, phases))
-    state = itemsize + 8 + (4 if itemsize < 4 else 0)
+    state = itemsize + 12  # a master weight and two moments in float32, also in a float32 run
     reference = itemsize if config.algorithm.ref_update_every else 0
     learners = 2 if config.algorithm.needs_critic else 1
     return MemoryPlan(

@@ -11,7 +11,8 @@ import pytest
 
 from grpo_mega.observe.rollouts import RolloutRow, write_rollouts
 from grpo_mega.planner.disk import plan_disk, rollout_file_bytes
-from tests.helpers.planner_cases import config_of, inputs_of, spec_of
+from grpo_mega.planner.phase_memory import plan_memory
+from tests.helpers.planner_cases import SIZES, config_of, inputs_of, spec_of
 
 VOCABULARY = 151_936
 
@@ -72,6 +73,14 @@ def test_routing_records_have_a_byte_per_layer_and_chosen_expert() -> None:
     )
     tokens = 8 * 4 * (32 + 32)  # rollouts of half of 64 + 64 tokens
     assert with_records - without == tokens * spec.num_layers * spec.moe.top_k
+
+
+@pytest.mark.parametrize(("dtype", "written"), [("fp32", 12_914_921), ("bf16", 11_331_561)])
+def test_a_checkpoint_has_the_bytes_that_the_quickstart_wrote(dtype: Any, written: int) -> None:
+    """The tensor file of 791,680 parameters also holds the headers of its entries."""
+    inputs = inputs_of(config_of(precision={"dtype": dtype}), gpu="cpu")
+    memory = plan_memory(inputs, SIZES, total_parameters=791_680, where="config.json")
+    assert memory.checkpoint == pytest.approx(written, rel=0.03)
 
 
 @pytest.mark.parametrize(
