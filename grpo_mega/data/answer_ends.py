@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_mega.data.answer_text import answer_text, dropped_ids
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def cut_at_stop(
     """
     for skip_special_tokens in (True, False):
         text, before = (
-            str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+            answer_text(tokenizer, ids) if skip_special_tokens else str(tokenizer.decode(list(ids)))
             for ids in (token_ids, token_ids[:-1])
         )
         # A character that is complete only with the last token differs in `before`.
@@ -89,7 +90,12 @@ def cut_at_stop(
             end, _, matched = min(ends)
             answer = text[: end - len(matched)]
             if not skip_special_tokens:
-                special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+                dropped = dropped_ids(tokenizer, token_ids)
+                special = [
+                    token.content
+                    for token_id, token in tokenizer.added_tokens_decoder.items()
+                    if token.special and (dropped is None or token_id in dropped)
+                ]
                 answer = re.sub("|".join(map(re.escape, sorted(special, key=len, reverse=True))), "", answer)
             return answer + matched, matched
     return None

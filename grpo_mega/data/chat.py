@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from grpo_mega.data.answer_ends import cut_at_stop, eos_ids
+from grpo_mega.data.answer_text import answer_text, dropped_ids
 from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
@@ -119,8 +120,8 @@ class ResultText:
         return tuple(found)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        """Return the text of tokens, as of an answer."""
+        return answer_text(self.tokenizer, token_ids)
 
     def cut_at_stop(self, token_ids: Sequence[int], stop: Sequence[str]) -> tuple[str, str] | None:
         """Return the text up to and including the stop text that the last token completes, and that stop text."""
@@ -135,12 +136,15 @@ def text_with_special_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: Sequ
 def token_ends(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> list[int]:
     """Return, per token, the number of characters of the text up to the end of that token.
 
-    A character of several tokens is counted with its last token. Special tokens add no characters.
+    A character of several tokens is counted with its last token. Special tokens add no characters, except the tags
+    around a thought (`answer_text`).
     """
     from tokenizers.decoders import DecodeStream
 
-    stream, length, ends = DecodeStream(skip_special_tokens=True), 0, []
+    dropped = dropped_ids(tokenizer, token_ids)
+    stream, length, ends = DecodeStream(skip_special_tokens=dropped is None), 0, []
     for token_id in token_ids:
-        length += len(stream.step(tokenizer.backend_tokenizer, token_id) or "")
+        if dropped is None or token_id not in dropped:
+            length += len(stream.step(tokenizer.backend_tokenizer, token_id) or "")
         ends.append(length)
     return ends

@@ -78,7 +78,7 @@ class PromptTemplate:
     def messages(self, prompt: PromptSource) -> list[dict[str, Any]]:
         """Return the prompt as messages, with `data.system_prompt` before a prompt that has no system message."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        if self._config.system_prompt is not None and messages[0]["role"] != "system":
+        if self._config.system_prompt is not None and all(message["role"] != "system" for message in messages):
             messages.insert(0, {"role": "system", "content": self._config.system_prompt})
         return messages
 

@@ -20,7 +20,7 @@ THOUGHT_TAGS = ("think", "thinking", "thought", "reasoning")
 _OPENED = re.compile(r"<([A-Za-z][\w-]{0,63})>\s*\Z")
 _LONGEST_END = 300  # characters of the prompt that are searched for an opened tag
 _FENCE = re.compile(r"```|~~~")
-_THOUGHT_TAG = re.compile(rf"<(/?)\s{{0,9}}({'|'.join(THOUGHT_TAGS)})\s{{0,9}}>", re.IGNORECASE)
+THOUGHT_TAG = re.compile(rf"<(/?)\s{{0,9}}({'|'.join(THOUGHT_TAGS)})\s{{0,9}}>", re.IGNORECASE)
 _CLOSING_TAGS = {name: re.compile(rf"</\s{{0,9}}{name}\s{{0,9}}>", re.IGNORECASE) for name in THOUGHT_TAGS}
 
 
@@ -69,7 +69,7 @@ def _next_tag(text: str, position: int, *, is_first: bool) -> re.Match[str] | No
     """Return the first tag of a thought at or behind `position`, which is outside of thoughts and blocks."""
     blocks: Iterator[BlockSpan] | None = None
     block: BlockSpan | None = None
-    found = _THOUGHT_TAG.search(text, position)
+    found = THOUGHT_TAG.search(text, position)
     while found is not None:
         if blocks is None and _FENCE.search(text, position, found.start()) is not None:
             blocks = block_spans(text, position)
@@ -81,7 +81,7 @@ def _next_tag(text: str, position: int, *, is_first: bool) -> re.Match[str] | No
                 return found
         if not _contains(text, block, found, is_first=is_first):
             return found
-        found = _THOUGHT_TAG.search(text, found.end())
+        found = THOUGHT_TAG.search(text, found.end())
     return None
 
 

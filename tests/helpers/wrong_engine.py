@@ -6,6 +6,7 @@ variable WRONG_ENGINE says how:
 - `final_norm` (default): the final norm times 3
 - `embedding_row`: row 5 of the embedding is row 6
 - `layer_norm`: the input norm of layer 1 times 1.1
+- `layer_norm_ones`: the input norm of layer 1 is all ones, to which trained values are close
 - `heads`: the first two query heads of layer 1, of 32 rows each, are swapped
 - `stale_layer`: layer 1 keeps the weights of the first sync; right at the first step
 """
@@ -19,7 +20,10 @@ import torch
 
 from grpo_mega.engines.weights.sink import RegionSink
 from grpo_mega.rewards.base import reward
+from grpo_mega.rewards.builtin.exact import exact
 from grpo_mega.types import TensorSlice
+
+__all__ = ["exact", "length"]  # rewards: the quickstart's, and one that needs no right answers
 
 _digests = RegionSink.digests
 _first: dict[str, torch.Tensor] = {}
@@ -33,6 +37,8 @@ def _change(kind: str, name: str, memory: torch.Tensor) -> None:
             memory[5] = memory[6]
         case "layer_norm", "model.layers.1.input_layernorm.weight":
             memory.mul_(1.1)
+        case "layer_norm_ones", "model.layers.1.input_layernorm.weight":
+            memory.fill_(1)
         case "heads", "model.layers.1.self_attn.q_proj.weight":
             memory[:64] = torch.cat((memory[32:64], memory[:32]))
         case "stale_layer", _ if name.startswith("model.layers.1."):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.data.answer_ends import eos_ids
+from grpo_mega.data.answer_text import answer_text
 from grpo_mega.data.expert_records import narrow_record
 from grpo_mega.engines.sglang.arguments import SglangSettings
 from grpo_mega.engines.sglang.messages import Sampled, SamplingBatch
@@ -58,7 +59,7 @@ class RequestTranslator:
             sampler_log_probs=sampled.log_probs,
             stop_reason=stop_reason(sampled.finish),
             policy_version=policy_version,
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=answer_text(self._tokenizer, token_ids),
             expert_choices=self._experts(sampled, len(prompt.token_ids)),
         )
 

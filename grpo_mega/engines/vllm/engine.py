@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from grpo_mega.data.answer_ends import eos_ids
+from grpo_mega.data.answer_text import answer_text
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.vllm.arguments import BLOCK_TOKENS, VllmSettings
 from grpo_mega.engines.vllm.host_storages import ReleasedStorages
@@ -207,7 +208,7 @@ class VllmEngine:
             # vLLM gives a stop text as str and a stop token as int
             stop_reason="stop" if isinstance(output.stop_reason, str) else _STOP_REASONS[output.finish_reason],
             policy_version=self.policy_version,
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=answer_text(self._tokenizer, token_ids),
         )
 
     def _drop_prefixes(self) -> None:

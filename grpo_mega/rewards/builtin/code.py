@@ -27,6 +27,7 @@ from decimal import Decimal, InvalidOperation
 
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.fenced_blocks import fenced_blocks
+from grpo_mega.rewards.statement_tester import tester_source
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.sandbox.sandbox import Limits, Outcome, Sandbox, check_limits, python_command, require_isolation
 from grpo_mega.types import UserError
@@ -40,26 +41,6 @@ _STATEMENT = re.compile(
 )
 _MEGABYTE = 1 << 20
 _SHORTEST_SECONDS = 0.05  # enough time to start a process
-
-# Runs before the program. It keeps its state in local names, which the program does not see without a search.
-_TESTER = """
-import json, os
-def _run(_json=json, _os=os):
-    with open(3, encoding="utf-8") as file:
-        job = _json.load(file)
-    report, write = _os.dup(1), _os.write
-    _os.dup2(_os.open("/dev/null", _os.O_WRONLY), 1)
-    space = {"__name__": "program"}
-    exec(compile(job["program"], "program.py", "exec"), space)
-    exec(compile(job["setup"], "setup.py", "exec"), space)
-    for number, test in enumerate(job["tests"]):
-        try:
-            exec(compile(test, "test.py", "exec"), space)
-        except BaseException:
-            continue
-        write(report, f"{job['secret']} {number}\\n".encode())
-_run()
-"""
 
 
 @dataclass(frozen=True)
@@ -195,11 +176,16 @@ def _count_passed_statements(sandbox: Sandbox, program: str, tests: Tests, deadl
     """Return the number of passed statements, which the tester reports with a secret that the program does not know."""
     secret = secrets.token_hex(16)
     job = {"program": program, "setup": tests.setup, "tests": tests.statements, "secret": secret}
-    argv = [*python_command()[:-1], _TESTER]
+    argv = [*python_command()[:-1], _tester()]
     left = max(_SHORTEST_SECONDS, deadline - time.monotonic())
     outcome: Outcome = sandbox.run(argv, seconds=left, source=json.dumps(job))
     lines = set(outcome.stdout.splitlines())
     return sum(f"{secret} {number}" in lines for number in range(len(tests.statements)))
+
+
+@functools.cache
+def _tester() -> str:
+    return tester_source()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,22 +18,23 @@ from fractions import Fraction
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
 from grpo_mega.rewards.final_answers.box_context import read_box
-from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around
+from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around, is_denied_behind
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.rewards.words_around_box import words_change_box
 from grpo_mega.types import UserError
 
 _MAX_EXPRESSION_CHARACTERS = 300
 _MAX_BRACKET_DEPTH = 50
-_TOKEN = re.compile(r"\s*(?:([0-9]{1,12})|([-+*/()]))")
-_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?\s*")
+_TOKEN = re.compile(r"\s*(?:([0-9]{1,40})|([-+*/()]))")
+_NUMBER = re.compile(r"\s*[-+]?[0-9]{1,40}(?:\.[0-9]{1,40})?\s*")
 _RESULT = re.compile(
-    r"\s*([-+]?[0-9]{1,12}(?:\.[0-9]{1,12})?)(?![0-9])(?!\s*[-+*/(])(?!.*\b(?:or|not|no|wrong|incorrect)\b)[^0-9]*",
+    r"\s*([-+]?[0-9]{1,40}(?:\.[0-9]{1,40})?)(?![0-9])(?!\s*[-+*/(])(?!.*\b(?:or|not|no|wrong|incorrect)\b)[^0-9]*",
     re.S,
 )
 _RESULT_BEHIND_BOX = re.compile(r"[ \t$]*=[^\n$]*")
 _LEAD_IN = re.compile(
-    r"(?:[\s:,]|\*\*|\b(?:so|thus|hence|the|my|final|correct|answer|solution|expression|equation|is)\b)*", re.I
+    r"(?:[\s:,]|\*\*|\b(?:so|thus|hence|therefore|the|my|final|correct|answer|solution|expression|equation|is)\b)*",
+    re.I,
 )
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _MAX_FRACTION_DEPTH = 5
@@ -87,7 +88,7 @@ def countdown(prompt: str, completion: str, reference: str, use_all: bool = True
 
 
 def _uses(expression: str, numbers: Counter[int], *, use_all: bool) -> bool:
-    used = Counter(int(token) for token in re.findall(r"[0-9]{1,12}", expression))
+    used = Counter(int(token) for token in re.findall(r"[0-9]{1,40}", expression))
     return used == numbers if use_all else bool(used) and not used - numbers
 
 
@@ -152,10 +153,10 @@ def _extract_equation(answer: str) -> str:
         for before_start, before_end, before in reversed(stated[:-1]):
             if not are_adjacent(answer, before_end, start):
                 break
-            if before.split() != text.split():
+            if "".join(before.split()) != "".join(text.split()):
                 return ""
             start = before_start
-        if has_hedge_around(answer, start, end):
+        if has_hedge_around(answer, start, end) or is_denied_behind(answer, end):
             return ""
     else:
         text = answer[-2 * _MAX_EXPRESSION_CHARACTERS :].rstrip().rpartition("\n")[2]

@@ -2,8 +2,8 @@ r"""Reward `format`: the completion has the requested format, whether or not its
 
 Kinds: `gsm8k` (the last non-empty line is `#### <number>`, and there is no other `####`), `boxed` (exactly one
 `\boxed{...}`, closed and not empty), `think_answer` (`<think>...</think><answer>...</answer>` and nothing else),
-`think` (`<think>...</think>`, then an answer without tags), `tags` (the named tags in their order, and nothing around
-them), `regex` (`pattern` is found in the completion).
+`think` (`<think>...</think>`, then an answer without tags of a thought), `tags` (the named tags in their order, and
+nothing around them), `regex` (`pattern` is found in the completion).
 
 `gsm8k` and `boxed` judge the answer, without its thought. The kinds with tags judge the completion as the prompt began
 it: if the prompt ends with one of the tags, opened, then the completion is read as if it began with that tag.
@@ -17,13 +17,14 @@ import unicodedata
 from collections.abc import Sequence
 
 from grpo_mega.rewards.base import reward
-from grpo_mega.rewards.final_answers.answer_boxes import BOXED_START, last_box_content
-from grpo_mega.rewards.thought import answer_part, with_opened_tag
+from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
+from grpo_mega.rewards.thought import THOUGHT_TAG, answer_part, with_opened_tag
 from grpo_mega.types import UserError
 
 KINDS = ("gsm8k", "boxed", "think_answer", "think", "tags", "regex")
 
 _GSM8K_LINE = re.compile(r"#### [-+\u2212]?\$?(?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?\Z")
+_BOXED = re.compile(r"\\boxed\s*\{")
 _TAG_NAME = re.compile(r"[A-Za-z][\w-]{0,63}")
 
 
@@ -79,14 +80,16 @@ def answer_format(
         return float(_compile(pattern).search(completion) is not None)
     if kind == "boxed":
         answer = answer_part(prompt, completion)
-        contents = last_box_content(answer)
-        return float(answer.count(BOXED_START) == 1 and contents is not None and _is_visible(contents))
+        boxes = find_boxes(answer)
+        is_only = len(boxes) == len(_BOXED.findall(answer)) == 1
+        return float(is_only and boxes[0].content is not None and _is_visible(boxes[0].content))
     if kind == "think_answer" or tags is not None:
         names = tags or ("think", "answer")
         return float(_is_tagged(with_opened_tag(prompt, completion, names), names))
     if kind == "think":
         thought, end, answer = with_opened_tag(prompt, completion, ("think",)).partition("</think>")
-        return float(_is_tagged(thought + end, ("think",)) and _is_visible(answer) and "think>" not in answer)
+        has_more = THOUGHT_TAG.search(answer) is not None
+        return float(_is_tagged(thought + end, ("think",)) and _is_visible(answer) and not has_more)
     answer = answer_part(prompt, completion)
     lines = answer.rstrip().rsplit("\n", 1)
     return float(answer.count("####") == 1 and _GSM8K_LINE.match(lines[-1].strip()) is not None)

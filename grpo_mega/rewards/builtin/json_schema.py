@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any, NoReturn
 
 import jsonschema
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError
-from jsonschema.validators import validator_for
+from jsonschema.validators import extend, validator_for
 from jsonschema_specifications import REGISTRY
 from referencing import Resource
 from referencing.exceptions import Unresolvable
@@ -23,6 +25,7 @@ from referencing.jsonschema import DRAFT202012
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.cpu_limit import within_cpu_seconds
 from grpo_mega.rewards.fenced_blocks import fenced_blocks
+from grpo_mega.rewards.json_patterns import translate_patterns
 from grpo_mega.rewards.thought import answer_part
 from grpo_mega.types import UserError
 
@@ -89,7 +92,7 @@ def _accepts(validator: jsonschema.protocols.Validator, answer: str) -> float:
 @functools.lru_cache(maxsize=1024)
 def _validator(schema: str) -> jsonschema.protocols.Validator:
     try:
-        document = json.loads(schema)
+        document = translate_patterns(json.loads(schema))
         kind = validator_for(document, default=Draft202012Validator)
         kind.check_schema(document)
         resolver = REGISTRY.resolver_with_root(Resource.from_contents(document, default_specification=DRAFT202012))
@@ -101,7 +104,18 @@ def _validator(schema: str) -> jsonschema.protocols.Validator:
         raise ValueError(f"$ref {error.ref!r} was not found; write its content into the schema") from error
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"the reference {schema[:80]!r} is not a JSON schema ({error}); correct the data") from error
-    return kind(document, registry=REGISTRY)
+    validator: jsonschema.protocols.Validator = extend(kind, {"multipleOf": _multiple_of})(document, registry=REGISTRY)
+    return validator
+
+
+def _multiple_of(
+    _validator: object, divisor: float, instance: object, _schema: object
+) -> Iterator[jsonschema.ValidationError]:
+    """Yield an error if a number is no multiple: 0.3 is one of 0.1, as decimals are read and not as floats round."""
+    if isinstance(instance, bool) or not isinstance(instance, int | float):
+        return
+    if not math.isfinite(instance) or Fraction(str(instance)) % Fraction(str(divisor)):
+        yield jsonschema.ValidationError(f"{instance} is not a multiple of {divisor}")
 
 
 def _references(document: object) -> Iterator[str]:

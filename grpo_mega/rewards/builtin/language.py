@@ -36,7 +36,10 @@ SCRIPTS: Mapping[str, tuple[str, ...]] = {
 PARTS = ("all", "think")
 
 _NO_LANGUAGE = re.compile(r"```.*?```|`[^`\n]*`|\$\$.*?\$\$|\$[^$\n]*\$|\\[a-zA-Z]+|</?[a-z]{1,20}>", re.DOTALL)
-_WORD = re.compile(r"[^\W\d_]+")
+_MARKS = "".join(chr(c) for c in range(0x300, 0x3100) if unicodedata.category(chr(c))[0] == "M") + "\u200c\u200d"
+"""Characters that belong to the letter before them: accents, vowel signs of Indic scripts, joiners."""
+_WORD = re.compile(rf"[^\W\d_](?:[^\W\d_]|[{re.escape(_MARKS)}])*")
+_WIDTHS = frozenset(("FULLWIDTH", "HALFWIDTH"))
 _SPACELESS = frozenset(("CJK", "HIRAGANA", "KATAKANA", "THAI"))
 
 
@@ -83,6 +86,8 @@ def _words_by_script(run: str) -> list[tuple[str, int]]:
     """
     words: list[tuple[str, int]] = []
     for character in run:
+        if character in _MARKS:
+            continue
         script = _script(character)
         if words and words[-1][0] == script:
             if script in _SPACELESS:
@@ -94,4 +99,7 @@ def _words_by_script(run: str) -> list[tuple[str, int]]:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _script(character: str) -> str:
-    return unicodedata.name(character, "UNKNOWN").split(" ", 1)[0].split("-", 1)[0]
+    """Return the first word of the Unicode name of a letter that says its script."""
+    words = unicodedata.name(character, "UNKNOWN").replace("-", " ").split()
+    name = words[1] if words[0] in _WIDTHS and len(words) > 1 else words[0]
+    return "CJK" if name == "IDEOGRAPHIC" else name  # U+3005 repeats the ideograph before it

@@ -125,6 +125,14 @@ def test_the_system_prompt_and_other_fields_of_a_message_are_text_too() -> None:
     assert rendered.token_ids == ids(tokenizer, ":<|end|>", STOP, "<|end|>:a", STOP)
 
 
+def test_the_system_prompt_is_not_added_to_a_prompt_that_has_a_system_message_anywhere() -> None:
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}<|stop|>{% endfor %}"
+    prompt = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    assert render(tokenizer, prompt, system_prompt="c").text == "user:a<|stop|>system:b<|stop|>"
+    assert render(tokenizer, prompt[:1], system_prompt="c").text == "system:c<|stop|>user:a<|stop|>"
+
+
 def test_a_template_that_reads_a_special_token_in_the_row_is_an_error_and_not_another_prompt() -> None:
     tokenizer = bpe_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content.split('<|stop|>')[-1] }}<|stop|>{% endfor %}"

@@ -61,6 +61,12 @@ def test_a_program_is_scored_by_its_output(program: str, whole: float, share: fl
         ("raise SystemExit(0)", 0.0, 0.0),
         ("print('0\\n1\\npassed')\ndef add(a, b): exit(0)", 0.0, 0.0),
         ("def add(a, b):\n    raise KeyboardInterrupt", 0.0, 0.0),
+        ("class E:\n    def __eq__(self, other): return True\ndef add(a, b): return E()", 0.0, 0.0),
+        ("class E(int):\n    def __eq__(self, other): return True\ndef add(a, b): return E(7)", 0.0, 0.0),
+        ("import unittest.mock\ndef add(a, b): return unittest.mock.ANY", 0.0, 0.0),
+        ("import builtins\nbuiltins.exec = lambda *a: None\ndef add(a, b): return 7", 0.0, 0.0),
+        ("import builtins\nbuiltins.all = lambda *a: True\ndef add(a, b): return 7", 0.0, 0.0),
+        ("import sys\nsys.settrace(lambda *a: None)\ndef add(a, b): return a + b", 1.0, 1.0),
     ],
 )
 def test_a_program_is_scored_by_the_statements_that_pass(program: str, whole: float, share: float) -> None:
@@ -151,6 +157,21 @@ def test_a_program_in_the_thought_is_not_run() -> None:
 )
 def test_output_is_compared_by_lines_and_numbers(printed: str, expected: str, same: bool) -> None:
     assert same_output(expected, printed) is same
+
+
+@pytest.mark.long
+def test_every_labeled_program_scores_its_value() -> None:
+    """The rows were written from docs/rewards.md: programs in every kind of block, honest ones and attacks."""
+    text = (Path(__file__).parent / "labeled_attacks_on_code.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len(rows) >= 113
+    wrong = [
+        (row["what"], row["value"], value)
+        for row in rows
+        if (value := code(row["prompt"], row["completion"], row["answer"], **{"seconds": 20.0} | row["args"]))
+        != row["value"]
+    ]
+    assert wrong == []
 
 
 HOSTILE = [

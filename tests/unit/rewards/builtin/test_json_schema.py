@@ -63,6 +63,41 @@ def test_only_json_that_fits_the_schema_scores_one(completion: str, expected: fl
     assert json_schema("", completion, json.dumps(SCHEMA)) == expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "right", "wrong"),
+    [
+        ("^a+$", "aa", "aa\n"),
+        (r"^\d+$", "12", "\u0663"),
+        (r"^\w$", "a", "é"),
+        (r"^[$]\$$", "$$", "$"),
+        (r"^(?<first>a|b)(?=c)c$", "bc", "b"),
+        ("a$|b$", "xa", "xa\n"),
+        ("^[^]$]$", "a", "$"),
+    ],
+)
+def test_patterns_are_those_of_ecmascript(pattern: str, right: str, wrong: str) -> None:
+    key = {"type": "object", "patternProperties": {pattern: True, "^x$": True}, "additionalProperties": False}
+    for text, value in ((right, 1.0), (wrong, 0.0)):
+        assert json_schema("", json.dumps(text), "", schema={"type": "string", "pattern": pattern}) == value
+        assert json_schema("", json.dumps({text: 1, "x": 2}), "", schema=key) == value
+
+
+def test_only_keywords_are_translated() -> None:
+    schema = {"properties": {"const": {"pattern": "a$"}, "pattern": {"enum": [{"pattern": "b$"}]}}}
+    assert json_schema("", '{"const": "a", "pattern": {"pattern": "b$"}}', "", schema=schema) == 1.0
+    assert json_schema("", '{"const": "a\\n"}', "", schema=schema) == 0.0
+
+
+def test_a_pattern_that_python_cannot_compile_is_rejected_before_the_run() -> None:
+    with pytest.raises(UserError, match=r"pattern '\\\\p\{L\}' is not supported"):
+        build_rewards([RewardTerm(name="json_schema", args={"schema": {"pattern": r"\p{L}"}})])
+
+
+@pytest.mark.parametrize(("number", "divisor", "expected"), [("0.3", 0.1, 1.0), ("0.35", 0.1, 0.0), ("1e400", 2, 0.0)])
+def test_multiples_are_exact(number: str, divisor: float, expected: float) -> None:
+    assert json_schema("", number, "", schema={"multipleOf": divisor}) == expected
+
+
 def test_a_number_that_no_float_holds_is_checked_without_a_crash() -> None:
     assert json_schema("", "1" + "0" * 400, "", schema={"multipleOf": 0.01}) in (0.0, 1.0)
 

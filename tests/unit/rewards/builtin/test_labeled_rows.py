@@ -11,11 +11,24 @@ import pytest
 from grpo_mega.rewards.builtin.code import program_of
 from grpo_mega.rewards.builtin.countdown import countdown
 from grpo_mega.rewards.builtin.exact import exact
+from grpo_mega.rewards.builtin.format import answer_format
 from grpo_mega.rewards.builtin.gsm8k import gsm8k
 from grpo_mega.rewards.builtin.json_schema import json_schema
+from grpo_mega.rewards.builtin.language import language_consistency
+from grpo_mega.rewards.builtin.length import length
+from grpo_mega.rewards.builtin.math import math
 from grpo_mega.rewards.thought import answer_part
 
 REWARDS = {"countdown": countdown, "exact": exact, "gsm8k": gsm8k, "json_schema": json_schema}
+ATTACKED = {
+    "countdown": (countdown, 150),
+    "exact": (exact, 120),
+    "format": (answer_format, 140),
+    "json_schema": (json_schema, 90),
+    "language_consistency": (language_consistency, 40),
+    "length": (length, 25),
+}
+"""Reward, and the least number of its rows in labeled_attacks.jsonl, which were written from docs/rewards.md."""
 
 
 def rows_of(name: str) -> list[dict[str, Any]]:
@@ -32,6 +45,27 @@ def test_a_row_scores_its_label(name: str, right: int) -> None:
         (row["completion"], row["answer"])
         for row in rows
         if REWARDS[name](row["prompt"], row["completion"], row["answer"], **row["args"]) != right
+    ]
+    assert wrong == []
+
+
+def test_every_recorded_case_of_math_is_right() -> None:
+    """Completions on which graders of other systems were wrong; `source` names the report."""
+    rows = rows_of("recorded_math_cases.jsonl")
+    assert len(rows) == 64
+    assert [row for row in rows if math("", row["completion"], row["answer"]) != row["right"]] == []
+
+
+@pytest.mark.parametrize("name", sorted(ATTACKED))
+def test_a_row_of_the_attacks_scores_its_value(name: str) -> None:
+    function, least = ATTACKED[name]
+    rows = [row for row in rows_of("labeled_attacks.jsonl") if row["reward"] == name]
+    assert len(rows) >= least
+    wrong = [
+        (row["what"], row["value"], value)
+        for row in rows
+        if (value := function(row["prompt"], row["completion"], row["answer"], **row["args"]))
+        != pytest.approx(row["value"], abs=1e-9)
     ]
     assert wrong == []
 
