@@ -15,7 +15,9 @@ from grpo_mega.models.digest import (
     _adds_bytes_exactly,
     _can_multiply_bytes,
     _factors,
+    _multiplies_bytes_fast,
     _row_factors,
+    _sums_by_doubles,
     _sums_by_vectors,
     _weighted_by_bytes,
     combined_digest,
@@ -214,9 +216,26 @@ def test_slices_of_columns_have_the_digest_of_the_vector_sums(
     assert slice_digest(rows, hf) == vectorized_digest(rows, hf)
 
 
-def test_large_slices_use_byte_products_if_the_processor_adds_them_exactly() -> None:
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+@pytest.mark.parametrize("columns", [1, 768, 4096, 4097, 9001])
+def test_sums_by_doubles_are_exact_for_the_largest_values(dtype: torch.dtype, columns: int) -> None:
+    ends = [torch.full((9, columns), value, dtype=dtype) for value in (torch.iinfo(dtype).min, torch.iinfo(dtype).max)]
+    noise = random_tensor((270, columns * dtype.itemsize), torch.uint8).view(dtype)
+    rows, first = torch.cat([*ends, noise]), 250_000
+    assert torch.equal(_sums_by_doubles(rows, first), _sums_by_vectors(rows, _factors(1, first, columns)))
+
+
+def test_large_slices_use_byte_products_if_the_processor_has_instructions_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = torch.zeros(256, 64, dtype=torch.int16)
-    assert _can_multiply_bytes(rows, 64) == _adds_bytes_exactly()
+    for supported in (True, False):
+        _multiplies_bytes_fast.cache_clear()
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda answer=supported: answer)
+        assert _can_multiply_bytes(rows, 64) == (supported and _adds_bytes_exactly())
+    _multiplies_bytes_fast.cache_clear()
+    monkeypatch.undo()
+    assert _can_multiply_bytes(rows, 64) == (torch.cpu._is_vnni_supported() and _adds_bytes_exactly())
     assert not _can_multiply_bytes(rows[:1], 64)
     assert not _can_multiply_bytes(torch.zeros(1, _EXACT_ROW_BYTES, dtype=torch.uint8), _EXACT_ROW_BYTES)
 
