@@ -313,14 +313,27 @@ class LearnerMemory(Protocol):
         ...
 
 
+class FileSink(Protocol):
+    """Receives the content of the files of a save on this rank."""
+
+    def add_file(self, path: Path, parts: Sequence[bytes | Tensor]) -> None:
+        """Take a file that consists of `parts`; when this returns, the tensors may change.
+
+        Raises:
+            OSError: the file is written at once, and cannot be written.
+        """
+        ...
+
+
 class SavedLearner(LearnerMemory, Protocol):
     """A trained model on this rank whose state is part of a checkpoint."""
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
-        """Collective: write weights, optimizer state and `extra` into an existing, empty folder.
+    def save(self, folder: Path, extra: dict[str, Any], files: FileSink | None = None) -> StateRecords:
+        """Collective: save weights, optimizer state and `extra` into an existing, empty folder.
 
         A reference that is updated during training is saved too. Return the records of the live tensors, which were
-        computed before anything was written.
+        computed before anything was written. Small files are written at once; those that hold tensors are passed to
+        `files`, or also written at once without it.
         """
         ...
 

@@ -8,6 +8,9 @@ rounds counts, and the files are in the page cache:
 - cp: `cp -r` of the checkpoint and fsync of its files;
 - save: everything from the live state to the visible checkpoint: digests of the live tensors, writing, reading back and
   comparing, manifest, fsync and rename. `live_digests`, `write` and `read_back` are its parts;
+- stop: the time for which an asynchronous save of the same state stops the loop: digests of the live tensors, copy to
+  host memory, and, once the files are written, comparison, manifest and rename. `copy` is a part; `background` is the
+  time of the thread that writes and reads back;
 - load: verification of the files, reading into the policy, comparison of the live weights with the manifest. `verify`
   and `read` are its parts; `verify` holds both comparisons.
 """
@@ -31,6 +34,7 @@ from typing import Any
 import torch
 
 from grpo_mega.checkpoint import manager as managers
+from grpo_mega.checkpoint.background import BackgroundSaves
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.checkpoint.verification import verify_checkpoints
 from grpo_mega.cli.compare_logits_worker import make_rows
@@ -38,6 +42,7 @@ from grpo_mega.config.data_sections import DataConfig
 from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.rollout_sections import RewardConfig
 from grpo_mega.config.schema import Config, TrainConfig
+from grpo_mega.formats.file_parts import CopiedFiles
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import Policy
 from grpo_mega.observe.run_folder import CheckpointsToVerify
@@ -48,7 +53,7 @@ from grpo_mega.trainer.phases import Phases
 from grpo_mega.types import Microbatch
 
 HIDDEN, FFN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 768, 2048, 8, 12, 4, 64, 32000
-BARS = {"save_against_cp": 0.5, "load_against_cp": 0.5, "verify_fraction_of_read": 0.3}
+BARS = {"save_against_cp": 0.5, "load_against_cp": 0.5, "verify_fraction_of_read": 0.3, "stop_fraction_of_save": 0.1}
 
 
 def make_model(folder: Path) -> None:
@@ -100,9 +105,12 @@ class PartTimes:
         """Run `action` and keep its seconds if they are the fewest so far."""
         begin = time.perf_counter()
         result = action()
-        seconds = time.perf_counter() - begin
-        self.seconds[name] = min(seconds, self.seconds.get(name, seconds))
+        self.add(name, time.perf_counter() - begin)
         return result
+
+    def add(self, name: str, seconds: float) -> None:
+        """Keep these seconds if they are the fewest so far."""
+        self.seconds[name] = min(seconds, self.seconds.get(name, seconds))
 
     @contextmanager
     def watching(self, owner: Any, name: str, label: str) -> Any:
@@ -124,38 +132,60 @@ def copy(source: Path, out: Path) -> None:
         os.close(descriptor)
 
 
-def run(work: Path, rounds: int, ranks: Ranks, config: Config) -> dict[str, Any]:
-    """Run all methods alternately and return the summary."""
+def measure_save(manager: CheckpointManager, policy: Policy, step: int, watch: PartTimes) -> Path:
+    """Save while the loop waits, and return the checkpoint."""
     from megatron.core import dist_checkpointing
 
     from grpo_mega.policy import sharded_state
 
+    def save() -> None:
+        assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=step)
+        manager.publish(wait=True)
+
+    with (
+        watch.watching(sharded_state, "state_records", "live_digests"),
+        watch.watching(managers, "read_back", "read_back"),
+        watch.watching(dist_checkpointing, "save", "write"),
+    ):
+        watch.measure("save", save)
+    return manager.path_of(step)
+
+
+def measure_stop(manager: CheckpointManager, background: BackgroundSaves, policy: Policy, watch: PartTimes) -> None:
+    """Save in the background, and measure only what the loop waits for."""
+    begin = time.perf_counter()
+    with watch.watching(CopiedFiles, "add_file", "copy"):
+        assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=1)
+    staged = time.perf_counter()
+    while background.is_writing:
+        time.sleep(0.01)
+    written = time.perf_counter()
+    manager.publish(wait=False)
+    assert manager.path_of(1).is_dir(), "the checkpoint is not visible"
+    watch.add("background", written - staged)
+    watch.add("stop", staged - begin + time.perf_counter() - written)
+
+
+def run(work: Path, rounds: int, ranks: Ranks, config: Config) -> dict[str, Any]:
+    """Run all methods alternately and return the summary."""
     policy = make_policy(work / "model", ranks, config)
-    folder, watch = work / "checkpoints", PartTimes()
-    manager = CheckpointManager(folder, 1, Phases(policy).checkpointing, is_first=True)
+    watch, background = PartTimes(), BackgroundSaves(600.0)
+    on_device = Phases(policy).checkpointing
+    waiting = CheckpointManager(work / "checkpoints", 1, on_device, is_first=True)
+    continuing = CheckpointManager(work / "background", 1, on_device, is_first=True, background=background)
+    size = 0
     for number in range(1, rounds + 1):
-
-        def save(step: int = number) -> Path:
-            staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=step)
-            assert staged is not None
-            manager.publish(staged)
-            return staged.with_suffix("")
-
-        with (
-            watch.watching(sharded_state, "state_records", "live_digests"),
-            watch.watching(managers, "compare_with_live", "read_back"),
-            watch.watching(dist_checkpointing, "save", "write"),
-        ):
-            checkpoint = watch.measure("save", save)
+        checkpoint = measure_save(waiting, policy, number, watch)
         size = sum(path.stat().st_size for path in checkpoint.rglob("*"))
         watch.measure("cp", partial(copy, checkpoint, work / "copy"))
         shutil.rmtree(work / "copy")
+        measure_stop(continuing, background, policy, watch)
 
         def load(source: Path = checkpoint) -> None:
             wanted = CheckpointsToVerify((source,))
             watch.measure("verify_files", lambda: verify_checkpoints(wanted, "", ranks))
             with watch.watching(policy, "load", "read"), watch.watching(policy, "live_records", "verify_live"):
-                manager.load(policy, source)
+                waiting.load(policy, source)
 
         watch.measure("load", load)
     seconds = watch.seconds
@@ -164,6 +194,7 @@ def run(work: Path, rounds: int, ranks: Ranks, config: Config) -> dict[str, Any]
         "save_against_cp": seconds["cp"] / seconds["save"],
         "load_against_cp": seconds["cp"] / seconds["load"],
         "verify_fraction_of_read": seconds["verify"] / seconds["read"],
+        "stop_fraction_of_save": seconds["stop"] / seconds["save"],
     }
     return {
         "name": "checkpoint",

@@ -74,8 +74,14 @@ def measure(built: BuiltJob, rounds: int) -> dict[str, Any]:
     from grpo_mega.trainer.loop import push_weights, train
 
     class SkippedCheckpoints:
-        def stage_if_due(self, *_: object) -> None:
-            """Return None: no checkpoint is due."""
+        wait_seconds = 0.0
+
+        def stage_if_due(self, *_: object) -> bool:
+            """Return False: no checkpoint is due."""
+            return False
+
+        def publish(self, *, wait: bool) -> None:
+            """Do nothing: there is no checkpoint."""
 
     job, state, moves = built.job, built.state, Moves()
     engine: Any = job.phases._started_engine

@@ -2,7 +2,8 @@
 
 A checkpoint is a directory `step_000020` in Megatron's `torch_dist` format. It is written under a temporary name, read
 back and compared with the live state (written_state.py), described by a manifest (formats/checkpoint_manifest.py),
-flushed to disk, and renamed, so a kill at any moment leaves the previous checkpoint intact. It holds the
+flushed to disk, and renamed, so a kill at any moment leaves the previous checkpoint intact. With `background` the files
+are written while training continues (background.py), and the rest follows at a later step. A checkpoint holds the
 weights and the optimizer state of the policy, and of the critic if there is one, in a form that every layout can load,
 and the counters of the training loop. It needs nothing else: prompts, sampling and shuffles are functions of
 (run.seed, step).
@@ -11,8 +12,10 @@ Asserted by tests/parallel/test_checkpoint.py and tests/e2e/test_resume.py.
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +23,8 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from grpo_mega.checkpoint.written_state import compare_with_live
+from grpo_mega.checkpoint.background import BackgroundSaves
+from grpo_mega.checkpoint.written_state import WrittenFiles, compare_with_live, read_back
 from grpo_mega.formats.checkpoint_manifest import (
     COMPLETE,
     DamagedCheckpointError,
@@ -33,7 +37,9 @@ from grpo_mega.formats.checkpoint_manifest import (
 from grpo_mega.interfaces import Critic, LearnerMemory, Policy
 from grpo_mega.types import TensorRecord, UserError
 
-_CRITIC = "critic"
+_CRITIC, _STAGED = "critic", ".tmp"
+_READERS = 4
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,16 @@ class LoopState:
         return replace(self, prompts_digest=prompts_digest)
 
 
+@dataclass
+class _Save:
+    """A save whose checkpoint is not visible yet. `in_background`: its files are still being written."""
+
+    folder: Path
+    step: int
+    live: dict[str, Mapping[str, TensorRecord]]
+    in_background: bool
+
+
 class CheckpointManager:
     """Manages the folder `checkpoints/` of a run. Every rank has one; only rank 0 creates, renames and deletes
     folders."""
@@ -85,6 +101,7 @@ class CheckpointManager:
         critic: Critic | None = None,
         model: str = "",
         layout: str = "",
+        background: BackgroundSaves | None = None,
     ) -> None:
         """Create the manager of this rank.
 
@@ -96,43 +113,110 @@ class CheckpointManager:
             critic: critic of this rank, if any.
             model: description of the model, for the manifest.
             layout: parallel layout of the ranks, for the manifest.
+            background: writes the files while training continues; None: a save ends when they are written.
         """
         self._folder, self._keep, self._is_first, self._critic = folder, keep, is_first, critic
-        self._on_device, self._model, self._layout = on_device, model, layout
+        self._on_device, self._model, self._layout, self._background = on_device, model, layout, background
+        self._save: _Save | None = None
+        self.wait_seconds = 0.0
+        """Time for which the last call of `stage_if_due` waited for the save before."""
+        self._has_waited = False
 
-    def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> Path | None:
-        """Write a checkpoint that is not visible yet, every `every` steps and at the last step. Collective.
+    def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> bool:
+        """Save, every `every` steps and at the last step, and return True if a save was due. Collective.
 
-        Return its folder, or None if no checkpoint is due.
+        The checkpoint is visible after `publish`. A save that is still being written is published first; if another one
+        is due, this waits for it.
 
         Raises:
-            RuntimeError: the disk is full or read-only, or what was written differs from the live state. The previous
-                checkpoints are not changed.
+            RuntimeError: the disk is full or read-only, or what was written differs from the live state, now or in the
+                save before. The previous checkpoints are not changed.
         """
-        if state.step != last_step and (every is None or state.step % every):
-            return None
-        staged = self._folder / f"step_{state.step:06d}.tmp"
+        is_due = state.step == last_step or (every is not None and state.step % every == 0)
+        self.wait_seconds = 0.0
+        self.publish(wait=False)
+        if not is_due:
+            return False
+        if self._save is not None:
+            self._publish_late(self._save)
+        staged = self.path_of(state.step).with_suffix(_STAGED)
 
         def empty_folder() -> None:
-            shutil.rmtree(staged, ignore_errors=True)
+            for path in self._folder.glob(f"step_*{_STAGED}"):  # of a run that was killed
+                shutil.rmtree(path)
             staged.mkdir(parents=True)
 
         self._run_on_first(empty_folder)
+        files = None if self._background is None else self._background.new_files()
         with self._writing(staged):
             with self._on_device(policy):
-                live = dict(policy.save(staged, asdict(state)))
+                live = dict(policy.save(staged, asdict(state), files))
             if self._critic is not None:
                 self._run_on_first((staged / _CRITIC).mkdir)
                 with self._on_device(self._critic):
-                    live[_CRITIC] = self._critic.save(staged / _CRITIC, {})["."]
-        files = compare_with_live(staged, live)
-        manifest = Manifest(state.step, self._model, self._layout, files, live)
-        self._run_on_first(lambda: write_manifest(staged, manifest))
-        return staged
+                    live[_CRITIC] = self._critic.save(staged / _CRITIC, {}, files)["."]
+        save = _Save(staged, state.step, live, in_background=files is not None)
+        if self._background is None or files is None:
+            self._describe(save, read_back(staged, live, threads=_READERS))
+        else:
+            self._background.start(files, staged, live)
+        self._save = save
+        return True
 
-    def publish(self, staged: Path) -> None:
-        """Make the staged checkpoint visible, and delete the oldest ones. Collective."""
-        self._run_on_first(lambda: self._rename(staged))
+    def publish(self, *, wait: bool) -> None:
+        """Make a saved checkpoint visible, and delete the oldest ones. Collective.
+
+        Args:
+            wait: wait for files that are still being written; otherwise do nothing yet.
+
+        Raises:
+            RuntimeError: on every rank, if they could not be written or differ from the state that was saved.
+        """
+        save = self._save
+        if save is None:
+            return
+        if save.in_background:
+            assert self._background is not None, "the save was started by it"
+            try:
+                with self._writing(save.folder):
+                    written = self._background.result(wait=wait)
+            except RuntimeError:
+                self._save = None
+                raise
+            if written is None:
+                return
+            self._save = None
+            self._describe(save, written)
+        self._save = None
+        self._run_on_first(lambda: self._rename(save.folder))
+
+    def path_of(self, step: int) -> Path:
+        """Return the folder of the visible checkpoint after `step` steps."""
+        return self._folder / f"step_{step:06d}"
+
+    def close(self) -> None:
+        """Stop a save in flight. Not collective: the run has ended, or failed on another rank."""
+        if self._background is not None:
+            self._background.stop()
+
+    def _publish_late(self, save: _Save) -> None:
+        """Wait for a save although the next one is due, and measure how long."""
+        if not self._has_waited and self._is_first:
+            log.warning(
+                "the checkpoint of step %d is still being written although the next one is due, so the run waits for"
+                " it (time/checkpoint_wait_seconds, here and in later steps); a longer checkpoint.every avoids this",
+                save.step,
+            )
+        self._has_waited = True
+        begin = time.monotonic()
+        self.publish(wait=True)
+        self.wait_seconds = time.monotonic() - begin
+
+    def _describe(self, save: _Save, written: WrittenFiles) -> None:
+        """Compare what was written with the live state, and write the manifest. Collective."""
+        files = compare_with_live(save.folder, save.live, written)
+        manifest = Manifest(save.step, self._model, self._layout, files, save.live)
+        self._run_on_first(lambda: write_manifest(save.folder, manifest))
 
     def load(self, policy: Policy, checkpoint: Path) -> LoopState:
         """Load a checkpoint into the policy and the critic; return the state of the loop. Collective.

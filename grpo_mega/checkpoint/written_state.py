@@ -1,93 +1,159 @@
-"""Reads a checkpoint back from its files, compares it with the live state, and describes its files. Collective.
+"""Reads a checkpoint back from its files, compares it with the live state, and describes its files.
 
-Every rank reads the files that it wrote, or its share of them. A checkpoint of other values than the live ones, for
-example of weights before an update, is an error before the checkpoint becomes visible.
-Asserted by tests/parallel/test_checkpoint.py.
+Every rank reads the files that it wrote; rank 0 also the small ones. A checkpoint of other values than the live ones,
+for example of weights before an update, is an error before the checkpoint becomes visible.
+Asserted by tests/parallel/test_checkpoint.py and tests/unit/checkpoint/test_written_state.py.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from grpo_mega.formats.checkpoint_manifest import FileRecord, listed_files, record_of
-from grpo_mega.formats.torch_dist_reader import TorchDistFiles
+from grpo_mega.formats.torch_dist_reader import StoredChunk, TorchDistFiles
 from grpo_mega.models.digest import digest_text, slice_digest, wrap_int64
 from grpo_mega.types import StateRecords, TensorRecord, TensorSlice, UserError
 
 _SHARD_NAME = re.compile(r"__(\d+)_\d+\.distcp")
+_BLOCK_BYTES = 1 << 21  # of a tensor that are read and digested at a time; they stay in a cache of the processor
+
+Shape = tuple[int, ...]
 
 
-def compare_with_live(folder: Path, live: StateRecords) -> dict[str, FileRecord]:
-    """Compare the tensors in the files with the records of the live state; return the records of all files.
+@dataclass(frozen=True)
+class WrittenFiles:
+    """What a rank has read back from its files.
 
-    Every file is flushed to disk first.
+    Args:
+        sums: (folder, tensor) -> sum of the digests of the chunks in these files.
+        records: path in the checkpoint -> record of the file.
+        problem: why a file could not be read, or empty.
+    """
+
+    sums: dict[tuple[str, str], int] = field(default_factory=dict)
+    records: dict[str, FileRecord] = field(default_factory=dict)
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _OwnChunk:
+    """A chunk of the tensor `name` in a file of this rank, and the shape of its values without padded rows."""
+
+    name: str
+    stored: StoredChunk
+    shape: Shape
+
+
+def read_back(
+    folder: Path, live: StateRecords, *, threads: int = 1, each: Callable[[], None] = lambda: None
+) -> WrittenFiles:
+    """Flush the files of this rank to disk, and read them back. Not collective.
+
+    Args:
+        folder: the checkpoint.
+        live: records of the live state; what a file holds in addition is a problem.
+        threads: threads that read.
+        each: is called often, and may raise.
+    """
+    rank = dist.get_rank()
+    names = [name for name in listed_files(folder) if _owner(name) == rank]
+    try:
+        for name in names:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        with ThreadPoolExecutor(threads) as pool:
+            records = pool.map(record_of, [folder / name for name in names])
+            sums: dict[tuple[str, str], int] = {}
+            for place in live:
+                mine = {folder / name for name in names}
+                with closing(TorchDistFiles(folder / place, mine)) as files:
+                    chunks = list(_own_chunks(files, mine, live[place], is_first=rank == 0))
+                    digests = pool.map(partial(_chunk_digest, files, each), chunks)
+                    for chunk, digest in zip(chunks, digests, strict=True):
+                        key = place, chunk.name
+                        sums[key] = wrap_int64(sums.get(key, 0) + digest)
+            return WrittenFiles(sums, dict(zip(names, records, strict=True)))
+    except (UserError, OSError) as error:
+        return WrittenFiles(problem=str(error))
+
+
+def compare_with_live(folder: Path, live: StateRecords, mine: WrittenFiles) -> dict[str, FileRecord]:
+    """Compare what all ranks have read back with the live state; return the records of all files. Collective.
 
     Raises:
         RuntimeError: on every rank, if a tensor was not written as it is, or a file cannot be read (names it).
     """
-    try:
-        mine: Any = (_written_sums(folder, live), _file_records(folder), "")
-    except (UserError, OSError) as error:
-        mine = ({}, {}, str(error))
-    found = _gathered(mine)
-    problems = [text for _, _, text in found if text] or list(_compared([sums for sums, _, _ in found], live))
+    found: list[WrittenFiles] = _gathered(mine)
+    problems = [each.problem for each in found if each.problem] or list(_compared([each.sums for each in found], live))
     if problems:
         raise RuntimeError(
             f"checkpoint {folder}: what was written is not the present state: {'; '.join(problems[:3])}"
             + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
         )
-    return {name: record for _, records, _ in found for name, record in records.items()}
+    return {name: record for each in found for name, record in each.records.items()}
 
 
-def owned_files(folder: Path) -> list[str]:
-    """Return the files that this rank reads: of a shard `__RANK_N.distcp` rank RANK is the owner."""
-    return [name for i, name in enumerate(listed_files(folder)) if _owner(name, i) == dist.get_rank()]
-
-
-def _owner(name: str, position: int) -> int:
+def _owner(name: str) -> int:
+    """Return the rank that reads a file: RANK of a shard `__RANK_N.distcp`, otherwise 0, which wrote it."""
     shard = _SHARD_NAME.fullmatch(Path(name).name)
-    return (int(shard[1]) if shard else position) % dist.get_world_size()
+    return int(shard[1]) if shard else 0
 
 
-def _written_sums(folder: Path, live: StateRecords) -> dict[tuple[str, str], int]:
-    """Return the digests of the chunks in this rank's files, summed by folder and tensor."""
-    sums: dict[tuple[str, str], int] = {}
-    mine = {folder / name for name in owned_files(folder)}
-    for place, records in live.items():
-        with closing(TorchDistFiles(folder / place)) as files:
-            for name, tensor in files.tensors.items():
-                record = records.get(name)
-                if record is None:
-                    raise UserError(f"{folder / place}: holds {name}, which the present state does not have")
-                if dist.get_rank() == 0:
-                    files.check(name)
-                for chunk in tensor.chunks:
-                    if chunk.path not in mine:
-                        continue
-                    # rows that pad the vocabulary are not part of the record
-                    rows = max(0, min(chunk.shape[0], record.shape[0] - chunk.offsets[0]))
-                    shape = (rows, *chunk.shape[1:])
-                    digest = slice_digest(
-                        files.chunk_values(name, chunk, shape), TensorSlice(name, chunk.offsets, shape)
-                    )
-                    sums[place, name] = wrap_int64(sums.get((place, name), 0) + digest)
-    return sums
+def _own_chunks(
+    files: TorchDistFiles, mine: set[Path], records: Mapping[str, TensorRecord], *, is_first: bool
+) -> Iterator[_OwnChunk]:
+    """Yield the chunks in the files of this rank. Rank 0 checks that the chunks of each tensor partition it."""
+    for name, tensor in files.tensors.items():
+        record = records.get(name)
+        if record is None:
+            raise UserError(f"{files.folder}: holds {name}, which the present state does not have")
+        if is_first:
+            files.check(name)
+        for chunk in tensor.chunks:
+            if chunk.path in mine:
+                rows = max(0, min(chunk.shape[0], record.shape[0] - chunk.offsets[0]))
+                yield _OwnChunk(name, chunk, (rows, *chunk.shape[1:]))
 
 
-def _file_records(folder: Path) -> dict[str, FileRecord]:
-    records = {}
-    for name in owned_files(folder):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-        records[name] = record_of(folder / name)
-    return records
+def _chunk_digest(files: TorchDistFiles, each: Callable[[], None], chunk: _OwnChunk) -> int:
+    """Read the values of a chunk in blocks, and return their digest. `each` is called before each block."""
+    dtype, total = files.tensors[chunk.name].dtype, 0
+    memory = torch.empty(0, dtype=dtype)
+    for offsets, size in _blocks(chunk.shape, dtype.itemsize):
+        each()
+        count = math.prod(size)
+        if memory.numel() < count:
+            memory = torch.empty(count, dtype=dtype)
+        values = memory[:count].view(size)
+        files.read_chunk(chunk.name, chunk.stored, offsets, values)
+        begin = tuple(a + b for a, b in zip(chunk.stored.offsets, offsets, strict=True))
+        total += slice_digest(values, TensorSlice(chunk.name, begin, size))
+    return wrap_int64(total)
+
+
+def _blocks(shape: Shape, itemsize: int) -> Iterator[tuple[Shape, Shape]]:
+    """Yield (offsets, shape) of consecutive parts: rows of the first dimension that has several."""
+    if not shape:
+        yield (), ()
+    if not shape or not math.prod(shape):
+        return
+    dim = next((d for d, size in enumerate(shape) if size > 1), 0)
+    step = max(1, _BLOCK_BYTES // (math.prod(shape[dim + 1 :]) * itemsize))
+    for start in range(0, shape[dim], step):
+        offsets = (*(0,) * dim, start, *(0,) * (len(shape) - dim - 1))
+        yield offsets, (*shape[:dim], min(step, shape[dim] - start), *shape[dim + 1 :])
 
 
 def _compared(sums: list[dict[tuple[str, str], int]], live: StateRecords) -> list[str]:

@@ -3,28 +3,36 @@
 torch's `FileSystemReader` reads `.metadata` by `pickle.load` (filesystem.py:930), and its planner loads objects by
 `torch.load(weights_only=False)` (default_planner.py:387). This reader unpickles `.metadata` by an allow-list. It
 replaces the bytes of every object by a copy that it has read by an allow-list and pickled itself, so what the planner
-loads was never in the file. Tensors are loaded by torch with `weights_only=True`.
+loads was never in the file. Tensors are read by torch_dist_reader.py, which unpickles their shape by an allow-list.
 Asserted by tests/parallel/test_hostile_checkpoint.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
 import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageReaderTransforms
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from grpo_mega.formats.allowed_pickles import load_metadata, load_values, reason_of
+from grpo_mega.formats.torch_dist_reader import StoredChunk, TorchDistFiles
 from grpo_mega.types import UserError
+
+_READERS = 4
+_ITEMS_AT_ONCE = 64  # a quantized tensor of Transformer Engine has a buffer until its item is committed
 
 
 class SafeStorageReader(FileSystemReader):
@@ -57,16 +65,44 @@ class SafeStorageReader(FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill the planner's tensors and objects.
 
+        torch loads the whole stored tensor of each item (filesystem.py:899) and copies a part of it. Here its bytes are
+        read from the file to where they belong, by several threads.
+
         Raises:
             UserError: a file is missing, too short, or damaged.
         """
+        objects = [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+        tensors = [item for item in plan.items if item.type != LoadItemType.BYTE_IO]
         try:
-            return super().read_data(plan, planner)
+            with closing(TorchDistFiles(self._folder)) as files, ThreadPoolExecutor(_READERS) as pool:
+                chunks = {(name, chunk.offsets): chunk for name, each in files.tensors.items() for chunk in each.chunks}
+
+                def read(item: ReadItem, target: Tensor) -> None:
+                    index = item.storage_index
+                    _read_item(files, chunks[index.fqn, tuple(index.offset or ())], item, target)
+
+                for start in range(0, len(tensors), _ITEMS_AT_ONCE):
+                    items = tensors[start : start + _ITEMS_AT_ONCE]
+                    targets = [planner.resolve_tensor(item).detach() for item in items]
+                    list(pool.map(read, items, targets))
+                    for item, target in zip(items, targets, strict=True):
+                        planner.commit_tensor(item, target)
+            return super().read_data(dataclasses.replace(plan, items=objects), planner)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, AssertionError) as error:
             raise UserError(
                 f"{self._folder}: a shard cannot be read ({type(error).__name__}: {reason_of(error)})",
                 remedy="copy the checkpoint again, or use another one",
             ) from error
+
+
+def _read_item(files: TorchDistFiles, chunk: StoredChunk, item: ReadItem, target: Tensor) -> None:
+    """Fill `target`, on any device, with the part of a stored chunk that `item` names."""
+    name = item.storage_index.fqn
+    assert tuple(target.shape) == tuple(item.lengths), f"{name}: {tuple(target.shape)} for {tuple(item.lengths)}"
+    values = target if target.is_cpu else torch.empty(target.shape, dtype=target.dtype, device="cpu")
+    files.read_chunk(name, chunk, tuple(item.storage_offsets), values)
+    if values is not target:
+        target.copy_(values)
 
 
 class _CheckedObjects(_StorageReaderTransforms):

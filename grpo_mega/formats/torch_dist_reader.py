@@ -16,6 +16,7 @@ import os
 import pickle
 import threading
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,12 @@ class _Item:
 class TorchDistFiles:
     """The tensors of one checkpoint by Megatron's names. Several threads can use one reader."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Collection[Path] | None = None) -> None:
         """Read `.metadata` of `folder`.
+
+        Args:
+            folder: the checkpoint.
+            files: those that will be read, if the others are not written yet; default: all.
 
         Raises:
             UserError: it is damaged or has another format, or a file is missing or too short.
@@ -78,6 +83,8 @@ class TorchDistFiles:
         ends: dict[Path, int] = {}
         for name, tensor in self.tensors.items():
             for chunk in tensor.chunks:
+                if files is not None and chunk.path not in files:
+                    continue
                 if chunk.path not in ends:
                     ends[chunk.path] = chunk.path.stat().st_size if chunk.path.is_file() else -1
                 if chunk.begin + chunk.num_bytes > ends[chunk.path]:
@@ -142,7 +149,7 @@ class TorchDistFiles:
             )
             if all(lo < hi for lo, hi in zip(low, high, strict=True)):
                 region = out[tuple(slice(lo - b, hi - b) for lo, hi, b in zip(low, high, box.offsets, strict=True))]
-                self._read_chunk(
+                self.read_chunk(
                     box.name, chunk, tuple(lo - a for lo, a in zip(low, chunk.offsets, strict=True)), region
                 )
                 filled += region.numel()
@@ -153,17 +160,12 @@ class TorchDistFiles:
                 remedy="copy the checkpoint again",
             )
 
-    def chunk_values(self, name: str, chunk: StoredChunk, shape: Shape) -> Tensor:
-        """Return the first values of a chunk of tensor `name`, with `shape`, which is at most the shape of the chunk.
+    def read_chunk(self, name: str, chunk: StoredChunk, offsets: Shape, out: Tensor) -> None:
+        """Fill `out`, in host memory, with the values at `offsets` in a chunk of tensor `name`.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the chunk cannot be read.
         """
-        values = torch.empty(shape, dtype=self.tensors[name].dtype)
-        self._read_chunk(name, chunk, (0,) * len(shape), values)
-        return values
-
-    def _read_chunk(self, name: str, chunk: StoredChunk, offsets: Shape, out: Tensor) -> None:
         descriptor = self._descriptor(chunk.path)
         item = self._item(name, chunk, descriptor)
         same = item.dtype == out.dtype

@@ -116,7 +116,12 @@ METRICS: dict[str, Metric] = {
     "time/critic_seconds": Metric("seconds", "values and updates of the critic", _CRITIC),
     "time/train_seconds": Metric("seconds", "forward, backward and optimizer"),
     "time/sync_seconds": Metric("seconds", "weight sync from the policy to the engine, with its verification"),
-    "time/checkpoint_seconds": Metric("seconds", "saving the checkpoint"),
+    "time/checkpoint_seconds": Metric(
+        "seconds", "time for which saving a checkpoint stops the loop; with `checkpoint.asynchronous` mostly a copy"
+    ),
+    "time/checkpoint_wait_seconds": Metric(
+        "seconds", "part of it in which a save waited until the checkpoint before was written; 0 if none had to wait"
+    ),
     "time/evaluation_seconds": Metric("seconds", "evaluation on held-out prompts", _EVALUATION),
     "time/step_seconds": Metric("seconds", "the whole step"),
     "throughput/tokens_per_second": Metric("tokens / s", "prompt and completion tokens per second of the step"),

@@ -216,8 +216,8 @@ def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     """Return the host memory of the fullest node.
 
     It holds the processes, what leaves the device (pinned copies on CUDA, which are kept while the policy computes and
-    is saved), the optimizer state that is updated on the host with its gradients, the reference, and the one tensor of
-    each rank that a checkpoint copies at a time (policy/megatron_patches/checkpoint_writing.py).
+    is saved), the optimizer state that is updated on the host with its gradients, the reference, and what a save copies
+    on each rank: everything that it saves, or one tensor at a time without `checkpoint.asynchronous`.
     """
     topology, algorithm = inputs.topology, inputs.config.algorithm
     ranks_per_node = min(inputs.gpu.per_node, topology.world_size)
@@ -234,6 +234,22 @@ def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
         "offloaded optimizer": learners * static.optimizer if offloads else 0.0,
         "optimizer on the host": learners * updated,
         "reference": reference,
-        "checkpoint": max(rank.static.largest_state for rank in ranks),
+        "checkpoint": _copied_by_a_save(inputs, static, max(rank.static.largest_state for rank in ranks)),
     }
     return {name: ranks_per_node * size for name, size in items.items()}
+
+
+def _copied_by_a_save(inputs: PlanInputs, static: StaticBytes, largest_state: int) -> float:
+    """Return the bytes in host memory that a save copies on one rank (formats/file_parts.py).
+
+    Each rank saves weights of as many elements as the part of the optimizer state that it holds.
+    """
+    config = inputs.config
+    if not config.checkpoint.asynchronous:
+        return float(largest_state)
+    learners = 2 if config.algorithm.needs_critic else 1
+    reference = inputs.itemsize if config.algorithm.ref_update_every else 0
+    state = 12  # master weight and moments, in float32
+    held = static.optimizer + static.optimizer_on_host
+    elements = held / (state if inputs.itemsize < 4 else state - 4)  # in fp32 the weights are their own masters
+    return elements * (learners * (inputs.itemsize + state) + reference)

@@ -96,8 +96,10 @@ def _fitting_changes(config: Config, planner: Planner, changes: list[Change]) ->
 
 
 def _changes(inputs: PlanInputs, num_layers: int) -> Iterator[Change]:
-    """Yield single changes, the cheapest in time first: recomputation, engine, layout, optimizer on the host."""
+    """Yield single changes, the cheapest in time first: saves, recomputation, engine, layout, optimizer on the host."""
     config, parallel, engine = inputs.config, inputs.config.parallel, inputs.config.engine
+    if config.checkpoint.asynchronous:
+        yield {"checkpoint.asynchronous": False}
     if parallel.tp > 1 and not parallel.sequence_parallel:
         yield {"parallel.sequence_parallel": True}
     if parallel.recompute != "full":

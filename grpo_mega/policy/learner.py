@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import LearnerState
+from grpo_mega.interfaces import FileSink, LearnerState
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.parallel.ranks import Ranks
@@ -27,6 +27,7 @@ from grpo_mega.policy.fp8 import forget_copies
 from grpo_mega.policy.fp8_scales import reported_scales
 from grpo_mega.policy.host_threads import host_threads, intra_op_threads
 from grpo_mega.policy.inspect.full_gradients import gather_gradients, gradient_of
+from grpo_mega.policy.megatron_patches.checkpoint_writing import writing_to
 from grpo_mega.policy.module_choice import choose_modules
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.routing_replay import RowParams
@@ -65,7 +66,8 @@ class MegatronLearner:
         self.cp_group = parallel_state.get_context_parallel_group()
         self._fp8 = config.precision.fp8
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
-        self._host_threads = host_threads(ranks) if optimizer.host_fraction > 0 else None
+        self._copy_threads = host_threads(ranks)
+        self._host_threads = self._copy_threads if optimizer.host_fraction > 0 else None
 
     def full_gradients(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole float32 gradient) of every HF tensor in checkpoint order on every rank.
@@ -98,17 +100,18 @@ class MegatronLearner:
         """Return the bytes of `params`, `grads` and `optimizer` that are on the device of this rank now."""
         return self._memory.resident_bytes()
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
-        """Save weights, optimizer state and `extra` into an existing, empty folder. Collective.
+    def save(self, folder: Path, extra: dict[str, Any], files: FileSink | None = None) -> StateRecords:
+        """Save weights, optimizer state and `extra` into an existing, empty folder, or pass them to `files`.
 
-        Return the records of the live state.
+        Collective. Return the records of the live state.
 
         Raises:
             RuntimeError: weights and optimizer state are not on the device.
         """
         self._require("save", "checkpointing", "params", "optimizer")
         self._settle()
-        return {".": save_state(self.parts, folder, extra, self.spec.vocab_size)}
+        with intra_op_threads(self._copy_threads), writing_to(files):
+            return {".": save_state(self.parts, folder, extra, self.spec.vocab_size)}
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Load what `save` wrote, in any layout, and return `extra`. Collective.
@@ -119,7 +122,8 @@ class MegatronLearner:
         self._require("load", "checkpointing", "params", "optimizer")
         self._settle()
         self._memory.changed()
-        return load_state(self.parts, folder)
+        with intra_op_threads(self._copy_threads):
+            return load_state(self.parts, folder)
 
     def live_records(self, *, with_optimizer: bool) -> StateRecords:
         """Return the records of the weights and, if asked for, of master weights and moments. Collective.
@@ -131,7 +135,8 @@ class MegatronLearner:
             self._require("live_records", "checkpointing", "params", "optimizer")
         self._require("live_records", "checkpointing", "params", reference=True)
         self._settle()
-        return {".": live_records(self.parts, self.spec.vocab_size, with_optimizer=with_optimizer)}
+        with intra_op_threads(self._copy_threads):
+            return {".": live_records(self.parts, self.spec.vocab_size, with_optimizer=with_optimizer)}
 
     def _require(self, reader: str, phase: str, *parts: LearnerState, reference: bool = False) -> None:
         """Check that these parts are on the device; see `PolicyMemory.require`."""

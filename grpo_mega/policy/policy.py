@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import TokenLoss
+from grpo_mega.interfaces import FileSink, TokenLoss
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import whole_row
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.build import init_groups
 from grpo_mega.policy.learner import MegatronLearner
+from grpo_mega.policy.megatron_patches.checkpoint_writing import writing_to
 from grpo_mega.policy.modules.policy_model import PolicyModel
 from grpo_mega.policy.modules.router_aux_loss import RouterBalance, segments_of
 from grpo_mega.policy.modules.router_bias import correction_biases, move_biases_with_load
@@ -121,14 +122,15 @@ class MegatronPolicy(MegatronLearner):
         self._settle()
         self._reference.update()
 
-    def save(self, folder: Path, extra: dict[str, Any]) -> StateRecords:
-        """Save weights, optimizer state and `extra` into an existing, empty folder. Collective.
+    def save(self, folder: Path, extra: dict[str, Any], files: FileSink | None = None) -> StateRecords:
+        """Save weights, optimizer state and `extra` into an existing, empty folder, or pass them to `files`.
 
-        The reference is saved as well if `algorithm.ref_update_every` is set. Return the records of the live state.
+        Collective. The reference is saved as well if `algorithm.ref_update_every` is set. Return the records of the
+        live state.
         """
-        records = super().save(folder, extra)
+        records = super().save(folder, extra, files)
         if self._reference_is_updated:
-            with self.reference():
+            with self.reference(), writing_to(files):
                 saved = save_weights(
                     self.parts, folder / _REFERENCE, self.spec.vocab_size, is_first=self.ranks.is_first
                 )

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.policy.host_memory import HostBuffers
+from grpo_mega.formats.host_buffers import HostBuffers
 from grpo_mega.policy.phase_offload import PolicyMemory
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from grpo_mega.checkpoint.background import BackgroundSaves
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config
@@ -120,6 +121,7 @@ def building(
             if config.algorithm.needs_critic:
                 critic = phases.build_critic(lambda: MegatronCritic(config, spec, model_folder, ranks))
             checkpoints = _make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks)
+            stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(prompts.digest, same_run=run.status == "continued")
             if any(change.key in ("algorithm.kl_coef", "algorithm.kl_target") for change in run.changes):
@@ -173,6 +175,7 @@ def _make_checkpoints(
         critic=critic,
         model=describe_model(hf_shapes(spec)),
         layout=layout,
+        background=BackgroundSaves(config.guard.timeout_seconds) if config.checkpoint.asynchronous else None,
     )
 
 

@@ -83,21 +83,21 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
         with timers.phase("checkpoint"):
             # before the sync: the engine still sleeps, and loses no weights
-            staged = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
+            saved = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
         stopping = step < config.train.steps and stop_wanted(job.ranks)
-        if stopping and staged is None:
+        if stopping and not saved:
             with timers.phase("checkpoint"):
-                staged = job.checkpoints.stage_if_due(job.policy, state, 1, config.train.steps)
+                job.checkpoints.stage_if_due(job.policy, state, 1, config.train.steps)
         kl_coef = objective.algorithm.kl_coef
+        waited = job.checkpoints.wait_seconds
         result = StepResult(
-            step, groups, batch, old_log_probs, updates, synced, kl_coef, critic_updates, state_bytes(job)
+            step, groups, batch, old_log_probs, updates, synced, kl_coef, critic_updates, state_bytes(job), waited
         )
         job.observer.step(result)
-        if staged is not None:
-            # after the metrics line is on disk, so that a killed run has both or neither
-            job.checkpoints.publish(staged)
+        # after the metrics line is on disk, so that no checkpoint is ahead of the metrics
+        job.checkpoints.publish(wait=stopping or step == config.train.steps)
         if stopping:
             raise Stopped(
                 f"stopped after step {step}; its checkpoint is complete, and the same command continues the run"

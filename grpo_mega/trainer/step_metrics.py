@@ -37,6 +37,7 @@ class StepResult:
     kl_coef: float
     critic_updates: list[UpdateStats] = field(default_factory=list)
     state_bytes: Mapping[str, int] = field(default_factory=dict)
+    checkpoint_wait_seconds: float = 0.0
 
     def metrics(
         self, num_replicas: int, is_right: Callable[[Reward], bool], sets: Sequence[str] = ()
@@ -59,6 +60,7 @@ class StepResult:
             **_replay(self.groups.rollouts),
             **{f"memory/{name}_bytes": float(size) for name, size in self.state_bytes.items()},
             **_trained(self.groups, self.batch.is_trained),
+            "time/checkpoint_wait_seconds": self.checkpoint_wait_seconds,
             "sync/bytes": float(self.sync.written_bytes),
             "sync/received_bytes": float(self.sync.received_bytes),
             "sync/verify_seconds": self.sync.verify_seconds,

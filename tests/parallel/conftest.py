@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,3 +106,15 @@ def rank_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 @pytest.fixture(scope="session")
 def laboratory(rank_pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     return Laboratory(rank_pool, tmp_path_factory.mktemp("laboratory"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of 4 MB, which holds one checkpoint and not three."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs the rights of root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

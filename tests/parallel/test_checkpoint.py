@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import re
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,20 +154,17 @@ def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Pat
     if rank == 0:
         stale.mkdir(parents=True)
     torch.distributed.barrier()
-    staged = manager.stage_if_due(policy, LoopState(4, 4), every=2, last_step=9)
-    assert staged is not None
+    assert manager.stage_if_due(policy, LoopState(4, 4), every=2, last_step=9)
     seen = {"not_due": not_due, "staged": visible(), "stale_is_gone": not stale.exists()}
-    manager.publish(staged)
+    manager.publish(wait=True)
     seen["published"] = visible()
     history = []
     for step in (6, 8, 9):
-        staged = manager.stage_if_due(policy, LoopState(step, step), every=2, last_step=9)
-        assert staged is not None
-        manager.publish(staged)
+        assert manager.stage_if_due(policy, LoopState(step, step), every=2, last_step=9)
+        manager.publish(wait=True)
         history.append(visible())
-    again = manager.stage_if_due(policy, LoopState(9, 9), every=2, last_step=9)
-    assert again is not None
-    manager.publish(again)
+    assert manager.stage_if_due(policy, LoopState(9, 9), every=2, last_step=9)
+    manager.publish(wait=True)
     return seen | {"history": history, "again": visible(), "names": sorted(p.name for p in folder.iterdir())}
 
 
@@ -178,7 +173,7 @@ def test_staged_checkpoints_are_not_visible_stale_ones_are_replaced_and_old_ones
 ) -> None:
     recorded, folder = laboratory.recorded("qwen3"), RunFolder(tmp_path).checkpoints
     for seen in laboratory.pool.call(2, stage_and_publish, recorded, DP2, folder):
-        assert seen["not_due"] is None
+        assert not seen["not_due"]
         assert seen["staged"] == []
         assert seen["stale_is_gone"]
         assert seen["published"] == [4]
@@ -236,24 +231,11 @@ def save_until_it_fails(rank: int, recorded: Recorded, layout: Layout, folder: P
     train_on(rank, policy, recorded, layout, RATES[:1])
     for step in range(1, 9):
         try:
-            staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
+            assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
         except RuntimeError as error:
             return str(error)
-        assert staged is not None
-        manager.publish(staged)
+        manager.publish(wait=True)
     return ""
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of 4 MB, which holds one checkpoint and not three."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs the rights of root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_stops_the_run_with_its_earlier_checkpoints_whole(laboratory: Laboratory, small_disk: Path) -> None:
@@ -269,19 +251,20 @@ def test_a_full_disk_stops_the_run_with_its_earlier_checkpoints_whole(laboratory
         require_undamaged(path)
 
 
-def publish_without_disk(rank: int, folder: Path) -> str:
-    manager = CheckpointManager(folder, 2, mock.Mock(), is_first=rank == 0)
+def publish_without_disk(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> str:
+    policy = open_policy(rank, recorded, layout)
+    manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0)
+    assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch("pathlib.Path.rename", side_effect=full):
         try:
-            manager.publish(folder / "step_000001.tmp")
+            manager.publish(wait=True)
         except RuntimeError as error:
             return str(error)
     return ""
 
 
 def test_a_failure_on_rank_0_is_raised_on_all_ranks(laboratory: Laboratory, tmp_path: Path) -> None:
-    (tmp_path / "step_000001.tmp").mkdir()
-    for message in laboratory.pool.call(2, publish_without_disk, tmp_path):
+    for message in laboratory.pool.call(2, publish_without_disk, laboratory.recorded("qwen3"), DP2, tmp_path):
         assert "No space left on device" in message
         assert str(tmp_path) in message

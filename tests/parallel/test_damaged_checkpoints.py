@@ -38,9 +38,8 @@ def save_three(rank: int, recorded: Recorded, folder: Path) -> None:
     for step in (2, 3, 4):
         with phases.training():
             train_on(rank, policy, recorded, Layout(2), RATES[:1])
-        staged = manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
-        assert staged is not None
-        manager.publish(staged)
+        assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
+        manager.publish(wait=True)
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,14 @@ def config_of(settings: dict[str, Any]) -> Config:
 class NoCheckpoints:
     """Replacement of the job's checkpoints: `train` would save at the end of every call, which is one step here."""
 
-    def stage_if_due(self, *_: object) -> None:
-        """Return None: no checkpoint is due."""
+    wait_seconds = 0.0
+
+    def stage_if_due(self, *_: object) -> bool:
+        """Return False: no checkpoint is due."""
+        return False
+
+    def publish(self, *, wait: bool) -> None:
+        """Do nothing: there is no checkpoint."""
 
 
 class OurSide:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +22,6 @@ from grpo_mega.policy.megatron_patches import checkpoint_writing, cpu, optimizer
 cpu.prepare_import()
 
 from megatron.core import parallel_state  # noqa: E402 - only after prepare_import
-from megatron.core.dist_checkpointing.strategies import filesystem_async  # noqa: E402
 from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 from megatron.core.tensor_parallel import mappings  # noqa: E402
@@ -53,9 +51,6 @@ def install() -> None:
         DistributedOptimizer._set_main_param_and_optimizer_states = _with_own_step(setter)
     optimizer_state.install()
     checkpoint_writing.install()
-    # filesystem_async.py:65 starts a server process for a queue that a synchronous save uses within one process. That
-    # costs seconds at the first save and 270 MB, and the server outlives a rank that is killed.
-    filesystem_async.get_write_results_queue = _results_of_this_process
     projection = QKNormConfigResolver._mla_fused_linear_or_default
     if not getattr(projection, "leaves_queries", False):
         QKNormConfigResolver._mla_fused_linear_or_default = _without_query_norm(projection)
@@ -172,11 +167,6 @@ def _with_own_step(setter: Any) -> Any:
 
     set_states.keeps_own_step = True  # type: ignore[attr-defined]
     return set_states
-
-
-@functools.cache
-def _results_of_this_process() -> queue.Queue[Any]:
-    return queue.Queue()
 
 
 def _without_query_norm(projection: Any) -> Any:

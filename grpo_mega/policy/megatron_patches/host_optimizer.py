@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_mega.policy.host_memory import MAX_PIECE_BYTES
+from grpo_mega.formats.host_buffers import MAX_PIECE_BYTES
 from grpo_mega.policy.megatron_patches import cpu
 
 cpu.prepare_import()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values  # noqa: E
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory  # noqa: E402
 from megatron.core.dist_checkpointing.optimizer import KEEP_VARS_HINT  # noqa: E402
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories  # noqa: E402
+from megatron.core.optimizer import distrib_optimizer  # noqa: E402
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer  # noqa: E402
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # noqa: E402
 
@@ -38,7 +40,12 @@ Shape = tuple[int, ...]
 
 
 def install() -> None:
-    """Replace Megatron's own conversion from and to `fully_reshardable`. Idempotent."""
+    """Replace Megatron's own conversion from and to `fully_reshardable`. Idempotent.
+
+    distrib_optimizer.py:1569 collects the garbage of the whole process after its gather, which takes up to a second of
+    each save. There is no gather here, and nothing to collect.
+    """
+    distrib_optimizer.gc = SimpleNamespace(collect=lambda: 0)
     DistributedOptimizer.sharded_param_state_fully_reshardable = sharded_parameter_state
     DistributedOptimizer.load_parameter_state_from_fully_reshardable = load_parameter_state
 
@@ -101,10 +108,24 @@ def sharded_parameter_state(
 def load_parameter_state(optimizer: Any, state: dict[int, dict[str, dict[int, Tensor]]]) -> None:
     """Store the loaded pieces. Replaces `DistributedOptimizer.load_parameter_state_from_fully_reshardable`."""
     for index, (parameter, _, _) in enumerate(_held_ranges(optimizer)):
-        flat = {name: torch.cat([pieces[i].flatten() for i in sorted(pieces)]) for name, pieces in state[index].items()}
+        flat = {name: _joined([pieces[i] for i in sorted(pieces)]) for name, pieces in state[index].items()}
         optimizer._set_main_param_and_optimizer_states(parameter, flat)
     if isinstance(optimizer.optimizer, HybridDeviceOptimizer):
         optimizer.optimizer._sync_hdo_state_to_sub_optimizers()
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """Return the pieces as one flat tensor, without a copy if they are loaded into the memory of one, in order."""
+    end = first = pieces[0].data_ptr()
+    for piece in pieces:
+        if piece.data_ptr() != end or not piece.is_contiguous():
+            return torch.cat([each.flatten() for each in pieces])
+        end += piece.nbytes
+    whole = pieces[0].untyped_storage()
+    if any(piece.untyped_storage()._cdata != whole._cdata for piece in pieces):
+        return torch.cat([each.flatten() for each in pieces])
+    size = (end - first) // pieces[0].itemsize
+    return pieces[0].as_strided((size,), (1,))
 
 
 def _held_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:

@@ -1,20 +1,15 @@
-"""Host memory for storages: moved without a copy, copied once per change, and in pieces that waste little."""
+"""Host memory for storages: moved without a copy, or copied once per change."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 import torch
 
 from grpo_mega.policy.host_memory import (
-    MAX_PIECE_BYTES,
     CopiedMemory,
-    HostBuffers,
     HostMemory,
     MovedMemory,
     host_memory,
-    piece_sizes,
 )
 
 
@@ -69,33 +64,3 @@ def test_a_copy_is_made_again_only_after_a_change() -> None:
 def test_host_storages_are_moved_and_others_copied() -> None:
     assert isinstance(host_memory([torch.zeros(1).untyped_storage()]), MovedMemory)
     assert isinstance(host_memory([torch.zeros(1, device="meta").untyped_storage()]), CopiedMemory)
-
-
-def rounded_up(size: int) -> int:
-    """Return what PyTorch's allocator of pinned memory allocates for a request."""
-    return 1 << (size - 1).bit_length()
-
-
-@pytest.mark.parametrize("num_bytes", [0, 1, 1023, 2**20, 3 * 2**20 + 5, 2**30, 2**30 + 1, int(8.2 * 2**30)])
-def test_pieces_are_at_most_one_gibibyte_and_waste_less_than_one_mebibyte(num_bytes: int) -> None:
-    sizes = piece_sizes(num_bytes)
-    assert sum(sizes) == num_bytes
-    assert max(sizes, default=0) <= MAX_PIECE_BYTES == 2**30
-    assert all(sizes)
-    assert sum(map(rounded_up, sizes)) - num_bytes < 2**20
-
-
-def test_parts_may_span_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_mega.policy.host_memory.MAX_PIECE_BYTES", 64)
-    monkeypatch.setattr("grpo_mega.policy.host_memory._MIN_PIECE_BYTES", 16)
-    draw = random.Random(0)
-    sizes = [draw.randrange(200) for _ in range(20)]
-    parts = [torch.tensor([draw.randrange(256) for _ in range(n)], dtype=torch.uint8) for n in sizes]
-    buffers = HostBuffers(sizes, torch.device("cpu"))
-    assert buffers.num_bytes == sum(sizes)
-    for i, part in enumerate(parts):
-        buffers.write(i, part)
-    for i, part in enumerate(parts):
-        found = torch.empty_like(part)
-        buffers.read(i, found)
-        assert torch.equal(found, part)

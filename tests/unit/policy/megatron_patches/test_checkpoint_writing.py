@@ -1,12 +1,16 @@
-"""A save copies one tensor at a time into host memory, and writes the files that Megatron's own writer writes."""
+"""A save copies what it must into host memory, and writes the files that Megatron's own writer writes."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import queue
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +19,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_mega.formats import file_parts
+from grpo_mega.formats.torch_dist_writer import envelope
 from grpo_mega.policy.megatron_patches import checkpoint_writing, fixes
 from tests.helpers.unpatched_megatron import unpatched
 
@@ -43,6 +49,8 @@ class OnDevice(Tensor):
             return cls(args[0].values)
         if func is torch.ops.aten.is_pinned.default:
             return False
+        if func is torch.ops.aten.view.default:
+            return cls(args[0].values.view(*args[1:]))
         assert func is torch.ops.aten._to_copy.default, func
         assert kwargs["device"] == torch.device("cpu")
         return torch.clone(args[0].values)
@@ -79,23 +87,39 @@ def whole_on_host() -> list[Tensor]:
     return [torch.arange(size, dtype=torch.float32) for size in SIZES]
 
 
-def save(writers: Any, folder: Path, tensors: list[Tensor], threads: int = 1) -> CopiedBytes:
-    """Write the tensors and an object with the writer of a module, as a synchronous save calls it."""
-    folder.mkdir()
+def plan_of(writer: Any, tensors: list[Tensor]) -> None:
+    """Let a writer of Megatron's plan the tensors and an object."""
     planner = DefaultSavePlanner()
     state: dict[str, Any] = {str(i): each for i, each in enumerate(tensors)}
     planner.set_up_planner({**state, "object": [1, 2]}, is_coordinator=True)
     plan = dataclasses.replace(planner.create_local_plan(), storage_data=_StoragePrefix("__0_"))
-    results: queue.Queue[Any] = queue.Queue()
-    writer = writers.FileSystemWriterAsync(folder, thread_count=threads)
+    writer.prepare_write_data(plan, planner)
+
+
+def save(folder: Path, tensors: list[Tensor], threads: int = 1, sink: Any = None) -> tuple[CopiedBytes, list[Any]]:
+    """Save the tensors and an object with the writer that is installed; return its copies and its results."""
+    folder.mkdir()
+    fixes.install()
+    writer = filesystem_async.FileSystemWriterAsync(folder, thread_count=threads)
+    assert isinstance(writer, checkpoint_writing.PlannedWriter)
+    with CopiedBytes() as copied, checkpoint_writing.writing_to(sink):
+        plan_of(writer, tensors)
+        function, preload, arguments = writer.get_save_function_and_args()
+        assert preload is None
+        function(*arguments)
+    return copied, writer.retrieve_write_results()
+
+
+def save_stock(module: Any, folder: Path, tensors: list[Tensor], threads: int = 1) -> tuple[CopiedBytes, list[Any]]:
+    """Do the same with Megatron's writer."""
+    folder.mkdir()
+    writer, results = module.FileSystemWriterAsync(folder, thread_count=threads), queue.Queue[Any]()
     with CopiedBytes() as copied:
-        writer.prepare_write_data(plan, planner)
+        plan_of(writer, tensors)
         buckets = writer.preload_tensors(writer.write_buckets, False)
         writer.write_preloaded_data_multithread([writer.transforms], False, 0, buckets, results)
     written = results.get_nowait()
-    assert isinstance(written, dict), written
-    assert sum(map(len, written.values())) == len(SIZES) + 1
-    return copied
+    return copied, [each for bucket in written.values() for each in bucket]
 
 
 @pytest.fixture
@@ -106,39 +130,90 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-@pytest.mark.parametrize("make", [on_device, views_on_host])
-def test_one_copy_at_a_time_is_in_host_memory(make: Any, tmp_path: Path) -> None:
-    fixes.install()
-    copied = save(filesystem_async, tmp_path / "saved", make())
+@pytest.fixture
+def no_checksums() -> Iterator[None]:
+    """Let `torch.save` write zeros instead of checksums; the writer never has those of tensors."""
+    envelope.cache_clear()
+    torch.serialization.set_crc32_options(False)
+    yield
+    torch.serialization.set_crc32_options(True)
+    envelope.cache_clear()
+
+
+def test_one_copy_at_a_time_is_in_host_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_parts, "_BATCH_PARTS", 1)  # small copies are written together
+    copied, _ = save(tmp_path / "saved", on_device())
     assert (copied.total, copied.peak) == (4 * sum(SIZES), 4 * max(SIZES))
 
 
 @pytest.mark.parametrize("make", [on_device, views_on_host])
 def test_megatron_copies_everything_before_it_writes_without_the_patch(make: Any, stock: Any, tmp_path: Path) -> None:
-    copied = save(stock, tmp_path / "saved", make())
+    copied, _ = save_stock(stock, tmp_path / "saved", make())
     assert copied.peak == copied.total == 4 * sum(SIZES)
 
 
-def test_whole_tensors_of_the_host_are_not_copied(tmp_path: Path) -> None:
-    fixes.install()
-    assert save(filesystem_async, tmp_path / "saved", whole_on_host()).total == 0
+@pytest.mark.parametrize("make", [views_on_host, whole_on_host])
+def test_contiguous_tensors_of_the_host_are_not_copied(make: Any, tmp_path: Path) -> None:
+    copied, _ = save(tmp_path / "saved", make())
+    assert copied.total == 0
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.usefixtures("no_checksums")
 @pytest.mark.parametrize("make", [on_device, views_on_host, whole_on_host])
-def test_the_files_are_those_of_megatrons_writer(make: Any, threads: int, stock: Any, tmp_path: Path) -> None:
-    fixes.install()
-    assert filesystem_async.FileSystemWriterAsync is checkpoint_writing.OneCopyWriter
-    save(filesystem_async, tmp_path / "ours", make(), threads)
-    save(stock, tmp_path / "stock", make(), threads)
+def test_the_files_are_those_of_megatrons_writer(make: Any, stock: Any, tmp_path: Path) -> None:
+    _, results = save(tmp_path / "ours", make())
+    _, expected = save_stock(stock, tmp_path / "stock", make())
     ours, theirs = ({p.name: p.read_bytes() for p in (tmp_path / each).iterdir()} for each in ("ours", "stock"))
-    assert len(ours) == threads
+    assert list(ours) == ["__0_0.distcp"]
     assert ours == theirs
+    assert results == expected
+
+
+def test_positions_in_several_files_are_those_of_megatrons_writer(stock: Any, tmp_path: Path) -> None:
+    _, results = save(tmp_path / "ours", views_on_host(), threads=3)
+    _, expected = save_stock(stock, tmp_path / "stock", views_on_host(), threads=3)
+    assert sorted(results, key=repr) == sorted(expected, key=repr)
+    assert len({each.storage_data.relative_path for each in results}) == 3
+    for each in results:
+        place = each.storage_data
+        ours, theirs = (
+            torch.load(
+                io.BytesIO((tmp_path / folder / place.relative_path).read_bytes()[place.offset :][: place.length])
+            )
+            for folder in ("ours", "stock")
+        )
+        assert torch.equal(ours, theirs) if isinstance(ours, Tensor) else ours == theirs
+
+
+@pytest.mark.usefixtures("no_checksums")
+def test_an_empty_tensor_is_saved(stock: Any, tmp_path: Path) -> None:
+    tensors = [torch.empty(0, 3), torch.ones(2)]
+    save(tmp_path / "ours", tensors)
+    save_stock(stock, tmp_path / "stock", tensors)
+    assert (tmp_path / "ours/__0_0.distcp").read_bytes() == (tmp_path / "stock/__0_0.distcp").read_bytes()
+
+
+def test_a_sink_gets_the_files_and_nothing_is_written(tmp_path: Path) -> None:
+    memory, tensors = file_parts.CopyMemory(), views_on_host()
+    files = file_parts.CopiedFiles(memory)
+    save(tmp_path / "later", tensors, sink=files)
+    assert list((tmp_path / "later").iterdir()) == []
+    for tensor in tensors:
+        tensor.zero_()
+    files.write(lambda _: None)
+    save(tmp_path / "at_once", views_on_host())
+    later, at_once = (tmp_path / each / "__0_0.distcp" for each in ("later", "at_once"))
+    assert later.read_bytes() == at_once.read_bytes()
+
+
+def test_an_error_of_the_sink_is_a_result(tmp_path: Path) -> None:
+    sink = SimpleNamespace(add_file=mock.Mock(side_effect=OSError("No space left on device")))
+    _, results = save(tmp_path / "saved", whole_on_host(), sink=sink)
+    assert "No space left on device" in str(results[0])
 
 
 def test_the_tensors_that_were_saved_are_unchanged(tmp_path: Path) -> None:
-    fixes.install()
     for number, make in enumerate((views_on_host, whole_on_host)):
         tensors = make()
-        save(filesystem_async, tmp_path / str(number), tensors)
+        save(tmp_path / str(number), tensors)
         assert all(torch.equal(a, b) for a, b in zip(tensors, make(), strict=True))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
 import math
+import sys
+from unittest import mock
 
 import pytest
 import torch
 
+from grpo_mega.policy.megatron_patches import optimizer_state
 from grpo_mega.policy.megatron_patches.optimizer_state import rectangles
+
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer  # isort: skip - after megatron_patches
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 4), (3, 1, 2, 2)])
@@ -29,3 +36,27 @@ def test_a_range_of_a_matrix_is_part_of_a_row_whole_rows_and_part_of_a_row() -> 
     assert list(rectangles(3, 14, (4, 4))) == [((0, 3), (1, 1)), ((1, 0), (2, 4)), ((3, 0), (1, 2))]
     assert list(rectangles(5, 7, (4, 4))) == [((1, 1), (1, 2))]
     assert list(rectangles(0, 16, (4, 4))) == [((0, 0), (4, 4))]
+
+
+def test_pieces_of_one_memory_are_joined_without_a_copy() -> None:
+    flat = torch.arange(24.0)
+    pieces = [flat[:3].view(1, 3), flat[3:15].view(4, 3), flat[15:]]
+    joined = optimizer_state._joined(pieces)
+    assert torch.equal(joined, flat)
+    assert joined.data_ptr() == flat.data_ptr()
+    for other in (
+        [pieces[0], pieces[2]],
+        [pieces[1], pieces[0]],
+        [pieces[0], pieces[1].clone()],
+        [flat.view(4, 6)[:, :3], flat[15:]],
+    ):
+        assert torch.equal(optimizer_state._joined(other), torch.cat([piece.flatten() for piece in other]))
+
+
+def test_a_save_does_not_collect_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    collected = mock.Mock()
+    monkeypatch.setattr(gc, "collect", collected)
+    optimizer_state.install()
+    assert "gc.collect()" in inspect.getsource(DistributedOptimizer.sharded_state_dict)  # the patch is still needed
+    vars(sys.modules[DistributedOptimizer.__module__])["gc"].collect()
+    assert not collected.called
