@@ -75,9 +75,9 @@ class CheckpointConfig(Section):
     """Steps between checkpoints. null: only after the last step."""
     keep: int = Field(2, ge=1)
     """Number of checkpoints that are kept, the newest ones."""
-    asynchronous: bool = True
-    """Write a checkpoint while training continues: the loop stops only for a copy of the state to host memory. False:
-    the loop waits until it is written, and one tensor at a time is copied."""
+    asynchronous: bool = False
+    """Write a checkpoint while training continues: the loop stops only for digests and a copy of the state to host
+    memory, which must have room for it. False: the loop waits until it is written; one tensor at a time is copied."""
     resume: str = "auto"
     """`auto`: continue from the newest complete checkpoint of the run folder. `never`: start from the base model. Or
     the path of a checkpoint."""

@@ -142,18 +142,17 @@ def test_a_reference_uses_host_memory_only_if_the_loss_needs_it() -> None:
 
 def test_a_synchronous_save_copies_one_state_of_the_largest_parameter_on_each_rank_of_a_node() -> None:
     # the matrix of a layer has 10 x 20 elements, the embedding and the head 10 x 10; 8 ranks per node
-    waits = {"checkpoint": {"asynchronous": False}}
     for world, ranks_per_node in ((1, 1), (4, 4), (16, 8)):
-        plan = memory_of(config_of(data={"prompts_per_step": 16}, **waits), spec_of(), world)
+        plan = memory_of(config_of(data={"prompts_per_step": 16}), spec_of(), world)
         assert plan.host["checkpoint"] == ranks_per_node * 4 * 200
     # a state on the host is copied, too, where it is a part of a larger tensor
-    on_host = memory_of(config_of(optimizer={"host_fraction": 1.0}, parallel={"pp": 2}, **waits), spec_of(), 2)
+    on_host = memory_of(config_of(optimizer={"host_fraction": 1.0}, parallel={"pp": 2}), spec_of(), 2)
     assert on_host.host["checkpoint"] == 2 * 4 * 200
 
 
 @pytest.mark.parametrize(("dtype", "weight", "masters"), [("bf16", 2, 12), ("fp32", 4, 8)])
 def test_an_asynchronous_save_copies_all_that_the_ranks_of_a_node_save(dtype: str, weight: int, masters: int) -> None:
-    precision = {"precision": {"dtype": dtype}}
+    precision = {"precision": {"dtype": dtype}, "checkpoint": {"asynchronous": True}}
     for changes in ({}, {"optimizer": {"host_fraction": 1.0}}):
         plan = memory_of(config_of(**precision, **changes), spec_of(), 4)
         static = plan.ranks[0].static
