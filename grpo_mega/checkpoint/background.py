@@ -97,7 +97,7 @@ class Writer:
 
     @property
     def ended(self) -> bool:
-        """True if the thread has ended."""
+        """True if the thread is not running any more."""
         return not self._thread.is_alive()
 
     def wait(self, seconds: float) -> None:

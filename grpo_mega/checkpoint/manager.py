@@ -195,7 +195,7 @@ class CheckpointManager:
         return self._folder / f"step_{step:06d}"
 
     def close(self) -> None:
-        """Stop a save in flight. Not collective: the run has ended, or failed on another rank."""
+        """Stop a save in flight. Not collective: another rank may have failed."""
         if self._background is not None:
             self._background.stop()
 

@@ -34,7 +34,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class WrittenFiles:
-    """What a rank has read back from its files.
+    """Digests and records that a rank has read back from its files.
 
     Args:
         sums: (folder, tensor) -> sum of the digests of the chunks in these files.
