@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import math
@@ -80,12 +81,15 @@ def write_blocks(fd: int, data: memoryview, address: int, position: int) -> tupl
 
 
 def tensor_memory(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as bytes."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
-    assert flat.numel() == 0 or flat.data_ptr() == tensor.data_ptr(), (
-        "the tensor must be contiguous: a copy would be filled instead"
-    )
-    return flat.numpy().data
+    """Return the memory of a contiguous CPU tensor as bytes; the view keeps the tensor alive.
+
+    Not by `numpy()`, after which torch refuses to resize the storage, and a policy could not be offloaded any more.
+    """
+    assert tensor.is_cpu, f"the tensor is on {tensor.device}"
+    assert tensor.is_contiguous(), "the tensor must be contiguous"
+    memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+    memory.owner = tensor  # type: ignore[attr-defined]
+    return memoryview(memory).cast("B")
 
 
 def _read_all(fd: int, target: memoryview, position: int) -> None:

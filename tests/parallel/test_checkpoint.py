@@ -253,6 +253,7 @@ def test_a_full_disk_stops_the_run_with_its_earlier_checkpoints_whole(laboratory
 
 def publish_without_disk(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> str:
     policy = open_policy(rank, recorded, layout)
+    train_on(rank, policy, recorded, layout, RATES[:1])
     manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0)
     assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
     full = OSError(errno.ENOSPC, "No space left on device")

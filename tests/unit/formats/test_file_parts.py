@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.formats import file_parts
+from grpo_mega.formats.byte_ranges import read_slice, tensor_memory
 from grpo_mega.formats.file_parts import CopiedFiles, CopyMemory, DirectFiles, write_file
 
 VALUES = torch.arange(1000, dtype=torch.float32)
@@ -30,6 +32,26 @@ def test_parts_are_written_one_after_the_other(
     assert (tmp_path / "direct").read_bytes() == (tmp_path / "copied").read_bytes() == CONTENT
     assert (tmp_path / "bytes").read_bytes() == b"ab"
     assert sum(counts) == len(CONTENT) + 2
+
+
+def test_a_written_or_read_tensor_can_be_resized(tmp_path: Path) -> None:
+    """`Tensor.numpy` would forbid it, and a policy that was saved could not be offloaded."""
+    values, loaded = VALUES.clone(), torch.empty(1000)
+    DirectFiles().add_file(tmp_path / "file", [values])
+    with (tmp_path / "file").open("rb") as file:
+        read_slice(file.fileno(), 0, (1000,), (0,), loaded)
+    assert torch.equal(loaded, values)
+    for tensor in (values, loaded):
+        tensor.untyped_storage().resize_(0)
+        assert tensor.untyped_storage().nbytes() == 0
+
+
+def test_a_view_of_memory_keeps_the_tensor_alive() -> None:
+    view = tensor_memory(torch.full((1000,), 7, dtype=torch.uint8))
+    gc.collect()
+    torch.zeros(1000, dtype=torch.uint8)
+    assert bytes(view) == b"\x07" * 1000
+    assert len(tensor_memory(torch.empty(0))) == 0
 
 
 def test_an_interrupted_write_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
