@@ -83,7 +83,7 @@ def write_blocks(fd: int, data: memoryview, address: int, position: int) -> tupl
 def tensor_memory(tensor: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor as bytes; the view keeps the tensor alive.
 
-    Not by `numpy()`, after which torch refuses to resize the storage, and a policy could not be offloaded any more.
+    Not by `numpy()`: torch cannot resize the storage afterwards, so a policy could not be offloaded any more.
     """
     assert tensor.is_cpu, f"the tensor is on {tensor.device}"
     assert tensor.is_contiguous(), "the tensor must be contiguous"
