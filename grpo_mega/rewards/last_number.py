@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, normalize
-from grpo_mega.rewards.answer_words import (
+from grpo_mega.rewards.final_answers.words_around import (
     WORDS_BEFORE,
-    has_short_form_before,
+    has_modifier_before,
     is_approximate_before,
+    is_continued,
+    is_unfinished,
     names_other_number_before,
 )
 from grpo_mega.rewards.number_answers import (
@@ -36,6 +38,7 @@ _COMPOUND_BEFORE = re.compile(  # `5 hours and 30 minutes`
     re.IGNORECASE,
 )
 _DENIED = re.compile(rf"\b(?:{WORDS_BEFORE})\b|n't\b", re.IGNORECASE)
+_LABELED = re.compile(r"\b(?!(?:is|are|was|be|equals|answer|total)\b)[A-Za-z]{2,}\s+\(\s*\Z", re.IGNORECASE)
 _DIGITS = re.compile(r"[0-9][0-9.,/]*")
 _SHORT_STATEMENT = 12  # characters: `x = 5`, `Answer: 5`
 
@@ -66,7 +69,11 @@ def last_number(text: str) -> Answer:
     behind = _SENTENCE_END.split(plain[number.end :], maxsplit=1)[0]
     if is_hedged(before) or is_operand(plain, number) or is_doubtful(behind, number):
         return NO_ANSWER
-    if has_short_form_before(plain[: number.start]) or names_other_number_before(
+    if is_unfinished(plain, number.end) or is_continued(plain, number.end + len(behind)):
+        return NO_ANSWER
+    if plain.startswith("?", number.end + len(behind)) or _is_label(before):
+        return NO_ANSWER
+    if has_modifier_before(plain[: number.start]) or names_other_number_before(
         before, number.value, only_adjacent=True
     ):
         return NO_ANSWER
@@ -77,6 +84,11 @@ def last_number(text: str) -> Answer:
     if QUALIFIER.search(before) and _DIGITS.search(before):
         return NO_ANSWER  # `72 apples after 3 days`
     return NO_ANSWER if _repeats_statement(plain, before, number, behind) else distinct([number.value])
+
+
+def _is_label(before: str) -> bool:
+    """Return True for a number in brackets behind a word: `equation (5)`, but not `five (5)` and `it is (5)`."""
+    return _LABELED.search(before) is not None and not names_other_number_before(before, None, only_adjacent=True)
 
 
 def _repeats_statement(plain: str, before: str, number: FoundNumber, behind: str) -> bool:

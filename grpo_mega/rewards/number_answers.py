@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from grpo_mega.rewards.answer_parsing import FoundNumber, find_numbers, join_spaced_groups, normalize
-from grpo_mega.rewards.answer_words import (
+from grpo_mega.rewards.final_answers.words_around import (
     WORDS_BEFORE,
     WORDS_DIRECTLY_BEFORE,
     changes_number_before,
-    has_short_form_before,
+    has_modifier_before,
     is_approximate,
     names_other_number_before,
 )
@@ -45,7 +45,7 @@ _HEDGE_BEFORE = re.compile(
 _OPERATORS = frozenset("+-\u2013\u2014*/^<>\u00b1\u221a\u221b\u221c\u2260\u2264\u2265\u2266\u2267\u00f7!|")
 _DOUBT = re.compile(
     r"\bor\b|[\u2264\u2265\u2260]|<(?![/|]|\w+>)|(?<![\w|/])>|^[A-Za-z]+[0-9]"
-    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^\s?(?:/(?![A-Za-z]{2}|[hsL]\b)|[+*^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
+    r"|[,;]\s*(?:\\[lc]?dots|\u2026|\.\.\.)|^[\s)\]]*\^|^\s?(?:/(?![A-Za-z]{2}|[hsL]\b)|[+*^\u00b1\u00f7\u2213]|[-\u2013\u2014]\s?(?:[A-Za-z](?![A-Za-z])|[\\$0-9]))"
     r"|\b(?:is|was|are)\s*(?:n't|not)\b|\bnot (?:the|correct|right|sure|certain)\b|\b(?:wrong|incorrect|false)\b"
     r"|^\W{0,3}(?:plus|minus|divided|multiplied|squared|cubed|factorial|choose|mod|point)\b|(?:%|\bpercent)\s*of\b"
     r"|\band (?:an?|one|two|three)[ -](?:half|halves|thirds?|fourths?|quarters?|fifths?|sixths?|eighths?|tenths?)\b",
@@ -117,7 +117,7 @@ def is_hedged(before: str) -> bool:
         before = behind_sign  # an equation: the words before its sign describe its left side
         if not before.strip():
             return False
-    if has_short_form_before(before):
+    if has_modifier_before(before):
         return True
     return _HEDGE_BEFORE.search(before[-60:]) is not None or before.rstrip()[-1:] in _OPERATORS
 

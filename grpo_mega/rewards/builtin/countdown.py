@@ -19,8 +19,8 @@ from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
 from grpo_mega.rewards.final_answers.box_context import read_box
 from grpo_mega.rewards.final_answers.hedges import are_adjacent, has_hedge_around, is_denied_behind
+from grpo_mega.rewards.final_answers.words_around import words_change_box
 from grpo_mega.rewards.thought import answer_part
-from grpo_mega.rewards.words_around_box import words_change_box
 from grpo_mega.types import UserError
 
 _MAX_EXPRESSION_CHARACTERS = 300

@@ -16,6 +16,7 @@ from grpo_mega.rewards.answer_parsing import SCALES
 from grpo_mega.rewards.base import reward
 from grpo_mega.rewards.final_answers.box_context import BoxedAnswer
 from grpo_mega.rewards.final_answers.finder import FinalAnswer, Source, find_final_answer
+from grpo_mega.rewards.final_answers.words_around import words_change_box
 from grpo_mega.rewards.last_number import is_denied, last_number
 from grpo_mega.rewards.number_answers import (
     NO_ANSWER,
@@ -26,10 +27,10 @@ from grpo_mega.rewards.number_answers import (
     starts_with_number,
 )
 from grpo_mega.rewards.thought import answer_part
-from grpo_mega.rewards.words_around_box import words_change_box
 from grpo_mega.types import UserError
 
 _TAGS = re.compile(r"</?(?:answer|b|strong|i|em|u|p|br|div|span|center)\s?/?>", re.IGNORECASE)
+_MAX_BOX = 2000  # characters
 _SCALE_ASKED = re.compile(r"\b(?:how many|number of|in)\s(dozen|thousand|million|billion|trillion)s?\b", re.IGNORECASE)
 
 
@@ -113,7 +114,9 @@ def _phrases(text: str, found: FinalAnswer) -> Answer:
 
 
 def _boxed(text: str, box: BoxedAnswer) -> Answer:
-    answer = NO_ANSWER if box.is_part else named_numbers(box.text, words_may_lead=True)
+    if box.is_part or len(box.text) > _MAX_BOX:
+        return NO_ANSWER
+    answer = named_numbers(box.text, words_may_lead=True)
     value = answer[0] if len(answer) == 1 else None
     return NO_ANSWER if words_change_box(text, box.start, box.end, value) else answer
 

@@ -95,10 +95,10 @@ def _are_right_boxes(found: FinalAnswer, expected: str) -> bool:
     if found.is_vague:
         return False
     texts = list(dict.fromkeys((box.text, box.label) for box in found.boxes))
-    behind = all(any(is_right(reading, expected) for reading in readings) for readings in found.readings)
-    if behind and all(is_right(text, expected) for text, _ in texts):
-        return True
     labeled = [f"{name} = {text}" if name and "=" not in text else text for text, name in texts]
+    behind = all(any(is_right(reading, expected) for reading in readings) for readings in found.readings)
+    if behind and all(is_right(text, expected) for text in labeled):
+        return True
     return len(texts) > 1 and is_right(" ; ".join(labeled), expected)
 
 

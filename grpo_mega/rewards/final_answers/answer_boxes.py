@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from grpo_mega.rewards.math_answers.braces import BRACE, closing_brace
+
 BOXED_START = r"\boxed{"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BOX_WITHOUT_BRACES = re.compile(r"[^\n$]*")
 _SPACE_COMMAND = re.compile(r"(?<!\\)\\\s+\Z")
 _BETWEEN_BOXES = re.compile(
@@ -58,7 +59,7 @@ def find_boxes(text: str) -> list[Box]:
     position = 0
     while (match := _BOX.search(text, position)) is not None:
         if match[1]:
-            end = _closing_brace(text, match.end())
+            end = closing_brace(text, match.end())
             content = None if end is None else text[match.end() : end]
             position = len(text) if end is None else end + 1
         else:
@@ -76,20 +77,11 @@ def find_boxes(text: str) -> list[Box]:
 def _closes_too_much(text: str, start: int, end: int) -> bool:
     line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
     depth = 0
-    for match in _BRACE.finditer(text, line_start, len(text) if line_end < 0 else line_end):
+    for match in BRACE.finditer(text, line_start, len(text) if line_end < 0 else line_end):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth < 0 and match.start() < end:
             depth = 0  # before the box
     return depth < 0
-
-
-def _closing_brace(text: str, position: int) -> int | None:
-    depth = 1
-    for match in _BRACE.finditer(text, position):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return match.start()
-    return None
 
 
 def last_box_content(text: str) -> str | None:

@@ -8,16 +8,20 @@ two of them retracts the earlier ones.
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from typing import NamedTuple
 
 from grpo_mega.rewards.final_answers.answer_boxes import find_boxes
 from grpo_mega.rewards.final_answers.hedges import is_retraction
+from grpo_mega.rewards.final_answers.words_around import text_before_changes, text_behind_changes
 from grpo_mega.rewards.math_answers.tokens import tokenize
 from grpo_mega.rewards.math_answers.units import read_unit
 
 _MOST_CHARACTERS = 400  # of a formula before or behind a box
 _MOST_PARAGRAPH_CHARACTERS = 2000
 _MOST_BOXES = 100
+_WINDOW = 100
+_DIGITS = re.compile(r"[0-9]{1,30}")
 _DELIMITER = re.compile(r"(?<!\\)\$\$?|(?<!\\)\\[()\[\]]")
 _ROW_START = re.compile(r"\\\\|\\begin\{[a-z]+\*?\}")
 _BOX_COMMAND = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])")
@@ -42,9 +46,7 @@ _COMPLETE_BEHIND = re.compile(
 )
 _DASH_BEHIND = re.compile(r"\s+[-\u2013\u2014]\s*\Z|\s*[|)]|\s+\(")
 _SCALE_BEHIND = re.compile(
-    r"[\s$]*(?:\\text\s*\{)?\s*(and (?:a|one) \w+|hundred"
-    r"|thousand|million|billion|trillion|dozen|squared|cubed|factorial)\b",
-    re.IGNORECASE,
+    r"[\s$]*(?:\\text\s*\{)?\s*(hundred|thousand|million|billion|trillion|dozen)\b", re.IGNORECASE
 )
 _HEDGE_BEHIND = re.compile(
     r"[\s$*)\]\\.,]*\b(?:or|maybe|perhaps|possibly|alternatively)\b,?[^.\n$\d-]{0,20}?(\$[^$]+\$|-?\d[\d.,/]*\d|-?\d)",
@@ -55,6 +57,7 @@ _UNIT_BEHIND = re.compile(
     r"|\\?%|\^\s*(?:\{\s*\\circ\s*\}|\\circ)(?:\s*\\?(?:text|mathrm)\{[CF]\}|\s*[CF]\b)?|\u00b0|\\degree)\s*[.,]?\s*\Z"
 )
 _WORDS_BEHIND = re.compile(r"(?:\\[,;: ]|~|\s)*\\(?:text|mathrm|textrm|mbox|textbf)\s*\{([^{}]*)\}")
+_ANY_TAG = re.compile(r"</?[A-Za-z]\w*\s?/?>")
 _TAG = re.compile(r"\s*</?[A-Za-z]\w*>")
 _TAG_BEFORE = re.compile(r"<[A-Za-z]\w{0,20}>\s*\Z")
 _MODULUS = re.compile(r"\s*(?:\\[,;: ]|\s)*\\pmod(?![A-Za-z])|\s*\(\s*(?:\\bmod|\\mod|mod)\b")
@@ -68,23 +71,22 @@ _WRAPPER = re.compile(
     r"|\\(?:text|mbox|textrm)\s*\{[^{}$]*\Z|(?:\A|[\s=:,])\{\s*\Z"
 )
 _LABEL = re.compile(r"(?:\A|[\s,&;{(])([A-Za-z](?:_\{?\w{1,4}\}?)?)\s*&?\s*=\s*\Z")
-_DENIED_BEFORE = re.compile(
-    r"(?:\b(?:not|never|neither|nor|except|unless|anything but|minus|negative|half of|twice|double|triple"
-    r"|(?:reciprocal|opposite|inverse|negative|square|cube|multiple|factor) of|root of|false that[^.\n]*"
-    r"|(?:more|less|fewer|greater|larger|smaller) than|ln|log|lg|sin|cos|tan|cot|sec|csc|exp|sqrt|arc\w+)|n't"
+_OPERAND_BEFORE = re.compile(
+    r"(?:\b(?:ln|log|lg|sin|cos|tan|cot|sec|csc|exp|sqrt|arc\w+)"
     r"|(?<!only )\b(?:if|suppose|assume|let)\s+\$?[A-Za-z]\s*=)"
-    r"(?:\s+(?:be|equal(?:\s+to)?))?[\s$*:({\[]*\Z"
-    r"|\b(?:not true that|between [^.\n]{1,40} and)[\s$*:({\[]*\Z"
+    r"[\s$*:({\[]*\Z"
+    r"|\b(?:not true that|false that[^.\n]*|between [^.\n]{1,40} and)[\s$*:({\[]*\Z"
     r"|\b(?:if|suppose|assume)\b[^.\n]{0,40}\Z"
     r"|(?:[-+\u2212\u221a^/<\u2260\u2264\u2265]|(?<=[\w)}]\s)>)\s*\$\s*\Z|(?<![\d.\\])\d+\$\s*\Z",
     re.IGNORECASE,
 )
-_DENIED_BEHIND = re.compile(
+_OPERAND_BEHIND = re.compile(
     r"\$+\s?[-+*/^]\s?\$?\d|\$?\s*\|\s*-?\$?\d"
     r"|[\s$*)\]\\.,]*(?:(?:is|are|was|would be|cannot be)\s+(?:not|wrong|false|incorrect)\b|no\s*[,.!]|no wait\b|\?"
     r"|or (?:more|less|greater|fewer|so)\b|(?:plus|minus|times|to|over|divided by)\s+\$?[-\d\\])",
     re.IGNORECASE,
 )
+_CONGRUENCE = re.compile(r"\\(?:equiv|cong)\b")
 
 
 class BoxedAnswer(NamedTuple):
@@ -139,14 +141,18 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
         content: what the box contains.
     """
     answer = BoxedAnswer(start, end, content)
-    window, behind_window = text[max(previous_end, start - 100) : start], text[end : end + 100]
-    if _DENIED_BEFORE.search(window) is not None or _DENIED_BEHIND.match(behind_window) is not None:
-        return answer._replace(text="", is_part=True)
+    nothing = answer._replace(text="", is_part=True)
+    window, behind_window = text[max(previous_end, start - _WINDOW) : start], text[end : end + _WINDOW]
+    if _OPERAND_BEFORE.search(window) is not None or _OPERAND_BEHIND.match(behind_window) is not None:
+        return nothing
     scale = _SCALE_BEHIND.match(behind_window)
     if scale is not None:
         return answer._replace(text=f"{content} {scale[1]}")
-    before, behind, is_formula = _surroundings(text, previous_end, start, end)
-    before, behind = _without_wrapper(before, behind)
+    around = _surroundings(text, previous_end, start, end)
+    if _words_change(text, previous_end, around, content):
+        return nothing
+    before, behind = _without_wrapper(around.before, around.behind)
+    is_formula = around.is_formula
     currency = _CURRENCY_BEFORE.search(before)
     if currency is not None:
         before, content = before[: currency.start(1)], currency[1] + content
@@ -157,13 +163,14 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     is_complete = _COMPLETE_BEFORE.search(trimmed) is not None or _COMPLETE_BEFORE.search(before) is not None
     has_left = not is_complete and not (not is_formula and _is_separate(before))
     if _MODULUS.match(behind) is not None and not has_left:
-        return answer
+        return answer if _CONGRUENCE.search(before) is not None else answer._replace(text=f"{content} {behind}")
     unit = _UNIT_BEHIND.match(behind)
     if unit is not None and not has_left:
         is_known = read_unit(tokenize(unit[1])) is not None
         if is_known or _CHOICE.search(unit[1]) is not None:
             return answer._replace(text=f"{content} {unit[1]}")
-        return answer
+        words = _WORDS_BEHIND.match(unit[1])
+        return nothing if words is not None and text_behind_changes(f" {words[1].strip()}", None) else answer
     words = _WORDS_BEHIND.match(behind)
     if words is not None and (_CHOICE.search(words[1]) or words[1].endswith("of ")) and behind[words.end() :].strip():
         return answer._replace(text=f"{content} {behind}")  # \boxed{5} \text{ or } 6
@@ -179,15 +186,27 @@ def read_box(text: str, previous_end: int, start: int, end: int, content: str) -
     return answer._replace(text=formula.strip(), label="", is_part=True)
 
 
-def _surroundings(text: str, previous_end: int, start: int, end: int) -> tuple[str, str, bool]:
-    """Return the parts of the formula before and behind a box, and True if delimiters enclose it."""
+class _Surroundings(NamedTuple):
+    """The parts of a formula before and behind a box, and the text outside of the formula.
+
+    start and end: where the text outside ends and begins again. is_formula: delimiters enclose the formula.
+    """
+
+    before: str
+    behind: str
+    start: int
+    end: int
+    is_formula: bool
+
+
+def _surroundings(text: str, previous_end: int, start: int, end: int) -> _Surroundings:
     behind_window = text[end : end + _MOST_CHARACTERS]
     opening = _formula_start(text, start)
     if opening is not None:
         ending = _FORMULA_END.search(behind_window)
         behind = behind_window if ending is None else behind_window[: ending.start()]
         before = text[max(opening, previous_end, start - _MOST_CHARACTERS) : start]
-        return _ROW_START.split(before)[-1], behind, True
+        return _Surroundings(_ROW_START.split(before)[-1], behind, opening, end + len(behind), True)
     tag = _TAG.match(behind_window)
     behind_window = behind_window if tag is None else ""
     window = _LAYOUT_COMMAND.sub(r"\1", text[max(previous_end, start - _MOST_CHARACTERS) : start])
@@ -196,7 +215,22 @@ def _surroundings(text: str, previous_end: int, start: int, end: int) -> tuple[s
     before = "" if before_match is None or follows_tag else before_match.group().rpartition("$")[2]
     behind_match = _PLAIN_BEHIND.match(_BOX_COMMAND.split(behind_window)[0])
     behind = "" if behind_match is None else behind_match.group()
-    return "" if _LIST_MARK.fullmatch(before) is not None else before, behind, False
+    return _Surroundings("" if _LIST_MARK.fullmatch(before) is not None else before, behind, start, end, False)
+
+
+def _words_change(text: str, previous_end: int, around: _Surroundings, content: str) -> bool:
+    """Return True if the words around a box, or around the formula that consists of a box, change what it names."""
+    value = Fraction(content) if _DIGITS.fullmatch(content) else None
+    is_whole_before = not around.is_formula or not _SPACE_BEFORE.sub("", around.before)
+    before = _ANY_TAG.sub(" ", text[max(previous_end, around.start - _WINDOW) : around.start])
+    if is_whole_before and text_before_changes(before, value, strict=False):
+        return True
+    is_whole_behind = not around.is_formula or not around.behind.strip(" .,")
+    behind = text[around.end : around.end + _WINDOW]
+    if not is_whole_behind or _HEDGE_BEHIND.match(behind) is not None:
+        return False
+    own, *others = _BOX_COMMAND.split(_ANY_TAG.sub(" ", behind), maxsplit=1)
+    return text_behind_changes(f"{own}box" if others else own, value)
 
 
 def _formula_start(text: str, position: int) -> int | None:

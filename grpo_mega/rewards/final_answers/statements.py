@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-from grpo_mega.rewards.final_answers.hedges import is_denied_behind
+from grpo_mega.rewards.final_answers.hedges import RETRACTION, is_denied_behind, is_rejected
+from grpo_mega.rewards.final_answers.words_around import ESTIMATE, is_continued, is_unfinished
 from grpo_mega.rewards.math_answers.tokens import tokenize
 from grpo_mega.rewards.math_answers.units import read_unit
 
@@ -31,22 +32,37 @@ _HEDGE = re.compile(
     r"[\s,;/&]*(?:\b(?:or|and|to|maybe|possibly|perhaps|either)\b[\s,;]*)*[-\u2013/]?\s*", re.IGNORECASE
 )
 _DENIAL = re.compile(
-    r"\b(?:no|not|never|neither|nor|false|wrong|incorrect|cannot|unless|except|anything but|about|approximately|around"
-    r"|roughly|almost|nearly|between|(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most)|if|whether"
-    r"|suppose|supposing|assume|assuming|let|could|might|may|maybe|perhaps|possibly|possible|probably|probable|unlikely|would|should|either|doubt|unsure"
-    r"|guess|options?|choices|step|question|vs)\b|n't\b",
+    rf"\b(?:no|not|never|neither|nor|nobody|false|wrong|incorrect|cannot|unless|except|anything but|{ESTIMATE}|between"
+    r"|(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most)|if|whether|suppose|supposing|assume|assuming"
+    r"|let|could|might|may|possible|probably|probable|unlikely|would|should|either|doubt|unsure|guess|options?|choices|step"
+    r"|question|vs)\b|n't\b",
     re.IGNORECASE,
 )
-_DENIED_LATER = re.compile(
-    r"\b(?:wrong|incorrect|false|not (?:correct|right|true|the answer)|kidding|joking|mistaken)\b", re.IGNORECASE
-)
-_RETRACTION = re.compile(r"\b(?:no,|wait|actually|correction|mistake|error|oops|sorry|wrong|incorrect)", re.IGNORECASE)
 _LEAD = re.compile(
     r"(?:\b(?:is|are|was|were|equals?|gets?|have|has|obtain|obtains|finds?|gives?|yields?|makes?|be|it's|there's|total"
     r"|equal to|on|in|needs?|takes?|costs?|pays?|earns?|requires?|spends?|weighs?|measures?)\s*[:=]?"
     r"|(?:\A|[,:]\s*)(?:so|hence|thus|therefore|then|finally|and|in total|that's|overall"
     r"|in conclusion|consequently|as a result)\s*[,:]?|(?<![!<>])[:=])\s*"
     r"(?:(?:exactly|therefore|thus|the (?:number|value|integer|point|set|interval))\s+)?\Z",
+    re.IGNORECASE,
+)
+_SUBJECT = r"[\s_$*]*(?:(?:the|my|our|your|this|final|correct|right|total)\b[\s*_]+){0,3}\Z"
+_OPERAND_BEFORE = re.compile(  # `-The answer is 5`, `3 + the answer is 5`, `twice the answer is 5`
+    r"(?:[-+/^=<>~|\\%!\u221a\u00d7\u00f7\u00b1\u2212\u2013\u2248\u2260\u2264\u2265][(\[{]?"
+    r"|(?<![*\s])\s*\*(?=\s*[A-Za-z])|\d(?!\s*[.)])|\w[(\[{]"
+    r"|\b(?:of|times|plus|minus|twice|thrice|half|double|triple|by|than|from|to|in|at|with|for|on|over|under|squared|cubed)"
+    rf"\b){_SUBJECT}",
+    re.IGNORECASE,
+)
+_LIST_MARK = re.compile(
+    r"(?:\s|\*{1,3}|[-+>#|](?=[\s>#|*])|\(?\w{1,3}[.)]\s|[A-Za-z]{2,}\s+\d+\s*:|[A-Za-z]{2,}[\s\d]*\s[-\u2013\u2014]\s)+"
+)
+_LINE_BEFORE = re.compile(r"(?<![-*=_+/])[-+/^=<(\u221a\u00d7\u00f7\u2212][ \t]*\n\s*\Z")
+_THAT = re.compile(r"\bthat\s+(?:[A-Za-z]+\s+){0,3}\Z", re.IGNORECASE)
+_AFFIRMED = re.compile(
+    r"\b(?:so|follows?|conclude[sd]?|means?|sees?|finds?|found|gets?|got|shows?|shown|knows?|impl(?:y|ies)|confident|sure"
+    r"|certain|confirms?|gives?|given|deduced?|determined?|obtains?|hopes?|verif(?:y|ied)|clear|says?|states?)"
+    r"[\s,:]+that\s+(?:[A-Za-z]+\s+){0,3}\Z",
     re.IGNORECASE,
 )
 _ALTERNATIVE_BEFORE = re.compile(r"\bor\s+(?:the\s+)?(?:final\s+|correct\s+)?\Z", re.IGNORECASE)
@@ -125,7 +141,7 @@ def last_statements(text: str) -> list[Readings] | None:
 def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings]:
     first = 0
     for k in range(len(phrases) - 1, 0, -1):
-        if _RETRACTION.search(tail, phrases[k - 1].end(), phrases[k].start()) is not None:
+        if RETRACTION.search(tail, phrases[k - 1].end(), phrases[k].start()) is not None:
             first = k
             break
     statements: list[Readings] = []
@@ -134,13 +150,14 @@ def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings
         sentence = _SENTENCE.match(rest)
         sentence_start = max(tail.rfind(mark, 0, phrase.start()) for mark in ".!?\n") + 1
         before = tail[sentence_start : phrase.start()]
-        if sentence is None or _DENIAL.search(before) is not None or _ALTERNATIVE_BEFORE.search(before) is not None:
+        if sentence is None or not _introduces(before, tail[:sentence_start]):
             return []
         following = rest[sentence.end() :]
         if (
             following.startswith("?")
+            or is_continued(following, 0)
             or _ALTERNATIVE.match(following) is not None
-            or _DENIED_LATER.search(following) is not None
+            or is_rejected(following)
             or (phrase is phrases[-1] and is_denied_behind(following, 0))
         ):
             return []
@@ -148,8 +165,25 @@ def _phrase_statements(tail: str, phrases: list[re.Match[str]]) -> list[Readings
     return list(dict.fromkeys(statements))
 
 
+def _introduces(before: str, earlier: str) -> bool:
+    """Return True if the text before "the answer is" can stand there: no denial, operand, or doubt about the clause.
+
+    Args:
+        before: the text of the same sentence.
+        earlier: the text before that sentence.
+    """
+    mark = _LIST_MARK.match(before)
+    rest = before if mark is None else before[mark.end() :]
+    if _DENIAL.search(rest) is not None or _ALTERNATIVE_BEFORE.search(rest) is not None:
+        return False
+    if _THAT.search(rest) is not None and _AFFIRMED.search(rest) is None:
+        return False
+    return _OPERAND_BEFORE.search(rest) is None and _LINE_BEFORE.search(earlier) is None
+
+
 def _statement_behind(text: str, phrase: re.Match[str]) -> Readings:
-    sentence = _SENTENCE.match(text[phrase.end() :].lstrip(_DECORATION))
+    rest = text[phrase.end() : phrase.end() + _TAIL_CHARACTERS]
+    sentence = _SENTENCE.match(rest.lstrip(_DECORATION))
     return () if sentence is None else _phrase_readings(sentence.group())
 
 
@@ -158,7 +192,7 @@ def _phrase_readings(sentence: str) -> Readings:
     connective = _CONNECTIVE.match(whole)
     whole = (whole if connective is None else whole[connective.end() :]).strip(_DECORATION)
     value = _stated_value(sentence)
-    if whole.startswith("~"):  # about
+    if whole.startswith("~") or is_rejected(sentence[len(_REASON.split(sentence)[0]) :]):  # about; "which is wrong"
         return ("",)
     return (whole,) if value is None or _VALUE.match(whole) is not None else (whole, value[1])
 
@@ -179,8 +213,10 @@ def _last_statements(tail: str) -> list[Readings]:
     for k in range(len(sentences) - 1, max(-1, len(sentences) - _MAX_SENTENCES - 1 - len(statements)), -1):
         sentence, ending = sentences[k]
         if _VALUE.search(sentence) is None:
-            if statements or _DENIED_LATER.search(sentence) is not None or _NO_ANSWER.search(sentence) is not None:
+            if statements or is_rejected(sentence) or _NO_ANSWER.search(sentence) is not None:
                 break
+            if k and sentences[k - 1][1] in (".", "!") and sentence.lstrip()[:1].islower():
+                return []  # `x = 5. squared`
             continue
         stated = None if ending == "?" else _stated_value(sentence)
         if not statements:
@@ -193,7 +229,7 @@ def _last_statements(tail: str) -> list[Readings]:
             break
         assert stated is not None
         statements.insert(0, (stated[1],))
-    if any(_DENIED_LATER.search(sentence) is not None for sentence, _ in sentences[-1:]):
+    if any(is_rejected(sentence) for sentence, _ in sentences[-1:]):
         return []
     return list(dict.fromkeys(statements))
 
@@ -219,6 +255,8 @@ def _stated_value(sentence: str) -> tuple[str, str] | None:
     first = len(values) - 1
     while first and _HEDGE.fullmatch(sentence, values[first - 1].end(), values[first].start()):
         first -= 1
+    if is_unfinished(sentence, values[-1].end()):
+        return None
     lead, behind = sentence[: values[first].start()].strip(), sentence[values[-1].end() :].strip(_DECORATION + ".,")
     behind = re.sub(r"\Asuch\s+", "", _IN_TOTAL.sub("", behind))
     name = _LEFT_SIDE.search(lead)
@@ -236,7 +274,7 @@ def _stated_value(sentence: str) -> tuple[str, str] | None:
 
 def stated_word(text: str) -> str | None:
     """Return the word of a text that is one sentence like `It is Wednesday.` or `The function is even.`"""
-    stripped = text.strip(_DECORATION).rstrip(".")
+    stripped = text.strip(_DECORATION).removesuffix(".")
     match = _WORD_STATEMENT.fullmatch(stripped) if len(stripped) <= 200 else None
     if match is None or re.search(r"[.!?\n]", stripped) is not None or _DENIAL.search(stripped[: match.start(1)]):
         return None

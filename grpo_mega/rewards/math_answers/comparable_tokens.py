@@ -26,7 +26,7 @@ def answer_tokens(text: str, *, join_thousands: bool = True) -> list[Token]:
         is_open = "\\text" in match.group() and "}" not in match.group()
         text = text[match.end() :].replace("}", "", is_open)  # \text{The answer is 5}
     tokens = tokenize(text, join_thousands=join_thousands)
-    while tokens and tokens[-1] in (Token("mark", "."), Token("mark", ",")):
+    if tokens and tokens[-1] in (Token("mark", "."), Token("mark", ",")):  # two points are dots
         tokens.pop()
     return tokens
 

@@ -11,6 +11,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from grpo_mega.rewards.math_answers.braces import closing_brace
 from grpo_mega.rewards.math_answers.vocabulary import (
     COMMANDS,
     FONTS,
@@ -60,6 +61,7 @@ _LETTERS = re.compile(r"[A-Za-z]+")
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+\*?|.)", re.DOTALL)
 _PLAIN_MARK = re.compile(r"\*\*|<=|>=|!=|==|\.\.\.+|->|=>|[-+*/^_!'=<>,;:|.()\[\]{}&%@#?\"~`]")
 _MARKS = {"**": "^", "==": "=", "\u2026": "...", "->": "arrow", "=>": "arrow", "%": "percent", "&": "amp"}
+_GROUP_START = re.compile(r"\s*\{")
 _ARRAY_COLUMNS = re.compile(r"\s*(?:\[[a-z]\]\s*)?\{[lcrp|\s@{}!*0-9.]*?\}")
 
 
@@ -220,17 +222,12 @@ class _Tokenizer:
 
     def _group(self) -> str | None:
         r"""Return the content of the next `{...}` and move behind it; None when there is no closed group."""
-        match = re.compile(r"\s*\{").match(self.text, self.position)
-        if match is None:
+        match = _GROUP_START.match(self.text, self.position)
+        end = None if match is None else closing_brace(self.text, match.end())
+        if match is None or end is None:
             return None
-        depth = 1
-        for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(self.text, match.end()):
-            depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-            if depth == 0:
-                content = self.text[match.end() : brace.start()]
-                self.position = brace.end()
-                return content
-        return None
+        self.position = end + 1
+        return self.text[match.end() : end]
 
     def _read_text_command(self, name: str) -> None:
         content = self._group()

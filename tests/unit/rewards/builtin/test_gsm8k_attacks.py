@@ -11,6 +11,7 @@ from grpo_mega.rewards.builtin.gsm8k import gsm8k
 
 # Several answers, expressions, bounds, denials, wrong separators, numerals of other kinds, answers in the thought.
 WRONG = [
+    ("#### 42 out of 100", "42"),
     ("#### 5 dozen", "5"),
     ("#### 5 dozens of eggs", "5"),
     ("#### 5 million", "5"),
@@ -431,7 +432,6 @@ RIGHT = [
     ("\\boxed{\\$42}", "42"),
     ("\\boxed{42\\%}", "42"),
     ("#### 42 for 3 people", "42"),
-    ("#### 42 out of 100", "42"),
     ("#### 42, not 41", "42"),
     ("#### 42 (3.5 dozen)", "42"),
     ("#### 42\nDone.", "42"),

@@ -33,6 +33,7 @@ KNOWN_FALSE_NEGATIVES = [
     (r"\boxed{x \equiv 3 \pmod{7}}", r"3 \pmod 7"),
     (r"\boxed{\frac{1}{\sqrt6}}", r"\frac{NO}{BO}=\frac{1}{\sqrt{6}}"),
     (r"\boxed{\mathbf{x}}", "x"),
+    ("So $f(3) = 7$.", "7"),
 ]
 
 
