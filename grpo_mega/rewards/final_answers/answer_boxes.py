@@ -13,6 +13,7 @@ from grpo_mega.rewards.math_answers.braces import BRACE, closing_brace
 BOXED_START = r"\boxed{"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{?)")
+_MOST_OF_LINE = 4000  # characters on either side of a box, in which its braces are counted
 _BOX_WITHOUT_BRACES = re.compile(r"[^\n$]*")
 _SPACE_COMMAND = re.compile(r"(?<!\\)\\\s+\Z")
 _BETWEEN_BOXES = re.compile(
@@ -76,12 +77,15 @@ def find_boxes(text: str) -> list[Box]:
 
 def _closes_too_much(text: str, start: int, end: int) -> bool:
     line_start, line_end = text.rfind("\n", 0, start) + 1, text.find("\n", end)
+    first = max(line_start, start - _MOST_OF_LINE)
+    last = min(len(text) if line_end < 0 else line_end, end + _MOST_OF_LINE)
     depth = 0
-    for match in BRACE.finditer(text, line_start, len(text) if line_end < 0 else line_end):
+    for match in BRACE.finditer(text, first, last):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth < 0 and match.start() < end:
-            depth = 0  # before the box
-    return depth < 0
+        if depth < 0 and match.start() >= end:
+            return True
+        depth = max(depth, 0)  # before the box
+    return False
 
 
 def last_box_content(text: str) -> str | None:
