@@ -9,7 +9,7 @@ Where grammar decides, there is a rule instead of a list of words:
   of a measure stands before it (`a team of 5`, `the price of 5`);
 - a participle that directly follows a value and ends the clause changes it (`5 halved`, `5 increased by 2`);
 - dots, a modulus and `out of` with a number make the value before them a part of something else;
-- a sentence that begins in lower case, or a line that begins with an operator, goes on with the value before it.
+- a sentence that begins in lower case, or a line that begins with an operator, continues the value before it.
 
 This is the only home of such words: boxes, marked lines, sentences and the last number of a text are read with it.
 Asserted by tests/unit/rewards/builtin/test_gsm8k_attacks.py and the labeled rows next to it.
@@ -47,7 +47,7 @@ _OPERATION = (
     rf"|complement|supplement|conjugate|triple|{_FRACTION_WORD}"
 )
 WORDS_BEFORE = (
-    r"not|cannot|never|neither|nor|no|none|nothing|nobody|without|except|unlike|than|least|most|between|under|above"
+    r"not|cannot|never|neither|nor|no|none|nothing|no ?body|without|except|unlike|than|least|most|between|under|above"
     r"|below|or|depends|tbd|todo|nicht|keine?|pas|\u043d\u0435|either|alternatively"
     rf"|exceed\w*|up to|{_UNKNOWN}|{ESTIMATE}|{_OPERATION}"
 )
@@ -149,7 +149,7 @@ _FILLERS = r"[^\w\\]*(?:(?:the|an?|of|be|equal(?: to)?)\b[^\w\\]*){0,2}\Z"
 _WORD_BEFORE = re.compile(rf"(?:\b(?:{WORDS_DIRECTLY_BEFORE})\b|n't\b){_FILLERS}", re.IGNORECASE)
 _CHANGE_BEFORE = re.compile(rf"(?:\b(?:{WORDS_BEFORE}|{_DOUBT_BEFORE})\b|n't\b){_FILLERS}", re.IGNORECASE)
 _BOUND_OR_LIST = re.compile(r"\bat (?:least|most)\b|\b(?:either|or)\b|\bno\s*[,.:!;]", re.IGNORECASE)
-_DENIED_CLAUSE = re.compile(r"\b(?:by no means|nobody|no one|never)\b[^.,;\n]*\Z", re.IGNORECASE)
+_DENIED_CLAUSE = re.compile(r"\b(?:by no means|no ?body|no one|never)\b[^.,;\n]*\Z", re.IGNORECASE)
 _WHEN = re.compile(r"\bwhen(?!\w)", re.IGNORECASE)
 _DOTS_BEHIND = re.compile(r"[\s$*)]*(?:\.\s?\.|\u2026|\\[lc]?dots(?![A-Za-z]))")
 _CLOSING = r"(?:[\s$*_`)\]}\"']|\\[\])])*"
@@ -229,7 +229,7 @@ def is_unfinished(text: str, end: int) -> bool:
 
 
 def is_continued(text: str, end: int) -> bool:
-    r"""Return True if the text behind a statement goes on with it: `42. squared`, or `+ 3` in the next line."""
+    r"""Return True if the text behind a statement continues it: `42. squared`, or `+ 3` in the next line."""
     return _CONTINUED.match(text, end, end + _WINDOW) is not None
 
 
