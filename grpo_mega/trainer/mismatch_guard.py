@@ -8,10 +8,10 @@ The comparison is |old_log_probs - sampler_log_probs| of every loss token whose 
 the policy or for the sampler; the log-probs of less likely tokens are dominated by rounding. Sampling has no other
 setting than the temperature, at which the policy computes too, and corrections (`algorithm.correction`) do not change
 the compared values. Legitimate differences are rounding, FP8 values, and experts that the engine's router and the
-policy's choose differently; the bounds of AUTO are for these. Rounding has a tail: in 2 of 90 steps of healthy
-bf16 runs a token had 0.70 and 0.73 nats (docs/measurements/mismatch.md). Therefore a run stops if the bound is exceeded
-by more than 2 tokens and by more than one in a thousand, or by a single token fourfold. Equal rollouts of one prompt
-count once. A wrong engine changes the log-probs of many tokens.
+policy's choose differently; the bounds of AUTO are for these. Rounding has a tail, 2,000 times the median in
+bf16 (docs/measurements/mismatch.md). Therefore a run stops if the bound is exceeded by more than 2 tokens and by more
+than one in a thousand, or by a single token fourfold. Equal rollouts of one prompt count once. A wrong engine changes
+the log-probs of many tokens.
 Asserted by tests/unit/trainer/test_mismatch_guard.py and tests/e2e/test_mismatch_guard.py.
 """
 
