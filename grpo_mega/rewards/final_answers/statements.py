@@ -32,10 +32,10 @@ _HEDGE = re.compile(
     r"[\s,;/&]*(?:\b(?:or|and|to|maybe|possibly|perhaps|either)\b[\s,;]*)*[-\u2013/]?\s*", re.IGNORECASE
 )
 _DENIAL = re.compile(
-    rf"\b(?:no|not|never|neither|nor|no ?body|false|wrong|incorrect|cannot|unless|except|anything but|{ESTIMATE}|between"
-    r"|(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most)|if|whether|suppose|supposing|assume|assuming"
-    r"|let|could|might|may|possible|probably|probable|unlikely|would|should|either|doubt|unsure|guess|options?|choices|step"
-    r"|question|vs)\b|n't\b",
+    rf"\b(?:no|not|never|neither|nor|no ?body|false|wrong|incorrect|cannot|unless|except|anything but|{ESTIMATE}"
+    r"|between|(?:more|less|fewer|greater|larger|smaller) than|at (?:least|most)|if|whether|suppose|supposing|assume"
+    r"|assuming|let|could|might|may|possible|probably|probable|unlikely|would|should|either|doubt|unsure|guess|options?"
+    r"|choices|step|question|vs)\b|n't\b",
     re.IGNORECASE,
 )
 _LEAD = re.compile(
