@@ -152,6 +152,7 @@ _BOUND_OR_LIST = re.compile(r"\bat (?:least|most)\b|\b(?:either|or)\b|\bno\s*[,.
 _DENIED_CLAUSE = re.compile(r"\b(?:by no means|no ?body|no one|never)\b[^.,;\n]*\Z", re.IGNORECASE)
 _WHEN = re.compile(r"\bwhen(?!\w)", re.IGNORECASE)
 _DOTS_BEHIND = re.compile(r"[\s$*)]*(?:\.\s?\.|\u2026|\\[lc]?dots(?![A-Za-z]))")
+_NOTHING_BEHIND = re.compile(r"(?:[\s$]|\\[\])])*\.?(?:[\s$]|\\[\])])*")  # most boxes end their text
 _CLOSING = r"(?:[\s$*_`)\]}\"']|\\[\])])*"
 _CONTINUED = re.compile(
     rf"{_CLOSING}[.!?]{_CLOSING}[a-z]|{_CLOSING}[.]?{_CLOSING}\n\s*(?:[+*/^\u00d7\u00f7\u2212-]\s?[\d(]|\\times|\\cdot)"
@@ -266,6 +267,8 @@ def text_before_changes(before: str, value: Fraction | None, *, strict: bool = T
 
 def text_behind_changes(behind: str, value: Fraction | None, *, strict: bool = False) -> bool:
     """Return True if the text behind a box changes what the box before it names. With `strict`, "when" does."""
+    if _NOTHING_BEHIND.fullmatch(behind) is not None:
+        return False
     if is_continued(behind, 0) or is_unfinished(behind, 0):
         return True
     tail = normalize(behind.partition("\n")[0])
