@@ -33,6 +33,7 @@ from grpo_mega.types import UserError
 
 if TYPE_CHECKING:
     from grpo_mega.data.dataset import PromptDataset
+    from grpo_mega.data.example_dataset import ExampleDataset
 
 log = logging.getLogger("grpo_mega.train")
 
@@ -43,13 +44,21 @@ class Prepared:
 
     config: Config
     topology: Topology
-    train_prompts: PromptDataset
+    train_data: PromptDataset | ExampleDataset
     eval_prompts: PromptDataset | None
+
+    @property
+    def train_prompts(self) -> PromptDataset:
+        """The training data of a run with `train.objective=rl`."""
+        from grpo_mega.data.dataset import PromptDataset
+
+        assert isinstance(self.train_data, PromptDataset), "the run trains on examples"
+        return self.train_data
 
 
 def main() -> None:
     """Entry point of a rank."""
-    parser = OptionParser(prog="grpo_mega.train", description="Run one rank of a GRPO training run.")
+    parser = OptionParser(prog="grpo_mega.train", description="Run one rank of a training run.")
     parser.config_keys = known_keys()
     parser.add_argument("config", type=Path, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
@@ -133,6 +142,8 @@ def prepare(config: Config) -> Prepared:
     """
     from grpo_mega.data.chat import load_tokenizer
     from grpo_mega.data.dataset import load_held_out, load_train
+    from grpo_mega.data.example_dataset import load_examples
+    from grpo_mega.data.example_rows import check_example_rows
     from grpo_mega.data.prompt_rows import check_rows
     from grpo_mega.doctor.examine import examine_start
     from grpo_mega.doctor.finding import require
@@ -142,13 +153,15 @@ def prepare(config: Config) -> Prepared:
     from grpo_mega.rewards.base import build_rewards, needs_fields
 
     topology = Topology.of(config, wanted_world_size(config))
-    check_model(config, topology)
+    check_model(config, topology, with_engine=config.has_engine)
     rewards = build_rewards(config.reward.terms, config.reward.timeout_seconds)
     if config.environment is not None:
         build_environment(config.environment)
     check_run(Path(str(config.run.dir)), resolved(config), overwrite=config.run.overwrite)
     base, data = config.model.base, config.data
-    check_rows(data)
+    check_rows(data, held_out_only=config.is_sft)
+    if config.is_sft:
+        check_example_rows(data)
     # the checks below import torch and transformers, which takes seconds
     if base is not None:
         from grpo_mega.tiny_base.train import base_tokenizer
@@ -159,7 +172,7 @@ def prepare(config: Config) -> Prepared:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
         require(examine_start(config, topology))
     fields = needs_fields(rewards)
-    train = load_train(data, tokenizer, with_fields=fields)
+    train = load_examples(data, tokenizer) if config.is_sft else load_train(data, tokenizer, with_fields=fields)
     return Prepared(config, topology, train, load_held_out(data, tokenizer, with_fields=fields))
 
 
@@ -168,7 +181,7 @@ def run_worker(prepared: Prepared) -> None:
     from grpo_mega.trainer.run import run_job
 
     try:
-        run_job(prepared.config, prepared.topology, prepared.train_prompts, prepared.eval_prompts)
+        run_job(prepared.config, prepared.topology, prepared.train_data, prepared.eval_prompts)
     except Stopped as stopped:
         _exit(STOPPED, f"{stopped}\n" if os.environ["RANK"] == "0" else "")
     except UserError as error:  # for example a port in use, a run folder with another config, or a damaged checkpoint

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from grpo_mega.algorithm.likelihood import LikelihoodLoss
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
 from grpo_mega.formats.stored_head import checkpoint_spec
@@ -22,8 +23,9 @@ from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.batch import TrainBatch, build_batch
+from grpo_mega.trainer.example_batch import build_example_batch
 from grpo_mega.trainer.objective import Objective
-from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UserError
+from grpo_mega.types import Completion, Microbatch, Prompt, Reward, Rollout, UpdateStats, UserError
 
 NUM_PROMPTS, GROUP_SIZE = 4, 4  # of a generated batch
 NOISE = 0.1  # standard deviation of the noise on log-probs, in nats
@@ -104,6 +106,9 @@ def batch_of_rank(groups: SampledGroups, config: Config, objective: Objective, d
 
 def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
     """Compute the gradient of the batch. Rank 0 writes loss and gradient norm, and the gradients to their own file."""
+    if config.is_sft:
+        measure_examples(job, config, ranks)
+        return
     folder, topology = Path(job["model"]), ranks.topology
     spec = checkpoint_spec(folder)
     groups = read_rollouts(Path(job["rollouts"])) if job["rollouts"] else random_groups(config, folder, spec.vocab_size)
@@ -126,6 +131,30 @@ def measure(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
         ordered = [penalties[i] for i in range(len(groups.rollouts))]
         batch = batch.with_advantages(objective.credit(groups, batch.rewards, ordered).advantages)
     stats, _ = policy.backward(batch.microbatches, objective.loss())
+    write_gradient(job, policy, stats, ranks)
+
+
+def measure_examples(job: dict[str, Any], config: Config, ranks: Ranks) -> None:
+    """Compute the gradient of the first examples of a config with `train.objective=sft`, and write it."""
+    from grpo_mega.data.chat import load_tokenizer
+    from grpo_mega.data.example_dataset import load_examples
+
+    folder, topology = Path(job["model"]), ranks.topology
+    dataset = load_examples(config.data, load_tokenizer(str(folder)))
+    policy = MegatronPolicy(config, checkpoint_spec(folder), folder, ranks, with_reference=False)
+    batch = build_example_batch(
+        [example for part in dataset.sets for example in part.examples][: NUM_PROMPTS * GROUP_SIZE],
+        config.train.model_copy(update={"minibatches_per_epoch": 1}),
+        dp=topology.dp,
+        dp_rank=ranks.at.dp_rank,
+        shape=RowShape.of(config.parallel, config.precision),
+    )
+    stats, _ = policy.backward(batch.microbatches, LikelihoodLoss())
+    write_gradient(job, policy, stats, ranks)
+
+
+def write_gradient(job: dict[str, Any], policy: MegatronPolicy, stats: UpdateStats, ranks: Ranks) -> None:
+    """Write loss and gradient norm, and the gradients to their own file, on rank 0. Collective."""
     gradients = {name: gradient.clone() for name, gradient in policy.full_gradients(BUCKET_BYTES) if ranks.is_first}
     if ranks.is_first:
         save_file(gradients, job["gradients"])

@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     gpu, assumed = gpu_of(args), assumptions_of(args.assume)
     if args.search:  # the search chooses the number of devices and the layout
         config = load_config(args.config, args.overrides)
-        KvCacheSize.from_config(config).check()  # the same for every layout
+        if config.has_engine:
+            KvCacheSize.from_config(config).check()  # the same for every layout
         return run_search(args, config, model_of(config, gpu, assumed))
     planned = planned_config(args, gpu)
     if planned is None:
@@ -192,7 +193,8 @@ def planned_config(args: argparse.Namespace, gpu: Gpu) -> Config | None:
 def search_instead(args: argparse.Namespace, gpu: Gpu, assumed: Mapping[str, float]) -> int:
     """Search the layouts that fit on the devices of the options, and return the exit code."""
     config = load_config(args.config, [*args.overrides, "run.world_size=null"])
-    KvCacheSize.from_config(config).check()
+    if config.has_engine:
+        KvCacheSize.from_config(config).check()
     if args.html is not None:
         raise UserError(
             f"--html={args.html} needs one layout, and that of the config does not divide the devices",

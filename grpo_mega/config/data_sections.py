@@ -88,9 +88,19 @@ class DataConfig(Section):
     system_prompt: str | None = None
     """System message of every prompt that has none of its own. null: none."""
     max_prompt_tokens: int = Field(1024, ge=1)
-    """Longest prompt of all sets, in tokens after the template."""
-    overlong: Literal["error", "skip"] = "error"
-    """Handling of prompts longer than `max_prompt_tokens`: stop with an error, or skip them and log their number."""
+    """Longest prompt of all sets that are sampled from, in tokens after the template."""
+    overlong: Literal["error", "skip", "truncate"] = "error"
+    """Handling of prompts longer than `max_prompt_tokens`, and of examples longer than `max_example_tokens`: stop with
+    an error, or skip them and log their number. `truncate`, for examples only: leave out their last tokens, and log
+    their number."""
+    messages_key: str | None = None
+    """`train.objective: sft`: key of the conversation in a row, a list of messages; `a.b` is key b of the object a.
+    null: `messages`, in rows that have it."""
+    completion_key: str | None = None
+    """`train.objective: sft`: key of the answer in a row with a prompt; `a.b` is key b of the object a. null:
+    `completion`."""
+    max_example_tokens: int = Field(4096, ge=2)
+    """`train.objective: sft`: longest example, in tokens after the template."""
 
     @property
     def train_sets(self) -> tuple[DataSource, ...]:

@@ -102,7 +102,7 @@ def check_fp8(config: Config) -> None:
 
 def _check_params(config: Config) -> None:
     """Check the rules for weights that are stored in FP8."""
-    if config.algorithm.needs_reference:
+    if config.needs_reference:
         raise UserError(
             f"precision.fp8.params=true is not supported with algorithm.kl_coef={config.algorithm.kl_coef}: the swap "
             "of the reference copies whole buffers, without the scales of FP8 weights",

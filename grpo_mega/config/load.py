@@ -121,13 +121,10 @@ def _with_absolute_names(config: Config, folders: Sequence[Path]) -> Config:
     if environment is not None:
         name = absolute_name("environment.name", environment.name, folders)
         environment = environment.model_copy(update={"name": name})
-    return config.model_copy(
-        update={
-            "reward": config.reward.model_copy(update={"terms": terms}),
-            "algorithm": config.algorithm.model_copy(update=parts),
-            "environment": environment,
-        }
-    )
+    update: dict[str, Any] = {"algorithm": config.algorithm.model_copy(update=parts), "environment": environment}
+    if terms:  # a missing section stays missing (rules.py)
+        update["reward"] = config.reward.model_copy(update={"terms": terms})
+    return config.model_copy(update=update)
 
 
 def _parse_yaml(text: str) -> Any:

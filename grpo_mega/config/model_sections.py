@@ -68,3 +68,7 @@ class ModelConfig(Section):
     """Hugging Face folder with `config.json`, `*.safetensors` and the tokenizer. null: use `base`."""
     base: BaseConfig | None = None
     """Recipe of a tiny model that is pre-trained before the run. null: use `path`."""
+    checkpoint: str | None = None
+    """Checkpoint of a run (`RUN/checkpoints/step_NNNNNN`) whose weights replace those of `path` or `base`, for example
+    of supervised fine-tuning. Policy, reference and critic start with them; optimizer, step and data start anew. null:
+    none."""

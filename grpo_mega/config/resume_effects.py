@@ -30,6 +30,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "data",
         "engine.kind",
         "environment",
+        "train.objective",
         "algorithm.name",
         "algorithm.advantage",  # gae: the checkpoint holds a critic
         "algorithm.ref_update_every",  # the checkpoint holds the reference

@@ -12,7 +12,10 @@ def check_reward_sets(config: Config) -> None:
     """Raise UserError for the first broken rule."""
     sets = {
         source.label: f"data.{key}[{position}]"
-        for key, sources in (("train", config.data.train_sets), ("eval", config.data.eval_sets))
+        for key, sources in (
+            ("train", () if config.is_sft else config.data.train_sets),
+            ("eval", config.data.eval_sets),
+        )
         for position, source in enumerate(sources)
     }
     for position, term in enumerate(config.reward.terms):

@@ -13,6 +13,7 @@ from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.fp8_rules import check_fp8
 from grpo_mega.config.reward_rules import check_reward_sets
 from grpo_mega.config.schema import Config
+from grpo_mega.config.sft_rules import check_sft
 from grpo_mega.types import UserError
 
 
@@ -44,6 +45,7 @@ def check(config: Config) -> None:
     check_data(config.data)
     check_algorithm(config.algorithm)
     check_fp8(config)
+    check_sft(config)
 
 
 def _one_model(config: Config) -> None:
@@ -249,9 +251,11 @@ def _microbatch_capacity(config: Config) -> None:
     padded = -(-longest // chunks) * chunks
     if config.train.max_tokens_per_microbatch < padded:
         why = f", padded to a multiple of {chunks} for parallel.cp={parallel.cp}" if chunks > 1 else ""
+        keys = f"data.max_prompt_tokens + sampling.max_tokens = {longest}"
+        if config.is_sft:
+            keys = f"data.max_example_tokens={longest}"
         raise UserError(
-            f"train.max_tokens_per_microbatch={config.train.max_tokens_per_microbatch} is less than "
-            f"data.max_prompt_tokens + sampling.max_tokens = {longest}{why}",
+            f"train.max_tokens_per_microbatch={config.train.max_tokens_per_microbatch} is less than {keys}{why}",
             remedy=f"raise it to {padded} or more",
         )
 
@@ -308,6 +312,10 @@ def _evaluation(config: Config) -> None:
 
 
 def _rewards(config: Config) -> None:
+    if not config.has_engine:
+        return
+    if "reward" not in config.model_fields_set:
+        raise UserError("reward: this key is required", remedy="set it, for example reward.terms=[{name: exact}]")
     if not config.reward.terms:
         raise UserError(
             "reward.terms=[] must hold at least one reward", remedy="add a reward, for example {name: exact}"

@@ -42,16 +42,20 @@ class RunConfig(Section):
 
 
 class TrainConfig(Section):
-    """Number and size of the updates."""
+    """Objective, number and size of the updates."""
 
+    objective: Literal["rl", "sft"] = "rl"
+    """`rl`: the objective of the section `algorithm`, on rollouts of the prompts in `data.train`. `sft`: supervised
+    fine-tuning, the likelihood of the answers in `data.train` (docs/sft.md)."""
     steps: int = Field(ge=1)
-    """Number of rollout batches (steps) of the run."""
+    """Number of steps of the run: rollout batches, or with `objective: sft` batches of examples."""
     epochs_per_rollout: int = Field(1, ge=1)
     """Passes over each rollout batch."""
     minibatches_per_epoch: int = Field(1, ge=1)
     """Updates (calls of the optimizer) per pass. A minibatch holds whole groups."""
     max_tokens_per_microbatch: int = Field(8192, ge=1)
-    """Capacity of one packed row, in tokens; at least `data.max_prompt_tokens` + `sampling.max_tokens`."""
+    """Capacity of one packed row, in tokens; at least `data.max_prompt_tokens` + `sampling.max_tokens`, or with
+    `objective: sft` at least `data.max_example_tokens`."""
 
 
 class WeightSyncConfig(Section):
@@ -127,7 +131,7 @@ class Config(Section):
     """Sampling of training rollouts."""
     data: DataConfig
     """Prompts of training and evaluation."""
-    reward: RewardConfig
+    reward: RewardConfig = RewardConfig(terms=())
     """Rewards and the processes that compute them."""
     environment: EnvironmentConfig | None = None
     """Environment of multi-turn rollouts. null: single-turn rollouts."""
@@ -151,9 +155,24 @@ class Config(Section):
     """Limits of waiting, and of the difference between policy and engine."""
 
     @property
+    def is_sft(self) -> bool:
+        """True for supervised fine-tuning (`train.objective=sft`): the training data are examples, not prompts."""
+        return self.train.objective == "sft"
+
+    @property
+    def has_engine(self) -> bool:
+        """True if an engine samples: in every run but supervised fine-tuning without an evaluation."""
+        return not self.is_sft or bool(self.data.eval_sets)
+
+    @property
+    def needs_reference(self) -> bool:
+        """True if the loss or the reward has a KL penalty against a reference model."""
+        return not self.is_sft and self.algorithm.needs_reference
+
+    @property
     def longest_training_rollout(self) -> int:
-        """Most tokens of a prompt and its completion in a training batch: a microbatch row must hold them."""
-        return self.data.max_prompt_tokens + self.sampling.max_tokens
+        """Most tokens of a rollout or an example in a training batch: a microbatch row must hold them."""
+        return self.data.max_example_tokens if self.is_sft else self.data.max_prompt_tokens + self.sampling.max_tokens
 
     @property
     def longest_rollout(self) -> int:

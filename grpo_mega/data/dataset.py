@@ -1,9 +1,7 @@
 """The prompts of a run: read, checked and tokenized once, then selected step by step.
 
 Invariants (tests/unit/data/test_dataset.py): a malformed line ends the run with `file:line`. `batch` is a pure function
-of (seed, step), so the step in a checkpoint is the position in the data, and a resumed run replays nothing. In each
-epoch of a set every prompt occurs once before any occurs again. Sets alternate in the ratio of their weights, exactly
-over each pattern.
+of (seed, step), as set_stream.py describes.
 """
 
 from __future__ import annotations
@@ -11,15 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import random
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from grpo_mega.config.data_rules import pattern_of
 from grpo_mega.config.data_sections import DataConfig, DataSource
 from grpo_mega.data.prompt_rows import PromptSource, keyed_sets, read_rows
 from grpo_mega.data.prompt_template import PromptTemplate, RenderedPrompt
+from grpo_mega.data.set_stream import SetStream, epoch_order
 from grpo_mega.types import Prompt, UserError
 
 if TYPE_CHECKING:
@@ -69,24 +65,15 @@ class PromptDataset:
         return found.hexdigest()
 
     def batch(self, step: int, num_prompts: int, seed: int) -> list[Prompt]:
-        """Return the prompts of one step: positions `step * num_prompts` and following of an endless stream.
-
-        The sets alternate in the ratio of their weights. Each set is a stream of epochs, and each epoch is its own
-        shuffle of all prompts of the set. So a step may contain the end of one epoch and the beginning of the next.
+        """Return the prompts of one step (`SetStream.positions`).
 
         Args:
             step: counted from 0.
             num_prompts: prompts per step; the same in every step of a run.
             seed: seed of the shuffles.
         """
-        counts = pattern_of([part.weight for part in self.sets])
-        pattern = _pattern(counts)
-        found = []
-        for position in range(step * num_prompts, (step + 1) * num_prompts):
-            cycle, at = divmod(position, len(pattern))
-            chosen, rank = pattern[at]
-            found.append(self._prompt(chosen, cycle * counts[chosen] + rank, seed))
-        return found
+        stream = SetStream(tuple(len(part.prompts) for part in self.sets), tuple(part.weight for part in self.sets))
+        return [self.sets[chosen].prompts[row] for chosen, row in stream.positions(step, num_prompts, seed)]
 
     def metrics(self, steps: int, num_prompts: int) -> dict[str, float]:
         """Return the metrics after `steps` steps of `num_prompts` prompts each.
@@ -101,14 +88,7 @@ class PromptDataset:
     def shuffled(self, seed: int) -> list[Prompt]:
         """Return all prompts of all sets, each once, in a shuffled order."""
         prompts = self.prompts
-        return [prompts[i] for i in _epoch_order(len(prompts), str(seed), 0)]
-
-    def _prompt(self, chosen: int, position: int, seed: int) -> Prompt:
-        """Return the prompt at a position of the stream of one set."""
-        prompts = self.sets[chosen].prompts
-        stream = str(seed) if len(self.sets) == 1 else f"{seed}/{chosen}"
-        epoch, at = divmod(position, len(prompts))
-        return prompts[_epoch_order(len(prompts), stream, epoch)[at]]
+        return [prompts[i] for i in epoch_order(len(prompts), str(seed), 0)]
 
 
 def load_train(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, with_fields: bool = False) -> PromptDataset:
@@ -212,32 +192,6 @@ def _check_not_empty(key: str, source: DataSource, found: DataSet, config: DataC
     raise UserError(
         f"{key}={source.path} is empty", remedy="write one JSON object per line, with a prompt and an answer"
     )
-
-
-@lru_cache(maxsize=4)
-def _pattern(counts: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
-    """Return, for each place of a pattern, its set and the number of earlier places of that set in the pattern.
-
-    Smooth weighted round robin: at every place the credit of each set grows by its count. The set with the most credit
-    is chosen and pays the sum of all counts. At any place, each set is less than one place from its exact share.
-    """
-    total = sum(counts)
-    credit, taken = [0] * len(counts), [0] * len(counts)
-    places = []
-    for _ in range(total):
-        credit = [c + count for c, count in zip(credit, counts, strict=True)]
-        chosen = credit.index(max(credit))
-        credit[chosen] -= total
-        places.append((chosen, taken[chosen]))
-        taken[chosen] += 1
-    return tuple(places)
-
-
-@lru_cache(maxsize=64)  # two epochs of each set, for many sets
-def _epoch_order(size: int, stream: str, epoch: int) -> tuple[int, ...]:
-    order = list(range(size))
-    random.Random(f"prompts/{stream}/{epoch}").shuffle(order)
-    return tuple(order)
 
 
 def _render(where: str, prompt: PromptSource, template: PromptTemplate) -> RenderedPrompt:

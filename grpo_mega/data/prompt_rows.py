@@ -21,9 +21,11 @@ from grpo_mega.types import UserError
 Message = Mapping[str, str]
 PromptSource = str | Sequence[Message]
 
-_ARITHMETIC = "arithmetic:"
+ARITHMETIC = "arithmetic:"
+"""Beginning of the path of a generated set."""
 _PROMPT_KEYS = ("prompt", "question")
-_MISSING = object()
+MISSING = object()
+"""Value of a key that a row lacks."""
 
 
 @dataclass(frozen=True)
@@ -62,29 +64,32 @@ def read_rows(
         UserError: the file is missing or damaged, or a row is malformed, lacks a key or has a wrong type. The message
             names file and row.
     """
-    if source.path.startswith(_ARITHMETIC):
-        yield from _arithmetic_rows(source, key)
+    if source.path.startswith(ARITHMETIC):
+        yield from arithmetic_rows(source, key)
         return
     prompt_key = source.prompt_key or config.prompt_key
     answer_key = source.answer_key or config.answer_key or "answer"
     for where, record in read_records(Path(source.path), key, source.split):
-        if all(_passes(where, record, row_filter) for row_filter in source.filters):
-            prompt, answer = _prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key)
+        if all(passes_filter(where, record, row_filter) for row_filter in source.filters):
+            prompt, answer = prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key)
             used = {prompt_key or _default_prompt_key(record), answer_key}
             yield PromptRow(where, prompt, answer, _other_fields(record, used) if with_fields else {})
         else:
             yield None
 
 
-def check_rows(config: DataConfig) -> None:
-    """Read all rows of all sets; raises the errors of `read_rows`."""
+def check_rows(config: DataConfig, *, held_out_only: bool = False) -> None:
+    """Read all rows of all sets, or only of `data.eval`; raises the errors of `read_rows`."""
     for key, source in keyed_sets(config):
+        if held_out_only and not key.startswith("data.eval"):
+            continue
         for _ in read_rows(source, key, config):
             pass
 
 
-def _arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
-    name = source.path.removeprefix(_ARITHMETIC)
+def arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
+    """Yield the rows of a generated set; raises UserError for an unknown set or a key that does nothing for it."""
+    name = source.path.removeprefix(ARITHMETIC)
     if name not in ("train", "heldout"):
         raise UserError(
             f"{key}={source.path} is not a set of the arithmetic task",
@@ -97,18 +102,19 @@ def _arithmetic_rows(source: DataSource, key: str) -> Iterator[PromptRow]:
         yield PromptRow(f"{source.path}:{index + 1}", arithmetic.question(pair), arithmetic.answer(pair))
 
 
-def _lookup(record: Mapping[str, Any], name: str) -> Any:
-    """Return `record[name]`, or for `a.b` key b of the object a; _MISSING if there is no such key."""
+def lookup(record: Mapping[str, Any], name: str) -> Any:
+    """Return `record[name]`, or for `a.b` key b of the object a; MISSING if there is no such key."""
     if name in record:
         return record[name]
     outer, dot, inner = name.partition(".")
     nested = record.get(outer) if dot else None
-    return _lookup(nested, inner) if isinstance(nested, Mapping) else _MISSING
+    return lookup(nested, inner) if isinstance(nested, Mapping) else MISSING
 
 
-def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
-    value = _lookup(record, row_filter.key)
-    if value is _MISSING:
+def passes_filter(where: str, record: Mapping[str, Any], row_filter: RowFilter) -> bool:
+    """Return True if the row meets the condition; raises UserError if it lacks the key or has no number there."""
+    value = lookup(record, row_filter.key)
+    if value is MISSING:
         raise UserError(
             f"{where}: key {row_filter.key!r} of the filter was not found in {sorted(record)}",
             remedy="correct the filter or the data",
@@ -117,34 +123,35 @@ def _passes(where: str, record: dict[str, Any], row_filter: RowFilter) -> bool:
         return value in row_filter.any_of
     if not _is_number(value):
         raise UserError(
-            f"{where}: {row_filter.key}={_shorten(value)} must be a finite number for a filter with min or max",
+            f"{where}: {row_filter.key}={shorten(value)} must be a finite number for a filter with min or max",
             remedy="correct it, or use any_of",
         )
     low, high = row_filter.min, row_filter.max
     return (low is None or value >= low) and (high is None or value <= high)
 
 
-def _prompt_of(where: str, record: dict[str, Any], prompt_key: str | None) -> PromptSource:
+def prompt_of(where: str, record: Mapping[str, Any], prompt_key: str | None) -> PromptSource:
+    """Return the prompt of a row; raises UserError if it is missing or neither a string nor a list of messages."""
     name = prompt_key or _default_prompt_key(record)
-    if name is None or _lookup(record, name) is _MISSING:
+    if name is None or lookup(record, name) is MISSING:
         accepted = (prompt_key,) if prompt_key else _PROMPT_KEYS
         raise UserError(
             f"{where}: key {' or '.join(repr(name) for name in accepted)} was not found in {sorted(record)}",
             remedy="set data.prompt_key to the key of the prompt",
         )
-    value = _lookup(record, name)
+    value = lookup(record, name)
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and value and all(_is_message(item) for item in value):
+    if isinstance(value, list) and value and all(is_message(item) for item in value):
         return value
     raise UserError(
-        f"{where}: {name}={_shorten(value)} must be a string or a list of {{role, content}} messages",
+        f"{where}: {name}={shorten(value)} must be a string or a list of {{role, content}} messages",
         remedy="correct it",
     )
 
 
 def _default_prompt_key(record: Mapping[str, Any]) -> str | None:
-    return next((name for name in _PROMPT_KEYS if _lookup(record, name) is not _MISSING), None)
+    return next((name for name in _PROMPT_KEYS if lookup(record, name) is not MISSING), None)
 
 
 def _other_fields(record: Mapping[str, Any], used: Container[str | None]) -> dict[str, Any]:
@@ -158,13 +165,14 @@ def _as_text(value: object) -> str:
     return base64.b64encode(value).decode("ascii") if isinstance(value, bytes) else str(value)
 
 
-def _is_message(item: object) -> bool:
+def is_message(item: object) -> bool:
+    """Return True for a mapping with a role and a content, both strings."""
     return isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
 
 
 def _answer_of(where: str, record: dict[str, Any], name: str) -> str:
-    value = _lookup(record, name)
-    if value is _MISSING:
+    value = lookup(record, name)
+    if value is MISSING:
         raise UserError(
             f"{where}: key {name!r} was not found in {sorted(record)}",
             remedy="set data.answer_key to the key of the answer",
@@ -172,7 +180,7 @@ def _answer_of(where: str, record: dict[str, Any], name: str) -> str:
     if _is_number(value):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}={_shorten(value)} must be a string or a number", remedy="correct it")
+        raise UserError(f"{where}: {name}={shorten(value)} must be a string or a number", remedy="correct it")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
@@ -188,6 +196,7 @@ def _is_number(value: object) -> bool:
     )
 
 
-def _shorten(value: object) -> str:
+def shorten(value: object) -> str:
+    """Return the value for a message, at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

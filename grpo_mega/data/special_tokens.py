@@ -93,6 +93,23 @@ class SpecialTokens:
         Raises:
             UserError: the two texts differ in more than the marks, or the tokenizer cannot encode the text so.
         """
+        return self.encode_marked_spans(marked, text, spelled)[0]
+
+    def encode_marked_spans(
+        self, marked: str, text: str, spelled: list[str]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the tokens of `encode_marked`, and the characters of `marked` that each of them stands for.
+
+        Characters are given as (begin, end).
+
+        Args:
+            marked: as in `encode_marked`.
+            text: as in `encode_marked`.
+            spelled: as in `encode_marked`.
+
+        Raises:
+            UserError: as `encode_marked`.
+        """
         assert self._any is not None, "without special tokens nothing is marked"
         if _PRIVATE.search(text):
             raise UserError(
@@ -108,14 +125,31 @@ class SpecialTokens:
             )
         copy, ids_of_names = self._renamed
         named, count = self._any.subn(lambda found: self._name_of[found[0]], marked)
-        token_ids = copy.encode(self.unmark(named), add_special_tokens=False).ids
-        if sum(token_id in ids_of_names for token_id in token_ids) != count:
+        encoded = copy.encode(self.unmark(named), add_special_tokens=False)
+        if sum(token_id in ids_of_names for token_id in encoded.ids) != count:
             raise UserError(
                 f"the tokenizer cannot encode {spelled[0]!r} of the row as text beside the template's special tokens",
                 remedy=_REMEDY,
             )
-        self._check_text([token_id for token_id in token_ids if token_id not in ids_of_names], spelled)
-        return [ids_of_names.get(token_id, token_id) for token_id in token_ids]
+        self._check_text([token_id for token_id in encoded.ids if token_id not in ids_of_names], spelled)
+        origin = self._origin_of_characters(marked)
+        spans = [
+            (origin[begin], origin[end - 1] + 1 if end > begin else origin[begin]) for begin, end in encoded.offsets
+        ]
+        return [ids_of_names.get(token_id, token_id) for token_id in encoded.ids], spans
+
+    def _origin_of_characters(self, marked: str) -> list[int]:
+        """Return, for each character of the text that is encoded, its position in `marked`; and the end of the text.
+
+        In that text a special token of the template is one character, and a mark is the text of its special token.
+        """
+        assert self._any is not None, "without special tokens nothing is marked"
+        lengths = [1] * len(marked)
+        for found in self._any.finditer(marked):
+            lengths[found.start() + 1 : found.end()] = [0] * (found.end() - found.start() - 1)
+        size_of = {mark: len(text) for text, mark in self._mark_of.items()}
+        lengths = [size_of.get(character, length) for character, length in zip(marked, lengths, strict=True)]
+        return [at for at, length in enumerate(lengths) for _ in range(length)] + [len(marked)]
 
     def _check_text(self, token_ids: list[int], spelled: list[str]) -> None:
         """Raise UserError if the text of a special token became that token after all."""

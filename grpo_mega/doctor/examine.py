@@ -71,7 +71,7 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
         found.append(gpus.check_recipe(config.precision.fp8.recipe, cuda_machine.torch_cuda()))
     if config.engine.fp8 is not None and num_driver_gpus():
         found.append(gpus.check_engine_fp8())
-    if config.engine.placement == "colocated" and num_driver_gpus():
+    if config.has_engine and config.engine.placement == "colocated" and num_driver_gpus():
         found += _engine_share(config, topology)
     if config.model.path is not None:
         found.append(inputs.check_checkpoint(Path(config.model.path)))
@@ -110,7 +110,8 @@ def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     # divided over all replicas.
     on_cuda = num_driver_gpus() > 0
     copies = topology.dp * topology.cp
-    engines = 0 if topology.engine_servers else topology.num_replicas  # servers have memory of their own
+    # servers have memory of their own
+    engines = topology.num_replicas if config.has_engine and not topology.engine_servers else 0
     weights = itemsize * copies if on_cuda else (itemsize + 4) * copies + itemsize * engines
     held = parameters * (weights + state)
     return [

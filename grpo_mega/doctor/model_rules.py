@@ -46,6 +46,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     if with_engine:
         check_engine_model(spec, config)
         check_server_addresses(config)
+    _check_start(config)
     if config.algorithm.routing_replay and spec.moe is None:
         raise UserError(f"algorithm.routing_replay=true has no effect: {where} has no experts", remedy="leave it out")
     if config.algorithm.aux_loss_coef and spec.moe is None:
@@ -61,8 +62,14 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     _check_megatron_arguments(spec, config, modules)
     if with_engine:
         check_engine_fp8(spec, config, where, latent_split=not modules.transformer_engine)
+    if config.is_sft and config.data.max_example_tokens > spec.max_positions:
+        raise UserError(
+            f"data.max_example_tokens={config.data.max_example_tokens} is more than the {spec.max_positions} positions "
+            f"of {where}",
+            remedy="lower it, and set data.overlong=skip or truncate if the examples are longer",
+        )
     longest = config.longest_rollout
-    if longest > spec.max_positions:
+    if config.has_engine and longest > spec.max_positions:
         raise UserError(
             f"data.max_prompt_tokens + the largest max_tokens = {longest} is more than the {spec.max_positions} "
             f"positions of {where}",
@@ -76,6 +83,16 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
             f"original_max_position_embeddings x factor = {rope.original_max_positions} x {rope.factor:g} of {where}, "
             "and engines have no positions beyond them",
             remedy="lower one of the keys",
+        )
+
+
+def _check_start(config: Config) -> None:
+    """Raise UserError if `model.checkpoint` is not a checkpoint. Its tensors are checked when they are loaded."""
+    named = config.model.checkpoint
+    if named is not None and not (Path(named) / ".metadata").is_file():
+        raise UserError(
+            f"model.checkpoint={named} is not a checkpoint of a run (a folder with the file .metadata)",
+            remedy="use RUN/checkpoints/step_NNNNNN, or model.path for a Hugging Face folder",
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_mega.config.schema import Config
 from grpo_mega.data.answer_ends import eos_ids
+from grpo_mega.data.example_rows import example_sets, read_examples
 from grpo_mega.data.prompt_rows import keyed_sets, read_rows
 from grpo_mega.doctor.finding import Finding, tried
 from grpo_mega.types import UserError
@@ -22,11 +24,40 @@ _MAX_IDS = 400
 def check_prompt(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Show the first prompt with its tokens, and the end of its answer.
 
+    In supervised fine-tuning show the first example instead, with the parts that are trained, and the end of an answer
+    only if there is an evaluation.
+
     Returns:
         The findings `prompt` and `end of an answer`. The second is a warning if the chat template ends an answer with a
         special token that does not end the answers of the policy.
     """
-    return [tried("prompt", lambda: _first_prompt(config, tokenizer)), _answer_end(config, tokenizer)]
+    if config.is_sft:
+        shown = tried("example", lambda: _first_example(config, tokenizer))
+    else:
+        shown = tried("prompt", lambda: _first_prompt(config, tokenizer))
+    return [shown, _answer_end(config, tokenizer)] if config.has_engine else [shown]
+
+
+def _first_example(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
+    from grpo_mega.data.example_template import ExampleTemplate
+
+    key, source = example_sets(config.data)[0]
+    row = next((row for row in read_examples(source, key, config.data) if row is not None), None)
+    if row is None:
+        raise UserError(f"{key}={source.path} has no row that passes the filters", remedy="change the filters")
+    try:
+        rendered = ExampleTemplate(config.data, tokenizer).render(row)
+    except UserError:
+        raise
+    except Exception as error:  # a template is a program and can raise anything
+        raise UserError(f"{row.where}: the example cannot be encoded ({error})", remedy="change it") from error
+    parts = []
+    for is_answer, group in itertools.groupby(
+        zip(rendered.is_answer, rendered.token_ids, strict=True), key=lambda pair: pair[0]
+    ):
+        text = tokenizer.decode([token_id for _, token_id in group], skip_special_tokens=False)
+        parts.append(f"{'trained' if is_answer else 'read'}: {text!r}")
+    return f"{row.where}, {len(rendered.token_ids)} tokens, {sum(rendered.is_answer)} trained\n" + "\n".join(parts)
 
 
 def _first_prompt(config: Config, tokenizer: PreTrainedTokenizerBase) -> str:

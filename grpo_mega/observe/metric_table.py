@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 _ALWAYS = "every step"
+_SFT = "`train.objective=sft`"
 _CRITIC = "`algorithm.advantage=gae`"
 _FP8 = "`precision.fp8`"
 _CORRECTION = "with a correction or a veto"
@@ -62,6 +63,7 @@ METRICS: dict[str, Metric] = {
     ),
     "group/discarded": Metric("groups", "degenerate groups that were replaced by others; no other metric counts them"),
     "train/loss": Metric("loss", "loss, mean over the step's updates"),
+    "train/perplexity": Metric("1", "exp(`train/loss`)", _SFT),
     "train/kl": Metric("nats per token", "KL divergence of the policy from the reference", "`algorithm.kl_coef` > 0"),
     "train/kl_coef": Metric("1 / nats", "coefficient of the KL divergence in the loss or the reward"),
     "train/entropy": Metric("nats per token", "entropy of the policy"),
@@ -100,7 +102,8 @@ METRICS: dict[str, Metric] = {
     ),
     "train/unused_rollouts": Metric("rollouts", "rollouts that are not trained on: filtered, or of dropped groups"),
     "train/updates": Metric("updates", "optimizer steps of the step"),
-    "train/num_loss_tokens": Metric("tokens", "tokens trained on in one epoch over the step's rollouts"),
+    "train/num_loss_tokens": Metric("tokens", "tokens trained on in one epoch over the step's rollouts or examples"),
+    "train/num_tokens": Metric("tokens", "tokens of the step's examples", _SFT),
     "critic/loss": Metric("loss", "loss of the critic, mean over its updates of the step", _CRITIC),
     "critic/clip_fraction": Metric("fraction", "tokens for which the value clip holds", _CRITIC),
     "critic/grad_norm": Metric("norm", "gradient norm of the critic before clipping, mean over its updates", _CRITIC),
@@ -141,6 +144,10 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/set/*": Metric("as above", "the same numbers for one held-out set", "with several held-out sets"),
     "data/epoch": Metric("passes", "prompts of all steps so far / training prompts of all sets, without refills"),
+    "data/skipped_examples": Metric("examples", "examples left out of the training sets: they exceed the limit", _SFT),
+    "data/truncated_examples": Metric(
+        "examples", "examples that lost their last tokens: they exceed the limit (`data.overlong=truncate`)", _SFT
+    ),
     "data/skipped_prompts": Metric("prompts", "prompts left out of the training sets: they exceed the limit"),
     "memory/peak_*_bytes": Metric("bytes", "peak memory of rank 0 during one phase", "`observe.memory_peaks`"),
     "memory/*": Metric("bytes", "memory of rank 0 for one part of the policy's or the critic's state"),

@@ -24,6 +24,7 @@ from grpo_mega.observe.summary import duration
 _RECENT_STEPS = 20
 # In display order: metric, label, format.
 _SHOWN = (
+    ("train/perplexity", "perplexity", ".3f"),
     ("reward/mean", "reward", ".2f"),
     ("reward/accuracy", "accuracy", ".2f"),
     ("rollout/length_mean", "length", ".1f"),

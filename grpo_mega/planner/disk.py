@@ -73,8 +73,13 @@ def plan_disk(inputs: PlanInputs, *, checkpoint: float, total_parameters: int) -
 
 
 def rollout_file_bytes(inputs: PlanInputs) -> float:
-    """Return the bytes of the rollout files of one step, for rollouts of the assumed mean length."""
+    """Return the bytes of the rollout files of one step, for rollouts of the assumed mean length.
+
+    Supervised fine-tuning has none.
+    """
     config, assumed, work = inputs.config, inputs.assumptions, inputs.workload
+    if config.is_sft:
+        return 0.0
     prompt = config.data.max_prompt_tokens * assumed.mean_length
     completion = config.sampling.max_tokens * assumed.mean_length
     token = len(str(inputs.spec.vocab_size)) + 2 + assumed.text_bytes_per_token

@@ -24,13 +24,15 @@ class EngineMemory:
 
     @classmethod
     def from_inputs(cls, inputs: PlanInputs) -> EngineMemory:
-        """Return the memory of the engine of this run.
+        """Return the memory of the engine of this run; nothing without an engine.
 
         Raises:
             UserError: `engine.kv_cache_tokens` or `engine.memory_share` does not hold one rollout of full length.
         """
         config, spec, size = inputs.config, inputs.spec, inputs.kv_cache
         per_token = kv_bytes_per_token(spec, config.engine.tp, inputs.itemsize)
+        if not config.has_engine:
+            return cls(0.0, 0.0, per_token, 0.0)
         if inputs.is_cpu_job:
             weights = engine_weight_bytes(spec, inputs.topology, inputs.itemsize, spread=config.engine.ep > 1)
             cached = size.num_bytes(spec, config.engine.tp, inputs.itemsize)

@@ -61,7 +61,8 @@ class PlanInputs:
     @property
     def policy_is_offloaded(self) -> bool:
         """True if the policy leaves its devices between the phases that use it."""
-        return not self.uses_servers or self.config.algorithm.needs_critic
+        shares_devices = self.config.has_engine and not self.uses_servers
+        return shares_devices or self.config.algorithm.needs_critic
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -76,12 +77,12 @@ class PlanInputs:
 
     @property
     def workload(self) -> Workload:
-        """The rollouts and microbatches of one step.
+        """The rollouts (examples in supervised fine-tuning) and microbatches of one step.
 
         Rows are as long as the config allows. The microbatches are those of rollouts that all have full length.
         """
         config, parallel, train = self.config, self.config.parallel, self.config.train
-        rollouts = config.data.prompts_per_step * config.sampling.group_size
+        rollouts = config.data.prompts_per_step * (1 if config.is_sft else config.sampling.group_size)
         longest = config.longest_training_rollout
         rollouts_per_row = max(1, train.max_tokens_per_microbatch // longest)
         rollouts_per_update = math.ceil(rollouts / train.minibatches_per_epoch / self.topology.dp)

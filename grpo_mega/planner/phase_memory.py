@@ -16,7 +16,8 @@ from grpo_mega.planner.pipeline_schedule import peak_of_schedule
 from grpo_mega.planner.static_memory import ModelChunk, StaticBytes, model_chunks, static_bytes
 
 PHASES = ("rollout", "log_probs", "train", "sync")
-"""Phases of every run. A run with a critic also has `value`; a run with engine servers also has `server`."""
+"""Phases of a run. A run with a critic also has `value`; a run with engine servers also has `server`. Supervised
+fine-tuning has no `log_probs`, and without an evaluation only `train`."""
 
 Items = dict[str, float]
 """Item -> bytes."""
@@ -122,7 +123,11 @@ def _phases(
     inputs: PlanInputs, stage: _Stage, activations: Activations, engine: EngineMemory
 ) -> dict[str, dict[str, float]]:
     """Return phase -> item -> bytes of one pipeline rank."""
-    phases = _policy_phases(inputs, stage, activations) | _engine_phases(inputs, stage, engine)
+    phases = _policy_phases(inputs, stage, activations)
+    if inputs.config.is_sft:
+        del phases["log_probs"]
+    if inputs.config.has_engine:
+        phases |= _engine_phases(inputs, stage, engine)
     phases = {name: phases[name] for name in (*PHASES, "server") if name in phases}
     if inputs.config.algorithm.needs_critic:  # the policy's modules with a head of one row, counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
@@ -163,8 +168,12 @@ def _policy_phases(inputs: PlanInputs, stage: _Stage, activations: Activations) 
     )
     copies = topology.dp * topology.cp
     # A rank's shard of the reference is on the device before it is gathered. A whole reference is copied in place.
-    reference = static.weights / copies if inputs.config.algorithm.needs_reference and copies > 1 else 0.0
-    residue = {} if inputs.uses_servers else {"engine asleep": inputs.assumptions.engine_residue}
+    reference = static.weights / copies if inputs.config.needs_reference and copies > 1 else 0.0
+    residue = (
+        {}
+        if inputs.uses_servers or not inputs.config.has_engine
+        else {"engine asleep": inputs.assumptions.engine_residue}
+    )
     return {
         "log_probs": {
             **state,
@@ -219,12 +228,12 @@ def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     is saved), the optimizer state that is updated on the host with its gradients, the reference, and what a save copies
     on each rank: everything that it saves, or one tensor at a time without `checkpoint.asynchronous`.
     """
-    topology, algorithm = inputs.topology, inputs.config.algorithm
+    topology, algorithm, needs_reference = inputs.topology, inputs.config.algorithm, inputs.config.needs_reference
     ranks_per_node = min(inputs.gpu.per_node, topology.world_size)
     static = max(ranks, key=lambda rank: rank.static.weights).static
     offloads = inputs.policy_is_offloaded
-    keeps_weights = offloads or algorithm.needs_reference  # the reference takes the place of the policy's weights
-    reference = static.weights / (topology.dp * topology.cp) if algorithm.needs_reference else 0.0
+    keeps_weights = offloads or needs_reference  # the reference takes the place of the policy's weights
+    reference = static.weights / (topology.dp * topology.cp) if needs_reference else 0.0
     learners = 2 if algorithm.needs_critic else 1
     # 12 bytes of state and 4 of gradient for each parameter that the host updates
     updated = static.optimizer_on_host * 4 / 3

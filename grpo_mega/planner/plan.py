@@ -86,6 +86,8 @@ class ResourcePlan:
     @property
     def sync_bytes(self) -> int:
         """Bytes that the engines receive in one sync."""
+        if not self.inputs.config.has_engine:
+            return 0
         ranks = self.inputs.topology.num_server_ranks or self.inputs.topology.world_size
         return round(self.memory.engine.weights * ranks)
 

@@ -97,7 +97,7 @@ def _fitting_changes(config: Config, planner: Planner, changes: list[Change]) ->
 
 def _changes(inputs: PlanInputs, num_layers: int) -> Iterator[Change]:
     """Yield single changes, the cheapest in time first: saves, recomputation, engine, layout, optimizer on the host."""
-    config, parallel, engine = inputs.config, inputs.config.parallel, inputs.config.engine
+    config, parallel = inputs.config, inputs.config.parallel
     if config.checkpoint.asynchronous:
         yield {"checkpoint.asynchronous": False}
     if parallel.tp > 1 and not parallel.sequence_parallel:
@@ -109,16 +109,21 @@ def _changes(inputs: PlanInputs, num_layers: int) -> Iterator[Change]:
     row = _shortest_row(config)
     if row < config.train.max_tokens_per_microbatch:
         yield {"train.max_tokens_per_microbatch": row}
-    tokens = _ROLLOUTS_IN_CACHE * inputs.kv_cache.tokens_per_rollout
+    yield from _engine_changes(inputs) if config.has_engine else ()
+    yield from _layouts(inputs, num_layers)
+    if config.optimizer.host_fraction < 1:
+        yield {"optimizer.host_fraction": 1.0}
+
+
+def _engine_changes(inputs: PlanInputs) -> Iterator[Change]:
+    """Yield a smaller KV cache, and layouts that divide the engine over more ranks."""
+    engine, tokens = inputs.config.engine, _ROLLOUTS_IN_CACHE * inputs.kv_cache.tokens_per_rollout
     if engine.kv_cache_tokens is None or engine.kv_cache_tokens > tokens:
         yield {"engine.kv_cache_tokens": tokens}
     for factor in (2, 4, 8, 16, 32):
         ranks = inputs.topology.engine_size * factor
         if inputs.topology.engine_servers or inputs.topology.world_size % ranks == 0:
             yield {"engine.tp": engine.tp * factor} | ({"engine.ep": ranks} if engine.ep > 1 else {})
-    yield from _layouts(inputs, num_layers)
-    if config.optimizer.host_fraction < 1:
-        yield {"optimizer.host_fraction": 1.0}
 
 
 def _layouts(inputs: PlanInputs, num_layers: int) -> Iterator[Change]:

@@ -72,9 +72,9 @@ def _disk_line(plan: ResourcePlan) -> str:
     parts = [f"{kept} checkpoint(s) of {_size(disk.checkpoint)}"]
     if disk.export:
         parts.append(f"export {_size(disk.export)}")
-    parts.append(
-        f"rollouts {_size(disk.rollouts)} ({config.train.steps} steps of {_size(disk.rollouts_per_step)}, all are kept)"
-    )
+    if disk.rollouts:
+        per_step = _size(disk.rollouts_per_step)
+        parts.append(f"rollouts {_size(disk.rollouts)} ({config.train.steps} steps of {per_step}, all are kept)")
     return f"  disk       {disk.run / _GIB:6.0f}  in the run folder: {', '.join(parts)}"
 
 

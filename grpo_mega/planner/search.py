@@ -58,7 +58,9 @@ def search(
 
 
 def _engine_layouts(config: Config, planner: Planner, num_ranks: int) -> list[Change]:
-    """Return the engine layouts that fit in the rollout phase, the fastest first."""
+    """Return the engine layouts that fit in the rollout phase, the fastest first. Without an engine: no change."""
+    if not config.has_engine:
+        return [{}]
     timed = []
     tp = 1
     while tp <= min(num_ranks, 64):
@@ -72,7 +74,7 @@ def _engine_layouts(config: Config, planner: Planner, num_ranks: int) -> list[Ch
         else:
             phase = "server" if plan.inputs.uses_servers else "rollout"
             if plan.memory.fullest(phase).peak(phase) <= plan.inputs.gpu.memory:
-                timed.append((plan.time.phases["rollout"], tp, change))
+                timed.append((plan.time.phases.get("rollout", 0.0), tp, change))
         tp *= 2
     return [change for _, _, change in sorted(timed, key=lambda each: each[:2])[:_ENGINE_CHOICES]]
 

@@ -74,6 +74,8 @@ def token_cost(spec: ModelSpec, total_parameters: int, mean_length: float) -> To
 def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> StepTime:
     """Return the seconds of one step of rollouts of mean length; the longest one reaches sampling.max_tokens.
 
+    In supervised fine-tuning a step has examples in place of rollouts, and no evaluation.
+
     Args:
         inputs: the run, its cluster and the assumed efficiencies.
         memory: bytes of weights, optimizer state, KV cache and checkpoint.
@@ -93,9 +95,8 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     messages = _message_seconds(inputs, tokens / topology.dp)
     forward = tokens * cost.forward / rate * bubble + messages / 3
     computed = (3 + recomputed) * tokens * cost.forward / rate * bubble
-    passes = _policy_passes(config) + (1 if config.algorithm.needs_reference else 0)
+    passes = _policy_passes(config) + (1 if config.needs_reference else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
-    stays_on_device = inputs.uses_servers and not config.algorithm.needs_critic
     offload = 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie)
     checkpoint = memory.checkpoint / inputs.cluster.num_nodes / assumed.checkpoint_bandwidth
     phases = {
@@ -104,10 +105,12 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
         "train": epochs * (computed + messages)
         + work.updates * _exposed_gradient_seconds(inputs, static, epochs * computed / work.updates / max(1, rows)),
         "optimizer": work.updates * _optimizer_seconds(inputs, static),
-        "offload": 0.0 if stays_on_device else offload,
+        "offload": offload if inputs.policy_is_offloaded else 0.0,
         "sync": _sync_seconds(inputs, memory.engine.weights),
         "checkpoint": checkpoint / (config.checkpoint.every or config.train.steps),
     }
+    if config.is_sft:  # an evaluation is not part of a step
+        phases = {name: phases[name] for name in ("train", "optimizer", "checkpoint")}
     if config.algorithm.needs_critic:  # its values, its updates, and two more copies over PCIe
         phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
     return StepTime(phases, tokens, 3 * tokens * cost.forward)

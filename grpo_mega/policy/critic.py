@@ -1,6 +1,6 @@
 """The critic on this rank: values of rows, updates and state.
 
-It has the layout of the policy and its own optimizer. Its weights start as those of the base model with a zero head
+It has the layout of the policy and its own optimizer. Its weights start as those of the policy with a zero head
 (modules/value_head.py). Asserted by
 tests/parallel/test_critic.py: values and the gradient of every tensor equal autograd in float64 in every layout.
 """
@@ -30,7 +30,7 @@ class MegatronCritic(MegatronLearner):
         super().__init__(config, spec, ranks, config.optimizer, ValueModel)
         weights = MegatronWeights(self.parts.models, spec, ranks, weight_copy_group(ranks), self._readable_weights)
         self.weights = weights.without(HEAD)
-        self.weights.load_from_hf(folder)
+        self.weights.load_start(config, folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
 
     def values(self, microbatches: Sequence[Microbatch]) -> list[Tensor] | None:

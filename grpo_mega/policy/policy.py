@@ -37,7 +37,7 @@ class MegatronPolicy(MegatronLearner):
     """Megatron policy. Construction is collective: every rank passes the same arguments."""
 
     def __init__(self, config: Config, spec: ModelSpec, folder: Path, ranks: Ranks, *, with_reference: bool) -> None:
-        """Load the weights of `folder`. With `with_reference` they also become the reference."""
+        """Load the weights of `folder` or `model.checkpoint`. With `with_reference` they also become the reference."""
         init_groups(ranks, config.guard.timeout_seconds)
         super().__init__(config, spec, ranks, config.optimizer, PolicyModel)
         replay_routing(self.parts.models, config.parallel.recompute_modules or ())
@@ -48,7 +48,7 @@ class MegatronPolicy(MegatronLearner):
         self.temperature = config.sampling.temperature
         self.model_parallel_group = group = weight_copy_group(ranks)
         self.weights = MegatronWeights(self.parts.models, spec, ranks, group, self._readable_weights)
-        self.weights.load_from_hf(folder)
+        self.weights.load_start(config, folder)
         self.parts.optimizer.reload_model_params()  # the optimizer's master weights were copied before the load
         biases = [*correction_biases(self.parts.models)]
         self._reference = Reference(self.parts.buffers, self._memory, biases) if with_reference else None

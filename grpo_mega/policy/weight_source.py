@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grpo_mega.config.schema import Config
 from grpo_mega.formats.safetensors_reader import HfFiles
+from grpo_mega.formats.torch_dist_as_hf import DistAsHf
 from grpo_mega.interfaces import HeldSlice
 from grpo_mega.models.parameter_tables import (
     hf_shapes,
@@ -106,18 +108,41 @@ class MegatronWeights:
         other._parameters = {name: p for name, p in self._parameters.items() if name != parameter}
         return other
 
+    def load_start(self, config: Config, folder: Path) -> None:
+        """Load the weights with which a run starts: those of `model.checkpoint`, else those of `folder`.
+
+        Args:
+            config: section model.
+            folder: Hugging Face folder of the model.
+
+        Raises:
+            UserError: as `load_from_hf`; or the checkpoint is damaged.
+        """
+        if config.model.checkpoint is None:
+            self.load_from_hf(folder)
+            return
+        files = DistAsHf(Path(config.model.checkpoint), folder)
+        self._fill(files)
+        files.close()
+
     def load_from_hf(self, folder: Path) -> int:
         """Load every parameter and return the bytes that were read. The padding of the vocabulary is set to zero."""
         checkpoint = HfFiles(folder)
         checkpoint.check(self._shapes, hf_shapes_aside(self._spec))
+        self._fill(checkpoint)
+        checkpoint.close()
+        return checkpoint.bytes_read
+
+    def _fill(self, files: HfFiles | DistAsHf) -> None:
+        """Read the slices of every parameter."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 values = fp8.room_for(parameter)
                 for placement in self._placements(name):
-                    values[placement.local.index].copy_(checkpoint.read(placement.hf))
+                    part = torch.empty(placement.hf.shape, dtype=files.dtype(placement.hf.name))
+                    files.read_into(placement.hf, part)
+                    values[placement.local.index].copy_(part)
                 fp8.put(values, parameter)
-        checkpoint.close()
-        return checkpoint.bytes_read
 
     def shards(self) -> Sequence[HeldSlice]:
         """Return the slices of this rank: views of its parameters, or copies of FP8 parameters.

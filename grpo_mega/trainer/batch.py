@@ -22,7 +22,7 @@ from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, 
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups
 from grpo_mega.trainer.objective import Objective
-from grpo_mega.types import Microbatch, Reward
+from grpo_mega.types import Microbatch, Reward, Rollout
 
 _PAD_ID = 0  # any valid token id: positions of padding have no loss and attend to nothing
 
@@ -127,35 +127,71 @@ def build_batch(
         ValueError: a reward, a step value or an advantage is not finite.
     """
     size = groups.group_size
-    lengths = [shape.padded(r.num_tokens) for r in groups.rollouts]
     spans = [
         range(span.start * size, span.stop * size)
         for span in split_minibatches(len(groups.rollouts) // size, train.minibatches_per_epoch)
     ]
     credit = objective.credit(groups, rewards, minibatches=spans)
-    plans = [
-        plan_update([lengths[i] for i in ids], dp, train.max_tokens_per_microbatch, shape.microbatch_multiple)
-        for ids in spans
+    minibatches = pack_minibatches(
+        groups.rollouts,
+        spans,
+        credit.advantages,
+        credit.token_weights,
+        max_tokens=train.max_tokens_per_microbatch,
+        dp=dp,
+        dp_rank=dp_rank,
+        shape=shape,
+    )
+    return TrainBatch(minibatches, credit.advantages, list(rewards), credit.is_trained)
+
+
+def pack_minibatches(
+    rollouts: Sequence[Rollout],
+    minibatches: Sequence[range],
+    advantages: Sequence[Advantage],
+    token_weights: Sequence[float],
+    *,
+    max_tokens: int,
+    dp: int,
+    dp_rank: int,
+    shape: RowShape,
+) -> list[list[Microbatch]]:
+    """Return this rank's rows of each minibatch. All rows of the step have the same length on all ranks.
+
+    Args:
+        rollouts: all rollouts of the step.
+        minibatches: the rollouts of each update.
+        advantages: one entry per rollout.
+        token_weights: one number per rollout, for each of its loss tokens.
+        max_tokens: capacity of a row, in tokens.
+        dp: number of data-parallel ranks.
+        dp_rank: data-parallel rank of this rank.
+        shape: multiples that the layout requires of row and segment lengths.
+
+    Raises:
+        UserError: a rollout is longer than `max_tokens`.
+    """
+    lengths = [shape.padded(r.num_tokens) for r in rollouts]
+    plans = [plan_update([lengths[i] for i in ids], dp, max_tokens, shape.microbatch_multiple) for ids in minibatches]
+    rows = [
+        [ids[i] for i in row] for ids, plan in zip(minibatches, plans, strict=True) for rank in plan for row in rank
     ]
-    rows = [[ids[i] for i in row] for ids, plan in zip(spans, plans, strict=True) for rank in plan for row in rank]
     longest = max(sum(lengths[i] for i in row) for row in rows)
     row_tokens = -(-longest // shape.row_multiple) * shape.row_multiple
-    minibatches = []
-    for ids, plan in zip(spans, plans, strict=True):
-        minibatches.append(
-            [
-                pack(
-                    [(ids[i], groups.rollouts[ids[i]]) for i in row],
-                    row_tokens=row_tokens,
-                    advantages=[credit.advantages[ids[i]] for i in row],
-                    token_weights=[credit.token_weights[ids[i]] for i in row],
-                    pad_id=_PAD_ID,
-                    segment_multiple=shape.segment_multiple,
-                )
-                for row in plan[dp_rank]
-            ]
-        )
-    return TrainBatch(minibatches, credit.advantages, list(rewards), credit.is_trained)
+    return [
+        [
+            pack(
+                [(ids[i], rollouts[ids[i]]) for i in row],
+                row_tokens=row_tokens,
+                advantages=[advantages[ids[i]] for i in row],
+                token_weights=[token_weights[ids[i]] for i in row],
+                pad_id=_PAD_ID,
+                segment_multiple=shape.segment_multiple,
+            )
+            for row in plan[dp_rank]
+        ]
+        for ids, plan in zip(minibatches, plans, strict=True)
+    ]
 
 
 def _on_tokens(microbatch: Microbatch, per_rollout: Sequence[Advantage]) -> Tensor:

@@ -15,7 +15,7 @@ from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
-from grpo_mega.engines.factory import make_engine
+from grpo_mega.engines.factory import make_engine as make_configured_engine
 from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import Critic, Engine, WeightSource
@@ -110,29 +110,29 @@ def building(
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
-        timers = PhaseTimer(_phase_listener(peaks, progress))
+        timers = PhaseTimer(phase_listener(peaks, progress))
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
             objective = Objective(config.algorithm, config.sampling.max_tokens)
             workers = start_workers(config, ranks, stack)
-            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.algorithm.needs_reference)
+            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.needs_reference)
             phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
             critic = None
             if config.algorithm.needs_critic:
                 critic = phases.build_critic(lambda: MegatronCritic(config, spec, model_folder, ranks))
-            checkpoints = _make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks)
+            checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks)
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
             state = state.over(prompts.digest, same_run=run.status == "continued")
             if any(change.key in ("algorithm.kl_coef", "algorithm.kl_target") for change in run.changes):
                 state = replace(state, kl_coef=None)  # not the coefficient that was adapted so far
-            engine = phases.start_engine(lambda: _make_engine(config, model_folder, run.folder.logs, stack))
+            engine = phases.start_engine(lambda: make_engine(config, model_folder, run.folder.logs, stack))
             quiet_libraries()
             with phases.reading_weights():
                 sync = make_sync(config, policy, engine, ranks)
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
-        evaluator = _make_evaluator(config, sampler, held_out)
+        evaluator = make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
         if progress is not None:
             observer = reporter = RunReporter(
@@ -158,12 +158,20 @@ def building(
         yield BuiltJob(job, run, model_folder, state, policy)
 
 
-def _make_checkpoints(
+def make_checkpoints(
     config: Config, spec: ModelSpec, folder: Path, phases: Phases, critic: Critic | None, ranks: Ranks
 ) -> CheckpointManager:
     """Return the manager of the checkpoints in `folder`.
 
     The layout in their manifests is the number of ranks and the keys of `parallel` that differ from their defaults.
+
+    Args:
+        config: sections checkpoint and parallel.
+        spec: the model.
+        folder: `checkpoints/` of the run.
+        phases: moves policy and critic to the device while they are saved.
+        critic: critic of this rank, if any.
+        ranks: coordinates of this rank.
     """
     keys = config.parallel.model_dump(exclude_defaults=True)
     layout = " ".join([f"world_size={ranks.topology.world_size}", *(f"{key}={value}" for key, value in keys.items())])
@@ -179,8 +187,13 @@ def _make_checkpoints(
     )
 
 
-def _phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[str], None]:
-    """Return the function that is called at the start of each phase."""
+def phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[str], None]:
+    """Return the function that is called at the start of each phase.
+
+    Args:
+        peaks: measures the memory of the phase.
+        progress: display, if this rank has one.
+    """
 
     def on_phase(name: str) -> None:
         peaks.phase(name)
@@ -190,14 +203,31 @@ def _phase_listener(peaks: PhasePeaks, progress: Progress | None) -> Callable[[s
     return on_phase
 
 
-def _make_engine(config: Config, model_folder: Path, logs: Path, stack: ExitStack) -> Engine:
-    """Build the engine; `stack` closes it."""
-    engine = make_engine(config, model_folder, logs)
+def make_engine(config: Config, model_folder: Path, logs: Path, stack: ExitStack) -> Engine:
+    """Build the engine; `stack` closes it.
+
+    Args:
+        config: section engine.
+        model_folder: holds config.json and the tokenizer.
+        logs: folder for the logs of an engine's processes.
+        stack: closes the engine.
+
+    Raises:
+        UserError, RuntimeError: see `engines.factory.make_engine`.
+    """
+    engine = make_configured_engine(config, model_folder, logs)
     stack.callback(engine.close)
     return engine
 
 
-def _make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:
+def make_evaluator(config: Config, sampler: Sampler, held_out: PromptDataset | None) -> Evaluator:
+    """Return the evaluator of the held-out sets; without any, it only tells which rewards mean a right answer.
+
+    Args:
+        config: sections evaluation, sampling, run and reward.
+        sampler: of this rank.
+        held_out: prompts of the evaluation, or None.
+    """
     return Evaluator(
         sampler,
         held_out.sets if held_out is not None else (),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -99,10 +100,13 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
         # after the metrics line is on disk, so that no checkpoint is ahead of the metrics
         job.checkpoints.publish(wait=stopping or step == config.train.steps)
         if stopping:
-            raise Stopped(
-                f"stopped after step {step}; its checkpoint is complete, and the same command continues the run"
-            )
+            raise Stopped(stopped_after(step))
     return state
+
+
+def stopped_after(step: int) -> str:
+    """Return the message of a job that has received the stop signal."""
+    return f"stopped after step {step}; its checkpoint is complete, and the same command continues the run"
 
 
 def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:
@@ -198,8 +202,46 @@ def state_bytes(job: TrainerState) -> dict[str, int]:
     }
 
 
+class UpdatingJob(Protocol):
+    """The part of a job that `update` needs."""
+
+    @property
+    def config(self) -> Config:
+        """Sections train and optimizer."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """Policy of this rank."""
+        ...
+
+
+class SyncingJob(Protocol):
+    """The part of a job that `push_weights` needs."""
+
+    @property
+    def config(self) -> Config:
+        """Section weight_sync."""
+        ...
+
+    @property
+    def phases(self) -> Phases:
+        """State of the device."""
+        ...
+
+    @property
+    def sync(self) -> WeightSync:
+        """Connection of policy and engines."""
+        ...
+
+    @property
+    def timers(self) -> PhaseTimer:
+        """Timer of the phase `sync`."""
+        ...
+
+
 def update(
-    job: TrainerState, loss: TokenLoss, batch: TrainBatch, policy_version: int
+    job: UpdatingJob, loss: TokenLoss, batch: TrainBatch, policy_version: int
 ) -> tuple[TrainBatch, list[UpdateStats]]:
     """Make all optimizer steps on this batch: every minibatch once per epoch.
 
@@ -251,7 +293,7 @@ def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
     return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
 
 
-def push_weights(job: TrainerState, state: LoopState) -> SyncReport:
+def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:
     """Send the policy's weights to the engines, with the verification that `weight_sync.verify` selects.
 
     Raises:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 from grpo_mega.config.schema import Config
-from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
@@ -18,6 +17,7 @@ from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, 
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.types import Reward
 
@@ -25,7 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """Receiver of a run's events, in this order: started, then per step evaluated (if due) and step, then finished."""
+    """Receiver of a run's events, in this order: started, then per step evaluated (if due) and step, then finished.
+
+    In supervised fine-tuning a step is `example_step`.
+    """
 
     def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
         """Handle the end of the first weight sync and evaluation; None: no evaluation was made."""
@@ -39,8 +42,15 @@ class Observer(Protocol):
         """Handle a completed step."""
         ...
 
-    def finished(self, evaluation: Evaluation | None) -> None:
-        """Handle the end of the last step; `evaluation` is the last evaluation."""
+    def example_step(self, result: ExampleStepResult) -> None:
+        """Handle a completed step of supervised fine-tuning."""
+        ...
+
+    def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
+        """Handle the end of the last step; `evaluation` is the last evaluation.
+
+        `policy_digest` is given where the steps have none.
+        """
         ...
 
     def failed(self, error: BaseException) -> None:
@@ -60,11 +70,22 @@ class NullObserver:
     def step(self, result: StepResult) -> None:
         """Ignore the event."""
 
-    def finished(self, evaluation: Evaluation | None) -> None:
+    def example_step(self, result: ExampleStepResult) -> None:
+        """Ignore the event."""
+
+    def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
         """Ignore the event."""
 
     def failed(self, error: BaseException) -> None:
         """Ignore the event."""
+
+
+class TrainingData(Protocol):
+    """The training data of a run, prompts or examples."""
+
+    def metrics(self, steps: int, num_prompts: int, /) -> dict[str, float]:
+        """Return the metrics after `steps` steps of `num_prompts` prompts or examples each."""
+        ...
 
 
 class RunReporter:
@@ -77,7 +98,7 @@ class RunReporter:
         timers: seconds of each phase.
         peaks: peak device memory of each phase, in bytes.
         progress: display on the terminal.
-        prompts: training prompts.
+        data: training prompts or examples.
         is_right: returns True if a reward means a right answer.
     """
 
@@ -89,14 +110,14 @@ class RunReporter:
         timers: PhaseTimer,
         peaks: PhasePeaks,
         progress: Progress,
-        prompts: PromptDataset,
+        data: TrainingData,
         is_right: Callable[[Reward], bool],
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
         self._progress, self._is_right = progress, is_right
         names = [source.label for source in config.data.train_sets]
         self._sets = names if len(names) > 1 else []
-        self._prompts, self._prompts_per_step = prompts, config.data.prompts_per_step
+        self._data, self._prompts_per_step = data, config.data.prompts_per_step
         self._metrics = MetricsWriter(
             run.folder,
             first_step=run.step + 1,
@@ -132,24 +153,21 @@ class RunReporter:
         write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
         times = self._timers.step_metrics()
+        sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
         tokens = sum(r.num_tokens for r in result.groups.rollouts)
-        speed = {
-            "throughput/tokens_per_second": tokens / times["time/step_seconds"],
-            "throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"],
-        }
-        data = self._prompts.metrics(result.step, self._prompts_per_step)
-        line = {**metrics, **data, **times, **speed, **self._peaks.step_metrics(), **self._held_out}
-        self._held_out = {}
-        changes = self._run.changes if result.step == self._run.step + 1 else ()
-        self._metrics.write(result.step, line, [f"{each.key}: {each.before} -> {each.now}" for each in changes])
-        self._progress.step(result.step, line)
+        self._write_line(result.step, tokens, {**metrics, **sampled}, times)
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 
-    def finished(self, evaluation: Evaluation | None) -> None:
+    def example_step(self, result: ExampleStepResult) -> None:
+        """Write the metrics line. The digest of the policy is computed at the ends of the run only."""
+        self._write_line(result.step, result.num_tokens, result.metrics(), self._timers.step_metrics())
+        self._write(steps=result.step, policy_digest=None)
+
+    def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
         """Write the last evaluation and the final summary, and log the summary."""
         if evaluation is not None:
             self._metrics.write_curves(self.summary.steps, _as_metrics(evaluation))
-        self._write(status="done", eval_after=evaluation)
+        self._write(status="done", eval_after=evaluation, policy_digest=policy_digest or self.summary.policy_digest)
         log.info("%s", render(self.summary, self._run.folder.path))
 
     def failed(self, error: BaseException) -> None:
@@ -160,6 +178,21 @@ class RunReporter:
     def close(self) -> None:
         """Flush the TensorBoard curves."""
         self._metrics.close()
+
+    def _write_line(self, step: int, num_tokens: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
+        """Write the metrics line of a step, and show it."""
+        line = {
+            **metrics,
+            **self._data.metrics(step, self._prompts_per_step),
+            **times,
+            "throughput/tokens_per_second": num_tokens / times["time/step_seconds"],
+            **self._peaks.step_metrics(),
+            **self._held_out,
+        }
+        self._held_out = {}
+        changes = self._run.changes if step == self._run.step + 1 else ()
+        self._metrics.write(step, line, [f"{each.key}: {each.before} -> {each.now}" for each in changes])
+        self._progress.step(step, line)
 
     def _write(self, **changes: Any) -> None:
         seconds = add_seconds(self._run.previous, self._timers.total_seconds())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from grpo_mega.checkpoint.verification import verify_checkpoints
 from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.data.example_dataset import ExampleDataset
 from grpo_mega.formats.checkpoint_manifest import describe_model
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.models.parameter_tables import hf_shapes
@@ -26,16 +27,19 @@ from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.tiny_base.train import model_folder_of
-from grpo_mega.trainer.build import building, log
+from grpo_mega.trainer.build import BuiltJob, building, log
+from grpo_mega.trainer.build_sft import BuiltSft, building_sft
 
 
-def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out: PromptDataset | None) -> None:
+def run_job(
+    config: Config, topology: Topology, data: PromptDataset | ExampleDataset, held_out: PromptDataset | None
+) -> None:
     """Run a job to its end. Collective: every rank calls it.
 
     Args:
         config: the checked config.
         topology: layout of the job's ranks.
-        prompts: training prompts.
+        data: training prompts, or the examples of supervised fine-tuning.
         held_out: prompts of the evaluation; None: no evaluation.
 
     Raises:
@@ -68,7 +72,7 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
                 )
             for change in run.changes:
                 log.info("from step %d on: %s=%s (%s before)", run.step + 1, change.key, change.now, change.before)
-            with building(config, ranks, run, folder, prompts, held_out) as built:
+            with _building(config, ranks, run, folder, data, held_out) as built:
                 try:
                     built.run()
                 except Stopped:
@@ -76,6 +80,20 @@ def run_job(config: Config, topology: Topology, prompts: PromptDataset, held_out
                     raise
     finally:
         dist.destroy_process_group()
+
+
+def _building(
+    config: Config,
+    ranks: Ranks,
+    run: RunState,
+    folder: Path,
+    data: PromptDataset | ExampleDataset,
+    held_out: PromptDataset | None,
+) -> AbstractContextManager[BuiltJob | BuiltSft]:
+    """Return the objects of the job of `train.objective`, which decides the type of the data."""
+    if isinstance(data, ExampleDataset):
+        return building_sft(config, ranks, run, folder, data, held_out)
+    return building(config, ranks, run, folder, data, held_out)
 
 
 def _lock_and_list(config: Config, lock: ExitStack) -> CheckpointsToVerify:

@@ -53,7 +53,7 @@ class StepResult:
             **_rewards(self.groups, is_right),
             **_sets(self.groups.rollouts, sets, is_right),
             **_lengths(self.groups, num_replicas),
-            **_updates(self.updates),
+            **update_metrics(self.updates),
             **mismatch(*with_known(self.groups.rollouts, self.old_log_probs)),
             "train/kl_coef": self.kl_coef,
             **_critic(self.critic_updates, self.batch),
@@ -135,19 +135,22 @@ def _trained(groups: SampledGroups, is_trained: Sequence[bool]) -> dict[str, flo
     }
 
 
-def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
-    """Return means over the step's updates; for maxima, the largest of all updates."""
+def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Return the metrics of a step's updates: means, and for maxima the largest of all updates.
+
+    Args:
+        updates: at least one, with `loss` and `entropy`; other quantities are reported if they are there.
+    """
     mean = {name: statistics.fmean(u.sums[name] for u in updates) for name in updates[0].sums}
     found = {
         "train/loss": mean["loss"],
         "train/entropy": mean["entropy"],
-        "train/clip_fraction": mean["clip_fraction"],
         "train/grad_norm": statistics.fmean(u.grad_norm for u in updates),
         "train/learning_rate": updates[-1].learning_rate,
-        "train/ratio_max": max(u.maxima["ratio"] for u in updates),
         "train/updates": float(len(updates)),
     }
     optional = {
+        "clip_fraction": "train/clip_fraction",
         "kl": "train/kl",
         "correction": "train/correction_mean",
         "masked": "train/masked_fraction",
@@ -157,8 +160,9 @@ def _updates(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "fp8_zero": "train/fp8_zero_fraction",
     }
     found |= {name: mean[key] for key, name in optional.items() if key in mean}
-    if "fp8_amax" in updates[0].maxima:
-        found["train/fp8_amax"] = max(u.maxima["fp8_amax"] for u in updates)
+    for key, name in (("ratio", "train/ratio_max"), ("fp8_amax", "train/fp8_amax")):
+        if key in updates[0].maxima:
+            found[name] = max(u.maxima[key] for u in updates)
     return found
 
 

@@ -29,6 +29,7 @@ TESTS = {
     "layouts.md": "tests/unit/docs/test_layouts_guide.py",
     "rewards.md": "tests/e2e/test_readme_commands.py",
     "servers.md": "tests/e2e/test_server.py",
+    "sft.md": "tests/e2e/test_guides.py",
     "slurm.md": "tests/e2e/test_slurm.py",
     "troubleshooting.md": "tests/unit/docs/test_troubleshooting.py",
 }
@@ -90,6 +91,19 @@ def test_the_commands_of_the_checkpoint_guide_continue_and_convert_a_run(tmp_pat
     checkout = copy_of_the_checkout(tmp_path / "checkout")
     run_blocks("checkpoints.md", checkout, limit_seconds=600)
     assert read_json(checkout / "runs" / "demo" / "summary.json")["steps"] == 6
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_guide_to_fine_tuning_train_the_model_with_which_rl_starts(tmp_path: Path) -> None:
+    checkout = copy_of_the_checkout(tmp_path / "checkout")
+    run_blocks("sft.md", checkout, limit_seconds=600)
+    tuned = read_json(checkout / "runs" / "sft-tiny" / "summary.json")
+    assert tuned["status"] == "done"
+    assert tuned["eval_before"]["accuracy"] < 0.01
+    assert tuned["eval_after"]["accuracy"] > 0.03  # three epochs: 0.08 when it was written
+    begun = read_json(checkout / "runs" / "after-sft" / "summary.json")
+    assert begun["eval_before"]["accuracy"] == tuned["eval_after"]["accuracy"], "the same weights, seed and engine"
 
 
 def test_the_guide_to_a_new_family_gives_a_family_whose_logits_equal_transformers(tmp_path: Path) -> None:

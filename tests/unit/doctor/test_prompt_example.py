@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_mega.config.load import load_config
+from grpo_mega.config.load import config_from_values, load_config
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor.finding import Finding, in_words
 from grpo_mega.doctor.prompt_example import check_prompt
@@ -73,3 +73,25 @@ def test_an_eos_that_is_no_token_fails(tmp_path: Path) -> None:
     _, end = findings(tmp_path, "data.template=plain", eos="</s>")
     assert end.status == "fail"
     assert "generation_config.json: eos_token_id='</s>'" in end.message
+
+
+def test_the_first_example_of_supervised_fine_tuning_is_shown_with_the_parts_that_are_trained(tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b")) * 2]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    config = config_from_values(
+        {
+            "model": {"path": str(tmp_path)},
+            "data": {"train": f"{tmp_path}/chat.jsonl"},
+            "train": {"objective": "sft", "steps": 1},
+        },
+        [],
+        [tmp_path],
+    )
+    tokenizer = bpe_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    (found,) = check_prompt(config, tokenizer)
+    assert (found.check, found.status) == ("example", "pass")
+    assert found.message.splitlines() == [
+        f"{tmp_path}/chat.jsonl:1, 12 tokens, 4 trained",
+        *("read: '<|start|>a<|stop|><|start|>'", "trained: 'b<|stop|>'") * 2,
+    ]

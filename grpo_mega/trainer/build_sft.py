@@ -1,0 +1,164 @@
+"""Builds the objects of supervised fine-tuning on this rank: policy and observer, and the engine if there is an
+evaluation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grpo_mega.checkpoint.export_hf import export_hf
+from grpo_mega.checkpoint.manager import LoopState
+from grpo_mega.config.schema import Config
+from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.data.example_dataset import ExampleDataset
+from grpo_mega.formats.stored_head import checkpoint_spec
+from grpo_mega.models.digest import combined_digest
+from grpo_mega.models.parameter_tables import keeps_float32
+from grpo_mega.observe.log import quiet_libraries
+from grpo_mega.observe.memory import PhasePeaks, device_peak
+from grpo_mega.observe.progress import Progress
+from grpo_mega.observe.run_folder import RunFolder, RunState
+from grpo_mega.observe.summary import Evaluation
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.policy.policy import MegatronPolicy
+from grpo_mega.trainer.build import (
+    make_checkpoints,
+    make_engine,
+    make_evaluator,
+    make_sync,
+    phase_listener,
+    report_fp8,
+)
+from grpo_mega.trainer.build_rollout import make_sampler, start_workers
+from grpo_mega.trainer.example_batch import explain_examples
+from grpo_mega.trainer.phases import Phases
+from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
+from grpo_mega.trainer.sft_loop import EngineSide, SftState, train_on_examples
+from grpo_mega.types import Reward
+from grpo_mega.weight_sync.digest_comparison import source_digests
+
+log = logging.getLogger(__name__)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class BuiltSft:
+    """A job of supervised fine-tuning, with the objects that are used before and after the loop."""
+
+    job: SftState
+    run_state: RunState
+    model_folder: Path
+    state: LoopState
+    policy: MegatronPolicy
+
+    def run(self) -> None:
+        """Run the first evaluation, the loop, the last evaluation, the export and the summary."""
+        job, observer = self.job, self.job.observer
+        try:
+            known = self.run_state.previous is not None and self.run_state.previous.eval_before is not None
+            is_new = self.run_state.status == "fresh" or self.state.step == 0  # a fork starts at a later step
+            before = self._evaluate(self.state) if is_new and not known else None
+            observer.started(self._digest(), before)
+            state = train_on_examples(job, self.state)
+            after = self._evaluate(state)
+            if job.config.checkpoint.export_hf:
+                with job.phases.reading_weights():
+                    export_hf(self.policy, self.model_folder, self.run_state.folder.path / "hf", job.ranks)
+            observer.finished(after, self._digest())
+        except BaseException as error:
+            observer.failed(error)
+            raise
+
+    def _evaluate(self, state: LoopState) -> Evaluation | None:
+        return None if self.job.engine_side is None else self.job.engine_side.evaluate(state)
+
+    def _digest(self) -> str:
+        """Return one digest of all weights, as a weight sync does. Collective."""
+        source, dtype = self.policy.source, _DTYPES[self.job.config.precision.dtype]
+        dtypes = {name: torch.float32 if keeps_float32(name) else dtype for name in source.hf_shapes()}
+        with self.job.phases.reading_weights():
+            return combined_digest(source_digests(source.shards(), dtypes, self.policy.model_parallel_group))
+
+
+@contextmanager
+def building_sft(
+    config: Config,
+    ranks: Ranks,
+    run: RunState,
+    model_folder: Path,
+    examples: ExampleDataset,
+    held_out: PromptDataset | None,
+) -> Iterator[BuiltSft]:
+    """Construct all objects of a rank; on exit they are closed in reverse order. Collective.
+
+    Args:
+        config: the checked config.
+        ranks: coordinates and device of this rank.
+        run: the open run folder, and the checkpoint to continue from.
+        model_folder: Hugging Face folder of the base model.
+        examples: training examples.
+        held_out: prompts of the evaluation; None: no evaluation, and no engine is built.
+
+    Raises:
+        UserError, RuntimeError: see `MegatronPolicy`, `make_engine` and `make_sync`.
+    """
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
+        peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
+        timers = PhaseTimer(phase_listener(peaks, progress))
+        engine_side = None
+        with timers.phase("start"):
+            spec = checkpoint_spec(model_folder)
+            policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=False)
+            # nothing shares the devices with the policy without an engine, so it stays there between the steps
+            elsewhere = held_out is None or config.engine.placement == "server"
+            phases = Phases(policy, engine_elsewhere=elsewhere)
+            checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, None, ranks)
+            stack.callback(checkpoints.close)
+            state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
+            state = state.over(examples.digest, same_run=run.status == "continued")
+            if held_out is not None:
+                engine_side = _build_engine_side(
+                    config, ranks, model_folder, run.folder, policy, phases, timers, held_out, stack
+                )
+        observer: Observer = NullObserver()
+        if progress is not None:
+            is_right = _never if engine_side is None else engine_side.evaluator.is_right
+            observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, examples, is_right)
+            stack.callback(reporter.close)
+            progress.note(explain_examples(config, ranks.topology, examples))
+        job = SftState(config, ranks, examples, policy, phases, checkpoints, timers, observer, engine_side)
+        yield BuiltSft(job, run, model_folder, state, policy)
+
+
+def _build_engine_side(
+    config: Config,
+    ranks: Ranks,
+    model_folder: Path,
+    folder: RunFolder,
+    policy: MegatronPolicy,
+    phases: Phases,
+    timers: PhaseTimer,
+    held_out: PromptDataset,
+    stack: ExitStack,
+) -> EngineSide:
+    """Start the engine and the reward workers, and connect the engine with the policy. Collective."""
+    workers = start_workers(config, ranks, stack)
+    engine = phases.start_engine(lambda: make_engine(config, model_folder, folder.logs, stack))
+    quiet_libraries()
+    with phases.reading_weights():
+        sync = make_sync(config, policy, engine, ranks)
+        report_fp8(config, policy, folder, is_first=ranks.is_first)
+    sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
+    return EngineSide(config, phases, sync, make_evaluator(config, sampler, held_out), timers)
+
+
+def _never(_: Reward) -> bool:
+    """Return False: without an evaluation no answer is scored."""
+    return False
