@@ -2,9 +2,7 @@
 
 The attention of CPUs, and of what the flash kernel does not support (flash_context_attention.py).
 
-Each rank has the queries, keys and values of its part of every sequence (parallel/context_parallel.py). Keys and
-values of all ranks are gathered in the forward pass, and again in the backward pass, which returns to each rank the
-summed gradient of its own keys and values.
+Keys and values are exchanged as gathered_attention.py says.
 
 Memory: queries are processed in slices whose mask has at most MASK_ELEMENTS; the backward pass recomputes a slice. No
 [T, T] matrix exists. Asserted by
@@ -15,16 +13,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grpo_mega.parallel.context_parallel import gather_rows, rank_index, sum_shares
+from grpo_mega.parallel.context_parallel import rank_index
+from grpo_mega.policy.modules.gathered_attention import ContextRow, RowGradients, gathered_attention
 
 MASK_ELEMENTS = 1 << 20
 
@@ -58,47 +54,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, *
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def context_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float | None,
-    group: dist.ProcessGroup,
-    *,
-    sinks: Tensor | None = None,
-    window: int = 0,
-) -> Tensor:
-    """Causal attention inside each sequence of a packed row of T tokens, for the queries of this rank.
-
-    Args:
-        q: [T/cp, n, d], of this rank's tokens.
-        k: [T/cp, m, d], n a multiple of m (grouped queries).
-        v: [T/cp, m, e]; e may differ from d.
-        cu_seqlens: [B + 1] of the whole row; every sequence has a multiple of 2 cp tokens.
-        scale: of the logits; None: 1 / sqrt(d).
-        group: the context-parallel ranks.
-        sinks: [n] logits of an additional key with value 0 (attention sink); None: no sink.
-        window: tokens that a query sees, itself included; 0: all before it.
-    Returns:
-        [T/cp, n, e].
-    """
+def context_attention(q: Tensor, k: Tensor, v: Tensor, row: ContextRow, *, sinks: Tensor | None = None) -> Tensor:
+    """Return the attention of this rank's queries [T/cp, n, e]; see `gathered_attention`. e may differ from d."""
     if sinks is not None:
-        q, k, scale = add_sinks(q, k, sinks, scale)
-    row = RowLayout(cu_seqlens, scale, group, sinks is not None, window)
-    out: Tensor = _ContextAttention.apply(q, k, v, row)  # type: ignore[no-untyped-call]
-    return out
-
-
-@dataclass(frozen=True)
-class RowLayout:
-    """Arguments of `context_attention` that are the same for all tokens of a row."""
-
-    cu_seqlens: Tensor
-    scale: float | None
-    group: dist.ProcessGroup
-    sinks: bool
-    window: int
+        q, k, scale = add_sinks(q, k, sinks, row.scale)
+        row = replace(row, scale=scale)
+    return gathered_attention(q, k, v, row, _MaskedSlices(sinks=sinks is not None))
 
 
 @dataclass(frozen=True)
@@ -154,69 +115,53 @@ def _query_batches(cu_seqlens: tuple[int, ...], cp: int, cp_rank: int, device: t
     return tuple(batches)
 
 
-class _ContextAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, row: RowLayout) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.row = row
-        cu_seqlens, group = row.cu_seqlens, row.group
-        key_row, value_row = gather_keys_and_values(k, v, cu_seqlens, group)
-        out = q.new_empty(q.size(0), q.size(1), v.size(2))
-        for batch in query_batches(cu_seqlens, group.size(), group.rank()):
-            keys, values = (_take(x, batch.keys) for x in (key_row, value_row))
+@dataclass(frozen=True)
+class _MaskedSlices:
+    """Kernel of `gathered_attention`: torch's fused attention of slices of the queries, each with a mask."""
+
+    sinks: bool
+    """Queries and keys come from `add_sinks`."""
+
+    def forward(
+        self, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None, row: ContextRow
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert sinks is None, "they are a column of the keys"
+        out = q.new_empty(q.size(0), q.size(1), values.size(2))
+        for batch in query_batches(row.cu_seqlens, row.group.size(), row.group.rank()):
+            key_rows, value_rows = _take(keys, batch.keys), _take(values, batch.keys)
             for part, seen, mask in batch.slices(row.window):
                 queries = _take(q, batch.queries[:, part])
-                found = attend(queries, keys[:, :, :seen], values[:, :, :seen], mask, row.scale, sinks=row.sinks)
+                found = attend(
+                    queries, key_rows[:, :, :seen], value_rows[:, :, :seen], mask, row.scale, sinks=self.sinks
+                )
                 real = batch.real[:, part]
                 out[batch.queries[:, part][real]] = found.transpose(1, 2)[real]
-        return out
+        return out, ()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
-        row: RowLayout = ctx.row
-        cu_seqlens, group = row.cu_seqlens, row.group
-        key_row, value_row = gather_keys_and_values(k, v, cu_seqlens, group)
+    def backward(
+        self, grad: Tensor, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None, kept: tuple[Tensor, ...],
+        row: ContextRow,
+    ) -> RowGradients:  # fmt: skip
+        del sinks, kept
         grad_q = torch.zeros_like(q)
-        # float32 even for bfloat16, because the gradient of a key is a sum over slices and ranks
-        grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (key_row, value_row))
-        for batch in query_batches(cu_seqlens, group.size(), group.rank()):
-            keys, values = (_take(x, batch.keys) for x in (key_row, value_row))
+        grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        for batch in query_batches(row.cu_seqlens, row.group.size(), row.group.rank()):
+            key_rows, value_rows = _take(keys, batch.keys), _take(values, batch.keys)
             for part, seen, mask in batch.slices(row.window):
                 index, real = batch.queries[:, part], batch.real[:, part]
                 leaves = [
-                    x.detach().requires_grad_() for x in (_take(q, index), keys[:, :, :seen], values[:, :, :seen])
+                    x.detach().requires_grad_()
+                    for x in (_take(q, index), key_rows[:, :, :seen], value_rows[:, :, :seen])
                 ]
                 upstream = (grad[index] * real[:, :, None, None]).transpose(1, 2)
                 with torch.enable_grad():
-                    found = attend(leaves[0], leaves[1], leaves[2], mask, row.scale, sinks=row.sinks)
+                    found = attend(leaves[0], leaves[1], leaves[2], mask, row.scale, sinks=self.sinks)
                 part_q, part_k, part_v = torch.autograd.grad(found, leaves, upstream)
                 grad_q[index[real]] = part_q.transpose(1, 2)[real]
                 for total, part_grad in ((grad_keys, part_k), (grad_values, part_v)):
                     rows = part_grad.transpose(1, 2).flatten(0, 1).to(total.dtype)
                     total.index_add_(0, batch.keys[:, :seen].flatten(), rows)
-        return grad_q, *sum_gradients(grad_keys, grad_values, k, v, cu_seqlens, group), None
-
-
-def gather_keys_and_values(k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Gather keys [T, m, d] and values [T, m, e] of the whole row in one message."""
-    return split_keys_and_values(gather_rows(torch.cat([k.flatten(1), v.flatten(1)], 1), cu_seqlens, group), k, v)
-
-
-def sum_gradients(
-    grad_keys: Tensor, grad_values: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
-    """Sum the gradients of the keys and values of a row over the ranks; return those of this rank's k and v."""
-    both = sum_shares(torch.cat([grad_keys.flatten(1), grad_values.flatten(1)], 1), cu_seqlens, group)
-    grad_k, grad_v = split_keys_and_values(both, k, v)
-    return grad_k.to(k.dtype), grad_v.to(v.dtype)
-
-
-def split_keys_and_values(both: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values with the heads of k and v, from their concatenation [T, ...]."""
-    keys, values = both.split([k[0].numel(), v[0].numel()], dim=1)
-    return keys.reshape(-1, *k.shape[1:]), values.reshape(-1, *v.shape[1:])
+        return RowGradients(grad_q, grad_keys, grad_values)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

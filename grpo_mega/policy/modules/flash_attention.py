@@ -6,7 +6,7 @@ and attention sinks. The kernel is the one behind torch.nn.attention.varlen, cal
 because `varlen_attn` does not return the gradient of a sink.
 
 A query of the last l of L keys sees the first L - l keys, and then its own part causally: the kernel aligns the mask
-at the end of both sequences (torch/nn/attention/bias.py, CausalVariant.LOWER_RIGHT). context_parallel_attention.py
+at the end of both sequences (torch/nn/attention/bias.py, CausalVariant.LOWER_RIGHT). flash_context_attention.py
 relies on it.
 
 Attention sinks. A sink adds a key with value 0 and logit s. With out and L = log sum exp of the kernel, the output with

@@ -28,6 +28,7 @@ from grpo_mega.policy.modules.allocation import allocation_device
 from grpo_mega.policy.modules.context_parallel_attention import add_sinks, attend, context_attention
 from grpo_mega.policy.modules.flash_attention import LARGEST_WIDTH, Spans, can_use_flash, flash_attention
 from grpo_mega.policy.modules.flash_context_attention import flash_context_attention
+from grpo_mega.policy.modules.gathered_attention import ContextRow
 
 cpu.prepare_import()
 
@@ -164,18 +165,16 @@ class PackedAttention(torch.nn.Module):
         if packed_seq_params is None:
             raise AssertionError("the policy always packs; rows without packed_seq_params do not occur")
         bounds, longest = packed_seq_params.cu_seqlens_q, packed_seq_params.max_seqlen_q
-        options: dict[str, Any] = {"sinks": self.softmax_offset, "window": self.window}
-        uses_flash = can_use_flash(q, v)
+        sinks, window, uses_flash = self.softmax_offset, self.window, can_use_flash(q, v)
         self._log_kernel(q, v, uses_flash=uses_flash)
         if self.cp_group is not None and self.cp_group.size() > 1:
-            if uses_flash:
-                out = flash_context_attention(q, k, v, bounds, longest, self.scale, self.cp_group, **options)
-            else:
-                out = context_attention(q, k, v, bounds, self.scale, self.cp_group, **options)
+            attention = flash_context_attention if uses_flash else context_attention
+            out = attention(q, k, v, ContextRow(bounds, longest, self.scale, self.cp_group, window), sinks=sinks)
         elif uses_flash:
-            out = flash_attention(q, k, v, Spans(bounds, bounds, longest, longest), self.scale, **options)
+            spans = Spans(bounds, bounds, longest, longest)
+            out = flash_attention(q, k, v, spans, self.scale, sinks=sinks, window=window)
         else:
-            out = packed_attention(q, k, v, bounds, self.scale, **options)
+            out = packed_attention(q, k, v, bounds, self.scale, sinks=sinks, window=window)
         return out.flatten(1)
 
     def _log_kernel(self, q: Tensor, v: Tensor, *, uses_flash: bool) -> None:

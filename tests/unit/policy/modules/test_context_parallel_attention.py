@@ -10,6 +10,7 @@ import torch
 
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.policy.modules import context_parallel_attention as module
+from grpo_mega.policy.modules import gathered_attention
 from grpo_mega.policy.modules.context_parallel_attention import context_attention, query_batches
 from tests.helpers.attention_oracle import bounds_of, reference_attention
 from tests.helpers.context_ranks import ContextRanks
@@ -44,12 +45,13 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     expected.backward(upstream)
     q, k, v = (x.detach().float() for x in exact)
     gathered = torch.cat([k, k.new_zeros(total, kv_heads, 1)], -1) if has_sinks else k  # of `add_sinks`
-    ranks = ContextRanks(monkeypatch, module, cp, gathered, v)
+    ranks = ContextRanks(monkeypatch, gathered_attention, cp, gathered, v)
     float_sinks = None if sinks is None else sinks.detach().float().requires_grad_()
+    row = gathered_attention.ContextRow(bounds, int(bounds.diff().max()), scale, ranks.group, window)
     for ranks.rank in range(cp):
         share = rank_index(bounds, cp, ranks.rank)
         mine = [x[share].requires_grad_() for x in (q, k, v)]
-        found = context_attention(*mine, bounds, scale, ranks.group, sinks=float_sinks, window=window)
+        found = context_attention(*mine, row, sinks=float_sinks)
         torch.testing.assert_close(found.double(), expected[share].detach(), rtol=1e-5, atol=1e-6)
         found.backward(upstream[share].float())
         assert exact[0].grad is not None

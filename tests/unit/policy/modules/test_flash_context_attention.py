@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grpo_mega.parallel.context_parallel import rank_index
-from grpo_mega.policy.modules import context_parallel_attention
+from grpo_mega.policy.modules import gathered_attention
 from grpo_mega.policy.modules.flash_context_attention import chunk_spans, flash_context_attention
 from tests.helpers.attention_oracle import bounds_of, reference_attention
 from tests.helpers.context_ranks import ContextRanks
@@ -44,12 +44,13 @@ def test_the_ranks_together_are_attention_per_sequence_with_its_gradient(
     expected = reference_attention(*exact, bounds, scale if scale is not None else width**-0.5, sinks, window)
     expected.backward(upstream)
     q, k, v = (x.detach().float() for x in exact)
-    ranks = ContextRanks(monkeypatch, context_parallel_attention, cp, k, v)
+    ranks = ContextRanks(monkeypatch, gathered_attention, cp, k, v)
     float_sinks = None if sinks is None else sinks.detach().float().requires_grad_()
+    row = gathered_attention.ContextRow(bounds, longest, scale, ranks.group, window)
     for ranks.rank in range(cp):
         share = rank_index(bounds, cp, ranks.rank)
         mine = [x[share].requires_grad_() for x in (q, k, v)]
-        found = flash_context_attention(*mine, bounds, longest, scale, ranks.group, sinks=float_sinks, window=window)
+        found = flash_context_attention(*mine, row, sinks=float_sinks)
         torch.testing.assert_close(found.double(), expected[share].detach(), rtol=1e-5, atol=1e-6)
         found.backward(upstream[share].float())
         assert exact[0].grad is not None
