@@ -1,4 +1,4 @@
-"""Master weights on the host are pinned before an update.
+"""Master weights and gradients on the host are in shared pinned buffers before an update.
 
 Megatron's hybrid optimizer runs with parameters that say that they are on CUDA. Streams do nothing, and pinned memory
 is ordinary memory that is remembered.
@@ -15,8 +15,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_mega.config.policy_sections import OptimizerConfig, PrecisionConfig
+from grpo_mega.policy.megatron_arguments import split_arguments
 from grpo_mega.policy.megatron_patches import host_optimizer
 from grpo_mega.policy.megatron_patches.host_optimizer import HybridDeviceOptimizer, install, pin
+from grpo_mega.policy.optimizer_config import optimizer_fields
+from grpo_mega.types import UserError
 
 SHAPES = ((3, 4), (5,), (2, 2))
 Pinned = dict[int, Tensor]
@@ -121,3 +125,46 @@ def test_tensors_share_pinned_buffers_of_a_limited_size(pinned: Pinned, monkeypa
     assert [buffer.nbytes for buffer in pinned.values()] == [48, 4, 80, 12]
     assert all(copy.is_pinned() for copy in copies)
     assert [copy.tolist() for copy in copies] == [[float(n)] * n for n in (4, 8, 1, 20, 3)]
+
+
+def test_gradients_share_a_pinned_buffer_and_are_those_of_the_step(pinned: Pinned) -> None:
+    install()
+    weights = weights_on_device()
+    optimizer = optimizer_of(weights)
+    step(optimizer, weights)
+    copies = list(optimizer.gpu_params_map_cpu_copy.values())
+    assert all(copy.grad.is_pinned() for copy in copies)
+    assert len({copy.grad.untyped_storage().data_ptr() for copy in copies}) == 1
+    for weight in weights:
+        weight.decoupled_grad = torch.full(weight.shape, 3.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    assert all(copy.grad.unique().tolist() == [3.0] for copy in copies)
+    assert all(torch.equal(optimizer.cpu_copy_map_grad[copy], copy.grad) for copy in copies)
+
+
+def test_the_release_still_pins_a_buffer_for_each_gradient(pinned: Pinned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If this fails, the release repaired it: delete `_pin_gradients`."""
+    install()
+    monkeypatch.setattr(HybridDeviceOptimizer, "step", inspect.unwrap(HybridDeviceOptimizer.step))
+    weights = weights_on_device()
+    optimizer = optimizer_of(weights)
+    step(optimizer, weights)
+    assert len({c.grad.untyped_storage().data_ptr() for c in optimizer.gpu_params_map_cpu_copy.values()}) == 3
+
+
+def test_the_release_repeats_the_gradient_of_a_parameter_without_one_which_the_policy_cannot_meet(
+    pinned: Pinned,
+) -> None:
+    """hybrid_optimizer.py:124 leaves `grad` as it is. The distributed optimizer gives every parameter a gradient."""
+    install()
+    weights = weights_on_device()
+    optimizer = optimizer_of(weights)
+    step(optimizer, weights)
+    before = weights[0].as_subclass(Tensor).clone()
+    weights[0].decoupled_grad = None  # type: ignore[attr-defined]
+    optimizer.step()
+    assert not torch.equal(weights[0].as_subclass(Tensor), before)
+    host = OptimizerConfig(host_fraction=1.0)
+    assert optimizer_fields(host, PrecisionConfig(dtype="bf16"))["use_distributed_optimizer"] is True
+    with pytest.raises(UserError, match="use_distributed_optimizer"):
+        split_arguments({"use_distributed_optimizer": False})
