@@ -48,7 +48,6 @@ class ModuleChoice:
             "transformer_impl": "transformer_engine" if self.transformer_engine else "local",
             "use_cpu_initialization": on_default_device,
             "init_model_with_meta_device": self.device == "meta",
-            "persist_layer_norm": self.transformer_engine,
         }
 
 

@@ -156,6 +156,7 @@ def _fused_kernels(spec: ModelSpec, modules: ModuleChoice) -> dict[str, Any]:
         "bias_activation_fusion": on and (moe is None or moe.gate is None),
         "bias_dropout_fusion": on,
         "masked_softmax_fusion": False,  # of attention that is not fused
+        "persist_layer_norm": False,  # of apex's norm, which no module here is
         **({"moe_permute_fusion": on} if moe is not None else {}),
     }
 

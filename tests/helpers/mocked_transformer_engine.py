@@ -4,8 +4,10 @@
 
 FOLDER holds the unpacked wheel. Run it in a process of its own: it replaces parts of torch. Prints one JSON object:
 family -> layout -> {"parameters": names of rank 0, "faults": of the mapping of a checkpoint, "on_cuda": names of the
-functions that allocated memory on the GPU, "local_on_cuda": the same while local modules are counted}; and "kept": kind
-of FP8 weight -> its orders that are left while the engine samples.
+functions that allocated memory on the GPU, "local_on_cuda": the same while local modules are counted, "accumulates":
+names of the linear layers -> True if they add weight gradients in the matrix product}; "kept": kind of FP8 weight ->
+its orders that are left while the engine samples; and "kernels": field of Megatron's config -> True if Megatron finds
+its kernels.
 
 Recipe: NVTE_PROJECT_BUILDING keeps Transformer Engine from loading its libraries; `transformer_engine_torch`, triton,
 onnx and onnxscript are modules whose every attribute is a mock, except for the two enumerations that Transformer Engine
@@ -156,6 +158,12 @@ def describe(family: str) -> dict[str, Any]:
             "faults": faults,
             "on_cuda": allocations.names,
             "local_on_cuda": local_allocations.names,
+            "accumulates": {
+                name: module.fuse_wgrad_accumulation
+                for model in models
+                for name, module in model.named_modules()
+                if hasattr(module, "fuse_wgrad_accumulation")
+            },
         }
     return found
 
@@ -196,11 +204,25 @@ def kept_orders() -> dict[str, dict[str, bool]]:
     return found
 
 
+def found_kernels() -> dict[str, bool]:
+    """Return field of Megatron's config -> True if Megatron finds the kernels that the field switches on."""
+    from megatron.core.models.common.embeddings import rope_utils
+    from megatron.core.transformer.moe import moe_utils
+
+    chunks = "sort_chunks_by_index"
+    permutations = ("permute", "permute_with_probs", chunks, f"{chunks}_with_probs", "unpermute")
+    return {
+        "apply_rope_fusion": rope_utils.fused_apply_rotary_pos_emb_thd is not None,
+        "moe_permute_fusion": all(getattr(moe_utils, f"fused_{name}") is not None for name in permutations),
+    }
+
+
 def main(folder: Path, families: list[str]) -> None:
     """Print the description of each family, and which orders of FP8 weights are kept."""
     warnings.simplefilter("ignore")
     import_transformer_engine(folder)
-    print(json.dumps({family: describe(family) for family in families} | {"kept": kept_orders()}))
+    found: dict[str, Any] = {family: describe(family) for family in families}
+    print(json.dumps(found | {"kept": kept_orders(), "kernels": found_kernels()}))
 
 
 if __name__ == "__main__":

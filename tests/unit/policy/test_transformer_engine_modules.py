@@ -72,3 +72,14 @@ def test_fp8_weights_keep_only_their_rows_while_the_engine_samples(built: Any) -
         "blockwise": {"_rowwise_data": True, "_columnwise_data": False},
         "mxfp8": {"_rowwise_data": True, "_columnwise_data": True},
     }
+
+
+def test_megatron_finds_the_kernels_of_the_fields_that_are_on(built: Any) -> None:
+    assert built["kernels"] == {"apply_rope_fusion": True, "moe_permute_fusion": True}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_layer_adds_its_weight_gradient_in_the_matrix_product(built: Any, family: str) -> None:
+    for layout, found in built[family].items():
+        assert found["accumulates"], layout
+        assert all(found["accumulates"].values()), layout
