@@ -9,7 +9,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.engines.pass_through import check_engine_args
 from grpo_mega.engines.server.protocol import Address, read_token, require_token
 from grpo_mega.models.spec import ModelSpec
-from grpo_mega.parallel.devices import has_cuda_driver
+from grpo_mega.parallel.devices import has_cuda_driver, num_usable_gpus
 from grpo_mega.quantization.fp8_layout_rules import EngineGrid, check_fp8_layout, check_policy_blocks
 from grpo_mega.types import UserError
 
@@ -133,6 +133,31 @@ def _check_sglang_on_this_machine(config: Config) -> None:
             "precision.dtype=fp32 with engine.kind=sglang: SGLang's attention kernels for CUDA compute in 16 bits",
             remedy="use precision.dtype=bf16, or engine.kind=vllm",
         )
+    if config.engine.placement == "colocated" and has_cuda_driver():
+        check_replica_gpus(config.engine.tp, num_usable_gpus())
+
+
+def check_replica_gpus(tp: int, num_usable: int | None) -> None:
+    """Check that a process that starts SGLang can use the GPUs of all ranks of its replica.
+
+    SGLang starts one process per GPU from the first rank of a replica and numbers the GPUs from 0 to tp - 1
+    (entrypoints/engine.py:935). With fewer GPUs it fails in torch.cuda.set_device (model_executor/model_runner.py:455).
+
+    Args:
+        tp: number of ranks of a replica.
+        num_usable: GPUs that the process can use; None: not known.
+
+    Raises:
+        UserError: it can use fewer.
+    """
+    if num_usable is None or num_usable >= tp:
+        return
+    raise UserError(
+        f"engine.tp={tp} with engine.kind=sglang: one process starts SGLang on the GPUs of the {tp} ranks of a "
+        f"replica, and this process can use {num_usable} GPU(s). Slurm's --gpus-per-task and containers hide others",
+        remedy="start one task per node that sees all of its GPUs (launch/slurm.sbatch), or use engine.kind=vllm or "
+        "engine.tp=1",
+    )
 
 
 def _check_sglang(spec: ModelSpec, folder: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from grpo_mega.engines.engine_rules import check_replica_gpus
 from grpo_mega.engines.replica_broadcast import ReplicaBroadcast
 from grpo_mega.engines.request_checks import check_lengths, in_groups, require_ready
 from grpo_mega.engines.sglang.arguments import (
@@ -41,6 +42,7 @@ from grpo_mega.engines.weights.loader_recording import LoaderRecord
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import WeightSink
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
+from grpo_mega.parallel.devices import num_usable_gpus
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import Completion, Prompt, SamplingRequest, UserError
 
@@ -166,15 +168,18 @@ class SglangEngine:
             workspace: bytes that the engine needs beside weights and KV cache.
         """
         machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        gpu, memory = None, None
+        gpu, usable, memory = None, None, None
         if self._on_cuda:
-            gpu = visible_gpu(os.environ, torch.cuda.current_device())
+            gpu, usable = visible_gpu(os.environ, torch.cuda.current_device()), num_usable_gpus()
             memory = GpuMemory(*torch.cuda.mem_get_info(), workspace)
-        gathered = self._ranks.gather((machine, gpu, memory))
-        check_one_machine([each for each, _, _ in gathered], len(gathered))
+        gathered = self._ranks.gather((machine, gpu, usable, memory))
+        check_one_machine([each for each, _, _, _ in gathered], len(gathered))
         if not self._on_cuda:
             return None, None
-        return [name for _, name, _ in gathered], min((each for _, _, each in gathered), key=lambda each: each.free)
+        names = [name for _, name, _, _ in gathered]
+        check_replica_gpus(len(names), gathered[0][2])
+        check_replica_gpus(len(names), len(set(names)))  # ranks that see one GPU each may give it the same name
+        return names, min((each for _, _, _, each in gathered), key=lambda each: each.free)
 
     def _connect(self, shared: list[SharedModel]) -> tuple[WeightClient, LoaderRecord] | str:
         """Connect to this rank's weight server; return the reason if a loader could not be recorded."""

@@ -359,3 +359,29 @@ def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: 
     check_model(config, topology)
     message = message_of(config_of("engine.placement=server", "engine.urls=[node3]"), topology)
     assert_names(message, "engine.urls[0]=node3", "host:port")
+
+
+@pytest.mark.parametrize(
+    ("files", "overrides", "is_rejected"),
+    [
+        (1, ("engine.tp=2",), True),  # Slurm's --gpus-per-task=1
+        (2, ("engine.tp=2",), False),
+        (1, ("engine.tp=1",), False),
+        (0, ("engine.tp=2",), False),  # the files of the devices have other names
+        (1, ("engine.tp=2", "engine.kind=vllm"), False),  # an engine in the process of each rank
+    ],
+)
+def test_sglang_on_several_ranks_needs_a_task_that_can_use_their_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int, overrides: tuple[str, ...], is_rejected: bool
+) -> None:
+    for number in range(files):
+        (tmp_path / f"nvidia{number}").touch()
+    monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path)
+    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+    config = config_of("engine.kind=sglang", "precision.dtype=bf16", "policy.modules=local", *overrides)
+    topology = Topology.of(config, 2)
+    if not is_rejected:
+        check_model(config, topology)
+        return
+    named = ("engine.tp=2", "engine.kind=sglang", "can use 1 GPU(s)", "--gpus-per-task", "one task per node")
+    assert_names(message_of(config, topology), *named)

@@ -9,10 +9,12 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 
 from grpo_mega.engines.sglang import cpu as sglang_cpu
 from grpo_mega.engines.sglang.arguments import (
@@ -25,7 +27,9 @@ from grpo_mega.engines.sglang.arguments import (
     process_environment,
     visible_gpu,
 )
+from grpo_mega.engines.sglang.engine import SglangEngine
 from grpo_mega.engines.sglang.requests import stop_reason
+from grpo_mega.parallel import devices
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 
@@ -142,6 +146,37 @@ def test_processes_on_cuda_see_the_gpus_of_their_ranks_and_no_stubs() -> None:
 def test_a_device_has_the_name_that_cuda_visible_devices_gives_it() -> None:
     assert visible_gpu({}, 3) == "3"
     assert visible_gpu({"CUDA_VISIBLE_DEVICES": "6, GPU-8a"}, 1) == "GPU-8a"
+
+
+@pytest.mark.parametrize(
+    ("usable", "names", "seen"),
+    [(1, ("0", "0"), 1), (2, ("0", "0"), 1), (1, ("0", "1"), 1), (2, ("0", "1"), None), (0, ("0", "1"), None)],
+)
+def test_ranks_that_see_one_gpu_each_are_rejected_before_sglang_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usable: int, names: tuple[str, str], seen: int | None
+) -> None:
+    """`usable` device files, 0: a machine without such files; `names` of the GPUs of two ranks."""
+    for number in range(usable):
+        (tmp_path / f"nvidia{number}").touch()
+    (tmp_path / "nvidiactl").touch()
+    if usable:
+        (tmp_path / f"nvidia{usable}").mkdir()  # cannot be opened for writing, as a device that Slurm hides
+    monkeypatch.setattr(devices, "DEVICE_FILES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 80))
+    engine = object.__new__(SglangEngine)
+    engine._on_cuda = True
+    own = SimpleNamespace(gather=lambda mine: [(mine[0], name, *mine[2:]) for name in names])
+    engine._ranks = own  # type: ignore[assignment]
+    if seen is None:
+        gpus, memory = engine._own_devices(2.0)
+        assert (gpus, memory) == (["0", "1"], GpuMemory(60, 80, 2.0))
+        return
+    with pytest.raises(UserError) as raised:
+        engine._own_devices(2.0)
+    assert_names(
+        raised.value, "engine.tp=2", "engine.kind=sglang", "can use 1 GPU(s)", "one task per node", "engine.tp=1"
+    )
 
 
 def test_a_replica_on_two_machines_is_rejected() -> None:
