@@ -59,8 +59,10 @@ def main() -> None:
         from grpo_mega.engines.server.protocol import read_token, require_token
 
         require_token(args.host, read_token(), f"--host={args.host}")
-        if "RANK" not in os.environ and config.engine.tp > 1:
-            sys.exit(_start_ranks(config.engine.tp))
+        if "RANK" not in os.environ:
+            _check_machine(config)
+            if config.engine.tp > 1:
+                sys.exit(_start_ranks(config.engine.tp))
         serve(config, args.host, args.port)
     except UserError as error:
         report_error(error)
@@ -70,6 +72,20 @@ def main() -> None:
 def _placeholder_url(host: str) -> str:
     """Return an override that satisfies the config's check; the server's own port is not known yet."""
     return f"engine.urls=['{host}:1']"
+
+
+def _check_machine(config: Config) -> None:
+    """Check `engine.memory_share` on this machine, as planner, doctor and the start of a job do.
+
+    Raises:
+        UserError: the share does not hold the engine, or it is set on a machine without CUDA devices.
+    """
+    from grpo_mega.doctor.examine import examine_server
+    from grpo_mega.doctor.finding import require
+    from grpo_mega.engines.engine_rules import check_memory_share_device
+
+    check_memory_share_device(config)
+    require(examine_server(config))
 
 
 def _start_ranks(num_ranks: int) -> int:

@@ -1,4 +1,4 @@
-"""All checks, in order: `examine` for tools/doctor.py, `examine_start` for the start of a job.
+"""All checks, in order: `examine` for tools/doctor.py, `examine_start` and `examine_server` for the start.
 
 `examine_start` leaves out what grpo_mega/train.py checks itself: layout, rewards, data and tokenizer.
 """
@@ -72,10 +72,24 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     if config.engine.fp8 is not None and num_driver_gpus():
         found.append(gpus.check_engine_fp8())
     if config.has_engine and config.engine.placement == "colocated" and num_driver_gpus():
-        found += _engine_share(config, topology)
+        found += _engine_share(config, topology, env)
     if config.model.path is not None:
         found.append(inputs.check_checkpoint(Path(config.model.path)))
     return found
+
+
+def examine_server(config: Config, env: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Check what an engine server needs of its machine: on CUDA, the engine's share of its GPUs.
+
+    Raises:
+        UserError: `model.path` is not a folder of a supported model.
+    """
+    if not num_driver_gpus():
+        return []
+    from grpo_mega.doctor.model_rules import configured_spec
+
+    tp = config.engine.tp
+    return [gpus.check_engine_share(config, configured_spec(config), Topology(tp, engine_tp=tp), env)]
 
 
 def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.environ) -> list[Finding]:
@@ -87,13 +101,13 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
     return found
 
 
-def _engine_share(config: Config, topology: Topology) -> list[Finding]:
+def _engine_share(config: Config, topology: Topology, env: Mapping[str, str]) -> list[Finding]:
     """Check the engine's share of GPU memory. A missing model folder is reported by `inputs.check_checkpoint`."""
     if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
         return []
     from grpo_mega.doctor.model_rules import configured_spec
 
-    return [gpus.check_engine_share(config, configured_spec(config), topology)]
+    return [gpus.check_engine_share(config, configured_spec(config), topology, env)]
 
 
 def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:

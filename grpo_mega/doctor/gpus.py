@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ class Device:
     """One GPU: total and used bytes, and the number of active NVLinks (None: the device has no NVLink)."""
 
     name: str
+    uuid: str
     total: int
     used: int
     links: int | None
@@ -48,20 +50,24 @@ def check_gpus(num_ranks: int, nvml: Any | None = None, *, one_each: bool = Fals
     return [_number(devices, 1 if one_each else num_ranks), _kinds(devices), _empty(devices), _links(devices)]
 
 
-def check_engine_share(config: Config, spec: ModelSpec, topology: Topology, nvml: Any | None = None) -> Finding:
+def check_engine_share(
+    config: Config, spec: ModelSpec, topology: Topology, env: Mapping[str, str], nvml: Any | None = None
+) -> Finding:
     """Check that `engine.memory_share` of the smallest GPU holds the engine, and that the fullest GPU has it free.
 
     Args:
         config: the run.
         spec: its model.
         topology: its ranks.
+        env: environment variables; CUDA_VISIBLE_DEVICES says which GPUs of the machine are meant.
         nvml: the module pynvml; None imports it.
     """
     name = "engine memory"
     found = _devices(nvml)
     if isinstance(found, Finding):
         return Finding(name, found.status, found.message, found.remedy)
-    total, free = min(d.total for d in found), min(d.total - d.used for d in found)
+    used = visible_devices(found, env)
+    total, free = min(d.total for d in used), min(d.total - d.used for d in used)
 
     def check() -> str:
         share = check_memory_share(config, spec, topology, total)
@@ -75,6 +81,17 @@ def check_engine_share(config: Config, spec: ModelSpec, topology: Topology, nvml
         return f"{share.kv_cache / GIB:.1f} of {total / GIB:.1f} GiB of a GPU are left for the KV cache"
 
     return tried(name, check)
+
+
+def visible_devices(devices: Sequence[Device], env: Mapping[str, str]) -> list[Device]:
+    """Return the devices that CUDA_VISIBLE_DEVICES names; all, if it is unset or names something else than devices."""
+    chosen = []
+    for name in filter(None, (part.strip() for part in env.get("CUDA_VISIBLE_DEVICES", "").split(","))):
+        named = [d for i, d in enumerate(devices) if name == str(i) or d.uuid.startswith(name)]
+        if len(named) != 1:  # for example a part of a GPU (MIG)
+            return list(devices)
+        chosen += named
+    return chosen or list(devices)
 
 
 def check_recipe(recipe: str, torch_cuda: tuple[int, int] | None, nvml: Any | None = None) -> Finding:
@@ -140,10 +157,11 @@ def _devices(nvml: Any | None) -> list[Device] | Finding:
 def _device(nvml: Any, index: int) -> Device:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    name = nvml.nvmlDeviceGetName(handle)
-    return Device(
-        name.decode() if isinstance(name, bytes) else name, memory.total, memory.used, _num_links(nvml, handle)
+    name, uuid = (
+        text.decode() if isinstance(text, bytes) else text
+        for text in (nvml.nvmlDeviceGetName(handle), nvml.nvmlDeviceGetUUID(handle))
     )
+    return Device(name, uuid, memory.total, memory.used, _num_links(nvml, handle))
 
 
 def _num_links(nvml: Any, handle: Any) -> int | None:

@@ -41,7 +41,8 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     _check_fp8_device(config)
     if with_engine:
         check_engine_fp8_device(config)
-        check_memory_share_device(config)
+        if config.engine.placement == "colocated":  # engine servers check their own machine
+            check_memory_share_device(config)
     spec = configured_spec(config)
     if with_engine:
         check_engine_model(spec, config)

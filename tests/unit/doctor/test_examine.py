@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega import train
+from grpo_mega import serve, train
 from grpo_mega.cli.doctor import main
 from grpo_mega.cli.plan import main as plan_main
 from grpo_mega.config.load import load_config
@@ -169,6 +170,7 @@ class FakeNvml:
             "nvmlDeviceGetCount": lambda: len(self._devices),
             "nvmlDeviceGetHandleByIndex": lambda i: self._devices[i],
             "nvmlDeviceGetName": lambda d: d[0],
+            "nvmlDeviceGetUUID": lambda d: f"GPU-{self._devices.index(d)}a",
             "nvmlDeviceGetCudaComputeCapability": lambda d: [9, 0],
             "nvmlSystemGetCudaDriverVersion_v2": lambda: 13000,
             "nvmlDeviceGetMemoryInfo": lambda d: SimpleNamespace(total=80 * GIB, used=d[1]),
@@ -215,9 +217,10 @@ def config_for(model: Path, *overrides: str) -> Any:
     return load_config(QUICKSTART, ["model.base=null", f"model.path={model}", *overrides])
 
 
-def share_finding(model: Path, share: float, used: int = 0) -> Finding:
+def share_finding(model: Path, share: float, used: int = 0, env: dict[str, str] | None = None) -> Finding:
     config = config_for(model, f"engine.memory_share={share}", "engine.kv_cache_tokens=null")
-    return gpus.check_engine_share(config, configured_spec(config), Topology(1), FakeNvml(H100, (H100[0], used, [])))
+    nvml = FakeNvml(H100, (H100[0], used, []))
+    return gpus.check_engine_share(config, configured_spec(config), Topology(1), env or {}, nvml)
 
 
 def test_the_memory_share_of_the_engine_must_hold_a_rollout_and_be_free(model: Path) -> None:
@@ -231,6 +234,15 @@ def test_the_memory_share_of_the_engine_must_hold_a_rollout_and_be_free(model: P
     assert share_finding(model, 0.03).status == "pass"
 
 
+@pytest.mark.parametrize(
+    ("visible", "status"),
+    [("0", "pass"), ("GPU-0", "pass"), ("1", "fail"), ("GPU-1a", "fail"), ("0,1", "fail"), ("MIG-7", "fail")],
+)
+def test_the_memory_share_is_of_the_gpus_that_are_visible(model: Path, visible: str, status: str) -> None:
+    env = {"CUDA_VISIBLE_DEVICES": visible}
+    assert share_finding(model, 0.85, used=20 * GIB, env=env).status == status  # GPU 1 is in use by another program
+
+
 @pytest.fixture
 def a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("0000:01", "0000:02"):
@@ -238,13 +250,13 @@ def a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(devices, "DRIVER_FOLDER", tmp_path / "gpus")
     nvml = ModuleType("pynvml")
     for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex", "nvmlDeviceGetName",
-                 "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetNvLinkState", "nvmlDeviceGetCudaComputeCapability",
-                 "nvmlSystemGetCudaDriverVersion_v2", "NVMLError"):  # fmt: skip
+                 "nvmlDeviceGetUUID", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetNvLinkState",
+                 "nvmlDeviceGetCudaComputeCapability", "nvmlSystemGetCudaDriverVersion_v2", "NVMLError"):  # fmt: skip
         setattr(nvml, name, getattr(FakeNvml(H100, H100), name))
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
 
 
-def test_doctor_start_and_planner_reject_the_same_share_with_the_same_words(
+def test_doctor_starts_and_planner_reject_the_same_share_with_the_same_words(
     model: Path, a_machine_with_two_gpus: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = ["model.base=null", f"model.path={model}", "engine.kv_cache_tokens=null", "engine.memory_share=0.01"]
@@ -258,7 +270,14 @@ def test_doctor_start_and_planner_reject_the_same_share_with_the_same_words(
     monkeypatch.setitem(GPUS, "h100-80g", replace(GPUS["h100-80g"], memory=80 * GIB))
     assert plan_main([str(QUICKSTART), *overrides]) == 2
     of_the_planner = capsys.readouterr().err
-    for text in (of_the_doctor, of_the_start, of_the_planner):
+    monkeypatch.setattr(sys, "argv", ["serve", str(QUICKSTART), *overrides])
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        serve.main()
+    of_the_server = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert of_the_server.removeprefix("error: ") in of_the_start
+    for text in (of_the_doctor, of_the_start, of_the_planner, of_the_server):
         assert_names(text, "engine.memory_share=0.01", "0 tokens fit", "use at least engine.memory_share=0.03")
 
 
