@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from grpo_mega.config.schema import Config
 from grpo_mega.models.fp8_tensors import SCALE_BYTES, is_quantized, scales_shape
@@ -23,8 +25,13 @@ GIB = 2**30
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 """Bytes of one element for each `precision.dtype`."""
 
-GRAPHS_AND_KERNELS = 2.0 * GIB
-"""CUDA graphs and kernel workspaces of an engine: an assumption (docs/measurements/planner.md)."""
+ENGINE_GRAPHS = 1.0 * GIB
+"""CUDA graphs of an engine: an assumption (docs/measurements/planner.md)."""
+ENGINE_KERNELS = 1.0 * GIB
+"""Loaded kernels and their buffers, beside weights, KV cache and graphs: an assumption (as above)."""
+
+# The arguments with which an engine captures no CUDA graphs.
+_NO_GRAPHS = {"vllm": "enforce_eager", "sglang": "disable_cuda_graph"}
 
 # Weights that every rank of an engine holds whole.
 _ROUTERS_AND_LATENTS = (
@@ -34,6 +41,23 @@ _ROUTERS_AND_LATENTS = (
     "_a_proj.weight",
     "_a_proj_with_mqa.weight",
 )
+
+
+@dataclass(frozen=True)
+class SleepMode:
+    """Memory that an engine frees while it sleeps, beside weights, KV cache and the workspaces of its kernels."""
+
+    offloads_graphs: bool
+    """CUDA graphs are copied to the host."""
+    suspends_communicators: bool
+    """NCCL communicators free their buffers."""
+
+
+SLEEP_MODES = {
+    "vllm": SleepMode(offloads_graphs=True, suspends_communicators=True),  # engines/vllm/arguments.py sets both
+    "sglang": SleepMode(offloads_graphs=False, suspends_communicators=False),  # 0.5.23 suspends no communicator
+}
+"""The mode of each `engine.kind` on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,9 @@ class EngineShare:
             spread=config.engine.ep > 1,
             fp8=config.engine.fp8 is not None,
         )
-        workspace = workspace_bytes(KvCacheSize.from_config(config), spec)
+        workspace = workspace_bytes(
+            KvCacheSize.from_config(config), spec, graph_bytes(config.engine.kind, config.engine.args)
+        )
         return cls(config.engine.memory_share * gpu_bytes, weights, workspace)
 
     @property
@@ -74,9 +100,20 @@ def step_buffer_bytes(size: KvCacheSize, spec: ModelSpec) -> float:
     return hidden_states + logits
 
 
-def workspace_bytes(size: KvCacheSize, spec: ModelSpec) -> float:
-    """Return the bytes that an engine needs on one GPU beside weights and KV cache."""
-    return GRAPHS_AND_KERNELS + step_buffer_bytes(size, spec)
+def graph_bytes(kind: str, args: Mapping[str, Any]) -> float:
+    """Return the bytes of an engine's CUDA graphs on one GPU; 0 if `engine.args` turns them off."""
+    return 0.0 if args.get(_NO_GRAPHS[kind]) else ENGINE_GRAPHS
+
+
+def workspace_bytes(size: KvCacheSize, spec: ModelSpec, graphs: float) -> float:
+    """Return the bytes that an engine needs on one GPU beside weights and KV cache.
+
+    Args:
+        size: of the KV cache; gives the tokens and rollouts of a step.
+        spec: the model.
+        graphs: bytes of CUDA graphs.
+    """
+    return graphs + ENGINE_KERNELS + step_buffer_bytes(size, spec)
 
 
 def check_memory_share(config: Config, spec: ModelSpec, topology: Topology, gpu_bytes: float) -> EngineShare:

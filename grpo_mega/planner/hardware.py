@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Literal
 
-from grpo_mega.models.engine_memory import GRAPHS_AND_KERNELS
+from grpo_mega.models.engine_memory import ENGINE_GRAPHS, ENGINE_KERNELS
 from grpo_mega.types import UserError
 
 GIB = 2**30
@@ -104,13 +104,13 @@ class Assumptions:
     context_bytes: float = 0.6 * GIB
     """CUDA context and libraries of one process."""
     nccl_bytes_per_group: float = 0.35 * GIB
-    """Buffers of one communicator of more than one rank."""
+    """Buffers of one communicator of the policy of more than one rank."""
+    engine_communicator: float = 0.5625 * GIB
+    """Buffers of one communicator of an engine (published: 479 and 576 MiB with 8 ranks)."""
     allocator_share: float = 0.04
     """Fraction of a phase's allocations that is lost to fragmentation."""
     policy_residue: float = 1.0 * GIB
     """Device memory that an offloaded policy keeps."""
-    engine_residue: float = 1.0 * GIB
-    """Device memory that a sleeping engine keeps."""
     process_host_bytes: float = 6.0 * GIB
     """Host memory of one rank's process before any tensor."""
 
@@ -120,8 +120,9 @@ class Assumptions:
         return [field.name for field in fields(cls)]
 
     def described(self) -> dict[str, float]:
-        """Return name -> value, with the assumption that the engines share with the planner."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"engine_graphs_and_kernels": GRAPHS_AND_KERNELS}
+        """Return name -> value, with the assumptions that the engines share with the planner."""
+        shared = {"engine_graphs": ENGINE_GRAPHS, "engine_kernels": ENGINE_KERNELS}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | shared
 
 
 CPU_ASSUMPTIONS = Assumptions(
@@ -129,8 +130,8 @@ CPU_ASSUMPTIONS = Assumptions(
     context_bytes=0,
     nccl_bytes_per_group=0,
     allocator_share=0,
+    engine_communicator=0,
     policy_residue=0,
-    engine_residue=0,
 )
 
 

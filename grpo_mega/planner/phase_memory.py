@@ -11,6 +11,7 @@ from grpo_mega.models.module_sizes import ModuleSizes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.activations import Activations
 from grpo_mega.planner.engine_memory import EngineMemory
+from grpo_mega.planner.engine_residue import EngineResidue
 from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.pipeline_schedule import peak_of_schedule
 from grpo_mega.planner.static_memory import ModelChunk, StaticBytes, model_chunks, static_bytes
@@ -123,22 +124,32 @@ def _phases(
     inputs: PlanInputs, stage: _Stage, activations: Activations, engine: EngineMemory
 ) -> dict[str, dict[str, float]]:
     """Return phase -> item -> bytes of one pipeline rank."""
-    phases = _policy_phases(inputs, stage, activations)
+    residue = EngineResidue.from_inputs(inputs)
+    phases = _policy_phases(inputs, stage, activations, residue)
     if inputs.config.is_sft:
         del phases["log_probs"]
     if inputs.config.has_engine:
-        phases |= _engine_phases(inputs, stage, engine)
+        phases |= _engine_phases(inputs, stage, engine, residue)
     phases = {name: phases[name] for name in (*PHASES, "server") if name in phases}
     if inputs.config.algorithm.needs_critic:  # the policy's modules with a head of one row, counted as the policy's
         phases["value"] = {name: size for name, size in phases["train"].items() if name != "logits"}
         phases["value"] |= _offloaded_policy(inputs, stage.static)
-    assumed = inputs.assumptions
-    context = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(inputs.topology)
-    for items in phases.values():
+    for name, items in phases.items():
         used = sum(items.values())
-        items["CUDA and NCCL"] = context
-        items["allocator"] = assumed.allocator_share * used
+        items["CUDA and NCCL"] = _contexts_and_communicators(inputs, residue, name)
+        items["allocator"] = inputs.assumptions.allocator_share * used
     return phases
+
+
+def _contexts_and_communicators(inputs: PlanInputs, residue: EngineResidue, phase: str) -> float:
+    """Return the bytes of CUDA contexts and of NCCL in a phase; those of a sleeping engine are in `engine asleep`."""
+    assumed = inputs.assumptions
+    if phase == "server":
+        return assumed.context_bytes + residue.communicators
+    policy = assumed.context_bytes + assumed.nccl_bytes_per_group * num_groups(inputs.topology)
+    if inputs.uses_servers:
+        return policy
+    return policy + residue.context + (residue.communicators if phase in ("rollout", "sync") else 0.0)
 
 
 def _training_state(static: StaticBytes) -> Items:
@@ -156,7 +167,9 @@ def _offloaded_policy(inputs: PlanInputs, static: StaticBytes) -> Items:
     return items
 
 
-def _policy_phases(inputs: PlanInputs, stage: _Stage, activations: Activations) -> dict[str, Items]:
+def _policy_phases(
+    inputs: PlanInputs, stage: _Stage, activations: Activations, engine: EngineResidue
+) -> dict[str, Items]:
     """Return the phases in which the policy computes: log_probs and train."""
     topology, static, chunks = inputs.topology, stage.static, stage.chunks
     state = _training_state(static)
@@ -169,11 +182,8 @@ def _policy_phases(inputs: PlanInputs, stage: _Stage, activations: Activations) 
     copies = topology.dp * topology.cp
     # A rank's shard of the reference is on the device before it is gathered. A whole reference is copied in place.
     reference = static.weights / copies if inputs.config.needs_reference and copies > 1 else 0.0
-    residue = (
-        {}
-        if inputs.uses_servers or not inputs.config.has_engine
-        else {"engine asleep": inputs.assumptions.engine_residue}
-    )
+    engine_sleeps = inputs.config.has_engine and not inputs.uses_servers
+    residue = {"engine asleep": engine.asleep} if engine_sleeps else {}
     return {
         "log_probs": {
             **state,
@@ -192,7 +202,7 @@ def _policy_phases(inputs: PlanInputs, stage: _Stage, activations: Activations) 
     }
 
 
-def _engine_phases(inputs: PlanInputs, stage: _Stage, engine: EngineMemory) -> dict[str, Items]:
+def _engine_phases(inputs: PlanInputs, stage: _Stage, engine: EngineMemory, residue: EngineResidue) -> dict[str, Items]:
     """Return the phases in which an engine computes or receives weights: rollout, sync, and server."""
     static = stage.static
     engine_weights = {"engine weights": engine.weights}
@@ -201,7 +211,12 @@ def _engine_phases(inputs: PlanInputs, stage: _Stage, engine: EngineMemory) -> d
     if not inputs.uses_servers:
         return {
             "rollout": sampling | _offloaded_policy(inputs, static),
-            "sync": {"weights": static.weights, **engine_weights, **buckets},
+            "sync": {
+                "weights": static.weights,
+                **engine_weights,
+                "engine workspace": residue.graphs + residue.kernels,  # which wake with the weights
+                **buckets,
+            },
         }
     # The policy stays on its devices. `server` is a device of an engine server, where the engine never sleeps.
     state = _training_state(static)
@@ -209,24 +224,22 @@ def _engine_phases(inputs: PlanInputs, stage: _Stage, engine: EngineMemory) -> d
 
 
 def num_groups(topology: Topology) -> int:
-    """Return the number of communicators of more than one rank that a rank belongs to.
+    """Return the number of communicators of more than one rank that a rank of the policy belongs to.
 
-    They are the axes, the products of axes that are used together, the engine's axes, and the whole world.
+    They are the axes, the products of axes that are used together, and the whole world.
     """
     axes = (topology.tp, topology.cp, topology.dp, topology.pp, topology.ep, topology.etp, topology.edp)
     products = (topology.tp * topology.pp, topology.dp * topology.cp, topology.world_size)
-    engine = (topology.engine_tp, topology.engine_dp, topology.engine_ranks if topology.engine_dp > 1 else 1)
-    if topology.engine_servers:
-        engine = (1, 1, 1)
-    return sum(size > 1 for size in (*axes, *products, *engine))
+    return sum(size > 1 for size in (*axes, *products))
 
 
 def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
     """Return the host memory of the fullest node.
 
     It holds the processes, what leaves the device (pinned copies on CUDA, which are kept while the policy computes and
-    is saved), the optimizer state that is updated on the host with its gradients, the reference, and what a save copies
-    on each rank: everything that it saves, or one tensor at a time without `checkpoint.asynchronous`.
+    is saved), the CUDA graphs of a sleeping engine, the optimizer state that is updated on the host with its gradients,
+    the reference, and what a save copies on each rank: everything that it saves, or one tensor at a time without
+    `checkpoint.asynchronous`.
     """
     topology, algorithm, needs_reference = inputs.topology, inputs.config.algorithm, inputs.config.needs_reference
     ranks_per_node = min(inputs.gpu.per_node, topology.world_size)
@@ -241,6 +254,7 @@ def _host(inputs: PlanInputs, ranks: list[RankMemory]) -> Items:
         "processes": inputs.assumptions.process_host_bytes,
         "offloaded weights": learners * static.weights if keeps_weights else 0.0,
         "offloaded optimizer": learners * static.optimizer if offloads else 0.0,
+        "engine graphs": 0.0 if inputs.uses_servers else EngineResidue.from_inputs(inputs).copied_graphs,
         "optimizer on the host": learners * updated,
         "reference": reference,
         "checkpoint": _copied_by_a_save(inputs, static, max(rank.static.largest_state for rank in ranks)),

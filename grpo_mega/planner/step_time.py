@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from grpo_mega.config.schema import Config
 from grpo_mega.models.spec import ModelSpec
+from grpo_mega.planner.engine_residue import EngineResidue
 from grpo_mega.planner.inputs import PlanInputs
 from grpo_mega.planner.phase_memory import MemoryPlan
 from grpo_mega.planner.rollout_time import rollout_seconds
@@ -97,7 +98,9 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
     computed = (3 + recomputed) * tokens * cost.forward / rate * bubble
     passes = _policy_passes(config) + (1 if config.needs_reference else 0)
     static = max((rank.static for rank in memory.ranks), key=lambda s: s.weights)
-    offload = 2 * (static.weights + static.optimizer) / (gpu.pcie * assumed.pcie)
+    pcie = gpu.pcie * assumed.pcie
+    offload = 2 * (static.weights + static.optimizer) / pcie
+    graphs = 0.0 if inputs.uses_servers else 2 * EngineResidue.from_inputs(inputs).copied_graphs / pcie
     checkpoint = memory.checkpoint / inputs.cluster.num_nodes / assumed.checkpoint_bandwidth
     phases = {
         "rollout": rollout_seconds(inputs, memory.engine, cost.forward, cost.active),
@@ -105,14 +108,14 @@ def plan_time(inputs: PlanInputs, memory: MemoryPlan, total_parameters: int) -> 
         "train": epochs * (computed + messages)
         + work.updates * _exposed_gradient_seconds(inputs, static, epochs * computed / work.updates / max(1, rows)),
         "optimizer": work.updates * _optimizer_seconds(inputs, static),
-        "offload": offload if inputs.policy_is_offloaded else 0.0,
+        "offload": (offload if inputs.policy_is_offloaded else 0.0) + graphs,
         "sync": _sync_seconds(inputs, memory.engine.weights),
         "checkpoint": checkpoint / (config.checkpoint.every or config.train.steps),
     }
     if config.is_sft:  # an evaluation is not part of a step
         phases = {name: phases[name] for name in ("train", "optimizer", "checkpoint")}
     if config.algorithm.needs_critic:  # its values, its updates, and two more copies over PCIe
-        phases["value"] = forward + phases["train"] + phases["optimizer"] + phases["offload"]
+        phases["value"] = forward + phases["train"] + phases["optimizer"] + offload
     return StepTime(phases, tokens, 3 * tokens * cost.forward)
 
 

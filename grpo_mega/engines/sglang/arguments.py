@@ -37,7 +37,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.sglang.cpu import ENVIRONMENT, threads_of
 from grpo_mega.engines.sglang.scheduler_hooks import ANSWERS, LOADER
-from grpo_mega.models.engine_memory import workspace_bytes
+from grpo_mega.models.engine_memory import graph_bytes, workspace_bytes
 from grpo_mega.models.kv_cache_memory import BATCHED_TOKENS, CACHE_FORMATS, KvCacheSize
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.types import UserError
@@ -191,7 +191,7 @@ def static_fraction(memory: GpuMemory, share: float) -> float:
 def engine_workspace(settings: SglangSettings, spec: ModelSpec) -> float:
     """Return the bytes that the engine needs on one GPU beside weights and KV cache."""
     size = KvCacheSize("sglang", settings.max_model_len, settings.max_num_seqs, settings.kv_cache_tokens)
-    return workspace_bytes(size, spec)
+    return workspace_bytes(size, spec, graph_bytes("sglang", settings.args))
 
 
 def cached_tokens(kv_cache_tokens: int | None, max_num_seqs: int, max_model_len: int) -> int:

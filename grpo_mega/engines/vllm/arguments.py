@@ -12,6 +12,7 @@ from grpo_mega.config.schema import Config
 from grpo_mega.engines.replica_settings import ReplicaSettings
 from grpo_mega.engines.vllm.fp8 import fp8_arguments, fp8_checkpoint_tensors, model_overrides
 from grpo_mega.engines.vllm.recording_loader import RECORDING
+from grpo_mega.models.engine_memory import SLEEP_MODES
 from grpo_mega.models.kv_cache_memory import CACHE_FORMATS, KvCacheSize
 from grpo_mega.models.parameter_tables import hf_shapes, keeps_float32
 from grpo_mega.models.spec import ModelSpec
@@ -143,9 +144,8 @@ def engine_arguments(settings: VllmSettings, spec: ModelSpec) -> dict[str, Any]:
         arguments |= {
             "gpu_memory_utilization": settings.memory_share,
             "enable_sleep_mode": True,
-            # A sleeping engine frees the memory of its CUDA graphs and of its NCCL communicators too.
-            "sleep_mode_offload_cudagraph": True,
-            "enable_nccl_comm_suspend": True,
+            "sleep_mode_offload_cudagraph": SLEEP_MODES["vllm"].offloads_graphs,
+            "enable_nccl_comm_suspend": SLEEP_MODES["vllm"].suspends_communicators,
         }
         if spec.moe is not None:
             # On Blackwell layers/fused_moe/oracle/unquantized.py:70 would prefer FlashInfer's kernels, which reorder

@@ -62,3 +62,8 @@ def test_a_decode_step_reads_the_cache_of_running_rollouts_at_half_of_their_way(
     step = read / (0.85 * 3.35e12) + sums + 5e-3  # and the engine's own work
     decoding = config.sampling.max_tokens * step
     assert plan.time.phases["rollout"] == pytest.approx(decoding, rel=0.02)  # the rest computes the prompts
+
+
+def test_graphs_of_a_sleeping_engine_are_copied_out_and_back_once_a_step(model: Any) -> None:
+    copied = seconds(model)["offload"] - seconds(model, "engine.args={enforce_eager: true}")["offload"]
+    assert copied == pytest.approx(2 * 2**30 / (55e9 * 0.8))  # 0.05 s over PCIe at 80%
