@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from grpo_mega.config.policy_sections import Fp8Config, PrecisionConfig
 from grpo_mega.policy import fp8
+from grpo_mega.policy.learner import MegatronLearner
 
 from megatron.core.distributed import DistributedDataParallelConfig  # isort: skip - after policy prepares the import
 from megatron.core.enums import Fp8Recipe  # isort: skip
@@ -97,3 +99,17 @@ def test_a_plain_parameter_is_filled_and_seen_in_place() -> None:
         room[1] = 5.0
         fp8.put(room, parameter)
     assert fp8.values_of(parameter).data_ptr() == parameter.data_ptr()
+
+
+def test_fp8_copies_are_freed_before_the_weights_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: Any = torch.nn.Linear(2, 2)
+    layer._fp8_workspaces = {"weight": torch.zeros(2, 2)}
+    copies_at_offload: list[int] = []
+    learner: Any = object.__new__(MegatronLearner)
+    monkeypatch.setattr(MegatronLearner, "_settle", lambda _: None)
+    learner.parts = SimpleNamespace(models=[layer])
+    learner.ranks = SimpleNamespace(device=torch.device("cpu"))
+    learner._memory = SimpleNamespace(offload=lambda *_: copies_at_offload.append(len(layer._fp8_workspaces)))
+    learner.offload("grads", "optimizer")
+    learner.offload("params")
+    assert copies_at_offload == [1, 0]

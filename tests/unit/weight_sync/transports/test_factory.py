@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from grpo_mega.parallel.peer_group import PeerGroup
 from grpo_mega.weight_sync.transports import factory
 from grpo_mega.weight_sync.transports.base import BucketMessage, Round
 
@@ -51,3 +53,12 @@ def test_the_group_is_connected_before_a_transport_uses_it(
     monkeypatch.setattr(factory, "GroupTransport", made)
     factory.make_transports(rounds, 1.0, world)  # type: ignore[arg-type]
     assert world.calls == calls
+
+
+def test_connecting_is_one_collective_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group: calls.append((tensor.device.type, group)))
+    peers: Any = object.__new__(PeerGroup)
+    object.__setattr__(peers, "group", "all ranks")
+    peers.connect(torch.device("cpu"))
+    assert calls == [("cpu", "all ranks")]
