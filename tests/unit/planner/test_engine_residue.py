@@ -1,4 +1,4 @@
-"""What a sleeping engine keeps on a GPU, by hand, for each thing that decides it."""
+"""Memory that a sleeping engine keeps on a GPU, by hand, for each thing that decides it."""
 
 from __future__ import annotations
 
