@@ -14,7 +14,7 @@ from grpo_mega.planner.inputs import PlanInputs
 
 @dataclass(frozen=True)
 class EngineResidue:
-    """Bytes of an engine on one GPU that belong neither to weights nor to the KV cache; all 0 without CUDA or engine."""
+    """Bytes of an engine on one GPU beside its weights and its KV cache; all 0 without CUDA or without an engine."""
 
     context: float
     """CUDA context of SGLang's own process. vLLM shares the context of the training rank."""
