@@ -3,8 +3,9 @@
     python -m grpo_mega.train CONFIG [section.key=value ...]
 
 Exit code 0: done. 2: the user's input is wrong; one message on stderr. 1: a failure of the program or of the machine.
-130: stopped by SIGUSR1 after a step and its checkpoint. `prepare` checks the input before the heavy imports and before
-the first process group. `--for-launcher` prints the values of the config that the launcher needs.
+130 (SIGINT, SIGUSR1) or 143 (SIGTERM): stopped, with a checkpoint of the last complete step. `prepare` checks the input
+before the heavy imports and before the first process group. `--for-launcher` prints the values of the config that the
+launcher needs.
 Asserted by tests/unit/test_train.py.
 """
 
@@ -14,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,7 @@ from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.device_queues import set_device_queues
 from grpo_mega.parallel.devices import num_driver_gpus, num_visible_gpus
 from grpo_mega.parallel.error_report import report_error
-from grpo_mega.parallel.stop_signal import EXIT_CODE as STOPPED
-from grpo_mega.parallel.stop_signal import Stopped, expect_stop
+from grpo_mega.parallel.stop_signal import Interrupted, Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.types import UserError
 
@@ -64,10 +65,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override of a config key")
     parser.add_argument("--for-launcher", action="store_true", help=argparse.SUPPRESS)  # prints what it needs as JSON
     arguments = parser.parse_args()
-    expect_stop()
+    stops = None if arguments.for_launcher else StopRequests()
     try:
         config = load_config(arguments.config, arguments.overrides)
-        if arguments.for_launcher:
+        if stops is None:
             sys.stdout.write(f"{json.dumps(for_launcher(config))}\n")
             return
         limit_device_queues(config)
@@ -78,7 +79,9 @@ def main() -> None:
     except UserError as error:
         report_error(error)
         sys.exit(2)
-    run_worker(prepared)
+    except Interrupted as interrupted:
+        _exit_interrupted(interrupted)
+    run_worker(prepared, stops)
 
 
 def for_launcher(config: Config) -> dict[str, object]:
@@ -176,20 +179,27 @@ def prepare(config: Config) -> Prepared:
     return Prepared(config, topology, train, load_held_out(data, tokenizer, with_fields=fields))
 
 
-def run_worker(prepared: Prepared) -> None:
+def run_worker(prepared: Prepared, stops: StopRequests) -> None:
     """Run the job to its end. A failing rank exits at once, so that its launcher ends the other ranks."""
     from grpo_mega.trainer.run import run_job
 
     try:
-        run_job(prepared.config, prepared.topology, prepared.train_data, prepared.eval_prompts)
+        run_job(prepared.config, prepared.topology, prepared.train_data, prepared.eval_prompts, stops)
     except Stopped as stopped:
-        _exit(STOPPED, f"{stopped}\n" if os.environ["RANK"] == "0" else "")
+        again = f"{stopped}; this command continues the run: launch/train.sh {shlex.join(sys.argv[1:])}\n"
+        _exit(stopped.code, again if os.environ["RANK"] == "0" else "")
+    except Interrupted as interrupted:
+        _exit_interrupted(interrupted)
     except UserError as error:  # for example a port in use, a run folder with another config, or a damaged checkpoint
         report_error(error)
         _exit(2)
     except Exception:  # every failure of this rank must reach the screen and its log
         log.exception("this rank failed")
         _exit(1)
+
+
+def _exit_interrupted(interrupted: Interrupted) -> NoReturn:
+    _exit(interrupted.code, f"{interrupted}\n" if os.environ.get("RANK", "0") == "0" else "")
 
 
 def _exit(code: int, message: str = "") -> NoReturn:

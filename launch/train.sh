@@ -16,11 +16,12 @@ YAML. The number of ranks is run.world_size; by default that of the launcher, el
                      srun launch/train.sh CONFIG                                       (one task per node or per rank)
   torchrun           torchrun --nproc-per-node=8 -m grpo_mega.train CONFIG
 
-Several machines may start in any order; they wait for each other for at most guard.timeout_seconds. SIGUSR1 stops the
-run after its current step, with a checkpoint; the same command continues it.
+Several machines may start in any order; they wait for each other for at most guard.timeout_seconds. Ctrl-C, SIGTERM or
+SIGUSR1 stops the run with a checkpoint of its last complete step, and the same command continues it; a second Ctrl-C
+or SIGTERM ends it at once.
 
 Variables: GRPO_MEGA_VENV (the environment's folder), MASTER_PORT, OMP_NUM_THREADS, and those of launch/env.sh.
-Exit code: 0 done, 1 failure, 2 wrong input (one message says what to change), 130 interrupted.
+Exit code: 0 done, 1 failure, 2 wrong input (one message says what to change), 130 or 143 (SIGTERM) stopped.
 TEXT
     exit 0
 fi

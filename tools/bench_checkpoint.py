@@ -139,7 +139,7 @@ def measure_save(manager: CheckpointManager, policy: Policy, step: int, watch: P
     from grpo_mega.policy import sharded_state
 
     def save() -> None:
-        assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=step)
+        manager.stage_if_due(policy, LoopState(step, step), is_due=True)
         manager.publish(wait=True)
 
     with (
@@ -155,7 +155,7 @@ def measure_stop(manager: CheckpointManager, background: BackgroundSaves, policy
     """Save in the background, and measure only what the loop waits for."""
     begin = time.perf_counter()
     with watch.watching(CopiedFiles, "add_file", "copy"):
-        assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=1)
+        manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
     staged = time.perf_counter()
     while background.is_writing:
         time.sleep(0.01)

@@ -71,17 +71,10 @@ class Moves:
 
 def measure(built: BuiltJob, rounds: int) -> dict[str, Any]:
     """Make `rounds` rounds of alternating steps and return their seconds."""
+    sys.path.insert(0, str(Path(__file__).parent / "step_sides"))
+    from no_saves import NoSaves
+
     from grpo_mega.trainer.loop import push_weights, train
-
-    class SkippedCheckpoints:
-        wait_seconds = 0.0
-
-        def stage_if_due(self, *_: object) -> bool:
-            """Return False: no checkpoint is due."""
-            return False
-
-        def publish(self, *, wait: bool) -> None:
-            """Do nothing: there is no checkpoint."""
 
     job, state, moves = built.job, built.state, Moves()
     engine: Any = job.phases._started_engine
@@ -92,7 +85,7 @@ def measure(built: BuiltJob, rounds: int) -> dict[str, Any]:
         until = job.config.train.model_copy(update={"steps": state.step + 1})
         config = job.config.model_copy(update={"train": until})
         start = time.perf_counter()
-        state = train(replace(job, config=config, checkpoints=SkippedCheckpoints()), state)  # type: ignore[arg-type]
+        state = train(replace(job, config=config, saves=NoSaves()), state)
         return time.perf_counter() - start
 
     step()  # allocates the moments and warms up
@@ -126,6 +119,7 @@ def main() -> None:
     from grpo_mega.observe.run_folder import open_run
     from grpo_mega.parallel.ports import free_port
     from grpo_mega.parallel.ranks import init_ranks
+    from grpo_mega.parallel.stop_signal import StopRequests
     from grpo_mega.tiny_base.train import model_folder_of
     from grpo_mega.train import prepare
     from grpo_mega.trainer.build import building
@@ -138,7 +132,7 @@ def main() -> None:
         ranks = init_ranks(prepared.topology, config.guard.timeout_seconds)
         run = open_run(Path(str(config.run.dir)), resolved(config), overwrite=False, train_steps=config.train.steps)
         model = model_folder_of(config)
-        with building(config, ranks, run, model, prepared.train_prompts, None) as built:
+        with building(config, ranks, run, model, prepared.train_prompts, None, StopRequests()) as built:
             found = measure(built, arguments.rounds)
     text = json.dumps(found, indent=2)
     if arguments.json is not None:

@@ -122,8 +122,8 @@ class CheckpointManager:
         """Time for which the last call of `stage_if_due` waited for the save before."""
         self._has_waited = False
 
-    def stage_if_due(self, policy: Policy, state: LoopState, every: int | None, last_step: int) -> bool:
-        """Save, every `every` steps and at the last step, and return True if a save was due. Collective.
+    def stage_if_due(self, policy: Policy, state: LoopState, *, is_due: bool) -> None:
+        """Save if `is_due`, which must be equal on all ranks. Collective.
 
         The checkpoint is visible after `publish`. A save that is still being written is published first; if another one
         is due, this waits for it.
@@ -132,11 +132,10 @@ class CheckpointManager:
             RuntimeError: the disk is full or read-only, or what was written differs from the live state, now or in the
                 save before. The previous checkpoints are not changed.
         """
-        is_due = state.step == last_step or (every is not None and state.step % every == 0)
         self.wait_seconds = 0.0
         self.publish(wait=False)
         if not is_due:
-            return False
+            return
         if self._save is not None:
             self._publish_late(self._save)
         staged = self.path_of(state.step).with_suffix(_STAGED)
@@ -161,7 +160,6 @@ class CheckpointManager:
         else:
             self._background.start(files, staged, live)
         self._save = save
-        return True
 
     def publish(self, *, wait: bool) -> None:
         """Make a saved checkpoint visible, and delete the oldest ones. Collective.

@@ -76,7 +76,9 @@ class CheckpointConfig(Section):
     """Checkpoints of the run and where it resumes."""
 
     every: int | None = Field(None, ge=1)
-    """Steps between checkpoints. null: only after the last step."""
+    """Steps between checkpoints. null: no such rule. The state after the last step is always saved."""
+    every_minutes: float | None = Field(30.0, gt=0)
+    """Longest time from one checkpoint to the next, checked after each step. null: no such rule."""
     keep: int = Field(2, ge=1)
     """Number of checkpoints that are kept, the newest ones."""
     asynchronous: bool = False

@@ -4,7 +4,7 @@ torchrun is not used: it turns every failure into exit code 1 with its own trace
 make an engine's child processes wait for a store that does not exist. Invariants, each with a test in
 tests/unit/launch/test_main.py: the exit code is that of the rank that failed first, even on another machine; the last
 lines of that rank are the last ones on the screen; no rank outlives this process; a stop request
-(grpo_mega/parallel/stop_signal.py) is forwarded to every rank and ends none.
+(grpo_mega/parallel/stop_signal.py) is forwarded to every rank and ends none, and a second Ctrl-C ends all at once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,18 @@ from dataclasses import dataclass
 from types import FrameType
 
 from grpo_mega.launch.rendezvous import Rendezvous
-from grpo_mega.parallel.stop_signal import EXIT_CODE, STOP_SIGNAL, expect_stop, take_stop
+from grpo_mega.parallel.stop_signal import (
+    EXIT_CODE,
+    STOP_SIGNAL,
+    STOPPED_EXIT_CODES,
+    TERMINATED_EXIT_CODE,
+    expect_stop,
+    take_stop,
+)
 
 _GRACE_SECONDS = 10.0  # between SIGTERM and SIGKILL: a rank may be writing its last log line
+_SECOND_SIGNAL_SECONDS = 1.0  # between the first and the second SIGTERM
+_STOPPING_SECONDS = 60.0  # from the first rank that exits after a stop request to the last one
 _POLL_SECONDS = 0.2  # a signal that arrives just before a blocking wait is handled only after the wait
 _REASON_SECONDS = 5.0  # from the exit of a rank without a message to the message of another rank
 _TAIL_LINES = 40  # of each rank's stderr, kept to be printed again after a failure
@@ -112,15 +121,22 @@ class _Ranks:
     def _wait(self, rank: int) -> None:
         self.exits.put(_RankExit(rank, self.processes[rank].wait()))
 
-    def next_exit(self) -> _RankExit:
-        """Wait for the next exit. Meanwhile, forward a stop request to the ranks, but not to their children."""
-        while True:
+    def next_exit(self, seconds: float | None) -> _RankExit | None:
+        """Wait for the next exit, at most `seconds`. Meanwhile, forward a stop request to the ranks, but not to their
+        children. Return None if no rank exits in that time."""
+        deadline = None if seconds is None else time.monotonic() + seconds
+        while deadline is None or time.monotonic() < deadline:
             if take_stop():
-                for process in self.processes:
-                    if process.returncode is None:
-                        process.send_signal(STOP_SIGNAL)
+                self.request(STOP_SIGNAL)
             with suppress(queue.Empty):
                 return self.exits.get(timeout=_POLL_SECONDS)
+        return None
+
+    def request(self, number: int) -> None:
+        """Send a signal to every rank that is still running, but not to its children."""
+        for process in self.processes:
+            if process.returncode is None:
+                process.send_signal(number)
 
     def send(self, number: int) -> None:
         """Send a signal to every rank that is still running, and to its children."""
@@ -129,11 +145,15 @@ class _Ranks:
                 _signal_group(process.pid, number)
 
     def terminate(self) -> None:
-        """Send SIGTERM, then SIGKILL to the processes that are still running after 10 s."""
-        self.send(signal.SIGTERM)
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while any(process.returncode is None for process in self.processes) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        """Send SIGTERM, once more after a second, and SIGKILL to the processes that are still running after 10 s.
+
+        The first one is a request to a rank that trains, the second one ends it.
+        """
+        for seconds in (_SECOND_SIGNAL_SECONDS, _GRACE_SECONDS):
+            self.send(signal.SIGTERM)
+            deadline = time.monotonic() + seconds
+            while any(process.returncode is None for process in self.processes) and time.monotonic() < deadline:
+                time.sleep(0.02)
         for process in self.processes:
             _signal_group(process.pid, signal.SIGKILL)
         for reader in self.readers:
@@ -148,8 +168,8 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def exit_code_of(return_code: int) -> int:
-    """Map a return code to an exit code: 0, 2 (wrong input) and 130 (interrupted) stay; all others become 1."""
-    return return_code if return_code in (0, 2, 130) else 1
+    """Map a return code to an exit code: 0, 2 (wrong input), 130 and 143 (stopped) stay; all others become 1."""
+    return return_code if return_code in (0, 2, *STOPPED_EXIT_CODES) else 1
 
 
 def _report(ranks: _Ranks, failed: int, return_code: int) -> str:
@@ -187,7 +207,7 @@ def _exit_with_reason(ranks: _Ranks, first: _RankExit) -> _RankExit:
     exited, deadline = first, time.monotonic() + _REASON_SECONDS
     while exited.rank is not None:
         ranks.readers[exited.rank].join(timeout=0.5)  # before the lines of the ranks that it makes fail
-        if exited.code < 0 or (exited.code not in (0, EXIT_CODE) and ranks.screen.tails[exited.rank]):
+        if exited.code < 0 or (exited.code not in (0, *STOPPED_EXIT_CODES) and ranks.screen.tails[exited.rank]):
             return exited
         try:
             exited = ranks.exits.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -212,8 +232,8 @@ def run_ranks(
         meeting: rendezvous with the other machines, if any; a failure there ends the ranks of this machine.
 
     Returns:
-        0 if every rank returned 0; 130 after a signal or a stop request; else the exit code of the rank that failed
-        first (`exit_code_of`).
+        0 if every rank returned 0; after a stop request 143 for SIGTERM and 130 for all others; else the exit code of
+        the rank that failed first (`exit_code_of`).
     """
     received: list[int] = []
     ranks: _Ranks | None = None
@@ -221,8 +241,10 @@ def run_ranks(
     def forward_signal(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         if ranks is not None:
-            # A rank that waits in a collective handles no other signal: the second Ctrl-C kills.
-            ranks.send(number if len(received) == 1 else signal.SIGKILL)
+            if len(received) == 1:
+                ranks.request(_request_of(number))
+            else:
+                ranks.send(signal.SIGKILL)
 
     expect_stop()
     previous = {
@@ -231,7 +253,7 @@ def run_ranks(
     try:
         ranks = _Ranks(command, environments)
         if received:  # while the ranks were started
-            ranks.send(received[0])
+            ranks.request(_request_of(received[0]))
         if meeting is not None:
             meeting.watch(lambda code, text: ranks.exits.put(_RankExit(None, code, text)))
         return _wait_for_all(ranks, received, meeting)
@@ -241,25 +263,40 @@ def run_ranks(
 
 
 def _wait_for_all(ranks: _Ranks, received: Sequence[int], meeting: Rendezvous | None) -> int:
-    stopped = False
+    stopped = 0
     for _ in ranks.processes:
-        exited = ranks.next_exit()
+        exited = ranks.next_exit(_STOPPING_SECONDS if stopped else None)
+        if exited is None:  # the first ranks had left before training started, and the others wait for them
+            ranks.terminate()
+            break
         if exited.rank is None:
             ranks.terminate()
             _show(exited.text)
             return exited.code
-        if exited.code == EXIT_CODE:  # all ranks agreed to stop: the others exit soon
-            stopped = True
+        if exited.code in STOPPED_EXIT_CODES:  # all ranks agreed to stop: the others exit soon
+            stopped = max(stopped, exited.code)
         elif exited.code != 0:
-            reason = exited if received else _exit_with_reason(ranks, exited)
+            by_signal = len(received) > 1 or (received and -exited.code == _request_of(received[0]))
+            reason = exited if by_signal else _exit_with_reason(ranks, exited)
             ranks.terminate()
-            code = 130 if received else exit_code_of(exited.code)
+            code = _stopped_code(received) if by_signal else exit_code_of(exited.code)
             text = f"launch: interrupted on {socket.gethostname()}\n"
-            if not received:
+            if by_signal:
+                _show(text)
+            else:
                 text = _show_reason(ranks, reason)
             if meeting is not None:
                 meeting.report_failure(code, text)
             return code
     for reader in ranks.readers:
         reader.join(timeout=1.0)
-    return EXIT_CODE if stopped else 0
+    return _stopped_code(received) if stopped and received else stopped
+
+
+def _request_of(number: int) -> int:
+    """Return the signal for the ranks: a closed terminal (SIGHUP) is a request to terminate."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
+
+
+def _stopped_code(received: Sequence[int]) -> int:
+    return EXIT_CODE if _request_of(received[0]) == signal.SIGINT else TERMINATED_EXIT_CODE

@@ -1,8 +1,8 @@
 """Paths of the run folder, and the decision whether a command starts, continues or finds a finished run.
 
 `open_run` makes the decision on rank 0, before any rank writes into the folder; the result is broadcast. Afterwards the
-folder agrees with the checkpoint from which training continues: later lines of `metrics.jsonl` and later rollouts are
-removed, because the continued run writes them again. No run is deleted, and no checkpoint is changed.
+folder agrees with the checkpoint from which training continues: later lines of `metrics.jsonl` and later rollouts move
+to `discarded/`, because the continued run makes these steps again. Nothing is deleted, and no checkpoint is changed.
 Asserted by tests/unit/observe/test_run_folder.py.
 """
 
@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +64,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def discarded(self) -> Path:
+        """Folder of metrics and rollouts of steps that were made again, in one folder per start."""
+        return self.path / "discarded"
 
     @property
     def logs(self) -> Path:
@@ -126,6 +132,14 @@ class CheckpointsToVerify:
 
 
 @dataclass(frozen=True)
+class DiscardedSteps:
+    """Metrics lines and rollouts of steps after the checkpoint from which a run continues."""
+
+    folder: Path
+    steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class RunState:
     """State of a run when a command starts.
 
@@ -138,6 +152,7 @@ class RunState:
         previous: last summary of earlier commands of this run, whose times and first evaluation are kept; or None.
         moved_to: new path of the folder that `run.overwrite` moved aside, or None.
         changes: keys that have another value from the next step on.
+        discarded: steps after `step` that an earlier command made, and the folder that holds them now; or None.
     """
 
     folder: RunFolder
@@ -147,6 +162,7 @@ class RunState:
     previous: Summary | None
     moved_to: Path | None
     changes: tuple[ConfigChange, ...] = ()
+    discarded: DiscardedSteps | None = None
 
 
 def checkpoints_to_verify(
@@ -210,10 +226,10 @@ def open_run(
     checkpoint = checkpoints.get(step)
     if checkpoint is None and resume != "auto":
         step, checkpoint = _given_checkpoint(resume, train_steps)
-    _remove_after(folder, step)
+    discarded = _set_aside_after(folder, step)
     changes = record_changes(folder.config_changes, step, changes)
     _write_config(folder, resolved)
-    return RunState(folder, "continued", step, checkpoint, previous, None, changes)
+    return RunState(folder, "continued", step, checkpoint, previous, None, changes, discarded)
 
 
 def _is_finished(folder: RunFolder, train_steps: int) -> bool:
@@ -348,26 +364,52 @@ def _read_config(folder: RunFolder) -> dict[str, Any]:
     return config
 
 
-def _remove_after(folder: RunFolder, step: int) -> None:
-    """Remove metrics and rollouts of steps after `step`."""
+def _set_aside_after(folder: RunFolder, step: int) -> DiscardedSteps | None:
+    """Move metrics lines and rollouts of steps after `step` to `discarded/<time>/`; return None if there are none.
+
+    A line or a file that a killed process left unfinished is removed.
+    """
+    steps: set[int] = set()
+    target = _new_folder_name(folder.discarded)
     if folder.metrics.exists():
         lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for number, line in enumerate(lines) if _line_step(folder, lines, number) <= step]
+        step_of = [_line_step(folder, lines, number) for number in range(len(lines))]
+        kept = [line for line, of in zip(lines, step_of, strict=True) if of is not None and of <= step]
+        later = {line: of for line, of in zip(lines, step_of, strict=True) if of is not None and of > step}
+        if later:
+            steps.update(later.values())
+            target.mkdir(parents=True)
+            write_atomically(target / folder.metrics.name, "".join(f"{line}\n" for line in later))
         write_atomically(folder.metrics, "".join(f"{line}\n" for line in kept))
     if folder.rollouts.is_dir():
-        for path in folder.rollouts.iterdir():
+        for path in list(folder.rollouts.iterdir()):
             named = _STEP_NAME.match(path.name)
-            if named and (int(named[1]) > step or path.name.endswith(TEMPORARY_SUFFIX)):
+            if named and path.name.endswith(TEMPORARY_SUFFIX):
                 path.unlink()
+            elif named and int(named[1]) > step:
+                steps.add(int(named[1]))
+                (target / folder.rollouts.name).mkdir(parents=True, exist_ok=True)
+                path.rename(target / folder.rollouts.name / path.name)
+    return DiscardedSteps(target, tuple(sorted(steps))) if steps else None
 
 
-def _line_step(folder: RunFolder, lines: Sequence[str], number: int) -> float:
-    """Return the step of a line; infinity for a last line that is incomplete after a crash."""
+def _new_folder_name(parent: Path) -> Path:
+    """Return a folder in `parent` that does not exist, named by the time in UTC. The clock may have jumped back."""
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    number, found = 1, parent / name
+    while found.exists():
+        number += 1
+        found = parent / f"{name}-{number}"
+    return found
+
+
+def _line_step(folder: RunFolder, lines: Sequence[str], number: int) -> int | None:
+    """Return the step of a line; None for a last line that is incomplete after a crash."""
     try:
         return int(json.loads(lines[number])["step"])
     except (ValueError, KeyError, TypeError) as error:
         if number == len(lines) - 1:
-            return float("inf")
+            return None
         raise UserError(
             f"{folder.metrics}:{number + 1} is not a JSON object with a key `step`", remedy="repair or remove the line"
         ) from error

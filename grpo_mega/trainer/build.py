@@ -13,6 +13,7 @@ import torch.distributed as dist
 from grpo_mega.checkpoint.background import BackgroundSaves
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.engines.factory import make_engine as make_configured_engine
@@ -29,6 +30,7 @@ from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards, full_marks
@@ -42,6 +44,7 @@ from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
+from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
 from grpo_mega.weight_sync.sync import FullTensors, SyncSettings, WeightSync
@@ -93,6 +96,7 @@ def building(
     model_folder: Path,
     prompts: PromptDataset,
     held_out: PromptDataset | None,
+    stops: StopRequests,
 ) -> Iterator[BuiltJob]:
     """Construct all objects of a rank; on exit they are closed in reverse order. Collective.
 
@@ -103,6 +107,7 @@ def building(
         model_folder: Hugging Face folder of the base model.
         prompts: training prompts.
         held_out: prompts of the evaluation; None: no evaluation.
+        stops: stop requests of this process.
 
     Raises:
         UserError, RuntimeError: see `MegatronPolicy`, `make_engine` and `make_sync`.
@@ -132,6 +137,7 @@ def building(
                 sync = make_sync(config, policy, engine, ranks)
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
+        schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
         evaluator = make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
         if progress is not None:
@@ -140,6 +146,7 @@ def building(
             )
             stack.callback(reporter.close)
             progress.note(explain_batch(config, ranks.topology))
+            progress.note(str(schedule))
         job = TrainerState(
             config=config,
             ranks=ranks,
@@ -149,7 +156,7 @@ def building(
             objective=objective,
             phases=phases,
             sync=sync,
-            checkpoints=checkpoints,
+            saves=SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps),
             evaluator=evaluator if held_out is not None else None,
             timers=timers,
             observer=observer,

@@ -13,6 +13,7 @@ import torch
 
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import LoopState
+from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.example_dataset import ExampleDataset
@@ -26,6 +27,7 @@ from grpo_mega.observe.run_folder import RunFolder, RunState
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.trainer.build import (
     make_checkpoints,
@@ -39,6 +41,7 @@ from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
+from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_loop import EngineSide, SftState, train_on_examples
 from grpo_mega.types import Reward
 from grpo_mega.weight_sync.digest_comparison import source_digests
@@ -94,6 +97,7 @@ def building_sft(
     model_folder: Path,
     examples: ExampleDataset,
     held_out: PromptDataset | None,
+    stops: StopRequests,
 ) -> Iterator[BuiltSft]:
     """Construct all objects of a rank; on exit they are closed in reverse order. Collective.
 
@@ -104,6 +108,7 @@ def building_sft(
         model_folder: Hugging Face folder of the base model.
         examples: training examples.
         held_out: prompts of the evaluation; None: no evaluation, and no engine is built.
+        stops: stop requests of this process.
 
     Raises:
         UserError, RuntimeError: see `MegatronPolicy`, `make_engine` and `make_sync`.
@@ -112,6 +117,7 @@ def building_sft(
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
         timers = PhaseTimer(phase_listener(peaks, progress))
+        schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
         engine_side = None
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
@@ -133,7 +139,9 @@ def building_sft(
             observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, examples, is_right)
             stack.callback(reporter.close)
             progress.note(explain_examples(config, ranks.topology, examples))
-        job = SftState(config, ranks, examples, policy, phases, checkpoints, timers, observer, engine_side)
+            progress.note(str(schedule))
+        saves = SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps)
+        job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, engine_side)
         yield BuiltSft(job, run, model_folder, state, policy)
 
 

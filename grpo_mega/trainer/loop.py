@@ -15,14 +15,13 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
 from grpo_mega.interfaces import Critic, Policy, TokenLoss
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.parallel.stop_signal import Stopped, stop_wanted
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import SampledGroups, derived_seed
@@ -31,6 +30,7 @@ from grpo_mega.trainer.mismatch_guard import MismatchGuard, with_known
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
+from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.step_metrics import StepResult
 from grpo_mega.types import UpdateStats
 from grpo_mega.weight_sync.sync import SyncReport, WeightSync
@@ -51,7 +51,7 @@ class TrainerState:
     objective: Objective
     phases: Phases
     sync: WeightSync
-    checkpoints: CheckpointManager
+    saves: SavePoints
     evaluator: Evaluator | None
     timers: PhaseTimer
     observer: Observer
@@ -62,14 +62,16 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
     """Train from `state` to `train.steps`. The engines must hold the policy's weights.
 
     Raises:
-        Stopped: on every rank, after a step and its checkpoint, if one rank has received the stop signal.
+        Stopped: on every rank, with a complete checkpoint, if one rank has received a stop request.
         EngineMismatchError: on every rank, before the checkpoint of a step whose engine differs from the policy.
     """
     config, timers = job.config, job.timers
+    job.saves.start(state)
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
         with job.phases.sampling(), timers.phase("rollout"):
             groups = job.groups.sample(step)
+        job.saves.stop_before_updates(job.policy, state)
         objective = job.objective.at(state.kl_coef)
         with job.phases.training():
             batch = make_batch(job, objective, groups, step)
@@ -82,31 +84,17 @@ def train(job: TrainerState, state: LoopState) -> LoopState:
             old_log_probs = gather_old_log_probs(job, batch)
         job.mismatch_guard.check(step, *with_known(groups.rollouts, old_log_probs), job.sync.describe_checks())
         state = state.after(step, len(updates), objective.next_kl_coef(updates))
-        with timers.phase("checkpoint"):
-            # before the sync: the engine still sleeps, and loses no weights
-            saved = job.checkpoints.stage_if_due(job.policy, state, config.checkpoint.every, config.train.steps)
+        job.saves.after_updates(job.policy, state)  # before the sync: the engine still sleeps, and loses no weights
         synced = push_weights(job, state)
         evaluate_if_due(job, step)
-        stopping = step < config.train.steps and stop_wanted(job.ranks)
-        if stopping and not saved:
-            with timers.phase("checkpoint"):
-                job.checkpoints.stage_if_due(job.policy, state, 1, config.train.steps)
         kl_coef = objective.algorithm.kl_coef
-        waited = job.checkpoints.wait_seconds
+        waited = job.saves.wait_seconds
         result = StepResult(
             step, groups, batch, old_log_probs, updates, synced, kl_coef, critic_updates, state_bytes(job), waited
         )
         job.observer.step(result)
-        # after the metrics line is on disk, so that no checkpoint is ahead of the metrics
-        job.checkpoints.publish(wait=stopping or step == config.train.steps)
-        if stopping:
-            raise Stopped(stopped_after(step))
+        job.saves.end_step(step)
     return state
-
-
-def stopped_after(step: int) -> str:
-    """Return the message of a job that has received the stop signal."""
-    return f"stopped after step {step}; its checkpoint is complete, and the same command continues the run"
 
 
 def make_batch(job: TrainerState, objective: Objective, groups: SampledGroups, step: int) -> TrainBatch:

@@ -15,7 +15,7 @@ from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
 from grpo_mega.observe.timers import PhaseTimer
-from grpo_mega.parallel.stop_signal import Stopped
+from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.trainer.step_metrics import StepResult
@@ -171,9 +171,11 @@ class RunReporter:
         log.info("%s", render(self.summary, self._run.folder.path))
 
     def failed(self, error: BaseException) -> None:
-        """Write a summary with the status and the exception."""
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped)
+        """Write a summary with the status and the exception, and log it if the user stopped the run."""
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit | Stopped | Interrupted)
         self._write(status="interrupted" if interrupted else "failed", error=f"{type(error).__name__}: {error}")
+        if interrupted:
+            log.info("%s", render(self.summary, self._run.folder.path))
 
     def close(self) -> None:
         """Flush the TensorBoard curves."""

@@ -24,7 +24,7 @@ from grpo_mega.observe.run_folder import CheckpointsToVerify, RunState, checkpoi
 from grpo_mega.observe.run_lock import run_lock
 from grpo_mega.observe.summary import render
 from grpo_mega.parallel.ranks import Ranks, agreed, init_ranks
-from grpo_mega.parallel.stop_signal import Stopped
+from grpo_mega.parallel.stop_signal import Stopped, StopRequests
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.tiny_base.train import model_folder_of
 from grpo_mega.trainer.build import BuiltJob, building, log
@@ -32,7 +32,11 @@ from grpo_mega.trainer.build_sft import BuiltSft, building_sft
 
 
 def run_job(
-    config: Config, topology: Topology, data: PromptDataset | ExampleDataset, held_out: PromptDataset | None
+    config: Config,
+    topology: Topology,
+    data: PromptDataset | ExampleDataset,
+    held_out: PromptDataset | None,
+    stops: StopRequests,
 ) -> None:
     """Run a job to its end. Collective: every rank calls it.
 
@@ -41,10 +45,11 @@ def run_job(
         topology: layout of the job's ranks.
         data: training prompts, or the examples of supervised fine-tuning.
         held_out: prompts of the evaluation; None: no evaluation.
+        stops: stop requests of this process.
 
     Raises:
         UserError: the run folder cannot be used.
-        Stopped: a rank received the stop signal; the checkpoint is complete.
+        Stopped: a rank received a stop request; the checkpoint is complete.
     """
     rank = int(os.environ["RANK"])
     coordinates = topology.describe(rank).partition(" | ")[2]
@@ -70,9 +75,18 @@ def run_job(
                     config.train.steps,
                     config.train.steps - run.step,
                 )
+            if run.discarded is not None:
+                made = run.discarded.steps
+                log.info(
+                    "metrics and rollouts of %d later steps (%d to %d) are in %s: these steps are made again",
+                    len(made),
+                    made[0],
+                    made[-1],
+                    run.discarded.folder,
+                )
             for change in run.changes:
                 log.info("from step %d on: %s=%s (%s before)", run.step + 1, change.key, change.now, change.before)
-            with _building(config, ranks, run, folder, data, held_out) as built:
+            with _building(config, ranks, run, folder, data, held_out, stops) as built:
                 try:
                     built.run()
                 except Stopped:
@@ -89,11 +103,12 @@ def _building(
     folder: Path,
     data: PromptDataset | ExampleDataset,
     held_out: PromptDataset | None,
+    stops: StopRequests,
 ) -> AbstractContextManager[BuiltJob | BuiltSft]:
     """Return the objects of the job of `train.objective`, which decides the type of the data."""
     if isinstance(data, ExampleDataset):
-        return building_sft(config, ranks, run, folder, data, held_out)
-    return building(config, ranks, run, folder, data, held_out)
+        return building_sft(config, ranks, run, folder, data, held_out, stops)
+    return building(config, ranks, run, folder, data, held_out, stops)
 
 
 def _lock_and_list(config: Config, lock: ExitStack) -> CheckpointsToVerify:

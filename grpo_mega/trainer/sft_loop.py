@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from grpo_mega.algorithm.likelihood import LikelihoodLoss
-from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.checkpoint.manager import LoopState
 from grpo_mega.config.schema import Config
 from grpo_mega.data.example_dataset import ExampleDataset
 from grpo_mega.data.pack import RowShape
@@ -20,12 +20,12 @@ from grpo_mega.interfaces import Policy
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
-from grpo_mega.parallel.stop_signal import Stopped, stop_wanted
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.trainer.example_batch import build_example_batch
-from grpo_mega.trainer.loop import push_weights, stopped_after, update
+from grpo_mega.trainer.loop import push_weights, update
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import Observer
+from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.weight_sync.sync import WeightSync
 
@@ -60,7 +60,7 @@ class SftState:
     examples: ExampleDataset
     policy: Policy
     phases: Phases
-    checkpoints: CheckpointManager
+    saves: SavePoints
     timers: PhaseTimer
     observer: Observer
     engine_side: EngineSide | None
@@ -75,11 +75,12 @@ def train_on_examples(job: SftState, state: LoopState) -> LoopState:
     """Train from `state` to `train.steps`; return the last state.
 
     Raises:
-        Stopped: on every rank, after a step and its checkpoint, if one rank has received the stop signal.
+        Stopped: on every rank, with a complete checkpoint, if one rank has received a stop request.
         RuntimeError: the loss or the gradient is not finite, or a checkpoint cannot be written.
     """
     config, timers = job.config, job.timers
     shape = RowShape.of(config.parallel, config.precision)
+    job.saves.start(state)
     for step in range(state.step + 1, config.train.steps + 1):
         timers.start_step()
         examples = job.examples.batch(step - 1, config.data.prompts_per_step, config.run.seed)
@@ -89,17 +90,11 @@ def train_on_examples(job: SftState, state: LoopState) -> LoopState:
         with job.phases.training(), timers.phase("train"):
             _, updates = update(job, job.loss, batch, state.policy_version)
         state = state.after(step, len(updates), None)
-        stopping = step < config.train.steps and stop_wanted(job.ranks)
-        with timers.phase("checkpoint"):
-            every = 1 if stopping else config.checkpoint.every
-            job.checkpoints.stage_if_due(job.policy, state, every, config.train.steps)
+        job.saves.after_updates(job.policy, state)
         evaluate_if_due(job, state)
-        waited = job.checkpoints.wait_seconds
+        waited = job.saves.wait_seconds
         job.observer.example_step(ExampleStepResult(step, examples, updates, job.state_bytes(), waited))
-        # after the metrics line is on disk, so that no checkpoint is ahead of the metrics
-        job.checkpoints.publish(wait=stopping or step == config.train.steps)
-        if stopping:
-            raise Stopped(stopped_after(step))
+        job.saves.end_step(step)
     return state
 
 

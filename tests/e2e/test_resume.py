@@ -1,5 +1,5 @@
-"""After SIGKILL or a stop request the same command continues the run; the result equals the uninterrupted run
-exactly."""
+"""After SIGKILL, SIGTERM, Ctrl-C or SIGUSR1 the same command continues the run; the result equals the uninterrupted
+run exactly."""
 
 from __future__ import annotations
 
@@ -86,6 +86,8 @@ def test_a_run_killed_in_its_third_step_and_continued_equals_the_uninterrupted_r
         file.write('{"step": 3, "rew')
     run_job_successfully(*ARGUMENTS, f"run.dir={run}", output=tmp_path / "second")
     assert_same_run(run, uninterrupted_run)
+    (discarded,) = (run / "discarded").iterdir()
+    assert [path.name for path in (discarded / "rollouts").iterdir()][-1:] == [f"step_{STEPS:06d}.jsonl"]
     continued = without_times(read_lines(run / "metrics.jsonl")[-1])
     assert continued["train/grad_norm"] > 0  # the compared values are not all zero
 
@@ -105,13 +107,46 @@ def test_a_killed_and_continued_run_with_sglang_equals_the_uninterrupted_run_and
     assert_same_run(run, expected)
 
 
+def test_a_run_that_sigterm_and_ctrl_c_stop_in_a_step_continues_and_equals_the_uninterrupted_run(
+    uninterrupted_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"]
+    for number, code, step in ((signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2)):
+        output = tmp_path / f"until-{step}"
+        with running_job(arguments, output) as process:
+            wait_for_lines(run / "metrics.jsonl", step, process)
+            process.send_signal(number)
+            assert process.wait(180) == code
+        shown = output.with_suffix(".err").read_text()
+        assert "Traceback" not in shown
+        assert "this command continues the run: launch/train.sh" in shown
+        assert "Interrupted after" in shown
+        stopped_at = read_json(run / "summary.json")["steps"]
+        assert stopped_at >= step
+        assert (run / "checkpoints" / f"step_{stopped_at:06d}" / "complete").is_file()
+        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, stopped_at + 1))
+    run_job_successfully(*arguments, output=tmp_path / "last")
+    assert not (run / "discarded").exists()
+    assert_same_run(run, uninterrupted_run)
+
+
+def wait_for_lines(metrics: Path, number: int, process: psutil.Popen) -> None:
+    """Wait until the file has `number` lines."""
+    deadline = time.monotonic() + 400
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < number:
+        assert process.poll() is None, "the run ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 @pytest.mark.long
 def test_a_run_stopped_after_its_step_and_continued_equals_the_uninterrupted_run(
     uninterrupted_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with running_job([*ARGUMENTS, "checkpoint.every=100", f"run.dir={run}"], tmp_path / "first") as process:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 400
         while not (run / "config.yaml").exists():
             assert process.poll() is None, (tmp_path / "first.err").read_text()[-3000:]
             assert time.monotonic() < deadline

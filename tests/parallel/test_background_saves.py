@@ -90,15 +90,15 @@ def save_while_training(rank: int, recorded: Recorded, layout: Layout, folder: P
         folder.parent / "waiting", 2, Phases(policy).checkpointing, is_first=rank == 0, layout=str(layout)
     )
     train_on(rank, policy, recorded, layout, RATES[1:2])
-    assert waiting.stage_if_due(policy, LoopState(1, 2), every=1, last_step=9)
+    waiting.stage_if_due(policy, LoopState(1, 2), is_due=True)
     waiting.publish(wait=True)
     policy.reload("params", "grads", "optimizer")
     with HeldWriter() as held:
-        assert manager.stage_if_due(policy, LoopState(1, 2), every=1, last_step=9)
+        manager.stage_if_due(policy, LoopState(1, 2), is_due=True)
         manager.publish(wait=False)
         policy.reload("params", "grads", "optimizer")
         stats = train_on(rank, policy, recorded, layout, RATES[2:])
-        assert not manager.stage_if_due(policy, LoopState(2, 4), every=None, last_step=9)
+        manager.stage_if_due(policy, LoopState(2, 4), is_due=False)
         in_flight = names_in(folder)
         held.release.set()
         manager.publish(wait=True)
@@ -147,7 +147,7 @@ def save_before_the_last_is_written(
             with HeldWriter() as held:
                 timer = threading.Timer(0.5, held.release.set)
                 timer.start()
-                assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
+                manager.stage_if_due(policy, LoopState(step, step), is_due=True)
                 timer.join()
             waits.append(manager.wait_seconds)
             names.append(names_in(folder))
@@ -178,16 +178,16 @@ def fail_at_the_next_step(
 ) -> tuple[str, float, list[str]]:
     """Publish a checkpoint, then save while the writer of rank 1 fails; return error, its time, and the folders."""
     policy, manager = open_manager(rank, recorded, layout, folder)
-    assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
+    manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
     manager.publish(wait=True)
     with HeldWriter(before if rank == 1 else "", after if rank == 1 else "") as held:
-        assert manager.stage_if_due(policy, LoopState(2, 2), every=2, last_step=9)
+        manager.stage_if_due(policy, LoopState(2, 2), is_due=True)
         manager.publish(wait=False)
         held.release.set()
         begin = time.monotonic()
         while True:
             try:
-                manager.stage_if_due(policy, LoopState(3, 3), every=2, last_step=9)
+                manager.stage_if_due(policy, LoopState(3, 3), is_due=False)
             except RuntimeError as error:
                 return str(error), time.monotonic() - begin, names_in(folder)
             assert time.monotonic() < begin + 30, "the failure was not noticed"
@@ -215,7 +215,7 @@ def stall(rank: int, recorded: Recorded, layout: Layout, folder: Path) -> tuple[
     with HeldWriter() as held, mock.patch.object(background_module, "_STOP_SECONDS", 0.1):
         if rank == 0:
             held.release.set()
-        assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
+        manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
         begin = time.monotonic()
         try:
             manager.publish(wait=True)
@@ -244,7 +244,7 @@ def write_other_values(rank: int, recorded: Recorded, layout: Layout, folder: Pa
         real(files, written)
 
     with mock.patch.object(CopiedFiles, "write", write):
-        assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
+        manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
         try:
             manager.publish(wait=True)
         except RuntimeError as error:
@@ -263,7 +263,7 @@ def save_until_it_fails(rank: int, recorded: Recorded, layout: Layout, folder: P
     policy, manager = open_manager(rank, recorded, layout, folder, keep=9)
     for step in range(1, 9):
         try:
-            assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
+            manager.stage_if_due(policy, LoopState(step, step), is_due=True)
             manager.publish(wait=False)
         except RuntimeError as error:
             return str(error)
@@ -286,7 +286,7 @@ def close_while_writing(rank: int, recorded: Recorded, layout: Layout, folder: P
     """Close during a save, as a run does that fails on another rank; return the time, and if a thread is left."""
     policy, manager = open_manager(rank, recorded, layout, folder)
     with HeldWriter() as held:
-        assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
+        manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
         held.release.set()
         begin = time.monotonic()
         manager.close()

@@ -149,21 +149,22 @@ def stage_and_publish(rank: int, recorded: Recorded, layout: Layout, folder: Pat
         return steps
 
     train_on(rank, policy, recorded, layout, RATES[:1])
-    not_due = manager.stage_if_due(policy, LoopState(3, 3), every=2, last_step=9)
+    manager.stage_if_due(policy, LoopState(3, 3), is_due=False)
+    not_due = visible()
     stale = folder / "step_000004.tmp" / "left_over_by_a_kill"
     if rank == 0:
         stale.mkdir(parents=True)
     torch.distributed.barrier()
-    assert manager.stage_if_due(policy, LoopState(4, 4), every=2, last_step=9)
+    manager.stage_if_due(policy, LoopState(4, 4), is_due=True)
     seen = {"not_due": not_due, "staged": visible(), "stale_is_gone": not stale.exists()}
     manager.publish(wait=True)
     seen["published"] = visible()
     history = []
     for step in (6, 8, 9):
-        assert manager.stage_if_due(policy, LoopState(step, step), every=2, last_step=9)
+        manager.stage_if_due(policy, LoopState(step, step), is_due=True)
         manager.publish(wait=True)
         history.append(visible())
-    assert manager.stage_if_due(policy, LoopState(9, 9), every=2, last_step=9)
+    manager.stage_if_due(policy, LoopState(9, 9), is_due=True)
     manager.publish(wait=True)
     return seen | {"history": history, "again": visible(), "names": sorted(p.name for p in folder.iterdir())}
 
@@ -206,7 +207,7 @@ def save_what_is_not_live(rank: int, recorded: Recorded, layout: Layout, folder:
     manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0)
     with mock.patch.object(sharded_state.dist_checkpointing, "save", save_old_values):
         try:
-            manager.stage_if_due(policy, LoopState(step=2, policy_version=2), every=1, last_step=9)
+            manager.stage_if_due(policy, LoopState(step=2, policy_version=2), is_due=True)
         except RuntimeError as error:
             return str(error)
     return ""
@@ -231,7 +232,7 @@ def save_until_it_fails(rank: int, recorded: Recorded, layout: Layout, folder: P
     train_on(rank, policy, recorded, layout, RATES[:1])
     for step in range(1, 9):
         try:
-            assert manager.stage_if_due(policy, LoopState(step, step), every=1, last_step=9)
+            manager.stage_if_due(policy, LoopState(step, step), is_due=True)
         except RuntimeError as error:
             return str(error)
         manager.publish(wait=True)
@@ -255,7 +256,7 @@ def publish_without_disk(rank: int, recorded: Recorded, layout: Layout, folder: 
     policy = open_policy(rank, recorded, layout)
     train_on(rank, policy, recorded, layout, RATES[:1])
     manager = CheckpointManager(folder, 2, Phases(policy).checkpointing, is_first=rank == 0)
-    assert manager.stage_if_due(policy, LoopState(1, 1), every=1, last_step=9)
+    manager.stage_if_due(policy, LoopState(1, 1), is_due=True)
     full = OSError(errno.ENOSPC, "No space left on device")
     with mock.patch("pathlib.Path.rename", side_effect=full):
         try:

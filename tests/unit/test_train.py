@@ -169,10 +169,11 @@ def exit_of_main(
 ) -> tuple[Any, str]:
     """Return exit code and stderr of `main`, which must fail before the first process group."""
 
-    def reached(_: train.Prepared) -> NoReturn:
+    def reached(_: train.Prepared, __: object) -> NoReturn:
         pytest.fail("the input was found to be right")
 
     monkeypatch.setattr(train, "run_worker", reached)
+    monkeypatch.setattr(train, "StopRequests", object)  # the handlers of the test's own process stay
     monkeypatch.setattr(sys, "argv", ["grpo_mega.train", str(QUICKSTART), *overrides])
     with pytest.raises(SystemExit) as caught:
         train.main()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from no_saves import NoSaves
 from protocol import Channel, Stopwatch
 
 from grpo_mega.config.schema import Config
@@ -57,19 +58,6 @@ def config_of(settings: dict[str, Any]) -> Config:
     )
 
 
-class NoCheckpoints:
-    """Replacement of the job's checkpoints: `train` would save at the end of every call, which is one step here."""
-
-    wait_seconds = 0.0
-
-    def stage_if_due(self, *_: object) -> bool:
-        """Return False: no checkpoint is due."""
-        return False
-
-    def publish(self, *, wait: bool) -> None:
-        """Do nothing: there is no checkpoint."""
-
-
 class OurSide:
     """A built job and its present state."""
 
@@ -89,7 +77,7 @@ class OurSide:
 
         steps = self.state.step + 1
         config = self.job.config.model_copy(update={"train": self.job.config.train.model_copy(update={"steps": steps})})
-        job: Any = replace(self.job, config=config, checkpoints=NoCheckpoints())  # type: ignore[arg-type]
+        job: Any = replace(self.job, config=config, saves=NoSaves())
         clock = Stopwatch()
         self.state = train(job, self.state)
         taken = clock.read()
@@ -147,6 +135,7 @@ def main() -> None:
     from grpo_mega.config.load import resolved
     from grpo_mega.observe.run_folder import open_run
     from grpo_mega.parallel.ranks import init_ranks
+    from grpo_mega.parallel.stop_signal import StopRequests
     from grpo_mega.train import prepare
     from grpo_mega.trainer.build import building
 
@@ -156,7 +145,7 @@ def main() -> None:
     prepared = prepare(config)
     ranks = init_ranks(prepared.topology, config.guard.timeout_seconds)
     run = open_run(Path(settings["run_dir"]), resolved(config), overwrite=False, train_steps=MAX_STEPS)
-    with building(config, ranks, run, Path(settings["model"]), prepared.train_prompts, None) as built:
+    with building(config, ranks, run, Path(settings["model"]), prepared.train_prompts, None, StopRequests()) as built:
         side = OurSide(built, prepared.train_prompts.prompts)
         channel.send({"threads": torch.get_num_threads()})
         while (command := channel.receive()) is not None:

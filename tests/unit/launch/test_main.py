@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.launch import main
+from grpo_mega.launch import main, supervisor
 from grpo_mega.launch.rendezvous import NodeInfo, rendezvous
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
@@ -220,7 +220,9 @@ sys.exit(run_ranks([sys.executable, "-S", "-c", work], [{**os.environ, "RANK": s
 """
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_no_rank_outlives_its_agent(tmp_path: Path, number: signal.Signals, expected: int) -> None:
     agent = subprocess.Popen([sys.executable, "-c", AGENT], env={**os.environ, "PIDS": str(tmp_path)}, stderr=-3)
     deadline = time.monotonic() + 20
@@ -275,6 +277,69 @@ sys.exit(run_ranks([sys.executable, "-S", "-c", {STOPPING!r}], env))
     assert (agent.returncode, shown) == (130, b"")
 
 
+REQUESTED = """
+import os, signal, subprocess, sys, time
+from grpo_mega.parallel.stop_signal import StopRequests
+stops = StopRequests()
+stops.training_starts()
+child = subprocess.Popen(["sleep", "2"])  # a reward worker, which must not be ended
+open(os.environ["PIDS"] + "/" + os.environ["RANK"], "w").close()
+while not stops.wanted():
+    time.sleep(0.05)
+if "FOREVER" in os.environ:
+    time.sleep(60)
+sys.exit(stops.wanted() if child.wait() == 0 else 1)
+"""
+
+
+def start_agent(folder: Path, program: str, **environment: str) -> subprocess.Popen[bytes]:
+    """Start an agent with two ranks, and wait until both have started."""
+    code = f"""
+import os, sys
+from grpo_mega.launch.supervisor import run_ranks
+env = [{{**os.environ, "RANK": str(r)}} for r in range(2)]
+sys.exit(run_ranks([sys.executable, "-c", {program!r}], env))
+"""
+    environment = {**os.environ, "PIDS": str(folder), **environment}
+    agent = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return agent
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)])
+def test_the_first_signal_of_the_terminal_or_scheduler_is_a_request_to_every_rank_and_ends_no_child(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    agent = start_agent(tmp_path, REQUESTED)
+    agent.send_signal(number)
+    _, shown = agent.communicate(timeout=30)
+    assert agent.returncode == code, shown
+    assert b"Traceback" not in shown
+
+
+def test_the_second_signal_ends_ranks_that_do_not_stop(tmp_path: Path) -> None:
+    agent = start_agent(tmp_path, REQUESTED, FOREVER="1")
+    agent.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert agent.poll() is None
+    agent.send_signal(signal.SIGINT)
+    _, shown = agent.communicate(timeout=20)
+    assert agent.returncode == 130, shown
+    assert shown.splitlines()[-1].startswith(b"launch: interrupted on ")
+
+
+def test_a_rank_that_left_before_training_does_not_leave_the_others_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal during the start can reach a rank before training and another one in it."""
+    monkeypatch.setattr(supervisor, "_STOPPING_SECONDS", 1.0)
+    program = "import os, sys, time; sys.exit(143) if os.environ['RANK'] == '0' else time.sleep(60)"
+    begin = time.monotonic()
+    assert run_ranks([sys.executable, "-S", "-c", program], rank_environments(2)) == 143
+    assert time.monotonic() - begin < 30
+
+
 def test_a_failure_on_another_machine_ends_the_ranks_with_its_code_and_message(
     capfdbinary: pytest.CaptureFixture[bytes],
 ) -> None:
@@ -308,7 +373,7 @@ def test_other_machines_receive_the_failure_of_this_machine() -> None:
 
 LAST_MOMENT = """
 import os, signal, sys
-from grpo_mega.launch import main
+from grpo_mega.launch import main, supervisor
 class Last:  # destroyed after Python has removed its signal handlers
     def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGTERM):
         kill(pid, number)

@@ -200,16 +200,34 @@ def test_overwrite_moves_the_old_folder_to_the_next_free_name(tmp_path: Path) ->
     assert not state.folder.checkpoints.exists()
 
 
-def test_continuing_removes_metrics_and_rollouts_after_the_checkpoint_and_a_torn_last_line(tmp_path: Path) -> None:
+def test_continuing_moves_metrics_and_rollouts_after_the_checkpoint_aside(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "run").folder
     save_checkpoint(folder, 2)
     folder.metrics.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a": 3}\n{"step": 4, "a"')
     folder.rollouts.mkdir()
-    for name in ("step_000001.jsonl", "step_000002.jsonl", "step_000003.jsonl", "step_000002.jsonl.tmp"):
-        (folder.rollouts / name).write_text("{}\n")
-    open_folder(tmp_path / "run")
+    names = [f"step_00000{number}.jsonl" for number in (1, 2, 3, 4)]
+    for name in (*names, "step_000002.jsonl.tmp"):
+        (folder.rollouts / name).write_text(name)
+    discarded = open_folder(tmp_path / "run").discarded
     assert folder.metrics.read_text() == '{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n'
-    assert sorted(p.name for p in folder.rollouts.iterdir()) == ["step_000001.jsonl", "step_000002.jsonl"]
+    assert sorted(p.name for p in folder.rollouts.iterdir()) == names[:2]
+    assert discarded is not None
+    assert (discarded.steps, discarded.folder.parent) == ((3, 4), folder.discarded)
+    assert (discarded.folder / "metrics.jsonl").read_text() == '{"step": 3, "a": 3}\n'
+    assert {p.name: p.read_text() for p in (discarded.folder / "rollouts").iterdir()} == {n: n for n in names[2:]}
+    assert open_folder(tmp_path / "run").discarded is None
+
+
+def test_a_run_without_a_checkpoint_keeps_its_steps_in_discarded(tmp_path: Path) -> None:
+    """Two such starts within a second have two folders."""
+    folder = open_folder(tmp_path / "run").folder
+    for _ in range(2):
+        folder.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+        state = open_folder(tmp_path / "run")
+        assert (state.step, state.checkpoint) == (0, None)
+        assert state.discarded is not None
+        assert state.discarded.steps == (1, 2)
+    assert len(list(folder.discarded.iterdir())) == 2
 
 
 def test_a_last_line_cut_before_its_line_end_is_kept_whole(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grpo_mega.checkpoint.manager import LoopState
+from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.policy_sections import OptimizerConfig, ParallelConfig, PrecisionConfig
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.config.schema import CheckpointConfig, RunConfig, TrainConfig
@@ -22,7 +23,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.parallel.stop_signal import Stopped
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.trainer import sft_loop
+from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_loop import SftState, train_on_examples
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
 from grpo_mega.types import UpdateStats
@@ -36,6 +37,7 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.staged: str | None = None
+        self.stop_code = 0
         self.wait_seconds = 0.0
 
     @contextmanager
@@ -51,14 +53,18 @@ class Recorder:
     def state_bytes(self) -> dict[str, int]:
         return {"params": 7}
 
-    def stage_if_due(self, policy: Any, state: LoopState, every: int | None, last: int) -> bool:
-        is_due = state.step == last or (every is not None and state.step % every == 0)
+    def stage_if_due(self, policy: Any, state: LoopState, *, is_due: bool) -> None:
         self.staged = f"checkpoint {state.step} of version {state.policy_version}" if is_due else None
-        return is_due
 
     def publish(self, *, wait: bool) -> None:
         if self.staged is not None:
             self.calls.append(f"{self.staged}{', waited' if wait else ''}")
+
+    def training_starts(self) -> None:
+        self.calls.clear()
+
+    def wanted(self) -> int:
+        return self.stop_code
 
     def evaluate(self, state: LoopState) -> str:
         self.calls.append(f"evaluate {state.step}")
@@ -84,22 +90,19 @@ def job_of(recorder: Recorder, *, with_engine: bool = True) -> SftState:
         evaluation=EvaluationConfig(every=2),
     )
     one: Any = recorder
+    ranks = Ranks(topology, topology.coordinates(0), torch.device("cpu"))
+    timers = PhaseTimer()
     return SftState(
         cast("Any", config),
-        Ranks(topology, topology.coordinates(0), torch.device("cpu")),
+        ranks,
         ExampleDataset((ExampleSet("examples", EXAMPLES),)),
         one,
         one,
-        one,
-        PhaseTimer(),
+        SavePoints(ranks, one, CheckpointSchedule(3, None, last_step=4), one, timers, last_step=4),
+        timers,
         one,
         one if with_engine else None,
     )
-
-
-@pytest.fixture(autouse=True)
-def _no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sft_loop, "stop_wanted", lambda ranks: False)
 
 
 def test_a_step_updates_then_evaluates_then_reports_then_publishes_its_checkpoint() -> None:
@@ -125,11 +128,12 @@ def test_a_resumed_loop_continues_with_the_next_examples_and_the_next_rate() -> 
     assert resumed.calls == whole.calls[6:]
 
 
-def test_the_stop_signal_ends_the_run_after_a_step_with_its_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_request_ends_the_run_after_a_step_with_its_checkpoint() -> None:
     recorder = Recorder()
-    monkeypatch.setattr(sft_loop, "stop_wanted", lambda ranks: True)
-    with pytest.raises(Stopped, match="after step 1"):
+    recorder.stop_code = 143
+    with pytest.raises(Stopped, match="after step 1") as caught:
         train_on_examples(job_of(recorder), LoopState())
+    assert caught.value.code == 143
     assert recorder.calls[-1] == "checkpoint 1 of version 1, waited"
 
 

@@ -1,0 +1,90 @@
+"""The points of a step at which a run saves or stops, agreed on by all ranks.
+
+A stop request that one rank has received stops all ranks at the same point, with the same checkpoint.
+Asserted by tests/unit/trainer/test_save_points.py and tests/e2e/test_resume.py.
+"""
+
+from __future__ import annotations
+
+from grpo_mega.checkpoint.manager import CheckpointManager, LoopState
+from grpo_mega.checkpoint.schedule import CheckpointSchedule
+from grpo_mega.interfaces import Policy
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.stop_signal import Stopped, StopRequests, largest_on_all
+
+
+class SavePoints:
+    """Saves the state of a run when a checkpoint is due or a stop is requested. Every method is collective."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        checkpoints: CheckpointManager,
+        schedule: CheckpointSchedule,
+        stops: StopRequests,
+        timers: PhaseTimer,
+        last_step: int,
+    ) -> None:
+        """Create the object of this rank.
+
+        Args:
+            ranks: coordinates of this rank.
+            checkpoints: writes checkpoints.
+            schedule: says when one is due.
+            stops: stop requests of this process.
+            timers: measures the time of the phase `checkpoint`.
+            last_step: `train.steps`.
+        """
+        self._ranks, self._checkpoints, self._schedule, self._stops = ranks, checkpoints, schedule, stops
+        self._timers, self._last_step = timers, last_step
+        self._saved_step = 0
+        self._stop_code = 0
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time for which the last save waited for the one before."""
+        return self._checkpoints.wait_seconds
+
+    def start(self, state: LoopState) -> None:
+        """Note that training starts from `state`, which is on disk or is the base model."""
+        self._saved_step = state.step
+        self._stops.training_starts()
+
+    def stop_before_updates(self, policy: Policy, state: LoopState) -> None:
+        """If a stop is requested, save `state`, that of the last complete step, unless it is on disk.
+
+        The rollouts of the present step are dropped: the continued run samples the same ones again.
+
+        Raises:
+            Stopped: on every rank.
+        """
+        (stop_code,) = largest_on_all((self._stops.wanted(),), self._ranks)
+        if not stop_code:
+            return
+        with self._timers.phase("checkpoint"):
+            self._checkpoints.stage_if_due(policy, state, is_due=state.step != self._saved_step)
+            self._checkpoints.publish(wait=True)
+        raise Stopped(f"stopped after step {state.step}, before the updates of step {state.step + 1}", stop_code)
+
+    def after_updates(self, policy: Policy, state: LoopState) -> None:
+        """Save `state` if a checkpoint is due or a stop is requested. The checkpoint is not visible yet."""
+        time_is_up = self._ranks.is_first and self._schedule.time_is_up()
+        stop_code, due = largest_on_all((self._stops.wanted(), int(time_is_up)), self._ranks)
+        self._stop_code = stop_code if state.step < self._last_step else 0  # else the run is complete
+        save = self._schedule.is_due(state.step, time_is_up=bool(self._stop_code or due))
+        with self._timers.phase("checkpoint"):
+            self._checkpoints.stage_if_due(policy, state, is_due=save)
+        if save:
+            self._schedule.saved()
+            self._saved_step = state.step
+
+    def end_step(self, step: int) -> None:
+        """Make the checkpoint visible, and stop if it was requested. Call when the metrics of the step are on disk.
+
+        Raises:
+            Stopped: on every rank, with a complete checkpoint.
+        """
+        self._checkpoints.publish(wait=bool(self._stop_code) or step == self._last_step)
+        if self._stop_code:
+            raise Stopped(f"stopped after step {step}", self._stop_code)

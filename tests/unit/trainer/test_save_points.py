@@ -1,0 +1,117 @@
+"""grpo_mega.trainer.save_points: when a state is saved and where a run stops, on one rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_mega.checkpoint.manager import LoopState
+from grpo_mega.checkpoint.schedule import CheckpointSchedule
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.parallel.stop_signal import Stopped
+from grpo_mega.parallel.topology import Topology
+from grpo_mega.trainer.save_points import SavePoints
+
+
+class Recorder:
+    """Stands for the checkpoint manager, the stop requests and the clock."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.code, self.seconds = 0, 0.0
+
+    def stage_if_due(self, policy: Any, state: LoopState, *, is_due: bool) -> None:
+        if is_due:
+            self.calls.append(state.step)
+
+    def publish(self, *, wait: bool) -> None:
+        self.calls.append("wait" if wait else "publish")
+
+    def training_starts(self) -> None:
+        self.calls.append("training")
+
+    def wanted(self) -> int:
+        return self.code
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def points_of(recorder: Recorder, step: int = 0) -> SavePoints:
+    topology, one = Topology(1), recorder
+    ranks = Ranks(topology, topology.coordinates(0), torch.device("cpu"))
+    schedule = CheckpointSchedule(3, 30.0, last_step=5, clock=recorder)
+    points = SavePoints(ranks, one, schedule, one, PhaseTimer(), last_step=5)  # type: ignore[arg-type]
+    points.start(LoopState(step=step))
+    recorder.calls.clear()
+    return points
+
+
+def make_steps(points: SavePoints, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        points.stop_before_updates(None, LoopState(step=step - 1))  # type: ignore[arg-type]
+        points.after_updates(None, LoopState(step=step))  # type: ignore[arg-type]
+        points.end_step(step)
+
+
+def test_due_steps_are_saved_and_the_last_one_is_waited_for() -> None:
+    recorder = Recorder()
+    make_steps(points_of(recorder), 1, 5)
+    assert recorder.calls == ["publish", "publish", 3, "publish", "publish", 5, "wait"]
+
+
+def test_half_an_hour_without_a_checkpoint_makes_one_due() -> None:
+    recorder = Recorder()
+    points = points_of(recorder)
+    recorder.seconds = 1800.0
+    make_steps(points, 1, 2)
+    assert recorder.calls == [1, "publish", "publish"]
+
+
+def test_a_request_during_the_rollouts_saves_the_step_before_and_stops() -> None:
+    recorder = Recorder()
+    points = points_of(recorder)
+    make_steps(points, 1, 2)
+    recorder.calls.clear()
+    recorder.code = 143
+    with pytest.raises(Stopped, match="after step 2, before the updates of step 3") as caught:
+        make_steps(points, 3, 3)
+    assert caught.value.code == 143
+    assert recorder.calls == [2, "wait"]
+
+
+@pytest.mark.parametrize("begin", [0, 2])
+def test_a_state_that_is_on_disk_is_not_saved_again(begin: int) -> None:
+    """The base model before the first step, and the checkpoint from which a run continues."""
+    recorder = Recorder()
+    points = points_of(recorder, begin)
+    recorder.code = 130
+    with pytest.raises(Stopped):
+        make_steps(points, begin + 1, begin + 1)
+    assert recorder.calls == ["wait"]
+
+
+def test_a_request_during_the_updates_saves_that_step_and_stops() -> None:
+    recorder = Recorder()
+    points = points_of(recorder)
+    points.stop_before_updates(None, LoopState(step=0))  # type: ignore[arg-type]
+    recorder.code = 130
+    points.after_updates(None, LoopState(step=1))  # type: ignore[arg-type]
+    assert recorder.calls == [1]
+    with pytest.raises(Stopped, match="after step 1") as caught:
+        points.end_step(1)
+    assert caught.value.code == 130
+    assert recorder.calls == [1, "wait"]
+
+
+def test_a_request_during_the_last_step_changes_nothing() -> None:
+    recorder = Recorder()
+    points = points_of(recorder)
+    make_steps(points, 1, 4)
+    points.stop_before_updates(None, LoopState(step=4))  # type: ignore[arg-type]
+    recorder.code = 130
+    points.after_updates(None, LoopState(step=5))  # type: ignore[arg-type]
+    points.end_step(5)
