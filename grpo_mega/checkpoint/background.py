@@ -3,7 +3,7 @@
 A save copies its tensors to host memory; a thread of each rank then writes them, flushes them to disk, reads them back
 and computes their digests. It uses no collective and no device. The copies stay allocated for the next save, and at
 most one save is in flight. A thread cannot die without its rank, so a killed writer is a killed rank.
-Asserted by tests/parallel/test_background_saves.py and, with killed runs, tests/e2e/test_resume.py.
+Asserted by tests/parallel/test_background_saves.py.
 """
 
 from __future__ import annotations

@@ -157,7 +157,6 @@ def test_an_asynchronous_save_copies_all_that_the_ranks_of_a_node_save(dtype: st
         static = plan.ranks[0].static
         elements = (static.optimizer + static.optimizer_on_host) / masters
         assert plan.host["checkpoint"] == 4 * elements * (weight + 12)
-        assert plan.host["checkpoint"] == pytest.approx(plan.checkpoint, rel=0.3)  # padding of a small model
     critic = memory_of(config_of(algorithm={"name": "ppo"}, **precision), spec_of(), 4)
     assert critic.host["checkpoint"] == 2 * plan.host["checkpoint"]
     moving = memory_of(config_of(algorithm={"ref_update_every": 1}, **precision), spec_of(), 4)

@@ -99,6 +99,7 @@ def test_all_metrics_of_a_step_by_hand() -> None:
             "train/mismatch_kl": k3,
             "train/num_loss_tokens": 5.0,
             "train/unused_rollouts": 1.0,
+            "time/checkpoint_wait_seconds": 0.0,
             "sync/bytes": 3e9,
             "sync/received_bytes": 1e9,
             "sync/verify_seconds": 0.1,
