@@ -65,30 +65,51 @@ class ParallelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """Adam with decoupled weight decay (AdamW)."""
+    """Optimizer of the policy and its learning rates (docs/optimizers.md)."""
 
+    name: Literal["adam", "muon"] = "adam"
+    """`adam`: Adam with decoupled weight decay (AdamW). `muon`: Muon for the matrices of the layers, AdamW for
+    embedding, output layer, norms and biases."""
     lr: float = Field(1e-6, gt=0)
     """Learning rate after the warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """Learning rate after the warm-up: `constant`, or a `linear` or `cosine` decay from `lr` to `min_lr`. null:
+    `linear` if `decay_updates` is set, otherwise `constant`."""
     warmup_updates: int = Field(0, ge=0)
     """Updates over which the learning rate rises linearly to `lr`."""
+    warmup_fraction: float | None = Field(None, gt=0, lt=1)
+    """`warmup_updates` as a fraction of all updates of the run, rounded down. An update is a minibatch of an epoch of a
+    step. null: `warmup_updates` holds."""
     decay_updates: int | None = Field(None, ge=1)
-    """Update, counted from the first and warm-up included, at which a linear decay reaches `min_lr`; the rate stays
-    there. null: the rate stays at `lr`."""
+    """Update, counted from the first and warm-up included, at which the decay reaches `min_lr`; the rate stays there.
+    null: the end of the run, if `schedule` is `linear` or `cosine`."""
     min_lr: float = Field(0.0, ge=0)
-    """Learning rate after the decay."""
+    """Learning rate after the decay, at most `lr`."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay rate of the first moment."""
     beta2: float = Field(0.95, ge=0, lt=1)
     """Decay rate of the second moment."""
     eps: float = Field(1e-8, gt=0)
     """Term added to the denominator of Adam."""
+    muon_momentum: float | None = Field(None, ge=0, lt=1)
+    """Decay rate of Muon's momentum. null: 0.95."""
+    moments: Literal["fp32", "bf16"] = "fp32"
+    """Number format in which Adam's moments are stored (Megatron's precision-aware optimizer). `bf16` saves 4 bytes per
+    parameter; it needs CUDA, Transformer Engine and `precision.dtype=bf16`, and is not yet verified on a GPU."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices. Norms and biases do not decay."""
+    """Decoupled weight decay: an update also multiplies a weight by 1 - rate * weight_decay. It applies to matrices,
+    embedding and output layer included, and to no norm and no bias."""
     clip_grad: float = Field(1.0, gt=0)
-    """Largest global gradient norm; larger gradients are scaled down to it."""
+    """Largest L2 norm of the whole gradient, over all parameters and ranks. A larger gradient is scaled down to it;
+    `train/grad_norm` is the norm before."""
     host_fraction: float = Field(0.0, ge=0, le=1)
     """Fraction of the master weights and moments that stay in host memory and are updated there (CUDA only). During the
     update each rank uses its share of the node's cores, whatever OMP_NUM_THREADS is."""
+
+    @property
+    def momentum_of_muon(self) -> float:
+        """Decay rate of Muon's momentum."""
+        return 0.95 if self.muon_momentum is None else self.muon_momentum
 
 
 class Fp8Config(Section):
@@ -112,6 +133,6 @@ class PrecisionConfig(Section):
     """Number formats of the policy and of the engine."""
 
     dtype: Literal["fp32", "bf16"] = "bf16"
-    """Parameters and compute of policy and engine. Master weights, main gradients and moments are always fp32."""
+    """Parameters and compute of policy and engine. Master weights and main gradients are always fp32."""
     fp8: Fp8Config | None = None
     """FP8 matrix products in the policy. null: none."""

@@ -17,6 +17,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_mega.config.algorithm_presets import with_defaults
+from grpo_mega.config.learning_rate import depends_on_run_length
+from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import Config
 
 ResumeEffect = Literal["frozen", "changes_speed", "changes_future"]
@@ -34,6 +36,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "algorithm.name",
         "algorithm.advantage",  # gae: the checkpoint holds a critic
         "algorithm.ref_update_every",  # the checkpoint holds the reference
+        "optimizer.name",  # the checkpoint holds its moments
         "precision",
     ),
     "changes_speed": (
@@ -91,6 +94,16 @@ def resume_effect(key: str) -> ResumeEffect | None:
             return EFFECTS[key]
         key = key.rpartition(".")[0]
     return None
+
+
+def effect_of_change(key: str, config: Mapping[str, Any]) -> ResumeEffect:
+    """Return the effect of another value of `key`, under the config of the command, nested plain values.
+
+    It is the key's mark, except that a longer run changes a schedule of learning rates that ends with the run.
+    """
+    if key == "train.steps" and depends_on_run_length(OptimizerConfig.model_validate(config.get("optimizer") or {})):
+        return "changes_future"
+    return resume_effect(key) or "frozen"
 
 
 def default_value(key: str, config: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ import math
 from grpo_mega.config.algorithm_rules import check_algorithm
 from grpo_mega.config.data_rules import check_data
 from grpo_mega.config.fp8_rules import check_fp8
+from grpo_mega.config.optimizer_rules import check_optimizer
 from grpo_mega.config.reward_rules import check_reward_sets
 from grpo_mega.config.schema import Config
 from grpo_mega.config.sft_rules import check_sft
@@ -34,7 +35,6 @@ def check(config: Config) -> None:
         _sequence_parallel,
         _microbatch_capacity,
         _minibatches,
-        _learning_rate,
         _evaluation,
         _rewards,
         _shuffled_rewards,
@@ -46,6 +46,7 @@ def check(config: Config) -> None:
     check_algorithm(config.algorithm)
     check_fp8(config)
     check_sft(config)
+    check_optimizer(config)
 
 
 def _one_model(config: Config) -> None:
@@ -266,31 +267,6 @@ def _minibatches(config: Config) -> None:
             f"train.minibatches_per_epoch={config.train.minibatches_per_epoch} must be at most "
             f"data.prompts_per_step={config.data.prompts_per_step}: a minibatch holds whole groups",
             remedy=f"use {config.data.prompts_per_step} or fewer",
-        )
-
-
-def _learning_rate(config: Config) -> None:
-    optimizer, train = config.optimizer, config.train
-    decay = optimizer.decay_updates
-    if decay is None:
-        if optimizer.min_lr > 0:
-            raise UserError(
-                f"optimizer.min_lr={optimizer.min_lr} does nothing without optimizer.decay_updates",
-                remedy="set optimizer.decay_updates, or remove optimizer.min_lr",
-            )
-        return
-    if decay <= optimizer.warmup_updates:
-        raise UserError(
-            f"optimizer.decay_updates={decay} must be more than optimizer.warmup_updates={optimizer.warmup_updates}: "
-            "it counts from the first update",
-            remedy=f"use {optimizer.warmup_updates + 1} or more",
-        )
-    updates = train.steps * train.epochs_per_rollout * train.minibatches_per_epoch
-    if updates > decay and optimizer.min_lr == 0:
-        raise UserError(
-            f"optimizer.decay_updates={decay} gives the last {updates - decay} of {updates} updates a learning rate "
-            "of 0",
-            remedy="raise optimizer.decay_updates, or set optimizer.min_lr",
         )
 
 

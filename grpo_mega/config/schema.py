@@ -48,7 +48,8 @@ class TrainConfig(Section):
     """`rl`: the objective of the section `algorithm`, on rollouts of the prompts in `data.train`. `sft`: supervised
     fine-tuning, the likelihood of the answers in `data.train` (docs/sft.md)."""
     steps: int = Field(ge=1)
-    """Number of steps of the run: rollout batches, or with `objective: sft` batches of examples."""
+    """Number of steps of the run: rollout batches, or with `objective: sft` batches of examples. If the schedule of
+    learning rates ends with the run, another number changes later steps."""
     epochs_per_rollout: int = Field(1, ge=1)
     """Passes over each rollout batch."""
     minibatches_per_epoch: int = Field(1, ge=1)
@@ -56,6 +57,11 @@ class TrainConfig(Section):
     max_tokens_per_microbatch: int = Field(8192, ge=1)
     """Capacity of one packed row, in tokens; at least `data.max_prompt_tokens` + `sampling.max_tokens`, or with
     `objective: sft` at least `data.max_example_tokens`."""
+
+    @property
+    def num_updates(self) -> int:
+        """Number of updates of the run."""
+        return self.steps * self.epochs_per_rollout * self.minibatches_per_epoch
 
 
 class WeightSyncConfig(Section):

@@ -21,7 +21,13 @@ from grpo_mega.models.spec import ModelSpec
 from grpo_mega.models.tiny_recipe import recipe_spec
 from grpo_mega.parallel.devices import has_cuda_driver
 from grpo_mega.parallel.topology import Topology
-from grpo_mega.policy.module_choice import ModuleChoice, check_attention, choose_modules
+from grpo_mega.policy.module_choice import (
+    INSTALL_TRANSFORMER_ENGINE,
+    ModuleChoice,
+    check_attention,
+    choose_modules,
+    transformer_engine_release,
+)
 from grpo_mega.types import UserError
 
 
@@ -38,6 +44,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
     """
     where = "model.base.architecture" if config.model.base else str(config.model.path)
     _check_host_optimizer(config)
+    _check_moments(config)
     _check_fp8_device(config)
     if with_engine:
         check_engine_fp8_device(config)
@@ -120,6 +127,23 @@ def _check_host_optimizer(config: Config) -> None:
         raise UserError(
             f"optimizer.host_fraction={config.optimizer.host_fraction} needs CUDA devices, and this machine has none",
             remedy="leave it out",
+        )
+
+
+def _check_moments(config: Config) -> None:
+    """Raise UserError if optimizer.moments=bf16 is set without a CUDA device or Transformer Engine."""
+    moments = config.optimizer.moments
+    if moments == "fp32":
+        return
+    if not has_cuda_driver():
+        raise UserError(
+            f"optimizer.moments={moments} needs CUDA devices, and this machine has none",
+            remedy="set optimizer.moments=fp32",
+        )
+    if transformer_engine_release() is None:
+        raise UserError(
+            f"optimizer.moments={moments} needs the Adam of Transformer Engine, which is not installed",
+            remedy=f"{INSTALL_TRANSFORMER_ENGINE}, or set optimizer.moments=fp32",
         )
 
 

@@ -29,6 +29,11 @@ class ParameterSize:
         """Number of elements on the rank."""
         return math.prod(self.shape)
 
+    @property
+    def is_muon_matrix(self) -> bool:
+        """True if Muon would orthogonalize the parameter, as a part of a layer (policy/muon.py)."""
+        return len(self.shape) == 2 and min(self.shape) > 1
+
 
 @dataclass(frozen=True)
 class SizeSums:
@@ -36,6 +41,7 @@ class SizeSums:
 
     `dense_aligned` and `expert_aligned` round each parameter up to 64 elements, as Megatron's flat buffers do
     (param_and_grad_buffer.py:658). `matrices` counts the parameters that layers multiply with, without routers.
+    `dense_vectors` and `expert_vectors` are the aligned elements that Muon leaves to Adam in a layer.
     """
 
     numel: int
@@ -43,11 +49,19 @@ class SizeSums:
     expert_aligned: int
     matrices: int
     largest: int
+    dense_vectors: int
+    expert_vectors: int
+    largest_dense_matrix: int
+    largest_expert_matrix: int
 
     @classmethod
     def of(cls, parameters: Sequence[ParameterSize]) -> SizeSums:
         """Sum the sizes of `parameters`."""
-        aligned = {kind: sum(-(-p.numel // 64) * 64 for p in parameters if p.is_expert == kind) for kind in (0, 1)}
+        aligned = {kind: sum(_aligned(p) for p in parameters if p.is_expert == kind) for kind in (0, 1)}
+        vectors = [p for p in parameters if not p.is_muon_matrix]
+        left = {kind: sum(_aligned(p) for p in vectors if p.is_expert == kind) for kind in (0, 1)}
+        muon = [p for p in parameters if p.is_muon_matrix]
+        widest = {kind: max((p.numel for p in muon if p.is_expert == kind), default=0) for kind in (0, 1)}
         matrices = sum(p.numel for p in parameters if len(p.shape) > 1 and ".router." not in p.name)
         return cls(
             sum(p.numel for p in parameters),
@@ -55,7 +69,15 @@ class SizeSums:
             aligned[1],
             matrices,
             max((p.numel for p in parameters), default=0),
+            left[0],
+            left[1],
+            widest[0],
+            widest[1],
         )
+
+
+def _aligned(parameter: ParameterSize) -> int:
+    return -(-parameter.numel // 64) * 64
 
 
 @dataclass(frozen=True)

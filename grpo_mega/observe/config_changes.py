@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from grpo_mega.config.resume_effects import UNSET, default_value, resume_effect
+from grpo_mega.config.resume_effects import UNSET, default_value, effect_of_change
 from grpo_mega.observe.atomic_files import write_atomically
 
 
@@ -53,7 +53,7 @@ def compare_configs(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> C
             continue  # an empty section on one side; its keys are compared
         before = there[key] if key in there else _plain(default_value(key, stored))
         if _as_text(before) != (now := _as_text(here.get(key, UNSET))):
-            changes[resume_effect(key) or "frozen"].append(ConfigChange(key, _as_text(before), now))
+            changes[effect_of_change(key, resolved)].append(ConfigChange(key, _as_text(before), now))
     return ConfigChanges(tuple(changes["frozen"]), tuple(changes["changes_future"]))
 
 

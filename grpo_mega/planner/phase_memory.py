@@ -83,7 +83,10 @@ def plan_memory(inputs: PlanInputs, sizes: ModuleSizes, *, total_parameters: int
         )
         phases = _phases(inputs, stage, activations, engine)
         ranks.append(RankMemory(pp_rank, stage.static, stage.activations, phases))
-    state = itemsize + 12  # a master weight and two moments in float32, also in a float32 run
+    parameters = sum(rank.static.parameters for rank in ranks)
+    one_moment = sum(rank.static.one_moment for rank in ranks) / parameters if parameters else 0.0
+    # a master weight and two moments in float32, also in a float32 run; Muon's matrices have one moment
+    state = itemsize + 12 - 4 * one_moment
     reference = itemsize if config.algorithm.ref_update_every else 0
     learners = 2 if config.algorithm.needs_critic else 1
     return MemoryPlan(
@@ -198,8 +201,15 @@ def _policy_phases(
             "logits": logits,
             "communication": transient,
             **residue,
+            # the activations are released before the optimizer's step
+            **_more_than("orthogonalization", static.orthogonalization, stage.activations + logits),
         },
     }
+
+
+def _more_than(name: str, needed: float, released: float) -> Items:
+    """Return what an item needs beside memory that was released before it."""
+    return {name: needed - released} if needed > released else {}
 
 
 def _engine_phases(inputs: PlanInputs, stage: _Stage, engine: EngineMemory, residue: EngineResidue) -> dict[str, Items]:

@@ -23,6 +23,7 @@ _COLORS = {
     "engine asleep": "#d4a6c8",
     "policy offloaded": "#a0cbe8",
     "critic": "#8cd17d",
+    "orthogonalization": "#d37295",
     "CUDA and NCCL": "#bab0ac",
     "allocator": "#79706e",
 }

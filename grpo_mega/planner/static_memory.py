@@ -22,6 +22,7 @@ from grpo_mega.planner.inputs import PlanInputs
 GRADIENT_BYTES = 4
 """Bytes of an element of the main gradients, which are float32."""
 _STATE_BYTES = 4  # of an element of a master weight or moment, which are saved in float32
+_ORTHOGONALIZATION_BYTES = 28  # five float32 and four bf16 copies of a matrix (policy/muon.py)
 _OVERLAP_BUCKET = 40_000_000  # elements; distributed_data_parallel.py:65
 
 
@@ -52,13 +53,18 @@ class StaticBytes:
     weights: int
     gradients: int
     optimizer: int
-    """Both moments, and master weights if the weights are not their own masters; without `optimizer_on_host`."""
+    """Moments, and master weights if the weights are not their own masters; without `optimizer_on_host`. With Muon it
+    is the state of the rank that holds the most elements with two moments."""
     optimizer_on_host: int = 0
     """The part of the optimizer state that is stored and updated on the host."""
     fp8_copies: int = 0
     """Copies of the weights in FP8, as Transformer Engine's matrix products read them."""
     largest_state: int = 0
     """The largest tensor that a rank saves: master weight or moment of its largest parameter, in float32."""
+    one_moment: int = 0
+    """Number of `parameters` that have one moment, because Muon updates them."""
+    orthogonalization: int = 0
+    """Temporary bytes of Muon for its largest matrix, which every rank of the tensor axis assembles."""
 
 
 def model_chunks(spec: ModelSpec, config: Config, where: str) -> list[list[ModelChunk]]:
@@ -98,7 +104,9 @@ def static_bytes(chunks: Iterable[ModelChunk], sizes: ModuleSizes, inputs: PlanI
     """Return the static bytes of one pipeline rank, which computes these chunks."""
     config, topology, itemsize = inputs.config, inputs.topology, inputs.itemsize
     master = 4 if itemsize < 4 else 0  # in fp32 the weights are their own masters
-    numel = buffer = shard = quantized = largest = 0
+    numel = buffer = quantized = largest = one_moment = state = widest = 0
+    with_muon = config.optimizer.name == "muon"
+    moment = 2 if config.optimizer.moments == "bf16" else _STATE_BYTES
     for chunk in chunks:
         sums = [sizes.sums[part] for part in chunk_parts(chunk, inputs.spec.tie_embeddings)]
         numel += sum(s.numel for s in sums)
@@ -106,13 +114,23 @@ def static_bytes(chunks: Iterable[ModelChunk], sizes: ModuleSizes, inputs: PlanI
         quantized += sum(
             sizes.sums["moe_layer" if is_moe else "dense_layer"].matrices for is_moe, in_fp8 in chunk.layers if in_fp8
         )
-        dense = [s.dense_aligned for s in sums], topology.dp * topology.cp
-        experts = [s.expert_aligned for s in sums], topology.edp
-        for elements, ranks in (dense, experts):
+        of_layers = [part in ("dense_layer", "moe_layer") for part in chunk_parts(chunk, inputs.spec.tie_embeddings)]
+        dense = [s.dense_aligned for s in sums], [s.dense_vectors for s in sums], topology.dp * topology.cp
+        experts = [s.expert_aligned for s in sums], [s.expert_vectors for s in sums], topology.edp
+        for elements, vectors, ranks in (dense, experts):
             size = _buffer_elements(elements, ranks, bool(inputs.parallel.overlap_grad_reduce))
             buffer += size
-            shard += size // ranks
-    state = (master + 8) * shard
+            shard = size // ranks
+            twice = shard
+            if with_muon:
+                adams = [v if is_layer else e for e, v, is_layer in zip(elements, vectors, of_layers, strict=True)]
+                one_moment += sum(elements) - sum(adams)
+                twice = _most_with_two_moments(elements, adams, ranks, bool(inputs.parallel.overlap_grad_reduce))
+            state += (master + moment) * shard + moment * twice
+        for part, is_layer in zip(sums, of_layers, strict=True):
+            if with_muon and is_layer:
+                dense_matrix, expert_matrix = part.largest_dense_matrix, part.largest_expert_matrix
+                widest = max(widest, dense_matrix * topology.tp, expert_matrix * topology.etp)
     on_host = round(config.optimizer.host_fraction * state)
     weights = itemsize * buffer - fp8.saved_weight_bytes(config, quantized)
     return StaticBytes(
@@ -123,7 +141,38 @@ def static_bytes(chunks: Iterable[ModelChunk], sizes: ModuleSizes, inputs: PlanI
         optimizer_on_host=on_host,
         fp8_copies=fp8.copied_weight_bytes(config, quantized),
         largest_state=_STATE_BYTES * largest,
+        one_moment=min(one_moment, numel),
+        orthogonalization=_ORTHOGONALIZATION_BYTES * widest,
     )
+
+
+def _most_with_two_moments(elements: list[int], adams: list[int], ranks: int, overlap: bool) -> int:
+    """Return the most elements with two moments that one of the data-parallel ranks holds.
+
+    Megatron's buffers hold the parts from the last to the first. Within a part, `adams` are taken as evenly spread.
+    """
+    on_rank = [0.0] * ranks
+    for bucket in _buckets(list(zip(elements, adams, strict=True))[::-1], ranks, overlap):
+        size = sum(part for part, _ in bucket)
+        per_rank = -(-size // math.lcm(ranks, 128)) * math.lcm(ranks, 128) // ranks
+        begin = 0
+        for part, with_two in bucket:
+            for rank in range(begin // per_rank, -(-(begin + part) // per_rank)):
+                inside = min(begin + part, (rank + 1) * per_rank) - max(begin, rank * per_rank)
+                on_rank[rank] += with_two * inside / part
+            begin += part
+    return round(max(on_rank))
+
+
+def _buckets(parts: list[tuple[int, int]], ranks: int, overlap: bool) -> list[list[tuple[int, int]]]:
+    """Return the parts of each bucket. With `overlap`, a bucket ends after the part that makes it large enough."""
+    limit = max(_OVERLAP_BUCKET, 1_000_000 * ranks)
+    found: list[list[tuple[int, int]]] = [[]]
+    for part in (part for part in parts if part[0]):
+        if overlap and sum(size for size, _ in found[-1]) >= limit:
+            found.append([])
+        found[-1].append(part)
+    return [bucket for bucket in found if bucket]
 
 
 def _buffer_elements(elements: list[int], ranks: int, overlap: bool) -> int:

@@ -20,6 +20,7 @@ from grpo_mega.policy import fp8
 from grpo_mega.policy.megatron_arguments import split_arguments
 from grpo_mega.policy.megatron_patches import checkpoint_reading, cpu, fixes, host_optimizer, local_modules
 from grpo_mega.policy.module_choice import ModuleChoice
+from grpo_mega.policy.muon import use_muon
 
 cpu.prepare_import()
 
@@ -117,6 +118,8 @@ def build_policy(
         ddps,
         use_gloo_process_groups=False,
     )
+    if optimizer.name == "muon":
+        use_muon(adam, models, optimizer.momentum_of_muon)
     for group in (
         adam.param_groups
     ):  # only Megatron's scheduler, which is not used here, applies wd_mult (0 for norms and biases)

@@ -1,5 +1,6 @@
 """Megatron's config of the optimizer: Adam, number formats, and the fraction of its state on the host.
 
+Muon replaces the Adam that Megatron builds from it (muon.py).
 `optimizer.host_fraction` keeps master weights and moments in host memory and updates them there. What moves to the host
 between the phases of a step is in phase_offload.py instead.
 Asserted by tests/unit/policy/test_optimizer_config.py.
@@ -51,6 +52,7 @@ def optimizer_fields(optimizer: OptimizerConfig, precision: PrecisionConfig) -> 
         "use_distributed_optimizer": True,
         **fp8.optimizer_fields(precision),
         **host_optimizer_fields(optimizer),
+        **moment_fields(optimizer),
     }
 
 
@@ -66,4 +68,20 @@ def host_optimizer_fields(optimizer: OptimizerConfig) -> dict[str, Any]:
         "optimizer_offload_fraction": optimizer.host_fraction,
         "overlap_cpu_optimizer_d2h_h2d": True,
         "use_precision_aware_optimizer": True,
+    }
+
+
+def moment_fields(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """Return the fields that store the moments in bf16, with master weights in float32.
+
+    Transformer Engine's FusedAdam then holds the master weights. `store_param_remainders` would store them as 16-bit
+    remainders, which optimizer_state.py cannot save as numbers.
+    """
+    if optimizer.moments == "fp32":
+        return {}
+    return {
+        "use_precision_aware_optimizer": True,
+        "store_param_remainders": False,
+        "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16,
     }

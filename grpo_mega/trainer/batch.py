@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.base import Advantage
+from grpo_mega.config.learning_rate import LearningRateSchedule
 from grpo_mega.config.schema import Config, TrainConfig
 from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
 from grpo_mega.parallel.topology import Topology
@@ -228,10 +229,11 @@ def explain_batch(config: Config, topology: Topology) -> str:
             f"a step: {prompts} prompts x {group} rollouts = {rollouts} rollouts, {-(-prompts // wave)} wave(s) over "
             f"{topology.num_replicas} engine replica(s) of {topology.engine_ranks} rank(s)",
             f"updates: {train.epochs_per_rollout} epoch(s) x {train.minibatches_per_epoch} minibatch(es) = {updates} "
-            f"optimizer step(s) per step, {updates * train.steps} in total",
+            f"optimizer step(s) per step, {train.num_updates} in total",
             f"an update: {sizes} rollouts over {topology.dp} data-parallel rank(s), in rows "
             f"of at most {train.max_tokens_per_microbatch} tokens",
             f"its loss: {Objective(config.algorithm, config.sampling.max_tokens).describe(sizes)}, the same for every "
             "layout",
+            f"learning rate: {LearningRateSchedule.of(config.optimizer, train).describe()}",
         )
     )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.checkpoint.manager import LoopState
-from grpo_mega.config.policy_sections import OptimizerConfig
+from grpo_mega.config.learning_rate import LearningRateSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
 from grpo_mega.interfaces import Critic, Policy, TokenLoss
@@ -172,9 +172,10 @@ def update_critic(
         credit = objective.credit(groups, batch.rewards, kl, values)
         batch = batch.with_advantages(credit.advantages).with_values(values, credit.returns)
         loss, stats = objective.value_loss(), list[UpdateStats]()
+        schedule = LearningRateSchedule.of(job.config.optimizer, job.config.train)
         for _ in range(job.config.train.epochs_per_rollout):
             for minibatch in batch.minibatches:
-                rate = objective.critic_rate(learning_rate(job.config.optimizer, policy_version + len(stats)))
+                rate = objective.critic_rate(schedule.rate(policy_version + len(stats)))
                 stats.append(job.critic.update(minibatch, loss, rate))
     return batch, stats
 
@@ -247,9 +248,10 @@ def update(
         RuntimeError: the loss or the gradient is not finite.
     """
     stats: list[UpdateStats] = []
+    schedule = LearningRateSchedule.of(job.config.optimizer, job.config.train)
     for _ in range(job.config.train.epochs_per_rollout):
         for i in range(len(batch.minibatches)):
-            rate = learning_rate(job.config.optimizer, policy_version + len(stats))
+            rate = schedule.rate(policy_version + len(stats))
             stat, log_probs = job.policy.update(batch.minibatches[i], loss, rate)
             if not stats and log_probs is not None and batch.microbatches[0].old_log_probs is None:
                 later = len(batch.microbatches) - len(log_probs)
@@ -263,22 +265,6 @@ def update_reference_if_due(job: TrainerState, step: int) -> None:
     every = job.config.algorithm.ref_update_every
     if every and step % every == 0:
         job.policy.update_reference()
-
-
-def learning_rate(optimizer: OptimizerConfig, updates_done: int) -> float:
-    """Return the rate of the next update: linear warm-up to lr, then constant or linear decay to min_lr.
-
-    Args:
-        optimizer: config section.
-        updates_done: optimizer steps before this one. The first update has the rate lr / warmup_updates.
-    """
-    warmup, decay = optimizer.warmup_updates, optimizer.decay_updates
-    if updates_done < warmup:
-        return optimizer.lr * (updates_done + 1) / warmup
-    if decay is None:
-        return optimizer.lr
-    remaining = max(0.0, (decay - updates_done) / (decay - warmup))
-    return optimizer.min_lr + (optimizer.lr - optimizer.min_lr) * remaining
 
 
 def push_weights(job: SyncingJob, state: LoopState) -> SyncReport:

@@ -16,6 +16,7 @@ from tests.helpers.recorded_rollouts import (
     make_rows,
     open_policy,
     optimizer_moments,
+    optimizer_states,
     torch_optimizers,
     with_recorded,
 )
@@ -29,7 +30,7 @@ SAVED_AFTER = 2
 def state_bytes(policy: Any) -> list[bytes]:
     """Return parameters, master weights, moments and step counters of this rank."""
     masters = [p for adam in torch_optimizers(policy) for group in adam.param_groups for p in group["params"]]
-    steps = [state["step"] for adam in torch_optimizers(policy) for state in adam.state.values()]
+    steps = [state["step"] for state in optimizer_states(policy)]
     tensors = [*policy.parts.parameters, *masters, *optimizer_moments(policy), *steps]
     return [as_array(t).tobytes() for t in tensors]
 

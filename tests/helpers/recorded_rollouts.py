@@ -136,6 +136,7 @@ class Recorded:
     temperature: float = 1.0
     dtype: str = "fp32"
     max_tokens: int = 40
+    optimizer: OptimizerConfig = OPTIMIZER
 
 
 def sample_groups(
@@ -173,7 +174,7 @@ def make_config(recorded: Recorded, layout: Layout) -> Config:
         data=DataConfig(train="arithmetic:train"),
         reward=RewardConfig(terms=()),
         parallel=layout.parallel,
-        optimizer=OPTIMIZER,
+        optimizer=recorded.optimizer,
         sampling=SamplingConfig(temperature=recorded.temperature),
         train=TrainConfig(steps=1, max_tokens_per_microbatch=recorded.max_tokens),
         precision=PrecisionConfig(dtype=recorded.dtype),  # type: ignore[arg-type]
@@ -316,6 +317,12 @@ def torch_optimizers(policy: MegatronPolicy) -> list[Any]:
 
 
 def optimizer_moments(policy: MegatronPolicy) -> list[Tensor]:
-    """Return exp_avg and exp_avg_sq of this rank's shards."""
-    states = [state for adam in torch_optimizers(policy) for state in adam.state.values()]
-    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")]
+    """Return exp_avg and, where there is one, exp_avg_sq of this rank's shards."""
+    states = optimizer_states(policy)
+    return [state[name] for state in states for name in ("exp_avg", "exp_avg_sq") if name in state]
+
+
+def optimizer_states(policy: MegatronPolicy) -> list[dict[str, Tensor]]:
+    """Return the states of this rank's shards that have one, in the order of the parameters."""
+    adams = torch_optimizers(policy)
+    return [a.state[p] for a in adams for group in a.param_groups for p in group["params"] if p in a.state]

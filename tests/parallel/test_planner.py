@@ -19,7 +19,8 @@ if TYPE_CHECKING:  # pytest's own process stays free of Megatron
     from grpo_mega.parallel.ranks import Ranks
 
 EXACT, ACTIVATIONS = 0.01, 0.10  # relative
-SHORT = ("dense pp2 vpp2", "MoE tp2 ep2 sp", "MLA tp2 pp2 sp")
+MUON = Case("MoE ep2 bf16 muon", "moe", 2, dtype="bf16", parallel={"ep": 2}, optimizer={"name": "muon"})
+SHORT = ("dense pp2 vpp2", "MoE tp2 ep2 sp", "MLA tp2 pp2 sp", MUON.name)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ EACH_CASE = pytest.mark.parametrize(
     "case",
     [
         pytest.param(case, id=case.name.replace(" ", "-"), marks=() if case.name in SHORT else (pytest.mark.long,))
-        for case in CASES
+        for case in (*CASES, MUON)
     ],
 )
 

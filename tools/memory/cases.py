@@ -48,7 +48,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One layout of one model; `parallel` are keys of that config section."""
+    """One layout of one model; `parallel` and `optimizer` are keys of these config sections."""
 
     name: str
     model: str
@@ -56,6 +56,7 @@ class Case:
     microbatches: int = 2
     dtype: str = "fp32"
     parallel: dict[str, Any] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
     def config(self, folder: Path) -> Config:
         """Return the config of the run."""
@@ -64,6 +65,7 @@ class Case:
             "run": {"world_size": self.world},
             "model": {"path": str(folder)},
             "parallel": self.parallel,
+            "optimizer": self.optimizer,
             "sampling": {"group_size": 2, "max_tokens": COMPLETION},
             "data": {"train": "unused", "prompts_per_step": rows // 2, "max_prompt_tokens": PROMPT},
             "reward": {"terms": [{"name": "exact"}]},

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.policy.muon import Muon
 
 cpu.prepare_import()
 
@@ -94,7 +95,7 @@ def sharded_parameter_state(
     for index, (parameter, start, end) in enumerate(_held_ranges(optimizer)):
         if parameter not in by_parameter:
             raise ValueError(f"a parameter is not in the model's sharded state; {KEEP_VARS_HINT}")
-        names = ("param", *optimizer.optimizer_state_keys)
+        names = ("param", *_moments_of(optimizer, parameter))
         states = {} if is_loading else optimizer._get_main_param_and_optimizer_states(parameter)
         found[index] = {}
         for name in names:
@@ -126,6 +127,15 @@ def _joined(pieces: list[Tensor]) -> Tensor:
         return torch.cat([each.flatten() for each in pieces])
     size = (end - first) // pieces[0].itemsize
     return pieces[0].as_strided((size,), (1,))
+
+
+def _moments_of(optimizer: Any, parameter: Tensor) -> tuple[str, ...]:
+    """Return the names of the moments of a parameter."""
+    if not isinstance(optimizer.optimizer, Muon):
+        moments: tuple[str, ...] = optimizer.optimizer_state_keys
+        return moments
+    group, order = optimizer.model_param_group_index_map[parameter]
+    return optimizer.optimizer.moments_of(optimizer.optimizer.param_groups[group]["params"][order])
 
 
 def _held_ranges(optimizer: Any) -> Iterator[tuple[Tensor, int, int]]:

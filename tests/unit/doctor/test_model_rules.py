@@ -11,6 +11,7 @@ import pytest
 from grpo_mega.config.load import load_config
 from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.config.schema import Config
+from grpo_mega.doctor import model_rules
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.models.config_readers import spec_from_config
 from grpo_mega.models.layout_rules import check_layout
@@ -346,6 +347,17 @@ def test_layouts_that_divide_experts_and_latent_attention_pass() -> None:
 def test_an_optimizer_on_the_host_needs_cuda_devices() -> None:
     message = message_of(config_of("optimizer.host_fraction=0.5"), Topology(1))
     assert_names(message, "optimizer.host_fraction=0.5", "CUDA", "leave it out")
+
+
+@pytest.mark.parametrize("on_cuda", [False, True])
+def test_moments_in_bf16_need_cuda_devices_and_transformer_engine(
+    monkeypatch: pytest.MonkeyPatch, on_cuda: bool
+) -> None:
+    monkeypatch.setattr(model_rules, "has_cuda_driver", lambda: on_cuda)
+    monkeypatch.setattr(model_rules, "transformer_engine_release", lambda: None)
+    message = message_of(config_of("optimizer.moments=bf16", "precision.dtype=bf16"), Topology(1))
+    needed = ["Transformer Engine", "pip install", "=="] if on_cuda else ["CUDA"]
+    assert_names(message, "optimizer.moments=bf16", *needed, "optimizer.moments=fp32")
 
 
 def test_a_server_on_another_machine_needs_a_secret_and_an_address(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,17 @@ def test_a_key_that_is_newer_than_the_run_counts_as_its_default() -> None:
     )
 
 
+def test_a_longer_run_changes_later_steps_if_its_schedule_ends_with_the_run() -> None:
+    def future(**optimizer: Any) -> list[str]:
+        there = {"train": {"steps": 5}, "optimizer": optimizer}
+        return [change.key for change in compared(there, {**there, "train": {"steps": 9}}).future]
+
+    assert future(schedule="cosine") == ["train.steps"]
+    assert future(warmup_fraction=0.1) == ["train.steps"]
+    assert future(schedule="cosine", decay_updates=4) == []
+    assert future() == []
+
+
 def test_a_list_counts_as_the_same_list_of_another_type() -> None:
     assert compared({"engine": {"urls": ["a"]}}, {"engine": {"urls": ("a",)}}) == ConfigChanges((), ())
     assert compared({"engine": {}}, {"engine": {"urls": ()}}) == ConfigChanges((), ())

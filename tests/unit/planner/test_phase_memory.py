@@ -9,7 +9,7 @@ import pytest
 from grpo_mega.models.engine_memory import engine_weight_bytes
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.planner.hardware import Assumptions, Cluster, gpu_named
-from grpo_mega.planner.phase_memory import PHASES
+from grpo_mega.planner.phase_memory import PHASES, _more_than
 from grpo_mega.planner.pipeline_schedule import peak_of_schedule
 from grpo_mega.planner.static_memory import ModelChunk, static_bytes
 from grpo_mega.types import UserError
@@ -66,6 +66,33 @@ def test_the_host_stores_its_fraction_of_the_optimizer() -> None:
     chunk = ModelChunk((False,), has_embedding=False, has_head=False)
     found = static_bytes([chunk], SIZES, inputs_of(config_of(optimizer={"host_fraction": 0.75})))
     assert (found.optimizer, found.optimizer_on_host) == (12 * 384 // 4, 12 * 384 * 3 // 4)
+
+
+def test_moments_in_bf16_take_half_the_memory() -> None:
+    chunk = ModelChunk((False,), has_embedding=False, has_head=False)
+    found = static_bytes([chunk], SIZES, inputs_of(config_of(optimizer={"moments": "bf16"})))
+    assert found.optimizer == (4 + 2 * 2) * 384
+
+
+@pytest.mark.parametrize(("world", "state"), [(1, 8 * 640 + 4 * 384), (2, 8 * 320 + 4 * 218), (4, 12 * 160)])
+def test_muon_has_one_moment_for_matrices_of_layers(world: int, state: int) -> None:
+    """Embedding and head 100 -> 128 elements each, two norms 10 -> 64 each, matrix 200 -> 256: 640, of which Adam 384.
+
+    The buffer is head, final norm, layer (64 of its 320 elements are Adam's), embedding. Of 2 ranks, the first holds
+    head, norm and 128 elements of the layer: 128 + 64 + 128 * 64 / 320 = 217.6. Of 4 ranks, the first has Adam's alone.
+    """
+    chunk = ModelChunk((False,), has_embedding=True, has_head=True)
+    found = static_bytes([chunk], SIZES, inputs_of(config_of(optimizer={"name": "muon"}), world=world))
+    assert (found.optimizer, found.orthogonalization) == (state, 28 * 200)
+    assert found.one_moment == 256
+
+
+def test_the_memory_of_an_orthogonalization_counts_only_beyond_the_released_activations() -> None:
+    plan = memory_of(config_of(optimizer={"name": "muon"}), spec_of(), 1)
+    assert "orthogonalization" not in plan.ranks[0].phases["train"]
+    adam = memory_of(config_of(), spec_of(), 1)
+    assert plan.checkpoint < adam.checkpoint
+    assert _more_than("orthogonalization", 10.0, 4.0) == {"orthogonalization": 6.0}
 
 
 def test_an_engine_replicates_norms_and_key_heads_fewer_than_its_ranks() -> None:

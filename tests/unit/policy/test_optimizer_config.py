@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from grpo_mega.config.policy_sections import OptimizerConfig, PrecisionConfig
-from grpo_mega.policy.optimizer_config import host_optimizer_fields, megatron_optimizer, optimizer_config
+from grpo_mega.policy.optimizer_config import host_optimizer_fields, megatron_optimizer, moment_fields, optimizer_config
 
 FP32, BF16 = PrecisionConfig(dtype="fp32"), PrecisionConfig(dtype="bf16")
 
@@ -38,3 +39,13 @@ def test_a_fraction_of_the_optimizer_stays_on_the_host() -> None:
     settings = host_optimizer_fields(OptimizerConfig(host_fraction=0.5))
     assert settings["optimizer_offload_fraction"] == 0.5
     assert settings.keys() <= megatron_optimizer.OptimizerConfig.__dataclass_fields__.keys()
+
+
+def test_moments_in_bf16_keep_master_weights_in_float32() -> None:
+    assert moment_fields(OptimizerConfig()) == {}
+    fields = moment_fields(OptimizerConfig(moments="bf16"))
+    assert (fields["exp_avg_dtype"], fields["exp_avg_sq_dtype"]) == (torch.bfloat16, torch.bfloat16)
+    declared = megatron_optimizer.OptimizerConfig.__dataclass_fields__
+    assert fields.keys() <= declared.keys()
+    assert declared["main_params_dtype"].default == torch.float32
+    assert fields["store_param_remainders"] is False
