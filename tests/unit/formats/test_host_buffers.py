@@ -33,6 +33,8 @@ def test_parts_may_span_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.tensor([draw.randrange(256) for _ in range(n)], dtype=torch.uint8) for n in sizes]
     buffers = HostBuffers(sizes, torch.device("cpu"))
     assert buffers.num_bytes == sum(sizes)
+    assert [piece.nbytes for piece in buffers._pieces] == piece_sizes(sum(sizes))  # none is rounded up by much
+    assert max(piece.nbytes for piece in buffers._pieces) == 64
     for i, part in enumerate(parts):
         buffers.write(i, part)
     for i, part in enumerate(parts):
