@@ -107,6 +107,11 @@ class ObserveConfig(Section):
     to the system before every phase."""
     rollouts_shown: int = Field(3, ge=0)
     """Rollouts per step that TensorBoard shows as text."""
+    alarms: bool = True
+    """Compare the metrics of each step with the limits of docs/alarms.md, and report what exceeds them."""
+    alarm_command: str | None = None
+    """Shell command that is started for each alarm, on the machine of the first rank, with the alarm as one line of
+    JSON on its standard input. It has 60 seconds."""
 
 
 class GuardConfig(Section):

@@ -149,6 +149,8 @@ METRICS: dict[str, Metric] = {
         "examples", "examples that lost their last tokens: they exceed the limit (`data.overlong=truncate`)", _SFT
     ),
     "data/skipped_prompts": Metric("prompts", "prompts left out of the training sets: they exceed the limit"),
+    "host/memory_bytes": Metric("bytes", "resident memory of the process of rank 0"),
+    "host/disk_free_fraction": Metric("fraction", "free part of the file system of the run folder"),
     "memory/peak_*_bytes": Metric("bytes", "peak memory of rank 0 during one phase", "`observe.memory_peaks`"),
     "memory/*": Metric("bytes", "memory of rank 0 for one part of the policy's or the critic's state"),
 }

@@ -64,6 +64,11 @@ class MetricsWriter:
         if self._tensorboard is not None:
             self._tensorboard.scalars(step, values)
 
+    def write_alarms(self, step: int, texts: Sequence[str]) -> None:
+        """Show the alarms that a step raised in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.alarms(step, texts)
+
     def write_rollouts(self, step: int, rows: Sequence[RolloutRow]) -> None:
         """Write all rollouts of a step to a file, and a few as text to TensorBoard."""
         write_rollouts(self._folder.rollouts_of(step), rows)

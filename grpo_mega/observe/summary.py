@@ -93,6 +93,8 @@ class Summary:
         versions: of the packages that the results depend on.
         policy_digest: digest of the weights after `steps` steps.
         error: exception of a failed or interrupted run.
+        verdict: whether the policy learned, and if not, why; None for a run that has not ended.
+        alarms: alarms of all steps so far, as `dataclasses.asdict` gives them.
     """
 
     status: Status
@@ -104,6 +106,8 @@ class Summary:
     versions: dict[str, str | None] = field(default_factory=dict)
     policy_digest: str | None = None
     error: str | None = None
+    verdict: str | None = None
+    alarms: list[dict[str, Any]] = field(default_factory=list)
 
 
 def add_seconds(previous: Summary | None, seconds: Mapping[str, float]) -> dict[str, float]:
@@ -156,6 +160,11 @@ def read_summary(path: Path) -> Summary:
 def render(summary: Summary, run_dir: Path | None = None) -> str:
     """Return the text that ends a run: status, accuracy, reward, length, times and folder."""
     lines = [_headline(summary)]
+    if summary.verdict is not None:
+        lines.append(f"  verdict            {summary.verdict}")
+    for alarm in summary.alarms:
+        until = "" if alarm["until"] is None else f" to {alarm['until']}"
+        lines.append(f"  alarm              {alarm['name']}, step {alarm['since']}{until or ' on'}: {alarm['text']}")
     before, after = summary.eval_before, summary.eval_after
     if before and after:
         lines.append(f"  held-out accuracy  {_change(before.accuracy, after.accuracy)}  on {after.num_prompts} prompts")

@@ -44,6 +44,11 @@ class TensorBoardWriter:
         self._writer.add_text("config_changes", "\n\n".join(f"`{change}`" for change in changes), step)
         self._writer.flush()
 
+    def alarms(self, step: int, texts: Sequence[str]) -> None:
+        """Add the alarms that a step raised as text."""
+        self._writer.add_text("alarms", "\n\n".join(texts), step)
+        self._writer.flush()
+
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from grpo_mega.config.schema import Config
+from grpo_mega.observe.alarm_command import AlarmCommand
+from grpo_mega.observe.alarms import Alarms
+from grpo_mega.observe.history import read_lines
+from grpo_mega.observe.host import HostMetrics
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
@@ -15,6 +19,7 @@ from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
 from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.observe.verdict import verdict
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.trainer.sft_metrics import ExampleStepResult
@@ -125,6 +130,12 @@ class RunReporter:
             rollouts_shown=config.observe.rollouts_shown,
         )
         self._held_out: dict[str, float] = {}
+        self._host = HostMetrics(run.folder.path)
+        self._alarms = Alarms() if config.observe.alarms else Alarms(rules=())
+        for step, line in read_lines(run.folder.metrics):
+            self._alarms.step(step, line)  # of earlier commands
+        command = config.observe.alarm_command
+        self._alarm_command = None if command is None else AlarmCommand(command)
         axes = ("world_size", "tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp")
         layout = {name: int(getattr(topology, name)) for name in axes}
         self.summary = Summary(
@@ -167,7 +178,9 @@ class RunReporter:
         """Write the last evaluation and the final summary, and log the summary."""
         if evaluation is not None:
             self._metrics.write_curves(self.summary.steps, _as_metrics(evaluation))
-        self._write(status="done", eval_after=evaluation, policy_digest=policy_digest or self.summary.policy_digest)
+        ended = verdict(self._alarms.history, self._alarms.active, self.summary.eval_before, evaluation)
+        policy_digest = policy_digest or self.summary.policy_digest
+        self._write(status="done", eval_after=evaluation, verdict=ended, policy_digest=policy_digest)
         log.info("%s", render(self.summary, self._run.folder.path))
 
     def failed(self, error: BaseException) -> None:
@@ -178,8 +191,19 @@ class RunReporter:
             log.info("%s", render(self.summary, self._run.folder.path))
 
     def close(self) -> None:
-        """Flush the TensorBoard curves."""
+        """Flush the TensorBoard curves, and wait for alarm commands."""
         self._metrics.close()
+        if self._alarm_command is not None:
+            self._alarm_command.close()
+
+    def _raise_alarms(self, step: int, line: Mapping[str, float]) -> None:
+        raised = self._alarms.step(step, line)
+        for alarm in raised:
+            log.warning("alarm: %s", alarm)
+            if self._alarm_command is not None:
+                self._alarm_command.start(alarm)
+        if raised:
+            self._metrics.write_alarms(step, [str(alarm) for alarm in raised])
 
     def _write_line(self, step: int, num_tokens: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
         """Write the metrics line of a step, and show it."""
@@ -188,6 +212,7 @@ class RunReporter:
             **self._data.metrics(step, self._prompts_per_step),
             **times,
             "throughput/tokens_per_second": num_tokens / times["time/step_seconds"],
+            **self._host.step_metrics(),
             **self._peaks.step_metrics(),
             **self._held_out,
         }
@@ -195,8 +220,10 @@ class RunReporter:
         changes = self._run.changes if step == self._run.step + 1 else ()
         self._metrics.write(step, line, [f"{each.key}: {each.before} -> {each.now}" for each in changes])
         self._progress.step(step, line)
+        self._raise_alarms(step, line)
 
     def _write(self, **changes: Any) -> None:
+        changes["alarms"] = [asdict(alarm) for alarm in self._alarms.raised]
         seconds = add_seconds(self._run.previous, self._timers.total_seconds())
         self.summary = replace(self.summary, seconds=seconds, **changes)
         write_summary(self._run.folder.summary, self.summary)

@@ -116,5 +116,5 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl without the values that depend on time."""
-    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/")
+    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/", "host/")
     return {name: value for name, value in line.items() if not name.startswith(timed)}

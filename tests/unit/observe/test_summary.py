@@ -12,6 +12,7 @@ from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, duration
 from grpo_mega.observe.summary import write_summary as write
 from grpo_mega.types import UserError
 
+ALARM = {"name": "answers grow", "since": 3, "until": None, "value": 2.0, "limit": 1.0, "text": "longer"}
 DONE = Summary(
     status="done",
     steps=105,
@@ -86,6 +87,13 @@ def test_the_summary_of_a_finished_run_shows_gain_seconds_and_folder() -> None:
 
 def test_other_endings_print_what_happened() -> None:
     assert render(Summary(status="failed", steps=1, error="no memory")) == "Failed after 1 step: no memory"
+    told = Summary(status="done", steps=9, verdict="learned: much", alarms=[{**ALARM, "until": 7}, ALARM])
+    assert render(told).splitlines() == [
+        "Done: 9 steps.",
+        "  verdict            learned: much",
+        "  alarm              answers grow, step 3 to 7: longer",
+        "  alarm              answers grow, step 3 on: longer",
+    ]
     interrupted = render(Summary(status="interrupted", steps=2, eval_before=Evaluation(0.41, 0.4, 3.0, 300)))
     assert interrupted.startswith("Interrupted after 2 steps; the same command continues.\n")
     assert "0.41 before training" in interrupted

@@ -1,0 +1,296 @@
+"""Alarms: conditions in the metrics of a run that a person should look at.
+
+A rule compares the metrics so far with a limit. An alarm is raised when its condition holds in `patience` steps in
+succession, and ends when it has not held for as many. Limits are relative to the run's own steps where a run may have
+any scale (lengths, times, norms). Health comes first: no rule gives advice on speed for a healthy run.
+Asserted by tests/unit/observe/test_alarms.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from grpo_mega.observe.history import History, mean
+
+_SOLVED = 0.9
+"""Accuracy above which equal rewards and a small entropy are the aim and no fault."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One alarm.
+
+    Attributes:
+        name: of the rule.
+        since: first step of the condition.
+        until: last step of the condition, or None while it holds.
+        value: value at the step at which the alarm was raised.
+        limit: that it must not pass.
+        text: what is wrong, with value and limit.
+        look_at: what to look at first.
+    """
+
+    name: str
+    since: int
+    until: int | None
+    value: float
+    limit: float
+    text: str
+    look_at: str
+
+    def __str__(self) -> str:
+        return f"{self.name} since step {self.since}: {self.text}; look at {self.look_at}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    value: float
+    limit: float
+    text: str
+
+
+@dataclass(frozen=True)
+class _Rule:
+    name: str
+    patience: int
+    look_at: str
+    check: Callable[[History], _Found | None]
+
+
+def _equal_rewards(history: History) -> _Found | None:
+    """Almost every group has equal rewards, although the task is not solved: there is nothing to learn from."""
+    value, accuracy = history.last("group/degenerate_fraction"), history.last("reward/accuracy")
+    if value is None or value < 0.98 or (accuracy is not None and accuracy >= _SOLVED):
+        return None
+    return _Found(value, 0.98, f"the rewards of {value:.0%} of the groups are equal, so the gradient is zero")
+
+
+def _no_progress(history: History) -> _Found | None:
+    """The best 20 steps are no better than the first 20, after 60 steps."""
+    rewards = history.all("reward/mean")
+    if len(rewards) < 60 or (history.last("reward/accuracy") or 0.0) >= _SOLVED:
+        return None
+    first = rewards[:20]
+    best = max(mean(rewards[start : start + 20]) for start in range(20, len(rewards) - 19, 10))
+    needed = mean(first) + 2 * (statistics.stdev(first) * (2 / 20) ** 0.5)
+    if best > needed:
+        return None
+    text = f"the best mean reward of 20 steps is {best:.3g}, that of the first 20 {mean(first):.3g}"
+    return _Found(best, needed, text)
+
+
+def _reward_against_accuracy(history: History) -> _Found | None:
+    """The training reward rises while the accuracy falls: the policy has found a reward that is not the aim."""
+    name = "eval/accuracy" if len(history.all("eval/accuracy")) >= 2 else "reward/accuracy"
+    rewards = history.recent("reward/mean", 5)
+    earlier = history.all("reward/mean")[:-5]
+    if len(rewards) < 5 or len(earlier) < 5:
+        return None
+    values = history.all(name)
+    if len(values) < (2 if name == "eval/accuracy" else 10):
+        return None
+    last = values[-1] if name == "eval/accuracy" else mean(values[-5:])
+    best = max(values) if name == "eval/accuracy" else max(mean(values[i : i + 5]) for i in range(len(values) - 4))
+    limit = best - 0.1
+    if last >= limit or mean(rewards) <= mean(earlier[-5:]) - statistics.pstdev(earlier):
+        return None
+    if mean(rewards) <= mean(earlier[:5]):
+        return None
+    which = "held-out accuracy" if name == "eval/accuracy" else "accuracy in training"
+    return _Found(last, limit, f"the mean reward rises ({mean(rewards):.3g}), and the {which} fell to {last:.3g}")
+
+
+def _component_falls(history: History) -> _Found | None:
+    """The mean reward rises while one reward term falls."""
+    rewards = history.all("reward/mean")
+    if len(rewards) < 10 or mean(rewards[-5:]) <= mean(rewards[:5]) + 0.02 * max(1.0, abs(mean(rewards[:5]))):
+        return None
+    for name in history.names("reward/component/"):
+        values = history.all(name)
+        if len(values) < 10:
+            continue
+        spread = max(values) - min(values)
+        last = mean(values[-5:])
+        best = max(mean(values[i : i + 5]) for i in range(len(values) - 4))
+        limit = best - max(0.1, 0.5 * spread)
+        if spread > 0 and last < limit:
+            term = name.removeprefix("reward/component/")
+            text = f"the mean reward rises, and its term {term} fell from {best:.3g} to {last:.3g}"
+            return _Found(last, limit, text)
+    return None
+
+
+def _dead_set(history: History) -> _Found | None:
+    """No rollout of one training set is right, while another set is learned."""
+    accuracy = {name: history.recent(name, 5) for name in history.names("set/") if name.endswith("/accuracy")}
+    known = {name: values for name, values in accuracy.items() if len(values) >= 4}
+    if not known or max(mean(values) for values in known.values()) < 0.2:
+        return None
+    dead = [name.split("/")[1] for name, values in known.items() if max(values) == 0.0]
+    if not dead:
+        return None
+    return _Found(0.0, 0.0, f"no rollout of the training set {dead[0]} was right in 5 steps")
+
+
+def _longer(history: History) -> _Found | None:
+    """The answers became twice as long within 10 steps."""
+    before, now = history.recent("rollout/length_mean", 10, skip=10), history.last("rollout/length_mean")
+    if now is None or len(before) < 5:
+        return None
+    limit = 2 * statistics.median(before)
+    if now <= limit or now < statistics.median(before) + 16:
+        return None
+    return _Found(now, limit, f"the mean length is {now:.0f} tokens, more than twice that of 10 to 20 steps before")
+
+
+def _truncated(history: History) -> _Found | None:
+    value = history.last("rollout/truncated_fraction")
+    if value is None or value <= 0.5:
+        return None
+    return _Found(value, 0.5, f"{value:.0%} of the answers reach sampling.max_tokens")
+
+
+def _entropy(history: History) -> _Found | None:
+    """The entropy has collapsed although the task is not solved."""
+    value, first = history.last("train/entropy"), history.first("train/entropy", 5)
+    if value is None or len(history.steps) < 10 or (history.last("reward/accuracy") or 0.0) >= _SOLVED:
+        return None
+    limit = 0.1 * mean(first)
+    if value >= limit:
+        return None
+    return _Found(value, limit, f"the entropy is {value:.2g} nats per token, a tenth of {mean(first):.2g} at the start")
+
+
+def _far_from_reference(history: History) -> _Found | None:
+    value = history.last("train/kl")
+    if value is None or value <= 10.0:
+        return None
+    return _Found(value, 10.0, f"the KL divergence from the reference is {value:.3g} nats per token")
+
+
+def _gradient(history: History) -> _Found | None:
+    value, before = history.last("train/grad_norm"), history.recent("train/grad_norm", 20, skip=1)
+    if value is None or len(before) < 10:
+        return None
+    limit = 30 * statistics.median(before)
+    if value <= limit or limit == 0:
+        return None
+    return _Found(value, limit, f"the gradient norm is {value:.3g}, 30 times the median of the 20 steps before")
+
+
+def _mismatch(history: History) -> _Found | None:
+    value, first = history.last("train/mismatch_kl"), history.first("train/mismatch_kl", 10)
+    if value is None or len(history.steps) < 10:
+        return None
+    limit = max(1e-3, 10 * statistics.median(first))
+    if abs(value) <= limit:
+        return None
+    return _Found(value, limit, f"policy and engine differ by {value:.2g} nats per token, 10 times as much as at first")
+
+
+def _failed_rewards(history: History) -> _Found | None:
+    value = history.last("reward/failed_fraction")
+    if value is None or value <= 0.05:
+        return None
+    return _Found(value, 0.05, f"{value:.0%} of the rollouts could not be scored")
+
+
+def _slow_phase(history: History) -> _Found | None:
+    """One phase takes twice as long per token as before."""
+    for phase in ("rollout", "log_probs", "train", "sync"):
+        name = f"time/{phase}_seconds"
+        seconds, tokens = history.recent(name, 25), history.recent("rollout/tokens", 25)
+        if len(seconds) < 15 or len(seconds) != len(tokens) or min(tokens) <= 0:
+            continue
+        each = seconds if phase == "sync" else [s / t for s, t in zip(seconds, tokens, strict=True)]
+        usual = statistics.median(each[:-5])
+        if usual > 0 and each[-1] > 2 * usual and seconds[-1] > 0.5:
+            text = f"{phase} took {seconds[-1]:.1f} s, {each[-1] / usual:.1f} times the median of the steps before"
+            return _Found(each[-1] / usual, 2.0, text)
+    return None
+
+
+def _disk(history: History) -> _Found | None:
+    value = history.last("host/disk_free_fraction")
+    if value is None or value >= 0.05:
+        return None
+    return _Found(value, 0.05, f"{value:.1%} of the disk of the run folder is free")
+
+
+def _memory(history: History) -> _Found | None:
+    """Rank 0 grows: its memory after the first 50 steps, and steadily."""
+    values = history.all("host/memory_bytes")
+    if len(values) < 100:
+        return None
+    settled, last = max(values[30:50]), min(values[-10:])
+    limit = settled * 1.2 + 2**29
+    if last <= limit:
+        return None
+    grown = f"{settled / 2**30:.1f} to {last / 2**30:.1f} GiB"
+    return _Found(last, limit, f"the memory of rank 0 grew from {grown} after its first 50 steps")
+
+
+RULES: tuple[_Rule, ...] = (
+    _Rule("unscored rollouts", 3, "the tracebacks of rewards in logs/", _failed_rewards),
+    _Rule("equal rewards", 5, "the rollouts and rewards of one group: are they ever different?", _equal_rewards),
+    _Rule("one set is never right", 3, "the references and prompts of that set", _dead_set),
+    _Rule("mismatch of policy and engine", 3, "train/mismatch_max, engine.args and precision", _mismatch),
+    _Rule("far from the reference", 2, "optimizer.lr and algorithm.kl_coef", _far_from_reference),
+    _Rule("gradient norm", 3, "optimizer.lr, and the rollouts with the largest advantages", _gradient),
+    _Rule("collapse of the entropy", 5, "optimizer.lr and the variety of the rollouts", _entropy),
+    _Rule("reward up, accuracy down", 3, "the rollouts with the largest rewards", _reward_against_accuracy),
+    _Rule("a reward term falls", 3, "the weights in reward.terms", _component_falls),
+    _Rule("answers grow", 3, "the longest rollouts: do they repeat themselves?", _longer),
+    _Rule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", _truncated),
+    _Rule("no progress", 1, "group/degenerate_fraction, optimizer.lr and the difficulty of the prompts", _no_progress),
+    _Rule("slow phase", 5, "other programs on the nodes", _slow_phase),
+    _Rule("disk nearly full", 1, "rollouts/ and checkpoints/ of the run folder, checkpoint.keep", _disk),
+    _Rule("memory grows", 5, "own rewards and environments: do they keep what they have seen?", _memory),
+)
+
+
+class Alarms:
+    """Applies the rules to each step of a run."""
+
+    def __init__(self, rules: Sequence[_Rule] = RULES) -> None:
+        self.history = History()
+        self._rules = rules
+        self._holding: dict[str, list[int]] = {}  # steps in succession in which the condition held
+        self._missing: dict[str, int] = {}  # steps in succession in which it did not, for an alarm that was raised
+        self._raised: list[Alarm] = []
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> list[Alarm]:
+        """Add the metrics of a step and return the alarms that this step raises."""
+        self.history.add(step, metrics)
+        return [alarm for rule in self._rules if (alarm := self._apply(rule, step)) is not None]
+
+    @property
+    def raised(self) -> tuple[Alarm, ...]:
+        """All alarms so far, in the order in which they were raised."""
+        return tuple(self._raised)
+
+    @property
+    def active(self) -> tuple[Alarm, ...]:
+        """Alarms whose condition holds."""
+        return tuple(alarm for alarm in self._raised if alarm.until is None)
+
+    def _apply(self, rule: _Rule, step: int) -> Alarm | None:
+        found = rule.check(self.history)
+        position = next((i for i, a in enumerate(self._raised) if a.name == rule.name and a.until is None), None)
+        if found is None:
+            self._holding.pop(rule.name, None)
+            if position is not None:
+                self._missing[rule.name] = self._missing.get(rule.name, 0) + 1
+                if self._missing[rule.name] >= rule.patience:
+                    self._raised[position] = replace(self._raised[position], until=step - rule.patience)
+            return None
+        self._missing[rule.name] = 0
+        held = self._holding.setdefault(rule.name, [])
+        held.append(step)
+        if position is not None or len(held) < rule.patience:
+            return None
+        alarm = Alarm(rule.name, held[0], None, found.value, found.limit, found.text, rule.look_at)
+        self._raised.append(alarm)
+        return alarm

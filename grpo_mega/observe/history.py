@@ -1,0 +1,67 @@
+"""The metrics of a run's steps in memory, from which alarms and the verdict are derived."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+
+class History:
+    """Steps of a run and their metrics, in order. A value that is missing or not finite has no entry."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self._values: dict[str, dict[int, float]] = {}
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the metrics of the next step."""
+        self.steps.append(step)
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._values.setdefault(name, {})[step] = float(value)
+
+    def names(self, prefix: str) -> list[str]:
+        """Return the names with this prefix."""
+        return sorted(name for name in self._values if name.startswith(prefix))
+
+    def last(self, name: str) -> float | None:
+        """Return the value of the last step, or None."""
+        return self._values.get(name, {}).get(self.steps[-1]) if self.steps else None
+
+    def first(self, name: str, steps: int) -> list[float]:
+        """Return the values of the first `steps` steps."""
+        return self._of(name, self.steps[:steps])
+
+    def recent(self, name: str, steps: int, skip: int = 0) -> list[float]:
+        """Return the values of the last `steps` steps before the last `skip`."""
+        end = len(self.steps) - skip
+        return self._of(name, self.steps[max(0, end - steps) : max(0, end)])
+
+    def all(self, name: str) -> list[float]:
+        """Return the values of all steps that have one."""
+        return list(self._values.get(name, {}).values())
+
+    def _of(self, name: str, steps: list[int]) -> list[float]:
+        found = self._values.get(name, {})
+        return [found[step] for step in steps if step in found]
+
+
+def read_lines(metrics: Path) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield step and metrics of each line of `metrics.jsonl`; lines that cannot be read are skipped."""
+    if not metrics.exists():
+        return
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            step = int(values.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue
+        yield step, {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def mean(values: list[float]) -> float:
+    """Return the mean of at least one value."""
+    return statistics.fmean(values)
