@@ -29,6 +29,7 @@ from grpo_mega.parallel.topology import Topology
 from grpo_mega.tiny_base.train import model_folder_of
 from grpo_mega.trainer.build import BuiltJob, building, log
 from grpo_mega.trainer.build_sft import BuiltSft, building_sft
+from grpo_mega.trainer.equal_inputs import require_equal_inputs
 
 
 def run_job(
@@ -48,7 +49,7 @@ def run_job(
         stops: stop requests of this process.
 
     Raises:
-        UserError: the run folder cannot be used.
+        UserError: the run folder cannot be used, or the ranks have different configs or prompts.
         Stopped: a rank received a stop request; the checkpoint is complete.
     """
     rank = int(os.environ["RANK"])
@@ -58,6 +59,7 @@ def run_job(
     torch.use_deterministic_algorithms(config.run.deterministic)
     ranks = init_ranks(topology, config.guard.timeout_seconds)
     try:
+        require_equal_inputs(resolved(config), data, held_out, ranks)
         with ExitStack() as lock:
             wanted = agreed(lambda: _lock_and_list(config, lock), ranks)
             verify_checkpoints(wanted, describe_model(hf_shapes(checkpoint_spec(folder))), ranks)
