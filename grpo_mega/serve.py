@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 from grpo_mega.config.load import known_keys, load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
+from grpo_mega.data.hub.fetch import with_hub_inputs
 from grpo_mega.parallel.error_report import report_error
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
@@ -56,6 +57,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     try:
         config = load_config(args.config, [*args.overrides, "engine.placement=server", _placeholder_url(args.host)])
+        config = with_hub_inputs(config, with_data=False)
         from grpo_mega.engines.server.protocol import read_token, require_token
 
         require_token(args.host, read_token(), f"--host={args.host}")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NoReturn
 from grpo_mega.config.load import known_keys, load_config, precedence_notes, resolved
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
+from grpo_mega.data.hub.fetch import pinned_overrides, with_hub_inputs
 from grpo_mega.launch.slurm_variables import in_step, positive_int, slurm_step
 from grpo_mega.parallel.device_queues import set_device_queues
 from grpo_mega.parallel.devices import num_driver_gpus, num_visible_gpus
@@ -67,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stops = None if arguments.for_launcher else StopRequests()
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = with_hub_inputs(load_config(arguments.config, arguments.overrides))
         if stops is None:
             sys.stdout.write(f"{json.dumps(for_launcher(config))}\n")
             return
@@ -90,6 +91,7 @@ def for_launcher(config: Config) -> dict[str, object]:
         "world_size": wanted_world_size(config),
         "configured": config.run.world_size is not None,
         "timeout_seconds": config.guard.timeout_seconds,
+        "overrides": pinned_overrides(config),  # all ranks use the commits that were found once
     }
 
 
@@ -171,7 +173,7 @@ def prepare(config: Config) -> Prepared:
 
         tokenizer = base_tokenizer(base)
     else:
-        tokenizer = load_tokenizer(str(config.model.path))
+        tokenizer = load_tokenizer(config.model.folder)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine
         require(examine_start(config, topology))
     fields = needs_fields(rewards)

@@ -31,6 +31,7 @@ from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.policy_sections import ParallelConfig
 from grpo_mega.config.schema import Config
+from grpo_mega.data.hub.fetch import pinned_overrides, with_hub_inputs
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.parallel.ports import free_port
 from grpo_mega.types import UserError
@@ -96,11 +97,13 @@ def config_of(args: argparse.Namespace, layout: Layout) -> Config:
     from grpo_mega.doctor.model_rules import check_model
     from grpo_mega.parallel.topology import Topology
 
-    base = load_config(args.config, args.overrides)
+    base = with_hub_inputs(load_config(args.config, args.overrides), with_data=False)
     one = base.model_copy(update={"parallel": ParallelConfig()})
     plain = [f"parallel.{key}={json.dumps(value)}" for key, value in one.parallel.model_dump().items()]
     try:
-        config = load_config(args.config, [*args.overrides, *plain, "engine.tp=1", *layout.overrides])
+        config = load_config(
+            args.config, [*args.overrides, *pinned_overrides(base), *plain, "engine.tp=1", *layout.overrides]
+        )
         check_model(config, Topology.of(config, config.run.world_size or 1), with_engine=False)
     except UserError as error:
         raise UserError(f"--layouts: {layout.text or 'one rank'}: {error}") from None

@@ -4,7 +4,8 @@
     grpo-mega doctor --machine [--json]
     python tools/doctor.py CONFIG [section.key=value ...] [--json]
 
-Run it on a node of the job. It starts no rank, reads no weights (only headers), and writes nothing.
+Run it on a node of the job. It starts no rank, reads no weights (only headers), and writes nothing but the cache of the
+hub: data sets, tokenizer and config of a model that the config names there.
 
 Exit code 0: no check failed (there can be warnings); 2: a check failed, or the input is wrong; 1: a failure of the
 tool itself.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from grpo_mega.config.load import load_config, precedence_notes
 from grpo_mega.config.option_parser import OptionParser
+from grpo_mega.data.hub.fetch import with_hub_inputs
 from grpo_mega.doctor.examine import examine, examine_machine
 from grpo_mega.doctor.finding import Finding, in_words
 from grpo_mega.parallel.topology import Topology
@@ -63,7 +65,7 @@ def diagnose(args: argparse.Namespace) -> list[Finding]:
         return examine_machine()
     if args.config is None:
         raise UserError("CONFIG is missing", remedy="name a config, or use --machine")
-    config = load_config(args.config, args.overrides)
+    config = with_hub_inputs(load_config(args.config, args.overrides), part="small")
     for note in precedence_notes(args.config, args.overrides):
         print(f"note: {note}", file=sys.stderr)
     return examine(config, Topology.of(config, wanted_world_size(config)))

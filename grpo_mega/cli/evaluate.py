@@ -30,9 +30,12 @@ from typing import Any
 
 import yaml
 
+from grpo_mega.config.absolute_paths import with_absolute_paths
 from grpo_mega.config.load import config_from_values, resolved
+from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
+from grpo_mega.data.hub.fetch import fetch_model, with_hub_inputs
 from grpo_mega.doctor.model_rules import check_model
 from grpo_mega.launch.supervisor import run_ranks
 from grpo_mega.observe.run_folder import RunFolder
@@ -93,13 +96,15 @@ def find_checkpoint(path: Path, reward: str | None, data: Sequence[str]) -> Chec
         weights = checkpoints[max(checkpoints)]
     try:
         values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        named, _ = values["model"]["path"], values["reward"]["terms"]
+        section, _ = ModelConfig.model_validate(values["model"]), values["reward"]["terms"]
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UserError(
             f"{run / 'config.yaml'} must be the config of a run ({error})", remedy="name a Hugging Face folder"
         ) from None
     exported = run / "hf"
-    model = exported if (exported / "config.json").is_file() else Path(named) if named else None
+    model = exported if (exported / "config.json").is_file() else None
+    if model is None and section.path is not None:
+        model = (fetch_model(section, "small") if section.is_on_hub else section).folder
     return Checkpoint(weights, values, model, run)
 
 
@@ -154,7 +159,7 @@ def config_of(args: argparse.Namespace, checkpoint: Checkpoint) -> Config:
     values["train"]["max_tokens_per_microbatch"] = 2**31
     if checkpoint.model is not None:
         values["model"] = {"path": str(checkpoint.model)}
-    config = config_from_values(values, args.overrides, [Path.cwd()])
+    config = with_hub_inputs(config_from_values(values, args.overrides, [Path.cwd()]))
     if config.engine.placement == "server":
         raise UserError(
             "engine.placement=server is not supported: this command starts its own engine",
@@ -195,6 +200,7 @@ def differences(config: Config, checkpoint: Checkpoint) -> list[str]:
     """Return `key=value (run: value)` for every key on which the numbers depend and in which the run differs."""
     theirs = copy.deepcopy(checkpoint.values)
     theirs["run"] = {**(theirs.get("run") or {}), "world_size": _num_ranks(checkpoint)}
+    theirs = with_absolute_paths(theirs, [Path.cwd()])  # those of a run that an earlier version made are relative
     before, now = _flat(Config.model_validate(theirs)), _flat(config)
     return [
         f"{key}={now.get(key)} (run: {before.get(key)})"

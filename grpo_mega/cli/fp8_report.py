@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
+from grpo_mega.data.hub.fetch import with_hub_inputs
 from grpo_mega.formats.safetensors_reader import HfFiles
 from grpo_mega.formats.stored_head import checkpoint_spec
 from grpo_mega.interfaces import HeldSlice
@@ -87,7 +88,8 @@ def folder_of(args: argparse.Namespace) -> tuple[Path, str]:
             f"{args.model} has a model.base, which is pre-trained when the run starts",
             remedy="give the folder of its weights",
         )
-    return Path(config.model.path), "power_of_two" if config.engine.fp8 == "scales_power_of_two" else "fp32"
+    folder = with_hub_inputs(config, with_data=False).model.folder
+    return folder, "power_of_two" if config.engine.fp8 == "scales_power_of_two" else "fp32"
 
 
 def report_of(folder: Path, *, power_of_two: bool) -> Report:

@@ -29,6 +29,7 @@ COMMANDS = {
     "plan": Command("plan", "predict memory and time per phase, and whether a run fits"),
     "plan-sync": Command("plan_sync", "compute the reshard plan of a weight sync, without a GPU"),
     "doctor": Command("doctor", "check this machine and a config before a job starts"),
+    "fetch": Command("fetch", "download the models and data sets of a config from the hub"),
     "configs": Command("configs", "list or print the configs shipped with the package"),
     "convert": Command("convert", "convert checkpoints: to-megatron, to-hf"),
     "compare": Command("compare", "compare checkpoints, logits or layouts, or check a mapping"),

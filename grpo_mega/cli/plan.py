@@ -4,10 +4,10 @@
     python tools/plan.py CONFIG [section.key=value ...] [--gpu h100-80g] [--nodes N] [--search] [--html FILE] [--json]
 
 The model's folder needs only its config.json. If `model.path` is not a folder on this machine, the shipped
-configs/models/<its name> is used. The number of devices comes from `--nodes` and `--gpus-per-node`. Without them,
-`run.world_size` is used, and without all, one node. If the layout of the config does not divide the devices of these
-options, the layouts that fit on them are searched, as with `--search`.
-`--assume NAME=VALUE` replaces an assumption, for example `mean_length=0.2`; `--json` lists all of them.
+configs/models/<its name> is used, else the config.json of the model of this name on the hub. The number of devices
+comes from `--nodes` and `--gpus-per-node`. Without them, `run.world_size` is used, and without all, one node. If the
+layout of the config does not divide the devices of these options, the layouts that fit on them are searched, as with
+`--search`. `--assume NAME=VALUE` replaces an assumption, for example `mean_length=0.2`; `--json` lists all of them.
 
 Exit code 0: the run fits (with --search: a layout fits); 2: it does not fit, or the input is wrong; 1: a failure of
 the tool itself.
@@ -31,7 +31,7 @@ from grpo_mega.config.load import load_config
 from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
-from grpo_mega.config.shipped import shipped_model_folder
+from grpo_mega.data.hub.model_config import planned_model_folder
 from grpo_mega.models.kv_cache_memory import KvCacheSize
 from grpo_mega.models.module_sizes import ModuleCounter
 from grpo_mega.models.spec import ModelSpec
@@ -241,6 +241,6 @@ def model_of(config: Config, gpu: Gpu, assumed: Mapping[str, float] = MappingPro
         vocab_size = len(base_tokenizer(config.model.base))
         spec, where = recipe_spec(config.model.base.architecture, vocab_size), "model.base.architecture"
     else:
-        folder = shipped_model_folder(Path(str(config.model.path)))
+        folder = planned_model_folder(config)
         spec, where = checkpoint_spec(folder), str(folder)
     return PlannedModel(spec, gpu, where, module_counter(spec, config.parallel.megatron), assumed)

@@ -5,9 +5,10 @@
 
 It needs the model's config.json, but no weights, no GPU and no other process. The policy's shards are computed, and the
 engine's layout is recorded from its own weight loader. `run.world_size` is the number of ranks. If `model.path` is not
-a folder on this machine, configs/models/<its name> is used. The predicted seconds are those of the busiest link at the
-given speeds, without latency and verification. Changes of bucket, transport and engine.tp that make the sync faster are
-listed with their predicted effect; `--search` plans other engine.tp also for large models.
+a folder on this machine, configs/models/<its name> is used, else the config.json of the model of this name on the hub.
+The predicted seconds are those of the busiest link at the given speeds, without latency and verification. Changes of
+bucket, transport and engine.tp that make the sync faster are listed with their predicted effect; `--search` plans other
+engine.tp also for large models.
 
 Exit code 0: planned; 2: invalid input; 1: an internal failure.
 """
@@ -34,7 +35,7 @@ from grpo_mega.cli.sync_remedies import MOST_TRANSFERS_REPEATED, SyncRemedy, rem
 from grpo_mega.config.load import load_config
 from grpo_mega.config.option_parser import OptionParser
 from grpo_mega.config.schema import Config
-from grpo_mega.config.shipped import shipped_model_folder
+from grpo_mega.data.hub.model_config import planned_model_folder
 from grpo_mega.engines.engine_rules import check_engine_fp8
 from grpo_mega.engines.vllm.arguments import checkpoint_tensors
 from grpo_mega.engines.vllm.layout_extrapolation import NoRuleError, layouts_of_all, sampled_ranks
@@ -158,7 +159,7 @@ def model_of(config: Config, work: Path) -> tuple[Path, ModelSpec]:
     if config.model.base is not None:
         base_config(config.model.base, base_tokenizer(config.model.base)).save_pretrained(work)
         return work, checkpoint_spec(work)
-    folder = shipped_model_folder(Path(str(config.model.path)))
+    folder = planned_model_folder(config)
     return folder, checkpoint_spec(folder)
 
 

@@ -31,6 +31,7 @@ def check_data(data: DataConfig) -> None:
         _check_names(key, sources)
         for position, source in enumerate(sources):
             where = f"{key}[{position}]"
+            _check_hub_keys(where, source)
             _check_token_bounds(where, source, data)
             for number, row_filter in enumerate(source.filters):
                 _check_filter(f"{where}.filters[{number}]", row_filter)
@@ -64,6 +65,16 @@ def _check_names(key: str, sources: Sequence[DataSource]) -> None:
                 remedy="set another name for one of them",
             )
         seen[name] = position
+
+
+def _check_hub_keys(where: str, source: DataSource) -> None:
+    for name in ("config", "revision"):
+        if getattr(source, name) is not None and not source.is_on_hub:
+            raise UserError(
+                f"{where}.{name}={getattr(source, name)} has no effect: path={source.path} is not the name of a data "
+                "set on the hub",
+                remedy="leave it out, or correct the path",
+            )
 
 
 def _check_token_bounds(where: str, source: DataSource, data: DataConfig) -> None:

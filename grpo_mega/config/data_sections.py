@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from grpo_mega.config.hub_names import is_hub_name
 from grpo_mega.config.section import Section
 
 
@@ -31,13 +32,18 @@ class DataSource(Section):
     """One set of prompts. Keys that are null take the value of the same key of `data`."""
 
     path: str
-    """JSONL or Parquet file, folder written by the package `datasets`, `arithmetic:train` or `arithmetic:heldout`."""
+    """JSONL or Parquet file, folder written by the package `datasets`, data set of the Hugging Face hub
+    (`openai/gsm8k`), `arithmetic:train` or `arithmetic:heldout`."""
     name: str | None = None
     """Name in metrics and messages. null: the name of the file or folder without its extension."""
     weight: float = Field(1.0, gt=0)
     """Fraction of the training prompts, relative to the other sets. Each set is shuffled and repeated separately."""
+    config: str | None = None
+    """Configuration of a data set of the hub, for example `main`. null: it has one, or a default."""
     split: str | None = None
-    """Split of a folder that holds several. null: the folder holds one."""
+    """Split of a folder or of a data set of the hub. null: it holds one."""
+    revision: str | None = None
+    """Branch, tag or commit of a data set of the hub. null: `main`. The resolved config holds the commit."""
     prompt_key: str | None = None
     """Key of the prompt in a row. null: `data.prompt_key`."""
     answer_key: str | None = None
@@ -55,6 +61,11 @@ class DataSource(Section):
         """Return `name`, or the name that is derived from `path`."""
         return self.name or re.sub(r"[^A-Za-z0-9_.-]", "_", PurePath(self.path).stem)
 
+    @property
+    def is_on_hub(self) -> bool:
+        """Return True if `path` is the name of a data set of the hub."""
+        return is_hub_name(self.path)
+
 
 # The tags appear in the locations of pydantic's errors; load.py removes them.
 DataSets = Annotated[
@@ -67,9 +78,9 @@ class DataConfig(Section):
     """Prompts of training and evaluation."""
 
     train: DataSets
-    """Training prompts: a path (see `data.train[].path`), or a list of sets."""
+    """Training prompts: a path or a name on the hub (see `data.train[].path`), or a list of sets."""
     eval: DataSets | None = None
-    """Held-out prompts: a path, or a list of sets. null: no evaluation."""
+    """Held-out prompts: a path or a name on the hub, or a list of sets. null: no evaluation."""
     prompts_per_step: int = Field(32, ge=1)
     """Prompts per step; a step samples `sampling.group_size` rollouts of each."""
     prompt_key: str | None = None

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from grpo_mega.config.absolute_paths import with_absolute_paths
 from grpo_mega.config.algorithm_parts import PARTS
 from grpo_mega.config.algorithm_presets import settings_before_presets
 from grpo_mega.config.json_values import reject_endless_values
@@ -52,7 +53,7 @@ _Loader.add_implicit_resolver(
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the config of one run. Names of functions in files get absolute paths (user_code.py).
+    """Return the config of one run. Files and functions in files get absolute paths (absolute_paths.py, user_code.py).
 
     Raises:
         UserError: the file was not found or is malformed, a key is unknown (names the nearest), or a value has the
@@ -79,7 +80,7 @@ def read_values(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"CONFIG={path} cannot be read ({error.strerror})", remedy="name a readable file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).replace(chr(10), ' ')}") from None
+        raise UserError(f"{path} is not valid YAML: {_reason(error)}", remedy=_yaml_remedy(error)) from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} must hold sections such as `model:` and `train:`, not {type(raw).__name__}")
     return raw
@@ -91,7 +92,7 @@ def config_from_values(values: dict[str, Any], overrides: Sequence[str], folders
     Args:
         values: sections, as in a YAML file.
         overrides: `section.key=value`.
-        folders: where functions in files are looked for (user_code.py).
+        folders: where files and functions in files are looked for (absolute_paths.py, user_code.py).
 
     Raises:
         UserError: a key is unknown (names the nearest), or a value has the wrong type or breaks a rule.
@@ -100,7 +101,7 @@ def config_from_values(values: dict[str, Any], overrides: Sequence[str], folders
         _apply_override(values, override)
     reject_endless_values(values)
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(with_absolute_paths(values, folders))
     except ValidationError as error:
         raise UserError("\n".join(_explain(e) for e in error.errors()[:5])) from None
     config = _with_absolute_names(config, folders)
@@ -136,6 +137,20 @@ def _parse_yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except (ValueError, LookupError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(f"{type(error).__name__}: {error}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the line and the problem of a YAML error, in one line of text."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    return f"line {mark.line + 1}: {problem}"
+
+
+def _yaml_remedy(error: Exception) -> str:
+    if "'\\t'" in str(getattr(error, "problem", "")):
+        return "indent with spaces, not with tabs"
+    return "correct the line; indent with spaces, and put quotes around text that contains : or ["
 
 
 def resolved(config: Config) -> dict[str, Any]:
@@ -199,7 +214,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "missing":
         return f"{where}: this key is required; set it"
     message = error["msg"].replace("valid tuple", "list")  # YAML has lists; a config holds them as tuples
-    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    hint = "; use one of these" if error["type"] == "literal_error" and " or " in message else ""
+    return f"{where}={error['input']!r}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def _first_leaf(where: str, value: object) -> str:

@@ -1,12 +1,16 @@
-"""Config section `model`: a Hugging Face folder, or the recipe of a tiny base model that is pre-trained locally."""
+"""Config section `model`: a Hugging Face folder, a model of a Hugging Face hub, or the recipe of a tiny base model that
+is pre-trained locally."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from grpo_mega.config.hub_names import is_commit, is_hub_name, snapshot_folder
 from grpo_mega.config.section import Section
+from grpo_mega.types import UserError
 
 
 class ArchitectureConfig(Section):
@@ -65,10 +69,35 @@ class ModelConfig(Section):
     """Base model of the policy. Exactly one of `path` and `base` must be set."""
 
     path: str | None = None
-    """Hugging Face folder with `config.json`, `*.safetensors` and the tokenizer. null: use `base`."""
+    """Hugging Face folder with `config.json`, `*.safetensors` and the tokenizer, or the name of a model of the Hugging
+    Face hub (`Qwen/Qwen2.5-7B-Instruct`). A folder takes precedence over a name. null: use `base`."""
+    revision: str | None = None
+    """Branch, tag or commit of a model of the hub. null: `main`. The resolved config holds the commit."""
     base: BaseConfig | None = None
     """Recipe of a tiny model that is pre-trained before the run. null: use `path`."""
     checkpoint: str | None = None
     """Checkpoint of a run (`RUN/checkpoints/step_NNNNNN`) whose weights replace those of `path` or `base`, for example
     of supervised fine-tuning. Policy, reference and critic start with them; optimizer, step and data start anew. null:
     none."""
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Return True if `path` is the name of a model of the hub."""
+        return self.path is not None and is_hub_name(self.path)
+
+    @property
+    def folder(self) -> Path:
+        """Return the local folder of `path`: the folder itself, or the folder of the model's commit in the cache.
+
+        Raises:
+            UserError: the commit is not known, because the model was not fetched.
+        """
+        assert self.path is not None, "config/rules.py: one of model.path and model.base is set"
+        if not self.is_on_hub:
+            return Path(self.path)
+        if self.revision is None or not is_commit(self.revision):
+            raise UserError(
+                f"model.path={self.path} with model.revision={self.revision} is not in the cache",
+                remedy="run `grpo-mega fetch CONFIG`, or give a Hugging Face model folder",
+            )
+        return snapshot_folder("model", self.path, self.revision)

@@ -44,6 +44,7 @@ _MARKS: Mapping[ResumeEffect, tuple[str, ...]] = {
         "run.world_size",
         "run.deterministic",
         "run.overwrite",
+        "model.base.cache_dir",
         "parallel",
         "engine.placement",
         "engine.urls",

@@ -55,6 +55,12 @@ def _one_model(config: Config) -> None:
             "model: exactly one of model.path and model.base must be set",
             remedy="set model.path to a Hugging Face folder, or model.base to the recipe of a tiny model",
         )
+    if config.model.revision is not None and not config.model.is_on_hub:
+        path = "model.base is a recipe" if config.model.path is None else f"model.path={config.model.path} is a folder"
+        raise UserError(
+            f"model.revision={config.model.revision} has no effect: {path}, not the name of a model on the hub",
+            remedy="leave it out",
+        )
 
 
 def _group_size(config: Config) -> None:

@@ -30,7 +30,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"model.path={path} is not a folder", remedy="give a Hugging Face model folder")
+        raise UserError(
+            f"model.path={path} is not a folder",
+            remedy="give a Hugging Face model folder, or the name of a model on the hub (ORGANIZATION/NAME)",
+        )
     if not any((folder / name).is_file() for name in _VOCABULARY_FILES):
         raise UserError(
             f"model.path={path} contains no tokenizer (none of {', '.join(_VOCABULARY_FILES)})",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from grpo_mega.config.data_sections import DataConfig, DataSource
@@ -22,9 +21,9 @@ from grpo_mega.data.prompt_rows import (
     lookup,
     passes_filter,
     prompt_of,
+    records_of,
     shorten,
 )
-from grpo_mega.data.records import read_records
 from grpo_mega.types import UserError
 
 ASSISTANT = "assistant"
@@ -74,7 +73,7 @@ def read_examples(source: DataSource, key: str, config: DataConfig) -> Iterator[
             yield ExampleRow(generated.where, (prompt,), (answer,))
         return
     prompt_key = source.prompt_key or config.prompt_key
-    for where, record in read_records(Path(source.path), key, source.split):
+    for where, record in records_of(source, key):
         if all(passes_filter(where, record, row_filter) for row_filter in source.filters):
             row = _example_of(where, record, prompt_key, config)
             _check_answers(row)

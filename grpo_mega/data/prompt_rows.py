@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo_mega.config.data_sections import DataConfig, DataSource, RowFilter
+from grpo_mega.config.hub_names import data_files, snapshot_folder
 from grpo_mega.data import arithmetic
-from grpo_mega.data.records import read_records
+from grpo_mega.data.records import Record, read_records
 from grpo_mega.types import UserError
 
 Message = Mapping[str, str]
@@ -69,13 +70,33 @@ def read_rows(
         return
     prompt_key = source.prompt_key or config.prompt_key
     answer_key = source.answer_key or config.answer_key or "answer"
-    for where, record in read_records(Path(source.path), key, source.split):
+    for where, record in records_of(source, key):
         if all(passes_filter(where, record, row_filter) for row_filter in source.filters):
             prompt, answer = prompt_of(where, record, prompt_key), _answer_of(where, record, answer_key)
             used = {prompt_key or _default_prompt_key(record), answer_key}
             yield PromptRow(where, prompt, answer, _other_fields(record, used) if with_fields else {})
         else:
             yield None
+
+
+def records_of(source: DataSource, key: str) -> Iterator[Record]:
+    """Yield the records of a set, from its file or folder, or from the cached files of the hub.
+
+    Raises:
+        UserError: see `read_records`; or the data set of the hub was not fetched.
+    """
+    if not source.is_on_hub:
+        yield from read_records(Path(source.path), key, source.split)
+        return
+    if source.revision is None:
+        raise UserError(
+            f"{key}={source.path}: no file or folder of this name exists, and the data set of the hub was not fetched",
+            remedy="correct the path, or run `grpo-mega fetch CONFIG`",
+        )
+    folder = snapshot_folder("dataset", source.path, source.revision)
+    for file in data_files(source.path, source.revision, source.config, source.split):
+        for where, record in read_records(file, key, None):
+            yield where.replace(str(folder), source.path, 1), record
 
 
 def check_rows(config: DataConfig, *, held_out_only: bool = False) -> None:

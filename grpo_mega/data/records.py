@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.types import UserError
 
 Record = tuple[str, dict[str, Any]]
@@ -52,9 +53,12 @@ def _missing(path: Path, key: str) -> str:
             f"{key}={path}: no such file; put GSM8K's {path.name} there (grade_school_math/data/{path.name} of "
             f"openai/grade-school-math), or set {key} to where it is"
         )
+    near = nearest_name(path.name, sorted(other.name for other in path.parent.glob("*")))
+    if near is not None:
+        return f"{key}={path}: no such file; did you mean {path.with_name(near)}?"
     return (
-        f"{key}={path}: no such file; give a JSONL file with a prompt and an answer per line, or arithmetic:train / "
-        f"arithmetic:heldout"
+        f"{key}={path}: no such file; give a JSONL file with a prompt and an answer per line, the name of a data set "
+        f"on the hub (ORGANIZATION/NAME), or arithmetic:train / arithmetic:heldout"
     )
 
 

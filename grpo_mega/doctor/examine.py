@@ -74,7 +74,7 @@ def examine_start(config: Config, topology: Topology, env: Mapping[str, str] = o
     if config.has_engine and config.engine.placement == "colocated" and num_driver_gpus():
         found += _engine_share(config, topology, env)
     if config.model.path is not None:
-        found.append(inputs.check_checkpoint(Path(config.model.path)))
+        found.append(inputs.check_weights(config.model))
     return found
 
 
@@ -103,7 +103,7 @@ def examine(config: Config, topology: Topology, env: Mapping[str, str] = os.envi
 
 def _engine_share(config: Config, topology: Topology, env: Mapping[str, str]) -> list[Finding]:
     """Check the engine's share of GPU memory. A missing model folder is reported by `inputs.check_checkpoint`."""
-    if config.model.path is not None and not (Path(config.model.path) / "config.json").is_file():
+    if config.model.path is not None and not (config.model.folder / "config.json").is_file():
         return []
     from grpo_mega.doctor.model_rules import configured_spec
 
@@ -112,12 +112,12 @@ def _engine_share(config: Config, topology: Topology, env: Mapping[str, str]) ->
 
 def _sizes(config: Config, topology: Topology, num_nodes: int) -> list[Finding]:
     """Check host memory and disk, from the number of parameters; the sizes of a tiny base are negligible."""
-    if config.model.path is None or not (Path(config.model.path) / "config.json").is_file():
+    if config.model.path is None or not (config.model.folder / "config.json").is_file():
         return []
     from grpo_mega.formats.stored_head import checkpoint_spec
     from grpo_mega.models.parameter_tables import hf_shapes
 
-    parameters = sum(math.prod(shape) for shape in hf_shapes(checkpoint_spec(Path(config.model.path))).values())
+    parameters = sum(math.prod(shape) for shape in hf_shapes(checkpoint_spec(config.model.folder)).values())
     itemsize = _BYTES[config.precision.dtype]
     state = 8 + (4 if itemsize < 4 else 0)
     # Every data-parallel replica holds weights; without CUDA also gradients and engine weights. The optimizer state is
@@ -143,8 +143,8 @@ def _tokenizer(config: Config) -> list[Finding]:
 
         template = passed("chat template", "the recipe of the tiny base makes the tokenizer")
         return [template, *check_prompt(config, base_tokenizer(config.model.base))]
-    loaded = tried("tokenizer", lambda: f"{len(load_tokenizer(str(config.model.path)))} tokens")
+    loaded = tried("tokenizer", lambda: f"{len(load_tokenizer(config.model.folder))} tokens")
     if loaded.status == "fail":
         return [loaded]
-    tokenizer = load_tokenizer(str(config.model.path))
+    tokenizer = load_tokenizer(config.model.folder)
     return [inputs.check_template(config, tokenizer), *check_prompt(config, tokenizer)]

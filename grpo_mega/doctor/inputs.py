@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grpo_mega.config.hub_names import has_model, hub_cache
+from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.schema import Config
 from grpo_mega.doctor.finding import Finding, passed, tried
 from grpo_mega.parallel.ports import port_is_free
@@ -58,6 +60,16 @@ def check_checkpoint(folder: Path) -> Finding:
     return found
 
 
+def check_weights(model: ModelConfig) -> Finding:
+    """Check the headers of the safetensors, as `check_checkpoint`; weights on a hub need not be here yet."""
+    if model.is_on_hub and not has_model(str(model.path), str(model.revision), "all"):
+        return Finding(
+            "checkpoint", "warn", f"the weights of {model.path} at {model.revision} are not in the cache {hub_cache()}",
+            "run `grpo-mega fetch CONFIG` before the job; otherwise the job downloads them when it starts",
+        )  # fmt: skip
+    return check_checkpoint(model.folder)
+
+
 def check_rewards(config: Config) -> Finding:
     """Check that every reward term is found and can be imported."""
     from grpo_mega.rewards.base import build_rewards
@@ -82,7 +94,7 @@ def check_servers(config: Config) -> list[Finding]:
             status = inspect_server(f"{name}={url}", Address.parse(url, name), read_token())
             facts = status.facts
             # a tiny base has no folder before a job has pre-trained it
-            wanted = serving_facts(config, Path(config.model.path)) if config.model.path is not None else facts
+            wanted = serving_facts(config, config.model.folder) if config.model.path is not None else facts
             if different := differences(wanted, facts):
                 raise UserError(f"{url} has {', '.join(different)}", remedy="start it with this config")
             if status.job is not None:

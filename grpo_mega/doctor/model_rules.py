@@ -5,8 +5,6 @@ The rules of the layout are in models/layout_rules.py, those of the engine in en
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.engine_rules import (
     check_engine_fp8,
@@ -177,7 +175,10 @@ def configured_spec(config: Config) -> ModelSpec:
     """
     if config.model.base is not None:
         return recipe_spec(config.model.base.architecture)
-    folder = Path(str(config.model.path))
+    folder = config.model.folder
     if not folder.is_dir():
-        raise UserError(f"model.path={folder} is not a folder", remedy="use a Hugging Face model folder")
+        raise UserError(
+            f"model.path={folder} is not a folder",
+            remedy="use a Hugging Face model folder, or the name of a model on the hub, as in Qwen/Qwen2.5-7B-Instruct",
+        )
     return checkpoint_spec(folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grpo_mega.config.schema import Config
@@ -100,7 +99,7 @@ def _answer_end(config: Config, tokenizer: PreTrainedTokenizerBase) -> Finding:
 def _eos_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     if config.model.path is None:  # the config.json of a tiny base names the EOS token of its tokenizer
         return (tokenizer.eos_token_id,)
-    return eos_ids(Path(config.model.path), tokenizer.eos_token_id)
+    return eos_ids(config.model.folder, tokenizer.eos_token_id)
 
 
 def _names(tokenizer: PreTrainedTokenizerBase, token_ids: tuple[int, ...]) -> str:

@@ -79,7 +79,7 @@ def check_engine_model(spec: ModelSpec, config: Config) -> None:
         _check_sglang_on_this_machine(config)
     if config.model.base is not None:
         return
-    folder = Path(str(config.model.path))
+    folder = config.model.folder
     if config.engine.kind == "sglang":
         _check_sglang(spec, folder)
     if spec.moe is not None and config.engine.ep > spec.moe.num_experts:

@@ -179,15 +179,19 @@ def srun_command(env: Mapping[str, str], script: str, arguments: Sequence[str], 
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """The values of the config that the launcher needs. `configured`: the config sets `world_size` itself."""
+    """The values of the config that the launcher needs. `configured`: the config sets `world_size` itself.
+
+    `overrides` name the commits of models and data sets of a hub, so that all ranks use the same.
+    """
 
     world_size: int
     configured: bool
     timeout_seconds: float
+    overrides: tuple[str, ...] = ()
 
 
 def read_request(arguments: Sequence[str]) -> LaunchRequest:
-    """Read the values from the config in a subprocess.
+    """Read the values from the config in a subprocess, which also fetches models and data sets of a hub.
 
     Raises:
         SystemExit: the config is wrong; the subprocess has printed the message.
@@ -213,6 +217,7 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
     if place == "worker":
         replace_process(worker, env)
     request = read_request(arguments)
+    arguments, worker = [*arguments, *request.overrides], [*worker, *request.overrides]
     local_rank: int | None = None
     if place == "slurm_allocation":
         if request.configured:  # else each node counts its own GPUs: this may be a login node without any

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from grpo_mega.config.absolute_paths import with_absolute_paths
+from grpo_mega.config.data_sections import DataSource
 from grpo_mega.config.resume_effects import UNSET, default_value, effect_of_change
 from grpo_mega.observe.atomic_files import write_atomically
 
@@ -42,9 +44,10 @@ class ConfigChanges:
 def compare_configs(stored: Mapping[str, Any], resolved: Mapping[str, Any]) -> ConfigChanges:
     """Compare the config of a run, nested plain values, with the resolved config of a command.
 
-    A key that only the command has was added after the run was made: its default counts as the value there.
+    A key that only the command has was added after the run was made: its default counts as the value there. Relative
+    paths of a run that an earlier version made count from the working directory, as they did there.
     """
-    there = _flatten(stored)
+    there = _with_keys_of_sets(_flatten(with_absolute_paths(stored, [Path.cwd()])))
     # Converted to YAML and back, like the stored config (tuples become lists).
     here = _flatten(yaml.safe_load(yaml.safe_dump(dict(resolved), sort_keys=False)))
     changes: dict[str, list[ConfigChange]] = {"frozen": [], "changes_future": [], "changes_speed": []}
@@ -67,6 +70,16 @@ def record_changes(path: Path, after_step: int, changes: tuple[ConfigChange, ...
     return tuple(
         ConfigChange(line["key"], line["before"], line["now"]) for line in kept if line["after_step"] == after_step
     )
+
+
+def _with_keys_of_sets(flat: dict[str, Any]) -> dict[str, Any]:
+    """Return the flat config with the defaults of keys that its data sets were stored without."""
+    defaults = {name: _plain(field.default) for name, field in DataSource.model_fields.items() if name != "path"}
+    for key in ("data.train", "data.eval"):
+        if isinstance(sets := flat.get(key), list) and all(isinstance(source, Mapping) for source in sets):
+            flat[key] = [{"path": source.get("path"), **defaults, **source} for source in sets]
+            flat[key] = [{name: source[name] for name in DataSource.model_fields} | source for source in flat[key]]
+    return flat
 
 
 def _plain(value: Any) -> Any:

@@ -47,13 +47,13 @@ LOCK_TIMEOUT_SECONDS = 900.0
 
 
 def model_folder_of(config: Config) -> Path:
-    """Return `model.path`, or the folder of the base of `model.base`, which is pre-trained if it does not exist.
+    """Return the folder of `model.path`, or of the base of `model.base`, which is pre-trained if it does not exist.
 
     Raises:
         UserError, RuntimeError: see `ensure_base`.
     """
     if config.model.base is None:
-        return Path(str(config.model.path))
+        return config.model.folder
     return ensure_base(config.model.base, config.data.train_sets[0].path)
 
 

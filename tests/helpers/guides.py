@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.helpers.jobs import REPOSITORY
 
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_YAML = re.compile(r"^```yaml\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _PYTHON = re.compile(r"^```python\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -24,3 +25,8 @@ def command_pages() -> list[Path]:
 def python_blocks(guide: str) -> dict[str, str]:
     """Return the fenced Python blocks of `docs/GUIDE` by the name in their first line, a comment."""
     return dict(_PYTHON.findall((REPOSITORY / "docs" / guide).read_text(encoding="utf-8")))
+
+
+def yaml_blocks(guide: str) -> dict[str, str]:
+    """Return the fenced YAML blocks of `docs/GUIDE` by the name in their first line, a comment."""
+    return dict(_YAML.findall((REPOSITORY / "docs" / guide).read_text(encoding="utf-8")))

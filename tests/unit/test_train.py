@@ -146,7 +146,12 @@ def test_a_rank_sets_the_queues_of_its_layout_before_torch_is_imported(
 def test_for_launcher_prints_the_values_of_the_config() -> None:
     done = run_train(QUICKSTART, "run.world_size=8", "parallel.tp=2", "guard.timeout_seconds=60", "--for-launcher")
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout) == {"world_size": 8, "configured": True, "timeout_seconds": 60.0}
+    assert json.loads(done.stdout) == {
+        "world_size": 8,
+        "configured": True,
+        "timeout_seconds": 60.0,
+        "overrides": [],
+    }
 
 
 def test_a_wrong_key_and_a_malformed_line_end_a_process_with_one_message(tmp_path: Path) -> None:
@@ -211,11 +216,11 @@ def write_model(folder: Path, **files: str) -> Path:
             ["parallel.tp=4", "run.world_size=4"],
             ("parallel.tp=4", "does not divide the 2 key-value heads of model.base.architecture", "use one of 1, 2"),
         ),
-        (["data.train=nothing.jsonl"], ("data.train=nothing.jsonl", "arithmetic:train / arithmetic:heldout")),
-        (["data.eval=nothing.jsonl"], ("data.eval=nothing.jsonl", "arithmetic:train / arithmetic:heldout")),
+        (["data.train=/none/rows.jsonl"], ("data.train=/none/rows.jsonl", "arithmetic:train / arithmetic:heldout")),
+        (["data.eval=/none/rows.jsonl"], ("data.eval=/none/rows.jsonl", "arithmetic:train / arithmetic:heldout")),
         (
-            ["data.template=chat", "data.chat_template=none.jinja"],
-            ("data.chat_template=none.jinja", "cannot be read", "name a readable file"),
+            ["data.template=chat", "data.chat_template=/none.jinja"],
+            ("data.chat_template=/none.jinja", "cannot be read", "name a readable file"),
         ),
         (["data.chat_template_kwargs=thinking"], ("data.chat_template_kwargs='thinking'", "valid dictionary")),
     ],

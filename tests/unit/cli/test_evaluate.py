@@ -82,10 +82,10 @@ def config_of(*arguments: str) -> tuple[Any, evaluate.Checkpoint]:
 def test_a_checkpoint_of_a_run_is_evaluated_with_the_settings_of_the_run(model: Path, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", model) / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)
-    config, checkpoint = config_of(str(folder), *DATA, "--data", "b.jsonl", "--k", "1", "4")
+    config, checkpoint = config_of(str(folder), *DATA, "--data", "/b.jsonl", "--k", "1", "4")
     assert (checkpoint.weights, checkpoint.model) == (folder, model)
     assert (config.evaluation.temperature, config.evaluation.k, config.evaluation.report_k) == (0.7, 4, (1, 4))
-    assert [source.path for source in config.data.eval_sets] == ["arithmetic:heldout", "b.jsonl"]
+    assert [source.path for source in config.data.eval_sets] == ["arithmetic:heldout", "/b.jsonl"]
     assert (config.run.world_size, config.engine.tp, config.parallel.pp) == (2, 2, 1)
     assert [term.name for term in config.reward.terms] == ["exact", "format"]
     (folder / "complete").touch()
@@ -112,10 +112,10 @@ def test_the_settings_of_the_run_are_the_default_and_a_change_is_named(model: Pa
     same = ("--data", "arithmetic:heldout", "--seed", "5", "--k", "1", "2", "--temperature", "0.7")
     assert evaluate.differences(*config_of(str(folder), *same)) == []
     changed = ("--seed", "6", "--k", "4", "--max-prompts", "3", "--reward", "exact", "run.world_size=2")
-    assert evaluate.differences(*config_of(str(folder), *changed, "--data", "b.jsonl")) == [
+    assert evaluate.differences(*config_of(str(folder), *changed, "--data", "/b.jsonl")) == [
         "run.seed=6 (run: 5)",
         "run.world_size=2 (run: 8)",
-        "data.eval=[{'path': 'b.jsonl'}] (run: [{'path': 'arithmetic:heldout'}])",
+        "data.eval=[{'path': '/b.jsonl'}] (run: [{'path': 'arithmetic:heldout'}])",
         "reward.terms=[{'name': 'exact'}] (run: [{'name': 'exact'}, {'name': 'format'}])",
         "evaluation.k=4 (run: 2)",
         "evaluation.report_k=[4] (run: [1, 2])",
@@ -147,7 +147,7 @@ def test_a_set_may_be_named_so_that_the_rewards_of_its_name_apply(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reward = {"terms": [{"name": "exact", "datasets": ["sums"]}, {"name": "gsm8k", "datasets": ["stories"]}]}
-    data = {"train": [{"path": "a.jsonl", "name": "sums"}, {"path": "b.jsonl", "name": "stories"}],
+    data = {"train": [{"path": "a.jsonl", "name": "sums"}, {"path": "/b.jsonl", "name": "stories"}],
             "template": "plain", "max_prompt_tokens": 16}  # fmt: skip
     folder = make_run(tmp_path / "run", model, reward=reward, data=data) / "checkpoints" / "step_000003"
     folder.mkdir(parents=True)

@@ -191,7 +191,7 @@ def test_every_item_of_every_phase_has_a_color(tmp_path: Path, capsys: pytest.Ca
         (("engine.memory_share=0.1",), "engine.memory_share=0.1 is 7.9 of 79.1 GiB"),
         (("--nodes", "3", "--html", "memory.html"), "--html=memory.html needs one layout"),
         (("parallel.tp=3", "run.world_size=24"), "parallel.tp=3 does not divide the 64 attention heads"),
-        (("model.path=no/such",), "model.path=no/such has no config.json"),
+        (("model.path=/no/such",), "model.path=/no/such has no config.json"),
         (("engine.kv_cache_tokens=32",), "; use at least "),
         (("engine.kv_cache_tokens=32", "--search"), "; use at least "),
     ],

@@ -68,7 +68,7 @@ def test_overrides_are_yaml_values_of_their_key(minimal_config: Path) -> None:
             "run.dir=runs/a=b",
             "data.eval=null",
             "data.system_prompt='1e-4'",
-            "data.train='a: b'",
+            "data.train='/a: b'",
             "model.base.architecture.num_layers=2",
             "model.base.seed=1_000",
             "reward.terms=[{name: exact, weight: 2e0}, {name: format, args: {kind: gsm8k}}]",
@@ -78,7 +78,7 @@ def test_overrides_are_yaml_values_of_their_key(minimal_config: Path) -> None:
     assert (config.optimizer.lr, config.optimizer.eps, config.optimizer.weight_decay) == (1e-4, 1e-6, 1.0)
     assert config.run.overwrite is True
     assert config.run.dir == "runs/a=b"
-    assert (config.data.eval, config.data.system_prompt, config.data.train) == (None, "1e-4", "a: b")
+    assert (config.data.eval, config.data.system_prompt, config.data.train) == (None, "1e-4", "/a: b")
     assert config.model.base is not None
     assert (config.model.base.architecture.num_layers, config.model.base.architecture.head_dim) == (2, 32)
     assert config.model.base.seed == 1000

@@ -371,6 +371,21 @@ def test_other_machines_receive_the_failure_of_this_machine() -> None:
     assert text.splitlines()[-1] == "the cause"
 
 
+def test_all_ranks_get_the_commits_that_the_launcher_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    pins = ('model.revision="1f"',)
+
+    def record(command: list[str], _: object) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr(main, "read_request", lambda _: main.LaunchRequest(2, True, 10.0, pins))
+    monkeypatch.setattr(main, "run_ranks", record)
+    assert main.start("train.sh", ["run.yaml", "train.steps=2"], {}) == 0
+    (command,) = commands
+    assert list(command[-3:]) == ["run.yaml", "train.steps=2", *pins]
+
+
 LAST_MOMENT = """
 import os, signal, sys
 from grpo_mega.launch import main, supervisor
