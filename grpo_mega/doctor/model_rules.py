@@ -5,6 +5,8 @@ The rules of the layout are in models/layout_rules.py, those of the engine in en
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from grpo_mega.config.schema import Config
 from grpo_mega.engines.engine_rules import (
     check_engine_fp8,

@@ -14,18 +14,19 @@ from typing import Any
 import torch.distributed as dist
 
 from grpo_mega.data.dataset import PromptDataset
+from grpo_mega.data.example_dataset import ExampleDataset
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.types import UserError
 
 
 def require_equal_inputs(
-    resolved: Mapping[str, Any], prompts: PromptDataset, held_out: PromptDataset | None, ranks: Ranks
+    resolved: Mapping[str, Any], data: PromptDataset | ExampleDataset, held_out: PromptDataset | None, ranks: Ranks
 ) -> None:
     """Compare config and prompts of all ranks by their digests. Collective.
 
     Args:
         resolved: the resolved config as nested plain values.
-        prompts: training prompts.
+        data: prompts or examples of training.
         held_out: prompts of the evaluation, or None.
         ranks: coordinates of this rank.
 
@@ -36,8 +37,8 @@ def require_equal_inputs(
     if world_size == 1:
         return
     values = flat_values(resolved)
-    values["prompts of data.train"] = prompts.digest[:16]
-    values["prompts of data.eval"] = held_out.digest[:16] if held_out is not None else "none"
+    values["rows of data.train"] = data.digest[:16]
+    values["rows of data.eval"] = held_out.digest[:16] if held_out is not None else "none"
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     digests = [""] * world_size
     dist.all_gather_object(digests, digest)

@@ -23,6 +23,7 @@ TESTS = {
     "convert.md": "tests/e2e/test_readme_commands.py",
     "data.md": "tests/e2e/test_readme_commands.py",
     "environments.md": "tests/e2e/test_readme_commands.py",
+    "first-own-run.md": "tests/e2e/test_first_own_run.py",
     "first-run.md": "tests/e2e/test_guides.py",
     "fp8.md": "tests/unit/docs/test_fp8_guide.py",
     "gpu-check.md": "tests/unit/tools/test_gpu_rehearsal.py",

@@ -42,4 +42,4 @@ def test_every_rank_names_the_key_and_the_rank_that_differ(rank_pool: RankPool) 
 def test_other_rows_under_the_same_path_are_named(rank_pool: RankPool) -> None:
     found = rank_pool.call(3, messages, {}, {1: ["1 + 2"]})
     assert len(set(found)) == 1
-    assert_names(found[0], "rank 1", "prompts of data.train=", "rank 0: ", "same files")
+    assert_names(found[0], "rank 1", "rows of data.train=", "rank 0: ", "same files")
