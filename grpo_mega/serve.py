@@ -58,6 +58,7 @@ def main() -> None:
     try:
         config = load_config(args.config, [*args.overrides, "engine.placement=server", _placeholder_url(args.host)])
         config = with_hub_inputs(config, with_data=False)
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no library asks a hub from here on
         from grpo_mega.engines.server.protocol import read_token, require_token
 
         require_token(args.host, read_token(), f"--host={args.host}")

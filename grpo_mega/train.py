@@ -72,6 +72,7 @@ def main() -> None:
         if stops is None:
             sys.stdout.write(f"{json.dumps(for_launcher(config))}\n")
             return
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all inputs are local now: no library of this rank asks a hub
         limit_device_queues(config)
         if os.environ.get("RANK", "0") == "0":
             for note in precedence_notes(arguments.config, arguments.overrides):

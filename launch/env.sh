@@ -6,8 +6,6 @@
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # Suppresses PyTorch's C++ warning about NUMA binding on every rank, which users cannot act on.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
-# Models and tokenizers are read from folders; a mistyped path must fail at once, not after a network search.
-export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 # Progress bars of the libraries that write files would interrupt the progress display of the run.
 export HF_HUB_DISABLE_PROGRESS_BARS="${HF_HUB_DISABLE_PROGRESS_BARS:-1}"
 # The threads of tokenizers deadlock if a process forks after using them, as checkpoint writers do.

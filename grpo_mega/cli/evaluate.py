@@ -246,6 +246,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         job.write_text(json.dumps(settings | {"answer": str(answer)}))
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world)}
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+        threads["HF_HUB_OFFLINE"] = "1"  # all inputs are local now
         ranks = [{**os.environ, **threads, **common, "RANK": str(r), "LOCAL_RANK": str(r)} for r in range(world)]
         code = run_ranks([sys.executable, "-m", "grpo_mega.cli.evaluate_worker", str(job)], ranks)
         if code != 0:
