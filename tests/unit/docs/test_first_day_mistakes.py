@@ -114,10 +114,11 @@ def outcome(
 ) -> tuple[int, str]:
     """Return exit code and stderr of a rank that would train; 0 if all checks before the start pass."""
 
-    def reached(_: train.Prepared) -> None:
+    def reached(_: train.Prepared, __: object) -> None:
         raise SystemExit(0)
 
     monkeypatch.setattr(train, "run_worker", reached)
+    monkeypatch.setattr(train, "StopRequests", object)  # the handlers of the test's own process stay
     monkeypatch.setattr(sys, "argv", ["grpo_mega.train", "own_run.yaml", *overrides])
     with pytest.raises(SystemExit) as caught:
         train.main()
