@@ -149,13 +149,31 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class SamplingOptions:
+    """Changes of the distribution that an engine samples from, besides its temperature (evaluation only).
+
+    `logit_bias` has pairs of token id and bias. `bad_words` are texts that must not be sampled.
+    """
+
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class SamplingRequest:
     """Sampling parameters of one engine call. `seed` seeds the generators and is equal on all ranks of an engine.
 
     `stop` lists texts that end an answer, besides EOS; the token that completes such a text belongs to the answer.
     `max_tokens_each` gives a limit for each prompt, in place of `max_tokens`. `continues` states that the prompts
     extend the answers of the previous call, so the engine may reuse its prefix cache. `expert_choices` asks for the
-    experts of every token (`Completion.expert_choices`).
+    experts of every token (`Completion.expert_choices`). `options` change the distribution; with them, the log-probs of
+    a completion are not those of the policy.
     """
 
     group_size: int
@@ -166,6 +184,7 @@ class SamplingRequest:
     max_tokens_each: tuple[int, ...] | None = None
     continues: bool = False
     expert_choices: bool = False
+    options: SamplingOptions = SamplingOptions()
 
     def max_tokens_of(self, position: int) -> int:
         """Return the token limit of the prompt at `position`."""

@@ -34,6 +34,7 @@ from grpo_mega.config.absolute_paths import with_absolute_paths
 from grpo_mega.config.load import config_from_values, resolved
 from grpo_mega.config.model_sections import ModelConfig
 from grpo_mega.config.option_parser import OptionParser
+from grpo_mega.config.sampling_options import EVALUATION_ONLY
 from grpo_mega.config.schema import Config
 from grpo_mega.data.hub.fetch import fetch_model, with_hub_inputs
 from grpo_mega.doctor.model_rules import check_model
@@ -252,14 +253,19 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if code != 0:
             raise RankFailedError(code)
         found = json.loads(answer.read_text())
-    sampling = {"samples": config.evaluation.k, "temperature": config.evaluation.temperature}
+    section, defaults = config.evaluation, type(config.evaluation)()
+    options = {
+        name: getattr(section, name) for name in EVALUATION_ONLY if getattr(section, name) != getattr(defaults, name)
+    }
+    sampling = {"samples": section.k, "temperature": section.temperature, "options": options}
     data = [source.path for source in config.data.eval_sets]
     return {"checkpoint": str(checkpoint.weights), "data": data, **sampling, **found}
 
 
 def lines_of(found: dict[str, Any]) -> list[str]:
     """Return the result as lines of text."""
-    lines = [f"{found['checkpoint']}: {found['samples']} samples at temperature {found['temperature']:g}"]
+    settings = [f"temperature {found['temperature']:g}", *(f"{key} {value}" for key, value in found["options"].items())]
+    lines = [f"{found['checkpoint']}: {found['samples']} samples at {', '.join(settings)}"]
     for name, part in ({"all": found} | found["sets"] if found["sets"] else {"": found}).items():
         label = f"{name}: " if name else ""
         lines.append(f"  {label}{part['num_prompts']} prompts, pass@1 {part['accuracy']:.4f}, greedy "

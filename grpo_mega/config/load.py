@@ -21,6 +21,7 @@ from grpo_mega.config.json_values import reject_endless_values
 from grpo_mega.config.key_suggestions import suggest_key
 from grpo_mega.config.nearest_name import nearest_name
 from grpo_mega.config.rules import check
+from grpo_mega.config.sampling_options import EVALUATION_ONLY, not_in_training
 from grpo_mega.config.schema import Config
 from grpo_mega.config.shipped import find_config
 from grpo_mega.config.user_code import absolute_name
@@ -208,6 +209,9 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith("("))  # without the tags of a union
     if error["type"] == "extra_forbidden":
         where = _first_leaf(where, error["input"])
+        section, _, name = where.partition(".")
+        if section == "sampling" and name.partition(".")[0] in EVALUATION_ONLY:
+            return not_in_training(name.partition(".")[0])
         near = suggest_key(where, known_keys())
         hint = f"; did you mean {near}?" if near else "; docs/reference/config.md lists the keys"
         return f"{where}: unknown key{hint}"

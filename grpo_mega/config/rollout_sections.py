@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
+from grpo_mega.config.sampling_options import token_ids
 from grpo_mega.config.section import Section
 
 
@@ -126,3 +127,22 @@ class EvaluationConfig(Section):
     """Most tokens of a completion. null: `sampling.max_tokens`."""
     max_prompts: int | None = Field(None, ge=1)
     """Prompts of each held-out set, from its start. null: all."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the most probable tokens whose probabilities add up to `top_p`. 1: from all. Like `top_k` and
+    `min_p` it does not change the greedy answers. Training has no such key (docs/algorithms.md)."""
+    top_k: int | None = Field(None, ge=1)
+    """Sample from the `top_k` most probable tokens. null: from all."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    """Sample from the tokens with at least `min_p` times the probability of the most probable one. 0: from all."""
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    """Divide positive logits, and multiply negative ones, of the tokens of prompt and completion. 1: no change. Like
+    the keys below it also changes the greedy answers."""
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtract it from the logits of the tokens of the completion."""
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    """Subtract it, times the number of occurrences in the completion, from the logits of the completion's tokens."""
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(token_ids)] = Field({})
+    """Token id -> number that is added to its logit, from -100 to 100."""
+    bad_words: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), strict=False)
+    """Texts that must not be sampled, also after a space. A text of several tokens is barred at its last token. Needs
+    `engine.kind=vllm`."""

@@ -36,6 +36,7 @@ def check(config: Config) -> None:
         _microbatch_capacity,
         _minibatches,
         _evaluation,
+        _bad_words,
         _rewards,
         _shuffled_rewards,
         _environment,
@@ -290,6 +291,15 @@ def _evaluation(config: Config) -> None:
             f"evaluation.report_k={list(evaluation.report_k or ())} must hold numbers from 1 to "
             f"evaluation.k={evaluation.k}",
             remedy=f"remove {wrong[0]}, or raise evaluation.k",
+        )
+
+
+def _bad_words(config: Config) -> None:
+    if config.evaluation.bad_words and config.engine.kind != "vllm":
+        raise UserError(
+            f"evaluation.bad_words={list(config.evaluation.bad_words)} is not supported with "
+            f"engine.kind={config.engine.kind}, which can only bar single tokens",
+            remedy="use evaluation.logit_bias={TOKEN: -100}, or engine.kind=vllm",
         )
 
 

@@ -63,6 +63,7 @@ def check_model(config: Config, topology: Topology, *, with_engine: bool = True)
             remedy="leave it out",
         )
     _check_router_bias(spec, config.algorithm.router_bias_update_rate, where)
+    _check_logit_bias(spec, config, where)
     check_layout(spec, config.parallel, topology, where)
     _check_fp8_layers(spec, config, where)
     modules = choose_modules(config)
@@ -111,6 +112,17 @@ def _check_router_bias(spec: ModelSpec, rate: float, where: str) -> None:
         raise UserError(
             f"algorithm.router_bias_update_rate={rate} has no effect: {where} {missing}", remedy="leave it out"
         )
+
+
+def _check_logit_bias(spec: ModelSpec, config: Config, where: str) -> None:
+    """Raise UserError if evaluation.logit_bias names a token that the model does not have."""
+    for token in config.evaluation.logit_bias:
+        if not 0 <= token < spec.vocab_size:
+            raise UserError(
+                f"evaluation.logit_bias={dict(config.evaluation.logit_bias)}: {token} is no token id of {where}, whose "
+                f"vocabulary has {spec.vocab_size} tokens",
+                remedy=f"use ids from 0 to {spec.vocab_size - 1}",
+            )
 
 
 def _check_megatron_arguments(spec: ModelSpec, config: Config, modules: ModuleChoice) -> None:

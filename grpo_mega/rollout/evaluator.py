@@ -6,7 +6,7 @@ Asserted by tests/unit/rollout/test_evaluator.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from grpo_mega.config.rollout_sections import EvaluationConfig
 from grpo_mega.data.dataset import DataSet
@@ -14,7 +14,7 @@ from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rewards.combine import has_full_marks
 from grpo_mega.rollout.pass_at_k import final_answer, majority_at_k, pass_at_k
 from grpo_mega.rollout.sampler import Sampler
-from grpo_mega.types import Reward, Rollout, SamplingRequest
+from grpo_mega.types import Reward, Rollout, SamplingOptions, SamplingRequest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Evaluator:
         parts = [(part.name, part.prompts[: self.config.max_prompts]) for part in self.sets]
         prompts = [prompt for _, chosen in parts for prompt in chosen]
         k, seed_of = self.config.k, ("evaluation", self.seed)
-        request = SamplingRequest(k, self.config.temperature, self.max_tokens, seed=0)
+        options = sampling_options(self.config)
+        request = SamplingRequest(k, self.config.temperature, self.max_tokens, seed=0, options=options)
         sampled = self.sampler.sample(prompts, request, seed_of).rollouts
         greedy = self.sampler.sample(prompts, replace(request, group_size=1, temperature=0.0), seed_of).rollouts
         whole = self._evaluation(sampled, greedy)
@@ -87,6 +88,12 @@ class Evaluator:
                 for k in ks
             },
         )
+
+
+def sampling_options(config: EvaluationConfig) -> SamplingOptions:
+    """Return the options of the engine that the section `evaluation` sets."""
+    values = {field.name: getattr(config, field.name) for field in fields(SamplingOptions)}
+    return SamplingOptions(**values | {"logit_bias": tuple(sorted(config.logit_bias.items()))})
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -21,13 +21,15 @@ import torch
 from grpo_mega.data.answer_ends import cut_at_stop
 from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.models.digest import slice_digest
-from grpo_mega.types import Completion, Prompt, TensorSlice
+from grpo_mega.types import Completion, Prompt, SamplingOptions, TensorSlice
 from tests.helpers.engine_contract import (
     ENDS,
     PROMPTS,
     SAMPLING,
     SETTINGS,
     generate,
+    greedy_answer,
+    kept_by,
     largest_log_prob_error,
     make_contract_models,
     push,
@@ -144,6 +146,47 @@ def test_a_completion_ends_with_the_token_that_ends_a_stop_text(engine: EngineRa
     assert last_texts == {"7", "=", "7."}
     assert largest_log_prob_error(models["qwen3"], PROMPTS, groups, 1.0) <= 2e-5
     assert engine.call(generate, PROMPTS, SAMPLING)[0] == engine.call(generate, PROMPTS, SAMPLING)[0]
+
+
+@pytest.mark.parametrize("options", [SamplingOptions(top_k=2), SamplingOptions(top_p=0.4), SamplingOptions(min_p=0.6)])
+def test_an_engine_samples_only_the_tokens_that_an_option_keeps(
+    engine: EngineRanks, models: dict[str, Path], options: SamplingOptions
+) -> None:
+    filtered = engine.call(generate, PROMPTS, replace(SAMPLING, options=options))[0]
+    assert all(kept_by(options, models["qwen3"], PROMPTS, filtered))
+    assert not all(kept_by(options, models["qwen3"], PROMPTS, engine.call(generate, PROMPTS, SAMPLING)[0]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        SamplingOptions(),
+        SamplingOptions(repetition_penalty=2.0),
+        SamplingOptions(presence_penalty=2.0),
+        SamplingOptions(frequency_penalty=1.0),
+        SamplingOptions(logit_bias=((7, 1.0), (3, -100.0))),
+    ],
+)
+def test_penalties_and_biases_change_greedy_answers_as_worked_from_the_logits(
+    engine: EngineRanks, models: dict[str, Path], options: SamplingOptions
+) -> None:
+    greedy = replace(SAMPLING, group_size=1, temperature=0.0)
+    found = tokens(engine.call(generate, PROMPTS, replace(greedy, options=options))[0])
+    assert found == [[greedy_answer(options, models["qwen3"], prompt, ENDS, 8)] for prompt in PROMPTS]
+    if options != SamplingOptions():
+        assert found != tokens(engine.call(generate, PROMPTS, greedy)[0])
+
+
+@pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True, scope="module")
+def test_bad_words_are_not_sampled(engine: EngineRanks) -> None:
+    def texts(options: SamplingOptions) -> str:
+        groups = engine.call(generate, PROMPTS, replace(SAMPLING, options=options))[0]
+        return " ".join(text_of(c.token_ids) for group in groups for c in group)
+
+    assert "3" in texts(SamplingOptions())
+    assert "5" in texts(SamplingOptions())
+    barred = texts(SamplingOptions(bad_words=("3", "5")))
+    assert not {"3", "5"} & set(barred)
 
 
 def test_more_rollouts_than_max_num_seqs_and_no_prompts_work(engine: EngineRanks, models: dict[str, Path]) -> None:

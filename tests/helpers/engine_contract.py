@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_mega.types import Completion, Prompt, SamplingRequest
+from grpo_mega.types import Completion, Prompt, SamplingOptions, SamplingRequest
 from tests.helpers.engine_ranks import RankSession
 from tests.helpers.tiny_models import EOS, make_tiny_model
 
@@ -89,6 +89,54 @@ def largest_log_prob_error(
             expected = log_probs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
             worst = max(worst, float((expected - torch.tensor(completion.sampler_log_probs)).abs().max()))
     return worst
+
+
+def kept_by(
+    options: SamplingOptions, folder: Path, prompts: list[Prompt], groups: list[list[Completion]]
+) -> list[bool]:
+    """Return, for every sampled token, whether the options keep it, by the probabilities of transformers in fp32."""
+    model, found = _reference_model(folder), []
+    for prompt, group in zip(prompts, groups, strict=True):
+        for completion in group:
+            logits = _logits(model, (*prompt.token_ids, *completion.token_ids[:-1]))[len(prompt.token_ids) - 1 :]
+            for row, token in zip(torch.softmax(logits, -1), completion.token_ids, strict=True):
+                above = row[row > row[token]]
+                found.append(
+                    len(above) < (options.top_k or len(row))
+                    and float(above.sum()) < options.top_p
+                    and float(row[token]) >= options.min_p * float(row.max())
+                )
+    return found
+
+
+def greedy_answer(
+    options: SamplingOptions, folder: Path, prompt: Prompt, ends: Sequence[int], max_tokens: int
+) -> tuple[int, ...]:
+    """Return the greedy answer, by the logits of transformers in fp32 and the definitions of the options."""
+    model, answer = _reference_model(folder), list[int]()
+    while len(answer) < max_tokens and (not answer or answer[-1] not in ends):
+        logits = _logits(model, (*prompt.token_ids, *answer))[-1].tolist()
+        for token, bias in options.logit_bias:
+            logits[token] += bias
+        for token in {*prompt.token_ids, *answer}:
+            factor = options.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        for token in set(answer):
+            logits[token] -= options.presence_penalty + options.frequency_penalty * answer.count(token)
+        answer.append(max(range(len(logits)), key=logits.__getitem__))
+    return tuple(answer)
+
+
+def _reference_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def _logits(model: Any, token_ids: Sequence[int]) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([list(token_ids)])).logits[0]
+    return found
 
 
 def tokens(groups: list[list[Completion]]) -> list[list[tuple[int, ...]]]:

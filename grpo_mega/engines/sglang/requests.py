@@ -65,6 +65,8 @@ class RequestTranslator:
 
     def _parameters(self, sampling: SamplingRequest, max_tokens: int) -> dict[str, Any]:
         """Return SGLang's sampling parameters, including every one that the model's folder could set otherwise."""
+        options = sampling.options
+        assert not options.bad_words, "config/rules.py rejects evaluation.bad_words with SGLang"
         return {
             "temperature": sampling.temperature,
             "max_new_tokens": max_tokens,
@@ -72,9 +74,13 @@ class RequestTranslator:
             "stop": list(sampling.stop) or None,
             "no_stop_trim": True,
             "skip_special_tokens": False,
-            "top_p": 1.0,
-            "top_k": -1,
-            "min_p": 0.0,
+            "top_p": options.top_p,
+            "top_k": -1 if options.top_k is None else options.top_k,
+            "min_p": options.min_p,
+            "repetition_penalty": options.repetition_penalty,
+            "presence_penalty": options.presence_penalty,
+            "frequency_penalty": options.frequency_penalty,
+            "logit_bias": {str(token): bias for token, bias in options.logit_bias} or None,
         }
 
     def _experts(self, sampled: Sampled, prompt_tokens: int) -> Tensor | None:

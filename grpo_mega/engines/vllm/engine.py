@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -185,8 +186,17 @@ class VllmEngine:
 
         if sampling.stop:  # stop texts need a tokenizer in the output processor, and vLLM was started without one
             self._llm.output_processor.tokenizer = self._tokenizer
-        return SamplingParams(
+        options = sampling.options
+        parameters = SamplingParams(
             temperature=sampling.temperature,
+            top_p=options.top_p,
+            top_k=options.top_k or 0,  # 0: all tokens
+            min_p=options.min_p,
+            repetition_penalty=options.repetition_penalty,
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            logit_bias=dict(options.logit_bias) or None,
+            bad_words=list(options.bad_words),
             max_tokens=max_tokens,
             stop_token_ids=list(self._eos_ids),
             stop=list(sampling.stop),
@@ -198,6 +208,10 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_clone=True,
         )
+        if options.bad_words:  # vLLM, which has no tokenizer here, would ignore them
+            encoder = SimpleNamespace(encode=self._tokenizer.encode, max_token_id=len(self._tokenizer) - 1)
+            parameters.update_from_tokenizer(encoder)
+        return parameters
 
     def _completion(self, output: Any) -> Completion:
         token_ids, log_probs = tuple(output.token_ids), tuple(output.logprobs.logprobs)

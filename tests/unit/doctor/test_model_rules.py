@@ -349,6 +349,12 @@ def test_an_optimizer_on_the_host_needs_cuda_devices() -> None:
     assert_names(message, "optimizer.host_fraction=0.5", "CUDA", "leave it out")
 
 
+@pytest.mark.parametrize("token", [-1, 100_000])
+def test_a_logit_bias_needs_a_token_of_the_model(token: int) -> None:
+    message = message_of(config_of(f"evaluation.logit_bias={{0: 1, {token}: -100}}"), Topology(1))
+    assert_names(message, "evaluation.logit_bias=", str(token), RECIPE, "use ids from 0 to")
+
+
 @pytest.mark.parametrize("on_cuda", [False, True])
 def test_moments_in_bf16_need_cuda_devices_and_transformer_engine(
     monkeypatch: pytest.MonkeyPatch, on_cuda: bool

@@ -10,7 +10,7 @@ from grpo_mega.data.dataset import DataSet
 from grpo_mega.observe.summary import Evaluation
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import SampledGroups, Sampler
-from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingRequest
+from grpo_mega.types import Completion, Prompt, Reward, Rollout, SamplingOptions, SamplingRequest
 
 # answers to each prompt: those of the samples, then the greedy one; "7" is right, "6" could not be scored
 ANSWERS = {0: "7787" + "7", 1: "8897" + "8", 2: "9999" + "9", 3: "7668" + "6", 4: "6666" + "6"}
@@ -19,9 +19,11 @@ ANSWERS = {0: "7787" + "7", 1: "8897" + "8", 2: "9999" + "9", 3: "7668" + "6", 4
 class ScriptedSampler:
     def __init__(self) -> None:
         self.seeds: list[Sequence[object]] = []
+        self.requests: list[SamplingRequest] = []
 
     def sample(self, prompts: Sequence[Prompt], request: SamplingRequest, seed_of: Sequence[object]) -> SampledGroups:
         self.seeds.append(seed_of)
+        self.requests.append(request)
         rollouts = []
         for prompt in prompts:
             answers = ANSWERS[prompt.index][4:] if request.temperature == 0 else ANSWERS[prompt.index][:4]
@@ -42,6 +44,19 @@ def run_evaluation(sets: list[DataSet], **config: Any) -> Evaluation:
 
 def make_prompts(*indices: int) -> tuple[Prompt, ...]:
     return tuple(Prompt(i, "q", (1,), "7") for i in indices)
+
+
+def test_sampling_options_reach_the_engine_with_samples_and_greedy_answers() -> None:
+    sampler = ScriptedSampler()
+    keys: dict[str, Any] = {
+        "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.5,
+        "frequency_penalty": -0.5, "logit_bias": {3: -1.5, 0: 2.0}, "bad_words": ("no",),
+    }  # fmt: skip
+    for config in (EvaluationConfig(), EvaluationConfig(**keys)):
+        sets = [DataSet("easy", make_prompts(0))]
+        Evaluator(cast("Sampler", sampler), sets, config, 8, 0, {"exact": 1.0}).evaluate()
+    wanted = SamplingOptions(0.9, 5, 0.1, 1.1, 0.5, -0.5, ((0, 2.0), (3, -1.5)), ("no",))
+    assert [request.options for request in sampler.requests] == [SamplingOptions()] * 2 + [wanted] * 2
 
 
 def test_one_set_reports_pass_at_1_k_and_majority() -> None:

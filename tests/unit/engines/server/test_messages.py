@@ -29,12 +29,13 @@ from grpo_mega.engines.server.messages import (
     rollout_reply,
     sample_command,
 )
-from grpo_mega.types import Completion, Prompt, SamplingRequest
+from grpo_mega.types import Completion, Prompt, SamplingOptions, SamplingRequest
 from tests.helpers.stub_server import FACTS
 
 SAMPLING = SamplingRequest(
-    2, 0.7, 4, seed=2**63 + 1, stop=("ä\n",), max_tokens_each=(3, 4), continues=True, expert_choices=True
-)
+    2, 0.7, 4, seed=2**63 + 1, stop=("ä\n",), max_tokens_each=(3, 4), continues=True, expert_choices=True,
+    options=SamplingOptions(0.9, 5, 0.1, 1.1, 0.5, -0.5, ((3, -1.5), (0, 2.0)), ("ä", "no")),
+)  # fmt: skip
 MEET = MeetCommand(
     address="node0",
     port=7,
