@@ -136,7 +136,7 @@ class EvaluationConfig(Section):
     """Sample from the tokens with at least `min_p` times the probability of the most probable one. 0: from all."""
     repetition_penalty: float = Field(1.0, gt=0, le=2)
     """Divide positive logits, and multiply negative ones, of the tokens of prompt and completion. 1: no change. Like
-    the keys below it also changes the greedy answers."""
+    the keys below it also changes the greedy answers. Needs `engine.kind=vllm`."""
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     """Subtract it from the logits of the tokens of the completion."""
     frequency_penalty: float = Field(0.0, ge=-2, le=2)

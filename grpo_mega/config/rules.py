@@ -36,7 +36,7 @@ def check(config: Config) -> None:
         _microbatch_capacity,
         _minibatches,
         _evaluation,
-        _bad_words,
+        _options_of_vllm,
         _rewards,
         _shuffled_rewards,
         _environment,
@@ -294,12 +294,21 @@ def _evaluation(config: Config) -> None:
         )
 
 
-def _bad_words(config: Config) -> None:
-    if config.evaluation.bad_words and config.engine.kind != "vllm":
+def _options_of_vllm(config: Config) -> None:
+    evaluation, kind = config.evaluation, config.engine.kind
+    if kind == "vllm":
+        return
+    if evaluation.bad_words:
         raise UserError(
-            f"evaluation.bad_words={list(config.evaluation.bad_words)} is not supported with "
-            f"engine.kind={config.engine.kind}, which can only bar single tokens",
+            f"evaluation.bad_words={list(evaluation.bad_words)} is not supported with engine.kind={kind}, which can "
+            "only bar single tokens",
             remedy="use evaluation.logit_bias={TOKEN: -100}, or engine.kind=vllm",
+        )
+    if evaluation.repetition_penalty != 1:
+        raise UserError(
+            f"evaluation.repetition_penalty={evaluation.repetition_penalty} is not supported with engine.kind={kind}, "
+            "which leaves the tokens of the prompt out",
+            remedy="use evaluation.presence_penalty, or engine.kind=vllm",
         )
 
 

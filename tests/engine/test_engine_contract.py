@@ -161,7 +161,6 @@ def test_an_engine_samples_only_the_tokens_that_an_option_keeps(
     "options",
     [
         SamplingOptions(),
-        SamplingOptions(repetition_penalty=2.0),
         SamplingOptions(presence_penalty=2.0),
         SamplingOptions(frequency_penalty=1.0),
         SamplingOptions(logit_bias=((7, 1.0), (3, -100.0))),
@@ -175,6 +174,14 @@ def test_penalties_and_biases_change_greedy_answers_as_worked_from_the_logits(
     assert found == [[greedy_answer(options, models["qwen3"], prompt, ENDS, 8)] for prompt in PROMPTS]
     if options != SamplingOptions():
         assert found != tokens(engine.call(generate, PROMPTS, greedy)[0])
+
+
+@pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True, scope="module")
+def test_a_repetition_penalty_counts_the_tokens_of_the_prompt(engine: EngineRanks, models: dict[str, Path]) -> None:
+    greedy, options = replace(SAMPLING, group_size=1, temperature=0.0), SamplingOptions(repetition_penalty=2.0)
+    found = tokens(engine.call(generate, PROMPTS, replace(greedy, options=options))[0])
+    assert found == [[greedy_answer(options, models["qwen3"], prompt, ENDS, 8)] for prompt in PROMPTS]
+    assert found != tokens(engine.call(generate, PROMPTS, greedy)[0])
 
 
 @pytest.mark.parametrize("opened", ["vllm", "server"], indirect=True, scope="module")

@@ -68,3 +68,9 @@ def test_sglang_rejects_bad_words() -> None:
     with pytest.raises(UserError) as error:
         load_config(QUICKSTART, ["engine.kind=sglang", "evaluation.bad_words=[never]"])
     assert_names(error.value, "evaluation.bad_words=['never']", "engine.kind=sglang", "evaluation.logit_bias")
+
+
+def test_sglang_rejects_a_repetition_penalty() -> None:
+    with pytest.raises(UserError) as error:
+        load_config(QUICKSTART, ["engine.kind=sglang", "evaluation.repetition_penalty=1.5"])
+    assert_names(error.value, "evaluation.repetition_penalty=1.5", "engine.kind=sglang", "engine.kind=vllm")
