@@ -119,8 +119,8 @@ def _check_logit_bias(spec: ModelSpec, config: Config, where: str) -> None:
     for token in config.evaluation.logit_bias:
         if not 0 <= token < spec.vocab_size:
             raise UserError(
-                f"evaluation.logit_bias={dict(config.evaluation.logit_bias)}: {token} is not a token id of {where}, whose "
-                f"vocabulary has {spec.vocab_size} tokens",
+                f"evaluation.logit_bias={dict(config.evaluation.logit_bias)}: {token} is not a token id of {where}, "
+                f"whose vocabulary has {spec.vocab_size} tokens",
                 remedy=f"use ids from 0 to {spec.vocab_size - 1}",
             )
 
