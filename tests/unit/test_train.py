@@ -179,6 +179,7 @@ def exit_of_main(
 
     monkeypatch.setattr(train, "run_worker", reached)
     monkeypatch.setattr(train, "StopRequests", object)  # the handlers of the test's own process stay
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # `main` sets it when it is unset
     monkeypatch.setattr(sys, "argv", ["grpo_mega.train", str(QUICKSTART), *overrides])
     with pytest.raises(SystemExit) as caught:
         train.main()

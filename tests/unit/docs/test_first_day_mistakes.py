@@ -102,6 +102,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / name).write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # `main` sets it to 1 when it is unset
     with hub_server() as server:
         server.add("models/Qwen/Qwen2.5-0.5B-Instruct", files_of(make_tiny_model(tmp_path / "made", vocab=72)))
         for name, value in environment_of(server, tmp_path / "cache").items():
