@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ def run_sft(rank: int, config: Config, layout: Layout, examples: list[Example]) 
         ranks,
     )
     data = ExampleDataset((ExampleSet("examples", tuple(examples)),))
-    with building_sft(config, ranks, run, folder, data, None) as built:
+    no_stops: Any = SimpleNamespace(wanted=lambda: 0, training_starts=lambda: None)
+    with building_sft(config, ranks, run, folder, data, None, no_stops) as built:
         built.run()
         return built.policy.resident_bytes()
 
