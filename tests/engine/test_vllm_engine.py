@@ -363,13 +363,18 @@ def rank_after_close(session: RankSession, folder: Path) -> dict[str, Any]:
     }
 
 
-def mapped_shared_memory(session: RankSession) -> list[str]:
+def mapped_shared_memory(session: RankSession) -> list[str] | None:
+    """Return the segments of vLLM that this rank has mapped; None if its kernels for this processor use none."""
+    if not hasattr(torch.ops._C, "init_shm_manager"):
+        return None
     return [line.split(maxsplit=5)[5] for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line]
 
 
 def test_no_shared_memory_outlives_a_killed_job(world: EngineRanks, models: dict[str, Path]) -> None:
     world.open(models["llama"], tp=2, **SETTINGS)
     for mapped in world.call(mapped_shared_memory):
+        if mapped is None:
+            pytest.skip("vLLM's kernels for this processor share no memory: they do with AVX-512")
         assert len(mapped) >= 2  # its own segment and the other rank's
         assert all(name.endswith("(deleted)") for name in mapped)
 
