@@ -1,8 +1,7 @@
 """Interfaces between training, policy, engines and weight sync.
 
-Nothing here imports an implementation. `WeightSource` and `WeightSink` are the two ends of a weight sync. A source
-lists the slices of Hugging Face tensors that its rank holds. A sink lists the regions of engine parameters that such
-slices fill.
+No implementation is imported here. `WeightSource` and `WeightSink` are the two ends of a weight sync: a source lists
+the slices of Hugging Face tensors that its rank holds, a sink the regions of engine parameters that such slices fill.
 
 Every implementation of `Engine` passes tests/engine/test_engine_contract.py.
 """
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from grpo_mega.types import (
     Completion,
+    FileSink,
     Microbatch,
     Placement,
     Prompt,
@@ -313,27 +313,14 @@ class LearnerMemory(Protocol):
         ...
 
 
-class FileSink(Protocol):
-    """Receives the content of the files of a save on this rank."""
-
-    def add_file(self, path: Path, parts: Sequence[bytes | Tensor]) -> None:
-        """Take a file that consists of `parts`; when this returns, the tensors may change.
-
-        Raises:
-            OSError: the file is written at once, and cannot be written.
-        """
-        ...
-
-
 class SavedLearner(LearnerMemory, Protocol):
     """A trained model on this rank whose state is part of a checkpoint."""
 
     def save(self, folder: Path, extra: dict[str, Any], files: FileSink | None = None) -> StateRecords:
         """Collective: save weights, optimizer state and `extra` into an existing, empty folder.
 
-        A reference that is updated during training is saved too. Return the records of the live tensors, which were
-        computed before anything was written. Small files are written at once; those that hold tensors are passed to
-        `files`, or also written at once without it.
+        A moving reference is saved too. Return the records of the live tensors, computed before anything was written.
+        Files that hold tensors are passed to `files`; others, and all without it, are written at once.
         """
         ...
 

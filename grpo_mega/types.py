@@ -1,4 +1,4 @@
-"""Data types shared by all packages. Every one is a frozen dataclass, and none depends on a backend.
+"""Data types shared by all packages. All but `FileSink` are frozen dataclasses; none depends on a backend.
 
 Shapes: P prompts, G group, B rows or sequences, T packed tokens, V vocabulary, H hidden.
 Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-padded vocabulary.
@@ -7,9 +7,10 @@ Log-probabilities are in nats, of `softmax(logits / temperature)` over the un-pa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:  # config and the launcher import UserError and must start without torch
     from torch import Tensor
@@ -262,3 +263,15 @@ class UpdateStats:
     learning_rate: float
     sums: dict[str, float]
     maxima: dict[str, float]
+
+
+class FileSink(Protocol):
+    """Receives the content of the files of a save on this rank."""
+
+    def add_file(self, path: Path, parts: Sequence[bytes | Tensor]) -> None:
+        """Take a file that consists of `parts`, bytes and tensors of any shape; when this returns, they may change.
+
+        Raises:
+            OSError: the file is written at once, and cannot be written.
+        """
+        ...

@@ -52,7 +52,7 @@ class _Found:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class AlarmRule:
     name: str
     patience: int
     look_at: str
@@ -232,29 +232,29 @@ def _memory(history: History) -> _Found | None:
     return _Found(last, limit, f"the memory of rank 0 grew from {grown} after its first 50 steps")
 
 
-RULES: tuple[_Rule, ...] = (
-    _Rule("unscored rollouts", 3, "the tracebacks of rewards in logs/", _failed_rewards),
-    _Rule("equal rewards", 5, "the rollouts and rewards of one group: are they ever different?", _equal_rewards),
-    _Rule("one set is never right", 3, "the references and prompts of that set", _dead_set),
-    _Rule("mismatch of policy and engine", 3, "train/mismatch_max, engine.args and precision", _mismatch),
-    _Rule("far from the reference", 2, "optimizer.lr and algorithm.kl_coef", _far_from_reference),
-    _Rule("gradient norm", 3, "optimizer.lr, and the rollouts with the largest advantages", _gradient),
-    _Rule("collapse of the entropy", 5, "optimizer.lr and the variety of the rollouts", _entropy),
-    _Rule("reward up, accuracy down", 3, "the rollouts with the largest rewards", _reward_against_accuracy),
-    _Rule("a reward term falls", 3, "the weights in reward.terms", _component_falls),
-    _Rule("answers grow", 3, "the longest rollouts: do they repeat themselves?", _longer),
-    _Rule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", _truncated),
-    _Rule("no progress", 1, "group/degenerate_fraction, optimizer.lr and the difficulty of the prompts", _no_progress),
-    _Rule("slow phase", 5, "other programs on the nodes", _slow_phase),
-    _Rule("disk nearly full", 1, "rollouts/ and checkpoints/ of the run folder, checkpoint.keep", _disk),
-    _Rule("memory grows", 5, "own rewards and environments: do they keep what they have seen?", _memory),
+RULES: tuple[AlarmRule, ...] = (
+    AlarmRule("unscored rollouts", 3, "the tracebacks of rewards in logs/", _failed_rewards),
+    AlarmRule("equal rewards", 5, "the rollouts and rewards of one group: are they ever different?", _equal_rewards),
+    AlarmRule("one set is never right", 3, "the references and prompts of that set", _dead_set),
+    AlarmRule("mismatch of policy and engine", 3, "train/mismatch_max, engine.args and precision", _mismatch),
+    AlarmRule("far from the reference", 2, "optimizer.lr and algorithm.kl_coef", _far_from_reference),
+    AlarmRule("gradient norm", 3, "optimizer.lr, and the rollouts with the largest advantages", _gradient),
+    AlarmRule("collapse of the entropy", 5, "optimizer.lr and the variety of the rollouts", _entropy),
+    AlarmRule("reward up, accuracy down", 3, "the rollouts with the largest rewards", _reward_against_accuracy),
+    AlarmRule("a reward term falls", 3, "the weights in reward.terms", _component_falls),
+    AlarmRule("answers grow", 3, "the longest rollouts: do they repeat themselves?", _longer),
+    AlarmRule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", _truncated),
+    AlarmRule("no progress", 1, "group/degenerate_fraction, optimizer.lr and the prompts", _no_progress),
+    AlarmRule("slow phase", 5, "other programs on the nodes", _slow_phase),
+    AlarmRule("disk nearly full", 1, "rollouts/ and checkpoints/ of the run folder, checkpoint.keep", _disk),
+    AlarmRule("memory grows", 5, "own rewards and environments: do they keep what they have seen?", _memory),
 )
 
 
 class Alarms:
     """Applies the rules to each step of a run."""
 
-    def __init__(self, rules: Sequence[_Rule] = RULES) -> None:
+    def __init__(self, rules: Sequence[AlarmRule] = RULES) -> None:
         self.history = History()
         self._rules = rules
         self._holding: dict[str, list[int]] = {}  # steps in succession in which the condition held
@@ -276,7 +276,7 @@ class Alarms:
         """Alarms whose condition holds."""
         return tuple(alarm for alarm in self._raised if alarm.until is None)
 
-    def _apply(self, rule: _Rule, step: int) -> Alarm | None:
+    def _apply(self, rule: AlarmRule, step: int) -> Alarm | None:
         found = rule.check(self.history)
         position = next((i for i, a in enumerate(self._raised) if a.name == rule.name and a.until is None), None)
         if found is None:

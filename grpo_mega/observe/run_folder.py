@@ -8,11 +8,9 @@ Asserted by tests/unit/observe/test_run_folder.py.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +18,7 @@ import yaml
 
 from grpo_mega.observe.atomic_files import TEMPORARY_SUFFIX, write_atomically
 from grpo_mega.observe.config_changes import ConfigChange, compare_configs, record_changes
+from grpo_mega.observe.discarded_steps import DiscardedSteps, set_aside_after
 from grpo_mega.observe.summary import Summary, read_summary
 from grpo_mega.types import UserError
 
@@ -132,14 +131,6 @@ class CheckpointsToVerify:
 
 
 @dataclass(frozen=True)
-class DiscardedSteps:
-    """Metrics lines and rollouts of steps after the checkpoint from which a run continues."""
-
-    folder: Path
-    steps: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class RunState:
     """State of a run when a command starts.
 
@@ -226,7 +217,7 @@ def open_run(
     checkpoint = checkpoints.get(step)
     if checkpoint is None and resume != "auto":
         step, checkpoint = _given_checkpoint(resume, train_steps)
-    discarded = _set_aside_after(folder, step)
+    discarded = set_aside_after(step, folder.metrics, folder.rollouts, folder.discarded)
     changes = record_changes(folder.config_changes, step, changes)
     _write_config(folder, resolved)
     return RunState(folder, "continued", step, checkpoint, previous, None, changes, discarded)
@@ -362,54 +353,3 @@ def _read_config(folder: RunFolder) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"run.dir={folder.path}: its config.yaml has no sections", remedy=remedy)
     return config
-
-
-def _set_aside_after(folder: RunFolder, step: int) -> DiscardedSteps | None:
-    """Move metrics lines and rollouts of steps after `step` to `discarded/<time>/`; return None if there are none.
-
-    A line or a file that a killed process left unfinished is removed.
-    """
-    steps: set[int] = set()
-    target = _new_folder_name(folder.discarded)
-    if folder.metrics.exists():
-        lines = folder.metrics.read_text(encoding="utf-8").splitlines()
-        step_of = [_line_step(folder, lines, number) for number in range(len(lines))]
-        kept = [line for line, of in zip(lines, step_of, strict=True) if of is not None and of <= step]
-        later = {line: of for line, of in zip(lines, step_of, strict=True) if of is not None and of > step}
-        if later:
-            steps.update(later.values())
-            target.mkdir(parents=True)
-            write_atomically(target / folder.metrics.name, "".join(f"{line}\n" for line in later))
-        write_atomically(folder.metrics, "".join(f"{line}\n" for line in kept))
-    if folder.rollouts.is_dir():
-        for path in list(folder.rollouts.iterdir()):
-            named = _STEP_NAME.match(path.name)
-            if named and path.name.endswith(TEMPORARY_SUFFIX):
-                path.unlink()
-            elif named and int(named[1]) > step:
-                steps.add(int(named[1]))
-                (target / folder.rollouts.name).mkdir(parents=True, exist_ok=True)
-                path.rename(target / folder.rollouts.name / path.name)
-    return DiscardedSteps(target, tuple(sorted(steps))) if steps else None
-
-
-def _new_folder_name(parent: Path) -> Path:
-    """Return a folder in `parent` that does not exist, named by the time in UTC. The clock may have jumped back."""
-    name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    number, found = 1, parent / name
-    while found.exists():
-        number += 1
-        found = parent / f"{name}-{number}"
-    return found
-
-
-def _line_step(folder: RunFolder, lines: Sequence[str], number: int) -> int | None:
-    """Return the step of a line; None for a last line that is incomplete after a crash."""
-    try:
-        return int(json.loads(lines[number])["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        if number == len(lines) - 1:
-            return None
-        raise UserError(
-            f"{folder.metrics}:{number + 1} is not a JSON object with a key `step`", remedy="repair or remove the line"
-        ) from error

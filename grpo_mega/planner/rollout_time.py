@@ -71,6 +71,12 @@ def decode_step(inputs: PlanInputs, engine: EngineMemory, running: float, active
 
     A running rollout has P + M m / (1 + m) tokens in the cache on average, where P is the mean prompt: the mean of
     P + t over the tokens t of all rollouts, whose lengths have the mean square 2 (M m)^2 / (1 + m).
+
+    Args:
+        inputs: config, model, GPU and assumptions.
+        engine: memory of the engine on one GPU.
+        running: rollouts that sample at the same time in one prompt shard.
+        active: parameters that a token uses.
     """
     config, assumed, gpu = inputs.config, inputs.assumptions, inputs.gpu
     mean, longest = assumed.mean_length, config.sampling.max_tokens

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import FileSink, LearnerState
+from grpo_mega.interfaces import LearnerState
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import rank_index
 from grpo_mega.parallel.ranks import Ranks
@@ -35,7 +35,7 @@ from grpo_mega.policy.phase_offload import PolicyMemory
 from grpo_mega.policy.sharded_state import live_records, load_state, save_state
 from grpo_mega.policy.update_metrics import UpdateReport
 from grpo_mega.policy.weight_source import MegatronWeights
-from grpo_mega.types import Microbatch, StateRecords, UpdateStats
+from grpo_mega.types import FileSink, Microbatch, StateRecords, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
 from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grpo_mega.config.schema import Config
-from grpo_mega.interfaces import FileSink, TokenLoss
+from grpo_mega.interfaces import TokenLoss
 from grpo_mega.models.spec import ModelSpec
 from grpo_mega.parallel.context_parallel import whole_row
 from grpo_mega.parallel.ranks import Ranks
@@ -30,7 +30,7 @@ from grpo_mega.policy.modules.routing_replay import RowParams, replay_routing
 from grpo_mega.policy.reference import Reference
 from grpo_mega.policy.sharded_state import load_weights, save_weights
 from grpo_mega.policy.weight_source import MegatronWeights, weight_copy_group
-from grpo_mega.types import Microbatch, StateRecords, UpdateStats
+from grpo_mega.types import FileSink, Microbatch, StateRecords, UpdateStats
 
 
 class MegatronPolicy(MegatronLearner):

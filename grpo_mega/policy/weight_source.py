@@ -139,7 +139,7 @@ class MegatronWeights:
             for name, parameter in self._parameters.items():
                 values = fp8.room_for(parameter)
                 for placement in self._placements(name):
-                    part = torch.empty(placement.hf.shape, dtype=files.dtype(placement.hf.name))
+                    part = torch.empty(placement.hf.shape, dtype=files.dtype(placement.hf.name), device="cpu")
                     files.read_into(placement.hf, part)
                     values[placement.local.index].copy_(part)
                 fp8.put(values, parameter)

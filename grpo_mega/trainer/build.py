@@ -122,9 +122,7 @@ def building(
             workers = start_workers(config, ranks, stack)
             policy = MegatronPolicy(config, spec, model_folder, ranks, with_reference=config.needs_reference)
             phases = Phases(policy, engine_elsewhere=config.engine.placement == "server")
-            critic = None
-            if config.algorithm.needs_critic:
-                critic = phases.build_critic(lambda: MegatronCritic(config, spec, model_folder, ranks))
+            critic = _make_critic(config, spec, model_folder, phases, ranks)
             checkpoints = make_checkpoints(config, spec, run.folder.checkpoints, phases, critic, ranks)
             stack.callback(checkpoints.close)
             state = LoopState() if run.checkpoint is None else checkpoints.load(policy, run.checkpoint)
@@ -137,7 +135,6 @@ def building(
                 sync = make_sync(config, policy, engine, ranks)
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
             sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
-        schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
         evaluator = make_evaluator(config, sampler, held_out)
         observer: Observer = NullObserver()
         if progress is not None:
@@ -146,7 +143,6 @@ def building(
             )
             stack.callback(reporter.close)
             progress.note(explain_batch(config, ranks.topology))
-            progress.note(str(schedule))
         job = TrainerState(
             config=config,
             ranks=ranks,
@@ -156,13 +152,46 @@ def building(
             objective=objective,
             phases=phases,
             sync=sync,
-            saves=SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps),
+            saves=make_saves(config, ranks, checkpoints, stops, timers, progress),
             evaluator=evaluator if held_out is not None else None,
             timers=timers,
             observer=observer,
             mismatch_guard=MismatchGuard.of(config, has_experts=spec.moe is not None),
         )
         yield BuiltJob(job, run, model_folder, state, policy)
+
+
+def _make_critic(
+    config: Config, spec: ModelSpec, model_folder: Path, phases: Phases, ranks: Ranks
+) -> MegatronCritic | None:
+    """Build the critic if the algorithm has one."""
+    if not config.algorithm.needs_critic:
+        return None
+    return phases.build_critic(lambda: MegatronCritic(config, spec, model_folder, ranks))
+
+
+def make_saves(
+    config: Config,
+    ranks: Ranks,
+    checkpoints: CheckpointManager,
+    stops: StopRequests,
+    timers: PhaseTimer,
+    progress: Progress | None,
+) -> SavePoints:
+    """Return the points at which the run saves or stops, and tell the user when it saves.
+
+    Args:
+        config: gives the schedule of the checkpoints.
+        ranks: coordinates of this rank.
+        checkpoints: writes them.
+        stops: stop requests of this process.
+        timers: measures the time of the phase `checkpoint`.
+        progress: display, on rank 0.
+    """
+    schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
+    if progress is not None:
+        progress.note(str(schedule))
+    return SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps)
 
 
 def make_checkpoints(

@@ -13,7 +13,6 @@ import torch
 
 from grpo_mega.checkpoint.export_hf import export_hf
 from grpo_mega.checkpoint.manager import LoopState
-from grpo_mega.checkpoint.schedule import CheckpointSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.data.dataset import PromptDataset
 from grpo_mega.data.example_dataset import ExampleDataset
@@ -33,6 +32,7 @@ from grpo_mega.trainer.build import (
     make_checkpoints,
     make_engine,
     make_evaluator,
+    make_saves,
     make_sync,
     phase_listener,
     report_fp8,
@@ -41,7 +41,6 @@ from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
 from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
-from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.trainer.sft_loop import EngineSide, SftState, train_on_examples
 from grpo_mega.types import Reward
 from grpo_mega.weight_sync.digest_comparison import source_digests
@@ -117,7 +116,6 @@ def building_sft(
         progress = stack.enter_context(Progress(config.train.steps, run.step + 1)) if ranks.is_first else None
         peaks = PhasePeaks(device_peak(ranks.device.type) if ranks.is_first and config.observe.memory_peaks else None)
         timers = PhaseTimer(phase_listener(peaks, progress))
-        schedule = CheckpointSchedule(config.checkpoint.every, config.checkpoint.every_minutes, config.train.steps)
         engine_side = None
         with timers.phase("start"):
             spec = checkpoint_spec(model_folder)
@@ -139,8 +137,7 @@ def building_sft(
             observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, examples, is_right)
             stack.callback(reporter.close)
             progress.note(explain_examples(config, ranks.topology, examples))
-            progress.note(str(schedule))
-        saves = SavePoints(ranks, checkpoints, schedule, stops, timers, config.train.steps)
+        saves = make_saves(config, ranks, checkpoints, stops, timers, progress)
         job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, engine_side)
         yield BuiltSft(job, run, model_folder, state, policy)
 

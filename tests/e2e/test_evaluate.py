@@ -35,7 +35,12 @@ def test_a_run_folder_gives_the_numbers_of_the_runs_last_evaluation(quickstart: 
 
 def test_a_run_with_replicas_and_a_seed_gives_its_own_numbers_from_any_folder(tmp_path: Path) -> None:
     """The seeds of the samples depend on the run's seed and on the number of its engine replicas."""
-    evaluation = ("data.eval=arithmetic:heldout", "evaluation.k=3", "evaluation.temperature=0.9")
+    evaluation = (
+        "data.eval=arithmetic:heldout",
+        "evaluation.k=3",
+        "evaluation.temperature=0.9",
+        "evaluation.max_prompts=24",
+    )
     layout = ("run.world_size=2", "run.seed=7", "train.steps=1", "train.minibatches_per_epoch=1")
     (tmp_path / "own_code.py").write_text(
         "def digits(prompt, completion, reference):\n    return sum(c.isdigit() for c in completion) / 8\n"

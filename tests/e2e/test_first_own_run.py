@@ -95,6 +95,7 @@ def parquet(*numbers: int) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.long  # tests/unit/data/hub has the same steps in one process
 def test_a_run_by_name_downloads_once_and_continues_with_its_commits(tmp_path: Path) -> None:
     """Two ranks; after the first step the branches have moved. The model is gated: the token opens it."""
     write_guide(tmp_path)

@@ -36,9 +36,8 @@ def script_commands() -> list[str]:
     found = []
     for guide in GUIDES:
         text = guide.read_text(encoding="utf-8").replace("\\\n", "")  # a command may continue on the next line
-        lines = [line for block in _BLOCK.findall(text) for line in block.splitlines()] + _INDENTED.findall(text)
-        for line in lines:
-            words = shlex.split(line, comments=True)
+        commands = [command for block in _BLOCK.findall(text) for command in words_of(block.splitlines())]
+        for words in commands + [shlex.split(line, comments=True) for line in _INDENTED.findall(text)]:
             while words and (re.fullmatch(r"[A-Z_]+=.*", words[0]) or words[0] in ("python", "$")):
                 words.pop(0)
             if len(words) > 1 and words[0] == "launch/tool.sh":
@@ -46,6 +45,20 @@ def script_commands() -> list[str]:
             if words and words[0].startswith(("launch/", "tools/", ".ci/")):
                 found.append(shlex.join(words))
     return sorted(set(found))
+
+
+def words_of(lines: list[str]) -> list[list[str]]:
+    """Return the words of each command; a quoted argument may have several lines."""
+    found, text = [], ""
+    for line in lines:
+        text += line
+        try:
+            found.append(shlex.split(text, comments=True))
+            text = ""
+        except ValueError:  # a quote is open
+            text += "\n"
+    assert not text, f"a quote is never closed: {text}"
+    return found
 
 
 def paths_in_guides() -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ def sft_config(model: Path, layout: Layout, folder: Path | None = None, *, steps
     return Config(
         run=RunConfig(dir=str(folder)),
         model=ModelConfig(path=str(model)),
-        data=DataConfig(train="unused", prompts_per_step=6, max_example_tokens=24),
+        data=DataConfig(train="/unused", prompts_per_step=6, max_example_tokens=24),
         parallel=layout.parallel,
         optimizer=OPTIMIZER,
         train=TrainConfig(objective="sft", steps=steps, minibatches_per_epoch=2, max_tokens_per_microbatch=ROW_TOKENS),

@@ -3,7 +3,7 @@
 Megatron's writer is made for asynchronous saves. Before it writes, it copies everything that a rank saves to host
 memory: tensors on the device (strategies/filesystem_async.py:230) and views of host memory (:157). Then `torch.save`
 computes the checksum of each tensor, which no loader checks, and writes in small blocks. This writer hands the content
-of a file to `interfaces.FileSink`, which writes it at once (formats/file_parts.py: one tensor at a time is copied) or
+of a file to `types.FileSink`, which writes it at once (formats/file_parts.py: one tensor at a time is copied) or
 copies it and writes it while training continues. Positions in the files are known before anything is written, so
 Megatron's metadata is complete when a save returns. The files have the same bytes as Megatron's without checksums.
 
@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from grpo_mega.formats.file_parts import DirectFiles
 from grpo_mega.formats.torch_dist_writer import envelope
-from grpo_mega.interfaces import FileSink
 from grpo_mega.policy.megatron_patches import cpu
+from grpo_mega.types import FileSink
 
 cpu.prepare_import()
 
