@@ -25,18 +25,19 @@ _NO_SIGNAL = ("equal rewards", "unscored rollouts", "truncated answers")
 
 
 def verdict(
-    history: History, active: Sequence[Alarm], before: Evaluation | None, after: Evaluation | None
+    history: History, raised: Sequence[Alarm], before: Evaluation | None, after: Evaluation | None
 ) -> str | None:
     """Return the sentence, or None after fewer than 5 steps.
 
     Args:
         history: metrics of all steps.
-        active: alarms whose condition holds at the end.
+        raised: alarms of all steps.
         before: held-out evaluation before the first step.
         after: held-out evaluation after the last step.
     """
     if len(history.steps) < _FEWEST_STEPS:
         return None
+    active = [alarm for alarm in raised if alarm.until is None]
     for alarm in active:
         if alarm.name in _UNSTABLE:
             return f"unstable since step {alarm.since}: {alarm.text}; look at {alarm.look_at}"
@@ -49,6 +50,7 @@ def verdict(
     if learned:
         return f"learned: {change}"
     reason = next((f"{alarm.text}; look at {alarm.look_at}" for alarm in active if alarm.name in _NO_SIGNAL), "")
+    reason = reason or next((f"unstable at step {a.since}: {a.text}" for a in raised if a.name in _UNSTABLE), "")
     return f"did not learn: {change}{f'; {reason}' if reason else ''}"
 
 

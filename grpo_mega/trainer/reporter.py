@@ -178,7 +178,7 @@ class RunReporter:
         """Write the last evaluation and the final summary, and log the summary."""
         if evaluation is not None:
             self._metrics.write_curves(self.summary.steps, _as_metrics(evaluation))
-        ended = verdict(self._alarms.history, self._alarms.active, self.summary.eval_before, evaluation)
+        ended = verdict(self._alarms.history, self._alarms.raised, self.summary.eval_before, evaluation)
         policy_digest = policy_digest or self.summary.policy_digest
         self._write(status="done", eval_after=evaluation, verdict=ended, policy_digest=policy_digest)
         log.info("%s", render(self.summary, self._run.folder.path))

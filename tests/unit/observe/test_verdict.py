@@ -21,7 +21,7 @@ def evaluation(accuracy: float) -> Evaluation:
 def text(alarms: Alarms, before: float | None = None, end: float | None = None) -> str:
     found = verdict(
         alarms.history,
-        alarms.active,
+        alarms.raised,
         None if before is None else evaluation(before),
         None if end is None else evaluation(end),
     )
@@ -58,9 +58,15 @@ def test_a_policy_far_from_its_reference_is_unstable_since_a_step() -> None:
     assert text(after(lines), 0.5, 0.9).startswith("unstable since step 7: ")
 
 
+def test_a_run_that_was_unstable_and_did_not_recover_says_when() -> None:
+    kl = [0.01, 0.01, 3e3, 3e3, *[0.01] * 6]
+    found = text(after([{"reward/mean": 0.5, "train/kl": value} for value in kl]), 0.5, 0.0)
+    assert "which is worse; unstable at step 3: " in found
+
+
 def test_few_steps_have_no_verdict() -> None:
     alarms = after(RISING[:4])
-    assert verdict(alarms.history, alarms.active, evaluation(0.1), evaluation(0.9)) is None
+    assert verdict(alarms.history, alarms.raised, evaluation(0.1), evaluation(0.9)) is None
 
 
 def test_supervised_fine_tuning_without_held_out_prompts_is_judged_by_its_loss() -> None:
