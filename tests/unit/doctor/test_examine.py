@@ -263,6 +263,8 @@ def test_doctor_starts_and_planner_reject_the_same_share_with_the_same_words(
     assert main([str(QUICKSTART), *overrides]) == 2
     of_the_doctor = capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["train", str(QUICKSTART), *overrides])
+    monkeypatch.setattr(train, "StopRequests", object)  # the handlers of the test's own process stay
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # `main` sets it when it is unset
     with pytest.raises(SystemExit) as stopped:
         train.main()
     of_the_start = capsys.readouterr().err
