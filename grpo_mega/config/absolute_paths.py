@@ -21,7 +21,7 @@ _GENERATED = "arithmetic:"
 
 
 def with_absolute_paths(values: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, Any]:
-    """Return nested plain values of a config with absolute paths of model, data and templates.
+    """Return nested plain values of a config with absolute paths of model, checkpoint, data and templates.
 
     Values of a wrong type stay as they are, for the message of the config's check.
 
@@ -36,10 +36,14 @@ def with_absolute_paths(values: Mapping[str, Any], folders: Sequence[Path]) -> d
     def absolute(key: str, value: Any) -> Any:
         return absolute_path(key, value, folders)
 
+    def absolute_and_local(key: str, value: Any) -> Any:
+        return absolute_path(key, value, folders, may_be_hub_name=False)
+
     result = dict(values)
     model, data = values.get("model"), values.get("data")
     if isinstance(model, Mapping):
         result["model"] = _replaced(model, ("path",), "model", absolute)
+        result["model"] = _replaced(result["model"], ("checkpoint",), "model", absolute_and_local)
         if isinstance(base := model.get("base"), Mapping):
             base = {"cache_dir": BaseConfig.model_fields["cache_dir"].default, **base}
             base["cache_dir"] = absolute_path("model.base.cache_dir", base["cache_dir"], folders[:1])
@@ -57,7 +61,7 @@ def with_absolute_paths(values: Mapping[str, Any], folders: Sequence[Path]) -> d
     return result
 
 
-def absolute_path(key: str, value: Any, folders: Sequence[Path]) -> Any:
+def absolute_path(key: str, value: Any, folders: Sequence[Path], *, may_be_hub_name: bool = True) -> Any:
     """Return the absolute path of a file or folder that a config key names.
 
     Names on a hub, generated sets, and values of a wrong type stay as they are.
@@ -66,6 +70,7 @@ def absolute_path(key: str, value: Any, folders: Sequence[Path]) -> Any:
         key: config key, for messages.
         value: value of the key.
         folders: folders in which a relative path is looked for; a path that is in none gets the first.
+        may_be_hub_name: False for a key that names no model or data set of a hub.
 
     Raises:
         UserError: two different files have the name.
@@ -85,7 +90,7 @@ def absolute_path(key: str, value: Any, folders: Sequence[Path]) -> Any:
         )
     if found:
         return str(found[0])
-    return value if is_hub_name(value) else str(candidates[0])
+    return value if may_be_hub_name and is_hub_name(value) else str(candidates[0])
 
 
 def _replaced(

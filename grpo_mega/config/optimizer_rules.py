@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from grpo_mega.config.learning_rate import LearningRateSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.types import UserError
 
@@ -23,7 +22,7 @@ def _warmup(config: Config) -> None:
             "two lengths of one warm-up",
             remedy="remove one of them",
         )
-    if LearningRateSchedule.of(config.optimizer, config.train).warmup == 0:
+    if config.optimizer.warmup_of(updates) == 0:
         raise UserError(
             f"optimizer.warmup_fraction={fraction} of {updates} updates is less than one update: there is no warm-up",
             remedy="raise it, or remove optimizer.warmup_fraction",
@@ -32,7 +31,7 @@ def _warmup(config: Config) -> None:
 
 def _unused_keys(config: Config) -> None:
     optimizer = config.optimizer
-    if LearningRateSchedule.of(optimizer, config.train).shape != "constant":
+    if optimizer.shape != "constant":
         return
     if optimizer.decay_updates is not None:
         raise UserError(
@@ -58,19 +57,19 @@ def _minimum(config: Config) -> None:
 
 def _decay_end(config: Config) -> None:
     optimizer, updates = config.optimizer, config.train.num_updates
-    schedule = LearningRateSchedule.of(optimizer, config.train)
-    if schedule.shape == "constant":
+    if optimizer.shape == "constant":
         return
+    warmup, decay_end = optimizer.warmup_of(updates), optimizer.decay_end_of(updates)
     given = optimizer.decay_updates is not None
-    end = f"optimizer.decay_updates={schedule.decay_end}" if given else f"the number of updates, {updates},"
-    if schedule.decay_end <= schedule.warmup:
+    end = f"optimizer.decay_updates={decay_end}" if given else f"the number of updates, {updates},"
+    if decay_end <= warmup:
         raise UserError(
-            f"{end} must be more than the warm-up of {schedule.warmup} updates: it counts from the first update",
-            remedy=f"use {schedule.warmup + 1} or more" if given else "shorten the warm-up, or raise train.steps",
+            f"{end} must be more than the warm-up of {warmup} updates: it counts from the first update",
+            remedy=f"use {warmup + 1} or more" if given else "shorten the warm-up, or raise train.steps",
         )
-    if updates > schedule.decay_end and optimizer.min_lr == 0:
+    if updates > decay_end and optimizer.min_lr == 0:
         raise UserError(
-            f"{end} gives the last {updates - schedule.decay_end} of {updates} updates a learning rate of 0",
+            f"{end} gives the last {updates - decay_end} of {updates} updates a learning rate of 0",
             remedy="raise optimizer.decay_updates, or set optimizer.min_lr",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 from pydantic import Field
@@ -9,6 +10,7 @@ from pydantic import Field
 from grpo_mega.config.section import Section
 
 RecomputeModule = Literal["core_attn", "mlp", "layernorm", "mla_up_proj", "moe"]
+LearningRateShape = Literal["constant", "linear", "cosine"]
 
 
 class PolicyConfig(Section):
@@ -72,7 +74,7 @@ class OptimizerConfig(Section):
     embedding, output layer, norms and biases."""
     lr: float = Field(1e-6, gt=0)
     """Learning rate after the warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] | None = None
+    schedule: LearningRateShape | None = None
     """Learning rate after the warm-up: `constant`, or a `linear` or `cosine` decay from `lr` to `min_lr`. null:
     `linear` if `decay_updates` is set, otherwise `constant`."""
     warmup_updates: int = Field(0, ge=0)
@@ -110,6 +112,27 @@ class OptimizerConfig(Section):
     def momentum_of_muon(self) -> float:
         """Decay rate of Muon's momentum."""
         return 0.95 if self.muon_momentum is None else self.muon_momentum
+
+    @property
+    def shape(self) -> LearningRateShape:
+        """Shape of the learning rate after the warm-up: `schedule`, or the shape that follows from `decay_updates`."""
+        return self.schedule or ("constant" if self.decay_updates is None else "linear")
+
+    @property
+    def depends_on_run_length(self) -> bool:
+        """True if another `train.steps` changes the learning rates of the steps that both runs have."""
+        decays_to_the_end = self.schedule in ("linear", "cosine") and self.decay_updates is None
+        return decays_to_the_end or self.warmup_fraction is not None
+
+    def warmup_of(self, num_updates: int) -> int:
+        """Return the number of warm-up updates of a run of `num_updates` updates."""
+        if self.warmup_fraction is None:
+            return self.warmup_updates
+        return math.floor(self.warmup_fraction * num_updates + 1e-9)  # 0.1 * 30 is 3, not 2
+
+    def decay_end_of(self, num_updates: int) -> int:
+        """Return the update at which the decay of a run of `num_updates` updates reaches `min_lr`."""
+        return num_updates if self.decay_updates is None else self.decay_updates
 
 
 class Fp8Config(Section):

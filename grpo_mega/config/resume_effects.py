@@ -17,7 +17,6 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from grpo_mega.config.algorithm_presets import with_defaults
-from grpo_mega.config.learning_rate import depends_on_run_length
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import Config
 
@@ -102,7 +101,7 @@ def effect_of_change(key: str, config: Mapping[str, Any]) -> ResumeEffect:
 
     It is the key's mark, except that a longer run changes a schedule of learning rates that ends with the run.
     """
-    if key == "train.steps" and depends_on_run_length(OptimizerConfig.model_validate(config.get("optimizer") or {})):
+    if key == "train.steps" and OptimizerConfig.model_validate(config.get("optimizer") or {}).depends_on_run_length:
         return "changes_future"
     return resume_effect(key) or "frozen"
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from grpo_mega.algorithm.base import Advantage
-from grpo_mega.config.learning_rate import LearningRateSchedule
 from grpo_mega.config.schema import Config, TrainConfig
 from grpo_mega.data.pack import RowShape, pack, plan_update, split_minibatches, unpack
 from grpo_mega.parallel.topology import Topology
 from grpo_mega.rollout.sampler import SampledGroups
+from grpo_mega.trainer.learning_rate import LearningRateSchedule
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.types import Microbatch, Reward, Rollout
 

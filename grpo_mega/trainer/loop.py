@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grpo_mega.checkpoint.manager import LoopState
-from grpo_mega.config.learning_rate import LearningRateSchedule
 from grpo_mega.config.schema import Config
 from grpo_mega.data.pack import RowShape
 from grpo_mega.interfaces import Critic, Policy, TokenLoss
@@ -26,6 +25,7 @@ from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import SampledGroups, derived_seed
 from grpo_mega.trainer.batch import TrainBatch, build_batch, shuffled_rewards
+from grpo_mega.trainer.learning_rate import LearningRateSchedule
 from grpo_mega.trainer.mismatch_guard import MismatchGuard, with_known
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases

@@ -38,15 +38,23 @@ def test_files_in_either_folder_get_their_absolute_paths(folders: tuple[Path, Pa
     for name in ("rows.jsonl", "held.jsonl", "chat.jinja"):
         (folders[place] / name).write_text("")
     (folders[place] / "model").mkdir()
+    (folders[place] / "checkpoints" / "step_000200").mkdir(parents=True)
     config = load_config(
         write_config(
             folders[1],
-            model={"path": "model"},
+            model={"path": "model", "checkpoint": "checkpoints/step_000200"},
             data={"train": [{"path": "rows.jsonl"}], "eval": "held.jsonl", "chat_template": "chat.jinja"},
         )
     )
     found = [config.model.path, config.data.train_sets[0].path, config.data.eval, config.data.chat_template]
     assert found == [str(folders[place] / name) for name in ("model", "rows.jsonl", "held.jsonl", "chat.jinja")]
+    assert config.model.checkpoint == str(folders[place] / "checkpoints" / "step_000200")
+
+
+def test_a_checkpoint_that_does_not_exist_is_no_name_on_the_hub(folders: tuple[Path, Path]) -> None:
+    model = {"path": "lab/model", "checkpoint": "checkpoints/step_000200"}
+    config = load_config(write_config(folders[1], model=model, data={"train": "lab/rows"}))
+    assert config.model.checkpoint == str(folders[0] / "checkpoints" / "step_000200")
 
 
 def test_a_tiny_base_gets_absolute_paths_of_its_examples_and_its_cache(folders: tuple[Path, Path]) -> None:

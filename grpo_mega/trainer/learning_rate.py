@@ -4,16 +4,15 @@ The rate is a function of the number of updates so far, which a checkpoint holds
 Megatron-Core's OptimizerParamScheduler is not used: it counts steps in a state that would have to be saved, gives the
 first update of a warm-up the rate 0, and writes weight decay of its own into the groups of parameters. The rates of
 its decays are the same.
-Asserted by tests/unit/config/test_learning_rate.py, against that class as well.
+Asserted by tests/unit/trainer/test_learning_rate.py, against that class as well.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from grpo_mega.config.policy_sections import OptimizerConfig
+from grpo_mega.config.policy_sections import LearningRateShape, OptimizerConfig
 from grpo_mega.config.schema import TrainConfig
 
 
@@ -21,7 +20,7 @@ from grpo_mega.config.schema import TrainConfig
 class LearningRateSchedule:
     """Learning rates of one run. `warmup` and `decay_end` are numbers of updates since the start of the run."""
 
-    shape: Literal["constant", "linear", "cosine"]
+    shape: LearningRateShape
     peak: float
     minimum: float
     warmup: int
@@ -31,12 +30,14 @@ class LearningRateSchedule:
     @staticmethod
     def of(optimizer: OptimizerConfig, train: TrainConfig) -> LearningRateSchedule:
         """Return the schedule of a config, with the values that depend on the number of updates of the run."""
-        shape = optimizer.schedule or ("constant" if optimizer.decay_updates is None else "linear")
-        warmup = optimizer.warmup_updates
-        if optimizer.warmup_fraction is not None:
-            warmup = math.floor(optimizer.warmup_fraction * train.num_updates + 1e-9)  # 0.1 * 30 is 3, not 2
-        end = train.num_updates if optimizer.decay_updates is None else optimizer.decay_updates
-        return LearningRateSchedule(shape, optimizer.lr, optimizer.min_lr, warmup, end)
+        updates = train.num_updates
+        return LearningRateSchedule(
+            optimizer.shape,
+            optimizer.lr,
+            optimizer.min_lr,
+            optimizer.warmup_of(updates),
+            optimizer.decay_end_of(updates),
+        )
 
     def rate(self, updates_done: int) -> float:
         """Return the learning rate of the next update.
@@ -63,9 +64,3 @@ class LearningRateSchedule:
             return f"{start}{'stays there' if start else f'{self.peak:g}'}"
         fall = f"{self.shape} decay to {self.minimum:g} at update {self.decay_end}"
         return f"{start}{fall}" if start else f"{self.peak:g}, {fall}"
-
-
-def depends_on_run_length(optimizer: OptimizerConfig) -> bool:
-    """Return True if another `train.steps` changes the learning rates of the steps that both runs have."""
-    decays_to_the_end = optimizer.schedule in ("linear", "cosine") and optimizer.decay_updates is None
-    return decays_to_the_end or optimizer.warmup_fraction is not None

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from grpo_mega.config.learning_rate import LearningRateSchedule, depends_on_run_length
 from grpo_mega.config.load import load_config
 from grpo_mega.config.policy_sections import OptimizerConfig
 from grpo_mega.config.schema import TrainConfig
+from grpo_mega.trainer.learning_rate import LearningRateSchedule
 from grpo_mega.types import UserError
 from tests.helpers.error_messages import assert_names
 
@@ -122,7 +122,7 @@ def test_a_wrong_schedule_is_an_error_that_says_what_to_do(overrides: list[str],
 def test_a_schedule_depends_on_the_length_of_the_run_exactly_if_its_rates_do(
     keys: dict[str, Any], depends: bool
 ) -> None:
-    assert depends_on_run_length(OptimizerConfig(**keys)) == depends
+    assert OptimizerConfig(**keys).depends_on_run_length == depends
     rates: Callable[[int], list[float]] = lambda steps: [schedule_of(steps, **keys).rate(i) for i in range(40)]  # noqa: E731
     assert (rates(40) != rates(80)) == depends
 
