@@ -1,4 +1,6 @@
-"""Every metric of a run: unit, meaning, and when it exists. docs/reference/metrics.md is generated from this table.
+"""Every metric of a run: section, chart, unit, meaning, and when it exists.
+
+docs/reference/metrics.md and the TensorBoard dashboard (dashboard.py) are generated from this table.
 
 Logging a name that is not in the table is an error (`require_known`), because scripts and curves rely on the names.
 Asserted by tests/unit/observe/test_metrics.py.
@@ -7,9 +9,33 @@ Asserted by tests/unit/observe/test_metrics.py.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
+
+Section = Literal[
+    "learning",
+    "policy health",
+    "rollouts",
+    "mismatch and staleness",
+    "time",
+    "throughput",
+    "memory",
+    "hardware",
+    "data sources",
+]
+LEARNING: Section = "learning"
+POLICY: Section = "policy health"
+ROLLOUTS: Section = "rollouts"
+MISMATCH: Section = "mismatch and staleness"
+TIME: Section = "time"
+THROUGHPUT: Section = "throughput"
+MEMORY: Section = "memory"
+HARDWARE: Section = "hardware"
+DATA: Section = "data sources"
+SECTIONS: tuple[Section, ...] = (LEARNING, POLICY, ROLLOUTS, MISMATCH, TIME, THROUGHPUT, MEMORY, HARDWARE, DATA)
+"""Sections in the order of the dashboard and of the reference."""
 
 _ALWAYS = "every step"
 _SFT = "`train.objective=sft`"
@@ -26,145 +52,305 @@ class Metric:
     """One row of the table.
 
     Attributes:
+        section: section of the dashboard and of the reference.
+        chart: title of its chart in the dashboard; metrics of a section with the same chart share it and its unit.
         unit: unit of the value; "fraction" is 0 to 1.
         meaning: what the value is.
         when: when the metric exists.
     """
 
+    section: Section
+    chart: str
     unit: str
     meaning: str
     when: str = _ALWAYS
 
 
 METRICS: dict[str, Metric] = {
-    "reward/mean": Metric("reward", "mean reward of the step's rollouts"),
-    "reward/std": Metric("reward", "standard deviation of the rewards over all rollouts of the step"),
-    "reward/accuracy": Metric("fraction", "rollouts with the correct answer"),
-    "reward/failed_fraction": Metric("fraction", "rollouts with a reward that timed out, crashed or was not a number"),
+    "reward/mean": Metric(LEARNING, "reward", "reward", "mean reward of the step's rollouts"),
+    "reward/std": Metric(
+        LEARNING, "reward deviation", "reward", "standard deviation of the rewards over all rollouts of the step"
+    ),
+    "reward/accuracy": Metric(LEARNING, "accuracy", "fraction", "rollouts with the correct answer"),
+    "reward/failed_fraction": Metric(
+        LEARNING,
+        "rewards that failed",
+        "fraction",
+        "rollouts with a reward that timed out, crashed or was not a number",
+    ),
     "reward/dropped_fraction": Metric(
-        "fraction", "rollouts without a reward (`reward.on_failure=drop`), which no mean of rewards and no loss counts"
+        LEARNING,
+        "rewards that failed",
+        "fraction",
+        "rollouts without a reward (`reward.on_failure=drop`), which no mean of rewards and no loss counts",
     ),
-    "reward/component/*": Metric("reward", "mean of one reward term, before its weight", "a step in which it applies"),
-    "set/*/rollouts": Metric("rollouts", "rollouts of one training set", _SETS),
-    "set/*/reward_mean": Metric("reward", "mean reward of one training set", _SETS),
-    "set/*/accuracy": Metric("fraction", "rollouts of one training set with the correct answer", _SETS),
-    "set/*/length_mean": Metric("tokens", "mean completion length of one training set", _SETS),
-    "set/*/failed_fraction": Metric("fraction", "rollouts of one training set with a reward that failed", _SETS),
-    "rollout/length_mean": Metric("tokens", "mean completion length"),
-    "rollout/length_max": Metric("tokens", "longest completion"),
-    "rollout/prompt_length_mean": Metric("tokens", "mean prompt length"),
-    "rollout/truncated_fraction": Metric("fraction", "completions that were truncated at `sampling.max_tokens`"),
-    "rollout/tokens": Metric("tokens", "completion tokens of the step, all replicas"),
-    "rollout/turns_mean": Metric("turns", "mean answers of the policy per rollout; 1 without an environment"),
-    "rollout/result_tokens": Metric("tokens", "part of `rollout/tokens` that the environment wrote", _ENVIRONMENT),
-    "rollout/tokens_per_replica/*": Metric("tokens", "completion tokens that one replica sampled"),
+    "reward/component/*": Metric(
+        LEARNING, "reward terms", "reward", "mean of one reward term, before its weight", "a step in which it applies"
+    ),
+    "train/loss": Metric(LEARNING, "loss", "loss", "loss, mean over the step's updates"),
+    "train/perplexity": Metric(LEARNING, "perplexity", "1", "exp(`train/loss`)", _SFT),
+    "eval/accuracy": Metric(LEARNING, "accuracy", "fraction", "pass@1 on the held-out prompts", _EVALUATION),
+    "eval/greedy_accuracy": Metric(
+        LEARNING, "accuracy", "fraction", "accuracy on the held-out prompts with greedy decoding", _EVALUATION
+    ),
+    "eval/reward_mean": Metric(LEARNING, "reward", "reward", "mean reward on the held-out prompts", _EVALUATION),
+    "eval/failed_fraction": Metric(
+        LEARNING, "rewards that failed", "fraction", "samples with a reward that failed", _EVALUATION
+    ),
+    "eval/length_mean": Metric(
+        LEARNING, "length", "tokens", "mean completion length on the held-out prompts", _EVALUATION
+    ),
+    "eval/pass_at_*": Metric(
+        LEARNING, "held-out pass@k", "fraction", "probability that at least one of k samples is correct", _EVALUATION
+    ),
+    "eval/majority_at_*": Metric(
+        LEARNING,
+        "held-out majority@k",
+        "fraction",
+        "probability that the most frequent answer of k samples is correct",
+        _EVALUATION,
+    ),
+    "eval/set/*": Metric(
+        LEARNING, "held-out sets", "as above", "the same numbers for one held-out set", "with several held-out sets"
+    ),
+    "train/kl": Metric(
+        POLICY,
+        "KL to the reference",
+        "nats per token",
+        "KL divergence of the policy from the reference",
+        "`algorithm.kl_coef` > 0",
+    ),
+    "train/kl_coef": Metric(
+        POLICY, "KL coefficient", "1 / nats", "coefficient of the KL divergence in the loss or the reward"
+    ),
+    "train/entropy": Metric(POLICY, "entropy", "nats per token", "entropy of the policy"),
+    "train/clip_fraction": Metric(
+        POLICY, "clipped tokens", "fraction", "tokens for which a bound of the surrogate holds"
+    ),
+    "train/ratio_max": Metric(
+        POLICY, "ratio", "ratio", "largest probability ratio of a token, policy / policy before the update"
+    ),
+    "train/grad_norm": Metric(
+        POLICY, "gradient norm", "norm", "gradient norm before clipping, mean over the step's updates"
+    ),
+    "train/learning_rate": Metric(POLICY, "learning rate", "rate", "learning rate of the step's last update"),
+    "train/fp8_amax": Metric(
+        POLICY,
+        "FP8 largest value",
+        "value",
+        "largest absolute value that was quantized: of any tensor (delayed recipe), of a weight (others)",
+        _FP8,
+    ),
+    "train/fp8_cut_fraction": Metric(
+        POLICY,
+        "FP8 saturated and zero",
+        "fraction",
+        "FP8 tensors with values that were saturated by their scale",
+        f"{_FP8}, delayed recipe",
+    ),
+    "train/fp8_zero_fraction": Metric(
+        POLICY,
+        "FP8 saturated and zero",
+        "fraction",
+        "FP8 weights with quantized value 0, mostly because a much larger weight sets the scale",
+        _FP8,
+    ),
+    "train/aux_loss": Metric(
+        POLICY,
+        "balance loss",
+        "loss",
+        "balance loss of the routers without its coefficient, mean over rollouts and layers; 1 is an equal load",
+        "`algorithm.aux_loss_coef` > 0",
+    ),
+    "train/updates": Metric(POLICY, "updates", "updates", "optimizer steps of the step"),
+    "critic/loss": Metric(
+        POLICY, "critic loss", "loss", "loss of the critic, mean over its updates of the step", _CRITIC
+    ),
+    "critic/clip_fraction": Metric(
+        POLICY, "clipped tokens", "fraction", "tokens for which the value clip holds", _CRITIC
+    ),
+    "critic/grad_norm": Metric(
+        POLICY, "gradient norm", "norm", "gradient norm of the critic before clipping, mean over its updates", _CRITIC
+    ),
+    "critic/learning_rate": Metric(
+        POLICY, "learning rate", "rate", "learning rate of the critic's last update of the step", _CRITIC
+    ),
+    "critic/value_mean": Metric(
+        POLICY, "values and returns", "reward", "mean value of a token, before the updates", _CRITIC
+    ),
+    "critic/return_mean": Metric(
+        POLICY, "values and returns", "reward", "mean return of a token, the target of the critic", _CRITIC
+    ),
+    "critic/explained_variance": Metric(
+        POLICY,
+        "explained variance",
+        "fraction",
+        "1 - variance of (return - value) / variance of the returns; 1 is a perfect critic",
+        _CRITIC,
+    ),
+    "rollout/length_mean": Metric(ROLLOUTS, "length", "tokens", "mean completion length"),
+    "rollout/length_max": Metric(ROLLOUTS, "length", "tokens", "longest completion"),
+    "rollout/prompt_length_mean": Metric(ROLLOUTS, "length", "tokens", "mean prompt length"),
+    "rollout/truncated_fraction": Metric(
+        ROLLOUTS, "truncated", "fraction", "completions that were truncated at `sampling.max_tokens`"
+    ),
+    "rollout/tokens": Metric(ROLLOUTS, "tokens per step", "tokens", "completion tokens of the step, all replicas"),
+    "rollout/turns_mean": Metric(
+        ROLLOUTS, "turns", "turns", "mean answers of the policy per rollout; 1 without an environment"
+    ),
+    "rollout/result_tokens": Metric(
+        ROLLOUTS, "tokens per step", "tokens", "part of `rollout/tokens` that the environment wrote", _ENVIRONMENT
+    ),
+    "rollout/tokens_per_replica/*": Metric(
+        ROLLOUTS, "tokens per replica", "tokens", "completion tokens that one replica sampled"
+    ),
     "group/degenerate_fraction": Metric(
-        "fraction", "sampled groups whose rewards are equal up to rounding: no training signal"
+        ROLLOUTS,
+        "degenerate groups",
+        "fraction",
+        "sampled groups whose rewards are equal up to rounding: no training signal",
     ),
-    "group/discarded": Metric("groups", "degenerate groups that were replaced by others; no other metric counts them"),
-    "train/loss": Metric("loss", "loss, mean over the step's updates"),
-    "train/perplexity": Metric("1", "exp(`train/loss`)", _SFT),
-    "train/kl": Metric("nats per token", "KL divergence of the policy from the reference", "`algorithm.kl_coef` > 0"),
-    "train/kl_coef": Metric("1 / nats", "coefficient of the KL divergence in the loss or the reward"),
-    "train/entropy": Metric("nats per token", "entropy of the policy"),
-    "train/clip_fraction": Metric("fraction", "tokens for which a bound of the surrogate holds"),
-    "train/ratio_max": Metric("ratio", "largest probability ratio of a token, policy / policy before the update"),
-    "train/grad_norm": Metric("norm", "gradient norm before clipping, mean over the step's updates"),
-    "train/learning_rate": Metric("rate", "learning rate of the step's last update"),
-    "train/mismatch_kl": Metric("nats per token", "KL divergence between sampler and policy for the same weights"),
+    "group/discarded": Metric(
+        ROLLOUTS,
+        "discarded groups",
+        "groups",
+        "degenerate groups that were replaced by others; no other metric counts them",
+    ),
+    "train/unused_rollouts": Metric(
+        ROLLOUTS, "unused rollouts", "rollouts", "rollouts that are not trained on: filtered, or of dropped groups"
+    ),
+    "train/num_loss_tokens": Metric(
+        ROLLOUTS, "tokens per step", "tokens", "tokens trained on in one epoch over the step's rollouts or examples"
+    ),
+    "train/num_tokens": Metric(ROLLOUTS, "tokens per step", "tokens", "tokens of the step's examples", _SFT),
+    "train/mismatch_kl": Metric(
+        MISMATCH, "mismatch KL", "nats per token", "KL divergence between sampler and policy for the same weights"
+    ),
     "train/mismatch_max": Metric(
+        MISMATCH,
+        "largest mismatch",
         "nats",
         "largest \\|old_log_probs - sampler_log_probs\\| of a token; of the first minibatch with "
         "algorithm.old_log_probs=sampler",
     ),
     "train/mismatch_likely_max": Metric(
-        "nats", "the same over tokens with a probability above 1e-3, which `guard.max_mismatch` bounds"
+        MISMATCH,
+        "largest mismatch",
+        "nats",
+        "the same over tokens with a probability above 1e-3, which `guard.max_mismatch` bounds",
     ),
-    "train/correction_mean": Metric("factor", "mean factor that corrects the mismatch", _CORRECTION),
-    "train/masked_fraction": Metric("fraction", "tokens that the correction masked", _CORRECTION),
-    "train/vetoed_fraction": Metric("fraction", "tokens of rollouts that the veto excluded", _CORRECTION),
-    "train/fp8_amax": Metric(
-        "value", "largest absolute value that was quantized: of any tensor (delayed recipe), of a weight (others)", _FP8
+    "train/correction_mean": Metric(
+        MISMATCH, "correction", "factor", "mean factor that corrects the mismatch", _CORRECTION
     ),
-    "train/fp8_cut_fraction": Metric(
-        "fraction", "FP8 tensors with values that were saturated by their scale", f"{_FP8}, delayed recipe"
+    "train/masked_fraction": Metric(
+        MISMATCH, "masked tokens", "fraction", "tokens that the correction masked", _CORRECTION
     ),
-    "train/fp8_zero_fraction": Metric(
-        "fraction", "FP8 weights with quantized value 0, mostly because a much larger weight sets the scale", _FP8
+    "train/vetoed_fraction": Metric(
+        MISMATCH, "masked tokens", "fraction", "tokens of rollouts that the veto excluded", _CORRECTION
     ),
     "train/unreplayed_fraction": Metric(
-        "fraction", "trained tokens without a routing record of the engine", "`algorithm.routing_replay`"
+        MISMATCH,
+        "unreplayed tokens",
+        "fraction",
+        "trained tokens without a routing record of the engine",
+        "`algorithm.routing_replay`",
     ),
-    "train/aux_loss": Metric(
-        "loss",
-        "balance loss of the routers without its coefficient, mean over rollouts and layers; 1 is an equal load",
-        "`algorithm.aux_loss_coef` > 0",
+    "time/rollout_seconds": Metric(TIME, "phases", "seconds", "sampling"),
+    "time/reward_seconds": Metric(TIME, "phases", "seconds", "scoring after the last completion"),
+    "time/log_probs_seconds": Metric(
+        TIME, "phases", "seconds", "log-probs of the policy before the update and of the reference"
     ),
-    "train/unused_rollouts": Metric("rollouts", "rollouts that are not trained on: filtered, or of dropped groups"),
-    "train/updates": Metric("updates", "optimizer steps of the step"),
-    "train/num_loss_tokens": Metric("tokens", "tokens trained on in one epoch over the step's rollouts or examples"),
-    "train/num_tokens": Metric("tokens", "tokens of the step's examples", _SFT),
-    "critic/loss": Metric("loss", "loss of the critic, mean over its updates of the step", _CRITIC),
-    "critic/clip_fraction": Metric("fraction", "tokens for which the value clip holds", _CRITIC),
-    "critic/grad_norm": Metric("norm", "gradient norm of the critic before clipping, mean over its updates", _CRITIC),
-    "critic/learning_rate": Metric("rate", "learning rate of the critic's last update of the step", _CRITIC),
-    "critic/value_mean": Metric("reward", "mean value of a token, before the updates", _CRITIC),
-    "critic/return_mean": Metric("reward", "mean return of a token, the target of the critic", _CRITIC),
-    "critic/explained_variance": Metric(
-        "fraction", "1 - variance of (return - value) / variance of the returns; 1 is a perfect critic", _CRITIC
+    "time/critic_seconds": Metric(TIME, "phases", "seconds", "values and updates of the critic", _CRITIC),
+    "time/train_seconds": Metric(TIME, "phases", "seconds", "forward, backward and optimizer"),
+    "time/sync_seconds": Metric(
+        TIME, "phases", "seconds", "weight sync from the policy to the engine, with its verification"
     ),
-    "time/rollout_seconds": Metric("seconds", "sampling"),
-    "time/reward_seconds": Metric("seconds", "scoring after the last completion"),
-    "time/log_probs_seconds": Metric("seconds", "log-probs of the policy before the update and of the reference"),
-    "time/critic_seconds": Metric("seconds", "values and updates of the critic", _CRITIC),
-    "time/train_seconds": Metric("seconds", "forward, backward and optimizer"),
-    "time/sync_seconds": Metric("seconds", "weight sync from the policy to the engine, with its verification"),
     "time/checkpoint_seconds": Metric(
-        "seconds", "time for which saving a checkpoint stops the loop; with `checkpoint.asynchronous` mostly a copy"
+        TIME,
+        "evaluation and checkpoint",
+        "seconds",
+        "time for which saving a checkpoint stops the loop; with `checkpoint.asynchronous` mostly a copy",
     ),
     "time/checkpoint_wait_seconds": Metric(
-        "seconds", "part of it in which a save waited until the checkpoint before was written; 0 if none had to wait"
+        TIME,
+        "evaluation and checkpoint",
+        "seconds",
+        "part of it in which a save waited until the checkpoint before was written; 0 if none had to wait",
     ),
-    "time/evaluation_seconds": Metric("seconds", "evaluation on held-out prompts", _EVALUATION),
-    "time/step_seconds": Metric("seconds", "the whole step"),
-    "throughput/tokens_per_second": Metric("tokens / s", "prompt and completion tokens per second of the step"),
-    "throughput/rollout_tokens_per_second": Metric("tokens / s", "completion tokens per second of sampling"),
-    "sync/bytes": Metric("bytes", "bytes written into the engine of rank 0, or sent to servers by rank 0"),
-    "sync/received_bytes": Metric("bytes", "part of `sync/bytes` that came from other ranks"),
-    "sync/verify_seconds": Metric("seconds", "part of the sync that its verification took"),
-    "sync/gb_per_second": Metric("GB / s", "`sync/bytes` / time of the sync"),
-    "eval/accuracy": Metric("fraction", "pass@1 on the held-out prompts", _EVALUATION),
-    "eval/greedy_accuracy": Metric("fraction", "accuracy on the held-out prompts with greedy decoding", _EVALUATION),
-    "eval/reward_mean": Metric("reward", "mean reward on the held-out prompts", _EVALUATION),
-    "eval/failed_fraction": Metric("fraction", "samples with a reward that failed", _EVALUATION),
-    "eval/length_mean": Metric("tokens", "mean completion length on the held-out prompts", _EVALUATION),
-    "eval/pass_at_*": Metric("fraction", "probability that at least one of k samples is correct", _EVALUATION),
-    "eval/majority_at_*": Metric(
-        "fraction", "probability that the most frequent answer of k samples is correct", _EVALUATION
+    "time/evaluation_seconds": Metric(
+        TIME, "evaluation and checkpoint", "seconds", "evaluation on held-out prompts", _EVALUATION
     ),
-    "eval/set/*": Metric("as above", "the same numbers for one held-out set", "with several held-out sets"),
-    "data/epoch": Metric("passes", "prompts of all steps so far / training prompts of all sets, without refills"),
-    "data/skipped_examples": Metric("examples", "examples left out of the training sets: they exceed the limit", _SFT),
+    "time/step_seconds": Metric(TIME, "step", "seconds", "the whole step"),
+    "throughput/tokens_per_second": Metric(
+        THROUGHPUT, "tokens per second", "tokens / s", "prompt and completion tokens per second of the step"
+    ),
+    "throughput/rollout_tokens_per_second": Metric(
+        THROUGHPUT, "tokens per second", "tokens / s", "completion tokens per second of sampling"
+    ),
+    "sync/bytes": Metric(
+        THROUGHPUT, "sync bytes", "bytes", "bytes written into the engine of rank 0, or sent to servers by rank 0"
+    ),
+    "sync/received_bytes": Metric(THROUGHPUT, "sync bytes", "bytes", "part of `sync/bytes` that came from other ranks"),
+    "sync/verify_seconds": Metric(
+        THROUGHPUT, "verification of the sync", "seconds", "part of the sync that its verification took"
+    ),
+    "sync/gb_per_second": Metric(THROUGHPUT, "sync rate", "GB / s", "`sync/bytes` / time of the sync"),
+    "host/memory_bytes": Metric(MEMORY, "memory of rank 0", "bytes", "resident memory of the process of rank 0"),
+    "memory/peak_*_bytes": Metric(
+        MEMORY, "peak by phase", "bytes", "peak memory of rank 0 during one phase", "`observe.memory_peaks`"
+    ),
+    "memory/*": Metric(MEMORY, "state", "bytes", "memory of rank 0 for one part of the policy's or the critic's state"),
+    "host/disk_free_fraction": Metric(
+        HARDWARE, "free disk", "fraction", "free part of the file system of the run folder"
+    ),
+    "set/*/rollouts": Metric(DATA, "rollouts per set", "rollouts", "rollouts of one training set", _SETS),
+    "set/*/reward_mean": Metric(DATA, "reward per set", "reward", "mean reward of one training set", _SETS),
+    "set/*/accuracy": Metric(
+        DATA, "accuracy per set", "fraction", "rollouts of one training set with the correct answer", _SETS
+    ),
+    "set/*/length_mean": Metric(DATA, "length per set", "tokens", "mean completion length of one training set", _SETS),
+    "set/*/failed_fraction": Metric(
+        DATA, "rewards that failed per set", "fraction", "rollouts of one training set with a reward that failed", _SETS
+    ),
+    "data/epoch": Metric(
+        DATA, "epoch", "passes", "prompts of all steps so far / training prompts of all sets, without refills"
+    ),
+    "data/skipped_examples": Metric(
+        DATA,
+        "skipped and truncated examples",
+        "examples",
+        "examples left out of the training sets: they exceed the limit",
+        _SFT,
+    ),
     "data/truncated_examples": Metric(
-        "examples", "examples that lost their last tokens: they exceed the limit (`data.overlong=truncate`)", _SFT
+        DATA,
+        "skipped and truncated examples",
+        "examples",
+        "examples that lost their last tokens: they exceed the limit (`data.overlong=truncate`)",
+        _SFT,
     ),
-    "data/skipped_prompts": Metric("prompts", "prompts left out of the training sets: they exceed the limit"),
-    "host/memory_bytes": Metric("bytes", "resident memory of the process of rank 0"),
-    "host/disk_free_fraction": Metric("fraction", "free part of the file system of the run folder"),
-    "memory/peak_*_bytes": Metric("bytes", "peak memory of rank 0 during one phase", "`observe.memory_peaks`"),
-    "memory/*": Metric("bytes", "memory of rank 0 for one part of the policy's or the critic's state"),
+    "data/skipped_prompts": Metric(
+        DATA, "skipped prompts", "prompts", "prompts left out of the training sets: they exceed the limit"
+    ),
 }
-"""Name, or shell pattern, of a metric -> its description. The section is the part of the name before the slash."""
+"""Name, or shell pattern, of a metric -> its row. Of several patterns that match, the first one counts."""
 
 
-def require_known(metrics: Mapping[str, float]) -> None:
+def metric_of(name: str) -> Metric | None:
+    """Return the row of a metric, or None for a name that is not in the table."""
+    if name in METRICS:
+        return METRICS[name]
+    return next((METRICS[pattern] for pattern in METRICS if fnmatchcase(name, pattern)), None)
+
+
+def require_known(metrics: Iterable[str]) -> None:
     """Check that every name is in `METRICS`.
 
     Raises:
         ValueError: a name is not in the table; the message has the nearest known name.
     """
     for name in metrics:
-        if name not in METRICS and not any(fnmatchcase(name, pattern) for pattern in METRICS):
+        if metric_of(name) is None:
             nearest = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
             raise ValueError(
                 f"metric={name} is not in observe/metric_table.py; use {nearest}, or add a row to the table"

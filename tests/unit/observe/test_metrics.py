@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo_mega.observe.metric_table import METRICS, require_known
+from grpo_mega.observe.metric_table import METRICS, SECTIONS, require_known
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.run_folder import RunFolder
 from tools.dev.make_metrics_reference import REFERENCE, reference
@@ -53,8 +53,16 @@ def read_curves(path: Path) -> EventAccumulator:
 
 
 def test_the_stable_names_are_known_and_every_name_has_unit_meaning_and_condition() -> None:
-    require_known(dict.fromkeys(STABLE_NAMES, 0.0))
-    assert all(m.unit and m.meaning and m.when for m in METRICS.values())
+    require_known(STABLE_NAMES)
+    assert all(m.chart and m.unit and m.meaning and m.when for m in METRICS.values())
+
+
+def test_every_section_has_metrics_and_the_metrics_of_a_chart_have_one_unit() -> None:
+    assert {m.section for m in METRICS.values()} == set(SECTIONS)
+    units: dict[tuple[str, str], set[str]] = {}
+    for metric in METRICS.values():
+        units.setdefault((metric.section, metric.chart), set()).add(metric.unit)
+    assert {chart: found for chart, found in units.items() if len(found) > 1} == {}
 
 
 def test_the_committed_reference_is_up_to_date() -> None:
