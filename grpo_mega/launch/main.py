@@ -228,8 +228,8 @@ def start(script: str, arguments: Sequence[str], env: Mapping[str, str]) -> int:
         node, local_rank = slurm_node(env, request.world_size)
     else:
         node = machine_node(env, request.world_size)
-    if node.world_size == 1 or local_rank is not None:
-        replace_process(worker, {**env, **node.rank_environment(local_rank or 0)})
+    if local_rank is not None:
+        replace_process(worker, {**env, **node.rank_environment(local_rank)})
     environments = [{**env, **node.rank_environment(rank)} for rank in range(node.num_ranks)]
     if node.num_nodes == 1:
         return run_ranks(worker, environments)

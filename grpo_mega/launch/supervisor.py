@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 from grpo_mega.launch.rendezvous import Rendezvous
+from grpo_mega.launch.run_temporaries import run_environment, run_temporaries
 from grpo_mega.parallel.stop_signal import (
     EXIT_CODE,
     STOP_SIGNAL,
@@ -251,12 +252,13 @@ def run_ranks(
         number: signal.signal(number, forward_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
-        ranks = _Ranks(command, environments)
-        if received:  # while the ranks were started
-            ranks.request(_request_of(received[0]))
-        if meeting is not None:
-            meeting.watch(lambda code, text: ranks.exits.put(_RankExit(None, code, text)))
-        return _wait_for_all(ranks, received, meeting)
+        with run_temporaries() as folder:
+            ranks = _Ranks(command, [{**env, **run_environment(folder)} for env in environments])
+            if received:  # while the ranks were started
+                ranks.request(_request_of(received[0]))
+            if meeting is not None:
+                meeting.watch(lambda code, text: ranks.exits.put(_RankExit(None, code, text)))
+            return _wait_for_all(ranks, received, meeting)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
