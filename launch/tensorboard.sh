@@ -3,7 +3,8 @@
 set -euo pipefail
 
 if [[ ${1-} == -h || ${1-} == --help || $# -eq 0 ]]; then
-    echo "usage: launch/tensorboard.sh RUN_DIR [tensorboard arguments]" >&2
+    echo "usage: launch/tensorboard.sh RUN_DIR|PARENT [tensorboard arguments]" >&2
+    echo "Shows one run, or all runs below a folder, at http://127.0.0.1:6006 on this machine only; other addresses: --bind_all." >&2
     [[ $# -gt 0 ]] && exit 0 || exit 2
 fi
 if [[ ! -d $1 ]]; then
@@ -14,4 +15,9 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh"
 # shellcheck source=launch/env.sh
 source "$here/env.sh"
-exec python -m tensorboard.main --logdir "$1" "${@:2}"
+address=(--host 127.0.0.1)
+for argument in "${@:2}"; do
+    case $argument in --host | --host=* | --bind_all | --bind_all=*) address=() ;; esac
+done
+# By default TensorBoard keeps 1,000 points of a curve and 10 texts.
+exec python -m tensorboard.main --logdir "$1" "${address[@]}" --samples_per_plugin "scalars=5000,text=200" "${@:2}"

@@ -72,7 +72,8 @@ def run(name: str, arguments: Sequence[str], out: Path, *, quiet: bool) -> Path:
 
 def read(name: str, folder: Path) -> AlgorithmResult:
     """Read the result of a finished run from its folder."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [line for line in map(json.loads, text.splitlines()) if "evaluation" not in line]
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     last, steady = lines[-1], lines[1:] or lines
     policy, critic = ({p: int(last.get(f"memory/{who}_{p}_bytes", 0)) for p in STATE} for who in ("policy", "critic"))

@@ -105,8 +105,8 @@ class ObserveConfig(Section):
     memory_peaks: bool = False
     """Measure the peak memory of the first rank in each phase. Without CUDA this slows the run: free memory is returned
     to the system before every phase."""
-    rollouts_shown: int = Field(3, ge=0)
-    """Rollouts per step that TensorBoard shows as text."""
+    groups_shown: int = Field(3, ge=0)
+    """Groups of each step that TensorBoard shows as text, with prompt and answers side by side."""
     alarms: bool = True
     """Compare the metrics of each step with the limits of docs/alarms.md, and report what exceeds them."""
     alarm_command: str | None = None

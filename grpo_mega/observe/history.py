@@ -50,7 +50,10 @@ class History:
 
 
 def read_lines(metrics: Path) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield step and metrics of each line of `metrics.jsonl`; lines that cannot be read are skipped."""
+    """Yield step and metrics of each step in `metrics.jsonl`.
+
+    Lines that cannot be read are skipped, and so are the evaluations at both ends of the run.
+    """
     if not metrics.exists():
         return
     for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -59,6 +62,9 @@ def read_lines(metrics: Path) -> Iterator[tuple[int, dict[str, float]]]:
             step = int(values.pop("step"))
         except (ValueError, KeyError, TypeError, AttributeError):
             continue
+        if "evaluation" in values:
+            continue
+        values.pop("wall_time", None)
         yield step, {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 

@@ -336,6 +336,15 @@ METRICS: dict[str, Metric] = {
 """Name, or shell pattern, of a metric -> its row. Of several patterns that match, the first one counts."""
 
 
+HISTOGRAMS: dict[str, tuple[str, str]] = {
+    "reward/distribution": ("reward", "rewards of the step's rollouts"),
+    "group/advantage_distribution": ("advantage", "advantages of the rollouts, the mean over tokens where they differ"),
+    "rollout/length_distribution": ("tokens", "completion lengths"),
+    "train/mismatch_distribution": ("nats", "old_log_probs - sampler_log_probs of the tokens that the policy sampled"),
+}
+"""Name of a TensorBoard histogram -> unit and meaning. Each exists in every step with rollouts."""
+
+
 def metric_of(name: str) -> Metric | None:
     """Return the row of a metric, or None for a name that is not in the table."""
     if name in METRICS:

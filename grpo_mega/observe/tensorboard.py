@@ -1,81 +1,124 @@
-"""Writes curves and a few rollouts for TensorBoard. The only importer of that package, when a writer is created."""
+"""Writes TensorBoard event files: curves, their dashboard, histograms, texts and hyperparameters.
+
+One object writes the files of a run folder. The only importer of the package, when a writer is created.
+Asserted by tests/unit/observe/test_tensorboard.py.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from grpo_mega.observe.rollouts import RolloutRow
+import numpy as np
+import yaml
+
+from grpo_mega.observe.dashboard import dashboard_summary
+from grpo_mega.observe.event_files import cut_event_files
+from grpo_mega.observe.hyperparameters import COMPARED, hyperparameters
+from grpo_mega.observe.safe_text import html_text
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class TensorBoardWriter:
-    """Writer of one event file. In a continued run TensorBoard hides older points from `first_step` on.
+    """Writer of the event file of one command.
+
+    The files of earlier commands of the run are cut at `first_step` (event_files.py), so that a continued run is one
+    curve. TensorBoard processes that have read them already hide the old points from that step on.
+
+    Args:
+        directory: folder of the event files, created if it does not exist.
+        first_step: first step of this command.
+        names: metrics of earlier steps of the run; the dashboard has their charts from the start.
+        config: the resolved config, shown as text and as hyperparameters; None: not shown.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
-    def __init__(self, directory: Path, *, first_step: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        first_step: int,
+        names: Iterable[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
                 "observe.tensorboard=true needs tensorboard: pip install tensorboard, or observe.tensorboard=false"
             ) from error
-        purge_step = first_step if directory.exists() else None
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step)
+        continued = directory.exists()
+        self._last = cut_event_files(directory, first_step) if continued else {}
+        self._writer = SummaryWriter(str(directory), purge_step=first_step if continued else None)
+        self._first_step = first_step
+        self._config = config
+        self._names: set[str] = set()
+        if config is not None:
+            self._write_config(config)
+        self._add_to_dashboard(names)
 
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add one point to the curve of each metric and flush."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+    def write(
+        self,
+        step: int,
+        scalars: Mapping[str, float],
+        *,
+        histograms: Mapping[str, Array] | None = None,
+        texts: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add one point to each curve, histogram and text, and flush.
+
+        A curve that has a point of this step already keeps it: a run that was killed between the last evaluation and
+        its summary makes that evaluation again.
+
+        Args:
+            step: step of the points.
+            scalars: values by metric name; each must be in the metric table.
+            histograms: finite values by name, of any shape; one without values is left out.
+            texts: Markdown or HTML by name, escaped by the caller.
+        """
+        self._add_to_dashboard(scalars)
+        for name, value in scalars.items():
+            if self._last.get(name, step - 1) < step:
+                self._writer.add_scalar(name, value, step)
+        for name, values in (histograms or {}).items():
+            if values.size:
+                self._writer.add_histogram(name, values, step)
+        for name, text in (texts or {}).items():
+            self._writer.add_text(name, text, step)
         self._writer.flush()
 
-    def rollouts(self, step: int, rows: Sequence[RolloutRow], shown: int) -> None:
-        """Add at most `shown` rollouts as text, evenly selected from the highest to the lowest reward."""
-        for position, row in enumerate(_spread(rows, shown)):
-            self._writer.add_text(f"rollouts/{position}", render_rollout(row), step)
-        self._writer.flush()
-
-    def config_changes(self, step: int, changes: Sequence[str]) -> None:
-        """Add the config keys that changed before a step as text."""
-        self._writer.add_text("config_changes", "\n\n".join(f"`{change}`" for change in changes), step)
-        self._writer.flush()
-
-    def alarms(self, step: int, texts: Sequence[str]) -> None:
-        """Add the alarms that a step raised as text."""
-        self._writer.add_text("alarms", "\n\n".join(texts), step)
-        self._writer.flush()
+    def finish(self) -> None:
+        """Mark the run as complete in the tab of the hyperparameters."""
+        if self._config is not None:
+            self._write_hyperparameters(self._config, complete=True)
 
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
 
+    def _add_to_dashboard(self, names: Iterable[str]) -> None:
+        """Write the layout again when there are new curves; the last layout counts."""
+        if new := set(names) - self._names:
+            self._names |= new
+            self._summary(dashboard_summary(self._names))
 
-def _spread(rows: Sequence[RolloutRow], shown: int) -> list[RolloutRow]:
-    by_reward = sorted(rows, key=lambda row: -math.inf if row["reward"] is None else row["reward"], reverse=True)
-    if len(by_reward) <= shown:
-        return by_reward
-    if shown == 1:
-        return by_reward[:1]
-    return [by_reward[round(i * (len(by_reward) - 1) / (shown - 1))] for i in range(shown)]
+    def _write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the config as text. It belongs to the first step, so that it is replaced when that is made again."""
+        text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+        self._writer.add_text("config", f"<pre>{html_text(text, 100_000)}</pre>", self._first_step)
+        self._write_hyperparameters(config, complete=False)
 
+    def _write_hyperparameters(self, config: Mapping[str, Any], *, complete: bool) -> None:
+        from torch.utils.tensorboard.summary import hparams
 
-def render_rollout(row: RolloutRow) -> str:
-    """Return Markdown: one line of numbers, then prompt and completion verbatim."""
-    components = "".join(f" {name} {value:.3g}" for name, value in row["reward_components"].items())
-    reward = "none" if row["reward"] is None else f"{row['reward']:.3g}"
-    numbers = (
-        f"reward **{reward}** ({components.strip() or 'no components'}), advantage {row['advantage']:+.3f}, "
-        f"{len(row['completion_ids'])} tokens, ended by {row['stop_reason']}, answer `{row['answer']}`"
-    )
-    return "\n\n".join((numbers, "prompt", _fenced(row["prompt"]), "completion", _fenced(row["completion"])))
+        experiment, start, end = hparams(hyperparameters(config), dict.fromkeys(COMPARED, 0.0))
+        for summary in (end,) if complete else (experiment, start):
+            self._summary(summary)
 
-
-def _fenced(text: str) -> str:
-    """Return a code block whose fence is longer than any run of backticks in the text, so that no text ends it."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}\n{text}\n{fence}"
+    def _summary(self, summary: Any) -> None:
+        files: Any = self._writer.file_writer
+        files.add_summary(summary, self._first_step)

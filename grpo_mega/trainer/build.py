@@ -139,7 +139,7 @@ def building(
         observer: Observer = NullObserver()
         if progress is not None:
             observer = reporter = RunReporter(
-                config, ranks.topology, run, timers, peaks, progress, prompts, evaluator.is_right
+                config, ranks.topology, run, timers, peaks, progress, prompts, evaluator.is_right, model_folder
             )
             stack.callback(reporter.close)
             progress.note(explain_batch(config, ranks.topology))

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Protocol
 
+from grpo_mega.config.load import resolved
 from grpo_mega.config.schema import Config
+from grpo_mega.data.chat import load_tokenizer
+from grpo_mega.data.token_texts import TokenTextCache
 from grpo_mega.observe.alarm_command import AlarmCommand
 from grpo_mega.observe.alarms import Alarms
 from grpo_mega.observe.history import read_lines
@@ -18,6 +22,7 @@ from grpo_mega.observe.progress import Progress
 from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
+from grpo_mega.observe.tensorboard import TensorBoardWriter
 from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.observe.verdict import verdict
 from grpo_mega.parallel.stop_signal import Interrupted, Stopped
@@ -105,6 +110,7 @@ class RunReporter:
         progress: display on the terminal.
         data: training prompts or examples.
         is_right: returns True if a reward means a right answer.
+        model_folder: folder of the tokenizer with which TensorBoard shows tokens; None: it shows none.
     """
 
     def __init__(
@@ -117,23 +123,19 @@ class RunReporter:
         progress: Progress,
         data: TrainingData,
         is_right: Callable[[Reward], bool],
+        model_folder: Path | None = None,
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
         self._progress, self._is_right = progress, is_right
         names = [source.label for source in config.data.train_sets]
         self._sets = names if len(names) > 1 else []
         self._data, self._prompts_per_step = data, config.data.prompts_per_step
-        self._metrics = MetricsWriter(
-            run.folder,
-            first_step=run.step + 1,
-            tensorboard=config.observe.tensorboard,
-            rollouts_shown=config.observe.rollouts_shown,
-        )
         self._held_out: dict[str, float] = {}
         self._host = HostMetrics(run.folder.path)
         self._alarms = Alarms() if config.observe.alarms else Alarms(rules=())
         for step, line in read_lines(run.folder.metrics):
             self._alarms.step(step, line)  # of earlier commands
+        self._metrics = self._open_metrics(config, model_folder)
         command = config.observe.alarm_command
         self._alarm_command = None if command is None else AlarmCommand(command)
         axes = ("world_size", "tp", "pp", "vpp", "cp", "dp", "ep", "etp", "edp")
@@ -149,7 +151,7 @@ class RunReporter:
     def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
         """Write the first evaluation and the policy's digest."""
         if eval_before is not None:
-            self._metrics.write_curves(self._run.step, _as_metrics(eval_before))
+            self._metrics.write_evaluation(self._run.step, "before", _as_metrics(eval_before))
             self._progress.note(f"held-out accuracy before training: {eval_before.accuracy:.3f}")
         self._write(eval_before=eval_before or self.summary.eval_before, policy_digest=policy_digest)
 
@@ -177,7 +179,8 @@ class RunReporter:
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
         """Write the last evaluation and the final summary, and log the summary."""
         if evaluation is not None:
-            self._metrics.write_curves(self.summary.steps, _as_metrics(evaluation))
+            self._metrics.write_evaluation(self.summary.steps, "after", _as_metrics(evaluation))
+        self._metrics.finish()
         ended = verdict(self._alarms.history, self._alarms.raised, self.summary.eval_before, evaluation)
         policy_digest = policy_digest or self.summary.policy_digest
         self._write(status="done", eval_after=evaluation, verdict=ended, policy_digest=policy_digest)
@@ -195,6 +198,24 @@ class RunReporter:
         self._metrics.close()
         if self._alarm_command is not None:
             self._alarm_command.close()
+
+    def _open_metrics(self, config: Config, model_folder: Path | None) -> MetricsWriter:
+        """Open the files of the metrics for the steps after `run.step`."""
+        folder, first_step = self._run.folder, self._run.step + 1
+        tensorboard = token_texts = None
+        if config.observe.tensorboard:
+            token_texts = None if model_folder is None else TokenTextCache(load_tokenizer(model_folder))
+            known = self._alarms.history.names("")
+            tensorboard = TensorBoardWriter(
+                folder.tensorboard, first_step=first_step, names=known, config=resolved(config)
+            )
+        return MetricsWriter(
+            folder,
+            first_step=first_step,
+            tensorboard=tensorboard,
+            groups_shown=config.observe.groups_shown,
+            token_texts=token_texts,
+        )
 
     def _raise_alarms(self, step: int, line: Mapping[str, float]) -> None:
         raised = self._alarms.step(step, line)

@@ -107,7 +107,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Return the lines of steps or rollouts; the evaluations at both ends of metrics.jsonl are left out."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if "evaluation" not in line]
 
 
 def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
@@ -116,5 +118,5 @@ def rollouts_of(run: Path, step: int) -> list[dict[str, Any]]:
 
 def without_times(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of metrics.jsonl without the values that depend on time."""
-    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/", "host/")
+    timed = ("time/", "throughput/", "sync/gb_per_second", "sync/verify_seconds", "memory/", "host/", "wall_time")
     return {name: value for name, value in line.items() if not name.startswith(timed)}

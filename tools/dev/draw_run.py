@@ -24,7 +24,8 @@ PICTURE = Path(__file__).resolve().parents[2] / "docs" / "assets" / "quickstart.
 def draw(run: Path, out: Path) -> None:
     """Write the plot of the run folder `run` to `out`, as SVG with the same bytes for the same run."""
     mpl.rcParams.update({"svg.hashsalt": "grpo_mega", "svg.fonttype": "none", "font.size": 9})
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [line for line in lines if "evaluation" not in line]
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     numbers = [step["step"] for step in steps]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(8, 2.6), layout="constrained")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from grpo_mega.observe.metric_table import METRICS, SECTIONS, require_known
+from grpo_mega.observe import history
+from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS, SECTIONS, require_known
 from grpo_mega.observe.metrics import MetricsWriter
+from grpo_mega.observe.rollouts import rollout_rows
 from grpo_mega.observe.run_folder import RunFolder
+from grpo_mega.observe.tensorboard import TensorBoardWriter
+from tests.helpers.observed_rollouts import make_rollout
 from tools.dev.make_metrics_reference import REFERENCE, reference
 
 # The names that scripts rely on; a change here breaks them.
@@ -43,7 +49,16 @@ STABLE_NAMES = [
 
 
 def make_writer(path: Path, *, first_step: int = 1, tensorboard: bool = False) -> MetricsWriter:
-    return MetricsWriter(RunFolder(path), first_step=first_step, tensorboard=tensorboard, rollouts_shown=2)
+    folder = RunFolder(path)
+    curves = TensorBoardWriter(folder.tensorboard, first_step=first_step) if tensorboard else None
+    return MetricsWriter(folder, first_step=first_step, tensorboard=curves, groups_shown=2)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without their times, which must lie within the last minute."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= time.time() - line.pop("wall_time") < 60 for line in lines)
+    return lines
 
 
 def read_curves(path: Path) -> EventAccumulator:
@@ -79,10 +94,10 @@ def test_a_line_is_on_disk_at_once_with_step_first_and_every_metric(tmp_path: Pa
     metrics = make_writer(tmp_path)
     metrics.write(1, {"reward/mean": 0.25, "train/kl": 1e-9})
     metrics.write(2, {"reward/mean": 1})
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines = read_lines(tmp_path)
     metrics.close()
-    assert lines[0].startswith('{"step": 1, ')
-    assert [json.loads(line) for line in lines] == [
+    assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 1, "wall_time": ')
+    assert lines == [
         {"step": 1, "reward/mean": 0.25, "train/kl": 1e-9},
         {"step": 2, "reward/mean": 1.0},
     ]
@@ -94,7 +109,7 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
-    assert json.loads(text) == {"step": 1, "reward/mean": None, "train/loss": None, "train/kl": 0.5}
+    assert read_lines(tmp_path) == [{"step": 1, "reward/mean": None, "train/loss": None, "train/kl": 0.5}]
 
 
 def test_a_step_is_written_once_and_a_continued_run_appends(tmp_path: Path) -> None:
@@ -106,27 +121,52 @@ def test_a_step_is_written_once_and_a_continued_run_appends(tmp_path: Path) -> N
         with pytest.raises(ValueError, match="step=1 "):
             metrics.write(1, {})
         metrics.write(2, {})
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    assert read_lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
-def test_curves_hold_every_point_and_those_without_a_line(tmp_path: Path) -> None:
+def test_the_evaluations_at_both_ends_have_lines_and_points_once(tmp_path: Path) -> None:
     with make_writer(tmp_path, tensorboard=True) as metrics:
-        metrics.write_curves(0, {"eval/accuracy": 0.5})
+        metrics.write_evaluation(0, "before", {"eval/accuracy": 0.5})
         metrics.write(1, {"reward/mean": 0.25})
         metrics.write(2, {"reward/mean": 0.75})
+        metrics.write_evaluation(2, "after", {"eval/accuracy": 1.0})
+    with make_writer(tmp_path, first_step=3, tensorboard=True) as metrics:  # killed before its summary was written
+        metrics.write_evaluation(2, "after", {"eval/accuracy": 1.0})
+    assert read_lines(tmp_path) == [
+        {"step": 0, "evaluation": "before", "eval/accuracy": 0.5},
+        {"step": 1, "reward/mean": 0.25},
+        {"step": 2, "reward/mean": 0.75},
+        {"step": 2, "evaluation": "after", "eval/accuracy": 1.0},
+    ]
+    assert [(p.step, p.value) for p in read_curves(tmp_path).Scalars("eval/accuracy")] == [(0, 0.5), (2, 1.0)]
+    assert [step for step, _ in history.read_lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_curves_hold_every_point(tmp_path: Path) -> None:
+    with make_writer(tmp_path, tensorboard=True) as metrics:
+        metrics.write(1, {"reward/mean": 0.25})
+        metrics.write(2, {"reward/mean": 0.75}, ["optimizer.lr: 1 -> <b>"])
+        metrics.write_alarms(2, ["the <alarm>"])
     found = read_curves(tmp_path)
     assert [(p.step, p.value) for p in found.Scalars("reward/mean")] == [(1, 0.25), (2, 0.75)]
-    assert [(p.step, p.value) for p in found.Scalars("eval/accuracy")] == [(0, 0.5)]
-    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
+    for name, text in (("config_changes", b"1 -&gt; &lt;b&gt;"), ("alarms", b"the &lt;alarm&gt;")):
+        (event,) = found.Tensors(f"{name}/text_summary")
+        assert event.step == 2
+        assert text in event.tensor_proto.string_val[0]
 
 
-def test_tensorboard_hides_the_points_that_a_continued_run_writes_again(tmp_path: Path) -> None:
+def test_rollouts_are_histograms_and_texts_of_their_step(tmp_path: Path) -> None:
+    rows = rollout_rows([make_rollout(r, f"text {r}") for r in (0.5, 0.0, 1.0)], [0.0, -1.0, 1.0], None)
     with make_writer(tmp_path, tensorboard=True) as metrics:
-        for step in (1, 2, 3):
-            metrics.write(step, {"reward/mean": 0.0})
-    with make_writer(tmp_path, first_step=2, tensorboard=True) as metrics:
-        metrics.write(2, {"reward/mean": 1.0})
-    assert [(p.step, p.value) for p in read_curves(tmp_path).Scalars("reward/mean")] == [(1, 0.0), (2, 1.0)]
+        metrics.write_rollouts(4, rows)
+    assert len((tmp_path / "rollouts" / "step_000004.jsonl").read_text().splitlines()) == 3
+    found = read_curves(tmp_path)
+    assert set(found.Tags()["histograms"]) == set(HISTOGRAMS) - {"train/mismatch_distribution"}  # it is not known
+    (rewards,) = found.Histograms("reward/distribution")
+    assert (rewards.step, rewards.histogram_value.num, rewards.histogram_value.sum) == (4, 3, 1.5)
+    (text,) = found.Tensors("groups/0/text_summary")
+    assert text.step == 4
+    assert all(f"text {reward}".encode() in text.tensor_proto.string_val[0] for reward in (0.5, 0.0, 1.0))
 
 
 def test_the_tensorboard_package_is_imported_only_if_it_is_used(

@@ -1,0 +1,27 @@
+"""Distributions of rewards, advantages, lengths and mismatch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from grpo_mega.observe.distributions import distributions
+from grpo_mega.observe.metric_table import HISTOGRAMS
+from grpo_mega.observe.rollouts import rollout_rows
+from grpo_mega.types import Reward
+from tests.helpers.observed_rollouts import make_rollout
+
+
+def test_values_by_hand() -> None:
+    lost = replace(make_rollout(), reward=Reward(None))
+    tool = replace(make_rollout(), completion=replace(make_rollout().completion, loss_mask=(True, False, True)))
+    rollouts = [make_rollout(1.0), lost, tool]
+    rows = rollout_rows(rollouts, [0.5, 0.0, float("nan")], [[-0.5, -0.5, 0.0], None, [-0.25, -0.125]])
+    found = distributions(rows)
+    assert list(found) == list(HISTOGRAMS)
+    np.testing.assert_array_equal(found["reward/distribution"], [1.0, 1.0])
+    np.testing.assert_array_equal(found["group/advantage_distribution"], [0.5, 0.0])
+    np.testing.assert_array_equal(found["rollout/length_distribution"], [3, 3, 3])
+    # sampler -0.5, -0.25, -0.125; the second token of the last rollout is an environment's
+    np.testing.assert_array_equal(found["train/mismatch_distribution"], [0.0, -0.25, 0.125, 0.25, 0.0])

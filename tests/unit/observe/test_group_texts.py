@@ -1,0 +1,90 @@
+"""Groups of rollouts as HTML for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from tensorboard.plugin_util import markdown_to_safe_html
+
+from grpo_mega.observe.group_texts import MAX_ANSWERS, MAX_TOKENS, group_texts, render_group
+from grpo_mega.observe.rollouts import RolloutRow, rollout_rows
+from grpo_mega.types import Completion, Reward
+from tests.helpers.observed_rollouts import make_rollout
+
+
+def rows_of(texts: Sequence[str], rewards: Sequence[float], index: int = 7) -> list[RolloutRow]:
+    rollouts = [make_rollout(reward, text) for reward, text in zip(rewards, texts, strict=True)]
+    prompt = replace(rollouts[0].prompt, index=index)
+    return rollout_rows([replace(r, prompt=prompt) for r in rollouts], [r - 0.5 for r in rewards], None)
+
+
+def repeated(text: str, ids: Sequence[int]) -> list[str]:
+    return [text] * len(ids)
+
+
+def test_the_answers_of_a_group_are_columns_from_the_best_to_the_worst() -> None:
+    shown = render_group(rows_of(["wrong", "right"], [0.0, 1.0]), None)
+    assert shown.index("right") < shown.index("wrong")
+    assert "prompt 7, reference answer <code>46</code>, 2 of 2 answers" in shown
+    assert "\U0001f7e9 reward 1, advantage +0.500, 3 tokens, eos" in shown
+    assert "\U0001f7e5 reward 0, advantage -0.500, 3 tokens, eos" in shown
+    assert "exact 1, format failed" in shown
+    assert "<pre>12+34=</pre>" in shown
+
+
+def test_a_rollout_without_a_reward_is_last() -> None:
+    lost = replace(make_rollout(text="lost"), reward=Reward(None, {}, ("judge",)))
+    rows = rollout_rows([lost, make_rollout(0.0, "wrong")], [0.0, -1.0], None)
+    shown = render_group(rows, None)
+    assert shown.index("wrong") < shown.index("lost")
+    assert "reward none" in shown
+
+
+def test_groups_from_the_best_to_the_worst_and_at_most_four_answers_are_shown() -> None:
+    rewards = {3: [0.0] * 6, 1: [1.0] * 6, 2: [0.5] * 6, 9: [0.2, 0.3, 0.1, 0.0, 0.4, 0.5]}
+    rows = [row for index, values in rewards.items() for row in rows_of(list("abcdef"), values, index)]
+    found = group_texts(rows, 2, None)
+    assert list(found) == ["groups/0", "groups/1"]
+    assert "prompt 1," in found["groups/0"]
+    assert "prompt 3," in found["groups/1"]
+    assert found["groups/0"].count("<td><pre>") == MAX_ANSWERS
+    assert group_texts(rows, 0, None) == {}
+    assert len(group_texts(rows, 9, None)) == 4
+
+
+def test_tokens_have_the_color_of_their_mismatch() -> None:
+    sampled = (-0.5, -0.25, -0.125)
+    rollout = replace(make_rollout(), completion=Completion((4, 6, 0), sampled, "eos", 3, "46"))
+    (row,) = rollout_rows([rollout], [0.5], [[-0.5, -0.25 + 0.05, -0.125 - 2]])
+    shown = render_group([row], lambda ids: [f"<{token}>" for token in ids])
+    assert "&lt;4&gt;\u00b7\U0001f7e8&lt;6&gt;\u00b7\U0001f7e5&lt;0&gt;" in shown
+    many = replace(rollout, completion=Completion((4,) * 200, (-1.0,) * 200, "length", 3, "4" * 200))
+    (long,) = rollout_rows([many], [0.5], [[-1.0] * 200])
+    assert f"[{200 - MAX_TOKENS} more tokens]" in render_group([long], lambda ids: ["x"] * len(ids))
+
+
+def test_no_text_escapes_its_cell_in_the_page_of_tensorboard() -> None:
+    hostile = [
+        "</pre></td></table><script>alert(1)</script>",
+        "\x1b[2J\x9b31m",
+        "\ud800 \udfff",
+        "x" * 1_000_000,
+        "```\n# heading\n\n<img src=x onerror=alert(1)>",
+        "a\n\nb | c\n---|---",
+    ]
+    for text in hostile:
+        (row,) = rows_of([text], [1.0])
+        row["prompt"] = row["answer"] = row["data_set"] = text
+        row["old_log_probs"] = row["sampler_log_probs"]
+        shown = render_group([row], partial(repeated, text))
+        assert len(shown.encode("utf-8")) < 30_000
+        page = markdown_to_safe_html(shown)
+        assert page.count("<table>") == page.count("</table>") == 1
+        assert "<script" not in page
+        assert "<img" not in page
+        assert "<h1" not in page
+        assert "\x1b" not in page
+        assert "\x9b" not in page
+    assert "[998,500 more characters]" in render_group(rows_of(["x" * 1_000_000], [1.0]), None)
