@@ -1,4 +1,4 @@
-"""What TensorBoard's own readers find in the event files of a run."""
+"""Contents of the event files of a run, as the readers of TensorBoard find them."""
 
 from __future__ import annotations
 
