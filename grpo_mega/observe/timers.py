@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_NO_GAP = 1e-6  # seconds; rounding of sums
+
 
 class PhaseTimer:
     """Seconds per phase, of the current step and in total. Not thread-safe.
@@ -28,6 +30,7 @@ class PhaseTimer:
         self._running: list[str] = []
         self._step: dict[str, float] = {}
         self._total: dict[str, float] = {}
+        self._spans: list[tuple[str, float, float]] = []
         self._created = self._step_start = self._mark = clock()
 
     @contextmanager
@@ -52,13 +55,19 @@ class PhaseTimer:
     def start_step(self) -> None:
         """Reset the seconds of the current step."""
         self._account()
-        self._step = {}
+        self._step, self._spans = {}, []
         self._step_start = self._mark
 
     def step_seconds(self) -> dict[str, float]:
         """Return {phase: seconds} since `start_step`; `step` is the total, with the time between phases."""
         self._account()
         return {**self._step, "step": self._mark - self._step_start}
+
+    def step_spans(self) -> list[tuple[str, float, float]]:
+        """Return (phase, start, seconds) since `start_step`, in order; starts count from there. A phase that a nested
+        one pauses has several."""
+        self._account()
+        return list(self._spans)
 
     def total_seconds(self) -> dict[str, float]:
         """Return {phase: seconds} since the timer was created; `total` includes the time between phases."""
@@ -81,4 +90,15 @@ class PhaseTimer:
             name = self._running[-1]
             self._step[name] = self._step.get(name, 0.0) + now - self._mark
             self._total[name] = self._total.get(name, 0.0) + now - self._mark
+            self._add_span(name, self._mark - self._step_start, now - self._mark)
         self._mark = now
+
+    def _add_span(self, name: str, start: float, seconds: float) -> None:
+        """Add a span, or extend the last one if it has the same phase and no gap is between them."""
+        if self._spans and self._spans[-1][0] == name:
+            _, last_start, last_seconds = self._spans[-1]
+            if last_start + last_seconds >= start - _NO_GAP:
+                self._spans[-1] = (name, last_start, start + seconds - last_start)
+                return
+        if seconds > 0:
+            self._spans.append((name, start, seconds))

@@ -35,6 +35,7 @@ from grpo_mega.policy.phase_offload import PolicyMemory
 from grpo_mega.policy.sharded_state import live_records, load_state, save_state
 from grpo_mega.policy.update_metrics import UpdateReport
 from grpo_mega.policy.weight_source import MegatronWeights
+from grpo_mega.policy.work_clock import WorkClock
 from grpo_mega.types import FileSink, Microbatch, StateRecords, UpdateStats
 
 from megatron.core import parallel_state  # isort: skip - after policy.build, which prepares the import
@@ -68,6 +69,14 @@ class MegatronLearner:
         self._memory = PolicyMemory(self.parts.buffers, self.parts.optimizer)
         self._copy_threads = host_threads(ranks)
         self._host_threads = self._copy_threads if optimizer.host_fraction > 0 else None
+        self._work = WorkClock(ranks.device)
+        reduce_gradients = self.parts.config.finalize_model_grads_func
+
+        def reduce_after_work(*args: Any, **kwargs: Any) -> None:
+            self._work.stop()
+            reduce_gradients(*args, **kwargs)
+
+        self.parts.config.finalize_model_grads_func = reduce_after_work
 
     def full_gradients(self, bucket_bytes: int) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, whole float32 gradient) of every HF tensor in checkpoint order on every rank.
@@ -78,6 +87,10 @@ class MegatronLearner:
         for buffer in self.parts.buffers:
             gather_gradients(buffer)
         return self.weights.mirrored(gradient_of).full_tensors(bucket_bytes)
+
+    def take_work_seconds(self) -> float:
+        """Return the seconds of passes since the last call in which this rank waited for no other model copy."""
+        return self._work.take()
 
     def offload(self, *parts: LearnerState) -> None:
         """Move these parts to host memory and free their device memory, also for other allocators."""
@@ -276,6 +289,7 @@ class MegatronLearner:
         assert len(row_tokens) == 1, f"rows of {sorted(row_tokens)} tokens: pipeline messages have one shape"
         rows = [_to_device(m, self.ranks.device) for m in microbatches]
         chunks = self.parts.ddps
+        self._work.start()
         outputs: list[Any] = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=[iter(rows) for _ in chunks] if len(chunks) > 1 else iter(rows),
@@ -285,6 +299,7 @@ class MegatronLearner:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        self._work.stop()
         return outputs
 
 

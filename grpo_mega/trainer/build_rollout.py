@@ -19,6 +19,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import RewardComponent, build_rewards
 from grpo_mega.rewards.pool import RewardPool
+from grpo_mega.rollout.answer_times import AnswerTimes
 from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_rank_within, broadcast_within
 from grpo_mega.rollout.sampler import Generator, Sampler
 from grpo_mega.types import Reward

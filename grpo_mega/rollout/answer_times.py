@@ -1,0 +1,69 @@
+"""Measures when the rollouts of this rank's engine finish: how long sampling waits for the longest answers.
+
+Asserted by tests/unit/rollout/test_answer_times.py.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from grpo_mega.rollout.sampler import Generator
+from grpo_mega.types import Completion, Prompt, SamplingRequest
+
+LAST_FRACTION = 0.1
+"""The rollouts that finish last; sampling waits for them from the moment at which only they are left."""
+
+
+@dataclass(frozen=True)
+class AnswerSeconds:
+    """Seconds of sampling on this rank: in total, and while at most `LAST_FRACTION` of its rollouts were left."""
+
+    sampling: float = 0.0
+    last_answers: float = 0.0
+
+
+class AnswerTimes:
+    """A generator that samples with another one and measures it.
+
+    Args:
+        generator: samples whole rollouts.
+        clock: monotonic clock in seconds.
+    """
+
+    def __init__(self, generator: Generator, clock: Callable[[], float] = time.monotonic) -> None:
+        self._generator, self._clock = generator, clock
+        self._sampling = self._last_answers = 0.0
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingRequest,
+        on_completion: Callable[[int, int, Completion], None] | None = None,
+    ) -> list[list[Completion]]:
+        """Sample; the contract is `Engine.generate`.
+
+        A rank without prompts waits for the other data-parallel ranks of its replica during the whole call.
+        """
+        ends: list[float] = []
+
+        def measured(prompt: int, member: int, completion: Completion) -> None:
+            ends.append(self._clock())
+            if on_completion is not None:
+                on_completion(prompt, member, completion)
+
+        start = self._clock()
+        groups = self._generator.generate(prompts, sampling, measured)
+        end = self._clock()
+        left = math.ceil(LAST_FRACTION * len(ends))
+        self._sampling += end - start
+        self._last_answers += end - (ends[-left - 1] if len(ends) > left else start)
+        return groups
+
+    def take(self) -> AnswerSeconds:
+        """Return the seconds since the last call."""
+        found = AnswerSeconds(self._sampling, self._last_answers)
+        self._sampling = self._last_answers = 0.0
+        return found
