@@ -9,9 +9,11 @@ Asserted by tests/unit/observe/test_alarms.py.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from grpo_mega.observe.alarm_rule import AlarmRule, Found
+from grpo_mega.observe.hardware.alarm_rules import MACHINE_RULES
 from grpo_mega.observe.history import History, mean
 
 _SOLVED = 0.9
@@ -44,30 +46,15 @@ class Alarm:
         return f"{self.name} since step {self.since}: {self.text}; look at {self.look_at}"
 
 
-@dataclass(frozen=True)
-class _Found:
-    value: float
-    limit: float
-    text: str
-
-
-@dataclass(frozen=True)
-class AlarmRule:
-    name: str
-    patience: int
-    look_at: str
-    check: Callable[[History], _Found | None]
-
-
-def _equal_rewards(history: History) -> _Found | None:
+def _equal_rewards(history: History) -> Found | None:
     """Almost every group has equal rewards, although the task is not solved: there is nothing to learn from."""
     value, accuracy = history.last("group/degenerate_fraction"), history.last("reward/accuracy")
     if value is None or value < 0.98 or (accuracy is not None and accuracy >= _SOLVED):
         return None
-    return _Found(value, 0.98, f"the rewards of {value:.0%} of the groups are equal, so the gradient is zero")
+    return Found(value, 0.98, f"the rewards of {value:.0%} of the groups are equal, so the gradient is zero")
 
 
-def _no_progress(history: History) -> _Found | None:
+def _no_progress(history: History) -> Found | None:
     """The best 20 steps are no better than the first 20, after 60 steps."""
     rewards = history.all("reward/mean")
     if len(rewards) < 60 or (history.last("reward/accuracy") or 0.0) >= _SOLVED:
@@ -78,10 +65,10 @@ def _no_progress(history: History) -> _Found | None:
     if best > needed:
         return None
     text = f"the best mean reward of 20 steps is {best:.3g}, that of the first 20 {mean(first):.3g}"
-    return _Found(best, needed, text)
+    return Found(best, needed, text)
 
 
-def _reward_against_accuracy(history: History) -> _Found | None:
+def _reward_against_accuracy(history: History) -> Found | None:
     """The training reward rises while the accuracy falls: the policy has found a reward that is not the aim."""
     name = "eval/accuracy" if len(history.all("eval/accuracy")) >= 2 else "reward/accuracy"
     rewards = history.recent("reward/mean", 5)
@@ -99,10 +86,10 @@ def _reward_against_accuracy(history: History) -> _Found | None:
     if mean(rewards) <= mean(earlier[:5]):
         return None
     which = "held-out accuracy" if name == "eval/accuracy" else "accuracy in training"
-    return _Found(last, limit, f"the mean reward rises ({mean(rewards):.3g}), and the {which} fell to {last:.3g}")
+    return Found(last, limit, f"the mean reward rises ({mean(rewards):.3g}), and the {which} fell to {last:.3g}")
 
 
-def _component_falls(history: History) -> _Found | None:
+def _component_falls(history: History) -> Found | None:
     """The mean reward rises while one reward term falls."""
     rewards = history.all("reward/mean")
     if len(rewards) < 10 or mean(rewards[-5:]) <= mean(rewards[:5]) + 0.02 * max(1.0, abs(mean(rewards[:5]))):
@@ -118,11 +105,11 @@ def _component_falls(history: History) -> _Found | None:
         if spread > 0 and last < limit:
             term = name.removeprefix("reward/component/")
             text = f"the mean reward rises, and its term {term} fell from {best:.3g} to {last:.3g}"
-            return _Found(last, limit, text)
+            return Found(last, limit, text)
     return None
 
 
-def _dead_set(history: History) -> _Found | None:
+def _dead_set(history: History) -> Found | None:
     """No rollout of one training set is right, while another set is learned."""
     accuracy = {name: history.recent(name, 5) for name in history.names("set/") if name.endswith("/accuracy")}
     known = {name: values for name, values in accuracy.items() if len(values) >= 4}
@@ -131,10 +118,10 @@ def _dead_set(history: History) -> _Found | None:
     dead = [name.split("/")[1] for name, values in known.items() if max(values) == 0.0]
     if not dead:
         return None
-    return _Found(0.0, 0.0, f"no rollout of the training set {dead[0]} was right in 5 steps")
+    return Found(0.0, 0.0, f"no rollout of the training set {dead[0]} was right in 5 steps")
 
 
-def _longer(history: History) -> _Found | None:
+def _longer(history: History) -> Found | None:
     """The answers became twice as long within 10 steps."""
     before, now = history.recent("rollout/length_mean", 10, skip=10), history.last("rollout/length_mean")
     if now is None or len(before) < 5:
@@ -142,17 +129,17 @@ def _longer(history: History) -> _Found | None:
     limit = 2 * statistics.median(before)
     if now <= limit or now < statistics.median(before) + 16:
         return None
-    return _Found(now, limit, f"the mean length is {now:.0f} tokens, more than twice that of 10 to 20 steps before")
+    return Found(now, limit, f"the mean length is {now:.0f} tokens, more than twice that of 10 to 20 steps before")
 
 
-def _truncated(history: History) -> _Found | None:
+def _truncated(history: History) -> Found | None:
     value = history.last("rollout/truncated_fraction")
     if value is None or value <= 0.5:
         return None
-    return _Found(value, 0.5, f"{value:.0%} of the answers reach sampling.max_tokens")
+    return Found(value, 0.5, f"{value:.0%} of the answers reach sampling.max_tokens")
 
 
-def _entropy(history: History) -> _Found | None:
+def _entropy(history: History) -> Found | None:
     """The entropy has collapsed although the task is not solved."""
     value, first = history.last("train/entropy"), history.first("train/entropy", 5)
     if value is None or len(history.steps) < 10 or (history.last("reward/accuracy") or 0.0) >= _SOLVED:
@@ -160,76 +147,41 @@ def _entropy(history: History) -> _Found | None:
     limit = 0.1 * mean(first)
     if value >= limit:
         return None
-    return _Found(value, limit, f"the entropy is {value:.2g} nats per token, a tenth of {mean(first):.2g} at the start")
+    return Found(value, limit, f"the entropy is {value:.2g} nats per token, a tenth of {mean(first):.2g} at the start")
 
 
-def _far_from_reference(history: History) -> _Found | None:
+def _far_from_reference(history: History) -> Found | None:
     value = history.last("train/kl")
     if value is None or value <= 10.0:
         return None
-    return _Found(value, 10.0, f"the KL divergence from the reference is {value:.3g} nats per token")
+    return Found(value, 10.0, f"the KL divergence from the reference is {value:.3g} nats per token")
 
 
-def _gradient(history: History) -> _Found | None:
+def _gradient(history: History) -> Found | None:
     value, before = history.last("train/grad_norm"), history.recent("train/grad_norm", 20, skip=1)
     if value is None or len(before) < 10:
         return None
     limit = 30 * statistics.median(before)
     if value <= limit or limit == 0:
         return None
-    return _Found(value, limit, f"the gradient norm is {value:.3g}, 30 times the median of the 20 steps before")
+    return Found(value, limit, f"the gradient norm is {value:.3g}, 30 times the median of the 20 steps before")
 
 
-def _mismatch(history: History) -> _Found | None:
+def _mismatch(history: History) -> Found | None:
     value, first = history.last("train/mismatch_kl"), history.first("train/mismatch_kl", 10)
     if value is None or len(history.steps) < 10:
         return None
     limit = max(1e-3, 10 * statistics.median(first))
     if abs(value) <= limit:
         return None
-    return _Found(value, limit, f"policy and engine differ by {value:.2g} nats per token, 10 times as much as at first")
+    return Found(value, limit, f"policy and engine differ by {value:.2g} nats per token, 10 times as much as at first")
 
 
-def _failed_rewards(history: History) -> _Found | None:
+def _failed_rewards(history: History) -> Found | None:
     value = history.last("reward/failed_fraction")
     if value is None or value <= 0.05:
         return None
-    return _Found(value, 0.05, f"{value:.0%} of the rollouts could not be scored")
-
-
-def _slow_phase(history: History) -> _Found | None:
-    """One phase takes twice as long per token as before."""
-    for phase in ("rollout", "log_probs", "train", "sync"):
-        name = f"time/{phase}_seconds"
-        seconds, tokens = history.recent(name, 25), history.recent("rollout/tokens", 25)
-        if len(seconds) < 15 or len(seconds) != len(tokens) or min(tokens) <= 0:
-            continue
-        each = seconds if phase == "sync" else [s / t for s, t in zip(seconds, tokens, strict=True)]
-        usual = statistics.median(each[:-5])
-        if usual > 0 and each[-1] > 2 * usual and seconds[-1] > 0.5:
-            text = f"{phase} took {seconds[-1]:.1f} s, {each[-1] / usual:.1f} times the median of the steps before"
-            return _Found(each[-1] / usual, 2.0, text)
-    return None
-
-
-def _disk(history: History) -> _Found | None:
-    value = history.last("host/disk_free_fraction")
-    if value is None or value >= 0.05:
-        return None
-    return _Found(value, 0.05, f"{value:.1%} of the disk of the run folder is free")
-
-
-def _memory(history: History) -> _Found | None:
-    """Rank 0 grows: its memory after the first 50 steps, and steadily."""
-    values = history.all("host/memory_bytes")
-    if len(values) < 100:
-        return None
-    settled, last = max(values[30:50]), min(values[-10:])
-    limit = settled * 1.2 + 2**29
-    if last <= limit:
-        return None
-    grown = f"{settled / 2**30:.1f} to {last / 2**30:.1f} GiB"
-    return _Found(last, limit, f"the memory of rank 0 grew from {grown} after its first 50 steps")
+    return Found(value, 0.05, f"{value:.0%} of the rollouts could not be scored")
 
 
 RULES: tuple[AlarmRule, ...] = (
@@ -245,9 +197,7 @@ RULES: tuple[AlarmRule, ...] = (
     AlarmRule("answers grow", 3, "the longest rollouts: do they repeat themselves?", _longer),
     AlarmRule("truncated answers", 5, "sampling.max_tokens and the end of truncated rollouts", _truncated),
     AlarmRule("no progress", 1, "group/degenerate_fraction, optimizer.lr and the prompts", _no_progress),
-    AlarmRule("slow phase", 5, "other programs on the nodes", _slow_phase),
-    AlarmRule("disk nearly full", 1, "rollouts/ and checkpoints/ of the run folder, checkpoint.keep", _disk),
-    AlarmRule("memory grows", 5, "own rewards and environments: do they keep what they have seen?", _memory),
+    *MACHINE_RULES,
 )
 
 

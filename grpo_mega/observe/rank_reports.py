@@ -25,8 +25,23 @@ from grpo_mega.observe.timers import PhaseTimer
 MAX_TIMELINE_RANKS = 16
 """Ranks per step in the timeline: rank 0, the slowest one, and others at equal distances."""
 
-OwnSeconds = Callable[[], Mapping[str, float]]
-"""Returns name -> seconds of work since the last call, in which this rank waited for no other one."""
+OwnSeconds = Callable[[], "WorkSeconds"]
+"""Returns the seconds since the last call."""
+
+
+@dataclass(frozen=True)
+class WorkSeconds:
+    """Seconds in which a rank waits for no other model copy or engine replica.
+
+    Attributes:
+        passes: forward and backward passes of policy and critic, until their gradients are reduced.
+        sampling: sampling of the rollouts of the step on this rank's engine.
+        last_answers: part of `sampling` in which only the last rollouts were left.
+    """
+
+    passes: float = 0.0
+    sampling: float = 0.0
+    last_answers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class RankReport:
     Attributes:
         started: wall-clock time of the start of the step, in seconds since 1970.
         spans: (phase, start, seconds), starts from `started`.
-        own_seconds: name -> seconds of work in which the rank waited for no other rank.
+        work: seconds in which the rank did not wait for others.
         process: values of the rank's process.
         node: values of the node, on one rank of each node.
     """
@@ -45,7 +60,7 @@ class RankReport:
     hostname: str
     started: float
     spans: tuple[tuple[str, float, float], ...]
-    own_seconds: Mapping[str, float] = field(default_factory=dict)
+    work: WorkSeconds = WorkSeconds()
     process: Mapping[str, float] = field(default_factory=dict)
     node: NodeReading | None = None
 
@@ -66,7 +81,7 @@ class RankReporter:
         timers: phases of this rank.
         num_gpus: GPUs that this process sees.
         environment: LOCAL_RANK 0 has the sampler of its node.
-        own_seconds: measure work of this rank without waits, if it can be separated.
+        own_seconds: measures the work of this rank.
     """
 
     def __init__(
@@ -77,7 +92,7 @@ class RankReporter:
         *,
         num_gpus: int,
         environment: Mapping[str, str] = os.environ,
-        own_seconds: Sequence[OwnSeconds] = (),
+        own_seconds: OwnSeconds = WorkSeconds,
     ) -> None:
         self._rank, self._world_size, self._timers, self._own_seconds = rank, world_size, timers, own_seconds
         self._process = ProcessReader()
@@ -100,15 +115,12 @@ class RankReporter:
 
     def _measure(self) -> RankReport:
         seconds = self._timers.step_seconds()["step"]
-        own: dict[str, float] = {}
-        for measure in self._own_seconds:
-            own |= measure()
         return RankReport(
             self._rank,
             socket.gethostname(),
             time.time() - seconds,
             tuple(self._timers.step_spans()),
-            own,
+            self._own_seconds(),
             self._process.read(),
             None if self._sampler is None else self._sampler.take(),
         )
@@ -117,16 +129,25 @@ class RankReporter:
 def report_metrics(reports: Sequence[RankReport]) -> dict[str, float]:
     """Return the metrics `gpu/*`, `host/*` and `rank/*` of a step, from the reports of all ranks, rank 0 first.
 
-    `rank/slowest_ratio` is the slowest rank's own seconds over the median of the other ranks.
+    `rank/slowest_ratio` is the slowest rank's `passes` + `sampling`, over the median of the other ranks.
     """
     nodes = [report.node for report in reports if report.node is not None]
     found = {**gpu_metrics(nodes), **host_metrics(nodes)}
     found |= rank_metrics("host", [report.process for report in reports])
+    if len(reports) == 1:
+        del found["host/rank_memory_bytes_mean"]  # host/memory_bytes has it
+    sampling = sum(report.work.sampling for report in reports)
+    if sampling > 0:
+        found["rollout/last_answers_fraction"] = sum(report.work.last_answers for report in reports) / sampling
     if len(reports) > 1:
         phases = [{f"{k}_seconds": v for k, v in report.phase_seconds().items()} for report in reports]
         found |= rank_metrics("rank", phases)
-        found |= _slowest([sum(report.own_seconds.values()) for report in reports])
+        found |= _slowest([_own_seconds(report) for report in reports])
     return found
+
+
+def _own_seconds(report: RankReport) -> float:
+    return report.work.passes + report.work.sampling
 
 
 def _slowest(own: Sequence[float]) -> dict[str, float]:
@@ -162,6 +183,6 @@ def append_timeline(path: Path, step: int, reports: Sequence[RankReport]) -> Non
 def _timeline_ranks(reports: Sequence[RankReport]) -> list[RankReport]:
     if len(reports) <= MAX_TIMELINE_RANKS:
         return list(reports)
-    slowest = max(range(len(reports)), key=lambda i: sum(reports[i].own_seconds.values()))
+    slowest = max(range(len(reports)), key=lambda i: _own_seconds(reports[i]))
     spread = {round(i * (len(reports) - 1) / (MAX_TIMELINE_RANKS - 2)) for i in range(MAX_TIMELINE_RANKS - 1)}
     return [reports[i] for i in sorted(spread | {slowest})]

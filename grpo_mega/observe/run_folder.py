@@ -45,6 +45,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """Phases of the ranks, `timeline.jsonl`, one line per step."""
+        return self.path / "timeline.jsonl"
+
+    @property
     def config_changes(self) -> Path:
         """Keys that changed while the run continued, `config_changes.jsonl`."""
         return self.path / "config_changes.jsonl"

@@ -33,6 +33,11 @@ class PhaseTimer:
         self._spans: list[tuple[str, float, float]] = []
         self._created = self._step_start = self._mark = clock()
 
+    @property
+    def current(self) -> str | None:
+        """Name of the phase that runs, the innermost one."""
+        return self._running[-1] if self._running else None
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of the `with` block to the phase `name`, also after an exception.

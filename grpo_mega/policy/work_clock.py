@@ -1,7 +1,7 @@
 """Measures the forward and backward passes of this rank until their gradients are reduced over data-parallel ranks.
 
 In this time a rank waits only for the ranks of its own model copy (tp, cp, pp), so the slowest copy has the most
-seconds. Asserted by tests/unit/policy/test_work_clock.py and tests/parallel/test_rank_reports.py.
+seconds. Asserted by tests/parallel/test_rank_reports.py.
 """
 
 from __future__ import annotations

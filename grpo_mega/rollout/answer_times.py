@@ -26,16 +26,42 @@ class AnswerSeconds:
 
 
 class AnswerTimes:
-    """A generator that samples with another one and measures it.
+    """Sums over the calls of a rank's generator.
 
     Args:
-        generator: samples whole rollouts.
+        is_counted: returns False during an evaluation, which is not part of the rollouts of a step.
         clock: monotonic clock in seconds.
     """
 
-    def __init__(self, generator: Generator, clock: Callable[[], float] = time.monotonic) -> None:
-        self._generator, self._clock = generator, clock
+    def __init__(self, is_counted: Callable[[], bool], clock: Callable[[], float] = time.monotonic) -> None:
+        self.is_counted, self.clock = is_counted, clock
         self._sampling = self._last_answers = 0.0
+
+    def add(self, start: float, ends: Sequence[float], end: float) -> None:
+        """Add one call.
+
+        Args:
+            start: time of the call.
+            ends: times at which its rollouts finished; empty for a rank without prompts, which waits for the other
+                data-parallel ranks of its replica during the whole call.
+            end: time at which the call returned.
+        """
+        left = math.ceil(LAST_FRACTION * len(ends))
+        self._sampling += end - start
+        self._last_answers += end - (sorted(ends)[-left - 1] if len(ends) > left else start)
+
+    def take(self) -> AnswerSeconds:
+        """Return the seconds since the last call."""
+        found = AnswerSeconds(self._sampling, self._last_answers)
+        self._sampling = self._last_answers = 0.0
+        return found
+
+
+class MeasuredGenerator:
+    """A generator that samples with another one and adds the times of its rollouts to `times`."""
+
+    def __init__(self, generator: Generator, times: AnswerTimes) -> None:
+        self._generator, self._times = generator, times
 
     def generate(
         self,
@@ -43,27 +69,16 @@ class AnswerTimes:
         sampling: SamplingRequest,
         on_completion: Callable[[int, int, Completion], None] | None = None,
     ) -> list[list[Completion]]:
-        """Sample; the contract is `Engine.generate`.
-
-        A rank without prompts waits for the other data-parallel ranks of its replica during the whole call.
-        """
+        """Sample; the contract is `Engine.generate`."""
         ends: list[float] = []
 
         def measured(prompt: int, member: int, completion: Completion) -> None:
-            ends.append(self._clock())
+            ends.append(self._times.clock())
             if on_completion is not None:
                 on_completion(prompt, member, completion)
 
-        start = self._clock()
+        start = self._times.clock()
         groups = self._generator.generate(prompts, sampling, measured)
-        end = self._clock()
-        left = math.ceil(LAST_FRACTION * len(ends))
-        self._sampling += end - start
-        self._last_answers += end - (ends[-left - 1] if len(ends) > left else start)
+        if self._times.is_counted():
+            self._times.add(start, ends, self._times.clock())
         return groups
-
-    def take(self) -> AnswerSeconds:
-        """Return the seconds since the last call."""
-        found = AnswerSeconds(self._sampling, self._last_answers)
-        self._sampling = self._last_answers = 0.0
-        return found

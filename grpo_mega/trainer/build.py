@@ -34,16 +34,17 @@ from grpo_mega.parallel.stop_signal import StopRequests
 from grpo_mega.policy.critic import MegatronCritic
 from grpo_mega.policy.policy import MegatronPolicy
 from grpo_mega.rewards.base import build_rewards, full_marks
+from grpo_mega.rollout.answer_times import AnswerTimes
 from grpo_mega.rollout.dynamic_sampling import GroupSource
 from grpo_mega.rollout.evaluator import Evaluator
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.trainer.batch import explain_batch
+from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.loop import TrainerState, push_weights, train
 from grpo_mega.trainer.mismatch_guard import MismatchGuard
 from grpo_mega.trainer.objective import Objective
 from grpo_mega.trainer.phases import Phases
-from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
 from grpo_mega.trainer.save_points import SavePoints
 from grpo_mega.weight_sync.fp8 import Fp8Source, fp8_tensors
 from grpo_mega.weight_sync.fp8_report import fp8_report, table_lines
@@ -134,14 +135,12 @@ def building(
             with phases.reading_weights():
                 sync = make_sync(config, policy, engine, ranks)
                 report_fp8(config, policy, run.folder, is_first=ranks.is_first)
-            sampler = make_sampler(config, engine, workers, ranks, timers, model_folder)
+            answers = AnswerTimes(lambda: timers.current == "rollout")
+            sampler = make_sampler(config, engine, workers, ranks, timers, model_folder, answers)
         evaluator = make_evaluator(config, sampler, held_out)
-        observer: Observer = NullObserver()
+        shown = Shown(config, run, timers, peaks, progress, prompts, evaluator.is_right, model_folder)
+        observer = make_observer(shown, ranks, stack, own_work(policy, critic, answers))
         if progress is not None:
-            observer = reporter = RunReporter(
-                config, ranks.topology, run, timers, peaks, progress, prompts, evaluator.is_right, model_folder
-            )
-            stack.callback(reporter.close)
             progress.note(explain_batch(config, ranks.topology))
         job = TrainerState(
             config=config,

@@ -19,7 +19,7 @@ from grpo_mega.observe.timers import PhaseTimer
 from grpo_mega.parallel.ranks import Ranks
 from grpo_mega.rewards.base import RewardComponent, build_rewards
 from grpo_mega.rewards.pool import RewardPool
-from grpo_mega.rollout.answer_times import AnswerTimes
+from grpo_mega.rollout.answer_times import AnswerTimes, MeasuredGenerator
 from grpo_mega.rollout.multi_turn import MultiTurnGenerator, any_rank_within, broadcast_within
 from grpo_mega.rollout.sampler import Generator, Sampler
 from grpo_mega.types import Reward
@@ -57,7 +57,13 @@ def start_workers(config: Config, ranks: Ranks, stack: ExitStack) -> Workers:
 
 
 def make_sampler(
-    config: Config, engine: Engine, workers: Workers, ranks: Ranks, timers: PhaseTimer, model_folder: Path
+    config: Config,
+    engine: Engine,
+    workers: Workers,
+    ranks: Ranks,
+    timers: PhaseTimer,
+    model_folder: Path,
+    answers: AnswerTimes | None = None,
 ) -> Sampler:
     """Build the sampler. Collective if replicas have several ranks and there is an environment.
 
@@ -68,6 +74,7 @@ def make_sampler(
         ranks: coordinates of this rank.
         timers: timer of the phase `reward`.
         model_folder: holds the tokenizer.
+        answers: collects the times of this rank's rollouts; None: they are not measured.
     """
     generator: Generator = engine
     if config.environment is not None:
@@ -80,6 +87,8 @@ def make_sampler(
         special_text_of = partial(text_with_special_tokens, load_tokenizer(model_folder))
     floor_of = partial(_lowest_reward, components)
     per_wave = config.sampling.prompts_per_wave
+    if answers is not None:
+        generator = MeasuredGenerator(generator, answers)
     return Sampler(generator, workers.rewards, ranks, timers, per_wave, floor_of, ends_of, special_text_of)
 
 

@@ -37,10 +37,10 @@ from grpo_mega.trainer.build import (
     phase_listener,
     report_fp8,
 )
+from grpo_mega.trainer.build_observer import Shown, make_observer, own_work
 from grpo_mega.trainer.build_rollout import make_sampler, start_workers
 from grpo_mega.trainer.example_batch import explain_examples
 from grpo_mega.trainer.phases import Phases
-from grpo_mega.trainer.reporter import NullObserver, Observer, RunReporter
 from grpo_mega.trainer.sft_loop import EngineSide, SftState, train_on_examples
 from grpo_mega.types import Reward
 from grpo_mega.weight_sync.digest_comparison import source_digests
@@ -131,11 +131,10 @@ def building_sft(
                 engine_side = _build_engine_side(
                     config, ranks, model_folder, run.folder, policy, phases, timers, held_out, stack
                 )
-        observer: Observer = NullObserver()
+        is_right = _never if engine_side is None else engine_side.evaluator.is_right
+        shown = Shown(config, run, timers, peaks, progress, examples, is_right)
+        observer = make_observer(shown, ranks, stack, own_work(policy))
         if progress is not None:
-            is_right = _never if engine_side is None else engine_side.evaluator.is_right
-            observer = reporter = RunReporter(config, ranks.topology, run, timers, peaks, progress, examples, is_right)
-            stack.callback(reporter.close)
             progress.note(explain_examples(config, ranks.topology, examples))
         saves = make_saves(config, ranks, checkpoints, stops, timers, progress)
         job = SftState(config, ranks, examples, policy, phases, saves, timers, observer, engine_side)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,11 +14,12 @@ from grpo_mega.data.chat import load_tokenizer
 from grpo_mega.data.token_texts import TokenTextCache
 from grpo_mega.observe.alarm_command import AlarmCommand
 from grpo_mega.observe.alarms import Alarms
+from grpo_mega.observe.hardware.host import disk_free_fraction
 from grpo_mega.observe.history import read_lines
-from grpo_mega.observe.host import HostMetrics
 from grpo_mega.observe.memory import PhasePeaks
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.progress import Progress
+from grpo_mega.observe.rank_reports import RankReport, RankReporter, append_timeline, report_metrics
 from grpo_mega.observe.rollouts import rollout_rows, write_experts
 from grpo_mega.observe.run_folder import RunState
 from grpo_mega.observe.summary import Evaluation, Summary, add_seconds, render, versions, write_summary
@@ -68,8 +69,11 @@ class Observer(Protocol):
         ...
 
 
-class NullObserver:
-    """Observer of all ranks but rank 0: ignores every event."""
+class RankObserver:
+    """Observer of all ranks but rank 0: sends the measurements of each step to rank 0 and ignores the rest."""
+
+    def __init__(self, ranks: RankReporter) -> None:
+        self._ranks = ranks
 
     def started(self, policy_digest: str, eval_before: Evaluation | None) -> None:
         """Ignore the event."""
@@ -78,10 +82,12 @@ class NullObserver:
         """Ignore the event."""
 
     def step(self, result: StepResult) -> None:
-        """Ignore the event."""
+        """Send the measurements of the step. Collective."""
+        self._ranks.gather()
 
     def example_step(self, result: ExampleStepResult) -> None:
-        """Ignore the event."""
+        """Send the measurements of the step. Collective."""
+        self._ranks.gather()
 
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
         """Ignore the event."""
@@ -110,6 +116,7 @@ class RunReporter:
         progress: display on the terminal.
         data: training prompts or examples.
         is_right: returns True if a reward means a right answer.
+        ranks: measurements of all ranks and nodes.
         model_folder: folder of the tokenizer with which TensorBoard shows tokens; None: it shows none.
     """
 
@@ -123,6 +130,7 @@ class RunReporter:
         progress: Progress,
         data: TrainingData,
         is_right: Callable[[Reward], bool],
+        ranks: RankReporter,
         model_folder: Path | None = None,
     ) -> None:
         self._topology, self._run, self._timers, self._peaks = topology, run, timers, peaks
@@ -131,7 +139,7 @@ class RunReporter:
         self._sets = names if len(names) > 1 else []
         self._data, self._prompts_per_step = data, config.data.prompts_per_step
         self._held_out: dict[str, float] = {}
-        self._host = HostMetrics(run.folder.path)
+        self._ranks = ranks
         self._alarms = Alarms() if config.observe.alarms else Alarms(rules=())
         for step, line in read_lines(run.folder.metrics):
             self._alarms.step(step, line)  # of earlier commands
@@ -161,19 +169,20 @@ class RunReporter:
 
     def step(self, result: StepResult) -> None:
         """Write the rollouts, then the metrics line: if the line is on disk, so are its rollouts."""
+        times, reports = self._timers.step_metrics(), self._ranks.gather()  # other ranks wait for the gather
         rows = rollout_rows(result.groups.rollouts, result.batch.mean_advantages, result.old_log_probs)
         self._metrics.write_rollouts(result.step, rows)
         write_experts(self._run.folder.experts_of(result.step), result.groups.rollouts)
         metrics = result.metrics(self._topology.num_replicas, self._is_right, self._sets)
-        times = self._timers.step_metrics()
         sampled = {"throughput/rollout_tokens_per_second": metrics["rollout/tokens"] / times["time/rollout_seconds"]}
         tokens = sum(r.num_tokens for r in result.groups.rollouts)
-        self._write_line(result.step, tokens, {**metrics, **sampled}, times)
+        self._write_line(result.step, tokens, {**metrics, **sampled}, times, reports)
         self._write(steps=result.step, policy_digest=result.sync.policy_digest)
 
     def example_step(self, result: ExampleStepResult) -> None:
         """Write the metrics line. The digest of the policy is computed at the ends of the run only."""
-        self._write_line(result.step, result.num_tokens, result.metrics(), self._timers.step_metrics())
+        times, reports = self._timers.step_metrics(), self._ranks.gather()
+        self._write_line(result.step, result.num_tokens, result.metrics(), times, reports)
         self._write(steps=result.step, policy_digest=None)
 
     def finished(self, evaluation: Evaluation | None, policy_digest: str | None = None) -> None:
@@ -226,18 +235,28 @@ class RunReporter:
         if raised:
             self._metrics.write_alarms(step, [str(alarm) for alarm in raised])
 
-    def _write_line(self, step: int, num_tokens: int, metrics: Mapping[str, float], times: Mapping[str, float]) -> None:
-        """Write the metrics line of a step, and show it."""
+    def _write_line(
+        self,
+        step: int,
+        num_tokens: int,
+        metrics: Mapping[str, float],
+        times: Mapping[str, float],
+        reports: Sequence[RankReport],
+    ) -> None:
+        """Write the metrics line and the phases of the ranks, and show the line."""
         line = {
             **metrics,
             **self._data.metrics(step, self._prompts_per_step),
             **times,
             "throughput/tokens_per_second": num_tokens / times["time/step_seconds"],
-            **self._host.step_metrics(),
+            **report_metrics(reports),
+            "host/memory_bytes": reports[0].process["rank_memory_bytes"],
+            "host/disk_free_fraction": disk_free_fraction(self._run.folder.path),
             **self._peaks.step_metrics(),
             **self._held_out,
         }
         self._held_out = {}
+        append_timeline(self._run.folder.timeline, step, reports)
         changes = self._run.changes if step == self._run.step + 1 else ()
         self._metrics.write(step, line, [f"{each.key}: {each.before} -> {each.now}" for each in changes])
         self._progress.step(step, line)

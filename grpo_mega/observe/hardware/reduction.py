@@ -51,9 +51,7 @@ def _names(mappings: Iterable[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
-def _spread(
-    name: str, placed: Sequence[tuple[float, tuple[int, ...]]], axes: tuple[str, ...]
-) -> dict[str, float]:
+def _spread(name: str, placed: Sequence[tuple[float, tuple[int, ...]]], axes: tuple[str, ...]) -> dict[str, float]:
     """Return mean, min and max of values, and the place of the outlier. One value has only a mean."""
     values = [value for value, _ in placed]
     if not values:

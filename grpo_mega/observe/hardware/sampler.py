@@ -1,6 +1,7 @@
 """Samples a node's GPUs and host in a background thread, and combines the samples of each step.
 
-One rank per node has a sampler. A failure of the sampler is logged with its traceback and ends the sampling, not the run.
+One rank per node has a sampler. A failure of the sampler is logged with its traceback and ends
+the sampling, not the run.
 Asserted by tests/unit/observe/hardware/test_sampler.py.
 """
 
@@ -45,9 +46,7 @@ class NodeSampler:
         interval_seconds: time between two samples.
     """
 
-    def __init__(
-        self, gpus: GpuReader | None, node: NodeReader, interval_seconds: float = INTERVAL_SECONDS
-    ) -> None:
+    def __init__(self, gpus: GpuReader | None, node: NodeReader, interval_seconds: float = INTERVAL_SECONDS) -> None:
         self._gpus, self._node, self._interval = gpus, node, interval_seconds
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._gpu_samples: list[dict[str, list[float | None]]] = []

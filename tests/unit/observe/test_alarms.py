@@ -32,6 +32,15 @@ def healthy(step: int) -> dict[str, float]:
         "time/train_seconds": 4.0 - 0.5 * wave,
         "host/disk_free_fraction": 0.5,
         "host/memory_bytes": 2.0**31 + step * 1e5,
+        "rank/slowest": step % 4.0,
+        "rank/slowest_ratio": 1.3 + 0.1 * wave,
+        "rank/slowest_seconds": 2.0,
+        "gpu/throttled_fraction_mean": 0.0,
+        "gpu/throttled_fraction_max": 0.0,
+        "gpu/sm_clock_mhz_mean": 1700.0 + 50 * wave,
+        "gpu/sm_clock_mhz_min": 1600.0 + 50 * wave,
+        "gpu/xid_events_mean": 0.0,
+        "gpu/ecc_uncorrected_mean": 0.0,
         "set/easy/accuracy": 0.5,
         "set/hard/accuracy": 0.1,
     }
@@ -70,6 +79,13 @@ FAULTS: dict[str, Callable[[int, dict[str, float]], dict[str, float]]] = {
     "answers grow": lambda step, line: {"rollout/length_mean": 300.0},
     "truncated answers": lambda step, line: {"rollout/truncated_fraction": 0.9},
     "slow phase": lambda step, line: {"time/train_seconds": 12.0},
+    "slow rank": lambda step, line: {"rank/slowest": 2.0, "rank/slowest_ratio": 3.0},
+    "throttled GPU": lambda step, line: {
+        "gpu/throttled_fraction_max": 1.0, "gpu/throttled_fraction_outlier_node": 1.0,
+        "gpu/throttled_fraction_outlier_gpu": 5.0,
+    },
+    "slow GPU": lambda step, line: {"gpu/sm_clock_mhz_min": 1200.0},
+    "GPU errors": lambda step, line: {"gpu/xid_events_mean": 0.125, "gpu/xid_events_max": 1.0},
     "disk nearly full": lambda step, line: {"host/disk_free_fraction": 0.01},
 }  # fmt: skip
 
@@ -81,6 +97,20 @@ def test_each_fault_raises_its_alarm_within_ten_steps(name: str) -> None:
     # a fall of the accuracy is a fall of the only term, and the other way round
     related = {"equal rewards", "reward up, accuracy down", "a reward term falls"}
     assert set(raised) - {name} <= related
+
+
+def test_alarms_of_hardware_name_rank_node_and_gpu() -> None:
+    texts = {}
+    for fault in ("slow rank", "throttled GPU"):
+        alarms = Alarms()
+        for step in range(1, 20):
+            texts |= {a.name: a.text for a in alarms.step(step, healthy(step) | FAULTS[fault](step, healthy(step)))}
+    assert texts["slow rank"].startswith("rank 2 works 2.0 s")
+    assert "GPU 5 of node 1" in texts["throttled GPU"]
+
+
+def test_a_slow_rank_is_the_same_rank_in_every_step() -> None:
+    assert names_raised(lambda step, line: line | {"rank/slowest_ratio": 3.0}, 60) == {}
 
 
 def test_a_run_without_progress_and_a_process_that_grows_are_named_late() -> None:

@@ -83,3 +83,24 @@ def test_step_metrics_are_known_names() -> None:
 def test_the_names_of_the_sums_are_no_phases(name: str) -> None:
     with pytest.raises(ValueError, match=f"phase={name}"), PhaseTimer().phase(name):
         pass
+
+
+def test_spans_are_in_order_and_a_nested_phase_splits_the_outer_one() -> None:
+    clock = Clock()
+    timer = PhaseTimer(clock=clock)
+    with timer.phase("start"):
+        clock.now += 5
+    timer.start_step()
+    assert timer.current is None
+    with timer.phase("rollout"):
+        clock.now += 2
+        timer.step_seconds()  # reading splits no span
+        clock.now += 1
+        with timer.phase("reward"):
+            assert timer.current == "reward"
+            clock.now += 0.5
+        clock.now += 0.25
+    clock.now += 1
+    with timer.phase("rollout"):
+        clock.now += 1
+    assert timer.step_spans() == [("rollout", 0, 3), ("reward", 3, 0.5), ("rollout", 3.5, 0.25), ("rollout", 4.75, 1)]

@@ -1,0 +1,104 @@
+"""Rules of the alarms that concern machines: slow phases, ranks and GPUs, errors, disk and memory.
+
+Asserted by tests/unit/observe/test_alarms.py.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from grpo_mega.observe.alarm_rule import AlarmRule, Found
+from grpo_mega.observe.history import History
+
+
+def _slow_phase(history: History) -> Found | None:
+    """One phase takes twice as long per token as before."""
+    for phase in ("rollout", "log_probs", "train", "sync"):
+        name = f"time/{phase}_seconds"
+        seconds, tokens = history.recent(name, 25), history.recent("rollout/tokens", 25)
+        if len(seconds) < 15 or len(seconds) != len(tokens) or min(tokens) <= 0:
+            continue
+        each = seconds if phase == "sync" else [s / t for s, t in zip(seconds, tokens, strict=True)]
+        usual = statistics.median(each[:-5])
+        if usual > 0 and each[-1] > 2 * usual and seconds[-1] > 0.5:
+            text = f"{phase} took {seconds[-1]:.1f} s, {each[-1] / usual:.1f} times the median of the steps before"
+            return Found(each[-1] / usual, 2.0, text)
+    return None
+
+
+def _slow_rank(history: History) -> Found | None:
+    """One rank needs twice as long for its own work as the others, in every one of the last steps."""
+    ratio, rank = history.last("rank/slowest_ratio"), history.last("rank/slowest")
+    seconds = history.last("rank/slowest_seconds")
+    if ratio is None or rank is None or seconds is None or ratio <= 1.8 or seconds < 0.1:
+        return None
+    if set(history.recent("rank/slowest", 5)) != {rank}:
+        return None
+    text = f"rank {rank:.0f} works {seconds:.1f} s on its part of a step, {ratio:.1f} times as long as the other ranks"
+    return Found(ratio, 1.8, text)
+
+
+def _throttled_gpu(history: History) -> Found | None:
+    name = "gpu/throttled_fraction"
+    value = history.last(f"{name}_max")
+    value = history.last(f"{name}_mean") if value is None else value  # a single GPU
+    if value is None or value <= 0.2:
+        return None
+    return Found(value, 0.2, f"heat or power slows {_gpu_of(history, name)} in {value:.0%} of the time")
+
+
+def _slow_gpu(history: History) -> Found | None:
+    """The multiprocessors of one GPU run slower than those of the others, which do the same work."""
+    lowest, mean_clock = history.last("gpu/sm_clock_mhz_min"), history.last("gpu/sm_clock_mhz_mean")
+    if lowest is None or mean_clock is None or lowest >= 0.85 * mean_clock:
+        return None
+    place = _gpu_of(history, "gpu/sm_clock_mhz")
+    text = f"the clock of {place} is {lowest:.0f} MHz, that of all GPUs {mean_clock:.0f} MHz"
+    return Found(lowest, 0.85 * mean_clock, text)
+
+
+def _gpu_errors(history: History) -> Found | None:
+    for name, what in (("gpu/xid_events", "critical errors (Xid)"), ("gpu/ecc_uncorrected", "memory errors")):
+        mean_count, most = history.last(f"{name}_mean"), history.last(f"{name}_max")
+        count = mean_count if most is None else most
+        if count:
+            return Found(count, 0.0, f"{_gpu_of(history, name)} reports {count:.0f} {what}")
+    return None
+
+
+def _gpu_of(history: History, name: str) -> str:
+    node, gpu = history.last(f"{name}_outlier_node"), history.last(f"{name}_outlier_gpu")
+    return "every GPU" if node is None or gpu is None else f"GPU {gpu:.0f} of node {node:.0f}"
+
+
+def _disk(history: History) -> Found | None:
+    value = history.last("host/disk_free_fraction")
+    if value is None or value >= 0.05:
+        return None
+    return Found(value, 0.05, f"{value:.1%} of the disk of the run folder is free")
+
+
+def _memory(history: History) -> Found | None:
+    """Rank 0 grows: its memory after the first 50 steps, and steadily."""
+    values = history.all("host/memory_bytes")
+    if len(values) < 100:
+        return None
+    settled, last = max(values[30:50]), min(values[-10:])
+    limit = settled * 1.2 + 2**29
+    if last <= limit:
+        return None
+    grown = f"{settled / 2**30:.1f} to {last / 2**30:.1f} GiB"
+    return Found(last, limit, f"the memory of rank 0 grew from {grown} after its first 50 steps")
+
+
+MACHINE_RULES: tuple[AlarmRule, ...] = (
+    AlarmRule("slow phase", 5, "other programs on the nodes", _slow_phase),
+    AlarmRule("slow rank", 5, "other programs and the clocks on the rank's node", _slow_rank),
+    AlarmRule(
+        "throttled GPU", 3, "gpu/temperature_celsius, gpu/power_watts and the cooling of the node", _throttled_gpu
+    ),
+    AlarmRule("slow GPU", 5, "clock limits of the GPU (nvidia-smi -q -d CLOCK,PERFORMANCE)", _slow_gpu),
+    AlarmRule("GPU errors", 1, "dmesg and nvidia-smi -q of the node; take the node out of the job", _gpu_errors),
+    AlarmRule("disk nearly full", 1, "rollouts/ and checkpoints/ of the run folder, checkpoint.keep", _disk),
+    AlarmRule("memory grows", 5, "own rewards and environments: do they keep what they have seen?", _memory),
+)

@@ -1,0 +1,80 @@
+"""Builds the observer of a rank: rank 0 reports the run, the other ranks send their measurements to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from grpo_mega.config.schema import Config
+from grpo_mega.observe.memory import PhasePeaks
+from grpo_mega.observe.progress import Progress
+from grpo_mega.observe.rank_reports import OwnSeconds, RankReporter, WorkSeconds
+from grpo_mega.observe.run_folder import RunState
+from grpo_mega.observe.timers import PhaseTimer
+from grpo_mega.parallel.ranks import Ranks
+from grpo_mega.policy.learner import MegatronLearner
+from grpo_mega.rollout.answer_times import AnswerSeconds, AnswerTimes
+from grpo_mega.trainer.reporter import Observer, RankObserver, RunReporter, TrainingData
+from grpo_mega.types import Reward
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Sources of the report of a run, besides its steps; `progress` is None on all ranks but rank 0."""
+
+    config: Config
+    run: RunState
+    timers: PhaseTimer
+    peaks: PhasePeaks
+    progress: Progress | None
+    data: TrainingData
+    is_right: Callable[[Reward], bool]
+    model_folder: Path | None = None
+    """Folder of the tokenizer with which TensorBoard shows tokens."""
+
+
+def make_observer(shown: Shown, ranks: Ranks, stack: ExitStack, own_seconds: OwnSeconds) -> Observer:
+    """Return the observer of this rank; `stack` closes it. It measures the node on one rank of each node.
+
+    Args:
+        shown: timers and the parts of the report.
+        ranks: coordinates of this rank.
+        stack: closes the observer.
+        own_seconds: measures the work of this rank.
+    """
+    num_gpus = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
+    reporter = RankReporter(
+        ranks.rank, ranks.topology.world_size, shown.timers, num_gpus=num_gpus, own_seconds=own_seconds
+    )
+    stack.callback(reporter.close)
+    if shown.progress is None:
+        return RankObserver(reporter)
+    report = RunReporter(
+        shown.config, ranks.topology, shown.run, shown.timers, shown.peaks, shown.progress, shown.data, shown.is_right,
+        reporter, shown.model_folder,
+    )  # fmt: skip
+    stack.callback(report.close)
+    return report
+
+
+def own_work(
+    policy: MegatronLearner, critic: MegatronLearner | None = None, answers: AnswerTimes | None = None
+) -> OwnSeconds:
+    """Return the function that measures the work of this rank.
+
+    Args:
+        policy: measures its passes.
+        critic: measures its passes, if there is one.
+        answers: times of this rank's rollouts, if it samples any.
+    """
+
+    def measure() -> WorkSeconds:
+        passes = policy.take_work_seconds() + (0.0 if critic is None else critic.take_work_seconds())
+        found = AnswerSeconds() if answers is None else answers.take()
+        return WorkSeconds(passes, found.sampling, found.last_answers)
+
+    return measure
