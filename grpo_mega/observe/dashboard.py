@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from grpo_mega.observe.metric_table import METRICS, SECTIONS, Section, metric_of
+from grpo_mega.observe.metric_row import SECTIONS, Section
+from grpo_mega.observe.metric_table import METRICS, metric_of
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary

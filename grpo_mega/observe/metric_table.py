@@ -10,87 +10,29 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
-Section = Literal[
-    "learning",
-    "policy health",
-    "rollouts",
-    "mismatch and staleness",
-    "time",
-    "throughput",
-    "memory",
-    "hardware",
-    "data sources",
-]
-LEARNING: Section = "learning"
-POLICY: Section = "policy health"
-ROLLOUTS: Section = "rollouts"
-MISMATCH: Section = "mismatch and staleness"
-TIME: Section = "time"
-THROUGHPUT: Section = "throughput"
-MEMORY: Section = "memory"
-HARDWARE: Section = "hardware"
-DATA: Section = "data sources"
-SECTIONS: tuple[Section, ...] = (LEARNING, POLICY, ROLLOUTS, MISMATCH, TIME, THROUGHPUT, MEMORY, HARDWARE, DATA)
-"""Sections in the order of the dashboard and of the reference."""
+from grpo_mega.observe.hardware.metric_rows import MACHINE_METRICS
+from grpo_mega.observe.metric_row import (
+    DATA,
+    HARDWARE,
+    LEARNING,
+    MEMORY,
+    MISMATCH,
+    POLICY,
+    ROLLOUTS,
+    THROUGHPUT,
+    TIME,
+    Metric,
+)
 
-_ALWAYS = "every step"
 _SFT = "`train.objective=sft`"
 _CRITIC = "`algorithm.advantage=gae`"
 _FP8 = "`precision.fp8`"
 _CORRECTION = "with a correction or a veto"
 _EVALUATION = "after an evaluation"
 _SETS = "a step with rollouts of the set, with several training sets"
-_RANKS = "with several ranks"
-_GPUS = "on CUDA with nvidia-ml-py, where the GPU supports it"
-_OVER_GPUS = "mean, min, max over GPUs, and node and GPU farthest from the median"
-_OVER_NODES = "mean, min, max over nodes, and the node farthest from the median"
-_OVER_RANKS = "mean, min, max over ranks, and the rank farthest from the median"
-_GPU = {  # name -> chart, unit, meaning
-    "utilization": ("utilization", "fraction", "time in which a kernel ran"),
-    "memory_used_bytes": ("GPU memory", "bytes", "largest memory in use, of all processes"),
-    "power_watts": ("power", "watts", "mean power"),
-    "energy_joules": ("energy", "joules", "energy of the step"),
-    "temperature_celsius": ("temperature", "degrees Celsius", "highest temperature"),
-    "sm_clock_mhz": ("clocks", "MHz", "mean clock of the multiprocessors"),
-    "memory_clock_mhz": ("memory clock", "MHz", "mean clock of the memory"),
-    "throttled_fraction": (
-        "throttling",
-        "fraction",
-        "samples in which heat, the power brake or a fault slowed the clocks",
-    ),
-    "power_capped_fraction": ("power cap", "fraction", "samples in which the power limit slowed the clocks"),
-    "nvlink_sent_bytes": ("NVLink", "bytes", "data sent over all NVLinks in the step"),
-    "nvlink_received_bytes": ("NVLink", "bytes", "data received over all NVLinks in the step"),
-    "pcie_sent_bytes_per_second": ("PCIe", "bytes / s", "data sent over PCIe, in samples of 20 ms"),
-    "pcie_received_bytes_per_second": ("PCIe", "bytes / s", "data received over PCIe, in samples of 20 ms"),
-    "ecc_corrected": ("ECC errors", "errors", "memory errors of the step that were corrected"),
-    "ecc_uncorrected": ("ECC errors", "errors", "memory errors of the step that were not corrected"),
-    "xid_events": ("Xid errors", "errors", "critical errors that the driver reported in the step; see the log"),
-}
 _ENVIRONMENT = "every step; 0 without an environment"
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One row of the table.
-
-    Attributes:
-        section: section of the dashboard and of the reference.
-        chart: title of its chart in the dashboard; metrics of a section with the same chart share it and its unit.
-        unit: unit of the value; "fraction" is 0 to 1.
-        meaning: what the value is.
-        when: when the metric exists.
-    """
-
-    section: Section
-    chart: str
-    unit: str
-    meaning: str
-    when: str = _ALWAYS
 
 
 METRICS: dict[str, Metric] = {
@@ -314,20 +256,6 @@ METRICS: dict[str, Metric] = {
         TIME, "evaluation and checkpoint", "seconds", "evaluation on held-out prompts", _EVALUATION
     ),
     "time/step_seconds": Metric(TIME, "step", "seconds", "the whole step"),
-    "rank/*_seconds_*": Metric(
-        TIME, "phase by rank", "seconds", f"seconds of one phase, waits included; {_OVER_RANKS}", _RANKS
-    ),
-    "rank/slowest": Metric(
-        TIME,
-        "slowest rank",
-        "rank",
-        "rank with the most seconds of its own work: sampling, and passes of the policy",
-        _RANKS,
-    ),
-    "rank/slowest_seconds": Metric(TIME, "work of the slowest rank", "seconds", "seconds of this work", _RANKS),
-    "rank/slowest_ratio": Metric(
-        TIME, "slowest rank against the others", "1", "seconds of this work / median of the other ranks", _RANKS
-    ),
     "throughput/tokens_per_second": Metric(
         THROUGHPUT, "tokens per second", "tokens / s", "prompt and completion tokens per second of the step"
     ),
@@ -347,32 +275,7 @@ METRICS: dict[str, Metric] = {
         MEMORY, "peak by phase", "bytes", "peak memory of rank 0 during one phase", "`observe.memory_peaks`"
     ),
     "memory/*": Metric(MEMORY, "state", "bytes", "memory of rank 0 for one part of the policy's or the critic's state"),
-    **{
-        f"gpu/{name}_*": Metric(HARDWARE, chart, unit, f"{meaning}; {_OVER_GPUS}", _GPUS)
-        for name, (chart, unit, meaning) in _GPU.items()
-    },
-    "host/cpu_utilization_*": Metric(HARDWARE, "utilization", "fraction", f"busy CPU time of a node; {_OVER_NODES}"),
-    "host/memory_available_fraction_*": Metric(
-        HARDWARE, "host memory", "fraction", f"part of a node's memory that programs can still get; {_OVER_NODES}"
-    ),
-    "host/page_cache_bytes_*": Metric(HARDWARE, "page cache", "bytes", f"files that a node caches; {_OVER_NODES}"),
-    "host/memory_pressure_*": Metric(
-        HARDWARE,
-        "memory pressure",
-        "fraction",
-        f"time of 10 s in which a program waited for memory or for a page that had left the cache; {_OVER_NODES}",
-        "where the kernel has /proc/pressure/memory",
-    ),
-    "host/page_reads_*": Metric(
-        HARDWARE, "page reads", "pages", f"pages of files or swap that a rank's process read from disk; {_OVER_RANKS}"
-    ),
-    "host/open_files_fraction_*": Metric(
-        HARDWARE, "open files", "fraction", f"open files of a rank's process / limit of the system; {_OVER_RANKS}"
-    ),
-    "host/open_files_*": Metric(HARDWARE, "number of open files", "files", f"of a rank's process; {_OVER_RANKS}"),
-    "host/rank_memory_bytes_*": Metric(
-        MEMORY, "memory of a rank", "bytes", f"resident memory of a rank's process; {_OVER_RANKS}"
-    ),
+    **MACHINE_METRICS,
     "host/disk_free_fraction": Metric(
         HARDWARE, "free disk", "fraction", "free part of the file system of the run folder"
     ),

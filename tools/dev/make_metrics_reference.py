@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS, SECTIONS
+from grpo_mega.observe.metric_row import SECTIONS
+from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS
 
 REFERENCE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "metrics.md"
 

@@ -9,7 +9,8 @@ import pytest
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from grpo_mega.observe.dashboard import dashboard_charts, dashboard_summary
-from grpo_mega.observe.metric_table import METRICS, SECTIONS
+from grpo_mega.observe.metric_row import SECTIONS
+from grpo_mega.observe.metric_table import METRICS
 
 
 def names_of_every_row() -> list[str]:

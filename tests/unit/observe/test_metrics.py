@@ -12,7 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_mega.observe import history
-from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS, SECTIONS, require_known
+from grpo_mega.observe.metric_row import SECTIONS
+from grpo_mega.observe.metric_table import HISTOGRAMS, METRICS, require_known
 from grpo_mega.observe.metrics import MetricsWriter
 from grpo_mega.observe.rollouts import rollout_rows
 from grpo_mega.observe.run_folder import RunFolder
